@@ -1,0 +1,155 @@
+"""The contract of an algorithm: what it needs, its advantages (numpy, on the driver), its loss (torch, on the learner)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from rlkit.experience import Group
+
+if TYPE_CHECKING:  # torch is loaded only where a loss is computed; validating a configuration must stay cheap
+    from torch import Tensor
+
+FloatArray = NDArray[np.float32]
+Layout = Literal["any", "pairs", "full_group"]
+
+
+class AlgorithmConfig(BaseModel):
+    """Fields every algorithm has. An algorithm nests its own subclass as `Config`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    samples_per_prompt: int = Field(default=8, ge=1)
+    """Responses sampled for each prompt (the group size)."""
+
+
+@dataclass(frozen=True)
+class AlgorithmNeeds:
+    """What the runtime must provide; checked against the configuration before anything starts."""
+
+    critic: bool = False
+    reference_policy: bool = False
+    min_samples_per_prompt: int = 1
+    layout: Layout = "any"
+    """Whether the samples of one group (or one pair) must share a micro-batch."""
+    process_rewards: bool = False
+    """Scores must carry token or span rewards."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Everything known about one training step before the update. Samples are numbered group by group."""
+
+    groups: Sequence[Group]
+    step: int
+    values: Sequence[FloatArray] | None = None
+    """Per sample, [T]: the critic's values, where there is a critic."""
+    policy_logprobs: Sequence[FloatArray] | None = None
+    """Per sample, [T]: log-probs under the policy before the update, where an algorithm asked for them."""
+    reference_logprobs: Sequence[FloatArray] | None = None
+    """Per sample, [T]: log-probs under the reference policy, where there is one."""
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What an algorithm makes of an Experience; all sequences are per sample, in the Experience's order."""
+
+    tokens: Sequence[FloatArray]
+    """Per sample, [T]: advantage of each response token."""
+    keep: NDArray[np.bool_]
+    """[B] samples that enter the loss and its denominators (False: invalid, dropped, nothing to learn)."""
+    returns: Sequence[FloatArray] | None = None
+    """Per sample, [T]: the critic's targets."""
+    extras: Mapping[str, Sequence[FloatArray]] = field(default_factory=dict)
+    """Further named per-token inputs of the loss (per sample, [T]): labels, sequence rewards, weights."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Totals over the whole optimizer step: all micro-batches, all data-parallel ranks. Losses divide by these."""
+
+    tokens: float
+    """Trained response tokens."""
+    sequences: float
+    """Samples with at least one trained token."""
+    groups: float
+    """Groups with at least one such sample."""
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """One micro-batch as flat rows: R trained-or-not response tokens of S samples, sample after sample.
+
+    All tensors are on the learner's device. Only `logprobs`, `entropy` and `values` carry gradients.
+    """
+
+    logprobs: Tensor
+    """[R] under the policy being trained."""
+    entropy: Tensor
+    """[R] of the policy's next-token distribution, in nats."""
+    old_logprobs: Tensor
+    """[R] under the policy before this step's first update (the proximal policy)."""
+    rollout_logprobs: Tensor
+    """[R] as the sampler reported them (the behaviour policy)."""
+    advantages: Tensor
+    """[R]"""
+    mask: Tensor
+    """[R] 1.0 where the token is trained."""
+    sequence: Tensor
+    """[R] int64: which of the S samples a row belongs to."""
+    group: Tensor
+    """[S] int64: which group a sample belongs to (numbered within the micro-batch)."""
+    denominators: Denominators
+    reference_logprobs: Tensor | None = None
+    """[R]"""
+    values: Tensor | None = None
+    """[R]"""
+    returns: Tensor | None = None
+    """[R]"""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """[R] each."""
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return int(self.group.shape[0])
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A micro-batch's share of the step's loss: shares simply add up over micro-batches and ranks."""
+
+    loss: Tensor
+    """Scalar, already divided by the global denominators."""
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    """Metrics as scalars that add up over micro-batches and ranks (divide by global denominators here too)."""
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
+    """Metrics of which the largest over micro-batches and ranks is reported."""
+
+
+class Algorithm(ABC):
+    """Subclass, nest a `Config`, and point `algorithm._target_` at it."""
+
+    Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def needs(self) -> AlgorithmNeeds:
+        """What this algorithm needs under its present configuration."""
+        return AlgorithmNeeds()
+
+    @abstractmethod
+    def advantages(self, experience: Experience) -> Advantages:
+        """Credit for every response token. Pure: equal input, equal output."""
+
+    @abstractmethod
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """The policy loss of one micro-batch. Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""

@@ -1,0 +1,90 @@
+"""The contract of a reward backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from rlkit.experience import Group, GroupScores
+
+
+class RewardConfig(BaseModel):
+    """Fields every reward has. A backend nests its own subclass as `Config`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    timeout_seconds: float = 120.0
+    """Deadline of one scoring call. After it the worker is killed and replaced, and the call is tried once more."""
+    max_failed_share: float = 0.2
+    """Share of invalid scores in one training step above which the run stops and names the cause (0 to 1)."""
+    workers: int = 1
+    """Reward processes that score side by side."""
+
+
+@dataclass(frozen=True)
+class RewardNeeds:
+    """What a reward must find in the data; checked before anything starts."""
+
+    references: bool = False
+    """Every prompt needs at least one reference answer."""
+    answer: bool = False
+    """Every prompt needs a gold final answer."""
+    columns: tuple[str, ...] = ()
+    """Further data columns."""
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """Where a reward runs."""
+
+    device: str = "cpu"
+    seed: int = 0
+    threads: int = 1
+    """CPU threads this worker may use."""
+
+
+class Reward(ABC):
+    """Scores whole groups. Lives in one Ray actor per worker; `start` is called there, once, before `score`."""
+
+    Config: ClassVar[type[RewardConfig]] = RewardConfig
+    needs: ClassVar[RewardNeeds] = RewardNeeds()
+
+    def __init__(self, config: Any, context: RewardContext) -> None:
+        self.config = config
+        self.context = context
+
+    def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
+        """Load models and test oneself. Raise with a message for the user if scoring cannot work."""
+
+    @abstractmethod
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """One GroupScores per group, in order. A sample that cannot be judged gets `Score.invalid(reason)`.
+
+        An exception means that the backend is broken (the worker is replaced), not that a sample is bad.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Free processes and connections. Called once, also after a failed start."""
+
+
+class TrainableReward(Reward):
+    """A reward that learns during the run (implicit PRM, co-trained verifiers)."""
+
+    version: int = 0
+    """Number of updates so far."""
+
+    @abstractmethod
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Train on scored groups; returns metrics named `area/name`."""
+
+    @abstractmethod
+    def state_dict(self) -> Mapping[str, Any]:
+        """Everything needed to go on later: weights, optimizer, version."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of state_dict."""

@@ -1,0 +1,1 @@
+"""Typed configuration behind Hydra. Importable, and usable, without torch, vLLM or Ray."""

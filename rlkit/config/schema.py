@@ -1,0 +1,165 @@
+"""The typed configuration of a run: every key, its type, its range and what it means, in one place.
+
+`algorithm`, `reward` and `data` are swappable parts: their fields are defined by the class that `_target_` names
+(its nested `Config`), so a user's own class brings its own typed fields.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown keys, no later changes, field docs taken from the strings under them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    total_steps: int = Field(default=100, ge=1)
+    """Optimizer rounds: each collects `prompts_per_step` groups, updates the policy and publishes its weights."""
+    prompts_per_step: int = Field(default=32, ge=1)
+    """Prompts (= groups) per step; responses per step are this times `algorithm.samples_per_prompt`."""
+    max_staleness: int = Field(default=0, ge=0)
+    """How many policy versions old a group may be when trained on. 0 is synchronous training."""
+    evaluate_every_steps: int = Field(default=25, ge=0)
+    """Held-out evaluation every so many steps, besides the ones before and after training. 0: only those two."""
+    evaluation_prompts: int = Field(default=256, ge=1)
+    """Held-out prompts per evaluation (all of them if there are fewer), one response each."""
+    save_every_steps: int = Field(default=0, ge=0)
+    """Write `checkpoints/step_NNNNNN/` every so many steps. 0: only after the last step."""
+    step_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """A step (collecting, updating, publishing) that takes longer ends the run and says who was waited for."""
+    startup_timeout_seconds: float = Field(default=600.0, gt=0)
+    """The actors must be ready by then."""
+    max_skipped_updates: int = Field(default=3, ge=1)
+    """Updates skipped in a row for a non-finite loss or gradient after which the run stops."""
+
+
+class ModelConfig(Section):
+    """The policy that is trained."""
+
+    path: str = "embedded:policy"
+    """Folder of a Hugging Face causal LM with its tokenizer; `embedded:policy` is the tiny one in the package."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template that replaces the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run Python code found in the model folder. Off unless you know who wrote it."""
+
+
+class RolloutConfig(Section):
+    """The vLLM sampler."""
+
+    workers: int = Field(default=1, ge=1)
+    """vLLM engines, one Ray actor each."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of training and evaluation; the learner's log-probs use the same."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; below 1 the sampler's log-probs no longer equal the learner's (a warning says so)."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep only the k likeliest tokens; 0 keeps all. The same warning applies."""
+    max_prompt_tokens: int = Field(default=512, ge=1)
+    """Longer prompts are bad rows: reported, counted, skipped."""
+    max_response_tokens: int = Field(default=512, ge=1)
+    """Sampling stops here (finish reason `length`)."""
+    max_concurrent_samples: int = Field(default=256, ge=1)
+    """Sequences one engine decodes at a time."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 on CPU."""
+    memory_gib: float = Field(default=1.0, gt=0)
+    """CPU only: memory of the key-value cache."""
+    gpu_memory_utilization: float = Field(default=0.5, gt=0, le=1)
+    """CUDA only: share of the GPU's memory that vLLM takes."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs per engine."""
+    enforce_eager: bool = True
+    """Skip CUDA graphs and compilation: quicker start, slower decoding on GPUs. Always on for CPU."""
+    prefix_caching: bool = True
+    """Prefill a group's prompt once for all its samples."""
+    canary_tolerance: float | None = Field(default=None, gt=0)
+    """Largest difference in log-probs on the canary prompt after a weight update; null: 1e-3 in fp32, 0.15 otherwise."""
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed policy learner."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up, down to `min_learning_rate_ratio` at the last step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    minibatches_per_step: int = Field(default=1, ge=1)
+    """Optimizer steps per training step; each takes an equal share of the step's groups."""
+    tokens_per_microbatch: int = Field(default=16384, ge=1)
+    """Tokens (prompts shared inside a group count once) that one forward and backward pass takes."""
+    logit_elements_per_chunk: int = Field(default=2**24, ge=1)
+    """Logits are computed in chunks of at most this many elements (rows x vocabulary), never at once."""
+    ranks: int = Field(default=1, ge=1)
+    """Data-parallel learner processes."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: what is partitioned over ranks (1 optimizer, 2 + gradients, 3 + parameters)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 (with fp32 master weights) on CUDA, float32 on CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+
+
+class ClusterConfig(Section):
+    """Where the actors run."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What rollout workers and learner ranks run on."""
+    address: str | None = None
+    """Ray address to join; null starts a Ray of one's own that ends with the run. (In a Ray job it is found.)"""
+    threads_per_actor: int = Field(default=2, ge=1)
+    """CPU threads of each rollout worker and learner rank."""
+    object_store_gib: float = Field(default=0.5, gt=0)
+    """Shared memory for a Ray started by the run."""
+
+
+class TrackingConfig(Section):
+    """What a run writes and shows."""
+
+    console: Literal["auto", "live", "plain", "off"] = "auto"
+    """live: a view that redraws itself; plain: a line per step; auto: live on a terminal, else plain."""
+    tensorboard: bool = True
+    """Write `tensorboard/` in the run folder."""
+    sample_groups_per_step: int | None = Field(default=None, ge=0)
+    """Groups per step whose best and worst response go to samples.jsonl; null: every group."""
+
+
+class RunConfig(Section):
+    """The whole configuration of `python -m rlkit.train`."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seeds data order, sampling and everything else that is random."""
+    run_dir: Path
+    """Folder of this run's files; made if missing, refused if it already holds a run."""
+    dry_run: bool = False
+    """Validate, print the plan, exit."""
+    trainer: TrainerConfig = TrainerConfig()
+    model: ModelConfig = ModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    algorithm: dict[str, Any]
+    """A swappable part: `_target_` and the fields of its `Config`."""
+    reward: dict[str, Any]
+    """A swappable part: `_target_` and the fields of its `Config`."""
+    data: dict[str, Any]
+    """A swappable part: `_target_` and the fields of its `Config`."""

@@ -1,0 +1,70 @@
+"""The contract of a data source: plain problems, before any tokenizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rlkit.experience import Message
+
+Split = Literal["train", "heldout"]
+
+
+class DataConfig(BaseModel):
+    """Fields every data source has. A source nests its own subclass as `Config`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    max_bad_row_share: float = Field(default=0.01, ge=0, le=1)
+    """Share of unusable rows that is skipped (each reported with file and row); above it the run does not start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One row of a data source."""
+
+    id: str
+    messages: tuple[Message, ...]
+    references: tuple[str, ...] = ()
+    answer: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    """Where it came from, for error messages: `file.jsonl:12`."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    origin: str
+    reason: str
+
+
+class DataSource(ABC):
+    """Train and held-out problems, disjoint by problem. Deterministic: equal config and seed, equal problems."""
+
+    Config: ClassVar[type[DataConfig]] = DataConfig
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+
+    def check(self) -> list[str]:
+        """Cheap checks before a run (files exist, columns exist): messages for the user, empty if all is well."""
+        return []
+
+    @abstractmethod
+    def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
+        """All problems of a split and the rows that could not be used. Raises DataError if a split is unusable."""
+
+    def provides(self) -> frozenset[str]:
+        """Which of `answer`, `references` and further column names its problems carry (for reward checks)."""
+        return frozenset()
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, the rows and the remedy."""

@@ -1,0 +1,196 @@
+"""The records of a run: what was asked (Prompt), answered (Sample), judged (Score), and kept together (Group).
+
+All are frozen. Token data are numpy arrays of one sample's own length T (ragged; never padded here).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length", "abort"]
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question with everything rewards may need to judge an answer to it."""
+
+    id: str
+    """Stable name of the problem, equal in every run over the same data."""
+    messages: tuple[Message, ...]
+    token_ids: tuple[int, ...]
+    """The rendered chat template, tokenised once; what the sampler receives."""
+    references: tuple[str, ...] = ()
+    """Reference answers (whole texts), best first. POLAR compares with these."""
+    answer: str | None = None
+    """Gold final answer for verifiers."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The data row's other columns, for rewards that want them (tests, rubrics, tool calls, user ids, ...)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A step or a turn of a response: response tokens [start, end)."""
+
+    start: int
+    end: int
+    kind: Literal["step", "turn"] = "step"
+    role: str = "assistant"
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Tool-call records and whatever else belongs to this span."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response, as the sampler produced it."""
+
+    index: int
+    """Place in its group, 0-based."""
+    token_ids: IntArray
+    """[T] response tokens, end-of-sequence token included where one was sampled. Never re-tokenised."""
+    logprobs: FloatArray
+    """[T] the sampler's log-probabilities of those tokens, at the sampling temperature."""
+    text: str
+    """The response decoded without special tokens: for rewards and for people."""
+    finish_reason: FinishReason
+    policy_versions: tuple[int, int]
+    """Policy version at the first and at the last token."""
+    seed: int
+    mask: BoolArray | None = None
+    """[T] tokens to train on; None means all (observations of a multi-turn sample are False)."""
+    spans: tuple[Span, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"sample {self.index}: {len(self.token_ids)} tokens but {len(self.logprobs)} log-probs")
+        if self.mask is not None and len(self.mask) != len(self.token_ids):
+            raise ValueError(f"sample {self.index}: {len(self.token_ids)} tokens but a mask of {len(self.mask)}")
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def trained(self) -> BoolArray:
+        """[T] the mask, spelled out."""
+        return np.ones(len(self.token_ids), dtype=np.bool_) if self.mask is None else self.mask
+
+
+@dataclass(frozen=True, slots=True)
+class SpanReward:
+    """A process reward for response tokens [start, end)."""
+
+    start: int
+    end: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a reward says about one sample. Invalid is not zero: an invalid score has no value, and a reason."""
+
+    value: float | None
+    """Outcome reward; None if invalid or if the backend gives process rewards only."""
+    token_rewards: FloatArray | None = None
+    """[T] process reward per response token."""
+    span_rewards: tuple[SpanReward, ...] = ()
+    components: Mapping[str, float] = field(default_factory=dict)
+    """Named parts of the value, kept apart for combination and logging."""
+    ensemble: tuple[float, ...] = ()
+    """One value per member, for rewards that are ensembles."""
+    valid: bool = True
+    reason: str = ""
+    """Why it is invalid: a short class first (`timeout`, `exception`, `not_finite`, ...), then `: details`."""
+    trace: str = ""
+    """Text worth showing to a person (a judge's reasoning, a verifier's extraction)."""
+
+    def __post_init__(self) -> None:
+        if self.valid:
+            parts = [*self.components.values(), *self.ensemble, *(s.value for s in self.span_rewards)]
+            if self.value is not None:
+                parts.append(self.value)
+            if not all(math.isfinite(part) for part in parts):
+                raise ValueError(f"a valid score must be finite: value={self.value} components={dict(self.components)}")
+            if self.token_rewards is not None and not np.isfinite(self.token_rewards).all():
+                raise ValueError("a valid score must have finite token rewards")
+            if self.value is None and self.token_rewards is None and not self.span_rewards:
+                raise ValueError("a valid score must have a value, token rewards or span rewards")
+        else:
+            if self.value is not None:
+                raise ValueError("an invalid score has no value")
+            if not self.reason:
+                raise ValueError("an invalid score needs a reason")
+
+    @classmethod
+    def invalid(cls, reason: str, trace: str = "") -> Score:
+        """A score for a sample that could not be judged; it is masked out of baselines and loss."""
+        return cls(value=None, valid=False, reason=reason, trace=trace)
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Sample `winner` is preferred to sample `loser` of the same group with probability `probability`."""
+
+    winner: int
+    loser: int
+    probability: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScores:
+    """What a reward says about one group: a Score per sample, in sample order, and optional preferences."""
+
+    samples: tuple[Score, ...]
+    pairs: tuple[PreferencePair, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt with all its samples. Groups stay whole from the sampler to the loss."""
+
+    id: str
+    """Unique in a run: the same prompt drawn twice gives two groups."""
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+    scores: GroupScores | None = None
+    step: int = 0
+    """The training step that asked for it."""
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest policy version any of its tokens came from."""
+        return min(sample.policy_versions[0] for sample in self.samples)
+
+    def with_scores(self, scores: GroupScores) -> Group:
+        """This group, judged. Raises ValueError if the number of scores is not the number of samples."""
+        if len(scores.samples) != len(self.samples):
+            raise ValueError(f"group {self.id}: {len(self.samples)} samples but {len(scores.samples)} scores")
+        for sample, score in zip(self.samples, scores.samples, strict=True):
+            if score.token_rewards is not None and len(score.token_rewards) != len(sample):
+                raise ValueError(
+                    f"group {self.id}, sample {sample.index}: {len(sample)} tokens but "
+                    f"{len(score.token_rewards)} token rewards"
+                )
+        return replace(self, scores=scores)
+
+    @property
+    def valid(self) -> BoolArray:
+        """[samples] which samples have a valid score. Raises ValueError if the group was not scored yet."""
+        if self.scores is None:
+            raise ValueError(f"group {self.id} has no scores yet")
+        return np.array([score.valid for score in self.scores.samples], dtype=np.bool_)
