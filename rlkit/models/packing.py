@@ -1,0 +1,166 @@
+"""Ragged sequences as one flat row of tokens, with prefixes that several sequences share stored once.
+
+A group of samples has one prompt: its tokens go through the model's linear layers once, not once per sample.
+
+    >>> batch = pack([Tree(prefix=(5, 6), suffixes=((7,), (8, 9)))])
+    >>> batch.token_ids.tolist(), batch.position_ids.tolist()
+    ([5, 6, 7, 8, 9], [0, 1, 2, 2, 3])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SMALLEST_SHARE_OF_BUCKET = 0.75
+"""Sequences shorter than this share of a bucket's longest open a new bucket: bounds the attention's padding."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One prefix and the sequences that continue it: sequence i is `prefix + suffixes[i]`."""
+
+    prefix: Sequence[int]
+    suffixes: Sequence[Sequence[int]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens this tree takes in a packed batch."""
+        return len(self.prefix) + sum(len(suffix) for suffix in self.suffixes)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """T packed tokens that stand for N sequences of F >= T tokens in all; R suffix tokens are predicted."""
+
+    token_ids: Tensor
+    """[T] int64"""
+    position_ids: Tensor
+    """[T] int64: place in its own sequence."""
+    expand: Tensor
+    """[F] int64: packed index of each token of each sequence, sequence after sequence."""
+    collapse: Tensor
+    """[T] int64: for each packed token, one place in the F expanded ones that holds it."""
+    cu_lengths: Tensor
+    """[N+1] int32: where each sequence starts in the F expanded tokens."""
+    lengths: tuple[int, ...]
+    """Length of each sequence."""
+    rows: Tensor
+    """[R] int64: packed index of the token whose hidden state predicts `targets[r]`."""
+    targets: Tensor
+    """[R] int64: suffix tokens, sequence after sequence."""
+    last: Tensor
+    """[N] int64: packed index of each sequence's last token."""
+    buckets: tuple[Tensor, ...]
+    """Sequences of similar length, [n, L] int64 each: places in the F expanded tokens, short rows padded by repeating."""
+    bucket_collapse: Tensor
+    """[T] int64: like `collapse`, into the rows of all buckets laid end to end."""
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        moved = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                value = value.to(device, non_blocking=True)
+            elif item.name == "buckets":
+                value = tuple(bucket.to(device, non_blocking=True) for bucket in value)
+            moved[item.name] = value
+        return PackedBatch(**moved)
+
+
+def pack(trees: Sequence[Tree]) -> PackedBatch:
+    """Lay trees out as one flat row. Sequences keep the order of the trees and of their suffixes.
+
+    Raises ValueError for no tree, for an empty sequence, and for a suffix without a prefix token to predict it.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    sequences: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
+    targets: list[int] = []
+    for tree in trees:
+        start, width = len(tokens), len(tree.prefix)
+        tokens.extend(tree.prefix)
+        positions.extend(range(width))
+        shared = np.arange(start, start + width)
+        for suffix in tree.suffixes:
+            if width + len(suffix) == 0:
+                raise ValueError("cannot pack an empty sequence")
+            begin = len(tokens)
+            tokens.extend(suffix)
+            positions.extend(range(width, width + len(suffix)))
+            sequence = np.concatenate([shared, np.arange(begin, begin + len(suffix))])
+            sequences.append(sequence)
+            if len(suffix):
+                if width == 0:
+                    raise ValueError("a suffix needs at least one prefix token to be predicted from")
+                rows.append(sequence[width - 1 : -1])
+                targets.extend(suffix)
+    if not sequences:
+        raise ValueError("cannot pack zero sequences")
+    lengths = tuple(len(sequence) for sequence in sequences)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    expand = np.concatenate(sequences)
+    collapse = np.empty(len(tokens), dtype=np.int64)
+    collapse[expand] = np.arange(len(expand))
+
+    buckets, bucket_flat = [], np.empty(len(expand), dtype=np.int64)
+    offset = 0
+    for members in _buckets(lengths):
+        width = max(lengths[i] for i in members)
+        grid = np.empty((len(members), width), dtype=np.int64)
+        for row, i in enumerate(members):
+            grid[row] = starts[i] + np.minimum(np.arange(width), lengths[i] - 1)
+            bucket_flat[starts[i] : starts[i + 1]] = offset + row * width + np.arange(lengths[i])
+        buckets.append(torch.from_numpy(grid))
+        offset += grid.size
+    return PackedBatch(
+        token_ids=torch.tensor(tokens, dtype=torch.int64),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
+        expand=torch.from_numpy(expand),
+        collapse=torch.from_numpy(collapse),
+        cu_lengths=torch.from_numpy(starts.astype(np.int32)),
+        lengths=lengths,
+        rows=torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        last=torch.tensor([int(sequence[-1]) for sequence in sequences], dtype=torch.int64),
+        buckets=tuple(buckets),
+        bucket_collapse=torch.from_numpy(bucket_flat[collapse]),
+    )
+
+
+def _buckets(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of sequences, longest first, cut where the length falls below a share of the bucket's longest."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    bucket: list[int] = []
+    for i in order:
+        if bucket and lengths[i] < SMALLEST_SHARE_OF_BUCKET * lengths[bucket[0]]:
+            yield bucket
+            bucket = []
+        bucket.append(i)
+    if bucket:
+        yield bucket
+
+
+def split_by_tokens(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Items into micro-batches of at most `limit` tokens (an item above the limit gets its own), nearly equally full.
+
+    First-fit decreasing; indices inside a micro-batch are ascending, and micro-batches are ordered by their first item.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for b, left in enumerate(room):
+            if sizes[i] <= left:
+                bins[b].append(i)
+                room[b] -= sizes[i]
+                break
+        else:
+            bins.append([i])
+            room.append(limit - sizes[i])
+    return sorted(sorted(members) for members in bins)

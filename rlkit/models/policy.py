@@ -1,0 +1,100 @@
+"""Hugging Face models, run on packed batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from rlkit.models.attention import PACKED_ATTENTION
+from rlkit.models.logprobs import LogProbLinear
+from rlkit.models.packing import PackedBatch
+
+CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config fields of models that do more to the logits than the head's product: our log-probs would be wrong."""
+
+
+class ModelLoadError(ValueError):
+    """A model folder that cannot be used; the message says why and what to do."""
+
+
+class PackedCausalLM(nn.Module):
+    """A causal language model that maps a packed batch to log-probs; `self.model` is the plain Hugging Face model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ModelLoadError(f"{type(model).__name__}: the head must be a plain Linear, not {type(head).__name__}")
+        changed = [name for name in CHANGES_LOGITS if getattr(model.config, name, None) not in (None, 1, 1.0)]
+        if changed:
+            raise ModelLoadError(f"{type(model).__name__} changes its logits by {', '.join(changed)}: not supported")
+        head.__class__ = LogProbLinear
+        self.model = model
+
+    def forward(
+        self, packed: PackedBatch, temperature: float = 1.0, elements_per_chunk: int = 2**24
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs [R] of the packed batch's targets and entropies [R], both fp32."""
+        hidden = hidden_states(self.model, packed)
+        head: Any = self.model.get_output_embeddings()
+        logprobs, entropy = head(
+            torch.index_select(hidden, 0, packed.rows),
+            targets=packed.targets,
+            temperature=temperature,
+            elements_per_chunk=elements_per_chunk,
+        )
+        return logprobs, entropy
+
+
+class PackedScorer(nn.Module):
+    """A sequence classifier with one label, read at the last token of each packed sequence, head in fp32."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        if model.config.num_labels != 1:
+            raise ModelLoadError(f"{type(model).__name__} has {model.config.num_labels} labels; a scorer has one")
+        self.model = model
+
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """Raw scores [N], fp32, of the packed batch's sequences."""
+        hidden = hidden_states(self.model, packed)
+        score: Any = self.model.score
+        last = torch.index_select(hidden, 0, packed.last)
+        return nn.functional.linear(last.float(), score.weight.float())[:, 0]
+
+
+def hidden_states(model: PreTrainedModel, packed: PackedBatch) -> Tensor:
+    """[T, D] final hidden states of the packed tokens."""
+    decoder: Any = model.base_model
+    output = decoder(
+        input_ids=packed.token_ids[None],
+        position_ids=packed.position_ids[None],
+        use_cache=False,
+        packed=packed,
+    )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def load_causal_lm(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedCausalLM:
+    """A policy from a Hugging Face folder. Raises ModelLoadError with the remedy."""
+    return PackedCausalLM(_load(AutoModelForCausalLM, path, dtype, trust_remote_code))
+
+
+def load_scorer(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedScorer:
+    """A one-label sequence classifier from a Hugging Face folder. Raises ModelLoadError with the remedy."""
+    return PackedScorer(_load(AutoModelForSequenceClassification, path, dtype, trust_remote_code))
+
+
+def _load(auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = auto.from_pretrained(
+            path, dtype=dtype, attn_implementation=PACKED_ATTENTION, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"model {path} cannot be loaded: {error}") from error
+    return model
