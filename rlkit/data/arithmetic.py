@@ -1,0 +1,192 @@
+"""The embedded task: seeded word problems in GSM8K's form, small enough for a model of half a million parameters.
+
+question   Tom has 12 apples. He buys 5 more. He loses 3. How many apples does Tom have now?
+solution   12+5=17
+           17-3=14
+           #### 14
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlkit.data.arithmetic_situations import NAMES, SITUATIONS
+from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
+from rlkit.experience import Message
+
+Operator = Literal["+", "-", "*"]
+Style = Literal["equations", "words", "annotated", "running"]
+STYLES: tuple[Style, ...] = ("equations", "words", "annotated", "running")
+"""The phrasings of a worked solution; a problem's references come in this order."""
+
+_SPOKEN: dict[Operator, str] = {"+": "plus", "-": "minus", "*": "times"}
+_HELDOUT_BUCKETS = 8
+_FRUITLESS_DRAWS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One calculation: `left operator right = result` (in a careless solution the result may be wrong)."""
+
+    left: int
+    operator: Operator
+    right: int
+    result: int
+
+
+@dataclass(frozen=True, slots=True)
+class WordProblem:
+    """A question with its calculation."""
+
+    situation: str
+    question: str
+    thing: str
+    steps: tuple[Step, ...]
+
+    @property
+    def answer(self) -> int:
+        return self.steps[-1].result
+
+    @property
+    def skeleton(self) -> str:
+        """Situation and numbers without names and things: what the split is made by. `bus:12+5-3`."""
+        changes = "".join(f"{step.operator}{step.right}" for step in self.steps)
+        return f"{self.situation}:{self.steps[0].left}{changes}"
+
+
+def write_solution(steps: tuple[Step, ...], thing: str, style: Style) -> str:
+    """The worked solution in one phrasing, `#### answer` on its last line."""
+    if style == "equations":
+        lines = [f"{step.left}{step.operator}{step.right}={step.result}" for step in steps]
+    elif style == "words":
+        lines = [f"{step.left} {_SPOKEN[step.operator]} {step.right} is {step.result}." for step in steps]
+    elif style == "annotated":
+        lines = [f"<<{step.left}{step.operator}{step.right}={step.result}>>{step.result} {thing}" for step in steps]
+    else:
+        lines = [", then ".join(str(number) for number in (steps[0].left, *(step.result for step in steps))) + "."]
+    return "\n".join([*lines, f"#### {steps[-1].result}"])
+
+
+class ArithmeticConfig(DataConfig):
+    """Sizes and ranges of the embedded task. The defaults are what the embedded models were made with."""
+
+    train_problems: int = Field(default=16384, ge=1)
+    """Problems to train on."""
+    heldout_problems: int = Field(default=1024, ge=1)
+    """Problems that are only evaluated on; no situation with the same numbers is among the train problems."""
+    min_steps: int = Field(default=1, ge=1, le=3)
+    """Fewest calculations in a problem."""
+    max_steps: int = Field(default=3, ge=1, le=3)
+    """Most calculations in a problem."""
+    max_operand: int = Field(default=15, ge=4)
+    """Largest number that is added or subtracted; amounts at the start go up to it, too."""
+    max_factor: int = Field(default=4, ge=2)
+    """Largest number that is multiplied by."""
+    max_value: int = Field(default=60, ge=8)
+    """No result is larger (nor below 0)."""
+    problem_seed: int = Field(default=2026, ge=0)
+    """Draws the problems. It is not the run's `seed`: all runs agree on the problems and on what is held out."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ArithmeticConfig:
+        if self.min_steps > self.max_steps:
+            raise ValueError(f"min_steps={self.min_steps} is larger than max_steps={self.max_steps}")
+        return self
+
+
+class Arithmetic(DataSource):
+    """Word problems about adding, subtracting and multiplying small whole numbers.
+
+    >>> source = Arithmetic(Arithmetic.Config(), seed=0)
+    >>> problems, bad_rows = source.load("heldout")
+    >>> problems[0].answer, len(problems[0].references), bad_rows
+    ('25', 4, [])
+    """
+
+    Config = ArithmeticConfig
+
+    def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
+        return [_as_problem(problem) for problem in draw_problems(self.config, split)], []
+
+    def provides(self) -> frozenset[str]:
+        return frozenset({"answer", "references"})
+
+
+def draw_problems(config: ArithmeticConfig, split: Split) -> list[WordProblem]:
+    """The word problems of a split, all questions different. Raises DataError if the ranges hold too few."""
+    count = config.train_problems if split == "train" else config.heldout_problems
+    rng = random.Random(f"{config.problem_seed}/{split}")
+    found: dict[str, WordProblem] = {}
+    fruitless = 0
+    while len(found) < count and fruitless < _FRUITLESS_DRAWS:
+        problem = _draw(config, rng)
+        fruitless += 1
+        if _split_of(problem.skeleton) == split and problem.question not in found:
+            found[problem.question] = problem
+            fruitless = 0
+    if len(found) == count:
+        return list(found.values())
+    raise DataError(
+        f"data=arithmetic: only {len(found)} different {split} problems found with max_operand={config.max_operand}, "
+        f"max_value={config.max_value}, steps {config.min_steps} to {config.max_steps}; "
+        f"ask for fewer than {count} ({split}_problems) or widen the ranges"
+    )
+
+
+def _split_of(skeleton: str) -> Split:
+    bucket = hashlib.sha256(skeleton.encode()).digest()[0] % _HELDOUT_BUCKETS
+    return "heldout" if bucket == 0 else "train"
+
+
+def _as_problem(problem: WordProblem) -> Problem:
+    digest = hashlib.sha256(problem.question.encode()).hexdigest()[:12]
+    return Problem(
+        id=f"arithmetic/{digest}",
+        messages=(Message("user", problem.question),),
+        references=tuple(write_solution(problem.steps, problem.thing, style) for style in STYLES),
+        answer=str(problem.answer),
+        columns={"situation": problem.situation, "steps": len(problem.steps)},
+        origin=f"arithmetic:{problem.skeleton}",
+    )
+
+
+def _draw(config: ArithmeticConfig, rng: random.Random) -> WordProblem:
+    situation = rng.choice(SITUATIONS)
+    name, pronoun = rng.choice(NAMES)
+    words = {"n": name, "p": pronoun, "t": rng.choice(situation.things)}
+    length = rng.randint(config.min_steps, config.max_steps)
+    amount = rng.randint(2, min(config.max_operand, config.max_value))
+    sentences: list[str] = []
+    steps: list[Step] = []
+    groups = rng.randint(2, config.max_factor)
+    if amount <= 10 and amount * groups <= config.max_value and rng.random() < 0.5:
+        sentences.append(situation.start_groups.format(a=amount, k=groups, **words))
+        steps.append(Step(amount, "*", groups, amount * groups))
+    else:
+        sentences.append(situation.start.format(a=amount, **words))
+    value = steps[-1].result if steps else amount
+    while len(steps) < length:
+        operator, change = rng.choice(list(_possible_changes(config, rng, value)))
+        patterns = {"+": situation.add, "-": situation.subtract, "*": situation.multiply}[operator]
+        sentences.append(rng.choice(patterns).format(b=change, k=change, **words))
+        result = value + change if operator == "+" else value - change if operator == "-" else value * change
+        steps.append(Step(value, operator, change, result))
+        value = result
+    sentences.append(situation.question.format(**words))
+    return WordProblem(situation.name, " ".join(sentences), words["t"], tuple(steps))
+
+
+def _possible_changes(config: ArithmeticConfig, rng: random.Random, value: int) -> Iterator[tuple[Operator, int]]:
+    """One change per operator that keeps the value between 0 and `max_value`; additions and subtractions likelier."""
+    if value + 2 <= config.max_value:
+        yield from 2 * [("+", rng.randint(2, min(config.max_operand, config.max_value - value)))]
+    if value >= 2:
+        yield from 2 * [("-", rng.randint(2, min(config.max_operand, value)))]
+    if 2 <= value <= config.max_operand and 2 * value <= config.max_value:
+        yield "*", rng.randint(2, min(config.max_factor, config.max_value // value))
