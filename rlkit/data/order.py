@@ -1,0 +1,83 @@
+"""The order in which prompts are drawn: shuffled anew in every epoch, and resumable at any place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlkit.data.base import DataError
+from rlkit.experience import Prompt
+
+
+class PromptOrder:
+    """An endless seeded sequence of prompts; within an epoch each prompt comes exactly once.
+
+    >>> order = PromptOrder(prompts, seed=0)
+    >>> order.take(32)  # goes on into the next epoch where this one ends
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        if not prompts:
+            raise ValueError("there are no prompts to draw from")
+        self._prompts = tuple(prompts)
+        self._seed = seed
+        self._epoch = 0
+        self._position = 0
+        self._permutation = self._shuffled()
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed so far."""
+        return self._epoch
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts."""
+        if count < 0:
+            raise ValueError(f"cannot take {count} prompts")
+        taken: list[Prompt] = []
+        while len(taken) < count:
+            chosen = self._permutation[self._position : self._position + count - len(taken)]
+            taken += [self._prompts[i] for i in chosen]
+            self._position += len(chosen)
+            if self._position == len(self._prompts):
+                self._epoch += 1
+                self._position = 0
+                self._permutation = self._shuffled()
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where we are, and of which data."""
+        return {
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "prompts": len(self._prompts),
+            "fingerprint": self._fingerprint(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved place. Raises DataError if the data are no longer the ones it was saved for."""
+        if state["prompts"] != len(self._prompts) or state["fingerprint"] != self._fingerprint():
+            raise DataError(
+                f"the checkpoint was made with other data ({state['prompts']} prompts, now {len(self._prompts)}): "
+                "resume with the same data files, system prompt and chat template, or start a new run."
+            )
+        if not 0 <= state["position"] < len(self._prompts):
+            raise DataError(f"the checkpoint's data position {state['position']} is not within an epoch")
+        self._seed = int(state["seed"])
+        self._epoch = int(state["epoch"])
+        self._position = int(state["position"])
+        self._permutation = self._shuffled()
+
+    def _shuffled(self) -> np.ndarray:
+        return np.random.default_rng([self._seed, self._epoch]).permutation(len(self._prompts))
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for prompt in self._prompts:
+            digest.update(f"{len(prompt.id)}:{prompt.id}".encode())
+            digest.update(np.asarray(prompt.token_ids, dtype=np.int64).tobytes())
+        return digest.hexdigest()
