@@ -1,0 +1,155 @@
+"""Finding the final answer in a text, and comparing plain numbers exactly. Pure functions, standard library only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+
+MAX_ANSWER_CHARACTERS = 256
+"""A longer "answer" is prose; it is not handed to the verifier."""
+
+_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_NUMBER = rf"[-+]?(?:{_INTEGER}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?![\dA-Za-z]))?"
+_PLAIN_NUMBER = re.compile(_NUMBER)
+_LAST_NUMBER = re.compile(rf"(?<![\w.])[$€£]?({_NUMBER})(?!\w)")
+_HASHES = re.compile(r"#{4,}\s*([^\n]*)")
+_LINE_A = re.compile(r"^[ \t]*A:[ \t]*([^\n]+)", re.MULTILINE)
+_ANSWER_IS = re.compile(r"\banswer[*_\s]*(?:is|was|:|=)[*_:\s]*([^\n]+)", re.IGNORECASE)
+_BRACES = re.compile(r"\\f?boxed\s*\{|\\[{}]|[{}]")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_WORD_AFTER_NUMBER = re.compile(r"\s*([A-Za-z]{2,})")
+_MIXED_NUMBER = re.compile(r"(-?)(\d+)\s+(\d+)/(\d+)")
+_PRODUCT = re.compile(r"\s*[xX]\s*[\d(]")
+_OPERATORS_IN_WORDS = frozenset(
+    {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "mod", "times", "over", "plus", "minus"}
+)
+_PROSE = re.compile(r"\s+[(\[\"'A-Za-z]|[\"')\]]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|[\"')\]]+(?:\s|$)|\s*$")
+
+
+@dataclass(frozen=True, slots=True)
+class FinalAnswer:
+    """What a text gives as its final answer."""
+
+    text: str
+    """Cleaned: without currency, thousands separators, units and the rest of the sentence."""
+    marker: str
+    """How it was found: `####`, `boxed`, `answer is`, `A:` or `last number`."""
+
+    @property
+    def marked(self) -> bool:
+        """Whether the text marked it as its final answer."""
+        return self.marker != "last number"
+
+
+def final_answer(text: str, accept_last_number: bool = False) -> FinalAnswer | None:
+    r"""The last marked answer (`#### x`, `\boxed{x}`, `The answer is x`, a line `A: x`); None if there is none.
+
+    Whatever follows the answer, on its line or on further ones, does not matter. If nothing is marked and
+    `accept_last_number` is set, the last number of the text counts.
+    """
+    found: list[tuple[int, str, str]] = []
+    for marker, pattern in (("####", _HASHES), ("A:", _LINE_A), ("answer is", _ANSWER_IS)):
+        found += [(match.start(1), marker, match.group(1)) for match in pattern.finditer(text)]
+    found += [(start, "boxed", content) for start, content in _boxed(text)]
+    # The last marker wins; a `\boxed{}` after `####` on the same line starts later than the line's text.
+    for _, marker, content in sorted(found, reverse=True):
+        cleaned = _clean_boxed(content) if marker == "boxed" else _clean_line(content)
+        if cleaned:
+            return FinalAnswer(cleaned, marker)
+    if accept_last_number:
+        numbers = _LAST_NUMBER.findall(text.replace("−", "-"))
+        if numbers:
+            return FinalAnswer(_clean_line(numbers[-1]), "last number")
+    return None
+
+
+def gold_answer(text: str) -> str:
+    """The final answer of a gold text: GSM8K's `... #### 72` gives `72`; a text without a marker is the answer."""
+    marked = final_answer(text) if any(mark in text for mark in ("####", "\\boxed", "A:")) else None
+    return marked.text if marked is not None else _clean_boxed(text)
+
+
+def plain_decimal(text: str) -> Decimal | None:
+    """The exact value of a plain decimal number (`-1,234.50`, `1e3`), None for everything else."""
+    if _PLAIN_NUMBER.fullmatch(text) is None:
+        return None
+    return Decimal(text.replace(",", ""))
+
+
+def compare_plain(answer: str, gold: str) -> bool | None:
+    """Whether two plain decimal numbers are equal; None where math-verify's rounding could matter, or not both plain.
+
+    math-verify compares floats after rounding to 6 places at 15 digits, so numbers closer than 1e-5 but not equal,
+    and numbers of more than 12 digits, are left to it.
+    """
+    left, right = plain_decimal(answer), plain_decimal(gold)
+    if left is None or right is None:
+        return None
+    if left == right:
+        return True
+    if max(abs(left), abs(right)) >= 10**12 or abs(left - right) <= Decimal("1e-5"):
+        return None
+    return False
+
+
+def _boxed(text: str) -> list[tuple[int, str]]:
+    """Start and content of every closed `\\boxed{...}`, braces balanced; one pass, whatever the text."""
+    boxes: list[tuple[int, str]] = []
+    open_braces: list[int | None] = []  # where a box's content starts; None for an ordinary brace
+    for match in _BRACES.finditer(text):
+        token = match.group()
+        if token == "}":
+            start = open_braces.pop() if open_braces else None
+            if start is not None:
+                boxes.append((start, text[start : match.start()]))
+        elif token.endswith("{") and token != "\\{":
+            open_braces.append(match.end() if len(token) > 1 else None)
+    return boxes
+
+
+def _strip_decoration(text: str) -> str:
+    """Remove what surrounds an answer: math delimiters, markdown, currency, spacing commands, special tokens."""
+    text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("\\!", "")
+    text = re.sub(r"\\[()\[\]]|\\\$|[$€£]|<\|[^|>]*\|>|</?s>", "", text)
+    text = text.strip().strip("*_`\"'").lstrip("=≈:").strip()
+    # `- 5` is a negative number only if nothing stands between; `+5` is 5.
+    return re.sub(r"^\+\s*(?=[\d.])", "", text)
+
+
+def _clean_boxed(text: str) -> str:
+    text = _strip_decoration(text)
+    text = text if text.endswith("\\.") else text.rstrip(".").rstrip()
+    return _canonical(text)
+
+
+def _clean_line(line: str) -> str:
+    """The answer at the start of the rest of a line: a number without what follows it, or the line's first sentence."""
+    line = _strip_decoration(line)
+    number = _PLAIN_NUMBER.match(line)
+    if number is not None:
+        rest = line[number.end() :]
+        word = _WORD_AFTER_NUMBER.match(rest)
+        if word is not None and word.group(1).lower() in _SCALES:
+            return _canonical(f"{number.group()}e{_SCALES[word.group(1).lower()]}")
+        is_unit = word is not None and word.group(1).lower() not in _OPERATORS_IN_WORDS
+        if is_unit or (_PROSE.match(rest) and word is None and not _PRODUCT.match(rest)):
+            return _canonical(number.group())
+    sentence = re.split(r"\.(?:\s|$)", line, maxsplit=1)[0].strip()
+    if sentence.count("=") and "," not in sentence:
+        sentence = sentence.rsplit("=", 1)[1].strip()  # `3 * 4 = 12`: the answer is what it comes to
+    return _canonical(sentence)
+
+
+def _canonical(text: str) -> str:
+    """Numbers in one spelling (no separators, exponents, trailing zeros), so that equal ones share a verdict."""
+    mixed = _MIXED_NUMBER.fullmatch(text)
+    if mixed is not None:
+        whole, top, bottom = (int(part) for part in mixed.group(2, 3, 4))
+        return f"{mixed.group(1)}{whole * bottom + top}/{bottom}"
+    number = plain_decimal(text)
+    if number is None or abs(number.adjusted()) > 30:
+        return text
+    plain = format(number, "f")
+    plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
+    return "0" if plain in ("-0", "") else plain
