@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -82,7 +82,7 @@ class RolloutConfig(Section):
     prefix_caching: bool = True
     """Prefill a group's prompt once for all its samples."""
     canary_tolerance: float | None = Field(default=None, gt=0)
-    """Largest difference in log-probs on the canary prompt after a weight update; null: 1e-3 in fp32, 0.15 otherwise."""
+    """Largest log-prob difference on the canary prompt after a weight update; null: 1e-3 in fp32, 0.15 otherwise."""
 
 
 class LearnerConfig(Section):
@@ -98,7 +98,7 @@ class LearnerConfig(Section):
     """Final learning rate as a share of the peak."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's moment decays."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm."""

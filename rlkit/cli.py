@@ -1,0 +1,36 @@
+"""The console script `rlkit`: `rlkit train ...` is `python -m rlkit.train ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rlkit.config.names import did_you_mean
+
+COMMANDS = {
+    "train": ("rlkit.train", "train a policy by reinforcement learning"),
+    "sft": ("rlkit.sft", "fine-tune a model on reference answers"),
+    "remake-embedded": ("rlkit.remake_embedded", "make the tiny models in the package from nothing"),
+}
+"""Name -> (module with a `main(arguments) -> int`, what it does)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the named command; returns its exit code, 2 for an unknown one."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print("usage: rlkit COMMAND [arguments]; rlkit COMMAND --help says more\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:<18}{text}")
+        return 0 if given else 2
+    name = given[0].replace("_", "-")
+    if name not in COMMANDS:
+        print(f"rlkit: {given[0]}: no such command; {did_you_mean(name, list(COMMANDS))}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[name][0])
+    return int(module.main(given[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Parts that do not fit together: small pure functions, each about one combination.
+
+A check names in its parameters what it looks at; it runs if those were valid by themselves. It yields findings: one
+that refuses the run, or one that only warns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from algorithms.base import Algorithm
+from rlkit.config.model_folder import ModelFolderError, ModelShape
+from rlkit.config.parts import Part
+from rlkit.config.resolved import CONFIG_FILE
+from rlkit.config.schema import (
+    ClusterConfig,
+    LearnerConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from rlkit.data.base import DataSource
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found."""
+
+    key: str
+    message: str
+    warning: bool = False
+    """The run may start; the user should know."""
+
+
+Findings = Iterator[Finding]
+
+
+def run_checks(available: Mapping[str, Any]) -> list[Finding]:
+    """All findings of the checks whose parameters are all in `available` (section or part by name)."""
+    findings: list[Finding] = []
+    for check in CHECKS:
+        names = list(inspect.signature(check).parameters)
+        if all(name in available for name in names):
+            findings += check(**{name: available[name] for name in names})
+    return findings
+
+
+def group_is_large_enough(algorithm: Algorithm) -> Findings:
+    """A group statistic over too few samples is noise."""
+    least = algorithm.needs().min_samples_per_prompt
+    if algorithm.config.samples_per_prompt < least:
+        name = type(algorithm).__name__
+        yield Finding(
+            "algorithm.samples_per_prompt",
+            f"{name} compares the samples of a prompt with each other and needs at least {least}",
+        )
+
+
+def reward_finds_its_columns(reward: Part, data: DataSource) -> Findings:
+    """A reward without references or answers would score nothing."""
+    needs, provided = reward.cls.needs, data.provides()
+    wanted = [("references", needs.references), ("answer", needs.answer), *((name, True) for name in needs.columns)]
+    lacking = [name for name, needed in wanted if needed and name not in provided]
+    if lacking:
+        yield Finding(
+            "reward._target_",
+            f"{reward.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
+            f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another reward",
+        )
+
+
+def data_is_usable(data: DataSource) -> Findings:
+    """Files and columns exist."""
+    for message in data.check():
+        yield Finding("data", message)
+
+
+def model_is_usable(model_shape: ModelShape | ModelFolderError) -> Findings:
+    """The folder holds a model with its tokenizer."""
+    if isinstance(model_shape, ModelFolderError):
+        yield Finding("model.path", str(model_shape))
+
+
+def chat_template_exists(model: Any) -> Findings:
+    """A missing template would only be noticed when prompts are rendered."""
+    if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
+        yield Finding("model.chat_template", "no such file")
+
+
+def model_is_long_enough(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Findings:
+    """vLLM refuses more positions than the model has."""
+    if isinstance(model_shape, ModelFolderError) or model_shape.max_positions is None:
+        return
+    total = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if total > model_shape.max_positions:
+        yield Finding(
+            "rollout.max_response_tokens",
+            f"{rollout.max_prompt_tokens} prompt + {rollout.max_response_tokens} response tokens are {total}, but the "
+            f"model has {model_shape.max_positions} positions; lower rollout.max_prompt_tokens or this",
+        )
+
+
+def cache_holds_a_sequence(
+    model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig, cluster: ClusterConfig
+) -> Findings:
+    """On CPU the key-value cache has a fixed size; vLLM would refuse after loading the model."""
+    if isinstance(model_shape, ModelFolderError) or cluster.device != "cpu":
+        return
+    tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
+    needed = tokens * model_shape.kv_bytes_per_token(4 if rollout.dtype in ("auto", "float32") else 2) / 2**30
+    if needed > rollout.memory_gib:
+        yield Finding("rollout.memory_gib", f"one sequence of {tokens} tokens needs {needed:.2f} GiB of cache")
+
+
+def minibatches_are_equal(trainer: TrainerConfig, learner: LearnerConfig) -> Findings:
+    """Each optimizer step takes an equal share of whole groups, and every rank gets some."""
+    prompts, parts = trainer.prompts_per_step, learner.minibatches_per_step
+    if prompts % parts:
+        divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
+        near = min(divisors, key=lambda n: abs(n - parts))
+        yield Finding(
+            "learner.minibatches_per_step",
+            f"trainer.prompts_per_step={prompts} cannot be divided into {parts} equal mini-batches of whole groups; "
+            f"{near} would fit",
+        )
+    elif prompts // parts < learner.ranks:
+        yield Finding(
+            "learner.ranks",
+            f"a mini-batch has {prompts // parts} groups (trainer.prompts_per_step={prompts} / "
+            f"learner.minibatches_per_step={parts}), which is less than one for each of {learner.ranks} ranks",
+        )
+
+
+def microbatch_holds_what_belongs_together(
+    algorithm: Algorithm, learner: LearnerConfig, rollout: RolloutConfig
+) -> Findings:
+    """The longest sample (pair, group) must fit into one forward and backward pass."""
+    layout = algorithm.needs().layout
+    samples = {"any": 1, "pairs": 2, "full_group": algorithm.config.samples_per_prompt}[layout]
+    unit = {"any": "sample", "pairs": "pair of samples", "full_group": f"group of {samples} samples"}[layout]
+    needed = rollout.max_prompt_tokens + samples * rollout.max_response_tokens
+    if needed > learner.tokens_per_microbatch:
+        yield Finding(
+            "learner.tokens_per_microbatch",
+            f"the longest {unit} has {needed} tokens (rollout.max_prompt_tokens + {samples} x "
+            f"rollout.max_response_tokens) and must fit into one micro-batch; set at least {needed}",
+        )
+
+
+def schedule_fits(trainer: TrainerConfig, learner: LearnerConfig) -> Findings:
+    """Warm-up within the run; no floor without a decay."""
+    updates = trainer.total_steps * learner.minibatches_per_step
+    if learner.warmup_steps >= updates and learner.warmup_steps > 0:
+        yield Finding(
+            "learner.warmup_steps",
+            f"the run has {updates} optimizer steps (trainer.total_steps x learner.minibatches_per_step), so the "
+            "learning rate would never reach its peak",
+        )
+    if learner.schedule == "constant" and learner.min_learning_rate_ratio > 0:
+        yield Finding(
+            "learner.min_learning_rate_ratio",
+            "has no effect with learner.schedule=constant; choose linear or cosine, or leave it out",
+        )
+
+
+def intervals_happen(trainer: TrainerConfig) -> Findings:
+    """An interval longer than the run never comes."""
+    defaults = TrainerConfig()
+    for name in ("evaluate_every_steps", "save_every_steps"):
+        every = getattr(trainer, name)
+        if every > trainer.total_steps and every != getattr(defaults, name):
+            yield Finding(
+                f"trainer.{name}", f"never comes: the run has trainer.total_steps={trainer.total_steps}", warning=True
+            )
+
+
+def cpu_has_its_limits(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Findings:
+    """Options of GPUs that a CPU cannot honour."""
+    if cluster.device != "cpu":
+        return
+    defaults = RolloutConfig()
+    if rollout.tensor_parallel_size > 1:
+        yield Finding(
+            "rollout.tensor_parallel_size", "splits an engine over GPUs; with cluster.device=cpu it must be 1"
+        )
+    if rollout.dtype == "float16":
+        yield Finding("rollout.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
+    if learner.dtype == "bfloat16":
+        yield Finding("learner.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
+    if rollout.gpu_memory_utilization != defaults.gpu_memory_utilization:
+        yield Finding("rollout.gpu_memory_utilization", "has no effect with cluster.device=cpu; use rollout.memory_gib")
+    if not rollout.enforce_eager:
+        yield Finding("rollout.enforce_eager", "is always on with cluster.device=cpu; leave it out")
+
+
+def gpu_ignores_cpu_options(cluster: ClusterConfig, rollout: RolloutConfig) -> Findings:
+    """The CPU engine's cache size means nothing to the CUDA one."""
+    if cluster.device == "cuda" and rollout.memory_gib != RolloutConfig().memory_gib:
+        yield Finding(
+            "rollout.memory_gib", "has no effect with cluster.device=cuda; use rollout.gpu_memory_utilization"
+        )
+
+
+def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Findings:
+    """The object store belongs to whoever starts Ray."""
+    if cluster.address is not None and cluster.object_store_gib != ClusterConfig().object_store_gib:
+        yield Finding("cluster.object_store_gib", "has no effect with cluster.address: that Ray has its store already")
+
+
+def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Findings:
+    """Training assumes that both compute the same log-probs."""
+    why = "the sampler's log-probs then differ from the learner's; watch rollout/logprob_difference"
+    if rollout.top_p < 1:
+        yield Finding("rollout.top_p", f"samples from a truncated distribution: {why}", warning=True)
+    if rollout.top_k > 0:
+        yield Finding("rollout.top_k", f"samples from a truncated distribution: {why}", warning=True)
+    usual = "float32" if cluster.device == "cpu" else "bfloat16"
+    sampler, trained = (usual if dtype == "auto" else dtype for dtype in (rollout.dtype, learner.dtype))
+    if sampler != trained:
+        yield Finding("rollout.dtype", f"is {sampler}, the learner's is {trained}: {why}", warning=True)
+
+
+def run_folder_is_free(run_dir: Path) -> Findings:
+    """Never mix two runs in one folder, nor go on with another model in an old one."""
+    if run_dir.exists() and not run_dir.is_dir():
+        yield Finding("run_dir", "is a file, not a folder; choose another name")
+        return
+    found = [name for name in (CONFIG_FILE, "metrics.jsonl", "checkpoints") if (run_dir / name).exists()]
+    if found:
+        yield Finding(
+            "run_dir", f"already holds a run ({', '.join(found)}); choose another folder, or move that one away"
+        )
+
+
+CHECKS: tuple[Callable[..., Findings], ...] = (
+    group_is_large_enough,
+    model_is_usable,
+    chat_template_exists,
+    data_is_usable,
+    reward_finds_its_columns,
+    model_is_long_enough,
+    cache_holds_a_sequence,
+    minibatches_are_equal,
+    microbatch_holds_what_belongs_together,
+    schedule_fits,
+    intervals_happen,
+    cpu_has_its_limits,
+    gpu_ignores_cpu_options,
+    joined_cluster_has_its_own_store,
+    sampler_and_learner_agree,
+    run_folder_is_free,
+)

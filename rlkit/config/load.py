@@ -1,0 +1,209 @@
+"""From command-line arguments to a resolved run: compose, validate, check; all problems at once, nothing started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel
+
+from rlkit.config.checks import run_checks
+from rlkit.config.compose import compose_options, conf_dir, group_options
+from rlkit.config.fields import all_fields, section_type
+from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
+from rlkit.config.overrides import Overrides, parse_overrides
+from rlkit.config.parts import CONTRACTS, Part, PartError, import_part
+from rlkit.config.problems import ConfigError, Problem
+from rlkit.config.resolved import ResolvedRun
+from rlkit.config.schema import RunConfig
+from rlkit.config.sources import Sources, merge_file, set_value
+from rlkit.config.validate import MISSING, validate
+
+TARGET = "_target_"
+
+
+def load_config(arguments: Sequence[str], file: Path | None = None) -> ResolvedRun:
+    """The run that `arguments` (Hydra overrides) describe, on top of a configuration file if there is one.
+
+    Raises ConfigError with every problem. Imports nothing heavier than the modules of the chosen parts.
+    """
+    loading = _Loading(arguments, file)
+    loading.validate()
+    loading.check()
+    return loading.result()
+
+
+class _Loading:
+    """One load: the tree, what came from where, and the problems so far."""
+
+    def __init__(self, arguments: Sequence[str], file: Path | None) -> None:
+        self.folder = conf_dir()
+        self.options = group_options(self.folder)
+        self.overrides: Overrides = parse_overrides(arguments, self.options)
+        self.problems = list(self.overrides.problems)
+        self.warnings: list[Problem] = []
+        self.sources = Sources(typed=self.overrides.typed)
+        self.available: dict[str, Any] = {}
+        self.parts: dict[str, Part] = {}
+        self.tree = self._compose(file)
+
+    def _compose(self, file: Path | None) -> dict[str, Any]:
+        try:
+            composed = compose_options(self.folder, self.overrides.choices)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError([*self.problems, Problem(str(self.folder), f"cannot be composed: {error}")]) from error
+        if file is not None:
+            self.problems += merge_file(composed, file, self.overrides.choices, self.sources)
+        targets = {kind: (composed.get(kind) or {}).get(TARGET) for kind in CONTRACTS}
+        for kind in CONTRACTS:  # a class first: its fields are not those of the option's class
+            chosen = self.overrides.values.get(f"{kind}.{TARGET}")
+            if chosen is not None and chosen != targets[kind]:
+                self._replace_part(composed, kind, chosen)
+        for key, value in self.overrides.values.items():
+            set_value(composed, key, value)
+        return self._plain(composed)
+
+    def _replace_part(self, composed: DictConfig, kind: str, target: Any) -> None:
+        """Put a class of the user's in the place of an option's; the option's values stay only for its subclasses."""
+        try:
+            inherits = issubclass(import_part(kind, target), import_part(kind, composed[kind].get(TARGET)))
+        except PartError:
+            inherits = False  # reported when the part is validated
+        if not inherits:
+            composed[kind] = {}
+        composed.hydra.runtime.choices[kind] = str(target).rpartition(".")[2]
+
+    def _plain(self, composed: DictConfig) -> dict[str, Any]:
+        """Interpolations resolved, node by node so that one bad reference does not hide the others."""
+        tree: dict[str, Any] = {}
+        for key in (str(key) for key in composed if key != "hydra"):
+            try:
+                value = MISSING if OmegaConf.is_missing(composed, key) else composed[key]
+                tree[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            except OmegaConfBaseException as error:
+                self.overrides.unusable.add(key)
+                where = getattr(error, "full_key", None) or key
+                self.problems.append(Problem(self.sources.where(where, "..."), str(error).splitlines()[0]))
+        return tree
+
+    def validate(self) -> None:
+        """Type every section and find the parts; what is valid becomes available to the checks."""
+        known = [key for key, _ in all_fields(RunConfig) if key not in CONTRACTS]
+        configs = {kind: self._part_class(kind) for kind in CONTRACTS if kind not in self.overrides.unusable}
+        for kind, cls in configs.items():
+            if cls is not None:
+                known += [f"{kind}.{TARGET}", *(key for key, _ in all_fields(cls.Config, f"{kind}."))]
+        for kind, cls in configs.items():
+            if cls is not None:
+                fields = {key: value for key, value in self.tree[kind].items() if key != TARGET}
+                config = self._section(cls.Config, fields, f"{kind}.", known)
+                if config is not None:
+                    self.parts[kind] = Part(cls, config)
+        self._run_config(known)
+
+    def _part_class(self, kind: str) -> Any:
+        section = self.tree.get(kind)
+        if not isinstance(section, dict):
+            message = f"choose an option: {kind}={' or '.join(self.options.get(kind, []))}"
+            self.problems.append(Problem(self.sources.where(kind, section), message))
+            return None
+        target = section.get(TARGET)
+        try:
+            return import_part(kind, target)
+        except PartError as error:
+            self.problems.append(Problem(self.sources.where(f"{kind}.{TARGET}", target), str(error)))
+            return None
+
+    def _run_config(self, known: Sequence[str]) -> None:
+        """All sections of the schema, and the keys that belong to none."""
+        for name, info in RunConfig.model_fields.items():
+            section = section_type(info.annotation)
+            if section is None or name in self.overrides.unusable:
+                continue
+            content = self.tree.get(name) or {}
+            if not isinstance(content, dict):
+                message = f"is a section; set its keys one by one, like {name}.{next(iter(section.model_fields))}=VALUE"
+                self.problems.append(Problem(self.sources.where(name, content), message))
+                continue
+            typed = self._section(section, content, f"{name}.", known)
+            if typed is not None:
+                self.available[name] = typed
+        others = {
+            key: value for key, value in self.tree.items() if key not in self.available and not self._is_section(key)
+        }
+        stand_ins: dict[str, Any] = {kind: {} for kind in CONTRACTS}
+        top = self._section(RunConfig, {**others, **stand_ins}, "", known)
+        if isinstance(top, RunConfig):
+            self.available |= {"seed": top.seed, "run_dir": top.run_dir.expanduser().absolute(), "dry_run": top.dry_run}
+
+    def _is_section(self, key: str) -> bool:
+        return key in CONTRACTS or (
+            key in RunConfig.model_fields and section_type(RunConfig.model_fields[key].annotation) is not None
+        )
+
+    def _section(
+        self, model: type[BaseModel], content: dict[str, Any], prefix: str, known: Sequence[str]
+    ) -> BaseModel | None:
+        typed, problems = validate(model, content, prefix, known, self.sources.where)
+        self.problems += problems
+        return typed
+
+    def check(self) -> None:
+        """Make what the checks look at, and run those that can be run."""
+        checked = dict(self.available)
+        if "model" in checked:
+            checked["model_shape"] = _shape_or_error(checked["model"].path)
+        for kind, part in self.parts.items():
+            made = self._make(kind, part)
+            if made is not None:
+                checked[kind] = made
+        for finding in run_checks(checked):
+            problem = Problem(self.sources.where(finding.key, self._value(finding.key)), finding.message)
+            (self.warnings if finding.warning else self.problems).append(problem)
+
+    def _make(self, kind: str, part: Part) -> Any:
+        """What a check sees of a part: an algorithm and a data source themselves, of a reward class and config."""
+        try:
+            if kind == "algorithm":
+                return part.cls(part.config)
+            if kind == "data":
+                return part.cls(part.config, self.available["seed"]) if "seed" in self.available else None
+        except Exception as error:  # a constructor of the user's may raise anything
+            where = self.sources.where(f"{kind}.{TARGET}", self.tree[kind][TARGET])
+            self.problems.append(Problem(where, f"cannot be made: {type(error).__name__}: {error}"))
+            return None
+        return part
+
+    def _value(self, key: str) -> Any:
+        """The value that `key` has, defaults included; None for what is no single value."""
+        section, _, leaf = key.rpartition(".")
+        if leaf == TARGET:
+            return self.tree[section][TARGET]
+        holder = self.parts[section].config if section in self.parts else self.available.get(section)
+        return getattr(holder, leaf, None) if section else self.available.get(key)
+
+    def result(self) -> ResolvedRun:
+        """The resolved run. Raises ConfigError if there is any problem."""
+        if self.problems:
+            raise ConfigError(list(dict.fromkeys(self.problems)))
+        full = {
+            kind: {TARGET: self.tree[kind][TARGET], **part.config.model_dump(mode="json")}
+            for kind, part in self.parts.items()
+        }
+        return ResolvedRun(
+            config=RunConfig(**self.available, **full),
+            **{f"{kind}_class": part.cls for kind, part in self.parts.items()},
+            **{f"{kind}_config": part.config for kind, part in self.parts.items()},
+            warnings=tuple(self.warnings),
+        )
+
+
+def _shape_or_error(path: str) -> ModelShape | ModelFolderError:
+    try:
+        return check_model_folder(path)
+    except ModelFolderError as error:
+        return error

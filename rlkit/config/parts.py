@@ -1,0 +1,94 @@
+"""Swappable parts: the class that `_target_` names, found by its dotted path and checked against its contract."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from algorithms.base import Algorithm, AlgorithmConfig
+from rewards.base import Reward, RewardConfig
+from rlkit.config.names import nearest
+from rlkit.data.base import DataConfig, DataSource
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a part of one kind must be."""
+
+    base: type
+    config: type[BaseModel]
+
+
+CONTRACTS = {
+    "algorithm": Contract(Algorithm, AlgorithmConfig),
+    "reward": Contract(Reward, RewardConfig),
+    "data": Contract(DataSource, DataConfig),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that was found, with its validated configuration."""
+
+    cls: Any
+    config: Any
+
+
+class PartError(ValueError):
+    """A `_target_` that cannot be used; the message says why."""
+
+
+def import_part(kind: str, target: Any) -> Any:
+    """The class at dotted path `target`, fit to be a part of this kind. Raises PartError."""
+    contract = CONTRACTS[kind]
+    if not isinstance(target, str) or "." not in target:
+        raise PartError("must be the dotted path of a class, like my_module.MyClass")
+    cls = _find(target)
+    base = f"{contract.base.__module__}.{contract.base.__name__}"
+    if not inspect.isclass(cls):
+        raise PartError(f"is not a class but {type(cls).__name__}; it must be a subclass of {base}")
+    if not issubclass(cls, contract.base):
+        raise PartError(f"is not a subclass of {base}, which every {kind} must be")
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise PartError(f"lacks {', '.join(f'{name}()' for name in missing)}, which every {kind} must have")
+    config = getattr(cls, "Config", None)
+    if not (inspect.isclass(config) and issubclass(config, contract.config)):
+        raise PartError(f"its Config must be a subclass of {contract.config.__module__}.{contract.config.__name__}")
+    return cls
+
+
+def _find(target: str) -> Any:
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise PartError(
+                f"cannot be imported: there is no module {error.name} (looked in the current folder and in the "
+                "installed packages)"
+            ) from error
+        raise PartError(f"cannot be imported: {_cause(error)}") from error
+    except Exception as error:  # whatever a module of the user's raises while it is imported
+        raise PartError(f"cannot be imported: {_cause(error)}") from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        guess = nearest(class_name, classes)
+        hint = f"; did you mean {module_name}.{guess}?" if guess else ""
+        raise PartError(f"cannot be imported: {module.__file__} has no {class_name}{hint}")
+    return found
+
+
+def _cause(error: BaseException) -> str:
+    """`TypeError: text (file.py:12)`, the place being the innermost line outside the import machinery."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

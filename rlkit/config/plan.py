@@ -1,0 +1,134 @@
+"""What a run would do: its actors, the arithmetic of its batches and an estimate of its memory. No torch needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlkit.config.model_folder import ModelShape, check_model_folder
+from rlkit.config.resolved import ResolvedRun
+from rlkit.config.schema import LearnerConfig, RolloutConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the plan."""
+
+    area: str
+    what: str
+    amount: str
+
+
+def plan(run: ResolvedRun) -> list[Line]:
+    """The plan of a checked run, in the order of the data's way through it."""
+    shape = check_model_folder(run.config.model.path)
+    return [*_parts(run, shape), *_actors(run), *_batches(run), *_memory(run, shape)]
+
+
+def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
+    size = (
+        "number of parameters unknown (no safetensors)"
+        if shape.parameters is None
+        else f"{shape.parameters:,} parameters"
+    )
+    return [
+        Line("parts", "algorithm", run.config.algorithm["_target_"]),
+        Line("parts", "reward", run.config.reward["_target_"]),
+        Line("parts", "data", run.config.data["_target_"]),
+        Line("parts", "model", f"{run.config.model.path} ({size})"),
+        Line("parts", "run folder", str(run.config.run_dir)),
+    ]
+
+
+def _actors(run: ResolvedRun) -> list[Line]:
+    config = run.config
+    cuda = config.cluster.device == "cuda"
+    threads = f"{config.cluster.threads_per_actor} CPU threads each"
+    engines = f", {config.rollout.tensor_parallel_size} GPU each" if cuda else ""
+    lines = [
+        Line("actors", "rollout", f"{config.rollout.workers} vLLM engine(s), {threads}{engines}"),
+        Line(
+            "actors", "learner", f"{config.learner.ranks} DeepSpeed rank(s), {threads}{', 1 GPU each' if cuda else ''}"
+        ),
+        Line("actors", "reward", f"{run.reward_config.workers} worker(s) of {run.reward_class.__name__}"),
+        Line("actors", "buffer", "1"),
+    ]
+    if run.make_algorithm().needs().reference_policy:
+        lines.append(Line("actors", "reference policy", "the initial policy's log-probs, computed on the learner"))
+    return lines
+
+
+def _batches(run: ResolvedRun) -> list[Line]:
+    trainer, learner, rollout = run.config.trainer, run.config.learner, run.config.rollout
+    samples = run.algorithm_config.samples_per_prompt
+    responses = trainer.prompts_per_step * samples
+    per_update = trainer.prompts_per_step // learner.minibatches_per_step
+    updates = trainer.total_steps * learner.minibatches_per_step
+    most_tokens = trainer.prompts_per_step * (rollout.max_prompt_tokens + samples * rollout.max_response_tokens)
+    return [
+        Line("batches", "each step", f"{trainer.prompts_per_step} prompts x {samples} samples = {responses} responses"),
+        Line("batches", "each optimizer step", f"{per_update} prompts = {per_update * samples} responses"),
+        Line(
+            "batches",
+            "whole run",
+            f"{trainer.total_steps} steps x {learner.minibatches_per_step} = {updates} optimizer steps, "
+            f"{trainer.total_steps * responses:,} responses",
+        ),
+        Line(
+            "batches",
+            "tokens of a step",
+            f"at most {most_tokens:,}, in micro-batches of up to {learner.tokens_per_microbatch:,}",
+        ),
+    ]
+
+
+def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
+    cuda = run.config.cluster.device == "cuda"
+    rollout, learner = run.config.rollout, run.config.learner
+    lines = [Line("memory", "key-value cache, each engine", _cache(rollout, shape, cuda))]
+    if shape.parameters is not None:
+        sampler_bytes = shape.parameters * _element_bytes(rollout.dtype, cuda) / rollout.tensor_parallel_size
+        lines.append(
+            Line("memory", "weights, each GPU of an engine" if cuda else "weights, each engine", _size(sampler_bytes))
+        )
+        total = _learner_bytes(shape.parameters, learner, cuda)
+        lines.append(Line("memory", f"learner, each rank (ZeRO {learner.zero_stage})", f"{_size(total)} + activations"))
+    lines.append(Line("memory", "logits, each chunk", _size(3 * 4 * learner.logit_elements_per_chunk)))
+    return lines
+
+
+def _cache(rollout: RolloutConfig, shape: ModelShape, cuda: bool) -> str:
+    """At most what all concurrent samples at full length take (shared prompts count once in practice)."""
+    length = rollout.max_prompt_tokens + rollout.max_response_tokens
+    each = length * shape.kv_bytes_per_token(_element_bytes(rollout.dtype, cuda))
+    full = f"{_size(each)} for each of up to {rollout.max_concurrent_samples} samples at full length"
+    given = f"{rollout.gpu_memory_utilization:.0%} of the GPU" if cuda else _size(rollout.memory_gib * GIB)
+    return f"{given} given to the engine; {full}"
+
+
+def _element_bytes(dtype: str, cuda: bool) -> int:
+    return 4 if dtype == "float32" or (dtype == "auto" and not cuda) else 2
+
+
+def _learner_bytes(parameters: int, learner: LearnerConfig, cuda: bool) -> float:
+    """Weights, gradients and AdamW's state of one rank; each ZeRO stage divides one more of them by the ranks.
+
+    fp32: 4 + 4 + 8 bytes per parameter. bf16: 2 + 2, and 4 (fp32 weights) + 8.
+    """
+    width = _element_bytes(learner.dtype, cuda)
+    weights, gradients, optimizer = width, width, 8 if width == 4 else 12
+    stage, ranks = learner.zero_stage, learner.ranks
+    shares = [
+        weights / (ranks if stage >= 3 else 1),
+        gradients / (ranks if stage >= 2 else 1),
+        optimizer / (ranks if stage >= 1 else 1),
+    ]
+    return parameters * sum(shares)
+
+
+def _size(count: float) -> str:
+    for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,58 @@
+"""A configuration that passed every check, with the classes it names; and its file in the run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import rlkit
+from algorithms.base import Algorithm, AlgorithmConfig
+from rewards.base import Reward, RewardConfig
+from rlkit.config.problems import Problem
+from rlkit.config.schema import RunConfig
+from rlkit.data.base import DataConfig, DataSource
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """Everything a run needs to know. Cheap to pickle: classes travel by name."""
+
+    config: RunConfig
+    """All values filled in, also those of the swappable parts (`config.reward["_target_"]`, ...)."""
+    algorithm_class: type[Algorithm]
+    algorithm_config: AlgorithmConfig
+    reward_class: type[Reward]
+    reward_config: RewardConfig
+    data_class: type[DataSource]
+    data_config: DataConfig
+    warnings: tuple[Problem, ...] = ()
+    """What the user should know although the run can start."""
+
+    def make_algorithm(self) -> Algorithm:
+        """The configured algorithm."""
+        return self.algorithm_class(self.algorithm_config)
+
+    def make_data_source(self) -> DataSource:
+        """The configured data source."""
+        return self.data_class(self.data_config, self.config.seed)
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The whole configuration as plain values, in the schema's order."""
+    return config.model_dump(mode="json")
+
+
+def write_config(config: RunConfig, folder: Path) -> Path:
+    """Write `config.yaml` into the run folder (made if missing); `--config FILE` reads it again. Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / CONFIG_FILE
+    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    part = file.with_suffix(".part")
+    part.write_text(f"# rlkit {rlkit.__version__}. Run it again: python -m rlkit.train --config {file}\n{text}")
+    part.replace(file)
+    return file

@@ -1,0 +1,84 @@
+"""`python -m rlkit.train [group=option ...] [key=value ...]`: validate the configuration, then train."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rlkit.config.load import load_config
+from rlkit.config.problems import ConfigError, Problem
+
+CONFIG_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for a wrong configuration, 130 after Ctrl-C."""
+    try:
+        return _train(list(sys.argv[1:] if arguments is None else arguments))
+    except ConfigError as error:
+        print(error.report(), file=sys.stderr)
+        return CONFIG_ERROR
+    except KeyboardInterrupt:
+        print("rlkit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _train(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        from rlkit.config.reference import print_reference
+
+        print_reference(Console())
+        return 0
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
+    file, overrides = _split_off_file(arguments)
+    resolved = load_config(overrides, file)
+    for warning in resolved.warnings:
+        print(f"rlkit: warning: {warning}", file=sys.stderr)
+    if resolved.config.dry_run:
+        _print_plan(resolved)
+        return 0
+    from rlkit.run import run
+
+    return run(resolved)
+
+
+def _split_off_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """`--config FILE` or `--config=FILE`, and the other arguments. Raises ConfigError if FILE is missing."""
+    file: Path | None = None
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, given, value = argument.partition("=")
+        if name != "--config":
+            others.append(argument)
+            continue
+        text = value if given else next(rest, "")
+        if not text:
+            raise ConfigError([Problem("--config", "needs a file: --config runs/old/config.yaml")])
+        file = Path(text).expanduser()
+    return file, others
+
+
+def _print_plan(resolved: object) -> None:
+    from rlkit.config.plan import plan
+    from rlkit.config.resolved import ResolvedRun
+
+    assert isinstance(resolved, ResolvedRun)
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    last = ""
+    for line in plan(resolved):
+        table.add_row(line.area if line.area != last else "", line.what, line.amount)
+        last = line.area
+    console = Console()
+    console.print(table, highlight=False)
+    console.print("The configuration is valid; nothing was started (dry_run=true).")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
