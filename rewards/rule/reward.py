@@ -57,11 +57,11 @@ class RuleReward(Reward):
         """One score per (response, gold answer). Components: `correct` and `format` (an answer is marked)."""
         found = [final_answer(response, self.config.accept_last_number) for response in responses]
         golds = [None if answer is None else gold_answer(answer) for answer in answers]
-        pairs = {
+        pairs = [
             (answer.text, gold)
             for answer, gold in zip(found, golds, strict=True)
             if answer is not None and gold and len(answer.text) <= MAX_ANSWER_CHARACTERS
-        }
+        ]
         # A fifth of the call's deadline is kept for everything else, so that the verifier gives up before it is killed.
         verdicts = self._open_verifier().verdicts(pairs, budget_seconds=0.8 * self.config.timeout_seconds)
         return [self._score(answer, gold, verdicts) for answer, gold in zip(found, golds, strict=True)]
