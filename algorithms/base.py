@@ -1,4 +1,4 @@
-"""The contract of an algorithm: what it needs, its advantages (numpy, on the driver), its loss (torch, on the learner)."""
+"""The contract of an algorithm: what it needs, its advantages (numpy, driver), its loss (torch, learner)."""
 
 from __future__ import annotations
 

@@ -188,9 +188,13 @@ class Group:
                 )
         return replace(self, scores=scores)
 
+    def scored(self) -> tuple[tuple[Sample, Score], ...]:
+        """Samples with their scores, in order. Raises ValueError if the group was not scored yet."""
+        if self.scores is None:
+            raise ValueError(f"group {self.id} has no scores yet")
+        return tuple(zip(self.samples, self.scores.samples, strict=True))
+
     @property
     def valid(self) -> BoolArray:
         """[samples] which samples have a valid score. Raises ValueError if the group was not scored yet."""
-        if self.scores is None:
-            raise ValueError(f"group {self.id} has no scores yet")
-        return np.array([score.valid for score in self.scores.samples], dtype=np.bool_)
+        return np.array([score.valid for _, score in self.scored()], dtype=np.bool_)

@@ -1,0 +1,147 @@
+"""From scored groups to micro-batches: which samples train, on which rank, in which micro-batch, as which rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from algorithms.base import Advantages, Denominators
+from rlkit.experience import Group, Sample
+from rlkit.models.packing import Tree, split_by_tokens
+
+
+@dataclass(frozen=True)
+class TrainGroup:
+    """The samples of one group that enter the loss, with their places in the Experience's sample order."""
+
+    group: Group
+    samples: tuple[Sample, ...]
+    places: tuple[int, ...]
+
+    @property
+    def tree(self) -> Tree:
+        """The group as a shared prompt and its responses."""
+        return Tree(self.group.prompt.token_ids, tuple(sample.token_ids.tolist() for sample in self.samples))
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """One optimizer step: `microbatches[rank]` lists the micro-batches of each rank, equally many on all ranks.
+
+    A micro-batch may be empty: ranks take part in collective operations equally often.
+    """
+
+    microbatches: tuple[tuple[tuple[TrainGroup, ...], ...], ...]
+    denominators: Denominators
+
+
+def train_groups(groups: Sequence[Group], advantages: Advantages) -> list[TrainGroup]:
+    """The kept samples with at least one trained token, group by group; groups without any are left out."""
+    chosen, place = [], 0
+    for group in groups:
+        kept = [
+            (sample, place + i)
+            for i, sample in enumerate(group.samples)
+            if advantages.keep[place + i] and sample.trained.any()
+        ]
+        place += len(group.samples)
+        if kept:
+            chosen.append(TrainGroup(group, tuple(s for s, _ in kept), tuple(p for _, p in kept)))
+    return chosen
+
+
+def plan_minibatches(
+    groups: Sequence[TrainGroup], minibatches: int, ranks: int, limit: int, *, split_groups: bool = True
+) -> list[Minibatch]:
+    """Deal groups to minibatches (in order, equal counts), to ranks (equal tokens) and to micro-batches (<= limit).
+
+    Deterministic: every rank computes the same plan from the same groups. A group above `limit` tokens is split into
+    parts that repeat its prompt, unless the loss needs whole groups; what still exceeds the limit runs alone.
+    """
+    plan = []
+    for share in np.array_split(np.arange(len(groups)), minibatches):
+        chosen = [groups[i] for i in share]
+        if not chosen:
+            continue
+        parts = [part for group in chosen for part in (_split_group(group, limit) if split_groups else [group])]
+        loads = [0] * ranks
+        dealt: list[list[TrainGroup]] = [[] for _ in range(ranks)]
+        for part in sorted(parts, key=lambda g: -g.tree.tokens):
+            rank = loads.index(min(loads))
+            dealt[rank].append(part)
+            loads[rank] += part.tree.tokens
+        split = [split_by_tokens([g.tree.tokens for g in mine], limit) for mine in dealt]
+        rounds = max(len(bins) for bins in split)
+        plan.append(
+            Minibatch(
+                microbatches=tuple(
+                    tuple(tuple(mine[i] for i in bins[r]) if r < len(bins) else () for r in range(rounds))
+                    for mine, bins in zip(dealt, split, strict=True)
+                ),
+                denominators=Denominators(
+                    tokens=float(sum(int(s.trained.sum()) for g in chosen for s in g.samples)),
+                    sequences=float(sum(len(g.samples) for g in chosen)),
+                    groups=float(len(chosen)),
+                ),
+            )
+        )
+    return plan
+
+
+def _split_group(group: TrainGroup, limit: int) -> list[TrainGroup]:
+    prompt = len(group.group.prompt.token_ids)
+    sizes = [len(sample) for sample in group.samples]
+    if prompt + sum(sizes) <= limit:
+        return [group]
+    return [
+        TrainGroup(group.group, tuple(group.samples[i] for i in part), tuple(group.places[i] for i in part))
+        for part in split_by_tokens(sizes, max(1, limit - prompt))
+    ]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The response tokens of a micro-batch as flat tensors, in the order of the packed batch's targets."""
+
+    advantages: Tensor
+    """[R]"""
+    rollout_logprobs: Tensor
+    """[R]"""
+    mask: Tensor
+    """[R]"""
+    sequence: Tensor
+    """[R]"""
+    group: Tensor
+    """[S]"""
+    returns: Tensor | None
+    """[R]"""
+    extras: dict[str, Tensor]
+    """[R] each"""
+    places: tuple[int, ...]
+    """Place of each sample in the Experience's order."""
+
+
+def rows_of(microbatch: Sequence[TrainGroup], advantages: Advantages, device: str) -> Rows:
+    """Flat rows for a non-empty micro-batch."""
+    samples = [sample for group in microbatch for sample in group.samples]
+    places = tuple(place for group in microbatch for place in group.places)
+
+    def flat(per_sample: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(per_sample).astype(np.float32)).to(device)
+
+    lengths = torch.tensor([len(sample) for sample in samples])
+    sizes = torch.tensor([len(group.samples) for group in microbatch])
+    return Rows(
+        advantages=flat([advantages.tokens[p] for p in places]),
+        rollout_logprobs=flat([sample.logprobs for sample in samples]),
+        mask=flat([sample.trained for sample in samples]),
+        sequence=torch.repeat_interleave(torch.arange(len(samples)), lengths).to(device),
+        group=torch.repeat_interleave(torch.arange(len(microbatch)), sizes).to(device),
+        returns=None if advantages.returns is None else flat([advantages.returns[p] for p in places]),
+        extras={name: flat([values[p] for p in places]) for name, values in advantages.extras.items()},
+        places=places,
+    )

@@ -1,0 +1,231 @@
+"""One rank of the policy learner, without Ray: log-probs, the update, and the weights it publishes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from algorithms.base import Advantages, Algorithm, LossInputs
+from rlkit.config.schema import LearnerConfig
+from rlkit.experience import Group
+from rlkit.learner.batches import Minibatch, Rows, TrainGroup, plan_minibatches, rows_of, train_groups
+from rlkit.learner.engine import build_engine, learning_rate, resolve_dtype
+from rlkit.learner.metrics import StepMetrics, mismatch
+from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
+from rlkit.models.policy import load_causal_lm
+
+log = logging.getLogger(__name__)
+
+
+class PolicyLearner:
+    """Holds the policy in a DeepSpeed engine; needs an initialised process group.
+
+    `total_steps` counts optimizer steps and is needed only by schedules that decay.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        config: LearnerConfig,
+        algorithm: Algorithm,
+        *,
+        device: str,
+        temperature: float,
+        total_steps: int,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.config = config
+        self.algorithm = algorithm
+        self.device = device
+        self.temperature = temperature
+        self.total_steps = total_steps
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.optimizer_steps = 0
+        self.version = 0
+        dtype = resolve_dtype(config.dtype, device)
+        # fp32 on load: DeepSpeed makes the bf16 copy itself and keeps the fp32 weights as masters.
+        policy = load_causal_lm(model_path, torch.float32, trust_remote_code=trust_remote_code)
+        if config.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.hf_config = policy.model.config
+        self.engine = build_engine(policy, config, device)
+        self.reference = None
+        if algorithm.needs().reference_policy:
+            self.reference = load_causal_lm(model_path, dtype, trust_remote_code=trust_remote_code).to(device).eval()
+            self.reference.requires_grad_(False)
+
+    # -- log-probs -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sequence_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
+        """[len - 1] log-probs of every token but the first: what the canary compares with the sampler's."""
+        logprobs, _ = self._forward(self.engine, pack([Tree(token_ids[:1], (token_ids[1:],))]).to(self.device))
+        return logprobs.float().cpu().numpy()
+
+    @torch.no_grad()
+    def group_logprobs(self, groups: Sequence[Group], which: str = "policy") -> list[np.ndarray]:
+        """Log-probs [T] of every sample of every group, in order, under the policy or the reference."""
+        model = self.engine if which == "policy" else self.reference
+        if model is None:
+            raise ValueError("this learner holds no reference policy: the algorithm did not ask for one")
+        trees = [Tree(g.prompt.token_ids, tuple(s.token_ids.tolist() for s in g.samples)) for g in groups]
+        found: dict[int, list[np.ndarray]] = {}
+        for members in split_by_tokens([tree.tokens for tree in trees], self.config.tokens_per_microbatch):
+            logprobs, _ = self._forward(model, pack([trees[i] for i in members]).to(self.device))
+            lengths = [len(suffix) for i in members for suffix in trees[i].suffixes]
+            pieces = iter(np.split(logprobs.float().cpu().numpy(), np.cumsum(lengths)[:-1]))
+            for i in members:
+                found[i] = [next(pieces) for _ in trees[i].suffixes]
+        return [piece for i in range(len(trees)) for piece in found[i]]
+
+    def _forward(self, model: Any, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropy = model(packed, self.temperature, self.config.logit_elements_per_chunk)
+        return logprobs, entropy
+
+    # -- the update ----------------------------------------------------------------------------------------------
+
+    def update(self, groups: Sequence[Group], advantages: Advantages) -> dict[str, float]:
+        """One training step on whole groups; the same arguments on every rank. Returns metrics, equal on all ranks.
+
+        Skips (and reports) optimizer steps whose loss or gradient is not finite.
+        """
+        metrics = StepMetrics()
+        chosen = train_groups(groups, advantages)
+        plan = plan_minibatches(
+            chosen,
+            self.config.minibatches_per_step,
+            self.world_size,
+            self.config.tokens_per_microbatch,
+            split_groups=self.algorithm.needs().layout == "any",
+        )
+        old = self._old_logprobs(chosen) if len(plan) > 1 else None
+        self.engine.train()
+        for minibatch in plan:
+            self._optimizer_step(minibatch, advantages, old, metrics)
+        self.version += 1
+        result = metrics.reduced(self.device)
+        result["policy/optimizer_steps"] = float(self.optimizer_steps)
+        result["policy/trained_samples"] = float(sum(len(group.samples) for group in chosen))
+        return result
+
+    def _old_logprobs(self, chosen: Sequence[TrainGroup]) -> dict[int, np.ndarray]:
+        """Place -> [T] under the policy before the first optimizer step; every rank computes all of them."""
+        logprobs = self.group_logprobs([_as_group(group) for group in chosen])
+        places = [place for group in chosen for place in group.places]
+        return dict(zip(places, logprobs, strict=True))
+
+    def _optimizer_step(
+        self, minibatch: Minibatch, advantages: Advantages, old: dict[int, np.ndarray] | None, metrics: StepMetrics
+    ) -> None:
+        rate = learning_rate(self.config, self.optimizer_steps, self.total_steps)
+        optimizer = _torch_optimizer(self.engine)
+        for group in [*optimizer.param_groups, *getattr(self.engine.optimizer, "param_groups", ())]:
+            group["lr"] = rate
+        mine = minibatch.microbatches[self.rank]
+        for i, microbatch in enumerate(mine):
+            self.engine.set_gradient_accumulation_boundary(i == len(mine) - 1)
+            # DeepSpeed averages gradients over ranks; our losses are shares of one global sum.
+            loss = self._microbatch_loss(microbatch, minibatch, advantages, old, metrics) * self.world_size
+            self.engine.backward(loss, scale_wrt_gas=False)
+        norm = self._plain_grad_norm() if self.config.zero_stage == 0 else None
+        self.engine.step()
+        self.optimizer_steps += 1
+        norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
+        metrics.optimizer_step(grad_norm=norm, rate=rate, skipped=optimizer.skipped)
+        if optimizer.skipped:
+            log.warning("optimizer step %d skipped: gradient not finite (norm %s)", self.optimizer_steps, norm)
+
+    def _plain_grad_norm(self) -> float:
+        """Global norm before clipping; without ZeRO, DeepSpeed does not report it."""
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self.engine.parameters() if p.grad is not None]))
+
+    def _microbatch_loss(
+        self,
+        microbatch: Sequence[TrainGroup],
+        minibatch: Minibatch,
+        advantages: Advantages,
+        old: dict[int, np.ndarray] | None,
+        metrics: StepMetrics,
+    ) -> torch.Tensor:
+        if not microbatch:  # this rank has nothing left but must take part in the others' collective operations
+            logprobs, _ = self._forward(self.engine, pack([Tree((0,), ((0,),))]).to(self.device))
+            return logprobs.sum() * 0.0
+        packed = pack([group.tree for group in microbatch]).to(self.device)
+        rows = rows_of(microbatch, advantages, self.device)
+        logprobs, entropy = self._forward(self.engine, packed)
+        before = self._rows_before(rows, logprobs, old)
+        inputs = LossInputs(
+            logprobs=logprobs,
+            entropy=entropy,
+            old_logprobs=before,
+            rollout_logprobs=rows.rollout_logprobs,
+            advantages=rows.advantages,
+            mask=rows.mask,
+            sequence=rows.sequence,
+            group=rows.group,
+            denominators=minibatch.denominators,
+            reference_logprobs=self._reference_rows(packed),
+            returns=rows.returns,
+            extras=rows.extras,
+        )
+        output = self.algorithm.loss(inputs)
+        metrics.add(output, mismatch(before, rows, minibatch.denominators))
+        return output.loss
+
+    def _rows_before(self, rows: Rows, logprobs: torch.Tensor, old: dict[int, np.ndarray] | None) -> torch.Tensor:
+        if old is None:  # one optimizer step: the policy before it is the policy of this very forward pass
+            return logprobs.detach()
+        return torch.from_numpy(np.concatenate([old[place] for place in rows.places])).to(self.device)
+
+    @torch.no_grad()
+    def _reference_rows(self, packed: PackedBatch) -> torch.Tensor | None:
+        return None if self.reference is None else self._forward(self.reference, packed)[0]
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, full tensor) of every parameter, tied ones once; on all ranks, as ZeRO-3 gathers."""
+        import deepspeed
+
+        stage3 = self.config.zero_stage == 3
+        for name, parameter in self.engine.module.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=stage3):
+                yield name, parameter.detach()
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face model folder (all ranks call it, rank 0 writes)."""
+        weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights()}
+        if self.rank == 0:
+            save_policy(self.hf_config, weights.items(), folder)
+
+
+def save_policy(hf_config: Any, weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """A Hugging Face folder (config, generation config, safetensors) from a config and named weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
+    model.load_state_dict(dict(weights), strict=False, assign=True)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise ValueError(f"cannot save {folder}: no weights for {', '.join(left)}")
+    model.save_pretrained(folder, safe_serialization=True)
+
+
+def _as_group(group: TrainGroup) -> Group:
+    return Group(id=group.group.id, prompt=group.group.prompt, samples=group.samples)
+
+
+def _torch_optimizer(engine: Any) -> Any:
+    """The GuardedAdamW inside DeepSpeed's wrappers."""
+    optimizer = engine.optimizer
+    while not hasattr(optimizer, "skipped") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
