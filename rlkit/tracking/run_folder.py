@@ -1,0 +1,105 @@
+"""The folder of a run: where each file is, and the only code that writes config, metrics, samples and summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class RunFolderError(ValueError):
+    """The folder cannot hold this run; the message names it and the remedy."""
+
+
+class RunFolder:
+    """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `summary.json`, `tensorboard/`, `checkpoints/`, `logs/`."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Makes the folder. Raises RunFolderError if it holds a run already or cannot be written."""
+        self.path = Path(path).expanduser().absolute()
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.summary = self.path / "summary.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        for file in (self.config, self.metrics, self.samples, self.summary):
+            if file.exists():
+                raise RunFolderError(
+                    f"run_dir={self.path} already holds a run ({file.name} is there): name another folder, or move it."
+                )
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self._metrics = self.metrics.open("a", encoding="utf-8")
+            self._samples = self.samples.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunFolderError(f"run_dir={self.path} cannot be written: {error.strerror or error}") from error
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration."""
+        write_atomically(self.config, text)
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, on disk when this returns."""
+        self._metrics.write(json_text(record) + "\n")
+        self._metrics.flush()
+
+    def append_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Lines of samples.jsonl."""
+        self._samples.write("".join(json_text(record) + "\n" for record in records))
+        self._samples.flush()
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json: whole, or not at all."""
+        write_atomically(self.summary, json_text(summary, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Close the files; harmless when repeated."""
+        self._metrics.close()
+        self._samples.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, never half of it, also after a crash."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Standard JSON: numbers that are not finite become the texts "NaN", "Infinity" and "-Infinity"."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str):
+        # Half of a surrogate pair (a tokenizer's broken emoji) is no valid UTF-8.
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (Sequence, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")

@@ -1,0 +1,102 @@
+"""Which responses are worth keeping: the best and the worst of every group, as rows of samples.jsonl."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rlkit.experience import Group, Sample, Score
+from rlkit.experience.types import FloatArray
+
+
+def total_reward(score: Score) -> float | None:
+    """What a sample is ranked by: its outcome reward, else the sum of its process rewards; None if invalid."""
+    if not score.valid:
+        return None
+    if score.value is not None:
+        return score.value
+    tokens = 0.0 if score.token_rewards is None else float(score.token_rewards.sum())
+    return tokens + sum(span.value for span in score.span_rewards)
+
+
+def sample_rows(
+    step: int, groups: Sequence[Group], advantages: Sequence[FloatArray] | None, limit: int | None
+) -> list[dict[str, Any]]:
+    """Two rows per group (`rank` is best or worst), or one where its samples do not differ (`only`, `invalid`).
+
+    `advantages` has one array [T] per sample, group by group. With a `limit`, that many groups chosen at random.
+    Raises ValueError if the number of advantages is not the number of samples.
+    """
+    samples = sum(len(group.samples) for group in groups)
+    if advantages is not None and len(advantages) != samples:
+        raise ValueError(f"{len(advantages)} advantages for {samples} samples")
+    chosen: Sequence[int] = range(len(groups))
+    if limit is not None and limit < len(groups):
+        chosen = sorted(random.Random(step).sample(chosen, limit))
+    first = [0, *np.cumsum([len(group.samples) for group in groups]).tolist()]
+    rows = []
+    for g in chosen:
+        group = groups[g]
+        for rank, i in _best_and_worst(group):
+            advantage = None if advantages is None else advantages[first[g] + i]
+            rows.append(_row(step, group, i, rank, advantage))
+    return rows
+
+
+def widest_group(groups: Sequence[Group]) -> Group | None:
+    """The group whose best and worst response differ most in reward: the most telling one to show."""
+
+    def spread(group: Group) -> float:
+        rewards = [r for r in map(total_reward, _scores(group)) if r is not None]
+        return max(rewards) - min(rewards) if rewards else -1.0
+
+    return max((group for group in groups if group.samples), key=spread, default=None)
+
+
+def best_and_worst_samples(group: Group) -> list[tuple[str, Sample, Score]]:
+    """(`best` | `worst` | `only` | `invalid`, sample, score): the one or two responses that stand for a group."""
+    return [(rank, group.samples[i], _scores(group)[i]) for rank, i in _best_and_worst(group)]
+
+
+def _scores(group: Group) -> Sequence[Score]:
+    return () if group.scores is None else group.scores.samples
+
+
+def _best_and_worst(group: Group) -> list[tuple[str, int]]:
+    """Equal rewards: the first sample stands for the best, the last for the worst."""
+    ranked = [(reward, i) for i, score in enumerate(_scores(group)) if (reward := total_reward(score)) is not None]
+    if not ranked:
+        return [("invalid", 0)] if group.samples else []
+    if len(ranked) == 1:
+        return [("only", ranked[0][1])]
+    best = max(ranked, key=lambda pair: (pair[0], -pair[1]))
+    worst = min(ranked, key=lambda pair: (pair[0], -pair[1]))
+    return [("best", best[1]), ("worst", worst[1])]
+
+
+def _row(step: int, group: Group, i: int, rank: str, advantage: FloatArray | None) -> dict[str, Any]:
+    sample, prompt = group.samples[i], group.prompt
+    score = group.scores.samples[i] if group.scores is not None else Score.invalid("not scored")
+    return {
+        "step": step,
+        "group_id": group.id,
+        "prompt_id": prompt.id,
+        "rank": rank,
+        "sample": sample.index,
+        "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+        "answer": prompt.answer,
+        "references": list(prompt.references),
+        "response": sample.text,
+        "token_ids": sample.token_ids,
+        "reward": total_reward(score),
+        "components": dict(score.components),
+        "valid": score.valid,
+        "reason": score.reason,
+        "trace": score.trace,
+        "advantage": None if advantage is None or not len(advantage) else float(np.mean(advantage)),
+        "finish_reason": sample.finish_reason,
+        "policy_versions": list(sample.policy_versions),
+    }

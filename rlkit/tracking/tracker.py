@@ -1,0 +1,224 @@
+"""The one object through which a run reports: times, metrics, samples, warnings, and what is shown of them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+from rlkit.config.schema import TrackingConfig
+from rlkit.experience import Group
+from rlkit.experience.types import FloatArray
+from rlkit.tracking.console import evaluation_line, open_console, shown_reward, step_line
+from rlkit.tracking.drawing import duration, printable
+from rlkit.tracking.library_logs import CapturedOutput
+from rlkit.tracking.progress import Progress, ShownSample
+from rlkit.tracking.run_folder import RunFolder
+from rlkit.tracking.samples import best_and_worst_samples, sample_rows, total_reward, widest_group
+from rlkit.tracking.tensorboard import TensorBoardWriter
+
+_SAMPLE_TEXTS_PER_RUN = 20
+
+
+class Tracker:
+    """Used by the driver alone, from any of its threads.
+
+    >>> with Tracker(config.tracking, RunFolder(config.run_dir), total_steps=100) as tracker:
+    ...     tracker.phase("starting Ray")
+    ...     with tracker.timed("generate"):
+    ...         ...
+    ...     tracker.step(1, {"reward/mean": 0.5}, groups, advantages.tokens)
+
+    While it is open, what libraries print goes to `logs/driver.log` (`capture_output=False` leaves it alone), and
+    warnings logged under the name `rlkit` are shown.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        folder: RunFolder,
+        total_steps: int,
+        capture_output: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = folder
+        self._config = config
+        self._clock = clock
+        self._progress = Progress(total_steps, clock)
+        self._times: dict[str, float] = {}
+        self._step_began: float | None = None
+        self._evaluating = 0.0
+        self._finished = False
+        with ExitStack() as opened:  # closes what was opened, in reverse, if a later part fails
+            opened.callback(folder.close)
+            terminal = sys.stdout
+            if capture_output:
+                terminal = opened.enter_context(CapturedOutput(folder.logs / "driver.log")).terminal
+            self._console = open_console(config.console, self._progress, folder.logs, terminal, str(folder.path))
+            opened.callback(self._console.close)
+            self._tensorboard = TensorBoardWriter(folder.tensorboard) if config.tensorboard else None
+            if self._tensorboard is not None:
+                opened.callback(self._tensorboard.close)
+            handler = _ShowWarnings(self.warn)
+            logging.getLogger("rlkit").addHandler(handler)
+            opened.callback(logging.getLogger("rlkit").removeHandler, handler)
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not self._finished:
+            said = f": {printable(str(error))}" if str(error) else ""
+            self.message(f"The run ended early, after step {self._progress.step}: {type(error).__name__}{said}")
+        self.close()
+
+    def message(self, text: str) -> None:
+        """Say something to the user, once."""
+        self._console.notice(text)
+
+    def phase(self, name: str, parallel: bool = False) -> None:
+        """A phase of the start-up begins: earlier ones are over, unless it runs beside them (`parallel`)."""
+        with self._progress.lock:
+            self._progress.begin_phase(name, parallel)
+        self._console.line(name)
+
+    def phase_done(self, name: str) -> None:
+        """A phase is over. Phases not named here end when the next one begins, or with the first step."""
+        with self._progress.lock:
+            seconds = self._progress.end_phase(name)
+        self._console.line(f"{name}: done in {duration(seconds)}")
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the seconds inside to `time/<phase>` of the current step (`evaluate`: of the next evaluation)."""
+        began = self._clock()
+        with self._progress.lock:
+            if phase != "evaluate":
+                self._progress.training_begins()
+                if self._step_began is None:
+                    self._step_began, self._evaluating = began, 0.0
+            self._progress.activities[phase] = began
+        try:
+            yield
+        finally:
+            with self._progress.lock:
+                self._progress.activities.pop(phase, None)
+                seconds = self._clock() - began
+                self._times[phase] = self._times.get(phase, 0.0) + seconds
+                if phase == "evaluate":
+                    self._evaluating += seconds
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        groups: Sequence[Group] = (),
+        advantages: Sequence[FloatArray] | None = None,
+    ) -> None:
+        """A training step is done. `advantages`: one array [T] per sample, group by group.
+
+        Raises TypeError for a metric that is no number, naming it.
+        """
+        with self._progress.lock:
+            now = self._clock()
+            times = {f"time/{phase}": seconds for phase, seconds in self._times.items() if phase != "evaluate"}
+            self._times = {phase: seconds for phase, seconds in self._times.items() if phase == "evaluate"}
+            if self._step_began is not None:
+                # From the end of the step before, so that nothing is left out but evaluations.
+                times["time/step"] = now - self._step_began - self._evaluating
+            self._step_began, self._evaluating = now, 0.0
+            values = _numbers(times | dict(metrics))
+            self._progress.end_step(step, values)
+            shown = widest_group(groups)
+            if shown is not None:
+                self._progress.sample = _shown(shown)
+            line = step_line(self._progress)
+        self.folder.append_metrics(self._record("step", step, values))
+        self.folder.append_samples(sample_rows(step, groups, advantages, self._config.sample_groups_per_step))
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, values)
+            if step == 1 or step % max(1, self._progress.total_steps // _SAMPLE_TEXTS_PER_RUN) == 0:
+                for sample in self._progress.sample if shown is not None else ():
+                    head = f"reward {shown_reward(sample.reward, sample.reason)}"
+                    self._tensorboard.text(
+                        step, f"samples/{sample.rank}", f"{sample.prompt}\n\n{sample.response}\n\n{head}"
+                    )
+        self._console.line(line)
+
+    def evaluation(self, step: int, accuracy: float, metrics: Mapping[str, float] | None = None) -> None:
+        """A held-out evaluation after `step` steps is done (0: before training)."""
+        with self._progress.lock:
+            times = {"time/evaluate": self._times.pop("evaluate")} if "evaluate" in self._times else {}
+            values = _numbers(times | dict(metrics or {}) | {"accuracy/heldout": accuracy})
+            self._progress.end_evaluation(step, float(accuracy), values)
+            line = evaluation_line(self._progress)
+        self.folder.append_metrics(self._record("evaluation", step, values))
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, values)
+        self._console.line(line)
+
+    def warn(self, message: str) -> None:
+        """Something the user should know. The same message again is counted, and said at its 10th, 100th, ... time."""
+        with self._progress.lock:
+            count = self._progress.add_warning(message)
+        if str(count).strip("0") == "1":
+            self._console.line(f"warning: {message}" + (f" ({count} times by now)" if count > 1 else ""))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The run is complete: writes summary.json and shows it."""
+        self.folder.write_summary(summary)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._console.summary(summary, self.folder.path, self._tensorboard is not None)
+        self._finished = True
+
+    def close(self) -> None:
+        """Close the files, leave the terminal as it was; harmless when repeated."""
+        self._opened.close()
+
+    def _record(self, kind: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+        version = values.get("weights/version")
+        return {
+            "kind": kind,
+            "step": step,
+            "policy_version": None if version is None else int(version),
+            "time": time.time(),
+            "seconds": round(self._progress.elapsed, 3),
+            **values,
+        }
+
+
+class _ShowWarnings(logging.Handler):
+    """Shows what rlkit's own modules log as warnings or worse."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(record.getMessage())
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metric {name!r} must be a number, not {value!r}") from error
+    return numbers
+
+
+def _shown(group: Group) -> list[ShownSample]:
+    prompt = next((m.content for m in reversed(group.prompt.messages) if m.role == "user"), "")
+    return [
+        ShownSample(rank, prompt, sample.text, total_reward(score), score.reason)
+        for rank, sample, score in best_and_worst_samples(group)
+    ]
