@@ -1,0 +1,194 @@
+"""Reward workers seen from the driver: every call has a deadline, a second try, and an end.
+
+pool = RewardPool(config.reward, RewardContext(threads=1), startup_timeout_seconds=600)
+await pool.start()
+scored = await pool.score(group_refs)     # scored.batches: refs of scored groups; scored.report: counts
+await pool.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rewards.base import RewardContext
+from rlkit.serving.results import RewardFailed, ScoreReport
+from rlkit.serving.worker import RewardWorker, mark_invalid, reward_class
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 5.0
+"""How long a reward may take to free what it holds before its process is killed."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What `RewardPool.score` returns."""
+
+    batches: list[Any]
+    """An object reference per batch given, in order and in the same shape, to the groups with their scores."""
+    report: ScoreReport
+
+
+@dataclass
+class WorkerState:
+    """One place in the pool and what its worker is doing."""
+
+    index: int
+    actor: Any = None
+    """None: dead; it is started again when it is needed."""
+    pid: int | None = None
+    busy_since: float | None = None
+    """`time.monotonic()` at the start of the call it is working on."""
+    calls: int = 0
+    restarts: int = 0
+
+
+class _Broken(Exception):  # noqa: N818 (a state, caught here)
+    """This worker failed this call and has been killed; the message is the reason for the samples."""
+
+
+class RewardPool:
+    """Reward workers (Ray actors). Used from one asyncio loop; calls beyond the number of workers wait their turn."""
+
+    def __init__(
+        self, reward: Mapping[str, Any], context: RewardContext, startup_timeout_seconds: float, gpus: float = 0.0
+    ) -> None:
+        """`reward` is the run's reward section: `_target_` and the fields of its Config; `gpus` are per worker."""
+        self.target: str = reward["_target_"]
+        self._options = {key: value for key, value in reward.items() if key != "_target_"}
+        self.config = reward_class(self.target).Config(**self._options)
+        self._context = context
+        self._startup_timeout = startup_timeout_seconds
+        self._gpus = gpus
+        self._workers = [WorkerState(index) for index in range(self.config.workers)]
+        self._idle: asyncio.Queue[WorkerState] = asyncio.Queue()
+
+    async def start(self) -> None:
+        """Start all workers side by side. Raises RewardFailed with the cause if one of them cannot start."""
+        results = await asyncio.gather(*(self._start(worker) for worker in self._workers), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.close()
+                raise result
+        for worker in self._workers:
+            self._idle.put_nowait(worker)
+
+    async def score(self, batches: Sequence[Any]) -> Scored:
+        """Score batches of groups: each a Group, a list of Groups, or an object reference to either.
+
+        A worker that misses the deadline, dies or raises is replaced and the call is tried once more; after that all
+        its samples are invalid, with the reason. Raises what `ray.get` would raise if a batch itself is lost.
+        """
+        # Put once, so that a second try does not send the tokens again and only references cross the driver.
+        refs = [batch if isinstance(batch, ray.ObjectRef) else ray.put(batch) for batch in batches]
+        worker = await self._idle.get()
+        try:
+            reason = ""
+            for _ in range(2):
+                try:
+                    return await self._score_once(worker, refs)
+                except _Broken as broken:
+                    reason = str(broken)
+                    log.warning("reward worker %d (%s): %s", worker.index, self.target, reason)
+        finally:
+            self._idle.put_nowait(worker)
+        *scored, report = ray.remote(num_cpus=0)(mark_invalid).options(num_returns=len(refs) + 1).remote(reason, *refs)
+        return Scored(scored, await report)
+
+    def health(self) -> list[dict[str, Any]]:
+        """State of each worker, without asking it: process id, seconds in the present call, calls, restarts."""
+        now = time.monotonic()
+        return [
+            {
+                "worker": worker.index,
+                "pid": worker.pid,
+                "alive": worker.actor is not None,
+                "busy_seconds": None if worker.busy_since is None else now - worker.busy_since,
+                "calls": worker.calls,
+                "restarts": worker.restarts,
+            }
+            for worker in self._workers
+        ]
+
+    async def close(self) -> None:
+        """End all workers: those that are idle get a few seconds to free what they hold."""
+        idle = [worker for worker in self._workers if worker.actor is not None and worker.busy_since is None]
+        closing = [asyncio.wait_for(_result(worker.actor.close.remote()), CLOSE_SECONDS) for worker in idle]
+        for worker, result in zip(idle, await asyncio.gather(*closing, return_exceptions=True), strict=True):
+            if isinstance(result, BaseException):
+                log.warning("reward worker %d did not close cleanly: %r", worker.index, result)
+        for worker in self._workers:
+            self._kill(worker)
+
+    async def _score_once(self, worker: WorkerState, refs: Sequence[Any]) -> Scored:
+        if worker.actor is None:
+            try:
+                await self._start(worker)
+            except RewardFailed as error:
+                raise _Broken(f"crash: the worker could not be started again: {error}") from error
+            worker.restarts += 1
+        worker.busy_since = time.monotonic()
+        finished = False
+        try:
+            *scored, report_ref = worker.actor.score.options(num_returns=len(refs) + 1).remote(*refs)
+            report = await asyncio.wait_for(_result(report_ref), self.config.timeout_seconds)
+            if report.error:
+                log.warning("reward worker %d raised:\n%s", worker.index, report.error)
+                raise _Broken("exception: " + report.error.strip().splitlines()[-1])
+            finished = True
+        except TimeoutError:
+            raise _Broken(f"timeout: no answer within reward.timeout_seconds={self.config.timeout_seconds:g}") from None
+        except RayActorError as error:
+            raise _Broken(f"crash: the worker process {worker.pid} died: {_first_line(error)}") from error
+        finally:
+            worker.busy_since = None
+            if not finished:  # also when cancelled: the actor is still busy with this call
+                self._kill(worker)
+        worker.calls += 1
+        return Scored(list(scored), report)
+
+    async def _start(self, worker: WorkerState) -> None:
+        """Start the worker's process; on failure it is dead and RewardFailed names the cause."""
+        environment = {
+            "OMP_NUM_THREADS": str(self._context.threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        kind = ray.remote(num_cpus=0, num_gpus=self._gpus, max_restarts=0)(RewardWorker)
+        worker.actor = kind.options(runtime_env={"env_vars": environment}).remote(
+            self.target, self._options, self._context
+        )
+        started = False
+        try:
+            worker.pid = await asyncio.wait_for(_result(worker.actor.start.remote()), self._startup_timeout)
+            started = True
+        except TimeoutError:
+            message = f"reward {self.target} was not ready after {self._startup_timeout:g} s"
+            raise RewardFailed(message) from None
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise RewardFailed(f"reward {self.target} cannot start: {_first_line(cause)}") from error
+        finally:
+            if not started:
+                self._kill(worker)
+
+    def _kill(self, worker: WorkerState) -> None:
+        if worker.actor is not None:
+            ray.kill(worker.actor, no_restart=True)
+            worker.actor = None
+
+
+async def _result(ref: Any) -> Any:
+    return await ref
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

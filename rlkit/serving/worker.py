@@ -1,0 +1,80 @@
+"""The process that hosts a reward: a Ray actor around any Reward class, named by its dotted path."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rewards.base import Reward, RewardContext
+from rlkit.experience import Group
+from rlkit.serving.results import ScoreReport, attach_scores, invalid_groups, report_on
+
+Groups = Group | Sequence[Group]
+"""One group or several: whatever an object reference of the rollout holds."""
+
+
+def reward_class(target: str) -> type[Reward]:
+    """The Reward class at a dotted path. Raises ValueError that names the path and what is wrong with it."""
+    module_name, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"reward._target_={target!r} cannot be loaded: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Reward)):
+        raise ValueError(f"reward._target_={target!r} is not a subclass of rewards.base.Reward")
+    return found
+
+
+class RewardWorker:
+    """Hosts one Reward. Made a Ray actor by the pool; usable without Ray as well."""
+
+    def __init__(self, target: str, options: Mapping[str, Any], context: RewardContext) -> None:
+        """`options` are the fields of the reward's Config."""
+        kind = reward_class(target)
+        self._reward = kind(kind.Config(**options), context)
+
+    def start(self) -> int:
+        """Load models and self-test; returns this process's id."""
+        self._reward.start()
+        return os.getpid()
+
+    def score(self, *batches: Groups) -> list[Any]:
+        """Score batches of groups; returns as many scored batches, in the same shapes, and a ScoreReport.
+
+        If the reward raises, the batches are None and the report holds the traceback: thus the pool can tell a broken
+        reward from a batch that never arrived.
+        """
+        start = time.perf_counter()
+        groups = [group for batch in batches for group in _as_list(batch)]
+        try:
+            scored = attach_scores(groups, self._reward.score(groups))
+        except Exception:
+            return [*(None for _ in batches), ScoreReport(error=traceback.format_exc(limit=20))]
+        report = report_on(scored, time.perf_counter() - start)
+        return [*_same_shapes(batches, scored), report]
+
+    def close(self) -> None:
+        """Let the reward free what it holds."""
+        self._reward.close()
+
+
+def mark_invalid(reason: str, *batches: Groups) -> list[Any]:
+    """Like RewardWorker.score, for batches that no worker could score: every sample is invalid."""
+    scored = invalid_groups((group for batch in batches for group in _as_list(batch)), reason)
+    return [*_same_shapes(batches, scored), report_on(scored, 0.0)]
+
+
+def _as_list(batch: Groups) -> Sequence[Group]:
+    return [batch] if isinstance(batch, Group) else batch
+
+
+def _same_shapes(batches: Sequence[Groups], groups: Sequence[Group]) -> list[Groups]:
+    remaining = iter(groups)
+    return [
+        next(remaining) if isinstance(batch, Group) else [next(remaining) for _ in range(len(batch))]
+        for batch in batches
+    ]
