@@ -186,7 +186,7 @@ def test_no_good_row_is_an_error_whatever_the_share(tmp_path: Path) -> None:
 
 
 def test_training_on_a_heldout_question_is_a_bad_row(tmp_path: Path) -> None:
-    train, heldout = good(50), good(51)[50:] + [{"question": " what  IS 3 + 1?", "answer": "#### 4"}]
+    train, heldout = good(50), [*good(51)[50:], {"question": " what  IS 3 + 1?", "answer": "#### 4"}]
     paths = {"path": write(tmp_path / "t.jsonl", train), "heldout_path": str(write(tmp_path / "h.jsonl", heldout))}
     kept, bad = jsonl(**paths, max_bad_row_share=0.02).load("train")
     assert len(kept) == 49 and bad[0].origin == "t.jsonl:4" and "h.jsonl:2" in bad[0].reason

@@ -93,7 +93,7 @@ def test_load_tokenizer(tmp_path: Path) -> None:
         loaded = load_tokenizer(tmp_path / "model")
     assert render([problem("a  b\n")], loaded, 100) == render([problem("a  b\n")], byte_tokenizer(), 100)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="model.path"):
+    with pytest.raises(DataError, match=r"model\.path"):
         load_tokenizer(tmp_path / "empty")
 
 

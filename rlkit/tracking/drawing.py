@@ -8,6 +8,7 @@ from itertools import pairwise
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-~=+*#"
+_NARROWEST_CURVE = 30
 
 
 def duration(seconds: float) -> str:
@@ -46,15 +47,16 @@ def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> 
 
 
 def curve(points: Sequence[tuple[int, float]], width: int, height: int, ascii_only: bool = False) -> list[str]:
-    """Lines of a plot of shares (0 to 1) over steps: measured points, joined by dots; empty below two finite points."""
+    """Lines of a plot of shares (0 to 1) over steps: measured points, joined by dots; empty if that is no curve."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
-    if len(points) < 2 or points[0][0] == points[-1][0]:
+    if len(points) < 2 or points[0][0] == points[-1][0] or width < _NARROWEST_CURVE:
         return []
     mark, dot, axis, corner, floor = ("o", ".", "|", "+", "-") if ascii_only else ("●", "·", "┤", "└", "─")
     low, high = min(y for _, y in points), max(y for _, y in points)
     if high - low < 0.01:
-        low, high = low - 0.005, high + 0.005
-    columns = max(width - 9, 10)
+        middle = min(max((low + high) / 2, 0.005), 0.995)
+        low, high = middle - 0.005, middle + 0.005
+    columns = width - 9
     first, last = points[0][0], points[-1][0]
     grid = [[" "] * columns for _ in range(height)]
 
