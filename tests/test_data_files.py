@@ -44,13 +44,16 @@ def test_gsm8k_loads_with_no_further_key() -> None:
     assert source.provides() == {"answer", "references"}
     train, bad = source.load("train")
     heldout, heldout_bad = source.load("heldout")
-    assert bad == [] and heldout_bad == []
+    assert bad == []
+    assert heldout_bad == []
     assert len(train) + len(heldout) == 7473
     assert 0.04 < len(heldout) / 7473 < 0.06
     assert not {question_key(p) for p in train} & {question_key(p) for p in heldout}
     first = train[0]
-    assert first.answer == "72" and first.origin == "train.jsonl:1"
-    assert "<<" not in first.references[0] and first.references[0].endswith("#### 72")
+    assert first.answer == "72"
+    assert first.origin == "train.jsonl:1"
+    assert "<<" not in first.references[0]
+    assert first.references[0].endswith("#### 72")
 
 
 @needs_gsm8k
@@ -71,7 +74,8 @@ def test_gsm8k_form(tmp_path: Path) -> None:
     (problem, *_), _ = jsonl(path, heldout_share=0.1).load("train")
     assert problem.references == ("0 + 1 = 1\n#### 1",)
     (raw, *_), _ = jsonl(path, heldout_share=0.1, strip_annotations=False).load("train")
-    assert "<<0+1=1>>" in raw.references[0] and raw.answer == problem.answer == "1"
+    assert "<<0+1=1>>" in raw.references[0]
+    assert raw.answer == problem.answer == "1"
 
 
 def test_columns(tmp_path: Path) -> None:
@@ -109,7 +113,8 @@ def test_one_reference_column_as_a_text_and_no_answers(tmp_path: Path) -> None:
     source = jsonl(write(tmp_path / "d.jsonl", rows), answer_column=None, reference_columns="solution")
     assert source.provides() == {"references"}
     problem = source.load("train")[0][0]
-    assert problem.answer is None and len(problem.references) == 1
+    assert problem.answer is None
+    assert len(problem.references) == 1
 
 
 def test_own_system_message_wins(tmp_path: Path) -> None:
@@ -158,14 +163,16 @@ def test_not_utf8(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", good(30))
     path.write_bytes(path.read_bytes() + b'{"question": "\xff", "answer": "#### 1"}\n')
     _, bad = jsonl(path, max_bad_row_share=0.1).load("train")
-    assert bad[0].origin == "d.jsonl:31" and "UTF-8" in bad[0].reason
+    assert bad[0].origin == "d.jsonl:31"
+    assert "UTF-8" in bad[0].reason
 
 
 def test_duplicate_ids(tmp_path: Path) -> None:
     rows = [row | {"id": f"p{i}"} for i, row in enumerate(good(20))]
     rows[7]["id"] = "p3"
     _, bad = jsonl(write(tmp_path / "d.jsonl", rows), id_column="id", max_bad_row_share=0.1).load("train")
-    assert bad[0].origin == "d.jsonl:8" and "d.jsonl:4" in bad[0].reason
+    assert bad[0].origin == "d.jsonl:8"
+    assert "d.jsonl:4" in bad[0].reason
 
 
 def test_too_many_bad_rows(tmp_path: Path) -> None:
@@ -173,7 +180,9 @@ def test_too_many_bad_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         jsonl(write(tmp_path / "d.jsonl", rows)).load("train")
     message = str(caught.value)
-    assert "7 of 100 rows" in message and "d.jsonl:94: broken JSON" in message and "and 2 more" in message
+    assert "7 of 100 rows" in message
+    assert "d.jsonl:94: broken JSON" in message
+    assert "and 2 more" in message
     assert "data.max_bad_row_share=0.07" in message
     assert len(jsonl(tmp_path / "d.jsonl", max_bad_row_share=0.07).load("train")[1]) == 7
 
@@ -189,7 +198,9 @@ def test_training_on_a_heldout_question_is_a_bad_row(tmp_path: Path) -> None:
     train, heldout = good(50), [*good(51)[50:], {"question": " what  IS 3 + 1?", "answer": "#### 4"}]
     paths = {"path": write(tmp_path / "t.jsonl", train), "heldout_path": str(write(tmp_path / "h.jsonl", heldout))}
     kept, bad = jsonl(**paths, max_bad_row_share=0.02).load("train")
-    assert len(kept) == 49 and bad[0].origin == "t.jsonl:4" and "h.jsonl:2" in bad[0].reason
+    assert len(kept) == 49
+    assert bad[0].origin == "t.jsonl:4"
+    assert "h.jsonl:2" in bad[0].reason
     with pytest.raises(DataError, match="held out"):
         jsonl(**paths).load("train")
 
@@ -199,7 +210,8 @@ def test_share_split_keeps_equal_questions_together_and_does_not_depend_on_order
     forward = jsonl(write(tmp_path / "a.jsonl", rows), heldout_share=0.2)
     backward = jsonl(write(tmp_path / "b.jsonl", rows[::-1]), heldout_share=0.2)
     heldout = {question_key(p) for p in forward.load("heldout")[0]}
-    assert len(heldout) == 10 and len(forward.load("heldout")[0]) == 20
+    assert len(heldout) == 10
+    assert len(forward.load("heldout")[0]) == 20
     assert heldout == {question_key(p) for p in backward.load("heldout")[0]}
     assert not heldout & {question_key(p) for p in forward.load("train")[0]}
     other = jsonl(tmp_path / "a.jsonl", heldout_share=0.2, heldout_seed=1)
@@ -209,7 +221,8 @@ def test_share_split_keeps_equal_questions_together_and_does_not_depend_on_order
 def test_check_proposes_the_nearest_column(tmp_path: Path) -> None:
     messages = jsonl(write(tmp_path / "d.jsonl", good(3)), prompt_column="qestion", id_column="uuid").check()
     assert len(messages) == 2
-    assert "'qestion'" in messages[0] and "Did you mean 'question'?" in messages[0]
+    assert "'qestion'" in messages[0]
+    assert "Did you mean 'question'?" in messages[0]
     assert "data.id_column" in messages[1]
 
 
@@ -219,7 +232,8 @@ def test_check_names_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text(json.dumps(good(3), indent=1))
     assert "use data=hf" in jsonl(tmp_path / "list.jsonl").check()[0]
     both = jsonl(tmp_path / "absent.jsonl", heldout_path=str(tmp_path / "gone.jsonl")).check()
-    assert len(both) == 2 and "data.heldout_path" in both[1]
+    assert len(both) == 2
+    assert "data.heldout_path" in both[1]
 
 
 def test_gzip_whole_and_truncated(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def test_template_applied_once_with_one_bos() -> None:
     assert tokenizer("x")["input_ids"][0] == 0  # the trap: tokenising rendered text would add a second BOS
     (prompt,), bad = render([problem("2+2?  ok\n")], tokenizer, 100)
     assert bad == []
-    assert prompt.token_ids.count(0) == 1 and prompt.token_ids[0] == 0
+    assert prompt.token_ids.count(0) == 1
+    assert prompt.token_ids[0] == 0
     assert tokenizer.decode(list(prompt.token_ids)) == "<s><user>2+2?  ok\n</s><assistant>"
     assert all(type(token) is int for token in prompt.token_ids)
     assert (prompt.id, prompt.references, prompt.answer, prompt.columns) == ("d.jsonl:1", ("r",), "1", {"k": 2})
@@ -59,7 +60,8 @@ def test_long_and_refused_prompts_are_bad_rows_and_order_is_kept() -> None:
     assert [p.id for p in prompts] == ["d.jsonl:1", "d.jsonl:2", "d.jsonl:4"]
     assert [b.origin for b in bad] == ["d.jsonl:3", "d.jsonl:5"]
     assert "no critics here" in bad[0].reason
-    assert f"{longest + 1} tokens" in bad[1].reason and "rollout.max_prompt_tokens" in bad[1].reason
+    assert f"{longest + 1} tokens" in bad[1].reason
+    assert "rollout.max_prompt_tokens" in bad[1].reason
 
 
 def test_no_template() -> None:

@@ -35,7 +35,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         expected = Tokenizer.from_file(str(saved)).encode(_PROBE, add_special_tokens=False).ids
         if tokenizer.encode(_PROBE, add_special_tokens=False) != expected:
             warnings.warn(
-                f"{path}: transformers chose {type(tokenizer).__name__} for this model_type, and it splits text otherwise "
+                f"{path}: transformers chose {type(tokenizer).__name__} for this model_type; it splits text otherwise "
                 "than the saved tokenizer.json; if the model was trained with the latter, change its model_type.",
                 stacklevel=2,
             )

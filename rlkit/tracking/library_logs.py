@@ -27,7 +27,7 @@ class CapturedOutput:
         _flush()
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         self._saved = (os.dup(1), os.dup(2))
-        self.terminal: TextIO = open(os.dup(1), "w", encoding=encoding, errors="replace", buffering=1)
+        self.terminal: TextIO = os.fdopen(os.dup(1), "w", encoding=encoding, errors="replace", buffering=1)
         _redirect(self._log_path)
         self._handler = logging.FileHandler(self._log_path, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter(_FORMAT))
