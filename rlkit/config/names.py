@@ -10,9 +10,11 @@ OTHER_NAMES = {
     "batch_size": "trainer.prompts_per_step",
     "rollout_batch_size": "trainer.prompts_per_step",
     "train_batch_size": "trainer.prompts_per_step",
-    "beta": "algorithm.kl_coef",
-    "kl_beta": "algorithm.kl_coef",
-    "kl_loss_coef": "algorithm.kl_coef",
+    "beta": "algorithm.kl_coefficient",
+    "entropy_coef": "algorithm.entropy_coefficient",
+    "kl_beta": "algorithm.kl_coefficient",
+    "kl_coef": "algorithm.kl_coefficient",
+    "kl_loss_coef": "algorithm.kl_coefficient",
     "clip_eps": "algorithm.clip_low",
     "clip_ratio": "algorithm.clip_low",
     "epsilon": "algorithm.clip_low",
@@ -47,6 +49,7 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The valid name that looks most like `name`, None if none does."""
     spelled = {candidate.lower(): candidate for candidate in valid}
     found = get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
+    found += [candidate for candidate in sorted(spelled) if len(name) > 1 and name.lower() in candidate]
     return spelled[found[0]] if found else None
 
 
@@ -77,6 +80,6 @@ def similar_keys(key: str, valid: Collection[str]) -> list[str]:
     anywhere = get_close_matches(leaf, set(leaves.values()), n=1, cutoff=0.75)
     if anywhere:
         return [full for full, own in leaves.items() if own == anywhere[0]][:3]
-    words = [full for full, own in leaves.items() if len(leaf) > 2 and set(leaf.split("_")) <= set(own.split("_"))]
+    words = [full for full, own in leaves.items() if len(leaf) > 1 and set(leaf.split("_")) <= set(own.split("_"))]
     inside_first = sorted(words, key=lambda full: not full.startswith(f"{section}."))
     return inside_first[:3] or get_close_matches(key, valid, n=1, cutoff=0.75)

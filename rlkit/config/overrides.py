@@ -54,10 +54,10 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
         override = parser.parse_override(argument)
     except HydraException as error:
         reason = str(error).splitlines()[0]
-        key, _, value = argument.partition("=")
-        if key != key.strip() or value != value.strip():
+        key, _, text = argument.partition("=")
+        if key != key.strip() or text != text.strip():
             return f"remove the spaces around `=` ({reason})"
-        hint = f"quote special characters for the shell and for Hydra: \"{key}='{value}'\""
+        hint = f"quote special characters for the shell and for Hydra: \"{key}='{text}'\""
         return f"cannot be parsed ({reason}); {hint}"
     key = override.key_or_group
     if override.type == OverrideType.DEL:
@@ -68,7 +68,7 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
         return "Hydra only composes the configuration here; its own settings have no effect"
     if override.is_sweep_override():
         return "one run takes one value, not a sweep; write a list as key=[a,b] and text with a comma as key='\"a,b\"'"
-    value = override.value()
+    value: Any = override.value()
     if key in options and not isinstance(value, dict):
         return _choose(argument, key, value, options, result)
     result.values.pop(key, None)  # the last one counts, also in order

@@ -55,7 +55,7 @@ def _actors(run: ResolvedRun) -> list[Line]:
         Line("actors", "buffer", "1"),
     ]
     if run.make_algorithm().needs().reference_policy:
-        lines.append(Line("actors", "reference policy", "the initial policy's log-probs, computed on the learner"))
+        lines.append(Line("actors", "reference policy", "the initial policy, for its log-probs"))
     return lines
 
 

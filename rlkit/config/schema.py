@@ -85,6 +85,21 @@ class RolloutConfig(Section):
     """Largest log-prob difference on the canary prompt after a weight update; null: 1e-3 in fp32, 0.15 otherwise."""
 
 
+class BufferConfig(Section):
+    """Which scored groups are trained on. Rejected groups are replaced by newly sampled ones."""
+
+    drop_equal_rewards: bool = False
+    """Reject groups whose rewards are all equal: nothing to learn from them (DAPO's dynamic sampling)."""
+    min_group_reward: float | None = None
+    """Reject groups whose mean reward is below this (inclusive bound; with 0/1 rewards: the group's accuracy)."""
+    max_group_reward: float | None = None
+    """Reject groups whose mean reward is above this (inclusive bound)."""
+    drop_truncated: bool = False
+    """Reject groups with a response that was cut at `rollout.max_response_tokens`."""
+    max_rejected_share: float = Field(default=0.9, gt=0, lt=1)
+    """If more than this share of the groups of one step is rejected, the run stops and says which filter did it."""
+
+
 class LearnerConfig(Section):
     """The DeepSpeed policy learner."""
 
@@ -154,6 +169,7 @@ class RunConfig(Section):
     trainer: TrainerConfig = TrainerConfig()
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
+    buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -25,9 +25,14 @@ class Sources:
 
     def where(self, key: str, value: Any) -> str:
         """The argument that set `key`, or `key=value` and the file it is from; `key` alone if nothing set it."""
-        for parent in (key, *_parents(key)):
-            if parent in self.typed and not (parent != key and "{" not in self.typed[parent]):
-                return self.typed[parent]
+        if key in self.typed:
+            return self.typed[key]
+        below = [argument for name, argument in self.typed.items() if name.startswith(f"{key}.")]
+        whole = [self.typed[name] for name in _parents(key) if "{" in self.typed.get(name, "")]
+        if isinstance(value, dict) and below:
+            return below[-1]  # `seed.x=1` makes a section of what is a value
+        if whole:
+            return whole[0]  # `trainer={total_steps: 3}`
         text = key if value is None or isinstance(value, dict) else f"{key}={_spelled(value)}"
         return f"{self.file}: {text}" if any(name in self.in_file for name in (key, *_parents(key))) else text
 

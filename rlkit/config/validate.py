@@ -20,9 +20,17 @@ Where = Callable[[str, Any], str]
 
 
 def validate(
-    model: type[BaseModel], tree: Mapping[str, Any], prefix: str, known_keys: Collection[str], where: Where
+    model: type[BaseModel],
+    tree: Mapping[str, Any],
+    prefix: str,
+    known_keys: Collection[str],
+    where: Where,
+    notes: Mapping[str, str],
 ) -> tuple[BaseModel | None, list[Problem]]:
-    """The typed section, or None and why not. `prefix` (`reward.`) precedes all keys in messages."""
+    """The typed section, or None and why not.
+
+    `prefix` (`reward.`) precedes all keys in messages; `notes` say about some unknown keys what is known of them.
+    """
     missing = list(_missing(tree, prefix))
     problems = [Problem(key, f"needs a value; write {key}=VALUE") for key in missing]
     unsuitable = dict(unsuitable_scalars(model, tree, prefix))
@@ -36,18 +44,20 @@ def validate(
             key = prefix + ".".join(str(step) for step in details["loc"]) if details["loc"] else prefix.rstrip(".")
             if key in missing or key in unsuitable:
                 continue
-            problems.append(_problem(key, details, fields, known_keys, where))
+            if details["type"] == "extra_forbidden":
+                for leaf, value in _leaves(key, details["input"]):
+                    note = notes.get(leaf)
+                    message = f"no such key: {note}" if note else unknown_key(leaf, known_keys)
+                    problems.append(Problem(where(leaf, value), message))
+            else:
+                problems.append(_problem(key, details, fields, where))
     return (None if problems else section), list(dict.fromkeys(problems))
 
 
-def _problem(
-    key: str, details: Any, fields: Mapping[str, FieldInfo], known_keys: Collection[str], where: Where
-) -> Problem:
+def _problem(key: str, details: Any, fields: Mapping[str, FieldInfo], where: Where) -> Problem:
     kind, value = details["type"], details.get("input")
     if kind == "missing":
         return Problem(key, f"needs a value; write {key}=VALUE")
-    if kind == "extra_forbidden":
-        return Problem(where(key, value), unknown_key(key, known_keys))
     name = _field_name(key, fields)
     info = fields.get(name) if name else None
     if kind in ("value_error", "assertion_error"):  # a validator of the section's own says it best
@@ -79,6 +89,15 @@ def _field_name(key: str, fields: Mapping[str, FieldInfo]) -> str | None:
             return key
         key = key.rpartition(".")[0]
     return None
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(full key, value) of everything below an unknown section; the key itself where it is a value."""
+    if not isinstance(value, Mapping) or not value:
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _leaves(f"{key}.{name}", inner)
 
 
 def _missing(tree: Mapping[str, Any], prefix: str) -> Iterator[str]:

@@ -1,0 +1,38 @@
+"""Settings and fixtures that all tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+# Before anything imports them: no network, and no more threads than the test machine has.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The checkout that the tests are in."""
+    return ROOT
+
+
+@pytest.fixture
+def bare_model(tmp_path: Path) -> Path:
+    """A folder that looks like a model to the configuration: config, tokenizer file, weights of 12,800 parameters."""
+    folder = tmp_path / "bare_model"
+    folder.mkdir()
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 128, "vocab_size": 100}
+    config = {"model_type": "llama", "max_position_embeddings": 1024, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    tensors = {"embed": {"dtype": "F32", "shape": [100, 128], "data_offsets": [0, 51200]}, "__metadata__": {}}
+    header = json.dumps(tensors).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(51200))
+    return folder
