@@ -553,3 +553,17 @@ ray.shutdown()
     log = (tmp_path / "actor.log").read_text()
     for text in ("printed in the actor", "WARNING vllm: logged in the actor", "child of the actor"):
         assert text in log
+
+
+def test_every_metric_is_documented() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    areas = "accuracy|advantage|buffer|critic|group|kl|length|mismatch|policy|reward|time|tokens|weights"
+    emitted = {
+        (name, file.relative_to(ROOT).as_posix())
+        for folder in ("rlkit", "algorithms", "rewards")
+        for file in (ROOT / folder).rglob("*.py")
+        for name in re.findall(rf"[\"']((?:{areas})/[a-z_0-9]+)[\"']", file.read_text())
+    }
+    assert len(emitted) > 5
+    missing = sorted(f"{name} ({file})" for name, file in emitted if f"`{name}`" not in page)
+    assert not missing, f"explain these in docs/metrics.md: {', '.join(missing)}"
