@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from rlkit.experience import Group, GroupScores
 
@@ -17,11 +17,11 @@ class RewardConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    timeout_seconds: float = 120.0
+    timeout_seconds: float = Field(default=120.0, gt=0)
     """Deadline of one scoring call. After it the worker is killed and replaced, and the call is tried once more."""
-    max_failed_share: float = 0.2
+    max_failed_share: float = Field(default=0.2, ge=0, le=1)
     """Share of invalid scores in one training step above which the run stops and names the cause (0 to 1)."""
-    workers: int = 1
+    workers: int = Field(default=1, ge=1)
     """Reward processes that score side by side."""
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from rlkit.config.load import load_config
 from rlkit.config.problems import ConfigError
-from rlkit.config.resolved import ResolvedRun, write_config
+from rlkit.config.resolved import ResolvedRun, config_text
 
 Load = Callable[..., ResolvedRun]
 Problems = Callable[..., list[str]]
@@ -235,7 +235,8 @@ def test_written_configuration_gives_the_same_run_again(load: Load, tmp_path: Pa
     first = load(
         "reward._target_=my_parts.MyReward", "data._target_=my_parts.MyData", "data.size=7", "learner.betas=[0.8,0.9]"
     )
-    file = write_config(first.config, tmp_path / "run")
+    file = tmp_path / "config.yaml"
+    file.write_text(config_text(first.config))
     again = load_config([], file)
     assert again.reward_config == first.reward_config
     before, after = first.config.model_dump(), again.config.model_dump()

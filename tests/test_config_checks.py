@@ -118,7 +118,7 @@ def test_a_short_run_with_default_intervals_has_no_warning() -> None:
     assert run_checks({"trainer": TrainerConfig(total_steps=2)}) == []
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints"])
 def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
     assert run_checks({"run_dir": tmp_path}) == []
     (tmp_path / name).touch()
@@ -132,6 +132,12 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     file.touch()
     (finding,) = run_checks({"run_dir": file})
     assert "is a file" in finding.message
+
+
+def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (finding,) = run_checks({"run_dir": tmp_path / "file" / "run"})
+    assert "cannot be made" in finding.message
 
 
 def test_model_shape_comes_from_headers_alone(bare_model: Path) -> None:

@@ -7,6 +7,7 @@ that refuses the run, or one that only warns.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 from algorithms.base import Algorithm
 from rlkit.config.model_folder import ModelFolderError, ModelShape
 from rlkit.config.parts import Part
-from rlkit.config.resolved import CONFIG_FILE
 from rlkit.config.schema import (
     ClusterConfig,
     LearnerConfig,
@@ -23,6 +23,9 @@ from rlkit.config.schema import (
     TrainerConfig,
 )
 from rlkit.data.base import DataSource
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
+"""What a folder that holds a run has in it."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Findings:
 
 def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Findings:
     """Training assumes that both compute the same log-probs."""
-    why = "the sampler's log-probs then differ from the learner's; watch rollout/logprob_difference"
+    why = "the sampler's log-probs then differ from the learner's; watch mismatch/logprob_mean"
     if rollout.top_p < 1:
         yield Finding("rollout.top_p", f"samples from a truncated distribution: {why}", warning=True)
     if rollout.top_k > 0:
@@ -228,11 +231,14 @@ def run_folder_is_free(run_dir: Path) -> Findings:
     if run_dir.exists() and not run_dir.is_dir():
         yield Finding("run_dir", "is a file, not a folder; choose another name")
         return
-    found = [name for name in (CONFIG_FILE, "metrics.jsonl", "checkpoints") if (run_dir / name).exists()]
+    found = [name for name in RUN_FILES if (run_dir / name).exists()]
     if found:
         yield Finding(
             "run_dir", f"already holds a run ({', '.join(found)}); choose another folder, or move that one away"
         )
+    existing = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        yield Finding("run_dir", f"cannot be made: {existing} is no folder that you may write to")
 
 
 CHECKS: tuple[Callable[..., Findings], ...] = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,8 +13,6 @@ from rewards.base import Reward, RewardConfig
 from rlkit.config.problems import Problem
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import DataConfig, DataSource
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -47,12 +44,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def write_config(config: RunConfig, folder: Path) -> Path:
-    """Write `config.yaml` into the run folder (made if missing); `--config FILE` reads it again. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / CONFIG_FILE
-    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
-    part = file.with_suffix(".part")
-    part.write_text(f"# rlkit {rlkit.__version__}. Run it again: python -m rlkit.train --config {file}\n{text}")
-    part.replace(file)
-    return file
+def config_text(config: RunConfig) -> str:
+    """The content of the run folder's `config.yaml`, every value spelled out; `--config FILE` reads it again."""
+    head = f"# Written by rlkit {rlkit.__version__}. The same run again: python -m rlkit.train --config THIS_FILE\n"
+    return head + yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
