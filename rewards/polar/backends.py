@@ -1,0 +1,171 @@
+"""The two ways to run the discriminator in the reward's process: packed transformers, and vLLM's pooling runner."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlkit.models.packing import Tree
+
+
+class DiscriminatorError(ValueError):
+    """A model folder that cannot serve as discriminator; the message says why and what to do."""
+
+
+class Backend(Protocol):
+    """Scores token sequences."""
+
+    def score(self, trees: Sequence[Tree]) -> list[float]:
+        """Raw logits of all sequences of all trees, in order."""
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...
+
+
+class TransformersBackend:
+    """The model in this process; what the samples of a group have in common is computed once."""
+
+    def __init__(self, folder: Path, device: str, dtype: str, threads: int, tokens_per_batch: int) -> None:
+        import torch
+
+        from rlkit.models.policy import load_scorer
+
+        torch.set_num_threads(threads)
+        self._device = device
+        self._tokens_per_batch = tokens_per_batch
+        self._scorer: Any = load_scorer(folder, torch_dtype(dtype, device)).to(device).eval()
+
+    def score(self, trees: Sequence[Tree]) -> list[float]:
+        import torch
+
+        from rlkit.models.packing import pack, split_by_tokens
+
+        parts = [part for tree in trees for part in cut(tree, self._tokens_per_batch)]
+        scores: list[list[float]] = [[] for _ in parts]
+        with torch.inference_mode():
+            for batch in split_by_tokens([expanded_tokens(part) for part in parts], self._tokens_per_batch):
+                values = iter(self._scorer(pack([parts[i] for i in batch]).to(self._device)).tolist())
+                for i in batch:
+                    scores[i] = [next(values) for _ in parts[i].suffixes]
+        return [score for part in scores for score in part]
+
+    def close(self) -> None:
+        self._scorer = None
+        gc.collect()
+
+
+class VllmBackend:
+    """vLLM's pooling runner in this process; its prefix cache shares what sequences have in common."""
+
+    def __init__(
+        self, folder: Path, device: str, dtype: str, max_length: int, memory_gib: float, gpu_memory_utilization: float
+    ) -> None:
+        # One process, no core binding: the reward shares its cores with the sampler and must die with its actor.
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(memory_gib)))
+        from vllm import LLM
+
+        on_gpu = device != "cpu"
+        self._llm: Any = LLM(
+            model=str(folder),
+            runner="pooling",
+            dtype=dtype if dtype != "auto" else ("bfloat16" if on_gpu else "float32"),
+            max_model_len=max_length,
+            enable_prefix_caching=True,
+            enforce_eager=True,
+            disable_log_stats=True,
+            trust_remote_code=False,
+            **(
+                {"gpu_memory_utilization": gpu_memory_utilization}
+                if on_gpu
+                else {"distributed_executor_backend": "uni"}
+            ),
+        )
+
+    def score(self, trees: Sequence[Tree]) -> list[float]:
+        from vllm import PoolingParams
+
+        prompts = [{"prompt_token_ids": [*tree.prefix, *suffix]} for tree in trees for suffix in tree.suffixes]
+        # vLLM passes a one-label classifier through a sigmoid unless told not to.
+        outputs = self._llm.classify(prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False)
+        return [float(output.outputs.probs[0]) for output in outputs]
+
+    def close(self) -> None:
+        self._llm = None
+        gc.collect()
+
+
+def plain_scores(folder: Path, device: str, dtype: str, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """The yardstick: transformers' own model class, one unpadded sequence at a time, read at its last token."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch_dtype(dtype, device), attn_implementation="eager", trust_remote_code=False
+    )
+    model = model.to(device).eval()
+    scores = []
+    with torch.inference_mode():
+        for ids in sequences:
+            hidden = model.base_model(input_ids=torch.tensor([ids], device=device), use_cache=False).last_hidden_state
+            scores.append(float(torch.nn.functional.linear(hidden[0, -1].float(), model.score.weight.float())))
+    return scores
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The model's config.json. Raises DiscriminatorError if this is no one-label sequence classifier."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DiscriminatorError(f"reward.model_path: {folder} holds no config.json; name a Hugging Face model folder")
+    config: dict[str, Any] = json.loads(path.read_text())
+    architectures = config.get("architectures") or ["(none)"]
+    if not architectures[0].endswith("ForSequenceClassification"):
+        raise DiscriminatorError(
+            f"reward.model_path: {folder} holds a {architectures[0]}; a discriminator is a "
+            "`...ForSequenceClassification` with one label (an InternLM2ForRewardModel has to be converted to "
+            "LlamaForSequenceClassification, and a causal language model has no trained head)"
+        )
+    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    if labels != 1:
+        raise DiscriminatorError(f"reward.model_path: {folder} has {labels} labels; a discriminator has one")
+    return config
+
+
+def torch_dtype(dtype: str, device: str) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 on CPU; the head is computed in float32 either way."""
+    import torch
+
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def expanded_tokens(tree: Tree) -> int:
+    """Tokens of all sequences of a tree, the shared prefix counted for each."""
+    return len(tree.prefix) * len(tree.suffixes) + sum(len(suffix) for suffix in tree.suffixes)
+
+
+def cut(tree: Tree, limit: int) -> list[Tree]:
+    """The tree as several with the same prefix, each of at most `limit` expanded tokens (or one sequence)."""
+    from rlkit.models.packing import Tree
+
+    parts: list[list[Sequence[int]]] = [[]]
+    room = limit
+    for suffix in tree.suffixes:
+        size = len(tree.prefix) + len(suffix)
+        if parts[-1] and size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(suffix)
+        room -= size
+    return [Tree(tree.prefix, part) for part in parts]

@@ -1,0 +1,154 @@
+"""POLAR's input text: `prompt⊕reference <|reward|> prompt⊕candidate [UNUSED_TOKEN_130]`, plain text, no chat template.
+
+Equal to the official client byte for byte (arXiv 2507.05197, InternLM/POLAR), with four differences, all of them bugs
+there: both markers are removed from what people and models wrote, so that no response can forge them; a prompt
+without any room left is dropped instead of kept whole; responses are always cut on the right (the official copies
+differ); and whether an empty response keeps its line break is chosen, not left to a comparison that never holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol
+
+from rlkit.experience import Message
+
+SEPARATOR = "<|reward|>"
+"""Between the half with the reference and the half with the candidate."""
+MARKER = "[UNUSED_TOKEN_130]"
+"""The last token; the score is read there."""
+RESERVED_TOKENS = 4
+"""Kept free for the two markers and the two line breaks."""
+
+Wrapper = Literal["sft", "pretrain"]
+UnclosedThinking = Literal["empty", "keep"]
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
+
+    def decode(
+        self, token_ids: Sequence[int], skip_special_tokens: bool = ..., clean_up_tokenization_spaces: bool = ...
+    ) -> str: ...
+
+    def convert_tokens_to_ids(self, token: str) -> int: ...
+
+
+class SerialisationError(ValueError):
+    """A text or a tokenizer that does not give POLAR's layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long the parts may be, in tokens (a BOS token that the tokenizer adds counts)."""
+
+    max_length: int = 16384
+    """The whole input."""
+    max_response_length: int = 4096
+    """Reference and candidate, each; cut on the right. The prompt gets what is left, cut on the left."""
+
+
+class Serialiser:
+    """Turns (prompt, reference, candidate) into POLAR's text and token ids."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        wrapper: Wrapper = "sft",
+        newline_before_empty: bool = True,
+    ) -> None:
+        """Raises SerialisationError if the tokenizer does not know the two markers as single tokens."""
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._wrapper = wrapper
+        self._newline_before_empty = newline_before_empty
+        self.separator_id = self._single_token(SEPARATOR)
+        self.marker_id = self._single_token(MARKER)
+        self._encode_part = lru_cache(maxsize=4096)(self._encode_part_uncached)
+
+    def text(self, prompt: str, reference: str, candidate: str) -> str:
+        """The input as text. Tokenise it as a whole: merges across the joints matter."""
+        prompt_ids, reference_ids, candidate_ids = (self._encode_part(part) for part in (prompt, reference, candidate))
+        reference_ids = reference_ids[: self._limits.max_response_length]
+        candidate_ids = candidate_ids[: self._limits.max_response_length]
+        room = self._limits.max_length - RESERVED_TOKENS - len(reference_ids) - len(candidate_ids)
+        budget = max(0, room // 2)
+        prompt_ids = prompt_ids[len(prompt_ids) - min(budget, len(prompt_ids)) :]
+        shared = self._decode_part(prompt_ids)
+        return (
+            self._join(shared, self._decode_part(reference_ids))
+            + SEPARATOR
+            + self._join(shared, self._decode_part(candidate_ids))
+            + MARKER
+        )
+
+    def token_ids(self, text: str) -> list[int]:
+        """The input as token ids. Raises SerialisationError unless it has one separator and ends in the marker."""
+        ids = list(self._tokenizer.encode(text, add_special_tokens=True))
+        if ids.count(self.separator_id) != 1 or ids.count(self.marker_id) != 1 or ids[-1] != self.marker_id:
+            raise SerialisationError(
+                f"expected one {SEPARATOR} and one {MARKER}, the latter last; found {ids.count(self.separator_id)} and "
+                f"{ids.count(self.marker_id)}, and token {ids[-1]} last (does the tokenizer append an end token?)"
+            )
+        return ids
+
+    def _join(self, prompt: str, response: str) -> str:
+        if self._wrapper == "pretrain" or (not response and not self._newline_before_empty):
+            return prompt + response
+        return prompt + "\n" + response
+
+    def _encode_part_uncached(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(without_markers(text), add_special_tokens=True))
+
+    def _decode_part(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # A special token inside a forged marker hides it until decoding drops that token.
+        return without_markers(text)
+
+    def _single_token(self, text: str) -> int:
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise SerialisationError(
+                f"the tokenizer splits {text} into {len(ids)} tokens; a POLAR tokenizer has it as one special token"
+            )
+        return ids[0]
+
+
+def without_markers(text: str) -> str:
+    """The text without both markers, and without any that their removal would put together."""
+    while SEPARATOR in text or MARKER in text:
+        text = text.replace(SEPARATOR, "").replace(MARKER, "")
+    return text
+
+
+def prompt_text(messages: Sequence[Message]) -> str:
+    """All contents, one per line; roles are not part of POLAR's input."""
+    return "\n".join(message.content for message in messages)
+
+
+def without_thinking(text: str, unclosed: UnclosedThinking = "empty") -> str:
+    """The answer without its `<think>...</think>` parts.
+
+    A `</think>` without its opening (the chat template wrote that) ends a thought that began with the text. An unclosed
+    `<think>` has no answer after it: `empty` keeps only what stands before it, `keep` leaves the thought in.
+    """
+    opening, closing = "<think>", "</think>"
+    if opening not in text and closing not in text:
+        return text
+    first_closing = text.find(closing)
+    if first_closing >= 0 and not 0 <= text.find(opening) < first_closing:
+        text = text[first_closing + len(closing) :]
+    kept = ""
+    while opening in text:
+        before, _, rest = text.partition(opening)
+        kept += before
+        thought, closed, text = rest.partition(closing)
+        if not closed:
+            text = thought if unclosed == "keep" else ""
+            break
+    return (kept + text).strip()
