@@ -57,6 +57,11 @@ class Reward(ABC):
         self.config = config
         self.context = context
 
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """Cheap checks before a run (model folders exist, ...), without heavy imports: messages for the user."""
+        return []
+
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
         """Load models and test oneself. Raise with a message for the user if scoring cannot work."""
 

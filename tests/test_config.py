@@ -52,6 +52,12 @@ class MyAlgorithm(Algorithm):
 class HalfReward(Reward):
     pass
 
+class FussyReward(MyReward):
+    needs = RewardNeeds()
+    @classmethod
+    def check(cls, config):
+        return [f"mode={config.mode}: no such folder"]
+
 class FussyData(MyData):
     def __init__(self, config, seed):
         raise RuntimeError("no luck")
@@ -210,6 +216,7 @@ def test_a_class_of_the_user_s_brings_its_own_fields(load: Load) -> None:
         (["reward._target_=my_parts.MyReward", "reward.treshold=1"], "did you mean reward.threshold?"),
         (["data._target_=my_parts.MyData"], "data.size: needs a value"),
         (["data._target_=my_parts.FussyData", "data.size=1"], "cannot be made: RuntimeError: no luck"),
+        (["reward._target_=my_parts.FussyReward"], "reward._target_=my_parts.FussyReward: mode=plain: no such folder"),
         (["reward._target_=my_parts.MyRewrd"], "did you mean my_parts.MyReward?"),
         (["reward._target_=my_parts.HalfReward"], "lacks score()"),
         (["reward._target_=my_parts.MyData"], "is not a subclass of rewards.base.Reward"),

@@ -69,7 +69,7 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Findings:
     lacking = [name for name, needed in wanted if needed and name not in provided]
     if lacking:
         yield Finding(
-            "reward._target_",
+            "reward",
             f"{reward.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
             f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another reward",
         )
@@ -79,6 +79,12 @@ def data_is_usable(data: DataSource) -> Findings:
     """Files and columns exist."""
     for message in data.check():
         yield Finding("data", message)
+
+
+def reward_is_usable(reward: Part) -> Findings:
+    """What the reward itself finds missing: model folders, files."""
+    for message in reward.cls.check(reward.config):
+        yield Finding("reward", message)
 
 
 def model_is_usable(model_shape: ModelShape | ModelFolderError) -> Findings:
@@ -246,6 +252,7 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     model_is_usable,
     chat_template_exists,
     data_is_usable,
+    reward_is_usable,
     reward_finds_its_columns,
     model_is_long_enough,
     cache_holds_a_sequence,

@@ -63,6 +63,7 @@ class _Loading:
             chosen = self.overrides.values.get(f"{kind}.{TARGET}")
             if chosen is not None and chosen != targets[kind]:
                 self._replace_part(composed, kind, chosen)
+        self.sources.options = {kind: str(composed.hydra.runtime.choices[kind]) for kind in CONTRACTS}
         for key, value in self.overrides.values.items():
             set_value(composed, key, value)
         return self._plain(composed)
@@ -199,8 +200,6 @@ class _Loading:
     def _value(self, key: str) -> Any:
         """The value that `key` has, defaults included; None for what is no single value."""
         section, _, leaf = key.rpartition(".")
-        if leaf == TARGET:
-            return self.tree[section][TARGET]
         holder = self.parts[section].config if section in self.parts else self.available.get(section)
         return getattr(holder, leaf, None) if section else self.available.get(key)
 

@@ -19,12 +19,17 @@ class Sources:
 
     typed: Mapping[str, str]
     """Full key (or group) -> the argument as it was typed."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Swappable part -> the option (or class) that stands for it."""
     file: Path | None = None
     in_file: set[str] = field(default_factory=set)
     """Full keys of values that the file sets."""
 
     def where(self, key: str, value: Any) -> str:
         """The argument that set `key`, or `key=value` and the file it is from; `key` alone if nothing set it."""
+        if key in self.options:
+            chosen = self.typed.get(f"{key}._target_") or self.typed.get(key)
+            return chosen or f"{key}={self.options[key]}"
         if key in self.typed:
             return self.typed[key]
         below = [argument for name, argument in self.typed.items() if name.startswith(f"{key}.")]
