@@ -64,8 +64,9 @@ class PolicyLearner:
 
     @torch.no_grad()
     def sequence_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[len - 1] log-probs of every token but the first: what the canary compares with the sampler's."""
-        logprobs, _ = self._forward(self.engine, pack([Tree(token_ids[:1], (token_ids[1:],))]).to(self.device))
+        """[len - 1] log-probs, at temperature 1, of every token but the first: the canary compares them."""
+        packed = pack([Tree(token_ids[:1], (token_ids[1:],))]).to(self.device)
+        logprobs, _ = self.engine(packed, 1.0, self.config.logit_elements_per_chunk)
         return logprobs.float().cpu().numpy()
 
     @torch.no_grad()

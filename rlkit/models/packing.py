@@ -56,7 +56,7 @@ class PackedBatch:
     last: Tensor
     """[N] int64: packed index of each sequence's last token."""
     buckets: tuple[Tensor, ...]
-    """Sequences of similar length, [n, L] int64 each: places in the F expanded tokens, short rows padded by repeating."""
+    """Similar lengths, [n, L] int64 each: places in the F expanded tokens, short rows padded by repeating."""
     bucket_collapse: Tensor
     """[T] int64: like `collapse`, into the rows of all buckets laid end to end."""
 

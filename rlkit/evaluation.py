@@ -1,0 +1,77 @@
+"""Held-out accuracy: one response per held-out prompt, always judged by the rule verifier, never trained on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlkit.experience import Group, Prompt
+from rlkit.rollout.pool import RolloutPool
+from rlkit.rollout.worker import GroupRequest
+from rlkit.serving.pool import RewardPool
+from rlkit.serving.results import ScoreReport, check_failures
+
+VERIFIER: Mapping[str, Any] = {"_target_": "rewards.rule.reward.RuleReward"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation."""
+
+    accuracy: float
+    """Share of right answers among the judged ones, 0 to 1."""
+    metrics: Mapping[str, float]
+
+
+class Evaluator:
+    """Samples with the rollout workers at their temperature and lets the verifier judge."""
+
+    def __init__(self, prompts: Sequence[Prompt], rollout: RolloutPool, verifier: RewardPool, seed: int) -> None:
+        self.prompts, self.rollout, self.verifier, self.seed = prompts, rollout, verifier, seed
+
+    async def evaluate(self, step: int) -> Evaluation:
+        """Accuracy with the present weights. Raises RewardFailed if too many answers could not be judged."""
+        requests = [
+            GroupRequest(id=f"evaluation-{step}-{i}", prompt=prompt, samples=1, seed=self.seed, step=step)
+            for i, prompt in enumerate(self.prompts)
+        ]
+        batches = [ref async for ref in self.rollout.generate(requests)]
+        groups, report = await self.judge(batches)
+        correct = correctness(groups)
+        check_failures(report, self.verifier.config.max_failed_share, "the verifier of the held-out evaluation")
+        samples = [group.samples[0] for group in groups]
+        return Evaluation(
+            accuracy=float(np.nanmean(correct)),
+            metrics={
+                "evaluation/samples": float(len(samples)),
+                "evaluation/unjudged": float(np.isnan(correct).sum()),
+                "evaluation/length_mean": float(np.mean([len(sample) for sample in samples])),
+                "evaluation/truncated_share": float(np.mean([s.finish_reason == "length" for s in samples])),
+            },
+        )
+
+    async def judge(self, batches: Sequence[Any]) -> tuple[list[Group], ScoreReport]:
+        """Groups (or references to lists of them), scored by the rule verifier whatever the run's reward is."""
+        scored = await self.verifier.score(batches)
+        lists = await asyncio.gather(*(_fetch(ref) for ref in scored.batches))
+        return [group for groups in lists for group in groups], scored.report
+
+
+def correctness(groups: Sequence[Group]) -> np.ndarray:
+    """[B] 1.0 right, 0.0 wrong, NaN not judged, for groups scored by the rule verifier."""
+    return np.array(
+        [
+            score.components["correct"] if score.valid else float("nan")
+            for group in groups
+            for _, score in group.scored()
+        ]
+    )
+
+
+async def _fetch(ref: Any) -> list[Group]:
+    groups: list[Group] = await ref
+    return groups

@@ -1,0 +1,141 @@
+"""The experience buffer as a pure state machine: no Ray, no clock, no threads.
+
+Producers ask for room before they sample (`reserve`) and hand in scored groups (`add`); the learner takes whole
+batches (`take`) and announces new policy versions (`advance`).
+
+With n groups per step and a staleness bound s, room is granted while
+    accepted + in flight < (version + s + 1) * n,
+so group number g (first in, first out) is trained at step g // n with weights at most s versions newer than the ones
+it was sampled with. s = 0 is synchronous training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlkit.experience.filters import GroupFilter
+from rlkit.experience.types import Group
+
+
+class TooManyRejectedError(RuntimeError):
+    """The filters leave too little to train on; the message names them."""
+
+
+@dataclass(frozen=True)
+class BufferStats:
+    """The buffer's state for logs and for whoever asks what a run waits for."""
+
+    version: int
+    ready: int
+    in_flight: int
+    dropped_stale: int
+    rejected: Mapping[str, int]
+    """Groups rejected so far, by rule."""
+
+
+class ExperienceBuffer:
+    """See the module."""
+
+    def __init__(
+        self, groups_per_step: int, max_staleness: int, rejected_by: GroupFilter, max_rejected_share: float
+    ) -> None:
+        self.groups_per_step = groups_per_step
+        self.max_staleness = max_staleness
+        self._rejected_by = rejected_by
+        self._max_rejected_share = max_rejected_share
+        self._ready: deque[Group] = deque()
+        self._in_flight = 0
+        self._accepted = 0
+        self._version = 0
+        self._dropped_stale = 0
+        self._rejected: Counter[str] = Counter()
+        self._judged_this_step = 0
+        self._rejected_this_step: Counter[str] = Counter()
+
+    def reserve(self, limit: int) -> int:
+        """How many groups a producer may start now, at most `limit`; they count as in flight from here on."""
+        room = (self._version + self.max_staleness + 1) * self.groups_per_step - self._accepted - self._in_flight
+        granted = max(0, min(limit, room))
+        self._in_flight += granted
+        return granted
+
+    def add(self, group: Group) -> bool:
+        """Hand in a reserved group, scored. True if it will be trained on, False if a filter rejected it.
+
+        Raises TooManyRejectedError when this step's filters reject more than the configured share (judged only after
+        twice the needed number of groups, so that one unlucky draw does not end a run).
+        """
+        self._leave_flight(1)
+        self._judged_this_step += 1
+        rule = self._rejected_by(group)
+        if rule is not None:
+            self._rejected[rule] += 1
+            self._rejected_this_step[rule] += 1
+            self._check_rejections()
+            return False
+        self._ready.append(group)
+        self._accepted += 1
+        return True
+
+    def cancel(self, count: int) -> None:
+        """Give back reservations whose groups will not come."""
+        self._leave_flight(count)
+
+    def take(self) -> list[Group] | None:
+        """The oldest `groups_per_step` groups, or None if there are not enough. Stale ones are dropped and counted."""
+        while self._ready and self._version - self._ready[0].policy_version > self.max_staleness:
+            self._ready.popleft()
+            self._dropped_stale += 1
+            self._accepted -= 1  # its place is free again, so that a producer can fill it
+        if len(self._ready) < self.groups_per_step:
+            return None
+        self._judged_this_step = 0
+        self._rejected_this_step.clear()
+        return [self._ready.popleft() for _ in range(self.groups_per_step)]
+
+    def advance(self, version: int) -> None:
+        """The policy's weights of `version` are published. Raises ValueError if it does not follow the last."""
+        if version != self._version + 1:
+            raise ValueError(f"the buffer is at policy version {self._version}, so version {version} cannot follow")
+        self._version = version
+
+    def stats(self) -> BufferStats:
+        """Counters."""
+        return BufferStats(self._version, len(self._ready), self._in_flight, self._dropped_stale, dict(self._rejected))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but what is in flight: those groups are asked for again after a resume."""
+        return {
+            "ready": list(self._ready),
+            "accepted": self._accepted,
+            "version": self._version,
+            "dropped_stale": self._dropped_stale,
+            "rejected": dict(self._rejected),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of state_dict."""
+        self._ready = deque(state["ready"])
+        self._accepted = state["accepted"]
+        self._version = state["version"]
+        self._dropped_stale = state["dropped_stale"]
+        self._rejected = Counter(state["rejected"])
+        self._in_flight = 0
+
+    def _leave_flight(self, count: int) -> None:
+        if count > self._in_flight:
+            raise ValueError(f"{count} groups handed in or cancelled, but only {self._in_flight} are in flight")
+        self._in_flight -= count
+
+    def _check_rejections(self) -> None:
+        rejected, judged = self._rejected_this_step.total(), self._judged_this_step
+        if judged >= 2 * self.groups_per_step and rejected > self._max_rejected_share * judged:
+            rules = ", ".join(f"buffer.{rule}: {count}" for rule, count in self._rejected_this_step.most_common())
+            raise TooManyRejectedError(
+                f"{rejected} of {judged} groups of one step were rejected ({rules}), more than "
+                f"buffer.max_rejected_share={self._max_rejected_share:g}: the problems are too easy or too hard for "
+                "this policy, or a bound is wrong"
+            )

@@ -1,0 +1,65 @@
+"""The buffer as a Ray actor: waiting instead of asking again, and groups that never pass through the driver twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from rlkit.config.schema import BufferConfig
+from rlkit.experience.buffer import BufferStats, ExperienceBuffer, TooManyRejectedError
+from rlkit.experience.filters import make_filter
+from rlkit.experience.types import Group
+
+
+class BufferActor:
+    """Use through Ray. `reserve` and `take` wait (on a condition, without polling) until they can answer."""
+
+    def __init__(self, groups_per_step: int, max_staleness: int, config: BufferConfig) -> None:
+        self.buffer = ExperienceBuffer(groups_per_step, max_staleness, make_filter(config), config.max_rejected_share)
+        self.changed = asyncio.Condition()
+        self.failure: TooManyRejectedError | None = None
+
+    async def reserve(self, limit: int) -> int:
+        """Room for at least one and at most `limit` groups; waits for it."""
+        async with self.changed:
+            while not (granted := self.buffer.reserve(limit)):
+                await self.changed.wait()
+            return granted
+
+    async def add(self, groups: Sequence[Group]) -> None:
+        """Scored groups whose room was reserved."""
+        async with self.changed:
+            try:
+                for group in groups:
+                    self.buffer.add(group)
+            except TooManyRejectedError as error:
+                self.failure = error  # whoever waits in `take` must hear of it
+                raise
+            finally:
+                self.changed.notify_all()
+
+    async def cancel(self, count: int) -> None:
+        """Reserved groups that will not come."""
+        async with self.changed:
+            self.buffer.cancel(count)
+            self.changed.notify_all()
+
+    async def take(self) -> list[Group]:
+        """The next step's groups; waits for them."""
+        async with self.changed:
+            while (groups := self.buffer.take()) is None:
+                if self.failure is not None:
+                    raise self.failure
+                self.changed.notify_all()  # stale groups may have been dropped: there is room again
+                await self.changed.wait()
+            return groups
+
+    async def advance(self, version: int) -> None:
+        """New weights are published."""
+        async with self.changed:
+            self.buffer.advance(version)
+            self.changed.notify_all()
+
+    async def stats(self) -> BufferStats:
+        """Counters."""
+        return self.buffer.stats()

@@ -1,0 +1,80 @@
+"""Keeps the buffer filled: room, prompts, samples, scores, buffer. The only source of training groups."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from rlkit.data.order import PromptOrder
+from rlkit.rollout.pool import RolloutPool
+from rlkit.rollout.worker import GroupRequest
+from rlkit.serving.pool import RewardPool
+from rlkit.serving.results import ScoreReport
+
+
+class Producer:
+    """Runs beside the trainer until cancelled. Only references to groups pass through it."""
+
+    def __init__(
+        self,
+        order: PromptOrder,
+        rollout: RolloutPool,
+        reward: RewardPool,
+        buffer: Any,
+        *,
+        groups_per_step: int,
+        samples_per_prompt: int,
+        seed: int,
+    ) -> None:
+        self.order, self.rollout, self.reward, self.buffer = order, rollout, reward, buffer
+        self.groups_per_step, self.samples_per_prompt, self.seed = groups_per_step, samples_per_prompt, seed
+        self.started = 0
+        self._report = ScoreReport()
+        self._generated_at: float | None = None
+
+    async def run(self) -> None:
+        """Fill the buffer for ever. Raises what rollout, reward or buffer raise."""
+        async with asyncio.TaskGroup() as scoring:
+            while True:
+                room = await self.buffer.reserve.remote(self.groups_per_step)
+                requests = [self._request(prompt) for prompt in self.order.take(room)]
+                async for groups in self.rollout.generate(requests):
+                    scoring.create_task(self._score(groups))
+                self._generated_at = time.monotonic()
+
+    async def _score(self, groups: Any) -> None:
+        scored = await self.reward.score([groups])
+        self._report += scored.report
+        await self.buffer.add.remote(scored.batches[0])
+
+    def _request(self, prompt: Any) -> GroupRequest:
+        number = self.started
+        self.started += 1
+        return GroupRequest(
+            id=f"{number:08d}",
+            prompt=prompt,
+            samples=self.samples_per_prompt,
+            seed=self.seed,
+            step=number // self.groups_per_step + 1,
+        )
+
+    def take_report(self) -> ScoreReport:
+        """What the reward did since the last call."""
+        report, self._report = self._report, ScoreReport()
+        return report
+
+    def generation_end(self) -> float | None:
+        """`time.monotonic()` when the last group of the latest batch left the sampler."""
+        return self._generated_at
+
+
+async def until(work: Any, background: asyncio.Task[None]) -> Any:
+    """The result of `work`, unless the background task fails first: then its error."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait({task, background}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        background.result()  # raises
+        raise RuntimeError("the producer ended although it should not")
+    return task.result()

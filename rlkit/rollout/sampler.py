@@ -1,0 +1,205 @@
+"""A vLLM engine in this process: token ids in, token ids with log-probs out. No Ray here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlkit.config.schema import RolloutConfig
+from rlkit.experience.types import FinishReason
+from rlkit.rollout.weights import WeightBundle
+
+FIRST_LOGPROB = 1  # vLLM reports None for the first prompt token
+
+
+def cpu_environment(threads: int) -> dict[str, str]:
+    """Variables that vLLM reads at import on CPU.
+
+    Passive waiting: several actors share the cores, and spinning OpenMP threads of one slow the others several-fold.
+    No compiling: the sampler's compilation costs 13 s on first use and gains nothing measurable here.
+    """
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+
+
+def engine_environment(device: str, threads: int) -> dict[str, str]:
+    """The environment an actor needs before it imports vLLM."""
+    shared = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+    }
+    return {**shared, **(cpu_environment(threads) if device == "cpu" else {})}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample."""
+
+    id: str
+    prompt: Sequence[int]
+    seed: int
+    max_tokens: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response."""
+
+    id: str
+    token_ids: np.ndarray
+    """[T] int32, the stop token included if one was sampled."""
+    logprobs: np.ndarray
+    """[T] float32 at the sampling temperature."""
+    finish_reason: FinishReason
+    cached_prompt_tokens: int
+    """Prompt tokens whose keys and values came from the prefix cache."""
+
+
+def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
+    """Tokens that end a response: the model's generation config and the tokenizer's end-of-sequence token.
+
+    Raises ValueError if neither names one: every response would run to its length limit.
+    """
+    from transformers import GenerationConfig
+
+    found: set[int] = set()
+    try:
+        named = GenerationConfig.from_pretrained(model_path).eos_token_id
+        found.update([named] if isinstance(named, int) else named or [])
+    except OSError:
+        pass  # a folder without generation_config.json: the tokenizer decides
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    if not found:
+        raise ValueError(f"{model_path}: neither generation_config.json nor the tokenizer names an eos token")
+    return sorted(found)
+
+
+class Sampler:
+    """Add requests, call `step` until nothing is unfinished; load new weights between steps."""
+
+    def __init__(
+        self,
+        model_path: str,
+        config: RolloutConfig,
+        *,
+        device: str,
+        seed: int,
+        stop_token_ids: Sequence[int],
+        trust_remote_code: bool = False,
+    ) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        max_model_len = config.max_prompt_tokens + config.max_response_tokens
+        on_cpu = device == "cpu"
+        memory: dict[str, Any] = (
+            {"kv_cache_memory_bytes": int(config.memory_gib * 2**30), "block_size": 32}
+            if on_cpu
+            else {"gpu_memory_utilization": config.gpu_memory_utilization}
+        )
+        # A seeded request whose prompt is prefilled in chunks crashes vLLM 0.32 on CPU ("CPU Generator does not use
+        # offset"), so prompts are prefilled whole there; the token budget must then hold the longest sequence.
+        scheduling: dict[str, Any] = (
+            {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)} if on_cpu else {}
+        )
+        self.config = config
+        self.stop_token_ids = list(stop_token_ids)
+        self.engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=model_path,
+                skip_tokenizer_init=True,
+                trust_remote_code=trust_remote_code,
+                dtype=("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=config.max_concurrent_samples,
+                enforce_eager=True if on_cpu else config.enforce_eager,
+                enable_prefix_caching=config.prefix_caching,
+                tensor_parallel_size=config.tensor_parallel_size,
+                distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
+                logprobs_mode="processed_logprobs",  # log-probs at the sampling temperature, as the learner's
+                async_scheduling=False,
+                disable_log_stats=True,
+                generation_config="vllm",
+                seed=seed % 2**31,
+                **memory,
+                **scheduling,
+            )
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self.engine.add_request(
+            request.id,
+            {"prompt_token_ids": list(request.prompt)},
+            SamplingParams(
+                temperature=request.temperature,
+                top_p=self.config.top_p,
+                top_k=self.config.top_k or -1,
+                max_tokens=request.max_tokens,
+                seed=request.seed,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                stop_token_ids=self.stop_token_ids,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            ),
+        )
+
+    def step(self) -> list[Response]:
+        """Decode one token for every running request; the responses that finished by it."""
+        return [_response(output) for output in self.engine.step() if output.finished]
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are unfinished."""
+        return bool(self.engine.has_unfinished_requests())
+
+    def load(self, bundle: WeightBundle) -> None:
+        """Replace the weights and forget every key and value computed with the old ones."""
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(bundle.tensors())})
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM refused to reset its prefix cache: requests were still running")
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
+        """[len - 1] log-probs of every token but the first. Only while nothing else is running."""
+        from vllm import SamplingParams
+
+        if self.busy:
+            raise RuntimeError("prompt_logprobs while requests are running")
+        self.engine.add_request(
+            "canary",
+            {"prompt_token_ids": list(token_ids)},
+            SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+        )
+        finished = []
+        while self.busy:
+            finished += [output for output in self.engine.step() if output.finished]
+        rows = finished[0].prompt_logprobs[FIRST_LOGPROB:]
+        return np.array([row[token].logprob for row, token in zip(rows, token_ids[1:], strict=True)], dtype=np.float32)
+
+
+def _response(output: Any) -> Response:
+    completion = output.outputs[0]
+    reason = completion.finish_reason
+    return Response(
+        id=output.request_id,
+        token_ids=np.array(completion.token_ids, dtype=np.int32),
+        logprobs=np.array(completion.logprobs.logprobs, dtype=np.float32),
+        finish_reason=reason if reason in ("stop", "length") else "abort",
+        cached_prompt_tokens=int(output.num_cached_tokens or 0),
+    )

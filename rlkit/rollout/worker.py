@@ -1,0 +1,197 @@
+"""A rollout worker: one sampler in a Ray actor. Streams groups as they finish; takes new weights between groups."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from rlkit.config.schema import ModelConfig, RolloutConfig
+from rlkit.experience import Group, Prompt, Sample
+from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
+from rlkit.rollout.weights import WeightBundle
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """A group to sample: one prompt, `samples` responses."""
+
+    id: str
+    prompt: Prompt
+    samples: int
+    seed: int
+    step: int
+
+
+@dataclass(frozen=True)
+class WeightReceipt:
+    """What a worker reports about the weights it now samples with."""
+
+    version: int
+    checksum: str
+    canary_logprobs: np.ndarray
+
+
+def sample_seed(seed: int, group_id: str, index: int) -> int:
+    """A seed per sample that depends on nothing else, so results do not depend on which worker sampled it."""
+    digest = hashlib.blake2b(f"{seed}/{group_id}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+@dataclass
+class _Open:
+    """A group being sampled."""
+
+    request: GroupRequest
+    started_version: int
+    done: asyncio.Queue[Group | BaseException]
+    responses: dict[int, Response] = field(default_factory=dict)
+
+
+class RolloutWorker:
+    """Use through Ray. Every engine call runs in one thread, so steps and weight updates never overlap."""
+
+    def __init__(
+        self, model_path: str, model: ModelConfig, rollout: RolloutConfig, device: str, seed: int, log_path: str
+    ) -> None:
+        from rlkit.tracking.library_logs import actor_logging
+
+        actor_logging(Path(log_path))
+        self.model_path, self.model, self.rollout, self.device, self.seed = model_path, model, rollout, device, seed
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self.version = 0
+        self.open: dict[str, _Open] = {}
+        self.pump: asyncio.Task[None] | None = None
+        self.admission = asyncio.Lock()
+        self.cached_prompt_tokens = 0
+
+    async def start(self) -> None:
+        """Load the engine and generate once, so that the first step finds everything warm."""
+        await self._in_thread(self._load)
+
+    def _load(self) -> None:
+        from rlkit.data.prompts import load_tokenizer
+
+        self.tokenizer = load_tokenizer(self.model_path, trust_remote_code=self.model.trust_remote_code)
+        self.sampler = Sampler(
+            self.model_path,
+            self.rollout,
+            device=self.device,
+            seed=self.seed,
+            stop_token_ids=stop_token_ids(self.model_path, self.tokenizer),
+            trust_remote_code=self.model.trust_remote_code,
+        )
+        self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0))
+        while self.sampler.busy:
+            self.sampler.step()
+
+    async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]:
+        """Yield groups as their last sample finishes: all that finished since the last yield, at least one."""
+        done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
+        async with self.admission:
+            await self._in_thread(lambda: self._submit(requests, done))
+            if self.pump is None or self.pump.done():
+                self.pump = asyncio.create_task(self._run_engine())
+        left = len(requests)
+        while left:
+            ready = [await done.get()]
+            while not done.empty():
+                ready.append(done.get_nowait())
+            groups = []
+            for item in ready:
+                if isinstance(item, BaseException):
+                    raise item
+                groups.append(item)
+            left -= len(groups)
+            yield groups
+
+    def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
+        for request in requests:
+            self.open[request.id] = _Open(request, self.version, done)
+            for index in range(request.samples):
+                self.sampler.add(
+                    Request(
+                        id=f"{request.id}:{index}",
+                        prompt=request.prompt.token_ids,
+                        seed=sample_seed(request.seed, request.id, index),
+                        max_tokens=self.rollout.max_response_tokens,
+                        temperature=self.rollout.temperature,
+                    )
+                )
+
+    async def _run_engine(self) -> None:
+        try:
+            while self.open:
+                for group, queue in await self._in_thread(self._step):
+                    queue.put_nowait(group)
+        except BaseException as error:
+            for entry in self.open.values():
+                entry.done.put_nowait(error)
+            self.open.clear()
+
+    def _step(self) -> list[tuple[Group, asyncio.Queue[Group | BaseException]]]:
+        finished = []
+        for response in self.sampler.step():
+            group_id, _, index = response.id.rpartition(":")
+            entry = self.open[group_id]
+            entry.responses[int(index)] = response
+            self.cached_prompt_tokens += response.cached_prompt_tokens
+            if len(entry.responses) == entry.request.samples:
+                del self.open[group_id]
+                finished.append((self._group(entry), entry.done))
+        return finished
+
+    def _group(self, entry: _Open) -> Group:
+        request = entry.request
+        ordered = [entry.responses[i] for i in range(request.samples)]
+        texts = self.tokenizer.batch_decode([r.token_ids for r in ordered], skip_special_tokens=True)
+        return Group(
+            id=request.id,
+            prompt=request.prompt,
+            samples=tuple(
+                Sample(
+                    index=i,
+                    token_ids=response.token_ids,
+                    logprobs=response.logprobs,
+                    text=text,
+                    finish_reason=response.finish_reason,
+                    policy_versions=(entry.started_version, self.version),
+                    seed=sample_seed(request.seed, request.id, i),
+                )
+                for i, (response, text) in enumerate(zip(ordered, texts, strict=True))
+            ),
+            step=request.step,
+        )
+
+    async def load_weights(self, bundle: WeightBundle, canary: Sequence[int]) -> WeightReceipt:
+        """Finish what is being sampled, take the new weights, and report what is now loaded.
+
+        Groups asked for meanwhile wait, so that no group mixes versions.
+        """
+        async with self.admission:
+            if self.pump is not None:
+                await self.pump
+            return await self._in_thread(lambda: self._load_weights(bundle, canary))
+
+    def _load_weights(self, bundle: WeightBundle, canary: Sequence[int]) -> WeightReceipt:
+        checksum = bundle.received_checksum()
+        if checksum != bundle.checksum:
+            raise RuntimeError(f"weights of version {bundle.version} arrived damaged: {checksum} != {bundle.checksum}")
+        self.sampler.load(bundle)
+        self.version = bundle.version
+        return WeightReceipt(bundle.version, checksum, self.sampler.prompt_logprobs(canary))
+
+    async def stats(self) -> dict[str, float]:
+        """Counters since the start."""
+        return {"cached_prompt_tokens": float(self.cached_prompt_tokens)}
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, work)

@@ -1,0 +1,217 @@
+"""One run from a valid configuration to its summary: starts the actors, trains, ends everything it started."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from algorithms.base import Algorithm
+from rewards.base import RewardContext
+from rlkit.cluster.ray_session import ray_session
+from rlkit.config.resolved import ResolvedRun, config_text
+from rlkit.config.schema import RunConfig
+from rlkit.data.base import BadRow, DataError
+from rlkit.data.order import PromptOrder
+from rlkit.data.rows import refuse_too_many_bad_rows
+from rlkit.embedded import model_folder
+from rlkit.evaluation import VERIFIER, Evaluator
+from rlkit.experience import Prompt
+from rlkit.experience.buffer import TooManyRejectedError
+from rlkit.rollout.pool import RolloutPool, WeightsNotLoadedError
+from rlkit.rollout.producer import Producer
+from rlkit.serving.pool import RewardPool
+from rlkit.serving.results import RewardFailed
+from rlkit.tracking.run_folder import RunFolder, RunFolderError
+from rlkit.tracking.tracker import Tracker
+from rlkit.trainer import Trainer, TrainingFailedError
+
+log = logging.getLogger(__name__)
+
+FAILED = 1
+EXPECTED = (RewardFailed, WeightsNotLoadedError, TooManyRejectedError, DataError, TrainingFailedError)
+"""Errors whose message is all a user needs."""
+CANARY_TOKENS = 32
+
+
+def run(resolved: ResolvedRun) -> int:
+    """Train. Returns 0, or 1 after an error that was explained on the screen; KeyboardInterrupt passes through."""
+    config = resolved.config
+    try:
+        folder = RunFolder(config.run_dir)
+    except RunFolderError as error:
+        print(f"rlkit: {error}", file=sys.stderr)
+        return FAILED
+    folder.write_config(config_text(config))
+    try:
+        with Tracker(config.tracking, folder, config.trainer.total_steps) as tracker:
+            for warning in resolved.warnings:
+                tracker.warn(str(warning))
+            asyncio.run(_train(resolved, folder, tracker))
+    except Exception as error:
+        print(_explain(error, folder.path / "logs"), file=sys.stderr)
+        return FAILED
+    return 0
+
+
+async def _train(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker) -> None:
+    config = resolved.config
+    # Ray replaces the handler of SIGTERM when it starts; ours cancels the run, so that everything is ended in order.
+    task = asyncio.current_task()
+    assert task is not None
+    tracker.phase("reading data")
+    train, heldout = load_prompts(resolved, tracker)
+    tracker.phase("starting Ray")
+    with ray_session(config.cluster):
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        async with contextlib.AsyncExitStack() as stack:
+            trainer = await _start(resolved, folder, tracker, train, heldout, stack)
+            summary = await trainer.fit()
+            tracker.finish(summary)
+
+
+async def _start(
+    resolved: ResolvedRun,
+    folder: RunFolder,
+    tracker: Tracker,
+    train: Sequence[Prompt],
+    heldout: Sequence[Prompt],
+    stack: contextlib.AsyncExitStack,
+) -> Trainer:
+    """Start all actors side by side."""
+    import ray
+
+    from rlkit.experience.buffer_actor import BufferActor
+    from rlkit.learner.worker import LearnerGroup
+
+    config, algorithm = resolved.config, resolved.make_algorithm()
+    model_path, logs = str(model_folder(config.model.path)), folder.logs
+    seconds = config.trainer.startup_timeout_seconds
+    context = RewardContext(device=config.cluster.device, seed=config.seed, threads=config.cluster.threads_per_actor)
+    rollout = RolloutPool(config, model_path, logs)
+    learner = LearnerGroup(config, model_path, algorithm, logs)
+    reward = RewardPool(config.reward, context, seconds)
+    stack.push_async_callback(reward.close)
+    verifier = reward
+    if config.reward["_target_"] != VERIFIER["_target_"] and heldout:
+        verifier = RewardPool(VERIFIER, RewardContext(threads=1), seconds)
+        stack.push_async_callback(verifier.close)
+    buffer = ray.remote(num_cpus=0)(BufferActor).remote(
+        config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
+    )
+    starting = {
+        "loading the sampler (vLLM)": rollout.start(),
+        "loading the learner (DeepSpeed)": learner.start(),
+        "loading the reward": reward.start(),
+    }
+    if verifier is not reward:
+        starting["loading the verifier"] = verifier.start()
+    await _all_ready(starting, tracker, seconds)
+    return Trainer(
+        config=config,
+        algorithm=algorithm,
+        rollout=rollout,
+        learner=learner,
+        reward=reward,
+        buffer=buffer,
+        producer=_producer(config, algorithm, train, rollout, reward, buffer),
+        evaluator=Evaluator(heldout, rollout, verifier, config.seed) if heldout else None,
+        canary=train[0].token_ids[:CANARY_TOKENS],
+        folder=folder,
+        tracker=tracker,
+    )
+
+
+def _producer(
+    config: RunConfig,
+    algorithm: Algorithm,
+    train: Sequence[Prompt],
+    rollout: RolloutPool,
+    reward: RewardPool,
+    buffer: Any,
+) -> Producer:
+    return Producer(
+        PromptOrder(train, config.seed),
+        rollout,
+        reward,
+        buffer,
+        groups_per_step=config.trainer.prompts_per_step,
+        samples_per_prompt=algorithm.config.samples_per_prompt,
+        seed=config.seed,
+    )
+
+
+async def _all_ready(starting: dict[str, Any], tracker: Tracker, seconds: float) -> None:
+    """Wait for all, showing which are still loading. Raises the first error, or TrainingFailedError at the deadline."""
+
+    async def one(name: str, work: Any) -> None:
+        tracker.phase(name, parallel=True)
+        await work
+        tracker.phase_done(name)
+        waiting.discard(name)
+
+    waiting = set(starting)
+    try:
+        async with asyncio.timeout(seconds):
+            await asyncio.gather(*(one(name, work) for name, work in starting.items()))
+    except TimeoutError:
+        raise TrainingFailedError(
+            f"not ready after trainer.startup_timeout_seconds={seconds:g}: still {', '.join(sorted(waiting))}"
+        ) from None
+
+
+def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt], list[Prompt]]:
+    """Training prompts, and held-out prompts with answers (empty if the data has none). Raises DataError."""
+    from rlkit.data.prompts import load_tokenizer, render
+
+    config = resolved.config
+    tokenizer = load_tokenizer(model_folder(config.model.path), config.model.trust_remote_code)
+    source = resolved.make_data_source()
+    loaded = {}
+    for split in ("train", "heldout"):
+        problems, bad = source.load(split)  # type: ignore[arg-type]
+        prompts, too_long = render(problems, tokenizer, config.rollout.max_prompt_tokens, config.model.chat_template)
+        rows, allowed = len(problems) + len(bad), resolved.data_config.max_bad_row_share
+        _report_bad_rows([*bad, *too_long], rows, allowed, split, tracker)
+        loaded[split] = prompts
+    if not loaded["train"]:
+        raise DataError("the data source has no usable training problem")
+    heldout = [prompt for prompt in loaded["heldout"] if prompt.answer is not None]
+    if not heldout:
+        tracker.warn("no held-out problem with a gold answer: this run is not evaluated")
+    return loaded["train"], heldout[: config.trainer.evaluation_prompts]
+
+
+def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, split: str, tracker: Tracker) -> None:
+    if bad:
+        refuse_too_many_bad_rows(bad, rows, allowed_share, f"{split} problems")
+        first = "; ".join(f"{row.origin}: {row.reason}" for row in bad[:3])
+        tracker.warn(f"{len(bad)} of {rows} {split} rows skipped: {first}")
+
+
+def _explain(error: BaseException, logs: Path) -> str:
+    """The message for the screen; the whole story goes to logs/driver.log."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    log.error("the run failed", exc_info=error)
+    with (logs / "driver.log").open("a") as file:
+        import traceback
+
+        traceback.print_exception(error, file=file)
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, EXPECTED):
+        return f"rlkit: {cause}"
+    text = f"rlkit: {type(cause).__name__}: {cause}"
+    if isinstance(error, RayActorError):
+        text += "".join(
+            f"\n--- end of {file.name} ---\n" + "\n".join(file.read_text(errors="replace").splitlines()[-12:])
+            for file in sorted(logs.glob("*.log"))
+            if file.name not in ("driver.log", "console.log")
+        )
+    return f"{text}\nSee {logs}/ for what the actors wrote."

@@ -1,0 +1,174 @@
+"""The loop: collect, advantages, update, publish. It knows no particular algorithm, reward or data."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from algorithms.base import Advantages, Algorithm, Experience
+from rlkit.config.schema import RunConfig
+from rlkit.evaluation import Evaluation, Evaluator
+from rlkit.experience import Group
+from rlkit.learner.worker import LearnerGroup
+from rlkit.rollout.pool import RolloutPool
+from rlkit.rollout.producer import Producer, until
+from rlkit.serving.pool import RewardPool
+from rlkit.serving.results import check_failures
+from rlkit.step_metrics import rollout_metrics
+from rlkit.tracking.run_folder import RunFolder
+from rlkit.tracking.tracker import Tracker
+
+
+class TrainingFailedError(RuntimeError):
+    """The run cannot go on; the message says why and what was waited for."""
+
+
+@dataclass
+class Trainer:
+    """All parts are started; `fit` trains and returns the summary."""
+
+    config: RunConfig
+    algorithm: Algorithm
+    rollout: RolloutPool
+    learner: LearnerGroup
+    reward: RewardPool
+    buffer: Any
+    producer: Producer
+    evaluator: Evaluator | None
+    canary: tuple[int, ...]
+    folder: RunFolder
+    tracker: Tracker
+    version: int = 0
+    skipped_in_a_row: int = 0
+    failed_scores: int = 0
+    accuracies: dict[int, float] = field(default_factory=dict)
+
+    async def fit(self) -> dict[str, Any]:
+        """Train to the last step. Raises TrainingFailedError, RewardFailed and what the actors raise."""
+        trainer, began = self.config.trainer, time.monotonic()
+        await self.publish()  # version 0: proves that sampler and learner hold the same policy before any training
+        await self.evaluate(0)
+        producing = asyncio.create_task(self.producer.run())
+        training_began = time.monotonic()
+        try:
+            for step in range(1, trainer.total_steps + 1):
+                await self.step(step, producing)
+                last = step == trainer.total_steps
+                if last or (trainer.save_every_steps and step % trainer.save_every_steps == 0):
+                    await self.save(step)
+                if last or (trainer.evaluate_every_steps and step % trainer.evaluate_every_steps == 0):
+                    await self.evaluate(step)
+        finally:
+            producing.cancel()
+            await asyncio.gather(producing, return_exceptions=True)
+        return self.summary(time.monotonic() - began, time.monotonic() - training_began)
+
+    async def step(self, step: int, producing: asyncio.Task[None]) -> None:
+        """One training step, with a deadline."""
+        deadline = self.config.trainer.step_timeout_seconds
+        try:
+            async with asyncio.timeout(deadline):
+                groups, times = await self.collect(producing)
+                report = self.producer.take_report()
+                self.failed_scores += report.failed
+                check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
+                experience = Experience(groups, step)
+                advantages = self.algorithm.advantages(experience)
+                with self.tracker.timed("update"):
+                    metrics, judged = await asyncio.gather(self.update(groups, advantages), self.judge(groups))
+                difference = await self.publish()
+        except TimeoutError:
+            raise TrainingFailedError(await self.waiting_for(step, deadline)) from None
+        stats = await self.buffer.stats.remote()
+        seconds = times["time/generate"] + times["time/score"]
+        metrics = {
+            **metrics,
+            **dict(advantages.metrics),
+            **rollout_metrics(groups, report, judged, stats, seconds),
+            **times,
+            "weights/version": float(self.version),
+            "weights/canary_difference": difference,
+        }
+        self.tracker.step(step, metrics, groups, advantages.tokens)
+
+    async def collect(self, producing: asyncio.Task[None]) -> tuple[list[Group], dict[str, float]]:
+        """The next groups from the buffer, and how long sampling took and scoring took beyond it."""
+        began = time.monotonic()
+        with self.tracker.timed("generate"):
+            groups = await until(self.buffer.take.remote(), producing)
+        ended, sampled = time.monotonic(), self.producer.generation_end() or began
+        sampled = min(max(sampled, began), ended)
+        return groups, {"time/generate": sampled - began, "time/score": ended - sampled}
+
+    async def update(self, groups: list[Group], advantages: Advantages) -> dict[str, float]:
+        """The learner's part of a step. Raises TrainingFailedError after too many skipped updates in a row."""
+        metrics = await self.learner.update(groups, advantages)
+        self.version += 1
+        skipped = metrics["policy/skipped_updates"] > 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self.tracker.warn("an update was skipped: its loss or gradient was not finite")
+        if self.skipped_in_a_row >= self.config.trainer.max_skipped_updates:
+            raise TrainingFailedError(
+                f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
+                "(trainer.max_skipped_updates): lower learner.learning_rate, or look at the rewards in samples.jsonl"
+            )
+        if not metrics["policy/trained_samples"]:
+            self.tracker.warn("a step had nothing to train on: no group had two valid samples")
+        return metrics
+
+    async def judge(self, groups: list[Group]) -> list[Group] | None:
+        """The step's groups as the rule verifier sees them: shows when a learned reward is being fooled."""
+        return None if self.evaluator is None else (await self.evaluator.judge([groups]))[0]
+
+    async def publish(self) -> float:
+        """Bring the learner's weights to every rollout worker and prove it; the canary's difference in log-probs."""
+        with self.tracker.timed("publish"):
+            bundle, wanted = await self.learner.publishable(self.canary)
+            difference = await self.rollout.load_weights(bundle, self.version, self.canary, wanted)
+            if self.version:
+                await self.buffer.advance.remote(self.version)
+        return difference
+
+    async def evaluate(self, step: int) -> None:
+        """Held-out accuracy, if the data has held-out answers."""
+        if self.evaluator is None:
+            return
+        with self.tracker.timed("evaluate"):
+            result: Evaluation = await self.evaluator.evaluate(step)
+        self.accuracies[step] = result.accuracy
+        self.tracker.evaluation(step, result.accuracy, result.metrics)
+
+    async def save(self, step: int) -> Path:
+        """Write `checkpoints/step_NNNNNN/policy`, a plain Hugging Face folder."""
+        policy = self.folder.checkpoints / f"step_{step:06d}" / "policy"
+        with self.tracker.timed("save"):
+            await self.learner.save(policy)
+        return policy
+
+    async def waiting_for(self, step: int, deadline: float) -> str:
+        """Who a step that took too long was waiting for."""
+        stats = await self.buffer.stats.remote()
+        return (
+            f"step {step} took more than trainer.step_timeout_seconds={deadline:g}. Policy version {self.version}; "
+            f"buffer: {stats.ready} groups ready, {stats.in_flight} in flight, rejected {dict(stats.rejected)}; "
+            f"reward workers: {self.reward.health()}"
+        )
+
+    def summary(self, wall: float, training: float) -> dict[str, Any]:
+        """What summary.json holds."""
+        steps = self.config.trainer.total_steps
+        return {
+            "accuracy_before": self.accuracies.get(0),
+            "accuracy_after": self.accuracies.get(steps),
+            "steps": steps,
+            "wall_seconds": round(wall, 3),
+            "seconds_per_step": round(training / steps, 4),
+            "reward_failed": self.failed_scores,
+            "accuracy_by_step": {str(step): accuracy for step, accuracy in self.accuracies.items()},
+            "policy": str(self.folder.checkpoints / f"step_{steps:06d}" / "policy"),
+            "policy_version": self.version,
+        }
