@@ -84,11 +84,11 @@ class ArithmeticConfig(DataConfig):
     """Fewest calculations in a problem."""
     max_steps: int = Field(default=3, ge=1, le=3)
     """Most calculations in a problem."""
-    max_operand: int = Field(default=15, ge=4)
+    max_operand: int = Field(default=12, ge=4)
     """Largest number that is added or subtracted; amounts at the start go up to it, too."""
     max_factor: int = Field(default=4, ge=2)
     """Largest number that is multiplied by."""
-    max_value: int = Field(default=60, ge=8)
+    max_value: int = Field(default=40, ge=8)
     """No result is larger (nor below 0)."""
     problem_seed: int = Field(default=2026, ge=0)
     """Draws the problems. It is not the run's `seed`: all runs agree on the problems and on what is held out."""

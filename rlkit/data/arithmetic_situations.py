@@ -19,7 +19,7 @@ NAMES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Sentence patterns. `{n}` name, `{p}` pronoun, `{t}` the thing counted, `{a}` amount, `{b}` change, `{k}` factor."""
+    """Sentence patterns: `{n}` name, `{p}` pronoun, `{t}` thing counted, `{a}` amount, `{b}` change, `{k}` factor."""
 
     name: str
     things: tuple[str, ...]

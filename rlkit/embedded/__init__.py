@@ -1,0 +1,25 @@
+"""The tiny models in the package, made by `python -m rlkit.remake_embedded`: a policy and a POLAR discriminator.
+
+`embedded:policy` and `embedded:polar` name their folders wherever a model path is expected.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+EMBEDDED = Path(__file__).parent
+PREFIX = "embedded:"
+
+
+def model_folder(path: str) -> Path:
+    """The folder `path` names; `embedded:<name>` is one inside the package. Raises ValueError for an unknown name."""
+    if not path.startswith(PREFIX):
+        return Path(path)
+    folder = EMBEDDED / path.removeprefix(PREFIX)
+    if not (folder / "config.json").is_file():
+        known = ", ".join(sorted(f"{PREFIX}{config.parent.name}" for config in EMBEDDED.glob("*/config.json")))
+        raise ValueError(f"there is no embedded model {path!r}; the package has: {known or 'none'}")
+    return folder
+
+
+__all__ = ["EMBEDDED", "PREFIX", "model_folder"]
