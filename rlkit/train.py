@@ -38,9 +38,9 @@ def _train(arguments: list[str]) -> int:
         sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
     file, overrides = _split_off_file(arguments)
     resolved = load_config(overrides, file)
-    for warning in resolved.warnings:
-        print(f"rlkit: warning: {warning}", file=sys.stderr)
     if resolved.config.dry_run:
+        for warning in resolved.warnings:  # a run shows them itself
+            print(f"rlkit: warning: {warning}", file=sys.stderr)
         _print_plan(resolved)
         return 0
     from rlkit.run import run

@@ -47,4 +47,5 @@ def plain(config: RunConfig) -> dict[str, Any]:
 def config_text(config: RunConfig) -> str:
     """The content of the run folder's `config.yaml`, every value spelled out; `--config FILE` reads it again."""
     head = f"# Written by rlkit {rlkit.__version__}. The same run again: python -m rlkit.train --config THIS_FILE\n"
-    return head + yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    values: str = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return head + values
