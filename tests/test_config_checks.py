@@ -11,7 +11,7 @@ import pytest
 from algorithms.base import AlgorithmConfig, AlgorithmNeeds
 from rlkit.config.checks import CHECKS, Finding, run_checks
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
-from rlkit.config.schema import ClusterConfig, LearnerConfig, RolloutConfig, TrainerConfig
+from rlkit.config.schema import BufferConfig, ClusterConfig, LearnerConfig, RolloutConfig, TrainerConfig
 
 SHAPE = ModelShape(parameters=1000, layers=2, kv_heads=4, head_dim=32, vocabulary=100, max_positions=1024)
 
@@ -39,6 +39,7 @@ def sections(**changes: Any) -> dict[str, Any]:
         "trainer": TrainerConfig(),
         "rollout": RolloutConfig(max_prompt_tokens=64, max_response_tokens=64),
         "learner": LearnerConfig(),
+        "buffer": BufferConfig(),
         "cluster": ClusterConfig(),
         "model_shape": SHAPE,
     }
@@ -77,6 +78,10 @@ def test_checks_only_name_known_sections() -> None:
          "learner.tokens_per_microbatch", "set at least 192"),
         ({"algorithm": SomeAlgorithm(layout="full_group"), "learner": LearnerConfig(tokens_per_microbatch=575)},
          "learner.tokens_per_microbatch", "set at least 576"),
+        ({"buffer": BufferConfig(min_group_reward=0.9, max_group_reward=0.1)},
+         "buffer.min_group_reward", "every group is rejected"),
+        ({"buffer": BufferConfig(drop_equal_rewards=True), "algorithm": SomeAlgorithm(samples=1)},
+         "buffer.drop_equal_rewards", "rejects every group"),
         ({"learner": LearnerConfig(warmup_steps=100)}, "learner.warmup_steps", "100 optimizer steps"),
         ({"learner": LearnerConfig(min_learning_rate_ratio=0.1)}, "learner.min_learning_rate_ratio", "no effect"),
         ({"rollout": RolloutConfig(tensor_parallel_size=2)}, "rollout.tensor_parallel_size", "must be 1"),

@@ -17,6 +17,7 @@ from algorithms.base import Algorithm
 from rlkit.config.model_folder import ModelFolderError, ModelShape
 from rlkit.config.parts import Part
 from rlkit.config.schema import (
+    BufferConfig,
     ClusterConfig,
     LearnerConfig,
     RolloutConfig,
@@ -159,6 +160,19 @@ def microbatch_holds_what_belongs_together(
         )
 
 
+def group_filters_leave_something(buffer: BufferConfig) -> Findings:
+    """Bounds that exclude every group would sample for ever."""
+    low, high = buffer.min_group_reward, buffer.max_group_reward
+    if low is not None and high is not None and low > high:
+        yield Finding("buffer.min_group_reward", f"is above buffer.max_group_reward={high}: every group is rejected")
+
+
+def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm) -> Findings:
+    """The reward of a single sample equals itself."""
+    if buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
+        yield Finding("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
+
+
 def schedule_fits(trainer: TrainerConfig, learner: LearnerConfig) -> Findings:
     """Warm-up within the run; no floor without a decay."""
     updates = trainer.total_steps * learner.minibatches_per_step
@@ -258,6 +272,8 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     cache_holds_a_sequence,
     minibatches_are_equal,
     microbatch_holds_what_belongs_together,
+    group_filters_leave_something,
+    groups_can_differ,
     schedule_fits,
     intervals_happen,
     cpu_has_its_limits,

@@ -45,13 +45,16 @@ def _actors(run: ResolvedRun) -> list[Line]:
     config = run.config
     cuda = config.cluster.device == "cuda"
     threads = f"{config.cluster.threads_per_actor} CPU threads each"
-    engines = f", {config.rollout.tensor_parallel_size} GPU each" if cuda else ""
+    engines = f"{config.rollout.workers} vLLM {_plural('engine', config.rollout.workers)}, {threads}"
+    ranks = f"{config.learner.ranks} DeepSpeed {_plural('rank', config.learner.ranks)}, {threads}"
+    if cuda:
+        engines += f", {config.rollout.tensor_parallel_size} {_plural('GPU', config.rollout.tensor_parallel_size)} each"
+        ranks += ", 1 GPU each (an engine and a rank may share one)"
+    rewards = run.reward_config.workers
     lines = [
-        Line("actors", "rollout", f"{config.rollout.workers} vLLM engine(s), {threads}{engines}"),
-        Line(
-            "actors", "learner", f"{config.learner.ranks} DeepSpeed rank(s), {threads}{', 1 GPU each' if cuda else ''}"
-        ),
-        Line("actors", "reward", f"{run.reward_config.workers} worker(s) of {run.reward_class.__name__}"),
+        Line("actors", "rollout", engines),
+        Line("actors", "learner", ranks),
+        Line("actors", "reward", f"{rewards} {_plural('worker', rewards)} of {run.reward_class.__name__}"),
         Line("actors", "buffer", "1"),
     ]
     if run.make_algorithm().needs().reference_policy:
@@ -125,6 +128,10 @@ def _learner_bytes(parameters: int, learner: LearnerConfig, cuda: bool) -> float
         optimizer / (ranks if stage >= 1 else 1),
     ]
     return parameters * sum(shares)
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
 
 
 def _size(count: float) -> str:
