@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from hypothesis import given, settings
@@ -320,6 +319,9 @@ def test_folders_that_hold_no_discriminator_are_refused(tmp_path: Path, folder: 
         make_reward(tmp_path).start()
     with pytest.raises(ValueError, match="embedded:nothing"):
         make_reward(Path("embedded:nothing")).start()
+    (message,) = PolarReward.check(PolarReward.Config(model_path=str(two_labels)))
+    assert "has 2 labels" in message
+    assert PolarReward.check(PolarReward.Config(model_path=str(folder))) == []
 
 
 # ---- in its process -------------------------------------------------------------------------------------------------
@@ -327,58 +329,26 @@ def test_folders_that_hold_no_discriminator_are_refused(tmp_path: Path, folder: 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_it_scores_through_the_pool(folder: Path) -> None:
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_it_scores_in_its_own_process_and_ends_with_it(folder: Path, backend: str) -> None:
     from rlkit.serving.pool import RewardPool
 
+    options = {"model_path": str(folder), "backend": backend, "max_references": 2, "reduce": "max"}
+    wanted = expected_scores(folder, groups(), references=2)
+
     async def check() -> None:
-        pool = RewardPool(
-            {"_target_": "rewards.polar.reward.PolarReward", "model_path": str(folder)}, RewardContext(), 60
-        )
+        pool = RewardPool({"_target_": "rewards.polar.reward.PolarReward", **options}, RewardContext(), 120)
         await pool.start()
-        scored = await pool.score([groups()[0]])
-        (group,) = ray.get(scored.batches)
-        wanted = np.ravel(expected_scores(folder, groups()[:1]))
-        np.testing.assert_allclose([score.value for score in group.scores.samples], wanted, atol=1e-5)
+        actor = psutil.Process(pool.health()[0]["pid"])
+        family = [actor, *actor.children(recursive=True)]
+        for _ in range(2):  # the second time vLLM finds the prefixes in its cache
+            scored = await pool.score([groups()])
+            (judged,) = ray.get(scored.batches)
+            for group, logits in zip(judged, wanted, strict=True):
+                values = [score.value for score in group.scores.samples]
+                np.testing.assert_allclose(values, np.max(logits, axis=1), atol=1e-4)
         await pool.close()
+        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
+        assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
-    asyncio.run(check())
-
-
-def test_vllm_scores_are_those_of_a_plain_forward_pass(folder: Path, tmp_path: Path) -> None:
-    script = """
-import json, sys
-from reward_samples import make_group
-from test_reward_polar import groups, make_reward
-from pathlib import Path
-
-if __name__ == "__main__":
-    reward = make_reward(Path(sys.argv[1]), backend="vllm", max_references=2)
-    reward.start()
-    first = [[list(s.ensemble) or [s.value] for s in scores.samples] for scores in reward.score(groups())]
-    again = [[list(s.ensemble) or [s.value] for s in scores.samples] for scores in reward.score(groups())]
-    reward.close()
-    Path(sys.argv[2]).write_text(json.dumps([first, again]))
-"""
-    output = tmp_path / "scores.json"
-    tests = Path(__file__).parent
-    # vLLM in a process of its own: it sets threads and environment for good.
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), str(output)],
-        env={**_environment(), "PYTHONPATH": f"{tests}:{tests.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    first, again = json.loads(output.read_text())
-    expected = expected_scores(folder, groups(), references=2)
-    for found, cached, wanted in zip(first, again, expected, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-4)
-        np.testing.assert_allclose(cached, wanted, atol=1e-4)
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    asyncio.run(asyncio.wait_for(check(), 180))

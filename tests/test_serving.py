@@ -16,6 +16,7 @@ from ray_fixture import ray_session  # noqa: F401
 from reward_samples import make_group
 
 from rewards.base import RewardContext
+from rlkit.config.parts import PartError
 from rlkit.experience import Group
 from rlkit.serving.pool import RewardPool, Scored
 from rlkit.serving.results import RewardFailed, ScoreReport, check_failures
@@ -183,7 +184,7 @@ def test_calls_run_side_by_side_on_several_workers() -> None:
 def test_a_reward_that_cannot_start_says_why() -> None:
     with pytest.raises(RewardFailed, match=r"reward_samples\.Misbehaving cannot start.*the model folder is empty"):
         run(pool(fail_start=True).start())
-    with pytest.raises(ValueError, match=r"_target_='reward_samples\.Nothing' cannot be loaded"):
+    with pytest.raises(PartError, match="has no Nothing"):
         RewardPool({"_target_": "reward_samples.Nothing"}, RewardContext(), 10)
 
 

@@ -63,7 +63,7 @@ class PolarReward(Reward):
         """Tokens of reference and candidate each, cut on the right; null: a quarter of max_length."""
         unclosed_thinking: UnclosedThinking = "empty"
         """A `<think>` that never ends: score an empty answer, or keep the thought as the answer."""
-        tokens_per_batch: int = Field(default=32768, ge=1)
+        tokens_per_batch: int = Field(default=16384, ge=1)
         """transformers: tokens of one forward pass, shared prefixes counted for each sequence that has them."""
         memory_gib: float = Field(default=1.0, gt=0)
         """vllm on CPU: memory of the key-value cache."""
@@ -88,6 +88,18 @@ class PolarReward(Reward):
         self._serialiser: Serialiser | None = None
         self._backend: Backend | None = None
         self._max_length = 0
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """Whether the folder holds a discriminator."""
+        from rewards.polar.backends import check_folder
+        from rlkit.embedded import model_folder
+
+        try:
+            check_folder(model_folder(config.model_path))
+        except ValueError as error:
+            return [str(error)]
+        return []
 
     def start(self) -> None:
         """Load tokenizer and model, and compare the backend's scores of a canned pair with a plain forward pass.

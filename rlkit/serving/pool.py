@@ -19,8 +19,9 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rewards.base import RewardContext
+from rlkit.config.parts import import_part
 from rlkit.serving.results import RewardFailed, ScoreReport
-from rlkit.serving.worker import RewardWorker, mark_invalid, reward_class
+from rlkit.serving.worker import RewardWorker, mark_invalid
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class WorkerState:
     restarts: int = 0
 
 
-class _Broken(Exception):  # noqa: N818 (a state, caught here)
+class _Broken(Exception):
     """This worker failed this call and has been killed; the message is the reason for the samples."""
 
 
@@ -61,10 +62,13 @@ class RewardPool:
     def __init__(
         self, reward: Mapping[str, Any], context: RewardContext, startup_timeout_seconds: float, gpus: float = 0.0
     ) -> None:
-        """`reward` is the run's reward section: `_target_` and the fields of its Config; `gpus` are per worker."""
+        """`reward` is the run's reward section: `_target_` and the fields of its Config; `gpus` are per worker.
+
+        Raises PartError or pydantic's ValidationError for a section that validation would have refused.
+        """
         self.target: str = reward["_target_"]
         self._options = {key: value for key, value in reward.items() if key != "_target_"}
-        self.config = reward_class(self.target).Config(**self._options)
+        self.config = import_part("reward", self.target).Config(**self._options)
         self._context = context
         self._startup_timeout = startup_timeout_seconds
         self._gpus = gpus

@@ -15,7 +15,7 @@ from typing import Any
 from rlkit.experience import Group, GroupScores, Score
 
 
-class RewardFailed(RuntimeError):  # noqa: N818 (named like what happened)
+class RewardFailed(RuntimeError):
     """The reward does not work well enough to go on; the message names cause and counts."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 import traceback
@@ -10,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewards.base import Reward, RewardContext
+from rlkit.config.parts import import_part
 from rlkit.experience import Group
 from rlkit.serving.results import ScoreReport, attach_scores, invalid_groups, report_on
 
@@ -17,25 +17,13 @@ Groups = Group | Sequence[Group]
 """One group or several: whatever an object reference of the rollout holds."""
 
 
-def reward_class(target: str) -> type[Reward]:
-    """The Reward class at a dotted path. Raises ValueError that names the path and what is wrong with it."""
-    module_name, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"reward._target_={target!r} cannot be loaded: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Reward)):
-        raise ValueError(f"reward._target_={target!r} is not a subclass of rewards.base.Reward")
-    return found
-
-
 class RewardWorker:
     """Hosts one Reward. Made a Ray actor by the pool; usable without Ray as well."""
 
     def __init__(self, target: str, options: Mapping[str, Any], context: RewardContext) -> None:
         """`options` are the fields of the reward's Config."""
-        kind = reward_class(target)
-        self._reward = kind(kind.Config(**options), context)
+        kind = import_part("reward", target)
+        self._reward: Reward = kind(kind.Config(**options), context)
 
     def start(self) -> int:
         """Load models and self-test; returns this process's id."""
