@@ -6,7 +6,8 @@ batches (`take`) and announces new policy versions (`advance`).
 With n groups per step and a staleness bound s, room is granted while
     accepted + in flight < (version + s + 1) * n,
 so group number g (first in, first out) is trained at step g // n with weights at most s versions newer than the ones
-it was sampled with. s = 0 is synchronous training.
+it was sampled with, unless others overtake it while it is scored: what became too old is dropped and counted.
+s = 0 is synchronous training.
 """
 
 from __future__ import annotations
@@ -86,10 +87,12 @@ class ExperienceBuffer:
 
     def take(self) -> list[Group] | None:
         """The oldest `groups_per_step` groups, or None if there are not enough. Stale ones are dropped and counted."""
-        while self._ready and self._version - self._ready[0].policy_version > self.max_staleness:
-            self._ready.popleft()
-            self._dropped_stale += 1
-            self._accepted -= 1  # its place is free again, so that a producer can fill it
+        # Not only the first ones: a group that was scored slowly stands behind younger ones.
+        fresh = [group for group in self._ready if self._version - group.policy_version <= self.max_staleness]
+        stale = len(self._ready) - len(fresh)
+        self._ready = deque(fresh)
+        self._dropped_stale += stale
+        self._accepted -= stale  # their places are free again, so that a producer can fill them
         if len(self._ready) < self.groups_per_step:
             return None
         self._judged_this_step = 0
