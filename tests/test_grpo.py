@@ -30,7 +30,7 @@ AGGREGATIONS: tuple[Aggregation, ...] = (
 CONSTANT = 7
 
 
-# -- advantages --------------------------------------------------------------------------------------------------------
+# -- advantages -----------------------------------------------------------------------------------------
 
 
 def relative(rewards: Any, valid: Any = None, group: Any = None, std: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +109,7 @@ def test_grpo_spreads_each_samples_advantage_over_its_tokens() -> None:
         np.testing.assert_allclose(got, (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6), rtol=1e-6)
 
 
-# -- losses: float64, one token at a time, from the papers --------------------------------------------------------------
+# -- losses: float64, one token at a time, from the papers ---------------------------------------------
 
 
 def surrogate_by_hand(logprob: float, old: float, advantage: float, low: float, high: float) -> float:
