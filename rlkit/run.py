@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,6 @@ from rlkit.serving.results import RewardFailed
 from rlkit.tracking.run_folder import RunFolder, RunFolderError
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer, TrainingFailedError
-
-log = logging.getLogger(__name__)
 
 FAILED = 1
 EXPECTED = (RewardFailed, WeightsNotLoadedError, TooManyRejectedError, DataError, TrainingFailedError)
@@ -199,10 +197,7 @@ def _explain(error: BaseException, logs: Path) -> str:
     """The message for the screen; the whole story goes to logs/driver.log."""
     from ray.exceptions import RayActorError, RayTaskError
 
-    log.error("the run failed", exc_info=error)
     with (logs / "driver.log").open("a") as file:
-        import traceback
-
         traceback.print_exception(error, file=file)
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, EXPECTED):

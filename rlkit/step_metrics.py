@@ -16,7 +16,7 @@ from rlkit.serving.results import ScoreReport
 def rollout_metrics(
     groups: Sequence[Group], report: ScoreReport, judged: Sequence[Group] | None, stats: BufferStats, seconds: float
 ) -> dict[str, float]:
-    """Rewards, lengths, group spread, failures, buffer; `seconds` is the time sampling and scoring took."""
+    """Rewards, lengths, group spread, failures, buffer; `seconds` is how long the sampler worked for them."""
     values: list[list[float]] = []
     components: defaultdict[str, list[float]] = defaultdict(list)
     for group in groups:

@@ -72,7 +72,7 @@ class Trainer:
         try:
             async with asyncio.timeout(deadline):
                 groups, times = await self.collect(producing)
-                report = self.producer.take_report()
+                report, sampling = self.producer.take_report()
                 self.failed_scores += report.failed
                 check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
                 experience = Experience(groups, step)
@@ -83,11 +83,10 @@ class Trainer:
         except TimeoutError:
             raise TrainingFailedError(await self.waiting_for(step, deadline)) from None
         stats = await self.buffer.stats.remote()
-        seconds = times["time/generate"] + times["time/score"]
         metrics = {
             **metrics,
             **dict(advantages.metrics),
-            **rollout_metrics(groups, report, judged, stats, seconds),
+            **rollout_metrics(groups, report, judged, stats, sampling),
             **times,
             "weights/version": float(self.version),
             "weights/canary_difference": difference,

@@ -32,6 +32,7 @@ class Producer:
         self.started = 0
         self._report = ScoreReport()
         self._generated_at: float | None = None
+        self._generating = 0.0
 
     async def run(self) -> None:
         """Fill the buffer for ever. Raises what rollout, reward or buffer raise."""
@@ -39,9 +40,11 @@ class Producer:
             while True:
                 room = await self.buffer.reserve.remote(self.groups_per_step)
                 requests = [self._request(prompt) for prompt in self.order.take(room)]
+                began = time.monotonic()
                 async for groups in self.rollout.generate(requests):
                     scoring.create_task(self._score(groups))
                 self._generated_at = time.monotonic()
+                self._generating += self._generated_at - began
 
     async def _score(self, groups: Any) -> None:
         scored = await self.reward.score([groups])
@@ -59,10 +62,11 @@ class Producer:
             step=number // self.groups_per_step + 1,
         )
 
-    def take_report(self) -> ScoreReport:
-        """What the reward did since the last call."""
+    def take_report(self) -> tuple[ScoreReport, float]:
+        """What the reward did, and for how many seconds the sampler worked, since the last call."""
         report, self._report = self._report, ScoreReport()
-        return report
+        seconds, self._generating = self._generating, 0.0
+        return report, seconds
 
     def generation_end(self) -> float | None:
         """`time.monotonic()` when the last group of the latest batch left the sampler."""

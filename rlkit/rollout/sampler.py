@@ -114,7 +114,7 @@ class Sampler:
         scheduling: dict[str, Any] = (
             {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)} if on_cpu else {}
         )
-        self.config = config
+        self.config, self.device = config, device
         self.stop_token_ids = list(stop_token_ids)
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
@@ -172,6 +172,8 @@ class Sampler:
     def load(self, bundle: WeightBundle) -> None:
         """Replace the weights and forget every key and value computed with the old ones."""
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(bundle.tensors())})
+        if self.device == "cpu":
+            self.engine.apply_model(_repack_head)
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache: requests were still running")
 
@@ -191,6 +193,17 @@ class Sampler:
             finished += [output for output in self.engine.step() if output.finished]
         rows = finished[0].prompt_logprobs[FIRST_LOGPROB:]
         return np.array([row[token].logprob for row, token in zip(rows, token_ids[1:], strict=True)], dtype=np.float32)
+
+
+def _repack_head(model: Any) -> None:
+    """Pack a tied output head again. vLLM 0.32 on CPU reloads the embedding but leaves the head's packed copy as it was,
+    because no weight of the head's own name arrives: it would go on sampling from the old head.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _response(output: Any) -> Response:
