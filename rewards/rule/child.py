@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 from collections.abc import Sequence
+from functools import lru_cache
 
 MEMORY_BYTES = 4 * 2**30
 """Address space of one verifier process: a memory bomb fails alone instead of taking the machine along."""
@@ -60,8 +61,12 @@ def _verify(answer: str, gold: str) -> str:
     return "right" if right else "wrong"
 
 
+@lru_cache(maxsize=4096)
 def _parse(answer: str) -> list[object]:
-    """What math-verify reads in an answer: as the content of a box, else as it stands. Empty: no expression."""
+    """What math-verify reads in an answer: as the content of a box, else as it stands. Empty: no expression.
+
+    Remembered: all samples of a group share their gold answer, and many an answer.
+    """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
