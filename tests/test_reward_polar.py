@@ -211,7 +211,7 @@ def groups() -> list[Group]:
 
 def expected_scores(folder: Path, groups: list[Group], references: int = 1) -> list[list[list[float]]]:
     """[group][sample][reference] raw logits, by plain transformers on the serialised text."""
-    serialiser = Serialiser(TOKENIZER, Limits(512, 128))
+    serialiser = Serialiser(TOKENIZER, Limits(504, 126))
     rows = [
         [
             serialiser.token_ids(
@@ -322,6 +322,10 @@ def test_folders_that_hold_no_discriminator_are_refused(tmp_path: Path, folder: 
     (message,) = PolarReward.check(PolarReward.Config(model_path=str(two_labels)))
     assert "has 2 labels" in message
     assert PolarReward.check(PolarReward.Config(model_path=str(folder))) == []
+    (message,) = PolarReward.check(PolarReward.Config(model_path=str(folder), max_length=511))
+    assert "reward.max_length=511 is more than" in message
+    (message,) = PolarReward.check(PolarReward.Config(model_path=str(folder), max_response_length=300))
+    assert "reward.max_response_length=300 leaves no room" in message
 
 
 # ---- in its process -------------------------------------------------------------------------------------------------

@@ -201,6 +201,12 @@ def _has_math_verify(process: psutil.Process) -> bool:
     return process.ppid() != os.getpid()
 
 
+def test_a_memory_bomb_fails_alone(reward: RuleReward) -> None:
+    bomb, fine = reward.judge([r"\boxed{2^{2^{38}}}", r"\boxed{z+1}"], ["5", "1+z"])
+    assert bomb.reason.partition(":")[0] in ("exception", "timeout", "crash")
+    assert fine.value == 1.0
+
+
 def test_the_call_ends_within_its_budget() -> None:
     config = RuleReward.Config(item_timeout_seconds=2.0, timeout_seconds=3.0)
     reward = RuleReward(config, RewardContext())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -32,6 +32,8 @@ CANNED = (
     ("What is the capital of China?", "Beijing.", "Shanghai."),
 )
 """What the start-up self-test scores: (prompt, reference, candidate)."""
+TOKENS_TO_SPARE = 8
+"""Positions of the model that `max_length` leaves free."""
 FP32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.1
 """Largest difference between the backend and a plain forward pass, in fp32 and in bf16 or fp16."""
@@ -96,7 +98,7 @@ class PolarReward(Reward):
         from rlkit.embedded import model_folder
 
         try:
-            check_folder(model_folder(config.model_path))
+            lengths(config, check_folder(model_folder(config.model_path)))
         except ValueError as error:
             return [str(error)]
         return []
@@ -113,9 +115,7 @@ class PolarReward(Reward):
         from rlkit.embedded import model_folder
 
         folder = model_folder(self.config.model_path)
-        positions = check_folder(folder).get("max_position_embeddings", 16384)
-        self._max_length = min(self.config.max_length or 16384, positions)
-        limits = Limits(self._max_length, self.config.max_response_length or self._max_length // 4)
+        limits, self._max_length = lengths(self.config, check_folder(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._serialiser = Serialiser(tokenizer, limits, self.config.wrapper, self.config.newline_before_empty)
         _check_white_space(self._serialiser, folder)
@@ -165,6 +165,31 @@ class PolarReward(Reward):
             backend.close()
             raise
         return backend
+
+
+def lengths(config: PolarReward.Config, model: Mapping[str, Any]) -> tuple[Limits, int]:
+    """How to cut, and the longest input the model is given: `max_length` and a little more.
+
+    A cut in the middle of a character is written with more tokens than were cut. Raises DiscriminatorError if the
+    model (its config.json) takes less than what is asked for.
+    """
+    from rewards.polar.backends import DiscriminatorError
+
+    positions = int(model.get("max_position_embeddings", 16384 + TOKENS_TO_SPARE))
+    room = positions - TOKENS_TO_SPARE
+    if config.max_length is not None and config.max_length > room:
+        raise DiscriminatorError(
+            f"reward.max_length={config.max_length} is more than {config.model_path} takes: {room} of its {positions} "
+            "positions (null takes what there is)"
+        )
+    max_length = config.max_length or min(16384, room)
+    max_response_length = config.max_response_length or max_length // 4
+    if 2 * max_response_length + RESERVED_TOKENS + 2 > max_length:
+        raise DiscriminatorError(
+            f"reward.max_response_length={max_response_length} leaves no room for the prompt in the {max_length} "
+            f"tokens that {config.model_path} takes"
+        )
+    return Limits(max_length, max_response_length), max_length + TOKENS_TO_SPARE
 
 
 def _check_white_space(serialiser: Serialiser, folder: Path) -> None:

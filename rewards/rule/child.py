@@ -11,19 +11,21 @@ import resource
 import signal
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
-MEMORY_BYTES = 4 * 2**30
-"""Address space of one verifier process: a memory bomb fails alone instead of taking the machine along."""
+MEMORY_BYTES = 3 * 2**30
+"""Address space that answers may take in one process: a memory bomb fails alone instead of taking the machine along."""
 
 
 def prepare() -> None:
     """Tie this process to its parent, limit its memory and load math-verify before any deadline runs."""
     _die_with_parent()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # math-verify warns that its own time-outs are off: they are, on purpose.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     verify_pairs([("\\frac{1}{2}", "0.5")])  # builds the LaTeX grammar, which the first parse would wait for
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import time
 from collections import OrderedDict
@@ -44,6 +45,8 @@ class Verifier:
 
     def start(self, timeout_seconds: float = 60.0) -> None:
         """Start the processes and prove that they judge. Raises VerifierError with the cause if they do not."""
+        if importlib.util.find_spec("math_verify") is None:
+            raise VerifierError("math-verify is not installed: pip install 'math-verify[antlr4_9_3]'")
         probes = {("1/2", "0.5"): "right", ("\\frac{3}{4}", "0.5"): "wrong"}
         verdicts = self._judge(list(probes), time.monotonic() + timeout_seconds, timeout_seconds)
         if verdicts != probes:
