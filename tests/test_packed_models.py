@@ -69,7 +69,9 @@ def test_scores_equal_plain_classifier_of_each_sequence():
     scorer = PackedScorer(tiny(LlamaForSequenceClassification, PACKED_ATTENTION))
     scorer.model.load_state_dict(plain.state_dict())
     wanted = [
-        plain.score(plain.model(torch.tensor([[*t.prefix, *s]])).last_hidden_state[0, -1]) for t in TREES for s in t.suffixes
+        plain.score(plain.model(torch.tensor([[*t.prefix, *s]])).last_hidden_state[0, -1])
+        for t in TREES
+        for s in t.suffixes
     ]
     torch.testing.assert_close(scorer(pack(TREES)), torch.cat(wanted), atol=1e-6, rtol=1e-5)
 
@@ -148,5 +150,12 @@ def test_sliding_window_is_refused_not_ignored():
     rows = torch.randn(1, 2, 5, 4)
     with pytest.raises(ValueError, match="sliding window"):
         packed_attention(
-            torch.nn.Linear(1, 1), rows, rows, rows, None, packed=pack([Tree((1, 2, 3), ((4, 5),))]), scaling=1.0, sliding_window=4
+            torch.nn.Linear(1, 1),
+            rows,
+            rows,
+            rows,
+            None,
+            packed=pack([Tree((1, 2, 3), ((4, 5),))]),
+            scaling=1.0,
+            sliding_window=4,
         )
