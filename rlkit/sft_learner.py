@@ -1,23 +1,21 @@
-"""Training on given targets through a DeepSpeed engine: next tokens for a language model."""
+"""Fine-tuning a language model on examples: next tokens of given targets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlkit.config.schema import LearnerConfig
-from rlkit.learner.engine import GuardedAdamW, build_engine, learning_rate
 from rlkit.learner.policy import save_policy
-from rlkit.models.packing import Tree, pack, split_by_tokens
+from rlkit.models.packing import Tree, pack
 from rlkit.models.policy import load_causal_lm
-
-Microbatch = Sequence[Tree]
+from rlkit.supervised import Microbatch, SupervisedEngine, gathered_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,90 +28,6 @@ class Example:
     @property
     def tree(self) -> Tree:
         return Tree(self.prompt, (self.target,))
-
-
-class StepSkipped(RuntimeError):
-    """Loss or gradient was not finite too many times in a row."""
-
-
-class SupervisedEngine:
-    """A module in a DeepSpeed engine, trained on trees; all ranks call every method with the same arguments.
-
-    `loss(module, trees)` is a sum over the trees of a micro-batch; `step` divides it by the whole step's total, so
-    micro-batches and ranks do not change the gradient.
-    """
-
-    MAX_SKIPPED = 3
-
-    def __init__(
-        self,
-        module: nn.Module,
-        loss: Callable[[Any, Microbatch], Tensor],
-        config: LearnerConfig,
-        *,
-        device: str,
-        total_steps: int,
-    ) -> None:
-        self.config = config
-        self.total_steps = total_steps
-        self.steps = 0
-        self.skipped_in_a_row = 0
-        self._loss = loss
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self.engine = build_engine(module, config, device)
-        self.device = device
-
-    def step(self, trees: Sequence[Tree], total: float) -> float:
-        """One optimizer step; returns the loss: its sum divided by `total` (trained tokens, pairs, ...).
-
-        Raises StepSkipped after MAX_SKIPPED steps in a row without a finite gradient.
-        """
-        optimizer = _guarded(self.engine.optimizer)
-        rate = learning_rate(self.config, self.steps, self.total_steps)
-        for group in [*optimizer.param_groups, *getattr(self.engine.optimizer, "param_groups", ())]:
-            group["lr"] = rate
-        self.engine.train()
-        mine = self._my_microbatches(trees)
-        value = torch.zeros((), device=self.device)
-        for i, microbatch in enumerate(mine):
-            self.engine.set_gradient_accumulation_boundary(i == len(mine) - 1)
-            # A rank with nothing left takes part in the others' collective operations with a loss of zero.
-            loss = self._loss(self.engine, microbatch or trees[:1]) / total
-            loss = loss if microbatch else loss * 0.0
-            value += loss.detach()
-            # DeepSpeed averages gradients over ranks; ours are shares of one sum.
-            self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
-        self.engine.step()
-        self.steps += 1
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if optimizer.skipped else 0
-        if self.skipped_in_a_row >= self.MAX_SKIPPED:
-            raise StepSkipped(
-                f"{self.skipped_in_a_row} optimizer steps in a row had no finite gradient (last loss {value.item()}): "
-                "lower learner.learning_rate or look at the data"
-            )
-        return self._summed(value)
-
-    @torch.no_grad()
-    def evaluate(self, trees: Sequence[Tree], total: float) -> float:
-        """The loss without a step."""
-        self.engine.eval()
-        value = torch.zeros((), device=self.device)
-        for microbatch in self._my_microbatches(trees):
-            loss = self._loss(self.engine, microbatch or trees[:1]) / total
-            value += loss if microbatch else loss * 0.0
-        return self._summed(value)
-
-    def _my_microbatches(self, trees: Sequence[Tree]) -> list[list[Tree]]:
-        """This rank's share, as many micro-batches as every other rank has (the last one may be empty)."""
-        limit = self.config.tokens_per_microbatch
-        batches = [[trees[i] for i in members] for members in split_by_tokens([tree.tokens for tree in trees], limit)]
-        batches += [[] for _ in range(-len(batches) % self._world_size)]
-        return batches[self._rank :: self._world_size]
-
-    def _summed(self, value: Tensor) -> float:
-        if self._world_size > 1:
-            dist.all_reduce(value)
-        return float(value)
 
 
 class SupervisedLearner:
@@ -152,12 +66,7 @@ class SupervisedLearner:
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face model folder; all ranks call it, rank 0 writes."""
-        import deepspeed
-
-        weights: dict[str, Tensor] = {}
-        for name, parameter in self.training.engine.module.model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.training.config.zero_stage == 3):
-                weights[name] = parameter.detach().cpu().clone()
+        weights = gathered_weights(self.training.engine.module.model, self.training.config.zero_stage)
         if dist.get_rank() == 0:
             save_policy(self.hf_config, weights.items(), folder)
             if self.generation_config is not None:
@@ -167,10 +76,3 @@ class SupervisedLearner:
 def target_tokens(examples: Sequence[Example]) -> float:
     """How many tokens the loss covers."""
     return float(sum(len(example.target) for example in examples))
-
-
-def _guarded(optimizer: Any) -> GuardedAdamW:
-    """The GuardedAdamW inside DeepSpeed's wrappers."""
-    while not isinstance(optimizer, GuardedAdamW):
-        optimizer = optimizer.optimizer
-    return optimizer

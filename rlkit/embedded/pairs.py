@@ -1,0 +1,90 @@
+"""Triplets for the embedded discriminator: policies told apart (pre-training), right and wrong (fine-tuning)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from rlkit.data.arithmetic import STYLES, Style, WordProblem, write_solution
+from rlkit.embedded.candidates import right_answer, wrong_answer
+from rlkit.embedded.judging import is_right
+from rlkit.embedded.scale import Variant
+from rlkit.polar_training.triplets import Triplet
+
+Trajectories = Mapping[Variant, Sequence[Sequence[str]]]
+"""Variant -> per prompt, two answers."""
+SAMPLED_SHARE = 0.5
+"""Share of fine-tuning candidates taken from policies, where a problem has them; the rest are written by rule."""
+
+
+def policy_triplets(problems: Sequence[WordProblem], trajectories: Trajectories) -> list[Triplet]:
+    """Reference and chosen from one policy, rejected from another of the same phrasing (which thus tells nothing).
+
+    All ordered pairs of policies that share a phrasing, on every prompt; equal candidates are left out.
+    """
+    triplets = []
+    for a, b in same_style_pairs(list(trajectories)):
+        for problem, mine, theirs in zip(problems, trajectories[a], trajectories[b], strict=True):
+            if mine[1] != theirs[0]:
+                triplets.append(Triplet(problem.question, reference=mine[0], chosen=mine[1], rejected=theirs[0]))
+    return triplets
+
+
+def same_style_pairs(variants: Sequence[Variant]) -> list[tuple[Variant, Variant]]:
+    """Ordered pairs of different policies with one phrasing."""
+    return [(a, b) for a in variants for b in variants if a != b and a.style == b.style]
+
+
+def attainable_accuracy(triplets: Sequence[Triplet]) -> float:
+    """Accuracy of a scorer that only asks whose final answer agrees with the reference's (undecided counts a half).
+
+    Two answers of one careful policy agree more often than those of a careful and a careless one. It is a ceiling for
+    whoever judges by results; what is left is chance.
+    """
+    wins = []
+    for triplet in triplets:
+        final = _final(triplet.reference)
+        wins.append(0.5 + 0.5 * ((_final(triplet.chosen) == final) - (_final(triplet.rejected) == final)))
+    return float(np.mean(wins))
+
+
+def expected_accuracy(error_rates: Mapping[Variant, float]) -> float:
+    """The same from error rates alone: 1/2 + 1/2 mean over pairs (A, B) of (1 - e_A)(e_B - e_A)."""
+    gains = [(1 - error_rates[a]) * (error_rates[b] - error_rates[a]) for a, b in same_style_pairs(list(error_rates))]
+    return 0.5 + 0.5 * float(np.mean(gains))
+
+
+def _final(answer: str) -> str:
+    return answer.rsplit("####", 1)[-1].strip()
+
+
+def labelled_triplets(
+    problems: Sequence[WordProblem], sampled: Sequence[Sequence[str]], seed: int, crossed: bool | None = None
+) -> Iterator[Triplet]:
+    """Reference: the gold solution in any phrasing. Chosen: judged right. Rejected: judged wrong. For ever.
+
+    `sampled` holds policies' answers to each problem. `crossed` fixes whether the candidates' phrasing differs from
+    the reference's (None: any); it binds only candidates written by rule.
+    """
+    rng = random.Random(f"labelled/{seed}")
+    judged = [
+        ([text for text in texts if is_right(text, p.answer)], [text for text in texts if not is_right(text, p.answer)])
+        for p, texts in zip(problems, sampled, strict=True)
+    ]
+    order: list[int] = []
+    while True:
+        if not order:
+            order = rng.sample(range(len(problems)), len(problems))
+        index = order.pop()
+        problem, (right, wrong) = problems[index], judged[index]
+        style: Style = rng.choice(STYLES)
+        others = [other for other in STYLES if (other != style) is crossed] if crossed is not None else STYLES
+
+        written = right_answer(problem, rng.choice(others), rng), wrong_answer(problem, rng.choice(others), rng)
+        chosen, rejected = (
+            rng.choice(taken) if taken and rng.random() < SAMPLED_SHARE else text
+            for taken, text in zip((right, wrong), written, strict=True)
+        )
+        yield Triplet(problem.question, write_solution(problem.steps, problem.thing, style), chosen, rejected)

@@ -1,0 +1,73 @@
+"""Answers of tiny policies, by transformers (an engine per policy would take longer to start than to sample)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+MAX_ANSWER_TOKENS = 64
+PROMPTS_PER_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw answers; the defaults are the ones POLAR's pre-training trajectories are drawn with."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 0.9
+    top_k: int = 50
+    """0 keeps all tokens."""
+
+
+PLAIN = Sampling(top_p=1.0, top_k=0)
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0)
+
+
+def load_policy(folder: Path) -> nn.Module:
+    """A plain Hugging Face language model."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@torch.inference_mode()
+def sample_answers(
+    model: nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int
+) -> list[list[str]]:
+    """Per prompt `each` answers as text. An answer that does not end within MAX_ANSWER_TOKENS is cut there."""
+    torch.manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
+    answers: list[list[str]] = [[] for _ in prompts]
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id  # type: ignore[attr-defined]
+    for start in range(0, len(order), max(1, PROMPTS_PER_BATCH // each)):
+        members = order[start : start + max(1, PROMPTS_PER_BATCH // each)]
+        width = max(len(prompts[i]) for i in members)
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in members])
+        options = (
+            {"do_sample": False}
+            if sampling.temperature == 0
+            else {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+            }
+        )
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=(ids != pad).long(),
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            num_return_sequences=each,
+            pad_token_id=pad,
+            eos_token_id=eos,
+            **options,
+        )
+        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)  # type: ignore[attr-defined]
+        for place, i in enumerate(members):
+            answers[i] = texts[place * each : (place + 1) * each]
+    return answers

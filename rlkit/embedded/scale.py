@@ -1,0 +1,96 @@
+"""How much work remaking the embedded models takes: the shipped ones (`full`), and a run of seconds (`fast`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rlkit.data.arithmetic import ArithmeticConfig, Style
+
+
+@dataclass(frozen=True)
+class Training:
+    """One stage of training."""
+
+    steps: int
+    batch: int
+    """Examples, or triplets, per optimizer step."""
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A policy of the pool that POLAR's trajectories come from: a phrasing, and how often a step goes wrong."""
+
+    style: Style
+    slip_rate: float
+    heldout: bool = False
+    """Never seen in training: same-versus-different accuracy is measured on these."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.style}-{self.slip_rate:g}"
+
+
+POOL: tuple[Variant, ...] = (
+    *(
+        Variant(style, slip_rate)
+        for style in ("equations", "words", "annotated", "running")
+        for slip_rate in (0.0, 0.3, 0.7)
+    ),
+    *(Variant(style, slip_rate, heldout=True) for style in ("equations", "annotated") for slip_rate in (0.1, 0.5)),
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of every stage."""
+
+    data: ArithmeticConfig
+    tokenizer_problems: int
+    base: Training
+    warm_start: Training
+    slip_rate: float
+    """Of the solutions that the embedded policy imitates: its headroom."""
+    variant: Training
+    pool: tuple[Variant, ...]
+    trajectory_prompts: int
+    """Prompts that every policy of the pool answers twice."""
+    policy_prompts: int
+    """Train prompts that the embedded policy answers eight times, for fine-tuning pairs."""
+    pretrain: Training
+    finetune: Training
+    judged_problems: int
+    """Held-out problems that the report's measures use."""
+
+
+FULL = Scale(
+    data=ArithmeticConfig(),
+    tokenizer_problems=8192,
+    base=Training(steps=1200, batch=64, learning_rate=3e-3),
+    warm_start=Training(steps=150, batch=64, learning_rate=1e-3),
+    slip_rate=0.35,
+    variant=Training(steps=40, batch=64, learning_rate=1e-3),
+    pool=POOL,
+    trajectory_prompts=512,
+    policy_prompts=768,
+    pretrain=Training(steps=300, batch=64, learning_rate=1e-3),
+    finetune=Training(steps=500, batch=64, learning_rate=1e-3),
+    judged_problems=512,
+)
+FAST = replace(
+    FULL,
+    data=ArithmeticConfig(
+        max_steps=1, max_operand=6, max_value=16, max_factor=3, train_problems=600, heldout_problems=64
+    ),
+    tokenizer_problems=600,
+    base=Training(steps=30, batch=32, learning_rate=3e-3),
+    warm_start=Training(steps=5, batch=32, learning_rate=1e-3),
+    variant=Training(steps=2, batch=16, learning_rate=1e-3),
+    pool=tuple(variant for variant in POOL if variant.style == "equations"),
+    trajectory_prompts=16,
+    policy_prompts=8,
+    pretrain=Training(steps=3, batch=16, learning_rate=1e-3),
+    finetune=Training(steps=25, batch=24, learning_rate=3e-3),
+    judged_problems=32,
+)
+SCALES = {"full": FULL, "fast": FAST}
