@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from algorithms.base import Advantages, Experience
 from algorithms.grpo import GRPO
 from rlkit.config.schema import LearnerConfig
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
 from rlkit.learner.engine import init_process_group
-from rlkit.learner.policy import PolicyLearner
+from rlkit.learner.policy import PolicyLearner, _torch_optimizer
 
 VOCABULARY = 60
 
@@ -74,12 +75,46 @@ def free_port() -> int:
 
 
 def build_learner(
-    model: Path, *, rank: int = 0, ranks: int = 1, port: int = 0, algorithm: GRPO | None = None, **learner: object
+    model: Path,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    port: int = 0,
+    algorithm: GRPO | None = None,
+    temperature: float = 1.0,
+    **learner: object,
 ) -> PolicyLearner:
     """A learner rank in this process (one process group per process: use subprocesses for more ranks)."""
     if not torch.distributed.is_initialized():
         init_process_group(rank, ranks, "127.0.0.1", port or free_port(), "cpu")
     config = LearnerConfig(**{"learning_rate": 1e-3, "dtype": "float32", "ranks": ranks, **learner})  # type: ignore[arg-type]
     return PolicyLearner(
-        model, config, algorithm or GRPO(GRPO.Config(samples_per_prompt=4)), device="cpu", temperature=1.0, total_steps=10
+        model,
+        config,
+        algorithm or GRPO(GRPO.Config(samples_per_prompt=4)),
+        device="cpu",
+        temperature=temperature,
+        total_steps=10,
     )
+
+
+def grpo_advantages(groups: list[Group]) -> Advantages:
+    """What GRPO with its defaults makes of scored groups."""
+    return GRPO(GRPO.Config(samples_per_prompt=4)).advantages(Experience(groups, step=1))
+
+
+def smooth_steps(learner: PolicyLearner) -> PolicyLearner:
+    """Adam's step is nearly the gradient's sign, which rounding can flip; a large epsilon makes it comparable."""
+    for group in torch_optimizer(learner).param_groups:
+        group["eps"] = 0.1
+    return learner
+
+
+def torch_optimizer(learner: PolicyLearner) -> torch.optim.Optimizer:
+    """The optimizer inside DeepSpeed's wrappers."""
+    return _torch_optimizer(learner.engine)
+
+
+def weights_of(learner: PolicyLearner) -> dict[str, torch.Tensor]:
+    """Copies of all weights under their Hugging Face names (all ranks call it)."""
+    return {name: tensor.clone() for name, tensor in learner.named_weights()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -135,11 +136,14 @@ class PolicyLearner:
             loss = self._microbatch_loss(microbatch, minibatch, advantages, old, metrics) * self.world_size
             self.engine.backward(loss, scale_wrt_gas=False)
         norm = self._plain_grad_norm() if self.config.zero_stage == 0 else None
+        optimizer.skipped, skipped_by_zero = False, self.engine.skipped_steps
         self.engine.step()
         self.optimizer_steps += 1
         norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
-        metrics.optimizer_step(grad_norm=norm, rate=rate, skipped=optimizer.skipped)
-        if optimizer.skipped:
+        # ZeRO looks for non-finite gradients itself and then does not call the optimizer at all.
+        skipped = optimizer.skipped or self.engine.skipped_steps > skipped_by_zero
+        metrics.optimizer_step(grad_norm=norm, rate=rate, skipped=skipped)
+        if skipped:
             log.warning("optimizer step %d skipped: gradient not finite (norm %s)", self.optimizer_steps, norm)
 
     def _plain_grad_norm(self) -> float:
@@ -211,7 +215,8 @@ def save_policy(hf_config: Any, weights: Iterable[tuple[str, torch.Tensor]], fol
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
+        # A copy: transformers writes the attention's name into the configuration, which the trained model shares.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="sdpa")
     model.load_state_dict(dict(weights), strict=False, assign=True)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
