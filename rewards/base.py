@@ -42,6 +42,8 @@ class RewardContext:
     """Where a reward runs."""
 
     device: str = "cpu"
+    gpus: float = 0.0
+    """Share of a GPU that each worker is given."""
     seed: int = 0
     threads: int = 1
     """CPU threads this worker may use."""

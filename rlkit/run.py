@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +24,14 @@ from rlkit.embedded import model_folder
 from rlkit.evaluation import VERIFIER, Evaluator
 from rlkit.experience import Prompt
 from rlkit.experience.buffer import TooManyRejectedError
+from rlkit.guard import TrainingFailedError, UpdateGuard
 from rlkit.rollout.pool import RolloutPool, WeightsNotLoadedError
 from rlkit.rollout.producer import Producer
 from rlkit.serving.pool import RewardPool
 from rlkit.serving.results import RewardFailed
 from rlkit.tracking.run_folder import RunFolder, RunFolderError
 from rlkit.tracking.tracker import Tracker
-from rlkit.trainer import Trainer, TrainingFailedError
+from rlkit.trainer import Trainer
 
 FAILED = 1
 EXPECTED = (RewardFailed, WeightsNotLoadedError, TooManyRejectedError, DataError, TrainingFailedError)
@@ -58,7 +60,7 @@ def run(resolved: ResolvedRun) -> int:
 
 
 async def _train(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker) -> None:
-    config = resolved.config
+    config, began = resolved.config, time.monotonic()
     # Ray replaces the handler of SIGTERM when it starts; ours cancels the run, so that everything is ended in order.
     task = asyncio.current_task()
     assert task is not None
@@ -69,7 +71,7 @@ async def _train(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker) -> 
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with contextlib.AsyncExitStack() as stack:
-            trainer = await _start(resolved, folder, tracker, train, heldout, stack)
+            trainer = await _start(resolved, folder, tracker, train, heldout, stack, began)
             summary = await trainer.fit()
             tracker.finish(summary)
 
@@ -81,6 +83,7 @@ async def _start(
     train: Sequence[Prompt],
     heldout: Sequence[Prompt],
     stack: contextlib.AsyncExitStack,
+    began: float,
 ) -> Trainer:
     """Start all actors side by side."""
     import ray
@@ -91,7 +94,12 @@ async def _start(
     config, algorithm = resolved.config, resolved.make_algorithm()
     model_path, logs = str(model_folder(config.model.path)), folder.logs
     seconds = config.trainer.startup_timeout_seconds
-    context = RewardContext(device=config.cluster.device, seed=config.seed, threads=config.cluster.threads_per_actor)
+    context = RewardContext(
+        device=config.cluster.device,
+        gpus=0.1 / resolved.reward_config.workers if config.cluster.device == "cuda" else 0.0,
+        seed=config.seed,
+        threads=config.cluster.threads_per_actor,
+    )
     rollout = RolloutPool(config, model_path, logs)
     learner = LearnerGroup(config, model_path, algorithm, logs)
     reward = RewardPool(config.reward, context, seconds)
@@ -123,6 +131,8 @@ async def _start(
         canary=train[0].token_ids[:CANARY_TOKENS],
         folder=folder,
         tracker=tracker,
+        guard=UpdateGuard(config.trainer, tracker.warn),
+        began=began,
     )
 
 

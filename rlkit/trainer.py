@@ -12,6 +12,7 @@ from algorithms.base import Advantages, Algorithm, Experience
 from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
+from rlkit.guard import TrainingFailedError, UpdateGuard, waited_for
 from rlkit.learner.worker import LearnerGroup
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.producer import Producer, until
@@ -20,10 +21,6 @@ from rlkit.serving.results import check_failures
 from rlkit.step_metrics import rollout_metrics
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
-
-
-class TrainingFailedError(RuntimeError):
-    """The run cannot go on; the message says why and what was waited for."""
 
 
 @dataclass
@@ -41,14 +38,16 @@ class Trainer:
     canary: tuple[int, ...]
     folder: RunFolder
     tracker: Tracker
+    guard: UpdateGuard
+    began: float
+    """`time.monotonic()` at the start of the run."""
     version: int = 0
-    skipped_in_a_row: int = 0
     failed_scores: int = 0
     accuracies: dict[int, float] = field(default_factory=dict)
 
     async def fit(self) -> dict[str, Any]:
         """Train to the last step. Raises TrainingFailedError, RewardFailed and what the actors raise."""
-        trainer, began = self.config.trainer, time.monotonic()
+        trainer = self.config.trainer
         await self.publish()  # version 0: proves that sampler and learner hold the same policy before any training
         await self.evaluate(0)
         producing = asyncio.create_task(self.producer.run())
@@ -64,7 +63,7 @@ class Trainer:
         finally:
             producing.cancel()
             await asyncio.gather(producing, return_exceptions=True)
-        return self.summary(time.monotonic() - began, time.monotonic() - training_began)
+        return self.summary(time.monotonic() - training_began)
 
     async def step(self, step: int, producing: asyncio.Task[None]) -> None:
         """One training step, with a deadline."""
@@ -75,13 +74,13 @@ class Trainer:
                 report, sampling = self.producer.take_report()
                 self.failed_scores += report.failed
                 check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
-                experience = Experience(groups, step)
-                advantages = self.algorithm.advantages(experience)
+                advantages = self.algorithm.advantages(Experience(groups, step))
                 with self.tracker.timed("update"):
                     metrics, judged = await asyncio.gather(self.update(groups, advantages), self.judge(groups))
-                difference = await self.publish()
+                difference = await self.publish(last=step == self.config.trainer.total_steps)
         except TimeoutError:
-            raise TrainingFailedError(await self.waiting_for(step, deadline)) from None
+            stats = await self.buffer.stats.remote()
+            raise TrainingFailedError(waited_for(step, deadline, self.version, stats, self.reward.health())) from None
         stats = await self.buffer.stats.remote()
         metrics = {
             **metrics,
@@ -103,32 +102,25 @@ class Trainer:
         return groups, {"time/generate": sampled - began, "time/score": ended - sampled}
 
     async def update(self, groups: list[Group], advantages: Advantages) -> dict[str, float]:
-        """The learner's part of a step. Raises TrainingFailedError after too many skipped updates in a row."""
+        """The learner's part of a step: version + 1. Raises TrainingFailedError when updates keep failing."""
         metrics = await self.learner.update(groups, advantages)
         self.version += 1
-        skipped = metrics["policy/skipped_updates"] > 0
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if skipped:
-            self.tracker.warn("an update was skipped: its loss or gradient was not finite")
-        if self.skipped_in_a_row >= self.config.trainer.max_skipped_updates:
-            raise TrainingFailedError(
-                f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
-                "(trainer.max_skipped_updates): lower learner.learning_rate, or look at the rewards in samples.jsonl"
-            )
-        if not metrics["policy/trained_samples"]:
-            self.tracker.warn("a step had nothing to train on: no group had two valid samples")
+        self.guard.check(metrics)
         return metrics
 
     async def judge(self, groups: list[Group]) -> list[Group] | None:
         """The step's groups as the rule verifier sees them: shows when a learned reward is being fooled."""
         return None if self.evaluator is None else (await self.evaluator.judge([groups]))[0]
 
-    async def publish(self) -> float:
-        """Bring the learner's weights to every rollout worker and prove it; the canary's difference in log-probs."""
+    async def publish(self, last: bool = False) -> float:
+        """Bring the learner's weights to every rollout worker and prove it; the canary's difference in log-probs.
+
+        After the last update the buffer is not told, so that no further groups are sampled.
+        """
         with self.tracker.timed("publish"):
             bundle, wanted = await self.learner.publishable(self.canary)
             difference = await self.rollout.load_weights(bundle, self.version, self.canary, wanted)
-            if self.version:
+            if self.version and not last:
                 await self.buffer.advance.remote(self.version)
         return difference
 
@@ -148,23 +140,14 @@ class Trainer:
             await self.learner.save(policy)
         return policy
 
-    async def waiting_for(self, step: int, deadline: float) -> str:
-        """Who a step that took too long was waiting for."""
-        stats = await self.buffer.stats.remote()
-        return (
-            f"step {step} took more than trainer.step_timeout_seconds={deadline:g}. Policy version {self.version}; "
-            f"buffer: {stats.ready} groups ready, {stats.in_flight} in flight, rejected {dict(stats.rejected)}; "
-            f"reward workers: {self.reward.health()}"
-        )
-
-    def summary(self, wall: float, training: float) -> dict[str, Any]:
+    def summary(self, training: float) -> dict[str, Any]:
         """What summary.json holds."""
         steps = self.config.trainer.total_steps
         return {
             "accuracy_before": self.accuracies.get(0),
             "accuracy_after": self.accuracies.get(steps),
             "steps": steps,
-            "wall_seconds": round(wall, 3),
+            "wall_seconds": round(time.monotonic() - self.began, 3),
             "seconds_per_step": round(training / steps, 4),
             "reward_failed": self.failed_scores,
             "accuracy_by_step": {str(step): accuracy for step, accuracy in self.accuracies.items()},

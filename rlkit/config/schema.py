@@ -37,6 +37,8 @@ class TrainerConfig(Section):
     """A step (collecting, updating, publishing) that takes longer ends the run and says who was waited for."""
     startup_timeout_seconds: float = Field(default=600.0, gt=0)
     """The actors must be ready by then."""
+    mismatch_alarm: float = Field(default=0.05, gt=0)
+    """Mean difference between the sampler's and the learner's log-probs above which a step warns."""
     max_skipped_updates: int = Field(default=3, ge=1)
     """Updates skipped in a row for a non-finite loss or gradient after which the run stops."""
 

@@ -74,11 +74,15 @@ class Producer:
 
 
 async def until(work: Any, background: asyncio.Task[None]) -> Any:
-    """The result of `work`, unless the background task fails first: then its error."""
+    """The result of `work`, unless the background task fails first: then its error, out of its exception group."""
     task = asyncio.ensure_future(work)
-    await asyncio.wait({task, background}, return_when=asyncio.FIRST_COMPLETED)
-    if not task.done():
+    try:
+        await asyncio.wait({task, background}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+    finally:
         task.cancel()
-        background.result()  # raises
-        raise RuntimeError("the producer ended although it should not")
-    return task.result()
+    error = background.exception()
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    raise error or RuntimeError("the producer ended although it should not")

@@ -188,7 +188,7 @@ class Sampler:
             {"prompt_token_ids": list(token_ids)},
             SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
         )
-        finished = []
+        finished: list[Any] = []
         while self.busy:
             finished += [output for output in self.engine.step() if output.finished]
         rows = finished[0].prompt_logprobs[FIRST_LOGPROB:]
@@ -196,8 +196,9 @@ class Sampler:
 
 
 def _repack_head(model: Any) -> None:
-    """Pack a tied output head again. vLLM 0.32 on CPU reloads the embedding but leaves the head's packed copy as it was,
-    because no weight of the head's own name arrives: it would go on sampling from the old head.
+    """Pack a tied output head again, or vLLM 0.32 on CPU goes on sampling from the old one.
+
+    It reloads the embedding but not the head's packed copy, since no weight of the head's own name arrives.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

@@ -63,4 +63,4 @@ class WeightBundle:
 
 
 def _digest(data: NDArray[np.uint8]) -> str:
-    return hashlib.blake2b(memoryview(data), digest_size=16).hexdigest()
+    return hashlib.blake2b(data.data, digest_size=16).hexdigest()

@@ -59,10 +59,8 @@ class _Broken(Exception):
 class RewardPool:
     """Reward workers (Ray actors). Used from one asyncio loop; calls beyond the number of workers wait their turn."""
 
-    def __init__(
-        self, reward: Mapping[str, Any], context: RewardContext, startup_timeout_seconds: float, gpus: float = 0.0
-    ) -> None:
-        """`reward` is the run's reward section: `_target_` and the fields of its Config; `gpus` are per worker.
+    def __init__(self, reward: Mapping[str, Any], context: RewardContext, startup_timeout_seconds: float) -> None:
+        """`reward` is the run's reward section: `_target_` and the fields of its Config.
 
         Raises PartError or pydantic's ValidationError for a section that validation would have refused.
         """
@@ -71,7 +69,6 @@ class RewardPool:
         self.config = import_part("reward", self.target).Config(**self._options)
         self._context = context
         self._startup_timeout = startup_timeout_seconds
-        self._gpus = gpus
         self._workers = [WorkerState(index) for index in range(self.config.workers)]
         self._idle: asyncio.Queue[WorkerState] = asyncio.Queue()
 
@@ -166,7 +163,7 @@ class RewardPool:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        kind = ray.remote(num_cpus=0, num_gpus=self._gpus, max_restarts=0)(RewardWorker)
+        kind = ray.remote(num_cpus=0, num_gpus=self._context.gpus, max_restarts=0)(RewardWorker)
         worker.actor = kind.options(runtime_env={"env_vars": environment}).remote(
             self.target, self._options, self._context
         )

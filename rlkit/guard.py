@@ -1,0 +1,51 @@
+"""What makes a run stop or warn: updates that are not finite, a sampler that drifts from the learner, dead waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from rlkit.config.schema import TrainerConfig
+from rlkit.experience.buffer import BufferStats
+
+
+class TrainingFailedError(RuntimeError):
+    """The run cannot go on; the message says why and what was waited for."""
+
+
+class UpdateGuard:
+    """Looks at the metrics of every update."""
+
+    def __init__(self, config: TrainerConfig, warn: Callable[[str], None]) -> None:
+        self.config, self.warn = config, warn
+        self.skipped_in_a_row = 0
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Warn, or raise TrainingFailedError after `trainer.max_skipped_updates` skipped updates in a row."""
+        mismatch = metrics.get("mismatch/logprob_mean", 0.0)
+        if not mismatch <= self.config.mismatch_alarm:  # also true for NaN
+            self.warn(
+                f"sampler and learner disagree by {mismatch:.3g} in log-prob on average, more than "
+                f"trainer.mismatch_alarm={self.config.mismatch_alarm:g}: other precision or kernels, top_p/top_k "
+                "sampling, or stale weights"
+            )
+        if not metrics["policy/trained_samples"]:
+            self.warn("a step had nothing to train on: no group had two valid samples")
+        if not metrics["policy/skipped_updates"]:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.warn("an update was skipped: its loss or gradient was not finite")
+        if self.skipped_in_a_row >= self.config.max_skipped_updates:
+            raise TrainingFailedError(
+                f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
+                "(trainer.max_skipped_updates): lower learner.learning_rate, or look at the rewards in samples.jsonl"
+            )
+
+
+def waited_for(step: int, deadline: float, version: int, buffer: BufferStats, workers: Sequence[object]) -> str:
+    """Who a step that took too long was waiting for, in one message."""
+    return (
+        f"step {step} took more than trainer.step_timeout_seconds={deadline:g}. Policy version {version}; "
+        f"buffer: {buffer.ready} groups ready, {buffer.in_flight} in flight, rejected {dict(buffer.rejected)}; "
+        f"reward workers: {workers}"
+    )
