@@ -93,7 +93,7 @@ class LearnerGroup:
             "TOKENIZERS_PARALLELISM": "false",
             **({"DS_ACCELERATOR": "cpu"} if config.cluster.device == "cpu" else {}),
         }
-        gpus = 0.4 if config.cluster.device == "cuda" else 0
+        gpus = 0.3 if config.cluster.device == "cuda" else 0
         kind = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(LearnerWorker)
         self.ranks = [
             kind.options(runtime_env={"env_vars": environment}).remote(
