@@ -1,13 +1,16 @@
-"""Controls for benchmarks/learning.py: rewards that carry no information about the answer must not teach it."""
+"""Parts that only benchmarks use: controls whose reward says nothing about the answer, and a reward without cost."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rewards.base import Reward
 from rlkit.data.arithmetic import Arithmetic
 from rlkit.data.base import BadRow, Problem, Split
+from rlkit.experience import Group, GroupScores, Score
 
 
 class ShuffledReferences(Arithmetic):
@@ -34,3 +37,15 @@ def write_random_discriminator(trained: Path, folder: Path, seed: int) -> Path:
     AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(trained)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(trained).save_pretrained(folder)
     return folder
+
+
+class LetterReward(Reward):
+    """Share of lower-case letters: costs nothing, so that a benchmark times the framework alone."""
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """See the class."""
+        return [GroupScores(tuple(_letters(sample.text) for sample in group.samples)) for group in groups]
+
+
+def _letters(text: str) -> Score:
+    return Score(value=sum(map(str.islower, text)) / max(1, len(text)))
