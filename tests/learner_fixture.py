@@ -7,20 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from algorithms.base import Advantages, Experience
 from algorithms.grpo import GRPO
 from rlkit.config.schema import LearnerConfig
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
-from rlkit.learner.engine import init_process_group
-from rlkit.learner.policy import PolicyLearner, _torch_optimizer
+from rlkit.learner.engine import guarded_adamw, init_process_group
+from rlkit.learner.policy import PolicyLearner
 
 VOCABULARY = 60
 
 
-def write_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """A random two-layer Llama."""
+def write_tiny_model(folder: Path, seed: int = 0, initializer_range: float = 0.02) -> Path:
+    """A random two-layer Llama; a large `initializer_range` makes it prefer some tokens."""
     torch.manual_seed(seed)
     LlamaForCausalLM(
         LlamaConfig(
@@ -31,12 +34,22 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
             num_attention_heads=2,
             num_key_value_heads=2,
             max_position_embeddings=256,
+            initializer_range=initializer_range,
             tie_word_embeddings=True,
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=2,
         )
     ).save_pretrained(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """One token per word: `w3` ... for the ids of `write_tiny_model`."""
+    words = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(3, VOCABULARY))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
     return folder
 
 
@@ -112,7 +125,7 @@ def smooth_steps(learner: PolicyLearner) -> PolicyLearner:
 
 def torch_optimizer(learner: PolicyLearner) -> torch.optim.Optimizer:
     """The optimizer inside DeepSpeed's wrappers."""
-    return _torch_optimizer(learner.engine)
+    return guarded_adamw(learner.engine.optimizer)
 
 
 def weights_of(learner: PolicyLearner) -> dict[str, torch.Tensor]:

@@ -1,0 +1,329 @@
+"""Rollout on real vLLM in a real Ray actor: tokens, log-probs, seeds, prefix cache, and weights that must be new."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from learner_fixture import VOCABULARY, build_learner, write_tiny_model, write_tokenizer
+from ray_fixture import ray_session  # noqa: F401
+from rollout_host import OpenWorker
+
+from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
+from rlkit.experience import Group, Message, Prompt, Sample
+from rlkit.learner.policy import PolicyLearner
+from rlkit.rollout.pool import RolloutPool, WeightsNotLoadedError
+from rlkit.rollout.producer import until
+from rlkit.rollout.sampler import Request, Response
+from rlkit.rollout.weights import WeightBundle
+from rlkit.rollout.worker import GroupRequest, sample_seed
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+T = TypeVar("T")
+EOS = 1
+MAX_RESPONSE = 24
+BLOCK = 32
+CANARY = (5, 6, 7, 8, 9, 10)
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(coroutine, 90))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights large enough that next-token distributions are far from uniform."""
+    return write_tokenizer(write_tiny_model(tmp_path_factory.mktemp("policy"), initializer_range=0.3))
+
+
+@pytest.fixture(scope="module")
+def learner(model: Path) -> PolicyLearner:
+    """The same policy as the pool's first."""
+    return build_learner(model)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> PolicyLearner:
+    """Another policy of the same shape."""
+    return build_learner(write_tiny_model(tmp_path_factory.mktemp("other"), seed=1, initializer_range=0.3))
+
+
+@pytest.fixture(scope="module")
+def pool(ray_session: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutPool]:  # noqa: F811
+    """One worker; every test leaves it with the weights of `learner`."""
+    import ray
+
+    config = RunConfig(
+        run_dir=Path("unused"),
+        cluster=ClusterConfig(threads_per_actor=1),
+        rollout=RolloutConfig(
+            max_prompt_tokens=100, max_response_tokens=MAX_RESPONSE, max_concurrent_samples=16, memory_gib=0.1
+        ),
+        algorithm={},
+        reward={},
+        data={},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)
+        pool = RolloutPool(config, str(model), tmp_path_factory.mktemp("logs"))
+    run(pool.start())
+    yield pool
+    for worker in pool.workers:
+        ray.kill(worker)
+
+
+def prompt(length: int, seed: int = 0) -> Prompt:
+    tokens = np.random.default_rng(seed).integers(3, VOCABULARY, length)
+    return Prompt(f"p{length}-{seed}", (Message("user", "?"),), tuple(tokens.tolist()))
+
+
+def request(name: str, asked: Prompt, samples: int = 4, seed: int = 7) -> GroupRequest:
+    return GroupRequest(id=name, prompt=asked, samples=samples, seed=seed, step=3)
+
+
+async def groups_of(stream: AsyncIterator[Any]) -> dict[str, Group]:
+    return {group.id: group async for ref in stream for group in await ref}
+
+
+def generate(pool: RolloutPool, requests: Sequence[GroupRequest]) -> dict[str, Group]:
+    return run(groups_of(pool.generate(requests)))
+
+
+def sample(pool: RolloutPool, requests: Sequence[Request]) -> list[Response]:
+    async def ask() -> list[Response]:
+        return await pool.workers[0].sample.remote(list(requests))
+
+    return run(ask())
+
+
+def publish(pool: RolloutPool, learner: PolicyLearner, version: int) -> float:
+    bundle = WeightBundle.pack(version, learner.named_weights())
+    return run(pool.load_weights(bundle, version, CANARY, learner.sequence_logprobs(CANARY)))
+
+
+def tokens_of(group: Group) -> list[list[int]]:
+    return [sample.token_ids.tolist() for sample in group.samples]
+
+
+def difference(learner: PolicyLearner, groups: Sequence[Group]) -> float:
+    """Largest difference between the sampler's log-probs and the learner's."""
+    sampled = [sample.logprobs for group in groups for sample in group.samples]
+    return max(float(np.abs(a - b).max()) for a, b in zip(sampled, learner.group_logprobs(groups), strict=True))
+
+
+def test_groups_come_back_whole_with_the_tokens_that_were_sampled(pool: RolloutPool, model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    requests = [request(f"g{i}", prompt(4 + i, i), samples=3 + i % 2) for i in range(6)]
+    groups = generate(pool, requests)
+    assert groups.keys() == {each.id for each in requests}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    reasons = set()
+    for asked in requests:
+        group = groups[asked.id]
+        assert group.prompt == asked.prompt
+        assert group.step == 3
+        assert [each.index for each in group.samples] == list(range(asked.samples))
+        for each in group.samples:
+            tokens = each.token_ids.tolist()
+            assert each.token_ids.dtype == np.int32
+            assert each.logprobs.dtype == np.float32
+            assert all(0 <= token < VOCABULARY for token in tokens)
+            assert EOS not in tokens[:-1], "sampled on after the stop token"
+            assert each.finish_reason == ("stop" if tokens[-1] == EOS else "length")
+            assert 1 <= len(tokens) <= MAX_RESPONSE
+            assert each.finish_reason == "stop" or len(tokens) == MAX_RESPONSE
+            assert (each.logprobs <= 0).all()
+            assert each.text == tokenizer.decode(tokens, skip_special_tokens=True)
+            assert "<eos>" not in each.text
+            assert each.policy_versions == (0, 0)
+            assert each.seed == sample_seed(7, asked.id, each.index)
+            reasons.add(each.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_the_learners(pool: RolloutPool, model: Path, temperature: float) -> None:
+    asked = [prompt(length, length) for length in (1, 5, 40, 90)]
+    requests = [
+        Request(f"{i}:{j}", each.token_ids, seed=10 * i + j, max_tokens=MAX_RESPONSE, temperature=temperature)
+        for i, each in enumerate(asked)
+        for j in range(3)
+    ]
+    responses = sample(pool, requests)
+    groups = [
+        Group(
+            f"g{i}",
+            each,
+            tuple(
+                Sample(j, r.token_ids, r.logprobs, "", r.finish_reason, (0, 0), 0)
+                for j, r in enumerate(responses[3 * i : 3 * i + 3])
+            ),
+        )
+        for i, each in enumerate(asked)
+    ]
+    assert difference(build_learner(model, temperature=temperature), groups) < 1e-4
+    assert difference(build_learner(model, temperature=temperature + 0.2), groups) > 1e-2
+
+
+def test_a_seed_gives_the_same_tokens_whatever_else_is_sampled(pool: RolloutPool) -> None:
+    alone = generate(pool, [request("a", prompt(6))])["a"]
+    crowd = [request(f"x{i}", prompt(3 + i, i), seed=i) for i in range(9)]
+    crowded = generate(pool, [*crowd[:4], request("a", prompt(6)), *crowd[4:]])["a"]
+    assert tokens_of(crowded) == tokens_of(alone)
+    for one, two in zip(alone.samples, crowded.samples, strict=True):
+        np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-5)
+    assert len({tuple(tokens) for tokens in tokens_of(alone)}) == 4, "samples of one group must differ"
+    assert tokens_of(generate(pool, [request("a", prompt(6), seed=8)])["a"]) != tokens_of(alone)
+    assert tokens_of(generate(pool, [request("b", prompt(6))])["b"]) != tokens_of(alone)
+
+
+def test_a_groups_prompt_is_prefilled_once(pool: RolloutPool) -> None:
+    long = prompt(2 * BLOCK + 6, seed=99)
+    requests = [Request(f"{i}", long.token_ids, seed=i, max_tokens=4, temperature=1.0) for i in range(5)]
+    cached = [response.cached_prompt_tokens for response in sample(pool, requests)]
+    assert sorted(cached) == [0, *[2 * BLOCK] * 4]
+
+
+def test_new_weights_are_sampled_from_at_once(pool: RolloutPool, learner: PolicyLearner, other: PolicyLearner) -> None:
+    """With an old prefix cache, or an old copy of any weight, log-probs after the update would not be the learner's."""
+    asked = [request("w", prompt(2 * BLOCK + 3, 5)), request("v", prompt(7, 5))]
+    before = generate(pool, asked)
+    assert difference(learner, list(before.values())) < 1e-4
+    try:
+        assert publish(pool, other, 1) < 1e-4
+        after = generate(pool, asked)
+        assert difference(other, list(after.values())) < 1e-4
+        assert difference(learner, list(after.values())) > 0.1
+        assert {each.policy_versions for group in after.values() for each in group.samples} == {(1, 1)}
+    finally:
+        publish(pool, learner, 2)
+    again = generate(pool, asked)
+    assert [tokens_of(again[name]) for name in "wv"] == [tokens_of(before[name]) for name in "wv"]
+    assert difference(learner, list(again.values())) < 1e-4
+
+
+def test_no_group_mixes_versions(pool: RolloutPool, learner: PolicyLearner, other: PolicyLearner) -> None:
+    bundle = WeightBundle.pack(11, other.named_weights())
+    wanted = other.sequence_logprobs(CANARY)
+
+    async def overlap() -> tuple[dict[str, Group], dict[str, Group], dict[str, Group]]:
+        running = asyncio.ensure_future(groups_of(pool.generate([request(f"r{i}", prompt(9, i)) for i in range(12)])))
+        await asyncio.sleep(0.05)
+        loading = asyncio.ensure_future(pool.load_weights(bundle, 11, CANARY, wanted))
+        later = asyncio.ensure_future(groups_of(pool.generate([request(f"l{i}", prompt(9, i)) for i in range(3)])))
+        await loading
+        afterwards = asyncio.ensure_future(groups_of(pool.generate([request("a", prompt(9))])))
+        return await running, await later, await afterwards
+
+    try:
+        running, later, afterwards = run(overlap())
+    finally:
+        publish(pool, learner, 12)
+    for group in [*running.values(), *later.values(), *afterwards.values()]:
+        (versions,) = {each.policy_versions for each in group.samples}
+        assert versions[0] == versions[1]
+        assert difference(other if versions[0] == 11 else learner, [group]) < 1e-4
+    assert {group.policy_version for group in afterwards.values()} == {11}
+
+
+def test_damaged_weights_are_refused_and_the_old_ones_stay(
+    pool: RolloutPool, learner: PolicyLearner, other: PolicyLearner
+) -> None:
+    bundle = WeightBundle.pack(21, other.named_weights())
+    data = bundle.data.copy()
+    data[len(data) // 2] ^= 1
+    with pytest.raises(RuntimeError, match="version 21 arrived damaged"):
+        run(pool.load_weights(replace(bundle, data=data), 21, CANARY, other.sequence_logprobs(CANARY)))
+    assert difference(learner, list(generate(pool, [request("d", prompt(8))]).values())) < 1e-4
+
+
+def test_a_worker_with_other_weights_than_the_learners_ends_the_run(
+    pool: RolloutPool, learner: PolicyLearner, other: PolicyLearner
+) -> None:
+    bundle = WeightBundle.pack(31, learner.named_weights())
+    with pytest.raises(WeightsNotLoadedError, match=r"worker 0: after version 31 .* differ from .*canary_tolerance"):
+        run(pool.load_weights(bundle, 31, CANARY, other.sequence_logprobs(CANARY)))
+    nothing = np.full(len(CANARY) - 1, np.nan)
+    with pytest.raises(WeightsNotLoadedError, match="canary"):
+        run(pool.load_weights(bundle, 31, CANARY, nothing))
+    with pytest.raises(WeightsNotLoadedError, match="version 31, not 32"):
+        run(pool.load_weights(bundle, 32, CANARY, learner.sequence_logprobs(CANARY)))
+
+
+def test_every_tensor_reaches_the_engine(pool: RolloutPool, model: Path, learner: PolicyLearner) -> None:
+    """Weights are changed one tensor after the other, so that none can hide behind the others' changes."""
+    changing, generator, version = build_learner(model), torch.Generator().manual_seed(0), 40
+    try:
+        for name, parameter in changing.named_weights():
+            with torch.no_grad():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            version += 1
+            publish(pool, changing, version)
+            (group,) = generate(pool, [request("s", prompt(50, 3))]).values()
+            assert difference(changing, [group]) < 1e-4, name
+    finally:
+        publish(pool, learner, version + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bundle_carries_every_bit(dtype: torch.dtype) -> None:
+    import ray
+
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "a": torch.randn(3, 5, generator=generator).to(dtype),
+        "odd": torch.randn(7, generator=generator).to(dtype),
+        "transposed": torch.randn(4, 2, generator=generator).to(dtype).T,
+        "nan": torch.tensor([float("nan"), float("inf")], dtype=dtype),
+    }
+    bundle = WeightBundle.pack(5, weights.items())
+    received: WeightBundle = ray.get(ray.put(bundle))
+    assert received.version == 5
+    assert received.received_checksum() == received.checksum == bundle.checksum
+    assert not received.data.flags.writeable
+    for name, tensor in received.tensors():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor.nan_to_num(3.5), weights.pop(name).nan_to_num(3.5))
+    assert not weights
+
+
+def test_waiting_for_groups_ends_with_the_producers_own_error() -> None:
+    class RewardBroke(RuntimeError):
+        pass
+
+    async def fails() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(raise_later())
+
+    async def raise_later() -> None:
+        await asyncio.sleep(0.01)
+        raise RewardBroke("the verifier is gone")
+
+    async def wait_for_it() -> None:
+        await until(asyncio.Event().wait(), asyncio.create_task(fails()))
+
+    with pytest.raises(RewardBroke, match="the verifier is gone"):
+        run(wait_for_it())
+
+
+def test_a_dead_worker_ends_the_stream_with_an_error(pool: RolloutPool) -> None:
+    """Last: it kills the worker."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    async def kill_in_mid_stream() -> None:
+        stream = groups_of(pool.generate([request(f"k{i}", prompt(9, i), samples=16) for i in range(40)]))
+        task = asyncio.ensure_future(stream)
+        await asyncio.sleep(0.2)
+        ray.kill(pool.workers[0])
+        await task
+
+    with pytest.raises(RayActorError):
+        run(kill_in_mid_stream())
