@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlkit.config.schema import LearnerConfig
-from rlkit.learner.engine import GuardedAdamW, build_engine, learning_rate
+from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
 from rlkit.models.packing import Tree, split_by_tokens
 
 Microbatch = Sequence[Tree]
@@ -52,24 +53,20 @@ class SupervisedEngine:
 
         Raises StepSkipped after MAX_SKIPPED steps in a row without a finite gradient.
         """
-        optimizer = _guarded(self.engine.optimizer)
-        rate = learning_rate(self.config, self.steps, self.total_steps)
-        for group in [*optimizer.param_groups, *getattr(self.engine.optimizer, "param_groups", ())]:
-            group["lr"] = rate
         self.engine.train()
-        mine = self._my_microbatches(trees)
         value = torch.zeros((), device=self.device)
-        for i, microbatch in enumerate(mine):
-            self.engine.set_gradient_accumulation_boundary(i == len(mine) - 1)
+
+        def share(microbatch: Sequence[Tree]) -> Tensor:
             # A rank with nothing left takes part in the others' collective operations with a loss of zero.
             loss = self._loss(self.engine, microbatch or trees[:1]) / total
             loss = loss if microbatch else loss * 0.0
-            value += loss.detach()
-            # DeepSpeed averages gradients over ranks; ours are shares of one sum.
-            self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
-        self.engine.step()
+            value.add_(loss.detach())
+            return loss
+
+        losses = [partial(share, microbatch) for microbatch in self._my_microbatches(trees)]
+        done = optimizer_step(self.engine, losses, learning_rate(self.config, self.steps, self.total_steps))
         self.steps += 1
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if optimizer.skipped else 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if done.skipped else 0
         if self.skipped_in_a_row >= self.MAX_SKIPPED:
             raise StepSkipped(
                 f"{self.skipped_in_a_row} optimizer steps in a row had no finite gradient (last loss {value.item()}): "
@@ -109,10 +106,3 @@ def gathered_weights(module: nn.Module, zero_stage: int) -> dict[str, Tensor]:
         with deepspeed.zero.GatheredParameters([parameter], enabled=zero_stage == 3):
             weights[name] = parameter.detach().cpu().clone()
     return weights
-
-
-def _guarded(optimizer: Any) -> GuardedAdamW:
-    """The GuardedAdamW inside DeepSpeed's wrappers."""
-    while not isinstance(optimizer, GuardedAdamW):
-        optimizer = optimizer.optimizer
-    return optimizer

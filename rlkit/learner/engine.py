@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from rlkit.config.schema import LearnerConfig
 
@@ -110,3 +112,43 @@ def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
     for name, buffer in engine.module.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
     return engine
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global norm before clipping."""
+    skipped: bool
+    """A gradient was not finite: nothing was changed."""
+
+
+def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]], rate: float) -> OptimizerStep:
+    """One optimizer step over micro-batches: each of `losses` computes one micro-batch's share of a global sum.
+
+    All ranks call it with equally many micro-batches.
+    """
+    world_size = dist.get_world_size()
+    optimizer = guarded_adamw(engine.optimizer)
+    for group in [*optimizer.param_groups, *getattr(engine.optimizer, "param_groups", ())]:
+        group["lr"] = rate
+    for i, loss in enumerate(losses):
+        engine.set_gradient_accumulation_boundary(i == len(losses) - 1)
+        # DeepSpeed averages gradients over ranks; ours are shares of one sum.
+        engine.backward(loss() * world_size, scale_wrt_gas=False)
+    norm = None
+    if not engine.zero_optimization():  # DeepSpeed reports the norm only with ZeRO
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None]))
+    optimizer.skipped, skipped_by_zero = False, engine.skipped_steps
+    engine.step()
+    # ZeRO looks for non-finite gradients itself and then does not call the optimizer at all.
+    skipped = optimizer.skipped or engine.skipped_steps > skipped_by_zero
+    return OptimizerStep(float(engine.get_global_grad_norm()) if norm is None else norm, skipped)
+
+
+def guarded_adamw(optimizer: Any) -> GuardedAdamW:
+    """The GuardedAdamW inside DeepSpeed's wrappers."""
+    while not isinstance(optimizer, GuardedAdamW):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from algorithms.base import Advantages, Algorithm, LossInputs
 from rlkit.config.schema import LearnerConfig
 from rlkit.experience import Group
 from rlkit.learner.batches import Minibatch, Rows, TrainGroup, plan_minibatches, rows_of, train_groups
-from rlkit.learner.engine import build_engine, learning_rate, resolve_dtype
+from rlkit.learner.engine import build_engine, learning_rate, optimizer_step, resolve_dtype
 from rlkit.learner.metrics import StepMetrics, mismatch
 from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
 from rlkit.models.policy import load_causal_lm
@@ -126,29 +127,15 @@ class PolicyLearner:
         self, minibatch: Minibatch, advantages: Advantages, old: dict[int, np.ndarray] | None, metrics: StepMetrics
     ) -> None:
         rate = learning_rate(self.config, self.optimizer_steps, self.total_steps)
-        optimizer = _torch_optimizer(self.engine)
-        for group in [*optimizer.param_groups, *getattr(self.engine.optimizer, "param_groups", ())]:
-            group["lr"] = rate
-        mine = minibatch.microbatches[self.rank]
-        for i, microbatch in enumerate(mine):
-            self.engine.set_gradient_accumulation_boundary(i == len(mine) - 1)
-            # DeepSpeed averages gradients over ranks; our losses are shares of one global sum.
-            loss = self._microbatch_loss(microbatch, minibatch, advantages, old, metrics) * self.world_size
-            self.engine.backward(loss, scale_wrt_gas=False)
-        norm = self._plain_grad_norm() if self.config.zero_stage == 0 else None
-        optimizer.skipped, skipped_by_zero = False, self.engine.skipped_steps
-        self.engine.step()
+        losses = [
+            partial(self._microbatch_loss, microbatch, minibatch, advantages, old, metrics)
+            for microbatch in minibatch.microbatches[self.rank]
+        ]
+        done = optimizer_step(self.engine, losses, rate)
         self.optimizer_steps += 1
-        norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
-        # ZeRO looks for non-finite gradients itself and then does not call the optimizer at all.
-        skipped = optimizer.skipped or self.engine.skipped_steps > skipped_by_zero
-        metrics.optimizer_step(grad_norm=norm, rate=rate, skipped=skipped)
-        if skipped:
-            log.warning("optimizer step %d skipped: gradient not finite (norm %s)", self.optimizer_steps, norm)
-
-    def _plain_grad_norm(self) -> float:
-        """Global norm before clipping; without ZeRO, DeepSpeed does not report it."""
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self.engine.parameters() if p.grad is not None]))
+        metrics.optimizer_step(grad_norm=done.grad_norm, rate=rate, skipped=done.skipped)
+        if done.skipped:
+            log.warning("optimizer step %d skipped: gradient norm %s", self.optimizer_steps, done.grad_norm)
 
     def _microbatch_loss(
         self,
@@ -227,11 +214,3 @@ def save_policy(hf_config: Any, weights: Iterable[tuple[str, torch.Tensor]], fol
 
 def _as_group(group: TrainGroup) -> Group:
     return Group(id=group.group.id, prompt=group.group.prompt, samples=group.samples)
-
-
-def _torch_optimizer(engine: Any) -> Any:
-    """The GuardedAdamW inside DeepSpeed's wrappers."""
-    optimizer = engine.optimizer
-    while not hasattr(optimizer, "skipped") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
