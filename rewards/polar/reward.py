@@ -116,7 +116,8 @@ class PolarReward(Reward):
 
         folder = model_folder(self.config.model_path)
         limits, self._max_length = lengths(self.config, check_folder(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # No limit, hence no warning: parts are cut to their limits here.
+        tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=10**9, trust_remote_code=False)
         self._serialiser = Serialiser(tokenizer, limits, self.config.wrapper, self.config.newline_before_empty)
         _check_white_space(self._serialiser, folder)
         self._backend = self._tested_backend(folder, self._serialiser)
