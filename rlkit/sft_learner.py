@@ -15,7 +15,7 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.learner.policy import save_policy
 from rlkit.models.packing import Tree, pack
 from rlkit.models.policy import load_causal_lm
-from rlkit.supervised import Microbatch, SupervisedEngine, gathered_weights
+from rlkit.supervised import SupervisedEngine, gathered_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class SupervisedLearner:
         self._chunk = config.logit_elements_per_chunk
         self.training = SupervisedEngine(policy, self._loss, config, device=device, total_steps=total_steps)
 
-    def _loss(self, module: Any, trees: Microbatch) -> Tensor:
+    def _loss(self, module: Any, trees: Sequence[Tree]) -> Tensor:
         """Minus the sum of the targets' log-probs."""
         logprobs, _ = module(pack(trees).to(self.training.device), 1.0, self._chunk)
         total: Tensor = -logprobs.sum()

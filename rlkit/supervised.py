@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,19 +12,29 @@ from torch import Tensor, nn
 
 from rlkit.config.schema import LearnerConfig
 from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
-from rlkit.models.packing import Tree, split_by_tokens
+from rlkit.models.packing import split_by_tokens
 
-Microbatch = Sequence[Tree]
+
+class Item(Protocol):
+    """Something to train on."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens it takes in a packed batch."""
+        ...
+
+
+T = TypeVar("T", bound=Item)
 
 
 class StepSkipped(RuntimeError):
     """Loss or gradient was not finite too many times in a row."""
 
 
-class SupervisedEngine:
-    """A module in a DeepSpeed engine, trained on trees; all ranks call every method with the same arguments.
+class SupervisedEngine(Generic[T]):
+    """A module in a DeepSpeed engine, trained on items; all ranks call every method with the same arguments.
 
-    `loss(module, trees)` is a sum over the trees of a micro-batch; `step` divides it by the whole step's total, so
+    `loss(module, items)` is a sum over the items of a micro-batch; `step` divides it by the whole step's total, so
     micro-batches and ranks do not change the gradient.
     """
 
@@ -33,7 +43,7 @@ class SupervisedEngine:
     def __init__(
         self,
         module: nn.Module,
-        loss: Callable[[Any, Microbatch], Tensor],
+        loss: Callable[[Any, Sequence[T]], Tensor],
         config: LearnerConfig,
         *,
         device: str,
@@ -48,7 +58,7 @@ class SupervisedEngine:
         self.engine = build_engine(module, config, device)
         self.device = device
 
-    def step(self, trees: Sequence[Tree], total: float) -> float:
+    def step(self, items: Sequence[T], total: float) -> float:
         """One optimizer step; returns the loss: its sum divided by `total` (trained tokens, pairs, ...).
 
         Raises StepSkipped after MAX_SKIPPED steps in a row without a finite gradient.
@@ -56,14 +66,14 @@ class SupervisedEngine:
         self.engine.train()
         value = torch.zeros((), device=self.device)
 
-        def share(microbatch: Sequence[Tree]) -> Tensor:
+        def share(microbatch: Sequence[T]) -> Tensor:
             # A rank with nothing left takes part in the others' collective operations with a loss of zero.
-            loss = self._loss(self.engine, microbatch or trees[:1]) / total
+            loss = self._loss(self.engine, microbatch or items[:1]) / total
             loss = loss if microbatch else loss * 0.0
             value.add_(loss.detach())
             return loss
 
-        losses = [partial(share, microbatch) for microbatch in self._my_microbatches(trees)]
+        losses = [partial(share, microbatch) for microbatch in self._my_microbatches(items)]
         done = optimizer_step(self.engine, losses, learning_rate(self.config, self.steps, self.total_steps))
         self.steps += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if done.skipped else 0
@@ -75,19 +85,19 @@ class SupervisedEngine:
         return self._summed(value)
 
     @torch.no_grad()
-    def evaluate(self, trees: Sequence[Tree], total: float) -> float:
+    def evaluate(self, items: Sequence[T], total: float) -> float:
         """The loss without a step."""
         self.engine.eval()
         value = torch.zeros((), device=self.device)
-        for microbatch in self._my_microbatches(trees):
-            loss = self._loss(self.engine, microbatch or trees[:1]) / total
+        for microbatch in self._my_microbatches(items):
+            loss = self._loss(self.engine, microbatch or items[:1]) / total
             value += loss if microbatch else loss * 0.0
         return self._summed(value)
 
-    def _my_microbatches(self, trees: Sequence[Tree]) -> list[list[Tree]]:
+    def _my_microbatches(self, items: Sequence[T]) -> list[list[T]]:
         """This rank's share, as many micro-batches as every other rank has (the last one may be empty)."""
         limit = self.config.tokens_per_microbatch
-        batches = [[trees[i] for i in members] for members in split_by_tokens([tree.tokens for tree in trees], limit)]
+        batches = [[items[i] for i in members] for members in split_by_tokens([item.tokens for item in items], limit)]
         batches += [[] for _ in range(-len(batches) % self._world_size)]
         return batches[self._rank :: self._world_size]
 

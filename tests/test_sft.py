@@ -34,7 +34,7 @@ def process_group() -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer():  # noqa: ANN201
+def tokenizer():
     from rlkit.data.prompts import load_tokenizer
 
     return load_tokenizer(POLICY)
@@ -44,7 +44,7 @@ def _problems(count: int) -> list[Problem]:
     return Arithmetic(ArithmeticConfig(train_problems=count), seed=0).load("train")[0]
 
 
-def test_examples_ask_as_the_sampler_is_asked_and_end_as_it_ends(tokenizer) -> None:  # noqa: ANN001
+def test_examples_ask_as_the_sampler_is_asked_and_end_as_it_ends(tokenizer) -> None:
     problems = _problems(8)
     examples, skipped = sft.make_examples(problems, tokenizer, max_prompt_tokens=256, max_target_tokens=128)
     assert skipped == [] and [len(references) for references in examples] == [4] * 8
@@ -54,7 +54,7 @@ def test_examples_ask_as_the_sampler_is_asked_and_end_as_it_ends(tokenizer) -> N
             assert tokenizer.decode(example.target) == f"{reference}<eos>"
 
 
-def test_unusable_rows_are_named_not_dropped_silently(tokenizer) -> None:  # noqa: ANN001
+def test_unusable_rows_are_named_not_dropped_silently(tokenizer) -> None:
     no_reference = Problem(id="empty", messages=(Message("user", "1+1?"),), origin="file:1")
     examples, skipped = sft.make_examples([no_reference, *_problems(3)], tokenizer, 256, max_target_tokens=3)
     assert examples == []
@@ -62,7 +62,7 @@ def test_unusable_rows_are_named_not_dropped_silently(tokenizer) -> None:  # noq
     assert sum("every reference has more than 3 tokens" in reason for reason in skipped) == 3
 
 
-def test_every_epoch_visits_every_problem_once(tokenizer) -> None:  # noqa: ANN001
+def test_every_epoch_visits_every_problem_once(tokenizer) -> None:
     examples, _ = sft.make_examples(_problems(12), tokenizer, 256, 128)
     batches = sft.draw_batches(examples, size=4, seed=3)
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_every_epoch_visits_every_problem_once(tokenizer) -> None:  # noqa: ANN0
         assert sorted(prompts) == sorted(references[0].prompt for references in examples)
 
 
-def test_loss_is_the_plain_models_on_the_target_alone(process_group: None, tokenizer) -> None:  # noqa: ANN001
+def test_loss_is_the_plain_models_on_the_target_alone(process_group: None, tokenizer) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -88,7 +88,7 @@ def test_loss_is_the_plain_models_on_the_target_alone(process_group: None, token
     assert learner.evaluate(examples) == pytest.approx(expected, rel=1e-4)
 
 
-def test_micro_batches_do_not_change_the_step(process_group: None, tokenizer) -> None:  # noqa: ANN001
+def test_micro_batches_do_not_change_the_step(process_group: None, tokenizer) -> None:
     import torch
 
     from rlkit.sft_learner import SupervisedLearner
@@ -105,7 +105,7 @@ def test_micro_batches_do_not_change_the_step(process_group: None, tokenizer) ->
     assert differing.float().mean() < 1e-3
 
 
-def test_the_command_lowers_the_heldout_loss_and_saves_a_plain_model(tmp_path: Path, capsys) -> None:  # noqa: ANN001
+def test_the_command_lowers_the_heldout_loss_and_saves_a_plain_model(tmp_path: Path, capsys) -> None:
     arguments = [*SMALL, f"run_dir={tmp_path / 'run'}", "trainer.total_steps=25", "trainer.prompts_per_step=16"]
     assert sft.main([*arguments, "learner.learning_rate=2e-4", "trainer.evaluate_every_steps=10"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -121,14 +121,14 @@ def test_the_command_lowers_the_heldout_loss_and_saves_a_plain_model(tmp_path: P
     assert "held-out loss" in capsys.readouterr().out
 
 
-def test_keys_without_effect_are_refused_before_anything_starts(tmp_path: Path, capsys) -> None:  # noqa: ANN001
+def test_keys_without_effect_are_refused_before_anything_starts(tmp_path: Path, capsys) -> None:
     assert sft.main(["algorithm=grpo", "tracking.console=off", f"run_dir={tmp_path / 'run'}"]) == 2
     report = capsys.readouterr().err
     assert "algorithm=grpo: has no effect" in report and "tracking.console=off: has no effect" in report
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_starts_nothing(tmp_path: Path, capsys) -> None:  # noqa: ANN001
+def test_dry_run_starts_nothing(tmp_path: Path, capsys) -> None:
     assert sft.main([f"run_dir={tmp_path / 'run'}", "dry_run=true"]) == 0
     assert "valid" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

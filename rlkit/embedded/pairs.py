@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -17,6 +18,10 @@ Trajectories = Mapping[Variant, Sequence[Sequence[str]]]
 """Variant -> per prompt, two answers."""
 SAMPLED_SHARE = 0.5
 """Share of fine-tuning candidates taken from policies, where a problem has them; the rest are written by rule."""
+
+
+CANDIDATES = 4
+"""Right answers, and wrong ones, drawn for a problem at a time: they share prompt and reference, so this is cheap."""
 
 
 def policy_triplets(problems: Sequence[WordProblem], trajectories: Trajectories) -> list[Triplet]:
@@ -65,6 +70,8 @@ def labelled_triplets(
 ) -> Iterator[Triplet]:
     """Reference: the gold solution in any phrasing. Chosen: judged right. Rejected: judged wrong. For ever.
 
+    CANDIDATES right and as many wrong answers to a problem come as all their pairs, one after the other.
+
     `sampled` holds policies' answers to each problem. `crossed` fixes whether the candidates' phrasing differs from
     the reference's (None: any); it binds only candidates written by rule.
     """
@@ -82,9 +89,11 @@ def labelled_triplets(
         style: Style = rng.choice(STYLES)
         others = [other for other in STYLES if (other != style) is crossed] if crossed is not None else STYLES
 
-        written = right_answer(problem, rng.choice(others), rng), wrong_answer(problem, rng.choice(others), rng)
-        chosen, rejected = (
-            rng.choice(taken) if taken and rng.random() < SAMPLED_SHARE else text
-            for taken, text in zip((right, wrong), written, strict=True)
-        )
-        yield Triplet(problem.question, write_solution(problem.steps, problem.thing, style), chosen, rejected)
+        reference = write_solution(problem.steps, problem.thing, style)
+        candidates: tuple[list[str], list[str]] = ([], [])
+        for found, taken, write in zip(candidates, (right, wrong), (right_answer, wrong_answer), strict=True):
+            for _ in range(CANDIDATES):
+                from_policy = taken and rng.random() < SAMPLED_SHARE
+                found.append(rng.choice(taken) if from_policy else write(problem, rng.choice(others), rng))
+        for chosen, rejected in product(*candidates):
+            yield Triplet(problem.question, reference, chosen, rejected)

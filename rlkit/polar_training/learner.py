@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rewards.polar.plan import shared_prefix
 from rewards.polar.serialise import Limits, Serialiser, Wrapper
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.prompts import load_tokenizer
 from rlkit.models.packing import Tree, pack
 from rlkit.models.policy import load_scorer
 from rlkit.polar_training.triplets import Triplet
-from rlkit.supervised import Microbatch, SupervisedEngine, gathered_weights
+from rlkit.supervised import SupervisedEngine, gathered_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,19 @@ class PairMeasures:
     loss: float
     accuracy: float
     """Share of pairs with chosen strictly above rejected: a tie counts as wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Candidates beside one reference, and which of them should score higher than which."""
+
+    tree: Tree
+    pairs: tuple[tuple[int, int], ...]
+    """(place of the better, place of the worse) among the tree's suffixes."""
+
+    @property
+    def tokens(self) -> int:
+        return self.tree.tokens
 
 
 class PolarLearner:
@@ -52,44 +66,55 @@ class PolarLearner:
             load_scorer(model_path, torch.float32), self._loss, config, device=device, total_steps=total_steps
         )
 
-    def tree(self, triplet: Triplet) -> Tree:
-        """Both inputs of a triplet as token ids, what they have in common stored once."""
-        chosen, rejected = (
-            tuple(self._serialiser.token_ids(self._serialiser.text(triplet.prompt, triplet.reference, candidate)))
-            for candidate in (triplet.chosen, triplet.rejected)
-        )
-        shared = 0
-        for a, b in zip(chosen[:-1], rejected[:-1], strict=False):
-            if a != b:
-                break
-            shared += 1
-        return Tree(chosen[:shared], (chosen[shared:], rejected[shared:]))
+    def comparisons(self, triplets: Sequence[Triplet]) -> list[Comparison]:
+        """Triplets with one prompt and one reference put together; each different candidate is encoded once."""
+        together: dict[tuple[str, str], list[Triplet]] = {}
+        for triplet in triplets:
+            together.setdefault((triplet.prompt, triplet.reference), []).append(triplet)
+        found = []
+        for (prompt, reference), members in together.items():
+            texts = dict.fromkeys(text for triplet in members for text in (triplet.chosen, triplet.rejected))
+            place = {text: i for i, text in enumerate(texts)}
+            encoded = [
+                tuple(self._serialiser.token_ids(self._serialiser.text(prompt, reference, text))) for text in texts
+            ]
+            prefix = shared_prefix(encoded)[: min(map(len, encoded)) - 1]  # each keeps a last token of its own
+            tree = Tree(prefix, tuple(ids[len(prefix) :] for ids in encoded))
+            found.append(Comparison(tree, tuple((place[t.chosen], place[t.rejected]) for t in members)))
+        return found
 
-    def _scores(self, module: Any, trees: Microbatch) -> Tensor:
-        """[n, 2] scores of chosen and rejected."""
-        scores: Tensor = module(pack(trees).to(self.training.device)).view(-1, 2)
-        return scores
+    def _margins(self, module: Any, comparisons: Sequence[Comparison]) -> Tensor:
+        """[pairs] score of chosen minus score of rejected."""
+        scores = module(pack([comparison.tree for comparison in comparisons]).to(self.training.device))
+        start, chosen, rejected = 0, [], []
+        for comparison in comparisons:
+            chosen += [start + better for better, _ in comparison.pairs]
+            rejected += [start + worse for _, worse in comparison.pairs]
+            start += len(comparison.tree.suffixes)
+        margins: Tensor = scores[chosen] - scores[rejected]
+        return margins
 
-    def _loss(self, module: Any, trees: Microbatch) -> Tensor:
+    def _loss(self, module: Any, comparisons: Sequence[Comparison]) -> Tensor:
         """Sum over pairs of -log sigmoid(chosen - rejected)."""
-        scores = self._scores(module, trees)
-        total: Tensor = -logsigmoid(scores[:, 0] - scores[:, 1]).sum()
+        total: Tensor = -logsigmoid(self._margins(module, comparisons)).sum()
         return total
 
     def step(self, triplets: Sequence[Triplet]) -> float:
         """One optimizer step; returns the mean pair loss before it (ln 2 at the first, with a zero head)."""
-        return self.training.step([self.tree(triplet) for triplet in triplets], len(triplets))
+        return self.training.step(self.comparisons(triplets), len(triplets))
 
     @torch.no_grad()
-    def measure(self, triplets: Sequence[Triplet], per_batch: int = 128) -> PairMeasures:
+    def measure(self, triplets: Sequence[Triplet], per_batch: int = 64) -> PairMeasures:
         """Loss and accuracy on triplets."""
         self.training.engine.eval()
-        parts = [
-            self._scores(self.training.engine, [self.tree(triplet) for triplet in triplets[start : start + per_batch]])
-            for start in range(0, len(triplets), per_batch)
-        ]
-        margin = torch.cat([part[:, 0] - part[:, 1] for part in parts])
-        return PairMeasures(float(-logsigmoid(margin).mean()), float((margin > 0).float().mean()))
+        comparisons = self.comparisons(triplets)
+        margins = torch.cat(
+            [
+                self._margins(self.training.engine, comparisons[start : start + per_batch])
+                for start in range(0, len(comparisons), per_batch)
+            ]
+        )
+        return PairMeasures(float(-logsigmoid(margins).mean()), float((margins > 0).float().mean()))
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
