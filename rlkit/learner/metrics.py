@@ -33,6 +33,8 @@ def mismatch(before: Tensor, rows: Rows, denominators: Denominators) -> LossOutp
 class StepMetrics:
     """Collects one update's metrics on one rank."""
 
+    area: str
+    """Which model: the first part of the metrics' names."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
@@ -49,7 +51,8 @@ class StepMetrics:
                 value = value.detach()
                 self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
         loss = outputs[0].loss.detach()
-        self.sums["policy/loss"] = self.sums.get("policy/loss", torch.zeros_like(loss)) + loss
+        name = f"{self.area}/loss"
+        self.sums[name] = self.sums.get(name, torch.zeros_like(loss)) + loss
 
     def optimizer_step(self, *, grad_norm: float, rate: float, skipped: bool) -> None:
         """Note the end of an optimizer step."""
@@ -67,9 +70,9 @@ class StepMetrics:
         return {
             **{name: value / steps for name, value in sums.items()},
             **maxima,
-            "policy/grad_norm": sum(self.grad_norms) / steps,
-            "policy/learning_rate": self.rate,
-            "policy/skipped_updates": float(self.skipped),
+            f"{self.area}/grad_norm": sum(self.grad_norms) / steps,
+            f"{self.area}/learning_rate": self.rate,
+            f"{self.area}/skipped_updates": float(self.skipped),
         }
 
 

@@ -19,7 +19,8 @@ from rlkit.experience import Group
 from rlkit.learner.batches import Minibatch, Rows, TrainGroup, plan_minibatches, rows_of, train_groups
 from rlkit.learner.engine import build_engine, learning_rate, optimizer_step, resolve_dtype
 from rlkit.learner.metrics import StepMetrics, mismatch
-from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
+from rlkit.learner.ragged import per_token
+from rlkit.models.packing import PackedBatch, Tree, pack
 from rlkit.models.policy import load_causal_lm
 
 log = logging.getLogger(__name__)
@@ -77,15 +78,9 @@ class PolicyLearner:
         model = self.engine if which == "policy" else self.reference
         if model is None:
             raise ValueError("this learner holds no reference policy: the algorithm did not ask for one")
-        trees = [Tree(g.prompt.token_ids, tuple(s.token_ids.tolist() for s in g.samples)) for g in groups]
-        found: dict[int, list[np.ndarray]] = {}
-        for members in split_by_tokens([tree.tokens for tree in trees], self.config.tokens_per_microbatch):
-            logprobs, _ = self._forward(model, pack([trees[i] for i in members]).to(self.device))
-            lengths = [len(suffix) for i in members for suffix in trees[i].suffixes]
-            pieces = iter(np.split(logprobs.float().cpu().numpy(), np.cumsum(lengths)[:-1]))
-            for i in members:
-                found[i] = [next(pieces) for _ in trees[i].suffixes]
-        return [piece for i in range(len(trees)) for piece in found[i]]
+        return per_token(
+            lambda packed: self._forward(model, packed)[0], groups, self.config.tokens_per_microbatch, self.device
+        )
 
     def _forward(self, model: Any, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs, entropy = model(packed, self.temperature, self.config.logit_elements_per_chunk)
@@ -98,7 +93,7 @@ class PolicyLearner:
 
         Skips (and reports) optimizer steps whose loss or gradient is not finite.
         """
-        metrics = StepMetrics()
+        metrics = StepMetrics("policy")
         chosen = train_groups(groups, advantages)
         plan = plan_minibatches(
             chosen,
