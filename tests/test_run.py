@@ -1,0 +1,277 @@
+"""Whole runs on the real stack: what they leave on disk, how they end, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_fixture import ROOT, Run
+
+pytestmark = pytest.mark.ray
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+STEPS = 3
+ENDLESS = "trainer.total_steps=100000"
+Start = Callable[..., Run]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts runs and kills what the test leaves of them."""
+    runs: list[Run] = []
+
+    def begin(*arguments: str, **options: Any) -> Run:
+        folder = tmp_path / f"{len(runs)}"
+        folder.mkdir()
+        runs.append(Run(folder, *arguments, **options))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.clean_up()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A run that saved and evaluated in the middle, too."""
+    run = Run(
+        tmp_path_factory.mktemp("finished"),
+        f"trainer.total_steps={STEPS}",
+        "trainer.save_every_steps=1",
+        "trainer.evaluate_every_steps=2",
+        "learner.minibatches_per_step=2",
+        "learner.learning_rate=1e-3",
+    )
+    assert run.end() == 0, run.text
+    yield run
+    run.clean_up()
+
+
+def steps_of(run: Run) -> list[dict[str, Any]]:
+    return [record for record in run.records() if "policy/loss" in record]
+
+
+def test_summary_says_what_happened(finished: Run) -> None:
+    summary = json.loads((finished.folder / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["reward_failed"] == 0
+    assert summary["accuracy_by_step"].keys() == {"0", "2", "3"}
+    assert summary["accuracy_before"] == summary["accuracy_by_step"]["0"]
+    assert summary["accuracy_after"] == summary["accuracy_by_step"]["3"]
+    assert all(0 <= accuracy <= 1 for accuracy in summary["accuracy_by_step"].values())
+    assert 0 < summary["seconds_per_step"] * STEPS <= summary["wall_seconds"]
+    assert Path(summary["policy"]).is_dir()
+
+
+def test_run_folder_is_complete(finished: Run) -> None:
+    assert yaml.safe_load((finished.folder / "config.yaml").read_text())["trainer"]["total_steps"] == STEPS
+    assert list((finished.folder / "tensorboard").iterdir())
+    steps = [folder.name for folder in sorted((finished.folder / "checkpoints").iterdir())]
+    assert steps == [f"step_{step:06d}" for step in range(1, STEPS + 1)]
+    assert (finished.folder / "logs").is_dir()
+    assert finished.left_after(10) == []
+
+
+def test_its_configuration_starts_the_same_run_again(finished: Run, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rlkit.train", "--config", str(finished.folder / "config.yaml")]
+    again = subprocess.run(
+        [*command, f"run_dir={tmp_path / 'again'}", "dry_run=true"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+
+
+def test_metrics_are_finite_and_the_sampler_is_the_learner(finished: Run) -> None:
+    steps = steps_of(finished)
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    for step, record in enumerate(steps, start=1):
+        numbers = {name: value for name, value in record.items() if name not in ("time", "kind")}
+        wrong = {name: value for name, value in numbers.items() if not isinstance(value, int | float)}
+        assert not wrong
+        assert all(math.isfinite(value) for value in numbers.values())
+        assert record["mismatch/logprob_max"] < 1e-3
+        assert record["weights/canary_difference"] < 1e-3
+        assert record["weights/version"] == step
+        assert record["policy/optimizer_steps"] == 2 * step
+        assert record["policy/skipped_updates"] == 0
+        assert record["reward/failed"] == 0
+        assert record["policy/entropy"] > 0
+        assert record["policy/trained_samples"] == 16
+    assert steps[-1]["kl/reference"] > 0, "three updates left the policy where it was"
+
+
+def test_best_and_worst_response_of_every_group_are_kept(finished: Run) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "checkpoints" / "step_000003" / "policy")
+    groups = defaultdict(dict)
+    for row in finished.records("samples"):
+        groups[row["step"], row["group_id"]][row["rank"]] = row
+    assert len(groups) == 4 * STEPS
+    assert len({group_id for _, group_id in groups}) == 4 * STEPS
+    for (step, _), rows in groups.items():
+        assert rows.keys() == {"best", "worst"}
+        best, worst = rows["best"], rows["worst"]
+        assert best["reward"] >= worst["reward"]
+        assert best["advantage"] >= worst["advantage"]
+        assert (best["reward"] > worst["reward"]) == (best["advantage"] > 0)
+        for row in rows.values():
+            assert row["response"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
+            assert row["reward"] == row["components"]["correct"]
+            assert row["policy_versions"] == [step - 1, step - 1], "not sampled with the newest weights"
+            assert len(row["token_ids"]) <= 48
+            assert row["prompt"]
+
+
+def test_saved_policy_loads_in_plain_transformers(finished: Run) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folders = [finished.folder / "checkpoints" / f"step_{step:06d}" / "policy" for step in (1, STEPS)]
+    model = AutoModelForCausalLM.from_pretrained(folders[1])
+    tokenizer = AutoTokenizer.from_pretrained(folders[1])
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**asked, max_new_tokens=48, do_sample=False)
+    assert len(tokenizer.decode(answer[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)) > 5
+    first, last = (load_file(folder / "model.safetensors") for folder in folders)
+    assert first.keys() == last.keys()
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_saved_policy_loads_in_vllm(finished: Run) -> None:
+    from rlkit.rollout.sampler import engine_environment
+
+    policy = finished.folder / "checkpoints" / "step_000003" / "policy"
+    program = (
+        "from vllm import LLM, SamplingParams\n"
+        f"llm = LLM({str(policy)!r}, dtype='float32', enforce_eager=True, max_model_len=256)\n"
+        "messages = [{'role': 'user', 'content': 'Tom has 3 apples. He buys 4 more. How many apples does Tom have?'}]\n"
+        "print('ANSWER', llm.chat(messages, SamplingParams(max_tokens=48, temperature=0))[0].outputs[0].text)\n"
+    )
+    environment = {**os.environ, **engine_environment("cpu", 1), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=180, check=False
+    )
+    assert "ANSWER" in done.stdout, done.stderr[-3000:]
+
+
+def test_ctrl_c_ends_everything(start: Start) -> None:
+    run = start(ENDLESS)
+    run.wait_for_steps(1)
+    assert len(run.processes()) > 4
+    run.interrupt()
+    assert run.end(30) == 130, run.text
+    assert "interrupted" in run.text
+    assert "Traceback" not in run.text
+    assert run.left_after(5) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_actors_start(start: Start) -> None:
+    run = start(ENDLESS)
+    run.wait_until(lambda: "loading the sampler" in run.text)
+    run.interrupt()
+    assert run.end(60) == 130, run.text
+    assert run.left_after(5) == []
+
+
+@pytest.mark.slow
+def test_sigterm_ends_everything(start: Start) -> None:
+    run = start(ENDLESS)
+    run.wait_for_steps(1)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(30) == 143, run.text
+    assert "SIGTERM" in run.text
+    assert "Traceback" not in run.text
+    assert run.left_after(5) == []
+
+
+@pytest.mark.slow
+def test_kill_leaves_nothing_either(start: Start) -> None:
+    run = start(ENDLESS)
+    run.wait_for_steps(1)
+    run.process.kill()
+    run.process.wait()
+    assert run.left_after(30) == []
+
+
+BROKEN_REWARD = """
+from rewards.base import Reward, RewardConfig
+
+
+class Broken(Reward):
+    def score(self, groups):
+        raise ConnectionError("the judge of the test is on holiday")
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_that_always_raises_stops_the_run_and_says_why(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(BROKEN_REWARD)
+    run = start("reward._target_=my_rewards.Broken", ENDLESS, cwd=tmp_path)
+    assert run.end() == 1, run.text
+    assert "my_rewards.Broken" in run.text
+    assert "the judge of the test is on holiday" in run.text
+    assert "Traceback" not in run.text
+    assert not steps_of(run), "it trained on failures"
+    assert run.left_after(10) == []
+
+
+@pytest.mark.slow
+def test_filters_that_reject_everything_stop_the_run_and_say_which(start: Start) -> None:
+    run = start("buffer.min_group_reward=0.99", "buffer.drop_equal_rewards=true", ENDLESS)
+    assert run.end() == 1, run.text
+    assert "buffer.min_group_reward" in run.text
+    assert "max_rejected_share" in run.text
+    assert "Traceback" not in run.text
+    assert "ExceptionGroup" not in run.text
+    assert run.left_after(10) == []
+
+
+@pytest.mark.slow
+def test_asynchronous_training_stays_within_its_staleness(start: Start) -> None:
+    run = start("trainer.max_staleness=1", "trainer.total_steps=6")
+    assert run.end() == 0, run.text
+    assert len(steps_of(run)) == 6
+    ages = [row["step"] - 1 - row["policy_versions"][0] for row in run.records("samples")]
+    assert set(ages) <= {0, 1}
+    assert 1 in ages, "nothing was sampled ahead"
+    for record in steps_of(run):
+        assert record["weights/canary_difference"] < 1e-3
+
+
+@pytest.mark.slow
+def test_two_ranks_and_two_samplers(start: Start) -> None:
+    run = start("learner.ranks=2", "learner.zero_stage=2", "rollout.workers=2", "trainer.total_steps=2")
+    assert run.end() == 0, run.text
+    for record in steps_of(run):
+        assert record["mismatch/logprob_max"] < 1e-3
+    assert run.left_after(10) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GSM8K.exists(), reason="needs ../shared/data/gsm8k/train.jsonl")
+def test_gsm8k_from_a_file(start: Start) -> None:
+    run = start("data=jsonl", f"data.path={GSM8K}", "trainer.total_steps=2", "rollout.max_prompt_tokens=512")
+    assert run.end() == 0, run.text
+    assert len(steps_of(run)) == 2
