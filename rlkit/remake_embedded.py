@@ -1,7 +1,7 @@
 """`python -m rlkit.remake_embedded [out=FOLDER] [scale=full|fast] [seed=0]`: make the embedded models from nothing.
 
 Writes `policy/` and `polar/` (Hugging Face folders) and `report.json` into `out`, which is by default the package
-itself. Two CPU cores; `docs/embedded.md` says how long it takes and what each number of the report means.
+itself. `docs/embedded.md` says how long it takes and what each number of the report means.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from rlkit.embedded import EMBEDDED
 
 USAGE_ERROR = 2
 DEFAULTS = {"out": str(EMBEDDED), "scale": "full", "seed": "0"}
-THREADS = 2
+THREADS = 1
+"""Two are hardly quicker for models this small, and sums then depend on how they are split."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

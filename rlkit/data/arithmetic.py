@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -172,7 +171,7 @@ def _draw(config: ArithmeticConfig, rng: random.Random) -> WordProblem:
         sentences.append(situation.start.format(a=amount, **words))
     value = steps[-1].result if steps else amount
     while len(steps) < length:
-        operator, change = rng.choice(list(_possible_changes(config, rng, value)))
+        operator, change = rng.choice(_possible_changes(config, rng, value))
         patterns = {"+": situation.add, "-": situation.subtract, "*": situation.multiply}[operator]
         sentences.append(rng.choice(patterns).format(b=change, k=change, **words))
         result = value + change if operator == "+" else value - change if operator == "-" else value * change
@@ -182,11 +181,15 @@ def _draw(config: ArithmeticConfig, rng: random.Random) -> WordProblem:
     return WordProblem(situation.name, " ".join(sentences), words["t"], tuple(steps))
 
 
-def _possible_changes(config: ArithmeticConfig, rng: random.Random, value: int) -> Iterator[tuple[Operator, int]]:
+def _possible_changes(config: ArithmeticConfig, rng: random.Random, value: int) -> list[tuple[Operator, int]]:
     """One change per operator that keeps the value between 0 and `max_value`; additions and subtractions likelier."""
+    changes: list[tuple[Operator, int]] = []
     if value + 2 <= config.max_value:
-        yield from 2 * [("+", rng.randint(2, min(config.max_operand, config.max_value - value)))]
+        addend = rng.randint(2, min(config.max_operand, config.max_value - value))
+        changes += [("+", addend), ("+", addend)]
     if value >= 2:
-        yield from 2 * [("-", rng.randint(2, min(config.max_operand, value)))]
+        taken = rng.randint(2, min(config.max_operand, value))
+        changes += [("-", taken), ("-", taken)]
     if 2 <= value <= config.max_operand and 2 * value <= config.max_value:
-        yield "*", rng.randint(2, min(config.max_factor, config.max_value // value))
+        changes.append(("*", rng.randint(2, min(config.max_factor, config.max_value // value))))
+    return changes
