@@ -130,6 +130,17 @@ def test_loss_of_the_first_update_is_the_mean_advantage(groups: list[Group], bas
     assert metrics["policy/optimizer_steps"] == 1
 
 
+def test_token_mean_divides_by_trained_tokens(model: Path, groups: list[Group]) -> None:
+    algorithm = GRPO(GRPO.Config(samples_per_prompt=4, aggregation="token_mean"))
+    metrics = build_learner(model, algorithm=algorithm, tokens_per_microbatch=40).update(
+        groups, grpo_advantages(groups)
+    )
+    advantages = grpo_advantages(groups)
+    samples = [sample for group in groups for sample in group.samples]
+    tokens = [advantages.tokens[i][s.trained] for i, s in enumerate(samples) if advantages.keep[i]]
+    assert metrics["policy/loss"] == pytest.approx(-np.concatenate(tokens).mean(), abs=1e-6)
+
+
 def test_masked_tokens_reach_neither_loss_nor_metrics(model: Path, groups: list[Group], baseline: Outcome) -> None:
     advantages, rng = grpo_advantages(groups), np.random.default_rng(0)
     wild, tokens = [], list(advantages.tokens)
@@ -341,6 +352,12 @@ def test_bfloat16_keeps_rotary_frequencies_and_small_steps(model: Path, groups: 
 # -- the plan of micro-batches -----------------------------------------------------------------------------------------
 
 
+def partly_masked(group: Group, seed: int) -> Group:
+    """A third of its tokens is not trained."""
+    rng = np.random.default_rng(seed)
+    return replace(group, samples=tuple(replace(s, mask=rng.random(len(s)) > 0.3) for s in group.samples))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(1, 7), st.integers(1, 5), st.integers(0, 9), st.integers(1, 4), st.integers(1, 3), st.integers(1, 120)
@@ -348,11 +365,12 @@ def test_bfloat16_keeps_rotary_frequencies_and_small_steps(model: Path, groups: 
 def test_a_plan_trains_every_sample_once_within_the_limit(
     count: int, samples: int, seed: int, minibatches: int, ranks: int, limit: int
 ) -> None:
-    groups = make_groups(count, max(2, samples), seed)
+    groups = [partly_masked(group, seed) for group in make_groups(count, max(2, samples), seed)]
     advantages = grpo_advantages(groups)
     chosen = train_groups(groups, advantages)
     wanted = Counter(place for group in chosen for place in group.places)
-    assert sorted(wanted) == np.flatnonzero(advantages.keep).tolist()
+    masks = [sample.trained.any() for group in groups for sample in group.samples]
+    assert sorted(wanted) == np.flatnonzero(advantages.keep & np.array(masks)).tolist()
     for split in (True, False):
         plan = plan_minibatches(chosen, minibatches, ranks, limit, split_groups=split)
         parts = [part for m in plan for rank in m.microbatches for micro in rank for part in micro]
