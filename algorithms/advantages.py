@@ -1,6 +1,13 @@
-"""Advantages as pure functions of rewards. Groups are told apart by id, never by position."""
+"""Advantages of whole samples: baselines from a group, a greedy answer or a judge.
+
+Pure functions of rewards. Groups are told apart by id, never by position. `rewards` [B] are ignored where `valid` [B]
+is False; `keep` [B] says which samples have an advantage at all (the others are 0 and stay out of the loss).
+Per-token returns are in `returns.py`, process rewards in `step_credit.py` and `prime_returns.py`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +15,14 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 Int64 = NDArray[np.int64]
+
+
+def members_of_groups(valid: Bool, group: Int64, at_least: int = 2) -> Iterator[Int64]:
+    """Places of the valid samples of each group [B] that has `at_least` of them."""
+    for g in np.unique(group[valid]):
+        members = np.flatnonzero((group == g) & valid)
+        if len(members) >= at_least:
+            yield members
 
 
 def group_relative(
@@ -23,13 +38,70 @@ def group_relative(
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
     keep = np.zeros(len(rewards), dtype=np.bool_)
-    for g in np.unique(group):
-        members = np.flatnonzero((group == g) & valid)
-        if len(members) < 2:
-            continue
+    for members in members_of_groups(valid, group):
         keep[members] = True
         centred = rewards[members] - rewards[members].mean()
         if np.ptp(rewards[members]) == 0.0:
             continue  # exactly zero, not rounding noise divided by epsilon
         advantages[members] = centred / (rewards[members].std(ddof=1) + epsilon) if normalize_by_std else centred
     return advantages, keep
+
+
+def leave_one_out(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float64, Bool]:
+    """RLOO's advantage (arXiv 2402.14740 section 2.3): r minus the mean of the *other* valid samples of its group.
+
+    rewards, valid, group [B] -> advantages, keep [B]. With n valid samples this is n / (n - 1) (r - mean). A sample
+    without another valid one in its group has no baseline: advantage 0, keep False. All-equal: exactly 0, kept.
+    """
+    advantages = np.zeros(len(rewards), dtype=np.float64)
+    keep = np.zeros(len(rewards), dtype=np.bool_)
+    for members in members_of_groups(valid, group):
+        keep[members] = True
+        mine, n = rewards[members], len(members)
+        if np.ptp(mine) > 0.0:
+            advantages[members] = (mine - mine.mean()) * n / (n - 1)
+    return advantages, keep
+
+
+def against_greedy(rewards: Float64, valid: Bool, greedy: Float64, greedy_valid: Bool) -> tuple[Float64, Bool]:
+    """ReMax's advantage (arXiv 2310.10505 algorithm 2): r minus the reward of the greedy answer to the same prompt.
+
+    rewards, valid [B]; greedy, greedy_valid [B], repeated for each sample of a prompt -> advantages, keep [B]. One
+    sample per prompt is enough. Where the greedy answer could not be judged there is no baseline: keep False.
+    """
+    keep = valid & greedy_valid
+    return np.where(keep, np.where(keep, rewards, 0.0) - np.where(keep, greedy, 0.0), 0.0), keep
+
+
+def against_reference(
+    wins: Bool, reference: Bool, valid: Bool, group: Int64, *, max_skew: float = 0.6
+) -> tuple[Float64, Bool]:
+    """BRPO's advantage (Writing-Zero): +1 if a judge prefers the sample to its group's reference sample, else -1.
+
+    wins [B] (ignored for references), reference [B] marks one sample per group, valid [B], group [B] -> advantages,
+    keep [B]. The reference itself gets 0. A group is dropped whole when |sum of advantages| / its valid samples is
+    above `max_skew` (too good or too bad a reference teaches little), when it has fewer than two valid samples, or
+    when its reference is invalid. Raises ValueError if a group has more than one reference.
+    """
+    advantages = np.zeros(len(wins), dtype=np.float64)
+    keep = np.zeros(len(wins), dtype=np.bool_)
+    for g in np.unique(group):
+        if (count := int((reference & (group == g)).sum())) > 1:
+            raise ValueError(f"group {g} has {count} reference samples; BRPO compares with exactly one")
+    for members in members_of_groups(valid, group):
+        if not reference[members].any():
+            continue
+        mine = np.where(reference[members], 0.0, np.where(wins[members], 1.0, -1.0))
+        if abs(mine.sum()) / len(members) <= max_skew:
+            advantages[members], keep[members] = mine, True
+    return advantages, keep
+
+
+def overlong_penalty(lengths: Int64, *, max_tokens: int, buffer_tokens: int) -> Float64:
+    """DAPO's soft punishment of long answers (arXiv 2503.14476 eq. 13), to be added to the rewards.
+
+    lengths [B] in response tokens -> [B]: 0 up to max_tokens - buffer_tokens, then falling linearly to -1 at
+    max_tokens, and -1 beyond.
+    """
+    over = lengths.astype(np.float64) - (max_tokens - buffer_tokens)
+    return -np.clip(over / buffer_tokens, 0.0, 1.0)
