@@ -34,13 +34,17 @@ from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
 
 FAILED = 1
+TERMINATED = 128 + signal.SIGTERM
 EXPECTED = (RewardFailed, WeightsNotLoadedError, TooManyRejectedError, DataError, TrainingFailedError)
 """Errors whose message is all a user needs."""
 CANARY_TOKENS = 32
 
 
 def run(resolved: ResolvedRun) -> int:
-    """Train. Returns 0, or 1 after an error that was explained on the screen; KeyboardInterrupt passes through."""
+    """Train. Returns 0, 1 after an error that was explained on the screen, or 143 after SIGTERM.
+
+    KeyboardInterrupt passes through.
+    """
     config = resolved.config
     try:
         folder = RunFolder(config.run_dir)
@@ -52,11 +56,26 @@ def run(resolved: ResolvedRun) -> int:
         with Tracker(config.tracking, folder, config.trainer.total_steps) as tracker:
             for warning in resolved.warnings:
                 tracker.warn(str(warning))
-            asyncio.run(_train(resolved, folder, tracker))
+            _run_to_the_end(resolved, folder, tracker)
+    except asyncio.CancelledError:  # Ctrl-C raises KeyboardInterrupt instead
+        print("rlkit: ended by SIGTERM", file=sys.stderr)
+        return TERMINATED
     except Exception as error:
         print(_explain(error, folder.path / "logs"), file=sys.stderr)
         return FAILED
     return 0
+
+
+def _run_to_the_end(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker) -> None:
+    """Raises an actor's own error in place of Ray's report about it, whose message is the actor's whole stack."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        asyncio.run(_train(resolved, folder, tracker))
+    except RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from error
+        raise
 
 
 async def _train(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker) -> None:
@@ -89,7 +108,7 @@ async def _start(
     import ray
 
     from rlkit.experience.buffer_actor import BufferActor
-    from rlkit.learner.worker import LearnerGroup
+    from rlkit.learner.joint import JointLearner
 
     config, algorithm = resolved.config, resolved.make_algorithm()
     model_path, logs = str(model_folder(config.model.path)), folder.logs
@@ -101,7 +120,8 @@ async def _start(
         threads=config.cluster.threads_per_actor,
     )
     rollout = RolloutPool(config, model_path, logs)
-    learner = LearnerGroup(config, model_path, algorithm, logs)
+    critic_path = model_path if config.critic.path is None else str(model_folder(config.critic.path))
+    learner = JointLearner.create(config, algorithm, model_path, critic_path, logs)
     reward = RewardPool(config.reward, context, seconds)
     stack.push_async_callback(reward.close)
     verifier = reward
@@ -113,11 +133,13 @@ async def _start(
     )
     starting = {
         "loading the sampler (vLLM)": rollout.start(),
-        "loading the learner (DeepSpeed)": learner.start(),
+        "loading the learner (DeepSpeed)": learner.policy.start(),
         "loading the reward": reward.start(),
     }
     if verifier is not reward:
         starting["loading the verifier"] = verifier.start()
+    if learner.critic is not None:
+        starting["loading the critic (DeepSpeed)"] = learner.critic.start()
     await _all_ready(starting, tracker, seconds)
     return Trainer(
         config=config,
@@ -205,14 +227,13 @@ def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, spl
 
 def _explain(error: BaseException, logs: Path) -> str:
     """The message for the screen; the whole story goes to logs/driver.log."""
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import RayActorError
 
     with (logs / "driver.log").open("a") as file:
         traceback.print_exception(error, file=file)
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, EXPECTED):
-        return f"rlkit: {cause}"
-    text = f"rlkit: {type(cause).__name__}: {cause}"
+    if isinstance(error, EXPECTED):
+        return f"rlkit: {error}"
+    text = f"rlkit: {type(error).__name__}: {error}"
     if isinstance(error, RayActorError):
         text += "".join(
             f"\n--- end of {file.name} ---\n" + "\n".join(file.read_text(errors="replace").splitlines()[-12:])

@@ -231,8 +231,9 @@ def test_a_reward_that_always_raises_stops_the_run_and_says_why(start: Start, tm
     run = start("reward._target_=my_rewards.Broken", ENDLESS, cwd=tmp_path)
     assert run.end() == 1, run.text
     assert "my_rewards.Broken" in run.text
-    assert "the judge of the test is on holiday" in run.text
-    assert "Traceback" not in run.text
+    explained = run.text.partition("\nrlkit: ")[2]
+    assert "the judge of the test is on holiday" in explained
+    assert "Traceback" not in explained
     assert not steps_of(run), "it trained on failures"
     assert run.left_after(10) == []
 
@@ -245,6 +246,8 @@ def test_filters_that_reject_everything_stop_the_run_and_say_which(start: Start)
     assert "max_rejected_share" in run.text
     assert "Traceback" not in run.text
     assert "ExceptionGroup" not in run.text
+    assert "RayTaskError" not in run.text
+    assert "buffer.py" in (run.folder / "logs" / "driver.log").read_text(), "where it happened is on disk"
     assert run.left_after(10) == []
 
 
