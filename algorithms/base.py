@@ -40,6 +40,8 @@ class AlgorithmNeeds:
     """Whether the samples of one group (or one pair) must share a micro-batch."""
     process_rewards: bool = False
     """Scores must carry token or span rewards."""
+    token_kl: bool = False
+    """Advantages use log-probs of the policy and of the reference (a KL penalty in the reward)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Denominators:
 class LossInputs:
     """One micro-batch as flat rows: R trained-or-not response tokens of S samples, sample after sample.
 
-    All tensors are on the learner's device. Only `logprobs`, `entropy` and `values` carry gradients.
+    All tensors are on the learner's device. Only `logprobs` and `entropy` carry gradients.
     """
 
     logprobs: Tensor
@@ -109,10 +111,6 @@ class LossInputs:
     denominators: Denominators
     reference_logprobs: Tensor | None = None
     """[R]"""
-    values: Tensor | None = None
-    """[R]"""
-    returns: Tensor | None = None
-    """[R]"""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """[R] each."""
 
@@ -120,6 +118,25 @@ class LossInputs:
     def num_sequences(self) -> int:
         """S."""
         return int(self.group.shape[0])
+
+
+@dataclass(frozen=True)
+class ValueLossInputs:
+    """One micro-batch of the critic as flat rows: R response tokens of S samples. Only `values` carries gradients."""
+
+    values: Tensor
+    """[R] of the critic being trained."""
+    old_values: Tensor
+    """[R] that the advantages were made with."""
+    returns: Tensor
+    """[R] targets."""
+    mask: Tensor
+    """[R] 1.0 where the token is trained."""
+    sequence: Tensor
+    """[R] int64: which of the S samples a row belongs to."""
+    num_sequences: int
+    """S."""
+    denominators: Denominators
 
 
 @dataclass(frozen=True)
@@ -153,3 +170,7 @@ class Algorithm(ABC):
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The policy loss of one micro-batch. Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
+
+    def value_loss(self, inputs: ValueLossInputs) -> LossOutput:
+        """The critic's loss of one micro-batch; only algorithms that need a critic have one."""
+        raise TypeError(f"{type(self).__name__} says that it needs a critic but defines no value_loss")

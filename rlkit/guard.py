@@ -28,7 +28,7 @@ class UpdateGuard:
                 f"trainer.mismatch_alarm={self.config.mismatch_alarm:g}: other precision or kernels, top_p/top_k "
                 "sampling, or stale weights"
             )
-        if not metrics["policy/trained_samples"]:
+        if not metrics["policy/trained_samples"] and not metrics.get("policy/waits"):
             self.warn("a step had nothing to train on: no group had two valid samples")
         if not metrics["policy/skipped_updates"]:
             self.skipped_in_a_row = 0

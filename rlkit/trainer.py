@@ -13,7 +13,7 @@ from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
 from rlkit.guard import TrainingFailedError, UpdateGuard, waited_for
-from rlkit.learner.worker import LearnerGroup
+from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.producer import Producer, until
 from rlkit.serving.pool import RewardPool
@@ -30,7 +30,7 @@ class Trainer:
     config: RunConfig
     algorithm: Algorithm
     rollout: RolloutPool
-    learner: LearnerGroup
+    learner: JointLearner
     reward: RewardPool
     buffer: Any
     producer: Producer
@@ -74,9 +74,11 @@ class Trainer:
                 report, sampling = self.producer.take_report()
                 self.failed_scores += report.failed
                 check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
-                advantages = self.algorithm.advantages(Experience(groups, step))
+                with self.tracker.timed("advantages"):
+                    experience = await self.learner.experience(groups, step)
+                    advantages = self.algorithm.advantages(experience)
                 with self.tracker.timed("update"):
-                    metrics, judged = await asyncio.gather(self.update(groups, advantages), self.judge(groups))
+                    metrics, judged = await asyncio.gather(self.update(experience, advantages), self.judge(groups))
                 difference = await self.publish(last=step == self.config.trainer.total_steps)
         except TimeoutError:
             stats = await self.buffer.stats.remote()
@@ -101,9 +103,9 @@ class Trainer:
         sampled = min(max(sampled, began), ended)
         return groups, {"time/generate": sampled - began, "time/score": ended - sampled}
 
-    async def update(self, groups: list[Group], advantages: Advantages) -> dict[str, float]:
+    async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
         """The learner's part of a step: version + 1. Raises TrainingFailedError when updates keep failing."""
-        metrics = await self.learner.update(groups, advantages)
+        metrics = await self.learner.update(experience, advantages)
         self.version += 1
         self.guard.check(metrics)
         return metrics
@@ -118,7 +120,7 @@ class Trainer:
         After the last update the buffer is not told, so that no further groups are sampled.
         """
         with self.tracker.timed("publish"):
-            bundle, wanted = await self.learner.publishable(self.canary)
+            bundle, wanted = await self.learner.policy.publishable(self.canary)
             difference = await self.rollout.load_weights(bundle, self.version, self.canary, wanted)
             if self.version and not last:
                 await self.buffer.advance.remote(self.version)
@@ -137,7 +139,7 @@ class Trainer:
         """Write `checkpoints/step_NNNNNN/policy`, a plain Hugging Face folder."""
         policy = self.folder.checkpoints / f"step_{step:06d}" / "policy"
         with self.tracker.timed("save"):
-            await self.learner.save(policy)
+            await self.learner.policy.save(policy)
         return policy
 
     def summary(self, training: float) -> dict[str, Any]:

@@ -135,6 +135,17 @@ class LearnerConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more compute."""
 
 
+class CriticConfig(LearnerConfig):
+    """The critic, for algorithms that need one: a model, an engine and an optimizer of its own."""
+
+    path: str | None = None
+    """Folder of the model it starts from; null: the policy's. A value head that is not there starts at zero."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    policy_waits_steps: int = Field(default=0, ge=0)
+    """Training steps at the start in which only the critic learns."""
+
+
 class ClusterConfig(Section):
     """Where the actors run."""
 
@@ -173,6 +184,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()
+    critic: CriticConfig = CriticConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     algorithm: dict[str, Any]

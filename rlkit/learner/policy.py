@@ -158,7 +158,6 @@ class PolicyLearner:
             group=rows.group,
             denominators=minibatch.denominators,
             reference_logprobs=self._reference_rows(packed),
-            returns=rows.returns,
             extras=rows.extras,
         )
         output = self.algorithm.loss(inputs)

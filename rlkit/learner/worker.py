@@ -1,9 +1,8 @@
-"""Learner ranks as Ray actors, and the group of them that the trainer talks to."""
+"""The policy learner as Ray actors: one rank, and the group of ranks that the trainer talks to."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,37 +12,18 @@ import numpy as np
 from algorithms.base import Advantages, Algorithm
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group
+from rlkit.learner.ranks import Rank, RankGroup
 from rlkit.rollout.weights import WeightBundle
 
 
-class LearnerWorker:
-    """One rank. Use through Ray."""
+class LearnerWorker(Rank):
+    """One rank of the policy. Use through Ray."""
 
-    def __init__(self, rank: int, config: RunConfig, model_path: str, algorithm: Algorithm, log_path: str) -> None:
-        from rlkit.tracking.library_logs import actor_logging
-
-        actor_logging(Path(log_path))
-        self.rank, self.config, self.model_path, self.algorithm = rank, config, model_path, algorithm
-
-    def address(self) -> tuple[str, int]:
-        """Host and a free port for the ranks to meet at (asked of rank 0)."""
-        import ray
-
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as s:
-            s.bind((host, 0))
-            return host, int(s.getsockname()[1])
-
-    def start(self, host: str, port: int) -> int:
-        """Join the other ranks and load the policy. Returns its number of parameters."""
-        import torch
-
-        from rlkit.learner.engine import init_process_group
+    def load(self) -> int:
+        """Load the policy. Returns its number of parameters."""
         from rlkit.learner.policy import PolicyLearner
 
         config = self.config
-        torch.manual_seed(config.seed)
-        init_process_group(self.rank, config.learner.ranks, host, port, config.cluster.device)
         self.learner = PolicyLearner(
             self.model_path,
             config.learner,
@@ -80,37 +60,21 @@ class LearnerWorker:
             tokenizer.save_pretrained(folder)
 
 
-class LearnerGroup:
-    """All ranks, called together; results are rank 0's."""
+class LearnerGroup(RankGroup):
+    """All ranks of the policy."""
 
     def __init__(self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path) -> None:
-        import ray
-
-        environment = {
-            "OMP_NUM_THREADS": str(config.cluster.threads_per_actor),
-            "OMP_WAIT_POLICY": "PASSIVE",  # the sampler shares these cores
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            **({"DS_ACCELERATOR": "cpu"} if config.cluster.device == "cpu" else {}),
-        }
-        gpus = 0.3 if config.cluster.device == "cuda" else 0
-        kind = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(LearnerWorker)
-        self.ranks = [
-            kind.options(runtime_env={"env_vars": environment}).remote(
-                rank, config, model_path, algorithm, str(logs / f"learner-{rank}.log")
-            )
-            for rank in range(config.learner.ranks)
-        ]
-
-    async def start(self) -> int:
-        """Load the policy on every rank; returns its number of parameters."""
-        host, port = await self.ranks[0].address.remote()
-        return int((await self._all("start", host, port))[0])
+        super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus=0.3)
 
     async def update(self, groups: Any, advantages: Any) -> dict[str, float]:
         """One training step; arguments may be object references."""
-        metrics: dict[str, float] = (await self._all("update", groups, advantages))[0]
+        metrics: dict[str, float] = await self.call("update", groups, advantages)
         return metrics
+
+    async def logprobs(self, groups: Any, which: str) -> list[np.ndarray]:
+        """[T] of every sample, under the `policy` or the `reference`."""
+        logprobs: list[np.ndarray] = await self.call("logprobs", groups, which)
+        return logprobs
 
     async def publishable(self, canary: Sequence[int]) -> tuple[Any, np.ndarray]:
         """(reference to the WeightBundle, canary log-probs [len(canary) - 1])."""
@@ -120,7 +84,4 @@ class LearnerGroup:
 
     async def save(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder."""
-        await self._all("save", str(folder))
-
-    async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return list(await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self.ranks)))
+        await self.call("save", str(folder))

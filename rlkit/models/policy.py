@@ -67,6 +67,21 @@ class PackedScorer(nn.Module):
         return nn.functional.linear(last.float(), score.weight.float())[:, 0]
 
 
+class PackedValueModel(nn.Module):
+    """A sequence classifier with one label as a critic: a value for every response token, head in fp32."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """Values [R], fp32, of the states in which the packed batch's targets are chosen."""
+        hidden = hidden_states(self.model, packed)
+        score: Any = self.model.score
+        values: Tensor = score(torch.index_select(hidden, 0, packed.rows))[:, 0]
+        return values.float()
+
+
 def hidden_states(model: PreTrainedModel, packed: PackedBatch) -> Tensor:
     """[T, D] final hidden states of the packed tokens."""
     decoder: Any = model.base_model
@@ -90,10 +105,22 @@ def load_scorer(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool
     return PackedScorer(_load(AutoModelForSequenceClassification, path, dtype, trust_remote_code))
 
 
-def _load(auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def load_value_model(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedValueModel:
+    """A critic from the folder of a causal language model (or of a critic saved before).
+
+    A head that is not in the folder starts at zero: all values are 0 until the critic has learnt something.
+    """
+    model = _load(AutoModelForSequenceClassification, path, dtype, trust_remote_code, num_labels=1)
+    if not (Path(path) / "config.json").read_text().count("ForSequenceClassification"):
+        head: Any = model.score
+        nn.init.zeros_(head.weight)
+    return PackedValueModel(model)
+
+
+def _load(auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
     try:
         model: PreTrainedModel = auto.from_pretrained(
-            path, dtype=dtype, attn_implementation=PACKED_ATTENTION, trust_remote_code=trust_remote_code
+            path, dtype=dtype, attn_implementation=PACKED_ATTENTION, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"model {path} cannot be loaded: {error}") from error
