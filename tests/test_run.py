@@ -278,3 +278,18 @@ def test_gsm8k_from_a_file(start: Start) -> None:
     run = start("data=jsonl", f"data.path={GSM8K}", "trainer.total_steps=2", "rollout.max_prompt_tokens=512")
     assert run.end() == 0, run.text
     assert len(steps_of(run)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actor", ["RolloutWorker", "LearnerWorker"])
+def test_a_killed_actor_ends_the_run_with_an_error(start: Start, actor: str) -> None:
+    run = start(ENDLESS)
+    run.wait_for_steps(1)
+    (victim,) = [process for process in run.processes() if f"ray::{actor}" in " ".join(process.cmdline())]
+    victim.kill()
+    assert run.end(60) == 1, run.text
+    explained = run.text.partition("\nrlkit: ")[2]
+    assert "Actor" in explained
+    assert "end of rollout-0.log" in explained
+    assert "Traceback" not in explained
+    assert run.left_after(10) == []
