@@ -97,7 +97,7 @@ def against_reference(
     return advantages, keep
 
 
-def overlong_penalty(lengths: Int64, *, max_tokens: int, buffer_tokens: int) -> Float64:
+def overlong_penalty(lengths: Int64, *, max_tokens: int, buffer_tokens: float) -> Float64:
     """DAPO's soft punishment of long answers (arXiv 2503.14476 eq. 13), to be added to the rewards.
 
     lengths [B] in response tokens -> [B]: 0 up to max_tokens - buffer_tokens, then falling linearly to -1 at

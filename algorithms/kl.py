@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from algorithms.advantages import Bool, Float64
-from algorithms.returns import Masks, Ragged, float64
+from algorithms.returns import Masks, Ragged
 
 Estimator = Literal["k1", "k2", "k3"]
 LARGEST_LOG_RATIO = 20.0
@@ -29,8 +29,7 @@ def token_kl(policy: Ragged, reference: Ragged, masks: Masks, estimator: Estimat
         d = np.clip(d, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
         return d**2 / 2 if estimator == "k2" else np.exp(-d) - 1 + d
 
-    rows = zip(float64(policy), float64(reference), masks, strict=True)
-    return [one(p - r, mask) for p, r, mask in rows]
+    return [one(p - r, mask) for p, r, mask in zip(policy, reference, masks, strict=True)]
 
 
 def penalised(rewards: Ragged, divergence: Ragged, coefficient: float) -> list[Float64]:

@@ -112,6 +112,20 @@ def reinforce_plus_plus(rewards: Ragged, masks: Masks, keep: Bool, *, gamma: flo
     return whiten(reward_to_go(rewards, masks, gamma), masks, keep)
 
 
+def explained_variance(values: Ragged, returns: Ragged, masks: Masks, keep: Bool) -> float:
+    """1 - Var(return - value) / Var(return) over trained tokens of kept samples; NaN if returns do not vary.
+
+    1: the critic knows what comes; 0: no better than a constant; below 0: worse.
+    """
+    chosen = [(v[m], r[m]) for v, r, m, k in zip(values, returns, masks, keep, strict=True) if k]
+    if not chosen:
+        return float("nan")
+    value, target = (np.concatenate(part) for part in zip(*chosen, strict=True))
+    if len(target) < 2 or np.ptp(target) == 0:
+        return float("nan")
+    return float(1.0 - np.var(target - value) / np.var(target))
+
+
 def _actions(rewards: Ragged, masks: Masks) -> tuple[list[Float64], list[NDArray[np.intp]]]:
     """Per sample: the reward of each marked token with those of the gap after it, and where the marked tokens are."""
     acted, where = [], []

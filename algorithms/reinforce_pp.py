@@ -1,0 +1,58 @@
+"""REINFORCE++ (arXiv 2501.03262): no critic and no group; token rewards to go, whitened over the whole batch.
+
+A token's reward is minus its KL penalty, the last token's also the outcome. With `baseline: group` the mean of the
+group is taken off the outcome first (the paper's REINFORCE++-baseline).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field
+
+from algorithms import kl
+from algorithms.advantages import group_relative
+from algorithms.base import Advantages, AlgorithmNeeds, Experience
+from algorithms.outcomes import outcomes, token_advantages
+from algorithms.returns import on_last_token, reinforce_plus_plus
+from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
+
+
+class ReinforcePP(SurrogateAlgorithm):
+    """See the module."""
+
+    class Config(SurrogateConfig):
+        """Defaults are the paper's, where it gives them."""
+
+        samples_per_prompt: int = Field(default=1, ge=1)
+        """Responses sampled for each prompt."""
+        baseline: Literal["none", "group"] = "none"
+        """What is taken off a sample's outcome: nothing, or the mean of its group."""
+        gamma: float = Field(default=1.0, gt=0, le=1)
+        """Discount per trained token."""
+        kl_coefficient: float = Field(default=0.01, ge=0)
+        """Weight of the KL penalty to the reference policy (OpenRLHF's published script); 0 loads none."""
+        kl_in: Literal["loss", "reward"] = "reward"
+        """Where the penalty is: taken off each token's reward (the paper), or in the loss (the baseline form)."""
+        kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+        """Of the KL per token. k1 has no gradient in expectation, so it belongs in the reward."""
+
+    def needs(self) -> AlgorithmNeeds:
+        """Only the group baseline compares samples."""
+        return replace(super().needs(), min_samples_per_prompt=2 if self.config.baseline == "group" else 1)
+
+    def advantages(self, experience: Experience) -> Advantages:
+        """Whitened rewards to go of every token."""
+        found = outcomes(experience)
+        rewards, metrics = self.shaped(found)
+        keep = found.valid
+        if self.config.baseline == "group":
+            rewards, keep = group_relative(rewards, found.valid, found.group, normalize_by_std=False)
+        of_tokens = on_last_token(rewards, found.masks)
+        divergence = self.kl_of_tokens(experience, found)
+        if divergence is not None:
+            of_tokens = kl.penalised(of_tokens, divergence, self.config.kl_coefficient)
+        white = reinforce_plus_plus(of_tokens, found.masks, keep, gamma=self.config.gamma)
+        metrics = {**metrics, "advantage/return_mean": white.mean, "advantage/return_std": white.variance**0.5}
+        return token_advantages(white.tokens, keep, found.masks, metrics)

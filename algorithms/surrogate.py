@@ -1,0 +1,176 @@
+"""What GRPO, RLOO and REINFORCE++ share: the policy loss with its options, and what shapes the reward before it.
+
+A subclass says only what its advantages are. Every option acts, or is refused when the configuration is read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import Field, model_validator
+
+from algorithms import kl
+from algorithms.advantages import Float64, overlong_penalty
+from algorithms.base import Algorithm, AlgorithmConfig, AlgorithmNeeds, Experience, LossInputs, LossOutput
+from algorithms.outcomes import Outcomes
+from algorithms.returns import float64
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SurrogateConfig(AlgorithmConfig):
+    """Defaults are PPO's, where it gives them (arXiv 1707.06347)."""
+
+    loss: Literal["clipped", "gspo", "cispo"] = "clipped"
+    """clipped: PPO's surrogate; gspo: the same with the ratio of whole samples; cispo: clipped weights of log-probs."""
+    clip_low: float = Field(default=0.2, gt=0, le=1)
+    """The ratio to the policy before the update is clipped below at 1 - clip_low (1: no lower bound)."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """And above at 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bound on the loss of tokens with a negative advantage, as a multiple of it (published: 3); for loss=clipped."""
+    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"] = (
+        "token_mean"
+    )
+    """How token losses become one number; constant_length divides by samples x `constant_length` (Dr. GRPO)."""
+    constant_length: int | None = Field(default=None, ge=1)
+    """Tokens; for aggregation=constant_length."""
+    kl_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the KL penalty to the reference policy; 0 loads none."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the penalty is: a term of the loss, or taken off the reward."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the KL per token. k1 has no gradient in expectation, so it belongs in the reward."""
+    entropy_coefficient: float = 0.0
+    """Weight of an entropy bonus."""
+    rollout_correction: Literal["none", "truncate", "mask", "decoupled"] = "none"
+    """Weights against the difference between sampler and learner: truncated, left out where too far, or as they are."""
+    largest_weight: float | None = Field(default=None, gt=0)
+    """For rollout_correction=truncate (published: 2) and mask (published: 5)."""
+    smallest_weight: float | None = Field(default=None, gt=0)
+    """For rollout_correction=mask (published: 0.5); null: no lower bound."""
+    overlong_max_tokens: int | None = Field(default=None, ge=1)
+    """Response length that costs 1 reward (DAPO); null: length costs nothing."""
+    overlong_buffer_share: float = Field(default=0.2, gt=0, le=1)
+    """The last share of `overlong_max_tokens` over which that cost grows from 0 (DAPO: 4096 of 20480 tokens)."""
+
+    @model_validator(mode="after")
+    def _every_option_acts(self) -> Self:
+        if self.dual_clip is not None and self.loss != "clipped":
+            raise ValueError(f"dual_clip has no effect with loss={self.loss}")
+        if (self.constant_length is not None) != (self.aggregation == "constant_length"):
+            raise ValueError("aggregation=constant_length and the tokens constant_length=N go together; set both")
+        if self.kl_coefficient == 0:
+            for name in ("kl_in", "kl_estimator"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no effect with kl_coefficient=0")
+        elif self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator=k1 in the loss has no gradient in expectation; use k2 or k3, or kl_in=reward"
+            )
+        bounded = self.rollout_correction in ("truncate", "mask")
+        if (self.largest_weight is not None) != bounded:
+            raise ValueError("rollout_correction=truncate or mask and largest_weight go together; set both")
+        if self.smallest_weight is not None and self.rollout_correction != "mask":
+            raise ValueError("smallest_weight has no effect without rollout_correction=mask")
+        if self.smallest_weight is not None and self.smallest_weight > (self.largest_weight or 0):
+            raise ValueError("smallest_weight is above largest_weight: no token would be left")
+        if self.overlong_max_tokens is None and self.overlong_buffer_share != 0.2:
+            raise ValueError("overlong_buffer_share has no effect without overlong_max_tokens")
+        return self
+
+
+class SurrogateAlgorithm(Algorithm):
+    """Subclass and define `advantages`."""
+
+    Config = SurrogateConfig
+
+    def needs(self) -> AlgorithmNeeds:
+        """A KL penalty needs the reference; in the reward it also needs log-probs before the advantages."""
+        penalty = self.config.kl_coefficient > 0
+        return AlgorithmNeeds(reference_policy=penalty, token_kl=penalty and self.config.kl_in == "reward")
+
+    def shaped(self, found: Outcomes) -> tuple[Float64, dict[str, float]]:
+        """Outcome rewards [B] with the over-long penalty, and its metric."""
+        longest = self.config.overlong_max_tokens
+        if longest is None:
+            return found.rewards, {}
+        buffer_tokens = longest * self.config.overlong_buffer_share
+        penalty = overlong_penalty(found.lengths, max_tokens=longest, buffer_tokens=buffer_tokens)
+        mean = float(penalty[found.valid].mean()) if found.valid.any() else 0.0
+        return found.rewards + penalty, {"reward/overlong_penalty": mean}
+
+    def kl_of_tokens(self, experience: Experience, found: Outcomes) -> list[Float64] | None:
+        """Ragged KL estimates where the penalty is in the reward, else None."""
+        if not self.needs().token_kl:
+            return None
+        policy, reference = experience.policy_logprobs, experience.reference_logprobs
+        if policy is None or reference is None:
+            raise ValueError(
+                "kl_in=reward needs log-probs of policy and reference in the Experience (needs().token_kl)"
+            )
+        return kl.token_kl(float64(policy), float64(reference), found.masks, self.config.kl_estimator)
+
+    def sample_rewards(self, experience: Experience, found: Outcomes) -> tuple[Float64, dict[str, float]]:
+        """[B] rewards with every penalty in them (the KL summed over the tokens), and metrics."""
+        rewards, metrics = self.shaped(found)
+        divergence = self.kl_of_tokens(experience, found)
+        if divergence is not None:
+            rewards = kl.sequence_penalised(rewards, divergence, self.config.kl_coefficient)
+        return rewards, metrics
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """Surrogate x correction + KL penalty - entropy bonus."""
+        from algorithms import losses
+
+        config, tokens = self.config, inputs.denominators.tokens
+
+        def mean(rows: Tensor) -> Tensor:
+            return losses.aggregate(
+                rows,
+                inputs.mask,
+                inputs.sequence,
+                inputs.num_sequences,
+                inputs.denominators,
+                config.aggregation,
+                config.constant_length,
+            )
+
+        def share(rows: Tensor) -> Tensor:
+            return (rows.detach() * inputs.mask).sum() / tokens
+
+        surrogate, clipped = self._surrogate(inputs)
+        sums = {"policy/clip_share": share(clipped), "policy/entropy": share(inputs.entropy)}
+        if config.rollout_correction != "none":
+            weights, cut = losses.rollout_weights(
+                inputs.old_logprobs,
+                inputs.rollout_logprobs,
+                inputs.mask,
+                config.rollout_correction,
+                largest=config.largest_weight,
+                smallest=config.smallest_weight,
+            )
+            surrogate = surrogate * weights
+            sums |= {"mismatch/weight_mean": share(weights), "mismatch/weight_cut_share": share(cut)}
+        loss = mean(surrogate)
+        if inputs.reference_logprobs is not None:
+            divergence = losses.kl_divergence(inputs.logprobs, inputs.reference_logprobs, config.kl_estimator)
+            sums["kl/reference"] = share(divergence)
+            if config.kl_in == "loss":
+                loss = loss + config.kl_coefficient * mean(divergence)
+        if config.entropy_coefficient:
+            loss = loss - config.entropy_coefficient * mean(inputs.entropy)
+        return LossOutput(loss=loss, sums=sums)
+
+    def _surrogate(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        from algorithms import losses
+
+        config = self.config
+        rows = inputs.logprobs, inputs.old_logprobs, inputs.advantages
+        if config.loss == "gspo":
+            samples = inputs.mask, inputs.sequence, inputs.num_sequences
+            return losses.gspo_surrogate(*rows, *samples, config.clip_low, config.clip_high)
+        if config.loss == "cispo":
+            return losses.cispo_surrogate(*rows, config.clip_low, config.clip_high)
+        return losses.clipped_surrogate(*rows, config.clip_low, config.clip_high, config.dual_clip)
