@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -54,6 +54,8 @@ class Reward(ABC):
 
     Config: ClassVar[type[RewardConfig]] = RewardConfig
     needs: ClassVar[RewardNeeds] = RewardNeeds()
+    gives_process_rewards: ClassVar[bool] = False
+    """Whether its scores carry token or span rewards (algorithms may need them)."""
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         self.config = config
@@ -78,8 +80,25 @@ class Reward(ABC):
         """Free processes and connections. Called once, also after a failed start."""
 
 
+UpdateWhen = Literal["after", "before", "none"]
+
+
 class TrainableReward(Reward):
-    """A reward that learns during the run (implicit PRM, co-trained verifiers)."""
+    """A reward that learns during the run (implicit PRM, co-trained verifiers). One worker hosts it."""
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """Two workers would learn two different rewards."""
+        return [*super().check(config), *(["a reward that learns has one worker"] if config.workers != 1 else [])]
+
+    @classmethod
+    def update_when(cls, config: Any) -> UpdateWhen:
+        """When it learns from a step's groups.
+
+        after: all scores of a step are taken, then it learns. before: it learns, then `rescore` gives the scores that
+        the policy learns from. none: it stays as it is.
+        """
+        return "after"
 
     version: int = 0
     """Number of updates so far."""
@@ -87,6 +106,10 @@ class TrainableReward(Reward):
     @abstractmethod
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """Train on scored groups; returns metrics named `area/name`."""
+
+    def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Scores after an update, for `update_when = "before"`; groups carry their earlier scores."""
+        return self.score(groups)
 
     @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:

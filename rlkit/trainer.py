@@ -74,11 +74,14 @@ class Trainer:
                 report, sampling = self.producer.take_report()
                 self.failed_scores += report.failed
                 check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
+                groups, of_reward = await self.reward.learn(groups, "before")
                 with self.tracker.timed("advantages"):
                     experience = await self.learner.experience(groups, step)
                     advantages = self.algorithm.advantages(experience)
                 with self.tracker.timed("update"):
-                    metrics, judged = await asyncio.gather(self.update(experience, advantages), self.judge(groups))
+                    metrics, judged, (_, learnt) = await asyncio.gather(
+                        self.update(experience, advantages), self.judge(groups), self.reward.learn(groups, "after")
+                    )
                 difference = await self.publish(last=step == self.config.trainer.total_steps)
         except TimeoutError:
             stats = await self.buffer.stats.remote()
@@ -86,6 +89,8 @@ class Trainer:
         stats = await self.buffer.stats.remote()
         metrics = {
             **metrics,
+            **of_reward,
+            **learnt,
             **dict(advantages.metrics),
             **rollout_metrics(groups, report, judged, stats, sampling),
             **times,

@@ -76,6 +76,16 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Findings:
         )
 
 
+def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> Findings:
+    """PRIME without a process reward model would stop after the first rollout."""
+    if algorithm.needs().process_rewards and not reward.cls.gives_process_rewards:
+        yield Finding(
+            "reward",
+            f"{type(algorithm).__name__} needs process rewards, and {reward.cls.__name__} gives none; "
+            "use reward=implicit_prm",
+        )
+
+
 def data_is_usable(data: DataSource) -> Findings:
     """Files and columns exist."""
     for message in data.check():
@@ -268,6 +278,7 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
+    process_rewards_come_from_somewhere,
     model_is_long_enough,
     cache_holds_a_sequence,
     minibatches_are_equal,

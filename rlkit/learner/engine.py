@@ -91,7 +91,6 @@ def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
         lr=config.learning_rate,
         betas=config.betas,
     )
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     world_size = dist.get_world_size()
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -108,9 +107,6 @@ def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
             "wall_clock_breakdown": False,
         },
     )
-    # DeepSpeed casts buffers with the parameters; rotary frequencies in bf16 would turn long contexts to noise.
-    for name, buffer in engine.module.named_buffers():
-        buffer.data = buffers[name].to(buffer.device)
     return engine
 
 

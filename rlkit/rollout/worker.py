@@ -97,7 +97,12 @@ class RolloutWorker:
         """Yield groups as their last sample finishes: all that finished since the last yield, at least one."""
         done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
         async with self.admission:
-            await self._in_thread(lambda: self._submit(requests, done))
+            try:
+                await self._in_thread(lambda: self._submit(requests, done))
+            except BaseException:
+                for request in requests:  # or the engine loop would wait for what was never queued
+                    self.open.pop(request.id, None)
+                raise
             if self.pump is None or self.pump.done():
                 self.pump = asyncio.create_task(self._run_engine())
         left = len(requests)

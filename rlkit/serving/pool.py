@@ -18,8 +18,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from rewards.base import RewardContext
+from rewards.base import RewardContext, TrainableReward, UpdateWhen
 from rlkit.config.parts import import_part
+from rlkit.experience import Group
 from rlkit.serving.results import RewardFailed, ScoreReport
 from rlkit.serving.worker import RewardWorker, mark_invalid
 
@@ -66,7 +67,9 @@ class RewardPool:
         """
         self.target: str = reward["_target_"]
         self._options = {key: value for key, value in reward.items() if key != "_target_"}
-        self.config = import_part("reward", self.target).Config(**self._options)
+        self._kind = import_part("reward", self.target)
+        self.config = self._kind.Config(**self._options)
+        self._learnt = 0
         self._context = context
         self._startup_timeout = startup_timeout_seconds
         self._workers = [WorkerState(index) for index in range(self.config.workers)]
@@ -104,6 +107,29 @@ class RewardPool:
         *scored, report = ray.remote(num_cpus=0)(mark_invalid).options(num_returns=len(refs) + 1).remote(reason, *refs)
         return Scored(scored, await report)
 
+    async def learn(self, groups: Sequence[Group], when: UpdateWhen) -> tuple[list[Group], dict[str, float]]:
+        """Let a reward that learns at this moment (`before` or `after` the policy's advantages) learn from groups.
+
+        Returns the groups, with new scores if it learnt before, and its metrics (none if it does not learn now).
+        Raises RewardFailed if it dies or misses the deadline: what it has learnt would be lost.
+        """
+        if not issubclass(self._kind, TrainableReward) or self._kind.update_when(self.config) != when:
+            return list(groups), {}
+        worker = await self._idle.get()
+        try:
+            ref = worker.actor.learn.remote(list(groups), rescore=when == "before")
+            metrics, groups = await asyncio.wait_for(_result(ref), self.config.timeout_seconds)
+        except TimeoutError:
+            message = f"no end within reward.timeout_seconds={self.config.timeout_seconds:g}"
+            raise RewardFailed(f"the update of reward {self.target} failed: {message}") from None
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise RewardFailed(f"the update of reward {self.target} failed: {_first_line(cause)}") from error
+        finally:
+            self._idle.put_nowait(worker)
+        self._learnt += 1
+        return list(groups), metrics
+
     def health(self) -> list[dict[str, Any]]:
         """State of each worker, without asking it: process id, seconds in the present call, calls, restarts."""
         now = time.monotonic()
@@ -131,6 +157,8 @@ class RewardPool:
 
     async def _score_once(self, worker: WorkerState, refs: Sequence[Any]) -> Scored:
         if worker.actor is None:
+            if self._learnt:
+                raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
             try:
                 await self._start(worker)
             except RewardFailed as error:

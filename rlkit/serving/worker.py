@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rewards.base import Reward, RewardContext
+from rewards.base import Reward, RewardContext, TrainableReward
 from rlkit.config.parts import import_part
 from rlkit.experience import Group
 from rlkit.serving.results import ScoreReport, attach_scores, invalid_groups, report_on
@@ -44,6 +44,13 @@ class RewardWorker:
             return [*(None for _ in batches), ScoreReport(error=traceback.format_exc(limit=20))]
         report = report_on(scored, time.perf_counter() - start)
         return [*_same_shapes(batches, scored), report]
+
+    def learn(self, groups: Sequence[Group], rescore: bool) -> tuple[dict[str, float], list[Group]]:
+        """Let a trainable reward learn from scored groups; its metrics, and the groups (scored again if asked)."""
+        if not isinstance(self._reward, TrainableReward):
+            raise TypeError(f"{type(self._reward).__name__} is not a TrainableReward")
+        metrics = self._reward.update(groups)
+        return metrics, attach_scores(groups, self._reward.rescore(groups)) if rescore else list(groups)
 
     def close(self) -> None:
         """Let the reward free what it holds."""

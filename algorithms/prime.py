@@ -1,0 +1,129 @@
+"""PRIME: process rewards from an implicit PRM that learns from outcomes during the run (arXiv 2502.01456).
+
+The reward gives two things: an outcome per response and a process reward per token (`reward=implicit_prm`). Each half
+gets its own baseline inside the group; the weighted sum of the returns is whitened over the batch. Groups that are too
+easy or too hard are filtered in the buffer (`buffer.min_group_reward`, `buffer.max_group_reward`). Estimators: RLOO
+(the paper's choice), GRPO and REINFORCE; for PPO use `algorithm=ppo`, which takes process rewards as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from algorithms.advantages import Bool, Float64
+from algorithms.base import Advantages, AlgorithmNeeds, Experience
+from algorithms.outcomes import Outcomes, outcomes, token_advantages
+from algorithms.prime_parity import prime_rloo
+from algorithms.prime_returns import Combined, combine, grpo, normalise, reinforce
+from algorithms.prm_metrics import last_token_share, length_correlation
+from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
+
+
+class PRIME(SurrogateAlgorithm):
+    """See the module."""
+
+    class Config(SurrogateConfig):
+        """Defaults are the paper's and its script's, the parity mode aside."""
+
+        samples_per_prompt: int = Field(default=4, ge=1)
+        """Responses sampled for each prompt (K)."""
+        estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
+        """How both halves are compared with the rest of the group."""
+        mode: Literal["strict", "official", "verl"] = "strict"
+        """Baseline of the process half and coefficients: the paper's text, or as one of the two codebases (rloo)."""
+        normaliser: Literal["none", "global_max_return", "global_std"] = "global_max_return"
+        """What process rewards are divided by, over the whole batch; with it their scale (beta) cancels."""
+        process_coefficient: float = Field(default=1.0, ge=0)
+        """Weight of the process half."""
+        outcome_coefficient: float = Field(default=1.0, ge=0)
+        """Weight of the outcome half; after whitening only the ratio of the two acts."""
+        process_gamma: float = Field(default=1.0, gt=0, le=1)
+        """Discount per token of the process half."""
+        kl_in: Literal["loss", "reward"] = "loss"
+        """Only the loss: a KL penalty in the reward does not reach PRIME's returns."""
+
+        @model_validator(mode="after")
+        def _prime_options_act(self) -> Self:
+            if self.kl_in == "reward":
+                raise ValueError("kl_in=reward has no effect on PRIME's returns; use kl_in=loss")
+            if self.mode != "strict" and self.estimator != "rloo":
+                raise ValueError(f"mode={self.mode} is about estimator=rloo; with {self.estimator} leave mode=strict")
+            if self.mode != "strict" and (self.process_coefficient, self.outcome_coefficient) != (1.0, 1.0):
+                raise ValueError(f"mode={self.mode} has coefficients of its own; leave both at 1")
+            if self.mode == "verl" and self.process_gamma != 1.0:
+                raise ValueError("mode=verl knows no discount; leave process_gamma=1")
+            if self.process_coefficient == self.outcome_coefficient == 0:
+                raise ValueError("process_coefficient and outcome_coefficient are both 0: nothing would be learnt")
+            return self
+
+    def needs(self) -> AlgorithmNeeds:
+        """Process rewards on every sample, and a group to compare with."""
+        return replace(super().needs(), min_samples_per_prompt=2, process_rewards=True)
+
+    def advantages(self, experience: Experience) -> Advantages:
+        """Whitened sum of process and outcome returns."""
+        found = outcomes(experience)
+        rewards, shaping = self.shaped(found)
+        process = _process_rewards(experience)
+        combined = self._combined(process, rewards, found)
+        keep = found.valid if self.config.estimator == "reinforce" else found.valid & _compared(found)
+        metrics = {
+            **shaping,
+            **combined.metrics,
+            "prime/return_length_correlation": length_correlation(combined.returns, found.masks, keep),
+            "prime/last_token_share": last_token_share(process, found.masks, keep),
+        }
+        finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
+        return token_advantages(combined.advantages, keep, found.masks, finite)
+
+    def _combined(self, process: list[Float64], rewards: Float64, found: Outcomes) -> Combined:
+        config, rest = self.config, (found.masks, found.group, found.valid)
+        if config.estimator == "rloo":
+            # The rewards carry beta already: as log-ratios with beta 1 they are what strict mode and verl's use, and
+            # official's up to a factor that its normaliser takes out again.
+            return prime_rloo(
+                process,
+                rewards,
+                *rest,
+                mode=config.mode,
+                beta=1.0,
+                normaliser=config.normaliser,
+                process_coefficient=config.process_coefficient,
+                outcome_coefficient=config.outcome_coefficient,
+                process_gamma=config.process_gamma,
+            )
+        scaled, _ = normalise(process, found.masks, found.valid, config.normaliser)
+        estimator = grpo if config.estimator == "grpo" else reinforce
+        terms = estimator(scaled, rewards, *rest, process_gamma=config.process_gamma)
+        return combine(
+            terms,
+            found.masks,
+            process_coefficient=config.process_coefficient,
+            outcome_coefficient=config.outcome_coefficient,
+        )
+
+
+def _process_rewards(experience: Experience) -> list[Float64]:
+    """Ragged token process rewards; invalid samples have none and get zeros (they are not kept)."""
+    rows = []
+    for group in experience.groups:
+        for sample, score in group.scored():
+            if score.valid and score.token_rewards is None:
+                raise ValueError(
+                    f"group {group.id}, sample {sample.index}: PRIME needs token process rewards, and this reward gave "
+                    "none; use reward=implicit_prm"
+                )
+            rows.append(
+                np.zeros(len(sample)) if score.token_rewards is None else score.token_rewards.astype(np.float64)
+            )
+    return rows
+
+
+def _compared(found: Outcomes) -> Bool:
+    """[B] samples with at least one other valid sample in their group."""
+    counts = np.bincount(found.group, weights=found.valid.astype(np.float64))
+    return np.asarray(counts[found.group] >= 2)

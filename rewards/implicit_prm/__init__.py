@@ -1,0 +1,1 @@
+"""The implicit process reward model: token rewards from log-ratios, trained on outcomes alone."""

@@ -1,0 +1,136 @@
+"""`reward=implicit_prm`: an outcome reward, and beta * log(pi_phi / pi_ref) for every token (arXiv 2412.01981).
+
+pi_phi starts as a copy of pi_ref and is trained during the run on the outcome of every response (PRIME, arXiv
+2502.01456); no step labels. The outcome comes from another reward (`outcome`, by default the rule verifier) and is the
+score's value; the process rewards are its token rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
+from rlkit.experience import Group, GroupScores, Score
+
+if TYPE_CHECKING:
+    from rewards.implicit_prm.model import ImplicitModel
+
+Objective = Literal["ce", "dpo", "nca", "kto"]
+
+
+class ImplicitPRM(TrainableReward):
+    """See the module. The first `start` makes a DeepSpeed engine in the reward's process."""
+
+    class Config(RewardConfig):
+        """Defaults are PRIME's (specs of its script and paper), the learning rate's scale aside."""
+
+        model_path: str = "embedded:policy"
+        """Folder of the causal language model that pi_phi starts from: usually the policy's own."""
+        reference_path: str | None = None
+        """Folder of pi_ref, which never changes; null: the same as `model_path`."""
+        outcome: dict[str, Any] = Field(default={"_target_": "rewards.rule.reward.RuleReward"})
+        """The reward that labels outcomes: `_target_` and its fields. Its values should lie in 0 to 1."""
+        beta: float = Field(default=0.05, gt=0)
+        """Scale of the log-ratios, in the rewards and in the objective."""
+        objective: Objective = "ce"
+        """ce: each response against its label, soft labels allowed; dpo, nca: pairs inside a group; kto: unpaired."""
+        update: UpdateWhen = "after"
+        """after: a step's scores are all taken before the model learns from it; before: it learns, then scores."""
+        learning_rate: float = Field(default=1e-6, gt=0)
+        """Constant learning rate of AdamW."""
+        minibatch_groups: int = Field(default=64, ge=1)
+        """Groups per optimizer step; the groups of a training step are dealt out in order."""
+        max_grad_norm: float = Field(default=10.0, gt=0)
+        """Gradients are clipped to this norm."""
+        tokens_per_microbatch: int = Field(default=16384, ge=1)
+        """Tokens that one forward and backward pass takes."""
+
+    needs: ClassVar[RewardNeeds] = RewardNeeds(answer=True)
+    gives_process_rewards: ClassVar[bool] = True
+
+    def __init__(self, config: Any, context: RewardContext) -> None:
+        super().__init__(config, context)
+        self._outcome = _make(config.outcome, context)
+        self._model: ImplicitModel | None = None
+
+    @classmethod
+    def update_when(cls, config: Any) -> UpdateWhen:
+        """As configured."""
+        when: UpdateWhen = config.update
+        return when
+
+    def start(self) -> None:
+        """Load both models, compare them (equal weights must give log-ratios of zero), start the outcome reward."""
+        from rewards.implicit_prm.model import ImplicitModel  # torch and DeepSpeed load only where a reward runs
+
+        self._outcome.start()
+        self._model = ImplicitModel(self.config, self.context)
+
+    @property
+    def model(self) -> ImplicitModel:
+        """The loaded model."""
+        if self._model is None:
+            raise RuntimeError("the implicit PRM was used before start()")
+        return self._model
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Outcome as the value, beta * log-ratio per token; a sample without a valid outcome is invalid."""
+        return self._with_process_rewards(groups, self._outcome.score(groups))
+
+    def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Fresh process rewards for groups whose outcomes are known."""
+        outcomes = [GroupScores(tuple(score for _, score in group.scored())) for group in groups]
+        return self._with_process_rewards(groups, outcomes)
+
+    def _with_process_rewards(self, groups: Sequence[Group], outcomes: Sequence[GroupScores]) -> list[GroupScores]:
+        rewards = iter(self.model.token_rewards(groups))
+        return [
+            GroupScores(tuple(_joined(score, next(rewards)) for score in scores.samples), scores.pairs)
+            for scores in outcomes
+        ]
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Train on the outcomes of scored groups."""
+        metrics = self.model.update(groups)
+        self.version += 1
+        return metrics
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Weights, optimizer, version."""
+        return {"version": self.version, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of state_dict."""
+        self.version = state["version"]
+        self.model.load_state_dict(state["model"])
+
+    def close(self) -> None:
+        """End the outcome reward."""
+        self._outcome.close()
+
+
+def _joined(outcome: Score, rewards: np.ndarray) -> Score:
+    if not outcome.valid:
+        return outcome
+    if not np.isfinite(rewards).all():
+        return Score.invalid("not_finite: a log-ratio of the implicit PRM is not finite", outcome.trace)
+    return Score(
+        value=outcome.value,
+        token_rewards=rewards,
+        components={**outcome.components, "implicit_prm": float(rewards.sum())},
+        trace=outcome.trace,
+    )
+
+
+def _make(section: Mapping[str, Any], context: RewardContext) -> Reward:
+    """The reward that a configuration section names."""
+    from rlkit.config.parts import import_part
+
+    kind = import_part("reward", section["_target_"])
+    options = {key: value for key, value in section.items() if key != "_target_"}
+    made: Reward = kind(kind.Config(**options), context)
+    return made
