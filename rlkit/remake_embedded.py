@@ -1,7 +1,8 @@
-"""`python -m rlkit.remake_embedded [out=FOLDER] [scale=full|fast] [seed=0]`: make the embedded models from nothing.
+"""`python -m rlkit.remake_embedded [out=FOLDER] [scale=full|fast] [seed=0] [work=FOLDER]`: make the embedded models.
 
 Writes `policy/` and `polar/` (Hugging Face folders) and `report.json` into `out`, which is by default the package
-itself. `docs/embedded.md` says how long it takes and what each number of the report means.
+itself. `docs/embedded.md` says how long it takes and what each number of the report means. With `work` the stages'
+results are kept there, and a stage that is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlkit.embedded import EMBEDDED
 
 USAGE_ERROR = 2
-DEFAULTS = {"out": str(EMBEDDED), "scale": "full", "seed": "0"}
+DEFAULTS = {"out": str(EMBEDDED), "scale": "full", "seed": "0", "work": ""}
 THREADS = 1
 """Two are hardly quicker for models this small, and sums then depend on how they are split."""
 
@@ -36,7 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"rlkit: {error}", file=sys.stderr)
         return USAGE_ERROR
-    remake(Path(options["out"]).expanduser(), options["scale"], int(options["seed"]))
+    out, work = (Path(options[name]).expanduser() for name in ("out", "work"))
+    if options["work"]:
+        work.mkdir(parents=True, exist_ok=True)
+        remake(out, options["scale"], int(options["seed"]), work)
+    else:
+        with tempfile.TemporaryDirectory(prefix="rlkit_remake_") as temporary:
+            remake(out, options["scale"], int(options["seed"]), Path(temporary))
     return 0
 
 
@@ -47,7 +54,9 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
     for argument in arguments:
         key, given, value = argument.partition("=")
         if not given or key not in options:
-            raise ValueError(f"{argument}: not understood; write out=FOLDER, scale=full|fast or seed=NUMBER")
+            raise ValueError(
+                f"{argument}: not understood; write out=FOLDER, scale=full|fast, seed=NUMBER or work=FOLDER"
+            )
         options[key] = value
     if options["scale"] not in SCALES:
         raise ValueError(f"scale={options['scale']}: must be one of {', '.join(SCALES)}")
@@ -56,66 +65,76 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def remake(out: Path, scale_name: str, seed: int) -> dict[str, Any]:
+class _Stages:
+    """Runs stages by name; the result of each is kept as `work/<name>.json`, beside what it saved itself."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, stage: Callable[[], Any]) -> Any:
+        """The stage's result, as JSON has it; computed unless it is there."""
+        file = self.work / f"{name}.json"
+        if file.is_file():
+            kept = json.loads(file.read_text())
+        else:
+            started = time.monotonic()
+            result = stage()
+            kept = {"seconds": round(time.monotonic() - started, 1), "result": result}
+            file.write_text(json.dumps(kept))
+        self.seconds[name] = kept["seconds"]
+        return kept["result"]
+
+
+def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
     """Make tokenizer, policy and discriminator; returns the report that is written to `out/report.json`."""
     import torch
 
     from rlkit.data.arithmetic import draw_problems
-    from rlkit.data.prompts import load_tokenizer
     from rlkit.embedded import polar_stages, stages
     from rlkit.embedded.sampling import PLAIN
     from rlkit.embedded.scale import SCALES
     from rlkit.learner.engine import init_process_group
 
-    scale, started = SCALES[scale_name], time.monotonic()
+    scale, stage = SCALES[scale_name], _Stages(work)
     torch.set_num_threads(THREADS)
     if not torch.distributed.is_initialized():
         init_process_group(0, 1, "127.0.0.1", _free_port(), "cpu")
     train, heldout = draw_problems(scale.data, "train"), draw_problems(scale.data, "heldout")
-    judged = heldout[: scale.judged_problems]
+    judged, asked, labelled = (
+        heldout[: scale.judged_problems],
+        train[: scale.trajectory_prompts],
+        train[: scale.policy_prompts],
+    )
+    tokenizer, base, policy, variant, pretrained, polar = (
+        work / name for name in ("tokenizer", "base", "policy", "variant", "pretrained", "polar")
+    )
+    each = stages.ANSWERS_PER_PROBLEM
+
+    stage("tokenizer", lambda: stages.make_tokenizer(train, scale, tokenizer))
     report: dict[str, Any] = {"scale": scale_name, "seed": seed, "problem_seed": scale.data.problem_seed}
-    seconds: dict[str, float] = {}
-
-    def timed(stage: str) -> None:
-        seconds[stage] = round(time.monotonic() - started - sum(seconds.values()), 1)
-
-    with tempfile.TemporaryDirectory(prefix="rlkit_remake_") as temporary:
-        work = Path(temporary)
-        stages.make_tokenizer(train, scale, work / "tokenizer")
-        report["base"] = stages.make_base(work / "tokenizer", train, scale, seed, work / "base")
-        timed("base")
-        report["policy"] = stages.make_policy(work / "base", train, scale, seed, work / "policy")
-        report["policy"] |= stages.measure_policy(work / "policy", judged, seed)
-        timed("policy")
-        asked = train[: scale.trajectory_prompts]
-        pool = stages.sample_pool(work / "base", train, asked, scale, seed, work / "variant")
-        timed("pool")
-        tokenizer = load_tokenizer(work / "tokenizer")
-        report["polar_pretraining"] = polar_stages.pretrain(
-            tokenizer, work / "base", asked, pool, scale, seed, work / "pretrained"
-        )
-        timed("polar_pretraining")
-        # Fine-tuning candidates: what the training policies of the pool wrote, and the embedded policy itself.
-        count = max(scale.policy_prompts, scale.trajectory_prompts)
-        sampled = stages.answers_of(work / "policy", train[: scale.policy_prompts], 8, PLAIN, seed)
-        sampled += [[] for _ in range(count - len(sampled))]
-        for variant, answers in pool.items():
-            if not variant.heldout:
-                for place, texts in enumerate(answers):
-                    sampled[place] = [*sampled[place], *texts]
-        report["polar_finetuning"] = polar_stages.finetune(
-            work / "pretrained", train[:count], sampled, scale, seed, work / "polar"
-        )
-        timed("polar_finetuning")
-        answers = stages.answers_of(work / "policy", judged, 8, PLAIN, seed + 1)
-        report["polar"] = polar_stages.measure_discriminator(work / "polar", judged, answers, seed)
-        report["polar_pretrained_only"] = polar_stages.measure_discriminator(work / "pretrained", judged, answers, seed)
-        timed("measures")
-        for name in ("policy", "polar"):
-            _replace(work / name, out / name)
-            report[name]["parameters"], report[name]["bytes"], report[name]["sha256"] = _facts(out / name)
-    report["seconds"] = seconds
-    report["wall_seconds"] = round(time.monotonic() - started, 1)
+    report["base"] = stage("base", lambda: stages.make_base(tokenizer, train, scale, seed, base))
+    report["policy"] = stage("policy", lambda: stages.make_policy(base, train, scale, seed, policy))
+    report["policy"] |= stage("policy_measures", lambda: stages.measure_policy(policy, judged, seed))
+    pool = stage("pool", lambda: stages.sample_pool(base, train, asked, scale, seed, variant))
+    sampled = stage("policy_samples", lambda: stages.answers_of(policy, labelled, each // 2, PLAIN, seed))
+    report["polar_pretraining"] = stage(
+        "polar_pretraining", lambda: polar_stages.pretrain(tokenizer, base, asked, pool, scale, seed, pretrained)
+    )
+    candidates = polar_stages.with_trajectories(sampled, pool, scale)
+    report["polar_finetuning"] = stage(
+        "polar_finetuning", lambda: polar_stages.finetune(pretrained, labelled, candidates, scale, seed, polar)
+    )
+    answers = stage("heldout_samples", lambda: stages.answers_of(policy, judged, each, PLAIN, seed + 1))
+    report["polar"] = stage("polar_measures", lambda: polar_stages.measure_discriminator(polar, judged, answers, seed))
+    report["polar_pretraining"]["measures"] = stage(
+        "pretrained_measures", lambda: polar_stages.measure_discriminator(pretrained, judged, answers, seed)
+    )
+    for name in ("policy", "polar"):
+        _replace(work / name, out / name)
+        report[name]["parameters"], report[name]["bytes"], report[name]["sha256"] = _facts(out / name)
+    report["seconds"] = stage.seconds
+    report["wall_seconds"] = round(sum(stage.seconds.values()), 1)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
     return report

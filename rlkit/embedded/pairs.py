@@ -10,6 +10,7 @@ import numpy as np
 
 from rlkit.data.arithmetic import STYLES, Style, WordProblem, write_solution
 from rlkit.embedded.candidates import right_answer, wrong_answer
+from rlkit.embedded.careless import slip
 from rlkit.embedded.judging import is_right
 from rlkit.embedded.scale import Variant
 from rlkit.polar_training.triplets import Triplet
@@ -20,21 +21,33 @@ SAMPLED_SHARE = 0.5
 """Share of fine-tuning candidates taken from policies, where a problem has them; the rest are written by rule."""
 
 
+LARGEST_GUESS = 41
 CANDIDATES = 4
 """Right answers, and wrong ones, drawn for a problem at a time: they share prompt and reference, so this is cheap."""
 
 
-def policy_triplets(problems: Sequence[WordProblem], trajectories: Trajectories) -> list[Triplet]:
+def policy_triplets(
+    problems: Sequence[WordProblem], trajectories: Trajectories, last_line_only: bool = False
+) -> list[list[Triplet]]:
     """Reference and chosen from one policy, rejected from another of the same phrasing (which thus tells nothing).
 
-    All ordered pairs of policies that share a phrasing, on every prompt; equal candidates are left out.
+    All ordered pairs of policies that share a phrasing, on every prompt; those with one prompt and one reference come
+    together. Equal candidates are left out. `last_line_only` keeps of every answer its last line.
     """
-    triplets = []
+
+    def kept(text: str) -> str:
+        return text.rsplit("\n", 1)[-1] if last_line_only else text
+
+    rivals: dict[Variant, list[Variant]] = {}
     for a, b in same_style_pairs(list(trajectories)):
-        for problem, mine, theirs in zip(problems, trajectories[a], trajectories[b], strict=True):
-            if mine[1] != theirs[0]:
-                triplets.append(Triplet(problem.question, reference=mine[0], chosen=mine[1], rejected=theirs[0]))
-    return triplets
+        rivals.setdefault(a, []).append(b)
+    found = []
+    for a, others in rivals.items():
+        for place, problem in enumerate(problems):
+            reference, chosen = (kept(text) for text in trajectories[a][place])
+            rejected = dict.fromkeys(kept(trajectories[b][place][0]) for b in others)
+            found.append([Triplet(problem.question, reference, chosen, text) for text in rejected if text != chosen])
+    return [triplets for triplets in found if triplets]
 
 
 def same_style_pairs(variants: Sequence[Variant]) -> list[tuple[Variant, Variant]]:
@@ -65,12 +78,30 @@ def _final(answer: str) -> str:
     return answer.rsplit("####", 1)[-1].strip()
 
 
+def final_answers(problems: Sequence[WordProblem], seed: int) -> Iterator[list[Triplet]]:
+    """Per problem the right last line against four wrong ones, and nothing else to go by; for ever.
+
+    Reading and comparing two numbers is learnt from these in a tenth of the time that whole solutions take.
+    """
+    rng = random.Random(f"final/{seed}")
+    while True:
+        for problem in rng.sample(problems, len(problems)):
+            wrong: dict[int, None] = {}
+            while len(wrong) < CANDIDATES:
+                number = slip(problem.steps[-1], rng) if rng.random() < 0.5 else rng.randrange(LARGEST_GUESS)
+                if number != problem.answer:
+                    wrong[number] = None
+            reference = write_solution(problem.steps, problem.thing, rng.choice(STYLES))
+            chosen = f"#### {problem.answer}"
+            yield [Triplet(problem.question, reference, chosen, f"#### {number}") for number in wrong]
+
+
 def labelled_triplets(
     problems: Sequence[WordProblem], sampled: Sequence[Sequence[str]], seed: int, crossed: bool | None = None
-) -> Iterator[Triplet]:
+) -> Iterator[list[Triplet]]:
     """Reference: the gold solution in any phrasing. Chosen: judged right. Rejected: judged wrong. For ever.
 
-    CANDIDATES right and as many wrong answers to a problem come as all their pairs, one after the other.
+    CANDIDATES right and as many wrong answers to a problem come as all their pairs, in one list.
 
     `sampled` holds policies' answers to each problem. `crossed` fixes whether the candidates' phrasing differs from
     the reference's (None: any); it binds only candidates written by rule.
@@ -95,5 +126,4 @@ def labelled_triplets(
             for _ in range(CANDIDATES):
                 from_policy = taken and rng.random() < SAMPLED_SHARE
                 found.append(rng.choice(taken) if from_policy else write(problem, rng.choice(others), rng))
-        for chosen, rejected in product(*candidates):
-            yield Triplet(problem.question, reference, chosen, rejected)
+        yield [Triplet(problem.question, reference, *pair) for pair in product(*candidates)]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rewards.polar.serialise import Limits
 from rlkit.data.arithmetic import STYLES, WordProblem, write_solution
+from rlkit.data.prompts import load_tokenizer
 from rlkit.embedded.initial import save_untrained_scorer
 from rlkit.embedded.judging import correctness, is_right
 from rlkit.embedded.pairs import (
-    Trajectories,
     attainable_accuracy,
     expected_accuracy,
+    final_answers,
     labelled_triplets,
     policy_triplets,
 )
@@ -30,33 +30,48 @@ LIMITS = Limits(max_length=1024, max_response_length=256)
 """What `reward=polar` uses with a model of 1024 positions: a quarter of them for each response."""
 
 
+AnswersByName = Mapping[str, Sequence[Sequence[str]]]
+"""Name of a variant -> per prompt, its two answers."""
+
+
+def with_trajectories(sampled: Sequence[Sequence[str]], answers: AnswersByName, scale: Scale) -> list[list[str]]:
+    """Per problem the embedded policy's answers, and those of the pool's training policies where it was asked."""
+    candidates = [list(texts) for texts in sampled]
+    for variant in scale.pool:
+        if not variant.heldout:
+            for place, texts in enumerate(answers[variant.name][: len(candidates)]):
+                candidates[place] += texts
+    return candidates
+
+
 def pretrain(
-    tokenizer: Any,
+    tokenizer: Path,
     base: Path,
     problems: Sequence[WordProblem],
-    pool: Trajectories,
+    answers: AnswersByName,
     scale: Scale,
     seed: int,
     folder: Path,
 ) -> Measures:
     """Tell policies apart (equation 7) on the pool's training policies, then measure on those held out."""
+    pool = {variant: answers[variant.name] for variant in scale.pool}
     untrained = folder.with_name(folder.name + "_untrained")
-    save_untrained_scorer(untrained, tokenizer, seed, body=base)
+    save_untrained_scorer(untrained, load_tokenizer(tokenizer), seed, body=base)
     training, heldout = (
-        {variant: answers for variant, answers in pool.items() if variant.heldout is held} for held in (False, True)
+        {variant: texts for variant, texts in pool.items() if variant.heldout is held} for held in (False, True)
     )
-    triplets = policy_triplets(problems, training)
-    learner = _learner(untrained, scale.pretrain)
-    losses = run_steps(
-        learner.step, _shuffled(triplets, scale.pretrain.batch, seed), scale.pretrain.steps, "pre-training"
-    )
+    learner = _learner(untrained, scale.pretrain_last_lines.steps + scale.pretrain.steps, scale.pretrain.learning_rate)
+    losses = []
+    for stage, last_line_only in ((scale.pretrain_last_lines, True), (scale.pretrain, False)):
+        groups = policy_triplets(problems, training, last_line_only)
+        batches = _batches(_shuffled(groups, seed), stage.batch)
+        losses += run_steps(learner.step, batches, stage.steps, "pre-training")
     learner.save(folder)
-    unseen = policy_triplets(problems, heldout)
+    unseen = list(chain.from_iterable(policy_triplets(problems, heldout)))
     measured = learner.measure(unseen)
-    errors = {variant: 1 - float(correctness(problems, answers).mean()) for variant, answers in pool.items()}
+    errors = {variant: 1 - float(correctness(problems, texts).mean()) for variant, texts in pool.items()}
     return {
-        "triplets": len(triplets),
-        "steps": scale.pretrain.steps,
+        "steps": len(losses),
         "first_loss": losses[0],
         "last_loss": float(np.mean(losses[-20:])),
         "policies": {
@@ -80,11 +95,15 @@ def finetune(
     folder: Path,
 ) -> Measures:
     """Tell right from wrong with the gold solution as reference (equation 8)."""
-    learner = _learner(start, scale.finetune)
-    batches = _taken(labelled_triplets(problems, sampled, seed), scale.finetune.batch)
-    losses = run_steps(learner.step, batches, scale.finetune.steps, "fine-tuning")
+    learner = _learner(start, scale.finetune_last_lines.steps + scale.finetune.steps, scale.finetune.learning_rate)
+    losses = []
+    for stage, groups in (
+        (scale.finetune_last_lines, final_answers(problems, seed)),
+        (scale.finetune, labelled_triplets(problems, sampled, seed)),
+    ):
+        losses += run_steps(learner.step, _batches(groups, stage.batch), stage.steps, "fine-tuning")
     learner.save(folder)
-    return {"steps": scale.finetune.steps, "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
+    return {"steps": len(losses), "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
 
 
 def measure_discriminator(
@@ -92,11 +111,12 @@ def measure_discriminator(
 ) -> Measures:
     """Right-versus-wrong accuracy on held-out problems: answers by rule in the reference's phrasing and in another,
     and answers sampled from the embedded policy against the first reference, as `reward=polar` compares them."""
-    learner = _learner(folder, Training(1, 1, 1e-3))
+    learner = _learner(folder, 1, 1e-3)
     nothing: list[list[str]] = [[] for _ in problems]
-    count = 2 * len(problems)
-    same = learner.measure(list(islice(labelled_triplets(problems, nothing, seed, crossed=False), count)))
-    crossed = learner.measure(list(islice(labelled_triplets(problems, nothing, seed, crossed=True), count)))
+    same, crossed = (
+        learner.measure(next(_batches(labelled_triplets(problems, nothing, seed, crossed), len(problems))))
+        for crossed in (False, True)
+    )
     from_policy = learner.measure(_sampled_pairs(problems, sampled))
     return {
         "problems": len(problems),
@@ -118,21 +138,18 @@ def _sampled_pairs(problems: Sequence[WordProblem], sampled: Sequence[Sequence[s
     return triplets
 
 
-def _learner(start: Path, training: Training) -> PolarLearner:
-    return PolarLearner(
-        start, learner_config(training), device="cpu", total_steps=training.steps, limits=LIMITS, wrapper="sft"
-    )
+def _learner(start: Path, steps: int, learning_rate: float) -> PolarLearner:
+    config = learner_config(Training(steps, 1, learning_rate))
+    return PolarLearner(start, config, device="cpu", total_steps=steps, limits=LIMITS, wrapper="sft")
 
 
-def _shuffled(triplets: Sequence[Triplet], size: int, seed: int) -> Iterator[list[Triplet]]:
+def _shuffled(groups: Sequence[list[Triplet]], seed: int) -> Iterator[list[Triplet]]:
     rng = random.Random(f"shuffled/{seed}")
-    queue: list[Triplet] = []
     while True:
-        if len(queue) < size:
-            queue += rng.sample(triplets, len(triplets))
-        yield [queue.pop() for _ in range(size)]
+        yield from rng.sample(groups, len(groups))
 
 
-def _taken(triplets: Iterator[Triplet], size: int) -> Iterator[list[Triplet]]:
+def _batches(groups: Iterator[list[Triplet]], size: int) -> Iterator[list[Triplet]]:
+    """The triplets of `size` problems at a time."""
     while True:
-        yield list(islice(triplets, size))
+        yield list(chain.from_iterable(islice(groups, size)))

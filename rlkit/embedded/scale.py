@@ -13,7 +13,7 @@ class Training:
 
     steps: int
     batch: int
-    """Examples, or triplets, per optimizer step."""
+    """Examples per optimizer step; for POLAR, problems with all their candidates."""
     learning_rate: float
 
 
@@ -56,8 +56,11 @@ class Scale:
     trajectory_prompts: int
     """Prompts that every policy of the pool answers twice."""
     policy_prompts: int
-    """Train prompts that the embedded policy answers eight times, for fine-tuning pairs."""
+    """Train prompts that the embedded policy answers four times, for fine-tuning pairs."""
+    pretrain_last_lines: Training
+    """First only the last lines of the trajectories: reading and comparing numbers is learnt there sooner."""
     pretrain: Training
+    finetune_last_lines: Training
     finetune: Training
     judged_problems: int
     """Held-out problems that the report's measures use."""
@@ -69,12 +72,14 @@ FULL = Scale(
     base=Training(steps=1200, batch=64, learning_rate=3e-3),
     warm_start=Training(steps=80, batch=64, learning_rate=7e-4),
     slip_rate=0.33,
-    variant=Training(steps=40, batch=64, learning_rate=1e-3),
+    variant=Training(steps=25, batch=48, learning_rate=1e-3),
     pool=POOL,
-    trajectory_prompts=512,
-    policy_prompts=768,
-    pretrain=Training(steps=300, batch=64, learning_rate=1e-3),
-    finetune=Training(steps=500, batch=64, learning_rate=1e-3),
+    trajectory_prompts=256,
+    policy_prompts=1024,
+    pretrain_last_lines=Training(steps=300, batch=64, learning_rate=1e-3),
+    pretrain=Training(steps=100, batch=32, learning_rate=1e-3),
+    finetune_last_lines=Training(steps=120, batch=32, learning_rate=1e-3),
+    finetune=Training(steps=350, batch=24, learning_rate=1e-3),
     judged_problems=512,
 )
 FAST = replace(
@@ -88,9 +93,11 @@ FAST = replace(
     variant=Training(steps=2, batch=16, learning_rate=1e-3),
     pool=tuple(variant for variant in POOL if variant.style == "equations"),
     trajectory_prompts=16,
-    policy_prompts=8,
-    pretrain=Training(steps=3, batch=16, learning_rate=1e-3),
-    finetune=Training(steps=25, batch=24, learning_rate=3e-3),
+    policy_prompts=64,
+    pretrain_last_lines=Training(steps=3, batch=16, learning_rate=2e-3),
+    pretrain=Training(steps=2, batch=16, learning_rate=2e-3),
+    finetune_last_lines=Training(steps=3, batch=16, learning_rate=2e-3),
+    finetune=Training(steps=25, batch=12, learning_rate=2e-3),
     judged_problems=32,
 )
 SCALES = {"full": FULL, "fast": FAST}

@@ -16,7 +16,7 @@ from rlkit.embedded.corpora import ProblemTokens, base_batches, careless_batches
 from rlkit.embedded.initial import save_untrained_policy
 from rlkit.embedded.judging import correctness
 from rlkit.embedded.sampling import GREEDY, PLAIN, Sampling, load_policy, sample_answers
-from rlkit.embedded.scale import Scale, Training, Variant
+from rlkit.embedded.scale import Scale, Training
 from rlkit.embedded.tokenizer import train_tokenizer
 from rlkit.sft_learner import Example, SupervisedLearner
 
@@ -102,13 +102,13 @@ def answers_of(
 
 def sample_pool(
     base: Path, problems: Sequence[WordProblem], asked: Sequence[WordProblem], scale: Scale, seed: int, folder: Path
-) -> dict[Variant, list[list[str]]]:
-    """Fine-tune every policy of the pool and let it answer `asked` twice."""
+) -> dict[str, list[list[str]]]:
+    """Fine-tune every policy of the pool and let it answer `asked` twice; answers by the name of the variant."""
     tokens = ProblemTokens(problems, load_tokenizer(base))
-    trajectories = {}
+    trajectories: dict[str, list[list[str]]] = {}
     for number, variant in enumerate(scale.pool):
         own_seed = random.Random(f"{seed}/{variant.name}").randrange(2**31)
         batches = careless_batches(tokens, variant.slip_rate, scale.variant.batch, own_seed, (variant.style,))
         fine_tune(base, scale.variant, batches, f"pool {number + 1}/{len(scale.pool)} {variant.name}", folder)
-        trajectories[variant] = answers_of(folder, asked, 2, Sampling(), own_seed)
+        trajectories[variant.name] = answers_of(folder, asked, 2, Sampling(), own_seed)
     return trajectories
