@@ -1,9 +1,11 @@
-"""Metrics of a step's groups that every algorithm shares."""
+"""Metrics of a step's groups that every algorithm shares, and the summary of a whole run."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,3 +54,25 @@ def rollout_metrics(
         if not np.isnan(correct).all():
             metrics["accuracy/train"] = float(np.nanmean(correct))
     return metrics
+
+
+def summary(
+    *,
+    steps: int,
+    accuracies: Mapping[int, float],
+    wall_seconds: float,
+    training_seconds: float,
+    reward_failed: int,
+    policy: Path,
+) -> dict[str, Any]:
+    """What summary.json holds. `accuracies`: step -> held-out accuracy; empty if the data has no held-out answers."""
+    return {
+        "accuracy_before": accuracies.get(0),
+        "accuracy_after": accuracies.get(steps),
+        "steps": steps,
+        "wall_seconds": round(wall_seconds, 3),
+        "seconds_per_step": round(training_seconds / steps, 4),
+        "reward_failed": reward_failed,
+        "accuracy_by_step": {str(step): accuracy for step, accuracy in accuracies.items()},
+        "policy": str(policy),
+    }

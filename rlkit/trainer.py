@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from algorithms.base import Advantages, Algorithm, Experience
@@ -18,7 +17,7 @@ from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.producer import Producer, until
 from rlkit.serving.pool import RewardPool
 from rlkit.serving.results import check_failures
-from rlkit.step_metrics import rollout_metrics
+from rlkit.step_metrics import rollout_metrics, summary
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 
@@ -63,7 +62,14 @@ class Trainer:
         finally:
             producing.cancel()
             await asyncio.gather(producing, return_exceptions=True)
-        return self.summary(time.monotonic() - training_began)
+        return summary(
+            steps=trainer.total_steps,
+            accuracies=self.accuracies,
+            wall_seconds=time.monotonic() - self.began,
+            training_seconds=time.monotonic() - training_began,
+            reward_failed=self.failed_scores,
+            policy=self.folder.policy(trainer.total_steps),
+        )
 
     async def step(self, step: int, producing: asyncio.Task[None]) -> None:
         """One training step, with a deadline."""
@@ -87,13 +93,9 @@ class Trainer:
             stats = await self.buffer.stats.remote()
             raise TrainingFailedError(waited_for(step, deadline, self.version, stats, self.reward.health())) from None
         stats = await self.buffer.stats.remote()
-        metrics = {
-            **metrics,
-            **of_reward,
-            **learnt,
-            **dict(advantages.metrics),
+        metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
+        metrics |= {
             **rollout_metrics(groups, report, judged, stats, sampling),
-            **times,
             "weights/version": float(self.version),
             "weights/canary_difference": difference,
         }
@@ -140,24 +142,7 @@ class Trainer:
         self.accuracies[step] = result.accuracy
         self.tracker.evaluation(step, result.accuracy, result.metrics)
 
-    async def save(self, step: int) -> Path:
+    async def save(self, step: int) -> None:
         """Write `checkpoints/step_NNNNNN/policy`, a plain Hugging Face folder."""
-        policy = self.folder.checkpoints / f"step_{step:06d}" / "policy"
         with self.tracker.timed("save"):
-            await self.learner.policy.save(policy)
-        return policy
-
-    def summary(self, training: float) -> dict[str, Any]:
-        """What summary.json holds."""
-        steps = self.config.trainer.total_steps
-        return {
-            "accuracy_before": self.accuracies.get(0),
-            "accuracy_after": self.accuracies.get(steps),
-            "steps": steps,
-            "wall_seconds": round(time.monotonic() - self.began, 3),
-            "seconds_per_step": round(training / steps, 4),
-            "reward_failed": self.failed_scores,
-            "accuracy_by_step": {str(step): accuracy for step, accuracy in self.accuracies.items()},
-            "policy": str(self.folder.checkpoints / f"step_{steps:06d}" / "policy"),
-            "policy_version": self.version,
-        }
+            await self.learner.policy.save(self.folder.policy(step))

@@ -42,6 +42,10 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"run_dir={self.path} cannot be written: {error.strerror or error}") from error
 
+    def policy(self, step: int) -> Path:
+        """Where the policy after `step` steps is saved, a plain Hugging Face folder."""
+        return self.checkpoints / f"step_{step:06d}" / "policy"
+
     def write_config(self, text: str) -> None:
         """Write the resolved configuration."""
         write_atomically(self.config, text)
