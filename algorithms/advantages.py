@@ -48,7 +48,7 @@ def group_relative(
 
 
 def leave_one_out(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float64, Bool]:
-    """RLOO's advantage (arXiv 2402.14740 section 2.3): r minus the mean of the *other* valid samples of its group.
+    """RLOO's advantage (arXiv 2402.14740): r minus the mean of the *other* valid samples of its group.
 
     rewards, valid, group [B] -> advantages, keep [B]. With n valid samples this is n / (n - 1) (r - mean). A sample
     without another valid one in its group has no baseline: advantage 0, keep False. All-equal: exactly 0, kept.
@@ -64,7 +64,7 @@ def leave_one_out(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float64,
 
 
 def against_greedy(rewards: Float64, valid: Bool, greedy: Float64, greedy_valid: Bool) -> tuple[Float64, Bool]:
-    """ReMax's advantage (arXiv 2310.10505 algorithm 2): r minus the reward of the greedy answer to the same prompt.
+    """ReMax's advantage (arXiv 2310.10505): r minus the reward of the greedy answer to the same prompt.
 
     rewards, valid [B]; greedy, greedy_valid [B], repeated for each sample of a prompt -> advantages, keep [B]. One
     sample per prompt is enough. Where the greedy answer could not be judged there is no baseline: keep False.

@@ -40,7 +40,7 @@ def penalised(rewards: Ragged, divergence: Ragged, coefficient: float) -> list[F
 def sequence_penalised(rewards: Float64, divergence: Ragged, coefficient: float) -> Float64:
     """Outcome rewards [B] minus coefficient times each sample's KL, summed over its tokens.
 
-    For estimators that know samples only (GRPO, RLOO: arXiv 2402.14740 section 2.1).
+    For estimators that know samples only (GRPO, RLOO: arXiv 2402.14740).
     """
     return rewards - coefficient * np.array([kl.sum() for kl in divergence], dtype=np.float64)
 

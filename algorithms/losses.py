@@ -61,7 +61,7 @@ def clipped_surrogate(
     """PPO's per-token loss [R] (arXiv 1707.06347 eq. 7, negated) and where clipping binds [R] (bool).
 
     ratio = exp(logprobs - old_logprobs); loss = max(-A ratio, -A clamp(ratio, 1 - clip_low, 1 + clip_high)).
-    With `dual_clip` c > 1 the loss of tokens with A < 0 is at most -A c (arXiv 1912.09729 eq. 5), so that a token which
+    With `dual_clip` c > 1 the loss of tokens with A < 0 is at most -A c (arXiv 1912.09729), so that a token which
     became far likelier than before cannot dominate.
     """
     ratio = torch.exp(_clamped(logprobs - old_logprobs))
@@ -134,8 +134,8 @@ def rollout_weights(
     w = exp(old - rollout): the policy before the update (proximal) over the one that sampled (behaviour). They differ
     by kernels and precision, and by staleness. Multiply the loss rows by the weights; they carry no gradient.
     truncate: min(w, largest) (truncated importance sampling, Yao et al. 2025). mask: w within [smallest, largest], else
-    0: the token is left out, though it still counts in the denominators. decoupled: w as it is (arXiv 2505.24298
-    eq. 5). Where mask is 0 the weight is 1. Raises ValueError if a bound is missing.
+    0: the token is left out, though it still counts in the denominators. decoupled: w as it is (AReaL, arXiv
+    2505.24298). Where mask is 0 the weight is 1. Raises ValueError if a bound is missing.
     """
     ratio = torch.exp(_clamped(torch.where(mask > 0, old_logprobs - rollout_logprobs, 0.0))).detach()
     if correction == "decoupled":

@@ -103,7 +103,7 @@ def whiten(
 
 
 def reinforce_plus_plus(rewards: Ragged, masks: Masks, keep: Bool, *, gamma: float = 1.0) -> Whitened:
-    """REINFORCE++ (arXiv 2501.03262 section 3): discounted reward-to-go, whitened over the global batch.
+    """REINFORCE++ (arXiv 2501.03262): discounted reward-to-go, whitened over the global batch.
 
     `rewards` ragged: token rewards, i.e. the outcome on the last token minus the KL penalty of each token
     (`kl.penalised`). keep [B] marks the valid samples. The baseline form of the paper takes off the mean of the

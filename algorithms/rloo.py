@@ -27,7 +27,7 @@ class RLOO(SurrogateAlgorithm):
         samples_per_prompt: int = Field(default=4, ge=1)
         """Responses sampled for each prompt (the paper: 2 and 4)."""
         kl_in: Literal["loss", "reward"] = "reward"
-        """Where the penalty is: the paper takes the sample's log-ratio off its reward (section 2.1)."""
+        """Where the penalty is: the paper takes the sample's log-ratio off its reward."""
         kl_estimator: Literal["k1", "k2", "k3"] = "k1"
         """Of the KL per token. k1 has no gradient in expectation, so it belongs in the reward."""
         aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"] = (

@@ -11,7 +11,7 @@ def clipped_value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Half the squared error of each value [R], and where clipping binds [R] (bool).
 
-    max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's public code; arXiv 2005.12729 section 3):
+    max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's public code; arXiv 2005.12729):
     a value that went further than `clip` in this update gets no more gradient. clip None: (V - R)^2 / 2.
     """
     plain = (values - returns) ** 2
