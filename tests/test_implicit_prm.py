@@ -1,0 +1,183 @@
+"""The implicit PRM: log-ratios, its update, and PRIME's advantages on top of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from learner_fixture import VOCABULARY, make_groups, write_tiny_model
+
+from algorithms.base import Experience
+from algorithms.prime import PRIME
+from algorithms.prime_parity import prime_rloo
+from rewards.base import RewardContext
+from rewards.implicit_prm.reward import ImplicitPRM
+from rlkit.experience import Group, GroupScores, Score
+
+LN2 = float(np.log(2))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("prm") / "model")
+
+
+def prm(model: Path, **options: object) -> ImplicitPRM:
+    config = ImplicitPRM.Config(model_path=str(model), **{"learning_rate": 1e-3, **options})  # type: ignore[arg-type]
+    reward = ImplicitPRM(config, RewardContext(threads=1))
+    from rewards.implicit_prm.model import ImplicitModel
+
+    reward._model = ImplicitModel(config, reward.context)  # without the verifier's processes: outcomes are given
+    return reward
+
+
+def labelled(seed: int = 0) -> list[Group]:
+    """Groups whose outcome can be learnt: right answers use low token ids, wrong ones high ids."""
+    groups = []
+    rng = np.random.default_rng(seed)
+    for group in make_groups(count=6, samples=4, seed=seed):
+        samples, scores = [], []
+        for i, sample in enumerate(group.samples):
+            right = i % 2 == 0
+            low, high = (3, VOCABULARY // 2) if right else (VOCABULARY // 2, VOCABULARY)
+            samples.append(replace(sample, token_ids=rng.integers(low, high, len(sample)).astype(np.int32)))
+            scores.append(Score(value=float(right)))
+        groups.append(replace(group, samples=tuple(samples), scores=GroupScores(tuple(scores))))
+    return groups
+
+
+def rescored(reward: ImplicitPRM, groups: list[Group]) -> list[Group]:
+    return [group.with_scores(scores) for group, scores in zip(groups, reward.rescore(groups), strict=True)]
+
+
+def test_equal_weights_give_rewards_of_zero_and_a_first_loss_of_ln_2(model: Path) -> None:
+    reward = prm(model)
+    groups = rescored(reward, labelled())
+    assert max(np.abs(score.token_rewards).max() for g in groups for _, score in g.scored()) < 1e-5
+    metrics = reward.update(groups)
+    assert metrics["prm/loss"] == pytest.approx(LN2, abs=1e-5)
+    assert reward.version == 1
+
+
+@pytest.mark.parametrize("objective", ["ce", "dpo", "nca", "kto"])
+def test_every_objective_learns_to_order_right_before_wrong(model: Path, objective: str) -> None:
+    reward = prm(model, objective=objective)
+    losses = []
+    for seed in range(8):
+        metrics = reward.update(rescored(reward, labelled(seed)))
+        losses.append(metrics["prm/loss"])
+    unseen = rescored(reward, labelled(99))
+    accuracy = reward.model._measured(unseen)["prm/pair_accuracy"]
+    assert losses[-1] < losses[0]
+    assert accuracy > 0.8
+
+
+def test_rewards_are_beta_times_the_log_ratio_and_their_sum_is_the_component(model: Path) -> None:
+    small, large = prm(model, beta=0.05), prm(model, beta=0.5)
+    large.model.engine.module.load_state_dict(small.model.engine.module.state_dict())
+    small.update(rescored(small, labelled()))
+    large.model.engine.module.load_state_dict(small.model.engine.module.state_dict())
+    groups = labelled(1)
+    for a, b in zip(small.rescore(groups), large.rescore(groups), strict=True):
+        for one, other in zip(a.samples, b.samples, strict=True):
+            np.testing.assert_allclose(10 * one.token_rewards, other.token_rewards, atol=1e-4)
+            assert one.components["implicit_prm"] == pytest.approx(float(one.token_rewards.sum()), abs=1e-6)
+
+
+def test_loss_does_not_depend_on_microbatches(model: Path) -> None:
+    groups = labelled()
+    losses = []
+    for tokens in (40, 16384):
+        reward = prm(model, tokens_per_microbatch=tokens)
+        reward.update(rescored(reward, groups))
+        losses.append(reward.update(rescored(reward, groups))["prm/loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] < LN2
+
+
+def test_invalid_outcomes_stay_invalid_and_do_not_train(model: Path) -> None:
+    reward = prm(model)
+    groups = [
+        replace(group, scores=GroupScores((Score.invalid("timeout: test"),) * len(group.samples)))
+        for group in labelled()
+    ]
+    before = {name: p.detach().clone() for name, p in reward.model.engine.module.named_parameters()}
+    scored = rescored(reward, groups)
+    assert not any(score.valid for group in scored for _, score in group.scored())
+    assert "prm/loss" not in reward.update(scored)
+    for name, parameter in reward.model.engine.module.named_parameters():
+        assert (parameter == before[name]).all()
+
+
+def test_state_survives_a_round_trip(model: Path) -> None:
+    reward = prm(model)
+    reward.update(rescored(reward, labelled()))
+    other = prm(model)
+    other.load_state_dict(reward.state_dict())
+    assert other.version == 1
+    groups = labelled(3)
+    for a, b in zip(reward.rescore(groups), other.rescore(groups), strict=True):
+        np.testing.assert_array_equal(a.samples[0].token_rewards, b.samples[0].token_rewards)
+
+
+def with_process(seed: int = 0) -> list[Group]:
+    rng = np.random.default_rng(seed)
+    groups = []
+    for group in make_groups(count=4, samples=3, seed=seed):
+        scores = tuple(
+            replace(score, token_rewards=(0.05 * rng.standard_normal(len(sample))).astype(np.float32))
+            if score.valid
+            else score
+            for sample, score in group.scored()
+        )
+        groups.append(replace(group, scores=GroupScores(scores)))
+    return groups
+
+
+def test_prime_is_the_published_combination() -> None:
+    groups = with_process()
+    made = PRIME(PRIME.Config(samples_per_prompt=3)).advantages(Experience(groups, 1))
+    rows = [(g, sample, score) for g, group in enumerate(groups) for sample, score in group.scored()]
+    wanted = prime_rloo(
+        [np.zeros(len(s)) if c.token_rewards is None else c.token_rewards for _, s, c in rows],
+        np.array([c.value or 0.0 for _, _, c in rows]),
+        [s.trained for _, s, _ in rows],
+        np.array([g for g, _, _ in rows]),
+        np.array([c.valid for _, _, c in rows]),
+        beta=1.0,
+    )
+    for got, want in zip(made.tokens, wanted.advantages, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    assert list(made.keep) == [c.valid for _, _, c in rows]
+
+
+@pytest.mark.parametrize("coefficients", [(1.0, 0.0), (0.0, 1.0)])
+def test_coefficients_really_act(coefficients: tuple[float, float]) -> None:
+    process, outcome = coefficients
+    config = PRIME.Config(samples_per_prompt=3, process_coefficient=process, outcome_coefficient=outcome)
+    made = PRIME(config).advantages(Experience(with_process(), 1))
+    both = PRIME(PRIME.Config(samples_per_prompt=3)).advantages(Experience(with_process(), 1))
+    assert not np.allclose(np.concatenate(made.tokens), np.concatenate(both.tokens), atol=1e-3)
+    if process == 0:  # the outcome alone is equal for all tokens of a response
+        assert all(np.ptp(row) < 1e-6 for row in made.tokens)
+
+
+def test_prime_without_process_rewards_names_the_reward_to_use() -> None:
+    with pytest.raises(ValueError, match="reward=implicit_prm"):
+        PRIME(PRIME.Config(samples_per_prompt=4)).advantages(Experience(make_groups(), 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kl_in": "reward", "kl_coefficient": 0.1},
+        {"mode": "official", "estimator": "grpo"},
+        {"mode": "verl", "process_coefficient": 2.0},
+        {"process_coefficient": 0.0, "outcome_coefficient": 0.0},
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"no effect|leave|nothing"):
+        PRIME.Config(**options)  # type: ignore[arg-type]
