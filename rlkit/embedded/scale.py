@@ -71,7 +71,7 @@ FULL = Scale(
     tokenizer_problems=8192,
     base=Training(steps=1200, batch=64, learning_rate=3e-3),
     warm_start=Training(steps=80, batch=64, learning_rate=7e-4),
-    slip_rate=0.33,
+    slip_rate=0.3,
     variant=Training(steps=25, batch=48, learning_rate=1e-3),
     pool=POOL,
     trajectory_prompts=256,
