@@ -17,7 +17,7 @@ from algorithms import kl
 from algorithms.base import Advantages, AlgorithmNeeds, Experience, LossOutput, ValueLossInputs
 from algorithms.outcomes import Outcomes, outcomes, token_advantages
 from algorithms.prime_returns import token_rewards
-from algorithms.returns import Ragged, float64, gae, whiten
+from algorithms.returns import Ragged, explained_variance, float64, gae, whiten
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def _value_metrics(values: Ragged, returns: Ragged, found: Outcomes) -> dict[str
     kept = [(v[m], r[m]) for v, r, m, k in zip(values, returns, found.masks, found.valid, strict=True) if k]
     if not kept:
         return {}
-    value, target = (np.concatenate(part) for part in zip(*kept, strict=True))
-    metrics = {"critic/value_mean": float(value.mean()), "critic/return_mean": float(target.mean())}
-    if np.ptp(target) > 0:
-        metrics["critic/explained_variance"] = float(1 - np.var(target - value) / np.var(target))
-    return metrics
+    value, target = (float(np.concatenate(part).mean()) for part in zip(*kept, strict=True))
+    explained = explained_variance(values, returns, found.masks, found.valid)
+    metrics = {"critic/value_mean": value, "critic/return_mean": target}
+    return metrics if np.isnan(explained) else {**metrics, "critic/explained_variance": explained}

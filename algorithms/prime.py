@@ -56,6 +56,10 @@ class PRIME(SurrogateAlgorithm):
                 raise ValueError(f"mode={self.mode} has coefficients of its own; leave both at 1")
             if self.mode == "verl" and self.process_gamma != 1.0:
                 raise ValueError("mode=verl knows no discount; leave process_gamma=1")
+            if self.mode == "official" and self.normaliser == "none":
+                raise ValueError(
+                    "mode=official with normaliser=none would need log-ratios without beta; leave a normaliser"
+                )
             if self.process_coefficient == self.outcome_coefficient == 0:
                 raise ValueError("process_coefficient and outcome_coefficient are both 0: nothing would be learnt")
             return self
@@ -83,8 +87,8 @@ class PRIME(SurrogateAlgorithm):
     def _combined(self, process: list[Float64], rewards: Float64, found: Outcomes) -> Combined:
         config, rest = self.config, (found.masks, found.group, found.valid)
         if config.estimator == "rloo":
-            # The rewards carry beta already: as log-ratios with beta 1 they are what strict mode and verl's use, and
-            # official's up to a factor that its normaliser takes out again.
+            # The rewards carry beta already: with beta 1 they are what strict mode and verl's use, and official's up to a
+            # factor that its normaliser takes out again.
             return prime_rloo(
                 process,
                 rewards,
