@@ -87,8 +87,8 @@ class PRIME(SurrogateAlgorithm):
     def _combined(self, process: list[Float64], rewards: Float64, found: Outcomes) -> Combined:
         config, rest = self.config, (found.masks, found.group, found.valid)
         if config.estimator == "rloo":
-            # The rewards carry beta already: with beta 1 they are what strict mode and verl's use, and official's up to a
-            # factor that its normaliser takes out again.
+            # The rewards carry beta already: with beta 1 they are what strict mode and verl's use, and official's up to
+            # a factor that its normaliser takes out again.
             return prime_rloo(
                 process,
                 rewards,

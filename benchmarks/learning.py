@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def settings(scratch: Path) -> list[Setting]:
 
 def train(setting: Setting, seed: int, scratch: Path, extra: list[str]) -> dict[str, float]:
     """One run; returns its summary with the wall time of the whole process. Raises if the run fails."""
-    run_dir = scratch / f"{setting.name.replace(' ', '_').replace(':', '')}_{seed}"
+    run_dir = scratch / f"{re.sub('[^a-z]+', '_', setting.name)}_{seed}"
     command = [
         sys.executable, "-m", "rlkit.train", *setting.overrides, f"seed={seed}", f"run_dir={run_dir}",
         "trainer.evaluation_prompts=512", "tracking.console=plain", *extra,

@@ -137,7 +137,7 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
         ("trainer.total_step=3", "trainer.total_step=3: no such key; did you mean trainer.total_steps?"),
         ("trainer.total=3", "trainer.total=3: no such key; did you mean trainer.total_steps?"),
         ("total_steps=3", "did you mean trainer.total_steps?"),
-        ("optimizer.learning_rate=3", "did you mean learner.learning_rate?"),
+        ("optimizer.learning_rate=3", "learner.learning_rate"),
         ("lr=3", "lr=3: no such key; did you mean learner.learning_rate?"),
         ("learner.lr=3", "learner.lr=3: no such key; did you mean learner.learning_rate?"),
         ("samples_per_prompt=4", "did you mean algorithm.samples_per_prompt?"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from rlkit.data.base import Problem
 from rlkit.embedded import model_folder
 from rlkit.experience import Message
 
+ROOT = Path(__file__).resolve().parent.parent
 POLICY = model_folder("embedded:policy")
 SMALL = ["data.train_problems=256", "data.heldout_problems=64", "cluster.threads_per_actor=1"]
 
@@ -132,3 +135,16 @@ def test_dry_run_starts_nothing(tmp_path: Path, capsys) -> None:
     assert sft.main([f"run_dir={tmp_path / 'run'}", "dry_run=true"]) == 0
     assert "valid" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
+    summaries = []
+    for ranks in (1, 2):
+        run_dir = tmp_path / str(ranks)
+        command = [sys.executable, "-m", "rlkit.sft", *SMALL, f"run_dir={run_dir}", "trainer.total_steps=3"]
+        options = [f"learner.ranks={ranks}", f"learner.zero_stage={ranks - 1}", "learner.tokens_per_microbatch=256"]
+        subprocess.run([*command, *options], check=True, cwd=ROOT, capture_output=True, timeout=240)
+        summaries.append(json.loads((run_dir / "summary.json").read_text()))
+    for key in ("loss", "heldout_loss_before", "heldout_loss_after"):
+        assert summaries[0][key] == pytest.approx(summaries[1][key], rel=1e-4)
