@@ -45,7 +45,7 @@ def policy_triplets(
     for a, others in rivals.items():
         for place, problem in enumerate(problems):
             reference, chosen = (kept(text) for text in trajectories[a][place])
-            rejected = dict.fromkeys(kept(text) for b in others for text in trajectories[b][place])
+            rejected = dict.fromkeys(kept(trajectories[b][place][0]) for b in others)
             found.append([Triplet(problem.question, reference, chosen, text) for text in rejected if text != chosen])
     return [triplets for triplets in found if triplets]
 

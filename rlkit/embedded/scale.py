@@ -35,9 +35,9 @@ POOL: tuple[Variant, ...] = (
     *(
         Variant(style, slip_rate)
         for style in ("equations", "words", "annotated", "running")
-        for slip_rate in (0.0, 0.15, 0.8)
+        for slip_rate in (0.0, 0.3, 0.7)
     ),
-    *(Variant(style, slip_rate, heldout=True) for style in ("equations", "annotated") for slip_rate in (0.05, 0.6)),
+    *(Variant(style, slip_rate, heldout=True) for style in ("equations", "annotated") for slip_rate in (0.1, 0.5)),
 )
 
 
@@ -71,15 +71,15 @@ FULL = Scale(
     tokenizer_problems=8192,
     base=Training(steps=1200, batch=64, learning_rate=3e-3),
     warm_start=Training(steps=80, batch=64, learning_rate=7e-4),
-    slip_rate=0.3,
+    slip_rate=0.33,
     variant=Training(steps=25, batch=48, learning_rate=1e-3),
     pool=POOL,
-    trajectory_prompts=384,
+    trajectory_prompts=256,
     policy_prompts=1024,
-    pretrain_last_lines=Training(steps=500, batch=64, learning_rate=1e-3),
-    pretrain=Training(steps=250, batch=32, learning_rate=1e-3),
-    finetune_last_lines=Training(steps=60, batch=32, learning_rate=1e-3),
-    finetune=Training(steps=250, batch=24, learning_rate=1e-3),
+    pretrain_last_lines=Training(steps=300, batch=64, learning_rate=1e-3),
+    pretrain=Training(steps=100, batch=32, learning_rate=1e-3),
+    finetune_last_lines=Training(steps=120, batch=32, learning_rate=1e-3),
+    finetune=Training(steps=350, batch=24, learning_rate=1e-3),
     judged_problems=512,
 )
 FAST = replace(
