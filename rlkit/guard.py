@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
 
 from rlkit.config.schema import TrainerConfig
 from rlkit.experience.buffer import BufferStats
+
+T = TypeVar("T")
 
 
 class TrainingFailedError(RuntimeError):
@@ -40,6 +44,15 @@ class UpdateGuard:
                 f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
                 "(trainer.max_skipped_updates): lower learner.learning_rate, or look at the rewards in samples.jsonl"
             )
+
+
+async def within(seconds: float, what: str, work: Awaitable[T]) -> T:
+    """What `work` gives. Raises TrainingFailedError, naming `what`, if that takes longer than a step may."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError:
+        raise TrainingFailedError(f"{what} took more than trainer.step_timeout_seconds={seconds:g}") from None
 
 
 def waited_for(step: int, deadline: float, version: int, buffer: BufferStats, workers: Sequence[object]) -> str:

@@ -11,7 +11,7 @@ from algorithms.base import Advantages, Algorithm, Experience
 from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
-from rlkit.guard import TrainingFailedError, UpdateGuard, waited_for
+from rlkit.guard import TrainingFailedError, UpdateGuard, waited_for, within
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.producer import Producer, until
@@ -47,7 +47,8 @@ class Trainer:
     async def fit(self) -> dict[str, Any]:
         """Train to the last step. Raises TrainingFailedError, RewardFailed and what the actors raise."""
         trainer = self.config.trainer
-        await self.publish()  # version 0: proves that sampler and learner hold the same policy before any training
+        # Version 0: proves that sampler and learner hold the same policy before any training.
+        await within(trainer.step_timeout_seconds, "publishing the first weights", self.publish())
         await self.evaluate(0)
         producing = asyncio.create_task(self.producer.run())
         training_began = time.monotonic()
@@ -138,11 +139,14 @@ class Trainer:
         if self.evaluator is None:
             return
         with self.tracker.timed("evaluate"):
-            result: Evaluation = await self.evaluator.evaluate(step)
+            deadline = self.config.trainer.step_timeout_seconds
+            work = self.evaluator.evaluate(step)
+            result: Evaluation = await within(deadline, f"the held-out evaluation after step {step}", work)
         self.accuracies[step] = result.accuracy
         self.tracker.evaluation(step, result.accuracy, result.metrics)
 
     async def save(self, step: int) -> None:
         """Write `checkpoints/step_NNNNNN/policy`, a plain Hugging Face folder."""
         with self.tracker.timed("save"):
-            await self.learner.policy.save(self.folder.policy(step))
+            work = self.learner.policy.save(self.folder.policy(step))
+            await within(self.config.trainer.step_timeout_seconds, f"saving the policy after step {step}", work)

@@ -34,7 +34,8 @@ class TrainerConfig(Section):
     save_every_steps: int = Field(default=0, ge=0)
     """Write `checkpoints/step_NNNNNN/` every so many steps. 0: only after the last step."""
     step_timeout_seconds: float = Field(default=1800.0, gt=0)
-    """A step (collecting, updating, publishing) that takes longer ends the run and says who was waited for."""
+    """A step (collecting, updating, publishing) that takes longer ends the run and says who was waited for; so does an
+    evaluation or a checkpoint."""
     startup_timeout_seconds: float = Field(default=600.0, gt=0)
     """The actors must be ready by then."""
     mismatch_alarm: float = Field(default=0.05, gt=0)

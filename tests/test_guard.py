@@ -1,0 +1,47 @@
+"""What makes a run stop or warn."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from rlkit.config.schema import TrainerConfig
+from rlkit.guard import TrainingFailedError, UpdateGuard, within
+
+FINE = {"policy/trained_samples": 8.0, "policy/skipped_updates": 0.0, "mismatch/logprob_mean": 1e-6}
+
+
+def test_a_wait_ends_at_its_deadline_and_names_what_was_waited_for() -> None:
+    with pytest.raises(TrainingFailedError, match=r"the evaluation took more than trainer\.step_timeout_seconds=0\.01"):
+        asyncio.run(within(0.01, "the evaluation", asyncio.sleep(60)))
+    assert asyncio.run(within(60, "the evaluation", asyncio.sleep(0, "done"))) == "done"
+
+
+def test_skipped_updates_in_a_row_stop_the_run_and_a_good_one_between_them_does_not() -> None:
+    said: list[str] = []
+    guard = UpdateGuard(TrainerConfig(max_skipped_updates=2), said.append)
+    skipped = FINE | {"policy/skipped_updates": 1.0}
+    for metrics in (skipped, FINE, skipped):
+        guard.check(metrics)
+    with pytest.raises(TrainingFailedError, match="2 updates in a row"):
+        guard.check(skipped)
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"mismatch/logprob_mean": 0.2}, "disagree by 0.2"),
+        ({"mismatch/logprob_mean": float("nan")}, "disagree by nan"),
+        ({"policy/trained_samples": 0.0}, "nothing to train on"),
+    ],
+)
+def test_what_is_wrong_is_said(change: dict[str, float], text: str) -> None:
+    said: list[str] = []
+    guard = UpdateGuard(TrainerConfig(), said.append)
+    guard.check(FINE)
+    assert said == []
+    guard.check(FINE | change)
+    assert len(said) == 1
+    assert text in said[0]
