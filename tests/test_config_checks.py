@@ -11,7 +11,7 @@ import pytest
 from algorithms.base import AlgorithmConfig, AlgorithmNeeds
 from rlkit.config.checks import CHECKS, Finding, run_checks
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
-from rlkit.config.schema import BufferConfig, ClusterConfig, LearnerConfig, RolloutConfig, TrainerConfig
+from rlkit.config.schema import BufferConfig, ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainerConfig
 
 SHAPE = ModelShape(parameters=1000, layers=2, kv_heads=4, head_dim=32, vocabulary=100, max_positions=1024)
 
@@ -23,13 +23,14 @@ class SomeAlgorithm:
     samples: int = 8
     minimum: int = 1
     layout: Any = "any"
+    critic: bool = False
     config: AlgorithmConfig = field(init=False)
 
     def __post_init__(self) -> None:
         self.config = AlgorithmConfig(samples_per_prompt=self.samples)
 
     def needs(self) -> AlgorithmNeeds:
-        return AlgorithmNeeds(min_samples_per_prompt=self.minimum, layout=self.layout)
+        return AlgorithmNeeds(self.critic, min_samples_per_prompt=self.minimum, layout=self.layout)
 
 
 def sections(**changes: Any) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def sections(**changes: Any) -> dict[str, Any]:
         "trainer": TrainerConfig(),
         "rollout": RolloutConfig(max_prompt_tokens=64, max_response_tokens=64),
         "learner": LearnerConfig(),
+        "critic": CriticConfig(),
         "buffer": BufferConfig(),
         "cluster": ClusterConfig(),
         "model_shape": SHAPE,
@@ -46,8 +48,14 @@ def sections(**changes: Any) -> dict[str, Any]:
     return valid | changes
 
 
+def with_critic(**options: Any) -> dict[str, Any]:
+    """Sections of an algorithm that has a critic."""
+    return {"algorithm": SomeAlgorithm(critic=True), "critic": CriticConfig(**options)}
+
+
 def test_valid_sections_pass() -> None:
     assert run_checks(sections()) == []
+    assert run_checks(sections(**with_critic())) == []
 
 
 def test_a_check_whose_section_is_invalid_is_left_out() -> None:
@@ -89,8 +97,19 @@ def test_checks_only_name_known_sections() -> None:
         ({"learner": LearnerConfig(dtype="bfloat16")}, "learner.dtype", "use float32"),
         ({"rollout": RolloutConfig(gpu_memory_utilization=0.9)}, "rollout.gpu_memory_utilization", "no effect"),
         ({"rollout": RolloutConfig(enforce_eager=False)}, "rollout.enforce_eager", "always on"),
-        ({"cluster": ClusterConfig(device="cuda"), "rollout": RolloutConfig(memory_gib=3)},
+        ({"cluster": ClusterConfig(device="cuda"), "rollout": RolloutConfig(memory_gib=3),
+          "learner": LearnerConfig(zero_stage=1)},
          "rollout.memory_gib", "no effect"),
+        ({"cluster": ClusterConfig(device="cuda")}, "learner.zero_stage", "fp32 master weights"),
+        ({"critic": CriticConfig(learning_rate=1e-3)}, "critic.learning_rate", "has no critic"),
+        (with_critic(minibatches_per_step=5), "critic.minibatches_per_step", "4 would fit"),
+        (with_critic(minibatches_per_step=16, ranks=4), "critic.ranks", "less than one for each of 4 ranks"),
+        (with_critic(warmup_steps=100), "critic.warmup_steps", "100 optimizer steps"),
+        (with_critic(tokens_per_microbatch=100), "critic.tokens_per_microbatch", "set at least 128"),
+        (with_critic(logit_elements_per_chunk=5), "critic.logit_elements_per_chunk", "no logits"),
+        (with_critic(dtype="bfloat16"), "critic.dtype", "use float32"),
+        ({**with_critic(), "cluster": ClusterConfig(device="cuda"), "learner": LearnerConfig(zero_stage=1)},
+         "critic.zero_stage", "fp32 master weights"),
         ({"cluster": ClusterConfig(address="auto", object_store_gib=3)}, "cluster.object_store_gib", "no effect"),
         ({"rollout": RolloutConfig(max_prompt_tokens=1000)}, "rollout.max_response_tokens", "has 1024 positions"),
         ({"rollout": RolloutConfig(memory_gib=0.0001)}, "rollout.memory_gib", "of cache"),

@@ -62,6 +62,7 @@ def test_dry_run_prints_the_plan_and_loads_nothing_heavy(repository: Path, bare_
         "rollout.top_p=0.9",
     ]
     arguments += ["trainer.prompts_per_step=6", "algorithm.samples_per_prompt=5", "learner.minibatches_per_step=3"]
+    arguments += ["trainer.total_steps=100"]
     code = (
         f"import sys, rlkit.train as t; code = t.main({arguments!r});"
         f"print(code, [name for name in {HEAVY!r} if name in sys.modules])"

@@ -73,6 +73,14 @@ class PolarReward(Reward):
         """vllm on CUDA: share of the GPU's memory that it takes."""
 
         @model_validator(mode="after")
+        def _backend_options_act(self) -> Self:
+            of_the_other = {"transformers": ("memory_gib", "gpu_memory_utilization"), "vllm": ("tokens_per_batch",)}
+            for name in of_the_other[self.backend]:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no effect with backend={self.backend}")
+            return self
+
+        @model_validator(mode="after")
         def _prompt_has_room(self) -> Self:
             if self.max_length is not None and self.max_response_length is not None:
                 needed = 2 * self.max_response_length + RESERVED_TOKENS + 2

@@ -19,6 +19,7 @@ from rlkit.config.parts import Part
 from rlkit.config.schema import (
     BufferConfig,
     ClusterConfig,
+    CriticConfig,
     LearnerConfig,
     RolloutConfig,
     TrainerConfig,
@@ -137,20 +138,24 @@ def cache_holds_a_sequence(
 
 def minibatches_are_equal(trainer: TrainerConfig, learner: LearnerConfig) -> Findings:
     """Each optimizer step takes an equal share of whole groups, and every rank gets some."""
-    prompts, parts = trainer.prompts_per_step, learner.minibatches_per_step
+    yield from _unequal_minibatches("learner", learner, trainer)
+
+
+def _unequal_minibatches(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Findings:
+    prompts, parts = trainer.prompts_per_step, config.minibatches_per_step
     if prompts % parts:
         divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
         near = min(divisors, key=lambda n: abs(n - parts))
         yield Finding(
-            "learner.minibatches_per_step",
+            f"{section}.minibatches_per_step",
             f"trainer.prompts_per_step={prompts} cannot be divided into {parts} equal mini-batches of whole groups; "
             f"{near} would fit",
         )
-    elif prompts // parts < learner.ranks:
+    elif prompts // parts < config.ranks:
         yield Finding(
-            "learner.ranks",
+            f"{section}.ranks",
             f"a mini-batch has {prompts // parts} groups (trainer.prompts_per_step={prompts} / "
-            f"learner.minibatches_per_step={parts}), which is less than one for each of {learner.ranks} ranks",
+            f"{section}.minibatches_per_step={parts}), which is less than one for each of {config.ranks} ranks",
         )
 
 
@@ -185,17 +190,61 @@ def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm) -> Findings:
 
 def schedule_fits(trainer: TrainerConfig, learner: LearnerConfig) -> Findings:
     """Warm-up within the run; no floor without a decay."""
-    updates = trainer.total_steps * learner.minibatches_per_step
-    if learner.warmup_steps >= updates and learner.warmup_steps > 0:
+    yield from _unfit_schedule("learner", learner, trainer)
+
+
+def _unfit_schedule(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Findings:
+    updates = trainer.total_steps * config.minibatches_per_step
+    if config.warmup_steps >= updates and config.warmup_steps > 0:
         yield Finding(
-            "learner.warmup_steps",
-            f"the run has {updates} optimizer steps (trainer.total_steps x learner.minibatches_per_step), so the "
+            f"{section}.warmup_steps",
+            f"the run has {updates} optimizer steps (trainer.total_steps x {section}.minibatches_per_step), so the "
             "learning rate would never reach its peak",
         )
-    if learner.schedule == "constant" and learner.min_learning_rate_ratio > 0:
+    if config.schedule == "constant" and config.min_learning_rate_ratio > 0:
         yield Finding(
-            "learner.min_learning_rate_ratio",
-            "has no effect with learner.schedule=constant; choose linear or cosine, or leave it out",
+            f"{section}.min_learning_rate_ratio",
+            f"has no effect with {section}.schedule=constant; choose linear or cosine, or leave it out",
+        )
+
+
+def half_precision_has_masters(cluster: ClusterConfig, learner: LearnerConfig) -> Findings:
+    """The learner would refuse only after it has loaded the model."""
+    yield from _lacking_masters("learner", learner, cluster)
+
+
+def _lacking_masters(section: str, config: LearnerConfig, cluster: ClusterConfig) -> Findings:
+    if cluster.device == "cuda" and config.dtype != "float32" and config.zero_stage == 0:
+        yield Finding(
+            f"{section}.zero_stage",
+            f"keeps no fp32 master weights at 0, and bfloat16 ({section}.dtype={config.dtype} with "
+            "cluster.device=cuda) needs them; set at least 1",
+        )
+
+
+def critic_fits(
+    algorithm: Algorithm, critic: CriticConfig, trainer: TrainerConfig, rollout: RolloutConfig, cluster: ClusterConfig
+) -> Findings:
+    """The critic is trained under the policy's conditions; without a critic its section says nothing."""
+    defaults = CriticConfig()
+    changed = [name for name in CriticConfig.model_fields if getattr(critic, name) != getattr(defaults, name)]
+    if not algorithm.needs().critic:
+        for name in changed:
+            if name != "zero_stage":  # cluster options set it beside the learner's, whatever the algorithm
+                yield Finding(f"critic.{name}", f"has no effect: {type(algorithm).__name__} has no critic")
+        return
+    if "logit_elements_per_chunk" in changed:
+        yield Finding("critic.logit_elements_per_chunk", "has no effect: a critic has values and no logits")
+    yield from _unequal_minibatches("critic", critic, trainer)
+    yield from _unfit_schedule("critic", critic, trainer)
+    yield from _lacking_masters("critic", critic, cluster)
+    if cluster.device == "cpu" and critic.dtype == "bfloat16":
+        yield Finding("critic.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if longest > critic.tokens_per_microbatch:
+        yield Finding(
+            "critic.tokens_per_microbatch",
+            f"the longest sample has {longest} tokens and must fit into one micro-batch; set at least {longest}",
         )
 
 
@@ -286,6 +335,8 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     group_filters_leave_something,
     groups_can_differ,
     schedule_fits,
+    half_precision_has_masters,
+    critic_fits,
     intervals_happen,
     cpu_has_its_limits,
     gpu_ignores_cpu_options,

@@ -57,7 +57,11 @@ def _actors(run: ResolvedRun) -> list[Line]:
         Line("actors", "reward", f"{rewards} {_plural('worker', rewards)} of {run.reward_class.__name__}"),
         Line("actors", "buffer", "1"),
     ]
-    if run.make_algorithm().needs().reference_policy:
+    needs = run.make_algorithm().needs()
+    if needs.critic:
+        critics = config.critic.ranks
+        lines.append(Line("actors", "critic", f"{critics} DeepSpeed {_plural('rank', critics)}, {threads}"))
+    if needs.reference_policy:
         lines.append(Line("actors", "reference policy", "the initial policy, for its log-probs"))
     return lines
 

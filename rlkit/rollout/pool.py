@@ -30,8 +30,9 @@ class RolloutPool:
         self.config = config
         device = config.cluster.device
         parallel = config.rollout.tensor_parallel_size
-        # A lone engine shares its GPU with a learner rank and the reward; Ray takes whole numbers only above 1.
-        gpus = 0 if device == "cpu" else 0.6 if parallel == 1 else parallel
+        # A lone engine shares its GPU with a learner rank (0.3), a critic rank (0.1) and the rewards (0.1 in all); Ray
+        # takes whole numbers only above 1.
+        gpus = 0 if device == "cpu" else 0.5 if parallel == 1 else parallel
         environment = engine_environment(device, config.cluster.threads_per_actor)
         kind = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0, max_concurrency=1000)(RolloutWorker)
         self.workers = [
