@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from algorithms.base import AlgorithmConfig, AlgorithmNeeds
+from rewards.implicit_prm.reward import ImplicitPRM
 from rlkit.config.checks import CHECKS, Finding, run_checks
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.schema import BufferConfig, ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainerConfig
@@ -104,6 +105,7 @@ def test_checks_only_name_known_sections() -> None:
         ({"critic": CriticConfig(learning_rate=1e-3)}, "critic.learning_rate", "has no critic"),
         (with_critic(minibatches_per_step=5), "critic.minibatches_per_step", "4 would fit"),
         (with_critic(minibatches_per_step=16, ranks=4), "critic.ranks", "less than one for each of 4 ranks"),
+        (with_critic(path="/not/there"), "critic.path", "no such folder"),
         (with_critic(warmup_steps=100), "critic.warmup_steps", "100 optimizer steps"),
         (with_critic(tokens_per_microbatch=100), "critic.tokens_per_microbatch", "set at least 128"),
         (with_critic(logit_elements_per_chunk=5), "critic.logit_elements_per_chunk", "no logits"),
@@ -189,3 +191,19 @@ def test_a_damaged_model_folder_is_refused(bare_model: Path, file: str, content:
         (bare_model / file).write_bytes(content)
     with pytest.raises(ModelFolderError, match=text):
         check_model_folder(str(bare_model))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"model_path": "/not/there"}, "reward.model_path: no such folder"),
+        ({"reference_path": "/not/there"}, "reward.reference_path: no such folder"),
+        ({"outcome": {"_target_": "rewards.rule.reward.RuleRewerd"}}, "did you mean rewards.rule.reward.RuleReward"),
+        ({"outcome": {"_target_": "rewards.rule.reward.RuleReward", "processes": 0}}, "reward.outcome.processes"),
+        ({"outcome": {"processes": 1}}, "reward.outcome._target_: must be the dotted path"),
+    ],
+)
+def test_an_implicit_prm_that_cannot_be_made_is_refused(options: dict[str, Any], text: str) -> None:
+    assert ImplicitPRM.check(ImplicitPRM.Config()) == []
+    (message,) = ImplicitPRM.check(ImplicitPRM.Config(**options))
+    assert text in message

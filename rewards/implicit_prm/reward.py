@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
 from rlkit.experience import Group, GroupScores, Score
@@ -54,8 +54,35 @@ class ImplicitPRM(TrainableReward):
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
-        self._outcome = _make(config.outcome, context)
+        kind, options = _part(config.outcome)
+        self._outcome = kind(options, context)
         self._model: ImplicitModel | None = None
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """Whether the models are there, and whether the outcome reward can be made and finds what it needs."""
+        from rlkit.config.model_folder import ModelFolderError, check_model_folder
+        from rlkit.config.parts import PartError
+
+        messages = super().check(config)
+        for name in ("model_path", "reference_path"):
+            path = getattr(config, name)
+            try:
+                if path is not None:
+                    check_model_folder(path)
+            except ModelFolderError as error:
+                messages.append(f"reward.{name}: {error}")
+        try:
+            kind, options = _part(config.outcome)
+        except PartError as error:
+            messages.append(f"reward.outcome._target_: {error}")
+        except ValidationError as error:
+            messages += [
+                f"reward.outcome.{'.'.join(map(str, details['loc']))}: {details['msg']}" for details in error.errors()
+            ]
+        else:
+            messages += [f"reward.outcome: {message}" for message in kind.check(options)]
+        return messages
 
     @classmethod
     def update_when(cls, config: Any) -> UpdateWhen:
@@ -126,11 +153,9 @@ def _joined(outcome: Score, rewards: np.ndarray) -> Score:
     )
 
 
-def _make(section: Mapping[str, Any], context: RewardContext) -> Reward:
-    """The reward that a configuration section names."""
+def _part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
+    """Class and options that a configuration section names. Raises PartError or pydantic's ValidationError."""
     from rlkit.config.parts import import_part
 
-    kind = import_part("reward", section["_target_"])
-    options = {key: value for key, value in section.items() if key != "_target_"}
-    made: Reward = kind(kind.Config(**options), context)
-    return made
+    kind: type[Reward] = import_part("reward", section.get("_target_"))
+    return kind, kind.Config(**{key: value for key, value in section.items() if key != "_target_"})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from algorithms.base import Algorithm
-from rlkit.config.model_folder import ModelFolderError, ModelShape
+from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import Part
 from rlkit.config.schema import (
     BufferConfig,
@@ -233,6 +233,11 @@ def critic_fits(
             if name != "zero_stage":  # cluster options set it beside the learner's, whatever the algorithm
                 yield Finding(f"critic.{name}", f"has no effect: {type(algorithm).__name__} has no critic")
         return
+    if critic.path is not None:
+        try:
+            check_model_folder(critic.path)
+        except ModelFolderError as error:
+            yield Finding("critic.path", str(error))
     if "logit_elements_per_chunk" in changed:
         yield Finding("critic.logit_elements_per_chunk", "has no effect: a critic has values and no logits")
     yield from _unequal_minibatches("critic", critic, trainer)

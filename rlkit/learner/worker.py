@@ -56,7 +56,7 @@ class LearnerWorker(Rank):
         if self.rank == 0:
             tokenizer = load_tokenizer(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
             if self.config.model.chat_template is not None:
-                tokenizer.chat_template = Path(self.config.model.chat_template).read_text()
+                tokenizer.chat_template = Path(self.config.model.chat_template).expanduser().read_text(encoding="utf-8")
             tokenizer.save_pretrained(folder)
 
 
