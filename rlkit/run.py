@@ -122,11 +122,11 @@ async def _start(
     rollout = RolloutPool(config, model_path, logs)
     critic_path = model_path if config.critic.path is None else str(model_folder(config.critic.path))
     learner = JointLearner.create(config, algorithm, model_path, critic_path, logs)
-    reward = RewardPool(config.reward, context, seconds)
+    reward = RewardPool(config.reward, context, seconds, logs)
     stack.push_async_callback(reward.close)
     verifier = reward
     if config.reward["_target_"] != VERIFIER["_target_"] and heldout:
-        verifier = RewardPool(VERIFIER, RewardContext(threads=1), seconds)
+        verifier = RewardPool(VERIFIER, RewardContext(threads=1), seconds, logs, "verifier")
         stack.push_async_callback(verifier.close)
     buffer = ray.remote(num_cpus=0)(BufferActor).remote(
         config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -60,9 +61,17 @@ class _Broken(Exception):
 class RewardPool:
     """Reward workers (Ray actors). Used from one asyncio loop; calls beyond the number of workers wait their turn."""
 
-    def __init__(self, reward: Mapping[str, Any], context: RewardContext, startup_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        reward: Mapping[str, Any],
+        context: RewardContext,
+        startup_timeout_seconds: float,
+        logs: Path | None = None,
+        name: str = "reward",
+    ) -> None:
         """`reward` is the run's reward section: `_target_` and the fields of its Config.
 
+        What worker i and its successors print and log goes to `<name>-<i>.log` in the folder `logs`, if there is one.
         Raises PartError or pydantic's ValidationError for a section that validation would have refused.
         """
         self.target: str = reward["_target_"]
@@ -72,6 +81,7 @@ class RewardPool:
         self._learnt = 0
         self._context = context
         self._startup_timeout = startup_timeout_seconds
+        self._logs, self._name = logs, name
         self._workers = [WorkerState(index) for index in range(self.config.workers)]
         self._idle: asyncio.Queue[WorkerState] = asyncio.Queue()
 
@@ -191,9 +201,10 @@ class RewardPool:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        log_path = None if self._logs is None else str(self._logs / f"{self._name}-{worker.index}.log")
         kind = ray.remote(num_cpus=0, num_gpus=self._context.gpus, max_restarts=0)(RewardWorker)
         worker.actor = kind.options(runtime_env={"env_vars": environment}).remote(
-            self.target, self._options, self._context
+            self.target, self._options, self._context, log_path
         )
         started = False
         try:

@@ -20,8 +20,14 @@ Groups = Group | Sequence[Group]
 class RewardWorker:
     """Hosts one Reward. Made a Ray actor by the pool; usable without Ray as well."""
 
-    def __init__(self, target: str, options: Mapping[str, Any], context: RewardContext) -> None:
-        """`options` are the fields of the reward's Config."""
+    def __init__(
+        self, target: str, options: Mapping[str, Any], context: RewardContext, log_path: str | None = None
+    ) -> None:
+        """`options` are the fields of the reward's Config; `log_path` gets what this process prints and logs."""
+        if log_path is not None:
+            from rlkit.tracking.library_logs import actor_logging
+
+            actor_logging(log_path)
         kind = import_part("reward", target)
         self._reward: Reward = kind(kind.Config(**options), context)
 
