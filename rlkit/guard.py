@@ -34,15 +34,17 @@ class UpdateGuard:
             )
         if not metrics["policy/trained_samples"] and not metrics.get("policy/waits"):
             self.warn("a step had nothing to train on: no group had two valid samples")
-        if not metrics["policy/skipped_updates"]:
+        skipped = [name for name in ("policy", "critic") if metrics.get(f"{name}/skipped_updates")]
+        if not skipped:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        self.warn("an update was skipped: its loss or gradient was not finite")
+        self.warn(f"an update of the {' and of the '.join(skipped)} was skipped: its loss or gradient was not finite")
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
             raise TrainingFailedError(
-                f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient "
-                "(trainer.max_skipped_updates): lower learner.learning_rate, or look at the rewards in samples.jsonl"
+                f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient, the last one of the "
+                f"{' and of the '.join(skipped)} (trainer.max_skipped_updates): lower learner.learning_rate (or "
+                "critic.learning_rate), or look at the rewards in samples.jsonl"
             )
 
 
