@@ -1,7 +1,7 @@
 """Does it learn, and honestly? Held-out accuracy before and after training, per reward, with controls.
 
     python benchmarks/learning.py                       # 3 seeds of each setting; writes docs/results.md
-    python benchmarks/learning.py --only rule --seeds 0
+    python benchmarks/learning.py --only rule --seeds 0    # prints, and leaves docs/results.md alone
 
 Each run is `python -m rlkit.train` in a process of its own, one after the other. Accuracy is always judged by the rule
 verifier, at temperature 1, on the same held-out problems. A setting's row is written as soon as it is complete.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import statistics
@@ -99,7 +100,7 @@ def write_table(rows: list[str], command: str) -> None:
     table = "\n".join(
         [
             BEGIN,
-            f"`{command}`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, 2 cores; means over seeds, each seed's "
+            f"`{command}`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores; means over seeds, each seed's "
             "gain in brackets.",
             "",
             "| setting | before | after | gain in points (per seed) | bar | wall time of the process | steps |",
@@ -134,7 +135,7 @@ def main() -> None:
                 print(f"{setting.name} seed {seed}: {json.dumps(runs[-1])}", flush=True)
             rows.append(row(setting, runs))
             print(rows[-1], flush=True)
-            if not arguments.no_table:
+            if not arguments.no_table and not arguments.only:  # a part of the table would replace the whole
                 write_table(rows, " ".join(["python", "benchmarks/learning.py", *sys.argv[1:]]))
 
 

@@ -106,6 +106,7 @@ def test_checks_only_name_known_sections() -> None:
         (with_critic(minibatches_per_step=5), "critic.minibatches_per_step", "4 would fit"),
         (with_critic(minibatches_per_step=16, ranks=4), "critic.ranks", "less than one for each of 4 ranks"),
         (with_critic(path="/not/there"), "critic.path", "no such folder"),
+        (with_critic(policy_waits_steps=100), "critic.policy_waits_steps", "would never learn"),
         (with_critic(warmup_steps=100), "critic.warmup_steps", "100 optimizer steps"),
         (with_critic(tokens_per_microbatch=100), "critic.tokens_per_microbatch", "set at least 128"),
         (with_critic(logit_elements_per_chunk=5), "critic.logit_elements_per_chunk", "no logits"),

@@ -245,6 +245,11 @@ def critic_fits(
     yield from _lacking_masters("critic", critic, cluster)
     if cluster.device == "cpu" and critic.dtype == "bfloat16":
         yield Finding("critic.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
+    if critic.policy_waits_steps >= trainer.total_steps:
+        yield Finding(
+            "critic.policy_waits_steps",
+            f"the run has trainer.total_steps={trainer.total_steps}, so the policy would never learn",
+        )
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if longest > critic.tokens_per_microbatch:
         yield Finding(
