@@ -198,6 +198,7 @@ class RewardPool:
         """Start the worker's process; on failure it is dead and RewardFailed names the cause."""
         environment = {
             "OMP_NUM_THREADS": str(self._context.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",  # the sampler shares these cores
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
