@@ -100,8 +100,8 @@ def write_table(rows: list[str], command: str) -> None:
     table = "\n".join(
         [
             BEGIN,
-            f"`{command}`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores; means over seeds, each seed's "
-            "gain in brackets.",
+            f"`{command}`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores; "
+            "means over seeds, each seed's gain in brackets.",
             "",
             "| setting | before | after | gain in points (per seed) | bar | wall time of the process | steps |",
             "|---|---|---|---|---|---|---|",

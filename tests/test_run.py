@@ -152,6 +152,8 @@ def test_saved_policy_loads_in_plain_transformers(finished: Run) -> None:
     )
     answer = model.generate(**asked, max_new_tokens=48, do_sample=False)
     assert len(tokenizer.decode(answer[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)) > 5
+    kept = (folders[1] / "generation_config.json").read_text()
+    assert kept == (ROOT / "rlkit" / "embedded" / "policy" / "generation_config.json").read_text()
     first, last = (load_file(folder / "model.safetensors") for folder in folders)
     assert first.keys() == last.keys()
     assert any(not torch.equal(first[name], last[name]) for name in first)

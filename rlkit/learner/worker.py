@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ class LearnerWorker(Rank):
             if self.config.model.chat_template is not None:
                 tokenizer.chat_template = Path(self.config.model.chat_template).expanduser().read_text(encoding="utf-8")
             tokenizer.save_pretrained(folder)
+            generation = Path(self.model_path) / "generation_config.json"
+            if generation.is_file():  # some of the tokens that end a response may be named only there
+                shutil.copy(generation, folder)
 
 
 class LearnerGroup(RankGroup):
