@@ -35,14 +35,17 @@ def rollout_metrics(
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
-        "group/all_equal_share": float(np.mean([len(group) > 0 and np.ptp(group) == 0 for group in values])),
-        "tokens/per_second": float(lengths.sum() / seconds) if seconds > 0 else 0.0,
         "time/reward_busy": report.seconds,
         "buffer/ready": float(stats.ready),
         "buffer/in_flight": float(stats.in_flight),
         "buffer/dropped_stale": float(stats.dropped_stale),
         "buffer/rejected": float(sum(stats.rejected.values())),
     }
+    compared = [group for group in values if len(group) > 1]
+    if compared:
+        metrics["group/all_equal_share"] = float(np.mean([np.ptp(group) == 0 for group in compared]))
+    if seconds > 0:
+        metrics["tokens/per_second"] = float(lengths.sum() / seconds)
     if len(rewards):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
     for reason, count in report.failures.items():
