@@ -125,7 +125,7 @@ async def _start(
     reward = RewardPool(config.reward, context, seconds, logs)
     stack.push_async_callback(reward.close)
     verifier = reward
-    if config.reward["_target_"] != VERIFIER["_target_"] and heldout:
+    if _own_verifier(resolved) and heldout:
         verifier = RewardPool(VERIFIER, RewardContext(threads=1), seconds, logs, "verifier")
         stack.push_async_callback(verifier.close)
     buffer = ray.remote(num_cpus=0)(BufferActor).remote(
@@ -156,6 +156,12 @@ async def _start(
         guard=UpdateGuard(config.trainer, tracker.warn),
         began=began,
     )
+
+
+def _own_verifier(resolved: ResolvedRun) -> bool:
+    """Whether held-out answers need a verifier beside the reward: options of the reward must not move the yardstick."""
+    same_kind = resolved.config.reward["_target_"] == VERIFIER["_target_"]
+    return not same_kind or resolved.reward_config != resolved.reward_class.Config()
 
 
 def _producer(

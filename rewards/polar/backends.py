@@ -71,7 +71,6 @@ class VllmBackend:
     ) -> None:
         # One process, no core binding: the reward shares its cores with the sampler and must die with its actor.
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(memory_gib)))
         from vllm import LLM
 
         on_gpu = device != "cpu"
@@ -87,7 +86,7 @@ class VllmBackend:
             **(
                 {"gpu_memory_utilization": gpu_memory_utilization}
                 if on_gpu
-                else {"distributed_executor_backend": "uni"}
+                else {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": int(memory_gib * 2**30)}
             ),
         )
 

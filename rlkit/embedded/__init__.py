@@ -14,7 +14,7 @@ PREFIX = "embedded:"
 def model_folder(path: str) -> Path:
     """The folder `path` names; `embedded:<name>` is one inside the package. Raises ValueError for an unknown name."""
     if not path.startswith(PREFIX):
-        return Path(path)
+        return Path(path).expanduser().absolute()  # actors may have another working folder
     folder = EMBEDDED / path.removeprefix(PREFIX)
     if not (folder / "config.json").is_file():
         known = ", ".join(sorted(f"{PREFIX}{config.parent.name}" for config in EMBEDDED.glob("*/config.json")))

@@ -46,8 +46,13 @@ class LearnerWorker(Rank):
 
     def weights(self, canary: Sequence[int]) -> tuple[WeightBundle | None, np.ndarray]:
         """The current weights (rank 0; all ranks take part) and the canary's log-probs under them."""
-        bundle = WeightBundle.pack(self.learner.version, self.learner.named_weights())
-        return (bundle if self.rank == 0 else None), self.learner.sequence_logprobs(canary)
+        bundle = None
+        if self.rank == 0:
+            bundle = WeightBundle.pack(self.learner.version, self.learner.named_weights())
+        else:
+            for _ in self.learner.named_weights():
+                pass  # ZeRO-3 gathers each tensor on all ranks
+        return bundle, self.learner.sequence_logprobs(canary)
 
     def save(self, folder: str) -> None:
         """Write the policy as a Hugging Face folder, tokenizer included."""
