@@ -45,7 +45,7 @@ def tokenizer():
 
 def test_names_lead_to_folders_and_unknown_ones_are_listed() -> None:
     assert model_folder("embedded:policy") == EMBEDDED / "policy"
-    assert model_folder("some/where") == Path("some/where")
+    assert model_folder("some/where") == Path("some/where").absolute()
     with pytest.raises(ValueError, match="embedded:polar, embedded:policy"):
         model_folder("embedded:polcy")
 
