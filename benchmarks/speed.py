@@ -5,7 +5,8 @@
 
 Random models over 100 characters: responses end where an end-of-sequence token is drawn, so lengths are ragged. The
 floor is measured in this process before the run, on batches of the same size; the run is `python -m rlkit.train` with a
-reward that costs nothing, and its times are medians over steps from metrics.jsonl. Prints one JSON line.
+reward that costs nothing and a learning rate that leaves the lengths alone; its times are medians over steps from
+metrics.jsonl. The ratio is per response token. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def ours(model: Path, new_tokens: int, steps: int, scratch: Path) -> dict[str, f
             "reward._target_=benchmarks.controls.LetterReward",
             f"trainer.prompts_per_step={PROMPTS}", f"algorithm.samples_per_prompt={SAMPLES}",
             f"trainer.total_steps={steps + 3}", "trainer.evaluate_every_steps=0", "trainer.evaluation_prompts=1",
-            "rollout.max_prompt_tokens=64", f"rollout.max_response_tokens={new_tokens}", "learner.learning_rate=1e-4",
+            "rollout.max_prompt_tokens=64", f"rollout.max_response_tokens={new_tokens}", "learner.learning_rate=1e-8",
             "tracking.tensorboard=false", "tracking.console=plain", f"run_dir={run_dir}",
         ],
         cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
@@ -155,7 +156,8 @@ def main() -> None:
         result: dict[str, Any] = {"workload": arguments.workload, **size}
         result |= floor(scratch / "model", size["new_tokens"], repeats=max(3, arguments.steps // 4))
         result |= ours(scratch / "model", size["new_tokens"], arguments.steps, scratch)
-    result["step_over_floor"] = result["time/step"] / (result["floor_generate"] + result["floor_update"])
+    per_token = (result["floor_generate"] + result["floor_update"]) / result["floor_tokens"]
+    result["step_over_floor_per_token"] = result["time/step"] / result["tokens"] / per_token
     print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()}))
 
 

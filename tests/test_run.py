@@ -274,10 +274,9 @@ def test_two_ranks_and_two_samplers(start: Start) -> None:
     assert run.left_after(10) == []
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs ../shared/data/gsm8k/train.jsonl")
 def test_gsm8k_from_a_file(start: Start) -> None:
-    run = start("data=jsonl", f"data.path={GSM8K}", "trainer.total_steps=2", "rollout.max_prompt_tokens=512")
+    run = start("data=jsonl", f"data.path={GSM8K}", "reward=rule", "trainer.total_steps=2")
     assert run.end() == 0, run.text
     assert len(steps_of(run)) == 2
 
