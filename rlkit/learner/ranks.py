@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from algorithms.base import Algorithm
 from rlkit.config.schema import LearnerConfig, RunConfig
 
 
-class Rank:
+class Rank(ABC):
     """One rank, used through Ray. Subclasses load their model in `load`, when all ranks have met."""
 
     def __init__(self, rank: int, config: RunConfig, model_path: str, algorithm: Algorithm, log_path: str) -> None:
@@ -39,9 +40,9 @@ class Rank:
         init_process_group(self.rank, ranks, host, port, self.config.cluster.device)
         return self.load()
 
+    @abstractmethod
     def load(self) -> Any:
         """Load this rank's model."""
-        raise NotImplementedError
 
 
 class RankGroup:
