@@ -17,7 +17,7 @@ from rewards.base import RewardContext
 from rlkit.cluster.ray_session import ray_session
 from rlkit.config.resolved import ResolvedRun, config_text
 from rlkit.config.schema import RunConfig
-from rlkit.data.base import BadRow, DataError
+from rlkit.data.base import BadRow, DataError, Split
 from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.embedded import model_folder
@@ -210,8 +210,9 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
     tokenizer = load_tokenizer(model_folder(config.model.path), config.model.trust_remote_code)
     source = resolved.make_data_source()
     loaded = {}
-    for split in ("train", "heldout"):
-        problems, bad = source.load(split)  # type: ignore[arg-type]
+    splits: tuple[Split, ...] = ("train", "heldout")
+    for split in splits:
+        problems, bad = source.load(split)
         prompts, too_long = render(problems, tokenizer, config.rollout.max_prompt_tokens, config.model.chat_template)
         rows, allowed = len(problems) + len(bad), resolved.data_config.max_bad_row_share
         _report_bad_rows([*bad, *too_long], rows, allowed, split, tracker)

@@ -13,6 +13,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prime_tables import (
+    BETA,
+    CORRECT,
+    DISCOUNTED_OFFICIAL,
+    GROUP,
+    GRPO,
+    IMPLICIT_VALUE,
+    MEAN_BASELINE_RAW,
+    OFFICIAL_ADVANTAGE,
+    OFFICIAL_PROCESS,
+    RANK_LOCAL,
+    REFERENCE,
+    REINFORCE,
+    STRICT_ADVANTAGE,
+    STRICT_PROCESS,
+    SUMS,
+    VALID,
+    VERL_ADVANTAGE,
+    VERL_RETURN,
+    VERL_SCORES,
+    WHOLE_OFFICIAL,
+    WIDTH,
+    Batch,
+    Q,
+    added,
+)
 
 from algorithms import prime_returns as prime
 from algorithms.base import Denominators
@@ -21,202 +47,6 @@ from algorithms.prime_parity import prime_rloo
 from algorithms.prm_losses import cross_entropy, dpo, info_nca, kto, nca, nca_pair, response_scores
 from algorithms.prm_metrics import pair_accuracy, sign_accuracy
 from algorithms.returns import gae, reward_to_go
-
-BETA = 0.05
-NAMES = ("A1", "A2", "A3", "A4", "B1", "B2", "B3", "B4")
-REFERENCE = [
-    [-1.0, -0.8, -1.2],
-    [-0.6, -1.4],
-    [-1.0, -0.5, -0.7, -0.9],
-    [-1.1],
-    [-2.0, -0.9],
-    [-0.8, -0.4, -1.0],
-    [-1.3],
-    [-0.7, -0.6, -1.5, -0.4],
-]
-Q = [
-    [0.4, -0.2, 0.6],
-    [-0.4, -0.2],
-    [0.2, 0.2, 0.0, 0.4],
-    [-0.6],
-    [1.0, 0.4],
-    [0.2, -0.8, 0.0],
-    [0.4],
-    [-0.2, -0.4, 0.2, -0.6],
-]
-CORRECT = np.array([1.0, 0, 1, 0, 1, 0, 0, 0])
-SUMS = np.array([0.8, -0.6, 0.8, -0.6, 1.4, -0.6, 0.4, -1.0])
-GROUP = np.array([0] * 4 + [1] * 4)
-VALID = np.ones(8, dtype=np.bool_)
-WIDTH = 4
-
-OFFICIAL_ADVANTAGE = [
-    [1.210055, 0.857387, 0.920983],
-    [-0.807667, -0.605317],
-    [1.285213, 1.071300, 0.857387, 0.782228],
-    [-0.882825],
-    [1.418186, 0.837152],
-    [-1.053378, -1.079394, -0.411638],
-    [-0.134130],
-    [-1.443624, -1.192132, -0.801885, -0.827902],
-]
-STRICT_ADVANTAGE = [
-    [1.214167, 0.882793, 0.865352],
-    [-0.814774, -0.628739],
-    [1.289743, 1.074641, 0.859538, 0.749080],
-    [-0.890350],
-    [1.423456, 0.891513],
-    [-1.061851, -1.018249, -0.451425],
-    [-0.137491],
-    [-1.454268, -1.192657, -0.826401, -0.774079],
-]
-OFFICIAL_PROCESS = [
-    [1.071428, 0.587301, 0.674603],
-    [-0.365079, -0.087302],
-    [1.174602, 0.880952, 0.587301, 0.484127],
-    [-0.468254],
-    [1.023809, 0.226190],
-    [-1.035714, -1.071428, -0.154762],
-    [0.226190],
-    [-1.571427, -1.226190, -0.690476, -0.726190],
-]
-STRICT_PROCESS = [
-    [1.071428, 0.619047, 0.595238],
-    [-0.365079, -0.111111],
-    [1.174602, 0.880952, 0.587301, 0.436508],
-    [-0.468254],
-    [1.023809, 0.297619],
-    [-1.035714, -0.976190, -0.202381],
-    [0.226190],
-    [-1.571427, -1.214285, -0.714285, -0.642857],
-]
-VERL_RETURN = [
-    [4.833303, 2.111136, 3.388888],
-    [-5.888838, -3.277779],
-    [6.222164, 4.833303, 3.444442, 3.388888],
-    [-3.277779],
-    [10.999880, 4.666673],
-    [-6.666567, -7.666547, -1.999993],
-    [-1.999993],
-    [-5.666587, -3.999953, -1.000013, -1.999993],
-]
-VERL_ADVANTAGE = [
-    [0.949324, 0.412184, 0.664311],
-    [-1.166376, -0.651160],
-    [1.223375, 0.949324, 0.675273, 0.664311],
-    [-0.651160],
-    [2.166116, 0.916444],
-    [-1.319838, -1.517155, -0.399027],
-    [-0.399027],
-    [-1.122521, -0.793660, -0.201710, -0.399027],
-]
-VERL_SCORES = [
-    [0.399992, -0.199996, 0],
-    [-0.399992, 0],
-    [0.199996, 0.199996, 0, 0],
-    [0],
-    [0.999980, 0],
-    [0.199996, -0.799984, 0],
-    [0],
-    [-0.199996, -0.399992, 0.199996, 0],
-]
-MEAN_BASELINE_RAW = [
-    [0.075, 0.043333, 0.041667],
-    [-0.025556, -0.007778],
-    [0.082222, 0.061667, 0.041111, 0.030556],
-    [-0.032778],
-    [0.071667, 0.020833],
-    [-0.0725, -0.068333, -0.014167],
-    [0.015833],
-    [-0.11, -0.085, -0.05, -0.045],
-]
-WHOLE_OFFICIAL = [
-    [1.0714, 0.9683, 0.8651],
-    [-0.3651, -0.4683],
-    [1.1746, 1.0714, 0.9683, 0.8651],
-    [-0.4683],
-    [1.0238, 1.1786],
-    [-1.0357, -0.8810, -0.7262],
-    [0.2262],
-    [-1.5714, -1.4167, -1.2619, -1.1071],
-]
-DISCOUNTED_OFFICIAL = [
-    [0.951983, 0.519841, 0.674603],
-    [-0.356349, -0.087302],
-    [0.994436, 0.778650, 0.538889, 0.484127],
-    [-0.468254],
-    [1.001190, 0.226190],
-    [-0.914642, -1.055952, -0.154762],
-    [0.226190],
-    [-1.327844, -1.091785, -0.617857, -0.726190],
-]
-RANK_LOCAL = [
-    [1.874998, 1.027776, 1.180554],
-    [-0.638888, -0.152778],
-    [2.055553, 1.541665, 1.027776, 0.847221],
-    [-0.819443],
-    *OFFICIAL_PROCESS[4:],
-]
-REINFORCE = [
-    [1.04, 1.02, 1.03],
-    [-0.03, -0.01],
-    [1.04, 1.03, 1.02, 1.02],
-    [-0.03],
-    [1.07, 1.02],
-    [-0.03, -0.04, 0.00],
-    [0.02],
-    [-0.05, -0.04, -0.02, -0.03],
-]
-IMPLICIT_VALUE = [
-    [1.00, 0.98, 0.99],
-    [0.00, 0.02],
-    [1.00, 0.99, 0.98, 0.98],
-    [0.00],
-    [1.00, 0.95],
-    [0.00, -0.01, 0.03],
-    [0.00],
-    [0.00, 0.01, 0.03, 0.02],
-]
-GRPO = [
-    [4.137838, 2.720000, 2.975676],
-    [-2.069189, -1.255676],
-    [4.440001, 3.580000, 2.720000, 2.417838],
-    [-2.371352],
-    [4.405231, 2.322637],
-    [-3.281614, -3.374865, -0.981436],
-    [0.013236],
-    [-4.680371, -3.778950, -2.380193, -2.473443],
-]
-
-
-class Batch:
-    """The inputs with gaps: every response stands in WIDTH tokens, garbage where it has none."""
-
-    def __init__(self, order: Any = range(8), garbage: float = math.nan) -> None:
-        self.order = list(order)
-        self.masks = [np.arange(WIDTH) < len(Q[i]) for i in self.order]
-        self.q = [np.array([*Q[i], *[garbage] * (WIDTH - len(Q[i]))]) for i in self.order]
-        self.scores = [BETA * q for q in self.q]
-        self.outcome = CORRECT[self.order]
-        self.group = GROUP[self.order]
-        self.valid = VALID[self.order]
-
-    @property
-    def groups(self) -> tuple[Any, ...]:
-        """Everything an estimator wants besides the process rewards."""
-        return self.outcome, self.masks, self.group, self.valid
-
-    def check(self, rows: Any, expected: list[list[float]], tolerance: float = 2e-6) -> None:
-        """Row by row; exactly 0 where nothing is trained."""
-        for i, row, mask in zip(self.order, rows, self.masks, strict=True):
-            np.testing.assert_allclose(row[mask], expected[i], atol=tolerance, err_msg=NAMES[i])
-            assert (row[~mask] == 0).all(), NAMES[i]
-
-
-def added(terms: prime.Terms) -> list[Any]:
-    """Process half plus outcome half."""
-    return [p + o for p, o in zip(terms.process, terms.outcome, strict=True)]
-
 
 # -- implicit rewards and the losses that train the model ----------------------------------------------
 
