@@ -53,13 +53,20 @@ class Reward(ABC):
     """Scores whole groups. Lives in one Ray actor per worker; `start` is called there, once, before `score`."""
 
     Config: ClassVar[type[RewardConfig]] = RewardConfig
-    needs: ClassVar[RewardNeeds] = RewardNeeds()
-    gives_process_rewards: ClassVar[bool] = False
-    """Whether its scores carry token or span rewards (algorithms may need them)."""
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         self.config = config
         self.context = context
+
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        """What it must find in the data under this configuration."""
+        return RewardNeeds()
+
+    @classmethod
+    def gives_process_rewards(cls, config: Any) -> bool:
+        """Whether its scores carry token or span rewards (algorithms may need them)."""
+        return False
 
     @classmethod
     def check(cls, config: Any) -> list[str]:

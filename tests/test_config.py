@@ -24,7 +24,9 @@ from rlkit.data.base import DataConfig, DataSource
 
 class MyReward(Reward):
     """A user's reward."""
-    needs = RewardNeeds(references=True, columns=("rubric",))
+    @classmethod
+    def needs(cls, config):
+        return RewardNeeds(references=True, columns=("rubric",))
     class Config(RewardConfig):
         threshold: float = Field(default=0.5, ge=0, le=1)
         mode: str = "plain"
@@ -53,7 +55,9 @@ class HalfReward(Reward):
     pass
 
 class FussyReward(MyReward):
-    needs = RewardNeeds()
+    @classmethod
+    def needs(cls, config):
+        return RewardNeeds()
     @classmethod
     def check(cls, config):
         return [f"mode={config.mode}: no such folder"]

@@ -8,12 +8,13 @@ score's value; the process rewards are its token rewards.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
+from rewards.base import RewardConfig, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
+from rewards.parts import load_part
 from rlkit.experience import Group, GroupScores, Score
 
 if TYPE_CHECKING:
@@ -49,14 +50,25 @@ class ImplicitPRM(TrainableReward):
         tokens_per_microbatch: int = Field(default=16384, ge=1)
         """Tokens that one forward and backward pass takes."""
 
-    needs: ClassVar[RewardNeeds] = RewardNeeds(answer=True)
-    gives_process_rewards: ClassVar[bool] = True
-
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
-        kind, options = _part(config.outcome)
+        kind, options = load_part(config.outcome)
         self._outcome = kind(options, context)
         self._model: ImplicitModel | None = None
+
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        """What its outcome reward needs."""
+        try:
+            kind, options = load_part(config.outcome)
+        except ValueError:  # `check` says what is wrong with it
+            return RewardNeeds()
+        return kind.needs(options)
+
+    @classmethod
+    def gives_process_rewards(cls, config: Any) -> bool:
+        """Always: one per token."""
+        return True
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -73,7 +85,7 @@ class ImplicitPRM(TrainableReward):
             except ModelFolderError as error:
                 messages.append(f"reward.{name}: {error}")
         try:
-            kind, options = _part(config.outcome)
+            kind, options = load_part(config.outcome)
         except PartError as error:
             messages.append(f"reward.outcome._target_: {error}")
         except ValidationError as error:
@@ -151,11 +163,3 @@ def _joined(outcome: Score, rewards: np.ndarray) -> Score:
         components={**outcome.components, "implicit_prm": float(rewards.sum())},
         trace=outcome.trace,
     )
-
-
-def _part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
-    """Class and options that a configuration section names. Raises PartError or pydantic's ValidationError."""
-    from rlkit.config.parts import import_part
-
-    kind: type[Reward] = import_part("reward", section.get("_target_"))
-    return kind, kind.Config(**{key: value for key, value in section.items() if key != "_target_"})

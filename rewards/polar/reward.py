@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -91,7 +91,10 @@ class PolarReward(Reward):
                     )
             return self
 
-    needs: ClassVar[RewardNeeds] = RewardNeeds(references=True)
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        """What a response is compared with."""
+        return RewardNeeds(references=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -36,7 +36,10 @@ class RuleReward(Reward):
         cache_size: int = Field(default=65536, ge=1)
         """Verdicts remembered, the least recently used dropped first."""
 
-    needs: ClassVar[RewardNeeds] = RewardNeeds(answer=True)
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        """The gold answer."""
+        return RewardNeeds(answer=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)

@@ -66,7 +66,7 @@ def group_is_large_enough(algorithm: Algorithm) -> Findings:
 
 def reward_finds_its_columns(reward: Part, data: DataSource) -> Findings:
     """A reward without references or answers would score nothing."""
-    needs, provided = reward.cls.needs, data.provides()
+    needs, provided = reward.cls.needs(reward.config), data.provides()
     wanted = [("references", needs.references), ("answer", needs.answer), *((name, True) for name in needs.columns)]
     lacking = [name for name, needed in wanted if needed and name not in provided]
     if lacking:
@@ -79,7 +79,7 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Findings:
 
 def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> Findings:
     """PRIME without a process reward model would stop after the first rollout."""
-    if algorithm.needs().process_rewards and not reward.cls.gives_process_rewards:
+    if algorithm.needs().process_rewards and not reward.cls.gives_process_rewards(reward.config):
         yield Finding(
             "reward",
             f"{type(algorithm).__name__} needs process rewards, and {reward.cls.__name__} gives none; "

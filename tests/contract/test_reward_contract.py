@@ -54,7 +54,8 @@ def reward() -> Iterator[Reward]:
 
 def groups() -> list[Group]:
     """Two groups that have whatever this reward says it needs."""
-    needed = dict.fromkeys(import_part("reward", TARGET).needs.columns, "")
+    kind = import_part("reward", TARGET)
+    needed = dict.fromkeys(kind.needs(kind.Config(**OPTIONS)).columns, "")
     made = [make_group("first", TEXTS), make_group("second", ["#### 42", "#### 43"])]
     return [replace(group, prompt=replace(group.prompt, columns=needed)) for group in made]
 
@@ -113,7 +114,7 @@ def test_no_group_and_one_sample(reward: Reward) -> None:
 
 
 def test_what_it_needs_and_does_not_find_is_invalid_and_not_zero(reward: Reward) -> None:
-    needs = type(reward).needs
+    needs = reward.needs(reward.config)
     if not (needs.references or needs.answer):
         pytest.skip("it needs neither references nor a gold answer")
     bare = groups()[0]
