@@ -42,6 +42,8 @@ class AlgorithmNeeds:
     """Scores must carry token or span rewards."""
     token_kl: bool = False
     """Advantages use log-probs of the policy and of the reference (a KL penalty in the reward)."""
+    greedy_response: bool = False
+    """Every prompt also gets a scored greedy response, which is not trained on (`Group.greedy`)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Advantages:
     """Per sample, [T]: the critic's targets."""
     extras: Mapping[str, Sequence[FloatArray]] = field(default_factory=dict)
     """Further named per-token inputs of the loss (per sample, [T]): labels, sequence rewards, weights."""
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """Named numbers of this step that the loss uses (coefficients that change from step to step)."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -113,6 +117,8 @@ class LossInputs:
     """[R]"""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """[R] each."""
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """This step's `Advantages.scalars`."""
 
     @property
     def num_sequences(self) -> int:
@@ -165,11 +171,24 @@ class Algorithm(ABC):
 
     @abstractmethod
     def advantages(self, experience: Experience) -> Advantages:
-        """Credit for every response token. Pure: equal input, equal output."""
+        """Credit for every response token. Changes nothing: equal input and state, equal output."""
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The policy loss of one micro-batch. Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
+
+    def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 (few algorithms have state)
+        """Called in the driver after each update with all its metrics: the only place where state may change.
+
+        The loss runs in other processes and never sees this state; what it needs travels in `Advantages.scalars`.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `observe` has changed, for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """The reverse of state_dict."""
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutput:
         """The critic's loss of one micro-batch; only algorithms that need a critic have one."""

@@ -37,7 +37,7 @@ class GRPO(SurrogateAlgorithm):
         """A group baseline needs two samples."""
         return replace(super().needs(), min_samples_per_prompt=2)
 
-    def advantages(self, experience: Experience) -> Advantages:
+    def credit(self, experience: Experience) -> Advantages:
         """Group-relative outcome rewards, spread over each sample's tokens."""
         found = outcomes(experience)
         rewards, metrics = self.sample_rewards(experience, found)

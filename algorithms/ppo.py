@@ -51,7 +51,7 @@ class PPO(SurrogateAlgorithm):
         """A critic, and what a KL penalty needs."""
         return replace(super().needs(), critic=True)
 
-    def advantages(self, experience: Experience) -> Advantages:
+    def credit(self, experience: Experience) -> Advantages:
         """GAE over token rewards; returns are the critic's targets."""
         if experience.values is None:
             raise ValueError("PPO needs the critic's values in the Experience (needs().critic)")
@@ -80,10 +80,10 @@ class PPO(SurrogateAlgorithm):
             )
         ]
         rewards: Ragged = token_rewards(process, outcome, found.masks, found.valid)
-        divergence = self.kl_of_tokens(experience, found)
+        divergence, measured = self.kl_of_tokens(experience, found)
         if divergence is not None:
-            rewards = kl.penalised(rewards, divergence, self.config.kl_coefficient)
-        return rewards, metrics
+            rewards = kl.penalised(rewards, divergence, self.kl_coefficient)
+        return rewards, {**metrics, **measured}
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutput:
         """Half the squared error with clipped values, averaged over tokens."""

@@ -68,7 +68,7 @@ class PRIME(SurrogateAlgorithm):
         """Process rewards on every sample, and a group to compare with."""
         return replace(super().needs(), min_samples_per_prompt=2, process_rewards=True)
 
-    def advantages(self, experience: Experience) -> Advantages:
+    def credit(self, experience: Experience) -> Advantages:
         """Whitened sum of process and outcome returns."""
         found = outcomes(experience)
         rewards, shaping = self.shaped(found)

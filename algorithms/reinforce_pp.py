@@ -42,7 +42,7 @@ class ReinforcePP(SurrogateAlgorithm):
         """Only the group baseline compares samples."""
         return replace(super().needs(), min_samples_per_prompt=2 if self.config.baseline == "group" else 1)
 
-    def advantages(self, experience: Experience) -> Advantages:
+    def credit(self, experience: Experience) -> Advantages:
         """Whitened rewards to go of every token."""
         found = outcomes(experience)
         rewards, metrics = self.shaped(found)
@@ -50,9 +50,14 @@ class ReinforcePP(SurrogateAlgorithm):
         if self.config.baseline == "group":
             rewards, keep = group_relative(rewards, found.valid, found.group, normalize_by_std=False)
         of_tokens = on_last_token(rewards, found.masks)
-        divergence = self.kl_of_tokens(experience, found)
+        divergence, measured = self.kl_of_tokens(experience, found)
         if divergence is not None:
-            of_tokens = kl.penalised(of_tokens, divergence, self.config.kl_coefficient)
+            of_tokens = kl.penalised(of_tokens, divergence, self.kl_coefficient)
         white = reinforce_plus_plus(of_tokens, found.masks, keep, gamma=self.config.gamma)
-        metrics = {**metrics, "advantage/return_mean": white.mean, "advantage/return_std": white.variance**0.5}
+        metrics = {
+            **metrics,
+            **measured,
+            "advantage/return_mean": white.mean,
+            "advantage/return_std": white.variance**0.5,
+        }
         return token_advantages(white.tokens, keep, found.masks, metrics)

@@ -39,7 +39,7 @@ class RLOO(SurrogateAlgorithm):
         """A sample is compared with at least one other."""
         return replace(super().needs(), min_samples_per_prompt=2)
 
-    def advantages(self, experience: Experience) -> Advantages:
+    def credit(self, experience: Experience) -> Advantages:
         """Leave-one-out outcome rewards, spread over each sample's tokens."""
         found = outcomes(experience)
         rewards, metrics = self.sample_rewards(experience, found)

@@ -5,13 +5,17 @@ A subclass says only what its advantages are. Every option acts, or is refused w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from algorithms import kl
 from algorithms.advantages import Float64, overlong_penalty
-from algorithms.base import Algorithm, AlgorithmConfig, AlgorithmNeeds, Experience, LossInputs, LossOutput
+from algorithms.base import Advantages, Algorithm, AlgorithmConfig, AlgorithmNeeds, Experience, LossInputs, LossOutput
 from algorithms.outcomes import Outcomes
 from algorithms.returns import float64
 
@@ -42,6 +46,10 @@ class SurrogateConfig(AlgorithmConfig):
     """Where the penalty is: a term of the loss, or taken off the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the KL per token. k1 has no gradient in expectation, so it belongs in the reward."""
+    kl_target: float | None = Field(default=None, gt=0)
+    """Nats per token: `kl_coefficient` starts as given and is steered to keep the KL there; null: it stays fixed."""
+    kl_horizon: int = Field(default=10_000, ge=1)
+    """Samples over which a KL that is 20 % off its target changes the coefficient by 20 % (arXiv 1909.08593)."""
     entropy_coefficient: float = 0.0
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "truncate", "mask", "decoupled"] = "none"
@@ -62,13 +70,15 @@ class SurrogateConfig(AlgorithmConfig):
         if (self.constant_length is not None) != (self.aggregation == "constant_length"):
             raise ValueError("aggregation=constant_length and the tokens constant_length=N go together; set both")
         if self.kl_coefficient == 0:
-            for name in ("kl_in", "kl_estimator"):
+            for name in ("kl_in", "kl_estimator", "kl_target"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} has no effect with kl_coefficient=0")
         elif self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_estimator=k1 in the loss has no gradient in expectation; use k2 or k3, or kl_in=reward"
             )
+        if self.kl_target is None and self.kl_horizon != type(self).model_fields["kl_horizon"].default:
+            raise ValueError("kl_horizon has no effect without kl_target")
         bounded = self.rollout_correction in ("truncate", "mask")
         if (self.largest_weight is not None) != bounded:
             raise ValueError("rollout_correction=truncate or mask and largest_weight go together; set both")
@@ -82,9 +92,37 @@ class SurrogateConfig(AlgorithmConfig):
 
 
 class SurrogateAlgorithm(Algorithm):
-    """Subclass and define `advantages`."""
+    """Subclass and define `credit`."""
 
     Config = SurrogateConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._adaptive = (
+            None
+            if config.kl_target is None
+            else kl.AdaptiveCoefficient(config.kl_coefficient, config.kl_target, config.kl_horizon)
+        )
+
+    @property
+    def kl_coefficient(self) -> float:
+        """The present weight of the KL penalty."""
+        fixed: float = self.config.kl_coefficient
+        return fixed if self._adaptive is None else self._adaptive.value
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Steer the coefficient by the KL that this update measured."""
+        if self._adaptive is not None and "kl/reference" in metrics:
+            self._adaptive = self._adaptive.updated(metrics["kl/reference"], int(metrics["policy/trained_samples"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steered coefficient."""
+        return {} if self._adaptive is None else {"kl_coefficient": self._adaptive.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of state_dict."""
+        if self._adaptive is not None:
+            self._adaptive = replace(self._adaptive, value=state["kl_coefficient"])
 
     def needs(self) -> AlgorithmNeeds:
         """A KL penalty needs the reference; in the reward it also needs log-probs before the advantages."""
@@ -101,24 +139,38 @@ class SurrogateAlgorithm(Algorithm):
         mean = float(penalty[found.valid].mean()) if found.valid.any() else 0.0
         return found.rewards + penalty, {"reward/overlong_penalty": mean}
 
-    def kl_of_tokens(self, experience: Experience, found: Outcomes) -> list[Float64] | None:
-        """Ragged KL estimates where the penalty is in the reward, else None."""
+    def advantages(self, experience: Experience) -> Advantages:
+        """What the subclass gives credit for, with the present weight of the KL penalty."""
+        made = self.credit(experience)
+        if not self.config.kl_coefficient:
+            return made
+        weight = {"kl_coefficient": self.kl_coefficient}
+        return replace(made, scalars=weight, metrics={**made.metrics, "kl/coefficient": self.kl_coefficient})
+
+    @abstractmethod
+    def credit(self, experience: Experience) -> Advantages:
+        """The advantages of this algorithm."""
+
+    def kl_of_tokens(self, experience: Experience, found: Outcomes) -> tuple[list[Float64] | None, dict[str, float]]:
+        """Ragged KL estimates where the penalty is in the reward, else None; and their mean over trained tokens."""
         if not self.needs().token_kl:
-            return None
+            return None, {}
         policy, reference = experience.policy_logprobs, experience.reference_logprobs
         if policy is None or reference is None:
             raise ValueError(
                 "kl_in=reward needs log-probs of policy and reference in the Experience (needs().token_kl)"
             )
-        return kl.token_kl(float64(policy), float64(reference), found.masks, self.config.kl_estimator)
+        tokens = kl.token_kl(float64(policy), float64(reference), found.masks, self.config.kl_estimator)
+        trained = [row[mask] for row, mask, valid in zip(tokens, found.masks, found.valid, strict=True) if valid]
+        return tokens, {"kl/reference": float(np.concatenate(trained).mean())} if trained else {}
 
     def sample_rewards(self, experience: Experience, found: Outcomes) -> tuple[Float64, dict[str, float]]:
         """[B] rewards with every penalty in them (the KL summed over the tokens), and metrics."""
         rewards, metrics = self.shaped(found)
-        divergence = self.kl_of_tokens(experience, found)
+        divergence, measured = self.kl_of_tokens(experience, found)
         if divergence is not None:
-            rewards = kl.sequence_penalised(rewards, divergence, self.config.kl_coefficient)
-        return rewards, metrics
+            rewards = kl.sequence_penalised(rewards, divergence, self.kl_coefficient)
+        return rewards, {**metrics, **measured}
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Surrogate x correction + KL penalty - entropy bonus."""
@@ -158,7 +210,7 @@ class SurrogateAlgorithm(Algorithm):
             divergence = losses.kl_divergence(inputs.logprobs, inputs.reference_logprobs, config.kl_estimator)
             sums["kl/reference"] = share(divergence)
             if config.kl_in == "loss":
-                loss = loss + config.kl_coefficient * mean(divergence)
+                loss = loss + inputs.scalars.get("kl_coefficient", config.kl_coefficient) * mean(divergence)
         if config.entropy_coefficient:
             loss = loss - config.entropy_coefficient * mean(inputs.entropy)
         return LossOutput(loss=loss, sums=sums)

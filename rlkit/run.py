@@ -179,6 +179,7 @@ def _producer(
         buffer,
         groups_per_step=config.trainer.prompts_per_step,
         samples_per_prompt=algorithm.config.samples_per_prompt,
+        greedy=algorithm.needs().greedy_response,
         seed=config.seed,
     )
 

@@ -100,6 +100,7 @@ class Trainer:
             "weights/version": float(self.version),
             "weights/canary_difference": difference,
         }
+        self.algorithm.observe(metrics)
         self.tracker.step(step, metrics, groups, advantages.tokens)
 
     async def collect(self, producing: asyncio.Task[None]) -> tuple[list[Group], dict[str, float]]:

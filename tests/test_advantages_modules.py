@@ -33,6 +33,7 @@ RECIPES = {
     "cispo": {"loss": "cispo", "clip_low": 1.0, "aggregation": "token_mean"},
     "rloo": {"samples_per_prompt": 4, "aggregation": "sequence_mean_token_sum", "kl_coefficient": 0.0},
     "reinforce_pp": {"samples_per_prompt": 1, "kl_in": "reward", "kl_estimator": "k1"},
+    "remax": {"samples_per_prompt": 1, "aggregation": "sequence_mean_token_sum", "kl_coefficient": 0.0},
     "reinforce_pp_baseline": {"baseline": "group", "kl_in": "loss", "kl_estimator": "k2"},
 }
 
@@ -66,6 +67,8 @@ def test_recipes_are_valid_and_compute(name: str, tmp_path: Path) -> None:
         assert run.config.learner.minibatches_per_step > 1
     assert run.config.buffer.drop_equal_rewards == (name == "dapo")
     given = experience(observations=True)
+    judged = [replace(g, greedy=g.samples[0], scores=replace(g.scores, greedy=Score(0.5))) for g in given.groups]
+    given = replace(given, groups=judged)  # only ReMax looks at it
     made = algorithm.advantages(given)
     samples = [sample for group in given.groups for sample in group.samples]
     assert [len(row) for row in made.tokens] == [len(sample) for sample in samples]

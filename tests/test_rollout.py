@@ -184,6 +184,18 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_sampled(pool: RolloutPool
     assert tokens_of(generate(pool, [request("b", prompt(6))])["b"]) != tokens_of(alone)
 
 
+def test_a_greedy_response_comes_beside_the_samples(pool: RolloutPool) -> None:
+    asked = prompt(20)
+    with_greedy = [replace(request(f"g{seed}", asked, samples=2, seed=seed), greedy=True) for seed in (1, 2)]
+    one, two = generate(pool, with_greedy).values()
+    assert one.greedy is not None and two.greedy is not None
+    assert one.greedy.token_ids.tolist() == two.greedy.token_ids.tolist()  # whatever the seed
+    assert len(one.samples) == 2 and tokens_of(one) != tokens_of(two)
+    plain = generate(pool, [request("g1", asked, samples=2, seed=1)])["g1"]
+    assert plain.greedy is None
+    assert tokens_of(plain) == tokens_of(one)  # the samples do not depend on it
+
+
 def test_a_groups_prompt_is_prefilled_once(pool: RolloutPool) -> None:
     long = prompt(2 * BLOCK + 6, seed=99)
     requests = [Request(f"{i}", long.token_ids, seed=i, max_tokens=4, temperature=1.0) for i in range(5)]

@@ -157,6 +157,8 @@ class GroupScores:
 
     samples: tuple[Score, ...]
     pairs: tuple[PreferencePair, ...] = ()
+    greedy: Score | None = None
+    """Score of `Group.greedy`, where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,8 @@ class Group:
     scores: GroupScores | None = None
     step: int = 0
     """The training step that asked for it."""
+    greedy: Sample | None = None
+    """The greedy response to the prompt, for algorithms that compare with it; never trained on."""
 
     @property
     def policy_version(self) -> int:

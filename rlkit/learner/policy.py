@@ -159,6 +159,7 @@ class PolicyLearner:
             denominators=minibatch.denominators,
             reference_logprobs=self._reference_rows(packed),
             extras=rows.extras,
+            scalars=advantages.scalars,
         )
         output = self.algorithm.loss(inputs)
         metrics.add(output, mismatch(before, rows, minibatch.denominators))
@@ -171,7 +172,9 @@ class PolicyLearner:
 
     @torch.no_grad()
     def _reference_rows(self, packed: PackedBatch) -> torch.Tensor | None:
-        return None if self.reference is None else self._forward(self.reference, packed)[0]
+        # A penalty in the reward is paid already; the loss would compute the reference only to show it.
+        unused = self.reference is None or self.algorithm.needs().token_kl
+        return None if unused else self._forward(self.reference, packed)[0]
 
     # -- weights -------------------------------------------------------------------------------------------------
 

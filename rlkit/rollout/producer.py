@@ -25,10 +25,12 @@ class Producer:
         *,
         groups_per_step: int,
         samples_per_prompt: int,
+        greedy: bool,
         seed: int,
     ) -> None:
         self.order, self.rollout, self.reward, self.buffer = order, rollout, reward, buffer
-        self.groups_per_step, self.samples_per_prompt, self.seed = groups_per_step, samples_per_prompt, seed
+        self.groups_per_step, self.samples_per_prompt = groups_per_step, samples_per_prompt
+        self.greedy, self.seed = greedy, seed
         self.started = 0
         self._report = ScoreReport()
         self._generated_at: float | None = None
@@ -60,6 +62,7 @@ class Producer:
             samples=self.samples_per_prompt,
             seed=self.seed,
             step=number // self.groups_per_step + 1,
+            greedy=self.greedy,
         )
 
     def take_report(self) -> tuple[ScoreReport, float]:

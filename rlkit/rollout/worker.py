@@ -29,6 +29,13 @@ class GroupRequest:
     samples: int
     seed: int
     step: int
+    greedy: bool = False
+    """Whether to sample a greedy response as well (`Group.greedy`)."""
+
+    @property
+    def responses(self) -> int:
+        """Responses to generate; the greedy one is the last."""
+        return self.samples + self.greedy
 
 
 @dataclass(frozen=True)
@@ -121,14 +128,14 @@ class RolloutWorker:
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
         for request in requests:
             self.open[request.id] = _Open(request, self.version, done)
-            for index in range(request.samples):
+            for index in range(request.responses):
                 self.sampler.add(
                     Request(
                         id=f"{request.id}:{index}",
                         prompt=request.prompt.token_ids,
                         seed=sample_seed(request.seed, request.id, index),
                         max_tokens=self.rollout.max_response_tokens,
-                        temperature=self.rollout.temperature,
+                        temperature=self.rollout.temperature if index < request.samples else 0.0,
                     )
                 )
 
@@ -149,32 +156,29 @@ class RolloutWorker:
             entry = self.open[group_id]
             entry.responses[int(index)] = response
             self.cached_prompt_tokens += response.cached_prompt_tokens
-            if len(entry.responses) == entry.request.samples:
+            if len(entry.responses) == entry.request.responses:
                 del self.open[group_id]
                 finished.append((self._group(entry), entry.done))
         return finished
 
     def _group(self, entry: _Open) -> Group:
         request = entry.request
-        ordered = [entry.responses[i] for i in range(request.samples)]
+        ordered = [entry.responses[i] for i in range(request.responses)]
         texts = self.tokenizer.batch_decode([r.token_ids for r in ordered], skip_special_tokens=True)
-        return Group(
-            id=request.id,
-            prompt=request.prompt,
-            samples=tuple(
-                Sample(
-                    index=i,
-                    token_ids=response.token_ids,
-                    logprobs=response.logprobs,
-                    text=text,
-                    finish_reason=response.finish_reason,
-                    policy_versions=(entry.started_version, self.version),
-                    seed=sample_seed(request.seed, request.id, i),
-                )
-                for i, (response, text) in enumerate(zip(ordered, texts, strict=True))
-            ),
-            step=request.step,
+        samples = tuple(
+            Sample(
+                index=i,
+                token_ids=response.token_ids,
+                logprobs=response.logprobs,
+                text=text,
+                finish_reason=response.finish_reason,
+                policy_versions=(entry.started_version, self.version),
+                seed=sample_seed(request.seed, request.id, i),
+            )
+            for i, (response, text) in enumerate(zip(ordered, texts, strict=True))
         )
+        greedy = samples[-1] if request.greedy else None
+        return Group(request.id, request.prompt, samples[: request.samples], step=request.step, greedy=greedy)
 
     async def load_weights(self, bundle: WeightBundle, canary: Sequence[int]) -> WeightReceipt:
         """Finish what is being sampled, take the new weights, and report what is now loaded.

@@ -11,6 +11,7 @@ from typing import Any
 from rewards.base import Reward, RewardContext, TrainableReward
 from rlkit.config.parts import import_part
 from rlkit.experience import Group
+from rlkit.serving.greedy import with_greedy, without_greedy
 from rlkit.serving.results import ScoreReport, attach_scores, invalid_groups, report_on
 
 Groups = Group | Sequence[Group]
@@ -43,12 +44,14 @@ class RewardWorker:
         reward from a batch that never arrived.
         """
         start = time.perf_counter()
-        groups = [group for batch in batches for group in _as_list(batch)]
+        given = [group for batch in batches for group in _as_list(batch)]
+        groups = [with_greedy(group) for group in given]
         try:
             scored = attach_scores(groups, self._reward.score(groups))
         except Exception:
             return [*(None for _ in batches), ScoreReport(error=traceback.format_exc(limit=20))]
         report = report_on(scored, time.perf_counter() - start)
+        scored = [without_greedy(group, original) for group, original in zip(scored, given, strict=True)]
         return [*_same_shapes(batches, scored), report]
 
     def learn(self, groups: Sequence[Group], rescore: bool) -> tuple[dict[str, float], list[Group]]:
@@ -56,7 +59,11 @@ class RewardWorker:
         if not isinstance(self._reward, TrainableReward):
             raise TypeError(f"{type(self._reward).__name__} is not a TrainableReward")
         metrics = self._reward.update(groups)
-        return metrics, attach_scores(groups, self._reward.rescore(groups)) if rescore else list(groups)
+        if not rescore:
+            return metrics, list(groups)
+        whole = [with_greedy(group) for group in groups]
+        scored = attach_scores(whole, self._reward.rescore(whole))
+        return metrics, [without_greedy(group, original) for group, original in zip(scored, groups, strict=True)]
 
     def close(self) -> None:
         """Let the reward free what it holds."""
