@@ -36,7 +36,7 @@ def _train(arguments: list[str]) -> int:
         return 0
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
-    file, overrides = _split_off_file(arguments)
+    file, overrides = split_off_file(arguments)
     resolved = load_config(overrides, file)
     if resolved.config.dry_run:
         for warning in resolved.warnings:  # a run shows them itself
@@ -48,7 +48,7 @@ def _train(arguments: list[str]) -> int:
     return run(resolved)
 
 
-def _split_off_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
+def split_off_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """`--config FILE` or `--config=FILE`, and the other arguments. Raises ConfigError if FILE is missing."""
     file: Path | None = None
     others: list[str] = []

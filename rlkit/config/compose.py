@@ -26,11 +26,12 @@ def conf_dir() -> Path:
 
 
 def group_options(folder: Path) -> dict[str, list[str]]:
-    """Group name -> its options, sorted; both are only file names."""
+    """Group name -> its options, sorted; both are only file names. A folder with a `config.yaml` is no group of this
+    command but another command's own groups."""
     return {
         group.name: sorted(file.stem for file in group.glob("*.yaml"))
         for group in sorted(folder.iterdir())
-        if group.is_dir() and any(group.glob("*.yaml"))
+        if group.is_dir() and any(group.glob("*.yaml")) and not (group / "config.yaml").exists()
     }
 
 

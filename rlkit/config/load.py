@@ -1,29 +1,19 @@
-"""From command-line arguments to a resolved run: compose, validate, check; all problems at once, nothing started."""
+"""From command-line arguments to a resolved run: validate, check; all problems at once, nothing started."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel
-
 from rlkit.config.checks import run_checks
-from rlkit.config.compose import compose_options, conf_dir, group_options, option_fields
-from rlkit.config.fields import all_fields, section_type
+from rlkit.config.compose import conf_dir
+from rlkit.config.loading import TARGET, Loading
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
-from rlkit.config.overrides import Overrides, parse_overrides
-from rlkit.config.parts import CONTRACTS, Part, PartError, import_part
+from rlkit.config.parts import CONTRACTS, Part
 from rlkit.config.problems import ConfigError, Problem
 from rlkit.config.resolved import ResolvedRun
 from rlkit.config.schema import RunConfig
-from rlkit.config.sources import Sources, merge_file, set_value
-from rlkit.config.validate import MISSING, validate
-
-TARGET = "_target_"
 
 
 def load_config(arguments: Sequence[str], file: Path | None = None) -> ResolvedRun:
@@ -31,145 +21,17 @@ def load_config(arguments: Sequence[str], file: Path | None = None) -> ResolvedR
 
     Raises ConfigError with every problem. Imports nothing heavier than the modules of the chosen parts.
     """
-    loading = _Loading(arguments, file)
+    loading = _RunLoading(arguments, file)
     loading.validate()
     loading.check()
     return loading.result()
 
 
-class _Loading:
-    """One load: the tree, what came from where, and the problems so far."""
+class _RunLoading(Loading):
+    """The configuration of `rlkit.train`: its checks and its result."""
 
     def __init__(self, arguments: Sequence[str], file: Path | None) -> None:
-        self.folder = conf_dir()
-        self.options = group_options(self.folder)
-        self.overrides: Overrides = parse_overrides(arguments, self.options)
-        self.problems = list(self.overrides.problems)
-        self.warnings: list[Problem] = []
-        self.sources = Sources(typed=self.overrides.typed)
-        self.available: dict[str, Any] = {}
-        self.parts: dict[str, Part] = {}
-        self.tree = self._compose(file)
-
-    def _compose(self, file: Path | None) -> dict[str, Any]:
-        try:
-            composed = compose_options(self.folder, self.overrides.choices)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError([*self.problems, Problem(str(self.folder), f"cannot be composed: {error}")]) from error
-        if file is not None:
-            self.problems += merge_file(composed, file, self.overrides.choices, self.sources)
-        targets = {kind: (composed.get(kind) or {}).get(TARGET) for kind in CONTRACTS}
-        for kind in CONTRACTS:  # a class first: its fields are not those of the option's class
-            chosen = self.overrides.values.get(f"{kind}.{TARGET}")
-            if chosen is not None and chosen != targets[kind]:
-                self._replace_part(composed, kind, chosen)
-        self.sources.options = {kind: str(composed.hydra.runtime.choices[kind]) for kind in CONTRACTS}
-        for key, value in self.overrides.values.items():
-            set_value(composed, key, value)
-        return self._plain(composed)
-
-    def _replace_part(self, composed: DictConfig, kind: str, target: Any) -> None:
-        """Put a class of the user's in the place of an option's; the option's values stay only for its subclasses."""
-        try:
-            inherits = issubclass(import_part(kind, target), import_part(kind, composed[kind].get(TARGET)))
-        except PartError:
-            inherits = False  # reported when the part is validated
-        if not inherits:
-            composed[kind] = {}
-        composed.hydra.runtime.choices[kind] = str(target).rpartition(".")[2]
-
-    def _plain(self, composed: DictConfig) -> dict[str, Any]:
-        """Interpolations resolved, node by node so that one bad reference does not hide the others."""
-        tree: dict[str, Any] = {}
-        for key in (str(key) for key in composed if key != "hydra"):
-            try:
-                value = MISSING if OmegaConf.is_missing(composed, key) else composed[key]
-                tree[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-            except OmegaConfBaseException as error:
-                self.overrides.unusable.add(key)
-                where = getattr(error, "full_key", None) or key
-                self.problems.append(Problem(self.sources.where(where, "..."), str(error).splitlines()[0]))
-        return tree
-
-    def validate(self) -> None:
-        """Type every section and find the parts; what is valid becomes available to the checks."""
-        known = [key for key, _ in all_fields(RunConfig) if key not in CONTRACTS]
-        configs = {kind: self._part_class(kind) for kind in CONTRACTS if kind not in self.overrides.unusable}
-        for kind, cls in configs.items():
-            if cls is not None:
-                known += [f"{kind}.{TARGET}", *(key for key, _ in all_fields(cls.Config, f"{kind}."))]
-        for kind, cls in configs.items():
-            if cls is not None:
-                fields = {key: value for key, value in self.tree[kind].items() if key != TARGET}
-                config = self._section(cls.Config, fields, f"{kind}.", known, self._other_classes(kind, cls, fields))
-                if config is not None:
-                    self.parts[kind] = Part(cls, config)
-        self._run_config(known)
-
-    def _part_class(self, kind: str) -> Any:
-        section = self.tree.get(kind)
-        if not isinstance(section, dict):
-            message = f"choose an option: {kind}={' or '.join(self.options.get(kind, []))}"
-            self.problems.append(Problem(self.sources.where(kind, section), message))
-            return None
-        target = section.get(TARGET)
-        try:
-            return import_part(kind, target)
-        except PartError as error:
-            self.problems.append(Problem(self.sources.where(f"{kind}.{TARGET}", target), str(error)))
-            return None
-
-    def _run_config(self, known: Sequence[str]) -> None:
-        """All sections of the schema, and the keys that belong to none."""
-        for name, info in RunConfig.model_fields.items():
-            section = section_type(info.annotation)
-            if section is None:
-                continue
-            content = self.tree.get(name) or {}
-            if not isinstance(content, dict):
-                message = f"is a section; set its keys one by one, like {name}.{next(iter(section.model_fields))}=VALUE"
-                self.problems.append(Problem(self.sources.where(name, content), message))
-                continue
-            typed = self._section(section, content, f"{name}.", known)
-            if typed is not None and name not in self.overrides.unusable:
-                self.available[name] = typed
-        rest = {key: value for key, value in self.tree.items() if not _is_section(key)}
-        stand_ins: dict[str, Any] = {kind: {} for kind in CONTRACTS}
-        if "run_dir" not in rest:
-            stand_ins["run_dir"] = "."  # its interpolation failed, which is reported already
-        top = self._section(RunConfig, {**rest, **stand_ins}, "", known)
-        if isinstance(top, RunConfig):
-            self.available |= {"seed": top.seed, "dry_run": top.dry_run}
-            self.available["run_dir"] = top.run_dir.expanduser().absolute()
-
-    def _section(
-        self,
-        model: type[BaseModel],
-        content: dict[str, Any],
-        prefix: str,
-        known: Sequence[str],
-        notes: Mapping[str, str] | None = None,
-    ) -> BaseModel | None:
-        typed, problems = validate(model, content, prefix, known, self.sources.where, notes or {})
-        self.problems += problems
-        return typed
-
-    def _other_classes(self, kind: str, cls: Any, fields: Mapping[str, Any]) -> dict[str, str]:
-        """For keys that this class does not know but another option's does: which option that is."""
-        unknown = [key for key in fields if key not in cls.Config.model_fields]
-        having: dict[str, list[str]] = {}
-        for option in self.options[kind] if unknown else ():
-            try:
-                other = import_part(kind, option_fields(self.folder, kind, option).get(TARGET))
-            except PartError:
-                continue  # an option that is not chosen cannot make this run fail
-            for key in unknown:
-                if key in other.Config.model_fields:
-                    having.setdefault(key, []).append(f"{kind}={option}")
-        return {
-            f"{kind}.{key}": f"{cls.__name__} has none (it belongs to {' and '.join(options)})"
-            for key, options in having.items()
-        }
+        super().__init__(arguments, file, folder=conf_dir(), schema=RunConfig, contracts=CONTRACTS)
 
     def check(self) -> None:
         """Make what the checks look at, and run those that can be run."""
@@ -217,11 +79,6 @@ class _Loading:
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
             warnings=tuple(self.warnings),
         )
-
-
-def _is_section(key: str) -> bool:
-    info = RunConfig.model_fields.get(key)
-    return info is not None and (key in CONTRACTS or section_type(info.annotation) is not None)
 
 
 def _shape_or_error(path: str) -> ModelShape | ModelFolderError:

@@ -71,8 +71,12 @@ def similar_keys(key: str, valid: Collection[str]) -> list[str]:
     exact = [full for full, own in leaves.items() if own == leaf]
     if exact:
         return exact[:3]
-    if OTHER_NAMES.get(leaf) in valid:
-        return [OTHER_NAMES[leaf]]
+    meant = OTHER_NAMES.get(leaf, "")
+    if meant in valid:
+        return [meant]
+    elsewhere = [full for full, own in leaves.items() if own == meant.rpartition(".")[2]]
+    if elsewhere:
+        return elsewhere[:3]
     within = {own: full for full, own in leaves.items() if section and full == f"{section}.{own}"}
     close = get_close_matches(leaf, within, n=1, cutoff=0.6)
     if close:

@@ -43,9 +43,10 @@ class PartError(ValueError):
     """A `_target_` that cannot be used; the message says why."""
 
 
-def import_part(kind: str, target: Any) -> Any:
-    """The class at dotted path `target`, fit to be a part of this kind. Raises PartError."""
-    contract = CONTRACTS[kind]
+def import_part(kind: str, target: Any, contract: Contract | None = None) -> Any:
+    """The class at dotted path `target`, fit to be a part of this kind (`contract`: of a command's own). Raises
+    PartError."""
+    contract = contract or CONTRACTS[kind]
     if not isinstance(target, str) or "." not in target:
         raise PartError("must be the dotted path of a class, like my_module.MyClass")
     cls = _find(target)

@@ -39,11 +39,11 @@ def print_reference(console: Console) -> None:
         table.add_row(group, ", ".join(marked))
     console.print(table)
     top = {name: info for name, info in RunConfig.model_fields.items() if section_type(info.annotation) is None}
-    _print_section(console, "Run", "", ((name, info) for name, info in top.items() if name not in CONTRACTS))
+    print_section(console, "Run", "", ((name, info) for name, info in top.items() if name not in CONTRACTS))
     for name, info in RunConfig.model_fields.items():
         section = section_type(info.annotation)
         if section is not None:
-            _print_section(console, name, section.__doc__ or "", all_fields(section, f"{name}."))
+            print_section(console, name, section.__doc__ or "", all_fields(section, f"{name}."))
     for kind in CONTRACTS:
         for option in options[kind]:
             target = option_fields(folder, kind, option).get("_target_")
@@ -53,7 +53,7 @@ def print_reference(console: Console) -> None:
                 console.print(f"\n[bold]{kind}={option}[/]: {escape(str(target))} {escape(str(error))}")
                 continue
             text = (cls.__doc__ or "").strip().partition("\n")[0]
-            _print_section(console, f"{kind}={option}", text, all_fields(cls.Config, f"{kind}."))
+            print_section(console, f"{kind}={option}", text, all_fields(cls.Config, f"{kind}."))
 
 
 def _defaults() -> list[dict[str, str]]:
@@ -63,7 +63,7 @@ def _defaults() -> list[dict[str, str]]:
     ]
 
 
-def _print_section(console: Console, title: str, text: str, fields: Iterable[tuple[str, FieldInfo]]) -> None:
+def print_section(console: Console, title: str, text: str, fields: Iterable[tuple[str, FieldInfo]]) -> None:
     console.print(f"\n[bold]{escape(title)}[/]  {escape(text)}", highlight=False)
     for key, info in fields:
         default = (

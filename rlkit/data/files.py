@@ -154,19 +154,9 @@ class JsonlSource(TableSource):
         path = self._path(split)
         assert path is not None
         key = "data.path" if split == "train" else "data.heldout_path"
-        if not path.exists():
-            raise DataError(f"{key}={path}: no such file (looked from {Path.cwd()}).")
         if path.is_dir():
             raise DataError(f"{key}={path} is a folder: name the file in it, or use data=hf for a data set folder.")
-        number = 0
-        try:
-            with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        origin = f"{path.name}:{number}"
-                        yield origin, _json_row(origin, line)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{key}={path} cannot be read after line {number}: {error}") from error
+        yield from json_lines(path, key)
 
     def _columns(self, split: Split) -> list[str] | None:
         for _, row in self._rows(split):
@@ -175,6 +165,23 @@ class JsonlSource(TableSource):
             if row.reason.startswith("a JSON list"):
                 raise DataError(f"{self._place(split)}: {row.reason}. For a file that is one list, use data=hf.")
         raise DataError(f"{self._place(split)} has no line that is a JSON object.")
+
+
+def json_lines(path: Path, key: str) -> Iterator[tuple[str, Row | BadRow]]:
+    """`(origin, row)` for every line of a JSON Lines file (`.gz` too). Raises DataError, which names the key."""
+    if not path.exists():
+        raise DataError(f"{key}={path}: no such file (looked from {Path.cwd()}).")
+    if path.is_dir():
+        raise DataError(f"{key}={path} is a folder: name the file in it.")
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    origin = f"{path.name}:{number}"
+                    yield origin, _json_row(origin, line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{key}={path} cannot be read after line {number}: {error}") from error
 
 
 def _json_row(origin: str, line: bytes) -> Row | BadRow:

@@ -1,0 +1,1 @@
+"""Training reward models offline: `python -m rlkit.train_reward reward=NAME`, one backend class per reward."""

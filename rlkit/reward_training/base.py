@@ -1,0 +1,189 @@
+"""The contract of a backend of `rlkit.train_reward`, and the configuration that all backends share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+from pydantic import Field, model_validator
+
+from rlkit.config.model_folder import ModelFolderError, check_model_folder
+from rlkit.config.schema import LearnerConfig, Section
+from rlkit.data.base import DataConfig
+
+Stage = Literal["train", "evaluate"]
+
+
+class TrainRewardConfig(Section):
+    """The whole configuration of `python -m rlkit.train_reward`."""
+
+    stage: Stage = "train"
+    """train: train and save `model/`; evaluate: judge the model as it is on all rows of the data."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the order of the rows and everything else that is random."""
+    run_dir: Path
+    """Folder of this run's files; made if missing, refused if it already holds a run."""
+    dry_run: bool = False
+    """Validate, say what would be done, exit."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What the model runs on."""
+    threads: int = Field(default=2, ge=1)
+    """CPU threads of each rank."""
+    reward: dict[str, Any]
+    """The backend: `_target_` and the fields of its `Config`."""
+    data: dict[str, Any] = Field(default={})
+    """The rows: the fields of the backend's `Data`."""
+
+
+class RewardDataConfig(DataConfig):
+    """Rows from a JSON Lines file, and which of them are held out. A backend nests a subclass as `Data`."""
+
+    path: str
+    """JSON Lines file (`.jsonl`, or `.jsonl.gz`) with the rows."""
+    heldout_path: str | None = None
+    """File with the held-out rows; null: a share of `path` (`heldout_share`)."""
+    heldout_share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the prompts of `path` that is held out, all rows of a prompt together; null means 0.1."""
+    heldout_seed: int = Field(default=0, ge=0)
+    """Chooses which prompts are held out; not the run's seed, so runs with several seeds are judged alike."""
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> RewardDataConfig:
+        if self.heldout_path is not None and self.heldout_share is not None:
+            raise ValueError("heldout_share has no effect with heldout_path: set one of them")
+        return self
+
+
+class RewardTrainingConfig(Section):
+    """Fields every backend has. A backend nests its own subclass as `Config` and may change defaults there."""
+
+    model_path: str = "embedded:policy"
+    """Folder of the Hugging Face model that training starts from, with its tokenizer."""
+    trust_remote_code: bool = False
+    """Run Python code found in the model folder. Off unless you know who wrote it."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training rows; a fraction ends within one."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, in place of `epochs`."""
+    batch_size: int = Field(default=64, ge=1)
+    """Examples per optimizer step."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after warm-up, down to `min_learning_rate_ratio` at the last step."""
+    warmup_share: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps with a linear warm-up (rounded up)."""
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    tokens_per_microbatch: int = Field(default=16384, ge=1)
+    """Tokens (prompts shared between responses count once) that one forward and backward pass takes."""
+    ranks: int = Field(default=1, ge=1)
+    """Data-parallel processes."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: what is partitioned over ranks (1 optimizer, 2 + gradients, 3 + parameters)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 (with fp32 master weights; zero_stage 1 or more) on CUDA, float32 on CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    evaluate_every_steps: int = Field(default=0, ge=0)
+    """Held-out evaluation every so many steps, besides the ones before and after training. 0: only those two."""
+
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps for so many training examples."""
+        return self.steps or max(1, math.ceil(self.epochs * examples / self.batch_size))
+
+    def learner(self, total_steps: int) -> LearnerConfig:
+        """What `SupervisedEngine` takes."""
+        shared = {name: getattr(self, name) for name in LearnerConfig.model_fields if hasattr(self, name)}
+        return LearnerConfig(**shared, warmup_steps=math.ceil(self.warmup_share * total_steps))
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """Where a backend runs."""
+
+    run_dir: Path
+    device: str = "cpu"
+    seed: int = 0
+    rank: int = 0
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the trained model belongs: a plain Hugging Face folder with tokenizer."""
+        return self.run_dir / "model"
+
+
+class Report(Protocol):
+    """Through it a backend tells what it does. On ranks other than 0 all calls do nothing."""
+
+    def phase(self, name: str) -> None:
+        """What goes on now (`reading data`, `loading the model`), for the console."""
+
+    def begins(self, total_steps: int) -> None:
+        """Training begins now; steps done and the time left are shown from here."""
+
+    def __call__(self, step: int, **metrics: float) -> None:
+        """A step is done (0: before the first). Names are `area/name`: `report(step=3, **{"prm/loss": 0.6})`."""
+
+    def evaluation(self, step: int, **metrics: float) -> None:
+        """A held-out evaluation after `step` steps is done."""
+
+    def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Lines for samples.jsonl: what the model makes of single rows."""
+
+    def text(self, text: str) -> None:
+        """Something to be said to the user in so many words (a table)."""
+
+    def warn(self, message: str) -> None:
+        """Something the user should know."""
+
+
+class RewardTraining(ABC):
+    """One kind of reward model. Made on every rank, inside an initialised process group with `threads` set.
+
+    `run` must leave the trained model in `context.model_folder` (all ranks take part, rank 0 writes).
+    Errors for the user: `DataError` for rows, `ModelLoadError` for models; their message is all that is shown.
+    """
+
+    Config: ClassVar[type[RewardTrainingConfig]] = RewardTrainingConfig
+    Data: ClassVar[type[DataConfig]] = RewardDataConfig
+    stages: ClassVar[tuple[Stage, ...]] = ("train",)
+    """What it can do; `evaluate` is refused at start where it is missing here."""
+
+    def __init__(self, config: Any, data: Any, context: TrainingContext) -> None:
+        self.config, self.data, self.context = config, data, context
+
+    @classmethod
+    def check(cls, config: Any, data: Any) -> list[str]:
+        """Cheap checks, without torch: messages for the user, each beginning with the key it is about.
+
+        Subclasses add to what `super().check(config, data)` returns.
+        """
+        messages = []
+        try:
+            check_model_folder(config.model_path)
+        except ModelFolderError as error:
+            messages.append(f"reward.model_path={config.model_path}: {error}")
+        for key in ("path", "heldout_path"):
+            name = getattr(data, key, None)
+            if name is not None and not Path(name).expanduser().is_file():
+                messages.append(f"data.{key}={name}: no such file (looked from {Path.cwd()})")
+        return messages
+
+    @abstractmethod
+    def run(self, report: Report) -> dict[str, Any]:
+        """Train; returns the summary that becomes summary.json."""
+
+    def evaluate(self, report: Report) -> dict[str, Any]:
+        """`stage=evaluate`: judge the model as it is; returns the summary."""
+        raise NotImplementedError(f"{type(self).__name__} has no stage=evaluate")
