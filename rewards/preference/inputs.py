@@ -1,0 +1,117 @@
+"""From a conversation and a response to the tokens that a preference model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rewards.preference.folder import LONGEST_INPUT, ClassifierError
+from rlkit.experience import Message
+
+Layout = Literal["chat", "pair"]
+
+_PROBE = "Tom  has 3 apples,\n and 12.5% of £7?"
+
+
+class Unreadable(ValueError):
+    """This conversation cannot be given to the model; the message is the reason (`class: details`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One input of the model."""
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] = ()
+    """Segment numbers, for models that have them (BERT); else empty."""
+
+
+class Encoder:
+    """Tokenises conversations with the model's own chat template, or as a pair of texts.
+
+    Special tokens written out in a response (a forged end of turn, a second user) are removed: no response can leave
+    its turn. The prompt is left as it is.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, chat_template: str | None, max_length: int) -> None:
+        """Raises ClassifierError if the folder's tokenizer does not load or has no template."""
+        from transformers import AutoTokenizer
+
+        try:
+            # No limit, hence no warning: lengths are checked here.
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise ClassifierError(f"reward.model_path: the tokenizer of {folder} does not load: {reason}") from error
+        self.max_length = min(max_length, int(self.tokenizer.model_max_length), LONGEST_INPUT)
+        self._layout = layout
+        self._template: str | None = None
+        if chat_template is not None:
+            try:
+                self._template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ClassifierError(f"reward.chat_template={chat_template} cannot be read: {error}") from error
+        if layout == "chat" and not (self._template or self.tokenizer.chat_template):
+            raise ClassifierError(
+                f"reward.model_path: the tokenizer of {folder} has no chat template; name a Jinja file with "
+                "reward.chat_template, or use reward.layout=pair if the model reads (prompt, response)"
+            )
+        self._special = sorted(set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        _check_saved_tokenizer(self.tokenizer, folder)
+        self._check_one_bos()
+
+    def encode(self, messages: Sequence[Message], response: str) -> Encoded:
+        """Raises Unreadable if the template refuses the conversation or the input is longer than `max_length`."""
+        found = self._encode(messages, without(response, self._special))
+        if len(found.ids) > self.max_length:
+            raise Unreadable(f"too_long: {len(found.ids)} tokens where the preference model takes {self.max_length}")
+        if not found.ids:
+            raise Unreadable("empty: prompt and response have no token")
+        return found
+
+    def _encode(self, messages: Sequence[Message], response: str) -> Encoded:
+        if self._layout == "pair":
+            prompt = "\n".join(message.content for message in messages)
+            pair = self.tokenizer(prompt, response, truncation=False, verbose=False)
+            return Encoded(tuple(pair["input_ids"]), tuple(pair.get("token_type_ids", ())))
+        from jinja2 import TemplateError
+
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        chat.append({"role": "assistant", "content": response})
+        try:
+            text = self.tokenizer.apply_chat_template(chat, chat_template=self._template, tokenize=False)
+        except TemplateError as error:
+            raise Unreadable(f"template: the chat template refuses this conversation: {error}") from error
+        return Encoded(tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+
+    def _check_one_bos(self) -> None:
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and self._encode([Message("user", "Hi")], "Hi").ids[:2] == (bos, bos):
+            raise ClassifierError("the preference model's chat template begins with the BOS token twice: remove one")
+
+
+def without(text: str, forbidden: Sequence[str]) -> str:
+    """The text without any of these strings, also none that their removal would form."""
+    before = None
+    while before != text:
+        before = text
+        for token in forbidden:
+            text = text.replace(token, "")
+    return text
+
+
+def _check_saved_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """transformers may replace a saved tokenizer by its model type's, which can lose white space in silence."""
+    saved = folder / "tokenizer.json"
+    if not saved.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    expected = Tokenizer.from_file(str(saved)).encode(_PROBE, add_special_tokens=False).ids
+    if tokenizer.encode(_PROBE, add_special_tokens=False) != expected:
+        raise ClassifierError(
+            f"{folder}: transformers chose {type(tokenizer).__name__} for this model_type; it splits text otherwise "
+            "than the saved tokenizer.json, with which the model was trained: change model_type in config.json"
+        )

@@ -1,0 +1,132 @@
+"""`reward=preference`: the raw score of a Bradley-Terry reward model for prompt and response."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from rewards.base import Reward, RewardConfig, RewardContext
+from rewards.preference.folder import ClassifierError, check_classifier, positions
+from rewards.preference.inputs import Encoded, Encoder, Layout, Unreadable
+from rlkit.experience import Group, GroupScores, Message, Score
+
+if TYPE_CHECKING:
+    from rewards.preference.scorers import Scorer
+
+CANNED = ("Beijing.", "I don't know, and I would rather talk about something else.")
+"""Answers that the start-up test scores; of different lengths, so that padding is tried."""
+
+
+class PreferenceReward(Reward):
+    """Scores by a sequence classifier with one label: higher is better. The value is the raw, unbounded logit.
+
+    A difference of two values is the log-odds that the first response is preferred. An input longer than the model
+    takes is invalid (`too_long`), not cut: what was cut might have decided.
+    """
+
+    class Config(RewardConfig):
+        """Options of the preference reward."""
+
+        model_path: str
+        """Folder of a one-label `...ForSequenceClassification` with its tokenizer. Its Python code is never run."""
+        layout: Layout = "chat"
+        """chat: the conversation through the tokenizer's chat template; pair: the texts (prompt, response)."""
+        chat_template: str | None = None
+        """Path of a Jinja chat template that replaces the tokenizer's own."""
+        max_length: int | None = Field(default=None, ge=1)
+        """Tokens of prompt and response above which a sample is invalid; null: what model and tokenizer take."""
+        backend: Literal["auto", "packed", "padded"] = "auto"
+        """packed: no padding, a group's prompt once (decoders with a linear head); padded: any model, as transformers
+        runs it; auto: packed where it gives the same scores."""
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+        """auto: bfloat16 on CUDA, float32 on CPU. The head is always computed in float32."""
+        tokens_per_batch: int = Field(default=16384, ge=1)
+        """Tokens of one forward pass, shared prefixes counted for each sequence that has them."""
+
+    def __init__(self, config: Any, context: RewardContext) -> None:
+        super().__init__(config, context)
+        self._encoder: Encoder | None = None
+        self._scorer: Scorer | None = None
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """Whether the folder holds a one-label classifier that takes inputs of the length asked for."""
+        from rlkit.embedded import model_folder
+
+        try:
+            _longest(config, check_classifier(model_folder(config.model_path)))
+        except ValueError as error:
+            return [str(error)]
+        if config.chat_template is not None and config.layout == "pair":
+            return ["reward.chat_template has no effect with reward.layout=pair"]
+        return []
+
+    def start(self) -> None:
+        """Load tokenizer and model and score two canned answers. Raises ClassifierError with the cause."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from rewards.preference.scorers import load_scorer
+        from rlkit.embedded import model_folder
+
+        config, folder = self.config, model_folder(self.config.model_path)
+        longest = _longest(config, check_classifier(folder))
+        encoder = Encoder(folder, config.layout, config.chat_template, longest)
+        self._encoder = encoder
+        question = [Message("user", "What is the capital of China?")]
+        self._scorer = load_scorer(
+            folder,
+            device=self.context.device,
+            dtype=config.dtype,
+            threads=self.context.threads,
+            tokens_per_batch=config.tokens_per_batch,
+            tokenizer_pad_id=encoder.tokenizer.pad_token_id,
+            backend=config.backend,
+            canned=[encoder.encode(question, answer) for answer in CANNED],
+            longest=encoder.max_length,
+        )
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Score every response after its prompt."""
+        if self._scorer is None:
+            raise RuntimeError("PreferenceReward.start() was not called, or failed")
+        inputs = [self._encoded(group) for group in groups]
+        readable = [[item for item in group if isinstance(item, Encoded)] for group in inputs]
+        values = (value for group in self._scorer.score([group for group in readable if group]) for value in group)
+        return [
+            GroupScores(tuple(Score.invalid(item) if isinstance(item, str) else _score(next(values)) for item in group))
+            for group in inputs
+        ]
+
+    def close(self) -> None:
+        """Free the model."""
+        self._scorer = None
+
+    def _encoded(self, group: Group) -> list[Encoded | str]:
+        """Per sample the model's input, or why there is none."""
+        assert self._encoder is not None
+        found: list[Encoded | str] = []
+        for sample in group.samples:
+            try:
+                found.append(self._encoder.encode(group.prompt.messages, sample.text))
+            except Unreadable as error:
+                found.append(str(error))
+        return found
+
+
+def _score(logit: float) -> Score:
+    if not math.isfinite(logit):
+        return Score.invalid(f"not_finite: the preference model's score is {logit}")
+    return Score(value=logit, components={"preference": logit})
+
+
+def _longest(config: PreferenceReward.Config, model: dict[str, Any]) -> int:
+    """Tokens an input may have. Raises ClassifierError if more are asked for than the model takes."""
+    room = positions(model)
+    if config.max_length is not None and config.max_length > room:
+        raise ClassifierError(
+            f"reward.max_length={config.max_length} is more than {config.model_path} takes: {room} (null takes those)"
+        )
+    return config.max_length or room
