@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from rlkit.models.packing import Tree
 
 
+RELEASED_ARCHITECTURE = "InternLM2ForRewardModel"
+"""What config.json of a released POLAR checkpoint names."""
+
+
 class DiscriminatorError(ValueError):
     """A model folder that cannot serve as discriminator; the message says why and what to do."""
 
@@ -22,8 +26,8 @@ class DiscriminatorError(ValueError):
 class Backend(Protocol):
     """Scores token sequences."""
 
-    def score(self, trees: Sequence[Tree]) -> list[float]:
-        """Raw logits of all sequences of all trees, in order."""
+    def score(self, trees: Sequence[Tree]) -> Sequence[float | str]:
+        """Raw logits of all sequences of all trees, in order; a reason in the place of one that cannot be scored."""
         ...
 
     def close(self) -> None:
@@ -127,16 +131,26 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise DiscriminatorError(f"reward.model_path: {folder} holds no config.json; name a Hugging Face model folder")
     config: dict[str, Any] = json.loads(path.read_text())
     architectures = config.get("architectures") or ["(none)"]
+    if architectures[0] == RELEASED_ARCHITECTURE:
+        raise DiscriminatorError(
+            f"reward.model_path: {folder} holds a {RELEASED_ARCHITECTURE}, which is Python code of its own; convert it "
+            f"once, exactly, to a model that transformers and vLLM know: python -m rlkit.convert_polar {folder} "
+            f"{folder}-llama, then reward.model_path={folder}-llama"
+        )
     if not architectures[0].endswith("ForSequenceClassification"):
         raise DiscriminatorError(
             f"reward.model_path: {folder} holds a {architectures[0]}; a discriminator is a "
-            "`...ForSequenceClassification` with one label (an InternLM2ForRewardModel has to be converted to "
-            "LlamaForSequenceClassification, and a causal language model has no trained head)"
+            "`...ForSequenceClassification` with one label (a causal language model has no trained head)"
         )
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if labels != 1:
         raise DiscriminatorError(f"reward.model_path: {folder} has {labels} labels; a discriminator has one")
     return config
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds a model's weights, and not only its configuration and tokenizer."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
 
 
 def torch_dtype(dtype: str, device: str) -> torch.dtype:

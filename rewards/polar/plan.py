@@ -30,19 +30,22 @@ class GroupPlan:
     group: Group
     comparisons: tuple[Comparison, ...]
 
-    def scores(self, values: Sequence[Sequence[float]], reduce: Reduce) -> GroupScores:
-        """Scores from one raw logit per comparison and suffix."""
+    def scores(self, values: Sequence[Sequence[float | str]], reduce: Reduce) -> GroupScores:
+        """Scores from one raw logit (or the reason why there is none) per comparison and suffix."""
         return GroupScores(tuple(self._score(place, values, reduce) for place in range(len(self.group.samples))))
 
-    def _score(self, place: int, values: Sequence[Sequence[float]], reduce: Reduce) -> Score:
+    def _score(self, place: int, values: Sequence[Sequence[float | str]], reduce: Reduce) -> Score:
         if not self.comparisons:
             return Score.invalid("no_reference: the prompt has no reference answer")
-        raw = []
+        raw: list[float] = []
         for comparison, logits in zip(self.comparisons, values, strict=True):
             which = comparison.sequence_of[place]
             if isinstance(which, str):
                 return Score.invalid(which)
-            raw.append(logits[which])
+            logit = logits[which]
+            if isinstance(logit, str):
+                return Score.invalid(logit)
+            raw.append(logit)
         if not all(math.isfinite(logit) for logit in raw):
             return Score.invalid(f"not_finite: the discriminator's score is {raw}")
         value = max(raw) if reduce == "max" else sum(raw) / len(raw)

@@ -1,0 +1,134 @@
+"""Small HTTP servers that answer in the wire formats of SGLang and LMDeploy, with the scores of a real model."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Scorer = Callable[[Sequence[Sequence[int]]], list[float]]
+
+
+def sglang_answer(scores: Sequence[float], _: Any) -> Any:
+    """A list, one object per input."""
+    return [{"embedding": [score], "meta_info": {"id": f"{i}", "prompt_tokens": 3}} for i, score in enumerate(scores)]
+
+
+def lmdeploy_answer(scores: Sequence[float], body: Any) -> Any:
+    """An OpenAI-like list; here in another order than the inputs, which the index puts right."""
+    data = [{"index": i, "object": "pooling", "data": score} for i, score in enumerate(scores)]
+    return {"id": "x", "object": "list", "created": 1, "model": body.get("model", ""), "data": data[::-1], "usage": {}}
+
+
+FORMATS: dict[str, tuple[str, str, Callable[[Sequence[float], Any], Any]]] = {
+    "http_sglang": ("/classify", "input_ids", sglang_answer),
+    "http_lmdeploy": ("/pooling", "input", lmdeploy_answer),
+}
+"""Backend -> path, key of the inputs, answer."""
+
+
+class FakeServer:
+    """What it was asked, and how it misbehaves."""
+
+    def __init__(self, kind: str, scorer: Scorer) -> None:
+        self.path, self.key, self.answer = FORMATS[kind]
+        self.scorer = scorer
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.faults: list[Callable[[BaseHTTPRequestHandler, dict[str, Any]], bool]] = []
+        """Each is tried on a request, first to last; the first that returns True has answered it and is removed."""
+        self.always: Callable[[BaseHTTPRequestHandler, dict[str, Any]], bool] | None = None
+        self.open, self.most_open = 0, 0
+        self.lock = threading.Lock()
+        self.url = ""
+
+    def take(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        with self.lock:
+            self.open += 1
+            self.most_open = max(self.most_open, self.open)
+            self.bodies.append(body)
+            self.keys.append(handler.headers.get("Authorization"))
+            fault = self.faults.pop(0) if self.faults else None
+        try:
+            if handler.path != self.path:
+                reply(handler, 404, {"detail": "Not Found"})
+            elif not ((fault and fault(handler, body)) or (self.always and self.always(handler, body))):
+                reply(handler, 200, self.answer(self.scorer(body[self.key]), body))
+        finally:
+            with self.lock:
+                self.open -= 1
+
+
+def reply(handler: BaseHTTPRequestHandler, status: int, answer: Any) -> None:
+    """Send a JSON answer (or the text itself)."""
+    content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def status(code: int, text: str = "busy") -> Callable[[BaseHTTPRequestHandler, dict[str, Any]], bool]:
+    """A fault: this status."""
+
+    def fault(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> bool:
+        reply(handler, code, text)
+        return True
+
+    return fault
+
+
+def hang_up(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> bool:
+    """A fault: close the connection in the middle of an answer."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"data": [')
+    handler.close_connection = True
+    return True
+
+
+def trickle(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> bool:
+    """A fault: a byte now and then, for ever (until the client leaves)."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    try:
+        for _i in range(200):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.05)
+    except OSError:
+        pass
+    handler.close_connection = True
+    return True
+
+
+@contextmanager
+def fake_server(kind: str, scorer: Scorer, port: int = 0) -> Iterator[FakeServer]:
+    """A server on loopback for the length of the block."""
+    fake = FakeServer(kind, scorer)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            fake.take(self)
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.daemon_threads = True
+    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
