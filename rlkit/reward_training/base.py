@@ -15,14 +15,15 @@ from rlkit.config.model_folder import ModelFolderError, check_model_folder
 from rlkit.config.schema import LearnerConfig, Section
 from rlkit.data.base import DataConfig
 
-Stage = Literal["train", "evaluate"]
+Stage = Literal["train", "evaluate", "pretrain", "finetune", "generate"]
 
 
 class TrainRewardConfig(Section):
     """The whole configuration of `python -m rlkit.train_reward`."""
 
     stage: Stage = "train"
-    """train: train and save `model/`; evaluate: judge the model as it is on all rows of the data."""
+    """train: train and save `model/`; evaluate: judge the model as it is on all rows of the data. reward=polar trains in
+    two stages, pretrain and finetune, and can generate what it is pre-trained on."""
     seed: int = Field(default=0, ge=0)
     """Seeds the order of the rows and everything else that is random."""
     run_dir: Path
@@ -116,6 +117,7 @@ class TrainingContext:
     device: str = "cpu"
     seed: int = 0
     rank: int = 0
+    stage: Stage = "train"
 
     @property
     def model_folder(self) -> Path:
@@ -182,7 +184,7 @@ class RewardTraining(ABC):
 
     @abstractmethod
     def run(self, report: Report) -> dict[str, Any]:
-        """Train; returns the summary that becomes summary.json."""
+        """Do what `context.stage` says, unless that is evaluate; returns the summary that becomes summary.json."""
 
     def evaluate(self, report: Report) -> dict[str, Any]:
         """`stage=evaluate`: judge the model as it is; returns the summary."""

@@ -76,9 +76,9 @@ def _run(rank: int, resolved: ResolvedRewardTraining, report: Any, port: int) ->
     torch.manual_seed(config.seed)
     if not dist.is_initialized():  # the tests' process runs several trainings
         init_process_group(rank, reward.ranks, "127.0.0.1", port, config.device)
-    context = TrainingContext(config.run_dir, config.device, config.seed, rank)
+    context = TrainingContext(config.run_dir, config.device, config.seed, rank, config.stage)
     backend = resolved.backend(resolved.reward, resolved.data, context)
-    summary = backend.run(report) if config.stage == "train" else backend.evaluate(report)
+    summary = backend.evaluate(report) if config.stage == "evaluate" else backend.run(report)
     return {**summary, "wall_seconds": round(time.monotonic() - began, 3)}
 
 
