@@ -53,3 +53,20 @@ def last_token_share(process: Ragged, masks: Masks, keep: Bool) -> float:
     rows = [np.abs(r[m]) for r, m, k in zip(process, masks, keep, strict=True) if k and m.any()]
     total = sum(float(row.sum()) for row in rows)
     return sum(float(row[-1]) for row in rows) / total if total > 0 else float("nan")
+
+
+def brier(scores: Float64, labels: Float64) -> float:
+    """Mean (sigma(s) - label)^2 over samples [B]: 0.25 for a model that knows nothing, 0 for one that knows all."""
+    return float(((_sigmoid(scores) - labels) ** 2).mean())
+
+
+def calibration_error(scores: Float64, labels: Float64, bins: int = 10) -> float:
+    """|mean sigma(s) - mean label| in equal bins of sigma(s), weighted by their samples (arXiv 1706.04599 eq. 3)."""
+    predicted = _sigmoid(scores)
+    place = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    gaps = [abs(float((predicted - labels)[place == b].sum())) for b in np.unique(place)]
+    return sum(gaps) / len(labels)
+
+
+def _sigmoid(scores: Float64) -> Float64:
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * scores)))  # without overflow for large |s|

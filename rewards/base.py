@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from rlkit.experience import Group, GroupScores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RewardConfig(BaseModel):
@@ -117,6 +121,18 @@ class TrainableReward(Reward):
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Scores after an update, for `update_when = "before"`; groups carry their earlier scores."""
         return self.score(groups)
+
+    @classmethod
+    def follows_policy(cls, config: Any) -> bool:
+        """Whether `policy_weights` must be called with every version of the policy."""
+        return False
+
+    def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """The policy's present weights under their Hugging Face names (read only), for rewards that follow it."""
+        raise TypeError(f"{type(self).__name__} says that it follows the policy but defines no policy_weights")
+
+    def save(self, folder: Path) -> None:
+        """Write what was learnt as a plain Hugging Face folder, to be used outside of this run."""
 
     @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from statistics import fmean
 from typing import TypeVar
 
 from rlkit.config.schema import TrainerConfig
@@ -46,6 +48,55 @@ class UpdateGuard:
                 f"{' and of the '.join(skipped)} (trainer.max_skipped_updates): lower learner.learning_rate (or "
                 "critic.learning_rate), or look at the rewards in samples.jsonl"
             )
+
+
+class HackingAlarm:
+    """Warns when what is learnt looks better while the rule verifier says that answers get worse.
+
+    Compares the means of the last `window` steps with those of the `window` before: a reward or the accuracy of a
+    process reward model that rises by more than `RISE`, beside a share of right answers that falls by more than `FALL`.
+    It warns at most once per window.
+    """
+
+    RISE, FALL = 0.01, 0.02
+    LEARNT: Mapping[str, str] = {
+        "prm/pair_accuracy": "the process reward model's pair accuracy",
+        "reward/mean": "the mean reward",
+    }
+
+    def __init__(self, window: int, warn: Callable[[str], None]) -> None:
+        """`window` in steps; 0 turns it off."""
+        self.window, self.warn = window, warn
+        self.history: deque[Mapping[str, float]] = deque(maxlen=2 * window)
+        self.quiet = 0
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Look at one step's metrics."""
+        names = ("accuracy/train", *self.LEARNT)
+        self.history.append({name: metrics[name] for name in names if name in metrics})
+        self.quiet -= 1
+        if not self.window or len(self.history) < 2 * self.window or self.quiet > 0:
+            return
+        verified = self._change("accuracy/train")
+        if verified is None or verified[1] - verified[0] > -self.FALL:
+            return
+        for name, what in self.LEARNT.items():
+            change = self._change(name)
+            if change is not None and change[1] - change[0] > self.RISE:
+                self.quiet = self.window
+                self.warn(
+                    f"{what} rose from {change[0]:.3f} to {change[1]:.3f} over {2 * self.window} steps while the share "
+                    f"of answers that the rule verifier finds right fell from {verified[0]:.1%} to {verified[1]:.1%}: "
+                    "the policy may be fooling its reward (read samples.jsonl; docs/metrics.md says more)"
+                )
+
+    def _change(self, name: str) -> tuple[float, float] | None:
+        """Means over the earlier and the later half; None if a half has no value."""
+        steps = list(self.history)
+        halves = [
+            [step[name] for step in half if name in step] for half in (steps[: self.window], steps[self.window :])
+        ]
+        return (fmean(halves[0]), fmean(halves[1])) if all(halves) else None
 
 
 async def within(seconds: float, what: str, work: Awaitable[T]) -> T:

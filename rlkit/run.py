@@ -24,7 +24,7 @@ from rlkit.embedded import model_folder
 from rlkit.evaluation import VERIFIER, Evaluator
 from rlkit.experience import Prompt
 from rlkit.experience.buffer import TooManyRejectedError
-from rlkit.guard import TrainingFailedError, UpdateGuard
+from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard
 from rlkit.rollout.pool import RolloutPool, WeightsNotLoadedError
 from rlkit.rollout.producer import Producer
 from rlkit.serving.pool import RewardPool
@@ -154,6 +154,7 @@ async def _start(
         folder=folder,
         tracker=tracker,
         guard=UpdateGuard(config.trainer, tracker.warn),
+        alarm=HackingAlarm(config.trainer.hacking_alarm_steps, tracker.warn),
         began=began,
     )
 

@@ -11,7 +11,7 @@ from algorithms.base import Advantages, Algorithm, Experience
 from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
-from rlkit.guard import TrainingFailedError, UpdateGuard, waited_for, within
+from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard, waited_for, within
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.producer import Producer, until
@@ -38,6 +38,7 @@ class Trainer:
     folder: RunFolder
     tracker: Tracker
     guard: UpdateGuard
+    alarm: HackingAlarm
     began: float
     """`time.monotonic()` at the start of the run."""
     version: int = 0
@@ -101,6 +102,7 @@ class Trainer:
             "weights/canary_difference": difference,
         }
         self.algorithm.observe(metrics)
+        self.alarm.check(metrics)
         self.tracker.step(step, metrics, groups, advantages.tokens)
 
     async def collect(self, producing: asyncio.Task[None]) -> tuple[list[Group], dict[str, float]]:
@@ -130,7 +132,8 @@ class Trainer:
         """
         with self.tracker.timed("publish"):
             bundle, wanted = await self.learner.policy.publishable(self.canary)
-            difference = await self.rollout.load_weights(bundle, self.version, self.canary, wanted)
+            loading = self.rollout.load_weights(bundle, self.version, self.canary, wanted)
+            difference, _ = await asyncio.gather(loading, self.reward.follow(bundle))
             if self.version and not last:
                 await self.buffer.advance.remote(self.version)
         return difference
@@ -147,7 +150,9 @@ class Trainer:
         self.tracker.evaluation(step, result.accuracy, result.metrics)
 
     async def save(self, step: int) -> None:
-        """Write `checkpoints/step_NNNNNN/policy`, a plain Hugging Face folder."""
+        """Write `checkpoints/step_NNNNNN/policy`, a plain Hugging Face folder; beside it `reward`, if that learns."""
         with self.tracker.timed("save"):
-            work = self.learner.policy.save(self.folder.policy(step))
-            await within(self.config.trainer.step_timeout_seconds, f"saving the policy after step {step}", work)
+            work = asyncio.gather(
+                self.learner.policy.save(self.folder.policy(step)), self.reward.save(self.folder.reward(step))
+            )
+            await within(self.config.trainer.step_timeout_seconds, f"saving the models after step {step}", work)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from rlkit.config.schema import TrainerConfig
-from rlkit.guard import TrainingFailedError, UpdateGuard, within
+from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard, within
 
 FINE = {"policy/trained_samples": 8.0, "policy/skipped_updates": 0.0, "mismatch/logprob_mean": 1e-6}
 
@@ -45,3 +45,30 @@ def test_what_is_wrong_is_said(change: dict[str, float], text: str) -> None:
     guard.check(FINE | change)
     assert len(said) == 1
     assert text in said[0]
+
+
+def alarm_after(steps: list[dict[str, float]], window: int = 3) -> list[str]:
+    heard: list[str] = []
+    alarm = HackingAlarm(window, heard.append)
+    for metrics in steps:
+        alarm.check(metrics)
+    return heard
+
+
+def test_a_reward_that_rises_while_answers_get_worse_is_reported_once_per_window() -> None:
+    steps = [{"reward/mean": 0.1 * i, "accuracy/train": 0.9 - 0.05 * i} for i in range(9)]
+    heard = alarm_after(steps)
+    assert len(heard) == 2  # after steps 6 and 9
+    assert "mean reward rose from 0.100 to 0.400" in heard[0]
+    assert "fell from 85.0% to 70.0%" in heard[0]
+    prm = [{"prm/pair_accuracy": 0.5 + 0.05 * i, "accuracy/train": 0.9 - 0.05 * i} for i in range(6)]
+    assert "pair accuracy rose" in alarm_after(prm)[0]
+
+
+def test_no_alarm_while_both_rise_or_nothing_is_verified() -> None:
+    rising = [{"reward/mean": 0.1 * i, "accuracy/train": 0.1 * i} for i in range(8)]
+    assert alarm_after(rising) == []
+    assert alarm_after([{"reward/mean": 0.1 * i} for i in range(8)]) == []
+    falling = [{"reward/mean": 0.1 * i, "accuracy/train": -0.1 * i} for i in range(8)]
+    assert alarm_after(falling[:5]) == []  # too early to compare
+    assert alarm_after(falling, window=0) == []

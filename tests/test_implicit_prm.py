@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from learner_fixture import VOCABULARY, make_groups, write_tiny_model
+from learner_fixture import VOCABULARY, make_groups, write_tiny_model, write_tokenizer
 
 from algorithms.base import Experience
 from algorithms.prime import PRIME
 from algorithms.prime_parity import prime_rloo
+from algorithms.prm_metrics import brier, calibration_error
 from rewards.base import RewardContext
+from rewards.implicit_prm.monitors import before_update
 from rewards.implicit_prm.reward import ImplicitPRM
 from rlkit.experience import Group, GroupScores, Score
 
@@ -69,7 +71,7 @@ def test_every_objective_learns_to_order_right_before_wrong(model: Path, objecti
         metrics = reward.update(rescored(reward, labelled(seed)))
         losses.append(metrics["prm/loss"])
     unseen = rescored(reward, labelled(99))
-    accuracy = reward.model._measured(unseen)["prm/pair_accuracy"]
+    accuracy = before_update(unseen)["prm/pair_accuracy"]
     assert losses[-1] < losses[0]
     assert accuracy > 0.8
 
@@ -120,6 +122,81 @@ def test_state_survives_a_round_trip(model: Path) -> None:
     groups = labelled(3)
     for a, b in zip(reward.rescore(groups), other.rescore(groups), strict=True):
         np.testing.assert_array_equal(a.samples[0].token_rewards, b.samples[0].token_rewards)
+
+
+def test_the_policy_as_reference_gives_rewards_against_the_policy_of_the_moment(model: Path, tmp_path: Path) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    frozen, following = prm(model, reference_path=str(other)), prm(model, reference="policy")
+    assert not ImplicitPRM.follows_policy(frozen.config) and ImplicitPRM.follows_policy(following.config)
+    following.policy_weights(1, list(frozen.model.reference.model.named_parameters()))
+    for a, b in zip(frozen.rescore(labelled()), following.rescore(labelled()), strict=True):
+        for one, wanted in zip(b.samples, a.samples, strict=True):
+            assert np.abs(wanted.token_rewards).max() > 1e-4
+            np.testing.assert_array_equal(one.token_rewards, wanted.token_rewards)
+    with pytest.raises(ValueError, match="the policy's own architecture"):
+        following.policy_weights(2, [])
+
+
+def test_without_an_outcome_it_is_a_scorer_of_its_own(model: Path) -> None:
+    learnt = prm(model)
+    learnt.update(rescored(learnt, labelled()))
+    alone = prm(model, outcome=None, update="none")
+    alone.model.engine.module.load_state_dict(learnt.model.engine.module.state_dict())
+    bare = [replace(group, scores=None) for group in labelled(1)]
+    for a, b in zip(alone.score(bare), learnt.rescore(labelled(1)), strict=True):
+        for one, wanted in zip(a.samples, b.samples, strict=True):
+            np.testing.assert_array_equal(one.token_rewards, wanted.token_rewards)
+            assert one.value == wanted.components["implicit_prm"]
+    assert ImplicitPRM.needs(alone.config).answer is False
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        ImplicitPRM.Config(outcome=None)
+
+
+@pytest.mark.parametrize("when", ["after", "before", "none"])
+def test_when_it_learns_is_what_the_pool_asks(when: str) -> None:
+    assert ImplicitPRM.update_when(ImplicitPRM.Config(update=when)) == when  # type: ignore[arg-type]
+
+
+def test_what_is_saved_scores_the_same(model: Path, tmp_path: Path) -> None:
+    write_tokenizer(model)
+    learnt = prm(model)
+    learnt.update(rescored(learnt, labelled()))
+    learnt.save(tmp_path / "prm")
+    loaded = prm(tmp_path / "prm", reference_path=str(model), update="none")
+    for a, b in zip(learnt.rescore(labelled(2)), loaded.rescore(labelled(2)), strict=True):
+        for one, other in zip(a.samples, b.samples, strict=True):
+            np.testing.assert_array_equal(one.token_rewards, other.token_rewards)
+
+
+def test_some_groups_are_never_learnt_from(model: Path) -> None:
+    reward = prm(model, heldout_groups=2)
+    equal = [
+        replace(g, id=f"equal{i}", scores=GroupScores(tuple(Score(1.0) for _ in g.samples)))
+        for i, g in enumerate(labelled(5))
+    ]
+    reward.update(rescored(reward, equal))
+    assert reward.model.heldout.groups == []  # nothing can be ordered there
+    first = reward.update(rescored(reward, labelled(0)))
+    (kept,) = reward.model.heldout.groups  # a quarter of six groups, rounded down
+    assert first["prm/heldout_pair_accuracy"] == pytest.approx(0.5, abs=0.5)
+    second = rescored(reward, [replace(g, id=f"second{i}") for i, g in enumerate(labelled(1))])
+    assert [g.id for g in reward.model.heldout.set_aside(second)] == [f"second{i}" for i in range(1, 6)]
+    assert [g.id for g in reward.model.heldout.set_aside(second)] == [g.id for g in second]  # there are enough now
+    assert reward.model.heldout.groups[0] is kept
+
+
+def test_calibration_by_hand() -> None:
+    scores = np.log(np.array([0.25, 0.25, 0.85, 0.85]) / np.array([0.75, 0.75, 0.15, 0.15]))
+    labels = np.array([0.0, 1.0, 1.0, 1.0])
+    assert brier(scores, labels) == pytest.approx((0.25**2 + 0.75**2 + 2 * 0.15**2) / 4)
+    assert calibration_error(scores, labels) == pytest.approx(0.5 * 0.25 + 0.5 * 0.15)
+    assert brier(np.array([900.0, -900.0]), np.array([1.0, 0.0])) == 0.0
+
+
+def test_offloading_on_a_cpu_is_refused(model: Path) -> None:
+    config = ImplicitPRM.Config(model_path=str(model), offload=True, outcome=None, update="none")
+    with pytest.raises(ValueError, match=r"reward\.offload=true"):
+        ImplicitPRM(config, RewardContext()).start()
 
 
 def with_process(seed: int = 0) -> list[Group]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +14,14 @@ import torch
 from torch import Tensor
 
 from algorithms import prm_losses
-from algorithms.prm_metrics import pair_accuracy, sign_accuracy
 from rewards.base import RewardContext
+from rewards.implicit_prm.monitors import HeldOut, before_update, labels_of
 from rlkit.config.schema import LearnerConfig
+from rlkit.data.prompts import load_tokenizer
 from rlkit.embedded import model_folder
 from rlkit.experience import Group
 from rlkit.learner.engine import build_engine, init_process_group, optimizer_step, resolve_dtype
+from rlkit.learner.policy import save_policy
 from rlkit.learner.ragged import per_token
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import load_causal_lm
@@ -34,7 +38,8 @@ class ImplicitModel:
 
     def __init__(self, config: ImplicitPRM.Config, context: RewardContext) -> None:
         self.config, self.device = config, context.device
-        path = model_folder(config.model_path)
+        self._resident = True
+        self.path = path = model_folder(config.model_path)
         reference_path = path if config.reference_path is None else model_folder(config.reference_path)
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -52,17 +57,27 @@ class ImplicitModel:
         self.reference = load_causal_lm(reference_path, dtype).to(self.device).eval().requires_grad_(False)
         if config.reference_path is None:
             self._check_equal()
+        self.heldout = HeldOut(config.heldout_groups)
+        self._leave_device()
 
     def token_rewards(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """beta * (log pi_phi - log pi_ref), [T] float32, of every sample of every group, in order."""
-        with torch.no_grad():
+        with torch.no_grad(), self._on_device():
+            self.engine.eval()
             ratios = per_token(self._log_ratios, groups, self.config.tokens_per_microbatch, self.device)
         return [(self.config.beta * ratio).astype(np.float32) for ratio in ratios]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """One pass over the groups in mini-batches; metrics `prm/...`, the accuracies from before the update."""
-        metrics = self._measured(groups)
-        losses, norms = [], []
+        metrics = before_update(groups)
+        groups = self.heldout.set_aside(groups)
+        if self.heldout.groups:
+            metrics |= self.heldout.metrics(self.token_rewards(self.heldout.groups))
+        with self._on_device():
+            return metrics | self._learn(groups)
+
+    def _learn(self, groups: Sequence[Group]) -> dict[str, float]:
+        losses, norms, skipped = [], [], 0
         for start in range(0, len(groups), self.config.minibatch_groups):
             chosen = [g for g in groups[start : start + self.config.minibatch_groups] if self._count([g])]
             total = self._count(chosen)
@@ -76,24 +91,76 @@ class ImplicitModel:
             done = optimizer_step(self.engine, shares, self.config.learning_rate)
             losses.append(float(torch.stack(seen).sum()))
             norms.append(done.grad_norm)
-            metrics["prm/skipped_updates"] = metrics.get("prm/skipped_updates", 0.0) + done.skipped
-        if losses:
-            metrics |= {"prm/loss": float(np.mean(losses)), "prm/grad_norm": float(np.mean(norms))}
-        return metrics
+            skipped += done.skipped
+        if not losses:
+            return {}
+        return {
+            "prm/loss": float(np.mean(losses)),
+            "prm/grad_norm": float(np.mean(norms)),
+            "prm/skipped_updates": float(skipped),
+        }
+
+    def set_reference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Give pi_ref new weights. Raises ValueError if they are of another architecture."""
+        given = dict(weights)
+        for name, parameter in self.reference.model.named_parameters():
+            new = given.get(name)
+            if new is None or new.shape != parameter.shape:
+                raise ValueError(
+                    f"reward.reference=policy: the policy has no {name} of shape {tuple(parameter.shape)}; "
+                    "reward.model_path must have the policy's own architecture"
+                )
+            parameter.data.copy_(new)
+
+    def save(self, folder: Path) -> None:
+        """pi_phi as a Hugging Face folder with its tokenizer."""
+        with self._on_device():
+            weights = {name: value.detach().cpu().clone() for name, value in self._weights()}
+        save_policy(self.engine.module.model.config, weights.items(), folder)
+        load_tokenizer(self.path).save_pretrained(folder)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Weights and optimizer on the CPU."""
-        return {
-            "weights": {name: value.cpu() for name, value in self.engine.module.state_dict().items()},
-            "optimizer": self.engine.optimizer.state_dict(),
-        }
+        """Weights and optimizer on the CPU, and the groups set aside."""
+        with self._on_device():
+            return {
+                "weights": {name: value.cpu() for name, value in self.engine.module.state_dict().items()},
+                "optimizer": self.engine.optimizer.state_dict(),
+                "heldout": list(self.heldout.groups),
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The reverse of state_dict."""
-        self.engine.module.load_state_dict(state["weights"])
-        self.engine.optimizer.load_state_dict(state["optimizer"])
+        with self._on_device():
+            self.engine.module.load_state_dict(state["weights"])
+            self.engine.optimizer.load_state_dict(state["optimizer"])
+        self.heldout.groups = list(state["heldout"])
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _weights(self) -> Iterable[tuple[str, Tensor]]:
+        parameters: Iterable[tuple[str, Tensor]] = self.engine.module.model.named_parameters()
+        return parameters
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Both models and the optimizer are on their device inside, and in CPU memory outside if that is wanted."""
+        if not self.config.offload or self._resident:
+            yield
+            return
+        self.reference.to(self.device)
+        self.engine.reload_states()
+        self._resident = True
+        try:
+            yield
+        finally:
+            self._leave_device()
+
+    def _leave_device(self) -> None:
+        if self.config.offload:
+            self.reference.to("cpu")
+            self.engine.offload_states()
+            torch.cuda.empty_cache()
+        self._resident = False
 
     def _log_ratios(self, packed: Any) -> Tensor:
         """[R], differentiable in pi_phi."""
@@ -113,8 +180,8 @@ class ImplicitModel:
         scores = prm_losses.response_scores(
             ratios, torch.zeros_like(ratios), mask.float(), sequence, len(lengths), self.config.beta
         )
-        valid = [i for i, label in enumerate(_labels(groups)) if label is not None]
-        labels = torch.tensor([label for label in _labels(groups) if label is not None], device=self.device)
+        valid = [i for i, label in enumerate(labels_of(groups)) if label is not None]
+        labels = torch.tensor([label for label in labels_of(groups) if label is not None], device=self.device)
         numbers = torch.tensor([g for g, group in enumerate(groups) for _ in group.samples], device=self.device)
         return scores[valid], labels.float(), numbers[valid]
 
@@ -137,10 +204,10 @@ class ImplicitModel:
     def _count(self, groups: Sequence[Group]) -> float:
         """What the objective averages over: valid samples, or pairs of a better and a worse one."""
         if self.config.objective in ("ce", "kto"):
-            return float(sum(label is not None for label in _labels(groups)))
+            return float(sum(label is not None for label in labels_of(groups)))
         pairs = 0
         for group in groups:
-            labels = [label for label in _labels([group]) if label is not None]
+            labels = [label for label in labels_of([group]) if label is not None]
             pairs += sum(a > b for a in labels for b in labels)
         return float(pairs)
 
@@ -159,25 +226,6 @@ class ImplicitModel:
             ratios, torch.zeros_like(ratios), torch.ones_like(ratios), sequence, len(trees), self.config.beta
         )
 
-    def _measured(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Accuracies of the scores that these groups carry: from before the update, so a true generalisation."""
-        samples = [(g, score) for g, group in enumerate(groups) for _, score in group.scored()]
-        valid = np.array([score.valid for _, score in samples])
-        scores = np.array([score.components.get("implicit_prm", 0.0) for _, score in samples])
-        labels = np.array([score.value or 0.0 for _, score in samples])
-        group = np.array([g for g, _ in samples])
-        mixed = [g for g in np.unique(group[valid]) if np.ptp(labels[valid & (group == g)]) > 0]
-        metrics = {"prm/sign_accuracy": sign_accuracy(scores, labels, valid)}
-        if mixed:
-            chosen = valid & np.isin(group, mixed)
-            metrics["prm/pair_accuracy"] = float(pair_accuracy(scores, labels, group, chosen).mean())
-        if valid.any():
-            metrics |= {
-                "prm/score_mean": float(scores[valid].mean()),
-                "prm/score_p95": float(np.quantile(np.abs(scores[valid]), 0.95)),
-            }
-        return metrics
-
     @torch.no_grad()
     def _check_equal(self) -> None:
         packed = pack([Tree((0,), (tuple(range(1, 17)),))]).to(self.device)
@@ -191,12 +239,3 @@ class ImplicitModel:
 
 def _tree(group: Group) -> Tree:
     return Tree(group.prompt.token_ids, tuple(sample.token_ids.tolist() for sample in group.samples))
-
-
-def _labels(groups: Sequence[Group]) -> list[float | None]:
-    """Outcome in 0 to 1 of every sample, None where it is invalid or has no trained token."""
-    return [
-        min(1.0, max(0.0, score.value)) if score.valid and score.value is not None and sample.trained.any() else None
-        for group in groups
-        for sample, score in group.scored()
-    ]

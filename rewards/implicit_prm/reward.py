@@ -7,17 +7,20 @@ score's value; the process rewards are its token rewards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from rewards.base import RewardConfig, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
+from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
 from rewards.parts import load_part
 from rlkit.experience import Group, GroupScores, Score
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rewards.implicit_prm.model import ImplicitModel
 
 Objective = Literal["ce", "dpo", "nca", "kto"]
@@ -32,9 +35,13 @@ class ImplicitPRM(TrainableReward):
         model_path: str = "embedded:policy"
         """Folder of the causal language model that pi_phi starts from: usually the policy's own."""
         reference_path: str | None = None
-        """Folder of pi_ref, which never changes; null: the same as `model_path`."""
-        outcome: dict[str, Any] = Field(default={"_target_": "rewards.rule.reward.RuleReward"})
-        """The reward that labels outcomes: `_target_` and its fields. Its values should lie in 0 to 1."""
+        """Folder of the frozen pi_ref; null: the same as `model_path`."""
+        outcome: dict[str, Any] | None = Field(default={"_target_": "rewards.rule.reward.RuleReward"})
+        """The reward that labels outcomes: `_target_` and its fields; its values should lie in 0 to 1. null: there is
+        none, and a response's value is the model's own score, beta * its summed log-ratios (then update=none)."""
+        reference: Literal["frozen", "policy"] = "frozen"
+        """frozen: pi_ref never changes; policy: it is the policy of each moment, so that rewards measure pi_phi against
+        that (its log-probs are taken here, at temperature 1; costs one transfer of the weights per step)."""
         beta: float = Field(default=0.05, gt=0)
         """Scale of the log-ratios, in the rewards and in the objective."""
         objective: Objective = "ce"
@@ -49,16 +56,33 @@ class ImplicitPRM(TrainableReward):
         """Gradients are clipped to this norm."""
         tokens_per_microbatch: int = Field(default=16384, ge=1)
         """Tokens that one forward and backward pass takes."""
+        heldout_groups: int = Field(default=16, ge=0)
+        """Groups of the first steps that the model never learns from: its accuracy on them is shown (at most a quarter
+        of a step's groups is set aside)."""
+        offload: bool = False
+        """CUDA only: keep both models and the optimizer in CPU memory while nothing is scored or learnt."""
+
+        @model_validator(mode="after")
+        def _options_fit(self) -> Self:
+            if self.outcome is None and self.update != "none":
+                raise ValueError("outcome=null leaves nothing to learn from; set update=none as well")
+            if self.reference == "policy" and self.reference_path is not None:
+                raise ValueError("reference_path has no effect with reference=policy")
+            return self
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
-        kind, options = load_part(config.outcome)
-        self._outcome = kind(options, context)
+        self._outcome: Reward | None = None
+        if config.outcome is not None:
+            kind, options = load_part(config.outcome)
+            self._outcome = kind(options, context)
         self._model: ImplicitModel | None = None
 
     @classmethod
     def needs(cls, config: Any) -> RewardNeeds:
         """What its outcome reward needs."""
+        if config.outcome is None:
+            return RewardNeeds()
         try:
             kind, options = load_part(config.outcome)
         except ValueError:  # `check` says what is wrong with it
@@ -84,6 +108,8 @@ class ImplicitPRM(TrainableReward):
                     check_model_folder(path)
             except ModelFolderError as error:
                 messages.append(f"reward.{name}: {error}")
+        if config.outcome is None:
+            return messages
         try:
             kind, options = load_part(config.outcome)
         except PartError as error:
@@ -106,7 +132,10 @@ class ImplicitPRM(TrainableReward):
         """Load both models, compare them (equal weights must give log-ratios of zero), start the outcome reward."""
         from rewards.implicit_prm.model import ImplicitModel  # torch and DeepSpeed load only where a reward runs
 
-        self._outcome.start()
+        if self.config.offload and self.context.device == "cpu":
+            raise ValueError("reward.offload=true: this reward runs on the CPU, from where nothing can be offloaded")
+        if self._outcome is not None:
+            self._outcome.start()
         self._model = ImplicitModel(self.config, self.context)
 
     @property
@@ -117,8 +146,11 @@ class ImplicitPRM(TrainableReward):
         return self._model
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Outcome as the value, beta * log-ratio per token; a sample without a valid outcome is invalid."""
-        return self._with_process_rewards(groups, self._outcome.score(groups))
+        """beta * log-ratio per token; the value is the outcome (and invalid where that is), or the summed rewards."""
+        if self._outcome is not None:
+            return self._with_process_rewards(groups, self._outcome.score(groups))
+        rewards = iter(self.model.token_rewards(groups))
+        return [GroupScores(tuple(_alone(next(rewards)) for _ in group.samples)) for group in groups]
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Fresh process rewards for groups whose outcomes are known."""
@@ -138,6 +170,20 @@ class ImplicitPRM(TrainableReward):
         self.version += 1
         return metrics
 
+    @classmethod
+    def follows_policy(cls, config: Any) -> bool:
+        """Where the policy is the reference."""
+        follows: bool = config.reference == "policy"
+        return follows
+
+    def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace pi_ref."""
+        self.model.set_reference(weights)
+
+    def save(self, folder: Path) -> None:
+        """pi_phi with its tokenizer; `reward.model_path=FOLDER` (and reference_path) scores with it elsewhere."""
+        self.model.save(folder)
+
     def state_dict(self) -> Mapping[str, Any]:
         """Weights, optimizer, version."""
         return {"version": self.version, "model": self.model.state_dict()}
@@ -149,7 +195,16 @@ class ImplicitPRM(TrainableReward):
 
     def close(self) -> None:
         """End the outcome reward."""
-        self._outcome.close()
+        if self._outcome is not None:
+            self._outcome.close()
+
+
+def _alone(rewards: np.ndarray) -> Score:
+    """The model's own judgement of a response, as a scorer for best-of-N."""
+    if not np.isfinite(rewards).all():
+        return Score.invalid("not_finite: a log-ratio of the implicit PRM is not finite")
+    total = float(rewards.sum())
+    return Score(value=total, token_rewards=rewards, components={"implicit_prm": total})
 
 
 def _joined(outcome: Score, rewards: np.ndarray) -> Score:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Section(BaseModel):
@@ -40,6 +40,9 @@ class TrainerConfig(Section):
     """The actors must be ready by then."""
     mismatch_alarm: float = Field(default=0.05, gt=0)
     """Mean difference between the sampler's and the learner's log-probs above which a step warns."""
+    hacking_alarm_steps: int = Field(default=10, ge=0)
+    """Warn when over the last so many steps the reward (or a process reward model's accuracy) rose above its mean of as
+    many steps before, while the share of right answers fell. 0: never."""
     max_skipped_updates: int = Field(default=3, ge=1)
     """Updates skipped in a row for a non-finite loss or gradient after which the run stops."""
 
@@ -158,6 +161,16 @@ class ClusterConfig(Section):
     """CPU threads of each rollout worker and learner rank."""
     object_store_gib: float = Field(default=0.5, gt=0)
     """Shared memory for a Ray started by the run."""
+
+    @field_validator("address")
+    @classmethod
+    def _is_no_dashboard(cls, address: str | None) -> str | None:
+        if address is not None and address.startswith(("http://", "https://")):
+            raise ValueError(
+                "is a dashboard, which takes jobs: python -m rlkit.submit with the same arguments. A run itself joins "
+                "Ray by cluster.address=HOST:6379 (or auto)"
+            )
+        return address
 
 
 class TrackingConfig(Section):

@@ -79,6 +79,7 @@ class RewardPool:
         self._kind = import_part("reward", self.target)
         self.config = self._kind.Config(**self._options)
         self._learnt = 0
+        self._followed: Any = None
         self._context = context
         self._startup_timeout = startup_timeout_seconds
         self._logs, self._name = logs, name
@@ -125,20 +126,37 @@ class RewardPool:
         """
         if not issubclass(self._kind, TrainableReward) or self._kind.update_when(self.config) != when:
             return list(groups), {}
-        worker = await self._idle.get()
-        try:
-            ref = worker.actor.learn.remote(list(groups), rescore=when == "before")
-            metrics, groups = await asyncio.wait_for(_result(ref), self.config.timeout_seconds)
-        except TimeoutError:
-            message = f"no end within reward.timeout_seconds={self.config.timeout_seconds:g}"
-            raise RewardFailed(f"the update of reward {self.target} failed: {message}") from None
-        except RayError as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
-            raise RewardFailed(f"the update of reward {self.target} failed: {_first_line(cause)}") from error
-        finally:
-            self._idle.put_nowait(worker)
+        metrics, groups = await self._ask_learner("learn", list(groups), when == "before")
         self._learnt += 1
         return list(groups), metrics
+
+    async def follow(self, bundle: Any) -> None:
+        """Give the policy's weights (a reference to a WeightBundle) to a reward that follows the policy."""
+        if issubclass(self._kind, TrainableReward) and self._kind.follows_policy(self.config):
+            await self._ask_learner("follow", bundle)
+            self._followed = bundle
+
+    async def save(self, folder: Path) -> None:
+        """Let a reward that learns write what it has learnt; others write nothing."""
+        if issubclass(self._kind, TrainableReward) and self._kind.update_when(self.config) != "none":
+            await self._ask_learner("save", str(folder))
+
+    async def _ask_learner(self, method: str, *arguments: Any) -> Any:
+        """Call the one worker of a reward that learns. Raises RewardFailed: what it has learnt would be lost."""
+        worker = await self._idle.get()
+        try:
+            if worker.actor is None:
+                raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
+            ref = getattr(worker.actor, method).remote(*arguments)
+            return await asyncio.wait_for(_result(ref), self.config.timeout_seconds)
+        except TimeoutError:
+            message = f"no end within reward.timeout_seconds={self.config.timeout_seconds:g}"
+            raise RewardFailed(f"`{method}` of reward {self.target} failed: {message}") from None
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise RewardFailed(f"`{method}` of reward {self.target} failed: {_first_line(cause)}") from error
+        finally:
+            self._idle.put_nowait(worker)
 
     def health(self) -> list[dict[str, Any]]:
         """State of each worker, without asking it: process id, seconds in the present call, calls, restarts."""
@@ -174,6 +192,8 @@ class RewardPool:
             except RewardFailed as error:
                 raise _Broken(f"crash: the worker could not be started again: {error}") from error
             worker.restarts += 1
+            if self._followed is not None:
+                await worker.actor.follow.remote(self._followed)
         worker.busy_since = time.monotonic()
         finished = False
         try:

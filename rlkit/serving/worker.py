@@ -6,13 +6,17 @@ import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rewards.base import Reward, RewardContext, TrainableReward
 from rlkit.config.parts import import_part
 from rlkit.experience import Group
 from rlkit.serving.greedy import with_greedy, without_greedy
 from rlkit.serving.results import ScoreReport, attach_scores, invalid_groups, report_on
+
+if TYPE_CHECKING:
+    from rlkit.rollout.weights import WeightBundle  # torch is loaded only for rewards that need it
 
 Groups = Group | Sequence[Group]
 """One group or several: whatever an object reference of the rollout holds."""
@@ -64,6 +68,16 @@ class RewardWorker:
         whole = [with_greedy(group) for group in groups]
         scored = attach_scores(whole, self._reward.rescore(whole))
         return metrics, [without_greedy(group, original) for group, original in zip(scored, groups, strict=True)]
+
+    def follow(self, bundle: WeightBundle) -> None:
+        """Give a reward that follows the policy its present weights."""
+        assert isinstance(self._reward, TrainableReward)
+        self._reward.policy_weights(bundle.version, bundle.tensors())
+
+    def save(self, folder: str) -> None:
+        """Let a trainable reward write what it has learnt."""
+        assert isinstance(self._reward, TrainableReward)
+        self._reward.save(Path(folder))
 
     def close(self) -> None:
         """Let the reward free what it holds."""

@@ -46,6 +46,10 @@ class RunFolder:
         """Where the policy after `step` steps is saved, a plain Hugging Face folder."""
         return self.checkpoints / f"step_{step:06d}" / "policy"
 
+    def reward(self, step: int) -> Path:
+        """Where a reward that learns saves its model after `step` steps."""
+        return self.checkpoints / f"step_{step:06d}" / "reward"
+
     def write_config(self, text: str) -> None:
         """Write the resolved configuration."""
         write_atomically(self.config, text)
