@@ -1,0 +1,1 @@
+"""`reward=function`: a plain Python function as reward."""
