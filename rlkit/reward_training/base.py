@@ -22,8 +22,8 @@ class TrainRewardConfig(Section):
     """The whole configuration of `python -m rlkit.train_reward`."""
 
     stage: Stage = "train"
-    """train: train and save `model/`; evaluate: judge the model as it is on all rows of the data. reward=polar trains in
-    two stages, pretrain and finetune, and can generate what it is pre-trained on."""
+    """train: train and save `model/`; evaluate: judge the model as it is on all rows of the data. reward=polar trains
+    in two stages, pretrain and finetune, and can generate what it is pre-trained on."""
     seed: int = Field(default=0, ge=0)
     """Seeds the order of the rows and everything else that is random."""
     run_dir: Path
@@ -90,10 +90,11 @@ class RewardTrainingConfig(Section):
     """Tokens (prompts shared between responses count once) that one forward and backward pass takes."""
     ranks: int = Field(default=1, ge=1)
     """Data-parallel processes."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: what is partitioned over ranks (1 optimizer, 2 + gradients, 3 + parameters)."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO stage: what is partitioned over ranks (1 optimizer, 2 + gradients, 3 + parameters). null: 1 where
+    the weights are bfloat16, else 0."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 (with fp32 master weights; zero_stage 1 or more) on CUDA, float32 on CPU."""
+    """auto: bfloat16 (with fp32 master weights) on CUDA, float32 on CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     evaluate_every_steps: int = Field(default=0, ge=0)
@@ -101,12 +102,21 @@ class RewardTrainingConfig(Section):
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps for so many training examples."""
-        return self.steps or max(1, math.ceil(self.epochs * examples / self.batch_size))
+        return self.steps or max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
 
-    def learner(self, total_steps: int) -> LearnerConfig:
+    def learner(self, total_steps: int, device: str = "cpu") -> LearnerConfig:
         """What `SupervisedEngine` takes."""
         shared = {name: getattr(self, name) for name in LearnerConfig.model_fields if hasattr(self, name)}
+        if self.zero_stage is None:
+            wide = self.dtype == "float32" or (self.dtype == "auto" and device == "cpu")
+            shared["zero_stage"] = 0 if wide else 1
         return LearnerConfig(**shared, warmup_steps=math.ceil(self.warmup_share * total_steps))
+
+    @model_validator(mode="after")
+    def _bfloat16_needs_master_weights(self) -> RewardTrainingConfig:
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError("zero_stage=0 keeps no fp32 master weights; with dtype=bfloat16 use 1, 2, 3 or null")
+        return self
 
 
 @dataclass(frozen=True)
