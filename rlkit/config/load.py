@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from rlkit.config.resolved import ResolvedRun
 from rlkit.config.schema import RunConfig
 
 
-def load_config(arguments: Sequence[str], file: Path | None = None) -> ResolvedRun:
+def load_config(arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] = ()) -> ResolvedRun:
     """The run that `arguments` (Hydra overrides) describe, on top of a configuration file if there is one.
 
+    `elsewhere` are paths that may exist only where the run will be: what a check finds about them is a warning.
     Raises ConfigError with every problem. Imports nothing heavier than the modules of the chosen parts.
     """
-    loading = _RunLoading(arguments, file)
+    loading = _RunLoading(arguments, file, elsewhere)
     loading.validate()
     loading.check()
     return loading.result()
@@ -30,8 +31,9 @@ def load_config(arguments: Sequence[str], file: Path | None = None) -> ResolvedR
 class _RunLoading(Loading):
     """The configuration of `rlkit.train`: its checks and its result."""
 
-    def __init__(self, arguments: Sequence[str], file: Path | None) -> None:
+    def __init__(self, arguments: Sequence[str], file: Path | None, elsewhere: Collection[str]) -> None:
         super().__init__(arguments, file, folder=conf_dir(), schema=RunConfig, contracts=CONTRACTS)
+        self.elsewhere = elsewhere
 
     def check(self) -> None:
         """Make what the checks look at, and run those that can be run."""
@@ -44,7 +46,8 @@ class _RunLoading(Loading):
                 checked[kind] = made
         for finding in run_checks(checked):
             problem = Problem(self.sources.where(finding.key, self._value(finding.key)), finding.message)
-            (self.warnings if finding.warning else self.problems).append(problem)
+            harmless = finding.warning or any(path in str(problem) for path in self.elsewhere)
+            (self.warnings if harmless else self.problems).append(problem)
 
     def _make(self, kind: str, part: Part) -> Any:
         """What a check sees of a part: an algorithm and a data source themselves, of a reward class and config."""

@@ -1,0 +1,92 @@
+"""What a run asks of a Ray cluster, and whether the cluster has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlkit.config.resolved import ResolvedRun
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Actors of one kind."""
+
+    what: str
+    count: int
+    threads: int
+    """CPU threads each keeps busy. Ray does not reserve them: sampler and learner take turns."""
+    gpus: float
+    """Of one node, each. Below 1: a share of a GPU."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is alive."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+
+def demands(run: ResolvedRun) -> list[Demand]:
+    """The actors of the run with what RolloutPool, RankGroup and RewardPool ask Ray for."""
+    config = run.config
+    cuda, threads = config.cluster.device == "cuda", config.cluster.threads_per_actor
+    parallel, needs = config.rollout.tensor_parallel_size, run.make_algorithm().needs()
+    engine = 0.5 if parallel == 1 else float(parallel)
+    found = [
+        Demand("vLLM engine", config.rollout.workers, threads, engine),
+        Demand("learner rank", config.learner.ranks, threads, 0.3),
+        Demand("critic rank", config.critic.ranks if needs.critic else 0, threads, 0.1),
+        Demand("reward worker", run.reward_config.workers, 1, 0.1 / run.reward_config.workers),
+    ]
+    return [Demand(d.what, d.count, d.threads, d.gpus if cuda else 0.0) for d in found if d.count]
+
+
+def missing(wanted: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str], list[str]]:
+    """What the cluster lacks for the run, and what only makes it slow."""
+    if not nodes:
+        return ["the cluster has no node that is alive"], []
+    lacking, slow = [], []
+    unplaced = _unplaced(wanted, nodes)
+    if unplaced:
+        have = ", ".join(f"{node.name}: {node.gpus:g}" for node in nodes)
+        asked = ", ".join(f"{d.count} {d.what}s with {d.gpus:g} each" for d in wanted if d.gpus)
+        lacking.append(
+            f"not enough GPUs: no room for {unplaced}. The run asks for {asked}; the cluster has {have}. "
+            "Lower rollout.workers, learner.ranks or rollout.tensor_parallel_size, or add nodes"
+        )
+    threads, cpus = sum(d.count * d.threads for d in wanted), sum(node.cpus for node in nodes)
+    if threads > cpus:
+        slow.append(f"the run's actors use up to {threads} CPU threads, the cluster has {cpus:g} CPUs: they share them")
+    return lacking, slow
+
+
+def _unplaced(wanted: Sequence[Demand], nodes: Sequence[Node]) -> str:
+    """Put the largest first onto the fullest GPUs that still have room; what has found no place, in words."""
+    free = [[1.0] * int(node.gpus) for node in nodes]
+    left: dict[str, int] = {}
+    for demand in sorted((d for d in wanted if d.gpus), key=lambda d: -d.gpus):
+        for _ in range(demand.count):
+            if not _place(demand.gpus, free):
+                left[demand.what] = left.get(demand.what, 0) + 1
+    return ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for what, count in left.items())
+
+
+def _place(gpus: float, free: list[list[float]]) -> bool:
+    """Take that much of one node; False if no node has it."""
+    if gpus >= 1:
+        for node in free:
+            whole = [i for i, share in enumerate(node) if share == 1.0]
+            if len(whole) >= gpus:
+                for i in whole[: int(gpus)]:
+                    node[i] = 0.0
+                return True
+        return False
+    room = [(share, node, i) for node in free for i, share in enumerate(node) if share >= gpus - 1e-9]
+    if not room:
+        return False
+    share, node, i = min(room, key=lambda place: place[0])
+    node[i] = share - gpus
+    return True
