@@ -1,0 +1,144 @@
+"""Steps of a response and what their scores choose: the published example, and odd texts and tokens."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prime_tables import BETA, Q
+
+from algorithms.best_of_n import best_of_n, majority, subsets, vote, vote_weights, weighted_vote
+from algorithms.process_bench import best_threshold, first_errors, process_bench
+from rewards.implicit_prm.steps import aggregate, split_steps, step_scores, token_steps
+from rlkit.data.prompts import load_tokenizer
+from rlkit.embedded import model_folder
+
+A = [np.array(q) for q in Q[:4]]
+SPANS = [[(0, 2), (2, 3)], [(0, 1), (1, 2)], [(0, 1), (1, 4)], [(0, 1)]]
+SINGLE = [[0.01, 0.03], [-0.02, -0.01], [0.01, 0.03], [-0.03]]
+CUMULATIVE = [[0.01, 0.04], [-0.02, -0.03], [0.01, 0.04], [-0.03]]
+MIN_SINGLE = [0.01, -0.02, 0.01, -0.03]
+MIN_CUMULATIVE = [0.01, -0.03, 0.01, -0.03]
+SUM_SINGLE = [0.04, -0.03, 0.04, -0.03]
+MEAN_SINGLE = [0.02, -0.015, 0.02, -0.03]
+
+
+def test_single_and_cumulative_step_scores() -> None:
+    for q, spans, single, cumulative in zip(A, SPANS, SINGLE, CUMULATIVE, strict=True):
+        np.testing.assert_allclose(step_scores(q, spans, BETA), single, atol=1e-12)
+        np.testing.assert_allclose(step_scores(q, spans, BETA, "cumulative"), cumulative, atol=1e-12)
+
+
+def test_aggregates() -> None:
+    single = [step_scores(q, spans, BETA) for q, spans in zip(A, SPANS, strict=True)]
+    cumulative = [step_scores(q, spans, BETA, "cumulative") for q, spans in zip(A, SPANS, strict=True)]
+    np.testing.assert_allclose([aggregate(d) for d in single], MIN_SINGLE, atol=1e-12)
+    np.testing.assert_allclose([aggregate(c, "min") for c in cumulative], MIN_CUMULATIVE, atol=1e-12)
+    np.testing.assert_allclose([aggregate(d, "sum") for d in single], SUM_SINGLE, atol=1e-12)
+    np.testing.assert_allclose([aggregate(c, "last") for c in cumulative], SUM_SINGLE, atol=1e-12)
+    np.testing.assert_allclose([aggregate(d, "mean") for d in single], MEAN_SINGLE, atol=1e-12)
+
+
+def test_best_of_four_is_the_earlier_of_two_equal_ones() -> None:
+    assert best_of_n(np.array(MIN_SINGLE)) == 0
+    assert best_of_n(np.array(MIN_SINGLE)[::-1]) == 1
+    for bad in (np.array([]), np.array([0.1, math.nan])):
+        with pytest.raises(ValueError, match="at least one score and no NaN"):
+            best_of_n(bad)
+
+
+def test_weighted_vote() -> None:
+    weights = vote_weights(np.array(MIN_SINGLE))
+    assert weights[[0, 2]].sum() == pytest.approx(1.005000, abs=1e-6)
+    assert weights[[1, 3]].sum() == pytest.approx(0.987501, abs=1e-6)
+    assert weighted_vote(["7", "5", "7", "5"], np.array(MIN_SINGLE)) == 0
+    assert weighted_vote(["5", "7", "5", "7"], -np.array(MIN_SINGLE)) == 1
+    assert majority(["5", "7", "7", None]) == 1
+    assert majority(["5", "7", "7", "5"]) == 0, "a tie goes to the earlier answer"
+    assert vote([None, None], np.ones(2)) == 0
+    assert vote([None, "3"], np.array([9.0, 0.1])) == 1, "no answer, no vote"
+
+
+TOY = [np.array([0.02, 0.03, 0.05]), np.array([0.02, -0.01, 0.01]), np.array([-0.02, -0.03]), np.array([0.01, -0.005])]
+TOY_LABELS = np.array([-1, 1, 0, -1])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "correct", "error", "f1"),
+    [(0.496, 1.0, 0.5, 2 / 3), (0.498, 1.0, 1.0, 1.0), (0.499, 0.5, 1.0, 2 / 3)],
+)
+def test_process_bench(threshold: float, correct: float, error: float, f1: float) -> None:
+    result = process_bench(TOY, TOY_LABELS, threshold)
+    assert (result.correct_accuracy, result.error_accuracy) == (correct, error)
+    assert result.f1 == pytest.approx(f1)
+
+
+def test_threshold_search_finds_the_perfect_threshold() -> None:
+    best = best_threshold(TOY, TOY_LABELS)
+    assert best.f1 == 1.0
+    assert process_bench(TOY, TOY_LABELS, best.threshold) == best
+
+
+@given(st.lists(st.lists(st.floats(-3, 3), min_size=1, max_size=5), min_size=2, max_size=8), st.data())
+def test_searched_threshold_does_what_it_says_and_beats_a_grid(rows: list[list[float]], data: st.DataObject) -> None:
+    cumulative = [np.array(row) for row in rows]
+    labels = np.array([data.draw(st.integers(-1, len(row) - 1)) for row in rows])
+    labels[:2] = (-1, 0)  # both kinds
+    best = best_threshold(cumulative, labels)
+    again = process_bench(cumulative, labels, best.threshold)
+    assert (again.error_accuracy, again.correct_accuracy) == (best.error_accuracy, best.correct_accuracy)
+    # Values that differ by less than a float's resolution of their middle cannot be told apart by any threshold.
+    assert best.f1 >= max(process_bench(cumulative, labels, th).f1 for th in np.linspace(0.011, 0.989, 50)) - 1e-9
+
+
+def test_first_errors() -> None:
+    assert first_errors(TOY, 0.498).tolist() == [-1, 1, 0, -1]
+
+
+def test_subsets_are_all_or_a_random_few() -> None:
+    assert list(subsets(4, 2, limit=10, seed=0)) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    few = list(subsets(40, 20, limit=10, seed=0))
+    assert len(few) == 10 and all(list(chosen) == sorted(set(chosen)) for chosen in few)
+
+
+def pieces(text: str, style: str = "auto") -> list[str]:
+    return [text[a:b] for a, b in split_steps(text, style)]  # type: ignore[arg-type]
+
+
+def test_text_is_split_into_lines_or_numbered_steps() -> None:
+    assert pieces("a = 1\nb = 2\n\nA: 3") == ["a = 1\n", "b = 2\n\n", "A: 3"]
+    assert pieces("\n\n a\n \n b") == ["\n\n a\n \n", " b"]
+    assert pieces("Step 1: do\nthis\n\nStep 2: that") == ["Step 1: do\nthis\n\n", "Step 2: that"]
+    assert pieces("First. step 1: x Step 22 : y") == ["First. ", "step 1: x ", "Step 22 : y"]
+    assert pieces("Step 1: x\ny", "lines") == ["Step 1: x\n", "y"]
+    assert pieces("no mark\nhere", "numbered") == ["no mark\nhere"]
+    assert pieces("") == [""] and pieces(" \n") == [" \n"]
+
+
+@given(st.text(alphabet="ab \n1:S", max_size=40))
+def test_steps_cover_the_text(text: str) -> None:
+    for style in ("lines", "numbered"):
+        assert "".join(pieces(text, style)) == text
+
+
+def test_a_step_has_the_tokens_of_its_text_and_the_last_one_the_end() -> None:
+    tokenizer = load_tokenizer(model_folder("embedded:policy"))
+    text = "Tom has 2 + 3 = 5 apples.\nHe eats 1.\n\nA: 4"
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
+    spans = token_steps(text, encoded["offset_mapping"], split_steps(text), len(ids))
+    assert [tokenizer.decode(ids[a:b]) for a, b in spans] == [
+        "Tom has 2 + 3 = 5 apples.\n",
+        "He eats 1.\n\n",
+        "A: 4<eos>",
+    ]
+
+
+def test_tokens_across_a_boundary_belong_where_their_first_visible_character_is() -> None:
+    text, steps = "a\nbc", [(0, 2), (2, 4)]
+    assert token_steps(text, [(0, 1), (1, 3), (3, 4)], steps, 4) == [(0, 1), (1, 4)], "`\\nb` begins the second line"
+    assert token_steps(text, [(0, 4)], steps, 2) == [(0, 1), (1, 2)], "the end belongs to the last step"
+    assert token_steps("", [], [(0, 0)], 1) == [(0, 1)]
