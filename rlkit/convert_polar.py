@@ -1,0 +1,119 @@
+"""`python -m rlkit.convert_polar SOURCE TARGET [like=RELEASED] [weights=true|false]`: POLAR checkpoints, exactly.
+
+A released checkpoint (`InternLM2ForRewardModel`, e.g. POLAR-7B) becomes a `LlamaForSequenceClassification` that
+transformers, vLLM and `reward=polar` load without remote code. A converted (and perhaps fine-tuned) one becomes an
+`InternLM2ForRewardModel` again; `like=RELEASED` names the folder whose configuration, tokenizer and code it takes.
+`weights=false` writes configuration and tokenizer only: enough for `reward.backend=http_...`. Weights stay as they are,
+bit by bit; no code of the folder is run, and pickles are read as plain tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+USAGE_ERROR = 2
+FAILED = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 if the folder cannot be converted, 2 for wrong arguments."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(given):
+        print(__doc__)
+        return 0
+    places = [argument for argument in given if "=" not in argument]
+    options = dict(argument.split("=", 1) for argument in given if "=" in argument)
+    unknown = sorted(set(options) - {"like", "weights"})
+    if len(places) != 2 or unknown or options.get("weights", "true") not in ("true", "false"):
+        what = f"unknown: {', '.join(unknown)}; " if unknown else ""
+        print(f"rlkit: {what}usage: {(__doc__ or '').partition('`:')[0].strip('`')}", file=sys.stderr)
+        return USAGE_ERROR
+    from rewards.polar.backends import DiscriminatorError
+
+    try:
+        convert(
+            Path(places[0]).expanduser(),
+            Path(places[1]).expanduser(),
+            Path(options["like"]).expanduser() if "like" in options else None,
+            weights=options.get("weights", "true") == "true",
+        )
+    except DiscriminatorError as error:
+        print(f"rlkit: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def convert(source: Path, target: Path, like: Path | None = None, *, weights: bool = True) -> None:
+    """Convert a folder in the direction that it asks for. Raises DiscriminatorError."""
+    from rewards.polar.backends import RELEASED_ARCHITECTURE, DiscriminatorError
+
+    config = _config(source)
+    if target.exists() and any(target.iterdir()):
+        raise DiscriminatorError(f"{target} is not empty")
+    released = config.get("architectures") == [RELEASED_ARCHITECTURE]
+    if released and like is not None:
+        raise DiscriminatorError(f"like= has no effect: {source} is a released checkpoint already")
+    if not released and like is None:
+        found = (config.get("architectures") or ["(none)"])[0]
+        raise DiscriminatorError(
+            f"{source} holds a {found}, no {RELEASED_ARCHITECTURE}; to export a converted model, name the released "
+            "folder that it came from: like=RELEASED"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    if like is None:
+        _import(source, target, config, weights)
+    else:
+        _export(source, target, config, like, weights)
+    print(f"wrote {target}")
+
+
+def _import(source: Path, target: Path, config: Mapping[str, Any], weights: bool) -> None:
+    from rewards.polar.internlm2 import llama_config, to_llama
+    from rewards.polar.internlm2_tokenizer import released_tokenizer
+    from rewards.polar.weights import WeightReader, write_weights
+
+    converted = llama_config(config)
+    tokenizer = released_tokenizer(source, config.get("reward_token_id"))
+    (target / "config.json").write_text(json.dumps(converted, indent=2) + "\n")
+    tokenizer.save_pretrained(target)
+    if weights:
+        write_weights(to_llama(WeightReader(source), config), target)
+
+
+def _export(source: Path, target: Path, config: Mapping[str, Any], like: Path, weights: bool) -> None:
+    from rewards.polar.backends import DiscriminatorError
+    from rewards.polar.internlm2 import from_llama, llama_config
+    from rewards.polar.weights import WeightReader, write_weights
+
+    released = _config(like)
+    expected = llama_config(released)
+    shape = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    different = [name for name in shape if config.get(name) != expected[name]]
+    if different:
+        raise DiscriminatorError(f"{source} and {like} differ in {', '.join(different)}")
+    for file in sorted(like.iterdir()):
+        if file.is_file() and not file.match("*.safetensors") and not file.match("*.bin") and "index" not in file.name:
+            shutil.copyfile(file, target / file.name)
+    saved_as = config.get("dtype", config.get("torch_dtype", "float16"))
+    (target / "config.json").write_text(json.dumps({**released, "torch_dtype": saved_as}, indent=2) + "\n")
+    if weights:
+        write_weights(from_llama(WeightReader(source), config), target)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    from rewards.polar.backends import DiscriminatorError
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise DiscriminatorError(f"{folder} holds no config.json; name a model folder")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
