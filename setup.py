@@ -29,6 +29,9 @@ CORE = [
     "PyYAML>=6.0",
     "math-verify[antlr4_9_3]>=0.9,<0.10",  # this extra agrees with Hydra's antlr4
     "pebble>=5.0",
+    "jsonschema>=4.23,<5",
+    "jsonschema-specifications>=2025.4",
+    "py3langid>=0.4,<0.5",  # the language constraint of reward=instructions
     "rich>=14",
     "tensorboard>=2.19",
 ]

@@ -1,1 +1,1 @@
-"""Rule rewards: the final answer of a response, judged by math-verify in worker processes that can be killed."""
+"""Rule rewards: what a program can check, in processes that can be killed where the text could make it hang."""

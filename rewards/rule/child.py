@@ -1,4 +1,4 @@
-"""What runs in a verifier process: math-verify on pairs of extracted answers. Imported there only."""
+"""What runs in a verifier process: its limits, and math-verify on pairs of extracted answers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ MEMORY_BYTES = 3 * 2**30
 
 def prepare() -> None:
     """Tie this process to its parent, limit its memory and load math-verify before any deadline runs."""
-    _die_with_parent()
+    die_with_parent()
     # math-verify warns that its own time-outs are off: they are, on purpose.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     verify_pairs([("\\frac{1}{2}", "0.5")])  # builds the LaTeX grammar, which the first parse would wait for
+    limit_memory()
+
+
+def limit_memory() -> None:
+    """Let this process take `MEMORY_BYTES` beyond what it has, and write no core dump."""
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Let the kernel end this process when the parent ends, even if it was killed and this one hangs in C code.
 
     PR_SET_PDEATHSIG would watch the fork server, which lives until its last child is gone. The parent's end of this

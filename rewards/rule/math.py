@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 MAX_ANSWER_CHARACTERS = 256
 """A longer "answer" is prose; it is not handed to the verifier."""
+
+Marker = Literal["####", "boxed", "answer is", "A:"]
+MARKERS: tuple[Marker, ...] = ("####", "boxed", "answer is", "A:")
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = rf"[-+]?(?:{_INTEGER}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?![\dA-Za-z]))?"
@@ -24,6 +29,12 @@ _PRODUCT = re.compile(r"\s*[xX]\s*[\d(]")
 _OPERATORS_IN_WORDS = frozenset(
     {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "mod", "times", "over", "plus", "minus"}
 )
+_LETTER = re.compile(r"[A-Za-z°]")
+_POWER = r"(?:\s?\^\{?[23]\}?|[²³])?"
+_UNIT_WORD = rf"[A-Za-z]{{2,}}{_POWER}"
+_UNIT = rf"(?:[A-Za-z]{{2,}}|[mgsLhkKCF](?![A-Za-z])){_POWER}"
+_WITH_UNIT = re.compile(rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT})?(?:\s*/?\s*{_UNIT}){{0,2}}\.?")
+_WITH_UNIT_WORD = re.compile(rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT_WORD})?(?:\s*/?\s*{_UNIT_WORD}){{0,2}}\.?")
 _PROSE = re.compile(r"\s+[(\[\"'A-Za-z]|[\"')\]]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|[\"')\]]+(?:\s|$)|\s*$")
 
 
@@ -42,7 +53,9 @@ class FinalAnswer:
         return self.marker != "last number"
 
 
-def final_answer(text: str, accept_last_number: bool = False) -> FinalAnswer | None:
+def final_answer(
+    text: str, accept_last_number: bool = False, markers: Sequence[Marker] = MARKERS
+) -> FinalAnswer | None:
     r"""The last marked answer (`#### x`, `\boxed{x}`, `The answer is x`, a line `A: x`); None if there is none.
 
     Whatever follows the answer, on its line or on further ones, does not matter. If nothing is marked and
@@ -52,6 +65,7 @@ def final_answer(text: str, accept_last_number: bool = False) -> FinalAnswer | N
     for marker, pattern in (("####", _HASHES), ("A:", _LINE_A), ("answer is", _ANSWER_IS)):
         found += [(match.start(1), marker, match.group(1)) for match in pattern.finditer(text)]
     found += [(start, "boxed", content) for start, content in _boxed(text)]
+    found = [each for each in found if each[1] in markers]
     # The last marker wins; a `\boxed{}` after `####` on the same line starts later than the line's text.
     for _, marker, content in sorted(found, reverse=True):
         cleaned = _clean_boxed(content) if marker == "boxed" else _clean_line(content)
@@ -153,3 +167,22 @@ def _canonical(text: str) -> str:
     plain = format(number, "f")
     plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
     return "0" if plain in ("-0", "") else plain
+
+
+def without_units(answer: str, gold: str) -> tuple[str, str]:
+    """Answer and gold, without a unit in words (`12 m^2`, `5 square feet`, `3 km/h`) that only one of them has.
+
+    Two units are left to be compared. A letter on the gold's number is algebra, not a unit: `3k` stays.
+    """
+    if not _LETTER.search(gold):
+        return _number_of(answer, _WITH_UNIT), gold
+    if not _LETTER.search(answer):
+        return answer, _number_of(gold, _WITH_UNIT_WORD)
+    return answer, gold
+
+
+def _number_of(text: str, with_unit: re.Pattern[str]) -> str:
+    match = with_unit.fullmatch(text)
+    if match is None or (match["unit"] or "").lower() in _OPERATORS_IN_WORDS | _SCALES.keys():
+        return text
+    return _canonical(match["number"])

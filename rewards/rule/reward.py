@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
-from rewards.rule.math import MAX_ANSWER_CHARACTERS, FinalAnswer, final_answer, gold_answer
+from rewards.base import Reward, RewardContext, RewardNeeds
+from rewards.rule.math import (
+    MARKERS,
+    MAX_ANSWER_CHARACTERS,
+    FinalAnswer,
+    Marker,
+    final_answer,
+    gold_answer,
+    without_units,
+)
+from rewards.rule.text_rule import TextRuleConfig
 from rlkit.experience import Group, GroupScores, Score
 
 if TYPE_CHECKING:
@@ -22,17 +32,17 @@ class RuleReward(Reward):
     (it hangs, dies, or cannot read the gold answer) is invalid, with the reason.
     """
 
-    class Config(RewardConfig):
+    class Config(TextRuleConfig):
         """Options of the rule reward."""
 
         format_weight: float = Field(default=0.0, ge=0)
         """Added to the value of a response that marks its final answer, right or wrong."""
         accept_last_number: bool = False
         """Take the last number of a response that marks no answer."""
-        item_timeout_seconds: float = Field(default=5.0, gt=0)
-        """Deadline of one comparison; then its process is killed and replaced and the sample is invalid."""
-        processes: int = Field(default=1, ge=1)
-        """Verifier processes of one worker. Plain numbers are compared without them."""
+        markers: Annotated[tuple[Marker, ...], Field(min_length=1)] = MARKERS
+        """What may mark the final answer; of several, the last one in the response counts."""
+        strip_units: bool = False
+        """A unit that only one of answer and gold has does not matter, in boxes, too: `12 m^2` is 12."""
         cache_size: int = Field(default=65536, ge=1)
         """Verdicts remembered, the least recently used dropped first."""
 
@@ -58,8 +68,13 @@ class RuleReward(Reward):
 
     def judge(self, responses: Sequence[str], answers: Sequence[str | None]) -> list[Score]:
         """One score per (response, gold answer). Components: `correct` and `format` (an answer is marked)."""
-        found = [final_answer(response, self.config.accept_last_number) for response in responses]
+        found = [final_answer(text, self.config.accept_last_number, self.config.markers) for text in responses]
         golds = [None if answer is None else gold_answer(answer) for answer in answers]
+        if self.config.strip_units:
+            for place, (answer, gold) in enumerate(zip(found, golds, strict=True)):
+                if answer is not None and gold:
+                    text, golds[place] = without_units(answer.text, gold)
+                    found[place] = replace(answer, text=text)
         pairs = [
             (answer.text, gold)
             for answer, gold in zip(found, golds, strict=True)

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import BrokenExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
-
-from pebble import ProcessExpired, ProcessPool
 
 from rewards.rule.child import prepare, verify_pairs
 from rewards.rule.math import compare_plain
+from rewards.rule.processes import Failed, Processes
 
 Pair = tuple[str, str]
-
-PAIRS_PER_TASK = 16
-"""Pairs sent to a process at once: a round trip costs about as much as a verdict."""
-
-
-_BUDGET_USED_UP = "timeout: the verifier's time for this call was used up"
 
 
 class VerifierError(RuntimeError):
@@ -37,11 +27,10 @@ class Verifier:
     """
 
     def __init__(self, processes: int, item_timeout_seconds: float, cache_size: int) -> None:
-        self._processes = processes
+        self._processes = Processes(processes, prepare, ["math_verify", "rewards.rule.child"])
         self._item_timeout = item_timeout_seconds
         self._cache_size = cache_size
         self._cache: OrderedDict[Pair, str] = OrderedDict()
-        self._pool: ProcessPool | None = None
 
     def start(self, timeout_seconds: float = 60.0) -> None:
         """Start the processes and prove that they judge. Raises VerifierError with the cause if they do not."""
@@ -74,10 +63,7 @@ class Verifier:
 
     def close(self) -> None:
         """End the processes."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join(timeout=10)
-            self._pool = None
+        self._processes.close()
 
     def _remembered(self, pair: Pair) -> str | None:
         if pair in self._cache:
@@ -95,51 +81,6 @@ class Verifier:
             self._cache.popitem(last=False)
 
     def _judge(self, pairs: Sequence[Pair], deadline: float, item_timeout: float) -> dict[Pair, str]:
-        """Judge in batches; those of a failed batch are judged again one by one, so that only the culprit is lost."""
-        batches = [tuple(pairs[start : start + PAIRS_PER_TASK]) for start in range(0, len(pairs), PAIRS_PER_TASK)]
-        verdicts, failures = self._run(batches, deadline, item_timeout)
-        again = [(pair,) for batch, reason in failures.items() for pair in batch if not _final(batch, reason)]
-        if again:
-            late_verdicts, late_failures = self._run(again, deadline, item_timeout)
-            verdicts |= late_verdicts
-            failures = {batch: reason for batch, reason in failures.items() if _final(batch, reason)} | late_failures
-        return verdicts | {pair: reason for batch, reason in failures.items() for pair in batch}
-
-    def _run(
-        self, batches: Sequence[tuple[Pair, ...]], deadline: float, item_timeout: float
-    ) -> tuple[dict[Pair, str], dict[tuple[Pair, ...], str]]:
-        """Verdicts of the batches that came back, and a reason for each that did not."""
-        pool = self._open_pool()
-        futures = {batch: pool.schedule(verify_pairs, args=(batch,), timeout=item_timeout) for batch in batches}
-        verdicts: dict[Pair, str] = {}
-        failures: dict[tuple[Pair, ...], str] = {}
-        for batch, future in futures.items():
-            try:
-                remaining = max(0.0, deadline - time.monotonic())
-                verdicts.update(zip(batch, future.result(timeout=remaining), strict=True))
-            except FutureTimeoutError:
-                if future.done():
-                    failures[batch] = f"timeout: no verdict within {item_timeout:g} s"
-                else:
-                    future.cancel()
-                    failures[batch] = _BUDGET_USED_UP
-            except ProcessExpired as error:
-                failures[batch] = f"crash: the verifier process ended with exit code {error.exitcode}"
-            except BrokenExecutor:  # a process died between two tasks; the pool is made anew
-                failures[batch] = "crash: the verifier process died"
-        return verdicts, failures
-
-    def _open_pool(self) -> ProcessPool:
-        if self._pool is not None and not self._pool.active:
-            self.close()
-        if self._pool is None:
-            # forkserver: forking the caller would copy its threads' locks, and a spawned child imports all anew.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["math_verify", "rewards.rule.child"])
-            self._pool = ProcessPool(max_workers=self._processes, initializer=prepare, context=context)
-        return self._pool
-
-
-def _final(batch: tuple[Pair, ...], reason: str) -> bool:
-    """Whether to leave it at that: a single pair that hung, or no time left."""
-    return reason == _BUDGET_USED_UP or (len(batch) == 1 and reason.startswith("timeout"))
+        results = self._processes.map(verify_pairs, pairs, deadline, item_timeout)
+        reasons = (result.reason if isinstance(result, Failed) else result for result in results)
+        return dict(zip(pairs, reasons, strict=True))

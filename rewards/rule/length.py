@@ -1,0 +1,78 @@
+"""`reward=length` and `reward=group_length`: terms for the number of response tokens, to be combined with others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from rewards.base import Reward, RewardConfig
+from rlkit.experience import Group, GroupScores, Sample, Score
+
+
+class Length(Reward):
+    """1 for a response of `min_tokens` to `max_tokens`; falls to 0 over `slope_tokens` on either side.
+
+    value = clip(1 - (tokens outside) / slope_tokens, 0, 1). Equal bounds make a target length.
+    """
+
+    class Config(RewardConfig):
+        """Options of the length reward."""
+
+        min_tokens: int = Field(default=0, ge=0)
+        """Shorter responses lose value."""
+        max_tokens: int | None = Field(default=None, ge=1)
+        """Longer responses lose value; null: no upper bound."""
+        slope_tokens: int = Field(default=128, ge=1)
+        """So many tokens outside the bounds cost the whole value."""
+
+        @model_validator(mode="after")
+        def _some_bound(self) -> Length.Config:
+            if self.max_tokens is None and self.min_tokens == 0:
+                raise ValueError("set reward.max_tokens, reward.min_tokens or both")
+            if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+                raise ValueError(f"reward.max_tokens={self.max_tokens} is below reward.min_tokens={self.min_tokens}")
+            return self
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Component `length`: the value; the trace says the number of tokens."""
+        return [
+            GroupScores(tuple(self._score(response_tokens(sample)) for sample in group.samples)) for group in groups
+        ]
+
+    def _score(self, tokens: int) -> Score:
+        config = self.config
+        excess = max(config.min_tokens - tokens, 0)
+        if config.max_tokens is not None:
+            excess = max(excess, tokens - config.max_tokens)
+        value = max(0.0, 1.0 - excess / config.slope_tokens)
+        return Score(value, components={"length": value}, trace=f"{tokens} tokens")
+
+
+class GroupLength(Reward):
+    """The shortest response of a group gets 1, the longest 0, the others lie between (Kimi k1.5, arXiv 2501.12599).
+
+    value = 1 - (tokens - shortest) / (longest - shortest); 0.5 for all if they are equally long. The paper's term is
+    this minus 0.5, which is the same to group-relative advantages.
+    """
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Component `length`: the value; the trace says the number of tokens."""
+        return [self._group(group) for group in groups]
+
+    def _group(self, group: Group) -> GroupScores:
+        lengths = [response_tokens(sample) for sample in group.samples]
+        shortest, longest = min(lengths, default=0), max(lengths, default=0)
+        scores = []
+        for tokens in lengths:
+            value = 0.5 if longest == shortest else (longest - tokens) / (longest - shortest)
+            trace = f"{tokens} tokens, {shortest} to {longest} in the group"
+            scores.append(Score(value, components={"length": value}, trace=trace))
+        return GroupScores(tuple(scores))
+
+
+def response_tokens(sample: Sample) -> int:
+    """Tokens that the policy wrote (tool results in a response are not its own)."""
+    trained: Any = sample.trained
+    return int(trained.sum())
