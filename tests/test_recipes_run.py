@@ -1,0 +1,88 @@
+"""Every recipe of conf/algorithm runs to the end on the embedded task, with the real stack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from run_fixture import ROOT, Run
+
+RECIPES = sorted(file.stem for file in (ROOT / "conf" / "algorithm").glob("*.yaml"))
+PROMPTS = 16
+"""DAPO and CISPO cut a step into 16 optimizer steps."""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[list[Run]]:
+    runs: list[Run] = []
+    yield runs
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path) -> None:
+    reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe == "prime" else []
+    single = ["algorithm.samples_per_prompt=1"] if recipe in ("ppo", "reinforce_pp", "remax") else []
+    run = Run(
+        tmp_path,
+        f"algorithm={recipe}",
+        f"trainer.prompts_per_step={PROMPTS}",
+        "trainer.total_steps=2",
+        "rollout.max_response_tokens=96",
+        *reward,
+        *single,
+    )
+    start.append(run)
+    assert run.end() == 0, run.text
+    steps = [record for record in run.records() if record.get("kind") == "step"]
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["policy/trained_samples"] > 0
+        assert step["policy/grad_norm"] > 0 and math.isfinite(step["policy/loss"])
+        assert step["weights/canary_difference"] < 1e-3
+    assert (run.folder / "checkpoints" / "step_000002" / "policy" / "model.safetensors").is_file()
+    if recipe == "remax":
+        assert 0 <= steps[-1]["reward/greedy_mean"] <= 1
+    if recipe == "ppo":
+        assert "critic/explained_variance" in steps[-1]
+    if recipe == "prime":
+        assert (run.folder / "checkpoints" / "step_000002" / "reward" / "model.safetensors").is_file()
+        assert steps[-1]["prm/pair_accuracy"] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("algorithm=ppo", "algorithm.samples_per_prompt=2", "reward.outcome._target_=rewards.rule.reward.RuleReward"),
+        ("algorithm=prime", "reward.reference=policy"),
+        ("algorithm=prime", "reward.update=before"),
+        ("algorithm=prime", "algorithm.mode=official"),
+        ("algorithm=prime", "algorithm.mode=verl"),
+        ("algorithm=prime", "algorithm.estimator=grpo"),
+        ("algorithm=prime", "algorithm.estimator=reinforce", "reward.objective=dpo"),
+        ("algorithm=rloo", "reward.outcome=null", "reward.update=none"),
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_ways_to_use_the_implicit_prm(options: tuple[str, ...], start: list[Run], tmp_path: Path) -> None:
+    # samples_per_prompt of the small runs is 4
+    run = Run(
+        tmp_path,
+        "reward=implicit_prm",
+        *options,
+        "trainer.total_steps=2",
+        "buffer.min_group_reward=null",
+        "buffer.max_group_reward=null",
+        "reward.learning_rate=1e-4",
+    )
+    start.append(run)
+    assert run.end() == 0, run.text
+    last = run.records()[-2]
+    assert last["kind"] == "step" and math.isfinite(last["policy/loss"])
