@@ -71,7 +71,11 @@ def settings(scratch: Path) -> list[Setting]:
     return [
         Setting("reward=rule", ("reward=rule",), 30, seconds=300),
         Setting("reward=polar", ("reward=polar",), 15),
-        Setting("algorithm=ppo", ("algorithm=ppo", "reward=rule", "trainer.prompts_per_step=256"), 20),
+        Setting(
+            "algorithm=ppo",
+            ("algorithm=ppo", "reward=rule", "trainer.prompts_per_step=256", "critic.learning_rate=1e-3"),
+            20,
+        ),
         Setting("algorithm=rloo", ("algorithm=rloo", "reward=rule", "trainer.prompts_per_step=64"), 20),
         Setting("algorithm=rloo, 12 steps", ("algorithm=rloo", "reward=rule", *OFTEN), 20),
         Setting(
