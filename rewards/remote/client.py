@@ -58,6 +58,7 @@ class Limits:
     samples_per_request: int
     tokens_per_request: int
     concurrent_requests: int
+    body_bytes: int
     attempts: int
     budget_seconds: float
 
@@ -168,6 +169,8 @@ class RewardClient:
 
         remaining = call.deadline - asyncio.get_running_loop().time()
         body = request_body([bodies[index] for index in groups], remaining)
+        if len(body) > self.limits.body_bytes:
+            raise _Refused(f"{len(body)} bytes, more than the server's serve.max_body_mib allows", 413)
         headers = {"Content-Type": "application/json"}
         try:
             answer = await self._connection().post(self.url, content=body, headers=headers)

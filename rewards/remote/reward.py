@@ -102,6 +102,7 @@ class RemoteReward(Reward):
             samples_per_request=min(config.samples_per_request, health.max_request_samples),
             tokens_per_request=config.tokens_per_request,
             concurrent_requests=config.concurrent_requests,
+            body_bytes=health.max_body_bytes,
             attempts=config.attempts,
             budget_seconds=budget,
         )

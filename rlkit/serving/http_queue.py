@@ -1,0 +1,199 @@
+"""Requests that wait for a reward process: bounded, scored together where they fit, and dropped when nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rewards.remote.wire import tokens_of
+from rlkit.experience import Group
+from rlkit.serving.http_metrics import ServerMetrics
+from rlkit.serving.http_process import RewardProcess, WorkerBrokenError
+from rlkit.serving.results import RewardFailed, invalid_groups, report_on
+
+log = logging.getLogger(__name__)
+
+LONGEST_RETRY_SECONDS = 60
+
+
+class BusyError(Exception):
+    """No answer now; try again after `retry_seconds`."""
+
+    def __init__(self, message: str, retry_seconds: int, status: int = 503) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+        self.status = status
+        """What HTTP calls it: 429 if too much is asked, 503 if the server is not able."""
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How much is scored together, and how much may wait."""
+
+    samples: int
+    tokens: int
+    queued_samples: int
+
+
+@dataclass(eq=False)
+class _Job:
+    """One request."""
+
+    groups: list[Group]
+    samples: int
+    tokens: int
+    deadline: float
+    """`time.monotonic()` after which its client no longer waits."""
+    result: asyncio.Future[list[Group]]
+
+
+class ScoringQueue:
+    """Hands requests to processes, each of which takes what waits whenever it is free."""
+
+    def __init__(self, workers: Sequence[RewardProcess], limits: BatchLimits, metrics: ServerMetrics) -> None:
+        self.workers, self.limits, self.metrics = workers, limits, metrics
+        self._jobs: deque[_Job] = deque()
+        self._queued_samples = 0
+        self._arrived = asyncio.Condition()
+        self._seconds_per_sample = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start all processes. Raises RewardFailed if one cannot start; the others are then ended."""
+        results = await asyncio.gather(*(worker.start() for worker in self.workers), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.close()
+                raise result
+        self._tasks = [asyncio.create_task(self._work(worker)) for worker in self.workers]
+
+    async def close(self) -> None:
+        """End all processes; what still waits is told so."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for job in self._jobs:
+            _fail(job, BusyError("the server ends", 5))
+        self._jobs.clear()
+        await asyncio.gather(*(worker.close() for worker in self.workers))
+
+    async def score(self, groups: list[Group], wait_seconds: float | None) -> list[Group]:
+        """The groups with their scores. Raises BusyError if there is no room, no process, or no time left."""
+        samples = sum(len(group.samples) for group in groups)
+        if not groups:
+            return []
+        if self._queued_samples and self._queued_samples + samples > self.limits.queued_samples:
+            raise BusyError(f"{self._queued_samples} samples wait already", self._retry_seconds(), status=429)
+        job = _Job(
+            groups,
+            samples,
+            sum(map(tokens_of, groups)),
+            math.inf if wait_seconds is None else time.monotonic() + wait_seconds,
+            asyncio.get_running_loop().create_future(),
+        )
+        async with self._arrived:
+            self._jobs.append(job)
+            self._count(samples)
+            self._arrived.notify()
+        return await job.result
+
+    async def _work(self, worker: RewardProcess) -> None:
+        """Score for ever."""
+        while True:
+            jobs = await self._next()
+            try:
+                await self._score_together(worker, jobs)
+            except RewardFailed as error:
+                log.error("%s", error)
+                for job in jobs:
+                    _fail(job, BusyError(str(error), 5))
+            finally:
+                for job in jobs:  # cancelled, or an error that is a bug: nobody may wait for ever
+                    _fail(job, BusyError("the server ends, or failed; see its log", 5))
+
+    async def _next(self) -> list[_Job]:
+        """The oldest job, and those after it that fit beside it; waits for one."""
+        async with self._arrived:
+            while True:
+                while not self._jobs:
+                    await self._arrived.wait()
+                jobs: list[_Job] = []
+                samples = tokens = 0
+                while self._jobs:
+                    job = self._jobs[0]
+                    full = samples + job.samples > self.limits.samples or tokens + job.tokens > self.limits.tokens
+                    if jobs and full:
+                        break
+                    self._jobs.popleft()
+                    self._count(-job.samples)
+                    if time.monotonic() > job.deadline or job.result.done():
+                        _fail(job, BusyError("it waited longer than its client", self._retry_seconds()))
+                        continue
+                    jobs.append(job)
+                    samples, tokens = samples + job.samples, tokens + job.tokens
+                if jobs:
+                    return jobs
+
+    async def _score_together(self, worker: RewardProcess, jobs: Sequence[_Job]) -> None:
+        """One call for all jobs; if it costs the process, one more for each, so that only the culprit is lost."""
+        try:
+            scored = await self._call(worker, [group for job in jobs for group in job.groups])
+        except WorkerBrokenError as broken:
+            self._note(broken)
+            for job in jobs:
+                await self._score_alone(worker, job)
+            return
+        remaining = iter(scored)
+        for job in jobs:
+            _finish(job, [next(remaining) for _ in job.groups])
+
+    async def _score_alone(self, worker: RewardProcess, job: _Job) -> None:
+        try:
+            _finish(job, await self._call(worker, job.groups))
+        except WorkerBrokenError as broken:
+            self._note(broken)
+            invalid = invalid_groups(job.groups, str(broken))
+            self._report(invalid)
+            _finish(job, invalid)
+
+    async def _call(self, worker: RewardProcess, groups: Sequence[Group]) -> list[Group]:
+        began = time.monotonic()
+        scored, _ = await worker.score(groups)
+        seconds, samples = time.monotonic() - began, sum(len(group.samples) for group in scored)
+        self.metrics.scoring_seconds.observe(seconds)
+        self.metrics.batch_samples.observe(samples)
+        self._seconds_per_sample = 0.8 * self._seconds_per_sample + 0.2 * seconds / max(samples, 1)
+        self._report(scored)
+        return scored
+
+    def _report(self, groups: Sequence[Group]) -> None:
+        report = report_on(groups, 0.0)
+        self.metrics.samples.inc(report.samples)
+        self.metrics.count_failures(report.failures)
+
+    def _note(self, broken: WorkerBrokenError) -> None:
+        log.warning("%s; the process is replaced", broken)
+        self.metrics.count_worker_failure(str(broken))
+
+    def _count(self, samples: int) -> None:
+        self._queued_samples += samples
+        self.metrics.queued.set(self._queued_samples)
+
+    def _retry_seconds(self) -> int:
+        seconds = self._queued_samples * self._seconds_per_sample / len(self.workers)
+        return min(max(1, math.ceil(seconds)), LONGEST_RETRY_SECONDS)
+
+
+def _finish(job: _Job, groups: list[Group]) -> None:
+    if not job.result.done():
+        job.result.set_result(groups)
+
+
+def _fail(job: _Job, error: BusyError) -> None:
+    if not job.result.done():
+        job.result.set_exception(error)
