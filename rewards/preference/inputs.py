@@ -47,13 +47,14 @@ class Encoder:
             raise ClassifierError(f"reward.model_path: the tokenizer of {folder} does not load: {reason}") from error
         self.max_length = min(max_length, int(self.tokenizer.model_max_length), LONGEST_INPUT)
         self._layout = layout
-        self._template: str | None = None
+        self.template: str | None = None
+        """The template in place of the tokenizer's own."""
         if chat_template is not None:
             try:
-                self._template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+                self.template = Path(chat_template).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ClassifierError(f"reward.chat_template={chat_template} cannot be read: {error}") from error
-        if layout == "chat" and not (self._template or self.tokenizer.chat_template):
+        if layout == "chat" and not (self.template or self.tokenizer.chat_template):
             raise ClassifierError(
                 f"reward.model_path: the tokenizer of {folder} has no chat template; name a Jinja file with "
                 "reward.chat_template, or use reward.layout=pair if the model reads (prompt, response)"
@@ -81,7 +82,7 @@ class Encoder:
         chat = [{"role": message.role, "content": message.content} for message in messages]
         chat.append({"role": "assistant", "content": response})
         try:
-            text = self.tokenizer.apply_chat_template(chat, chat_template=self._template, tokenize=False)
+            text = self.tokenizer.apply_chat_template(chat, chat_template=self.template, tokenize=False)
         except TemplateError as error:
             raise Unreadable(f"template: the chat template refuses this conversation: {error}") from error
         return Encoded(tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
@@ -90,6 +91,14 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         if bos is not None and self._encode([Message("user", "Hi")], "Hi").ids[:2] == (bos, bos):
             raise ClassifierError("the preference model's chat template begins with the BOS token twice: remove one")
+
+
+def until_read(ids: tuple[int, ...], pad_id: int | None) -> tuple[int, ...]:
+    """The tokens up to the one where transformers reads the score: the last that is not the padding token."""
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad_id:
+        end -= 1
+    return ids[:end]
 
 
 def without(text: str, forbidden: Sequence[str]) -> str:

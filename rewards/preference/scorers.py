@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from rewards.polar.backends import cut, expanded_tokens, torch_dtype
 from rewards.polar.plan import shared_prefix
 from rewards.preference.folder import ClassifierError
-from rewards.preference.inputs import Encoded
+from rewards.preference.inputs import Encoded, until_read
 from rlkit.models.attention import PACKED_ATTENTION
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import PackedScorer
@@ -94,7 +94,7 @@ class Scorer:
 
     def _score_packed(self, groups: Sequence[Sequence[Encoded]]) -> list[list[float]]:
         assert self._packed is not None
-        trees = [_tree([self._read(item.ids) for item in group]) for group in groups]
+        trees = [_tree([until_read(item.ids, self._pad_id) for item in group]) for group in groups]
         parts = [part for tree in trees for part in cut(tree, self._tokens_per_batch)]
         scores: list[list[float]] = [[] for _ in parts]
         for batch in split_by_tokens([expanded_tokens(part) for part in parts], self._tokens_per_batch):
@@ -103,13 +103,6 @@ class Scorer:
                 scores[i] = [next(values) for _ in parts[i].suffixes]
         flat = iter(score for part in scores for score in part)
         return [[next(flat) for _ in group] for group in groups]
-
-    def _read(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """The tokens up to the one where transformers reads the score: the last that is not the padding token."""
-        end = len(ids)
-        while end > 1 and ids[end - 1] == self._pad_id:
-            end -= 1
-        return ids[:end]
 
     def _score_padded(self, groups: Sequence[Sequence[Encoded]]) -> list[list[float]]:
         items = [item for group in groups for item in group]

@@ -1,0 +1,197 @@
+"""`reward=preference`: a Bradley-Terry reward model from preference pairs; the result is read by rlkit.train."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from rlkit.data.base import DataError
+from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
+from rlkit.reward_training.preference_data import Pair, PairRows, all_pairs, load_pairs
+
+if TYPE_CHECKING:
+    from rewards.preference.inputs import Encoder
+    from rlkit.reward_training.preference_learner import EncodedPair, PreferenceLearner
+
+SAMPLES = 20
+"""Held-out pairs that samples.jsonl gets: those that the model orders most wrongly."""
+
+
+class PreferenceTraining(RewardTraining):
+    """Trains a sequence classifier so that chosen responses score above rejected ones (Bradley-Terry)."""
+
+    class Config(RewardTrainingConfig):
+        """Options of the loss and of what the model reads."""
+
+        learning_rate: float = Field(default=1e-5, gt=0)
+        """Peak learning rate of AdamW."""
+        centring: float = Field(default=0.0, ge=0)
+        """Weight of (chosen + rejected)^2, which keeps scores around zero (0.01 is usual)."""
+        chat_template: str | None = None
+        """Path of a Jinja chat template that replaces the tokenizer's own; saved with the model."""
+        max_length: int | None = Field(default=None, ge=1)
+        """Tokens of prompt and response above which a pair is skipped and counted; null: what the model takes."""
+
+    Data: ClassVar[type[PairRows]] = PairRows
+    stages: ClassVar[tuple[Stage, ...]] = ("train", "evaluate")
+
+    @classmethod
+    def check(cls, config: Any, data: Any) -> list[str]:
+        """Whether the model can be read later: one label, no code of its own."""
+        from rlkit.embedded import model_folder
+
+        messages = super().check(config, data)
+        if config.trust_remote_code:
+            messages.append("reward.trust_remote_code: reward=preference never runs a model folder's code")
+        if messages:
+            return messages
+        model = json.loads((model_folder(config.model_path) / "config.json").read_text())
+        labels = len(model["id2label"]) if "id2label" in model else model.get("num_labels")
+        if (model.get("architectures") or [""])[0].endswith("ForSequenceClassification") and labels not in (1, None):
+            messages.append(f"reward.model_path={config.model_path}: has {labels} labels; a preference model has one")
+        positions = model.get("max_position_embeddings")
+        if config.max_length is not None and positions is not None and config.max_length > positions:
+            messages.append(f"reward.max_length={config.max_length}: is more than the model takes ({positions})")
+        return messages
+
+    def run(self, report: Report) -> dict[str, Any]:
+        """Train; returns steps, pairs, and the held-out measures before and after."""
+        report.phase("reading data")
+        train_rows, heldout_rows, bad = load_pairs(self.data, self.context.seed)
+        for row in bad[:10]:
+            report.warn(f"skipped {row.origin}: {row.reason}")
+        encoder = self._encoder()
+        train, heldout = self._encoded(train_rows, encoder, report), self._encoded(heldout_rows, encoder, report)
+        pairs = sum(map(len, train))
+        steps = self.config.total_steps(pairs)
+        report.phase("loading the model")
+        learner = self._learner(encoder, steps)
+        judged = [pair for prompt in heldout for pair in prompt]
+        before = after = learner.measure(judged)
+        report.evaluation(0, **_named("heldout", before))
+        report.begins(steps)
+        every = self.config.evaluate_every_steps
+        for step, batch in zip(
+            range(1, steps + 1), draw_batches(train, self.config.batch_size, self.context.seed), strict=False
+        ):
+            report(step, **_named("preference", learner.step(batch)))
+            if step == steps or (every and step % every == 0):
+                after = learner.measure(judged)
+                report.evaluation(step, **_named("heldout", after))
+        report.samples(self._samples(judged, learner))
+        learner.save(self.context.model_folder)
+        counts = {"steps": steps, "training_pairs": pairs, "heldout_pairs": len(judged), "bad_rows": len(bad)}
+        return {**counts, **_named("before", before), **_named("after", after), "model": str(self.context.model_folder)}
+
+    def evaluate(self, report: Report) -> dict[str, Any]:
+        """Measures of a trained model on all pairs, scored as `rlkit.train` scores."""
+        from rewards.preference.folder import ClassifierError, check_classifier
+        from rlkit.embedded import model_folder
+        from rlkit.models.policy import ModelLoadError
+        from rlkit.reward_training.preference_learner import measure_folder
+
+        report.phase("reading data")
+        rows, bad = all_pairs(self.data, self.context.seed)
+        for row in bad[:10]:
+            report.warn(f"skipped {row.origin}: {row.reason}")
+        folder = model_folder(self.config.model_path)
+        try:
+            check_classifier(folder)
+            encoder = self._encoder()
+            pairs = [pair for prompt in self._encoded(rows, encoder, report) for pair in prompt]
+            report.phase("scoring")
+            found = measure_folder(folder, encoder, pairs, self.config, self.context)
+        except ClassifierError as error:
+            raise ModelLoadError(str(error)) from error
+        report.evaluation(0, **_named("heldout", found))
+        return {"pairs": len(pairs), "bad_rows": len(bad), **found}
+
+    def _encoder(self) -> Encoder:
+        from rewards.preference.folder import LONGEST_INPUT, ClassifierError, positions
+        from rewards.preference.inputs import Encoder
+        from rlkit.embedded import model_folder
+        from rlkit.models.policy import ModelLoadError
+
+        folder = model_folder(self.config.model_path)
+        room = positions(json.loads((folder / "config.json").read_text()))
+        longest = min(self.config.max_length or LONGEST_INPUT, room)
+        try:
+            return Encoder(folder, "chat", self.config.chat_template, longest)
+        except ClassifierError as error:
+            raise ModelLoadError(str(error)) from error
+
+    def _learner(self, encoder: Encoder, steps: int) -> PreferenceLearner:
+        from rlkit.embedded import model_folder
+        from rlkit.reward_training.preference_learner import PreferenceLearner
+
+        return PreferenceLearner(
+            model_folder(self.config.model_path),
+            encoder.tokenizer,
+            self.config.learner(steps, self.context.device),
+            device=self.context.device,
+            total_steps=steps,
+            centring=self.config.centring,
+            chat_template=encoder.template,
+        )
+
+    def _encoded(self, prompts: Sequence[Sequence[Pair]], encoder: Encoder, report: Report) -> list[list[EncodedPair]]:
+        """Pairs as token ids; those that the model cannot read are left out. Raises DataError if they are too many."""
+        from rewards.preference.inputs import Unreadable
+        from rlkit.reward_training.preference_learner import EncodedPair
+
+        found: list[list[EncodedPair]] = []
+        reasons: list[str] = []
+        for pairs in prompts:
+            usable = []
+            for pair in pairs:
+                try:
+                    chosen, rejected = (encoder.encode(pair.prompt, text).ids for text in (pair.chosen, pair.rejected))
+                except Unreadable as error:
+                    reasons.append(f"{pair.origin}: {error}")
+                    continue
+                usable.append(EncodedPair(pair, chosen, rejected))
+            if usable:
+                found.append(usable)
+        total = sum(map(len, prompts))
+        if reasons:
+            report.warn(f"{len(reasons)} of {total} pairs cannot be read, the first: {reasons[0]}")
+        if len(reasons) > self.data.max_bad_row_share * total or not found:
+            raise DataError(
+                f"{len(reasons)} of {total} pairs cannot be read by the model, the first: {reasons[0]}; allow more "
+                f"with data.max_bad_row_share={len(reasons) / total + 0.005:.2f}, or shorten them"
+            )
+        return found
+
+    def _samples(self, judged: Sequence[EncodedPair], learner: PreferenceLearner) -> Iterator[dict[str, Any]]:
+        chosen, rejected = learner.scores(judged)
+        for i in sorted(range(len(judged)), key=lambda i: float(chosen[i] - rejected[i]))[:SAMPLES]:
+            pair = judged[i].pair
+            yield {
+                "prompt": [{"role": message.role, "content": message.content} for message in pair.prompt],
+                "chosen": pair.chosen,
+                "chosen_score": float(chosen[i]),
+                "rejected": pair.rejected,
+                "rejected_score": float(rejected[i]),
+            }
+
+
+def draw_batches(prompts: Sequence[Sequence[EncodedPair]], size: int, seed: int) -> Iterator[list[EncodedPair]]:
+    """Batches of `size` pairs for ever. Prompts are shuffled anew in each epoch and their pairs stay together:
+
+    a prompt's tokens go through the model once, and no response is learnt from in many steps of an epoch.
+    """
+    rng = random.Random(seed)
+    queue: list[EncodedPair] = []
+    while True:
+        while len(queue) < size:
+            queue += [pair for i in rng.sample(range(len(prompts)), len(prompts)) for pair in prompts[i]]
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def _named(area: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{area}/{name}": value for name, value in values.items()}

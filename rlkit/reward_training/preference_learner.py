@@ -1,0 +1,180 @@
+"""The preference model in a DeepSpeed engine: packed pairs, loss, measures, the saved folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rewards.polar.plan import shared_prefix
+from rewards.preference.inputs import Encoded, until_read
+from rlkit.config.schema import LearnerConfig
+from rlkit.models.packing import Tree, pack, split_by_tokens
+from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
+from rlkit.reward_training.base import TrainingContext
+from rlkit.reward_training.preference_data import Pair
+from rlkit.reward_training.preference_loss import Array, measures, pair_losses
+from rlkit.supervised import SupervisedEngine, gathered_weights
+
+if TYPE_CHECKING:
+    from rewards.preference.inputs import Encoder
+    from rlkit.reward_training.preference import PreferenceTraining
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A pair and its two token sequences, prompt included."""
+
+    pair: Pair
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPairs:
+    """Pairs with one prompt: every different response once, and who is compared with whom."""
+
+    tree: Tree
+    places: tuple[tuple[int, int], ...]
+    """(chosen, rejected) among the tree's sequences."""
+    pairs: tuple[Pair, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.tree.tokens
+
+
+class PreferenceLearner:
+    """Trains a one-label classifier on pairs; needs an initialised process group."""
+
+    def __init__(
+        self,
+        model_path: Path,
+        tokenizer: Any,
+        config: LearnerConfig,
+        *,
+        device: str,
+        total_steps: int,
+        centring: float,
+        chat_template: str | None = None,
+    ) -> None:
+        model: Any = load_value_model(model_path, torch.float32).model
+        if type(getattr(model, "score", None)) is not nn.Linear:
+            raise ModelLoadError(
+                f"{model_path}: {type(model).__name__} cannot be trained here: sequences are packed, which takes a "
+                "decoder with a linear head"
+            )
+        text_config = model.config.get_text_config()
+        if text_config.pad_token_id is None:
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            model.config.pad_token_id = text_config.pad_token_id = tokenizer.pad_token_id
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        self.tokenizer, self._pad_id, self._centring = tokenizer, text_config.pad_token_id, centring
+        self.training = SupervisedEngine(
+            PackedScorer(model), self._loss, config, device=device, total_steps=total_steps
+        )
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def step(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
+        """One optimizer step; returns the loss before it and, of this rank's pairs, accuracy and margin."""
+        self._seen = []
+        loss = self.training.step(together(pairs, self._pad_id), float(len(pairs)))
+        chosen, rejected, probability = (
+            torch.cat(values).double().cpu().numpy() for values in zip(*self._seen, strict=True)
+        )
+        found = measures(chosen, rejected, probability)
+        return {"loss": loss, **{name: found[name] for name in ("accuracy", "margin", "score_mean") if name in found}}
+
+    @torch.no_grad()
+    def scores(self, pairs: Sequence[EncodedPair]) -> tuple[Array, Array]:
+        """Scores [N] of chosen and rejected; every rank computes all of them."""
+        self.training.engine.eval()
+        items = [together([pair], self._pad_id)[0] for pair in pairs]
+        chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
+        limit = self.training.config.tokens_per_microbatch
+        for batch in split_by_tokens([item.tokens for item in items], limit):
+            first, second = self._pair_scores(self.training.engine, [items[i] for i in batch])
+            chosen[batch], rejected[batch] = first.double().cpu().numpy(), second.double().cpu().numpy()
+        return chosen, rejected
+
+    def measure(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
+        """See `preference_loss.measures`."""
+        return measures(*self.scores(pairs), np.array([pair.pair.probability for pair in pairs]))
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
+        model = self.training.engine.module.model
+        weights = gathered_weights(model, self.training.config.zero_stage)
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder, state_dict=weights)
+            self.tokenizer.save_pretrained(folder)
+
+    def _pair_scores(self, module: Any, items: Sequence[PromptPairs]) -> tuple[Tensor, Tensor]:
+        scores = module(pack([item.tree for item in items]).to(self.training.device))
+        start, chosen, rejected = 0, [], []
+        for item in items:
+            chosen += [start + place for place, _ in item.places]
+            rejected += [start + place for _, place in item.places]
+            start += len(item.tree.suffixes)
+        return scores[chosen], scores[rejected]
+
+    def _loss(self, module: Any, items: Sequence[PromptPairs]) -> Tensor:
+        """Sum over pairs."""
+        chosen, rejected = self._pair_scores(module, items)
+        pairs = [pair for item in items for pair in item.pairs]
+        margin = torch.tensor([pair.margin for pair in pairs], device=chosen.device)
+        probability = torch.tensor([pair.probability for pair in pairs], device=chosen.device)
+        self._seen.append((chosen.detach(), rejected.detach(), probability))
+        return pair_losses(chosen, rejected, margin, probability, self._centring).sum()
+
+
+def together(pairs: Sequence[EncodedPair], pad_id: int | None) -> list[PromptPairs]:
+    """Pairs of one prompt put together, so that its tokens and a response in several pairs are computed once."""
+    by_prompt: dict[Any, list[EncodedPair]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair.pair.prompt, []).append(pair)
+    found = []
+    for members in by_prompt.values():
+        read = [(until_read(pair.chosen, pad_id), until_read(pair.rejected, pad_id)) for pair in members]
+        sequences = list(dict.fromkeys(ids for both in read for ids in both))
+        place = {ids: i for i, ids in enumerate(sequences)}
+        prefix = shared_prefix(sequences)
+        tree = Tree(prefix, tuple(ids[len(prefix) :] for ids in sequences))
+        places = tuple((place[chosen], place[rejected]) for chosen, rejected in read)
+        found.append(PromptPairs(tree, places, tuple(pair.pair for pair in members)))
+    return found
+
+
+def measure_folder(
+    folder: Path,
+    encoder: Encoder,
+    pairs: Sequence[EncodedPair],
+    config: PreferenceTraining.Config,
+    context: TrainingContext,
+) -> dict[str, float]:
+    """Measures of a saved model, run as the reward runs it. Raises ClassifierError if it is none."""
+    from rewards.preference.scorers import load_scorer
+
+    scorer = load_scorer(
+        folder,
+        device=context.device,
+        dtype=config.dtype,
+        threads=torch.get_num_threads(),
+        tokens_per_batch=config.tokens_per_microbatch,
+        tokenizer_pad_id=encoder.tokenizer.pad_token_id,
+        backend="auto",
+        canned=[Encoded(pairs[0].chosen), Encoded(pairs[0].rejected)],
+        longest=encoder.max_length,
+    )
+    scores = np.array(scorer.score([[Encoded(pair.chosen), Encoded(pair.rejected)] for pair in pairs]))
+    return measures(scores[:, 0], scores[:, 1], np.array([pair.pair.probability for pair in pairs]))
