@@ -63,6 +63,11 @@ class Reward(ABC):
         self.context = context
 
     @classmethod
+    def config_model(cls, section: Mapping[str, Any]) -> type[BaseModel]:
+        """What checks this section for the user: `Config`, or the same with a typed section for each reward inside."""
+        return cls.Config
+
+    @classmethod
     def needs(cls, config: Any) -> RewardNeeds:
         """What it must find in the data under this configuration."""
         return RewardNeeds()
@@ -100,7 +105,8 @@ class TrainableReward(Reward):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Two workers would learn two different rewards."""
-        return [*super().check(config), *(["a reward that learns has one worker"] if config.workers != 1 else [])]
+        several = config.workers != 1 and cls.update_when(config) != "none"
+        return [*super().check(config), *(["a reward that learns has one worker"] if several else [])]
 
     @classmethod
     def update_when(cls, config: Any) -> UpdateWhen:

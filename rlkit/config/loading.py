@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
+from rewards.base import Reward
+from rlkit.config.combined import add_parts, unknown_parts
 from rlkit.config.compose import compose_options, group_options, option_fields
 from rlkit.config.fields import all_fields, section_type
 from rlkit.config.overrides import Overrides, parse_overrides
@@ -52,12 +54,14 @@ class Loading:
             raise ConfigError([*self.problems, Problem(str(self.folder), f"cannot be composed: {error}")]) from error
         if file is not None:
             self.problems += merge_file(composed, file, self.overrides.choices, self.sources)
+        combined, problems = add_parts(composed, self.folder, self.options["reward"], self.overrides.parts, file)
+        self.problems += problems
         targets = {kind: (composed.get(kind) or {}).get(TARGET) for kind in self.contracts}
         for kind in self.contracts:  # a class first: its fields are not those of the option's class
             chosen = self.overrides.values.get(f"{kind}.{TARGET}")
             if chosen is not None and chosen != targets[kind]:
                 self._replace_part(composed, kind, chosen)
-        self.sources.options = {kind: str(composed.hydra.runtime.choices[kind]) for kind in self.contracts}
+        self.sources.options = {kind: str(composed.hydra.runtime.choices[kind]) for kind in self.contracts} | combined
         for key, value in self.overrides.values.items():
             set_value(composed, key, value)
         return self._plain(composed)
@@ -94,18 +98,31 @@ class Loading:
         known = self._known_keys(configs)
         for kind, cls in configs.items():
             if cls is not None:
-                fields = {key: value for key, value in self.tree[kind].items() if key != TARGET}
-                config = self._section(cls.Config, fields, f"{kind}.", known, self._other_classes(kind, cls, fields))
+                config = self._part_config(kind, cls, known)
                 if config is not None:
                     self.parts[kind] = Part(cls, config)
         self._run_config(known)
+
+    def _part_config(self, kind: str, cls: Any, known: Sequence[str]) -> Any:
+        """The validated options of a part; None if they are wrong."""
+        fields = self._part_fields(kind)
+        model = _model(cls, fields)
+        if model is cls.Config:
+            return self._section(model, fields, f"{kind}.", known, self._other_classes(kind, cls, fields))
+        # A model with a typed section for each reward inside: it only checks.
+        typed = self._section(model, fields, f"{kind}.", known, unknown_parts(fields))
+        return None if typed is None else cls.Config(**fields)
+
+    def _part_fields(self, kind: str) -> dict[str, Any]:
+        return {key: value for key, value in self.tree[kind].items() if key != TARGET}
 
     def _known_keys(self, configs: Mapping[str, Any]) -> list[str]:
         """Every full key there is, given the classes of the parts (None: not known)."""
         known = [key for key, _ in all_fields(self.schema) if key not in self.contracts]
         for kind, cls in configs.items():
             if cls is not None:
-                known += [f"{kind}.{TARGET}", *(key for key, _ in all_fields(cls.Config, f"{kind}."))]
+                model = _model(cls, self._part_fields(kind))
+                known += [f"{kind}.{TARGET}", *(key for key, _ in all_fields(model, f"{kind}."))]
         return known
 
     def _part_class(self, kind: str) -> Any:
@@ -176,3 +193,9 @@ class Loading:
             f"{kind}.{key}": f"{cls.__name__} has none (it belongs to {' and '.join(options)})"
             for key, options in having.items()
         }
+
+
+def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
+    """What types a part's section: its Config, or for a reward made of others, one with their sections."""
+    model: type[BaseModel] = cls.config_model(fields) if issubclass(cls, Reward) else cls.Config
+    return model

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 
+from rlkit.config.combined import COMBINED, part_names
 from rlkit.config.names import did_you_mean, nearest
 from rlkit.config.problems import Problem
 
@@ -23,6 +24,8 @@ class Overrides:
 
     choices: dict[str, str | None] = field(default_factory=dict)
     """Group -> option. A misspelt option is replaced by the nearest one, so that the rest can be checked too."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """Of `reward=[a,b]`: name of the part -> option, or dotted path of a class."""
     values: dict[str, Any] = field(default_factory=dict)
     """Full key -> value."""
     typed: dict[str, str] = field(default_factory=dict)
@@ -80,6 +83,12 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
 def _choose(argument: str, group: str, value: Any, options: Options, result: Overrides) -> str | None:
     available = options[group]
     result.typed[group] = argument
+    if group == "reward":
+        result.parts = {}  # the last one counts
+        if isinstance(value, list) and COMBINED in available:
+            result.choices[group] = COMBINED
+            result.parts, message = part_names(value, available)
+            return message
     if value in available or (group == "experiment" and value is None):
         result.choices[group] = value
         return None

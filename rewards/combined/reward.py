@@ -1,0 +1,292 @@
+"""`reward=[math,polar]`: several rewards as one. See docs/rewards.md for the syntax."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import BaseModel
+
+from rewards.base import Reward, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
+from rewards.combined.config import CombinedConfig, read_parts, typed_model
+from rewards.combined.fit import misfits, moments, placed
+from rewards.combined.scores import Opinion, Rule, combined_group, part_scores, with_process_of
+from rewards.combined.sections import Part
+from rewards.shaping.chain import Chain
+from rewards.shaping.reference_rewards import ReferenceRewards
+from rewards.shaping.steps import OutcomeStep, ReferenceStep, RunningStep, Step
+from rlkit.experience import Group, GroupScores
+
+log = logging.getLogger(__name__)
+
+Asked = Mapping[str, Sequence[GroupScores | None]]
+"""Part -> its scores of every group; None where it does not judge the prompt."""
+
+
+class PartFailedError(RuntimeError):
+    """Parts that raised; the message names each with its cause."""
+
+
+class CombinedReward(TrainableReward):
+    """Asks its parts one after the other, shapes and combines their scores, and shapes the result.
+
+    A response that one of its parts cannot judge is invalid. It learns if a part does, or if a step has running
+    statistics, and is then hosted by one worker.
+    """
+
+    Config = CombinedConfig
+
+    def __init__(self, config: Any, context: RewardContext) -> None:
+        super().__init__(config, context)
+        self._parts = read_parts(config)
+        self._rewards: dict[str, Reward] = {part.name: part.kind(part.config, context) for part in self._parts}
+        self._chains = {part.name: self._chain_of(part) for part in self._parts}
+        self._whole = Chain(config.shaping, "combined", ReferenceRewards(lambda groups: self._before_shaping(groups)))
+
+    def _chain_of(self, part: Part) -> Chain:
+        references = ReferenceRewards(lambda groups: self._ask([part], groups)[part.name])
+        return Chain(part.shaping, f"part {part.name}", references)
+
+    @classmethod
+    def config_model(cls, section: Mapping[str, Any]) -> type[BaseModel]:
+        """A typed section for every part."""
+        return typed_model(section, cls.Config)
+
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        """What any part needs, routes by, or compares with."""
+        parts = read_parts(config)
+        each = [part.kind.needs(part.config) for part in parts]
+        wanted = {name for needs in each for name in needs.columns}
+        wanted = wanted.union(*(part.options.when.columns() for part in parts))
+        wanted |= _reference_columns([*config.shaping, *(step for part in parts for step in part.shaping)])
+        own = {"references", "answer"}
+        return RewardNeeds(
+            references=any(needs.references for needs in each) or "references" in wanted,
+            answer=any(needs.answer for needs in each) or "answer" in wanted,
+            columns=tuple(sorted(wanted - own)),
+        )
+
+    @classmethod
+    def gives_process_rewards(cls, config: Any) -> bool:
+        """If a part does."""
+        return any(part.kind.gives_process_rewards(part.config) for part in read_parts(config))
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """What does not fit together, and what each part finds missing."""
+        parts = read_parts(config)
+        own = [placed(message, part) for part in parts for message in part.kind.check(part.config)]
+        return [*super().check(config), *misfits(config, parts), *own]
+
+    @classmethod
+    def update_when(cls, config: Any) -> UpdateWhen:
+        """When its parts learn. Running statistics count a step before its advantages are computed."""
+        parts = read_parts(config)
+        found = set(moments(parts).values())
+        steps = [*config.shaping, *(step for part in parts for step in part.shaping)]
+        if "before" in found or any(isinstance(step, RunningStep) for step in steps):
+            return "before"
+        return "after" if found else "none"
+
+    def start(self) -> None:
+        """Start every part. Raises PartFailedError with the name of the first that cannot start."""
+        for name, reward in self._rewards.items():
+            try:
+                reward.start()
+            except Exception as error:
+                raise PartFailedError(f"part {name} cannot start: {_named(error)}") from error
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Combined scores. Raises PartFailedError, after all parts were asked, if some of them raised."""
+        return self._combined(groups, self._ask(self._parts, groups))
+
+    def _before_shaping(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Combined scores without the shaping of the whole."""
+        asked = self._ask(self._parts, groups)
+        return self._joined(groups, asked, learn=False)
+
+    def _ask(
+        self, parts: Sequence[Part], groups: Sequence[Group], rescore: bool = False
+    ) -> dict[str, list[GroupScores | None]]:
+        """Each part's scores of the groups that it judges, checked like those of a reward by itself."""
+        from rlkit.serving.results import attach_scores
+
+        asked: dict[str, list[GroupScores | None]] = {}
+        failures: dict[str, Exception] = {}
+        for part in parts:
+            routed = [group for group in groups if part.options.when.applies(group.prompt)]
+            reward = self._rewards[part.name]
+            try:
+                if not routed:
+                    answer: Any = []
+                elif rescore and isinstance(reward, TrainableReward):
+                    answer = reward.rescore([_as_seen_by(part.name, group) for group in routed])
+                else:
+                    answer = reward.score(routed)
+            except Exception as error:  # the other parts are still asked: their failures belong into the message, too
+                log.exception("part %s raised", part.name)
+                failures[part.name] = error
+                continue
+            judged = iter(attach_scores(routed, answer))
+            asked[part.name] = [
+                next(judged).scores if part.options.when.applies(group.prompt) else None for group in groups
+            ]
+        if failures:
+            causes = "; ".join(f"part {name}: {_named(error)}" for name, error in failures.items())
+            raise PartFailedError(causes) from next(iter(failures.values()))
+        return asked
+
+    def _joined(self, groups: Sequence[Group], asked: Asked, learn: bool) -> list[GroupScores]:
+        """Parts shaped and combined."""
+        shaped = {name: self._chains[name](groups, scores, learn) for name, scores in asked.items()}
+        rule = Rule(self.config.combine, self.config.spread_weight)
+        made = []
+        for i, group in enumerate(groups):
+            opinions = [
+                Opinion(part.name, part.options.weight, raw, after, _shapes_outcomes(part.shaping))
+                for part in self._parts
+                if (raw := asked[part.name][i]) is not None and (after := shaped[part.name][i]) is not None
+            ]
+            made.append(combined_group(len(group.samples), opinions, rule))
+        return made
+
+    def _combined(self, groups: Sequence[Group], asked: Asked, learn: bool = False) -> list[GroupScores]:
+        """Parts shaped and combined, and the result shaped; `unshaped` is then a component."""
+        joined = self._joined(groups, asked, learn)
+        if _shapes_outcomes(self.config.shaping):
+            joined = [_with_unshaped(scores) for scores in joined]
+        return [scores for scores in self._whole(groups, joined, learn) if scores is not None]
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Let the parts that learn do so, and count this step's values in the running statistics."""
+        learning = [part.name for part in self._parts if part.name in moments(self._parts)]
+        metrics: dict[str, float] = {}
+        for part in self._parts:
+            reward = self._rewards[part.name]
+            if part.name not in learning or not isinstance(reward, TrainableReward):
+                continue
+            seen = [_as_seen_by(part.name, group) for group in groups if part.options.when.applies(group.prompt)]
+            learnt = reward.update(seen) if seen else {}
+            metrics |= learnt if len(learning) == 1 else {f"{part.name}/{key}": v for key, v in learnt.items()}
+        if self._statistics():
+            self._combined(groups, self._earlier(groups), learn=True)
+        self.version += 1
+        return metrics
+
+    def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Scores after an update: parts that learn before the advantages are asked again, all is shaped anew.
+
+        Values of the other parts are read back from the components of the earlier scores. If no part gives new process
+        rewards, the earlier ones stay.
+        """
+        before = [name for name, when in moments(self._parts).items() if when == "before"]
+        asked = self._earlier(groups)
+        earlier = [_scores(group) for group in groups]
+        if not before:
+            made = self._combined(groups, asked)
+            return [with_process_of(new, old) for new, old in zip(made, earlier, strict=True)]
+        learnt = [part for part in self._parts if part.name in before]
+        silent = [
+            part for part in self._parts if part.name not in before and part.kind.gives_process_rewards(part.config)
+        ]
+        asked |= self._ask(learnt, groups, rescore=True) | self._ask(silent, groups)
+        made = self._combined(groups, asked)
+        return [_invalid_stays(new, old) for new, old in zip(made, earlier, strict=True)]
+
+    def _earlier(self, groups: Sequence[Group]) -> dict[str, list[GroupScores | None]]:
+        return {
+            part.name: [
+                part_scores(_scores(group), part.name) if part.options.when.applies(group.prompt) else None
+                for group in groups
+            ]
+            for part in self._parts
+        }
+
+    def _statistics(self) -> bool:
+        return any(chain.statistics for chain in (self._whole, *self._chains.values()))
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The states of the parts that learn, running statistics, version."""
+        learning = moments(self._parts)
+        return {
+            "version": self.version,
+            "parts": {
+                name: reward.state_dict()
+                for name, reward in self._rewards.items()
+                if name in learning and isinstance(reward, TrainableReward)
+            },
+            "shaping": self._whole.state_dict(),
+            "part_shaping": {name: chain.state_dict() for name, chain in self._chains.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of state_dict. Raises ValueError if the parts or steps are others than those that were saved."""
+        learning = moments(self._parts)
+        for what, saved, here in (
+            ("parts", state["part_shaping"], self._chains),
+            ("parts that learn", state["parts"], learning),
+        ):
+            if set(saved) != set(here):
+                raise ValueError(f"the saved reward has the {what} {sorted(saved)}, this one {sorted(here)}")
+        for name, own in state["parts"].items():
+            reward = self._rewards[name]
+            assert isinstance(reward, TrainableReward)
+            reward.load_state_dict(own)
+        self._whole.load_state_dict(state["shaping"])
+        for name, own in state["part_shaping"].items():
+            self._chains[name].load_state_dict(own)
+        self.version = state["version"]
+
+    def close(self) -> None:
+        """Close every part, also after one could not be closed; then raises the first error."""
+        errors = []
+        for name, reward in self._rewards.items():
+            try:
+                reward.close()
+            except Exception as error:
+                log.exception("part %s could not be closed", name)
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def _reference_columns(steps: Sequence[Step]) -> set[str]:
+    named = [step for step in steps if isinstance(step, ReferenceStep)]
+    return {name for step in named for name in (step.reference_rewards, step.reference_responses) if name is not None}
+
+
+def _shapes_outcomes(steps: Sequence[Step]) -> bool:
+    return any(isinstance(step, OutcomeStep | ReferenceStep | RunningStep) for step in steps)
+
+
+def _with_unshaped(scores: GroupScores) -> GroupScores:
+    samples = (
+        score if score.value is None else replace(score, components={**score.components, "unshaped": score.value})
+        for score in scores.samples
+    )
+    return replace(scores, samples=tuple(samples))
+
+
+def _as_seen_by(name: str, group: Group) -> Group:
+    """The group with the scores that part `name` gave it."""
+    return group.with_scores(part_scores(_scores(group), name))
+
+
+def _scores(group: Group) -> GroupScores:
+    if group.scores is None:
+        raise ValueError(f"group {group.id} has no scores yet")
+    return group.scores
+
+
+def _invalid_stays(new: GroupScores, old: GroupScores) -> GroupScores:
+    samples = tuple(n if o.valid else o for n, o in zip(new.samples, old.samples, strict=True))
+    return GroupScores(samples, old.pairs)
+
+
+def _named(error: Exception) -> str:
+    """The class and the first line of an error: reasons are one line."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
