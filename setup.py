@@ -32,6 +32,11 @@ CORE = [
     "jsonschema>=4.23,<5",
     "jsonschema-specifications>=2025.4",
     "py3langid>=0.4,<0.5",  # the language constraint of reward=instructions
+    "httpx>=0.28,<0.29",
+    "tenacity>=9,<10",
+    "fastapi>=0.133,<0.137",  # the bounds are vLLM's, which brings these three along
+    "uvicorn>=0.34,<1",
+    "prometheus-client>=0.21,<1",
     "rich>=14",
     "tensorboard>=2.19",
 ]

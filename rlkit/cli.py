@@ -11,6 +11,7 @@ from rlkit.config.names import did_you_mean
 COMMANDS = {
     "train": ("rlkit.train", "train a policy by reinforcement learning"),
     "submit": ("rlkit.submit", "train as a job of a Ray cluster; follow, list and stop such jobs"),
+    "serve": ("rlkit.serve", "serve a reward over HTTP, for `reward=remote` of a run elsewhere"),
     "sft": ("rlkit.sft", "fine-tune a model on reference answers"),
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),
     "remake-embedded": ("rlkit.remake_embedded", "make the tiny models in the package from nothing"),

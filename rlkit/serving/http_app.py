@@ -58,11 +58,11 @@ class RewardServer:
         self.max_body_bytes = int(serve.max_body_mib * 2**20)
 
     def health(self) -> Health:
-        """Down: no process is alive. (The next request starts one.)"""
+        """Down: no process could be started. (The next request tries again.)"""
         cls, config = self.resolved.reward_class, self.resolved.reward_config
         needs = cls.needs(config)
         return Health(
-            status="ok" if any(worker.alive for worker in self.queue.workers) else "down",
+            status="ok" if any(worker.usable for worker in self.queue.workers) else "down",
             schema_version=SCHEMA_VERSION,
             rlkit_version=rlkit.__version__,
             reward=self.resolved.reward["_target_"],

@@ -47,6 +47,8 @@ class RewardProcess:
         self._busy_since: float | None = None
         self._starts = self._calls = 0
         self._self_test: dict[str, Any] = {}
+        self.usable = True
+        """False: its last start failed. The next call tries again."""
 
     @property
     def alive(self) -> bool:
@@ -68,6 +70,7 @@ class RewardProcess:
     async def start(self) -> None:
         """Start the process: it loads the reward and judges a first group. Raises RewardFailed with the cause."""
         self.kill()
+        self.usable = False
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_host, args=(theirs, *self._arguments), name="rlkit-reward")
@@ -84,7 +87,7 @@ class RewardProcess:
         if isinstance(answer, str):
             self.kill()
             raise RewardFailed(f"reward {target} cannot start: {answer}")
-        self._self_test = answer
+        self._self_test, self.usable = answer, True
 
     async def score(self, groups: Sequence[Group]) -> tuple[list[Group], ScoreReport]:
         """The groups with their scores. Raises WorkerBrokenError, or RewardFailed if it cannot be started again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -103,8 +104,11 @@ class ScoringQueue:
         return await job.result
 
     async def _work(self, worker: RewardProcess) -> None:
-        """Score for ever."""
+        """Score for ever. A process that a call has cost is replaced at once, not when the next request waits for it."""
         while True:
+            if worker.usable and not worker.alive:
+                with contextlib.suppress(RewardFailed):  # the next request tries again, and is told why
+                    await worker.start()
             jobs = await self._next()
             try:
                 await self._score_together(worker, jobs)
