@@ -44,15 +44,13 @@ def submit_run(overrides: Sequence[str], file: Path | None) -> int:
     """
     checked = check_here(overrides, file, Path.cwd())
     submit = checked.arguments.submit
+    absent = _absent_paths(checked.arguments.overrides)
     for warning in checked.run.warnings:
-        _say(f"warning: {warning}")
+        elsewhere = any(path in str(warning) for path in absent)
+        _say(f"warning: {warning}{' Not here, that is: the job looks for it on the cluster' if elsewhere else ''}")
     cluster = connect(checked.arguments.address)
     check_cluster(checked, cluster)
-    if checked.upload is not None:
-        for line in checked.upload.lines():
-            _say(line)
-        own = "the uploaded one" if "rlkit/__init__.py" in checked.upload.files else "the cluster's installed one"
-        _say(f"the job uses {own if checked.upload else 'the installed'} rlkit and {submit.python} of the cluster")
+    _say_what_runs(checked)
     _say(f"run folder: {checked.run.config.run_dir}, on the node where the job runs")
     if checked.run.config.dry_run:
         _print_plan(checked.run)
@@ -104,6 +102,14 @@ def check_cluster(checked: Checked, cluster: Cluster) -> None:
                 f"job {job.submission_id} is running in run_dir={folder} already: name another folder, or end it with "
                 f"python -m rlkit.submit stop {run_name(job)} cluster.address={cluster.address}"
             )
+
+
+def _say_what_runs(checked: Checked) -> None:
+    submit, upload = checked.arguments.submit, checked.upload
+    for line in upload.lines() if upload is not None else ():
+        _say(line)
+    uploaded = upload is not None and "rlkit/__init__.py" in upload.files
+    _say(f"the job uses the {'uploaded' if uploaded else 'installed'} rlkit with the cluster's {submit.python}")
 
 
 def _send(job: Job, checked: Checked, cluster: Cluster) -> None:
