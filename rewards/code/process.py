@@ -1,0 +1,181 @@
+"""Child processes that end: a deadline, a limit on what is read from them, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+KILL_SECONDS = 5.0
+"""How long the kernel may take to end a killed process and all that was started in its namespace."""
+_CHUNK = 65536
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process to start."""
+
+    arguments: Callable[[int], list[str]]
+    """The command line, given the number of the file descriptor that results are written to."""
+    stdin: int
+    descriptors: tuple[int, ...] = ()
+    """Further file descriptors that it inherits."""
+
+
+@dataclass
+class Child:
+    """A started process and what it has written so far."""
+
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    streams: dict[str, int]
+    limits: dict[str, int]
+    written: dict[str, bytearray] = field(default_factory=dict)
+    overflow: str = ""
+    """The stream on which it wrote more than it may."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """End it now."""
+        self.process.kill()
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """How a group of processes ended."""
+
+    children: tuple[Child, ...]
+    ended: Literal["exit", "timeout", "startup", "output", "deadline"]
+
+
+def supervise(
+    commands: Sequence[Command],
+    ready: bytes,
+    wall_seconds: float,
+    startup_seconds: float,
+    deadline: float,
+    max_output: int,
+    max_results: int,
+    handed_over: Sequence[int] = (),
+) -> Supervised:
+    """Run processes side by side until the first of them ends, then kill the others.
+
+    The wall time counts from the moment when all have written `ready` to their results; until then, `startup_seconds`
+    do. `deadline` (`time.monotonic()`) comes before both. Each stream is read up to its limit in bytes; who writes more
+    is killed. The file descriptors `handed_over` are closed once the processes have them. Raises OSError if a process
+    cannot be started.
+    """
+    children: list[Child] = []
+    try:
+        try:
+            for command in commands:
+                children.append(_start(command, max_output, max_results))
+        finally:
+            for descriptor in handed_over:
+                os.close(descriptor)
+        ended = _watch(children, ready, wall_seconds, startup_seconds, deadline)
+    finally:
+        for child in children:
+            child.kill()
+        _reap(children)
+    return Supervised(tuple(children), ended)
+
+
+def _start(command: Command, max_output: int, max_results: int) -> Child:
+    results, write_end = os.pipe()
+    try:
+        process = subprocess.Popen(
+            command.arguments(write_end),
+            stdin=command.stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(write_end, *command.descriptors),
+            env={},
+        )
+    except BaseException:
+        os.close(results)
+        raise
+    finally:
+        os.close(write_end)
+    assert process.stdout is not None and process.stderr is not None
+    streams = {"stdout": process.stdout.fileno(), "stderr": process.stderr.fileno(), "results": results}
+    limits = {"stdout": max_output, "stderr": max_output, "results": max_results}
+    return Child(process, os.pidfd_open(process.pid), streams, limits, {name: bytearray() for name in streams})
+
+
+def _watch(
+    children: Sequence[Child], ready: bytes, wall_seconds: float, startup_seconds: float, deadline: float
+) -> Literal["exit", "timeout", "startup", "output", "deadline"]:
+    with selectors.DefaultSelector() as selector:
+        for child in children:
+            selector.register(child.pidfd, selectors.EVENT_READ, (child, ""))
+            for name, descriptor in child.streams.items():
+                selector.register(descriptor, selectors.EVENT_READ, (child, name))
+        own_deadline = time.monotonic() + startup_seconds
+        waiting_for = list(children)
+        while True:
+            remaining = min(own_deadline, deadline) - time.monotonic()
+            if remaining <= 0:
+                if deadline < own_deadline:
+                    return "deadline"
+                return "startup" if waiting_for else "timeout"
+            for key, _ in selector.select(remaining):
+                child, name = key.data
+                if not name:
+                    child.process.wait()
+                    selector.unregister(child.pidfd)
+                elif not _read(child, name):
+                    selector.unregister(child.streams[name])
+                if child.overflow:
+                    child.kill()
+                    if child is children[0]:
+                        return "output"
+            if waiting_for:
+                waiting_for = [child for child in waiting_for if not child.written["results"].startswith(ready)]
+                if not waiting_for:
+                    own_deadline = time.monotonic() + wall_seconds
+            if children[0].exit_code is not None:
+                _drain(children[0])
+                return "output" if children[0].overflow else "exit"
+
+
+def _read(child: Child, name: str) -> bool:
+    """Take what has arrived; False at the end of the stream."""
+    data = os.read(child.streams[name], _CHUNK)
+    kept = child.written[name]
+    kept += data[: max(0, child.limits[name] - len(kept))]
+    if len(kept) == child.limits[name] and data:
+        child.overflow = child.overflow or name
+    return bool(data)
+
+
+def _drain(child: Child) -> None:
+    """What an ended process left in its pipes. Its namespace may still be closing them."""
+    end = time.monotonic() + KILL_SECONDS
+    with selectors.DefaultSelector() as selector:
+        for name, descriptor in child.streams.items():
+            selector.register(descriptor, selectors.EVENT_READ, name)
+        while selector.get_map() and not child.overflow and time.monotonic() < end:
+            for key, _ in selector.select(end - time.monotonic()):
+                if not _read(child, key.data):
+                    selector.unregister(key.fd)
+
+
+def _reap(children: Sequence[Child]) -> None:
+    for child in children:
+        try:
+            child.process.wait(KILL_SECONDS)
+        finally:
+            os.close(child.pidfd)
+            os.close(child.streams["results"])
+            for stream in (child.process.stdout, child.process.stderr):
+                assert stream is not None
+                stream.close()

@@ -1,0 +1,202 @@
+"""`reward=code`: runs the response's Python against the row's tests, in a sandbox."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
+from rlkit.experience import Group, GroupScores, Prompt, Score
+
+if TYPE_CHECKING:
+    from rewards.code.cases import Tests
+    from rewards.code.isolation import Isolation
+    from rewards.code.judge import Judge
+
+
+class CodeReward(Reward):
+    """1 if the program in the response passes all tests of its row, else 0; or the share of tests passed.
+
+    A program that crashes, hangs, or takes more than it may scores 0: that is the model's failure. A sandbox that does
+    not work and tests that cannot be run are invalid, with the reason. Components: `correct`, `passed` (share of tests;
+    without `soft`, tests with standard input stop at the first failure) and `timeout`.
+    """
+
+    class Config(RewardConfig):
+        """Options of the code reward."""
+
+        isolation: Literal["bubblewrap", "http"]
+        """Where model-written code runs. bubblewrap: sandboxes on this machine. http: a SandboxFusion service. There is
+        no default, and no way to run it without one of them."""
+        tests_column: str = "tests"
+        """Data column with the tests: a list of assert statements, a Python text that defines `check`, or
+        `{"inputs": [...], "outputs": [...], "fn_name": ...}` (also as JSON)."""
+        setup_column: str | None = None
+        """Column with Python that runs before the tests and before the program (MBPP's `test_imports`)."""
+        prompt_is_setup: bool = False
+        """The question is Python, too, and runs before the tests and the program (HumanEval)."""
+        entry_point_column: str | None = None
+        """Column with the name of the function under test; the tests are then `check(<name>)` (HumanEval)."""
+        require_fence: bool = True
+        """A response without a fenced code block scores 0; false: all of it is taken for the program."""
+        soft: bool = False
+        """The value is the share of tests passed instead of 1 for all and 0 otherwise."""
+        float_tolerance: float = Field(default=1e-6, ge=0)
+        """How far an expected decimal fraction and the one printed or returned may be apart, relative or absolute."""
+        processes: int = Field(default=2, ge=1)
+        """Programs of one worker that run side by side (requests at a time for http)."""
+        wall_seconds: float = Field(default=10.0, gt=0)
+        """Deadline of one program: of all its assert statements or calls, or of each standard input."""
+        cpu_seconds: int = Field(default=5, ge=1)
+        """CPU time of one process of the program (bubblewrap)."""
+        memory_mib: int = Field(default=1024, ge=64)
+        """Address space of each process of the program."""
+        max_processes: int = Field(default=8, ge=1)
+        """Processes and threads that a program may have at a time (bubblewrap)."""
+        file_mib: int = Field(default=16, ge=1)
+        """Size of all files that a program may write, in a folder that goes with it (bubblewrap)."""
+        output_kib: int = Field(default=1024, ge=1)
+        """A program that prints more than this is ended (bubblewrap)."""
+        python: str | None = None
+        """Python interpreter of the programs (bubblewrap); null: the one below rlkit's environment, without its
+        packages. Name one of an environment with numpy if programs need that."""
+        url: str | None = None
+        """Address of the service (http), such as `http://127.0.0.1:8080`."""
+        token_variable: str | None = None
+        """Environment variable with a bearer token for the service (http)."""
+        max_tries: int = Field(default=4, ge=1)
+        """Tries of a request that fails for reasons of the service (http)."""
+
+        @model_validator(mode="after")
+        def _options_belong_to_the_isolation(self) -> CodeReward.Config:
+            foreign = _BUBBLEWRAP_ONLY if self.isolation == "http" else _HTTP_ONLY
+            given = sorted(self.model_fields_set & foreign)
+            if given:
+                raise ValueError(f"{', '.join(given)} has no effect with isolation={self.isolation}")
+            if self.isolation == "http" and self.url is None:
+                raise ValueError("isolation=http needs url, the address of a SandboxFusion service")
+            return self
+
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        """The columns with tests."""
+        columns = (config.tests_column, config.setup_column, config.entry_point_column)
+        return RewardNeeds(columns=tuple(column for column in columns if column is not None))
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """Run a program in the sandbox, and one that tries to get out (bubblewrap); look at the options (http)."""
+        from rewards.code.isolation import Unavailable
+
+        sandbox = _isolation(config)
+        try:
+            sandbox.check()
+        except Unavailable as error:
+            return [str(error)]
+        finally:
+            sandbox.close()
+        return []
+
+    def __init__(self, config: Any, context: RewardContext) -> None:
+        super().__init__(config, context)
+        self._isolation: Isolation | None = None
+        self._threads: ThreadPoolExecutor | None = None
+
+    def start(self) -> None:
+        """Run a program in the sandbox, and one that tries to get out."""
+        self._open()
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Run every response's program; equal programs of a group run once."""
+        judge, threads = self._open()
+        # A fifth of the call's deadline is kept for everything else, so that this gives up before it is killed.
+        deadline = time.monotonic() + 0.8 * self.config.timeout_seconds
+        pending = [
+            {text: threads.submit(self._score, judge, text, group.prompt, deadline) for text in _texts(group)}
+            for group in groups
+        ]
+        return [
+            GroupScores(tuple(futures[sample.text].result() for sample in group.samples))
+            for group, futures in zip(groups, pending, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Let runs end, then free the sandboxes."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+        if self._isolation is not None:
+            self._isolation.close()
+            self._isolation = None
+
+    def _score(self, judge: Judge, text: str, prompt: Prompt, deadline: float) -> Score:
+        from rewards.code.cases import BadTests
+        from rewards.code.extract import last_python_block
+        from rewards.code.isolation import Unavailable
+
+        code = last_python_block(text)
+        if code is None and self.config.require_fence:
+            return Score(0.0, components={"correct": 0.0, "passed": 0.0, "timeout": 0.0}, trace="no code block")
+        try:
+            verdict = judge.judge(text if code is None else code, self._tests(prompt), deadline)
+        except BadTests as error:
+            return Score.invalid(f"bad_tests: {error}")
+        except Unavailable as error:
+            return Score.invalid(f"sandbox: {error}")
+        except TimeoutError:
+            return Score.invalid("timeout: the time for this call of the reward was used up")
+        correct, share = float(verdict.passed == verdict.total), verdict.passed / verdict.total
+        components = {"correct": correct, "passed": share, "timeout": float(verdict.timeout)}
+        return Score(share if self.config.soft else correct, components=components, trace=verdict.trace)
+
+    def _tests(self, prompt: Prompt) -> Tests:
+        from rewards.code.cases import read_tests
+
+        config = self.config
+        setup, entry_point = (
+            None if column is None else prompt.columns.get(column)
+            for column in (config.setup_column, config.entry_point_column)
+        )
+        question = prompt.messages[-1].content if config.prompt_is_setup else ""
+        return read_tests(prompt.columns.get(config.tests_column), setup, entry_point, question)
+
+    def _open(self) -> tuple[Judge, ThreadPoolExecutor]:
+        from rewards.code.judge import Judge
+
+        if self._isolation is None:
+            self._isolation = _isolation(self.config)
+            self._isolation.start()
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self.config.processes, thread_name_prefix="code")
+        return Judge(self._isolation, self.config.soft, self.config.float_tolerance), self._threads
+
+
+_BUBBLEWRAP_ONLY = {"cpu_seconds", "max_processes", "file_mib", "output_kib", "python"}
+_HTTP_ONLY = {"url", "token_variable", "max_tries"}
+
+
+def _texts(group: Group) -> dict[str, None]:
+    return dict.fromkeys(sample.text for sample in group.samples)
+
+
+def _isolation(config: Any) -> Isolation:
+    from rewards.code.bubblewrap import Bubblewrap
+    from rewards.code.isolation import Limits
+
+    limits = Limits(
+        wall_seconds=config.wall_seconds,
+        cpu_seconds=config.cpu_seconds,
+        memory_mib=config.memory_mib,
+        processes=config.max_processes,
+        file_mib=config.file_mib,
+        output_kib=config.output_kib,
+    )
+    if config.isolation == "bubblewrap":
+        return Bubblewrap(limits, config.processes, config.python)
+    from rewards.code.fusion import SandboxFusion
+
+    return SandboxFusion(config.url, limits, config.token_variable, config.max_tries)
