@@ -18,14 +18,9 @@ from rlkit.embedded import EMBEDDED, model_folder
 from rlkit.embedded.candidates import RIGHT, WRONG, right_answer, wrong_answer
 from rlkit.embedded.careless import careless_solution
 from rlkit.embedded.judging import is_right
-from rlkit.embedded.pairs import (
-    attainable_accuracy,
-    expected_accuracy,
-    final_answers,
-    labelled_triplets,
-    policy_triplets,
-)
+from rlkit.embedded.pairs import final_answers, labelled_triplets, marked_answer, phrasing, variant_triplets
 from rlkit.embedded.scale import POOL, Variant
+from rlkit.polar_training.pairs import attainable_accuracy, expected_accuracy
 from rlkit.polar_training.triplets import Triplet, TripletError, read_triplets, write_triplets
 
 LARGEST_FILE = 4 * 2**20
@@ -116,13 +111,13 @@ def test_pool_triplets_share_their_phrasing_and_differ_in_quality() -> None:
         variant: [[careless_solution(p, variant.style, variant.slip_rate, rng) for _ in range(2)] for p in PROBLEMS]
         for variant in (careful, careless, other)
     }
-    groups = policy_triplets(PROBLEMS, pool)
+    groups = variant_triplets(PROBLEMS, pool)
     triplets = [triplet for group in groups for triplet in group]
     assert {(group[0].prompt, group[0].reference) for group in groups} == {(t.prompt, t.reference) for t in triplets}
     assert {" is " in triplet.reference and " is " in triplet.rejected for triplet in triplets} == {True}
     # The careful policy agrees with itself always (1), the careless one by chance only (about 1/2).
-    assert 0.7 < attainable_accuracy(triplets) < 0.9
-    assert expected_accuracy({careful: 0.0, careless: 1.0}) == 0.5 + 0.5 * 0.5 * (1 - 0)
+    assert 0.7 < attainable_accuracy(triplets, marked_answer) < 0.9
+    assert expected_accuracy({careful: 0.0, careless: 1.0}, phrasing) == 0.5 + 0.5 * 0.5 * (1 - 0)
 
 
 def test_labelled_triplets_cross_phrasings_when_asked() -> None:
@@ -153,7 +148,7 @@ def test_last_lines_alone_leave_only_numbers_to_compare() -> None:
         for triplet in group:
             assert triplet.reference.endswith(triplet.chosen) and triplet.chosen != triplet.rejected
     pool = {Variant("words", rate): [[f"a\n#### {rate}", f"b\n#### {rate}"]] for rate in (0.0, 0.5)}
-    (first,), (second,) = policy_triplets(PROBLEMS[:1], pool, last_line_only=True)
+    (first,), (second,) = variant_triplets(PROBLEMS[:1], pool, last_line_only=True)
     question = PROBLEMS[0].question
     assert first == Triplet(question, "#### 0.0", "#### 0.0", "#### 0.5")
     assert second == Triplet(question, "#### 0.5", "#### 0.5", "#### 0.0")

@@ -71,13 +71,16 @@ class Serialiser:
         self.marker_id = self._single_token(MARKER)
         self._encode_part = lru_cache(maxsize=4096)(self._encode_part_uncached)
 
-    def text(self, prompt: str, reference: str, candidate: str) -> str:
-        """The input as text. Tokenise it as a whole: merges across the joints matter."""
+    def text(self, prompt: str, reference: str, candidate: str, beside: Sequence[str] = ()) -> str:
+        """The input as text. Tokenise it as a whole: merges across the joints matter.
+
+        `beside` are the candidates that it is compared with in training: all see the prompt cut alike.
+        """
         prompt_ids, reference_ids, candidate_ids = (self._encode_part(part) for part in (prompt, reference, candidate))
-        reference_ids = reference_ids[: self._limits.max_response_length]
-        candidate_ids = candidate_ids[: self._limits.max_response_length]
-        room = self._limits.max_length - RESERVED_TOKENS - len(reference_ids) - len(candidate_ids)
-        budget = max(0, room // 2)
+        longest = self._limits.max_response_length
+        reference_ids, candidate_ids = reference_ids[:longest], candidate_ids[:longest]
+        widest = max([len(candidate_ids), *(min(longest, len(self._encode_part(text))) for text in beside)])
+        budget = max(0, (self._limits.max_length - RESERVED_TOKENS - len(reference_ids) - widest) // 2)
         prompt_ids = prompt_ids[len(prompt_ids) - min(budget, len(prompt_ids)) :]
         shared = self._decode_part(prompt_ids)
         return (

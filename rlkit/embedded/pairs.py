@@ -6,13 +6,12 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
-import numpy as np
-
 from rlkit.data.arithmetic import STYLES, Style, WordProblem, write_solution
 from rlkit.embedded.candidates import right_answer, wrong_answer
 from rlkit.embedded.careless import slip
 from rlkit.embedded.judging import is_right
 from rlkit.embedded.scale import Variant
+from rlkit.polar_training.pairs import policy_triplets
 from rlkit.polar_training.triplets import Triplet
 
 Trajectories = Mapping[Variant, Sequence[Sequence[str]]]
@@ -26,55 +25,24 @@ CANDIDATES = 4
 """Right answers, and wrong ones, drawn for a problem at a time: they share prompt and reference, so this is cheap."""
 
 
-def policy_triplets(
+def variant_triplets(
     problems: Sequence[WordProblem], trajectories: Trajectories, last_line_only: bool = False
 ) -> list[list[Triplet]]:
-    """Reference and chosen from one policy, rejected from another of the same phrasing (which thus tells nothing).
-
-    All ordered pairs of policies that share a phrasing, on every prompt; those with one prompt and one reference come
-    together. Equal candidates are left out. `last_line_only` keeps of every answer its last line.
-    """
+    """Policies of one phrasing told apart; `last_line_only` keeps of every answer its last line."""
 
     def kept(text: str) -> str:
         return text.rsplit("\n", 1)[-1] if last_line_only else text
 
-    rivals: dict[Variant, list[Variant]] = {}
-    for a, b in same_style_pairs(list(trajectories)):
-        rivals.setdefault(a, []).append(b)
-    found = []
-    for a, others in rivals.items():
-        for place, problem in enumerate(problems):
-            reference, chosen = (kept(text) for text in trajectories[a][place])
-            rejected = dict.fromkeys(kept(trajectories[b][place][0]) for b in others)
-            found.append([Triplet(problem.question, reference, chosen, text) for text in rejected if text != chosen])
-    return [triplets for triplets in found if triplets]
+    return policy_triplets([problem.question for problem in problems], trajectories, phrasing, kept)
 
 
-def same_style_pairs(variants: Sequence[Variant]) -> list[tuple[Variant, Variant]]:
-    """Ordered pairs of different policies with one phrasing."""
-    return [(a, b) for a in variants for b in variants if a != b and a.style == b.style]
+def phrasing(variant: Variant) -> str:
+    """What policies that are told apart share."""
+    return variant.style
 
 
-def attainable_accuracy(triplets: Sequence[Triplet]) -> float:
-    """Accuracy of a scorer that only asks whose final answer agrees with the reference's (undecided counts a half).
-
-    Two answers of one careful policy agree more often than those of a careful and a careless one. It is a ceiling for
-    whoever judges by results; what is left is chance.
-    """
-    wins = []
-    for triplet in triplets:
-        final = _final(triplet.reference)
-        wins.append(0.5 + 0.5 * ((_final(triplet.chosen) == final) - (_final(triplet.rejected) == final)))
-    return float(np.mean(wins))
-
-
-def expected_accuracy(error_rates: Mapping[Variant, float]) -> float:
-    """The same from error rates alone: 1/2 + 1/2 mean over pairs (A, B) of (1 - e_A)(e_B - e_A)."""
-    gains = [(1 - error_rates[a]) * (error_rates[b] - error_rates[a]) for a, b in same_style_pairs(list(error_rates))]
-    return 0.5 + 0.5 * float(np.mean(gains))
-
-
-def _final(answer: str) -> str:
+def marked_answer(answer: str) -> str:
+    """What stands after the last marker."""
     return answer.rsplit("####", 1)[-1].strip()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,12 @@ from rlkit.data.arithmetic import STYLES, WordProblem, write_solution
 from rlkit.data.prompts import load_tokenizer
 from rlkit.embedded.initial import save_untrained_scorer
 from rlkit.embedded.judging import correctness, is_right
-from rlkit.embedded.pairs import (
-    attainable_accuracy,
-    expected_accuracy,
-    final_answers,
-    labelled_triplets,
-    policy_triplets,
-)
+from rlkit.embedded.pairs import final_answers, labelled_triplets, marked_answer, phrasing, variant_triplets
 from rlkit.embedded.scale import Scale, Training
-from rlkit.embedded.stages import Measures, learner_config, run_steps
+from rlkit.embedded.stages import REPORT_EVERY_SECONDS, Measures, learner_config
 from rlkit.polar_training.learner import PolarLearner
+from rlkit.polar_training.pairs import attainable_accuracy, batches_of_groups, expected_accuracy, shuffled
+from rlkit.polar_training.phases import Phase, train
 from rlkit.polar_training.triplets import Triplet
 
 LIMITS = Limits(max_length=1024, max_response_length=256)
@@ -61,13 +57,16 @@ def pretrain(
         {variant: texts for variant, texts in pool.items() if variant.heldout is held} for held in (False, True)
     )
     learner = _learner(untrained, scale.pretrain_last_lines.steps + scale.pretrain.steps, scale.pretrain.learning_rate)
-    losses = []
-    for stage, last_line_only in ((scale.pretrain_last_lines, True), (scale.pretrain, False)):
-        groups = policy_triplets(problems, training, last_line_only)
-        batches = _batches(_shuffled(groups, seed), stage.batch)
-        losses += run_steps(learner.step, batches, stage.steps, "pre-training")
+    phases = [
+        Phase(
+            batches_of_groups(shuffled(variant_triplets(problems, training, last_line_only), seed), stage.batch),
+            stage.steps,
+        )
+        for stage, last_line_only in ((scale.pretrain_last_lines, True), (scale.pretrain, False))
+    ]
+    losses = train(learner, phases, _said("pre-training", phases))
     learner.save(folder)
-    unseen = list(chain.from_iterable(policy_triplets(problems, heldout)))
+    unseen = list(chain.from_iterable(variant_triplets(problems, heldout)))
     measured = learner.measure(unseen)
     errors = {variant: 1 - float(correctness(problems, texts).mean()) for variant, texts in pool.items()}
     return {
@@ -80,8 +79,8 @@ def pretrain(
         "heldout_policies": {
             "triplets": len(unseen),
             "same_versus_different_accuracy": measured.accuracy,
-            "attainable": attainable_accuracy(unseen),
-            "attainable_from_error_rates": expected_accuracy({v: e for v, e in errors.items() if v.heldout}),
+            "attainable": attainable_accuracy(unseen, marked_answer),
+            "attainable_from_error_rates": expected_accuracy({v: e for v, e in errors.items() if v.heldout}, phrasing),
         },
     }
 
@@ -96,12 +95,14 @@ def finetune(
 ) -> Measures:
     """Tell right from wrong with the gold solution as reference (equation 8)."""
     learner = _learner(start, scale.finetune_last_lines.steps + scale.finetune.steps, scale.finetune.learning_rate)
-    losses = []
-    for stage, groups in (
-        (scale.finetune_last_lines, final_answers(problems, seed)),
-        (scale.finetune, labelled_triplets(problems, sampled, seed)),
-    ):
-        losses += run_steps(learner.step, _batches(groups, stage.batch), stage.steps, "fine-tuning")
+    phases = [
+        Phase(batches_of_groups(groups, stage.batch), stage.steps)
+        for stage, groups in (
+            (scale.finetune_last_lines, final_answers(problems, seed)),
+            (scale.finetune, labelled_triplets(problems, sampled, seed)),
+        )
+    ]
+    losses = train(learner, phases, _said("fine-tuning", phases))
     learner.save(folder)
     return {"steps": len(losses), "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
 
@@ -114,7 +115,7 @@ def measure_discriminator(
     learner = _learner(folder, 1, 1e-3)
     nothing: list[list[str]] = [[] for _ in problems]
     same, crossed = (
-        learner.measure(next(_batches(labelled_triplets(problems, nothing, seed, crossed), len(problems))))
+        learner.measure(next(batches_of_groups(labelled_triplets(problems, nothing, seed, crossed), len(problems))))
         for crossed in (False, True)
     )
     from_policy = learner.measure(_sampled_pairs(problems, sampled))
@@ -143,13 +144,15 @@ def _learner(start: Path, steps: int, learning_rate: float) -> PolarLearner:
     return PolarLearner(start, config, device="cpu", total_steps=steps, limits=LIMITS, wrapper="sft")
 
 
-def _shuffled(groups: Sequence[list[Triplet]], seed: int) -> Iterator[list[Triplet]]:
-    rng = random.Random(f"shuffled/{seed}")
-    while True:
-        yield from rng.sample(groups, len(groups))
+def _said(what: str, phases: Sequence[Phase]) -> Callable[[int, float], None]:
+    """Prints a step now and then, and the last one of each phase."""
+    steps, shown = [phase.steps for phase in phases], time.monotonic()
+    ends = {sum(steps[: i + 1]) for i in range(len(steps))}
 
+    def said(step: int, loss: float) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > REPORT_EVERY_SECONDS or step in ends:
+            shown = time.monotonic()
+            print(f"  {what}: step {step}/{sum(steps)}  loss {loss:.4f}", flush=True)
 
-def _batches(groups: Iterator[list[Triplet]], size: int) -> Iterator[list[Triplet]]:
-    """The triplets of `size` problems at a time."""
-    while True:
-        yield list(chain.from_iterable(islice(groups, size)))
+    return said
