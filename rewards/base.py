@@ -105,8 +105,11 @@ class TrainableReward(Reward):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Two workers would learn two different rewards."""
-        several = config.workers != 1 and cls.update_when(config) != "none"
-        return [*super().check(config), *(["a reward that learns has one worker"] if several else [])]
+        several = config.workers != 1 and (cls.update_when(config) != "none" or cls.follows_policy(config))
+        return [
+            *super().check(config),
+            *(["a reward that learns or follows the policy has one worker"] if several else []),
+        ]
 
     @classmethod
     def update_when(cls, config: Any) -> UpdateWhen:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -18,6 +19,9 @@ from rewards.shaping.chain import Chain
 from rewards.shaping.reference_rewards import ReferenceRewards
 from rewards.shaping.steps import OutcomeStep, ReferenceStep, RunningStep, Step
 from rlkit.experience import Group, GroupScores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +200,26 @@ class CombinedReward(TrainableReward):
         made = self._combined(groups, asked)
         return [_invalid_stays(new, old) for new, old in zip(made, earlier, strict=True)]
 
+    @classmethod
+    def follows_policy(cls, config: Any) -> bool:
+        """If a part does."""
+        return any(_follows(part) for part in read_parts(config))
+
+    def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Hand them to the parts that follow the policy."""
+        tensors = list(weights)
+        for part in self._parts:
+            reward = self._rewards[part.name]
+            if _follows(part) and isinstance(reward, TrainableReward):
+                reward.policy_weights(version, tensors)
+
+    def save(self, folder: Path) -> None:
+        """Every part that learns in a folder of its name."""
+        for name in moments(self._parts):
+            reward = self._rewards[name]
+            assert isinstance(reward, TrainableReward)
+            reward.save(folder / name)
+
     def _earlier(self, groups: Sequence[Group]) -> dict[str, list[GroupScores | None]]:
         return {
             part.name: [
@@ -251,6 +275,10 @@ class CombinedReward(TrainableReward):
                 errors.append(error)
         if errors:
             raise errors[0]
+
+
+def _follows(part: Part) -> bool:
+    return issubclass(part.kind, TrainableReward) and part.kind.follows_policy(part.config)
 
 
 def _reference_columns(steps: Sequence[Step]) -> set[str]:
