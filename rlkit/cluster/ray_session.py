@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlkit.config.schema import ClusterConfig
+
+CONNECT_SECONDS = 10.0
 
 
 @contextmanager
@@ -23,6 +26,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
 
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
+        _refuse_silence(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
@@ -36,3 +40,17 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_silence(address: str) -> None:
+    """Raise ConnectionError if nobody listens at HOST:PORT: Ray would wait for minutes and say little."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return  # auto, or another of Ray's forms
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"no Ray answers at {address} (cluster.address, or RAY_ADDRESS in the environment): {error}. "
+            "`ray start --head` prints the address of the cluster it starts"
+        ) from error

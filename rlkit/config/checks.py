@@ -28,6 +28,7 @@ from rlkit.data.base import DataSource
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
 """What a folder that holds a run has in it."""
+RAY_WORKING_DIRS = "/runtime_resources/working_dir_files/"
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,17 @@ def run_folder_is_free(run_dir: Path) -> Findings:
         yield Finding("run_dir", f"cannot be made: {existing} is no folder that you may write to")
 
 
+def run_folder_outlives_the_job(run_dir: Path) -> Findings:
+    """A relative folder of a Ray job with a working directory lies in what Ray unpacked for it."""
+    if RAY_WORKING_DIRS in f"{run_dir}/":
+        yield Finding(
+            "run_dir",
+            "is inside the files that Ray unpacked for this job and deletes some time after it; name a folder by an "
+            "absolute path, run_dir=/storage/runs/NAME",
+            warning=True,
+        )
+
+
 CHECKS: tuple[Callable[..., Findings], ...] = (
     group_is_large_enough,
     model_is_usable,
@@ -353,4 +365,5 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     joined_cluster_has_its_own_store,
     sampler_and_learner_agree,
     run_folder_is_free,
+    run_folder_outlives_the_job,
 )

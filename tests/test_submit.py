@@ -1,0 +1,344 @@
+"""What `rlkit.submit` decides without a cluster: its arguments, the upload, resources, the job, exit codes."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from submit_fixture import ROOT
+
+from rlkit.cluster.ray_session import ray_session
+from rlkit.config.checks import run_checks
+from rlkit.config.load import load_config
+from rlkit.config.problems import ConfigError
+from rlkit.config.schema import ClusterConfig
+from rlkit.jobs.cluster import ClusterError, connect, dashboard_address
+from rlkit.jobs.follow import exit_code
+from rlkit.jobs.job import CONFIG_IN_ARCHIVE, environment, make_job, quoted, relative_path_problems
+from rlkit.jobs.options import SubmitConfig, read_arguments
+from rlkit.jobs.resources import Demand, Node, demands, missing
+from rlkit.jobs.submission import check_here
+from rlkit.jobs.upload import MIB, Upload, UploadError, collect, pack
+from rlkit.submit import main
+from rlkit.train import split_off_file
+
+BASE = ["reward=rule", "model.path=embedded:policy"]
+
+
+def make_files(folder: Path, *names: str, size: int = 10) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(size))
+
+
+# Arguments
+
+
+def test_arguments_of_the_job_are_taken_out() -> None:
+    typed = ["reward=rule", "cluster.address=http://h:8265", "submit.code=installed", "submit.exclude=[data,'*.ckpt']"]
+    arguments = read_arguments(typed, None)
+    assert arguments.overrides == ["reward=rule"]
+    assert arguments.address == "http://h:8265"
+    assert arguments.submit.code == "installed"
+    assert arguments.submit.exclude == ("data", "*.ckpt")
+    assert arguments.problems == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("submit.cod=upload", "did you mean submit.code?"),
+        ("submit.code=uplod", "did you mean upload?"),
+        ("submit.max_upload_mib=1000", "at most 450"),
+        ("submit.stop_seconds=true", "must be an integer"),
+        ("submit={code: upload}", "is a section"),
+    ],
+)
+def test_wrong_arguments_of_the_job(typed: str, said: str) -> None:
+    (problem,) = read_arguments([typed], None).problems
+    assert said in str(problem)
+
+
+def test_problems_of_run_and_job_come_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit.cod=upload", "reward=rul", "cluster.address=http://h:1"]) == 2
+    said = capsys.readouterr().err
+    assert "2 problems" in said
+    assert "submit.code?" in said
+    assert "did you mean rule?" in said
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["lits"], "did you mean list?"),
+        (["status"], "takes one name"),
+        (["list", "run"], "takes no name"),
+        (["stop", "run", "reward=rule"], "has no effect with stop"),
+    ],
+)
+def test_wrong_commands(typed: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(typed) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_training_itself_refuses_a_dashboard_s_address() -> None:
+    with pytest.raises(ConfigError, match=r"python -m rlkit\.submit"):
+        load_config([*BASE, "cluster.address=http://127.0.0.1:8265"])
+
+
+def test_paths_of_the_cluster_are_warnings(tmp_path: Path) -> None:
+    arguments = [*BASE, "data=jsonl", "data.path=/nowhere/train.jsonl", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(arguments)
+    run = load_config(arguments, elsewhere=["/nowhere/train.jsonl"])
+    assert any("/nowhere/train.jsonl" in str(warning) for warning in run.warnings)
+
+
+# The address
+
+
+@pytest.mark.parametrize("given", ["ray://h:10001", "file:///etc", "", None])
+def test_addresses_of_other_kinds_are_refused(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match=r"http://HOST:8265"):
+        dashboard_address(given)
+
+
+def test_address_may_lack_its_scheme() -> None:
+    assert dashboard_address("h:8265") == "http://h:8265"
+    assert dashboard_address("https://h/ray/") == "https://h/ray"
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(ClusterError, match="connection refused"):
+        connect("http://127.0.0.1:1")
+
+
+# The upload
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_outputs_environments_and_ignored_files_stay_here(git: bool, tmp_path: Path) -> None:
+    make_files(
+        tmp_path, "train.py", "lib/runs/code.py", "runs/a/metrics.jsonl", "outputs/x", "env/pyvenv.cfg", "env/lib.py"
+    )
+    make_files(tmp_path, "lib/__pycache__/m.pyc", ".venv/x.py", "sweep/one/metrics.jsonl", "sweep/one/config.yaml")
+    make_files(tmp_path, "sweep/one/checkpoints/x", "notes/a.txt", "data/x.bin", ".env")
+    if git:
+        (tmp_path / ".gitignore").write_text("data/\n")
+        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    upload = collect(tmp_path, ["notes/"] if git else ["notes", "data"], 20, 100)
+    assert set(upload.files) - {".gitignore"} == {"train.py", "lib/runs/code.py"}
+
+
+def test_large_files_are_left_out_by_name(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.py")
+    make_files(tmp_path, "model.bin", size=2 * MIB)
+    upload = collect(tmp_path, [], 1, 100)
+    assert list(upload.files) == ["a.py"]
+    assert "not uploaded: model.bin (2.0 MiB, above submit.max_file_mib)" in upload.lines()
+
+
+def test_too_much_names_the_largest(tmp_path: Path) -> None:
+    make_files(tmp_path, "small.py")
+    make_files(tmp_path, "data/big.jsonl", size=2 * MIB)
+    with pytest.raises(UploadError, match=r"2\.0 MiB .*more than submit\.max_upload_mib=1\.(.|\n)*data/big\.jsonl"):
+        collect(tmp_path, [], 20, 1)
+
+
+def test_nothing_to_upload(tmp_path: Path) -> None:
+    with pytest.raises(UploadError, match="no file"):
+        collect(tmp_path, [], 20, 100)
+
+
+def test_archive_is_the_same_for_the_same_files(tmp_path: Path) -> None:
+    folder, config = tmp_path / "code", tmp_path / "old.yaml"
+    make_files(folder, "b.py", "a/c.py")
+    config.write_text("seed: 3\n")
+    packages = []
+    for name in ("one.zip", "two.zip"):
+        (folder / "b.py").touch()
+        pack(collect(folder, [], 20, 100), tmp_path / name, {CONFIG_IN_ARCHIVE: config})
+        packages.append((tmp_path / name).read_bytes())
+    assert packages[0] == packages[1]
+    with zipfile.ZipFile(tmp_path / "one.zip") as archive:
+        assert archive.namelist() == ["a/c.py", "b.py", CONFIG_IN_ARCHIVE]
+        assert archive.read(CONFIG_IN_ARCHIVE) == b"seed: 3\n"
+
+
+def test_this_repository_can_be_uploaded() -> None:
+    upload = collect(ROOT, [], 20, 100)
+    assert {"rlkit/train.py", "conf/config.yaml", "rewards/base.py"} <= set(upload.files)
+    assert not any(name.startswith((".git/", ".venv/", "runs/")) for name in upload.files)
+
+
+def test_relative_paths_must_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tmp_path / "project"
+    make_files(project, "inside.jsonl", "data/left_out.jsonl")
+    make_files(tmp_path, "outside.jsonl")
+    for name in ("inside.jsonl", "data/left_out.jsonl", "../outside.jsonl"):
+        (project / name).write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    monkeypatch.chdir(project)
+    upload = collect(project, ["data"], 20, 100)
+
+    def problems(path: str, files: Upload | None) -> list[str]:
+        run = load_config([*BASE, "data=jsonl", f"data.path={path}", f"run_dir={tmp_path / 'run'}"])
+        return [str(problem) for problem in relative_path_problems(run, files, project)]
+
+    assert problems("inside.jsonl", upload) == []
+    assert problems(str(project / "data" / "left_out.jsonl"), upload) == []
+    assert "not among the uploaded files" in problems("data/left_out.jsonl", upload)[0]
+    assert "not among the uploaded files" in problems("../outside.jsonl", upload)[0]
+    assert "submit.code=installed" in problems("inside.jsonl", None)[0]
+
+
+# Resources
+
+
+def test_gpus_that_are_missing() -> None:
+    wanted = [Demand("vLLM engine", 2, 1, 2.0), Demand("learner rank", 4, 1, 1.0)]
+    eight = [Node("a", 8, 4), Node("b", 8, 4)]
+    assert missing(wanted, eight) == ([], [])
+    lacking, _ = missing(wanted, [Node("a", 8, 4), Node("b", 8, 3)])
+    assert "no room for 1 learner rank." in lacking[0]
+    assert "a: 4, b: 3" in lacking[0]
+    lacking, _ = missing([Demand("vLLM engine", 1, 1, 4.0)], [Node("a", 8, 2), Node("b", 8, 2)])
+    assert "no room for 1 vLLM engine" in lacking[0], "an engine does not span nodes"
+    assert missing(wanted, [])[0] == ["the cluster has no node that is alive"]
+
+
+def test_shares_of_a_gpu_fit_into_one(tmp_path: Path) -> None:
+    run = load_config([*BASE, "cluster=single_gpu", "algorithm=ppo", "reward.workers=3", f"run_dir={tmp_path / 'run'}"])
+    assert {demand.what for demand in demands(run)} == {"vLLM engine", "learner rank", "critic rank", "reward worker"}
+    assert missing(demands(run), [Node("a", 64, 1)]) == ([], [])
+    assert missing(demands(run), [Node("a", 64, 0)])[0] != []
+
+
+def test_few_cpus_only_warn(tmp_path: Path) -> None:
+    run = load_config([*BASE, "cluster.threads_per_actor=4", f"run_dir={tmp_path / 'run'}"])
+    lacking, slow = missing(demands(run), [Node("a", 2, 0)])
+    assert lacking == []
+    assert "up to 9 CPU threads, the cluster has 2 CPUs" in slow[0]
+
+
+# The job
+
+
+def test_the_job_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the shell of the cluster makes of the command is what was typed here."""
+    folder = tmp_path / "a run's {folder}"
+    typed = [*BASE, "trainer.total_steps=3", f"run_dir={quoted(str(folder))}"]
+    run = load_config(typed)
+    job = make_job(run, typed, False, SubmitConfig(python="/opt/bin/python"))
+    words = shlex.split(job.entrypoint)
+    assert words[:4] == ["exec", "/opt/bin/python", "-m", "rlkit.train"]
+    again = load_config(words[4:])
+    assert again.config == run.config
+    assert again.config.run_dir == folder
+    assert job.metadata == {"rlkit_run": folder.name, "rlkit_run_dir": str(folder)}
+    assert " " not in job.submission_id
+    file, _ = split_off_file(shlex.split(make_job(run, typed, True, SubmitConfig()).entrypoint)[4:])
+    assert file == Path(CONFIG_IN_ARCHIVE)
+
+
+def test_environment_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "secret")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    made = environment(SubmitConfig(pass_environment=("A_KEY",), environment={"B": "2"}, stop_seconds=5))
+    assert made["A_KEY"] == "secret"
+    assert made["B"] == "2"
+    assert made["HF_HUB_OFFLINE"] == "0"
+    assert made["RAY_JOB_STOP_WAIT_TIME_S"] == "5"
+    assert not any("TOKEN" in name for name in made if name.startswith("RAY_")), "the cluster has its own"
+
+
+def test_variable_that_is_not_set_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOT_THERE", raising=False)
+    with pytest.raises(ConfigError, match="NOT_THERE is not set here"):
+        check_here([*BASE, "submit.pass_environment=[NOT_THERE]"], None, ROOT)
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "expected"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", None, 1), ("FAILED", -9, 137), ("STOPPED", None, 143)],
+)
+def test_exit_codes(state: str, code: int | None, expected: int) -> None:
+    details: Any = SimpleNamespace(status=SimpleNamespace(value=state), driver_exit_code=code)
+    assert exit_code(details) == expected
+
+
+def test_run_folder_in_ray_s_own_files_is_warned_of() -> None:
+    folder = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/runs/x")
+    (finding,) = run_checks({"run_dir": folder})
+    assert finding.warning
+    assert "deletes" in finding.message
+
+
+# Examples
+
+
+def test_kuberay_manifest() -> None:
+    """The fields are those of the RayJob resource (ray.io/v1), and its command is a valid run."""
+    (job,) = yaml.safe_load_all((ROOT / "examples" / "kuberay" / "rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    assert set(spec) <= {
+        *("entrypoint", "runtimeEnvYAML", "jobId", "metadata", "submissionMode", "submitterPodTemplate", "suspend"),
+        *("shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "backoffLimit"),
+        *("rayClusterSpec", "clusterSelector", "submitterConfig", "managedBy", "deletionStrategy"),
+        *("entrypointNumCpus", "entrypointNumGpus", "entrypointResources"),
+    }
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["submissionMode"] in {"K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"}
+    assert set(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]) == set(environment(SubmitConfig()))
+    words = shlex.split(spec["entrypoint"])
+    assert words[:3] == ["python", "-m", "rlkit.train"]
+    paths = [word.partition("=")[2] for word in words if "=/" in word]
+    run = load_config(words[3:], elsewhere=paths)
+    cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    nodes = []
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        limits = pod["containers"][0]["resources"]["limits"]
+        nodes += [Node("pod", float(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0)))] * group.get("replicas", 1)
+    assert missing(demands(run), nodes)[0] == []
+    installed = subprocess.run(
+        [sys.executable, "-c", "import importlib.metadata as m; print(m.version('ray'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert cluster["rayVersion"] == installed.stdout.strip()
+
+
+def test_example_environment_is_what_submit_sets() -> None:
+    example = yaml.safe_load((ROOT / "examples" / "ray_job" / "runtime_env.yaml").read_text())
+    assert set(example["env_vars"]) == set(environment(SubmitConfig()))
+    assert all(isinstance(value, str) for value in example["env_vars"].values())
+
+
+def test_example_commands_validate(tmp_path: Path) -> None:
+    text = (ROOT / "examples" / "ray_job" / "README.md").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if "rlkit.submit cluster" in line or "rlkit.train" in line]
+    commands = [shlex.split(line.partition("rlkit.")[2])[1:] for line in lines if line.startswith(("python", "ray"))]
+    assert len(commands) == 2
+    for typed in commands:
+        assert check_here(typed, None, ROOT).run.config.trainer.total_steps == 2
+
+
+def test_joining_a_cluster_that_is_not_there_ends_at_once() -> None:
+    with (
+        pytest.raises(ConnectionError, match=r"no Ray answers at 127\.0\.0\.1:1 "),
+        ray_session(ClusterConfig(address="127.0.0.1:1")),
+    ):
+        pass
