@@ -1,0 +1,1 @@
+"""`reward=judge`: a language model behind an OpenAI-compatible endpoint judges responses."""
