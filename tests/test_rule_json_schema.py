@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -110,3 +111,13 @@ def test_one_schema_for_all(tmp_path: Path) -> None:
     assert "is no JSON schema" in JsonSchema.check(config)[0]
     path.unlink()
     assert "cannot be read" in JsonSchema.check(config)[0]
+
+
+def test_columns_as_data_libraries_give_them() -> None:
+    array = np.array(["a", "b"])
+    assert judge('"a"', {"enum": array}).value == 1.0
+    assert judge('"c"', {"enum": array}).value == 0.0
+    with pytest.raises(CannotJudgeError, match=r"^bad_schema: "):
+        judge("3", {"enum": [object()]})
+    with pytest.raises(CannotJudgeError, match=r"^bad_column: "):
+        judge("3", "[" * 100_000)

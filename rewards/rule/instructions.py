@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,9 @@ def _constraint(name: Any, given: Any) -> Constraint:
     """A constraint that can be checked. Raises CannotJudgeError with what is wrong."""
     check = CONSTRAINTS.get(name) if isinstance(name, str) else None
     if check is None:
-        raise CannotJudgeError(f"bad_instruction: there is no constraint {name!r}; there are {', '.join(CONSTRAINTS)}")
+        near = difflib.get_close_matches(str(name), CONSTRAINTS, n=1)
+        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONSTRAINTS)}"
+        raise CannotJudgeError(f"bad_instruction: there is no constraint {name!r:.80}; {known}")
     if not isinstance(given, Mapping):
         raise CannotJudgeError(f"bad_instruction: the arguments of {name} are no object")
     arguments = {key: value for key, value in given.items() if value is not None}

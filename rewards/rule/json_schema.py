@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -55,32 +56,30 @@ class JsonSchema(TextRule):
                 messages.append(f"reward.schema_file={config.schema_file}: {error}")
         return messages
 
-    def task(self, prompt: Prompt) -> Mapping[str, Any] | bool:
-        """The schema."""
+    def task(self, prompt: Prompt) -> str:
+        """The schema, as JSON text."""
         if self.config.schema_file is not None:
-            return _schema_of_file(self.config.schema_file)
+            return self._schema_for_all
         schema = column_value(prompt, self.config.schema_column)
         if not isinstance(schema, (Mapping, bool)):
             raise CannotJudgeError(f"bad_schema: column {self.config.schema_column!r} holds no JSON schema")
-        return schema
+        try:
+            return json.dumps(schema, default=_plain)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CannotJudgeError(f"bad_schema: column {self.config.schema_column!r}: {error}") from error
+
+    @functools.cached_property
+    def _schema_for_all(self) -> str:
+        return json.dumps(_schema_of_file(self.config.schema_file))
 
     @staticmethod
-    def judge(config: Any, task: Any, text: str, /) -> Score:
+    def judge(config: Any, task: str, text: str, /) -> Score:
         """1 if allowed. Components: `json` (it can be read) and `valid`."""
-        from jsonschema import SchemaError
-        from jsonschema.validators import Draft202012Validator, validator_for
-        from jsonschema_specifications import REGISTRY
-
-        validator_class = validator_for(task, default=Draft202012Validator)
-        try:
-            validator_class.check_schema(task)
-        except SchemaError as error:
-            raise CannotJudgeError(f"bad_schema: {error.message[:200]}") from error
+        validator = _validator(task)
         found = read_json(text)
         if found is None:
             return Score(0.0, components={"json": 0.0, "valid": 0.0}, trace=f"no JSON in {excerpt(text)}")
-        # Without a registry of its own, jsonschema would fetch remote references.
-        fault = next(validator_class(task, registry=REGISTRY).iter_errors(found[0]), None)
+        fault = next(validator.iter_errors(found[0]), None)
         if fault is None:
             return Score(1.0, components={"json": 1.0, "valid": 1.0}, trace="allowed by the schema")
         trace = f"at {fault.json_path}: {fault.message[:300]}"
@@ -116,21 +115,30 @@ def last_fenced_block(text: str) -> str | None:
     return blocks[-1] if blocks else None
 
 
-def _schema_of_file(path: Path) -> dict[str, Any] | bool:
+@functools.lru_cache(maxsize=256)
+def _validator(schema_text: str) -> Any:
+    """Remembered: all samples of a group share their schema. Raises CannotJudgeError if it is none."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+    from jsonschema_specifications import REGISTRY
+
+    schema = json.loads(schema_text)
+    kind = validator_for(schema, default=Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise CannotJudgeError(f"bad_schema: is no JSON schema: {error.message[:200]}") from error
+    return kind(schema, registry=REGISTRY)  # without a registry of its own, it would fetch remote references
+
+
+def _schema_of_file(path: Path) -> Any:
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CannotJudgeError(f"no_schema: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CannotJudgeError(f"bad_schema: is not JSON: {error}") from error
-    from jsonschema import SchemaError
-    from jsonschema.validators import Draft202012Validator, validator_for
-
-    try:
-        validator_for(schema, default=Draft202012Validator).check_schema(schema)
-    except SchemaError as error:
-        raise CannotJudgeError(f"bad_schema: is no JSON schema: {error.message[:200]}") from error
-    assert isinstance(schema, (dict, bool))  # what check_schema lets pass
+    _validator(json.dumps(schema))
     return schema
 
 
@@ -139,6 +147,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a name stands twice in an object")
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and arrays of data libraries, as JSON has them. Raises TypeError for anything else."""
+    return value.tolist() if hasattr(value, "tolist") else dict(value)
 
 
 def _refuse(constant: str) -> None:

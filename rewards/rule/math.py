@@ -34,7 +34,9 @@ _POWER = r"(?:\s?\^\{?[23]\}?|[²³])?"
 _UNIT_WORD = rf"[A-Za-z]{{2,}}{_POWER}"
 _UNIT = rf"(?:[A-Za-z]{{2,}}|(?<=[\s°/])[mgsLhCF](?![A-Za-z])){_POWER}"
 _WITH_UNIT = re.compile(rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT})?(?:(?:\s*/\s*|\s+){_UNIT}){{0,2}}\.?")
-_WITH_UNIT_WORD = re.compile(rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT_WORD})?(?:(?:\s*/\s*|\s+){_UNIT_WORD}){{0,2}}\.?")
+_WITH_UNIT_WORD = re.compile(
+    rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT_WORD})?(?:(?:\s*/\s*|\s+){_UNIT_WORD}){{0,2}}\.?"
+)
 _PROSE = re.compile(r"\s+[(\[\"'A-Za-z]|[\"')\]]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|[\"')\]]+(?:\s|$)|\s*$")
 
 

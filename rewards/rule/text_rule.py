@@ -130,7 +130,7 @@ def column_value(prompt: Prompt, column: str) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CannotJudgeError(f"bad_column: column {column!r} looks like JSON but is not: {error}") from error
     return value
 

@@ -67,7 +67,7 @@ class ToolCallMatch(TextRule):
                 tags += tuple(tag for tag in (_CALL, "response") if f"<{tag}>" in value)
                 return GoldCalls(predicted_calls(value) if f"<{_CALL}>" in value else (), tags)
             calls = tuple(read_call(call) for call in ([value] if isinstance(value, Mapping) else value))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             column = self.config.tool_calls_column
             raise CannotJudgeError(f"bad_column: column {column!r} holds no tool calls: {error}") from error
         return GoldCalls(calls, (*tags, _CALL) if calls else tags)
