@@ -101,6 +101,14 @@ def test_paths_of_the_cluster_are_warnings(tmp_path: Path) -> None:
     assert any("/nowhere/train.jsonl" in str(warning) for warning in run.warnings)
 
 
+def test_configuration_file_travels_and_may_name_the_cluster_s_paths(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("model:\n  path: /nowhere/model\nseed: 3\n")
+    checked = check_here(["reward=rule", f"run_dir={tmp_path / 'run'}"], file, ROOT)
+    assert checked.run.config.seed == 3
+    assert any("/nowhere/model" in str(warning) for warning in checked.run.warnings)
+
+
 # The address
 
 

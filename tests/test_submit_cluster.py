@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from run_fixture import SMALL
 from submit_fixture import ROOT, RayCluster, Wire, submit_command
@@ -49,6 +52,16 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def working(cluster: RayCluster) -> list[str]:
+    """Drivers and actors of runs on the cluster."""
+    found = []
+    for process in cluster.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(" ".join(process.cmdline()))
+    names = ("ray::RolloutWorker", "ray::LearnerWorker", "ray::RewardWorker", "ray::BufferActor", "rlkit.train")
+    return [line for line in found if any(name in line for name in names)]
 
 
 def test_dry_run_checks_the_cluster_and_submits_nothing(cluster: RayCluster, tmp_path: Path) -> None:
@@ -205,8 +218,24 @@ def test_a_run_trains_as_a_job(cluster: RayCluster, tmp_path: Path) -> None:
     assert code == 0, out + err
     assert "step 1/1" in out
     assert json.loads((folder / "summary.json").read_text())["steps"] == 1
-    left = [p for p in cluster.processes() if "rlkit" in " ".join(p.cmdline())]
-    assert left == []
+    wait_until(lambda: not working(cluster), 30)
+
+
+@pytest.mark.slow
+def test_a_training_job_is_stopped_in_order(cluster: RayCluster, tmp_path: Path) -> None:
+    """The run itself says how it ended: it was not killed, and its actors are gone."""
+    folder = tmp_path / "endless"
+    process = submit_command(cluster, *SMALL, "trainer.total_steps=100000", f"run_dir={folder}", "submit.follow=false")
+    code, _, err = finish(process)
+    assert code == 0, err
+    metrics = folder / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and "policy/loss" in metrics.read_text(), 400)
+    code, _, err = finish(submit_command(cluster, "stop", "endless"))
+    assert code == 0, err
+    code, out, err = finish(submit_command(cluster, "logs", "endless"))
+    assert code == 143
+    assert "rlkit: ended by SIGTERM" in out
+    wait_until(lambda: not working(cluster), 30)
 
 
 @pytest.mark.slow
@@ -214,7 +243,16 @@ def test_plain_ray_job_submit_works_too(cluster: RayCluster, tmp_path: Path) -> 
     """`ray job submit --working-dir . -- python -m rlkit.train`: the run joins the cluster of its job."""
     folder = tmp_path / "plain"
     train = ["python", "-m", "rlkit.train", *SMALL, "trainer.total_steps=1", "trainer.prompts_per_step=2"]
-    ray = ["ray", "job", "submit", "--address", cluster.address, "--working-dir", str(ROOT), "--"]
+    ray = [
+        str(Path(sys.executable).parent / "ray"),
+        "job",
+        "submit",
+        "--address",
+        cluster.address,
+        "--working-dir",
+        str(ROOT),
+        "--",
+    ]
     done = subprocess.run(
         [*ray, *train, f"run_dir={folder}"],
         env={**cluster.environment(), "RAY_AUTH_MODE": "token"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -44,10 +45,10 @@ def submit_run(overrides: Sequence[str], file: Path | None) -> int:
     """
     checked = check_here(overrides, file, Path.cwd())
     submit = checked.arguments.submit
-    absent = _absent_paths(checked.arguments.overrides)
+    absent = _absent_paths(overrides, file)
     for warning in checked.run.warnings:
         elsewhere = any(path in str(warning) for path in absent)
-        _say(f"warning: {warning}{' Not here, that is: the job looks for it on the cluster' if elsewhere else ''}")
+        _say(f"warning: {warning}{' (here; the job looks for it on the cluster)' if elsewhere else ''}")
     cluster = connect(checked.arguments.address)
     check_cluster(checked, cluster)
     _say_what_runs(checked)
@@ -70,7 +71,7 @@ def check_here(overrides: Sequence[str], file: Path | None, here: Path) -> Check
     submit, run = arguments.submit, None
     problems = [*arguments.problems, *environment_problems(submit)]
     try:
-        run = load_config(arguments.overrides, file, _absent_paths(arguments.overrides))
+        run = load_config(arguments.overrides, file, _absent_paths(arguments.overrides, file))
     except ConfigError as error:
         problems += error.problems
     if problems or run is None:
@@ -130,9 +131,11 @@ def _send(job: Job, checked: Checked, cluster: Cluster) -> None:
         )
 
 
-def _absent_paths(overrides: Sequence[str]) -> list[str]:
+def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
     """Values that are absolute paths of nothing here: they may be on the cluster, where the job checks them."""
     values = [text.partition("=")[2].strip("'\"") for text in overrides]
+    if file is not None and file.is_file():
+        values += re.findall(r""":\s*['"]?(/[^\s'"]+)""", file.read_text(errors="replace"))
     return [value for value in values if value.startswith("/") and not Path(value).exists()]
 
 
