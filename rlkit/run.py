@@ -14,6 +14,8 @@ from typing import Any
 
 from algorithms.base import Algorithm
 from rewards.base import RewardContext
+from rlkit.checkpoint.checkpointer import Checkpointer
+from rlkit.checkpoint.resume import ResumePoint
 from rlkit.cluster.ray_session import ray_session
 from rlkit.config.resolved import ResolvedRun, config_text
 from rlkit.config.schema import RunConfig
@@ -24,7 +26,7 @@ from rlkit.embedded import model_folder
 from rlkit.evaluation import VERIFIER, Evaluator
 from rlkit.experience import Prompt
 from rlkit.experience.buffer import TooManyRejectedError
-from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard
+from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard, within
 from rlkit.rollout.pool import RolloutPool, WeightsNotLoadedError
 from rlkit.rollout.producer import Producer
 from rlkit.serving.pool import RewardPool
@@ -40,23 +42,25 @@ EXPECTED = (RewardFailed, WeightsNotLoadedError, TooManyRejectedError, DataError
 CANARY_TOKENS = 32
 
 
-def run(resolved: ResolvedRun) -> int:
-    """Train. Returns 0, 1 after an error that was explained on the screen, or 143 after SIGTERM.
+def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
+    """Train, from the checkpoint `point` if there is one.
 
+    Returns 0, 1 after an error that was explained on the screen, or 143 after SIGTERM.
     KeyboardInterrupt passes through.
     """
     config = resolved.config
     try:
-        folder = RunFolder(config.run_dir)
+        folder = RunFolder(config.run_dir, _bytes_to_keep(config, point))
     except RunFolderError as error:
         print(f"rlkit: {error}", file=sys.stderr)
         return FAILED
     folder.write_config(config_text(config))
     try:
-        with Tracker(config.tracking, folder, config.trainer.total_steps) as tracker:
+        first_step = 1 if point is None else point.checkpoint.step + 1
+        with Tracker(config.tracking, folder, config.trainer.total_steps, first_step=first_step) as tracker:
             for warning in resolved.warnings:
                 tracker.warn(str(warning))
-            _run_to_the_end(resolved, folder, tracker)
+            _run_to_the_end(resolved, folder, tracker, point)
     except asyncio.CancelledError:  # Ctrl-C raises KeyboardInterrupt instead
         print("rlkit: ended by SIGTERM", file=sys.stderr)
         return TERMINATED
@@ -66,19 +70,27 @@ def run(resolved: ResolvedRun) -> int:
     return 0
 
 
-def _run_to_the_end(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker) -> None:
+def _bytes_to_keep(config: RunConfig, point: ResumePoint | None) -> dict[str, int] | None:
+    """What stays of metrics and samples that are there; None: nothing may be there."""
+    if point is not None and point.same_run:
+        kept: dict[str, int] = point.checkpoint.run_state["files"]
+        return kept
+    return {} if config.resume == "auto" else None
+
+
+def _run_to_the_end(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, point: ResumePoint | None) -> None:
     """Raises an actor's own error in place of Ray's report about it, whose message is the actor's whole stack."""
     from ray.exceptions import RayTaskError
 
     try:
-        asyncio.run(_train(resolved, folder, tracker))
+        asyncio.run(_train(resolved, folder, tracker, point))
     except RayTaskError as error:
         if isinstance(error.cause, Exception):
             raise error.cause from error
         raise
 
 
-async def _train(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker) -> None:
+async def _train(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, point: ResumePoint | None) -> None:
     config, began = resolved.config, time.monotonic()
     # Ray replaces the handler of SIGTERM when it starts; ours cancels the run, so that everything is ended in order.
     task = asyncio.current_task()
@@ -91,8 +103,20 @@ async def _train(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker) -> 
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with contextlib.AsyncExitStack() as stack:
             trainer = await _start(resolved, folder, tracker, train, heldout, stack, began)
+            if point is not None:
+                await _go_on(trainer, point, tracker)
             summary = await trainer.fit()
             tracker.finish(summary)
+
+
+async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None:
+    """Bring the parts to where the checkpoint was made."""
+    tracker.phase(f"going on from {point.checkpoint.path}")
+    for notice in point.notices:
+        tracker.warn(notice)
+    work = trainer.checkpointer.restore(point.checkpoint, trainer)
+    await within(trainer.config.trainer.startup_timeout_seconds, f"restoring {point.checkpoint.path}", work)
+    tracker.go_on_from(trainer.version, trainer.accuracies)
 
 
 async def _start(
@@ -151,6 +175,7 @@ async def _start(
         producer=_producer(config, algorithm, train, rollout, reward, buffer),
         evaluator=Evaluator(heldout, rollout, verifier, config.seed) if heldout else None,
         canary=train[0].token_ids[:CANARY_TOKENS],
+        checkpointer=Checkpointer(config, folder),
         folder=folder,
         tracker=tracker,
         guard=UpdateGuard(config.trainer, tracker.warn),

@@ -64,7 +64,7 @@ def summary(
     steps: int,
     accuracies: Mapping[int, float],
     wall_seconds: float,
-    training_seconds: float,
+    seconds_per_step: float,
     reward_failed: int,
     policy: Path,
 ) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def summary(
         "accuracy_after": accuracies.get(steps),
         "steps": steps,
         "wall_seconds": round(wall_seconds, 3),
-        "seconds_per_step": round(training_seconds / steps, 4),
+        "seconds_per_step": round(seconds_per_step, 4),
         "reward_failed": reward_failed,
         "accuracy_by_step": {str(step): accuracy for step, accuracy in accuracies.items()},
         "policy": str(policy),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlkit.checkpoint.resume import ResumePoint, find_resume
 from rlkit.config.load import load_config
 from rlkit.config.problems import ConfigError, Problem
 from rlkit.config.resolved import ResolvedRun
@@ -38,14 +39,18 @@ def _train(arguments: list[str]) -> int:
         sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
     file, overrides = split_off_file(arguments)
     resolved = load_config(overrides, file)
+    point = find_resume(resolved.config)
     if resolved.config.dry_run:
         for warning in resolved.warnings:  # a run shows them itself
             print(f"rlkit: warning: {warning}", file=sys.stderr)
-        _print_plan(resolved)
+        _print_plan(resolved, point)
+        return 0
+    if point is not None and point.checkpoint.step == resolved.config.trainer.total_steps:
+        print(f"rlkit: nothing left to do: {point.checkpoint.path} has all {point.checkpoint.step} steps")
         return 0
     from rlkit.run import run
 
-    return run(resolved)
+    return run(resolved, point)
 
 
 def split_off_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -65,13 +70,17 @@ def split_off_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return file, others
 
 
-def _print_plan(resolved: ResolvedRun) -> None:
+def _print_plan(resolved: ResolvedRun, point: ResumePoint | None) -> None:
     from rlkit.config.plan import plan
 
     last = ""
     for line in plan(resolved):
         print(f"{line.area if line.area != last else '':<9}{line.what:<31}{line.amount}")
         last = line.area
+    if point is not None:
+        print(f"{'resume':<9}{'from':<31}{point.checkpoint.path} (after {point.checkpoint.step} steps)")
+        for notice in point.notices:
+            print(f"{'':<9}{'':<31}{notice}")
     print("The configuration is valid; nothing was started (dry_run=true).")
 
 

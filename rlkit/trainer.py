@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from algorithms.base import Advantages, Algorithm, Experience
+from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
@@ -39,28 +41,34 @@ class Trainer:
     tracker: Tracker
     guard: UpdateGuard
     alarm: HackingAlarm
+    checkpointer: Checkpointer
     began: float
     """`time.monotonic()` at the start of the run."""
     version: int = 0
     failed_scores: int = 0
     accuracies: dict[int, float] = field(default_factory=dict)
+    latest: dict[str, float] = field(default_factory=dict)
+    """Every metric's latest value."""
 
     async def fit(self) -> dict[str, Any]:
         """Train to the last step. Raises TrainingFailedError, RewardFailed and what the actors raise."""
         trainer = self.config.trainer
-        # Version 0: proves that sampler and learner hold the same policy before any training.
+        # Proves that sampler and learner hold the same policy before any training.
         await within(trainer.step_timeout_seconds, "publishing the first weights", self.publish())
-        await self.evaluate(0)
+        if not self.version:
+            await self.evaluate(0)
         producing = asyncio.create_task(self.producer.run())
-        training_began = time.monotonic()
+        training_began, first = time.monotonic(), self.version + 1
         try:
-            for step in range(1, trainer.total_steps + 1):
+            for step in range(first, trainer.total_steps + 1):
+                if step > 1:
+                    await self.buffer.advance.remote(step - 1)  # now there is room for this step's groups
                 await self.step(step, producing)
                 last = step == trainer.total_steps
-                if last or (trainer.save_every_steps and step % trainer.save_every_steps == 0):
-                    await self.save(step)
                 if last or (trainer.evaluate_every_steps and step % trainer.evaluate_every_steps == 0):
                     await self.evaluate(step)
+                if last or (trainer.save_every_steps and step % trainer.save_every_steps == 0):
+                    await self.save(step)
         finally:
             producing.cancel()
             await asyncio.gather(producing, return_exceptions=True)
@@ -68,7 +76,7 @@ class Trainer:
             steps=trainer.total_steps,
             accuracies=self.accuracies,
             wall_seconds=time.monotonic() - self.began,
-            training_seconds=time.monotonic() - training_began,
+            seconds_per_step=(time.monotonic() - training_began) / (trainer.total_steps + 1 - first),
             reward_failed=self.failed_scores,
             policy=self.folder.policy(trainer.total_steps),
         )
@@ -90,7 +98,7 @@ class Trainer:
                     metrics, judged, (_, learnt) = await asyncio.gather(
                         self.update(experience, advantages), self.judge(groups), self.reward.learn(groups, "after")
                     )
-                difference = await self.publish(last=step == self.config.trainer.total_steps)
+                difference = await self.publish()
         except TimeoutError:
             stats = await self.buffer.stats.remote()
             raise TrainingFailedError(waited_for(step, deadline, self.version, stats, self.reward.health())) from None
@@ -103,6 +111,7 @@ class Trainer:
         }
         self.algorithm.observe(metrics)
         self.alarm.check(metrics)
+        self.latest |= metrics
         self.tracker.step(step, metrics, groups, advantages.tokens)
 
     async def collect(self, producing: asyncio.Task[None]) -> tuple[list[Group], dict[str, float]]:
@@ -125,17 +134,12 @@ class Trainer:
         """The step's groups as the rule verifier sees them: shows when a learned reward is being fooled."""
         return None if self.evaluator is None else (await self.evaluator.judge([groups]))[0]
 
-    async def publish(self, last: bool = False) -> float:
-        """Bring the learner's weights to every rollout worker and prove it; the canary's difference in log-probs.
-
-        After the last update the buffer is not told, so that no further groups are sampled.
-        """
+    async def publish(self) -> float:
+        """Bring the learner's weights to every rollout worker and prove it; the canary's difference in log-probs."""
         with self.tracker.timed("publish"):
             bundle, wanted = await self.learner.policy.publishable(self.canary)
             loading = self.rollout.load_weights(bundle, self.version, self.canary, wanted)
             difference, _ = await asyncio.gather(loading, self.reward.follow(bundle))
-            if self.version and not last:
-                await self.buffer.advance.remote(self.version)
         return difference
 
     async def evaluate(self, step: int) -> None:
@@ -147,12 +151,30 @@ class Trainer:
             work = self.evaluator.evaluate(step)
             result: Evaluation = await within(deadline, f"the held-out evaluation after step {step}", work)
         self.accuracies[step] = result.accuracy
+        self.latest |= {**result.metrics, "accuracy/heldout": result.accuracy}
         self.tracker.evaluation(step, result.accuracy, result.metrics)
 
     async def save(self, step: int) -> None:
-        """Write `checkpoints/step_NNNNNN/policy`, a plain Hugging Face folder; beside it `reward`, if that learns."""
+        """Write `checkpoints/step_NNNNNN`: the policy as a plain Hugging Face folder, and what a later run needs."""
         with self.tracker.timed("save"):
-            work = asyncio.gather(
-                self.learner.policy.save(self.folder.policy(step)), self.reward.save(self.folder.reward(step))
-            )
-            await within(self.config.trainer.step_timeout_seconds, f"saving the models after step {step}", work)
+            work = self.checkpointer.save(step, self, self.latest)
+            await within(self.config.trainer.step_timeout_seconds, f"saving the checkpoint of step {step}", work)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The driver's own part of a checkpoint."""
+        return {
+            "version": self.version,
+            "failed_scores": self.failed_scores,
+            "accuracies": {str(step): accuracy for step, accuracy in self.accuracies.items()},
+            "algorithm": self.algorithm.state_dict(),
+            "skipped_updates": self.guard.skipped_in_a_row,
+            "alarm": list(self.alarm.history),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of state_dict."""
+        self.version, self.failed_scores = state["version"], state["failed_scores"]
+        self.accuracies = {int(step): accuracy for step, accuracy in state["accuracies"].items()}
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.guard.skipped_in_a_row = state["skipped_updates"]
+        self.alarm.history.extend(state["alarm"])

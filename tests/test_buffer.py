@@ -320,10 +320,11 @@ def test_the_actor_wakes_whoever_waits_and_hands_failures_on() -> None:
         assert await asyncio.wait_for(blocked, 20) == 2
 
         taker = asyncio.ensure_future(buffer.take.remote())
-        blocked = asyncio.ensure_future(buffer.reserve.remote(1))
-        assert not (await asyncio.wait({taker, blocked}, timeout=0.3))[0]
+        blocked = asyncio.ensure_future(buffer.reserve.remote(2))
         await buffer.cancel.remote(1)
-        assert await asyncio.wait_for(blocked, 20) == 1
+        assert not (await asyncio.wait({taker, blocked}, timeout=0.3))[0], "room in the middle of a round"
+        await buffer.cancel.remote(1)
+        assert await asyncio.wait_for(blocked, 20) == 2
         for round_number in range(2):
             if round_number:
                 await buffer.reserve.remote(2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from algorithms import prm_losses
-from rlkit.models.packing import Tree, pack
+from rlkit.models.packing import PackedBatch, Tree, pack
 
 Objective = Literal["ce", "dpo", "nca", "kto"]
 PAIRED: tuple[Objective, ...] = ("dpo", "nca")
@@ -23,7 +23,11 @@ LARGEST_INITIAL_RATIO = 1e-3
 
 def log_ratios(policy: Any, reference: Any, trees: Sequence[Tree], device: str, chunk: int) -> Tensor:
     """q = log pi_phi - log pi_ref [R] at temperature 1 of the trees' suffix tokens; differentiable in pi_phi."""
-    packed = pack(trees).to(device)
+    return packed_log_ratios(policy, reference, pack(trees).to(device), chunk)
+
+
+def packed_log_ratios(policy: Any, reference: Any, packed: PackedBatch, chunk: int) -> Tensor:
+    """The same of a packed batch."""
     with torch.no_grad():
         reference_logprobs, _ = reference(packed, 1.0, chunk)
     logprobs, _ = policy(packed, 1.0, chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,24 +14,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms import prm_losses
+from algorithms.prm_losses import correct_incorrect_pairs, kto_baseline
 from rewards.base import RewardContext
+from rewards.implicit_prm.log_ratios import (
+    PAIRED,
+    check_equal,
+    log_ratios,
+    mismatched,
+    objective_sum,
+    packed_log_ratios,
+    response_scores,
+)
 from rewards.implicit_prm.monitors import HeldOut, before_update, labels_of
+from rlkit.checkpoint.records import from_json, to_json
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.prompts import load_tokenizer
 from rlkit.embedded import model_folder
 from rlkit.experience import Group
 from rlkit.learner.engine import build_engine, init_process_group, optimizer_step, resolve_dtype
+from rlkit.learner.engine_state import full_state, load_full_state
 from rlkit.learner.policy import save_policy
 from rlkit.learner.ragged import per_token
-from rlkit.models.packing import Tree, pack, split_by_tokens
+from rlkit.models.packing import PackedBatch, Tree, split_by_tokens
 from rlkit.models.policy import load_causal_lm
 
 if TYPE_CHECKING:
     from rewards.implicit_prm.reward import ImplicitPRM
-
-LARGEST_INITIAL_RATIO = 1e-3
-"""Models of equal weights must agree to this: else the two run through different kernels or types."""
 
 
 class ImplicitModel:
@@ -56,16 +65,21 @@ class ImplicitModel:
         dtype = resolve_dtype(learner.dtype, self.device)
         self.reference = load_causal_lm(reference_path, dtype).to(self.device).eval().requires_grad_(False)
         if config.reference_path is None:
-            self._check_equal()
+            check_equal(self.engine, self.reference, self.device, self._chunk)
         self.heldout = HeldOut(config.heldout_groups)
         self._leave_device()
 
     def token_rewards(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """beta * (log pi_phi - log pi_ref), [T] float32, of every sample of every group, in order."""
+        limit = self.config.tokens_per_microbatch
         with torch.no_grad(), self._on_device():
             self.engine.eval()
-            ratios = per_token(self._log_ratios, groups, self.config.tokens_per_microbatch, self.device)
+            # Group by group: what a response scores does not depend, not even in the last bit, on what came with it.
+            ratios = [ratio for group in groups for ratio in per_token(self._ratios, [group], limit, self.device)]
         return [(self.config.beta * ratio).astype(np.float32) for ratio in ratios]
+
+    def _ratios(self, packed: PackedBatch) -> Tensor:
+        return packed_log_ratios(self.engine, self.reference, packed, self._chunk)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """One pass over the groups in mini-batches; metrics `prm/...`, the accuracies from before the update."""
@@ -86,7 +100,8 @@ class ImplicitModel:
             trees = [_tree(group) for group in chosen]
             split = split_by_tokens([tree.tokens for tree in trees], self.config.tokens_per_microbatch)
             seen: list[Tensor] = []
-            shares = [partial(self._loss, [chosen[i] for i in members], total, seen) for members in split]
+            baseline = self._baseline(chosen)
+            shares = [partial(self._loss, [chosen[i] for i in members], total, baseline, seen) for members in split]
             self.engine.train()
             done = optimizer_step(self.engine, shares, self.config.learning_rate)
             losses.append(float(torch.stack(seen).sum()))
@@ -120,20 +135,15 @@ class ImplicitModel:
         load_tokenizer(self.path).save_pretrained(folder)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Weights and optimizer on the CPU, and the groups set aside."""
+        """Full fp32 weights and moments on the CPU, and the groups set aside, as JSON."""
         with self._on_device():
-            return {
-                "weights": {name: value.cpu() for name, value in self.engine.module.state_dict().items()},
-                "optimizer": self.engine.optimizer.state_dict(),
-                "heldout": list(self.heldout.groups),
-            }
+            return {"engine": full_state(self.engine), "heldout": json.dumps(to_json(self.heldout.groups))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The reverse of state_dict."""
         with self._on_device():
-            self.engine.module.load_state_dict(state["weights"])
-            self.engine.optimizer.load_state_dict(state["optimizer"])
-        self.heldout.groups = list(state["heldout"])
+            load_full_state(self.engine, state["engine"])
+        self.heldout.groups = from_json(json.loads(state["heldout"]))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -162,48 +172,28 @@ class ImplicitModel:
             torch.cuda.empty_cache()
         self._resident = False
 
-    def _log_ratios(self, packed: Any) -> Tensor:
-        """[R], differentiable in pi_phi."""
-        with torch.no_grad():
-            reference, _ = self.reference(packed, 1.0, self._chunk)
-        logprobs, _ = self.engine(packed, 1.0, self._chunk)
-        ratios: Tensor = logprobs - reference
-        return ratios
-
     def _scores(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
         """(s, labels, group number) of the valid samples of some groups; s = beta * summed log-ratios."""
-        packed = pack([_tree(group) for group in groups]).to(self.device)
-        ratios = self._log_ratios(packed)
-        lengths = torch.tensor([len(sample) for group in groups for sample in group.samples])
-        sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.device)
+        trees = [_tree(group) for group in groups]
+        ratios = log_ratios(self.engine, self.reference, trees, self.device, self._chunk)
         mask = torch.from_numpy(np.concatenate([s.trained for g in groups for s in g.samples])).to(self.device)
-        scores = prm_losses.response_scores(
-            ratios, torch.zeros_like(ratios), mask.float(), sequence, len(lengths), self.config.beta
-        )
+        scores = response_scores(ratios, trees, self.config.beta, mask.float())
         valid = [i for i, label in enumerate(labels_of(groups)) if label is not None]
         labels = torch.tensor([label for label in labels_of(groups) if label is not None], device=self.device)
         numbers = torch.tensor([g for g, group in enumerate(groups) for _ in group.samples], device=self.device)
         return scores[valid], labels.float(), numbers[valid]
 
-    def _loss(self, groups: Sequence[Group], total: float, seen: list[Tensor]) -> Tensor:
+    def _loss(self, groups: Sequence[Group], total: float, baseline: Tensor | None, seen: list[Tensor]) -> Tensor:
         """A micro-batch's share of the objective's mean."""
         scores, labels, group = self._scores(groups)
-        if self.config.objective == "ce":
-            loss = prm_losses.cross_entropy(scores, labels).sum()
-        elif self.config.objective == "kto":
-            baseline = prm_losses.kto_baseline(self._mismatched(groups))
-            loss = prm_losses.kto(scores, labels, baseline).sum()
-        else:
-            chosen, rejected = prm_losses.correct_incorrect_pairs(labels, group)
-            pair_loss = prm_losses.dpo if self.config.objective == "dpo" else prm_losses.nca_pair
-            loss = pair_loss(scores[chosen], scores[rejected]).sum()
-        loss = loss / total
+        pairs = correct_incorrect_pairs(labels, group)
+        loss = objective_sum(self.config.objective, scores, labels, pairs, baseline) / total
         seen.append(loss.detach())
         return loss
 
     def _count(self, groups: Sequence[Group]) -> float:
         """What the objective averages over: valid samples, or pairs of a better and a worse one."""
-        if self.config.objective in ("ce", "kto"):
+        if self.config.objective not in PAIRED:
             return float(sum(label is not None for label in labels_of(groups)))
         pairs = 0
         for group in groups:
@@ -212,29 +202,16 @@ class ImplicitModel:
         return float(pairs)
 
     @torch.no_grad()
-    def _mismatched(self, groups: Sequence[Group]) -> Tensor:
-        """s of each group's first response after the next group's prompt: what KTO's baseline is made of."""
-        trees = [
-            Tree(other.prompt.token_ids, (group.samples[0].token_ids.tolist(),))
-            for group, other in zip(groups, [*groups[1:], groups[0]], strict=True)
-        ]
-        packed = pack(trees).to(self.device)
-        lengths = torch.tensor([len(tree.suffixes[0]) for tree in trees])
-        sequence = torch.repeat_interleave(torch.arange(len(trees)), lengths).to(self.device)
-        ratios = self._log_ratios(packed)
-        return prm_losses.response_scores(
-            ratios, torch.zeros_like(ratios), torch.ones_like(ratios), sequence, len(trees), self.config.beta
-        )
-
-    @torch.no_grad()
-    def _check_equal(self) -> None:
-        packed = pack([Tree((0,), (tuple(range(1, 17)),))]).to(self.device)
-        largest = float(self._log_ratios(packed).abs().max())
-        if largest > LARGEST_INITIAL_RATIO:
-            raise ValueError(
-                f"the implicit PRM and its reference have equal weights but differ by {largest:.3g} in log-prob "
-                f"(at most {LARGEST_INITIAL_RATIO:g} is allowed): process rewards would be numerical noise"
-            )
+    def _baseline(self, groups: Sequence[Group]) -> Tensor | None:
+        """KTO's z of a whole mini-batch; its lower bound 0 where there is only one prompt."""
+        if self.config.objective != "kto":
+            return None
+        by_prompt = {group.prompt.token_ids: _tree(group) for group in groups}
+        if len(by_prompt) < 2:
+            return torch.zeros((), device=self.device)
+        trees = mismatched(list(by_prompt.values()))
+        ratios = log_ratios(self.engine, self.reference, trees, self.device, self._chunk)
+        return kto_baseline(response_scores(ratios, trees, self.config.beta))
 
 
 def _tree(group: Group) -> Tree:

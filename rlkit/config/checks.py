@@ -316,13 +316,13 @@ def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, le
         yield Finding("rollout.dtype", f"is {sampler}, the learner's is {trained}: {why}", warning=True)
 
 
-def run_folder_is_free(run_dir: Path) -> Findings:
+def run_folder_is_free(run_dir: Path, resume: str) -> Findings:
     """Never mix two runs in one folder, nor go on with another model in an old one."""
     if run_dir.exists() and not run_dir.is_dir():
         yield Finding("run_dir", "is a file, not a folder; choose another name")
         return
     found = [name for name in RUN_FILES if (run_dir / name).exists()]
-    if found:
+    if found and resume != "auto":
         yield Finding(
             "run_dir", f"already holds a run ({', '.join(found)}); choose another folder, or move that one away"
         )

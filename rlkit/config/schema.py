@@ -32,7 +32,7 @@ class TrainerConfig(Section):
     evaluation_prompts: int = Field(default=256, ge=1)
     """Held-out prompts per evaluation (all of them if there are fewer), one response each."""
     save_every_steps: int = Field(default=0, ge=0)
-    """Write `checkpoints/step_NNNNNN/` every so many steps. 0: only after the last step."""
+    """Write `checkpoints/step_NNNNNN/`, from which a run can go on, every so many steps. 0: only after the last."""
     step_timeout_seconds: float = Field(default=1800.0, gt=0)
     """A step (collecting, updating, publishing) that takes longer ends the run and says who was waited for; so does an
     evaluation or a checkpoint."""
@@ -40,6 +40,10 @@ class TrainerConfig(Section):
     """The actors must be ready by then."""
     mismatch_alarm: float = Field(default=0.05, gt=0)
     """Mean difference between the sampler's and the learner's log-probs above which a step warns."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints kept: the newest ones, and the best."""
+    best_metric: str = "accuracy/heldout"
+    """The checkpoint with the largest value of this metric (of its step or of the latest evaluation) is kept."""
     hacking_alarm_steps: int = Field(default=10, ge=0)
     """Warn when over the last so many steps the reward (or a process reward model's accuracy) rose above its mean of as
     many steps before, while the share of right answers fell. 0: never."""
@@ -191,6 +195,9 @@ class RunConfig(Section):
     """Seeds data order, sampling and everything else that is random."""
     run_dir: Path
     """Folder of this run's files; made if missing, refused if it already holds a run."""
+    resume: str = "never"
+    """auto: go on from the newest whole checkpoint of `run_dir`, or begin if there is none; a folder: go on from that
+    checkpoint (or that run's newest); never: begin."""
     dry_run: bool = False
     """Validate, print the plan, exit."""
     trainer: TrainerConfig = TrainerConfig()

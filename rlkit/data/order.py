@@ -48,6 +48,10 @@ class PromptOrder:
                 self._permutation = self._shuffled()
         return taken
 
+    def by_id(self) -> dict[str, Prompt]:
+        """Every prompt under its id."""
+        return {prompt.id: prompt for prompt in self._prompts}
+
     def state_dict(self) -> dict[str, Any]:
         """Where we are, and of which data."""
         return {

@@ -86,7 +86,7 @@ class ExperienceBuffer:
         self._leave_flight(count)
 
     def take(self) -> list[Group] | None:
-        """The oldest `groups_per_step` groups, or None if there are not enough. Stale ones are dropped and counted."""
+        """The first `groups_per_step` groups, sorted by id; None if there are not enough. Stale ones are dropped."""
         # Not only the first ones: a group that was scored slowly stands behind younger ones.
         fresh = [group for group in self._ready if self._version - group.policy_version <= self.max_staleness]
         stale = len(self._ready) - len(fresh)
@@ -97,7 +97,8 @@ class ExperienceBuffer:
             return None
         self._judged_this_step = 0
         self._rejected_this_step.clear()
-        return [self._ready.popleft() for _ in range(self.groups_per_step)]
+        taken = [self._ready.popleft() for _ in range(self.groups_per_step)]
+        return sorted(taken, key=lambda group: group.id)  # in the order asked for, whoever was scored first
 
     def advance(self, version: int) -> None:
         """The policy's weights of `version` are published. Raises ValueError if it does not follow the last."""

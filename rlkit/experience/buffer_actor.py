@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rlkit.config.schema import BufferConfig
 from rlkit.experience.buffer import BufferStats, ExperienceBuffer, TooManyRejectedError
@@ -20,14 +21,21 @@ class BufferActor:
         self.failure: TooManyRejectedError | None = None
 
     async def reserve(self, limit: int) -> int:
-        """Room for at least one and at most `limit` groups; waits for it."""
+        """Room for at least one and at most `limit` groups; waits for it.
+
+        Synchronous training samples in rounds: replacements for rejected groups are granted when the whole round has
+        been judged. So what is sampled together does not depend on timing, and runs repeat to the last bit.
+        """
         async with self.changed:
-            while not (granted := self.buffer.reserve(limit)):
+            while self._mid_round() or not (granted := self.buffer.reserve(limit)):
                 await self.changed.wait()
             return granted
 
-    async def add(self, groups: Sequence[Group]) -> None:
-        """Scored groups whose room was reserved."""
+    def _mid_round(self) -> bool:
+        return self.buffer.max_staleness == 0 and self.buffer.stats().in_flight > 0
+
+    async def add(self, groups: Sequence[Group]) -> list[str]:
+        """Scored groups whose room was reserved; returns their ids."""
         async with self.changed:
             try:
                 for group in groups:
@@ -37,6 +45,15 @@ class BufferActor:
                 raise
             finally:
                 self.changed.notify_all()
+        return [group.id for group in groups]
+
+    async def state_dict(self) -> dict[str, Any]:
+        """See ExperienceBuffer.state_dict."""
+        return self.buffer.state_dict()
+
+    async def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ExperienceBuffer.load_state_dict."""
+        self.buffer.load_state_dict(state)
 
     async def cancel(self, count: int) -> None:
         """Reserved groups that will not come."""

@@ -72,6 +72,14 @@ class Critic:
             self._step(minibatch, advantages, values, metrics)
         return metrics.reduced(self.device)
 
+    def counters(self) -> dict[str, int]:
+        """Progress, for checkpoints."""
+        return {"optimizer_steps": self.optimizer_steps}
+
+    def set_counters(self, counters: dict[str, int]) -> None:
+        """The reverse of counters."""
+        self.optimizer_steps = counters["optimizer_steps"]
+
     def _step(
         self, minibatch: Minibatch, advantages: Advantages, values: Sequence[np.ndarray], metrics: StepMetrics
     ) -> None:

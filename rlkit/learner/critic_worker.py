@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from algorithms.base import Advantages, Algorithm
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group
 from rlkit.learner.ranks import Rank, RankGroup
+
+if TYPE_CHECKING:
+    from rlkit.learner.critic import Critic
 
 
 class CriticWorker(Rank):
@@ -30,6 +33,11 @@ class CriticWorker(Rank):
             total_steps=config.trainer.total_steps * config.critic.minibatches_per_step,
             trust_remote_code=config.model.trust_remote_code,
         )
+
+    @property
+    def trained(self) -> Critic:
+        """The critic."""
+        return self.critic
 
     def values(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """See Critic.values."""

@@ -13,6 +13,7 @@ from algorithms.base import Advantages, Algorithm, Experience
 from rlkit.config.schema import CriticConfig, RunConfig
 from rlkit.experience import Group
 from rlkit.learner.critic_worker import CriticGroup
+from rlkit.learner.ranks import RankGroup
 from rlkit.learner.worker import LearnerGroup
 
 
@@ -32,6 +33,21 @@ class JointLearner:
         """Make the actors without waiting for them."""
         critic = CriticGroup(config, critic_path, algorithm, logs) if algorithm.needs().critic else None
         return cls(algorithm, LearnerGroup(config, policy_path, algorithm, logs), critic, config.critic)
+
+    async def save_state(self, folder: Path) -> dict[str, dict[str, int]]:
+        """Write `learner.safetensors`, and `critic.safetensors` where there is one; returns their counters."""
+        parts = self._parts()
+        saved = await asyncio.gather(*(part.save_state(folder / f"{name}.safetensors") for name, part in parts.items()))
+        return dict(zip(parts, saved, strict=True))
+
+    async def load_state(self, folder: Path, counters: dict[str, dict[str, int]]) -> None:
+        """The reverse of save_state."""
+        await asyncio.gather(
+            *(part.load_state(folder / f"{name}.safetensors", counters[name]) for name, part in self._parts().items())
+        )
+
+    def _parts(self) -> dict[str, RankGroup]:
+        return {"learner": self.policy, **({"critic": self.critic} if self.critic is not None else {})}
 
     async def experience(self, groups: Sequence[Group], step: int) -> Experience:
         """The groups with the values and log-probs that the algorithm needs for its advantages."""

@@ -176,6 +176,14 @@ class PolicyLearner:
         unused = self.reference is None or self.algorithm.needs().token_kl
         return None if unused else self._forward(self.reference, packed)[0]
 
+    def counters(self) -> dict[str, int]:
+        """Progress, for checkpoints."""
+        return {"optimizer_steps": self.optimizer_steps, "version": self.version}
+
+    def set_counters(self, counters: dict[str, int]) -> None:
+        """The reverse of counters."""
+        self.optimizer_steps, self.version = counters["optimizer_steps"], counters["version"]
+
     # -- weights -------------------------------------------------------------------------------------------------
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,10 +6,24 @@ import asyncio
 import socket
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from algorithms.base import Algorithm
 from rlkit.config.schema import LearnerConfig, RunConfig
+
+
+class Trained(Protocol):
+    """A model in a DeepSpeed engine, and how far its training is."""
+
+    engine: Any
+
+    def counters(self) -> dict[str, int]:
+        """Optimizer steps, versions: what a checkpoint must hold beside the tensors."""
+        ...
+
+    def set_counters(self, counters: dict[str, int]) -> None:
+        """The reverse."""
+        ...
 
 
 class Rank(ABC):
@@ -43,6 +57,42 @@ class Rank(ABC):
     @abstractmethod
     def load(self) -> Any:
         """Load this rank's model."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> Trained:
+        """What `load` has loaded."""
+
+    def save_state(self, file: str) -> dict[str, int]:
+        """Write weights and moments (rank 0) and this rank's random state; returns the counters of rank 0."""
+        import torch
+        from safetensors.torch import save_file
+
+        from rlkit.learner.engine_state import full_state
+
+        state = full_state(self.trained.engine)
+        if self.rank == 0:
+            save_file(state, file)
+        random = {"cpu": torch.get_rng_state()}
+        if self.config.cluster.device == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        save_file(random, f"{file}.random-{self.rank}")
+        return self.trained.counters()
+
+    def load_state(self, file: str, counters: dict[str, int]) -> None:
+        """The reverse of save_state. A rank that the saved run did not have keeps its own random state."""
+        import torch
+        from safetensors.torch import load_file
+
+        from rlkit.learner.engine_state import load_full_state
+
+        load_full_state(self.trained.engine, load_file(file))
+        self.trained.set_counters(counters)
+        if Path(f"{file}.random-{self.rank}").is_file():
+            random = load_file(f"{file}.random-{self.rank}")
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random and self.config.cluster.device == "cuda":
+                torch.cuda.set_rng_state(random["cuda"])
 
 
 class RankGroup:
@@ -81,6 +131,15 @@ class RankGroup:
         """Let the ranks meet and load the model on each."""
         host, port = await self.ranks[0].address.remote()
         return await self.call("start", len(self.ranks), host, port)
+
+    async def save_state(self, file: Path) -> dict[str, int]:
+        """Write everything that training has changed; returns the counters for `load_state`."""
+        counters: dict[str, int] = await self.call("save_state", str(file))
+        return counters
+
+    async def load_state(self, file: Path, counters: dict[str, int]) -> None:
+        """Go on from what `save_state` wrote, with any number of ranks and any ZeRO stage."""
+        await self.call("load_state", str(file), counters)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a method on every rank; rank 0's result. Arguments may be object references."""

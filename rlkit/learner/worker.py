@@ -6,7 +6,7 @@ import asyncio
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from rlkit.config.schema import RunConfig
 from rlkit.experience import Group
 from rlkit.learner.ranks import Rank, RankGroup
 from rlkit.rollout.weights import WeightBundle
+
+if TYPE_CHECKING:
+    from rlkit.learner.policy import PolicyLearner
 
 
 class LearnerWorker(Rank):
@@ -35,6 +38,11 @@ class LearnerWorker(Rank):
             trust_remote_code=config.model.trust_remote_code,
         )
         return int(self.learner.engine.module.model.num_parameters())
+
+    @property
+    def trained(self) -> PolicyLearner:
+        """The policy."""
+        return self.learner
 
     def update(self, groups: Sequence[Group], advantages: Advantages) -> dict[str, float]:
         """See PolicyLearner.update."""

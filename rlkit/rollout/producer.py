@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from rlkit.data.order import PromptOrder
+from rlkit.experience import Prompt
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.worker import GroupRequest
 from rlkit.serving.pool import RewardPool
@@ -32,6 +35,10 @@ class Producer:
         self.groups_per_step, self.samples_per_prompt = groups_per_step, samples_per_prompt
         self.greedy, self.seed = greedy, seed
         self.started = 0
+        self._open: dict[str, GroupRequest] = {}
+        """Asked for and not yet in the buffer."""
+        self._again: deque[GroupRequest] = deque()
+        """Open when the checkpoint was made that this run goes on from: asked for again, with their ids and seeds."""
         self._report = ScoreReport()
         self._generated_at: float | None = None
         self._generating = 0.0
@@ -41,7 +48,7 @@ class Producer:
         async with asyncio.TaskGroup() as scoring:
             while True:
                 room = await self.buffer.reserve.remote(self.groups_per_step)
-                requests = [self._request(prompt) for prompt in self.order.take(room)]
+                requests = self._requests(room)
                 began = time.monotonic()
                 async for groups in self.rollout.generate(requests):
                     scoring.create_task(self._score(groups))
@@ -51,11 +58,19 @@ class Producer:
     async def _score(self, groups: Any) -> None:
         scored = await self.reward.score([groups])
         self._report += scored.report
-        await self.buffer.add.remote(scored.batches[0])
+        added = await self.buffer.add.remote(scored.batches[0])
+        for group_id in added:
+            del self._open[group_id]
 
-    def _request(self, prompt: Any) -> GroupRequest:
-        number = self.started
-        self.started += 1
+    def _requests(self, count: int) -> list[GroupRequest]:
+        again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
+        new = [self._request(self.started + i, p) for i, p in enumerate(self.order.take(count - len(again)))]
+        self.started += len(new)
+        requests = [*again, *new]
+        self._open.update((request.id, request) for request in requests)
+        return requests
+
+    def _request(self, number: int, prompt: Prompt) -> GroupRequest:
         return GroupRequest(
             id=f"{number:08d}",
             prompt=prompt,
@@ -64,6 +79,18 @@ class Producer:
             step=number // self.groups_per_step + 1,
             greedy=self.greedy,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Place in the data, and the groups that are open: a resumed run asks for them again."""
+        open_groups = [{"id": r.id, "prompt": r.prompt.id} for r in (*self._open.values(), *self._again)]
+        return {"order": self.order.state_dict(), "started": self.started, "open": open_groups}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of state_dict. Raises DataError if the data are others."""
+        self.order.load_state_dict(state["order"])
+        self.started = int(state["started"])
+        prompts = self.order.by_id()
+        self._again = deque(self._request(int(entry["id"]), prompts[entry["prompt"]]) for entry in state["open"])
 
     def take_report(self) -> tuple[ScoreReport, float]:
         """What the reward did, and for how many seconds the sampler worked, since the last call."""

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from rewards.base import RewardContext, TrainableReward, UpdateWhen
 from rlkit.config.parts import import_part
@@ -54,8 +61,16 @@ class WorkerState:
     restarts: int = 0
 
 
+PROCESS_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+"""What Ray raises when the process of a call is gone."""
+
+
 class _Broken(Exception):
     """This worker failed this call and has been killed; the message is the reason for the samples."""
+
+
+class _DeadlineError(Exception):
+    """The pool's own deadline passed. (TimeoutError may also come from inside a worker, through Ray.)"""
 
 
 class RewardPool:
@@ -116,7 +131,7 @@ class RewardPool:
         finally:
             self._idle.put_nowait(worker)
         *scored, report = ray.remote(num_cpus=0)(mark_invalid).options(num_returns=len(refs) + 1).remote(reason, *refs)
-        return Scored(scored, await report)
+        return Scored(scored, await _within(report, self._startup_timeout))
 
     async def learn(self, groups: Sequence[Group], when: UpdateWhen) -> tuple[list[Group], dict[str, float]]:
         """Let a reward that learns at this moment (`before` or `after` the policy's advantages) learn from groups.
@@ -126,9 +141,9 @@ class RewardPool:
         """
         if not issubclass(self._kind, TrainableReward) or self._kind.update_when(self.config) != when:
             return list(groups), {}
-        metrics, groups = await self._ask_learner("learn", list(groups), when == "before")
+        metrics, rescored = await self._ask_learner("learn", list(groups), when == "before")
         self._learnt += 1
-        return list(groups), metrics
+        return list(groups) if rescored is None else rescored, metrics
 
     async def follow(self, bundle: Any) -> None:
         """Give the policy's weights (a reference to a WeightBundle) to a reward that follows the policy."""
@@ -141,6 +156,17 @@ class RewardPool:
         if issubclass(self._kind, TrainableReward) and self._kind.update_when(self.config) != "none":
             await self._ask_learner("save", str(folder))
 
+    async def save_state(self, file: Path) -> None:
+        """Write what a reward has learnt, for a later `load_state`; others write nothing."""
+        if issubclass(self._kind, TrainableReward):
+            await self._ask_learner("save_state", str(file))
+
+    async def load_state(self, file: Path) -> None:
+        """The reverse of save_state."""
+        if issubclass(self._kind, TrainableReward):
+            await self._ask_learner("load_state", str(file))
+            self._learnt += 1
+
     async def _ask_learner(self, method: str, *arguments: Any) -> Any:
         """Call the one worker of a reward that learns. Raises RewardFailed: what it has learnt would be lost."""
         worker = await self._idle.get()
@@ -148,8 +174,8 @@ class RewardPool:
             if worker.actor is None:
                 raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
             ref = getattr(worker.actor, method).remote(*arguments)
-            return await asyncio.wait_for(_result(ref), self.config.timeout_seconds)
-        except TimeoutError:
+            return await _within(ref, self.config.timeout_seconds)
+        except _DeadlineError:
             message = f"no end within reward.timeout_seconds={self.config.timeout_seconds:g}"
             raise RewardFailed(f"`{method}` of reward {self.target} failed: {message}") from None
         except RayError as error:
@@ -176,7 +202,7 @@ class RewardPool:
     async def close(self) -> None:
         """End all workers: those that are idle get a few seconds to free what they hold."""
         idle = [worker for worker in self._workers if worker.actor is not None and worker.busy_since is None]
-        closing = [asyncio.wait_for(_result(worker.actor.close.remote()), CLOSE_SECONDS) for worker in idle]
+        closing = [_within(worker.actor.close.remote(), CLOSE_SECONDS) for worker in idle]
         for worker, result in zip(idle, await asyncio.gather(*closing, return_exceptions=True), strict=True):
             if isinstance(result, BaseException):
                 log.warning("reward worker %d did not close cleanly: %r", worker.index, result)
@@ -187,25 +213,19 @@ class RewardPool:
         if worker.actor is None:
             if self._learnt:
                 raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
-            try:
-                await self._start(worker)
-            except RewardFailed as error:
-                raise _Broken(f"crash: the worker could not be started again: {error}") from error
-            worker.restarts += 1
-            if self._followed is not None:
-                await worker.actor.follow.remote(self._followed)
+            await self._start_again(worker)
         worker.busy_since = time.monotonic()
         finished = False
         try:
             *scored, report_ref = worker.actor.score.options(num_returns=len(refs) + 1).remote(*refs)
-            report = await asyncio.wait_for(_result(report_ref), self.config.timeout_seconds)
+            report = await _within(report_ref, self.config.timeout_seconds)
             if report.error:
                 log.warning("reward worker %d raised:\n%s", worker.index, report.error)
                 raise _Broken("exception: " + report.error.strip().splitlines()[-1])
             finished = True
-        except TimeoutError:
+        except _DeadlineError:
             raise _Broken(f"timeout: no answer within reward.timeout_seconds={self.config.timeout_seconds:g}") from None
-        except RayActorError as error:
+        except PROCESS_LOST as error:
             raise _Broken(f"crash: the worker process {worker.pid} died: {_first_line(error)}") from error
         finally:
             worker.busy_since = None
@@ -213,6 +233,20 @@ class RewardPool:
                 self._kill(worker)
         worker.calls += 1
         return Scored(list(scored), report)
+
+    async def _start_again(self, worker: WorkerState) -> None:
+        """Replace a dead worker. Raises _Broken if that fails, and if a policy's weights cannot be given to it."""
+        try:
+            await self._start(worker)
+            worker.restarts += 1
+            if self._followed is not None:
+                await _within(worker.actor.follow.remote(self._followed), self._startup_timeout)
+        except (RewardFailed, RayError) as error:
+            self._kill(worker)
+            raise _Broken(f"crash: the worker could not be started again: {_first_line(error)}") from error
+        except _DeadlineError:
+            self._kill(worker)
+            raise _Broken("crash: the new worker did not take the policy's weights in time") from None
 
     async def _start(self, worker: WorkerState) -> None:
         """Start the worker's process; on failure it is dead and RewardFailed names the cause."""
@@ -229,9 +263,9 @@ class RewardPool:
         )
         started = False
         try:
-            worker.pid = await asyncio.wait_for(_result(worker.actor.start.remote()), self._startup_timeout)
+            worker.pid = await _within(worker.actor.start.remote(), self._startup_timeout)
             started = True
-        except TimeoutError:
+        except _DeadlineError:
             message = f"reward {self.target} was not ready after {self._startup_timeout:g} s"
             raise RewardFailed(message) from None
         except RayError as error:
@@ -247,8 +281,20 @@ class RewardPool:
             worker.actor = None
 
 
-async def _result(ref: Any) -> Any:
-    return await ref
+async def _within(ref: Any, seconds: float) -> Any:
+    """What `ref` refers to. Raises _DeadlineError if that takes longer, else whatever the call raised."""
+
+    async def result() -> Any:
+        return await ref
+
+    task = asyncio.ensure_future(result())
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    finally:
+        task.cancel()  # no effect on one that is done
+    if not done:
+        raise _DeadlineError
+    return task.result()
 
 
 def _first_line(error: BaseException) -> str:

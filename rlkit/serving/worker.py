@@ -58,13 +58,13 @@ class RewardWorker:
         scored = [without_greedy(group, original) for group, original in zip(scored, given, strict=True)]
         return [*_same_shapes(batches, scored), report]
 
-    def learn(self, groups: Sequence[Group], rescore: bool) -> tuple[dict[str, float], list[Group]]:
-        """Let a trainable reward learn from scored groups; its metrics, and the groups (scored again if asked)."""
+    def learn(self, groups: Sequence[Group], rescore: bool) -> tuple[dict[str, float], list[Group] | None]:
+        """Let a trainable reward learn from scored groups; its metrics, and the groups with new scores if asked."""
         if not isinstance(self._reward, TrainableReward):
             raise TypeError(f"{type(self._reward).__name__} is not a TrainableReward")
         metrics = self._reward.update(groups)
         if not rescore:
-            return metrics, list(groups)
+            return metrics, None  # the caller has them: no need to send all tokens back
         whole = [with_greedy(group) for group in groups]
         scored = attach_scores(whole, self._reward.rescore(whole))
         return metrics, [without_greedy(group, original) for group, original in zip(scored, groups, strict=True)]
@@ -79,6 +79,20 @@ class RewardWorker:
         assert isinstance(self._reward, TrainableReward)
         self._reward.save(Path(folder))
 
+    def save_state(self, file: str) -> None:
+        """Write everything that a trainable reward has learnt."""
+        import torch
+
+        assert isinstance(self._reward, TrainableReward)
+        torch.save(dict(self._reward.state_dict()), file)
+
+    def load_state(self, file: str) -> None:
+        """The reverse of save_state. Only tensors and plain values are read, never pickled code."""
+        import torch
+
+        assert isinstance(self._reward, TrainableReward)
+        self._reward.load_state_dict(torch.load(file, weights_only=True))
+
     def close(self) -> None:
         """Let the reward free what it holds."""
         self._reward.close()
@@ -86,7 +100,9 @@ class RewardWorker:
 
 def mark_invalid(reason: str, *batches: Groups) -> list[Any]:
     """Like RewardWorker.score, for batches that no worker could score: every sample is invalid."""
-    scored = invalid_groups((group for batch in batches for group in _as_list(batch)), reason)
+    given = [group for batch in batches for group in _as_list(batch)]
+    scored = invalid_groups(map(with_greedy, given), reason)
+    scored = [without_greedy(group, original) for group, original in zip(scored, given, strict=True)]
     return [*_same_shapes(batches, scored), report_on(scored, 0.0)]
 
 

@@ -51,6 +51,11 @@ class Progress:
         self.sample: Sequence[ShownSample] = ()
         self._ends: deque[float] = deque(maxlen=_STEPS_TIMED + 1)
 
+    def go_on_from(self, step: int, accuracies: Mapping[int, float]) -> None:
+        """The run goes on after `step` steps of an earlier one."""
+        self.step = step
+        self.accuracies = sorted(accuracies.items())
+
     def begin_phase(self, name: str, parallel: bool) -> None:
         """A phase begins; earlier ones end, unless it runs beside them."""
         if not parallel:

@@ -20,8 +20,12 @@ class RunFolderError(ValueError):
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `summary.json`, `tensorboard/`, `checkpoints/`, `logs/`."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Makes the folder. Raises RunFolderError if it holds a run already or cannot be written."""
+    def __init__(self, path: str | Path, keep: Mapping[str, int] | None = None) -> None:
+        """Makes the folder. Raises RunFolderError if it holds a run already or cannot be written.
+
+        `keep` goes on with the run that is there: bytes of metrics.jsonl and samples.jsonl that stay (what came after
+        the checkpoint is cut off); an empty mapping begins it anew.
+        """
         self.path = Path(path).expanduser().absolute()
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
@@ -31,12 +35,14 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         for file in (self.config, self.metrics, self.samples, self.summary):
-            if file.exists():
+            if keep is None and file.exists():
                 raise RunFolderError(
                     f"run_dir={self.path} already holds a run ({file.name} is there): name another folder, or move it."
                 )
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
+            if keep is not None:
+                self._cut(keep)
             self._metrics = self.metrics.open("a", encoding="utf-8")
             self._samples = self.samples.open("a", encoding="utf-8")
         except OSError as error:
@@ -46,9 +52,25 @@ class RunFolder:
         """Where the policy after `step` steps is saved, a plain Hugging Face folder."""
         return self.checkpoints / f"step_{step:06d}" / "policy"
 
-    def reward(self, step: int) -> Path:
-        """Where a reward that learns saves its model after `step` steps."""
-        return self.checkpoints / f"step_{step:06d}" / "reward"
+    def sizes(self) -> dict[str, int]:
+        """Bytes of metrics.jsonl and samples.jsonl so far, on disk."""
+        for stream in (self._metrics, self._samples):
+            stream.flush()
+            os.fsync(stream.fileno())
+        return {file.name: file.stat().st_size for file in (self.metrics, self.samples)}
+
+    def _cut(self, keep: Mapping[str, int]) -> None:
+        self.summary.unlink(missing_ok=True)
+        for file in (self.metrics, self.samples):
+            if not file.exists():
+                continue
+            size = keep.get(file.name, 0)
+            if file.stat().st_size < size:
+                raise RunFolderError(
+                    f"{file} is shorter than when the checkpoint was made: it was edited. Name another run_dir and "
+                    "resume=CHECKPOINT to go on there."
+                )
+            os.truncate(file, size)
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration."""

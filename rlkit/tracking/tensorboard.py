@@ -16,8 +16,9 @@ _FLUSH_SECONDS = 5
 class TensorBoardWriter:
     """Appends to an event file in `folder`; the file is made by the first write."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, first_step: int = 1) -> None:
+        """`first_step` above 1: TensorBoard drops what earlier files of the folder hold from there on."""
+        self._folder, self._first_step = folder, first_step
         self._writer: EventFileWriter | None = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -40,9 +41,12 @@ class TensorBoardWriter:
             self._writer = None
 
     def _add(self, step: int, summary: object) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         if self._writer is None:
             self._writer = EventFileWriter(str(self._folder), flush_secs=_FLUSH_SECONDS)
+            if self._first_step > 1:
+                start = SessionLog(status=SessionLog.START)
+                self._writer.add_event(Event(wall_time=time.time(), step=self._first_step, session_log=start))
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))

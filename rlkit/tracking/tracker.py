@@ -44,7 +44,9 @@ class Tracker:
         total_steps: int,
         capture_output: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        first_step: int = 1,
     ) -> None:
+        """`first_step`: above 1 where a run goes on (plots drop what was written from there on before)."""
         self.folder = folder
         self._config = config
         self._clock = clock
@@ -60,7 +62,7 @@ class Tracker:
                 terminal = opened.enter_context(CapturedOutput(folder.logs / "driver.log")).terminal
             self._console = open_console(config.console, self._progress, folder.logs, terminal, str(folder.path))
             opened.callback(self._console.close)
-            self._tensorboard = TensorBoardWriter(folder.tensorboard) if config.tensorboard else None
+            self._tensorboard = TensorBoardWriter(folder.tensorboard, first_step) if config.tensorboard else None
             if self._tensorboard is not None:
                 opened.callback(self._tensorboard.close)
             handler = _ShowWarnings(self.warn)
@@ -78,6 +80,11 @@ class Tracker:
             said = f": {printable(str(error))}" if str(error) else ""
             self.message(f"The run ended early, after step {self._progress.step}: {type(error).__name__}{said}")
         self.close()
+
+    def go_on_from(self, step: int, accuracies: Mapping[int, float]) -> None:
+        """The run goes on after `step` steps of an earlier one, with the held-out accuracies it had."""
+        with self._progress.lock:
+            self._progress.go_on_from(step, accuracies)
 
     def message(self, text: str) -> None:
         """Say something to the user, once."""

@@ -1,0 +1,69 @@
+"""Saves everything a run needs to go on, and brings it back: models, optimizers, data position, buffer, versions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlkit.checkpoint.folder import RUN_STATE, Sealed, prune, remove_partial, seal, stage
+from rlkit.checkpoint.records import from_json, to_json
+from rlkit.config.schema import RunConfig
+from rlkit.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rlkit.trainer import Trainer
+
+REWARD_STATE = "reward_state.pt"
+
+
+@dataclass
+class Checkpointer:
+    """Used between two steps, when nothing of the next one has begun (or, with staleness, may be asked for again)."""
+
+    config: RunConfig
+    folder: RunFolder
+
+    async def save(self, step: int, trainer: Trainer, metrics: Mapping[str, float]) -> Sealed:
+        """Write, seal and rename `checkpoints/step_NNNNNN`, then remove old ones. `metrics`: the latest known.
+
+        `policy/` in it is a plain Hugging Face folder, and so is `reward/` where the reward learns.
+        """
+        staged = await asyncio.to_thread(stage, self.folder.checkpoints, step)
+        producer, buffer = trainer.producer.state_dict(), await trainer.buffer.state_dict.remote()
+        ready = {group.id for group in buffer["ready"]}
+        producer["open"] = [entry for entry in producer["open"] if entry["id"] not in ready]
+        await trainer.learner.policy.save(staged / "policy")
+        counters = await trainer.learner.save_state(staged)
+        await trainer.reward.save(staged / "reward")
+        await trainer.reward.save_state(staged / REWARD_STATE)
+        state = {
+            **trainer.state_dict(),
+            "learner": counters,
+            "producer": producer,
+            "buffer": buffer,
+            "files": self.folder.sizes(),
+        }
+        (staged / RUN_STATE).write_text(json.dumps(to_json(state)), encoding="utf-8")
+        about = {
+            "step": step,
+            "created": time.time(),
+            "best": metrics.get(self.config.trainer.best_metric),
+            "config": self.config.model_dump(mode="json"),
+        }
+        sealed = await asyncio.to_thread(seal, staged, about)
+        await asyncio.to_thread(prune, self.folder.checkpoints, self.config.trainer.keep_checkpoints)
+        return sealed
+
+    async def restore(self, checkpoint: Sealed, trainer: Trainer) -> None:
+        """Bring all parts, freshly started, to where they were. Raises DataError if the data are others."""
+        await asyncio.to_thread(remove_partial, self.folder.checkpoints)
+        state: dict[str, Any] = from_json(checkpoint.run_state)
+        trainer.load_state_dict(state)
+        trainer.producer.load_state_dict(state["producer"])
+        await trainer.buffer.load_state_dict.remote(state["buffer"])
+        await trainer.learner.load_state(checkpoint.path, state["learner"])
+        await trainer.reward.load_state(checkpoint.path / REWARD_STATE)

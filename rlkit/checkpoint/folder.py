@@ -1,0 +1,147 @@
+"""A checkpoint on disk: written into a folder aside, synced, sealed with a manifest, renamed; then old ones go.
+
+A folder `step_NNNNNN` is a whole checkpoint, always: whatever is cut short leaves `.step_NNNNNN.partial` behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST, RUN_STATE = "manifest.json", "run.json"
+CHUNK = 2**22
+
+
+class BadCheckpointError(ValueError):
+    """A folder is no whole checkpoint; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A whole checkpoint."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Training steps behind it."""
+        return int(self.manifest["step"])
+
+    @property
+    def run_state(self) -> dict[str, Any]:
+        """What the driver saved."""
+        state: dict[str, Any] = json.loads((self.path / RUN_STATE).read_text(encoding="utf-8"))
+        return state
+
+
+def stage(checkpoints: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into. Leftovers of writes that were cut short are removed."""
+    remove_partial(checkpoints)
+    folder = checkpoints / f".step_{step:06d}.partial"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def remove_partial(checkpoints: Path) -> None:
+    """Remove what was never sealed."""
+    for leftover in checkpoints.glob(".step_*"):
+        shutil.rmtree(leftover)
+
+
+def seal(staged: Path, about: Mapping[str, Any]) -> Sealed:
+    """Sync every file, write the manifest (`about` and each file's size and hash), rename to the final name."""
+    files = {
+        str(file.relative_to(staged)): {"bytes": file.stat().st_size, "blake2b": _digest(file, sync=True)}
+        for file in sorted(staged.rglob("*"))
+        if file.is_file()
+    }
+    manifest = {"format": FORMAT, **about, "files": files}
+    with (staged / MANIFEST).open("w", encoding="utf-8") as stream:
+        json.dump(manifest, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    for folder in [*(path for path in staged.rglob("*") if path.is_dir()), staged]:
+        _sync_folder(folder)
+    final = staged.parent / f"step_{int(about['step']):06d}"
+    if final.exists():  # of a run that was resumed from before it
+        doomed = staged.parent / f".{final.name}.replaced"
+        final.rename(doomed)
+        staged.rename(final)
+        shutil.rmtree(doomed)
+    else:
+        staged.rename(final)
+    _sync_folder(final.parent)
+    return Sealed(final, manifest)
+
+
+def open_checkpoint(folder: Path) -> Sealed:
+    """Check a folder against its manifest, every byte. Raises BadCheckpointError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadCheckpointError(f"it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise BadCheckpointError(f"its {MANIFEST} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise BadCheckpointError(f"its {MANIFEST} is of another format than {FORMAT}")
+    for name, wanted in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise BadCheckpointError(f"{name} is missing")
+        if file.stat().st_size != wanted["bytes"]:
+            raise BadCheckpointError(f"{name} has {file.stat().st_size} bytes, not {wanted['bytes']}")
+        if _digest(file) != wanted["blake2b"]:
+            raise BadCheckpointError(f"{name} is damaged: its hash is not the manifest's")
+    return Sealed(folder, manifest)
+
+
+def sealed_folders(checkpoints: Path) -> list[Path]:
+    """Folders that carry a checkpoint's name, the newest first; not checked."""
+    found = [path for path in checkpoints.glob("step_*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: -int(path.name[5:]))
+
+
+def prune(checkpoints: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` and the one with the highest `best` in its manifest; returns what went."""
+    folders = sealed_folders(checkpoints)
+    values = {}
+    for folder in folders:
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # not ours to judge here; it is never the best
+        if manifest.get("best") is not None:
+            values[folder] = float(manifest["best"])
+    kept = {*folders[:keep], *([max(values, key=lambda folder: values[folder])] if values else [])}
+    gone = [folder for folder in folders if folder not in kept]
+    for folder in gone:
+        doomed = folder.with_name(f".{folder.name}.pruned")
+        folder.rename(doomed)  # never half a checkpoint under a checkpoint's name
+        shutil.rmtree(doomed)
+    return gone
+
+
+def _digest(file: Path, sync: bool = False) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        while block := stream.read(CHUNK):
+            digest.update(block)
+        if sync:
+            os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,116 @@
+"""Where a run goes on: the newest whole checkpoint, and whether it belongs to this configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlkit.checkpoint.folder import BadCheckpointError, Sealed, open_checkpoint, sealed_folders
+from rlkit.config.problems import ConfigError, Problem
+from rlkit.config.schema import RunConfig
+
+FIXED = ("model", "data", "algorithm", "reward._target_", "seed", "trainer.prompts_per_step", "rollout.temperature")
+"""Keys and sections that a resumed run must have in common with its checkpoint."""
+FREE = ("run_dir", "resume", "dry_run", "tracking")
+"""Keys and sections whose change is not worth a word."""
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint to go on from."""
+
+    checkpoint: Sealed
+    notices: tuple[str, ...]
+    """What was skipped, and what differs although it may."""
+    same_run: bool
+    """Whether it lies in this run's own folder, whose metrics and samples are then continued."""
+
+
+def find_resume(config: RunConfig) -> ResumePoint | None:
+    """The checkpoint that `resume` asks for; None for a run from the beginning.
+
+    Raises ConfigError if `resume` names no whole checkpoint, or one of another model, data or algorithm.
+    """
+    if config.resume == "never":
+        return None
+    own = (Path(config.run_dir).expanduser().absolute()) / "checkpoints"
+    if config.resume == "auto":
+        found, skipped = _newest(own)
+        if found is None and skipped:
+            raise ConfigError([Problem("resume=auto", f"no checkpoint in {own} is whole: {'; '.join(skipped)}")])
+    else:
+        found, skipped = _named(Path(config.resume).expanduser().absolute())
+    if found is None:
+        return None
+    _refuse_another_run(found, config)
+    changed = [
+        f"{key} was {_shown(old)} and is {_shown(new)} now"
+        for key, old, new in _differences(found.manifest["config"], config.model_dump(mode="json"))
+        if not _is_one_of(key, (*FIXED, *FREE))
+    ]
+    notices = [f"checkpoint {text}" for text in skipped] + changed
+    return ResumePoint(found, tuple(notices), same_run=found.path.parent == own)
+
+
+def _newest(checkpoints: Path) -> tuple[Sealed | None, list[str]]:
+    skipped: list[str] = []
+    for folder in sealed_folders(checkpoints):
+        try:
+            return open_checkpoint(folder), skipped
+        except BadCheckpointError as error:
+            skipped.append(f"{folder.name} skipped: {error}")
+    return None, skipped
+
+
+def _named(path: Path) -> tuple[Sealed, list[str]]:
+    """A checkpoint's own folder, or a run's folder, of which the newest is taken."""
+    given = f"resume={path}"
+    if not path.is_dir():
+        raise ConfigError([Problem(given, "there is no such folder; name a checkpoint (.../step_NNNNNN) or a run")])
+    if (path / "checkpoints").is_dir():
+        found, skipped = _newest(path / "checkpoints")
+        if found is None:
+            raise ConfigError(
+                [Problem(given, f"holds no whole checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")]
+            )
+        return found, skipped
+    try:
+        return open_checkpoint(path), []
+    except BadCheckpointError as error:
+        raise ConfigError([Problem(given, f"is no whole checkpoint: {error}")]) from None
+
+
+def _refuse_another_run(found: Sealed, config: RunConfig) -> None:
+    problems = [
+        Problem(key, f"is {_shown(new)}, but {found.path} was made with {_shown(old)}; that is another run")
+        for key, old, new in _differences(found.manifest["config"], config.model_dump(mode="json"))
+        if _is_one_of(key, FIXED)
+    ]
+    if config.trainer.total_steps < found.step:
+        problems.append(
+            Problem(
+                f"trainer.total_steps={config.trainer.total_steps}",
+                f"{found.path} already has {found.step} steps; ask for more, or name an earlier checkpoint",
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _is_one_of(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(full key, old value, new value) of every leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+    elif old != new:
+        yield key, old, new
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
