@@ -29,7 +29,8 @@ def aggregate(combine: Combine, values: Float64, weights: Float64, spread_weight
         case "sum":
             return float(values @ weights)
         case "product":
-            return float(np.prod(values))
+            with np.errstate(over="ignore"):  # the caller refuses what is not finite
+                return float(np.prod(values))
         case "logical_and":
             return float(log_sigmoid(values) @ weights)
         case "mean":

@@ -100,9 +100,9 @@ def _components(i: int, opinions: Sequence[Opinion]) -> dict[str, float]:
         raw, shaped = each.raw.samples[i], each.shaped.samples[i]
         if raw.value is not None:
             found[each.name] = raw.value
-        if each.show_shaped and shaped.value is not None:
-            found[f"{each.name}/shaped"] = shaped.value
         found |= {f"{each.name}/{name}": value for name, value in raw.components.items()}
+        if each.show_shaped and shaped.value is not None:  # last: scores that were read back hold an earlier one
+            found[f"{each.name}/shaped"] = shaped.value
     return found
 
 

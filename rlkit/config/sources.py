@@ -61,8 +61,15 @@ def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sou
             message = f"{file} sets {section} already; leave one of them out"
             problems.append(Problem(sources.typed[section], message))
             continue
+        listed = section == "reward" and isinstance(value, list)  # parts of a combination
+        if isinstance(composed.get(section), DictConfig) and not (isinstance(value, dict | None) or listed):
+            message = f"is a section of keys; an option is chosen on the command line, like {section}=OPTION"
+            problems.append(Problem(f"{file}: {section}={_spelled(value)}", message))
+            continue
         sources.in_file.add(str(section))
-        if isinstance(value, dict) and "_target_" in value:
+        if listed:
+            composed[section] = value
+        elif isinstance(value, dict) and "_target_" in value:
             composed[section] = value
             composed.hydra.runtime.choices[section] = str(value["_target_"]).rpartition(".")[2].lower()
         else:

@@ -1,0 +1,211 @@
+"""`reward=[a,b]` on the command line and in files: what it makes, and what is said about mistakes in it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rewards.polar.reward import PolarReward
+from rewards.rule.reward import RuleReward
+from rlkit.config.load import load_config
+from rlkit.config.problems import ConfigError
+from rlkit.config.resolved import ResolvedRun, config_text
+
+Load = Callable[..., ResolvedRun]
+Problems = Callable[..., list[str]]
+COMBINED = "rewards.combined.reward.CombinedReward"
+
+
+@pytest.fixture
+def load(bare_model: Path) -> Load:
+    return lambda *overrides, **more: load_config([f"model.path={bare_model}", *overrides], **more)
+
+
+@pytest.fixture
+def problems(load: Load) -> Problems:
+    def refused(*overrides: str, **more: Path) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            load(*overrides, **more)
+        return [str(problem) for problem in caught.value.problems]
+
+    return refused
+
+
+def parts(run: ResolvedRun) -> dict[str, Any]:
+    found: dict[str, Any] = run.config.reward["parts"]
+    return found
+
+
+def test_a_list_of_options_is_their_combination(load: Load) -> None:
+    run = load("reward=[rule,polar]", "reward.parts.polar.weight=0.3", "reward.parts.polar.dtype=float32")
+    assert run.config.reward["_target_"] == COMBINED
+    assert run.config.run_dir.name.endswith("_grpo_rule+polar")
+    assert list(parts(run)) == ["rule", "polar"]
+    assert parts(run)["rule"]["_target_"] == "rewards.rule.reward.RuleReward"
+    assert parts(run)["polar"]["weight"] == 0.3
+    assert parts(run)["polar"]["dtype"] == "float32"
+    assert parts(run)["polar"]["wrapper"] == PolarReward.Config().wrapper  # every value is spelled out
+    assert run.reward_config.timeout_seconds == 2 * RuleReward.Config().timeout_seconds
+
+
+def test_one_part_is_a_way_to_shape_a_single_reward(load: Load) -> None:
+    run = load("reward=[polar]", "reward.shaping=[{kind:par,reference_value:0.0}]")
+    assert run.reward_config.shaping[0].kind == "par"
+    assert run.config.run_dir.name.endswith("_grpo_polar")
+
+
+def test_options_of_an_option_file_are_kept(load: Load) -> None:
+    """A part takes every field of its option's file, not only its class."""
+    from rlkit.config.compose import conf_dir, group_options, option_fields
+
+    folder = conf_dir()
+    for option in group_options(folder)["reward"]:
+        fields = option_fields(folder, "reward", option)
+        if option != "combined" and len(fields) > 1 and "???" not in fields.values():
+            run = load(f"reward=[{option}]")
+            assert fields.items() <= parts(run)[option].items()
+
+
+def test_names_of_parts(load: Load) -> None:
+    run = load("reward=[{small:polar},{large:polar},combination_rewards.Word]", "reward.parts.large.max_references=2")
+    assert list(parts(run)) == ["small", "large", "Word"]
+    assert parts(run)["large"]["max_references"] == 2
+    assert parts(run)["Word"]["_target_"] == "combination_rewards.Word"
+
+
+def test_routing_takes_one_value_or_a_list(load: Load) -> None:
+    run = load(
+        "reward=[rule,polar]",
+        "reward.parts.rule.when.has=answer",
+        "reward.parts.polar.when.lacks=[answer]",
+    )
+    assert parts(run)["rule"]["when"]["has"] == ["answer"]
+    assert parts(run)["polar"]["when"]["lacks"] == ["answer"]
+
+
+def test_a_column_that_decides_must_be_in_the_data(problems: Problems) -> None:
+    (message,) = problems("reward=[rule]", "reward.parts.rule.when.equals.source=[gsm8k,math]")
+    assert "needs source with every prompt" in message
+
+
+def test_the_last_choice_counts(load: Load) -> None:
+    assert load("reward=[rule,polar]", "reward=rule").reward_class is RuleReward
+    assert list(parts(load("reward=rule", "reward=[rule]"))) == ["rule"]
+
+
+def test_the_written_configuration_loads_again(load: Load, tmp_path: Path) -> None:
+    first = load(
+        "reward=[rule,{p:polar}]",
+        "reward.combine=mean",
+        "reward.parts.p.weight=0.5",
+        "reward.parts.rule.when.has=answer",
+        "reward.parts.p.shaping=[{kind:lsc,reference_value:0.5},group_normalise]",
+        "reward.shaping=[{kind:clamp,low:-2}]",
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(config_text(first.config))
+    again = load(file=file)
+    assert again.config.reward == first.config.reward
+    assert again.reward_config == first.reward_config
+    changed = load("reward.parts.p.weight=2", "reward.parts.rule.format_weight=0.1", file=file)
+    assert parts(changed)["p"]["weight"] == 2
+    assert parts(changed)["rule"]["format_weight"] == 0.1
+
+
+def test_a_file_may_list_options(load: Load, problems: Problems, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"reward": ["rule", {"p": "polar"}]}))
+    run = load("reward.parts.p.weight=2", file=file)
+    assert (list(parts(run)), parts(run)["p"]["weight"]) == (["rule", "p"], 2)
+    assert any("sets reward already" in message for message in problems("reward=[rule]", file=file))
+    file.write_text(yaml.safe_dump({"reward": ["rull"]}))
+    assert any(f"{file}: reward: there is no option rull; did you mean rule?" in m for m in problems(file=file))
+    file.write_text(yaml.safe_dump({"reward": "rule", "trainer": [1]}))
+    found = problems(file=file)
+    assert (
+        f"{file}: reward=rule: is a section of keys; an option is chosen on the command line, like reward=OPTION"
+        in found
+    )
+    assert any("trainer=[1]: is a section" in message for message in found)
+
+
+def test_a_file_may_spell_a_combination_out(load: Load, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    section = {"_target_": "rewards.rule.reward.RuleReward", "format_weight": 0.2}
+    file.write_text(yaml.safe_dump({"reward": {"_target_": COMBINED, "parts": {"mine": section}, "combine": "min"}}))
+    assert parts(load(file=file))["mine"]["format_weight"] == 0.2
+
+
+def test_a_combination_inside_a_combination(load: Load, problems: Problems) -> None:
+    nested = ["reward=[rule]", f"reward.parts.ensemble._target_={COMBINED}"]
+    nested += ["reward.parts.ensemble.parts.a._target_=rewards.polar.reward.PolarReward"]
+    run = load(*nested, "reward.parts.ensemble.parts.a.max_references=3", "reward.parts.ensemble.weight=2")
+    assert parts(run)["ensemble"]["parts"]["a"]["max_references"] == 3
+    (message,) = problems(*nested, "reward.parts.ensemble.parts.a.max_reference=3")
+    assert message.endswith("did you mean reward.parts.ensemble.parts.a.max_references?")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward=[rul,polar]"], "reward=[rul,polar]: there is no option rul; did you mean rule? available: "),
+        (["reward=[rule,zzz9]"], "there is no option zzz9; available: "),
+        (["reward=[]"], "reward=[]: needs at least one part, like reward=[rule,polar]"),
+        (["reward=[rule,rule]"], "rule stands there twice; give each a name: reward='[{a:rule},{b:rule}]'"),
+        (["reward=[{a:rule,b:polar}]"], "must be one name with its option"),
+        (["reward=[{a-b:rule}]"], "'a-b' cannot name a part"),
+        (["reward=[3]"], "3 is no option"),
+        (["reward=combined"], "reward.parts: needs at least one part; write reward=[rule,polar]"),
+        (["reward=[rule]", "reward.parts.rule.format_wight=1"], "did you mean reward.parts.rule.format_weight?"),
+        (
+            ["reward=[rule,polar]", "reward.parts.rule.max_references=1"],
+            "did you mean reward.parts.polar.max_references?",
+        ),
+        (["reward=[rule,polar]", "reward.max_references=1"], "did you mean reward.parts.polar.max_references?"),
+        (
+            ["reward=[rule]", "reward.parts.rule.format_weight=-1"],
+            "reward.parts.rule.format_weight=-1: must be a number",
+        ),
+        (["reward=[rule]", "reward.parts.rule.format_weight=true"], "format_weight=true: must be a number"),
+        (["reward=[rule]", "reward.parts.rule.weight=x"], "reward.parts.rule.weight=x: must be a number"),
+        (["reward=[rule,polar]", "reward.parts.poler.weight=1"], "there is no part poler; did you mean polar?"),
+        (["reward=[rule]", "reward.parts.rule.when.hass=[answer]"], "did you mean reward.parts.rule.when.has?"),
+        (["reward=[rule]", "reward.combine=avg"], "reward.combine=avg: "),
+        (["reward=[rule]", "reward.shaping=[delt]"], "reward.shaping=[delt]: step 1: there is no kind 'delt'"),
+        (["reward=[rule]", "reward.parts.rule.shaping=[clip]"], "reward.parts.rule.shaping=[clip]: step 1 (clip): eta"),
+        (["reward=[rule]", "reward.spread_weight=2"], "spread_weight has no effect with combine=sum"),
+        (["reward=[rule,no.such.Thing]"], "no.such.Thing cannot be imported: there is no module no"),
+        (["reward=[polar]", "reward.parts.polar.model_path=/nope"], "reward.parts.polar.model_path: /nope"),
+        (["reward=[polar]", "reward.parts.polar.max_length=20000"], "reward.parts.polar.max_length=20000 is more"),
+        (
+            ["reward=[polar]", "reward.parts.polar.memory_gib=2"],
+            "memory_gib has no effect with backend=transformers",
+        ),
+        (["reward=[combination_rewards.Answered]"], "CombinedReward needs rubric with every prompt"),
+    ],
+)
+def test_each_mistake_has_its_message(problems: Problems, overrides: list[str], message: str) -> None:
+    found = problems(*overrides)
+    assert any(message in each for each in found), found
+
+
+def test_mistakes_are_reported_together(problems: Problems) -> None:
+    found = problems(
+        "reward=[rul,polar]", "reward.parts.rule.format_wight=1", "reward.parts.polar.max_length=1", "lr=1"
+    )
+    assert len(found) == 4, found
+
+
+def test_a_dry_run_from_the_command_line(repository: Path, bare_model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rlkit.train", "reward=[rule,polar]", "reward.parts.polar.weight=0.3"]
+    command += ["dry_run=true", f"model.path={bare_model}", f"run_dir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"1 worker of CombinedReward", done.stdout)
