@@ -254,4 +254,7 @@ def _key(messages: Sequence[Message]) -> str:
 
 def _without_repeats(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """A response that stands in several pairs of a prompt counts once, with its first label."""
-    return list({(rollout.group, rollout.response): rollout for rollout in reversed(rollouts)}.values())[::-1]
+    first: dict[tuple[str, str], Rollout] = {}
+    for rollout in rollouts:
+        first.setdefault((rollout.group, rollout.response), rollout)
+    return list(first.values())
