@@ -62,7 +62,12 @@ def read_tests(value: Any, setup: Any = None, entry_point: Any = None, prompt: s
     if isinstance(value, str) and value.strip():
         called = f"{value}\n\ncheck({entry_point})\n" if entry_point else value
         return AssertTests((called,), first, entry_point)
-    if isinstance(value, Sequence) and value and all(isinstance(test, str) for test in value):
+    if (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and value
+        and all(isinstance(test, str) for test in value)
+    ):
         return AssertTests(tuple(value), first, entry_point)
     raise BadTests(f"no tests: {str(value)[:80]!r}")
 

@@ -10,7 +10,7 @@ Job = dict[str, Any]
 
 
 class Unavailable(RuntimeError):
-    """The sandbox itself does not work: nothing is known about the code. The message says what failed and the remedy."""
+    """The sandbox itself does not work: nothing is known about the code. The message names cause and remedy."""
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,10 @@ def supervise(
     finally:
         for child in children:
             child.kill()
+        for child in children:
+            _drain(child)
         _reap(children)
-    return Supervised(tuple(children), ended)
+    return Supervised(tuple(children), "output" if ended == "exit" and children[0].overflow else ended)
 
 
 def _start(command: Command, max_output: int, max_results: int) -> Child:
@@ -143,8 +145,7 @@ def _watch(
                 if not waiting_for:
                     own_deadline = time.monotonic() + wall_seconds
             if children[0].exit_code is not None:
-                _drain(children[0])
-                return "output" if children[0].overflow else "exit"
+                return "exit"
 
 
 def _read(child: Child, name: str) -> bool:
@@ -158,7 +159,7 @@ def _read(child: Child, name: str) -> bool:
 
 
 def _drain(child: Child) -> None:
-    """What an ended process left in its pipes. Its namespace may still be closing them."""
+    """Read what an ended process left in its pipes. Its namespace may still be closing them."""
     end = time.monotonic() + KILL_SECONDS
     with selectors.DefaultSelector() as selector:
         for name, descriptor in child.streams.items():

@@ -74,8 +74,9 @@ class Server:
         self._namespace: dict[str, Any] = {}
 
     def serve(self, job: dict[str, Any]) -> None:
-        """Load the code, say how that went, then answer."""
+        """Say that this process stands, load the code, say how that went, then answer."""
         try:
+            send(self._replies, ["value", None])
             self._namespace = load(job["code"], job["setup"])
             send(self._replies, ["value", None])
         except ConversationEnded:

@@ -181,6 +181,10 @@ def run_tests(job: dict[str, Any], requests: BinaryIO, replies: BinaryIO, result
     conversation = Conversation(requests, replies)
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
+        conversation.answer()  # the solution's process stands
+    except (ConversationEnded, SolutionError):
+        return
+    try:
         exec(compile(job["setup"], "setup.py", "exec", dont_inherit=True), namespace)
         trees = [parse_test(text) for text in job["tests"]]
         programs = [compile(tree, "tests.py", "exec", dont_inherit=True) for tree in trees]

@@ -6,12 +6,11 @@ That is why a solution cannot decide what `==` means in a test.
 
 from __future__ import annotations
 
-import datetime
 import json
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from decimal import Decimal
-from fractions import Fraction
+from importlib import import_module
 from typing import Any, BinaryIO
 
 MAX_MESSAGE_BYTES = 16 * 2**20
@@ -52,20 +51,21 @@ def encode(value: Any, handle: Callable[[Any], int]) -> Any:
 
 
 def _encode_special(value: Any) -> list[Any] | None:
-    if isinstance(value, Decimal):
-        return ["decimal", str(value)]
-    if isinstance(value, Fraction):
-        return ["fraction", str(value)]
-    if isinstance(value, datetime.timedelta):
-        return ["timedelta", [value.days, value.seconds, value.microseconds]]
-    for name, kind in _DATES.items():
-        if isinstance(value, kind):
-            return [name, value.isoformat()]
+    """Numbers and dates of the standard library, whose modules are loaded already if there is such a value."""
+    for module, name in (("decimal", "Decimal"), ("fractions", "Fraction")):
+        if module in sys.modules and isinstance(value, getattr(sys.modules[module], name)):
+            return [name, str(value)]
+    if "datetime" in sys.modules:
+        dates = sys.modules["datetime"]
+        if isinstance(value, dates.timedelta):
+            return ["timedelta", [value.days, value.seconds, value.microseconds]]
+        for name in ("datetime", "date", "time"):
+            if isinstance(value, getattr(dates, name)):
+                return [name, value.isoformat()]
     return None
 
 
 _COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
-_DATES: dict[str, Any] = {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}
 
 
 def decode(message: Any, handle: Callable[[int], Any]) -> Any:
@@ -82,9 +82,9 @@ def decode(message: Any, handle: Callable[[int], Any]) -> Any:
     if name == "range":
         return range(*parts[0])
     if name == "timedelta":
-        return datetime.timedelta(*parts[0])
-    if name in _DATES:
-        return _DATES[name].fromisoformat(parts[0])
+        return import_module("datetime").timedelta(*parts[0])
+    if name in ("datetime", "date", "time"):
+        return getattr(import_module("datetime"), name).fromisoformat(parts[0])
     if name == "handle":
         return handle(int(parts[0]))
     return _SCALARS[name](*parts)
@@ -95,8 +95,8 @@ _SCALARS: dict[str, Callable[..., Any]] = {
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
     "complex": complex,
-    "decimal": Decimal,
-    "fraction": Fraction,
+    "Decimal": lambda text: import_module("decimal").Decimal(text),
+    "Fraction": lambda text: import_module("fractions").Fraction(text),
 }
 
 
