@@ -109,3 +109,13 @@ class Learner(TrainableReward):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.bias, self.version = state["bias"], state["version"]
+
+
+class Weighty(Word):
+    """Has an option that every part has."""
+
+    class Config(Word.Config):
+        """Options."""
+
+        weight: float = 1.0
+        """Its own."""

@@ -188,6 +188,10 @@ def test_a_combination_inside_a_combination(load: Load, problems: Problems) -> N
             ["reward=[polar]", "reward.parts.polar.memory_gib=2"],
             "memory_gib has no effect with backend=transformers",
         ),
+        (
+            ["reward=[combination_rewards.Weighty]"],
+            "cannot be a part: its Config has weight, which every part has already",
+        ),
         (["reward=[combination_rewards.Answered]"], "CombinedReward needs rubric with every prompt"),
     ],
 )

@@ -66,14 +66,8 @@ class Part:
 
 def part_model(section: Mapping[str, Any]) -> type[BaseModel]:
     """The typed section of a part: the fields of its class and those of a part. Raises PartError."""
-    from rlkit.config.parts import PartError
-
-    kind = _kind(section)
+    kind, placement = _kind(section)
     own = kind.config_model({key: value for key, value in section.items() if key != TARGET})
-    placement = _placement(kind)
-    clash = sorted(placement.model_fields.keys() & own.model_fields.keys())
-    if clash:
-        raise PartError(f"cannot be a part: its Config has {', '.join(clash)}, which every part has")
     return create_model(f"{kind.__name__}Part", __base__=(placement, own))
 
 
@@ -83,21 +77,19 @@ def read_part(name: str, section: Any) -> Part:
         raise ValueError(f"{name!r} cannot name a part: letters, digits and _ only, a letter first")
     if not isinstance(section, Mapping):
         raise ValueError(f"{name}: must be a section with {TARGET}, not {section!r}")
-    part_model(section)  # says which fields clash
-    kind = _kind(section)
-    placement = _placement(kind)
+    kind, placement = _kind(section)
     options = {key: value for key, value in section.items() if key in placement.model_fields}
     own = {key: value for key, value in section.items() if key not in options and key != TARGET}
     return Part(name, section[TARGET], kind, kind.Config(**own), placement(**options))
 
 
-def _kind(section: Mapping[str, Any]) -> type[Reward]:
-    from rlkit.config.parts import import_part
+def _kind(section: Mapping[str, Any]) -> tuple[type[Reward], type[Placement]]:
+    """The class of a part, and what a combination says about it; one with a `shaping` of its own is shaped by that."""
+    from rlkit.config.parts import PartError, import_part
 
     kind: type[Reward] = import_part("reward", section.get(TARGET))
-    return kind
-
-
-def _placement(kind: type[Reward]) -> type[Placement]:
-    """A combination inside a combination has a `shaping` of its own."""
-    return Placement if "shaping" in kind.Config.model_fields else PartOptions
+    placement = Placement if "shaping" in kind.Config.model_fields else PartOptions
+    clash = sorted(placement.model_fields.keys() & kind.Config.model_fields.keys())
+    if clash:
+        raise PartError(f"cannot be a part: its Config has {' and '.join(clash)}, which every part has already")
+    return kind, placement
