@@ -368,6 +368,13 @@ def test_fields_of_the_request(server: JudgeServer) -> None:
     assert schema["properties"]["score"] == {"type": "integer", "minimum": 1, "maximum": 10}
 
 
+def test_reasons_need_not_be_asked_for(server: JudgeServer) -> None:
+    server.judge = lambda asked: Reply('{"score": 10}')
+    assert values(score(started(server, reasons=False), RIGHT)) == [1.0]
+    assert server.asked[0].body["response_format"]["json_schema"]["schema"]["required"] == ["score"]
+    assert "reasoning" not in server.asked[0].user
+
+
 def test_needs() -> None:
     def references(**options: Any) -> bool:
         config = JudgeReward.Config(base_url="http://x", model="m", **options)

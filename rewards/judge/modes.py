@@ -40,7 +40,14 @@ class Rules:
     against: Against
     neighbours: int | None
     swap: bool
+    reasons: bool
     seed: int
+
+    def form(self, responses: int) -> Form:
+        """The verdict asked for in one call about so many responses."""
+        if self.mode == "pairwise":
+            return Form("winner", responses, reasons=self.reasons)
+        return Form("scores", responses, self.low, self.high, self.reasons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ async def share_of_win(
     Both orders are asked if `rules.swap`: a judge that always prefers the response it reads first gives 1/2.
     """
     orders = [(first, second), (second, first)] if rules.swap else [(first, second)]
-    asked = [judge.ask(Question(material, order, Form("winner", 2)), deadline) for order in orders]
+    asked = [judge.ask(Question(material, order, rules.form(2)), deadline) for order in orders]
     found = await asyncio.gather(*asked)
     shares = []
     for order, verdict in zip(orders, found, strict=True):
@@ -86,8 +93,7 @@ async def share_of_win(
 async def _alone(
     judge: Judge, rules: Rules, material: Material, texts: Sequence[str], deadline: float
 ) -> dict[str, Judged]:
-    form = Form("scores", 1, rules.low, rules.high)
-    found = await asyncio.gather(*(judge.ask(Question(material, (text,), form), deadline) for text in texts))
+    found = await asyncio.gather(*(judge.ask(Question(material, (text,), rules.form(1)), deadline) for text in texts))
     return {
         text: Judged(None, v.reason) if isinstance(v, NoVerdict) else Judged(v.values[0], v.reasoning)
         for text, v in zip(texts, found, strict=True)
@@ -99,7 +105,7 @@ async def _together(
 ) -> dict[str, Judged]:
     """One call. The order in it is shuffled by content, so that a place in the group is worth nothing."""
     order = shuffled(texts, material, rules.seed)
-    question = Question(material, tuple(order), Form("scores", len(order), rules.low, rules.high))
+    question = Question(material, tuple(order), rules.form(len(order)))
     verdict = await judge.ask(question, deadline)
     if isinstance(verdict, NoVerdict):
         return {text: Judged(None, verdict.reason) for text in texts}

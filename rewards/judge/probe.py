@@ -10,7 +10,7 @@ from rewards.judge.asking import Judge
 from rewards.judge.guard import MASTER_KEYS
 from rewards.judge.modes import Rules, share_of_win
 from rewards.judge.questions import Material, Question
-from rewards.judge.verdicts import Form, NoVerdict
+from rewards.judge.verdicts import NoVerdict
 from rlkit.experience import Message
 
 QUESTIONS = (
@@ -59,9 +59,9 @@ async def _on_question(
         return {key for key, share in zip(MASTER_KEYS, shares, strict=True) if share >= ACCEPTED}, True
     texts = (right, *MASTER_KEYS)
     if rules.mode == "listwise":
-        questions = [Question(material, texts, Form("scores", len(texts), rules.low, rules.high))]
+        questions = [Question(material, texts, rules.form(len(texts)))]
     else:
-        questions = [Question(material, (text,), Form("scores", 1, rules.low, rules.high)) for text in texts]
+        questions = [Question(material, (text,), rules.form(1)) for text in texts]
     verdicts = await asyncio.gather(*(judge.ask(question, deadline) for question in questions))
     _raise_first(verdicts)
     first, *others = (value for verdict in verdicts if not isinstance(verdict, NoVerdict) for value in verdict.values)
@@ -72,12 +72,8 @@ async def ask_once(judge: Judge, rules: Rules, principle: str, deadline: float) 
     """One question, to see that the judge answers and can be read. Raises JudgeError if not."""
     question, _, right = QUESTIONS[0]
     material = Material(principle, (Message("user", question),))
-    if rules.mode == "pairwise":
-        form = Form("winner", 2)
-    else:
-        form = Form("scores", 1 if rules.mode == "pointwise" else 2, rules.low, rules.high)
-    responses = (right, QUESTIONS[1][2])[: form.responses]
-    _raise_first([await judge.ask(Question(material, responses, form), deadline)])
+    responses = (right,) if rules.mode == "pointwise" else (right, QUESTIONS[1][2])
+    _raise_first([await judge.ask(Question(material, responses, rules.form(len(responses))), deadline)])
 
 
 def complaint(result: ProbeResult, max_rate: float) -> str:

@@ -65,6 +65,8 @@ class JudgeReward(Reward):
         """pairwise: ask both orders, so that a judge's liking for the first or second place cancels out."""
         answer_format: AnswerFormat = "json_schema"
         """How the verdict is asked for: json_schema (guided decoding), json_object, or text (its last line)."""
+        reasons: bool = True
+        """Ask for reasons before the verdict. Off: cheaper; for judges that think by themselves before they answer."""
         temperature: float = Field(default=0.0, ge=0)
         """Of the judge's sampling."""
         max_answer_tokens: int = Field(default=1024, ge=1)
@@ -140,9 +142,8 @@ class JudgeReward(Reward):
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
-        self._rules = Rules(
-            config.mode, config.low, config.high, config.against, config.neighbours, config.swap, context.seed
-        )
+        shared = ("mode", "low", "high", "against", "neighbours", "swap", "reasons")
+        self._rules = Rules(**{name: getattr(config, name) for name in shared}, seed=context.seed)
         self._runner: asyncio.Runner | None = None
         self._judge: Judge | None = None
         self._close_judge: Any = None

@@ -46,6 +46,8 @@ class Form:
     responses: int
     low: float = 0.0
     high: float = 1.0
+    reasons: bool = True
+    """Whether reasons are asked for, before the verdict."""
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of the answer. Reasoning comes first, so that the verdict follows from it."""
@@ -61,7 +63,7 @@ class Form:
             names = self.names()
             inner = {"properties": dict.fromkeys(names, score), "required": names, "additionalProperties": False}
             verdict = {"scores": {"type": "object", **inner}}
-        properties = {"reasoning": {"type": "string"}, **verdict}
+        properties = {**({"reasoning": {"type": "string"}} if self.reasons else {}), **verdict}
         return {
             "type": "object",
             "properties": properties,
@@ -83,8 +85,10 @@ class Form:
                 if self.responses == 1
                 else f"`Scores: N, N, ...` with one number {scale} per response, in their order",
             }[self.kind]
+            if not self.reasons:
+                return f"Answer with one line and nothing else: {line}."
             return f"Give your reasons first. Then end your answer with a line of its own: {line}."
-        example: dict[str, Any] = {"reasoning": "..."}
+        example: dict[str, Any] = {"reasoning": "..."} if self.reasons else {}
         if self.kind == "winner":
             example["winner"] = "A"
             meaning = 'winner is "A", "B" or "tie"'
