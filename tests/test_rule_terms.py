@@ -51,6 +51,8 @@ def test_tags(text: str, value: float, share: float) -> None:
 def test_tag_options() -> None:
     assert layout(f"Well. {GOOD} Done.", text_outside=True).value == 1.0
     assert layout("<think></think><answer>42</answer>", empty_tags=True).value == 1.0
+    swapped = "<answer>42</answer> <think>x</think>"
+    assert layout(swapped, text_outside=True, empty_tags=True).value == 0.0
     assert layout("x</think><answer>42</answer>", opened_by_prompt=True).value == 1.0
     assert layout(GOOD, opened_by_prompt=True).value == 0.0
     assert layout("<plan>a</plan><code>b</code><test>c</test>", tags=("plan", "code", "test")).value == 1.0

@@ -13,19 +13,23 @@ from rewards.rule.text_rule import CannotJudgeError, TextRule, TextRuleConfig, c
 from rlkit.experience import Prompt, Score
 
 _MARKERS = re.compile(
-    r"####|\\f?boxed\s*\{|\banswer[*_\s]*(?:is|was|:|=)|\b(?:option|choice)[*_\s]*(?:is|:)", re.IGNORECASE
+    r"####|<answer>|\\f?boxed\s*\{|\banswer[*_\s]*(?:is|was|:|=)|\b(?:option|choice)[*_\s]*(?:is|:)", re.IGNORECASE
 )
 _LATEX = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}\n]*)\}|[\\$*_`\"'{}<>]|^[\s:=]+")
 _LABEL = re.compile(
     r"(?:(?:option|choice|answer|letter)\s*:?\s*)?[(\[]?([A-Za-z0-9])\b(?P<end>[)\].:,;]*)(?P<rest>.*)", re.IGNORECASE
 )
 _SECOND = re.compile(
-    r"\s*(?:or|and|and/or|/|,|&)\s*(?:option|choice)?\s*[(\[]?([A-Za-z0-9])\b[)\].:,;]*(?!['\w])", re.IGNORECASE
+    r"\s*(?:or|and|and/or|/|,|;|&|(?=[(\[]))\s*(?:option|choice)?\s*[(\[]?([A-Za-z0-9])\b[)\].:,;]*(?!['\w])",
+    re.IGNORECASE,
 )
 _LINE_START = re.compile(
     r"^\s*(?:[-*>]\s+)?(?:[*_`]*[(\[]([A-Za-z])[)\]][*_`]*|[*_`]*([A-Z])[*_`]*[).:](?=\s|$|[*_`]))(.*)$"
 )
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
+_AT_THE_END = re.compile(r"\b([A-Z0-9])\b[^\w\n]*$")
+_ALONE = re.compile(r"(?<![\w'’])[B-HJ-Z0-9](?![\w'’])")
+_NOT = re.compile(r"\b(?:not|never|neither|nor)\b|n['’]t\b", re.IGNORECASE)
 _AFTER_LETTER = re.compile(r"\s*(?:$|[(\[\-–—]|because|since|as\b|is\b|for\b|due\b|which|given|\.)", re.IGNORECASE)
 
 
@@ -83,7 +87,8 @@ def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -
     """The label of the option that a response chooses, None if it chooses none or several.
 
     What stands after the last marker (`answer is`, `####`, `\\boxed{`) decides. Without one: the whole response if it
-    is one line, else its last line that is a label or starts with one, else the only `(X)` of its last line.
+    is one line, else its last line that starts with a label (and does not end a list of them), else the only `(X)` or
+    the last word of its last line.
     """
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
@@ -100,14 +105,28 @@ def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -
         found = _read(lines[0], labels, texts)
         if found is not None:
             return found or None
-    for line in reversed(lines):
-        match = _LINE_START.match(line[:2000])
-        if match is not None and (label := _as_label(match[1] or match[2], labels)):
-            return None if _names_another(match[3], label, labels) else label
+    starts = [_line_label(line, labels) for line in lines]
+    for place in reversed(range(len(lines))):
+        label = starts[place]
+        if label is not None:
+            in_a_list = place > 0 and starts[place - 1] not in (None, label)
+            return None if in_a_list or label == "" else label
     named = {label for letter in _IN_BRACKETS.findall(lines[-1]) if (label := _as_label(letter, labels))}
+    if not named and not _NOT.search(lines[-1]):
+        named = {label for letter in _AT_THE_END.findall(lines[-1]) if (label := _as_label(letter, labels))}
+        named = named if len(_ALONE.findall(lines[-1])) == 1 else set()
     if len(named) == 1:
         return named.pop()
-    return _only_text(lines[-1], labels, texts) if not named else None
+    return (_only_text(lines[-1], labels, texts) or None) if not named else None
+
+
+def _line_label(line: str, labels: Sequence[str]) -> str | None:
+    """The label that a line starts with; empty if it names another one besides, None if it starts with none."""
+    match = _LINE_START.match(line[:2000])
+    label = _as_label(match[1] or match[2], labels) if match is not None else None
+    if match is None or label is None:
+        return None
+    return "" if _names_another(match[3], label, labels) else label
 
 
 def _read(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
@@ -122,7 +141,7 @@ def _read(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
         bare = not match["end"] and not line.startswith(("(", "["))
         in_words = bare and match[1] in ("A", "a", "I", "i") and not _AFTER_LETTER.match(match["rest"])
         lower_case = bare and match[1].islower() and match["rest"].strip(" .") != ""
-        two = _names_another(("," if "," in match["end"] else "") + match["rest"], found, labels)
+        two = _names_another(("," if set(match["end"]) & {",", ";"} else "") + match["rest"], found, labels)
         if two:
             return ""
         if not in_words and not lower_case:
