@@ -84,7 +84,7 @@ def test_every_mistake_is_reported_with_the_name_that_was_meant(tmp_path: Path) 
         "reward.reference_path=/nowhere: no such folder: /nowhere",
     ]
     both = problems(f"data.path={rows}", "data.heldout_path=x", "data.heldout_share=0.5")
-    assert both == ["data: heldout_share has no effect with heldout_path: set one of them"]
+    assert both == ["data.heldout_share=0.5: heldout_share has no effect with heldout_path: set one of them"]
     assert (
         "zero_stage=0 keeps no fp32" in problems(f"data.path={rows}", "reward.zero_stage=0", "reward.dtype=bfloat16")[0]
     )
