@@ -70,13 +70,27 @@ class Server:
         """Ask it to end; its exit code."""
         if self.process.poll() is None:
             os.kill(self.process.pid, number)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=90)
 
     def post(self, *groups: Group, **options: Any) -> httpx.Response:
         """Ask for scores."""
         body = request_body([encode(group) for group in groups], options.pop("deadline_seconds", 60.0))
         headers = {"Content-Type": "application/json", **options.pop("headers", {})}
         return httpx.post(f"{self.url}/v1/score", content=body, headers=headers, timeout=60, trust_env=False, **options)
+
+    def until_busy(self, seconds: float = 30) -> None:
+        """Wait until a process works on a call."""
+        deadline = time.monotonic() + seconds
+        while all(worker["busy_seconds"] is None for worker in self.get("/health").json()["workers"]):
+            assert time.monotonic() < deadline, self.text
+            time.sleep(0.02)
+
+    def until_queued(self, samples: int, seconds: float = 30) -> None:
+        """Wait until that many samples wait."""
+        deadline = time.monotonic() + seconds
+        while f"rlkit_queued_samples {samples}.0" not in self.get("/metrics").text:
+            assert time.monotonic() < deadline, self.get("/metrics").text
+            time.sleep(0.02)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         """Ask for something else."""

@@ -19,7 +19,7 @@ from serve_fixture import Server, left_after, misbehaving
 
 from rewards.remote.wire import SCHEMA_VERSION, encode
 
-MISBEHAVING = ("reward._target_=reward_samples.Misbehaving", "reward.timeout_seconds=0.7")
+MISBEHAVING = ("reward._target_=reward_samples.Misbehaving", "reward.timeout_seconds=1")
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +153,8 @@ def test_a_web_page_under_another_name_gets_nothing(rule: Server) -> None:
 @pytest.mark.parametrize(
     ("order", "reason"),
     [
-        ("hang", "timeout: no answer within reward.timeout_seconds=0.7 of the server"),
-        ("hang in C", "timeout: no answer within reward.timeout_seconds=0.7 of the server"),
+        ("hang", "timeout: no answer within reward.timeout_seconds=1 of the server"),
+        ("hang in C", "timeout: no answer within reward.timeout_seconds=1 of the server"),
         ("die", "crash: the reward's process"),
         ("raise", "exception: RuntimeError: the judge is offline"),
         ("None", "wrong_type: score() returned NoneType"),
@@ -177,10 +177,10 @@ def test_a_reward_that_fails_is_invalid_and_the_server_goes_on(broken: Server, o
 
 def test_a_bad_request_does_not_spoil_those_scored_with_it(broken: Server) -> None:
     with ThreadPoolExecutor(4) as threads:
-        hung = threads.submit(broken.post, misbehaving("hang", "first"))  # occupies the process; the others wait
-        time.sleep(0.3)
+        hung = threads.submit(broken.post, misbehaving("hang"))  # occupies the process; the others wait
+        broken.until_busy()
         died_answer = threads.submit(broken.post, misbehaving("die"))
-        time.sleep(0.1)  # the reward does what the first group says
+        broken.until_queued(2)  # the reward does what the first group says
         fine_answer = threads.submit(broken.post, misbehaving("fine"))
         assert str(scores(hung.result())[0]).startswith("timeout")
         died, fine = scores(died_answer.result()), scores(fine_answer.result())
@@ -191,7 +191,7 @@ def test_a_bad_request_does_not_spoil_those_scored_with_it(broken: Server) -> No
 def test_a_full_queue_says_when_to_come_back(broken: Server) -> None:
     with ThreadPoolExecutor(8) as threads:
         hung = threads.submit(broken.post, misbehaving("hang"))
-        time.sleep(0.3)
+        broken.until_busy()
         waiting = [threads.submit(broken.post, misbehaving("fine", str(i))) for i in range(6)]
         answers = [answer.result() for answer in waiting]
         hung.result()
@@ -205,7 +205,7 @@ def test_a_full_queue_says_when_to_come_back(broken: Server) -> None:
 def test_what_nobody_waits_for_is_not_scored(broken: Server) -> None:
     with ThreadPoolExecutor(2) as threads:
         hung = threads.submit(broken.post, misbehaving("hang"))
-        time.sleep(0.3)
+        broken.until_busy()
         late = threads.submit(broken.post, misbehaving("fine"), deadline_seconds=0.1)
         assert late.result().status_code == 503
         assert "longer than its client" in late.result().json()["error"]
@@ -222,11 +222,11 @@ def test_a_request_for_too_many_samples_is_told_the_limit(broken: Server) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_open_requests_finish_and_nothing_is_left(tmp_path: Path, number: int) -> None:
-    server = Server(tmp_path / "log.txt", *MISBEHAVING).ready()
+    server = Server(tmp_path / "log.txt", *MISBEHAVING, "reward.timeout_seconds=3", "serve.end_seconds=60").ready()
     family = server.family()
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(server.post, misbehaving("hang"))
-        time.sleep(0.3)
+        server.until_busy()
         assert server.end(number) == 0, server.text
         assert str(scores(answer.result())[0]).startswith("timeout")
     assert server.text.endswith("ended\n")
@@ -237,7 +237,7 @@ def test_a_killed_server_takes_a_hung_reward_along(tmp_path: Path) -> None:
     server = Server(tmp_path / "log.txt", "reward._target_=reward_samples.Misbehaving").ready()
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(server.post, misbehaving("hang in C"))
-        time.sleep(0.5)
+        server.until_busy()
         family = server.kill()
         with pytest.raises(httpx.HTTPError):
             answer.result()
@@ -293,14 +293,13 @@ def test_with_a_token_nothing_is_answered_without_it(tmp_path: Path) -> None:
 
 
 def test_processes_work_side_by_side(tmp_path: Path) -> None:
-    server = Server(tmp_path / "log.txt", *MISBEHAVING, "reward.workers=2", "serve.max_batch_samples=2").ready()
+    server = Server(tmp_path / "log.txt", *MISBEHAVING, "reward.workers=2", "reward.timeout_seconds=5").ready()
     try:
         with ThreadPoolExecutor(2) as threads:
             hung = threads.submit(server.post, misbehaving("hang"))
-            time.sleep(0.2)
-            began = time.monotonic()
+            server.until_busy()
             assert scores(server.post(misbehaving("fine"))) == [1.0, 2.0]
-            assert time.monotonic() - began < 0.7
+            assert not hung.done()
             hung.result()
         pids = [worker["pid"] for worker in server.get("/health").json()["workers"]]
         assert len(set(pids)) == 2

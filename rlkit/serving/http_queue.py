@@ -104,7 +104,7 @@ class ScoringQueue:
         return await job.result
 
     async def _work(self, worker: RewardProcess) -> None:
-        """Score for ever. A process that a call has cost is replaced at once, not when the next request waits for it."""
+        """Score for ever. A process that a call has cost is replaced before the next request waits for it."""
         while True:
             if worker.usable and not worker.alive:
                 with contextlib.suppress(RewardFailed):  # the next request tries again, and is told why

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from rlkit.experience import Group, GroupScores, Score
 
@@ -100,21 +103,40 @@ def _attach(group: Group, scores: Any) -> Group:
     if len(scores.samples) != len(group.samples):
         reason = f"wrong_length: {len(scores.samples)} scores for the {len(group.samples)} samples of group {group.id}"
         return invalid_groups([group], reason)[0]
+    members = set(range(len(group.samples)))
+    for pair in scores.pairs:
+        if pair.winner == pair.loser or not {pair.winner, pair.loser} <= members or not 0 <= pair.probability <= 1:
+            return invalid_groups([group], f"wrong_pair: {_describe(pair)} in group {group.id}")[0]
     checked = tuple(_check(score, len(sample)) for score, sample in zip(scores.samples, group.samples, strict=True))
     return group.with_scores(GroupScores(checked, scores.pairs))
 
 
 def _check(score: Any, tokens: int) -> Score:
-    """This score if it keeps the contract, else an invalid one that says how it does not."""
+    """This score, its numbers as plain ones, if it keeps the contract, else an invalid one that says how it does not.
+
+    A tensor in the place of a number would otherwise reach processes that have no torch, or cannot be sent at all.
+    """
     if isinstance(score, float) and not math.isfinite(score):
         return Score.invalid(f"not_finite: the score is {score}")
     if not isinstance(score, Score):
         return Score.invalid(f"wrong_type: {_describe(score)} instead of a Score")
+    if not isinstance(score.reason, str) or not isinstance(score.trace, str):
+        return Score.invalid(f"wrong_type: reason and trace are texts, not {_describe((score.reason, score.trace))}")
+    numbers = [*score.components.values(), *score.ensemble, *([] if score.value is None else [score.value])]
+    for number in numbers:
+        if not isinstance(number, Real):
+            return Score.invalid(f"wrong_type: {_describe(number)} as value, component or member instead of a number")
     if score.token_rewards is not None and len(score.token_rewards) != tokens:
         return Score.invalid(f"wrong_length: {len(score.token_rewards)} token rewards for {tokens} tokens")
     if any(not 0 <= span.start < span.end <= tokens for span in score.span_rewards):
         return Score.invalid(f"wrong_span: a span reward lies outside the {tokens} tokens of the response")
-    return score
+    return replace(
+        score,
+        value=None if score.value is None else float(score.value),
+        components={name: float(part) for name, part in score.components.items()},
+        ensemble=tuple(float(member) for member in score.ensemble),
+        token_rewards=None if score.token_rewards is None else np.asarray(score.token_rewards, dtype=np.float32),
+    )
 
 
 def _describe(value: object) -> str:
