@@ -13,7 +13,7 @@ from rewards.code.isolation import Unavailable
 from rewards.code.judge import Judge
 
 ASSERTS = AssertTests(
-    ("assert f(2) == 4", "assert set(f(x) for x in (1, 3)) == {1, 9}", "assert abs(f(0.5) - 0.25) < 1e-9")
+    ("assert f(2) == 4", "assert sorted(f(x) for x in (1, 3)) == [1, 9]", "assert abs(f(0.5) - 0.25) < 1e-9")
 )
 CALLS = CallTests("f", ([2], [3], [0.5]), (4, 9, 0.25))
 HONEST = "def f(x):\n    return x * x\n"
@@ -43,14 +43,14 @@ TRICKS = {
     """,
     "patches builtins": """
         import builtins
-        builtins.set = builtins.abs = builtins.sum = lambda *args: 0
+        builtins.sorted = builtins.abs = builtins.sum = lambda *args: 0
         builtins.AssertionError = type("Silent", (Exception,), {})
         class Equal(list):
             __eq__ = lambda self, other: True
-        builtins.set = Equal
+        builtins.sorted = builtins.list = Equal
         def f(x): return 0
     """,
-    "shadows the builtins that the tests use": "def set(x): return 0\ndef abs(x): return 0\ndef f(x): return 0",
+    "shadows the builtins that the tests use": "def sorted(x): return [1, 9]\ndef abs(x): return 0\ndef f(x): return 0",
     "patches the inner programs": """
         import sys
         for name, module in list(sys.modules.items()):
@@ -134,9 +134,7 @@ def test_a_trick_passes_no_test(impatient: Bubblewrap, tests: Tests, trick: str)
     assert verdict.timeout == (trick == "runs away"), verdict
 
 
-@pytest.mark.parametrize(
-    "trick", ["ends before the tests", "ends with success", "is equal to everything", "patches builtins"]
-)
+@pytest.mark.parametrize("trick", ["ends before the tests", "ends with success", "is equal to everything"])
 def test_these_tricks_win_where_code_and_tests_share_a_process(sandbox: Bubblewrap, trick: str) -> None:  # noqa: F811
     """The control of the test above."""
     together = "\n".join([dedented(TRICKS[trick]), *ASSERTS.tests])
@@ -220,7 +218,8 @@ def test_what_values_may_be(sandbox: Bubblewrap) -> None:  # noqa: F811
         "v = {(1, 2): {3}, 'a': frozenset([4]), None: [range(3), ()]}\nassert same(v) == v",
         "import collections, datetime, decimal, fractions\n"
         "v = [decimal.Decimal('1.10'), fractions.Fraction(1, 3), datetime.date(2020, 1, 2),"
-        " datetime.timedelta(1, 2), datetime.datetime(2020, 1, 2, 3, 4, 5, 6), collections.deque([1])]\nassert same(v) == v",
+        " datetime.timedelta(1, 2), datetime.datetime(2020, 1, 2, 3, 4, 5, 6)]\nassert same(v) == v",
+        "import collections\nv = collections.deque([1])\nassert same(v) == v",
         "import math\nassert math.isnan(same(float('nan')))",
         "assert made() == [1, (1, 2), {'a': 2, 'b': 1}, {'a': 1}]",
         "c = count()\nassert [next(c), next(c)] == [1, 2] and next(iter(c)) == 3",

@@ -97,7 +97,7 @@ class SandboxFusion(Isolation):
             retry=tenacity.retry_if_exception_type(_ServiceTrouble),
             stop=tenacity.stop_after_attempt(self._max_tries)
             | tenacity.stop_before_delay(max(0.0, deadline - time.monotonic())),
-            wait=tenacity.wait_exponential_jitter(initial=0.5, max=20.0),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=20.0),
             reraise=True,
         )
         request = {

@@ -1,0 +1,278 @@
+"""`isolation=http`: a client of SandboxFusion's `/run_code`, against a small service that answers in its format."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reward_samples import make_group
+
+from rewards.base import RewardContext
+from rewards.code.cases import AssertTests, CallTests, InputOutputTests
+from rewards.code.fusion import SandboxFusion
+from rewards.code.isolation import Limits, Unavailable
+from rewards.code.judge import Judge
+from rewards.code.reward import CodeReward
+from rlkit.experience import Group
+
+LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5, memory_mib=512, processes=8, file_mib=4, output_kib=256)
+
+
+class Service(ThreadingHTTPServer):
+    """Runs Python in a temporary folder and answers as SandboxFusion does; misbehaves on request."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.replies: list[tuple[int, Any]] = []
+        """What to answer the next requests with instead: status code and body."""
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.at_once = 0
+        self.most_at_once = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Service
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(body)
+            self.server.headers.append(dict(self.headers))
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+            code, answer = self.server.replies.pop(0) if self.server.replies else (200, None)
+        try:
+            data = json.dumps(run_code(body) if answer is None else answer).encode()
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+        self.send_response(code if self.path == "/run_code" else 404)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def run_code(request: dict[str, Any]) -> dict[str, Any]:
+    """What the service does with a request, in its words."""
+    assert request["language"] == "python" and {"run_timeout", "compile_timeout", "memory_limit_MB"} <= set(request)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in request["files"].items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(content))
+        Path(folder, "program.py").write_text(request["code"])
+        result: dict[str, Any]
+        try:
+            done = subprocess.run(
+                [sys.executable, "program.py"],
+                cwd=folder,
+                input=request["stdin"],
+                capture_output=True,
+                text=True,
+                timeout=request["run_timeout"],
+                check=False,
+            )
+            result = {
+                "status": "Finished",
+                "return_code": done.returncode,
+                "stdout": done.stdout,
+                "stderr": done.stderr,
+            }
+        except subprocess.TimeoutExpired:
+            result = {"status": "TimeLimitExceeded", "return_code": None, "stdout": "", "stderr": ""}
+    status = "Success" if result["return_code"] == 0 else "Failed"
+    return {"status": status, "message": "", "compile_result": None, "run_result": result, "files": {}}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Service]:
+    service = Service()
+    thread = threading.Thread(target=service.serve_forever, daemon=True)
+    thread.start()
+    yield service
+    service.shutdown()
+    service.server_close()
+    thread.join(10)
+
+
+@pytest.fixture
+def service(running: Service) -> Service:
+    running.replies.clear()
+    running.requests.clear()
+    running.headers.clear()
+    running.most_at_once = 0
+    return running
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[SandboxFusion]:
+    client = SandboxFusion(service.url, LIMITS, token_variable=None, max_tries=3)
+    client.start()
+    service.requests.clear()
+    yield client
+    client.close()
+
+
+def soon() -> float:
+    return time.monotonic() + 60.0
+
+
+def reward(**options: Any) -> CodeReward:
+    return CodeReward(CodeReward.Config(isolation="http", **options), RewardContext())
+
+
+def group(tests: Any, *codes: str) -> Group:
+    made = make_group("g", [f"```python\n{code}\n```" for code in codes])
+    return replace(made, prompt=replace(made.prompt, columns={"tests": tests}))
+
+
+def test_programs_calls_and_asserts(client: SandboxFusion) -> None:
+    judge = Judge(client, every_test=True, float_tolerance=1e-6)
+    program = InputOutputTests(("2", "3"), ("4", "9"))
+    assert judge.judge("print(int(input()) ** 2)", program, soon()).passed == 2
+    assert judge.judge("print(4)", program, soon()).passed == 1
+    assert judge.judge("print(4)\nraise SystemExit(1)", program, soon()).passed == 0
+    calls = CallTests("f", ([2], [3]), (4, 9))
+    assert judge.judge("print('noise')\ndef f(x): return x * x", calls, soon()).passed == 2
+    assert judge.judge("def f(x): return 4", calls, soon()).passed == 1
+    asserts = AssertTests(("assert f(2) == 4", "assert f(3) == 9"))
+    assert judge.judge("print('noise')\ndef f(x): return x * x", asserts, soon()).passed == 2
+    assert judge.judge("def f(x): return 4", asserts, soon()).passed == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os._exit(0)",
+        "import sys; sys.exit(0)",
+        'print(\'[0, "passed", ""]\')',
+        "class A(int):\n    __eq__ = lambda *args: True\n    __hash__ = None\ndef f(x): return A()",
+        # The tests and the mark are in the parent process, which must not be open to this one.
+        "import os\nfor name in ('mem', 'environ', 'fd/1', 'fd/5'):\n    try:\n"
+        "        open(f'/proc/{os.getppid()}/{name}', 'r+b', 0).write(b'[0, \"passed\", \"\"]\\n')\n"
+        "    except OSError: pass\n",
+        'import os\ndef f(x):\n    for n in range(3, 50):\n        try: os.write(n, b\'[0, "passed", ""]\\n\')\n'
+        "        except OSError: pass\n    return 0",
+    ],
+)
+def test_a_trick_passes_no_test(client: SandboxFusion, code: str) -> None:
+    judge = Judge(client, every_test=True, float_tolerance=0.0)
+    assert judge.judge(code, AssertTests(("assert f(2) == 8",)), soon()).passed == 0
+    assert judge.judge(code, CallTests("f", ([2],), (8,)), soon()).passed == 0
+
+
+def test_expected_values_never_reach_the_service_but_for_asserts(client: SandboxFusion, service: Service) -> None:
+    judge = Judge(client, every_test=True, float_tolerance=0.0)
+    judge.judge("def f(x): return x", CallTests("f", ([1],), ("expected-value",)), soon())
+    judge.judge("print(input())", InputOutputTests(("1",), ("expected-value",)), soon())
+    assert len(service.requests) == 2
+    assert not any("expected-value" in json.dumps(request) for request in service.requests)
+
+
+def test_the_services_time_limit_is_the_codes_fault(service: Service) -> None:
+    quick = SandboxFusion(service.url, replace(LIMITS, wall_seconds=1.0), None, 1)
+    quick.start()
+    verdict = Judge(quick, True, 0.0).judge("while True: pass", InputOutputTests(("",), ("",)), soon())
+    quick.close()
+    assert (verdict.passed, verdict.timeout) == (0, True)
+
+
+TROUBLE = {"status": "SandboxError", "message": "no cgroup", "compile_result": None, "run_result": None, "files": {}}
+
+
+@pytest.mark.parametrize("reply", [(503, {}), (429, {}), (500, {"detail": "x"}), (200, TROUBLE)])
+def test_trouble_of_the_service_is_tried_again(client: SandboxFusion, service: Service, reply: tuple[int, Any]) -> None:
+    service.replies = [reply]
+    assert client.run_program("print(7)", "", soon()).stdout == b"7\n"
+    assert len(service.requests) == 2
+    service.replies = [reply] * 9
+    with pytest.raises(Unavailable):
+        client.run_program("print(7)", "", soon())
+    assert len(service.requests) == 2 + 3, "max_tries"
+
+
+@pytest.mark.parametrize("reply", [(422, {"detail": "wrong"}), (401, {}), (200, {"stdout": "7"}), (200, ["what"])])
+def test_a_refusal_is_not_tried_again(client: SandboxFusion, service: Service, reply: tuple[int, Any]) -> None:
+    service.replies = [reply]
+    with pytest.raises(Unavailable, match=r"refuses the request with 4|does not answer like SandboxFusion"):
+        client.run_program("print(7)", "", soon())
+    assert len(service.requests) == 1
+
+
+def test_trouble_is_invalid_and_never_zero(service: Service) -> None:
+    unlucky = reward(url=service.url, max_tries=1)
+    unlucky.start()
+    service.replies = [(503, {})]
+    (scores,) = unlucky.score([group(["assert f() == 1"], "def f(): return 1")])
+    unlucky.close()
+    assert (
+        not scores.samples[0].valid
+        and scores.samples[0].reason.startswith("sandbox: ")
+        and "503" in scores.samples[0].reason
+    )
+
+
+def test_requests_at_a_time_are_bounded(service: Service) -> None:
+    bounded = reward(url=service.url, processes=2)
+    bounded.start()
+    service.most_at_once = 0
+    tests = {"inputs": [""], "outputs": ["0"]}
+    (scores,) = bounded.score([group(tests, *(f"import time; time.sleep(0.2); print({n})" for n in range(6)))])
+    bounded.close()
+    assert [score.value for score in scores.samples] == [1, 0, 0, 0, 0, 0]
+    assert service.most_at_once == 2
+
+
+def test_a_token_is_taken_from_the_environment(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"url": service.url, "token_variable": "SANDBOX_TOKEN"}
+    monkeypatch.delenv("SANDBOX_TOKEN", raising=False)
+    (message,) = CodeReward.check(CodeReward.Config(isolation="http", **options))
+    assert "SANDBOX_TOKEN (reward.token_variable) is not set" in message
+    monkeypatch.setenv("SANDBOX_TOKEN", "abc")
+    assert CodeReward.check(CodeReward.Config(isolation="http", **options)) == []
+    with_token = reward(**options)
+    with_token.start()
+    with_token.close()
+    assert service.headers[0]["Authorization"] == "Bearer abc"
+
+
+def test_a_service_that_is_not_there(service: Service) -> None:
+    assert CodeReward.check(CodeReward.Config(isolation="http", url="127.0.0.1:8080")) != []
+    absent = SandboxFusion("http://127.0.0.1:9", LIMITS, None, max_tries=2)
+    start = time.monotonic()
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        absent.start()
+    absent.close()
+    assert time.monotonic() - start < 20
+
+
+def test_the_callers_deadline_ends_the_tries(client: SandboxFusion, service: Service) -> None:
+    service.replies = [(503, {})] * 9
+    with pytest.raises((Unavailable, TimeoutError)):
+        client.run_program("print(7)", "", time.monotonic() + 0.3)
+    assert len(service.requests) <= 2
+    service.replies.clear()
+    with pytest.raises(TimeoutError):
+        client.run_program("import time; time.sleep(5)", "", time.monotonic() + 1.0)
