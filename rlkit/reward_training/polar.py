@@ -181,7 +181,7 @@ class PolarTraining(RewardTraining):
             asked = [replace(each, prompt=prompt) for each, prompt in zip(asked, cut, strict=True)]
         work = self.context.run_dir / "policies"
         work.mkdir(parents=True, exist_ok=True)
-        report.begins(len(options.policies))
+        report.phase("sampling")
         rows = list(
             generate(
                 asked,
