@@ -51,13 +51,15 @@ def test_a_list_of_options_is_their_combination(load: Load) -> None:
     assert parts(run)["rule"]["_target_"] == "rewards.rule.reward.RuleReward"
     assert parts(run)["polar"]["weight"] == 0.3
     assert parts(run)["polar"]["dtype"] == "float32"
-    assert parts(run)["polar"]["wrapper"] == PolarReward.Config().wrapper  # every value is spelled out
+    assert (
+        parts(run)["polar"]["wrapper"] == PolarReward.Config.model_fields["wrapper"].default
+    )  # every value is spelled out
     assert run.reward_config.timeout_seconds == 2 * RuleReward.Config().timeout_seconds
 
 
 def test_one_part_is_a_way_to_shape_a_single_reward(load: Load) -> None:
     run = load("reward=[polar]", "reward.shaping=[{kind:par,reference_value:0.0}]")
-    assert run.reward_config.shaping[0].kind == "par"
+    assert run.config.reward["shaping"][0]["kind"] == "par"
     assert run.config.run_dir.name.endswith("_grpo_polar")
 
 
@@ -184,6 +186,8 @@ def test_a_combination_inside_a_combination(load: Load, problems: Problems) -> N
         (["reward=[rule,no.such.Thing]"], "no.such.Thing cannot be imported: there is no module no"),
         (["reward=[polar]", "reward.parts.polar.model_path=/nope"], "reward.parts.polar.model_path: /nope"),
         (["reward=[polar]", "reward.parts.polar.max_length=20000"], "reward.parts.polar.max_length=20000 is more"),
+        (["reward=[{a:length}]"], "reward.parts.a: set reward.parts.a.max_tokens, reward.parts.a.min_tokens or both"),
+        (["reward=[rule,{b:combined}]"], "reward.parts.b.parts: needs at least one part"),
         (
             ["reward=[polar]", "reward.parts.polar.memory_gib=2"],
             "memory_gib has no effect with backend=transformers",

@@ -89,6 +89,14 @@ def unknown_parts(section: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def in_part(problem: Problem) -> Problem:
+    """What a part's own validator says about `reward.x` is meant of `reward.parts.NAME.x`."""
+    place = re.match(r".*?(reward(?:\.parts\.\w+)+)", problem.where)
+    if place is None or problem.message.startswith("no such key"):
+        return problem
+    return Problem(problem.where, re.sub(r"\breward\.(?!parts\b)(?=\w)", f"{place.group(1)}.", problem.message))
+
+
 def _leaves(section: Mapping[str, Any]) -> list[str]:
     found = []
     for key, value in section.items():

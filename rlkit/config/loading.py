@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
 from rewards.base import Reward
-from rlkit.config.combined import add_parts, unknown_parts
+from rlkit.config.combined import add_parts, in_part, unknown_parts
 from rlkit.config.compose import compose_options, group_options, option_fields
 from rlkit.config.fields import all_fields, section_type
 from rlkit.config.overrides import Overrides, parse_overrides
@@ -110,7 +110,9 @@ class Loading:
         if model is cls.Config:
             return self._section(model, fields, f"{kind}.", known, self._other_classes(kind, cls, fields))
         # A model with a typed section for each reward inside: it only checks.
+        reported = len(self.problems)
         typed = self._section(model, fields, f"{kind}.", known, unknown_parts(fields))
+        self.problems[reported:] = map(in_part, self.problems[reported:])
         return None if typed is None else cls.Config(**fields)
 
     def _part_fields(self, kind: str) -> dict[str, Any]:

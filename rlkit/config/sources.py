@@ -33,7 +33,7 @@ class Sources:
         if key in self.typed:
             return self.typed[key]
         below = [argument for name, argument in self.typed.items() if name.startswith(f"{key}.")]
-        whole = [self.typed[name] for name in _parents(key) if "{" in self.typed.get(name, "")]
+        whole = [self.typed[name] for name in _parents(key) if "={" in self.typed.get(name, "")]
         if isinstance(value, dict) and below:
             return below[-1]  # `seed.x=1` makes a section of what is a value
         if whole:
