@@ -14,7 +14,7 @@ from pydantic import Field
 from rewards.base import Reward, RewardConfig, TrainableReward
 from rlkit.config.compose import conf_dir
 from rlkit.config.loading import TARGET, Loading
-from rlkit.config.parts import CONTRACTS, Part
+from rlkit.config.parts import CONTRACTS
 from rlkit.config.problems import ConfigError, Problem
 from rlkit.config.schema import Section
 
@@ -123,16 +123,8 @@ class _ServeLoading(Loading):
         kept = [name for name in composed if name == "hydra" or name in _ServeRun.model_fields]
         return super()._plain(OmegaConf.masked_copy(composed, kept))
 
-    def validate(self) -> None:
-        """Type the reward's and the server's section."""
-        cls = None if "reward" in self.overrides.unusable else self._part_class("reward")
-        known = self._known_keys({"reward": cls})
-        if cls is not None:
-            fields = {key: value for key, value in self.tree["reward"].items() if key != TARGET}
-            notes = self._other_classes("reward", cls, fields)
-            config = self._section(cls.Config, fields, "reward.", known, notes)
-            if config is not None:
-                self.parts["reward"] = Part(cls, config)
+    def _run_config(self, known: Sequence[str]) -> None:
+        """The server's section and what stands beside it."""
         own = self.tree.get("serve", {})
         if isinstance(own, dict):
             self.available["serve"] = self._section(ServeConfig, own, "serve.", known)
