@@ -27,6 +27,9 @@ NO_PARTS = "needs at least one part; write reward=[rule,polar], with names of re
 class CombinedFields(RewardConfig):
     """The options beside the parts."""
 
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """Deadline of one scoring call; by default the sum of the parts', which score one after the other. After it the
+    worker is killed and replaced, and the call is tried once more."""
     combine: Combine = "sum"
     """How values become one: sum, mean (weighted), product, logical_and (sum of w log sigma(r)); for members that
     estimate the same: mean, median, min, mean_minus_std, mean_minus_variance."""

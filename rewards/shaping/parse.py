@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
-from rewards.shaping.steps import KINDS, AnyStep, ReferenceStep, Step
+from rewards.shaping.steps import KINDS, ReferenceStep, Step
 
 
 def parse_steps(value: Any) -> Any:
@@ -28,7 +28,7 @@ def parse_steps(value: Any) -> Any:
     return tuple(steps)
 
 
-Shaping = Annotated[tuple[AnyStep, ...], BeforeValidator(parse_steps)]
+Shaping = Annotated[tuple[SerializeAsAny[Step], ...], BeforeValidator(parse_steps)]
 
 
 def _step(number: int, value: Any) -> Step:

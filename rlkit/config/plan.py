@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rlkit.config.model_folder import ModelShape, check_model_folder
 from rlkit.config.resolved import ResolvedRun
@@ -35,9 +37,22 @@ def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
     return [
         Line("parts", "algorithm", run.config.algorithm["_target_"]),
         Line("parts", "reward", run.config.reward["_target_"]),
+        *_reward_parts(run.config.reward),
         Line("parts", "data", run.config.data["_target_"]),
         Line("parts", "model", f"{run.config.model.path} ({size})"),
         Line("parts", "run folder", str(run.config.run_dir)),
+    ]
+
+
+def _reward_parts(section: Mapping[str, Any]) -> list[Line]:
+    """One line for each reward in a combination."""
+    parts = section.get("parts")
+    if not isinstance(parts, Mapping):
+        return []
+    return [
+        Line("parts", f"reward {name}", f"{part['_target_']}, weight {part['weight']:g}")
+        for name, part in parts.items()
+        if isinstance(part, Mapping) and {"_target_", "weight"} <= set(part)
     ]
 
 

@@ -19,6 +19,7 @@ USAGE = """\
 [bold]python -m rlkit.train[/] \\[group=option ...] \\[key=value ...] \\[--config FILE]
 
   python -m rlkit.train algorithm=grpo reward=rule trainer.total_steps=200
+  python -m rlkit.train 'reward=\\[rule,polar]' reward.parts.polar.weight=0.3
   python -m rlkit.train reward._target_=my_module.MyReward reward.my_key=3
   python -m rlkit.train --config runs/old/config.yaml learner.learning_rate=1e-5
 
@@ -54,6 +55,19 @@ def print_reference(console: Console) -> None:
                 continue
             text = (cls.__doc__ or "").strip().partition("\n")[0]
             print_section(console, f"{kind}={option}", text, all_fields(cls.Config, f"{kind}."))
+    print_combination(console)
+
+
+def print_combination(console: Console) -> None:
+    """What `reward=[a,b]` adds to the fields of a and b, and the steps of a shaping list."""
+    from rewards.combined.sections import PartOptions
+    from rewards.shaping.steps import KINDS
+
+    text = "Each part of reward=[a,b] has the fields of reward=a or reward=b, and these."
+    print_section(console, "reward.parts.NAME", text, all_fields(PartOptions, "reward.parts.NAME."))
+    for name, step in KINDS.items():
+        fields = [(key, info) for key, info in all_fields(step) if key != "kind"]
+        print_section(console, f"shaping step {{kind:{name}}}", (step.__doc__ or "").partition("\n")[0], fields)
 
 
 def _defaults() -> list[dict[str, str]]:
