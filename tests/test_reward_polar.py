@@ -342,7 +342,7 @@ def test_it_scores_in_its_own_process_and_ends_with_it(folder: Path, backend: st
     wanted = expected_scores(folder, groups(), references=2)
 
     async def check() -> None:
-        pool = RewardPool({"_target_": "rewards.polar.reward.PolarReward", **options}, RewardContext(), 120)
+        pool = RewardPool({"_target_": "rewards.polar.reward.PolarReward", **options}, RewardContext(), 300)
         await pool.start()
         actor = psutil.Process(pool.health()[0]["pid"])
         family = [actor, *actor.children(recursive=True)]
@@ -356,4 +356,4 @@ def test_it_scores_in_its_own_process_and_ends_with_it(folder: Path, backend: st
         _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
         assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
-    asyncio.run(asyncio.wait_for(check(), 180))
+    asyncio.run(asyncio.wait_for(check(), 400))
