@@ -145,6 +145,7 @@ def test_outcomes_become_pairs_of_one_prompt(tmp_path: Path) -> None:
     rows = [
         {"prompt": "A", "response": "right", "is_correct": True},
         {"prompt": "B", "response": "right", "is_correct": True},
+        {"prompt": "B", "response": "also right", "is_correct": True},
         {"prompt": "A", "response": "wrong", "is_correct": False},
         {"prompt": "A", "response": "worse", "is_correct": -1},
         {"prompt": "A", "response": "right", "is_correct": True},
