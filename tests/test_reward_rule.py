@@ -177,7 +177,7 @@ def test_a_hanging_comparison_is_killed_and_only_its_own_sample_is_invalid(rewar
     hung = verifier_processes()
     start = time.perf_counter()
     scores = reward.judge([r"\boxed{9999999!}", r"\boxed{x+1}", r"\boxed{2x}"], ["5", "1+x", "x"])
-    assert time.perf_counter() - start < 8.0
+    assert time.perf_counter() - start < 20.0
     assert [score.value for score in scores] == [None, 1.0, 0.0]
     assert scores[0].reason.startswith("timeout:")
     assert len(hung) == 1
