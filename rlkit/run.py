@@ -27,7 +27,7 @@ from rlkit.evaluation import VERIFIER, Evaluator
 from rlkit.experience import Prompt
 from rlkit.experience.buffer import TooManyRejectedError
 from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard, within
-from rlkit.rollout.pool import RolloutPool, WeightsNotLoadedError
+from rlkit.rollout.pool import RolloutFailedError, RolloutPool, WeightsNotLoadedError
 from rlkit.rollout.producer import Producer
 from rlkit.serving.pool import RewardPool
 from rlkit.serving.results import RewardFailed
@@ -37,7 +37,7 @@ from rlkit.trainer import Trainer
 
 FAILED = 1
 TERMINATED = 128 + signal.SIGTERM
-EXPECTED = (RewardFailed, WeightsNotLoadedError, TooManyRejectedError, DataError, TrainingFailedError)
+EXPECTED = (RewardFailed, RolloutFailedError, WeightsNotLoadedError, TooManyRejectedError, DataError, TrainingFailedError)
 """Errors whose message is all a user needs."""
 CANARY_TOKENS = 32
 

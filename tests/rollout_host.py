@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from rlkit.rollout.sampler import Request, Response
@@ -10,6 +11,10 @@ from rlkit.rollout.worker import RolloutWorker
 
 class OpenWorker(RolloutWorker):
     """Use through Ray."""
+
+    async def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
 
     async def sample(self, requests: Sequence[Request]) -> list[Response]:
         """Responses in the order of the requests."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from rollout_host import OpenWorker
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
 from rlkit.experience import Group, Message, Prompt, Sample
 from rlkit.learner.policy import PolicyLearner
-from rlkit.rollout.pool import RolloutPool, WeightsNotLoadedError
+from rlkit.rollout.pool import RolloutFailedError, RolloutPool, WeightsNotLoadedError
 from rlkit.rollout.producer import until
 from rlkit.rollout.sampler import Request, Response
 from rlkit.rollout.weights import WeightBundle
@@ -70,10 +72,10 @@ def pool(ray_session: None, model: Path, tmp_path_factory: pytest.TempPathFactor
         data={},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)
+        patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)  # also those that replace dead ones
         pool = RolloutPool(config, str(model), tmp_path_factory.mktemp("logs"))
-    run(pool.start())
-    yield pool
+        run(pool.start())
+        yield pool
     for worker in pool.workers:
         ray.kill(worker)
 
@@ -325,17 +327,35 @@ def test_waiting_for_groups_ends_with_the_producers_own_error() -> None:
         run(wait_for_it())
 
 
-def test_a_dead_worker_ends_the_stream_with_an_error(pool: RolloutPool) -> None:
-    """Last: it kills the worker."""
-    import ray
-    from ray.exceptions import RayActorError
+async def kill_in_mid_stream(pool: RolloutPool, requests: Sequence[GroupRequest]) -> list[Group]:
+    """kill -9 of the worker's process when the first groups have come; every group as often as it came."""
+    groups: list[Group] = []
+    stream = pool.generate(requests)
+    async for ref in stream:
+        if not groups:
+            os.kill(await pool.workers[0].pid.remote(), signal.SIGKILL)
+        groups += await ref
+    return groups
 
-    async def kill_in_mid_stream() -> None:
-        stream = groups_of(pool.generate([request(f"k{i}", prompt(9, i), samples=16) for i in range(40)]))
-        task = asyncio.ensure_future(stream)
-        await asyncio.sleep(0.2)
-        ray.kill(pool.workers[0])
-        await task
 
-    with pytest.raises(RayActorError):
-        run(kill_in_mid_stream())
+def test_a_dead_worker_is_replaced_and_nothing_is_lost_or_sampled_twice(
+    pool: RolloutPool, other: PolicyLearner
+) -> None:
+    """Near the end of this file: it kills the worker."""
+    publish(pool, other, 41)
+    requests = [request(f"k{i}", prompt(9, i), samples=8) for i in range(40)]
+    undisturbed = generate(pool, requests)
+    groups = run(kill_in_mid_stream(pool, requests))
+    assert sorted(group.id for group in groups) == sorted(undisturbed)
+    for group in groups:
+        assert tokens_of(group) == tokens_of(undisturbed[group.id])
+        assert group.policy_version == 41  # the new process was given the weights before it took work
+    assert pool.health[0].restarts == 1
+    assert pool.health[0].may_sample(41)
+
+
+def test_a_worker_that_dies_too_often_ends_the_run(pool: RolloutPool) -> None:
+    """Last: it leaves no worker."""
+    pool.health[0] = replace(pool.health[0], max_restarts=1)
+    with pytest.raises(RolloutFailedError, match=r"after 1 replacements \(rollout\.max_restarts\)"):
+        run(kill_in_mid_stream(pool, [request(f"z{i}", prompt(9, i), samples=8) for i in range(40)]))

@@ -1,17 +1,22 @@
-"""All rollout workers: groups out, weights in, each worker's version confirmed."""
+"""All rollout workers: groups out, weights in, each worker's version confirmed, the dead replaced."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlkit.config.schema import RunConfig
+from rlkit.rollout.health import Health, State
 from rlkit.rollout.sampler import engine_environment
 from rlkit.rollout.worker import GroupRequest, RolloutWorker
+
+log = logging.getLogger(__name__)
 
 CANARY_TOLERANCE_FP32 = 1e-3
 CANARY_TOLERANCE_HALF = 0.15
@@ -21,50 +26,68 @@ class WeightsNotLoadedError(RuntimeError):
     """A worker samples with other weights than it was given."""
 
 
+class RolloutFailedError(RuntimeError):
+    """Rollout workers die more often than `rollout.max_restarts` allows; the message has the last cause."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """The weights that every worker must hold now."""
+
+    bundle: Any
+    """Reference to a WeightBundle."""
+    version: int
+    canary: tuple[int, ...]
+    wanted: np.ndarray
+    """[len(canary) - 1] the learner's log-probs of the canary."""
+
+
 class RolloutPool:
     """Used from the driver's asyncio loop."""
 
     def __init__(self, config: RunConfig, model_path: str, logs: Path) -> None:
+        self.config, self.model_path, self.logs = config, model_path, logs
+        self.workers = [self._make(i) for i in range(config.rollout.workers)]
+        self.health = [Health(config.rollout.max_restarts) for _ in self.workers]
+        self._repairs = [asyncio.Lock() for _ in self.workers]
+        self._published: Published | None = None
+
+    def _make(self, index: int) -> Any:
         import ray
 
-        self.config = config
-        device = config.cluster.device
-        parallel = config.rollout.tensor_parallel_size
+        config = self.config
+        device, parallel = config.cluster.device, config.rollout.tensor_parallel_size
         # A lone engine shares its GPU with a learner rank (0.3), a critic rank (0.1) and the rewards (0.1 in all); Ray
         # takes whole numbers only above 1.
         gpus = 0 if device == "cpu" else 0.5 if parallel == 1 else parallel
         environment = engine_environment(device, config.cluster.threads_per_actor)
         kind = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0, max_concurrency=1000)(RolloutWorker)
-        self.workers = [
-            kind.options(runtime_env={"env_vars": environment}).remote(
-                model_path, config.model, config.rollout, device, config.seed, str(logs / f"rollout-{i}.log")
-            )
-            for i in range(config.rollout.workers)
-        ]
+        return kind.options(runtime_env={"env_vars": environment}).remote(
+            self.model_path, config.model, config.rollout, device, config.seed, str(self.logs / f"rollout-{index}.log")
+        )
 
     async def start(self) -> None:
         """Load all engines."""
         await asyncio.gather(*(worker.start.remote() for worker in self.workers))
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
-        """References to lists of finished groups, as they finish, from all workers."""
-        finished: asyncio.Queue[Any] = asyncio.Queue()
+        """References to lists of finished groups, as they finish, from all workers.
 
-        async def relay(worker: Any, share: Sequence[GroupRequest]) -> None:
+        What a worker had not handed over when it died is sampled again, with the same seeds, by the one that replaces
+        it. Raises RolloutFailedError when workers die too often.
+        """
+        finished: asyncio.Queue[Any] = asyncio.Queue()
+        shares = [list(requests[i :: len(self.workers)]) for i in range(len(self.workers))]
+
+        async def relay(index: int, share: Sequence[GroupRequest]) -> None:
             try:
-                async for ref in worker.generate.options(num_returns="streaming").remote(share):
-                    finished.put_nowait(ref)
+                await self._sample(index, share, finished)
             except BaseException as error:
                 finished.put_nowait(error)
                 raise
             finished.put_nowait(None)
 
-        shares = [list(requests[i :: len(self.workers)]) for i in range(len(self.workers))]
-        tasks = [
-            asyncio.create_task(relay(worker, share))
-            for worker, share in zip(self.workers, shares, strict=True)
-            if share
-        ]
+        tasks = [asyncio.create_task(relay(i, share)) for i, share in enumerate(shares) if share]
         try:
             open_streams = len(tasks)
             while open_streams:
@@ -80,28 +103,94 @@ class RolloutPool:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _sample(self, index: int, share: Sequence[GroupRequest], finished: asyncio.Queue[Any]) -> None:
+        """Put references to this share's groups into `finished`, on this worker and, if it dies, its successors."""
+        from ray.exceptions import RayActorError
+
+        left = {request.id: request for request in share}
+        while left:
+            worker = self.workers[index]
+            try:
+                stream = worker.generate.options(num_returns="streaming").remote(list(left.values()))
+                ids: tuple[str, ...] | None = None
+                async for ref in stream:
+                    if ids is None:
+                        ids = await ref
+                        continue
+                    for group_id in ids:
+                        del left[group_id]
+                    ids = None
+                    finished.put_nowait(ref)
+            except RayActorError as error:
+                await self._replace(index, worker, error)
+
     async def load_weights(self, bundle: Any, version: int, canary: Sequence[int], wanted: np.ndarray) -> float:
         """Publish weights to every worker; returns the largest canary difference.
 
         Raises WeightsNotLoadedError unless each worker confirms the version and samples as the learner does: `wanted`
         [len(canary) - 1] are the learner's log-probs.
         """
-        receipts = await asyncio.gather(*(worker.load_weights.remote(bundle, list(canary)) for worker in self.workers))
-        worst = 0.0
-        for i, receipt in enumerate(receipts):
-            if receipt.version != version:
-                raise WeightsNotLoadedError(
-                    f"rollout worker {i} has weights of version {receipt.version}, not {version}"
-                )
-            difference = float(np.abs(receipt.canary_logprobs - wanted).max())
-            if not difference <= self.tolerance:  # also true for NaN
-                raise WeightsNotLoadedError(
-                    f"rollout worker {i}: after version {version} was loaded, its log-probs of the canary prompt "
-                    f"differ from the learner's by {difference:.3g}, more than {self.tolerance:g} "
-                    "(rollout.canary_tolerance): it does not sample from the policy that is trained"
-                )
-            worst = max(worst, difference)
-        return worst
+        self._published = published = Published(bundle, version, tuple(canary), wanted)
+        return max(await asyncio.gather(*(self._load(i, published) for i in range(len(self.workers)))))
+
+    async def _load(self, index: int, published: Published) -> float:
+        from ray.exceptions import RayActorError
+
+        worker = self.workers[index]
+        try:
+            return await self._confirmed(index, worker, published)
+        except RayActorError as error:
+            await self._replace(index, worker, error)  # the new one is given these weights
+            return 0.0
+
+    async def _confirmed(self, index: int, worker: Any, published: Published) -> float:
+        """Let a worker load weights; its canary difference, if it is small enough."""
+        receipt = await worker.load_weights.remote(published.bundle, list(published.canary))
+        if receipt.version != published.version:
+            raise WeightsNotLoadedError(
+                f"rollout worker {index} has weights of version {receipt.version}, not {published.version}"
+            )
+        difference = float(np.abs(receipt.canary_logprobs - published.wanted).max())
+        if not difference <= self.tolerance:  # also true for NaN
+            raise WeightsNotLoadedError(
+                f"rollout worker {index}: after version {published.version} was loaded, its log-probs of the canary "
+                f"prompt differ from the learner's by {difference:.3g}, more than {self.tolerance:g} "
+                "(rollout.canary_tolerance): it does not sample from the policy that is trained"
+            )
+        self.health[index] = self.health[index].confirmed(published.version)
+        return difference
+
+    async def _replace(self, index: int, dead: Any, cause: Exception) -> None:
+        """Start a new process in a dead worker's place and give it the present weights.
+
+        Whoever notices the death calls this; only the first does the work. Raises RolloutFailedError after
+        `rollout.max_restarts` replacements, or if the new one is not ready in time.
+        """
+        async with self._repairs[index]:
+            if self.workers[index] is not dead:
+                return
+            self.health[index] = self.health[index].died()
+            said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            if self.health[index].state is State.GIVEN_UP:
+                raise RolloutFailedError(
+                    f"rollout worker {index} died again, after {self.health[index].restarts} replacements "
+                    f"(rollout.max_restarts): {said}. Its log: {self.logs}/rollout-{index}.log"
+                ) from cause
+            log.warning("rollout worker %d died and is replaced; its prompts are sampled again: %s", index, said)
+            seconds = self.config.trainer.startup_timeout_seconds
+            worker = self._make(index)
+            self.health[index] = self.health[index].restarted()
+            try:
+                async with asyncio.timeout(seconds):
+                    await worker.start.remote()
+                    if self._published is not None:
+                        await self._confirmed(index, worker, self._published)
+            except TimeoutError:
+                raise RolloutFailedError(
+                    f"rollout worker {index} died ({said}), and the one that replaces it was not ready after "
+                    f"trainer.startup_timeout_seconds={seconds:g}"
+                ) from cause
+            self.workers[index] = worker
 
     @property
     def tolerance(self) -> float:

@@ -100,8 +100,11 @@ class RolloutWorker:
         while self.sampler.busy:
             self.sampler.step()
 
-    async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]:
-        """Yield groups as their last sample finishes: all that finished since the last yield, at least one."""
+    async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[str, ...] | list[Group]]:
+        """Yield groups as their last sample finishes: all that finished since the last yield, at least one.
+
+        Their ids come first, as an item of their own: small enough to be looked at on the way.
+        """
         done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
         async with self.admission:
             try:
@@ -123,6 +126,7 @@ class RolloutWorker:
                     raise item
                 groups.append(item)
             left -= len(groups)
+            yield tuple(group.id for group in groups)
             yield groups
 
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
