@@ -33,7 +33,11 @@ def test_training_commands_validate(page: str, command: str, tmp_path: Path) -> 
     if "--help" not in arguments:
         arguments += ["dry_run=true", *([] if "run_dir=" in command else [f"run_dir={tmp_path / 'run'}"])]
     done = subprocess.run(
-        [sys.executable, "-m", "rlkit.train", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", shlex.split(command)[2], *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, f"{page}: {command}\n{done.stdout}\n{done.stderr}"
 

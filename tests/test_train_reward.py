@@ -117,7 +117,7 @@ def test_schedule_and_zero_stage() -> None:
     config = RewardTrainingConfig(epochs=1.5, batch_size=64)
     assert config.total_steps(130) == 5, "one and a half epochs of three batches"
     assert RewardTrainingConfig(steps=7).total_steps(130) == 7
-    assert config.learner(100).warmup_steps == 3 and config.learner(10).warmup_steps == 1
+    assert config.learner(100, "cpu").warmup_steps == 3 and config.learner(10, "cpu").warmup_steps == 1
     assert config.learner(100, "cpu").zero_stage == 0 and config.learner(100, "cuda").zero_stage == 1
     assert RewardTrainingConfig(dtype="float32").learner(9, "cuda").zero_stage == 0
     assert RewardTrainingConfig(zero_stage=3).learner(9, "cuda").zero_stage == 3

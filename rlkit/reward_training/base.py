@@ -104,7 +104,7 @@ class RewardTrainingConfig(Section):
         """Optimizer steps for so many training examples."""
         return self.steps or max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
 
-    def learner(self, total_steps: int, device: str = "cpu") -> LearnerConfig:
+    def learner(self, total_steps: int, device: str) -> LearnerConfig:
         """What `SupervisedEngine` takes."""
         shared = {name: getattr(self, name) for name in LearnerConfig.model_fields if hasattr(self, name)}
         if self.zero_stage is None:

@@ -47,6 +47,8 @@ def selection_accuracy(
 ) -> dict[int, dict[str, float]]:
     """N -> way of choosing one of N responses -> mean label of the chosen, for N = 1, 2, 4, ... of the responses given.
 
+    random, oracle, majority and shortest need no model: what it must beat (a score that only sees length shows here).
+
     The mean is over subsets of N responses of each prompt that has as many, and over prompts. `prompts`: how many.
     """
     group = _group_numbers(encoded)
@@ -59,6 +61,7 @@ def selection_accuracy(
         "worst step": np.array([aggregate(steps, "min") for steps in single]),
         "mean step": np.array([aggregate(steps, "mean") for steps in single]),
     }
+    lengths = np.array([len(one.response) for one in encoded], dtype=np.float64)
     largest = max(len(m) for m in members)
     sizes = [2**i for i in range(largest.bit_length())]
     table: dict[int, dict[str, float]] = {}
@@ -66,7 +69,7 @@ def selection_accuracy(
         rows: dict[str, list[float]] = {}
         enough = [m for m in members if len(m) >= n]
         for m in enough:
-            for name, value in _one_prompt(m, n, labels, answers, scores, seed).items():
+            for name, value in _one_prompt(m, n, labels, answers, lengths, scores, seed).items():
                 rows.setdefault(name, []).append(value)
         table[n] = {name: float(np.mean(values)) for name, values in rows.items()} | {"prompts": float(len(enough))}
     return table
@@ -77,6 +80,7 @@ def _one_prompt(
     n: int,
     labels: np.ndarray,
     answers: Sequence[str | None],
+    lengths: np.ndarray,
     scores: Mapping[str, np.ndarray],
     seed: int,
 ) -> dict[str, float]:
@@ -85,7 +89,7 @@ def _one_prompt(
     for subset in subsets(len(members), n, MOST_SUBSETS, seed):
         chosen = members[list(subset)]
         given = [answers[i] for i in chosen]
-        picks = {"majority": majority(given)}
+        picks = {"majority": majority(given), "shortest": best_of_n(-lengths[chosen])}
         for name, values in scores.items():
             picks[f"best by {name}"] = best_of_n(values[chosen])
             picks[f"vote by {name}"] = vote(given, vote_weights(values[chosen]))

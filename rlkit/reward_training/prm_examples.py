@@ -64,7 +64,9 @@ def encode(
         )
     asked = {rollout.messages: rollout.origin for rollout in rollouts}
     problems = [Problem(id=str(i), messages=m, origin=asked[m]) for i, m in enumerate(asked)]
-    prompts, bad = render(problems, tokenizer, max_prompt_tokens=2**31)
+    prompts, refused = render(problems, tokenizer, max_prompt_tokens=2**31)
+    reasons = {row.origin: row.reason for row in refused}
+    bad: list[BadRow] = []
     prompt_ids = {prompt.messages: prompt.token_ids for prompt in prompts}
     texts = [rollout.response for rollout in rollouts]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -72,7 +74,8 @@ def encode(
     for rollout, ids, offsets in zip(rollouts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         prompt = prompt_ids.get(rollout.messages)
         if prompt is None:
-            continue  # its prompt is among the bad ones
+            bad.append(BadRow(rollout.origin, reasons[asked[rollout.messages]]))
+            continue
         response = (*ids, tokenizer.eos_token_id)
         if max_tokens is not None and len(prompt) + len(response) > max_tokens:
             reason = (
