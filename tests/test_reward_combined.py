@@ -78,8 +78,10 @@ def test_a_part_with_weight_0_is_only_shown() -> None:
 def test_each_prompt_is_routed_to_the_parts_that_judge_it() -> None:
     parts = {"rule": {**WORD, "when": {"has": ["answer"]}}, "model": {**SECOND, "when": {"lacks": ["answer"]}}}
     reward = combined(parts)
-    first, second = reward.score([group("1 10"), group("1 10", name="h", answer=None)])
-    assert (first.samples[0].value, second.samples[0].value) == (1.0, 10.0)
+    # `!` would raise, `x` be invalid, if the other part were asked
+    texts = [group("1 !"), group("! 10", name="h", answer=None), group("2 x", name="i"), group("x 20", answer=None)]
+    first, second, third, fourth = reward.score(texts)
+    assert [scores.samples[0].value for scores in (first, second, third, fourth)] == [1.0, 10.0, 2.0, 20.0]
     assert set(second.samples[0].components) == {"model", "model/twice"}
 
 

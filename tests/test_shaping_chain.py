@@ -14,7 +14,7 @@ from rewards.base import RewardContext
 from rewards.combined.reward import CombinedReward
 from rewards.shaping.parse import parse_steps
 from rewards.shaping.references import log_sigmoid, sigmoid
-from rlkit.experience import Group, GroupScores
+from rlkit.experience import Group, GroupScores, PreferencePair
 
 RUNNING = ("1", "3", "2", "6")
 
@@ -137,7 +137,7 @@ def test_process_steps_pass_over_tokens_that_are_not_trained() -> None:
     ],
 )
 def test_running_statistics_count_a_step_before_its_scores_are_used(kind: str, expected: list[float]) -> None:
-    reward = combined({"a": WORD}, shaping=[kind])
+    reward = combined({"a": {**WORD, "pairs": True}}, shaping=[kind])
     assert CombinedReward.update_when(reward.config) == "before"
     groups = scored(reward, group("1", "3"), group("x", "2", "6", name="h"))
     assert [v for each in groups if each.scores for v in values(each.scores)] == [1, 3, None, 2, 6]
@@ -146,6 +146,7 @@ def test_running_statistics_count_a_step_before_its_scores_are_used(kind: str, e
     assert [*values(first), *values(second)[1:]] == pytest.approx(expected, abs=1e-6)
     assert second.samples[0].reason == "unreadable: part a: it is an x"
     assert first.samples[1].trace == "a: read 3"
+    assert first.pairs == (PreferencePair(0, 1, 0.9),)
     # And the next step's scores use what was counted; a saved state goes on with it.
     again = combined({"a": WORD}, shaping=[kind])
     again.load_state_dict(reward.state_dict())
@@ -185,12 +186,13 @@ def test_parts_learn_from_their_own_scores_when_they_say(moment: str) -> None:
     learner = {"_target_": "combination_rewards.Learner", "moment": moment, "weight": 2}
     reward = combined({"net": learner, "rule": {**SECOND, "when": {"has": "answer"}}})
     assert CombinedReward.update_when(reward.config) == moment
-    groups = scored(reward, group("1 10", "3 20"), group("5 30", "x 1", name="h", answer=None))
+    groups = scored(reward, group("1 10", "3 20", "7 x"), group("5 30", "x 1", name="h", answer=None))
     assert reward.update(groups) == ({} if moment == "none" else {"learner/bias": 3.0})
     if moment == "before":
         first, second = reward.rescore(groups)
-        assert values(first) == [2 * 4 + 10, 2 * 6 + 20]
+        assert values(first) == [2 * 4 + 10, 2 * 6 + 20, None]
         assert values(second) == [2 * 8, None]
+        assert first.samples[2].reason == "unreadable: part rule: it is an x"
         assert first.samples[0].components["rule/twice"] == 20
     fresh = CombinedReward(reward.config, RewardContext())
     fresh.load_state_dict(reward.state_dict())
