@@ -295,6 +295,13 @@ def test_the_share_of_tests_and_what_became_of_the_rest(impatient: Bubblewrap) -
     assert (hung.passed, hung.timeout) == (1, True) and "took too long" in hung.trace
 
 
+def test_an_exception_that_ends_loops_does_not_pass_a_test_made_of_one(sandbox: Bubblewrap) -> None:  # noqa: F811
+    """In one process, `all(map(f, ...))` is true if f raises StopIteration at once."""
+    tests = AssertTests(("assert all(map(f, [1, 2]))", "assert all(f(x) for x in [1, 2])"))
+    assert judge(sandbox, "def f(x): raise StopIteration", tests).passed == 0
+    assert judge(sandbox, "def f(x): return x > 0", tests).passed == 2
+
+
 def test_the_first_line_of_a_run_is_not_the_programs_to_write(sandbox: Bubblewrap) -> None:  # noqa: F811
     """A sandbox that never stood is unavailable, one whose program ends at once is not."""
     assert run(sandbox, "import os; os._exit(9)").exit_code == 9

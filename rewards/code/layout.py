@@ -38,8 +38,11 @@ class Layout:
         _refuse_old_bubblewrap(self._tools["bwrap"])
         # Not the environment that rlkit is installed in: there is much to read in it, and it starts slower.
         self._python = python or os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-        _write_programs(folder)
-        self._view = _view(_folders_of_python(self._python), self._tools, folder, limits)
+        # Without `site` Python starts up to four times faster, and no hook of an installed package runs in the sandbox.
+        self._options = ["-I", "-B", "-X", "utf8"] if python else ["-I", "-S", "-B", "-X", "utf8"]
+        folders = _folders_of_python(self._python)
+        _write_programs(folder, self._python)
+        self._view = _view(folders, self._tools, folder, limits)
         self._limits = [
             self._tools["prlimit"],
             f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}",
@@ -64,7 +67,7 @@ class Layout:
                 users += ["--cap-add", capability]
             change_user = [self._tools["setpriv"], f"--reuid={INNER_ID}", f"--regid={INNER_ID}", "--clear-groups"]
             change_user += ["--bounding-set=-all", "--inh-caps=-all"]
-        python = [self._python, "-I", "-B", "-X", "utf8", "-c"]
+        python = [self._python, *self._options, "-c"]
         return [bwrap, *users, *self._view, "--", *change_user, *self._limits, *python]
 
 
@@ -125,8 +128,8 @@ def _folders_of_python(python: str) -> list[str]:
     return list(dict.fromkeys(folders))
 
 
-def _write_programs(folder: Path) -> None:
-    """Copies of `rewards.code.inside` that every user may read, and nothing else of this package."""
+def _write_programs(folder: Path, python: str) -> None:
+    """Copies of `rewards.code.inside`, compiled, that every user may read, and nothing else of this package."""
     target = folder
     folder.chmod(0o755)
     for name in ("rewards", "code", "inside"):
@@ -135,5 +138,9 @@ def _write_programs(folder: Path) -> None:
         (target / "__init__.py").touch()
     for source in (Path(__file__).parent / "inside").glob("*.py"):
         (target / source.name).write_text(source.read_text())
+    compiled = [python, "-I", "-S", "-m", "compileall", "-q", str(folder)]
+    done = subprocess.run(compiled, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode != 0:
+        raise Unavailable(f"reward.python={python} cannot compile the inner programs: {done.stdout}{done.stderr}")
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)

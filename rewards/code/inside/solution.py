@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-import types
-from collections.abc import Callable
-from typing import Any, BinaryIO
 
 from rewards.code.inside.wire import ConversationEnded, decode, encode, receive, send
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, BinaryIO
 
 
 def load(code: str, setup: str) -> dict[str, Any]:
@@ -15,7 +17,7 @@ def load(code: str, setup: str) -> dict[str, Any]:
 
     Code that is no program by itself may be the end of the setup: the body of a function whose head was the question.
     """
-    module = types.ModuleType("solution")
+    module = type(sys)("solution")
     sys.modules["solution"] = module
     namespace = module.__dict__
     try:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import os
 import sys
-import types
-from collections.abc import Callable
-from typing import Any, BinaryIO
+
+# A sandbox starts for every run: what is not needed before foreign code runs is not imported, `typing` included.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, BinaryIO
 
 READY = b'"ready"\n'
 """First message of every process: the sandbox works, and what follows is the code's own doing."""
@@ -18,8 +18,16 @@ READY = b'"ready"\n'
 def start(role: str, *descriptors: int) -> None:
     """Run one role with these file descriptors; jobs come on standard input. The path to here is the first one."""
     del sys.path[0]
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
-        file.write("1000")  # where memory ends, the kernel takes this process first
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
+            file.write("1000")  # where memory ends, the kernel takes this process first
+    except OSError:
+        pass  # a wish, not a limit
+    if sys.flags.no_site:
+        import site
+
+        site.setquit()  # programs call exit()
+        site.sethelper()
     roles: dict[str, Callable[..., None]]
     roles = {"program": program, "calls": calls, "solution": solution, "tester": tester}
     roles[role](*descriptors)
@@ -31,7 +39,7 @@ def program(results: int, source: int) -> None:
         text = file.read()
     os.write(results, READY)
     os.close(results)
-    main = types.ModuleType("__main__")
+    main = type(sys)("__main__")
     sys.modules["__main__"] = main
     exec(compile(text, "solution.py", "exec", dont_inherit=True), main.__dict__)
 
@@ -66,7 +74,9 @@ def tester(results: int, requests: int, replies: int) -> None:
 
 
 def _job() -> dict[str, Any]:
-    with io.open(0, "rb", closefd=False) as file:  # noqa: UP020
+    import json
+
+    with open(0, "rb", closefd=False) as file:
         job: dict[str, Any] = json.loads(file.read())
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import builtins
-from typing import Any, BinaryIO
 
 from rewards.code.inside.wire import ConversationEnded, decode, encode, receive, send
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, BinaryIO
 
 
 class SolutionError(Exception):

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import Any, BinaryIO
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any, BinaryIO
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 """A longer message ends the conversation."""
