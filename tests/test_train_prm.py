@@ -119,6 +119,26 @@ def test_micro_batches_do_not_change_loss_or_step(model: Path, tmp_path: Path, o
     np.testing.assert_allclose(np.concatenate(seen[0][2]), np.concatenate(seen[1][2]), atol=5e-3)
 
 
+def test_the_baseline_of_kto_is_the_mean_score_of_responses_to_other_prompts(model: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    encoded = [replace(e, rollout=replace(e.rollout, label=1.0)) for e in rollouts(model, tmp_path, prompts=4)]
+    batch = make_examples(encoded, False, "none", 0)
+    baselines = []
+    for tokens in (30, 16384):
+        trained = learner(model, "kto", tokens_per_microbatch=tokens)
+        for _ in range(4):
+            trained.step(encoded, batch)  # all are right: pi_phi learns to like such texts after any prompt
+        trained.evaluate(encoded, batch)
+        first = encoded[::4]
+        others = [replace(e, prompt=other.prompt) for e, other in zip(first, [*first[1:], first[0]], strict=True)]
+        expected = np.mean([q.sum() for q in trained.scorer.log_ratios(others)])
+        baselines.append(float(trained._baseline))
+        assert baselines[-1] == pytest.approx(expected, abs=1e-4)
+    assert baselines[0] > 0.1
+    assert baselines[0] == pytest.approx(baselines[1], rel=0.02)
+
+
 def test_soft_labels_pull_towards_their_share(model: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
