@@ -28,7 +28,7 @@ except (OSError, ValueError):
 endef
 export REACHABLE
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-cluster lint clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -53,7 +53,11 @@ demo: setup
 	$(RUN_ENV) $(BIN)/python -m rlkit.train $(TRAIN_ARGS)
 
 test: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not cluster" $(TEST_ARGS)
+
+# Runs that are killed and resumed, Ray clusters of their own, jobs, every recipe and reward to the end: under an hour.
+test-cluster: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slow or cluster" $(TEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

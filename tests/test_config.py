@@ -133,10 +133,10 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("reward=polr", "reward=polr: no such option; did you mean polar? available: implicit_prm, polar, rule"),
+        ("reward=polr", "reward=polr: no such option; did you mean polar? available: code, combined, "),
         ("cluster=gpu", "cluster=gpu: no such option; did you mean single_gpu? available: local_cpu, single_gpu"),
-        ("reward=zzz", "reward=zzz: no such option; available: implicit_prm, polar, rule"),
-        ("reward=null", "reward=null: no such option; available: implicit_prm, polar, rule"),
+        ("reward=zzz", "reward=zzz: no such option; available: code, combined, "),
+        ("reward=null", "reward=null: no such option; "),
         ("reward=my_parts.MyReward", "reward._target_=my_parts.MyReward"),
         ("trainer.total_step=3", "trainer.total_step=3: no such key; did you mean trainer.total_steps?"),
         ("trainer.total=3", "trainer.total=3: no such key; did you mean trainer.total_steps?"),

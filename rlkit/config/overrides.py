@@ -93,7 +93,7 @@ def _choose(argument: str, group: str, value: Any, options: Options, result: Ove
         result.choices[group] = value
         return None
     name = str(value)
-    guess = nearest(name, available)
+    guess = None if value is None else nearest(name, available)  # null is no misspelt name
     if guess is None:
         result.unusable.add(group)
     else:

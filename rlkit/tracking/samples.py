@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,11 @@ def best_and_worst_samples(group: Group) -> list[tuple[str, Sample, Score]]:
     return [(rank, group.samples[i], _scores(group)[i]) for rank, i in _best_and_worst(group)]
 
 
+def _failed(group: Group) -> dict[str, int]:
+    """Samples of the group without a valid score, by reason."""
+    return dict(Counter(score.reason.partition(":")[0] for score in _scores(group) if not score.valid))
+
+
 def _scores(group: Group) -> Sequence[Score]:
     return () if group.scores is None else group.scores.samples
 
@@ -99,4 +105,5 @@ def _row(step: int, group: Group, i: int, rank: str, advantage: FloatArray | Non
         "advantage": None if advantage is None or not len(advantage) else float(np.mean(advantage)),
         "finish_reason": sample.finish_reason,
         "policy_versions": list(sample.policy_versions),
+        "failed_in_group": _failed(group),
     }

@@ -1,0 +1,116 @@
+"""`algorithm=grpo reward=<each>` runs to the end on the real stack; switching needs nothing outside `reward=...`
+(and the data that a reward is about)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_fixture import Run
+
+ROWS = [
+    {
+        "question": f"Which is larger, {i} or {i + 1}? (A) {i} (B) {i + 1}",
+        "answer": "B",
+        "options": [str(i), str(i + 1)],
+    }
+    for i in range(24)
+]
+TOOLS = [
+    {"question": f"Add {i} and 1.", "tool_calls": json.dumps([{"name": "add", "arguments": {"a": i, "b": 1}}])}
+    for i in range(24)
+]
+SORTS = [
+    {"question": f"Write a Python function inc that adds {i}.", "tests": [f"assert inc(1) == {i + 1}"]}
+    for i in range(24)
+]
+SCHEMA = {"type": "object", "properties": {"answer": {"type": "number"}}, "required": ["answer"]}
+
+
+def jsonl(folder: Path, rows: list[dict[str, Any]], *columns: str) -> tuple[str, ...]:
+    """Overrides for a file of rows."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ("data=jsonl", f"data.path={file}", *columns)
+
+
+def needing_nothing(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Rewards by name: their overrides, where the folder holds what they need."""
+    schema = folder / "schema.json"
+    schema.write_text(json.dumps(SCHEMA))
+    (folder / "my_rewards.py").write_text(
+        "def brevity(prompts, completions, **columns):\n    return [-len(c) / 100 for c in completions]\n"
+    )
+    return {
+        "rule": ("reward=rule",),
+        "math": ("reward=math",),
+        "gsm8k": ("reward=gsm8k",),
+        "exact_match": ("reward=exact_match",),
+        "regex_match": ("reward=regex_match", "reward.pattern='#### {answer}'"),
+        "format": ("reward=format",),
+        "length": ("reward=length", "reward.max_tokens=20"),
+        "group_length": ("reward=group_length",),
+        "repetition": ("reward=repetition",),
+        "instructions": ("reward=instructions", "reward.always=[{id:punctuation:no_comma}]"),
+        "json_schema": ("reward=json_schema", f"reward.schema_file={schema}"),
+        "multiple_choice": (
+            "reward=multiple_choice",
+            "reward.options_column=options",
+            *jsonl(folder, ROWS, "data.answer_column=answer", "data.heldout_share=0.2"),
+        ),
+        "tool_call": ("reward=tool_call", *jsonl(folder, TOOLS, "data.answer_column=null")),
+        "polar": ("reward=polar",),
+        "polar_vllm": ("reward=polar", "reward.backend=vllm"),
+        "implicit_prm": ("reward=implicit_prm",),
+        "preference": ("reward=preference", "reward.model_path=embedded:polar", "reward.layout=pair"),
+        "code": (
+            "reward=code",
+            "reward.isolation=bubblewrap",
+            *jsonl(folder, SORTS, "data.answer_column=null"),
+        ),
+        "function": ("reward=function", "reward.function=my_rewards.brevity"),
+        "combined": ("reward=[math,polar]", "reward.parts.polar.weight=0.3"),
+    }
+
+
+NAMES = (
+    *("rule", "math", "gsm8k", "exact_match", "regex_match", "format", "length", "group_length", "repetition"),
+    *("instructions", "json_schema", "multiple_choice", "tool_call", "polar", "polar_vllm", "implicit_prm"),
+    *("preference", "function", "combined", "code"),
+)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    runs: list[Run] = []
+
+    def one(*arguments: str) -> Run:
+        # `reward=rule` of the small settings comes first: the last choice counts
+        runs.append(Run(tmp_path, *arguments, "algorithm=grpo", "trainer.total_steps=2", cwd=tmp_path))
+        return runs[-1]
+
+    yield one
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait()
+
+
+def finished(run: Run) -> None:
+    assert run.end() == 0, run.text
+    steps = [record for record in run.records() if record["kind"] == "step"]
+    assert [step["step"] for step in steps] == [1, 2], run.text
+    for step in steps:
+        assert math.isfinite(step["reward/mean"])
+        assert step["reward/failed"] == 0, run.text
+        assert math.isfinite(step["policy/loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reward_runs_to_the_end(name: str, start: Any, tmp_path: Path) -> None:
+    finished(start(*needing_nothing(tmp_path)[name]))
