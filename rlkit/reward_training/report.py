@@ -72,7 +72,7 @@ class RunReport:
 
     def evaluation(self, step: int, **metrics: float) -> None:
         self._write("evaluation", step, metrics)
-        self._console.line(f"held out after step {step}: {_shown(metrics)}")
+        self._console.line(f"evaluation, step {step}: {_shown(metrics)}")
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self.folder.append_samples(rows)
