@@ -96,14 +96,18 @@ class ChatClient:
         )
         body = {"model": self._endpoint.model, "messages": list(messages), **self._endpoint.fields, **form}
         body = {name: value for name, value in body.items() if value is not None}
-        found: str = await retrying(self._once, body, deadline)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):  # whatever the tries do, this ends
+                found: str = await retrying(self._once, body, deadline)
+        except TimeoutError:
+            raise CallFailed("timeout: the scoring call's time was over before the judge answered") from None
         return found
 
     async def close(self) -> None:
         await self._http.aclose()
 
     async def _once(self, body: Mapping[str, Any], deadline: float) -> str:
-        async with self._slots:  # held by calls that have a deadline each, so the wait has an end
+        async with self._slots:
             seconds = min(self._endpoint.call_timeout_seconds, deadline - time.monotonic())
             if seconds <= 0:
                 raise CallFailed("timeout: the scoring call's time was over before this question's turn came")
