@@ -168,6 +168,21 @@ def test_code_that_takes_too_long_is_a_real_zero_and_says_so() -> None:
         assert score.value == 0 and score.components["timeout"] == 1 and "took too long" in score.trace
 
 
+def test_what_a_program_says_can_be_written_to_a_file(started: CodeReward) -> None:
+    deep = "y = []\nfor _ in range(900): y = [y]\ndef f(x): return y"
+    for tests in (ASSERTS, {"inputs": [[1]], "outputs": [2], "fn_name": "f"}):
+        for score in scores(started, {"tests": tests}, fenced("def f(x): raise ValueError('\\ud800')"), fenced(deep)):
+            assert score.value == 0 and score.trace.encode()
+
+
+def test_after_a_timeout_the_other_inputs_are_not_tried() -> None:
+    quick = reward(wall_seconds=1.0, soft=True)
+    tests = {"tests": {"inputs": ["1", "2"] + ["2"] * 50, "outputs": ["2"] * 52}}
+    (score,) = scores(quick, tests, fenced("x = int(input())\nwhile x > 1: pass\nprint(2)"))
+    quick.close()
+    assert score.value == pytest.approx(1 / 52) and score.components["timeout"] == 1
+
+
 def test_time_of_the_call_used_up_is_invalid() -> None:
     hurried = reward(timeout_seconds=2.5, processes=1, wall_seconds=60.0, cpu_seconds=60)
     hurried.start()

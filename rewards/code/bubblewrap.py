@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from rewards.code.inside.start import READY
-from rewards.code.inside.wire import MAX_MESSAGE_BYTES, messages
+from rewards.code.inside.wire import messages
 from rewards.code.isolation import Isolation, Job, Limits, Run, Unavailable
 from rewards.code.layout import INSIDE, Layout, is_root
 from rewards.code.process import Command, Supervised, supervise
@@ -24,6 +24,8 @@ from rewards.code.user_namespace import make_user_namespace
 STARTUP_SECONDS = 30.0
 """By then a sandbox stands, also on a busy machine."""
 _SHOWN_CHARACTERS = 2000
+_RESULTS_PER_OUTPUT = 4
+"""Values and verdicts may take that much more than output: they are written with their types."""
 _OUT_OF_CPU_TIME = 128 + signal.SIGXCPU
 _REMEDY = (
     "Sandboxes need user namespaces: sysctl -w user.max_user_namespaces=10000 (Debian: kernel.unprivileged_userns_clone"
@@ -118,7 +120,7 @@ class Bubblewrap(Isolation):
                 STARTUP_SECONDS,
                 deadline,
                 max_output=self._limits.output_kib * 1024,
-                max_results=2 * MAX_MESSAGE_BYTES,
+                max_results=_RESULTS_PER_OUTPUT * self._limits.output_kib * 1024,
                 handed_over=pipes,
             )
         except OSError as error:

@@ -75,8 +75,8 @@ class Judge:
             if self._is_expected(result, expected):
                 passed += 1
                 continue
-            call = f"{tests.fn_name}{str(arguments)[:_SHOWN]}"
-            failures.append(f"{call}: expected {str(expected)[:_SHOWN]}, got {str(result)[:_SHOWN]}")
+            call = f"{tests.fn_name}{_shown(arguments)}"
+            failures.append(f"{call}: expected {_shown(expected)}, got {_shown(result)}")
         return _verdict(passed, total, run, failures)
 
     def _is_expected(self, result: Any, expected: Any) -> bool:
@@ -103,9 +103,16 @@ class Judge:
                 continue
             wrong = _how(run) or f"expected {expected[:_SHOWN]!r}, got {printed[:_SHOWN]!r}"
             failures.append(f"input {stdin[:_SHOWN]!r}: {wrong}")
-            if not self._every_test:
+            if not self._every_test or timeout:  # the others would take as long
                 break
         return Verdict(passed, total, timeout, failures[0] if failures else f"all {total} tests passed")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return str(value)[:_SHOWN]
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number of too many digits
+        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
 
 
 class _Opaque:

@@ -23,7 +23,7 @@ class CodeReward(Reward):
 
     A program that crashes, hangs, or takes more than it may scores 0: that is the model's failure. A sandbox that does
     not work and tests that cannot be run are invalid, with the reason. Components: `correct`, `passed` (share of tests;
-    without `soft`, tests with standard input stop at the first failure) and `timeout`.
+    without `soft`, tests with standard input stop at the first failure, with it at a time-out) and `timeout`.
     """
 
     class Config(RewardConfig):
@@ -144,14 +144,14 @@ class CodeReward(Reward):
         try:
             verdict = judge.judge(text if code is None else code, self._tests(prompt), deadline)
         except BadTests as error:
-            return Score.invalid(f"bad_tests: {error}")
+            return Score.invalid(_text(f"bad_tests: {error}"))
         except Unavailable as error:
-            return Score.invalid(f"sandbox: {error}")
+            return Score.invalid(_text(f"sandbox: {error}"))
         except TimeoutError:
             return Score.invalid("timeout: the time for this call of the reward was used up")
         correct, share = float(verdict.passed == verdict.total), verdict.passed / verdict.total
         components = {"correct": correct, "passed": share, "timeout": float(verdict.timeout)}
-        return Score(share if self.config.soft else correct, components=components, trace=verdict.trace)
+        return Score(share if self.config.soft else correct, components=components, trace=_text(verdict.trace))
 
     def _tests(self, prompt: Prompt) -> Tests:
         from rewards.code.cases import read_tests
@@ -177,6 +177,11 @@ class CodeReward(Reward):
 
 _BUBBLEWRAP_ONLY = {"cpu_seconds", "max_processes", "file_mib", "output_kib", "python"}
 _HTTP_ONLY = {"url", "token_variable", "max_tries"}
+
+
+def _text(found: str) -> str:
+    """What programs say, as text that can be written to a file."""
+    return found.encode(errors="replace").decode()
 
 
 def _texts(group: Group) -> dict[str, None]:

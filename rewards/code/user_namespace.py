@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from rewards.code.isolation import Unavailable
@@ -41,6 +42,8 @@ def make_user_namespace() -> int:
         stderr=subprocess.PIPE,
         text=True,
     ) as child:
+        timer = threading.Timer(_TIMEOUT_SECONDS, child.kill)
+        timer.start()
         assert child.stdin is not None and child.stdout is not None and child.stderr is not None
         try:
             if child.stdout.readline() != "made\n":
@@ -57,5 +60,6 @@ def make_user_namespace() -> int:
         except OSError as error:
             raise Unavailable(f"no user namespace can be made: {error}") from error
         finally:
+            timer.cancel()
             child.kill()
     return descriptor
