@@ -69,7 +69,7 @@ def test_a_check_whose_section_is_invalid_is_left_out() -> None:
 def test_checks_only_name_known_sections() -> None:
     import inspect
 
-    known = {*sections(), "reward", "data", "run_dir", "model"}
+    known = {*sections(), "reward", "data", "run_dir", "resume", "model"}
     for check in CHECKS:
         assert set(inspect.signature(check).parameters) <= known, check.__name__
 
@@ -147,9 +147,10 @@ def test_a_short_run_with_default_intervals_has_no_warning() -> None:
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints"])
 def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
-    assert run_checks({"run_dir": tmp_path}) == []
+    assert run_checks({"run_dir": tmp_path, "resume": "never"}) == []
     (tmp_path / name).touch()
-    (finding,) = run_checks({"run_dir": tmp_path})
+    (finding,) = run_checks({"run_dir": tmp_path, "resume": "never"})
+    assert run_checks({"run_dir": tmp_path, "resume": "auto"}) == []
     assert isinstance(finding, Finding)
     assert name in finding.message
 
@@ -157,13 +158,13 @@ def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "run"
     file.touch()
-    (finding,) = run_checks({"run_dir": file})
+    (finding,) = run_checks({"run_dir": file, "resume": "never"})
     assert "is a file" in finding.message
 
 
 def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (finding,) = run_checks({"run_dir": tmp_path / "file" / "run"})
+    (finding,) = run_checks({"run_dir": tmp_path / "file" / "run", "resume": "never"})
     assert "cannot be made" in finding.message
 
 

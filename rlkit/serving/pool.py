@@ -151,19 +151,23 @@ class RewardPool:
             await self._ask_learner("follow", bundle)
             self._followed = bundle
 
+    @property
+    def _learns(self) -> bool:
+        return issubclass(self._kind, TrainableReward) and self._kind.update_when(self.config) != "none"
+
     async def save(self, folder: Path) -> None:
         """Let a reward that learns write what it has learnt; others write nothing."""
-        if issubclass(self._kind, TrainableReward) and self._kind.update_when(self.config) != "none":
+        if self._learns:
             await self._ask_learner("save", str(folder))
 
     async def save_state(self, file: Path) -> None:
         """Write what a reward has learnt, for a later `load_state`; others write nothing."""
-        if issubclass(self._kind, TrainableReward):
+        if self._learns:
             await self._ask_learner("save_state", str(file))
 
     async def load_state(self, file: Path) -> None:
         """The reverse of save_state."""
-        if issubclass(self._kind, TrainableReward):
+        if self._learns:
             await self._ask_learner("load_state", str(file))
             self._learnt += 1
 
