@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": ("rlkit.serve", "serve a reward over HTTP, for `reward=remote` of a run elsewhere"),
     "sft": ("rlkit.sft", "fine-tune a model on reference answers"),
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),
+    "convert-polar": ("rlkit.convert_polar", "convert released POLAR checkpoints, exactly, and back"),
     "remake-embedded": ("rlkit.remake_embedded", "make the tiny models in the package from nothing"),
 }
 """Name -> (module with a `main(arguments) -> int`, what it does)."""

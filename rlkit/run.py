@@ -37,7 +37,14 @@ from rlkit.trainer import Trainer
 
 FAILED = 1
 TERMINATED = 128 + signal.SIGTERM
-EXPECTED = (RewardFailed, RolloutFailedError, WeightsNotLoadedError, TooManyRejectedError, DataError, TrainingFailedError)
+EXPECTED = (
+    RewardFailed,
+    RolloutFailedError,
+    WeightsNotLoadedError,
+    TooManyRejectedError,
+    DataError,
+    TrainingFailedError,
+)
 """Errors whose message is all a user needs."""
 CANARY_TOKENS = 32
 

@@ -101,9 +101,9 @@ def _start_ranks(resolved: ResolvedRun) -> None:
     if ranks == 1:
         _train_rank(0, resolved, port)
         return
-    from torch import multiprocessing
+    from torch.multiprocessing.spawn import spawn
 
-    multiprocessing.spawn(_train_rank, args=(resolved, port), nprocs=ranks, join=True)
+    spawn(_train_rank, args=(resolved, port), nprocs=ranks, join=True)
 
 
 def _train_rank(rank: int, resolved: ResolvedRun, port: int) -> None:

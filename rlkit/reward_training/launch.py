@@ -84,15 +84,15 @@ def _run(rank: int, resolved: ResolvedRewardTraining, report: Any, port: int) ->
 
 def _spawn(resolved: ResolvedRewardTraining, port: int) -> int:
     """One process per rank; all of them end when one fails, or with this process."""
-    from torch import multiprocessing
+    from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
-    context = multiprocessing.spawn(_rank_process, args=(resolved, port), nprocs=resolved.reward.ranks, join=False)
+    context = spawn(_rank_process, args=(resolved, port), nprocs=resolved.reward.ranks, join=False)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         while not context.join(timeout=5):
             pass
         return 0
-    except multiprocessing.ProcessExitedException as error:
+    except ProcessExitedException as error:
         return int(error.exit_code)
     except KeyboardInterrupt:
         return _ended(0, "interrupted", INTERRUPTED)
