@@ -19,6 +19,7 @@ from rlkit.checkpoint.resume import ResumePoint
 from rlkit.cluster.ray_session import ray_session
 from rlkit.config.resolved import ResolvedRun, config_text
 from rlkit.config.schema import RunConfig
+from rlkit.config.shares import gpu_shares
 from rlkit.data.base import BadRow, DataError, Split
 from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
@@ -146,7 +147,7 @@ async def _start(
     seconds = config.trainer.startup_timeout_seconds
     context = RewardContext(
         device=config.cluster.device,
-        gpus=0.1 / resolved.reward_config.workers if config.cluster.device == "cuda" else 0.0,
+        gpus=gpu_shares(config).rewards / resolved.reward_config.workers,
         seed=config.seed,
         threads=config.cluster.threads_per_actor,
     )

@@ -223,6 +223,12 @@ def _lacking_masters(section: str, config: LearnerConfig, cluster: ClusterConfig
         )
 
 
+def placement_acts(cluster: ClusterConfig) -> Findings:
+    """There are no GPUs to share or to have alone on a CPU."""
+    if cluster.device == "cpu" and cluster.placement != ClusterConfig().placement:
+        yield Finding("cluster.placement", "has no effect with cluster.device=cpu")
+
+
 def critic_fits(
     algorithm: Algorithm, critic: CriticConfig, trainer: TrainerConfig, rollout: RolloutConfig, cluster: ClusterConfig
 ) -> Findings:
@@ -359,6 +365,7 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     schedule_fits,
     half_precision_has_masters,
     critic_fits,
+    placement_acts,
     intervals_happen,
     cpu_has_its_limits,
     gpu_ignores_cpu_options,

@@ -9,6 +9,7 @@ from typing import Any
 from rlkit.config.model_folder import ModelShape, check_model_folder
 from rlkit.config.resolved import ResolvedRun
 from rlkit.config.schema import LearnerConfig, RolloutConfig
+from rlkit.config.shares import gpu_shares
 
 GIB = 2**30
 
@@ -60,11 +61,12 @@ def _actors(run: ResolvedRun) -> list[Line]:
     config = run.config
     cuda = config.cluster.device == "cuda"
     threads = f"{config.cluster.threads_per_actor} CPU threads each"
+    shares = gpu_shares(config)
     engines = f"{config.rollout.workers} vLLM {_plural('engine', config.rollout.workers)}, {threads}"
     ranks = f"{config.learner.ranks} DeepSpeed {_plural('rank', config.learner.ranks)}, {threads}"
     if cuda:
-        engines += f", {config.rollout.tensor_parallel_size} {_plural('GPU', config.rollout.tensor_parallel_size)} each"
-        ranks += ", 1 GPU each (an engine and a rank may share one)"
+        engines += f", {shares.engine:g} GPU each"
+        ranks += f", {shares.learner:g} GPU each"
     rewards = run.reward_config.workers
     lines = [
         Line("actors", "rollout", engines),
@@ -74,8 +76,8 @@ def _actors(run: ResolvedRun) -> list[Line]:
     ]
     needs = run.make_algorithm().needs()
     if needs.critic:
-        critics = config.critic.ranks
-        lines.append(Line("actors", "critic", f"{critics} DeepSpeed {_plural('rank', critics)}, {threads}"))
+        critics, gpus = config.critic.ranks, f", {shares.critic:g} GPU each" if cuda else ""
+        lines.append(Line("actors", "critic", f"{critics} DeepSpeed {_plural('rank', critics)}, {threads}" + gpus))
     if needs.reference_policy:
         lines.append(Line("actors", "reference policy", "the initial policy, for its log-probs"))
     return lines

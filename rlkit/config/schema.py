@@ -161,6 +161,8 @@ class ClusterConfig(Section):
 
     device: Literal["cpu", "cuda"] = "cpu"
     """What rollout workers and learner ranks run on."""
+    placement: Literal["colocated", "apart"] = "colocated"
+    """CUDA: sampler, learner, critic and rewards share GPUs (colocated), or each has GPUs of its own (apart)."""
     address: str | None = None
     """Ray address to join; null starts a Ray of one's own that ends with the run. (In a Ray job it is found.)"""
     threads_per_actor: int = Field(default=2, ge=1)

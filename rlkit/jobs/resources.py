@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlkit.config.resolved import ResolvedRun
+from rlkit.config.shares import gpu_shares
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,15 @@ class Node:
 
 def demands(run: ResolvedRun) -> list[Demand]:
     """The actors of the run with what RolloutPool, RankGroup and RewardPool ask Ray for."""
-    config = run.config
-    cuda, threads = config.cluster.device == "cuda", config.cluster.threads_per_actor
-    parallel, needs = config.rollout.tensor_parallel_size, run.make_algorithm().needs()
-    engine = 0.5 if parallel == 1 else float(parallel)
+    config, gpus, needs = run.config, gpu_shares(run.config), run.make_algorithm().needs()
+    threads, workers = config.cluster.threads_per_actor, run.reward_config.workers
     found = [
-        Demand("vLLM engine", config.rollout.workers, threads, engine),
-        Demand("learner rank", config.learner.ranks, threads, 0.3),
-        Demand("critic rank", config.critic.ranks if needs.critic else 0, threads, 0.1),
-        Demand("reward worker", run.reward_config.workers, 1, 0.1 / run.reward_config.workers),
+        Demand("vLLM engine", config.rollout.workers, threads, gpus.engine),
+        Demand("learner rank", config.learner.ranks, threads, gpus.learner),
+        Demand("critic rank", config.critic.ranks if needs.critic else 0, threads, gpus.critic),
+        Demand("reward worker", workers, 1, gpus.rewards / workers),
     ]
-    return [Demand(d.what, d.count, d.threads, d.gpus if cuda else 0.0) for d in found if d.count]
+    return [demand for demand in found if demand.count]
 
 
 def missing(wanted: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str], list[str]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from algorithms.base import Advantages, Algorithm
 from rlkit.config.schema import RunConfig
+from rlkit.config.shares import gpu_shares
 from rlkit.experience import Group
 from rlkit.learner.ranks import Rank, RankGroup
 
@@ -52,7 +53,9 @@ class CriticGroup(RankGroup):
     """All ranks of the critic."""
 
     def __init__(self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path) -> None:
-        super().__init__(CriticWorker, "critic", config.critic, config, model_path, algorithm, logs, gpus=0.1)
+        super().__init__(
+            CriticWorker, "critic", config.critic, config, model_path, algorithm, logs, gpu_shares(config).critic
+        )
 
     async def values(self, groups: Any) -> list[np.ndarray]:
         """[T] of every sample."""

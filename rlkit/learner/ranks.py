@@ -109,7 +109,7 @@ class RankGroup:
         logs: Path,
         gpus: float,
     ) -> None:
-        """`name` names the log files; `gpus` is the share of a GPU each rank gets on CUDA."""
+        """`name` names the log files; `gpus` is what each rank asks Ray for."""
         import ray
 
         environment = {
@@ -119,7 +119,7 @@ class RankGroup:
             "TOKENIZERS_PARALLELISM": "false",
             **({"DS_ACCELERATOR": "cpu"} if config.cluster.device == "cpu" else {}),
         }
-        actor = ray.remote(num_cpus=0, num_gpus=gpus if config.cluster.device == "cuda" else 0, max_restarts=0)(kind)
+        actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(kind)
         self.ranks = [
             actor.options(runtime_env={"env_vars": environment}).remote(
                 rank, config, model_path, algorithm, str(logs / f"{name}-{rank}.log")

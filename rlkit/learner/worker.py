@@ -12,6 +12,7 @@ import numpy as np
 
 from algorithms.base import Advantages, Algorithm
 from rlkit.config.schema import RunConfig
+from rlkit.config.shares import gpu_shares
 from rlkit.experience import Group
 from rlkit.learner.ranks import Rank, RankGroup
 from rlkit.rollout.weights import WeightBundle
@@ -81,7 +82,9 @@ class LearnerGroup(RankGroup):
     """All ranks of the policy."""
 
     def __init__(self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path) -> None:
-        super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus=0.3)
+        super().__init__(
+            LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpu_shares(config).learner
+        )
 
     async def update(self, groups: Any, advantages: Any) -> dict[str, float]:
         """One training step; arguments may be object references."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlkit.config.schema import RunConfig
+from rlkit.config.shares import gpu_shares
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.sampler import engine_environment
 from rlkit.rollout.worker import GroupRequest, RolloutWorker
@@ -56,10 +57,7 @@ class RolloutPool:
         import ray
 
         config = self.config
-        device, parallel = config.cluster.device, config.rollout.tensor_parallel_size
-        # A lone engine shares its GPU with a learner rank (0.3), a critic rank (0.1) and the rewards (0.1 in all); Ray
-        # takes whole numbers only above 1.
-        gpus = 0 if device == "cpu" else 0.5 if parallel == 1 else parallel
+        device, gpus = config.cluster.device, gpu_shares(config).engine
         environment = engine_environment(device, config.cluster.threads_per_actor)
         kind = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0, max_concurrency=1000)(RolloutWorker)
         return kind.options(runtime_env={"env_vars": environment}).remote(
