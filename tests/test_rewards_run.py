@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_fixture import JudgeServer
 from run_fixture import Run
+from serve_fixture import Server
 
 ROWS = [
     {
@@ -114,3 +116,21 @@ def finished(run: Run) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reward_runs_to_the_end(name: str, start: Any, tmp_path: Path) -> None:
     finished(start(*needing_nothing(tmp_path)[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pointwise", "pairwise", "listwise"])
+def test_a_judge_runs_to_the_end(mode: str, start: Any) -> None:
+    with JudgeServer() as server:
+        finished(start("reward=judge", f"reward.base_url={server.url}", "reward.model=judge", f"reward.mode={mode}"))
+        assert len(server.asked) > 10
+
+
+@pytest.mark.slow
+def test_a_reward_on_a_server_runs_to_the_end(start: Any, tmp_path: Path) -> None:
+    server = Server(tmp_path / "server.log", "reward=math")
+    try:
+        finished(start("reward=remote", f"reward.url={server.ready().url}"))
+    finally:
+        server.process.terminate()
+        server.process.wait(30)

@@ -7,7 +7,7 @@ import pytest
 
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
 from rlkit.experience.buffer import BufferStats
-from rlkit.serving.results import report_on
+from rlkit.serving.results import kind_of, report_on
 from rlkit.step_metrics import rollout_metrics
 
 STATS = BufferStats(version=1, ready=0, in_flight=2, dropped_stale=0, rejected={"drop_equal_rewards": 3})
@@ -41,3 +41,10 @@ def test_what_says_nothing_is_left_out() -> None:
     assert "group/all_equal_share" not in measured(group(1.0), group(0.0)), "one sample equals itself"
     nothing = measured(group(None, None), seconds=0.0)
     assert not {"reward/mean", "accuracy/train", "group/all_equal_share", "tokens/per_second"} & nothing.keys()
+
+
+def test_failures_are_counted_by_reason_and_in_a_combination_by_part() -> None:
+    assert kind_of("timeout: no answer within 3 s") == "timeout"
+    assert kind_of("timeout: part judge: no answer") == "judge/timeout"
+    assert kind_of("exception: partly broken: yes") == "exception"
+    assert kind_of("crash") == "crash"

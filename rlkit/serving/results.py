@@ -7,6 +7,7 @@ elsewhere. Data: this sample, or what the reward returned for it, is unusable; t
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,16 @@ def invalid_groups(groups: Iterable[Group], reason: str) -> list[Group]:
     return [group.with_scores(GroupScores((Score.invalid(reason),) * len(group.samples))) for group in groups]
 
 
+_PART = re.compile(r"part ([^\s:]+):")
+
+
+def kind_of(reason: str) -> str:
+    """The class of a reason, `timeout`; of a reason that names a combination's part, `judge/timeout`."""
+    kind, _, details = reason.partition(":")
+    part = _PART.match(details.strip())
+    return kind.strip() if part is None else f"{part.group(1)}/{kind.strip()}"
+
+
 def report_on(groups: Iterable[Group], seconds: float) -> ScoreReport:
     """Count valid and invalid scores."""
     samples = 0
@@ -75,7 +86,7 @@ def report_on(groups: Iterable[Group], seconds: float) -> ScoreReport:
         samples += len(scores)
         for score in scores:
             if not score.valid:
-                kind = score.reason.partition(":")[0].strip()
+                kind = kind_of(score.reason)
                 failures[kind] += 1
                 examples.setdefault(kind, score.reason)
     return ScoreReport(samples, dict(failures), examples, seconds)

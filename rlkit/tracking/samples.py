@@ -11,6 +11,7 @@ import numpy as np
 
 from rlkit.experience import Group, Sample, Score
 from rlkit.experience.types import FloatArray
+from rlkit.serving.results import kind_of
 
 
 def total_reward(score: Score) -> float | None:
@@ -64,7 +65,7 @@ def best_and_worst_samples(group: Group) -> list[tuple[str, Sample, Score]]:
 
 def _failed(group: Group) -> dict[str, int]:
     """Samples of the group without a valid score, by reason."""
-    return dict(Counter(score.reason.partition(":")[0] for score in _scores(group) if not score.valid))
+    return dict(Counter(kind_of(score.reason) for score in _scores(group) if not score.valid))
 
 
 def _scores(group: Group) -> Sequence[Score]:
