@@ -16,6 +16,7 @@ from algorithms.base import Algorithm
 from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.checkpoint.resume import ResumePoint
+from rlkit.cluster.placement import NoRoomError, Placement, plan_bundles, released, reserve
 from rlkit.cluster.ray_session import ray_session
 from rlkit.config.resolved import ResolvedRun, config_text
 from rlkit.config.schema import RunConfig
@@ -39,6 +40,7 @@ from rlkit.trainer import Trainer
 FAILED = 1
 TERMINATED = 128 + signal.SIGTERM
 EXPECTED = (
+    NoRoomError,
     RewardFailed,
     RolloutFailedError,
     WeightsNotLoadedError,
@@ -48,6 +50,8 @@ EXPECTED = (
 )
 """Errors whose message is all a user needs."""
 CANARY_TOKENS = 32
+ROOM_SECONDS = 60.0
+"""How long Ray may look for room for the actors; on a cluster that is starting, nodes still join."""
 
 
 def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
@@ -151,10 +155,16 @@ async def _start(
         seed=config.seed,
         threads=config.cluster.threads_per_actor,
     )
-    rollout = RolloutPool(config, model_path, logs)
+    bundles = plan_bundles(
+        config,
+        critic_ranks=config.critic.ranks if algorithm.needs().critic else 0,
+        reward_workers=resolved.reward_config.workers,
+    )
+    placement = Placement(stack.enter_context(released(await reserve(config, bundles, ROOM_SECONDS))), bundles)
+    rollout = RolloutPool(config, model_path, logs, placement.of("rollout"))
     critic_path = model_path if config.critic.path is None else str(model_folder(config.critic.path))
-    learner = JointLearner.create(config, algorithm, model_path, critic_path, logs)
-    reward = RewardPool(config.reward, context, seconds, logs)
+    learner = JointLearner.create(config, algorithm, model_path, critic_path, logs, placement)
+    reward = RewardPool(config.reward, context, seconds, logs, place=placement.of("reward"))
     stack.push_async_callback(reward.close)
     verifier = reward
     if _own_verifier(resolved) and heldout:

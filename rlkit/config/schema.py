@@ -163,6 +163,8 @@ class ClusterConfig(Section):
     """What rollout workers and learner ranks run on."""
     placement: Literal["colocated", "apart"] = "colocated"
     """CUDA: sampler, learner, critic and rewards share GPUs (colocated), or each has GPUs of its own (apart)."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's placement strategy: few nodes (PACK) or many (SPREAD) if possible, or else not at all (STRICT_)."""
     address: str | None = None
     """Ray address to join; null starts a Ray of one's own that ends with the run. (In a Ray job it is found.)"""
     threads_per_actor: int = Field(default=2, ge=1)

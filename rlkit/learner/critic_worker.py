@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from algorithms.base import Advantages, Algorithm
+from rlkit.cluster.placement import Place, anywhere
 from rlkit.config.schema import RunConfig
 from rlkit.config.shares import gpu_shares
 from rlkit.experience import Group
@@ -52,10 +53,11 @@ class CriticWorker(Rank):
 class CriticGroup(RankGroup):
     """All ranks of the critic."""
 
-    def __init__(self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path) -> None:
-        super().__init__(
-            CriticWorker, "critic", config.critic, config, model_path, algorithm, logs, gpu_shares(config).critic
-        )
+    def __init__(
+        self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
+    ) -> None:
+        gpus = gpu_shares(config).critic
+        super().__init__(CriticWorker, "critic", config.critic, config, model_path, algorithm, logs, gpus, place)
 
     async def values(self, groups: Any) -> list[np.ndarray]:
         """[T] of every sample."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from algorithms.base import Advantages, Algorithm, Experience
+from rlkit.cluster.placement import Placement
 from rlkit.config.schema import CriticConfig, RunConfig
 from rlkit.experience import Group
 from rlkit.learner.critic_worker import CriticGroup
@@ -28,11 +29,20 @@ class JointLearner:
 
     @classmethod
     def create(
-        cls, config: RunConfig, algorithm: Algorithm, policy_path: str, critic_path: str, logs: Path
+        cls,
+        config: RunConfig,
+        algorithm: Algorithm,
+        policy_path: str,
+        critic_path: str,
+        logs: Path,
+        placement: Placement,
     ) -> JointLearner:
         """Make the actors without waiting for them."""
-        critic = CriticGroup(config, critic_path, algorithm, logs) if algorithm.needs().critic else None
-        return cls(algorithm, LearnerGroup(config, policy_path, algorithm, logs), critic, config.critic)
+        critic = None
+        if algorithm.needs().critic:
+            critic = CriticGroup(config, critic_path, algorithm, logs, placement.of("critic"))
+        policy = LearnerGroup(config, policy_path, algorithm, logs, placement.of("learner"))
+        return cls(algorithm, policy, critic, config.critic)
 
     async def save_state(self, folder: Path) -> dict[str, dict[str, int]]:
         """Write `learner.safetensors`, and `critic.safetensors` where there is one; returns their counters."""

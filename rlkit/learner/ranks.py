@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from algorithms.base import Algorithm
+from rlkit.cluster.placement import Place
 from rlkit.config.schema import LearnerConfig, RunConfig
 
 
@@ -108,8 +109,9 @@ class RankGroup:
         algorithm: Algorithm,
         logs: Path,
         gpus: float,
+        place: Place,
     ) -> None:
-        """`name` names the log files; `gpus` is what each rank asks Ray for."""
+        """`name` names the log files; `gpus` is what each rank asks Ray for, `place` where it goes."""
         import ray
 
         environment = {
@@ -121,7 +123,7 @@ class RankGroup:
         }
         actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(kind)
         self.ranks = [
-            actor.options(runtime_env={"env_vars": environment}).remote(
+            actor.options(runtime_env={"env_vars": environment}, **place(rank)).remote(
                 rank, config, model_path, algorithm, str(logs / f"{name}-{rank}.log")
             )
             for rank in range(section.ranks)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from algorithms.base import Advantages, Algorithm
+from rlkit.cluster.placement import Place, anywhere
 from rlkit.config.schema import RunConfig
 from rlkit.config.shares import gpu_shares
 from rlkit.experience import Group
@@ -81,10 +82,11 @@ class LearnerWorker(Rank):
 class LearnerGroup(RankGroup):
     """All ranks of the policy."""
 
-    def __init__(self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path) -> None:
-        super().__init__(
-            LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpu_shares(config).learner
-        )
+    def __init__(
+        self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
+    ) -> None:
+        gpus = gpu_shares(config).learner
+        super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus, place)
 
     async def update(self, groups: Any, advantages: Any) -> dict[str, float]:
         """One training step; arguments may be object references."""

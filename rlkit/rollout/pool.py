@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rlkit.cluster.placement import Place, anywhere
 from rlkit.config.schema import RunConfig
 from rlkit.config.shares import gpu_shares
 from rlkit.rollout.health import Health, State
@@ -46,8 +47,9 @@ class Published:
 class RolloutPool:
     """Used from the driver's asyncio loop."""
 
-    def __init__(self, config: RunConfig, model_path: str, logs: Path) -> None:
-        self.config, self.model_path, self.logs = config, model_path, logs
+    def __init__(self, config: RunConfig, model_path: str, logs: Path, place: Place = anywhere) -> None:
+        """`place(i)` says where Ray should put worker i, and those that replace it."""
+        self.config, self.model_path, self.logs, self._place = config, model_path, logs, place
         self.workers = [self._make(i) for i in range(config.rollout.workers)]
         self.health = [Health(config.rollout.max_restarts) for _ in self.workers]
         self._repairs = [asyncio.Lock() for _ in self.workers]
@@ -60,7 +62,7 @@ class RolloutPool:
         device, gpus = config.cluster.device, gpu_shares(config).engine
         environment = engine_environment(device, config.cluster.threads_per_actor)
         kind = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0, max_concurrency=1000)(RolloutWorker)
-        return kind.options(runtime_env={"env_vars": environment}).remote(
+        return kind.options(runtime_env={"env_vars": environment}, **self._place(index)).remote(
             self.model_path, config.model, config.rollout, device, config.seed, str(self.logs / f"rollout-{index}.log")
         )
 

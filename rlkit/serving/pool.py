@@ -27,6 +27,7 @@ from ray.exceptions import (
 )
 
 from rewards.base import RewardContext, TrainableReward, UpdateWhen
+from rlkit.cluster.placement import Place, anywhere
 from rlkit.config.parts import import_part
 from rlkit.experience import Group
 from rlkit.serving.results import RewardFailed, ScoreReport
@@ -83,6 +84,7 @@ class RewardPool:
         startup_timeout_seconds: float,
         logs: Path | None = None,
         name: str = "reward",
+        place: Place = anywhere,
     ) -> None:
         """`reward` is the run's reward section: `_target_` and the fields of its Config.
 
@@ -97,7 +99,7 @@ class RewardPool:
         self._followed: Any = None
         self._context = context
         self._startup_timeout = startup_timeout_seconds
-        self._logs, self._name = logs, name
+        self._logs, self._name, self._place = logs, name, place
         self._workers = [WorkerState(index) for index in range(self.config.workers)]
         self._idle: asyncio.Queue[WorkerState] = asyncio.Queue()
 
@@ -262,7 +264,7 @@ class RewardPool:
         }
         log_path = None if self._logs is None else str(self._logs / f"{self._name}-{worker.index}.log")
         kind = ray.remote(num_cpus=0, num_gpus=self._context.gpus, max_restarts=0)(RewardWorker)
-        worker.actor = kind.options(runtime_env={"env_vars": environment}).remote(
+        worker.actor = kind.options(runtime_env={"env_vars": environment}, **self._place(worker.index)).remote(
             self.target, self._options, self._context, log_path
         )
         started = False
