@@ -142,7 +142,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
     nodes.end()
 
 
-TWO = ("rollout.workers=2", "learner.ranks=2", "algorithm=rloo", "trainer.total_steps=2")
+DEFAULT_STORE = "cluster.object_store_gib=0.5"  # the small runs have another, which a joined Ray refuses
+TWO = ("rollout.workers=2", "learner.ranks=2", "algorithm=rloo", "trainer.total_steps=2", DEFAULT_STORE)
 
 
 def steps(run: Run) -> list[dict[str, float]]:
@@ -196,7 +197,12 @@ def test_losing_a_node_ends_the_run_with_the_cause_and_it_goes_on_without_it(clu
     assert "rlkit: " in run.text and ("died" in run.text or "dead" in run.text.lower()), run.text
     done = max(int(p.name[5:]) for p in (run.folder / "checkpoints").glob("step_*"))
     again = Run(
-        tmp_path, *options, "algorithm=rloo", f"trainer.total_steps={done + 1}", f"cluster.address={cluster.address}"
+        tmp_path,
+        *options,
+        "algorithm=rloo",
+        f"trainer.total_steps={done + 1}",
+        f"cluster.address={cluster.address}",
+        DEFAULT_STORE,
     )
     assert again.end() == 0, again.text
     assert [step["step"] for step in steps(again)][-1] == done + 1
