@@ -47,6 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         tmp_path_factory.mktemp("finished"),
         f"trainer.total_steps={STEPS}",
         "trainer.save_every_steps=1",
+        "trainer.keep_checkpoints=9",
         "trainer.evaluate_every_steps=2",
         "learner.minibatches_per_step=2",
         "learner.learning_rate=1e-3",

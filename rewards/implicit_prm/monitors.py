@@ -23,7 +23,7 @@ def before_update(groups: Sequence[Group]) -> dict[str, float]:
     """Metrics `prm/...` of the scores that these groups carry: from before the update, so a true generalisation."""
     scores = np.array([score.components.get("implicit_prm", 0.0) for group in groups for _, score in group.scored()])
     labels, valid, group = _arrays(groups)
-    metrics = {"prm/sign_accuracy": sign_accuracy(scores, labels, valid)} | _pairs("prm", scores, labels, valid, group)
+    metrics = {"prm/sign_accuracy": sign_accuracy(scores, labels, valid)} | _pairs("prm/pair_accuracy", scores, labels, valid, group)
     if valid.any():
         metrics |= {
             "prm/score_mean": float(scores[valid].mean()),
@@ -55,7 +55,7 @@ class HeldOut:
         """`prm/heldout_pair_accuracy` of the present model's token rewards of all samples of `groups`."""
         scores = np.array([float(rewards.sum()) for rewards in token_rewards])
         labels, valid, group = _arrays(self.groups)
-        return _pairs("prm/heldout", scores, labels, valid, group)
+        return _pairs("prm/heldout_pair_accuracy", scores, labels, valid, group)
 
 
 def _differ(group: Group) -> bool:
@@ -76,4 +76,4 @@ def _pairs(area: str, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray,
     if not mixed:
         return {}
     accuracy = float(pair_accuracy(scores, labels, group, valid & np.isin(group, mixed)).mean())
-    return {f"{area}_pair_accuracy" if area != "prm" else "prm/pair_accuracy": accuracy}
+    return {metric: accuracy}
