@@ -23,7 +23,9 @@ def before_update(groups: Sequence[Group]) -> dict[str, float]:
     """Metrics `prm/...` of the scores that these groups carry: from before the update, so a true generalisation."""
     scores = np.array([score.components.get("implicit_prm", 0.0) for group in groups for _, score in group.scored()])
     labels, valid, group = _arrays(groups)
-    metrics = {"prm/sign_accuracy": sign_accuracy(scores, labels, valid)} | _pairs("prm/pair_accuracy", scores, labels, valid, group)
+    metrics = {"prm/sign_accuracy": sign_accuracy(scores, labels, valid)} | _pairs(
+        "prm/pair_accuracy", scores, labels, valid, group
+    )
     if valid.any():
         metrics |= {
             "prm/score_mean": float(scores[valid].mean()),
@@ -70,7 +72,9 @@ def _arrays(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return labels, valid, np.array([g for g, group in enumerate(groups) for _ in group.samples], dtype=np.int64)
 
 
-def _pairs(area: str, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray, group: np.ndarray) -> dict[str, float]:
+def _pairs(
+    metric: str, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray, group: np.ndarray
+) -> dict[str, float]:
     """Pair accuracy over the groups whose outcomes differ; nothing if there are none."""
     mixed = [g for g in np.unique(group[valid]) if np.ptp(labels[valid & (group == g)]) > 0]
     if not mixed:

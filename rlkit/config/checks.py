@@ -237,7 +237,7 @@ def critic_fits(
     changed = [name for name in CriticConfig.model_fields if getattr(critic, name) != getattr(defaults, name)]
     if not algorithm.needs().critic:
         for name in changed:
-            if name != "zero_stage":  # cluster options set it beside the learner's, whatever the algorithm
+            if name not in ("zero_stage", "ranks"):  # cluster options set them, whatever the algorithm
                 yield Finding(f"critic.{name}", f"has no effect: {type(algorithm).__name__} has no critic")
         return
     if critic.path is not None:

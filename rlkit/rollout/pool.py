@@ -44,6 +44,22 @@ class Published:
     """[len(canary) - 1] the learner's log-probs of the canary."""
 
 
+def deal(requests: Sequence[GroupRequest], workers: int) -> list[list[GroupRequest]]:
+    """A share for each worker: equally many groups (one more or less), and about as many prompt tokens.
+
+    The longest prompts are dealt out first, each to the worker with the fewest tokens among those with the fewest
+    groups; every share is in the order asked for. (How long responses will be, nobody knows.)
+    """
+    groups, tokens = [0] * workers, [0] * workers
+    shares: list[list[int]] = [[] for _ in range(workers)]
+    for place in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt.token_ids)):
+        chosen = min(range(workers), key=lambda w: (groups[w], tokens[w]))
+        groups[chosen] += 1
+        tokens[chosen] += len(requests[place].prompt.token_ids)
+        shares[chosen].append(place)
+    return [[requests[place] for place in sorted(share)] for share in shares]
+
+
 class RolloutPool:
     """Used from the driver's asyncio loop."""
 
@@ -77,7 +93,7 @@ class RolloutPool:
         it. Raises RolloutFailedError when workers die too often.
         """
         finished: asyncio.Queue[Any] = asyncio.Queue()
-        shares = [list(requests[i :: len(self.workers)]) for i in range(len(self.workers))]
+        shares = deal(requests, len(self.workers))
 
         async def relay(index: int, share: Sequence[GroupRequest]) -> None:
             try:
