@@ -99,13 +99,19 @@ class HackingAlarm:
         return (fmean(halves[0]), fmean(halves[1])) if all(halves) else None
 
 
-async def within(seconds: float, what: str, work: Awaitable[T]) -> T:
-    """What `work` gives. Raises TrainingFailedError, naming `what`, if that takes longer than a step may."""
+async def within(seconds: float, what: str, work: Awaitable[T], key: str = "trainer.step_timeout_seconds") -> T:
+    """What `work` gives. Raises TrainingFailedError, naming `what` and `key`, if that takes longer than `seconds`.
+
+    A TimeoutError from inside passes through: it is an actor's own.
+    """
+    limit = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds):
+        async with limit:
             return await work
     except TimeoutError:
-        raise TrainingFailedError(f"{what} took more than trainer.step_timeout_seconds={seconds:g}") from None
+        if not limit.expired():
+            raise
+        raise TrainingFailedError(f"{what} took more than {key}={seconds:g}") from None
 
 
 def waited_for(step: int, deadline: float, version: int, buffer: BufferStats, workers: Sequence[object]) -> str:

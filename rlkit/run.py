@@ -62,7 +62,7 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
     """
     config = resolved.config
     try:
-        folder = RunFolder(config.run_dir, _bytes_to_keep(config, point))
+        folder = RunFolder(config.run_dir, go_on=config.resume == "auto" or (point is not None and point.same_run))
     except RunFolderError as error:
         print(f"rlkit: {error}", file=sys.stderr)
         return FAILED
@@ -80,14 +80,6 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
         print(_explain(error, folder.path / "logs"), file=sys.stderr)
         return FAILED
     return 0
-
-
-def _bytes_to_keep(config: RunConfig, point: ResumePoint | None) -> dict[str, int] | None:
-    """What stays of metrics and samples that are there; None: nothing may be there."""
-    if point is not None and point.same_run:
-        kept: dict[str, int] = point.checkpoint.run_state["files"]
-        return kept
-    return {} if config.resume == "auto" else None
 
 
 def _run_to_the_end(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, point: ResumePoint | None) -> None:
@@ -115,7 +107,9 @@ async def _train(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, poi
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with contextlib.AsyncExitStack() as stack:
             trainer = await _start(resolved, folder, tracker, train, heldout, stack, began)
-            if point is not None:
+            if point is None:
+                folder.keep_only({})
+            else:
                 await _go_on(trainer, point, tracker)
             summary = await trainer.fit()
             tracker.finish(summary)
@@ -127,7 +121,8 @@ async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None
     for notice in point.notices:
         tracker.warn(notice)
     work = trainer.checkpointer.restore(point.checkpoint, trainer)
-    await within(trainer.config.trainer.startup_timeout_seconds, f"restoring {point.checkpoint.path}", work)
+    limit = trainer.config.trainer.startup_timeout_seconds
+    await within(limit, f"restoring {point.checkpoint.path}", work, "trainer.startup_timeout_seconds")
     tracker.go_on_from(trainer.version, trainer.accuracies)
 
 
@@ -239,9 +234,11 @@ async def _all_ready(starting: dict[str, Any], tracker: Tracker, seconds: float)
 
     waiting = set(starting)
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) as limit:
             await asyncio.gather(*(one(name, work) for name, work in starting.items()))
     except TimeoutError:
+        if not limit.expired():  # an actor's own
+            raise
         raise TrainingFailedError(
             f"not ready after trainer.startup_timeout_seconds={seconds:g}: still {', '.join(sorted(waiting))}"
         ) from None

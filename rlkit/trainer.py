@@ -85,7 +85,7 @@ class Trainer:
         """One training step, with a deadline."""
         deadline = self.config.trainer.step_timeout_seconds
         try:
-            async with asyncio.timeout(deadline):
+            async with asyncio.timeout(deadline) as limit:
                 groups, times = await self.collect(producing)
                 report, sampling = self.producer.take_report()
                 self.failed_scores += report.failed
@@ -100,6 +100,8 @@ class Trainer:
                     )
                 difference = await self.publish()
         except TimeoutError:
+            if not limit.expired():  # an actor's own
+                raise
             stats = await self.buffer.stats.remote()
             raise TrainingFailedError(waited_for(step, deadline, self.version, stats, self.reward.health())) from None
         stats = await self.buffer.stats.remote()
@@ -169,6 +171,7 @@ class Trainer:
             "algorithm": self.algorithm.state_dict(),
             "skipped_updates": self.guard.skipped_in_a_row,
             "alarm": list(self.alarm.history),
+            "latest": self.latest,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -178,3 +181,4 @@ class Trainer:
         self.algorithm.load_state_dict(state["algorithm"])
         self.guard.skipped_in_a_row = state["skipped_updates"]
         self.alarm.history.extend(state["alarm"])
+        self.latest = state["latest"]

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from learner_fixture import make_groups
 
-from rlkit.checkpoint.folder import BadCheckpointError, open_checkpoint, prune, seal, sealed_folders, stage
+from rlkit.checkpoint.folder import (
+    BadCheckpointError,
+    open_checkpoint,
+    prune,
+    seal,
+    sealed_folders,
+    set_aside_after,
+    stage,
+)
 from rlkit.checkpoint.records import from_json, to_json
 from rlkit.checkpoint.resume import find_resume
 from rlkit.config.load import load_config
@@ -56,7 +64,7 @@ def test_records_come_back_to_the_last_bit() -> None:
     np.testing.assert_array_equal(back.scores.samples[0].token_rewards, odd.token_rewards)
 
 
-@pytest.mark.parametrize("strange", [object(), {1: 2}, {"__record__": "Group"}, {"a": {1, 2}}])
+@pytest.mark.parametrize("strange", [object(), {1: 2}, {"__record__": "Group"}, {"a": {1, 2}}, np.array([None])])
 def test_what_could_not_come_back_is_refused(strange: Any) -> None:
     with pytest.raises(TypeError, match="cannot be saved in a checkpoint"):
         to_json(strange)
@@ -106,6 +114,32 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert sorted(folder.name for folder in gone) == ["step_000001", "step_000003"]
     assert [folder.name for folder in sealed_folders(tmp_path)] == ["step_000005", "step_000004", "step_000002"]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_best_is_the_earliest_of_equal_ones_and_never_not_a_number(tmp_path: Path) -> None:
+    for step, best in ((1, float("nan")), (2, 0.9), (3, 0.9), (4, 0.1), (5, 0.2)):
+        make(tmp_path, step, best=best)
+    prune(tmp_path, keep=1)
+    assert [folder.name for folder in sealed_folders(tmp_path)] == ["step_000005", "step_000002"]
+
+
+def test_going_back_puts_the_later_ones_aside(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        make(tmp_path, step)
+    set_aside_after(tmp_path, 4)
+    make(tmp_path, 5)
+    assert prune(tmp_path, keep=2) == [tmp_path / "step_000002"]
+    assert [folder.name for folder in sealed_folders(tmp_path)] == ["step_000005", "step_000004"]
+    assert (tmp_path / "abandoned_step_000008" / "manifest.json").is_file()
+    set_aside_after(tmp_path, 4)  # once more, from the same place
+    assert [folder.name for folder in sealed_folders(tmp_path)] == ["step_000004"]
+
+
+def test_a_file_that_another_node_wrote_elsewhere_is_missed_before_old_checkpoints_go(tmp_path: Path) -> None:
+    staged = stage(tmp_path, 1)
+    with pytest.raises(BadCheckpointError, match=r"learner\.safetensors did not arrive .* all of them share"):
+        seal(staged, {"step": 1}, ["learner.safetensors"])
+    assert sealed_folders(tmp_path) == []
 
 
 def test_a_run_without_checkpoints_begins(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -49,7 +50,8 @@ class HeldOut:
         """Keep some groups with differing outcomes while more are wanted; returns those to train on."""
         room = min(self.wanted - len(self.groups), int(self.LARGEST_SHARE * len(groups)))
         taken = [group for group in groups if _differ(group)][:room] if room > 0 else []
-        self.groups += taken
+        # Only tokens and scores are looked at again, and data columns may be anything: they are not kept.
+        self.groups += [replace(group, prompt=replace(group.prompt, columns={})) for group in taken]
         kept = {group.id for group in taken}
         return [group for group in groups if group.id not in kept]
 

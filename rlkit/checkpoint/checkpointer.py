@@ -6,10 +6,10 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlkit.checkpoint.folder import RUN_STATE, Sealed, prune, remove_partial, seal, stage
+from rlkit.checkpoint.folder import RUN_STATE, Sealed, prune, remove_partial, seal, set_aside_after, stage
 from rlkit.checkpoint.records import from_json, to_json
 from rlkit.config.schema import RunConfig
 from rlkit.tracking.run_folder import RunFolder
@@ -36,6 +36,8 @@ class Checkpointer:
         producer, buffer = trainer.producer.state_dict(), await trainer.buffer.state_dict.remote()
         ready = {group.id for group in buffer["ready"]}
         producer["open"] = [entry for entry in producer["open"] if entry["id"] not in ready]
+        # Data columns may be anything; they come back from the data.
+        buffer["ready"] = [replace(group, prompt=replace(group.prompt, columns={})) for group in buffer["ready"]]
         await trainer.learner.policy.save(staged / "policy")
         counters = await trainer.learner.save_state(staged)
         await trainer.reward.save(staged / "reward")
@@ -54,7 +56,8 @@ class Checkpointer:
             "best": metrics.get(self.config.trainer.best_metric),
             "config": self.config.model_dump(mode="json"),
         }
-        sealed = await asyncio.to_thread(seal, staged, about)
+        required = [RUN_STATE, "policy/config.json", *(f"{name}.safetensors" for name in counters)]
+        sealed = await asyncio.to_thread(seal, staged, about, required)
         await asyncio.to_thread(prune, self.folder.checkpoints, self.config.trainer.keep_checkpoints)
         return sealed
 
@@ -62,8 +65,17 @@ class Checkpointer:
         """Bring all parts, freshly started, to where they were. Raises DataError if the data are others."""
         await asyncio.to_thread(remove_partial, self.folder.checkpoints)
         state: dict[str, Any] = from_json(checkpoint.run_state)
+        prompts = trainer.producer.order.by_id()
         trainer.load_state_dict(state)
         trainer.producer.load_state_dict(state["producer"])
+        ready = [replace(group, prompt=prompts[group.prompt.id]) for group in state["buffer"]["ready"]]
+        state["buffer"]["ready"] = ready
         await trainer.buffer.load_state_dict.remote(state["buffer"])
         await trainer.learner.load_state(checkpoint.path, state["learner"])
         await trainer.reward.load_state(checkpoint.path / REWARD_STATE)
+        # Only now, when nothing can refuse any more, is anything of the folder changed.
+        if checkpoint.path.parent == self.folder.checkpoints:
+            self.folder.keep_only(state["files"])
+            await asyncio.to_thread(set_aside_after, self.folder.checkpoints, checkpoint.step)
+        else:
+            self.folder.keep_only({})

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,17 @@ def remove_partial(checkpoints: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def seal(staged: Path, about: Mapping[str, Any]) -> Sealed:
-    """Sync every file, write the manifest (`about` and each file's size and hash), rename to the final name."""
+def seal(staged: Path, about: Mapping[str, Any], required: Sequence[str] = ()) -> Sealed:
+    """Sync every file, write the manifest (`about` and each file's size and hash), rename to the final name.
+
+    Raises BadCheckpointError if a required file is not there.
+    """
+    absent = [name for name in required if not (staged / name).is_file()]
+    if absent:
+        raise BadCheckpointError(
+            f"{', '.join(absent)} did not arrive in {staged}: over several nodes run_dir must lie on a file system that "
+            "all of them share"
+        )
     files = {
         str(file.relative_to(staged)): {"bytes": file.stat().st_size, "blake2b": _digest(file, sync=True)}
         for file in sorted(staged.rglob("*"))
@@ -109,8 +119,24 @@ def sealed_folders(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name[5:]))
 
 
+def set_aside_after(checkpoints: Path, step: int) -> None:
+    """Rename checkpoints of later steps to `abandoned_step_NNNNNN`: the run goes on from before them.
+
+    They are of another future (or damaged), and must neither outlive the new ones nor be resumed from.
+    """
+    for folder in sealed_folders(checkpoints):
+        if int(folder.name[5:]) > step:
+            aside = folder.with_name(f"abandoned_{folder.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+
+
 def prune(checkpoints: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` and the one with the highest `best` in its manifest; returns what went."""
+    """Remove all but the newest `keep` and the one with the highest `best` in its manifest; returns what went.
+
+    Of equal ones the earliest is the best: later ones may only repeat the value of an evaluation before them.
+    """
     folders = sealed_folders(checkpoints)
     values = {}
     for folder in folders:
@@ -118,9 +144,13 @@ def prune(checkpoints: Path, keep: int) -> list[Path]:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # not ours to judge here; it is never the best
-        if manifest.get("best") is not None:
-            values[folder] = float(manifest["best"])
-    kept = {*folders[:keep], *([max(values, key=lambda folder: values[folder])] if values else [])}
+        best = manifest.get("best")
+        if best is not None and math.isfinite(best):
+            values[folder] = float(best)
+    kept = {
+        *folders[:keep],
+        *([max(values, key=lambda folder: (values[folder], -int(folder.name[5:])))] if values else []),
+    }
     gone = [folder for folder in folders if folder not in kept]
     for folder in gone:
         doomed = folder.with_name(f".{folder.name}.pruned")

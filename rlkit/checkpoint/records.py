@@ -37,7 +37,7 @@ def to_json(value: Any) -> Any:
         return value
     if isinstance(value, np.generic):
         return to_json(value.item())
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         raw = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode("ascii")
         return {ARRAY: value.dtype.str, "shape": list(value.shape), "data": raw}
     if isinstance(value, tuple):
@@ -45,7 +45,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, list):
         return [to_json(item) for item in value]
     if isinstance(value, Mapping):
-        strange = [key for key in value if not isinstance(key, str) or key.startswith("__")]
+        strange = [key for key in value if not isinstance(key, str) or key in (RECORD, ARRAY, TUPLE)]
         if strange:
             raise TypeError(f"a mapping with the key {strange[0]!r} cannot be saved in a checkpoint")
         return {key: to_json(item) for key, item in value.items()}

@@ -127,16 +127,17 @@ class RolloutPool:
         while left:
             worker = self.workers[index]
             try:
-                stream = worker.generate.options(num_returns="streaming").remote(list(left.values()))
-                ids: tuple[str, ...] | None = None
-                async for ref in stream:
-                    if ids is None:
-                        ids = await ref
+                groups: Any = None
+                async for ref in worker.generate.options(num_returns="streaming").remote(list(left.values())):
+                    if groups is None:
+                        groups = ref
                         continue
-                    for group_id in ids:
+                    for group_id in await ref:
                         del left[group_id]
-                    ids = None
-                    finished.put_nowait(ref)
+                    finished.put_nowait(groups)
+                    groups = None
+                if groups is not None:
+                    await groups  # not groups, then, but the error that ended the stream
             except RayActorError as error:
                 await self._replace(index, worker, error)
 
@@ -156,8 +157,10 @@ class RolloutPool:
         try:
             return await self._confirmed(index, worker, published)
         except RayActorError as error:
-            await self._replace(index, worker, error)  # the new one is given these weights
-            return 0.0
+            await self._replace(index, worker, error)
+        if not self.health[index].may_sample(published.version):  # it was replaced while these weights were published
+            return await self._confirmed(index, self.workers[index], published)
+        return 0.0
 
     async def _confirmed(self, index: int, worker: Any, published: Published) -> float:
         """Let a worker load weights; its canary difference, if it is small enough."""
@@ -182,31 +185,49 @@ class RolloutPool:
         Whoever notices the death calls this; only the first does the work. Raises RolloutFailedError after
         `rollout.max_restarts` replacements, or if the new one is not ready in time.
         """
+        import ray
+        from ray.exceptions import RayActorError
+
         async with self._repairs[index]:
             if self.workers[index] is not dead:
                 return
-            self.health[index] = self.health[index].died()
-            said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            if self.health[index].state is State.GIVEN_UP:
-                raise RolloutFailedError(
-                    f"rollout worker {index} died again, after {self.health[index].restarts} replacements "
-                    f"(rollout.max_restarts): {said}. Its log: {self.logs}/rollout-{index}.log"
-                ) from cause
-            log.warning("rollout worker %d died and is replaced; its prompts are sampled again: %s", index, said)
-            seconds = self.config.trainer.startup_timeout_seconds
-            worker = self._make(index)
-            self.health[index] = self.health[index].restarted()
-            try:
-                async with asyncio.timeout(seconds):
-                    await worker.start.remote()
-                    if self._published is not None:
-                        await self._confirmed(index, worker, self._published)
-            except TimeoutError:
-                raise RolloutFailedError(
-                    f"rollout worker {index} died ({said}), and the one that replaces it was not ready after "
-                    f"trainer.startup_timeout_seconds={seconds:g}"
-                ) from cause
+            worker, seconds = dead, self.config.trainer.startup_timeout_seconds
+            while True:
+                self.health[index] = self.health[index].died()
+                said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+                if self.health[index].state is State.GIVEN_UP:
+                    raise RolloutFailedError(
+                        f"rollout worker {index} died again, after {self.health[index].restarts} replacements "
+                        f"(rollout.max_restarts): {said}. Its log: {self.logs}/rollout-{index}.log"
+                    ) from cause
+                log.warning("rollout worker %d died and is replaced; its prompts are sampled again: %s", index, said)
+                ray.kill(worker, no_restart=True)  # it may only be out of reach, and would hold its GPU
+                worker = self._make(index)
+                self.health[index] = self.health[index].restarted()
+                limit = asyncio.timeout(seconds)
+                try:
+                    async with limit:
+                        await self._start_again(index, worker)
+                    break
+                except RayActorError as error:
+                    cause = error
+                except TimeoutError:
+                    if not limit.expired():
+                        raise
+                    raise RolloutFailedError(
+                        f"rollout worker {index} died ({said}), and the one that replaces it was not ready after "
+                        f"trainer.startup_timeout_seconds={seconds:g}"
+                    ) from cause
             self.workers[index] = worker
+
+    async def _start_again(self, index: int, worker: Any) -> None:
+        """Load the engine and the present weights, also if they change meanwhile."""
+        await worker.start.remote()
+        given: Published | None = None
+        while self._published is not given:
+            given = self._published
+            assert given is not None
+            await self._confirmed(index, worker, given)
 
     @property
     def tolerance(self) -> float:

@@ -103,7 +103,8 @@ class RolloutWorker:
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[str, ...] | list[Group]]:
         """Yield groups as their last sample finishes: all that finished since the last yield, at least one.
 
-        Their ids come first, as an item of their own: small enough to be looked at on the way.
+        Their ids follow, as an item of their own, small enough to be looked at on the way: they prove that the groups
+        have arrived.
         """
         done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
         async with self.admission:
@@ -126,8 +127,8 @@ class RolloutWorker:
                     raise item
                 groups.append(item)
             left -= len(groups)
-            yield tuple(group.id for group in groups)
             yield groups
+            yield tuple(group.id for group in groups)
 
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
         for request in requests:

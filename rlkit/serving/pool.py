@@ -177,10 +177,14 @@ class RewardPool:
         """Call the one worker of a reward that learns. Raises RewardFailed: what it has learnt would be lost."""
         worker = await self._idle.get()
         try:
-            if worker.actor is None:
+            if worker.actor is None and self._learnt:
                 raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
+            if worker.actor is None:
+                await self._start_again(worker)
             ref = getattr(worker.actor, method).remote(*arguments)
             return await _within(ref, self.config.timeout_seconds)
+        except _Broken as broken:
+            raise RewardFailed(f"`{method}` of reward {self.target} failed: {broken}") from broken
         except _DeadlineError:
             message = f"no end within reward.timeout_seconds={self.config.timeout_seconds:g}"
             raise RewardFailed(f"`{method}` of reward {self.target} failed: {message}") from None
@@ -227,6 +231,7 @@ class RewardPool:
             report = await _within(report_ref, self.config.timeout_seconds)
             if report.error:
                 log.warning("reward worker %d raised:\n%s", worker.index, report.error)
+                finished = self._learnt > 0  # it lives, and what it has learnt with it: the second try is its own
                 raise _Broken("exception: " + report.error.strip().splitlines()[-1])
             finished = True
         except _DeadlineError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -20,11 +21,10 @@ class RunFolderError(ValueError):
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `summary.json`, `tensorboard/`, `checkpoints/`, `logs/`."""
 
-    def __init__(self, path: str | Path, keep: Mapping[str, int] | None = None) -> None:
-        """Makes the folder. Raises RunFolderError if it holds a run already or cannot be written.
+    def __init__(self, path: str | Path, go_on: bool = False) -> None:
+        """Makes the folder. Raises RunFolderError if it holds a run already or cannot be written, or is in use.
 
-        `keep` goes on with the run that is there: bytes of metrics.jsonl and samples.jsonl that stay (what came after
-        the checkpoint is cut off); an empty mapping begins it anew.
+        `go_on`: a run may be there already; `keep_only` then says what stays of it.
         """
         self.path = Path(path).expanduser().absolute()
         self.config = self.path / "config.yaml"
@@ -35,16 +35,18 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         for file in (self.config, self.metrics, self.samples, self.summary):
-            if keep is None and file.exists():
+            if not go_on and file.exists():
                 raise RunFolderError(
                     f"run_dir={self.path} already holds a run ({file.name} is there): name another folder, or move it."
                 )
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            if keep is not None:
-                self._cut(keep)
+            self._lock = (self.logs / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._metrics = self.metrics.open("a", encoding="utf-8")
             self._samples = self.samples.open("a", encoding="utf-8")
+        except BlockingIOError:
+            raise RunFolderError(f"run_dir={self.path} is in use by a run that goes on: end it first") from None
         except OSError as error:
             raise RunFolderError(f"run_dir={self.path} cannot be written: {error.strerror or error}") from error
 
@@ -59,7 +61,11 @@ class RunFolder:
             os.fsync(stream.fileno())
         return {file.name: file.stat().st_size for file in (self.metrics, self.samples)}
 
-    def _cut(self, keep: Mapping[str, int]) -> None:
+    def keep_only(self, keep: Mapping[str, int]) -> None:
+        """Cut metrics.jsonl and samples.jsonl to these bytes (0 where none are named); the summary goes.
+
+        Raises RunFolderError if a file is shorter.
+        """
         self.summary.unlink(missing_ok=True)
         for file in (self.metrics, self.samples):
             if not file.exists():
@@ -94,6 +100,7 @@ class RunFolder:
         """Close the files; harmless when repeated."""
         self._metrics.close()
         self._samples.close()
+        self._lock.close()
 
 
 def write_atomically(path: Path, text: str) -> None:
