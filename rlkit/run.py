@@ -15,6 +15,7 @@ from typing import Any
 from algorithms.base import Algorithm
 from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
+from rlkit.checkpoint.folder import BadCheckpointError
 from rlkit.checkpoint.resume import ResumePoint
 from rlkit.cluster.placement import NoRoomError, Placement, plan_bundles, released, reserve
 from rlkit.cluster.ray_session import ray_session
@@ -40,6 +41,8 @@ from rlkit.trainer import Trainer
 FAILED = 1
 TERMINATED = 128 + signal.SIGTERM
 EXPECTED = (
+    BadCheckpointError,
+    RunFolderError,
     NoRoomError,
     RewardFailed,
     RolloutFailedError,

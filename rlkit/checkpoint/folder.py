@@ -65,8 +65,8 @@ def seal(staged: Path, about: Mapping[str, Any], required: Sequence[str] = ()) -
     absent = [name for name in required if not (staged / name).is_file()]
     if absent:
         raise BadCheckpointError(
-            f"{', '.join(absent)} did not arrive in {staged}: over several nodes run_dir must lie on a file system that "
-            "all of them share"
+            f"{', '.join(absent)} did not arrive in {staged}: over several nodes run_dir must lie on a file system "
+            "that all of them share"
         )
     files = {
         str(file.relative_to(staged)): {"bytes": file.stat().st_size, "blake2b": _digest(file, sync=True)}
@@ -147,10 +147,8 @@ def prune(checkpoints: Path, keep: int) -> list[Path]:
         best = manifest.get("best")
         if best is not None and math.isfinite(best):
             values[folder] = float(best)
-    kept = {
-        *folders[:keep],
-        *([max(values, key=lambda folder: (values[folder], -int(folder.name[5:])))] if values else []),
-    }
+    best_first = sorted(values, key=lambda folder: (-values[folder], int(folder.name[5:])))
+    kept = {*folders[:keep], *best_first[:1]}
     gone = [folder for folder in folders if folder not in kept]
     for folder in gone:
         doomed = folder.with_name(f".{folder.name}.pruned")
