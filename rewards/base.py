@@ -73,6 +73,12 @@ class Reward(ABC):
         return RewardNeeds()
 
     @classmethod
+    def judges_texts(cls, config: Any) -> bool:
+        """Whether a response's score depends on the texts of prompt and response alone: not on its tokens, nor on the
+        other responses of its group. Then texts without tokens can be scored, too."""
+        return True
+
+    @classmethod
     def gives_process_rewards(cls, config: Any) -> bool:
         """Whether its scores carry token or span rewards (algorithms may need them)."""
         return False

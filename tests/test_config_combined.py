@@ -217,3 +217,23 @@ def test_a_dry_run_from_the_command_line(repository: Path, bare_model: Path, tmp
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"1 worker of CombinedReward", done.stdout)
+
+
+@pytest.mark.parametrize("part", ["length", "group_length", "repetition"])
+def test_rewards_that_look_at_tokens_have_no_reference_responses(part: str, tmp_path: Path) -> None:
+    more = ["reward.parts.length.max_tokens=50"] if part == "length" else []
+    with pytest.raises(ConfigError, match=f"which {part} cannot; use reference_rewards"):
+        load_config(
+            [
+                f"reward=[polar,{part}]",
+                *more,
+                "reward.shaping=[{kind:centre,reference_responses:references}]",
+                f"run_dir={tmp_path / 'run'}",
+            ]
+        )
+
+
+@pytest.mark.parametrize("name", ["unshaped", "ensemble_std"])
+def test_a_part_cannot_have_a_name_of_the_combinations_own(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{name}.* cannot name a part"):
+        load_config(["reward=[{" + name + ":rule}]", f"run_dir={tmp_path / 'run'}"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -12,7 +14,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-TRAIN = "python -m rlkit.train"
 
 
 def commands() -> list[tuple[str, str]]:
@@ -25,19 +26,53 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("page", "command"), [c for c in commands() if c[1].startswith(TRAIN)])
-def test_training_commands_validate(page: str, command: str, tmp_path: Path) -> None:
+FILES = {
+    "questions.jsonl": {"question": "Which? (A) 1 (B) 2", "answer": "B", "choices": ["1", "2"]},
+    "calls.jsonl": {
+        "question": "Add 1 and 2.",
+        "answer": "3",
+        "tool_calls": '[{"name": "add", "parameters": {"a": 1}}]',
+    },
+    "ifeval.jsonl": {"prompt": "Hi", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    "schema.json": {"type": "object"},
+}
+"""Files that commands of the docs name: a row of each."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a user might type the commands: with the files they name, and the shared data beside it."""
+    if (ROOT / "../shared").is_dir():
+        (tmp_path / "shared").symlink_to((ROOT / "../shared").resolve())
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for name, row in FILES.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for _ in range(1 if name.endswith(".json") else 40)))
+    (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **columns):\n    return [0.0]\n")
+    return folder
+
+
+def validated() -> list[tuple[str, str]]:
+    """Commands whose configuration can be checked without running them."""
+    kinds = ("python -m rlkit.train", "python -m rlkit.serve")
+    return [(page, command) for page, command in commands() if command.startswith(kinds)]
+
+
+@pytest.mark.parametrize(("page", "command"), validated())
+def test_commands_validate(page: str, command: str, folder: Path) -> None:
     if "../shared" in command and not (ROOT / "../shared/data").is_dir():
         pytest.skip("needs ../shared/data beside the project")
-    arguments = shlex.split(command)[3:]
+    module, *arguments = shlex.split(command)[2:]
     if "--help" not in arguments:
-        arguments += ["dry_run=true", *([] if "run_dir=" in command else [f"run_dir={tmp_path / 'run'}"])]
+        named = "run_dir=" in command or module == "rlkit.serve"
+        arguments += ["dry_run=true", *([] if named else [f"run_dir={folder / 'run'}"])]
     done = subprocess.run(
-        [sys.executable, "-m", shlex.split(command)[2], *arguments],
-        cwd=ROOT,
+        [sys.executable, "-m", module, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, f"{page}: {command}\n{done.stdout}\n{done.stderr}"
 

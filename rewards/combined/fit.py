@@ -57,8 +57,9 @@ def _unfit_steps(key: str, steps: Sequence[Step], parts: Sequence[Part]) -> Iter
     for step in steps:
         if isinstance(step, ProcessStep) and not process:
             yield f"{key}: {step.name} shapes process rewards, and {' and '.join(p.name for p in parts)} gives none"
-        if isinstance(step, ReferenceStep) and step.reference_responses and (process or learning):
-            names = dict.fromkeys([*(part.name for part in process), *learning])
+        blind = [part for part in parts if not part.kind.judges_texts(part.config)]
+        if isinstance(step, ReferenceStep) and step.reference_responses and (process or learning or blind):
+            names = dict.fromkeys([*(part.name for part in (*process, *blind)), *learning])
             yield (
                 f"{key}: {step.name} scores reference_responses once and by their text, which {' and '.join(names)} "
                 "cannot; use reference_rewards or reference_value"

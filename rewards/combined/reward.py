@@ -74,6 +74,11 @@ class CombinedReward(TrainableReward):
         )
 
     @classmethod
+    def judges_texts(cls, config: Any) -> bool:
+        """Whether all of its parts do."""
+        return all(part.kind.judges_texts(part.config) for part in read_parts(config))
+
+    @classmethod
     def gives_process_rewards(cls, config: Any) -> bool:
         """If a part does."""
         return any(part.kind.gives_process_rewards(part.config) for part in read_parts(config))

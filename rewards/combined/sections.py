@@ -15,7 +15,8 @@ from rewards.shaping.parse import Shaping
 from rewards.shaping.steps import Step
 
 TARGET = "_target_"
-PART_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+PART_NAME = re.compile(r"(?!(?:unshaped|ensemble_std)$)[A-Za-z][A-Za-z0-9_]*")
+"""The two names left out are components of the combination itself."""
 """Names stand in keys (`reward.parts.NAME.weight`) and in metrics."""
 
 
@@ -74,7 +75,9 @@ def part_model(section: Mapping[str, Any]) -> type[BaseModel]:
 def read_part(name: str, section: Any) -> Part:
     """A part from its section. Raises ValueError: PartError, pydantic's ValidationError, or a plain one."""
     if PART_NAME.fullmatch(name) is None:
-        raise ValueError(f"{name!r} cannot name a part: letters, digits and _ only, a letter first")
+        raise ValueError(
+            f"{name!r} cannot name a part: letters, digits and _ only, a letter first; unshaped and ensemble_std are taken"
+        )
     if not isinstance(section, Mapping):
         raise ValueError(f"{name}: must be a section with {TARGET}, not {section!r}")
     kind, placement = _kind(section)

@@ -35,6 +35,11 @@ class Length(Reward):
                 raise ValueError(f"reward.max_tokens={self.max_tokens} is below reward.min_tokens={self.min_tokens}")
             return self
 
+    @classmethod
+    def judges_texts(cls, config: Any) -> bool:
+        """No: it counts tokens."""
+        return False
+
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Component `length`: the value; the trace says the number of tokens."""
         return [
@@ -56,6 +61,11 @@ class GroupLength(Reward):
     value = 1 - (tokens - shortest) / (longest - shortest); 0.5 for all if they are equally long. The paper's term is
     this minus 0.5, which is the same to group-relative advantages.
     """
+
+    @classmethod
+    def judges_texts(cls, config: Any) -> bool:
+        """No: it counts tokens, and compares within the group."""
+        return False
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Component `length`: the value; the trace says the number of tokens."""

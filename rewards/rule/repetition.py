@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import Field
 
@@ -22,6 +23,11 @@ class Repetition(Reward):
 
         ngram_tokens: int = Field(default=8, ge=1)
         """Tokens in an n-gram. Short ones also count ordinary phrases; a response shorter than this gets 1."""
+
+    @classmethod
+    def judges_texts(cls, config: Any) -> bool:
+        """No: it looks at tokens."""
+        return False
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Component `distinct`: the value; the trace says how many n-grams are repeated."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,12 +21,12 @@ ScoreGroups = Callable[[Sequence[Group]], Sequence[GroupScores | None]]
 
 
 class ReferenceRewards:
-    """Reference rewards for one reward; rewards of reference responses are remembered by prompt id."""
+    """Reference rewards for one reward; rewards of reference responses are remembered by the texts they are of."""
 
     def __init__(self, score: ScoreGroups) -> None:
         """`score` is what the samples' own rewards come from, before any shaping."""
         self._score = score
-        self._cache: OrderedDict[tuple[str, str, int], Float64] = OrderedDict()
+        self._cache: OrderedDict[str, Float64] = OrderedDict()
 
     def __call__(self, step: ReferenceStep, groups: Sequence[Group]) -> list[Float64 | str]:
         """For each group's prompt [N] rewards, N >= 1, or the reason why there are none."""
@@ -37,32 +38,37 @@ class ReferenceRewards:
         return self._scored(step.reference_responses, step.max_references, groups)
 
     def _scored(self, column: str, most: int, groups: Sequence[Group]) -> list[Float64 | str]:
-        texts = {group.prompt.id: _texts(group.prompt, column, most) for group in groups}
+        texts = [_texts(group.prompt, column, most) for group in groups]
+        # Not by the prompt's id: a served reward sees several data sets, whose ids may be equal.
+        keys = [_digest(group.prompt, found) for group, found in zip(groups, texts, strict=True)]
         wanted = {
-            group.prompt.id: reference_group(group.prompt, found)
-            for group in groups
-            if (group.prompt.id, column, most) not in self._cache
-            and not isinstance(found := texts[group.prompt.id], str)
+            key: reference_group(group.prompt, found)
+            for key, group, found in zip(keys, groups, texts, strict=True)
+            if key not in self._cache and not isinstance(found, str)
         }
-        failed: dict[str, str] = {name: text for name, text in texts.items() if isinstance(text, str)}
+        failed = {key: found for key, found in zip(keys, texts, strict=True) if isinstance(found, str)}
         if wanted:
-            for name, scores in zip(wanted, self._score(list(wanted.values())), strict=True):
+            for key, scores in zip(wanted, self._score(list(wanted.values())), strict=True):
                 rewards = _rewards(scores)
                 if isinstance(rewards, str):
-                    failed[name] = rewards
+                    failed[key] = rewards
                 else:
-                    self._cache[name, column, most] = rewards
+                    self._cache[key] = rewards
         result: list[Float64 | str] = []
-        for group in groups:
-            name = group.prompt.id
-            if name in failed:
-                result.append(failed[name])
+        for key in keys:
+            if key in failed:
+                result.append(failed[key])
             else:
-                self._cache.move_to_end((name, column, most))
-                result.append(self._cache[name, column, most])
+                self._cache.move_to_end(key)
+                result.append(self._cache[key])
         while len(self._cache) > CACHED_PROMPTS:
             self._cache.popitem(last=False)
         return result
+
+
+def _digest(prompt: Prompt, texts: Sequence[str] | str) -> str:
+    asked = [(message.role, message.content) for message in prompt.messages]
+    return hashlib.blake2b(repr((asked, prompt.answer, prompt.references, texts)).encode(), digest_size=16).hexdigest()
 
 
 def reference_group(prompt: Prompt, texts: Sequence[str]) -> Group:
