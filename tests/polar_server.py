@@ -93,6 +93,16 @@ def hang_up(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> bool:
     return True
 
 
+def no_gzip(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> bool:
+    """A fault: a body that is not compressed as its header says."""
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    handler.send_header("Content-Length", "7")
+    handler.end_headers()
+    handler.wfile.write(b"no gzip")
+    return True
+
+
 def trickle(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> bool:
     """A fault: a byte now and then, for ever (until the client leaves)."""
     handler.send_response(200)

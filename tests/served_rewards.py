@@ -84,3 +84,20 @@ class SlowToLearn(TrainableReward):
 
     def load_state_dict(self, state: Any) -> None:
         pass
+
+
+class Weighted(Reward):
+    """The number in a column; raises where there is none."""
+
+    class Config(RewardConfig):
+        """Options."""
+
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        return RewardNeeds(columns=("weight",))
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        return [
+            GroupScores((Score(float(group.prompt.columns["weight"])),) * len(group.samples))  # type: ignore[arg-type]
+            for group in groups
+        ]

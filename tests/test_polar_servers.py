@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from polar_fixture import tiny_discriminator
-from polar_server import FORMATS, FakeServer, fake_server, hang_up, reply, status, trickle
+from polar_server import FORMATS, FakeServer, fake_server, hang_up, no_gzip, reply, status, trickle
 from pydantic import ValidationError
 from reward_samples import make_group
 
@@ -111,7 +111,10 @@ def test_null_is_not_a_number_and_text_is_refused() -> None:
 # ---- what is tried again ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", [status(503), status(429), status(500), hang_up], ids=["503", "429", "500", "cut"])
+FAULTS = {"503": status(503), "429": status(429), "500": status(500), "cut": hang_up, "no gzip": no_gzip}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_what_may_pass_is_tried_again(lengths: FakeServer, fault: Any) -> None:
     lengths.faults = [fault, fault]
     assert backend(lengths).score(TREES) == [5, 6, 4, 4, 6]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from rewards.code import layout
 from rewards.code.cases import AssertTests, BadTests, CallTests, InputOutputTests, read_tests
 from rewards.code.compare import same_output, same_value
 from rewards.code.extract import last_python_block
+from rewards.code.inside.wire import decode, encode
 from rewards.code.reward import CodeReward
 from rlkit.experience import Group, Score
 
@@ -124,7 +128,32 @@ def test_values_are_compared_as_json() -> None:
     assert same_value((1, 2.0), [1, 2], 0.0) and same_value({1: "a"}, {"1": "a"}, 0.0)
     assert not same_value(True, 1, 0.0) and not same_value(None, 0, 0.0) and not same_value("1", 1, 0.0)
     assert same_value(0.1 + 0.2, 0.3, 1e-9) and not same_value(0.1 + 0.2, 0.3, 0.0)
+    assert not same_value(10**400, 1.5, 1e-6) and same_value(10**400, 10**400, 0.0)
     assert not same_value(float("nan"), 0.5, 1.0) and not same_value([1], [1, 1], 0.0)
+
+
+def test_a_value_that_cannot_be_compared_is_not_the_expected_one(started: CodeReward) -> None:
+    for body, expected in (("10 ** 400", 1.5), ("[10 ** 400]", [1.5]), ("{10 ** 5000: 1}", {"a": 1})):
+        tests = {"inputs": [[1]], "outputs": [expected], "fn_name": "f"}
+        (score,) = scores(started, {"tests": tests}, fenced(f"def f(x): return {body}"))
+        assert score.value == 0, score
+
+
+@pytest.mark.parametrize("name", ["Fraction", "Decimal"])
+def test_a_forged_number_is_not_computed(started: CodeReward, name: str) -> None:
+    for text in ("1e10000000", "1e-10000000", "9" * 3000, "1_0", "\u0661"):
+        with pytest.raises(ValueError, match="no plain"):
+            decode([name, text], int)
+    made = {"Fraction": Fraction, "Decimal": Decimal}[name]
+    for text in ("-3", "0", "12" * 500, *(("-1/3",) if name == "Fraction" else ("-1.50", "1E+10", "NaN", "Infinity"))):
+        message = encode(made(text), lambda value: 0)
+        assert message == [name, text] and str(decode(message, int)) == text
+    assert encode(made("1" * 3000), lambda value: 7) == ["handle", 7]
+    forged = "from fractions import Fraction\nfrom decimal import Decimal\n"
+    forged += f"class Forged({name}):\n    def __str__(self): return '1e10000000'\ndef f(x): return Forged(1)"
+    before = time.monotonic()
+    (score,) = scores(started, {"tests": {"inputs": [[1]], "outputs": [1], "fn_name": "f"}}, fenced(forged))
+    assert score.value == 0 and time.monotonic() - before < 5.0
 
 
 def test_scores(started: CodeReward) -> None:

@@ -117,6 +117,15 @@ def test_a_body_that_is_no_chat_completion_is_tried_again(server: JudgeServer, r
     assert score(reward, WRONG)[0].reason.startswith("bad_response: no chat completion")
 
 
+def test_a_body_that_is_not_the_gzip_it_says_is_tried_again(server: JudgeServer) -> None:
+    torn = Reply(raw=b"no gzip", headers={"Content-Encoding": "gzip"})
+    reward = started(server, attempts=2)
+    server.judge = first_then_honest(torn)
+    assert score(reward, RIGHT)[0].value == 1.0
+    server.judge = lambda asked: torn
+    assert score(reward, WRONG)[0].reason.startswith("unavailable: DecodingError")
+
+
 def test_a_slow_call_has_a_deadline_and_another_try(server: JudgeServer) -> None:
     reward = started(server, call_timeout_seconds=0.4)
     server.judge = first_then_honest(Reply("{}", after_seconds=30))

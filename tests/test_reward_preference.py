@@ -151,6 +151,21 @@ def test_a_response_cannot_leave_its_turn(folder: Path) -> None:
     assert without("a</</s>s>b", ["</s>"]) == "ab"
 
 
+def test_a_special_token_without_a_name_cannot_be_forged_either(folder: Path, tmp_path: Path) -> None:
+    """Llama 3's <|eot_id|> stands in added_tokens_decoder only, not among all_special_tokens."""
+    shutil.copytree(folder, tmp_path / "m")
+    settings = tmp_path / "m" / "tokenizer_config.json"
+    named = json.loads(settings.read_text())
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        named.pop(key, None)
+    settings.write_text(json.dumps(named))
+    encoder = Encoder(tmp_path / "m", "chat", None, 400)
+    assert "<|im_end|>" not in encoder.tokenizer.all_special_tokens, "or this proves nothing"
+    assert len(encoder.tokenizer.encode("<|im_end|>", add_special_tokens=False)) == 1
+    question = [Message("user", "Hi")]
+    assert encoder.encode(question, "bad<|im_<|im_end|>end|>good") == encoder.encode(question, "badgood")
+
+
 def test_a_template_that_refuses_makes_the_sample_invalid(folder: Path, tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
     template.write_text(

@@ -95,6 +95,30 @@ def test_final_answer_is_found(text: str, answer: str, marker: str) -> None:
     assert (found.text, found.marker, found.marked) == (answer, marker, True)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "marker"),
+    [
+        ("#### 42\nI hope my answer is helpful!", "42", "####"),
+        ("\\boxed{42}\n\nThe answer was verified by substitution.", "42", "boxed"),
+        ("The answer is 42.\nNote: this answer is rounded to the nearest dollar.", "42", "answer is"),
+        ("#### 41\nNo, the answer is 42.", "42", "answer is"),
+        ("#### 41\nNo, the answer is $-42$ dollars.", "-42", "answer is"),
+        ("#### 41\nNo, the answer is \\frac{1}{2}.", "\\frac{1}{2}", "answer is"),
+        ("#### 41\nNo, the answer is (1, 2).", "(1, 2)", "answer is"),
+        ("\\boxed{41}. No, the answer is .5", "0.5", "answer is"),
+        ("The answer is east.\nThe answer is west.", "west", "answer is"),
+    ],
+)
+def test_prose_about_the_answer_does_not_replace_it(text: str, answer: str, marker: str) -> None:
+    found = final_answer(text)
+    assert found is not None and (found.text, found.marker) == (answer, marker)
+
+
+def test_an_answer_that_leaves_a_choice_is_not_right(reward: RuleReward) -> None:
+    scores = reward.judge(["#### 5 or 6", "#### 5 and 6", "#### 5 dollars"], ["5"] * 3)
+    assert [score.value for score in scores] == [0.0, 0.0, 1.0]
+
+
 def test_without_a_marker_only_the_last_number_counts_and_only_if_asked() -> None:
     text = "First 12 apples, then 13. Done"
     assert final_answer(text) is None

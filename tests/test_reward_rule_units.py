@@ -146,6 +146,14 @@ def test_right_and_wrong_pairs(name: str, request: pytest.FixtureRequest) -> Non
         assert [(pair, s.value, s.trace) for pair, s in zip(pairs, scores, strict=True) if s.value != expected] == []
 
 
+@pytest.mark.parametrize("filler", [" " * 100_000, " " * 200, " a" * 50_000, "1" * 100_000])
+def test_a_long_answer_is_not_searched_for_a_unit(filler: str) -> None:
+    began = time.perf_counter()
+    assert without_units(f"5{filler}!", "5") == (f"5{filler}!", "5")
+    assert without_units("5", f"5{filler}!") == ("5", f"5{filler}!")
+    assert time.perf_counter() - began < 0.2
+
+
 def test_units_do_not_matter_where_configured(plain: RuleReward, math: RuleReward) -> None:
     for pairs, expected in ((RIGHT_WITHOUT_UNITS, 1.0), (WRONG_WITHOUT_UNITS, 0.0)):
         scores = _judge(math, pairs)

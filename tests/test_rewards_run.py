@@ -33,9 +33,9 @@ SORTS = [
 SCHEMA = {"type": "object", "properties": {"answer": {"type": "number"}}, "required": ["answer"]}
 
 
-def jsonl(folder: Path, rows: list[dict[str, Any]], *columns: str) -> tuple[str, ...]:
+def jsonl(folder: Path, name: str, rows: list[dict[str, Any]], *columns: str) -> tuple[str, ...]:
     """Overrides for a file of rows."""
-    file = folder / "rows.jsonl"
+    file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ("data=jsonl", f"data.path={file}", *columns)
 
@@ -62,9 +62,9 @@ def needing_nothing(folder: Path) -> dict[str, tuple[str, ...]]:
         "multiple_choice": (
             "reward=multiple_choice",
             "reward.options_column=options",
-            *jsonl(folder, ROWS, "data.answer_column=answer", "data.heldout_share=0.2"),
+            *jsonl(folder, "choices", ROWS, "data.answer_column=answer", "data.heldout_share=0.2"),
         ),
-        "tool_call": ("reward=tool_call", *jsonl(folder, TOOLS, "data.answer_column=null")),
+        "tool_call": ("reward=tool_call", *jsonl(folder, "tools", TOOLS, "data.answer_column=null")),
         "polar": ("reward=polar",),
         "polar_vllm": ("reward=polar", "reward.backend=vllm"),
         "implicit_prm": ("reward=implicit_prm",),
@@ -72,7 +72,7 @@ def needing_nothing(folder: Path) -> dict[str, tuple[str, ...]]:
         "code": (
             "reward=code",
             "reward.isolation=bubblewrap",
-            *jsonl(folder, SORTS, "data.answer_column=null"),
+            *jsonl(folder, "code", SORTS, "data.answer_column=null"),
         ),
         "function": ("reward=function", "reward.function=my_rewards.brevity"),
         "combined": ("reward=[math,polar]", "reward.parts.polar.weight=0.3"),

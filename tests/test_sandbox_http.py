@@ -29,6 +29,9 @@ from rlkit.experience import Group
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5, memory_mib=512, processes=8, file_mib=4, output_kib=256)
 
 
+NO_GZIP = "no gzip"
+
+
 class Service(ThreadingHTTPServer):
     """Runs Python in a temporary folder and answers as SandboxFusion does; misbehaves on request."""
 
@@ -61,11 +64,13 @@ class Handler(BaseHTTPRequestHandler):
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
             code, answer = self.server.replies.pop(0) if self.server.replies else (200, None)
         try:
-            data = json.dumps(run_code(body) if answer is None else answer).encode()
+            data = json.dumps(run_code(body) if answer in (None, NO_GZIP) else answer).encode()
         finally:
             with self.server.lock:
                 self.server.at_once -= 1
         self.send_response(code if self.path == "/run_code" else 404)
+        if answer == NO_GZIP:
+            self.send_header("Content-Encoding", "gzip")  # which it is not
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -203,7 +208,7 @@ def test_the_services_time_limit_is_the_codes_fault(service: Service) -> None:
 TROUBLE = {"status": "SandboxError", "message": "no cgroup", "compile_result": None, "run_result": None, "files": {}}
 
 
-@pytest.mark.parametrize("reply", [(503, {}), (429, {}), (500, {"detail": "x"}), (200, TROUBLE)])
+@pytest.mark.parametrize("reply", [(503, {}), (429, {}), (500, {"detail": "x"}), (200, TROUBLE), (200, NO_GZIP)])
 def test_trouble_of_the_service_is_tried_again(client: SandboxFusion, service: Service, reply: tuple[int, Any]) -> None:
     service.replies = [reply]
     assert client.run_program("print(7)", "", soon()).stdout == b"7\n"

@@ -74,7 +74,9 @@ class CodeReward(Reward):
         @model_validator(mode="after")
         def _options_belong_to_the_isolation(self) -> CodeReward.Config:
             foreign = _BUBBLEWRAP_ONLY if self.isolation == "http" else _HTTP_ONLY
-            given = sorted(self.model_fields_set & foreign)
+            # Not by what was given: a configuration that was written out names every field.
+            fields = type(self).model_fields
+            given = sorted(name for name in foreign if getattr(self, name) != fields[name].default)
             if given:
                 raise ValueError(f"{', '.join(given)} has no effect with isolation={self.isolation}")
             if self.isolation == "http" and self.url is None:

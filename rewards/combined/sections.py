@@ -76,7 +76,7 @@ def read_part(name: str, section: Any) -> Part:
     """A part from its section. Raises ValueError: PartError, pydantic's ValidationError, or a plain one."""
     if PART_NAME.fullmatch(name) is None:
         raise ValueError(
-            f"{name!r} cannot name a part: letters, digits and _ only, a letter first; unshaped and ensemble_std are taken"
+            f"{name!r} cannot name a part: letters, digits and _ only, a letter first; unshaped, ensemble_std are taken"
         )
     if not isinstance(section, Mapping):
         raise ValueError(f"{name}: must be a section with {TARGET}, not {section!r}")

@@ -36,7 +36,7 @@ class JsonSchema(TextRule):
 
         @model_validator(mode="after")
         def _one_source(self) -> JsonSchema.Config:
-            if self.schema_file is not None and "schema_column" in self.model_fields_set:
+            if self.schema_file is not None and self.schema_column != "json_schema":
                 raise ValueError("reward.schema_column has no effect with reward.schema_file: set one of them")
             return self
 

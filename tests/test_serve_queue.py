@@ -1,0 +1,128 @@
+"""The queue of a reward server and its processes: out of file descriptors, clients that left, unknown columns."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reward_samples import make_group
+from serve_fixture import misbehaving
+
+from rewards.base import RewardContext
+from rlkit.experience import Group
+from rlkit.serving.http_metrics import ServerMetrics
+from rlkit.serving.http_process import RewardProcess
+from rlkit.serving.http_queue import BatchLimits, BusyError, ScoringQueue
+from rlkit.serving.http_selftest import model_version
+
+LIMITS = BatchLimits(samples=100, tokens=10_000, queued_samples=100)
+
+
+def process(target: str = "reward_samples.Misbehaving", timeout: float = 1.0, **options: Any) -> RewardProcess:
+    return RewardProcess(target, options, RewardContext(), startup_timeout=60.0, timeout=timeout)
+
+
+def values(groups: list[Group]) -> list[float | str]:
+    assert all(group.scores is not None for group in groups)
+    return [s.value if s.valid else s.reason for group in groups for s in group.scores.samples]  # type: ignore[union-attr]
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Nothing can be opened in the block: EMFILE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("waiting", [True, False], ids=["while it waits", "for a request"])
+def test_a_server_out_of_descriptors_recovers(waiting: bool) -> None:
+    async def run() -> None:
+        worker = process(timeout=30.0)
+        queue = ScoringQueue([worker], LIMITS, ServerMetrics())
+        await queue.start()
+        try:
+            if waiting:  # the call costs the process; its successor is started before the next request
+                with no_descriptors():
+                    with pytest.raises(BusyError, match="no process for it"):
+                        await asyncio.wait_for(queue.score([misbehaving("die")], None), 20)
+                    await asyncio.sleep(0.1)
+            else:
+                worker.kill()
+                with no_descriptors(), pytest.raises(BusyError, match="no process for it"):
+                    await asyncio.wait_for(queue.score([make_group("a", ["one"])], None), 20)
+            assert values(await asyncio.wait_for(queue.score([make_group("a", ["one two"])], None), 40)) == [2.0]
+        finally:
+            await queue.close()
+
+    asyncio.run(run())
+
+
+def test_a_bug_while_scoring_fails_its_jobs_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        queue = ScoringQueue([process()], LIMITS, ServerMetrics())
+        await queue.start()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(queue.metrics.scoring_seconds, "observe", None)
+                with pytest.raises(BusyError, match="the server failed: TypeError"):
+                    await asyncio.wait_for(queue.score([make_group("a", ["one"])], None), 20)
+            assert values(await asyncio.wait_for(queue.score([make_group("a", ["one two"])], None), 20)) == [2.0]
+        finally:
+            await queue.close()
+
+    asyncio.run(run())
+
+
+def test_what_its_client_left_is_not_scored_again() -> None:
+    async def run() -> None:
+        worker = process()
+        queue = ScoringQueue([worker], LIMITS, ServerMetrics())
+        await queue.start()
+        try:
+            hung, left = await asyncio.gather(
+                queue.score([misbehaving("hang")], None),
+                queue.score([make_group("b", ["one two"])], 0.5),  # over when the call of both is
+                return_exceptions=True,
+            )
+        finally:
+            await queue.close()
+        assert isinstance(hung, list) and str(values(hung)[0]).startswith("timeout: ")
+        assert isinstance(left, BusyError) and "longer than its client" in str(left)
+        assert worker.health()["calls"] == 0
+
+    asyncio.run(run())
+
+
+def test_a_reward_whose_columns_have_types_is_served() -> None:
+    async def run() -> None:
+        worker = process("served_rewards.Weighted", timeout=10.0)
+        try:
+            await worker.start()
+            assert worker.health()["self_test"]["error"].startswith("ValueError: could not convert string to float")
+            scored, _ = await worker.score([make_group("a", ["one"], columns={"weight": "2.5"})])
+            assert values(scored) == [2.5]
+        finally:
+            await worker.close()
+
+    asyncio.run(run())
+
+
+def test_a_long_text_with_a_slash_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    plain = {"_target_": "a.B", "prompt": "either/or " + "x" * 300, "folder": str(tmp_path)}
+    version = model_version(plain)
+    assert version.startswith("B-")
+    (tmp_path / "config.json").write_text('{"other": 1}')
+    assert model_version(plain) != version
