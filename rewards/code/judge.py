@@ -85,11 +85,13 @@ class Judge:
             return False
         try:
             value = decode(result[1], _Opaque)
-        except Exception:  # made by foreign code to be no message: then it is not the expected value
+            # APPS and TACO put the one expected value into a list.
+            wrapped = (
+                isinstance(expected, list) and len(expected) == 1 and same_value(value, expected[0], self._tolerance)
+            )
+            return wrapped or same_value(value, expected, self._tolerance)
+        except Exception:  # foreign code made it no message, or what cannot be compared: not the expected value
             return False
-        # APPS and TACO put the one expected value into a list.
-        wrapped = isinstance(expected, list) and len(expected) == 1 and same_value(value, expected[0], self._tolerance)
-        return wrapped or same_value(value, expected, self._tolerance)
 
     def _programs(self, code: str, tests: InputOutputTests, deadline: float) -> Verdict:
         total, passed, timeout = len(tests.inputs), 0, False

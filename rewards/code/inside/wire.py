@@ -7,6 +7,7 @@ That is why a solution cannot decide what `==` means in a test.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import deque
 from importlib import import_module
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 """A longer message ends the conversation."""
+
+MAX_NUMBER_CHARACTERS = 2000
+"""Of a Decimal or a Fraction; a longer one stays a handle."""
+_PLAIN = {
+    "Decimal": re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?|Infinity|NaN)"),
+    "Fraction": re.compile(r"-?[0-9]+(?:/[0-9]+)?"),
+}
+"""What `str` makes of them. Fraction("1e10000000") would be computed digit by digit, for hours."""
 
 
 class ConversationEnded(Exception):
@@ -57,7 +66,10 @@ def _encode_special(value: Any) -> list[Any] | None:
     """Numbers and dates of the standard library, whose modules are loaded already if there is such a value."""
     for module, name in (("decimal", "Decimal"), ("fractions", "Fraction")):
         if module in sys.modules and isinstance(value, getattr(sys.modules[module], name)):
-            return [name, str(value)]
+            try:
+                return [name, _plain(name, str(value))]
+            except ValueError:  # too long
+                return None
     if "datetime" in sys.modules:
         dates = sys.modules["datetime"]
         if isinstance(value, dates.timedelta):
@@ -98,9 +110,16 @@ _SCALARS: dict[str, Callable[..., Any]] = {
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
     "complex": complex,
-    "Decimal": lambda text: import_module("decimal").Decimal(text),
-    "Fraction": lambda text: import_module("fractions").Fraction(text),
+    "Decimal": lambda text: import_module("decimal").Decimal(_plain("Decimal", text)),
+    "Fraction": lambda text: import_module("fractions").Fraction(_plain("Fraction", text)),
 }
+
+
+def _plain(name: str, text: str) -> str:
+    """The text, if its number is small enough to be computed at once; else raises ValueError."""
+    if len(text) > MAX_NUMBER_CHARACTERS or not _PLAIN[name].fullmatch(text):
+        raise ValueError(f"no plain {name}")
+    return text
 
 
 def send(stream: BinaryIO, message: Any) -> None:
