@@ -59,7 +59,9 @@ class Encoder:
                 f"reward.model_path: the tokenizer of {folder} has no chat template; name a Jinja file with "
                 "reward.chat_template, or use reward.layout=pair if the model reads (prompt, response)"
             )
-        self._special = sorted(set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        # Llama 3's end of turn is special without being one of the named ones.
+        self._special = sorted({*self.tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         _check_saved_tokenizer(self.tokenizer, folder)
         self._check_one_bos()
 
