@@ -42,19 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(options["like"]).expanduser() if "like" in options else None,
             weights=options.get("weights", "true") == "true",
         )
-    except DiscriminatorError as error:
+    except (DiscriminatorError, OSError) as error:
         print(f"rlkit: {error}", file=sys.stderr)
         return FAILED
     return 0
 
 
 def convert(source: Path, target: Path, like: Path | None = None, *, weights: bool = True) -> None:
-    """Convert a folder in the direction that it asks for. Raises DiscriminatorError."""
-    from rewards.polar.backends import RELEASED_ARCHITECTURE, DiscriminatorError
+    """Convert a folder in the direction that it asks for. If that fails, nothing is left of it in `target`.
 
-    config = _config(source)
+    Raises DiscriminatorError.
+    """
+    from rewards.polar.backends import RELEASED_ARCHITECTURE, DiscriminatorError, read_config
+
+    config = read_config(source)
     if target.exists() and any(target.iterdir()):
-        raise DiscriminatorError(f"{target} is not empty")
+        raise DiscriminatorError(f"{target} is not empty; name a new or an empty folder")
     released = config.get("architectures") == [RELEASED_ARCHITECTURE]
     if released and like is not None:
         raise DiscriminatorError(f"like= has no effect: {source} is a released checkpoint already")
@@ -65,10 +68,15 @@ def convert(source: Path, target: Path, like: Path | None = None, *, weights: bo
             "folder that it came from: like=RELEASED"
         )
     target.mkdir(parents=True, exist_ok=True)
-    if like is None:
-        _import(source, target, config, weights)
-    else:
-        _export(source, target, config, like, weights)
+    try:
+        if like is None:
+            _import(source, target, config, weights)
+        else:
+            _export(source, target, config, like, weights)
+    except BaseException:  # also an interrupt: what is half written must not pass for a model, nor block the next try
+        for written in target.iterdir():  # empty before
+            shutil.rmtree(written) if written.is_dir() else written.unlink()
+        raise
     print(f"wrote {target}")
 
 
@@ -86,11 +94,11 @@ def _import(source: Path, target: Path, config: Mapping[str, Any], weights: bool
 
 
 def _export(source: Path, target: Path, config: Mapping[str, Any], like: Path, weights: bool) -> None:
-    from rewards.polar.backends import DiscriminatorError
+    from rewards.polar.backends import DiscriminatorError, read_config
     from rewards.polar.internlm2 import from_llama, llama_config
     from rewards.polar.weights import WeightReader, write_weights
 
-    released = _config(like)
+    released = read_config(like)
     expected = llama_config(released)
     shape = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     different = [name for name in shape if config.get(name) != expected[name]]
@@ -103,16 +111,6 @@ def _export(source: Path, target: Path, config: Mapping[str, Any], like: Path, w
     (target / "config.json").write_text(json.dumps({**released, "torch_dtype": saved_as}, indent=2) + "\n")
     if weights:
         write_weights(from_llama(WeightReader(source), config), target)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    from rewards.polar.backends import DiscriminatorError
-
-    file = folder / "config.json"
-    if not file.is_file():
-        raise DiscriminatorError(f"{folder} holds no config.json; name a model folder")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
 
 
 if __name__ == "__main__":

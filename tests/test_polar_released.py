@@ -24,6 +24,7 @@ from rewards.polar.reward import PolarReward
 from rewards.polar.serialise import Limits, Serialiser
 from rewards.polar.weights import WeightReader, write_weights
 from rlkit import convert_polar
+from rlkit.models.policy import ModelLoadError, load_scorer
 
 CHINA = ("What is the capital of China?", "Beijing.", "Shanghai.")
 
@@ -173,6 +174,66 @@ def test_weights_that_do_not_belong_are_named(tmp_path: Path, capsys: Any) -> No
     assert "model.layers.0.attention.surprise is no tensor of an InternLM2ForRewardModel" in capsys.readouterr().err
     with pytest.raises(DiscriminatorError, match="holds no weights"):
         WeightReader(tmp_path)
+
+
+def without_tensors(folder: Path, lost: set[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        save_file({k: v for k, v in load_file(file).items() if k not in lost}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("lost", "exported"),
+    [
+        ("model.norm.weight", "model.norm.weight"),
+        ("v_head.weight", "score.weight"),
+        ("model.layers.1.attention.wqkv.weight", "model.layers.1.self_attn.q_proj.weight"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_refused(tmp_path: Path, capsys: Any, lost: str, exported: str) -> None:
+    source, target, back = (tmp_path / name for name in ("r", "out", "back"))
+    released_checkpoint(source, pickled=False)
+    shutil.copytree(source, tmp_path / "broken")
+    without_tensors(tmp_path / "broken", {lost})
+    assert convert_polar.main([str(tmp_path / "broken"), str(target)]) == 1
+    assert f"the weights lack {lost}: is the folder complete?" in capsys.readouterr().err
+    assert convert_polar.main([str(source), str(target)]) == 0, "the failed conversion must not block the next one"
+    without_tensors(target, {exported})
+    assert convert_polar.main([str(target), str(back), f"like={source}"]) == 1
+    assert f"the weights lack {exported}: " in capsys.readouterr().err
+    assert not list(back.iterdir())
+    with pytest.raises(DiscriminatorError, match=f"lacks {exported}: they would start at random"):
+        plain_scores(target, "cpu", "float32", [[1, 5, 9]])
+    with pytest.raises(ModelLoadError, match=f"lacks {exported}: they would start at random"):
+        load_scorer(target, torch.float32)
+
+
+def test_layers_beyond_the_configured_ones_are_refused(tmp_path: Path, capsys: Any) -> None:
+    config = released_checkpoint(tmp_path / "r", pickled=False)
+    (tmp_path / "r/config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    assert convert_polar.main([str(tmp_path / "r"), str(tmp_path / "out")]) == 1
+    assert "is beyond the 1 layers that config.json says" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{broken"),
+        ("config.json", "[]"),
+        ("tokenizer_config.json", "{broken"),
+        ("model-00002-of-00002.safetensors", "cut off"),
+    ],
+)
+def test_a_broken_file_is_one_message(tmp_path: Path, capsys: Any, name: str, content: str) -> None:
+    released_checkpoint(tmp_path / "r", pickled=False)
+    (tmp_path / "r" / name).write_text(content)
+    assert convert_polar.main([str(tmp_path / "r"), str(tmp_path / "out")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("rlkit: ") and message.count("\n") == 1 and str(tmp_path / "r" / name) in message
+    if name == "config.json":
+        (problem,) = PolarReward.check(PolarReward.Config(model_path=str(tmp_path / "r")))  # type: ignore[call-arg]
+        assert problem.startswith("reward.model_path: ") and name in problem
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path) -> None:

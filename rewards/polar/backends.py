@@ -108,13 +108,26 @@ class VllmBackend:
 
 
 def plain_scores(folder: Path, device: str, dtype: str, sequences: Sequence[Sequence[int]]) -> list[float]:
-    """The yardstick: transformers' own model class, one unpadded sequence at a time, read at its last token."""
+    """The yardstick: transformers' own model class, one unpadded sequence at a time, read at its last token.
+
+    Raises DiscriminatorError if weights are missing.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch_dtype(dtype, device), attn_implementation="eager", trust_remote_code=False
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        dtype=torch_dtype(dtype, device),
+        attn_implementation="eager",
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise DiscriminatorError(
+            f"reward.model_path: {folder} lacks {', '.join(lost[:5])}: they would start at random, and scores would "
+            "mean nothing; name a folder with all weights"
+        )
     model = model.to(device).eval()
     scores = []
     with torch.inference_mode():
@@ -126,10 +139,10 @@ def plain_scores(folder: Path, device: str, dtype: str, sequences: Sequence[Sequ
 
 def check_folder(folder: Path) -> dict[str, Any]:
     """The model's config.json. Raises DiscriminatorError if this is no one-label sequence classifier."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise DiscriminatorError(f"reward.model_path: {folder} holds no config.json; name a Hugging Face model folder")
-    config: dict[str, Any] = json.loads(path.read_text())
+    try:
+        config = read_config(folder)
+    except DiscriminatorError as error:
+        raise DiscriminatorError(f"reward.model_path: {error}") from error
     architectures = config.get("architectures") or ["(none)"]
     if architectures[0] == RELEASED_ARCHITECTURE:
         raise DiscriminatorError(
@@ -145,6 +158,20 @@ def check_folder(folder: Path) -> dict[str, Any]:
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if labels != 1:
         raise DiscriminatorError(f"reward.model_path: {folder} has {labels} labels; a discriminator has one")
+    return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json. Raises DiscriminatorError if there is none, or no JSON object in it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DiscriminatorError(f"{folder} holds no config.json; name a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DiscriminatorError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise DiscriminatorError(f"{path} holds no JSON object")
     return config
 
 

@@ -8,7 +8,7 @@ transformers 5 it silently gives wrong scores.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rewards.polar.backends import RELEASED_ARCHITECTURE, DiscriminatorError
@@ -35,7 +35,9 @@ FUSED = "attention.wqkv.weight"
 SPLIT = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
 COMPUTED = "rotary_emb.inv_freq"
 """A buffer that some files carry, and that is computed from the configuration."""
-LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)")
+LAYER = re.compile(r"(model\.layers\.(?P<number>\d+)\.)(?P<rest>.+)")
+_NAMED = 5
+"""Missing tensors that a message names."""
 SAME_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -85,7 +87,11 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """InternLM2's tensors under Llama's names. Raises DiscriminatorError for a name that belongs to no such model."""
+    """InternLM2's tensors under Llama's names.
+
+    Raises DiscriminatorError if a tensor is missing, and for a name that belongs to no such model.
+    """
+    _check_complete(weights, config, [*RENAMED], [*RENAMED_IN_LAYER, FUSED])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     for name in weights.names:
         prefix, rest = _layer(name)
@@ -102,6 +108,7 @@ def to_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple
 
 def from_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The reverse of to_llama."""
+    _check_complete(weights, config, [*RENAMED.values()], [*RENAMED_IN_LAYER.values(), *SPLIT])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     top = {new: old for old, new in RENAMED.items()}
     layer = {new: old for old, new in RENAMED_IN_LAYER.items()}
@@ -116,6 +123,22 @@ def from_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tup
             yield prefix + FUSED, join_wqkv(query, key, value, heads, kv_heads)
         elif rest not in SPLIT:
             raise DiscriminatorError(f"{name} has no counterpart in an {RELEASED_ARCHITECTURE}")
+
+
+def _check_complete(
+    weights: WeightReader, config: Mapping[str, Any], top: Sequence[str], in_layer: Sequence[str]
+) -> None:
+    layers = config["num_hidden_layers"]
+    expected = [*top, *(f"model.layers.{i}.{name}" for i in range(layers) for name in in_layer)]
+    missing = sorted(set(expected) - set(weights.names))
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise DiscriminatorError(f"the weights lack {', '.join(missing[:_NAMED])}{more}: is the folder complete?")
+    beyond = sorted(
+        name for name in weights.names if (found := LAYER.fullmatch(name)) and int(found["number"]) >= layers
+    )
+    if beyond:
+        raise DiscriminatorError(f"{beyond[0]} is beyond the {layers} layers that config.json says")
 
 
 def split_wqkv(fused: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,4 +170,4 @@ def join_wqkv(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: i
 def _layer(name: str) -> tuple[str, str]:
     """`model.layers.3.` and what follows; two empty strings for a tensor of no layer."""
     found = LAYER.fullmatch(name)
-    return (found[1], found[2]) if found else ("", "")
+    return (found[1], found["rest"]) if found else ("", "")

@@ -21,7 +21,7 @@ class WeightReader:
 
     def __init__(self, folder: Path) -> None:
         """Raises DiscriminatorError if the folder holds no weights or names one twice."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self._where: dict[str, Path] = {}
         self._opened: tuple[Path, Any] | None = None
@@ -30,8 +30,11 @@ class WeightReader:
             raise DiscriminatorError(f"{folder} holds no weights (*.safetensors, or pytorch_model*.bin)")
         for file in files:
             if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as tensors:
-                    names = list(tensors.keys())
+                try:
+                    with safe_open(file, "pt") as tensors:
+                        names = list(tensors.keys())
+                except SafetensorError as error:
+                    raise DiscriminatorError(f"{file} cannot be read; is it complete? {error}") from error
             else:
                 names = list(self._unpickled(file))
             for name in names:

@@ -102,7 +102,13 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype, *, trust_remote_code: b
 
 def load_scorer(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedScorer:
     """A one-label sequence classifier from a Hugging Face folder. Raises ModelLoadError with the remedy."""
-    return PackedScorer(_load(AutoModelForSequenceClassification, path, dtype, trust_remote_code))
+    model, info = _load_told(AutoModelForSequenceClassification, path, dtype, trust_remote_code)
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise ModelLoadError(
+            f"model {path} lacks {', '.join(lost[:5])}: they would start at random; name a folder with all weights"
+        )
+    return PackedScorer(model)
 
 
 def load_value_model(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedValueModel:
@@ -118,10 +124,22 @@ def load_value_model(path: str | Path, dtype: torch.dtype, *, trust_remote_code:
 
 
 def _load(auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    return _load_told(auto, path, dtype, trust_remote_code, **options)[0]
+
+
+def _load_told(
+    auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bool, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers tells of its loading (`missing_keys` and the like)."""
     try:
-        model: PreTrainedModel = auto.from_pretrained(
-            path, dtype=dtype, attn_implementation=PACKED_ATTENTION, trust_remote_code=trust_remote_code, **options
+        model, info = auto.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=PACKED_ATTENTION,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"model {path} cannot be loaded: {error}") from error
-    return model
+    return model, info
