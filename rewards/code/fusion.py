@@ -125,7 +125,7 @@ class SandboxFusion(Isolation):
             if remaining < own:
                 raise TimeoutError from error
             raise _ServiceTrouble(f"{self._url} did not answer within {own:g} s") from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:  # with DecodingError: a body that is not the gzip it says
             raise _ServiceTrouble(f"{self._url} cannot be reached: {type(error).__name__}: {error}") from error
         if response.status_code == 429 or response.status_code >= 500:
             raise _ServiceTrouble(f"{self._url} answered {response.status_code}: {response.text[:200]}")

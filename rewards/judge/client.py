@@ -124,7 +124,7 @@ class ChatClient:
             raise _Transient(f"timeout: the judge gave no answer in {seconds:.3g} s") from None
         except httpx.TimeoutException as error:
             raise _Transient(f"timeout: {type(error).__name__}") from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:  # with DecodingError: a body that is not the gzip it says
             raise _Transient(f"unavailable: {type(error).__name__}: {error}") from error
 
     def _text(self, response: httpx.Response) -> str:

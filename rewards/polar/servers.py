@@ -149,7 +149,7 @@ class ServerBackend:
                 answer = await client.post(url, json=server.wire.body(inputs, server.model))
         except TimeoutError:
             raise _TryAgain(f"{url}: no answer within {server.request_timeout_seconds:g} s") from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:  # with DecodingError: a body that is not the gzip it says
             raise _TryAgain(f"{url}: {type(error).__name__}: {error}") from error
         said = f"{url}: HTTP {answer.status_code}: {answer.text[:SHOWN]}"
         if answer.status_code in PASSES:
