@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ def process(target: str = "reward_samples.Misbehaving", timeout: float = 1.0, **
     return RewardProcess(target, options, RewardContext(), startup_timeout=60.0, timeout=timeout)
 
 
-def values(groups: list[Group]) -> list[float | str]:
-    assert all(group.scores is not None for group in groups)
-    return [s.value if s.valid else s.reason for group in groups for s in group.scores.samples]  # type: ignore[union-attr]
+def values(groups: list[Group]) -> list[Any]:
+    scores = [score for group in groups if group.scores is not None for score in group.scores.samples]
+    return [score.value if score.valid else score.reason for score in scores]
 
 
 @contextmanager
@@ -111,7 +112,8 @@ def test_a_reward_whose_columns_have_types_is_served() -> None:
         try:
             await worker.start()
             assert worker.health()["self_test"]["error"].startswith("ValueError: could not convert string to float")
-            scored, _ = await worker.score([make_group("a", ["one"], columns={"weight": "2.5"})])
+            group = make_group("a", ["one"])
+            scored, _ = await worker.score([replace(group, prompt=replace(group.prompt, columns={"weight": "2.5"}))])
             assert values(scored) == [2.5]
         finally:
             await worker.close()

@@ -69,15 +69,14 @@ class RewardProcess:
 
     async def start(self) -> None:
         """Start the process: it loads the reward and judges a first group. Raises RewardFailed with the cause."""
-        self.kill()
         self.usable = False
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_host, args=(theirs, *self._arguments), name="rlkit-reward")
-        self._process.start()
-        theirs.close()
-        self._starts += 1
+        self.kill()
         target = self._arguments[0]
+        try:
+            self._spawn()
+        except OSError as error:  # no file descriptors or no memory left
+            raise RewardFailed(f"reward {target} cannot start: no process for it ({error})") from error
+        self._starts += 1
         try:
             answer = await self._exchange(None, self._startup_timeout)
         except TimeoutError:
@@ -88,6 +87,20 @@ class RewardProcess:
             self.kill()
             raise RewardFailed(f"reward {target} cannot start: {answer}")
         self._self_test, self.usable = answer, True
+
+    def _spawn(self) -> None:
+        """Start the bare process. Raises OSError; nothing is held then."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_host, args=(theirs, *self._arguments), name="rlkit-reward")
+        try:
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._connection, self._process = ours, process
 
     async def score(self, groups: Sequence[Group]) -> tuple[list[Group], ScoreReport]:
         """The groups with their scores. Raises WorkerBrokenError, or RewardFailed if it cannot be started again."""
@@ -178,8 +191,11 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
         worker = RewardWorker(target, options, context)
         worker.start()
         began = time.perf_counter()
-        _, report = worker.score([first_group(target, options)])
-        if report.error:
+        group = first_group(target, options)
+        _, report = worker.score([group])
+        if (
+            report.error and not group.prompt.columns
+        ):  # of columns only the names are known: the made-up ones may not do
             raise RuntimeError(f"its self-test failed: {report.error.strip().splitlines()[-1]}")
         connection.send(verdict(report, time.perf_counter() - began))
     except Exception as error:

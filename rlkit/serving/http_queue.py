@@ -106,19 +106,24 @@ class ScoringQueue:
     async def _work(self, worker: RewardProcess) -> None:
         """Score for ever. A process that a call has cost is replaced before the next request waits for it."""
         while True:
-            if worker.usable and not worker.alive:
-                with contextlib.suppress(RewardFailed):  # the next request tries again, and is told why
-                    await worker.start()
-            jobs = await self._next()
+            jobs: list[_Job] = []
             try:
+                if worker.usable and not worker.alive:
+                    with contextlib.suppress(RewardFailed):  # the next request tries again, and is told why
+                        await worker.start()
+                jobs = await self._next()
                 await self._score_together(worker, jobs)
             except RewardFailed as error:
                 log.error("%s", error)
                 for job in jobs:
                     _fail(job, BusyError(str(error), 5))
+            except Exception as error:  # a bug: later requests need this loop all the same
+                log.exception("scoring %d requests failed", len(jobs))
+                for job in jobs:
+                    _fail(job, BusyError(f"the server failed: {type(error).__name__}: {error}", 5))
             finally:
-                for job in jobs:  # cancelled, or an error that is a bug: nobody may wait for ever
-                    _fail(job, BusyError("the server ends, or failed; see its log", 5))
+                for job in jobs:  # cancelled: nobody may wait for ever
+                    _fail(job, BusyError("the server ends", 5))
 
     async def _next(self) -> list[_Job]:
         """The oldest job, and those after it that fit beside it; waits for one."""
@@ -135,13 +140,18 @@ class ScoringQueue:
                         break
                     self._jobs.popleft()
                     self._count(-job.samples)
-                    if time.monotonic() > job.deadline or job.result.done():
-                        _fail(job, BusyError("it waited longer than its client", self._retry_seconds()))
+                    if self._left(job):
                         continue
                     jobs.append(job)
                     samples, tokens = samples + job.samples, tokens + job.tokens
                 if jobs:
                     return jobs
+
+    def _left(self, job: _Job) -> bool:
+        """Whether nobody waits for it any more; it is then over."""
+        if time.monotonic() > job.deadline:
+            _fail(job, BusyError("it waited longer than its client", self._retry_seconds()))
+        return job.result.done()
 
     async def _score_together(self, worker: RewardProcess, jobs: Sequence[_Job]) -> None:
         """One call for all jobs; if it costs the process, one more for each, so that only the culprit is lost."""
@@ -157,6 +167,8 @@ class ScoringQueue:
             _finish(job, [next(remaining) for _ in job.groups])
 
     async def _score_alone(self, worker: RewardProcess, job: _Job) -> None:
+        if self._left(job):
+            return
         try:
             _finish(job, await self._call(worker, job.groups))
         except WorkerBrokenError as broken:

@@ -37,7 +37,14 @@ def first_group(target: str, options: Mapping[str, Any]) -> Group:
 
 def verdict(report: ScoreReport, seconds: float) -> dict[str, Any]:
     """What /health shows of it. Invalid scores are no failure: the group may lack what this reward looks for."""
-    return {"seconds": round(seconds, 3), "samples": report.samples, "invalid": dict(report.examples)}
+    shown: dict[str, Any] = {
+        "seconds": round(seconds, 3),
+        "samples": report.samples,
+        "invalid": dict(report.examples),
+    }
+    if report.error:
+        shown["error"] = report.error.strip().splitlines()[-1]
+    return shown
 
 
 def model_version(reward: Mapping[str, Any]) -> str:
@@ -64,7 +71,11 @@ def _folders(value: Any) -> Iterator[Path]:
             yield from _folders(inner)
     elif isinstance(value, str) and (value.startswith(PREFIX) or "/" in value):
         folder = model_folder(value)
-        if (folder / "config.json").is_file():
+        try:
+            found = (folder / "config.json").is_file()
+        except OSError:  # no path: a text with a `/`, longer than a file's name may be
+            found = False
+        if found:
             yield folder
 
 
