@@ -106,6 +106,7 @@ def test_final_answer_is_found(text: str, answer: str, marker: str) -> None:
         ("#### 41\nNo, the answer is \\frac{1}{2}.", "\\frac{1}{2}", "answer is"),
         ("#### 41\nNo, the answer is (1, 2).", "(1, 2)", "answer is"),
         ("\\boxed{41}. No, the answer is .5", "0.5", "answer is"),
+        ("\\boxed{41}. No, the answer is $x + 1$.", "x + 1", "answer is"),
         ("The answer is east.\nThe answer is west.", "west", "answer is"),
     ],
 )
@@ -115,8 +116,9 @@ def test_prose_about_the_answer_does_not_replace_it(text: str, answer: str, mark
 
 
 def test_an_answer_that_leaves_a_choice_is_not_right(reward: RuleReward) -> None:
-    scores = reward.judge(["#### 5 or 6", "#### 5 and 6", "#### 5 dollars"], ["5"] * 3)
-    assert [score.value for score in scores] == [0.0, 0.0, 1.0]
+    texts = ["5 or 6", "5 and 6", "5 or -5", "5 or x", "5 dollars", "5 and I hope that this helps", "5 or so"]
+    scores = reward.judge([f"#### {text}" for text in texts], ["5"] * len(texts))
+    assert [score.value for score in scores] == [0.0] * 4 + [1.0] * 3
 
 
 def test_without_a_marker_only_the_last_number_counts_and_only_if_asked() -> None:

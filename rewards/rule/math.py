@@ -25,10 +25,13 @@ _BRACES = re.compile(r"\\f?boxed\s*\{|\\[{}]|[{}]")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _WORD_AFTER_NUMBER = re.compile(r"\s*([A-Za-z]{2,})")
 _MIXED_NUMBER = re.compile(r"(-?)(\d+)\s+(\d+)/(\d+)")
+_ALTERNATIVE = re.compile(r"\s*(?:or|and|not)\s+(?:[-+±√π(\\\d.]|[b-hj-z]\b)", re.IGNORECASE)
+"""What makes `5 or 6` more than a 5; `5 and so on` is only that. (`a` and `I` are words.)"""
 _PRODUCT = re.compile(r"\s*[xX]\s*[\d(]")
 _OPERATORS_IN_WORDS = frozenset(
     {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "mod", "times", "over", "plus", "minus"}
 )
+_JOINING_WORDS = frozenset({"or", "and", "not"})
 _LETTER = re.compile(r"[A-Za-z°]")
 _POWER = r"(?:\s?\^\{?[23]\}?|[²³])?"
 _UNIT_WORD = rf"[A-Za-z]{{2,}}{_POWER}"
@@ -37,6 +40,8 @@ _WITH_UNIT = re.compile(rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT})?(?:(?
 _WITH_UNIT_WORD = re.compile(
     rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT_WORD})?(?:(?:\s*/\s*|\s+){_UNIT_WORD}){{0,2}}\.?"
 )
+_VALUE = re.compile(r"[\s*_`\"'=≈:]*(?:[-+−±$€£\\(\[{]|\.?\d)")
+"""How a value starts; what else follows "answer is" may be prose about the answer (`my answer is helpful`)."""
 _PROSE = re.compile(r"\s+[(\[\"'A-Za-z]|[\"')\]]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|[\"')\]]+(?:\s|$)|\s*$")
 
 
@@ -60,7 +65,8 @@ def final_answer(
 ) -> FinalAnswer | None:
     r"""The last marked answer (`#### x`, `\boxed{x}`, `The answer is x`, a line `A: x`); None if there is none.
 
-    Whatever follows the answer, on its line or on further ones, does not matter. If nothing is marked and
+    Whatever follows the answer, on its line or on further ones, does not matter. "answer is" followed by something
+    that does not start like a value (`the answer is rounded`) counts only if nothing else is marked. If nothing is and
     `accept_last_number` is set, the last number of the text counts.
     """
     found: list[tuple[int, str, str]] = []
@@ -69,10 +75,15 @@ def final_answer(
     found += [(start, "boxed", content) for start, content in _boxed(text)]
     found = [each for each in found if each[1] in markers]
     # The last marker wins; a `\boxed{}` after `####` on the same line starts later than the line's text.
+    words: FinalAnswer | None = None
     for _, marker, content in sorted(found, reverse=True):
         cleaned = _clean_boxed(content) if marker == "boxed" else _clean_line(content)
-        if cleaned:
+        if cleaned and (marker != "answer is" or _VALUE.match(content) or _VALUE.match(cleaned)):
             return FinalAnswer(cleaned, marker)
+        if cleaned and words is None:
+            words = FinalAnswer(cleaned, marker)
+    if words is not None:
+        return words
     if accept_last_number:
         numbers = _LAST_NUMBER.findall(text.replace("−", "-"))
         if numbers:
@@ -148,7 +159,8 @@ def _clean_line(line: str) -> str:
         word = _WORD_AFTER_NUMBER.match(rest)
         if word is not None and word.group(1).lower() in _SCALES:
             return _canonical(f"{number.group()}e{_SCALES[word.group(1).lower()]}")
-        is_unit = word is not None and word.group(1).lower() not in _OPERATORS_IN_WORDS
+        joined = _ALTERNATIVE.match(rest) or (word is not None and word.group(1).lower() in _OPERATORS_IN_WORDS)
+        is_unit = word is not None and not joined
         if is_unit or (_PROSE.match(rest) and word is None and not _PRODUCT.match(rest)):
             return _canonical(number.group())
     sentence = re.split(r"\.(?:\s|$)", line, maxsplit=1)[0].strip()
@@ -174,8 +186,11 @@ def _canonical(text: str) -> str:
 def without_units(answer: str, gold: str) -> tuple[str, str]:
     """Answer and gold, without a unit in words (`12 m^2`, `5 square feet`, `3 km/h`) that only one of them has.
 
-    Two units are left to be compared. A letter on the gold's number is algebra, not a unit: `3k` stays.
+    Two units are left to be compared. A letter on the gold's number is algebra, not a unit: `3k` stays. Longer than an
+    answer may be, a text stays as it is.
     """
+    if max(len(answer), len(gold)) > MAX_ANSWER_CHARACTERS:
+        return answer, gold
     if not _LETTER.search(gold):
         return _number_of(answer, _WITH_UNIT), gold
     if not _LETTER.search(answer):
@@ -184,7 +199,7 @@ def without_units(answer: str, gold: str) -> tuple[str, str]:
 
 
 def _number_of(text: str, with_unit: re.Pattern[str]) -> str:
-    match = with_unit.fullmatch(text)
-    if match is None or (match["unit"] or "").lower() in _OPERATORS_IN_WORDS | _SCALES.keys():
+    match = with_unit.fullmatch(" ".join(text.split()))  # several `\s*` in a row would share a long run in n^3 ways
+    if match is None or (match["unit"] or "").lower() in _OPERATORS_IN_WORDS | _JOINING_WORDS | _SCALES.keys():
         return text
     return _canonical(match["number"])
