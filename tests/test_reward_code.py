@@ -287,3 +287,12 @@ def test_another_interpreter_can_be_named() -> None:
     (score,) = scores(other, {"tests": ["assert f() == '/usr'"]}, fenced("import sys\ndef f(): return sys.prefix"))
     other.close()
     assert score.value == 1, score
+
+
+def test_values_that_all_hash_alike_are_not_put_into_a_set() -> None:
+    modulus = 2**61 - 1
+    for made in ({i * modulus for i in range(1, 200)}, {i * modulus: 0 for i in range(1, 200)}):
+        with pytest.raises(ValueError, match="one hash"):
+            decode(encode(made, lambda _: 0), lambda _: None)
+    fine = {str(i) for i in range(1000)} | set(range(1000))
+    assert decode(encode(fine, lambda _: 0), lambda _: None) == fine

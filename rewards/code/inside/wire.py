@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections import deque
+from collections import Counter, deque
 from importlib import import_module
 
 TYPE_CHECKING = False
@@ -22,6 +22,8 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 
 MAX_NUMBER_CHARACTERS = 2000
 """Of a Decimal or a Fraction; a longer one stays a handle."""
+MOST_OF_ONE_HASH = 100
+"""Items of a set or keys of a dictionary."""
 _PLAIN = {
     "Decimal": re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?|Infinity|NaN)"),
     "Fraction": re.compile(r"-?[0-9]+(?:/[0-9]+)?"),
@@ -91,9 +93,11 @@ def decode(message: Any, handle: Callable[[int], Any]) -> Any:
         raise ValueError(f"unexpected {type(message).__name__}")
     name, *parts = message
     if name in _COLLECTIONS:
-        return _COLLECTIONS[name]([decode(item, handle) for item in parts[0]])
+        items = [decode(item, handle) for item in parts[0]]
+        return _COLLECTIONS[name](_hashed_apart(items) if name in ("set", "frozenset") else items)
     if name == "dict":
-        return {decode(key, handle): decode(item, handle) for key, item in parts[0]}
+        keys = _hashed_apart([decode(key, handle) for key, _ in parts[0]])
+        return dict(zip(keys, (decode(item, handle) for _, item in parts[0])))  # noqa: B905 (equally long)
     if name == "range":
         return range(*parts[0])
     if name == "timedelta":
@@ -103,6 +107,13 @@ def decode(message: Any, handle: Callable[[int], Any]) -> Any:
     if name == "handle":
         return handle(int(parts[0]))
     return _SCALARS[name](*parts)
+
+
+def _hashed_apart(items: list[Any]) -> list[Any]:
+    """The items, unless many share a hash, as multiples of 2**61 - 1 do: a set of them takes quadratic time."""
+    if len(items) > MOST_OF_ONE_HASH and max(Counter(map(hash, items)).values()) > MOST_OF_ONE_HASH:
+        raise ValueError("too many items of one hash")
+    return items
 
 
 _SCALARS: dict[str, Callable[..., Any]] = {
