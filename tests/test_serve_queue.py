@@ -123,7 +123,7 @@ def test_a_reward_whose_columns_have_types_is_served() -> None:
 
 def test_a_long_text_with_a_slash_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    plain = {"_target_": "a.B", "prompt": "either/or " + "x" * 300, "folder": str(tmp_path)}
+    plain = {"_target_": "a.B", "prompt": "x" * 300 + " either/or", "folder": str(tmp_path)}
     version = model_version(plain)
     assert version.startswith("B-")
     (tmp_path / "config.json").write_text('{"other": 1}')
