@@ -22,7 +22,7 @@ from rewards.judge.modes import opponents
 from rewards.judge.probe import JudgeError
 from rewards.judge.reward import JudgeReward
 from rewards.judge.verdicts import Form, Unparsable
-from rlkit.experience import Group, GroupScores
+from rlkit.experience import GroupScores
 
 RIGHT, WRONG, ODD = "6 * 7 = 42\n#### 42", "6 * 7 = 41\n#### 41", "I do not know."
 
@@ -393,12 +393,9 @@ def test_it_keeps_the_contract(server: JudgeServer, options: dict[str, Any], rep
     assert done.returncode == 0, done.stdout
 
 
-def groups(count: int) -> list[Group]:
-    return [make_group(f"g{i}", [f"{RIGHT} {i}", f"{WRONG} {i}"]) for i in range(count)]
-
-
 def test_calls_run_side_by_side_within_the_limit(server: JudgeServer) -> None:
     server.judge = lambda asked: replace(honest(asked), after_seconds=0.05)
     reward = started(server, max_concurrent=4)
-    assert [values(scores) for scores in reward.score(groups(10))] == [[1.0, 0.0]] * 10
+    asked = [make_group(f"g{i}", [f"{RIGHT} {i}", f"{WRONG} {i}"]) for i in range(10)]
+    assert [values(scores) for scores in reward.score(asked)] == [[1.0, 0.0]] * 10
     assert server.most_open == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar, Literal, Self, get_args
 
 import numpy as np
@@ -31,9 +32,9 @@ class Step(BaseModel):
 class OutcomeStep(Step):
     """Changes the outcome values of one group's valid samples."""
 
+    @abstractmethod
     def apply(self, values: Float64, lengths: Int64) -> Float64:
         """values [n], lengths [n] in response tokens -> [n]."""
-        raise NotImplementedError
 
 
 class ReferenceStep(Step):
@@ -48,9 +49,9 @@ class ReferenceStep(Step):
     max_references: int = Field(default=10, ge=1)
     """References used for a prompt, the first ones."""
 
+    @abstractmethod
     def compare(self, values: Float64, reference_rewards: Float64) -> Float64:
         """values [n], reference_rewards [N] -> [n]. Raises ValueError if these references are not enough."""
-        raise NotImplementedError
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -69,9 +70,9 @@ SOURCES = ("reference_value", "reference_rewards", "reference_responses")
 class RunningStep(Step):
     """Uses statistics of all valid values so far; they are saved with the reward's state."""
 
+    @abstractmethod
     def normalise(self, values: Float64, statistics: running.RunningStatistics) -> Float64:
         """values [n] -> [n]."""
-        raise NotImplementedError
 
 
 class ProcessStep(Step):
@@ -79,9 +80,9 @@ class ProcessStep(Step):
 
     level: ClassVar[Literal["outcome", "process"]] = "process"
 
+    @abstractmethod
     def apply(self, steps: Float64) -> Float64:
         """steps [K] -> [K]."""
-        raise NotImplementedError
 
 
 class Par(ReferenceStep):
