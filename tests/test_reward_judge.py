@@ -377,8 +377,7 @@ def test_reasons_need_not_be_asked_for(server: JudgeServer) -> None:
 
 def test_needs() -> None:
     def references(**options: Any) -> bool:
-        config = JudgeReward.Config(base_url="http://x", model="m", **options)
-        return JudgeReward.needs(config).references
+        return JudgeReward.needs(JudgeReward.Config(base_url="http://x", model="m", **options)).references
 
     assert not references()
     assert references(reference="required") and references(mode="pairwise", against="reference")
