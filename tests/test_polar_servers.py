@@ -36,7 +36,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=KINDS)
 def server(request: pytest.FixtureRequest, folder: Path) -> Iterator[FakeServer]:
-    with fake_server(request.param, lambda rows: plain_scores(folder, "cpu", "float32", rows)) as fake:
+    one_at_a_time = threading.Lock()
+
+    def scores(rows: list[list[int]]) -> list[float]:
+        # Two threads that load models side by side leave transformers without its tying of weights, for ever: it
+        # replaces a method of all models meanwhile, and the second takes the replacement for the original.
+        with one_at_a_time:
+            return plain_scores(folder, "cpu", "float32", rows)
+
+    with fake_server(request.param, scores) as fake:
         fake.kind = request.param  # type: ignore[attr-defined]
         yield fake
 
