@@ -55,7 +55,7 @@ demo: setup
 test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not cluster" $(TEST_ARGS)
 
-# Runs that are killed and resumed, Ray clusters of their own, jobs, every recipe and reward to the end: under an hour.
+# Runs that are killed and resumed, Ray clusters of their own, jobs, every recipe and reward to the end.
 test-cluster: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow or cluster" $(TEST_ARGS)
 
