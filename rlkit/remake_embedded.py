@@ -22,8 +22,6 @@ from rlkit.embedded import EMBEDDED
 
 USAGE_ERROR = 2
 DEFAULTS = {"out": str(EMBEDDED), "scale": "full", "seed": "0", "work": ""}
-THREADS = 1
-"""Two are hardly quicker for models this small, and sums then depend on how they are split."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +95,7 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
     from rlkit.learner.engine import init_process_group
 
     scale, stage = SCALES[scale_name], _Stages(work)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(stages.THREADS)
     if not torch.distributed.is_initialized():
         init_process_group(0, 1, "127.0.0.1", _free_port(), "cpu")
     train, heldout = draw_problems(scale.data, "train"), draw_problems(scale.data, "heldout")
@@ -106,9 +104,10 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
         train[: scale.trajectory_prompts],
         train[: scale.policy_prompts],
     )
-    tokenizer, base, policy, variant, pretrained, polar = (
-        work / name for name in ("tokenizer", "base", "policy", "variant", "pretrained", "polar")
+    tokenizer, base, policy, variant, pretraining, finetuning = (
+        work / name for name in ("tokenizer", "base", "policy", "variant", "pretraining", "finetuning")
     )
+    pretrained, polar = pretraining / "whole" / "model", finetuning / "whole" / "model"
     each = stages.ANSWERS_PER_PROBLEM
 
     stage("tokenizer", lambda: stages.make_tokenizer(train, scale, tokenizer))
@@ -119,19 +118,23 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
     pool = stage("pool", lambda: stages.sample_pool(base, train, asked, scale, seed, variant))
     sampled = stage("policy_samples", lambda: stages.answers_of(policy, labelled, each // 2, PLAIN, seed))
     report["polar_pretraining"] = stage(
-        "polar_pretraining", lambda: polar_stages.pretrain(tokenizer, base, asked, pool, scale, seed, pretrained)
+        "polar_pretraining", lambda: polar_stages.pretrain(base, asked, pool, scale, seed, pretraining)
     )
     candidates = polar_stages.with_trajectories(sampled, pool, scale)
     report["polar_finetuning"] = stage(
-        "polar_finetuning", lambda: polar_stages.finetune(pretrained, labelled, candidates, scale, seed, polar)
+        "polar_finetuning",
+        lambda: polar_stages.finetune(pretrained, labelled, candidates, judged, scale, seed, finetuning),
     )
     answers = stage("heldout_samples", lambda: stages.answers_of(policy, judged, each, PLAIN, seed + 1))
-    report["polar"] = stage("polar_measures", lambda: polar_stages.measure_discriminator(polar, judged, answers, seed))
-    report["polar_pretraining"]["measures"] = stage(
-        "pretrained_measures", lambda: polar_stages.measure_discriminator(pretrained, judged, answers, seed)
-    )
-    for name in ("policy", "polar"):
-        _replace(work / name, out / name)
+
+    def measured(name: str, model: Path) -> Any:
+        folder = work / name
+        return stage(name, lambda: polar_stages.measure_discriminator(model, judged, answers, seed, folder))
+
+    report["polar"] = measured("polar_measures", polar)
+    report["polar_pretraining"]["measures"] = measured("pretrained_measures", pretrained)
+    for name, made in (("policy", policy), ("polar", polar)):
+        _replace(made, out / name)
         report[name]["parameters"], report[name]["bytes"], report[name]["sha256"] = _facts(out / name)
     report["seconds"] = stage.seconds
     report["wall_seconds"] = round(sum(stage.seconds.values()), 1)

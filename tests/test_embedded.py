@@ -12,17 +12,20 @@ from pathlib import Path
 
 import pytest
 
+from rewards.polar.serialise import Limits
 from rlkit import remake_embedded
 from rlkit.data.arithmetic import STYLES, ArithmeticConfig, draw_problems, write_solution
 from rlkit.embedded import EMBEDDED, model_folder
 from rlkit.embedded.candidates import RIGHT, WRONG, right_answer, wrong_answer
 from rlkit.embedded.careless import careless_solution
 from rlkit.embedded.judging import is_right
-from rlkit.embedded.pairs import final_answers, labelled_triplets, marked_answer, phrasing, variant_triplets
+from rlkit.embedded.pairs import final_answers, labelled_triplets, last_line, phrasing
 from rlkit.embedded.scale import POOL, Variant
-from rlkit.polar_training.pairs import attainable_accuracy, expected_accuracy
+from rlkit.polar_training.measures import final
+from rlkit.polar_training.pairs import attainable_accuracy, expected_accuracy, policy_triplets
 from rlkit.polar_training.triplets import Triplet, TripletError, read_triplets, write_triplets
 
+LIMITS = Limits(max_length=1024, max_response_length=256)
 LARGEST_FILE = 4 * 2**20
 PROBLEMS = draw_problems(ArithmeticConfig(heldout_problems=128), "heldout")
 REPORT = json.loads((EMBEDDED / "report.json").read_text())
@@ -111,12 +114,12 @@ def test_pool_triplets_share_their_phrasing_and_differ_in_quality() -> None:
         variant: [[careless_solution(p, variant.style, variant.slip_rate, rng) for _ in range(2)] for p in PROBLEMS]
         for variant in (careful, careless, other)
     }
-    groups = variant_triplets(PROBLEMS, pool)
+    groups = policy_triplets([problem.question for problem in PROBLEMS], pool, phrasing)
     triplets = [triplet for group in groups for triplet in group]
     assert {(group[0].prompt, group[0].reference) for group in groups} == {(t.prompt, t.reference) for t in triplets}
     assert {" is " in triplet.reference and " is " in triplet.rejected for triplet in triplets} == {True}
     # The careful policy agrees with itself always (1), the careless one by chance only (about 1/2).
-    assert 0.7 < attainable_accuracy(triplets, marked_answer) < 0.9
+    assert 0.7 < attainable_accuracy(triplets, final) < 0.9
     assert expected_accuracy({careful: 0.0, careless: 1.0}, phrasing) == 0.5 + 0.5 * 0.5 * (1 - 0)
 
 
@@ -147,11 +150,7 @@ def test_last_lines_alone_leave_only_numbers_to_compare() -> None:
         assert len(group) == 4 and len({triplet.rejected for triplet in group}) == 4
         for triplet in group:
             assert triplet.reference.endswith(triplet.chosen) and triplet.chosen != triplet.rejected
-    pool = {Variant("words", rate): [[f"a\n#### {rate}", f"b\n#### {rate}"]] for rate in (0.0, 0.5)}
-    (first,), (second,) = variant_triplets(PROBLEMS[:1], pool, last_line_only=True)
-    question = PROBLEMS[0].question
-    assert first == Triplet(question, "#### 0.0", "#### 0.0", "#### 0.5")
-    assert second == Triplet(question, "#### 0.5", "#### 0.5", "#### 0.0")
+    assert last_line("a\n#### 3") == "#### 3" == last_line("#### 3")
 
 
 def test_triplets_survive_the_official_json_form(tmp_path: Path) -> None:
@@ -191,13 +190,13 @@ def test_shipped_policy_has_headroom() -> None:
     assert REPORT["policy"]["accuracy_greedy"] > REPORT["policy"]["accuracy_at_temperature_1"]
 
 
-def test_shipped_discriminator_knows_right_from_wrong(process_group: None) -> None:
+def test_shipped_discriminator_knows_right_from_wrong(process_group: None, tmp_path: Path) -> None:
     from rlkit.embedded.polar_stages import measure_discriminator
     from rlkit.embedded.sampling import PLAIN
     from rlkit.embedded.stages import answers_of
 
     sampled = answers_of(EMBEDDED / "policy", PROBLEMS, 4, PLAIN, seed=6)
-    measured = measure_discriminator(EMBEDDED / "polar", PROBLEMS, sampled, seed=9)
+    measured = measure_discriminator(EMBEDDED / "polar", PROBLEMS, sampled, seed=9, work=tmp_path)
     for name, accuracy in measured.items():
         if name.startswith("right_versus_wrong"):
             assert accuracy >= 0.9, measured
@@ -219,16 +218,13 @@ def process_group() -> None:
 
 
 def test_untrained_discriminator_starts_at_ln_2_and_learns_from_pairs(
-    process_group: None, tokenizer, tmp_path: Path
+    process_group: None,
 ) -> None:
     from rlkit.config.schema import LearnerConfig
-    from rlkit.embedded.initial import save_untrained_scorer
-    from rlkit.embedded.polar_stages import LIMITS
     from rlkit.polar_training.learner import PolarLearner
 
-    save_untrained_scorer(tmp_path / "scorer", tokenizer, seed=0, body=EMBEDDED / "policy")
     config = LearnerConfig(learning_rate=2e-3, betas=(0.9, 0.95))
-    learner = PolarLearner(tmp_path / "scorer", config, device="cpu", total_steps=30, limits=LIMITS)
+    learner = PolarLearner(EMBEDDED / "policy", config, device="cpu", total_steps=30, limits=LIMITS)
     problem = PROBLEMS[0]
     reference = write_solution(problem.steps, problem.thing, "equations")
     triplets = [Triplet(problem.question, reference, reference, f"{number} is no answer") for number in range(8)]
@@ -248,7 +244,6 @@ def test_pair_loss_is_that_of_separate_inputs(process_group: None, tmp_path: Pat
     from transformers import AutoModelForSequenceClassification
 
     from rlkit.config.schema import LearnerConfig
-    from rlkit.embedded.polar_stages import LIMITS
     from rlkit.polar_training.learner import PolarLearner
 
     folder = EMBEDDED / "polar"

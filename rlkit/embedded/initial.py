@@ -1,4 +1,4 @@
-"""Untrained models of the embedded size, saved as plain Hugging Face folders."""
+"""An untrained policy of the embedded size, saved as a plain Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -43,24 +43,4 @@ def save_untrained_policy(folder: Path, tokenizer: PreTrainedTokenizerBase, seed
 
     torch.manual_seed(seed)
     LlamaForCausalLM(model_config(tokenizer, **changes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def save_untrained_scorer(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int, body: Path | None = None, **changes: Any
-) -> None:
-    """A one-label classifier with a zero head (so that its first pair loss is ln 2), and its tokenizer.
-
-    `body` is a language model of the same shape whose decoder it starts from; without one it starts at random.
-    """
-    import torch
-    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
-
-    torch.manual_seed(seed)
-    config = model_config(tokenizer, num_labels=1, problem_type="regression", tie_word_embeddings=False, **changes)
-    model = LlamaForSequenceClassification(config)
-    if body is not None:
-        model.model.load_state_dict(LlamaForCausalLM.from_pretrained(body).model.state_dict())
-    torch.nn.init.zeros_(model.score.weight)
-    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

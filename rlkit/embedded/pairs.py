@@ -1,9 +1,9 @@
-"""Triplets for the embedded discriminator: policies told apart (pre-training), right and wrong (fine-tuning)."""
+"""Fine-tuning triplets for the embedded discriminator: right and wrong answers to one problem."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 from rlkit.data.arithmetic import STYLES, Style, WordProblem, write_solution
@@ -11,11 +11,8 @@ from rlkit.embedded.candidates import right_answer, wrong_answer
 from rlkit.embedded.careless import slip
 from rlkit.embedded.judging import is_right
 from rlkit.embedded.scale import Variant
-from rlkit.polar_training.pairs import policy_triplets
 from rlkit.polar_training.triplets import Triplet
 
-Trajectories = Mapping[Variant, Sequence[Sequence[str]]]
-"""Variant -> per prompt, two answers."""
 SAMPLED_SHARE = 0.5
 """Share of fine-tuning candidates taken from policies, where a problem has them; the rest are written by rule."""
 
@@ -25,25 +22,14 @@ CANDIDATES = 4
 """Right answers, and wrong ones, drawn for a problem at a time: they share prompt and reference, so this is cheap."""
 
 
-def variant_triplets(
-    problems: Sequence[WordProblem], trajectories: Trajectories, last_line_only: bool = False
-) -> list[list[Triplet]]:
-    """Policies of one phrasing told apart; `last_line_only` keeps of every answer its last line."""
-
-    def kept(text: str) -> str:
-        return text.rsplit("\n", 1)[-1] if last_line_only else text
-
-    return policy_triplets([problem.question for problem in problems], trajectories, phrasing, kept)
+def last_line(text: str) -> str:
+    """What stands after the last line break."""
+    return text.rsplit("\n", 1)[-1]
 
 
 def phrasing(variant: Variant) -> str:
     """What policies that are told apart share."""
     return variant.style
-
-
-def marked_answer(answer: str) -> str:
-    """What stands after the last marker."""
-    return answer.rsplit("####", 1)[-1].strip()
 
 
 def final_answers(problems: Sequence[WordProblem], seed: int) -> Iterator[list[Triplet]]:

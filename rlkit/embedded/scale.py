@@ -13,7 +13,7 @@ class Training:
 
     steps: int
     batch: int
-    """Examples per optimizer step; for POLAR, problems with all their candidates."""
+    """Examples per optimizer step; for POLAR, triplets."""
     learning_rate: float
 
 
@@ -76,10 +76,10 @@ FULL = Scale(
     pool=POOL,
     trajectory_prompts=256,
     policy_prompts=1024,
-    pretrain_last_lines=Training(steps=300, batch=64, learning_rate=1e-3),
-    pretrain=Training(steps=100, batch=32, learning_rate=1e-3),
-    finetune_last_lines=Training(steps=120, batch=32, learning_rate=1e-3),
-    finetune=Training(steps=350, batch=24, learning_rate=1e-3),
+    pretrain_last_lines=Training(steps=300, batch=96, learning_rate=1e-3),
+    pretrain=Training(steps=100, batch=48, learning_rate=1e-3),
+    finetune_last_lines=Training(steps=120, batch=128, learning_rate=1e-3),
+    finetune=Training(steps=350, batch=384, learning_rate=1e-3),
     judged_problems=512,
 )
 FAST = replace(
@@ -94,10 +94,10 @@ FAST = replace(
     pool=tuple(variant for variant in POOL if variant.style == "equations"),
     trajectory_prompts=16,
     policy_prompts=64,
-    pretrain_last_lines=Training(steps=3, batch=16, learning_rate=2e-3),
-    pretrain=Training(steps=2, batch=16, learning_rate=2e-3),
-    finetune_last_lines=Training(steps=3, batch=16, learning_rate=2e-3),
-    finetune=Training(steps=25, batch=12, learning_rate=2e-3),
+    pretrain_last_lines=Training(steps=3, batch=24, learning_rate=2e-3),
+    pretrain=Training(steps=2, batch=24, learning_rate=2e-3),
+    finetune_last_lines=Training(steps=3, batch=64, learning_rate=2e-3),
+    finetune=Training(steps=25, batch=192, learning_rate=2e-3),
     judged_problems=32,
 )
 SCALES = {"full": FULL, "fast": FAST}

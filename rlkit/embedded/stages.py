@@ -24,6 +24,13 @@ log = logging.getLogger(__name__)
 Measures = dict[str, Any]
 ANSWERS_PER_PROBLEM = 8
 REPORT_EVERY_SECONDS = 10.0
+THREADS = 1
+"""Two are hardly quicker for models this small, and sums then depend on how they are split."""
+
+
+def warmup_steps(steps: int) -> int:
+    """Of a training of so many steps."""
+    return min(40, steps // 8 + 1)
 
 
 def learner_config(training: Training) -> LearnerConfig:
@@ -31,7 +38,7 @@ def learner_config(training: Training) -> LearnerConfig:
     return LearnerConfig(
         learning_rate=training.learning_rate,
         schedule="cosine",
-        warmup_steps=min(40, training.steps // 8 + 1),
+        warmup_steps=warmup_steps(training.steps),
         min_learning_rate_ratio=0.03,
         betas=(0.9, 0.95),
         tokens_per_microbatch=8192,

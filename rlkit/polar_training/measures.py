@@ -32,12 +32,16 @@ def contrasts(asked: Sequence[Asked], policies: Sequence[str], across_styles: bo
 
 
 def verdicts(asked: Sequence[Asked]) -> list[list[Triplet]]:
-    """Fine-tuning triplets: those that the rows give, and right against wrong where responses have labels."""
-    groups = []
+    """Fine-tuning triplets: those that the rows give, and right against wrong where responses have labels.
+
+    Triplets with one prompt and one reference come together: what they share is then computed once.
+    """
+    groups: dict[tuple[str, str], list[Triplet]] = {}
     for each in asked:
         right, wrong = ([t.text for t in each.trajectories if t.correct is label] for label in (True, False))
-        groups.append(each.triplets + labelled_triplets(each.prompt, each.reference, right, wrong))
-    return [group for group in groups if group]
+        for triplet in each.triplets + labelled_triplets(each.prompt, each.reference, right, wrong):
+            groups.setdefault((triplet.prompt, triplet.reference), []).append(triplet)
+    return list(groups.values())
 
 
 def measure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -78,12 +78,6 @@ def shuffled(groups: Sequence[list[Triplet]], seed: int) -> Iterator[list[Triple
     rng = random.Random(f"shuffled/{seed}")
     while True:
         yield from rng.sample(groups, len(groups))
-
-
-def batches_of_groups(groups: Iterator[list[Triplet]], size: int) -> Iterator[list[Triplet]]:
-    """The triplets of `size` groups at a time."""
-    while True:
-        yield list(chain.from_iterable(islice(groups, size)))
 
 
 def batches_of_triplets(groups: Iterator[list[Triplet]], size: int) -> Iterator[list[Triplet]]:

@@ -114,7 +114,6 @@ class PolarTraining(RewardTraining):
     def _train(self, report: Report) -> dict[str, Any]:
         from rlkit.polar_training.measures import contrasts, measure, verdicts
         from rlkit.polar_training.pairs import batches_of_triplets, shuffled
-        from rlkit.polar_training.phases import Phase, train
 
         report.phase("reading data")
         asked, heldout, bad = read_split(self.data, self._form)
@@ -132,16 +131,14 @@ class PolarTraining(RewardTraining):
         report.evaluation(0, **_named("heldout", before))
         report.begins(steps)
         every = self.config.evaluate_every_steps
-
-        def done(step: int, loss: float) -> None:
-            nonlocal after
-            report(step, **{"polar/loss": loss})
+        batches = batches_of_triplets(shuffled(groups, self.context.seed), self.config.batch_size)
+        losses: list[float] = []
+        for step in range(1, steps + 1):
+            losses.append(learner.step(next(batches)))
+            report(step, **{"polar/loss": losses[-1]})
             if step == steps or (every and step % every == 0):
                 after = measure(learner, heldout, judged, self.config.across_styles)
                 report.evaluation(step, **_named("heldout", after))
-
-        batches = batches_of_triplets(shuffled(groups, self.context.seed), self.config.batch_size)
-        losses = train(learner, [Phase(batches, steps)], done)
         learner.save(self.context.model_folder)
         if self.context.rank == 0:
             write_triplets(triplets, self.context.run_dir / "triplets.jsonl")
