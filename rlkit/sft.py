@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlkit.command import asks_for_help, exit_code
 from rlkit.config.load import load_config
 from rlkit.config.problems import ConfigError, Problem
 from rlkit.config.resolved import ResolvedRun
@@ -45,7 +46,6 @@ USED = {
 }
 """Key or group -> what it means to this command."""
 
-CONFIG_ERROR = 2
 PROGRESS_EVERY_SECONDS = 5.0
 
 
@@ -54,24 +54,23 @@ class SftError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, or 2 for a wrong configuration or unusable data."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(given):
+    """Run the command; returns its exit code: 0, 1 for unusable data, 2 for a wrong configuration, 130."""
+    from rlkit.data.base import DataError
+
+    return exit_code(_fine_tune, arguments, SftError, DataError)
+
+
+def _fine_tune(arguments: list[str]) -> int:
+    if asks_for_help(arguments):
         print(f"{__doc__}")
         for key, text in USED.items():
             print(f"  {key:<30}{text}")
         return 0
-    from rlkit.data.base import DataError
-
-    try:
-        resolved = _load(given)
-        if resolved.config.dry_run:
-            print("The configuration is valid; nothing was started (dry_run=true).")
-            return 0
-        _start_ranks(resolved)
-    except (ConfigError, SftError, DataError) as error:
-        print(error, file=sys.stderr)
-        return CONFIG_ERROR
+    resolved = _load(arguments)
+    if resolved.config.dry_run:
+        print("The configuration is valid; nothing was started (dry_run=true).")
+        return 0
+    _start_ranks(resolved)
     return 0
 
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from rlkit.command import asks_for_help, exit_code, split_off_file
 from rlkit.config.names import did_you_mean
 from rlkit.config.problems import ConfigError, Problem
-from rlkit.train import split_off_file
 
-FAILED = 1
-CONFIG_ERROR = 2
-INTERRUPTED = 130
 USAGE = """\
 [bold]python -m rlkit.submit[/] cluster.address=http://HOST:8265 \\[what rlkit.train takes ...] \\[submit.key=value ...]
 [bold]python -m rlkit.submit[/] status|logs|stop NAME cluster.address=http://HOST:8265
@@ -30,28 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rlkit.jobs.cluster import ClusterError
     from rlkit.jobs.upload import UploadError
 
-    try:
-        return _command(list(sys.argv[1:] if arguments is None else arguments))
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        return CONFIG_ERROR
-    except (ClusterError, UploadError) as error:
-        print(f"rlkit: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("rlkit: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(_command, arguments, ClusterError, UploadError)
 
 
 def _command(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
+    if asks_for_help(arguments):
         return _help()
     if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):
         return _about_jobs(arguments[0], arguments[1:])
     from rlkit.jobs.submission import submit_run
 
-    if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
     file, overrides = split_off_file(arguments)
     return submit_run(overrides, file)
 

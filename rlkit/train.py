@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlkit.checkpoint.resume import ResumePoint, find_resume
+from rlkit.command import asks_for_help, exit_code, split_off_file
 from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError, Problem
 from rlkit.config.resolved import ResolvedRun
-
-CONFIG_ERROR = 2
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for a wrong configuration, 130 after Ctrl-C."""
-    try:
-        return _train(list(sys.argv[1:] if arguments is None else arguments))
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        return CONFIG_ERROR
-    except KeyboardInterrupt:
-        print("rlkit: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    """Run the command; returns its exit code: 0, 1 after an error, 2 for a wrong configuration, 130, 143."""
+    return exit_code(_train, arguments)
 
 
 def _train(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
+    if asks_for_help(arguments):
         from rich.console import Console
 
         from rlkit.config.reference import print_reference
 
         print_reference(Console())
         return 0
-    if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
     file, overrides = split_off_file(arguments)
     resolved = load_config(overrides, file)
     point = find_resume(resolved.config)
@@ -51,23 +38,6 @@ def _train(arguments: list[str]) -> int:
     from rlkit.run import run
 
     return run(resolved, point)
-
-
-def split_off_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """`--config FILE` or `--config=FILE`, and the other arguments. Raises ConfigError if FILE is missing."""
-    file: Path | None = None
-    others: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        name, given, value = argument.partition("=")
-        if name != "--config":
-            others.append(argument)
-            continue
-        text = value if given else next(rest, "")
-        if not text:
-            raise ConfigError([Problem("--config", "needs a file: --config runs/old/config.yaml")])
-        file = Path(text).expanduser()
-    return file, others
 
 
 def _print_plan(resolved: ResolvedRun, point: ResumePoint | None) -> None:

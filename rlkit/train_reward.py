@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from rlkit.config.problems import ConfigError
+from rlkit.command import asks_for_help, exit_code, split_off_file
 from rlkit.reward_training.load import load_reward_training
-from rlkit.train import CONFIG_ERROR, INTERRUPTED, split_off_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 after an error, 2 for a wrong configuration, 130, 143."""
-    try:
-        return _train_reward(list(sys.argv[1:] if arguments is None else arguments))
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        return CONFIG_ERROR
-    except KeyboardInterrupt:
-        print("rlkit: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(_train_reward, arguments)
 
 
 def _train_reward(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
+    if asks_for_help(arguments):
         from rich.console import Console
 
         from rlkit.reward_training.reference import print_reference
 
         print_reference(Console())
         return 0
-    if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
     file, overrides = split_off_file(arguments)
     resolved = load_reward_training(overrides, file)
     if resolved.config.dry_run:

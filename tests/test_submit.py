@@ -15,6 +15,7 @@ import yaml
 from submit_fixture import ROOT
 
 from rlkit.cluster.ray_session import ray_session
+from rlkit.command import split_off_file
 from rlkit.config.checks import run_checks
 from rlkit.config.load import load_config
 from rlkit.config.problems import ConfigError
@@ -27,7 +28,6 @@ from rlkit.jobs.resources import Demand, Node, demands, missing
 from rlkit.jobs.submission import check_here
 from rlkit.jobs.upload import MIB, Upload, UploadError, collect, pack
 from rlkit.submit import main
-from rlkit.train import split_off_file
 
 BASE = ["reward=rule", "model.path=embedded:policy"]
 
