@@ -143,7 +143,7 @@ def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
     for ranks in (1, 2):
         run_dir = tmp_path / str(ranks)
         command = [sys.executable, "-m", "rlkit.sft", *SMALL, f"run_dir={run_dir}", "trainer.total_steps=3"]
-        options = [f"learner.ranks={ranks}", f"learner.zero_stage={ranks - 1}", "learner.tokens_per_microbatch=512"]
+        options = [f"learner.ranks={ranks}", f"learner.zero_stage={ranks - 1}", "learner.tokens_per_microbatch=768"]
         subprocess.run([*command, *options], check=True, cwd=ROOT, capture_output=True, timeout=240)
         summaries.append(json.loads((run_dir / "summary.json").read_text()))
     for key in ("loss", "heldout_loss_before", "heldout_loss_after"):
