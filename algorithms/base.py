@@ -169,6 +169,11 @@ class Algorithm(ABC):
         """What this algorithm needs under its present configuration."""
         return AlgorithmNeeds()
 
+    def normalises(self) -> bool:
+        """Whether its advantages are divided by the spread of the rewards (of the group or of the batch), so that the
+        rewards' scale cancels. Where it does not, raw scores of a model should be normalised before."""
+        return False
+
     @abstractmethod
     def advantages(self, experience: Experience) -> Advantages:
         """Credit for every response token. Changes nothing: equal input and state, equal output."""

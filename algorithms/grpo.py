@@ -37,6 +37,10 @@ class GRPO(SurrogateAlgorithm):
         """A group baseline needs two samples."""
         return replace(super().needs(), min_samples_per_prompt=2)
 
+    def normalises(self) -> bool:
+        """By each group's standard deviation (not Dr. GRPO)."""
+        return bool(self.config.normalize_by_std)
+
     def credit(self, experience: Experience) -> Advantages:
         """Group-relative outcome rewards, spread over each sample's tokens."""
         found = outcomes(experience)

@@ -51,6 +51,10 @@ class PPO(SurrogateAlgorithm):
         """A critic, and what a KL penalty needs."""
         return replace(super().needs(), critic=True)
 
+    def normalises(self) -> bool:
+        """By the spread over the batch."""
+        return bool(self.config.whiten_advantages)
+
     def credit(self, experience: Experience) -> Advantages:
         """GAE over token rewards; returns are the critic's targets."""
         if experience.values is None:

@@ -42,6 +42,10 @@ class ReinforcePP(SurrogateAlgorithm):
         """Only the group baseline compares samples."""
         return replace(super().needs(), min_samples_per_prompt=2 if self.config.baseline == "group" else 1)
 
+    def normalises(self) -> bool:
+        """By the spread over the batch."""
+        return True
+
     def credit(self, experience: Experience) -> Advantages:
         """Whitened rewards to go of every token."""
         found = outcomes(experience)

@@ -84,6 +84,18 @@ class Reward(ABC):
         return False
 
     @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """Whether its workers get a share of a GPU where there are any. False for rewards that load no model, or leave
+        it to a server; the workers then see no GPU at all."""
+        return True
+
+    @classmethod
+    def gives_raw_scores(cls, config: Any) -> bool:
+        """Whether its values are unbounded scores of a model, whose level and spread differ from prompt to prompt: an
+        algorithm should then divide them by their spread (in the group or in the batch)."""
+        return False
+
+    @classmethod
     def check(cls, config: Any) -> list[str]:
         """Cheap checks before a run (model folders exist, ...), without heavy imports: messages for the user."""
         return []

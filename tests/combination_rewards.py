@@ -45,6 +45,14 @@ class Word(Reward):
         return Score(float(word), components={"twice": 2 * float(word)}, trace=f"read {word}")
 
 
+class Several(Word):
+    """The mean of all words, which are its ensemble."""
+
+    def _one(self, text: str) -> Score:
+        numbers = tuple(float(word) for word in text.split())
+        return Score(sum(numbers) / len(numbers), ensemble=numbers)
+
+
 class Answered(Word):
     """Word, for prompts with an answer and a rubric."""
 

@@ -65,15 +65,16 @@ class FakeServer:
 
 
 def reply(handler: BaseHTTPRequestHandler, status: int, answer: Any) -> None:
-    """Send a JSON answer (or the text itself)."""
-    content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+    """Send a JSON answer (or the text or the bytes themselves)."""
+    text = answer if isinstance(answer, str | bytes) else json.dumps(answer)
+    content = text if isinstance(text, bytes) else text.encode()
     handler.send_response(status)
     handler.send_header("Content-Length", str(len(content)))
     handler.end_headers()
     handler.wfile.write(content)
 
 
-def status(code: int, text: str = "busy") -> Callable[[BaseHTTPRequestHandler, dict[str, Any]], bool]:
+def status(code: int, text: Any = "busy") -> Callable[[BaseHTTPRequestHandler, dict[str, Any]], bool]:
     """A fault: this status."""
 
     def fault(handler: BaseHTTPRequestHandler, _: dict[str, Any]) -> bool:

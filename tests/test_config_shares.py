@@ -6,13 +6,51 @@ from pathlib import Path
 
 import pytest
 
+from rewards.code.reward import CodeReward
+from rewards.remote.reward import RemoteReward
 from rlkit.config.load import load_config
 from rlkit.config.problems import ConfigError
 from rlkit.config.shares import GpuShares, gpu_shares
 
 
+URLS = "reward.urls=[http://127.0.0.1:30000]"
+ON_GPU = {
+    "rule": (False, "reward=rule"),
+    "length": (False, "reward=length", "reward.max_tokens=20"),
+    "group_length": (False, "reward=group_length"),
+    "repetition": (False, "reward=repetition"),
+    "format": (False, "reward=format"),
+    "judge": (False, "reward=judge", "reward.base_url=http://127.0.0.1:1/v1", "reward.model=m"),
+    "polar": (True, "reward=polar"),
+    "polar_vllm": (True, "reward=polar", "reward.backend=vllm"),
+    "polar_http_vllm": (False, "reward=polar", "reward.backend=http_vllm", URLS),
+    "polar_http_sglang": (False, "reward=polar", "reward.backend=http_sglang", URLS),
+    "preference": (True, "reward=preference", "reward.model_path=embedded:polar", "reward.layout=pair"),
+    "implicit_prm": (True, "reward=implicit_prm"),
+    "function": (True, "reward=function", "reward.function=reward_functions.words"),
+    "rules": (False, "reward=[rule,length]", "reward.parts.length.max_tokens=20"),
+    "rule_and_model": (True, "reward=[rule,polar]"),
+}
+"""Reward -> whether it has a share of a GPU."""
+
+
 def shares(tmp_path: Path, *overrides: str) -> GpuShares:
-    return gpu_shares(load_config(["reward=rule", f"run_dir={tmp_path / 'run'}", *overrides]).config)
+    return gpu_shares(load_config(["reward=polar", f"run_dir={tmp_path / 'run'}", *overrides]).config)
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_only_rewards_that_load_a_model_have_a_share(name: str, tmp_path: Path) -> None:
+    uses, *overrides = ON_GPU[name]
+    for placement, share in (("colocated", 0.1), ("apart", 1.0)):
+        chosen = (*overrides, "cluster=single_gpu", f"cluster.placement={placement}")
+        assert shares(tmp_path, *chosen).rewards == (share if uses else 0.0)
+
+
+def test_rewards_on_servers_and_in_sandboxes_have_none() -> None:
+    """Asked of the class: a configuration with reward=remote is valid only while its server answers."""
+    assert not RemoteReward.uses_gpu(RemoteReward.Config(url="http://127.0.0.1:1"))  # type: ignore[call-arg]
+    for isolation in ({"isolation": "bubblewrap"}, {"isolation": "http", "url": "http://127.0.0.1:1"}):
+        assert not CodeReward.uses_gpu(CodeReward.Config(**isolation))  # type: ignore[arg-type]
 
 
 def test_all_that_is_colocated_fits_on_one_gpu(tmp_path: Path) -> None:

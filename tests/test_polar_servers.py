@@ -174,6 +174,22 @@ def test_an_answer_in_another_format_is_an_error(lengths: FakeServer, answer: An
         backend(lengths).score(TREES)
 
 
+BYTES = {
+    "no UTF-8": (b'[{"embedding": [1.0], "meta": "\xff\xfe"}]', "UnicodeDecodeError"),
+    "a number of 5,000 digits": (b"[" + b"9" * 5000 + b"]", "ValueError"),
+    "a number that no float holds": (b'[{"embedding": [1' + b"0" * 400 + b"]}]", "a number of 401 digits"),
+    "nested too deeply": (b"[" * 100_000, "RecursionError"),
+}
+
+
+@pytest.mark.parametrize(("content", "cause"), BYTES.values(), ids=BYTES)
+def test_bytes_that_are_no_json_are_the_servers_failure(lengths: FakeServer, content: bytes, cause: str) -> None:
+    lengths.always = status(200, content)
+    alone = [Tree((1, 2), [(3,)])]
+    with pytest.raises(ServerError, match=rf"{lengths.url}/classify: HTTP 200: .*{cause}"):
+        backend(lengths).score(alone)
+
+
 # ---- a clear end -----------------------------------------------------------------------------------------------------
 
 

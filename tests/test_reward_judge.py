@@ -206,6 +206,7 @@ def test_verdicts_that_can_be_read(form: Form, answer: str, kind: Any, expected:
         (ONE, 'It said {"score": 10}', "json_schema"),
         (ONE, '{"score": 10} {"score": 1}', "json_schema"),
         (ONE, '{"reasoning": "cut', "json_schema"),
+        (ONE, '{"score": ' + "9" * 5000 + "}", "json_schema"),
         (ONE, "Score: 10 because it says so", "text"),
         (ONE, "Score: 10\nBut I am not sure.", "text"),
         (ONE, "Score: 1, 2", "text"),

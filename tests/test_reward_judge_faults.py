@@ -108,7 +108,7 @@ def test_other_refusals_are_not_tried_again(server: JudgeServer, status: int) ->
     assert len(server.asked) == 2
 
 
-@pytest.mark.parametrize("raw", [b"<html>gateway</html>", b"{}", b'{"choices": []}', b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("raw", [b"<html>gateway</html>", b"{}", b'{"choices": []}', b"[]", b"\xff\xfe", b"9" * 5000])
 def test_a_body_that_is_no_chat_completion_is_tried_again(server: JudgeServer, raw: bytes) -> None:
     reward = started(server, attempts=2)
     server.judge = first_then_honest(Reply(raw=raw))

@@ -168,6 +168,24 @@ def test_running_statistics_of_a_part_and_of_the_whole() -> None:
     assert found.samples[3].token_rewards.tolist() == [12]
 
 
+def test_members_of_a_lone_part_survive_a_rescore() -> None:
+    """Where another part judges too, or parts are the members, there is nothing of its own to keep."""
+    several = {"_target_": "combination_rewards.Several"}
+    answered = {**WORD, "when": {"has": ["answer"]}}
+    groups = [group("1 2 3", "6"), group("4 5", name="h", answer=None)]
+    reward = combined({"a": several, "b": answered}, shaping=["standardise"])
+    judged = scored(reward, *groups)
+    assert [s.ensemble for _, s in judged[1].scored()] == [(4, 5)]
+    reward.update(judged)
+    both, alone = reward.rescore(judged)
+    assert [s.ensemble for s in both.samples] == [(), ()]
+    assert [s.ensemble for s in alone.samples] == [(4, 5)]
+    members = combined({"a": several}, shaping=["standardise"], combine="median")
+    judged = scored(members, groups[1])
+    members.update(judged)
+    assert [s.ensemble for s in members.rescore(judged)[0].samples] == [(4.5,)]
+
+
 def test_a_state_of_other_steps_is_refused() -> None:
     state = combined({"a": WORD}, shaping=["standardise"]).state_dict()
     with pytest.raises(ValueError, match="use the same shaping"):

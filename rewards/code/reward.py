@@ -84,6 +84,11 @@ class CodeReward(Reward):
             return self
 
     @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """No: programs run in sandboxes."""
+        return False
+
+    @classmethod
     def needs(cls, config: Any) -> RewardNeeds:
         """The columns with tests."""
         columns = (config.tests_column, config.setup_column, config.entry_point_column)

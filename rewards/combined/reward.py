@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from rewards.base import Reward, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
+from rewards.combined.aggregate import ENSEMBLES
 from rewards.combined.config import CombinedConfig, read_parts, typed_model
 from rewards.combined.fit import misfits, moments, placed
 from rewards.combined.scores import Opinion, Rule, combined_group, part_scores, with_process_of
@@ -79,6 +80,22 @@ class CombinedReward(TrainableReward):
         return all(part.kind.judges_texts(part.config) for part in read_parts(config))
 
     @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """If a part does."""
+        return any(part.kind.uses_gpu(part.config) for part in read_parts(config))
+
+    @classmethod
+    def gives_raw_scores(cls, config: Any) -> bool:
+        """If a part that counts does, and no step puts its values, or the combined ones, on a common scale."""
+        if config.combine == "logical_and" or any(step.sets_scale for step in config.shaping):
+            return False
+        return any(
+            part.kind.gives_raw_scores(part.config) and not any(step.sets_scale for step in part.shaping)
+            for part in read_parts(config)
+            if part.options.weight
+        )
+
+    @classmethod
     def gives_process_rewards(cls, config: Any) -> bool:
         """If a part does."""
         return any(part.kind.gives_process_rewards(part.config) for part in read_parts(config))
@@ -132,7 +149,7 @@ class CombinedReward(TrainableReward):
                 if not routed:
                     answer: Any = []
                 elif rescore and isinstance(reward, TrainableReward):
-                    answer = reward.rescore([_as_seen_by(part.name, group) for group in routed])
+                    answer = reward.rescore([self._as_seen_by(part, group) for group in routed])
                 else:
                     answer = reward.score(routed)
             except Exception as error:  # the other parts are still asked: their failures belong into the message, too
@@ -177,7 +194,7 @@ class CombinedReward(TrainableReward):
             reward = self._rewards[part.name]
             if part.name not in learning or not isinstance(reward, TrainableReward):
                 continue
-            seen = [_as_seen_by(part.name, group) for group in groups if part.options.when.applies(group.prompt)]
+            seen = [self._as_seen_by(part, group) for group in groups if part.options.when.applies(group.prompt)]
             learnt = reward.update(seen) if seen else {}
             metrics |= learnt if len(learning) == 1 else {f"{part.name}/{key}": v for key, v in learnt.items()}
         if self._statistics():
@@ -228,11 +245,18 @@ class CombinedReward(TrainableReward):
     def _earlier(self, groups: Sequence[Group]) -> dict[str, list[GroupScores | None]]:
         return {
             part.name: [
-                part_scores(_scores(group), part.name) if part.options.when.applies(group.prompt) else None
+                _scores(self._as_seen_by(part, group)) if part.options.when.applies(group.prompt) else None
                 for group in groups
             ]
             for part in self._parts
         }
+
+    def _as_seen_by(self, part: Part, group: Group) -> Group:
+        """The group with the scores that this part gave it."""
+        asked = [other.name for other in self._parts if other.options.when.applies(group.prompt)]
+        # The combinations of members put the parts' values in the place of a part's own members.
+        alone = asked == [part.name] and self.config.combine not in ENSEMBLES
+        return group.with_scores(part_scores(_scores(group), part.name, alone))
 
     def _statistics(self) -> bool:
         return any(chain.statistics for chain in (self._whole, *self._chains.values()))
@@ -301,11 +325,6 @@ def _with_unshaped(scores: GroupScores) -> GroupScores:
         for score in scores.samples
     )
     return replace(scores, samples=tuple(samples))
-
-
-def _as_seen_by(name: str, group: Group) -> Group:
-    """The group with the scores that part `name` gave it."""
-    return group.with_scores(part_scores(_scores(group), name))
 
 
 def _scores(group: Group) -> GroupScores:

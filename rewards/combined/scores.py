@@ -106,20 +106,21 @@ def _components(i: int, opinions: Sequence[Opinion]) -> dict[str, float]:
     return found
 
 
-def part_scores(scores: GroupScores, name: str) -> GroupScores:
-    """What part `name` had said, read back from combined scores: its value and its components.
+def part_scores(scores: GroupScores, name: str, alone: bool = False) -> GroupScores:
+    """What part `name` had said, read back from combined scores: its value, its components, and, where no other part
+    judged the prompt (`alone`), its ensemble's members.
 
     Where it had no value, the combined process rewards stand for its own. Invalid stays invalid.
     """
-    return GroupScores(tuple(_part_score(score, name) for score in scores.samples), scores.pairs)
+    return GroupScores(tuple(_part_score(score, name, alone) for score in scores.samples), scores.pairs)
 
 
-def _part_score(score: Score, name: str) -> Score:
+def _part_score(score: Score, name: str, alone: bool) -> Score:
     if not score.valid:
         return Score.invalid(score.reason, score.trace)
     prefix = f"{name}/"
     own = {key.removeprefix(prefix): value for key, value in score.components.items() if key.startswith(prefix)}
-    read = replace(score, value=score.components.get(name), components=own, ensemble=())
+    read = replace(score, value=score.components.get(name), components=own, ensemble=score.ensemble if alone else ())
     return read if read.value is None else replace(read, token_rewards=None, span_rewards=())
 
 

@@ -138,7 +138,7 @@ class ChatClient:
             found = response.json()
             choice = found["choices"][0]
             text = choice["message"].get("content")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:  # no JSON, or another
             raise _Transient(
                 f"bad_response: no chat completion ({type(error).__name__}): {_shown(response)}"
             ) from error

@@ -149,6 +149,11 @@ class JudgeReward(Reward):
         self._close_judge: Any = None
 
     @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """No: the judge is a server."""
+        return False
+
+    @classmethod
     def judges_texts(cls, config: Any) -> bool:
         """Only where a response is not compared with the others of its group."""
         return bool(config.mode == "pointwise" or (config.mode == "pairwise" and config.against == "reference"))

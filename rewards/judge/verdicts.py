@@ -154,6 +154,10 @@ def _json_object(text: str) -> dict[str, Any]:
         raise Unparsable(f"the answer is not one JSON object: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
         raise Unparsable("the answer is not one JSON object: nested too deeply") from error
+    except Unparsable:
+        raise
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise Unparsable(f"the answer cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise Unparsable(f"the answer is not a JSON object but {type(found).__name__}")
     return found

@@ -35,6 +35,16 @@ class PolarReward(Reward):
         """What a response is compared with."""
         return RewardNeeds(references=True)
 
+    @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """Unless a server has the model."""
+        return config.backend not in SERVERS
+
+    @classmethod
+    def gives_raw_scores(cls, config: Any) -> bool:
+        """Logits: about -12 to +1 for the released model."""
+        return True
+
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
         self._serialiser: Serialiser | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -165,11 +164,11 @@ class ServerBackend:
 
 
 def json_of(answer: httpx.Response) -> Any:
-    """The JSON of an answer. Raises WrongAnswer."""
+    """The JSON of an answer. Raises WrongAnswer, whatever the server sent."""
     try:
         return answer.json()
-    except json.JSONDecodeError as error:
-        raise WrongAnswer(f"no JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5,000 digits; nested too deeply
+        raise WrongAnswer(f"no JSON ({type(error).__name__}: {error})") from error
 
 
 def chunks(sequences: Sequence[Sequence[int]], limit: int) -> list[list[Sequence[int]]]:

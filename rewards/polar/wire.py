@@ -97,4 +97,7 @@ def last_number(entry: Any) -> float:
         return math.nan
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise WrongAnswer(f"{str(entry)[:80]!r} where a score belongs")
-    return float(found)
+    try:
+        return float(found)
+    except OverflowError as error:
+        raise WrongAnswer(f"a number of {len(str(found))} digits where a score belongs") from error

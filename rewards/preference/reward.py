@@ -47,6 +47,11 @@ class PreferenceReward(Reward):
         tokens_per_batch: int = Field(default=16384, ge=1)
         """Tokens of one forward pass, shared prefixes counted for each sequence that has them."""
 
+    @classmethod
+    def gives_raw_scores(cls, config: Any) -> bool:
+        """Log-odds."""
+        return True
+
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
         self._encoder: Encoder | None = None

@@ -57,6 +57,11 @@ class RemoteReward(Reward):
         self._runner: asyncio.Runner | None = None
 
     @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """No: the reward is where its server is."""
+        return False
+
+    @classmethod
     def check(cls, config: Any) -> list[str]:
         """The server answers, speaks this version, and its reward works."""
         problem = url_problem(config.url)

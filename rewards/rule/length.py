@@ -36,6 +36,11 @@ class Length(Reward):
             return self
 
     @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """No: it counts."""
+        return False
+
+    @classmethod
     def judges_texts(cls, config: Any) -> bool:
         """No: it counts tokens."""
         return False
@@ -61,6 +66,11 @@ class GroupLength(Reward):
     value = 1 - (tokens - shortest) / (longest - shortest); 0.5 for all if they are equally long. The paper's term is
     this minus 0.5, which is the same to group-relative advantages.
     """
+
+    @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """No: it counts."""
+        return False
 
     @classmethod
     def judges_texts(cls, config: Any) -> bool:

@@ -25,6 +25,11 @@ class Repetition(Reward):
         """Tokens in an n-gram. Short ones also count ordinary phrases; a response shorter than this gets 1."""
 
     @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """No: it counts."""
+        return False
+
+    @classmethod
     def judges_texts(cls, config: Any) -> bool:
         """No: it looks at tokens."""
         return False

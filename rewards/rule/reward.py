@@ -51,6 +51,11 @@ class RuleReward(Reward):
         """The gold answer."""
         return RewardNeeds(answer=True)
 
+    @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """No: the verifier is a program."""
+        return False
+
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
         self._verifier: Verifier | None = None

@@ -50,6 +50,11 @@ class TextRule(Reward):
 
     Config = TextRuleConfig
 
+    @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """No: its verdicts are made by programs."""
+        return False
+
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
         self._processes: Processes | None = None

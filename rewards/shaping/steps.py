@@ -24,6 +24,11 @@ class Step(BaseModel):
     """Whether a reward after it can still be compared with reference rewards before it."""
 
     @property
+    def sets_scale(self) -> bool:
+        """Whether raw scores of a model have a known spread after it: bounded, or a standard deviation of 1."""
+        return self.name in ("par", "standardise", "minmax")
+
+    @property
     def name(self) -> str:
         """The step's `kind`."""
         return str(getattr(self, "kind"))  # noqa: B009 (every step has one; the base does not)
@@ -182,6 +187,11 @@ class GroupNormalise(OutcomeStep):
     """Puts components on one scale before they are combined."""
     divide: bool = True
     """false: only centres."""
+
+    @property
+    def sets_scale(self) -> bool:
+        """Unless it only centres."""
+        return self.divide
 
     def apply(self, values: Float64, lengths: Int64) -> Float64:
         """Mean 0 in the group."""

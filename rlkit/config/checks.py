@@ -88,6 +88,18 @@ def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> F
         )
 
 
+def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Findings:
+    """Logits spread over ten and more in one group and over a tenth in the next, which would then hardly count."""
+    if reward.cls.gives_raw_scores(reward.config) and not algorithm.normalises():
+        yield Finding(
+            "reward",
+            f"{reward.cls.__name__} gives raw scores of a model and {type(algorithm).__name__} does not divide by their "
+            "spread, so prompts whose scores spread widely outweigh the others; GRPO and PPO do it by default, or let "
+            "the reward: 'reward=[NAME]' 'reward.shaping=[group_normalise]' (one sample per prompt: [standardise])",
+            warning=True,
+        )
+
+
 def data_is_usable(data: DataSource) -> Findings:
     """Files and columns exist."""
     for message in data.check():
@@ -356,6 +368,7 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     reward_is_usable,
     reward_finds_its_columns,
     process_rewards_come_from_somewhere,
+    raw_scores_are_normalised,
     model_is_long_enough,
     cache_holds_a_sequence,
     minibatches_are_equal,

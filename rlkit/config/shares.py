@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlkit.config.parts import import_part
 from rlkit.config.schema import RunConfig
 
 
@@ -15,7 +16,7 @@ class GpuShares:
     learner: float
     critic: float
     rewards: float
-    """Of all reward workers together."""
+    """Of all reward workers together; 0 for a reward that loads no model here (a program, a server's client)."""
 
 
 def gpu_shares(config: RunConfig) -> GpuShares:
@@ -25,7 +26,13 @@ def gpu_shares(config: RunConfig) -> GpuShares:
     """
     if config.cluster.device == "cpu":
         return GpuShares(0.0, 0.0, 0.0, 0.0)
-    parallel = float(config.rollout.tensor_parallel_size)
+    parallel, judged = float(config.rollout.tensor_parallel_size), _reward_uses_gpu(config)
     if config.cluster.placement == "apart":
-        return GpuShares(parallel, 1.0, 1.0, 1.0)
-    return GpuShares(0.5 if parallel == 1 else parallel, 0.3, 0.1, 0.1)
+        return GpuShares(parallel, 1.0, 1.0, 1.0 if judged else 0.0)
+    return GpuShares(0.5 if parallel == 1 else parallel, 0.3, 0.1, 0.1 if judged else 0.0)
+
+
+def _reward_uses_gpu(config: RunConfig) -> bool:
+    cls = import_part("reward", config.reward["_target_"])
+    own = {key: value for key, value in config.reward.items() if key != "_target_"}
+    return bool(cls.uses_gpu(cls.Config(**own)))

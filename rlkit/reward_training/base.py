@@ -163,14 +163,14 @@ class Report(Protocol):
 class RewardTraining(ABC):
     """One kind of reward model. Made on every rank, inside an initialised process group with `threads` set.
 
-    `run` must leave the trained model in `context.model_folder` (all ranks take part, rank 0 writes).
+    Training must leave the model in `context.model_folder` (all ranks take part, rank 0 writes).
     Errors for the user: `DataError` for rows, `ModelLoadError` for models; their message is all that is shown.
     """
 
     Config: ClassVar[type[RewardTrainingConfig]] = RewardTrainingConfig
     Data: ClassVar[type[DataConfig]] = RewardDataConfig
     stages: ClassVar[tuple[Stage, ...]] = ("train",)
-    """What it can do; `evaluate` is refused at start where it is missing here."""
+    """What `run` can do; any other stage is refused at start."""
 
     def __init__(self, config: Any, data: Any, context: TrainingContext) -> None:
         self.config, self.data, self.context = config, data, context
@@ -194,8 +194,4 @@ class RewardTraining(ABC):
 
     @abstractmethod
     def run(self, report: Report) -> dict[str, Any]:
-        """Do what `context.stage` says, unless that is evaluate; returns the summary that becomes summary.json."""
-
-    def evaluate(self, report: Report) -> dict[str, Any]:
-        """`stage=evaluate`: judge the model as it is; returns the summary."""
-        raise NotImplementedError(f"{type(self).__name__} has no stage=evaluate")
+        """Do what `context.stage` (one of `stages`) says; returns the summary that becomes summary.json."""

@@ -80,6 +80,10 @@ class ImplicitPRMTraining(RewardTraining):
         return messages
 
     def run(self, report: Report) -> dict[str, Any]:
+        """The stage's work."""
+        return self._evaluate(report) if self.context.stage == "evaluate" else self._train(report)
+
+    def _train(self, report: Report) -> dict[str, Any]:
         """Train, with held-out evaluations."""
         train, heldout = self._read(report)
         from rlkit.reward_training.prm_examples import draw_batches, make_examples
@@ -122,7 +126,7 @@ class ImplicitPRMTraining(RewardTraining):
             "model": str(self.context.model_folder),
         }
 
-    def evaluate(self, report: Report) -> dict[str, Any]:
+    def _evaluate(self, report: Report) -> dict[str, Any]:
         """Judge the model on all rows."""
         config = self.config
         reference_path = config.reference_path or _noted_reference(config.model_path)

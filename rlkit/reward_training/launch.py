@@ -78,7 +78,7 @@ def _run(rank: int, resolved: ResolvedRewardTraining, report: Any, port: int) ->
         init_process_group(rank, reward.ranks, "127.0.0.1", port, config.device)
     context = TrainingContext(config.run_dir, config.device, config.seed, rank, config.stage)
     backend = resolved.backend(resolved.reward, resolved.data, context)
-    summary = backend.evaluate(report) if config.stage == "evaluate" else backend.run(report)
+    summary = backend.run(report)
     return {**summary, "wall_seconds": round(time.monotonic() - began, 3)}
 
 

@@ -92,13 +92,14 @@ class PolarTraining(RewardTraining):
     def run(self, report: Report) -> dict[str, Any]:
         """The stage's work. Raises DataError and ModelLoadError for the user."""
         self._refuse_what_has_no_effect()
-        return self._generate(report) if self.context.stage == "generate" else self._train(report)
+        if self.context.stage == "generate":
+            return self._generate(report)
+        return self._evaluate(report) if self.context.stage == "evaluate" else self._train(report)
 
-    def evaluate(self, report: Report) -> dict[str, Any]:
+    def _evaluate(self, report: Report) -> dict[str, Any]:
         """All measures on all rows."""
         from rlkit.polar_training.measures import measure
 
-        self._refuse_what_has_no_effect()
         asked, bad = read(self.data, self._form)
         _warn(bad, report)
         learner = self._learner(1, report)

@@ -59,6 +59,10 @@ class PreferenceTraining(RewardTraining):
         return messages
 
     def run(self, report: Report) -> dict[str, Any]:
+        """The stage's work."""
+        return self._evaluate(report) if self.context.stage == "evaluate" else self._train(report)
+
+    def _train(self, report: Report) -> dict[str, Any]:
         """Train; returns steps, pairs, and the held-out measures before and after."""
         report.phase("reading data")
         train_rows, heldout_rows, bad = load_pairs(self.data, self.context.seed)
@@ -87,7 +91,7 @@ class PreferenceTraining(RewardTraining):
         counts = {"steps": steps, "training_pairs": pairs, "heldout_pairs": len(judged), "bad_rows": len(bad)}
         return {**counts, **_named("before", before), **_named("after", after), "model": str(self.context.model_folder)}
 
-    def evaluate(self, report: Report) -> dict[str, Any]:
+    def _evaluate(self, report: Report) -> dict[str, Any]:
         """Measures of a trained model on all pairs, scored as `rlkit.train` scores."""
         from rewards.preference.folder import ClassifierError, check_classifier
         from rlkit.embedded import model_folder
