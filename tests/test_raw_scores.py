@@ -1,4 +1,4 @@
-"""Raw scores of a model (POLAR's logits) in training: who takes their scale out, that it is done once, who is warned."""
+"""Raw scores of a model (POLAR's logits) in training: who takes their scale out, that it is once, who is warned."""
 
 from __future__ import annotations
 

@@ -93,9 +93,9 @@ def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Findings:
     if reward.cls.gives_raw_scores(reward.config) and not algorithm.normalises():
         yield Finding(
             "reward",
-            f"{reward.cls.__name__} gives raw scores of a model and {type(algorithm).__name__} does not divide by their "
-            "spread, so prompts whose scores spread widely outweigh the others; GRPO and PPO do it by default, or let "
-            "the reward: 'reward=[NAME]' 'reward.shaping=[group_normalise]' (one sample per prompt: [standardise])",
+            f"{reward.cls.__name__} gives raw scores of a model and {type(algorithm).__name__} does not divide by "
+            "their spread, so prompts whose scores spread widely outweigh others; GRPO and PPO do it by default, or "
+            "the reward can: 'reward=[NAME]' 'reward.shaping=[group_normalise]' (one sample per prompt: [standardise])",
             warning=True,
         )
 
