@@ -1,21 +1,16 @@
-"""What makes a run stop or warn: updates that are not finite, a sampler that drifts from the learner, dead waits."""
+"""What makes a run stop or warn: updates that are not finite, a sampler unlike the learner, a fooled reward."""
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import fmean
-from typing import TypeVar
 
 from rlkit.config.schema import TrainerConfig
-from rlkit.experience.buffer import BufferStats
-
-T = TypeVar("T")
 
 
 class TrainingFailedError(RuntimeError):
-    """The run cannot go on; the message says why and what was waited for."""
+    """The run cannot go on; the message says why."""
 
 
 class UpdateGuard:
@@ -97,27 +92,3 @@ class HackingAlarm:
             [step[name] for step in half if name in step] for half in (steps[: self.window], steps[self.window :])
         ]
         return (fmean(halves[0]), fmean(halves[1])) if all(halves) else None
-
-
-async def within(seconds: float, what: str, work: Awaitable[T], key: str = "trainer.step_timeout_seconds") -> T:
-    """What `work` gives. Raises TrainingFailedError, naming `what` and `key`, if that takes longer than `seconds`.
-
-    A TimeoutError from inside passes through: it is an actor's own.
-    """
-    limit = asyncio.timeout(seconds)
-    try:
-        async with limit:
-            return await work
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise TrainingFailedError(f"{what} took more than {key}={seconds:g}") from None
-
-
-def waited_for(step: int, deadline: float, version: int, buffer: BufferStats, workers: Sequence[object]) -> str:
-    """Who a step that took too long was waiting for, in one message."""
-    return (
-        f"step {step} took more than trainer.step_timeout_seconds={deadline:g}. Policy version {version}; "
-        f"buffer: {buffer.ready} groups ready, {buffer.in_flight} in flight, rejected {dict(buffer.rejected)}; "
-        f"reward workers: {workers}"
-    )

@@ -29,7 +29,7 @@ from rlkit.embedded import model_folder
 from rlkit.evaluation import VERIFIER, Evaluator
 from rlkit.experience import Prompt
 from rlkit.experience.buffer import TooManyRejectedError
-from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard, within
+from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool, WeightsNotLoadedError
 from rlkit.rollout.producer import Producer
 from rlkit.serving.pool import RewardPool
@@ -37,6 +37,7 @@ from rlkit.serving.results import RewardFailed
 from rlkit.tracking.run_folder import RunFolder, RunFolderError
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
+from rlkit.waiting import WaitedTooLongError, Watchdog, blocking, waiting
 
 FAILED = 1
 TERMINATED = 128 + signal.SIGTERM
@@ -50,9 +51,12 @@ EXPECTED = (
     TooManyRejectedError,
     DataError,
     TrainingFailedError,
+    WaitedTooLongError,
 )
 """Errors whose message is all a user needs."""
 CANARY_TOKENS = 32
+END_SECONDS = 120.0
+"""How long actors, threads and Ray may take to end; after that the process ends itself, and Ray's reaper the rest."""
 ROOM_SECONDS = 60.0
 """How long Ray may look for room for the actors; on a cluster that is starting, nodes still join."""
 
@@ -75,7 +79,8 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
         with Tracker(config.tracking, folder, config.trainer.total_steps, first_step=first_step) as tracker:
             for warning in resolved.warnings:
                 tracker.warn(str(warning))
-            _run_to_the_end(resolved, folder, tracker, point)
+            with Watchdog(tracker.message, config.trainer.report_waits_after, folder.logs / "driver.log"):
+                _run_to_the_end(resolved, folder, tracker, point)
     except asyncio.CancelledError:  # Ctrl-C raises KeyboardInterrupt instead
         print("rlkit: ended by SIGTERM", file=sys.stderr)
         return TERMINATED
@@ -90,14 +95,22 @@ def _run_to_the_end(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, 
     from ray.exceptions import RayTaskError
 
     try:
-        asyncio.run(_train(resolved, folder, tracker, point))
+        with contextlib.ExitStack() as ending:
+            asyncio.run(_train(resolved, folder, tracker, point, ending))
     except RayTaskError as error:
         if isinstance(error.cause, Exception):
             raise error.cause from error
         raise
 
 
-async def _train(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, point: ResumePoint | None) -> None:
+async def _train(
+    resolved: ResolvedRun,
+    folder: RunFolder,
+    tracker: Tracker,
+    point: ResumePoint | None,
+    ending: contextlib.ExitStack,
+) -> None:
+    """Starts everything, trains, ends everything. `ending` is closed by the caller when the event loop is gone, too."""
     config, began = resolved.config, time.monotonic()
     # Ray replaces the handler of SIGTERM when it starts; ours cancels the run, so that everything is ended in order.
     task = asyncio.current_task()
@@ -105,17 +118,24 @@ async def _train(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, poi
     tracker.phase("reading data")
     train, heldout = load_prompts(resolved, tracker)
     tracker.phase("starting Ray")
-    with ray_session(config.cluster):
+    with contextlib.ExitStack() as session:
+        with blocking("the start", "Ray", *_startup(config)):
+            session.enter_context(ray_session(config.cluster))
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with contextlib.AsyncExitStack() as stack:
-            trainer = await _start(resolved, folder, tracker, train, heldout, stack, began)
-            if point is None:
-                folder.keep_only({})
-            else:
-                await _go_on(trainer, point, tracker)
-            summary = await trainer.fit()
-            tracker.finish(summary)
+            try:
+                trainer = await _start(resolved, folder, tracker, train, heldout, stack, began)
+                if point is None:
+                    folder.keep_only({})
+                else:
+                    await _go_on(trainer, point, tracker)
+                summary = await trainer.fit()
+                tracker.finish(summary)
+            finally:
+                ending.enter_context(
+                    blocking("the end of the run", "actors, threads and Ray", END_SECONDS, "END_SECONDS")
+                )
 
 
 async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None:
@@ -123,9 +143,8 @@ async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None
     tracker.phase(f"going on from {point.checkpoint.path}")
     for notice in point.notices:
         tracker.warn(notice)
-    work = trainer.checkpointer.restore(point.checkpoint, trainer)
-    limit = trainer.config.trainer.startup_timeout_seconds
-    await within(limit, f"restoring {point.checkpoint.path}", work, "trainer.startup_timeout_seconds")
+    async with waiting("the start", f"{point.checkpoint.path} to be restored", *_startup(trainer.config)):
+        await trainer.checkpointer.restore(point.checkpoint, trainer)
     tracker.go_on_from(trainer.version, trainer.accuracies)
 
 
@@ -180,7 +199,7 @@ async def _start(
         starting["loading the verifier"] = verifier.start()
     if learner.critic is not None:
         starting["loading the critic (DeepSpeed)"] = learner.critic.start()
-    await _all_ready(starting, tracker, seconds)
+    await _all_ready(starting, tracker, config)
     return Trainer(
         config=config,
         algorithm=algorithm,
@@ -223,28 +242,27 @@ def _producer(
         samples_per_prompt=algorithm.config.samples_per_prompt,
         greedy=algorithm.needs().greedy_response,
         seed=config.seed,
+        step_timeout_seconds=config.trainer.step_timeout_seconds,
     )
 
 
-async def _all_ready(starting: dict[str, Any], tracker: Tracker, seconds: float) -> None:
-    """Wait for all, showing which are still loading. Raises the first error, or TrainingFailedError at the deadline."""
+def _startup(config: RunConfig) -> tuple[float, str]:
+    """Seconds, and where they come from."""
+    return config.trainer.startup_timeout_seconds, "trainer.startup_timeout_seconds"
+
+
+async def _all_ready(starting: dict[str, Any], tracker: Tracker, config: RunConfig) -> None:
+    """Wait for all, showing which are still loading. Raises the first error, or WaitedTooLongError at the deadline."""
 
     async def one(name: str, work: Any) -> None:
         tracker.phase(name, parallel=True)
         await work
         tracker.phase_done(name)
-        waiting.discard(name)
+        left.discard(name)
 
-    waiting = set(starting)
-    try:
-        async with asyncio.timeout(seconds) as limit:
-            await asyncio.gather(*(one(name, work) for name, work in starting.items()))
-    except TimeoutError:
-        if not limit.expired():  # an actor's own
-            raise
-        raise TrainingFailedError(
-            f"not ready after trainer.startup_timeout_seconds={seconds:g}: still {', '.join(sorted(waiting))}"
-        ) from None
+    left = set(starting)
+    async with waiting("the start", lambda: ", ".join(sorted(left)), *_startup(config)):
+        await asyncio.gather(*(one(name, work) for name, work in starting.items()))
 
 
 def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt], list[Prompt]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
-from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard, waited_for, within
+from rlkit.guard import HackingAlarm, UpdateGuard
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.producer import Producer, until
@@ -22,6 +23,7 @@ from rlkit.serving.results import check_failures
 from rlkit.step_metrics import rollout_metrics, summary
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
+from rlkit.waiting import waiting
 
 
 @dataclass
@@ -51,19 +53,19 @@ class Trainer:
     """Every metric's latest value."""
 
     async def fit(self) -> dict[str, Any]:
-        """Train to the last step. Raises TrainingFailedError, RewardFailed and what the actors raise."""
+        """Train to the last step. Raises TrainingFailedError, WaitedTooLongError, RewardFailed, what actors raise."""
         trainer = self.config.trainer
         # Proves that sampler and learner hold the same policy before any training.
-        await within(trainer.step_timeout_seconds, "publishing the first weights", self.publish())
+        async with self.deadline("the driver", "the first weights to be published"):
+            await self.publish()
         if not self.version:
             await self.evaluate(0)
         producing = asyncio.create_task(self.producer.run())
         training_began, first = time.monotonic(), self.version + 1
         try:
             for step in range(first, trainer.total_steps + 1):
-                if step > 1:
-                    await self.buffer.advance.remote(step - 1)  # now there is room for this step's groups
-                await self.step(step, producing)
+                async with self.deadline(f"step {step}", "groups, update and new weights"):
+                    await self.step(step, producing)
                 last = step == trainer.total_steps
                 if last or (trainer.evaluate_every_steps and step % trainer.evaluate_every_steps == 0):
                     await self.evaluate(step)
@@ -71,7 +73,7 @@ class Trainer:
                     await self.save(step)
         finally:
             producing.cancel()
-            await asyncio.gather(producing, return_exceptions=True)
+            await asyncio.gather(producing, return_exceptions=True)  # cancelled waits end at once
         return summary(
             steps=trainer.total_steps,
             accuracies=self.accuracies,
@@ -82,28 +84,22 @@ class Trainer:
         )
 
     async def step(self, step: int, producing: asyncio.Task[None]) -> None:
-        """One training step, with a deadline."""
-        deadline = self.config.trainer.step_timeout_seconds
-        try:
-            async with asyncio.timeout(deadline) as limit:
-                groups, times = await self.collect(producing)
-                report, sampling = self.producer.take_report()
-                self.failed_scores += report.failed
-                check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
-                groups, of_reward = await self.reward.learn(groups, "before")
-                with self.tracker.timed("advantages"):
-                    experience = await self.learner.experience(groups, step)
-                    advantages = self.algorithm.advantages(experience)
-                with self.tracker.timed("update"):
-                    metrics, judged, (_, learnt) = await asyncio.gather(
-                        self.update(experience, advantages), self.judge(groups), self.reward.learn(groups, "after")
-                    )
-                difference = await self.publish()
-        except TimeoutError:
-            if not limit.expired():  # an actor's own
-                raise
-            stats = await self.buffer.stats.remote()
-            raise TrainingFailedError(waited_for(step, deadline, self.version, stats, self.reward.health())) from None
+        """One training step."""
+        if step > 1:
+            await self.buffer.advance.remote(step - 1)  # now there is room for this step's groups
+        groups, times = await self.collect(producing)
+        report, sampling = self.producer.take_report()
+        self.failed_scores += report.failed
+        check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
+        groups, of_reward = await self.reward.learn(groups, "before")
+        with self.tracker.timed("advantages"):
+            experience = await self.learner.experience(groups, step)
+            advantages = self.algorithm.advantages(experience)
+        with self.tracker.timed("update"):
+            metrics, judged, (_, learnt) = await asyncio.gather(
+                self.update(experience, advantages), self.judge(groups), self.reward.learn(groups, "after")
+            )
+        difference = await self.publish()
         stats = await self.buffer.stats.remote()
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
         metrics |= {
@@ -149,9 +145,8 @@ class Trainer:
         if self.evaluator is None:
             return
         with self.tracker.timed("evaluate"):
-            deadline = self.config.trainer.step_timeout_seconds
-            work = self.evaluator.evaluate(step)
-            result: Evaluation = await within(deadline, f"the held-out evaluation after step {step}", work)
+            async with self.deadline("the driver", f"the held-out evaluation after step {step}"):
+                result: Evaluation = await self.evaluator.evaluate(step)
         self.accuracies[step] = result.accuracy
         self.latest |= {**result.metrics, "accuracy/heldout": result.accuracy}
         self.tracker.evaluation(step, result.accuracy, result.metrics)
@@ -159,8 +154,12 @@ class Trainer:
     async def save(self, step: int) -> None:
         """Write `checkpoints/step_NNNNNN`: the policy as a plain Hugging Face folder, and what a later run needs."""
         with self.tracker.timed("save"):
-            work = self.checkpointer.save(step, self, self.latest)
-            await within(self.config.trainer.step_timeout_seconds, f"saving the checkpoint of step {step}", work)
+            async with self.deadline("the driver", f"the checkpoint of step {step}"):
+                await self.checkpointer.save(step, self, self.latest)
+
+    def deadline(self, who: str, what: str) -> AbstractAsyncContextManager[None]:
+        """A step, an evaluation and a checkpoint may take so long."""
+        return waiting(who, what, self.config.trainer.step_timeout_seconds, "trainer.step_timeout_seconds")
 
     def state_dict(self) -> dict[str, Any]:
         """The driver's own part of a checkpoint."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from rlkit.config.schema import RunConfig
 from rlkit.config.shares import gpu_shares
+from rlkit.waiting import WaitedTooLongError, waiting
 
 TOKEN_CPUS = 0.001
 """A bundle must ask for something; CPU time is shared, not reserved."""
@@ -94,9 +94,9 @@ async def reserve(config: RunConfig, bundles: list[Bundle], seconds: float) -> A
     wanted = [{"CPU": TOKEN_CPUS, **({"GPU": bundle.gpus} if bundle.gpus else {})} for bundle in bundles]
     group = placement_group(wanted, strategy=config.cluster.strategy)
     try:
-        async with asyncio.timeout(seconds):
+        async with waiting("the start", "room for the actors on the cluster", seconds, "ROOM_SECONDS"):
             await group.ready()
-    except TimeoutError:
+    except WaitedTooLongError:
         remove_placement_group(group)
         nodes = [
             f"{node['NodeManagerAddress']}: {node['Resources'].get('GPU', 0):g} GPUs, "

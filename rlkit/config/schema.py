@@ -38,6 +38,9 @@ class TrainerConfig(Section):
     evaluation or a checkpoint."""
     startup_timeout_seconds: float = Field(default=600.0, gt=0)
     """The actors must be ready by then."""
+    report_waits_after: float = Field(default=0.25, gt=0, lt=1)
+    """A wait that has lasted this share of its deadline is told on the screen: who waits for what. Again at each
+    doubling of its time."""
     mismatch_alarm: float = Field(default=0.05, gt=0)
     """Mean difference between the sampler's and the learner's log-probs above which a step warns."""
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from algorithms.base import Algorithm
 from rlkit.cluster.placement import Place
 from rlkit.config.schema import LearnerConfig, RunConfig
+from rlkit.waiting import waiting
 
 
 class Trained(Protocol):
@@ -114,6 +116,8 @@ class RankGroup:
         """`name` names the log files; `gpus` is what each rank asks Ray for, `place` where it goes."""
         import ray
 
+        self.name, self.trainer_config = name, config.trainer
+
         environment = {
             "OMP_NUM_THREADS": str(config.cluster.threads_per_actor),
             "OMP_WAIT_POLICY": "PASSIVE",  # the sampler shares these cores
@@ -131,7 +135,7 @@ class RankGroup:
 
     async def start(self) -> Any:
         """Let the ranks meet and load the model on each."""
-        host, port = await self.ranks[0].address.remote()
+        (host, port) = (await self.answers("address", [self.ranks[0].address.remote()]))[0]
         return await self.call("start", len(self.ranks), host, port)
 
     async def save_state(self, file: Path) -> dict[str, int]:
@@ -145,5 +149,23 @@ class RankGroup:
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a method on every rank; rank 0's result. Arguments may be object references."""
-        results = await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self.ranks))
-        return results[0]
+        return (await self.answers(method, [getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
+
+    async def answers(self, method: str, calls: Sequence[Any]) -> list[Any]:
+        """What the ranks return. Raises WaitedTooLongError, naming those that have not answered."""
+        missing = set(range(len(calls)))
+
+        async def one(rank: int, call: Any) -> Any:
+            result = await call
+            missing.discard(rank)
+            return result
+
+        name = "startup_timeout_seconds" if method in ("address", "start") else "step_timeout_seconds"
+        seconds: float = getattr(self.trainer_config, name)
+        who = f"the {self.name}"
+        async with waiting(who, lambda: f"`{method}` of rank {_listed(missing)}", seconds, f"trainer.{name}"):
+            return await asyncio.gather(*(one(rank, call) for rank, call in enumerate(calls)))
+
+
+def _listed(ranks: set[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +100,7 @@ class LearnerGroup(RankGroup):
     async def publishable(self, canary: Sequence[int]) -> tuple[Any, np.ndarray]:
         """(reference to the WeightBundle, canary log-probs [len(canary) - 1])."""
         pairs = [rank.weights.options(num_returns=2).remote(canary) for rank in self.ranks]
-        canaries = await asyncio.gather(*(logprobs for _, logprobs in pairs))
+        canaries = await self.answers("weights", [logprobs for _, logprobs in pairs])
         return pairs[0][0], canaries[0]
 
     async def save(self, folder: Path) -> None:

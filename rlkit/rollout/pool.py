@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ import numpy as np
 from rlkit.cluster.placement import Place, anywhere
 from rlkit.config.schema import RunConfig
 from rlkit.config.shares import gpu_shares
+from rlkit.config.sharing import engines_sleep
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.sampler import engine_environment
-from rlkit.rollout.worker import GroupRequest, RolloutWorker
+from rlkit.rollout.worker import GroupRequest, RolloutWorker, WeightReceipt
+from rlkit.waiting import WaitedTooLongError, waiting
 
 log = logging.getLogger(__name__)
 
 CANARY_TOLERANCE_FP32 = 1e-3
 CANARY_TOLERANCE_HALF = 0.15
+SHOWN_GROUPS = 3
+"""Of those that a wait is for."""
 
 
 class WeightsNotLoadedError(RuntimeError):
@@ -37,11 +42,15 @@ class Published:
     """The weights that every worker must hold now."""
 
     bundle: Any
-    """Reference to a WeightBundle."""
+    """Reference to a WeightBundle; None where the learner sends weights directly."""
     version: int
     canary: tuple[int, ...]
     wanted: np.ndarray
     """[len(canary) - 1] the learner's log-probs of the canary."""
+
+
+Fetch = Callable[[Sequence[int]], Awaitable[Published]]
+"""Canary -> the learner's present weights as a bundle."""
 
 
 def deal(requests: Sequence[GroupRequest], workers: int) -> list[list[GroupRequest]]:
@@ -70,6 +79,8 @@ class RolloutPool:
         self.health = [Health(config.rollout.max_restarts) for _ in self.workers]
         self._repairs = [asyncio.Lock() for _ in self.workers]
         self._published: Published | None = None
+        self.fetch: Fetch | None = None
+        """Where a worker that takes a dead one's place gets weights that were published without a bundle."""
 
     def _make(self, index: int) -> Any:
         import ray
@@ -84,7 +95,19 @@ class RolloutPool:
 
     async def start(self) -> None:
         """Load all engines."""
-        await asyncio.gather(*(worker.start.remote() for worker in self.workers))
+        await asyncio.gather(*(self._start(index, worker) for index, worker in enumerate(self.workers)))
+        if engines_sleep(self.config):
+            await self.sleep(2)  # the learner loads next; weights are published before anything is sampled
+
+    async def _start(self, index: int, worker: Any) -> None:
+        async with self._waiting(index, "to load its engine", "startup_timeout_seconds"):
+            await worker.start.remote()
+
+    def _waiting(self, index: int, what: str | Callable[[], str], key: str) -> AbstractAsyncContextManager[None]:
+        """A wait for a worker; `key` of the trainer's section is its deadline."""
+        told = f"rollout worker {index}"
+        text = f"{told} {what}" if isinstance(what, str) else lambda: f"{told} {what()}"
+        return waiting("the rollout pool", text, getattr(self.config.trainer, key), f"trainer.{key}")
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
         """References to lists of finished groups, as they finish, from all workers.
@@ -124,20 +147,28 @@ class RolloutPool:
         from ray.exceptions import RayActorError
 
         left = {request.id: request for request in share}
+
+        def sampling() -> str:
+            some = list(left.values())
+            names = ", ".join(f"{request.id} of prompt {request.prompt.id}" for request in some[:SHOWN_GROUPS])
+            more = ", ..." if len(some) > SHOWN_GROUPS else ""
+            return f"to sample {len(some)} of {len(share)} groups: {names}{more}"
+
         while left:
             worker = self.workers[index]
             try:
                 groups: Any = None
-                async for ref in worker.generate.options(num_returns="streaming").remote(list(left.values())):
-                    if groups is None:
-                        groups = ref
-                        continue
-                    for group_id in await ref:
-                        del left[group_id]
-                    finished.put_nowait(groups)
-                    groups = None
-                if groups is not None:
-                    await groups  # not groups, then, but the error that ended the stream
+                async with self._waiting(index, sampling, "step_timeout_seconds"):
+                    async for ref in worker.generate.options(num_returns="streaming").remote(list(left.values())):
+                        if groups is None:
+                            groups = ref
+                            continue
+                        for group_id in await ref:
+                            del left[group_id]
+                        finished.put_nowait(groups)
+                        groups = None
+                    if groups is not None:
+                        await groups  # not groups, then, but the error that ended the stream
             except RayActorError as error:
                 await self._replace(index, worker, error)
 
@@ -147,15 +178,63 @@ class RolloutPool:
         Raises WeightsNotLoadedError unless each worker confirms the version and samples as the learner does: `wanted`
         [len(canary) - 1] are the learner's log-probs.
         """
-        self._published = published = Published(bundle, version, tuple(canary), wanted)
-        return max(await asyncio.gather(*(self._load(i, published) for i in range(len(self.workers)))))
+        ready = await self.prepare(Published(bundle, version, tuple(canary), wanted))
+        await self.give(ready)
+        return await self.confirm(ready)
 
-    async def _load(self, index: int, published: Published) -> float:
+    async def prepare(self, published: Published) -> dict[int, Any]:
+        """Announce weights; the workers, by place, that are ready to receive them. The dead are left to `confirm`."""
+        self._published = published
+        return await self._living(dict(enumerate(self.workers)), "prepare")
+
+    async def give(self, ready: Mapping[int, Any]) -> None:
+        """Let workers that are ready take the announced weights out of Ray's object store."""
+        assert self._published is not None
+        await self._living(ready, "take", self._published.bundle)
+
+    async def confirm(self, received: Mapping[int, Any], checksum: str | None = None) -> float:
+        """Check every worker and replace the dead; the largest canary difference. Afterwards all sample again.
+
+        `checksum` is the learner's; of a bundle, the worker has checked it. Raises WeightsNotLoadedError.
+        """
+        published = self._published
+        assert published is not None
+        places = range(len(self.workers))
+        return max(await asyncio.gather(*(self._confirm(i, published, received.get(i), checksum) for i in places)))
+
+    async def sleep(self, level: int) -> None:
+        """Let all engines give up their GPUs' memory (see RolloutWorker.sleep)."""
+        await self._living(dict(enumerate(self.workers)), "sleep", level)
+
+    async def wake(self) -> None:
+        """After a sleep of level 1."""
+        await self._living(dict(enumerate(self.workers)), "wake")
+
+    async def _living(self, workers: Mapping[int, Any], method: str, *arguments: Any) -> dict[int, Any]:
+        """Call a method; those that did it. A dead one is found again, and replaced, when weights are confirmed."""
+        from ray.exceptions import RayActorError
+
+        async def one(index: int, worker: Any) -> bool:
+            try:
+                async with self._waiting(index, f"to answer `{method}`", "step_timeout_seconds"):
+                    await getattr(worker, method).remote(*arguments)
+            except RayActorError:
+                return False
+            return True
+
+        alive = await asyncio.gather(*(one(index, worker) for index, worker in workers.items()))
+        return {index: worker for (index, worker), did in zip(workers.items(), alive, strict=True) if did}
+
+    async def _confirm(self, index: int, published: Published, receiver: Any | None, checksum: str | None) -> float:
         from ray.exceptions import RayActorError
 
         worker = self.workers[index]
         try:
-            return await self._confirmed(index, worker, published)
+            if worker is not receiver:
+                return await self._confirmed(index, worker, published)
+            async with self._waiting(index, f"to confirm version {published.version}", "step_timeout_seconds"):
+                receipt = await worker.confirm.remote(list(published.canary))
+            return self._judged(index, published, receipt, checksum)
         except RayActorError as error:
             await self._replace(index, worker, error)
         if not self.health[index].may_sample(published.version):  # it was replaced while these weights were published
@@ -163,11 +242,24 @@ class RolloutPool:
         return 0.0
 
     async def _confirmed(self, index: int, worker: Any, published: Published) -> float:
-        """Let a worker load weights; its canary difference, if it is small enough."""
-        receipt = await worker.load_weights.remote(published.bundle, list(published.canary))
+        """Let a worker load weights out of the object store; its canary difference, if it is small enough."""
+        if published.bundle is None:
+            assert self.fetch is not None
+            published = await self.fetch(published.canary)
+        async with self._waiting(index, f"to load weights of version {published.version}", "step_timeout_seconds"):
+            receipt = await worker.load_weights.remote(published.bundle, list(published.canary))
+        return self._judged(index, published, receipt)
+
+    def _judged(self, index: int, published: Published, receipt: WeightReceipt, checksum: str | None = None) -> float:
+        """Whether a worker has the weights and samples from them; its canary difference."""
         if receipt.version != published.version:
             raise WeightsNotLoadedError(
                 f"rollout worker {index} has weights of version {receipt.version}, not {published.version}"
+            )
+        if checksum not in (None, receipt.checksum):
+            raise WeightsNotLoadedError(
+                f"rollout worker {index}: weights of version {published.version} arrived damaged: their checksum is "
+                f"{receipt.checksum}, the learner's is {checksum}"
             )
         difference = float(np.abs(receipt.canary_logprobs - published.wanted).max())
         if not difference <= self.tolerance:  # also true for NaN
@@ -188,10 +280,10 @@ class RolloutPool:
         import ray
         from ray.exceptions import RayActorError
 
-        async with self._repairs[index]:
+        async with self._repairs[index]:  # held for as long as `rollout.max_restarts` starts may take
             if self.workers[index] is not dead:
                 return
-            worker, seconds = dead, self.config.trainer.startup_timeout_seconds
+            worker = dead
             while True:
                 self.health[index] = self.health[index].died()
                 said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
@@ -204,25 +296,19 @@ class RolloutPool:
                 ray.kill(worker, no_restart=True)  # it may only be out of reach, and would hold its GPU
                 worker = self._make(index)
                 self.health[index] = self.health[index].restarted()
-                limit = asyncio.timeout(seconds)
                 try:
-                    async with limit:
+                    async with self._waiting(index, "to be replaced", "startup_timeout_seconds"):
                         await self._start_again(index, worker)
                     break
                 except RayActorError as error:
                     cause = error
-                except TimeoutError:
-                    if not limit.expired():
-                        raise
-                    raise RolloutFailedError(
-                        f"rollout worker {index} died ({said}), and the one that replaces it was not ready after "
-                        f"trainer.startup_timeout_seconds={seconds:g}"
-                    ) from cause
+                except WaitedTooLongError as late:
+                    raise RolloutFailedError(f"rollout worker {index} died ({said}), and {late}") from cause
             self.workers[index] = worker
 
     async def _start_again(self, index: int, worker: Any) -> None:
         """Load the engine and the present weights, also if they change meanwhile."""
-        await worker.start.remote()
+        await self._start(index, worker)
         given: Published | None = None
         while self._published is not given:
             given = self._published

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from rlkit.data.order import PromptOrder
@@ -14,6 +15,7 @@ from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.worker import GroupRequest
 from rlkit.serving.pool import RewardPool
 from rlkit.serving.results import ScoreReport
+from rlkit.waiting import waiting
 
 
 class Producer:
@@ -30,10 +32,11 @@ class Producer:
         samples_per_prompt: int,
         greedy: bool,
         seed: int,
+        step_timeout_seconds: float,
     ) -> None:
         self.order, self.rollout, self.reward, self.buffer = order, rollout, reward, buffer
         self.groups_per_step, self.samples_per_prompt = groups_per_step, samples_per_prompt
-        self.greedy, self.seed = greedy, seed
+        self.greedy, self.seed, self.step_timeout_seconds = greedy, seed, step_timeout_seconds
         self.started = 0
         self._open: dict[str, GroupRequest] = {}
         """Asked for and not yet in the buffer."""
@@ -47,7 +50,8 @@ class Producer:
         """Fill the buffer for ever. Raises what rollout, reward or buffer raise."""
         async with asyncio.TaskGroup() as scoring:
             while True:
-                room = await self.buffer.reserve.remote(self.groups_per_step)
+                async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 3):
+                    room = await self.buffer.reserve.remote(self.groups_per_step)
                 requests = self._requests(room)
                 began = time.monotonic()
                 async for groups in self.rollout.generate(requests):
@@ -58,9 +62,16 @@ class Producer:
     async def _score(self, groups: Any) -> None:
         scored = await self.reward.score([groups])
         self._report += scored.report
-        added = await self.buffer.add.remote(scored.batches[0])
+        async with self._waiting("the buffer to take scored groups", 1):
+            added = await self.buffer.add.remote(scored.batches[0])
         for group_id in added:
             del self._open[group_id]
+
+    def _waiting(self, what: str, times: int) -> AbstractAsyncContextManager[None]:
+        """`times`: a step, the evaluation and the checkpoint after it may each take a step's time."""
+        limit = "trainer.step_timeout_seconds" if times == 1 else f"{times} x trainer.step_timeout_seconds"
+        told = f"{what} ({self.started} groups asked for, {len(self._open)} of them not in the buffer)"
+        return waiting("the producer", told, times * self.step_timeout_seconds, limit)
 
     def _requests(self, count: int) -> list[GroupRequest]:
         again = [self._again.popleft() for _ in range(min(count, len(self._again)))]

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,13 @@ from rlkit.config.parts import import_part
 from rlkit.experience import Group
 from rlkit.serving.results import RewardFailed, ScoreReport
 from rlkit.serving.worker import RewardWorker, mark_invalid
+from rlkit.waiting import WaitedTooLongError, waiting
 
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
 """How long a reward may take to free what it holds before its process is killed."""
+STARTUP = "trainer.startup_timeout_seconds"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class WorkerState:
     calls: int = 0
     restarts: int = 0
 
+    def __str__(self) -> str:
+        return f"reward worker {self.index}" + (f" (pid {self.pid})" if self.pid is not None else "")
+
 
 PROCESS_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 """What Ray raises when the process of a call is gone."""
@@ -68,10 +75,6 @@ PROCESS_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedErr
 
 class _Broken(Exception):
     """This worker failed this call and has been killed; the message is the reason for the samples."""
-
-
-class _DeadlineError(Exception):
-    """The pool's own deadline passed. (TimeoutError may also come from inside a worker, through Ray.)"""
 
 
 class RewardPool:
@@ -102,6 +105,8 @@ class RewardPool:
         self._logs, self._name, self._place = logs, name, place
         self._workers = [WorkerState(index) for index in range(self.config.workers)]
         self._idle: asyncio.Queue[WorkerState] = asyncio.Queue()
+        self._queued = 0
+        """Calls that wait for a worker."""
 
     async def start(self) -> None:
         """Start all workers side by side. Raises RewardFailed with the cause if one of them cannot start."""
@@ -121,7 +126,7 @@ class RewardPool:
         """
         # Put once, so that a second try does not send the tokens again and only references cross the driver.
         refs = [batch if isinstance(batch, ray.ObjectRef) else ray.put(batch) for batch in batches]
-        worker = await self._idle.get()
+        worker = await self._turn()
         try:
             reason = ""
             for _ in range(2):
@@ -133,7 +138,35 @@ class RewardPool:
         finally:
             self._idle.put_nowait(worker)
         *scored, report = ray.remote(num_cpus=0)(mark_invalid).options(num_returns=len(refs) + 1).remote(reason, *refs)
-        return Scored(scored, await _within(report, self._startup_timeout))
+        async with self._waiting("a task that marks samples as invalid", self._startup_timeout, STARTUP):
+            return Scored(scored, await report)
+
+    async def _turn(self) -> WorkerState:
+        """The next worker that is idle. Its deadline is what the calls before this one may take at most."""
+        if not self._idle.empty():
+            return self._idle.get_nowait()
+        self._queued += 1
+        try:
+            calls = math.ceil(self._queued / len(self._workers))
+            seconds = calls * 2 * (self.config.timeout_seconds + 2 * self._startup_timeout)
+            limit = f"{2 * calls} x (reward.timeout_seconds + 2 x {STARTUP})"
+            async with self._waiting(lambda: f"its turn, as call {calls} of a worker; {self._busy()}", seconds, limit):
+                return await self._idle.get()
+        finally:
+            self._queued -= 1
+
+    def _busy(self) -> str:
+        busy = [
+            f"worker {worker['worker']} (pid {worker['pid']}) works for {worker['busy_seconds']:.3g} s"
+            for worker in self.health()
+            if worker["busy_seconds"] is not None
+        ]
+        return ", ".join(busy) or "no worker scores"
+
+    def _waiting(
+        self, what: str | Callable[[], str], seconds: float, limit: str = "reward.timeout_seconds"
+    ) -> AbstractAsyncContextManager[None]:
+        return waiting(f"the {self._name} pool ({self.target})", what, seconds, limit)
 
     async def learn(self, groups: Sequence[Group], when: UpdateWhen) -> tuple[list[Group], dict[str, float]]:
         """Let a reward that learns at this moment (`before` or `after` the policy's advantages) learn from groups.
@@ -175,19 +208,18 @@ class RewardPool:
 
     async def _ask_learner(self, method: str, *arguments: Any) -> Any:
         """Call the one worker of a reward that learns. Raises RewardFailed: what it has learnt would be lost."""
-        worker = await self._idle.get()
+        worker = await self._turn()
         try:
             if worker.actor is None and self._learnt:
                 raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
             if worker.actor is None:
                 await self._start_again(worker)
-            ref = getattr(worker.actor, method).remote(*arguments)
-            return await _within(ref, self.config.timeout_seconds)
+            async with self._waiting(f"`{method}` of {worker}", self.config.timeout_seconds):
+                return await getattr(worker.actor, method).remote(*arguments)
         except _Broken as broken:
             raise RewardFailed(f"`{method}` of reward {self.target} failed: {broken}") from broken
-        except _DeadlineError:
-            message = f"no end within reward.timeout_seconds={self.config.timeout_seconds:g}"
-            raise RewardFailed(f"`{method}` of reward {self.target} failed: {message}") from None
+        except WaitedTooLongError as late:
+            raise RewardFailed(f"`{method}` of reward {self.target} failed: {late}") from None
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             raise RewardFailed(f"`{method}` of reward {self.target} failed: {_first_line(cause)}") from error
@@ -212,12 +244,16 @@ class RewardPool:
     async def close(self) -> None:
         """End all workers: those that are idle get a few seconds to free what they hold."""
         idle = [worker for worker in self._workers if worker.actor is not None and worker.busy_since is None]
-        closing = [_within(worker.actor.close.remote(), CLOSE_SECONDS) for worker in idle]
+        closing = [self._close(worker) for worker in idle]
         for worker, result in zip(idle, await asyncio.gather(*closing, return_exceptions=True), strict=True):
             if isinstance(result, BaseException):
                 log.warning("reward worker %d did not close cleanly: %r", worker.index, result)
         for worker in self._workers:
             self._kill(worker)
+
+    async def _close(self, worker: WorkerState) -> None:
+        async with self._waiting(f"`close` of {worker}", CLOSE_SECONDS, "CLOSE_SECONDS"):
+            await worker.actor.close.remote()
 
     async def _score_once(self, worker: WorkerState, refs: Sequence[Any]) -> Scored:
         if worker.actor is None:
@@ -228,13 +264,14 @@ class RewardPool:
         finished = False
         try:
             *scored, report_ref = worker.actor.score.options(num_returns=len(refs) + 1).remote(*refs)
-            report = await _within(report_ref, self.config.timeout_seconds)
+            async with self._waiting(f"{worker} to score {len(refs)} batches", self.config.timeout_seconds):
+                report = await report_ref
             if report.error:
                 log.warning("reward worker %d raised:\n%s", worker.index, report.error)
                 finished = self._learnt > 0  # it lives, and what it has learnt with it: the second try is its own
                 raise _Broken("exception: " + report.error.strip().splitlines()[-1])
             finished = True
-        except _DeadlineError:
+        except WaitedTooLongError:
             raise _Broken(f"timeout: no answer within reward.timeout_seconds={self.config.timeout_seconds:g}") from None
         except PROCESS_LOST as error:
             raise _Broken(f"crash: the worker process {worker.pid} died: {_first_line(error)}") from error
@@ -251,11 +288,12 @@ class RewardPool:
             await self._start(worker)
             worker.restarts += 1
             if self._followed is not None:
-                await _within(worker.actor.follow.remote(self._followed), self._startup_timeout)
+                async with self._waiting(f"{worker} to take the policy's weights", self._startup_timeout, STARTUP):
+                    await worker.actor.follow.remote(self._followed)
         except (RewardFailed, RayError) as error:
             self._kill(worker)
             raise _Broken(f"crash: the worker could not be started again: {_first_line(error)}") from error
-        except _DeadlineError:
+        except WaitedTooLongError:
             self._kill(worker)
             raise _Broken("crash: the new worker did not take the policy's weights in time") from None
 
@@ -274,9 +312,10 @@ class RewardPool:
         )
         started = False
         try:
-            worker.pid = await _within(worker.actor.start.remote(), self._startup_timeout)
+            async with self._waiting(f"{worker} to start", self._startup_timeout, STARTUP):
+                worker.pid = await worker.actor.start.remote()
             started = True
-        except _DeadlineError:
+        except WaitedTooLongError:
             message = f"reward {self.target} was not ready after {self._startup_timeout:g} s"
             raise RewardFailed(message) from None
         except RayError as error:
@@ -290,22 +329,6 @@ class RewardPool:
         if worker.actor is not None:
             ray.kill(worker.actor, no_restart=True)
             worker.actor = None
-
-
-async def _within(ref: Any, seconds: float) -> Any:
-    """What `ref` refers to. Raises _DeadlineError if that takes longer, else whatever the call raised."""
-
-    async def result() -> Any:
-        return await ref
-
-    task = asyncio.ensure_future(result())
-    try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-    finally:
-        task.cancel()  # no effect on one that is done
-    if not done:
-        raise _DeadlineError
-    return task.result()
 
 
 def _first_line(error: BaseException) -> str:

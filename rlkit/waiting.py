@@ -1,0 +1,161 @@
+"""The one way to wait for another process: every wait is known while it lasts, has a deadline, and says what it was.
+
+async with waiting("step 3", lambda: f"rollout worker 1: {len(left)} groups", 1800, "trainer.step_timeout_seconds"):
+    ...
+
+While a Watchdog is open, waits that take long are told before their deadline, all that are open in one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+TICK_SECONDS = 0.5
+"""How often the watchdog looks at the open waits."""
+GRACE_SECONDS = 60.0
+"""A wait that is still open so long after its deadline cannot be cancelled: its process is ended."""
+TOGETHER = 0.9
+"""Waits that would be told next are told in the same line, and not once more right after it."""
+
+
+@dataclass(eq=False)
+class Wait:
+    """One wait that is open now."""
+
+    who: str
+    what: str | Callable[[], str]
+    """A function is asked whenever the wait is told, also from the watchdog's thread."""
+    seconds: float
+    """Its deadline, from `began` on."""
+    limit: str
+    """Where the deadline comes from: a key of the configuration."""
+    cancels: bool = True
+    """Whether the event loop ends it at its deadline."""
+    began: float = field(default_factory=time.monotonic)
+    told: float = 0.0
+    """How many seconds it had lasted when it was told last."""
+
+    @property
+    def waited_for(self) -> str:
+        """What it waits for, at this moment."""
+        return self.what if isinstance(self.what, str) else self.what()
+
+    @property
+    def lasted(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.began
+
+    def __str__(self) -> str:
+        return f"{self.who} for {self.waited_for} ({self.lasted:.3g} of {self.seconds:g} s, {self.limit})"
+
+
+class WaitedTooLongError(RuntimeError):
+    """A deadline passed. The message says who waited for what, and what else was waited for at that moment."""
+
+
+_open: dict[Wait, None] = {}
+"""This process's open waits, oldest first. (Single operations on a dictionary need no lock.)"""
+
+
+def open_waits() -> list[Wait]:
+    """All waits of this process, oldest first."""
+    return list(_open)
+
+
+@asynccontextmanager
+async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit: str) -> AsyncIterator[None]:
+    """Raises WaitedTooLongError if the body takes longer than `seconds` (more than 0), which come from `limit`.
+
+    A TimeoutError from inside passes through: it is an actor's own.
+    """
+    wait, timeout, loop = Wait(who, what, seconds, limit), asyncio.timeout(None), asyncio.get_running_loop()
+    said = ""
+
+    def expire() -> None:
+        nonlocal said
+        said = f"{who} waited more than {limit}={seconds:g} s for {wait.waited_for}"
+        # Now, before what is waited for inside is cancelled.
+        others = "; ".join(str(other) for other in _open if other is not wait)
+        said += f". Waiting at that moment: {others}" if others else ""
+        timeout.reschedule(loop.time())
+
+    timer = loop.call_later(seconds, expire)
+    _open[wait] = None
+    try:
+        async with timeout:
+            yield
+    except TimeoutError:
+        if not timeout.expired():
+            raise
+        raise WaitedTooLongError(said) from None
+    finally:
+        timer.cancel()
+        del _open[wait]
+
+
+@contextmanager
+def blocking(who: str, what: str, seconds: float, limit: str) -> Iterator[None]:
+    """For a library's own call, which nobody can cancel: at its deadline an open Watchdog ends the process."""
+    wait = Wait(who, what, seconds, limit, cancels=False)
+    _open[wait] = None
+    try:
+        yield
+    finally:
+        del _open[wait]
+
+
+class Watchdog:
+    """While it is open, a thread tells waits when they have lasted a share of their deadline, and at each doubling."""
+
+    def __init__(self, say: Callable[[str], None], share: float, stacks: Path, exit_code: int = 1) -> None:
+        """`say` is called from another thread. `stacks`: the file for the stacks of a process that must be ended."""
+        self._say, self._share, self._stacks, self._exit_code = say, share, stacks, exit_code
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        self._thread.join(timeout=5)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(TICK_SECONDS):
+            waits = open_waits()
+            for wait in waits:
+                if wait.lasted > wait.seconds + (GRACE_SECONDS if wait.cancels else 0.0):
+                    self._end(wait, waits)
+            if any(wait.lasted >= self._due(wait) for wait in waits):
+                self._say("waiting long: " + "; ".join(map(str, waits)))
+                for wait in waits:
+                    if wait.lasted >= TOGETHER * self._due(wait):
+                        wait.told = wait.lasted
+
+    def _due(self, wait: Wait) -> float:
+        """How many seconds it must last to be told (again)."""
+        return max(self._share * wait.seconds, 2 * wait.told)
+
+    def _end(self, wait: Wait, waits: list[Wait]) -> None:
+        """Nobody else can: the event loop is blocked, or a library does not return."""
+        try:
+            with self._stacks.open("a") as file:
+                faulthandler.dump_traceback(file=file)
+            self._say(
+                f"the process is ended, because it hangs: {wait}. Waiting at that moment: "
+                f"{'; '.join(map(str, waits))}. The stacks of its threads are in {self._stacks}"
+            )
+        finally:
+            os._exit(self._exit_code)

@@ -1,0 +1,160 @@
+"""Waits: told while they last, ended at their deadline with who waited for what, also where nobody can cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from rlkit.config.schema import TrackingConfig
+from rlkit.tracking.run_folder import RunFolder
+from rlkit.tracking.tracker import Tracker
+from rlkit.waiting import WaitedTooLongError, Watchdog, blocking, open_waits, waiting
+
+KEY = "trainer.step_timeout_seconds"
+
+
+async def two_waits(outer: float, inner: float, body: float) -> None:
+    left = ["00000003", "00000007"]
+    async with (
+        waiting("step 4", "groups, update and new weights", outer, KEY),
+        waiting("the rollout pool", lambda: f"rollout worker 1: {', '.join(left)}", inner, KEY),
+    ):
+        await asyncio.sleep(body / 2)
+        left.pop()
+        await asyncio.sleep(body / 2)
+
+
+def test_a_wait_ends_at_its_deadline_and_says_who_waited_for_what_inside() -> None:
+    with pytest.raises(WaitedTooLongError) as error:
+        asyncio.run(two_waits(outer=0.1, inner=30, body=0.12))
+    said = str(error.value)
+    assert said.startswith(f"step 4 waited more than {KEY}=0.1 s for groups, update and new weights")
+    inner = said.partition("Waiting at that moment: ")[2]
+    assert re.match(r"the rollout pool for rollout worker 1: 00000003 \(0\.1\d* of 30 s, trainer", inner), said
+    assert open_waits() == []
+
+
+def test_the_inner_deadline_passes_through_the_outer_wait() -> None:
+    with pytest.raises(WaitedTooLongError, match=r"the rollout pool waited more than .*=0.1 s .*: step 4 for groups"):
+        asyncio.run(two_waits(outer=30, inner=0.1, body=60))
+    asyncio.run(two_waits(outer=30, inner=30, body=0.01))
+    assert open_waits() == []
+
+
+def test_an_actors_own_time_out_is_not_the_waits() -> None:
+    async def rpc() -> None:
+        async with waiting("the driver", "the evaluation", 60, KEY):
+            raise TimeoutError("RPC timed out")
+
+    with pytest.raises(TimeoutError, match="RPC timed out"):
+        asyncio.run(rpc())
+    assert open_waits() == []
+
+
+def test_long_waits_are_told_in_one_line_at_growing_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlkit.waiting.TICK_SECONDS", 0.02)
+    said: list[tuple[float, str]] = []
+    began = time.monotonic()
+    with Watchdog(lambda line: said.append((time.monotonic() - began, line)), 0.02, tmp_path / "stacks.log"):
+        asyncio.run(two_waits(outer=10, inner=10, body=1.2))
+    assert 3 <= len(said) <= 4, said  # after 0.2, 0.4, 0.8 s
+    assert 0.2 <= said[0][0] < said[1][0] < said[2][0]
+    assert said[2][0] - said[1][0] > 1.5 * (said[1][0] - said[0][0])
+    for _, line in said:
+        assert line.startswith("waiting long: step 4 for groups, update and new weights (0.")
+        assert "; the rollout pool for rollout worker 1: 00000003" in line
+    assert said[0][1].count("00000007") == 1 and "00000007" not in said[2][1], "what is left is asked at each telling"
+
+
+def test_short_waits_are_never_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlkit.waiting.TICK_SECONDS", 0.01)
+    said: list[str] = []
+    with Watchdog(said.append, 0.5, tmp_path / "stacks.log"):
+        asyncio.run(two_waits(outer=10, inner=10, body=0.3))
+    assert said == []
+
+
+def test_a_wait_costs_next_to_nothing() -> None:
+    async def many() -> float:
+        began = time.perf_counter()
+        for _ in range(1000):
+            async with waiting("step 4", "nothing", 60, KEY):
+                pass
+        return (time.perf_counter() - began) / 1000
+
+    assert asyncio.run(many()) < 1e-3
+
+
+@pytest.mark.parametrize("console", ["plain", "live"])
+def test_the_line_is_on_the_screen_and_in_the_runs_log(
+    console: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also above a live view that redraws itself."""
+    monkeypatch.setattr("rlkit.waiting.TICK_SECONDS", 0.02)
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    folder = RunFolder(tmp_path / "run")
+    config = TrackingConfig(console=console, tensorboard=False)  # type: ignore[arg-type]
+    with (
+        Tracker(config, folder, total_steps=3, capture_output=False) as tracker,
+        Watchdog(tracker.message, 0.05, folder.logs / "driver.log"),
+        tracker.timed("generate"),
+    ):
+        asyncio.run(two_waits(outer=4, inner=4, body=0.6))
+    for text in (screen.getvalue(), (folder.logs / "console.log").read_text()):
+        assert " ".join(text.split()).count("waiting long: step 4 for groups, update and new weights") == 2, text
+
+
+PROGRAM = """
+import asyncio, sys, time
+from pathlib import Path
+import rlkit.waiting
+from rlkit.waiting import Watchdog, blocking, waiting
+rlkit.waiting.TICK_SECONDS, rlkit.waiting.GRACE_SECONDS = 0.05, 0.3
+
+def library_call_that_never_returns():
+    time.sleep(600)
+
+async def blocked_loop():
+    async with waiting("step 4", "groups", 0.3, "trainer.step_timeout_seconds"):
+        library_call_that_never_returns()
+
+with Watchdog(lambda line: print(line, flush=True), 0.5, Path(sys.argv[1])):
+    BODY
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "who"),
+    [
+        ('with blocking("the end of the run", "Ray", 0.3, "END_SECONDS"): library_call_that_never_returns()', "Ray"),
+        ("asyncio.run(blocked_loop())", "groups"),
+    ],
+)
+def test_what_cannot_be_cancelled_ends_with_its_process_and_the_stacks_of_its_threads(
+    body: str, who: str, tmp_path: Path
+) -> None:
+    stacks = tmp_path / "driver.log"
+    program = textwrap.dedent(PROGRAM).replace("BODY", body)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(stacks)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.search(rf"the process is ended, because it hangs: .* for {who} ", done.stdout), done.stdout
+    assert "waiting long: " in done.stdout
+    assert "library_call_that_never_returns" in stacks.read_text()
+
+
+def test_blocking_waits_are_listed_beside_the_others() -> None:
+    with blocking("the start", "Ray", 60, "trainer.startup_timeout_seconds"):
+        (wait,) = open_waits()
+        assert str(wait).startswith("the start for Ray (")
+    assert open_waits() == []
