@@ -18,11 +18,12 @@ from rlkit.cluster.ray_session import ray_session
 from rlkit.command import split_off_file
 from rlkit.config.checks import run_checks
 from rlkit.config.load import load_config
+from rlkit.config.overrides import quoted
 from rlkit.config.problems import ConfigError
 from rlkit.config.schema import ClusterConfig
 from rlkit.jobs.cluster import ClusterError, connect, dashboard_address
 from rlkit.jobs.follow import exit_code
-from rlkit.jobs.job import CONFIG_IN_ARCHIVE, environment, make_job, quoted, relative_path_problems
+from rlkit.jobs.job import CONFIG_IN_ARCHIVE, environment, make_job, relative_path_problems, resume_warnings
 from rlkit.jobs.options import SubmitConfig, read_arguments
 from rlkit.jobs.resources import Demand, Node, demands, missing
 from rlkit.jobs.submission import check_here
@@ -107,6 +108,20 @@ def test_configuration_file_travels_and_may_name_the_cluster_s_paths(tmp_path: P
     checked = check_here(["reward=rule", f"run_dir={tmp_path / 'run'}"], file, ROOT)
     assert checked.run.config.seed == 3
     assert any("/nowhere/model" in str(warning) for warning in checked.run.warnings)
+
+
+def test_a_run_to_go_on_from_is_named_by_an_absolute_path(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"resume=runs/old: .*absolute path"):
+        check_here([*BASE, f"run_dir={tmp_path / 'run'}", "resume=runs/old"], None, ROOT)
+
+
+def test_what_resume_finds_here_is_said_and_refuses_nothing(tmp_path: Path) -> None:
+    run = [*BASE, f"run_dir={tmp_path / 'run'}"]
+    checked = check_here([*run, "resume=/nowhere/old"], None, ROOT)
+    assert [text for text in resume_warnings(checked.run.config) if "/nowhere/old" in text and "no such folder" in text]
+    (tmp_path / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
+    (broken,) = resume_warnings(check_here([*run, "resume=auto"], None, ROOT).run.config)
+    assert "no checkpoint" in broken and "is whole" in broken
 
 
 # The address

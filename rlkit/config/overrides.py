@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,3 +102,10 @@ def _choose(argument: str, group: str, value: Any, options: Options, result: Ove
     if "." in name and group in ("algorithm", "reward", "data"):
         return f"no such option; a class of your own is named by {group}._target_={name}"
     return f"no such option; {did_you_mean(name, available)}"
+
+
+def quoted(value: str) -> str:
+    """A text as Hydra's grammar takes it."""
+    if re.fullmatch(r"[\w./:@%+-]+", value):
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

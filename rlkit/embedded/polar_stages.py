@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from rlkit.config.overrides import quoted
 from rlkit.data.arithmetic import STYLES, WordProblem, write_solution
 from rlkit.embedded.judging import correctness, is_right
 from rlkit.embedded.pairs import final_answers, labelled_triplets, last_line, phrasing
@@ -199,10 +200,7 @@ def _write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _value(value: Any) -> str:
-    """As Hydra's grammar takes it: text in quotes."""
+    """As Hydra's grammar takes it."""
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_value, value)) + "]"
-    if isinstance(value, (str, Path)):
-        text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{text}'"
-    return str(value)
+    return quoted(str(value))

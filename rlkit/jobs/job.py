@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkit.config.problems import Problem
+from rlkit.checkpoint.resume import find_resume
+from rlkit.config.overrides import quoted
+from rlkit.config.problems import ConfigError, Problem
 from rlkit.config.resolved import ResolvedRun, plain
+from rlkit.config.schema import RunConfig
 from rlkit.jobs.cluster import RUN_FOLDER, RUN_NAME
 from rlkit.jobs.options import SubmitConfig
 from rlkit.jobs.upload import Upload
@@ -68,13 +71,6 @@ def environment_problems(submit: SubmitConfig) -> list[Problem]:
     return [Problem(f"submit.pass_environment=[{name}]", f"{name} is not set here") for name in absent]
 
 
-def quoted(value: str) -> str:
-    """A text as Hydra's grammar takes it."""
-    if re.fullmatch(r"[\w./:@%+-]+", value):
-        return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def relative_path_problems(run: ResolvedRun, upload: Upload | None, here: Path) -> list[Problem]:
     """Relative paths that exist here but not where the job starts: in the files that were uploaded."""
     problems = []
@@ -90,6 +86,23 @@ def relative_path_problems(run: ResolvedRun, upload: Upload | None, here: Path) 
             why = "it is not among the uploaded files (outside this folder, ignored, or too large)"
         problems.append(Problem(f"{key}={value}", f"{why}; name it by an absolute path on storage the cluster sees"))
     return problems
+
+
+def resume_problems(config: RunConfig) -> list[Problem]:
+    """`resume=PATH` that means another folder where the job starts."""
+    if config.resume in ("auto", "never") or Path(config.resume).expanduser().is_absolute():
+        return []
+    why = "the job starts in a copy of this folder, without its runs; name the run by an absolute path"
+    return [Problem(f"resume={config.resume}", why)]
+
+
+def resume_warnings(config: RunConfig) -> list[str]:
+    """What `resume` finds here. On storage that the cluster shares, the job finds the same."""
+    try:
+        point = find_resume(config)
+    except ConfigError as error:
+        return [f"{problem.where}: {problem.message}" for problem in error.problems]
+    return [] if point is None else [f"resume: goes on from {point.checkpoint.path}", *point.notices]
 
 
 def _texts(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -22,6 +22,8 @@ from rlkit.jobs.job import (
     environment_problems,
     make_job,
     relative_path_problems,
+    resume_problems,
+    resume_warnings,
 )
 from rlkit.jobs.options import Arguments, read_arguments
 from rlkit.jobs.resources import demands, missing
@@ -49,6 +51,8 @@ def submit_run(overrides: Sequence[str], file: Path | None) -> int:
     for warning in checked.run.warnings:
         elsewhere = any(path in str(warning) for path in absent)
         _say(f"warning: {warning}{' (here; the job looks for it on the cluster)' if elsewhere else ''}")
+    for text in resume_warnings(checked.run.config):
+        _say(f"warning: {text} (here; the job looks for it on the cluster)")
     cluster = connect(checked.arguments.address)
     check_cluster(checked, cluster)
     _say_what_runs(checked)
@@ -79,7 +83,7 @@ def check_here(overrides: Sequence[str], file: Path | None, here: Path) -> Check
     upload = None
     if submit.code == "upload":
         upload = collect(here, submit.exclude, submit.max_file_mib, submit.max_upload_mib)
-    problems = relative_path_problems(run, upload, here)
+    problems = [*relative_path_problems(run, upload, here), *resume_problems(run.config)]
     if problems:
         raise ConfigError(problems)
     return Checked(arguments, run, upload)
