@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from algorithms.base import Algorithm
+from rlkit.config.finding import Finding, Findings
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import Part
 from rlkit.config.schema import (
@@ -24,24 +24,12 @@ from rlkit.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
+from rlkit.config.sharing import phases_make_room, weights_can_travel
 from rlkit.data.base import DataSource
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
 """What a folder that holds a run has in it."""
 RAY_WORKING_DIRS = "/runtime_resources/working_dir_files/"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found."""
-
-    key: str
-    message: str
-    warning: bool = False
-    """The run may start; the user should know."""
-
-
-Findings = Iterator[Finding]
 
 
 def run_checks(available: Mapping[str, Any]) -> list[Finding]:
@@ -249,7 +237,7 @@ def critic_fits(
     changed = [name for name in CriticConfig.model_fields if getattr(critic, name) != getattr(defaults, name)]
     if not algorithm.needs().critic:
         for name in changed:
-            if name not in ("zero_stage", "ranks"):  # cluster options set them, whatever the algorithm
+            if name not in ("zero_stage", "ranks", "offload"):  # cluster options set them, whatever the algorithm
                 yield Finding(f"critic.{name}", f"has no effect: {type(algorithm).__name__} has no critic")
         return
     if critic.path is not None:
@@ -379,6 +367,8 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     half_precision_has_masters,
     critic_fits,
     placement_acts,
+    weights_can_travel,
+    phases_make_room,
     intervals_happen,
     cpu_has_its_limits,
     gpu_ignores_cpu_options,

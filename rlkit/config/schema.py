@@ -98,6 +98,9 @@ class RolloutConfig(Section):
     """Prefill a group's prompt once for all its samples."""
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Largest log-prob difference on the canary prompt after a weight update; null: 1e-3 in fp32, 0.15 otherwise."""
+    sleep: Literal["auto", "always", "never"] = "never"
+    """CUDA: give the GPU's memory (weights and key-value cache) up while the learner works on it. auto: where engines
+    share GPUs with ranks and training is synchronous."""
 
 
 class BufferConfig(Section):
@@ -146,6 +149,9 @@ class LearnerConfig(Section):
     """auto: bfloat16 (with fp32 master weights) on CUDA, float32 on CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    offload: Literal["auto", "always", "never"] = "never"
+    """CUDA, ZeRO 1 or more: keep optimizer states and parameters in the host's memory while the engines sample. auto:
+    where engines share GPUs with ranks and training is synchronous."""
 
 
 class CriticConfig(LearnerConfig):
@@ -168,6 +174,11 @@ class ClusterConfig(Section):
     """CUDA: sampler, learner, critic and rewards share GPUs (colocated), or each has GPUs of its own (apart)."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's placement strategy: few nodes (PACK) or many (SPREAD) if possible, or else not at all (STRICT_)."""
+    weight_transfer: Literal["auto", "object_store", "gloo", "nccl", "ipc"] = "auto"
+    """How new weights reach the engines: through Ray's object store (one copy per node), or in buckets by gloo (CPU),
+    NCCL (GPUs apart) or CUDA IPC (shared GPUs). auto: the object store on CPU; on GPUs what the placement allows."""
+    weight_bucket_mib: int = Field(default=512, ge=1)
+    """gloo, NCCL, IPC: weights travel in buckets of so many MiB; a larger tensor has a bucket of its own."""
     address: str | None = None
     """Ray address to join; null starts a Ray of one's own that ends with the run. (In a Ray job it is found.)"""
     threads_per_actor: int = Field(default=2, ge=1)

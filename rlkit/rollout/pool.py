@@ -90,7 +90,7 @@ class RolloutPool:
         environment = engine_environment(device, config.cluster.threads_per_actor)
         kind = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0, max_concurrency=1000)(RolloutWorker)
         return kind.options(runtime_env={"env_vars": environment}, **self._place(index)).remote(
-            self.model_path, config.model, config.rollout, device, config.seed, str(self.logs / f"rollout-{index}.log")
+            self.model_path, config, str(self.logs / f"rollout-{index}.log")
         )
 
     async def start(self) -> None:

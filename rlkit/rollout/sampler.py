@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rlkit.config.schema import RolloutConfig
+from rlkit.config.sharing import Way
 from rlkit.experience.types import FinishReason
 from rlkit.rollout.weights import WeightBundle
 
@@ -98,7 +99,10 @@ class Sampler:
         seed: int,
         stop_token_ids: Sequence[int],
         trust_remote_code: bool = False,
+        way: Way = "object_store",
+        sleeps: bool = False,
     ) -> None:
+        """`way`: how `receive` gets weights, besides `load`; `sleeps`: memory that `sleep` can give up (CUDA)."""
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -114,8 +118,14 @@ class Sampler:
         scheduling: dict[str, Any] = (
             {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)} if on_cpu else {}
         )
+        transfer: dict[str, Any] = {}
+        if way != "object_store":
+            from rlkit.rollout.receiver import BACKENDS, EXTENSION
+
+            transfer = {"weight_transfer_config": {"backend": BACKENDS[way]}, "worker_extension_cls": EXTENSION}
         self.config, self.device = config, device
         self.stop_token_ids = list(stop_token_ids)
+        self.asleep: set[str] = set()
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model_path,
@@ -133,8 +143,10 @@ class Sampler:
                 disable_log_stats=True,
                 generation_config="vllm",
                 seed=seed % 2**31,
+                enable_sleep_mode=sleeps,
                 **memory,
                 **scheduling,
+                **transfer,
             )
         )
 
@@ -172,6 +184,34 @@ class Sampler:
     def load(self, bundle: WeightBundle) -> None:
         """Replace the weights and forget every key and value computed with the old ones."""
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(bundle.tensors())})
+        self._forget()
+
+    def receive(self, step: str, **arguments: Any) -> None:
+        """A step of a transfer that the learner drives: a method of vLLM's workers, called on each."""
+        self.engine.collective_rpc(step, kwargs=arguments)
+        if step == "finish_weight_update":
+            self._forget()
+
+    def received_checksum(self) -> str:
+        """Of what the last transfer brought. Raises RuntimeError if the engine's own workers got different weights."""
+        found = set(self.engine.collective_rpc("received_checksum"))
+        if len(found) > 1:
+            raise RuntimeError(f"the GPUs of one engine received different weights: {', '.join(sorted(found))}")
+        checksum: str = found.pop()
+        return checksum
+
+    def sleep(self, level: int) -> None:
+        """Give the GPU's memory up. Level 1 keeps the weights in the host's memory; 2 forgets them, too."""
+        self.engine.sleep(level)
+        self.asleep = {"weights", "kv_cache"}
+
+    def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Take back the memory for this, if it was given up."""
+        if tag in self.asleep:
+            self.engine.wake_up([tag])
+            self.asleep.remove(tag)
+
+    def _forget(self) -> None:
         if self.device == "cpu":
             self.engine.apply_model(_repack_head)
         if not self.engine.reset_prefix_cache():

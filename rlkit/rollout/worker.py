@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from rlkit.config.schema import ModelConfig, RolloutConfig
+from rlkit.config.schema import RunConfig
+from rlkit.config.sharing import engines_sleep, weight_way
 from rlkit.experience import Group, Prompt, Sample
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
 from rlkit.rollout.weights import WeightBundle
@@ -66,18 +67,19 @@ class _Open:
 class RolloutWorker:
     """Use through Ray. Every engine call runs in one thread, so steps and weight updates never overlap."""
 
-    def __init__(
-        self, model_path: str, model: ModelConfig, rollout: RolloutConfig, device: str, seed: int, log_path: str
-    ) -> None:
+    def __init__(self, model_path: str, config: RunConfig, log_path: str) -> None:
         from rlkit.tracking.library_logs import actor_logging
 
         actor_logging(Path(log_path))
-        self.model_path, self.model, self.rollout, self.device, self.seed = model_path, model, rollout, device, seed
+        self.model_path, self.config, self.rollout = model_path, config, config.rollout
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self.version = 0
+        self.checksum = ""
+        """Of the weights that arrived last."""
         self.open: dict[str, _Open] = {}
         self.pump: asyncio.Task[None] | None = None
         self.admission = asyncio.Lock()
+        """Held while groups are taken in, and from before new weights arrive until they are confirmed."""
         self.cached_prompt_tokens = 0
 
     async def start(self) -> None:
@@ -87,14 +89,18 @@ class RolloutWorker:
     def _load(self) -> None:
         from rlkit.data.prompts import load_tokenizer
 
-        self.tokenizer = load_tokenizer(self.model_path, trust_remote_code=self.model.trust_remote_code)
+        config = self.config
+        trusted = config.model.trust_remote_code
+        self.tokenizer = load_tokenizer(self.model_path, trust_remote_code=trusted)
         self.sampler = Sampler(
             self.model_path,
             self.rollout,
-            device=self.device,
-            seed=self.seed,
+            device=config.cluster.device,
+            seed=config.seed,
             stop_token_ids=stop_token_ids(self.model_path, self.tokenizer),
-            trust_remote_code=self.model.trust_remote_code,
+            trust_remote_code=trusted,
+            way=weight_way(config.cluster, config.rollout, config.learner),
+            sleeps=engines_sleep(config),
         )
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0))
         while self.sampler.busy:
@@ -185,23 +191,73 @@ class RolloutWorker:
         greedy = samples[-1] if request.greedy else None
         return Group(request.id, request.prompt, samples[: request.samples], step=request.step, greedy=greedy)
 
-    async def load_weights(self, bundle: WeightBundle, canary: Sequence[int]) -> WeightReceipt:
-        """Finish what is being sampled, take the new weights, and report what is now loaded.
+    # -- new weights: prepare, then take or the learner's transfer, then confirm ----------------------------------
 
-        Groups asked for meanwhile wait, so that no group mixes versions.
+    async def prepare(self) -> None:
+        """Finish what is being sampled and make room for weights.
+
+        Groups asked for from now on wait until `confirm`, so that no group mixes versions.
         """
-        async with self.admission:
+        await self.admission.acquire()
+        try:
             if self.pump is not None:
                 await self.pump
-            return await self._in_thread(lambda: self._load_weights(bundle, canary))
+            await self._in_thread(lambda: self.sampler.wake("weights"))
+        except BaseException:
+            self.admission.release()
+            raise
 
-    def _load_weights(self, bundle: WeightBundle, canary: Sequence[int]) -> WeightReceipt:
+    async def take(self, bundle: WeightBundle) -> None:
+        """New weights out of Ray's object store. Raises RuntimeError if they arrived damaged, and keeps the old."""
+        try:
+            await self._in_thread(lambda: self._take(bundle))
+        except BaseException:
+            self.admission.release()
+            raise
+
+    def _take(self, bundle: WeightBundle) -> None:
         checksum = bundle.received_checksum()
         if checksum != bundle.checksum:
             raise RuntimeError(f"weights of version {bundle.version} arrived damaged: {checksum} != {bundle.checksum}")
         self.sampler.load(bundle)
-        self.version = bundle.version
-        return WeightReceipt(bundle.version, checksum, self.sampler.prompt_logprobs(canary))
+        self.version, self.checksum = bundle.version, checksum
+
+    async def transfer(self, step: str, arguments: dict[str, Any], version: int) -> None:
+        """A step of the transfer that the learner drives (`rlkit/learner/sender.py`)."""
+        await self._in_thread(lambda: self._transfer(step, arguments, version))
+
+    def _transfer(self, step: str, arguments: dict[str, Any], version: int) -> None:
+        self.sampler.receive(step, **arguments)
+        if step == "finish_weight_update":
+            self.version, self.checksum = version, self.sampler.received_checksum()
+
+    async def confirm(self, canary: Sequence[int]) -> WeightReceipt:
+        """What is loaded now, and how it samples; groups are taken in again."""
+        try:
+            return await self._in_thread(lambda: self._confirm(canary))
+        finally:
+            self.admission.release()
+
+    def _confirm(self, canary: Sequence[int]) -> WeightReceipt:
+        self.sampler.wake("kv_cache")
+        return WeightReceipt(self.version, self.checksum, self.sampler.prompt_logprobs(canary))
+
+    async def load_weights(self, bundle: WeightBundle, canary: Sequence[int]) -> WeightReceipt:
+        """All of it at once."""
+        await self.prepare()
+        await self.take(bundle)
+        return await self.confirm(canary)
+
+    async def sleep(self, level: int) -> None:
+        """Give the GPU's memory up until `prepare` and `confirm`, or `wake`. Only while nothing is sampled.
+
+        Level 1 keeps the weights in the host's memory; with 2 there must be new ones.
+        """
+        await self._in_thread(lambda: self.sampler.sleep(level))
+
+    async def wake(self) -> None:
+        """Take all memory back after a sleep of level 1."""
+        await self._in_thread(lambda: (self.sampler.wake("weights"), self.sampler.wake("kv_cache")))
 
     async def stats(self) -> dict[str, float]:
         """Counters since the start."""

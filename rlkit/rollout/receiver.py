@@ -1,0 +1,138 @@
+"""The receiving end of a direct weight transfer, inside vLLM's own workers: vLLM's engines, plus a checksum.
+
+vLLM imports this module in each of its workers (`worker_extension_cls`) before the model is loaded; that registers the
+engines under the names below. What arrives is counted into a checksum on its way into the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.utils import (
+    stateless_destroy_torch_distributed_process_group,
+    stateless_init_torch_distributed_process_group,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
+    NCCLWeightTransferUpdateInfo,
+)
+
+from rlkit.rollout.buckets import TensorMeta, WeightDigest, buckets, unpack
+
+EXTENSION = "rlkit.rollout.receiver.Receiver"
+BACKENDS = {"gloo": "rlkit_gloo", "nccl": "rlkit_nccl", "ipc": "rlkit_ipc"}
+"""Name of a way in the configuration -> name of its engine in vLLM."""
+GLOO_SECONDS = 600.0
+"""After so long without a peer a gloo operation fails; the run's own deadlines are what a user sees."""
+
+
+class _Tap:
+    """Stands in for the model while weights arrive: counts them, then loads them."""
+
+    def __init__(self, model: Any, digest: WeightDigest) -> None:
+        self.model, self.digest = model, digest
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        arrived = list(weights)
+        for name, tensor in arrived:
+            self.digest.add(name, tensor)
+        return self.model.load_weights(arrived)
+
+
+class _Counting:
+    """Mixin for an engine of vLLM: `digest` is of all tensors since the last `start_weight_update`."""
+
+    model: Any
+    digest: WeightDigest
+
+    def start_weight_update(self) -> None:
+        self.digest = WeightDigest()
+        super().start_weight_update()  # type: ignore[misc]
+
+    def receive_weights(self, update_info: Any) -> None:
+        model = self.model
+        self.model = _Tap(model, self.digest)
+        try:
+            super().receive_weights(update_info)  # type: ignore[misc]
+        finally:
+            self.model = model
+
+
+class CountingNCCL(_Counting, NCCLWeightTransferEngine):
+    """NCCL broadcast from the first learner rank."""
+
+
+class CountingIPC(_Counting, IPCWeightTransferEngine):
+    """CUDA IPC from the learner rank on this worker's GPU."""
+
+
+class Gloo(NCCLWeightTransferEngine):
+    """The same protocol as NCCL's between processes on CPUs, which vLLM 0.32 lacks: broadcasts of buckets over gloo."""
+
+    def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
+        self.packed_buffer_size_bytes = init_info.packed_buffer_size_bytes
+        assert init_info.master_address is not None and init_info.master_port is not None
+        self.group = join_gloo(
+            init_info.master_address,
+            init_info.master_port,
+            init_info.rank_offset + self.parallel_config.rank,
+            init_info.world_size,
+        )
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))  # there is no accelerator to wait for
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        metas = [
+            TensorMeta(name, getattr(torch, dtype), tuple(shape))
+            for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
+        ]
+        for bucket in buckets(metas, self.packed_buffer_size_bytes):
+            buffer = torch.empty(sum(meta.bytes for meta in bucket), dtype=torch.uint8)
+            broadcast(self.group, buffer)
+            self.model.load_weights(unpack(buffer, bucket))
+
+    def shutdown(self) -> None:
+        if hasattr(self, "group"):
+            stateless_destroy_torch_distributed_process_group(self.group)
+            del self.group
+
+
+class CountingGloo(_Counting, Gloo):
+    """Gloo broadcast from the first learner rank."""
+
+
+class Receiver:
+    """What vLLM adds to its worker class."""
+
+    weight_transfer_engine: Any
+
+    def received_checksum(self) -> str:
+        """Of the weights that the last update brought."""
+        checksum: str = self.weight_transfer_engine.digest.hexdigest()
+        return checksum
+
+
+def join_gloo(address: str, port: int, rank: int, world_size: int) -> Any:
+    """A process group beside the process's own ones; returns when all have joined."""
+    return stateless_init_torch_distributed_process_group(
+        address, port, rank, world_size, backend="gloo", timeout=timedelta(seconds=GLOO_SECONDS)
+    )
+
+
+def broadcast(group: Any, buffer: Tensor) -> None:
+    """From rank 0 of a group that `torch.distributed` does not know by itself."""
+    options = torch.distributed.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    group.broadcast([buffer], options).wait()
+
+
+for _name, _engine in (("gloo", CountingGloo), ("nccl", CountingNCCL), ("ipc", CountingIPC)):
+    WeightTransferEngineFactory.register_engine(BACKENDS[_name], _engine)
