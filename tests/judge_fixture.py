@@ -22,6 +22,8 @@ class Asked:
     body: dict[str, Any]
     headers: dict[str, str]
     path: str
+    raw: bytes
+    """The body, byte for byte."""
 
     @property
     def user(self) -> str:
@@ -89,11 +91,12 @@ class JudgeServer:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                body = json.loads(raw)
                 if outer._closing.is_set():
                     self.close_connection = True
                     return
-                status, headers, content = outer._answer(Asked(body, dict(self.headers), self.path))
+                status, headers, content = outer._answer(Asked(body, dict(self.headers), self.path, raw))
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(content))}.items():
                     self.send_header(name, value)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rewards.judge.cache import VerdictCache, key_of
 from rewards.judge.client import CallFailed, ChatClient
+from rewards.judge.control_tokens import harmless
 from rewards.judge.questions import Question
 from rewards.judge.verdicts import AnswerFormat, NoVerdict, Unparsable, Verdict
 
@@ -35,7 +36,7 @@ class Judge:
     async def ask(self, question: Question, deadline: float) -> Verdict | NoVerdict:
         """The verdict; `deadline` is on `time.monotonic`."""
         messages = question.messages(self._format, self._seed)
-        key = key_of(self._identity, self._format, messages)
+        key = key_of(self._identity, self._format, harmless(messages))
         found = self._cache.get(key)
         if found is not None:
             return found
@@ -53,7 +54,7 @@ class Judge:
         for _ in range(self._max_reasks + 1):
             chat = messages if not wrong else [*messages, *self._correction(answer, wrong, question)]
             try:
-                answer = await self.client.answer(chat, self._form(question), deadline)
+                answer = await self.client.answer(harmless(chat), self._form(question), deadline)
                 verdict = question.form.read(answer, self._format)
             except CallFailed as error:
                 return NoVerdict(str(error))
