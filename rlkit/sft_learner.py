@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rlkit.config.schema import LearnerConfig
-from rlkit.learner.policy import save_policy
 from rlkit.models.packing import Tree, pack
-from rlkit.models.policy import load_causal_lm
-from rlkit.supervised import SupervisedEngine, gathered_weights
+from rlkit.supervised import SupervisedEngine, load_to_train, save_language_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +38,7 @@ class SupervisedLearner:
         total_steps: int,
         trust_remote_code: bool = False,
     ) -> None:
-        policy = load_causal_lm(model_path, torch.float32, trust_remote_code=trust_remote_code)
-        if config.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.hf_config = policy.model.config
-        self.generation_config = policy.model.generation_config
+        policy = load_to_train(model_path, config, trust_remote_code)
         self._chunk = config.logit_elements_per_chunk
         self.training = SupervisedEngine(policy, self._loss, config, device=device, total_steps=total_steps)
 
@@ -66,11 +58,7 @@ class SupervisedLearner:
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face model folder; all ranks call it, rank 0 writes."""
-        weights = gathered_weights(self.training.engine.module.model, self.training.config.zero_stage)
-        if dist.get_rank() == 0:
-            save_policy(self.hf_config, weights.items(), folder)
-            if self.generation_config is not None:
-                self.generation_config.save_pretrained(folder)
+        save_language_model(self.training, folder)
 
 
 def target_tokens(examples: Sequence[Example]) -> float:

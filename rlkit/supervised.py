@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 
 from rlkit.config.schema import LearnerConfig
 from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
+from rlkit.learner.policy import save_policy
 from rlkit.models.packing import split_by_tokens
+from rlkit.models.policy import PackedCausalLM, load_causal_lm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Item(Protocol):
@@ -116,3 +122,30 @@ def gathered_weights(module: nn.Module, zero_stage: int) -> dict[str, Tensor]:
         with deepspeed.zero.GatheredParameters([parameter], enabled=zero_stage == 3):
             weights[name] = parameter.detach().cpu().clone()
     return weights
+
+
+def load_to_train(path: str | Path, config: LearnerConfig, trust_remote_code: bool = False) -> PackedCausalLM:
+    """A language model in fp32, with gradient checkpointing if that is configured. Raises ModelLoadError."""
+    policy = load_causal_lm(path, torch.float32, trust_remote_code=trust_remote_code)
+    if config.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def save_language_model(training: SupervisedEngine[Any], folder: Path) -> None:
+    """Write a plain Hugging Face folder; all ranks call it, rank 0 writes."""
+    model = training.engine.module.model
+    weights = gathered_weights(model, training.config.zero_stage)
+    if dist.get_rank() == 0:
+        save_policy(model.config, weights.items(), folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+
+
+def save_classifier(training: SupervisedEngine[Any], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a plain Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
+    model = training.engine.module.model
+    weights = gathered_weights(model, training.config.zero_stage)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)

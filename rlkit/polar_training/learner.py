@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -18,7 +17,7 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.polar_training.start import load_start
 from rlkit.polar_training.triplets import Triplet
-from rlkit.supervised import SupervisedEngine, gathered_weights
+from rlkit.supervised import SupervisedEngine, save_classifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +138,4 @@ class PolarLearner:
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
-        model = self.training.engine.module.model
-        weights = gathered_weights(model, self.training.config.zero_stage)
-        if dist.get_rank() == 0:
-            model.save_pretrained(folder, state_dict=weights)
-            self.tokenizer.save_pretrained(folder)
+        save_classifier(self.training, self.tokenizer, folder)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rewards.polar.plan import shared_prefix
@@ -20,7 +19,7 @@ from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
 from rlkit.reward_training.base import TrainingContext
 from rlkit.reward_training.preference_data import Pair
 from rlkit.reward_training.preference_loss import Array, measures, pair_losses
-from rlkit.supervised import SupervisedEngine, gathered_weights
+from rlkit.supervised import SupervisedEngine, save_classifier
 
 if TYPE_CHECKING:
     from rewards.preference.inputs import Encoder
@@ -113,11 +112,7 @@ class PreferenceLearner:
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
-        model = self.training.engine.module.model
-        weights = gathered_weights(model, self.training.config.zero_stage)
-        if dist.get_rank() == 0:
-            model.save_pretrained(folder, state_dict=weights)
-            self.tokenizer.save_pretrained(folder)
+        save_classifier(self.training, self.tokenizer, folder)
 
     def _pair_scores(self, module: Any, items: Sequence[PromptPairs]) -> tuple[Tensor, Tensor]:
         scores = module(pack([item.tree for item in items]).to(self.training.device))

@@ -22,11 +22,10 @@ from rewards.implicit_prm.log_ratios import (
 )
 from rlkit.config.schema import LearnerConfig
 from rlkit.learner.engine import resolve_dtype
-from rlkit.learner.policy import save_policy
 from rlkit.models.packing import Tree, split_by_tokens
 from rlkit.models.policy import PackedCausalLM, load_causal_lm
 from rlkit.reward_training.prm_examples import Encoded, Example, PromptItem, prompt_items
-from rlkit.supervised import SupervisedEngine, gathered_weights
+from rlkit.supervised import SupervisedEngine, load_to_train, save_language_model
 
 
 class PrmScorer:
@@ -79,10 +78,7 @@ class PrmLearner:
         total_steps: int,
         trust_remote_code: bool = False,
     ) -> None:
-        policy = load_causal_lm(model_path, torch.float32, trust_remote_code=trust_remote_code)
-        if config.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._hf_config, self._generation_config = policy.model.config, policy.model.generation_config
+        policy = load_to_train(model_path, config, trust_remote_code)
         self.objective, self.beta = objective, beta
         self.reference = load_reference(reference_path, config, device, trust_remote_code)
         self.training = SupervisedEngine(policy, self._loss, config, device=device, total_steps=total_steps)
@@ -105,11 +101,7 @@ class PrmLearner:
 
     def save(self, folder: Path) -> None:
         """Write pi_phi as a plain Hugging Face folder; rank 0 writes."""
-        weights = gathered_weights(self.training.engine.module.model, self.training.config.zero_stage)
-        if dist.get_rank() == 0:
-            save_policy(self._hf_config, weights.items(), folder)
-            if self._generation_config is not None:
-                self._generation_config.save_pretrained(folder)
+        save_language_model(self.training, folder)
 
     def _estimate_baseline(self, items: Sequence[PromptItem]) -> None:
         """KTO's z over the whole batch, not per micro-batch; a batch with one prompt keeps the last one."""
