@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rlkit.cluster.ray_session import ray_session
 from rlkit.config.resolved import ResolvedRun, config_text
 from rlkit.config.schema import RunConfig
 from rlkit.config.shares import gpu_shares
+from rlkit.config.sharing import engines_sleep
 from rlkit.data.base import BadRow, DataError, Split
 from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
@@ -30,6 +31,7 @@ from rlkit.evaluation import VERIFIER, Evaluator
 from rlkit.experience import Prompt
 from rlkit.experience.buffer import TooManyRejectedError
 from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard
+from rlkit.handover import Handover
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool, WeightsNotLoadedError
 from rlkit.rollout.producer import Producer
 from rlkit.serving.pool import RewardPool
@@ -157,7 +159,7 @@ async def _start(
     stack: contextlib.AsyncExitStack,
     began: float,
 ) -> Trainer:
-    """Start all actors side by side."""
+    """Start all actors side by side; on a GPU that is shared by turns, the learner once the sampler sleeps."""
     import ray
 
     from rlkit.experience.buffer_actor import BufferActor
@@ -190,15 +192,17 @@ async def _start(
     buffer = ray.remote(num_cpus=0)(BufferActor).remote(
         config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
     )
-    starting = {
-        "loading the sampler (vLLM)": rollout.start(),
-        "loading the learner (DeepSpeed)": learner.policy.start(),
+    sampler = asyncio.ensure_future(rollout.start())
+    first = sampler if engines_sleep(config) else None
+    starting: dict[str, Awaitable[Any]] = {
+        "loading the sampler (vLLM)": sampler,
+        "loading the learner (DeepSpeed)": _after(first, learner.policy.start),
         "loading the reward": reward.start(),
     }
     if verifier is not reward:
         starting["loading the verifier"] = verifier.start()
     if learner.critic is not None:
-        starting["loading the critic (DeepSpeed)"] = learner.critic.start()
+        starting["loading the critic (DeepSpeed)"] = _after(first, learner.critic.start)
     await _all_ready(starting, tracker, config)
     return Trainer(
         config=config,
@@ -209,7 +213,7 @@ async def _start(
         buffer=buffer,
         producer=_producer(config, algorithm, train, rollout, reward, buffer),
         evaluator=Evaluator(heldout, rollout, verifier, config.seed) if heldout else None,
-        canary=train[0].token_ids[:CANARY_TOKENS],
+        handover=Handover(config, rollout, learner, reward, train[0].token_ids[:CANARY_TOKENS]),
         checkpointer=Checkpointer(config, folder),
         folder=folder,
         tracker=tracker,
@@ -217,6 +221,12 @@ async def _start(
         alarm=HackingAlarm(config.trainer.hacking_alarm_steps, tracker.warn),
         began=began,
     )
+
+
+async def _after(first: Awaitable[Any] | None, start: Callable[[], Awaitable[Any]]) -> None:
+    if first is not None:
+        await first
+    await start()
 
 
 def _own_verifier(resolved: ResolvedRun) -> bool:

@@ -15,6 +15,7 @@ from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
 from rlkit.guard import HackingAlarm, UpdateGuard
+from rlkit.handover import Handover
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.producer import Producer, until
@@ -38,7 +39,7 @@ class Trainer:
     buffer: Any
     producer: Producer
     evaluator: Evaluator | None
-    canary: tuple[int, ...]
+    handover: Handover
     folder: RunFolder
     tracker: Tracker
     guard: UpdateGuard
@@ -91,6 +92,7 @@ class Trainer:
         report, sampling = self.producer.take_report()
         self.failed_scores += report.failed
         check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
+        await self.handover.to_learner()
         groups, of_reward = await self.reward.learn(groups, "before")
         with self.tracker.timed("advantages"):
             experience = await self.learner.experience(groups, step)
@@ -135,10 +137,7 @@ class Trainer:
     async def publish(self) -> float:
         """Bring the learner's weights to every rollout worker and prove it; the canary's difference in log-probs."""
         with self.tracker.timed("publish"):
-            bundle, wanted = await self.learner.policy.publishable(self.canary)
-            loading = self.rollout.load_weights(bundle, self.version, self.canary, wanted)
-            difference, _ = await asyncio.gather(loading, self.reward.follow(bundle))
-        return difference
+            return await self.handover.publish(self.version)
 
     async def evaluate(self, step: int) -> None:
         """Held-out accuracy, if the data has held-out answers."""
@@ -155,7 +154,7 @@ class Trainer:
         """Write `checkpoints/step_NNNNNN`: the policy as a plain Hugging Face folder, and what a later run needs."""
         with self.tracker.timed("save"):
             async with self.deadline("the driver", f"the checkpoint of step {step}"):
-                await self.checkpointer.save(step, self, self.latest)
+                await self.handover.with_learner(self.checkpointer.save(step, self, self.latest))
 
     def deadline(self, who: str, what: str) -> AbstractAsyncContextManager[None]:
         """A step, an evaluation and a checkpoint may take so long."""

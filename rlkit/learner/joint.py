@@ -56,6 +56,14 @@ class JointLearner:
             *(part.load_state(folder / f"{name}.safetensors", counters[name]) for name, part in self._parts().items())
         )
 
+    async def offload(self) -> None:
+        """Make room on the GPUs, if this is configured."""
+        await asyncio.gather(*(part.offload() for part in self._parts().values()))
+
+    async def reload(self) -> None:
+        """The reverse of offload."""
+        await asyncio.gather(*(part.reload() for part in self._parts().values()))
+
     def _parts(self) -> dict[str, RankGroup]:
         return {"learner": self.policy, **({"critic": self.critic} if self.critic is not None else {})}
 

@@ -22,8 +22,12 @@ from rlkit.learner.metrics import StepMetrics, mismatch
 from rlkit.learner.ragged import per_token
 from rlkit.models.packing import PackedBatch, Tree, pack
 from rlkit.models.policy import load_causal_lm
+from rlkit.rollout.buckets import TensorMeta, buckets
 
 log = logging.getLogger(__name__)
+
+GATHERED_BYTES = 2**29
+"""How much of the full parameters a rank of ZeRO-3 holds at a time while weights are packed or saved."""
 
 
 class PolicyLearner:
@@ -186,14 +190,26 @@ class PolicyLearner:
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, full tensor) of every parameter, tied ones once; on all ranks, as ZeRO-3 gathers."""
+    def weight_metas(self) -> list[TensorMeta]:
+        """What `named_weights` yields, without gathering anything."""
+        return [
+            TensorMeta(name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            for name, parameter in self.engine.module.model.named_parameters()
+        ]
+
+    def named_weights(self, bucket_bytes: int = GATHERED_BYTES) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, full tensor) of every parameter, tied ones once; all ranks iterate, as ZeRO-3 gathers.
+
+        ZeRO-3 gathers `bucket_bytes` at a time and takes them back: who wants to keep such a tensor copies it.
+        """
         import deepspeed
 
-        stage3 = self.config.zero_stage == 3
-        for name, parameter in self.engine.module.model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=stage3):
-                yield name, parameter.detach()
+        parameters = dict(self.engine.module.model.named_parameters())
+        for bucket in buckets(self.weight_metas(), bucket_bytes):
+            gathered = [parameters[meta.name] for meta in bucket]
+            with deepspeed.zero.GatheredParameters(gathered, enabled=self.config.zero_stage == 3):
+                for meta, parameter in zip(bucket, gathered, strict=True):
+                    yield meta.name, parameter.detach()
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face model folder (all ranks call it, rank 0 writes)."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from algorithms.base import Algorithm
 from rlkit.cluster.placement import Place
 from rlkit.config.schema import LearnerConfig, RunConfig
+from rlkit.config.sharing import offloads
 from rlkit.waiting import waiting
 
 
@@ -66,6 +67,18 @@ class Rank(ABC):
     def trained(self) -> Trained:
         """What `load` has loaded."""
 
+    def offload(self) -> None:
+        """Make room on the GPU: see rlkit/learner/offload.py."""
+        from rlkit.learner.offload import offload
+
+        offload(self.trained.engine)
+
+    def reload(self) -> None:
+        """The reverse of offload."""
+        from rlkit.learner.offload import reload
+
+        reload(self.trained.engine)
+
     def save_state(self, file: str) -> dict[str, int]:
         """Write weights and moments (rank 0) and this rank's random state; returns the counters of rank 0."""
         import torch
@@ -117,7 +130,7 @@ class RankGroup:
         import ray
 
         self.name, self.trainer_config = name, config.trainer
-
+        self._offloads, self.offloaded = offloads(config, section), False
         environment = {
             "OMP_NUM_THREADS": str(config.cluster.threads_per_actor),
             "OMP_WAIT_POLICY": "PASSIVE",  # the sampler shares these cores
@@ -146,6 +159,18 @@ class RankGroup:
     async def load_state(self, file: Path, counters: dict[str, int]) -> None:
         """Go on from what `save_state` wrote, with any number of ranks and any ZeRO stage."""
         await self.call("load_state", str(file), counters)
+
+    async def offload(self) -> None:
+        """Make room on the GPUs for the engines, if this is configured."""
+        if self._offloads and not self.offloaded:
+            await self.call("offload")
+            self.offloaded = True
+
+    async def reload(self) -> None:
+        """Take the GPUs' memory again; needed before anything but the weights is asked for."""
+        if self.offloaded:
+            await self.call("reload")
+            self.offloaded = False
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a method on every rank; rank 0's result. Arguments may be object references."""

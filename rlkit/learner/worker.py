@@ -13,16 +13,20 @@ from algorithms.base import Advantages, Algorithm
 from rlkit.cluster.placement import Place, anywhere
 from rlkit.config.schema import RunConfig
 from rlkit.config.shares import gpu_shares
+from rlkit.config.sharing import weight_way
 from rlkit.experience import Group
 from rlkit.learner.ranks import Rank, RankGroup
 from rlkit.rollout.weights import WeightBundle
 
 if TYPE_CHECKING:
     from rlkit.learner.policy import PolicyLearner
+    from rlkit.learner.sender import WeightSender
 
 
 class LearnerWorker(Rank):
     """One rank of the policy. Use through Ray."""
+
+    sender: WeightSender | None = None
 
     def load(self) -> int:
         """Load the policy. Returns its number of parameters."""
@@ -53,15 +57,57 @@ class LearnerWorker(Rank):
         """See PolicyLearner.group_logprobs."""
         return self.learner.group_logprobs(groups, which)
 
-    def weights(self, canary: Sequence[int]) -> tuple[WeightBundle | None, np.ndarray]:
-        """The current weights (rank 0; all ranks take part) and the canary's log-probs under them."""
+    def weights(self, canary: Sequence[int]) -> tuple[WeightBundle | None, int, np.ndarray]:
+        """The current weights (rank 0; all ranks take part), their version, and the canary's log-probs under them.
+
+        An empty canary costs no forward pass, which an offloaded model could not do.
+        """
         bundle = None
         if self.rank == 0:
             bundle = WeightBundle.pack(self.learner.version, self.learner.named_weights())
         else:
             for _ in self.learner.named_weights():
-                pass  # ZeRO-3 gathers each tensor on all ranks
-        return bundle, self.learner.sequence_logprobs(canary)
+                pass  # ZeRO-3 gathers on all ranks
+        logprobs = self.learner.sequence_logprobs(canary) if canary else np.empty(0, dtype=np.float32)
+        return bundle, self.learner.version, logprobs
+
+    def canary_logprobs(self, canary: Sequence[int]) -> np.ndarray:
+        """[len(canary) - 1] under the current weights."""
+        return self.learner.sequence_logprobs(canary)
+
+    def send_weights(self, workers: Sequence[Any], version: int) -> str:
+        """Send the current weights to rollout workers that are ready for them; their checksum (rank 0)."""
+        if self.sender is None:
+            from rlkit.learner.sender import WeightSender
+
+            config = self.config
+            self.sender = WeightSender(
+                self.learner,
+                weight_way(config.cluster, config.rollout, config.learner),
+                config.cluster.weight_bucket_mib * 2**20,
+                config.rollout.tensor_parallel_size,
+                config.trainer.step_timeout_seconds,
+                self.address,
+            )
+        return self.sender.send(workers, version)
+
+    def offload(self) -> None:
+        """The reference policy, too."""
+        super().offload()
+        self._move_reference("cpu")
+
+    def reload(self) -> None:
+        """The reverse of offload."""
+        super().reload()
+        self._move_reference(self.config.cluster.device)
+
+    def _move_reference(self, device: str) -> None:
+        import torch
+
+        if self.learner.reference is not None:
+            self.learner.reference.to(device)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def save(self, folder: str) -> None:
         """Write the policy as a Hugging Face folder, tokenizer included."""
@@ -97,11 +143,22 @@ class LearnerGroup(RankGroup):
         logprobs: list[np.ndarray] = await self.call("logprobs", groups, which)
         return logprobs
 
-    async def publishable(self, canary: Sequence[int]) -> tuple[Any, np.ndarray]:
-        """(reference to the WeightBundle, canary log-probs [len(canary) - 1])."""
-        pairs = [rank.weights.options(num_returns=2).remote(canary) for rank in self.ranks]
-        canaries = await self.answers("weights", [logprobs for _, logprobs in pairs])
-        return pairs[0][0], canaries[0]
+    async def canary_logprobs(self, canary: Sequence[int]) -> np.ndarray:
+        """[len(canary) - 1] under the current weights."""
+        logprobs: np.ndarray = await self.call("canary_logprobs", canary)
+        return logprobs
+
+    async def publishable(self, canary: Sequence[int]) -> tuple[Any, int, np.ndarray]:
+        """Reference to a WeightBundle (which may still be on its way), its version, canary log-probs [canary - 1]."""
+        calls = [rank.weights.options(num_returns=3).remote(list(canary)) for rank in self.ranks]
+        logprobs = await self.answers("weights", [logprobs for _, _, logprobs in calls])
+        bundle, version, _ = calls[0]
+        return bundle, await version, logprobs[0]
+
+    async def send_weights(self, workers: Sequence[Any], version: int) -> str:
+        """Send the current weights to rollout workers that are ready for them; returns their checksum."""
+        checksum: str = await self.call("send_weights", list(workers), version)
+        return checksum
 
     async def save(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder."""

@@ -49,8 +49,8 @@ class Published:
     """[len(canary) - 1] the learner's log-probs of the canary."""
 
 
-Fetch = Callable[[Sequence[int]], Awaitable[Published]]
-"""Canary -> the learner's present weights as a bundle."""
+Fetch = Callable[[], Awaitable[Published]]
+"""Gives the learner's present weights as a bundle."""
 
 
 def deal(requests: Sequence[GroupRequest], workers: int) -> list[list[GroupRequest]]:
@@ -192,6 +192,26 @@ class RolloutPool:
         assert self._published is not None
         await self._living(ready, "take", self._published.bundle)
 
+    async def arrival(self, ready: Mapping[int, Any]) -> None:
+        """Returns when the learner's transfer has reached workers that were ready for it.
+
+        Raises WeightsNotLoadedError if one of them dies meanwhile: the others then wait for ever.
+        """
+        from ray.exceptions import RayActorError
+
+        async def one(index: int, worker: Any) -> None:
+            try:
+                async with self._waiting(index, "to receive weights from the learner", "step_timeout_seconds"):
+                    await worker.arrival.remote()
+            except RayActorError as error:
+                said = str(error).strip().splitlines()[0]
+                raise WeightsNotLoadedError(
+                    f"rollout worker {index} died while the learner was sending it weights, which cannot go on without "
+                    f"one of its ends: {said}. resume=auto goes on from the newest checkpoint"
+                ) from error
+
+        await asyncio.gather(*(one(index, worker) for index, worker in ready.items()))
+
     async def confirm(self, received: Mapping[int, Any], checksum: str | None = None) -> float:
         """Check every worker and replace the dead; the largest canary difference. Afterwards all sample again.
 
@@ -230,10 +250,10 @@ class RolloutPool:
 
         worker = self.workers[index]
         try:
-            if worker is not receiver:
+            if receiver is None or worker is not receiver:
                 return await self._confirmed(index, worker, published)
             async with self._waiting(index, f"to confirm version {published.version}", "step_timeout_seconds"):
-                receipt = await worker.confirm.remote(list(published.canary))
+                receipt = await receiver.confirm.remote(list(published.canary))
             return self._judged(index, published, receipt, checksum)
         except RayActorError as error:
             await self._replace(index, worker, error)
@@ -245,7 +265,7 @@ class RolloutPool:
         """Let a worker load weights out of the object store; its canary difference, if it is small enough."""
         if published.bundle is None:
             assert self.fetch is not None
-            published = await self.fetch(published.canary)
+            published = await self.fetch()
         async with self._waiting(index, f"to load weights of version {published.version}", "step_timeout_seconds"):
             receipt = await worker.load_weights.remote(published.bundle, list(published.canary))
         return self._judged(index, published, receipt)

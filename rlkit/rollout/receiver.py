@@ -7,15 +7,10 @@ engines under the names below. What arrives is counted into a checksum on its wa
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed.utils import (
-    stateless_destroy_torch_distributed_process_group,
-    stateless_init_torch_distributed_process_group,
-)
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import (
@@ -24,13 +19,12 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
+from rlkit.rollout import gloo
 from rlkit.rollout.buckets import TensorMeta, WeightDigest, buckets, unpack
 
 EXTENSION = "rlkit.rollout.receiver.Receiver"
 BACKENDS = {"gloo": "rlkit_gloo", "nccl": "rlkit_nccl", "ipc": "rlkit_ipc"}
 """Name of a way in the configuration -> name of its engine in vLLM."""
-GLOO_SECONDS = 600.0
-"""After so long without a peer a gloo operation fails; the run's own deadlines are what a user sees."""
 
 
 class _Tap:
@@ -79,7 +73,7 @@ class Gloo(NCCLWeightTransferEngine):
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         self.packed_buffer_size_bytes = init_info.packed_buffer_size_bytes
         assert init_info.master_address is not None and init_info.master_port is not None
-        self.group = join_gloo(
+        self.group = gloo.join(
             init_info.master_address,
             init_info.master_port,
             init_info.rank_offset + self.parallel_config.rank,
@@ -96,12 +90,12 @@ class Gloo(NCCLWeightTransferEngine):
         ]
         for bucket in buckets(metas, self.packed_buffer_size_bytes):
             buffer = torch.empty(sum(meta.bytes for meta in bucket), dtype=torch.uint8)
-            broadcast(self.group, buffer)
+            gloo.broadcast(self.group, buffer)
             self.model.load_weights(unpack(buffer, bucket))
 
     def shutdown(self) -> None:
         if hasattr(self, "group"):
-            stateless_destroy_torch_distributed_process_group(self.group)
+            gloo.leave(self.group)
             del self.group
 
 
@@ -118,20 +112,6 @@ class Receiver:
         """Of the weights that the last update brought."""
         checksum: str = self.weight_transfer_engine.digest.hexdigest()
         return checksum
-
-
-def join_gloo(address: str, port: int, rank: int, world_size: int) -> Any:
-    """A process group beside the process's own ones; returns when all have joined."""
-    return stateless_init_torch_distributed_process_group(
-        address, port, rank, world_size, backend="gloo", timeout=timedelta(seconds=GLOO_SECONDS)
-    )
-
-
-def broadcast(group: Any, buffer: Tensor) -> None:
-    """From rank 0 of a group that `torch.distributed` does not know by itself."""
-    options = torch.distributed.BroadcastOptions()
-    options.rootRank, options.rootTensor = 0, 0
-    group.broadcast([buffer], options).wait()
 
 
 for _name, _engine in (("gloo", CountingGloo), ("nccl", CountingNCCL), ("ipc", CountingIPC)):

@@ -80,6 +80,8 @@ class RolloutWorker:
         self.pump: asyncio.Task[None] | None = None
         self.admission = asyncio.Lock()
         """Held while groups are taken in, and from before new weights arrive until they are confirmed."""
+        self.arrived = asyncio.Event()
+        """Set when a transfer has brought new weights."""
         self.cached_prompt_tokens = 0
 
     async def start(self) -> None:
@@ -199,6 +201,7 @@ class RolloutWorker:
         Groups asked for from now on wait until `confirm`, so that no group mixes versions.
         """
         await self.admission.acquire()
+        self.arrived.clear()
         try:
             if self.pump is not None:
                 await self.pump
@@ -225,6 +228,12 @@ class RolloutWorker:
     async def transfer(self, step: str, arguments: dict[str, Any], version: int) -> None:
         """A step of the transfer that the learner drives (`rlkit/learner/sender.py`)."""
         await self._in_thread(lambda: self._transfer(step, arguments, version))
+        if step == "finish_weight_update":
+            self.arrived.set()
+
+    async def arrival(self) -> None:
+        """Returns when the transfer is complete; who waits hears at once if this process dies."""
+        await self.arrived.wait()
 
     def _transfer(self, step: str, arguments: dict[str, Any], version: int) -> None:
         self.sampler.receive(step, **arguments)
@@ -257,7 +266,8 @@ class RolloutWorker:
 
     async def wake(self) -> None:
         """Take all memory back after a sleep of level 1."""
-        await self._in_thread(lambda: (self.sampler.wake("weights"), self.sampler.wake("kv_cache")))
+        await self._in_thread(lambda: self.sampler.wake("weights"))
+        await self._in_thread(lambda: self.sampler.wake("kv_cache"))
 
     async def stats(self) -> dict[str, float]:
         """Counters since the start."""

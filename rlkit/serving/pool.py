@@ -180,9 +180,14 @@ class RewardPool:
         self._learnt += 1
         return list(groups) if rescored is None else rescored, metrics
 
+    @property
+    def follows_policy(self) -> bool:
+        """Whether the reward wants every version of the policy."""
+        return issubclass(self._kind, TrainableReward) and self._kind.follows_policy(self.config)
+
     async def follow(self, bundle: Any) -> None:
         """Give the policy's weights (a reference to a WeightBundle) to a reward that follows the policy."""
-        if issubclass(self._kind, TrainableReward) and self._kind.follows_policy(self.config):
+        if self.follows_policy:
             await self._ask_learner("follow", bundle)
             self._followed = bundle
 

@@ -1,0 +1,33 @@
+"""A gloo group of the first learner rank and the engines, beside the groups that their processes have already."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+SECONDS = 600.0
+"""After so long without a peer an operation fails; the run's own deadlines come first, and are what a user sees."""
+
+
+def join(address: str, port: int, rank: int, world_size: int) -> Any:
+    """Returns when all have joined."""
+    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
+
+    return stateless_init_torch_distributed_process_group(
+        address, port, rank, world_size, backend="gloo", timeout=timedelta(seconds=SECONDS)
+    )
+
+
+def broadcast(group: Any, buffer: Tensor) -> None:
+    """From rank 0. (`torch.distributed.broadcast` knows only groups of its own.)"""
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    group.broadcast([buffer], options).wait()
+
+
+def leave(group: Any) -> None:
+    """The others' operations fail from now on."""
+    group.shutdown()
