@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rewards.base import TrainableReward
 from rlkit.config.model_folder import ModelShape, check_model_folder
+from rlkit.config.parts import import_part
 from rlkit.config.resolved import ResolvedRun
 from rlkit.config.schema import LearnerConfig, RolloutConfig
 from rlkit.config.shares import gpu_shares
@@ -117,8 +119,42 @@ def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
             Line("memory", "weights, each GPU of an engine" if cuda else "weights, each engine", _size(sampler_bytes))
         )
         total = _learner_bytes(shape.parameters, learner, cuda)
+        if run.make_algorithm().needs().reference_policy:
+            total += shape.parameters * _element_bytes(learner.dtype, cuda)  # whole on every rank
         lines.append(Line("memory", f"learner, each rank (ZeRO {learner.zero_stage})", f"{_size(total)} + activations"))
+    lines += [*_critic_memory(run, cuda), *_reward_memory(run, cuda)]
     lines.append(Line("memory", "logits, each chunk", _size(3 * 4 * learner.logit_elements_per_chunk)))
+    return lines
+
+
+def _critic_memory(run: ResolvedRun, cuda: bool) -> list[Line]:
+    critic = run.config.critic
+    if not run.make_algorithm().needs().critic:
+        return []
+    parameters = check_model_folder(critic.path or run.config.model.path).parameters
+    if parameters is None:
+        return []
+    total = _learner_bytes(parameters, critic, cuda)
+    return [Line("memory", f"critic, each rank (ZeRO {critic.zero_stage})", f"{_size(total)} + activations")]
+
+
+def _reward_memory(run: ResolvedRun, cuda: bool) -> list[Line]:
+    """Models that the reward, or a part of it, loads: trained in fp32 with their reference, or only used."""
+    parts = run.config.reward.get("parts")
+    named: dict[str, Mapping[str, Any]] = {"reward": run.config.reward}
+    if isinstance(parts, Mapping):
+        named = {f"reward {name}": part for name, part in parts.items() if isinstance(part, Mapping)}
+    lines = []
+    for name, section in named.items():
+        cls, path = import_part("reward", section["_target_"]), section.get("model_path")
+        own = {key: value for key, value in section.items() if key in cls.Config.model_fields}
+        if not isinstance(path, str) or not cls.uses_gpu(cls.Config(**own)):
+            continue
+        parameters = check_model_folder(path).parameters
+        if parameters is not None:
+            width = _element_bytes(str(section.get("dtype", "auto")), cuda)
+            each = 16 + width if issubclass(cls, TrainableReward) else width
+            lines.append(Line("memory", f"{name}, each worker", f"{_size(parameters * each)} + activations"))
     return lines
 
 
