@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from reward_samples import make_group
 
-from rewards.base import RewardContext
-from rewards.remote.reward import RemoteReward
+from rewards.base import RewardConfig, RewardContext
+from rewards.remote.reward import BUDGET_SHARE, RemoteReward
 from rewards.remote.wire import SCHEMA_VERSION
 from rlkit.config.load import load_config
 from rlkit.config.problems import ConfigError
@@ -55,7 +55,7 @@ class OddServer:
             "status": "ok", "schema_version": SCHEMA_VERSION, "rlkit_version": "0", "reward": "odd.Odd",
             "model_version": "odd-1", "needs": {"references": False, "answer": False, "columns": []},
             "gives_process_rewards": False, "trainable": False, "max_request_samples": 100,
-            "max_body_bytes": 10**6, "workers": [], **health,
+            "max_body_bytes": 10**6, "call_timeout_seconds": 120.0, "workers": [], **health,
         }  # fmt: skip
         server = self
 
@@ -171,7 +171,7 @@ def test_a_server_that_never_answers_is_given_up(odd: Callable[..., OddServer]) 
 def one_score(**score: Any) -> dict[str, Any]:
     """An answer for group g with this score."""
     groups = [{"id": "g", "samples": [{"value": 1.0, "valid": True, **score}]}]
-    return {"schema_version": 1, "model_version": "odd-1", "groups": groups}
+    return {"schema_version": SCHEMA_VERSION, "model_version": "odd-1", "groups": groups}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def one_score(**score: Any) -> dict[str, Any]:
         one_score(components={"a": None}),
         {**one_score(), "groups": []},
         {**one_score(), "groups": [{**one_score()["groups"][0], "id": "h"}]},
-        {**one_score(), "schema_version": 2},
+        {**one_score(), "schema_version": SCHEMA_VERSION + 1},
     ],
 )
 def test_an_answer_against_the_schema_is_invalid_and_never_zero(odd: Callable[..., OddServer], content: Any) -> None:
@@ -197,7 +197,7 @@ def test_an_answer_against_the_schema_is_invalid_and_never_zero(odd: Callable[..
 def test_another_version_of_the_messages_is_refused(odd: Callable[..., OddServer], tmp_path: Path) -> None:
     server = odd(lambda number, body: (200, good(body), {}), schema_version=SCHEMA_VERSION + 1)
     said = only_problem(tmp_path, server.url)
-    assert "speaks version 2 of the messages, this client 1; install the same rlkit on both sides" in said
+    assert f"speaks version {SCHEMA_VERSION + 1} of the messages, this client {SCHEMA_VERSION}; install" in said
 
 
 def test_a_body_larger_than_the_server_takes_is_cut_before_it_is_sent(odd: Callable[..., OddServer]) -> None:
@@ -208,3 +208,15 @@ def test_a_body_larger_than_the_server_takes_is_cut_before_it_is_sent(odd: Calla
     assert [values[0], values[2]] == [1.0, 1.0]
     assert "serve.max_body_mib" in str(values[1])
     assert all([len(group["samples"]) for group in request["groups"]] for request in server.requests)
+
+
+def test_by_default_a_client_waits_for_both_tries_of_a_server(
+    odd: Callable[..., OddServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    budget = BUDGET_SHARE * RemoteReward.Config(url="http://h:1").timeout_seconds
+    assert budget >= 2 * RewardConfig().timeout_seconds + 30, "and for a new process in between"
+    server = odd(lambda number, body: (200, good(body), {}), call_timeout_seconds=RewardConfig().timeout_seconds)
+    client(server.url)
+    assert "gives up" not in caplog.text
+    client(server.url, timeout_seconds=120)
+    assert "gives up after 96 s" in caplog.text and "for 240 s (2 tries of 120 s each); set at least 300" in caplog.text

@@ -18,6 +18,7 @@ import pytest
 from reward_samples import make_group
 from serve_fixture import Server, left_after, misbehaving
 
+from rewards.base import RewardConfig
 from rewards.remote.wire import SCHEMA_VERSION, encode
 
 MISBEHAVING = ("reward._target_=reward_samples.Misbehaving", "reward.timeout_seconds=1")
@@ -71,6 +72,7 @@ def test_health_says_what_is_served(rule: Server) -> None:
     assert health["reward"] == "rewards.rule.reward.RuleReward"
     assert health["needs"] == {"references": False, "answer": True, "columns": []}
     assert health["gives_process_rewards"] is False
+    assert health["call_timeout_seconds"] == RewardConfig().timeout_seconds
     assert health["model_version"].startswith("RuleReward-")
     (worker,) = health["workers"]
     assert worker["alive"]
@@ -96,10 +98,13 @@ def test_metrics_count_samples_and_failures(rule: Server) -> None:
 
 
 def request(change: str) -> bytes:
-    body: dict[str, Any] = {"schema_version": 1, "groups": [json.loads(encode(make_group("x", ["a b", "c"])))]}
+    body: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "groups": [json.loads(encode(make_group("x", ["a b", "c"])))],
+    }
     group = body["groups"][0]
     if change == "another version":
-        body["schema_version"] = 2
+        body["schema_version"] = SCHEMA_VERSION + 1
     elif change == "an unknown key":
         group["reward"] = 1
     elif change == "text as a number":
@@ -118,7 +123,7 @@ def request(change: str) -> bytes:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("another version", "schema_version: Input should be 1"),
+        ("another version", f"schema_version: Input should be {SCHEMA_VERSION}"),
         ("an unknown key", "groups.0.reward: Extra inputs"),
         ("text as a number", "groups.0.samples.0.token_ids.0"),
         ("lengths that differ", "2 tokens but a mask of 1"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +20,7 @@ from serve_fixture import misbehaving
 from rewards.base import RewardContext
 from rlkit.experience import Group
 from rlkit.serving.http_metrics import ServerMetrics
-from rlkit.serving.http_process import RewardProcess
+from rlkit.serving.http_process import RewardProcess, WorkerBrokenError
 from rlkit.serving.http_queue import BatchLimits, BusyError, ScoringQueue
 from rlkit.serving.http_selftest import model_version
 
@@ -102,6 +104,50 @@ def test_what_its_client_left_is_not_scored_again() -> None:
         assert isinstance(hung, list) and str(values(hung)[0]).startswith("timeout: ")
         assert isinstance(left, BusyError) and "longer than its client" in str(left)
         assert worker.health()["calls"] == 0
+
+    asyncio.run(run())
+
+
+class Noting(RewardProcess):
+    """Notes for how long each call's clients still wait."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.waiting: list[float] = []
+
+    async def score(self, groups: Any, client_seconds: float = math.inf) -> Any:
+        assert self.alive, "the time for a new process is not taken from the call's"
+        self.waiting.append(client_seconds)
+        return await super().score(groups, client_seconds)
+
+
+def test_a_second_try_lasts_no_longer_than_its_client_waits() -> None:
+    async def run() -> None:
+        worker = Noting("reward_samples.Misbehaving", {}, RewardContext(), 60.0, 1.0)
+        queue = ScoringQueue([worker], LIMITS, ServerMetrics())
+        await queue.start()
+        try:
+            (hung,) = await queue.score([misbehaving("hang")], 50.0)
+            assert worker.waiting[0] == math.inf, "a first try may have waited in the queue: it is not cut short"
+            assert 0 < worker.waiting[1] < 49
+            assert str(values([hung])[0]).startswith("timeout: no answer within reward.timeout_seconds=1")
+        finally:
+            await queue.close()
+
+    asyncio.run(run())
+
+
+def test_a_call_ends_when_its_client_gives_up() -> None:
+    async def run() -> None:
+        worker = process(timeout=30.0)
+        await worker.start()
+        try:
+            began = time.monotonic()
+            with pytest.raises(WorkerBrokenError, match=r"within the 0\.3 s that were left until its client gave up"):
+                await worker.score([misbehaving("hang")], 0.3)
+            assert time.monotonic() - began < 10 and not worker.alive
+        finally:
+            await worker.close()
 
     asyncio.run(run())
 

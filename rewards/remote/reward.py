@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 BUDGET_SHARE = 0.8
 """Share of a call's deadline after which the client gives up, so that it answers instead of being killed."""
+SERVER_TRIES = 2
+"""A server tries a request once more if its process fails at it: so many deadlines of its own may pass."""
 PAUSE_SECONDS = 0.5
 """Between two looks for a server that is not there yet."""
 
@@ -38,6 +40,9 @@ class RemoteReward(Reward):
 
         url: str
         """Address of the server: http://HOST:PORT."""
+        timeout_seconds: float = Field(default=360.0, gt=0)
+        """Deadline of one scoring call; after 80 % of it the client gives up. That is time for both tries of a server
+        whose own deadline is the default (120 s), and for replacing its process in between."""
         token_env: str | None = None
         """Name of the environment variable that holds the server's token; the token itself is never written down."""
         samples_per_request: int = Field(default=64, ge=1)
@@ -103,6 +108,14 @@ class RemoteReward(Reward):
         health = self._meet(token, time.monotonic() + budget)
         if health.trainable:
             log.warning("%s learns in a run of its own; served, it stays as it is and only scores", health.reward)
+        longest = SERVER_TRIES * health.call_timeout_seconds
+        if budget < longest:
+            log.warning(
+                "reward.timeout_seconds=%g: this client gives up after %g s, but the server at %s may work on a "
+                "request for %g s (%d tries of %g s each); set at least %g here, or start the server with less",
+                *(config.timeout_seconds, budget, config.url, longest, SERVER_TRIES, health.call_timeout_seconds),
+                longest / BUDGET_SHARE,
+            )
         limits = Limits(
             samples_per_request=min(config.samples_per_request, health.max_request_samples),
             tokens_per_request=config.tokens_per_request,

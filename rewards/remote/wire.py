@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 from rlkit.experience import Group, GroupScores, Message, PreferencePair, Prompt, Sample, Score, Span, SpanReward
 from rlkit.experience.types import FinishReason
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 2
 SCORE_PATH, HEALTH_PATH, METRICS_PATH, SCHEMA_PATH = "/v1/score", "/health", "/metrics", "/v1/schema"
 
 
@@ -91,7 +91,7 @@ class WireGroup(Wire):
 class ScoreRequest(Wire):
     """The body of `POST /v1/score`."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     groups: list[WireGroup]
     deadline_seconds: float | None = Field(default=None, gt=0)
     """How long the client waits for the answer; a server does not score what nobody waits for any more."""
@@ -143,7 +143,7 @@ class WireGroupScores(Wire):
 class ScoreResponse(Wire):
     """The answer to a ScoreRequest: its groups, in order."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     model_version: str
     groups: list[WireGroupScores]
 
@@ -172,6 +172,8 @@ class Health(Wire):
     """It learns in a run of its own; served, it stays as it is."""
     max_request_samples: int
     max_body_bytes: int
+    call_timeout_seconds: float
+    """Deadline of one call of the served reward; a request gets a second one if the first costs the process."""
     workers: list[dict[str, JsonValue]]
     """Per worker process: pid, alive, busy seconds, calls, restarts, and its self-test at its last start."""
 

@@ -72,6 +72,7 @@ class RewardServer:
             trainable=self.resolved.learns,
             max_request_samples=self.resolved.serve.max_batch_samples,
             max_body_bytes=self.max_body_bytes,
+            call_timeout_seconds=config.timeout_seconds,
             workers=[worker.health() for worker in self.queue.workers],
         )
 
@@ -95,7 +96,7 @@ class RewardServer:
 
     def _written(self, groups: list[Group]) -> bytes:
         scores = [scores_to_wire(group) for group in groups]
-        response = ScoreResponse(schema_version=1, model_version=self.model_version, groups=scores)
+        response = ScoreResponse(schema_version=SCHEMA_VERSION, model_version=self.model_version, groups=scores)
         return response.model_dump_json().encode()
 
 

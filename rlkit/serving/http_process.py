@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import math
 import multiprocessing
 import os
 import signal
@@ -102,17 +103,22 @@ class RewardProcess:
             theirs.close()
         self._connection, self._process = ours, process
 
-    async def score(self, groups: Sequence[Group]) -> tuple[list[Group], ScoreReport]:
-        """The groups with their scores. Raises WorkerBrokenError, or RewardFailed if it cannot be started again."""
+    async def score(self, groups: Sequence[Group], client_seconds: float = math.inf) -> tuple[list[Group], ScoreReport]:
+        """The groups with their scores. Raises WorkerBrokenError, or RewardFailed if it cannot be started again.
+
+        `client_seconds`: the call ends after that, too: then nobody waits for its scores any more.
+        """
         if not self.alive:
             await self.start()
         pid = self._process.pid
         self._busy_since = time.monotonic()
         try:
-            scored, report = await self._exchange(list(groups), self._timeout)
+            scored, report = await self._exchange(list(groups), min(self._timeout, client_seconds))
         except TimeoutError:
-            limit = f"reward.timeout_seconds={self._timeout:g}"
-            raise WorkerBrokenError(f"timeout: no answer within {limit} of the server") from None
+            limit = f"reward.timeout_seconds={self._timeout:g} of the server"
+            if client_seconds < self._timeout:
+                limit = f"the {client_seconds:.3g} s that were left until its client gave up"
+            raise WorkerBrokenError(f"timeout: no answer within {limit}") from None
         except EOFError:
             raise WorkerBrokenError(f"crash: the reward's process {pid} died") from None
         finally:

@@ -167,19 +167,25 @@ class ScoringQueue:
             _finish(job, [next(remaining) for _ in job.groups])
 
     async def _score_alone(self, worker: RewardProcess, job: _Job) -> None:
+        """A second try, which lasts no longer than its client waits. (A first one is not cut short: it may only have
+        waited long in the queue, and ending it costs a process that works.)"""
+        if not worker.alive and not self._left(job):
+            await worker.start()
         if self._left(job):
             return
         try:
-            _finish(job, await self._call(worker, job.groups))
+            _finish(job, await self._call(worker, job.groups, job.deadline - time.monotonic()))
         except WorkerBrokenError as broken:
             self._note(broken)
             invalid = invalid_groups(job.groups, str(broken))
             self._report(invalid)
             _finish(job, invalid)
 
-    async def _call(self, worker: RewardProcess, groups: Sequence[Group]) -> list[Group]:
+    async def _call(
+        self, worker: RewardProcess, groups: Sequence[Group], client_seconds: float = math.inf
+    ) -> list[Group]:
         began = time.monotonic()
-        scored, _ = await worker.score(groups)
+        scored, _ = await worker.score(groups, client_seconds)
         seconds, samples = time.monotonic() - began, sum(len(group.samples) for group in scored)
         self.metrics.scoring_seconds.observe(seconds)
         self.metrics.batch_samples.observe(samples)

@@ -52,6 +52,7 @@ async def serve(resolved: ResolvedServe, listener: socket.socket) -> int:
             await asyncio.wait({starting})
         else:
             starting.result()
+            listener.listen()  # who reads the next line may connect at once, before uvicorn listens
             print(f"serving {name} ({reward.model_version}) on {_address(listener)}", flush=True)
             await server.serve(sockets=[listener])
     except RewardFailed as error:
