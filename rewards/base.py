@@ -86,7 +86,7 @@ class Reward(ABC):
     @classmethod
     def uses_gpu(cls, config: Any) -> bool:
         """Whether its workers get a share of a GPU where there are any. False for rewards that load no model, or leave
-        it to a server; the workers then see no GPU at all."""
+        it to a server."""
         return True
 
     @classmethod
