@@ -39,6 +39,8 @@ class RewardNeeds:
     """Every prompt needs a gold final answer."""
     columns: tuple[str, ...] = ()
     """Further data columns."""
+    samples: int = 1
+    """Responses to a prompt that it compares with each other; a greedy response counts."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from algorithms.base import Advantages, Algorithm, Experience
 from rewards.base import RewardContext
 from rewards.combined.reward import CombinedReward
 from rlkit.config.load import load_config
+from rlkit.config.problems import ConfigError
 from rlkit.experience import Group, GroupScores, Score
 
 RAW = [-0.5703, -11.0304, -6.7070, -2.0059]
@@ -114,3 +115,24 @@ def test_what_nobody_normalises_is_warned_about(overrides: tuple[str, ...], warn
     assert bool(found) == warned
     if warned:
         assert "group_normalise" in found[0] and "standardise" in found[0]
+
+
+ALONE = {
+    "group_normalise": ("reward=[polar]", "reward.shaping=[group_normalise]"),
+    "group_normalise of a part": ("reward=[rule,polar]", "reward.parts.polar.shaping=[group_normalise]"),
+    "group_length": ("reward=group_length",),
+    "pairwise": ("reward=judge", "reward.base_url=http://h/v1", "reward.model=m", "reward.mode=pairwise"),
+}
+
+
+@pytest.mark.parametrize("overrides", ALONE.values(), ids=ALONE)
+def test_a_lone_response_is_not_compared(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    run = [*overrides, f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=r"needs at least 2 of them; there are 1 \(algorithm.samples_per_prompt\)"):
+        load_config(["algorithm=ppo", *run])
+    load_config(["algorithm=ppo", "algorithm.samples_per_prompt=2", *run])
+    load_config(["algorithm=remax", *run])  # its greedy response is the second
+
+
+def test_a_lone_response_may_meet_the_reference(tmp_path: Path) -> None:
+    load_config(["algorithm=ppo", *ALONE["pairwise"], "reward.against=reference", f"run_dir={tmp_path / 'run'}"])

@@ -18,7 +18,7 @@ from rewards.combined.scores import Opinion, Rule, combined_group, part_scores, 
 from rewards.combined.sections import Part
 from rewards.shaping.chain import Chain
 from rewards.shaping.reference_rewards import ReferenceRewards
-from rewards.shaping.steps import OutcomeStep, ReferenceStep, RunningStep, Step
+from rewards.shaping.steps import GroupNormalise, OutcomeStep, ReferenceStep, RunningStep, Step
 from rlkit.experience import Group, GroupScores
 
 if TYPE_CHECKING:
@@ -66,12 +66,14 @@ class CombinedReward(TrainableReward):
         each = [part.kind.needs(part.config) for part in parts]
         wanted = {name for needs in each for name in needs.columns}
         wanted = wanted.union(*(part.options.when.columns() for part in parts))
-        wanted |= _reference_columns([*config.shaping, *(step for part in parts for step in part.shaping)])
+        steps = [*config.shaping, *(step for part in parts for step in part.shaping)]
+        wanted |= _reference_columns(steps)
         own = {"references", "answer"}
         return RewardNeeds(
             references=any(needs.references for needs in each) or "references" in wanted,
             answer=any(needs.answer for needs in each) or "answer" in wanted,
             columns=tuple(sorted(wanted - own)),
+            samples=max([2 if isinstance(step, GroupNormalise) else 1 for step in steps] + [n.samples for n in each]),
         )
 
     @classmethod

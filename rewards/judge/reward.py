@@ -163,7 +163,8 @@ class JudgeReward(Reward):
         """A reference where one is required; the column with principles."""
         required = config.reference == "required" or (config.mode == "pairwise" and config.against == "reference")
         columns = () if config.principle_column is None else (config.principle_column,)
-        return RewardNeeds(references=required, columns=columns)
+        compared = config.mode == "pairwise" and config.against == "group"
+        return RewardNeeds(references=required, columns=columns, samples=2 if compared else 1)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:

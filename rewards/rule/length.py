@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from rewards.base import Reward, RewardConfig
+from rewards.base import Reward, RewardConfig, RewardNeeds
 from rlkit.experience import Group, GroupScores, Sample, Score
 
 
@@ -66,6 +66,11 @@ class GroupLength(Reward):
     value = 1 - (tokens - shortest) / (longest - shortest); 0.5 for all if they are equally long. The paper's term is
     this minus 0.5, which is the same to group-relative advantages.
     """
+
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        """Another response."""
+        return RewardNeeds(samples=2)
 
     @classmethod
     def uses_gpu(cls, config: Any) -> bool:

@@ -76,6 +76,18 @@ def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> F
         )
 
 
+def reward_can_compare(algorithm: Algorithm, reward: Part) -> Findings:
+    """A lone response compared with its group is worth the same whatever it says."""
+    needed = reward.cls.needs(reward.config).samples
+    given = algorithm.config.samples_per_prompt + algorithm.needs().greedy_response
+    if given < needed:
+        yield Finding(
+            "reward",
+            f"{reward.cls.__name__} compares the responses to a prompt with each other and needs at least {needed} of "
+            f"them; there are {given} (algorithm.samples_per_prompt)",
+        )
+
+
 def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Findings:
     """Logits spread over ten and more in one group and over a tenth in the next, which would then hardly count."""
     if reward.cls.gives_raw_scores(reward.config) and not algorithm.normalises():
@@ -357,6 +369,7 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     reward_finds_its_columns,
     process_rewards_come_from_somewhere,
     raw_scores_are_normalised,
+    reward_can_compare,
     model_is_long_enough,
     cache_holds_a_sequence,
     minibatches_are_equal,
