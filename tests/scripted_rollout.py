@@ -1,0 +1,108 @@
+"""A real rollout worker around a sampler without a model, which stops or dies where a file says so."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from rlkit.rollout.sampler import Request, Response
+from rlkit.rollout.weights import WeightBundle
+from rlkit.rollout.worker import RolloutWorker
+
+HOLD_SECONDS = 30.0
+
+
+def weights_of(version: int) -> WeightBundle:
+    """A bundle whose one tensor is its version."""
+    return WeightBundle.pack(version, [("version", torch.tensor([float(version)]))])
+
+
+class ScriptedSampler:
+    """Samples are three tokens whose log-probs are the weights; `script` holds the files."""
+
+    stop_token_ids = (1,)
+
+    def __init__(self, script: Path) -> None:
+        self.script, self.weights = script, 0.0
+        self.waiting: list[Request] = []
+        self._meet("start")
+
+    def _meet(self, point: str) -> None:
+        """Die once if the file die-<point> is there; wait while hold-<point> is."""
+        at = self.script / f"at-{point}"
+        at.touch()
+        try:
+            (self.script / f"die-{point}").unlink()
+            os._exit(9)
+        except FileNotFoundError:
+            pass
+        end = time.monotonic() + HOLD_SECONDS
+        while (self.script / f"hold-{point}").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def step(self) -> list[Response]:
+        self._meet("step")
+        request = self.waiting.pop(0)
+        logprobs = np.full(3, -self.weights, np.float32)
+        return [Response(request.id, np.arange(3, dtype=np.int32), logprobs, "stop", 0)]
+
+    def load(self, bundle: WeightBundle) -> None:
+        self._meet(f"load-{bundle.version}")
+        self.weights = float(dict(bundle.tensors())["version"][0])
+
+    def prompt_logprobs(self, canary: Sequence[int]) -> np.ndarray:
+        self._meet("canary")
+        return np.full(len(canary) - 1, -self.weights, np.float32)
+
+    def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
+        pass
+
+
+class _Texts:
+    def batch_decode(self, ids: Sequence[Any], skip_special_tokens: bool) -> list[str]:
+        return ["text"] * len(ids)
+
+
+class ScriptedWorker(RolloutWorker):
+    """Use through Ray, in place of RolloutWorker."""
+
+    def _load(self) -> None:
+        self.tokenizer = _Texts()
+        self.sampler: Any = ScriptedSampler(self.config.run_dir)
+
+
+class Script:
+    """The test's side: what the next process that comes to a point does there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def die_at(self, point: str) -> None:
+        (self.folder / f"die-{point}").touch()
+
+    def hold_at(self, point: str) -> None:
+        (self.folder / f"at-{point}").unlink(missing_ok=True)
+        (self.folder / f"hold-{point}").touch()
+
+    def let_go(self, point: str) -> None:
+        (self.folder / f"hold-{point}").unlink()
+
+    def come_to(self, point: str) -> Iterator[None]:
+        """Yields until a process has come to a point that is held."""
+        end = time.monotonic() + HOLD_SECONDS
+        while not (self.folder / f"at-{point}").exists():
+            assert time.monotonic() < end, f"nobody came to {point}"
+            yield

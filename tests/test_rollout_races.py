@@ -1,0 +1,217 @@
+"""Rollout workers that die at the worst moments: what replaces them never samples with old weights. Real Ray actors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from ray_fixture import ray_session  # noqa: F401
+from scripted_rollout import Script, ScriptedWorker, weights_of
+
+from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, TrainerConfig
+from rlkit.experience import Group, Message, Prompt
+from rlkit.rollout.pool import RolloutFailedError, RolloutPool
+from rlkit.rollout.worker import GroupRequest
+from rlkit.waiting import WaitedTooLongError, open_waits
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+T = TypeVar("T")
+CANARY = (5, 6, 7)
+MakePool = Callable[..., RolloutPool]
+
+
+class Worker(ScriptedWorker):
+    """With a process that can be killed."""
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    return Script(tmp_path)
+
+
+@pytest.fixture
+def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePool]:
+    """Makes a pool of workers that follow the script in `tmp_path`."""
+    import ray
+
+    monkeypatch.setattr("rlkit.rollout.pool.RolloutWorker", Worker)
+    made: list[RolloutPool] = []
+
+    def make(workers: int = 1, max_restarts: int = 3, **trainer: Any) -> RolloutPool:
+        config = RunConfig(
+            run_dir=tmp_path,
+            cluster=ClusterConfig(threads_per_actor=1),
+            rollout=RolloutConfig(workers=workers, max_restarts=max_restarts, memory_gib=0.1),
+            trainer=TrainerConfig(**trainer),
+            algorithm={},
+            reward={},
+            data={},
+        )
+        made.append(RolloutPool(config, "no model", tmp_path / "logs"))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        for worker in pool.workers:
+            ray.kill(worker)
+
+
+async def publish(pool: RolloutPool, version: int) -> None:
+    import ray
+
+    wanted = np.full(len(CANARY) - 1, -float(version), np.float32)
+    await pool.load_weights(ray.put(weights_of(version)), version, CANARY, wanted)
+
+
+async def started(pool: RolloutPool) -> RolloutPool:
+    await pool.start()
+    await publish(pool, 1)
+    return pool
+
+
+async def sampled(pool: RolloutPool, count: int = 4) -> list[Group]:
+    prompt = Prompt("p", (Message("user", "?"),), (1, 2, 3))
+    requests = [GroupRequest(id=f"g{i}", prompt=prompt, samples=2, seed=0, step=1) for i in range(count)]
+    stream: AsyncIterator[Any] = pool.generate(requests)
+    return [group async for ref in stream for group in await ref]
+
+
+def assert_whole_and_of(version: int, groups: list[Group], count: int = 4) -> None:
+    assert sorted(group.id for group in groups) == [f"g{i}" for i in range(count)]
+    for group in groups:
+        for sample in group.samples:
+            assert sample.policy_versions == (version, version)
+            assert set(sample.logprobs.tolist()) == {-float(version)}, "sampled with other weights than it says"
+
+
+async def until_at(script: Script, point: str) -> None:
+    for _ in script.come_to(point):
+        await asyncio.sleep(0.01)
+
+
+async def kill(pool: RolloutPool, index: int = 0) -> None:
+    os.kill(await pool.workers[index].pid.remote(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("point", ["load-2", "canary"])
+def test_a_worker_that_dies_while_weights_are_published_is_replaced_with_these_weights(
+    point: str, make_pool: MakePool, script: Script
+) -> None:
+    """`canary`: after it has received them, before it confirms."""
+
+    async def check() -> None:
+        pool = await started(make_pool(workers=2))
+        script.die_at(point)  # one of the two
+        await publish(pool, 2)
+        assert sorted(health.restarts for health in pool.health) == [0, 1]
+        assert all(health.may_sample(2) for health in pool.health)
+        assert_whole_and_of(2, await sampled(pool))
+
+    run(check())
+
+
+def test_weights_published_while_a_dead_worker_is_replaced_are_what_its_successor_samples_with(
+    make_pool: MakePool, script: Script
+) -> None:
+    async def check() -> None:
+        pool = await started(make_pool())
+        script.hold_at("load-1")
+        await kill(pool)
+        sampling = asyncio.create_task(sampled(pool))  # notices the death
+        await until_at(script, "load-1")  # its successor is just being given version 1
+        publishing = asyncio.create_task(publish(pool, 2))
+        await asyncio.sleep(0.5)
+        assert not publishing.done() and not sampling.done()
+        script.let_go("load-1")
+        await publishing
+        assert_whole_and_of(2, await sampling)
+        assert pool.health[0].restarts == 1
+
+    run(check())
+
+
+def test_a_death_that_sampling_and_publishing_both_notice_is_repaired_once(make_pool: MakePool, script: Script) -> None:
+    async def check() -> None:
+        pool = await started(make_pool())
+        script.hold_at("step")
+        sampling = asyncio.create_task(sampled(pool))
+        await until_at(script, "step")
+        publishing = asyncio.create_task(publish(pool, 2))  # waits for the open groups
+        await asyncio.sleep(0.3)
+        await kill(pool)
+        script.let_go("step")
+        await publishing
+        assert_whole_and_of(2, await sampling)
+        assert pool.health[0].restarts == 1
+
+    run(check())
+
+
+@pytest.mark.slow
+def test_a_successor_that_dies_while_it_starts_is_replaced_too(make_pool: MakePool, script: Script) -> None:
+    async def check() -> None:
+        pool = await started(make_pool())
+        script.die_at("load-1")
+        await kill(pool)
+        assert_whole_and_of(1, await sampled(pool))
+        assert pool.health[0].restarts == 2
+
+    run(check())
+
+
+@pytest.mark.slow
+def test_successors_that_die_too_often_end_the_run_with_the_cause(make_pool: MakePool, script: Script) -> None:
+    async def check() -> None:
+        pool = await started(make_pool(max_restarts=1))
+        script.die_at("load-1")
+        await kill(pool)
+        with pytest.raises(RolloutFailedError, match=r"after 1 replacements \(rollout\.max_restarts\)"):
+            await sampled(pool)
+
+    run(check())
+
+
+@pytest.mark.slow
+def test_a_successor_that_is_not_ready_in_time_ends_the_run_with_the_cause(
+    make_pool: MakePool, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        pool = await started(make_pool(startup_timeout_seconds=15))
+        pool.config = pool.config.model_copy(update={"trainer": TrainerConfig(startup_timeout_seconds=2)})
+        script.hold_at("start")
+        await kill(pool)
+        said = r"worker 0 died .* waited more than trainer\.startup_timeout_seconds=2 s for rollout worker 0 to be repl"
+        with pytest.raises(RolloutFailedError, match=said):
+            await sampled(pool)
+
+    run(check())
+
+
+def test_a_worker_that_hangs_is_named_with_the_groups_it_owes(make_pool: MakePool, script: Script) -> None:
+    async def check() -> None:
+        pool = await started(make_pool(workers=2))
+        pool.config = pool.config.model_copy(update={"trainer": TrainerConfig(step_timeout_seconds=1)})
+        script.hold_at("step")
+        with pytest.raises(WaitedTooLongError) as error:
+            await sampled(pool)
+        script.let_go("step")
+        said = str(error.value)
+        assert "the rollout pool waited more than trainer.step_timeout_seconds=1 s for rollout worker " in said
+        assert "to sample 2 of 2 groups: g0 of prompt p, g2 of prompt p" in said
+        assert "rollout worker 1 to sample 2 of 2 groups: g1 of prompt p, g3 of prompt p" in said
+        assert open_waits() == []
+
+    run(check())
