@@ -1,15 +1,28 @@
-"""Small HTTP servers that answer in the wire formats of SGLang and LMDeploy, with the scores of a real model."""
+"""Servers that run a discriminator: a real vLLM process, and small ones that answer as SGLang and LMDeploy do, with the
+scores of a real model."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from rlkit.embedded import model_folder
+
+START_SECONDS = 240
 Scorer = Callable[[Sequence[Sequence[int]]], list[float]]
 
 
@@ -143,3 +156,53 @@ def fake_server(kind: str, scorer: Scorer, port: int = 0) -> Iterator[FakeServer
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def vllm_server(log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Address and process of a vLLM server for the embedded discriminator, started as docs/rewards/polar.md says."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model_folder("embedded:polar")),
+    ]
+    command += ["--runner", "pooling", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", process, log)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(20)
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            pytest.fail(f"the server ended with {process.returncode}: {log.read_text()[-2000:]}")
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"no server within {START_SECONDS} s: {log.read_text()[-2000:]}")

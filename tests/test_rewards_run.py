@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from judge_fixture import JudgeServer
+from polar_server import FORMATS, fake_server, vllm_server
 from run_fixture import Run
 from serve_fixture import Server
+from test_sandbox_http import Service
+
+from rewards.polar.backends import plain_scores
+from rlkit.embedded import model_folder
 
 ROWS = [
     {
@@ -134,3 +140,45 @@ def test_a_reward_on_a_server_runs_to_the_end(start: Any, tmp_path: Path) -> Non
     finally:
         server.process.terminate()
         server.process.wait(30)
+
+
+@pytest.mark.slow
+def test_code_in_a_sandbox_service_runs_to_the_end(start: Any, tmp_path: Path) -> None:
+    service = Service()
+    thread = threading.Thread(target=service.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        rows = jsonl(tmp_path, "code", SORTS, "data.answer_column=null")
+        # the embedded policy fences nothing; without the fence all it writes is run as a program
+        finished(
+            start(
+                "reward=code", "reward.isolation=http", f"reward.url={service.url}", "reward.require_fence=false", *rows
+            )
+        )
+        assert len(service.requests) > 16, "programs of the policy were sent, not only the self-test"
+    finally:
+        service.shutdown()
+        service.server_close()
+        thread.join(10)
+
+
+@pytest.mark.slow
+def test_polar_on_a_vllm_server_runs_to_the_end(start: Any, tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    with vllm_server(log) as (url, _):
+        finished(start("reward=polar", "reward.backend=http_vllm", f"reward.urls=[{url}]", "reward.dtype=float32"))
+    assert log.read_text().count("POST /pooling") > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_polar_on_other_servers_runs_to_the_end(kind: str, start: Any) -> None:
+    folder, one_at_a_time = model_folder("embedded:polar"), threading.Lock()
+
+    def scores(rows: Any) -> list[float]:
+        with one_at_a_time:  # two threads that load models side by side leave transformers without tied weights
+            return plain_scores(folder, "cpu", "float32", rows)
+
+    with fake_server(kind, scores) as server:
+        finished(start("reward=polar", f"reward.backend={kind}", f"reward.urls=[{server.url}]", "reward.dtype=float32"))
+        assert sum(len(body[server.key]) for body in server.bodies) > 10
