@@ -96,6 +96,7 @@ def phases_make_room(
 ) -> Findings:
     """Sleeping and offloading give room to somebody, and nobody needs what was given up."""
     asked = {"rollout.sleep": rollout.sleep, "learner.offload": learner.offload, "critic.offload": critic.offload}
+    stages = {"learner.offload": learner.zero_stage, "critic.offload": critic.zero_stage}
     for key, value in asked.items():
         if value != "always":
             continue
@@ -111,9 +112,6 @@ def phases_make_room(
                 f"wants sampler and learner to take turns, and with trainer.max_staleness={trainer.max_staleness} both "
                 "work at once; use auto or never, or trainer.max_staleness=0",
             )
-    for section, config in (("learner", learner), ("critic", critic)):
-        if config.offload == "always" and config.zero_stage == 0:
-            yield Finding(
-                f"{section}.offload",
-                f"is DeepSpeed's, which has it only with ZeRO; set {section}.zero_stage to 1 or more",
-            )
+        elif stages.get(key) == 0:
+            section = key.partition(".")[0]
+            yield Finding(key, f"is DeepSpeed's, which has it with ZeRO only; set {section}.zero_stage to 1 or more")

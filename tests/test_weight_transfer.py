@@ -1,0 +1,270 @@
+"""Weights on their way, without Ray: buckets, checksum, what a sender offers, which way they take, room for others."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from learner_fixture import build_learner, grpo_advantages, make_groups, weights_of, write_tiny_model
+
+from rlkit.config.load import load_config
+from rlkit.config.problems import ConfigError
+from rlkit.config.schema import RunConfig
+from rlkit.config.sharing import engines_sleep, offloads, weight_way
+from rlkit.learner.engine_state import full_state
+from rlkit.learner.offload import offload, reload
+from rlkit.learner.policy import PolicyLearner
+from rlkit.rollout import buckets as module
+from rlkit.rollout.buckets import TensorMeta, WeightDigest, buckets, pack, unpack
+
+LIMIT = 10_000
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+# -- buckets and their checksum --------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 40)), st.integers(1, 60))
+def test_buckets_hold_everything_once_in_order_and_are_full(sizes: list[int], limit: int) -> None:
+    metas = [TensorMeta(str(i), torch.uint8, (size,)) for i, size in enumerate(sizes)]
+    found = list(buckets(metas, limit))
+    assert [meta for bucket in found for meta in bucket] == metas
+    for bucket in found:
+        assert sum(meta.bytes for meta in bucket) <= limit or len(bucket) == 1
+    for bucket, following in pairwise(found):
+        assert sum(meta.bytes for meta in bucket) + following[0].bytes > limit
+
+
+def assorted() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "fp32": torch.randn(3, 5, generator=generator),
+        "odd": torch.randn(7, generator=generator).bfloat16(),
+        "transposed": torch.randn(4, 2, generator=generator).half().T,
+        "nan": torch.tensor([float("nan"), float("-inf"), -0.0]),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "flags": torch.tensor([True, False, True]),
+        "empty": torch.zeros(0, 4),
+    }
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_a_packed_bucket_carries_every_bit() -> None:
+    weights = assorted()
+    metas = [TensorMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
+    buffer = pack(list(weights.values()))
+    assert buffer.numel() == sum(meta.bytes for meta in metas)
+    received = dict(unpack(buffer, metas))
+    buffer.zero_()  # it is filled again for the next bucket
+    assert received.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert (received[name].dtype, received[name].shape) == (tensor.dtype, tensor.shape)
+        assert bits(received[name]) == bits(tensor)
+
+
+def checksum(weights: dict[str, torch.Tensor]) -> str:
+    digest = WeightDigest()
+    for name, tensor in weights.items():
+        digest.add(name, tensor)
+    return digest.hexdigest()
+
+
+def test_the_checksum_is_of_what_arrived_and_not_of_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = assorted()
+    wanted = checksum(weights)
+    assert checksum(dict(reversed(weights.items()))) == wanted
+    monkeypatch.setattr(module, "_CHUNK", 2)
+    assert checksum(weights) == wanted
+
+
+def test_the_checksum_finds_whatever_goes_wrong() -> None:
+    weights = assorted()
+    wanted, found = checksum(weights), set()
+    for name, tensor in weights.items():
+        for place in range(tensor.numel()):
+            changed = tensor.clone().contiguous()
+            changed.view(-1).view(torch.uint8)[place * tensor.element_size()] ^= 1
+            found.add(checksum({**weights, name: changed}))
+    swapped = weights["fp32"].clone()
+    swapped[0, 0], swapped[2, 1] = weights["fp32"][2, 1], weights["fp32"][0, 0]
+    found |= {
+        checksum({**weights, "fp32": swapped}),
+        checksum({**weights, "fp32": weights["fp32"].view(5, 3)}),
+        checksum({**weights, "odd": weights["odd"].view(torch.float16)}),
+        checksum({name: tensor for name, tensor in weights.items() if name != "empty"}),
+        checksum({"renamed" if name == "odd" else name: tensor for name, tensor in weights.items()}),
+        checksum({}),
+    }
+    assert wanted not in found
+    assert len(found) == sum(tensor.numel() for tensor in weights.values()) + 6
+    digest = WeightDigest()
+    digest.add("a", weights["odd"])
+    with pytest.raises(ValueError, match="a came twice"):
+        digest.add("a", weights["odd"])
+
+
+# -- what the learner offers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_sender_offers_every_parameter_once_as_it_said(model: Path, stage: int) -> None:
+    """vLLM's own check of a source runs over it."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
+
+    from rlkit.learner.sender import Source
+
+    learner = build_learner(model, zero_stage=stage)
+    source = Source(learner, LIMIT)
+    offered = dict(NCCLTrainerWeightTransferEngine._checked_iter(source, source.metadata()))
+    assert len(offered) == len(source.metadata())
+    from transformers import AutoModelForCausalLM
+
+    wanted = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters())
+    assert offered.keys() == wanted.keys()
+    assert all(torch.equal(offered[name], wanted[name]) for name in wanted)
+    first = source.digest.hexdigest()
+    assert first == checksum(offered)
+    learner.update(groups := make_groups(), grpo_advantages(groups))
+    assert sum(1 for _ in source) == len(wanted)
+    assert source.digest.hexdigest() != first
+
+
+def test_zero_3_gathers_a_bucket_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
+    gathered: list[int] = []
+    real = deepspeed.zero.GatheredParameters
+
+    def recorded(parameters: Any, **options: Any) -> Any:
+        gathered.append(sum(p.ds_numel * p.element_size() for p in parameters))
+        return real(parameters, **options)
+
+    learner = build_learner(model, zero_stage=3)
+    monkeypatch.setattr(deepspeed.zero, "GatheredParameters", recorded)
+    names = [name for name, _ in learner.named_weights(LIMIT)]
+    sizes = {meta.name: meta.bytes for meta in learner.weight_metas()}
+    assert names == list(sizes)
+    assert gathered == [sum(meta.bytes for meta in bucket) for bucket in buckets(learner.weight_metas(), LIMIT)]
+    assert len(gathered) > 5 and max(gathered) == max(sizes.values()) > LIMIT
+
+
+# -- room on the GPU -------------------------------------------------------------------------------------------------
+
+
+def train(learner: PolicyLearner, seed: int) -> None:
+    groups = make_groups(seed=seed)
+    learner.update(groups, grpo_advantages(groups))
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]
+)
+def test_offloading_changes_nothing(model: Path, stage: int, dtype: str) -> None:
+    """On a CPU nothing moves, but everything that DeepSpeed takes apart and links again must be whole afterwards."""
+    undisturbed, disturbed = (build_learner(model, zero_stage=stage, dtype=dtype) for _ in range(2))
+    for step in range(3):
+        weights = weights_of(disturbed)
+        offload(disturbed.engine)
+        assert disturbed.engine.optimizer.offloaded_states
+        readable = weights_of(disturbed)  # a replaced engine may need them now
+        assert all(torch.equal(weights[name], readable[name]) for name in weights)
+        reload(disturbed.engine)
+        assert not disturbed.engine.optimizer.offloaded_states
+        train(undisturbed, step)
+        train(disturbed, step)
+        trained = weights_of(disturbed)
+        assert not all(torch.equal(weights[name], trained[name]) for name in weights)
+    one, two = full_state(undisturbed.engine), full_state(disturbed.engine)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_there_is_no_offloading_without_zero(model: Path) -> None:
+    with pytest.raises(ValueError, match="with ZeRO only"):
+        offload(build_learner(model).engine)
+
+
+# -- which way, and who makes room -----------------------------------------------------------------------------------
+
+
+def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
+    return load_config(["reward=rule", f"run_dir={tmp_path / 'run'}", *overrides]).config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ([], "object_store"),
+        (["cluster.weight_transfer=gloo"], "gloo"),
+        (["cluster=single_gpu"], "ipc"),
+        (["cluster=multi_gpu"], "ipc"),
+        (["cluster=single_gpu", "cluster.placement=apart"], "nccl"),
+        (["cluster=single_gpu", "rollout.tensor_parallel_size=2"], "nccl"),
+        (["cluster=multi_gpu", "learner.ranks=4"], "object_store"),
+        (["cluster=multi_gpu", "rollout.workers=4"], "ipc"),
+        (["cluster=multi_gpu", "cluster.weight_transfer=object_store"], "object_store"),
+    ],
+)
+def test_the_way_follows_from_device_and_placement(tmp_path: Path, overrides: list[str], wanted: str) -> None:
+    config = config_of(tmp_path, *overrides)
+    assert weight_way(config.cluster, config.rollout, config.learner) == wanted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "who"),
+    [
+        ([], set()),
+        (["cluster=single_gpu"], {"engines", "learner", "critic"}),
+        (["cluster=single_gpu", "learner.zero_stage=0", "learner.dtype=float32"], {"engines", "critic"}),
+        (["cluster=single_gpu", "rollout.sleep=never"], {"learner", "critic"}),
+        (["cluster=single_gpu", "trainer.max_staleness=1"], set()),
+        (["cluster=single_gpu", "cluster.placement=apart"], set()),
+        (["cluster=multi_gpu"], {"engines"}),
+        (["cluster=multi_node", "learner.offload=always"], {"engines", "learner"}),
+        (["cluster=multi_gpu", "rollout.tensor_parallel_size=2"], set()),
+    ],
+)
+def test_who_makes_room_follows_from_the_preset(tmp_path: Path, overrides: list[str], who: set[str]) -> None:
+    config = config_of(tmp_path, *overrides)
+    found = {
+        "engines": engines_sleep(config),
+        "learner": offloads(config, config.learner),
+        "critic": offloads(config, config.critic),
+    }
+    assert {name for name, does in found.items() if does} == who
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cluster.weight_transfer=nccl"], "weight_transfer=nccl: is for GPUs"),
+        (["cluster.weight_transfer=ipc"], "weight_transfer=ipc: is for GPUs"),
+        (["cluster=single_gpu", "cluster.weight_transfer=gloo"], "goes from CPU to CPU"),
+        (["cluster=single_gpu", "cluster.weight_transfer=nccl"], "cannot join processes that share a GPU"),
+        (["cluster=single_gpu", "cluster.placement=apart", "cluster.weight_transfer=ipc"], "they share none"),
+        (["cluster=multi_gpu", "learner.ranks=4", "cluster.weight_transfer=ipc"], "rollout.workers=8 is more than"),
+        (["cluster.weight_bucket_mib=64"], "weight_bucket_mib=64: has no effect"),
+        (["cluster.weight_transfer=ncll"], "did you mean nccl"),
+        (["cluster.weight_transfer=gloo", "cluster.weight_bucket_mib=0"], "at least 1"),
+        (["rollout.sleep=always"], "rollout.sleep=always: makes room on a GPU that sampler and learner share"),
+        (["learner.offload=always"], "learner.offload=always: makes room on a GPU"),
+        (["cluster=single_gpu", "rollout.sleep=always", "trainer.max_staleness=2"], "take turns"),
+        (["cluster=single_gpu", "critic.offload=always", "critic.zero_stage=0"], "set critic.zero_stage to 1"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config_of(tmp_path, *overrides)
+    assert message in str(refused.value)
+    assert str(refused.value).count("\n  - ") == 1, str(refused.value)
