@@ -212,15 +212,18 @@ class RewardPool:
             self._learnt += 1
 
     async def _ask_learner(self, method: str, *arguments: Any) -> Any:
-        """Call the one worker of a reward that learns. Raises RewardFailed: what it has learnt would be lost."""
+        """Call the one worker of a reward that learns; one that died and has nothing to lose is started again.
+
+        Raises RewardFailed: what it has learnt would be lost.
+        """
         worker = await self._turn()
         try:
-            if worker.actor is None and self._learnt:
-                raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
-            if worker.actor is None:
-                await self._start_again(worker)
-            async with self._waiting(f"`{method}` of {worker}", self.config.timeout_seconds):
-                return await getattr(worker.actor, method).remote(*arguments)
+            try:
+                return await self._ask_once(worker, method, arguments)
+            except PROCESS_LOST as error:
+                self._kill(worker)
+                log.warning("reward worker %d (%s) died in `%s`: %s", worker.index, self.target, method, error)
+                return await self._ask_once(worker, method, arguments)
         except _Broken as broken:
             raise RewardFailed(f"`{method}` of reward {self.target} failed: {broken}") from broken
         except WaitedTooLongError as late:
@@ -230,6 +233,18 @@ class RewardPool:
             raise RewardFailed(f"`{method}` of reward {self.target} failed: {_first_line(cause)}") from error
         finally:
             self._idle.put_nowait(worker)
+
+    async def _ask_once(self, worker: WorkerState, method: str, arguments: Sequence[Any]) -> Any:
+        await self._living(worker)
+        async with self._waiting(f"`{method}` of {worker}", self.config.timeout_seconds):
+            return await getattr(worker.actor, method).remote(*arguments)
+
+    async def _living(self, worker: WorkerState) -> None:
+        """Start a dead worker again. Raises RewardFailed if it had learnt, _Broken if it cannot start."""
+        if worker.actor is None:
+            if self._learnt:
+                raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
+            await self._start_again(worker)
 
     def health(self) -> list[dict[str, Any]]:
         """State of each worker, without asking it: process id, seconds in the present call, calls, restarts."""
@@ -261,10 +276,7 @@ class RewardPool:
             await worker.actor.close.remote()
 
     async def _score_once(self, worker: WorkerState, refs: Sequence[Any]) -> Scored:
-        if worker.actor is None:
-            if self._learnt:
-                raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
-            await self._start_again(worker)
+        await self._living(worker)
         worker.busy_since = time.monotonic()
         finished = False
         try:

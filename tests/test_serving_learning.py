@@ -1,0 +1,144 @@
+"""The pool of a reward that learns or follows the policy, when its one process raises or dies. Real Ray, real kills."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray_fixture import ray_session  # noqa: F401
+from reward_samples import make_group
+
+from rewards.base import RewardContext
+from rlkit.serving.pool import RewardPool
+from rlkit.serving.results import RewardFailed
+from rlkit.waiting import open_waits
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+GROUP = make_group("a", ["x", "y z"])
+
+
+def in_pool(folder: Path, check: Callable[[RewardPool], Awaitable[None]], **options: Any) -> None:
+    reward = {"_target_": "learning_reward.Learning", "timeout_seconds": 20.0, "script": str(folder), **options}
+
+    async def body() -> None:
+        pool = RewardPool(reward, RewardContext(), startup_timeout_seconds=30)
+        await pool.start()
+        try:
+            await check(pool)
+        finally:
+            await pool.close()
+
+    asyncio.run(asyncio.wait_for(body(), 90))
+
+
+async def values(pool: RewardPool) -> list[float | str]:
+    scored = await pool.score([GROUP])
+    (group,) = ray.get(scored.batches)
+    return [score.reason if score.value is None else score.value for score in group.scores.samples]
+
+
+def weights(version: int) -> Any:
+    from scripted_rollout import weights_of
+
+    return ray.put(weights_of(version))
+
+
+async def kill_while_idle(pool: RewardPool) -> None:
+    """kill -9 that nobody has noticed yet."""
+    process = psutil.Process(pool.health()[0]["pid"])
+    os.kill(process.pid, signal.SIGKILL)
+    await asyncio.to_thread(psutil.wait_procs, [process], 10)
+    assert pool.health()[0]["alive"], "the pool has noticed"
+
+
+def test_a_reward_that_has_learnt_and_raises_once_keeps_what_it_learnt(tmp_path: Path) -> None:
+    async def check(pool: RewardPool) -> None:
+        await pool.learn([GROUP], "after")
+        pid = pool.health()[0]["pid"]
+        (tmp_path / "raise-score").write_text("1")
+        assert await values(pool) == [100.0, 100.0], "the same process tries once more"
+        assert pool.health()[0]["pid"] == pid
+        assert pool.health()[0]["restarts"] == 0
+
+    in_pool(tmp_path, check)
+
+
+@pytest.mark.parametrize("death", ["in a call", "while idle"])
+def test_a_reward_that_has_learnt_and_dies_ends_the_run(death: str, tmp_path: Path) -> None:
+    async def check(pool: RewardPool) -> None:
+        await pool.learn([GROUP], "after")
+        if death == "in a call":
+            (tmp_path / "die-score").write_text("1")
+        else:
+            await kill_while_idle(pool)
+        with pytest.raises(RewardFailed, match="what it learnt in this run is lost"):
+            await (values(pool) if death == "in a call" else pool.follow(weights(2)))
+
+    in_pool(tmp_path, check)
+
+
+def test_a_follower_that_died_in_both_tries_is_started_again_by_the_next_weights(tmp_path: Path) -> None:
+    async def check(pool: RewardPool) -> None:
+        await pool.follow(weights(2))
+        (tmp_path / "die-score").write_text("2")
+        assert str((await values(pool))[0]).startswith("crash: the worker process")
+        assert not pool.health()[0]["alive"]
+        await pool.follow(weights(3))
+        assert await values(pool) == [3.0, 3.0]
+
+    in_pool(tmp_path, check, learns=False)
+
+
+def test_a_follower_that_died_unnoticed_is_started_again_by_the_next_weights(tmp_path: Path) -> None:
+    async def check(pool: RewardPool) -> None:
+        await pool.follow(weights(2))
+        await kill_while_idle(pool)
+        await pool.follow(weights(3))
+        assert await values(pool) == [3.0, 3.0]
+
+    in_pool(tmp_path, check, learns=False)
+
+
+def test_a_follower_that_dies_in_a_call_judges_again_with_the_present_weights(tmp_path: Path) -> None:
+    async def check(pool: RewardPool) -> None:
+        await pool.follow(weights(2))
+        (tmp_path / "die-score").write_text("1")
+        assert await values(pool) == [2.0, 2.0]
+        assert pool.health()[0]["restarts"] == 1
+
+    in_pool(tmp_path, check, learns=False)
+
+
+def test_a_follower_that_dies_of_the_weights_ends_the_run(tmp_path: Path) -> None:
+    async def check(pool: RewardPool) -> None:
+        (tmp_path / "die-follow").write_text("2")
+        with pytest.raises(RewardFailed, match=r"`follow` of reward learning_reward\.Learning failed"):
+            await pool.follow(weights(2))
+
+    in_pool(tmp_path, check, learns=False)
+
+
+def test_what_a_reward_waits_for_is_named(tmp_path: Path) -> None:
+    async def check(pool: RewardPool) -> None:
+        async def line() -> str:
+            while not any("its turn" in str(wait) for wait in open_waits()):
+                await asyncio.sleep(0.01)
+            return "; ".join(map(str, open_waits()))
+
+        (tmp_path / "hang-score").write_text("1")
+        calls = [asyncio.create_task(pool.score([GROUP])) for _ in range(2)]
+        told = await asyncio.wait_for(line(), 20)
+        pid = pool.health()[0]["pid"]
+        assert f"the reward pool (learning_reward.Learning) for reward worker 0 (pid {pid}) to score 1 batches" in told
+        assert f"its turn, as call 1 of a worker; worker 0 (pid {pid}) works for" in told
+        await asyncio.gather(*calls)
+        assert open_waits() == []
+
+    in_pool(tmp_path, check)
