@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from learner_fixture import build_learner, grpo_advantages, make_groups, weights_of, write_tiny_model
 
 from rlkit.config.load import load_config
+from rlkit.config.plan import plan
 from rlkit.config.problems import ConfigError
 from rlkit.config.schema import RunConfig
 from rlkit.config.sharing import engines_sleep, offloads, weight_way
@@ -268,3 +269,13 @@ def test_what_cannot_work_is_refused(tmp_path: Path, overrides: list[str], messa
         config_of(tmp_path, *overrides)
     assert message in str(refused.value)
     assert str(refused.value).count("\n  - ") == 1, str(refused.value)
+
+
+def test_the_plan_says_who_makes_room_for_whom(tmp_path: Path) -> None:
+    resolved = load_config(["reward=rule", f"run_dir={tmp_path / 'run'}", "cluster=single_gpu", "algorithm=ppo"])
+    lines = {line.what: line.amount for line in plan(resolved) if line.area == "handover"}
+    assert lines == {
+        "weights to the engines": "by CUDA IPC, in buckets of 512 MiB",
+        "while the learner works": "the engines sleep",
+        "while the engines sample": "in the host's memory: learner and critic",
+    }

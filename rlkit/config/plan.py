@@ -12,8 +12,16 @@ from rlkit.config.parts import import_part
 from rlkit.config.resolved import ResolvedRun
 from rlkit.config.schema import LearnerConfig, RolloutConfig
 from rlkit.config.shares import gpu_shares
+from rlkit.config.sharing import engines_sleep, offloads, weight_way
 
 GIB = 2**30
+WAYS = {
+    "object_store": "through Ray's object store, one copy per node",
+    "gloo": "by gloo",
+    "nccl": "by NCCL",
+    "ipc": "by CUDA IPC",
+}
+"""`cluster.weight_transfer` in words."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Line:
 def plan(run: ResolvedRun) -> list[Line]:
     """The plan of a checked run, in the order of the data's way through it."""
     shape = check_model_folder(run.config.model.path)
-    return [*_parts(run, shape), *_actors(run), *_batches(run), *_memory(run, shape)]
+    return [*_parts(run, shape), *_actors(run), *_handover(run), *_batches(run), *_memory(run, shape)]
 
 
 def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
@@ -82,6 +90,24 @@ def _actors(run: ResolvedRun) -> list[Line]:
         lines.append(Line("actors", "critic", f"{critics} DeepSpeed {_plural('rank', critics)}, {threads}" + gpus))
     if needs.reference_policy:
         lines.append(Line("actors", "reference policy", "the initial policy, for its log-probs"))
+    return lines
+
+
+def _handover(run: ResolvedRun) -> list[Line]:
+    config = run.config
+    way = weight_way(config.cluster, config.rollout, config.learner)
+    text = WAYS[way]
+    if way != "object_store":
+        text += f", in buckets of {config.cluster.weight_bucket_mib} MiB"
+    lines = [Line("handover", "weights to the engines", text)]
+    if config.cluster.device == "cuda":
+        who = {"learner": offloads(config, config.learner)}
+        if run.make_algorithm().needs().critic:
+            who["critic"] = offloads(config, config.critic)
+        waiting = " and ".join(name for name, does in who.items() if does) or "nobody"
+        asleep = "sleep" if engines_sleep(config) else "keep their memory"
+        lines.append(Line("handover", "while the learner works", f"the engines {asleep}"))
+        lines.append(Line("handover", "while the engines sample", f"in the host's memory: {waiting}"))
     return lines
 
 
