@@ -122,7 +122,7 @@ async def _train(
     tracker.phase("starting Ray")
     with contextlib.ExitStack() as session:
         with blocking("the start", "Ray", *_startup(config)):
-            session.enter_context(ray_session(config.cluster))
+            session.enter_context(ray_session(config.cluster, folder.logs / "ray"))
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with contextlib.AsyncExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
@@ -112,6 +113,10 @@ class Processes:
             # forkserver: forking the caller would copy its threads' locks, and a spawned child imports all anew.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(self._preload)
+            if "RLKIT_RUN_TOKEN" in os.environ:
+                # Ray kills Python's tracker of semaphores with this process; by their name the janitor finds them.
+                config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+                config["semprefix"] = f"/rlkit-{os.environ['RLKIT_RUN_TOKEN']}"
             self._pool = ProcessPool(
                 max_workers=self._count,
                 initializer=self._prepare,

@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
+from rlkit.cluster.janitor import TOKEN, janitor
 from rlkit.config.schema import ClusterConfig
 
 CONNECT_SECONDS = 10.0
 
 
 @contextmanager
-def ray_session(config: ClusterConfig) -> Iterator[None]:
+def ray_session(config: ClusterConfig, logs: Path) -> Iterator[None]:
     """Join the Ray at `cluster.address` (or the one this Ray job runs in), else start one; leave it at the end.
 
     A Ray of one's own listens on the loopback interface only, has no dashboard, and ends with the context; if this
-    process is killed, Ray's own reaper ends it.
+    process is killed, Ray's own reaper ends it. Its session folder is removed; what Ray logged is copied to the folder
+    `logs` if the context does not end well.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the device variables as set
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -28,18 +32,23 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     if address:
         _refuse_silence(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        clearing: AbstractContextManager[None] = nullcontext()
     else:
-        ray.init(
+        os.environ[TOKEN] = token = uuid.uuid4().hex
+        context = ray.init(
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
             object_store_memory=int(config.object_store_gib * 2**30),
             _node_ip_address="127.0.0.1",
         )
+        clearing = janitor(token, context.address_info["session_dir"], logs)
     try:
-        yield
+        with clearing:
+            yield
     finally:
         ray.shutdown()
+        os.environ.pop(TOKEN, None)
 
 
 def _refuse_silence(address: str) -> None:
