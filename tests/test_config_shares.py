@@ -12,7 +12,6 @@ from rlkit.config.load import load_config
 from rlkit.config.problems import ConfigError
 from rlkit.config.shares import GpuShares, gpu_shares
 
-
 URLS = "reward.urls=[http://127.0.0.1:30000]"
 ON_GPU = {
     "rule": (False, "reward=rule"),
