@@ -21,7 +21,7 @@ class RewardConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    timeout_seconds: float = Field(default=120.0, gt=0)
+    timeout_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Deadline of one scoring call. After it the worker is killed and replaced, and the call is tried once more."""
     max_failed_share: float = Field(default=0.2, ge=0, le=1)
     """Share of invalid scores in one training step above which the run stops and names the cause (0 to 1)."""

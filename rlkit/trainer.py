@@ -74,7 +74,8 @@ class Trainer:
                     await self.save(step)
         finally:
             producing.cancel()
-            await asyncio.gather(producing, return_exceptions=True)  # cancelled waits end at once
+            async with self.deadline("the end of the training", "the producer to stop"):
+                await asyncio.gather(producing, return_exceptions=True)
         return summary(
             steps=trainer.total_steps,
             accuracies=self.accuracies,

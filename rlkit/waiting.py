@@ -55,7 +55,8 @@ class Wait:
         return time.monotonic() - self.began
 
     def __str__(self) -> str:
-        return f"{self.who} for {self.waited_for} ({self.lasted:.3g} of {self.seconds:g} s, {self.limit})"
+        lasted = f"{self.lasted:.3g}" if self.lasted < 100 else f"{self.lasted:.0f}"
+        return f"{self.who} for {self.waited_for} ({lasted} of {self.seconds:g} s, {self.limit})"
 
 
 class WaitedTooLongError(RuntimeError):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rlkit.config.load import load_config
+from rlkit.config.problems import ConfigError
 from rlkit.config.schema import TrackingConfig
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
@@ -151,6 +153,21 @@ def test_what_cannot_be_cancelled_ends_with_its_process_and_the_stacks_of_its_th
     assert re.search(rf"the process is ended, because it hangs: .* for {who} ", done.stdout), done.stdout
     assert "waiting long: " in done.stdout
     assert "library_call_that_never_returns" in stacks.read_text()
+
+
+@pytest.mark.parametrize("value", ["0", "null", ".inf"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "trainer.step_timeout_seconds",
+        "trainer.startup_timeout_seconds",
+        "reward.timeout_seconds",
+        "trainer.report_waits_after",
+    ],
+)
+def test_no_deadline_can_be_switched_off(key: str, value: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        load_config(["reward=rule", f"run_dir={tmp_path / 'run'}", f"{key}={value}"])
 
 
 def test_blocking_waits_are_listed_beside_the_others() -> None:

@@ -73,13 +73,13 @@ class Bubblewrap(Isolation):
 
     def run_program(self, code: str, stdin: str, deadline: float) -> Run:
         """A program with its standard input."""
-        with _file(stdin.encode()) as standard_input, _file(code.encode()) as source, self._slot() as slot:
+        with _file(stdin.encode()) as standard_input, _file(code.encode()) as source, self._slot(deadline) as slot:
             command = self._command(slot, "program", standard_input, (source,))
             return self._run([command], deadline)
 
     def run_calls(self, job: Job, deadline: float) -> Run:
         """Calls of a function."""
-        with _file(json.dumps(job).encode()) as standard_input, self._slot() as slot:
+        with _file(json.dumps(job).encode()) as standard_input, self._slot(deadline) as slot:
             return self._run([self._command(slot, "calls", standard_input)], deadline)
 
     def run_tests(self, solution: Job, tests: Job, deadline: float) -> Run:
@@ -87,7 +87,7 @@ class Bubblewrap(Isolation):
         with (
             _file(json.dumps(solution).encode()) as solution_job,
             _file(json.dumps(tests).encode()) as tests_job,
-            self._slot() as slot,
+            self._slot(deadline) as slot,
         ):
             requests_out, requests_in = os.pipe()
             replies_out, replies_in = os.pipe()
@@ -96,8 +96,11 @@ class Bubblewrap(Isolation):
             return self._run([tester, code], deadline, (requests_out, requests_in, replies_out, replies_in))
 
     @contextmanager
-    def _slot(self) -> Iterator[int | None]:
-        slot = self._slots.get()
+    def _slot(self, deadline: float) -> Iterator[int | None]:
+        try:
+            slot = self._slots.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError("the time for this call ended before a sandbox was free") from None
         try:
             yield slot
         finally:

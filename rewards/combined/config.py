@@ -27,7 +27,7 @@ NO_PARTS = "needs at least one part; write reward=[rule,polar], with names of re
 class CombinedFields(RewardConfig):
     """The options beside the parts."""
 
-    timeout_seconds: float = Field(default=120.0, gt=0)
+    timeout_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Deadline of one scoring call; by default the sum of the parts', which score one after the other. After it the
     worker is killed and replaced, and the call is tried once more."""
     combine: Combine = "sum"

@@ -33,10 +33,10 @@ class TrainerConfig(Section):
     """Held-out prompts per evaluation (all of them if there are fewer), one response each."""
     save_every_steps: int = Field(default=0, ge=0)
     """Write `checkpoints/step_NNNNNN/`, from which a run can go on, every so many steps. 0: only after the last."""
-    step_timeout_seconds: float = Field(default=1800.0, gt=0)
+    step_timeout_seconds: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
     """A step (collecting, updating, publishing) that takes longer ends the run and says who was waited for; so does an
     evaluation or a checkpoint."""
-    startup_timeout_seconds: float = Field(default=600.0, gt=0)
+    startup_timeout_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     """The actors must be ready by then."""
     report_waits_after: float = Field(default=0.25, gt=0, lt=1)
     """A wait that has lasted this share of its deadline is told on the screen: who waits for what. Again at each

@@ -39,7 +39,7 @@ class SubmitConfig(Section):
     """The cluster adds nodes when they are asked for: missing GPUs are then a warning."""
     follow: bool = True
     """Show the log until the job ends, and exit with its code."""
-    reconnect_seconds: float = Field(default=600.0, gt=0)
+    reconnect_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     """Following gives up when the cluster has not answered for so long; the job is left alone."""
     stop_seconds: int = Field(default=60, ge=1)
     """How long the job may take to end in order after `stop`, before it is killed."""

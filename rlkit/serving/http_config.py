@@ -52,9 +52,9 @@ class ServeConfig(Section):
     """Larger requests are answered 413."""
     max_connections: int = Field(default=128, ge=1)
     """Requests open at a time; further ones are answered 503."""
-    startup_timeout_seconds: float = Field(default=600.0, gt=0)
+    startup_timeout_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     """The reward must have loaded and judged its first group by then, also when its process is replaced."""
-    end_seconds: float = Field(default=10.0, gt=0)
+    end_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     """After Ctrl-C or SIGTERM, open requests may finish within this time."""
 
 

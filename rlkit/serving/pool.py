@@ -157,7 +157,7 @@ class RewardPool:
 
     def _busy(self) -> str:
         busy = [
-            f"worker {worker['worker']} (pid {worker['pid']}) works for {worker['busy_seconds']:.3g} s"
+            f"worker {worker['worker']} (pid {worker['pid']}) works for {worker['busy_seconds']:.1f} s"
             for worker in self.health()
             if worker["busy_seconds"] is not None
         ]
