@@ -93,3 +93,30 @@ def test_a_sandbox_whose_parent_is_killed_before_it_is_tied_to_it_ends_by_itself
     while not sandboxes(folder) and time.monotonic() < end:
         time.sleep(0.005)  # it stands for a moment only
     assert left_after(folder, 5) == []
+
+
+BUSY_PARENT = """
+    import sys, threading, time
+    sys.path[:0] = [{tests!r}]
+    from sandbox_fixture import LIMITS, Bubblewrap, run
+    sandbox = Bubblewrap(LIMITS, 2)
+    sandbox.start()
+    for _ in range(2):
+        threading.Thread(target=run, args=(sandbox, {code!r})).start()
+    print("started", flush=True)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 0.02, 0.04, 1.0])
+def test_sandboxes_of_a_verifiers_threads_are_gone_when_it_is_killed(seconds: float, folder: Path) -> None:
+    """While they are built, and while they run."""
+    script = BUSY_PARENT.format(tests=str(Path(__file__).parent), code=FOREVER)
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE)
+    assert parent.stdout is not None and parent.stdout.readline() == b"started\n"
+    time.sleep(seconds)
+    assert seconds < 1.0 or len(sandboxes(folder)) == 4
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    time.sleep(0.2)
+    assert left_after(folder, 5) == []
