@@ -27,7 +27,7 @@ from rlkit.config.schema import RunConfig
 
 
 def config_of(*overrides: str) -> RunConfig:
-    return load_config(["reward=rule", "run_dir=/nowhere/run", *overrides]).config
+    return load_config(["reward=polar", "run_dir=/nowhere/run", *overrides]).config
 
 
 def test_actors_of_equal_number_stand_together() -> None:
@@ -60,7 +60,7 @@ def test_apart_and_wide_engines_stand_alone() -> None:
 def test_a_cluster_without_room_says_what_was_asked_for_and_what_there_is() -> None:
     config = config_of("cluster=single_gpu")
     bundles = plan_bundles(config, critic_ranks=0, reward_workers=1)
-    with pytest.raises(NoRoomError, match=r"rollout-0 \+ learner-0 \+ reward-0: 0\.8 GPUs\. Its nodes: .* 0 GPUs"):
+    with pytest.raises(NoRoomError, match=r"rollout-0 \+ learner-0 \+ reward-0: 0\.9 GPUs\. Its nodes: .* 0 GPUs"):
         asyncio.run(reserve(config, bundles, 1.0))
 
 
