@@ -17,7 +17,7 @@ from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.checkpoint.folder import BadCheckpointError
 from rlkit.checkpoint.resume import ResumePoint
-from rlkit.cluster.placement import NoRoomError, Placement, plan_bundles, released, reserve
+from rlkit.cluster.placement import NoRoomError, Placement, beside_driver, plan_bundles, released, reserve
 from rlkit.cluster.ray_session import ray_session
 from rlkit.config.resolved import ResolvedRun, config_text
 from rlkit.config.schema import RunConfig
@@ -187,9 +187,9 @@ async def _start(
     stack.push_async_callback(reward.close)
     verifier = reward
     if _own_verifier(resolved) and heldout:
-        verifier = RewardPool(VERIFIER, RewardContext(threads=1), seconds, logs, "verifier")
+        verifier = RewardPool(VERIFIER, RewardContext(threads=1), seconds, logs, "verifier", beside_driver)
         stack.push_async_callback(verifier.close)
-    buffer = ray.remote(num_cpus=0)(BufferActor).remote(
+    buffer = ray.remote(num_cpus=0, **beside_driver(0))(BufferActor).remote(
         config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
     )
     sampler = asyncio.ensure_future(rollout.start())

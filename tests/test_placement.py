@@ -187,13 +187,13 @@ def test_losing_a_node_ends_the_run_with_the_cause_and_it_goes_on_without_it(clu
         "trainer.total_steps=1000",
         f"cluster.address={cluster.address}",
         "cluster.strategy=STRICT_SPREAD",
-        "trainer.startup_timeout_seconds=60",
+        "trainer.startup_timeout_seconds=120",
     )
     run.wait_until(lambda: (run.folder / "checkpoints" / "step_000001").exists())
     cluster.lose(1)
     began = time.monotonic()
-    assert run.end(150) == 1, run.text
-    assert time.monotonic() - began < 120
+    assert run.end(300) == 1, run.text
+    assert time.monotonic() - began < 200
     assert "rlkit: " in run.text and ("died" in run.text or "dead" in run.text.lower()), run.text
     done = max(int(p.name[5:]) for p in (run.folder / "checkpoints").glob("step_*"))
     again = Run(

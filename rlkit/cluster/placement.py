@@ -24,6 +24,15 @@ def anywhere(number: int) -> Mapping[str, Any]:
     return {}
 
 
+def beside_driver(number: int) -> Mapping[str, Any]:
+    """On the driver's node, which is there: Ray itself would take one that has just died, until it notices."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
 class NoRoomError(RuntimeError):
     """The cluster cannot hold the run; the message says what was asked for and what there is."""
 
