@@ -284,6 +284,8 @@ def test_remaking_makes_models_that_load_and_have_learnt(tmp_path: Path, capsys)
     assert policy.num_parameters() == report["policy"]["parameters"]
     assert policy.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "policy").eos_token_id
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "polar").config.num_labels == 1
+    made, shipped = (json.loads((folder / "polar" / "config.json").read_text()) for folder in (tmp_path, EMBEDDED))
+    assert {**made, "vocab_size": shipped["vocab_size"]} == shipped
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,6 @@ from rlkit.polar_training.triplets import Triplet, write_triplets
 
 AnswersByName = Mapping[str, Sequence[Sequence[str]]]
 """Name of a variant -> per prompt, its two answers."""
-PASSES = 2
-"""How often fine-tuning sees each triplet of its file."""
 
 
 class StageFailed(RuntimeError):
@@ -114,15 +112,15 @@ def finetune(
     written = labelled_triplets(judged, [[] for _ in judged], seed)
     write_triplets(chain.from_iterable(islice(written, len(judged))), heldout)
     summaries = []
-    for name, training, groups, passes in (
-        ("last_lines", scale.finetune_last_lines, final_answers(problems, seed), 1),
-        ("whole", scale.finetune, labelled_triplets(problems, sampled, seed), PASSES),
+    for name, training, groups in (
+        ("last_lines", scale.finetune_last_lines, final_answers(problems, seed)),
+        ("whole", scale.finetune, labelled_triplets(problems, sampled, seed)),
     ):
         file = work / f"{name}.jsonl"
-        needed = training.steps * training.batch // passes
-        write_triplets(islice(chain.from_iterable(groups), needed), file)
+        write_triplets(islice(chain.from_iterable(groups), training.steps * training.batch), file)
         rows = {"data__path": file, "data__heldout_path": heldout}
-        summaries.append(train_reward(work / name, "finetune", seed, **rows, **_options(start, training)))
+        options = _options(start, training)
+        summaries.append(train_reward(work / name, "finetune", seed, **rows, **options))
         start = work / name / "model"
     return {
         "steps": sum(summary["steps"] for summary in summaries),

@@ -78,7 +78,7 @@ FULL = Scale(
     policy_prompts=1024,
     pretrain_last_lines=Training(steps=300, batch=96, learning_rate=1e-3),
     pretrain=Training(steps=100, batch=48, learning_rate=1e-3),
-    finetune_last_lines=Training(steps=120, batch=128, learning_rate=1e-3),
+    finetune_last_lines=Training(steps=300, batch=128, learning_rate=1e-3),
     finetune=Training(steps=350, batch=384, learning_rate=1e-3),
     judged_problems=512,
 )

@@ -35,6 +35,7 @@ def load_start(folder: Path) -> tuple[PreTrainedTokenizerBase, PackedScorer]:
         return tokenizer, load_scorer(folder, torch.float32)
     model: Any = load_value_model(folder, torch.float32).model
     model.config.problem_type = "regression"  # with it vLLM's classify gives the raw score
+    model.config.tie_word_embeddings = False  # a classifier has no output embeddings
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     missing = [text for text in (SEPARATOR, MARKER) if len(tokenizer.encode(text, add_special_tokens=False)) != 1]
