@@ -23,6 +23,8 @@ TICK_SECONDS = 0.5
 """How often the watchdog looks at the open waits."""
 GRACE_SECONDS = 60.0
 """A wait that is still open so long after its deadline cannot be cancelled: its process is ended."""
+TELL_SECONDS = 5.0
+"""How long a telling may take; the watchdog goes on without it."""
 TOGETHER = 0.9
 """Waits that would be told next are told in the same line, and not once more right after it."""
 
@@ -47,7 +49,12 @@ class Wait:
     @property
     def waited_for(self) -> str:
         """What it waits for, at this moment."""
-        return self.what if isinstance(self.what, str) else self.what()
+        if isinstance(self.what, str):
+            return self.what
+        try:
+            return self.what()
+        except Exception as error:  # what only describes a wait must not keep its deadline from acting
+            return f"what cannot be said ({type(error).__name__}: {error})"
 
     @property
     def lasted(self) -> float:
@@ -83,11 +90,11 @@ async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit
 
     def expire() -> None:
         nonlocal said
+        timeout.reschedule(loop.time())
         said = f"{who} waited more than {limit}={seconds:g} s for {wait.waited_for}"
-        # Now, before what is waited for inside is cancelled.
+        # Now, before what is waited for inside is cancelled (in the loop's next turn).
         others = "; ".join(str(other) for other in _open if other is not wait)
         said += f". Waiting at that moment: {others}" if others else ""
-        timeout.reschedule(loop.time())
 
     timer = loop.call_later(seconds, expire)
     _open[wait] = None
@@ -140,7 +147,7 @@ class Watchdog:
                 if wait.lasted > wait.seconds + (GRACE_SECONDS if wait.cancels else 0.0):
                     self._end(wait, waits)
             if any(wait.lasted >= self._due(wait) for wait in waits):
-                self._say("waiting long: " + "; ".join(map(str, waits)))
+                self._tell("waiting long: " + "; ".join(map(str, waits)))
                 for wait in waits:
                     if wait.lasted >= TOGETHER * self._due(wait):
                         wait.told = wait.lasted
@@ -149,12 +156,25 @@ class Watchdog:
         """How many seconds it must last to be told (again)."""
         return max(self._share * wait.seconds, 2 * wait.told)
 
+    def _tell(self, line: str) -> None:
+        """Say it, without being ended or held up by a screen that is closed or blocks: no deadline may depend on it."""
+        telling = threading.Thread(target=self._say_or_write, args=(line,), name="watchdog-telling", daemon=True)
+        telling.start()
+        telling.join(TELL_SECONDS)
+
+    def _say_or_write(self, line: str) -> None:
+        try:
+            self._say(line)
+        except Exception as error:
+            with self._stacks.open("a") as file:
+                file.write(f"{line}\n(could not be said: {type(error).__name__}: {error})\n")
+
     def _end(self, wait: Wait, waits: list[Wait]) -> None:
         """Nobody else can: the event loop is blocked, or a library does not return."""
         try:
             with self._stacks.open("a") as file:
                 faulthandler.dump_traceback(file=file)
-            self._say(
+            self._tell(
                 f"the process is ended, because it hangs: {wait}. Waiting at that moment: "
                 f"{'; '.join(map(str, waits))}. The stacks of its threads are in {self._stacks}"
             )

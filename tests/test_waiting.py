@@ -61,6 +61,38 @@ def test_an_actors_own_time_out_is_not_the_waits() -> None:
     assert open_waits() == []
 
 
+def test_a_wait_that_cannot_say_what_it_is_for_ends_all_the_same() -> None:
+    async def wait() -> None:
+        async with asyncio.timeout(10), waiting("the pool", lambda: {}["gone"], 0.1, KEY):
+            await asyncio.sleep(60)
+
+    with pytest.raises(
+        WaitedTooLongError, match=r"the pool waited more than .*=0\.1 s for what .* \(KeyError: 'gone'\)"
+    ):
+        asyncio.run(wait())
+
+
+@pytest.mark.parametrize("trouble", ["closed", "blocked"])
+def test_a_screen_in_trouble_does_not_stop_the_watchdog(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlkit.waiting.TICK_SECONDS", 0.02)
+    monkeypatch.setattr("rlkit.waiting.TELL_SECONDS", 0.1)
+    asked: list[str] = []
+
+    def say(line: str) -> None:
+        asked.append(line)
+        if trouble == "closed":
+            raise BrokenPipeError("nobody reads")
+        time.sleep(2)
+
+    with Watchdog(say, 0.02, tmp_path / "driver.log"):
+        asyncio.run(two_waits(outer=10, inner=10, body=1.5))
+    assert len(asked) >= 2, "it goes on after the first telling"
+    if trouble == "closed":
+        assert (tmp_path / "driver.log").read_text().startswith(asked[0] + "\n(could not be said: BrokenPipeError")
+
+
 def test_long_waits_are_told_in_one_line_at_growing_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlkit.waiting.TICK_SECONDS", 0.02)
     said: list[tuple[float, str]] = []
@@ -120,7 +152,7 @@ import asyncio, sys, time
 from pathlib import Path
 import rlkit.waiting
 from rlkit.waiting import Watchdog, blocking, waiting
-rlkit.waiting.TICK_SECONDS, rlkit.waiting.GRACE_SECONDS = 0.05, 0.3
+rlkit.waiting.TICK_SECONDS, rlkit.waiting.GRACE_SECONDS, rlkit.waiting.TELL_SECONDS = 0.05, 0.3, 0.5
 
 def library_call_that_never_returns():
     time.sleep(600)
@@ -129,7 +161,10 @@ async def blocked_loop():
     async with waiting("step 4", "groups", 0.3, "trainer.step_timeout_seconds"):
         library_call_that_never_returns()
 
-with Watchdog(lambda line: print(line, flush=True), 0.5, Path(sys.argv[1])):
+def say(line):
+    SAY
+
+with Watchdog(say, 0.5, Path(sys.argv[1])):
     BODY
 """
 
@@ -145,7 +180,7 @@ def test_what_cannot_be_cancelled_ends_with_its_process_and_the_stacks_of_its_th
     body: str, who: str, tmp_path: Path
 ) -> None:
     stacks = tmp_path / "driver.log"
-    program = textwrap.dedent(PROGRAM).replace("BODY", body)
+    program = textwrap.dedent(PROGRAM).replace("BODY", body).replace("SAY", "print(line, flush=True)")
     done = subprocess.run(
         [sys.executable, "-c", program, str(stacks)], capture_output=True, text=True, timeout=60, check=False
     )
@@ -153,6 +188,14 @@ def test_what_cannot_be_cancelled_ends_with_its_process_and_the_stacks_of_its_th
     assert re.search(rf"the process is ended, because it hangs: .* for {who} ", done.stdout), done.stdout
     assert "waiting long: " in done.stdout
     assert "library_call_that_never_returns" in stacks.read_text()
+
+
+@pytest.mark.parametrize("say", ["raise BrokenPipeError", "time.sleep(600)"])
+def test_it_is_ended_also_where_nobody_can_be_told(say: str, tmp_path: Path) -> None:
+    program = PROGRAM.replace("BODY", "asyncio.run(blocked_loop())").replace("SAY", say)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "driver.log")], timeout=60, check=False)
+    assert done.returncode == 1
+    assert "library_call_that_never_returns" in (tmp_path / "driver.log").read_text()
 
 
 @pytest.mark.parametrize("value", ["0", "null", ".inf"])
