@@ -24,6 +24,16 @@ FAMILIES = {
     "DeepSeek": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
     "GLM, Phi, gpt-oss": ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|end|>", "<|channel|>", "<|return|>"),
     "Cohere, Granite": ("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|start_of_role|>"),
+    "Qwen 3, R1, GLM": (
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_response>",
+        "<arg_key>",
+        "<arg_value>",
+    ),
+    "CLS, EOT and images": ("<CLS>", "<EOT>", "<image>", "<fake_token_around_image>", "<global-img>", "<row_1_col_2>"),
     "InternLM2, EXAONE, MiniMax, Seed": ("[UNUSED_TOKEN_145]", "[|endofturn|]", "]~!b[", "]~b]", "[e~[", "<seed:eos>"),
 }
 TOKENS = [token for family in FAMILIES.values() for token in family]

@@ -1,8 +1,9 @@
 """Control tokens of chat templates in what a judge is shown, broken up so that no server takes them for its own.
 
 A server that parses special tokens inside of a message's content would end the turn where a response says
-`<|im_end|>`, and take what follows for its own words. The endpoint's tokenizer is not known here, so the forms of all
-known families are broken up: a space after the first character. Nothing is removed, and the judge is told.
+`<|im_end|>`, and take what follows for its own words. The endpoint's tokenizer is not known here, so the forms listed
+below, those of widespread families, are broken up: a space after the first character. A family that is not listed has
+tokens that pass. Nothing is removed, and the judge is told.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ _NAMES = "|".join(
         *("s", "bos", "eos", "pad", "unk", "mask", "sep", "cls", "sop", "eop", "eot", "eod", "SYS", "SYSTEM", "USER"),
         *("(?:BOS|EOS|PAD|UNK|MASK|CLS|SEP|EOP|END_OF_TURN|START_OF_TURN)_TOKEN", r"(?:start|end)_of_\w{1,32}"),
         *(r"(?:begin|end)_of_\w{1,32}", r"extra_id_\d{1,4}", r"(?:unused|reserved_)\d{1,6}", r"seed:[\w:]{1,40}"),
-        *("image_soft_token", "bot", "human"),
+        *("image_soft_token", "bot", "human", "EOT", "EOD", "EOS", "BOS", "PAD", "UNK", "CLS", "SEP", "MASK"),
+        # reasoning and tools: Qwen 3, DeepSeek R1, Hermes, Nemotron, GLM
+        *("think", "tool_call", "tool_calls", "tool_response", "tool_responses", "available_tools", "toolcall"),
+        *("TOOLCALL", "TOOL_RESPONSE", "AVAILABLE_TOOLS", "arg_key", "arg_value", "endoftext"),
+        # images
+        *("image", "image_placeholder", "image_pad", "fake_token_around_image", "end_of_utterance", "global-img"),
+        r"row_\d{1,3}_col_\d{1,3}",
     )
 )
 _BRACKETED = "|".join(
