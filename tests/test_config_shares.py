@@ -10,7 +10,7 @@ from rewards.code.reward import CodeReward
 from rewards.remote.reward import RemoteReward
 from rlkit.config.load import load_config
 from rlkit.config.problems import ConfigError
-from rlkit.config.shares import GpuShares, gpu_shares
+from rlkit.config.shares import GpuShares, colocated_places, gpu_shares
 
 URLS = "reward.urls=[http://127.0.0.1:30000]"
 ON_GPU = {
@@ -57,10 +57,22 @@ def test_all_that_is_colocated_fits_on_one_gpu(tmp_path: Path) -> None:
     assert one.engine + one.learner + one.critic + one.rewards == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("workers", "width", "ranks", "critics", "places"),
+    [(1, 1, 1, 0, 1), (4, 1, 8, 0, 8), (8, 1, 4, 0, 8), (1, 4, 4, 0, 4), (2, 2, 1, 0, 4), (1, 1, 1, 3, 3)],
+)
+def test_every_gpu_of_an_engine_and_every_rank_has_a_place(
+    tmp_path: Path, workers: int, width: int, ranks: int, critics: int, places: int
+) -> None:
+    overrides = (f"rollout.workers={workers}", f"rollout.tensor_parallel_size={width}", f"learner.ranks={ranks}")
+    config = load_config(["reward=polar", f"run_dir={tmp_path / 'run'}", "cluster=single_gpu", *overrides]).config
+    assert colocated_places(config, critics) == places
+    assert gpu_shares(config).engine == 0.5  # on each of its GPUs
+
+
 def test_apart_means_whole_gpus(tmp_path: Path) -> None:
     apart = shares(tmp_path, "cluster=single_gpu", "cluster.placement=apart", "rollout.tensor_parallel_size=4")
     assert apart == GpuShares(4.0, 1.0, 1.0, 1.0)
-    assert shares(tmp_path, "cluster=single_gpu", "rollout.tensor_parallel_size=2").engine == 2.0
 
 
 def test_a_cpu_has_none_to_share(tmp_path: Path) -> None:

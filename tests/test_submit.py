@@ -239,9 +239,30 @@ def test_gpus_that_are_missing() -> None:
 
 def test_shares_of_a_gpu_fit_into_one(tmp_path: Path) -> None:
     run = load_config([*BASE, "cluster=single_gpu", "algorithm=ppo", "reward.workers=3", f"run_dir={tmp_path / 'run'}"])
-    assert {demand.what for demand in demands(run)} == {"vLLM engine", "learner rank", "critic rank", "reward worker"}
+    kinds = {"vLLM engine", "learner rank", "critic rank", "reward worker", "colocated group"}
+    assert {demand.what for demand in demands(run)} == kinds
     assert missing(demands(run), [Node("a", 64, 1)]) == ([], [])
     assert missing(demands(run), [Node("a", 64, 0)])[0] != []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "enough", "too_few"),
+    [
+        (["learner.ranks=3"], [3], [2]),  # shares that would fit on one GPU are of several
+        (["rollout.workers=3", "learner.ranks=2"], [1, 2], [2]),
+        (["rollout.tensor_parallel_size=2", "learner.ranks=3"], [2, 1], [1, 1, 1]),  # an engine does not span nodes
+        (["rollout.tensor_parallel_size=2", "rollout.workers=2"], [5], [3, 1]),
+        (["rollout.tensor_parallel_size=2", "learner.ranks=3", "cluster.placement=apart"], [2, 3], [2, 2]),
+    ],
+)
+def test_colocated_groups_have_whole_gpus(
+    tmp_path: Path, overrides: list[str], enough: list[int], too_few: list[int]
+) -> None:
+    run = load_config(
+        [*BASE, "cluster=single_gpu", "trainer.prompts_per_step=24", f"run_dir={tmp_path / 'run'}", *overrides]
+    )
+    assert missing(demands(run), [Node("n", 64, gpus) for gpus in enough])[0] == []
+    assert "not enough GPUs" in missing(demands(run), [Node("n", 64, gpus) for gpus in too_few])[0][0]
 
 
 def test_few_cpus_only_warn(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from rlkit.rollout import buckets as module
 from rlkit.rollout.buckets import TensorMeta, WeightDigest, buckets, pack, unpack
 
 LIMIT = 10_000
+BATCH = ("trainer.prompts_per_step=64",)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,11 @@ def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
         (["cluster=single_gpu"], "ipc"),
         (["cluster=multi_gpu"], "ipc"),
         (["cluster=single_gpu", "cluster.placement=apart"], "nccl"),
-        (["cluster=single_gpu", "rollout.tensor_parallel_size=2"], "nccl"),
+        (["cluster=single_gpu", "rollout.tensor_parallel_size=2"], "object_store"),
+        (["cluster=single_gpu", "rollout.tensor_parallel_size=2", "learner.ranks=2"], "ipc"),
+        (["cluster=single_gpu", "rollout.tensor_parallel_size=2", "cluster.placement=apart"], "nccl"),
+        (["cluster=multi_gpu", "rollout.workers=2", "rollout.tensor_parallel_size=4"], "ipc"),
+        (["cluster=multi_gpu", "rollout.workers=3", "rollout.tensor_parallel_size=4"], "object_store"),
         (["cluster=multi_gpu", "learner.ranks=4"], "object_store"),
         (["cluster=multi_gpu", "rollout.workers=4"], "ipc"),
         (["cluster=multi_gpu", "cluster.weight_transfer=object_store"], "object_store"),
@@ -233,7 +238,8 @@ def test_the_way_follows_from_device_and_placement(tmp_path: Path, overrides: li
         (["cluster=single_gpu", "cluster.placement=apart"], set()),
         (["cluster=multi_gpu"], {"engines"}),
         (["cluster=multi_node", "learner.offload=always"], {"engines", "learner"}),
-        (["cluster=multi_gpu", "rollout.tensor_parallel_size=2"], set()),
+        (["cluster=multi_gpu", "rollout.workers=4", "rollout.tensor_parallel_size=2"], {"engines"}),
+        (["cluster=multi_gpu", "rollout.tensor_parallel_size=2", "cluster.placement=apart"], set()),
     ],
 )
 def test_who_makes_room_follows_from_the_preset(tmp_path: Path, overrides: list[str], who: set[str]) -> None:
@@ -254,7 +260,15 @@ def test_who_makes_room_follows_from_the_preset(tmp_path: Path, overrides: list[
         (["cluster=single_gpu", "cluster.weight_transfer=gloo"], "goes from CPU to CPU"),
         (["cluster=single_gpu", "cluster.weight_transfer=nccl"], "cannot join processes that share a GPU"),
         (["cluster=single_gpu", "cluster.placement=apart", "cluster.weight_transfer=ipc"], "they share none"),
-        (["cluster=multi_gpu", "learner.ranks=4", "cluster.weight_transfer=ipc"], "rollout.workers=8 is more than"),
+        (["cluster=multi_gpu", "learner.ranks=4", "cluster.weight_transfer=ipc"], "learner.ranks=4 is less"),
+        (
+            ["cluster=single_gpu", "rollout.tensor_parallel_size=2", "cluster.weight_transfer=ipc"],
+            "every GPU of the engines, 2 (rollout.workers=1 x rollout.tensor_parallel_size=2), and learner.ranks=1",
+        ),
+        (
+            ["cluster=multi_gpu", "rollout.tensor_parallel_size=2", "cluster.strategy=STRICT_SPREAD"],
+            "cluster.strategy=STRICT_SPREAD: puts every GPU of a colocated run on another node",
+        ),
         (["cluster.weight_bucket_mib=64"], "weight_bucket_mib=64: has no effect"),
         (["cluster.weight_transfer=ncll"], "did you mean nccl"),
         (["cluster.weight_transfer=gloo", "cluster.weight_bucket_mib=0"], "at least 1"),
@@ -279,3 +293,27 @@ def test_the_plan_says_who_makes_room_for_whom(tmp_path: Path) -> None:
         "while the learner works": "the engines sleep",
         "while the engines sample": "in the host's memory: learner and critic",
     }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "engines", "gpus"),
+    [
+        ([], "8 vLLM engines, 2 CPU threads each, 0.5 GPU each", "8; engine and ranks of equal number share one"),
+        (
+            ["rollout.workers=2", "rollout.tensor_parallel_size=4"],
+            "2 vLLM engines, 2 CPU threads each, 0.5 of each of its 4 GPUs",
+            "8; engine 0 those of ranks 0 to 3, engine 1 those of ranks 4 to 7",
+        ),
+        (
+            ["rollout.workers=2", "rollout.tensor_parallel_size=4", "cluster.placement=apart"],
+            "2 vLLM engines, 2 CPU threads each, 4 GPU each",
+            None,
+        ),
+    ],
+)
+def test_the_plan_says_who_shares_which_gpus(
+    tmp_path: Path, overrides: list[str], engines: str, gpus: str | None
+) -> None:
+    resolved = load_config(["reward=rule", f"run_dir={tmp_path / 'run'}", "cluster=multi_gpu", *BATCH, *overrides])
+    lines = {line.what: line.amount for line in plan(resolved) if line.area == "actors"}
+    assert (lines["rollout"], lines.get("GPUs")) == (engines, gpus)

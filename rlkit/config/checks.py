@@ -24,7 +24,7 @@ from rlkit.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
-from rlkit.config.sharing import phases_make_room, weights_can_travel
+from rlkit.config.sharing import engines_fit_on_nodes, phases_make_room, weights_can_travel
 from rlkit.data.base import DataSource
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
@@ -380,6 +380,7 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     half_precision_has_masters,
     critic_fits,
     placement_acts,
+    engines_fit_on_nodes,
     weights_can_travel,
     phases_make_room,
     intervals_happen,

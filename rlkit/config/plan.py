@@ -10,9 +10,9 @@ from rewards.base import TrainableReward
 from rlkit.config.model_folder import ModelShape, check_model_folder
 from rlkit.config.parts import import_part
 from rlkit.config.resolved import ResolvedRun
-from rlkit.config.schema import LearnerConfig, RolloutConfig
-from rlkit.config.shares import gpu_shares
-from rlkit.config.sharing import engines_sleep, offloads, weight_way
+from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
+from rlkit.config.shares import colocated_places, gpu_shares
+from rlkit.config.sharing import engines_sleep, offloads, shares_gpus, weight_way
 
 GIB = 2**30
 WAYS = {
@@ -75,7 +75,9 @@ def _actors(run: ResolvedRun) -> list[Line]:
     engines = f"{config.rollout.workers} vLLM {_plural('engine', config.rollout.workers)}, {threads}"
     ranks = f"{config.learner.ranks} DeepSpeed {_plural('rank', config.learner.ranks)}, {threads}"
     if cuda:
-        engines += f", {shares.engine:g} GPU each"
+        width = config.rollout.tensor_parallel_size
+        split = shares_gpus(config.cluster) and width > 1
+        engines += f", {shares.engine:g} of each of its {width} GPUs" if split else f", {shares.engine:g} GPU each"
         ranks += f", {shares.learner:g} GPU each"
     rewards = run.reward_config.workers
     lines = [
@@ -90,7 +92,19 @@ def _actors(run: ResolvedRun) -> list[Line]:
         lines.append(Line("actors", "critic", f"{critics} DeepSpeed {_plural('rank', critics)}, {threads}" + gpus))
     if needs.reference_policy:
         lines.append(Line("actors", "reference policy", "the initial policy, for its log-probs"))
+    if shares_gpus(config.cluster):
+        lines.append(Line("actors", "GPUs", _shared(config, config.critic.ranks if needs.critic else 0)))
     return lines
+
+
+def _shared(config: RunConfig, critic_ranks: int) -> str:
+    """Which engines stand on which ranks' GPUs."""
+    places, width = colocated_places(config, critic_ranks), config.rollout.tensor_parallel_size
+    if width == 1:
+        return f"{places}; engine and ranks of equal number share one"
+    engines = [f"engine {i} those of ranks {i * width} to {(i + 1) * width - 1}" for i in range(config.rollout.workers)]
+    shown = engines if len(engines) <= 3 else [*engines[:2], "...", engines[-1]]
+    return f"{places}; {', '.join(shown)}"
 
 
 def _handover(run: ResolvedRun) -> list[Line]:

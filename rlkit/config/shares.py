@@ -13,6 +13,7 @@ class GpuShares:
     """GPUs of one actor of each kind; below 1 a share of one. All 0 on CPU."""
 
     engine: float
+    """Apart: all GPUs of one engine. Colocated: its share of each GPU that it has."""
     learner: float
     critic: float
     rewards: float
@@ -20,16 +21,18 @@ class GpuShares:
 
 
 def gpu_shares(config: RunConfig) -> GpuShares:
-    """`cluster.placement=colocated`: a lone engine, a rank, a critic rank and the rewards fit on one GPU together.
-
-    Ray takes whole numbers only above 1, so an engine over several GPUs has them to itself.
-    """
+    """`cluster.placement=colocated`: an engine, a rank, a critic rank and the rewards fit on one GPU together."""
     if config.cluster.device == "cpu":
         return GpuShares(0.0, 0.0, 0.0, 0.0)
-    parallel, judged = float(config.rollout.tensor_parallel_size), _reward_uses_gpu(config)
+    judged = _reward_uses_gpu(config)
     if config.cluster.placement == "apart":
-        return GpuShares(parallel, 1.0, 1.0, 1.0 if judged else 0.0)
-    return GpuShares(0.5 if parallel == 1 else parallel, 0.3, 0.1, 0.1 if judged else 0.0)
+        return GpuShares(float(config.rollout.tensor_parallel_size), 1.0, 1.0, 1.0 if judged else 0.0)
+    return GpuShares(0.5, 0.3, 0.1, 0.1 if judged else 0.0)
+
+
+def colocated_places(config: RunConfig, critic_ranks: int) -> int:
+    """How many places colocated actors have, on CUDA a GPU each: enough for every engine's GPUs and for every rank."""
+    return max(config.rollout.workers * config.rollout.tensor_parallel_size, config.learner.ranks, critic_ranks)
 
 
 def _reward_uses_gpu(config: RunConfig) -> bool:

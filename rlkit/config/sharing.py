@@ -17,21 +17,26 @@ Way = Literal["object_store", "gloo", "nccl", "ipc"]
 def weight_way(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Way:
     """The way the weights go.
 
-    `auto` on GPUs: CUDA IPC where every engine shares its GPU with a rank, NCCL where none does, else the object store:
-    IPC needs a rank on the engine's own GPU, and NCCL wants each of its processes on another GPU.
+    `auto` on GPUs: CUDA IPC where every GPU of every engine has a rank, NCCL where none has, else the object store:
+    each process of an engine reads the memory of the rank on its own GPU, and NCCL wants each of its processes on
+    another GPU.
     """
     if cluster.weight_transfer != "auto":
         return cluster.weight_transfer
     if cluster.device == "cpu":
         return "object_store"
-    if not shares_gpus(cluster, rollout):
+    if not shares_gpus(cluster):
         return "nccl"
-    return "ipc" if rollout.workers <= learner.ranks else "object_store"
+    return "ipc" if _engine_gpus(rollout) <= learner.ranks else "object_store"
 
 
-def shares_gpus(cluster: ClusterConfig, rollout: RolloutConfig) -> bool:
-    """Whether engine i stands on the GPU of rank i (an engine over several GPUs has them to itself)."""
-    return cluster.device == "cuda" and cluster.placement == "colocated" and rollout.tensor_parallel_size == 1
+def shares_gpus(cluster: ClusterConfig) -> bool:
+    """Whether engines stand on the GPUs of ranks: engine i of t GPUs on those of ranks i*t to i*t + t-1."""
+    return cluster.device == "cuda" and cluster.placement == "colocated"
+
+
+def _engine_gpus(rollout: RolloutConfig) -> int:
+    return rollout.workers * rollout.tensor_parallel_size
 
 
 def engines_sleep(config: RunConfig) -> bool:
@@ -50,7 +55,7 @@ def offloads(config: RunConfig, section: LearnerConfig) -> bool:
 
 
 def _take_turns(cluster: ClusterConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> bool:
-    return shares_gpus(cluster, rollout) and trainer.max_staleness == 0
+    return shares_gpus(cluster) and trainer.max_staleness == 0
 
 
 def weights_can_travel(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Findings:
@@ -60,23 +65,24 @@ def weights_can_travel(cluster: ClusterConfig, rollout: RolloutConfig, learner: 
         yield Finding(key, "is for GPUs; with cluster.device=cpu use object_store or gloo (or auto)")
     elif way == "gloo" and cluster.device == "cuda":
         yield Finding(key, "goes from CPU to CPU; with cluster.device=cuda use nccl, ipc or object_store (or auto)")
-    elif way == "nccl" and shares_gpus(cluster, rollout):
+    elif way == "nccl" and shares_gpus(cluster):
         yield Finding(
             key,
             "cannot join processes that share a GPU, as engines and ranks do with cluster.placement=colocated; use ipc "
             "(or auto), or cluster.placement=apart",
         )
-    elif way == "ipc" and not shares_gpus(cluster, rollout):
+    elif way == "ipc" and not shares_gpus(cluster):
         yield Finding(
             key,
-            "hands over memory of a GPU that engine and rank share; they share none with cluster.placement=apart or "
-            "rollout.tensor_parallel_size above 1: use nccl (or auto)",
+            "hands over memory of a GPU that engine and rank share; they share none with cluster.placement=apart: use "
+            "nccl (or auto)",
         )
-    elif way == "ipc" and rollout.workers > learner.ranks:
+    elif way == "ipc" and _engine_gpus(rollout) > learner.ranks:
         yield Finding(
             key,
-            f"needs a learner rank on every engine's GPU, and rollout.workers={rollout.workers} is more than "
-            f"learner.ranks={learner.ranks}; use object_store (or auto), or as many ranks",
+            f"needs a learner rank on every GPU of the engines, {_engine_gpus(rollout)} "
+            f"(rollout.workers={rollout.workers} x rollout.tensor_parallel_size={rollout.tensor_parallel_size}), and "
+            f"learner.ranks={learner.ranks} is less; use object_store (or auto), or as many ranks",
         )
     elif (
         cluster.weight_bucket_mib != ClusterConfig().weight_bucket_mib
@@ -84,6 +90,17 @@ def weights_can_travel(cluster: ClusterConfig, rollout: RolloutConfig, learner: 
     ):
         yield Finding(
             "cluster.weight_bucket_mib", f"has no effect: weights go whole through the object store ({key}={way})"
+        )
+
+
+def engines_fit_on_nodes(cluster: ClusterConfig, rollout: RolloutConfig) -> Findings:
+    """The GPUs of a colocated engine are reserved one by one, and belong on one node."""
+    if shares_gpus(cluster) and rollout.tensor_parallel_size > 1 and cluster.strategy == "STRICT_SPREAD":
+        yield Finding(
+            "cluster.strategy",
+            "puts every GPU of a colocated run on another node, and the GPUs of an engine "
+            f"(rollout.tensor_parallel_size={rollout.tensor_parallel_size}) belong on one; use PACK, STRICT_PACK or "
+            "SPREAD",
         )
 
 
@@ -100,11 +117,11 @@ def phases_make_room(
     for key, value in asked.items():
         if value != "always":
             continue
-        if not shares_gpus(cluster, rollout):
+        if not shares_gpus(cluster):
             yield Finding(
                 key,
-                "makes room on a GPU that sampler and learner share; they share none with cluster.device=cpu, "
-                "cluster.placement=apart or rollout.tensor_parallel_size above 1: use auto or never",
+                "makes room on a GPU that sampler and learner share; they share none with cluster.device=cpu or "
+                "cluster.placement=apart: use auto or never",
             )
         elif trainer.max_staleness > 0:
             yield Finding(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlkit.config.resolved import ResolvedRun
-from rlkit.config.shares import gpu_shares
+from rlkit.config.shares import colocated_places, gpu_shares
+from rlkit.config.sharing import shares_gpus
+
+COLOCATED = "colocated group"
+"""An engine and the ranks on its GPUs; a rank, and a critic's, on a GPU without an engine."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Actors of one kind."""
+    """Actors of one kind, or GPUs that several share."""
 
     what: str
     count: int
@@ -34,12 +38,18 @@ def demands(run: ResolvedRun) -> list[Demand]:
     """The actors of the run with what RolloutPool, RankGroup and RewardPool ask Ray for."""
     config, gpus, needs = run.config, gpu_shares(run.config), run.make_algorithm().needs()
     threads, workers = config.cluster.threads_per_actor, run.reward_config.workers
+    critics = config.critic.ranks if needs.critic else 0
     found = [
         Demand("vLLM engine", config.rollout.workers, threads, gpus.engine),
         Demand("learner rank", config.learner.ranks, threads, gpus.learner),
-        Demand("critic rank", config.critic.ranks if needs.critic else 0, threads, gpus.critic),
+        Demand("critic rank", critics, threads, gpus.critic),
         Demand("reward worker", workers, 1, gpus.rewards / workers),
     ]
+    if shares_gpus(config.cluster):
+        engines, width = config.rollout.workers, config.rollout.tensor_parallel_size
+        found = [replace(demand, gpus=0.0) for demand in found]  # they share the GPUs of their places
+        found.append(Demand(COLOCATED, engines, 0, float(width)))
+        found.append(Demand(COLOCATED, colocated_places(config, critics) - engines * width, 0, 1.0))
     return [demand for demand in found if demand.count]
 
 
