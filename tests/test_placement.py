@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
+import json
 import os
 import secrets
 import shutil
@@ -21,9 +23,10 @@ from ray_fixture import ray_session  # noqa: F401
 from run_fixture import Run
 from submit_fixture import free_port
 
-from rlkit.cluster.placement import Bundle, NoRoomError, plan_bundles, reserve
+from rlkit.cluster.placement import BUNDLES, Bundle, NoRoomError, on_one_node, plan_bundles, reserve
 from rlkit.config.load import load_config
 from rlkit.config.schema import RunConfig
+from rlkit.rollout.sampler import executor, shared_gpus_environment
 
 
 def config_of(*overrides: str) -> RunConfig:
@@ -31,28 +34,102 @@ def config_of(*overrides: str) -> RunConfig:
 
 
 def test_actors_of_equal_number_stand_together() -> None:
+    """On a GPU of their own: Ray would put two bundles with parts of a GPU on one."""
     config = config_of("cluster=single_gpu", "rollout.workers=2", "learner.ranks=3")
     bundles = plan_bundles(config, critic_ranks=1, reward_workers=2)
     assert bundles == [
-        Bundle(("rollout-0", "learner-0", "critic-0", "reward-0"), 0.95),
-        Bundle(("rollout-1", "learner-1", "reward-1"), 0.85),
-        Bundle(("learner-2",), 0.3),
+        Bundle(("rollout-0", "learner-0", "critic-0", "reward-0"), 1.0),
+        Bundle(("rollout-1", "learner-1", "reward-1"), 1.0),
+        Bundle(("learner-2",), 1.0),
+    ]
+    on_cpu = plan_bundles(config_of("rollout.workers=2", "learner.ranks=1"), critic_ranks=0, reward_workers=1)
+    assert on_cpu == [Bundle(("rollout-0", "learner-0", "reward-0"), 0.0), Bundle(("rollout-1",), 0.0)]
+
+
+def test_an_engine_stands_with_as_many_ranks_as_it_has_gpus() -> None:
+    wide = ("cluster=single_gpu", "rollout.workers=2", "rollout.tensor_parallel_size=2")
+    assert plan_bundles(config_of(*wide, "learner.ranks=5"), critic_ranks=1, reward_workers=1) == [
+        Bundle(("rollout-0", "learner-0", "critic-0", "reward-0"), 1.0),
+        Bundle(("rollout-0", "learner-1"), 1.0),
+        Bundle(("rollout-1", "learner-2"), 1.0),
+        Bundle(("rollout-1", "learner-3"), 1.0),
+        Bundle(("learner-4",), 1.0),
+    ]
+    assert [bundle.members for bundle in plan_bundles(config_of(*wide), critic_ranks=0, reward_workers=1)] == [
+        ("rollout-0", "learner-0", "reward-0"),
+        ("rollout-0",),
+        ("rollout-1",),
+        ("rollout-1",),
     ]
 
 
-def test_apart_and_wide_engines_stand_alone() -> None:
-    config = config_of("cluster=single_gpu", "cluster.placement=apart")
+def test_apart_everything_stands_alone() -> None:
+    config = config_of("cluster=single_gpu", "cluster.placement=apart", "rollout.tensor_parallel_size=4")
     assert plan_bundles(config, critic_ranks=0, reward_workers=1) == [
-        Bundle(("rollout-0",), 1.0),
+        Bundle(("rollout-0",), 4.0),
         Bundle(("learner-0",), 1.0),
         Bundle(("reward-0",), 1.0),
     ]
-    config = config_of("cluster=single_gpu", "rollout.tensor_parallel_size=4", "learner.ranks=2")
-    assert plan_bundles(config, critic_ranks=0, reward_workers=1) == [
-        Bundle(("learner-0", "reward-0"), 0.4),
-        Bundle(("learner-1",), 0.3),
-        Bundle(("rollout-0",), 4.0),
-    ]
+
+
+def test_the_gpus_of_an_engine_are_on_one_node_wherever_ray_put_its_bundles() -> None:
+    wide = [(0, 1), (2, 3)]
+    assert on_one_node(5, wide, "aaaaa") == [0, 1, 2, 3, 4]
+    assert on_one_node(5, wide, "abbba") == [0, 4, 1, 2, 3]
+    assert on_one_node(5, wide, "cabab") == [1, 3, 2, 4, 0]
+    with pytest.raises(
+        NoRoomError, match=r"reserved 5 GPUs on 2 nodes \(4, 1\), and 2 engines of 3 GPUs .* do not fit"
+    ):
+        on_one_node(5, [(0, 1, 2), (3, 4, 5)], "aabaa")
+
+
+def test_vllm_is_told_where_its_workers_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BUNDLES, raising=False)
+    assert [executor(gpus) for gpus in (1, 2)] == ["uni", "mp"]
+    monkeypatch.setenv(BUNDLES, "2,3")
+    assert [executor(gpus) for gpus in (1, 2)] == ["uni", "ray"]
+    told = {BUNDLES, *shared_gpus_environment(0.5)}
+    assert shared_gpus_environment(0.5)["VLLM_RAY_PER_WORKER_GPUS"] == "0.5"
+    spec = importlib.util.find_spec("vllm")  # not imported: that takes seconds
+    assert spec is not None and spec.origin is not None
+    known = Path(spec.origin).with_name("envs.py").read_text()
+    assert [name for name in told if f'os.getenv("{name}"' not in known] == [], "vLLM has renamed them"
+
+
+GPU_CASES: dict[str, dict[str, list[int]]] = {
+    "rollout.workers=3 learner.ranks=2": {"rollout-0": [0], "rollout-1": [1], "rollout-2": [2]},
+    "rollout.workers=2 rollout.tensor_parallel_size=2 learner.ranks=4": {"rollout-0": [0, 1], "rollout-1": [2, 3]},
+    "rollout.tensor_parallel_size=2 learner.ranks=3": {"rollout-0": [0, 1]},
+}
+"""Overrides -> which numbers of ranks an engine shares GPUs with."""
+
+
+@pytest.mark.slow
+def test_real_actors_get_the_gpus_they_are_meant_for() -> None:
+    """On a Ray with four GPUs that do not exist; engine 0 was killed and replaced before the others were started."""
+    script = Path(__file__).with_name("gpu_places.py")
+    path = os.pathsep.join([str(script.parents[1]), str(script.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script), *GPU_CASES],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for (case, engines), line in zip(GPU_CASES.items(), done.stdout.splitlines(), strict=True):
+        gpus: dict[str, list[int]] = json.loads(line)
+        of_rank = {i: gpus[f"learner-{i}"] for i in range(4) if f"learner-{i}" in gpus}
+        assert all(len(own) == 1 for own in of_rank.values()), case
+        assert len({own[0] for own in of_rank.values()}) == len(of_rank), f"{case}: two ranks share a GPU: {gpus}"
+        assert gpus["critic-0"] == gpus["reward-0"] == of_rank[0], (case, gpus)
+        engine_gpus = [gpu for name in engines for gpu in gpus[name]]
+        assert len(set(engine_gpus)) == len(engine_gpus), f"{case}: two engines share a GPU: {gpus}"
+        for name, numbers in engines.items():
+            assert len(gpus[name]) == len(numbers)
+            for gpu, number in zip(gpus[name], numbers, strict=True):
+                assert of_rank.get(number, [gpu]) == [gpu], (case, name, gpus)
 
 
 @pytest.mark.ray
@@ -60,7 +137,7 @@ def test_apart_and_wide_engines_stand_alone() -> None:
 def test_a_cluster_without_room_says_what_was_asked_for_and_what_there_is() -> None:
     config = config_of("cluster=single_gpu")
     bundles = plan_bundles(config, critic_ranks=0, reward_workers=1)
-    with pytest.raises(NoRoomError, match=r"rollout-0 \+ learner-0 \+ reward-0: 0\.9 GPUs\. Its nodes: .* 0 GPUs"):
+    with pytest.raises(NoRoomError, match=r"rollout-0 \+ learner-0 \+ reward-0: 1 GPUs\. Its nodes: .* 0 GPUs"):
         asyncio.run(reserve(config, bundles, 1.0))
 
 

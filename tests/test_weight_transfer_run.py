@@ -36,6 +36,7 @@ def test_a_run_is_the_same_whichever_way_its_weights_go(tmp_path: Path) -> None:
         (1, ("cluster=single_gpu", "trainer.max_staleness=1")),
         (2, ("cluster=single_gpu", "cluster.placement=apart")),  # NCCL
         (2, ("cluster=multi_gpu", "rollout.workers=2", "learner.ranks=2")),
+        (2, ("cluster=multi_gpu", "rollout.workers=1", "rollout.tensor_parallel_size=2", "learner.ranks=2")),
     ],
 )
 def test_weights_go_from_gpu_to_gpu(tmp_path: Path, gpus: int, options: tuple[str, ...]) -> None:

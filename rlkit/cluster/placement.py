@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from rlkit.config.schema import RunConfig
-from rlkit.config.shares import gpu_shares
+from rlkit.config.shares import colocated_places, gpu_shares
 from rlkit.waiting import WaitedTooLongError, waiting
 
 TOKEN_CPUS = 0.001
 """A bundle must ask for something; CPU time is shared, not reserved."""
+BUNDLES = "VLLM_RAY_BUNDLE_INDICES"
+"""vLLM's variable for the bundles in which it starts the workers of an engine, one in each."""
 
 
 Place = Callable[[int], Mapping[str, Any]]
@@ -42,43 +44,74 @@ class Bundle:
     """Actors that stand on one node together, on the same GPU where they have shares of one."""
 
     members: tuple[str, ...]
-    """`rollout-0`, `learner-0`, ..."""
+    """`rollout-0`, `learner-0`, ... An engine over several GPUs is a member of several bundles."""
     gpus: float
 
 
 def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -> list[Bundle]:
-    """Colocated: actors of equal number stand together, rewards dealt out over them; apart: each by itself.
+    """Colocated: ranks of equal number stand together, engine i of t GPUs with those of numbers i*t to i*t + t-1.
 
-    An engine over several GPUs stands by itself either way.
+    Rewards are dealt out over them. On CUDA each place is a whole GPU, of which its members ask for shares: of two
+    places with parts of a GPU Ray might make one. Apart: each actor by itself, with all its GPUs.
     """
-    shares = gpu_shares(config)
-    actors = {
-        "rollout": (config.rollout.workers, shares.engine),
-        "learner": (config.learner.ranks, shares.learner),
-        "critic": (critic_ranks, shares.critic),
-        "reward": (reward_workers, shares.rewards / reward_workers),
-    }
-    apart = config.cluster.placement == "apart"
-    together = 0 if apart else max(count for kind, (count, _) in actors.items() if kind != "reward")
-    shared: list[list[tuple[str, float]]] = [[] for _ in range(together)]
-    alone = []
-    for kind, (count, gpus) in actors.items():
+    counts = {"learner": config.learner.ranks, "critic": critic_ranks, "reward": reward_workers}
+    if config.cluster.placement == "apart":
+        shares = gpu_shares(config)
+        gpus = {"learner": shares.learner, "critic": shares.critic, "reward": round(shares.rewards / reward_workers, 6)}
+        engines = [Bundle((f"rollout-{i}",), shares.engine) for i in range(config.rollout.workers)]
+        return engines + [Bundle((f"{kind}-{i}",), gpus[kind]) for kind, count in counts.items() for i in range(count)]
+    width = config.rollout.tensor_parallel_size
+    together: list[list[str]] = [[] for _ in range(colocated_places(config, critic_ranks))]
+    for i in range(config.rollout.workers * width):
+        together[i].append(f"rollout-{i // width}")
+    for kind, count in counts.items():
         for i in range(count):
-            if apart or gpus > 1:
-                alone.append(Bundle((f"{kind}-{i}",), gpus))
-            else:
-                shared[i % together].append((f"{kind}-{i}", gpus))
-    return [
-        Bundle(tuple(name for name, _ in actors), round(sum(g for _, g in actors), 6)) for actors in shared if actors
-    ] + alone
+            together[i % len(together)].append(f"{kind}-{i}")
+    return [Bundle(tuple(members), 1.0 if config.cluster.device == "cuda" else 0.0) for members in together]
+
+
+def on_one_node(places: int, wide: Sequence[Sequence[int]], nodes: Sequence[str]) -> list[int]:
+    """Which of Ray's bundles each of our places gets, so that each of `wide` (places of one actor) is on one node.
+
+    All bundles are alike; `nodes` says where Ray put each. Raises NoRoomError if there is no such order.
+    """
+    left: dict[str, list[int]] = {}
+    for index, node in enumerate(nodes):
+        left.setdefault(node, []).append(index)
+    order: dict[int, int] = {}
+    for wanted in wide:
+        node = next((node for node, free in left.items() if len(free) >= len(wanted)), None)
+        if node is None:
+            found = ", ".join(f"{nodes.count(node)}" for node in left)
+            raise NoRoomError(
+                f"Ray reserved {places} GPUs on {len(left)} nodes ({found}), and {len(wide)} engines of {len(wanted)} "
+                "GPUs (rollout.workers, rollout.tensor_parallel_size) do not fit there, each on one node. Try "
+                "cluster.strategy=STRICT_PACK, fewer engines, or nodes whose free GPUs are a multiple of "
+                "rollout.tensor_parallel_size"
+            )
+        order.update(zip(wanted, left[node], strict=False))
+        del left[node][: len(wanted)]
+    rest = iter([index for free in left.values() for index in free])
+    return [order[place] if place in order else next(rest) for place in range(places)]
 
 
 class Placement:
     """A reserved placement group."""
 
     def __init__(self, group: Any, bundles: list[Bundle]) -> None:
+        """Raises NoRoomError if the GPUs of an engine cannot be on one node."""
         self._group = group
-        self._index = {name: i for i, bundle in enumerate(bundles) for name in bundle.members}
+        self._index: dict[str, list[int]] = {}
+        for place, bundle in enumerate(bundles):
+            for name in bundle.members:
+                self._index.setdefault(name, []).append(place)
+        wide = [places for places in self._index.values() if len(places) > 1]
+        if wide:
+            from ray.util.placement_group import placement_group_table
+
+            found = placement_group_table(group)["bundles_to_node_id"]
+            order = on_one_node(len(bundles), wide, [found[index] for index in range(len(bundles))])
+            self._index = {name: [order[place] for place in places] for name, places in self._index.items()}
 
     def of(self, kind: str) -> Place:
         """Where the actors of a kind go."""
@@ -87,12 +120,15 @@ class Placement:
     def _options(self, kind: str, number: int) -> Mapping[str, Any]:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        index = self._index[f"{kind}-{number}"]
-        return {
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=index
-            )
-        }
+        indices = self._index[f"{kind}-{number}"]
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self._group, placement_group_bundle_index=indices[0]
+        )
+        if len(indices) == 1:
+            return {"scheduling_strategy": strategy}
+        # The actor itself uses no GPU; vLLM, inside it, starts an actor in each of these bundles of its group.
+        own = {"env_vars": {BUNDLES: ",".join(map(str, indices))}}
+        return {"scheduling_strategy": strategy, "num_gpus": 0, "runtime_env": own}
 
 
 async def reserve(config: RunConfig, bundles: list[Bundle], seconds: float) -> Any:

@@ -17,7 +17,7 @@ from rlkit.config.schema import RunConfig
 from rlkit.config.shares import gpu_shares
 from rlkit.config.sharing import engines_sleep
 from rlkit.rollout.health import Health, State
-from rlkit.rollout.sampler import engine_environment
+from rlkit.rollout.sampler import engine_environment, shared_gpus_environment
 from rlkit.rollout.worker import GroupRequest, RolloutWorker, WeightReceipt
 from rlkit.waiting import WaitedTooLongError, waiting
 
@@ -86,10 +86,12 @@ class RolloutPool:
         import ray
 
         config = self.config
-        device, gpus = config.cluster.device, gpu_shares(config).engine
-        environment = engine_environment(device, config.cluster.threads_per_actor)
+        gpus, place = gpu_shares(config).engine, dict(self._place(index))
+        environment = engine_environment(config.cluster.device, config.cluster.threads_per_actor)
+        if own := place.pop("runtime_env", {}).get("env_vars"):  # an engine over several GPUs that it shares
+            environment |= {**own, **shared_gpus_environment(gpus)}
         kind = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0, max_concurrency=1000)(RolloutWorker)
-        return kind.options(runtime_env={"env_vars": environment}, **self._place(index)).remote(
+        return kind.options(runtime_env={"env_vars": environment}, **place).remote(
             self.model_path, config, str(self.logs / f"rollout-{index}.log")
         )
 

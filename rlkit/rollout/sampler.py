@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlkit.cluster.placement import BUNDLES
 from rlkit.config.schema import RolloutConfig
 from rlkit.config.sharing import Way
 from rlkit.experience.types import FinishReason
@@ -40,6 +41,21 @@ def engine_environment(device: str, threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
     }
     return {**shared, **(cpu_environment(threads) if device == "cpu" else {})}
+
+
+def shared_gpus_environment(share: float) -> dict[str, str]:
+    """What vLLM must know to put an engine's workers, as Ray actors, into the bundles that Placement names.
+
+    Each asks for `share` of a GPU. Ray hands these variables on to them.
+    """
+    return {"VLLM_RAY_PER_WORKER_GPUS": f"{share:g}", "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1"}
+
+
+def executor(gpus: int) -> Literal["uni", "mp", "ray"]:
+    """Who runs an engine's workers: this process; its children, on GPUs of its own; Ray, on GPUs shared with ranks."""
+    if gpus == 1:
+        return "uni"
+    return "ray" if os.environ.get(BUNDLES) else "mp"
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,7 @@ class Sampler:
                 enforce_eager=True if on_cpu else config.enforce_eager,
                 enable_prefix_caching=config.prefix_caching,
                 tensor_parallel_size=config.tensor_parallel_size,
-                distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
+                distributed_executor_backend=executor(config.tensor_parallel_size),
                 logprobs_mode="processed_logprobs",  # log-probs at the sampling temperature, as the learner's
                 async_scheduling=False,
                 disable_log_stats=True,
