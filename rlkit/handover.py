@@ -15,12 +15,13 @@ import numpy as np
 from rlkit.config.schema import RunConfig
 from rlkit.config.sharing import engines_sleep, weight_way
 from rlkit.learner.joint import JointLearner
-from rlkit.rollout.pool import Published, RolloutPool
+from rlkit.rollout.pool import RolloutPool
+from rlkit.rollout.publication import Published
 from rlkit.serving.pool import RewardPool
 
 T = TypeVar("T")
 TELL_SECONDS = 5.0
-"""When a transfer fails at the learner's end, how long to wait for a worker's death that would explain it."""
+"""When a transfer fails at the learner's end, how long to wait for a worker's own end, which would explain it."""
 
 
 class Handover:
@@ -75,7 +76,7 @@ class Handover:
         return await self.rollout.confirm(ready, checksum)
 
     async def _send(self, ready: dict[int, Any], version: int) -> str:
-        """The learner's checksum of what it sent. Raises WeightsNotLoadedError if a worker dies meanwhile."""
+        """The learner's checksum of what it sent. Raises WeightsNotLoadedError if a worker dies or fails meanwhile."""
         sending = asyncio.ensure_future(self.learner.policy.send_weights(list(ready.values()), version))
         arriving = asyncio.ensure_future(self.rollout.arrival(ready))
         try:

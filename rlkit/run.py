@@ -22,7 +22,6 @@ from rlkit.cluster.ray_session import ray_session
 from rlkit.config.resolved import ResolvedRun, config_text
 from rlkit.config.schema import RunConfig
 from rlkit.config.shares import gpu_shares
-from rlkit.config.sharing import engines_sleep
 from rlkit.data.base import BadRow, DataError, Split
 from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
@@ -32,10 +31,12 @@ from rlkit.experience import Prompt
 from rlkit.experience.buffer import TooManyRejectedError
 from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard
 from rlkit.handover import Handover
-from rlkit.rollout.pool import RolloutFailedError, RolloutPool, WeightsNotLoadedError
+from rlkit.rollout.pool import RolloutFailedError, RolloutPool
 from rlkit.rollout.producer import Producer
+from rlkit.rollout.publication import WeightsNotLoadedError
 from rlkit.serving.pool import RewardPool
 from rlkit.serving.results import RewardFailed
+from rlkit.start_order import loads_after, start_in_order
 from rlkit.tracking.run_folder import RunFolder, RunFolderError
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
@@ -56,6 +57,14 @@ EXPECTED = (
     WaitedTooLongError,
 )
 """Errors whose message is all a user needs."""
+LOADING = {
+    "sampler": "loading the sampler (vLLM)",
+    "learner": "loading the learner (DeepSpeed)",
+    "reward": "loading the reward",
+    "verifier": "loading the verifier",
+    "critic": "loading the critic (DeepSpeed)",
+}
+"""Phases of the start, as the screen shows them."""
 CANARY_TOKENS = 32
 END_SECONDS = 120.0
 """How long actors, threads and Ray may take to end; after that the process ends itself, and Ray's reaper the rest."""
@@ -159,7 +168,7 @@ async def _start(
     stack: contextlib.AsyncExitStack,
     began: float,
 ) -> Trainer:
-    """Start all actors side by side; on a GPU that is shared by turns, the learner once the sampler sleeps."""
+    """Start all actors side by side, but those that share a GPU one after the other."""
     import ray
 
     from rlkit.experience.buffer_actor import BufferActor
@@ -192,18 +201,17 @@ async def _start(
     buffer = ray.remote(num_cpus=0, **beside_driver(0))(BufferActor).remote(
         config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
     )
-    sampler = asyncio.ensure_future(rollout.start())
-    first = sampler if engines_sleep(config) else None
-    starting: dict[str, Awaitable[Any]] = {
-        "loading the sampler (vLLM)": sampler,
-        "loading the learner (DeepSpeed)": _after(first, learner.policy.start),
-        "loading the reward": reward.start(),
+    starts: dict[str, Callable[[], Awaitable[Any]]] = {
+        "sampler": rollout.start,
+        "learner": learner.policy.start,
+        "reward": reward.start,
     }
     if verifier is not reward:
-        starting["loading the verifier"] = verifier.start()
+        starts["verifier"] = verifier.start
     if learner.critic is not None:
-        starting["loading the critic (DeepSpeed)"] = _after(first, learner.critic.start)
-    await _all_ready(starting, tracker, config)
+        starts["critic"] = learner.critic.start
+    starting = start_in_order(starts, loads_after(config))
+    await _all_ready({LOADING[name]: part for name, part in starting.items()}, tracker, config)
     return Trainer(
         config=config,
         algorithm=algorithm,
@@ -221,12 +229,6 @@ async def _start(
         alarm=HackingAlarm(config.trainer.hacking_alarm_steps, tracker.warn),
         began=began,
     )
-
-
-async def _after(first: Awaitable[Any] | None, start: Callable[[], Awaitable[Any]]) -> None:
-    if first is not None:
-        await first
-    await start()
 
 
 def _own_verifier(resolved: ResolvedRun) -> bool:

@@ -1,10 +1,11 @@
-"""A real rollout worker around a sampler without a model, which stops or dies where a file says so."""
+"""A real rollout worker around a sampler without a model, which stops, fails or dies where a file says so."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,17 +35,26 @@ class ScriptedSampler:
         self._meet("start")
 
     def _meet(self, point: str) -> None:
-        """Die once if the file die-<point> is there; wait while hold-<point> is."""
+        """Die once if the file die-<point> is there, raise once if raise-<point> is; wait while hold-<point> is."""
         at = self.script / f"at-{point}"
         at.touch()
-        try:
-            (self.script / f"die-{point}").unlink()
+        if self.takes(f"die-{point}"):
             os._exit(9)
-        except FileNotFoundError:
-            pass
+        if self.takes(f"raise-{point}"):
+            raise ValueError(f"scripted failure at {point}")
         end = time.monotonic() + HOLD_SECONDS
         while (self.script / f"hold-{point}").exists() and time.monotonic() < end:
             time.sleep(0.01)
+
+    def takes(self, file: str) -> bool:
+        """Whether the file is there; of several processes only one takes it, unless always-<file> is there, too."""
+        if (self.script / f"always-{file}").exists():
+            return True
+        try:
+            (self.script / file).unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     @property
     def busy(self) -> bool:
@@ -61,7 +71,12 @@ class ScriptedSampler:
 
     def load(self, bundle: WeightBundle) -> None:
         self._meet(f"load-{bundle.version}")
-        self.weights = float(dict(bundle.tensors())["version"][0])
+        self.weights = float(dict(bundle.tensors())["version"][0]) + (
+            0.5 if self.takes(f"wrong-{bundle.version}") else 0
+        )
+
+    def receive(self, step: str, **arguments: Any) -> None:
+        raise ValueError("no room for this bucket")
 
     def prompt_logprobs(self, canary: Sequence[int]) -> np.ndarray:
         self._meet("canary")
@@ -83,6 +98,13 @@ class ScriptedWorker(RolloutWorker):
         self.tokenizer = _Texts()
         self.sampler: Any = ScriptedSampler(self.config.run_dir)
 
+    def _take(self, bundle: WeightBundle) -> None:
+        if self.sampler.takes(f"damaged-{bundle.version}"):
+            bundle = replace(bundle, data=~bundle.data)
+        super()._take(bundle)
+        if self.sampler.takes(f"stale-{bundle.version}"):
+            self.version -= 1
+
 
 class Script:
     """The test's side: what the next process that comes to a point does there."""
@@ -92,6 +114,13 @@ class Script:
 
     def die_at(self, point: str) -> None:
         (self.folder / f"die-{point}").touch()
+
+    def raise_at(self, point: str) -> None:
+        (self.folder / f"raise-{point}").touch()
+
+    def spoil(self, version: int, how: str, always: bool = False) -> None:
+        """`damaged`, `stale` or `wrong`: the next process that takes weights of this version, or all of them."""
+        (self.folder / f"{'always-' if always else ''}{how}-{version}").touch()
 
     def hold_at(self, point: str) -> None:
         (self.folder / f"at-{point}").unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from learner_fixture import VOCABULARY, grpo_advantages, make_groups, write_tiny_model, write_tokenizer
 from ray_fixture import ray_session  # noqa: F401
-from rollout_host import OpenWorker
+from rollout_host import OpenRank, OpenWorker, publish_bundle
 
 from algorithms.grpo import GRPO
 from rewards.base import RewardContext
@@ -26,7 +26,8 @@ from rlkit.experience import Group, Message, Prompt
 from rlkit.handover import Handover
 from rlkit.learner.joint import JointLearner
 from rlkit.learner.worker import LearnerGroup
-from rlkit.rollout.pool import Published, RolloutPool, WeightsNotLoadedError
+from rlkit.rollout.pool import RolloutPool
+from rlkit.rollout.publication import Published, WeightsNotLoadedError
 from rlkit.rollout.worker import GroupRequest
 from rlkit.serving.pool import RewardPool
 
@@ -43,6 +44,17 @@ def run(coroutine: Coroutine[Any, Any, T], seconds: float = 90.0) -> T:
 @pytest.fixture(scope="module")
 def handover(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Handover]:  # noqa: F811
     """Two ranks that offload between phases, two engines; every test leaves them after `publish`."""
+    yield from standing(tmp_path_factory)
+
+
+@pytest.fixture
+def own_handover(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Handover]:  # noqa: F811
+    """For a test after which it is of no use."""
+    yield from standing(tmp_path_factory)
+
+
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Handover]:
+    """Everything has loaded and version 0 is published."""
     import ray
 
     folder, logs = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("logs")
@@ -63,6 +75,7 @@ def handover(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     algorithm = GRPO(GRPO.Config(samples_per_prompt=4))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)  # also those that replace dead ones
+        patch.setattr("rlkit.learner.worker.LearnerWorker", OpenRank)
         pool = RolloutPool(config, model, logs)
         learner = LearnerGroup(config, model, algorithm, logs)
         reward = RewardPool({"_target_": "rewards.rule.reward.RuleReward"}, RewardContext(), 60.0)
@@ -139,7 +152,7 @@ def test_both_ways_bring_the_same_bits(handover: Handover) -> None:
         pool = handover.rollout
         in_buckets = await groups_of(pool.generate(requests()))
         bundle, version, _ = await handover.learner.policy.publishable(())
-        await pool.load_weights(bundle, version, CANARY, handover._wanted)
+        await publish_bundle(pool, Published(bundle, version, CANARY, handover._wanted))
         return in_buckets, await groups_of(pool.generate(requests()))
 
     for one, two in zip(*run(steps()), strict=True):
@@ -163,19 +176,49 @@ def test_a_checkpoint_is_made_in_between(handover: Handover, tmp_path: Path) -> 
     ]
 
 
-def test_damage_on_the_way_is_found(handover: Handover) -> None:
-    """By whoever compares the checksums: here the learner's is made another."""
+def test_weights_that_arrive_damaged_everywhere_end_the_run(handover: Handover) -> None:
+    async def steps() -> None:
+        await train(handover, 3)
+        version = await version_of(handover)
+        await handover.learner.policy.ranks[0].damage_next.remote()
+        with pytest.raises(WeightsNotLoadedError, match=rf"worker [01]: weights of version {version} arrived damaged"):
+            await handover.publish(version)
+        assert [health.restarts for health in handover.rollout.health] == [0] * WORKERS
+        await handover.to_learner()
+        assert await handover.publish(version) < 1e-3
 
+    run(steps())
+
+
+def test_a_version_that_is_not_the_learners_is_not_sent_as_such(handover: Handover) -> None:
     async def steps() -> None:
         await handover.to_learner()
-        version, pool = await version_of(handover), handover.rollout
-        ready = await pool.prepare(Published(None, version, CANARY, handover._wanted))
-        checksum = await handover._send(ready, version)
-        with pytest.raises(WeightsNotLoadedError, match=rf"worker [01]: weights of version {version} arrived damaged"):
-            await pool.confirm(ready, "0" * len(checksum))
+        version = await version_of(handover)
+        with pytest.raises(ValueError, match=f"the learner's weights are of version {version}, not {version + 1}"):
+            await handover.publish(version + 1)
         await handover.publish(version)
 
     run(steps())
+
+
+def test_a_worker_whose_weights_arrive_damaged_is_replaced_and_given_them_anew(
+    handover: Handover, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def steps() -> None:
+        await train(handover, 4)
+        version, restarts = await version_of(handover), handover.rollout.health[1].restarts
+        await handover.rollout.workers[1].damage_next.remote()
+        assert await handover.publish(version) < 1e-3
+        assert handover.rollout.health[1].restarts == restarts + 1
+        assert [health.may_sample(version) for health in handover.rollout.health] == [True] * WORKERS
+        sampled = await groups_of(handover.rollout.generate(requests()))
+        await handover.to_learner()
+        assert sampled_as_the_learner(sampled, await handover.learner.policy.logprobs(sampled, "policy"))
+        await handover.publish(version)
+
+    run(steps(), 150)
+    assert "rollout worker 1: weights of version" in caplog.text
+    assert "arrived damaged" in caplog.text
 
 
 async def kill(handover: Handover, index: int) -> None:
@@ -190,7 +233,7 @@ def test_a_worker_that_dies_between_steps_is_replaced_and_meets_the_learner_agai
         await kill(handover, 0)
         await handover.publish(version)  # to one worker directly; the new one gets a bundle
         assert [health.may_sample(version) for health in handover.rollout.health] == [True] * WORKERS
-        assert [health.restarts for health in handover.rollout.health] == [1, 0]
+        assert handover.rollout.health[0].restarts == 1
         again = await groups_of(handover.rollout.generate(requests()))
         assert [s.token_ids.tolist() for g in again for s in g.samples] == [
             s.token_ids.tolist() for g in undisturbed for s in g.samples
@@ -204,13 +247,13 @@ def test_a_worker_that_dies_between_steps_is_replaced_and_meets_the_learner_agai
 def test_a_worker_that_dies_while_sampling_gets_the_present_weights(handover: Handover) -> None:
     async def steps() -> None:
         undisturbed = await groups_of(handover.rollout.generate(requests(40)))
-        version = await version_of(handover)
+        version, restarts = await version_of(handover), handover.rollout.health[1].restarts
         groups: list[Group] = []
         async for ref in handover.rollout.generate(requests(40)):
             if not groups:
                 await kill(handover, 1)
             groups += await ref
-        assert handover.rollout.health[1].restarts == 1
+        assert handover.rollout.health[1].restarts == restarts + 1
         assert {group.policy_version for group in groups} == {version}
         groups.sort(key=lambda group: group.id)
         assert [s.token_ids.tolist() for g in groups for s in g.samples] == [
@@ -239,3 +282,23 @@ def test_a_worker_that_dies_during_a_transfer_ends_the_run_at_once(handover: Han
         return time.monotonic() - began
 
     assert run(steps()) < 30
+
+
+@pytest.mark.slow
+def test_an_engine_that_fails_during_a_transfer_ends_the_run_at_once_with_the_cause(own_handover: Handover) -> None:
+    """Rank 0 then waits in its broadcast for a receiver that lives and does not come."""
+
+    async def steps() -> float:
+        handover = own_handover
+        await train(handover, 5)
+        version = await version_of(handover)
+        await handover.rollout.workers[1].break_transfer.remote("update_weights")
+        began = time.monotonic()
+        said = (
+            r"rollout worker 1 failed while .* sending it weights.*: MemoryError: no room for update_weights\. Its"
+        )
+        with pytest.raises(WeightsNotLoadedError, match=said):
+            await handover.publish(version)
+        return time.monotonic() - began
+
+    assert run(steps(), 150) < 30

@@ -15,13 +15,14 @@ import pytest
 import torch
 from learner_fixture import VOCABULARY, build_learner, write_tiny_model, write_tokenizer
 from ray_fixture import ray_session  # noqa: F401
-from rollout_host import OpenWorker
+from rollout_host import OpenWorker, publish_bundle
 
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
 from rlkit.experience import Group, Message, Prompt, Sample
 from rlkit.learner.policy import PolicyLearner
-from rlkit.rollout.pool import RolloutFailedError, RolloutPool, WeightsNotLoadedError
+from rlkit.rollout.pool import RolloutFailedError, RolloutPool
 from rlkit.rollout.producer import until
+from rlkit.rollout.publication import Published, WeightsNotLoadedError
 from rlkit.rollout.sampler import Request, Response
 from rlkit.rollout.weights import WeightBundle
 from rlkit.rollout.worker import GroupRequest, sample_seed
@@ -106,7 +107,7 @@ def sample(pool: RolloutPool, requests: Sequence[Request]) -> list[Response]:
 
 def publish(pool: RolloutPool, learner: PolicyLearner, version: int) -> float:
     bundle = WeightBundle.pack(version, learner.named_weights())
-    return run(pool.load_weights(bundle, version, CANARY, learner.sequence_logprobs(CANARY)))
+    return run(publish_bundle(pool, Published(bundle, version, CANARY, learner.sequence_logprobs(CANARY))))
 
 
 def tokens_of(group: Group) -> list[list[int]]:
@@ -230,7 +231,7 @@ def test_no_group_mixes_versions(pool: RolloutPool, learner: PolicyLearner, othe
     async def overlap() -> tuple[dict[str, Group], dict[str, Group], dict[str, Group]]:
         running = asyncio.ensure_future(groups_of(pool.generate([request(f"r{i}", prompt(9, i)) for i in range(12)])))
         await asyncio.sleep(0.05)
-        loading = asyncio.ensure_future(pool.load_weights(bundle, 11, CANARY, wanted))
+        loading = asyncio.ensure_future(publish_bundle(pool, Published(bundle, 11, CANARY, wanted)))
         later = asyncio.ensure_future(groups_of(pool.generate([request(f"l{i}", prompt(9, i)) for i in range(3)])))
         await loading
         afterwards = asyncio.ensure_future(groups_of(pool.generate([request("a", prompt(9))])))
@@ -247,28 +248,31 @@ def test_no_group_mixes_versions(pool: RolloutPool, learner: PolicyLearner, othe
     assert {group.policy_version for group in afterwards.values()} == {11}
 
 
-def test_damaged_weights_are_refused_and_the_old_ones_stay(
-    pool: RolloutPool, learner: PolicyLearner, other: PolicyLearner
-) -> None:
+def test_damaged_weights_are_not_sampled_from(pool: RolloutPool, learner: PolicyLearner, other: PolicyLearner) -> None:
+    """The pool's only worker gets them, so the run ends."""
     bundle = WeightBundle.pack(21, other.named_weights())
     data = bundle.data.copy()
     data[len(data) // 2] ^= 1
-    with pytest.raises(RuntimeError, match="version 21 arrived damaged"):
-        run(pool.load_weights(replace(bundle, data=data), 21, CANARY, other.sequence_logprobs(CANARY)))
+    damaged = Published(replace(bundle, data=data), 21, CANARY, other.sequence_logprobs(CANARY))
+    with pytest.raises(WeightsNotLoadedError, match="worker 0: weights of version 21 arrived damaged"):
+        run(publish_bundle(pool, damaged))
+    publish(pool, learner, 22)
     assert difference(learner, list(generate(pool, [request("d", prompt(8))]).values())) < 1e-4
 
 
-def test_a_worker_with_other_weights_than_the_learners_ends_the_run(
+def test_weights_that_no_worker_confirms_end_the_run(
     pool: RolloutPool, learner: PolicyLearner, other: PolicyLearner
 ) -> None:
     bundle = WeightBundle.pack(31, learner.named_weights())
     with pytest.raises(WeightsNotLoadedError, match=r"worker 0: after version 31 .* differ from .*canary_tolerance"):
-        run(pool.load_weights(bundle, 31, CANARY, other.sequence_logprobs(CANARY)))
+        run(publish_bundle(pool, Published(bundle, 31, CANARY, other.sequence_logprobs(CANARY))))
     nothing = np.full(len(CANARY) - 1, np.nan)
     with pytest.raises(WeightsNotLoadedError, match="canary"):
-        run(pool.load_weights(bundle, 31, CANARY, nothing))
+        run(publish_bundle(pool, Published(bundle, 31, CANARY, nothing)))
     with pytest.raises(WeightsNotLoadedError, match="version 31, not 32"):
-        run(pool.load_weights(bundle, 32, CANARY, learner.sequence_logprobs(CANARY)))
+        run(publish_bundle(pool, Published(bundle, 32, CANARY, learner.sequence_logprobs(CANARY))))
+    assert pool.health[0].restarts == 0
+    publish(pool, learner, 33)
 
 
 def test_every_tensor_reaches_the_engine(pool: RolloutPool, model: Path, learner: PolicyLearner) -> None:

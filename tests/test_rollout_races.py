@@ -1,22 +1,29 @@
-"""Rollout workers that die at the worst moments: what replaces them never samples with old weights. Real Ray actors."""
+"""Rollout workers that die or fail at the worst moments: nothing is sampled with weights that nobody has checked.
+
+Real Ray actors.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 from ray_fixture import ray_session  # noqa: F401
+from rollout_host import publish_bundle
 from scripted_rollout import Script, ScriptedWorker, weights_of
 
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, TrainerConfig
 from rlkit.experience import Group, Message, Prompt
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool
+from rlkit.rollout.publication import Published, WeightsNotLoadedError
 from rlkit.rollout.worker import GroupRequest
 from rlkit.waiting import WaitedTooLongError, open_waits
 
@@ -69,11 +76,16 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
             ray.kill(worker)
 
 
-async def publish(pool: RolloutPool, version: int) -> None:
+def published(version: int) -> Published:
     import ray
 
-    wanted = np.full(len(CANARY) - 1, -float(version), np.float32)
-    await pool.load_weights(ray.put(weights_of(version)), version, CANARY, wanted)
+    return Published(
+        ray.put(weights_of(version)), version, CANARY, np.full(len(CANARY) - 1, -float(version), np.float32)
+    )
+
+
+async def publish(pool: RolloutPool, version: int) -> None:
+    await publish_bundle(pool, published(version))
 
 
 async def started(pool: RolloutPool) -> RolloutPool:
@@ -90,7 +102,7 @@ async def sampled(pool: RolloutPool, count: int = 4) -> list[Group]:
 
 
 def assert_whole_and_of(version: int, groups: list[Group], count: int = 4) -> None:
-    assert sorted(group.id for group in groups) == [f"g{i}" for i in range(count)]
+    assert sorted(group.id for group in groups) == sorted(f"g{i}" for i in range(count))
     for group in groups:
         for sample in group.samples:
             assert sample.policy_versions == (version, version)
@@ -193,7 +205,7 @@ def test_a_successor_that_is_not_ready_in_time_ends_the_run_with_the_cause(
         pool.config = pool.config.model_copy(update={"trainer": TrainerConfig(startup_timeout_seconds=2)})
         script.hold_at("start")
         await kill(pool)
-        said = r"worker 0 died .* waited more than trainer\.startup_timeout_seconds=2 s for rollout worker 0 to be repl"
+        said = r"worker 0 died .* waited more than trainer\.startup_timeout_seconds=2 s for rollout worker 0 to load"
         with pytest.raises(RolloutFailedError, match=said):
             await sampled(pool)
 
@@ -213,5 +225,134 @@ def test_a_worker_that_hangs_is_named_with_the_groups_it_owes(make_pool: MakePoo
         assert "to sample 2 of 2 groups: g0 of prompt p, g2 of prompt p" in said
         assert "rollout worker 1 to sample 2 of 2 groups: g1 of prompt p, g3 of prompt p" in said
         assert open_waits() == []
+
+    run(check())
+
+
+DOUBTS = {
+    "damaged": "weights of version 2 arrived damaged: their checksum is",
+    "stale": "has weights of version 1, not 2",
+    "wrong": r"after version 2 was loaded, its log-probs .* differ from the learner's by 0.5",
+}
+
+
+@pytest.mark.parametrize("how", DOUBTS)
+def test_a_worker_that_does_not_confirm_its_weights_is_not_used_but_replaced(
+    how: str, make_pool: MakePool, script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also by groups that wait for the new weights."""
+
+    async def check() -> None:
+        pool = await started(make_pool(workers=2))
+        script.spoil(2, how)  # for one of the two
+        script.hold_at("canary")
+        publishing = asyncio.create_task(publish(pool, 2))
+        await until_at(script, "canary")
+        sampling = asyncio.create_task(sampled(pool, 40))
+        await asyncio.sleep(0.3)
+        script.let_go("canary")
+        await publishing
+        assert_whole_and_of(2, await sampling, 40)
+        assert sorted(health.restarts for health in pool.health) == [0, 1]
+        assert all(health.may_sample(2) for health in pool.health)
+
+    run(check())
+    assert re.search(rf"did not confirm its weights and is replaced.*rollout worker [01]:? {DOUBTS[how]}", caplog.text)
+
+
+@pytest.mark.parametrize("how", DOUBTS)
+def test_weights_that_no_worker_confirms_end_the_run_at_once(how: str, make_pool: MakePool, script: Script) -> None:
+    """New engines would differ from the learner as well."""
+
+    async def check() -> None:
+        pool = await started(make_pool(workers=2))
+        script.spoil(2, how, always=True)
+        with pytest.raises(WeightsNotLoadedError, match=f"rollout worker 0:? {DOUBTS[how]}"):
+            await publish(pool, 2)
+        assert [health.restarts for health in pool.health] == [0, 0]
+
+    run(check())
+
+
+@pytest.mark.slow
+def test_workers_that_do_not_confirm_too_often_end_the_run_with_the_facts(make_pool: MakePool, script: Script) -> None:
+    async def check() -> None:
+        pool = await started(make_pool(max_restarts=1))
+        script.spoil(1, "wrong", always=True)
+        await kill(pool)
+        said = r"worker 0: after version 1 .* differ .* by 0\.5.*, after 1 replacements \(rollout\.max_restarts\)\. "
+        with pytest.raises(WeightsNotLoadedError, match=said):
+            await sampled(pool)
+
+    run(check())
+
+
+@pytest.mark.slow
+def test_a_successor_that_does_not_confirm_is_replaced_too(make_pool: MakePool, script: Script) -> None:
+    async def check() -> None:
+        pool = await started(make_pool())
+        script.spoil(1, "wrong")
+        await kill(pool)
+        assert_whole_and_of(1, await sampled(pool))
+        assert pool.health[0].restarts == 2
+
+    run(check())
+
+
+@pytest.mark.parametrize("max_restarts", [2, 1])
+def test_a_successor_whose_start_fails_counts_as_another_death(
+    max_restarts: int, make_pool: MakePool, script: Script
+) -> None:
+    """For example while processes of the dead one still hold its GPU's memory."""
+
+    async def check() -> None:
+        pool = await started(make_pool(max_restarts=max_restarts))
+        script.raise_at("start")
+        await kill(pool)
+        if max_restarts == 2:
+            assert_whole_and_of(1, await sampled(pool))
+            assert pool.health[0].restarts == 2
+            return
+        said = r"worker 0 failed again, after 1 replacements .*: ValueError: scripted failure at start\. Its log"
+        with pytest.raises(RolloutFailedError, match=said):
+            await sampled(pool)
+
+    run(check())
+
+
+def test_the_deadline_of_a_start_does_not_hold_for_weights_that_wait_for_the_learner(make_pool: MakePool) -> None:
+    """With stale data a new worker's weights come after the update that the learner is at."""
+
+    async def check() -> None:
+        pool = await started(make_pool())
+        limits: list[set[str]] = []
+
+        async def fetch() -> Published:
+            limits.append({wait.limit for wait in open_waits()})
+            return published(1)
+
+        pool.fetch = fetch
+        await pool.confirm(await pool.prepare(replace(published(1), bundle=None)))  # it has these weights
+        await kill(pool)
+        assert_whole_and_of(1, await sampled(pool))
+        assert limits == [set()], "a deadline of the driver's, beside the learner's own"
+
+    run(check())
+
+
+def test_an_engine_that_fails_while_it_receives_ends_the_transfer_with_the_cause(make_pool: MakePool) -> None:
+    """Whoever sends may be stuck: with NCCL and gloo it waits for all receivers."""
+
+    async def check() -> None:
+        pool = await started(make_pool(workers=2))
+        ready = await pool.prepare(replace(published(2), bundle=None))
+        arriving = asyncio.create_task(pool.arrival(ready))
+        await asyncio.sleep(0.3)
+        assert not arriving.done()
+        with pytest.raises(ValueError, match="no room for this bucket"):
+            await ready[1].transfer.remote("update_weights", {}, 2)
+        said = r"rollout worker 1 failed while .* sending it weights.*: ValueError: no room for this bucket\. Its log: "
+        with pytest.raises(WeightsNotLoadedError, match=said):
+            await asyncio.wait_for(arriving, 5)
 
     run(check())

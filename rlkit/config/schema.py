@@ -71,7 +71,7 @@ class RolloutConfig(Section):
     workers: int = Field(default=1, ge=1)
     """vLLM engines, one Ray actor each."""
     max_restarts: int = Field(default=3, ge=0)
-    """How often the process of a worker that died is replaced before the run stops."""
+    """How often the process of a worker that died, or did not confirm new weights, is replaced before the run stops."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of training and evaluation; the learner's log-probs use the same."""
     top_p: float = Field(default=1.0, gt=0, le=1)

@@ -76,7 +76,12 @@ class LearnerWorker(Rank):
         return self.learner.sequence_logprobs(canary)
 
     def send_weights(self, workers: Sequence[Any], version: int) -> str:
-        """Send the current weights to rollout workers that are ready for them; their checksum (rank 0)."""
+        """Send the current weights to rollout workers that are ready for them; their checksum (rank 0).
+
+        Raises ValueError if `version` is not theirs: the workers only hear it from who asks for the transfer.
+        """
+        if version != self.learner.version:
+            raise ValueError(f"the learner's weights are of version {self.learner.version}, not {version}")
         if self.sender is None:
             from rlkit.learner.sender import WeightSender
 

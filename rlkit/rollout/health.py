@@ -14,9 +14,9 @@ class State(Enum):
     READY = "ready"
     """It holds confirmed weights."""
     DEAD = "dead"
-    """Its process is gone and may be replaced."""
+    """Its process is gone, or is not to be used any more, and may be replaced."""
     GIVEN_UP = "given up"
-    """It died more often than allowed."""
+    """It was lost more often than allowed."""
 
 
 class NotInThisStateError(RuntimeError):
@@ -39,7 +39,7 @@ class Health:
         return replace(self, state=State.READY, version=version)
 
     def died(self) -> Health:
-        """Its process is gone. Hearing it again changes nothing."""
+        """Its process is gone, or could not confirm its weights. Hearing it again changes nothing."""
         if self.state in (State.DEAD, State.GIVEN_UP):
             return self
         state = State.DEAD if self.restarts < self.max_restarts else State.GIVEN_UP

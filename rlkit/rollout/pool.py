@@ -1,4 +1,4 @@
-"""All rollout workers: groups out, weights in, each worker's version confirmed, the dead replaced."""
+"""All rollout workers: groups out, weights in, each worker's version confirmed, those that fail replaced."""
 
 from __future__ import annotations
 
@@ -6,47 +6,27 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from rlkit.cluster.placement import Place, anywhere
 from rlkit.config.schema import RunConfig
 from rlkit.config.shares import gpu_shares
 from rlkit.config.sharing import engines_sleep
 from rlkit.rollout.health import Health, State
+from rlkit.rollout.publication import Published, WeightReceipt, WeightsNotLoadedError, canary_tolerance
 from rlkit.rollout.sampler import engine_environment, shared_gpus_environment
-from rlkit.rollout.worker import GroupRequest, RolloutWorker, WeightReceipt
+from rlkit.rollout.worker import GroupRequest, RolloutWorker
 from rlkit.waiting import WaitedTooLongError, waiting
 
 log = logging.getLogger(__name__)
 
-CANARY_TOLERANCE_FP32 = 1e-3
-CANARY_TOLERANCE_HALF = 0.15
 SHOWN_GROUPS = 3
 """Of those that a wait is for."""
 
 
-class WeightsNotLoadedError(RuntimeError):
-    """A worker samples with other weights than it was given."""
-
-
 class RolloutFailedError(RuntimeError):
     """Rollout workers die more often than `rollout.max_restarts` allows; the message has the last cause."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """The weights that every worker must hold now."""
-
-    bundle: Any
-    """Reference to a WeightBundle; None where the learner sends weights directly."""
-    version: int
-    canary: tuple[int, ...]
-    wanted: np.ndarray
-    """[len(canary) - 1] the learner's log-probs of the canary."""
 
 
 Fetch = Callable[[], Awaitable[Published]]
@@ -174,16 +154,6 @@ class RolloutPool:
             except RayActorError as error:
                 await self._replace(index, worker, error)
 
-    async def load_weights(self, bundle: Any, version: int, canary: Sequence[int], wanted: np.ndarray) -> float:
-        """Publish weights to every worker; returns the largest canary difference.
-
-        Raises WeightsNotLoadedError unless each worker confirms the version and samples as the learner does: `wanted`
-        [len(canary) - 1] are the learner's log-probs.
-        """
-        ready = await self.prepare(Published(bundle, version, tuple(canary), wanted))
-        await self.give(ready)
-        return await self.confirm(ready)
-
     async def prepare(self, published: Published) -> dict[int, Any]:
         """Announce weights; the workers, by place, that are ready to receive them. The dead are left to `confirm`."""
         self._published = published
@@ -197,32 +167,40 @@ class RolloutPool:
     async def arrival(self, ready: Mapping[int, Any]) -> None:
         """Returns when the learner's transfer has reached workers that were ready for it.
 
-        Raises WeightsNotLoadedError if one of them dies meanwhile: the others then wait for ever.
+        Raises WeightsNotLoadedError if one of them dies or fails meanwhile: the others then wait for ever.
         """
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayActorError, RayTaskError
 
         async def one(index: int, worker: Any) -> None:
             try:
                 async with self._waiting(index, "to receive weights from the learner", "step_timeout_seconds"):
                     await worker.arrival.remote()
-            except RayActorError as error:
-                said = str(error).strip().splitlines()[0]
+            except (RayActorError, RayTaskError) as error:
                 raise WeightsNotLoadedError(
-                    f"rollout worker {index} died while the learner was sending it weights, which cannot go on without "
-                    f"one of its ends: {said}. resume=auto goes on from the newest checkpoint"
+                    f"rollout worker {index} {_ended(error)} while the learner was sending it weights, which cannot go "
+                    f"on without one of its ends: {_said(error)}. Its log: {self._log(index)}. resume=auto goes on "
+                    "from the newest checkpoint"
                 ) from error
 
         await asyncio.gather(*(one(index, worker) for index, worker in ready.items()))
 
     async def confirm(self, received: Mapping[int, Any], checksum: str | None = None) -> float:
-        """Check every worker and replace the dead; the largest canary difference. Afterwards all sample again.
+        """Ask every worker for the proof that it holds the announced weights; the largest canary difference.
 
-        `checksum` is the learner's; of a bundle, the worker has checked it. Raises WeightsNotLoadedError.
+        Those that have proved it sample again; those that are dead or cannot prove it are replaced. If not one has
+        proved it, the workers are not the cause: raises WeightsNotLoadedError at once. Raises it, too, when
+        `rollout.max_restarts` are used up. `checksum` is the learner's, of weights that it sent directly.
         """
-        published = self._published
+        published, workers = self._published, list(self.workers)
         assert published is not None
-        places = range(len(self.workers))
-        return max(await asyncio.gather(*(self._confirm(i, published, received.get(i), checksum) for i in places)))
+        outcomes = await asyncio.gather(
+            *(self._asked(i, worker, published, received.get(i), checksum) for i, worker in enumerate(workers))
+        )
+        refused = [outcome for outcome in outcomes if isinstance(outcome, WeightsNotLoadedError)]
+        if refused and all(isinstance(outcome, Exception) for outcome in outcomes):
+            raise refused[0]
+        settled = (self._settled(i, published, workers[i], outcome) for i, outcome in enumerate(outcomes))
+        return max(await asyncio.gather(*settled))
 
     async def sleep(self, level: int) -> None:
         """Let all engines give up their GPUs' memory (see RolloutWorker.sleep)."""
@@ -247,101 +225,121 @@ class RolloutPool:
         alive = await asyncio.gather(*(one(index, worker) for index, worker in workers.items()))
         return {index: worker for (index, worker), did in zip(workers.items(), alive, strict=True) if did}
 
-    async def _confirm(self, index: int, published: Published, receiver: Any | None, checksum: str | None) -> float:
+    async def _asked(
+        self, index: int, worker: Any, published: Published, receiver: Any | None = None, checksum: str | None = None
+    ) -> float | Exception:
+        """A worker's canary difference, or why it cannot be used. `receiver` has the weights; others are given them."""
         from ray.exceptions import RayActorError
 
-        worker = self.workers[index]
         try:
             if receiver is None or worker is not receiver:
-                return await self._confirmed(index, worker, published)
+                return await self._given(index, worker, published)
             async with self._waiting(index, f"to confirm version {published.version}", "step_timeout_seconds"):
                 receipt = await receiver.confirm.remote(list(published.canary))
-            return self._judged(index, published, receipt, checksum)
-        except RayActorError as error:
-            await self._replace(index, worker, error)
-        if not self.health[index].may_sample(published.version):  # it was replaced while these weights were published
-            return await self._confirmed(index, self.workers[index], published)
-        return 0.0
+            return await self._admitted(index, worker, published, receipt, checksum)
+        except (RayActorError, WeightsNotLoadedError) as error:
+            return error
 
-    async def _confirmed(self, index: int, worker: Any, published: Published) -> float:
-        """Let a worker load weights out of the object store; its canary difference, if it is small enough."""
+    async def _settled(self, index: int, published: Published, worker: Any, outcome: float | Exception) -> float:
+        """The canary difference of a worker or, where it could not be used, of the one that took its place."""
+        while isinstance(outcome, Exception):
+            await self._replace(index, worker, outcome)
+            if self.health[index].may_sample(published.version):
+                return 0.0
+            worker = self.workers[index]  # it was replaced while these weights were published
+            outcome = await self._asked(index, worker, published)
+        return outcome
+
+    async def _given(self, index: int, worker: Any, published: Published) -> float:
+        """Let a worker load weights out of the object store, and judge it."""
         if published.bundle is None:
             assert self.fetch is not None
             published = await self.fetch()
         async with self._waiting(index, f"to load weights of version {published.version}", "step_timeout_seconds"):
             receipt = await worker.load_weights.remote(published.bundle, list(published.canary))
-        return self._judged(index, published, receipt)
+        return await self._admitted(index, worker, published, receipt)
 
-    def _judged(self, index: int, published: Published, receipt: WeightReceipt, checksum: str | None = None) -> float:
-        """Whether a worker has the weights and samples from them; its canary difference."""
-        if receipt.version != published.version:
-            raise WeightsNotLoadedError(
-                f"rollout worker {index} has weights of version {receipt.version}, not {published.version}"
-            )
-        if checksum not in (None, receipt.checksum):
-            raise WeightsNotLoadedError(
-                f"rollout worker {index}: weights of version {published.version} arrived damaged: their checksum is "
-                f"{receipt.checksum}, the learner's is {checksum}"
-            )
-        difference = float(np.abs(receipt.canary_logprobs - published.wanted).max())
-        if not difference <= self.tolerance:  # also true for NaN
-            raise WeightsNotLoadedError(
-                f"rollout worker {index}: after version {published.version} was loaded, its log-probs of the canary "
-                f"prompt differ from the learner's by {difference:.3g}, more than {self.tolerance:g} "
-                "(rollout.canary_tolerance): it does not sample from the policy that is trained"
-            )
+    async def _admitted(
+        self, index: int, worker: Any, published: Published, receipt: WeightReceipt, checksum: str | None = None
+    ) -> float:
+        """The canary difference of a worker that may sample now. Raises WeightsNotLoadedError, and it may not."""
+        who = f"rollout worker {index}"
+        difference = published.difference(who, receipt, checksum, canary_tolerance(self.config))
+        async with self._waiting(index, "to take groups in again", "step_timeout_seconds"):
+            await worker.admit.remote()
         self.health[index] = self.health[index].confirmed(published.version)
         return difference
 
-    async def _replace(self, index: int, dead: Any, cause: Exception) -> None:
-        """Start a new process in a dead worker's place and give it the present weights.
+    async def _replace(self, index: int, failed: Any, cause: Exception) -> None:
+        """Start a new process in the place of a worker that is dead or not to be trusted; give it the present weights.
 
-        Whoever notices the death calls this; only the first does the work. Raises RolloutFailedError after
-        `rollout.max_restarts` replacements, or if the new one is not ready in time.
+        Whoever notices calls this; only the first does the work. After `rollout.max_restarts` replacements raises
+        WeightsNotLoadedError if the last one could not confirm its weights, else RolloutFailedError; the latter, too,
+        if a new one is not ready in time.
         """
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayActorError, RayTaskError
 
         async with self._repairs[index]:  # held for as long as `rollout.max_restarts` starts may take
-            if self.workers[index] is not dead:
-                return
-            worker = dead
-            while True:
+            worker = failed
+            while self.workers[index] is failed:
                 self.health[index] = self.health[index].died()
-                said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
                 if self.health[index].state is State.GIVEN_UP:
-                    raise RolloutFailedError(
-                        f"rollout worker {index} died again, after {self.health[index].restarts} replacements "
-                        f"(rollout.max_restarts): {said}. Its log: {self.logs}/rollout-{index}.log"
-                    ) from cause
-                log.warning("rollout worker %d died and is replaced; its prompts are sampled again: %s", index, said)
+                    raise self._given_up(index, cause) from cause
+                lost = f"rollout worker {index} {_ended(cause)}"
+                log.warning("%s and is replaced; its prompts are sampled again: %s", lost, _said(cause))
                 ray.kill(worker, no_restart=True)  # it may only be out of reach, and would hold its GPU
                 worker = self._make(index)
                 self.health[index] = self.health[index].restarted()
                 try:
-                    async with self._waiting(index, "to be replaced", "startup_timeout_seconds"):
-                        await self._start_again(index, worker)
-                    break
-                except RayActorError as error:
+                    await self._start(index, worker)
+                except (RayActorError, RayTaskError) as error:
                     cause = error
+                    continue
                 except WaitedTooLongError as late:
-                    raise RolloutFailedError(f"rollout worker {index} died ({said}), and {late}") from cause
-            self.workers[index] = worker
+                    raise RolloutFailedError(f"{lost} ({_said(cause)}), and {late}") from cause
+                try:
+                    await self._bring_up_to_date(index, worker)
+                except (RayActorError, WeightsNotLoadedError) as error:
+                    cause = error
+                    continue
+                self.workers[index] = worker
 
-    async def _start_again(self, index: int, worker: Any) -> None:
-        """Load the engine and the present weights, also if they change meanwhile."""
-        await self._start(index, worker)
+    async def _bring_up_to_date(self, index: int, worker: Any) -> None:
+        """Give a new worker the present weights, also if they change meanwhile."""
         given: Published | None = None
         while self._published is not given:
             given = self._published
             assert given is not None
-            await self._confirmed(index, worker, given)
+            await self._given(index, worker, given)
 
-    @property
-    def tolerance(self) -> float:
-        """The configured canary tolerance, or the one that suits the precision."""
-        rollout = self.config.rollout
-        if rollout.canary_tolerance is not None:
-            return rollout.canary_tolerance
-        fp32 = rollout.dtype == "float32" or (rollout.dtype == "auto" and self.config.cluster.device == "cpu")
-        return CANARY_TOLERANCE_FP32 if fp32 else CANARY_TOLERANCE_HALF
+    def _given_up(self, index: int, cause: Exception) -> Exception:
+        times = f"after {self.health[index].restarts} replacements (rollout.max_restarts)"
+        if isinstance(cause, WeightsNotLoadedError):
+            return WeightsNotLoadedError(f"{cause}, {times}. Its log: {self._log(index)}")
+        return RolloutFailedError(
+            f"rollout worker {index} {_ended(cause)} again, {times}: {_said(cause)}. Its log: {self._log(index)}"
+        )
+
+    def _log(self, index: int) -> Path:
+        return self.logs / f"rollout-{index}.log"
+
+
+def _ended(error: Exception) -> str:
+    """What a worker did that cannot be used any more."""
+    from ray.exceptions import RayTaskError
+
+    if isinstance(error, WeightsNotLoadedError):
+        return "did not confirm its weights"
+    return "failed" if isinstance(error, RayTaskError) else "died"
+
+
+def _said(error: Exception) -> str:
+    """The first line of what happened; of an error inside an actor, its own instead of Ray's report about it."""
+    from ray.exceptions import RayTaskError
+
+    own = error.cause if isinstance(error, RayTaskError) else error
+    first = next(iter(str(own).strip().splitlines()), "")
+    if isinstance(error, RayTaskError):
+        return f"{type(own).__name__}: {first}"
+    return first or type(own).__name__

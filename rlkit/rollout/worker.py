@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from rlkit.config.schema import RunConfig
 from rlkit.config.sharing import engines_sleep, weight_way
 from rlkit.experience import Group, Prompt, Sample
+from rlkit.rollout.publication import WeightReceipt
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
 from rlkit.rollout.weights import WeightBundle
 
@@ -37,15 +36,6 @@ class GroupRequest:
     def responses(self) -> int:
         """Responses to generate; the greedy one is the last."""
         return self.samples + self.greedy
-
-
-@dataclass(frozen=True)
-class WeightReceipt:
-    """What a worker reports about the weights it now samples with."""
-
-    version: int
-    checksum: str
-    canary_logprobs: np.ndarray
 
 
 def sample_seed(seed: int, group_id: str, index: int) -> int:
@@ -76,12 +66,18 @@ class RolloutWorker:
         self.version = 0
         self.checksum = ""
         """Of the weights that arrived last."""
+        self.announced: str | None = None
+        """The checksum that came with them."""
         self.open: dict[str, _Open] = {}
         self.pump: asyncio.Task[None] | None = None
         self.admission = asyncio.Lock()
-        """Held while groups are taken in, and from before new weights arrive until they are confirmed."""
+        """Held while groups are taken in, and while `closed`."""
+        self.closed = False
+        """From before new weights arrive until the pool is content with their receipt (`admit`)."""
         self.arrived = asyncio.Event()
-        """Set when a transfer has brought new weights."""
+        """Set when a transfer has brought new weights, or has failed."""
+        self.failure: Exception | None = None
+        """Of the transfer."""
         self.cached_prompt_tokens = 0
 
     async def start(self) -> None:
@@ -193,66 +189,70 @@ class RolloutWorker:
         greedy = samples[-1] if request.greedy else None
         return Group(request.id, request.prompt, samples[: request.samples], step=request.step, greedy=greedy)
 
-    # -- new weights: prepare, then take or the learner's transfer, then confirm ----------------------------------
+    # -- new weights: prepare, then take or the learner's transfer, then confirm, then admit ------------------------
 
     async def prepare(self) -> None:
         """Finish what is being sampled and make room for weights.
 
-        Groups asked for from now on wait until `confirm`, so that no group mixes versions.
+        Groups asked for from now on wait until `admit`, so that no group mixes versions and none is sampled with
+        weights that nobody has checked.
         """
-        await self.admission.acquire()
+        if not self.closed:
+            await self.admission.acquire()
+            self.closed = True
         self.arrived.clear()
-        try:
-            if self.pump is not None:
-                await self.pump
-            await self._in_thread(lambda: self.sampler.wake("weights"))
-        except BaseException:
-            self.admission.release()
-            raise
+        self.failure = None
+        if self.pump is not None:
+            await self.pump
+        await self._in_thread(lambda: self.sampler.wake("weights"))
 
     async def take(self, bundle: WeightBundle) -> None:
-        """New weights out of Ray's object store. Raises RuntimeError if they arrived damaged, and keeps the old."""
-        try:
-            await self._in_thread(lambda: self._take(bundle))
-        except BaseException:
-            self.admission.release()
-            raise
+        """New weights out of Ray's object store; if they arrived damaged, the receipt says so."""
+        await self._in_thread(lambda: self._take(bundle))
 
     def _take(self, bundle: WeightBundle) -> None:
-        checksum = bundle.received_checksum()
-        if checksum != bundle.checksum:
-            raise RuntimeError(f"weights of version {bundle.version} arrived damaged: {checksum} != {bundle.checksum}")
-        self.sampler.load(bundle)
-        self.version, self.checksum = bundle.version, checksum
+        self.checksum, self.announced = bundle.received_checksum(), bundle.checksum
+        if self.checksum == self.announced:  # else there may be anything in it
+            self.sampler.load(bundle)
+            self.version = bundle.version
 
     async def transfer(self, step: str, arguments: dict[str, Any], version: int) -> None:
         """A step of the transfer that the learner drives (`rlkit/learner/sender.py`)."""
-        await self._in_thread(lambda: self._transfer(step, arguments, version))
+        try:
+            await self._in_thread(lambda: self._transfer(step, arguments, version))
+        except Exception as error:  # the learner may hear it only when the transfer is over, which it now never is
+            self.failure = error
+            self.arrived.set()
+            raise
         if step == "finish_weight_update":
             self.arrived.set()
 
     async def arrival(self) -> None:
-        """Returns when the transfer is complete; who waits hears at once if this process dies."""
+        """Returns when the transfer is complete; raises what ended it. Who waits hears at once if this process dies."""
         await self.arrived.wait()
+        if self.failure is not None:
+            raise self.failure
 
     def _transfer(self, step: str, arguments: dict[str, Any], version: int) -> None:
         self.sampler.receive(step, **arguments)
         if step == "finish_weight_update":
-            self.version, self.checksum = version, self.sampler.received_checksum()
+            self.version, self.checksum, self.announced = version, self.sampler.received_checksum(), None
 
     async def confirm(self, canary: Sequence[int]) -> WeightReceipt:
-        """What is loaded now, and how it samples; groups are taken in again."""
-        try:
-            return await self._in_thread(lambda: self._confirm(canary))
-        finally:
-            self.admission.release()
+        """What is loaded now, and how it samples."""
+        return await self._in_thread(lambda: self._confirm(canary))
 
     def _confirm(self, canary: Sequence[int]) -> WeightReceipt:
         self.sampler.wake("kv_cache")
-        return WeightReceipt(self.version, self.checksum, self.sampler.prompt_logprobs(canary))
+        return WeightReceipt(self.version, self.checksum, self.announced, self.sampler.prompt_logprobs(canary))
+
+    async def admit(self) -> None:
+        """The receipt is good: take groups in again."""
+        self.closed = False
+        self.admission.release()
 
     async def load_weights(self, bundle: WeightBundle, canary: Sequence[int]) -> WeightReceipt:
-        """All of it at once."""
+        """All of it but `admit` at once."""
         await self.prepare()
         await self.take(bundle)
         return await self.confirm(canary)
