@@ -21,6 +21,9 @@ from rlkit.config.shares import gpu_shares
 from rlkit.rollout import pool
 
 
+SECONDS = 200.0
+
+
 def own_gpus() -> list[int]:
     """Of the process that asks."""
     return sorted(int(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"])
@@ -59,7 +62,7 @@ class Engine:
             share = float(os.environ["VLLM_RAY_PER_WORKER_GPUS"])
             options = {"num_cpus": 0, "num_gpus": share, "scheduling_strategy": strategy}
             self.workers.append(ray.remote(Actor).options(**options).remote())
-        found = ray.get([worker.gpus.remote() for worker in self.workers], timeout=60)
+        found = ray.get([worker.gpus.remote() for worker in self.workers], timeout=SECONDS)
         return [gpu for gpus in found for gpu in gpus]
 
 
@@ -85,7 +88,7 @@ async def places(overrides: list[str]) -> dict[str, list[int]]:
             for i in range(count):
                 made = ray.remote(num_cpus=0, num_gpus=gpus)(Actor).options(**placement.of(kind)(i))
                 actors[f"{kind}-{i}"] = made.remote()
-        found = await asyncio.wait_for(asyncio.gather(*(actor.gpus.remote() for actor in actors.values())), 60)
+        found = await asyncio.wait_for(asyncio.gather(*(actor.gpus.remote() for actor in actors.values())), SECONDS)
         for actor in actors.values():
             ray.kill(actor)
     return dict(zip(actors, found, strict=True))

@@ -80,8 +80,8 @@ def on_one_node(places: int, wide: Sequence[Sequence[int]], nodes: Sequence[str]
         left.setdefault(node, []).append(index)
     order: dict[int, int] = {}
     for wanted in wide:
-        node = next((node for node, free in left.items() if len(free) >= len(wanted)), None)
-        if node is None:
+        free = next((free for free in left.values() if len(free) >= len(wanted)), None)
+        if free is None:
             found = ", ".join(f"{nodes.count(node)}" for node in left)
             raise NoRoomError(
                 f"Ray reserved {places} GPUs on {len(left)} nodes ({found}), and {len(wide)} engines of {len(wanted)} "
@@ -89,9 +89,9 @@ def on_one_node(places: int, wide: Sequence[Sequence[int]], nodes: Sequence[str]
                 "cluster.strategy=STRICT_PACK, fewer engines, or nodes whose free GPUs are a multiple of "
                 "rollout.tensor_parallel_size"
             )
-        order.update(zip(wanted, left[node], strict=False))
-        del left[node][: len(wanted)]
-    rest = iter([index for free in left.values() for index in free])
+        order.update(zip(wanted, free, strict=False))
+        del free[: len(wanted)]
+    rest = iter([index for indices in left.values() for index in indices])
     return [order[place] if place in order else next(rest) for place in range(places)]
 
 
