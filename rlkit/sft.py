@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import random
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlkit.command import asks_for_help, exit_code
+from rlkit.command import FAILED, asks_for_help, exit_code
 from rlkit.config.load import load_config
 from rlkit.config.problems import ConfigError, Problem
 from rlkit.config.resolved import ResolvedRun
+from rlkit.data.base import DataError
+from rlkit.local_ranks import RankHangsError, join_ranks, naming_a_hang, run_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LIMIT = "trainer.step_timeout_seconds"
 USED = {
     "seed": "seeds the order of the problems and the choice among their references",
     "run_dir": "gets `policy/` (a Hugging Face folder), metrics.jsonl and summary.json",
@@ -41,6 +43,7 @@ USED = {
     "trainer.prompts_per_step": "problems per optimizer step",
     "trainer.evaluate_every_steps": "held-out loss every so many steps, besides before and after; 0: only those",
     "trainer.evaluation_prompts": "held-out problems per evaluation",
+    LIMIT: "with several ranks: how long one may keep the others waiting",
     "rollout.max_prompt_tokens": "longer prompts are skipped and counted",
     "rollout.max_response_tokens": "longer references are skipped and counted",
 }
@@ -55,8 +58,6 @@ class SftError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for unusable data, 2 for a wrong configuration, 130."""
-    from rlkit.data.base import DataError
-
     return exit_code(_fine_tune, arguments, SftError, DataError)
 
 
@@ -70,8 +71,8 @@ def _fine_tune(arguments: list[str]) -> int:
     if resolved.config.dry_run:
         print("The configuration is valid; nothing was started (dry_run=true).")
         return 0
-    _start_ranks(resolved)
-    return 0
+    config = resolved.config
+    return run_ranks(config.learner.ranks, config.trainer.step_timeout_seconds, LIMIT, _train_rank, resolved)
 
 
 def _load(arguments: Sequence[str]) -> ResolvedRun:
@@ -91,35 +92,22 @@ def _load(arguments: Sequence[str]) -> ResolvedRun:
     return resolved
 
 
-def _start_ranks(resolved: ResolvedRun) -> None:
-    """One process per rank; a single rank runs in this one."""
-    ranks = resolved.config.learner.ranks
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    if ranks == 1:
-        _train_rank(0, resolved, port)
-        return
-    from torch.multiprocessing.spawn import spawn
-
-    spawn(_train_rank, args=(resolved, port), nprocs=ranks, join=True)
-
-
-def _train_rank(rank: int, resolved: ResolvedRun, port: int) -> None:
-    import os
-
-    config = resolved.config
-    if config.cluster.device == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(str(i) for i in range(config.learner.ranks)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank]
-    import torch
-
-    from rlkit.learner.engine import init_process_group
-
-    torch.set_num_threads(config.cluster.threads_per_actor)
-    torch.manual_seed(config.seed)
-    init_process_group(rank, config.learner.ranks, "127.0.0.1", port, config.cluster.device)
-    train(resolved, rank)
+def _train_rank(rank: int, port: int, resolved: ResolvedRun) -> int:
+    """One rank from start to end. Returns the exit code."""
+    config, ranks = resolved.config, resolved.config.learner.ranks
+    seconds, cluster = config.trainer.step_timeout_seconds, config.cluster
+    try:
+        with naming_a_hang(rank, ranks, seconds, LIMIT):
+            join_ranks(rank, ranks, port, cluster.device, cluster.threads_per_actor, config.seed, seconds)
+            train(resolved, rank)
+    except (SftError, DataError) as error:
+        if rank == 0:
+            print(f"rlkit: {error}", file=sys.stderr)
+        return FAILED
+    except RankHangsError as error:
+        print(f"rlkit: {error}", file=sys.stderr)
+        return FAILED
+    return 0
 
 
 def train(resolved: ResolvedRun, rank: int = 0) -> dict[str, Any]:

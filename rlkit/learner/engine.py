@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -60,8 +61,13 @@ def learning_rate(config: LearnerConfig, optimizer_step: int, total_steps: int) 
     return config.learning_rate * (low + (1 - low) * share)
 
 
-def init_process_group(rank: int, world_size: int, address: str, port: int, device: str) -> None:
-    """Join the learner's ranks. DeepSpeed wants a process group even for one rank."""
+def init_process_group(
+    rank: int, world_size: int, address: str, port: int, device: str, seconds: float | None = None
+) -> None:
+    """Join the learner's ranks. DeepSpeed wants a process group even for one rank.
+
+    A collective operation that takes longer than `seconds` (null: DeepSpeed's default) fails; NCCL ends the process.
+    """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port)
     )
@@ -71,7 +77,12 @@ def init_process_group(rank: int, world_size: int, address: str, port: int, devi
 
     # DeepSpeed would compile its shared-memory collectives on first use: over a minute on two cores. Gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", rank=rank, world_size=world_size)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device == "cuda" else "gloo",
+        rank=rank,
+        world_size=world_size,
+        **({} if seconds is None else {"timeout": timedelta(seconds=seconds)}),
+    )
 
 
 def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:

@@ -34,6 +34,9 @@ class TrainRewardConfig(Section):
     """What the model runs on."""
     threads: int = Field(default=2, ge=1)
     """CPU threads of each rank."""
+    rank_timeout_seconds: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
+    """With several ranks: how long one may keep the others waiting before all end, saying who waited. Must be more than
+    what a rank does alone (saving the model) takes."""
     reward: dict[str, Any]
     """The backend: `_target_` and the fields of its `Config`."""
     data: dict[str, Any] = Field(default={})

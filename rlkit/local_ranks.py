@@ -1,0 +1,170 @@
+"""Ranks of one training as processes on this machine: they begin together, and none outlives or outwaits the others.
+
+A rank that dies ends the others at once. A rank that hangs keeps the others in a collective operation, whose time-out
+ends them with the cause. So nothing here waits for ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any, NoReturn
+
+FAILED = 1
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+LOOK_SECONDS = 1.0
+"""How often the parent looks at the clock while it waits for its ranks."""
+END_SECONDS = 10.0
+"""How long ranks may take to end in order when they must; then they are killed."""
+
+_PR_SET_PDEATHSIG = 1
+
+Work = Callable[..., int]
+"""(rank, port, *arguments) -> exit code. Can be pickled by name."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt it passes through everything."""
+
+
+class RankHangsError(RuntimeError):
+    """A rank waited too long for another one."""
+
+
+def run_ranks(ranks: int, seconds: float, limit: str, work: Work, *arguments: Any) -> int:
+    """Call `work` for every rank: a single one in this process, several in processes of their own. The exit code.
+
+    `seconds` (from the configuration's key `limit`) is how long a rank may keep the others waiting. Ranks explain
+    their own errors; what ends a rank without a word is said here.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    if ranks == 1:
+        return work(0, port, *arguments)
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_rank_process, args=(rank, port, os.getpid(), work, arguments)) for rank in range(ranks)
+    ]
+    with raises_terminated():
+        try:
+            for process in processes:
+                process.start()
+            return _wait_for(processes, seconds, limit)
+        except KeyboardInterrupt:
+            print("rlkit: interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except Terminated:
+            print("rlkit: ended by SIGTERM", file=sys.stderr)
+            return TERMINATED
+        finally:
+            _end(processes)
+
+
+def join_ranks(rank: int, ranks: int, port: int, device: str, threads: int, seed: int, seconds: float) -> None:
+    """In a rank's process: take its GPU, seed torch, meet the others. Imports torch and DeepSpeed."""
+    if device == "cuda" and ranks > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(str(i) for i in range(ranks)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank]
+    import torch
+    import torch.distributed as dist
+
+    from rlkit.learner.engine import init_process_group
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    if dist.is_initialized():  # the tests' process runs several trainings
+        return
+    if ranks > 1:  # DeepSpeed makes groups of its own, and would leave them torch's time-out
+        dist.new_group = functools.partial(dist.new_group, timeout=timedelta(seconds=seconds))
+    init_process_group(rank, ranks, "127.0.0.1", port, device, seconds)
+
+
+@contextmanager
+def naming_a_hang(rank: int, ranks: int, seconds: float, limit: str) -> Iterator[None]:
+    """Turns the time-out of a collective operation into RankHangsError. (NCCL ends the process instead.)"""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks == 1 or "timed out" not in str(error).lower():
+            raise
+        raise RankHangsError(
+            f"rank {rank} waited more than {limit}={seconds:g} s for another rank, which hangs or is far behind: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+@contextmanager
+def raises_terminated() -> Iterator[None]:
+    """SIGTERM raises Terminated in the body."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _rank_process(rank: int, port: int, parent: int, work: Work, arguments: Sequence[Any]) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends its ranks
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(FAILED)
+    code = work(rank, port, *arguments)
+    if code:  # without an orderly end, in which threads of a broken group would abort the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(0)
+
+
+def _wait_for(processes: Sequence[BaseProcess], seconds: float, limit: str) -> int:
+    """Returns 0 when all have ended well, or an exit code when one has not."""
+    running = {process.sentinel: rank for rank, process in enumerate(processes)}
+    first_end: float | None = None
+    while running:
+        for sentinel in wait(list(running), timeout=LOOK_SECONDS):
+            rank = running.pop(sentinel)  # type: ignore[arg-type]
+            processes[rank].join()
+            code = processes[rank].exitcode or 0
+            if code < 0:
+                print(f"rlkit: rank {rank} was ended by {signal.Signals(-code).name}; the others end", file=sys.stderr)
+                return FAILED
+            if code:
+                return code
+            first_end = first_end or time.monotonic()
+        if first_end is not None and running and time.monotonic() - first_end > seconds:
+            late = ", ".join(str(rank) for rank in running.values())
+            print(
+                f"rlkit: rank {late} has not ended {seconds:g} s ({limit}) after the first one did; it is ended",
+                file=sys.stderr,
+            )
+            return FAILED
+    return 0
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    begun = [process for process in processes if process.pid is not None]
+    for process in begun:
+        process.terminate()
+    end = time.monotonic() + END_SECONDS
+    for process in begun:
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
+        process.join()
