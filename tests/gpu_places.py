@@ -82,7 +82,7 @@ async def places(overrides: list[str]) -> dict[str, list[int]]:
         kinds = {
             "learner": (config.learner.ranks, shares.learner),
             "critic": (critics, shares.critic),
-            "reward": (rewards, shares.rewards / rewards),
+            "reward": (rewards, shares.reward_worker(rewards)),
         }
         for kind, (count, gpus) in kinds.items():
             for i in range(count):

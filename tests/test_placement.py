@@ -19,9 +19,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from ray_fixture import ray_session  # noqa: F401
 from run_fixture import Run
 from submit_fixture import free_port
+from wide_engine import CANARY, write_plugin
 
 from rlkit.cluster.placement import BUNDLES, Bundle, NoRoomError, on_one_node, plan_bundles, reserve
 from rlkit.config.load import load_config
@@ -130,6 +132,33 @@ def test_real_actors_get_the_gpus_they_are_meant_for() -> None:
             assert len(gpus[name]) == len(numbers)
             for gpu, number in zip(gpus[name], numbers, strict=True):
                 assert of_rank.get(number, [gpu]) == [gpu], (case, name, gpus)
+
+
+@pytest.mark.slow
+def test_vllm_starts_an_engine_over_two_places_and_again_when_it_died(tmp_path: Path) -> None:
+    """The real vLLM, its Ray executor and our receiver in its workers; only what Ray calls a GPU is a CPU."""
+    from transformers import AutoModelForCausalLM
+
+    from rlkit.embedded import model_folder
+
+    script = Path(__file__).with_name("wide_engine.py")
+    write_plugin(tmp_path / "plugin")
+    path = [str(tmp_path / "plugin"), str(script.parents[1]), str(script.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(script), "gloo", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(model_folder("embedded:policy"), dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([CANARY])).logits[0, :-1].log_softmax(-1)
+    wanted = [float(row[token]) for row, token in zip(logprobs, CANARY[1:], strict=True)]
+    for found in json.loads(done.stdout.splitlines()[-1]):
+        assert found == pytest.approx(wanted, abs=1e-3)
 
 
 @pytest.mark.ray
