@@ -179,7 +179,7 @@ async def _start(
     seconds = config.trainer.startup_timeout_seconds
     context = RewardContext(
         device=config.cluster.device,
-        gpus=gpu_shares(config).reward_worker(resolved.reward_config.workers),
+        gpus=gpu_shares(config).rewards / resolved.reward_config.workers,
         seed=config.seed,
         threads=config.cluster.threads_per_actor,
     )

@@ -57,7 +57,7 @@ class Engine:
         assert own_gpus() == []
         group = get_current_placement_group()
         assert all(bundle.get("GPU", 0) <= 1 for bundle in group.bundle_specs)  # more is refused by vLLM
-        for index in os.environ["VLLM_RAY_BUNDLE_INDICES"].split(","):
+        for index in [] if self.workers else os.environ["VLLM_RAY_BUNDLE_INDICES"].split(","):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=int(index))
             share = float(os.environ["VLLM_RAY_PER_WORKER_GPUS"])
             options = {"num_cpus": 0, "num_gpus": share, "scheduling_strategy": strategy}
@@ -82,7 +82,7 @@ async def places(overrides: list[str]) -> dict[str, list[int]]:
         kinds = {
             "learner": (config.learner.ranks, shares.learner),
             "critic": (critics, shares.critic),
-            "reward": (rewards, shares.reward_worker(rewards)),
+            "reward": (rewards, shares.rewards / rewards),
         }
         for kind, (count, gpus) in kinds.items():
             for i in range(count):

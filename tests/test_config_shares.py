@@ -70,13 +70,6 @@ def test_every_gpu_of_an_engine_and_every_rank_has_a_place(
     assert gpu_shares(config).engine == 0.5  # on each of its GPUs
 
 
-@pytest.mark.parametrize("workers", range(1, 12))
-def test_reward_workers_fit_into_what_is_left_as_ray_counts_it(workers: int) -> None:
-    units = round(GpuShares(0.5, 0.3, 0.1, 0.1).reward_worker(workers) * 10_000)
-    assert 0 < units * workers <= 1000
-    assert GpuShares(1.0, 1.0, 1.0, 1.0).reward_worker(workers) == pytest.approx(1 / workers, abs=1e-4)
-
-
 def test_apart_means_whole_gpus(tmp_path: Path) -> None:
     apart = shares(tmp_path, "cluster=single_gpu", "cluster.placement=apart", "rollout.tensor_parallel_size=4")
     assert apart == GpuShares(4.0, 1.0, 1.0, 1.0)

@@ -57,7 +57,7 @@ def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -
     counts = {"learner": config.learner.ranks, "critic": critic_ranks, "reward": reward_workers}
     if config.cluster.placement == "apart":
         shares = gpu_shares(config)
-        gpus = {"learner": shares.learner, "critic": shares.critic, "reward": shares.reward_worker(reward_workers)}
+        gpus = {"learner": shares.learner, "critic": shares.critic, "reward": round(shares.rewards / reward_workers, 6)}
         engines = [Bundle((f"rollout-{i}",), shares.engine) for i in range(config.rollout.workers)]
         return engines + [Bundle((f"{kind}-{i}",), gpus[kind]) for kind, count in counts.items() for i in range(count)]
     width = config.rollout.tensor_parallel_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from rlkit.config.parts import import_part
@@ -19,10 +18,6 @@ class GpuShares:
     critic: float
     rewards: float
     """Of all reward workers together; 0 for a reward that loads no model here (a program, a server's client)."""
-
-    def reward_worker(self, workers: int) -> float:
-        """Of one of so many, rounded down: Ray counts ten-thousandths, and rounds up what would then not fit."""
-        return math.floor(self.rewards / workers * 10_000 + 1e-6) / 10_000
 
 
 def gpu_shares(config: RunConfig) -> GpuShares:

@@ -43,7 +43,7 @@ def demands(run: ResolvedRun) -> list[Demand]:
         Demand("vLLM engine", config.rollout.workers, threads, gpus.engine),
         Demand("learner rank", config.learner.ranks, threads, gpus.learner),
         Demand("critic rank", critics, threads, gpus.critic),
-        Demand("reward worker", workers, 1, gpus.reward_worker(workers)),
+        Demand("reward worker", workers, 1, gpus.rewards / workers),
     ]
     if shares_gpus(config.cluster):
         engines, width = config.rollout.workers, config.rollout.tensor_parallel_size
