@@ -20,7 +20,6 @@ from rlkit.config.load import load_config
 from rlkit.config.shares import gpu_shares
 from rlkit.rollout import pool
 
-
 SECONDS = 200.0
 
 
