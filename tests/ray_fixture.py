@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from rlkit.cluster.janitor import TOKEN, janitor
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,13 +24,18 @@ def ray_session() -> Iterator[None]:
         yield
         return
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
-    )
-    yield
+    token, folder = uuid.uuid4().hex, Path(tempfile.mkdtemp(prefix="rlkit-", dir="/tmp"))
+    os.environ[TOKEN] = token
+    with janitor(token, folder, folder / "logs"):
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
+            _temp_dir=str(folder / "ray"),
+        )
+        yield
     ray.shutdown()
+    os.environ.pop(TOKEN, None)

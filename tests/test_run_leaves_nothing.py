@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from run_fixture import Run
+
+import rlkit.cluster.janitor
+import rlkit.run
+from rlkit.cluster.janitor import TOKEN
 
 ENDLESS = "trainer.total_steps=1000"
 Start = Callable[..., Run]
@@ -35,16 +43,16 @@ def actor(run: Run, kind: str) -> psutil.Process:
 
 
 def traces(run: Run) -> set[Path]:
-    """Ray's session folder, and the files in /dev/shm that processes of the run have mapped (if they have a name)."""
+    """The folder of Ray and temporary files; files in /dev/shm that processes have mapped and that have a name."""
     found = set()
     for process in run.processes():
         try:
-            sessions = re.findall(r"/tmp/ray/session_[\w-]+", " ".join(process.cmdline()))
+            sessions = re.findall(r"/tmp/rlkit-\w+(?=/ray/session_)", " ".join(process.cmdline()))
             maps = Path(f"/proc/{process.pid}/maps").read_text()
         except (OSError, psutil.NoSuchProcess):
             continue
         found |= {Path(path) for path in (*sessions, *re.findall(r"(/dev/shm/\S+)$", maps, re.MULTILINE))}
-    assert any(path.parent == Path("/tmp/ray") for path in found)
+    assert any(path.parent == Path("/tmp") for path in found)
     return found
 
 
@@ -78,6 +86,60 @@ def test_nothing_is_left_after(end: str, start: Start) -> None:
     assert left_of(paths, 20) == []
     logs = list((run.folder / "logs").glob("ray/*"))
     assert bool(logs) == (end in ("a failure", "kill -9")), "Ray's own logs are kept where they may say why"
+
+
+@pytest.mark.slow
+def test_nothing_is_left_after_a_kill_while_ray_starts(start: Start) -> None:
+    run = start(ENDLESS)
+    run.wait_until(lambda: any("gcs_server" in process.name() for process in run.processes()))
+    (driver,) = [process for process in run.processes() if process.pid == run.process.pid]
+    folders = {Path(value) for process in run.processes() if (value := process.environ().get("TMPDIR", ""))}
+    assert folders and all(folder.name.startswith("rlkit-") for folder in folders)
+    driver.kill()
+    assert run.end(30) == -9
+    assert run.left_after(30) == []
+    assert left_of(folders, 20) == []
+
+
+def test_the_janitor_outwaits_the_end_of_a_run() -> None:
+    assert rlkit.cluster.janitor.SECONDS > 2 * rlkit.run.END_SECONDS
+
+
+def test_the_janitor_removes_what_killed_processes_leave_and_nothing_else(tmp_path: Path) -> None:
+    """A process of the run that made a semaphore and shared memory, and one of somebody else."""
+    token, folder = uuid.uuid4().hex, tmp_path / "rlkit-x"
+    (folder / "ray" / "session_1_2" / "logs").mkdir(parents=True)
+    program = (
+        "import multiprocessing, os, time; from multiprocessing import shared_memory, resource_tracker\n"
+        "lock = multiprocessing.get_context('spawn').Lock()\n"
+        "memory = shared_memory.SharedMemory(create=True, size=100)\n"
+        "print(resource_tracker._resource_tracker._pid, memory.name, 'sem.' + lock._semlock.name[1:], flush=True)\n"
+        "time.sleep(100)"
+    )
+    processes, made = [], []
+    for environment in ({TOKEN: token}, {}):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
+        assert process.stdout is not None
+        tracker, *names = process.stdout.readline().split()
+        made.append({Path("/dev/shm") / name for name in names})
+        assert len(made[-1]) == 2 and all(path.exists() for path in made[-1])
+        processes += [psutil.Process(process.pid), psutil.Process(int(tracker))]
+    try:
+        with rlkit.cluster.janitor.janitor(token, folder, tmp_path / "logs"):
+            pass
+        time.sleep(1)
+        for process in (processes[1], processes[0]):  # as Ray does: the tracker cannot clear away
+            process.kill()
+        assert left_of({*made[0], folder}, 20) == []
+        assert all(path.exists() for path in made[1])
+    finally:
+        for process in processes:
+            if process.is_running():
+                process.kill()
+        for path in set().union(*made):
+            path.unlink(missing_ok=True)
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
-"""Runs beside a driver that started a Ray of its own and clears away what is left of it, however the driver ended.
+"""Runs beside a driver that starts a Ray of its own and clears away what is left of it, however the driver ended.
 
-Ray leaves its session folder in any case; killed processes leave semaphores in /dev/shm. Started by its path, with
-Python's standard library alone: `janitor.py TOKEN SESSION LOGS`. Its standard input ends with the driver.
+Ray leaves its session's folder in any case; killed processes leave temporary files, and semaphores and shared memory
+in /dev/shm. Started by its path, before Ray, with Python's standard library alone: `janitor.py TOKEN FOLDER LOGS`. Its
+standard input ends with the driver.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,21 +20,37 @@ from pathlib import Path
 
 TOKEN = "RLKIT_RUN_TOKEN"
 """Variable in the environment of every process of a run; semaphores are named after its value, too."""
-SECONDS = 60.0
-"""How long the run's processes may take to be gone (Ray's reaper ends them); after that nothing is removed."""
-ORDERLY = b"orderly"
+SECONDS = 300.0
+"""How long the run's processes may take to be gone; after that nothing is removed.
+
+It counts from before Ray is shut down, so it is more than twice END_SECONDS of rlkit/run.py: a driver that hangs there
+ends itself, and Ray's reaper ends the rest.
+"""
+ORPHANS_SECONDS = 5.0
+"""How long the processes of a driver that was killed may take; then they are killed.
+
+Ray's agents would try for a minute to tell a Ray that is dead, too.
+"""
+ORDERLY, FAILED = b"orderly", b"failed"
+_LEFT = re.compile(r"sem\.mp-|psm_|torch_|nccl-")
+"""How names of semaphores and shared memory of Python, torch and NCCL begin."""
+_MAPPED = re.compile(r"^(?:\S+ +){4}(\d+) +/dev/shm/", re.MULTILINE)
+"""The inode of a file that a process has mapped. (The name there is that at its creation; a semaphore loses it.)"""
 
 
 @contextlib.contextmanager
-def janitor(token: str, session: str, logs: Path) -> Iterator[None]:
-    """Clears away after the body or the death of this process; Ray's own logs go to `logs` after an error or a kill."""
-    command = [sys.executable, "-I", "-S", __file__, token, session, str(logs.absolute())]
+def janitor(token: str, folder: Path, logs: Path) -> Iterator[None]:
+    """Clears away after the body or the death of this process: `folder` holds Ray's session and temporary files.
+
+    Ray's own logs go to `logs` after an error or a kill.
+    """
+    command = [sys.executable, "-I", "-S", __file__, token, str(folder), str(logs.absolute())]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env={}, start_new_session=True)
     assert process.stdin is not None
     try:
         yield
     except Exception:
-        said = b""
+        said = FAILED
         raise
     except BaseException:  # Ctrl-C, SIGTERM
         said = ORDERLY
@@ -45,25 +64,30 @@ def janitor(token: str, session: str, logs: Path) -> Iterator[None]:
         # Not waited for: it ends after the last process of the run, a few seconds later.
 
 
-def _clear_away(token: str, session: Path, logs: Path) -> None:
-    orderly = sys.stdin.buffer.read() == ORDERLY
-    end = time.monotonic() + SECONDS
-    while (left := _processes(token)) and time.monotonic() < end:
+def _clear_away(token: str, folder: Path, logs: Path) -> None:
+    said = sys.stdin.buffer.read()
+    began = time.monotonic()
+    shared: set[Path] = set()
+    while (left := _processes(token)) and time.monotonic() < began + SECONDS:
+        shared |= _shared_by(left)
+        if not said and time.monotonic() > began + ORPHANS_SECONDS:
+            for process in left:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, signal.SIGKILL)
         time.sleep(0.2)
     if left:
-        sys.exit(f"rlkit: {session} stays, because processes of the run are alive after {SECONDS:g} s: {left}")
-    for semaphore in Path("/dev/shm").glob(f"sem.rlkit-{token}-*"):
-        semaphore.unlink(missing_ok=True)
-    if not orderly and logs.parent.is_dir() and (session / "logs").is_dir():
-        shutil.copytree(session / "logs", logs, symlinks=True, dirs_exist_ok=True)
-    latest = session.parent / "session_latest"
-    if latest.is_symlink() and latest.readlink() == session:
-        latest.unlink()
-    shutil.rmtree(session)
+        sys.exit(f"rlkit: {folder} stays, because processes of the run are alive after {SECONDS:g} s: {left}")
+    for file in (*Path("/dev/shm").glob(f"sem.rlkit-{token}-*"), *shared):
+        file.unlink(missing_ok=True)
+    if said != ORDERLY and logs.parent.is_dir():
+        for session in folder.glob("ray/session_*_*/logs"):
+            shutil.copytree(session, logs, symlinks=True, dirs_exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # somebody removed it
+        shutil.rmtree(folder)
 
 
 def _processes(token: str) -> list[int]:
-    """Processes of the run on this machine."""
+    """Processes of the run on this machine, without the driver."""
     mark, found = f"{TOKEN}={token}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -73,6 +97,15 @@ def _processes(token: str) -> list[int]:
         if alive and int(folder.name) != os.getpid():
             found.append(int(folder.name))
     return found
+
+
+def _shared_by(processes: list[int]) -> set[Path]:
+    """Files in /dev/shm that these processes would leave behind if they were killed now."""
+    mapped: set[int] = set()
+    for process in processes:
+        with contextlib.suppress(OSError):  # it has ended
+            mapped.update(map(int, _MAPPED.findall(Path(f"/proc/{process}/maps").read_text())))
+    return {Path(file.path) for file in os.scandir("/dev/shm") if _LEFT.match(file.name) and file.inode() in mapped}
 
 
 if __name__ == "__main__":

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlkit.cluster.janitor import TOKEN, janitor
 from rlkit.config.schema import ClusterConfig
 
 CONNECT_SECONDS = 10.0
+LONGEST_BASE = 24
+"""Characters of a folder for temporary folders: below them lie sockets, whose names may have 107 in all."""
 
 
 @contextmanager
@@ -21,34 +25,58 @@ def ray_session(config: ClusterConfig, logs: Path) -> Iterator[None]:
     """Join the Ray at `cluster.address` (or the one this Ray job runs in), else start one; leave it at the end.
 
     A Ray of one's own listens on the loopback interface only, has no dashboard, and ends with the context; if this
-    process is killed, Ray's own reaper ends it. Its session folder is removed; what Ray logged is copied to the folder
-    `logs` if the context does not end well.
+    process is killed, Ray's own reaper ends it. Its session and the temporary files of its processes are in a folder
+    that is removed; what Ray logged is copied to the folder `logs` if the context does not end well.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the device variables as set
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     address = config.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _refuse_silence(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        clearing: AbstractContextManager[None] = nullcontext()
-    else:
-        os.environ[TOKEN] = token = uuid.uuid4().hex
-        context = ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=int(config.object_store_gib * 2**30),
-            _node_ip_address="127.0.0.1",
-        )
-        clearing = janitor(token, context.address_info["session_dir"], logs)
+    with contextlib.ExitStack() as stack:
+        if address:
+            _refuse_silence(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            stack.callback(ray.shutdown)
+        else:
+            token, folder = uuid.uuid4().hex, _temporary_folder()
+            stack.enter_context(_environment(**{TOKEN: token, "TMPDIR": str(folder)}))
+            stack.callback(ray.shutdown)
+            stack.enter_context(janitor(token, folder, logs))
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                object_store_memory=int(config.object_store_gib * 2**30),
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder / "ray"),  # which Ray makes writable for everybody, as `folder` is not
+            )
+        yield
+
+
+def _temporary_folder() -> Path:
+    """A new one for a run's processes, where Ray itself would put its own."""
+    base = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    # Compiled kernels stay for the next run.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{base}/torchinductor_{os.getuid()}")
+    if len(base) > LONGEST_BASE:
+        base = "/tmp"
+    return Path(tempfile.mkdtemp(prefix="rlkit-", dir=base))
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """These variables, in the body."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
-        with clearing:
-            yield
+        yield
     finally:
-        ray.shutdown()
-        os.environ.pop(TOKEN, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _refuse_silence(address: str) -> None:
