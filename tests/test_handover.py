@@ -294,9 +294,7 @@ def test_an_engine_that_fails_during_a_transfer_ends_the_run_at_once_with_the_ca
         version = await version_of(handover)
         await handover.rollout.workers[1].break_transfer.remote("update_weights")
         began = time.monotonic()
-        said = (
-            r"rollout worker 1 failed while .* sending it weights.*: MemoryError: no room for update_weights\. Its"
-        )
+        said = r"rollout worker 1 failed while .* sending it weights.*: MemoryError: no room for update_weights\. Its"
         with pytest.raises(WeightsNotLoadedError, match=said):
             await handover.publish(version)
         return time.monotonic() - began
