@@ -61,21 +61,22 @@ class Trainer:
             await self.publish()
         if not self.version:
             await self.evaluate(0)
-        producing = asyncio.create_task(self.producer.run())
+        producing, watching = asyncio.create_task(self.producer.run()), asyncio.create_task(self.learner.watch())
         training_began, first = time.monotonic(), self.version + 1
         try:
             for step in range(first, trainer.total_steps + 1):
                 async with self.deadline(f"step {step}", "groups, update and new weights"):
-                    await self.step(step, producing)
+                    await until(self.step(step, producing), watching)
                 last = step == trainer.total_steps
                 if last or (trainer.evaluate_every_steps and step % trainer.evaluate_every_steps == 0):
-                    await self.evaluate(step)
+                    await until(self.evaluate(step), watching)
                 if last or (trainer.save_every_steps and step % trainer.save_every_steps == 0):
                     await self.save(step)
         finally:
-            producing.cancel()
+            for task in (producing, watching):
+                task.cancel()
             async with self.deadline("the end of the training", "the producer to stop"):
-                await asyncio.gather(producing, return_exceptions=True)
+                await asyncio.gather(producing, watching, return_exceptions=True)
         return summary(
             steps=trainer.total_steps,
             accuracies=self.accuracies,

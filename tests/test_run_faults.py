@@ -84,3 +84,16 @@ def test_what_cannot_be_replaced_ends_the_run_within_a_minute_and_it_resumes(
     assert again.end() == 0, again.text
     steps = [record["step"] for record in again.records() if record["kind"] == "step"]
     assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_a_learner_that_dies_while_the_samplers_work_ends_the_run_at_once(start: Callable[..., Run]) -> None:
+    run = start("idle")
+    run.wait_for_steps(2)
+    (sampler,), (learner,) = actors(run, "RolloutWorker"), actors(run, "LearnerWorker")
+    sampler.suspend()  # sampling takes as long as one likes
+    time.sleep(5)
+    learner.kill()
+    assert run.end(60) == 1, run.text
+    assert "LearnerWorker" in run.text.partition("\nrlkit: ")[2], run.text
+    assert run.left_after(15) == []

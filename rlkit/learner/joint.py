@@ -64,6 +64,10 @@ class JointLearner:
         """The reverse of offload."""
         await asyncio.gather(*(part.reload() for part in self._parts().values()))
 
+    async def watch(self) -> None:
+        """Raises RayActorError soon after a rank dies."""
+        await asyncio.gather(*(part.watch() for part in self._parts().values()))
+
     def _parts(self) -> dict[str, RankGroup]:
         return {"learner": self.policy, **({"critic": self.critic} if self.critic is not None else {})}
 

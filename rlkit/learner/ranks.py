@@ -7,13 +7,16 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from algorithms.base import Algorithm
 from rlkit.cluster.placement import Place
 from rlkit.config.schema import LearnerConfig, RunConfig
 from rlkit.config.sharing import offloads
 from rlkit.waiting import waiting
+
+WATCH_SECONDS = 5.0
+"""Between two looks at whether all ranks are alive."""
 
 
 class Trained(Protocol):
@@ -38,6 +41,10 @@ class Rank(ABC):
 
         actor_logging(Path(log_path))
         self.rank, self.config, self.model_path, self.algorithm = rank, config, model_path, algorithm
+
+    def alive(self) -> bool:
+        """Whether it answers: it does when nothing else is asked of it."""
+        return True
 
     def address(self) -> tuple[str, int]:
         """Host and a free port for the ranks to meet at (asked of rank 0)."""
@@ -171,6 +178,12 @@ class RankGroup:
         if self.offloaded:
             await self.call("reload")
             self.offloaded = False
+
+    async def watch(self) -> NoReturn:
+        """Raises RayActorError soon after a rank dies, also while nobody asks anything of it."""
+        while True:
+            await asyncio.gather(*(rank.alive.remote() for rank in self.ranks))  # a busy rank answers later
+            await asyncio.sleep(WATCH_SECONDS)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a method on every rank; rank 0's result. Arguments may be object references."""

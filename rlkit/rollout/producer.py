@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 from rlkit.data.order import PromptOrder
 from rlkit.experience import Prompt
@@ -16,6 +16,8 @@ from rlkit.rollout.worker import GroupRequest
 from rlkit.serving.pool import RewardPool
 from rlkit.serving.results import ScoreReport
 from rlkit.waiting import waiting
+
+T = TypeVar("T")
 
 
 class Producer:
@@ -114,16 +116,16 @@ class Producer:
         return self._generated_at
 
 
-async def until(work: Any, background: asyncio.Task[None]) -> Any:
-    """The result of `work`, unless the background task fails first: then its error, out of its exception group."""
+async def until(work: Awaitable[T], *background: asyncio.Task[None]) -> T:
+    """The result of `work`, unless a background task fails first: then its error, out of its exception group."""
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({task, background}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, *background}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
     finally:
         task.cancel()
-    error = background.exception()
+    error = next(each.exception() for each in background if each.done())
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    raise error or RuntimeError("the producer ended although it should not")
+    raise error or RuntimeError("a background task ended although it should not")
