@@ -342,7 +342,8 @@ def test_measures_of_a_trained_discriminator(process_group: None) -> None:
     learner = PolarLearner(EMBEDDED / "polar", LearnerConfig(), device="cpu", total_steps=1, limits=limits)
     found = measure(learner, asked, ["careful", "careless"])
     assert found["right_versus_wrong_accuracy"] > 0.95
-    assert found["pearson"] > 0.7 and found["spearman"] > 0.7
+    # Over all prompts together, whose scores have no common zero.
+    assert found["pearson"] > 0.5 and found["spearman"] > 0.5
     assert found["labelled_responses"] == 96
     assert 0.5 < found["same_versus_different_attainable"] < 0.95
     assert found["same_versus_different_accuracy"] > 0.5

@@ -84,7 +84,7 @@ def test_every_failure_is_masked_named_counted_and_the_next_call_works() -> None
     [
         ("start", "cannot start: the model store does not answer"),
         ("update", "failed: the teacher does not answer"),
-        ("hang", "no end within reward.timeout_seconds=1"),
+        ("hang", "waited more than reward.timeout_seconds=1 s for `learn`"),
     ],
 )
 def test_a_rewards_own_timeout_is_not_taken_for_the_pools(where: str, said: str) -> None:
