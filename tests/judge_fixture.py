@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from rewards.base import RewardContext
+from rewards.judge.reward import JudgeReward
+
 RIGHT = ("42", "43", "Canberra", "366")
 """A response that holds one of these is right: the first is the tests', the others are those of the probe."""
 
@@ -150,3 +153,12 @@ class JudgeServer:
         if reply.usage:
             answer["usage"] = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
         return 200, {"Content-Type": "application/json", **reply.headers}, json.dumps(answer).encode()
+
+
+def started(server: JudgeServer, **options: Any) -> JudgeReward:
+    """A reward whose start-up questions are not counted."""
+    options = {"probe": "off", "timeout_seconds": 20.0, **options}
+    reward = JudgeReward(JudgeReward.Config(base_url=server.url, model="judge", **options), RewardContext())
+    reward.start()
+    server.asked.clear()
+    return reward

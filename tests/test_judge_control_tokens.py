@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from judge_fixture import Asked, JudgeServer, Reply, honest
+from judge_fixture import Asked, JudgeServer, Reply, honest, started
 from reward_samples import make_group
-from test_reward_judge import ONE, WRONG, score, started, values
+from test_reward_judge import ONE, WRONG, score, values
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace

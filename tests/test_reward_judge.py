@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_fixture import Asked, JudgeServer, Reply, honest, is_right, verdict
+from judge_fixture import Asked, JudgeServer, Reply, honest, is_right, started, verdict
 from pydantic import ValidationError
 from reward_samples import make_group
 
-from rewards.base import RewardContext
 from rewards.judge.guard import MASTER_KEYS, PHRASES, trivial
 from rewards.judge.modes import opponents
 from rewards.judge.probe import JudgeError
@@ -31,15 +30,6 @@ RIGHT, WRONG, ODD = "6 * 7 = 42\n#### 42", "6 * 7 = 41\n#### 41", "I do not know
 def server() -> Iterator[JudgeServer]:
     with JudgeServer() as server:
         yield server
-
-
-def started(server: JudgeServer, **options: Any) -> JudgeReward:
-    """A reward whose start-up questions are not counted."""
-    options = {"probe": "off", "timeout_seconds": 20.0, **options}
-    reward = JudgeReward(JudgeReward.Config(base_url=server.url, model="judge", **options), RewardContext())
-    reward.start()
-    server.asked.clear()
-    return reward
 
 
 def score(reward: JudgeReward, *texts: str, **options: Any) -> GroupScores:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
-from judge_fixture import Asked, JudgeServer, Reply, honest
+from judge_fixture import Asked, JudgeServer, Reply, honest, started
 from reward_samples import make_group
 
 from rewards.base import RewardContext
@@ -23,14 +22,6 @@ RIGHT, WRONG = "6 * 7 = 42\n#### 42", "6 * 7 = 41\n#### 41"
 def server() -> Iterator[JudgeServer]:
     with JudgeServer() as server:
         yield server
-
-
-def started(server: JudgeServer, **options: Any) -> JudgeReward:
-    options = {"probe": "off", "timeout_seconds": 20.0, **options}
-    reward = JudgeReward(JudgeReward.Config(base_url=server.url, model="judge", **options), RewardContext())
-    reward.start()
-    server.asked.clear()
-    return reward
 
 
 def score(reward: JudgeReward, *texts: str) -> tuple[Score, ...]:

@@ -7,11 +7,12 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from rewards.base import Reward, RewardConfig, RewardNeeds
+from rewards.base import RewardConfig, RewardNeeds
+from rewards.rule.token_reward import TokenReward
 from rlkit.experience import Group, GroupScores, Sample, Score
 
 
-class Length(Reward):
+class Length(TokenReward):
     """1 for a response of `min_tokens` to `max_tokens`; falls to 0 over `slope_tokens` on either side.
 
     value = clip(1 - (tokens outside) / slope_tokens, 0, 1). Equal bounds make a target length.
@@ -35,16 +36,6 @@ class Length(Reward):
                 raise ValueError(f"reward.max_tokens={self.max_tokens} is below reward.min_tokens={self.min_tokens}")
             return self
 
-    @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: it counts."""
-        return False
-
-    @classmethod
-    def judges_texts(cls, config: Any) -> bool:
-        """No: it counts tokens."""
-        return False
-
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Component `length`: the value; the trace says the number of tokens."""
         return [
@@ -60,7 +51,7 @@ class Length(Reward):
         return Score(value, components={"length": value}, trace=f"{tokens} tokens")
 
 
-class GroupLength(Reward):
+class GroupLength(TokenReward):
     """The shortest response of a group gets 1, the longest 0, the others lie between (Kimi k1.5, arXiv 2501.12599).
 
     value = 1 - (tokens - shortest) / (longest - shortest); 0.5 for all if they are equally long. The paper's term is
@@ -71,16 +62,6 @@ class GroupLength(Reward):
     def needs(cls, config: Any) -> RewardNeeds:
         """Another response."""
         return RewardNeeds(samples=2)
-
-    @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: it counts."""
-        return False
-
-    @classmethod
-    def judges_texts(cls, config: Any) -> bool:
-        """No: it counts tokens, and compares within the group."""
-        return False
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Component `length`: the value; the trace says the number of tokens."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import Field
 
-from rewards.base import Reward, RewardConfig
+from rewards.base import RewardConfig
+from rewards.rule.token_reward import TokenReward
 from rlkit.experience import Group, GroupScores, Score
 
 
-class Repetition(Reward):
+class Repetition(TokenReward):
     """1 minus the share of repeated n-grams of tokens: 1 without repetition, near 0 for a loop.
 
     The n-gram penalty of "Demystifying Long Chain-of-Thought" (arXiv 2502.03373) as a term of the outcome: an n-gram
@@ -23,16 +23,6 @@ class Repetition(Reward):
 
         ngram_tokens: int = Field(default=8, ge=1)
         """Tokens in an n-gram. Short ones also count ordinary phrases; a response shorter than this gets 1."""
-
-    @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: it counts."""
-        return False
-
-    @classmethod
-    def judges_texts(cls, config: Any) -> bool:
-        """No: it looks at tokens."""
-        return False
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Component `distinct`: the value; the trace says how many n-grams are repeated."""
