@@ -135,7 +135,7 @@ def survivors(reward: CodeReward, rows: list[Row], codes: list[str], kind: str) 
     """How many solutions could be mutated, and the problems where the mutated one still passes."""
     pairs = [(row, mutant) for row, code in zip(rows, codes, strict=True) if (mutant := mutated(code, kind))]
     scored = judged(reward, [row for row, _ in pairs], [[mutant] for _, mutant in pairs])
-    assert all(score.valid for (score,) in scored)
+    assert [score.reason for (score,) in scored if not score.valid] == []
     return len(pairs), {row["task_id"] for (row, _), (score,) in zip(pairs, scored, strict=True) if score.value == 1}
 
 
