@@ -109,7 +109,10 @@ def supervise(
 
 def _stands_still(process: int) -> bool:
     """Whether a child of ours is stopped, or has ended (and can still be waited for)."""
-    return os.waitid(os.P_PID, process, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    try:
+        return os.waitid(os.P_PID, process, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # somebody else in this process has waited for it
+        return True
 
 
 def _children(process: int) -> list[int]:
