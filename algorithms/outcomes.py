@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from algorithms.advantages import Bool, Float64, Int64
 from algorithms.base import Advantages, Experience
-from algorithms.returns import Masks, Ragged
+from algorithms.functional.advantages import Bool, Float64, Int64
+from algorithms.functional.returns import Masks, Ragged
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from algorithms import kl
 from algorithms.base import Advantages, AlgorithmNeeds, Experience, LossOutput, ValueLossInputs
+from algorithms.functional import kl
+from algorithms.functional.prime import token_rewards
+from algorithms.functional.returns import Ragged, explained_variance, float64, gae, whiten
 from algorithms.outcomes import Outcomes, outcomes, token_advantages
-from algorithms.prime_returns import token_rewards
-from algorithms.returns import Ragged, explained_variance, float64, gae, whiten
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class PPO(SurrogateAlgorithm):
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutput:
         """Half the squared error with clipped values, averaged over tokens."""
-        from algorithms.value_losses import clipped_value_loss
+        from algorithms.functional.losses import clipped_value_loss
 
         rows, clipped = clipped_value_loss(inputs.values, inputs.old_values, inputs.returns, self.config.value_clip)
 

@@ -14,12 +14,11 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from algorithms.advantages import Bool, Float64
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
+from algorithms.functional.advantages import Bool, Float64
+from algorithms.functional.prime import Combined, combine, grpo, normalise, prime_rloo, reinforce
+from algorithms.functional.prm import last_token_share, length_correlation
 from algorithms.outcomes import Outcomes, outcomes, token_advantages
-from algorithms.prime_parity import prime_rloo
-from algorithms.prime_returns import Combined, combine, grpo, normalise, reinforce
-from algorithms.prm_metrics import last_token_share, length_correlation
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 
 

@@ -11,11 +11,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from algorithms import kl
-from algorithms.advantages import group_relative
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
+from algorithms.functional import kl
+from algorithms.functional.advantages import group_relative
+from algorithms.functional.returns import on_last_token, reinforce_plus_plus
 from algorithms.outcomes import outcomes, token_advantages
-from algorithms.returns import on_last_token, reinforce_plus_plus
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 
 

@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from algorithms.advantages import Bool, Float64, against_greedy
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
+from algorithms.functional.advantages import Bool, Float64, against_greedy
+from algorithms.functional.returns import spread
 from algorithms.outcomes import outcomes, token_advantages
-from algorithms.returns import spread
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from algorithms.advantages import leave_one_out
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
+from algorithms.functional.advantages import leave_one_out
+from algorithms.functional.returns import spread
 from algorithms.outcomes import outcomes, token_advantages
-from algorithms.returns import spread
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from algorithms import kl
-from algorithms.advantages import Float64, overlong_penalty
 from algorithms.base import Advantages, Algorithm, AlgorithmConfig, AlgorithmNeeds, Experience, LossInputs, LossOutput
+from algorithms.functional import kl
+from algorithms.functional.advantages import Float64, overlong_penalty
+from algorithms.functional.returns import float64
 from algorithms.outcomes import Outcomes
-from algorithms.returns import float64
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +174,7 @@ class SurrogateAlgorithm(Algorithm):
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Surrogate x correction + KL penalty - entropy bonus."""
-        from algorithms import losses
+        from algorithms.functional import losses
 
         config, tokens = self.config, inputs.denominators.tokens
 
@@ -216,7 +216,7 @@ class SurrogateAlgorithm(Algorithm):
         return LossOutput(loss=loss, sums=sums)
 
     def _surrogate(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-        from algorithms import losses
+        from algorithms.functional import losses
 
         config = self.config
         rows = inputs.logprobs, inputs.old_logprobs, inputs.advantages

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
 
 from benchmarks.controls import write_random_discriminator
-from rlkit.embedded import model_folder
+from rlkit.models.folder import model_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 

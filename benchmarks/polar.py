@@ -90,7 +90,7 @@ def random_model(folder: Path) -> str:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-    from rlkit.embedded import model_folder
+    from rlkit.models.folder import model_folder
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder("embedded:polar"))
     torch.manual_seed(0)
@@ -134,8 +134,8 @@ def groups_of(count: int, samples: int, seed: int) -> list[Any]:
     """Groups of different answers to problems of the embedded task."""
     import numpy as np
 
+    from examples.embedded_models.corpora import careless_solution
     from rlkit.data.arithmetic import ArithmeticConfig, draw_problems, write_solution
-    from rlkit.embedded.careless import careless_solution
     from rlkit.experience import Group, Message, Prompt, Sample
 
     rng = random.Random(seed)
@@ -188,7 +188,7 @@ def bare_vllm(model: str, prefix_cache: bool) -> Callable[[Sequence[Any]], list[
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     from vllm import LLM, PoolingParams
 
-    from rlkit.embedded import model_folder
+    from rlkit.models.folder import model_folder
 
     llm = LLM(
         model=str(model_folder(model)),
@@ -218,7 +218,7 @@ def flat_inputs(groups: Sequence[Any], model: str) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     from rewards.polar.serialise import Limits, Serialiser, prompt_text
-    from rlkit.embedded import model_folder
+    from rlkit.models.folder import model_folder
 
     if model not in _SERIALISERS:
         tokenizer = AutoTokenizer.from_pretrained(model_folder(model), model_max_length=10**9)

@@ -50,7 +50,7 @@ def load(path: Path) -> Work:
 
 def as_fractions(work: Work) -> Work:
     r"""Every last number x after `A:` becomes `\boxed{\frac{3x}{3}}`, as LaTeX; solutions without one keep theirs."""
-    from rewards.rule.math import final_answer, plain_decimal
+    from rewards.verifiers.math import final_answer, plain_decimal
 
     def rewrite(text: str) -> str:
         answer = final_answer(text)
@@ -78,7 +78,7 @@ def bare_pool(cores: int) -> Any:
 def rule_reward(cores: int) -> Any:
     """A started rule reward."""
     from rewards.base import RewardContext
-    from rewards.rule.reward import RuleReward
+    from rewards.verifiers.math import RuleReward
 
     reward = RuleReward(RuleReward.Config(processes=cores, timeout_seconds=1200), RewardContext())
     reward.start()

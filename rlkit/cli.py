@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from rlkit.config.names import did_you_mean
+from rlkit.config.messages import did_you_mean
 
 COMMANDS = {
     "train": ("rlkit.train", "train a policy by reinforcement learning"),
@@ -14,8 +14,7 @@ COMMANDS = {
     "serve": ("rlkit.serve", "serve a reward over HTTP, for `reward=remote` of a run elsewhere"),
     "sft": ("rlkit.sft", "fine-tune a model on reference answers"),
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),
-    "convert-polar": ("rlkit.convert_polar", "convert released POLAR checkpoints, exactly, and back"),
-    "remake-embedded": ("rlkit.remake_embedded", "make the tiny models in the package from nothing"),
+    "convert-polar": ("rewards.polar.convert", "convert released POLAR checkpoints, exactly, and back"),
 }
 """Name -> (module with a `main(arguments) -> int`, what it does)."""
 

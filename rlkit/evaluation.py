@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from rlkit.experience import Group, Prompt
+from rlkit.experience.scores import ScoreReport, check_failures
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.worker import GroupRequest
 from rlkit.serving.pool import RewardPool
-from rlkit.serving.results import ScoreReport, check_failures
 
-VERIFIER: Mapping[str, Any] = {"_target_": "rewards.rule.reward.RuleReward"}
+VERIFIER: Mapping[str, Any] = {"_target_": "rewards.verifiers.math.RuleReward"}
 
 
 @dataclass(frozen=True)

@@ -17,30 +17,38 @@ from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.checkpoint.folder import BadCheckpointError
 from rlkit.checkpoint.resume import ResumePoint
-from rlkit.cluster.placement import NoRoomError, Placement, beside_driver, plan_bundles, released, reserve
+from rlkit.cluster.placement import (
+    NoRoomError,
+    Placement,
+    beside_driver,
+    loads_after,
+    plan_bundles,
+    released,
+    reserve,
+    start_in_order,
+)
 from rlkit.cluster.ray_session import ray_session
-from rlkit.config.resolved import ResolvedRun, config_text
+from rlkit.cluster.waiting import WaitedTooLongError, Watchdog, blocking, waiting
+from rlkit.config.parts import ResolvedRun, config_text
+from rlkit.config.plan import gpu_shares
 from rlkit.config.schema import RunConfig
-from rlkit.config.shares import gpu_shares
 from rlkit.data.base import BadRow, DataError, Split
 from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
-from rlkit.embedded import model_folder
 from rlkit.evaluation import VERIFIER, Evaluator
 from rlkit.experience import Prompt
 from rlkit.experience.buffer import TooManyRejectedError
-from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard
-from rlkit.handover import Handover
+from rlkit.experience.scores import RewardFailed
+from rlkit.metrics import HackingAlarm, TrainingFailedError, UpdateGuard
+from rlkit.models.folder import model_folder
+from rlkit.producer import Producer
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool
-from rlkit.rollout.producer import Producer
-from rlkit.rollout.publication import WeightsNotLoadedError
 from rlkit.serving.pool import RewardPool
-from rlkit.serving.results import RewardFailed
-from rlkit.start_order import loads_after, start_in_order
 from rlkit.tracking.run_folder import RunFolder, RunFolderError
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
-from rlkit.waiting import WaitedTooLongError, Watchdog, blocking, waiting
+from rlkit.weight_sync import Handover
+from rlkit.weights.publication import WeightsNotLoadedError
 
 FAILED = 1
 TERMINATED = 128 + signal.SIGTERM
@@ -172,7 +180,7 @@ async def _start(
     import ray
 
     from rlkit.experience.buffer_actor import BufferActor
-    from rlkit.learner.joint import JointLearner
+    from rlkit.learner.actors import JointLearner
 
     config, algorithm = resolved.config, resolved.make_algorithm()
     model_path, logs = str(model_folder(config.model.path)), folder.logs
@@ -279,7 +287,7 @@ async def _all_ready(starting: dict[str, Any], tracker: Tracker, config: RunConf
 
 def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt], list[Prompt]]:
     """Training prompts, and held-out prompts with answers (empty if the data has none). Raises DataError."""
-    from rlkit.data.prompts import load_tokenizer, render
+    from rlkit.data.rendering import load_tokenizer, render
 
     config = resolved.config
     tokenizer = load_tokenizer(model_folder(config.model.path), config.model.trust_remote_code)

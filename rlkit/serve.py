@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlkit.config.problems import ConfigError, Problem
+from rlkit.config.messages import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from rlkit.serving.http_config import ResolvedServe
+    from rlkit.serving.http.config import ResolvedServe
 
 CONFIG_ERROR = 2
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
-    from rlkit.serving.http_config import load_serve_config
+    from rlkit.serving.http.config import load_serve_config
 
     try:
         resolved = load_serve_config(given)
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("The configuration is valid; nothing was started (dry_run=true).")
             return 0
         with _listening(resolved) as listener:
-            from rlkit.serving.http_run import serve
+            from rlkit.serving.http.app import serve
 
             return asyncio.run(serve(resolved, listener))
     except ConfigError as error:
@@ -66,9 +66,9 @@ def _listening(resolved: ResolvedServe) -> Iterator[socket.socket]:
 def _print_help() -> None:
     from rich.console import Console
 
-    from rlkit.config.fields import all_fields
-    from rlkit.config.reference import print_section
-    from rlkit.serving.http_config import USED, ServeConfig
+    from rlkit.config.help import print_section
+    from rlkit.config.messages import all_fields
+    from rlkit.serving.http.config import USED, ServeConfig
 
     print(__doc__)
     for key, text in USED.items():

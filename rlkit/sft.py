@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlkit.command import FAILED, asks_for_help, exit_code
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError, Problem
-from rlkit.config.resolved import ResolvedRun
+from rlkit.config.command import FAILED, asks_for_help, exit_code
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError, Problem
+from rlkit.config.parts import ResolvedRun
 from rlkit.data.base import DataError
-from rlkit.local_ranks import RankHangsError, join_ranks, naming_a_hang, run_ranks
+from rlkit.reward_training.ranks import RankHangsError, join_ranks, naming_a_hang, run_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,8 +112,8 @@ def _train_rank(rank: int, port: int, resolved: ResolvedRun) -> int:
 
 def train(resolved: ResolvedRun, rank: int = 0) -> dict[str, Any]:
     """Fine-tune as configured, inside an initialised process group; returns the summary that rank 0 writes."""
-    from rlkit.data.prompts import load_tokenizer
-    from rlkit.embedded import model_folder
+    from rlkit.data.rendering import load_tokenizer
+    from rlkit.models.folder import model_folder
     from rlkit.sft_learner import SupervisedLearner
 
     config, started = resolved.config, time.monotonic()
@@ -214,7 +214,7 @@ def make_examples(
 
     The target is the reference and the end-of-sequence token, tokenised apart from the prompt, as a sampler ends it.
     """
-    from rlkit.data.prompts import render
+    from rlkit.data.rendering import render
     from rlkit.sft_learner import Example
 
     prompts, bad = render(problems, tokenizer, max_prompt_tokens, chat_template)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlkit.config.schema import LearnerConfig
 from rlkit.models.packing import Tree, pack
-from rlkit.supervised import SupervisedEngine, load_to_train, save_language_model
+from rlkit.reward_training.engine import SupervisedEngine, load_to_train, save_language_model
 
 
 @dataclass(frozen=True, slots=True)

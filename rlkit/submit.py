@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rlkit.command import asks_for_help, exit_code, split_off_file
-from rlkit.config.names import did_you_mean
-from rlkit.config.problems import ConfigError, Problem
+from rlkit.config.command import asks_for_help, exit_code, split_off_file
+from rlkit.config.messages import ConfigError, Problem, did_you_mean
 
 USAGE = """\
 [bold]python -m rlkit.submit[/] cluster.address=http://HOST:8265 \\[what rlkit.train takes ...] \\[submit.key=value ...]
@@ -70,8 +69,8 @@ def _about_jobs(word: str, rest: list[str]) -> int:
 def _help() -> int:
     from rich.console import Console
 
-    from rlkit.config.fields import all_fields
-    from rlkit.config.reference import print_section
+    from rlkit.config.help import print_section
+    from rlkit.config.messages import all_fields
     from rlkit.jobs.options import SubmitConfig
 
     console = Console()

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from rlkit.checkpoint.resume import ResumePoint, find_resume
-from rlkit.command import asks_for_help, exit_code, split_off_file
-from rlkit.config.load import load_config
-from rlkit.config.resolved import ResolvedRun
+from rlkit.config.command import asks_for_help, exit_code, split_off_file
+from rlkit.config.loading import load_config
+from rlkit.config.parts import ResolvedRun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def _train(arguments: list[str]) -> int:
     if asks_for_help(arguments):
         from rich.console import Console
 
-        from rlkit.config.reference import print_reference
+        from rlkit.config.help import print_reference
 
         print_reference(Console())
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rlkit.command import asks_for_help, exit_code, split_off_file
+from rlkit.config.command import asks_for_help, exit_code, split_off_file
 from rlkit.reward_training.load import load_reward_training
 
 

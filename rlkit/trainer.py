@@ -11,20 +11,19 @@ from typing import Any
 
 from algorithms.base import Advantages, Algorithm, Experience
 from rlkit.checkpoint.checkpointer import Checkpointer
+from rlkit.cluster.waiting import waiting
 from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
-from rlkit.guard import HackingAlarm, UpdateGuard
-from rlkit.handover import Handover
-from rlkit.learner.joint import JointLearner
+from rlkit.experience.scores import check_failures
+from rlkit.learner.actors import JointLearner
+from rlkit.metrics import HackingAlarm, UpdateGuard, rollout_metrics, summary
+from rlkit.producer import Producer, until
 from rlkit.rollout.pool import RolloutPool
-from rlkit.rollout.producer import Producer, until
 from rlkit.serving.pool import RewardPool
-from rlkit.serving.results import check_failures
-from rlkit.step_metrics import rollout_metrics, summary
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
-from rlkit.waiting import waiting
+from rlkit.weight_sync import Handover
 
 
 @dataclass

@@ -16,8 +16,8 @@ from typing import Any
 import ray
 
 from rlkit.cluster.placement import Placement, plan_bundles, released, reserve
-from rlkit.config.load import load_config
-from rlkit.config.shares import gpu_shares
+from rlkit.config.loading import load_config
+from rlkit.config.plan import gpu_shares
 from rlkit.rollout import pool
 
 SECONDS = 200.0

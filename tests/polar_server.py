@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from rlkit.embedded import model_folder
+from rlkit.models.folder import model_folder
 
 START_SECONDS = 240
 Scorer = Callable[[Sequence[Sequence[int]]], list[float]]

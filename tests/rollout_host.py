@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from rlkit.learner.worker import LearnerWorker
+from rlkit.learner.actors import LearnerWorker
 from rlkit.rollout.pool import RolloutPool
-from rlkit.rollout.publication import Published
 from rlkit.rollout.sampler import Request, Response
 from rlkit.rollout.worker import RolloutWorker
+from rlkit.weights.publication import Published
 
 
 async def publish_bundle(pool: RolloutPool, published: Published) -> float:
@@ -22,7 +22,7 @@ async def publish_bundle(pool: RolloutPool, published: Published) -> float:
 
 def damage_next_broadcast() -> None:
     """One bit flips on the way of the next bucket that this process sends to all, or receives, over gloo."""
-    from rlkit.rollout import gloo
+    from rlkit.weights import gloo
 
     real = gloo.broadcast
 

@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from rewards.code.bubblewrap import Bubblewrap
-from rewards.code.cases import Tests
-from rewards.code.isolation import Limits, Run
-from rewards.code.judge import Judge, Verdict
+from rewards.code.judge import Judge, Tests, Verdict
+from rewards.services.sandbox.bubblewrap import Bubblewrap
+from rewards.services.sandbox.isolation import Limits, Run
 
 LIMITS = Limits(wall_seconds=30.0, cpu_seconds=4, memory_mib=512, processes=8, file_mib=4, output_kib=256)
 

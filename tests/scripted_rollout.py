@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from rlkit.rollout.sampler import Request, Response
-from rlkit.rollout.weights import WeightBundle
 from rlkit.rollout.worker import RolloutWorker
+from rlkit.weights.bundle import WeightBundle
 
 HOLD_SECONDS = 30.0
 

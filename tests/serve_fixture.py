@@ -14,8 +14,8 @@ import httpx
 import psutil
 from reward_samples import make_group
 
-from rewards.remote.wire import encode, request_body
 from rlkit.experience import Group
+from rlkit.experience.wire import encode, request_body
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algorithms.advantages import (
+from algorithms.functional.advantages import (
     against_greedy,
     against_reference,
     group_relative,
     leave_one_out,
     overlong_penalty,
 )
-from algorithms.kl import AdaptiveCoefficient, penalised, sequence_penalised, token_kl
-from algorithms.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, spread, whiten
-from algorithms.step_credit import (
+from algorithms.functional.kl import AdaptiveCoefficient, penalised, sequence_penalised, token_kl
+from algorithms.functional.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, spread, whiten
+from algorithms.functional.step_credit import (
     clip_steps,
     delta_steps,
     hard_min_returns,

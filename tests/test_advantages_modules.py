@@ -13,15 +13,15 @@ import pytest
 from learner_fixture import make_groups
 from test_grpo import Rows
 
-from algorithms.advantages import group_relative, leave_one_out
 from algorithms.base import Experience
+from algorithms.functional.advantages import group_relative, leave_one_out
+from algorithms.functional.returns import whiten
 from algorithms.grpo import GRPO
 from algorithms.outcomes import outcomes
 from algorithms.reinforce_pp import ReinforcePP
-from algorithms.returns import whiten
 from algorithms.rloo import RLOO
 from algorithms.surrogate import SurrogateAlgorithm
-from rlkit.config.load import load_config
+from rlkit.config.loading import load_config
 from rlkit.experience import GroupScores, Score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +164,7 @@ def test_a_sample_without_a_trained_token_is_no_part_of_its_group() -> None:
 
 
 def test_refusals_reach_the_command_line(tmp_path: Path) -> None:
-    from rlkit.config.problems import ConfigError
+    from rlkit.config.messages import ConfigError
 
     with pytest.raises(ConfigError, match="kl_in has no effect with kl_coefficient=0"):
         load_config(["algorithm=dr_grpo", "reward=rule", "algorithm.kl_in=reward", f"run_dir={tmp_path / 'run'}"])

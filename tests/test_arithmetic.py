@@ -7,8 +7,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from rlkit.data.arithmetic import STYLES, Arithmetic, ArithmeticConfig, draw_problems, write_solution
-from rlkit.data.arithmetic_situations import SITUATIONS
+from rlkit.data.arithmetic import SITUATIONS, STYLES, Arithmetic, ArithmeticConfig, draw_problems, write_solution
 from rlkit.data.base import DataError
 
 CONFIG = ArithmeticConfig()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from learner_fixture import make_groups
 
+from rlkit.checkpoint.checkpointer import from_json, to_json
 from rlkit.checkpoint.folder import (
     BadCheckpointError,
     open_checkpoint,
@@ -20,10 +21,9 @@ from rlkit.checkpoint.folder import (
     set_aside_after,
     stage,
 )
-from rlkit.checkpoint.records import from_json, to_json
 from rlkit.checkpoint.resume import find_resume
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group, GroupScores, PreferencePair, Score, Span, SpanReward
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError
-from rlkit.config.resolved import ResolvedRun, config_text
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
+from rlkit.config.parts import ResolvedRun, config_text
 
 Load = Callable[..., ResolvedRun]
 Problems = Callable[..., list[str]]

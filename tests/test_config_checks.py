@@ -200,8 +200,11 @@ def test_a_damaged_model_folder_is_refused(bare_model: Path, file: str, content:
     [
         ({"model_path": "/not/there"}, "reward.model_path: no such folder"),
         ({"reference_path": "/not/there"}, "reward.reference_path: no such folder"),
-        ({"outcome": {"_target_": "rewards.rule.reward.RuleRewerd"}}, "did you mean rewards.rule.reward.RuleReward"),
-        ({"outcome": {"_target_": "rewards.rule.reward.RuleReward", "processes": 0}}, "reward.outcome.processes"),
+        (
+            {"outcome": {"_target_": "rewards.verifiers.math.RuleRewerd"}},
+            "did you mean rewards.verifiers.math.RuleReward",
+        ),
+        ({"outcome": {"_target_": "rewards.verifiers.math.RuleReward", "processes": 0}}, "reward.outcome.processes"),
         ({"outcome": {"processes": 1}}, "reward.outcome._target_: must be the dotted path"),
     ],
 )

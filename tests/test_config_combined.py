@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from rewards.polar.reward import PolarReward
-from rewards.rule.reward import RuleReward
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError
-from rlkit.config.resolved import ResolvedRun, config_text
+from rewards.verifiers.math import RuleReward
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
+from rlkit.config.parts import ResolvedRun, config_text
 
 Load = Callable[..., ResolvedRun]
 Problems = Callable[..., list[str]]
@@ -48,7 +48,7 @@ def test_a_list_of_options_is_their_combination(load: Load) -> None:
     assert run.config.reward["_target_"] == COMBINED
     assert run.config.run_dir.name.endswith("_grpo_rule+polar")
     assert list(parts(run)) == ["rule", "polar"]
-    assert parts(run)["rule"]["_target_"] == "rewards.rule.reward.RuleReward"
+    assert parts(run)["rule"]["_target_"] == "rewards.verifiers.math.RuleReward"
     assert parts(run)["polar"]["weight"] == 0.3
     assert parts(run)["polar"]["dtype"] == "float32"
     assert (
@@ -140,7 +140,7 @@ def test_a_file_may_list_options(load: Load, problems: Problems, tmp_path: Path)
 
 def test_a_file_may_spell_a_combination_out(load: Load, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    section = {"_target_": "rewards.rule.reward.RuleReward", "format_weight": 0.2}
+    section = {"_target_": "rewards.verifiers.math.RuleReward", "format_weight": 0.2}
     file.write_text(yaml.safe_dump({"reward": {"_target_": COMBINED, "parts": {"mine": section}, "combine": "min"}}))
     assert parts(load(file=file))["mine"]["format_weight"] == 0.2
 

@@ -8,9 +8,9 @@ import pytest
 
 from rewards.code.reward import CodeReward
 from rewards.remote.reward import RemoteReward
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError
-from rlkit.config.shares import GpuShares, colocated_places, gpu_shares
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
+from rlkit.config.plan import GpuShares, colocated_places, gpu_shares
 
 URLS = "reward.urls=[http://127.0.0.1:30000]"
 ON_GPU = {

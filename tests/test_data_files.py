@@ -296,7 +296,7 @@ def test_hf_errors_name_the_place(tmp_path: Path) -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, rlkit.data.files, rlkit.data.prompts, rlkit.data.order;"
+        "import sys, rlkit.data.files, rlkit.data.rendering, rlkit.data.order;"
         "print(sorted({'torch', 'transformers', 'datasets', 'ray'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

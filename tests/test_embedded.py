@@ -12,15 +12,23 @@ from pathlib import Path
 
 import pytest
 
+from examples.embedded_models import remake as remake_embedded
+from examples.embedded_models.corpora import careless_solution
+from examples.embedded_models.pairs import (
+    RIGHT,
+    WRONG,
+    final_answers,
+    is_right,
+    labelled_triplets,
+    last_line,
+    phrasing,
+    right_answer,
+    wrong_answer,
+)
+from examples.embedded_models.scale import POOL, Variant
 from rewards.polar.serialise import Limits
-from rlkit import remake_embedded
 from rlkit.data.arithmetic import STYLES, ArithmeticConfig, draw_problems, write_solution
-from rlkit.embedded import EMBEDDED, model_folder
-from rlkit.embedded.candidates import RIGHT, WRONG, right_answer, wrong_answer
-from rlkit.embedded.careless import careless_solution
-from rlkit.embedded.judging import is_right
-from rlkit.embedded.pairs import final_answers, labelled_triplets, last_line, phrasing
-from rlkit.embedded.scale import POOL, Variant
+from rlkit.models.folder import EMBEDDED, model_folder
 from rlkit.polar_training.measures import final
 from rlkit.polar_training.pairs import attainable_accuracy, expected_accuracy, policy_triplets
 from rlkit.polar_training.triplets import Triplet, TripletError, read_triplets, write_triplets
@@ -33,7 +41,7 @@ REPORT = json.loads((EMBEDDED / "report.json").read_text())
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from rlkit.data.prompts import load_tokenizer
+    from rlkit.data.rendering import load_tokenizer
 
     return load_tokenizer(model_folder("embedded:policy"))
 
@@ -179,9 +187,9 @@ def test_shipped_files_are_small_and_are_the_reports(name: str) -> None:
 
 
 def test_shipped_policy_has_headroom() -> None:
-    from rlkit.embedded.judging import correctness
-    from rlkit.embedded.sampling import PLAIN
-    from rlkit.embedded.stages import answers_of
+    from examples.embedded_models.pairs import correctness
+    from examples.embedded_models.sampling import PLAIN
+    from examples.embedded_models.stages import answers_of
 
     right = correctness(PROBLEMS, answers_of(EMBEDDED / "policy", PROBLEMS, 8, PLAIN, seed=5))
     assert 0.25 <= right.mean() <= 0.45
@@ -191,9 +199,9 @@ def test_shipped_policy_has_headroom() -> None:
 
 
 def test_shipped_discriminator_knows_right_from_wrong(process_group: None, tmp_path: Path) -> None:
-    from rlkit.embedded.polar_stages import measure_discriminator
-    from rlkit.embedded.sampling import PLAIN
-    from rlkit.embedded.stages import answers_of
+    from examples.embedded_models.polar_stages import measure_discriminator
+    from examples.embedded_models.sampling import PLAIN
+    from examples.embedded_models.stages import answers_of
 
     sampled = answers_of(EMBEDDED / "policy", PROBLEMS, 4, PLAIN, seed=6)
     measured = measure_discriminator(EMBEDDED / "polar", PROBLEMS, sampled, seed=9, work=tmp_path)
@@ -210,8 +218,8 @@ def test_shipped_discriminator_knows_right_from_wrong(process_group: None, tmp_p
 def process_group() -> None:
     import torch.distributed as dist
 
+    from examples.embedded_models.remake import _free_port
     from rlkit.learner.engine import init_process_group
-    from rlkit.remake_embedded import _free_port
 
     if not dist.is_initialized():
         init_process_group(0, 1, "127.0.0.1", _free_port(), "cpu")

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_fixture import make_groups
 
-from algorithms.advantages import group_relative
 from algorithms.base import Denominators, Experience, LossInputs
+from algorithms.functional.advantages import group_relative
+from algorithms.functional.losses import Aggregation, aggregate, clipped_surrogate, k3_divergence
 from algorithms.grpo import GRPO
-from algorithms.losses import Aggregation, aggregate, clipped_surrogate, k3_divergence
 from rlkit.experience import GroupScores, Score
 
 REWARDS = np.array([-0.5703, -11.0304, -6.7070, -2.0059])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlkit.config.schema import TrainerConfig
-from rlkit.guard import HackingAlarm, TrainingFailedError, UpdateGuard
+from rlkit.metrics import HackingAlarm, TrainingFailedError, UpdateGuard
 
 FINE = {"policy/trained_samples": 8.0, "policy/skipped_updates": 0.0, "mismatch/logprob_mean": 1e-6}
 

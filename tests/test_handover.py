@@ -23,13 +23,12 @@ from algorithms.grpo import GRPO
 from rewards.base import RewardContext
 from rlkit.config.schema import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig
 from rlkit.experience import Group, Message, Prompt
-from rlkit.handover import Handover
-from rlkit.learner.joint import JointLearner
-from rlkit.learner.worker import LearnerGroup
+from rlkit.learner.actors import JointLearner, LearnerGroup
 from rlkit.rollout.pool import RolloutPool
-from rlkit.rollout.publication import Published, WeightsNotLoadedError
 from rlkit.rollout.worker import GroupRequest
 from rlkit.serving.pool import RewardPool
+from rlkit.weight_sync import Handover
+from rlkit.weights.publication import Published, WeightsNotLoadedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")
@@ -75,10 +74,10 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Handover]:
     algorithm = GRPO(GRPO.Config(samples_per_prompt=4))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)  # also those that replace dead ones
-        patch.setattr("rlkit.learner.worker.LearnerWorker", OpenRank)
+        patch.setattr("rlkit.learner.actors.LearnerWorker", OpenRank)
         pool = RolloutPool(config, model, logs)
         learner = LearnerGroup(config, model, algorithm, logs)
-        reward = RewardPool({"_target_": "rewards.rule.reward.RuleReward"}, RewardContext(), 60.0)
+        reward = RewardPool({"_target_": "rewards.verifiers.math.RuleReward"}, RewardContext(), 60.0)
         handover = Handover(config, pool, JointLearner(algorithm, learner, None, config.critic), reward, CANARY)
         handover.sleeps = True  # vLLM refuses the option on a CPU, and ignores the calls but for their order
 

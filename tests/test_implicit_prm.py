@@ -10,11 +10,11 @@ import pytest
 from learner_fixture import VOCABULARY, make_groups, write_tiny_model, write_tokenizer
 
 from algorithms.base import Experience
+from algorithms.functional.prime import prime_rloo
+from algorithms.functional.prm import brier, calibration_error
 from algorithms.prime import PRIME
-from algorithms.prime_parity import prime_rloo
-from algorithms.prm_metrics import brier, calibration_error
 from rewards.base import RewardContext
-from rewards.implicit_prm.monitors import before_update
+from rewards.implicit_prm.model import before_update
 from rewards.implicit_prm.reward import ImplicitPRM
 from rlkit.experience import Group, GroupScores, Score
 

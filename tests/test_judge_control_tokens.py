@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from rewards.judge.control_tokens import NOTE, broken_up, harmless
+from rewards.judge.asking import NOTE, broken_up, harmless
 
 FAMILIES = {
     "ChatML, Qwen": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),

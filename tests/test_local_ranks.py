@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlkit.local_ranks import join_ranks, naming_a_hang, run_ranks
+from rlkit.reward_training.ranks import join_ranks, naming_a_hang, run_ranks
 
 ROOT, TESTS = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent
 LIMIT = "rank_timeout_seconds"
@@ -57,7 +57,7 @@ def test_ranks_end_together(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rlkit.local_ranks.END_SECONDS", 2.0)
+    monkeypatch.setattr("rlkit.reward_training.ranks.END_SECONDS", 2.0)
     began = time.monotonic()
     assert run_ranks(2, 2.0, LIMIT, behave, tmp_path, others, last) == code
     assert time.monotonic() - began < 60
@@ -121,7 +121,7 @@ def meet(rank: int, port: int, which: str) -> int:
 def test_a_rank_that_hangs_in_a_collective_operation_ends_all(
     which: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlkit.local_ranks.END_SECONDS", 2.0)
+    monkeypatch.setattr("rlkit.reward_training.ranks.END_SECONDS", 2.0)
     assert run_ranks(2, 3.0, LIMIT, meet, which) == 7
     assert f"RankHangsError: rank 0 waited more than {LIMIT}=3 s for another rank" in capfd.readouterr().err
     assert multiprocessing.active_children() == []

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_grpo import CONSTANT, Rows, aggregate_by_hand, finite_differences
 
-from algorithms import kl
-from algorithms.grpo import GRPO
-from algorithms.losses import (
+from algorithms.functional import kl
+from algorithms.functional.losses import (
     cispo_surrogate,
     clipped_surrogate,
+    clipped_value_loss,
     gspo_surrogate,
     kl_divergence,
     rollout_weights,
     sequence_log_ratio,
 )
-from algorithms.prm_losses import (
+from algorithms.functional.prm import (
     correct_incorrect_pairs,
     cross_entropy,
     dpo,
@@ -34,11 +34,11 @@ from algorithms.prm_losses import (
     nca_pair,
     response_scores,
 )
+from algorithms.functional.returns import explained_variance
+from algorithms.grpo import GRPO
 from algorithms.reinforce_pp import ReinforcePP
-from algorithms.returns import explained_variance
 from algorithms.rloo import RLOO
 from algorithms.surrogate import SurrogateConfig
-from algorithms.value_losses import clipped_value_loss
 
 # -- the whole policy loss, by hand ----------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from submit_fixture import free_port
 from wide_engine import CANARY, write_plugin
 
 from rlkit.cluster.placement import BUNDLES, Bundle, NoRoomError, on_one_node, plan_bundles, reserve
-from rlkit.config.load import load_config
+from rlkit.config.loading import load_config
 from rlkit.config.schema import RunConfig
 from rlkit.rollout.sampler import executor, shared_gpus_environment
 
@@ -139,7 +139,7 @@ def test_vllm_starts_an_engine_over_two_places_and_again_when_it_died(tmp_path: 
     """The real vLLM, its Ray executor and our receiver in its workers; only what Ray calls a GPU is a CPU."""
     from transformers import AutoModelForCausalLM
 
-    from rlkit.embedded import model_folder
+    from rlkit.models.folder import model_folder
 
     script = Path(__file__).with_name("wide_engine.py")
     write_plugin(tmp_path / "plugin")

@@ -18,12 +18,12 @@ from polar_released import UNUSED, internlm2_score, random_tensors, released_che
 from reward_samples import make_group
 
 from rewards.base import RewardContext
+from rewards.polar import convert as convert_polar
 from rewards.polar.backends import DiscriminatorError, check_folder, plain_scores
+from rewards.polar.convert import WeightReader, write_weights
 from rewards.polar.internlm2 import join_wqkv, llama_config, split_wqkv
 from rewards.polar.reward import PolarReward
 from rewards.polar.serialise import Limits, Serialiser
-from rewards.polar.weights import WeightReader, write_weights
-from rlkit import convert_polar
 from rlkit.models.policy import ModelLoadError, load_scorer
 
 CHINA = ("What is the capital of China?", "Beijing.", "Shanghai.")
@@ -122,7 +122,7 @@ def test_a_converted_checkpoint_is_a_reward(converted: Path) -> None:
 
 def test_a_released_folder_is_recognised_and_the_command_is_named(released: tuple[Path, dict[str, Any]]) -> None:
     (message,) = PolarReward.check(PolarReward.Config(model_path=str(released[0])))  # type: ignore[call-arg]
-    assert f"python -m rlkit.convert_polar {released[0]} {released[0]}-llama" in message
+    assert f"python -m rewards.polar.convert {released[0]} {released[0]}-llama" in message
 
 
 def test_tokenizer_and_configuration_suffice_for_a_server(

@@ -19,8 +19,7 @@ from reward_samples import make_group
 from rewards.base import RewardContext
 from rewards.polar.backends import DiscriminatorError, plain_scores
 from rewards.polar.reward import PolarReward
-from rewards.polar.servers import Server, ServerBackend, ServerError, chunks
-from rewards.polar.wire import WIRES, WrongAnswer, last_number
+from rewards.polar.servers import WIRES, Server, ServerBackend, ServerError, WrongAnswer, chunks, last_number
 from rlkit.experience import Group
 from rlkit.models.packing import Tree
 

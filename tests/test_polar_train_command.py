@@ -136,7 +136,7 @@ def test_a_pool_is_sampled_and_learnt_from(tmp_path: Path) -> None:
 def test_a_policy_that_cannot_be_sampled_ends_the_run_with_the_cause(tmp_path: Path, capsys: Any) -> None:
     import shutil
 
-    from rlkit.embedded import EMBEDDED
+    from rlkit.models.folder import EMBEDDED
 
     broken = tmp_path / "broken"
     shutil.copytree(EMBEDDED / "policy", broken)

@@ -321,11 +321,11 @@ def test_measures_of_a_trained_discriminator(process_group: None) -> None:
     """The embedded one, on answers whose quality is known."""
     import random
 
+    from examples.embedded_models.corpora import careless_solution
+    from examples.embedded_models.pairs import is_right
     from rlkit.config.schema import LearnerConfig
     from rlkit.data.arithmetic import ArithmeticConfig, draw_problems, write_solution
-    from rlkit.embedded import EMBEDDED
-    from rlkit.embedded.careless import careless_solution
-    from rlkit.embedded.judging import is_right
+    from rlkit.models.folder import EMBEDDED
     from rlkit.polar_training.learner import PolarLearner
     from rlkit.polar_training.measures import measure
 

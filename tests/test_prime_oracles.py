@@ -40,13 +40,22 @@ from prime_tables import (
     added,
 )
 
-from algorithms import prime_returns as prime
 from algorithms.base import Denominators
-from algorithms.losses import aggregate, clipped_surrogate
-from algorithms.prime_parity import prime_rloo
-from algorithms.prm_losses import cross_entropy, dpo, info_nca, kto, nca, nca_pair, response_scores
-from algorithms.prm_metrics import pair_accuracy, sign_accuracy
-from algorithms.returns import gae, reward_to_go
+from algorithms.functional import prime
+from algorithms.functional.losses import aggregate, clipped_surrogate
+from algorithms.functional.prime import prime_rloo
+from algorithms.functional.prm import (
+    cross_entropy,
+    dpo,
+    info_nca,
+    kto,
+    nca,
+    nca_pair,
+    pair_accuracy,
+    response_scores,
+    sign_accuracy,
+)
+from algorithms.functional.returns import gae, reward_to_go
 
 # -- implicit rewards and the losses that train the model ----------------------------------------------
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlkit.data.base import DataError, Problem
 from rlkit.data.order import PromptOrder
-from rlkit.data.prompts import load_tokenizer, render
+from rlkit.data.rendering import load_tokenizer, render
 from rlkit.experience import Message, Prompt
 
 TEMPLATE = (

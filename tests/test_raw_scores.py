@@ -12,8 +12,8 @@ from learner_fixture import make_groups
 from algorithms.base import Advantages, Algorithm, Experience
 from rewards.base import RewardContext
 from rewards.combined.reward import CombinedReward
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
 from rlkit.experience import Group, GroupScores, Score
 
 RAW = [-0.5703, -11.0304, -6.7070, -2.0059]

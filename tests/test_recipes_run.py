@@ -60,7 +60,11 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
 @pytest.mark.parametrize(
     "options",
     [
-        ("algorithm=ppo", "algorithm.samples_per_prompt=2", "reward.outcome._target_=rewards.rule.reward.RuleReward"),
+        (
+            "algorithm=ppo",
+            "algorithm.samples_per_prompt=2",
+            "reward.outcome._target_=rewards.verifiers.math.RuleReward",
+        ),
         ("algorithm=prime", "reward.reference=policy"),
         ("algorithm=prime", "reward.update=before"),
         ("algorithm=prime", "algorithm.mode=official"),

@@ -12,17 +12,17 @@ from test_advantages_modules import experience
 from test_grpo import Rows
 
 from algorithms.base import Experience
+from algorithms.functional.kl import AdaptiveCoefficient
 from algorithms.grpo import GRPO
-from algorithms.kl import AdaptiveCoefficient
 from algorithms.outcomes import outcomes
 from algorithms.remax import ReMax
 from algorithms.rloo import RLOO
 from algorithms.surrogate import SurrogateAlgorithm
 from rewards.base import RewardContext
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
 from rlkit.experience import Group, GroupScores, PreferencePair, Score
-from rlkit.serving.greedy import with_greedy, without_greedy
+from rlkit.experience.scores import with_greedy, without_greedy
 from rlkit.serving.worker import RewardWorker
 
 
@@ -60,7 +60,7 @@ def test_remax_without_greedy_responses_says_what_is_missing() -> None:
 
 
 def test_the_greedy_response_is_scored_with_the_others_and_kept_apart(tmp_path: Path) -> None:
-    worker = RewardWorker("rewards.rule.reward.RuleReward", {}, RewardContext())
+    worker = RewardWorker("rewards.verifiers.math.RuleReward", {}, RewardContext())
     group = scorable_group()
     (scored, report) = worker.score([group])
     worker.close()

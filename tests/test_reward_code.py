@@ -17,12 +17,19 @@ from reward_samples import make_group
 from sandbox_fixture import need_bubblewrap
 
 from rewards.base import RewardContext
-from rewards.code import layout
-from rewards.code.cases import AssertTests, BadTests, CallTests, InputOutputTests, read_tests
-from rewards.code.compare import same_output, same_value
-from rewards.code.extract import last_python_block
-from rewards.code.inside.wire import decode, encode
+from rewards.code.judge import (
+    AssertTests,
+    BadTests,
+    CallTests,
+    InputOutputTests,
+    last_python_block,
+    read_tests,
+    same_output,
+    same_value,
+)
 from rewards.code.reward import CodeReward
+from rewards.services.sandbox import bubblewrap as layout
+from rewards.services.sandbox.inside.wire import decode, encode
 from rlkit.experience import Group, Score
 
 ASSERTS = ["assert f(1) == 2", "assert f(2) == 3", "assert f(-1) == 0"]

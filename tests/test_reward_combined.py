@@ -11,8 +11,8 @@ import pytest
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.combined.process import averaged_pairs
 from rewards.combined.reward import CombinedReward, PartFailedError
+from rewards.combined.scores import averaged_pairs
 from rlkit.experience import Group, GroupScores, PreferencePair, Score
 
 WORD = {"_target_": "combination_rewards.Word"}

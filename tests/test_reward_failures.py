@@ -14,8 +14,8 @@ from reward_samples import make_group
 
 from rewards.base import RewardContext
 from rlkit.experience import Group, GroupScores, PreferencePair, Score
+from rlkit.experience.scores import RewardFailed, ScoreReport, attach_scores, check_failures
 from rlkit.serving.pool import RewardPool, Scored
-from rlkit.serving.results import RewardFailed, ScoreReport, attach_scores, check_failures
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from reward_samples import make_group
 
 from rewards.base import RewardContext
 from rewards.function.reward import FunctionReward
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
 from rlkit.experience import Group
 
 

@@ -16,11 +16,10 @@ from judge_fixture import Asked, JudgeServer, Reply, honest, is_right, started, 
 from pydantic import ValidationError
 from reward_samples import make_group
 
-from rewards.judge.guard import MASTER_KEYS, PHRASES, trivial
-from rewards.judge.modes import opponents
-from rewards.judge.probe import JudgeError
+from rewards.judge.asking import JudgeError
+from rewards.judge.master_keys import MASTER_KEYS, PHRASES, trivial
+from rewards.judge.prompts import Form, Unparsable, opponents
 from rewards.judge.reward import JudgeReward
-from rewards.judge.verdicts import Form, Unparsable
 from rlkit.experience import GroupScores
 
 RIGHT, WRONG, ODD = "6 * 7 = 42\n#### 42", "6 * 7 = 41\n#### 41", "I do not know."

@@ -16,9 +16,9 @@ import pytest
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.judge.probe import JudgeError
+from rewards.judge.asking import JudgeError
 from rewards.judge.reward import JudgeReward
-from rlkit.embedded import EMBEDDED
+from rlkit.models.folder import EMBEDDED
 
 pytestmark = pytest.mark.slow
 

@@ -20,10 +20,8 @@ from ray_fixture import ray_session  # noqa: F401
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.polar.backends import DiscriminatorError, cut, expanded_tokens, plain_scores
-from rewards.polar.plan import shared_prefix
+from rewards.polar.backends import DiscriminatorError, check_scores, cut, expanded_tokens, plain_scores
 from rewards.polar.reward import PolarReward
-from rewards.polar.selftest import check_scores
 from rewards.polar.serialise import (
     MARKER,
     SEPARATOR,
@@ -31,6 +29,7 @@ from rewards.polar.serialise import (
     SerialisationError,
     Serialiser,
     prompt_text,
+    shared_prefix,
     without_markers,
     without_thinking,
 )

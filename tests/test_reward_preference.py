@@ -16,11 +16,10 @@ from polar_fixture import char_tokenizer
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.preference.folder import ClassifierError
-from rewards.preference.inputs import Encoder, without
+from rewards.preference.inputs import ClassifierError, Encoder, without
 from rewards.preference.reward import PreferenceReward
-from rlkit.embedded import EMBEDDED
 from rlkit.experience import Message
+from rlkit.models.folder import EMBEDDED
 
 TEXTS = ["6 * 7 = 42\n#### 42", "#### 41", "", "I do not know, " * 12]
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] + ': ' + m['content'] }}</s>{% endfor %}"

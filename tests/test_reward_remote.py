@@ -21,7 +21,11 @@ from serve_fixture import Server
 from rewards.base import RewardContext
 from rewards.remote import handshake
 from rewards.remote.reward import RemoteReward
-from rewards.remote.wire import (
+from rewards.verifiers.math import judge
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
+from rlkit.experience import Group, Span
+from rlkit.experience.wire import (
     ScoreRequest,
     UnsendableError,
     WireGroup,
@@ -30,10 +34,6 @@ from rewards.remote.wire import (
     in_chunks,
     request_body,
 )
-from rewards.rule.reward import judge
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError
-from rlkit.experience import Group, Span
 
 TOKEN = "a-token-of-some-length"
 

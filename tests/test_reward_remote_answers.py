@@ -16,10 +16,10 @@ from reward_samples import make_group
 
 from rewards.base import RewardConfig, RewardContext
 from rewards.remote.reward import BUDGET_SHARE, RemoteReward
-from rewards.remote.wire import SCHEMA_VERSION
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
 from rlkit.experience import Group
+from rlkit.experience.wire import SCHEMA_VERSION
 
 
 def client(url: str, **options: Any) -> RemoteReward:

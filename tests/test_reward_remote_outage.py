@@ -17,8 +17,8 @@ from serve_fixture import Server
 
 from rewards.base import RewardContext
 from rlkit.experience import Group
+from rlkit.experience.scores import RewardFailed, check_failures
 from rlkit.serving.pool import RewardPool, Scored
-from rlkit.serving.results import RewardFailed, check_failures
 
 pytestmark = pytest.mark.ray
 RULE = "reward=rule"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlkit.config.load import load_config
-from rlkit.config.resolved import config_text
+from rlkit.config.loading import load_config
+from rlkit.config.parts import config_text
 
 ROWS = ("data=jsonl", "data.path={folder}/rows.jsonl", "data.answer_column=null")
 

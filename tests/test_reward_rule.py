@@ -20,9 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards.base import RewardContext
-from rewards.rule.child import verify_pairs
-from rewards.rule.math import MAX_ANSWER_CHARACTERS, compare_plain, final_answer, gold_answer, plain_decimal
-from rewards.rule.reward import RuleReward, judge
+from rewards.verifiers.math import (
+    MAX_ANSWER_CHARACTERS,
+    RuleReward,
+    compare_plain,
+    final_answer,
+    gold_answer,
+    judge,
+    plain_decimal,
+)
+from rewards.verifiers.pool import verify_pairs
 from rlkit.experience import Group, Message, Prompt, Sample
 
 GSM8K = Path(__file__).parents[1] / ".." / "shared" / "data" / "gsm8k"
@@ -248,7 +255,7 @@ def test_verifier_processes_do_not_outlive_a_killed_parent() -> None:
     script = textwrap.dedent(
         r"""
         from rewards.base import RewardContext
-        from rewards.rule.reward import RuleReward
+        from rewards.verifiers.math import RuleReward
 
         if __name__ == "__main__":
             reward = RuleReward(RuleReward.Config(item_timeout_seconds=100.0, timeout_seconds=100.0), RewardContext())

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from rewards.base import RewardContext
-from rewards.rule.math import final_answer, gold_answer, without_units
-from rewards.rule.reward import RuleReward
+from rewards.verifiers.math import RuleReward, final_answer, gold_answer, without_units
 from rlkit.experience import Score
 
 GSM8K = Path(__file__).parents[1] / ".." / "shared" / "data" / "gsm8k"

@@ -18,7 +18,7 @@ from serve_fixture import Server
 from test_sandbox_http import Service
 
 from rewards.polar.backends import plain_scores
-from rlkit.embedded import model_folder
+from rlkit.models.folder import model_folder
 
 ROWS = [
     {

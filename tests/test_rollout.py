@@ -20,12 +20,12 @@ from rollout_host import OpenWorker, publish_bundle
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
 from rlkit.experience import Group, Message, Prompt, Sample
 from rlkit.learner.policy import PolicyLearner
+from rlkit.producer import until
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool
-from rlkit.rollout.producer import until
-from rlkit.rollout.publication import Published, WeightsNotLoadedError
 from rlkit.rollout.sampler import Request, Response
-from rlkit.rollout.weights import WeightBundle
 from rlkit.rollout.worker import GroupRequest, sample_seed
+from rlkit.weights.bundle import WeightBundle
+from rlkit.weights.publication import Published, WeightsNotLoadedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")

@@ -20,12 +20,12 @@ from ray_fixture import ray_session  # noqa: F401
 from rollout_host import publish_bundle
 from scripted_rollout import Script, ScriptedWorker, weights_of
 
+from rlkit.cluster.waiting import WaitedTooLongError, open_waits
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, TrainerConfig
 from rlkit.experience import Group, Message, Prompt
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool
-from rlkit.rollout.publication import Published, WeightsNotLoadedError
 from rlkit.rollout.worker import GroupRequest
-from rlkit.waiting import WaitedTooLongError, open_waits
+from rlkit.weights.publication import Published, WeightsNotLoadedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards.base import RewardContext
-from rewards.rule.choice import MultipleChoice, chosen_option
-from rewards.rule.text_rule import CannotJudgeError
+from rewards.verifiers.choice import MultipleChoice, chosen_option
+from rewards.verifiers.text_rule import CannotJudgeError
 from rlkit.experience import Message, Prompt
 
 LETTERS = tuple("ABCD")

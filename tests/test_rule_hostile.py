@@ -14,7 +14,7 @@ import pytest
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.rule.text_rule import TextRule
+from rewards.verifiers.text_rule import TextRule
 from rlkit.config.parts import import_part
 from rlkit.experience import Score
 

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from rewards.base import RewardContext
-from rewards.rule.constraints import count_sentences
-from rewards.rule.instructions import CONSTRAINTS, Instructions, loose_texts
-from rewards.rule.text_rule import CannotJudgeError
+from rewards.verifiers.instructions import CONSTRAINTS, Instructions, count_sentences, loose_texts
+from rewards.verifiers.text_rule import CannotJudgeError
 from rlkit.experience import Message, Prompt, Score
 
 LEAST, LESS = "at least", "less than"

@@ -11,8 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from rewards.base import RewardContext
-from rewards.rule.json_schema import JsonSchema, last_fenced_block, read_json
-from rewards.rule.text_rule import CannotJudgeError
+from rewards.verifiers.json_schema import JsonSchema, last_fenced_block, read_json
+from rewards.verifiers.text_rule import CannotJudgeError
 from rlkit.experience import Message, Prompt, Score
 
 SCHEMA = {

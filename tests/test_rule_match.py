@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from rewards.base import RewardContext
-from rewards.rule.match import ExactMatch, RegexMatch, find_answer
-from rewards.rule.text_rule import CannotJudgeError
+from rewards.verifiers.match import ExactMatch, RegexMatch, find_answer
+from rewards.verifiers.text_rule import CannotJudgeError
 from rlkit.experience import Message, Prompt
 
 

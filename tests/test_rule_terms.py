@@ -10,9 +10,8 @@ from pydantic import ValidationError
 from reward_samples import make_group, make_sample
 
 from rewards.base import RewardContext
-from rewards.rule.length import GroupLength, Length
-from rewards.rule.repetition import Repetition, repeated_ngrams
-from rewards.rule.tags import TagFormat
+from rewards.verifiers.match import TagFormat
+from rewards.verifiers.terms import GroupLength, Length, Repetition, repeated_ngrams
 from rlkit.experience import Group, Score
 
 GOOD = "<think>6 * 7</think>\n<answer>42</answer>"

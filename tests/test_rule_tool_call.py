@@ -11,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards.base import RewardContext
-from rewards.rule.call_matching import ToolCall, best_assignment, canonical, match_share, read_call, similarity
-from rewards.rule.text_rule import CannotJudgeError
-from rewards.rule.tool_call import ToolCallMatch, predicted_calls
+from rewards.verifiers.text_rule import CannotJudgeError
+from rewards.verifiers.tool_call import (
+    ToolCall,
+    ToolCallMatch,
+    best_assignment,
+    canonical,
+    match_share,
+    predicted_calls,
+    read_call,
+    similarity,
+)
 from rlkit.experience import Message, Prompt, Score
 
 

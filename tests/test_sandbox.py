@@ -17,9 +17,9 @@ import psutil
 import pytest
 from sandbox_fixture import LIMITS, impatient, need_bubblewrap, run, sandbox  # noqa: F401
 
-from rewards.code import layout
-from rewards.code.bubblewrap import Bubblewrap
-from rewards.code.isolation import Unavailable
+from rewards.services.sandbox import bubblewrap as layout
+from rewards.services.sandbox.bubblewrap import Bubblewrap
+from rewards.services.sandbox.isolation import Unavailable
 
 
 def test_a_program_runs(sandbox: Bubblewrap) -> None:  # noqa: F811

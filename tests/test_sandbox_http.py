@@ -19,11 +19,10 @@ import pytest
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.code.cases import AssertTests, CallTests, InputOutputTests
-from rewards.code.fusion import SandboxFusion
-from rewards.code.isolation import Limits, Unavailable
-from rewards.code.judge import Judge
+from rewards.code.judge import AssertTests, CallTests, InputOutputTests, Judge
 from rewards.code.reward import CodeReward
+from rewards.services.sandbox.fusion import SandboxFusion
+from rewards.services.sandbox.isolation import Limits, Unavailable
 from rlkit.experience import Group
 
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5, memory_mib=512, processes=8, file_mib=4, output_kib=256)

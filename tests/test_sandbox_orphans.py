@@ -15,7 +15,7 @@ import psutil
 import pytest
 from sandbox_fixture import LIMITS, need_bubblewrap
 
-from rewards.code.bubblewrap import Bubblewrap
+from rewards.services.sandbox.bubblewrap import Bubblewrap
 
 FOREVER = "import time; time.sleep(500)"
 

@@ -7,10 +7,9 @@ import textwrap
 import pytest
 from sandbox_fixture import impatient, judge, run, sandbox, soon  # noqa: F401
 
-from rewards.code.bubblewrap import Bubblewrap
-from rewards.code.cases import AssertTests, BadTests, CallTests, InputOutputTests, Tests
-from rewards.code.isolation import Unavailable
-from rewards.code.judge import Judge
+from rewards.code.judge import AssertTests, BadTests, CallTests, InputOutputTests, Judge, Tests
+from rewards.services.sandbox.bubblewrap import Bubblewrap
+from rewards.services.sandbox.isolation import Unavailable
 
 ASSERTS = AssertTests(
     ("assert f(2) == 4", "assert sorted(f(x) for x in (1, 3)) == [1, 9]", "assert abs(f(0.5) - 0.25) < 1e-9")

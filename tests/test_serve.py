@@ -19,7 +19,7 @@ from reward_samples import make_group
 from serve_fixture import Server, left_after, misbehaving
 
 from rewards.base import RewardConfig
-from rewards.remote.wire import SCHEMA_VERSION, encode
+from rlkit.experience.wire import SCHEMA_VERSION, encode
 
 MISBEHAVING = ("reward._target_=reward_samples.Misbehaving", "reward.timeout_seconds=1")
 
@@ -69,7 +69,7 @@ def test_scores_arrive_in_order(rule: Server) -> None:
 def test_health_says_what_is_served(rule: Server) -> None:
     health = rule.get("/health").json()
     assert health["status"] == "ok"
-    assert health["reward"] == "rewards.rule.reward.RuleReward"
+    assert health["reward"] == "rewards.verifiers.math.RuleReward"
     assert health["needs"] == {"references": False, "answer": True, "columns": []}
     assert health["gives_process_rewards"] is False
     assert health["call_timeout_seconds"] == RewardConfig().timeout_seconds

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rlkit.config.problems import ConfigError
+from rlkit.config.messages import ConfigError
 from rlkit.serve import main
-from rlkit.serving.http_config import load_serve_config
-from rlkit.serving.http_selftest import model_version
+from rlkit.serving.http.config import load_serve_config
+from rlkit.serving.http.process import model_version
 
 
 @pytest.mark.parametrize(

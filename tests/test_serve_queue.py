@@ -19,10 +19,8 @@ from serve_fixture import misbehaving
 
 from rewards.base import RewardContext
 from rlkit.experience import Group
-from rlkit.serving.http_metrics import ServerMetrics
-from rlkit.serving.http_process import RewardProcess, WorkerBrokenError
-from rlkit.serving.http_queue import BatchLimits, BusyError, ScoringQueue
-from rlkit.serving.http_selftest import model_version
+from rlkit.serving.http.process import RewardProcess, WorkerBrokenError, model_version
+from rlkit.serving.http.queue import BatchLimits, BusyError, ScoringQueue, ServerMetrics
 
 LIMITS = BatchLimits(samples=100, tokens=10_000, queued_samples=100)
 

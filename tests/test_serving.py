@@ -18,8 +18,8 @@ from reward_samples import make_group
 from rewards.base import RewardContext
 from rlkit.config.parts import PartError
 from rlkit.experience import Group
+from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures
 from rlkit.serving.pool import RewardPool, Scored
-from rlkit.serving.results import RewardFailed, ScoreReport, check_failures
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")
@@ -136,7 +136,7 @@ def test_killed_workers_are_gone() -> None:
 
 def test_verifier_processes_end_with_a_killed_worker() -> None:
     async def check() -> None:
-        reward = {"_target_": "rewards.rule.reward.RuleReward", "timeout_seconds": 30.0}
+        reward = {"_target_": "rewards.verifiers.math.RuleReward", "timeout_seconds": 30.0}
         rewards = RewardPool(reward, RewardContext(), startup_timeout_seconds=60)
         await rewards.start()
         pid = rewards.health()[0]["pid"]

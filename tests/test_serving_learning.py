@@ -16,9 +16,9 @@ from ray_fixture import ray_session  # noqa: F401
 from reward_samples import make_group
 
 from rewards.base import RewardContext
+from rlkit.cluster.waiting import open_waits
+from rlkit.experience.scores import RewardFailed
 from rlkit.serving.pool import RewardPool
-from rlkit.serving.results import RewardFailed
-from rlkit.waiting import open_waits
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 GROUP = make_group("a", ["x", "y z"])

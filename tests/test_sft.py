@@ -14,8 +14,8 @@ from rlkit import sft
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.arithmetic import Arithmetic, ArithmeticConfig
 from rlkit.data.base import Problem
-from rlkit.embedded import model_folder
 from rlkit.experience import Message
+from rlkit.models.folder import model_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICY = model_folder("embedded:policy")
@@ -38,7 +38,7 @@ def process_group() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from rlkit.data.prompts import load_tokenizer
+    from rlkit.data.rendering import load_tokenizer
 
     return load_tokenizer(POLICY)
 

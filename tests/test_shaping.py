@@ -9,10 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.combined.aggregate import Combine, aggregate
-from rewards.shaping.groups import standardised_in_group
-from rewards.shaping.lengths import length_penalty, overlong_penalty
-from rewards.shaping.process import clip, delta
+from rewards.combined.scores import Combine, aggregate
 from rewards.shaping.references import (
     Form,
     centred,
@@ -23,7 +20,17 @@ from rewards.shaping.references import (
     reference_quantile,
     sigmoid,
 )
-from rewards.shaping.running import RunningStatistics, clipped_to_std, min_max, standardised
+from rewards.shaping.steps import (
+    RunningStatistics,
+    clip,
+    clipped_to_std,
+    delta,
+    length_penalty,
+    min_max,
+    overlong_penalty,
+    standardised,
+    standardised_in_group,
+)
 
 REFERENCES = np.array([0.2, 1.0, -0.5])
 REWARD = np.array([1.5])

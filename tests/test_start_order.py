@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlkit.config.load import load_config
-from rlkit.start_order import loads_after, start_in_order
+from rlkit.cluster.placement import loads_after, start_in_order
+from rlkit.config.loading import load_config
 
 PARTS = ("sampler", "learner", "reward", "verifier", "critic")
 

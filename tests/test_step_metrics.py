@@ -7,8 +7,8 @@ import pytest
 
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
 from rlkit.experience.buffer import BufferStats
-from rlkit.serving.results import kind_of, report_on
-from rlkit.step_metrics import rollout_metrics
+from rlkit.experience.scores import kind_of, report_on
+from rlkit.metrics import rollout_metrics
 
 STATS = BufferStats(version=1, ready=0, in_flight=2, dropped_stale=0, rejected={"drop_equal_rewards": 3})
 

@@ -10,11 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prime_tables import BETA, Q
 
-from algorithms.best_of_n import best_of_n, majority, subsets, vote, vote_weights, weighted_vote
-from algorithms.process_bench import best_threshold, first_errors, process_bench
+from algorithms.functional.selection import (
+    best_of_n,
+    best_threshold,
+    first_errors,
+    majority,
+    process_bench,
+    subsets,
+    vote,
+    vote_weights,
+    weighted_vote,
+)
 from rewards.implicit_prm.steps import aggregate, split_steps, step_scores, token_steps
-from rlkit.data.prompts import load_tokenizer
-from rlkit.embedded import model_folder
+from rlkit.data.rendering import load_tokenizer
+from rlkit.models.folder import model_folder
 
 A = [np.array(q) for q in Q[:4]]
 SPANS = [[(0, 2), (2, 3)], [(0, 1), (1, 2)], [(0, 1), (1, 4)], [(0, 1)]]

@@ -15,11 +15,11 @@ import yaml
 from submit_fixture import ROOT
 
 from rlkit.cluster.ray_session import ray_session
-from rlkit.command import split_off_file
 from rlkit.config.checks import run_checks
-from rlkit.config.load import load_config
-from rlkit.config.overrides import quoted
-from rlkit.config.problems import ConfigError
+from rlkit.config.command import split_off_file
+from rlkit.config.compose import quoted
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
 from rlkit.config.schema import ClusterConfig
 from rlkit.jobs.cluster import ClusterError, connect, dashboard_address
 from rlkit.jobs.follow import exit_code

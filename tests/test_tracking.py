@@ -21,9 +21,7 @@ from hypothesis import strategies as st
 from rlkit.config.schema import TrackingConfig
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, SpanReward
 from rlkit.tracking import RunFolder, RunFolderError, Tracker
-from rlkit.tracking.console import PlainConsole
-from rlkit.tracking.drawing import curve, duration, printable, sparkline
-from rlkit.tracking.progress import Progress, ShownSample
+from rlkit.tracking.console import PlainConsole, Progress, ShownSample, curve, duration, printable, sparkline
 from rlkit.tracking.run_folder import json_text
 from rlkit.tracking.samples import sample_rows, widest_group
 
@@ -288,7 +286,7 @@ def test_curve_and_sparkline_show_the_shape() -> None:
 def test_view_fits_any_terminal(step: int | None, size: tuple[int, int], encoding: str) -> None:
     from rich.console import Console
 
-    from rlkit.tracking.live import view
+    from rlkit.tracking.console import view
 
     clock = Clock()
     progress = Progress(160, clock)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from prm_fixture import write_chat_model, write_rollouts
 
-from rlkit.data.prompts import load_tokenizer
+from rlkit.data.rendering import load_tokenizer
 from rlkit.reward_training import prm_evaluation
 from rlkit.reward_training.implicit_prm import NOTE, ImplicitPRMTraining
 from rlkit.reward_training.outcome_rows import OutcomeData, load_rollouts

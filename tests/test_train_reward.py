@@ -16,7 +16,7 @@ import yaml
 from prm_fixture import write_chat_model, write_rollouts
 
 from rlkit import cli, train_reward
-from rlkit.config.problems import ConfigError
+from rlkit.config.messages import ConfigError
 from rlkit.data.base import DataConfig, DataError
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig
 from rlkit.reward_training.load import load_reward_training
@@ -95,7 +95,7 @@ def test_every_mistake_is_reported_with_the_name_that_was_meant(tmp_path: Path) 
     assert "Echo can only train" in problems(*ECHO, "stage=evaluate")[0]
     assert (
         "is not a subclass of rlkit.reward_training.base.RewardTraining"
-        in problems("reward._target_=rewards.rule.reward.RuleReward")[0]
+        in problems("reward._target_=rewards.verifiers.math.RuleReward")[0]
     )
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from rlkit.config.load import load_config
-from rlkit.config.problems import ConfigError
+from rlkit.cluster.waiting import WaitedTooLongError, Watchdog, blocking, open_waits, waiting
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
 from rlkit.config.schema import TrackingConfig
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
-from rlkit.waiting import WaitedTooLongError, Watchdog, blocking, open_waits, waiting
 
 KEY = "trainer.step_timeout_seconds"
 
@@ -76,8 +76,8 @@ def test_a_wait_that_cannot_say_what_it_is_for_ends_all_the_same() -> None:
 def test_a_screen_in_trouble_does_not_stop_the_watchdog(
     trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlkit.waiting.TICK_SECONDS", 0.02)
-    monkeypatch.setattr("rlkit.waiting.TELL_SECONDS", 0.1)
+    monkeypatch.setattr("rlkit.cluster.waiting.TICK_SECONDS", 0.02)
+    monkeypatch.setattr("rlkit.cluster.waiting.TELL_SECONDS", 0.1)
     asked: list[str] = []
 
     def say(line: str) -> None:
@@ -94,7 +94,7 @@ def test_a_screen_in_trouble_does_not_stop_the_watchdog(
 
 
 def test_long_waits_are_told_in_one_line_at_growing_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlkit.waiting.TICK_SECONDS", 0.02)
+    monkeypatch.setattr("rlkit.cluster.waiting.TICK_SECONDS", 0.02)
     said: list[tuple[float, str]] = []
     began = time.monotonic()
     with Watchdog(lambda line: said.append((time.monotonic() - began, line)), 0.02, tmp_path / "stacks.log"):
@@ -109,7 +109,7 @@ def test_long_waits_are_told_in_one_line_at_growing_intervals(tmp_path: Path, mo
 
 
 def test_short_waits_are_never_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlkit.waiting.TICK_SECONDS", 0.01)
+    monkeypatch.setattr("rlkit.cluster.waiting.TICK_SECONDS", 0.01)
     said: list[str] = []
     with Watchdog(said.append, 0.5, tmp_path / "stacks.log"):
         asyncio.run(two_waits(outer=10, inner=10, body=0.3))
@@ -132,7 +132,7 @@ def test_the_line_is_on_the_screen_and_in_the_runs_log(
     console: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also above a live view that redraws itself."""
-    monkeypatch.setattr("rlkit.waiting.TICK_SECONDS", 0.02)
+    monkeypatch.setattr("rlkit.cluster.waiting.TICK_SECONDS", 0.02)
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stdout", screen)
     folder = RunFolder(tmp_path / "run")
@@ -150,9 +150,9 @@ def test_the_line_is_on_the_screen_and_in_the_runs_log(
 PROGRAM = """
 import asyncio, sys, time
 from pathlib import Path
-import rlkit.waiting
-from rlkit.waiting import Watchdog, blocking, waiting
-rlkit.waiting.TICK_SECONDS, rlkit.waiting.GRACE_SECONDS, rlkit.waiting.TELL_SECONDS = 0.05, 0.3, 0.5
+from rlkit.cluster import waiting as module
+from rlkit.cluster.waiting import Watchdog, blocking, waiting
+module.TICK_SECONDS, module.GRACE_SECONDS, module.TELL_SECONDS = 0.05, 0.3, 0.5
 
 def library_call_that_never_returns():
     time.sleep(600)

@@ -12,16 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from learner_fixture import build_learner, grpo_advantages, make_groups, weights_of, write_tiny_model
 
-from rlkit.config.load import load_config
-from rlkit.config.plan import plan
-from rlkit.config.problems import ConfigError
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
+from rlkit.config.plan import engines_sleep, offloads, plan, weight_way
 from rlkit.config.schema import RunConfig
-from rlkit.config.sharing import engines_sleep, offloads, weight_way
-from rlkit.learner.engine_state import full_state
-from rlkit.learner.offload import offload, reload
+from rlkit.learner.engine import full_state, offload, reload
 from rlkit.learner.policy import PolicyLearner
-from rlkit.rollout import buckets as module
-from rlkit.rollout.buckets import TensorMeta, WeightDigest, buckets, pack, unpack
+from rlkit.weights import bundle as module
+from rlkit.weights.bundle import TensorMeta, WeightDigest, buckets, pack, unpack
 
 LIMIT = 10_000
 BATCH = ("trainer.prompts_per_step=64",)

@@ -16,10 +16,10 @@ from typing import Any
 import ray
 
 from rlkit.cluster.placement import Placement, plan_bundles, released, reserve
-from rlkit.config.load import load_config
+from rlkit.config.loading import load_config
+from rlkit.config.plan import gpu_shares
 from rlkit.config.schema import RunConfig
-from rlkit.config.shares import gpu_shares
-from rlkit.embedded import model_folder
+from rlkit.models.folder import model_folder
 from rlkit.rollout import pool
 
 SECONDS = 400.0

@@ -1,14 +1,210 @@
-"""From a program and its tests to a verdict, through whichever sandbox."""
+"""The tests of a data row, in the three shapes that data sets use.
+
+The program in a response: its last fenced block of Python.
+
+Whether what a program printed or returned is what was expected. Runs outside the sandbox, on plain data.
+
+From a program and its tests to a verdict, through whichever sandbox.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.code.cases import AssertTests, BadTests, CallTests, InputOutputTests, Tests
-from rewards.code.compare import same_output, same_value
-from rewards.code.inside.wire import decode
-from rewards.code.isolation import Isolation, Run, Unavailable
+from rewards.services.sandbox.inside.wire import decode
+from rewards.services.sandbox.isolation import Isolation, Run, Unavailable
+
+
+class BadTests(ValueError):
+    """A row whose tests cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class AssertTests:
+    """Python texts that must run without an exception (HumanEval, MBPP)."""
+
+    tests: tuple[str, ...]
+    setup: str = ""
+    """Runs before the tests and before the solution: imports, functions that both use."""
+    entry_point: str | None = None
+    """The function under test, where the setup holds a stub of it."""
+
+
+@dataclass(frozen=True)
+class InputOutputTests:
+    """Standard input and expected standard output of each test (APPS, TACO)."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CallTests:
+    """Arguments and expected value of each call of one function (APPS, TACO with `fn_name`)."""
+
+    fn_name: str
+    inputs: tuple[list[Any], ...]
+    outputs: tuple[Any, ...]
+    setup: str = ""
+
+
+Tests = AssertTests | InputOutputTests | CallTests
+
+
+def read_tests(value: Any, setup: Any = None, entry_point: Any = None, prompt: str = "") -> Tests:
+    """Tests from the cells of a row.
+
+    `value`: a list of assert statements, a Python text (`check(<entry point>)` is added to it where there is an entry
+    point), or `{"inputs": [...], "outputs": [...], "fn_name": ...}`, also as a JSON text. `setup`: Python text or list
+    of lines. `prompt`: a question that is Python itself, part of the setup. Raises BadTests.
+    """
+    first = _setup(setup)
+    if prompt:
+        first = f"{first}\n{prompt}" if first else prompt
+    if entry_point is not None and not (isinstance(entry_point, str) and entry_point.isidentifier()):
+        raise BadTests(f"the entry point is no name: {entry_point!r}")
+    value = _from_json(value)
+    if isinstance(value, Mapping):
+        return _input_output(value, first)
+    if isinstance(value, str) and value.strip():
+        called = f"{value}\n\ncheck({entry_point})\n" if entry_point else value
+        return AssertTests((called,), first, entry_point)
+    if (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and value
+        and all(isinstance(test, str) for test in value)
+    ):
+        return AssertTests(tuple(value), first, entry_point)
+    raise BadTests(f"no tests: {str(value)[:80]!r}")
+
+
+def _setup(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    raise BadTests(f"the setup is neither a text nor a list of lines: {str(value)[:80]!r}")
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _input_output(value: Mapping[str, Any], setup: str) -> Tests:
+    inputs, outputs, fn_name = value.get("inputs"), value.get("outputs"), value.get("fn_name")
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs or len(inputs) != len(outputs):
+        raise BadTests("inputs and outputs must be lists of the same length, and not empty")
+    if fn_name:
+        if not isinstance(fn_name, str) or not all(isinstance(arguments, list) for arguments in inputs):
+            raise BadTests("with fn_name, each input must be a list of arguments")
+        return CallTests(fn_name, tuple(inputs), tuple(outputs), setup)
+    return InputOutputTests(tuple(map(_whole_lines, inputs)), tuple(map(_whole_lines, outputs)))
+
+
+def _whole_lines(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    raise BadTests(f"inputs and outputs must be texts or lists of lines, not {str(value)[:80]!r}")
+
+
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^\n`]*$", re.MULTILINE)
+_PYTHON = {"python", "py", "python3"}
+
+
+def last_python_block(text: str) -> str | None:
+    r"""The content of the last block fenced as Python, else of the last without a language; None without either.
+
+    A block that is never closed reaches to the end of the text.
+
+    >>> last_python_block("First\n```python\nx = 1\n```\nbetter\n```python\nx = 2\n```")
+    'x = 2\n'
+    """
+    found: dict[bool, str] = {}
+    position = 0
+    while opening := _FENCE.search(text, position):
+        mark, language = opening[1], opening[2].lower()
+        closing = re.compile(rf"^ {{0,3}}{mark[0]}{{{len(mark)},}}[ \t]*$", re.MULTILINE).search(text, opening.end())
+        content = text[opening.end() + 1 : closing.start() if closing else len(text)]
+        if language in _PYTHON or not language:
+            found[language in _PYTHON] = content
+        if closing is None:
+            break
+        position = closing.end()
+    return found.get(True, found.get(False))
+
+
+def same_output(printed: str, expected: str, tolerance: float) -> bool:
+    """Equal line by line, white space between words and empty lines at the end aside.
+
+    Words that are expected to be decimal fractions may differ by `tolerance`, relative or absolute.
+    """
+    left, right = _split_lines(printed), _split_lines(expected)
+    return len(left) == len(right) and all(
+        len(a) == len(b) and all(_same_word(x, y, tolerance) for x, y in zip(a, b, strict=True))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def _split_lines(text: str) -> list[list[str]]:
+    return [line.split() for line in text.rstrip().split("\n")]
+
+
+def _same_word(printed: str, expected: str, tolerance: float) -> bool:
+    if printed == expected:
+        return True
+    if tolerance == 0 or not any(mark in expected for mark in ".eE"):
+        return False
+    try:
+        return math.isclose(float(printed), float(expected), rel_tol=tolerance, abs_tol=tolerance)
+    except ValueError:
+        return False
+
+
+def same_value(returned: Any, expected: Any, tolerance: float) -> bool:
+    """Equal as JSON: tuples are lists, keys of dictionaries are texts, fractions may differ by `tolerance`.
+
+    True and 1 are different. Raises ValueError for a key that is a number of thousands of digits.
+    """
+    if isinstance(expected, bool) or isinstance(returned, bool):
+        return returned is expected
+    if isinstance(expected, int | float) and isinstance(returned, int | float):
+        return returned == expected or (isinstance(expected, float) and _close(returned, expected, tolerance))
+    if isinstance(expected, list | tuple):
+        return (
+            isinstance(returned, list | tuple)
+            and len(returned) == len(expected)
+            and all(same_value(a, b, tolerance) for a, b in zip(returned, expected, strict=True))
+        )
+    if isinstance(expected, dict):
+        if not isinstance(returned, dict):
+            return False
+        left = {str(key): value for key, value in returned.items()}
+        right = {str(key): value for key, value in expected.items()}
+        return left.keys() == right.keys() and all(same_value(left[key], right[key], tolerance) for key in right)
+    return type(returned) is type(expected) and bool(returned == expected)
+
+
+def _close(returned: float, expected: float, tolerance: float) -> bool:
+    try:
+        return math.isclose(returned, expected, rel_tol=tolerance, abs_tol=tolerance)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
 
 _SHOWN = 300
 

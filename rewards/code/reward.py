@@ -13,9 +13,8 @@ from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
 from rlkit.experience import Group, GroupScores, Prompt, Score
 
 if TYPE_CHECKING:
-    from rewards.code.cases import Tests
-    from rewards.code.isolation import Isolation
-    from rewards.code.judge import Judge
+    from rewards.code.judge import Judge, Tests
+    from rewards.services.sandbox.isolation import Isolation
 
 
 class CodeReward(Reward):
@@ -97,7 +96,7 @@ class CodeReward(Reward):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Run a program in the sandbox, and one that tries to get out (bubblewrap); look at the options (http)."""
-        from rewards.code.isolation import Unavailable
+        from rewards.services.sandbox.isolation import Unavailable
 
         sandbox = _isolation(config)
         try:
@@ -141,9 +140,8 @@ class CodeReward(Reward):
             self._isolation = None
 
     def _score(self, judge: Judge, text: str, prompt: Prompt, deadline: float) -> Score:
-        from rewards.code.cases import BadTests
-        from rewards.code.extract import last_python_block
-        from rewards.code.isolation import Unavailable
+        from rewards.code.judge import BadTests, last_python_block
+        from rewards.services.sandbox.isolation import Unavailable
 
         code = last_python_block(text)
         if code is None and self.config.require_fence:
@@ -161,7 +159,7 @@ class CodeReward(Reward):
         return Score(share if self.config.soft else correct, components=components, trace=_text(verdict.trace))
 
     def _tests(self, prompt: Prompt) -> Tests:
-        from rewards.code.cases import read_tests
+        from rewards.code.judge import read_tests
 
         config = self.config
         setup, entry_point = (
@@ -196,8 +194,8 @@ def _texts(group: Group) -> dict[str, None]:
 
 
 def _isolation(config: Any) -> Isolation:
-    from rewards.code.bubblewrap import Bubblewrap
-    from rewards.code.isolation import Limits
+    from rewards.services.sandbox.bubblewrap import Bubblewrap
+    from rewards.services.sandbox.isolation import Limits
 
     limits = Limits(
         wall_seconds=config.wall_seconds,
@@ -209,6 +207,6 @@ def _isolation(config: Any) -> Isolation:
     )
     if config.isolation == "bubblewrap":
         return Bubblewrap(limits, config.processes, config.python)
-    from rewards.code.fusion import SandboxFusion
+    from rewards.services.sandbox.fusion import SandboxFusion
 
     return SandboxFusion(config.url, limits, config.token_variable, config.max_tries)

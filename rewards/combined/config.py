@@ -1,8 +1,15 @@
-"""Options of a combined reward."""
+"""Which prompts a part of a combined reward judges.
+
+The sections of a combined reward's parts: a reward's own fields, and where and how much it counts.
+
+Options of a combined reward.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -16,10 +23,161 @@ from pydantic import (
     model_validator,
 )
 
-from rewards.base import RewardConfig
-from rewards.combined.aggregate import PESSIMISTIC, Combine
-from rewards.combined.sections import PART_NAME, TARGET, Part, part_model, read_part
+from rewards.base import Reward, RewardConfig
+from rewards.combined.scores import PESSIMISTIC, Combine
 from rewards.shaping.parse import Shaping
+from rewards.shaping.steps import Step
+from rlkit.experience import Prompt
+
+Scalar = bool | int | float | str
+
+
+def _as_list(value: Any) -> Any:
+    """One value may be written without brackets."""
+    return [value] if isinstance(value, bool | int | float | str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Values = Annotated[tuple[Scalar, ...], BeforeValidator(_as_list)]
+
+
+class When(BaseModel):
+    """Conditions on the prompt, all of which must hold; none: every prompt.
+
+    Columns are `answer`, `references`, and the data's others. Empty texts, empty lists and null count as absent.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    has: Names = ()
+    """Columns that must be present."""
+    lacks: Names = ()
+    """Columns that must be absent."""
+    equals: Mapping[str, Values] = {}
+    """Column to the value, or the list of values, of which it must have one; types count (1 is not '1')."""
+    differs: Mapping[str, Values] = {}
+    """Column to the value, or the list of values, of which it must have none; an absent column differs."""
+
+    def applies(self, prompt: Prompt) -> bool:
+        """Whether the part judges this prompt."""
+        return (
+            all(_present(_column(prompt, name)) for name in self.has)
+            and not any(_present(_column(prompt, name)) for name in self.lacks)
+            and all(_is_one_of(_column(prompt, name), values) for name, values in self.equals.items())
+            and not any(_is_one_of(_column(prompt, name), values) for name, values in self.differs.items())
+        )
+
+    def columns(self) -> frozenset[str]:
+        """What the data must provide; a column that must be absent need not exist, if it is one of rlkit's own."""
+        absent = {name for name in self.lacks if name not in ("answer", "references")}
+        return frozenset({*self.has, *absent, *self.equals, *self.differs})
+
+    @property
+    def always(self) -> bool:
+        """Whether there is no condition."""
+        return self == When()
+
+
+def _column(prompt: Prompt, name: str) -> Any:
+    if name in ("answer", "references"):
+        return getattr(prompt, name)
+    return prompt.columns.get(name)
+
+
+def _present(value: Any) -> bool:
+    if value is None:
+        return False
+    return len(value) > 0 if isinstance(value, str | Sequence | Mapping) else True
+
+
+def _is_one_of(value: Any, values: Sequence[Scalar]) -> bool:
+    """Equality that tells true from 1."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+
+
+TARGET = "_target_"
+PART_NAME = re.compile(r"(?!(?:unshaped|ensemble_std)$)[A-Za-z][A-Za-z0-9_]*")
+"""The two names left out are components of the combination itself."""
+"""Names stand in keys (`reward.parts.NAME.weight`) and in metrics."""
+
+
+class Placement(BaseModel):
+    """What a combination says about any part."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of its value and of its process rewards, with combine=sum, logical_and or mean."""
+    when: When = When()
+    """The prompts that it judges; where it does not, it has no say. All conditions must hold."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_target(cls, section: Any) -> Any:
+        return {key: v for key, v in section.items() if key != TARGET} if isinstance(section, Mapping) else section
+
+
+class PartOptions(Placement):
+    """What a combination says about a part that is no combination itself."""
+
+    shaping: Shaping = ()
+    """Steps applied to its scores before they are combined."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part, ready to be made."""
+
+    name: str
+    target: str
+    kind: type[Reward]
+    config: RewardConfig
+    """Its own options."""
+    options: Placement
+    """What the combination says about it."""
+
+    @property
+    def shaping(self) -> tuple[Step, ...]:
+        """Steps between its scores and the combination."""
+        return self.options.shaping if isinstance(self.options, PartOptions) else ()
+
+    def section(self) -> dict[str, Any]:
+        """Its section with every value filled in, as plain values."""
+        return {TARGET: self.target, **self.options.model_dump(mode="json"), **self.config.model_dump(mode="json")}
+
+
+def part_model(section: Mapping[str, Any]) -> type[BaseModel]:
+    """The typed section of a part: the fields of its class and those of a part. Raises PartError."""
+    kind, placement = _kind(section)
+    own = kind.config_model({key: value for key, value in section.items() if key != TARGET})
+    return create_model(f"{kind.__name__}Part", __base__=(placement, own))
+
+
+def read_part(name: str, section: Any) -> Part:
+    """A part from its section. Raises ValueError: PartError, pydantic's ValidationError, or a plain one."""
+    if PART_NAME.fullmatch(name) is None:
+        raise ValueError(
+            f"{name!r} cannot name a part: letters, digits and _ only, a letter first; unshaped, ensemble_std are taken"
+        )
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{name}: must be a section with {TARGET}, not {section!r}")
+    kind, placement = _kind(section)
+    options = {key: value for key, value in section.items() if key in placement.model_fields}
+    own = {key: value for key, value in section.items() if key not in options and key != TARGET}
+    return Part(name, section[TARGET], kind, kind.Config(**own), placement(**options))
+
+
+def _kind(section: Mapping[str, Any]) -> tuple[type[Reward], type[Placement]]:
+    """The class of a part, and what a combination says about it; one with a `shaping` of its own is shaped by that."""
+    from rlkit.config.parts import PartError, import_part
+
+    kind: type[Reward] = import_part("reward", section.get(TARGET))
+    placement = Placement if "shaping" in kind.Config.model_fields else PartOptions
+    clash = sorted(placement.model_fields.keys() & kind.Config.model_fields.keys())
+    if clash:
+        raise PartError(f"cannot be a part: its Config has {' and '.join(clash)}, which every part has already")
+    return kind, placement
+
 
 NO_PARTS = "needs at least one part; write reward=[rule,polar], with names of reward options"
 

@@ -1,15 +1,99 @@
-"""One score for one response, or one group, from those of several rewards. Pure."""
+"""From the values of several rewards for one response to one. Pure functions in float64; no rewards: ValueError.
+
+Process rewards and preferences of several rewards as one.
+
+One score for one response, or one group, from those of several rewards. Pure.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from rewards.combined.aggregate import ENSEMBLES, Combine, aggregate
-from rewards.combined.process import averaged_pairs, summed_spans, summed_tokens
-from rlkit.experience import GroupScores, Score
+from rewards.shaping.references import Float64, log_sigmoid
+from rlkit.experience import GroupScores, PreferencePair, Score
+from rlkit.experience.types import FloatArray, SpanReward
+
+Combine = Literal["sum", "product", "logical_and", "mean", "median", "min", "mean_minus_std", "mean_minus_variance"]
+WEIGHTED: frozenset[Combine] = frozenset({"sum", "logical_and", "mean"})
+"""Where weights mean something."""
+ENSEMBLES: frozenset[Combine] = frozenset({"mean", "median", "min", "mean_minus_std", "mean_minus_variance"})
+"""Where the parts are members that estimate the same (arXiv 2312.09244)."""
+PESSIMISTIC: frozenset[Combine] = frozenset({"mean_minus_std", "mean_minus_variance"})
+"""Where `spread_weight` means something."""
+
+
+def aggregate(combine: Combine, values: Float64, weights: Float64, spread_weight: float = 1.0) -> float:
+    """One number from values [K] and weights [K].
+
+    sum: sum w r. product: prod r. logical_and: sum w log sigma(r) (arXiv 2402.00742, r being centred). mean:
+    sum w r / sum w. mean_minus_std, mean_minus_variance: mean - spread_weight * std or variance (ddof=0).
+    """
+    if len(values) == 0:
+        raise ValueError("there is nothing to combine")
+    match combine:
+        case "sum":
+            return float(values @ weights)
+        case "product":
+            with np.errstate(over="ignore"):  # the caller refuses what is not finite
+                return float(np.prod(values))
+        case "logical_and":
+            return float(log_sigmoid(values) @ weights)
+        case "mean":
+            return float(values @ weights / weights.sum())
+        case "median":
+            return float(np.median(values))
+        case "min":
+            return float(values.min())
+        case "mean_minus_std":
+            return float(values.mean() - spread_weight * values.std())
+        case "mean_minus_variance":
+            return float(values.mean() - spread_weight * values.var())
+
+
+def summed_tokens(scores: Sequence[Score], weights: Sequence[float]) -> FloatArray | None:
+    """sum w r_t [T] over the scores that have token rewards; None if none has."""
+    found = [
+        weight * score.token_rewards.astype(np.float64)
+        for score, weight in zip(scores, weights, strict=True)
+        if score.token_rewards is not None
+    ]
+    return np.sum(found, axis=0).astype(np.float32) if found else None
+
+
+def summed_spans(scores: Sequence[Score], weights: Sequence[float]) -> tuple[SpanReward, ...]:
+    """sum w r over equal spans; others stand side by side, in the order of their ends."""
+    values: defaultdict[tuple[int, int], float] = defaultdict(float)
+    for score, weight in zip(scores, weights, strict=True):
+        for span in score.span_rewards:
+            values[span.end, span.start] += weight * span.value
+    return tuple(SpanReward(start, end, value) for (end, start), value in sorted(values.items()))
+
+
+def averaged_pairs(
+    opinions: Sequence[Sequence[PreferencePair]], weights: Sequence[float]
+) -> tuple[PreferencePair, ...]:
+    """For every two samples compared by anyone: the |weight|-weighted mean of the probability, winner named first.
+
+    A reward with a negative weight counts for the other sample; one with weight 0 has no say.
+    """
+    votes: defaultdict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+    for pairs, weight in zip(opinions, weights, strict=True):
+        for pair in pairs if weight else ():
+            forward = (pair.winner < pair.loser) == (weight > 0)
+            probability = pair.probability if forward else 1.0 - pair.probability
+            votes[min(pair.winner, pair.loser), max(pair.winner, pair.loser)].append((abs(weight), probability))
+    made = []
+    for (left, right), found in sorted(votes.items()):
+        total = sum(weight for weight, _ in found)
+        probability = sum(weight * p for weight, p in found) / total
+        winner, loser = (left, right) if probability >= 0.5 else (right, left)
+        made.append(PreferencePair(winner, loser, max(probability, 1.0 - probability)))
+    return tuple(made)
 
 
 @dataclass(frozen=True)

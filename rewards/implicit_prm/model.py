@@ -1,4 +1,11 @@
-"""The two language models of an implicit PRM: log-ratios per token, and training on outcomes."""
+"""Log-ratios of two language models, and the objectives that make process rewards of them, on packed trees.
+
+Used by the reward that learns during a run and by offline training alike.
+
+What is watched while the implicit PRM learns: how well it ranks and predicts outcomes that it has not seen.
+
+The two language models of an implicit PRM: log-ratios per token, and training on outcomes.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +13,192 @@ import json
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms.prm_losses import correct_incorrect_pairs, kto_baseline
-from rewards.base import RewardContext
-from rewards.implicit_prm.log_ratios import (
-    PAIRED,
-    check_equal,
-    log_ratios,
-    mismatched,
-    objective_sum,
-    packed_log_ratios,
-    response_scores,
+from algorithms.functional import prm as prm_losses
+from algorithms.functional.prm import (
+    brier,
+    calibration_error,
+    correct_incorrect_pairs,
+    kto_baseline,
+    pair_accuracy,
+    sign_accuracy,
 )
-from rewards.implicit_prm.monitors import HeldOut, before_update, labels_of
-from rlkit.checkpoint.records import from_json, to_json
+from rewards.base import RewardContext
+from rlkit.checkpoint.checkpointer import from_json, to_json
 from rlkit.config.schema import LearnerConfig
-from rlkit.data.prompts import load_tokenizer
-from rlkit.embedded import model_folder
+from rlkit.data.rendering import load_tokenizer
 from rlkit.experience import Group
-from rlkit.learner.engine import build_engine, init_process_group, optimizer_step, resolve_dtype
-from rlkit.learner.engine_state import full_state, load_full_state
+from rlkit.learner.batches import per_token
+from rlkit.learner.engine import (
+    build_engine,
+    full_state,
+    init_process_group,
+    load_full_state,
+    optimizer_step,
+    resolve_dtype,
+)
 from rlkit.learner.policy import save_policy
-from rlkit.learner.ragged import per_token
-from rlkit.models.packing import PackedBatch, Tree, split_by_tokens
+from rlkit.models.folder import model_folder
+from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
 from rlkit.models.policy import load_causal_lm
 
 if TYPE_CHECKING:
     from rewards.implicit_prm.reward import ImplicitPRM
+
+
+Objective = Literal["ce", "dpo", "nca", "kto"]
+PAIRED: tuple[Objective, ...] = ("dpo", "nca")
+"""Objectives whose examples are pairs of a better and a worse response to one prompt."""
+LARGEST_INITIAL_RATIO = 1e-3
+"""Models of equal weights must agree to this: else the two run through different kernels or types."""
+
+
+def log_ratios(policy: Any, reference: Any, trees: Sequence[Tree], device: str, chunk: int) -> Tensor:
+    """q = log pi_phi - log pi_ref [R] at temperature 1 of the trees' suffix tokens; differentiable in pi_phi."""
+    return packed_log_ratios(policy, reference, pack(trees).to(device), chunk)
+
+
+def packed_log_ratios(policy: Any, reference: Any, packed: PackedBatch, chunk: int) -> Tensor:
+    """The same of a packed batch."""
+    with torch.no_grad():
+        reference_logprobs, _ = reference(packed, 1.0, chunk)
+    logprobs, _ = policy(packed, 1.0, chunk)
+    ratios: Tensor = logprobs - reference_logprobs
+    return ratios
+
+
+def response_scores(ratios: Tensor, trees: Sequence[Tree], beta: float, mask: Tensor | None = None) -> Tensor:
+    """s = beta * sum of q [S], one per suffix of the trees; rows with mask 0 do not enter."""
+    lengths = torch.tensor([len(suffix) for tree in trees for suffix in tree.suffixes])
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(ratios.device)
+    mask = torch.ones_like(ratios) if mask is None else mask
+    return prm_losses.response_scores(ratios, torch.zeros_like(ratios), mask, sequence, len(lengths), beta)
+
+
+def objective_sum(
+    objective: Objective,
+    scores: Tensor,
+    labels: Tensor,
+    pairs: tuple[Tensor, Tensor],
+    baseline: Tensor | None = None,
+) -> Tensor:
+    """Sum of the objective over scores [S] with labels [S] (ce, kto), or over pairs ([P] better, [P] worse places).
+
+    `baseline`: KTO's z, of the whole batch.
+    """
+    if objective == "ce":
+        return prm_losses.cross_entropy(scores, labels).sum()
+    if objective == "kto":
+        if baseline is None:
+            raise ValueError("kto needs the baseline of the whole batch")
+        return prm_losses.kto(scores, labels, baseline).sum()
+    better, worse = pairs
+    loss = prm_losses.dpo if objective == "dpo" else prm_losses.nca_pair
+    return loss(scores[better], scores[worse]).sum()
+
+
+def mismatched(trees: Sequence[Tree]) -> list[Tree]:
+    """The first response of each tree after the next tree's prompt: what KTO's baseline is the mean score of.
+
+    Trees must have different prompts. Raises ValueError for fewer than two: nothing would be mismatched.
+    """
+    if len(trees) < 2:
+        raise ValueError("KTO's baseline needs responses to at least two prompts in a batch")
+    following = [*trees[1:], trees[0]]
+    return [Tree(other.prefix, tree.suffixes[:1]) for tree, other in zip(trees, following, strict=True)]
+
+
+@torch.no_grad()
+def check_equal(policy: Any, reference: Any, device: str, chunk: int) -> None:
+    """Raises ValueError if two models of equal weights do not give log-ratios of zero."""
+    largest = float(log_ratios(policy, reference, [Tree((0,), (tuple(range(1, 17)),))], device, chunk).abs().max())
+    if not largest <= LARGEST_INITIAL_RATIO:
+        raise ValueError(
+            f"the implicit PRM and its reference have equal weights but differ by {largest:.3g} in log-prob "
+            f"(at most {LARGEST_INITIAL_RATIO:g} is allowed): process rewards would be numerical noise"
+        )
+
+
+def labels_of(groups: Sequence[Group]) -> list[float | None]:
+    """Outcome in 0 to 1 of every sample, None where it is invalid or has no trained token."""
+    return [
+        min(1.0, max(0.0, score.value)) if score.valid and score.value is not None and sample.trained.any() else None
+        for group in groups
+        for sample, score in group.scored()
+    ]
+
+
+def before_update(groups: Sequence[Group]) -> dict[str, float]:
+    """Metrics `prm/...` of the scores that these groups carry: from before the update, so a true generalisation."""
+    scores = np.array([score.components.get("implicit_prm", 0.0) for group in groups for _, score in group.scored()])
+    labels, valid, group = _arrays(groups)
+    metrics = {"prm/sign_accuracy": sign_accuracy(scores, labels, valid)} | _pairs(
+        "prm/pair_accuracy", scores, labels, valid, group
+    )
+    if valid.any():
+        metrics |= {
+            "prm/score_mean": float(scores[valid].mean()),
+            "prm/score_p95": float(np.quantile(np.abs(scores[valid]), 0.95)),
+            "prm/brier": brier(scores[valid], labels[valid]),
+            "prm/calibration_error": calibration_error(scores[valid], labels[valid]),
+        }
+    return metrics
+
+
+class HeldOut:
+    """Groups of the first steps, kept away from training: the model is judged on them at every update."""
+
+    LARGEST_SHARE = 0.25
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
+        self.groups: list[Group] = []
+
+    def set_aside(self, groups: Sequence[Group]) -> list[Group]:
+        """Keep some groups with differing outcomes while more are wanted; returns those to train on."""
+        room = min(self.wanted - len(self.groups), int(self.LARGEST_SHARE * len(groups)))
+        taken = [group for group in groups if _differ(group)][:room] if room > 0 else []
+        # Only tokens and scores are looked at again, and data columns may be anything: they are not kept.
+        self.groups += [replace(group, prompt=replace(group.prompt, columns={})) for group in taken]
+        kept = {group.id for group in taken}
+        return [group for group in groups if group.id not in kept]
+
+    def metrics(self, token_rewards: Sequence[np.ndarray]) -> dict[str, float]:
+        """`prm/heldout_pair_accuracy` of the present model's token rewards of all samples of `groups`."""
+        scores = np.array([float(rewards.sum()) for rewards in token_rewards])
+        labels, valid, group = _arrays(self.groups)
+        return _pairs("prm/heldout_pair_accuracy", scores, labels, valid, group)
+
+
+def _differ(group: Group) -> bool:
+    labels = [label for label in labels_of([group]) if label is not None]
+    return len(set(labels)) > 1
+
+
+def _arrays(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    found = labels_of(groups)
+    valid = np.array([label is not None for label in found], dtype=np.bool_)
+    labels = np.array([label or 0.0 for label in found], dtype=np.float64)
+    return labels, valid, np.array([g for g, group in enumerate(groups) for _ in group.samples], dtype=np.int64)
+
+
+def _pairs(
+    metric: str, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray, group: np.ndarray
+) -> dict[str, float]:
+    """Pair accuracy over the groups whose outcomes differ; nothing if there are none."""
+    mixed = [g for g in np.unique(group[valid]) if np.ptp(labels[valid & (group == g)]) > 0]
+    if not mixed:
+        return {}
+    accuracy = float(pair_accuracy(scores, labels, group, valid & np.isin(group, mixed)).mean())
+    return {metric: accuracy}
 
 
 class ImplicitModel:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from algorithms.advantages import Float64
+from algorithms.functional.advantages import Float64
 
 StepStyle = Literal["auto", "lines", "numbered"]
 StepKind = Literal["single", "cumulative"]

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
-from rewards.judge.guard import trivial
-from rewards.judge.modes import Against, Findings, Judged, Mode, Rules, judge_texts
-from rewards.judge.questions import PRINCIPLE, Material
-from rewards.judge.verdicts import AnswerFormat
+from rewards.judge.master_keys import trivial
+from rewards.judge.prompts import PRINCIPLE, Against, AnswerFormat, Findings, Judged, Material, Mode, Rules, judge_texts
 from rlkit.experience import Group, GroupScores, PreferencePair, Score
 
 if TYPE_CHECKING:
@@ -176,7 +174,7 @@ class JudgeReward(Reward):
 
     def start(self) -> None:
         """Connect and probe. Raises JudgeError with the cause and the remedy."""
-        from rewards.judge.connect import connect, introduce  # httpx and tenacity load only where a reward runs
+        from rewards.judge.asking import connect, introduce  # httpx and tenacity load only where a reward runs
 
         self._runner = asyncio.Runner()
         self._judge, self._close_judge = self._runner.run(connect(self.config, self.context))

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from rewards.base import Reward, RewardConfig, RewardContext
-from rewards.preference.folder import ClassifierError, check_classifier, positions
-from rewards.preference.inputs import Encoded, Encoder, Layout, Unreadable
+from rewards.preference.inputs import ClassifierError, Encoded, Encoder, Layout, Unreadable, check_classifier, positions
 from rlkit.experience import Group, GroupScores, Message, Score
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class PreferenceReward(Reward):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Whether the folder holds a one-label classifier that takes inputs of the length asked for."""
-        from rlkit.embedded import model_folder
+        from rlkit.models.folder import model_folder
 
         try:
             _longest(config, check_classifier(model_folder(config.model_path)))
@@ -74,7 +73,7 @@ class PreferenceReward(Reward):
         """Load tokenizer and model and score two canned answers. Raises ClassifierError with the cause."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from rewards.preference.scorers import load_scorer
-        from rlkit.embedded import model_folder
+        from rlkit.models.folder import model_folder
 
         config, folder = self.config, model_folder(self.config.model_path)
         longest = _longest(config, check_classifier(folder))

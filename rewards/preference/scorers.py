@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from rewards.polar.backends import cut, expanded_tokens, torch_dtype
-from rewards.polar.plan import shared_prefix
-from rewards.preference.folder import ClassifierError
-from rewards.preference.inputs import Encoded, until_read
+from rewards.polar.serialise import shared_prefix
+from rewards.preference.inputs import ClassifierError, Encoded, until_read
 from rlkit.models.attention import PACKED_ATTENTION
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import PackedScorer

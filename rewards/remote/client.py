@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rewards.remote.handshake import CONNECT_SECONDS, SHOWN, transport
-from rewards.remote.wire import (
+from rlkit.experience import Group, GroupScores, Score
+from rlkit.experience.wire import (
     SCORE_PATH,
     ScoreResponse,
     UnsendableError,
@@ -18,7 +19,6 @@ from rewards.remote.wire import (
     request_body,
     scores_from_wire,
 )
-from rlkit.experience import Group, GroupScores, Score
 
 if TYPE_CHECKING:
     import httpx

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rewards.remote.wire import HEALTH_PATH, SCHEMA_VERSION, Health
+from rlkit.experience.wire import HEALTH_PATH, SCHEMA_VERSION, Health
 
 if TYPE_CHECKING:
     import httpx

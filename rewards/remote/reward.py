@@ -16,7 +16,7 @@ from rlkit.experience import Group, GroupScores
 
 if TYPE_CHECKING:
     from rewards.remote.client import RewardClient
-    from rewards.remote.wire import Health
+    from rlkit.experience.wire import Health
 
 log = logging.getLogger(__name__)
 

@@ -32,8 +32,7 @@ Shaping = Annotated[tuple[SerializeAsAny[Step], ...], BeforeValidator(parse_step
 
 
 def _step(number: int, value: Any) -> Step:
-    from rlkit.config.fields import unsuitable_scalars
-    from rlkit.config.names import did_you_mean
+    from rlkit.config.messages import did_you_mean, unsuitable_scalars
 
     if isinstance(value, Step):
         return value
@@ -55,8 +54,7 @@ def _step(number: int, value: Any) -> Step:
 
 
 def _wrong(number: int, kind: type[Step], details: Any) -> str:
-    from rlkit.config.fields import allowed
-    from rlkit.config.names import did_you_mean
+    from rlkit.config.messages import allowed, did_you_mean
 
     place = f"step {number} ({kind.model_fields['kind'].default})"
     if details["type"] == "value_error":

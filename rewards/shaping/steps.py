@@ -1,16 +1,133 @@
-"""The steps of a `shaping` chain: typed options (`kind` says which), and what each does to a group's rewards."""
+"""Statistics over the samples of one prompt.
+
+Costs of long responses, added to outcome rewards. Lengths [n] are response tokens.
+
+Process rewards made safe for RL: Clip and Delta (arXiv 2410.15115). Per response, steps p [K] in order, float64.
+
+Statistics of all rewards so far, and the transforms that use them (PAR's code, baselines of arXiv 2502.18770).
+
+The steps of a `shaping` chain: typed options (`kind` says which), and what each does to a group's rewards.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Self, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rewards.shaping import groups, process, references, running
-from rewards.shaping.lengths import Int64, length_penalty, overlong_penalty
+from rewards.shaping import references
 from rewards.shaping.references import Fit, Float64, Form
+
+
+def standardised_in_group(rewards: Float64, divide: bool = True) -> Float64:
+    """(r - mean) / std over the valid samples of one group [n], ddof=0; 0 for all where they are equal or alone.
+
+    Before a weighted sum it gives every component the same scale within a prompt. divide=False only centres.
+    """
+    shifted = np.asarray(rewards, dtype=np.float64) - np.mean(rewards)
+    if not divide:
+        return shifted
+    std = float(np.std(rewards))
+    # Equal rewards leave rounding errors behind, which must not be blown up to a spread of 1.
+    negligible = std <= 1e-12 * max(1.0, float(np.max(np.abs(rewards))))
+    return np.zeros_like(shifted) if negligible else shifted / std
+
+
+Int64 = NDArray[np.int64]
+
+
+def length_penalty(lengths: Int64, per_token: float, free_tokens: int) -> Float64:
+    """-per_token * max(0, length - free_tokens) [n] (PAR's code, arXiv 2502.18770: 0.01 beyond 300 tokens)."""
+    return -per_token * np.maximum(lengths.astype(np.float64) - free_tokens, 0.0)
+
+
+def overlong_penalty(lengths: Int64, max_tokens: int, buffer_tokens: int) -> Float64:
+    """DAPO's soft punishment (arXiv 2503.14476 eq. 13) [n]: 0 up to max_tokens - buffer_tokens, then down to -1."""
+    over = lengths.astype(np.float64) - (max_tokens - buffer_tokens)
+    return -np.clip(over / buffer_tokens, 0.0, 1.0)
+
+
+def clip(steps: Float64, eta: float) -> Float64:
+    """r_k = min(p_k - eta, 0) [K]: further steps earn nothing, bad ones cost."""
+    return np.minimum(np.asarray(steps, dtype=np.float64) - eta, 0.0)
+
+
+def delta(steps: Float64) -> Float64:
+    """r_k = p_k - p_{k+1} for k < K - 1, r_{K-1} = p_{K-1}, r_K = 0 [K].
+
+    The undiscounted reward-to-go of step k < K is p_k, so repeating a step adds nothing. A single step earns 0.
+    """
+    steps = np.asarray(steps, dtype=np.float64)
+    shaped = np.zeros_like(steps)
+    shaped[:-1] = steps[:-1]
+    shaped[:-2] -= steps[1:-1]
+    return shaped
+
+
+@dataclass
+class RunningStatistics:
+    """Count, mean, sum of squared differences, least and greatest; batches are merged exactly (Chan et al.)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    least: float = math.inf
+    greatest: float = -math.inf
+
+    def add(self, values: Float64) -> None:
+        """Count a batch [n] of finite values; an empty one changes nothing."""
+        n = len(values)
+        if n == 0:
+            return
+        total, batch_mean = self.count + n, float(np.mean(values))
+        difference = batch_mean - self.mean
+        self.mean += difference * n / total
+        self.squares += float(np.sum((values - batch_mean) ** 2)) + difference**2 * self.count * n / total
+        self.least, self.greatest = min(self.least, float(np.min(values))), max(self.greatest, float(np.max(values)))
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation (ddof=0); 0 before there are two values."""
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        """Everything needed to go on later."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """The reverse of state_dict."""
+        self.count = int(state["count"])
+        self.mean, self.squares = float(state["mean"]), float(state["squares"])
+        self.least, self.greatest = float(state["least"]), float(state["greatest"])
+
+
+def standardised(values: Float64, statistics: RunningStatistics) -> Float64:
+    """(r - mean) / std [n]; only centred while all values were equal, unchanged before there are statistics."""
+    if statistics.count == 0:
+        return values
+    return (values - statistics.mean) / (statistics.std or 1.0)
+
+
+def clipped_to_std(values: Float64, statistics: RunningStatistics, width: float = 1.0) -> Float64:
+    """r clipped to mean +- width * std [n]; unchanged before there are statistics."""
+    if statistics.count == 0:
+        return values
+    room = width * statistics.std
+    return np.clip(values, statistics.mean - room, statistics.mean + room)
+
+
+def min_max(values: Float64, statistics: RunningStatistics) -> Float64:
+    """(r - least) / (greatest - least) [n]; 0 while all values were equal, unchanged before there are statistics."""
+    if statistics.count == 0:
+        return values
+    return (values - statistics.least) / ((statistics.greatest - statistics.least) or 1.0)
 
 
 class Step(BaseModel):
@@ -76,7 +193,7 @@ class RunningStep(Step):
     """Uses statistics of all valid values so far; they are saved with the reward's state."""
 
     @abstractmethod
-    def normalise(self, values: Float64, statistics: running.RunningStatistics) -> Float64:
+    def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
         """values [n] -> [n]."""
 
 
@@ -151,9 +268,9 @@ class Standardise(RunningStep):
     kind: Literal["standardise"] = "standardise"
     """Running normalisation."""
 
-    def normalise(self, values: Float64, statistics: running.RunningStatistics) -> Float64:
+    def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
         """Mean 0, standard deviation 1 over the run."""
-        return running.standardised(values, statistics)
+        return standardised(values, statistics)
 
 
 class ClipStd(RunningStep):
@@ -164,9 +281,9 @@ class ClipStd(RunningStep):
     width: float = Field(default=1.0, gt=0)
     """In standard deviations."""
 
-    def normalise(self, values: Float64, statistics: running.RunningStatistics) -> Float64:
+    def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
         """The scale stays."""
-        return running.clipped_to_std(values, statistics, self.width)
+        return clipped_to_std(values, statistics, self.width)
 
 
 class MinMax(RunningStep):
@@ -175,9 +292,9 @@ class MinMax(RunningStep):
     kind: Literal["minmax"] = "minmax"
     """Running scaling to 0 to 1."""
 
-    def normalise(self, values: Float64, statistics: running.RunningStatistics) -> Float64:
+    def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
         """Within 0 and 1."""
-        return running.min_max(values, statistics)
+        return min_max(values, statistics)
 
 
 class GroupNormalise(OutcomeStep):
@@ -195,7 +312,7 @@ class GroupNormalise(OutcomeStep):
 
     def apply(self, values: Float64, lengths: Int64) -> Float64:
         """Mean 0 in the group."""
-        return groups.standardised_in_group(values, self.divide)
+        return standardised_in_group(values, self.divide)
 
 
 class Clamp(OutcomeStep):
@@ -271,7 +388,7 @@ class Clip(ProcessStep):
 
     def apply(self, steps: Float64) -> Float64:
         """At most 0."""
-        return process.clip(steps, self.eta)
+        return clip(steps, self.eta)
 
 
 class Delta(ProcessStep):
@@ -282,7 +399,7 @@ class Delta(ProcessStep):
 
     def apply(self, steps: Float64) -> Float64:
         """Its reward-to-go is p again."""
-        return process.delta(steps)
+        return delta(steps)
 
 
 AnyStep = (

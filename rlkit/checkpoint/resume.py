@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.checkpoint.folder import BadCheckpointError, Sealed, open_checkpoint, sealed_folders
-from rlkit.config.problems import ConfigError, Problem
+from rlkit.config.messages import ConfigError, Problem
 from rlkit.config.schema import RunConfig
 
 FIXED = ("model", "data", "algorithm", "reward._target_", "seed", "trainer.prompts_per_step", "rollout.temperature")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from algorithms.base import Algorithm
-from rlkit.config.finding import Finding, Findings
+from rlkit.config.messages import Finding, Findings
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import Part
+from rlkit.config.plan import engines_fit_on_nodes, phases_make_room, weights_can_travel
 from rlkit.config.schema import (
     BufferConfig,
     ClusterConfig,
@@ -24,7 +25,6 @@ from rlkit.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
-from rlkit.config.sharing import engines_fit_on_nodes, phases_make_room, weights_can_travel
 from rlkit.data.base import DataSource
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")

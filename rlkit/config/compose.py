@@ -1,16 +1,30 @@
-"""Hydra's part: the groups in conf/, and one plain tree composed from the options chosen."""
+"""Hydra's part: the groups in conf/, and one plain tree composed from the options chosen.
+
+Command-line overrides in Hydra's grammar, parsed one by one so that each mistake is reported as its own.
+
+Where values come from: the command line, a configuration file, the option files; for messages and merging.
+
+`reward=[math,polar]`: a list of reward options stands for their combination.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import rlkit
+from rlkit.config.messages import Problem, did_you_mean, nearest
 
 
 def conf_dir() -> Path:
@@ -54,3 +68,271 @@ def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
     """An option file by itself, as a plain dictionary."""
     content = OmegaConf.to_container(OmegaConf.load(folder / group / f"{option}.yaml"))
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+Options = Mapping[str, Collection[str]]
+"""Group name -> names of its options."""
+
+
+@dataclass
+class Overrides:
+    """What the command line says, split into choices of options and values of keys."""
+
+    choices: dict[str, str | None] = field(default_factory=dict)
+    """Group -> option. A misspelt option is replaced by the nearest one, so that the rest can be checked too."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """Of `reward=[a,b]`: name of the part -> option, or dotted path of a class."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Full key -> value."""
+    typed: dict[str, str] = field(default_factory=dict)
+    """Full key or group -> the argument as it was typed."""
+    unusable: set[str] = field(default_factory=set)
+    """Groups whose option is wrong and not guessable: nothing else can be said about them."""
+    problems: list[Problem] = field(default_factory=list)
+
+
+def parse_overrides(arguments: Sequence[str], options: Options) -> Overrides:
+    """Sort `arguments` into choices and values. Never raises: problems are collected in the result."""
+    parser = OverridesParser.create()
+    result = Overrides()
+    for argument in arguments:
+        message = _read(argument, parser, options, result)
+        if message:
+            result.problems.append(Problem(argument, message))
+    return result
+
+
+def _read(argument: str, parser: OverridesParser, options: Options, result: Overrides) -> str | None:
+    """Add one argument to `result`; returns what is wrong with it, if anything is."""
+    if argument.startswith("-"):
+        bare = argument.lstrip("-")
+        return f"options have no dashes here; write {bare if '=' in bare else bare + '=VALUE'}"
+    if "=" not in argument and not argument.startswith("~"):
+        return f"this is no assignment; write {argument}=VALUE"
+    try:
+        override = parser.parse_override(argument)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        key, _, text = argument.partition("=")
+        if key != key.strip() or text != text.strip():
+            return f"remove the spaces around `=` ({reason})"
+        hint = f"quote special characters for the shell and for Hydra: \"{key}='{text}'\""
+        return f"cannot be parsed ({reason}); {hint}"
+    key = override.key_or_group
+    if override.type == OverrideType.DEL:
+        return "keys cannot be removed; every key has a default, so leave it out or set it to another value"
+    if override.package is not None:
+        return f"packages (`@{override.package}`) are not used here; write {key}=OPTION"
+    if key == "hydra" or key.startswith("hydra."):
+        return "Hydra only composes the configuration here; its own settings have no effect"
+    if override.is_sweep_override():
+        return "one run takes one value, not a sweep; write a list as key=[a,b] and text with a comma as key='\"a,b\"'"
+    value: Any = override.value()
+    if key in options and not isinstance(value, dict):
+        return _choose(argument, key, value, options, result)
+    result.values.pop(key, None)  # the last one counts, also in order
+    result.values[key] = value
+    result.typed[key] = argument
+    return None
+
+
+def _choose(argument: str, group: str, value: Any, options: Options, result: Overrides) -> str | None:
+    available = options[group]
+    result.typed[group] = argument
+    if group == "reward":
+        result.parts = {}  # the last one counts
+        if isinstance(value, list) and COMBINED in available:
+            result.choices[group] = COMBINED
+            result.parts, message = part_names(value, available)
+            return message
+    if value in available or (group == "experiment" and value is None):
+        result.choices[group] = value
+        return None
+    name = str(value)
+    guess = None if value is None else nearest(name, available)  # null is no misspelt name
+    if guess is None:
+        result.unusable.add(group)
+    else:
+        result.choices[group] = guess
+    if "." in name and group in ("algorithm", "reward", "data"):
+        return f"no such option; a class of your own is named by {group}._target_={name}"
+    return f"no such option; {did_you_mean(name, available)}"
+
+
+def quoted(value: str) -> str:
+    """A text as Hydra's grammar takes it."""
+    if re.fullmatch(r"[\w./:@%+-]+", value):
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+@dataclass
+class Sources:
+    """Knows for every key how the user wrote it."""
+
+    typed: Mapping[str, str]
+    """Full key (or group) -> the argument as it was typed."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Swappable part -> the option (or class) that stands for it."""
+    file: Path | None = None
+    in_file: set[str] = field(default_factory=set)
+    """Full keys of values that the file sets."""
+
+    def where(self, key: str, value: Any) -> str:
+        """The argument that set `key`, or `key=value` and the file it is from; `key` alone if nothing set it."""
+        if key in self.options:
+            chosen = self.typed.get(f"{key}._target_") or self.typed.get(key)
+            return chosen or f"{key}={self.options[key]}"
+        if key in self.typed:
+            return self.typed[key]
+        below = [argument for name, argument in self.typed.items() if name.startswith(f"{key}.")]
+        whole = [self.typed[name] for name in _parents(key) if "={" in self.typed.get(name, "")]
+        if isinstance(value, dict) and below:
+            return below[-1]  # `seed.x=1` makes a section of what is a value
+        if whole:
+            return whole[0]  # `trainer={total_steps: 3}`
+        text = key if value is None or isinstance(value, dict) else f"{key}={_spelled(value)}"
+        return f"{self.file}: {text}" if any(name in self.in_file for name in (key, *_parents(key))) else text
+
+
+def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sources: Sources) -> list[Problem]:
+    """Put the values of a configuration file over the composed ones; returns what is wrong with the file.
+
+    A part with a `_target_` replaces the composed part: its values are those of another class.
+    """
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        return [Problem(f"--config {file}", f"cannot be read: {' '.join(str(error).split())}")]
+    if not isinstance(content, dict):
+        return [Problem(f"--config {file}", "is not a configuration: it must be a mapping of sections")]
+    content.pop("run_dir", None)  # that folder holds the run that wrote the file
+    sources.file = file
+    problems = []
+    for section, value in content.items():
+        if section in choices:
+            message = f"{file} sets {section} already; leave one of them out"
+            problems.append(Problem(sources.typed[section], message))
+            continue
+        listed = section == "reward" and isinstance(value, list)  # parts of a combination
+        if isinstance(composed.get(section), DictConfig) and not (isinstance(value, dict | None) or listed):
+            message = f"is a section of keys; an option is chosen on the command line, like {section}=OPTION"
+            problems.append(Problem(f"{file}: {section}={_spelled(value)}", message))
+            continue
+        sources.in_file.add(str(section))
+        if listed:
+            composed[section] = value
+        elif isinstance(value, dict) and "_target_" in value:
+            composed[section] = value
+            composed.hydra.runtime.choices[section] = str(value["_target_"]).rpartition(".")[2].lower()
+        else:
+            OmegaConf.update(composed, str(section), value, merge=True)
+    return problems
+
+
+def set_value(composed: DictConfig, key: str, value: Any) -> None:
+    """Set one full key, making sections on the way; validation says later whether the key exists."""
+    OmegaConf.update(composed, key, value, merge=True, force_add=True)
+
+
+def _parents(key: str) -> list[str]:
+    steps = key.split(".")
+    return [".".join(steps[:end]) for end in range(len(steps) - 1, 0, -1)]
+
+
+def _spelled(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+COMBINED = "combined"
+"""The option that holds the parts."""
+
+
+def part_names(value: Sequence[Any], options: Collection[str]) -> tuple[dict[str, str], str | None]:
+    """Name of each part -> option or dotted path of a class; and what is wrong with the list, if anything is.
+
+    An element is an option, a dotted path (the part is named like the class), or `{name: option}`. A misspelt option
+    is replaced by the nearest one, so that the rest can be checked too.
+    """
+    parts: dict[str, str] = {}
+    messages = []
+    for element in value:
+        named = isinstance(element, Mapping)
+        if named and len(element) != 1:
+            messages.append(f"{dict(element)} must be one name with its option, like {{small:polar}}")
+            continue
+        name, option = next(iter(element.items())) if named else (None, element)
+        if not isinstance(option, str):
+            messages.append(f"{option!r} is no option; {did_you_mean(str(option), options)}")
+            continue
+        if "." not in option and option not in options:
+            messages.append(f"there is no option {option}; {did_you_mean(option, options)}")
+            option = nearest(option, options) or ""
+        name = option.rpartition(".")[2] if name is None else str(name)
+        if option and NAME.fullmatch(name) is None:
+            messages.append(f"{name!r} cannot name a part: letters, digits and _ only, a letter first")
+        elif name in parts:
+            messages.append(f"{name} stands there twice; give each a name: reward='[{{a:{option}}},{{b:{option}}}]'")
+        elif option:
+            parts[name] = option
+    if not value:
+        messages.append(f"needs at least one part, like reward=[rule,polar]; available: {', '.join(sorted(options))}")
+    return parts, "; ".join(messages) or None
+
+
+def add_parts(
+    composed: DictConfig, folder: Path, options: Collection[str], chosen: Mapping[str, str], file: Path | None
+) -> tuple[dict[str, str], list[Problem]]:
+    """Put the parts that the command line chose, or that a file lists (`reward: [rule, polar]`), into `composed`.
+
+    Returns how the reward is to be called in messages (empty if it is no list), and the file's mistakes.
+    """
+    problems = []
+    section = composed.get("reward")
+    if isinstance(section, ListConfig):  # only a file can do that
+        listed = OmegaConf.to_container(section)
+        assert isinstance(listed, list)
+        chosen, message = part_names(listed, options)
+        if message:
+            problems.append(Problem(f"{file}: reward", message))
+        composed["reward"] = option_fields(folder, "reward", COMBINED)
+    if not chosen:
+        return {}, problems
+    for name, option in chosen.items():
+        fields = {"_target_": option} if "." in option else option_fields(folder, "reward", option)
+        OmegaConf.update(composed, f"reward.parts.{name}", fields, force_add=True)
+    composed.hydra.runtime.choices["reward"] = "+".join(chosen)
+    return {"reward": f"[{','.join(chosen)}]"}, problems
+
+
+def unknown_parts(section: Mapping[str, Any]) -> dict[str, str]:
+    """Notes on the keys of parts that are not there (`reward.parts.polr.weight`)."""
+    parts = section.get("parts")
+    if not isinstance(parts, Mapping):
+        return {}
+    known = [str(name) for name, part in parts.items() if isinstance(part, Mapping) and "_target_" in part]
+    return {
+        f"reward.parts.{name}.{key}": f"there is no part {name}; {did_you_mean(str(name), known)}"
+        for name, part in parts.items()
+        if name not in known and isinstance(part, Mapping)
+        for key in _leaves(part)
+    }
+
+
+def in_part(problem: Problem) -> Problem:
+    """What a part's own validator says about `reward.x` is meant of `reward.parts.NAME.x`."""
+    place = re.match(r".*?(reward(?:\.parts\.\w+)+)", problem.where)
+    if place is None or problem.message.startswith("no such key"):
+        return problem
+    return Problem(problem.where, re.sub(r"\breward\.(?!parts\b)(?=\w)", f"{place.group(1)}.", problem.message))
+
+
+def _leaves(section: Mapping[str, Any]) -> list[str]:
+    found = []
+    for key, value in section.items():
+        found += [f"{key}.{leaf}" for leaf in _leaves(value)] if isinstance(value, Mapping) and value else [str(key)]
+    return found

@@ -1,8 +1,11 @@
-"""The part of loading a configuration that every command shares: compose, type every section, find the parts."""
+"""The part of loading a configuration that every command shares: compose, type every section, find the parts.
+
+From command-line arguments to a resolved run: validate, check; all problems at once, nothing started.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,25 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
 from rewards.base import Reward
-from rlkit.config.combined import add_parts, in_part, unknown_parts
-from rlkit.config.compose import compose_options, group_options, option_fields
-from rlkit.config.fields import all_fields, section_type
-from rlkit.config.overrides import Overrides, parse_overrides
-from rlkit.config.parts import Contract, Part, PartError, import_part
-from rlkit.config.problems import ConfigError, Problem
-from rlkit.config.schema import Section
-from rlkit.config.sources import Sources, merge_file, set_value
-from rlkit.config.validate import MISSING, validate
+from rlkit.config.checks import run_checks
+from rlkit.config.compose import (
+    Overrides,
+    Sources,
+    add_parts,
+    compose_options,
+    conf_dir,
+    group_options,
+    in_part,
+    merge_file,
+    option_fields,
+    parse_overrides,
+    set_value,
+    unknown_parts,
+)
+from rlkit.config.messages import MISSING, ConfigError, Problem, all_fields, section_type, validate
+from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
+from rlkit.config.parts import CONTRACTS, Contract, Part, PartError, ResolvedRun, import_part
+from rlkit.config.schema import RunConfig, Section
 
 TARGET = "_target_"
 
@@ -201,3 +214,78 @@ def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
     """What types a part's section: its Config, or for a reward made of others, one with their sections."""
     model: type[BaseModel] = cls.config_model(fields) if issubclass(cls, Reward) else cls.Config
     return model
+
+
+def load_config(arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] = ()) -> ResolvedRun:
+    """The run that `arguments` (Hydra overrides) describe, on top of a configuration file if there is one.
+
+    `elsewhere` are paths that may exist only where the run will be: what a check finds about them is a warning.
+    Raises ConfigError with every problem. Imports nothing heavier than the modules of the chosen parts.
+    """
+    loading = _RunLoading(arguments, file, elsewhere)
+    loading.validate()
+    loading.check()
+    return loading.result()
+
+
+class _RunLoading(Loading):
+    """The configuration of `rlkit.train`: its checks and its result."""
+
+    def __init__(self, arguments: Sequence[str], file: Path | None, elsewhere: Collection[str]) -> None:
+        super().__init__(arguments, file, folder=conf_dir(), schema=RunConfig, contracts=CONTRACTS)
+        self.elsewhere = elsewhere
+
+    def check(self) -> None:
+        """Make what the checks look at, and run those that can be run."""
+        checked = dict(self.available)
+        if "model" in checked:
+            checked["model_shape"] = _shape_or_error(checked["model"].path)
+        for kind, part in self.parts.items():
+            made = self._make(kind, part)
+            if made is not None:
+                checked[kind] = made
+        for finding in run_checks(checked):
+            problem = Problem(self.sources.where(finding.key, self._value(finding.key)), finding.message)
+            harmless = finding.warning or any(path in str(problem) for path in self.elsewhere)
+            (self.warnings if harmless else self.problems).append(problem)
+
+    def _make(self, kind: str, part: Part) -> Any:
+        """What a check sees of a part: an algorithm and a data source themselves, of a reward class and config."""
+        try:
+            if kind == "algorithm":
+                return part.cls(part.config)
+            if kind == "data":
+                return part.cls(part.config, self.available["seed"]) if "seed" in self.available else None
+        except Exception as error:  # a constructor of the user's may raise anything
+            where = self.sources.where(f"{kind}.{TARGET}", self.tree[kind][TARGET])
+            self.problems.append(Problem(where, f"cannot be made: {type(error).__name__}: {error}"))
+            return None
+        return part
+
+    def _value(self, key: str) -> Any:
+        """The value that `key` has, defaults included; None for what is no single value."""
+        section, _, leaf = key.rpartition(".")
+        holder = self.parts[section].config if section in self.parts else self.available.get(section)
+        return getattr(holder, leaf, None) if section else self.available.get(key)
+
+    def result(self) -> ResolvedRun:
+        """The resolved run. Raises ConfigError if there is any problem."""
+        if self.problems:
+            raise ConfigError(list(dict.fromkeys(self.problems)))
+        full = {
+            kind: {TARGET: self.tree[kind][TARGET], **part.config.model_dump(mode="json")}
+            for kind, part in self.parts.items()
+        }
+        return ResolvedRun(
+            config=RunConfig(**self.available, **full),
+            **{f"{kind}_class": part.cls for kind, part in self.parts.items()},
+            **{f"{kind}_config": part.config for kind, part in self.parts.items()},
+            warnings=tuple(self.warnings),
+        )
+
+
+def _shape_or_error(path: str) -> ModelShape | ModelFolderError:
+    try:
+        return check_model_folder(path)
+    except ModelFolderError as error:
+        return error

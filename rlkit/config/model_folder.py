@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkit.embedded import model_folder
+from rlkit.models.folder import model_folder
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

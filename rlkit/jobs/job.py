@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.checkpoint.resume import find_resume
-from rlkit.config.overrides import quoted
-from rlkit.config.problems import ConfigError, Problem
-from rlkit.config.resolved import ResolvedRun, plain
+from rlkit.config.compose import quoted
+from rlkit.config.messages import ConfigError, Problem
+from rlkit.config.parts import ResolvedRun, plain
 from rlkit.config.schema import RunConfig
 from rlkit.jobs.cluster import RUN_FOLDER, RUN_NAME
 from rlkit.jobs.options import SubmitConfig

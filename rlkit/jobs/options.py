@@ -9,11 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rlkit.config.fields import all_fields
-from rlkit.config.overrides import parse_overrides
-from rlkit.config.problems import Problem
+from rlkit.config.compose import parse_overrides
+from rlkit.config.messages import Problem, all_fields, validate
 from rlkit.config.schema import Section
-from rlkit.config.validate import validate
 
 ADDRESS = "cluster.address"
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rlkit.config.resolved import ResolvedRun
-from rlkit.config.shares import colocated_places, gpu_shares
-from rlkit.config.sharing import shares_gpus
+from rlkit.config.parts import ResolvedRun
+from rlkit.config.plan import colocated_places, gpu_shares, shares_gpus
 
 COLOCATED = "colocated group"
 """An engine and the ranks on its GPUs; a rank, and a critic's, on a GPU without an engine."""

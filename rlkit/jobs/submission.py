@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlkit.config.load import load_config
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
 from rlkit.config.model_folder import ModelFolderError
+from rlkit.config.parts import ResolvedRun
 from rlkit.config.plan import plan
-from rlkit.config.problems import ConfigError
-from rlkit.config.resolved import ResolvedRun
 from rlkit.jobs.cluster import NO_TOKEN, RUN_FOLDER, Cluster, ClusterError, connect, run_name
 from rlkit.jobs.commands import follow_job
 from rlkit.jobs.job import (

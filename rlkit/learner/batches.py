@@ -1,8 +1,11 @@
-"""From scored groups to micro-batches: which samples train, on which rank, in which micro-batch, as which rows."""
+"""From scored groups to micro-batches: which samples train, on which rank, in which micro-batch, as which rows.
+
+One number per response token for whole groups: what log-probs and values have in common.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from algorithms.base import Advantages, Denominators
 from rlkit.experience import Group, Sample
-from rlkit.models.packing import Tree, split_by_tokens
+from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
 
 
 @dataclass(frozen=True)
@@ -145,3 +148,18 @@ def rows_of(microbatch: Sequence[TrainGroup], advantages: Advantages, device: st
         extras={name: flat([values[p] for p in places]) for name, values in advantages.extras.items()},
         places=places,
     )
+
+
+def per_token(
+    forward: Callable[[PackedBatch], Tensor], groups: Sequence[Group], tokens_per_microbatch: int, device: str
+) -> list[np.ndarray]:
+    """`forward` gives [R] for a packed batch; returns [T] float32 for every sample of every group, in order."""
+    trees = [Tree(g.prompt.token_ids, tuple(s.token_ids.tolist() for s in g.samples)) for g in groups]
+    found: dict[int, list[np.ndarray]] = {}
+    for members in split_by_tokens([tree.tokens for tree in trees], tokens_per_microbatch):
+        rows = forward(pack([trees[i] for i in members]).to(device)).float().cpu().numpy()
+        lengths = [len(suffix) for i in members for suffix in trees[i].suffixes]
+        pieces = iter(np.split(rows, np.cumsum(lengths)[:-1]))
+        for i in members:
+            found[i] = [next(pieces) for _ in trees[i].suffixes]
+    return [piece for i in range(len(trees)) for piece in found[i]]

@@ -15,10 +15,9 @@ from torch import Tensor
 from algorithms.base import Advantages, Algorithm, ValueLossInputs
 from rlkit.config.schema import CriticConfig
 from rlkit.experience import Group
-from rlkit.learner.batches import Minibatch, TrainGroup, plan_minibatches, rows_of, train_groups
+from rlkit.learner.batches import Minibatch, TrainGroup, per_token, plan_minibatches, rows_of, train_groups
 from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
 from rlkit.learner.metrics import StepMetrics
-from rlkit.learner.ragged import per_token
 from rlkit.models.packing import Tree, pack
 from rlkit.models.policy import load_value_model
 

@@ -11,9 +11,9 @@ from typing import Any, NoReturn, Protocol
 
 from algorithms.base import Algorithm
 from rlkit.cluster.placement import Place
+from rlkit.cluster.waiting import waiting
+from rlkit.config.plan import offloads
 from rlkit.config.schema import LearnerConfig, RunConfig
-from rlkit.config.sharing import offloads
-from rlkit.waiting import waiting
 
 WATCH_SECONDS = 5.0
 """Between two looks at whether all ranks are alive."""
@@ -37,7 +37,7 @@ class Rank(ABC):
     """One rank, used through Ray. Subclasses load their model in `load`, when all ranks have met."""
 
     def __init__(self, rank: int, config: RunConfig, model_path: str, algorithm: Algorithm, log_path: str) -> None:
-        from rlkit.tracking.library_logs import actor_logging
+        from rlkit.tracking.logs import actor_logging
 
         actor_logging(Path(log_path))
         self.rank, self.config, self.model_path, self.algorithm = rank, config, model_path, algorithm
@@ -75,14 +75,14 @@ class Rank(ABC):
         """What `load` has loaded."""
 
     def offload(self) -> None:
-        """Make room on the GPU: see rlkit/learner/offload.py."""
-        from rlkit.learner.offload import offload
+        """Make room on the GPU: see rlkit/learner/engine.py."""
+        from rlkit.learner.engine import offload
 
         offload(self.trained.engine)
 
     def reload(self) -> None:
         """The reverse of offload."""
-        from rlkit.learner.offload import reload
+        from rlkit.learner.engine import reload
 
         reload(self.trained.engine)
 
@@ -91,7 +91,7 @@ class Rank(ABC):
         import torch
         from safetensors.torch import save_file
 
-        from rlkit.learner.engine_state import full_state
+        from rlkit.learner.engine import full_state
 
         state = full_state(self.trained.engine)
         if self.rank == 0:
@@ -107,7 +107,7 @@ class Rank(ABC):
         import torch
         from safetensors.torch import load_file
 
-        from rlkit.learner.engine_state import load_full_state
+        from rlkit.learner.engine import load_full_state
 
         load_full_state(self.trained.engine, load_file(file))
         self.trained.set_counters(counters)

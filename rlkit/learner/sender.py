@@ -17,10 +17,10 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCT
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-from rlkit.config.sharing import Way
+from rlkit.config.plan import Way
 from rlkit.learner.policy import PolicyLearner
-from rlkit.rollout import gloo
-from rlkit.rollout.buckets import TensorMeta, WeightDigest, buckets, pack
+from rlkit.weights import gloo
+from rlkit.weights.bundle import TensorMeta, WeightDigest, buckets, pack
 
 
 class Source(WeightSource):

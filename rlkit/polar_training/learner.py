@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rewards.polar.plan import shared_prefix
-from rewards.polar.serialise import Limits, Serialiser, Wrapper
+from rewards.polar.serialise import Limits, Serialiser, Wrapper, shared_prefix
 from rlkit.config.schema import LearnerConfig
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.polar_training.start import load_start
 from rlkit.polar_training.triplets import Triplet
-from rlkit.supervised import SupervisedEngine, save_classifier
+from rlkit.reward_training.engine import SupervisedEngine, save_classifier
 
 
 @dataclass(frozen=True, slots=True)

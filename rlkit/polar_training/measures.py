@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rewards.rule.math import final_answer
+from rewards.verifiers.math import final_answer
 from rlkit.polar_training.learner import PolarLearner
 from rlkit.polar_training.pairs import attainable_accuracy, labelled_triplets, policy_triplets
 from rlkit.polar_training.rows import Asked

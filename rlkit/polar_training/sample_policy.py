@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from rlkit.config.schema import RolloutConfig
-from rlkit.data.prompts import load_tokenizer
-from rlkit.embedded import model_folder
+from rlkit.data.rendering import load_tokenizer
+from rlkit.models.folder import model_folder
 from rlkit.polar_training.generate import SamplingOrder
 
 

@@ -10,7 +10,7 @@ import torch
 
 from rewards.polar.backends import RELEASED_ARCHITECTURE
 from rewards.polar.serialise import MARKER, SEPARATOR
-from rlkit.data.prompts import load_tokenizer
+from rlkit.data.rendering import load_tokenizer
 from rlkit.models.policy import ModelLoadError, PackedScorer, load_scorer, load_value_model
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def load_start(folder: Path) -> tuple[PreTrainedTokenizerBase, PackedScorer]:
     architecture = (config.get("architectures") or ["(none)"])[0]
     if architecture == RELEASED_ARCHITECTURE:
         raise ModelLoadError(
-            f"{folder} holds a {RELEASED_ARCHITECTURE}; convert it first: python -m rlkit.convert_polar {folder} "
+            f"{folder} holds a {RELEASED_ARCHITECTURE}; convert it first: python -m rewards.polar.convert {folder} "
             f"{folder}-llama"
         )
     tokenizer = load_tokenizer(folder)

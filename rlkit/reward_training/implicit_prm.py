@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 
 from rlkit.config.model_folder import ModelFolderError, check_model_folder
 from rlkit.data.base import BadRow, DataConfig, DataError
-from rlkit.data.prompts import load_tokenizer
+from rlkit.data.rendering import load_tokenizer
 from rlkit.data.rows import refuse_too_many_bad_rows
-from rlkit.embedded import PREFIX, model_folder
+from rlkit.models.folder import PREFIX, model_folder
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
 from rlkit.reward_training.outcome_rows import OutcomeData, Rollout, load_rollouts, split_rollouts, without
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.data.base import DataError
-from rlkit.local_ranks import (
+from rlkit.reward_training.base import TrainingContext
+from rlkit.reward_training.load import ResolvedRewardTraining
+from rlkit.reward_training.ranks import (
     FAILED,
     INTERRUPTED,
     TERMINATED,
@@ -20,8 +22,6 @@ from rlkit.local_ranks import (
     raises_terminated,
     run_ranks,
 )
-from rlkit.reward_training.base import TrainingContext
-from rlkit.reward_training.load import ResolvedRewardTraining
 from rlkit.reward_training.report import RunReport, SilentReport
 from rlkit.tracking.run_folder import RunFolder, RunFolderError
 
@@ -81,7 +81,7 @@ def _is_explained(error: Exception) -> bool:
     expected: list[type[Exception]] = [DataError, RunFolderError, RankHangsError]
     if "torch" in sys.modules:
         from rlkit.models.policy import ModelLoadError
-        from rlkit.supervised import StepSkipped
+        from rlkit.reward_training.engine import StepSkipped
 
         expected += [ModelLoadError, StepSkipped]
     return isinstance(error, tuple(expected))

@@ -11,10 +11,9 @@ import yaml
 
 import rlkit
 from rlkit.config.compose import conf_dir
-from rlkit.config.fields import all_fields
 from rlkit.config.loading import TARGET, Loading
+from rlkit.config.messages import ConfigError, Problem, all_fields
 from rlkit.config.parts import Contract
-from rlkit.config.problems import ConfigError, Problem
 from rlkit.data.base import DataConfig
 from rlkit.reward_training.base import RewardTraining, RewardTrainingConfig, TrainRewardConfig
 

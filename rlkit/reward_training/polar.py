@@ -160,8 +160,8 @@ class PolarTraining(RewardTraining):
 
         import torch
 
-        from rlkit.data.prompts import load_tokenizer
-        from rlkit.embedded import model_folder
+        from rlkit.data.rendering import load_tokenizer
+        from rlkit.models.folder import model_folder
         from rlkit.polar_training.generate import generate, prefixes
 
         options: Generation = self.config.generation
@@ -221,7 +221,7 @@ class PolarTraining(RewardTraining):
     def _learner(self, steps: int, report: Report) -> PolarLearner:
         from rewards.polar.backends import DiscriminatorError
         from rewards.polar.reward import lengths
-        from rlkit.embedded import model_folder
+        from rlkit.models.folder import model_folder
         from rlkit.models.policy import ModelLoadError
         from rlkit.polar_training.learner import PolarLearner
 
@@ -259,7 +259,7 @@ def _warn(bad: Sequence[BadRow], report: Report) -> None:
 
 def _is_right(asked: Asked, text: str) -> bool | None:
     """By the rule, where the gold response marks a plain number as its answer; None where that cannot be said."""
-    from rewards.rule.math import compare_plain, final_answer
+    from rewards.verifiers.math import compare_plain, final_answer
 
     gold = None if asked.reference is None else final_answer(asked.reference)
     if gold is None:

@@ -42,7 +42,7 @@ class PreferenceTraining(RewardTraining):
     @classmethod
     def check(cls, config: Any, data: Any) -> list[str]:
         """Whether the model can be read later: one label, no code of its own."""
-        from rlkit.embedded import model_folder
+        from rlkit.models.folder import model_folder
 
         messages = super().check(config, data)
         if config.trust_remote_code:
@@ -93,8 +93,8 @@ class PreferenceTraining(RewardTraining):
 
     def _evaluate(self, report: Report) -> dict[str, Any]:
         """Measures of a trained model on all pairs, scored as `rlkit.train` scores."""
-        from rewards.preference.folder import ClassifierError, check_classifier
-        from rlkit.embedded import model_folder
+        from rewards.preference.inputs import ClassifierError, check_classifier
+        from rlkit.models.folder import model_folder
         from rlkit.models.policy import ModelLoadError
         from rlkit.reward_training.preference_learner import measure_folder
 
@@ -115,9 +115,8 @@ class PreferenceTraining(RewardTraining):
         return {"pairs": len(pairs), "bad_rows": len(bad), **found}
 
     def _encoder(self) -> Encoder:
-        from rewards.preference.folder import LONGEST_INPUT, ClassifierError, positions
-        from rewards.preference.inputs import Encoder
-        from rlkit.embedded import model_folder
+        from rewards.preference.inputs import LONGEST_INPUT, ClassifierError, Encoder, positions
+        from rlkit.models.folder import model_folder
         from rlkit.models.policy import ModelLoadError
 
         folder = model_folder(self.config.model_path)
@@ -129,7 +128,7 @@ class PreferenceTraining(RewardTraining):
             raise ModelLoadError(str(error)) from error
 
     def _learner(self, encoder: Encoder, steps: int) -> PreferenceLearner:
-        from rlkit.embedded import model_folder
+        from rlkit.models.folder import model_folder
         from rlkit.reward_training.preference_learner import PreferenceLearner
 
         return PreferenceLearner(

@@ -7,11 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from algorithms.best_of_n import best_of_n, majority, subsets, vote, vote_weights
-from algorithms.prm_metrics import brier, calibration_error, pair_accuracy, sign_accuracy
-from algorithms.process_bench import ProcessBench, best_threshold, process_bench
+from algorithms.functional.prm import brier, calibration_error, pair_accuracy, sign_accuracy
+from algorithms.functional.selection import (
+    ProcessBench,
+    best_of_n,
+    best_threshold,
+    majority,
+    process_bench,
+    subsets,
+    vote,
+    vote_weights,
+)
 from rewards.implicit_prm.steps import aggregate, step_scores
-from rewards.rule.math import final_answer
+from rewards.verifiers.math import final_answer
 from rlkit.reward_training.prm_examples import Encoded
 
 MOST_SUBSETS = 64

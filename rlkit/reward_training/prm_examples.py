@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rewards.implicit_prm.steps import StepStyle, split_steps, token_steps
 from rlkit.data.base import BadRow, DataError, Problem
-from rlkit.data.prompts import render
+from rlkit.data.rendering import render
 from rlkit.models.packing import Tree
 from rlkit.reward_training.outcome_rows import Rollout
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rewards.implicit_prm.log_ratios import (
+from rewards.implicit_prm.model import (
     PAIRED,
     Objective,
     check_equal,
@@ -24,8 +24,8 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.learner.engine import resolve_dtype
 from rlkit.models.packing import Tree, split_by_tokens
 from rlkit.models.policy import PackedCausalLM, load_causal_lm
+from rlkit.reward_training.engine import SupervisedEngine, load_to_train, save_language_model
 from rlkit.reward_training.prm_examples import Encoded, Example, PromptItem, prompt_items
-from rlkit.supervised import SupervisedEngine, load_to_train, save_language_model
 
 
 class PrmScorer:

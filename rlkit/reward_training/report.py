@@ -9,10 +9,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from rlkit.tracking.console import PlainConsole
-from rlkit.tracking.drawing import duration
-from rlkit.tracking.library_logs import CapturedOutput
-from rlkit.tracking.progress import Progress
+from rlkit.tracking.console import PlainConsole, Progress, duration
+from rlkit.tracking.logs import CapturedOutput
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tensorboard import TensorBoardWriter
 

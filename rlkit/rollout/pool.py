@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.cluster.placement import Place, anywhere
+from rlkit.cluster.waiting import WaitedTooLongError, waiting
+from rlkit.config.plan import engines_sleep, gpu_shares
 from rlkit.config.schema import RunConfig
-from rlkit.config.shares import gpu_shares
-from rlkit.config.sharing import engines_sleep
 from rlkit.rollout.health import Health, State
-from rlkit.rollout.publication import Published, WeightReceipt, WeightsNotLoadedError, canary_tolerance
 from rlkit.rollout.sampler import engine_environment, shared_gpus_environment
 from rlkit.rollout.worker import GroupRequest, RolloutWorker
-from rlkit.waiting import WaitedTooLongError, waiting
+from rlkit.weights.publication import Published, WeightReceipt, WeightsNotLoadedError, canary_tolerance
 
 log = logging.getLogger(__name__)
 

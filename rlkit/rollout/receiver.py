@@ -19,8 +19,8 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-from rlkit.rollout import gloo
-from rlkit.rollout.buckets import TensorMeta, WeightDigest, buckets, unpack
+from rlkit.weights import gloo
+from rlkit.weights.bundle import TensorMeta, WeightDigest, buckets, unpack
 
 EXTENSION = "rlkit.rollout.receiver.Receiver"
 BACKENDS = {"gloo": "rlkit_gloo", "nccl": "rlkit_nccl", "ipc": "rlkit_ipc"}

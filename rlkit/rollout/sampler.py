@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from rlkit.cluster.placement import BUNDLES
+from rlkit.config.plan import Way
 from rlkit.config.schema import RolloutConfig
-from rlkit.config.sharing import Way
 from rlkit.experience.types import FinishReason
-from rlkit.rollout.weights import WeightBundle
+from rlkit.weights.bundle import WeightBundle
 
 FIRST_LOGPROB = 1  # vLLM reports None for the first prompt token
 

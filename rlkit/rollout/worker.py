@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlkit.config.plan import engines_sleep, weight_way
 from rlkit.config.schema import RunConfig
-from rlkit.config.sharing import engines_sleep, weight_way
 from rlkit.experience import Group, Prompt, Sample
-from rlkit.rollout.publication import WeightReceipt
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
-from rlkit.rollout.weights import WeightBundle
+from rlkit.weights.bundle import WeightBundle
+from rlkit.weights.publication import WeightReceipt
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class RolloutWorker:
     """Use through Ray. Every engine call runs in one thread, so steps and weight updates never overlap."""
 
     def __init__(self, model_path: str, config: RunConfig, log_path: str) -> None:
-        from rlkit.tracking.library_logs import actor_logging
+        from rlkit.tracking.logs import actor_logging
 
         actor_logging(Path(log_path))
         self.model_path, self.config, self.rollout = model_path, config, config.rollout
@@ -85,7 +85,7 @@ class RolloutWorker:
         await self._in_thread(self._load)
 
     def _load(self) -> None:
-        from rlkit.data.prompts import load_tokenizer
+        from rlkit.data.rendering import load_tokenizer
 
         config = self.config
         trusted = config.model.trust_remote_code

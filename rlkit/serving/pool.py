@@ -30,11 +30,11 @@ from ray.exceptions import (
 
 from rewards.base import RewardContext, TrainableReward, UpdateWhen
 from rlkit.cluster.placement import Place, anywhere
+from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.parts import import_part
 from rlkit.experience import Group
-from rlkit.serving.results import RewardFailed, ScoreReport
+from rlkit.experience.scores import RewardFailed, ScoreReport
 from rlkit.serving.worker import RewardWorker, mark_invalid
-from rlkit.waiting import WaitedTooLongError, waiting
 
 log = logging.getLogger(__name__)
 

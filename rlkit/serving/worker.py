@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rewards.base import Reward, RewardContext, TrainableReward
 from rlkit.config.parts import import_part
 from rlkit.experience import Group
-from rlkit.serving.greedy import with_greedy, without_greedy
-from rlkit.serving.results import ScoreReport, attach_scores, invalid_groups, report_on
+from rlkit.experience.scores import ScoreReport, attach_scores, invalid_groups, report_on, with_greedy, without_greedy
 
 if TYPE_CHECKING:
-    from rlkit.rollout.weights import WeightBundle  # torch is loaded only for rewards that need it
+    from rlkit.weights.bundle import WeightBundle  # torch is loaded only for rewards that need it
 
 Groups = Group | Sequence[Group]
 """One group or several: whatever an object reference of the rollout holds."""
@@ -30,7 +29,7 @@ class RewardWorker:
     ) -> None:
         """`options` are the fields of the reward's Config; `log_path` gets what this process prints and logs."""
         if log_path is not None:
-            from rlkit.tracking.library_logs import actor_logging
+            from rlkit.tracking.logs import actor_logging
 
             actor_logging(log_path)
         kind = import_part("reward", target)

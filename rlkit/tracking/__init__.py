@@ -3,7 +3,7 @@
 The trainer talks to `Tracker` alone; actors call `actor_logging` first of all.
 """
 
-from rlkit.tracking.library_logs import actor_logging
+from rlkit.tracking.logs import actor_logging
 from rlkit.tracking.run_folder import RunFolder, RunFolderError
 from rlkit.tracking.tracker import Tracker
 

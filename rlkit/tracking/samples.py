@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from rlkit.experience import Group, Sample, Score
+from rlkit.experience.scores import kind_of
 from rlkit.experience.types import FloatArray
-from rlkit.serving.results import kind_of
 
 
 def total_reward(score: Score) -> float | None:

@@ -13,10 +13,17 @@ from typing import Any
 from rlkit.config.schema import TrackingConfig
 from rlkit.experience import Group
 from rlkit.experience.types import FloatArray
-from rlkit.tracking.console import evaluation_line, open_console, shown_reward, step_line
-from rlkit.tracking.drawing import duration, printable
-from rlkit.tracking.library_logs import CapturedOutput
-from rlkit.tracking.progress import Progress, ShownSample
+from rlkit.tracking.console import (
+    Progress,
+    ShownSample,
+    duration,
+    evaluation_line,
+    open_console,
+    printable,
+    shown_reward,
+    step_line,
+)
+from rlkit.tracking.logs import CapturedOutput
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.samples import best_and_worst_samples, sample_rows, total_reward, widest_group
 from rlkit.tracking.tensorboard import TensorBoardWriter

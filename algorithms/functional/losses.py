@@ -1,0 +1,193 @@
+"""Policy losses as pure functions of flat rows of response tokens. Shapes as in `algorithms.base.LossInputs`.
+
+Losses of tokens come as rows [R]; `aggregate` makes one number of them, divided by the denominators of the whole
+optimizer step, so that the shares of micro-batches and ranks simply add up. Log-ratios are clamped to [-20, 20] before
+they are exponentiated: one token cannot overflow, and beyond it carries no gradient. Losses of the critic are in
+`value_losses.py`, of reward models in `prm_losses.py`.
+
+The critic's loss. Flat rows [R] as in `algorithms.base.ValueLossInputs`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from algorithms.base import Denominators
+
+Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"]
+Estimator = Literal["k1", "k2", "k3"]
+Correction = Literal["truncate", "mask", "decoupled"]
+LARGEST_LOG_RATIO = 20.0
+
+
+def aggregate(
+    rows: Tensor,
+    mask: Tensor,
+    sequence: Tensor,
+    num_sequences: int,
+    denominators: Denominators,
+    how: Aggregation,
+    constant_length: int | None = None,
+) -> Tensor:
+    """[R] values -> scalar share of the step's mean.
+
+    token_mean: sum over tokens / all tokens (DAPO, arXiv 2503.14476 eq. 8).
+    sequence_mean_token_mean: mean over samples of each sample's token mean (GRPO, arXiv 2402.03300 eq. 3).
+    sequence_mean_token_sum: mean over samples of each sample's token sum.
+    constant_length: token sum / (samples x constant_length) (Dr. GRPO, arXiv 2503.20783 section 3.2).
+    """
+    rows = rows * mask
+    if how == "token_mean":
+        return rows.sum() / denominators.tokens
+    if how == "constant_length":
+        if constant_length is None:
+            raise ValueError("aggregation constant_length needs the constant")
+        return rows.sum() / (denominators.sequences * constant_length)
+    if how == "sequence_mean_token_sum":
+        return rows.sum() / denominators.sequences
+    tokens = rows.new_zeros(num_sequences).index_add(0, sequence, mask)
+    return (rows / tokens.clamp(min=1.0)[sequence]).sum() / denominators.sequences
+
+
+def clipped_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PPO's per-token loss [R] (arXiv 1707.06347 eq. 7, negated) and where clipping binds [R] (bool).
+
+    ratio = exp(logprobs - old_logprobs); loss = max(-A ratio, -A clamp(ratio, 1 - clip_low, 1 + clip_high)).
+    With `dual_clip` c > 1 the loss of tokens with A < 0 is at most -A c (arXiv 1912.09729), so that a token which
+    became far likelier than before cannot dominate.
+    """
+    ratio = torch.exp(_clamped(logprobs - old_logprobs))
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss, binds = torch.maximum(plain, clipped), clipped > plain
+    if dual_clip is not None:
+        ceiling = -advantages * dual_clip
+        above = (advantages < 0) & (loss > ceiling)
+        loss, binds = torch.where(above, ceiling, loss), binds | above
+    return loss, binds
+
+
+def sequence_log_ratio(
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, sequence: Tensor, num_sequences: int
+) -> Tensor:
+    """GSPO's log s_i on each of a sample's rows [R] (arXiv 2507.18071 eq. 7): mean of log-ratios over trained tokens.
+
+    The value is the sample's mean; the gradient flows through each row's own log-prob (GSPO-token, eq. 14), which sums
+    to GSPO's own gradient where a sample's tokens share one advantage and are averaged over the sample.
+    """
+    rows = torch.where(mask > 0, logprobs - old_logprobs, 0.0).detach()
+    total = rows.new_zeros(num_sequences).index_add(0, sequence, rows)
+    tokens = rows.new_zeros(num_sequences).index_add(0, sequence, mask.to(rows.dtype))
+    return (total / tokens.clamp(min=1.0))[sequence] + logprobs - logprobs.detach()
+
+
+def gspo_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    sequence: Tensor,
+    num_sequences: int,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Tensor, Tensor]:
+    """GSPO's loss per token [R] and where clipping binds [R]: the clipped surrogate with the ratio of whole samples.
+
+    A sample is clipped as one. Use with aggregation `sequence_mean_token_mean` (eq. 5).
+    """
+    log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask, sequence, num_sequences)
+    return clipped_surrogate(log_ratio, torch.zeros_like(old_logprobs), advantages, clip_low, clip_high)
+
+
+def cispo_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """CISPO's loss per token [R] (arXiv 2506.13585 eq. 4, 5) and where its weight is clipped [R].
+
+    -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A log pi: clipping bounds a token's weight and never takes its
+    gradient away. clip_low = 1 means no lower bound, as in the paper. Use with aggregation `token_mean`.
+    """
+    ratio = torch.exp(_clamped(logprobs - old_logprobs)).detach()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -weight * advantages * logprobs, weight != ratio
+
+
+def rollout_weights(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    correction: Correction,
+    *,
+    largest: float | None = None,
+    smallest: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weights [R] that correct for samples from another policy than the proximal one, and where they were cut [R].
+
+    w = exp(old - rollout): the policy before the update (proximal) over the one that sampled (behaviour). They differ
+    by kernels and precision, and by staleness. Multiply the loss rows by the weights; they carry no gradient.
+    truncate: min(w, largest) (truncated importance sampling, Yao et al. 2025). mask: w within [smallest, largest], else
+    0: the token is left out, though it still counts in the denominators. decoupled: w as it is (AReaL, arXiv
+    2505.24298). Where mask is 0 the weight is 1. Raises ValueError if a bound is missing.
+    """
+    ratio = torch.exp(_clamped(torch.where(mask > 0, old_logprobs - rollout_logprobs, 0.0))).detach()
+    if correction == "decoupled":
+        return ratio, torch.zeros_like(ratio, dtype=torch.bool)
+    if largest is None:
+        raise ValueError(f"correction {correction!r} needs the largest weight")
+    if correction == "truncate":
+        return ratio.clamp(max=largest), ratio > largest
+    outside = (ratio > largest) | (ratio < (0.0 if smallest is None else smallest))
+    return torch.where(outside, 0.0, ratio), outside
+
+
+def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estimator) -> Tensor:
+    """[R] estimates of KL(policy || reference) per token, differentiable in `logprobs`; d = policy - reference.
+
+    k1 = d (unbiased; the expected gradient is 0, so it belongs in the reward and not in a loss), k2 = d^2 / 2 (biased;
+    its gradient is that of the KL), k3 = exp(-d) - 1 + d (unbiased, never negative; its gradient is that of
+    KL(reference || policy)). d is clamped to [-20, 20] in k2 and k3.
+    """
+    if estimator == "k1":
+        return logprobs - reference_logprobs
+    if estimator == "k2":
+        return _clamped(logprobs - reference_logprobs) ** 2 / 2
+    return k3_divergence(logprobs, reference_logprobs)
+
+
+def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """[R] estimate of KL(policy || reference) per token: exp(d) - 1 - d, d = reference - policy.
+
+    Schulman's k3 ("Approximating KL divergence", 2020): unbiased for samples of the policy, never negative. d is
+    clamped to [-20, 20] so that one token cannot overflow the sum.
+    """
+    d = _clamped(reference_logprobs - logprobs)
+    return torch.exp(d) - 1 - d
+
+
+def _clamped(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of each value [R], and where clipping binds [R] (bool).
+
+    max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's public code; arXiv 2005.12729):
+    a value that went further than `clip` in this update gets no more gradient. clip None: (V - R)^2 / 2.
+    """
+    plain = (values - returns) ** 2
+    if clip is None:
+        return plain / 2, torch.zeros_like(plain, dtype=torch.bool)
+    clipped = (torch.clamp(values, old_values - clip, old_values + clip) - returns) ** 2
+    return torch.maximum(plain, clipped) / 2, clipped > plain

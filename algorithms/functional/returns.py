@@ -1,0 +1,161 @@
+"""Returns and advantages of tokens, as pure functions of ragged arrays in float64.
+
+A ragged array is a list with one array [T_i] per sample, i = 1 .. B. `masks` mark the tokens the policy wrote and is
+trained on. Tokens between them (what a tool or another speaker said) are *bridged*: the token before a gap is followed
+by the token after it, with one discount for the whole gap. A reward that stands on an unmarked token belongs to the
+last marked token before it (the action that brought it about); before the first marked token nobody earned it, and it
+is left out. Results are 0 on unmarked tokens. A sample without a marked token is all 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from algorithms.functional.advantages import Bool, Float64
+
+Ragged = Sequence[Float64]
+Masks = Sequence[Bool]
+
+
+class Credit(NamedTuple):
+    """What a critic's algorithm makes of rewards: per sample [T_i] each."""
+
+    advantages: list[Float64]
+    returns: list[Float64]
+    """The critic's targets: advantages + values."""
+
+
+class Whitened(NamedTuple):
+    """Values with mean 0 and variance 1 over the marked tokens of the batch, and what was taken off."""
+
+    tokens: list[Float64]
+    mean: float
+    variance: float
+
+
+def float64(arrays: Sequence[NDArray[np.floating]]) -> list[Float64]:
+    """The same ragged array in double precision."""
+    return [np.asarray(array, dtype=np.float64) for array in arrays]
+
+
+def on_last_token(values: Float64, masks: Masks) -> list[Float64]:
+    """values [B] -> ragged: each sample's value on its last marked token, 0 elsewhere."""
+    placed = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
+    for value, row, mask in zip(values, placed, masks, strict=True):
+        if mask.any():
+            row[np.flatnonzero(mask)[-1]] = value
+    return placed
+
+
+def spread(values: Float64, masks: Masks) -> list[Float64]:
+    """values [B] -> ragged: each sample's value on all its marked tokens, 0 elsewhere."""
+    return [np.where(mask, value, 0.0) for value, mask in zip(values, masks, strict=True)]
+
+
+def reward_to_go(rewards: Ragged, masks: Masks, gamma: float = 1.0) -> list[Float64]:
+    """G_t = r_t + gamma G_{t+1} over marked tokens, gaps bridged; ragged [T_i] -> ragged [T_i]."""
+    acted, where = _actions(rewards, masks)
+    return _on_tokens(_reverse_scan(acted, gamma), where, masks)
+
+
+def gae(rewards: Ragged, values: Ragged, masks: Masks, *, gamma: float, lam: float) -> Credit:
+    """Generalised advantage estimation (arXiv 1506.02438 eq. 16), gaps bridged.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next marked token and
+    the value after the last one is 0 (an answer that was cut off counts as ended). rewards, values ragged [T_i];
+    values on unmarked tokens are not read. gamma = lam = 1 gives A_t = (sum of rewards from t on) - V_t.
+    """
+    acted, where = _actions(rewards, masks)
+    critic = [_picked(value, places) for value, places in zip(values, where, strict=True)]
+    deltas = [reward + gamma * np.append(v[1:], 0.0)[: len(v)] - v for reward, v in zip(acted, critic, strict=True)]
+    advantages = _reverse_scan(deltas, gamma * lam)
+    targets = [a + v for a, v in zip(advantages, critic, strict=True)]
+    return Credit(_on_tokens(advantages, where, masks), _on_tokens(targets, where, masks))
+
+
+def whiten(
+    values: Ragged, masks: Masks, keep: Bool, *, centre: bool = True, ddof: int = 1, epsilon: float = 1e-8
+) -> Whitened:
+    """(x - mean) / sqrt(variance + epsilon) over all marked tokens of kept samples of the *whole* batch.
+
+    values ragged, keep [B]. Every token weighs the same, so long answers weigh more. The variance has `ddof` 1
+    (unbiased) by default. Without `centre` only the scale changes. Unmarked tokens and samples not kept are 0. If all
+    values are equal (or there are fewer than two), centring gives exactly 0 and the scale stays as it is.
+    """
+    chosen = [x[m] for x, m, k in zip(values, masks, keep, strict=True) if k]
+    flat = np.concatenate(chosen) if chosen else np.zeros(0)
+    mean = float(flat.mean()) if len(flat) else 0.0
+    equal = len(flat) <= ddof or float(np.ptp(flat)) == 0.0
+    variance = 0.0 if equal else float(flat.var(ddof=ddof))
+    shift = mean if centre else 0.0
+    scale = 1.0 if equal else float(np.sqrt(variance + epsilon))
+
+    def one(x: Float64, mask: Bool, kept: bool) -> Float64:
+        if not kept or (equal and centre):
+            return np.zeros(len(x), dtype=np.float64)
+        return np.where(mask, (np.where(mask, x, 0.0) - shift) / scale, 0.0)
+
+    return Whitened([one(x, m, bool(k)) for x, m, k in zip(values, masks, keep, strict=True)], mean, variance)
+
+
+def reinforce_plus_plus(rewards: Ragged, masks: Masks, keep: Bool, *, gamma: float = 1.0) -> Whitened:
+    """REINFORCE++ (arXiv 2501.03262): discounted reward-to-go, whitened over the global batch.
+
+    `rewards` ragged: token rewards, i.e. the outcome on the last token minus the KL penalty of each token
+    (`kl.penalised`). keep [B] marks the valid samples. The baseline form of the paper takes off the mean of the
+    group first and spreads what is left over the tokens: `whiten(spread(group_relative(..., normalize_by_std=False)))`.
+    """
+    return whiten(reward_to_go(rewards, masks, gamma), masks, keep)
+
+
+def explained_variance(values: Ragged, returns: Ragged, masks: Masks, keep: Bool) -> float:
+    """1 - Var(return - value) / Var(return) over trained tokens of kept samples; NaN if returns do not vary.
+
+    1: the critic knows what comes; 0: no better than a constant; below 0: worse.
+    """
+    chosen = [(v[m], r[m]) for v, r, m, k in zip(values, returns, masks, keep, strict=True) if k]
+    if not chosen:
+        return float("nan")
+    value, target = (np.concatenate(part) for part in zip(*chosen, strict=True))
+    if len(target) < 2 or np.ptp(target) == 0:
+        return float("nan")
+    return float(1.0 - np.var(target - value) / np.var(target))
+
+
+def _actions(rewards: Ragged, masks: Masks) -> tuple[list[Float64], list[NDArray[np.intp]]]:
+    """Per sample: the reward of each marked token with those of the gap after it, and where the marked tokens are."""
+    acted, where = [], []
+    for reward, mask in zip(rewards, masks, strict=True):
+        places = np.flatnonzero(mask)
+        where.append(places)
+        acted.append(np.add.reduceat(np.asarray(reward, dtype=np.float64), places) if len(places) else np.zeros(0))
+    return acted, where
+
+
+def _picked(values: Float64, places: NDArray[np.intp]) -> Float64:
+    return np.asarray(values, dtype=np.float64)[places]
+
+
+def _reverse_scan(rows: Sequence[Float64], factor: float) -> list[Float64]:
+    """y_t = x_t + factor y_{t+1} for all samples at once (a loop over time, not over tokens)."""
+    if factor == 1.0:
+        return [np.cumsum(row[::-1])[::-1] for row in rows]
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    longest = int(lengths.max(initial=0))
+    padded = np.zeros((longest + 1, len(rows)), dtype=np.float64)
+    for i, row in enumerate(rows):
+        padded[: len(row), i] = row
+    for t in range(longest - 1, -1, -1):
+        padded[t] += factor * padded[t + 1]
+    return [padded[:n, i].copy() for i, n in enumerate(lengths)]
+
+
+def _on_tokens(rows: Sequence[Float64], where: Sequence[NDArray[np.intp]], masks: Masks) -> list[Float64]:
+    placed = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
+    for row, places, values in zip(placed, where, rows, strict=True):
+        row[places] = values
+    return placed

@@ -1,0 +1,141 @@
+"""Choosing one of several responses to a prompt: best-of-N, majority and weighted votes; numpy, one prompt at a time.
+
+Scores may come from any reward; `answers` are the final answers found in the responses, None where there is none.
+
+ProcessBench (arXiv 2412.06559): does a process reward find the first wrong step? numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from algorithms.functional.advantages import Float64, Int64
+from algorithms.functional.returns import Ragged
+
+
+def best_of_n(scores: Float64) -> int:
+    """Place of the largest of the scores [N]; ties go to the earlier response. Raises ValueError for none or NaN."""
+    if len(scores) == 0 or np.isnan(scores).any():
+        raise ValueError(f"best of {len(scores)} responses needs at least one score and no NaN")
+    return int(np.argmax(scores))
+
+
+def vote(answers: Sequence[Hashable | None], weights: Float64) -> int:
+    """Place of the first response with the answer whose weights [N] sum to most; ties go to the earlier answer.
+
+    A response without an answer has no vote; if none has one, the first response is taken.
+    """
+    totals: dict[Hashable, float] = {}
+    for answer, weight in zip(answers, weights, strict=True):
+        if answer is not None:
+            totals[answer] = totals.get(answer, 0.0) + float(weight)
+    if not totals:
+        return 0
+    return list(answers).index(max(totals, key=lambda answer: totals[answer]))
+
+
+def majority(answers: Sequence[Hashable | None]) -> int:
+    """Place of the first response with the most frequent answer; ties go to the earlier answer."""
+    return vote(answers, np.ones(len(answers)))
+
+
+def weighted_vote(answers: Sequence[Hashable | None], scores: Float64) -> int:
+    """`vote` with weights sigma(score): unlike in `best_of_n`, the scale of the scores matters."""
+    return vote(answers, vote_weights(scores))
+
+
+def vote_weights(scores: Float64) -> Float64:
+    """sigma(s) [N], without overflow."""
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * np.asarray(scores, dtype=np.float64))))
+
+
+def subsets(responses: int, n: int, limit: int, seed: int) -> Iterator[tuple[int, ...]]:
+    """All subsets of n of the responses in ascending order, or `limit` random ones where there are more.
+
+    Mean results over them are the expectation over which responses happened to be sampled first.
+    """
+    if math.comb(responses, n) <= limit:
+        yield from combinations(range(responses), n)
+        return
+    rng = np.random.default_rng(seed)
+    for _ in range(limit):
+        yield tuple(sorted(rng.choice(responses, n, replace=False).tolist()))
+
+
+NO_ERROR = -1
+"""Label and prediction for a response whose steps are all right."""
+_MOST_THRESHOLDS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessBench:
+    """Result at one threshold."""
+
+    threshold: float
+    error_accuracy: float
+    """Share of responses with a wrong step whose first wrong step was found; NaN without such responses."""
+    correct_accuracy: float
+    """Share of responses without a wrong step in which none was found; NaN without such responses."""
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of the two."""
+        total = self.error_accuracy + self.correct_accuracy
+        return 2 * self.error_accuracy * self.correct_accuracy / total if total else 0.0
+
+
+def first_errors(cumulative: Ragged, threshold: float) -> Int64:
+    """[B] first step k with sigma(c_k) < threshold, else -1; `cumulative` is ragged [S_i], one row per response."""
+    found = []
+    for row in cumulative:
+        below = vote_weights(row) < threshold
+        found.append(int(np.argmax(below)) if below.any() else NO_ERROR)
+    return np.array(found, dtype=np.int64)
+
+
+def process_bench(cumulative: Ragged, labels: Int64, threshold: float) -> ProcessBench:
+    """Accuracies at a threshold; labels [B]: first wrong step counted from 0, -1 if all are right."""
+    right = first_errors(cumulative, threshold) == labels
+    wrong_step = labels != NO_ERROR
+    return ProcessBench(threshold, _mean(right[wrong_step]), _mean(right[~wrong_step]))
+
+
+def best_threshold(cumulative: Ragged, labels: Int64) -> ProcessBench:
+    """The result with the highest F1 over thresholds (the lowest such threshold): halfway between neighbouring values
+    of sigma(c), at most 2000 of them, evenly thinned.
+
+    The F1 it reports is that of the data it was tuned on: use the threshold on others for an honest one.
+    """
+    values = np.unique(np.concatenate([vote_weights(row) for row in cumulative]))
+    between: Sequence[float] = [float(values[0]), *((values[1:] + values[:-1]) / 2).tolist(), float(values[-1]) + 1e-9]
+    if len(between) > _MOST_THRESHOLDS:
+        between = [between[i] for i in np.linspace(0, len(between) - 1, _MOST_THRESHOLDS).astype(int)]
+    lowest = _prefix_minima(cumulative)
+    best: ProcessBench | None = None
+    wrong_step = labels != NO_ERROR
+    for threshold in between:
+        above = (lowest >= threshold).sum(axis=1)
+        predicted = np.where(above == lowest.shape[1], NO_ERROR, above)
+        right = predicted == labels
+        result = ProcessBench(float(threshold), _mean(right[wrong_step]), _mean(right[~wrong_step]))
+        if best is None or result.f1 > best.f1:
+            best = result
+    assert best is not None
+    return best
+
+
+def _prefix_minima(cumulative: Ragged) -> Float64:
+    """[B, longest] smallest sigma(c) so far, rows filled up with their last: never below a threshold in all columns
+    means no error, else the number of columns that are not below it is the first step that is."""
+    longest = max(len(row) for row in cumulative)
+    lowest = [np.minimum.accumulate(vote_weights(row)) for row in cumulative]
+    return np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in lowest])
+
+
+def _mean(right: np.ndarray) -> float:
+    return float(right.mean()) if len(right) else float("nan")

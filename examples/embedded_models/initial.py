@@ -1,0 +1,105 @@
+"""The tokenizer of the embedded models: byte-level BPE over the arithmetic task, one token per digit.
+
+An untrained policy of the embedded size, saved as a plain Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+VOCABULARY_SIZE = 512
+PAD, EOS = "<pad>", "<eos>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+REWARD_SEPARATOR, REWARD_MARKER = "<|reward|>", "[UNUSED_TOKEN_130]"
+"""POLAR's two: between the halves of its input, and at its end, where the score is read."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role ' + message['role'] + ': this template has system, user and assistant') }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""Each role's marker before its text; `<eos>` ends what the assistant says. There is no BOS that could be doubled."""
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that encodes any UTF-8 text and knows the words of `texts`. Deterministic."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    # A digit is always alone; a word keeps the space before it; whatever else comes in runs.
+    pieces = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, EOS, *ROLES, REWARD_SEPARATOR, REWARD_MARKER]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        min_frequency=2,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[*ROLES, REWARD_SEPARATOR, REWARD_MARKER],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+HIDDEN, LAYERS, HEADS, FEED_FORWARD = 128, 3, 4, 256
+"""Heads of 32: vLLM's CPU attention takes no smaller ones."""
+INITIALIZER_RANGE = 0.07
+"""About hidden ** -0.5. The usual 0.02 suits wide models; a narrow one takes twice as many steps from there."""
+
+
+def model_config(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Any:
+    """A Llama configuration; `model_type: llama` keeps transformers from replacing the tokenizer."""
+    from transformers import LlamaConfig
+
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "intermediate_size": FEED_FORWARD,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": HIDDEN // HEADS,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "initializer_range": INITIALIZER_RANGE,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlamaConfig(**(shape | changes))
+
+
+def save_untrained_policy(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int, **changes: Any) -> None:
+    """A language model with random weights, and its tokenizer."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    LlamaForCausalLM(model_config(tokenizer, **changes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

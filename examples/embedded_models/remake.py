@@ -1,0 +1,173 @@
+"""Make the embedded models.
+
+    python -m examples.embedded_models.remake [out=FOLDER] [scale=full|fast] [seed=0] [work=FOLDER]
+
+Writes `policy/` and `polar/` (Hugging Face folders) and `report.json` into `out`, which is by default the package
+itself. `docs/embedded.md` says how long it takes and what each number of the report means. With `work` the stages'
+results are kept there, and a stage that is there already is not repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlkit.models.folder import EMBEDDED
+
+USAGE_ERROR = 2
+DEFAULTS = {"out": str(EMBEDDED), "scale": "full", "seed": "0", "work": ""}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, or 2 for arguments that mean nothing."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(given):
+        print(__doc__)
+        return 0
+    try:
+        options = _options(given)
+    except ValueError as error:
+        print(f"rlkit: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    out, work = (Path(options[name]).expanduser() for name in ("out", "work"))
+    if options["work"]:
+        work.mkdir(parents=True, exist_ok=True)
+        remake(out, options["scale"], int(options["seed"]), work)
+    else:
+        with tempfile.TemporaryDirectory(prefix="rlkit_remake_") as temporary:
+            remake(out, options["scale"], int(options["seed"]), Path(temporary))
+    return 0
+
+
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    from examples.embedded_models.scale import SCALES
+
+    options = dict(DEFAULTS)
+    for argument in arguments:
+        key, given, value = argument.partition("=")
+        if not given or key not in options:
+            raise ValueError(
+                f"{argument}: not understood; write out=FOLDER, scale=full|fast, seed=NUMBER or work=FOLDER"
+            )
+        options[key] = value
+    if options["scale"] not in SCALES:
+        raise ValueError(f"scale={options['scale']}: must be one of {', '.join(SCALES)}")
+    if not options["seed"].isdecimal():
+        raise ValueError(f"seed={options['seed']}: must be a whole number")
+    return options
+
+
+class _Stages:
+    """Runs stages by name; the result of each is kept as `work/<name>.json`, beside what it saved itself."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, stage: Callable[[], Any]) -> Any:
+        """The stage's result, as JSON has it; computed unless it is there."""
+        file = self.work / f"{name}.json"
+        if file.is_file():
+            kept = json.loads(file.read_text())
+        else:
+            started = time.monotonic()
+            result = stage()
+            kept = {"seconds": round(time.monotonic() - started, 1), "result": result}
+            file.write_text(json.dumps(kept))
+        self.seconds[name] = kept["seconds"]
+        return kept["result"]
+
+
+def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
+    """Make tokenizer, policy and discriminator; returns the report that is written to `out/report.json`."""
+    import torch
+
+    from examples.embedded_models import polar_stages, stages
+    from examples.embedded_models.sampling import PLAIN
+    from examples.embedded_models.scale import SCALES
+    from rlkit.data.arithmetic import draw_problems
+    from rlkit.learner.engine import init_process_group
+
+    scale, stage = SCALES[scale_name], _Stages(work)
+    torch.set_num_threads(stages.THREADS)
+    if not torch.distributed.is_initialized():
+        init_process_group(0, 1, "127.0.0.1", _free_port(), "cpu")
+    train, heldout = draw_problems(scale.data, "train"), draw_problems(scale.data, "heldout")
+    judged, asked, labelled = (
+        heldout[: scale.judged_problems],
+        train[: scale.trajectory_prompts],
+        train[: scale.policy_prompts],
+    )
+    tokenizer, base, policy, variant, pretraining, finetuning = (
+        work / name for name in ("tokenizer", "base", "policy", "variant", "pretraining", "finetuning")
+    )
+    pretrained, polar = pretraining / "whole" / "model", finetuning / "whole" / "model"
+    each = stages.ANSWERS_PER_PROBLEM
+
+    stage("tokenizer", lambda: stages.make_tokenizer(train, scale, tokenizer))
+    report: dict[str, Any] = {"scale": scale_name, "seed": seed, "problem_seed": scale.data.problem_seed}
+    report["base"] = stage("base", lambda: stages.make_base(tokenizer, train, scale, seed, base))
+    report["policy"] = stage("policy", lambda: stages.make_policy(base, train, scale, seed, policy))
+    report["policy"] |= stage("policy_measures", lambda: stages.measure_policy(policy, judged, seed))
+    pool = stage("pool", lambda: stages.sample_pool(base, train, asked, scale, seed, variant))
+    sampled = stage("policy_samples", lambda: stages.answers_of(policy, labelled, each // 2, PLAIN, seed))
+    report["polar_pretraining"] = stage(
+        "polar_pretraining", lambda: polar_stages.pretrain(base, asked, pool, scale, seed, pretraining)
+    )
+    candidates = polar_stages.with_trajectories(sampled, pool, scale)
+    report["polar_finetuning"] = stage(
+        "polar_finetuning",
+        lambda: polar_stages.finetune(pretrained, labelled, candidates, judged, scale, seed, finetuning),
+    )
+    answers = stage("heldout_samples", lambda: stages.answers_of(policy, judged, each, PLAIN, seed + 1))
+
+    def measured(name: str, model: Path) -> Any:
+        folder = work / name
+        return stage(name, lambda: polar_stages.measure_discriminator(model, judged, answers, seed, folder))
+
+    report["polar"] = measured("polar_measures", polar)
+    report["polar_pretraining"]["measures"] = measured("pretrained_measures", pretrained)
+    for name, made in (("policy", policy), ("polar", polar)):
+        _replace(made, out / name)
+        report[name]["parameters"], report[name]["bytes"], report[name]["sha256"] = _facts(out / name)
+    report["seconds"] = stage.seconds
+    report["wall_seconds"] = round(sum(stage.seconds.values()), 1)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    return report
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Put a finished folder in the place of an older one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(source, target, copy_function=shutil.copyfile)
+
+
+def _facts(folder: Path) -> tuple[int, int, str]:
+    """Number of parameters, bytes and SHA-256 of the weights."""
+    from safetensors import safe_open
+
+    file = folder / "model.safetensors"
+    with safe_open(file, "pt") as tensors:
+        parameters = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
+    return parameters, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

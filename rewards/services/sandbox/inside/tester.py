@@ -1,0 +1,216 @@
+"""The process of the tests. The model's code never runs here: its functions are proxies for another process."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+
+from rewards.services.sandbox.inside.wire import ConversationEnded, decode, encode, receive, send
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, BinaryIO
+
+
+class SolutionError(Exception):
+    """The solution raised something that is not an ordinary builtin exception, or is gone."""
+
+
+class UnsupportedTest(Exception):
+    """The test hands over what cannot leave this process, such as a function of its own."""
+
+
+class Conversation:
+    """Requests to the solution's process and their answers, as plain data or proxies."""
+
+    def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
+        self._requests, self._replies = requests, replies
+        self._proxies: dict[int, Remote] = {}
+        self.unsupported = ""
+        """Why a test cannot be run, even if the test swallowed the exception."""
+
+    def ask(self, *request: Any) -> Any:
+        """Send a request; its answer. Raises what the solution raised, as a builtin exception or SolutionError."""
+        try:
+            send(self._requests, request)
+            return self.answer(may_end=request[0] == "next")
+        except ConversationEnded as error:
+            raise SolutionError(f"the solution's process is gone: {error}") from None
+
+    def answer(self, may_end: bool = False) -> Any:
+        """Read one answer; `may_end`: it may be the end of an iteration."""
+        kind, *parts = receive(self._replies)
+        if kind == "value":
+            try:
+                return decode(parts[0], self._proxy)
+            except Exception as error:
+                raise SolutionError(f"the solution's answer cannot be read: {type(error).__name__}") from None
+        if kind == "end" and may_end:
+            raise StopIteration
+        name, text = (str(part) for part in parts)
+        known = getattr(builtins, name, None)
+        # A StopIteration out of a function would end a loop of the test, and `all(map(f, xs))` would be true.
+        if isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, _NOT_RAISED):
+            raise known(text)
+        raise SolutionError(f"{name}: {text}")
+
+    def encode(self, value: Any) -> Any:
+        """An argument for the solution. Raises UnsupportedTest for functions and objects of the test."""
+        return encode(value, self._number)
+
+    def _number(self, value: Any) -> int:
+        if not isinstance(value, Remote):
+            self.unsupported = f"it hands a {type(value).__name__} to the solution"
+            raise UnsupportedTest(self.unsupported)
+        return value._number
+
+    def _proxy(self, number: int) -> Remote:
+        if number not in self._proxies:
+            self._proxies[number] = Remote(self, number)
+        return self._proxies[number]
+
+
+_NOT_RAISED = (StopIteration, StopAsyncIteration, UnicodeError)  # a UnicodeError cannot be made from a text
+
+
+class Remote:
+    """An object of the solution that is not plain data. Equal to nothing but itself, whatever its class says."""
+
+    __slots__ = ("_conversation", "_number")
+
+    def __init__(self, conversation: Conversation, number: int) -> None:
+        self._conversation, self._number = conversation, number
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._call("call", arguments, named)
+
+    def _call(self, operation: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        encode_one = self._conversation.encode
+        pairs = [[name, encode_one(value)] for name, value in named.items()]
+        return self._conversation.ask(operation, self._number, [encode_one(value) for value in arguments], pairs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # protocols are not forwarded, except those below
+        return self._conversation.ask("attribute", self._number, name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._conversation.ask("item", self._number, self._conversation.encode(key))
+
+    def __iter__(self) -> Any:
+        return self._conversation.ask("iter", self._number)
+
+    def __next__(self) -> Any:
+        return self._conversation.ask("next", self._number)
+
+    def __len__(self) -> int:
+        return int(self._conversation.ask("len", self._number))
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def call_for_effect(function: Any) -> Any:
+    """What a statement `f(x)` of a test calls: it looks at what f did to x, so x is brought up to date afterwards.
+
+    Elsewhere arguments are handed over by value: `f(x) == sorted(x)` must not be won by emptying x.
+    """
+    if not isinstance(function, Remote):
+        return function
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        value, changed = function._call("call in place", arguments, named)
+        for argument, new in zip(arguments, changed, strict=True):
+            _bring_up_to_date(argument, new)
+        return value
+
+    return call
+
+
+def _bring_up_to_date(argument: Any, new: Any) -> None:
+    if type(argument) is not type(new):
+        return
+    if isinstance(argument, list):
+        argument[:] = new
+    elif isinstance(argument, (dict, set)):
+        argument.clear()
+        argument.update(new)
+
+
+class _CallsForEffect(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr:
+        if isinstance(node.value, ast.Call):
+            name = ast.Name("call_for_effect", ast.Load())
+            node.value.func = ast.Call(name, [node.value.func], [])
+        return node
+
+
+def parse_test(text: str) -> ast.Module:
+    """The test as a tree in which calls made for their effect are marked. Raises SyntaxError."""
+    tree: ast.Module = ast.fix_missing_locations(_CallsForEffect().visit(ast.parse(text)))
+    return tree
+
+
+def names_of_solution(trees: list[ast.Module], known: dict[str, Any], entry_point: str | None) -> list[str]:
+    """The names that tests use and neither they, their setup nor Python define; the entry point first.
+
+    If there is none, the function under test is named like a builtin, and the builtins they use come into question.
+    """
+    used: set[str] = set()
+    made = {"call_for_effect"}
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name):
+                (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
+            elif isinstance(node, ast.arg):
+                made.add(node.arg)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                made.add(node.name)
+            elif isinstance(node, ast.alias):
+                made.add((node.asname or node.name).partition(".")[0])
+            elif isinstance(node, ast.ExceptHandler) and node.name:
+                made.add(node.name)
+    open_names = used - made - set(known)
+    if entry_point:
+        return [entry_point, *sorted(open_names - {entry_point, *dir(builtins)})]
+    return sorted(open_names - set(dir(builtins)) or open_names)
+
+
+def run_tests(job: dict[str, Any], requests: BinaryIO, replies: BinaryIO, results: BinaryIO) -> None:
+    """Run the job's tests and report each: `[index, "passed" | "failed" | "unsupported", details]`.
+
+    Before them `["bad", details]` if the tests themselves are no Python, or `["load", details]` if the solution is not.
+    """
+    conversation = Conversation(requests, replies)
+    namespace: dict[str, Any] = {"__name__": "tests"}
+    try:
+        conversation.answer()  # the solution's process stands
+    except (ConversationEnded, SolutionError):
+        return
+    try:
+        exec(compile(job["setup"], "setup.py", "exec", dont_inherit=True), namespace)
+        trees = [parse_test(text) for text in job["tests"]]
+        programs = [compile(tree, "tests.py", "exec", dont_inherit=True) for tree in trees]
+    except Exception as error:
+        send(results, ["bad", f"{type(error).__name__}: {error}"])
+        return
+    try:
+        conversation.answer()
+        for name in names_of_solution(trees, namespace, job["entry_point"]):
+            namespace.pop(name, None)  # the setup's stub of the entry point must not be tested instead
+            if conversation.ask("defines", name) is True:
+                namespace[name] = conversation.ask("name", name)
+    except BaseException as error:
+        send(results, ["load", f"{type(error).__name__}: {error}"])
+        return
+    namespace["call_for_effect"] = call_for_effect
+    for index, program in enumerate(programs):
+        conversation.unsupported = ""
+        try:
+            exec(program, namespace)
+            verdict = ["passed", ""]
+        except BaseException as error:  # whatever it is, the test did not pass
+            verdict = ["failed", f"{type(error).__name__}: {error}"[:500]]
+        if conversation.unsupported:
+            verdict = ["unsupported", conversation.unsupported]
+        send(results, [index, *verdict])

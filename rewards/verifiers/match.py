@@ -1,0 +1,216 @@
+"""`reward=exact_match` and `reward=regex_match`: the response, or its answer, is a given text or fits a pattern.
+
+`reward=format`: the response is laid out in tags, `<think>...</think><answer>...</answer>` by default.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rewards.base import RewardNeeds
+from rewards.verifiers.math import final_answer, gold_answer
+from rewards.verifiers.text_rule import CannotJudgeError, TextRule, TextRuleConfig, excerpt
+from rlkit.experience import Prompt, Score
+
+AnswerIn = Literal["response", "final_answer", "answer_tag"]
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_GOLD = "{answer}"
+
+
+class ExactMatch(TextRule):
+    """1 if the answer is a gold text, white space aside."""
+
+    class Config(TextRuleConfig):
+        """Options of the exact match reward."""
+
+        answer_in: AnswerIn = "final_answer"
+        """final_answer: after `####`, `answer is`, `A:`, or boxed; answer_tag: in the last <answer>; response: all."""
+        gold: Literal["answer", "references"] = "answer"
+        """references: any of the prompt's reference texts may be matched."""
+        ignore_case: bool = False
+        """Upper and lower case are the same."""
+        ignore_punctuation: bool = False
+        """Leave out ASCII punctuation on both sides."""
+        ignore_articles: bool = False
+        """Leave out `a`, `an` and `the` in lower case on both sides (with the two above: as SQuAD compares)."""
+
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        """The gold answer, or references."""
+        return RewardNeeds(answer=config.gold == "answer", references=config.gold == "references")
+
+    def task(self, prompt: Prompt) -> tuple[str, ...]:
+        """The gold texts."""
+        if self.config.gold == "references":
+            golds = prompt.references
+        else:
+            golds = () if prompt.answer is None else (prompt.answer,)
+        if self.config.answer_in == "final_answer":
+            golds = tuple(gold_answer(gold) for gold in golds)
+        if not any(gold.strip() for gold in golds):
+            raise CannotJudgeError("no_gold: the prompt has no gold text to compare with")
+        return golds
+
+    @staticmethod
+    def judge(config: Any, task: tuple[str, ...], text: str, /) -> Score:
+        """1 for a match. Components: `correct` and `format` (there is an answer)."""
+        answer = find_answer(text, config.answer_in)
+        if answer is None:
+            return Score(0.0, components={"correct": 0.0, "format": 0.0}, trace=f"no {config.answer_in} found")
+        correct = float(_normal(answer, config) in {_normal(gold, config) for gold in task})
+        trace = f"answer {excerpt(answer)}, gold {' or '.join(excerpt(gold) for gold in task[:3])}"
+        return Score(correct, components={"correct": correct, "format": 1.0}, trace=trace)
+
+
+class RegexMatch(TextRule):
+    """1 if a pattern (Python's `re`) fits. A pattern that runs past the deadline makes the sample invalid."""
+
+    class Config(TextRuleConfig):
+        """Options of the regex reward."""
+
+        pattern: str | None = None
+        """The pattern; `{answer}` in it stands for the gold answer, taken literally. Flags go in front: `(?is)`."""
+        pattern_column: str | None = None
+        """Column with a pattern for each prompt, instead of `pattern`."""
+        answer_in: AnswerIn = "response"
+        """Where to look: the whole response, its final answer (`####`, a box, ...) or its last <answer> tag."""
+        whole: bool = False
+        """The pattern must fit all of it, not just a place in it."""
+
+        @model_validator(mode="after")
+        def _one_source(self) -> RegexMatch.Config:
+            if (self.pattern is None) == (self.pattern_column is None):
+                raise ValueError("set reward.pattern or reward.pattern_column, one of them")
+            return self
+
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        """The column with the patterns, and the gold answer where the pattern names it."""
+        columns = () if config.pattern_column is None else (config.pattern_column,)
+        return RewardNeeds(answer=_GOLD in (config.pattern or ""), columns=columns)
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """The pattern compiles."""
+        messages = super().check(config)
+        if config.pattern is not None:
+            try:
+                re.compile(config.pattern.replace(_GOLD, "0"))
+            except re.error as error:
+                messages.append(f"reward.pattern={config.pattern!r} is not a pattern of Python's re: {error}")
+        return messages
+
+    def task(self, prompt: Prompt) -> str:
+        """The pattern of this prompt."""
+        pattern = self.config.pattern
+        if pattern is None:
+            pattern = prompt.columns.get(self.config.pattern_column)
+            if not isinstance(pattern, str):
+                raise CannotJudgeError(f"no_column: the prompt has no pattern in column {self.config.pattern_column!r}")
+        if _GOLD in pattern:
+            if prompt.answer is None:
+                raise CannotJudgeError("no_gold: the pattern names the gold answer, and the prompt has none")
+            pattern = pattern.replace(_GOLD, re.escape(gold_answer(prompt.answer)))
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CannotJudgeError(f"bad_pattern: {pattern[:100]!r} does not compile: {error}") from error
+        return str(pattern)
+
+    @staticmethod
+    def judge(config: Any, task: str, text: str, /) -> Score:
+        """1 for a match. Components: `correct` and `format` (there is something to look at)."""
+        answer = find_answer(text, config.answer_in)
+        if answer is None:
+            return Score(0.0, components={"correct": 0.0, "format": 0.0}, trace=f"no {config.answer_in} found")
+        compiled = re.compile(task)
+        match = compiled.fullmatch(answer) if config.whole else compiled.search(answer)
+        correct = float(match is not None)
+        trace = f"matched {excerpt(match[0])}" if match is not None else f"no match in {excerpt(answer)}"
+        return Score(correct, components={"correct": correct, "format": 1.0}, trace=trace)
+
+
+def find_answer(text: str, answer_in: AnswerIn) -> str | None:
+    """The part of a response that counts, None if it has none."""
+    if answer_in == "response":
+        return text.strip()
+    if answer_in == "answer_tag":
+        before, end, _ = text.rpartition("</answer>")
+        _, start, inside = before.rpartition("<answer>")
+        return inside.strip() if end and start else None
+    found = final_answer(text)
+    return None if found is None else found.text
+
+
+def _normal(text: str, config: ExactMatch.Config) -> str:
+    text = unicodedata.normalize("NFC", text)
+    if config.ignore_case:
+        text = text.casefold()
+    if config.ignore_punctuation:
+        text = text.translate(str.maketrans("", "", string.punctuation))
+    if config.ignore_articles:
+        text = _ARTICLES.sub(" ", text)
+    return " ".join(text.split())
+
+
+TagName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.:-]*$")]
+
+
+class TagFormat(TextRule):
+    """1 if every tag stands exactly once, in order, and nothing stands around them.
+
+    Needs nothing from the data. Tags that the tokenizer counts among its special tokens are not in the text that a
+    reward sees; take others.
+    """
+
+    class Config(TextRuleConfig):
+        """Options of the format reward."""
+
+        tags: Annotated[tuple[TagName, ...], Field(min_length=1)] = ("think", "answer")
+        """Names of the tags, in the order in which they must come."""
+        grade: Literal["layout", "tag_count"] = "layout"
+        """layout: 1 or 0; tag_count: the share of opening and closing tags that stand exactly once, 0 to 1."""
+        text_outside: bool = False
+        """Text before, between and after the tags is allowed."""
+        empty_tags: bool = False
+        """Tags with nothing but white space in them are allowed."""
+        opened_by_prompt: bool = False
+        """The chat template already wrote the first opening tag, so the response starts inside it."""
+
+    def task(self, prompt: Prompt) -> None:
+        """Nothing of the prompt matters."""
+
+    @staticmethod
+    def judge(config: Any, task: None, text: str, /) -> Score:
+        """Components: `layout` (0 or 1) and `tag_count` (share of tags that stand exactly once)."""
+        full = f"<{config.tags[0]}>{text}" if config.opened_by_prompt else text
+        marks = [mark for tag in dict.fromkeys(config.tags) for mark in (f"<{tag}>", f"</{tag}>")]
+        counts = {mark: full.count(mark) for mark in marks}
+        once = sum(count == 1 for count in counts.values()) / len(marks)
+        fault = _fault(full, marks, counts, config)
+        components = {"layout": float(not fault), "tag_count": once}
+        return Score(components[config.grade], components=components, trace=fault or "laid out as asked")
+
+
+def _fault(text: str, marks: list[str], counts: dict[str, int], config: Any) -> str:
+    """What is wrong with the layout; empty if nothing is."""
+    for mark, count in counts.items():
+        if count != 1:
+            return f"{mark} stands {count} times"
+    places = [text.index(mark) for mark in marks]
+    if places != sorted(places):
+        return f"the tags come in another order than {', '.join(config.tags)}"
+    outside = [text[: places[0]], text[places[-1] + len(marks[-1]) :]]
+    outside += [text[places[i] + len(marks[i]) : places[i + 1]] for i in range(1, len(marks) - 1, 2)]
+    stray = next((part for part in outside if part.strip()), None)
+    if stray is not None and not config.text_outside:
+        return f"text outside the tags: {excerpt(stray.strip())}"
+    for i in range(0, len(marks), 2):
+        if not config.empty_tags and not re.search(r"\S", text[places[i] + len(marks[i]) : places[i + 1]]):
+            return f"nothing inside {marks[i]}"
+    return ""

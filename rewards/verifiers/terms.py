@@ -1,0 +1,134 @@
+"""What rewards have in common that look at tokens alone.
+
+`reward=length` and `reward=group_length`: terms for the number of response tokens, to be combined with others.
+
+`reward=repetition`: how much of a response repeats itself, to be combined with other rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from rewards.base import Reward, RewardConfig, RewardNeeds
+from rlkit.experience import Group, GroupScores, Sample, Score
+
+
+class TokenReward(Reward):
+    """Counts or compares a response's tokens: it reads no text and loads no model."""
+
+    @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """No: it counts."""
+        return False
+
+    @classmethod
+    def judges_texts(cls, config: Any) -> bool:
+        """No: it looks at tokens."""
+        return False
+
+
+class Length(TokenReward):
+    """1 for a response of `min_tokens` to `max_tokens`; falls to 0 over `slope_tokens` on either side.
+
+    value = clip(1 - (tokens outside) / slope_tokens, 0, 1). Equal bounds make a target length.
+    """
+
+    class Config(RewardConfig):
+        """Options of the length reward."""
+
+        min_tokens: int = Field(default=0, ge=0)
+        """Shorter responses lose value."""
+        max_tokens: int | None = Field(default=None, ge=1)
+        """Longer responses lose value; null: no upper bound."""
+        slope_tokens: int = Field(default=128, ge=1)
+        """So many tokens outside the bounds cost the whole value."""
+
+        @model_validator(mode="after")
+        def _some_bound(self) -> Length.Config:
+            if self.max_tokens is None and self.min_tokens == 0:
+                raise ValueError("set reward.max_tokens, reward.min_tokens or both")
+            if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+                raise ValueError(f"reward.max_tokens={self.max_tokens} is below reward.min_tokens={self.min_tokens}")
+            return self
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Component `length`: the value; the trace says the number of tokens."""
+        return [
+            GroupScores(tuple(self._score(response_tokens(sample)) for sample in group.samples)) for group in groups
+        ]
+
+    def _score(self, tokens: int) -> Score:
+        config = self.config
+        excess = max(config.min_tokens - tokens, 0)
+        if config.max_tokens is not None:
+            excess = max(excess, tokens - config.max_tokens)
+        value = max(0.0, 1.0 - excess / config.slope_tokens)
+        return Score(value, components={"length": value}, trace=f"{tokens} tokens")
+
+
+class GroupLength(TokenReward):
+    """The shortest response of a group gets 1, the longest 0, the others lie between (Kimi k1.5, arXiv 2501.12599).
+
+    value = 1 - (tokens - shortest) / (longest - shortest); 0.5 for all if they are equally long. The paper's term is
+    this minus 0.5, which is the same to group-relative advantages.
+    """
+
+    @classmethod
+    def needs(cls, config: Any) -> RewardNeeds:
+        """Another response."""
+        return RewardNeeds(samples=2)
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Component `length`: the value; the trace says the number of tokens."""
+        return [self._group(group) for group in groups]
+
+    def _group(self, group: Group) -> GroupScores:
+        lengths = [response_tokens(sample) for sample in group.samples]
+        shortest, longest = min(lengths, default=0), max(lengths, default=0)
+        scores = []
+        for tokens in lengths:
+            value = 0.5 if longest == shortest else (longest - tokens) / (longest - shortest)
+            trace = f"{tokens} tokens, {shortest} to {longest} in the group"
+            scores.append(Score(value, components={"length": value}, trace=trace))
+        return GroupScores(tuple(scores))
+
+
+def response_tokens(sample: Sample) -> int:
+    """Tokens that the policy wrote (tool results in a response are not its own)."""
+    trained: Any = sample.trained
+    return int(trained.sum())
+
+
+class Repetition(TokenReward):
+    """1 minus the share of repeated n-grams of tokens: 1 without repetition, near 0 for a loop.
+
+    The n-gram penalty of "Demystifying Long Chain-of-Thought" (arXiv 2502.03373) as a term of the outcome: an n-gram
+    that already stood earlier in the response is a repeated one. Weight w in a sum makes it a penalty of at most w.
+    """
+
+    class Config(RewardConfig):
+        """Options of the repetition reward."""
+
+        ngram_tokens: int = Field(default=8, ge=1)
+        """Tokens in an n-gram. Short ones also count ordinary phrases; a response shorter than this gets 1."""
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Component `distinct`: the value; the trace says how many n-grams are repeated."""
+        return [
+            GroupScores(tuple(self._score(sample.token_ids.tolist()) for sample in group.samples)) for group in groups
+        ]
+
+    def _score(self, tokens: list[int]) -> Score:
+        total, repeated = repeated_ngrams(tokens, self.config.ngram_tokens)
+        value = 1.0 - repeated / total if total else 1.0
+        trace = f"{repeated} of {total} {self.config.ngram_tokens}-grams are repeated"
+        return Score(value, components={"distinct": value}, trace=trace)
+
+
+def repeated_ngrams(tokens: Sequence[int], size: int) -> tuple[int, int]:
+    """All n-grams and those that already stood earlier in the same response."""
+    total = max(0, len(tokens) - size + 1)
+    return total, total - len({tuple(tokens[start : start + size]) for start in range(total)})

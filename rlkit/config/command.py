@@ -1,0 +1,56 @@
+"""What every command of the package does before and after its own work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlkit.config.messages import ConfigError, Problem
+
+FAILED = 1
+CONFIG_ERROR = 2
+INTERRUPTED = 130
+
+
+def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None, *explained: type[Exception]) -> int:
+    """Do `work` with the arguments (null: the command line's); returns the exit code.
+
+    Its own; 2 for a wrong configuration, 1 for an error of a type in `explained`, whose message is all a user needs,
+    130 after Ctrl-C.
+    """
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
+    try:
+        return work(list(sys.argv[1:] if arguments is None else arguments))
+    except ConfigError as error:
+        print(error.report(), file=sys.stderr)
+        return CONFIG_ERROR
+    except explained as error:
+        print(f"rlkit: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("rlkit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether `-h` or `--help` is among them."""
+    return bool({"-h", "--help"} & set(arguments))
+
+
+def split_off_file(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """`--config FILE` or `--config=FILE`, and the other arguments. Raises ConfigError if FILE is missing."""
+    file: Path | None = None
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, given, value = argument.partition("=")
+        if name != "--config":
+            others.append(argument)
+            continue
+        text = value if given else next(rest, "")
+        if not text:
+            raise ConfigError([Problem("--config", "needs a file: --config runs/old/config.yaml")])
+        file = Path(text).expanduser()
+    return file, others

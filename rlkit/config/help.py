@@ -1,0 +1,94 @@
+"""`--help`: every group with its options, every key with its type, default and meaning, straight from the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from rlkit.config.compose import conf_dir, group_options, option_fields
+from rlkit.config.messages import all_fields, allowed, section_type
+from rlkit.config.parts import CONTRACTS, PartError, import_part
+from rlkit.config.schema import RunConfig
+
+USAGE = """\
+[bold]python -m rlkit.train[/] \\[group=option ...] \\[key=value ...] \\[--config FILE]
+
+  python -m rlkit.train algorithm=grpo reward=rule trainer.total_steps=200
+  python -m rlkit.train 'reward=\\[rule,polar]' reward.parts.polar.weight=0.3
+  python -m rlkit.train reward._target_=my_module.MyReward reward.my_key=3
+  python -m rlkit.train --config runs/old/config.yaml learner.learning_rate=1e-5
+
+  --config FILE  start from the values of a configuration file, for example an old run's
+  dry_run=true   validate, print the plan, exit
+"""
+
+
+def print_reference(console: Console) -> None:
+    """Print the whole reference."""
+    console.print(USAGE, highlight=False)
+    folder = conf_dir()
+    options = group_options(folder)
+    chosen = {next(iter(entry)): entry[next(iter(entry))] for entry in _defaults()}
+    table = Table("group", "options", box=None, padding=(0, 2), title="Options", title_justify="left")
+    for group, names in options.items():
+        marked = [f"[bold]{name}[/] (default)" if chosen.get(group) == name else name for name in names]
+        table.add_row(group, ", ".join(marked))
+    console.print(table)
+    top = {name: info for name, info in RunConfig.model_fields.items() if section_type(info.annotation) is None}
+    print_section(console, "Run", "", ((name, info) for name, info in top.items() if name not in CONTRACTS))
+    for name, info in RunConfig.model_fields.items():
+        section = section_type(info.annotation)
+        if section is not None:
+            print_section(console, name, section.__doc__ or "", all_fields(section, f"{name}."))
+    for kind in CONTRACTS:
+        for option in options[kind]:
+            target = option_fields(folder, kind, option).get("_target_")
+            try:
+                cls = import_part(kind, target)
+            except PartError as error:
+                console.print(f"\n[bold]{kind}={option}[/]: {escape(str(target))} {escape(str(error))}")
+                continue
+            text = (cls.__doc__ or "").strip().partition("\n")[0]
+            print_section(console, f"{kind}={option}", text, all_fields(cls.Config, f"{kind}."))
+    print_combination(console)
+
+
+def print_combination(console: Console) -> None:
+    """What `reward=[a,b]` adds to the fields of a and b, and the steps of a shaping list."""
+    from rewards.combined.config import PartOptions
+    from rewards.shaping.steps import KINDS
+
+    text = "Each part of reward=[a,b] has the fields of reward=a or reward=b, and these."
+    print_section(console, "reward.parts.NAME", text, all_fields(PartOptions, "reward.parts.NAME."))
+    for name, step in KINDS.items():
+        fields = [(key, info) for key, info in all_fields(step) if key != "kind"]
+        print_section(console, f"shaping step {{kind:{name}}}", (step.__doc__ or "").partition("\n")[0], fields)
+
+
+def _defaults() -> list[dict[str, str]]:
+    entries = option_fields(conf_dir(), ".", "config").get("defaults", [])
+    return [
+        {str(key).removeprefix("optional "): value for key, value in e.items()} for e in entries if isinstance(e, dict)
+    ]
+
+
+def print_section(console: Console, title: str, text: str, fields: Iterable[tuple[str, FieldInfo]]) -> None:
+    console.print(f"\n[bold]{escape(title)}[/]  {escape(text)}", highlight=False)
+    for key, info in fields:
+        default = (
+            "required" if info.is_required() else f"default {_spelled(info.get_default(call_default_factory=True))}"
+        )
+        console.print(f"  [cyan]{escape(key)}[/]  {escape(allowed(info))}; {escape(default)}", highlight=False)
+        if info.description:
+            console.print(Padding(escape(info.description), (0, 0, 0, 6)), highlight=False)
+
+
+def _spelled(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,356 @@
+"""What is wrong with a configuration: problems are collected, and reported together.
+
+What a check of the configuration finds.
+
+The fields of a typed section: their full names, and in words what each one takes.
+
+The name that was probably meant.
+
+From a plain tree to a typed section; what pydantic finds wrong becomes problems that name the remedy.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing the user has to change (or, as a warning, to know)."""
+
+    where: str
+    """The key with the value given (`trainer.total_steps=0`), or the argument as it was typed."""
+    message: str
+    """What is wrong with it, and what would be right."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. `problems` lists everything that is wrong with it."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(self.report())
+
+    def report(self) -> str:
+        """The text for the user: a headline, then one line per problem."""
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        lines = [f"rlkit: {head} in the configuration", *(f"  - {problem}" for problem in self.problems)]
+        return "\n".join(
+            [*lines, "Nothing was started. `--help` lists every key; `dry_run=true` checks without running."]
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found."""
+
+    key: str
+    message: str
+    warning: bool = False
+    """The run may start; the user should know."""
+
+
+Findings = Iterator[Finding]
+
+
+_PLAIN = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path", dict: "a mapping"}
+
+
+def all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every field of a section with its full key (`trainer.total_steps`), nested sections included."""
+    for name, info in model.model_fields.items():
+        nested = section_type(info.annotation)
+        if nested is not None:
+            yield from all_fields(nested, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section class of a field whose value is a section (`Sub` or `Sub | None`), else None."""
+    found = [kind for kind in _alternatives(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return found[0] if len(found) == 1 else None
+
+
+def allowed(info: FieldInfo) -> str:
+    """What a field takes: `an integer, at least 1`, `one of auto, float32`."""
+    return _describe(info.annotation, info.metadata)
+
+
+def literal_values(info: FieldInfo) -> list[str]:
+    """The words a Literal field takes; empty for other fields."""
+    return [str(value) for kind in _alternatives(info.annotation) for value in get_args(kind) if _is_literal(kind)]
+
+
+def unsuitable_scalars(model: type[BaseModel], tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(full key, reason) for values that pydantic would take but nobody means: true as 1, inf as a size."""
+    for name, value in tree.items():
+        info = model.model_fields.get(name)
+        if info is None:
+            continue
+        kinds = _alternatives(info.annotation)
+        nested = section_type(info.annotation)
+        if nested is not None and isinstance(value, Mapping):
+            yield from unsuitable_scalars(nested, value, f"{prefix}{name}.")
+        elif isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            yield f"{prefix}{name}", f"must be {allowed(info)}"
+        elif isinstance(value, float) and value in (float("inf"), float("-inf")):
+            yield f"{prefix}{name}", f"must be finite: {allowed(info)}"
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, an annotation by itself otherwise."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [kind for member in get_args(annotation) for kind in _alternatives(member)]
+    return [annotation]
+
+
+def _is_literal(kind: Any) -> bool:
+    return get_origin(kind) is Literal
+
+
+def _describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return _describe(inner, [*metadata, *more])
+    words = " or ".join(dict.fromkeys(_one(kind) for kind in _alternatives(annotation)))
+    bounds = list(_bounds(metadata))
+    return f"{words}, {' and '.join(bounds)}" if bounds else words
+
+
+def _one(kind: Any) -> str:
+    if kind is type(None):
+        return "null"
+    if kind in _PLAIN:
+        return _PLAIN[kind]
+    if _is_literal(kind):
+        return f"one of {', '.join(str(value) for value in get_args(kind))}"
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is tuple and Ellipsis not in inner:
+        return f"a list of {len(inner)} ({', '.join(_describe(member) for member in inner)})"
+    if origin in (list, tuple, set, frozenset) and inner:
+        return f"a list ({_describe(inner[0])} each)"
+    if origin in (dict, Mapping):
+        return "a mapping"
+    return getattr(kind, "__name__", str(kind))
+
+
+def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
+    for item in metadata:
+        match item:
+            case FieldInfo():  # Field(...) inside Annotated
+                yield from _bounds(item.metadata)
+            case annotated_types.Ge(ge=bound):
+                yield f"at least {bound}"
+            case annotated_types.Gt(gt=bound):
+                yield f"above {bound}"
+            case annotated_types.Le(le=bound):
+                yield f"at most {bound}"
+            case annotated_types.Lt(lt=bound):
+                yield f"below {bound}"
+            case annotated_types.MinLen(min_length=bound):
+                yield f"of length at least {bound}"
+            case _:
+                pass
+
+
+# What other frameworks call a thing, by last component of the key.
+OTHER_NAMES = {
+    "batch_size": "trainer.prompts_per_step",
+    "rollout_batch_size": "trainer.prompts_per_step",
+    "train_batch_size": "trainer.prompts_per_step",
+    "beta": "algorithm.kl_coefficient",
+    "entropy_coef": "algorithm.entropy_coefficient",
+    "kl_beta": "algorithm.kl_coefficient",
+    "kl_coef": "algorithm.kl_coefficient",
+    "kl_loss_coef": "algorithm.kl_coefficient",
+    "clip_eps": "algorithm.clip_low",
+    "clip_ratio": "algorithm.clip_low",
+    "epsilon": "algorithm.clip_low",
+    "gradient_clipping": "learner.max_grad_norm",
+    "group_size": "algorithm.samples_per_prompt",
+    "n": "algorithm.samples_per_prompt",
+    "n_samples_per_prompt": "algorithm.samples_per_prompt",
+    "num_generations": "algorithm.samples_per_prompt",
+    "lr": "learner.learning_rate",
+    "lr_scheduler": "learner.schedule",
+    "max_completion_length": "rollout.max_response_tokens",
+    "max_new_tokens": "rollout.max_response_tokens",
+    "max_prompt_length": "rollout.max_prompt_tokens",
+    "max_response_length": "rollout.max_response_tokens",
+    "max_steps": "trainer.total_steps",
+    "num_steps": "trainer.total_steps",
+    "model_name_or_path": "model.path",
+    "model_path": "model.path",
+    "output_dir": "run_dir",
+    "ppo_mini_batch_size": "learner.minibatches_per_step",
+    "num_minibatches": "learner.minibatches_per_step",
+    "save_freq": "trainer.save_every_steps",
+    "save_steps": "trainer.save_every_steps",
+    "eval_steps": "trainer.evaluate_every_steps",
+    "test_freq": "trainer.evaluate_every_steps",
+    "tp": "rollout.tensor_parallel_size",
+    "world_size": "learner.ranks",
+}
+
+
+def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The valid name that looks most like `name`, None if none does."""
+    spelled = {candidate.lower(): candidate for candidate in valid}
+    found = get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
+    found += [candidate for candidate in sorted(spelled) if len(name) > 1 and name.lower() in candidate]
+    return spelled[found[0]] if found else None
+
+
+def did_you_mean(name: str, valid: Collection[str]) -> str:
+    """`did you mean X? available: ...`, for a name that must be one of a few."""
+    guess = nearest(name, valid)
+    listed = f"available: {', '.join(sorted(valid))}" if valid else "none is available"
+    return f"did you mean {guess}? {listed}" if guess else listed
+
+
+def similar_keys(key: str, valid: Collection[str]) -> list[str]:
+    """Full keys that were probably meant by the unknown `key`, best first, at most three.
+
+    In this order: what other frameworks call it; the same field in another section; a field of the same section
+    that looks like it; a field that contains it as a word; anything that looks like it.
+    """
+    section, _, leaf = key.rpartition(".")
+    leaves = {full: full.rpartition(".")[2] for full in valid}
+    exact = [full for full, own in leaves.items() if own == leaf]
+    if exact:
+        return exact[:3]
+    meant = OTHER_NAMES.get(leaf, "")
+    if meant in valid:
+        return [meant]
+    elsewhere = [full for full, own in leaves.items() if own == meant.rpartition(".")[2]]
+    if elsewhere:
+        return elsewhere[:3]
+    within = {own: full for full, own in leaves.items() if section and full == f"{section}.{own}"}
+    close = get_close_matches(leaf, within, n=1, cutoff=0.6)
+    if close:
+        return [within[close[0]]]
+    anywhere = get_close_matches(leaf, set(leaves.values()), n=1, cutoff=0.75)
+    if anywhere:
+        return [full for full, own in leaves.items() if own == anywhere[0]][:3]
+    words = [full for full, own in leaves.items() if len(leaf) > 1 and set(leaf.split("_")) <= set(own.split("_"))]
+    inside_first = sorted(words, key=lambda full: not full.startswith(f"{section}."))
+    return inside_first[:3] or get_close_matches(key, valid, n=1, cutoff=0.75)
+
+
+MISSING = "???"
+"""Hydra's mark of a value that the user has to give."""
+
+Where = Callable[[str, Any], str]
+"""(full key, value) -> how the user knows it: the argument typed, or `key=value` and its file."""
+
+
+def validate(
+    model: type[BaseModel],
+    tree: Mapping[str, Any],
+    prefix: str,
+    known_keys: Collection[str],
+    where: Where,
+    notes: Mapping[str, str],
+) -> tuple[BaseModel | None, list[Problem]]:
+    """The typed section, or None and why not.
+
+    `prefix` (`reward.`) precedes all keys in messages; `notes` say about some unknown keys what is known of them.
+    """
+    missing = list(_missing(tree, prefix))
+    problems = [Problem(key, f"needs a value; write {key}=VALUE") for key in missing]
+    unsuitable = dict(unsuitable_scalars(model, tree, prefix))
+    problems += [Problem(where(key, _at(tree, key, prefix)), message) for key, message in unsuitable.items()]
+    fields = dict(all_fields(model, prefix))
+    section = None
+    try:
+        section = model.model_validate(dict(tree))
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            key = prefix + ".".join(str(step) for step in details["loc"]) if details["loc"] else prefix.rstrip(".")
+            if key in missing or key in unsuitable:
+                continue
+            if details["type"] == "extra_forbidden":
+                for leaf, value in _leaves(key, details["input"]):
+                    note = notes.get(leaf)
+                    message = f"no such key: {note}" if note else unknown_key(leaf, known_keys)
+                    problems.append(Problem(where(leaf, value), message))
+            else:
+                problems.append(_problem(key, details, fields, where))
+    return (None if problems else section), list(dict.fromkeys(problems))
+
+
+def _problem(key: str, details: Any, fields: Mapping[str, FieldInfo], where: Where) -> Problem:
+    kind, value = details["type"], details.get("input")
+    if kind == "missing":
+        return Problem(key, f"needs a value; write {key}=VALUE")
+    name = _field_name(key, fields)
+    info = fields.get(name) if name else None
+    if kind in ("value_error", "assertion_error"):  # a validator of the section's own says it best
+        return Problem(where(key, value), str(details["ctx"]["error"]))
+    if name is None or info is None:
+        return Problem(where(key, value), f"{details['msg'][0].lower()}{details['msg'][1:]}")
+    words = literal_values(info)
+    guess = nearest(str(value), words) if words else None
+    expected = f"must be {allowed(info)}"
+    return Problem(where(name, value), f"did you mean {guess}? {expected}" if guess else expected)
+
+
+def unknown_key(key: str, known_keys: Collection[str]) -> str:
+    """What to say about a key that does not exist."""
+    similar = similar_keys(key, known_keys)
+    if len(similar) == 1:
+        return f"no such key; did you mean {similar[0]}?"
+    if similar:
+        return f"no such key; did you mean one of {', '.join(similar)}?"
+    section = key.rpartition(".")[0]
+    siblings = sorted(known for known in known_keys if section and known.startswith(f"{section}."))
+    return f"no such key; {section} has {', '.join(siblings)}" if siblings else "no such key; --help lists all of them"
+
+
+def _field_name(key: str, fields: Mapping[str, FieldInfo]) -> str | None:
+    """The field that an error location lies in (`learner.betas.0` lies in `learner.betas`)."""
+    while key:
+        if key in fields:
+            return key
+        key = key.rpartition(".")[0]
+    return None
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(full key, value) of everything below an unknown section; the key itself where it is a value."""
+    if not isinstance(value, Mapping) or not value:
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _leaves(f"{key}.{name}", inner)
+
+
+def _missing(tree: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _missing(value, f"{prefix}{name}.")
+        elif value == MISSING:
+            yield f"{prefix}{name}"
+
+
+def _at(tree: Mapping[str, Any], key: str, prefix: str) -> Any:
+    value: Any = tree
+    for step in key.removeprefix(prefix).split("."):
+        value = value[step]
+    return value

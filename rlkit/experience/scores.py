@@ -1,0 +1,177 @@
+"""What a reward returned, checked sample by sample; failures counted by reason. Pure: no Ray, no reward.
+
+Two kinds of failure are told apart here. Infrastructure: the reward's process hangs, dies or raises; the pool tries
+elsewhere. Data: this sample, or what the reward returned for it, is unusable; trying again would not help.
+
+A group's greedy response is scored like one more sample and then kept apart again. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from rlkit.experience import Group, GroupScores, Score
+
+
+class RewardFailed(RuntimeError):
+    """The reward does not work well enough to go on; the message names cause and counts."""
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """One scoring call, or several added up."""
+
+    samples: int = 0
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Invalid samples by reason class (`timeout`, `crash`, `exception`, `wrong_length`, ...)."""
+    examples: Mapping[str, str] = field(default_factory=dict)
+    """One whole reason per class."""
+    seconds: float = 0.0
+    """Time spent scoring, summed over calls."""
+    error: str = ""
+    """Traceback, if the backend raised instead of answering (such a report has no groups)."""
+
+    def __add__(self, other: ScoreReport) -> ScoreReport:
+        return ScoreReport(
+            samples=self.samples + other.samples,
+            failures=Counter(self.failures) + Counter(other.failures),
+            examples={**other.examples, **self.examples},
+            seconds=self.seconds + other.seconds,
+            error=self.error or other.error,
+        )
+
+    @property
+    def failed(self) -> int:
+        """Samples without a valid score."""
+        return sum(self.failures.values())
+
+
+def attach_scores(groups: Sequence[Group], result: object) -> list[Group]:
+    """The groups with what a reward returned for them; whatever breaks the contract becomes an invalid score."""
+    if not isinstance(result, Sequence) or isinstance(result, str | bytes):
+        return invalid_groups(groups, f"wrong_type: score() returned {_describe(result)}, not a list of GroupScores")
+    if len(result) != len(groups):
+        return invalid_groups(groups, f"wrong_length: score() returned {len(result)} results for {len(groups)} groups")
+    return [_attach(group, scores) for group, scores in zip(groups, result, strict=True)]
+
+
+def invalid_groups(groups: Iterable[Group], reason: str) -> list[Group]:
+    """The groups with every sample invalid for one reason."""
+    return [group.with_scores(GroupScores((Score.invalid(reason),) * len(group.samples))) for group in groups]
+
+
+_PART = re.compile(r"part ([^\s:]+):")
+
+
+def kind_of(reason: str) -> str:
+    """The class of a reason, `timeout`; of a reason that names a combination's part, `judge/timeout`."""
+    kind, _, details = reason.partition(":")
+    part = _PART.match(details.strip())
+    return kind.strip() if part is None else f"{part.group(1)}/{kind.strip()}"
+
+
+def report_on(groups: Iterable[Group], seconds: float) -> ScoreReport:
+    """Count valid and invalid scores."""
+    samples = 0
+    failures: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for group in groups:
+        scores = group.scores.samples if group.scores is not None else ()
+        samples += len(scores)
+        for score in scores:
+            if not score.valid:
+                kind = kind_of(score.reason)
+                failures[kind] += 1
+                examples.setdefault(kind, score.reason)
+    return ScoreReport(samples, dict(failures), examples, seconds)
+
+
+def check_failures(report: ScoreReport, max_failed_share: float, reward: str) -> None:
+    """Raise RewardFailed if more than `max_failed_share` (0 to 1) of a step's samples got no score."""
+    if report.samples == 0 or report.failed <= max_failed_share * report.samples:
+        return
+    causes = [
+        f"  {count} x {kind}, for example: {report.examples.get(kind, kind)}"
+        for kind, count in sorted(report.failures.items(), key=lambda item: -item[1])
+    ]
+    raise RewardFailed(
+        f"{report.failed} of {report.samples} samples ({report.failed / report.samples:.0%}) got no score from "
+        f"{reward} in one step, more than reward.max_failed_share={max_failed_share:g} allows:\n"
+        + "\n".join(causes)
+        + "\nRepair the cause, or raise reward.max_failed_share if training without these samples is meant."
+    )
+
+
+def _attach(group: Group, scores: Any) -> Group:
+    if not isinstance(scores, GroupScores):
+        return invalid_groups([group], f"wrong_type: {_describe(scores)} instead of GroupScores")[0]
+    if len(scores.samples) != len(group.samples):
+        reason = f"wrong_length: {len(scores.samples)} scores for the {len(group.samples)} samples of group {group.id}"
+        return invalid_groups([group], reason)[0]
+    members = set(range(len(group.samples)))
+    for pair in scores.pairs:
+        if pair.winner == pair.loser or not {pair.winner, pair.loser} <= members or not 0 <= pair.probability <= 1:
+            return invalid_groups([group], f"wrong_pair: {_describe(pair)} in group {group.id}")[0]
+    checked = tuple(_check(score, len(sample)) for score, sample in zip(scores.samples, group.samples, strict=True))
+    return group.with_scores(GroupScores(checked, scores.pairs))
+
+
+def _check(score: Any, tokens: int) -> Score:
+    """This score, its numbers as plain ones, if it keeps the contract, else an invalid one that says how it does not.
+
+    A tensor in the place of a number would otherwise reach processes that have no torch, or cannot be sent at all.
+    """
+    if isinstance(score, float) and not math.isfinite(score):
+        return Score.invalid(f"not_finite: the score is {score}")
+    if not isinstance(score, Score):
+        return Score.invalid(f"wrong_type: {_describe(score)} instead of a Score")
+    if not isinstance(score.reason, str) or not isinstance(score.trace, str):
+        return Score.invalid(f"wrong_type: reason and trace are texts, not {_describe((score.reason, score.trace))}")
+    numbers = [*score.components.values(), *score.ensemble, *([] if score.value is None else [score.value])]
+    for number in numbers:
+        if not isinstance(number, Real):
+            return Score.invalid(f"wrong_type: {_describe(number)} as value, component or member instead of a number")
+    if score.token_rewards is not None and len(score.token_rewards) != tokens:
+        return Score.invalid(f"wrong_length: {len(score.token_rewards)} token rewards for {tokens} tokens")
+    if any(not 0 <= span.start < span.end <= tokens for span in score.span_rewards):
+        return Score.invalid(f"wrong_span: a span reward lies outside the {tokens} tokens of the response")
+    return replace(
+        score,
+        value=None if score.value is None else float(score.value),
+        components={name: float(part) for name, part in score.components.items()},
+        ensemble=tuple(float(member) for member in score.ensemble),
+        token_rewards=None if score.token_rewards is None else np.asarray(score.token_rewards, dtype=np.float32),
+    )
+
+
+def _describe(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.80}"
+
+
+def with_greedy(group: Group) -> Group:
+    """The group with its greedy response as last sample, and its score as last score; itself if it has none."""
+    if group.greedy is None:
+        return group
+    samples = (*group.samples, replace(group.greedy, index=len(group.samples)))
+    scores = group.scores
+    if scores is not None and scores.greedy is not None:
+        scores = GroupScores((*scores.samples, scores.greedy), scores.pairs)
+    return replace(group, samples=samples, scores=scores, greedy=None)
+
+
+def without_greedy(scored: Group, original: Group) -> Group:
+    """The reverse, for a scored group; preferences that the greedy response takes part in are left out."""
+    if original.greedy is None or scored.scores is None:
+        return scored
+    count = len(original.samples)
+    pairs = tuple(pair for pair in scored.scores.pairs if pair.winner < count and pair.loser < count)
+    scores = GroupScores(scored.scores.samples[:count], pairs, greedy=scored.scores.samples[count])
+    return replace(original, scores=scores)

@@ -1,0 +1,171 @@
+"""Metrics of a step's groups that every algorithm shares, and the summary of a whole run.
+
+What makes a run stop or warn: updates that are not finite, a sampler unlike the learner, a fooled reward.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from rlkit.config.schema import TrainerConfig
+from rlkit.evaluation import correctness
+from rlkit.experience import Group
+from rlkit.experience.buffer import BufferStats
+from rlkit.experience.scores import ScoreReport
+
+
+def rollout_metrics(
+    groups: Sequence[Group], report: ScoreReport, judged: Sequence[Group] | None, stats: BufferStats, seconds: float
+) -> dict[str, float]:
+    """Rewards, lengths, group spread, failures, buffer; `seconds` is how long the sampler worked for them."""
+    values: list[list[float]] = []
+    components: defaultdict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        scores = [score for _, score in group.scored() if score.valid]
+        values.append([score.value for score in scores if score.value is not None])
+        for score in scores:
+            for name, part in score.components.items():
+                components[name].append(part)
+    rewards = np.array([value for group in values for value in group])
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = np.array([len(sample) for sample in samples])
+    metrics = {
+        "reward/failed": float(report.failed),
+        "length/mean": float(lengths.mean()),
+        "length/max": float(lengths.max()),
+        "length/truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
+        "time/reward_busy": report.seconds,
+        "buffer/ready": float(stats.ready),
+        "buffer/in_flight": float(stats.in_flight),
+        "buffer/dropped_stale": float(stats.dropped_stale),
+        "buffer/rejected": float(sum(stats.rejected.values())),
+    }
+    compared = [group for group in values if len(group) > 1]
+    if compared:
+        metrics["group/all_equal_share"] = float(np.mean([np.ptp(group) == 0 for group in compared]))
+    if seconds > 0:
+        metrics["tokens/per_second"] = float(lengths.sum() / seconds)
+    if len(rewards):
+        metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
+    for reason, count in report.failures.items():
+        metrics[f"reward/failed/{reason}"] = float(count)
+    for name, parts in components.items():
+        metrics[f"reward/component/{name}"] = float(np.mean(parts))
+    if judged is not None:
+        correct = correctness(judged)
+        if not np.isnan(correct).all():
+            metrics["accuracy/train"] = float(np.nanmean(correct))
+    return metrics
+
+
+def summary(
+    *,
+    steps: int,
+    accuracies: Mapping[int, float],
+    wall_seconds: float,
+    seconds_per_step: float,
+    reward_failed: int,
+    policy: Path,
+) -> dict[str, Any]:
+    """What summary.json holds. `accuracies`: step -> held-out accuracy; empty if the data has no held-out answers."""
+    return {
+        "accuracy_before": accuracies.get(0),
+        "accuracy_after": accuracies.get(steps),
+        "steps": steps,
+        "wall_seconds": round(wall_seconds, 3),
+        "seconds_per_step": round(seconds_per_step, 4),
+        "reward_failed": reward_failed,
+        "accuracy_by_step": {str(step): accuracy for step, accuracy in accuracies.items()},
+        "policy": str(policy),
+    }
+
+
+class TrainingFailedError(RuntimeError):
+    """The run cannot go on; the message says why."""
+
+
+class UpdateGuard:
+    """Looks at the metrics of every update."""
+
+    def __init__(self, config: TrainerConfig, warn: Callable[[str], None]) -> None:
+        self.config, self.warn = config, warn
+        self.skipped_in_a_row = 0
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Warn, or raise TrainingFailedError after `trainer.max_skipped_updates` skipped updates in a row."""
+        mismatch = metrics.get("mismatch/logprob_mean", 0.0)
+        if not mismatch <= self.config.mismatch_alarm:  # also true for NaN
+            self.warn(
+                f"sampler and learner disagree by {mismatch:.3g} in log-prob on average, more than "
+                f"trainer.mismatch_alarm={self.config.mismatch_alarm:g}: other precision or kernels, top_p/top_k "
+                "sampling, or stale weights"
+            )
+        if not metrics["policy/trained_samples"] and not metrics.get("policy/waits"):
+            self.warn("a step had nothing to train on: no group had two valid samples")
+        skipped = [name for name in ("policy", "critic") if metrics.get(f"{name}/skipped_updates")]
+        if not skipped:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.warn(f"an update of the {' and of the '.join(skipped)} was skipped: its loss or gradient was not finite")
+        if self.skipped_in_a_row >= self.config.max_skipped_updates:
+            raise TrainingFailedError(
+                f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient, the last one of the "
+                f"{' and of the '.join(skipped)} (trainer.max_skipped_updates): lower learner.learning_rate (or "
+                "critic.learning_rate), or look at the rewards in samples.jsonl"
+            )
+
+
+class HackingAlarm:
+    """Warns when what is learnt looks better while the rule verifier says that answers get worse.
+
+    Compares the means of the last `window` steps with those of the `window` before: a reward or the accuracy of a
+    process reward model that rises by more than `RISE`, beside a share of right answers that falls by more than `FALL`.
+    It warns at most once per window.
+    """
+
+    RISE, FALL = 0.01, 0.02
+    LEARNT: Mapping[str, str] = {
+        "prm/pair_accuracy": "the process reward model's pair accuracy",
+        "reward/mean": "the mean reward",
+    }
+
+    def __init__(self, window: int, warn: Callable[[str], None]) -> None:
+        """`window` in steps; 0 turns it off."""
+        self.window, self.warn = window, warn
+        self.history: deque[Mapping[str, float]] = deque(maxlen=2 * window)
+        self.quiet = 0
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Look at one step's metrics."""
+        names = ("accuracy/train", *self.LEARNT)
+        self.history.append({name: metrics[name] for name in names if name in metrics})
+        self.quiet -= 1
+        if not self.window or len(self.history) < 2 * self.window or self.quiet > 0:
+            return
+        verified = self._change("accuracy/train")
+        if verified is None or verified[1] - verified[0] > -self.FALL:
+            return
+        for name, what in self.LEARNT.items():
+            change = self._change(name)
+            if change is not None and change[1] - change[0] > self.RISE:
+                self.quiet = self.window
+                self.warn(
+                    f"{what} rose from {change[0]:.3f} to {change[1]:.3f} over {2 * self.window} steps while the share "
+                    f"of answers that the rule verifier finds right fell from {verified[0]:.1%} to {verified[1]:.1%}: "
+                    "the policy may be fooling its reward (read samples.jsonl; docs/metrics.md says more)"
+                )
+
+    def _change(self, name: str) -> tuple[float, float] | None:
+        """Means over the earlier and the later half; None if a half has no value."""
+        steps = list(self.history)
+        halves = [
+            [step[name] for step in half if name in step] for half in (steps[: self.window], steps[self.window :])
+        ]
+        return (fmean(halves[0]), fmean(halves[1])) if all(halves) else None

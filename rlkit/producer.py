@@ -1,0 +1,131 @@
+"""Keeps the buffer filled: room, prompts, samples, scores, buffer. The only source of training groups."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
+
+from rlkit.cluster.waiting import waiting
+from rlkit.data.order import PromptOrder
+from rlkit.experience import Prompt
+from rlkit.experience.scores import ScoreReport
+from rlkit.rollout.pool import RolloutPool
+from rlkit.rollout.worker import GroupRequest
+from rlkit.serving.pool import RewardPool
+
+T = TypeVar("T")
+
+
+class Producer:
+    """Runs beside the trainer until cancelled. Only references to groups pass through it."""
+
+    def __init__(
+        self,
+        order: PromptOrder,
+        rollout: RolloutPool,
+        reward: RewardPool,
+        buffer: Any,
+        *,
+        groups_per_step: int,
+        samples_per_prompt: int,
+        greedy: bool,
+        seed: int,
+        step_timeout_seconds: float,
+    ) -> None:
+        self.order, self.rollout, self.reward, self.buffer = order, rollout, reward, buffer
+        self.groups_per_step, self.samples_per_prompt = groups_per_step, samples_per_prompt
+        self.greedy, self.seed, self.step_timeout_seconds = greedy, seed, step_timeout_seconds
+        self.started = 0
+        self._open: dict[str, GroupRequest] = {}
+        """Asked for and not yet in the buffer."""
+        self._again: deque[GroupRequest] = deque()
+        """Open when the checkpoint was made that this run goes on from: asked for again, with their ids and seeds."""
+        self._report = ScoreReport()
+        self._generated_at: float | None = None
+        self._generating = 0.0
+
+    async def run(self) -> None:
+        """Fill the buffer for ever. Raises what rollout, reward or buffer raise."""
+        async with asyncio.TaskGroup() as scoring:
+            while True:
+                async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 3):
+                    room = await self.buffer.reserve.remote(self.groups_per_step)
+                requests = self._requests(room)
+                began = time.monotonic()
+                async for groups in self.rollout.generate(requests):
+                    scoring.create_task(self._score(groups))
+                self._generated_at = time.monotonic()
+                self._generating += self._generated_at - began
+
+    async def _score(self, groups: Any) -> None:
+        scored = await self.reward.score([groups])
+        self._report += scored.report
+        async with self._waiting("the buffer to take scored groups", 1):
+            added = await self.buffer.add.remote(scored.batches[0])
+        for group_id in added:
+            del self._open[group_id]
+
+    def _waiting(self, what: str, times: int) -> AbstractAsyncContextManager[None]:
+        """`times`: a step, the evaluation and the checkpoint after it may each take a step's time."""
+        limit = "trainer.step_timeout_seconds" if times == 1 else f"{times} x trainer.step_timeout_seconds"
+        told = f"{what} ({self.started} groups asked for, {len(self._open)} of them not in the buffer)"
+        return waiting("the producer", told, times * self.step_timeout_seconds, limit)
+
+    def _requests(self, count: int) -> list[GroupRequest]:
+        again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
+        new = [self._request(self.started + i, p) for i, p in enumerate(self.order.take(count - len(again)))]
+        self.started += len(new)
+        requests = [*again, *new]
+        self._open.update((request.id, request) for request in requests)
+        return requests
+
+    def _request(self, number: int, prompt: Prompt) -> GroupRequest:
+        return GroupRequest(
+            id=f"{number:08d}",
+            prompt=prompt,
+            samples=self.samples_per_prompt,
+            seed=self.seed,
+            step=number // self.groups_per_step + 1,
+            greedy=self.greedy,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Place in the data, and the groups that are open: a resumed run asks for them again."""
+        open_groups = [{"id": r.id, "prompt": r.prompt.id} for r in (*self._open.values(), *self._again)]
+        return {"order": self.order.state_dict(), "started": self.started, "open": open_groups}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of state_dict. Raises DataError if the data are others."""
+        self.order.load_state_dict(state["order"])
+        self.started = int(state["started"])
+        prompts = self.order.by_id()
+        self._again = deque(self._request(int(entry["id"]), prompts[entry["prompt"]]) for entry in state["open"])
+
+    def take_report(self) -> tuple[ScoreReport, float]:
+        """What the reward did, and for how many seconds the sampler worked, since the last call."""
+        report, self._report = self._report, ScoreReport()
+        seconds, self._generating = self._generating, 0.0
+        return report, seconds
+
+    def generation_end(self) -> float | None:
+        """`time.monotonic()` when the last group of the latest batch left the sampler."""
+        return self._generated_at
+
+
+async def until(work: Awaitable[T], *background: asyncio.Task[None]) -> T:
+    """The result of `work`, unless a background task fails first: then its error, out of its exception group."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task, *background}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+    finally:
+        task.cancel()
+    error = next(each.exception() for each in background if each.done())
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    raise error or RuntimeError("a background task ended although it should not")

@@ -1,0 +1,313 @@
+"""The self-test of a served reward, and the name of what is served.
+
+A reward in a process of its own, without Ray: every call has a deadline, after which the process is killed.
+
+A server needs none of Ray's scheduling, object store or dashboard, and starts 3 s sooner and 500 MB smaller without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rlkit
+from rewards.base import RewardContext
+from rlkit.config.parts import import_part
+from rlkit.experience import Group, Message, Prompt, Sample
+from rlkit.experience.scores import RewardFailed, ScoreReport
+from rlkit.models.folder import PREFIX, model_folder
+
+EDGE_BYTES = 2**20
+"""Of large files the first and last so many bytes are looked at: other weights differ there."""
+
+
+def first_group(target: str, options: Mapping[str, Any]) -> Group:
+    """A group with whatever the reward says it needs: a right and a wrong answer to 6 times 7."""
+    kind = import_part("reward", target)
+    needs = kind.needs(kind.Config(**options))
+    prompt = Prompt(
+        id="self-test",
+        messages=(Message("user", "What is 6 times 7?"),),
+        token_ids=(1, 2, 3),
+        references=("6 * 7 = 42\n#### 42",),
+        answer="42",
+        columns=dict.fromkeys(needs.columns, ""),
+    )
+    return Group("self-test", prompt, tuple(_sample(i, text) for i, text in enumerate(("#### 42", "#### 41"))))
+
+
+def verdict(report: ScoreReport, seconds: float) -> dict[str, Any]:
+    """What /health shows of it. Invalid scores are no failure: the group may lack what this reward looks for."""
+    shown: dict[str, Any] = {
+        "seconds": round(seconds, 3),
+        "samples": report.samples,
+        "invalid": dict(report.examples),
+    }
+    if report.error:
+        shown["error"] = report.error.strip().splitlines()[-1]
+    return shown
+
+
+def model_version(reward: Mapping[str, Any]) -> str:
+    """A name that changes with the class, its options, rlkit's version and the content of model folders named."""
+    digest = hashlib.sha256(rlkit.__version__.encode())
+    digest.update(json.dumps(reward, sort_keys=True, default=str).encode())
+    for folder in sorted(set(_folders(reward))):
+        for file in sorted(path for path in folder.iterdir() if path.is_file()):
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(EDGE_BYTES))
+                stream.seek(max(0, file.stat().st_size - EDGE_BYTES))
+                digest.update(stream.read(EDGE_BYTES))
+    return f"{str(reward['_target_']).rpartition('.')[2]}-{digest.hexdigest()[:12]}"
+
+
+def _folders(value: Any) -> Iterator[Path]:
+    """Every model folder that a value of the configuration names."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _folders(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _folders(inner)
+    elif isinstance(value, str) and (value.startswith(PREFIX) or "/" in value):
+        folder = model_folder(value)
+        try:
+            found = (folder / "config.json").is_file()
+        except OSError:  # no path: a text with a `/`, longer than a file's name may be
+            found = False
+        if found:
+            yield folder
+
+
+def _sample(index: int, text: str) -> Sample:
+    tokens = len(text.split())
+    return Sample(index, np.arange(tokens, dtype=np.int32), np.full(tokens, -0.1, np.float32), text, "stop", (0, 0), 0)
+
+
+KILL_SECONDS = 10.0
+"""A killed process is gone by then, or the kernel holds it."""
+CLOSE_SECONDS = 5.0
+"""How long a reward may take to free what it holds."""
+
+
+class WorkerBrokenError(Exception):
+    """The process failed this call and has been killed; the message is the reason for the samples."""
+
+
+class RewardProcess:
+    """Hosts a reward; started again whenever it is needed and dead. One call at a time, from one event loop."""
+
+    def __init__(
+        self, target: str, options: Mapping[str, Any], context: RewardContext, startup_timeout: float, timeout: float
+    ) -> None:
+        """`startup_timeout` and `timeout` are deadlines in seconds of a start and of a call."""
+        self._arguments = (target, dict(options), context)
+        self._startup_timeout, self._timeout = startup_timeout, timeout
+        self._process: Any = None
+        self._connection: Connection | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-process")
+        self._busy_since: float | None = None
+        self._starts = self._calls = 0
+        self._self_test: dict[str, Any] = {}
+        self.usable = True
+        """False: its last start failed. The next call tries again."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return self._process is not None and bool(self._process.is_alive())
+
+    def health(self) -> dict[str, Any]:
+        """Its state, without asking it."""
+        now = time.monotonic()
+        return {
+            "pid": self._process.pid if self.alive else None,
+            "alive": self.alive,
+            "busy_seconds": None if self._busy_since is None else round(now - self._busy_since, 3),
+            "calls": self._calls,
+            "restarts": max(0, self._starts - 1),
+            "self_test": self._self_test,
+        }
+
+    async def start(self) -> None:
+        """Start the process: it loads the reward and judges a first group. Raises RewardFailed with the cause."""
+        self.usable = False
+        self.kill()
+        target = self._arguments[0]
+        try:
+            self._spawn()
+        except OSError as error:  # no file descriptors or no memory left
+            raise RewardFailed(f"reward {target} cannot start: no process for it ({error})") from error
+        self._starts += 1
+        try:
+            answer = await self._exchange(None, self._startup_timeout)
+        except TimeoutError:
+            raise RewardFailed(f"reward {target} was not ready after {self._startup_timeout:g} s") from None
+        except EOFError:
+            raise RewardFailed(f"reward {target} cannot start: its process died; see what it printed") from None
+        if isinstance(answer, str):
+            self.kill()
+            raise RewardFailed(f"reward {target} cannot start: {answer}")
+        self._self_test, self.usable = answer, True
+
+    def _spawn(self) -> None:
+        """Start the bare process. Raises OSError; nothing is held then."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_host, args=(theirs, *self._arguments), name="rlkit-reward")
+        try:
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._connection, self._process = ours, process
+
+    async def score(self, groups: Sequence[Group], client_seconds: float = math.inf) -> tuple[list[Group], ScoreReport]:
+        """The groups with their scores. Raises WorkerBrokenError, or RewardFailed if it cannot be started again.
+
+        `client_seconds`: the call ends after that, too: then nobody waits for its scores any more.
+        """
+        if not self.alive:
+            await self.start()
+        pid = self._process.pid
+        self._busy_since = time.monotonic()
+        try:
+            scored, report = await self._exchange(list(groups), min(self._timeout, client_seconds))
+        except TimeoutError:
+            limit = f"reward.timeout_seconds={self._timeout:g} of the server"
+            if client_seconds < self._timeout:
+                limit = f"the {client_seconds:.3g} s that were left until its client gave up"
+            raise WorkerBrokenError(f"timeout: no answer within {limit}") from None
+        except EOFError:
+            raise WorkerBrokenError(f"crash: the reward's process {pid} died") from None
+        finally:
+            self._busy_since = None
+        if report.error:
+            self.kill()
+            raise WorkerBrokenError("exception: " + report.error.strip().splitlines()[-1])
+        self._calls += 1
+        return scored, report
+
+    async def close(self) -> None:
+        """Let the reward free what it holds, then end its process."""
+        if self.alive and self._busy_since is None:
+            with contextlib.suppress(TimeoutError, EOFError):  # killed below in any case
+                await self._exchange("close", CLOSE_SECONDS)
+        self.kill()
+        self._thread.shutdown(wait=False)
+
+    def kill(self) -> None:
+        """End the process with everything it started."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # it leads a group of its own
+        self._process.kill()
+        self._process.join(KILL_SECONDS)
+        self._process = None
+
+    async def _exchange(self, message: Any, seconds: float) -> Any:
+        """Send (None: nothing) and wait. Raises TimeoutError or EOFError; the process is then dead."""
+        connection, process = self._connection, self._process
+
+        def talk() -> Any:
+            assert connection is not None
+            if message is not None:
+                connection.send(message)
+            wait([connection, process.sentinel])
+            if not connection.poll():
+                raise EOFError
+            return connection.recv()
+
+        answer = asyncio.get_running_loop().run_in_executor(self._thread, talk)
+        finished = False
+        try:
+            done, _ = await asyncio.wait({answer}, timeout=seconds)
+            if not done:
+                raise TimeoutError
+            result = answer.result()
+            finished = True
+            return result
+        except OSError as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise EOFError(str(error)) from error
+        finally:
+            if not finished:  # also when cancelled: the process is still busy
+                self.kill()
+                with contextlib.suppress(EOFError, OSError):
+                    await answer
+
+
+def _host(connection: Connection, target: str, options: Mapping[str, Any], context: RewardContext) -> None:
+    """The process: load the reward, judge a first group, then whatever comes."""
+    os.setsid()  # Ctrl-C is for the server, which ends this process in order
+    _end_with_parent()
+    os.environ.update(
+        OMP_NUM_THREADS=str(context.threads),
+        OMP_WAIT_POLICY="PASSIVE",
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
+    from rlkit.serving.worker import RewardWorker
+
+    try:
+        worker = RewardWorker(target, options, context)
+        worker.start()
+        began = time.perf_counter()
+        group = first_group(target, options)
+        _, report = worker.score([group])
+        if (
+            report.error and not group.prompt.columns
+        ):  # of columns only the names are known: the made-up ones may not do
+            raise RuntimeError(f"its self-test failed: {report.error.strip().splitlines()[-1]}")
+        connection.send(verdict(report, time.perf_counter() - began))
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(f"{type(error).__name__}: {error}")
+        return
+    while True:
+        try:
+            message = connection.recv()
+        except EOFError:
+            return
+        if message == "close":
+            worker.close()
+            connection.send("closed")
+            return
+        scored, report = worker.score(message)
+        connection.send((scored, report))
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when the server ends, even if that was killed and this one hangs in C code.
+
+    The server's end of this process's sentinel pipe closes with it; O_ASYNC turns that into SIGIO, whose default is
+    to end the process.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if not parent.is_alive():
+        os._exit(1)

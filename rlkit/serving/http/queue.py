@@ -1,0 +1,274 @@
+"""What a reward server counts, in the text format of Prometheus.
+
+Requests that wait for a reward process: bounded, scored together where they fit, and dropped when nobody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from rlkit.experience import Group
+from rlkit.experience.scores import RewardFailed, invalid_groups, report_on
+from rlkit.experience.wire import tokens_of
+from rlkit.serving.http.process import RewardProcess, WorkerBrokenError
+
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+"""Bounds of the histograms."""
+MOST_REASONS = 50
+"""Reasons are words of the reward's; a reward that writes a new one for every sample must not fill the memory."""
+
+
+class ServerMetrics:
+    """Counters of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._reasons: set[str] = set()
+        self.requests = Counter("rlkit_requests", "Requests answered", ["status"], registry=self.registry)
+        self.samples = Counter("rlkit_samples", "Samples judged", registry=self.registry)
+        self.failed = Counter("rlkit_failed_samples", "Samples without a score", ["reason"], registry=self.registry)
+        self.restarts = Counter(
+            "rlkit_worker_failures", "Calls that cost a process", ["reason"], registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "rlkit_request_seconds", "From request to answer", buckets=SECONDS, registry=self.registry
+        )
+        self.scoring_seconds = Histogram(
+            "rlkit_scoring_seconds", "One call of the reward", buckets=SECONDS, registry=self.registry
+        )
+        self.batch_samples = Histogram(
+            "rlkit_batch_samples", "Samples scored together", buckets=(1, 4, 16, 64, 256, 1024), registry=self.registry
+        )
+        self.queued = Gauge("rlkit_queued_samples", "Samples that wait", registry=self.registry)
+
+    def count_failures(self, failures: Mapping[str, int]) -> None:
+        """Add samples without a score, by reason class."""
+        for reason, count in failures.items():
+            self.failed.labels(self._label(reason)).inc(count)
+
+    def count_worker_failure(self, reason: str) -> None:
+        """A call after which the process was replaced."""
+        self.restarts.labels(self._label(reason.partition(":")[0])).inc()
+
+    def text(self) -> bytes:
+        """The answer of /metrics."""
+        return generate_latest(self.registry)
+
+    def _label(self, reason: str) -> str:
+        if reason not in self._reasons and len(self._reasons) >= MOST_REASONS:
+            return "other"
+        self._reasons.add(reason)
+        return reason[:60]
+
+
+log = logging.getLogger(__name__)
+
+LONGEST_RETRY_SECONDS = 60
+
+
+class BusyError(Exception):
+    """No answer now; try again after `retry_seconds`."""
+
+    def __init__(self, message: str, retry_seconds: int, status: int = 503) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+        self.status = status
+        """What HTTP calls it: 429 if too much is asked, 503 if the server is not able."""
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How much is scored together, and how much may wait."""
+
+    samples: int
+    tokens: int
+    queued_samples: int
+
+
+@dataclass(eq=False)
+class _Job:
+    """One request."""
+
+    groups: list[Group]
+    samples: int
+    tokens: int
+    deadline: float
+    """`time.monotonic()` after which its client no longer waits."""
+    result: asyncio.Future[list[Group]]
+
+
+class ScoringQueue:
+    """Hands requests to processes, each of which takes what waits whenever it is free."""
+
+    def __init__(self, workers: Sequence[RewardProcess], limits: BatchLimits, metrics: ServerMetrics) -> None:
+        self.workers, self.limits, self.metrics = workers, limits, metrics
+        self._jobs: deque[_Job] = deque()
+        self._queued_samples = 0
+        self._arrived = asyncio.Condition()
+        self._seconds_per_sample = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start all processes. Raises RewardFailed if one cannot start; the others are then ended."""
+        results = await asyncio.gather(*(worker.start() for worker in self.workers), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.close()
+                raise result
+        self._tasks = [asyncio.create_task(self._work(worker)) for worker in self.workers]
+
+    async def close(self) -> None:
+        """End all processes; what still waits is told so."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for job in self._jobs:
+            _fail(job, BusyError("the server ends", 5))
+        self._jobs.clear()
+        await asyncio.gather(*(worker.close() for worker in self.workers))
+
+    async def score(self, groups: list[Group], wait_seconds: float | None) -> list[Group]:
+        """The groups with their scores. Raises BusyError if there is no room, no process, or no time left."""
+        samples = sum(len(group.samples) for group in groups)
+        if not groups:
+            return []
+        if self._queued_samples and self._queued_samples + samples > self.limits.queued_samples:
+            raise BusyError(f"{self._queued_samples} samples wait already", self._retry_seconds(), status=429)
+        job = _Job(
+            groups,
+            samples,
+            sum(map(tokens_of, groups)),
+            math.inf if wait_seconds is None else time.monotonic() + wait_seconds,
+            asyncio.get_running_loop().create_future(),
+        )
+        async with self._arrived:
+            self._jobs.append(job)
+            self._count(samples)
+            self._arrived.notify()
+        return await job.result
+
+    async def _work(self, worker: RewardProcess) -> None:
+        """Score for ever. A process that a call has cost is replaced before the next request waits for it."""
+        while True:
+            jobs: list[_Job] = []
+            try:
+                if worker.usable and not worker.alive:
+                    with contextlib.suppress(RewardFailed):  # the next request tries again, and is told why
+                        await worker.start()
+                jobs = await self._next()
+                await self._score_together(worker, jobs)
+            except RewardFailed as error:
+                log.error("%s", error)
+                for job in jobs:
+                    _fail(job, BusyError(str(error), 5))
+            except Exception as error:  # a bug: later requests need this loop all the same
+                log.exception("scoring %d requests failed", len(jobs))
+                for job in jobs:
+                    _fail(job, BusyError(f"the server failed: {type(error).__name__}: {error}", 5))
+            finally:
+                for job in jobs:  # cancelled: nobody may wait for ever
+                    _fail(job, BusyError("the server ends", 5))
+
+    async def _next(self) -> list[_Job]:
+        """The oldest job, and those after it that fit beside it; waits for one."""
+        async with self._arrived:
+            while True:
+                while not self._jobs:
+                    await self._arrived.wait()
+                jobs: list[_Job] = []
+                samples = tokens = 0
+                while self._jobs:
+                    job = self._jobs[0]
+                    full = samples + job.samples > self.limits.samples or tokens + job.tokens > self.limits.tokens
+                    if jobs and full:
+                        break
+                    self._jobs.popleft()
+                    self._count(-job.samples)
+                    if self._left(job):
+                        continue
+                    jobs.append(job)
+                    samples, tokens = samples + job.samples, tokens + job.tokens
+                if jobs:
+                    return jobs
+
+    def _left(self, job: _Job) -> bool:
+        """Whether nobody waits for it any more; it is then over."""
+        if time.monotonic() > job.deadline:
+            _fail(job, BusyError("it waited longer than its client", self._retry_seconds()))
+        return job.result.done()
+
+    async def _score_together(self, worker: RewardProcess, jobs: Sequence[_Job]) -> None:
+        """One call for all jobs; if it costs the process, one more for each, so that only the culprit is lost."""
+        try:
+            scored = await self._call(worker, [group for job in jobs for group in job.groups])
+        except WorkerBrokenError as broken:
+            self._note(broken)
+            for job in jobs:
+                await self._score_alone(worker, job)
+            return
+        remaining = iter(scored)
+        for job in jobs:
+            _finish(job, [next(remaining) for _ in job.groups])
+
+    async def _score_alone(self, worker: RewardProcess, job: _Job) -> None:
+        """A second try, which lasts no longer than its client waits. (A first one is not cut short: it may only have
+        waited long in the queue, and ending it costs a process that works.)"""
+        if not worker.alive and not self._left(job):
+            await worker.start()
+        if self._left(job):
+            return
+        try:
+            _finish(job, await self._call(worker, job.groups, job.deadline - time.monotonic()))
+        except WorkerBrokenError as broken:
+            self._note(broken)
+            invalid = invalid_groups(job.groups, str(broken))
+            self._report(invalid)
+            _finish(job, invalid)
+
+    async def _call(
+        self, worker: RewardProcess, groups: Sequence[Group], client_seconds: float = math.inf
+    ) -> list[Group]:
+        began = time.monotonic()
+        scored, _ = await worker.score(groups, client_seconds)
+        seconds, samples = time.monotonic() - began, sum(len(group.samples) for group in scored)
+        self.metrics.scoring_seconds.observe(seconds)
+        self.metrics.batch_samples.observe(samples)
+        self._seconds_per_sample = 0.8 * self._seconds_per_sample + 0.2 * seconds / max(samples, 1)
+        self._report(scored)
+        return scored
+
+    def _report(self, groups: Sequence[Group]) -> None:
+        report = report_on(groups, 0.0)
+        self.metrics.samples.inc(report.samples)
+        self.metrics.count_failures(report.failures)
+
+    def _note(self, broken: WorkerBrokenError) -> None:
+        log.warning("%s; the process is replaced", broken)
+        self.metrics.count_worker_failure(str(broken))
+
+    def _count(self, samples: int) -> None:
+        self._queued_samples += samples
+        self.metrics.queued.set(self._queued_samples)
+
+    def _retry_seconds(self) -> int:
+        seconds = self._queued_samples * self._seconds_per_sample / len(self.workers)
+        return min(max(1, math.ceil(seconds)), LONGEST_RETRY_SECONDS)
+
+
+def _finish(job: _Job, groups: list[Group]) -> None:
+    if not job.result.done():
+        job.result.set_result(groups)
+
+
+def _fail(job: _Job, error: BusyError) -> None:
+    if not job.result.done():
+        job.result.set_exception(error)

@@ -1,0 +1,100 @@
+"""What changes hands between learning and sampling: the weights, and the memory of GPUs that both use.
+
+A run begins with the learner at work. `publish` ends this phase, `to_learner` begins it again. Where nobody makes room
+for anybody (on CPUs, on GPUs of one's own, with stale data), the phases are only names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rlkit.config.plan import engines_sleep, weight_way
+from rlkit.config.schema import RunConfig
+from rlkit.learner.actors import JointLearner
+from rlkit.rollout.pool import RolloutPool
+from rlkit.serving.pool import RewardPool
+from rlkit.weights.publication import Published
+
+T = TypeVar("T")
+TELL_SECONDS = 5.0
+"""When a transfer fails at the learner's end, how long to wait for a worker's own end, which would explain it."""
+
+
+class Handover:
+    """Used by the trainer between phases."""
+
+    def __init__(
+        self, config: RunConfig, rollout: RolloutPool, learner: JointLearner, reward: RewardPool, canary: Sequence[int]
+    ) -> None:
+        """`canary`: a prompt whose log-probs prove that sampler and learner hold the same policy."""
+        self.rollout, self.learner, self.reward, self.canary = rollout, learner, reward, tuple(canary)
+        self.way = weight_way(config.cluster, config.rollout, config.learner)
+        self.sleeps = engines_sleep(config)
+        self._wanted = np.empty(0)
+        """The learner's log-probs of the canary when weights were last published."""
+        rollout.fetch = self._fetch
+
+    async def to_learner(self) -> None:
+        """Sampling is over for now: the engines forget their weights, the learner takes the GPUs."""
+        if self.sleeps:
+            await self.rollout.sleep(2)
+        await self.learner.reload()
+
+    async def publish(self, version: int) -> float:
+        """Bring the learner's weights to every rollout worker and prove it; the canary's difference in log-probs."""
+        policy, bundle = self.learner.policy, None
+        if self.way == "object_store" or self.reward.follows_policy:
+            bundle, _, self._wanted = await policy.publishable(self.canary)
+        else:
+            self._wanted = await policy.canary_logprobs(self.canary)
+        published = Published(bundle, version, self.canary, self._wanted)
+        difference, _ = await asyncio.gather(self._deliver(published), self.reward.follow(bundle))
+        return difference
+
+    async def with_learner(self, work: Awaitable[T]) -> T:
+        """Do something in which the learner needs its memory, while engines have theirs; they get it back."""
+        if self.sleeps:
+            await self.rollout.sleep(1)
+        await self.learner.reload()
+        result = await work
+        await self.learner.offload()
+        if self.sleeps:
+            await self.rollout.wake()
+        return result
+
+    async def _deliver(self, published: Published) -> float:
+        ready, checksum = await self.rollout.prepare(published), None
+        if self.way == "object_store":
+            await self.rollout.give(ready)
+        elif ready:
+            checksum = await self._send(ready, published.version)
+        await self.learner.offload()
+        return await self.rollout.confirm(ready, checksum)
+
+    async def _send(self, ready: dict[int, Any], version: int) -> str:
+        """The learner's checksum of what it sent. Raises WeightsNotLoadedError if a worker dies or fails meanwhile."""
+        sending = asyncio.ensure_future(self.learner.policy.send_weights(list(ready.values()), version))
+        arriving = asyncio.ensure_future(self.rollout.arrival(ready))
+        try:
+            await asyncio.wait((sending, arriving), return_when=asyncio.FIRST_EXCEPTION)
+            if sending.done() and sending.exception() is not None:
+                await asyncio.wait((arriving,), timeout=TELL_SECONDS)
+            if arriving.done():
+                arriving.result()
+            return await sending
+        finally:
+            sending.cancel()
+            arriving.cancel()
+
+    async def _fetch(self) -> Published:
+        """The learner's present weights as a bundle, for a worker that takes a dead one's place.
+
+        With stale data the learner may be a version ahead; that one is published next.
+        """
+        policy = self.learner.policy
+        bundle, version, wanted = await policy.publishable(() if policy.offloaded else self.canary)
+        return Published(bundle, version, self.canary, wanted if wanted.size else self._wanted)

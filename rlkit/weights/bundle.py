@@ -1,0 +1,155 @@
+"""One version of the policy's weights as one flat buffer: a single object in Ray's store, read without copying.
+
+Weights cut into buckets of bounded size, and a checksum that does not depend on how they were cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies in the buffer."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class WeightBundle:
+    """All weights of one policy version under their Hugging Face names."""
+
+    version: int
+    entries: tuple[TensorEntry, ...]
+    data: NDArray[np.uint8]
+    checksum: str
+    """blake2b of `data`, made by the learner."""
+
+    @classmethod
+    def pack(cls, version: int, weights: Iterable[tuple[str, Tensor]]) -> WeightBundle:
+        """Copy tensors (on any device) into one buffer, in the order given."""
+        entries, pieces, start = [], [], 0
+        for name, tensor in weights:
+            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            entries.append(
+                TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start, flat.nbytes)
+            )
+            pieces.append(flat.copy())
+            start += flat.nbytes
+        data = np.concatenate(pieces)
+        return cls(version, tuple(entries), data, _digest(data))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) pairs that share the buffer's memory: read only."""
+        for entry in self.entries:
+            raw = self.data[entry.start : entry.start + entry.bytes]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*not writable.*")  # Ray's shared memory; nobody writes
+                flat = torch.from_numpy(raw)
+            yield entry.name, flat.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+    def received_checksum(self) -> str:
+        """blake2b of the buffer as it arrived."""
+        return _digest(self.data)
+
+
+def _digest(data: NDArray[np.uint8]) -> str:
+    return hashlib.blake2b(data.data, digest_size=16).hexdigest()
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ODD = -7046029254386353131
+"""2^64 / golden ratio as a signed number: spreads the weights of neighbouring elements over all bits."""
+_CHUNK = 2**22
+"""Elements that are widened to 64 bits at a time."""
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """What a receiver must know of a tensor before it comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its elements."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def buckets(tensors: Sequence[TensorMeta], limit: int) -> Iterator[Sequence[TensorMeta]]:
+    """Cut into runs of at most `limit` bytes, in order; a larger tensor is a run of its own.
+
+    >>> metas = [TensorMeta(name, torch.uint8, (size,)) for name, size in [("a", 3), ("b", 4), ("c", 9), ("d", 1)]]
+    >>> ["".join(meta.name for meta in run) for run in buckets(metas, 8)]
+    ['ab', 'c', 'd']
+    """
+    start, size = 0, 0
+    for i, tensor in enumerate(tensors):
+        if i > start and size + tensor.bytes > limit:
+            yield tensors[start:i]
+            start, size = i, 0
+        size += tensor.bytes
+    if tensors:
+        yield tensors[start:]
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """One flat uint8 buffer of a bucket's tensors, in their order."""
+    return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+
+
+def unpack(buffer: Tensor, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, Tensor]]:
+    """The reverse of `pack`: each tensor in memory of its own, so that the buffer may be filled again."""
+    for meta, part in zip(metas, buffer.split([meta.bytes for meta in metas]), strict=True):
+        yield meta.name, part.clone().view(meta.dtype).view(meta.shape)
+
+
+class WeightDigest:
+    """Checksum of named tensors: names, dtypes, shapes and every bit, computed where the tensors are.
+
+    Not cryptographic: it finds what gets lost, doubled, mixed up or damaged on the way. A single element that differs
+    always changes it. Order and buckets do not matter.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[TensorMeta, Tensor]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Count a tensor in. Raises ValueError if one of that name was."""
+        if name in self._sums:
+            raise ValueError(f"the weights {name} came twice")
+        self._sums[name] = TensorMeta(name, tensor.dtype, tuple(tensor.shape)), _weighted_sum(tensor)
+
+    def hexdigest(self) -> str:
+        """Of all tensors so far. Waits for the device."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._sums):
+            meta, total = self._sums[name]
+            digest.update(f"{name} {meta.dtype} {meta.shape} {int(total.item())}\n".encode())
+        return digest.hexdigest()
+
+
+def _weighted_sum(tensor: Tensor) -> Tensor:
+    """[] int64: elements, as integers of their size, times odd weights of their places, modulo 2^64."""
+    elements = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, elements.numel(), _CHUNK):
+        part = elements[start : start + _CHUNK].to(torch.int64)
+        places = torch.arange(start, start + part.numel(), dtype=torch.int64, device=tensor.device)
+        total += (part * ((places * _ODD) | 1)).sum()
+    return total
