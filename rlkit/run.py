@@ -47,7 +47,7 @@ from rlkit.serving.pool import RewardPool
 from rlkit.tracking.run_folder import RunFolder, RunFolderError
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
-from rlkit.weight_sync import Handover
+from rlkit.weight_sync import WeightSync
 from rlkit.weights.publication import WeightsNotLoadedError
 
 FAILED = 1
@@ -229,7 +229,7 @@ async def _start(
         buffer=buffer,
         producer=_producer(config, algorithm, train, rollout, reward, buffer),
         evaluator=Evaluator(heldout, rollout, verifier, config.seed) if heldout else None,
-        handover=Handover(config, rollout, learner, reward, train[0].token_ids[:CANARY_TOKENS]),
+        weight_sync=WeightSync(config, rollout, learner, reward, train[0].token_ids[:CANARY_TOKENS]),
         checkpointer=Checkpointer(config, folder),
         folder=folder,
         tracker=tracker,

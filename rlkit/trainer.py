@@ -23,7 +23,7 @@ from rlkit.rollout.pool import RolloutPool
 from rlkit.serving.pool import RewardPool
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
-from rlkit.weight_sync import Handover
+from rlkit.weight_sync import WeightSync
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Trainer:
     buffer: Any
     producer: Producer
     evaluator: Evaluator | None
-    handover: Handover
+    weight_sync: WeightSync
     folder: RunFolder
     tracker: Tracker
     guard: UpdateGuard
@@ -93,7 +93,7 @@ class Trainer:
         report, sampling = self.producer.take_report()
         self.failed_scores += report.failed
         check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
-        await self.handover.to_learner()
+        await self.weight_sync.release_sampler()
         groups, of_reward = await self.reward.learn(groups, "before")
         with self.tracker.timed("advantages"):
             experience = await self.learner.experience(groups, step)
@@ -138,7 +138,7 @@ class Trainer:
     async def publish(self) -> float:
         """Bring the learner's weights to every rollout worker and prove it; the canary's difference in log-probs."""
         with self.tracker.timed("publish"):
-            return await self.handover.publish(self.version)
+            return await self.weight_sync.publish(self.version)
 
     async def evaluate(self, step: int) -> None:
         """Held-out accuracy, if the data has held-out answers."""
@@ -155,7 +155,7 @@ class Trainer:
         """Write `checkpoints/step_NNNNNN`: the policy as a plain Hugging Face folder, and what a later run needs."""
         with self.tracker.timed("save"):
             async with self.deadline("the driver", f"the checkpoint of step {step}"):
-                await self.handover.with_learner(self.checkpointer.save(step, self, self.latest))
+                await self.weight_sync.with_learner_memory(self.checkpointer.save(step, self, self.latest))
 
     def deadline(self, who: str, what: str) -> AbstractAsyncContextManager[None]:
         """A step, an evaluation and a checkpoint may take so long."""

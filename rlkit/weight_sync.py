@@ -1,7 +1,7 @@
-"""What changes hands between learning and sampling: the weights, and the memory of GPUs that both use.
+"""Weight sync between learner and sampler, and the time-sharing of GPUs that both use.
 
-A run begins with the learner at work. `publish` ends this phase, `to_learner` begins it again. Where nobody makes room
-for anybody (on CPUs, on GPUs of one's own, with stale data), the phases are only names.
+A run begins with the learner at work. `publish` ends this phase, `release_sampler` begins it again. Where nothing is
+shared (on CPUs, on separate GPUs, with stale data), the phases cost nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TELL_SECONDS = 5.0
 """When a transfer fails at the learner's end, how long to wait for a worker's own end, which would explain it."""
 
 
-class Handover:
+class WeightSync:
     """Used by the trainer between phases."""
 
     def __init__(
@@ -38,7 +38,7 @@ class Handover:
         """The learner's log-probs of the canary when weights were last published."""
         rollout.fetch = self._fetch
 
-    async def to_learner(self) -> None:
+    async def release_sampler(self) -> None:
         """Sampling is over for now: the engines forget their weights, the learner takes the GPUs."""
         if self.sleeps:
             await self.rollout.sleep(2)
@@ -55,7 +55,7 @@ class Handover:
         difference, _ = await asyncio.gather(self._deliver(published), self.reward.follow(bundle))
         return difference
 
-    async def with_learner(self, work: Awaitable[T]) -> T:
+    async def with_learner_memory(self, work: Awaitable[T]) -> T:
         """Do something in which the learner needs its memory, while engines have theirs; they get it back."""
         if self.sleeps:
             await self.rollout.sleep(1)

@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 # Before anything imports them: no network, and no more threads than the test machine has.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,8 +20,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # that: tests that interrupt a run would then wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

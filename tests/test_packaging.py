@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from rlkit.config.compose import conf_dir
 
@@ -17,7 +18,7 @@ from rlkit.config.compose import conf_dir
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the sources (setuptools leaves a build folder beside them)."""
-    root = Path(__file__).resolve().parent.parent
+    root = ROOT
     source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(root / name, source)

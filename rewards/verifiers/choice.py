@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rewards.base import RewardNeeds
-from rewards.verifiers.text_rule import CannotJudgeError, TextRule, TextRuleConfig, column_value, excerpt
+from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, column_value, excerpt
 from rlkit.experience import Prompt, Score
 
 _MARKERS = re.compile(

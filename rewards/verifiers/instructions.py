@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rewards.base import RewardNeeds
 from rewards.verifiers.json_schema import read_json
-from rewards.verifiers.text_rule import CannotJudgeError, TextRule, TextRuleConfig, column_value
+from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, column_value
 from rlkit.experience import Prompt, Score
 
 _PLACEHOLDER = re.compile(r"\[[^\[\]\n]+\]")

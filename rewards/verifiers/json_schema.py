@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import model_validator
 
 from rewards.base import RewardNeeds
-from rewards.verifiers.text_rule import CannotJudgeError, TextRule, TextRuleConfig, column_value, excerpt
+from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, column_value, excerpt
 from rlkit.experience import Prompt, Score
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)

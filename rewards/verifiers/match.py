@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from rewards.base import RewardNeeds
 from rewards.verifiers.math import final_answer, gold_answer
-from rewards.verifiers.text_rule import CannotJudgeError, TextRule, TextRuleConfig, excerpt
+from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, excerpt
 from rlkit.experience import Prompt, Score
 
 AnswerIn = Literal["response", "final_answer", "answer_tag"]

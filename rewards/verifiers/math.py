@@ -1,25 +1,26 @@
 """Finding the final answer in a text, and comparing plain numbers exactly. Pure functions, standard library only.
 
+Verdicts on (answer, gold) pairs from math-verify, in processes that are killed when they hang.
+
 `reward=rule`: 1 if the final answer equals the gold answer, else 0, judged by math-verify.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from rewards.base import Reward, RewardContext, RewardNeeds
-from rewards.verifiers.text_rule import TextRuleConfig
+from rewards.verifiers.pool import Failed, Processes, TextRuleConfig, prepare, verify_pairs
 from rlkit.experience import Group, GroupScores, Score
-
-if TYPE_CHECKING:
-    from rewards.verifiers.pool import Verifier
-
 
 MAX_ANSWER_CHARACTERS = 256
 """A longer "answer" is prose; it is not handed to the verifier."""
@@ -218,6 +219,81 @@ def _number_of(text: str, with_unit: re.Pattern[str]) -> str:
     return _canonical(match["number"])
 
 
+Pair = tuple[str, str]
+
+
+class VerifierError(RuntimeError):
+    """The verifier itself does not work (as opposed to: it could not judge an answer)."""
+
+
+class Verifier:
+    """Judges pairs of cleaned answers; remembers verdicts; owns its processes.
+
+    >>> verifier = Verifier(processes=1, item_timeout_seconds=5.0, cache_size=1000)
+    >>> verifier.verdicts([("1/2", "0.5"), ("3", "4")], budget_seconds=60.0)
+    {('1/2', '0.5'): 'right', ('3', '4'): 'wrong'}
+    """
+
+    def __init__(self, processes: int, item_timeout_seconds: float, cache_size: int) -> None:
+        self._processes = Processes(processes, prepare, ["math_verify", "rewards.verifiers.pool"])
+        self._item_timeout = item_timeout_seconds
+        self._cache_size = cache_size
+        self._cache: OrderedDict[Pair, str] = OrderedDict()
+
+    def start(self, timeout_seconds: float = 60.0) -> None:
+        """Start the processes and prove that they judge. Raises VerifierError with the cause if they do not."""
+        if importlib.util.find_spec("math_verify") is None:
+            raise VerifierError("math-verify is not installed: pip install 'math-verify[antlr4_9_3]'")
+        probes = {("1/2", "0.5"): "right", ("\\frac{3}{4}", "0.5"): "wrong"}
+        verdicts = self._judge(list(probes), time.monotonic() + timeout_seconds, timeout_seconds)
+        if verdicts != probes:
+            raise VerifierError(f"math-verify does not work in its processes: expected {probes}, got {verdicts}")
+
+    def verdicts(self, pairs: Iterable[Pair], budget_seconds: float) -> dict[Pair, str]:
+        """`right`, `wrong` or the reason why there is no verdict (`timeout: ...`, `crash: ...`) for each pair.
+
+        Takes at most about `budget_seconds`; pairs not reached by then are `timeout: ...`.
+        """
+        deadline = time.monotonic() + budget_seconds
+        known: dict[Pair, str] = {}
+        unknown: list[Pair] = []
+        for pair in dict.fromkeys(pairs):
+            verdict = self._remembered(pair)
+            if verdict is None:
+                unknown.append(pair)
+            else:
+                known[pair] = verdict
+        judged = self._judge(unknown, deadline, self._item_timeout) if unknown else {}
+        for pair, verdict in judged.items():
+            if verdict in ("right", "wrong", "gold_unparsable"):
+                self._remember(pair, verdict)
+        return known | judged
+
+    def close(self) -> None:
+        """End the processes."""
+        self._processes.close()
+
+    def _remembered(self, pair: Pair) -> str | None:
+        if pair in self._cache:
+            self._cache.move_to_end(pair)
+            return self._cache[pair]
+        answer, gold = pair
+        if answer == gold:
+            return "right"
+        equal = compare_plain(answer, gold)
+        return None if equal is None else ("right" if equal else "wrong")
+
+    def _remember(self, pair: Pair, verdict: str) -> None:
+        self._cache[pair] = verdict
+        if len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+
+    def _judge(self, pairs: Sequence[Pair], deadline: float, item_timeout: float) -> dict[Pair, str]:
+        results = self._processes.map(verify_pairs, pairs, deadline, item_timeout)
+        reasons = (result.reason if isinstance(result, Failed) else result for result in results)
+        return dict(zip(pairs, reasons, strict=True))
+
+
 class RuleReward(Reward):
     r"""Compares the response's final answer (`#### x`, `\boxed{x}`, `The answer is x`, `A: x`) with the gold answer.
 
@@ -309,8 +385,6 @@ class RuleReward(Reward):
 
     def _open_verifier(self) -> Verifier:
         if self._verifier is None:
-            from rewards.verifiers.pool import Verifier  # pebble and multiprocessing load only where a reward runs
-
             self._verifier = Verifier(self.config.processes, self.config.item_timeout_seconds, self.config.cache_size)
         return self._verifier
 

@@ -2,13 +2,14 @@
 
 Judging untrusted text in processes that are killed and replaced when they hang, grow or die.
 
-Verdicts on (answer, gold) pairs from math-verify, in processes that are killed when they hang.
+What rule rewards on one text have in common: the judging runs in processes that are killed when they hang.
 """
 
 from __future__ import annotations
 
 import fcntl
-import importlib.util
+import importlib
+import json
 import logging
 import multiprocessing
 import os
@@ -16,18 +17,20 @@ import re
 import resource
 import signal
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
+from pydantic import Field
 
-from rewards.verifiers.math import compare_plain
+from rewards.base import Reward, RewardConfig, RewardContext
+from rlkit.experience import Group, GroupScores, Prompt, Score
 
 MEMORY_BYTES = 3 * 2**30
 """Address space that answers may take in one process: a memory bomb fails alone instead of taking the machine along."""
@@ -219,76 +222,143 @@ def _final(batch: range, reason: str) -> bool:
     return reason == _BUDGET_USED_UP or (len(batch) == 1 and reason.startswith("timeout"))
 
 
-Pair = tuple[str, str]
+MAX_TRACE_CHARACTERS = 400
+"""Longer extracts are cut in traces."""
 
 
-class VerifierError(RuntimeError):
-    """The verifier itself does not work (as opposed to: it could not judge an answer)."""
+class TextRuleConfig(RewardConfig):
+    """Fields of every rule that judges in processes of its own."""
+
+    item_timeout_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """Deadline of one verdict; then its process is killed and replaced and the sample is invalid."""
+    processes: int = Field(default=1, ge=1)
+    """Verifier processes of one worker."""
 
 
-class Verifier:
-    """Judges pairs of cleaned answers; remembers verdicts; owns its processes.
+class CannotJudgeError(Exception):
+    """A prompt lacks what the rule needs, or has it in a form that cannot be used: `class: details`."""
 
-    >>> verifier = Verifier(processes=1, item_timeout_seconds=5.0, cache_size=1000)
-    >>> verifier.verdicts([("1/2", "0.5"), ("3", "4")], budget_seconds=60.0)
-    {('1/2', '0.5'): 'right', ('3', '4'): 'wrong'}
+
+class JudgeFunction(Protocol):
+    """`(config, task, text) -> Score`, the static method `judge` of a rule; runs in a verifier process."""
+
+    def __call__(self, config: Any, task: Any, text: str, /) -> Score: ...
+
+
+class TextRule(Reward):
+    """A verdict per response from its text and its prompt alone.
+
+    Subclasses say in `task` what the verdict needs of the prompt (plain data, sent to the process), and in the static
+    method `judge` what it is. Whatever `judge` raises on model-written text makes that sample invalid, not wrong.
     """
 
-    def __init__(self, processes: int, item_timeout_seconds: float, cache_size: int) -> None:
-        self._processes = Processes(processes, prepare, ["math_verify", "rewards.verifiers.pool"])
-        self._item_timeout = item_timeout_seconds
-        self._cache_size = cache_size
-        self._cache: OrderedDict[Pair, str] = OrderedDict()
+    Config = TextRuleConfig
 
-    def start(self, timeout_seconds: float = 60.0) -> None:
-        """Start the processes and prove that they judge. Raises VerifierError with the cause if they do not."""
-        if importlib.util.find_spec("math_verify") is None:
-            raise VerifierError("math-verify is not installed: pip install 'math-verify[antlr4_9_3]'")
-        probes = {("1/2", "0.5"): "right", ("\\frac{3}{4}", "0.5"): "wrong"}
-        verdicts = self._judge(list(probes), time.monotonic() + timeout_seconds, timeout_seconds)
-        if verdicts != probes:
-            raise VerifierError(f"math-verify does not work in its processes: expected {probes}, got {verdicts}")
+    @classmethod
+    def uses_gpu(cls, config: Any) -> bool:
+        """No: its verdicts are made by programs."""
+        return False
 
-    def verdicts(self, pairs: Iterable[Pair], budget_seconds: float) -> dict[Pair, str]:
-        """`right`, `wrong` or the reason why there is no verdict (`timeout: ...`, `crash: ...`) for each pair.
+    def __init__(self, config: Any, context: RewardContext) -> None:
+        super().__init__(config, context)
+        self._processes: Processes | None = None
 
-        Takes at most about `budget_seconds`; pairs not reached by then are `timeout: ...`.
-        """
-        deadline = time.monotonic() + budget_seconds
-        known: dict[Pair, str] = {}
-        unknown: list[Pair] = []
-        for pair in dict.fromkeys(pairs):
-            verdict = self._remembered(pair)
-            if verdict is None:
-                unknown.append(pair)
-            else:
-                known[pair] = verdict
-        judged = self._judge(unknown, deadline, self._item_timeout) if unknown else {}
-        for pair, verdict in judged.items():
-            if verdict in ("right", "wrong", "gold_unparsable"):
-                self._remember(pair, verdict)
-        return known | judged
+    @abstractmethod
+    def task(self, prompt: Prompt) -> Any:
+        """What `judge` needs to know of the prompt; raises CannotJudgeError if it is not there."""
+
+    @staticmethod
+    @abstractmethod
+    def judge(config: Any, task: Any, text: str, /) -> Score:
+        """The score of one response."""
+
+    def start(self) -> None:
+        """Start the processes. Raises RuntimeError with the cause if they do not come up."""
+
+        (answer,) = self._open().map(_echo, ["ready"], time.monotonic() + 60.0, 60.0)
+        if isinstance(answer, Failed):
+            raise RuntimeError(f"the verifier processes of {type(self).__name__} do not start: {answer.reason}")
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """Judge every response."""
+        scores: list[list[Score | None]] = []
+        places: list[tuple[int, int]] = []
+        items: list[tuple[Any, str]] = []
+        for row, group in enumerate(groups):
+            try:
+                task = self.task(group.prompt)
+            except CannotJudgeError as error:
+                scores.append([Score.invalid(str(error))] * len(group.samples))
+                continue
+            scores.append([None] * len(group.samples))
+            places += [(row, column) for column in range(len(group.samples))]
+            items += [(task, sample.text) for sample in group.samples]
+        for (row, column), score in zip(places, self._judge_all(items), strict=True):
+            scores[row][column] = score
+        return [GroupScores(tuple(score for score in row if score is not None)) for row in scores]
 
     def close(self) -> None:
         """End the processes."""
-        self._processes.close()
+        if self._processes is not None:
+            self._processes.close()
 
-    def _remembered(self, pair: Pair) -> str | None:
-        if pair in self._cache:
-            self._cache.move_to_end(pair)
-            return self._cache[pair]
-        answer, gold = pair
-        if answer == gold:
-            return "right"
-        equal = compare_plain(answer, gold)
-        return None if equal is None else ("right" if equal else "wrong")
+    def _judge_all(self, items: Sequence[tuple[Any, str]]) -> list[Score]:
+        if not items:
+            return []
 
-    def _remember(self, pair: Pair, verdict: str) -> None:
-        self._cache[pair] = verdict
-        if len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
+        # A fifth of the call's deadline is kept for everything else, so that the processes give up before it is over.
+        deadline = time.monotonic() + 0.8 * self.config.timeout_seconds
+        function = partial(_judge_texts, type(self).judge, self.config)
+        results = self._open().map(function, items, deadline, self.config.item_timeout_seconds)
+        return [Score.invalid(result.reason) if isinstance(result, Failed) else result for result in results]
 
-    def _judge(self, pairs: Sequence[Pair], deadline: float, item_timeout: float) -> dict[Pair, str]:
-        results = self._processes.map(verify_pairs, pairs, deadline, item_timeout)
-        reasons = (result.reason if isinstance(result, Failed) else result for result in results)
-        return dict(zip(pairs, reasons, strict=True))
+    def _open(self) -> Processes:
+        if self._processes is None:
+            module = type(self).__module__
+            self._processes = Processes(self.config.processes, _prepare, [module], [module])
+        return self._processes
+
+
+def excerpt(text: str) -> str:
+    """A text for a trace: quoted, cut in the middle if it is long."""
+    if len(text) > MAX_TRACE_CHARACTERS:
+        half = MAX_TRACE_CHARACTERS // 2
+        text = f"{text[:half]} [...] {text[-half:]}"
+    return repr(text)
+
+
+def column_value(prompt: Prompt, column: str) -> Any:
+    """A data column; texts that hold JSON lists or objects are parsed. Raises CannotJudgeError if it is not there."""
+    value = prompt.columns.get(column)
+    if value is None:
+        raise CannotJudgeError(f"no_column: the prompt has nothing in column {column!r}")
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise CannotJudgeError(f"bad_column: column {column!r} looks like JSON but is not: {error}") from error
+    return value
+
+
+def _prepare(module: str) -> None:
+
+    die_with_parent()
+    importlib.import_module(module)
+    limit_memory()
+
+
+def _echo(items: Sequence[str]) -> list[str]:
+    return list(items)
+
+
+def _judge_texts(judge: JudgeFunction, config: Any, items: Sequence[tuple[Any, str]]) -> list[Score]:
+    return [_judge_text(judge, config, task, text) for task, text in items]
+
+
+def _judge_text(judge: JudgeFunction, config: Any, task: Any, text: str) -> Score:
+    try:
+        return judge(config, task, text)
+    except CannotJudgeError as error:
+        return Score.invalid(str(error))
+    except Exception as error:  # whatever a parser does on model-written text is this sample's verdict, not a crash
+        return Score.invalid(f"exception: {type(error).__name__}: {str(error)[:200]}", excerpt(text))

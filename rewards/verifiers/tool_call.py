@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rewards.base import RewardNeeds
-from rewards.verifiers.text_rule import CannotJudgeError, TextRule, TextRuleConfig, column_value, excerpt
+from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, column_value, excerpt
 from rlkit.experience import Prompt, Score
 
 Assignment = Literal["optimal", "greedy"]

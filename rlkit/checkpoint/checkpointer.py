@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,11 +33,22 @@ from rlkit.experience.types import (
 )
 from rlkit.tracking.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from rlkit.trainer import Trainer
-
-
 REWARD_STATE = "reward_state.pt"
+
+
+class SavedRun(Protocol):
+    """The parts of a run that have a state; the trainer holds them."""
+
+    producer: Any
+    buffer: Any
+    learner: Any
+    reward: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        """The driver's own state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of state_dict."""
 
 
 @dataclass
@@ -47,23 +58,23 @@ class Checkpointer:
     config: RunConfig
     folder: RunFolder
 
-    async def save(self, step: int, trainer: Trainer, metrics: Mapping[str, float]) -> Sealed:
+    async def save(self, step: int, run: SavedRun, metrics: Mapping[str, float]) -> Sealed:
         """Write, seal and rename `checkpoints/step_NNNNNN`, then remove old ones. `metrics`: the latest known.
 
         `policy/` in it is a plain Hugging Face folder, and so is `reward/` where the reward learns.
         """
         staged = await asyncio.to_thread(stage, self.folder.checkpoints, step)
-        producer, buffer = trainer.producer.state_dict(), await trainer.buffer.state_dict.remote()
+        producer, buffer = run.producer.state_dict(), await run.buffer.state_dict.remote()
         ready = {group.id for group in buffer["ready"]}
         producer["open"] = [entry for entry in producer["open"] if entry["id"] not in ready]
         # Data columns may be anything; they come back from the data.
         buffer["ready"] = [replace(group, prompt=replace(group.prompt, columns={})) for group in buffer["ready"]]
-        await trainer.learner.policy.save(staged / "policy")
-        counters = await trainer.learner.save_state(staged)
-        await trainer.reward.save(staged / "reward")
-        await trainer.reward.save_state(staged / REWARD_STATE)
+        await run.learner.policy.save(staged / "policy")
+        counters = await run.learner.save_state(staged)
+        await run.reward.save(staged / "reward")
+        await run.reward.save_state(staged / REWARD_STATE)
         state = {
-            **trainer.state_dict(),
+            **run.state_dict(),
             "learner": counters,
             "producer": producer,
             "buffer": buffer,
@@ -81,18 +92,18 @@ class Checkpointer:
         await asyncio.to_thread(prune, self.folder.checkpoints, self.config.trainer.keep_checkpoints)
         return sealed
 
-    async def restore(self, checkpoint: Sealed, trainer: Trainer) -> None:
+    async def restore(self, checkpoint: Sealed, run: SavedRun) -> None:
         """Bring all parts, freshly started, to where they were. Raises DataError if the data are others."""
         await asyncio.to_thread(remove_partial, self.folder.checkpoints)
         state: dict[str, Any] = from_json(checkpoint.run_state)
-        prompts = trainer.producer.order.by_id()
-        trainer.load_state_dict(state)
-        trainer.producer.load_state_dict(state["producer"])
+        prompts = run.producer.order.by_id()
+        run.load_state_dict(state)
+        run.producer.load_state_dict(state["producer"])
         ready = [replace(group, prompt=prompts[group.prompt.id]) for group in state["buffer"]["ready"]]
         state["buffer"]["ready"] = ready
-        await trainer.buffer.load_state_dict.remote(state["buffer"])
-        await trainer.learner.load_state(checkpoint.path, state["learner"])
-        await trainer.reward.load_state(checkpoint.path / REWARD_STATE)
+        await run.buffer.load_state_dict.remote(state["buffer"])
+        await run.learner.load_state(checkpoint.path, state["learner"])
+        await run.reward.load_state(checkpoint.path / REWARD_STATE)
         # Only now, when nothing can refuse any more, is anything of the folder changed.
         if checkpoint.path.parent == self.folder.checkpoints:
             self.folder.keep_only(state["files"])

@@ -18,7 +18,6 @@ from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_
 from rlkit.config.parts import Part
 from rlkit.config.plan import engines_fit_on_nodes, phases_make_room, weights_can_travel
 from rlkit.config.schema import (
-    BufferConfig,
     ClusterConfig,
     CriticConfig,
     LearnerConfig,
@@ -26,6 +25,7 @@ from rlkit.config.schema import (
     TrainerConfig,
 )
 from rlkit.data.base import DataSource
+from rlkit.experience.filters import BufferConfig
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
 """What a folder that holds a run has in it."""

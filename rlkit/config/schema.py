@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from rlkit.experience.filters import BufferConfig
+
 
 class Section(BaseModel):
     """Base of all sections: no unknown keys, no later changes, field docs taken from the strings under them."""
@@ -101,21 +103,6 @@ class RolloutConfig(Section):
     sleep: Literal["auto", "always", "never"] = "never"
     """CUDA: give the GPU's memory (weights and key-value cache) up while the learner works on it. auto: where engines
     share GPUs with ranks and training is synchronous."""
-
-
-class BufferConfig(Section):
-    """Which scored groups are trained on. Rejected groups are replaced by newly sampled ones."""
-
-    drop_equal_rewards: bool = False
-    """Reject groups whose rewards are all equal: nothing to learn from them (DAPO's dynamic sampling)."""
-    min_group_reward: float | None = None
-    """Reject groups whose mean reward is below this (inclusive bound; with 0/1 rewards: the group's accuracy)."""
-    max_group_reward: float | None = None
-    """Reject groups whose mean reward is above this (inclusive bound)."""
-    drop_truncated: bool = False
-    """Reject groups with a response that was cut at `rollout.max_response_tokens`."""
-    max_rejected_share: float = Field(default=0.9, gt=0, lt=1)
-    """If more than this share of the groups of one step is rejected, the run stops and says which filter did it."""
 
 
 class LearnerConfig(Section):

@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlkit.config.schema import BufferConfig
 from rlkit.experience.buffer import BufferStats, ExperienceBuffer, TooManyRejectedError
-from rlkit.experience.filters import make_filter
+from rlkit.experience.filters import BufferConfig, make_filter
 from rlkit.experience.types import Group
 
 

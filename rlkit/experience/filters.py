@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
-from rlkit.config.schema import BufferConfig
 from rlkit.experience.types import Group
 
 GroupFilter = Callable[[Group], str | None]
 """Returns the name of the rule that rejects a group, or None to keep it."""
+
+
+class BufferConfig(BaseModel):
+    """Which scored groups are trained on. Rejected groups are replaced by newly sampled ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    drop_equal_rewards: bool = False
+    """Reject groups whose rewards are all equal: nothing to learn from them (DAPO's dynamic sampling)."""
+    min_group_reward: float | None = None
+    """Reject groups whose mean reward is below this (inclusive bound; with 0/1 rewards: the group's accuracy)."""
+    max_group_reward: float | None = None
+    """Reject groups whose mean reward is above this (inclusive bound)."""
+    drop_truncated: bool = False
+    """Reject groups with a response that was cut at `rollout.max_response_tokens`."""
+    max_rejected_share: float = Field(default=0.9, gt=0, lt=1)
+    """If more than this share of the groups of one step is rejected, the run stops and says which filter did it."""
 
 
 def make_filter(config: BufferConfig) -> GroupFilter:
