@@ -202,7 +202,7 @@ def _write_programs(folder: Path, python: str) -> None:
     """Copies of `inside`, compiled, that every user may read, and nothing else of this package."""
     target = folder
     folder.chmod(0o755)
-    for name in ("rewards", "code", "inside"):
+    for name in ("rewards", "services", "sandbox", "inside"):
         target = target / name
         target.mkdir()
         (target / "__init__.py").touch()

@@ -157,7 +157,8 @@ def _outcome(answer: dict[str, Any]) -> Run:
 
 def _inner_files() -> dict[str, str]:
     """The inner programs as base64, by the path that they have beside the program."""
-    files = {"rewards/__init__.py": "", "rewards/code/__init__.py": ""}
+    folders = ("rewards", "rewards/services", "rewards/services/sandbox")
+    files = {f"{folder}/__init__.py": "" for folder in folders}
     for source in (Path(__file__).parent / "inside").glob("*.py"):
-        files[f"rewards/code/inside/{source.name}"] = base64.b64encode(source.read_bytes()).decode()
+        files[f"rewards/services/sandbox/inside/{source.name}"] = base64.b64encode(source.read_bytes()).decode()
     return files
