@@ -16,12 +16,12 @@ Spans = Sequence[tuple[int, int]]
 """Response tokens [start, end) of each step."""
 
 
-def clip_steps(steps: Float64, bound: float) -> Float64:
+def clip(steps: Float64, bound: float) -> Float64:
     """min(p - bound, 0) per step [S]: nothing is gained by more steps, only lost by bad ones."""
     return np.minimum(np.asarray(steps, dtype=np.float64) - bound, 0.0)
 
 
-def delta_steps(steps: Float64) -> Float64:
+def delta(steps: Float64) -> Float64:
     """p_k - p_{k+1} for k < S - 1, then p_{S-1}, then 0 for the last step [S].
 
     The undiscounted reward-to-go of step k < S is then p_k itself, so repeating a step adds nothing. One step: 0.

@@ -20,8 +20,8 @@ from algorithms.functional.advantages import (
 from algorithms.functional.kl import AdaptiveCoefficient, penalised, sequence_penalised, token_kl
 from algorithms.functional.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, spread, whiten
 from algorithms.functional.step_credit import (
-    clip_steps,
-    delta_steps,
+    clip,
+    delta,
     hard_min_returns,
     min_form,
     on_step_ends,
@@ -252,20 +252,20 @@ def to_go(steps: np.ndarray) -> np.ndarray:
 
 
 def test_clip_and_delta() -> None:
-    np.testing.assert_allclose(clip_steps(STEPS, 0.5), [0, -0.1, 0, -0.3], atol=1e-12)
-    np.testing.assert_allclose(delta_steps(STEPS), [0.5, -0.4, 0.8, 0], atol=1e-12)
-    np.testing.assert_allclose(to_go(delta_steps(STEPS)), [0.9, 0.4, 0.8, 0], atol=1e-12)
-    both = delta_steps(clip_steps(STEPS, 0.5))
+    np.testing.assert_allclose(clip(STEPS, 0.5), [0, -0.1, 0, -0.3], atol=1e-12)
+    np.testing.assert_allclose(delta(STEPS), [0.5, -0.4, 0.8, 0], atol=1e-12)
+    np.testing.assert_allclose(to_go(delta(STEPS)), [0.9, 0.4, 0.8, 0], atol=1e-12)
+    both = delta(clip(STEPS, 0.5))
     np.testing.assert_allclose(both, [0.1, -0.1, 0, 0], atol=1e-12)
     np.testing.assert_allclose(to_go(both), [0, -0.1, 0, 0], atol=1e-12)
     repeated = np.full(6, 0.9)
-    assert (repeated.sum(), delta_steps(repeated).sum()) == pytest.approx((5.4, 0.9))
-    assert not clip_steps(repeated, 0.5).any()
+    assert (repeated.sum(), delta(repeated).sum()) == pytest.approx((5.4, 0.9))
+    assert not clip(repeated, 0.5).any()
 
 
 @given(st.lists(st.floats(-5, 5), max_size=8))
 def test_delta_returns_are_the_step_rewards(steps: list[float]) -> None:
-    returns = to_go(delta_steps(np.array(steps)))
+    returns = to_go(delta(np.array(steps)))
     np.testing.assert_allclose(returns[:-1], steps[:-1], atol=1e-9)
     assert len(returns) == len(steps)
 
