@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from rlkit.config.schema import RunConfig
+from rlkit.experience import UserError
 
 CANARY_TOLERANCE_FP32 = 1e-3
 CANARY_TOLERANCE_HALF = 0.15
 
 
-class WeightsNotLoadedError(RuntimeError):
+class WeightsNotLoadedError(UserError):
     """A worker samples with other weights than it was given."""
 
 
