@@ -19,7 +19,7 @@ from rewards.combined.config import CombinedConfig, Part, read_parts, typed_mode
 from rewards.combined.scores import ENSEMBLES, WEIGHTED, Opinion, Rule, combined_group, part_scores, with_process_of
 from rewards.shaping.chain import Chain, ReferenceRewards
 from rewards.shaping.steps import GroupNormalise, Lsc, OutcomeStep, ProcessStep, ReferenceStep, RunningStep, Step
-from rlkit.experience import Group, GroupScores
+from rlkit.experience import Group, GroupScores, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ Asked = Mapping[str, Sequence[GroupScores | None]]
 """Part -> its scores of every group; None where it does not judge the prompt."""
 
 
-class PartFailedError(RuntimeError):
+class PartFailedError(UserError):
     """Parts that raised; the message names each with its cause."""
 
 

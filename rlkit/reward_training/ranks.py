@@ -22,6 +22,8 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NoReturn
 
+from rlkit.experience import UserError
+
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -40,7 +42,7 @@ class Terminated(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt it passes through everything."""
 
 
-class RankHangsError(RuntimeError):
+class RankHangsError(UserError):
     """A rank waited too long for another one."""
 
 

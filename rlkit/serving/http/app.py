@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 
 import rlkit
 from rewards.base import RewardContext
+from rlkit.config.command import print_error
 from rlkit.experience import Group
 from rlkit.experience.scores import RewardFailed
 from rlkit.experience.wire import (
@@ -228,7 +229,6 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
     return JSONResponse({"error": message}, status, headers)
 
 
-FAILED = 1
 KEEP_ALIVE_SECONDS = 60
 
 
@@ -268,8 +268,7 @@ async def serve(resolved: ResolvedServe, listener: socket.socket) -> int:
             print(f"serving {name} ({reward.model_version}) on {_address(listener)}", flush=True)
             await server.serve(sockets=[listener])
     except RewardFailed as error:
-        print(f"rlkit: {error}", file=sys.stderr)
-        return FAILED
+        return print_error(error)
     finally:
         await reward.queue.close()
     print("ended", flush=True)
