@@ -113,8 +113,8 @@ class HttpClient:
         verify: ssl.SSLContext | bool = True,
         log_retries: bool = False,
     ) -> None:
-        """`token`: a bearer token. `trust_env`, `verify`: httpx's; whether the environment's proxies are used, and which
-        certificates are trusted. `log_retries`: a warning for each failure that is tried again."""
+        """`token`: a bearer token. `trust_env`, `verify`: httpx's (whether the proxies of the environment are used, and
+        which certificates are trusted). `log_retries`: a warning for each failure that is tried again."""
         self.limits = limits
         self._urls, self._turns = tuple(urls), itertools.cycle(urls)
         self._log_retries = log_retries

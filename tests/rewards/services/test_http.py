@@ -192,7 +192,7 @@ def test_one_try_has_a_limit_and_so_has_the_whole(serve: Callable[..., Service])
         post(serve(slow_once).url, limits=Limits(attempts=1, try_seconds=0.3))
     assert error.value.timed_out
     began = time.monotonic()
-    with pytest.raises(OutOfTimeError, match="out of time$"):
+    with pytest.raises(OutOfTimeError, match=r"out of time$"):
         post(serve(slow_once).url, seconds=0.3)
     assert time.monotonic() - began < 1.5
 
@@ -278,7 +278,7 @@ def test_retries_are_logged_where_wanted(serve: Callable[..., Service], caplog: 
 def test_a_get_takes_any_status_and_tries_once(serve: Callable[..., Service]) -> None:
     service = serve(once(503))
     assert get(service.url, 5).status_code == 503 and len(service.bodies) == 1
-    with pytest.raises(TransientError, match="127.0.0.1:9/score: ConnectError"):
+    with pytest.raises(TransientError, match=r"127\.0\.0\.1:9/score: ConnectError"):
         get(GONE, 5)
 
 
