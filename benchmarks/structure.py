@@ -26,9 +26,7 @@ Graph = dict[str, set[str]]
 def modules(checkout: Path) -> dict[str, Path]:
     """Dotted name -> file, of every module of the three packages."""
     files = [file for root in ROOTS for file in sorted((checkout / root).rglob("*.py"))]
-    return {
-        ".".join(file.relative_to(checkout).with_suffix("").parts).removesuffix(".__init__"): file for file in files
-    }
+    return {".".join(file.relative_to(checkout).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
 def imports(tree: ast.Module, known: Mapping[str, Path]) -> Iterator[tuple[str, int]]:
