@@ -1,7 +1,4 @@
-"""Metrics of a step's groups that every algorithm shares, and the summary of a whole run.
-
-What makes a run stop or warn: updates that are not finite, a sampler unlike the learner, a fooled reward.
-"""
+"""A step's metrics that all algorithms share, the run's summary, and the alarms: when a run stops or warns."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ async def _start(
     import ray
 
     from rlkit.experience.buffer_actor import BufferActor
-    from rlkit.learner.actors import JointLearner
+    from rlkit.learner.joint import JointLearner
 
     config, algorithm = resolved.config, resolved.make_algorithm()
     model_path, logs = str(model_folder(config.model.path)), folder.logs
