@@ -31,11 +31,11 @@ from algorithms.functional.prm import (
     sign_accuracy,
 )
 from rewards.base import RewardContext
-from rlkit.checkpoint.checkpointer import from_json, to_json
 from rlkit.cluster.processes import free_port
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
 from rlkit.experience import Group
+from rlkit.experience.records import from_json, to_json
 from rlkit.learner.batches import per_token
 from rlkit.learner.engine import (
     build_engine,
