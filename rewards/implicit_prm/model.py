@@ -23,14 +23,8 @@ import torch
 from torch import Tensor
 
 from algorithms.functional import prm as prm_losses
-from algorithms.functional.prm import (
-    brier,
-    calibration_error,
-    correct_incorrect_pairs,
-    kto_baseline,
-    pair_accuracy,
-    sign_accuracy,
-)
+from algorithms.functional.prm import correct_incorrect_pairs, kto_baseline
+from algorithms.functional.selection import brier, calibration_error, pair_accuracy, sign_accuracy
 from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import from_json, to_json
 from rlkit.config.schema import LearnerConfig
