@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rewards.base import Reward, RewardConfig, RewardContext
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.judge.master_keys import QUESTIONS, Probe, complaint, trivial
 from rewards.judge.question import CannotJudge, NoVerdict, Question, Verdict
-from rlkit.experience import Group, GroupScores, Message, Prompt, Score
+from rlkit.experience import Group, GroupScores, Message, Prompt, Score, UserError
 
 if TYPE_CHECKING:
     from rewards.judge.asking import Judge
@@ -47,7 +47,7 @@ ACCEPTED = 0.5
 Asked = Sequence[tuple[Question, Verdict | NoVerdict]]
 
 
-class JudgeError(RuntimeError):
+class JudgeError(UserError):
     """The judge cannot be used; the message says why and what to do."""
 
 
@@ -163,9 +163,9 @@ class BaseJudge(Reward):
         ]
 
     @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: the judge is a server."""
-        return False
+    def traits(cls, config: Any) -> RewardTraits:
+        """The judge is a server."""
+        return RewardTraits(uses_gpu=False)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:

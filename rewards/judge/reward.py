@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rewards.base import RewardContext, RewardNeeds
+from rewards.base import RewardContext, RewardTraits
 from rewards.judge.base import Asked, BaseJudge, judged, mean_scores
 from rewards.judge.master_keys import Probe
 from rewards.judge.prompts import PRINCIPLE, Against, AnswerFormat, Material, Mode, Rules
@@ -71,17 +71,16 @@ class JudgeReward(BaseJudge):
         self._rules = Rules(**{name: getattr(config, name) for name in shared}, seed=context.seed)
 
     @classmethod
-    def judges_texts(cls, config: Any) -> bool:
-        """Only where a response is not compared with the others of its group."""
-        return bool(config.mode == "pointwise" or (config.mode == "pairwise" and config.against == "reference"))
-
-    @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """A reference where one is required; the column with principles."""
-        required = config.reference == "required" or (config.mode == "pairwise" and config.against == "reference")
-        columns = () if config.principle_column is None else (config.principle_column,)
-        compared = config.mode == "pairwise" and config.against == "group"
-        return RewardNeeds(references=required, columns=columns, samples=2 if compared else 1)
+        against_reference = config.mode == "pairwise" and config.against == "reference"
+        return replace(
+            super().traits(config),
+            references=config.reference == "required" or against_reference,
+            columns=() if config.principle_column is None else (config.principle_column,),
+            samples=2 if config.mode == "pairwise" and not against_reference else 1,
+            judges_texts=config.mode == "pointwise" or against_reference,
+        )
 
     def questions(self, prompt: Prompt, responses: Sequence[str]) -> list[Question]:
         return self._rules.questions(self._material(prompt), responses)
@@ -109,7 +108,7 @@ class JudgeReward(BaseJudge):
                 raise CannotJudge(f"no_principle: {config.principle_column} holds a {type(own).__name__}, not a text")
             principle = own or principle
         reference = prompt.references[0] if prompt.references else prompt.answer
-        if self.needs(config).references and not prompt.references:
+        if self.traits(config).references and not prompt.references:
             raise CannotJudge("no_reference: the prompt has no reference answer")
         return Material(principle, prompt.messages, None if config.reference == "never" else reference)
 
