@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
-from rlkit.experience import Group, GroupScores, Prompt, Sample, Score
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
+from rlkit.experience import Group, GroupScores, Prompt, Sample, Score, UserError
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "references", "answer")
 """What every function may take besides data columns."""
@@ -57,13 +57,13 @@ class FunctionReward(Reward):
         return []
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """What its arguments without a default name; nothing if it cannot be imported (`check` says so)."""
         try:
             function = load_function(config.function)
         except FunctionError:
-            return RewardNeeds()
-        return RewardNeeds(
+            return RewardTraits()
+        return RewardTraits(
             references="references" in function.required,
             answer="answer" in function.required,
             columns=function.columns,
@@ -156,7 +156,7 @@ def _described(value: object) -> str:
     return f"{type(value).__name__} {value!r:.80}"
 
 
-class FunctionError(ValueError):
+class FunctionError(UserError, ValueError):
     """A function that cannot be used; the message names it and says why."""
 
 

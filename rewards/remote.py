@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import Field
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.services.http import HttpClient, Limits, OutOfTimeError, RefusedError, TransientError, excerpt, get
-from rlkit.experience import Group, GroupScores, Score
+from rlkit.experience import Group, GroupScores, Score, UserError
 from rlkit.experience.wire import (
     HEALTH_PATH,
     SCHEMA_VERSION,
@@ -82,11 +82,6 @@ class RemoteReward(Reward):
         self._runner: asyncio.Runner | None = None
 
     @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: the reward is where its server is."""
-        return False
-
-    @classmethod
     def check(cls, config: Any) -> list[str]:
         """The server answers, speaks this version, and its reward works."""
         try:
@@ -96,21 +91,19 @@ class RemoteReward(Reward):
         return []
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """What the served reward needs; nothing if it cannot be asked (`check` says so)."""
+    def traits(cls, config: Any) -> RewardTraits:
+        """What the served reward says; the GPU is its server's. Needs nothing if it cannot be asked."""
         try:
-            needs = _health_once(config).needs
-        except HandshakeError:
-            return RewardNeeds()
-        return RewardNeeds(needs.references, needs.answer, tuple(needs.columns))
-
-    @classmethod
-    def gives_process_rewards(cls, config: Any) -> bool:
-        """Whether the served reward gives them."""
-        try:
-            return _health_once(config).gives_process_rewards
-        except HandshakeError:
-            return False  # `check` reports it
+            health = _health_once(config)
+        except HandshakeError:  # `check` reports it
+            return RewardTraits(uses_gpu=False)
+        return RewardTraits(
+            references=health.needs.references,
+            answer=health.needs.answer,
+            columns=tuple(health.needs.columns),
+            process_rewards=health.gives_process_rewards,
+            uses_gpu=False,
+        )
 
     def start(self) -> None:
         """Meet the server. Raises HandshakeError if it is not there within the deadline of a call."""
@@ -231,7 +224,7 @@ def _invalid(group: Group, reason: str) -> GroupScores:
     return GroupScores((Score.invalid(reason),) * len(group.samples))
 
 
-class HandshakeError(RuntimeError):
+class HandshakeError(UserError):
     """There is no server that can be used; the message names it and the remedy."""
 
     def __init__(self, message: str, may_pass: bool = False) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from rlkit.config.schema import TrainerConfig
 from rlkit.evaluation import correctness
-from rlkit.experience import Group
+from rlkit.experience import Group, UserError
 from rlkit.experience.buffer import BufferStats
 from rlkit.experience.scores import ScoreReport
 
@@ -83,7 +83,7 @@ def summary(
     }
 
 
-class TrainingFailedError(RuntimeError):
+class TrainingFailedError(UserError):
     """The run cannot go on; the message says why."""
 
 

@@ -13,6 +13,7 @@ from rlkit.cluster.placement import Place, anywhere
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.plan import engines_sleep, gpu_shares
 from rlkit.config.schema import RunConfig
+from rlkit.experience import UserError
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.sampler import engine_environment, shared_gpus_environment
 from rlkit.rollout.worker import GroupRequest, RolloutWorker
@@ -26,7 +27,7 @@ SHOWN_GROUPS = 3
 """How many group ids a timeout message lists."""
 
 
-class RolloutFailedError(RuntimeError):
+class RolloutFailedError(UserError):
     """Rollout workers die more often than `rollout.max_restarts` allows; the message has the last cause."""
 
 

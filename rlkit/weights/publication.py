@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from rlkit.experience import UserError
 
-class WeightsNotLoadedError(RuntimeError):
+
+class WeightsNotLoadedError(UserError):
     """A worker samples with other weights than it was given."""
 
 
