@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rewards.implicit_prm.config import PAIRED, Objective
 from rewards.implicit_prm.model import (
-    PAIRED,
-    Objective,
     check_equal,
     log_ratios,
     mismatched,
