@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rewards.polar.serialise import MARKER, SEPARATOR, SerialisationError, Serialiser
+from rlkit.experience import UserError
 
 if TYPE_CHECKING:
     from rlkit.models.packing import Tree
@@ -24,7 +25,7 @@ RELEASED_ARCHITECTURE = "InternLM2ForRewardModel"
 """What config.json of a released POLAR checkpoint names."""
 
 
-class DiscriminatorError(ValueError):
+class DiscriminatorError(UserError, ValueError):
     """A model folder that cannot serve as discriminator; the message says why and what to do."""
 
 

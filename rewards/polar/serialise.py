@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from rlkit.experience import Group, GroupScores, Message, Score
+from rlkit.experience import Group, GroupScores, Message, Score, UserError
 
 if TYPE_CHECKING:
     from rlkit.models.packing import Tree
@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
     def convert_tokens_to_ids(self, token: str) -> int: ...
 
 
-class SerialisationError(ValueError):
+class SerialisationError(UserError, ValueError):
     """A text or a tokenizer that does not give POLAR's layout."""
 
 
