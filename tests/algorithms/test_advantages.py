@@ -24,7 +24,7 @@ from algorithms.functional.kl import (
     penalise_samples,
     token_kl,
 )
-from algorithms.functional.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, spread, whiten
+from algorithms.functional.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, whiten
 from algorithms.functional.step_credit import (
     clip,
     delta,
