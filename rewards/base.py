@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from rlkit.experience import Group, GroupScores
 
@@ -53,6 +54,15 @@ class RewardContext:
     seed: int = 0
     threads: int = 1
     """CPU threads this worker may use."""
+
+
+class HelpSection(NamedTuple):
+    """A section of `--help`."""
+
+    title: str
+    text: str
+    fields: Sequence[tuple[str, FieldInfo]]
+    """Full key and field."""
 
 
 class Reward(ABC):
@@ -100,6 +110,11 @@ class Reward(ABC):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Cheap checks before a run (model folders exist, ...), without heavy imports: messages for the user."""
+        return []
+
+    @classmethod
+    def help_sections(cls) -> list[HelpSection]:
+        """What `--help` lists beside the fields of `Config`."""
         return []
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)

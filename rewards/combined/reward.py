@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from rewards.base import Reward, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
-from rewards.combined.config import CombinedConfig, Part, read_parts, typed_model
+from rewards.base import HelpSection, Reward, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
+from rewards.combined.config import CombinedConfig, Part, PartOptions, read_parts, typed_model
 from rewards.combined.scores import ENSEMBLES, WEIGHTED, Opinion, Rule, combined_group, part_scores, with_process_of
 from rewards.shaping.chain import Chain, ReferenceRewards
-from rewards.shaping.steps import GroupNormalise, Lsc, OutcomeStep, ProcessStep, ReferenceStep, RunningStep, Step
+from rewards.shaping.steps import KINDS, GroupNormalise, Lsc, OutcomeStep, ProcessStep, ReferenceStep, RunningStep, Step
+from rlkit.config.messages import all_fields
 from rlkit.experience import Group, GroupScores, UserError
 
 if TYPE_CHECKING:
@@ -181,6 +182,18 @@ class CombinedReward(TrainableReward):
         parts = read_parts(config)
         own = [placed(message, part) for part in parts for message in part.kind.check(part.config)]
         return [*super().check(config), *misfits(config, parts), *own]
+
+    @classmethod
+    def help_sections(cls) -> list[HelpSection]:
+        """What `reward=[a,b]` adds to the fields of a and b, and the steps of a shaping list."""
+        text = "Each part of reward=[a,b] has the fields of reward=a or reward=b, and these."
+        sections = [HelpSection("reward.parts.NAME", text, list(all_fields(PartOptions, "reward.parts.NAME.")))]
+        for name, step in KINDS.items():
+            fields = [(key, info) for key, info in all_fields(step) if key != "kind"]
+            sections.append(
+                HelpSection(f"shaping step {{kind:{name}}}", (step.__doc__ or "").partition("\n")[0], fields)
+            )
+        return sections
 
     @classmethod
     def update_when(cls, config: Any) -> UpdateWhen:
