@@ -35,6 +35,7 @@ CONTRACTS = {
     "algorithm": Contract(Algorithm, AlgorithmConfig),
     "reward": Contract(Reward, RewardConfig),
     "data": Contract(DataSource, DataConfig),
+    "verifier": Contract(Reward, RewardConfig),
 }
 
 
@@ -121,6 +122,8 @@ class ResolvedRun:
     reward_config: RewardConfig
     data_class: type[DataSource]
     data_config: DataConfig
+    verifier_class: type[Reward]
+    verifier_config: RewardConfig
     warnings: tuple[Problem, ...] = ()
     """What the user should know although the run can start."""
 
