@@ -110,9 +110,9 @@ class Reward(ABC):
         return []
 
     @classmethod
-    def help_sections(cls) -> list[HelpSection]:
+    def help_sections(cls) -> Iterable[HelpSection]:
         """What `--help` lists beside the fields of `Config`."""
-        return []
+        return ()
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
         """Load models and test oneself. Raise with a message for the user if scoring cannot work."""
