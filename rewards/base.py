@@ -100,11 +100,6 @@ class Reward(ABC):
         return cls.Config
 
     @classmethod
-    def help_sections(cls) -> Iterable[HelpSection]:
-        """Further sections of `--help`."""
-        return ()
-
-    @classmethod
     def traits(cls, config: Any) -> RewardTraits:
         """What it needs and how it behaves under this configuration."""
         return RewardTraits()
@@ -113,6 +108,11 @@ class Reward(ABC):
     def check(cls, config: Any) -> list[str]:
         """Cheap checks before a run (model folders exist, ...), without heavy imports: messages for the user."""
         return []
+
+    @classmethod
+    def help_sections(cls) -> Iterable[HelpSection]:
+        """What `--help` lists beside the fields of `Config`."""
+        return ()
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
         """Load models and test oneself. Raise with a message for the user if scoring cannot work."""

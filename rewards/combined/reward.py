@@ -24,7 +24,7 @@ from rewards.combined.scores import (
 )
 from rewards.shaping.chain import Chain, ReferenceRewards
 from rewards.shaping.steps import STEPS, GroupNormalise, Lsc, OutcomeStep, ProcessStep, ReferenceStep, RunningStep, Step
-from rlkit.experience import Group, GroupScores
+from rlkit.experience import Group, GroupScores, UserError
 from rlkit.experience.scores import attach_scores
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ ScoresByPart = dict[str, list[GroupScores | None]]
 """RewardPart -> its scores of every group; None where it does not judge the prompt."""
 
 
-class PartFailedError(RuntimeError):
+class PartFailedError(UserError):
     """Parts that raised; the message names each with its cause."""
 
 

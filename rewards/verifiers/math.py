@@ -20,7 +20,7 @@ from pydantic import Field
 
 from rewards.base import Reward, RewardContext, RewardTraits
 from rewards.verifiers.pool import Failed, Processes, TextRuleConfig, prepare, verify_pairs
-from rlkit.experience import Group, GroupScores, Score
+from rlkit.experience import Group, GroupScores, Score, UserError
 
 MAX_ANSWER_CHARACTERS = 256
 """A longer "answer" is prose; it is not handed to the verifier."""
@@ -222,7 +222,7 @@ def _number_of(text: str, with_unit: re.Pattern[str]) -> str:
 Pair = tuple[str, str]
 
 
-class VerifierError(RuntimeError):
+class VerifierError(UserError):
     """The verifier itself does not work (as opposed to: it could not judge an answer)."""
 
 

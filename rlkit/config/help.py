@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from rewards.base import Reward
-from rlkit.config.compose import conf_dir, group_options, option_fields
+from rewards.base import HelpSection, Reward
+from rlkit.config.compose import borrowed_options, conf_dir, default_options, group_options, option_fields
 from rlkit.config.messages import all_fields, allowed, section_type
 from rlkit.config.parts import CONTRACTS, PartError, import_part
 from rlkit.config.schema import RunConfig
@@ -34,7 +34,7 @@ def print_reference(console: Console) -> None:
     console.print(USAGE, highlight=False)
     folder = conf_dir()
     options = group_options(folder)
-    chosen = {next(iter(entry)): entry[next(iter(entry))] for entry in _defaults()}
+    chosen = default_options(folder)
     table = Table("group", "options", box=None, padding=(0, 2), title="Options", title_justify="left")
     for group, names in options.items():
         marked = [f"[bold]{name}[/] (default)" if chosen.get(group) == name else name for name in names]
@@ -46,7 +46,11 @@ def print_reference(console: Console) -> None:
         section = section_type(info.annotation)
         if section is not None:
             print_section(console, name, section.__doc__ or "", all_fields(section, f"{name}."))
+    borrowed, more = borrowed_options(folder), list[HelpSection]()
     for kind in CONTRACTS:
+        if kind in borrowed:
+            print_section(console, f"{kind}=NAME", f"The options of {borrowed[kind]}=NAME, with the same fields.", ())
+            continue
         for option in options[kind]:
             target = option_fields(folder, kind, option).get("_target_")
             try:
@@ -56,16 +60,10 @@ def print_reference(console: Console) -> None:
                 continue
             text = (cls.__doc__ or "").strip().partition("\n")[0]
             print_section(console, f"{kind}={option}", text, all_fields(cls.Config, f"{kind}."))
-            for section in cls.help_sections() if issubclass(cls, Reward) else ():
-                fields = [(key, info) for key, info in all_fields(section.model, section.prefix) if key != "kind"]
-                print_section(console, section.title, section.text, fields)
-
-
-def _defaults() -> list[dict[str, str]]:
-    entries = option_fields(conf_dir(), ".", "config").get("defaults", [])
-    return [
-        {str(key).removeprefix("optional "): value for key, value in e.items()} for e in entries if isinstance(e, dict)
-    ]
+            more += cls.help_sections() if issubclass(cls, Reward) else ()
+    for added in more:
+        fields = [(key, info) for key, info in all_fields(added.model, added.prefix) if key != "kind"]
+        print_section(console, added.title, added.text, fields)
 
 
 def print_section(console: Console, title: str, text: str, fields: Iterable[tuple[str, FieldInfo]]) -> None:

@@ -20,6 +20,7 @@ from rewards.base import Reward, RewardConfig
 from rlkit.config.messages import Problem, nearest
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import DataConfig, DataSource
+from rlkit.experience import UserError
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ CONTRACTS = {
     "algorithm": Contract(Algorithm, AlgorithmConfig),
     "reward": Contract(Reward, RewardConfig),
     "data": Contract(DataSource, DataConfig),
+    "verifier": Contract(Reward, RewardConfig),
 }
 
 
@@ -45,7 +47,7 @@ class Part:
     config: Any
 
 
-class PartError(ValueError):
+class PartError(UserError, ValueError):
     """A `_target_` that cannot be used; the message says why."""
 
 
@@ -120,6 +122,8 @@ class ResolvedRun:
     reward_config: RewardConfig
     data_class: type[DataSource]
     data_config: DataConfig
+    verifier_class: type[Reward]
+    verifier_config: RewardConfig
     warnings: tuple[Problem, ...] = ()
     """What the user should know although the run can start."""
 

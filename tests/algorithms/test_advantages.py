@@ -16,13 +16,18 @@ from algorithms.functional.advantages import (
     group_relative,
     leave_one_out,
     overlong_penalty,
+    spread,
 )
-from algorithms.functional.kl import AdaptiveCoefficient, penalised, sequence_penalised, token_kl
-from algorithms.functional.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, spread, whiten
+from algorithms.functional.kl import (
+    AdaptiveCoefficient,
+    penalise,
+    penalise_samples,
+    token_kl,
+)
+from algorithms.functional.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, whiten
 from algorithms.functional.step_credit import (
     clip,
     delta,
-    hard_min_returns,
     min_form,
     on_step_ends,
     soft_min_rewards,
@@ -195,7 +200,7 @@ def test_reinforce_plus_plus_in_any_order(order: list[int], seed: int, gamma: fl
 def test_reinforce_plus_plus_by_hand() -> None:
     """Two samples, KL 0.1 and 0.3 per token, coefficient 0.5, outcome on the last token."""
     masks = [booleans(1, 1), booleans(1)]
-    rewards = penalised(on_last_token(np.array([1.0, 0.0]), masks), [np.array([0.1, 0.1]), np.array([0.3])], 0.5)
+    rewards = penalise(on_last_token(np.array([1.0, 0.0]), masks), [np.array([0.1, 0.1]), np.array([0.3])], 0.5)
     returns = np.array([0.9, 0.95, -0.15])
     got = np.concatenate(reinforce_plus_plus(rewards, masks, booleans(1, 1)).tokens)
     np.testing.assert_allclose(got, (returns - returns.mean()) / np.sqrt(returns.var(ddof=1) + 1e-8), atol=1e-12)
@@ -229,17 +234,17 @@ def test_token_kl(estimator: Any) -> None:
 
 
 def test_kl_in_the_reward_of_a_sample_is_summed_over_its_tokens() -> None:
-    got = sequence_penalised(np.array([1.0, 2.0]), [np.array([0.1, 0.2]), np.array([-0.5])], 0.5)
+    got = penalise_samples(np.array([1.0, 2.0]), [np.array([0.1, 0.2]), np.array([-0.5])], 0.5)
     np.testing.assert_allclose(got, [0.85, 2.25], atol=1e-12)
 
 
 def test_adaptive_coefficient() -> None:
     coefficient = AdaptiveCoefficient(value=0.1, target=6.0, horizon=1000)
-    assert coefficient.updated(6.0, 256).value == pytest.approx(0.1)
-    assert coefficient.updated(6.6, 256).value == pytest.approx(0.1 * (1 + 0.1 * 0.256))
-    assert coefficient.updated(600.0, 256).value == pytest.approx(0.1 * (1 + 0.2 * 0.256))
-    assert coefficient.updated(0.0, 256).value == pytest.approx(0.1 * (1 - 0.2 * 0.256))
-    assert coefficient.updated(math.nan, 256) == coefficient
+    assert coefficient.adjust(6.0, 256).value == pytest.approx(0.1)
+    assert coefficient.adjust(6.6, 256).value == pytest.approx(0.1 * (1 + 0.1 * 0.256))
+    assert coefficient.adjust(600.0, 256).value == pytest.approx(0.1 * (1 + 0.2 * 0.256))
+    assert coefficient.adjust(0.0, 256).value == pytest.approx(0.1 * (1 - 0.2 * 0.256))
+    assert coefficient.adjust(math.nan, 256) == coefficient
 
 
 # -- steps -------------------------------------------------------------------------------------------------
@@ -277,8 +282,8 @@ def test_min_form_of_one_response() -> None:
     np.testing.assert_allclose(to_go(rewards), [-0.499729, -0.499731, 0.000101], atol=1e-6)
     np.testing.assert_allclose(soft_min_rewards(steps, 1.0), [0.126622, -0.290384, 0.078287], atol=1e-6)
     assert soft_min_rewards(steps, 1.0).sum() == pytest.approx(-0.085475, abs=1e-6)
-    assert hard_min_returns(steps).tolist() == [-0.5, -0.5, 0.3]
-    assert to_go(soft_min_rewards(steps, 1e-3))[0] == pytest.approx(-0.5)
+    np.testing.assert_allclose(to_go(soft_min_rewards(steps, 1e-3)), [-0.5, -0.5, 0.0], atol=1e-9)
+    np.testing.assert_allclose(to_go(soft_min_rewards(steps[2:], 1e-3)), [0.3], atol=1e-9)
     assert len(soft_min_rewards(np.zeros(0))) == 0
 
 
