@@ -29,7 +29,7 @@ from rlkit.config.parts import import_part
 from rlkit.experience import Group, GroupScores, Score
 from rlkit.serving.pool import RewardPool
 
-TARGET = os.environ.get("REWARD", "rewards.verifiers.math.RuleReward")
+TARGET = os.environ.get("REWARD", "rewards.verifiers.math.MathReward")
 OPTIONS: dict[str, Any] = json.loads(os.environ.get("REWARD_OPTIONS", "{}"))
 
 TEXTS = [
