@@ -203,7 +203,7 @@ def test_a_damaged_model_folder_is_refused(bare_model: Path, file: str, content:
         ({"model_path": "/not/there"}, "reward.model_path: no such folder"),
         ({"reference_path": "/not/there"}, "reward.reference_path: no such folder"),
         (
-            {"outcome": {"_target_": "rewards.verifiers.math.RuleRewerd"}},
+            {"outcome": {"_target_": "rewards.verifiers.math.MathRewerd"}},
             "did you mean rewards.verifiers.math.MathReward",
         ),
         ({"outcome": {"_target_": "rewards.verifiers.math.MathReward", "processes": 0}}, "reward.outcome.processes"),
