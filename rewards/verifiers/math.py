@@ -68,7 +68,7 @@ class FinalAnswer:
     text: str
     """Cleaned: without currency, thousands separators, units and the rest of the sentence."""
     marker: str
-    """How it was found: `####`, `boxed`, `answer is`, `A:` or `last number`."""
+    """What marked it: `####`, `boxed`, `answer is`, `A:` or `last number`."""
 
     @property
     def marked(self) -> bool:
@@ -156,7 +156,7 @@ def _strip_decoration(text: str) -> str:
     text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("\\!", "")
     text = re.sub(r"\\[()\[\]]|\\\$|[$€£]|<\|[^|>]*\|>|</?s>", "", text)
     text = text.strip().strip("*_`\"'").lstrip("=≈:").strip()
-    # `- 5` is a negative number only if nothing stands between; `+5` is 5.
+    # `+5` is 5; a minus counts only right before the number, so `- 5` stays as it is.
     return re.sub(r"^\+\s*(?=[\d.])", "", text)
 
 
@@ -242,7 +242,7 @@ def _verify(answer: str, gold: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _parse(answer: str) -> list[object]:
-    """What math-verify reads in an answer: as the content of a box, else as it stands. Empty: no expression.
+    """What math-verify reads in an answer: as the content of a box, else as it is. Empty: no expression.
 
     Remembered: all samples of a group share their gold answer, and many an answer.
     """

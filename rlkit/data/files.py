@@ -36,22 +36,22 @@ class TableSource(DataSource):
         self._loaded: dict[Split, Loaded] | None = None
 
     @abstractmethod
-    def _place(self, split: Split) -> str | None:
-        """Where a split's rows are, as a user would say it; None if the held-out ones are a share of the others."""
+    def _source(self, split: Split) -> str | None:
+        """Name of the file or data set with a split's rows; None if the held-out ones are a share of the others."""
 
     @abstractmethod
     def _rows(self, split: Split) -> Iterator[tuple[str, Row | BadRow]]:
-        """`(origin, row)` for all rows of a place. Raises DataError if it cannot be read."""
+        """`(origin, row)` for all rows of a split. Raises DataError if they cannot be read."""
 
     @abstractmethod
     def _columns(self, split: Split) -> list[str] | None:
-        """Column names of a place, read cheaply; None if that is not possible. Raises DataError like `_rows`."""
+        """Column names of a split, read cheaply; None if that is not possible. Raises DataError like `_rows`."""
 
     def check(self) -> list[str]:
         messages: list[str] = []
         for split in ("train", "heldout"):
-            place = self._place(split)
-            if place is None:
+            source = self._source(split)
+            if source is None:
                 continue
             try:
                 columns = self._columns(split)
@@ -59,7 +59,7 @@ class TableSource(DataSource):
                 messages.append(str(error))
                 continue
             if columns is not None:
-                messages += missing_columns(self.config, columns, place)
+                messages += missing_columns(self.config, columns, source)
         return messages
 
     def provides(self) -> frozenset[str]:
@@ -68,12 +68,12 @@ class TableSource(DataSource):
             columns = set(self._columns("train") or ())
         except DataError:
             columns = set()  # check() reports why
-        found = columns - set(config.named_columns().values())
+        provided = columns - set(config.named_columns().values())
         if config.answer_column is not None:
-            found.add("answer")
+            provided.add("answer")
         if config.reference_columns or config.answer_column is not None:
-            found.add("references")
-        return frozenset(found)
+            provided.add("references")
+        return frozenset(provided)
 
     def load(self, split: Split) -> Loaded:
         if self._loaded is None:
@@ -82,7 +82,7 @@ class TableSource(DataSource):
 
     def _load_both(self) -> dict[Split, Loaded]:
         train, bad = self._parse("train")
-        if self._place("heldout") is None:
+        if self._source("heldout") is None:
             kept, heldout = self._split(train)
             return {"train": (kept, bad), "heldout": (heldout, [])}
         heldout, heldout_bad = self._parse("heldout", id_prefix="heldout/")
@@ -102,7 +102,7 @@ class TableSource(DataSource):
         return problems, bad
 
     def _refuse(self, split: Split, problems: list[Problem], bad: list[BadRow]) -> None:
-        what = self._place(split) or ""
+        what = self._source(split) or ""
         refuse_too_many_bad_rows(bad, len(problems) + len(bad), self.config.max_bad_row_share, what)
 
     def _split(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
@@ -111,7 +111,7 @@ class TableSource(DataSource):
         keys = {question_key(problem) for problem in problems}
         if len(keys) < 2:
             raise DataError(
-                f"{self._place('train')} has one question only, so none can be held out: name held-out data "
+                f"{self._source('train')} has one question only, so none can be held out: name held-out data "
                 "with data.heldout_path."
             )
         share = _DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
@@ -146,7 +146,7 @@ class JsonlSource(TableSource):
         name = self.config.path if split == "train" else self.config.heldout_path
         return None if name is None else Path(name).expanduser()
 
-    def _place(self, split: Split) -> str | None:
+    def _source(self, split: Split) -> str | None:
         path = self._path(split)
         return None if path is None else str(path)
 
@@ -163,8 +163,8 @@ class JsonlSource(TableSource):
             if not isinstance(row, BadRow):
                 return list(row)
             if row.reason.startswith("a JSON list"):
-                raise DataError(f"{self._place(split)}: {row.reason}. For a file that is one list, use data=hf.")
-        raise DataError(f"{self._place(split)} has no line that is a JSON object.")
+                raise DataError(f"{self._source(split)}: {row.reason}. For a file that is one list, use data=hf.")
+        raise DataError(f"{self._source(split)} has no line that is a JSON object.")
 
 
 def json_lines(path: Path, key: str) -> Iterator[tuple[str, Row | BadRow]]:
@@ -246,7 +246,7 @@ class HfSource(TableSource):
             return config.heldout_path, "train"  # the name `datasets` gives to the rows of a single file
         return None if config.heldout_split is None else (config.path, config.heldout_split)
 
-    def _place(self, split: Split) -> str | None:
+    def _source(self, split: Split) -> str | None:
         where = self._where(split)
         return None if where is None else _name(*where)
 
@@ -262,8 +262,8 @@ class HfSource(TableSource):
         where = self._where(split)
         assert where is not None
         if where not in self._known_columns:
-            found = _file_columns(Path(where[0]).expanduser())
-            self._known_columns[where] = found or self._open(*where, columns_only=True)
+            columns = _file_columns(Path(where[0]).expanduser())
+            self._known_columns[where] = columns or self._open(*where, columns_only=True)
         return self._known_columns[where]
 
     def _open(self, path: str, split: str, columns_only: bool = False) -> Any:
@@ -293,7 +293,7 @@ class HfSource(TableSource):
             return list(next(iter(rows), {})) if columns_only else rows
         except DataError:
             raise
-        except Exception as error:  # `datasets` raises whatever its readers raise: the user needs the place and cause
+        except Exception as error:  # `datasets` raises whatever its readers raise: the user needs path and cause
             raise DataError(f"data.path={path}, split {split!r}, cannot be loaded: {_one_line(error)}") from error
 
     def _open_hub(self, path: str, split: str, columns_only: bool) -> Any:

@@ -19,7 +19,7 @@ _PROBE = "Tom  has 3 apples,\n and 12.5% of £7?"
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises DataError if there is none that loads.
 
-    Warns where transformers put a class in the place of the saved tokenizer that splits text differently.
+    Warns where the class that transformers chose splits text differently from the saved tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -50,7 +50,7 @@ def render(
 ) -> tuple[list[Prompt], list[BadRow]]:
     """Prompts with the token ids that the sampler receives, and the problems that cannot be asked.
 
-    `chat_template` is the path of a Jinja file (`model.chat_template`) in place of the tokenizer's own template.
+    `chat_template` is the path of a Jinja file (`model.chat_template`) used instead of the tokenizer's own template.
     Bad rows: a prompt longer than `max_prompt_tokens`, or one that the template refuses.
     Raises DataError if there is no template, or if the template begins with two BOS tokens.
     """
@@ -118,10 +118,10 @@ def _token_ids(
     except TemplateSyntaxError as error:
         raise DataError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from error
     except TemplateError:
-        found: list[list[int] | str] = []  # some conversation was refused: find out which
+        results: list[list[int] | str] = []  # some conversation was refused: find out which
         for chat in chats:
             try:
-                found += tokenise([chat])
+                results += tokenise([chat])
             except TemplateError as error:
-                found.append(f"the chat template refuses this conversation: {error}")
-        return found
+                results.append(f"the chat template refuses this conversation: {error}")
+        return results

@@ -1,4 +1,4 @@
-"""Runs the contract of the part that an environment variable names; without one, all contracts over the package's parts."""
+"""Runs the contract of the part that an environment variable names; without one, all contracts over all parts."""
 
 from __future__ import annotations
 
