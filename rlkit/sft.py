@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlkit.config.command import FAILED, asks_for_help, exit_code
+from rlkit.config.command import FAILED, asks_for_help, exit_code, print_error
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError, Problem
 from rlkit.config.parts import ResolvedRun
-from rlkit.data.base import DataError
+from rlkit.experience import UserError
 from rlkit.reward_training.ranks import RankHangsError, join_ranks, naming_a_hang, run_ranks
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ USED = {
 PROGRESS_EVERY_SECONDS = 5.0
 
 
-class SftError(ValueError):
+class SftError(UserError):
     """Data that cannot be trained on; the message names the remedy."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for unusable data, 2 for a wrong configuration, 130."""
-    return exit_code(_fine_tune, arguments, SftError, DataError)
+    return exit_code(_fine_tune, arguments)
 
 
 def _fine_tune(arguments: list[str]) -> int:
@@ -100,13 +100,8 @@ def _train_rank(rank: int, port: int, resolved: ResolvedRun) -> int:
         with naming_a_hang(rank, ranks, seconds, LIMIT):
             join_ranks(rank, ranks, port, cluster.device, cluster.threads_per_actor, config.seed, seconds)
             train(resolved, rank)
-    except (SftError, DataError) as error:
-        if rank == 0:
-            print(f"rlkit: {error}", file=sys.stderr)
-        return FAILED
-    except RankHangsError as error:
-        print(f"rlkit: {error}", file=sys.stderr)
-        return FAILED
+    except UserError as error:
+        return print_error(error) if rank == 0 or isinstance(error, RankHangsError) else FAILED
     return 0
 
 

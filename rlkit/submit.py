@@ -10,11 +10,9 @@ from rlkit.config.command import exit_code
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    from rlkit.jobs.cluster import ClusterError
     from rlkit.jobs.submission import run_command
-    from rlkit.jobs.upload import UploadError
 
-    return exit_code(run_command, arguments, ClusterError, UploadError)
+    return exit_code(run_command, arguments)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rewards.base import Reward, RewardConfig, RewardContext
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.preference.inputs import ClassifierError, Encoded, Encoder, Layout, Unreadable, check_classifier, positions
 from rlkit.experience import Group, GroupScores, Message, Score
 
 if TYPE_CHECKING:
-    from rewards.preference.scorers import Scorer
+    from rewards.preference.scorers import Classifier
 
 CANNED = ("Beijing.", "I don't know, and I would rather talk about something else.")
 """Answers that the start-up test scores; of different lengths, so that padding is tried."""
@@ -47,14 +47,14 @@ class PreferenceReward(Reward):
         """Tokens of one forward pass, shared prefixes counted for each sequence that has them."""
 
     @classmethod
-    def gives_raw_scores(cls, config: Any) -> bool:
-        """Log-odds."""
-        return True
+    def traits(cls, config: Any) -> RewardTraits:
+        """Values are log-odds."""
+        return RewardTraits(raw_scores=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
         self._encoder: Encoder | None = None
-        self._scorer: Scorer | None = None
+        self._scorer: Classifier | None = None
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -111,13 +111,13 @@ class PreferenceReward(Reward):
     def _encoded(self, group: Group) -> list[Encoded | str]:
         """Per sample the model's input, or why there is none."""
         assert self._encoder is not None
-        found: list[Encoded | str] = []
+        inputs: list[Encoded | str] = []
         for sample in group.samples:
             try:
-                found.append(self._encoder.encode(group.prompt.messages, sample.text))
+                inputs.append(self._encoder.encode(group.prompt.messages, sample.text))
             except Unreadable as error:
-                found.append(str(error))
-        return found
+                inputs.append(str(error))
+        return inputs
 
 
 def _score(logit: float) -> Score:

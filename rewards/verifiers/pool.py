@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 from pebble import ProcessExpired, ProcessPool
 from pydantic import Field
 
-from rewards.base import Reward, RewardConfig, RewardContext
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rlkit.cluster.processes import die_with_parent
 from rlkit.experience import Group, GroupScores, Prompt, Score
 
@@ -238,9 +238,9 @@ class TextRule(Reward):
     Config = TextRuleConfig
 
     @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: its verdicts are made by programs."""
-        return False
+    def traits(cls, config: Any) -> RewardTraits:
+        """Programs judge: no GPU."""
+        return RewardTraits(uses_gpu=False)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)

@@ -12,6 +12,8 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+from rlkit.experience import UserError
+
 REQUEST_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
 QUIET_SECONDS = 60.0
@@ -30,7 +32,7 @@ TOKEN_HELP = (
 )
 
 
-class ClusterError(RuntimeError):
+class ClusterError(UserError, RuntimeError):
     """The cluster cannot be used; the message says why and what to do."""
 
 

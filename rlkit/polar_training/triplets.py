@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlkit.experience import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Triplet:
@@ -19,7 +21,7 @@ class Triplet:
     rejected: str
 
 
-class TripletError(ValueError):
+class TripletError(UserError):
     """A line that is no triplet; the message names file, line and what is missing."""
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
-from rlkit.data.base import DataError
+from rlkit.config.command import print_error
+from rlkit.experience import UserError
 from rlkit.reward_training.base import TrainingContext
 from rlkit.reward_training.load import ResolvedRewardTraining
 from rlkit.reward_training.ranks import (
@@ -23,7 +23,7 @@ from rlkit.reward_training.ranks import (
     run_ranks,
 )
 from rlkit.reward_training.report import RunReport, SilentReport
-from rlkit.tracking.run_folder import RunFolder, RunFolderError
+from rlkit.tracking.run_folder import RunFolder
 
 LIMIT = "rank_timeout_seconds"
 
@@ -52,8 +52,13 @@ def run_rank(rank: int, port: int, resolved: ResolvedRewardTraining) -> int:
     except Terminated:
         return _ended(ranks, "ended by SIGTERM", TERMINATED)
     except Exception as error:
-        if rank == 0 or isinstance(error, RankHangsError) or not _is_explained(error):
-            print(_explain(error, resolved.config.run_dir / "logs"), file=sys.stderr)
+        if not isinstance(error, UserError):
+            logs = resolved.config.run_dir / "logs"
+            trace = "".join(traceback.format_exception(error))
+            print(f"{trace}rlkit: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"What libraries said is in {logs}/driver.log.", file=sys.stderr)
+        elif rank == 0 or isinstance(error, RankHangsError):
+            print_error(error)
         return FAILED
 
 
@@ -74,21 +79,3 @@ def _ended(ranks: int, how: str, code: int) -> int:
     if ranks == 1:  # else the parent of the ranks says it
         print(f"rlkit: {how}", file=sys.stderr)
     return code
-
-
-def _is_explained(error: Exception) -> bool:
-    """Whether the message is all a user needs."""
-    expected: list[type[Exception]] = [DataError, RunFolderError, RankHangsError]
-    if "torch" in sys.modules:
-        from rlkit.models.policy import ModelLoadError
-        from rlkit.reward_training.engine import StepSkipped
-
-        expected += [ModelLoadError, StepSkipped]
-    return isinstance(error, tuple(expected))
-
-
-def _explain(error: Exception, logs: Path) -> str:
-    if _is_explained(error):
-        return f"rlkit: {error}"
-    trace = "".join(traceback.format_exception(error))
-    return f"{trace}rlkit: {type(error).__name__}: {error}\nWhat libraries said is in {logs}/driver.log."

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from rlkit.cluster.processes import end, free_port, spawn
+from rlkit.experience import UserError
 
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
@@ -37,7 +38,7 @@ class Terminated(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt it passes through everything."""
 
 
-class RankHangsError(RuntimeError):
+class RankHangsError(UserError):
     """A rank waited too long for another one."""
 
 

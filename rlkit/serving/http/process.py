@@ -39,14 +39,14 @@ EDGE_BYTES = 2**20
 def first_group(target: str, options: Mapping[str, Any]) -> Group:
     """A group with whatever the reward says it needs: a right and a wrong answer to 6 times 7."""
     kind = import_part("reward", target)
-    needs = kind.needs(kind.Config(**options))
+    columns = kind.traits(kind.Config(**options)).columns
     prompt = Prompt(
         id="self-test",
         messages=(Message("user", "What is 6 times 7?"),),
         token_ids=(1, 2, 3),
         references=("6 * 7 = 42\n#### 42",),
         answer="42",
-        columns=dict.fromkeys(needs.columns, ""),
+        columns=dict.fromkeys(columns, ""),
     )
     return Group("self-test", prompt, tuple(_sample(i, text) for i, text in enumerate(("#### 42", "#### 41"))))
 
