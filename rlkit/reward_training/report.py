@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from rlkit.tracking.console import PlainConsole, Progress, duration
+from rlkit.tracking.console import PlainConsole
 from rlkit.tracking.logs import CapturedOutput
+from rlkit.tracking.progress import Progress, duration
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tensorboard import TensorBoardWriter
 

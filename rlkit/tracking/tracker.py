@@ -13,17 +13,9 @@ from typing import Any
 from rlkit.config.schema import TrackingConfig
 from rlkit.experience import Group
 from rlkit.experience.types import FloatArray
-from rlkit.tracking.console import (
-    Progress,
-    ShownSample,
-    duration,
-    evaluation_line,
-    open_console,
-    printable,
-    shown_reward,
-    step_line,
-)
+from rlkit.tracking.console import open_console
 from rlkit.tracking.logs import CapturedOutput
+from rlkit.tracking.progress import Progress, ShownSample, duration, evaluation_line, printable, step_line
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.samples import best_and_worst_samples, sample_rows, total_reward, widest_group
 from rlkit.tracking.tensorboard import TensorBoardWriter
@@ -91,7 +83,7 @@ class Tracker:
     def go_on_from(self, step: int, accuracies: Mapping[int, float]) -> None:
         """The run goes on after `step` steps of an earlier one, with the held-out accuracies it had."""
         with self._progress.lock:
-            self._progress.go_on_from(step, accuracies)
+            self._progress.resume(step, accuracies)
 
     def message(self, text: str) -> None:
         """Say something to the user, once."""
@@ -160,7 +152,7 @@ class Tracker:
             self._tensorboard.scalars(step, values)
             if step == 1 or step % max(1, self._progress.total_steps // _SAMPLE_TEXTS_PER_RUN) == 0:
                 for sample in self._progress.sample if shown is not None else ():
-                    head = f"reward {shown_reward(sample.reward, sample.reason)}"
+                    head = f"reward {sample.reward_text}"
                     self._tensorboard.text(
                         step, f"samples/{sample.rank}", f"{sample.prompt}\n\n{sample.response}\n\n{head}"
                     )
