@@ -1,7 +1,7 @@
 """`reward=implicit_prm`: an outcome reward, and beta * log(pi_phi / pi_ref) for every token (arXiv 2412.01981).
 
-pi_phi starts as a copy of pi_ref and is trained during the run on the outcome of every response (PRIME, arXiv
-2502.01456); no step labels. The outcome comes from another reward (`outcome`, by default the rule verifier) and is the
+pi_phi starts as a copy of pi_ref and learns during the run from the outcome of every response, without step labels
+(PRIME, arXiv 2502.01456). Another reward (`outcome`, by default the rule verifier) gives the outcome, which is the
 score's value; the process rewards are its token rewards.
 """
 
@@ -59,7 +59,7 @@ class ImplicitPRM(TrainableReward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the models are there, and whether the outcome reward can be made and finds what it needs."""
+        """Whether the models exist and the outcome reward passes its own check."""
         from rlkit.config.model_folder import ModelFolderError, check_model_folder
         from rlkit.config.parts import PartError
 
@@ -86,7 +86,7 @@ class ImplicitPRM(TrainableReward):
         return messages
 
     def start(self) -> None:
-        """Load both models, compare them (equal weights must give log-ratios of zero), start the outcome reward."""
+        """Start the outcome reward and load both models; equal weights must give log-ratios of zero."""
         from rewards.implicit_prm.model import ImplicitModel  # torch and DeepSpeed load only where a reward runs
 
         if self.config.offload and self.context.device == "cpu":
@@ -97,20 +97,20 @@ class ImplicitPRM(TrainableReward):
 
     @property
     def model(self) -> ImplicitModel:
-        """The loaded model."""
+        """Raises RuntimeError before `start`."""
         if self._model is None:
             raise RuntimeError("the implicit PRM was used before start()")
         return self._model
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """beta * log-ratio per token; the value is the outcome (and invalid where that is), or the summed rewards."""
+        """beta * log-ratio per token; the value is the outcome (invalid where that is), or the sum of these rewards."""
         if self._outcome is not None:
             return self._with_process_rewards(groups, self._outcome.score(groups))
         rewards = iter(self.model.token_rewards(groups))
         return [GroupScores(tuple(_alone(next(rewards)) for _ in group.samples)) for group in groups]
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Fresh process rewards for groups whose outcomes are known."""
+        """New process rewards for groups that carry their outcomes."""
         outcomes = [GroupScores(tuple(score for _, score in group.scored())) for group in groups]
         return self._with_process_rewards(groups, outcomes)
 
@@ -122,7 +122,7 @@ class ImplicitPRM(TrainableReward):
         ]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Train on the outcomes of scored groups."""
+        """Train on the outcomes of scored groups; returns metrics `prm/...`."""
         metrics = self.model.update(groups)
         self.version += 1
         return metrics
@@ -159,7 +159,7 @@ def _outcome_reward(section: Mapping[str, Any]) -> tuple[type[Reward], RewardCon
 
 
 def _alone(rewards: np.ndarray) -> Score:
-    """The model's own judgement of a response, as a scorer for best-of-N."""
+    """The model's own score of a response, for best-of-N."""
     if not np.isfinite(rewards).all():
         return Score.invalid("not_finite: a log-ratio of the implicit PRM is not finite")
     total = float(rewards.sum())
