@@ -74,6 +74,17 @@ class RewardContext:
     """CPU threads this worker may use."""
 
 
+@dataclass(frozen=True)
+class HelpSection:
+    """A section of `--help` beside a reward's `Config`."""
+
+    title: str
+    text: str
+    model: type[BaseModel]
+    prefix: str = ""
+    """Precedes its keys: `reward.parts.NAME.`."""
+
+
 class Reward(ABC):
     """Scores whole groups. Lives in one Ray actor per worker; `start` is called there, once, before `score`."""
 
@@ -87,6 +98,11 @@ class Reward(ABC):
     def config_model(cls, section: Mapping[str, Any]) -> type[BaseModel]:
         """What checks this section for the user: `Config`, or the same with a typed section for each reward inside."""
         return cls.Config
+
+    @classmethod
+    def help_sections(cls) -> Iterable[HelpSection]:
+        """Further sections of `--help`."""
+        return ()
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:

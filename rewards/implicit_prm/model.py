@@ -18,14 +18,8 @@ import torch
 from torch import Tensor
 
 from algorithms.functional import prm as prm_losses
-from algorithms.functional.prm import (
-    brier,
-    calibration_error,
-    correct_incorrect_pairs,
-    kto_baseline,
-    pair_accuracy,
-    sign_accuracy,
-)
+from algorithms.functional.prm import correct_incorrect_pairs, kto_baseline
+from algorithms.functional.selection import brier, calibration_error, pair_accuracy, sign_accuracy
 from rewards.base import RewardContext
 from rewards.implicit_prm.config import PAIRED, ImplicitPRMConfig, Objective
 from rewards.services.scorer import Scorer, group_tree

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward
 from rewards.implicit_prm.config import ImplicitPRMConfig
+from rewards.parts import load_part
 from rlkit.experience import Group, GroupScores, Score
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class ImplicitPRM(TrainableReward):
         super().__init__(config, context)
         self._outcome: Reward | None = None
         if config.outcome is not None:
-            kind, options = _outcome_reward(config.outcome)
+            kind, options = load_part(config.outcome)
             self._outcome = kind(options, context)
         self._model: ImplicitModel | None = None
 
@@ -45,7 +46,7 @@ class ImplicitPRM(TrainableReward):
         if config.outcome is None:
             return own
         try:
-            kind, options = _outcome_reward(config.outcome)
+            kind, options = load_part(config.outcome)
         except ValueError:  # `check` says what is wrong with it
             return own
         outcome = kind.traits(options)
@@ -74,7 +75,7 @@ class ImplicitPRM(TrainableReward):
         if config.outcome is None:
             return messages
         try:
-            kind, options = _outcome_reward(config.outcome)
+            kind, options = load_part(config.outcome)
         except PartError as error:
             messages.append(f"reward.outcome._target_: {error}")
         except ValidationError as error:
@@ -148,14 +149,6 @@ class ImplicitPRM(TrainableReward):
         """End the outcome reward."""
         if self._outcome is not None:
             self._outcome.close()
-
-
-def _outcome_reward(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
-    """Class and options of a section. Raises PartError or pydantic's ValidationError."""
-    from rlkit.config.parts import import_part
-
-    kind: type[Reward] = import_part("reward", section.get("_target_"))
-    return kind, kind.Config(**{key: value for key, value in section.items() if key != "_target_"})
 
 
 def _alone(rewards: np.ndarray) -> Score:

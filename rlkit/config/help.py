@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from rewards.base import Reward
 from rlkit.config.compose import conf_dir, group_options, option_fields
 from rlkit.config.messages import all_fields, allowed, section_type
 from rlkit.config.parts import CONTRACTS, PartError, import_part
@@ -55,19 +56,9 @@ def print_reference(console: Console) -> None:
                 continue
             text = (cls.__doc__ or "").strip().partition("\n")[0]
             print_section(console, f"{kind}={option}", text, all_fields(cls.Config, f"{kind}."))
-    print_combination(console)
-
-
-def print_combination(console: Console) -> None:
-    """What `reward=[a,b]` adds to the fields of a and b, and the steps of a shaping list."""
-    from rewards.combined.config import PartOptions
-    from rewards.shaping.steps import KINDS
-
-    text = "Each part of reward=[a,b] has the fields of reward=a or reward=b, and these."
-    print_section(console, "reward.parts.NAME", text, all_fields(PartOptions, "reward.parts.NAME."))
-    for name, step in KINDS.items():
-        fields = [(key, info) for key, info in all_fields(step) if key != "kind"]
-        print_section(console, f"shaping step {{kind:{name}}}", (step.__doc__ or "").partition("\n")[0], fields)
+            for section in cls.help_sections() if issubclass(cls, Reward) else ():
+                fields = [(key, info) for key, info in all_fields(section.model, section.prefix) if key != "kind"]
+                print_section(console, section.title, section.text, fields)
 
 
 def _defaults() -> list[dict[str, str]]:
