@@ -15,7 +15,7 @@ from rlkit.data.arithmetic import STYLES, ArithmeticConfig, Operator, Step, Styl
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlkit.sft_learner import Example
+    from rlkit.reward_training.sft_learner import Example
 
 
 def slip(step: Step, rng: random.Random) -> int:
@@ -98,7 +98,7 @@ class ProblemTokens:
 
     def answered(self, index: int, solution: str) -> Example:
         """The example that answers problem `index` with this text."""
-        from rlkit.sft_learner import Example
+        from rlkit.reward_training.sft_learner import Example
 
         target = self.tokenizer.encode(solution, add_special_tokens=False)
         return Example(self.prompts[index], (*target, self.tokenizer.eos_token_id))
@@ -106,7 +106,7 @@ class ProblemTokens:
 
 def base_batches(tokens: ProblemTokens, config: ArithmeticConfig, size: int, seed: int) -> Batches:
     """Exercises and rightly solved problems, for ever."""
-    from rlkit.sft_learner import Example
+    from rlkit.reward_training.sft_learner import Example
 
     rng = random.Random(f"base/{seed}")
     tokenizer = tokens.tokenizer

@@ -12,10 +12,9 @@ from typing import Any
 from examples.embedded_models.pairs import correctness, final_answers, is_right, labelled_triplets, last_line, phrasing
 from examples.embedded_models.scale import Scale, Training
 from examples.embedded_models.stages import THREADS, Measures, warmup_steps
+from rewards.polar.triplets import Triplet, expected_accuracy, write_triplets
 from rlkit.config.compose import quoted
 from rlkit.data.arithmetic import STYLES, WordProblem, write_solution
-from rlkit.polar_training.pairs import expected_accuracy
-from rlkit.polar_training.triplets import Triplet, write_triplets
 
 AnswersByName = Mapping[str, Sequence[Sequence[str]]]
 """Name of a variant -> per prompt, its two answers."""

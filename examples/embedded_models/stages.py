@@ -17,7 +17,7 @@ from examples.embedded_models.scale import Scale, Training
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.arithmetic import WordProblem
 from rlkit.data.rendering import load_tokenizer
-from rlkit.sft_learner import Example, SupervisedLearner
+from rlkit.reward_training.sft_learner import Example, SupervisedLearner
 
 log = logging.getLogger(__name__)
 Measures = dict[str, Any]
