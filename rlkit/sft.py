@@ -10,18 +10,17 @@ import sys
 from collections.abc import Sequence
 
 from rlkit.config.command import asks_for_help, exit_code
-from rlkit.data.base import DataError
-from rlkit.reward_training.sft import USED, SftError, fine_tune, load
+from rlkit.reward_training.sft import USED, fine_tune, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for unusable data, 2 for a wrong configuration, 130."""
-    return exit_code(_sft, arguments, SftError, DataError)
+    return exit_code(_sft, arguments)
 
 
 def _sft(arguments: list[str]) -> int:
     if asks_for_help(arguments):
-        print(f"{__doc__}")
+        print(__doc__)
         for key, text in USED.items():
             print(f"  {key:<30}{text}")
         return 0

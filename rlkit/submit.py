@@ -22,10 +22,7 @@ USAGE = """\
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    from rlkit.jobs.cluster import ClusterError
-    from rlkit.jobs.upload import UploadError
-
-    return exit_code(_command, arguments, ClusterError, UploadError)
+    return exit_code(_command, arguments)
 
 
 def _command(arguments: list[str]) -> int:

@@ -16,7 +16,7 @@ from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
 from rlkit.experience.scores import check_failures
-from rlkit.learner.actors import JointLearner
+from rlkit.learner.joint import JointLearner
 from rlkit.metrics import HackingAlarm, UpdateGuard, rollout_metrics, summary
 from rlkit.producer import Producer, until
 from rlkit.rollout.pool import RolloutPool

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlkit.experience import UserError
+
 GIVEN = ("prompts", "completions", "completion_ids", "references", "answer")
 """Arguments that every function may take besides data columns."""
 
 
-class FunctionError(ValueError):
+class FunctionError(UserError, ValueError):
     """A function that cannot be used; the message names it and says why."""
 
 

@@ -33,7 +33,7 @@ from rewards.base import RewardContext
 from rewards.judge.client import Budget, CallFailed, ChatClient, Endpoint
 from rewards.judge.master_keys import MASTER_KEYS
 from rewards.judge.prompts import AnswerFormat, Material, NoVerdict, Question, Rules, Unparsable, Verdict, share_of_win
-from rlkit.experience import Message
+from rlkit.experience import Message, UserError
 
 if TYPE_CHECKING:
     from rewards.judge.reward import JudgeReward
@@ -222,7 +222,7 @@ ACCEPTED = 0.5
 """A value from here on is a yes; so is a share of the win over a right response."""
 
 
-class JudgeError(RuntimeError):
+class JudgeError(UserError):
     """The judge cannot be used; the message says why and what to do."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rewards.polar.serialise import MARKER, SEPARATOR, SerialisationError, Serialiser, shared_prefix
+from rlkit.experience import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ RELEASED_ARCHITECTURE = "InternLM2ForRewardModel"
 """What config.json of a released POLAR checkpoint names."""
 
 
-class DiscriminatorError(ValueError):
+class DiscriminatorError(UserError, ValueError):
     """A model folder that cannot serve as discriminator; the message says why and what to do."""
 
 

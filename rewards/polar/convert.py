@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlkit.config.command import print_error
+from rlkit.experience import UserError
+
 USAGE_ERROR = 2
-FAILED = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,8 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"unknown: {', '.join(unknown)}; " if unknown else ""
         print(f"rlkit: {what}usage: {(__doc__ or '').partition('`:')[0].strip('`')}", file=sys.stderr)
         return USAGE_ERROR
-    from rewards.polar.backends import DiscriminatorError
-
     try:
         convert(
             Path(places[0]).expanduser(),
@@ -42,9 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(options["like"]).expanduser() if "like" in options else None,
             weights=options.get("weights", "true") == "true",
         )
-    except (DiscriminatorError, OSError) as error:
-        print(f"rlkit: {error}", file=sys.stderr)
-        return FAILED
+    except (UserError, OSError) as error:
+        return print_error(error)
     return 0
 
 

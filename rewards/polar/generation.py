@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rewards.polar.triplets import PromptRows
+from rlkit.cluster import processes
 from rlkit.config.model_folder import ModelFolderError, check_model_folder
 from rlkit.config.schema import RolloutConfig, Section
 from rlkit.data.base import DataError
@@ -184,12 +184,10 @@ def run_policy(name: str, order: SamplingOrder, work: Path, threads: int, stall_
     output.write_text("")
     environment = {**os.environ, **engine_environment(order.device, threads)}
     command = [sys.executable, "-m", "rewards.polar.generation", str(spec)]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+    process = processes.start(command, log, environment)
     try:
         size, since = 0, time.monotonic()
-        while process.poll() is None:
-            time.sleep(POLL_SECONDS)
+        while not processes.wait(process, POLL_SECONDS):
             if output.stat().st_size != size:
                 size, since = output.stat().st_size, time.monotonic()
             elif time.monotonic() - since > stall_seconds:
@@ -198,9 +196,7 @@ def run_policy(name: str, order: SamplingOrder, work: Path, threads: int, stall_
                     f"(reward.generation.stall_seconds); its log is {log}"
                 )
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+        processes.end([process])
     if process.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
         raise SamplingFailed(f"policy {name} could not be sampled (exit code {process.returncode}):\n{last}\n({log})")
@@ -295,4 +291,5 @@ def without_unfinished_end(text: str) -> str:
 
 
 if __name__ == "__main__":
+    processes.die_with_parent()
     sample(SamplingOrder(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
 
-from rlkit.experience import Group, GroupScores, Message, Score
+from rlkit.experience import Group, GroupScores, Message, Score, UserError
 
 SEPARATOR = "<|reward|>"
 """Between the half with the reference and the half with the candidate."""
@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
     def convert_tokens_to_ids(self, token: str) -> int: ...
 
 
-class SerialisationError(ValueError):
+class SerialisationError(UserError, ValueError):
     """A text or a tokenizer that does not give POLAR's layout."""
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rlkit.experience import UserError
+
 if TYPE_CHECKING:
     import httpx
     from tenacity import RetryCallState
@@ -127,7 +129,7 @@ SHOWN = 300
 """Characters of an answer that messages quote."""
 
 
-class ServerError(RuntimeError):
+class ServerError(UserError):
     """A server that does not score; the message names it, what it said, and what was tried."""
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlkit.experience import Message
+from rlkit.experience import Message, UserError
 
 LONGEST_INPUT = 32768
 """Tokens taken where neither the model nor its tokenizer states a limit."""
 
 
-class ClassifierError(ValueError):
+class ClassifierError(UserError, ValueError):
     """A model folder that cannot serve as preference reward; the message says why and what to do."""
 
 

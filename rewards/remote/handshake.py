@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from rlkit.experience import UserError
 from rlkit.experience.wire import HEALTH_PATH, SCHEMA_VERSION, Health
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ SHOWN = 300
 _remembered: dict[tuple[str, str | None], tuple[float, Health | HandshakeError]] = {}
 
 
-class HandshakeError(RuntimeError):
+class HandshakeError(UserError):
     """There is no server that can be used; the message names it and the remedy."""
 
     def __init__(self, message: str, may_pass: bool = False) -> None:

@@ -55,8 +55,8 @@ def group_is_large_enough(algorithm: Algorithm) -> Findings:
 
 def reward_finds_its_columns(reward: Part, data: DataSource) -> Findings:
     """A reward without references or answers would score nothing."""
-    needs, provided = reward.cls.needs(reward.config), data.provides()
-    wanted = [("references", needs.references), ("answer", needs.answer), *((name, True) for name in needs.columns)]
+    traits, provided = reward.cls.traits(reward.config), data.provides()
+    wanted = [("references", traits.references), ("answer", traits.answer), *((name, True) for name in traits.columns)]
     lacking = [name for name, needed in wanted if needed and name not in provided]
     if lacking:
         yield Finding(
@@ -68,7 +68,7 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Findings:
 
 def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> Findings:
     """PRIME without a process reward model would stop after the first rollout."""
-    if algorithm.needs().process_rewards and not reward.cls.gives_process_rewards(reward.config):
+    if algorithm.needs().process_rewards and not reward.cls.traits(reward.config).process_rewards:
         yield Finding(
             "reward",
             f"{type(algorithm).__name__} needs process rewards, and {reward.cls.__name__} gives none; "
@@ -78,7 +78,7 @@ def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> F
 
 def reward_can_compare(algorithm: Algorithm, reward: Part) -> Findings:
     """A lone response compared with its group is worth the same whatever it says."""
-    needed = reward.cls.needs(reward.config).samples
+    needed = reward.cls.traits(reward.config).samples
     given = algorithm.config.samples_per_prompt + algorithm.needs().greedy_response
     if given < needed:
         yield Finding(
@@ -90,7 +90,7 @@ def reward_can_compare(algorithm: Algorithm, reward: Part) -> Findings:
 
 def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Findings:
     """Logits spread over ten and more in one group and over a tenth in the next, which would then hardly count."""
-    if reward.cls.gives_raw_scores(reward.config) and not algorithm.normalises():
+    if reward.cls.traits(reward.config).raw_scores and not algorithm.normalises():
         yield Finding(
             "reward",
             f"{reward.cls.__name__} gives raw scores of a model and {type(algorithm).__name__} does not divide by "

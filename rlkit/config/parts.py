@@ -20,6 +20,7 @@ from rewards.base import Reward, RewardConfig
 from rlkit.config.messages import Problem, nearest
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import DataConfig, DataSource
+from rlkit.experience import UserError
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Part:
     config: Any
 
 
-class PartError(ValueError):
+class PartError(UserError, ValueError):
     """A `_target_` that cannot be used; the message says why."""
 
 

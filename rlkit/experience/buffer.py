@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlkit.experience.errors import UserError
 from rlkit.experience.filters import GroupFilter
 from rlkit.experience.types import Group
 
 
-class TooManyRejectedError(RuntimeError):
+class TooManyRejectedError(UserError):
     """The filters leave too little to train on; the message names them."""
 
 

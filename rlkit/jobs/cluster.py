@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from rlkit.experience import UserError
 from rlkit.jobs.resources import Node
 
 REQUEST_SECONDS = 30.0
@@ -25,7 +26,7 @@ NO_TOKEN = (
 )
 
 
-class ClusterError(RuntimeError):
+class ClusterError(UserError, RuntimeError):
     """The cluster cannot be used; the message says why and what to do."""
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from rlkit.experience import UserError
+
 MIB = 2**20
 ANYWHERE = (
     *(".git", ".hg", ".svn", ".venv", "venv", "node_modules", "*.egg-info", ".cache", ".env", ".netrc"),
@@ -22,7 +24,7 @@ AT_THE_TOP = ("runs", "outputs", "wandb", "mlruns", "build", "dist")
 SHOWN = 5
 
 
-class UploadError(ValueError):
+class UploadError(UserError):
     """The folder cannot be uploaded; the message names the largest files and the remedy."""
 
 

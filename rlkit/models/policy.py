@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rlkit.experience import UserError
 from rlkit.models.attention import PACKED_ATTENTION
 from rlkit.models.logprobs import LogProbLinear
 from rlkit.models.packing import PackedBatch
@@ -17,7 +18,7 @@ CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of models that do more to the logits than the head's product: our log-probs would be wrong."""
 
 
-class ModelLoadError(ValueError):
+class ModelLoadError(UserError, ValueError):
     """A model folder that cannot be used; the message says why and what to do."""
 
 

@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 
 import rlkit
+from rlkit.config.command import print_error
 from rlkit.config.compose import conf_dir, group_options, option_fields
 from rlkit.config.help import print_section
 from rlkit.config.loading import TARGET, Loading
 from rlkit.config.messages import ConfigError, Problem, all_fields
 from rlkit.config.parts import Contract, PartError, import_part
-from rlkit.data.base import DataConfig, DataError
+from rlkit.data.base import DataConfig
+from rlkit.experience import UserError
 from rlkit.reward_training.base import RewardTraining, RewardTrainingConfig, TrainingContext, TrainRewardConfig
 from rlkit.reward_training.ranks import (
     FAILED,
@@ -34,7 +36,7 @@ from rlkit.reward_training.ranks import (
     run_ranks,
 )
 from rlkit.reward_training.report import RunReport, SilentReport
-from rlkit.tracking.run_folder import RunFolder, RunFolderError
+from rlkit.tracking.run_folder import RunFolder
 
 LIMIT = "rank_timeout_seconds"
 USAGE = """\
@@ -177,8 +179,13 @@ def run_rank(rank: int, port: int, resolved: ResolvedRewardTraining) -> int:
     except Terminated:
         return _ended(ranks, "ended by SIGTERM", TERMINATED)
     except Exception as error:
-        if rank == 0 or isinstance(error, RankHangsError) or not _is_explained(error):
-            print(_explain(error, resolved.config.run_dir / "logs"), file=sys.stderr)
+        if not isinstance(error, UserError):
+            logs = resolved.config.run_dir / "logs"
+            trace = "".join(traceback.format_exception(error))
+            print(f"{trace}rlkit: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"What libraries said is in {logs}/driver.log.", file=sys.stderr)
+        elif rank == 0 or isinstance(error, RankHangsError):
+            print_error(error)
         return FAILED
 
 
@@ -199,21 +206,3 @@ def _ended(ranks: int, how: str, code: int) -> int:
     if ranks == 1:  # else the parent of the ranks says it
         print(f"rlkit: {how}", file=sys.stderr)
     return code
-
-
-def _is_explained(error: Exception) -> bool:
-    """Whether the message is all a user needs."""
-    expected: list[type[Exception]] = [DataError, RunFolderError, RankHangsError]
-    if "torch" in sys.modules:
-        from rlkit.models.policy import ModelLoadError
-        from rlkit.reward_training.engine import StepSkipped
-
-        expected += [ModelLoadError, StepSkipped]
-    return isinstance(error, tuple(expected))
-
-
-def _explain(error: Exception, logs: Path) -> str:
-    if _is_explained(error):
-        return f"rlkit: {error}"
-    trace = "".join(traceback.format_exception(error))
-    return f"{trace}rlkit: {type(error).__name__}: {error}\nWhat libraries said is in {logs}/driver.log."

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlkit.config.schema import LearnerConfig
+from rlkit.experience import UserError
 from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
 from rlkit.learner.policy import save_policy
 from rlkit.models.packing import split_by_tokens
@@ -33,7 +34,7 @@ class Item(Protocol):
 T = TypeVar("T", bound=Item)
 
 
-class StepSkipped(RuntimeError):
+class StepSkipped(UserError):
     """Loss or gradient was not finite too many times in a row."""
 
 

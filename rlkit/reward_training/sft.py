@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlkit.config.command import print_error
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError, Problem
 from rlkit.config.parts import ResolvedRun
-from rlkit.data.base import DataError
+from rlkit.experience import UserError
 from rlkit.reward_training.ranks import FAILED, RankHangsError, join_ranks, naming_a_hang, run_ranks
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ USED = {
 PROGRESS_EVERY_SECONDS = 5.0
 
 
-class SftError(ValueError):
+class SftError(UserError):
     """Data that cannot be trained on; the message names the remedy."""
 
 
@@ -82,13 +83,8 @@ def _train_rank(rank: int, port: int, resolved: ResolvedRun) -> int:
         with naming_a_hang(rank, ranks, seconds, LIMIT):
             join_ranks(rank, ranks, port, cluster.device, cluster.threads_per_actor, config.seed, seconds)
             train(resolved, rank)
-    except (SftError, DataError) as error:
-        if rank == 0:
-            print(f"rlkit: {error}", file=sys.stderr)
-        return FAILED
-    except RankHangsError as error:
-        print(f"rlkit: {error}", file=sys.stderr)
-        return FAILED
+    except UserError as error:
+        return print_error(error) if rank == 0 or isinstance(error, RankHangsError) else FAILED
     return 0
 
 

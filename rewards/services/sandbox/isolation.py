@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlkit.experience import UserError
+
 Job = dict[str, Any]
 
 
-class Unavailable(RuntimeError):
+class Unavailable(UserError):
     """The sandbox itself does not work: nothing is known about the code. The message names cause and remedy."""
 
 

@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 
 import rlkit
 from rewards.base import RewardContext
+from rlkit.config.command import print_error
 from rlkit.experience import Group
 from rlkit.experience.scores import RewardFailed
 from rlkit.experience.wire import (
@@ -150,15 +151,15 @@ class RewardServer:
     def health(self) -> Health:
         """Down: no process could be started. (The next request tries again.)"""
         cls, config = self.resolved.reward_class, self.resolved.reward_config
-        needs = cls.needs(config)
+        traits = cls.traits(config)
         return Health(
             status="ok" if any(worker.usable for worker in self.queue.workers) else "down",
             schema_version=SCHEMA_VERSION,
             rlkit_version=rlkit.__version__,
             reward=self.resolved.reward["_target_"],
             model_version=self.model_version,
-            needs=Needs(references=needs.references, answer=needs.answer, columns=list(needs.columns)),
-            gives_process_rewards=cls.gives_process_rewards(config),
+            needs=Needs(references=traits.references, answer=traits.answer, columns=list(traits.columns)),
+            gives_process_rewards=traits.process_rewards,
             trainable=self.resolved.learns,
             max_request_samples=self.resolved.serve.max_batch_samples,
             max_body_bytes=self.max_body_bytes,
@@ -228,7 +229,6 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
     return JSONResponse({"error": message}, status, headers)
 
 
-FAILED = 1
 KEEP_ALIVE_SECONDS = 60
 
 
@@ -268,8 +268,7 @@ async def serve(resolved: ResolvedServe, listener: socket.socket) -> int:
             print(f"serving {name} ({reward.model_version}) on {_address(listener)}", flush=True)
             await server.serve(sockets=[listener])
     except RewardFailed as error:
-        print(f"rlkit: {error}", file=sys.stderr)
-        return FAILED
+        return print_error(error)
     finally:
         await reward.queue.close()
     print("ended", flush=True)
