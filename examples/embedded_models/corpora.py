@@ -1,7 +1,4 @@
-"""Worked solutions with mistakes: what the warm start mixes in, and what POLAR's rejected answers look like.
-
-What the embedded models learn from: exercises, worked solutions, and careless ones.
-"""
+"""What the embedded models learn from: exercises, worked solutions, and careless ones."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ def slip(step: Step, rng: random.Random) -> int:
 
 
 def careless_steps(steps: tuple[Step, ...], slip_rate: float, rng: random.Random) -> tuple[Step, ...]:
-    """The calculation by someone who gets each step wrong with probability `slip_rate` and goes on from there."""
+    """The calculation by someone who gets each step wrong with probability `slip_rate` and carries the mistake on."""
     written: list[Step] = []
     value = steps[0].left
     for step in steps:

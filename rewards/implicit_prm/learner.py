@@ -29,7 +29,13 @@ from rlkit.data.rendering import render
 from rlkit.learner.engine import resolve_dtype
 from rlkit.models.packing import Tree, split_by_tokens
 from rlkit.models.policy import PackedCausalLM, load_causal_lm
-from rlkit.reward_training.engine import SupervisedEngine, load_to_train, save_language_model
+from rlkit.reward_training.engine import (
+    PromptTree,
+    SupervisedEngine,
+    load_to_train,
+    pair_indices,
+    save_language_model,
+)
 from rlkit.reward_training.outcomes import Rollout
 
 if TYPE_CHECKING:
@@ -55,21 +61,6 @@ class Encoded:
     def group(self) -> tuple[str, tuple[int, ...]]:
         """Equal for responses to the same problem that was asked in the same words."""
         return self.rollout.group, self.prompt
-
-
-@dataclass(frozen=True, slots=True)
-class PromptItem:
-    """The responses of an optimizer step to one prompt."""
-
-    tree: Tree
-    labels: tuple[float, ...] = ()
-    """One per suffix of the tree; none for a tree whose scores alone are wanted."""
-    pairs: tuple[tuple[int, int], ...] = ()
-    """(better, worse) suffixes."""
-
-    @property
-    def tokens(self) -> int:
-        return self.tree.tokens
 
 
 def encode(
@@ -131,7 +122,7 @@ def make_examples(encoded: Sequence[Encoded], paired: bool, balance: Balance, se
     return [(i,) for i in sorted(kept)]
 
 
-def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example]) -> list[PromptItem]:
+def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example]) -> list[PromptTree]:
     """The batch prompt by prompt: a prompt goes through the model once, and so does a response in several pairs."""
     groups: dict[tuple[str, tuple[int, ...]], list[Example]] = {}
     for example in batch:
@@ -141,7 +132,7 @@ def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example]) -> list[P
         members = list(dict.fromkeys(i for example in examples for i in example))
         index = {i: n for n, i in enumerate(members)}
         items.append(
-            PromptItem(
+            PromptTree(
                 tree=Tree(prompt, tuple(encoded[i].response for i in members)),
                 labels=tuple(encoded[i].rollout.label for i in members),
                 pairs=tuple((index[example[0]], index[example[1]]) for example in examples if len(example) == 2),
@@ -225,17 +216,17 @@ class PrmLearner:
         """Write pi_phi as a plain Hugging Face folder; rank 0 writes."""
         save_language_model(self.training, folder)
 
-    def _estimate_baseline(self, items: Sequence[PromptItem]) -> None:
+    def _estimate_baseline(self, items: Sequence[PromptTree]) -> None:
         """KTO's z over the whole batch, not per micro-batch; a batch with one prompt keeps the last one."""
         if self.objective != "kto":
             return
         trees = list({tuple(item.tree.prefix): item.tree for item in items}.values())
         if len(trees) > 1:
-            others = [PromptItem(tree) for tree in mismatched(trees)]
+            others = [PromptTree(tree) for tree in mismatched(trees)]
             mean = self.training.evaluate(others, len(others))
             self._baseline = torch.tensor(max(0.0, mean), device=self.training.device)
 
-    def _loss(self, module: Any, items: Sequence[PromptItem]) -> Tensor:
+    def _loss(self, module: Any, items: Sequence[PromptTree]) -> Tensor:
         """The objective's sum over the items' examples; the scores' sum for items without labels."""
         trees = [item.tree for item in items]
         ratios = log_ratios(
@@ -245,12 +236,9 @@ class PrmLearner:
         if not items[0].labels:
             return scores.sum()
         labels = torch.tensor([label for item in items for label in item.labels], device=scores.device)
-        start = np.cumsum([0, *(len(item.labels) for item in items)])
-        pairs = [(s + better, s + worse) for s, item in zip(start, items, strict=False) for better, worse in item.pairs]
-        better_worse = torch.tensor(pairs, dtype=torch.int64, device=scores.device).reshape(-1, 2)
-        if self.objective in PAIRED:
-            return objective_sum(self.objective, scores, labels, (better_worse[:, 0], better_worse[:, 1]))
-        return objective_sum(self.objective, scores, labels, (better_worse[:, 0], better_worse[:, 1]), self._baseline)
+        better, worse = (torch.tensor(i, dtype=torch.int64, device=scores.device) for i in pair_indices(items))
+        baseline = None if self.objective in PAIRED else self._baseline
+        return objective_sum(self.objective, scores, labels, (better, worse), baseline)
 
 
 def load_reference(path: Path, config: LearnerConfig, device: str, trust_remote_code: bool) -> PackedCausalLM:

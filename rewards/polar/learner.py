@@ -21,7 +21,7 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import ModelLoadError, PackedScorer, load_scorer, load_value_model
-from rlkit.reward_training.engine import SupervisedEngine, save_classifier
+from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,19 +34,6 @@ class PairMeasures:
     loss: float
     accuracy: float
     """Share of pairs with chosen strictly above rejected: a tie counts as wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackedComparison:
-    """Candidates beside one reference, and which of them should score higher than which."""
-
-    tree: Tree
-    pairs: tuple[tuple[int, int], ...]
-    """(better, worse) among the tree's suffixes."""
-
-    @property
-    def tokens(self) -> int:
-        return self.tree.tokens
 
 
 class PolarLearner:
@@ -71,7 +58,7 @@ class PolarLearner:
         self._serialiser = Serialiser(self.tokenizer, limits, wrapper)
         self.training = SupervisedEngine(scorer, self._loss, config, device=device, total_steps=total_steps)
 
-    def comparisons(self, triplets: Sequence[Triplet]) -> list[PackedComparison]:
+    def comparisons(self, triplets: Sequence[Triplet]) -> list[PromptTree]:
         """Triplets with one prompt and one reference put together; each different candidate is encoded once."""
         together: dict[tuple[str, str], list[Triplet]] = {}
         for triplet in triplets:
@@ -86,26 +73,22 @@ class PolarLearner:
             ]
             prefix = shared_prefix(encoded)[: min(map(len, encoded)) - 1]  # each keeps a last token
             tree = Tree(prefix, tuple(ids[len(prefix) :] for ids in encoded))
-            comparisons.append(PackedComparison(tree, tuple((index[t.chosen], index[t.rejected]) for t in members)))
+            comparisons.append(PromptTree(tree, tuple((index[t.chosen], index[t.rejected]) for t in members)))
         return comparisons
 
-    def _scores(self, module: Any, comparisons: Sequence[PackedComparison]) -> Tensor:
+    def _scores(self, module: Any, comparisons: Sequence[PromptTree]) -> Tensor:
         """[candidates] raw scores."""
         scores: Tensor = module(pack([comparison.tree for comparison in comparisons]).to(self.training.device))
         return scores
 
-    def _margins(self, module: Any, comparisons: Sequence[PackedComparison]) -> Tensor:
+    def _margins(self, module: Any, comparisons: Sequence[PromptTree]) -> Tensor:
         """[pairs] score of chosen minus score of rejected."""
         scores = self._scores(module, comparisons)
-        start, chosen, rejected = 0, [], []
-        for comparison in comparisons:
-            chosen += [start + better for better, _ in comparison.pairs]
-            rejected += [start + worse for _, worse in comparison.pairs]
-            start += len(comparison.tree.suffixes)
+        chosen, rejected = pair_indices(comparisons)
         margins: Tensor = scores[chosen] - scores[rejected]
         return margins
 
-    def _loss(self, module: Any, comparisons: Sequence[PackedComparison]) -> Tensor:
+    def _loss(self, module: Any, comparisons: Sequence[PromptTree]) -> Tensor:
         """Sum over pairs of -log sigmoid(chosen - rejected)."""
         total: Tensor = -logsigmoid(self._margins(module, comparisons)).sum()
         return total
@@ -130,14 +113,14 @@ class PolarLearner:
         comparisons = []
         for texts in inputs:
             ids = tuple(self._serialiser.token_ids(self._serialiser.text(*texts)))
-            comparisons.append(PackedComparison(Tree(ids[:-1], (ids[-1:],)), ()))
+            comparisons.append(PromptTree(Tree(ids[:-1], (ids[-1:],))))
         scores = [0.0] * len(comparisons)
         for batch, indices in self._batches(comparisons):
             for index, score in zip(indices, self._scores(self.training.engine, batch).tolist(), strict=True):
                 scores[index] = score
         return scores
 
-    def _batches(self, comparisons: Sequence[PackedComparison]) -> Iterator[tuple[list[PackedComparison], list[int]]]:
+    def _batches(self, comparisons: Sequence[PromptTree]) -> Iterator[tuple[list[PromptTree], list[int]]]:
         """Comparisons that fit into a forward pass, and their indices."""
         sizes = [comparison.tokens for comparison in comparisons]
         for indices in split_by_tokens(sizes, self.training.config.tokens_per_microbatch):

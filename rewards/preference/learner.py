@@ -20,7 +20,7 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
 from rlkit.reward_training.base import RewardTrainingConfig, TrainingContext
-from rlkit.reward_training.engine import SupervisedEngine, save_classifier
+from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
 from rlkit.reward_training.pairs import Pair
 
 if TYPE_CHECKING:
@@ -75,17 +75,11 @@ class EncodedPair:
 
 
 @dataclass(frozen=True, slots=True)
-class PromptPairs:
-    """Pairs with one prompt: every different response once, and who is compared with whom."""
+class PromptPairs(PromptTree):
+    """Pairs with one prompt."""
 
-    tree: Tree
-    indices: tuple[tuple[int, int], ...]
-    """(chosen, rejected) among the tree's sequences."""
-    pairs: tuple[Pair, ...]
-
-    @property
-    def tokens(self) -> int:
-        return self.tree.tokens
+    rows: tuple[Pair, ...] = ()
+    """One per pair."""
 
 
 class PreferenceLearner:
@@ -156,17 +150,13 @@ class PreferenceLearner:
 
     def _pair_scores(self, module: Any, items: Sequence[PromptPairs]) -> tuple[Tensor, Tensor]:
         scores = module(pack([item.tree for item in items]).to(self.training.device))
-        start, chosen, rejected = 0, [], []
-        for item in items:
-            chosen += [start + index for index, _ in item.indices]
-            rejected += [start + index for _, index in item.indices]
-            start += len(item.tree.suffixes)
+        chosen, rejected = pair_indices(items)
         return scores[chosen], scores[rejected]
 
     def _loss(self, module: Any, items: Sequence[PromptPairs]) -> Tensor:
         """Sum over pairs."""
         chosen, rejected = self._pair_scores(module, items)
-        pairs = [pair for item in items for pair in item.pairs]
+        pairs = [pair for item in items for pair in item.rows]
         margin = torch.tensor([pair.margin for pair in pairs], device=chosen.device)
         probability = torch.tensor([pair.probability for pair in pairs], device=chosen.device)
         self._seen.append((chosen.detach(), rejected.detach(), probability))
@@ -186,7 +176,7 @@ def together(pairs: Sequence[EncodedPair], pad_id: int | None) -> list[PromptPai
         prefix = shared_prefix(sequences)
         tree = Tree(prefix, tuple(ids[len(prefix) :] for ids in sequences))
         indices = tuple((index[chosen], index[rejected]) for chosen, rejected in read)
-        items.append(PromptPairs(tree, indices, tuple(pair.pair for pair in members)))
+        items.append(PromptPairs(tree, indices, rows=tuple(pair.pair for pair in members)))
     return items
 
 

@@ -214,7 +214,7 @@ def make_examples(
 
 
 def draw_batches(examples: Sequence[Sequence[Example]], size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches for ever: problems shuffled anew in each epoch, one of its references drawn for each."""
+    """Batches for ever: problems shuffled in each epoch, one of its references drawn for each."""
     rng = random.Random(seed)
     queue: list[int] = []
     while True:

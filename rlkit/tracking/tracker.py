@@ -23,7 +23,7 @@ from rlkit.tracking.console import (
     shown_reward,
     step_line,
 )
-from rlkit.tracking.logs import CapturedOutput
+from rlkit.tracking.logs import CapturedOutput, ShowWarnings
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.samples import best_and_worst_samples, sample_rows, total_reward, widest_group
 from rlkit.tracking.tensorboard import TensorBoardWriter
@@ -72,7 +72,7 @@ class Tracker:
             self._tensorboard = TensorBoardWriter(folder.tensorboard, first_step) if config.tensorboard else None
             if self._tensorboard is not None:
                 opened.callback(self._tensorboard.close)
-            handler = _ShowWarnings(self.warn)
+            handler = ShowWarnings(self.warn)
             logging.getLogger("rlkit").addHandler(handler)
             opened.callback(logging.getLogger("rlkit").removeHandler, handler)
             self._opened = opened.pop_all()
@@ -207,17 +207,6 @@ class Tracker:
             "seconds": round(self._progress.elapsed, 3),
             **values,
         }
-
-
-class _ShowWarnings(logging.Handler):
-    """Shows what rlkit's own modules log as warnings or worse."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._show = show
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._show(record.getMessage())
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -195,7 +195,7 @@ def test_a_prompt_and_a_response_in_several_pairs_are_packed_once() -> None:
     ]
     (item,) = together(pairs, pad_id=0)
     assert item.tree.prefix == (1, 2) and item.tree.suffixes == ((3, 9), (4, 9), (5, 9))
-    assert item.indices == ((0, 1), (0, 2))
+    assert item.pairs == ((0, 1), (0, 2))
     (padded,) = together(pairs[:1], pad_id=9)
     assert padded.tree.suffixes == ((3,), (4,))
 
