@@ -74,6 +74,17 @@ class RewardContext:
     """CPU threads this worker may use."""
 
 
+@dataclass(frozen=True)
+class HelpSection:
+    """A section of `--help` beside a reward's `Config`."""
+
+    title: str
+    text: str
+    model: type[BaseModel]
+    prefix: str = ""
+    """Precedes its keys: `reward.parts.NAME.`."""
+
+
 class Reward(ABC):
     """Scores whole groups. Lives in one Ray actor per worker; `start` is called there, once, before `score`."""
 
@@ -97,6 +108,11 @@ class Reward(ABC):
     def check(cls, config: Any) -> list[str]:
         """Cheap checks before a run (model folders exist, ...), without heavy imports: messages for the user."""
         return []
+
+    @classmethod
+    def help_sections(cls) -> Iterable[HelpSection]:
+        """What `--help` lists beside the fields of `Config`."""
+        return ()
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
         """Load models and test oneself. Raise with a message for the user if scoring cannot work."""

@@ -34,7 +34,7 @@ from rlkit.config.schema import RunConfig
 from rlkit.data.base import BadRow, DataError, Split
 from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
-from rlkit.evaluation import VERIFIER, Evaluator
+from rlkit.evaluation import Evaluator
 from rlkit.experience import Prompt, UserError
 from rlkit.metrics import HackingAlarm, UpdateGuard
 from rlkit.models.folder import model_folder
@@ -189,7 +189,7 @@ async def _start(
     stack.push_async_callback(reward.close)
     verifier = reward
     if _own_verifier(resolved) and heldout:
-        verifier = RewardPool(VERIFIER, RewardContext(threads=1), seconds, logs, "verifier", beside_driver)
+        verifier = RewardPool(config.verifier, RewardContext(threads=1), seconds, logs, "verifier", beside_driver)
         stack.push_async_callback(verifier.close)
     buffer = ray.remote(num_cpus=0, **beside_driver(0))(BufferActor).remote(
         config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
@@ -226,8 +226,8 @@ async def _start(
 
 def _own_verifier(resolved: ResolvedRun) -> bool:
     """Whether held-out answers need a verifier beside the reward: options of the reward must not move the yardstick."""
-    same_kind = resolved.config.reward["_target_"] == VERIFIER["_target_"]
-    return not same_kind or resolved.reward_config != resolved.reward_class.Config()
+    reward, verifier = resolved.reward_class, resolved.verifier_class
+    return reward is not verifier or resolved.reward_config != resolved.verifier_config
 
 
 def _producer(
@@ -271,7 +271,7 @@ async def _all_ready(starting: dict[str, Any], tracker: Tracker, config: RunConf
 
 
 def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt], list[Prompt]]:
-    """Training prompts, and held-out prompts with answers (empty if the data has none). Raises DataError."""
+    """Training prompts, and held-out prompts that the verifier can judge (maybe none). Raises DataError."""
     from rlkit.data.rendering import load_tokenizer, render
 
     config = resolved.config
@@ -287,7 +287,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
         loaded[split] = prompts
     if not loaded["train"]:
         raise DataError("the data source has no usable training problem")
-    heldout = [prompt for prompt in loaded["heldout"] if prompt.answer is not None]
+    answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
+    heldout = [prompt for prompt in loaded["heldout"] if not answer_needed or prompt.answer is not None]
     if not heldout:
         tracker.warn("no held-out problem with a gold answer: this run is not evaluated")
     return loaded["train"], heldout[: config.trainer.evaluation_prompts]

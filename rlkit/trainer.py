@@ -132,7 +132,7 @@ class Trainer:
         return metrics
 
     async def judge(self, groups: list[Group]) -> list[Group] | None:
-        """The step's groups as the rule verifier sees them: shows when a learned reward is being fooled."""
+        """The step's groups as the verifier sees them: shows when a learned reward is being fooled."""
         return None if self.evaluator is None else (await self.evaluator.judge([groups]))[0]
 
     async def publish(self) -> float:

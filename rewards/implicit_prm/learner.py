@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rewards.implicit_prm.config import PAIRED, Objective
 from rewards.implicit_prm.model import (
-    PAIRED,
-    Objective,
     check_equal,
     log_ratios,
     mismatched,
@@ -26,9 +25,8 @@ from rewards.implicit_prm.steps import StepStyle, split_steps, token_steps
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.data.rendering import render
-from rlkit.learner.engine import resolve_dtype
 from rlkit.models.packing import Tree, split_by_tokens
-from rlkit.models.policy import PackedCausalLM, load_causal_lm
+from rlkit.models.policy import PackedCausalLM, load_causal_lm, resolve_dtype
 from rlkit.reward_training.engine import (
     PromptTree,
     SupervisedEngine,

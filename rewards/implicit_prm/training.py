@@ -140,8 +140,7 @@ class ImplicitPRMTraining(RewardTraining):
 
         from rewards.implicit_prm.evaluation import outcome_metrics
         from rewards.implicit_prm.learner import PrmScorer, load_reference
-        from rlkit.learner.engine import resolve_dtype
-        from rlkit.models.policy import load_causal_lm
+        from rlkit.models.policy import load_causal_lm, resolve_dtype
 
         device, trust = self.context.device, config.trust_remote_code
         learner_config = config.learner(1, device)

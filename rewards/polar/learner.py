@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rewards.polar.backends import RELEASED_ARCHITECTURE
-from rewards.polar.serialise import MARKER, SEPARATOR, Limits, Serialiser, Wrapper, shared_prefix
+from rewards.polar.serialise import MARKER, SEPARATOR, Limits, Serialiser, Wrapper
 from rewards.polar.triplets import PromptRows, Triplet, attainable_accuracy, contrasts, verdicts
 from rewards.verifiers.math import final_answer
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
-from rlkit.models.packing import Tree, pack, split_by_tokens
+from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens
 from rlkit.models.policy import ModelLoadError, PackedScorer, load_scorer, load_value_model
 from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
 

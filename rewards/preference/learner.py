@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from algorithms.functional.prm import expected_calibration_error
-from rewards.polar.serialise import shared_prefix
+from algorithms.functional.selection import expected_calibration_error
 from rewards.preference.inputs import Encoded, until_read
 from rlkit.config.schema import LearnerConfig
-from rlkit.models.packing import Tree, pack, split_by_tokens
+from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens
 from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
 from rlkit.reward_training.base import RewardTrainingConfig, TrainingContext
 from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier

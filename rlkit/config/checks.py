@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from algorithms.base import Algorithm
+from rewards.base import TrainableReward
 from rlkit.config.messages import Finding, Findings
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import Part
@@ -98,6 +100,33 @@ def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Findings:
             "the reward can: 'reward=[NAME]' 'reward.shaping=[group_normalise]' (one sample per prompt: [standardise])",
             warning=True,
         )
+
+
+def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Findings:
+    """A yardstick: it does not learn, and takes one response with what the data give."""
+    if issubclass(verifier.cls, TrainableReward) and verifier.cls.traits(verifier.config).update_when != "none":
+        yield Finding("verifier", f"{verifier.cls.__name__} learns in the run; a verifier must judge alike to its end")
+    needs, provided = verifier.cls.traits(verifier.config), data.provides()
+    if needs.samples > 1:
+        yield Finding(
+            "verifier",
+            f"{verifier.cls.__name__} compares {needs.samples} responses to a prompt; a held-out prompt has one",
+        )
+    # Without gold answers a run is not evaluated, which is a warning once the rows are read.
+    lacking = [*(["references"] if needs.references else []), *needs.columns]
+    lacking = [name for name in lacking if name not in provided]
+    if lacking:
+        yield Finding(
+            "verifier",
+            f"{verifier.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
+            f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another verifier",
+        )
+
+
+def verifier_is_usable(verifier: Part) -> Findings:
+    """What the verifier itself finds missing, in the words of a reward."""
+    for message in verifier.cls.check(verifier.config):
+        yield Finding("verifier", re.sub(r"\breward(?=[.=]\w)", "verifier", message))
 
 
 def data_is_usable(data: DataSource) -> Findings:
@@ -367,6 +396,8 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
+    verifier_judges_held_out_answers,
+    verifier_is_usable,
     process_rewards_come_from_somewhere,
     raw_scores_are_normalised,
     reward_can_compare,

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from reward_samples import make_group
 
-from algorithms.functional.prm import expected_calibration_error
+from algorithms.functional.selection import expected_calibration_error
 from rewards.base import RewardContext
 from rewards.preference.learner import EncodedPair, measures, pair_losses, together
 from rewards.preference.reward import PreferenceReward

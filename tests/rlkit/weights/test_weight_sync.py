@@ -71,6 +71,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WeightSync]:
         algorithm={},
         reward={},
         data={},
+        verifier={},
     )
     algorithm = GRPO(GRPO.Config(samples_per_prompt=4))
     with pytest.MonkeyPatch.context() as patch:
