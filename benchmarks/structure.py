@@ -3,8 +3,8 @@
     python benchmarks/structure.py              # this checkout
     python benchmarks/structure.py ../older     # another one, for before and after
 
-Counts `rlkit`, `rewards` and `algorithms` (examples and tests are left out). An import counts wherever it is written: at
-the top, inside a function, under TYPE_CHECKING. A package is a folder or file directly under one of the three roots. The
+Counts `rlkit`, `rewards` and `algorithms` without tests and examples. An import counts wherever it is written: at the
+top, inside a function, under TYPE_CHECKING. A package is a folder or file directly under one of the three roots. The
 core path is the reading list of README.md: the files that one training step goes through. Prints one JSON line.
 """
 

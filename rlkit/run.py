@@ -287,7 +287,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
         loaded[split] = prompts
     if not loaded["train"]:
         raise DataError("the data source has no usable training problem")
-    answer_needed = resolved.verifier_class.needs(resolved.verifier_config).answer
+    answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
     heldout = [prompt for prompt in loaded["heldout"] if not answer_needed or prompt.answer is not None]
     if not heldout:
         tracker.warn("no held-out problem with a gold answer: this run is not evaluated")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlkit.cluster.processes import free_port
 from rlkit.models.folder import EMBEDDED
 
 USAGE_ERROR = 2
@@ -99,7 +99,7 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
     scale, stage = SCALES[scale_name], _Stages(work)
     torch.set_num_threads(stages.THREADS)
     if not torch.distributed.is_initialized():
-        init_process_group(0, 1, "127.0.0.1", _free_port(), "cpu")
+        init_process_group(0, 1, "127.0.0.1", free_port(), "cpu")
     train, heldout = draw_problems(scale.data, "train"), draw_problems(scale.data, "heldout")
     judged, asked, labelled = (
         heldout[: scale.judged_problems],
@@ -143,12 +143,6 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
     return report
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rlkit.experience import Group, GroupScores, Prompt, Score
 
 if TYPE_CHECKING:
@@ -83,15 +83,10 @@ class CodeReward(Reward):
             return self
 
     @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: programs run in sandboxes."""
-        return False
-
-    @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """The columns with tests."""
+    def traits(cls, config: Any) -> RewardTraits:
+        """The columns with tests; programs run in sandboxes."""
         columns = (config.tests_column, config.setup_column, config.entry_point_column)
-        return RewardNeeds(columns=tuple(column for column in columns if column is not None))
+        return RewardTraits(columns=tuple(column for column in columns if column is not None), uses_gpu=False)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from rewards.base import Reward, RewardConfig
+from rewards.base import Reward, RewardConfig, RewardTraits
 from rewards.combined.scores import PESSIMISTIC, Combine
 from rewards.shaping.parse import Shaping
 from rewards.shaping.steps import Step
@@ -140,6 +140,11 @@ class Part:
     def shaping(self) -> tuple[Step, ...]:
         """Steps between its scores and the combination."""
         return self.options.shaping if isinstance(self.options, PartOptions) else ()
+
+    @property
+    def traits(self) -> RewardTraits:
+        """What its reward needs and how it behaves."""
+        return self.kind.traits(self.config)
 
     def section(self) -> dict[str, Any]:
         """Its section with every value filled in, as plain values."""

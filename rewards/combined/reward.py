@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from rewards.base import HelpSection, Reward, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
+from rewards.base import HelpSection, Reward, RewardContext, RewardTraits, TrainableReward, UpdateWhen
 from rewards.combined.config import CombinedConfig, Part, PartOptions, read_parts, typed_model
 from rewards.combined.scores import ENSEMBLES, WEIGHTED, Opinion, Rule, combined_group, part_scores, with_process_of
 from rewards.shaping.chain import Chain, ReferenceRewards
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def moments(parts: Sequence[Part]) -> dict[str, UpdateWhen]:
     """The parts that learn, and when."""
     found: dict[str, UpdateWhen] = {
-        part.name: part.kind.update_when(part.config) for part in parts if issubclass(part.kind, TrainableReward)
+        part.name: part.traits.update_when for part in parts if issubclass(part.kind, TrainableReward)
     }
     return {name: when for name, when in found.items() if when != "none"}
 
@@ -53,7 +53,7 @@ def misfits(config: CombinedConfig, parts: Sequence[Part]) -> Iterator[str]:
         yield from _unfit_steps(f"{key}.shaping", part.shaping, [part])
     yield from _unfit_steps("reward.shaping", config.shaping, parts)
     yield from _unfit_times(config, parts)
-    given = [part.name for part in parts if part.kind.gives_process_rewards(part.config)]
+    given = [part.name for part in parts if part.traits.process_rewards]
     if len(given) > 1 and combine not in WEIGHTED:
         yield (
             f"reward.combine={combine}: {' and '.join(given)} give process rewards, which can only be summed; use sum, "
@@ -66,12 +66,12 @@ def misfits(config: CombinedConfig, parts: Sequence[Part]) -> Iterator[str]:
 
 
 def _unfit_steps(key: str, steps: Sequence[Step], parts: Sequence[Part]) -> Iterator[str]:
-    process = [part for part in parts if part.kind.gives_process_rewards(part.config)]
+    process = [part for part in parts if part.traits.process_rewards]
     learning = moments(parts)
     for step in steps:
         if isinstance(step, ProcessStep) and not process:
             yield f"{key}: {step.name} shapes process rewards, and {' and '.join(p.name for p in parts)} gives none"
-        blind = [part for part in parts if not part.kind.judges_texts(part.config)]
+        blind = [part for part in parts if not part.traits.judges_texts]
         if isinstance(step, ReferenceStep) and step.reference_responses and (process or learning or blind):
             names = dict.fromkeys([*(part.name for part in (*process, *blind)), *learning])
             yield (
@@ -134,47 +134,31 @@ class CombinedReward(TrainableReward):
         return typed_model(section, cls.Config)
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """What any part needs, routes by, or compares with."""
+    def traits(cls, config: Any) -> RewardTraits:
+        """What its parts need and do, and what it routes by or compares with.
+
+        Running statistics count a step before its advantages are computed.
+        """
         parts = read_parts(config)
-        each = [part.kind.needs(part.config) for part in parts]
-        wanted = {name for needs in each for name in needs.columns}
-        wanted = wanted.union(*(part.options.when.columns() for part in parts))
+        traits = [part.traits for part in parts]
         steps = [*config.shaping, *(step for part in parts for step in part.shaping)]
-        wanted |= _reference_columns(steps)
-        own = {"references", "answer"}
-        return RewardNeeds(
-            references=any(needs.references for needs in each) or "references" in wanted,
-            answer=any(needs.answer for needs in each) or "answer" in wanted,
-            columns=tuple(sorted(wanted - own)),
-            samples=max([2 if isinstance(step, GroupNormalise) else 1 for step in steps] + [n.samples for n in each]),
+        columns = {name for own in traits for name in own.columns}
+        columns = columns.union(*(part.options.when.columns() for part in parts), _reference_columns(steps))
+        learning = set(moments(parts).values())
+        if any(isinstance(step, RunningStep) for step in steps):
+            learning.add("before")
+        return RewardTraits(
+            references=any(own.references for own in traits) or "references" in columns,
+            answer=any(own.answer for own in traits) or "answer" in columns,
+            columns=tuple(sorted(columns - {"references", "answer"})),
+            samples=max([own.samples for own in traits] + [2 for step in steps if isinstance(step, GroupNormalise)]),
+            judges_texts=all(own.judges_texts for own in traits),
+            process_rewards=any(own.process_rewards for own in traits),
+            uses_gpu=any(own.uses_gpu for own in traits),
+            raw_scores=_gives_raw_scores(config, parts),
+            update_when="before" if "before" in learning else "after" if learning else "none",
+            follows_policy=any(_follows(part) for part in parts),
         )
-
-    @classmethod
-    def judges_texts(cls, config: Any) -> bool:
-        """Whether all of its parts do."""
-        return all(part.kind.judges_texts(part.config) for part in read_parts(config))
-
-    @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """If a part does."""
-        return any(part.kind.uses_gpu(part.config) for part in read_parts(config))
-
-    @classmethod
-    def gives_raw_scores(cls, config: Any) -> bool:
-        """If a part that counts does, and no step puts its values, or the combined ones, on a common scale."""
-        if config.combine == "logical_and" or any(step.sets_scale for step in config.shaping):
-            return False
-        return any(
-            part.kind.gives_raw_scores(part.config) and not any(step.sets_scale for step in part.shaping)
-            for part in read_parts(config)
-            if part.options.weight
-        )
-
-    @classmethod
-    def gives_process_rewards(cls, config: Any) -> bool:
-        """If a part does."""
-        return any(part.kind.gives_process_rewards(part.config) for part in read_parts(config))
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -194,16 +178,6 @@ class CombinedReward(TrainableReward):
                 HelpSection(f"shaping step {{kind:{name}}}", (step.__doc__ or "").partition("\n")[0], fields)
             )
         return sections
-
-    @classmethod
-    def update_when(cls, config: Any) -> UpdateWhen:
-        """When its parts learn. Running statistics count a step before its advantages are computed."""
-        parts = read_parts(config)
-        found = set(moments(parts).values())
-        steps = [*config.shaping, *(step for part in parts for step in part.shaping)]
-        if "before" in found or any(isinstance(step, RunningStep) for step in steps):
-            return "before"
-        return "after" if found else "none"
 
     def start(self) -> None:
         """Start every part. Raises PartFailedError with the name of the first that cannot start."""
@@ -303,17 +277,10 @@ class CombinedReward(TrainableReward):
             made = self._combined(groups, asked)
             return [with_process_of(new, old) for new, old in zip(made, earlier, strict=True)]
         learnt = [part for part in self._parts if part.name in before]
-        silent = [
-            part for part in self._parts if part.name not in before and part.kind.gives_process_rewards(part.config)
-        ]
+        silent = [part for part in self._parts if part.name not in before and part.traits.process_rewards]
         asked |= self._ask(learnt, groups, rescore=True) | self._ask(silent, groups)
         made = self._combined(groups, asked)
         return [_invalid_stays(new, old) for new, old in zip(made, earlier, strict=True)]
-
-    @classmethod
-    def follows_policy(cls, config: Any) -> bool:
-        """If a part does."""
-        return any(_follows(part) for part in read_parts(config))
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Hand them to the parts that follow the policy."""
@@ -395,7 +362,15 @@ class CombinedReward(TrainableReward):
 
 
 def _follows(part: Part) -> bool:
-    return issubclass(part.kind, TrainableReward) and part.kind.follows_policy(part.config)
+    return issubclass(part.kind, TrainableReward) and part.traits.follows_policy
+
+
+def _gives_raw_scores(config: CombinedConfig, parts: Sequence[Part]) -> bool:
+    """If a part that counts does, and no step puts its values, or the combined ones, on a common scale."""
+    if config.combine == "logical_and" or any(step.sets_scale for step in config.shaping):
+        return False
+    counted = (part for part in parts if part.options.weight and part.traits.raw_scores)
+    return any(not any(step.sets_scale for step in part.shaping) for part in counted)
 
 
 def _reference_columns(steps: Sequence[Step]) -> set[str]:

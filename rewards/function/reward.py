@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rlkit.experience import Group, GroupScores, Prompt, Sample, Score
 
 if TYPE_CHECKING:
@@ -57,15 +57,15 @@ class FunctionReward(Reward):
         return []
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """What its arguments without a default name; nothing if it cannot be imported (`check` says so)."""
         from rewards.function.load import FunctionError, load_function
 
         try:
             function = load_function(config.function)
         except FunctionError:
-            return RewardNeeds()
-        return RewardNeeds(
+            return RewardTraits()
+        return RewardTraits(
             references="references" in function.required,
             answer="answer" in function.required,
             columns=function.columns,

@@ -10,7 +10,6 @@ The two language models of an implicit PRM: log-ratios per token, and training o
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,10 +31,11 @@ from algorithms.functional.prm import (
     sign_accuracy,
 )
 from rewards.base import RewardContext
-from rlkit.checkpoint.checkpointer import from_json, to_json
+from rlkit.cluster.processes import free_port
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
 from rlkit.experience import Group
+from rlkit.experience.records import from_json, to_json
 from rlkit.learner.batches import per_token
 from rlkit.learner.engine import (
     build_engine,
@@ -209,10 +209,7 @@ class ImplicitModel:
         self._resident = True
         self.path = path = model_folder(config.model_path)
         reference_path = path if config.reference_path is None else model_folder(config.reference_path)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = int(s.getsockname()[1])
-        init_process_group(0, 1, "127.0.0.1", port, self.device)
+        init_process_group(0, 1, "127.0.0.1", free_port(), self.device)
         learner = LearnerConfig(
             learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm,

@@ -8,13 +8,14 @@ score's value; the process rewards are its token rewards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward, UpdateWhen
 from rewards.parts import load_part
 from rlkit.experience import Group, GroupScores, Score
 
@@ -79,20 +80,23 @@ class ImplicitPRM(TrainableReward):
         self._model: ImplicitModel | None = None
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """What its outcome reward needs."""
+    def traits(cls, config: Any) -> RewardTraits:
+        """Needs what its outcome reward does; gives a reward per token."""
+        own = RewardTraits(process_rewards=True, update_when=config.update, follows_policy=config.reference == "policy")
         if config.outcome is None:
-            return RewardNeeds()
+            return own
         try:
             kind, options = load_part(config.outcome)
         except ValueError:  # `check` says what is wrong with it
-            return RewardNeeds()
-        return kind.needs(options)
-
-    @classmethod
-    def gives_process_rewards(cls, config: Any) -> bool:
-        """Always: one per token."""
-        return True
+            return own
+        outcome = kind.traits(options)
+        return replace(
+            own,
+            references=outcome.references,
+            answer=outcome.answer,
+            columns=outcome.columns,
+            samples=outcome.samples,
+        )
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -121,12 +125,6 @@ class ImplicitPRM(TrainableReward):
         else:
             messages += [f"reward.outcome: {message}" for message in kind.check(options)]
         return messages
-
-    @classmethod
-    def update_when(cls, config: Any) -> UpdateWhen:
-        """As configured."""
-        when: UpdateWhen = config.update
-        return when
 
     def start(self) -> None:
         """Load both models, compare them (equal weights must give log-ratios of zero), start the outcome reward."""
@@ -169,12 +167,6 @@ class ImplicitPRM(TrainableReward):
         metrics = self.model.update(groups)
         self.version += 1
         return metrics
-
-    @classmethod
-    def follows_policy(cls, config: Any) -> bool:
-        """Where the policy is the reference."""
-        follows: bool = config.reference == "policy"
-        return follows
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace pi_ref."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.judge.master_keys import trivial
 from rewards.judge.prompts import PRINCIPLE, Against, AnswerFormat, Findings, Judged, Material, Mode, Rules, judge_texts
 from rlkit.experience import Group, GroupScores, PreferencePair, Score
@@ -147,22 +147,18 @@ class JudgeReward(Reward):
         self._close_judge: Any = None
 
     @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: the judge is a server."""
-        return False
-
-    @classmethod
-    def judges_texts(cls, config: Any) -> bool:
-        """Only where a response is not compared with the others of its group."""
-        return bool(config.mode == "pointwise" or (config.mode == "pairwise" and config.against == "reference"))
-
-    @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """A reference where one is required; the column with principles."""
+    def traits(cls, config: Any) -> RewardTraits:
+        """A reference where one is required; the column with principles. The judge is a server."""
         required = config.reference == "required" or (config.mode == "pairwise" and config.against == "reference")
         columns = () if config.principle_column is None else (config.principle_column,)
         compared = config.mode == "pairwise" and config.against == "group"
-        return RewardNeeds(references=required, columns=columns, samples=2 if compared else 1)
+        return RewardTraits(
+            references=required,
+            columns=columns,
+            samples=2 if compared else 1,
+            judges_texts=config.mode == "pointwise" or (config.mode == "pairwise" and config.against == "reference"),
+            uses_gpu=False,
+        )
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -232,7 +228,7 @@ class JudgeReward(Reward):
                 return f"no_principle: {config.principle_column} holds a {type(own).__name__}, not a text"
             principle = own or principle
         reference = prompt.references[0] if prompt.references else prompt.answer
-        if self.needs(config).references and not prompt.references:
+        if self.traits(config).references and not prompt.references:
             return "no_reference: the prompt has no reference answer"
         return Material(principle, prompt.messages, None if config.reference == "never" else reference)
 

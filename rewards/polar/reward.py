@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.polar.serialise import RESERVED_TOKENS, Limits, Reduce, Serialiser, UnclosedThinking, Wrapper, plan_group
 from rlkit.experience import Group, GroupScores
 
@@ -136,19 +136,9 @@ class PolarReward(Reward):
     Config: ClassVar[type[RewardConfig]] = PolarConfig
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """What a response is compared with."""
-        return RewardNeeds(references=True)
-
-    @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """Unless a server has the model."""
-        return config.backend not in SERVERS
-
-    @classmethod
-    def gives_raw_scores(cls, config: Any) -> bool:
-        """Logits: about -12 to +1 for the released model."""
-        return True
+    def traits(cls, config: Any) -> RewardTraits:
+        """Compares with references; values are logits, about -12 to +1 for the released model."""
+        return RewardTraits(references=True, uses_gpu=config.backend not in SERVERS, raw_scores=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)

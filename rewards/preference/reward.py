@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rewards.base import Reward, RewardConfig, RewardContext
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.preference.inputs import ClassifierError, Encoded, Encoder, Layout, Unreadable, check_classifier, positions
 from rlkit.experience import Group, GroupScores, Message, Score
 
@@ -47,9 +47,9 @@ class PreferenceReward(Reward):
         """Tokens of one forward pass, shared prefixes counted for each sequence that has them."""
 
     @classmethod
-    def gives_raw_scores(cls, config: Any) -> bool:
-        """Log-odds."""
-        return True
+    def traits(cls, config: Any) -> RewardTraits:
+        """Values are log-odds."""
+        return RewardTraits(raw_scores=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.remote.handshake import HandshakeError, describe, describe_once, token_from, url_problem
 from rlkit.experience import Group, GroupScores
 
@@ -62,11 +63,6 @@ class RemoteReward(Reward):
         self._runner: asyncio.Runner | None = None
 
     @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: the reward is where its server is."""
-        return False
-
-    @classmethod
     def check(cls, config: Any) -> list[str]:
         """The server answers, speaks this version, and its reward works."""
         problem = url_problem(config.url)
@@ -79,25 +75,23 @@ class RemoteReward(Reward):
         return []
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """What the served reward needs; nothing if it cannot be asked (`check` says so)."""
-        health = cls._asked(config)
-        if health is None:
-            return RewardNeeds()
-        return RewardNeeds(health.needs.references, health.needs.answer, tuple(health.needs.columns))
-
-    @classmethod
-    def gives_process_rewards(cls, config: Any) -> bool:
-        """Whether the served reward gives them."""
-        health = cls._asked(config)
-        return health is not None and health.gives_process_rewards
-
-    @classmethod
-    def _asked(cls, config: Any) -> Health | None:
+    def traits(cls, config: Any) -> RewardTraits:
+        """What the served reward says; the GPU is its server's. Needs nothing if it cannot be asked."""
+        elsewhere = RewardTraits(uses_gpu=False)
+        if url_problem(config.url):
+            return elsewhere
         try:
-            return None if url_problem(config.url) else describe_once(config.url, token_from(config.token_env))
+            health = describe_once(config.url, token_from(config.token_env))
         except HandshakeError:
-            return None  # `check` reports it
+            return elsewhere  # `check` reports it
+        needs = health.needs
+        return replace(
+            elsewhere,
+            references=needs.references,
+            answer=needs.answer,
+            columns=tuple(needs.columns),
+            process_rewards=health.gives_process_rewards,
+        )
 
     def start(self) -> None:
         """Meet the server. Raises HandshakeError if it is not there within the deadline of a call."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rewards.base import Reward, RewardContext, RewardNeeds
+from rewards.base import Reward, RewardContext, RewardTraits
 from rewards.verifiers.pool import Failed, Processes, TextRuleConfig, prepare, verify_pairs
 from rlkit.experience import Group, GroupScores, Score, UserError
 
@@ -316,14 +316,9 @@ class RuleReward(Reward):
         """Verdicts remembered, the least recently used dropped first."""
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """The gold answer."""
-        return RewardNeeds(answer=True)
-
-    @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: the verifier is a program."""
-        return False
+        return RewardTraits(answer=True, uses_gpu=False)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)

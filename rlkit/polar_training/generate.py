@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rlkit.cluster import processes
 from rlkit.config.schema import Section
 from rlkit.data.base import DataError
 from rlkit.polar_training.rows import Asked
@@ -153,12 +153,10 @@ def run_policy(name: str, order: SamplingOrder, work: Path, threads: int, stall_
     output.write_text("")
     environment = {**os.environ, **engine_environment(order.device, threads)}
     command = [sys.executable, "-m", "rlkit.polar_training.sample_policy", str(spec)]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+    process = processes.start(command, log, environment)
     try:
         size, since = 0, time.monotonic()
-        while process.poll() is None:
-            time.sleep(POLL_SECONDS)
+        while not processes.wait(process, POLL_SECONDS):
             if output.stat().st_size != size:
                 size, since = output.stat().st_size, time.monotonic()
             elif time.monotonic() - since > stall_seconds:
@@ -167,9 +165,7 @@ def run_policy(name: str, order: SamplingOrder, work: Path, threads: int, stall_
                     f"(reward.generation.stall_seconds); its log is {log}"
                 )
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+        processes.end([process])
     if process.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
         raise SamplingFailed(f"policy {name} could not be sampled (exit code {process.returncode}):\n{last}\n({log})")

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from rlkit.cluster.processes import die_with_parent
 from rlkit.config.schema import RolloutConfig
 from rlkit.data.rendering import load_tokenizer
 from rlkit.models.folder import model_folder
@@ -14,6 +15,7 @@ from rlkit.polar_training.generate import SamplingOrder
 
 def main() -> int:
     """Write a line per finished response to the order's output."""
+    die_with_parent()
     order = SamplingOrder(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     sample(order)
     return 0

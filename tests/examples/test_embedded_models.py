@@ -218,11 +218,11 @@ def test_shipped_discriminator_knows_right_from_wrong(process_group: None, tmp_p
 def process_group() -> None:
     import torch.distributed as dist
 
-    from examples.embedded_models.remake import _free_port
+    from rlkit.cluster.processes import free_port
     from rlkit.learner.engine import init_process_group
 
     if not dist.is_initialized():
-        init_process_group(0, 1, "127.0.0.1", _free_port(), "cpu")
+        init_process_group(0, 1, "127.0.0.1", free_port(), "cpu")
 
 
 def test_untrained_discriminator_starts_at_ln_2_and_learns_from_pairs(

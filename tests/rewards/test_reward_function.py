@@ -50,7 +50,7 @@ def test_chat_gives_messages() -> None:
 
 def test_columns_by_name() -> None:
     made = reward("equals_solution")
-    assert made.needs(made.config).columns == ("solution",)
+    assert made.traits(made.config).columns == ("solution",)
     right = with_columns(make_group("a", ["x", "y"]), solution="x", other=3)
     lacking = make_group("b", ["x"])
     assert values(made, right, lacking)[:2] == [1.0, 0.0]
@@ -60,8 +60,8 @@ def test_columns_by_name() -> None:
 
 def test_token_ids_and_answers() -> None:
     made = reward("length_of_ids")
-    assert made.needs(made.config).answer
-    assert not made.needs(made.config).references
+    assert made.traits(made.config).answer
+    assert not made.traits(made.config).references
     assert values(made, make_group("a", ["one two", "one"])) == [2.0, 1.0]
     assert str(values(made, make_group("a", ["x"], answer=None))[0]).startswith("no_column: ")
 

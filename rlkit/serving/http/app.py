@@ -151,15 +151,15 @@ class RewardServer:
     def health(self) -> Health:
         """Down: no process could be started. (The next request tries again.)"""
         cls, config = self.resolved.reward_class, self.resolved.reward_config
-        needs = cls.needs(config)
+        traits = cls.traits(config)
         return Health(
             status="ok" if any(worker.usable for worker in self.queue.workers) else "down",
             schema_version=SCHEMA_VERSION,
             rlkit_version=rlkit.__version__,
             reward=self.resolved.reward["_target_"],
             model_version=self.model_version,
-            needs=Needs(references=needs.references, answer=needs.answer, columns=list(needs.columns)),
-            gives_process_rewards=cls.gives_process_rewards(config),
+            needs=Needs(references=traits.references, answer=traits.answer, columns=list(traits.columns)),
+            gives_process_rewards=traits.process_rewards,
             trainable=self.resolved.learns,
             max_request_samples=self.resolved.serve.max_batch_samples,
             max_body_bytes=self.max_body_bytes,

@@ -75,7 +75,7 @@ class ResolvedServe:
     def learns(self) -> bool:
         """Whether the reward would learn in a run of its own; served, it stays as it is."""
         cls = self.reward_class
-        return issubclass(cls, TrainableReward) and cls.update_when(self.reward_config) != "none"
+        return issubclass(cls, TrainableReward) and cls.traits(self.reward_config).update_when != "none"
 
 
 class _ServeRun(Section):

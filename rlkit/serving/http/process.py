@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import multiprocessing
 import os
-import signal
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ import numpy as np
 
 import rlkit
 from rewards.base import RewardContext
+from rlkit.cluster import processes
 from rlkit.config.parts import import_part
 from rlkit.experience import Group, Message, Prompt, Sample
 from rlkit.experience.scores import RewardFailed, ScoreReport
@@ -40,14 +39,14 @@ EDGE_BYTES = 2**20
 def first_group(target: str, options: Mapping[str, Any]) -> Group:
     """A group with whatever the reward says it needs: a right and a wrong answer to 6 times 7."""
     kind = import_part("reward", target)
-    needs = kind.needs(kind.Config(**options))
+    columns = kind.traits(kind.Config(**options)).columns
     prompt = Prompt(
         id="self-test",
         messages=(Message("user", "What is 6 times 7?"),),
         token_ids=(1, 2, 3),
         references=("6 * 7 = 42\n#### 42",),
         answer="42",
-        columns=dict.fromkeys(needs.columns, ""),
+        columns=dict.fromkeys(columns, ""),
     )
     return Group("self-test", prompt, tuple(_sample(i, text) for i, text in enumerate(("#### 42", "#### 41"))))
 
@@ -101,8 +100,6 @@ def _sample(index: int, text: str) -> Sample:
     return Sample(index, np.arange(tokens, dtype=np.int32), np.full(tokens, -0.1, np.float32), text, "stop", (0, 0), 0)
 
 
-KILL_SECONDS = 10.0
-"""A killed process is gone by then, or the kernel holds it."""
 CLOSE_SECONDS = 5.0
 """How long a reward may take to free what it holds."""
 
@@ -169,11 +166,9 @@ class RewardProcess:
 
     def _spawn(self) -> None:
         """Start the bare process. Raises OSError; nothing is held then."""
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_host, args=(theirs, *self._arguments), name="rlkit-reward")
+        ours, theirs = multiprocessing.Pipe()
         try:
-            process.start()
+            process = processes.spawn(_host, theirs, *self._arguments, name="rlkit-reward")
         except BaseException:
             ours.close()
             raise
@@ -219,10 +214,7 @@ class RewardProcess:
         """End the process with everything it started."""
         if self._process is None:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # it leads a group of its own
-        self._process.kill()
-        self._process.join(KILL_SECONDS)
+        processes.end([self._process])
         self._process = None
 
     async def _exchange(self, message: Any, seconds: float) -> Any:
@@ -260,8 +252,6 @@ class RewardProcess:
 
 def _host(connection: Connection, target: str, options: Mapping[str, Any], context: RewardContext) -> None:
     """The process: load the reward, judge a first group, then whatever comes."""
-    os.setsid()  # Ctrl-C is for the server, which ends this process in order
-    _end_with_parent()
     os.environ.update(
         OMP_NUM_THREADS=str(context.threads),
         OMP_WAIT_POLICY="PASSIVE",
@@ -296,18 +286,3 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
             return
         scored, report = worker.score(message)
         connection.send((scored, report))
-
-
-def _end_with_parent() -> None:
-    """Let the kernel end this process when the server ends, even if that was killed and this one hangs in C code.
-
-    The server's end of this process's sentinel pipe closes with it; O_ASYNC turns that into SIGIO, whose default is
-    to end the process.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
-    if not parent.is_alive():
-        os._exit(1)

@@ -262,6 +262,6 @@ def test_needs_are_those_of_all_parts_and_routes() -> None:
         "b": {**WORD, "shaping": [{"kind": "par", "reference_rewards": "base_rewards"}]},
         "c": {"_target_": "rewards.polar.reward.PolarReward"},
     }
-    needs = CombinedReward.needs(CombinedReward.Config(parts=parts))
-    assert (needs.answer, needs.references) == (True, True)
-    assert needs.columns == ("base_rewards", "rubric", "source")
+    traits = CombinedReward.traits(CombinedReward.Config(parts=parts))
+    assert (traits.answer, traits.references) == (True, True)
+    assert traits.columns == ("base_rewards", "rubric", "source")

@@ -146,8 +146,8 @@ def test_a_run_learns_from_the_server_what_its_reward_needs(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match="RemoteReward needs weight with every prompt"):
             load_config(arguments)
         config = RemoteReward.Config(url=server.url)
-        assert RemoteReward.gives_process_rewards(config)
-        assert RemoteReward.needs(config).references
+        assert RemoteReward.traits(config).process_rewards
+        assert RemoteReward.traits(config).references
         for send in (False, True):
             reward = client(server.url, send_logprobs=send)
             group = make_group("g", ["one two", "x", "one two three"])

@@ -19,14 +19,14 @@ Problems = Callable[..., list[str]]
 PARTS = '''
 from pydantic import Field
 from algorithms.base import Algorithm, AlgorithmConfig, AlgorithmNeeds
-from rewards.base import Reward, RewardConfig, RewardNeeds
+from rewards.base import Reward, RewardConfig, RewardTraits
 from rlkit.data.base import DataConfig, DataSource
 
 class MyReward(Reward):
     """A user's reward."""
     @classmethod
-    def needs(cls, config):
-        return RewardNeeds(references=True, columns=("rubric",))
+    def traits(cls, config):
+        return RewardTraits(references=True, columns=("rubric",))
     class Config(RewardConfig):
         threshold: float = Field(default=0.5, ge=0, le=1)
         mode: str = "plain"
@@ -56,8 +56,8 @@ class HalfReward(Reward):
 
 class FussyReward(MyReward):
     @classmethod
-    def needs(cls, config):
-        return RewardNeeds()
+    def traits(cls, config):
+        return RewardTraits()
     @classmethod
     def check(cls, config):
         return [f"mode={config.mode}: no such folder"]
