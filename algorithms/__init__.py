@@ -1,4 +1,4 @@
-"""Algorithms: each a small module that says which advantage, which loss and what it needs.
+"""Algorithms: one paper, one file that says its advantages, its loss and what it needs.
 
-The mathematics is in `advantages.py` (numpy, ragged) and `losses.py` (torch, flat rows of response tokens).
+`base.py` is the contract, `surrogate.py` the policy loss with its options, `functional/` the mathematics.
 """

@@ -28,6 +28,13 @@ class AlgorithmConfig(BaseModel):
     samples_per_prompt: int = Field(default=8, ge=1)
     """Responses sampled for each prompt (the group size)."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """A field that a subclass only gives another default keeps its description."""
+        for name, info in cls.model_fields.items():
+            inherited = (base.model_fields.get(name) for base in cls.__mro__[1:] if issubclass(base, AlgorithmConfig))
+            info.description = info.description or next((f.description for f in inherited if f is not None), None)
+
 
 @dataclass(frozen=True)
 class AlgorithmNeeds:

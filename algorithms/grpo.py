@@ -7,14 +7,12 @@ KL penalty to the reference policy (k3, in the loss; eq. 3 and 4). Dr. GRPO, DAP
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from pydantic import Field
 
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
-from algorithms.functional.advantages import group_relative
-from algorithms.functional.returns import spread
-from algorithms.outcomes import outcomes, token_advantages
+from algorithms.functional.advantages import Outcomes, group_relative, spread, token_advantages
+from algorithms.functional.losses import Aggregation
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 
 
@@ -28,10 +26,7 @@ class GRPO(SurrogateAlgorithm):
         """Weight of the KL penalty to the reference policy (the paper's section 4.2); 0 loads none."""
         normalize_by_std: bool = True
         """Divide advantages by the group's standard deviation (False: Dr. GRPO)."""
-        aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"] = (
-            "sequence_mean_token_mean"
-        )
-        """How token losses become one number; constant_length divides by samples x `constant_length` (Dr. GRPO)."""
+        aggregation: Aggregation = "sequence_mean_token_mean"
 
     def needs(self) -> AlgorithmNeeds:
         """A group baseline needs two samples."""
@@ -43,9 +38,9 @@ class GRPO(SurrogateAlgorithm):
 
     def credit(self, experience: Experience) -> Advantages:
         """Group-relative outcome rewards, spread over each sample's tokens."""
-        found = outcomes(experience)
-        rewards, metrics = self.sample_rewards(experience, found)
+        outcomes = Outcomes.of(experience)
+        rewards, metrics = self.sample_rewards(experience, outcomes)
         relative, keep = group_relative(
-            rewards, found.valid, found.group, normalize_by_std=self.config.normalize_by_std
+            rewards, outcomes.valid, outcomes.group, normalize_by_std=self.config.normalize_by_std
         )
-        return token_advantages(spread(relative, found.masks), keep, found.masks, metrics)
+        return token_advantages(spread(relative, outcomes.masks), keep, outcomes.masks, metrics)

@@ -1,6 +1,6 @@
 """PPO with a critic (arXiv 1707.06347; for language models arXiv 2203.02155).
 
-Rewards stand on tokens: the outcome on the last trained one, process rewards where a reward gives them, and, with
+Rewards are of tokens: the outcome on the last trained one, process rewards where a reward gives them, and, with
 `kl_in=reward`, minus the KL of every token. Advantages: GAE on the critic's values, whitened over the batch. Loss: the
 clipped surrogate; the critic regresses on the returns with clipped values.
 """
@@ -8,17 +8,20 @@ clipped surrogate; the critic regresses on the returns with clipped values.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
 from algorithms.base import Advantages, AlgorithmNeeds, Experience, LossOutput, ValueLossInputs
 from algorithms.functional import kl
+from algorithms.functional.advantages import Outcomes, Ragged, token_advantages
+from algorithms.functional.kl import Estimator
+from algorithms.functional.losses import clipped_value_loss
 from algorithms.functional.prime import token_rewards
-from algorithms.functional.returns import Ragged, explained_variance, float64, gae, whiten
-from algorithms.outcomes import Outcomes, outcomes, token_advantages
-from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
+from algorithms.functional.returns import explained_variance, float64, gae, whiten
+from algorithms.functional.step_credit import on_step_ends
+from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,11 +44,10 @@ class PPO(SurrogateAlgorithm):
         value_clip: float | None = Field(default=0.2, gt=0)
         """A value that moved further in this update gets no gradient; null: no clipping."""
         process_coefficient: float = Field(default=1.0, ge=0)
-        """Weight of token process rewards, where the reward gives them."""
-        kl_in: Literal["loss", "reward"] = "reward"
+        """Weight of process rewards, where the reward gives them; a span's stands on its last trained token."""
+        kl_in: KLPlace = "reward"
         """Where the penalty is; in the reward (arXiv 2203.02155 eq. 2) the critic sees it."""
-        kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-        """Of the KL per token."""
+        kl_estimator: Estimator = "k1"
 
     def needs(self) -> AlgorithmNeeds:
         """A critic, and what a KL penalty needs."""
@@ -59,40 +61,40 @@ class PPO(SurrogateAlgorithm):
         """GAE over token rewards; returns are the critic's targets."""
         if experience.values is None:
             raise ValueError("PPO needs the critic's values in the Experience (needs().critic)")
-        found = outcomes(experience)
-        rewards, metrics = self._token_rewards(experience, found)
+        outcomes = Outcomes.of(experience)
+        rewards, metrics = self._token_rewards(experience, outcomes)
         values = float64(experience.values)
-        credit = gae(rewards, values, found.masks, gamma=self.config.gamma, lam=self.config.gae_lambda)
+        credit = gae(rewards, values, outcomes.masks, gamma=self.config.gamma, lam=self.config.gae_lambda)
         tokens = credit.advantages
         if self.config.whiten_advantages:
-            tokens = whiten(tokens, found.masks, found.valid).tokens
-        made = token_advantages(tokens, found.valid, found.masks, metrics)
+            tokens = whiten(tokens, outcomes.masks, outcomes.valid).tokens
+        advantages = token_advantages(tokens, outcomes.valid, outcomes.masks, metrics)
         return replace(
-            made,
+            advantages,
             returns=[row.astype(np.float32) for row in credit.returns],
-            metrics={**made.metrics, **_value_metrics(values, credit.returns, found)},
+            metrics={**advantages.metrics, **_value_metrics(values, credit.returns, outcomes)},
         )
 
-    def _token_rewards(self, experience: Experience, found: Outcomes) -> tuple[Ragged, dict[str, float]]:
-        outcome, metrics = self.shaped(found)
+    def _token_rewards(self, experience: Experience, outcomes: Outcomes) -> tuple[Ragged, dict[str, float]]:
+        outcome, metrics = self.outcome_rewards(outcomes)
+        scores = [score for group in experience.groups for _, score in group.scored()]
+        spans = on_step_ends(
+            [np.array([span.value for span in score.span_rewards]) for score in scores],
+            [[(span.start, span.end) for span in score.span_rewards] for score in scores],
+            outcomes.masks,
+        )
         process = [
-            np.zeros(len(mask))
-            if score.token_rewards is None
-            else self.config.process_coefficient * score.token_rewards
-            for mask, score in zip(
-                found.masks, (s for group in experience.groups for _, s in group.scored()), strict=True
-            )
+            self.config.process_coefficient * (row if score.token_rewards is None else row + score.token_rewards)
+            for row, score in zip(spans, scores, strict=True)
         ]
-        rewards: Ragged = token_rewards(process, outcome, found.masks, found.valid)
-        divergence, measured = self.kl_of_tokens(experience, found)
+        rewards: Ragged = token_rewards(process, outcome, outcomes.masks, outcomes.valid)
+        divergence, measured = self.token_kl(experience, outcomes)
         if divergence is not None:
-            rewards = kl.penalised(rewards, divergence, self.kl_coefficient)
+            rewards = kl.penalise(rewards, divergence, self.kl_coefficient)
         return rewards, {**metrics, **measured}
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutput:
         """Half the squared error with clipped values, averaged over tokens."""
-        from algorithms.functional.losses import clipped_value_loss
-
         rows, clipped = clipped_value_loss(inputs.values, inputs.old_values, inputs.returns, self.config.value_clip)
 
         def mean(values: Tensor) -> Tensor:
@@ -101,11 +103,11 @@ class PPO(SurrogateAlgorithm):
         return LossOutput(loss=mean(rows), sums={"critic/clip_share": mean(clipped)})
 
 
-def _value_metrics(values: Ragged, returns: Ragged, found: Outcomes) -> dict[str, float]:
-    kept = [(v[m], r[m]) for v, r, m, k in zip(values, returns, found.masks, found.valid, strict=True) if k]
+def _value_metrics(values: Ragged, returns: Ragged, outcomes: Outcomes) -> dict[str, float]:
+    kept = [(v[m], r[m]) for v, r, m, k in zip(values, returns, outcomes.masks, outcomes.valid, strict=True) if k]
     if not kept:
         return {}
     value, target = (float(np.concatenate(part).mean()) for part in zip(*kept, strict=True))
-    explained = explained_variance(values, returns, found.masks, found.valid)
+    explained = explained_variance(values, returns, outcomes.masks, outcomes.valid)
     metrics = {"critic/value_mean": value, "critic/return_mean": target}
     return metrics if np.isnan(explained) else {**metrics, "critic/explained_variance": explained}

@@ -15,11 +15,18 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
-from algorithms.functional.advantages import Bool, Float64
-from algorithms.functional.prime import Combined, combine, grpo, normalise, prime_rloo, reinforce
-from algorithms.functional.prm import last_token_share, length_correlation
-from algorithms.outcomes import Outcomes, outcomes, token_advantages
-from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
+from algorithms.functional.advantages import Bool, Float64, Outcomes, token_advantages
+from algorithms.functional.prime import (
+    Combined,
+    combine,
+    grpo,
+    last_token_share,
+    length_correlation,
+    normalise,
+    prime_rloo,
+    reinforce,
+)
+from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 
 class PRIME(SurrogateAlgorithm):
@@ -42,7 +49,7 @@ class PRIME(SurrogateAlgorithm):
         """Weight of the outcome half; after whitening only the ratio of the two acts."""
         process_gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per token of the process half."""
-        kl_in: Literal["loss", "reward"] = "loss"
+        kl_in: KLPlace = "loss"
         """Only the loss: a KL penalty in the reward does not reach PRIME's returns."""
 
         @model_validator(mode="after")
@@ -69,22 +76,22 @@ class PRIME(SurrogateAlgorithm):
 
     def credit(self, experience: Experience) -> Advantages:
         """Whitened sum of process and outcome returns."""
-        found = outcomes(experience)
-        rewards, shaping = self.shaped(found)
+        outcomes = Outcomes.of(experience)
+        rewards, shaping = self.outcome_rewards(outcomes)
         process = _process_rewards(experience)
-        combined = self._combined(process, rewards, found)
-        keep = found.valid if self.config.estimator == "reinforce" else found.valid & _compared(found)
+        combined = self._combined(process, rewards, outcomes)
+        keep = outcomes.valid if self.config.estimator == "reinforce" else outcomes.valid & _compared(outcomes)
         metrics = {
             **shaping,
             **combined.metrics,
-            "prime/return_length_correlation": length_correlation(combined.returns, found.masks, keep),
-            "prime/last_token_share": last_token_share(process, found.masks, keep),
+            "prime/return_length_correlation": length_correlation(combined.returns, outcomes.masks, keep),
+            "prime/last_token_share": last_token_share(process, outcomes.masks, keep),
         }
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
-        return token_advantages(combined.advantages, keep, found.masks, finite)
+        return token_advantages(combined.advantages, keep, outcomes.masks, finite)
 
-    def _combined(self, process: list[Float64], rewards: Float64, found: Outcomes) -> Combined:
-        config, rest = self.config, (found.masks, found.group, found.valid)
+    def _combined(self, process: list[Float64], rewards: Float64, outcomes: Outcomes) -> Combined:
+        config, rest = self.config, (outcomes.masks, outcomes.group, outcomes.valid)
         if config.estimator == "rloo":
             # The rewards carry beta already: with beta 1 they are what strict mode and verl's use, and official's up to
             # a factor that its normaliser takes out again.
@@ -99,12 +106,12 @@ class PRIME(SurrogateAlgorithm):
                 outcome_coefficient=config.outcome_coefficient,
                 process_gamma=config.process_gamma,
             )
-        scaled, _ = normalise(process, found.masks, found.valid, config.normaliser)
+        scaled, _ = normalise(process, outcomes.masks, outcomes.valid, config.normaliser)
         estimator = grpo if config.estimator == "grpo" else reinforce
         terms = estimator(scaled, rewards, *rest, process_gamma=config.process_gamma)
         return combine(
             terms,
-            found.masks,
+            outcomes.masks,
             process_coefficient=config.process_coefficient,
             outcome_coefficient=config.outcome_coefficient,
         )
@@ -126,7 +133,7 @@ def _process_rewards(experience: Experience) -> list[Float64]:
     return rows
 
 
-def _compared(found: Outcomes) -> Bool:
+def _compared(outcomes: Outcomes) -> Bool:
     """[B] samples with at least one other valid sample in their group."""
-    counts = np.bincount(found.group, weights=found.valid.astype(np.float64))
-    return np.asarray(counts[found.group] >= 2)
+    counts = np.bincount(outcomes.group, weights=outcomes.valid.astype(np.float64))
+    return np.asarray(counts[outcomes.group] >= 2)

@@ -13,10 +13,10 @@ from pydantic import Field
 
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
 from algorithms.functional import kl
-from algorithms.functional.advantages import group_relative
+from algorithms.functional.advantages import Outcomes, group_relative, token_advantages
+from algorithms.functional.kl import Estimator
 from algorithms.functional.returns import on_last_token, reinforce_plus_plus
-from algorithms.outcomes import outcomes, token_advantages
-from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
+from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 
 class ReinforcePP(SurrogateAlgorithm):
@@ -26,17 +26,15 @@ class ReinforcePP(SurrogateAlgorithm):
         """Defaults are the paper's, where it gives them."""
 
         samples_per_prompt: int = Field(default=1, ge=1)
-        """Responses sampled for each prompt."""
         baseline: Literal["none", "group"] = "none"
         """What is taken off a sample's outcome: nothing, or the mean of its group."""
         gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per trained token."""
         kl_coefficient: float = Field(default=0.01, ge=0)
         """Weight of the KL penalty to the reference policy (OpenRLHF's published script); 0 loads none."""
-        kl_in: Literal["loss", "reward"] = "reward"
+        kl_in: KLPlace = "reward"
         """Where the penalty is: taken off each token's reward (the paper), or in the loss (the baseline form)."""
-        kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-        """Of the KL per token. k1 has no gradient in expectation, so it belongs in the reward."""
+        kl_estimator: Estimator = "k1"
 
     def needs(self) -> AlgorithmNeeds:
         """Only the group baseline compares samples."""
@@ -48,20 +46,20 @@ class ReinforcePP(SurrogateAlgorithm):
 
     def credit(self, experience: Experience) -> Advantages:
         """Whitened rewards to go of every token."""
-        found = outcomes(experience)
-        rewards, metrics = self.shaped(found)
-        keep = found.valid
+        outcomes = Outcomes.of(experience)
+        rewards, metrics = self.outcome_rewards(outcomes)
+        keep = outcomes.valid
         if self.config.baseline == "group":
-            rewards, keep = group_relative(rewards, found.valid, found.group, normalize_by_std=False)
-        of_tokens = on_last_token(rewards, found.masks)
-        divergence, measured = self.kl_of_tokens(experience, found)
+            rewards, keep = group_relative(rewards, outcomes.valid, outcomes.group, normalize_by_std=False)
+        token_rewards = on_last_token(rewards, outcomes.masks)
+        divergence, measured = self.token_kl(experience, outcomes)
         if divergence is not None:
-            of_tokens = kl.penalised(of_tokens, divergence, self.kl_coefficient)
-        white = reinforce_plus_plus(of_tokens, found.masks, keep, gamma=self.config.gamma)
+            token_rewards = kl.penalise(token_rewards, divergence, self.kl_coefficient)
+        white = reinforce_plus_plus(token_rewards, outcomes.masks, keep, gamma=self.config.gamma)
         metrics = {
             **metrics,
             **measured,
             "advantage/return_mean": white.mean,
             "advantage/return_std": white.variance**0.5,
         }
-        return token_advantages(white.tokens, keep, found.masks, metrics)
+        return token_advantages(white.tokens, keep, outcomes.masks, metrics)

@@ -7,16 +7,15 @@ the greedy response is sampled and scored beside it and never trained on.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
-from algorithms.functional.advantages import Bool, Float64, against_greedy
-from algorithms.functional.returns import spread
-from algorithms.outcomes import outcomes, token_advantages
-from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
+from algorithms.functional.advantages import Bool, Float64, Outcomes, against_greedy, spread, token_advantages
+from algorithms.functional.kl import Estimator
+from algorithms.functional.losses import Aggregation
+from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 
 class ReMax(SurrogateAlgorithm):
@@ -27,14 +26,9 @@ class ReMax(SurrogateAlgorithm):
 
         samples_per_prompt: int = Field(default=1, ge=1)
         """Responses sampled for each prompt, besides the greedy one."""
-        kl_in: Literal["loss", "reward"] = "reward"
-        """Where the penalty is: taken off the sampled response's reward, or in the loss."""
-        kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-        """Of the KL per token. k1 has no gradient in expectation, so it belongs in the reward."""
-        aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"] = (
-            "sequence_mean_token_sum"
-        )
-        """How token losses become one number; the paper sums the log-probs of a response."""
+        kl_in: KLPlace = "reward"
+        kl_estimator: Estimator = "k1"
+        aggregation: Aggregation = "sequence_mean_token_sum"
 
     def needs(self) -> AlgorithmNeeds:
         """A greedy response to every prompt."""
@@ -42,13 +36,13 @@ class ReMax(SurrogateAlgorithm):
 
     def credit(self, experience: Experience) -> Advantages:
         """Outcome rewards above the greedy response's, spread over each sample's tokens."""
-        found = outcomes(experience)
-        rewards, metrics = self.sample_rewards(experience, found)
+        outcomes = Outcomes.of(experience)
+        rewards, metrics = self.sample_rewards(experience, outcomes)
         greedy, judged = greedy_rewards(experience)
-        advantages, keep = against_greedy(rewards, found.valid, greedy[found.group], judged[found.group])
+        relative, keep = against_greedy(rewards, outcomes.valid, greedy[outcomes.group], judged[outcomes.group])
         if judged.any():
             metrics["reward/greedy_mean"] = float(greedy[judged].mean())
-        return token_advantages(spread(advantages, found.masks), keep, found.masks, metrics)
+        return token_advantages(spread(relative, outcomes.masks), keep, outcomes.masks, metrics)
 
 
 def greedy_rewards(experience: Experience) -> tuple[Float64, Bool]:

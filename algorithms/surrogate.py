@@ -1,50 +1,129 @@
-"""What GRPO, RLOO and REINFORCE++ share: the policy loss with its options, and what shapes the reward before it.
+"""What most algorithms share: the policy loss with its options, and what shapes the reward before the advantages.
 
 A subclass says only what its advantages are. Every option acts, or is refused when the configuration is read.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from algorithms.base import Advantages, Algorithm, AlgorithmConfig, AlgorithmNeeds, Experience, LossInputs, LossOutput
-from algorithms.functional import kl
-from algorithms.functional.advantages import Float64, overlong_penalty
-from algorithms.functional.returns import float64
-from algorithms.outcomes import Outcomes
+from algorithms.functional import kl, losses
+from algorithms.functional.advantages import Float64, Outcomes, overlong_penalty
+from algorithms.functional.kl import Estimator
+from algorithms.functional.losses import Aggregation
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+KLPlace = Literal["loss", "reward"]
+Surrogate = Callable[..., "tuple[Tensor, Tensor]"]
+"""Returns the loss of each token [R] and where clipping binds [R]. Its parameters are named after what it wants: fields
+of LossInputs and CLIP_OPTIONS."""
+SURROGATES: Mapping[str, Surrogate] = {
+    "clipped": losses.clipped_surrogate,
+    "gspo": losses.gspo_surrogate,
+    "cispo": losses.cispo_surrogate,
+}
+CLIP_OPTIONS = ("clip_low", "clip_high", "dual_clip")
+INPUTS = (*(field.name for field in fields(LossInputs)), "num_sequences")
+
+
+def find_surrogate(name: str) -> Any:
+    """The function or class of a built-in surrogate, or at a dotted path. Raises ValueError that says what is wrong."""
+    if name in SURROGATES:
+        return SURROGATES[name]
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        guess = get_close_matches(name, SURROGATES, n=1)
+        hint = f"did you mean {guess[0]}? " if guess else ""
+        raise ValueError(f"{hint}must be one of {', '.join(SURROGATES)}, or the dotted path of a function or class")
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # whatever a module of the user's raises while it is imported
+        raise ValueError(f"cannot be imported: {type(error).__name__}: {error}") from error
+    surrogate = getattr(module, attribute, None)
+    if surrogate is None:
+        guess = get_close_matches(attribute, [name for name, value in vars(module).items() if callable(value)], n=1)
+        hint = f"; did you mean {module_name}.{guess[0]}?" if guess else ""
+        raise ValueError(f"cannot be imported: {module.__file__} has no {attribute}{hint}")
+    if not callable(surrogate):
+        raise ValueError(f"is no function or class but {type(surrogate).__name__}")
+    return surrogate
+
+
+def surrogate_parameters(surrogate: Any) -> list[str]:
+    """What a surrogate (of a class: its `__call__`) wants. Raises ValueError where that cannot be given."""
+    if inspect.isclass(surrogate) and not any("__call__" in vars(base) for base in surrogate.__mro__):
+        raise ValueError("is a class without __call__, which computes the loss")
+    signature = inspect.signature(surrogate.__call__ if inspect.isclass(surrogate) else surrogate)
+    parameters = [value for name, value in signature.parameters.items() if name != "self"]
+    known = (*INPUTS, *CLIP_OPTIONS)
+    for parameter in parameters:
+        if parameter.name not in known and parameter.default is inspect.Parameter.empty:
+            guess = get_close_matches(parameter.name, known, n=1)
+            hint = f"; did you mean {guess[0]}?" if guess else f": {', '.join(known)}"
+            raise ValueError(f"wants {parameter.name}, which is no field of LossInputs and no clip option{hint}")
+    return [parameter.name for parameter in parameters if parameter.name in known]
+
+
+def make_surrogate(name: str, options: Mapping[str, Any] | None) -> Surrogate:
+    """A surrogate, made with its options if it is a class. Raises ValueError if the options are not its own."""
+    surrogate = find_surrogate(name)
+    is_class, config, options = inspect.isclass(surrogate), getattr(surrogate, "Config", None), options or {}
+    instance: Surrogate
+    if not is_class or config is None:
+        if options:
+            raise ValueError(f"{name} takes no options; only a class with a Config does")
+        instance = surrogate() if is_class else surrogate
+        return instance
+    if not (inspect.isclass(config) and issubclass(config, BaseModel)):
+        raise ValueError(f"the Config of {name} is no pydantic model")
+    for option in options:
+        if option not in config.model_fields:
+            guess = get_close_matches(option, config.model_fields, n=1)
+            hint = f"did you mean {guess[0]}? it has" if guess else "it has"
+            raise ValueError(f"{option} is no option of {name}; {hint} {', '.join(config.model_fields) or 'none'}")
+    try:
+        instance = surrogate(config(**options))
+    except ValidationError as error:
+        wrong = (f"{'.'.join(map(str, details['loc']))}: {details['msg']}" for details in error.errors())
+        raise ValueError("; ".join(wrong)) from error
+    return instance
 
 
 class SurrogateConfig(AlgorithmConfig):
     """Defaults are PPO's, where it gives them (arXiv 1707.06347)."""
 
-    loss: Literal["clipped", "gspo", "cispo"] = "clipped"
-    """clipped: PPO's surrogate; gspo: the same with the ratio of whole samples; cispo: clipped weights of log-probs."""
+    loss: str = "clipped"
+    """clipped: PPO's surrogate; gspo: the same with the ratio of whole samples; cispo: clipped weights of log-probs; or
+    the dotted path of a function or class of one's own."""
+    loss_options: dict[str, Any] | None = Field(default=None, validate_default=True)
+    """Options of a `loss` of one's own that is a class with a Config."""
     clip_low: float = Field(default=0.2, gt=0, le=1)
     """The ratio to the policy before the update is clipped below at 1 - clip_low (1: no lower bound)."""
     clip_high: float = Field(default=0.2, gt=0)
     """And above at 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound on the loss of tokens with a negative advantage, as a multiple of it (published: 3); for loss=clipped."""
-    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"] = (
-        "token_mean"
-    )
+    aggregation: Aggregation = "token_mean"
     """How token losses become one number; constant_length divides by samples x `constant_length` (Dr. GRPO)."""
     constant_length: int | None = Field(default=None, ge=1)
     """Tokens; for aggregation=constant_length."""
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty to the reference policy; 0 loads none."""
-    kl_in: Literal["loss", "reward"] = "loss"
+    kl_in: KLPlace = "loss"
     """Where the penalty is: a term of the loss, or taken off the reward."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Estimator = "k3"
     """Of the KL per token. k1 has no gradient in expectation, so it belongs in the reward."""
     kl_target: float | None = Field(default=None, gt=0)
     """Nats per token: `kl_coefficient` starts as given and is steered to keep the KL there; null: it stays fixed."""
@@ -63,21 +142,36 @@ class SurrogateConfig(AlgorithmConfig):
     overlong_buffer_share: float = Field(default=0.2, gt=0, le=1)
     """The last share of `overlong_max_tokens` over which that cost grows from 0 (DAPO: 4096 of 20480 tokens)."""
 
+    @field_validator("loss")
+    @classmethod
+    def _loss_exists(cls, name: str) -> str:
+        surrogate_parameters(find_surrogate(name))
+        return name
+
+    @field_validator("loss_options")
+    @classmethod
+    def _loss_takes_them(cls, options: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        if "loss" in info.data:
+            make_surrogate(info.data["loss"], options)
+        return options
+
     @model_validator(mode="after")
     def _every_option_acts(self) -> Self:
-        if self.dual_clip is not None and self.loss != "clipped":
-            raise ValueError(f"dual_clip has no effect with loss={self.loss}")
+        wanted = surrogate_parameters(find_surrogate(self.loss))
+        for name in CLIP_OPTIONS:
+            if name not in wanted and not self._is_default(name):
+                raise ValueError(f"{name} has no effect with loss={self.loss}")
         if (self.constant_length is not None) != (self.aggregation == "constant_length"):
             raise ValueError("aggregation=constant_length and the tokens constant_length=N go together; set both")
         if self.kl_coefficient == 0:
             for name in ("kl_in", "kl_estimator", "kl_target"):
-                if getattr(self, name) != type(self).model_fields[name].default:
+                if not self._is_default(name):
                     raise ValueError(f"{name} has no effect with kl_coefficient=0")
         elif self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_estimator=k1 in the loss has no gradient in expectation; use k2 or k3, or kl_in=reward"
             )
-        if self.kl_target is None and self.kl_horizon != type(self).model_fields["kl_horizon"].default:
+        if self.kl_target is None and not self._is_default("kl_horizon"):
             raise ValueError("kl_horizon has no effect without kl_target")
         bounded = self.rollout_correction in ("truncate", "mask")
         if (self.largest_weight is not None) != bounded:
@@ -86,9 +180,12 @@ class SurrogateConfig(AlgorithmConfig):
             raise ValueError("smallest_weight has no effect without rollout_correction=mask")
         if self.smallest_weight is not None and self.smallest_weight > (self.largest_weight or 0):
             raise ValueError("smallest_weight is above largest_weight: no token would be left")
-        if self.overlong_max_tokens is None and self.overlong_buffer_share != 0.2:
+        if self.overlong_max_tokens is None and not self._is_default("overlong_buffer_share"):
             raise ValueError("overlong_buffer_share has no effect without overlong_max_tokens")
         return self
+
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == type(self).model_fields[name].default)
 
 
 class SurrogateAlgorithm(Algorithm):
@@ -98,6 +195,8 @@ class SurrogateAlgorithm(Algorithm):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self._surrogate = make_surrogate(config.loss, config.loss_options)
+        self._wanted = surrogate_parameters(self._surrogate)
         self._adaptive = (
             None
             if config.kl_target is None
@@ -113,7 +212,7 @@ class SurrogateAlgorithm(Algorithm):
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Steer the coefficient by the KL that this update measured."""
         if self._adaptive is not None and "kl/reference" in metrics:
-            self._adaptive = self._adaptive.updated(metrics["kl/reference"], int(metrics["policy/trained_samples"]))
+            self._adaptive = self._adaptive.adjust(metrics["kl/reference"], int(metrics["policy/trained_samples"]))
 
     def state_dict(self) -> dict[str, Any]:
         """The steered coefficient."""
@@ -129,29 +228,28 @@ class SurrogateAlgorithm(Algorithm):
         penalty = self.config.kl_coefficient > 0
         return AlgorithmNeeds(reference_policy=penalty, token_kl=penalty and self.config.kl_in == "reward")
 
-    def shaped(self, found: Outcomes) -> tuple[Float64, dict[str, float]]:
-        """Outcome rewards [B] with the over-long penalty, and its metric."""
-        longest = self.config.overlong_max_tokens
-        if longest is None:
-            return found.rewards, {}
-        buffer_tokens = longest * self.config.overlong_buffer_share
-        penalty = overlong_penalty(found.lengths, max_tokens=longest, buffer_tokens=buffer_tokens)
-        mean = float(penalty[found.valid].mean()) if found.valid.any() else 0.0
-        return found.rewards + penalty, {"reward/overlong_penalty": mean}
-
     def advantages(self, experience: Experience) -> Advantages:
-        """What the subclass gives credit for, with the present weight of the KL penalty."""
-        made = self.credit(experience)
+        """The subclass's credit, with the present weight of the KL penalty."""
+        credit = self.credit(experience)
         if not self.config.kl_coefficient:
-            return made
+            return credit
         weight = {"kl_coefficient": self.kl_coefficient}
-        return replace(made, scalars=weight, metrics={**made.metrics, "kl/coefficient": self.kl_coefficient})
+        return replace(credit, scalars=weight, metrics={**credit.metrics, "kl/coefficient": self.kl_coefficient})
 
     @abstractmethod
     def credit(self, experience: Experience) -> Advantages:
         """The advantages of this algorithm."""
 
-    def kl_of_tokens(self, experience: Experience, found: Outcomes) -> tuple[list[Float64] | None, dict[str, float]]:
+    def outcome_rewards(self, outcomes: Outcomes) -> tuple[Float64, dict[str, float]]:
+        """[B] rewards with the over-long penalty, and its metric."""
+        longest = self.config.overlong_max_tokens
+        if longest is None:
+            return outcomes.rewards, {}
+        penalty = overlong_penalty(outcomes.lengths, longest, longest * self.config.overlong_buffer_share)
+        mean = float(penalty[outcomes.valid].mean()) if outcomes.valid.any() else 0.0
+        return outcomes.rewards + penalty, {"reward/overlong_penalty": mean}
+
+    def token_kl(self, experience: Experience, outcomes: Outcomes) -> tuple[list[Float64] | None, dict[str, float]]:
         """Ragged KL estimates where the penalty is in the reward, else None; and their mean over trained tokens."""
         if not self.needs().token_kl:
             return None, {}
@@ -160,22 +258,20 @@ class SurrogateAlgorithm(Algorithm):
             raise ValueError(
                 "kl_in=reward needs log-probs of policy and reference in the Experience (needs().token_kl)"
             )
-        tokens = kl.token_kl(float64(policy), float64(reference), found.masks, self.config.kl_estimator)
-        trained = [row[mask] for row, mask, valid in zip(tokens, found.masks, found.valid, strict=True) if valid]
+        tokens = kl.token_kl(policy, reference, outcomes.masks, self.config.kl_estimator)
+        trained = [row[mask] for row, mask, valid in zip(tokens, outcomes.masks, outcomes.valid, strict=True) if valid]
         return tokens, {"kl/reference": float(np.concatenate(trained).mean())} if trained else {}
 
-    def sample_rewards(self, experience: Experience, found: Outcomes) -> tuple[Float64, dict[str, float]]:
+    def sample_rewards(self, experience: Experience, outcomes: Outcomes) -> tuple[Float64, dict[str, float]]:
         """[B] rewards with every penalty in them (the KL summed over the tokens), and metrics."""
-        rewards, metrics = self.shaped(found)
-        divergence, measured = self.kl_of_tokens(experience, found)
+        rewards, metrics = self.outcome_rewards(outcomes)
+        divergence, measured = self.token_kl(experience, outcomes)
         if divergence is not None:
-            rewards = kl.sequence_penalised(rewards, divergence, self.kl_coefficient)
+            rewards = kl.penalise_samples(rewards, divergence, self.kl_coefficient)
         return rewards, {**metrics, **measured}
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Surrogate x correction + KL penalty - entropy bonus."""
-        from algorithms.functional import losses
-
         config, tokens = self.config, inputs.denominators.tokens
 
         def mean(rows: Tensor) -> Tensor:
@@ -192,7 +288,7 @@ class SurrogateAlgorithm(Algorithm):
         def share(rows: Tensor) -> Tensor:
             return (rows.detach() * inputs.mask).sum() / tokens
 
-        surrogate, clipped = self._surrogate(inputs)
+        surrogate, clipped = self._surrogate_rows(inputs)
         sums = {"policy/clip_share": share(clipped), "policy/entropy": share(inputs.entropy)}
         if config.rollout_correction != "none":
             weights, cut = losses.rollout_weights(
@@ -215,14 +311,12 @@ class SurrogateAlgorithm(Algorithm):
             loss = loss - config.entropy_coefficient * mean(inputs.entropy)
         return LossOutput(loss=loss, sums=sums)
 
-    def _surrogate(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-        from algorithms.functional import losses
-
-        config = self.config
-        rows = inputs.logprobs, inputs.old_logprobs, inputs.advantages
-        if config.loss == "gspo":
-            samples = inputs.mask, inputs.sequence, inputs.num_sequences
-            return losses.gspo_surrogate(*rows, *samples, config.clip_low, config.clip_high)
-        if config.loss == "cispo":
-            return losses.cispo_surrogate(*rows, config.clip_low, config.clip_high)
-        return losses.clipped_surrogate(*rows, config.clip_low, config.clip_high, config.dual_clip)
+    def _surrogate_rows(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        wanted = {name: getattr(self.config if name in CLIP_OPTIONS else inputs, name) for name in self._wanted}
+        rows, binds = self._surrogate(**wanted)
+        if not rows.shape == binds.shape == inputs.logprobs.shape:
+            raise ValueError(
+                f"loss={self.config.loss} must return two tensors of shape {list(inputs.logprobs.shape)}, token losses "
+                f"and where clipping binds; it returned {list(rows.shape)} and {list(binds.shape)}"
+            )
+        return rows, binds

@@ -6,10 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.fields import FieldInfo
 
 from rlkit.experience import Group, GroupScores
 
@@ -75,13 +74,15 @@ class RewardContext:
     """CPU threads this worker may use."""
 
 
-class HelpSection(NamedTuple):
-    """A section of `--help`."""
+@dataclass(frozen=True)
+class HelpSection:
+    """A section of `--help` beside a reward's `Config`."""
 
     title: str
     text: str
-    fields: Sequence[tuple[str, FieldInfo]]
-    """Full key and field."""
+    model: type[BaseModel]
+    prefix: str = ""
+    """Precedes its keys: `reward.parts.NAME.`."""
 
 
 class Reward(ABC):
@@ -109,9 +110,9 @@ class Reward(ABC):
         return []
 
     @classmethod
-    def help_sections(cls) -> list[HelpSection]:
+    def help_sections(cls) -> Iterable[HelpSection]:
         """What `--help` lists beside the fields of `Config`."""
-        return []
+        return ()
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
         """Load models and test oneself. Raise with a message for the user if scoring cannot work."""

@@ -16,7 +16,7 @@ from paths import ROOT
 
 from benchmarks.structure import core_path
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
 
 
 def commands() -> list[tuple[str, str]]:

@@ -1,24 +1,87 @@
-"""Advantages of whole samples: baselines from a group, a greedy answer or a judge.
+"""From scored samples to advantages of samples: what an Experience holds, baselines, and advantages of tokens.
 
-Pure functions of rewards. Groups are told apart by id, never by position. `rewards` [B] are ignored where `valid` [B]
-is False; `keep` [B] says which samples have an advantage at all (the others are 0 and stay out of the loss).
-Per-token returns are in `returns.py`, process rewards in `step_credit.py` and `prime_returns.py`.
+Pure numpy. Groups are told apart by id, never by position. `rewards` [B] are ignored where `valid` [B] is False;
+`keep` [B] says which samples have an advantage at all (the others are 0 and stay out of the loss). Returns of tokens
+are in `returns.py`, credit for steps in `step_credit.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from algorithms.base import Advantages, Experience
+
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 Int64 = NDArray[np.int64]
+Ragged = Sequence[Float64]
+"""One array [T_i] per sample, i = 1 .. B."""
+Masks = Sequence[Bool]
+"""Ragged [T_i]: the tokens that the policy wrote and is trained on."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The samples of an Experience, numbered group by group: rewards, groups and trained tokens of B samples."""
+
+    rewards: Float64
+    """[B] outcome rewards, 0 where invalid."""
+    valid: Bool
+    """[B] samples with an outcome reward and at least one trained token."""
+    group: Int64
+    """[B] index of each sample's group."""
+    masks: Masks
+    """Ragged [T]: trained tokens."""
+    lengths: Int64
+    """[B] response tokens, trained or not."""
+
+    @classmethod
+    def of(cls, experience: Experience) -> Outcomes:
+        """Raises ValueError if a group was not scored yet."""
+        rows = [(g, sample, score) for g, group in enumerate(experience.groups) for sample, score in group.scored()]
+        masks = [sample.trained for _, sample, _ in rows]
+        valid = [
+            score.valid and score.value is not None and bool(mask.any())
+            for (_, _, score), mask in zip(rows, masks, strict=True)
+        ]
+        return cls(
+            rewards=np.array([score.value or 0.0 for _, _, score in rows], dtype=np.float64),
+            valid=np.array(valid, dtype=np.bool_),
+            group=np.array([g for g, _, _ in rows], dtype=np.int64),
+            masks=masks,
+            lengths=np.array([len(sample) for _, sample, _ in rows], dtype=np.int64),
+        )
+
+
+def spread(values: Float64, masks: Masks) -> list[Float64]:
+    """values [B] -> ragged: each sample's value on all its marked tokens, 0 elsewhere."""
+    return [np.where(mask, value, 0.0) for value, mask in zip(values, masks, strict=True)]
+
+
+def token_advantages(tokens: Ragged, keep: Bool, masks: Masks, metrics: Mapping[str, float]) -> Advantages:
+    """Ragged float64 advantages as the learner takes them, with the metrics that every algorithm reports.
+
+    `advantage/mean_absolute` and `advantage/zero_share` are over trained tokens of kept samples.
+    """
+    kept_rows = [row[mask] for row, mask, kept in zip(tokens, masks, keep, strict=True) if kept]
+    size = np.abs(np.concatenate(kept_rows)) if kept_rows else np.zeros(0)
+    return Advantages(
+        tokens=[row.astype(np.float32) for row in tokens],
+        keep=keep,
+        metrics={
+            "advantage/mean_absolute": float(size.mean()) if len(size) else 0.0,
+            "advantage/zero_share": float((size == 0).mean()) if len(size) else 1.0,
+            **metrics,
+        },
+    )
 
 
 def members_of_groups(valid: Bool, group: Int64, at_least: int = 2) -> Iterator[Int64]:
-    """Places of the valid samples of each group [B] that has `at_least` of them."""
+    """Indices of the valid samples of each group [B] that has `at_least` of them."""
     for g in np.unique(group[valid]):
         members = np.flatnonzero((group == g) & valid)
         if len(members) >= at_least:
@@ -97,7 +160,7 @@ def against_reference(
     return advantages, keep
 
 
-def overlong_penalty(lengths: Int64, *, max_tokens: int, buffer_tokens: float) -> Float64:
+def overlong_penalty(lengths: Int64, max_tokens: int, buffer_tokens: float) -> Float64:
     """DAPO's soft punishment of long answers (arXiv 2503.14476 eq. 13), to be added to the rewards.
 
     lengths [B] in response tokens -> [B]: 0 up to max_tokens - buffer_tokens, then falling linearly to -1 at

@@ -1,4 +1,4 @@
-"""KL to the reference policy as a penalty in the reward, and its coefficient. Pure numpy; the loss term: losses.py.
+"""KL to the reference policy as a penalty in the reward, and its coefficient. Numpy; the loss term: losses.py.
 
 Estimators per token, d = log pi - log pi_ref of the sampled token (Schulman, "Approximating KL divergence", 2020):
 k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, never negative), k3 = exp(-d) - 1 + d (unbiased, never
@@ -7,37 +7,45 @@ negative). d is clamped to [-20, 20] in k2 and k3 so that one token cannot overf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from algorithms.functional.advantages import Bool, Float64
-from algorithms.functional.returns import Masks, Ragged
+from algorithms.functional.advantages import Float64, Masks, Ragged
 
 Estimator = Literal["k1", "k2", "k3"]
 LARGEST_LOG_RATIO = 20.0
 
 
-def token_kl(policy: Ragged, reference: Ragged, masks: Masks, estimator: Estimator = "k1") -> list[Float64]:
-    """Ragged log-probs [T_i] under policy and reference -> ragged estimates, 0 on unmarked tokens."""
+def token_kl(
+    policy: Sequence[NDArray[np.floating]],
+    reference: Sequence[NDArray[np.floating]],
+    masks: Masks,
+    estimator: Estimator = "k1",
+) -> list[Float64]:
+    """Ragged log-probs [T_i] under policy and reference -> ragged estimates in float64, 0 on unmarked tokens."""
 
-    def one(log_ratio: Float64, mask: Bool) -> Float64:
-        d = np.where(mask, log_ratio, 0.0)
+    def estimate(log_ratio: Float64) -> Float64:
         if estimator == "k1":
-            return d
-        d = np.clip(d, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+            return log_ratio
+        d = np.clip(log_ratio, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
         return d**2 / 2 if estimator == "k2" else np.exp(-d) - 1 + d
 
-    return [one(p - r, mask) for p, r, mask in zip(policy, reference, masks, strict=True)]
+    return [
+        estimate(np.where(mask, np.subtract(p, r, dtype=np.float64), 0.0))
+        for p, r, mask in zip(policy, reference, masks, strict=True)
+    ]
 
 
-def penalised(rewards: Ragged, divergence: Ragged, coefficient: float) -> list[Float64]:
+def penalise(rewards: Ragged, divergence: Ragged, coefficient: float) -> list[Float64]:
     """Token rewards minus coefficient times KL, per token (ragged)."""
     return [reward - coefficient * kl for reward, kl in zip(rewards, divergence, strict=True)]
 
 
-def sequence_penalised(rewards: Float64, divergence: Ragged, coefficient: float) -> Float64:
+def penalise_samples(rewards: Float64, divergence: Ragged, coefficient: float) -> Float64:
     """Outcome rewards [B] minus coefficient times each sample's KL, summed over its tokens.
 
     For estimators that know samples only (GRPO, RLOO: arXiv 2402.14740).
@@ -51,11 +59,11 @@ class AdaptiveCoefficient:
 
     value: float
     target: float
-    """KL wanted, in the unit that `updated` is given (the paper: nats per sample)."""
+    """KL wanted, in the unit that `adjust` is given (the paper: nats per sample)."""
     horizon: float = 10_000.0
     """Samples over which an error of 20 % changes the value by about 20 %."""
 
-    def updated(self, measured: float, samples: int) -> AdaptiveCoefficient:
+    def adjust(self, measured: float, samples: int) -> AdaptiveCoefficient:
         """After `samples` more samples: value (1 + clip(measured / target - 1, +-0.2) samples / horizon).
 
         A measurement that is not finite changes nothing.

@@ -1,26 +1,23 @@
-"""Policy losses as pure functions of flat rows of response tokens. Shapes as in `algorithms.base.LossInputs`.
+"""Losses of policy and critic as pure functions of flat rows of response tokens, as in `algorithms.base.LossInputs`.
 
 Losses of tokens come as rows [R]; `aggregate` makes one number of them, divided by the denominators of the whole
 optimizer step, so that the shares of micro-batches and ranks simply add up. Log-ratios are clamped to [-20, 20] before
-they are exponentiated: one token cannot overflow, and beyond it carries no gradient. Losses of the critic are in
-`value_losses.py`, of reward models in `prm_losses.py`.
-
-The critic's loss. Flat rows [R] as in `algorithms.base.ValueLossInputs`.
+they are exponentiated: one token cannot overflow, and beyond it carries no gradient. Only methods of tensors are used,
+so that torch is not loaded when a configuration looks up a surrogate.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from algorithms.base import Denominators
+from algorithms.functional.kl import LARGEST_LOG_RATIO, Estimator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"]
-Estimator = Literal["k1", "k2", "k3"]
 Correction = Literal["truncate", "mask", "decoupled"]
-LARGEST_LOG_RATIO = 20.0
 
 
 def aggregate(
@@ -66,14 +63,14 @@ def clipped_surrogate(
     With `dual_clip` c > 1 the loss of tokens with A < 0 is at most -A c (arXiv 1912.09729), so that a token which
     became far likelier than before cannot dominate.
     """
-    ratio = torch.exp(_clamped(logprobs - old_logprobs))
+    ratio = _clamp(logprobs - old_logprobs).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss, binds = torch.maximum(plain, clipped), clipped > plain
+    loss, binds = plain.maximum(clipped), clipped > plain
     if dual_clip is not None:
         ceiling = -advantages * dual_clip
         above = (advantages < 0) & (loss > ceiling)
-        loss, binds = torch.where(above, ceiling, loss), binds | above
+        loss, binds = ceiling.where(above, loss), binds | above
     return loss, binds
 
 
@@ -85,7 +82,7 @@ def sequence_log_ratio(
     The value is the sample's mean; the gradient flows through each row's own log-prob (GSPO-token, eq. 14), which sums
     to GSPO's own gradient where a sample's tokens share one advantage and are averaged over the sample.
     """
-    rows = torch.where(mask > 0, logprobs - old_logprobs, 0.0).detach()
+    rows = (logprobs - old_logprobs).where(mask > 0, 0.0).detach()
     total = rows.new_zeros(num_sequences).index_add(0, sequence, rows)
     tokens = rows.new_zeros(num_sequences).index_add(0, sequence, mask.to(rows.dtype))
     return (total / tokens.clamp(min=1.0))[sequence] + logprobs - logprobs.detach()
@@ -106,7 +103,7 @@ def gspo_surrogate(
     A sample is clipped as one. Use with aggregation `sequence_mean_token_mean` (eq. 5).
     """
     log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask, sequence, num_sequences)
-    return clipped_surrogate(log_ratio, torch.zeros_like(old_logprobs), advantages, clip_low, clip_high)
+    return clipped_surrogate(log_ratio, log_ratio.new_zeros(()), advantages, clip_low, clip_high)
 
 
 def cispo_surrogate(
@@ -117,7 +114,7 @@ def cispo_surrogate(
     -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A log pi: clipping bounds a token's weight and never takes its
     gradient away. clip_low = 1 means no lower bound, as in the paper. Use with aggregation `token_mean`.
     """
-    ratio = torch.exp(_clamped(logprobs - old_logprobs)).detach()
+    ratio = _clamp(logprobs - old_logprobs).exp().detach()
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -weight * advantages * logprobs, weight != ratio
 
@@ -139,15 +136,15 @@ def rollout_weights(
     0: the token is left out, though it still counts in the denominators. decoupled: w as it is (AReaL, arXiv
     2505.24298). Where mask is 0 the weight is 1. Raises ValueError if a bound is missing.
     """
-    ratio = torch.exp(_clamped(torch.where(mask > 0, old_logprobs - rollout_logprobs, 0.0))).detach()
+    ratio = _clamp((old_logprobs - rollout_logprobs).where(mask > 0, 0.0)).exp().detach()
     if correction == "decoupled":
-        return ratio, torch.zeros_like(ratio, dtype=torch.bool)
+        return ratio, ratio.new_zeros(ratio.shape).bool()
     if largest is None:
         raise ValueError(f"correction {correction!r} needs the largest weight")
     if correction == "truncate":
         return ratio.clamp(max=largest), ratio > largest
     outside = (ratio > largest) | (ratio < (0.0 if smallest is None else smallest))
-    return torch.where(outside, 0.0, ratio), outside
+    return ratio.where(~outside, 0.0), outside
 
 
 def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estimator) -> Tensor:
@@ -160,7 +157,7 @@ def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estim
     if estimator == "k1":
         return logprobs - reference_logprobs
     if estimator == "k2":
-        return _clamped(logprobs - reference_logprobs) ** 2 / 2
+        return _clamp(logprobs - reference_logprobs) ** 2 / 2
     return k3_divergence(logprobs, reference_logprobs)
 
 
@@ -170,11 +167,11 @@ def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     Schulman's k3 ("Approximating KL divergence", 2020): unbiased for samples of the policy, never negative. d is
     clamped to [-20, 20] so that one token cannot overflow the sum.
     """
-    d = _clamped(reference_logprobs - logprobs)
-    return torch.exp(d) - 1 - d
+    d = _clamp(reference_logprobs - logprobs)
+    return d.exp() - 1 - d
 
 
-def _clamped(log_ratio: Tensor) -> Tensor:
+def _clamp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
@@ -188,6 +185,6 @@ def clipped_value_loss(
     """
     plain = (values - returns) ** 2
     if clip is None:
-        return plain / 2, torch.zeros_like(plain, dtype=torch.bool)
-    clipped = (torch.clamp(values, old_values - clip, old_values + clip) - returns) ** 2
-    return torch.maximum(plain, clipped) / 2, clipped > plain
+        return plain / 2, plain.new_zeros(plain.shape).bool()
+    clipped = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
+    return plain.maximum(clipped) / 2, clipped > plain

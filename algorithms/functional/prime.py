@@ -3,14 +3,8 @@
 Notation: r_it process reward of token t of response i (0 outside its trained tokens), m_i their mean over its trained
 tokens, a_i outcome reward, K valid responses in a group. Process rewards on tokens that are not trained are ignored
 (unlike an environment's rewards they say nothing about the token before); the outcome stands on the last trained token.
-
 One estimator is one function (process, outcome, masks, group, valid) -> `Terms`; `combine` makes advantages of any of
-them. `prime_parity.py` puts them together as the published codebases do. For PPO add outcome and process rewards as in
-`token_rewards` and use `returns.gae`.
-
-PRIME's advantages as each codebase computes them, from the implicit PRM's log-ratios. For comparison and tests.
-
-q_it = log pi_phi - log pi_ref of token t of response i. The process reward is beta q; what each does with it differs:
+them. `prime_rloo` computes what each codebase does with the PRM's log-ratios q_it = log pi_phi - log pi_ref:
 
 | | ours (`strict`) | `official` (PRIME-RL/PRIME) | `verl` (recipe/prime) |
 |---|---|---|---|
@@ -27,15 +21,25 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from algorithms.functional.advantages import Bool, Float64, Int64, group_relative, leave_one_out, members_of_groups
-from algorithms.functional.returns import Masks, Ragged, on_last_token, reward_to_go, whiten
+from algorithms.functional.advantages import (
+    Bool,
+    Float64,
+    Int64,
+    Masks,
+    Ragged,
+    group_relative,
+    leave_one_out,
+    members_of_groups,
+)
+from algorithms.functional.returns import on_last_token, reward_to_go, whiten
 
 Normaliser = Literal["none", "global_max_return", "global_std"]
 Baseline = Literal["strict", "official"]
+Mode = Literal["strict", "official", "verl"]
 
 
 class Scaled(NamedTuple):
-    """Process rewards divided by one number."""
+    """Process rewards divided by `divisor`."""
 
     process: list[Float64]
     divisor: float
@@ -67,11 +71,6 @@ def token_means(process: Ragged, masks: Masks) -> Float64:
     """m_i [B]: mean process reward of each response's trained tokens (0 without any)."""
     clean = only_trained(process, masks)
     return np.array([r.sum() / max(1, int(m.sum())) for r, m in zip(clean, masks, strict=True)], dtype=np.float64)
-
-
-def whole_response(process: Ragged, masks: Masks) -> list[Float64]:
-    """Granularity `whole`: the sum of each response's process rewards on its last trained token."""
-    return on_last_token(np.array([r.sum() for r in only_trained(process, masks)], dtype=np.float64), masks)
 
 
 def without_last_token(process: Ragged, masks: Masks) -> list[Float64]:
@@ -183,47 +182,11 @@ def reinforce(
     return _terms(only_trained(process, masks), rewards, masks, valid.copy(), process_gamma, outcome_gamma)
 
 
-def remax(
-    process: Ragged,
-    outcome: Float64,
-    masks: Masks,
-    group: Int64,
-    valid: Bool,
-    *,
-    greedy_process_mean: Float64,
-    greedy_outcome: Float64,
-    process_gamma: float = 1.0,
-    outcome_gamma: float = 1.0,
-) -> Terms:
-    """The greedy answer as baseline: r_it - its mean token reward, a_i - its outcome; both [B] (not in the paper).
-
-    Where the greedy answer has no finite score there is no baseline: 0, keep False.
-    """
-    keep = valid & np.isfinite(greedy_process_mean) & np.isfinite(greedy_outcome)
-    centred = [
-        np.where(m, r - base, 0.0)
-        for r, m, base in zip(only_trained(process, masks), masks, greedy_process_mean, strict=True)
-    ]
-    advantages = np.where(keep, outcome, 0.0) - np.where(keep, greedy_outcome, 0.0)
-    return _terms(centred, advantages, masks, keep, process_gamma, outcome_gamma)
-
-
-def implicit_value(process: Ragged, outcome: Float64, masks: Masks, group: Int64, valid: Bool) -> Terms:
-    """The implicit PRM as a value function (paper section 5.4): a_i - v_{t-1}, v being the running sum of r.
-
-    The process half holds -v_{t-1}. Worse than process rewards in the paper; kept for comparison.
-    """
-    clean = only_trained(process, masks)
-    values = [np.where(m, -(np.cumsum(r) - r), 0.0) for r, m in zip(clean, masks, strict=True)]
-    outcome_half = [np.where(m, a, 0.0) for a, m in zip(np.where(valid, outcome, 0.0), masks, strict=True)]
-    return Terms(_dropped(values, valid), outcome_half, valid.copy())
-
-
 def token_rewards(process: Ragged, outcome: Float64, masks: Masks, valid: Bool) -> list[Float64]:
     """r_it, plus a_i on the last trained token: what PPO's advantages (`returns.gae`) are made of. Invalid: 0."""
     ends = on_last_token(np.where(valid, outcome, 0.0), masks)
     summed = [r + end for r, end in zip(only_trained(process, masks), ends, strict=True)]
-    return _dropped(summed, valid)
+    return _drop(summed, valid)
 
 
 def combine(
@@ -253,23 +216,42 @@ def combine(
     return Combined(result.tokens if whitened else returns, returns, metrics)
 
 
+def length_correlation(returns: Ragged, masks: Masks, keep: Bool) -> float:
+    """Correlation of a response's first return with its number of trained tokens; NaN if either does not vary.
+
+    Far from 0: the process reward pays for (or against) length.
+    """
+    chosen = [(g[m][0], m.sum()) for g, m, k in zip(returns, masks, keep, strict=True) if k and m.any()]
+    first, length = np.array(chosen, dtype=np.float64).T if chosen else (np.zeros(0), np.zeros(0))
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(length) == 0:
+        return float("nan")
+    return float(np.corrcoef(first, length)[0, 1])
+
+
+def last_token_share(process: Ragged, masks: Masks, keep: Bool) -> float:
+    """Share of the summed |process reward| that stands on each response's last trained token; NaN if all are 0.
+
+    Near 1 the model is an outcome reward in disguise.
+    """
+    rows = [np.abs(r[m]) for r, m, k in zip(process, masks, keep, strict=True) if k and m.any()]
+    total = sum(float(row.sum()) for row in rows)
+    return sum(float(row[-1]) for row in rows) / total if total > 0 else float("nan")
+
+
 def _terms(
     process: Ragged, outcome: Float64, masks: Masks, keep: Bool, process_gamma: float, outcome_gamma: float
 ) -> Terms:
     """Rewards with their baselines taken off -> rewards-to-go, 0 where not kept."""
     ends = on_last_token(outcome, masks)
     return Terms(
-        _dropped(reward_to_go(process, masks, process_gamma), keep),
-        _dropped(reward_to_go(ends, masks, outcome_gamma), keep),
+        _drop(reward_to_go(process, masks, process_gamma), keep),
+        _drop(reward_to_go(ends, masks, outcome_gamma), keep),
         keep,
     )
 
 
-def _dropped(rows: Ragged, keep: Bool) -> list[Float64]:
+def _drop(rows: Ragged, keep: Bool) -> list[Float64]:
     return [row if kept else np.zeros(len(row), dtype=np.float64) for row, kept in zip(rows, keep, strict=True)]
-
-
-Mode = Literal["strict", "official", "verl"]
 
 
 def prime_rloo(

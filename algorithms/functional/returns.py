@@ -15,10 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from algorithms.functional.advantages import Bool, Float64
-
-Ragged = Sequence[Float64]
-Masks = Sequence[Bool]
+from algorithms.functional.advantages import Bool, Float64, Masks, Ragged
 
 
 class Credit(NamedTuple):
@@ -49,11 +46,6 @@ def on_last_token(values: Float64, masks: Masks) -> list[Float64]:
         if mask.any():
             row[np.flatnonzero(mask)[-1]] = value
     return placed
-
-
-def spread(values: Float64, masks: Masks) -> list[Float64]:
-    """values [B] -> ragged: each sample's value on all its marked tokens, 0 elsewhere."""
-    return [np.where(mask, value, 0.0) for value, mask in zip(values, masks, strict=True)]
 
 
 def reward_to_go(rewards: Ragged, masks: Masks, gamma: float = 1.0) -> list[Float64]:

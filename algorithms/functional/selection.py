@@ -1,8 +1,7 @@
-"""Choosing one of several responses to a prompt: best-of-N, majority and weighted votes; numpy, one prompt at a time.
+"""What scores choose and how right they are, numpy: best-of-N, votes, accuracies, calibration, ProcessBench.
 
-Scores may come from any reward; `answers` are the final answers found in the responses, None where there is none.
-
-ProcessBench (arXiv 2412.06559): does a process reward find the first wrong step? numpy.
+Scores may come from any reward; `answers` are the final answers of the responses to one prompt, None where there is
+none. ProcessBench (arXiv 2412.06559) asks whether process rewards find the first wrong step.
 """
 
 from __future__ import annotations
@@ -14,19 +13,18 @@ from itertools import combinations
 
 import numpy as np
 
-from algorithms.functional.advantages import Float64, Int64
-from algorithms.functional.returns import Ragged
+from algorithms.functional.advantages import Bool, Float64, Int64, Ragged, members_of_groups
 
 
 def best_of_n(scores: Float64) -> int:
-    """Place of the largest of the scores [N]; ties go to the earlier response. Raises ValueError for none or NaN."""
+    """Index of the largest of the scores [N]; ties go to the earlier response. Raises ValueError for none or NaN."""
     if len(scores) == 0 or np.isnan(scores).any():
         raise ValueError(f"best of {len(scores)} responses needs at least one score and no NaN")
     return int(np.argmax(scores))
 
 
 def vote(answers: Sequence[Hashable | None], weights: Float64) -> int:
-    """Place of the first response with the answer whose weights [N] sum to most; ties go to the earlier answer.
+    """Index of the first response with the answer whose weights [N] sum to most; ties go to the earlier answer.
 
     A response without an answer has no vote; if none has one, the first response is taken.
     """
@@ -40,17 +38,12 @@ def vote(answers: Sequence[Hashable | None], weights: Float64) -> int:
 
 
 def majority(answers: Sequence[Hashable | None]) -> int:
-    """Place of the first response with the most frequent answer; ties go to the earlier answer."""
+    """Index of the first response with the most frequent answer; ties go to the earlier answer."""
     return vote(answers, np.ones(len(answers)))
 
 
-def weighted_vote(answers: Sequence[Hashable | None], scores: Float64) -> int:
-    """`vote` with weights sigma(score): unlike in `best_of_n`, the scale of the scores matters."""
-    return vote(answers, vote_weights(scores))
-
-
-def vote_weights(scores: Float64) -> Float64:
-    """sigma(s) [N], without overflow."""
+def sigmoid(scores: Float64) -> Float64:
+    """sigma(s), without overflow: as weights of a vote, unlike in `best_of_n`, the scale of the scores matters."""
     return np.asarray(0.5 * (1.0 + np.tanh(0.5 * np.asarray(scores, dtype=np.float64))))
 
 
@@ -65,6 +58,44 @@ def subsets(responses: int, n: int, limit: int, seed: int) -> Iterator[tuple[int
     rng = np.random.default_rng(seed)
     for _ in range(limit):
         yield tuple(sorted(rng.choice(responses, n, replace=False).tolist()))
+
+
+def pair_accuracy(scores: Float64, labels: Float64, group: Int64, valid: Bool) -> Float64:
+    """Per group with two valid samples: the share of (better, worse) pairs that `scores` put in that order.
+
+    scores, labels, group, valid [B]; pairs are weighted by their labels' difference (soft labels), equal scores count
+    half. A group without a difference counts 0.5, as in the official code.
+    """
+    shares = []
+    for members in members_of_groups(valid, group):
+        gap = np.clip(labels[members][:, None] - labels[members][None, :], 0.0, None)
+        margin = scores[members][:, None] - scores[members][None, :]
+        right = (margin > 0) + 0.5 * (margin == 0)
+        shares.append(float((gap * right).sum() / gap.sum()) if gap.any() else 0.5)
+    return np.array(shares, dtype=np.float64)
+
+
+def sign_accuracy(scores: Float64, labels: Float64, valid: Bool) -> float:
+    """Share of valid samples with s > 0 for a label above 0.5 and s < 0 else; a score of 0 says nothing and is wrong.
+
+    NaN without valid samples.
+    """
+    if not valid.any():
+        return float("nan")
+    return float((scores[valid] * np.where(labels[valid] > 0.5, 1.0, -1.0) > 0).mean())
+
+
+def brier(scores: Float64, labels: Float64) -> float:
+    """Mean (sigma(s) - label)^2 over samples [B]: 0.25 for a model that knows nothing, 0 for one that knows all."""
+    return float(((sigmoid(scores) - labels) ** 2).mean())
+
+
+def calibration_error(scores: Float64, labels: Float64, bins: int = 10) -> float:
+    """|mean sigma(s) - mean label| in equal bins of sigma(s), weighted by their samples (arXiv 1706.04599 eq. 3)."""
+    predicted = sigmoid(scores)
+    index = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    gaps = [abs(float((predicted - labels)[index == b].sum())) for b in np.unique(index)]
+    return sum(gaps) / len(labels)
 
 
 NO_ERROR = -1
@@ -91,11 +122,11 @@ class ProcessBench:
 
 def first_errors(cumulative: Ragged, threshold: float) -> Int64:
     """[B] first step k with sigma(c_k) < threshold, else -1; `cumulative` is ragged [S_i], one row per response."""
-    found = []
+    first = []
     for row in cumulative:
-        below = vote_weights(row) < threshold
-        found.append(int(np.argmax(below)) if below.any() else NO_ERROR)
-    return np.array(found, dtype=np.int64)
+        below = sigmoid(row) < threshold
+        first.append(int(np.argmax(below)) if below.any() else NO_ERROR)
+    return np.array(first, dtype=np.int64)
 
 
 def process_bench(cumulative: Ragged, labels: Int64, threshold: float) -> ProcessBench:
@@ -111,7 +142,7 @@ def best_threshold(cumulative: Ragged, labels: Int64) -> ProcessBench:
 
     The F1 it reports is that of the data it was tuned on: use the threshold on others for an honest one.
     """
-    values = np.unique(np.concatenate([vote_weights(row) for row in cumulative]))
+    values = np.unique(np.concatenate([sigmoid(row) for row in cumulative]))
     between: Sequence[float] = [float(values[0]), *((values[1:] + values[:-1]) / 2).tolist(), float(values[-1]) + 1e-9]
     if len(between) > _MOST_THRESHOLDS:
         between = [between[i] for i in np.linspace(0, len(between) - 1, _MOST_THRESHOLDS).astype(int)]
@@ -133,7 +164,7 @@ def _prefix_minima(cumulative: Ragged) -> Float64:
     """[B, longest] smallest sigma(c) so far, rows filled up with their last: never below a threshold in all columns
     means no error, else the number of columns that are not below it is the first step that is."""
     longest = max(len(row) for row in cumulative)
-    lowest = [np.minimum.accumulate(vote_weights(row)) for row in cumulative]
+    lowest = [np.minimum.accumulate(sigmoid(row)) for row in cumulative]
     return np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in lowest])
 
 

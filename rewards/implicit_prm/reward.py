@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward, UpdateWhen
-from rewards.parts import load_part
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward
+from rewards.implicit_prm.config import ImplicitPRMConfig
 from rlkit.experience import Group, GroupScores, Score
 
 if TYPE_CHECKING:
@@ -24,58 +24,17 @@ if TYPE_CHECKING:
 
     from rewards.implicit_prm.model import ImplicitModel
 
-Objective = Literal["ce", "dpo", "nca", "kto"]
-
 
 class ImplicitPRM(TrainableReward):
-    """See the module. The first `start` makes a DeepSpeed engine in the reward's process."""
+    """An outcome reward with the log-ratios as process rewards. `start` makes a DeepSpeed engine in this process."""
 
-    class Config(RewardConfig):
-        """Defaults are PRIME's (specs of its script and paper), the learning rate's scale aside."""
-
-        model_path: str = "embedded:policy"
-        """Folder of the causal language model that pi_phi starts from: usually the policy's own."""
-        reference_path: str | None = None
-        """Folder of the frozen pi_ref; null: the same as `model_path`."""
-        outcome: dict[str, Any] | None = Field(default={"_target_": "rewards.verifiers.math.RuleReward"})
-        """The reward that labels outcomes: `_target_` and its fields; its values should lie in 0 to 1. null: there is
-        none, and a response's value is the model's own score, beta * its summed log-ratios (then update=none)."""
-        reference: Literal["frozen", "policy"] = "frozen"
-        """frozen: pi_ref never changes; policy: it is the policy of each moment, so that rewards measure pi_phi against
-        that (its log-probs are taken here, at temperature 1; costs one transfer of the weights per step)."""
-        beta: float = Field(default=0.05, gt=0)
-        """Scale of the log-ratios, in the rewards and in the objective."""
-        objective: Objective = "ce"
-        """ce: each response against its label, soft labels allowed; dpo, nca: pairs inside a group; kto: unpaired."""
-        update: UpdateWhen = "after"
-        """after: a step's scores are all taken before the model learns from it; before: it learns, then scores."""
-        learning_rate: float = Field(default=1e-6, gt=0)
-        """Constant learning rate of AdamW."""
-        minibatch_groups: int = Field(default=64, ge=1)
-        """Groups per optimizer step; the groups of a training step are dealt out in order."""
-        max_grad_norm: float = Field(default=10.0, gt=0)
-        """Gradients are clipped to this norm."""
-        tokens_per_microbatch: int = Field(default=16384, ge=1)
-        """Tokens that one forward and backward pass takes."""
-        heldout_groups: int = Field(default=16, ge=0)
-        """Groups of the first steps that the model never learns from: its accuracy on them is shown (at most a quarter
-        of a step's groups is set aside)."""
-        offload: bool = False
-        """CUDA only: keep both models and the optimizer in CPU memory while nothing is scored or learnt."""
-
-        @model_validator(mode="after")
-        def _options_fit(self) -> Self:
-            if self.outcome is None and self.update != "none":
-                raise ValueError("outcome=null leaves nothing to learn from; set update=none as well")
-            if self.reference == "policy" and self.reference_path is not None:
-                raise ValueError("reference_path has no effect with reference=policy")
-            return self
+    Config: ClassVar[type[RewardConfig]] = ImplicitPRMConfig
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
         self._outcome: Reward | None = None
         if config.outcome is not None:
-            kind, options = load_part(config.outcome)
+            kind, options = _outcome_reward(config.outcome)
             self._outcome = kind(options, context)
         self._model: ImplicitModel | None = None
 
@@ -86,7 +45,7 @@ class ImplicitPRM(TrainableReward):
         if config.outcome is None:
             return own
         try:
-            kind, options = load_part(config.outcome)
+            kind, options = _outcome_reward(config.outcome)
         except ValueError:  # `check` says what is wrong with it
             return own
         outcome = kind.traits(options)
@@ -115,7 +74,7 @@ class ImplicitPRM(TrainableReward):
         if config.outcome is None:
             return messages
         try:
-            kind, options = load_part(config.outcome)
+            kind, options = _outcome_reward(config.outcome)
         except PartError as error:
             messages.append(f"reward.outcome._target_: {error}")
         except ValidationError as error:
@@ -189,6 +148,14 @@ class ImplicitPRM(TrainableReward):
         """End the outcome reward."""
         if self._outcome is not None:
             self._outcome.close()
+
+
+def _outcome_reward(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
+    """Class and options of a section. Raises PartError or pydantic's ValidationError."""
+    from rlkit.config.parts import import_part
+
+    kind: type[Reward] = import_part("reward", section.get("_target_"))
+    return kind, kind.Config(**{key: value for key, value in section.items() if key != "_target_"})
 
 
 def _alone(rewards: np.ndarray) -> Score:

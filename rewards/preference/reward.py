@@ -14,7 +14,7 @@ from rewards.preference.inputs import ClassifierError, Encoded, Encoder, Layout,
 from rlkit.experience import Group, GroupScores, Message, Score
 
 if TYPE_CHECKING:
-    from rewards.preference.scorers import Scorer
+    from rewards.preference.scorers import Classifier
 
 CANNED = ("Beijing.", "I don't know, and I would rather talk about something else.")
 """Answers that the start-up test scores; of different lengths, so that padding is tried."""
@@ -54,7 +54,7 @@ class PreferenceReward(Reward):
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
         self._encoder: Encoder | None = None
-        self._scorer: Scorer | None = None
+        self._scorer: Classifier | None = None
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -111,13 +111,13 @@ class PreferenceReward(Reward):
     def _encoded(self, group: Group) -> list[Encoded | str]:
         """Per sample the model's input, or why there is none."""
         assert self._encoder is not None
-        found: list[Encoded | str] = []
+        inputs: list[Encoded | str] = []
         for sample in group.samples:
             try:
-                found.append(self._encoder.encode(group.prompt.messages, sample.text))
+                inputs.append(self._encoder.encode(group.prompt.messages, sample.text))
             except Unreadable as error:
-                found.append(str(error))
-        return found
+                inputs.append(str(error))
+        return inputs
 
 
 def _score(logit: float) -> Score:

@@ -60,9 +60,10 @@ def print_reference(console: Console) -> None:
                 continue
             text = (cls.__doc__ or "").strip().partition("\n")[0]
             print_section(console, f"{kind}={option}", text, all_fields(cls.Config, f"{kind}."))
-            more += cls.help_sections() if issubclass(cls, Reward) else []
+            more += cls.help_sections() if issubclass(cls, Reward) else ()
     for added in more:
-        print_section(console, *added)
+        fields = [(key, info) for key, info in all_fields(added.model, added.prefix) if key != "kind"]
+        print_section(console, added.title, added.text, fields)
 
 
 def print_section(console: Console, title: str, text: str, fields: Iterable[tuple[str, FieldInfo]]) -> None:

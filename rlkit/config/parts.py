@@ -55,20 +55,27 @@ def import_part(kind: str, target: Any, contract: Contract | None = None) -> Any
     """The class at dotted path `target`, fit to be a part of this kind (`contract`: of a command's own). Raises
     PartError."""
     contract = contract or CONTRACTS[kind]
-    if not isinstance(target, str) or "." not in target:
-        raise PartError("must be the dotted path of a class, like my_module.MyClass")
-    cls = _find(target)
-    base = f"{contract.base.__module__}.{contract.base.__name__}"
-    if not inspect.isclass(cls):
-        raise PartError(f"is not a class but {type(cls).__name__}; it must be a subclass of {base}")
-    if not issubclass(cls, contract.base):
-        raise PartError(f"is not a subclass of {base}, which every {kind} must be")
-    missing = sorted(getattr(cls, "__abstractmethods__", ()))
-    if missing:
-        raise PartError(f"lacks {', '.join(f'{name}()' for name in missing)}, which every {kind} must have")
+    cls = import_class(kind, target, contract.base)
     config = getattr(cls, "Config", None)
     if not (inspect.isclass(config) and issubclass(config, contract.config)):
         raise PartError(f"its Config must be a subclass of {contract.config.__module__}.{contract.config.__name__}")
+    return cls
+
+
+def import_class(kind: str, target: Any, base: type) -> Any:
+    """The class at dotted path `target`, a concrete subclass of `base`; `kind` names it in messages. Raises
+    PartError."""
+    if not isinstance(target, str) or "." not in target:
+        raise PartError("must be the dotted path of a class, like my_module.MyClass")
+    cls = _find(target)
+    name = f"{base.__module__}.{base.__name__}"
+    if not inspect.isclass(cls):
+        raise PartError(f"is not a class but {type(cls).__name__}; it must be a subclass of {name}")
+    if not issubclass(cls, base):
+        raise PartError(f"is not a subclass of {name}, which every {kind} must be")
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise PartError(f"lacks {', '.join(f'{method}()' for method in missing)}, which every {kind} must have")
     return cls
 
 

@@ -18,14 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlkit.config.schema import LearnerConfig
-
-
-def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """The dtype a config value names; `auto` is bfloat16 on CUDA and float32 on CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+from rlkit.models.policy import resolve_dtype
 
 
 class GuardedAdamW(torch.optim.AdamW):

@@ -17,10 +17,10 @@ from algorithms.base import Advantages, Algorithm, LossInputs
 from rlkit.config.schema import LearnerConfig
 from rlkit.experience import Group
 from rlkit.learner.batches import Minibatch, Rows, TrainGroup, per_token, plan_minibatches, rows_of, train_groups
-from rlkit.learner.engine import build_engine, learning_rate, optimizer_step, resolve_dtype
+from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
 from rlkit.learner.metrics import StepMetrics, mismatch
 from rlkit.models.packing import PackedBatch, Tree, pack
-from rlkit.models.policy import load_causal_lm
+from rlkit.models.policy import load_causal_lm, resolve_dtype
 from rlkit.weights.bundle import TensorMeta, buckets
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rewards.polar.serialise import Limits, Serialiser, Wrapper, shared_prefix
+from rewards.polar.serialise import Limits, Serialiser, Wrapper
 from rlkit.config.schema import LearnerConfig
-from rlkit.models.packing import Tree, pack, split_by_tokens
+from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens
 from rlkit.polar_training.start import load_start
 from rlkit.polar_training.triplets import Triplet
 from rlkit.reward_training.engine import SupervisedEngine, save_classifier

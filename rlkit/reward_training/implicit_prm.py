@@ -135,8 +135,7 @@ class ImplicitPRMTraining(RewardTraining):
         report.phase(f"scoring {len(encoded)} responses against {reference_path}")
         import torch
 
-        from rlkit.learner.engine import resolve_dtype
-        from rlkit.models.policy import load_causal_lm
+        from rlkit.models.policy import load_causal_lm, resolve_dtype
         from rlkit.reward_training.prm_evaluation import outcome_metrics
         from rlkit.reward_training.prm_learner import PrmScorer, load_reference
 

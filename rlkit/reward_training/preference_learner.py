@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rewards.polar.serialise import shared_prefix
 from rewards.preference.inputs import Encoded, until_read
 from rlkit.config.schema import LearnerConfig
-from rlkit.models.packing import Tree, pack, split_by_tokens
+from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens
 from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
 from rlkit.reward_training.base import TrainingContext
 from rlkit.reward_training.engine import SupervisedEngine, save_classifier

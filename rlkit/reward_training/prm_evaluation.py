@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from algorithms.functional.prm import brier, calibration_error, pair_accuracy, sign_accuracy
 from algorithms.functional.selection import (
     ProcessBench,
     best_of_n,
     best_threshold,
+    brier,
+    calibration_error,
     majority,
+    pair_accuracy,
     process_bench,
+    sigmoid,
+    sign_accuracy,
     subsets,
     vote,
-    vote_weights,
 )
 from rewards.implicit_prm.steps import aggregate, step_scores
 from rewards.verifiers.math import final_answer
@@ -100,7 +103,7 @@ def _one_prompt(
         picks = {"majority": majority(given), "shortest": best_of_n(-lengths[chosen])}
         for name, values in scores.items():
             picks[f"best by {name}"] = best_of_n(values[chosen])
-            picks[f"vote by {name}"] = vote(given, vote_weights(values[chosen]))
+            picks[f"vote by {name}"] = vote(given, sigmoid(values[chosen]))
         results.setdefault("random", []).append(float(labels[chosen].mean()))
         results.setdefault("oracle", []).append(float(labels[chosen].max()))
         for name, place in picks.items():

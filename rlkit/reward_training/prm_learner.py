@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rewards.implicit_prm.config import PAIRED, Objective
 from rewards.implicit_prm.model import (
-    PAIRED,
-    Objective,
     check_equal,
     log_ratios,
     mismatched,
@@ -21,9 +20,8 @@ from rewards.implicit_prm.model import (
     response_scores,
 )
 from rlkit.config.schema import LearnerConfig
-from rlkit.learner.engine import resolve_dtype
 from rlkit.models.packing import Tree, split_by_tokens
-from rlkit.models.policy import PackedCausalLM, load_causal_lm
+from rlkit.models.policy import PackedCausalLM, load_causal_lm, resolve_dtype
 from rlkit.reward_training.engine import SupervisedEngine, load_to_train, save_language_model
 from rlkit.reward_training.prm_examples import Encoded, Example, PromptItem, prompt_items
 

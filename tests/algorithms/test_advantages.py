@@ -16,13 +16,18 @@ from algorithms.functional.advantages import (
     group_relative,
     leave_one_out,
     overlong_penalty,
+    spread,
 )
-from algorithms.functional.kl import AdaptiveCoefficient, penalised, sequence_penalised, token_kl
-from algorithms.functional.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, spread, whiten
+from algorithms.functional.kl import (
+    AdaptiveCoefficient,
+    penalise,
+    penalise_samples,
+    token_kl,
+)
+from algorithms.functional.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, whiten
 from algorithms.functional.step_credit import (
-    clip_steps,
-    delta_steps,
-    hard_min_returns,
+    clip,
+    delta,
     min_form,
     on_step_ends,
     soft_min_rewards,
@@ -195,7 +200,7 @@ def test_reinforce_plus_plus_in_any_order(order: list[int], seed: int, gamma: fl
 def test_reinforce_plus_plus_by_hand() -> None:
     """Two samples, KL 0.1 and 0.3 per token, coefficient 0.5, outcome on the last token."""
     masks = [booleans(1, 1), booleans(1)]
-    rewards = penalised(on_last_token(np.array([1.0, 0.0]), masks), [np.array([0.1, 0.1]), np.array([0.3])], 0.5)
+    rewards = penalise(on_last_token(np.array([1.0, 0.0]), masks), [np.array([0.1, 0.1]), np.array([0.3])], 0.5)
     returns = np.array([0.9, 0.95, -0.15])
     got = np.concatenate(reinforce_plus_plus(rewards, masks, booleans(1, 1)).tokens)
     np.testing.assert_allclose(got, (returns - returns.mean()) / np.sqrt(returns.var(ddof=1) + 1e-8), atol=1e-12)
@@ -229,17 +234,17 @@ def test_token_kl(estimator: Any) -> None:
 
 
 def test_kl_in_the_reward_of_a_sample_is_summed_over_its_tokens() -> None:
-    got = sequence_penalised(np.array([1.0, 2.0]), [np.array([0.1, 0.2]), np.array([-0.5])], 0.5)
+    got = penalise_samples(np.array([1.0, 2.0]), [np.array([0.1, 0.2]), np.array([-0.5])], 0.5)
     np.testing.assert_allclose(got, [0.85, 2.25], atol=1e-12)
 
 
 def test_adaptive_coefficient() -> None:
     coefficient = AdaptiveCoefficient(value=0.1, target=6.0, horizon=1000)
-    assert coefficient.updated(6.0, 256).value == pytest.approx(0.1)
-    assert coefficient.updated(6.6, 256).value == pytest.approx(0.1 * (1 + 0.1 * 0.256))
-    assert coefficient.updated(600.0, 256).value == pytest.approx(0.1 * (1 + 0.2 * 0.256))
-    assert coefficient.updated(0.0, 256).value == pytest.approx(0.1 * (1 - 0.2 * 0.256))
-    assert coefficient.updated(math.nan, 256) == coefficient
+    assert coefficient.adjust(6.0, 256).value == pytest.approx(0.1)
+    assert coefficient.adjust(6.6, 256).value == pytest.approx(0.1 * (1 + 0.1 * 0.256))
+    assert coefficient.adjust(600.0, 256).value == pytest.approx(0.1 * (1 + 0.2 * 0.256))
+    assert coefficient.adjust(0.0, 256).value == pytest.approx(0.1 * (1 - 0.2 * 0.256))
+    assert coefficient.adjust(math.nan, 256) == coefficient
 
 
 # -- steps -------------------------------------------------------------------------------------------------
@@ -252,20 +257,20 @@ def to_go(steps: np.ndarray) -> np.ndarray:
 
 
 def test_clip_and_delta() -> None:
-    np.testing.assert_allclose(clip_steps(STEPS, 0.5), [0, -0.1, 0, -0.3], atol=1e-12)
-    np.testing.assert_allclose(delta_steps(STEPS), [0.5, -0.4, 0.8, 0], atol=1e-12)
-    np.testing.assert_allclose(to_go(delta_steps(STEPS)), [0.9, 0.4, 0.8, 0], atol=1e-12)
-    both = delta_steps(clip_steps(STEPS, 0.5))
+    np.testing.assert_allclose(clip(STEPS, 0.5), [0, -0.1, 0, -0.3], atol=1e-12)
+    np.testing.assert_allclose(delta(STEPS), [0.5, -0.4, 0.8, 0], atol=1e-12)
+    np.testing.assert_allclose(to_go(delta(STEPS)), [0.9, 0.4, 0.8, 0], atol=1e-12)
+    both = delta(clip(STEPS, 0.5))
     np.testing.assert_allclose(both, [0.1, -0.1, 0, 0], atol=1e-12)
     np.testing.assert_allclose(to_go(both), [0, -0.1, 0, 0], atol=1e-12)
     repeated = np.full(6, 0.9)
-    assert (repeated.sum(), delta_steps(repeated).sum()) == pytest.approx((5.4, 0.9))
-    assert not clip_steps(repeated, 0.5).any()
+    assert (repeated.sum(), delta(repeated).sum()) == pytest.approx((5.4, 0.9))
+    assert not clip(repeated, 0.5).any()
 
 
 @given(st.lists(st.floats(-5, 5), max_size=8))
 def test_delta_returns_are_the_step_rewards(steps: list[float]) -> None:
-    returns = to_go(delta_steps(np.array(steps)))
+    returns = to_go(delta(np.array(steps)))
     np.testing.assert_allclose(returns[:-1], steps[:-1], atol=1e-9)
     assert len(returns) == len(steps)
 
@@ -277,8 +282,8 @@ def test_min_form_of_one_response() -> None:
     np.testing.assert_allclose(to_go(rewards), [-0.499729, -0.499731, 0.000101], atol=1e-6)
     np.testing.assert_allclose(soft_min_rewards(steps, 1.0), [0.126622, -0.290384, 0.078287], atol=1e-6)
     assert soft_min_rewards(steps, 1.0).sum() == pytest.approx(-0.085475, abs=1e-6)
-    assert hard_min_returns(steps).tolist() == [-0.5, -0.5, 0.3]
-    assert to_go(soft_min_rewards(steps, 1e-3))[0] == pytest.approx(-0.5)
+    np.testing.assert_allclose(to_go(soft_min_rewards(steps, 1e-3)), [-0.5, -0.5, 0.0], atol=1e-9)
+    np.testing.assert_allclose(to_go(soft_min_rewards(steps[2:], 1e-3)), [0.3], atol=1e-9)
     assert len(soft_min_rewards(np.zeros(0))) == 0
 
 

@@ -15,10 +15,9 @@ from paths import ROOT
 from test_grpo import Rows
 
 from algorithms.base import Experience
-from algorithms.functional.advantages import group_relative, leave_one_out
+from algorithms.functional.advantages import Outcomes, group_relative, leave_one_out
 from algorithms.functional.returns import whiten
 from algorithms.grpo import GRPO
-from algorithms.outcomes import outcomes
 from algorithms.reinforce_pp import ReinforcePP
 from algorithms.rloo import RLOO
 from algorithms.surrogate import SurrogateAlgorithm
@@ -52,8 +51,8 @@ def experience(count: int = 4, seed: int = 0, observations: bool = False) -> Exp
     return Experience(groups, step=1, policy_logprobs=policy, reference_logprobs=reference)
 
 
-def rows_of(made: Any, found: Any) -> list[np.ndarray]:
-    return [row[mask] for row, mask in zip(made.tokens, found.masks, strict=True)]
+def rows_of(advantages: Any, outcomes: Any) -> list[np.ndarray]:
+    return [row[mask] for row, mask in zip(advantages.tokens, outcomes.masks, strict=True)]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -69,13 +68,13 @@ def test_recipes_are_valid_and_compute(name: str, tmp_path: Path) -> None:
     given = experience(observations=True)
     judged = [replace(g, greedy=g.samples[0], scores=replace(g.scores, greedy=Score(0.5))) for g in given.groups]
     given = replace(given, groups=judged)  # only ReMax looks at it
-    made = algorithm.advantages(given)
+    advantages = algorithm.advantages(given)
     samples = [sample for group in given.groups for sample in group.samples]
-    assert [len(row) for row in made.tokens] == [len(sample) for sample in samples]
-    assert made.keep.any() and not made.keep[1]  # the second sample has no valid score
-    assert all(np.isfinite(row).all() and row.dtype == np.float32 for row in made.tokens)
-    assert all((row[~sample.trained] == 0).all() for row, sample in zip(made.tokens, samples, strict=True))
-    assert all(np.isfinite(value) for value in made.metrics.values())
+    assert [len(row) for row in advantages.tokens] == [len(sample) for sample in samples]
+    assert advantages.keep.any() and not advantages.keep[1]  # the second sample has no valid score
+    assert all(np.isfinite(row).all() and row.dtype == np.float32 for row in advantages.tokens)
+    assert all((row[~sample.trained] == 0).all() for row, sample in zip(advantages.tokens, samples, strict=True))
+    assert all(np.isfinite(value) for value in advantages.metrics.values())
     output = algorithm.loss(Rows().inputs())
     output.loss.backward()
     assert output.loss.isfinite()
@@ -83,28 +82,28 @@ def test_recipes_are_valid_and_compute(name: str, tmp_path: Path) -> None:
 
 def test_rloo_spreads_leave_one_out_advantages() -> None:
     given = experience(observations=True)
-    found = outcomes(given)
-    expected, keep = leave_one_out(found.rewards, found.valid, found.group)
-    made = RLOO(RLOO.Config()).advantages(given)
-    assert (made.keep == keep).all() and expected.any()
-    for row, value in zip(rows_of(made, found), expected, strict=True):
+    outcomes = Outcomes.of(given)
+    expected, keep = leave_one_out(outcomes.rewards, outcomes.valid, outcomes.group)
+    advantages = RLOO(RLOO.Config()).advantages(given)
+    assert (advantages.keep == keep).all() and expected.any()
+    for row, value in zip(rows_of(advantages, outcomes), expected, strict=True):
         np.testing.assert_allclose(row, value, rtol=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", [GRPO(GRPO.Config(kl_in="reward")), RLOO(RLOO.Config(kl_coefficient=0.04))])
 def test_kl_in_the_reward_of_samples(algorithm: SurrogateAlgorithm) -> None:
     given = experience(observations=True)
-    found = outcomes(given)
+    outcomes = Outcomes.of(given)
     assert given.policy_logprobs is not None and given.reference_logprobs is not None
-    pairs = zip(given.policy_logprobs, given.reference_logprobs, found.masks, strict=True)
+    pairs = zip(given.policy_logprobs, given.reference_logprobs, outcomes.masks, strict=True)
     d = [(p.astype(np.float64) - r)[m] for p, r, m in pairs]
     k3 = algorithm.config.kl_estimator == "k3"
     penalty = np.array([(np.exp(-x) - 1 + x).sum() if k3 else x.sum() for x in d])
-    rewards = found.rewards - 0.04 * penalty
-    rest = found.valid, found.group
+    rewards = outcomes.rewards - 0.04 * penalty
+    rest = outcomes.valid, outcomes.group
     expected, _ = group_relative(rewards, *rest, normalize_by_std=True) if k3 else leave_one_out(rewards, *rest)
-    made = algorithm.advantages(given)
-    for row, value in zip(rows_of(made, found), expected, strict=True):
+    advantages = algorithm.advantages(given)
+    for row, value in zip(rows_of(advantages, outcomes), expected, strict=True):
         np.testing.assert_allclose(row, value, rtol=1e-4, atol=1e-6)
     assert algorithm.needs().token_kl
     with pytest.raises(ValueError, match="needs log-probs of policy and reference"):
@@ -114,13 +113,13 @@ def test_kl_in_the_reward_of_samples(algorithm: SurrogateAlgorithm) -> None:
 @pytest.mark.parametrize("baseline", ["none", "group"])
 def test_reinforce_pp(baseline: Any) -> None:
     given = experience(observations=True)
-    found = outcomes(given)
+    outcomes = Outcomes.of(given)
     assert given.policy_logprobs is not None and given.reference_logprobs is not None
-    rewards, keep = found.rewards, found.valid
+    rewards, keep = outcomes.rewards, outcomes.valid
     if baseline == "group":
-        rewards, keep = group_relative(rewards, found.valid, found.group, normalize_by_std=False)
+        rewards, keep = group_relative(rewards, outcomes.valid, outcomes.group, normalize_by_std=False)
     returns = []
-    for i, mask in enumerate(found.masks):  # token by token, from the end
+    for i, mask in enumerate(outcomes.masks):  # token by token, from the end
         row, to_go, last = np.zeros(len(mask)), 0.0, True
         for t in reversed(range(len(mask))):
             if mask[t]:
@@ -128,12 +127,12 @@ def test_reinforce_pp(baseline: Any) -> None:
                 to_go = (rewards[i] if last else 0.0) - 0.01 * kl + 0.9 * to_go
                 row[t], last = to_go, False
         returns.append(row)
-    expected = whiten(returns, found.masks, keep)
-    made = ReinforcePP(ReinforcePP.Config(baseline=baseline, gamma=0.9)).advantages(given)
-    assert (made.keep == keep).all()
-    for row, wanted in zip(made.tokens, expected.tokens, strict=True):
+    expected = whiten(returns, outcomes.masks, keep)
+    advantages = ReinforcePP(ReinforcePP.Config(baseline=baseline, gamma=0.9)).advantages(given)
+    assert (advantages.keep == keep).all()
+    for row, wanted in zip(advantages.tokens, expected.tokens, strict=True):
         np.testing.assert_allclose(row, wanted, atol=1e-5)
-    assert made.metrics["advantage/return_std"] == pytest.approx(expected.variance**0.5)
+    assert advantages.metrics["advantage/return_std"] == pytest.approx(expected.variance**0.5)
     assert ReinforcePP(ReinforcePP.Config(baseline=baseline)).needs().min_samples_per_prompt == 1 + (
         baseline == "group"
     )
@@ -143,12 +142,12 @@ def test_overlong_answers_are_worth_less() -> None:
     given = experience()
     scores = GroupScores(tuple(Score(1.0) for _ in given.groups[0].samples))
     given = replace(given, groups=[group.with_scores(scores) for group in given.groups])
-    found = outcomes(given)
-    made = RLOO(RLOO.Config(overlong_max_tokens=10, overlong_buffer_share=0.5)).advantages(given)
-    shaped = 1 - np.clip((found.lengths - 5) / 5, 0, 1)
-    expected, _ = leave_one_out(shaped, found.valid, found.group)
-    np.testing.assert_allclose([row[0] for row in made.tokens], expected, atol=1e-6)
-    assert made.metrics["reward/overlong_penalty"] == pytest.approx((shaped - 1).mean())
+    outcomes = Outcomes.of(given)
+    advantages = RLOO(RLOO.Config(overlong_max_tokens=10, overlong_buffer_share=0.5)).advantages(given)
+    shaped = 1 - np.clip((outcomes.lengths - 5) / 5, 0, 1)
+    expected, _ = leave_one_out(shaped, outcomes.valid, outcomes.group)
+    np.testing.assert_allclose([row[0] for row in advantages.tokens], expected, atol=1e-6)
+    assert advantages.metrics["reward/overlong_penalty"] == pytest.approx((shaped - 1).mean())
 
 
 def test_a_sample_without_a_trained_token_is_no_part_of_its_group() -> None:
@@ -158,9 +157,9 @@ def test_a_sample_without_a_trained_token_is_no_part_of_its_group() -> None:
     group = replace(group, samples=(untrained, *group.samples[1:]))
     scores = GroupScores((Score(1000.0), *(Score(float(i)) for i in range(1, 4))))
     given = replace(given, groups=[group.with_scores(scores)])
-    made = RLOO(RLOO.Config()).advantages(given)
-    assert made.keep.tolist() == [False, True, True, True]
-    assert [row[0] for row in made.tokens[1:]] == [-1.5, 0.0, 1.5]
+    advantages = RLOO(RLOO.Config()).advantages(given)
+    assert advantages.keep.tolist() == [False, True, True, True]
+    assert [row[0] for row in advantages.tokens[1:]] == [-1.5, 0.0, 1.5]
 
 
 def test_refusals_reach_the_command_line(tmp_path: Path) -> None:
@@ -184,7 +183,7 @@ def test_the_worked_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.Monk
     scores = GroupScores((Score(1.0), Score(0.0), Score(1.0), Score.invalid("timeout: x")))
     worst = GroupScores(tuple(Score(0.0) for _ in range(4)))
     groups = [given.groups[0].with_scores(scores), given.groups[1].with_scores(worst)]
-    made = algorithm.advantages(Experience(groups, step=1))
-    assert made.keep.tolist() == [True, False, True, False, *[False] * 4]
-    assert [row.max() for row in made.tokens] == [1.0, 0.0, 1.0, 0.0, *[0.0] * 4]
+    advantages = algorithm.advantages(Experience(groups, step=1))
+    assert advantages.keep.tolist() == [True, False, True, False, *[False] * 4]
+    assert [row.max() for row in advantages.tokens] == [1.0, 0.0, 1.0, 0.0, *[0.0] * 4]
     assert algorithm.loss(Rows().inputs()).loss.isfinite()

@@ -27,10 +27,8 @@ from algorithms.functional.prm import (
     correct_incorrect_pairs,
     cross_entropy,
     dpo,
-    info_nca,
     kto,
     kto_baseline,
-    nca,
     nca_pair,
     response_scores,
 )
@@ -305,22 +303,11 @@ def test_explained_variance() -> None:
 
 # -- reward models -----------------------------------------------------------------------------------------
 
-GROUPS = torch.tensor([0, 1, 0, 1, 1, 0])
-TARGETS = torch.tensor([0.5, 0.2, 0.5, 0.0, 0.8, 0.0], dtype=torch.float64)
 LABELS = torch.tensor([1.0, 0.3, 0.0, 0.0, 1.0, 0.75], dtype=torch.float64)
 
 
 def sigma(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
-
-
-def per_group(values: np.ndarray) -> np.ndarray:
-    return np.array([values[GROUPS.numpy() == g].sum() for g in (0, 1)])
-
-
-def info_nca_by_hand(s: np.ndarray) -> np.ndarray:
-    total = np.exp(s)
-    return per_group(-TARGETS.numpy() * np.log(total / per_group(total)[GROUPS.numpy()]))
 
 
 REWARD_LOSSES: dict[str, tuple[Any, Any]] = {
@@ -333,11 +320,6 @@ REWARD_LOSSES: dict[str, tuple[Any, Any]] = {
         lambda s: nca_pair(s[:3], s[3:]),
         lambda s: -np.log(sigma(s[:3])) - (np.log(sigma(-s[:3])) + np.log(sigma(-s[3:]))) / 2,
     ),
-    "nca": (
-        lambda s: nca(s, TARGETS, GROUPS),
-        lambda s: per_group(-TARGETS.numpy() * np.log(sigma(s)) - np.log(sigma(-s)) / 3),
-    ),
-    "info_nca": (lambda s: info_nca(s, TARGETS, GROUPS), info_nca_by_hand),
     "kto": (
         lambda s: kto(s, LABELS, torch.tensor(0.2), desirable_weight=1.3, undesirable_weight=0.7),
         lambda s: 1.3 * LABELS.numpy() * sigma(0.2 - s) + 0.7 * (1 - LABELS.numpy()) * sigma(s - 0.2),

@@ -19,7 +19,6 @@ from prime_tables import (
     DISCOUNTED_OFFICIAL,
     GROUP,
     GRPO,
-    IMPLICIT_VALUE,
     MEAN_BASELINE_RAW,
     OFFICIAL_ADVANTAGE,
     OFFICIAL_PROCESS,
@@ -33,7 +32,6 @@ from prime_tables import (
     VERL_ADVANTAGE,
     VERL_RETURN,
     VERL_SCORES,
-    WHOLE_OFFICIAL,
     WIDTH,
     Batch,
     Q,
@@ -44,18 +42,9 @@ from algorithms.base import Denominators
 from algorithms.functional import prime
 from algorithms.functional.losses import aggregate, clipped_surrogate
 from algorithms.functional.prime import prime_rloo
-from algorithms.functional.prm import (
-    cross_entropy,
-    dpo,
-    info_nca,
-    kto,
-    nca,
-    nca_pair,
-    pair_accuracy,
-    response_scores,
-    sign_accuracy,
-)
+from algorithms.functional.prm import cross_entropy, dpo, kto, nca_pair, response_scores
 from algorithms.functional.returns import gae, reward_to_go
+from algorithms.functional.selection import pair_accuracy, sign_accuracy
 
 # -- implicit rewards and the losses that train the model ----------------------------------------------
 
@@ -97,12 +86,6 @@ def test_losses_of_single_examples() -> None:
     chosen, rejected = torch.tensor([0.04]), torch.tensor([-0.03])
     assert dpo(chosen, rejected).item() == pytest.approx(0.658760, abs=1e-6)
     assert nca_pair(chosen, rejected).item() == pytest.approx(1.369151, abs=1e-6)
-    pair, same = torch.tensor([0.04, -0.03]), torch.tensor([0, 0])
-    assert info_nca(pair, torch.tensor([1.0, 0.0]), same).item() == pytest.approx(0.658760, abs=1e-6)
-    assert nca(pair, torch.tensor([1.0, 0.0]), same).item() == pytest.approx(1.369151, abs=1e-6)
-    group_a, targets = torch.tensor(BETA * SUMS[:4]), torch.tensor([0.5, 0.0, 0.5, 0.0])
-    assert info_nca(group_a, targets, torch.zeros(4, dtype=torch.int64)).item() == pytest.approx(1.351907, abs=1e-6)
-    assert nca(group_a, targets, torch.zeros(4, dtype=torch.int64)).item() == pytest.approx(1.369151, abs=1e-6)
 
 
 def test_kto() -> None:
@@ -195,13 +178,6 @@ def test_unnormalised_mean_baseline() -> None:
     batch.check(prime.rloo(scaled, *batch.groups, baseline="strict").process, MEAN_BASELINE_RAW)
 
 
-def test_whole_granularity_spreads_its_baseline_over_all_tokens() -> None:
-    batch = Batch()
-    scaled, _ = prime.normalise(batch.q, batch.masks, batch.valid, "global_max_return")
-    whole = prime.whole_response(scaled, batch.masks)
-    batch.check(prime.rloo(whole, *batch.groups, baseline="official").process, WHOLE_OFFICIAL, 5e-5)
-
-
 def test_process_discount() -> None:
     batch = Batch()
     scaled, _ = prime.normalise(batch.q, batch.masks, batch.valid, "global_max_return")
@@ -226,10 +202,9 @@ def test_rank_local_normalisation_is_another_number() -> None:
     whole.check(rows, RANK_LOCAL)
 
 
-def test_reinforce_and_value_variant() -> None:
+def test_reinforce() -> None:
     batch = Batch()
     batch.check(added(prime.reinforce(batch.scores, *batch.groups)), REINFORCE)
-    batch.check(added(prime.implicit_value(batch.scores, *batch.groups)), IMPLICIT_VALUE)
 
 
 def test_grpo() -> None:
@@ -253,18 +228,6 @@ def test_ppo_rewards_give_reinforce_returns_without_a_critic() -> None:
     rewards = prime.token_rewards(batch.scores, batch.outcome, batch.masks, batch.valid)
     nothing = [np.zeros(WIDTH) for _ in rewards]
     batch.check(gae(rewards, nothing, batch.masks, gamma=1.0, lam=1.0).advantages, REINFORCE)
-
-
-def test_remax_takes_the_greedy_answer_off() -> None:
-    batch = Batch()
-    greedy = {"greedy_process_mean": np.full(8, 0.01), "greedy_outcome": np.array([1.0] * 4 + [math.nan] * 4)}
-    terms = prime.remax(batch.scores, *batch.groups, **greedy)
-    np.testing.assert_allclose(
-        terms.process[0][:3], np.array(REINFORCE[0]) - 1 - 0.01 * np.array([3, 2, 1]), atol=1e-12
-    )
-    assert [row[0] for row in terms.outcome] == [0.0, -1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0]
-    assert terms.keep.tolist() == [True] * 4 + [False] * 4
-    assert not any(row.any() for row in terms.process[4:])
 
 
 def test_coefficients_act() -> None:
@@ -314,7 +277,7 @@ def test_order_of_rows_and_garbage_change_nothing(order: list[int], garbage: flo
         np.testing.assert_allclose(row, expected[i], atol=1e-9)
 
 
-@pytest.mark.parametrize("estimator", [prime.rloo, prime.grpo, prime.reinforce, prime.implicit_value])
+@pytest.mark.parametrize("estimator", [prime.rloo, prime.grpo, prime.reinforce])
 def test_invalid_samples_change_nobody(estimator: Any) -> None:
     batch = Batch()
     expected = estimator(batch.scores, *batch.groups)

@@ -12,9 +12,9 @@ from test_advantages_modules import experience
 from test_grpo import Rows
 
 from algorithms.base import Experience
+from algorithms.functional.advantages import Outcomes
 from algorithms.functional.kl import AdaptiveCoefficient
 from algorithms.grpo import GRPO
-from algorithms.outcomes import outcomes
 from algorithms.remax import ReMax
 from algorithms.rloo import RLOO
 from algorithms.surrogate import SurrogateAlgorithm
@@ -43,15 +43,15 @@ def test_remax_compares_with_the_greedy_response() -> None:
     given = with_greedy_scores(
         experience(observations=True), [Score(1.0), Score(0.0), Score.invalid("timeout: x"), Score(-2.0)]
     )
-    found = outcomes(given)
-    made = ReMax(ReMax.Config()).advantages(given)
+    outcomes = Outcomes.of(given)
+    advantages = ReMax(ReMax.Config()).advantages(given)
     baseline = np.repeat([1.0, 0.0, np.nan, -2.0], 4)
-    assert (made.keep == (found.valid & np.isfinite(baseline))).all()
-    assert made.keep[0] and not made.keep[1] and not made.keep[8:12].any()
-    for i, kept in enumerate(made.keep):
-        wanted = found.rewards[i] - baseline[i] if kept else 0.0
-        np.testing.assert_allclose(made.tokens[i][found.masks[i]], wanted, rtol=1e-6)
-    assert made.metrics["reward/greedy_mean"] == pytest.approx(-1 / 3)
+    assert (advantages.keep == (outcomes.valid & np.isfinite(baseline))).all()
+    assert advantages.keep[0] and not advantages.keep[1] and not advantages.keep[8:12].any()
+    for i, kept in enumerate(advantages.keep):
+        wanted = outcomes.rewards[i] - baseline[i] if kept else 0.0
+        np.testing.assert_allclose(advantages.tokens[i][outcomes.masks[i]], wanted, rtol=1e-6)
+    assert advantages.metrics["reward/greedy_mean"] == pytest.approx(-1 / 3)
 
 
 def test_remax_without_greedy_responses_says_what_is_missing() -> None:
@@ -93,10 +93,10 @@ def test_preferences_about_the_greedy_response_are_left_out() -> None:
 def test_adaptive_coefficient_against_the_paper() -> None:
     # arXiv 1909.08593 section 2.2 by hand: 0.1 (1 + 0.2 * 256 / 10000) twice too high, then half as high as wanted
     kl = AdaptiveCoefficient(0.1, target=6.0)
-    assert kl.updated(12.0, 256).value == pytest.approx(0.1 * 1.00512)
-    assert kl.updated(3.0, 256).value == pytest.approx(0.1 * (1 - 0.00512))
-    assert kl.updated(6.6, 256).value == pytest.approx(0.1 * (1 + 0.1 * 0.0256))
-    assert kl.updated(float("nan"), 256) is kl
+    assert kl.adjust(12.0, 256).value == pytest.approx(0.1 * 1.00512)
+    assert kl.adjust(3.0, 256).value == pytest.approx(0.1 * (1 - 0.00512))
+    assert kl.adjust(6.6, 256).value == pytest.approx(0.1 * (1 + 0.1 * 0.0256))
+    assert kl.adjust(float("nan"), 256) is kl
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_coefficient_follows_what_was_measured_and_acts(algorithm: Surrogate
     second = algorithm.advantages(given)
     assert second.scalars["kl_coefficient"] == pytest.approx(0.1 * 1.1)
     rows = Rows()
-    losses = [algorithm.loss(replace(rows.inputs(), scalars=made.scalars)).loss for made in (first, second)]
+    losses = [algorithm.loss(replace(rows.inputs(), scalars=advantages.scalars)).loss for advantages in (first, second)]
     in_loss = algorithm.config.kl_in == "loss"
     assert (not torch.equal(losses[0], losses[1])) == in_loss
     moved = any((a != b).any() for a, b in zip(first.tokens, second.tokens, strict=True))
@@ -127,11 +127,13 @@ def test_the_coefficient_follows_what_was_measured_and_acts(algorithm: Surrogate
 
 def test_kl_in_the_reward_is_measured_where_it_is_paid() -> None:
     given = experience()
-    made = RLOO(RLOO.Config(kl_coefficient=0.1)).advantages(given)
+    advantages = RLOO(RLOO.Config(kl_coefficient=0.1)).advantages(given)
     assert given.policy_logprobs is not None and given.reference_logprobs is not None
-    valid = outcomes(given).valid
+    valid = Outcomes.of(given).valid
     rows = [p - r for p, r, v in zip(given.policy_logprobs, given.reference_logprobs, valid, strict=True) if v]
-    assert made.metrics["kl/reference"] == pytest.approx(float(np.concatenate(rows).mean(dtype=np.float64)), abs=1e-6)
+    assert advantages.metrics["kl/reference"] == pytest.approx(
+        float(np.concatenate(rows).mean(dtype=np.float64)), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(

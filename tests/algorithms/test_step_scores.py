@@ -16,10 +16,9 @@ from algorithms.functional.selection import (
     first_errors,
     majority,
     process_bench,
+    sigmoid,
     subsets,
     vote,
-    vote_weights,
-    weighted_vote,
 )
 from rewards.implicit_prm.steps import aggregate, split_steps, step_scores, token_steps
 from rlkit.data.rendering import load_tokenizer
@@ -60,11 +59,11 @@ def test_best_of_four_is_the_earlier_of_two_equal_ones() -> None:
 
 
 def test_weighted_vote() -> None:
-    weights = vote_weights(np.array(MIN_SINGLE))
+    weights = sigmoid(np.array(MIN_SINGLE))
     assert weights[[0, 2]].sum() == pytest.approx(1.005000, abs=1e-6)
     assert weights[[1, 3]].sum() == pytest.approx(0.987501, abs=1e-6)
-    assert weighted_vote(["7", "5", "7", "5"], np.array(MIN_SINGLE)) == 0
-    assert weighted_vote(["5", "7", "5", "7"], -np.array(MIN_SINGLE)) == 1
+    assert vote(["7", "5", "7", "5"], weights) == 0
+    assert vote(["5", "7", "5", "7"], sigmoid(-np.array(MIN_SINGLE))) == 1
     assert majority(["5", "7", "7", None]) == 1
     assert majority(["5", "7", "7", "5"]) == 0, "a tie goes to the earlier answer"
     assert vote([None, None], np.ones(2)) == 0

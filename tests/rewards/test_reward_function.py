@@ -13,7 +13,7 @@ import pytest
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.function.reward import FunctionReward
+from rewards.function import FunctionReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.experience import Group
@@ -130,7 +130,7 @@ def test_the_contract_can_be_run_against_a_users_function(repository: Path, tmp_
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(repository)]),
-        "REWARD": "rewards.function.reward.FunctionReward",
+        "REWARD": "rewards.function.FunctionReward",
         "REWARD_OPTIONS": '{"function": "my_rewards.brevity"}',
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not ray"]

@@ -11,7 +11,7 @@ from learner_fixture import VOCABULARY, make_groups, write_tiny_model, write_tok
 
 from algorithms.base import Experience
 from algorithms.functional.prime import prime_rloo
-from algorithms.functional.prm import brier, calibration_error
+from algorithms.functional.selection import brier, calibration_error
 from algorithms.prime import PRIME
 from rewards.base import RewardContext
 from rewards.implicit_prm.model import before_update

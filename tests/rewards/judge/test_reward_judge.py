@@ -16,7 +16,7 @@ from judge_fixture import Asked, JudgeServer, Reply, honest, is_right, started, 
 from pydantic import ValidationError
 from reward_samples import make_group
 
-from rewards.judge.asking import JudgeError
+from rewards.judge.base import JudgeError
 from rewards.judge.master_keys import MASTER_KEYS, PHRASES, trivial
 from rewards.judge.prompts import Form, Unparsable, opponents
 from rewards.judge.reward import JudgeReward

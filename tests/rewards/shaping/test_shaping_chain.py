@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_reward_combined import SECOND, SPANS, TOKENS, WORD, combined, group, score
+from combination_rewards import SECOND, SPANS, TOKENS, WORD, combined, group, score
 
 from rewards.base import RewardContext
 from rewards.combined.reward import CombinedReward
-from rewards.shaping.parse import parse_steps
 from rewards.shaping.references import log_sigmoid, sigmoid
+from rewards.shaping.steps import parse_steps
 from rlkit.experience import Group, GroupScores, PreferencePair
 
 RUNNING = ("1", "3", "2", "6")

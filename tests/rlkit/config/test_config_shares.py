@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rewards.code.reward import CodeReward
-from rewards.remote.reward import RemoteReward
+from rewards.remote import RemoteReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.plan import GpuShares, colocated_places, gpu_shares
