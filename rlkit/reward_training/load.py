@@ -10,10 +10,9 @@ from typing import Any
 import yaml
 
 import rlkit
-from rlkit.config.compose import conf_dir
-from rlkit.config.loading import TARGET, Loading
+from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, Problem, all_fields
-from rlkit.config.parts import Contract
+from rlkit.config.parts import TARGET, Contract, conf_dir
 from rlkit.data.base import DataConfig
 from rlkit.reward_training.base import RewardTraining, RewardTrainingConfig, TrainRewardConfig
 

@@ -7,9 +7,8 @@ from rich.markup import escape
 
 from rlkit.config.compose import group_options, option_fields
 from rlkit.config.help import print_section
-from rlkit.config.loading import TARGET
 from rlkit.config.messages import all_fields
-from rlkit.config.parts import PartError, import_part
+from rlkit.config.parts import TARGET, PartError, import_part
 from rlkit.reward_training.base import TrainRewardConfig
 from rlkit.reward_training.load import CONTRACTS, groups_dir
 
