@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= cpu,dev
 TRAIN_ARGS ?=
 TEST_ARGS ?=
+# Test processes side by side; each takes whole files.
+TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -53,7 +55,7 @@ demo: setup
 	$(RUN_ENV) $(BIN)/python -m rlkit.train $(TRAIN_ARGS)
 
 test: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not cluster" $(TEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not cluster" $(TEST_ARGS)
 
 # Runs that are killed and resumed, Ray clusters of their own, jobs, every recipe and reward to the end.
 test-cluster: setup
@@ -63,6 +65,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/vulture
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

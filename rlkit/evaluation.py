@@ -1,4 +1,4 @@
-"""Held-out accuracy: one response per held-out prompt, always judged by the rule verifier, never trained on."""
+"""Held-out accuracy: one response per held-out prompt, judged by the run's verifier, never trained on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from rlkit.experience import Group, Prompt
-from rlkit.experience.scores import ScoreReport, check_failures
+from rlkit.experience import Group, Prompt, Score
+from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.worker import GroupRequest
 from rlkit.serving.pool import RewardPool
-
-VERIFIER: Mapping[str, Any] = {"_target_": "rewards.verifiers.math.RuleReward"}
 
 
 @dataclass(frozen=True)
@@ -55,21 +53,27 @@ class Evaluator:
         )
 
     async def judge(self, batches: Sequence[Any]) -> tuple[list[Group], ScoreReport]:
-        """Groups (or references to lists of them), scored by the rule verifier whatever the run's reward is."""
+        """Groups (or references to lists of them), scored by the verifier whatever the run's reward is."""
         scored = await self.verifier.score(batches)
         lists = await asyncio.gather(*(_fetch(ref) for ref in scored.batches))
         return [group for groups in lists for group in groups], scored.report
 
 
 def correctness(groups: Sequence[Group]) -> np.ndarray:
-    """[B] 1.0 right, 0.0 wrong, NaN not judged, for groups scored by the rule verifier."""
-    return np.array(
-        [
-            score.components["correct"] if score.valid else float("nan")
-            for group in groups
-            for _, score in group.scored()
-        ]
-    )
+    """[B] 1.0 right, 0.0 wrong, NaN not judged, for groups scored by the verifier.
+
+    The component `correct`, or of a verifier without it the value. Raises RewardFailed for scores that have neither.
+    """
+    return np.array([_correct(score) for group in groups for _, score in group.scored()])
+
+
+def _correct(score: Score) -> float:
+    if not score.valid:
+        return float("nan")
+    correct = score.components.get("correct", score.value)
+    if correct is None:
+        raise RewardFailed("the verifier gives no value for a whole response: verifier=NAME must be a reward that does")
+    return correct
 
 
 async def _fetch(ref: Any) -> list[Group]:

@@ -1,7 +1,4 @@
-"""Metrics of a step's groups that every algorithm shares, and the summary of a whole run.
-
-What makes a run stop or warn: updates that are not finite, a sampler unlike the learner, a fooled reward.
-"""
+"""A step's metrics that all algorithms share, the run's summary, and the alarms: when a run stops or warns."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import numpy as np
 
 from rlkit.config.schema import TrainerConfig
 from rlkit.evaluation import correctness
-from rlkit.experience import Group
+from rlkit.experience import Group, UserError
 from rlkit.experience.buffer import BufferStats
 from rlkit.experience.scores import ScoreReport
 
@@ -86,7 +83,7 @@ def summary(
     }
 
 
-class TrainingFailedError(RuntimeError):
+class TrainingFailedError(UserError):
     """The run cannot go on; the message says why."""
 
 

@@ -72,8 +72,8 @@ class Producer:
     def _waiting(self, what: str, times: int) -> AbstractAsyncContextManager[None]:
         """`times`: a step, the evaluation and the checkpoint after it may each take a step's time."""
         limit = "trainer.step_timeout_seconds" if times == 1 else f"{times} x trainer.step_timeout_seconds"
-        told = f"{what} ({self.started} groups asked for, {len(self._open)} of them not in the buffer)"
-        return waiting("the producer", told, times * self.step_timeout_seconds, limit)
+        what = f"{what} ({self.started} groups asked for, {len(self._open)} of them not in the buffer)"
+        return waiting("the producer", what, times * self.step_timeout_seconds, limit)
 
     def _requests(self, count: int) -> list[GroupRequest]:
         again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
@@ -125,7 +125,7 @@ async def until(work: Awaitable[T], *background: asyncio.Task[None]) -> T:
             return task.result()
     finally:
         task.cancel()
-    error = next(each.exception() for each in background if each.done())
+    error = next(task.exception() for task in background if task.done())
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     raise error or RuntimeError("a background task ended although it should not")

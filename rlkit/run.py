@@ -15,10 +15,8 @@ from typing import Any
 from algorithms.base import Algorithm
 from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
-from rlkit.checkpoint.folder import BadCheckpointError
 from rlkit.checkpoint.resume import ResumePoint
 from rlkit.cluster.placement import (
-    NoRoomError,
     Placement,
     beside_driver,
     loads_after,
@@ -28,43 +26,27 @@ from rlkit.cluster.placement import (
     start_in_order,
 )
 from rlkit.cluster.ray_session import ray_session
-from rlkit.cluster.waiting import WaitedTooLongError, Watchdog, blocking, waiting
+from rlkit.cluster.waiting import Watchdog, blocking, waiting
+from rlkit.config.command import FAILED, print_error
 from rlkit.config.parts import ResolvedRun, config_text
 from rlkit.config.plan import gpu_shares
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import BadRow, DataError, Split
 from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
-from rlkit.evaluation import VERIFIER, Evaluator
-from rlkit.experience import Prompt
-from rlkit.experience.buffer import TooManyRejectedError
-from rlkit.experience.scores import RewardFailed
-from rlkit.metrics import HackingAlarm, TrainingFailedError, UpdateGuard
+from rlkit.evaluation import Evaluator
+from rlkit.experience import Prompt, UserError
+from rlkit.metrics import HackingAlarm, UpdateGuard
 from rlkit.models.folder import model_folder
 from rlkit.producer import Producer
-from rlkit.rollout.pool import RolloutFailedError, RolloutPool
+from rlkit.rollout.pool import RolloutPool
 from rlkit.serving.pool import RewardPool
-from rlkit.tracking.run_folder import RunFolder, RunFolderError
+from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
 from rlkit.weight_sync import WeightSync
-from rlkit.weights.publication import WeightsNotLoadedError
 
-FAILED = 1
 TERMINATED = 128 + signal.SIGTERM
-EXPECTED = (
-    BadCheckpointError,
-    RunFolderError,
-    NoRoomError,
-    RewardFailed,
-    RolloutFailedError,
-    WeightsNotLoadedError,
-    TooManyRejectedError,
-    DataError,
-    TrainingFailedError,
-    WaitedTooLongError,
-)
-"""Errors whose message is all a user needs."""
 LOADING = {
     "sampler": "loading the sampler (vLLM)",
     "learner": "loading the learner (DeepSpeed)",
@@ -89,9 +71,8 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
     config = resolved.config
     try:
         folder = RunFolder(config.run_dir, go_on=config.resume == "auto" or (point is not None and point.same_run))
-    except RunFolderError as error:
-        print(f"rlkit: {error}", file=sys.stderr)
-        return FAILED
+    except UserError as error:
+        return print_error(error)
     folder.write_config(config_text(config))
     try:
         first_step = 1 if point is None else point.checkpoint.step + 1
@@ -104,7 +85,11 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
         print("rlkit: ended by SIGTERM", file=sys.stderr)
         return TERMINATED
     except Exception as error:
-        print(_explain(error, folder.path / "logs"), file=sys.stderr)
+        with (folder.logs / "driver.log").open("a") as file:
+            traceback.print_exception(error, file=file)
+        if isinstance(error, UserError):
+            return print_error(error)
+        print(_with_logs(error, folder.logs), file=sys.stderr)
         return FAILED
     return 0
 
@@ -180,7 +165,7 @@ async def _start(
     import ray
 
     from rlkit.experience.buffer_actor import BufferActor
-    from rlkit.learner.actors import JointLearner
+    from rlkit.learner.joint import JointLearner
 
     config, algorithm = resolved.config, resolved.make_algorithm()
     model_path, logs = str(model_folder(config.model.path)), folder.logs
@@ -204,7 +189,7 @@ async def _start(
     stack.push_async_callback(reward.close)
     verifier = reward
     if _own_verifier(resolved) and heldout:
-        verifier = RewardPool(VERIFIER, RewardContext(threads=1), seconds, logs, "verifier", beside_driver)
+        verifier = RewardPool(config.verifier, RewardContext(threads=1), seconds, logs, "verifier", beside_driver)
         stack.push_async_callback(verifier.close)
     buffer = ray.remote(num_cpus=0, **beside_driver(0))(BufferActor).remote(
         config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
@@ -241,8 +226,8 @@ async def _start(
 
 def _own_verifier(resolved: ResolvedRun) -> bool:
     """Whether held-out answers need a verifier beside the reward: options of the reward must not move the yardstick."""
-    same_kind = resolved.config.reward["_target_"] == VERIFIER["_target_"]
-    return not same_kind or resolved.reward_config != resolved.reward_class.Config()
+    reward, verifier = resolved.reward_class, resolved.verifier_class
+    return reward is not verifier or resolved.reward_config != resolved.verifier_config
 
 
 def _producer(
@@ -286,7 +271,7 @@ async def _all_ready(starting: dict[str, Any], tracker: Tracker, config: RunConf
 
 
 def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt], list[Prompt]]:
-    """Training prompts, and held-out prompts with answers (empty if the data has none). Raises DataError."""
+    """Training prompts, and held-out prompts that the verifier can judge (maybe none). Raises DataError."""
     from rlkit.data.rendering import load_tokenizer, render
 
     config = resolved.config
@@ -302,7 +287,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
         loaded[split] = prompts
     if not loaded["train"]:
         raise DataError("the data source has no usable training problem")
-    heldout = [prompt for prompt in loaded["heldout"] if prompt.answer is not None]
+    answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
+    heldout = [prompt for prompt in loaded["heldout"] if not answer_needed or prompt.answer is not None]
     if not heldout:
         tracker.warn("no held-out problem with a gold answer: this run is not evaluated")
     return loaded["train"], heldout[: config.trainer.evaluation_prompts]
@@ -315,14 +301,10 @@ def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, spl
         tracker.warn(f"{len(bad)} of {rows} {split} rows skipped: {first}")
 
 
-def _explain(error: BaseException, logs: Path) -> str:
-    """The message for the screen; the whole story goes to logs/driver.log."""
+def _with_logs(error: Exception, logs: Path) -> str:
+    """The message of an unexpected error; for a dead actor with the ends of the actors' logs."""
     from ray.exceptions import RayActorError
 
-    with (logs / "driver.log").open("a") as file:
-        traceback.print_exception(error, file=file)
-    if isinstance(error, EXPECTED):
-        return f"rlkit: {error}"
     text = f"rlkit: {type(error).__name__}: {error}"
     if isinstance(error, RayActorError):
         text += "".join(

@@ -16,7 +16,7 @@ from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
 from rlkit.experience.scores import check_failures
-from rlkit.learner.actors import JointLearner
+from rlkit.learner.joint import JointLearner
 from rlkit.metrics import HackingAlarm, UpdateGuard, rollout_metrics, summary
 from rlkit.producer import Producer, until
 from rlkit.rollout.pool import RolloutPool
@@ -132,7 +132,7 @@ class Trainer:
         return metrics
 
     async def judge(self, groups: list[Group]) -> list[Group] | None:
-        """The step's groups as the rule verifier sees them: shows when a learned reward is being fooled."""
+        """The step's groups as the verifier sees them: shows when a learned reward is being fooled."""
         return None if self.evaluator is None else (await self.evaluator.judge([groups]))[0]
 
     async def publish(self) -> float:

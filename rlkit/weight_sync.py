@@ -14,7 +14,7 @@ import numpy as np
 
 from rlkit.config.plan import engines_sleep, weight_way
 from rlkit.config.schema import RunConfig
-from rlkit.learner.actors import JointLearner
+from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
 from rlkit.serving.pool import RewardPool
 from rlkit.weights.publication import Published

@@ -8,12 +8,15 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+from benchmarks.structure import core_path
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
 
 
 def commands() -> list[tuple[str, str]]:
@@ -101,3 +104,16 @@ def test_other_modules_named_in_commands_exist() -> None:
             assert path.with_suffix(".py").exists(), f"{page}: {command}"
         for script in re.findall(r"python ((?:benchmarks|examples)/\S+\.py)", command):
             assert (ROOT / script).exists(), f"{page}: {command}"
+
+
+def test_the_layers_of_the_design_are_those_that_lint_checks() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["id"] == "layers"]
+    section = (ROOT / "docs/design.md").read_text().partition("## Layers\n```\n")[2].partition("\n```")[0]
+    assert section.splitlines() == layers
+
+
+def test_the_core_path_of_the_readme_exists_and_stays_short() -> None:
+    files = core_path(ROOT)
+    assert len(files) > 15
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 3200

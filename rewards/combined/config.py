@@ -1,9 +1,4 @@
-"""Which prompts a part of a combined reward judges.
-
-The sections of a combined reward's parts: a reward's own fields, and where and how much it counts.
-
-Options of a combined reward.
-"""
+"""Options of a combined reward: its parts' own sections, which prompts each judges, and how scores become one."""
 
 from __future__ import annotations
 
@@ -23,10 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from rewards.base import Reward, RewardConfig
-from rewards.combined.scores import PESSIMISTIC, Combine
-from rewards.shaping.parse import Shaping
-from rewards.shaping.steps import Step
+from rewards.base import Reward, RewardConfig, RewardTraits
+from rewards.combined.scores import Combine, Combiner, parse_combiner
+from rewards.shaping.steps import Shaping, Step
 from rlkit.experience import Prompt
 
 Scalar = bool | int | float | str
@@ -97,11 +91,10 @@ def _is_one_of(value: Any, values: Sequence[Scalar]) -> bool:
 
 TARGET = "_target_"
 PART_NAME = re.compile(r"(?!(?:unshaped|ensemble_std)$)[A-Za-z][A-Za-z0-9_]*")
-"""The two names left out are components of the combination itself."""
-"""Names stand in keys (`reward.parts.NAME.weight`) and in metrics."""
+"""Names appear in keys (`reward.parts.NAME.weight`) and in metrics; the two excluded are components of the whole."""
 
 
-class Placement(BaseModel):
+class PartOptions(BaseModel):
     """What a combination says about any part."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -117,7 +110,7 @@ class Placement(BaseModel):
         return {key: v for key, v in section.items() if key != TARGET} if isinstance(section, Mapping) else section
 
 
-class PartOptions(Placement):
+class ShapedPartOptions(PartOptions):
     """What a combination says about a part that is no combination itself."""
 
     shaping: Shaping = ()
@@ -125,7 +118,7 @@ class PartOptions(Placement):
 
 
 @dataclass(frozen=True)
-class Part:
+class RewardPart:
     """A part, ready to be made."""
 
     name: str
@@ -133,13 +126,18 @@ class Part:
     kind: type[Reward]
     config: RewardConfig
     """Its own options."""
-    options: Placement
+    options: PartOptions
     """What the combination says about it."""
 
     @property
     def shaping(self) -> tuple[Step, ...]:
         """Steps between its scores and the combination."""
-        return self.options.shaping if isinstance(self.options, PartOptions) else ()
+        return self.options.shaping if isinstance(self.options, ShapedPartOptions) else ()
+
+    @property
+    def traits(self) -> RewardTraits:
+        """What its reward needs and how it behaves."""
+        return self.kind.traits(self.config)
 
     def section(self) -> dict[str, Any]:
         """Its section with every value filled in, as plain values."""
@@ -148,12 +146,12 @@ class Part:
 
 def part_model(section: Mapping[str, Any]) -> type[BaseModel]:
     """The typed section of a part: the fields of its class and those of a part. Raises PartError."""
-    kind, placement = _kind(section)
+    kind, options = _kind(section)
     own = kind.config_model({key: value for key, value in section.items() if key != TARGET})
-    return create_model(f"{kind.__name__}Part", __base__=(placement, own))
+    return create_model(f"{kind.__name__}Part", __base__=(options, own))
 
 
-def read_part(name: str, section: Any) -> Part:
+def read_part(name: str, section: Any) -> RewardPart:
     """A part from its section. Raises ValueError: PartError, pydantic's ValidationError, or a plain one."""
     if PART_NAME.fullmatch(name) is None:
         raise ValueError(
@@ -161,36 +159,37 @@ def read_part(name: str, section: Any) -> Part:
         )
     if not isinstance(section, Mapping):
         raise ValueError(f"{name}: must be a section with {TARGET}, not {section!r}")
-    kind, placement = _kind(section)
-    options = {key: value for key, value in section.items() if key in placement.model_fields}
-    own = {key: value for key, value in section.items() if key not in options and key != TARGET}
-    return Part(name, section[TARGET], kind, kind.Config(**own), placement(**options))
+    kind, options = _kind(section)
+    ours = {key: value for key, value in section.items() if key in options.model_fields}
+    own = {key: value for key, value in section.items() if key not in ours and key != TARGET}
+    return RewardPart(name, section[TARGET], kind, kind.Config(**own), options(**ours))
 
 
-def _kind(section: Mapping[str, Any]) -> tuple[type[Reward], type[Placement]]:
-    """The class of a part, and what a combination says about it; one with a `shaping` of its own is shaped by that."""
+def _kind(section: Mapping[str, Any]) -> tuple[type[Reward], type[PartOptions]]:
+    """The class of a part, and what a combination says about it; a class with its own `shaping` field keeps that."""
     from rlkit.config.parts import PartError, import_part
 
     kind: type[Reward] = import_part("reward", section.get(TARGET))
-    placement = Placement if "shaping" in kind.Config.model_fields else PartOptions
-    clash = sorted(placement.model_fields.keys() & kind.Config.model_fields.keys())
+    options = PartOptions if "shaping" in kind.Config.model_fields else ShapedPartOptions
+    clash = sorted(options.model_fields.keys() & kind.Config.model_fields.keys())
     if clash:
         raise PartError(f"cannot be a part: its Config has {' and '.join(clash)}, which every part has already")
-    return kind, placement
+    return kind, options
 
 
 NO_PARTS = "needs at least one part; write reward=[rule,polar], with names of reward options"
 
 
 class CombinedFields(RewardConfig):
-    """The options beside the parts."""
+    """All options but the parts."""
 
     timeout_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Deadline of one scoring call; by default the sum of the parts', which score one after the other. After it the
     worker is killed and replaced, and the call is tried once more."""
     combine: Combine = "sum"
     """How values become one: sum, mean (weighted), product, logical_and (sum of w log sigma(r)); for members that
-    estimate the same: mean, median, min, mean_minus_std, mean_minus_variance."""
+    estimate the same: mean, median, min, mean_minus_std, mean_minus_variance; or the dotted path of a class, which
+    with options is {kind:my_module.MyCombiner,my_option:3}."""
     spread_weight: float = Field(default=1.0, gt=0)
     """mean_minus_std and mean_minus_variance: how much of the spread is subtracted."""
     shaping: Shaping = ()
@@ -207,9 +206,14 @@ class CombinedFields(RewardConfig):
 
     @model_validator(mode="after")
     def _spread_acts(self) -> Self:
-        if self.combine not in PESSIMISTIC and self.spread_weight != 1.0:
-            raise ValueError(f"spread_weight has no effect with combine={self.combine}")
+        if not self.combiner.pessimistic and self.spread_weight != 1.0:
+            raise ValueError(f"spread_weight has no effect with combine={self.combiner}")
         return self
+
+    @property
+    def combiner(self) -> Combiner:
+        """How values become one."""
+        return parse_combiner(self.combine)
 
 
 class CombinedConfig(CombinedFields):
@@ -248,16 +252,16 @@ def typed_model(section: Mapping[str, Any], plain: type[CombinedConfig]) -> type
     return create_model("Combined", __base__=CombinedFields, parts=(sections, ...))
 
 
-def read_parts(config: CombinedConfig) -> tuple[Part, ...]:
+def read_parts(config: CombinedConfig) -> tuple[RewardPart, ...]:
     """The parts, in the order they were named."""
     return tuple(read_part(name, section) for name, section in config.parts.items())
 
 
-def _read(name: str, section: Any) -> Part:
+def _read(name: str, section: Any) -> RewardPart:
     try:
         return read_part(name, section)
     except ValidationError as error:
-        wrong = (f"{name}.{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        wrong = (f"{name}.{'.'.join(map(str, details['loc']))}: {details['msg']}" for details in error.errors())
         raise ValueError("; ".join(wrong)) from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
@@ -271,7 +275,7 @@ def _refusal(message: str) -> Any:
 
 
 def _seconds(parts: Any) -> float | None:
-    """Sum of the deadlines of parts that are right so far; None if one of them is not (reported elsewhere)."""
+    """Sum of the parts' deadlines; None if one of the parts is wrong (which is reported elsewhere)."""
     if isinstance(parts, BaseModel) or not isinstance(parts, Mapping) or not parts:
         return None
     total = 0.0

@@ -1,7 +1,4 @@
-"""What about a combination does not fit together; the messages name the key.
-
-`reward=[math,polar]`: several rewards as one. See docs/rewards.md for the syntax.
-"""
+"""`reward=[math,polar]`: several rewards as one. docs/rewards/combination.md has the syntax."""
 
 from __future__ import annotations
 
@@ -14,37 +11,45 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from rewards.base import Reward, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
-from rewards.combined.config import CombinedConfig, Part, read_parts, typed_model
-from rewards.combined.scores import ENSEMBLES, WEIGHTED, Opinion, Rule, combined_group, part_scores, with_process_of
+from rewards.base import HelpSection, Reward, RewardContext, RewardTraits, TrainableReward, UpdateWhen
+from rewards.combined.config import CombinedConfig, RewardPart, ShapedPartOptions, read_parts, typed_model
+from rewards.combined.scores import (
+    COMBINERS,
+    LogicalAnd,
+    PartScores,
+    Rule,
+    combined_group,
+    part_scores,
+    with_process_of,
+)
 from rewards.shaping.chain import Chain, ReferenceRewards
-from rewards.shaping.steps import GroupNormalise, Lsc, OutcomeStep, ProcessStep, ReferenceStep, RunningStep, Step
-from rlkit.experience import Group, GroupScores
+from rewards.shaping.steps import STEPS, GroupNormalise, Lsc, OutcomeStep, ProcessStep, ReferenceStep, RunningStep, Step
+from rlkit.experience import Group, GroupScores, UserError
+from rlkit.experience.scores import attach_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
 
-def moments(parts: Sequence[Part]) -> dict[str, UpdateWhen]:
+
+def update_times(parts: Sequence[RewardPart]) -> dict[str, UpdateWhen]:
     """The parts that learn, and when."""
-    found: dict[str, UpdateWhen] = {
-        part.name: part.kind.update_when(part.config) for part in parts if issubclass(part.kind, TrainableReward)
-    }
-    return {name: when for name, when in found.items() if when != "none"}
+    times = {part.name: part.traits.update_when for part in parts if issubclass(part.kind, TrainableReward)}
+    return {name: when for name, when in times.items() if when != "none"}
 
 
-def misfits(config: CombinedConfig, parts: Sequence[Part]) -> Iterator[str]:
+def incompatibilities(config: CombinedConfig, parts: Sequence[RewardPart]) -> Iterator[str]:
     """What does not fit together, as messages that name the key."""
-    combine = config.combine
+    combine = config.combiner
     for part in parts:
         key = f"reward.parts.{part.name}"
         weight = part.options.weight
-        if weight != 1.0 and combine not in WEIGHTED:
+        if weight != 1.0 and not combine.weighted:
             yield f"{key}.weight={weight:g}: has no effect with combine={combine}"
-        if (combine == "mean" and weight <= 0) or (combine == "logical_and" and weight < 0):
-            bound = "above 0" if combine == "mean" else "at least 0"
-            yield f"{key}.weight={weight:g}: must be {bound} with combine={combine}"
-        if combine == "logical_and" and any(isinstance(step, Lsc) for step in part.shaping):
+        if (wrong := combine.weight_problem(weight)) is not None:
+            yield f"{key}.weight={weight:g}: {wrong} with combine={combine}"
+        if isinstance(combine, LogicalAnd) and any(isinstance(step, Lsc) for step in part.shaping):
             yield f"{key}.shaping: lsc takes the log-sigmoid that combine=logical_and takes again; use combine=sum"
         for name in ("workers", "max_failed_share"):
             if getattr(part.config, name) != type(part.config).model_fields[name].default:
@@ -52,58 +57,56 @@ def misfits(config: CombinedConfig, parts: Sequence[Part]) -> Iterator[str]:
         yield from _unfit_steps(f"{key}.shaping", part.shaping, [part])
     yield from _unfit_steps("reward.shaping", config.shaping, parts)
     yield from _unfit_times(config, parts)
-    given = [part.name for part in parts if part.kind.gives_process_rewards(part.config)]
-    if len(given) > 1 and combine not in WEIGHTED:
+    process = [part.name for part in parts if part.traits.process_rewards]
+    if len(process) > 1 and not combine.weighted:
         yield (
-            f"reward.combine={combine}: {' and '.join(given)} give process rewards, which can only be summed; use sum, "
-            "logical_and or mean"
+            f"reward.combine={combine}: {' and '.join(process)} give process rewards, which can only be summed; use "
+            "sum, logical_and or mean"
         )
-    when = moments(parts)
-    if len(set(when.values())) > 1:
-        each = ", ".join(f"{name} {moment}" for name, moment in when.items())
-        yield f"reward.parts: rewards that learn must do so at one moment of a step, before or after ({each})"
+    times = update_times(parts)
+    if len(set(times.values())) > 1:
+        listed = ", ".join(f"{name} {when}" for name, when in times.items())
+        yield f"reward.parts: rewards that learn must do so at one moment of a step, before or after ({listed})"
 
 
-def _unfit_steps(key: str, steps: Sequence[Step], parts: Sequence[Part]) -> Iterator[str]:
-    process = [part for part in parts if part.kind.gives_process_rewards(part.config)]
-    learning = moments(parts)
+def _unfit_steps(key: str, steps: Sequence[Step], parts: Sequence[RewardPart]) -> Iterator[str]:
+    process = [part for part in parts if part.traits.process_rewards]
+    blind = [part for part in parts if not part.traits.judges_texts]
+    learning = update_times(parts)
     for step in steps:
         if isinstance(step, ProcessStep) and not process:
-            yield f"{key}: {step.name} shapes process rewards, and {' and '.join(p.name for p in parts)} gives none"
-        blind = [part for part in parts if not part.kind.judges_texts(part.config)]
+            yield f"{key}: {step.kind} shapes process rewards, and {' and '.join(p.name for p in parts)} gives none"
         if isinstance(step, ReferenceStep) and step.reference_responses and (process or learning or blind):
             names = dict.fromkeys([*(part.name for part in (*process, *blind)), *learning])
             yield (
-                f"{key}: {step.name} scores reference_responses once and by their text, which {' and '.join(names)} "
+                f"{key}: {step.kind} scores reference_responses once and by their text, which {' and '.join(names)} "
                 "cannot; use reference_rewards or reference_value"
             )
 
 
-def _unfit_times(config: CombinedConfig, parts: Sequence[Part]) -> Iterator[str]:
+def _unfit_times(config: CombinedConfig, parts: Sequence[RewardPart]) -> Iterator[str]:
     needed = sum(part.config.timeout_seconds for part in parts)
     if needed > config.timeout_seconds * (1 + 1e-9):
-        each = ", ".join(f"{part.name} {part.config.timeout_seconds:g}" for part in parts)
+        listed = ", ".join(f"{part.name} {part.config.timeout_seconds:g}" for part in parts)
         yield (
             f"reward.timeout_seconds={config.timeout_seconds:g}: the parts score one after the other and may take "
-            f"{needed:g} s ({each}); set at least that, or lower reward.parts.NAME.timeout_seconds"
+            f"{needed:g} s ({listed}); set at least that, or lower reward.parts.NAME.timeout_seconds"
         )
 
 
-def placed(message: str, part: Part) -> str:
-    """A part's own message, with the keys it names where the user finds them (`reward.x` -> `reward.parts.NAME.x`)."""
+def with_part_key(message: str, part: RewardPart) -> str:
+    """A part's own message with its keys as the user knows them (`reward.x` -> `reward.parts.NAME.x`)."""
     own = "|".join(sorted(map(re.escape, part.kind.Config.model_fields), key=len, reverse=True))
     key = f"reward.parts.{part.name}"
     moved = re.sub(rf"\breward\.(?=(?:{own})\b)", f"{key}.", message)
     return moved if moved.startswith(key) else f"{key}: {moved}"
 
 
-log = logging.getLogger(__name__)
-
-Asked = Mapping[str, Sequence[GroupScores | None]]
-"""Part -> its scores of every group; None where it does not judge the prompt."""
+ScoresByPart = dict[str, list[GroupScores | None]]
+"""RewardPart -> its scores of every group; None where it does not judge the prompt."""
 
 
-class PartFailedError(RuntimeError):
+class PartFailedError(UserError):
     """Parts that raised; the message names each with its cause."""
 
 
@@ -123,7 +126,7 @@ class CombinedReward(TrainableReward):
         self._chains = {part.name: self._chain_of(part) for part in self._parts}
         self._whole = Chain(config.shaping, "combined", ReferenceRewards(lambda groups: self._before_shaping(groups)))
 
-    def _chain_of(self, part: Part) -> Chain:
+    def _chain_of(self, part: RewardPart) -> Chain:
         references = ReferenceRewards(lambda groups: self._ask([part], groups)[part.name])
         return Chain(part.shaping, f"part {part.name}", references)
 
@@ -133,64 +136,38 @@ class CombinedReward(TrainableReward):
         return typed_model(section, cls.Config)
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """What any part needs, routes by, or compares with."""
+    def traits(cls, config: Any) -> RewardTraits:
+        """What its parts need and do, and what it routes by or compares with.
+
+        Running statistics count a step before its advantages are computed.
+        """
         parts = read_parts(config)
-        each = [part.kind.needs(part.config) for part in parts]
-        wanted = {name for needs in each for name in needs.columns}
-        wanted = wanted.union(*(part.options.when.columns() for part in parts))
+        traits = [part.traits for part in parts]
         steps = [*config.shaping, *(step for part in parts for step in part.shaping)]
-        wanted |= _reference_columns(steps)
-        own = {"references", "answer"}
-        return RewardNeeds(
-            references=any(needs.references for needs in each) or "references" in wanted,
-            answer=any(needs.answer for needs in each) or "answer" in wanted,
-            columns=tuple(sorted(wanted - own)),
-            samples=max([2 if isinstance(step, GroupNormalise) else 1 for step in steps] + [n.samples for n in each]),
+        columns = {name for own in traits for name in own.columns}
+        columns = columns.union(*(part.options.when.columns() for part in parts), _reference_columns(steps))
+        learning = set(update_times(parts).values())
+        if any(isinstance(step, RunningStep) for step in steps):
+            learning.add("before")
+        return RewardTraits(
+            references=any(own.references for own in traits) or "references" in columns,
+            answer=any(own.answer for own in traits) or "answer" in columns,
+            columns=tuple(sorted(columns - {"references", "answer"})),
+            samples=max([own.samples for own in traits] + [2 for step in steps if isinstance(step, GroupNormalise)]),
+            judges_texts=all(own.judges_texts for own in traits),
+            process_rewards=any(own.process_rewards for own in traits),
+            uses_gpu=any(own.uses_gpu for own in traits),
+            raw_scores=_gives_raw_scores(config, parts),
+            update_when="before" if "before" in learning else "after" if learning else "none",
+            follows_policy=any(_follows(part) for part in parts),
         )
-
-    @classmethod
-    def judges_texts(cls, config: Any) -> bool:
-        """Whether all of its parts do."""
-        return all(part.kind.judges_texts(part.config) for part in read_parts(config))
-
-    @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """If a part does."""
-        return any(part.kind.uses_gpu(part.config) for part in read_parts(config))
-
-    @classmethod
-    def gives_raw_scores(cls, config: Any) -> bool:
-        """If a part that counts does, and no step puts its values, or the combined ones, on a common scale."""
-        if config.combine == "logical_and" or any(step.sets_scale for step in config.shaping):
-            return False
-        return any(
-            part.kind.gives_raw_scores(part.config) and not any(step.sets_scale for step in part.shaping)
-            for part in read_parts(config)
-            if part.options.weight
-        )
-
-    @classmethod
-    def gives_process_rewards(cls, config: Any) -> bool:
-        """If a part does."""
-        return any(part.kind.gives_process_rewards(part.config) for part in read_parts(config))
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """What does not fit together, and what each part finds missing."""
         parts = read_parts(config)
-        own = [placed(message, part) for part in parts for message in part.kind.check(part.config)]
-        return [*super().check(config), *misfits(config, parts), *own]
-
-    @classmethod
-    def update_when(cls, config: Any) -> UpdateWhen:
-        """When its parts learn. Running statistics count a step before its advantages are computed."""
-        parts = read_parts(config)
-        found = set(moments(parts).values())
-        steps = [*config.shaping, *(step for part in parts for step in part.shaping)]
-        if "before" in found or any(isinstance(step, RunningStep) for step in steps):
-            return "before"
-        return "after" if found else "none"
+        own = [with_part_key(message, part) for part in parts for message in part.kind.check(part.config)]
+        return [*super().check(config), *incompatibilities(config, parts), *own]
 
     def start(self) -> None:
         """Start every part. Raises PartFailedError with the name of the first that cannot start."""
@@ -206,16 +183,11 @@ class CombinedReward(TrainableReward):
 
     def _before_shaping(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Combined scores without the shaping of the whole."""
-        asked = self._ask(self._parts, groups)
-        return self._joined(groups, asked, learn=False)
+        return self._joined(groups, self._ask(self._parts, groups), learn=False)
 
-    def _ask(
-        self, parts: Sequence[Part], groups: Sequence[Group], rescore: bool = False
-    ) -> dict[str, list[GroupScores | None]]:
+    def _ask(self, parts: Sequence[RewardPart], groups: Sequence[Group], rescore: bool = False) -> ScoresByPart:
         """Each part's scores of the groups that it judges, checked like those of a reward by itself."""
-        from rlkit.experience.scores import attach_scores
-
-        asked: dict[str, list[GroupScores | None]] = {}
+        scores: ScoresByPart = {}
         failures: dict[str, Exception] = {}
         for part in parts:
             routed = [group for group in groups if part.options.when.applies(group.prompt)]
@@ -227,43 +199,43 @@ class CombinedReward(TrainableReward):
                     answer = reward.rescore([self._as_seen_by(part, group) for group in routed])
                 else:
                     answer = reward.score(routed)
-            except Exception as error:  # the other parts are still asked: their failures belong into the message, too
+            except Exception as error:  # the other parts are still asked: the message names their failures, too
                 log.exception("part %s raised", part.name)
                 failures[part.name] = error
                 continue
             judged = iter(attach_scores(routed, answer))
-            asked[part.name] = [
+            scores[part.name] = [
                 next(judged).scores if part.options.when.applies(group.prompt) else None for group in groups
             ]
         if failures:
             causes = "; ".join(f"part {name}: {_named(error)}" for name, error in failures.items())
             raise PartFailedError(causes) from next(iter(failures.values()))
-        return asked
+        return scores
 
-    def _joined(self, groups: Sequence[Group], asked: Asked, learn: bool) -> list[GroupScores]:
+    def _joined(self, groups: Sequence[Group], scores: ScoresByPart, learn: bool) -> list[GroupScores]:
         """Parts shaped and combined."""
-        shaped = {name: self._chains[name](groups, scores, learn) for name, scores in asked.items()}
-        rule = Rule(self.config.combine, self.config.spread_weight)
-        made = []
+        shaped = {name: self._chains[name](groups, own, learn) for name, own in scores.items()}
+        rule = Rule(self.config.combiner, self.config.spread_weight)
+        joined = []
         for i, group in enumerate(groups):
-            opinions = [
-                Opinion(part.name, part.options.weight, raw, after, _shapes_outcomes(part.shaping))
+            parts = [
+                PartScores(part.name, part.options.weight, raw, after, _shapes_outcomes(part.shaping))
                 for part in self._parts
-                if (raw := asked[part.name][i]) is not None and (after := shaped[part.name][i]) is not None
+                if (raw := scores[part.name][i]) is not None and (after := shaped[part.name][i]) is not None
             ]
-            made.append(combined_group(len(group.samples), opinions, rule))
-        return made
+            joined.append(combined_group(len(group.samples), parts, rule))
+        return joined
 
-    def _combined(self, groups: Sequence[Group], asked: Asked, learn: bool = False) -> list[GroupScores]:
+    def _combined(self, groups: Sequence[Group], scores: ScoresByPart, learn: bool = False) -> list[GroupScores]:
         """Parts shaped and combined, and the result shaped; `unshaped` is then a component."""
-        joined = self._joined(groups, asked, learn)
+        joined = self._joined(groups, scores, learn)
         if _shapes_outcomes(self.config.shaping):
             joined = [_with_unshaped(scores) for scores in joined]
         return [scores for scores in self._whole(groups, joined, learn) if scores is not None]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """Let the parts that learn do so, and count this step's values in the running statistics."""
-        learning = [part.name for part in self._parts if part.name in moments(self._parts)]
+        learning = [part.name for part in self._parts if part.name in update_times(self._parts)]
         metrics: dict[str, float] = {}
         for part in self._parts:
             reward = self._rewards[part.name]
@@ -278,29 +250,23 @@ class CombinedReward(TrainableReward):
         return metrics
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Scores after an update: parts that learn before the advantages are asked again, all is shaped anew.
+        """Scores after an update: parts that learn before the advantages score again, all is shaped again.
 
         Values of the other parts are read back from the components of the earlier scores. If no part gives new process
         rewards, the earlier ones stay.
         """
-        before = [name for name, when in moments(self._parts).items() if when == "before"]
-        asked = self._earlier(groups)
+        before = [name for name, when in update_times(self._parts).items() if when == "before"]
+        scores = self._earlier(groups)
         earlier = [_scores(group) for group in groups]
         if not before:
-            made = self._combined(groups, asked)
-            return [with_process_of(new, old) for new, old in zip(made, earlier, strict=True)]
+            again = self._combined(groups, scores)
+            return [with_process_of(new, old) for new, old in zip(again, earlier, strict=True)]
         learnt = [part for part in self._parts if part.name in before]
-        silent = [
-            part for part in self._parts if part.name not in before and part.kind.gives_process_rewards(part.config)
-        ]
-        asked |= self._ask(learnt, groups, rescore=True) | self._ask(silent, groups)
-        made = self._combined(groups, asked)
-        return [_invalid_stays(new, old) for new, old in zip(made, earlier, strict=True)]
-
-    @classmethod
-    def follows_policy(cls, config: Any) -> bool:
-        """If a part does."""
-        return any(_follows(part) for part in read_parts(config))
+        # Process rewards cannot be read back from the sum of several parts.
+        process = [part for part in self._parts if part.name not in before and part.traits.process_rewards]
+        scores |= self._ask(learnt, groups, rescore=True) | self._ask(process, groups)
+        again = self._combined(groups, scores)
+        return [_invalid_stays(new, old) for new, old in zip(again, earlier, strict=True)]
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Hand them to the parts that follow the policy."""
@@ -312,12 +278,12 @@ class CombinedReward(TrainableReward):
 
     def save(self, folder: Path) -> None:
         """Every part that learns in a folder of its name."""
-        for name in moments(self._parts):
+        for name in update_times(self._parts):
             reward = self._rewards[name]
             assert isinstance(reward, TrainableReward)
             reward.save(folder / name)
 
-    def _earlier(self, groups: Sequence[Group]) -> dict[str, list[GroupScores | None]]:
+    def _earlier(self, groups: Sequence[Group]) -> ScoresByPart:
         return {
             part.name: [
                 _scores(self._as_seen_by(part, group)) if part.options.when.applies(group.prompt) else None
@@ -326,19 +292,28 @@ class CombinedReward(TrainableReward):
             for part in self._parts
         }
 
-    def _as_seen_by(self, part: Part, group: Group) -> Group:
+    def _as_seen_by(self, part: RewardPart, group: Group) -> Group:
         """The group with the scores that this part gave it."""
-        asked = [other.name for other in self._parts if other.options.when.applies(group.prompt)]
-        # The combinations of members put the parts' values in the place of a part's own members.
-        alone = asked == [part.name] and self.config.combine not in ENSEMBLES
+        judges = [other.name for other in self._parts if other.options.when.applies(group.prompt)]
+        # In a combination of members the parts' values replace a part's own members.
+        alone = judges == [part.name] and not self.config.combiner.ensemble
         return group.with_scores(part_scores(_scores(group), part.name, alone))
 
     def _statistics(self) -> bool:
         return any(chain.statistics for chain in (self._whole, *self._chains.values()))
 
+    @classmethod
+    def help_sections(cls) -> Iterator[HelpSection]:
+        """What every part may say, the ways to combine and the steps of a `shaping` list."""
+        text = "Each part of reward=[a,b] has the fields of reward=a or reward=b, and these."
+        yield HelpSection("reward.parts.NAME", text, ShapedPartOptions, "reward.parts.NAME.")
+        for title, known in (("reward.combine={}", COMBINERS), ("shaping step {{kind:{}}}", STEPS)):
+            for name, kind in known.items():
+                yield HelpSection(title.format(name), (kind.__doc__ or "").partition("\n")[0], kind)
+
     def state_dict(self) -> Mapping[str, Any]:
         """The states of the parts that learn, running statistics, version."""
-        learning = moments(self._parts)
+        learning = update_times(self._parts)
         return {
             "version": self.version,
             "parts": {
@@ -352,7 +327,7 @@ class CombinedReward(TrainableReward):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The reverse of state_dict. Raises ValueError if the parts or steps are others than those that were saved."""
-        learning = moments(self._parts)
+        learning = update_times(self._parts)
         for what, saved, here in (
             ("parts", state["part_shaping"], self._chains),
             ("parts that learn", state["parts"], learning),
@@ -381,8 +356,16 @@ class CombinedReward(TrainableReward):
             raise errors[0]
 
 
-def _follows(part: Part) -> bool:
-    return issubclass(part.kind, TrainableReward) and part.kind.follows_policy(part.config)
+def _follows(part: RewardPart) -> bool:
+    return issubclass(part.kind, TrainableReward) and part.traits.follows_policy
+
+
+def _gives_raw_scores(config: CombinedConfig, parts: Sequence[RewardPart]) -> bool:
+    """Whether a part that counts does, and no step puts its values, or the combined ones, on a common scale."""
+    if config.combiner.sets_scale or any(step.sets_scale for step in config.shaping):
+        return False
+    counted = (part for part in parts if part.options.weight and part.traits.raw_scores)
+    return any(not any(step.sets_scale for step in part.shaping) for part in counted)
 
 
 def _reference_columns(steps: Sequence[Step]) -> set[str]:

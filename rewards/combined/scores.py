@@ -1,72 +1,185 @@
-"""From the values of several rewards for one response to one. Pure functions in float64; no rewards: ValueError.
-
-Process rewards and preferences of several rewards as one.
-
-One score for one response, or one group, from those of several rewards. Pure.
-"""
+"""Ways to combine: from the scores of several rewards for one response, or one group, to one score."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import BeforeValidator
 
+from rewards.parts import Named, read_named
 from rewards.shaping.references import Float64, log_sigmoid
 from rlkit.experience import GroupScores, PreferencePair, Score
 from rlkit.experience.types import FloatArray, SpanReward
 
-Combine = Literal["sum", "product", "logical_and", "mean", "median", "min", "mean_minus_std", "mean_minus_variance"]
-WEIGHTED: frozenset[Combine] = frozenset({"sum", "logical_and", "mean"})
-"""Where weights mean something."""
-ENSEMBLES: frozenset[Combine] = frozenset({"mean", "median", "min", "mean_minus_std", "mean_minus_variance"})
-"""Where the parts are members that estimate the same (arXiv 2312.09244)."""
-PESSIMISTIC: frozenset[Combine] = frozenset({"mean_minus_std", "mean_minus_variance"})
-"""Where `spread_weight` means something."""
+
+class Combiner(Named):
+    """From the values of several rewards for one response to one value. Subclass it for a way of your own."""
+
+    weighted: ClassVar[bool] = False
+    """Whether weights count. Process rewards of several parts, and parts without a value, need that."""
+    averages: ClassVar[bool] = False
+    """Whether it divides by the sum of the weights (process rewards then are, too)."""
+    ensemble: ClassVar[bool] = False
+    """Whether the parts are members that estimate the same: their values stay in the score, with their spread."""
+    pessimistic: ClassVar[bool] = False
+    """Whether `reward.spread_weight` counts."""
+    sets_scale: ClassVar[bool] = False
+    """Whether raw scores of a model have a known spread after it."""
+
+    def weight_problem(self, weight: float) -> str | None:
+        """What a weight must be instead, if this one is wrong."""
+        return None
+
+    @abstractmethod
+    def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
+        """values [K], weights [K] of K >= 1 rewards -> one value; what is not finite makes the sample invalid."""
+
+    def __str__(self) -> str:
+        return self.kind
 
 
-def aggregate(combine: Combine, values: Float64, weights: Float64, spread_weight: float = 1.0) -> float:
-    """One number from values [K] and weights [K].
+class Sum(Combiner):
+    """sum w r."""
 
-    sum: sum w r. product: prod r. logical_and: sum w log sigma(r) (arXiv 2402.00742, r being centred). mean:
-    sum w r / sum w. mean_minus_std, mean_minus_variance: mean - spread_weight * std or variance (ddof=0).
-    """
-    if len(values) == 0:
-        raise ValueError("there is nothing to combine")
-    match combine:
-        case "sum":
-            return float(values @ weights)
-        case "product":
-            with np.errstate(over="ignore"):  # the caller refuses what is not finite
-                return float(np.prod(values))
-        case "logical_and":
-            return float(log_sigmoid(values) @ weights)
-        case "mean":
-            return float(values @ weights / weights.sum())
-        case "median":
-            return float(np.median(values))
-        case "min":
-            return float(values.min())
-        case "mean_minus_std":
-            return float(values.mean() - spread_weight * values.std())
-        case "mean_minus_variance":
-            return float(values.mean() - spread_weight * values.var())
+    kind: str = "sum"
+    weighted: ClassVar[bool] = True
+
+    def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
+        return float(values @ weights)
+
+
+class Mean(Combiner):
+    """sum w r / sum w."""
+
+    kind: str = "mean"
+    weighted: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
+    ensemble: ClassVar[bool] = True
+
+    def weight_problem(self, weight: float) -> str | None:
+        return None if weight > 0 else "must be above 0"
+
+    def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
+        return float(values @ weights / weights.sum())
+
+
+class Product(Combiner):
+    """prod r."""
+
+    kind: str = "product"
+
+    def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
+        return float(np.prod(values))
+
+
+class LogicalAnd(Combiner):
+    """sum w log sigma(r), r being centred (arXiv 2402.00742)."""
+
+    kind: str = "logical_and"
+    weighted: ClassVar[bool] = True
+    sets_scale: ClassVar[bool] = True
+
+    def weight_problem(self, weight: float) -> str | None:
+        return None if weight >= 0 else "must be at least 0"
+
+    def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
+        return float(log_sigmoid(values) @ weights)
+
+
+class Median(Combiner):
+    """The median of an ensemble (arXiv 2312.09244)."""
+
+    kind: str = "median"
+    ensemble: ClassVar[bool] = True
+
+    def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
+        return float(np.median(values))
+
+
+class Minimum(Combiner):
+    """The least of an ensemble (arXiv 2312.09244)."""
+
+    kind: str = "min"
+    ensemble: ClassVar[bool] = True
+
+    def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
+        return float(values.min())
+
+
+class MeanMinusStd(Combiner):
+    """mean - spread_weight * std, ddof=0."""
+
+    kind: str = "mean_minus_std"
+    ensemble: ClassVar[bool] = True
+    pessimistic: ClassVar[bool] = True
+
+    def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
+        return float(values.mean() - spread_weight * values.std())
+
+
+class MeanMinusVariance(Combiner):
+    """mean - spread_weight * variance, ddof=0 (arXiv 2312.09244)."""
+
+    kind: str = "mean_minus_variance"
+    ensemble: ClassVar[bool] = True
+    pessimistic: ClassVar[bool] = True
+
+    def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
+        return float(values.mean() - spread_weight * values.var())
+
+
+BUILT_IN = (Sum, Mean, Product, LogicalAnd, Median, Minimum, MeanMinusStd, MeanMinusVariance)
+COMBINERS: dict[str, type[Combiner]] = {combiner.model_fields["kind"].default: combiner for combiner in BUILT_IN}
+"""The package's combiners by kind."""
+
+
+def parse_combiner(value: Any) -> Combiner:
+    """The combiner of a kind, a dotted path, or a mapping with one of them and options. Raises ValueError."""
+    return read_named(value, COMBINERS, Combiner, "combiner")  # type: ignore[type-abstract]
+
+
+def _spelled_out(value: Any) -> str | dict[str, Any]:
+    combiner = parse_combiner(value)
+    fields = combiner.model_dump(mode="json")
+    return fields if len(fields) > 1 else combiner.kind
+
+
+Combine = Annotated[str | dict[str, Any], BeforeValidator(_spelled_out)]
+"""What `parse_combiner` takes, with all options; a kind alone where there are none."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How parts become one."""
+
+    combiner: Combiner
+    spread_weight: float = 1.0
+
+    def __call__(self, values: Float64, weights: Float64) -> float:
+        """One value from values [K] and weights [K]. Raises ValueError if there are none."""
+        if len(values) == 0:
+            raise ValueError("there is nothing to combine")
+        with np.errstate(over="ignore"):  # the caller refuses what is not finite
+            return float(self.combiner.combine(values, weights, self.spread_weight))
 
 
 def summed_tokens(scores: Sequence[Score], weights: Sequence[float]) -> FloatArray | None:
     """sum w r_t [T] over the scores that have token rewards; None if none has."""
-    found = [
+    weighted = [
         weight * score.token_rewards.astype(np.float64)
         for score, weight in zip(scores, weights, strict=True)
         if score.token_rewards is not None
     ]
-    return np.sum(found, axis=0).astype(np.float32) if found else None
+    return np.sum(weighted, axis=0).astype(np.float32) if weighted else None
 
 
 def summed_spans(scores: Sequence[Score], weights: Sequence[float]) -> tuple[SpanReward, ...]:
-    """sum w r over equal spans; others stand side by side, in the order of their ends."""
+    """sum w r over equal spans; all others are kept, in the order of their ends."""
     values: defaultdict[tuple[int, int], float] = defaultdict(float)
     for score, weight in zip(scores, weights, strict=True):
         for span in score.span_rewards:
@@ -75,126 +188,118 @@ def summed_spans(scores: Sequence[Score], weights: Sequence[float]) -> tuple[Spa
 
 
 def averaged_pairs(
-    opinions: Sequence[Sequence[PreferencePair]], weights: Sequence[float]
+    pairs_by_reward: Sequence[Sequence[PreferencePair]], weights: Sequence[float]
 ) -> tuple[PreferencePair, ...]:
     """For every two samples compared by anyone: the |weight|-weighted mean of the probability, winner named first.
 
     A reward with a negative weight counts for the other sample; one with weight 0 has no say.
     """
     votes: defaultdict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
-    for pairs, weight in zip(opinions, weights, strict=True):
+    for pairs, weight in zip(pairs_by_reward, weights, strict=True):
         for pair in pairs if weight else ():
             forward = (pair.winner < pair.loser) == (weight > 0)
             probability = pair.probability if forward else 1.0 - pair.probability
             votes[min(pair.winner, pair.loser), max(pair.winner, pair.loser)].append((abs(weight), probability))
-    made = []
-    for (left, right), found in sorted(votes.items()):
-        total = sum(weight for weight, _ in found)
-        probability = sum(weight * p for weight, p in found) / total
+    averaged = []
+    for (left, right), weighed in sorted(votes.items()):
+        total = sum(weight for weight, _ in weighed)
+        probability = sum(weight * p for weight, p in weighed) / total
         winner, loser = (left, right) if probability >= 0.5 else (right, left)
-        made.append(PreferencePair(winner, loser, max(probability, 1.0 - probability)))
-    return tuple(made)
+        averaged.append(PreferencePair(winner, loser, max(probability, 1.0 - probability)))
+    return tuple(averaged)
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How parts become one."""
-
-    combine: Combine
-    spread_weight: float
-
-
-@dataclass(frozen=True)
-class Opinion:
-    """What one part says about a group."""
+class PartScores:
+    """One part's scores of a group."""
 
     name: str
     weight: float
     raw: GroupScores
-    """As it was given, for the components."""
+    """As the part's reward gave them, for the components."""
     shaped: GroupScores
     """After its own shaping, for the combination."""
     show_shaped: bool
-    """Whether the shaped value is a component of its own."""
+    """Whether the shaped value is a component, too."""
 
 
-def combined_group(samples: int, opinions: Sequence[Opinion], rule: Rule) -> GroupScores:
-    """The scores of a group of so many samples."""
-    made = tuple(_combined(i, opinions, rule) for i in range(samples))
-    valid = {i for i, score in enumerate(made) if score.valid}
+def combined_group(samples: int, parts: Sequence[PartScores], rule: Rule) -> GroupScores:
+    """The scores of a group of `samples` samples from those of its parts."""
+    scores = tuple(_combined(i, parts, rule) for i in range(samples))
+    valid = {i for i, score in enumerate(scores) if score.valid}
     pairs = averaged_pairs(
-        [[p for p in each.shaped.pairs if {p.winner, p.loser} <= valid] for each in opinions],
-        [each.weight for each in opinions],
+        [[p for p in part.shaped.pairs if {p.winner, p.loser} <= valid] for part in parts],
+        [part.weight for part in parts],
     )
-    return GroupScores(made, pairs)
+    return GroupScores(scores, pairs)
 
 
-def named_reason(reason: str, place: str) -> str:
+def named_reason(reason: str, name: str) -> str:
     """`timeout: no answer` -> `timeout: part judge: no answer`: the class stays first."""
     kind, _, details = reason.partition(":")
-    return f"{kind.strip()}: {place}: {details.strip()}" if details.strip() else f"{kind.strip()}: {place}"
+    return f"{kind.strip()}: {name}: {details.strip()}" if details.strip() else f"{kind.strip()}: {name}"
 
 
-def _combined(i: int, opinions: Sequence[Opinion], rule: Rule) -> Score:
-    trace = "\n".join(f"{each.name}: {text}" for each in opinions if (text := each.shaped.samples[i].trace))
-    if not opinions:
+def _combined(i: int, parts: Sequence[PartScores], rule: Rule) -> Score:
+    trace = "\n".join(f"{part.name}: {text}" for part in parts if (text := part.shaped.samples[i].trace))
+    if not parts:
         return Score.invalid("unrouted: no part of the reward judges this prompt (reward.parts.NAME.when)")
-    failed = [each for each in opinions if not each.shaped.samples[i].valid]
+    failed = [part for part in parts if not part.shaped.samples[i].valid]
     if failed:
         first, *others = failed
-        # What a part's shaping finds wrong names the part already.
-        known = first.raw.samples[i].valid
         reason = first.shaped.samples[i].reason
-        reason = reason if known else named_reason(reason, f"part {first.name}")
+        if not first.raw.samples[i].valid:  # a reason that comes from the part's shaping names the part already
+            reason = named_reason(reason, f"part {first.name}")
         return Score.invalid(
             "; ".join([reason, *(f"part {o.name}: {o.shaped.samples[i].reason}" for o in others)]), trace
         )
-    return _valid(i, opinions, rule, trace)
+    return _valid(i, parts, rule, trace)
 
 
-def _valid(i: int, opinions: Sequence[Opinion], rule: Rule, trace: str) -> Score:
-    scores = [each.shaped.samples[i] for each in opinions]
-    weights = [each.weight for each in opinions]
+def _valid(i: int, parts: Sequence[PartScores], rule: Rule, trace: str) -> Score:
+    combiner = rule.combiner
+    scores = [part.shaped.samples[i] for part in parts]
+    weights = [part.weight for part in parts]
     valued = [(score.value, weight) for score, weight in zip(scores, weights, strict=True) if score.value is not None]
-    silent = [each.name for each, score in zip(opinions, scores, strict=True) if score.value is None]
-    if silent and rule.combine not in ("sum", "mean", "logical_and"):
+    silent = [part.name for part, score in zip(parts, scores, strict=True) if score.value is None]
+    if silent and not combiner.weighted:
         return Score.invalid(
-            f"no_value: part {silent[0]}: it gave process rewards only; {rule.combine} needs values", trace
+            f"no_value: part {silent[0]}: it gave process rewards only; {combiner} needs values", trace
         )
-    components = _components(i, opinions)
+    components = _components(i, parts)
     value = None
     ensemble: tuple[float, ...] = scores[0].ensemble if len(scores) == 1 else ()
     if valued:
         values = np.array([value for value, _ in valued], dtype=np.float64)
-        value = aggregate(rule.combine, values, np.array([w for _, w in valued]), rule.spread_weight)
-        if rule.combine in ENSEMBLES:
+        value = rule(values, np.array([w for _, w in valued]))
+        if combiner.ensemble:
             ensemble = tuple(values.tolist())
             components["ensemble_std"] = float(values.std())
-    process = np.array(weights) / (sum(weights) if rule.combine == "mean" else 1.0)
-    tokens, spans = summed_tokens(scores, process.tolist()), summed_spans(scores, process.tolist())
-    parts = [*components.values(), *(span.value for span in spans), *(() if value is None else (value,))]
-    if not np.isfinite(parts).all() or (tokens is not None and not np.isfinite(tokens).all()):
-        return Score.invalid(f"not_finite: combine={rule.combine} of {components} is not finite", trace)
+    process = (np.array(weights) / (sum(weights) if combiner.averages else 1.0)).tolist()
+    tokens, spans = summed_tokens(scores, process), summed_spans(scores, process)
+    numbers = [*components.values(), *(span.value for span in spans), *(() if value is None else (value,))]
+    if not np.isfinite(numbers).all() or (tokens is not None and not np.isfinite(tokens).all()):
+        return Score.invalid(f"not_finite: combine={combiner} of {components} is not finite", trace)
     return Score(value, tokens, spans, components, ensemble, trace=trace)
 
 
-def _components(i: int, opinions: Sequence[Opinion]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for each in opinions:
-        raw, shaped = each.raw.samples[i], each.shaped.samples[i]
+def _components(i: int, parts: Sequence[PartScores]) -> dict[str, float]:
+    components: dict[str, float] = {}
+    for part in parts:
+        raw, shaped = part.raw.samples[i], part.shaped.samples[i]
         if raw.value is not None:
-            found[each.name] = raw.value
-        found |= {f"{each.name}/{name}": value for name, value in raw.components.items()}
-        if each.show_shaped and shaped.value is not None:  # last: scores that were read back hold an earlier one
-            found[f"{each.name}/shaped"] = shaped.value
-    return found
+            components[part.name] = raw.value
+        components |= {f"{part.name}/{name}": value for name, value in raw.components.items()}
+        if part.show_shaped and shaped.value is not None:  # last: scores that were read back hold an earlier one
+            components[f"{part.name}/shaped"] = shaped.value
+    return components
 
 
 def part_scores(scores: GroupScores, name: str, alone: bool = False) -> GroupScores:
-    """What part `name` had said, read back from combined scores: its value, its components, and, where no other part
+    """The scores of part `name`, read back from combined ones: its value, its components, and, where no other part
     judged the prompt (`alone`), its ensemble's members.
 
-    Where it had no value, the combined process rewards stand for its own. Invalid stays invalid.
+    Where it had no value, the combined process rewards take the place of its own. Invalid stays invalid.
     """
     return GroupScores(tuple(_part_score(score, name, alone) for score in scores.samples), scores.pairs)
 
@@ -210,9 +315,9 @@ def _part_score(score: Score, name: str, alone: bool) -> Score:
 
 def with_process_of(scores: GroupScores, earlier: GroupScores) -> GroupScores:
     """These values with the process rewards, preferences and traces of earlier scores; invalid ones stay so."""
-    made = []
+    samples = []
     for new, old in zip(scores.samples, earlier.samples, strict=True):
-        kept = new.valid and old.valid
         process = {"token_rewards": old.token_rewards, "span_rewards": old.span_rewards, "trace": old.trace}
-        made.append(replace(new, **process) if kept else (new if old.valid else old))  # type: ignore[arg-type]
-    return GroupScores(tuple(made), earlier.pairs)
+        kept = replace(new, **process) if new.valid else new  # type: ignore[arg-type]
+        samples.append(kept if old.valid else old)
+    return GroupScores(tuple(samples), earlier.pairs)

@@ -1,22 +1,17 @@
-"""Log-ratios of two language models, and the objectives that make process rewards of them, on packed trees.
+"""The two language models of an implicit PRM: log-ratios per token, training on outcomes, and measures of both.
 
-Used by the reward that learns during a run and by offline training alike.
-
-What is watched while the implicit PRM learns: how well it ranks and predicts outcomes that it has not seen.
-
-The two language models of an implicit PRM: log-ratios per token, and training on outcomes.
+Log-ratios and objectives serve the reward that learns during a run and offline training alike.
 """
 
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,42 +21,32 @@ from algorithms.functional import prm as prm_losses
 from algorithms.functional.prm import correct_incorrect_pairs, kto_baseline
 from algorithms.functional.selection import brier, calibration_error, pair_accuracy, sign_accuracy
 from rewards.base import RewardContext
-from rlkit.checkpoint.checkpointer import from_json, to_json
+from rewards.implicit_prm.config import PAIRED, ImplicitPRMConfig, Objective
+from rewards.services.scorer import Scorer, group_tree
+from rlkit.cluster.processes import free_port
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
 from rlkit.experience import Group
-from rlkit.learner.batches import per_token
+from rlkit.experience.records import from_json, to_json
 from rlkit.learner.engine import (
     build_engine,
     full_state,
     init_process_group,
     load_full_state,
     optimizer_step,
-    resolve_dtype,
 )
 from rlkit.learner.policy import save_policy
 from rlkit.models.folder import model_folder
-from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
+from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import load_causal_lm
 
-if TYPE_CHECKING:
-    from rewards.implicit_prm.reward import ImplicitPRM
-
-
-Objective = Literal["ce", "dpo", "nca", "kto"]
-PAIRED: tuple[Objective, ...] = ("dpo", "nca")
-"""Objectives whose examples are pairs of a better and a worse response to one prompt."""
 LARGEST_INITIAL_RATIO = 1e-3
 """Models of equal weights must agree to this: else the two run through different kernels or types."""
 
 
 def log_ratios(policy: Any, reference: Any, trees: Sequence[Tree], device: str, chunk: int) -> Tensor:
     """q = log pi_phi - log pi_ref [R] at temperature 1 of the trees' suffix tokens; differentiable in pi_phi."""
-    return packed_log_ratios(policy, reference, pack(trees).to(device), chunk)
-
-
-def packed_log_ratios(policy: Any, reference: Any, packed: PackedBatch, chunk: int) -> Tensor:
-    """The same of a packed batch."""
+    packed = pack(trees).to(device)
     with torch.no_grad():
         reference_logprobs, _ = reference(packed, 1.0, chunk)
     logprobs, _ = policy(packed, 1.0, chunk)
@@ -84,7 +69,7 @@ def objective_sum(
     pairs: tuple[Tensor, Tensor],
     baseline: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the objective over scores [S] with labels [S] (ce, kto), or over pairs ([P] better, [P] worse places).
+    """Sum of the objective over scores [S] with labels [S] (ce, kto), or over pairs ([P] better, [P] worse indices).
 
     `baseline`: KTO's z, of the whole batch.
     """
@@ -100,9 +85,9 @@ def objective_sum(
 
 
 def mismatched(trees: Sequence[Tree]) -> list[Tree]:
-    """The first response of each tree after the next tree's prompt: what KTO's baseline is the mean score of.
+    """The first response of each tree after the next tree's prompt: KTO's baseline is their mean score.
 
-    Trees must have different prompts. Raises ValueError for fewer than two: nothing would be mismatched.
+    Trees must have different prompts. Raises ValueError for fewer than two.
     """
     if len(trees) < 2:
         raise ValueError("KTO's baseline needs responses to at least two prompts in a batch")
@@ -131,7 +116,7 @@ def labels_of(groups: Sequence[Group]) -> list[float | None]:
 
 
 def before_update(groups: Sequence[Group]) -> dict[str, float]:
-    """Metrics `prm/...` of the scores that these groups carry: from before the update, so a true generalisation."""
+    """Metrics `prm/...` of the scores that these groups carry: from before the update, so on unseen data."""
     scores = np.array([score.components.get("implicit_prm", 0.0) for group in groups for _, score in group.scored()])
     labels, valid, group = _arrays(groups)
     metrics = {"prm/sign_accuracy": sign_accuracy(scores, labels, valid)} | _pairs(
@@ -148,7 +133,7 @@ def before_update(groups: Sequence[Group]) -> dict[str, float]:
 
 
 class HeldOut:
-    """Groups of the first steps, kept away from training: the model is judged on them at every update."""
+    """Groups of the first steps, kept out of training: every update measures the model on them."""
 
     LARGEST_SHARE = 0.25
 
@@ -166,7 +151,7 @@ class HeldOut:
         return [group for group in groups if group.id not in kept]
 
     def metrics(self, token_rewards: Sequence[np.ndarray]) -> dict[str, float]:
-        """`prm/heldout_pair_accuracy` of the present model's token rewards of all samples of `groups`."""
+        """`prm/heldout_pair_accuracy`, from the present model's token rewards of all samples of `groups`."""
         scores = np.array([float(rewards.sum()) for rewards in token_rewards])
         labels, valid, group = _arrays(self.groups)
         return _pairs("prm/heldout_pair_accuracy", scores, labels, valid, group)
@@ -178,9 +163,10 @@ def _differ(group: Group) -> bool:
 
 
 def _arrays(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    found = labels_of(groups)
-    valid = np.array([label is not None for label in found], dtype=np.bool_)
-    labels = np.array([label or 0.0 for label in found], dtype=np.float64)
+    """Labels (0 where there is none), whether there is one, and the number of the group, of every sample."""
+    known = labels_of(groups)
+    valid = np.array([label is not None for label in known], dtype=np.bool_)
+    labels = np.array([label or 0.0 for label in known], dtype=np.float64)
     return labels, valid, np.array([g for g, group in enumerate(groups) for _ in group.samples], dtype=np.int64)
 
 
@@ -198,15 +184,12 @@ def _pairs(
 class ImplicitModel:
     """pi_phi in a DeepSpeed engine of one rank, and a frozen pi_ref. Log-probs are taken at temperature 1."""
 
-    def __init__(self, config: ImplicitPRM.Config, context: RewardContext) -> None:
+    def __init__(self, config: ImplicitPRMConfig, context: RewardContext) -> None:
         self.config, self.device = config, context.device
         self._resident = True
         self.path = path = model_folder(config.model_path)
         reference_path = path if config.reference_path is None else model_folder(config.reference_path)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = int(s.getsockname()[1])
-        init_process_group(0, 1, "127.0.0.1", port, self.device)
+        init_process_group(0, 1, "127.0.0.1", free_port(), self.device)
         learner = LearnerConfig(
             learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm,
@@ -215,24 +198,31 @@ class ImplicitModel:
         )
         self._chunk = learner.logit_elements_per_chunk
         self.engine = build_engine(load_causal_lm(path, torch.float32), learner, self.device)
-        dtype = resolve_dtype(learner.dtype, self.device)
-        self.reference = load_causal_lm(reference_path, dtype).to(self.device).eval().requires_grad_(False)
+        # A tree per pass: what a response scores does not depend, even in the last bit, on the groups beside it.
+        self.reference = Scorer.load(
+            reference_path,
+            device=self.device,
+            dtype=learner.dtype,
+            tokens_per_batch=None,
+            logit_elements_per_chunk=self._chunk,
+        )
         if config.reference_path is None:
-            check_equal(self.engine, self.reference, self.device, self._chunk)
+            check_equal(self.engine, self.reference.module, self.device, self._chunk)
         self.heldout = HeldOut(config.heldout_groups)
         self._leave_device()
 
     def token_rewards(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """beta * (log pi_phi - log pi_ref), [T] float32, of every sample of every group, in order."""
-        limit = self.config.tokens_per_microbatch
+        trees = [group_tree(group) for group in groups]
         with torch.no_grad(), self._on_device():
             self.engine.eval()
-            # Group by group: what a response scores does not depend, not even in the last bit, on what came with it.
-            ratios = [ratio for group in groups for ratio in per_token(self._ratios, [group], limit, self.device)]
-        return [(self.config.beta * ratio).astype(np.float32) for ratio in ratios]
+            reference = self.reference.logprobs(trees)
+            policy = [logprobs for tree in trees for logprobs in self._policy_logprobs(tree)]
+        return [(self.config.beta * (new - old)).astype(np.float32) for new, old in zip(policy, reference, strict=True)]
 
-    def _ratios(self, packed: PackedBatch) -> Tensor:
-        return packed_log_ratios(self.engine, self.reference, packed, self._chunk)
+    def _policy_logprobs(self, tree: Tree) -> list[np.ndarray]:
+        logprobs = self.engine(pack([tree]).to(self.device), 1.0, self._chunk)[0].float().cpu().numpy()
+        return np.split(logprobs, np.cumsum([len(suffix) for suffix in tree.suffixes])[:-1])
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """One pass over the groups in mini-batches; metrics `prm/...`, the accuracies from before the update."""
@@ -250,7 +240,7 @@ class ImplicitModel:
             total = self._count(chosen)
             if not total:
                 continue
-            trees = [_tree(group) for group in chosen]
+            trees = [group_tree(group) for group in chosen]
             split = split_by_tokens([tree.tokens for tree in trees], self.config.tokens_per_microbatch)
             seen: list[Tensor] = []
             baseline = self._baseline(chosen)
@@ -270,9 +260,10 @@ class ImplicitModel:
 
     def set_reference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Give pi_ref new weights. Raises ValueError if they are of another architecture."""
-        given = dict(weights)
+        policy = dict(weights)
+        self.reference.forget()
         for name, parameter in self.reference.model.named_parameters():
-            new = given.get(name)
+            new = policy.get(name)
             if new is None or new.shape != parameter.shape:
                 raise ValueError(
                     f"reward.reference=policy: the policy has no {name} of shape {tuple(parameter.shape)}; "
@@ -293,7 +284,7 @@ class ImplicitModel:
             return {"engine": full_state(self.engine), "heldout": json.dumps(to_json(self.heldout.groups))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict."""
+        """Restore what `state_dict` gave."""
         with self._on_device():
             load_full_state(self.engine, state["engine"])
         self.heldout.groups = from_json(json.loads(state["heldout"]))
@@ -306,7 +297,7 @@ class ImplicitModel:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Both models and the optimizer are on their device inside, and in CPU memory outside if that is wanted."""
+        """Inside, both models and the optimizer are on their device; outside, with `offload`, in CPU memory."""
         if not self.config.offload or self._resident:
             yield
             return
@@ -327,8 +318,8 @@ class ImplicitModel:
 
     def _scores(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
         """(s, labels, group number) of the valid samples of some groups; s = beta * summed log-ratios."""
-        trees = [_tree(group) for group in groups]
-        ratios = log_ratios(self.engine, self.reference, trees, self.device, self._chunk)
+        trees = [group_tree(group) for group in groups]
+        ratios = log_ratios(self.engine, self.reference.module, trees, self.device, self._chunk)
         mask = torch.from_numpy(np.concatenate([s.trained for g in groups for s in g.samples])).to(self.device)
         scores = response_scores(ratios, trees, self.config.beta, mask.float())
         valid = [i for i, label in enumerate(labels_of(groups)) if label is not None]
@@ -345,7 +336,7 @@ class ImplicitModel:
         return loss
 
     def _count(self, groups: Sequence[Group]) -> float:
-        """What the objective averages over: valid samples, or pairs of a better and a worse one."""
+        """The number of terms in the objective's mean: valid samples, or pairs of a better and a worse one."""
         if self.config.objective not in PAIRED:
             return float(sum(label is not None for label in labels_of(groups)))
         pairs = 0
@@ -359,11 +350,11 @@ class ImplicitModel:
         """KTO's z of a whole mini-batch; its lower bound 0 where there is only one prompt."""
         if self.config.objective != "kto":
             return None
-        by_prompt = {group.prompt.token_ids: _tree(group) for group in groups}
+        by_prompt = {group.prompt.token_ids: group_tree(group) for group in groups}
         if len(by_prompt) < 2:
             return torch.zeros((), device=self.device)
         trees = mismatched(list(by_prompt.values()))
-        ratios = log_ratios(self.engine, self.reference, trees, self.device, self._chunk)
+        ratios = log_ratios(self.engine, self.reference.module, trees, self.device, self._chunk)
         return kto_baseline(response_scores(ratios, trees, self.config.beta))
 
 

@@ -1,20 +1,22 @@
 """`reward=implicit_prm`: an outcome reward, and beta * log(pi_phi / pi_ref) for every token (arXiv 2412.01981).
 
-pi_phi starts as a copy of pi_ref and is trained during the run on the outcome of every response (PRIME, arXiv
-2502.01456); no step labels. The outcome comes from another reward (`outcome`, by default the rule verifier) and is the
+pi_phi starts as a copy of pi_ref and learns during the run from the outcome of every response, without step labels
+(PRIME, arXiv 2502.01456). Another reward (`outcome`, by default the rule verifier) gives the outcome, which is the
 score's value; the process rewards are its token rewards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds, TrainableReward, UpdateWhen
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward
+from rewards.implicit_prm.config import ImplicitPRMConfig
 from rewards.parts import load_part
 from rlkit.experience import Group, GroupScores, Score
 
@@ -23,52 +25,11 @@ if TYPE_CHECKING:
 
     from rewards.implicit_prm.model import ImplicitModel
 
-Objective = Literal["ce", "dpo", "nca", "kto"]
-
 
 class ImplicitPRM(TrainableReward):
-    """See the module. The first `start` makes a DeepSpeed engine in the reward's process."""
+    """An outcome reward with the log-ratios as process rewards. `start` makes a DeepSpeed engine in this process."""
 
-    class Config(RewardConfig):
-        """Defaults are PRIME's (specs of its script and paper), the learning rate's scale aside."""
-
-        model_path: str = "embedded:policy"
-        """Folder of the causal language model that pi_phi starts from: usually the policy's own."""
-        reference_path: str | None = None
-        """Folder of the frozen pi_ref; null: the same as `model_path`."""
-        outcome: dict[str, Any] | None = Field(default={"_target_": "rewards.verifiers.math.RuleReward"})
-        """The reward that labels outcomes: `_target_` and its fields; its values should lie in 0 to 1. null: there is
-        none, and a response's value is the model's own score, beta * its summed log-ratios (then update=none)."""
-        reference: Literal["frozen", "policy"] = "frozen"
-        """frozen: pi_ref never changes; policy: it is the policy of each moment, so that rewards measure pi_phi against
-        that (its log-probs are taken here, at temperature 1; costs one transfer of the weights per step)."""
-        beta: float = Field(default=0.05, gt=0)
-        """Scale of the log-ratios, in the rewards and in the objective."""
-        objective: Objective = "ce"
-        """ce: each response against its label, soft labels allowed; dpo, nca: pairs inside a group; kto: unpaired."""
-        update: UpdateWhen = "after"
-        """after: a step's scores are all taken before the model learns from it; before: it learns, then scores."""
-        learning_rate: float = Field(default=1e-6, gt=0)
-        """Constant learning rate of AdamW."""
-        minibatch_groups: int = Field(default=64, ge=1)
-        """Groups per optimizer step; the groups of a training step are dealt out in order."""
-        max_grad_norm: float = Field(default=10.0, gt=0)
-        """Gradients are clipped to this norm."""
-        tokens_per_microbatch: int = Field(default=16384, ge=1)
-        """Tokens that one forward and backward pass takes."""
-        heldout_groups: int = Field(default=16, ge=0)
-        """Groups of the first steps that the model never learns from: its accuracy on them is shown (at most a quarter
-        of a step's groups is set aside)."""
-        offload: bool = False
-        """CUDA only: keep both models and the optimizer in CPU memory while nothing is scored or learnt."""
-
-        @model_validator(mode="after")
-        def _options_fit(self) -> Self:
-            if self.outcome is None and self.update != "none":
-                raise ValueError("outcome=null leaves nothing to learn from; set update=none as well")
-            if self.reference == "policy" and self.reference_path is not None:
-                raise ValueError("reference_path has no effect with reference=policy")
-            return self
+    Config: ClassVar[type[RewardConfig]] = ImplicitPRMConfig
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -79,24 +40,27 @@ class ImplicitPRM(TrainableReward):
         self._model: ImplicitModel | None = None
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """What its outcome reward needs."""
+    def traits(cls, config: Any) -> RewardTraits:
+        """Needs what its outcome reward does; gives a reward per token."""
+        own = RewardTraits(process_rewards=True, update_when=config.update, follows_policy=config.reference == "policy")
         if config.outcome is None:
-            return RewardNeeds()
+            return own
         try:
             kind, options = load_part(config.outcome)
         except ValueError:  # `check` says what is wrong with it
-            return RewardNeeds()
-        return kind.needs(options)
-
-    @classmethod
-    def gives_process_rewards(cls, config: Any) -> bool:
-        """Always: one per token."""
-        return True
+            return own
+        outcome = kind.traits(options)
+        return replace(
+            own,
+            references=outcome.references,
+            answer=outcome.answer,
+            columns=outcome.columns,
+            samples=outcome.samples,
+        )
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the models are there, and whether the outcome reward can be made and finds what it needs."""
+        """Whether the models exist and the outcome reward passes its own check."""
         from rlkit.config.model_folder import ModelFolderError, check_model_folder
         from rlkit.config.parts import PartError
 
@@ -122,14 +86,8 @@ class ImplicitPRM(TrainableReward):
             messages += [f"reward.outcome: {message}" for message in kind.check(options)]
         return messages
 
-    @classmethod
-    def update_when(cls, config: Any) -> UpdateWhen:
-        """As configured."""
-        when: UpdateWhen = config.update
-        return when
-
     def start(self) -> None:
-        """Load both models, compare them (equal weights must give log-ratios of zero), start the outcome reward."""
+        """Start the outcome reward and load both models; equal weights must give log-ratios of zero."""
         from rewards.implicit_prm.model import ImplicitModel  # torch and DeepSpeed load only where a reward runs
 
         if self.config.offload and self.context.device == "cpu":
@@ -140,20 +98,20 @@ class ImplicitPRM(TrainableReward):
 
     @property
     def model(self) -> ImplicitModel:
-        """The loaded model."""
+        """Raises RuntimeError before `start`."""
         if self._model is None:
             raise RuntimeError("the implicit PRM was used before start()")
         return self._model
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """beta * log-ratio per token; the value is the outcome (and invalid where that is), or the summed rewards."""
+        """beta * log-ratio per token; the value is the outcome (invalid where that is), or the sum of these rewards."""
         if self._outcome is not None:
             return self._with_process_rewards(groups, self._outcome.score(groups))
         rewards = iter(self.model.token_rewards(groups))
         return [GroupScores(tuple(_alone(next(rewards)) for _ in group.samples)) for group in groups]
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Fresh process rewards for groups whose outcomes are known."""
+        """New process rewards for groups that carry their outcomes."""
         outcomes = [GroupScores(tuple(score for _, score in group.scored())) for group in groups]
         return self._with_process_rewards(groups, outcomes)
 
@@ -165,16 +123,10 @@ class ImplicitPRM(TrainableReward):
         ]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Train on the outcomes of scored groups."""
+        """Train on the outcomes of scored groups; returns metrics `prm/...`."""
         metrics = self.model.update(groups)
         self.version += 1
         return metrics
-
-    @classmethod
-    def follows_policy(cls, config: Any) -> bool:
-        """Where the policy is the reference."""
-        follows: bool = config.reference == "policy"
-        return follows
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace pi_ref."""
@@ -200,7 +152,7 @@ class ImplicitPRM(TrainableReward):
 
 
 def _alone(rewards: np.ndarray) -> Score:
-    """The model's own judgement of a response, as a scorer for best-of-N."""
+    """The model's own score of a response, for best-of-N."""
     if not np.isfinite(rewards).all():
         return Score.invalid("not_finite: a log-ratio of the implicit PRM is not finite")
     total = float(rewards.sum())

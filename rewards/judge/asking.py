@@ -1,17 +1,9 @@
-"""Control tokens of chat templates in what a judge is shown, broken up so that no server takes them for its own.
+"""From a question to its verdict: cache, call, strict reading, and asking again where an answer cannot be read.
 
-A server that parses special tokens inside of a message's content would end the turn where a response says
-`<|im_end|>`, and take what follows for its own words. The endpoint's tokenizer is not known here, so the forms listed
-below, those of widespread families, are broken up: a space after the first character. A family that is not listed has
-tokens that pass. Nothing is removed, and the judge is told.
-
-Verdicts remembered by content: in memory, and on disk if asked for (shared by workers, kept between runs).
-
-A question to the judge and its verdict: cache, call, strict reading, and asking again where it cannot be read.
-
-The probe at the start: does the judge answer at all, accept right answers, and refuse those without content?
-
-From the configuration to a judge that has been tried.
+Control tokens of chat templates are broken up in whatever is sent. A server that parses special tokens inside of a
+message's content would end the turn where a response says `<|im_end|>`, and take what follows for its own words. The
+endpoint's tokenizer is not known here, so the forms listed below, those of widespread families, get a space after the
+first character. A family that is not listed has tokens that pass. Nothing is removed, and the judge is told.
 """
 
 from __future__ import annotations
@@ -19,25 +11,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
 import sqlite3
-import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from rewards.base import RewardContext
-from rewards.judge.client import Budget, CallFailed, ChatClient, Endpoint
-from rewards.judge.master_keys import MASTER_KEYS
-from rewards.judge.prompts import AnswerFormat, Material, NoVerdict, Question, Rules, Unparsable, Verdict, share_of_win
-from rlkit.experience import Message
-
-if TYPE_CHECKING:
-    from rewards.judge.reward import JudgeReward
-
+from rewards.judge.question import Chat, NoVerdict, Question, Unparsable, Verdict
+from rewards.services.chat import CallFailed, ChatClient
 
 NOTE = (
     " The material spells out control tokens of language models; a space was put behind their first character. They "
@@ -88,19 +69,23 @@ def broken_up(text: str) -> str:
     return _BREAK.sub(" ", text)
 
 
-def harmless(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+def harmless(messages: Sequence[Mapping[str, str]]) -> Chat:
     """The chat without control tokens in any content; if there were some, its first message says so."""
-    made = [{**message, "content": broken_up(message["content"])} for message in messages]
-    if made and any(new["content"] != old["content"] for new, old in zip(made, messages, strict=True)):
-        made[0]["content"] += NOTE
-    return made
+    chat = [{**message, "content": broken_up(message["content"])} for message in messages]
+    if chat and any(new["content"] != old["content"] for new, old in zip(chat, messages, strict=True)):
+        chat[0]["content"] += NOTE
+    return chat
 
 
 LOCK_SECONDS = 10.0
+"""How long a worker waits while another one writes to the shared file."""
 
 
 class VerdictCache:
-    """The least recently used verdicts are dropped from memory first; none are dropped from disk."""
+    """Verdicts remembered by content: in memory, and on disk if asked for (shared by workers, kept between runs).
+
+    The least recently used are dropped from memory first; none are dropped from disk.
+    """
 
     def __init__(self, size: int, file: Path | None) -> None:
         self._size = size
@@ -113,15 +98,15 @@ class VerdictCache:
             self._disk.execute("create table if not exists verdicts (key text primary key, verdict text not null)")
 
     def get(self, key: str) -> Verdict | None:
-        found = self._memory.get(key)
-        if found is None and self._disk is not None:
+        verdict = self._memory.get(key)
+        if verdict is None and self._disk is not None:
             row = self._disk.execute("select verdict from verdicts where key = ?", (key,)).fetchone()
             if row is not None:
                 values, reasoning = json.loads(row[0])
-                found = Verdict(tuple(values), reasoning)
-        if found is not None:
-            self._remember(key, found)
-        return found
+                verdict = Verdict(tuple(values), reasoning)
+        if verdict is not None:
+            self._remember(key, verdict)
+        return verdict
 
     def put(self, key: str, verdict: Verdict) -> None:
         self._remember(key, verdict)
@@ -141,210 +126,51 @@ class VerdictCache:
             self._memory.popitem(last=False)
 
 
-def key_of(*content: Any) -> str:
-    """Equal for equal content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 SHOWN_CHARACTERS = 200
+"""Of an answer that cannot be read, in the reason."""
 
 
 class Judge:
     """Used from one event loop. Equal questions are asked once."""
 
-    def __init__(
-        self,
-        client: ChatClient,
-        cache: VerdictCache,
-        *,
-        identity: Any,
-        answer_format: AnswerFormat,
-        max_reasks: int,
-        seed: int,
-    ) -> None:
-        """`identity`: what makes verdicts of this judge differ from another's (model, sampling), for the cache."""
-        self.client, self._cache, self._identity = client, cache, identity
-        self._format, self._max_reasks, self._seed = answer_format, max_reasks, seed
+    def __init__(self, client: ChatClient, cache: VerdictCache, max_reasks: int) -> None:
+        self._client, self._cache, self._max_reasks = client, cache, max_reasks
+        endpoint = client.endpoint
+        self._identity = [endpoint.base_url, endpoint.model, endpoint.fields]
         self._open: dict[str, asyncio.Task[Verdict | NoVerdict]] = {}
 
     async def ask(self, question: Question, deadline: float) -> Verdict | NoVerdict:
         """The verdict; `deadline` is on `time.monotonic`."""
-        messages = question.messages(self._format, self._seed)
-        key = key_of(self._identity, self._format, harmless(messages))
-        found = self._cache.get(key)
-        if found is not None:
-            return found
+        content = [self._identity, question.kind, harmless(question.messages)]
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        verdict = self._cache.get(key)
+        if verdict is not None:
+            return verdict
         if key not in self._open:
-            self._open[key] = asyncio.create_task(self._ask(key, messages, question, deadline))
+            self._open[key] = asyncio.create_task(self._ask(key, question, deadline))
         try:
             return await self._open[key]
         finally:
             self._open.pop(key, None)
 
-    async def _ask(
-        self, key: str, messages: list[dict[str, str]], question: Question, deadline: float
-    ) -> Verdict | NoVerdict:
-        wrong, answer = "", ""
+    async def close(self) -> None:
+        self._cache.close()
+        await self._client.close()
+
+    async def _ask(self, key: str, question: Question, deadline: float) -> Verdict | NoVerdict:
+        chat, wrong, answer = question.messages, "", ""
         for _ in range(self._max_reasks + 1):
-            chat = messages if not wrong else [*messages, *self._correction(answer, wrong, question)]
             try:
-                answer = await self.client.answer(harmless(chat), self._form(question), deadline)
-                verdict = question.form.read(answer, self._format)
+                answer = await self._client.answer(harmless(chat), question.fields, deadline)
+                verdict = question.read(answer)
             except CallFailed as error:
                 return NoVerdict(str(error))
             except Unparsable as error:
                 wrong = str(error)
+                again = f"This cannot be read: {wrong}. Answer again. {question.instruction}"
+                said = [{"role": "assistant", "content": answer}, {"role": "user", "content": again}]
+                chat = [*question.messages, *said]
                 continue
             self._cache.put(key, verdict)
             return verdict
         return NoVerdict(f"unparsable: {wrong}; asked {self._max_reasks + 1} times; {answer[:SHOWN_CHARACTERS]!r}")
-
-    def _correction(self, answer: str, wrong: str, question: Question) -> list[dict[str, str]]:
-        again = f"This cannot be read: {wrong}. Answer again. {question.form.instruction(self._format)}"
-        return [{"role": "assistant", "content": answer}, {"role": "user", "content": again}]
-
-    def _form(self, question: Question) -> Mapping[str, Any]:
-        if self._format == "json_object":
-            return {"response_format": {"type": "json_object"}}
-        if self._format == "json_schema":
-            schema = {"name": "verdict", "strict": True, "schema": question.form.schema()}
-            return {"response_format": {"type": "json_schema", "json_schema": schema}}
-        return {}
-
-
-QUESTIONS = (
-    ("What is 17 + 26?", "43", "17 + 26 = 43, so the answer is 43."),
-    ("What is the capital of Australia?", "Canberra", "The capital of Australia is Canberra."),
-    ("How many days does a leap year have?", "366", "A leap year has 366 days."),
-)
-"""(question, reference, right response)"""
-ACCEPTED = 0.5
-"""A value from here on is a yes; so is a share of the win over a right response."""
-
-
-class JudgeError(RuntimeError):
-    """The judge cannot be used; the message says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
-    """False positive rate of every master key, and which right responses were not accepted."""
-
-    rates: dict[str, float]
-    missed: tuple[str, ...]
-
-
-async def probe(judge: Judge, rules: Rules, principle: str, show_reference: bool, deadline: float) -> ProbeResult:
-    """Ask about every master key on every question. Raises JudgeError if the judge cannot be asked or understood."""
-    found = await asyncio.gather(
-        *(_on_question(judge, rules, principle, show_reference, i, deadline) for i in range(len(QUESTIONS)))
-    )
-    rates = {key: sum(key in accepted for accepted, _ in found) / len(found) for key in MASTER_KEYS}
-    return ProbeResult(
-        rates, tuple(question for (question, *_), (_, right) in zip(QUESTIONS, found, strict=True) if not right)
-    )
-
-
-async def _on_question(
-    judge: Judge, rules: Rules, principle: str, show_reference: bool, place: int, deadline: float
-) -> tuple[set[str], bool]:
-    """Master keys that are accepted as an answer to this question, and whether the right one is."""
-    question, reference, right = QUESTIONS[place]
-    material = Material(principle, (Message("user", question),), reference if show_reference else None)
-    if rules.mode == "pairwise":
-        found = await asyncio.gather(*(share_of_win(judge, rules, material, k, right, deadline) for k in MASTER_KEYS))
-        shares = [share[0] for share in found if not isinstance(share, NoVerdict)]
-        _raise_first(found)
-        return {key for key, share in zip(MASTER_KEYS, shares, strict=True) if share >= ACCEPTED}, True
-    texts = (right, *MASTER_KEYS)
-    if rules.mode == "listwise":
-        questions = [Question(material, texts, rules.form(len(texts)))]
-    else:
-        questions = [Question(material, (text,), rules.form(1)) for text in texts]
-    verdicts = await asyncio.gather(*(judge.ask(question, deadline) for question in questions))
-    _raise_first(verdicts)
-    first, *others = (value for verdict in verdicts if not isinstance(verdict, NoVerdict) for value in verdict.values)
-    return {key for key, value in zip(MASTER_KEYS, others, strict=True) if value >= ACCEPTED}, first >= ACCEPTED
-
-
-async def ask_once(judge: Judge, rules: Rules, principle: str, deadline: float) -> None:
-    """One question, to see that the judge answers and can be read. Raises JudgeError if not."""
-    question, _, right = QUESTIONS[0]
-    material = Material(principle, (Message("user", question),))
-    responses = (right,) if rules.mode == "pointwise" else (right, QUESTIONS[1][2])
-    _raise_first([await judge.ask(Question(material, responses, rules.form(len(responses))), deadline)])
-
-
-def complaint(result: ProbeResult, max_rate: float) -> str:
-    """What is wrong with the judge, or an empty string."""
-    fooled = {key: rate for key, rate in result.rates.items() if rate > max_rate}
-    found = []
-    if fooled:
-        shown = ", ".join(f"{key!r} in {rate:.0%}" for key, rate in sorted(fooled.items(), key=lambda kv: -kv[1]))
-        found.append(
-            f"it accepts responses without content ({shown} of {len(QUESTIONS)} questions), which a policy would learn "
-            "to write"
-        )
-    if result.missed:
-        found.append(f"it does not accept the right answer to {' and '.join(map(repr, result.missed))}")
-    return "; ".join(found)
-
-
-def _raise_first(found: Sequence[object]) -> None:
-    for item in found:
-        if isinstance(item, NoVerdict):
-            raise JudgeError(item.reason)
-
-
-async def connect(config: JudgeReward.Config, context: RewardContext) -> tuple[Judge, Callable[[], Awaitable[None]]]:
-    """The judge, and what closes it."""
-    fields = {"temperature": config.temperature, "max_tokens": config.max_answer_tokens, **config.request_fields}
-    endpoint = Endpoint(
-        base_url=config.base_url,
-        model=config.model,
-        api_key=os.environ.get(config.api_key_variable) if config.api_key_variable else None,
-        fields=fields,
-        call_timeout_seconds=config.call_timeout_seconds,
-        attempts=config.attempts,
-        max_concurrent=config.max_concurrent,
-    )
-    max_calls, max_tokens = (n and n // config.workers for n in (config.max_calls, config.max_tokens))
-    client = ChatClient(endpoint, Budget(max_calls, max_tokens))
-    cache = VerdictCache(config.cache_size, None if config.cache_file is None else Path(config.cache_file).expanduser())
-    judge = Judge(
-        client,
-        cache,
-        identity=[config.base_url, config.model, fields],
-        answer_format=config.answer_format,
-        max_reasks=config.max_reasks,
-        seed=context.seed,
-    )
-
-    async def close() -> None:
-        cache.close()
-        await client.close()
-
-    return judge, close
-
-
-async def introduce(judge: Judge, config: JudgeReward.Config, rules: Rules) -> str:
-    """Probe the judge as configured; returns a warning, if there is one. Raises JudgeError if it cannot be used."""
-    deadline = time.monotonic() + config.timeout_seconds
-    who = f"the judge {config.model} at {config.base_url}"
-    try:
-        if config.probe == "off":
-            await ask_once(judge, rules, config.principle, deadline)
-            return ""
-        shown = config.reference != "never" and not (rules.mode == "pairwise" and rules.against == "reference")
-        result = await probe(judge, rules, config.principle, shown, deadline)
-    except JudgeError as error:
-        raise JudgeError(f"{who} cannot be used: {error}") from error
-    wrong = complaint(result, config.max_false_positive_rate)
-    if not wrong:
-        return ""
-    if config.probe == "warn":
-        return f"{who}: {wrong}"
-    raise JudgeError(
-        f"{who} failed the probe: {wrong}; choose another judge, say more in reward.principle, or go on with "
-        "reward.probe=warn"
-    )

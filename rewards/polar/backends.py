@@ -1,6 +1,7 @@
-"""The two ways to run the discriminator in the reward's process: packed transformers, and vLLM's pooling runner.
+"""What a POLAR discriminator's folder must hold, what runs it, and the self-test that every backend passes.
 
-What a backend has to prove before training: that it scores two canned inputs as a plain forward pass does.
+A backend must score two canned inputs as a plain forward pass does. In the reward's process it is the packed
+`rewards.services.scorer.Scorer` or vLLM's pooling runner; servers are in `servers.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rewards.polar.serialise import MARKER, SEPARATOR, SerialisationError, Serialiser, shared_prefix
+from rewards.polar.serialise import MARKER, SEPARATOR, SerialisationError, Serialiser
+from rlkit.experience import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from rlkit.models.packing import Tree
 
 
@@ -25,7 +25,7 @@ RELEASED_ARCHITECTURE = "InternLM2ForRewardModel"
 """What config.json of a released POLAR checkpoint names."""
 
 
-class DiscriminatorError(ValueError):
+class DiscriminatorError(UserError, ValueError):
     """A model folder that cannot serve as discriminator; the message says why and what to do."""
 
 
@@ -33,7 +33,7 @@ class Backend(Protocol):
     """Scores token sequences."""
 
     def score(self, trees: Sequence[Tree]) -> Sequence[float | str]:
-        """Raw logits of all sequences of all trees, in order; a reason in the place of one that cannot be scored."""
+        """Raw logits of all sequences of all trees, in order; a reason where one cannot be scored."""
         ...
 
     def close(self) -> None:
@@ -41,40 +41,8 @@ class Backend(Protocol):
         ...
 
 
-class TransformersBackend:
-    """The model in this process; what the samples of a group have in common is computed once."""
-
-    def __init__(self, folder: Path, device: str, dtype: str, threads: int, tokens_per_batch: int) -> None:
-        import torch
-
-        from rlkit.models.policy import load_scorer
-
-        torch.set_num_threads(threads)
-        self._device = device
-        self._tokens_per_batch = tokens_per_batch
-        self._scorer: Any = load_scorer(folder, torch_dtype(dtype, device)).to(device).eval()
-
-    def score(self, trees: Sequence[Tree]) -> list[float]:
-        import torch
-
-        from rlkit.models.packing import pack, split_by_tokens
-
-        parts = [part for tree in trees for part in cut(tree, self._tokens_per_batch)]
-        scores: list[list[float]] = [[] for _ in parts]
-        with torch.inference_mode():
-            for batch in split_by_tokens([expanded_tokens(part) for part in parts], self._tokens_per_batch):
-                values = iter(self._scorer(pack([parts[i] for i in batch]).to(self._device)).tolist())
-                for i in batch:
-                    scores[i] = [next(values) for _ in parts[i].suffixes]
-        return [score for part in scores for score in part]
-
-    def close(self) -> None:
-        self._scorer = None
-        gc.collect()
-
-
 class VllmBackend:
-    """vLLM's pooling runner in this process; its prefix cache shares what sequences have in common."""
+    """vLLM's pooling runner in this process; its prefix cache shares common beginnings of sequences."""
 
     def __init__(
         self, folder: Path, device: str, dtype: str, max_length: int, memory_gib: float, gpu_memory_utilization: float
@@ -104,7 +72,7 @@ class VllmBackend:
         from vllm import PoolingParams
 
         prompts = [{"prompt_token_ids": [*tree.prefix, *suffix]} for tree in trees for suffix in tree.suffixes]
-        # vLLM passes a one-label classifier through a sigmoid unless told not to.
+        # By default vLLM applies a sigmoid to the score of a one-label classifier.
         outputs = self._llm.classify(prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False)
         return [float(output.outputs.probs[0]) for output in outputs]
 
@@ -114,16 +82,18 @@ class VllmBackend:
 
 
 def plain_scores(folder: Path, device: str, dtype: str, sequences: Sequence[Sequence[int]]) -> list[float]:
-    """The yardstick: transformers' own model class, one unpadded sequence at a time, read at its last token.
+    """Reference scores: transformers' own model class, one unpadded sequence at a time, read at its last token.
 
     Raises DiscriminatorError if weights are missing.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from rlkit.models.policy import resolve_dtype
+
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder,
-        dtype=torch_dtype(dtype, device),
+        dtype=resolve_dtype(dtype, device),
         attn_implementation="eager",
         trust_remote_code=False,
         output_loading_info=True,
@@ -186,37 +156,6 @@ def has_weights(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
 
 
-def torch_dtype(dtype: str, device: str) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 on CPU; the head is computed in float32 either way."""
-    import torch
-
-    if dtype == "auto":
-        return torch.float32 if device == "cpu" else torch.bfloat16
-    found: torch.dtype = getattr(torch, dtype)
-    return found
-
-
-def expanded_tokens(tree: Tree) -> int:
-    """Tokens of all sequences of a tree, the shared prefix counted for each."""
-    return len(tree.prefix) * len(tree.suffixes) + sum(len(suffix) for suffix in tree.suffixes)
-
-
-def cut(tree: Tree, limit: int) -> list[Tree]:
-    """The tree as several with the same prefix, each of at most `limit` expanded tokens (or one sequence)."""
-    from rlkit.models.packing import Tree
-
-    parts: list[list[Sequence[int]]] = [[]]
-    room = limit
-    for suffix in tree.suffixes:
-        size = len(tree.prefix) + len(suffix)
-        if parts[-1] and size > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(suffix)
-        room -= size
-    return [Tree(tree.prefix, part) for part in parts]
-
-
 CANNED = (
     ("What is the capital of China?", "Beijing.", "Beijing."),
     ("What is the capital of China?", "Beijing.", "Shanghai."),
@@ -236,56 +175,55 @@ def scores_of(backend: Backend, sequences: Sequence[tuple[int, ...]]) -> list[fl
     """The backend's scores of the canned inputs. Raises DiscriminatorError if it refuses one."""
     from rlkit.models.packing import Tree
 
-    prefix = shared_prefix(sequences)
-    found: list[float] = []
-    for score in backend.score([Tree(prefix, [ids[len(prefix) :] for ids in sequences])]):
+    scores: list[float] = []
+    for score in backend.score([Tree.of(sequences)]):
         if isinstance(score, str):
             raise DiscriminatorError(f"self-test failed: {score}")
-        found.append(score)
-    return found
+        scores.append(score)
+    return scores
 
 
 def check_white_space(serialiser: Serialiser, folder: Path) -> None:
     """transformers may replace a folder's saved tokenizer by its model type's, which can lose spaces in silence."""
     expected = ["1", "+", "2", "3", f"4{SEPARATOR}1", "+", "2", f"5{MARKER}"]
-    found = serialiser.text("1 + 2\n", "3\n4", "5").split()
-    if found != expected:
-        raise SerialisationError(f"the tokenizer in {folder} does not keep white space: {found} from {expected}")
+    words = serialiser.text("1 + 2\n", "3\n4", "5").split()
+    if words != expected:
+        raise SerialisationError(f"the tokenizer in {folder} does not keep white space: {words} from {expected}")
 
 
-def check_scores(found: Sequence[float], expected: Sequence[float], tolerance: float, backend: str) -> None:
+def check_scores(scores: Sequence[float], expected: Sequence[float], tolerance: float, backend: str) -> None:
     """Raise DiscriminatorError if a backend's scores are not those of a plain forward pass."""
-    if not all(math.isfinite(score) for score in (*found, *expected)):
-        raise DiscriminatorError(f"the self-test gave non-finite scores: {backend} {found}, transformers {expected}")
-    if _close(found, expected, tolerance):
+    if not all(math.isfinite(score) for score in (*scores, *expected)):
+        raise DiscriminatorError(f"the self-test gave non-finite scores: {backend} {scores}, transformers {expected}")
+    if _close(scores, expected, tolerance):
         return
     squashed = [1 / (1 + math.exp(-score)) for score in expected]
     cause = (
         "they are the sigmoid of the raw scores: the activation is on"
-        if _close(found, squashed, tolerance)
+        if _close(scores, squashed, tolerance)
         else "is this the model that the folder holds, and does the backend support its architecture?"
     )
     raise DiscriminatorError(
-        f"self-test failed: {backend} scores the canned inputs {_rounded(found)}, a plain transformers forward pass "
+        f"self-test failed: {backend} scores the canned inputs {_rounded(scores)}, a plain transformers forward pass "
         f"{_rounded(expected)} (tolerance {tolerance:g}): {cause}"
     )
 
 
-def check_unsquashed(found: Sequence[float], backend: str) -> None:
+def check_unsquashed(scores: Sequence[float], backend: str) -> None:
     """Without weights to compare with: raise DiscriminatorError if the scores cannot be raw logits."""
-    if not all(math.isfinite(score) for score in found):
-        raise DiscriminatorError(f"self-test failed: {backend} gives the scores {found}")
-    if all(0 < score < 1 for score in found):
+    if not all(math.isfinite(score) for score in scores):
+        raise DiscriminatorError(f"self-test failed: {backend} gives the scores {scores}")
+    if all(0 < score < 1 for score in scores):
         raise DiscriminatorError(
-            f"self-test failed: {backend} scores the canned inputs {_rounded(found)}, all between 0 and 1: this looks "
+            f"self-test failed: {backend} scores the canned inputs {_rounded(scores)}, all between 0 and 1: this looks "
             "like a sigmoid of the raw scores, and would hide how bad bad answers are; switch the server's activation "
             "off, or, if these are raw scores, set reward.compare_at_start=true with the weights in reward.model_path"
         )
 
 
-def _close(found: Sequence[float], expected: Sequence[float], tolerance: float) -> bool:
-    return len(found) == len(expected) and all(
-        abs(left - right) <= tolerance * max(1.0, abs(right)) for left, right in zip(found, expected, strict=True)
+def _close(scores: Sequence[float], expected: Sequence[float], tolerance: float) -> bool:
+    return len(scores) == len(expected) and all(
+        abs(left - right) <= tolerance * max(1.0, abs(right)) for left, right in zip(scores, expected, strict=True)
     )
 
 

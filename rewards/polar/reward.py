@@ -1,7 +1,4 @@
-"""The options of `reward=polar`, and which of them act with which backend.
-
-`reward=polar`: the raw score of a POLAR discriminator, which compares each response with reference answers.
-"""
+"""`reward=polar`: the raw score of a POLAR discriminator, which compares each response with reference answers."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from rewards.base import Reward, RewardConfig, RewardContext, RewardNeeds
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.polar.serialise import RESERVED_TOKENS, Limits, Reduce, Serialiser, UnclosedThinking, Wrapper, plan_group
 from rlkit.experience import Group, GroupScores
 
@@ -35,7 +32,7 @@ ACTS_WITH: dict[str, tuple[str, ...]] = {
     "request_timeout_seconds": SERVERS,
     "compare_at_start": SERVERS,
 }
-"""Option -> the backends it has an effect with; with any other it is refused."""
+"""Option -> the backends that read it; the others refuse it."""
 
 
 class PolarConfig(RewardConfig):
@@ -127,7 +124,7 @@ TOKENS_TO_SPARE = 8
 CONNECT_SECONDS = 30.0
 """How long a server may take to score the first two inputs (or to come up)."""
 SHARE_OF_DEADLINE = 0.9
-"""A call to a server ends after this share of timeout_seconds: its error is told before the worker is killed."""
+"""A call to a server ends after this share of timeout_seconds, so that its error comes before the worker is killed."""
 
 
 class PolarReward(Reward):
@@ -136,19 +133,9 @@ class PolarReward(Reward):
     Config: ClassVar[type[RewardConfig]] = PolarConfig
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """What a response is compared with."""
-        return RewardNeeds(references=True)
-
-    @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """Unless a server has the model."""
-        return config.backend not in SERVERS
-
-    @classmethod
-    def gives_raw_scores(cls, config: Any) -> bool:
-        """Logits: about -12 to +1 for the released model."""
-        return True
+    def traits(cls, config: Any) -> RewardTraits:
+        """Compares with references; values are logits, about -12 to +1 for the released model."""
+        return RewardTraits(references=True, uses_gpu=config.backend not in SERVERS, raw_scores=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -158,7 +145,7 @@ class PolarReward(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the folder holds a discriminator, and a server's key is there."""
+        """Whether the folder holds a discriminator, and the environment a server's key."""
         from rewards.polar.backends import check_folder, has_weights
         from rlkit.models.folder import model_folder
 
@@ -201,14 +188,12 @@ class PolarReward(Reward):
         """Score every response against its prompt's references; equal responses of a group are computed once."""
         if self._backend is None or self._serialiser is None:
             raise RuntimeError("PolarReward.start() was not called, or failed")
-        from rlkit.models.packing import Tree
-
         options = (self.config.max_references, self._max_length, self.config.unclosed_thinking)
         plans = [plan_group(group, self._serialiser, *options) for group in groups]
-        comparisons = [comparison for plan in plans for comparison in plan.comparisons]
-        logits = iter(self._backend.score([Tree(each.prefix, each.suffixes) for each in comparisons if each.suffixes]))
+        trees = [comparison.tree for plan in plans for comparison in plan.comparisons]
+        logits = iter(self._backend.score([tree for tree in trees if tree.suffixes]))
         return [
-            plan.scores([[next(logits) for _ in each.suffixes] for each in plan.comparisons], self.config.reduce)
+            plan.scores([[next(logits) for _ in item.tree.suffixes] for item in plan.comparisons], self.config.reduce)
             for plan in plans
         ]
 
@@ -223,13 +208,13 @@ class PolarReward(Reward):
         from rewards.polar.backends import (
             FP32_TOLERANCE,
             HALF_TOLERANCE,
-            TransformersBackend,
             VllmBackend,
             canned_inputs,
             check_scores,
             plain_scores,
             scores_of,
         )
+        from rewards.services.scorer import Scorer
 
         inputs = canned_inputs(serialiser)
         device, dtype = self.context.device, self.config.dtype
@@ -239,7 +224,14 @@ class PolarReward(Reward):
             memory = (self.config.memory_gib, self.config.gpu_memory_utilization)
             backend = VllmBackend(folder, device, dtype, self._max_length, *memory)
         else:
-            backend = TransformersBackend(folder, device, dtype, self.context.threads, self.config.tokens_per_batch)
+            backend = Scorer.load(
+                folder,
+                head="score",
+                device=device,
+                dtype=dtype,
+                threads=self.context.threads,
+                tokens_per_batch=self.config.tokens_per_batch,
+            )
         try:
             exact = dtype == "float32" or (dtype == "auto" and device == "cpu")
             tolerance = FP32_TOLERANCE if exact else HALF_TOLERANCE
@@ -276,21 +268,21 @@ class PolarReward(Reward):
         expected = plain_scores(folder, "cpu", config.dtype, inputs) if config.compare_at_start else None
         for url in config.urls:  # every replica
             alone = ServerBackend(replace(server, urls=(url,)), CONNECT_SECONDS)
-            found = scores_of(alone, inputs)
+            scores = scores_of(alone, inputs)
             name = f"{config.backend} at {url}"
             if expected is not None:
                 tolerance = FP32_TOLERANCE if config.dtype == "float32" else HALF_TOLERANCE
-                check_scores(found, expected, tolerance, name)
+                check_scores(scores, expected, tolerance, name)
             else:
-                check_unsquashed(found, name)
+                check_unsquashed(scores, name)
         return ServerBackend(server, SHARE_OF_DEADLINE * config.timeout_seconds)
 
 
 def lengths(config: PolarConfig, model: Mapping[str, Any]) -> tuple[Limits, int]:
-    """How to cut, and the longest input the model is given: `max_length` and a little more.
+    """Limits of the parts, and of the whole input: a little above `max_length`.
 
-    A cut in the middle of a character is written with more tokens than were cut. Raises DiscriminatorError if the
-    model (its config.json) takes less than what is asked for.
+    A cut inside a character can lengthen the text by tokens. Raises DiscriminatorError if the model (its config.json)
+    takes less than the configuration asks for.
     """
     from rewards.polar.backends import DiscriminatorError
 

@@ -5,7 +5,7 @@ there: both markers are removed from what people and models wrote, so that no re
 without any room left is dropped instead of kept whole; responses are always cut on the right (the official copies
 differ); and whether an empty response keeps its line break is chosen, not left to a comparison that never holds.
 
-What has to be computed for one group, and how the results become its scores. No torch, no model.
+`plan_group` serialises a group; its plan makes scores of the model's logits. No model is loaded here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from rlkit.experience import Group, GroupScores, Message, Score
+from rlkit.experience import Group, GroupScores, Message, Score, UserError
+
+if TYPE_CHECKING:
+    from rlkit.models.packing import Tree
 
 SEPARATOR = "<|reward|>"
 """Between the half with the reference and the half with the candidate."""
@@ -30,7 +33,7 @@ UnclosedThinking = Literal["empty", "keep"]
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The methods of a Hugging Face tokenizer that are used."""
 
     def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
 
@@ -41,7 +44,7 @@ class Tokenizer(Protocol):
     def convert_tokens_to_ids(self, token: str) -> int: ...
 
 
-class SerialisationError(ValueError):
+class SerialisationError(UserError, ValueError):
     """A text or a tokenizer that does not give POLAR's layout."""
 
 
@@ -75,9 +78,9 @@ class Serialiser:
         self._encode_part = lru_cache(maxsize=4096)(self._encode_part_uncached)
 
     def text(self, prompt: str, reference: str, candidate: str, beside: Sequence[str] = ()) -> str:
-        """The input as text. Tokenise it as a whole: merges across the joints matter.
+        """The input as text. Tokenise it whole: merges across the joints matter.
 
-        `beside` are the candidates that it is compared with in training: all see the prompt cut alike.
+        `beside`: the other candidates of a training comparison; all see the prompt cut alike.
         """
         prompt_ids, reference_ids, candidate_ids = (self._encode_part(part) for part in (prompt, reference, candidate))
         longest = self._limits.max_response_length
@@ -126,7 +129,7 @@ class Serialiser:
 
 
 def without_markers(text: str) -> str:
-    """The text without both markers, and without any that their removal would put together."""
+    """The text without the two markers, nor any that their removal would form."""
     while SEPARATOR in text or MARKER in text:
         text = text.replace(SEPARATOR, "").replace(MARKER, "")
     return text
@@ -140,8 +143,8 @@ def prompt_text(messages: Sequence[Message]) -> str:
 def without_thinking(text: str, unclosed: UnclosedThinking = "empty") -> str:
     """The answer without its `<think>...</think>` parts.
 
-    A `</think>` without its opening (the chat template wrote that) ends a thought that began with the text. An unclosed
-    `<think>` has no answer after it: `empty` keeps only what stands before it, `keep` leaves the thought in.
+    A `</think>` without its opening (which the chat template wrote) ends a thought that began with the text. An
+    unclosed `<think>` has no answer after it: `empty` keeps only the text before it, `keep` leaves the thought in.
     """
     opening, closing = "<think>", "</think>"
     if opening not in text and closing not in text:
@@ -165,12 +168,12 @@ Reduce = Literal["mean", "max"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The group's responses beside one reference: token sequences with a common prefix, each different one once."""
+    """The group's responses beside one reference."""
 
-    prefix: tuple[int, ...]
-    suffixes: tuple[tuple[int, ...], ...]
+    tree: Tree
+    """Token sequences with their common prefix, each different one once."""
     sequence_of: tuple[int | str, ...]
-    """Per sample: which suffix is its own, or why it has none."""
+    """Per sample: the index of its suffix, or why it has none."""
 
 
 @dataclass(frozen=True)
@@ -181,18 +184,18 @@ class GroupPlan:
     comparisons: tuple[Comparison, ...]
 
     def scores(self, values: Sequence[Sequence[float | str]], reduce: Reduce) -> GroupScores:
-        """Scores from one raw logit (or the reason why there is none) per comparison and suffix."""
-        return GroupScores(tuple(self._score(place, values, reduce) for place in range(len(self.group.samples))))
+        """Scores from one raw logit (or why there is none) per comparison and suffix."""
+        return GroupScores(tuple(self._score(i, values, reduce) for i in range(len(self.group.samples))))
 
-    def _score(self, place: int, values: Sequence[Sequence[float | str]], reduce: Reduce) -> Score:
+    def _score(self, sample: int, values: Sequence[Sequence[float | str]], reduce: Reduce) -> Score:
         if not self.comparisons:
             return Score.invalid("no_reference: the prompt has no reference answer")
         raw: list[float] = []
         for comparison, logits in zip(self.comparisons, values, strict=True):
-            which = comparison.sequence_of[place]
-            if isinstance(which, str):
-                return Score.invalid(which)
-            logit = logits[which]
+            sequence = comparison.sequence_of[sample]
+            if isinstance(sequence, str):
+                return Score.invalid(sequence)
+            logit = logits[sequence]
             if isinstance(logit, str):
                 return Score.invalid(logit)
             raw.append(logit)
@@ -205,7 +208,7 @@ class GroupPlan:
 def plan_group(
     group: Group, serialiser: Serialiser, max_references: int, max_length: int, unclosed_thinking: UnclosedThinking
 ) -> GroupPlan:
-    """Serialise every response beside every reference used. `max_length`: tokens that the model takes."""
+    """Serialise every response with each reference in use. `max_length`: the model's limit in tokens."""
     question = prompt_text(group.prompt.messages)
     candidates = [without_thinking(sample.text, unclosed_thinking) for sample in group.samples]
     comparisons = []
@@ -232,20 +235,8 @@ def _encode(
 
 
 def _compare(encoded: Sequence[tuple[int, ...] | str]) -> Comparison:
+    from rlkit.models.packing import Tree  # needs torch, which no configuration check loads
+
     sequences = list(dict.fromkeys(ids for ids in encoded if not isinstance(ids, str)))
-    place = {ids: index for index, ids in enumerate(sequences)}
-    prefix = shared_prefix(sequences)
-    return Comparison(
-        prefix,
-        tuple(ids[len(prefix) :] for ids in sequences),
-        tuple(ids if isinstance(ids, str) else place[ids] for ids in encoded),
-    )
-
-
-def shared_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The tokens that all sequences begin with."""
-    if not sequences:
-        return ()
-    first, last = min(sequences), max(sequences)  # these two differ earliest
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:length]
+    index = {ids: i for i, ids in enumerate(sequences)}
+    return Comparison(Tree.of(sequences), tuple(ids if isinstance(ids, str) else index[ids] for ids in encoded))

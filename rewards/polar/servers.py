@@ -1,26 +1,26 @@
-"""What the servers that run a discriminator are sent, and what they answer: token ids in, raw logits out.
+"""A discriminator behind HTTP: token ids in, raw logits out, in requests cut by tokens.
 
 Token ids, not text: a server may tokenise differently (another BOS, another tokenizer class), and the score would
 silently be that of another input.
-
-A discriminator behind HTTP: requests cut by tokens, some at a time, tried again with back-off, and a clear end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
 
-if TYPE_CHECKING:
-    import httpx
-    from tenacity import RetryCallState
+import httpx
 
+from rewards.services.http import HttpClient, Limits, OutOfTimeError, RefusedError, excerpt, json_body
+from rlkit.experience import UserError
+
+if TYPE_CHECKING:
     from rlkit.models.packing import Tree
 
 
@@ -98,7 +98,7 @@ WIRES: dict[str, WireFormat] = {"http_vllm": VllmWire(), "http_sglang": SglangWi
 
 
 def last_number(entry: Any) -> float:
-    """The score in a number, a list of numbers or a list of lists: the last one, which stands at the last token.
+    """The score in a number, a list of numbers or a list of lists: the last one, at the last token.
 
     JSON knows no NaN, so null is one. Raises WrongAnswer if there is no number.
     """
@@ -115,28 +115,14 @@ def last_number(entry: Any) -> float:
         raise WrongAnswer(f"a number of {len(str(found))} digits where a score belongs") from error
 
 
-log = logging.getLogger(__name__)
-
 REFUSES_INPUT = (400, 413, 422)
 """Answers that may be about one input of a request (too long, say): the request is halved to find it."""
-PASSES = (408, 425, 429, 500, 502, 503, 504, 529)
-"""Answers that say nothing about the input: try again."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
-"""Seconds between tries: doubled each time, with as much again of chance at most."""
-SHOWN = 300
-"""Characters of an answer that messages quote."""
+"""Seconds between tries."""
 
 
-class ServerError(RuntimeError):
+class ServerError(UserError):
     """A server that does not score; the message names it, what it said, and what was tried."""
-
-
-class _TryAgain(Exception):
-    """A failure that may pass."""
-
-
-class _Refused(Exception):
-    """The server does not take an input of this request."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +144,13 @@ class ServerBackend:
     def __init__(self, server: Server, deadline_seconds: float) -> None:
         self.server = server
         self.deadline_seconds = deadline_seconds
-        self._turn = count()
+        self._limits = Limits(
+            try_seconds=server.request_timeout_seconds,
+            concurrent=server.concurrent_requests,
+            first_pause=FIRST_PAUSE,
+            longest_pause=LONGEST_PAUSE,
+        )
+        self._calls = count()
 
     def score(self, trees: Sequence[Tree]) -> list[float | str]:
         """Raw logits of all sequences, in order; a reason in the place of one that the server refuses to score.
@@ -172,93 +164,51 @@ class ServerBackend:
         """Nothing is kept open between calls."""
 
     async def _score(self, sequences: Sequence[Sequence[int]]) -> list[float | str]:
-        import httpx
-
-        key = self.server.api_key
-        room = asyncio.Semaphore(self.server.concurrent_requests)
-        last: list[str] = []
+        server, deadline = self.server, time.monotonic() + self.deadline_seconds
+        first = next(self._calls) % len(server.urls)  # calls of one request take turns, too
+        urls = [url + server.wire.path for url in (*server.urls[first:], *server.urls[:first])]
         try:
             # Proxies of the environment are for the web, not for a model server.
             async with (
-                asyncio.timeout(self.deadline_seconds),
-                httpx.AsyncClient(
-                    timeout=self.server.request_timeout_seconds,
-                    headers={} if key is None else {"Authorization": f"Bearer {key}"},
-                    trust_env=False,
-                ) as client,
+                HttpClient(urls, self._limits, server.api_key, trust_env=False, log_retries=True) as http,
                 asyncio.TaskGroup() as tasks,
             ):
                 work = [
-                    tasks.create_task(self._request(client, room, chunk, last))
-                    for chunk in chunks(sequences, self.server.tokens_per_request)
+                    tasks.create_task(self._request(http, chunk, deadline))
+                    for chunk in chunks(sequences, server.tokens_per_request)
                 ]
-        except TimeoutError:
-            cause = last[-1] if last else "requests were still open"
+        except ExceptionGroup as group:  # the first that failed ended the others
+            error = group.exceptions[0]
+            if not isinstance(error, OutOfTimeError):
+                raise error from None
+            cause = f"{error.last} ({error.last.tries} tries)" if error.last else "requests were still open"
             raise ServerError(
                 f"no scores for {len(sequences)} inputs within {self.deadline_seconds:.3g} s from "
-                f"{', '.join(self.server.urls)}: {cause}"
+                f"{', '.join(server.urls)}: {cause}"
             ) from None
-        except ExceptionGroup as group:  # the first that failed ended the others
-            raise group.exceptions[0] from None
         return [score for task in work for score in task.result()]
 
-    async def _request(
-        self, client: httpx.AsyncClient, room: asyncio.Semaphore, inputs: Sequence[Sequence[int]], last: list[str]
-    ) -> list[float | str]:
+    async def _request(self, http: HttpClient, inputs: Sequence[Sequence[int]], deadline: float) -> list[float | str]:
         """Scores of one request's inputs; halved if the server refuses it."""
+
+        def read(answer: httpx.Response) -> list[float | str]:
+            try:
+                return list(self.server.wire.scores(json_of(answer), len(inputs)))
+            except WrongAnswer as error:
+                said = f"{answer.url}: HTTP 200: {excerpt(answer)}"
+                raise ServerError(f"{said}: {error} (is this the kind of server that backend names?)") from error
+
         try:
-            async with room:
-                return list(await self._tried_again(client, inputs, last))
-        except _Refused as refused:
+            return await http.post(json_body(self.server.wire.body(inputs, self.server.model)), deadline, read)
+        except RefusedError as refused:
+            if refused.status not in REFUSES_INPUT:
+                raise ServerError(
+                    f"{refused} (trying again would not help: check urls, served_model and the key)"
+                ) from refused
             if len(inputs) == 1:
                 return [f"refused: {refused}"]
-            half = len(inputs) // 2
-            first = await self._request(client, room, inputs[:half], last)
-            return first + await self._request(client, room, inputs[half:], last)
-
-    async def _tried_again(
-        self, client: httpx.AsyncClient, inputs: Sequence[Sequence[int]], last: list[str]
-    ) -> list[float]:
-        """Try until it succeeds or fails for good; the call's deadline ends it otherwise."""
-        from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential, wait_random
-
-        def note(state: RetryCallState) -> None:
-            cause = str(state.outcome.exception() if state.outcome else "")
-            last.append(f"{cause} ({state.attempt_number} tries)")
-            log.warning("%s; trying again", cause)
-
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(_TryAgain),
-            wait=wait_exponential(FIRST_PAUSE, LONGEST_PAUSE) + wait_random(0, FIRST_PAUSE),
-            before_sleep=note,
-        ):
-            with attempt:
-                return await self._once(client, inputs)
-        raise AssertionError("tenacity ended without a result")
-
-    async def _once(self, client: httpx.AsyncClient, inputs: Sequence[Sequence[int]]) -> list[float]:
-        import httpx
-
-        server = self.server
-        url = server.urls[next(self._turn) % len(server.urls)] + server.wire.path
-        try:
-            async with asyncio.timeout(server.request_timeout_seconds):  # httpx's own begins anew with every byte
-                answer = await client.post(url, json=server.wire.body(inputs, server.model))
-        except TimeoutError:
-            raise _TryAgain(f"{url}: no answer within {server.request_timeout_seconds:g} s") from None
-        except httpx.RequestError as error:  # with DecodingError: a body that is not the gzip it says
-            raise _TryAgain(f"{url}: {type(error).__name__}: {error}") from error
-        said = f"{url}: HTTP {answer.status_code}: {answer.text[:SHOWN]}"
-        if answer.status_code in PASSES:
-            raise _TryAgain(said)
-        if answer.status_code in REFUSES_INPUT:
-            raise _Refused(said)
-        if answer.status_code != 200:
-            raise ServerError(f"{said} (trying again would not help: check urls, served_model and the key)")
-        try:
-            return server.wire.scores(json_of(answer), len(inputs))
-        except WrongAnswer as error:
-            raise ServerError(f"{said}: {error} (is this the kind of server that backend names?)") from error
+        half = len(inputs) // 2
+        return [score for part in (inputs[:half], inputs[half:]) for score in await self._request(http, part, deadline)]
 
 
 def json_of(answer: httpx.Response) -> Any:

@@ -1,7 +1,4 @@
-"""What a folder must hold to serve as preference reward, as far as its config.json tells. No torch.
-
-From a conversation and a response to the tokens that a preference model reads.
-"""
+"""What a preference model reads: the check of its folder by config.json, and from conversations to tokens. No torch."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlkit.experience import Message
+from rlkit.experience import Message, UserError
 
 LONGEST_INPUT = 32768
-"""Tokens taken where neither the model nor its tokenizer states a limit."""
+"""The limit in tokens where neither the model nor its tokenizer states one."""
 
 
-class ClassifierError(ValueError):
+class ClassifierError(UserError, ValueError):
     """A model folder that cannot serve as preference reward; the message says why and what to do."""
 
 
@@ -44,7 +41,7 @@ def check_classifier(folder: Path) -> dict[str, Any]:
 
 
 def positions(config: dict[str, Any]) -> int:
-    """Tokens that the model takes, by its config.json."""
+    """The longest input in tokens, by config.json."""
     text = config.get("text_config", config)
     return int(text.get("max_position_embeddings") or LONGEST_INPUT)
 
@@ -87,7 +84,7 @@ class Encoder:
         self.max_length = min(max_length, int(self.tokenizer.model_max_length), LONGEST_INPUT)
         self._layout = layout
         self.template: str | None = None
-        """The template in place of the tokenizer's own."""
+        """Replaces the tokenizer's own."""
         if chat_template is not None:
             try:
                 self.template = Path(chat_template).expanduser().read_text(encoding="utf-8")
@@ -106,12 +103,12 @@ class Encoder:
 
     def encode(self, messages: Sequence[Message], response: str) -> Encoded:
         """Raises Unreadable if the template refuses the conversation or the input is longer than `max_length`."""
-        found = self._encode(messages, without(response, self._special))
-        if len(found.ids) > self.max_length:
-            raise Unreadable(f"too_long: {len(found.ids)} tokens where the preference model takes {self.max_length}")
-        if not found.ids:
+        encoded = self._encode(messages, without(response, self._special))
+        if len(encoded.ids) > self.max_length:
+            raise Unreadable(f"too_long: {len(encoded.ids)} tokens where the preference model takes {self.max_length}")
+        if not encoded.ids:
             raise Unreadable("empty: prompt and response have no token")
-        return found
+        return encoded
 
     def _encode(self, messages: Sequence[Message], response: str) -> Encoded:
         if self._layout == "pair":
@@ -135,7 +132,7 @@ class Encoder:
 
 
 def until_read(ids: tuple[int, ...], pad_id: int | None) -> tuple[int, ...]:
-    """The tokens up to the one where transformers reads the score: the last that is not the padding token."""
+    """The tokens up to where transformers reads the score: the last one that is not the padding token."""
     end = len(ids)
     while end > 1 and ids[end - 1] == pad_id:
         end -= 1
@@ -143,7 +140,7 @@ def until_read(ids: tuple[int, ...], pad_id: int | None) -> tuple[int, ...]:
 
 
 def without(text: str, forbidden: Sequence[str]) -> str:
-    """The text without any of these strings, also none that their removal would form."""
+    """The text without any of these strings, nor any that their removal would form."""
     before = None
     while before != text:
         before = text
@@ -153,7 +150,7 @@ def without(text: str, forbidden: Sequence[str]) -> str:
 
 
 def _check_saved_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """transformers may replace a saved tokenizer by its model type's, which can lose white space in silence."""
+    """transformers may replace a saved tokenizer by its model type's, which can silently lose white space."""
     saved = folder / "tokenizer.json"
     if not saved.is_file():
         return

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rewards.base import Reward, RewardConfig, RewardContext
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.preference.inputs import ClassifierError, Encoded, Encoder, Layout, Unreadable, check_classifier, positions
 from rlkit.experience import Group, GroupScores, Message, Score
 
 if TYPE_CHECKING:
-    from rewards.preference.scorers import Scorer
+    from rewards.preference.scorers import Classifier
 
 CANNED = ("Beijing.", "I don't know, and I would rather talk about something else.")
-"""Answers that the start-up test scores; of different lengths, so that padding is tried."""
+"""Answers that the start-up test scores; of different lengths, to test padding."""
 
 
 class PreferenceReward(Reward):
     """Scores by a sequence classifier with one label: higher is better. The value is the raw, unbounded logit.
 
     A difference of two values is the log-odds that the first response is preferred. An input longer than the model
-    takes is invalid (`too_long`), not cut: what was cut might have decided.
+    takes is invalid (`too_long`), not cut: the lost part might have decided.
     """
 
     class Config(RewardConfig):
@@ -47,18 +47,18 @@ class PreferenceReward(Reward):
         """Tokens of one forward pass, shared prefixes counted for each sequence that has them."""
 
     @classmethod
-    def gives_raw_scores(cls, config: Any) -> bool:
-        """Log-odds."""
-        return True
+    def traits(cls, config: Any) -> RewardTraits:
+        """Values are log-odds."""
+        return RewardTraits(raw_scores=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
         self._encoder: Encoder | None = None
-        self._scorer: Scorer | None = None
+        self._scorer: Classifier | None = None
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the folder holds a one-label classifier that takes inputs of the length asked for."""
+        """Whether the folder holds a one-label classifier that takes inputs of `max_length`."""
         from rlkit.models.folder import model_folder
 
         try:
@@ -111,13 +111,13 @@ class PreferenceReward(Reward):
     def _encoded(self, group: Group) -> list[Encoded | str]:
         """Per sample the model's input, or why there is none."""
         assert self._encoder is not None
-        found: list[Encoded | str] = []
+        inputs: list[Encoded | str] = []
         for sample in group.samples:
             try:
-                found.append(self._encoder.encode(group.prompt.messages, sample.text))
+                inputs.append(self._encoder.encode(group.prompt.messages, sample.text))
             except Unreadable as error:
-                found.append(str(error))
-        return found
+                inputs.append(str(error))
+        return inputs
 
 
 def _score(logit: float) -> Score:
@@ -127,7 +127,7 @@ def _score(logit: float) -> Score:
 
 
 def _longest(config: PreferenceReward.Config, model: dict[str, Any]) -> int:
-    """Tokens an input may have. Raises ClassifierError if more are asked for than the model takes."""
+    """The longest input in tokens. Raises ClassifierError if `max_length` is more than the model takes."""
     room = positions(model)
     if config.max_length is not None and config.max_length > room:
         raise ClassifierError(

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from rewards.polar.backends import cut, expanded_tokens, torch_dtype
-from rewards.polar.serialise import shared_prefix
 from rewards.preference.inputs import ClassifierError, Encoded, until_read
+from rewards.services.scorer import Scorer
 from rlkit.models.attention import PACKED_ATTENTION
-from rlkit.models.packing import Tree, pack, split_by_tokens
-from rlkit.models.policy import PackedScorer
+from rlkit.models.packing import Tree
+from rlkit.models.policy import PackedScorer, resolve_dtype
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +28,13 @@ HEADS = ("score", "classifier")
 """What transformers calls the head, by model family."""
 
 
-class Scorer:
-    """The loaded model and how it is run."""
+class Classifier:
+    """A one-label sequence classifier and how it is run."""
 
     def __init__(self, model: Any, pad_id: int | None, device: str, tokens_per_batch: int) -> None:
         self._model = model
         self._pad_id, self._device, self._tokens_per_batch = pad_id, device, tokens_per_batch
-        self._packed: PackedScorer | None = None
+        self._packed: Scorer | None = None
         self._plain_attention: str = model.config._attn_implementation
 
     @property
@@ -46,10 +45,9 @@ class Scorer:
     def score(self, groups: Sequence[Sequence[Encoded]]) -> list[list[float]]:
         """Raw logits in the same shape; equal inputs of a group are computed once."""
         unique = [list(dict.fromkeys(group)) for group in groups]
-        with torch.inference_mode():
-            values = self._score_packed(unique) if self.packed else self._score_padded(unique)
-        found = [dict(zip(items, logits, strict=True)) for items, logits in zip(unique, values, strict=True)]
-        return [[logits[item] for item in group] for group, logits in zip(groups, found, strict=True)]
+        flat = iter(self._score_padded(unique) if self._packed is None else self._score_packed(self._packed, unique))
+        logits = [{item: next(flat) for item in items} for items in unique]
+        return [[by_input[item] for item in group] for group, by_input in zip(groups, logits, strict=True)]
 
     def use_packed(self, canned: Sequence[Encoded], longest: int, insist: bool) -> None:
         """Run packed from now on, if that gives the padded scores. Raises ClassifierError if not and `insist`."""
@@ -57,7 +55,9 @@ class Scorer:
         if not why:
             (expected,) = self.score([canned])
             self._model.set_attn_implementation(PACKED_ATTENTION)
-            self._packed = PackedScorer(self._model)
+            self._packed = Scorer(
+                PackedScorer(self._model), device=self._device, tokens_per_batch=self._tokens_per_batch
+            )
             why = self._difference(canned, expected)
         if not why:
             return
@@ -81,29 +81,21 @@ class Scorer:
 
     def _difference(self, canned: Sequence[Encoded], expected: Sequence[float]) -> str:
         try:
-            (found,) = self.score([canned])
+            (scores,) = self.score([canned])
         except (ValueError, TypeError) as error:
             return str(error)
         exact = self._model.dtype == torch.float32
         tolerance = FP32_TOLERANCE if exact else HALF_TOLERANCE
         close = all(
-            abs(left - right) <= tolerance * max(1.0, abs(right)) for left, right in zip(found, expected, strict=True)
+            abs(left - right) <= tolerance * max(1.0, abs(right)) for left, right in zip(scores, expected, strict=True)
         )
-        return "" if close else f"it gives {found} where transformers gives {list(expected)}"
+        return "" if close else f"it gives {scores} where transformers gives {list(expected)}"
 
-    def _score_packed(self, groups: Sequence[Sequence[Encoded]]) -> list[list[float]]:
-        assert self._packed is not None
-        trees = [_tree([until_read(item.ids, self._pad_id) for item in group]) for group in groups]
-        parts = [part for tree in trees for part in cut(tree, self._tokens_per_batch)]
-        scores: list[list[float]] = [[] for _ in parts]
-        for batch in split_by_tokens([expanded_tokens(part) for part in parts], self._tokens_per_batch):
-            values = iter(self._packed(pack([parts[i] for i in batch]).to(self._device)).tolist())
-            for i in batch:
-                scores[i] = [next(values) for _ in parts[i].suffixes]
-        flat = iter(score for part in scores for score in part)
-        return [[next(flat) for _ in group] for group in groups]
+    def _score_packed(self, scorer: Scorer, groups: Sequence[Sequence[Encoded]]) -> list[float]:
+        return scorer.score([Tree.of([until_read(item.ids, self._pad_id) for item in group]) for group in groups])
 
-    def _score_padded(self, groups: Sequence[Sequence[Encoded]]) -> list[list[float]]:
+    @torch.inference_mode()
+    def _score_padded(self, groups: Sequence[Sequence[Encoded]]) -> list[float]:
         items = [item for group in groups for item in group]
         scores = [0.0] * len(items)
         order = sorted(range(len(items)), key=lambda i: -len(items[i].ids))
@@ -116,8 +108,7 @@ class Scorer:
             for i, value in zip(batch, self._forward([items[i] for i in batch], longest).tolist(), strict=True):
                 scores[i] = value
             start += len(batch)
-        flat = iter(scores)
-        return [[next(flat) for _ in group] for group in groups]
+        return scores
 
     def _forward(self, items: Sequence[Encoded], longest: int) -> Tensor:
         """[N] fp32: one padded forward pass of transformers' own."""
@@ -144,7 +135,7 @@ def load_scorer(
     backend: Backend,
     canned: Sequence[Encoded],
     longest: int,
-) -> Scorer:
+) -> Classifier:
     """The model in its folder, after it scored two canned inputs finitely and, if packed, as transformers does.
 
     Raises ClassifierError if weights are missing (a head that would start at random), or if it cannot be run as asked.
@@ -152,7 +143,7 @@ def load_scorer(
     torch.set_num_threads(threads)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch_dtype(dtype, device), trust_remote_code=False, output_loading_info=True
+            folder, dtype=resolve_dtype(dtype, device), trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -172,27 +163,22 @@ def load_scorer(
             "reward.backend=padded needs"
         )
     _head_in_fp32(model, folder)
-    scorer = Scorer(model.to(device).eval(), config.pad_token_id, device, tokens_per_batch)
-    (values,) = scorer.score([canned])
+    classifier = Classifier(model.to(device).eval(), config.pad_token_id, device, tokens_per_batch)
+    (values,) = classifier.score([canned])
     if not all(math.isfinite(value) for value in values):
         raise ClassifierError(f"reward.model_path: {folder} scores two short inputs {values}, not finite")
     if backend != "padded":
-        scorer.use_packed(canned, longest, insist=backend == "packed")
-    return scorer
+        classifier.use_packed(canned, longest, insist=backend == "packed")
+    return classifier
 
 
 def _head_in_fp32(model: Any, folder: Path) -> None:
     """Raw scores in 16 bit lie far apart; the head's product costs nothing in fp32."""
-    found = [head for name in HEADS if isinstance(head := getattr(model, name, None), nn.Module)]
-    if not found:
+    heads = [head for name in HEADS if isinstance(head := getattr(model, name, None), nn.Module)]
+    if not heads:
         raise ClassifierError(
             f"reward.model_path: {folder}: {type(model).__name__} has no head named score or classifier"
         )
-    (head, *_) = found
+    head = heads[0]
     head.float()
     head.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
-
-
-def _tree(sequences: Sequence[tuple[int, ...]]) -> Tree:
-    prefix = shared_prefix(sequences)
-    return Tree(prefix, [ids[len(prefix) :] for ids in sequences])

@@ -1,7 +1,4 @@
-"""Where the reference rewards of a prompt come from: a constant, a data column, or reference responses scored once.
-
-Running a chain of steps over the scores of many groups.
-"""
+"""A chain of shaping steps over the scores of many groups, and the reference rewards that some steps compare with."""
 
 from __future__ import annotations
 
@@ -22,14 +19,19 @@ from rlkit.experience.types import SpanReward
 CACHED_PROMPTS = 65536
 """Prompts whose reference rewards are remembered, the least recently used dropped first."""
 
-ScoreGroups = Callable[[Sequence[Group]], Sequence[GroupScores | None]]
+Scored = Sequence[GroupScores | None]
+"""Scores of many groups; None where the reward was not asked."""
+ScoreGroups = Callable[[Sequence[Group]], Scored]
 
 
 class ReferenceRewards:
-    """Reference rewards for one reward; rewards of reference responses are remembered by the texts they are of."""
+    """Reference rewards of prompts: a constant, a data column, or reference responses, which are scored once.
+
+    Rewards of reference responses are remembered by their texts.
+    """
 
     def __init__(self, score: ScoreGroups) -> None:
-        """`score` is what the samples' own rewards come from, before any shaping."""
+        """`score` is the reward that also scores the samples, before any shaping."""
         self._score = score
         self._cache: OrderedDict[str, Float64] = OrderedDict()
 
@@ -45,13 +47,13 @@ class ReferenceRewards:
     def _scored(self, column: str, most: int, groups: Sequence[Group]) -> list[Float64 | str]:
         texts = [_texts(group.prompt, column, most) for group in groups]
         # Not by the prompt's id: a served reward sees several data sets, whose ids may be equal.
-        keys = [_digest(group.prompt, found) for group, found in zip(groups, texts, strict=True)]
+        keys = [_digest(group.prompt, responses) for group, responses in zip(groups, texts, strict=True)]
         wanted = {
-            key: reference_group(group.prompt, found)
-            for key, group, found in zip(keys, groups, texts, strict=True)
-            if key not in self._cache and not isinstance(found, str)
+            key: reference_group(group.prompt, responses)
+            for key, group, responses in zip(keys, groups, texts, strict=True)
+            if key not in self._cache and not isinstance(responses, str)
         }
-        failed = {key: found for key, found in zip(keys, texts, strict=True) if isinstance(found, str)}
+        failed = {key: reason for key, reason in zip(keys, texts, strict=True) if isinstance(reason, str)}
         if wanted:
             for key, scores in zip(wanted, self._score(list(wanted.values())), strict=True):
                 rewards = _rewards(scores)
@@ -72,8 +74,9 @@ class ReferenceRewards:
 
 
 def _digest(prompt: Prompt, texts: Sequence[str] | str) -> str:
-    asked = [(message.role, message.content) for message in prompt.messages]
-    return hashlib.blake2b(repr((asked, prompt.answer, prompt.references, texts)).encode(), digest_size=16).hexdigest()
+    messages = [(message.role, message.content) for message in prompt.messages]
+    content = repr((messages, prompt.answer, prompt.references, texts))
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def reference_group(prompt: Prompt, texts: Sequence[str]) -> Group:
@@ -108,26 +111,26 @@ def _rewards(scores: GroupScores | None) -> Float64 | str:
 
 
 def _texts(prompt: Prompt, column: str, most: int) -> Sequence[str] | str:
-    found: Any = prompt.references if column == "references" else prompt.columns.get(column)
-    texts = [found] if isinstance(found, str) else found
+    cell: Any = prompt.references if column == "references" else prompt.columns.get(column)
+    texts = [cell] if isinstance(cell, str) else cell
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        return f"{column} of prompt {prompt.id} must be a text or a list of texts, not {found!r:.80}"
+        return f"{column} of prompt {prompt.id} must be a text or a list of texts, not {cell!r:.80}"
     return list(texts[:most]) if texts else f"{column} of prompt {prompt.id} is empty"
 
 
 def _numbers(prompt: Prompt, column: str, most: int) -> Float64 | str:
-    found = prompt.columns.get(column)
-    numbers = list(found) if isinstance(found, list | tuple) else [found]
+    cell = prompt.columns.get(column)
+    numbers = list(cell) if isinstance(cell, list | tuple) else [cell]
     usable = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
     if not numbers or not usable:
-        return f"{column} of prompt {prompt.id} must be a number or a list of numbers, not {found!r:.80}"
+        return f"{column} of prompt {prompt.id} must be a number or a list of numbers, not {cell!r:.80}"
     return np.array(numbers[:most], dtype=np.float64)
 
 
 References = Callable[[ReferenceStep, Sequence[Group]], Sequence[Float64 | str]]
 """(step, groups) -> for each group's prompt the reference rewards [N], or the reason why there are none."""
-Scored = Sequence[GroupScores | None]
-"""Scores of many groups; None where the reward was not asked."""
+Outcomes = tuple[list[int], Float64]
+"""Indices and outcome values [n] of a group's valid samples that have a value."""
 
 
 class Chain:
@@ -137,9 +140,9 @@ class Chain:
     invalid, with the reason.
     """
 
-    def __init__(self, steps: Sequence[Step], place: str, references: References) -> None:
-        """`place` (`part polar`) is named in reasons."""
-        self.steps, self._place, self._references = tuple(steps), place, references
+    def __init__(self, steps: Sequence[Step], owner: str, references: References) -> None:
+        """`owner` (`part polar`) is named in reasons."""
+        self.steps, self._owner, self._references = tuple(steps), owner, references
         self.statistics = {i: RunningStatistics() for i, step in enumerate(steps) if isinstance(step, RunningStep)}
 
     def __call__(self, groups: Sequence[Group], scored: Scored, learn: bool = False) -> list[GroupScores | None]:
@@ -147,48 +150,57 @@ class Chain:
         result = list(scored)
         for index, step in enumerate(self.steps):
             if isinstance(step, ProcessStep):
-                result = [_each(scores, group, step) for group, scores in zip(groups, result, strict=True)]
+                result = [
+                    None if scores is None else _shape_process_rewards(scores, group, step)
+                    for group, scores in zip(groups, result, strict=True)
+                ]
             else:
-                result = self._outcomes(index, step, groups, result, learn)
+                result = self._shape_outcomes(index, step, groups, result, learn)
         return result
 
-    def _outcomes(
+    def _shape_outcomes(
         self, index: int, step: Step, groups: Sequence[Group], scored: Scored, learn: bool
     ) -> list[GroupScores | None]:
-        asked = [(group, scores) for group, scores in zip(groups, scored, strict=True) if scores is not None]
-        found = [_values(scores) for _, scores in asked]
-        shaped: Sequence[Float64 | str]
-        if isinstance(step, RunningStep):
-            if learn:
-                self.statistics[index].add(np.concatenate([values for _, values in found]) if found else np.zeros(0))
-            shaped = [step.normalise(values, self.statistics[index]) for _, values in found]
-        elif isinstance(step, ReferenceStep):
-            given = self._references(step, [group for group, _ in asked])
-            shaped = [_compared(step, values, refs) for (_, values), refs in zip(found, given, strict=True)]
-        elif isinstance(step, OutcomeStep):
-            lengths = [
-                np.array([len(group.samples[i]) for i in where])
-                for (group, _), (where, _) in zip(asked, found, strict=True)
-            ]
-            shaped = [step.apply(v, n) if len(v) else v for (_, v), n in zip(found, lengths, strict=True)]
-        else:
-            raise TypeError(f"{type(step).__name__} is no step of a known level")
-        made = iter(
-            self._with_values(step, scores, where, values)
-            for ((_, scores), (where, _)), values in zip(zip(asked, found, strict=True), shaped, strict=True)
+        pairs = [(group, scores) for group, scores in zip(groups, scored, strict=True) if scores is not None]
+        outcomes = [_outcomes(scores) for _, scores in pairs]
+        if learn and isinstance(step, RunningStep):
+            self.statistics[index].add(np.concatenate([np.zeros(0), *(values for _, values in outcomes)]))
+        shaped = self._apply(index, step, [group for group, _ in pairs], outcomes)
+        results = iter(
+            self._with_values(step, scores, indices, values)
+            for (_, scores), (indices, _), values in zip(pairs, outcomes, shaped, strict=True)
         )
-        return [None if scores is None else next(made) for scores in scored]
+        return [None if scores is None else next(results) for scores in scored]
 
-    def _with_values(self, step: Step, scores: GroupScores, where: Sequence[int], values: Float64 | str) -> GroupScores:
+    def _apply(
+        self, index: int, step: Step, groups: Sequence[Group], outcomes: Sequence[Outcomes]
+    ) -> Sequence[Float64 | str]:
+        """The step's values [n] for each group's outcomes, or the reason why there are none."""
+        if isinstance(step, RunningStep):
+            return [step.normalise(values, self.statistics[index]) for _, values in outcomes]
+        if isinstance(step, ReferenceStep):
+            references = self._references(step, groups)
+            return [_compared(step, values, refs) for (_, values), refs in zip(outcomes, references, strict=True)]
+        assert isinstance(step, OutcomeStep)
+        return [
+            step.apply(values, np.array([len(group.samples[i]) for i in indices])) if indices else values
+            for group, (indices, values) in zip(groups, outcomes, strict=True)
+        ]
+
+    def _with_values(
+        self, step: Step, scores: GroupScores, indices: Sequence[int], values: Float64 | str
+    ) -> GroupScores:
         samples = list(scores.samples)
-        for place, i in enumerate(where):
+        if not isinstance(values, str) and np.shape(values) != (len(indices),):
+            raise ValueError(f"{step.kind} made values of shape {np.shape(values)} of {len(indices)} values")
+        for n, i in enumerate(indices):
             if isinstance(values, str):
-                samples[i] = Score.invalid(f"no_reference_reward: {self._place}: {values}", samples[i].trace)
-            elif not np.isfinite(values[place]):
-                reason = f"not_finite: {self._place}: {step.name} made {values[place]} of {samples[i].value}"
+                samples[i] = Score.invalid(f"no_reference_reward: {self._owner}: {values}", samples[i].trace)
+            elif not np.isfinite(values[n]):
+                reason = f"not_finite: {self._owner}: {step.kind} made {values[n]} of {samples[i].value}"
                 samples[i] = Score.invalid(reason, samples[i].trace)
             else:
-                samples[i] = replace(samples[i], value=float(values[place]))
+                samples[i] = replace(samples[i], value=float(values[n]))
         return replace(scores, samples=tuple(samples))
 
     def state_dict(self) -> dict[str, Any]:
@@ -199,15 +211,14 @@ class Chain:
         """The reverse of state_dict. Raises ValueError if the steps are others than those that were saved."""
         if set(state) != {str(index) for index in self.statistics}:
             raise ValueError(
-                f"{self._place}: the saved state has running statistics of steps {sorted(state)}, this shaping of "
+                f"{self._owner}: the saved state has running statistics of steps {sorted(state)}, this shaping of "
                 f"{sorted(map(str, self.statistics))}; use the same shaping"
             )
         for index, statistics in self.statistics.items():
             statistics.load_state_dict(state[str(index)])
 
 
-def _values(scores: GroupScores) -> tuple[list[int], Float64]:
-    """Places and outcome values of the valid samples that have one."""
+def _outcomes(scores: GroupScores) -> Outcomes:
     pairs = [(i, score.value) for i, score in enumerate(scores.samples) if score.valid and score.value is not None]
     return [i for i, _ in pairs], np.array([value for _, value in pairs], dtype=np.float64)
 
@@ -218,25 +229,23 @@ def _compared(step: ReferenceStep, values: Float64, references: Float64 | str) -
     try:
         return step.compare(values, references)
     except ValueError as error:
-        return f"{step.name}: {error}"
+        return f"{step.kind}: {error}"
 
 
-def _each(scores: GroupScores | None, group: Group, step: ProcessStep) -> GroupScores | None:
-    if scores is None:
-        return None
-    shaped = (_process(score, sample, step) for score, sample in zip(scores.samples, group.samples, strict=True))
-    return replace(scores, samples=tuple(shaped))
+def _shape_process_rewards(scores: GroupScores, group: Group, step: ProcessStep) -> GroupScores:
+    pairs = zip(scores.samples, group.samples, strict=True)
+    return replace(scores, samples=tuple(_with_process_rewards(score, sample, step) for score, sample in pairs))
 
 
-def _process(score: Score, sample: Sample, step: ProcessStep) -> Score:
+def _with_process_rewards(score: Score, sample: Sample, step: ProcessStep) -> Score:
     """Span rewards are one series of steps, in order of their ends; the rewards of trained tokens are another."""
     if not score.valid:
         return score
     spans = sorted(score.span_rewards, key=lambda span: (span.end, span.start))
     values = step.apply(np.array([span.value for span in spans], dtype=np.float64))
-    made = tuple(SpanReward(s.start, s.end, float(value)) for s, value in zip(spans, values, strict=True))
+    shaped = tuple(SpanReward(s.start, s.end, float(value)) for s, value in zip(spans, values, strict=True))
     tokens = score.token_rewards
     if tokens is not None:
         tokens = tokens.copy()
         tokens[sample.trained] = step.apply(tokens[sample.trained].astype(np.float64))
-    return replace(score, span_rewards=made, token_rewards=tokens)
+    return replace(score, span_rewards=shaped, token_rewards=tokens)

@@ -30,7 +30,7 @@ def preference_as_reward(
     f is the sigmoid (PAR; with offset=3 its slow-then-fast variant), tanh, arctan, or the quintic polynomial fitted to
     the sigmoid. A single reference 0 gives the uncentred forms.
     """
-    rewards, references = _float64(rewards), _given(references)
+    rewards, references = _float64(rewards), _known(references)
     shaped: Float64 = FORMS[form](k * (rewards[:, None] - offset - references[None, :]))
     mean: Float64 = np.asarray(shaped.mean(axis=1), dtype=np.float64)
     return mean
@@ -38,7 +38,7 @@ def preference_as_reward(
 
 def centred(rewards: Float64, references: Float64) -> Float64:
     """r - mean(r_ref) [n]: PAR's baseline without a squashing function."""
-    return _float64(rewards) - float(_given(references).mean())
+    return _float64(rewards) - float(_known(references).mean())
 
 
 def reference_quantile(references: Float64, quantile: float = 0.85, fit: Fit = "normal") -> float:
@@ -46,7 +46,7 @@ def reference_quantile(references: Float64, quantile: float = 0.85, fit: Fit = "
 
     normal: mean + z * (std + 1e-5), ddof=1, as in PAR's code; needs two references. empirical: linear interpolation.
     """
-    references = _given(references)
+    references = _known(references)
     if fit == "empirical":
         return float(np.quantile(references, quantile))
     if len(references) < 2:
@@ -94,7 +94,7 @@ def _float64(values: Float64) -> Float64:
     return np.asarray(values, dtype=np.float64)
 
 
-def _given(references: Float64) -> Float64:
+def _known(references: Float64) -> Float64:
     references = _float64(references)
     if references.size == 0:
         raise ValueError("there is no reference reward")

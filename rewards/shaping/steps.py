@@ -1,73 +1,24 @@
-"""Statistics over the samples of one prompt.
-
-Costs of long responses, added to outcome rewards. Lengths [n] are response tokens.
-
-Process rewards made safe for RL: Clip and Delta (arXiv 2410.15115). Per response, steps p [K] in order, float64.
-
-Statistics of all rewards so far, and the transforms that use them (PAR's code, baselines of arXiv 2502.18770).
-
-The steps of a `shaping` chain: typed options (`kind` says which), and what each does to a group's rewards.
-"""
+"""The steps of a `shaping` list: their options, and what each does to a group's rewards (in float64)."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from algorithms.functional.advantages import overlong_penalty
+from algorithms.functional.step_credit import clip, delta
+from rewards.parts import Named, read_named
 from rewards.shaping import references
 from rewards.shaping.references import Fit, Float64, Form
 
-
-def standardised_in_group(rewards: Float64, divide: bool = True) -> Float64:
-    """(r - mean) / std over the valid samples of one group [n], ddof=0; 0 for all where they are equal or alone.
-
-    Before a weighted sum it gives every component the same scale within a prompt. divide=False only centres.
-    """
-    shifted = np.asarray(rewards, dtype=np.float64) - np.mean(rewards)
-    if not divide:
-        return shifted
-    std = float(np.std(rewards))
-    # Equal rewards leave rounding errors behind, which must not be blown up to a spread of 1.
-    negligible = std <= 1e-12 * max(1.0, float(np.max(np.abs(rewards))))
-    return np.zeros_like(shifted) if negligible else shifted / std
-
-
 Int64 = NDArray[np.int64]
-
-
-def length_penalty(lengths: Int64, per_token: float, free_tokens: int) -> Float64:
-    """-per_token * max(0, length - free_tokens) [n] (PAR's code, arXiv 2502.18770: 0.01 beyond 300 tokens)."""
-    return -per_token * np.maximum(lengths.astype(np.float64) - free_tokens, 0.0)
-
-
-def overlong_penalty(lengths: Int64, max_tokens: int, buffer_tokens: int) -> Float64:
-    """DAPO's soft punishment (arXiv 2503.14476 eq. 13) [n]: 0 up to max_tokens - buffer_tokens, then down to -1."""
-    over = lengths.astype(np.float64) - (max_tokens - buffer_tokens)
-    return -np.clip(over / buffer_tokens, 0.0, 1.0)
-
-
-def clip(steps: Float64, eta: float) -> Float64:
-    """r_k = min(p_k - eta, 0) [K]: further steps earn nothing, bad ones cost."""
-    return np.minimum(np.asarray(steps, dtype=np.float64) - eta, 0.0)
-
-
-def delta(steps: Float64) -> Float64:
-    """r_k = p_k - p_{k+1} for k < K - 1, r_{K-1} = p_{K-1}, r_K = 0 [K].
-
-    The undiscounted reward-to-go of step k < K is p_k, so repeating a step adds nothing. A single step earns 0.
-    """
-    steps = np.asarray(steps, dtype=np.float64)
-    shaped = np.zeros_like(steps)
-    shaped[:-1] = steps[:-1]
-    shaped[:-2] -= steps[1:-1]
-    return shaped
 
 
 @dataclass
@@ -108,47 +59,16 @@ class RunningStatistics:
         self.least, self.greatest = float(state["least"]), float(state["greatest"])
 
 
-def standardised(values: Float64, statistics: RunningStatistics) -> Float64:
-    """(r - mean) / std [n]; only centred while all values were equal, unchanged before there are statistics."""
-    if statistics.count == 0:
-        return values
-    return (values - statistics.mean) / (statistics.std or 1.0)
+class Step(Named):
+    """Base of all steps. One of your own subclasses OutcomeStep, ReferenceStep, RunningStep or ProcessStep."""
 
-
-def clipped_to_std(values: Float64, statistics: RunningStatistics, width: float = 1.0) -> Float64:
-    """r clipped to mean +- width * std [n]; unchanged before there are statistics."""
-    if statistics.count == 0:
-        return values
-    room = width * statistics.std
-    return np.clip(values, statistics.mean - room, statistics.mean + room)
-
-
-def min_max(values: Float64, statistics: RunningStatistics) -> Float64:
-    """(r - least) / (greatest - least) [n]; 0 while all values were equal, unchanged before there are statistics."""
-    if statistics.count == 0:
-        return values
-    return (values - statistics.least) / ((statistics.greatest - statistics.least) or 1.0)
-
-
-class Step(BaseModel):
-    """Base of all steps."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    level: ClassVar[Literal["outcome", "process"]] = "outcome"
-    """What it touches: outcome values, or token and span rewards."""
     keeps_scale: ClassVar[bool] = False
     """Whether a reward after it can still be compared with reference rewards before it."""
 
     @property
     def sets_scale(self) -> bool:
         """Whether raw scores of a model have a known spread after it: bounded, or a standard deviation of 1."""
-        return self.name in ("par", "standardise", "minmax")
-
-    @property
-    def name(self) -> str:
-        """The step's `kind`."""
-        return str(getattr(self, "kind"))  # noqa: B009 (every step has one; the base does not)
+        return False
 
 
 class OutcomeStep(Step):
@@ -177,10 +97,10 @@ class ReferenceStep(Step):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in SOURCES if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = f"{' and '.join(given)} are given" if given else "none is given"
-            raise ValueError(f"needs one of {', '.join(SOURCES)}; {found}")
+        sources = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(sources) != 1:
+            count = f"{' and '.join(sources)} are given" if sources else "none is given"
+            raise ValueError(f"needs one of {', '.join(SOURCES)}; {count}")
         if self.reference_value is not None and self.max_references != 10:
             raise ValueError("max_references has no effect with reference_value")
         return self
@@ -200,8 +120,6 @@ class RunningStep(Step):
 class ProcessStep(Step):
     """Changes the process rewards of one response."""
 
-    level: ClassVar[Literal["outcome", "process"]] = "process"
-
     @abstractmethod
     def apply(self, steps: Float64) -> Float64:
         """steps [K] -> [K]."""
@@ -210,8 +128,7 @@ class ProcessStep(Step):
 class Par(ReferenceStep):
     """Preference as reward: the mean of f(k (r - offset - r_ref)) over the references (arXiv 2502.18770)."""
 
-    kind: Literal["par"] = "par"
-    """PAR and its siblings."""
+    kind: str = "par"
     form: Form = "sigmoid"
     """f; quintic is a polynomial fitted to the sigmoid."""
     k: float = Field(default=1.0, gt=0)
@@ -219,27 +136,27 @@ class Par(ReferenceStep):
     offset: float = 0.0
     """3 gives the slow-then-fast variant."""
 
+    @property
+    def sets_scale(self) -> bool:
+        return True
+
     def compare(self, values: Float64, reference_rewards: Float64) -> Float64:
-        """Within (0, 1), or what the form's range is."""
         return references.preference_as_reward(values, reference_rewards, self.form, self.k, self.offset)
 
 
 class Centre(ReferenceStep):
     """Subtracts the mean reference reward; aligns the members of an ensemble."""
 
-    kind: Literal["centre"] = "centre"
-    """r - mean(r_ref)."""
+    kind: str = "centre"
 
     def compare(self, values: Float64, reference_rewards: Float64) -> Float64:
-        """Unbounded."""
         return references.centred(values, reference_rewards)
 
 
 class Lsc(ReferenceStep):
     """Log-sigmoid centring: log sigma(r - r_ref), r_ref a quantile of the reference rewards (arXiv 2402.00742)."""
 
-    kind: Literal["lsc"] = "lsc"
-    """Summed over rewards: a logical AND."""
+    kind: str = "lsc"
     quantile: float = Field(default=0.85, gt=0, lt=1)
     """Which quantile of the reference rewards is r_ref."""
     fit: Fit = "normal"
@@ -254,7 +171,6 @@ class Lsc(ReferenceStep):
         return self
 
     def compare(self, values: Float64, reference_rewards: Float64) -> Float64:
-        """Below 0."""
         if self.reference_value is not None:
             reference = self.reference_value
         else:
@@ -265,61 +181,71 @@ class Lsc(ReferenceStep):
 class Standardise(RunningStep):
     """(r - mean) / std with running statistics."""
 
-    kind: Literal["standardise"] = "standardise"
-    """Running normalisation."""
+    kind: str = "standardise"
+
+    @property
+    def sets_scale(self) -> bool:
+        return True
 
     def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
-        """Mean 0, standard deviation 1 over the run."""
-        return standardised(values, statistics)
+        """Only centred while all values were equal, unchanged before there are statistics."""
+        return (values - statistics.mean) / (statistics.std or 1.0) if statistics.count else values
 
 
 class ClipStd(RunningStep):
     """r clipped to mean +- width * std with running statistics."""
 
-    kind: Literal["clip_std"] = "clip_std"
-    """Running clipping."""
+    kind: str = "clip_std"
     width: float = Field(default=1.0, gt=0)
     """In standard deviations."""
 
     def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
-        """The scale stays."""
-        return clipped_to_std(values, statistics, self.width)
+        """Unchanged before there are statistics."""
+        room = self.width * statistics.std
+        return np.clip(values, statistics.mean - room, statistics.mean + room) if statistics.count else values
 
 
 class MinMax(RunningStep):
     """(r - least) / (greatest - least) with running extremes."""
 
-    kind: Literal["minmax"] = "minmax"
-    """Running scaling to 0 to 1."""
+    kind: str = "minmax"
+
+    @property
+    def sets_scale(self) -> bool:
+        return True
 
     def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
-        """Within 0 and 1."""
-        return min_max(values, statistics)
+        """0 while all values were equal, unchanged before there are statistics."""
+        spread = statistics.greatest - statistics.least
+        return (values - statistics.least) / (spread or 1.0) if statistics.count else values
 
 
 class GroupNormalise(OutcomeStep):
-    """(r - mean) / std over the valid samples of the prompt."""
+    """(r - mean) / std over the valid samples of the prompt (ddof=0): before a sum, one scale for every component."""
 
-    kind: Literal["group_normalise"] = "group_normalise"
-    """Puts components on one scale before they are combined."""
+    kind: str = "group_normalise"
     divide: bool = True
     """false: only centres."""
 
     @property
     def sets_scale(self) -> bool:
-        """Unless it only centres."""
         return self.divide
 
     def apply(self, values: Float64, lengths: Int64) -> Float64:
-        """Mean 0 in the group."""
-        return standardised_in_group(values, self.divide)
+        """0 for all where they are equal or alone."""
+        shifted = values - np.mean(values)
+        if not self.divide:
+            return shifted
+        std = float(np.std(values))
+        # Equal rewards leave rounding errors behind, which must not be blown up to a spread of 1.
+        negligible = std <= 1e-12 * max(1.0, float(np.max(np.abs(values))))
+        return np.zeros_like(shifted) if negligible else shifted / std
 
 
 class Clamp(OutcomeStep):
     """Clips outcome rewards to fixed bounds; `high` alone is PAR's ceiling."""
 
-    kind: Literal["clamp"] = "clamp"
-    """Fixed bounds."""
+    kind: str = "clamp"
     low: float | None = None
     """Least value; null: none."""
     high: float | None = None
@@ -334,15 +260,13 @@ class Clamp(OutcomeStep):
         return self
 
     def apply(self, values: Float64, lengths: Int64) -> Float64:
-        """Within the bounds."""
         return np.clip(values, self.low, self.high)
 
 
 class LengthPenalty(OutcomeStep):
-    """Subtracts `per_token` for every response token beyond `free_tokens`."""
+    """Subtracts `per_token` for every response token beyond `free_tokens` (PAR's code, before the centring)."""
 
-    kind: Literal["length_penalty"] = "length_penalty"
-    """PAR's code puts it before the centring."""
+    kind: str = "length_penalty"
     keeps_scale: ClassVar[bool] = True
     per_token: float = Field(default=0.01, gt=0)
     """Cost of a token."""
@@ -350,15 +274,14 @@ class LengthPenalty(OutcomeStep):
     """Tokens that cost nothing."""
 
     def apply(self, values: Float64, lengths: Int64) -> Float64:
-        """On the scale of the rewards."""
-        return values + length_penalty(lengths, self.per_token, self.free_tokens)
+        over: Float64 = np.maximum(lengths - float(self.free_tokens), 0.0)
+        return values - self.per_token * over
 
 
 class Overlong(OutcomeStep):
     """DAPO's soft punishment of overlong responses, times `weight` (arXiv 2503.14476 eq. 13)."""
 
-    kind: Literal["overlong"] = "overlong"
-    """Grows over the last `buffer_tokens` before `max_tokens`."""
+    kind: str = "overlong"
     keeps_scale: ClassVar[bool] = True
     max_tokens: int = Field(ge=1)
     """Where the whole cost is reached: usually rollout.max_response_tokens."""
@@ -374,47 +297,72 @@ class Overlong(OutcomeStep):
         return self
 
     def apply(self, values: Float64, lengths: Int64) -> Float64:
-        """On the scale of the rewards."""
-        return values + self.weight * overlong_penalty(lengths, self.max_tokens, self.buffer_tokens)
+        return values + self.weight * overlong_penalty(
+            lengths, max_tokens=self.max_tokens, buffer_tokens=self.buffer_tokens
+        )
 
 
 class Clip(ProcessStep):
     """min(p - eta, 0) for every process reward (arXiv 2410.15115)."""
 
-    kind: Literal["clip"] = "clip"
-    """Of process rewards; outcome rewards are clipped by `clamp`."""
+    kind: str = "clip"
     eta: float
     """The bound; the paper gives none. Try 0.5 for scores within 0 and 1."""
 
     def apply(self, steps: Float64) -> Float64:
-        """At most 0."""
         return clip(steps, self.eta)
 
 
 class Delta(ProcessStep):
     """Each process reward minus its successor (arXiv 2410.15115): repeating a step earns nothing."""
 
-    kind: Literal["delta"] = "delta"
-    """After `clip` where both are used."""
+    kind: str = "delta"
 
     def apply(self, steps: Float64) -> Float64:
-        """Its reward-to-go is p again."""
         return delta(steps)
 
 
-AnyStep = (
-    Par
-    | Centre
-    | Lsc
-    | Standardise
-    | ClipStd
-    | MinMax
-    | GroupNormalise
-    | Clamp
-    | LengthPenalty
-    | Overlong
-    | Clip
-    | Delta
+BUILT_IN = (
+    Par,
+    Centre,
+    Lsc,
+    Standardise,
+    ClipStd,
+    MinMax,
+    GroupNormalise,
+    Clamp,
+    LengthPenalty,
+    Overlong,
+    Clip,
+    Delta,
 )
-KINDS: dict[str, type[Step]] = {kind.model_fields["kind"].default: kind for kind in get_args(AnyStep)}
-"""Step class by kind."""
+STEPS: dict[str, type[Step]] = {step.model_fields["kind"].default: step for step in BUILT_IN}
+"""The package's steps by kind."""
+LEVELS = (OutcomeStep, ReferenceStep, RunningStep, ProcessStep)
+
+
+def parse_steps(value: Any) -> tuple[Step, ...]:
+    """The steps of `[delta, {kind: clip, eta: 0.5}]`; a kind with a dot is the dotted path of a class.
+
+    A step that compares with reference rewards sees the raw scale, so only costs of length may precede it. Raises
+    ValueError that says which step is wrong, and how.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise ValueError("must be a list of steps, like [{kind:par,reference_value:0}]")
+    steps = [read_named(item, STEPS, Step, f"step {number}") for number, item in enumerate(value, start=1)]
+    rescaling: Step | None = None
+    for number, step in enumerate(steps, start=1):
+        if not isinstance(step, LEVELS):
+            levels = ", ".join(level.__name__ for level in LEVELS)
+            raise ValueError(f"step {number}: {step.kind} must be a subclass of one of {levels} ({Step.__module__})")
+        if isinstance(step, ReferenceStep) and rescaling is not None:
+            raise ValueError(
+                f"step {number} ({step.kind}) compares with reference rewards, which {rescaling.kind} before it would "
+                f"not have changed; put {step.kind} first (only length_penalty and overlong may precede it)"
+            )
+        if rescaling is None and not isinstance(step, ProcessStep) and not step.keeps_scale:
+            rescaling = step
+    return tuple(steps)
+
+
+Shaping = Annotated[tuple[SerializeAsAny[Step], ...], BeforeValidator(parse_steps)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.base import RewardNeeds
+from rewards.base import RewardTraits
 from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, column_value, excerpt
 from rlkit.experience import Prompt, Score
 
@@ -57,9 +57,10 @@ class MultipleChoice(TextRule):
         """Column with the options (a list of texts, or `{label: [...], text: [...]}`); null: letters only, A to J."""
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """The right option, and the options if their texts count."""
-        return RewardNeeds(answer=True, columns=() if config.options_column is None else (config.options_column,))
+        columns = () if config.options_column is None else (config.options_column,)
+        return RewardTraits(answer=True, columns=columns, uses_gpu=False)
 
     def task(self, prompt: Prompt) -> Choices:
         """The options and the gold label: the answer is a label, the text of an option, or its place from 0."""

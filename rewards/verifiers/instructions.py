@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rewards.base import RewardNeeds
+from rewards.base import RewardTraits
 from rewards.verifiers.json_schema import read_json
 from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, column_value
 from rlkit.experience import Prompt, Score
@@ -287,9 +287,10 @@ class Instructions(TextRule):
         accuracy does."""
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """The two columns, unless every response has the same constraints."""
-        return RewardNeeds(columns=() if config.always else (config.id_column, config.kwargs_column))
+        columns = () if config.always else (config.id_column, config.kwargs_column)
+        return RewardTraits(columns=columns, uses_gpu=False)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from rewards.base import RewardNeeds
+from rewards.base import RewardTraits
 from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, column_value, excerpt
 from rlkit.experience import Prompt, Score
 
@@ -41,9 +41,10 @@ class JsonSchema(TextRule):
             return self
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """The column with the schemas."""
-        return RewardNeeds(columns=() if config.schema_file is not None else (config.schema_column,))
+        columns = () if config.schema_file is not None else (config.schema_column,)
+        return RewardTraits(columns=columns, uses_gpu=False)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rewards.base import RewardNeeds
+from rewards.base import RewardTraits
 from rewards.verifiers.math import final_answer, gold_answer
 from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, excerpt
 from rlkit.experience import Prompt, Score
@@ -40,9 +40,9 @@ class ExactMatch(TextRule):
         """Leave out `a`, `an` and `the` in lower case on both sides (with the two above: as SQuAD compares)."""
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """The gold answer, or references."""
-        return RewardNeeds(answer=config.gold == "answer", references=config.gold == "references")
+        return RewardTraits(answer=config.gold == "answer", references=config.gold == "references", uses_gpu=False)
 
     def task(self, prompt: Prompt) -> tuple[str, ...]:
         """The gold texts."""
@@ -89,10 +89,10 @@ class RegexMatch(TextRule):
             return self
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """The column with the patterns, and the gold answer where the pattern names it."""
         columns = () if config.pattern_column is None else (config.pattern_column,)
-        return RewardNeeds(answer=_GOLD in (config.pattern or ""), columns=columns)
+        return RewardTraits(answer=_GOLD in (config.pattern or ""), columns=columns, uses_gpu=False)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:

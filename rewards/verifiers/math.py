@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rewards.base import Reward, RewardContext, RewardNeeds
+from rewards.base import Reward, RewardContext, RewardTraits
 from rewards.verifiers.pool import Failed, Processes, TextRuleConfig, prepare, verify_pairs
-from rlkit.experience import Group, GroupScores, Score
+from rlkit.experience import Group, GroupScores, Score, UserError
 
 MAX_ANSWER_CHARACTERS = 256
 """A longer "answer" is prose; it is not handed to the verifier."""
@@ -222,7 +222,7 @@ def _number_of(text: str, with_unit: re.Pattern[str]) -> str:
 Pair = tuple[str, str]
 
 
-class VerifierError(RuntimeError):
+class VerifierError(UserError):
     """The verifier itself does not work (as opposed to: it could not judge an answer)."""
 
 
@@ -316,14 +316,9 @@ class RuleReward(Reward):
         """Verdicts remembered, the least recently used dropped first."""
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """The gold answer."""
-        return RewardNeeds(answer=True)
-
-    @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: the verifier is a program."""
-        return False
+        return RewardTraits(answer=True, uses_gpu=False)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)

@@ -7,7 +7,6 @@ What rule rewards on one text have in common: the judging runs in processes that
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import logging
@@ -15,7 +14,6 @@ import multiprocessing
 import os
 import re
 import resource
-import signal
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -29,7 +27,8 @@ from typing import Any, Protocol, TypeVar
 from pebble import ProcessExpired, ProcessPool
 from pydantic import Field
 
-from rewards.base import Reward, RewardConfig, RewardContext
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
+from rlkit.cluster.processes import die_with_parent
 from rlkit.experience import Group, GroupScores, Prompt, Score
 
 MEMORY_BYTES = 3 * 2**30
@@ -50,22 +49,6 @@ def limit_memory() -> None:
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def die_with_parent() -> None:
-    """Let the kernel end this process when the parent ends, even if it was killed and this one hangs in C code.
-
-    PR_SET_PDEATHSIG would watch the fork server, which lives until its last child is gone. The parent's end of this
-    process's sentinel pipe closes with the parent, and O_ASYNC turns that into SIGIO, whose default is to end.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
-    if not parent.is_alive():
-        os._exit(1)
 
 
 def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -255,9 +238,9 @@ class TextRule(Reward):
     Config = TextRuleConfig
 
     @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: its verdicts are made by programs."""
-        return False
+    def traits(cls, config: Any) -> RewardTraits:
+        """Programs judge: no GPU."""
+        return RewardTraits(uses_gpu=False)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)

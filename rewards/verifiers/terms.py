@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from rewards.base import Reward, RewardConfig, RewardNeeds
+from rewards.base import Reward, RewardConfig, RewardTraits
 from rlkit.experience import Group, GroupScores, Sample, Score
 
 
@@ -20,14 +21,9 @@ class TokenReward(Reward):
     """Counts or compares a response's tokens: it reads no text and loads no model."""
 
     @classmethod
-    def uses_gpu(cls, config: Any) -> bool:
-        """No: it counts."""
-        return False
-
-    @classmethod
-    def judges_texts(cls, config: Any) -> bool:
-        """No: it looks at tokens."""
-        return False
+    def traits(cls, config: Any) -> RewardTraits:
+        """Counts tokens: no text, no GPU."""
+        return RewardTraits(judges_texts=False, uses_gpu=False)
 
 
 class Length(TokenReward):
@@ -77,9 +73,9 @@ class GroupLength(TokenReward):
     """
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
-        """Another response."""
-        return RewardNeeds(samples=2)
+    def traits(cls, config: Any) -> RewardTraits:
+        """Compares with another response."""
+        return replace(super().traits(config), samples=2)
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Component `length`: the value; the trace says the number of tokens."""

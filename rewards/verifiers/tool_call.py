@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rewards.base import RewardNeeds
+from rewards.base import RewardTraits
 from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, column_value, excerpt
 from rlkit.experience import Prompt, Score
 
@@ -180,9 +180,9 @@ class ToolCallMatch(TextRule):
         """Several <tool_call> blocks are good layout (Hermes and Qwen templates write one per call)."""
 
     @classmethod
-    def needs(cls, config: Any) -> RewardNeeds:
+    def traits(cls, config: Any) -> RewardTraits:
         """The gold calls."""
-        return RewardNeeds(columns=(config.tool_calls_column,))
+        return RewardTraits(columns=(config.tool_calls_column,), uses_gpu=False)
 
     def task(self, prompt: Prompt) -> GoldCalls:
         """The gold calls and the layout they imply."""

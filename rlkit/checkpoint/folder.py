@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlkit.experience import UserError
+
 FORMAT = 1
 MANIFEST, RUN_STATE = "manifest.json", "run.json"
 CHUNK = 2**22
 
 
-class BadCheckpointError(ValueError):
+class BadCheckpointError(UserError):
     """A folder is no whole checkpoint; the message says what is wrong with it."""
 
 

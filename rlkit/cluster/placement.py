@@ -16,6 +16,7 @@ from typing import Any
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.plan import colocated_places, gpu_shares, shares_gpus
 from rlkit.config.schema import RunConfig
+from rlkit.experience import UserError
 
 TOKEN_CPUS = 0.001
 """A bundle must ask for something; CPU time is shared, not reserved."""
@@ -41,7 +42,7 @@ def beside_driver(number: int) -> Mapping[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-class NoRoomError(RuntimeError):
+class NoRoomError(UserError):
     """The cluster cannot hold the run; the message says what was asked for and what there is."""
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from rlkit.experience import UserError
+
 TICK_SECONDS = 0.5
 """How often the watchdog looks at the open waits."""
 GRACE_SECONDS = 60.0
@@ -66,7 +68,7 @@ class Wait:
         return f"{self.who} for {self.waited_for} ({lasted} of {self.seconds:g} s, {self.limit})"
 
 
-class WaitedTooLongError(RuntimeError):
+class WaitedTooLongError(UserError):
     """A deadline passed. The message says who waited for what, and what else was waited for at that moment."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ def group_is_large_enough(algorithm: Algorithm) -> Findings:
 
 def reward_finds_its_columns(reward: Part, data: DataSource) -> Findings:
     """A reward without references or answers would score nothing."""
-    needs, provided = reward.cls.needs(reward.config), data.provides()
-    wanted = [("references", needs.references), ("answer", needs.answer), *((name, True) for name in needs.columns)]
+    traits, provided = reward.cls.traits(reward.config), data.provides()
+    wanted = [("references", traits.references), ("answer", traits.answer), *((name, True) for name in traits.columns)]
     lacking = [name for name, needed in wanted if needed and name not in provided]
     if lacking:
         yield Finding(
@@ -68,7 +69,7 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Findings:
 
 def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> Findings:
     """PRIME without a process reward model would stop after the first rollout."""
-    if algorithm.needs().process_rewards and not reward.cls.gives_process_rewards(reward.config):
+    if algorithm.needs().process_rewards and not reward.cls.traits(reward.config).process_rewards:
         yield Finding(
             "reward",
             f"{type(algorithm).__name__} needs process rewards, and {reward.cls.__name__} gives none; "
@@ -78,7 +79,7 @@ def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> F
 
 def reward_can_compare(algorithm: Algorithm, reward: Part) -> Findings:
     """A lone response compared with its group is worth the same whatever it says."""
-    needed = reward.cls.needs(reward.config).samples
+    needed = reward.cls.traits(reward.config).samples
     given = algorithm.config.samples_per_prompt + algorithm.needs().greedy_response
     if given < needed:
         yield Finding(
@@ -90,7 +91,7 @@ def reward_can_compare(algorithm: Algorithm, reward: Part) -> Findings:
 
 def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Findings:
     """Logits spread over ten and more in one group and over a tenth in the next, which would then hardly count."""
-    if reward.cls.gives_raw_scores(reward.config) and not algorithm.normalises():
+    if reward.cls.traits(reward.config).raw_scores and not algorithm.normalises():
         yield Finding(
             "reward",
             f"{reward.cls.__name__} gives raw scores of a model and {type(algorithm).__name__} does not divide by "
@@ -98,6 +99,33 @@ def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Findings:
             "the reward can: 'reward=[NAME]' 'reward.shaping=[group_normalise]' (one sample per prompt: [standardise])",
             warning=True,
         )
+
+
+def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Findings:
+    """A yardstick: it does not learn, and takes one response with what the data give."""
+    traits, provided = verifier.cls.traits(verifier.config), data.provides()
+    if traits.update_when != "none" or traits.follows_policy:
+        yield Finding("verifier", f"{verifier.cls.__name__} learns in the run; a verifier must judge alike to its end")
+    if traits.samples > 1:
+        yield Finding(
+            "verifier",
+            f"{verifier.cls.__name__} compares {traits.samples} responses to a prompt; a held-out prompt has one",
+        )
+    # Without gold answers a run is not evaluated, which is a warning once the rows are read.
+    needed = [*(["references"] if traits.references else []), *traits.columns]
+    lacking = [name for name in needed if name not in provided]
+    if lacking:
+        yield Finding(
+            "verifier",
+            f"{verifier.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
+            f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another verifier",
+        )
+
+
+def verifier_is_usable(verifier: Part) -> Findings:
+    """What the verifier itself finds missing, in the words of a reward."""
+    for message in verifier.cls.check(verifier.config):
+        yield Finding("verifier", re.sub(r"\breward(?=[.=]\w)", "verifier", message))
 
 
 def data_is_usable(data: DataSource) -> Findings:
@@ -367,6 +395,8 @@ CHECKS: tuple[Callable[..., Findings], ...] = (
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
+    verifier_judges_held_out_answers,
+    verifier_is_usable,
     process_rewards_come_from_somewhere,
     raw_scores_are_normalised,
     reward_can_compare,

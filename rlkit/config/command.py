@@ -7,31 +7,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlkit.config.messages import ConfigError, Problem
+from rlkit.experience import UserError
 
 FAILED = 1
 CONFIG_ERROR = 2
 INTERRUPTED = 130
 
 
-def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None, *explained: type[Exception]) -> int:
-    """Do `work` with the arguments (null: the command line's); returns the exit code.
+def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
+    """Do `work` with the arguments (None: the command line's); returns the exit code.
 
-    Its own; 2 for a wrong configuration, 1 for an error of a type in `explained`, whose message is all a user needs,
-    130 after Ctrl-C.
+    The one `work` returns; 2 for a wrong configuration, 1 for another UserError, 130 after Ctrl-C.
     """
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
     try:
         return work(list(sys.argv[1:] if arguments is None else arguments))
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        return CONFIG_ERROR
-    except explained as error:
-        print(f"rlkit: {error}", file=sys.stderr)
-        return FAILED
+    except UserError as error:
+        return print_error(error)
     except KeyboardInterrupt:
         print("rlkit: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def print_error(error: Exception) -> int:
+    """Print the message on standard error; returns the exit code."""
+    if isinstance(error, ConfigError):
+        print(error.report(), file=sys.stderr)
+        return CONFIG_ERROR
+    print(f"rlkit: {error}", file=sys.stderr)
+    return FAILED
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:

@@ -23,30 +23,37 @@ from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-import rlkit
 from rlkit.config.messages import Problem, did_you_mean, nearest
 
 
-def conf_dir() -> Path:
-    """The folder of Hydra groups: inside an installed package, else beside it in a checkout.
+def default_options(folder: Path) -> dict[str, str | None]:
+    """Group -> its default option, from the defaults list of `config.yaml`."""
+    entries = option_fields(folder, ".", "config").get("defaults", [])
+    return {
+        str(group).removeprefix("optional ").rpartition("@")[2]: option
+        for entry in entries
+        if isinstance(entry, Mapping)
+        for group, option in entry.items()
+    }
 
-    Raises FileNotFoundError if neither is there (an incomplete installation).
-    """
-    package = Path(rlkit.__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise FileNotFoundError(f"no conf/config.yaml in {package} or beside it: rlkit is not completely installed")
+
+def borrowed_options(folder: Path) -> dict[str, str]:
+    """Group without files -> the group whose options it takes: `reward@verifier: rule` in the defaults list."""
+    entries = option_fields(folder, ".", "config").get("defaults", [])
+    names = [str(group) for entry in entries if isinstance(entry, Mapping) for group in entry]
+    return {borrower: source for source, _, borrower in (name.partition("@") for name in names) if borrower}
 
 
 def group_options(folder: Path) -> dict[str, list[str]]:
     """Group name -> its options, sorted; both are only file names. A folder with a `config.yaml` is no group of this
     command but another command's own groups."""
-    return {
+    options = {
         group.name: sorted(file.stem for file in group.glob("*.yaml"))
-        for group in sorted(folder.iterdir())
+        for group in folder.iterdir()
         if group.is_dir() and any(group.glob("*.yaml")) and not (group / "config.yaml").exists()
     }
+    options |= {borrower: options[source] for borrower, source in borrowed_options(folder).items()}
+    return dict(sorted(options.items()))
 
 
 def compose_options(folder: Path, choices: Mapping[str, str | None]) -> DictConfig:
@@ -56,16 +63,23 @@ def compose_options(folder: Path, choices: Mapping[str, str | None]) -> DictConf
     """
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-        chosen = [f"{group}={'null' if option is None else option}" for group, option in choices.items()]
+        names = {borrower: f"{source}@{borrower}" for borrower, source in borrowed_options(folder).items()}
+        chosen = [
+            f"{names.get(group, group)}={'null' if option is None else option}" for group, option in choices.items()
+        ]
         tree = compose("config", overrides=chosen, return_hydra_config=True)
     OmegaConf.set_readonly(tree, False)
     OmegaConf.set_readonly(tree.hydra, False)
     OmegaConf.set_struct(tree, False)
+    for borrower, name in names.items():
+        tree.hydra.runtime.choices[borrower] = tree.hydra.runtime.choices.pop(name)
     return tree
 
 
 def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
     """An option file by itself, as a plain dictionary."""
+    if not (folder / group).is_dir():
+        group = borrowed_options(folder)[group]
     content = OmegaConf.to_container(OmegaConf.load(folder / group / f"{option}.yaml"))
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
@@ -154,7 +168,7 @@ def _choose(argument: str, group: str, value: Any, options: Options, result: Ove
         result.unusable.add(group)
     else:
         result.choices[group] = guess
-    if "." in name and group in ("algorithm", "reward", "data"):
+    if "." in name and group in ("algorithm", "reward", "data", "verifier"):
         return f"no such option; a class of your own is named by {group}._target_={name}"
     return f"no such option; {did_you_mean(name, available)}"
 

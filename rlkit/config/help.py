@@ -10,9 +10,10 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from rlkit.config.compose import conf_dir, group_options, option_fields
+from rewards.base import HelpSection, Reward
+from rlkit.config.compose import borrowed_options, default_options, group_options, option_fields
 from rlkit.config.messages import all_fields, allowed, section_type
-from rlkit.config.parts import CONTRACTS, PartError, import_part
+from rlkit.config.parts import CONTRACTS, PartError, conf_dir, import_part
 from rlkit.config.schema import RunConfig
 
 USAGE = """\
@@ -33,7 +34,7 @@ def print_reference(console: Console) -> None:
     console.print(USAGE, highlight=False)
     folder = conf_dir()
     options = group_options(folder)
-    chosen = {next(iter(entry)): entry[next(iter(entry))] for entry in _defaults()}
+    chosen = default_options(folder)
     table = Table("group", "options", box=None, padding=(0, 2), title="Options", title_justify="left")
     for group, names in options.items():
         marked = [f"[bold]{name}[/] (default)" if chosen.get(group) == name else name for name in names]
@@ -45,7 +46,11 @@ def print_reference(console: Console) -> None:
         section = section_type(info.annotation)
         if section is not None:
             print_section(console, name, section.__doc__ or "", all_fields(section, f"{name}."))
+    borrowed, more = borrowed_options(folder), list[HelpSection]()
     for kind in CONTRACTS:
+        if kind in borrowed:
+            print_section(console, f"{kind}=NAME", f"The options of {borrowed[kind]}=NAME, with the same fields.", ())
+            continue
         for option in options[kind]:
             target = option_fields(folder, kind, option).get("_target_")
             try:
@@ -55,26 +60,10 @@ def print_reference(console: Console) -> None:
                 continue
             text = (cls.__doc__ or "").strip().partition("\n")[0]
             print_section(console, f"{kind}={option}", text, all_fields(cls.Config, f"{kind}."))
-    print_combination(console)
-
-
-def print_combination(console: Console) -> None:
-    """What `reward=[a,b]` adds to the fields of a and b, and the steps of a shaping list."""
-    from rewards.combined.config import PartOptions
-    from rewards.shaping.steps import KINDS
-
-    text = "Each part of reward=[a,b] has the fields of reward=a or reward=b, and these."
-    print_section(console, "reward.parts.NAME", text, all_fields(PartOptions, "reward.parts.NAME."))
-    for name, step in KINDS.items():
-        fields = [(key, info) for key, info in all_fields(step) if key != "kind"]
-        print_section(console, f"shaping step {{kind:{name}}}", (step.__doc__ or "").partition("\n")[0], fields)
-
-
-def _defaults() -> list[dict[str, str]]:
-    entries = option_fields(conf_dir(), ".", "config").get("defaults", [])
-    return [
-        {str(key).removeprefix("optional "): value for key, value in e.items()} for e in entries if isinstance(e, dict)
-    ]
+            more += cls.help_sections() if issubclass(cls, Reward) else ()
+    for added in more:
+        fields = [(key, info) for key, info in all_fields(added.model, added.prefix) if key != "kind"]
+        print_section(console, added.title, added.text, fields)
 
 
 def print_section(console: Console, title: str, text: str, fields: Iterable[tuple[str, FieldInfo]]) -> None:

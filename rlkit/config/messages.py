@@ -22,6 +22,8 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from rlkit.experience import UserError
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -36,7 +38,7 @@ class Problem:
         return f"{self.where}: {self.message}"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot run. `problems` lists everything that is wrong with it."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:

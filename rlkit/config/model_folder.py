@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlkit.experience import UserError
 from rlkit.models.folder import model_folder
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-class ModelFolderError(ValueError):
+class ModelFolderError(UserError, ValueError):
     """A folder that is no usable model; the message names what is missing and the remedy."""
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,6 +23,39 @@ from rewards.base import Reward, RewardConfig
 from rlkit.config.messages import Problem, nearest
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import DataConfig, DataSource
+from rlkit.experience import UserError
+
+TARGET = "_target_"
+
+
+def conf_dir() -> Path:
+    """The folder of Hydra groups: inside an installed package, else beside it in a checkout.
+
+    Raises FileNotFoundError if neither is there (an incomplete installation).
+    """
+    package = Path(rlkit.__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/config.yaml in {package} or beside it: rlkit is not completely installed")
+
+
+@cache
+def _moved_classes() -> Mapping[str, str]:
+    moved: dict[str, str] = yaml.safe_load((conf_dir() / "moved.yaml").read_text())
+    return moved
+
+
+def with_present_targets(value: Any) -> Any:
+    """A configuration with today's paths: the `_target_` of a class that moved (`conf/moved.yaml`) is its new one."""
+    if isinstance(value, Mapping):
+        return {
+            key: _moved_classes().get(inner, inner)
+            if key == TARGET and isinstance(inner, str)
+            else with_present_targets(inner)
+            for key, inner in value.items()
+        }
+    return [with_present_targets(inner) for inner in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -34,6 +70,7 @@ CONTRACTS = {
     "algorithm": Contract(Algorithm, AlgorithmConfig),
     "reward": Contract(Reward, RewardConfig),
     "data": Contract(DataSource, DataConfig),
+    "verifier": Contract(Reward, RewardConfig),
 }
 
 
@@ -45,7 +82,7 @@ class Part:
     config: Any
 
 
-class PartError(ValueError):
+class PartError(UserError, ValueError):
     """A `_target_` that cannot be used; the message says why."""
 
 
@@ -53,20 +90,27 @@ def import_part(kind: str, target: Any, contract: Contract | None = None) -> Any
     """The class at dotted path `target`, fit to be a part of this kind (`contract`: of a command's own). Raises
     PartError."""
     contract = contract or CONTRACTS[kind]
-    if not isinstance(target, str) or "." not in target:
-        raise PartError("must be the dotted path of a class, like my_module.MyClass")
-    cls = _find(target)
-    base = f"{contract.base.__module__}.{contract.base.__name__}"
-    if not inspect.isclass(cls):
-        raise PartError(f"is not a class but {type(cls).__name__}; it must be a subclass of {base}")
-    if not issubclass(cls, contract.base):
-        raise PartError(f"is not a subclass of {base}, which every {kind} must be")
-    missing = sorted(getattr(cls, "__abstractmethods__", ()))
-    if missing:
-        raise PartError(f"lacks {', '.join(f'{name}()' for name in missing)}, which every {kind} must have")
+    cls = import_class(kind, target, contract.base)
     config = getattr(cls, "Config", None)
     if not (inspect.isclass(config) and issubclass(config, contract.config)):
         raise PartError(f"its Config must be a subclass of {contract.config.__module__}.{contract.config.__name__}")
+    return cls
+
+
+def import_class(kind: str, target: Any, base: type) -> Any:
+    """The class at dotted path `target`, a concrete subclass of `base`; `kind` names it in messages. Raises
+    PartError."""
+    if not isinstance(target, str) or "." not in target:
+        raise PartError("must be the dotted path of a class, like my_module.MyClass")
+    cls = _find(_moved_classes().get(target, target))
+    name = f"{base.__module__}.{base.__name__}"
+    if not inspect.isclass(cls):
+        raise PartError(f"is not a class but {type(cls).__name__}; it must be a subclass of {name}")
+    if not issubclass(cls, base):
+        raise PartError(f"is not a subclass of {name}, which every {kind} must be")
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise PartError(f"lacks {', '.join(f'{method}()' for method in missing)}, which every {kind} must have")
     return cls
 
 
@@ -113,6 +157,8 @@ class ResolvedRun:
     reward_config: RewardConfig
     data_class: type[DataSource]
     data_config: DataConfig
+    verifier_class: type[Reward]
+    verifier_config: RewardConfig
     warnings: tuple[Problem, ...] = ()
     """What the user should know although the run can start."""
 

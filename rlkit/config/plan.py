@@ -50,7 +50,7 @@ def colocated_places(config: RunConfig, critic_ranks: int) -> int:
 def _reward_uses_gpu(config: RunConfig) -> bool:
     cls = import_part("reward", config.reward["_target_"])
     own = {key: value for key, value in config.reward.items() if key != "_target_"}
-    return bool(cls.uses_gpu(cls.Config(**own)))
+    return bool(cls.traits(cls.Config(**own)).uses_gpu)
 
 
 Way = Literal["object_store", "gloo", "nccl", "ipc"]
@@ -351,7 +351,7 @@ def _reward_memory(run: ResolvedRun, cuda: bool) -> list[Line]:
     for name, section in named.items():
         cls, path = import_part("reward", section["_target_"]), section.get("model_path")
         own = {key: value for key, value in section.items() if key in cls.Config.model_fields}
-        if not isinstance(path, str) or not cls.uses_gpu(cls.Config(**own)):
+        if not isinstance(path, str) or not cls.traits(cls.Config(**own)).uses_gpu:
             continue
         parameters = check_model_folder(path).parameters
         if parameters is not None:

@@ -1,7 +1,7 @@
 """The typed configuration of a run: every key, its type, its range and what it means, in one place.
 
-`algorithm`, `reward` and `data` are swappable parts: their fields are defined by the class that `_target_` names
-(its nested `Config`), so a user's own class brings its own typed fields.
+`algorithm`, `reward`, `data` and `verifier` are swappable parts: their fields are defined by the class that `_target_`
+names (its nested `Config`), so a user's own class brings its own typed fields.
 """
 
 from __future__ import annotations
@@ -221,3 +221,5 @@ class RunConfig(Section):
     """A swappable part: `_target_` and the fields of its `Config`."""
     data: dict[str, Any]
     """A swappable part: `_target_` and the fields of its `Config`."""
+    verifier: dict[str, Any]
+    """A swappable part, one of the rewards: judges held-out answers, and training answers for `accuracy/train`."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlkit.experience import Message
+from rlkit.experience import Message, UserError
 
 Split = Literal["train", "heldout"]
 
@@ -66,5 +66,5 @@ class DataSource(ABC):
         return frozenset()
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used; the message names the file, the rows and the remedy."""

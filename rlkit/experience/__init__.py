@@ -3,6 +3,7 @@
 Importable without torch, Ray or vLLM: rewards and algorithms build on these types alone.
 """
 
+from rlkit.experience.errors import UserError
 from rlkit.experience.types import (
     Group,
     GroupScores,
@@ -25,4 +26,5 @@ __all__ = [
     "Score",
     "Span",
     "SpanReward",
+    "UserError",
 ]

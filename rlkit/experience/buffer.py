@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlkit.experience.errors import UserError
 from rlkit.experience.filters import GroupFilter
 from rlkit.experience.types import Group
 
 
-class TooManyRejectedError(RuntimeError):
+class TooManyRejectedError(UserError):
     """The filters leave too little to train on; the message names them."""
 
 
@@ -69,7 +70,9 @@ class ExperienceBuffer:
         Raises TooManyRejectedError when this step's filters reject more than the configured share (judged only after
         twice the needed number of groups, so that one unlucky draw does not end a run).
         """
-        self._leave_flight(1)
+        if not self._in_flight:
+            raise ValueError("a group was handed in that was not reserved: none is in flight")
+        self._in_flight -= 1
         self._judged_this_step += 1
         rule = self._rejected_by(group)
         if rule is not None:
@@ -80,10 +83,6 @@ class ExperienceBuffer:
         self._ready.append(group)
         self._accepted += 1
         return True
-
-    def cancel(self, count: int) -> None:
-        """Give back reservations whose groups will not come."""
-        self._leave_flight(count)
 
     def take(self) -> list[Group] | None:
         """The first `groups_per_step` groups, sorted by id; None if there are not enough. Stale ones are dropped."""
@@ -128,11 +127,6 @@ class ExperienceBuffer:
         self._dropped_stale = state["dropped_stale"]
         self._rejected = Counter(state["rejected"])
         self._in_flight = 0
-
-    def _leave_flight(self, count: int) -> None:
-        if count > self._in_flight:
-            raise ValueError(f"{count} groups handed in or cancelled, but only {self._in_flight} are in flight")
-        self._in_flight -= count
 
     def _check_rejections(self) -> None:
         rejected, judged = self._rejected_this_step.total(), self._judged_this_step

@@ -54,12 +54,6 @@ class BufferActor:
         """See ExperienceBuffer.load_state_dict."""
         self.buffer.load_state_dict(state)
 
-    async def cancel(self, count: int) -> None:
-        """Reserved groups that will not come."""
-        async with self.changed:
-            self.buffer.cancel(count)
-            self.changed.notify_all()
-
     async def take(self) -> list[Group]:
         """The next step's groups; waits for them."""
         async with self.changed:

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from rlkit.experience import Group, GroupScores, Score
+from rlkit.experience.errors import UserError
 
 
-class RewardFailed(RuntimeError):
+class RewardFailed(UserError):
     """The reward does not work well enough to go on; the message names cause and counts."""
 
 

@@ -1,21 +1,32 @@
-"""What a reward server is sent and what it answers: JSON, typed, one version number for all of it.
+"""The JSON that reward clients and servers exchange, with one version number for all of it.
 
-Both sides validate strictly: no unknown key, no text in the place of a number, no NaN. A change of any message is a
-new SCHEMA_VERSION; a client refuses a server of another version before a run starts.
+pydantic reads it straight into the records of rlkit.experience, strictly on both sides: no unknown key, no text in
+place of a number, no NaN. Any change of a message raises SCHEMA_VERSION; a client refuses a server of another version
+before a run starts.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, Final, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer
 
-from rlkit.experience import Group, GroupScores, Message, PreferencePair, Prompt, Sample, Score, Span, SpanReward
-from rlkit.experience.types import FinishReason
+from rlkit.experience.types import (
+    FinishReason,
+    Group,
+    GroupScores,
+    Message,
+    PreferencePair,
+    Prompt,
+    Sample,
+    Score,
+    Span,
+    SpanReward,
+)
 
 SCHEMA_VERSION: Final = 2
 SCORE_PATH, HEALTH_PATH, METRICS_PATH, SCHEMA_PATH = "/v1/score", "/health", "/metrics", "/v1/schema"
@@ -25,66 +36,76 @@ class UnsendableError(ValueError):
     """A group that JSON cannot carry; the message names the column."""
 
 
+def _list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _to_array(dtype: type[np.generic]) -> AfterValidator:
+    def convert(values: list[Any]) -> Any:
+        try:
+            return np.array(values, dtype=dtype)
+        except OverflowError as error:
+            raise ValueError(str(error)) from error
+
+    return AfterValidator(convert)
+
+
+def _finite(columns: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    json.dumps(columns, allow_nan=False)  # pydantic's JSON parser takes NaN inside a JsonValue
+    return columns
+
+
+def _forward(span: Span) -> Span:
+    if span.start < 0 or span.end < 0:
+        raise ValueError("start and end are at least 0")
+    return span
+
+
+_FROM_ARRAY, _TO_LIST = BeforeValidator(_list), PlainSerializer(_list)
+Ints = Annotated[list[int], _FROM_ARRAY, _to_array(np.int32), _TO_LIST]
+"""In JSON a list whose every number is checked; in Python a one-dimensional array."""
+Floats = Annotated[list[float], _FROM_ARRAY, _to_array(np.float32), _TO_LIST]
+Bools = Annotated[list[bool], _FROM_ARRAY, _to_array(np.bool_), _TO_LIST]
+Columns = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
+
+
 class Wire(BaseModel):
-    """Base of all messages. Names are those of the records in rlkit.experience; their docs say what they mean."""
+    """Base of all messages. Fields are those of the records in rlkit.experience; their docs say what they mean."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class WireMessage(Wire):
-    """One chat message."""
-
-    role: str
-    content: str
-
-
 class WirePrompt(Wire):
-    """A prompt with what rewards need to judge answers to it."""
+    """A Prompt."""
 
     id: str
-    messages: list[WireMessage]
-    token_ids: list[int]
-    references: list[str] = []
+    messages: tuple[Message, ...]
+    token_ids: tuple[int, ...]
+    references: tuple[str, ...] = ()
     answer: str | None = None
-    columns: dict[str, JsonValue] = {}
-
-    @field_validator("columns")
-    @classmethod
-    def _finite(cls, columns: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        json.dumps(columns, allow_nan=False)  # pydantic's JSON parser takes NaN inside a JsonValue
-        return columns
-
-
-class WireSpan(Wire):
-    """A step or turn of a response."""
-
-    start: int = Field(ge=0)
-    end: int = Field(ge=0)
-    kind: Literal["step", "turn"]
-    role: str
-    data: dict[str, JsonValue] = {}
+    columns: Columns = {}
 
 
 class WireSample(Wire):
-    """One response. Without log-probs (the default of the client) the served reward sees NaN in their place."""
+    """A Sample. Without log-probs (the client's default) the served reward sees NaN in their place."""
 
     index: int
-    token_ids: list[int]
+    token_ids: Ints
     text: str
     finish_reason: FinishReason
     policy_versions: tuple[int, int] = (0, 0)
     seed: int = 0
-    logprobs: list[float] | None = None
-    mask: list[bool] | None = None
-    spans: list[WireSpan] = []
+    logprobs: Floats | None = None
+    mask: Bools | None = None
+    spans: tuple[Annotated[Span, AfterValidator(_forward)], ...] = ()
 
 
 class WireGroup(Wire):
-    """A prompt with all its samples."""
+    """A Group that is to be scored."""
 
     id: str
     prompt: WirePrompt
-    samples: list[WireSample] = Field(min_length=1)
+    samples: tuple[WireSample, ...] = Field(min_length=1)
     step: int = 0
 
 
@@ -98,46 +119,30 @@ class ScoreRequest(Wire):
 
 
 def request_body(groups: Sequence[bytes], deadline_seconds: float) -> bytes:
-    """The JSON of a ScoreRequest from groups that are JSON already (`encode`), so that a second try costs nothing."""
+    """The JSON of a ScoreRequest around groups that `encode` made, so that a second try encodes nothing."""
     head = f'{{"schema_version":{SCHEMA_VERSION},"deadline_seconds":{max(deadline_seconds, 0.001):.3f},"groups":['
     return head.encode() + b",".join(groups) + b"]}"
 
 
-class WireSpanReward(Wire):
-    """A process reward for response tokens [start, end)."""
-
-    start: int
-    end: int
-    value: float
-
-
 class WireScore(Wire):
-    """One sample's score. Invalid: no value, and a reason."""
+    """A Score. Invalid: no value, and a reason."""
 
     value: float | None
-    token_rewards: list[float] | None = None
-    span_rewards: list[WireSpanReward] = []
+    token_rewards: Floats | None = None
+    span_rewards: tuple[SpanReward, ...] = ()
     components: dict[str, float] = {}
-    ensemble: list[float] = []
+    ensemble: tuple[float, ...] = ()
     valid: bool
     reason: str = ""
     trace: str = ""
 
 
-class WirePair(Wire):
-    """Sample `winner` is preferred to sample `loser`."""
-
-    winner: int
-    loser: int
-    probability: float
-
-
 class WireGroupScores(Wire):
-    """Scores of one group, in sample order."""
+    """The GroupScores of one group, in sample order."""
 
     id: str
-    samples: list[WireScore]
-    pairs: list[WirePair] = []
+    samples: tuple[WireScore, ...]
+    pairs: tuple[PreferencePair, ...] = ()
 
 
 class ScoreResponse(Wire):
@@ -178,114 +183,53 @@ class Health(Wire):
     """Per worker process: pid, alive, busy seconds, calls, restarts, and its self-test at its last start."""
 
 
-def to_wire(group: Group, send_logprobs: bool = False) -> WireGroup:
-    """The message for a group. Raises UnsendableError for a value that JSON cannot carry."""
-    prompt = group.prompt
-    samples = [
-        WireSample(
-            index=sample.index,
-            token_ids=sample.token_ids.tolist(),
-            text=_sendable(sample.text, f"the text of sample {sample.index}"),
-            finish_reason=sample.finish_reason,
-            policy_versions=sample.policy_versions,
-            seed=sample.seed,
-            logprobs=sample.logprobs.tolist() if send_logprobs else None,
-            mask=None if sample.mask is None else sample.mask.tolist(),
-            spans=[
-                WireSpan(start=s.start, end=s.end, kind=s.kind, role=s.role, data=_columns(s.data, "span data"))
-                for s in sample.spans
-            ],
-        )
-        for sample in group.samples
-    ]
-    wire_prompt = WirePrompt(
-        id=prompt.id,
-        messages=[WireMessage(role=m.role, content=_sendable(m.content, "the prompt")) for m in prompt.messages],
-        token_ids=list(prompt.token_ids),
-        references=[_sendable(text, "a reference") for text in prompt.references],
-        answer=prompt.answer,
-        columns=_columns(prompt.columns, f"prompt {prompt.id}"),
-    )
-    return WireGroup(id=group.id, prompt=wire_prompt, samples=samples, step=group.step)
-
-
 def encode(group: Group, send_logprobs: bool = False) -> bytes:
-    """`to_wire` as JSON."""
-    return to_wire(group, send_logprobs).model_dump_json().encode()
+    """The JSON of a WireGroup. Raises UnsendableError for a value that JSON cannot carry."""
+    prompt = group.prompt
+    for message in prompt.messages:
+        _check_text(message.content, "the prompt")
+    for text in prompt.references:
+        _check_text(text, "a reference")
+    samples = []
+    for sample in group.samples:
+        _check_text(sample.text, f"the text of sample {sample.index}")
+        spans = tuple(Span(s.start, s.end, s.kind, s.role, _columns(s.data, "span data")) for s in sample.spans)
+        logprobs = sample.logprobs if send_logprobs else None
+        samples.append(WireSample(**_fields(sample) | {"logprobs": logprobs, "spans": spans}))
+    columns = _columns(prompt.columns, f"prompt {prompt.id}")
+    wire_prompt = WirePrompt(**_fields(prompt) | {"columns": columns})
+    wire_group = WireGroup(id=group.id, prompt=wire_prompt, samples=tuple(samples), step=group.step)
+    return wire_group.model_dump_json().encode()
 
 
 def from_wire(group: WireGroup) -> Group:
     """The group a message describes. Raises ValueError if its lengths do not agree."""
-    samples = tuple(
-        Sample(
-            index=sample.index,
-            token_ids=np.array(sample.token_ids, dtype=np.int32),
-            logprobs=np.array(
-                np.full(len(sample.token_ids), np.nan) if sample.logprobs is None else sample.logprobs, np.float32
-            ),
-            text=sample.text,
-            finish_reason=sample.finish_reason,
-            policy_versions=sample.policy_versions,
-            seed=sample.seed,
-            mask=None if sample.mask is None else np.array(sample.mask, dtype=np.bool_),
-            spans=tuple(Span(s.start, s.end, s.kind, s.role, s.data) for s in sample.spans),
-        )
-        for sample in group.samples
-    )
-    prompt = Prompt(
-        id=group.prompt.id,
-        messages=tuple(Message(m.role, m.content) for m in group.prompt.messages),
-        token_ids=tuple(group.prompt.token_ids),
-        references=tuple(group.prompt.references),
-        answer=group.prompt.answer,
-        columns=group.prompt.columns,
-    )
-    return Group(group.id, prompt, samples, step=group.step)
+    samples = []
+    for sample in group.samples:
+        logprobs = np.full(len(sample.token_ids), np.nan, np.float32) if sample.logprobs is None else sample.logprobs
+        samples.append(Sample(**dict(sample) | {"logprobs": logprobs}))
+    return Group(group.id, Prompt(**dict(group.prompt)), tuple(samples), step=group.step)
 
 
 def scores_to_wire(group: Group) -> WireGroupScores:
     """The message for the scores of a judged group (whose valid scores are finite by construction)."""
-    return WireGroupScores(
-        id=group.id,
-        samples=[
-            WireScore(
-                value=None if score.value is None else float(score.value),
-                token_rewards=None if score.token_rewards is None else np.asarray(score.token_rewards).tolist(),
-                span_rewards=[
-                    WireSpanReward(start=s.start, end=s.end, value=float(s.value)) for s in score.span_rewards
-                ],
-                components={name: float(value) for name, value in score.components.items()},
-                ensemble=[float(value) for value in score.ensemble],
-                valid=score.valid,
-                reason=_printable(score.reason),
-                trace=_printable(score.trace),
-            )
-            if score.valid
-            else WireScore(value=None, valid=False, reason=_printable(score.reason), trace=_printable(score.trace))
-            for _, score in group.scored()
-        ],
-        pairs=[WirePair(**asdict(pair)) for pair in group.scores.pairs] if group.scores is not None else [],
-    )
+    scores = []
+    for _, score in group.scored():
+        texts = {"reason": _printable(score.reason), "trace": _printable(score.trace)}
+        values = _fields(score) if score.valid else {"value": None, "valid": False}
+        scores.append(WireScore(**values | texts))
+    return WireGroupScores(id=group.id, samples=tuple(scores), pairs=tuple(group.scores.pairs if group.scores else ()))
 
 
 def scores_from_wire(scores: WireGroupScores) -> GroupScores:
     """The scores a message describes. Raises ValueError for a score that contradicts itself."""
-    return GroupScores(
-        tuple(
-            Score(
-                value=score.value,
-                token_rewards=None if score.token_rewards is None else np.array(score.token_rewards, dtype=np.float32),
-                span_rewards=tuple(SpanReward(s.start, s.end, s.value) for s in score.span_rewards),
-                components=score.components,
-                ensemble=tuple(score.ensemble),
-                valid=score.valid,
-                reason=score.reason,
-                trace=score.trace,
-            )
-            for score in scores.samples
-        ),
-        tuple(PreferencePair(pair.winner, pair.loser, pair.probability) for pair in scores.pairs),
-    )
+    return GroupScores(tuple(Score(**dict(score)) for score in scores.samples), scores.pairs)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """Records inside stay records, unlike with `asdict`; lists, which a reward may use for tuples, become tuples."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _columns(columns: Mapping[str, Any], owner: str) -> dict[str, Any]:
@@ -294,7 +238,7 @@ def _columns(columns: Mapping[str, Any], owner: str) -> dict[str, Any]:
     for name, value in columns.items():
         try:
             sent[name] = json.loads(json.dumps(value, default=_array, allow_nan=False))
-            _sendable(json.dumps(sent[name], ensure_ascii=False), f"column {name!r}")
+            _check_text(json.dumps(sent[name], ensure_ascii=False), f"column {name!r}")
         except (TypeError, ValueError) as error:
             raise UnsendableError(f"column {name!r} of {owner} cannot be sent as JSON: {error}") from error
     return sent
@@ -306,13 +250,12 @@ def _array(value: Any) -> Any:
     raise TypeError(f"it is a {type(value).__name__}")
 
 
-def _sendable(text: str, what: str) -> str:
-    """The text, if UTF-8 can carry it."""
+def _check_text(text: str, what: str) -> None:
+    """Raises UnsendableError if UTF-8 cannot carry it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UnsendableError(f"{what} is no valid Unicode: {error}") from error
-    return text
 
 
 def _printable(text: str) -> str:

@@ -1,53 +1,71 @@
-"""The cluster at an address: reached, of the same Ray, with the right token; its nodes and its jobs."""
+"""A cluster's job server, through Ray's own client: reaching it, its jobs, a job's log to the end, stopping one."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import aclosing
+from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlkit.jobs.resources import Node
+from rlkit.experience import UserError
 
 REQUEST_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
-RUN_NAME = "rlkit_run"
-"""Key in a job's metadata: the name of its run folder."""
-RUN_FOLDER = "rlkit_run_dir"
+QUIET_SECONDS = 60.0
+"""After this long without a line the log is opened again: a dead connection looks the same."""
+KILL_SECONDS = 30.0
+"""What Ray may take, after the job's own time, to kill it and report that."""
+PAUSES = (0.5, 1.0, 2.0, 5.0)
+"""Seconds between attempts to reconnect; the last one repeats."""
+STOPPED, INTERRUPTED = 143, 130
+"""Exit codes: what SIGTERM and SIGINT give."""
+RUN_NAME, RUN_FOLDER = "rlkit_run", "rlkit_run_dir"
+"""Keys of a job's metadata: the name of its run folder, and its path."""
 TOKEN_HELP = (
     "give it in RAY_AUTH_TOKEN, or name its file in RAY_AUTH_TOKEN_PATH (default: ~/.ray/auth_token); it is the token "
     "that the cluster was started with"
 )
-NO_TOKEN = (
-    "the cluster answers without a token: whoever reaches its ports can run code on it. Start it with "
-    "RAY_AUTH_MODE=token (ray get-auth-token --generate), and keep the dashboard on 127.0.0.1"
-)
 
 
-class ClusterError(RuntimeError):
+class ClusterError(UserError, RuntimeError):
     """The cluster cannot be used; the message says why and what to do."""
 
 
 class Cluster:
     """A connection that was checked. `client` is Ray's JobSubmissionClient whose requests have a deadline."""
 
-    def __init__(self, address: str, client: Any, token: bool, ray_version: str) -> None:
-        self.address, self.client, self.token, self.ray_version = address, client, token, ray_version
+    def __init__(self, address: str, client: Any, token: bool) -> None:
+        self.address, self.client, self.token = address, client, token
 
-    def nodes(self) -> list[Node]:
-        """The nodes that are alive."""
-        listed = self._get("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
-        return [
-            Node(node["node_ip"], node["resources_total"].get("CPU", 0.0), node["resources_total"].get("GPU", 0.0))
-            for node in listed
-            if node["state"] == "ALIVE"
-        ]
+    def ask(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call Ray; ClusterError instead of its several errors."""
+        import requests
+        from ray.exceptions import AuthenticationError
+        from ray.util.state.exception import RayStateApiException
+
+        try:
+            return method(*arguments, **options)
+        except requests.RequestException as error:
+            raise ClusterError(f"cluster.address={self.address}: no answer ({_reason(error)})") from error
+        except (RuntimeError, AuthenticationError, RayStateApiException) as error:
+            raise ClusterError(f"cluster.address={self.address}: {error}") from error
+
+    def nodes(self) -> list[Any]:
+        """Ray's NodeState of all nodes that are alive."""
+        from ray.util.state import list_nodes
+
+        options = {"limit": 10_000, "timeout": int(REQUEST_SECONDS), "raise_on_missing_output": False}
+        return list(self.ask(list_nodes, self.address, [("state", "=", "ALIVE")], **options))
 
     def jobs(self) -> list[Any]:
         """Ray's JobDetails of all jobs that were submitted, the newest first."""
-        found = [job for job in self.ask(self.client.list_jobs) if job.submission_id]
-        return sorted(found, key=lambda job: -(job.start_time or 0))
+        jobs = [job for job in self.ask(self.client.list_jobs) if job.submission_id]
+        return sorted(jobs, key=lambda job: -(job.start_time or 0))
 
     def job(self, name: str) -> Any:
         """The newest job of the run of that name, or the job of that id. Raises ClusterError if there is none."""
@@ -58,23 +76,9 @@ class Cluster:
         known = ", ".join(dict.fromkeys(run_name(job) for job in jobs[:10])) or "none at all"
         raise ClusterError(f"{self.address} has no job of a run named {name}; it has: {known}")
 
-    def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a method of Ray's client; ClusterError instead of its several errors."""
-        import requests
-        from ray.exceptions import AuthenticationError
-
-        try:
-            return question(*arguments)
-        except requests.RequestException as error:
-            raise ClusterError(f"cluster.address={self.address}: no answer ({_reason(error)})") from error
-        except (RuntimeError, AuthenticationError) as error:
-            raise ClusterError(f"cluster.address={self.address}: {error}") from error
-
-    def _get(self, endpoint: str) -> Any:
-        response = self.ask(self.client._do_request, "GET", endpoint)
-        if response.status_code != 200:
-            raise ClusterError(f"{self.address}{endpoint} answers {response.status_code}: {response.text[:200]}")
-        return response.json()
+    def details(self, job_id: str) -> Any:
+        """Ray's JobDetails of one job."""
+        return self.ask(self.client.get_job_info, job_id)
 
 
 def connect(given: str | None) -> Cluster:
@@ -88,21 +92,29 @@ def connect(given: str | None) -> Cluster:
         os.environ["RAY_AUTH_MODE"] = "token"
     import ray
     from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types here
+        """Ray's requests have no deadline."""
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            seconds = UPLOAD_SECONDS if options.get("data") is not None else REQUEST_SECONDS
+            return super()._do_request(method, endpoint, timeout=seconds, **options)
 
     try:
-        client = _client(address)
-        version = client._do_request("GET", "/api/version").json()["ray_version"]
+        client = Client(address)
     except AuthenticationError as error:
         reason = "does not accept this token" if "Authentication failed" in str(error) else "asks for a token"
         raise ClusterError(f"cluster.address={address} {reason}: {TOKEN_HELP}") from error
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise ClusterError(f"cluster.address={address}: Ray's job server does not answer ({_reason(error)})") from error
+    version = client._server_ray_version
     if version != ray.__version__:
         raise ClusterError(
             f"cluster.address={address} runs Ray {version}, here is Ray {ray.__version__}: install the cluster's, "
             f"pip install 'ray[default]=={version}', or start the cluster with {ray.__version__}"
         )
-    return Cluster(address, client, token, version)
+    return Cluster(address, client, token)
 
 
 def dashboard_address(given: str | None) -> str:
@@ -120,11 +132,6 @@ def dashboard_address(given: str | None) -> str:
     return url.rstrip("/")
 
 
-def run_name(job: Any) -> str:
-    """The run's name, or the job's id if it was submitted by other means."""
-    return str((job.metadata or {}).get(RUN_NAME, job.submission_id))
-
-
 def _wants_token(address: str) -> bool:
     """Whether the cluster wants a token; asked before Ray is imported, which is when Ray decides to send one."""
     import requests
@@ -137,26 +144,168 @@ def _wants_token(address: str) -> bool:
             f"cluster.address={address}: no Ray dashboard answers ({_reason(error)}). Is the cluster up, with its "
             "dashboard, and is the port forwarded (ssh -L 8265:127.0.0.1:8265 HOST, or kubectl port-forward)?"
         ) from error
-    return mode == "token"
-
-
-def _client(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
-    class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types here
-        """Ray's requests have no deadline."""
-
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            seconds = UPLOAD_SECONDS if options.get("data") is not None else REQUEST_SECONDS
-            return super()._do_request(method, endpoint, timeout=seconds, **options)
-
-    return Client(address)
+    return bool(mode == "token")
 
 
 def _reason(error: BaseException) -> str:
     """The innermost cause in few words; requests nests them deeply."""
-    text = str(getattr(error, "args", [error])[0] if error.args else error)
+    text = str(error.args[0] if error.args else error)
     for words in ("Connection refused", "Name or service not known", "timed out", "No route to host"):
         if words in text:
             return words.lower()
     return f"{type(error).__name__}: {text[:200]}"
+
+
+def run_name(job: Any) -> str:
+    """The run's name, or the job's id if it was submitted by other means."""
+    return str((job.metadata or {}).get(RUN_NAME, job.submission_id))
+
+
+def exit_code(job: Any) -> int:
+    """The job's exit code as a shell would give it; 143 if it was stopped, 1 if it never ran."""
+    if job.status.value == "STOPPED":
+        return STOPPED
+    if job.driver_exit_code is None:
+        return 0 if job.status.value == "SUCCEEDED" else 1
+    code = int(job.driver_exit_code)
+    return code if code >= 0 else 128 - code
+
+
+def follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> int:
+    """Show the log until the job ends; returns its exit code, or 130 after Ctrl-C, which leaves the job alone.
+
+    Raises ClusterError when the cluster has not answered for `give_up_seconds`.
+    """
+    try:
+        job = asyncio.run(_follow(cluster, job_id, give_up_seconds))
+    except KeyboardInterrupt:
+        say(f"no longer following; job {job_id} goes on.")
+        for word in ("logs", "stop"):
+            say(f"  {_command(cluster, word, job_id)}")
+        return INTERRUPTED
+    say(_outcome(job))
+    return exit_code(job)
+
+
+async def _follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> Any:
+    """Ray sends a log from its beginning each time: `shown` counts the characters that were written."""
+    import aiohttp
+
+    shown = failures = 0
+    answered = time.monotonic()
+
+    def show(text: str, start: int) -> int:
+        """Write what is new in `text`, which begins at character `start` of the log; returns where it ends."""
+        nonlocal shown
+        _write(text[max(0, shown - start) :])
+        shown = max(shown, start + len(text))
+        return start + len(text)
+
+    def note_answer() -> None:
+        nonlocal answered, failures
+        if failures:
+            say("connected again")
+        answered, failures = time.monotonic(), 0
+
+    while True:
+        try:
+            position = 0
+            async with aclosing(cluster.client.tail_job_logs(job_id)) as log:
+                try:
+                    while (text := await asyncio.wait_for(anext(log, None), QUIET_SECONDS)) is not None:
+                        note_answer()
+                        position = show(text, position)
+                except TimeoutError:
+                    pass
+            job = await asyncio.to_thread(cluster.details, job_id)
+            note_answer()
+            if job.status.is_terminal():
+                # Ray closes the connection with the job, which may be before the last lines were sent.
+                show(await asyncio.to_thread(cluster.ask, cluster.client.get_job_logs, job_id), 0)
+                return job
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:  # Ray's for a broken connection, and ClusterError
+            silent = time.monotonic() - answered
+            if silent > give_up_seconds:
+                raise ClusterError(
+                    f"no answer from {cluster.address} for {silent:.0f} s ({error}). The job goes on if the cluster "
+                    f"lives; follow it again: {_command(cluster, 'logs', job_id)}"
+                ) from error
+            if not failures:
+                say(f"connection lost ({type(error).__name__}); the job goes on, trying again")
+            await asyncio.sleep(PAUSES[min(failures, len(PAUSES) - 1)])
+            failures += 1
+
+
+def show_log(cluster: Cluster, name: str, to_the_end: bool, give_up_seconds: float) -> int:
+    """The log from its beginning; returns the job's exit code if it is followed to the end, else 0."""
+    job_id = cluster.job(name).submission_id
+    if to_the_end:
+        return follow(cluster, job_id, give_up_seconds)
+    _write(cluster.ask(cluster.client.get_job_logs, job_id))
+    return 0
+
+
+def show_status(cluster: Cluster, name: str) -> None:
+    """Print what is known of one job."""
+    job = cluster.job(name)
+    print(f"run      {run_name(job)}\njob      {job.submission_id}\nstate    {job.status.value}")
+    if job.status.is_terminal():
+        print(f"exit     {exit_code(job)}")
+    print(f"started  {_clock(job.start_time)}\nended    {_clock(job.end_time)}")
+    print(f"folder   {(job.metadata or {}).get(RUN_FOLDER, 'unknown: not submitted by rlkit')}")
+    print(f"command  {job.entrypoint}")
+
+
+def list_jobs(cluster: Cluster) -> None:
+    """Print a line for every job, the newest first."""
+    rows = [("run", "state", "exit", "started", "job")]
+    for job in cluster.jobs():
+        code = str(exit_code(job)) if job.status.is_terminal() else ""
+        rows.append((run_name(job), job.status.value, code, _clock(job.start_time), job.submission_id))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def stop(cluster: Cluster, name: str, stop_seconds: float) -> None:
+    """End a job in order, and wait until it has ended. Raises ClusterError if it does not."""
+    job = cluster.job(name)
+    if job.status.is_terminal():
+        return say(f"{run_name(job)} ({job.submission_id}) has ended already: {job.status.value.lower()}")
+    cluster.ask(cluster.client.stop_job, job.submission_id)
+    say(f"stopping {run_name(job)} ({job.submission_id}); what it leaves is in its run folder")
+    # The job itself knows how long it was given when it was submitted.
+    variables = (job.runtime_env or {}).get("env_vars") or {}
+    deadline = time.monotonic() + float(variables.get("RAY_JOB_STOP_WAIT_TIME_S", stop_seconds)) + KILL_SECONDS
+    while time.monotonic() < deadline:
+        job = cluster.details(job.submission_id)
+        if job.status.is_terminal():
+            return say(_outcome(job))
+        time.sleep(0.5)
+    raise ClusterError(f"job {job.submission_id} has not ended: see Ray's logs/jobs/ on the cluster's head node")
+
+
+def say(text: str) -> None:
+    """A line for the user, beside the job's own output."""
+    print(f"rlkit: {text}", file=sys.stderr)
+
+
+def _command(cluster: Cluster, word: str, job_id: str) -> str:
+    return f"python -m rlkit.submit {word} {job_id} cluster.address={cluster.address}"
+
+
+def _outcome(job: Any) -> str:
+    """How the job ended; with Ray's message if the run never got to say anything itself."""
+    seconds = max(0.0, ((job.end_time or 0) - (job.start_time or 0)) / 1000)
+    text = f"{run_name(job)}: {job.status.value.lower()} after {seconds:.0f} s, exit code {exit_code(job)}"
+    never_ran = job.status.value == "FAILED" and job.driver_exit_code is None
+    return f"{text}\n{job.message}" if never_ran else text
+
+
+def _clock(milliseconds: int | None) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M:%S") if milliseconds else "-"
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

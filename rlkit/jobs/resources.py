@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rlkit.config.parts import ResolvedRun
 from rlkit.config.plan import colocated_places, gpu_shares, shares_gpus
-
-COLOCATED = "colocated group"
-"""An engine and the ranks on its GPUs; a rank, and a critic's, on a GPU without an engine."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +32,22 @@ class Node:
 
 def demands(run: ResolvedRun) -> list[Demand]:
     """The actors of the run with what RolloutPool, RankGroup and RewardPool ask Ray for."""
-    config, gpus, needs = run.config, gpu_shares(run.config), run.make_algorithm().needs()
-    threads, workers = config.cluster.threads_per_actor, run.reward_config.workers
-    critics = config.critic.ranks if needs.critic else 0
-    found = [
-        Demand("vLLM engine", config.rollout.workers, threads, gpus.engine),
-        Demand("learner rank", config.learner.ranks, threads, gpus.learner),
-        Demand("critic rank", critics, threads, gpus.critic),
-        Demand("reward worker", workers, 1, gpus.rewards / workers),
+    config, gpus = run.config, gpu_shares(run.config)
+    engines, workers = config.rollout.workers, run.reward_config.workers
+    critics = config.critic.ranks if run.make_algorithm().needs().critic else 0
+    actors = [
+        ("vLLM engine", engines, config.cluster.threads_per_actor, gpus.engine),
+        ("learner rank", config.learner.ranks, config.cluster.threads_per_actor, gpus.learner),
+        ("critic rank", critics, config.cluster.threads_per_actor, gpus.critic),
+        ("reward worker", workers, 1, gpus.rewards / workers),
     ]
     if shares_gpus(config.cluster):
-        engines, width = config.rollout.workers, config.rollout.tensor_parallel_size
-        found = [replace(demand, gpus=0.0) for demand in found]  # they share the GPUs of their places
-        found.append(Demand(COLOCATED, engines, 0, float(width)))
-        found.append(Demand(COLOCATED, colocated_places(config, critics) - engines * width, 0, 1.0))
-    return [demand for demand in found if demand.count]
+        # An engine and the ranks on its GPUs; a rank, and a critic's, on a GPU without an engine.
+        width = config.rollout.tensor_parallel_size
+        actors = [(what, count, threads, 0.0) for what, count, threads, _ in actors]
+        actors.append(("colocated group", engines, 0, float(width)))
+        actors.append(("colocated group", colocated_places(config, critics) - engines * width, 0, 1.0))
+    return [Demand(*actor) for actor in actors if actor[1]]
 
 
 def missing(wanted: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str], list[str]]:
@@ -72,18 +70,18 @@ def missing(wanted: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str],
 
 
 def _unplaced(wanted: Sequence[Demand], nodes: Sequence[Node]) -> str:
-    """Put the largest first onto the fullest GPUs that still have room; what has found no place, in words."""
+    """Put the largest first onto the fullest GPUs that still have room; what has no room, in words."""
     free = [[1.0] * int(node.gpus) for node in nodes]
     left: dict[str, int] = {}
     for demand in sorted((d for d in wanted if d.gpus), key=lambda d: -d.gpus):
         for _ in range(demand.count):
-            if not _place(demand.gpus, free):
+            if not _take(demand.gpus, free):
                 left[demand.what] = left.get(demand.what, 0) + 1
     return ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for what, count in left.items())
 
 
-def _place(gpus: float, free: list[list[float]]) -> bool:
-    """Take that much of one node; False if no node has it."""
+def _take(gpus: float, free: list[list[float]]) -> bool:
+    """Take that much of one node's GPUs (`free`: what is left of each, per node); False if no node has it."""
     if gpus >= 1:
         for node in free:
             whole = [i for i, share in enumerate(node) if share == 1.0]
@@ -92,9 +90,9 @@ def _place(gpus: float, free: list[list[float]]) -> bool:
                     node[i] = 0.0
                 return True
         return False
-    room = [(share, node, i) for node in free for i, share in enumerate(node) if share >= gpus - 1e-9]
-    if not room:
+    shares = [(share, node, i) for node in free for i, share in enumerate(node) if share >= gpus - 1e-9]
+    if not shares:
         return False
-    share, node, i = min(room, key=lambda place: place[0])
+    share, node, i = min(shares, key=lambda candidate: candidate[0])
     node[i] = share - gpus
     return True

@@ -1,33 +1,135 @@
-"""A run becomes a job: every check first, then the upload, then the log until the job ends."""
+"""`python -m rlkit.submit`: a run becomes a job of a Ray cluster. Every check first, then the upload, then the log."""
 
 from __future__ import annotations
 
+import os
 import re
-import sys
+import shlex
 import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+from pydantic import Field
+
+from rlkit.checkpoint.resume import find_resume
+from rlkit.config.command import asks_for_help, split_off_file
+from rlkit.config.compose import parse_overrides, quoted
 from rlkit.config.loading import load_config
-from rlkit.config.messages import ConfigError
+from rlkit.config.messages import ConfigError, Problem, all_fields, did_you_mean, validate
 from rlkit.config.model_folder import ModelFolderError
-from rlkit.config.parts import ResolvedRun
+from rlkit.config.parts import ResolvedRun, plain
 from rlkit.config.plan import plan
-from rlkit.jobs.cluster import NO_TOKEN, RUN_FOLDER, Cluster, ClusterError, connect, run_name
-from rlkit.jobs.commands import follow_job
-from rlkit.jobs.job import (
-    CONFIG_IN_ARCHIVE,
-    Job,
-    environment_problems,
-    make_job,
-    relative_path_problems,
-    resume_problems,
-    resume_warnings,
+from rlkit.config.schema import RunConfig, Section
+from rlkit.jobs.cluster import (
+    RUN_FOLDER,
+    RUN_NAME,
+    Cluster,
+    ClusterError,
+    connect,
+    follow,
+    list_jobs,
+    run_name,
+    say,
+    show_log,
+    show_status,
+    stop,
 )
-from rlkit.jobs.options import Arguments, read_arguments
-from rlkit.jobs.resources import demands, missing
+from rlkit.jobs.resources import Node, demands, missing
 from rlkit.jobs.upload import Upload, collect, pack
+
+ADDRESS = "cluster.address"
+CONFIG_IN_ARCHIVE = "submitted_config.yaml"
+PATH_KEYS = ("path", "template", "file", "folder", "dir")
+"""Fields whose names end in one of these name files."""
+ELSEWHERE = " (here; the job looks for it on the cluster)"
+USAGE = """\
+[bold]python -m rlkit.submit[/] cluster.address=http://HOST:8265 \\[what rlkit.train takes ...] \\[submit.key=value ...]
+[bold]python -m rlkit.submit[/] status|logs|stop NAME cluster.address=http://HOST:8265
+[bold]python -m rlkit.submit[/] list cluster.address=http://HOST:8265
+
+  NAME is the name of the run folder, or the job's id. cluster.address is the dashboard's; RAY_API_SERVER_ADDRESS
+  stands in for it. Exit code: the job's; 1 if it could not be followed or submitted, 2 for a wrong configuration,
+  130 after Ctrl-C, 143 for a job that was stopped.
+  dry_run=true checks configuration, upload and cluster, and submits nothing.
+"""
+NO_TOKEN = (
+    "the cluster answers without a token: whoever reaches its ports can run code on it. Start it with "
+    "RAY_AUTH_MODE=token (ray get-auth-token --generate), and keep the dashboard on 127.0.0.1"
+)
+
+
+class SubmitConfig(Section):
+    """How a run becomes a job of a Ray cluster."""
+
+    code: Literal["upload", "installed"] = "upload"
+    """upload: send the working folder, without outputs and virtual environments; installed: use the cluster's rlkit."""
+    python: str = "python"
+    """The Python of the job, on the cluster: a command or an absolute path."""
+    exclude: tuple[str, ...] = ()
+    """More names or patterns that are not uploaded: [data,"*.ckpt"]. What git ignores never is."""
+    max_file_mib: float = Field(default=20.0, gt=0)
+    """Larger files are not uploaded; a message names each."""
+    max_upload_mib: float = Field(default=100.0, gt=0, le=450)
+    """A larger folder (before compression) is refused. Ray itself takes packages below 512 MiB."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables for the job and its workers: {NAME: value}. Whoever may see the cluster's jobs can read them."""
+    pass_environment: tuple[str, ...] = ()
+    """Names of variables whose values here the job gets, too. The same people can read them."""
+    autoscaling: bool = False
+    """The cluster adds nodes when they are asked for: missing GPUs are then a warning."""
+    follow: bool = True
+    """Show the log until the job ends, and exit with its code."""
+    reconnect_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    """Following gives up when the cluster has not answered for this long; the job is left alone."""
+    stop_seconds: int = Field(default=60, ge=1)
+    """How long the job may take to end in order after `stop`, before it is killed."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line, taken apart."""
+
+    address: str | None
+    """`cluster.address` as typed."""
+    submit: SubmitConfig
+    overrides: list[str]
+    """What `rlkit.train` gets, as typed."""
+    problems: list[Problem]
+    """What is wrong with the part that is about the job."""
+
+
+def read_arguments(overrides: Sequence[str]) -> Arguments:
+    """Sort the arguments; problems of the job's own keys are collected in the result."""
+
+    def is_about_job(text: str) -> bool:
+        key = text.partition("=")[0].lstrip("+~").strip()
+        return key.startswith("submit.") or key in ("submit", ADDRESS)
+
+    parsed = parse_overrides([text for text in overrides if is_about_job(text)], {})
+    values, problems = dict(parsed.values), list(parsed.problems)
+    address = values.pop(ADDRESS, None)
+    if "submit" in values:
+        del values["submit"]
+        problems.append(
+            Problem(parsed.typed["submit"], "is a section; set its keys one by one, like submit.code=upload")
+        )
+    section, more = validate(
+        SubmitConfig,
+        {key.removeprefix("submit."): value for key, value in values.items()},
+        "submit.",
+        [key for key, _ in all_fields(SubmitConfig, "submit.")],
+        lambda key, value: parsed.typed.get(key, f"{key}={value}"),
+        {},
+    )
+    return Arguments(
+        address=None if address is None else str(address),
+        submit=section if isinstance(section, SubmitConfig) else SubmitConfig(),
+        overrides=[text for text in overrides if not is_about_job(text)],
+        problems=[*problems, *more],
+    )
 
 
 @dataclass(frozen=True)
@@ -36,67 +138,96 @@ class Checked:
 
     arguments: Arguments
     run: ResolvedRun
+    file: Path | None
+    """`--config FILE`, which travels with the job."""
     upload: Upload | None
     """None: the cluster's own rlkit."""
+    warnings: list[str]
 
 
-def submit_run(overrides: Sequence[str], file: Path | None) -> int:
-    """Check, upload, submit, follow. Returns the job's exit code; 0 after `dry_run=true` or `submit.follow=false`.
-
-    Raises ConfigError, UploadError or ClusterError before anything is sent.
-    """
-    checked = check_here(overrides, file, Path.cwd())
-    submit = checked.arguments.submit
-    absent = _absent_paths(overrides, file)
-    for warning in checked.run.warnings:
-        elsewhere = any(path in str(warning) for path in absent)
-        _say(f"warning: {warning}{' (here; the job looks for it on the cluster)' if elsewhere else ''}")
-    for text in resume_warnings(checked.run.config):
-        _say(f"warning: {text} (here; the job looks for it on the cluster)")
-    cluster = connect(checked.arguments.address)
-    check_cluster(checked, cluster)
-    _say_what_runs(checked)
-    _say(f"run folder: {checked.run.config.run_dir}, on the node where the job runs")
-    if checked.run.config.dry_run:
-        _print_plan(checked.run)
-        return 0
-    job = make_job(checked.run, checked.arguments.overrides, checked.arguments.file is not None, submit)
-    _send(job, checked, cluster)
-    _say(f"submitted {job.metadata['rlkit_run']} as job {job.submission_id} to {cluster.address}")
-    if not submit.follow:
-        _say(f"follow it: python -m rlkit.submit logs {job.submission_id} cluster.address={cluster.address}")
-        return 0
-    return follow_job(cluster, job.submission_id, submit)
-
-
-def check_here(overrides: Sequence[str], file: Path | None, here: Path) -> Checked:
+def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Checked:
     """What can be found wrong without the cluster. Raises ConfigError with all of it, or UploadError."""
-    arguments = read_arguments(overrides, file)
-    submit, run = arguments.submit, None
-    problems = [*arguments.problems, *environment_problems(submit)]
+    arguments = read_arguments(overrides)
+    submit, absent, run = arguments.submit, _absent_paths(overrides, file), None
+    problems = list(arguments.problems)
+    for name in submit.pass_environment:
+        if name not in os.environ:
+            problems.append(Problem(f"submit.pass_environment=[{name}]", f"{name} is not set here"))
     try:
-        run = load_config(arguments.overrides, file, _absent_paths(arguments.overrides, file))
+        run = load_config(arguments.overrides, file, absent)
     except ConfigError as error:
         problems += error.problems
     if problems or run is None:
         raise ConfigError(problems)
     upload = None
     if submit.code == "upload":
-        upload = collect(here, submit.exclude, submit.max_file_mib, submit.max_upload_mib)
-    problems = [*relative_path_problems(run, upload, here), *resume_problems(run.config)]
+        upload = collect(folder, submit.exclude, submit.max_file_mib, submit.max_upload_mib)
+    problems = relative_path_problems(run, upload, folder)
+    resume = run.config.resume
+    if resume not in ("auto", "never") and not Path(resume).expanduser().is_absolute():
+        why = "the job starts in a copy of this folder, without its runs; name the run by an absolute path"
+        problems.append(Problem(f"resume={resume}", why))
     if problems:
         raise ConfigError(problems)
-    return Checked(arguments, run, upload)
+    warnings = [f"{text}{ELSEWHERE if any(path in str(text) for path in absent) else ''}" for text in run.warnings]
+    return Checked(arguments, run, file, upload, warnings + [text + ELSEWHERE for text in resume_warnings(run.config)])
+
+
+def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
+    """Values that are absolute paths of nothing here: they may be on the cluster, where the job checks them."""
+    values = [text.partition("=")[2].strip("'\"") for text in overrides]
+    if file is not None and file.is_file():
+        values += re.findall(r""":\s*['"]?(/[^\s'"]+)""", file.read_text(errors="replace"))
+    return [value for value in values if value.startswith("/") and not Path(value).exists()]
+
+
+def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path) -> list[Problem]:
+    """Relative paths that exist here but not where the job starts: in the files that were uploaded."""
+    problems = []
+    for key, value in _texts(plain(run.config)):
+        path = folder / value
+        if not key.endswith(PATH_KEYS) or Path(value).is_absolute() or value.startswith("~") or not path.exists():
+            continue
+        if upload is None:
+            why = "with submit.code=installed the job does not start in this folder"
+        elif upload.has(path):
+            continue
+        else:
+            why = "it is not among the uploaded files (outside this folder, ignored, or too large)"
+        problems.append(Problem(f"{key}={value}", f"{why}; name it by an absolute path on storage the cluster sees"))
+    return problems
+
+
+def _texts(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    texts: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            texts += _texts(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            texts.append((f"{prefix}{key}", value))
+    return texts
+
+
+def resume_warnings(config: RunConfig) -> list[str]:
+    """What `resume` finds here. On storage that the cluster shares, the job finds the same."""
+    try:
+        point = find_resume(config)
+    except ConfigError as error:
+        return [f"{problem.where}: {problem.message}" for problem in error.problems]
+    return [] if point is None else [f"resume: goes on from {point.checkpoint.path}", *point.notices]
 
 
 def check_cluster(checked: Checked, cluster: Cluster) -> None:
     """Token, resources, no other job in the same run folder. Raises ClusterError."""
     if not cluster.token:
-        _say(f"warning: {NO_TOKEN}")
-    lacking, slow = missing(demands(checked.run), cluster.nodes())
-    for line in [*slow, *(lacking if checked.arguments.submit.autoscaling else [])]:
-        _say(f"warning: {line}")
-    if lacking and not checked.arguments.submit.autoscaling:
+        say(f"warning: {NO_TOKEN}")
+    resources = [(node.node_ip, node.resources_total) for node in cluster.nodes()]
+    nodes = [Node(name, total.get("CPU", 0.0), total.get("GPU", 0.0)) for name, total in resources]
+    lacking, slow = missing(demands(checked.run), nodes)
+    autoscaling = checked.arguments.submit.autoscaling
+    for line in [*slow, *(lacking if autoscaling else [])]:
+        say(f"warning: {line}")
+    if lacking and not autoscaling:
         raise ClusterError(
             f"{'; '.join(lacking)}. (If the cluster adds nodes when asked for them: submit.autoscaling=true)"
         )
@@ -109,38 +240,61 @@ def check_cluster(checked: Checked, cluster: Cluster) -> None:
             )
 
 
-def _say_what_runs(checked: Checked) -> None:
-    submit, upload = checked.arguments.submit, checked.upload
+def environment(submit: SubmitConfig) -> dict[str, str]:
+    """Variables of the driver and all its actors; an actor's own settings come on top."""
+    passed = {name: os.environ[name] for name in submit.pass_environment if name in os.environ}
+    return {
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+        # Actors without a GPU keep the device variables as they are.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Between SIGTERM and SIGKILL; Ray's own 3 s are too few for a run to end in order.
+        "RAY_JOB_STOP_WAIT_TIME_S": str(submit.stop_seconds),
+        **passed,
+        **submit.environment,
+    }
+
+
+def make_job(run: ResolvedRun, overrides: Sequence[str], has_config_file: bool, submit: SubmitConfig) -> dict[str, Any]:
+    """What Ray's `submit_job` takes to train `run`, which `overrides` (and a configuration file) describe."""
+    folder = run.config.run_dir
+    name = re.sub(r"[^\w.-]+", "-", folder.name)
+    arguments = ["-m", "rlkit.train", *(["--config", CONFIG_IN_ARCHIVE] if has_config_file else [])]
+    arguments += [text for text in overrides if text.partition("=")[0] not in ("run_dir", "dry_run")]
+    arguments.append(f"run_dir={quoted(str(folder))}")
+    return {
+        "submission_id": f"{name}-{uuid.uuid4().hex[:6]}",
+        "entrypoint": f"exec {shlex.join([submit.python, *arguments])}",
+        "runtime_env": {"env_vars": environment(submit)},
+        "metadata": {RUN_NAME: folder.name, RUN_FOLDER: str(folder)},
+    }
+
+
+def submit_run(overrides: Sequence[str], file: Path | None) -> int:
+    """Check, upload, submit, follow. Returns the job's exit code; 0 after `dry_run=true` or `submit.follow=false`.
+
+    Raises ConfigError, UploadError or ClusterError before anything is sent.
+    """
+    checked = check_here(overrides, file, Path.cwd())
+    run, submit, upload = checked.run, checked.arguments.submit, checked.upload
+    for warning in checked.warnings:
+        say(f"warning: {warning}")
+    cluster = connect(checked.arguments.address)
+    check_cluster(checked, cluster)
     for line in upload.lines() if upload is not None else ():
-        _say(line)
+        say(line)
     uploaded = upload is not None and "rlkit/__init__.py" in upload.files
-    _say(f"the job uses the {'uploaded' if uploaded else 'installed'} rlkit with the cluster's {submit.python}")
-
-
-def _send(job: Job, checked: Checked, cluster: Cluster) -> None:
-    runtime_env: dict[str, object] = {"env_vars": job.environment}
-    more = {CONFIG_IN_ARCHIVE: checked.arguments.file} if checked.arguments.file is not None else {}
-    with tempfile.TemporaryDirectory(prefix="rlkit-submit-") as folder:
-        if checked.upload is not None or more:
-            archive = Path(folder) / "working_folder.zip"
-            pack(checked.upload or Upload(Path.cwd(), {}, {}), archive, more)
-            runtime_env["working_dir"] = str(archive)
-        cluster.ask(
-            lambda: cluster.client.submit_job(
-                entrypoint=job.entrypoint,
-                submission_id=job.submission_id,
-                runtime_env=runtime_env,
-                metadata=job.metadata,
-            )
-        )
-
-
-def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
-    """Values that are absolute paths of nothing here: they may be on the cluster, where the job checks them."""
-    values = [text.partition("=")[2].strip("'\"") for text in overrides]
-    if file is not None and file.is_file():
-        values += re.findall(r""":\s*['"]?(/[^\s'"]+)""", file.read_text(errors="replace"))
-    return [value for value in values if value.startswith("/") and not Path(value).exists()]
+    say(f"the job uses the {'uploaded' if uploaded else 'installed'} rlkit with the cluster's {submit.python}")
+    say(f"run folder: {run.config.run_dir}, on the node where the job runs")
+    if run.config.dry_run:
+        _print_plan(run)
+        return 0
+    job_id = _send(checked, cluster)
+    say(f"submitted {run.config.run_dir.name} as job {job_id} to {cluster.address}")
+    if submit.follow:
+        return follow(cluster, job_id, submit.reconnect_seconds)
+    say(f"follow it: python -m rlkit.submit logs {job_id} cluster.address={cluster.address}")
+    return 0
 
 
 def _print_plan(run: ResolvedRun) -> None:
@@ -148,9 +302,62 @@ def _print_plan(run: ResolvedRun) -> None:
         for line in plan(run):
             print(f"{line.area:<9}{line.what:<31}{line.amount}")
     except ModelFolderError as error:
-        _say(f"no plan from here: {error}")
-    _say("configuration and cluster fit; nothing was submitted (dry_run=true)")
+        say(f"no plan from here: {error}")
+    say("configuration and cluster fit; nothing was submitted (dry_run=true)")
 
 
-def _say(text: str) -> None:
-    print(f"rlkit: {text}", file=sys.stderr)
+def _send(checked: Checked, cluster: Cluster) -> str:
+    """Upload and submit; returns the job's id."""
+    job = make_job(checked.run, checked.arguments.overrides, checked.file is not None, checked.arguments.submit)
+    more = {} if checked.file is None else {CONFIG_IN_ARCHIVE: checked.file}
+    with tempfile.TemporaryDirectory(prefix="rlkit-submit-") as folder:
+        if checked.upload is not None or more:
+            archive = Path(folder) / "working_folder.zip"
+            pack(checked.upload, archive, more)
+            job["runtime_env"]["working_dir"] = str(archive)  # Ray's client uploads it
+        return str(cluster.ask(cluster.client.submit_job, **job))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Do what the arguments ask for; returns the exit code. Raises ConfigError, UploadError or ClusterError."""
+    if asks_for_help(arguments):
+        return _help()
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):
+        return _about_jobs(arguments[0], arguments[1:])
+    file, overrides = split_off_file(arguments)
+    return submit_run(overrides, file)
+
+
+def _about_jobs(word: str, rest: list[str]) -> int:
+    words = ["status", "logs", "stop", "list"]
+    if word not in words:
+        raise ConfigError([Problem(word, f"no such command; {did_you_mean(word, words)}")])
+    names = [text for text in rest if "=" not in text]
+    arguments = read_arguments([text for text in rest if "=" in text])
+    problems = [*arguments.problems, *(Problem(text, f"has no effect with {word}") for text in arguments.overrides)]
+    if len(names) != (word != "list"):
+        problems.append(Problem(word, "takes no name" if word == "list" else "takes one name: of a run, or a job's id"))
+    if problems:
+        raise ConfigError(problems)
+    submit, cluster = arguments.submit, connect(arguments.address)
+    if word == "logs":
+        return show_log(cluster, names[0], submit.follow, submit.reconnect_seconds)
+    if word == "list":
+        list_jobs(cluster)
+    elif word == "status":
+        show_status(cluster, names[0])
+    else:
+        stop(cluster, names[0], submit.stop_seconds)
+    return 0
+
+
+def _help() -> int:
+    from rich.console import Console
+
+    from rlkit.config.help import print_section
+
+    console = Console()
+    console.print(USAGE, highlight=False)
+    print_section(console, "submit", SubmitConfig.__doc__ or "", all_fields(SubmitConfig, "submit."))
+    console.print("\nEvery key of the run itself: python -m rlkit.train --help", highlight=False)
+    return 0

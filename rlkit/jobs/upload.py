@@ -1,14 +1,19 @@
-"""The files of the working folder that a job gets, packed into one archive that Ray's job client uploads."""
+"""The files of the working folder that a job gets, packed into one archive that Ray's client uploads.
+
+Ray would choose the files itself (`working_dir` with `excludes`), but it neither says which nor stops at a size.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+
+from rlkit.experience import UserError
 
 MIB = 2**20
 ANYWHERE = (
@@ -16,13 +21,13 @@ ANYWHERE = (
     *("__pycache__", "*.pyc", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints"),
     *(".tox", ".nox", ".idea", ".vscode", ".DS_Store"),
 )
-"""Names of environments, caches and secrets wherever they stand."""
+"""Names of environments, caches and secrets, in any folder."""
 AT_THE_TOP = ("runs", "outputs", "wandb", "mlruns", "build", "dist")
 """Names of outputs; further down they may be code."""
 SHOWN = 5
 
 
-class UploadError(ValueError):
+class UploadError(UserError):
     """The folder cannot be uploaded; the message names the largest files and the remedy."""
 
 
@@ -36,11 +41,6 @@ class Upload:
     too_large: dict[str, int]
     """Files left out for their size."""
 
-    @property
-    def total(self) -> int:
-        """Bytes before compression."""
-        return sum(self.files.values())
-
     def has(self, path: Path) -> bool:
         """Whether a file, or something in a folder, is among the files."""
         try:
@@ -51,51 +51,47 @@ class Upload:
 
     def lines(self) -> list[str]:
         """For the screen: how much goes, and what does not although one might expect it."""
-        text = [f"uploading {self.folder}: {len(self.files)} files, {_mib(self.total)}"]
-        text += [
-            f"not uploaded: {name} ({_mib(size)}, above submit.max_file_mib)" for name, size in _top(self.too_large)
-        ]
+        lines = [f"uploading {self.folder}: {len(self.files)} files, {_mib(sum(self.files.values()))}"]
+        for name, size in _largest(self.too_large):
+            lines.append(f"not uploaded: {name} ({_mib(size)}, above submit.max_file_mib)")
         rest = len(self.too_large) - SHOWN
-        return [*text, *([f"not uploaded: {rest} more files of that size"] if rest > 0 else [])]
+        return [*lines, f"not uploaded: {rest} more files of that size"] if rest > 0 else lines
 
 
 def collect(folder: Path, exclude: Sequence[str], max_file_mib: float, max_upload_mib: float) -> Upload:
     """What of `folder` is uploaded. Raises UploadError if that is too much or nothing."""
-    files: dict[str, int] = {}
-    too_large: dict[str, int] = {}
     patterns = (*ANYWHERE, *(pattern.rstrip("/") for pattern in exclude))
-    names = {name for name in _candidates(folder, patterns) if not _excluded(name, patterns)}
-    heads = (name.removesuffix("metrics.jsonl") for name in names if name.endswith("/metrics.jsonl"))
-    run_folders = tuple(head for head in heads if f"{head}config.yaml" in names)
-    for name in sorted(names):
-        path = folder / name
-        if path.is_file() and not name.startswith(run_folders):
-            size = path.stat().st_size
-            (too_large if size > max_file_mib * MIB else files)[name] = size
-    upload = Upload(folder, files, too_large)
+    names = {name for name in _candidates(folder, patterns) if not _is_excluded(name, patterns)}
+    parents = (name.removesuffix("metrics.jsonl") for name in names if name.endswith("/metrics.jsonl"))
+    run_folders = tuple(parent for parent in parents if f"{parent}config.yaml" in names)
+    names = {name for name in names if not name.startswith(run_folders) and (folder / name).is_file()}
+    sizes = {name: (folder / name).stat().st_size for name in sorted(names)}
+    too_large = {name: size for name, size in sizes.items() if size > max_file_mib * MIB}
+    files = {name: size for name, size in sizes.items() if name not in too_large}
     if not files:
         raise UploadError(
             f"{folder} has no file to upload: run this in your project's folder, or submit.code=installed"
         )
-    if upload.total > max_upload_mib * MIB:
-        largest = "".join(f"\n    {_mib(size):>11}  {name}" for name, size in _top(files))
+    total = sum(files.values())
+    if total > max_upload_mib * MIB:
+        largest = "".join(f"\n    {_mib(size):>11}  {name}" for name, size in _largest(files))
         raise UploadError(
-            f"{folder} has {_mib(upload.total)} to upload in {len(files)} files, more than "
+            f"{folder} has {_mib(total)} to upload in {len(files)} files, more than "
             f"submit.max_upload_mib={max_upload_mib:g}. The largest:{largest}\n"
             "    Leave out what the job does not need: submit.exclude=[FOLDER,'\"*.bin\"'], or .gitignore. Models and "
             "data belong on storage that the cluster sees, named by absolute paths."
         )
-    return upload
+    return Upload(folder, files, too_large)
 
 
-def pack(upload: Upload, archive: Path, more: dict[str, Path]) -> None:
+def pack(upload: Upload | None, archive: Path, more: Mapping[str, Path]) -> None:
     """Write the archive. Equal files give equal bytes, so that Ray finds a package that it has already.
 
     `more` are further files: name in the archive -> where the content is.
     """
+    sources = {} if upload is None else {name: upload.folder / name for name in upload.files}
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-        sources = {**{name: upload.folder / name for name in upload.files}, **more}
-        for name, source in sorted(sources.items()):
+        for name, source in sorted({**sources, **more}.items()):
             entry = zipfile.ZipInfo(name, date_time=(2020, 1, 1, 0, 0, 0))
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = (source.stat().st_mode & 0o777) << 16
@@ -104,44 +100,36 @@ def pack(upload: Upload, archive: Path, more: dict[str, Path]) -> None:
 
 def _candidates(folder: Path, patterns: Sequence[str]) -> Iterator[str]:
     """Relative paths: in a git checkout what git does not ignore, elsewhere everything outside excluded folders."""
-    environments = {file.parent for file in folder.glob("*/pyvenv.cfg")}
-    listed = _from_git(folder)
-    if listed is not None:
-        yield from (name for name in listed if not environments & set((folder / name).parents))
-        return
-    for root, folders, names in os.walk(folder):
-        here = Path(root)
-        folders[:] = [
-            name
-            for name in folders
-            if not _excluded((here / name).relative_to(folder).as_posix(), patterns)
-            and not (here / name / "pyvenv.cfg").exists()
-        ]
-        yield from ((here / name).relative_to(folder).as_posix() for name in names)
-
-
-def _from_git(folder: Path) -> list[str] | None:
-    """Tracked and new files that git does not ignore; None where there is no git or no checkout."""
     command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:
-        return None
-    return [name for name in os.fsdecode(done.stdout).split("\0") if name]
+        listing = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
+        for root, folders, names in os.walk(folder):
+            parent = Path(root).relative_to(folder)
+            folders[:] = [
+                name
+                for name in folders
+                if not _is_excluded((parent / name).as_posix(), patterns)
+                and not (folder / parent / name / "pyvenv.cfg").exists()
+            ]
+            yield from ((parent / name).as_posix() for name in names)
+        return
+    environments = {file.parent for file in folder.glob("*/pyvenv.cfg")}
+    for name in os.fsdecode(listing).split("\0"):
+        if name and not environments & set((folder / name).parents):
+            yield name
 
 
-def _excluded(name: str, patterns: Sequence[str]) -> bool:
+def _is_excluded(name: str, patterns: Sequence[str]) -> bool:
     """Whether a pattern matches the path, a folder above it, or one of their names."""
     steps = name.split("/")
     if steps[0] in AT_THE_TOP:
         return True
-    heads = ["/".join(steps[: end + 1]) for end in range(len(steps))]
-    return any(fnmatch(text, pattern) for pattern in patterns for text in (*steps, *heads))
+    paths = ["/".join(steps[: end + 1]) for end in range(len(steps))]
+    return any(fnmatch(text, pattern) for pattern in patterns for text in (*steps, *paths))
 
 
-def _top(files: dict[str, int]) -> list[tuple[str, int]]:
+def _largest(files: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(files.items(), key=lambda item: -item[1])[:SHOWN]
 
 

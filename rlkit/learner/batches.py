@@ -1,7 +1,4 @@
-"""From scored groups to micro-batches: which samples train, on which rank, in which micro-batch, as which rows.
-
-One number per response token for whole groups: what log-probs and values have in common.
-"""
+"""From scored groups to micro-batches: which samples train, on which rank, in which micro-batch, as which rows."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
 
 @dataclass(frozen=True)
 class TrainGroup:
-    """The samples of one group that enter the loss, with their places in the Experience's sample order."""
+    """The samples of one group that enter the loss, with their indices in the Experience's sample order."""
 
     group: Group
     samples: tuple[Sample, ...]
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
 
     @property
     def tree(self) -> Tree:
@@ -44,16 +41,16 @@ class Minibatch:
 
 def train_groups(groups: Sequence[Group], advantages: Advantages) -> list[TrainGroup]:
     """The kept samples with at least one trained token, group by group; groups without any are left out."""
-    chosen, place = [], 0
+    chosen, first = [], 0
     for group in groups:
         kept = [
-            (sample, place + i)
+            (sample, first + i)
             for i, sample in enumerate(group.samples)
-            if advantages.keep[place + i] and sample.trained.any()
+            if advantages.keep[first + i] and sample.trained.any()
         ]
-        place += len(group.samples)
+        first += len(group.samples)
         if kept:
-            chosen.append(TrainGroup(group, tuple(s for s, _ in kept), tuple(p for _, p in kept)))
+            chosen.append(TrainGroup(group, tuple(s for s, _ in kept), tuple(i for _, i in kept)))
     return chosen
 
 
@@ -101,7 +98,7 @@ def _split_group(group: TrainGroup, limit: int) -> list[TrainGroup]:
     if prompt + sum(sizes) <= limit:
         return [group]
     return [
-        TrainGroup(group.group, tuple(group.samples[i] for i in part), tuple(group.places[i] for i in part))
+        TrainGroup(group.group, tuple(group.samples[i] for i in part), tuple(group.indices[i] for i in part))
         for part in split_by_tokens(sizes, max(1, limit - prompt))
     ]
 
@@ -124,14 +121,14 @@ class Rows:
     """[R]"""
     extras: dict[str, Tensor]
     """[R] each"""
-    places: tuple[int, ...]
-    """Place of each sample in the Experience's order."""
+    indices: tuple[int, ...]
+    """Index of each sample in the Experience's order."""
 
 
 def rows_of(microbatch: Sequence[TrainGroup], advantages: Advantages, device: str) -> Rows:
     """Flat rows for a non-empty micro-batch."""
     samples = [sample for group in microbatch for sample in group.samples]
-    places = tuple(place for group in microbatch for place in group.places)
+    indices = tuple(index for group in microbatch for index in group.indices)
 
     def flat(per_sample: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(per_sample).astype(np.float32)).to(device)
@@ -139,14 +136,14 @@ def rows_of(microbatch: Sequence[TrainGroup], advantages: Advantages, device: st
     lengths = torch.tensor([len(sample) for sample in samples])
     sizes = torch.tensor([len(group.samples) for group in microbatch])
     return Rows(
-        advantages=flat([advantages.tokens[p] for p in places]),
+        advantages=flat([advantages.tokens[i] for i in indices]),
         rollout_logprobs=flat([sample.logprobs for sample in samples]),
         mask=flat([sample.trained for sample in samples]),
         sequence=torch.repeat_interleave(torch.arange(len(samples)), lengths).to(device),
         group=torch.repeat_interleave(torch.arange(len(microbatch)), sizes).to(device),
-        returns=None if advantages.returns is None else flat([advantages.returns[p] for p in places]),
-        extras={name: flat([values[p] for p in places]) for name, values in advantages.extras.items()},
-        places=places,
+        returns=None if advantages.returns is None else flat([advantages.returns[i] for i in indices]),
+        extras={name: flat([values[i] for i in indices]) for name, values in advantages.extras.items()},
+        indices=indices,
     )
 
 
@@ -155,11 +152,11 @@ def per_token(
 ) -> list[np.ndarray]:
     """`forward` gives [R] for a packed batch; returns [T] float32 for every sample of every group, in order."""
     trees = [Tree(g.prompt.token_ids, tuple(s.token_ids.tolist() for s in g.samples)) for g in groups]
-    found: dict[int, list[np.ndarray]] = {}
+    pieces_of: dict[int, list[np.ndarray]] = {}
     for members in split_by_tokens([tree.tokens for tree in trees], tokens_per_microbatch):
         rows = forward(pack([trees[i] for i in members]).to(device)).float().cpu().numpy()
         lengths = [len(suffix) for i in members for suffix in trees[i].suffixes]
         pieces = iter(np.split(rows, np.cumsum(lengths)[:-1]))
         for i in members:
-            found[i] = [next(pieces) for _ in trees[i].suffixes]
-    return [piece for i in range(len(trees)) for piece in found[i]]
+            pieces_of[i] = [next(pieces) for _ in trees[i].suffixes]
+    return [piece for i in range(len(trees)) for piece in pieces_of[i]]

@@ -108,11 +108,13 @@ class Critic:
         output = self.algorithm.value_loss(
             ValueLossInputs(
                 values=predicted,
-                old_values=torch.from_numpy(np.concatenate([old_values[p] for p in rows.places])).to(self.device),
+                old_values=torch.from_numpy(np.concatenate([old_values[index] for index in rows.indices])).to(
+                    self.device
+                ),
                 returns=rows.returns,
                 mask=rows.mask,
                 sequence=rows.sequence,
-                num_sequences=len(rows.places),
+                num_sequences=len(rows.indices),
                 denominators=minibatch.denominators,
             )
         )

@@ -1,14 +1,7 @@
-"""The DeepSpeed engine of a learner rank: precision, ZeRO stage, clipping, schedule and the guard against NaN.
+"""DeepSpeed engines: how one is built, one optimizer step, its full state for checkpoints, and offloading to the host.
 
-Weights and Adam's moments of a DeepSpeed engine as full fp32 tensors: in and out, whatever ranks and ZeRO stage.
-
-What one world size or stage has saved, another can load. Every function is called on all ranks alike.
-
-A trained model out of its GPU's memory while the engines sample, and back. All ranks call both alike.
-
-DeepSpeed 0.19 moves everything with ZeRO 1 and 2. With ZeRO 3 it moves master weights and moments of its own FusedAdam
-only, so ours are moved here; the ranks' shards of the parameters stay on the GPU, from where they can be gathered for
-an engine that is replaced meanwhile.
+The moments of every parameter are read and written as full fp32 tensors, so another number of ranks or ZeRO stage can
+resume.
 """
 
 from __future__ import annotations
@@ -25,14 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlkit.config.schema import LearnerConfig
-
-
-def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """The dtype a config value names; `auto` is bfloat16 on CUDA and float32 on CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+from rlkit.models.policy import resolve_dtype
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -77,7 +63,7 @@ def init_process_group(
 ) -> None:
     """Join the learner's ranks. DeepSpeed wants a process group even for one rank.
 
-    A collective operation that takes longer than `seconds` (null: DeepSpeed's default) fails; NCCL ends the process.
+    A collective operation that takes longer than `seconds` (None: DeepSpeed's default) fails; NCCL ends the process.
     """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port)
@@ -180,15 +166,15 @@ def full_state(engine: Any) -> dict[str, Tensor]:
 
     Before the first optimizer step there are no moments.
     """
-    found: dict[str, Tensor] = {STEP: torch.tensor(_steps(engine), dtype=torch.int64)}
-    if found[STEP] > 0:
+    state: dict[str, Tensor] = {STEP: torch.tensor(_steps(engine), dtype=torch.int64)}
+    if state[STEP] > 0:
         _link_moments(engine)
-    for name, parameter in _trained(engine):
-        found[f"{WEIGHT}/{name}"] = _get(engine, parameter, None)
-        if found[STEP] > 0:
+    for name, parameter in _trained_parameters(engine):
+        state[f"{WEIGHT}/{name}"] = _get(engine, parameter, None)
+        if state[STEP] > 0:
             for key in MOMENTS:
-                found[f"{key}/{name}"] = _get(engine, parameter, key)
-    return found
+                state[f"{key}/{name}"] = _get(engine, parameter, key)
+    return state
 
 
 def load_full_state(engine: Any, state: Mapping[str, Tensor]) -> None:
@@ -199,7 +185,7 @@ def load_full_state(engine: Any, state: Mapping[str, Tensor]) -> None:
     steps = int(state[STEP])
     if steps:
         _make_moments(engine, steps)
-    for name, parameter in _trained(engine):
+    for name, parameter in _trained_parameters(engine):
         value = state[f"{WEIGHT}/{name}"].to(parameter.device)
         _set(engine, parameter, None, value)
         with (
@@ -211,7 +197,7 @@ def load_full_state(engine: Any, state: Mapping[str, Tensor]) -> None:
             _set(engine, parameter, key, state[f"{key}/{name}"].to(parameter.device))
 
 
-def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained_parameters(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
     module: nn.Module = engine.module
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
@@ -229,7 +215,7 @@ def _steps(engine: Any) -> int:
 def _check(engine: Any, state: Mapping[str, Tensor]) -> None:
     shapes = {
         f"{WEIGHT}/{name}": tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in _trained(engine)
+        for name, parameter in _trained_parameters(engine)
     }
     for name, shape in shapes.items():
         if name not in state or tuple(state[name].shape) != shape:

@@ -17,10 +17,10 @@ from algorithms.base import Advantages, Algorithm, LossInputs
 from rlkit.config.schema import LearnerConfig
 from rlkit.experience import Group
 from rlkit.learner.batches import Minibatch, Rows, TrainGroup, per_token, plan_minibatches, rows_of, train_groups
-from rlkit.learner.engine import build_engine, learning_rate, optimizer_step, resolve_dtype
+from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
 from rlkit.learner.metrics import StepMetrics, mismatch
 from rlkit.models.packing import PackedBatch, Tree, pack
-from rlkit.models.policy import load_causal_lm
+from rlkit.models.policy import load_causal_lm, resolve_dtype
 from rlkit.weights.bundle import TensorMeta, buckets
 
 log = logging.getLogger(__name__)
@@ -116,10 +116,10 @@ class PolicyLearner:
         return result
 
     def _old_logprobs(self, chosen: Sequence[TrainGroup]) -> dict[int, np.ndarray]:
-        """Place -> [T] under the policy before the first optimizer step; every rank computes all of them."""
+        """Sample index -> [T] under the policy before the first optimizer step; every rank computes all of them."""
         logprobs = self.group_logprobs([_as_group(group) for group in chosen])
-        places = [place for group in chosen for place in group.places]
-        return dict(zip(places, logprobs, strict=True))
+        indices = [index for group in chosen for index in group.indices]
+        return dict(zip(indices, logprobs, strict=True))
 
     def _optimizer_step(
         self, minibatch: Minibatch, advantages: Advantages, old: dict[int, np.ndarray] | None, metrics: StepMetrics
@@ -171,7 +171,7 @@ class PolicyLearner:
     def _rows_before(self, rows: Rows, logprobs: torch.Tensor, old: dict[int, np.ndarray] | None) -> torch.Tensor:
         if old is None:  # one optimizer step: the policy before it is the policy of this very forward pass
             return logprobs.detach()
-        return torch.from_numpy(np.concatenate([old[place] for place in rows.places])).to(self.device)
+        return torch.from_numpy(np.concatenate([old[index] for index in rows.indices])).to(self.device)
 
     @torch.no_grad()
     def _reference_rows(self, packed: PackedBatch) -> torch.Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NoReturn, Protocol
 
 from algorithms.base import Algorithm
 from rlkit.cluster.placement import Place
+from rlkit.cluster.processes import free_port
 from rlkit.cluster.waiting import waiting
 from rlkit.config.plan import offloads
 from rlkit.config.schema import LearnerConfig, RunConfig
@@ -51,9 +51,7 @@ class Rank(ABC):
         import ray
 
         host = ray.util.get_node_ip_address()
-        with socket.socket() as s:
-            s.bind((host, 0))
-            return host, int(s.getsockname()[1])
+        return host, free_port(host)
 
     def start(self, ranks: int, host: str, port: int) -> Any:
         """Join the other ranks and load the model."""

@@ -73,13 +73,13 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scal
 def _bucketed(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float) -> Tensor:
     """[T, H, D] each -> [T, Hq, D], one padded call per bucket of similar lengths.
 
-    Padding stands behind every real token, so the causal rule alone hides it.
+    Padding follows every real token, so the causal rule alone hides it.
     """
     pieces = []
     for bucket in packed.buckets:
-        places = packed.expand[bucket].reshape(-1)
+        indices = packed.expand[bucket].reshape(-1)
         q, k, v = (
-            _take(t, places).view(*bucket.shape, *t.shape[1:]).transpose(1, 2) for t in (query, key, value)
+            _take(t, indices).view(*bucket.shape, *t.shape[1:]).transpose(1, 2) for t in (query, key, value)
         )  # [n, H, L, D]
         out = nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
@@ -89,13 +89,13 @@ def _bucketed(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, sc
     return torch.index_select(flat, 0, packed.bucket_collapse).view_as(query)
 
 
-def _take(rows: Tensor, places: Tensor) -> Tensor:
-    """rows[places] along the first axis; its backward is one index_add, which is fast on CPU too."""
-    return torch.index_select(rows.reshape(rows.shape[0], -1), 0, places).view(-1, *rows.shape[1:])
+def _take(rows: Tensor, indices: Tensor) -> Tensor:
+    """rows[indices] along the first axis; its backward is one index_add, which is fast on CPU too."""
+    return torch.index_select(rows.reshape(rows.shape[0], -1), 0, indices).view(-1, *rows.shape[1:])
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """Packed attention needs no mask tensor."""
+    return None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -1,6 +1,6 @@
-"""Where a model lies: a folder, or one of the tiny models in the package (`examples/embedded_models/` makes them).
+"""The folder that a model path names.
 
-`embedded:policy` and `embedded:polar` name their folders wherever a model path is expected.
+`embedded:policy` and `embedded:polar` are the tiny models in the package (`examples/embedded_models/` makes them).
 """
 
 from __future__ import annotations
@@ -20,6 +20,3 @@ def model_folder(path: str) -> Path:
         known = ", ".join(sorted(f"{PREFIX}{config.parent.name}" for config in EMBEDDED.glob("*/config.json")))
         raise ValueError(f"there is no embedded model {path!r}; the package has: {known or 'none'}")
     return folder
-
-
-__all__ = ["EMBEDDED", "PREFIX", "model_folder"]

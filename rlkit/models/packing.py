@@ -1,6 +1,6 @@
-"""Ragged sequences as one flat row of tokens, with prefixes that several sequences share stored once.
+"""Ragged sequences as one flat row of tokens, in which a prefix that several sequences share is stored once.
 
-A group of samples has one prompt: its tokens go through the model's linear layers once, not once per sample.
+A group of samples has one prompt: its tokens pass the model's linear layers once, not once per sample.
 
     >>> batch = pack([Tree(prefix=(5, 6), suffixes=((7,), (8, 9)))])
     >>> batch.token_ids.tolist(), batch.position_ids.tolist()
@@ -27,24 +27,57 @@ class Tree:
     prefix: Sequence[int]
     suffixes: Sequence[Sequence[int]]
 
+    @classmethod
+    def of(cls, sequences: Sequence[tuple[int, ...]]) -> Tree:
+        """The sequences, with the tokens that all of them begin with as the prefix."""
+        prefix = shared_prefix(sequences)
+        return cls(prefix, tuple(ids[len(prefix) :] for ids in sequences))
+
     @property
     def tokens(self) -> int:
-        """Tokens this tree takes in a packed batch."""
+        """Tokens in a packed batch: the prefix counts once."""
         return len(self.prefix) + sum(len(suffix) for suffix in self.suffixes)
+
+    @property
+    def expanded_tokens(self) -> int:
+        """Tokens of all sequences: the prefix counts in each."""
+        return len(self.prefix) * len(self.suffixes) + sum(len(suffix) for suffix in self.suffixes)
+
+    def cut(self, limit: int) -> list[Tree]:
+        """Trees with this prefix and a part of the suffixes: at most `limit` expanded tokens each, or one sequence."""
+        parts: list[list[Sequence[int]]] = [[]]
+        room = limit
+        for suffix in self.suffixes:
+            size = len(self.prefix) + len(suffix)
+            if parts[-1] and size > room:
+                parts.append([])
+                room = limit
+            parts[-1].append(suffix)
+            room -= size
+        return [Tree(self.prefix, part) for part in parts]
+
+
+def shared_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The tokens that all sequences begin with."""
+    if not sequences:
+        return ()
+    first, last = min(sequences), max(sequences)  # these two differ earliest
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """T packed tokens that stand for N sequences of F >= T tokens in all; R suffix tokens are predicted."""
+    """T packed tokens of N sequences with F >= T tokens in all; R suffix tokens are predicted."""
 
     token_ids: Tensor
     """[T] int64"""
     position_ids: Tensor
-    """[T] int64: place in its own sequence."""
+    """[T] int64: position in the token's sequence."""
     expand: Tensor
     """[F] int64: packed index of each token of each sequence, sequence after sequence."""
     collapse: Tensor
-    """[T] int64: for each packed token, one place in the F expanded ones that holds it."""
+    """[T] int64: for each packed token, the index of one of its copies among the F expanded ones."""
     cu_lengths: Tensor
     """[N+1] int32: where each sequence starts in the F expanded tokens."""
     lengths: tuple[int, ...]
@@ -56,12 +89,12 @@ class PackedBatch:
     last: Tensor
     """[N] int64: packed index of each sequence's last token."""
     buckets: tuple[Tensor, ...]
-    """Similar lengths, [n, L] int64 each: places in the F expanded tokens, short rows padded by repeating."""
+    """Similar lengths, [n, L] int64 each: indices of expanded tokens, short rows padded by repeating the last."""
     bucket_collapse: Tensor
     """[T] int64: like `collapse`, into the rows of all buckets laid end to end."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
+        """The batch on another device."""
         moved = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -148,7 +181,7 @@ def _buckets(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def split_by_tokens(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Items into micro-batches of at most `limit` tokens (an item above the limit gets its own), nearly equally full.
+    """Items in micro-batches of at most `limit` tokens (or one larger item), nearly equally full.
 
     First-fit decreasing; indices inside a micro-batch are ascending, and micro-batches are ordered by their first item.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,29 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rlkit.experience import UserError
 from rlkit.models.attention import PACKED_ATTENTION
 from rlkit.models.logprobs import LogProbLinear
 from rlkit.models.packing import PackedBatch
 
 CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields of models that do more to the logits than the head's product: our log-probs would be wrong."""
+"""Config fields of models that change the logits after the head: our log-probs would be wrong."""
 
 
-class ModelLoadError(ValueError):
+class ModelLoadError(UserError, ValueError):
     """A model folder that cannot be used; the message says why and what to do."""
 
 
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype a config value names; `auto` is float32 on CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 class PackedCausalLM(nn.Module):
-    """A causal language model that maps a packed batch to log-probs; `self.model` is the plain Hugging Face model."""
+    """A causal language model that maps a packed batch to log-probs; `model` is the plain Hugging Face model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -84,15 +94,27 @@ class PackedValueModel(nn.Module):
 
 def hidden_states(model: PreTrainedModel, packed: PackedBatch) -> Tensor:
     """[T, D] final hidden states of the packed tokens."""
+    hidden: Tensor = _decode(model, packed).last_hidden_state[0]
+    return hidden
+
+
+def layer_states(model: PreTrainedModel, packed: PackedBatch, layers: Sequence[int]) -> Tensor:
+    """[T, L, D] hidden states after L layers, numbered as transformers does: 0 is the embedding, -1 the final state."""
+    if list(layers) == [-1]:  # the others need not be kept
+        return hidden_states(model, packed)[:, None]
+    states = _decode(model, packed, output_hidden_states=True).hidden_states
+    return torch.stack([states[layer][0] for layer in layers], dim=1)
+
+
+def _decode(model: PreTrainedModel, packed: PackedBatch, **options: Any) -> Any:
     decoder: Any = model.base_model
-    output = decoder(
+    return decoder(
         input_ids=packed.token_ids[None],
         position_ids=packed.position_ids[None],
         use_cache=False,
         packed=packed,
+        **options,
     )
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden
 
 
 def load_causal_lm(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedCausalLM:
@@ -102,7 +124,7 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype, *, trust_remote_code: b
 
 def load_scorer(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedScorer:
     """A one-label sequence classifier from a Hugging Face folder. Raises ModelLoadError with the remedy."""
-    model, info = _load_told(AutoModelForSequenceClassification, path, dtype, trust_remote_code)
+    model, info = _load_with_info(AutoModelForSequenceClassification, path, dtype, trust_remote_code)
     lost = sorted(info["missing_keys"])
     if lost:
         raise ModelLoadError(
@@ -114,7 +136,7 @@ def load_scorer(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool
 def load_value_model(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedValueModel:
     """A critic from the folder of a causal language model (or of a critic saved before).
 
-    A head that is not in the folder starts at zero: all values are 0 until the critic has learnt something.
+    A head that is not in the folder starts at zero: all values are 0 until the critic has learnt.
     """
     model = _load(AutoModelForSequenceClassification, path, dtype, trust_remote_code, num_labels=1)
     if not (Path(path) / "config.json").read_text().count("ForSequenceClassification"):
@@ -124,13 +146,13 @@ def load_value_model(path: str | Path, dtype: torch.dtype, *, trust_remote_code:
 
 
 def _load(auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
-    return _load_told(auto, path, dtype, trust_remote_code, **options)[0]
+    return _load_with_info(auto, path, dtype, trust_remote_code, **options)[0]
 
 
-def _load_told(
+def _load_with_info(
     auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bool, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and what transformers tells of its loading (`missing_keys` and the like)."""
+    """The model, and transformers' report on loading it (`missing_keys` and the like)."""
     try:
         model, info = auto.from_pretrained(
             path,

@@ -6,12 +6,9 @@ ends them with the cause. So nothing here waits for ever.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +19,9 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NoReturn
 
+from rlkit.cluster.processes import end, free_port, spawn
+from rlkit.experience import UserError
+
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -29,8 +29,6 @@ LOOK_SECONDS = 1.0
 """How often the parent looks at the clock while it waits for its ranks."""
 END_SECONDS = 10.0
 """How long ranks may take to end in order when they must; then they are killed."""
-
-_PR_SET_PDEATHSIG = 1
 
 Work = Callable[..., int]
 """(rank, port, *arguments) -> exit code. Can be pickled by name."""
@@ -40,7 +38,7 @@ class Terminated(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt it passes through everything."""
 
 
-class RankHangsError(RuntimeError):
+class RankHangsError(UserError):
     """A rank waited too long for another one."""
 
 
@@ -50,19 +48,14 @@ def run_ranks(ranks: int, seconds: float, limit: str, work: Work, *arguments: An
     `seconds` (from the configuration's key `limit`) is how long a rank may keep the others waiting. Ranks explain
     their own errors; what ends a rank without a word is said here.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     if ranks == 1:
         return work(0, port, *arguments)
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_rank_process, args=(rank, port, os.getpid(), work, arguments)) for rank in range(ranks)
-    ]
+    processes: list[BaseProcess] = []
     with raises_terminated():
         try:
-            for process in processes:
-                process.start()
+            for rank in range(ranks):
+                processes.append(spawn(_rank_process, rank, port, work, arguments))
             return _wait_for(processes, seconds, limit)
         except KeyboardInterrupt:
             print("rlkit: interrupted", file=sys.stderr)
@@ -71,7 +64,7 @@ def run_ranks(ranks: int, seconds: float, limit: str, work: Work, *arguments: An
             print("rlkit: ended by SIGTERM", file=sys.stderr)
             return TERMINATED
         finally:
-            _end(processes)
+            end(processes, END_SECONDS)
 
 
 def join_ranks(rank: int, ranks: int, port: int, device: str, threads: int, seed: int, seconds: float) -> None:
@@ -88,7 +81,7 @@ def join_ranks(rank: int, ranks: int, port: int, device: str, threads: int, seed
     torch.manual_seed(seed)
     if dist.is_initialized():  # the tests' process runs several trainings
         return
-    if ranks > 1:  # DeepSpeed makes groups of its own, and would leave them torch's time-out
+    if ranks > 1:  # DeepSpeed makes its own groups, and would leave them torch's time-out
         dist.new_group = functools.partial(dist.new_group, timeout=timedelta(seconds=seconds))
     init_process_group(rank, ranks, "127.0.0.1", port, device, seconds)
 
@@ -121,11 +114,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def _rank_process(rank: int, port: int, parent: int, work: Work, arguments: Sequence[Any]) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends its ranks
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(FAILED)
+def _rank_process(rank: int, port: int, work: Work, arguments: Sequence[Any]) -> NoReturn:
     code = work(rank, port, *arguments)
     if code:  # without an orderly end, in which threads of a broken group would abort the process
         sys.stdout.flush()
@@ -157,14 +146,3 @@ def _wait_for(processes: Sequence[BaseProcess], seconds: float, limit: str) -> i
             )
             return FAILED
     return 0
-
-
-def _end(processes: Sequence[BaseProcess]) -> None:
-    begun = [process for process in processes if process.pid is not None]
-    for process in begun:
-        process.terminate()
-    end = time.monotonic() + END_SECONDS
-    for process in begun:
-        process.join(max(0.0, end - time.monotonic()))
-        process.kill()
-        process.join()

@@ -13,18 +13,21 @@ from rlkit.cluster.placement import Place, anywhere
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.plan import engines_sleep, gpu_shares
 from rlkit.config.schema import RunConfig
+from rlkit.experience import UserError
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.sampler import engine_environment, shared_gpus_environment
 from rlkit.rollout.worker import GroupRequest, RolloutWorker
-from rlkit.weights.publication import Published, WeightReceipt, WeightsNotLoadedError, canary_tolerance
+from rlkit.weights.publication import Published, WeightReceipt, WeightsNotLoadedError
 
 log = logging.getLogger(__name__)
 
+CANARY_TOLERANCE_FP32 = 1e-3
+CANARY_TOLERANCE_HALF = 0.15
 SHOWN_GROUPS = 3
-"""Of those that a wait is for."""
+"""How many group ids a timeout message lists."""
 
 
-class RolloutFailedError(RuntimeError):
+class RolloutFailedError(UserError):
     """Rollout workers die more often than `rollout.max_restarts` allows; the message has the last cause."""
 
 
@@ -40,12 +43,12 @@ def deal(requests: Sequence[GroupRequest], workers: int) -> list[list[GroupReque
     """
     groups, tokens = [0] * workers, [0] * workers
     shares: list[list[int]] = [[] for _ in range(workers)]
-    for place in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt.token_ids)):
+    for index in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt.token_ids)):
         chosen = min(range(workers), key=lambda w: (groups[w], tokens[w]))
         groups[chosen] += 1
-        tokens[chosen] += len(requests[place].prompt.token_ids)
-        shares[chosen].append(place)
-    return [[requests[place] for place in sorted(share)] for share in shares]
+        tokens[chosen] += len(requests[index].prompt.token_ids)
+        shares[chosen].append(index)
+    return [[requests[index] for index in sorted(share)] for share in shares]
 
 
 class RolloutPool:
@@ -86,8 +89,8 @@ class RolloutPool:
 
     def _waiting(self, index: int, what: str | Callable[[], str], key: str) -> AbstractAsyncContextManager[None]:
         """A wait for a worker; `key` of the trainer's section is its deadline."""
-        told = f"rollout worker {index}"
-        text = f"{told} {what}" if isinstance(what, str) else lambda: f"{told} {what()}"
+        who = f"rollout worker {index}"
+        text = f"{who} {what}" if isinstance(what, str) else lambda: f"{who} {what()}"
         return waiting("the rollout pool", text, getattr(self.config.trainer, key), f"trainer.{key}")
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
@@ -154,14 +157,14 @@ class RolloutPool:
                 await self._replace(index, worker, error)
 
     async def prepare(self, published: Published) -> dict[int, Any]:
-        """Announce weights; the workers, by place, that are ready to receive them. The dead are left to `confirm`."""
+        """Announce weights. Returns the workers, by index, that are ready for them; dead ones are left to `confirm`."""
         self._published = published
-        return await self._living(dict(enumerate(self.workers)), "prepare")
+        return await self._call_alive(dict(enumerate(self.workers)), "prepare")
 
     async def give(self, ready: Mapping[int, Any]) -> None:
         """Let workers that are ready take the announced weights out of Ray's object store."""
         assert self._published is not None
-        await self._living(ready, "take", self._published.bundle)
+        await self._call_alive(ready, "take", self._published.bundle)
 
     async def arrival(self, ready: Mapping[int, Any]) -> None:
         """Returns when the learner's transfer has reached workers that were ready for it.
@@ -176,9 +179,9 @@ class RolloutPool:
                     await worker.arrival.remote()
             except (RayActorError, RayTaskError) as error:
                 raise WeightsNotLoadedError(
-                    f"rollout worker {index} {_ended(error)} while the learner was sending it weights, which cannot go "
-                    f"on without one of its ends: {_said(error)}. Its log: {self._log(index)}. resume=auto goes on "
-                    "from the newest checkpoint"
+                    f"rollout worker {index} {_end_of(error)} while the learner was sending it weights, which cannot "
+                    f"go on without one of its ends: {_cause_of(error)}. Its log: {self._log(index)}. resume=auto "
+                    "goes on from the newest checkpoint"
                 ) from error
 
         await asyncio.gather(*(one(index, worker) for index, worker in ready.items()))
@@ -193,23 +196,25 @@ class RolloutPool:
         published, workers = self._published, list(self.workers)
         assert published is not None
         outcomes = await asyncio.gather(
-            *(self._asked(i, worker, published, received.get(i), checksum) for i, worker in enumerate(workers))
+            *(self._confirm_one(i, worker, published, received.get(i), checksum) for i, worker in enumerate(workers))
         )
         refused = [outcome for outcome in outcomes if isinstance(outcome, WeightsNotLoadedError)]
         if refused and all(isinstance(outcome, Exception) for outcome in outcomes):
             raise refused[0]
-        settled = (self._settled(i, published, workers[i], outcome) for i, outcome in enumerate(outcomes))
-        return max(await asyncio.gather(*settled))
+        differences = (
+            self._replace_until_confirmed(i, published, workers[i], outcome) for i, outcome in enumerate(outcomes)
+        )
+        return max(await asyncio.gather(*differences))
 
     async def sleep(self, level: int) -> None:
         """Let all engines give up their GPUs' memory (see RolloutWorker.sleep)."""
-        await self._living(dict(enumerate(self.workers)), "sleep", level)
+        await self._call_alive(dict(enumerate(self.workers)), "sleep", level)
 
     async def wake(self) -> None:
         """After a sleep of level 1."""
-        await self._living(dict(enumerate(self.workers)), "wake")
+        await self._call_alive(dict(enumerate(self.workers)), "wake")
 
-    async def _living(self, workers: Mapping[int, Any], method: str, *arguments: Any) -> dict[int, Any]:
+    async def _call_alive(self, workers: Mapping[int, Any], method: str, *arguments: Any) -> dict[int, Any]:
         """Call a method; those that did it. A dead one is found again, and replaced, when weights are confirmed."""
         from ray.exceptions import RayActorError
 
@@ -224,7 +229,7 @@ class RolloutPool:
         alive = await asyncio.gather(*(one(index, worker) for index, worker in workers.items()))
         return {index: worker for (index, worker), did in zip(workers.items(), alive, strict=True) if did}
 
-    async def _asked(
+    async def _confirm_one(
         self, index: int, worker: Any, published: Published, receiver: Any | None = None, checksum: str | None = None
     ) -> float | Exception:
         """A worker's canary difference, or why it cannot be used. `receiver` has the weights; others are given them."""
@@ -232,38 +237,40 @@ class RolloutPool:
 
         try:
             if receiver is None or worker is not receiver:
-                return await self._given(index, worker, published)
+                return await self._load_and_admit(index, worker, published)
             async with self._waiting(index, f"to confirm version {published.version}", "step_timeout_seconds"):
                 receipt = await receiver.confirm.remote(list(published.canary))
-            return await self._admitted(index, worker, published, receipt, checksum)
+            return await self._admit_if_proved(index, worker, published, receipt, checksum)
         except (RayActorError, WeightsNotLoadedError) as error:
             return error
 
-    async def _settled(self, index: int, published: Published, worker: Any, outcome: float | Exception) -> float:
+    async def _replace_until_confirmed(
+        self, index: int, published: Published, worker: Any, outcome: float | Exception
+    ) -> float:
         """The canary difference of a worker or, where it could not be used, of the one that took its place."""
         while isinstance(outcome, Exception):
             await self._replace(index, worker, outcome)
             if self.health[index].may_sample(published.version):
                 return 0.0
             worker = self.workers[index]  # it was replaced while these weights were published
-            outcome = await self._asked(index, worker, published)
+            outcome = await self._confirm_one(index, worker, published)
         return outcome
 
-    async def _given(self, index: int, worker: Any, published: Published) -> float:
+    async def _load_and_admit(self, index: int, worker: Any, published: Published) -> float:
         """Let a worker load weights out of the object store, and judge it."""
         if published.bundle is None:
             assert self.fetch is not None
             published = await self.fetch()
         async with self._waiting(index, f"to load weights of version {published.version}", "step_timeout_seconds"):
             receipt = await worker.load_weights.remote(published.bundle, list(published.canary))
-        return await self._admitted(index, worker, published, receipt)
+        return await self._admit_if_proved(index, worker, published, receipt)
 
-    async def _admitted(
+    async def _admit_if_proved(
         self, index: int, worker: Any, published: Published, receipt: WeightReceipt, checksum: str | None = None
     ) -> float:
         """The canary difference of a worker that may sample now. Raises WeightsNotLoadedError, and it may not."""
         who = f"rollout worker {index}"
-        difference = published.difference(who, receipt, checksum, canary_tolerance(self.config))
+        difference = published.difference(who, receipt, checksum, _canary_tolerance(self.config))
         async with self._waiting(index, "to take groups in again", "step_timeout_seconds"):
             await worker.admit.remote()
         self.health[index] = self.health[index].confirmed(published.version)
@@ -284,9 +291,9 @@ class RolloutPool:
             while self.workers[index] is failed:
                 self.health[index] = self.health[index].died()
                 if self.health[index].state is State.GIVEN_UP:
-                    raise self._given_up(index, cause) from cause
-                lost = f"rollout worker {index} {_ended(cause)}"
-                log.warning("%s and is replaced; its prompts are sampled again: %s", lost, _said(cause))
+                    raise self._out_of_restarts(index, cause) from cause
+                lost = f"rollout worker {index} {_end_of(cause)}"
+                log.warning("%s and is replaced; its prompts are sampled again: %s", lost, _cause_of(cause))
                 ray.kill(worker, no_restart=True)  # it may only be out of reach, and would hold its GPU
                 worker = self._make(index)
                 self.health[index] = self.health[index].restarted()
@@ -296,7 +303,7 @@ class RolloutPool:
                     cause = error
                     continue
                 except WaitedTooLongError as late:
-                    raise RolloutFailedError(f"{lost} ({_said(cause)}), and {late}") from cause
+                    raise RolloutFailedError(f"{lost} ({_cause_of(cause)}), and {late}") from cause
                 try:
                     await self._bring_up_to_date(index, worker)
                 except (RayActorError, WeightsNotLoadedError) as error:
@@ -310,21 +317,21 @@ class RolloutPool:
         while self._published is not given:
             given = self._published
             assert given is not None
-            await self._given(index, worker, given)
+            await self._load_and_admit(index, worker, given)
 
-    def _given_up(self, index: int, cause: Exception) -> Exception:
+    def _out_of_restarts(self, index: int, cause: Exception) -> Exception:
         times = f"after {self.health[index].restarts} replacements (rollout.max_restarts)"
         if isinstance(cause, WeightsNotLoadedError):
             return WeightsNotLoadedError(f"{cause}, {times}. Its log: {self._log(index)}")
         return RolloutFailedError(
-            f"rollout worker {index} {_ended(cause)} again, {times}: {_said(cause)}. Its log: {self._log(index)}"
+            f"rollout worker {index} {_end_of(cause)} again, {times}: {_cause_of(cause)}. Its log: {self._log(index)}"
         )
 
     def _log(self, index: int) -> Path:
         return self.logs / f"rollout-{index}.log"
 
 
-def _ended(error: Exception) -> str:
+def _end_of(error: Exception) -> str:
     """What a worker did that cannot be used any more."""
     from ray.exceptions import RayTaskError
 
@@ -333,7 +340,7 @@ def _ended(error: Exception) -> str:
     return "failed" if isinstance(error, RayTaskError) else "died"
 
 
-def _said(error: Exception) -> str:
+def _cause_of(error: Exception) -> str:
     """The first line of what happened; of an error inside an actor, its own instead of Ray's report about it."""
     from ray.exceptions import RayTaskError
 
@@ -342,3 +349,11 @@ def _said(error: Exception) -> str:
     if isinstance(error, RayTaskError):
         return f"{type(own).__name__}: {first}"
     return first or type(own).__name__
+
+
+def _canary_tolerance(config: RunConfig) -> float:
+    rollout = config.rollout
+    if rollout.canary_tolerance is not None:
+        return rollout.canary_tolerance
+    fp32 = rollout.dtype == "float32" or (rollout.dtype == "auto" and config.cluster.device == "cpu")
+    return CANARY_TOLERANCE_FP32 if fp32 else CANARY_TOLERANCE_HALF

@@ -90,17 +90,17 @@ def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
     """
     from transformers import GenerationConfig
 
-    found: set[int] = set()
+    stops: set[int] = set()
     try:
         named = GenerationConfig.from_pretrained(model_path).eos_token_id
-        found.update([named] if isinstance(named, int) else named or [])
+        stops.update([named] if isinstance(named, int) else named or [])
     except OSError:
         pass  # a folder without generation_config.json: the tokenizer decides
     if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    if not found:
+        stops.add(tokenizer.eos_token_id)
+    if not stops:
         raise ValueError(f"{model_path}: neither generation_config.json nor the tokenizer names an eos token")
-    return sorted(found)
+    return sorted(stops)
 
 
 class Sampler:
@@ -210,10 +210,10 @@ class Sampler:
 
     def received_checksum(self) -> str:
         """Of what the last transfer brought. Raises RuntimeError if the engine's own workers got different weights."""
-        found = set(self.engine.collective_rpc("received_checksum"))
-        if len(found) > 1:
-            raise RuntimeError(f"the GPUs of one engine received different weights: {', '.join(sorted(found))}")
-        checksum: str = found.pop()
+        checksums = set(self.engine.collective_rpc("received_checksum"))
+        if len(checksums) > 1:
+            raise RuntimeError(f"the GPUs of one engine received different weights: {', '.join(sorted(checksums))}")
+        checksum: str = checksums.pop()
         return checksum
 
     def sleep(self, level: int) -> None:

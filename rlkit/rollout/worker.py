@@ -78,7 +78,6 @@ class RolloutWorker:
         """Set when a transfer has brought new weights, or has failed."""
         self.failure: Exception | None = None
         """Of the transfer."""
-        self.cached_prompt_tokens = 0
 
     async def start(self) -> None:
         """Load the engine and generate once, so that the first step finds everything warm."""
@@ -164,7 +163,6 @@ class RolloutWorker:
             group_id, _, index = response.id.rpartition(":")
             entry = self.open[group_id]
             entry.responses[int(index)] = response
-            self.cached_prompt_tokens += response.cached_prompt_tokens
             if len(entry.responses) == entry.request.responses:
                 del self.open[group_id]
                 finished.append((self._group(entry), entry.done))
@@ -268,10 +266,6 @@ class RolloutWorker:
         """Take all memory back after a sleep of level 1."""
         await self._in_thread(lambda: self.sampler.wake("weights"))
         await self._in_thread(lambda: self.sampler.wake("kv_cache"))
-
-    async def stats(self) -> dict[str, float]:
-        """Counters since the start."""
-        return {"cached_prompt_tokens": float(self.cached_prompt_tokens)}
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.thread, work)

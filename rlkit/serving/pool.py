@@ -28,7 +28,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from rewards.base import RewardContext, TrainableReward, UpdateWhen
+from rewards.base import RewardContext, RewardTraits, TrainableReward, UpdateWhen
 from rlkit.cluster.placement import Place, anywhere
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.parts import import_part
@@ -98,6 +98,9 @@ class RewardPool:
         self._options = {key: value for key, value in reward.items() if key != "_target_"}
         self._kind = import_part("reward", self.target)
         self.config = self._kind.Config(**self._options)
+        # Asked of rewards that can learn only: the answer of others may take a call to their server.
+        learner = issubclass(self._kind, TrainableReward)
+        self._traits: RewardTraits = self._kind.traits(self.config) if learner else RewardTraits()
         self._learnt = 0
         self._followed: Any = None
         self._context = context
@@ -174,7 +177,7 @@ class RewardPool:
         Returns the groups, with new scores if it learnt before, and its metrics (none if it does not learn now).
         Raises RewardFailed if it dies or misses the deadline: what it has learnt would be lost.
         """
-        if not issubclass(self._kind, TrainableReward) or self._kind.update_when(self.config) != when:
+        if self._traits.update_when != when:
             return list(groups), {}
         metrics, rescored = await self._ask_learner("learn", list(groups), when == "before")
         self._learnt += 1
@@ -183,7 +186,7 @@ class RewardPool:
     @property
     def follows_policy(self) -> bool:
         """Whether the reward wants every version of the policy."""
-        return issubclass(self._kind, TrainableReward) and self._kind.follows_policy(self.config)
+        return self._traits.follows_policy
 
     async def follow(self, bundle: Any) -> None:
         """Give the policy's weights (a reference to a WeightBundle) to a reward that follows the policy."""
@@ -193,7 +196,7 @@ class RewardPool:
 
     @property
     def _learns(self) -> bool:
-        return issubclass(self._kind, TrainableReward) and self._kind.update_when(self.config) != "none"
+        return self._traits.update_when != "none"
 
     async def save(self, folder: Path) -> None:
         """Let a reward that learns write what it has learnt; others write nothing."""

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from rlkit.experience import UserError
 
-class RunFolderError(ValueError):
+
+class RunFolderError(UserError):
     """The folder cannot hold this run; the message names it and the remedy."""
 
 

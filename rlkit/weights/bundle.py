@@ -1,7 +1,4 @@
-"""One version of the policy's weights as one flat buffer: a single object in Ray's store, read without copying.
-
-Weights cut into buckets of bounded size, and a checksum that does not depend on how they were cut.
-"""
+"""Weights on their way: one flat buffer for Ray's object store, or buckets of bounded size with a checksum."""
 
 from __future__ import annotations
 

@@ -7,13 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from rlkit.config.schema import RunConfig
-
-CANARY_TOLERANCE_FP32 = 1e-3
-CANARY_TOLERANCE_HALF = 0.15
+from rlkit.experience import UserError
 
 
-class WeightsNotLoadedError(RuntimeError):
+class WeightsNotLoadedError(UserError):
     """A worker samples with other weights than it was given."""
 
 
@@ -62,12 +59,3 @@ class Published:
                 "sample from the policy that is trained"
             )
         return difference
-
-
-def canary_tolerance(config: RunConfig) -> float:
-    """The configured one, or the one that suits the precision."""
-    rollout = config.rollout
-    if rollout.canary_tolerance is not None:
-        return rollout.canary_tolerance
-    fp32 = rollout.dtype == "float32" or (rollout.dtype == "auto" and config.cluster.device == "cpu")
-    return CANARY_TOLERANCE_FP32 if fp32 else CANARY_TOLERANCE_HALF

@@ -18,9 +18,20 @@ from algorithms.functional.advantages import (
     overlong_penalty,
     spread,
 )
-from algorithms.functional.kl import AdaptiveCoefficient, penalise, penalise_samples, token_kl
+from algorithms.functional.kl import (
+    AdaptiveCoefficient,
+    penalise,
+    penalise_samples,
+    token_kl,
+)
 from algorithms.functional.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, whiten
-from algorithms.functional.step_credit import clip, delta, min_form, on_step_ends, soft_min_rewards
+from algorithms.functional.step_credit import (
+    clip,
+    delta,
+    min_form,
+    on_step_ends,
+    soft_min_rewards,
+)
 
 REWARDS = np.array([1.0, 0.0, 4.0, 2.0, 2.0, 2.0, 7.0])
 GROUP = np.array([5, 5, 5, 3, 3, 3, 9])

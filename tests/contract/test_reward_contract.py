@@ -55,7 +55,7 @@ def reward() -> Iterator[Reward]:
 def groups() -> list[Group]:
     """Two groups that have whatever this reward says it needs."""
     kind = import_part("reward", TARGET)
-    needed = dict.fromkeys(kind.needs(kind.Config(**OPTIONS)).columns, "")
+    needed = dict.fromkeys(kind.traits(kind.Config(**OPTIONS)).columns, "")
     made = [make_group("first", TEXTS), make_group("second", ["#### 42", "#### 43"])]
     return [replace(group, prompt=replace(group.prompt, columns=needed)) for group in made]
 
@@ -114,8 +114,8 @@ def test_no_group_and_one_sample(reward: Reward) -> None:
 
 
 def test_what_it_needs_and_does_not_find_is_invalid_and_not_zero(reward: Reward) -> None:
-    needs = reward.needs(reward.config)
-    if not (needs.references or needs.answer):
+    traits = reward.traits(reward.config)
+    if not (traits.references or traits.answer):
         pytest.skip("it needs neither references nor a gold answer")
     bare = groups()[0]
     bare = replace(bare, prompt=replace(bare.prompt, references=(), answer=None))

@@ -13,7 +13,7 @@ import pytest
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.function.reward import FunctionReward
+from rewards.function import FunctionReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.experience import Group
@@ -50,7 +50,7 @@ def test_chat_gives_messages() -> None:
 
 def test_columns_by_name() -> None:
     made = reward("equals_solution")
-    assert made.needs(made.config).columns == ("solution",)
+    assert made.traits(made.config).columns == ("solution",)
     right = with_columns(make_group("a", ["x", "y"]), solution="x", other=3)
     lacking = make_group("b", ["x"])
     assert values(made, right, lacking)[:2] == [1.0, 0.0]
@@ -60,8 +60,8 @@ def test_columns_by_name() -> None:
 
 def test_token_ids_and_answers() -> None:
     made = reward("length_of_ids")
-    assert made.needs(made.config).answer
-    assert not made.needs(made.config).references
+    assert made.traits(made.config).answer
+    assert not made.traits(made.config).references
     assert values(made, make_group("a", ["one two", "one"])) == [2.0, 1.0]
     assert str(values(made, make_group("a", ["x"], answer=None))[0]).startswith("no_column: ")
 
@@ -130,7 +130,7 @@ def test_the_contract_can_be_run_against_a_users_function(repository: Path, tmp_
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(repository)]),
-        "REWARD": "rewards.function.reward.FunctionReward",
+        "REWARD": "rewards.function.FunctionReward",
         "REWARD_OPTIONS": '{"function": "my_rewards.brevity"}',
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not ray"]

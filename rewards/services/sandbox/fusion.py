@@ -8,25 +8,33 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import httpx
+
+from rewards.services.http import (
+    BlockingHttpClient,
+    OutOfTimeError,
+    RefusedError,
+    TransientError,
+    excerpt,
+    json_body,
+)
+from rewards.services.http import Limits as HttpLimits
 from rewards.services.sandbox.inside.wire import messages
 from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unavailable
 
-if TYPE_CHECKING:
-    import httpx
-
 ANSWER_SECONDS = 15.0
 """What the service may take beyond the code's own time: waiting for a free sandbox, making it."""
+LONGEST_PAUSE = 20.0
+"""Seconds between tries."""
+CONCURRENT = 100
+"""Requests at a time; callers use fewer threads."""
 _SHOWN_CHARACTERS = 2000
 _SERVE = (
     "import os, sys; sys.path.insert(0, os.getcwd()); "
     "from rewards.services.sandbox.inside.service import serve; serve()"
 )
-
-
-class _ServiceTrouble(Unavailable):
-    """A failure that may pass: no connection, 429, 5xx, an error of the service's sandbox."""
 
 
 class SandboxFusion(Isolation):
@@ -39,7 +47,7 @@ class SandboxFusion(Isolation):
     def __init__(self, url: str, limits: Limits, token_variable: str | None, max_tries: int) -> None:
         self._url = url.rstrip("/") + "/run_code"
         self._limits, self._token_variable, self._max_tries = limits, token_variable, max_tries
-        self._client: httpx.Client | None = None
+        self._client: BlockingHttpClient | None = None
         self._files = _inner_files()
 
     def check(self) -> None:
@@ -50,13 +58,16 @@ class SandboxFusion(Isolation):
             raise Unavailable(f"the environment variable {self._token_variable} (reward.token_variable) is not set")
 
     def start(self) -> None:
-        """Connect, and let a program and a test run there. Raises Unavailable."""
-        import httpx
-
+        """Let a program and a test run there. Raises Unavailable."""
         self.check()
+        limits = HttpLimits(
+            attempts=self._max_tries,
+            try_seconds=self._limits.wall_seconds + ANSWER_SECONDS,
+            concurrent=CONCURRENT,
+            longest_pause=LONGEST_PAUSE,
+        )
         token = os.environ[self._token_variable] if self._token_variable else None
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx.Client(headers=headers)
+        self._client = BlockingHttpClient([self._url], limits, token)
         deadline = time.monotonic() + self._limits.wall_seconds + 2 * ANSWER_SECONDS
         try:
             printed = self.run_program("print(6 * int(input()))", "7", deadline)
@@ -88,21 +99,13 @@ class SandboxFusion(Isolation):
     def _run_inner(self, job: Job, deadline: float) -> Run:
         mark = secrets.token_hex(16)
         run = self._run(_SERVE, json.dumps({**job, "mark": mark}), self._files, deadline)
-        _, found, answer = run.stdout.partition(mark.encode() + b"\n")
-        if run.ended == "exit" and not found:
+        _, marked, answer = run.stdout.partition(mark.encode() + b"\n")
+        if run.ended == "exit" and not marked:
             raise Unavailable(f"the service could not run the inner process: {run.stderr[-500:]}")
         return Run(run.ended, run.exit_code, b"", run.stderr, tuple(messages(answer)))
 
     def _run(self, code: str, stdin: str, files: dict[str, str], deadline: float) -> Run:
-        import tenacity
-
-        trouble = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_ServiceTrouble),
-            stop=tenacity.stop_after_attempt(self._max_tries)
-            | tenacity.stop_before_delay(max(0.0, deadline - time.monotonic())),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=20.0),
-            reraise=True,
-        )
+        assert self._client is not None, "start() first"
         request = {
             "code": code,
             "language": "python",
@@ -112,44 +115,43 @@ class SandboxFusion(Isolation):
             "run_timeout": self._limits.wall_seconds,
             "memory_limit_MB": self._limits.memory_mib,
         }
-        return trouble(self._post, request, deadline)
-
-    def _post(self, request: dict[str, Any], deadline: float) -> Run:
-        import httpx
-
-        assert self._client is not None, "start() first"
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError
-        own = self._limits.wall_seconds + ANSWER_SECONDS
         try:
-            response = self._client.post(self._url, json=request, timeout=min(own, remaining))
-        except httpx.TimeoutException as error:
-            if remaining < own:
+            return self._client.post(json_body(request), deadline, _outcome)
+        except OutOfTimeError as error:
+            if error.last is None:
                 raise TimeoutError from error
-            raise _ServiceTrouble(f"{self._url} did not answer within {own:g} s") from error
-        except httpx.RequestError as error:  # with DecodingError: a body that is not the gzip it says
-            raise _ServiceTrouble(f"{self._url} cannot be reached: {type(error).__name__}: {error}") from error
-        if response.status_code == 429 or response.status_code >= 500:
-            raise _ServiceTrouble(f"{self._url} answered {response.status_code}: {response.text[:200]}")
-        if response.status_code >= 300:
-            raise Unavailable(f"{self._url} refuses the request with {response.status_code}: {response.text[:200]}")
-        try:
-            return _outcome(response.json())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Unavailable(f"{self._url} does not answer like SandboxFusion: {response.text[:200]}") from error
+            raise Unavailable(self._trouble(error.last)) from error
+        except TransientError as error:
+            raise Unavailable(self._trouble(error)) from error
+        except RefusedError as error:
+            raise Unavailable(f"{self._url} refuses the request with {error.status}: {error.answer}") from error
+
+    def _trouble(self, error: TransientError) -> str:
+        if error.timed_out:
+            return f"{self._url} did not answer within {self._limits.wall_seconds + ANSWER_SECONDS:g} s"
+        if error.status is None:
+            return f"{self._url} cannot be reached: {error.problem}"
+        return error.problem if error.status == 200 else f"{self._url} answered {error.status}: {error.answer}"
 
 
-def _outcome(answer: dict[str, Any]) -> Run:
+def _outcome(response: httpx.Response) -> Run:
     """SandboxFusion's answer as a Run."""
+    try:
+        return _run_of(response.json(), str(response.url))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unavailable(f"{response.url} does not answer like SandboxFusion: {excerpt(response)}") from error
+
+
+def _run_of(answer: dict[str, Any], url: str) -> Run:
+    failed = "the service's sandbox failed: "
     if answer["status"] == "SandboxError":
-        raise _ServiceTrouble(f"the service's sandbox failed: {str(answer.get('message'))[:500]}")
+        raise TransientError(url, f"{failed}{str(answer.get('message'))[:500]}", 200)
     run: dict[str, Any] = answer["run_result"]
     compiled = answer.get("compile_result")
     if compiled is not None and (compiled["status"] != "Finished" or compiled["return_code"] != 0):
         run = compiled
     if run["status"] == "Error":
-        raise _ServiceTrouble(f"the service's sandbox failed: {str(run.get('stderr'))[:500]}")
+        raise TransientError(url, f"{failed}{str(run.get('stderr'))[:500]}", 200)
     ends: dict[str, Literal["exit", "timeout"]] = {"Finished": "exit", "TimeLimitExceeded": "timeout"}
     stderr = (run.get("stderr") or "")[-_SHOWN_CHARACTERS:]
     return Run(ends[run["status"]], run.get("return_code"), (run.get("stdout") or "").encode(), stderr)

@@ -1,4 +1,4 @@
-"""What the reward asks of a sandbox, whichever it is."""
+"""What a caller asks of a sandbox, whichever it is."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlkit.experience import UserError
+
 Job = dict[str, Any]
 
 
-class Unavailable(RuntimeError):
+class Unavailable(UserError):
     """The sandbox itself does not work: nothing is known about the code. The message names cause and remedy."""
 
 
@@ -40,7 +42,7 @@ class Run:
     stdout: bytes
     stderr: str
     results: tuple[Any, ...] = ()
-    """Messages of the inner process, without the one that says it stands."""
+    """Messages of the inner process, without the first, which says that it is ready."""
 
 
 class Isolation(ABC):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import selectors
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
+
+from rlkit.cluster.processes import kill_with_children
 
 KILL_SECONDS = 5.0
 """How long the kernel may take to end a killed process and all that was started in its namespace."""
@@ -52,16 +51,7 @@ class Child:
         bubblewrap's outer process that is killed alone, before the inner one has asked to die with it, leaves a sandbox
         that nobody ends. The inner one is the first process of its namespace, with which all others end.
         """
-        if self.process.poll() is not None:
-            return
-        self.process.send_signal(signal.SIGSTOP)  # it makes no further child
-        end = time.monotonic() + KILL_SECONDS
-        while not _stands_still(self.process.pid) and time.monotonic() < end:
-            time.sleep(0.0005)
-        for number in _children(self.process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-        self.process.kill()
+        kill_with_children(self.process, KILL_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -105,21 +95,6 @@ def supervise(
             _drain(child)
         _reap(children)
     return Supervised(tuple(children), "output" if ended == "exit" and children[0].overflow else ended)
-
-
-def _stands_still(process: int) -> bool:
-    """Whether a child of ours is stopped, or has ended (and can still be waited for)."""
-    try:
-        return os.waitid(os.P_PID, process, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:  # somebody else in this process has waited for it
-        return True
-
-
-def _children(process: int) -> list[int]:
-    try:
-        return [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except OSError:
-        return []  # it has ended
 
 
 def _start(command: Command, max_output: int, max_results: int) -> Child:

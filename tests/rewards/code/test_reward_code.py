@@ -248,7 +248,7 @@ def test_a_sandbox_that_breaks_is_invalid_and_not_zero(monkeypatch: pytest.Monke
 
 def test_columns_and_needs() -> None:
     human_eval = reward(tests_column="test", entry_point_column="entry_point", prompt_is_setup=True)
-    assert human_eval.needs(human_eval.config).columns == ("test", "entry_point")
+    assert human_eval.traits(human_eval.config).columns == ("test", "entry_point")
     columns = {"test": "def check(c):\n    assert c(1) == helper(1)\n", "entry_point": "f"}
     question = "def helper(x):\n    return x + 1\n\ndef f(x):\n    ''' Adds one. '''\n"
     right, rest, wrong = scores(

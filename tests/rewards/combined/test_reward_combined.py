@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from reward_samples import make_group
+from combination_rewards import SECOND, SPANS, TOKENS, WORD, combined, group, score
 
-from rewards.base import RewardContext
 from rewards.combined.reward import CombinedReward, PartFailedError
 from rewards.combined.scores import averaged_pairs
-from rlkit.experience import Group, GroupScores, PreferencePair, Score
-
-WORD = {"_target_": "combination_rewards.Word"}
-SECOND = {**WORD, "place": 1}
-TOKENS = {"_target_": "combination_rewards.Steps"}
-SPANS = {**TOKENS, "spans": True}
+from rlkit.experience import GroupScores, PreferencePair
 
 
-def combined(parts: Mapping[str, Any], **options: Any) -> CombinedReward:
-    reward = CombinedReward(CombinedReward.Config(parts=dict(parts), **options), RewardContext())
-    reward.start()
-    return reward
-
-
-def group(*texts: str, name: str = "g", answer: str | None = "42", **columns: Any) -> Group:
-    made = make_group(name, texts, answer=answer)
-    return replace(made, prompt=replace(made.prompt, columns=columns))
-
-
-def score(reward: CombinedReward, *texts: str) -> tuple[Score, ...]:
-    (scores,) = reward.score([group(*texts)])
-    return scores.samples
-
-
-def misfits(parts: Mapping[str, Any], **options: Any) -> list[str]:
+def incompatibilities(parts: Mapping[str, Any], **options: Any) -> list[str]:
     return CombinedReward.check(CombinedReward.Config(parts=dict(parts), **options))
 
 
@@ -242,13 +219,13 @@ def test_whole_groups_in_order() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(parts: dict[str, Any], options: dict[str, Any], message: str) -> None:
-    assert any(message in found for found in misfits(parts, **options)), misfits(parts, **options)
+    assert any(message in found for found in incompatibilities(parts, **options)), incompatibilities(parts, **options)
 
 
 def test_fitting_parts_are_accepted() -> None:
     parts = {"a": {**WORD, "weight": 2}, "b": {**TOKENS, "shaping": [{"kind": "clip", "eta": 0.5}, "delta"]}}
-    assert misfits(parts) == []
-    assert misfits({"a": WORD, "b": WORD}, combine="mean_minus_std", workers=2) == []
+    assert incompatibilities(parts) == []
+    assert incompatibilities({"a": WORD, "b": WORD}, combine="mean_minus_std", workers=2) == []
 
 
 def test_the_deadline_is_that_of_all_parts() -> None:
@@ -262,6 +239,6 @@ def test_needs_are_those_of_all_parts_and_routes() -> None:
         "b": {**WORD, "shaping": [{"kind": "par", "reference_rewards": "base_rewards"}]},
         "c": {"_target_": "rewards.polar.reward.PolarReward"},
     }
-    needs = CombinedReward.needs(CombinedReward.Config(parts=parts))
-    assert (needs.answer, needs.references) == (True, True)
-    assert needs.columns == ("base_rewards", "rubric", "source")
+    traits = CombinedReward.traits(CombinedReward.Config(parts=parts))
+    assert (traits.answer, traits.references) == (True, True)
+    assert traits.columns == ("base_rewards", "rubric", "source")

@@ -127,7 +127,7 @@ def test_state_survives_a_round_trip(model: Path) -> None:
 def test_the_policy_as_reference_gives_rewards_against_the_policy_of_the_moment(model: Path, tmp_path: Path) -> None:
     other = write_tiny_model(tmp_path / "other", seed=1)
     frozen, following = prm(model, reference_path=str(other)), prm(model, reference="policy")
-    assert not ImplicitPRM.follows_policy(frozen.config) and ImplicitPRM.follows_policy(following.config)
+    assert not ImplicitPRM.traits(frozen.config).follows_policy and ImplicitPRM.traits(following.config).follows_policy
     following.policy_weights(1, list(frozen.model.reference.model.named_parameters()))
     for a, b in zip(frozen.rescore(labelled()), following.rescore(labelled()), strict=True):
         for one, wanted in zip(b.samples, a.samples, strict=True):
@@ -147,14 +147,14 @@ def test_without_an_outcome_it_is_a_scorer_of_its_own(model: Path) -> None:
         for one, wanted in zip(a.samples, b.samples, strict=True):
             np.testing.assert_array_equal(one.token_rewards, wanted.token_rewards)
             assert one.value == wanted.components["implicit_prm"]
-    assert ImplicitPRM.needs(alone.config).answer is False
+    assert ImplicitPRM.traits(alone.config).answer is False
     with pytest.raises(ValueError, match="nothing to learn from"):
         ImplicitPRM.Config(outcome=None)
 
 
 @pytest.mark.parametrize("when", ["after", "before", "none"])
 def test_when_it_learns_is_what_the_pool_asks(when: str) -> None:
-    assert ImplicitPRM.update_when(ImplicitPRM.Config(update=when)) == when  # type: ignore[arg-type]
+    assert ImplicitPRM.traits(ImplicitPRM.Config(update=when)).update_when == when  # type: ignore[arg-type]
 
 
 def test_what_is_saved_scores_the_same(model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from judge_fixture import Asked, JudgeServer, Reply, honest, is_right, started, 
 from pydantic import ValidationError
 from reward_samples import make_group
 
-from rewards.judge.asking import JudgeError
+from rewards.judge.base import JudgeError
 from rewards.judge.master_keys import MASTER_KEYS, PHRASES, trivial
 from rewards.judge.prompts import Form, Unparsable, opponents
 from rewards.judge.reward import JudgeReward
@@ -132,7 +132,7 @@ def test_the_question_holds_principle_reference_and_conversation(server: JudgeSe
     assert "Be brief." in first.body["messages"][0]["content"] and "Be kind." in second.body["messages"][0]["content"]
     assert "What is 6 times 7?" in first.user and "REFERENCE ANSWER" in first.user
     assert "REFERENCE ANSWER" in second.user, "the gold answer, where there is no reference"
-    assert JudgeReward.needs(reward.config).columns == ("rubric",)
+    assert JudgeReward.traits(reward.config).columns == ("rubric",)
     score(started(server, reference="never"), RIGHT)
     assert "REFERENCE ANSWER" not in server.asked[-1].user
 
@@ -367,7 +367,7 @@ def test_reasons_need_not_be_asked_for(server: JudgeServer) -> None:
 
 def test_needs() -> None:
     def references(**options: Any) -> bool:
-        return JudgeReward.needs(JudgeReward.Config(base_url="http://x", model="m", **options)).references
+        return JudgeReward.traits(JudgeReward.Config(base_url="http://x", model="m", **options)).references
 
     assert not references()
     assert references(reference="required") and references(mode="pairwise", against="reference")

@@ -11,7 +11,7 @@ from judge_fixture import Asked, JudgeServer, Reply, honest, started
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.judge.asking import JudgeError
+from rewards.judge.base import JudgeError
 from rewards.judge.reward import JudgeReward
 from rlkit.experience import Score
 

@@ -16,7 +16,7 @@ import pytest
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.judge.asking import JudgeError
+from rewards.judge.base import JudgeError
 from rewards.judge.reward import JudgeReward
 from rlkit.models.folder import EMBEDDED
 

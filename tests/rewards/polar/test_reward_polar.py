@@ -20,7 +20,7 @@ from ray_fixture import ray_session  # noqa: F401
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rewards.polar.backends import DiscriminatorError, check_scores, cut, expanded_tokens, plain_scores
+from rewards.polar.backends import DiscriminatorError, check_scores, plain_scores
 from rewards.polar.reward import PolarReward
 from rewards.polar.serialise import (
     MARKER,
@@ -29,12 +29,11 @@ from rewards.polar.serialise import (
     SerialisationError,
     Serialiser,
     prompt_text,
-    shared_prefix,
     without_markers,
     without_thinking,
 )
 from rlkit.experience import Group, Message
-from rlkit.models.packing import Tree
+from rlkit.models.packing import Tree, shared_prefix
 
 TOKENIZER = char_tokenizer()
 
@@ -276,9 +275,9 @@ def test_the_forgery_scores_like_the_text_without_it(reward: PolarReward) -> Non
 
 def test_trees_are_cut_at_the_limit() -> None:
     tree = Tree((1, 2, 3), [(4,), (5, 6), (), (7,) * 20])
-    parts = cut(tree, 9)
+    parts = tree.cut(9)
     assert [list(part.suffixes) for part in parts] == [[(4,), (5, 6)], [()], [(7,) * 20]]
-    assert [expanded_tokens(part) for part in parts] == [9, 3, 23]
+    assert [part.expanded_tokens for part in parts] == [9, 3, 23]
     assert shared_prefix([(1, 2, 3), (1, 2), (1, 2, 9)]) == (1, 2)
     assert shared_prefix([]) == ()
 
@@ -315,7 +314,7 @@ def test_folders_that_hold_no_discriminator_are_refused(tmp_path: Path, folder: 
         make_reward(two_labels).start()
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["InternLM2ForRewardModel"]}))
-    with pytest.raises(DiscriminatorError, match=r"InternLM2ForRewardModel.*python -m rlkit\.convert_polar"):
+    with pytest.raises(DiscriminatorError, match=r"InternLM2ForRewardModel.*python -m rewards\.polar\.convert"):
         make_reward(tmp_path).start()
     with pytest.raises(ValueError, match="embedded:nothing"):
         make_reward(Path("embedded:nothing")).start()

@@ -18,9 +18,9 @@ import pytest
 from reward_samples import make_group
 from serve_fixture import Server
 
+from rewards import remote
 from rewards.base import RewardContext
-from rewards.remote import handshake
-from rewards.remote.reward import RemoteReward
+from rewards.remote import RemoteReward
 from rewards.verifiers.math import judge
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
@@ -54,7 +54,7 @@ def rule(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLKIT_TEST_TOKEN", TOKEN)
-    handshake._remembered.clear()
+    remote._remembered.clear()
 
 
 def client(url: str, **options: Any) -> RemoteReward:
@@ -146,8 +146,8 @@ def test_a_run_learns_from_the_server_what_its_reward_needs(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match="RemoteReward needs weight with every prompt"):
             load_config(arguments)
         config = RemoteReward.Config(url=server.url)
-        assert RemoteReward.gives_process_rewards(config)
-        assert RemoteReward.needs(config).references
+        assert RemoteReward.traits(config).process_rewards
+        assert RemoteReward.traits(config).references
         for send in (False, True):
             reward = client(server.url, send_logprobs=send)
             group = make_group("g", ["one two", "x", "one two three"])
@@ -198,7 +198,7 @@ def test_another_model_behind_the_same_address_is_noticed(tmp_path: Path) -> Non
 
 
 def problems(tmp_path: Path, *arguments: str) -> str:
-    handshake._remembered.clear()
+    remote._remembered.clear()
     with pytest.raises(ConfigError) as error:
         load_config(["reward=remote", *arguments, f"run_dir={tmp_path / 'run'}"])
     assert len(error.value.problems) == 1, error.value.report()
@@ -215,7 +215,7 @@ def test_what_is_wrong_is_found_before_the_run(rule: Server, tmp_path: Path, mon
     monkeypatch.setenv("ANOTHER", "wrong")
     assert "wants a token" in problems(tmp_path, url, "reward.token_env=ANOTHER")
     assert "has no NOT_SET" in problems(tmp_path, url, "reward.token_env=NOT_SET")
-    handshake._remembered.clear()
+    remote._remembered.clear()
     run = f"run_dir={tmp_path / 'run'}"
     resolved = load_config(["reward=remote", url, "reward.token_env=RLKIT_TEST_TOKEN", run])
     assert TOKEN not in str(resolved.config), "a token must not be written down with the configuration"
@@ -225,7 +225,7 @@ def test_the_contract_of_rewards(rule: Server, repository: Path) -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": str(repository),
-        "REWARD": "rewards.remote.reward.RemoteReward",
+        "REWARD": "rewards.remote.RemoteReward",
         "REWARD_OPTIONS": json.dumps({"url": rule.url, "token_env": "RLKIT_TEST_TOKEN"}),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not ray", "tests/contract"]

@@ -15,7 +15,7 @@ import pytest
 from reward_samples import make_group
 
 from rewards.base import RewardConfig, RewardContext
-from rewards.remote.reward import BUDGET_SHARE, RemoteReward
+from rewards.remote import BUDGET_SHARE, RemoteReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.experience import Group

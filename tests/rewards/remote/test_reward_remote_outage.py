@@ -43,7 +43,7 @@ def test_an_outage_shorter_than_the_deadline_costs_nothing_a_longer_one_is_named
 
     async def check() -> None:
         nonlocal server
-        options = {"_target_": "rewards.remote.reward.RemoteReward", "url": server.url}
+        options = {"_target_": "rewards.remote.RemoteReward", "url": server.url}
         patient = RewardPool({**options, "timeout_seconds": 100.0}, RewardContext(), 60)
         hasty = RewardPool({**options, "timeout_seconds": 2.0}, RewardContext(), 60)
         await asyncio.gather(patient.start(), hasty.start())

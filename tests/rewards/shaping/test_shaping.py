@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.combined.scores import Combine, aggregate
+from algorithms.functional.advantages import overlong_penalty
+from algorithms.functional.step_credit import clip, delta
+from rewards.combined.scores import Rule, parse_combiner
 from rewards.shaping.references import (
     Form,
     centred,
@@ -21,20 +23,18 @@ from rewards.shaping.references import (
     sigmoid,
 )
 from rewards.shaping.steps import (
+    ClipStd,
+    GroupNormalise,
+    LengthPenalty,
+    MinMax,
     RunningStatistics,
-    clip,
-    clipped_to_std,
-    delta,
-    length_penalty,
-    min_max,
-    overlong_penalty,
-    standardised,
-    standardised_in_group,
+    Standardise,
 )
 
 REFERENCES = np.array([0.2, 1.0, -0.5])
 REWARD = np.array([1.5])
 RUNNING = np.array([1.0, 3.0, 2.0, 6.0])
+LENGTHS = np.zeros(0, dtype=np.int64)
 MEMBERS = np.array([1.0, 2.0, 0.5, 1.5, 3.0])
 STEPS = np.array([0.9, 0.4, 0.8, 0.2])
 finite = st.floats(-1e6, 1e6)
@@ -42,6 +42,10 @@ finite = st.floats(-1e6, 1e6)
 
 def close(found: object, expected: object) -> bool:
     return bool(np.allclose(np.asarray(found), np.asarray(expected), rtol=0, atol=1e-6))
+
+
+def aggregate(kind: str, values: np.ndarray, weights: np.ndarray, spread_weight: float = 1.0) -> float:
+    return Rule(parse_combiner(kind), spread_weight)(values, weights)
 
 
 def to_go(rewards: np.ndarray) -> np.ndarray:
@@ -122,7 +126,7 @@ def test_log_sigmoid_neither_overflows_nor_falls_below_its_floor() -> None:
         ("mean_minus_variance", 0.5, 1.23),
     ],
 )
-def test_ensembles(combine: Combine, spread: float, expected: float) -> None:
+def test_ensembles(combine: str, spread: float, expected: float) -> None:
     assert aggregate(combine, MEMBERS, np.ones(5), spread) == pytest.approx(expected, abs=1e-6)
 
 
@@ -165,9 +169,9 @@ def test_few_steps(steps: list[float]) -> None:
 def test_running_statistics_as_in_par_s_code() -> None:
     statistics = RunningStatistics()
     statistics.add(RUNNING)
-    assert close(standardised(RUNNING, statistics), [-1.069045, 0, -0.534522, 1.603567])
-    assert close(clipped_to_std(RUNNING, statistics), [1.129171, 3, 2, 4.870829])
-    assert close(min_max(RUNNING, statistics), [0, 0.4, 0.2, 1])
+    assert close(Standardise().normalise(RUNNING, statistics), [-1.069045, 0, -0.534522, 1.603567])
+    assert close(ClipStd().normalise(RUNNING, statistics), [1.129171, 3, 2, 4.870829])
+    assert close(MinMax().normalise(RUNNING, statistics), [0, 0.4, 0.2, 1])
 
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=6), min_size=1, max_size=6))
@@ -185,10 +189,10 @@ def test_running_statistics_do_not_depend_on_the_batches(batches: list[list[floa
 def test_running_statistics_without_values_or_spread_change_nothing_or_centre() -> None:
     empty, equal = RunningStatistics(), RunningStatistics()
     equal.add(np.full(3, 7.0))
-    for transform in (standardised, clipped_to_std, min_max):
+    for transform in (Standardise().normalise, ClipStd().normalise, MinMax().normalise):
         assert close(transform(RUNNING, empty), RUNNING)
         assert np.isfinite(transform(RUNNING, equal)).all()
-    assert close(standardised(np.array([7.0, 8.0]), equal), [0.0, 1.0])
+    assert close(Standardise().normalise(np.array([7.0, 8.0]), equal), [0.0, 1.0])
 
 
 def test_running_statistics_go_on_from_a_saved_state() -> None:
@@ -201,14 +205,14 @@ def test_running_statistics_go_on_from_a_saved_state() -> None:
 
 
 def test_costs_of_length() -> None:
-    assert close(length_penalty(np.array([10, 300, 350]), 0.01, 300), [0, 0, -0.5])
-    # DAPO: 20480 tokens of which 4096 are the buffer
+    penalty = LengthPenalty(per_token=0.01, free_tokens=300)
+    assert close(penalty.apply(np.zeros(3), np.array([10, 300, 350])), [0, 0, -0.5])
     lengths = np.array([16384, 18432, 20480, 30000])
-    assert close(overlong_penalty(lengths, 20480, 4096), [0, -0.5, -1, -1])
+    assert close(overlong_penalty(lengths, max_tokens=20480, buffer_tokens=4096), [0, -0.5, -1, -1])
 
 
 def test_group_statistics() -> None:
-    assert close(standardised_in_group(RUNNING), [-1.069045, 0, -0.534522, 1.603567])
-    assert close(standardised_in_group(RUNNING, divide=False), RUNNING - 3)
-    assert close(standardised_in_group(np.full(3, 0.1)), [0, 0, 0])
-    assert close(standardised_in_group(np.array([5.0])), [0])
+    assert close(GroupNormalise().apply(RUNNING, LENGTHS), [-1.069045, 0, -0.534522, 1.603567])
+    assert close(GroupNormalise(divide=False).apply(RUNNING, LENGTHS), RUNNING - 3)
+    assert close(GroupNormalise().apply(np.full(3, 0.1), LENGTHS), [0, 0, 0])
+    assert close(GroupNormalise().apply(np.array([5.0]), LENGTHS), [0])

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_reward_combined import SECOND, SPANS, TOKENS, WORD, combined, group, score
+from combination_rewards import SECOND, SPANS, TOKENS, WORD, combined, group, score
 
 from rewards.base import RewardContext
 from rewards.combined.reward import CombinedReward
-from rewards.shaping.parse import parse_steps
 from rewards.shaping.references import log_sigmoid, sigmoid
+from rewards.shaping.steps import parse_steps
 from rlkit.experience import Group, GroupScores, PreferencePair
 
 RUNNING = ("1", "3", "2", "6")
@@ -138,7 +138,7 @@ def test_process_steps_pass_over_tokens_that_are_not_trained() -> None:
 )
 def test_running_statistics_count_a_step_before_its_scores_are_used(kind: str, expected: list[float]) -> None:
     reward = combined({"a": {**WORD, "pairs": True}}, shaping=[kind])
-    assert CombinedReward.update_when(reward.config) == "before"
+    assert CombinedReward.traits(reward.config).update_when == "before"
     groups = scored(reward, group("1", "3"), group("x", "2", "6", name="h"))
     assert [v for each in groups if each.scores for v in values(each.scores)] == [1, 3, None, 2, 6]
     reward.update(groups)
@@ -203,7 +203,7 @@ def test_a_reward_with_running_statistics_has_one_worker() -> None:
 def test_parts_learn_from_their_own_scores_when_they_say(moment: str) -> None:
     learner = {"_target_": "combination_rewards.Learner", "moment": moment, "weight": 2}
     reward = combined({"net": learner, "rule": {**SECOND, "when": {"has": "answer"}}})
-    assert CombinedReward.update_when(reward.config) == moment
+    assert CombinedReward.traits(reward.config).update_when == moment
     groups = scored(reward, group("1 10", "3 20", "7 x"), group("5 30", "x 1", name="h", answer=None))
     assert reward.update(groups) == ({} if moment == "none" else {"learner/bias": 3.0})
     if moment == "before":

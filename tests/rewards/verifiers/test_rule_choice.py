@@ -149,8 +149,8 @@ def test_scores_and_needs() -> None:
     assert [score.value for score in (right, wrong, none)] == [1.0, 0.0, 0.0]
     assert [score.components["format"] for score in (right, wrong, none)] == [1.0, 1.0, 0.0]
     assert "chose C, gold B" in wrong.trace
-    assert MultipleChoice.needs(MultipleChoice.Config()).columns == ()
-    assert MultipleChoice.needs(MultipleChoice.Config(options_column="choices")).columns == ("choices",)
+    assert MultipleChoice.traits(MultipleChoice.Config()).columns == ()
+    assert MultipleChoice.traits(MultipleChoice.Config(options_column="choices")).columns == ("choices",)
 
 
 @settings(max_examples=300, deadline=None)

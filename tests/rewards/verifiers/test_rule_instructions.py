@@ -159,8 +159,8 @@ def test_constraints_on_every_response() -> None:
     assert judge("rain, rain", always=always).value == 0.0
     assert judge("rain", ["detectable_format:title"], [{}], always=always).value == 0.0
     config = Instructions.Config(always=always)
-    assert Instructions.needs(config).columns == ()
-    assert Instructions.needs(Instructions.Config()).columns == ("instruction_id_list", "kwargs")
+    assert Instructions.traits(config).columns == ()
+    assert Instructions.traits(Instructions.Config()).columns == ("instruction_id_list", "kwargs")
     assert Instructions.check(config) == []
     (message,) = Instructions.check(Instructions.Config(always=[{"id": "keywords:existence"}]))
     assert message == "reward.always[0]: keywords:existence needs keywords and is given nothing"

@@ -99,10 +99,10 @@ def test_one_schema_for_all(tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(SCHEMA))
     config = JsonSchema.Config(schema_file=path)
-    assert JsonSchema.needs(config).columns == ()
+    assert JsonSchema.traits(config).columns == ()
     assert JsonSchema.check(config) == []
     assert judge('{"name": "Ann"}', None, schema_file=path).value == 1.0
-    assert JsonSchema.needs(JsonSchema.Config(schema_column="s")).columns == ("s",)
+    assert JsonSchema.traits(JsonSchema.Config(schema_column="s")).columns == ("s",)
     with pytest.raises(ValidationError, match="no effect"):
         JsonSchema.Config(schema_file=path, schema_column="s")
     path.write_text("{")

@@ -65,8 +65,8 @@ def test_exact_match_of_any_reference() -> None:
     reward = ExactMatch(config, RewardContext())
     task = reward.task(prompt(references=("NYC", "New York City")))
     assert [ExactMatch.judge(config, task, text).value for text in ("NYC", "New York City", "York")] == [1.0, 1.0, 0.0]
-    assert ExactMatch.needs(config).references
-    assert not ExactMatch.needs(config).answer
+    assert ExactMatch.traits(config).references
+    assert not ExactMatch.traits(config).answer
     with pytest.raises(CannotJudgeError, match=r"^no_gold: "):
         reward.task(prompt("NYC"))
 
@@ -90,8 +90,8 @@ def test_regex_match(text: str, options: dict[str, object], value: float) -> Non
 def test_the_gold_answer_in_a_pattern_is_taken_literally() -> None:
     assert regex("result: (a+b)", answer="(a+b)", pattern="result: {answer}$") == 1.0
     assert regex("result: aab", answer="(a+b)", pattern="result: {answer}$") == 0.0
-    assert RegexMatch.needs(RegexMatch.Config(pattern="x{answer}")).answer
-    assert not RegexMatch.needs(RegexMatch.Config(pattern="x{2}")).answer
+    assert RegexMatch.traits(RegexMatch.Config(pattern="x{answer}")).answer
+    assert not RegexMatch.traits(RegexMatch.Config(pattern="x{2}")).answer
     with pytest.raises(CannotJudgeError, match=r"^no_gold: "):
         regex("x", pattern="{answer}")
 
@@ -99,7 +99,7 @@ def test_the_gold_answer_in_a_pattern_is_taken_literally() -> None:
 def test_patterns_from_a_column() -> None:
     config = RegexMatch.Config(pattern_column="pattern")
     reward = RegexMatch(config, RewardContext())
-    assert RegexMatch.needs(config).columns == ("pattern",)
+    assert RegexMatch.traits(config).columns == ("pattern",)
     assert reward.task(prompt(pattern="[ab]+")) == "[ab]+"
     for columns, reason in (({}, "no_column"), ({"pattern": 3}, "no_column"), ({"pattern": "(("}, "bad_pattern")):
         with pytest.raises(CannotJudgeError, match=f"^{reason}: "):

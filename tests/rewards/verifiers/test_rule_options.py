@@ -41,8 +41,8 @@ def test_each_option(name: str, given: dict[str, Any], needed: set[str]) -> None
     section = yaml.safe_load(text)
     kind = import_part("reward", section.pop("_target_"))
     config = kind.Config(**section, **given)
-    needs = kind.needs(config)
-    found = {*needs.columns, *(key for key in ("answer", "references") if getattr(needs, key))}
+    traits = kind.traits(config)
+    found = {*traits.columns, *(key for key in ("answer", "references") if getattr(traits, key))}
     assert found == needed
     assert kind.check(config) == []
     assert [field for field, info in kind.Config.model_fields.items() if not info.description] == []

@@ -169,4 +169,4 @@ def test_gold_that_cannot_be_used() -> None:
             judge("x", gold)
     assert judge("<think>x</think> fine", "").value == 1.0
     assert judge(answer(call("get")), json.dumps([call("get")])).value == 4.0
-    assert ToolCallMatch.needs(ToolCallMatch.Config(tool_calls_column="gold")).columns == ("gold",)
+    assert ToolCallMatch.traits(ToolCallMatch.Config(tool_calls_column="gold")).columns == ("gold",)

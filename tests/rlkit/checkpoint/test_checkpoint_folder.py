@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from learner_fixture import make_groups
 
-from rlkit.checkpoint.checkpointer import from_json, to_json
 from rlkit.checkpoint.folder import (
     BadCheckpointError,
     open_checkpoint,
@@ -26,6 +25,7 @@ from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group, GroupScores, PreferencePair, Score, Span, SpanReward
+from rlkit.experience.records import from_json, to_json
 
 
 def config_of(run_dir: Path, *overrides: str) -> RunConfig:

@@ -19,14 +19,14 @@ Problems = Callable[..., list[str]]
 PARTS = '''
 from pydantic import Field
 from algorithms.base import Algorithm, AlgorithmConfig, AlgorithmNeeds
-from rewards.base import Reward, RewardConfig, RewardNeeds
+from rewards.base import Reward, RewardConfig, RewardTraits
 from rlkit.data.base import DataConfig, DataSource
 
 class MyReward(Reward):
     """A user's reward."""
     @classmethod
-    def needs(cls, config):
-        return RewardNeeds(references=True, columns=("rubric",))
+    def traits(cls, config):
+        return RewardTraits(references=True, columns=("rubric",))
     class Config(RewardConfig):
         threshold: float = Field(default=0.5, ge=0, le=1)
         mode: str = "plain"
@@ -56,8 +56,8 @@ class HalfReward(Reward):
 
 class FussyReward(MyReward):
     @classmethod
-    def needs(cls, config):
-        return RewardNeeds()
+    def traits(cls, config):
+        return RewardTraits()
     @classmethod
     def check(cls, config):
         return [f"mode={config.mode}: no such folder"]
@@ -283,3 +283,24 @@ def test_an_option_and_a_file_for_one_part_exclude_each_other(problems: Problems
     file = user_folder / "mine.yaml"
     file.write_text("reward: {_target_: my_parts.MyReward}\n")
     assert any("sets reward already" in line for line in problems(file=file))
+
+
+def test_the_verifier_is_a_part_of_its_own(load: Load, tmp_path: Path) -> None:
+    run = load("reward=rule", "reward.max_failed_share=0.3")
+    assert run.verifier_class is run.reward_class
+    assert run.verifier_config == run.verifier_class.Config() != run.reward_config
+
+    chosen = load("verifier=gsm8k", "verifier.timeout_seconds=7")
+    assert chosen.config.verifier["markers"] == ["####", "A:"]
+    assert chosen.config.verifier["timeout_seconds"] == 7
+    assert chosen.config.reward["timeout_seconds"] == 120
+
+
+def test_a_file_from_before_there_was_a_verifier_gets_the_default(load: Load, tmp_path: Path) -> None:
+    saved = yaml.safe_load(config_text(load().config))
+    del saved["reward"], saved["run_dir"]
+    default = saved.pop("verifier")
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(saved))
+
+    assert load(file=file).config.verifier == default

@@ -12,6 +12,7 @@ from algorithms.base import AlgorithmConfig, AlgorithmNeeds
 from rewards.implicit_prm.reward import ImplicitPRM
 from rlkit.config.checks import CHECKS, Finding, run_checks
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
+from rlkit.config.parts import Part, import_part
 from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainerConfig
 from rlkit.experience.filters import BufferConfig
 
@@ -70,7 +71,7 @@ def test_a_check_whose_section_is_invalid_is_left_out() -> None:
 def test_checks_only_name_known_sections() -> None:
     import inspect
 
-    known = {*sections(), "reward", "data", "run_dir", "resume", "model"}
+    known = {*sections(), "reward", "data", "verifier", "run_dir", "resume", "model"}
     for check in CHECKS:
         assert set(inspect.signature(check).parameters) <= known, check.__name__
 
@@ -213,3 +214,42 @@ def test_an_implicit_prm_that_cannot_be_made_is_refused(options: dict[str, Any],
     assert ImplicitPRM.check(ImplicitPRM.Config()) == []
     (message,) = ImplicitPRM.check(ImplicitPRM.Config(**options))
     assert text in message
+
+
+@dataclass
+class SomeData:
+    """A data source, as far as the checks look at it."""
+
+    columns: frozenset[str] = frozenset({"answer"})
+
+    def provides(self) -> frozenset[str]:
+        return self.columns
+
+    def check(self) -> list[str]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("rewards.verifiers.math.RuleReward", {}, None),
+        ("rewards.verifiers.terms.GroupLength", {}, "compares 2 responses to a prompt; a held-out prompt has one"),
+        ("rewards.implicit_prm.reward.ImplicitPRM", {}, "learns in the run"),
+        ("rewards.verifiers.instructions.Instructions", {}, "needs instruction_id_list"),
+        ("rewards.verifiers.match.RegexMatch", {"pattern_column": "pattern"}, "needs pattern"),
+        ("rewards.polar.reward.PolarReward", {}, "needs references"),
+        ("rewards.preference.reward.PreferenceReward", {"model_path": "embedded:policy"}, "verifier.model_path: "),
+    ],
+)
+def test_a_verifier_judges_one_response_with_what_the_data_give(
+    target: str, options: dict[str, Any], words: str | None
+) -> None:
+    cls = import_part("verifier", target)
+
+    findings = run_checks({"verifier": Part(cls, cls.Config(**options)), "data": SomeData()})
+
+    if words is None:
+        assert findings == []
+    else:
+        assert all(finding.key == "verifier" and not finding.warning for finding in findings)
+        assert any(words in finding.message for finding in findings)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rewards.code.reward import CodeReward
-from rewards.remote.reward import RemoteReward
+from rewards.remote import RemoteReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.plan import GpuShares, colocated_places, gpu_shares
@@ -47,9 +47,9 @@ def test_only_rewards_that_load_a_model_have_a_share(name: str, tmp_path: Path) 
 
 def test_rewards_on_servers_and_in_sandboxes_have_none() -> None:
     """Asked of the class: a configuration with reward=remote is valid only while its server answers."""
-    assert not RemoteReward.uses_gpu(RemoteReward.Config(url="http://127.0.0.1:1"))  # type: ignore[call-arg]
+    assert not RemoteReward.traits(RemoteReward.Config(url="http://127.0.0.1:1")).uses_gpu  # type: ignore[call-arg]
     for isolation in ({"isolation": "bubblewrap"}, {"isolation": "http", "url": "http://127.0.0.1:1"}):
-        assert not CodeReward.uses_gpu(CodeReward.Config(**isolation))  # type: ignore[arg-type]
+        assert not CodeReward.traits(CodeReward.Config(**isolation)).uses_gpu  # type: ignore[arg-type]
 
 
 def test_all_that_is_colocated_fits_on_one_gpu(tmp_path: Path) -> None:

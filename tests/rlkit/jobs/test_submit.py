@@ -21,12 +21,18 @@ from rlkit.config.compose import quoted
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.schema import ClusterConfig
-from rlkit.jobs.cluster import ClusterError, connect, dashboard_address
-from rlkit.jobs.follow import exit_code
-from rlkit.jobs.job import CONFIG_IN_ARCHIVE, environment, make_job, relative_path_problems, resume_warnings
-from rlkit.jobs.options import SubmitConfig, read_arguments
+from rlkit.jobs.cluster import ClusterError, connect, dashboard_address, exit_code
 from rlkit.jobs.resources import Demand, Node, demands, missing
-from rlkit.jobs.submission import check_here
+from rlkit.jobs.submission import (
+    CONFIG_IN_ARCHIVE,
+    SubmitConfig,
+    check_here,
+    environment,
+    make_job,
+    read_arguments,
+    relative_path_problems,
+    resume_warnings,
+)
 from rlkit.jobs.upload import MIB, Upload, UploadError, collect, pack
 from rlkit.submit import main
 
@@ -44,7 +50,7 @@ def make_files(folder: Path, *names: str, size: int = 10) -> None:
 
 def test_arguments_of_the_job_are_taken_out() -> None:
     typed = ["reward=rule", "cluster.address=http://h:8265", "submit.code=installed", "submit.exclude=[data,'*.ckpt']"]
-    arguments = read_arguments(typed, None)
+    arguments = read_arguments(typed)
     assert arguments.overrides == ["reward=rule"]
     assert arguments.address == "http://h:8265"
     assert arguments.submit.code == "installed"
@@ -63,7 +69,7 @@ def test_arguments_of_the_job_are_taken_out() -> None:
     ],
 )
 def test_wrong_arguments_of_the_job(typed: str, said: str) -> None:
-    (problem,) = read_arguments([typed], None).problems
+    (problem,) = read_arguments([typed]).problems
     assert said in str(problem)
 
 
@@ -281,14 +287,14 @@ def test_the_job_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     typed = [*BASE, "trainer.total_steps=3", f"run_dir={quoted(str(folder))}"]
     run = load_config(typed)
     job = make_job(run, typed, False, SubmitConfig(python="/opt/bin/python"))
-    words = shlex.split(job.entrypoint)
+    words = shlex.split(job["entrypoint"])
     assert words[:4] == ["exec", "/opt/bin/python", "-m", "rlkit.train"]
     again = load_config(words[4:])
     assert again.config == run.config
     assert again.config.run_dir == folder
-    assert job.metadata == {"rlkit_run": folder.name, "rlkit_run_dir": str(folder)}
-    assert " " not in job.submission_id
-    file, _ = split_off_file(shlex.split(make_job(run, typed, True, SubmitConfig()).entrypoint)[4:])
+    assert job["metadata"] == {"rlkit_run": folder.name, "rlkit_run_dir": str(folder)}
+    assert " " not in job["submission_id"]
+    file, _ = split_off_file(shlex.split(make_job(run, typed, True, SubmitConfig())["entrypoint"])[4:])
     assert file == Path(CONFIG_IN_ARCHIVE)
 
 

@@ -368,16 +368,16 @@ def test_a_plan_trains_every_sample_once_within_the_limit(
     groups = [partly_masked(group, seed) for group in make_groups(count, max(2, samples), seed)]
     advantages = grpo_advantages(groups)
     chosen = train_groups(groups, advantages)
-    wanted = Counter(place for group in chosen for place in group.places)
+    wanted = Counter(index for group in chosen for index in group.indices)
     masks = [sample.trained.any() for group in groups for sample in group.samples]
     assert sorted(wanted) == np.flatnonzero(advantages.keep & np.array(masks)).tolist()
     for split in (True, False):
         plan = plan_minibatches(chosen, minibatches, ranks, limit, split_groups=split)
         parts = [part for m in plan for rank in m.microbatches for micro in rank for part in micro]
-        assert Counter(place for part in parts for place in part.places) == wanted
+        assert Counter(index for part in parts for index in part.indices) == wanted
         for part in parts:
             original = [sample for group in groups for sample in group.samples]
-            assert all(original[p] is s for p, s in zip(part.places, part.samples, strict=True))
+            assert all(original[p] is s for p, s in zip(part.indices, part.samples, strict=True))
         for minibatch in plan:
             assert len({len(rank) for rank in minibatch.microbatches}) == 1, "ranks would wait for each other for ever"
             for rank in minibatch.microbatches:

@@ -74,11 +74,11 @@ def test_a_single_rank_runs_in_this_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_they_end_with_their_parent(number: int, code: int, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from test_local_ranks import *\n"
+        "import sys; from pathlib import Path; from test_ranks import *\n"
         "if __name__ == '__main__': sys.exit(run_ranks(2, 60, LIMIT, behave, Path(sys.argv[1]), 'sleep', 'sleep'))"
     )
     (tmp_path / "program.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{PYTHONPATH}"}
     command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path)]
     parent = subprocess.Popen(command, env=environment, start_new_session=True)
     try:

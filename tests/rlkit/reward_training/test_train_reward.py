@@ -20,7 +20,7 @@ from rlkit import cli, train_reward
 from rlkit.config.messages import ConfigError
 from rlkit.data.base import DataConfig, DataError
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig
-from rlkit.reward_training.load import load_reward_training
+from rlkit.reward_training.command import load_reward_training
 
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets", "math_verify")
 
@@ -170,7 +170,7 @@ def test_errors_exit_1_with_a_message_and_bugs_with_their_place(
 def test_signals_end_it_in_order(repository: Path, tmp_path: Path, number: int, code: int) -> None:
     run = tmp_path / "run"
     arguments = ["reward._target_=test_train_reward.Echo", "reward.behaviour=slow", f"run_dir={run}"]
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), PYTHONPATH])}
     process = subprocess.Popen(
         [sys.executable, "-m", "rlkit.train_reward", *arguments],
         cwd=repository,

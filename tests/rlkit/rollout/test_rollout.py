@@ -71,6 +71,7 @@ def pool(ray_session: None, model: Path, tmp_path_factory: pytest.TempPathFactor
         algorithm={},
         reward={},
         data={},
+        verifier={},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)  # also those that replace dead ones

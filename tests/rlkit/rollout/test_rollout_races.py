@@ -66,6 +66,7 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
             algorithm={},
             reward={},
             data={},
+            verifier={},
         )
         made.append(RolloutPool(config, "no model", tmp_path / "logs"))
         return made[-1]

@@ -27,7 +27,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def function_pool(**options: Any) -> RewardPool:
-    reward = {"_target_": "rewards.function.reward.FunctionReward", "function": "reward_functions.as_told"}
+    reward = {"_target_": "rewards.function.FunctionReward", "function": "reward_functions.as_told"}
     return RewardPool({**reward, "timeout_seconds": TIMEOUT, **options}, RewardContext(), startup_timeout_seconds=30)
 
 

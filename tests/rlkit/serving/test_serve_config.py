@@ -8,8 +8,8 @@ import pytest
 
 from rlkit.config.messages import ConfigError
 from rlkit.serve import main
-from rlkit.serving.http.config import load_serve_config
 from rlkit.serving.http.process import model_version
+from rlkit.serving.http.run import load_serve_config
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from algorithms.grpo import GRPO
 from rewards.base import RewardContext
 from rlkit.config.schema import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig
 from rlkit.experience import Group, Message, Prompt
-from rlkit.learner.actors import JointLearner, LearnerGroup
+from rlkit.learner.actors import LearnerGroup
+from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.worker import GroupRequest
 from rlkit.serving.pool import RewardPool
@@ -70,6 +71,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WeightSync]:
         algorithm={},
         reward={},
         data={},
+        verifier={},
     )
     algorithm = GRPO(GRPO.Config(samples_per_prompt=4))
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,239 @@
+"""`reward=function`: a plain Python function `f(prompts, completions, **columns) -> list[float | None]`.
+
+The signature is that of TRL's reward functions, so these work here unchanged:
+
+    def brevity(completions, **columns):
+        return [-len(completion) / 100 for completion in completions]
+
+    python -m rlkit.train reward=function reward.function=my_module.brevity
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
+from rlkit.experience import Group, GroupScores, Prompt, Sample, Score, UserError
+
+ARGUMENTS = ("prompts", "completions", "completion_ids", "references", "answer")
+"""What every function may take besides data columns."""
+
+
+class FunctionReward(Reward):
+    """Calls the function once for all samples of a call; every argument is a list with one entry per sample.
+
+    The function gets those of these that its signature names, or all if it has `**columns`: `prompts`, `completions`,
+    `completion_ids` (token ids), `references` (a list each), `answer`, and every data column. It returns a number per
+    sample, or None where it cannot judge (the sample is then invalid). If it raises, the call is repeated once in a new
+    process; if that raises too, all its samples are invalid.
+    """
+
+    class Config(RewardConfig):
+        """Options."""
+
+        function: str
+        """Dotted path of the function: my_module.my_function. `async def` functions are awaited."""
+        chat: bool = False
+        """Give prompts and completions as lists of messages ({"role": ..., "content": ...}) instead of texts."""
+
+    def __init__(self, config: Any, context: RewardContext) -> None:
+        super().__init__(config, context)
+        self._function: RewardFunction | None = None
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """The function can be imported and takes completions."""
+        try:
+            load_function(config.function)
+        except FunctionError as error:
+            return [str(error)]
+        return []
+
+    @classmethod
+    def traits(cls, config: Any) -> RewardTraits:
+        """What its arguments without a default name; nothing if it cannot be imported (`check` says so)."""
+        try:
+            function = load_function(config.function)
+        except FunctionError:
+            return RewardTraits()
+        return RewardTraits(
+            references="references" in function.required,
+            answer="answer" in function.required,
+            columns=function.columns,
+        )
+
+    def start(self) -> None:
+        """Import the function. Raises FunctionError."""
+        self._function = load_function(self.config.function)
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """The function's values. Raises what the function raises."""
+        function = self._function
+        if function is None:
+            raise RuntimeError("start() was not called")
+        pairs = [(group.prompt, sample) for group in groups for sample in group.samples]
+        lacking = [_lacking(function, prompt) for prompt, _ in pairs]
+        complete = [pair for pair, lack in zip(pairs, lacking, strict=True) if not lack]
+        judged = iter(self._judge(function, complete))
+        scores = iter([Score.invalid(f"no_column: {lack}") if lack else next(judged) for lack in lacking])
+        return [GroupScores(tuple(next(scores) for _ in group.samples)) for group in groups]
+
+    def _judge(self, function: RewardFunction, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Score]:
+        """One score per pair, from one call of the function."""
+        if not pairs:
+            return []
+        result = function.call(**self._arguments(function, pairs))
+        if inspect.isawaitable(result):
+            result = asyncio.run(_awaited(result))
+        values = result.tolist() if hasattr(result, "tolist") else result  # numpy arrays and torch tensors
+        if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+            reason = f"wrong_type: {function.name} returned {_described(values)}, not a list of {len(pairs)} numbers"
+            return [Score.invalid(reason)] * len(pairs)
+        if len(values) != len(pairs):
+            reason = f"wrong_length: {function.name} returned {len(values)} values for {len(pairs)} completions"
+            return [Score.invalid(reason)] * len(pairs)
+        return [_score(value, function.name) for value in values]
+
+    def _arguments(self, function: RewardFunction, pairs: Sequence[tuple[Prompt, Sample]]) -> dict[str, list[Any]]:
+        columns = dict.fromkeys(name for prompt, _ in pairs for name in prompt.columns)
+        arguments: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in columns}
+        arguments |= {
+            "prompts": [_prompt(prompt, self.config.chat) for prompt, _ in pairs],
+            "completions": [_completion(sample, self.config.chat) for _, sample in pairs],
+            "completion_ids": [sample.token_ids.tolist() for _, sample in pairs],
+            "references": [list(prompt.references) for prompt, _ in pairs],
+            "answer": [prompt.answer for prompt, _ in pairs],
+        }
+        return {name: values for name, values in arguments.items() if function.wants(name)}
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def _lacking(function: RewardFunction, prompt: Prompt) -> str:
+    """What the function must have and this prompt has not, in words; empty if nothing."""
+    lacking = [name for name in function.columns if name not in prompt.columns]
+    if "answer" in function.required and prompt.answer is None:
+        lacking.append("answer")
+    if "references" in function.required and not prompt.references:
+        lacking.append("references")
+    return f"{function.name} wants {', '.join(lacking)}, which prompt {prompt.id} has not" if lacking else ""
+
+
+def _prompt(prompt: Prompt, chat: bool) -> Any:
+    if chat:
+        return [{"role": message.role, "content": message.content} for message in prompt.messages]
+    return "\n\n".join(message.content for message in prompt.messages)
+
+
+def _completion(sample: Sample, chat: bool) -> Any:
+    return [{"role": "assistant", "content": sample.text}] if chat else sample.text
+
+
+def _score(value: Any, function: str) -> Score:
+    """A number as a score; anything else is invalid and never zero."""
+    if value is None:
+        return Score.invalid(f"none: {function} returned None for this sample")
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy or torch
+        value = value.item()
+    if not isinstance(value, Real):
+        return Score.invalid(f"wrong_type: {function} returned {_described(value)} instead of a number")
+    number = float(value)
+    if not math.isfinite(number):
+        return Score.invalid(f"not_finite: {function} returned {number}")
+    return Score(number)
+
+
+def _described(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.80}"
+
+
+class FunctionError(UserError, ValueError):
+    """A function that cannot be used; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function with the names of its arguments."""
+
+    call: Callable[..., Any]
+    name: str
+    """Its dotted path."""
+    required: tuple[str, ...]
+    """Arguments without a default."""
+    optional: tuple[str, ...]
+    takes_all: bool
+    """It has `**columns` (or any other name)."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Data columns that it cannot do without."""
+        return tuple(name for name in self.required if name not in ARGUMENTS)
+
+    def wants(self, name: str) -> bool:
+        """Whether it takes an argument of this name."""
+        return self.takes_all or name in self.required or name in self.optional
+
+
+def load_function(path: str) -> RewardFunction:
+    """The function at `my_module.my_function` (or `my_module.Class.method`). Raises FunctionError."""
+    function = _import(path)
+    if inspect.isclass(function):
+        raise FunctionError(f"reward.function={path}: is a class; a Reward class is named by reward._target_={path}")
+    if not callable(function):
+        raise FunctionError(f"reward.function={path}: is a {type(function).__name__}, not a function")
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise FunctionError(f"reward.function={path}: its arguments cannot be read: {error}") from error
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    loaded = RewardFunction(
+        call=function,
+        name=path,
+        required=tuple(p.name for p in by_name if p.default is p.empty),
+        optional=tuple(p.name for p in by_name if p.default is not p.empty),
+        takes_all=any(p.kind == p.VAR_KEYWORD for p in parameters),
+    )
+    positional = [p.name for p in parameters if p.kind == p.POSITIONAL_ONLY]
+    if positional:
+        raise FunctionError(f"reward.function={path}: takes {', '.join(positional)} by position only; drop the `/`")
+    if not loaded.wants("completions"):
+        raise FunctionError(
+            f"reward.function={path}: has no argument `completions`: f(prompts, completions, **columns)"
+        )
+    return loaded
+
+
+def _import(path: str) -> Any:
+    """The attribute at `path`, whose beginning is read as the longest module name that exists."""
+    names = path.split(".")
+    if len(names) < 2 or not all(name.isidentifier() for name in names):
+        raise FunctionError(f"reward.function={path}: must be a dotted path, like my_module.my_function")
+    for end in range(len(names) - 1, 0, -1):
+        module_name = ".".join(names[:end])
+        try:
+            value: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+                continue  # perhaps a class of a shorter module name
+            raise FunctionError(f"reward.function={path}: {module_name} cannot be imported: {error}") from error
+        except Exception as error:  # whatever a module of the user's raises while it is imported
+            cause = f"{type(error).__name__}: {error}"
+            raise FunctionError(f"reward.function={path}: {module_name} cannot be imported: {cause}") from error
+        for name in names[end:]:
+            if not hasattr(value, name):
+                raise FunctionError(f"reward.function={path}: {module_name} has no {'.'.join(names[end:])}")
+            value = getattr(value, name)
+        return value
+    raise FunctionError(
+        f"reward.function={path}: there is no module {names[0]} (looked in the current folder and in the installed "
+        "packages)"
+    )

@@ -1,1 +1,0 @@
-"""`reward=function`: a plain Python function as reward."""

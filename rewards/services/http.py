@@ -1,0 +1,289 @@
+"""The HTTP client of all rewards that ask a server: tries, back-off, deadlines and limits in one place.
+
+Failures are told apart once, where they happen. What may pass is a `TransientError` and is tried again: no connection,
+no answer in time, a broken body, 408, 425, 429 and 5xx (but 501 and 505). What would be the same a second time is a
+`RefusedError` and is raised at once. Who calls turns them into their own messages or reasons:
+
+>>> async with HttpClient(["http://127.0.0.1:8000/score"], Limits(attempts=4, try_seconds=30)) as http:
+...     try:
+...         return await http.post(json_body({"text": "..."}), deadline, read=lambda answer: answer.json()["score"])
+...     except OutOfTimeError as error:  # `deadline` (time.monotonic()) came first
+...         return f"timeout: no score in time; last: {error.last}"
+...     except TransientError as error:
+...         return f"unreachable: {error} ({error.tries} tries)"
+...     except RefusedError as error:
+...         return f"refused: {error}"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import math
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import httpx
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Body = bytes | Callable[[float], bytes]
+"""What is sent; or what makes it for each try, given the seconds until the deadline (whatever it raises is raised)."""
+
+SHOWN_CHARACTERS = 300
+"""Of an answer, in messages."""
+SAME_AGAIN = (501, 505)
+"""Errors of a server that are about the request."""
+
+
+class HttpError(Exception):
+    """No usable answer. The message names the address and what happened there."""
+
+    def __init__(self, url: str, problem: str, status: int | None = None, answer: str = "") -> None:
+        super().__init__(f"{url}: {problem}")
+        self.url = url
+        self.problem = problem
+        """What happened, without the address: `ConnectError: ...`, `HTTP 503: ...`, `no answer within 30 s`."""
+        self.status = status
+        """Of the answer, if there was one."""
+        self.answer = answer
+        """Its beginning."""
+
+
+class TransientError(HttpError):
+    """It may pass. Raised by `post` after the last try; a reader of answers raises it to have another try."""
+
+    retry_after: float | None = None
+    """Seconds that the server asks to wait."""
+    timed_out: bool = False
+    """Whether it is that there was no answer within `Limits.try_seconds`."""
+    tries: int = 1
+
+
+class RefusedError(HttpError):
+    """The server does not take this request: it would say the same again."""
+
+
+class OutOfTimeError(HttpError):
+    """The deadline came before an answer, or comes before the next try."""
+
+    def __init__(self, url: str, last: TransientError | None) -> None:
+        super().__init__(url, "out of time" + (f"; last: {last}" if last else ""))
+        self.last = last
+        """The last failure: of this request, or of one beside it since this one began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How often, how long and how much at a time."""
+
+    attempts: int | None = None
+    """Tries of a request; None: until the deadline."""
+    try_seconds: float | None = None
+    """Of one try, from connecting to the last byte; None: until the deadline."""
+    connect_seconds: float | None = None
+    """Of connecting alone."""
+    concurrent: int = 8
+    """Requests under way at a time. One that waits for its next try is none of them."""
+    first_pause: float = 0.5
+    longest_pause: float = 30.0
+    """Seconds between tries: at random, up to a bound that doubles with each try from the first to the longest."""
+    longest_retry_after: float | None = None
+    """The longest pause that a server may ask for with Retry-After (more is cut to this); None: `longest_pause`."""
+
+
+class HttpClient:
+    """POSTs to one service, at one address or at replicas that take turns. Used from one event loop."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        limits: Limits,
+        token: str | None = None,
+        *,
+        trust_env: bool = True,
+        verify: ssl.SSLContext | bool = True,
+        log_retries: bool = False,
+    ) -> None:
+        """`token`: a bearer token. `trust_env`, `verify`: httpx's (whether the proxies of the environment are used, and
+        which certificates are trusted). `log_retries`: a warning for each failure that is tried again."""
+        self.limits = limits
+        self._urls, self._turns = tuple(urls), itertools.cycle(urls)
+        self._log_retries = log_retries
+        self._slots = asyncio.Semaphore(limits.concurrent)
+        self._latest: TransientError | None = None
+        self._http = httpx.AsyncClient(
+            headers={"Content-Type": "application/json", **bearer(token)},
+            timeout=httpx.Timeout(None, connect=limits.connect_seconds),
+            limits=httpx.Limits(max_connections=limits.concurrent),
+            trust_env=trust_env,
+            verify=verify,
+        )
+
+    async def post(self, body: Body, deadline: float, read: Callable[[httpx.Response], T]) -> T:
+        """What `read` makes of an answer with status 200; `deadline` is on `time.monotonic`.
+
+        Raises TransientError after the last try, RefusedError, OutOfTimeError, and what `body` and `read` raise.
+        """
+        before = self._latest
+
+        def stop(state: RetryCallState) -> bool:
+            limit = self.limits.attempts
+            return limit == state.attempt_number or time.monotonic() + state.upcoming_sleep >= deadline
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(TransientError),
+            after=self._note,
+            wait=self._pause,
+            stop=stop,
+            before_sleep=self._warn if self._log_retries else None,
+            reraise=True,
+        )
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                answer: T = await retrying(self._try, body, deadline, read)
+                return answer
+        except TransientError as error:
+            if error.tries == self.limits.attempts:
+                raise
+            raise OutOfTimeError(error.url, error) from error
+        except TimeoutError:
+            last = self._latest if self._latest is not before else None
+            raise OutOfTimeError(", ".join(self._urls), last) from None
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _try(self, body: Body, deadline: float, read: Callable[[httpx.Response], T]) -> T:
+        async with self._slots:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError
+            answer = await self._send(next(self._turns), body if isinstance(body, bytes) else body(remaining))
+        return read(accepted(answer))
+
+    async def _send(self, url: str, content: bytes) -> httpx.Response:
+        limit = self.limits.try_seconds
+        try:
+            async with asyncio.timeout(limit):  # httpx's own limits begin again with every byte
+                return await self._http.post(url, content=content)
+        except TimeoutError:
+            error = TransientError(url, f"no answer within {limit:g} s")
+            error.timed_out = True
+            raise error from None
+        except httpx.RequestError as error:  # with DecodingError: a body that is not the gzip it says
+            raise _no_answer(url, error) from error
+
+    def _note(self, state: RetryCallState) -> None:
+        self._latest = error = _failure(state)
+        error.tries = state.attempt_number
+
+    def _pause(self, state: RetryCallState) -> float:
+        limits = self.limits
+        longest = limits.longest_pause if limits.longest_retry_after is None else limits.longest_retry_after
+        pause = wait_random_exponential(multiplier=limits.first_pause, max=limits.longest_pause)(state)
+        return max(pause, min(_failure(state).retry_after or 0.0, longest))
+
+    def _warn(self, state: RetryCallState) -> None:
+        of = f" of {self.limits.attempts}" if self.limits.attempts else ""
+        log.warning("%s; try %d%s", _failure(state), state.attempt_number + 1, of)
+
+
+class BlockingHttpClient:
+    """HttpClient for threads: its event loop runs in a thread of its own."""
+
+    def __init__(self, urls: Sequence[str], limits: Limits, token: str | None = None, **options: Any) -> None:
+        """Options are HttpClient's."""
+        self._client = HttpClient(urls, limits, token, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
+        self._thread.start()
+
+    def post(self, body: Body, deadline: float, read: Callable[[httpx.Response], T]) -> T:
+        """As HttpClient.post. `body` and `read` run in the loop's thread."""
+        return asyncio.run_coroutine_threadsafe(self._client.post(body, deadline, read), self._loop).result()
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def get(
+    url: str,
+    seconds: float,
+    token: str | None = None,
+    *,
+    connect_seconds: float | None = None,
+    trust_env: bool = True,
+    verify: ssl.SSLContext | bool = True,
+) -> httpx.Response:
+    """One GET without a second try; any status is an answer. Raises TransientError if there is none."""
+    timeout = httpx.Timeout(seconds, connect=connect_seconds or seconds)
+    try:
+        return httpx.get(url, headers=bearer(token), timeout=timeout, trust_env=trust_env, verify=verify)
+    except httpx.RequestError as error:
+        raise _no_answer(url, error) from error
+
+
+def bearer(token: str | None) -> dict[str, str]:
+    """The header with a token."""
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def json_body(value: Any) -> bytes:
+    """JSON in ASCII: a text of a model may hold what UTF-8 cannot encode."""
+    return json.dumps(value).encode()
+
+
+def accepted(answer: httpx.Response) -> httpx.Response:
+    """An answer with status 200. Raises TransientError or RefusedError for another."""
+    status = answer.status_code
+    if status == 200:
+        return answer
+    shown = excerpt(answer)
+    url, problem = str(answer.url), f"HTTP {status}: {shown}"
+    if status not in (408, 425, 429) and (status < 500 or status in SAME_AGAIN):
+        raise RefusedError(url, problem, status, shown)
+    error = TransientError(url, problem, status, shown)
+    error.retry_after = _retry_after(answer)
+    raise error
+
+
+def excerpt(answer: httpx.Response) -> str:
+    """The beginning of an answer, for a message."""
+    return answer.text[:SHOWN_CHARACTERS]
+
+
+def _no_answer(url: str, error: httpx.RequestError) -> TransientError:
+    return TransientError(url, f"{type(error).__name__}: {error}")
+
+
+def _failure(state: RetryCallState) -> TransientError:
+    error = state.outcome.exception() if state.outcome is not None else None
+    assert isinstance(error, TransientError)
+    return error
+
+
+def _retry_after(answer: httpx.Response) -> float | None:
+    """None also for a date, which is rare."""
+    try:
+        seconds = float(answer.headers.get("Retry-After", ""))
+    except ValueError:
+        return None
+    return None if math.isnan(seconds) else max(0.0, seconds)

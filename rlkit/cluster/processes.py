@@ -1,0 +1,136 @@
+"""Child processes that end: with their parent, in order by a deadline, or at once with all they have started.
+
+The standard library alone: the verifiers' processes import this, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+KILL_SECONDS = 10.0
+"""How long the kernel may take to end a killed process."""
+
+Process = BaseProcess | subprocess.Popen[bytes]
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nobody uses at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def spawn(function: Callable[..., Any], *arguments: Any, name: str | None = None) -> BaseProcess:
+    """Call a function (pickled by name) in a fresh Python process that dies with this one; returns it, started.
+
+    It leads a session of its own, so that Ctrl-C at the terminal reaches the parent alone. Raises OSError.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=_call, args=(function, arguments), name=name)
+    process.start()
+    return process
+
+
+def _call(function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    os.setsid()
+    die_with_parent()
+    function(*arguments)
+
+
+def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, with its output in `log`; it may call `die_with_parent`."""
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=environment, start_new_session=True
+        )
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends, even if that was killed and this one hangs in C code.
+
+    For processes of `multiprocessing` and of `start`. PR_SET_PDEATHSIG would watch the thread that started this
+    process, or the fork server, which lives until its last child is gone. Instead the parent's end of a pipe (the
+    sentinel, or standard input) closes with the parent, and O_ASYNC turns that into a signal.
+    """
+    parent = multiprocessing.parent_process()
+    pipe = sys.stdin.fileno() if parent is None else parent.sentinel
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([pipe], [], [], 0)[0]:  # it ended before
+        os._exit(1)
+
+
+def wait(process: Process, seconds: float) -> bool:
+    """Whether the process has ended within that time."""
+    if isinstance(process, BaseProcess):
+        process.join(max(0.0, seconds))
+        return process.exitcode is not None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.0, seconds))
+    return process.poll() is not None
+
+
+def end(processes: Iterable[Process], seconds: float = 0.0) -> None:
+    """End processes of `spawn` and `start`: SIGTERM, and after `seconds` SIGKILL for all of their process groups."""
+    processes = list(processes)
+    if seconds:
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            wait(process, deadline - time.monotonic())
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(_pid(process), signal.SIGKILL)
+        process.kill()
+    for process in processes:
+        wait(process, KILL_SECONDS)
+        if isinstance(process, subprocess.Popen) and process.stdin is not None:
+            process.stdin.close()
+
+
+def _pid(process: Process) -> int:
+    assert process.pid is not None  # it was started
+    return process.pid
+
+
+def kill_with_children(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Kill a process and its children, which may have left its group. `seconds`: limit on stopping it first."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGSTOP)  # it makes no further child
+    deadline = time.monotonic() + seconds
+    while not _is_stopped(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    for child in _children(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    process.kill()
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a child is stopped, or has ended (and can still be waited for)."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # another thread has waited for it
+        return True
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []  # it has ended

@@ -1,0 +1,70 @@
+"""Prompts, samples, scores and groups as JSON in files, and back to the last bit; without pickle.
+
+An array becomes its dtype, shape and bytes in base64; a record becomes its class's name and fields.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rlkit.experience.types import (
+    Group,
+    GroupScores,
+    Message,
+    PreferencePair,
+    Prompt,
+    Sample,
+    Score,
+    Span,
+    SpanReward,
+)
+
+RECORDS = {
+    kind.__name__: kind
+    for kind in (Group, GroupScores, Message, PreferencePair, Prompt, Sample, Score, Span, SpanReward)
+}
+RECORD, ARRAY, TUPLE = "__record__", "__array__", "__tuple__"
+
+
+def to_json(value: Any) -> Any:
+    """What `json.dumps` takes. Raises TypeError for anything that `from_json` could not bring back."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return to_json(value.item())
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        raw = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode("ascii")
+        return {ARRAY: value.dtype.str, "shape": list(value.shape), "data": raw}
+    if isinstance(value, tuple):
+        return {TUPLE: [to_json(item) for item in value]}
+    if isinstance(value, list):
+        return [to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        strange = [key for key in value if not isinstance(key, str) or key in (RECORD, ARRAY, TUPLE)]
+        if strange:
+            raise TypeError(f"a mapping with the key {strange[0]!r} cannot be saved in a checkpoint")
+        return {key: to_json(item) for key, item in value.items()}
+    if type(value).__name__ in RECORDS and isinstance(value, RECORDS[type(value).__name__]):
+        fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {RECORD: type(value).__name__, **fields}
+    raise TypeError(f"{type(value).__name__} cannot be saved in a checkpoint: {value!r:.80}")
+
+
+def from_json(value: Any) -> Any:
+    """The reverse of `to_json`. Raises KeyError or TypeError for what it did not write."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if ARRAY in value:
+        raw = np.frombuffer(base64.b64decode(value["data"]), dtype=np.dtype(value[ARRAY]))
+        return raw.reshape(value["shape"]).copy()
+    if TUPLE in value:
+        return tuple(from_json(item) for item in value[TUPLE])
+    plain = {key: from_json(item) for key, item in value.items() if key != RECORD}
+    return RECORDS[value[RECORD]](**plain) if RECORD in value else plain

@@ -1,0 +1,325 @@
+"""A reward server: its configuration (the reward's as in a run, and the section `serve`), its start and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import uvicorn
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
+from rich.console import Console
+
+import rlkit
+from rewards.base import Reward, RewardConfig, RewardContext, TrainableReward
+from rlkit.config.help import print_section
+from rlkit.config.loading import Loading
+from rlkit.config.messages import ConfigError, Problem, all_fields
+from rlkit.config.parts import CONTRACTS, TARGET, conf_dir
+from rlkit.config.schema import Section
+from rlkit.experience.wire import SCHEMA_VERSION, Health, Needs
+from rlkit.serving.http.app import is_loopback, make_app
+from rlkit.serving.http.process import RewardProcess, model_version
+from rlkit.serving.http.queue import BatchLimits, ScoringQueue, ServerMetrics
+
+USED = {
+    "reward": "the reward to serve, with its fields (reward.workers: how many processes score side by side)",
+    "serve": "the server; its keys are listed below",
+    "seed": "given to the reward",
+    "dry_run": "validate only",
+}
+"""Key or group -> what it means to this command."""
+
+LEAST_TOKEN_CHARACTERS = 16
+KEEP_ALIVE_SECONDS = 60
+
+
+class ServeConfig(Section):
+    """The server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than this machine's loopback needs `serve.token_env`."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one and prints it."""
+    token_env: str | None = None
+    """Name of the environment variable with the token that every request must carry (Authorization: Bearer ...)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What the reward runs on."""
+    threads: int = Field(default=2, ge=1)
+    """CPU threads of each reward process."""
+    max_batch_samples: int = Field(default=256, ge=1)
+    """Waiting requests are scored together up to this many samples; one request has at most as many."""
+    max_batch_tokens: int = Field(default=262144, ge=1)
+    """And up to this many tokens; a single larger request is scored alone."""
+    max_queued_samples: int = Field(default=4096, ge=1)
+    """Samples that may wait; a request beyond that is answered 429 and should be tried again."""
+    max_body_mib: float = Field(default=64.0, gt=0)
+    """Larger requests are answered 413."""
+    max_connections: int = Field(default=128, ge=1)
+    """Requests open at a time; further ones are answered 503."""
+    startup_timeout_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    """The reward must have loaded and judged its first group by then, also when its process is replaced."""
+    end_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    """After Ctrl-C or SIGTERM, open requests may finish within this time."""
+
+
+@dataclass(frozen=True)
+class ResolvedServe:
+    """A server's configuration that passed every check."""
+
+    serve: ServeConfig
+    reward: dict[str, Any]
+    """`_target_` and all fields, defaults filled in."""
+    reward_class: type[Reward]
+    reward_config: RewardConfig
+    seed: int
+    dry_run: bool
+    token: str | None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the reward would learn in a run of its own; served, it stays as it is."""
+        cls = self.reward_class
+        return issubclass(cls, TrainableReward) and cls.traits(self.reward_config).update_when != "none"
+
+
+class _ServeRun(Section):
+    """The whole configuration of `python -m rlkit.serve`."""
+
+    seed: int = Field(default=0, ge=0)
+    """Given to the reward."""
+    dry_run: bool = False
+    """Validate, exit."""
+    serve: ServeConfig = ServeConfig()
+    reward: dict[str, Any]
+    """A swappable part: `_target_` and the fields of its `Config`."""
+
+
+def print_help(usage: str) -> None:
+    """Print `usage` and every key of the command."""
+    print(usage)
+    for key, text in USED.items():
+        print(f"  {key:<10}{text}")
+    print("  `python -m rlkit.train --help` lists all rewards with their keys.")
+    print_section(Console(), "serve", ServeConfig.__doc__ or "", all_fields(ServeConfig, "serve."))
+
+
+def load_serve_config(arguments: Sequence[str]) -> ResolvedServe:
+    """What `arguments` (Hydra overrides) describe. Raises ConfigError with every problem."""
+    loading = _ServeLoading(arguments)
+    loading.validate()
+    loading.check()
+    return loading.result()
+
+
+class _ServeLoading(Loading):
+    """The reward as in a run, out of the same option files; no other part and no other section."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        used: list[str] = []
+        refused: list[str] = []
+        for argument in arguments:
+            top = argument.lstrip("+~").partition("=")[0].partition(".")[0]
+            (used if top in USED else refused).append(argument)
+        contracts = {"reward": CONTRACTS["reward"]}
+        super().__init__(used, None, folder=conf_dir(), schema=_ServeRun, contracts=contracts)
+        self.problems += [
+            Problem(argument, f"has no effect in rlkit.serve; what has: {', '.join(USED)}") for argument in refused
+        ]
+        if not {"reward", "reward._target_"} & set(self.overrides.typed):
+            self.problems.append(
+                Problem("reward", "choose what to serve: reward=rule, or reward._target_=my_module.MyReward")
+            )
+        self.token: str | None = None
+
+    def _plain(self, composed: DictConfig) -> dict[str, Any]:
+        kept = [name for name in composed if name == "hydra" or name in _ServeRun.model_fields]
+        return super()._plain(OmegaConf.masked_copy(composed, kept))
+
+    def _run_config(self, known: Sequence[str]) -> None:
+        """The section `serve`, and the keys outside of any section."""
+        section = self.tree.get("serve", {})
+        if isinstance(section, dict):
+            self.available["serve"] = self._section(ServeConfig, section, "serve.", known)
+        else:
+            message = "is a section; set its keys one by one, like serve.port=8000"
+            self.problems.append(Problem(self.sources.where("serve", section), message))
+        plain = {key: value for key, value in self.tree.items() if key in ("seed", "dry_run")}
+        self.available["top"] = self._section(_ServeRun, {**plain, "reward": {}}, "", known)
+
+    def check(self) -> None:
+        """What the reward itself finds missing, and who could reach it."""
+        if "reward" in self.parts:
+            part = self.parts["reward"]
+            where = self.sources.where("reward", None)
+            self.problems += [Problem(where, message) for message in part.cls.check(part.config)]
+        serve = self.available.get("serve")
+        if isinstance(serve, ServeConfig):
+            self.token, problems = _token(serve, self.sources.where)
+            self.problems += problems
+
+    def result(self) -> ResolvedServe:
+        """The resolved configuration. Raises ConfigError if there is any problem."""
+        if self.problems:
+            raise ConfigError(list(dict.fromkeys(self.problems)))
+        part, top = self.parts["reward"], self.available["top"]
+        return ResolvedServe(
+            serve=self.available["serve"],
+            reward={TARGET: self.tree["reward"][TARGET], **part.config.model_dump(mode="json")},
+            reward_class=part.cls,
+            reward_config=part.config,
+            seed=top.seed,
+            dry_run=top.dry_run,
+            token=self.token,
+        )
+
+
+def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | None, list[Problem]]:
+    """The token, if one is configured; a server that others can reach must have one."""
+    variable = serve.token_env
+    if variable is None:
+        if is_loopback(serve.host):
+            return None, []
+        message = (
+            "others can reach this address, so requests must carry a token: export RLKIT_TOKEN=... and add "
+            "serve.token_env=RLKIT_TOKEN"
+        )
+        return None, [Problem(where("serve.host", serve.host), message)]
+    key, token = where("serve.token_env", variable), os.environ.get(variable, "").strip()
+    if not token:
+        return None, [Problem(key, f"the environment has no {variable}; `export {variable}=...` first")]
+    if len(token) < LEAST_TOKEN_CHARACTERS or not token.isascii():
+        remedy = 'python -c "import secrets; print(secrets.token_urlsafe())" makes a good one'
+        message = f"the token must have at least {LEAST_TOKEN_CHARACTERS} ASCII characters; {remedy}"
+        return None, [Problem(key, message)]
+    return token, []
+
+
+def serve(resolved: ResolvedServe) -> None:
+    """Load the reward, serve until Ctrl-C or SIGTERM, end everything.
+
+    Raises ConfigError if the port is taken, RewardFailed if the reward cannot start.
+    """
+    with _listening(resolved.serve) as listener:
+        asyncio.run(_serve(resolved, listener))
+
+
+@contextlib.contextmanager
+def _listening(serve: ServeConfig) -> Iterator[socket.socket]:
+    """The port, taken before the reward is loaded; connections are accepted afterwards. Raises ConfigError."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        where = f"serve.host={serve.host} serve.port={serve.port}"
+        raise ConfigError([Problem(where, f"cannot listen there: {error.strerror}; choose another port")]) from error
+    with listener:
+        yield listener
+
+
+async def _serve(resolved: ResolvedServe, listener: socket.socket) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    name = resolved.reward[TARGET]
+    if resolved.learns:
+        print(f"rlkit: {name} learns in a run of its own; served, it stays as it is and only scores", file=sys.stderr)
+    print(f"loading {name}", flush=True)
+    queue, description = _queue(resolved), _description(resolved)
+    server = _Server(
+        uvicorn.Config(
+            make_app(queue, description, resolved.token),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            limit_concurrency=resolved.serve.max_connections,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=max(1, round(resolved.serve.end_seconds)),
+        )
+    )
+    ending = _end_on_signals(server)
+    try:
+        starting = asyncio.ensure_future(queue.start())
+        await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()  # its processes are killed
+            await asyncio.wait({starting})
+        else:
+            starting.result()
+            listener.listen()  # a client that reads the next line may connect at once, before uvicorn listens
+            print(f"serving {name} ({description.model_version}) on {_address(listener)}", flush=True)
+            await server.serve(sockets=[listener])
+    finally:
+        await queue.close()
+    print("ended", flush=True)
+
+
+def _queue(resolved: ResolvedServe) -> ScoringQueue:
+    serve, config = resolved.serve, resolved.reward_config
+    context = RewardContext(
+        device=serve.device, gpus=float(serve.device == "cuda"), seed=resolved.seed, threads=serve.threads
+    )
+    target, options = resolved.reward[TARGET], {k: v for k, v in resolved.reward.items() if k != TARGET}
+    workers = [
+        RewardProcess(target, options, context, serve.startup_timeout_seconds, config.timeout_seconds)
+        for _ in range(config.workers)
+    ]
+    limits = BatchLimits(serve.max_batch_samples, serve.max_batch_tokens, serve.max_queued_samples)
+    return ScoringQueue(workers, limits, ServerMetrics())
+
+
+def _description(resolved: ResolvedServe) -> Health:
+    """What the server says about itself before its processes run."""
+    traits = resolved.reward_class.traits(resolved.reward_config)
+    return Health(
+        status="down",
+        schema_version=SCHEMA_VERSION,
+        rlkit_version=rlkit.__version__,
+        reward=resolved.reward[TARGET],
+        model_version=model_version(resolved.reward),
+        needs=Needs(references=traits.references, answer=traits.answer, columns=list(traits.columns)),
+        gives_process_rewards=traits.process_rewards,
+        trainable=resolved.learns,
+        max_request_samples=resolved.serve.max_batch_samples,
+        max_body_bytes=int(resolved.serve.max_body_mib * 2**20),
+        call_timeout_seconds=resolved.reward_config.timeout_seconds,
+        workers=[],
+    )
+
+
+class _Server(uvicorn.Server):
+    """Signals are handled here, also while the reward loads; uvicorn would raise them once more at its end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _end_on_signals(server: _Server) -> asyncio.Future[None]:
+    """Done at the first signal, which lets open requests finish; a second Ctrl-C does not."""
+    loop = asyncio.get_running_loop()
+    signalled: asyncio.Future[None] = loop.create_future()
+
+    def end() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+        if not signalled.done():
+            signalled.set_result(None)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end)
+    return signalled
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
