@@ -16,11 +16,11 @@ from rich.markup import escape
 
 import rlkit
 from rlkit.config.command import print_error
-from rlkit.config.compose import conf_dir, group_options, option_fields
+from rlkit.config.compose import group_options, option_fields
 from rlkit.config.help import print_section
-from rlkit.config.loading import TARGET, Loading
+from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, Problem, all_fields
-from rlkit.config.parts import Contract, PartError, import_part
+from rlkit.config.parts import TARGET, Contract, PartError, conf_dir, import_part
 from rlkit.data.base import DataConfig
 from rlkit.experience import UserError
 from rlkit.reward_training.base import RewardTraining, RewardTrainingConfig, TrainingContext, TrainRewardConfig
