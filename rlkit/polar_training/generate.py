@@ -16,8 +16,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rlkit.cluster import processes
-from rlkit.config.schema import Section
 from rlkit.data.base import DataError
+from rlkit.experience.section import Section
 from rlkit.polar_training.rows import Asked
 
 POLL_SECONDS = 0.2
@@ -51,7 +51,7 @@ class Generation(Section):
     """CPU: memory of vLLM's key-value cache."""
     gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
     """CUDA: share of the GPU's memory that vLLM takes."""
-    stall_seconds: float = Field(default=900.0, gt=0, allow_inf_nan=False)
+    stall_seconds: float = Field(default=900.0, gt=0)
     """A policy that finishes no response for so long (loading included) ends the run."""
 
 
