@@ -16,7 +16,7 @@ from paths import ROOT
 
 from benchmarks.structure import core_path
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
 
 
 def commands() -> list[tuple[str, str]]:
@@ -52,6 +52,9 @@ def folder(tmp_path: Path) -> Path:
     for name, row in FILES.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for _ in range(1 if name.endswith(".json") else 40)))
     (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **columns):\n    return [0.0]\n")
+    for page in PAGES:
+        for name, code in re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            (folder / name).write_text(code)
     return folder
 
 

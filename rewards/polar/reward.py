@@ -32,7 +32,7 @@ ACTS_WITH: dict[str, tuple[str, ...]] = {
     "request_timeout_seconds": SERVERS,
     "compare_at_start": SERVERS,
 }
-"""Option -> the backends it has an effect with; the others refuse it."""
+"""Option -> the backends that read it; the others refuse it."""
 
 
 class PolarConfig(RewardConfig):
@@ -79,7 +79,7 @@ class PolarConfig(RewardConfig):
     """Servers: tokens of the inputs in one request (an input above it gets a request of its own)."""
     concurrent_requests: int = Field(default=8, ge=1)
     """Servers: requests that each reward worker has open at a time."""
-    request_timeout_seconds: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    request_timeout_seconds: float = Field(default=30.0, gt=0)
     """Servers: after this a request is given up and made again, of the next replica if there are several."""
     compare_at_start: bool = True
     """Servers: score two canned inputs with the weights in model_path, too, and refuse a server that differs. false
@@ -145,7 +145,7 @@ class PolarReward(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the folder holds a discriminator, and a server's key is there."""
+        """Whether the folder holds a discriminator, and the environment a server's key."""
         from rewards.polar.backends import check_folder, has_weights
         from rlkit.models.folder import model_folder
 
@@ -279,10 +279,10 @@ class PolarReward(Reward):
 
 
 def lengths(config: PolarConfig, model: Mapping[str, Any]) -> tuple[Limits, int]:
-    """How to cut, and the longest input the model is given: `max_length` and a little more.
+    """Limits of the parts, and of the whole input: a little above `max_length`.
 
-    A cut in the middle of a character is written with more tokens than were cut. Raises DiscriminatorError if the
-    model (its config.json) takes less than what is asked for.
+    A cut inside a character can lengthen the text by tokens. Raises DiscriminatorError if the model (its config.json)
+    takes less than the configuration asks for.
     """
     from rewards.polar.backends import DiscriminatorError
 

@@ -165,7 +165,7 @@ def _final(batch: range, reason: str) -> bool:
 class TextRuleConfig(RewardConfig):
     """Fields of every verifier that judges in its own processes."""
 
-    item_timeout_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    item_timeout_seconds: float = Field(default=5.0, gt=0)
     """Deadline of one verdict; then its process is killed and replaced and the sample is invalid."""
     processes: int = Field(default=1, ge=1)
     """Verifier processes of one worker."""

@@ -132,7 +132,8 @@ def draw_problems(config: ArithmeticConfig, split: Split) -> list[WordProblem]:
         return list(problems.values())
     raise DataError(
         f"data=arithmetic: only {len(problems)} different {split} problems found with "
-        f"max_operand={config.max_operand}, max_value={config.max_value}, steps {config.min_steps} to {config.max_steps}; "
+        f"max_operand={config.max_operand}, max_value={config.max_value}, "
+        f"steps {config.min_steps} to {config.max_steps}; "
         f"ask for fewer than {count} ({split}_problems) or widen the ranges"
     )
 

@@ -13,17 +13,9 @@ from typing import Any
 from rlkit.config.schema import TrackingConfig
 from rlkit.experience import Group
 from rlkit.experience.types import FloatArray
-from rlkit.tracking.console import (
-    Progress,
-    ShownSample,
-    duration,
-    evaluation_line,
-    open_console,
-    printable,
-    shown_reward,
-    step_line,
-)
-from rlkit.tracking.logs import CapturedOutput
+from rlkit.tracking.console import open_console
+from rlkit.tracking.logs import CapturedOutput, ShowWarnings
+from rlkit.tracking.progress import Progress, ShownSample, duration, evaluation_line, printable, step_line
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.samples import best_and_worst_samples, sample_rows, total_reward, widest_group
 from rlkit.tracking.tensorboard import TensorBoardWriter
@@ -72,7 +64,7 @@ class Tracker:
             self._tensorboard = TensorBoardWriter(folder.tensorboard, first_step) if config.tensorboard else None
             if self._tensorboard is not None:
                 opened.callback(self._tensorboard.close)
-            handler = _ShowWarnings(self.warn)
+            handler = ShowWarnings(self.warn)
             logging.getLogger("rlkit").addHandler(handler)
             opened.callback(logging.getLogger("rlkit").removeHandler, handler)
             self._opened = opened.pop_all()
@@ -91,7 +83,7 @@ class Tracker:
     def go_on_from(self, step: int, accuracies: Mapping[int, float]) -> None:
         """The run goes on after `step` steps of an earlier one, with the held-out accuracies it had."""
         with self._progress.lock:
-            self._progress.go_on_from(step, accuracies)
+            self._progress.resume(step, accuracies)
 
     def message(self, text: str) -> None:
         """Say something to the user, once."""
@@ -160,7 +152,7 @@ class Tracker:
             self._tensorboard.scalars(step, values)
             if step == 1 or step % max(1, self._progress.total_steps // _SAMPLE_TEXTS_PER_RUN) == 0:
                 for sample in self._progress.sample if shown is not None else ():
-                    head = f"reward {shown_reward(sample.reward, sample.reason)}"
+                    head = f"reward {sample.reward_text}"
                     self._tensorboard.text(
                         step, f"samples/{sample.rank}", f"{sample.prompt}\n\n{sample.response}\n\n{head}"
                     )
@@ -207,17 +199,6 @@ class Tracker:
             "seconds": round(self._progress.elapsed, 3),
             **values,
         }
-
-
-class _ShowWarnings(logging.Handler):
-    """Shows what rlkit's own modules log as warnings or worse."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._show = show
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._show(record.getMessage())
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

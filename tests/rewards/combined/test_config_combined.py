@@ -67,7 +67,8 @@ def test_one_part_is_a_way_to_shape_a_single_reward(load: Load) -> None:
 
 def test_options_of_an_option_file_are_kept(load: Load) -> None:
     """A part takes every field of its option's file, not only its class."""
-    from rlkit.config.compose import conf_dir, group_options, option_fields
+    from rlkit.config.compose import group_options, option_fields
+    from rlkit.config.parts import conf_dir
 
     folder = conf_dir()
     for option in group_options(folder)["reward"]:

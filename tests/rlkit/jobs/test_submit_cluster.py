@@ -80,7 +80,7 @@ def test_missing_gpus_are_named(cluster: RayCluster, tmp_path: Path) -> None:
     arguments = ["reward=rule", "cluster=single_gpu", "learner.ranks=2", "dry_run=true", f"run_dir={tmp_path / 'gpu'}"]
     code, _, err = finish(submit_command(cluster, *arguments))
     assert code == 1
-    assert "not enough GPUs: no room for 1 vLLM engine, 2 learner ranks" in err
+    assert "not enough GPUs: no room for 2 colocated groups" in err
     code, _, err = finish(submit_command(cluster, *arguments, "submit.autoscaling=true"))
     assert code == 0, err
     assert "warning: not enough GPUs" in err

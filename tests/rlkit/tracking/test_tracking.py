@@ -22,7 +22,8 @@ from paths import ROOT
 from rlkit.config.schema import TrackingConfig
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, SpanReward
 from rlkit.tracking import RunFolder, RunFolderError, Tracker
-from rlkit.tracking.console import PlainConsole, Progress, ShownSample, curve, duration, printable, sparkline
+from rlkit.tracking.console import PlainConsole
+from rlkit.tracking.progress import Progress, ShownSample, curve, duration, printable, sparkline
 from rlkit.tracking.run_folder import json_text
 from rlkit.tracking.samples import sample_rows, widest_group
 
@@ -285,7 +286,7 @@ def test_curve_and_sparkline_show_the_shape() -> None:
 def test_view_fits_any_terminal(step: int | None, size: tuple[int, int], encoding: str) -> None:
     from rich.console import Console
 
-    from rlkit.tracking.console import view
+    from rlkit.tracking.console import View
 
     clock = Clock()
     progress = Progress(160, clock)
@@ -308,7 +309,7 @@ def test_view_fits_any_terminal(step: int | None, size: tuple[int, int], encodin
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict" if encoding == "utf-8" else "replace")
     width, height = size
     console = Console(file=buffer, width=width, height=height, force_terminal=True, color_system=None)
-    console.print(view(progress, "/runs/[x]", console.options))
+    console.print(View(progress, "/runs/[x]"))
     buffer.seek(0)
     lines = buffer.read().splitlines()
     assert max(map(len, lines)) <= width

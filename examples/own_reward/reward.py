@@ -1,0 +1,39 @@
+"""A reward of your own: right answers count, and short ones count a little more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from rewards.base import Reward, RewardConfig, RewardTraits
+from rlkit.experience import Group, GroupScores, Sample, Score
+
+
+class BriefAndRight(Reward):
+    """1 if the response ends with the gold answer, minus a price per token; invalid without a gold answer."""
+
+    class Config(RewardConfig):
+        """Every field is a key: `reward.price_per_token=0.01`."""
+
+        price_per_token: float = Field(default=0.002, ge=0)
+        """Reward that each response token costs."""
+
+    @classmethod
+    def traits(cls, config: Any) -> RewardTraits:
+        """Checked against the data before anything starts."""
+        return RewardTraits(answer=True, uses_gpu=False)
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        """One score per sample, whole groups at once."""
+        return [
+            GroupScores(tuple(self._score(group.prompt.answer, sample) for sample in group.samples)) for group in groups
+        ]
+
+    def _score(self, answer: str | None, sample: Sample) -> Score:
+        if answer is None:
+            return Score.invalid("no_answer: the prompt has no gold answer")
+        right = float(sample.text.rstrip(" .").endswith(answer))
+        price = -self.config.price_per_token * len(sample)
+        return Score(right + price, components={"right": right, "price": price})

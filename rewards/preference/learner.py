@@ -1,0 +1,204 @@
+"""The preference model in a DeepSpeed engine: packed pairs, the Bradley-Terry loss, measures, the saved folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from algorithms.functional.selection import expected_calibration_error
+from rewards.preference.inputs import Encoded, until_read
+from rlkit.config.schema import LearnerConfig
+from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens
+from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
+from rlkit.reward_training.base import RewardTrainingConfig, TrainingContext
+from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
+from rlkit.reward_training.pairs import Pair
+
+if TYPE_CHECKING:
+    from rewards.preference.inputs import Encoder
+
+Array = NDArray[np.float64]
+
+
+def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor, probability: Tensor, centring: float) -> Tensor:
+    """Loss [N] of each pair. With d = chosen - rejected - margin, and p the probability that chosen is preferred:
+
+        -p log sigmoid(d) - (1 - p) log sigmoid(-d) + centring (chosen + rejected)^2
+
+    p = 1 and margin = 0 is Bradley-Terry; the margin is Llama 2's (arXiv 2307.09288), the soft label the cDPO-like
+    label smoothing of Secrets of RLHF II (arXiv 2401.06080), the last term that of arXiv 2312.09244, which keeps the
+    scores, whose sum the pairs leave open, around zero.
+    """
+    ordering = binary_cross_entropy_with_logits(chosen - rejected - margin, probability, reduction="none")
+    return ordering + centring * (chosen + rejected).square()
+
+
+def measures(chosen: Array, rejected: Array, probability: Array) -> dict[str, float]:
+    """How scores [N] of chosen and rejected agree with the labels.
+
+    accuracy: share of pairs ordered as labelled, ties wrong (pairs with p = 1/2 are left out); margin: mean of
+    chosen - rejected; loss: cross-entropy of sigmoid(margin) against p; calibration_error: over ten bins of the
+    confidence in the likelier side (1/2 to 1), mean distance between it and the share that was right, weighted by size.
+    """
+    margin = chosen - rejected
+    decided = probability != 0.5
+    right = np.where(margin == 0, False, (margin > 0) == (probability > 0.5))
+    values = {
+        "loss": float(np.mean(np.logaddexp(0, -margin) * probability + np.logaddexp(0, margin) * (1 - probability))),
+        "margin": float(margin.mean()),
+        "score_mean": float(np.concatenate([chosen, rejected]).mean()),
+        "score_std": float(np.concatenate([chosen, rejected]).std()),
+    }
+    if decided.any():
+        confidence = 1 / (1 + np.exp(-np.abs(margin[decided])))
+        values["accuracy"] = float(right[decided].mean())
+        values["calibration_error"] = expected_calibration_error(confidence, right[decided].astype(np.float64), bins=20)
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A pair and its two token sequences, prompt included."""
+
+    pair: Pair
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPairs(PromptTree):
+    """Pairs with one prompt."""
+
+    rows: tuple[Pair, ...] = ()
+    """One per pair."""
+
+
+class PreferenceLearner:
+    """Trains a one-label classifier on pairs; needs an initialised process group."""
+
+    def __init__(
+        self,
+        model_path: Path,
+        tokenizer: Any,
+        config: LearnerConfig,
+        *,
+        device: str,
+        total_steps: int,
+        centring: float,
+        chat_template: str | None = None,
+    ) -> None:
+        model: Any = load_value_model(model_path, torch.float32).model
+        if type(getattr(model, "score", None)) is not nn.Linear:
+            raise ModelLoadError(
+                f"{model_path}: {type(model).__name__} cannot be trained here: sequences are packed, which takes a "
+                "decoder with a linear head"
+            )
+        text_config = model.config.get_text_config()
+        if text_config.pad_token_id is None:
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            model.config.pad_token_id = text_config.pad_token_id = tokenizer.pad_token_id
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        self.tokenizer, self._pad_id, self._centring = tokenizer, text_config.pad_token_id, centring
+        self.training = SupervisedEngine(
+            PackedScorer(model), self._loss, config, device=device, total_steps=total_steps
+        )
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def step(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
+        """One optimizer step; returns the loss before it and, of this rank's pairs, accuracy and margin."""
+        self._seen = []
+        loss = self.training.step(together(pairs, self._pad_id), float(len(pairs)))
+        chosen, rejected, probability = (
+            torch.cat(values).double().cpu().numpy() for values in zip(*self._seen, strict=True)
+        )
+        measured = measures(chosen, rejected, probability)
+        kept = [name for name in ("accuracy", "margin", "score_mean") if name in measured]
+        return {"loss": loss, **{name: measured[name] for name in kept}}
+
+    @torch.no_grad()
+    def scores(self, pairs: Sequence[EncodedPair]) -> tuple[Array, Array]:
+        """Scores [N] of chosen and rejected; every rank computes all of them."""
+        self.training.engine.eval()
+        items = [together([pair], self._pad_id)[0] for pair in pairs]
+        chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
+        limit = self.training.config.tokens_per_microbatch
+        for batch in split_by_tokens([item.tokens for item in items], limit):
+            first, second = self._pair_scores(self.training.engine, [items[i] for i in batch])
+            chosen[batch], rejected[batch] = first.double().cpu().numpy(), second.double().cpu().numpy()
+        return chosen, rejected
+
+    def measure(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
+        """See `measures`."""
+        return measures(*self.scores(pairs), np.array([pair.pair.probability for pair in pairs]))
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
+        save_classifier(self.training, self.tokenizer, folder)
+
+    def _pair_scores(self, module: Any, items: Sequence[PromptPairs]) -> tuple[Tensor, Tensor]:
+        scores = module(pack([item.tree for item in items]).to(self.training.device))
+        chosen, rejected = pair_indices(items)
+        return scores[chosen], scores[rejected]
+
+    def _loss(self, module: Any, items: Sequence[PromptPairs]) -> Tensor:
+        """Sum over pairs."""
+        chosen, rejected = self._pair_scores(module, items)
+        pairs = [pair for item in items for pair in item.rows]
+        margin = torch.tensor([pair.margin for pair in pairs], device=chosen.device)
+        probability = torch.tensor([pair.probability for pair in pairs], device=chosen.device)
+        self._seen.append((chosen.detach(), rejected.detach(), probability))
+        return pair_losses(chosen, rejected, margin, probability, self._centring).sum()
+
+
+def together(pairs: Sequence[EncodedPair], pad_id: int | None) -> list[PromptPairs]:
+    """Pairs of one prompt put together, so that its tokens and a response in several pairs are computed once."""
+    by_prompt: dict[Any, list[EncodedPair]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair.pair.prompt, []).append(pair)
+    items = []
+    for members in by_prompt.values():
+        read = [(until_read(pair.chosen, pad_id), until_read(pair.rejected, pad_id)) for pair in members]
+        sequences = list(dict.fromkeys(ids for both in read for ids in both))
+        index = {ids: i for i, ids in enumerate(sequences)}
+        prefix = shared_prefix(sequences)
+        tree = Tree(prefix, tuple(ids[len(prefix) :] for ids in sequences))
+        indices = tuple((index[chosen], index[rejected]) for chosen, rejected in read)
+        items.append(PromptPairs(tree, indices, rows=tuple(pair.pair for pair in members)))
+    return items
+
+
+def measure_folder(
+    folder: Path,
+    encoder: Encoder,
+    pairs: Sequence[EncodedPair],
+    config: RewardTrainingConfig,
+    context: TrainingContext,
+) -> dict[str, float]:
+    """Measures of a saved model, run as the reward runs it. Raises ClassifierError if it is none."""
+    from rewards.preference.scorers import load_scorer
+
+    scorer = load_scorer(
+        folder,
+        device=context.device,
+        dtype=config.dtype,
+        threads=torch.get_num_threads(),
+        tokens_per_batch=config.tokens_per_microbatch,
+        tokenizer_pad_id=encoder.tokenizer.pad_token_id,
+        backend="auto",
+        canned=[Encoded(pairs[0].chosen), Encoded(pairs[0].rejected)],
+        longest=encoder.max_length,
+    )
+    scores = np.array(scorer.score([[Encoded(pair.chosen), Encoded(pair.rejected)] for pair in pairs]))
+    return measures(scores[:, 0], scores[:, 1], np.array([pair.pair.probability for pair in pairs]))

@@ -1,0 +1,254 @@
+"""What is known of a run at this moment, and how it reads in text: lines, durations, sparklines, a curve."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+SHOWN = (
+    ("reward", "reward/mean", "{:7.3f}"),
+    ("accuracy", "accuracy/train", "{:6.1%}"),
+    ("KL", "kl/reference", "{:8.5f}"),
+    ("rollout KL", "kl/rollout", "{:8.6f}"),
+    ("entropy", "policy/entropy", "{:6.3f}"),
+    ("length", "length/mean", "{:6.1f}"),
+    ("clipped", "policy/clip_share", "{:6.2%}"),
+    ("grad", "policy/grad_norm", "{:7.3f}"),
+)
+"""(label, metric, format) of a step's line, in order; metrics that a run does not have are left out."""
+PHASES = ("generate", "score", "update", "publish")
+STEPS_TIMED = 20
+"""The time left is estimated from the pace of this many steps."""
+NARROWEST_CURVE = 30
+"""Columns."""
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3:07 min`, `2:03:07 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d} h"
+
+
+def printable(text: str) -> str:
+    """One line without control characters: a model's output must not steer the terminal."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
+
+
+def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> str:
+    """The values as bars, averaged into at most `width` of them; values that are not finite leave a gap."""
+    bars = "_.-~=+*#" if ascii_only else "▁▂▃▄▅▆▇█"
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)] if count > 0 else []
+    parts = [[v for v in values[start:end] if math.isfinite(v)] for start, end in pairwise(edges)]
+    means = [sum(part) / len(part) if part else math.nan for part in parts]
+    low = min((m for m in means if not math.isnan(m)), default=0.0)
+    high = max((m for m in means if not math.isnan(m)), default=0.0)
+    scale = (len(bars) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if math.isnan(m) else bars[round((m - low) * scale)] for m in means)
+
+
+def curve(points: Sequence[tuple[int, float]], width: int, height: int, ascii_only: bool = False) -> list[str]:
+    """Lines of a plot of shares (0 to 1) over steps: measured points, joined by dots; empty if that is no curve."""
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    if len(points) < 2 or points[0][0] == points[-1][0] or width < NARROWEST_CURVE:
+        return []
+    mark, dot, axis, corner, floor = "o.|+-" if ascii_only else "●·┤└─"
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    if high - low < 0.01:
+        middle = min(max((low + high) / 2, 0.005), 0.995)
+        low, high = middle - 0.005, middle + 0.005
+    columns, first, last = width - 9, points[0][0], points[-1][0]
+    grid = [[" "] * columns for _ in range(height)]
+
+    def row(y: float) -> int:
+        return round((high - y) / (high - low) * (height - 1))
+
+    def column(x: float) -> int:
+        return round((x - first) / (last - first) * (columns - 1))
+
+    for (x0, y0), (x1, y1) in pairwise(points):
+        start, end = column(x0), column(x1)
+        for c in range(start, end + 1):
+            grid[row(y0 + (c - start) / max(end - start, 1) * (y1 - y0))][c] = dot
+    for x, y in points:
+        grid[row(y)][column(x)] = mark
+    labels = {r: f"{high - (high - low) * r / (height - 1):6.1%}" for r in (0, (height - 1) // 2, height - 1)}
+    lines = [f"{labels.get(r, ''):>7} {axis}{''.join(cells)}".rstrip() for r, cells in enumerate(grid)]
+    left, right = f"step {first}", f"step {last}"
+    return [*lines, " " * 8 + corner + floor * columns, " " * 9 + left + right.rjust(columns - len(left))]
+
+
+@dataclass
+class Phase:
+    """Something the start-up waits for."""
+
+    name: str
+    began: float
+    ended: float | None = None
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One response for people to read."""
+
+    rank: str
+    prompt: str
+    response: str
+    reward: float | None
+    reason: str
+
+    @property
+    def reward_text(self) -> str:
+        """The reward, or why there is none."""
+        return f"{self.reward:.3f}" if self.reward is not None else f"invalid: {printable(self.reason)}"
+
+
+class Progress:
+    """What is known of a run. Written by the tracker, read by the console's thread; both hold `lock`."""
+
+    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
+        self.lock = threading.RLock()
+        self.total_steps = total_steps
+        self.clock = clock
+        self.began = clock()
+        self.phases: list[Phase] = []
+        self.activities: dict[str, float] = {}
+        """What goes on now, and since when."""
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.rewards: list[float] = []
+        self.accuracies: list[tuple[int, float]] = []
+        """Held-out accuracy by step."""
+        self.warnings: dict[str, int] = {}
+        """Message -> how often, the latest last."""
+        self.sample: Sequence[ShownSample] = ()
+        self._ends: deque[float] = deque(maxlen=STEPS_TIMED + 1)
+
+    def resume(self, step: int, accuracies: Mapping[int, float]) -> None:
+        """The run continues after `step` steps of an earlier one."""
+        self.step = step
+        self.accuracies = sorted(accuracies.items())
+
+    def begin_phase(self, name: str, parallel: bool) -> None:
+        """A phase begins; earlier ones end, unless it runs in parallel."""
+        if not parallel:
+            self.end_phases()
+        self.phases.append(Phase(name, self.clock()))
+
+    def end_phase(self, name: str) -> float:
+        """A phase is over; seconds it took. Raises ValueError if none of that name is running."""
+        for phase in self.phases:
+            if phase.name == name and phase.ended is None:
+                phase.ended = self.clock()
+                return phase.ended - phase.began
+        raise ValueError(f"no phase {name!r} is running")
+
+    def end_phases(self) -> None:
+        """All phases are over."""
+        for phase in self.phases:
+            phase.ended = self.clock() if phase.ended is None else phase.ended
+
+    def training_begins(self) -> None:
+        """The first step begins (later calls do nothing): the estimate of the time left counts from here."""
+        if not self._ends:
+            self.end_phases()
+            self._ends.append(self.clock())
+
+    def end_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is done."""
+        self.step = step
+        self.metrics = self.metrics | dict(metrics)
+        self._ends.append(self.clock())
+        if "reward/mean" in metrics:
+            self.rewards.append(metrics["reward/mean"])
+
+    def end_evaluation(self, step: int, accuracy: float, metrics: Mapping[str, float]) -> None:
+        """A held-out evaluation is done."""
+        self.accuracies.append((step, accuracy))
+        self.metrics = self.metrics | dict(metrics) | {"accuracy/heldout": accuracy}
+
+    def add_warning(self, message: str) -> int:
+        """How often this message has come by now."""
+        count = self.warnings.pop(message, 0) + 1
+        self.warnings[message] = count
+        return count
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self.clock() - self.began
+
+    @property
+    def seconds_left(self) -> float | None:
+        """From the pace of the last steps, evaluations between them included; None before the first step is done."""
+        if len(self._ends) < 2:
+            return None
+        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return max(0.0, pace * (self.total_steps - self.step) - (self.clock() - self._ends[-1]))
+
+    @property
+    def now_doing(self) -> str:
+        """`generate`, or the phases still running, in words; empty if nothing is known to go on."""
+        return ", ".join(self.activities or [phase.name for phase in self.phases if phase.ended is None])
+
+
+def step_line(progress: Progress) -> str:
+    """One aligned line about the step just done."""
+    m, width = progress.metrics, len(str(progress.total_steps))
+    parts = [f"step {progress.step:>{width}}/{progress.total_steps}"]
+    hidden = {"kl/rollout"} if "kl/reference" in m else set()
+    parts += [f"{label} {form.format(m[name])}" for label, name, form in SHOWN if name in m and name not in hidden]
+    if m.get("reward/failed"):
+        parts.append(f"failed rewards {m['reward/failed']:g}")
+    if "time/step" in m:
+        times = " ".join(f"{p} {m[f'time/{p}']:.2f}" for p in PHASES if f"time/{p}" in m)
+        parts.append(f"{m['time/step']:6.2f} s" + (f" ({times})" if times else ""))
+    if progress.seconds_left:
+        parts.append(f"left {duration(progress.seconds_left)}")
+    return "  ".join(parts)
+
+
+def evaluation_line(progress: Progress) -> str:
+    """One line about the evaluation just done."""
+    (first, before), (step, now) = progress.accuracies[0], progress.accuracies[-1]
+    line = f"held-out accuracy {now:6.1%} after step {step}"
+    if len(progress.accuracies) > 1:
+        line += f"  ({100 * (now - before):+.1f} points since step {first})"
+    return line
+
+
+def summary_lines(
+    progress: Progress, summary: Mapping[str, Any], folder: Path, tensorboard: bool, width: int, ascii_only: bool
+) -> list[str]:
+    """What a run came to: for the last panel and the transcript."""
+    rows: dict[str, str] = {}
+    if summary.get("accuracy_before") is not None and summary.get("accuracy_after") is not None:
+        before, after = float(summary["accuracy_before"]), float(summary["accuracy_after"])
+        arrow = "->" if ascii_only else "→"
+        rows["held-out accuracy"] = f"{before:.1%} {arrow} {after:.1%} ({100 * (after - before):+.1f} points)"
+    if progress.rewards:
+        rows["reward"] = f"{sparkline(progress.rewards, 40, ascii_only)} {progress.rewards[-1]:.3f}"
+    seconds = float(summary.get("wall_seconds") or progress.elapsed)
+    rows["steps"] = f"{summary.get('steps', progress.step)} in {duration(seconds)}"
+    if summary.get("seconds_per_step"):
+        rows["steps"] += f" ({duration(float(summary['seconds_per_step']))} each)"
+    if summary.get("reward_failed"):
+        rows["failed rewards"] = f"{summary['reward_failed']:g}"
+    if progress.warnings:
+        rows["warnings"] = f"{sum(progress.warnings.values())} (see logs/console.log)"
+    rows["run folder"] = str(folder)
+    if tensorboard:
+        rows["curves"] = f"tensorboard --logdir {folder / 'tensorboard'}"
+    lines = [f"{label:<18} {value}" for label, value in rows.items()]
+    plot = curve(progress.accuracies, width, 9, ascii_only)
+    return [*lines, "", "held-out accuracy", *plot] if plot else lines
