@@ -52,7 +52,10 @@ class Trainer:
     latest: dict[str, float] = field(default_factory=dict)
 
     async def fit(self) -> dict[str, Any]:
-        """Train to the last step. Raises TrainingFailedError, WaitedTooLongError, RewardFailed, and what actors raise."""
+        """Train to the last step.
+
+        Raises TrainingFailedError, WaitedTooLongError, RewardFailed, and what actors raise.
+        """
         trainer = self.config.trainer
         # Proves that sampler and learner hold the same policy before any training.
         async with self.deadline("the driver", "the first weights to be published"):
