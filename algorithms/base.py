@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rlkit.experience import Group
+from rlkit.experience.section import Section
 
 if TYPE_CHECKING:  # torch is loaded only where a loss is computed; validating a configuration must stay cheap
     from torch import Tensor
@@ -20,10 +21,8 @@ FloatArray = NDArray[np.float32]
 Layout = Literal["any", "pairs", "full_group"]
 
 
-class AlgorithmConfig(BaseModel):
+class AlgorithmConfig(Section):
     """Fields every algorithm has. An algorithm nests its own subclass as `Config`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     samples_per_prompt: int = Field(default=8, ge=1)
     """Responses sampled for each prompt (the group size)."""

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from rlkit.experience.section import Section
 from rlkit.experience.types import Group
 
 GroupFilter = Callable[[Group], str | None]
 """Returns the name of the rule that rejects a group, or None to keep it."""
 
 
-class BufferConfig(BaseModel):
+class BufferConfig(Section):
     """Which scored groups are trained on. Rejected groups are replaced by newly sampled ones."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     drop_equal_rewards: bool = False
     """Reject groups whose rewards are all equal: nothing to learn from them (DAPO's dynamic sampling)."""
