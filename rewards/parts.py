@@ -1,4 +1,4 @@
-"""Small parts with options (shaping steps, combiners): their `kind` is a name of the package's or a dotted path."""
+"""What a section names: a reward by `_target_`, or a small part with options (a shaping step, a combiner) by `kind`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from rewards.base import Reward, RewardConfig
+
+
+def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
+    """Class and options of `_target_` and the fields beside it. Raises PartError or pydantic's ValidationError."""
+    from rlkit.config.parts import import_part
+
+    kind: type[Reward] = import_part("reward", section.get("_target_"))
+    return kind, kind.Config(**{key: value for key, value in section.items() if key != "_target_"})
 
 
 class Named(BaseModel):

@@ -6,248 +6,29 @@ The keys are those of rlkit.train, as far as they mean something here. An optimi
 
 from __future__ import annotations
 
-import json
-import logging
-import random
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-from rlkit.config.command import FAILED, asks_for_help, exit_code, print_error
-from rlkit.config.loading import load_config
-from rlkit.config.messages import ConfigError, Problem
-from rlkit.config.parts import ResolvedRun
-from rlkit.experience import UserError
-from rlkit.reward_training.ranks import RankHangsError, join_ranks, naming_a_hang, run_ranks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from rlkit.data.base import Problem as DataProblem
-    from rlkit.sft_learner import Example
-
-log = logging.getLogger(__name__)
-
-LIMIT = "trainer.step_timeout_seconds"
-USED = {
-    "seed": "seeds the order of the problems and the choice among their references",
-    "run_dir": "gets `policy/` (a Hugging Face folder), metrics.jsonl and summary.json",
-    "dry_run": "validate only",
-    "data": "the problems; each needs at least one reference answer",
-    "model": "the model to start from",
-    "learner": "optimizer, schedule, ranks, ZeRO stage and tokens per micro-batch",
-    "cluster": "`cluster.device` and `cluster.threads_per_actor`",
-    "trainer.total_steps": "optimizer steps",
-    "trainer.prompts_per_step": "problems per optimizer step",
-    "trainer.evaluate_every_steps": "held-out loss every so many steps, besides before and after; 0: only those",
-    "trainer.evaluation_prompts": "held-out problems per evaluation",
-    LIMIT: "with several ranks: how long one may keep the others waiting",
-    "rollout.max_prompt_tokens": "longer prompts are skipped and counted",
-    "rollout.max_response_tokens": "longer references are skipped and counted",
-}
-"""Key or group -> what it means to this command."""
-
-PROGRESS_EVERY_SECONDS = 5.0
-
-
-class SftError(UserError):
-    """Data that cannot be trained on; the message names the remedy."""
+from rlkit.config.command import asks_for_help, exit_code
+from rlkit.reward_training.sft import USED, fine_tune, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for unusable data, 2 for a wrong configuration, 130."""
-    return exit_code(_fine_tune, arguments)
+    return exit_code(_sft, arguments)
 
 
-def _fine_tune(arguments: list[str]) -> int:
+def _sft(arguments: list[str]) -> int:
     if asks_for_help(arguments):
-        print(f"{__doc__}")
+        print(__doc__)
         for key, text in USED.items():
             print(f"  {key:<30}{text}")
         return 0
-    resolved = _load(arguments)
+    resolved = load(arguments)
     if resolved.config.dry_run:
         print("The configuration is valid; nothing was started (dry_run=true).")
         return 0
-    config = resolved.config
-    return run_ranks(config.learner.ranks, config.trainer.step_timeout_seconds, LIMIT, _train_rank, resolved)
-
-
-def _load(arguments: Sequence[str]) -> ResolvedRun:
-    """The configuration. A key that would have no effect here is refused."""
-    refused = []
-    for argument in arguments:
-        key = argument.lstrip("+~").partition("=")[0]
-        if key not in USED and key.partition(".")[0] not in USED and key not in ("rollout", "trainer"):
-            refused.append(Problem(argument, f"has no effect in rlkit.sft; what has: {', '.join(USED)}"))
-    if refused:
-        raise ConfigError(refused)
-    resolved = load_config([*arguments, "reward=rule"])  # no reward is used; this one asks for nothing but an answer
-    if "references" not in resolved.make_data_source().provides():
-        raise ConfigError([Problem("data", "has no reference answers; for data=jsonl name their column")])
-    if resolved.config.cluster.device == "cpu" and resolved.config.learner.ranks > 1:
-        log.info("ranks on one CPU share its cores")
-    return resolved
-
-
-def _train_rank(rank: int, port: int, resolved: ResolvedRun) -> int:
-    """One rank from start to end. Returns the exit code."""
-    config, ranks = resolved.config, resolved.config.learner.ranks
-    seconds, cluster = config.trainer.step_timeout_seconds, config.cluster
-    try:
-        with naming_a_hang(rank, ranks, seconds, LIMIT):
-            join_ranks(rank, ranks, port, cluster.device, cluster.threads_per_actor, config.seed, seconds)
-            train(resolved, rank)
-    except UserError as error:
-        return print_error(error) if rank == 0 or isinstance(error, RankHangsError) else FAILED
-    return 0
-
-
-def train(resolved: ResolvedRun, rank: int = 0) -> dict[str, Any]:
-    """Fine-tune as configured, inside an initialised process group; returns the summary that rank 0 writes."""
-    from rlkit.data.rendering import load_tokenizer
-    from rlkit.models.folder import model_folder
-    from rlkit.sft_learner import SupervisedLearner
-
-    config, started = resolved.config, time.monotonic()
-    path = model_folder(config.model.path)
-    tokenizer = load_tokenizer(path, config.model.trust_remote_code)
-    train_examples = _load_examples(resolved, "train", tokenizer)
-    heldout = _load_examples(resolved, "heldout", tokenizer)[: config.trainer.evaluation_prompts]
-    learner = SupervisedLearner(
-        path,
-        config.learner,
-        device=config.cluster.device,
-        total_steps=config.trainer.total_steps,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    report = _Report(config.run_dir, rank == 0)
-    judged = [references[0] for references in heldout]
-    before = learner.evaluate(judged)
-    report(step=0, heldout_loss=before)
-    after, loss, every = before, before, config.trainer.evaluate_every_steps
-    batches = draw_batches(train_examples, config.trainer.prompts_per_step, config.seed)
-    for step in range(1, config.trainer.total_steps + 1):
-        loss = learner.step(next(batches))
-        last = step == config.trainer.total_steps
-        if last or (every and step % every == 0):
-            after = learner.evaluate(judged)
-            report(step=step, loss=loss, heldout_loss=after)
-        else:
-            report(step=step, loss=loss)
-    folder = config.run_dir / "policy"
-    learner.save(folder)
-    summary = {
-        "steps": config.trainer.total_steps,
-        "loss": loss,
-        "heldout_loss_before": before,
-        "heldout_loss_after": after,
-        "wall_seconds": time.monotonic() - started,
-        "policy": str(folder),
-    }
-    if rank == 0:
-        _with_template(tokenizer, config.model.chat_template).save_pretrained(folder)
-        (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print(f"saved {folder}; held-out loss {before:.4f} -> {after:.4f}")
-    return summary
-
-
-class _Report:
-    """metrics.jsonl, and a line on the console now and then."""
-
-    def __init__(self, run_dir: Path, active: bool) -> None:
-        self._active, self._printed = active, 0.0
-        if active:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = run_dir / "metrics.jsonl"
-            self._file.write_text("")
-
-    def __call__(self, **values: float) -> None:
-        if not self._active:
-            return
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(values) + "\n")
-        if "heldout_loss" in values or time.monotonic() - self._printed > PROGRESS_EVERY_SECONDS:
-            self._printed = time.monotonic()
-            print(
-                "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True
-            )
-
-
-def _load_examples(resolved: ResolvedRun, split: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
-    """Per problem one example for each of its references. Raises SftError if too many rows cannot be used."""
-    problems, bad = resolved.make_data_source().load(split)
-    limit = resolved.config.rollout.max_response_tokens
-    examples, more_bad = make_examples(
-        problems, tokenizer, resolved.config.rollout.max_prompt_tokens, limit, resolved.config.model.chat_template
-    )
-    reasons = [f"{row.origin}: {row.reason}" for row in bad] + more_bad
-    total = len(problems) + len(bad)
-    for reason in reasons[:10]:
-        log.warning("skipped %s", reason)
-    if reasons:
-        print(f"{split}: {len(reasons)} of {total} rows skipped, the first: {reasons[0]}", file=sys.stderr)
-    share = resolved.data_config.max_bad_row_share
-    if not examples or len(reasons) > share * total:
-        raise SftError(
-            f"data: {len(reasons)} of {total} {split} rows cannot be used, more than data.max_bad_row_share={share}; "
-            f"the first: {reasons[0] if reasons else 'there are none'}"
-        )
-    return examples
-
-
-def make_examples(
-    problems: Sequence[DataProblem],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    max_target_tokens: int,
-    chat_template: str | None = None,
-) -> tuple[list[list[Example]], list[str]]:
-    """Per usable problem one example for each reference; and why others are unusable.
-
-    The target is the reference and the end-of-sequence token, tokenised apart from the prompt, as a sampler ends it.
-    """
-    from rlkit.data.rendering import render
-    from rlkit.sft_learner import Example
-
-    prompts, bad = render(problems, tokenizer, max_prompt_tokens, chat_template)
-    reasons = [f"{row.origin}: {row.reason}" for row in bad]
-    if tokenizer.eos_token_id is None:
-        raise SftError("the tokenizer has no end-of-sequence token; without one the model never learns to stop")
-    texts = [reference for prompt in prompts for reference in prompt.references]
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
-    found: list[list[Example]] = []
-    for prompt in prompts:
-        targets = [(*next(encoded), tokenizer.eos_token_id) for _ in prompt.references]
-        usable = [Example(prompt.token_ids, target) for target in targets if len(target) <= max_target_tokens]
-        if usable:
-            found.append(usable)
-        else:
-            why = f"every reference has more than {max_target_tokens} tokens" if targets else "it has no reference"
-            reasons.append(f"{prompt.id}: {why}")
-    return found, reasons
-
-
-def draw_batches(examples: Sequence[Sequence[Example]], size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches for ever: problems shuffled anew in each epoch, one of its references drawn for each."""
-    rng = random.Random(seed)
-    queue: list[int] = []
-    while True:
-        batch: list[Example] = []
-        while len(batch) < size:
-            if not queue:
-                queue = rng.sample(range(len(examples)), len(examples))
-            batch.append(rng.choice(examples[queue.pop()]))
-        yield batch
-
-
-def _with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer as it is to be saved: with the template that the model was trained with."""
-    if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-    return tokenizer
+    return fine_tune(resolved)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from rlkit.config.command import asks_for_help, exit_code, split_off_file
-from rlkit.reward_training.load import load_reward_training
+from rlkit.reward_training.command import launch, load_reward_training, print_help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,11 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train_reward(arguments: list[str]) -> int:
     if asks_for_help(arguments):
-        from rich.console import Console
-
-        from rlkit.reward_training.reference import print_reference
-
-        print_reference(Console())
+        print_help()
         return 0
     file, overrides = split_off_file(arguments)
     resolved = load_reward_training(overrides, file)
@@ -28,8 +24,6 @@ def _train_reward(arguments: list[str]) -> int:
         print(resolved.text())
         print("The configuration is valid; nothing was started (dry_run=true).")
         return 0
-    from rlkit.reward_training.launch import launch
-
     return launch(resolved)
 
 

@@ -52,6 +52,9 @@ def folder(tmp_path: Path) -> Path:
     for name, row in FILES.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for _ in range(1 if name.endswith(".json") else 40)))
     (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **columns):\n    return [0.0]\n")
+    for page in PAGES:
+        for name, code in re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            (folder / name).write_text(code)
     return folder
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from rlkit.config.compose import conf_dir
+from rlkit.config.parts import conf_dir
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_installed_wheel_works_from_another_folder(wheel: Path, bare_model: Path
     planned = run("-m", "rlkit.train", "dry_run=true", "reward=rule", f"model.path={bare_model}")
     assert "algorithms.grpo.GRPO" in planned
     assert "train" in run(target / "bin" / "rlkit", "--help")
-    found = run("-c", "from rlkit.config.compose import conf_dir; print(conf_dir())")
+    found = run("-c", "from rlkit.config.parts import conf_dir; print(conf_dir())")
     assert Path(found.strip()) == target / "rlkit" / "conf"
 
 

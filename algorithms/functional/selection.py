@@ -92,7 +92,11 @@ def brier(scores: Float64, labels: Float64) -> float:
 
 def calibration_error(scores: Float64, labels: Float64, bins: int = 10) -> float:
     """|mean sigma(s) - mean label| in equal bins of sigma(s), weighted by their samples (arXiv 1706.04599 eq. 3)."""
-    predicted = sigmoid(scores)
+    return expected_calibration_error(sigmoid(scores), labels, bins)
+
+
+def expected_calibration_error(predicted: Float64, labels: Float64, bins: int = 10) -> float:
+    """The same from predicted probabilities [B]."""
     index = np.minimum((predicted * bins).astype(np.int64), bins - 1)
     gaps = [abs(float((predicted - labels)[index == b].sum())) for b in np.unique(index)]
     return sum(gaps) / len(labels)

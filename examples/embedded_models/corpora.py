@@ -1,7 +1,4 @@
-"""Worked solutions with mistakes: what the warm start mixes in, and what POLAR's rejected answers look like.
-
-What the embedded models learn from: exercises, worked solutions, and careless ones.
-"""
+"""What the embedded models learn from: exercises, worked solutions, and careless ones."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from rlkit.data.arithmetic import STYLES, ArithmeticConfig, Operator, Step, Styl
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlkit.sft_learner import Example
+    from rlkit.reward_training.sft_learner import Example
 
 
 def slip(step: Step, rng: random.Random) -> int:
@@ -29,7 +26,7 @@ def slip(step: Step, rng: random.Random) -> int:
 
 
 def careless_steps(steps: tuple[Step, ...], slip_rate: float, rng: random.Random) -> tuple[Step, ...]:
-    """The calculation by someone who gets each step wrong with probability `slip_rate` and goes on from there."""
+    """The calculation by someone who gets each step wrong with probability `slip_rate` and carries the mistake on."""
     written: list[Step] = []
     value = steps[0].left
     for step in steps:
@@ -98,7 +95,7 @@ class ProblemTokens:
 
     def answered(self, index: int, solution: str) -> Example:
         """The example that answers problem `index` with this text."""
-        from rlkit.sft_learner import Example
+        from rlkit.reward_training.sft_learner import Example
 
         target = self.tokenizer.encode(solution, add_special_tokens=False)
         return Example(self.prompts[index], (*target, self.tokenizer.eos_token_id))
@@ -106,7 +103,7 @@ class ProblemTokens:
 
 def base_batches(tokens: ProblemTokens, config: ArithmeticConfig, size: int, seed: int) -> Batches:
     """Exercises and rightly solved problems, for ever."""
-    from rlkit.sft_learner import Example
+    from rlkit.reward_training.sft_learner import Example
 
     rng = random.Random(f"base/{seed}")
     tokenizer = tokens.tokenizer

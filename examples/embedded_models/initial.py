@@ -1,7 +1,4 @@
-"""The tokenizer of the embedded models: byte-level BPE over the arithmetic task, one token per digit.
-
-An untrained policy of the embedded size, saved as a plain Hugging Face folder.
-"""
+"""Where the embedded models start: a byte-level BPE tokenizer with one token per digit, and an untrained policy."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Right and wrong, by the rule reward's own reading of a final answer.
-
-Right and wrong answers of many kinds, for rule-labelled pairs: what a policy writes, and what it might try.
-
-Fine-tuning triplets for the embedded discriminator: right and wrong answers to one problem.
-"""
+"""Right and wrong answers of many kinds, labelled by the rule, and the fine-tuning triplets made of them."""
 
 from __future__ import annotations
 
@@ -16,15 +11,15 @@ import numpy as np
 
 from examples.embedded_models.corpora import careless_solution, careless_steps, recalculate, slip
 from examples.embedded_models.scale import Variant
+from rewards.polar.triplets import Triplet
 from rewards.verifiers.math import compare_plain, final_answer
 from rlkit.data.arithmetic import STYLES, Operator, Step, Style, WordProblem, write_solution
-from rlkit.polar_training.triplets import Triplet
 
 
 def is_right(answer: str, gold: int) -> bool:
     """Whether the text marks the gold number as its final answer."""
-    found = final_answer(answer)
-    return found is not None and compare_plain(found.text, str(gold)) is True
+    final = final_answer(answer)
+    return final is not None and compare_plain(final.text, str(gold)) is True
 
 
 def correctness(problems: Sequence[WordProblem], answers: Sequence[Sequence[str]]) -> np.ndarray:
@@ -176,7 +171,7 @@ CANDIDATES = 4
 
 
 def last_line(text: str) -> str:
-    """What stands after the last line break."""
+    """The text after the last line break."""
     return text.rsplit("\n", 1)[-1]
 
 
@@ -229,8 +224,8 @@ def labelled_triplets(
 
         reference = write_solution(problem.steps, problem.thing, style)
         candidates: tuple[list[str], list[str]] = ([], [])
-        for found, taken, write in zip(candidates, (right, wrong), (right_answer, wrong_answer), strict=True):
+        for texts, taken, write in zip(candidates, (right, wrong), (right_answer, wrong_answer), strict=True):
             for _ in range(CANDIDATES):
                 from_policy = taken and rng.random() < SAMPLED_SHARE
-                found.append(rng.choice(taken) if from_policy else write(problem, rng.choice(others), rng))
+                texts.append(rng.choice(taken) if from_policy else write(problem, rng.choice(others), rng))
         yield [Triplet(problem.question, reference, *pair) for pair in product(*candidates)]

@@ -12,10 +12,9 @@ from typing import Any
 from examples.embedded_models.pairs import correctness, final_answers, is_right, labelled_triplets, last_line, phrasing
 from examples.embedded_models.scale import Scale, Training
 from examples.embedded_models.stages import THREADS, Measures, warmup_steps
+from rewards.polar.triplets import Triplet, expected_accuracy, write_triplets
 from rlkit.config.compose import quoted
 from rlkit.data.arithmetic import STYLES, WordProblem, write_solution
-from rlkit.polar_training.pairs import expected_accuracy
-from rlkit.polar_training.triplets import Triplet, write_triplets
 
 AnswersByName = Mapping[str, Sequence[Sequence[str]]]
 """Name of a variant -> per prompt, its two answers."""
@@ -32,8 +31,8 @@ def train_reward(run_dir: Path, stage: str, seed: int, **keys: Any) -> dict[str,
     """
     from rlkit import train_reward as command
 
-    given = {"stage": stage, "seed": seed, "threads": THREADS, "run_dir": run_dir, **keys}
-    arguments = ["reward=polar", *(f"{name.replace('__', '.')}={_value(value)}" for name, value in given.items())]
+    options = {"stage": stage, "seed": seed, "threads": THREADS, "run_dir": run_dir, **keys}
+    arguments = ["reward=polar", *(f"{name.replace('__', '.')}={_value(value)}" for name, value in options.items())]
     print("  rlkit.train_reward", *arguments, flush=True)
     code = command.main(arguments)
     if code:
@@ -47,8 +46,8 @@ def with_trajectories(sampled: Sequence[Sequence[str]], answers: AnswersByName, 
     candidates = [list(texts) for texts in sampled]
     for variant in scale.pool:
         if not variant.heldout:
-            for place, texts in enumerate(answers[variant.name][: len(candidates)]):
-                candidates[place] += texts
+            for own, texts in zip(candidates, answers[variant.name], strict=False):
+                own += texts
     return candidates
 
 
@@ -60,7 +59,7 @@ def pretrain(
     First on the answers' last lines alone, from the language model `base`, then on whole answers. The model is left in
     `work/whole/model`.
     """
-    _make_anew(work)
+    _make_empty(work)
     heldout = [variant.name for variant in scale.pool if variant.heldout]
     summaries, start = [], base
     for name, training in (("last_lines", scale.pretrain_last_lines), ("whole", scale.pretrain)):
@@ -106,7 +105,7 @@ def finetune(
 
     First on last lines alone, then on whole answers; `judged` are the held-out problems.
     """
-    _make_anew(work)
+    _make_empty(work)
     heldout = work / "heldout.jsonl"
     written = labelled_triplets(judged, [[] for _ in judged], seed)
     write_triplets(chain.from_iterable(islice(written, len(judged))), heldout)
@@ -133,9 +132,9 @@ def measure_discriminator(
 ) -> Measures:
     """Right-versus-wrong accuracy on held-out problems: answers by rule in the reference's phrasing and in another,
     and answers sampled from the embedded policy against the first reference, as `reward=polar` compares them."""
-    _make_anew(work)
+    _make_empty(work)
     nothing: list[list[str]] = [[] for _ in problems]
-    found: Measures = {"problems": len(problems)}
+    measures: Measures = {"problems": len(problems)}
     for name, groups in (
         ("same_phrasing", islice(labelled_triplets(problems, nothing, seed, crossed=False), len(problems))),
         ("crossed_phrasing", islice(labelled_triplets(problems, nothing, seed, crossed=True), len(problems))),
@@ -144,8 +143,8 @@ def measure_discriminator(
         file = work / f"{name}.jsonl"
         write_triplets(chain.from_iterable(groups), file)
         summary = train_reward(work / name, "evaluate", seed, data__path=file, reward__model_path=model)
-        found[f"right_versus_wrong_{name}"] = summary["right_versus_wrong_accuracy"]
-    return found
+        measures[f"right_versus_wrong_{name}"] = summary["right_versus_wrong_accuracy"]
+    return measures
 
 
 def _options(start: Path, training: Training) -> dict[str, Any]:
@@ -164,9 +163,9 @@ def _options(start: Path, training: Training) -> dict[str, Any]:
 def _trajectories(
     problems: Sequence[WordProblem], answers: AnswersByName, scale: Scale, last_lines: bool
 ) -> Iterator[dict[str, Any]]:
-    for place, problem in enumerate(problems):
+    for index, problem in enumerate(problems):
         for variant in scale.pool:
-            for text in answers[variant.name][place]:
+            for text in answers[variant.name][index]:
                 yield {
                     "prompt": problem.question,
                     "policy": variant.name,
@@ -185,7 +184,7 @@ def _sampled_pairs(problems: Sequence[WordProblem], sampled: Sequence[Sequence[s
         yield [Triplet(problem.question, reference, a, b) for a in right for b in wrong]
 
 
-def _make_anew(folder: Path) -> None:
+def _make_empty(folder: Path) -> None:
     """An empty folder: what an interrupted stage left is removed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -28,12 +28,12 @@ DEFAULTS = {"out": str(EMBEDDED), "scale": "full", "seed": "0", "work": ""}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 for arguments that mean nothing."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(given):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
     try:
-        options = _options(given)
+        options = _options(words)
     except ValueError as error:
         print(f"rlkit: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -52,8 +52,8 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
 
     options = dict(DEFAULTS)
     for argument in arguments:
-        key, given, value = argument.partition("=")
-        if not given or key not in options:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in options:
             raise ValueError(
                 f"{argument}: not understood; write out=FOLDER, scale=full|fast, seed=NUMBER or work=FOLDER"
             )
@@ -110,7 +110,7 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
         work / name for name in ("tokenizer", "base", "policy", "variant", "pretraining", "finetuning")
     )
     pretrained, polar = pretraining / "whole" / "model", finetuning / "whole" / "model"
-    each = stages.ANSWERS_PER_PROBLEM
+    count = stages.ANSWERS_PER_PROBLEM
 
     stage("tokenizer", lambda: stages.make_tokenizer(train, scale, tokenizer))
     report: dict[str, Any] = {"scale": scale_name, "seed": seed, "problem_seed": scale.data.problem_seed}
@@ -118,7 +118,7 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
     report["policy"] = stage("policy", lambda: stages.make_policy(base, train, scale, seed, policy))
     report["policy"] |= stage("policy_measures", lambda: stages.measure_policy(policy, judged, seed))
     pool = stage("pool", lambda: stages.sample_pool(base, train, asked, scale, seed, variant))
-    sampled = stage("policy_samples", lambda: stages.answers_of(policy, labelled, each // 2, PLAIN, seed))
+    sampled = stage("policy_samples", lambda: stages.answers_of(policy, labelled, count // 2, PLAIN, seed))
     report["polar_pretraining"] = stage(
         "polar_pretraining", lambda: polar_stages.pretrain(base, asked, pool, scale, seed, pretraining)
     )
@@ -127,7 +127,7 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
         "polar_finetuning",
         lambda: polar_stages.finetune(pretrained, labelled, candidates, judged, scale, seed, finetuning),
     )
-    answers = stage("heldout_samples", lambda: stages.answers_of(policy, judged, each, PLAIN, seed + 1))
+    answers = stage("heldout_samples", lambda: stages.answers_of(policy, judged, count, PLAIN, seed + 1))
 
     def measured(name: str, model: Path) -> Any:
         folder = work / name
@@ -135,8 +135,8 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
 
     report["polar"] = measured("polar_measures", polar)
     report["polar_pretraining"]["measures"] = measured("pretrained_measures", pretrained)
-    for name, made in (("policy", policy), ("polar", polar)):
-        _replace(made, out / name)
+    for name, folder in (("policy", policy), ("polar", polar)):
+        _replace(folder, out / name)
         report[name]["parameters"], report[name]["bytes"], report[name]["sha256"] = _facts(out / name)
     report["seconds"] = stage.seconds
     report["wall_seconds"] = round(sum(stage.seconds.values()), 1)
@@ -146,7 +146,7 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Put a finished folder in the place of an older one."""
+    """Copy a finished folder over an older one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         shutil.rmtree(target)

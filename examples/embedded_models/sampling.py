@@ -37,15 +37,15 @@ def load_policy(folder: Path) -> nn.Module:
 
 @torch.inference_mode()
 def sample_answers(
-    model: nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int
+    model: nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, seed: int
 ) -> list[list[str]]:
-    """Per prompt `each` answers as text. An answer that does not end within MAX_ANSWER_TOKENS is cut there."""
+    """Per prompt `count` answers as text. An answer that does not end within MAX_ANSWER_TOKENS is cut there."""
     torch.manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
     answers: list[list[str]] = [[] for _ in prompts]
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id  # type: ignore[attr-defined]
-    for start in range(0, len(order), max(1, PROMPTS_PER_BATCH // each)):
-        members = order[start : start + max(1, PROMPTS_PER_BATCH // each)]
+    for start in range(0, len(order), max(1, PROMPTS_PER_BATCH // count)):
+        members = order[start : start + max(1, PROMPTS_PER_BATCH // count)]
         width = max(len(prompts[i]) for i in members)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in members])
         options = (
@@ -62,12 +62,12 @@ def sample_answers(
             input_ids=ids,
             attention_mask=(ids != pad).long(),
             max_new_tokens=MAX_ANSWER_TOKENS,
-            num_return_sequences=each,
+            num_return_sequences=count,
             pad_token_id=pad,
             eos_token_id=eos,
             **options,
         )
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)  # type: ignore[attr-defined]
-        for place, i in enumerate(members):
-            answers[i] = texts[place * each : (place + 1) * each]
+        for row, i in enumerate(members):
+            answers[i] = texts[row * count : (row + 1) * count]
     return answers

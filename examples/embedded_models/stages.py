@@ -1,4 +1,4 @@
-"""The stages of remaking the embedded models; each reads what earlier ones saved, and says what it measured."""
+"""The stages of remaking the embedded models; each reads what earlier ones saved, and returns what it measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from examples.embedded_models.scale import Scale, Training
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.arithmetic import WordProblem
 from rlkit.data.rendering import load_tokenizer
-from rlkit.sft_learner import Example, SupervisedLearner
+from rlkit.reward_training.sft_learner import Example, SupervisedLearner
 
 log = logging.getLogger(__name__)
 Measures = dict[str, Any]
@@ -28,7 +28,7 @@ THREADS = 1
 
 
 def warmup_steps(steps: int) -> int:
-    """Of a training of so many steps."""
+    """Warm-up of a training of `steps` steps."""
     return min(40, steps // 8 + 1)
 
 
@@ -98,12 +98,12 @@ def measure_policy(folder: Path, problems: Sequence[WordProblem], seed: int) -> 
 
 
 def answers_of(
-    folder: Path, problems: Sequence[WordProblem], each: int, sampling: Sampling, seed: int
+    folder: Path, problems: Sequence[WordProblem], count: int, sampling: Sampling, seed: int
 ) -> list[list[str]]:
     """Answers of the policy in `folder` to all problems."""
     tokenizer = load_tokenizer(folder)
     prompts = ProblemTokens(problems, tokenizer).prompts
-    return sample_answers(load_policy(folder), tokenizer, prompts, each, sampling, seed)
+    return sample_answers(load_policy(folder), tokenizer, prompts, count, sampling, seed)
 
 
 def sample_pool(

@@ -1,10 +1,6 @@
-"""The tests of a data row, in the three shapes that data sets use.
+"""From a response and its row to a verdict: the program, the tests (three shapes that data sets use), the comparison.
 
-The program in a response: its last fenced block of Python.
-
-Whether what a program printed or returned is what was expected. Runs outside the sandbox, on plain data.
-
-From a program and its tests to a verdict, through whichever sandbox.
+Programs run in a sandbox; whether what they printed or returned was expected is decided here, on plain data.
 """
 
 from __future__ import annotations
@@ -16,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.services.sandbox.inside.wire import decode
-from rewards.services.sandbox.isolation import Isolation, Run, Unavailable
+from rewards.services.sandbox import Isolation, Run, Unavailable, decode
 
 
 class BadTests(ValueError):
@@ -134,18 +129,18 @@ def last_python_block(text: str) -> str | None:
     >>> last_python_block("First\n```python\nx = 1\n```\nbetter\n```python\nx = 2\n```")
     'x = 2\n'
     """
-    found: dict[bool, str] = {}
+    last: dict[bool, str] = {}  # whether the block says that it is Python -> the last such block
     position = 0
     while opening := _FENCE.search(text, position):
         mark, language = opening[1], opening[2].lower()
         closing = re.compile(rf"^ {{0,3}}{mark[0]}{{{len(mark)},}}[ \t]*$", re.MULTILINE).search(text, opening.end())
         content = text[opening.end() + 1 : closing.start() if closing else len(text)]
         if language in _PYTHON or not language:
-            found[language in _PYTHON] = content
+            last[language in _PYTHON] = content
         if closing is None:
             break
         position = closing.end()
-    return found.get(True, found.get(False))
+    return last.get(True, last.get(False))
 
 
 def same_output(printed: str, expected: str, tolerance: float) -> bool:
@@ -233,8 +228,8 @@ class Judge:
         self._isolation, self._every_test, self._tolerance = isolation, every_test, float_tolerance
 
     def judge(self, code: str, tests: Tests, deadline: float) -> Verdict:
-        """The verdict. Raises BadTests if the tests do not work, Unavailable if the sandbox does not, TimeoutError if
-        the deadline (`time.monotonic()`) ends it before the code's own."""
+        """Raises BadTests if the tests do not work, Unavailable if the sandbox does not, TimeoutError if the deadline
+        (`time.monotonic()`) ends it before the code's own."""
         try:
             code.encode()
         except UnicodeEncodeError:
@@ -339,5 +334,5 @@ def _verdict(passed: int, total: int, run: Run, failures: list[str]) -> Verdict:
     if passed == total:
         return Verdict(passed, total, False, f"all {total} tests passed")
     how = _how(run)
-    found = " | ".join([*([how] if how else []), *failures[:1]])
-    return Verdict(passed, total, run.ended == "timeout", found or "the code ended before its tests")
+    trace = " | ".join([*([how] if how else []), *failures[:1]])
+    return Verdict(passed, total, run.ended == "timeout", trace or "the code ended before its tests")

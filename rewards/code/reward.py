@@ -5,16 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
+from rewards.code.judge import BadTests, Judge, Tests, last_python_block, read_tests
+from rewards.services.sandbox import Isolation, Limits, Unavailable, open_sandbox
 from rlkit.experience import Group, GroupScores, Prompt, Score
-
-if TYPE_CHECKING:
-    from rewards.code.judge import Judge, Tests
-    from rewards.services.sandbox.isolation import Isolation
 
 
 class CodeReward(Reward):
@@ -75,9 +73,9 @@ class CodeReward(Reward):
             foreign = _BUBBLEWRAP_ONLY if self.isolation == "http" else _HTTP_ONLY
             # Not by what was given: a configuration that was written out names every field.
             fields = type(self).model_fields
-            given = sorted(name for name in foreign if getattr(self, name) != fields[name].default)
-            if given:
-                raise ValueError(f"{', '.join(given)} has no effect with isolation={self.isolation}")
+            idle = sorted(name for name in foreign if getattr(self, name) != fields[name].default)
+            if idle:
+                raise ValueError(f"{', '.join(idle)} has no effect with isolation={self.isolation}")
             if self.isolation == "http" and self.url is None:
                 raise ValueError("isolation=http needs url, the address of a SandboxFusion service")
             return self
@@ -91,9 +89,7 @@ class CodeReward(Reward):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Run a program in the sandbox, and one that tries to get out (bubblewrap); look at the options (http)."""
-        from rewards.services.sandbox.isolation import Unavailable
-
-        sandbox = _isolation(config)
+        sandbox = _sandbox(config)
         try:
             sandbox.check()
         except Unavailable as error:
@@ -104,7 +100,7 @@ class CodeReward(Reward):
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
-        self._isolation: Isolation | None = None
+        self._sandbox: Isolation | None = None
         self._threads: ThreadPoolExecutor | None = None
 
     def start(self) -> None:
@@ -130,14 +126,11 @@ class CodeReward(Reward):
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
-        if self._isolation is not None:
-            self._isolation.close()
-            self._isolation = None
+        if self._sandbox is not None:
+            self._sandbox.close()
+            self._sandbox = None
 
     def _score(self, judge: Judge, text: str, prompt: Prompt, deadline: float) -> Score:
-        from rewards.code.judge import BadTests, last_python_block
-        from rewards.services.sandbox.isolation import Unavailable
-
         code = last_python_block(text)
         if code is None and self.config.require_fence:
             return Score(0.0, components={"correct": 0.0, "passed": 0.0, "timeout": 0.0}, trace="no code block")
@@ -154,8 +147,6 @@ class CodeReward(Reward):
         return Score(share if self.config.soft else correct, components=components, trace=_text(verdict.trace))
 
     def _tests(self, prompt: Prompt) -> Tests:
-        from rewards.code.judge import read_tests
-
         config = self.config
         setup, entry_point = (
             None if column is None else prompt.columns.get(column)
@@ -165,33 +156,28 @@ class CodeReward(Reward):
         return read_tests(prompt.columns.get(config.tests_column), setup, entry_point, question)
 
     def _open(self) -> tuple[Judge, ThreadPoolExecutor]:
-        from rewards.code.judge import Judge
-
-        if self._isolation is None:
-            self._isolation = _isolation(self.config)
-            self._isolation.start()
+        if self._sandbox is None:
+            self._sandbox = _sandbox(self.config)
+            self._sandbox.start()
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.config.processes, thread_name_prefix="code")
-        return Judge(self._isolation, self.config.soft, self.config.float_tolerance), self._threads
+        return Judge(self._sandbox, self.config.soft, self.config.float_tolerance), self._threads
 
 
 _BUBBLEWRAP_ONLY = {"cpu_seconds", "max_processes", "file_mib", "output_kib", "python"}
 _HTTP_ONLY = {"url", "token_variable", "max_tries"}
 
 
-def _text(found: str) -> str:
+def _text(said: str) -> str:
     """What programs say, as text that can be written to a file."""
-    return found.encode(errors="replace").decode()
+    return said.encode(errors="replace").decode()
 
 
 def _texts(group: Group) -> dict[str, None]:
     return dict.fromkeys(sample.text for sample in group.samples)
 
 
-def _isolation(config: Any) -> Isolation:
-    from rewards.services.sandbox.bubblewrap import Bubblewrap
-    from rewards.services.sandbox.isolation import Limits
-
+def _sandbox(config: Any) -> Isolation:
     limits = Limits(
         wall_seconds=config.wall_seconds,
         cpu_seconds=config.cpu_seconds,
@@ -200,8 +186,12 @@ def _isolation(config: Any) -> Isolation:
         file_mib=config.file_mib,
         output_kib=config.output_kib,
     )
-    if config.isolation == "bubblewrap":
-        return Bubblewrap(limits, config.processes, config.python)
-    from rewards.services.sandbox.fusion import SandboxFusion
-
-    return SandboxFusion(config.url, limits, config.token_variable, config.max_tries)
+    return open_sandbox(
+        config.isolation,
+        limits,
+        side_by_side=config.processes,
+        python=config.python,
+        url=config.url,
+        token_variable=config.token_variable,
+        max_tries=config.max_tries,
+    )

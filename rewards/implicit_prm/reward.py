@@ -1,7 +1,7 @@
 """`reward=implicit_prm`: an outcome reward, and beta * log(pi_phi / pi_ref) for every token (arXiv 2412.01981).
 
-pi_phi starts as a copy of pi_ref and is trained during the run on the outcome of every response (PRIME, arXiv
-2502.01456); no step labels. The outcome comes from another reward (`outcome`, by default the rule verifier) and is the
+pi_phi starts as a copy of pi_ref and learns during the run from the outcome of every response, without step labels
+(PRIME, arXiv 2502.01456). Another reward (`outcome`, by default the rule verifier) gives the outcome, which is the
 score's value; the process rewards are its token rewards.
 """
 
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward
 from rewards.implicit_prm.config import ImplicitPRMConfig
+from rewards.parts import load_part
 from rlkit.experience import Group, GroupScores, Score
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class ImplicitPRM(TrainableReward):
         super().__init__(config, context)
         self._outcome: Reward | None = None
         if config.outcome is not None:
-            kind, options = _outcome_reward(config.outcome)
+            kind, options = load_part(config.outcome)
             self._outcome = kind(options, context)
         self._model: ImplicitModel | None = None
 
@@ -45,7 +46,7 @@ class ImplicitPRM(TrainableReward):
         if config.outcome is None:
             return own
         try:
-            kind, options = _outcome_reward(config.outcome)
+            kind, options = load_part(config.outcome)
         except ValueError:  # `check` says what is wrong with it
             return own
         outcome = kind.traits(options)
@@ -59,7 +60,7 @@ class ImplicitPRM(TrainableReward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the models are there, and whether the outcome reward can be made and finds what it needs."""
+        """Whether the models exist and the outcome reward passes its own check."""
         from rlkit.config.model_folder import ModelFolderError, check_model_folder
         from rlkit.config.parts import PartError
 
@@ -74,7 +75,7 @@ class ImplicitPRM(TrainableReward):
         if config.outcome is None:
             return messages
         try:
-            kind, options = _outcome_reward(config.outcome)
+            kind, options = load_part(config.outcome)
         except PartError as error:
             messages.append(f"reward.outcome._target_: {error}")
         except ValidationError as error:
@@ -86,7 +87,7 @@ class ImplicitPRM(TrainableReward):
         return messages
 
     def start(self) -> None:
-        """Load both models, compare them (equal weights must give log-ratios of zero), start the outcome reward."""
+        """Start the outcome reward and load both models; equal weights must give log-ratios of zero."""
         from rewards.implicit_prm.model import ImplicitModel  # torch and DeepSpeed load only where a reward runs
 
         if self.config.offload and self.context.device == "cpu":
@@ -97,20 +98,20 @@ class ImplicitPRM(TrainableReward):
 
     @property
     def model(self) -> ImplicitModel:
-        """The loaded model."""
+        """Raises RuntimeError before `start`."""
         if self._model is None:
             raise RuntimeError("the implicit PRM was used before start()")
         return self._model
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """beta * log-ratio per token; the value is the outcome (and invalid where that is), or the summed rewards."""
+        """beta * log-ratio per token; the value is the outcome (invalid where that is), or the sum of these rewards."""
         if self._outcome is not None:
             return self._with_process_rewards(groups, self._outcome.score(groups))
         rewards = iter(self.model.token_rewards(groups))
         return [GroupScores(tuple(_alone(next(rewards)) for _ in group.samples)) for group in groups]
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Fresh process rewards for groups whose outcomes are known."""
+        """New process rewards for groups that carry their outcomes."""
         outcomes = [GroupScores(tuple(score for _, score in group.scored())) for group in groups]
         return self._with_process_rewards(groups, outcomes)
 
@@ -122,7 +123,7 @@ class ImplicitPRM(TrainableReward):
         ]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Train on the outcomes of scored groups."""
+        """Train on the outcomes of scored groups; returns metrics `prm/...`."""
         metrics = self.model.update(groups)
         self.version += 1
         return metrics
@@ -150,16 +151,8 @@ class ImplicitPRM(TrainableReward):
             self._outcome.close()
 
 
-def _outcome_reward(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
-    """Class and options of a section. Raises PartError or pydantic's ValidationError."""
-    from rlkit.config.parts import import_part
-
-    kind: type[Reward] = import_part("reward", section.get("_target_"))
-    return kind, kind.Config(**{key: value for key, value in section.items() if key != "_target_"})
-
-
 def _alone(rewards: np.ndarray) -> Score:
-    """The model's own judgement of a response, as a scorer for best-of-N."""
+    """The model's own score of a response, for best-of-N."""
     if not np.isfinite(rewards).all():
         return Score.invalid("not_finite: a log-ratio of the implicit PRM is not finite")
     total = float(rewards.sum())

@@ -26,8 +26,8 @@ _LINE = re.compile(r"^[^\S\n]*\S", re.MULTILINE)
 def split_steps(text: str, style: StepStyle = "auto") -> list[tuple[int, int]]:
     """Characters [start, end) of each step; together they cover the text.
 
-    lines: every line that is not blank; numbered: every `Step <n>:`, and what stands before the first one; auto:
-    numbered if the text has such a mark. A text without visible characters is one step.
+    lines: every line that is not blank; numbered: every `Step <n>:`, and the text before the first one; auto: numbered
+    if the text has such a mark. A text without visible characters is one step.
     """
     if style == "auto":
         style = "numbered" if _NUMBERED.search(text) else "lines"
@@ -44,18 +44,18 @@ def token_steps(
 ) -> list[tuple[int, int]]:
     """Response tokens [start, end) of each step that has any; together they cover all `tokens`.
 
-    `offsets`: the tokenizer's characters [start, end) of each token of `text`. A token belongs to the step in which
-    its first visible character stands (blanks and line ends: in which they stand), so a line's end belongs to that
-    line; tokens after the text (end of sequence) belong to the last step.
+    `offsets`: characters [start, end) of each token of `text`, from the tokenizer. A token belongs to the step with its
+    first visible character (or, if it has none, its first character), so a line's end belongs to that line; tokens
+    after the text (end of sequence) belong to the last step.
     """
     ends = np.array([end for _, end in steps])
-    places = []
+    step_of = []
     for start, end in offsets:
         piece = text[start:end]
         first = start + len(piece) - len(piece.lstrip()) if piece.strip() else start
-        places.append(min(int(np.searchsorted(ends, first, side="right")), len(steps) - 1))
-    places += [len(steps) - 1] * (tokens - len(places))
-    counts = np.bincount(np.maximum.accumulate(np.array(places, dtype=np.int64)), minlength=len(steps))
+        step_of.append(min(int(np.searchsorted(ends, first, side="right")), len(steps) - 1))
+    step_of += [len(steps) - 1] * (tokens - len(step_of))
+    counts = np.bincount(np.maximum.accumulate(np.array(step_of, dtype=np.int64)), minlength=len(steps))
     bounds = np.concatenate([[0], np.cumsum(counts)]).tolist()
     return [(start, end) for start, end in pairwise(bounds) if end > start]
 
@@ -63,7 +63,7 @@ def token_steps(
 def step_scores(
     ratios: np.ndarray, spans: Sequence[tuple[int, int]], coefficient: float, kind: StepKind = "single"
 ) -> Float64:
-    """[S] of log-ratios q [T] and the tokens of each step.
+    """[S] scores from log-ratios q [T] and the tokens [start, end) of each of S steps.
 
     single: d_k = coefficient * the sum of q in step k; cumulative: c_k = coefficient * the sum of q up to its end.
     """
@@ -75,7 +75,7 @@ def step_scores(
 
 
 def aggregate(scores: Float64, how: Aggregate = "min") -> float:
-    """One score of a response from its steps' [S]; `last` of cumulative scores equals `sum` of single ones."""
+    """One score of a response from its step scores [S]; `last` of cumulative ones equals `sum` of single ones."""
     match how:
         case "min":
             return float(scores.min())

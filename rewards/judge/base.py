@@ -232,15 +232,18 @@ class BaseJudge(Reward):
         config, probes = self.config, self.probes()
         deadline = time.monotonic() + config.timeout_seconds
         who = f"the judge {config.model} at {config.base_url}"
-        if config.probe == "off":
-            right = list(dict.fromkeys(probe.right for probe in probes))
-            asked = await self._ask(self.questions(probes[0].prompt, right[:2])[:1], deadline)
-            reasons = [verdict.reason for _, verdict in asked if isinstance(verdict, NoVerdict)]
-            outcomes = []
-        else:
-            judging = (self._judged(probe.prompt, (probe.right, *probe.rejects), {}, deadline) for probe in probes)
-            outcomes = [scores.samples for scores in await asyncio.gather(*judging)]
-            reasons = [score.reason for scores in outcomes for score in scores if not score.valid]
+        outcomes: list[tuple[Score, ...]] = []
+        try:
+            if config.probe == "off":
+                right = list(dict.fromkeys(probe.right for probe in probes))
+                asked = await self._ask(self.questions(probes[0].prompt, right[:2])[:1], deadline)
+                reasons = [verdict.reason for _, verdict in asked if isinstance(verdict, NoVerdict)]
+            else:
+                judging = (self._judged(probe.prompt, (probe.right, *probe.rejects), {}, deadline) for probe in probes)
+                outcomes = [scores.samples for scores in await asyncio.gather(*judging)]
+                reasons = [score.reason for scores in outcomes for score in scores if not score.valid]
+        except CannotJudge as error:
+            reasons = [str(error)]
         if reasons:
             raise JudgeError(f"{who} cannot be used: {reasons[0]}")
         accepted = [[score.value is not None and score.value >= ACCEPTED for score in scores] for scores in outcomes]

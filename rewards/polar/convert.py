@@ -24,21 +24,21 @@ USAGE_ERROR = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 if the folder cannot be converted, 2 for wrong arguments."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(given):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    places = [argument for argument in given if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in given if "=" in argument)
+    folders = [word for word in words if "=" not in word]
+    options = dict(word.split("=", 1) for word in words if "=" in word)
     unknown = sorted(set(options) - {"like", "weights"})
-    if len(places) != 2 or unknown or options.get("weights", "true") not in ("true", "false"):
-        what = f"unknown: {', '.join(unknown)}; " if unknown else ""
-        print(f"rlkit: {what}usage: {(__doc__ or '').partition('`:')[0].strip('`')}", file=sys.stderr)
+    if len(folders) != 2 or unknown or options.get("weights", "true") not in ("true", "false"):
+        cause = f"unknown: {', '.join(unknown)}; " if unknown else ""
+        print(f"rlkit: {cause}usage: {(__doc__ or '').partition('`:')[0].strip('`')}", file=sys.stderr)
         return USAGE_ERROR
     try:
         convert(
-            Path(places[0]).expanduser(),
-            Path(places[1]).expanduser(),
+            Path(folders[0]).expanduser(),
+            Path(folders[1]).expanduser(),
             Path(options["like"]).expanduser() if "like" in options else None,
             weights=options.get("weights", "true") == "true",
         )
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def convert(source: Path, target: Path, like: Path | None = None, *, weights: bool = True) -> None:
-    """Convert a folder in the direction that it asks for. If that fails, nothing is left of it in `target`.
+    """Convert a folder; its architecture decides the direction. A failure leaves `target` empty.
 
     Raises DiscriminatorError.
     """
@@ -61,10 +61,10 @@ def convert(source: Path, target: Path, like: Path | None = None, *, weights: bo
     if released and like is not None:
         raise DiscriminatorError(f"like= has no effect: {source} is a released checkpoint already")
     if not released and like is None:
-        found = (config.get("architectures") or ["(none)"])[0]
+        architecture = (config.get("architectures") or ["(none)"])[0]
         raise DiscriminatorError(
-            f"{source} holds a {found}, no {RELEASED_ARCHITECTURE}; to export a converted model, name the released "
-            "folder that it came from: like=RELEASED"
+            f"{source} holds a {architecture}, no {RELEASED_ARCHITECTURE}; to export a converted model, name the "
+            "released folder that it came from: like=RELEASED"
         )
     target.mkdir(parents=True, exist_ok=True)
     try:

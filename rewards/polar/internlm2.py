@@ -1,12 +1,9 @@
-"""Weights of a model folder read tensor by tensor, and written in shards: no more than a shard is in memory.
-
-Released POLAR checkpoints (`InternLM2ForRewardModel`) as `LlamaForSequenceClassification`, and back: exact.
+"""Released POLAR checkpoints (`InternLM2ForRewardModel`) as `LlamaForSequenceClassification`, and back: exact.
 
 The two architectures compute the same; only names differ, and InternLM2 keeps queries, keys and values of a key-value
-head together in one matrix. The released model code is Python in the model folder; it is not needed, and under
-transformers 5 it silently gives wrong scores.
-
-The tokenizer of a released POLAR checkpoint, built from its SentencePiece model without the folder's own code.
+head in one matrix. The Python code in a released folder is not run: under transformers 5 it silently gives wrong
+scores. The tokenizer is built from its SentencePiece model. Weights are read tensor by tensor and written in shards,
+so no more than a shard is in memory.
 """
 
 from __future__ import annotations
@@ -30,13 +27,13 @@ PICKLED = ("pytorch_model*.bin", "model*.bin")
 
 
 class WeightReader:
-    """Tensors of a folder by name, from safetensors or, without running what they contain, from pickles."""
+    """Tensors of a folder by name, from safetensors or from pickles, whose code is not run."""
 
     def __init__(self, folder: Path) -> None:
         """Raises DiscriminatorError if the folder holds no weights or names one twice."""
         from safetensors import SafetensorError, safe_open
 
-        self._where: dict[str, Path] = {}
+        self._file_of: dict[str, Path] = {}
         self._opened: tuple[Path, Any] | None = None
         files = sorted(folder.glob("*.safetensors")) or sorted({f for p in PICKLED for f in folder.glob(p)})
         if not files:
@@ -51,22 +48,22 @@ class WeightReader:
             else:
                 names = list(self._unpickled(file))
             for name in names:
-                if name in self._where:
-                    raise DiscriminatorError(f"{folder}: {name} is in {self._where[name].name} and in {file.name}")
-                self._where[name] = file
+                if name in self._file_of:
+                    raise DiscriminatorError(f"{folder}: {name} is in {self._file_of[name].name} and in {file.name}")
+                self._file_of[name] = file
 
     @property
     def names(self) -> list[str]:
-        """All names, file after file."""
-        return list(self._where)
+        """All names, file by file."""
+        return list(self._file_of)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor. Raises DiscriminatorError if there is none of that name."""
+        """Raises DiscriminatorError if there is no tensor of that name."""
         from safetensors import safe_open
 
-        if name not in self._where:
+        if name not in self._file_of:
             raise DiscriminatorError(f"the weights have no {name}")
-        file = self._where[name]
+        file = self._file_of[name]
         tensor: Tensor
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
@@ -89,12 +86,12 @@ class WeightReader:
                     f"{str(error).splitlines()[0]}"
                 ) from error
             self._opened = (file, loaded)
-        found: dict[str, Tensor] = self._opened[1]
-        return found
+        tensors: dict[str, Tensor] = self._opened[1]
+        return tensors
 
 
 def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write safetensors as transformers names them: one file, or shards with an index."""
+    """Write safetensors under transformers' names: one file, or shards with an index."""
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []
@@ -145,10 +142,10 @@ RENAMED_IN_LAYER = {
 FUSED = "attention.wqkv.weight"
 SPLIT = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
 COMPUTED = "rotary_emb.inv_freq"
-"""A buffer that some files carry, and that is computed from the configuration."""
+"""A buffer in some files that the configuration determines."""
 LAYER = re.compile(r"(model\.layers\.(?P<number>\d+)\.)(?P<rest>.+)")
 _NAMED = 5
-"""Missing tensors that a message names."""
+"""How many missing tensors a message names."""
 SAME_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -200,7 +197,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def to_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """InternLM2's tensors under Llama's names.
 
-    Raises DiscriminatorError if a tensor is missing, and for a name that belongs to no such model.
+    Raises DiscriminatorError for a missing tensor and for one that no such model has.
     """
     _check_complete(weights, config, [*RENAMED], [*RENAMED_IN_LAYER, FUSED])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -246,7 +243,7 @@ def _check_complete(
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise DiscriminatorError(f"the weights lack {', '.join(missing[:_NAMED])}{more}: is the folder complete?")
     beyond = sorted(
-        name for name in weights.names if (found := LAYER.fullmatch(name)) and int(found["number"]) >= layers
+        name for name in weights.names if (match := LAYER.fullmatch(name)) and int(match["number"]) >= layers
     )
     if beyond:
         raise DiscriminatorError(f"{beyond[0]} is beyond the {layers} layers that config.json says")
@@ -279,15 +276,15 @@ def join_wqkv(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: i
 
 
 def _layer(name: str) -> tuple[str, str]:
-    """`model.layers.3.` and what follows; two empty strings for a tensor of no layer."""
-    found = LAYER.fullmatch(name)
-    return (found[1], found["rest"]) if found else ("", "")
+    """`model.layers.3.` and the rest of the name; two empty strings for a tensor outside the layers."""
+    match = LAYER.fullmatch(name)
+    return (match[1], match["rest"]) if match else ("", "")
 
 
 SPACE = "▁"
 BPE_MODEL = 2
 CONTROL, USER_DEFINED = 3, 4
-"""Types of SentencePiece pieces."""
+"""Types of pieces in a SentencePiece model."""
 
 
 def released_tokenizer(folder: Path, reward_token_id: int | None) -> PreTrainedTokenizerFast:
@@ -337,7 +334,7 @@ def from_sentencepiece(file: Path, added: dict[str, Any]) -> Any:
     proto.ParseFromString(file.read_bytes())
     if proto.trainer_spec.model_type != BPE_MODEL:
         raise DiscriminatorError(f"{file} is no BPE model")
-    names = {int(place): token for place, token in added.items()}
+    names = {int(index): token for index, token in added.items()}
     pieces = [names[i]["content"] if i in names else piece.piece for i, piece in enumerate(proto.pieces)]
     ids = {piece: i for i, piece in enumerate(pieces)}
     if len(ids) != len(pieces):
@@ -380,7 +377,7 @@ def _text(token: Any) -> str:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise DiscriminatorError(f"{file} is no JSON: {error}") from error
-    return found
+    return values

@@ -32,7 +32,7 @@ ACTS_WITH: dict[str, tuple[str, ...]] = {
     "request_timeout_seconds": SERVERS,
     "compare_at_start": SERVERS,
 }
-"""Option -> the backends it has an effect with; the others refuse it."""
+"""Option -> the backends that read it; the others refuse it."""
 
 
 class PolarConfig(RewardConfig):
@@ -145,7 +145,7 @@ class PolarReward(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the folder holds a discriminator, and a server's key is there."""
+        """Whether the folder holds a discriminator, and the environment a server's key."""
         from rewards.polar.backends import check_folder, has_weights
         from rlkit.models.folder import model_folder
 
@@ -279,10 +279,10 @@ class PolarReward(Reward):
 
 
 def lengths(config: PolarConfig, model: Mapping[str, Any]) -> tuple[Limits, int]:
-    """How to cut, and the longest input the model is given: `max_length` and a little more.
+    """Limits of the parts, and of the whole input: a little above `max_length`.
 
-    A cut in the middle of a character is written with more tokens than were cut. Raises DiscriminatorError if the
-    model (its config.json) takes less than what is asked for.
+    A cut inside a character can lengthen the text by tokens. Raises DiscriminatorError if the model (its config.json)
+    takes less than the configuration asks for.
     """
     from rewards.polar.backends import DiscriminatorError
 

@@ -33,7 +33,7 @@ UnclosedThinking = Literal["empty", "keep"]
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The methods of a Hugging Face tokenizer that are used."""
 
     def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
 
@@ -78,9 +78,9 @@ class Serialiser:
         self._encode_part = lru_cache(maxsize=4096)(self._encode_part_uncached)
 
     def text(self, prompt: str, reference: str, candidate: str, beside: Sequence[str] = ()) -> str:
-        """The input as text. Tokenise it as a whole: merges across the joints matter.
+        """The input as text. Tokenise it whole: merges across the joints matter.
 
-        `beside` are the candidates that it is compared with in training: all see the prompt cut alike.
+        `beside`: the other candidates of a training comparison; all see the prompt cut alike.
         """
         prompt_ids, reference_ids, candidate_ids = (self._encode_part(part) for part in (prompt, reference, candidate))
         longest = self._limits.max_response_length
@@ -129,7 +129,7 @@ class Serialiser:
 
 
 def without_markers(text: str) -> str:
-    """The text without both markers, and without any that their removal would put together."""
+    """The text without the two markers, nor any that their removal would form."""
     while SEPARATOR in text or MARKER in text:
         text = text.replace(SEPARATOR, "").replace(MARKER, "")
     return text
@@ -143,8 +143,8 @@ def prompt_text(messages: Sequence[Message]) -> str:
 def without_thinking(text: str, unclosed: UnclosedThinking = "empty") -> str:
     """The answer without its `<think>...</think>` parts.
 
-    A `</think>` without its opening (the chat template wrote that) ends a thought that began with the text. An unclosed
-    `<think>` has no answer after it: `empty` keeps only what stands before it, `keep` leaves the thought in.
+    A `</think>` without its opening (which the chat template wrote) ends a thought that began with the text. An
+    unclosed `<think>` has no answer after it: `empty` keeps only the text before it, `keep` leaves the thought in.
     """
     opening, closing = "<think>", "</think>"
     if opening not in text and closing not in text:
@@ -184,7 +184,7 @@ class GroupPlan:
     comparisons: tuple[Comparison, ...]
 
     def scores(self, values: Sequence[Sequence[float | str]], reduce: Reduce) -> GroupScores:
-        """Scores from one raw logit (or the reason why there is none) per comparison and suffix."""
+        """Scores from one raw logit (or why there is none) per comparison and suffix."""
         return GroupScores(tuple(self._score(i, values, reduce) for i in range(len(self.group.samples))))
 
     def _score(self, sample: int, values: Sequence[Sequence[float | str]], reduce: Reduce) -> Score:
@@ -208,7 +208,7 @@ class GroupPlan:
 def plan_group(
     group: Group, serialiser: Serialiser, max_references: int, max_length: int, unclosed_thinking: UnclosedThinking
 ) -> GroupPlan:
-    """Serialise every response beside every reference used. `max_length`: tokens that the model takes."""
+    """Serialise every response with each reference in use. `max_length`: the model's limit in tokens."""
     question = prompt_text(group.prompt.messages)
     candidates = [without_thinking(sample.text, unclosed_thinking) for sample in group.samples]
     comparisons = []

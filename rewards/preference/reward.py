@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from rewards.preference.scorers import Classifier
 
 CANNED = ("Beijing.", "I don't know, and I would rather talk about something else.")
-"""Answers that the start-up test scores; of different lengths, so that padding is tried."""
+"""Answers that the start-up test scores; of different lengths, to test padding."""
 
 
 class PreferenceReward(Reward):
     """Scores by a sequence classifier with one label: higher is better. The value is the raw, unbounded logit.
 
     A difference of two values is the log-odds that the first response is preferred. An input longer than the model
-    takes is invalid (`too_long`), not cut: what was cut might have decided.
+    takes is invalid (`too_long`), not cut: the lost part might have decided.
     """
 
     class Config(RewardConfig):
@@ -58,7 +58,7 @@ class PreferenceReward(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the folder holds a one-label classifier that takes inputs of the length asked for."""
+        """Whether the folder holds a one-label classifier that takes inputs of `max_length`."""
         from rlkit.models.folder import model_folder
 
         try:
@@ -127,7 +127,7 @@ def _score(logit: float) -> Score:
 
 
 def _longest(config: PreferenceReward.Config, model: dict[str, Any]) -> int:
-    """Tokens an input may have. Raises ClassifierError if more are asked for than the model takes."""
+    """The longest input in tokens. Raises ClassifierError if `max_length` is more than the model takes."""
     room = positions(model)
     if config.max_length is not None and config.max_length > room:
         raise ClassifierError(

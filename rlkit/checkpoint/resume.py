@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlkit.checkpoint.folder import BadCheckpointError, Sealed, open_checkpoint, sealed_folders
 from rlkit.config.messages import ConfigError, Problem
+from rlkit.config.parts import CONTRACTS, plain, with_present_targets
 from rlkit.config.schema import RunConfig
 
 FIXED = ("model", "data", "algorithm", "reward._target_", "seed", "trainer.prompts_per_step", "rollout.temperature")
@@ -44,10 +45,11 @@ def find_resume(config: RunConfig) -> ResumePoint | None:
         found, skipped = _named(Path(config.resume).expanduser().absolute())
     if found is None:
         return None
-    _refuse_another_run(found, config)
+    differences = _differences(found, config)
+    _refuse_another_run(found, config, differences)
     changed = [
         f"{key} was {_shown(old)} and is {_shown(new)} now"
-        for key, old, new in _differences(found.manifest["config"], config.model_dump(mode="json"))
+        for key, old, new in differences
         if not _is_one_of(key, (*FIXED, *FREE))
     ]
     notices = [f"checkpoint {text}" for text in skipped] + changed
@@ -82,10 +84,10 @@ def _named(path: Path) -> tuple[Sealed, list[str]]:
         raise ConfigError([Problem(given, f"is no whole checkpoint: {error}")]) from None
 
 
-def _refuse_another_run(found: Sealed, config: RunConfig) -> None:
+def _refuse_another_run(found: Sealed, config: RunConfig, differences: Sequence[tuple[str, Any, Any]]) -> None:
     problems = [
         Problem(key, f"is {_shown(new)}, but {found.path} was made with {_shown(old)}; that is another run")
-        for key, old, new in _differences(found.manifest["config"], config.model_dump(mode="json"))
+        for key, old, new in differences
         if _is_one_of(key, FIXED)
     ]
     if config.trainer.total_steps < found.step:
@@ -103,11 +105,18 @@ def _is_one_of(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(full key, old value, new value) of every leaf that differs."""
+def _differences(found: Sealed, config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(full key, the checkpoint's value, the run's) of every leaf that differs; a part that checkpoints did not know
+    when this one was made does not."""
+    old, new = with_present_targets(found.manifest["config"]), plain(config)
+    added = {kind: new[kind] for kind in CONTRACTS if kind not in old}
+    return list(_different_leaves({**old, **added}, new))
+
+
+def _different_leaves(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in dict.fromkeys([*old, *new]):
-            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+            yield from _different_leaves(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
     elif old != new:
         yield key, old, new
 

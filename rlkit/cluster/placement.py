@@ -92,8 +92,8 @@ def on_one_node(bundles: int, wide: Sequence[Sequence[int]], nodes: Sequence[str
             per_node = ", ".join(f"{nodes.count(node)}" for node in left)
             raise NoRoomError(
                 f"Ray reserved {bundles} GPUs on {len(left)} nodes ({per_node}), and {len(wide)} engines of "
-                f"{len(wanted)} GPUs (rollout.workers, rollout.tensor_parallel_size) do not fit there, each on one node. Try "
-                "cluster.strategy=STRICT_PACK, fewer engines, or nodes whose free GPUs are a multiple of "
+                f"{len(wanted)} GPUs (rollout.workers, rollout.tensor_parallel_size) do not fit there, each on one "
+                "node. Try cluster.strategy=STRICT_PACK, fewer engines, or nodes whose free GPUs are a multiple of "
                 "rollout.tensor_parallel_size"
             )
         order.update(zip(wanted, free, strict=False))

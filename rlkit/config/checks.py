@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from algorithms.base import Algorithm
-from rewards.base import TrainableReward
 from rlkit.config.messages import Finding, Findings
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import Part
@@ -104,17 +103,17 @@ def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Findings:
 
 def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Findings:
     """A yardstick: it does not learn, and takes one response with what the data give."""
-    if issubclass(verifier.cls, TrainableReward) and verifier.cls.traits(verifier.config).update_when != "none":
+    traits, provided = verifier.cls.traits(verifier.config), data.provides()
+    if traits.update_when != "none" or traits.follows_policy:
         yield Finding("verifier", f"{verifier.cls.__name__} learns in the run; a verifier must judge alike to its end")
-    needs, provided = verifier.cls.traits(verifier.config), data.provides()
-    if needs.samples > 1:
+    if traits.samples > 1:
         yield Finding(
             "verifier",
-            f"{verifier.cls.__name__} compares {needs.samples} responses to a prompt; a held-out prompt has one",
+            f"{verifier.cls.__name__} compares {traits.samples} responses to a prompt; a held-out prompt has one",
         )
     # Without gold answers a run is not evaluated, which is a warning once the rows are read.
-    lacking = [*(["references"] if needs.references else []), *needs.columns]
-    lacking = [name for name in lacking if name not in provided]
+    needed = [*(["references"] if traits.references else []), *traits.columns]
+    lacking = [name for name in needed if name not in provided]
     if lacking:
         yield Finding(
             "verifier",

@@ -23,20 +23,7 @@ from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-import rlkit
 from rlkit.config.messages import Problem, did_you_mean, nearest
-
-
-def conf_dir() -> Path:
-    """The folder of Hydra groups: inside an installed package, else beside it in a checkout.
-
-    Raises FileNotFoundError if neither is there (an incomplete installation).
-    """
-    package = Path(rlkit.__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise FileNotFoundError(f"no conf/config.yaml in {package} or beside it: rlkit is not completely installed")
 
 
 def default_options(folder: Path) -> dict[str, str | None]:

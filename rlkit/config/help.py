@@ -11,9 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 
 from rewards.base import HelpSection, Reward
-from rlkit.config.compose import borrowed_options, conf_dir, default_options, group_options, option_fields
+from rlkit.config.compose import borrowed_options, default_options, group_options, option_fields
 from rlkit.config.messages import all_fields, allowed, section_type
-from rlkit.config.parts import CONTRACTS, PartError, import_part
+from rlkit.config.parts import CONTRACTS, PartError, conf_dir, import_part
 from rlkit.config.schema import RunConfig
 
 USAGE = """\

@@ -21,7 +21,6 @@ from rlkit.config.compose import (
     Sources,
     add_parts,
     compose_options,
-    conf_dir,
     group_options,
     in_part,
     merge_file,
@@ -32,10 +31,18 @@ from rlkit.config.compose import (
 )
 from rlkit.config.messages import MISSING, ConfigError, Problem, all_fields, section_type, validate
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
-from rlkit.config.parts import CONTRACTS, Contract, Part, PartError, ResolvedRun, import_part
+from rlkit.config.parts import (
+    CONTRACTS,
+    TARGET,
+    Contract,
+    Part,
+    PartError,
+    ResolvedRun,
+    conf_dir,
+    import_part,
+    with_present_targets,
+)
 from rlkit.config.schema import RunConfig, Section
-
-TARGET = "_target_"
 
 
 class Loading:
@@ -103,7 +110,8 @@ class Loading:
                 self.overrides.unusable.add(key)
                 where = getattr(error, "full_key", None) or key
                 self.problems.append(Problem(self.sources.where(where, "..."), str(error).splitlines()[0]))
-        return tree
+        present: dict[str, Any] = with_present_targets(tree)
+        return present
 
     def validate(self) -> None:
         """Type every section and find the parts; what is valid becomes available to the checks."""

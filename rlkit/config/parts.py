@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,6 +24,38 @@ from rlkit.config.messages import Problem, nearest
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import DataConfig, DataSource
 from rlkit.experience import UserError
+
+TARGET = "_target_"
+
+
+def conf_dir() -> Path:
+    """The folder of Hydra groups: inside an installed package, else beside it in a checkout.
+
+    Raises FileNotFoundError if neither is there (an incomplete installation).
+    """
+    package = Path(rlkit.__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/config.yaml in {package} or beside it: rlkit is not completely installed")
+
+
+@cache
+def _moved_classes() -> Mapping[str, str]:
+    moved: dict[str, str] = yaml.safe_load((conf_dir() / "moved.yaml").read_text())
+    return moved
+
+
+def with_present_targets(value: Any) -> Any:
+    """A configuration with today's paths: the `_target_` of a class that moved (`conf/moved.yaml`) is its new one."""
+    if isinstance(value, Mapping):
+        return {
+            key: _moved_classes().get(inner, inner)
+            if key == TARGET and isinstance(inner, str)
+            else with_present_targets(inner)
+            for key, inner in value.items()
+        }
+    return [with_present_targets(inner) for inner in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -67,7 +102,7 @@ def import_class(kind: str, target: Any, base: type) -> Any:
     PartError."""
     if not isinstance(target, str) or "." not in target:
         raise PartError("must be the dotted path of a class, like my_module.MyClass")
-    cls = _find(target)
+    cls = _find(_moved_classes().get(target, target))
     name = f"{base.__module__}.{base.__name__}"
     if not inspect.isclass(cls):
         raise PartError(f"is not a class but {type(cls).__name__}; it must be a subclass of {name}")

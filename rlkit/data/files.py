@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import json
 import re
 import zlib
@@ -16,7 +15,14 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
-from rlkit.data.rows import ColumnsConfig, missing_columns, parse_rows, question_key, refuse_too_many_bad_rows
+from rlkit.data.rows import (
+    ColumnsConfig,
+    heldout_keys,
+    missing_columns,
+    parse_rows,
+    question_key,
+    refuse_too_many_bad_rows,
+)
 
 Row = Mapping[str, Any]
 Loaded = tuple[list[Problem], list[BadRow]]
@@ -115,9 +121,7 @@ class TableSource(DataSource):
                 "with data.heldout_path."
             )
         share = _DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
-        count = min(max(1, round(share * len(keys))), len(keys) - 1)
-        ranked = sorted(keys, key=lambda key: hashlib.sha256(f"{config.heldout_seed}\n{key}".encode()).digest())
-        chosen = set(ranked[:count])
+        chosen = heldout_keys(keys, share, config.heldout_seed)
         kept = [problem for problem in problems if question_key(problem) not in chosen]
         return kept, [problem for problem in problems if question_key(problem) in chosen]
 
@@ -255,55 +259,81 @@ class HfSource(TableSource):
         assert where is not None
         path, name = where
         origin = _name(Path(path).name if Path(path).expanduser().exists() else path, name)
-        for number, row in enumerate(self._open(path, name), start=1):
+        for number, row in enumerate(open_table(path, name, self.config.subset, self.config.revision), start=1):
             yield f"{origin}:{number}", row
 
     def _columns(self, split: Split) -> list[str] | None:
         where = self._where(split)
         assert where is not None
         if where not in self._known_columns:
-            found = _file_columns(Path(where[0]).expanduser())
-            self._known_columns[where] = found or self._open(*where, columns_only=True)
+            columns = _file_columns(Path(where[0]).expanduser())
+            self._known_columns[where] = columns or open_table(
+                *where, self.config.subset, self.config.revision, columns_only=True
+            )
         return self._known_columns[where]
 
-    def _open(self, path: str, split: str, columns_only: bool = False) -> Any:
-        """The rows, or (cheaply) the column names: None where only a download would tell."""
-        local = Path(path).expanduser()
-        looks_local = path.startswith((".", "/", "~")) or local.suffix in _BUILDERS
-        if not local.exists() and (looks_local or not _HUB_NAME.fullmatch(path)):
-            raise DataError(f"data.path={path}: no such file or folder (looked from {Path.cwd()}).")
-        import datasets
 
-        try:
-            if not local.exists():
-                return self._open_hub(path, split, columns_only)
-            if local.is_file():
-                if local.suffix not in _BUILDERS:
-                    raise DataError(f"{path}: files must end in {', '.join(_BUILDERS)}, not {local.suffix!r}.")
-                options = {"sep": "\t"} if local.suffix == ".tsv" else {}
-                builder = _BUILDERS[local.suffix]
-                rows = datasets.load_dataset(
-                    builder, data_files=str(local), split=split, streaming=columns_only, **options
-                )
-            elif (local / "dataset_dict.json").exists() or (local / "state.json").exists():
-                saved = datasets.load_from_disk(str(local))
-                rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-            else:
-                rows = datasets.load_dataset(str(local), self.config.subset, split=split, streaming=columns_only)
-            return list(next(iter(rows), {})) if columns_only else rows
-        except DataError:
-            raise
-        except Exception as error:  # `datasets` raises whatever its readers raise: the user needs the place and cause
-            raise DataError(f"data.path={path}, split {split!r}, cannot be loaded: {_one_line(error)}") from error
+def open_table(
+    path: str, split: str, subset: str | None = None, revision: str | None = None, columns_only: bool = False
+) -> Any:
+    """The rows that `datasets` loads from a local file or folder, or from the hub. Raises DataError.
 
-    def _open_hub(self, path: str, split: str, columns_only: bool) -> Any:
-        import datasets
+    `columns_only`: the column names instead, read cheaply; None where only a download would tell.
+    """
+    local = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or local.suffix in _BUILDERS
+    if not local.exists() and (looks_local or not _HUB_NAME.fullmatch(path)):
+        raise DataError(f"data.path={path}: no such file or folder (looked from {Path.cwd()}).")
+    import datasets
 
-        config: HfConfig = self.config
-        if columns_only:
-            info = datasets.load_dataset_builder(path, config.subset, revision=config.revision).info
-            return None if info.features is None else list(info.features)
-        return datasets.load_dataset(path, config.subset, split=split, revision=config.revision)
+    try:
+        if not local.exists():
+            return _open_hub(path, split, subset, revision, columns_only)
+        if local.is_file():
+            if local.suffix not in _BUILDERS:
+                raise DataError(f"{path}: files must end in {', '.join(_BUILDERS)}, not {local.suffix!r}.")
+            options = {"sep": "\t"} if local.suffix == ".tsv" else {}
+            builder = _BUILDERS[local.suffix]
+            rows = datasets.load_dataset(builder, data_files=str(local), split=split, streaming=columns_only, **options)
+        elif (local / "dataset_dict.json").exists() or (local / "state.json").exists():
+            saved = datasets.load_from_disk(str(local))
+            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            rows = datasets.load_dataset(str(local), subset, split=split, streaming=columns_only)
+        return list(next(iter(rows), {})) if columns_only else rows
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` raises whatever its readers raise: the user needs the place and cause
+        raise DataError(f"data.path={path}, split {split!r}, cannot be loaded: {_one_line(error)}") from error
+
+
+def _open_hub(path: str, split: str, subset: str | None, revision: str | None, columns_only: bool) -> Any:
+    import datasets
+
+    if columns_only:
+        info = datasets.load_dataset_builder(path, subset, revision=revision).info
+        return None if info.features is None else list(info.features)
+    return datasets.load_dataset(path, subset, split=split, revision=revision)
+
+
+def table_rows(path: str, key: str, split: str, subset: str | None = None) -> Iterator[tuple[str, Row | BadRow]]:
+    """`(origin, row)` of a JSON Lines file, or of a `split` that `datasets` loads. Raises DataError."""
+    local = Path(path).expanduser()
+    if not needs_datasets(path):
+        yield from json_lines(local, key)
+        return
+    split = "train" if local.is_file() else split  # the name `datasets` gives to the rows of a single file
+    origin = _name(local.name if local.exists() else path, split)
+    for number, row in enumerate(open_table(path, split, subset), start=1):
+        yield f"{origin}:{number}", row
+
+
+def needs_datasets(path: str) -> bool:
+    """Whether it is a Parquet file, a folder, or, where nothing has this path, could be a name on the hub."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return local.is_dir() or local.suffix == ".parquet"
+    return "/" in path and bool(_HUB_NAME.fullmatch(path)) and local.suffix not in (*_BUILDERS, ".gz")
 
 
 def _name(path: str, split: str) -> str:

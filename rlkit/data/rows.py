@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,6 +127,13 @@ def refuse_too_many_bad_rows(bad: Sequence[BadRow], rows: int, max_share: float,
 def question_key(problem: Problem) -> str:
     """Equal for problems that ask the same: white space and case aside, without the system message."""
     return "\n".join(" ".join(m.content.split()).casefold() for m in problem.messages if m.role != "system")
+
+
+def heldout_keys(keys: Iterable[str], share: float, seed: int) -> set[str]:
+    """`share` of the different keys, at least one and not all, by a hash that the order of the rows does not touch."""
+    different = set(keys)
+    count = min(max(1, round(share * len(different))), len(different) - 1)
+    return set(sorted(different, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())[:count])
 
 
 def _round_up(share: float) -> float:

@@ -1,4 +1,4 @@
-"""The contract of a backend of `rlkit.train_reward`, and the configuration that all backends share."""
+"""The contract of a task of `rlkit.train_reward` (a backend), and the configuration that all of them share."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from rlkit.config.model_folder import ModelFolderError, check_model_folder
 from rlkit.config.schema import LearnerConfig, Section
 from rlkit.data.base import DataConfig
+from rlkit.reward_training.rows import RewardDataConfig
 
 Stage = Literal["train", "evaluate", "pretrain", "finetune", "generate"]
 
@@ -41,25 +42,6 @@ class TrainRewardConfig(Section):
     """The backend: `_target_` and the fields of its `Config`."""
     data: dict[str, Any] = Field(default={})
     """The rows: the fields of the backend's `Data`."""
-
-
-class RewardDataConfig(DataConfig):
-    """Rows from a JSON Lines file, and which of them are held out. A backend nests a subclass as `Data`."""
-
-    path: str
-    """JSON Lines file (`.jsonl`, or `.jsonl.gz`) with the rows."""
-    heldout_path: str | None = None
-    """File with the held-out rows; null: a share of `path` (`heldout_share`)."""
-    heldout_share: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the prompts of `path` that is held out, all rows of a prompt together; null means 0.1."""
-    heldout_seed: int = Field(default=0, ge=0)
-    """Chooses which prompts are held out; not the run's seed, so runs with several seeds are judged alike."""
-
-    @model_validator(mode="after")
-    def _one_way_to_hold_out(self) -> RewardDataConfig:
-        if self.heldout_path is not None and self.heldout_share is not None:
-            raise ValueError("heldout_share has no effect with heldout_path: set one of them")
-        return self
 
 
 class RewardTrainingConfig(Section):
@@ -101,10 +83,10 @@ class RewardTrainingConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     evaluate_every_steps: int = Field(default=0, ge=0)
-    """Held-out evaluation every so many steps, besides the ones before and after training. 0: only those two."""
+    """Steps between held-out evaluations, besides the ones before and after training. 0: only those two."""
 
     def total_steps(self, examples: int) -> int:
-        """Optimizer steps for so many training examples."""
+        """Optimizer steps for `examples` training examples."""
         return self.steps or max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
 
     def learner(self, total_steps: int, device: str) -> LearnerConfig:
@@ -139,7 +121,7 @@ class TrainingContext:
 
 
 class Report(Protocol):
-    """Through it a backend tells what it does. On ranks other than 0 all calls do nothing."""
+    """Through it a backend reports what it does. On ranks other than 0 all calls do nothing."""
 
     def phase(self, name: str) -> None:
         """What goes on now (`reading data`, `loading the model`), for the console."""
@@ -157,7 +139,7 @@ class Report(Protocol):
         """Lines for samples.jsonl: what the model makes of single rows."""
 
     def text(self, text: str) -> None:
-        """Something to be said to the user in so many words (a table)."""
+        """Lines for the user (a table)."""
 
     def warn(self, message: str) -> None:
         """Something the user should know."""
@@ -189,11 +171,7 @@ class RewardTraining(ABC):
             check_model_folder(config.model_path)
         except ModelFolderError as error:
             messages.append(f"reward.model_path={config.model_path}: {error}")
-        for key in ("path", "heldout_path"):
-            name = getattr(data, key, None)
-            if name is not None and not Path(name).expanduser().is_file():
-                messages.append(f"data.{key}={name}: no such file (looked from {Path.cwd()})")
-        return messages
+        return messages + (data.problems() if isinstance(data, RewardDataConfig) else [])
 
     @abstractmethod
     def run(self, report: Report) -> dict[str, Any]:

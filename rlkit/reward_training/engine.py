@@ -1,8 +1,9 @@
-"""Supervised training through a DeepSpeed engine: the optimizer step that fine-tuning and reward training share."""
+"""Offline training in a DeepSpeed engine: the optimizer step that fine-tuning and reward training share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -15,7 +16,7 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.experience import UserError
 from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
 from rlkit.learner.policy import save_policy
-from rlkit.models.packing import split_by_tokens
+from rlkit.models.packing import Tree, split_by_tokens
 from rlkit.models.policy import PackedCausalLM, load_causal_lm
 
 if TYPE_CHECKING:
@@ -32,6 +33,31 @@ class Item(Protocol):
 
 
 T = TypeVar("T", bound=Item)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTree:
+    """Responses to one prompt, each different one once, and what is to be learnt from them."""
+
+    tree: Tree
+    pairs: tuple[tuple[int, int], ...] = ()
+    """(better, worse) among the tree's suffixes."""
+    labels: tuple[float, ...] = ()
+    """One per suffix, or none."""
+
+    @property
+    def tokens(self) -> int:
+        return self.tree.tokens
+
+
+def pair_indices(items: Sequence[PromptTree]) -> tuple[list[int], list[int]]:
+    """(better, worse) of all pairs, among the suffixes of all trees together."""
+    start, better, worse = 0, [], []
+    for item in items:
+        better += [start + first for first, _ in item.pairs]
+        worse += [start + second for _, second in item.pairs]
+        start += len(item.tree.suffixes)
+    return better, worse
 
 
 class StepSkipped(UserError):

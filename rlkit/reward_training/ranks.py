@@ -81,7 +81,7 @@ def join_ranks(rank: int, ranks: int, port: int, device: str, threads: int, seed
     torch.manual_seed(seed)
     if dist.is_initialized():  # the tests' process runs several trainings
         return
-    if ranks > 1:  # DeepSpeed makes groups of its own, and would leave them torch's time-out
+    if ranks > 1:  # DeepSpeed makes its own groups, and would leave them torch's time-out
         dist.new_group = functools.partial(dist.new_group, timeout=timedelta(seconds=seconds))
     init_process_group(rank, ranks, "127.0.0.1", port, device, seconds)
 

@@ -1,4 +1,4 @@
-"""What a reward training writes and says: metrics.jsonl, samples.jsonl, TensorBoard, lines on the console."""
+"""What a reward training writes and shows: metrics.jsonl, samples.jsonl, TensorBoard, lines on the console."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from rlkit.tracking.console import PlainConsole
-from rlkit.tracking.logs import CapturedOutput
+from rlkit.tracking.logs import CapturedOutput, ShowWarnings
 from rlkit.tracking.progress import Progress, duration
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tensorboard import TensorBoardWriter
@@ -26,7 +26,7 @@ class RunReport:
         self.folder = folder
         self._progress = Progress(1, time.monotonic)
         self._said = -_SECONDS_BETWEEN_LINES
-        self._handler = _ShowWarnings(self)
+        self._handler = ShowWarnings(self.warn)
         self._opened = ExitStack()
 
     def __enter__(self) -> RunReport:
@@ -107,17 +107,6 @@ class SilentReport:
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None: ...
     def text(self, text: str) -> None: ...
     def warn(self, message: str) -> None: ...
-
-
-class _ShowWarnings(logging.Handler):
-    """Shows what rlkit's own modules log as warnings or worse."""
-
-    def __init__(self, report: RunReport) -> None:
-        super().__init__(logging.WARNING)
-        self._report = report
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._report.warn(record.getMessage())
 
 
 def _shown(metrics: Mapping[str, Any]) -> str:

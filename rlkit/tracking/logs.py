@@ -6,6 +6,7 @@ import faulthandler
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -49,6 +50,17 @@ class CapturedOutput:
         for target, saved in zip((1, 2), self._saved, strict=True):
             os.dup2(saved, target)
             os.close(saved)
+
+
+class ShowWarnings(logging.Handler):
+    """Shows what rlkit's own modules log as warnings or worse."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(record.getMessage())
 
 
 def actor_logging(log_path: str | Path, level: int = logging.INFO) -> None:

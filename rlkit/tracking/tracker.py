@@ -14,7 +14,7 @@ from rlkit.config.schema import TrackingConfig
 from rlkit.experience import Group
 from rlkit.experience.types import FloatArray
 from rlkit.tracking.console import open_console
-from rlkit.tracking.logs import CapturedOutput
+from rlkit.tracking.logs import CapturedOutput, ShowWarnings
 from rlkit.tracking.progress import Progress, ShownSample, duration, evaluation_line, printable, step_line
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.samples import best_and_worst_samples, sample_rows, total_reward, widest_group
@@ -64,7 +64,7 @@ class Tracker:
             self._tensorboard = TensorBoardWriter(folder.tensorboard, first_step) if config.tensorboard else None
             if self._tensorboard is not None:
                 opened.callback(self._tensorboard.close)
-            handler = _ShowWarnings(self.warn)
+            handler = ShowWarnings(self.warn)
             logging.getLogger("rlkit").addHandler(handler)
             opened.callback(logging.getLogger("rlkit").removeHandler, handler)
             self._opened = opened.pop_all()
@@ -199,17 +199,6 @@ class Tracker:
             "seconds": round(self._progress.elapsed, 3),
             **values,
         }
-
-
-class _ShowWarnings(logging.Handler):
-    """Shows what rlkit's modules log as warnings or worse."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._show = show
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._show(record.getMessage())
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -33,6 +33,7 @@ RECIPES = {
     "rloo": {"samples_per_prompt": 4, "aggregation": "sequence_mean_token_sum", "kl_coefficient": 0.0},
     "reinforce_pp": {"samples_per_prompt": 1, "kl_in": "reward", "kl_estimator": "k1"},
     "remax": {"samples_per_prompt": 1, "aggregation": "sequence_mean_token_sum", "kl_coefficient": 0.0},
+    "brpo": {"samples_per_prompt": 16, "max_skew": 0.6, "kl_coefficient": 0.0},
     "reinforce_pp_baseline": {"baseline": "group", "kl_in": "loss", "kl_estimator": "k2"},
 }
 
@@ -171,8 +172,8 @@ def test_refusals_reach_the_command_line(tmp_path: Path) -> None:
 
 def test_the_worked_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs/algorithms.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    (command,) = re.findall(r"`python -m rlkit\.train (algorithm\._target_=[^`]*)`", page)
+    (code,) = re.findall(r"<!-- my_algorithms.py -->\n```python\n(.*?)```", page, flags=re.DOTALL)
+    (command,) = re.findall(r"^python -m rlkit\.train (algorithm\._target_=.*)$", page, flags=re.MULTILINE)
     (tmp_path / "my_algorithms.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_algorithms", raising=False)
@@ -187,3 +188,16 @@ def test_the_worked_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.Monk
     assert advantages.keep.tolist() == [True, False, True, False, *[False] * 4]
     assert [row.max() for row in advantages.tokens] == [1.0, 0.0, 1.0, 0.0, *[0.0] * 4]
     assert algorithm.loss(Rows().inputs()).loss.isfinite()
+
+
+def test_the_surrogates_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/algorithms.md").read_text()
+    (code,) = re.findall(r"<!-- my_losses.py -->\n```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "my_losses.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
+    for loss in ("my_losses.reinforce", "my_losses.SoftClip"):
+        inputs = Rows().inputs()
+        output = RLOO(RLOO.Config(loss=loss)).loss(inputs)
+        output.loss.backward()
+        assert output.loss.isfinite() and inputs.logprobs.grad is not None and inputs.logprobs.grad.any()

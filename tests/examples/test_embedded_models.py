@@ -26,12 +26,20 @@ from examples.embedded_models.pairs import (
     wrong_answer,
 )
 from examples.embedded_models.scale import POOL, Variant
+from rewards.polar.learner import final
 from rewards.polar.serialise import Limits
+from rewards.polar.triplets import (
+    PolarRows,
+    Triplet,
+    attainable_accuracy,
+    expected_accuracy,
+    policy_triplets,
+    read,
+    write_triplets,
+)
 from rlkit.data.arithmetic import STYLES, ArithmeticConfig, draw_problems, write_solution
+from rlkit.data.base import DataError
 from rlkit.models.folder import EMBEDDED, model_folder
-from rlkit.polar_training.measures import final
-from rlkit.polar_training.pairs import attainable_accuracy, expected_accuracy, policy_triplets
-from rlkit.polar_training.triplets import Triplet, TripletError, read_triplets, write_triplets
 
 LIMITS = Limits(max_length=1024, max_response_length=256)
 LARGEST_FILE = 4 * 2**20
@@ -165,12 +173,14 @@ def test_triplets_survive_the_official_json_form(tmp_path: Path) -> None:
     file = tmp_path / "triplets.jsonl"
     triplets = [Triplet("1+1?", "2", "two\n#### 2", "3"), Triplet("é", "", "a", "b")]
     write_triplets(triplets, file)
-    assert list(read_triplets(file)) == triplets
-    file.write_text('{"prompt": "p", "reference": "r", "chosen": "c", "rejected": "x"}\n{"prompt": "p"}\n')
-    reading = read_triplets(file)
-    assert next(reading) == Triplet("p", "r", "c", "x")
-    with pytest.raises(TripletError, match=r"triplets.jsonl:2.*reference"):
-        next(reading)
+    rows = PolarRows(path=str(file), max_bad_row_share=0)
+    assert [triplet for prompt in read(rows, "triplets")[0] for triplet in prompt.triplets] == triplets
+    first = '{"prompt": "p", "reference": "r", "chosen": "c", "rejected": "x"}\n'
+    file.write_text(first)
+    assert read(rows, "triplets")[0][0].triplets == [Triplet("p", "r", "c", "x")]
+    file.write_text(first + '{"prompt": "p"}\n')
+    with pytest.raises(DataError, match=r"triplets.jsonl:2.*reference"):
+        read(rows, "triplets")
 
 
 # -- what is shipped -----------------------------------------------------------------------------------------------
@@ -228,8 +238,8 @@ def process_group() -> None:
 def test_untrained_discriminator_starts_at_ln_2_and_learns_from_pairs(
     process_group: None,
 ) -> None:
+    from rewards.polar.learner import PolarLearner
     from rlkit.config.schema import LearnerConfig
-    from rlkit.polar_training.learner import PolarLearner
 
     config = LearnerConfig(learning_rate=2e-3, betas=(0.9, 0.95))
     learner = PolarLearner(EMBEDDED / "policy", config, device="cpu", total_steps=30, limits=LIMITS)
@@ -251,8 +261,8 @@ def test_pair_loss_is_that_of_separate_inputs(process_group: None, tmp_path: Pat
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from rewards.polar.learner import PolarLearner
     from rlkit.config.schema import LearnerConfig
-    from rlkit.polar_training.learner import PolarLearner
 
     folder = EMBEDDED / "polar"
     learner = PolarLearner(folder, LearnerConfig(), device="cpu", total_steps=1, limits=LIMITS)

@@ -27,7 +27,7 @@ def start(tmp_path: Path) -> Iterator[list[Run]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path) -> None:
-    reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe == "prime" else []
+    reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe in ("prime", "pure") else []
     single = ["algorithm.samples_per_prompt=1"] if recipe in ("ppo", "reinforce_pp", "remax") else []
     run = Run(
         tmp_path,
@@ -51,7 +51,11 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
         assert 0 <= steps[-1]["reward/greedy_mean"] <= 1
     if recipe == "ppo":
         assert "critic/explained_variance" in steps[-1]
-    if recipe == "prime":
+    if recipe == "brpo":
+        assert 0 <= steps[-1]["brpo/dropped_share"] < 1 and 0 < steps[-1]["brpo/win_share"] < 1
+    if recipe == "pure":
+        assert steps[-1]["pure/steps"] > 1 and math.isfinite(steps[-1]["pure/worst_step"])
+    if recipe in ("prime", "pure"):
         assert (run.folder / "checkpoints" / "step_000002" / "reward" / "model.safetensors").is_file()
         assert steps[-1]["prm/pair_accuracy"] >= 0
 

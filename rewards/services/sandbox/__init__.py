@@ -1,1 +1,42 @@
-"""Isolated execution of model-written code. Inside the sandbox only `inside/` runs, on the standard library."""
+r"""Isolated execution of model-written code. `open_sandbox` is the door; inside the sandbox only `inside/` runs.
+
+>>> limits = Limits(wall_seconds=10, cpu_seconds=5, memory_mib=1024, processes=8, file_mib=16, output_kib=1024)
+>>> sandbox = open_sandbox("bubblewrap", limits)
+>>> sandbox.start()  # proves that it runs code and isolates it, or raises Unavailable with the remedy
+>>> sandbox.run_program("print(6 * 7)", stdin="", deadline=time.monotonic() + 60).stdout
+b'42\n'
+>>> sandbox.close()
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rewards.services.sandbox.inside.wire import decode
+from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unavailable
+
+__all__ = ["Isolation", "Job", "Limits", "Run", "Unavailable", "decode", "open_sandbox"]
+
+
+def open_sandbox(
+    isolation: Literal["bubblewrap", "http"],
+    limits: Limits,
+    *,
+    side_by_side: int = 1,
+    python: str | None = None,
+    url: str | None = None,
+    token_variable: str | None = None,
+    max_tries: int = 4,
+) -> Isolation:
+    """A sandbox that is not started yet.
+
+    bubblewrap: on this machine, `side_by_side` programs at a time, with the interpreter `python` (None: the one below
+    rlkit's environment). http: the SandboxFusion service at `url`, with a token from an environment variable.
+    """
+    if isolation == "bubblewrap":
+        from rewards.services.sandbox.bubblewrap import Bubblewrap
+
+        return Bubblewrap(limits, side_by_side, python)
+    from rewards.services.sandbox.fusion import SandboxFusion
+
+    return SandboxFusion(url or "", limits, token_variable, max_tries)

@@ -1,4 +1,4 @@
-"""What the reward asks of a sandbox, whichever it is."""
+"""What a caller asks of a sandbox, whichever it is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Run:
     stdout: bytes
     stderr: str
     results: tuple[Any, ...] = ()
-    """Messages of the inner process, without the one that says it stands."""
+    """Messages of the inner process, without the first, which says that it is ready."""
 
 
 class Isolation(ABC):

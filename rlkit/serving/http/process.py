@@ -1,8 +1,6 @@
-"""The self-test of a served reward, and the name of what is served.
+"""A served reward in its own process: every call has a deadline, after which the process is killed.
 
-A reward in a process of its own, without Ray: every call has a deadline, after which the process is killed.
-
-A server needs none of Ray's scheduling, object store or dashboard, and starts 3 s sooner and 500 MB smaller without.
+Without Ray: a server needs none of its scheduling, object store or dashboard, starts 3 s sooner and is 500 MB smaller.
 """
 
 from __future__ import annotations
@@ -32,76 +30,10 @@ from rlkit.experience import Group, Message, Prompt, Sample
 from rlkit.experience.scores import RewardFailed, ScoreReport
 from rlkit.models.folder import PREFIX, model_folder
 
-EDGE_BYTES = 2**20
-"""Of large files the first and last so many bytes are looked at: other weights differ there."""
-
-
-def first_group(target: str, options: Mapping[str, Any]) -> Group:
-    """A group with whatever the reward says it needs: a right and a wrong answer to 6 times 7."""
-    kind = import_part("reward", target)
-    columns = kind.traits(kind.Config(**options)).columns
-    prompt = Prompt(
-        id="self-test",
-        messages=(Message("user", "What is 6 times 7?"),),
-        token_ids=(1, 2, 3),
-        references=("6 * 7 = 42\n#### 42",),
-        answer="42",
-        columns=dict.fromkeys(columns, ""),
-    )
-    return Group("self-test", prompt, tuple(_sample(i, text) for i, text in enumerate(("#### 42", "#### 41"))))
-
-
-def verdict(report: ScoreReport, seconds: float) -> dict[str, Any]:
-    """What /health shows of it. Invalid scores are no failure: the group may lack what this reward looks for."""
-    shown: dict[str, Any] = {
-        "seconds": round(seconds, 3),
-        "samples": report.samples,
-        "invalid": dict(report.examples),
-    }
-    if report.error:
-        shown["error"] = report.error.strip().splitlines()[-1]
-    return shown
-
-
-def model_version(reward: Mapping[str, Any]) -> str:
-    """A name that changes with the class, its options, rlkit's version and the content of model folders named."""
-    digest = hashlib.sha256(rlkit.__version__.encode())
-    digest.update(json.dumps(reward, sort_keys=True, default=str).encode())
-    for folder in sorted(set(_folders(reward))):
-        for file in sorted(path for path in folder.iterdir() if path.is_file()):
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            with file.open("rb") as stream:
-                digest.update(stream.read(EDGE_BYTES))
-                stream.seek(max(0, file.stat().st_size - EDGE_BYTES))
-                digest.update(stream.read(EDGE_BYTES))
-    return f"{str(reward['_target_']).rpartition('.')[2]}-{digest.hexdigest()[:12]}"
-
-
-def _folders(value: Any) -> Iterator[Path]:
-    """Every model folder that a value of the configuration names."""
-    if isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _folders(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _folders(inner)
-    elif isinstance(value, str) and (value.startswith(PREFIX) or "/" in value):
-        folder = model_folder(value)
-        try:
-            found = (folder / "config.json").is_file()
-        except OSError:  # no path: a text with a `/`, longer than a file's name may be
-            found = False
-        if found:
-            yield folder
-
-
-def _sample(index: int, text: str) -> Sample:
-    tokens = len(text.split())
-    return Sample(index, np.arange(tokens, dtype=np.int32), np.full(tokens, -0.1, np.float32), text, "stop", (0, 0), 0)
-
-
 CLOSE_SECONDS = 5.0
 """How long a reward may take to free what it holds."""
+EDGE_BYTES = 2**20
+"""Of large files, only this much at the beginning and at the end is hashed: other weights differ there."""
 
 
 class WorkerBrokenError(Exception):
@@ -109,7 +41,7 @@ class WorkerBrokenError(Exception):
 
 
 class RewardProcess:
-    """Hosts a reward; started again whenever it is needed and dead. One call at a time, from one event loop."""
+    """Hosts a reward; restarted whenever it is needed and dead. One call at a time, from one event loop."""
 
     def __init__(
         self, target: str, options: Mapping[str, Any], context: RewardContext, startup_timeout: float, timeout: float
@@ -128,11 +60,10 @@ class RewardProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs."""
         return self._process is not None and bool(self._process.is_alive())
 
     def health(self) -> dict[str, Any]:
-        """Its state, without asking it."""
+        """Its entry in /health, without asking the process."""
         now = time.monotonic()
         return {
             "pid": self._process.pid if self.alive else None,
@@ -177,9 +108,9 @@ class RewardProcess:
         self._connection, self._process = ours, process
 
     async def score(self, groups: Sequence[Group], client_seconds: float = math.inf) -> tuple[list[Group], ScoreReport]:
-        """The groups with their scores. Raises WorkerBrokenError, or RewardFailed if it cannot be started again.
+        """The groups with their scores; within `client_seconds`, after which nobody waits for them any more.
 
-        `client_seconds`: the call ends after that, too: then nobody waits for its scores any more.
+        Raises WorkerBrokenError, or RewardFailed if the process cannot be started again.
         """
         if not self.alive:
             await self.start()
@@ -198,7 +129,7 @@ class RewardProcess:
             self._busy_since = None
         if report.error:
             self.kill()
-            raise WorkerBrokenError("exception: " + report.error.strip().splitlines()[-1])
+            raise WorkerBrokenError("exception: " + _last_line(report.error))
         self._calls += 1
         return scored, report
 
@@ -251,7 +182,7 @@ class RewardProcess:
 
 
 def _host(connection: Connection, target: str, options: Mapping[str, Any], context: RewardContext) -> None:
-    """The process: load the reward, judge a first group, then whatever comes."""
+    """The process: load the reward, judge a first group, then answer calls until it is closed."""
     os.environ.update(
         OMP_NUM_THREADS=str(context.threads),
         OMP_WAIT_POLICY="PASSIVE",
@@ -264,13 +195,11 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
         worker = RewardWorker(target, options, context)
         worker.start()
         began = time.perf_counter()
-        group = first_group(target, options)
+        group = _first_group(target, options)
         _, report = worker.score([group])
-        if (
-            report.error and not group.prompt.columns
-        ):  # of columns only the names are known: the made-up ones may not do
-            raise RuntimeError(f"its self-test failed: {report.error.strip().splitlines()[-1]}")
-        connection.send(verdict(report, time.perf_counter() - began))
+        if report.error and not group.prompt.columns:  # of columns, only the names are known: invented values may fail
+            raise RuntimeError(f"its self-test failed: {_last_line(report.error)}")
+        connection.send(_self_test(report, time.perf_counter() - began))
     except Exception as error:
         traceback.print_exc()
         connection.send(f"{type(error).__name__}: {error}")
@@ -286,3 +215,67 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
             return
         scored, report = worker.score(message)
         connection.send((scored, report))
+
+
+def _first_group(target: str, options: Mapping[str, Any]) -> Group:
+    """A group with whatever the reward says it needs: a right and a wrong answer to 6 times 7."""
+    cls = import_part("reward", target)
+    columns = cls.traits(cls.Config(**options)).columns
+    prompt = Prompt(
+        id="self-test",
+        messages=(Message("user", "What is 6 times 7?"),),
+        token_ids=(1, 2, 3),
+        references=("6 * 7 = 42\n#### 42",),
+        answer="42",
+        columns=dict.fromkeys(columns, ""),
+    )
+    return Group("self-test", prompt, tuple(_sample(i, text) for i, text in enumerate(("#### 42", "#### 41"))))
+
+
+def _self_test(report: ScoreReport, seconds: float) -> dict[str, Any]:
+    """What /health shows of it. Invalid scores are no failure: the group may lack what this reward looks for."""
+    result: dict[str, Any] = {"seconds": round(seconds, 3), "samples": report.samples, "invalid": dict(report.examples)}
+    if report.error:
+        result["error"] = _last_line(report.error)
+    return result
+
+
+def _last_line(traceback_text: str) -> str:
+    return traceback_text.strip().splitlines()[-1]
+
+
+def model_version(reward: Mapping[str, Any]) -> str:
+    """A name that changes with the class, its options, rlkit's version and the content of model folders named."""
+    digest = hashlib.sha256(rlkit.__version__.encode())
+    digest.update(json.dumps(reward, sort_keys=True, default=str).encode())
+    for folder in sorted(set(_folders(reward))):
+        for file in sorted(path for path in folder.iterdir() if path.is_file()):
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(EDGE_BYTES))
+                stream.seek(max(0, file.stat().st_size - EDGE_BYTES))
+                digest.update(stream.read(EDGE_BYTES))
+    return f"{str(reward['_target_']).rpartition('.')[2]}-{digest.hexdigest()[:12]}"
+
+
+def _folders(value: Any) -> Iterator[Path]:
+    """Every model folder that a value of the configuration names."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _folders(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _folders(inner)
+    elif isinstance(value, str) and (value.startswith(PREFIX) or "/" in value):
+        folder = model_folder(value)
+        try:
+            is_model = (folder / "config.json").is_file()
+        except OSError:  # no path: a text with a `/`, longer than a file's name may be
+            return
+        if is_model:
+            yield folder
+
+
+def _sample(index: int, text: str) -> Sample:
+    tokens = len(text.split())
+    return Sample(index, np.arange(tokens, dtype=np.int32), np.full(tokens, -0.1, np.float32), text, "stop", (0, 0), 0)

@@ -1,6 +1,6 @@
-"""What a reward server counts, in the text format of Prometheus.
+"""Requests that wait for a reward process: bounded, scored together where they fit, dropped when nobody waits.
 
-Requests that wait for a reward process: bounded, scored together where they fit, and dropped when nobody waits.
+What the server counts of them is in the text format of Prometheus.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from rlkit.experience.scores import RewardFailed, invalid_groups, report_on
 from rlkit.experience.wire import tokens_of
 from rlkit.serving.http.process import RewardProcess, WorkerBrokenError
 
+log = logging.getLogger(__name__)
+
+LONGEST_RETRY_SECONDS = 60
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 """Bounds of the histograms."""
 MOST_REASONS = 50
-"""Reasons are words of the reward's; a reward that writes a new one for every sample must not fill the memory."""
+"""The reward words its reasons; one that writes a new one for every sample must not fill the memory."""
 
 
 class ServerMetrics:
-    """Counters of one server."""
+    """Counters and histograms of one server."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -56,7 +59,7 @@ class ServerMetrics:
             self.failed.labels(self._label(reason)).inc(count)
 
     def count_worker_failure(self, reason: str) -> None:
-        """A call after which the process was replaced."""
+        """Count a call after which the process was replaced."""
         self.restarts.labels(self._label(reason.partition(":")[0])).inc()
 
     def text(self) -> bytes:
@@ -70,11 +73,6 @@ class ServerMetrics:
         return reason[:60]
 
 
-log = logging.getLogger(__name__)
-
-LONGEST_RETRY_SECONDS = 60
-
-
 class BusyError(Exception):
     """No answer now; try again after `retry_seconds`."""
 
@@ -82,12 +80,12 @@ class BusyError(Exception):
         super().__init__(message)
         self.retry_seconds = retry_seconds
         self.status = status
-        """What HTTP calls it: 429 if too much is asked, 503 if the server is not able."""
+        """Of HTTP: 429 if too much is asked, 503 if the server cannot."""
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How much is scored together, and how much may wait."""
+    """How much is scored together (samples, tokens), and how much may wait."""
 
     samples: int
     tokens: int
@@ -127,7 +125,7 @@ class ScoringQueue:
         self._tasks = [asyncio.create_task(self._work(worker)) for worker in self.workers]
 
     async def close(self) -> None:
-        """End all processes; what still waits is told so."""
+        """Stop all processes and fail the queued requests."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -157,12 +155,12 @@ class ScoringQueue:
         return await job.result
 
     async def _work(self, worker: RewardProcess) -> None:
-        """Score for ever. A process that a call has cost is replaced before the next request waits for it."""
+        """Score until cancelled. A process that a call has killed is replaced before the next request waits for it."""
         while True:
             jobs: list[_Job] = []
             try:
                 if worker.usable and not worker.alive:
-                    with contextlib.suppress(RewardFailed):  # the next request tries again, and is told why
+                    with contextlib.suppress(RewardFailed):  # the next request tries again and gets the reason
                         await worker.start()
                 jobs = await self._next()
                 await self._score_together(worker, jobs)
@@ -175,11 +173,11 @@ class ScoringQueue:
                 for job in jobs:
                     _fail(job, BusyError(f"the server failed: {type(error).__name__}: {error}", 5))
             finally:
-                for job in jobs:  # cancelled: nobody may wait for ever
+                for job in jobs:  # only if cancelled: the others have a result
                     _fail(job, BusyError("the server ends", 5))
 
     async def _next(self) -> list[_Job]:
-        """The oldest job, and those after it that fit beside it; waits for one."""
+        """Wait for a job; the oldest, and those after it that fit into the same call."""
         async with self._arrived:
             while True:
                 while not self._jobs:
@@ -193,21 +191,21 @@ class ScoringQueue:
                         break
                     self._jobs.popleft()
                     self._count(-job.samples)
-                    if self._left(job):
+                    if self._abandoned(job):
                         continue
                     jobs.append(job)
                     samples, tokens = samples + job.samples, tokens + job.tokens
                 if jobs:
                     return jobs
 
-    def _left(self, job: _Job) -> bool:
-        """Whether nobody waits for it any more; it is then over."""
+    def _abandoned(self, job: _Job) -> bool:
+        """Whether nobody waits for it any more; it then gets its end."""
         if time.monotonic() > job.deadline:
             _fail(job, BusyError("it waited longer than its client", self._retry_seconds()))
         return job.result.done()
 
     async def _score_together(self, worker: RewardProcess, jobs: Sequence[_Job]) -> None:
-        """One call for all jobs; if it costs the process, one more for each, so that only the culprit is lost."""
+        """One call for all jobs; if the process does not survive it, one for each, so that only the culprit is lost."""
         try:
             scored = await self._call(worker, [group for job in jobs for group in job.groups])
         except WorkerBrokenError as broken:
@@ -220,11 +218,11 @@ class ScoringQueue:
             _finish(job, [next(remaining) for _ in job.groups])
 
     async def _score_alone(self, worker: RewardProcess, job: _Job) -> None:
-        """A second try, which lasts no longer than its client waits. (A first one is not cut short: it may only have
-        waited long in the queue, and ending it costs a process that works.)"""
-        if not worker.alive and not self._left(job):
+        """A second try, which lasts no longer than its client waits. (The first is not cut short: it may only have
+        waited long in the queue, and ending it would kill a process that works.)"""
+        if not worker.alive and not self._abandoned(job):
             await worker.start()
-        if self._left(job):
+        if self._abandoned(job):
             return
         try:
             _finish(job, await self._call(worker, job.groups, job.deadline - time.monotonic()))

@@ -20,11 +20,10 @@ from rich.console import Console
 
 import rlkit
 from rewards.base import Reward, RewardConfig, RewardContext, TrainableReward
-from rlkit.config.compose import conf_dir
 from rlkit.config.help import print_section
-from rlkit.config.loading import TARGET, Loading
+from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, Problem, all_fields
-from rlkit.config.parts import CONTRACTS
+from rlkit.config.parts import CONTRACTS, TARGET, conf_dir
 from rlkit.config.schema import Section
 from rlkit.experience.wire import SCHEMA_VERSION, Health, Needs
 from rlkit.serving.http.app import is_loopback, make_app

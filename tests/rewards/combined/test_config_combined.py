@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from combination_rewards import group
 
+from rewards.base import RewardContext
 from rewards.polar.reward import PolarReward
 from rewards.verifiers.math import RuleReward
 from rlkit.config.loading import load_config
@@ -65,7 +67,8 @@ def test_one_part_is_a_way_to_shape_a_single_reward(load: Load) -> None:
 
 def test_options_of_an_option_file_are_kept(load: Load) -> None:
     """A part takes every field of its option's file, not only its class."""
-    from rlkit.config.compose import conf_dir, group_options, option_fields
+    from rlkit.config.compose import group_options, option_fields
+    from rlkit.config.parts import conf_dir
 
     folder = conf_dir()
     for option in group_options(folder)["reward"]:
@@ -202,6 +205,76 @@ def test_a_combination_inside_a_combination(load: Load, problems: Problems) -> N
 def test_each_mistake_has_its_message(problems: Problems, overrides: list[str], message: str) -> None:
     found = problems(*overrides)
     assert any(message in each for each in found), found
+
+
+OWN = """
+from pydantic import Field
+from rewards.combined.scores import Combiner
+from rewards.shaping.steps import OutcomeStep, Step
+
+class Power(OutcomeStep):
+    exponent: float = Field(gt=0)
+    def apply(self, values, lengths):
+        return abs(values) ** self.exponent
+
+class Largest(Combiner):
+    offset: float = Field(default=0.0, ge=0)
+    def combine(self, values, weights, spread_weight):
+        return float(values.max()) + self.offset
+
+class Unfinished(OutcomeStep):
+    pass
+
+class Nowhere(Step):
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a user's module."""
+    (tmp_path / "own_shaping.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_shaping", raising=False)
+    return "own_shaping"
+
+
+def test_a_users_own_step_and_combiner(load: Load, own: str, tmp_path: Path) -> None:
+    run = load(
+        "reward=[{a:combination_rewards.Word},{b:combination_rewards.Word}]",
+        "reward.parts.b.place=1",
+        f"reward.combine={own}.Largest",
+        f"reward.shaping=[{{kind:{own}.Power,exponent:2}},{{kind:clamp,high:20}}]",
+    )
+    assert run.config.reward["combine"] == {"kind": f"{own}.Largest", "offset": 0.0}
+    assert run.config.reward["shaping"][0] == {"kind": f"{own}.Power", "exponent": 2.0}
+    (tmp_path / "config.yaml").write_text(config_text(run.config))
+    again = load("reward.combine={kind: " + own + ".Largest, offset: 1}", file=tmp_path / "config.yaml")
+    for config, value in ((run.reward_config, 9.0), (again.reward_config, 16.0)):
+        reward = run.reward_class(config, RewardContext())
+        assert reward.score([group("2 3")])[0].samples[0].value == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward.shaping=[own_shaping.Powr]", "step 1: own_shaping.Powr cannot be imported: "),
+        ("reward.shaping=[own_shaping.Powr]", "has no Powr; did you mean own_shaping.Power?"),
+        ("reward.shaping=[own_shaping.Power]", "step 1 (own_shaping.Power): exponent is needed"),
+        ("reward.shaping=[{kind:own_shaping.Power,exponent:true}]", "exponent must be a number, above 0"),
+        ("reward.shaping=[own_shaping.Unfinished]", "own_shaping.Unfinished lacks apply(), which every step must have"),
+        ("reward.shaping=[own_shaping.Nowhere]", "own_shaping.Nowhere must be a subclass of one of OutcomeStep, "),
+        ("reward.shaping=[own_shaping.Largest]", "own_shaping.Largest is not a subclass of rewards.shaping.steps.Step"),
+        ("reward.shaping=[no_module.Step]", "step 1: no_module.Step cannot be imported: there is no module no_module"),
+        ("reward.combine=meen", "combiner: there is no kind 'meen'; did you mean mean? available: "),
+        ("reward.combine={kind:own_shaping.Largest,ofset:1}", "ofset is no option of it; did you mean offset?"),
+        ("reward.combine=own_shaping.Power", "is not a subclass of rewards.combined.scores.Combiner"),
+    ],
+)
+@pytest.mark.usefixtures("own")
+def test_mistakes_with_a_step_or_combiner_of_ones_own(problems: Problems, override: str, message: str) -> None:
+    (only,) = problems("reward=[combination_rewards.Word]", override)
+    assert message in only
 
 
 def test_mistakes_are_reported_together(problems: Problems) -> None:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from prm_fixture import write_chat_model, write_rollouts
 
+from rewards.implicit_prm import evaluation as prm_evaluation
+from rewards.implicit_prm.learner import Encoded, PrmLearner, encode, make_examples, prompt_items
+from rewards.implicit_prm.training import NOTE, ImplicitPRMTraining
 from rlkit.data.rendering import load_tokenizer
-from rlkit.reward_training import prm_evaluation
-from rlkit.reward_training.implicit_prm import NOTE, ImplicitPRMTraining
-from rlkit.reward_training.outcome_rows import OutcomeData, load_rollouts
-from rlkit.reward_training.prm_examples import Encoded, draw_batches, encode, make_examples, prompt_items
-from rlkit.reward_training.prm_learner import PrmLearner
+from rlkit.reward_training.outcomes import OutcomeData, load_rollouts
+from rlkit.reward_training.rows import draw_batches
 
 LN2 = math.log(2)
 FIRST = {"ce": LN2, "dpo": LN2, "nca": 2 * LN2, "kto": 0.5}
@@ -79,7 +79,7 @@ def test_every_objective_starts_at_its_value_and_learns_to_order_unseen_response
     train, unseen = rollouts(model, tmp_path), rollouts(model, tmp_path, seed=1)
     examples = make_examples(train, objective in ("dpo", "nca"), "none", 0)
     trained = learner(model, objective)
-    batches = draw_batches(examples, 16, seed=0)
+    batches = draw_batches([[example] for example in examples], 16, seed=0, across_epochs=False)
     losses = [trained.step(train, next(batches)) for _ in range(12)]
     assert losses[0] == pytest.approx(FIRST[objective], abs=1e-5)
     assert losses[-1] < losses[0]
@@ -152,7 +152,7 @@ def test_soft_labels_pull_towards_their_share(model: Path, tmp_path: Path) -> No
 
 def test_batches_visit_every_example_once_per_epoch() -> None:
     examples = [(i,) for i in range(10)]
-    batches = draw_batches(examples, 4, seed=1)
+    batches = draw_batches([[example] for example in examples], 4, seed=1, across_epochs=False)
     epochs = [[next(batches) for _ in range(3)] for _ in range(2)]
     assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
     assert all(sorted(e for batch in epoch for e in batch) == examples for epoch in epochs)

@@ -1,4 +1,4 @@
-"""Training POLAR: rows, triplets, trimming, the paper's laws, the loss, and what a discriminator may start from."""
+"""Training POLAR: rows, triplets, trimming, the loss, and what a discriminator may start from."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from paths import SHARED
 from polar_fixture import char_tokenizer, tiny_discriminator
 from pydantic import ValidationError
 
+from rewards.polar.generation import trim, without_loops, without_unfinished_end
 from rewards.polar.serialise import Limits, Serialiser
+from rewards.polar.triplets import (
+    PolarRows,
+    PromptRows,
+    Trajectory,
+    Triplet,
+    labelled_triplets,
+    policy_triplets,
+    read,
+    read_split,
+    rival_pairs,
+)
 from rlkit.data.base import DataError
-from rlkit.polar_training import scaling
-from rlkit.polar_training.pairs import batches_of_triplets, labelled_triplets, policy_triplets, rival_pairs, shuffled
-from rlkit.polar_training.rows import Asked, PolarRows, Trajectory, read, read_split
-from rlkit.polar_training.trim import trim, without_loops, without_unfinished_end
-from rlkit.polar_training.triplets import Triplet
+from rlkit.reward_training.rows import draw_batches
 
 GSM8K = SHARED / "data" / "gsm8k" / "model_solutions.jsonl"
 FOUR = {"6b_finetuning": "6b", "6b_verification": "6b", "175b_finetuning": "175b", "175b_verification": "175b"}
@@ -137,7 +145,7 @@ def test_right_is_put_above_wrong() -> None:
 
 def test_batches_have_the_size_asked_for_and_epochs_are_shuffled() -> None:
     groups = [[Triplet(f"p{i}", "r", "c", f"x{j}") for j in range(3)] for i in range(5)]
-    batches = list(islice(batches_of_triplets(shuffled(groups, 0), 4), 15))
+    batches = list(islice(draw_batches(groups, 4, "shuffled/0"), 15))
     assert {len(batch) for batch in batches} == {4}
     flat = [triplet for batch in batches for triplet in batch]
     for epoch in range(4):
@@ -145,13 +153,13 @@ def test_batches_have_the_size_asked_for_and_epochs_are_shuffled() -> None:
             (triplet for group in groups for triplet in group), key=str
         )
     assert flat[:15] != flat[15:30]
-    assert flat[:4] == next(batches_of_triplets(shuffled(groups, 0), 4)), "seeded"
+    assert flat[:4] == next(draw_batches(groups, 4, "shuffled/0")), "seeded"
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"needs {GSM8K}")
 def test_four_real_policies_give_both_kinds_of_triplets() -> None:
-    from rlkit.polar_training.measures import contrasts, final, verdicts
-    from rlkit.polar_training.pairs import attainable_accuracy
+    from rewards.polar.learner import final
+    from rewards.polar.triplets import attainable_accuracy, contrasts, verdicts
 
     config = PolarRows(
         path=str(GSM8K), form="columns", prompt_column="question", reference_column="ground_truth", policy_columns=FOUR
@@ -194,25 +202,11 @@ def test_trimming_a_long_response_is_quick() -> None:
     assert time.perf_counter() - began < 10
 
 
-# ---- the paper's laws ------------------------------------------------------------------------------------------------
-
-
-def test_the_laws_give_what_the_paper_used() -> None:
-    assert scaling.learning_rate(1800, 2500, 940) == pytest.approx(1.397e-5, rel=1e-3)
-    assert scaling.learning_rate(7000, 4000, 3600) == pytest.approx(1.636e-5, rel=1e-3)
-    assert scaling.batch_size(1800, 940) == pytest.approx(2021, abs=1)
-    assert scaling.batch_size(7000, 3600) == pytest.approx(4525, abs=2)
-    for parameters, loss in ((5e7, 0.4237), (1e8, 0.4114), (1e9, 0.3730), (1.8e9, 0.3638), (7e9, 0.3434)):
-        assert scaling.loss_by_parameters(parameters) == pytest.approx(loss, abs=1e-4)
-    for flops, loss in ((1e18, 0.5816), (1e19, 0.5375), (1e20, 0.4968), (1e21, 0.4592)):
-        assert scaling.loss_by_compute(flops) == pytest.approx(loss, abs=1e-4)
-
-
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 
 def test_correlations() -> None:
-    from rlkit.polar_training.measures import correlation, final, ranks
+    from rewards.polar.learner import correlation, final, ranks
 
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=50), rng.normal(size=50)
@@ -251,8 +245,8 @@ SLOPES = [-0.5, -0.268941421, -0.268941421, -0.952574127, -2.86573217e-05, -0.11
 def test_the_pair_loss_is_the_oracles(process_group: None, tmp_path: Path) -> None:
     import torch
 
+    from rewards.polar.learner import PolarLearner
     from rlkit.config.schema import LearnerConfig
-    from rlkit.polar_training.learner import PolarLearner
 
     folder = tiny_discriminator(tmp_path)
     learner = PolarLearner(folder, LearnerConfig(), device="cpu", total_steps=1, limits=Limits(504, 126))
@@ -266,8 +260,8 @@ def test_the_pair_loss_is_the_oracles(process_group: None, tmp_path: Path) -> No
 
 
 def test_all_candidates_of_a_comparison_see_the_same_prompt(process_group: None, tmp_path: Path) -> None:
+    from rewards.polar.learner import PolarLearner
     from rlkit.config.schema import LearnerConfig
-    from rlkit.polar_training.learner import PolarLearner
 
     folder = tiny_discriminator(tmp_path)
     learner = PolarLearner(folder, LearnerConfig(), device="cpu", total_steps=1, limits=Limits(100, 30))
@@ -287,8 +281,8 @@ def test_a_language_model_without_the_markers_can_be_a_start(process_group: None
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from rewards.polar.learner import PolarLearner
     from rlkit.config.schema import LearnerConfig
-    from rlkit.polar_training.learner import PolarLearner
 
     characters = ["<pad>", "</s>", *(chr(code) for code in (10, *range(32, 127)))]
     backend = Tokenizer(models.WordLevel({text: i for i, text in enumerate(characters)}, unk_token="?"))
@@ -324,16 +318,15 @@ def test_measures_of_a_trained_discriminator(process_group: None) -> None:
 
     from examples.embedded_models.corpora import careless_solution
     from examples.embedded_models.pairs import is_right
+    from rewards.polar.learner import PolarLearner, measure
     from rlkit.config.schema import LearnerConfig
     from rlkit.data.arithmetic import ArithmeticConfig, draw_problems, write_solution
     from rlkit.models.folder import EMBEDDED
-    from rlkit.polar_training.learner import PolarLearner
-    from rlkit.polar_training.measures import measure
 
     rng = random.Random(0)
     asked = []
     for problem in draw_problems(ArithmeticConfig(heldout_problems=24), "heldout"):
-        each = Asked(problem.question, write_solution(problem.steps, problem.thing, "equations"))
+        each = PromptRows(problem.question, write_solution(problem.steps, problem.thing, "equations"))
         for policy, rate in (("careful", 0.0), ("careless", 0.8)):
             for _ in range(2):
                 text = careless_solution(problem, "equations", rate, rng)

@@ -130,6 +130,12 @@ def test_an_encoder_runs_padded(tmp_path: Path) -> None:
         started(tmp_path, layout="pair", backend="packed")
 
 
+def test_inputs_without_a_common_beginning_run_packed_too(folder: Path) -> None:
+    texts = ["", "#### 42", "x"]  # this tokenizer puts a BOS only before a text without a second one
+    packed, padded = (started(folder, layout="pair", backend=backend) for backend in ("packed", "padded"))
+    assert values(packed, texts) == pytest.approx(values(padded, texts), abs=1e-4)
+
+
 def test_half_precision_keeps_the_head_in_fp32(folder: Path) -> None:
     assert values(started(folder, dtype="bfloat16"), TEXTS) == pytest.approx(values(started(folder), TEXTS), abs=0.1)
 

@@ -13,13 +13,13 @@ import torch
 from pydantic import ValidationError
 from reward_samples import make_group
 
+from algorithms.functional.selection import expected_calibration_error
 from rewards.base import RewardContext
+from rewards.preference.learner import EncodedPair, measures, pair_losses, together
 from rewards.preference.reward import PreferenceReward
 from rlkit.data.base import DataError
 from rlkit.experience import Message
-from rlkit.reward_training.preference_data import Pair, PairRows, all_pairs, load_pairs
-from rlkit.reward_training.preference_learner import EncodedPair, together
-from rlkit.reward_training.preference_loss import calibration_error, measures, pair_losses
+from rlkit.reward_training.pairs import Pair, PairRows, all_pairs, load_pairs
 from rlkit.train_reward import main
 
 CHOSEN, REJECTED = np.array([1.5, -0.3, 0.9, 2.0]), np.array([0.2, 0.4, 0.9, -1.0])
@@ -77,9 +77,11 @@ def test_measures() -> None:
 def test_calibration() -> None:
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.5, 1, 200_000)
-    assert calibration_error(confidence, (rng.uniform(size=200_000) < confidence).astype(float)) < 0.01
-    assert calibration_error(np.full(100, 0.9), np.repeat([1.0, 0.0], [60, 40])) == pytest.approx(0.3)
-    assert calibration_error(np.array([1.0]), np.array([0.0])) == 1.0
+    assert (
+        expected_calibration_error(confidence, (rng.uniform(size=200_000) < confidence).astype(float), bins=20) < 0.01
+    )
+    assert expected_calibration_error(np.full(100, 0.9), np.repeat([1.0, 0.0], [60, 40]), bins=20) == pytest.approx(0.3)
+    assert expected_calibration_error(np.array([1.0]), np.array([0.0]), bins=20) == 1.0
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def test_a_prompt_and_a_response_in_several_pairs_are_packed_once() -> None:
     ]
     (item,) = together(pairs, pad_id=0)
     assert item.tree.prefix == (1, 2) and item.tree.suffixes == ((3, 9), (4, 9), (5, 9))
-    assert item.places == ((0, 1), (0, 2))
+    assert item.pairs == ((0, 1), (0, 2))
     (padded,) = together(pairs[:1], pad_id=9)
     assert padded.tree.suffixes == ((3,), (4,))
 

@@ -18,9 +18,9 @@ import pytest
 from paths import FIXTURES
 from sandbox_fixture import LIMITS, impatient, need_bubblewrap, run, sandbox  # noqa: F401
 
+from rewards.services.sandbox import Unavailable
 from rewards.services.sandbox import bubblewrap as layout
 from rewards.services.sandbox.bubblewrap import Bubblewrap
-from rewards.services.sandbox.isolation import Unavailable
 
 
 def test_a_program_runs(sandbox: Bubblewrap) -> None:  # noqa: F811

@@ -21,8 +21,8 @@ from reward_samples import make_group
 from rewards.base import RewardContext
 from rewards.code.judge import AssertTests, CallTests, InputOutputTests, Judge
 from rewards.code.reward import CodeReward
+from rewards.services.sandbox import Limits, Unavailable
 from rewards.services.sandbox.fusion import SandboxFusion
-from rewards.services.sandbox.isolation import Limits, Unavailable
 from rlkit.experience import Group
 
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5, memory_mib=512, processes=8, file_mib=4, output_kib=256)

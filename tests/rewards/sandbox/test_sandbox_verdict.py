@@ -8,8 +8,8 @@ import pytest
 from sandbox_fixture import impatient, judge, run, sandbox, soon  # noqa: F401
 
 from rewards.code.judge import AssertTests, BadTests, CallTests, InputOutputTests, Judge, Tests
+from rewards.services.sandbox import Unavailable
 from rewards.services.sandbox.bubblewrap import Bubblewrap
-from rewards.services.sandbox.isolation import Unavailable
 
 ASSERTS = AssertTests(
     ("assert f(2) == 4", "assert sorted(f(x) for x in (1, 3)) == [1, 9]", "assert abs(f(0.5) - 0.25) < 1e-9")

@@ -11,7 +11,7 @@ from paths import SHARED
 
 from rlkit.data.base import DataError
 from rlkit.experience import Message
-from rlkit.reward_training.outcome_rows import OutcomeData, load_rollouts, split_rollouts, without
+from rlkit.reward_training.outcomes import OutcomeData, load_rollouts, split_rollouts, without
 
 GSM8K = SHARED / "data" / "gsm8k" / "model_solutions.jsonl"
 

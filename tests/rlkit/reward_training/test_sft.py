@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from rlkit import sft
+from rlkit import sft as command
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.arithmetic import Arithmetic, ArithmeticConfig
 from rlkit.data.base import Problem
 from rlkit.experience import Message
 from rlkit.models.folder import model_folder
+from rlkit.reward_training import sft
 
 POLICY = model_folder("embedded:policy")
 SMALL = ["data.train_problems=256", "data.heldout_problems=64", "cluster.threads_per_actor=1"]
@@ -77,7 +78,7 @@ def test_loss_is_the_plain_models_on_the_target_alone(process_group: None, token
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rlkit.sft_learner import SupervisedLearner
+    from rlkit.reward_training.sft_learner import SupervisedLearner
 
     examples = [references[0] for references in sft.make_examples(_problems(5), tokenizer, 256, 128)[0]]
     learner = SupervisedLearner(POLICY, LearnerConfig(tokens_per_microbatch=64), device="cpu", total_steps=1)
@@ -94,7 +95,7 @@ def test_loss_is_the_plain_models_on_the_target_alone(process_group: None, token
 def test_micro_batches_do_not_change_the_step(process_group: None, tokenizer) -> None:
     import torch
 
-    from rlkit.sft_learner import SupervisedLearner
+    from rlkit.reward_training.sft_learner import SupervisedLearner
 
     examples = [references[1] for references in sft.make_examples(_problems(9), tokenizer, 256, 128)[0]]
     weights = []
@@ -110,7 +111,7 @@ def test_micro_batches_do_not_change_the_step(process_group: None, tokenizer) ->
 
 def test_the_command_lowers_the_heldout_loss_and_saves_a_plain_model(tmp_path: Path, capsys) -> None:
     arguments = [*SMALL, f"run_dir={tmp_path / 'run'}", "trainer.total_steps=25", "trainer.prompts_per_step=16"]
-    assert sft.main([*arguments, "learner.learning_rate=2e-4", "trainer.evaluate_every_steps=10"]) == 0
+    assert command.main([*arguments, "learner.learning_rate=2e-4", "trainer.evaluate_every_steps=10"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["heldout_loss_after"] < summary["heldout_loss_before"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -125,14 +126,14 @@ def test_the_command_lowers_the_heldout_loss_and_saves_a_plain_model(tmp_path: P
 
 
 def test_keys_without_effect_are_refused_before_anything_starts(tmp_path: Path, capsys) -> None:
-    assert sft.main(["algorithm=grpo", "tracking.console=off", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert command.main(["algorithm=grpo", "tracking.console=off", f"run_dir={tmp_path / 'run'}"]) == 2
     report = capsys.readouterr().err
     assert "algorithm=grpo: has no effect" in report and "tracking.console=off: has no effect" in report
     assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_starts_nothing(tmp_path: Path, capsys) -> None:
-    assert sft.main([f"run_dir={tmp_path / 'run'}", "dry_run=true"]) == 0
+    assert command.main([f"run_dir={tmp_path / 'run'}", "dry_run=true"]) == 0
     assert "valid" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 

@@ -20,7 +20,7 @@ from rlkit import cli, train_reward
 from rlkit.config.messages import ConfigError
 from rlkit.data.base import DataConfig, DataError
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig
-from rlkit.reward_training.load import load_reward_training
+from rlkit.reward_training.command import load_reward_training
 
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets", "math_verify")
 

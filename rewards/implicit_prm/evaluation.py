@@ -21,9 +21,9 @@ from algorithms.functional.selection import (
     subsets,
     vote,
 )
+from rewards.implicit_prm.learner import Encoded
 from rewards.implicit_prm.steps import aggregate, step_scores
 from rewards.verifiers.math import final_answer
-from rlkit.reward_training.prm_examples import Encoded
 
 MOST_SUBSETS = 64
 """Subsets of a prompt's responses that are looked at for each N."""
@@ -56,7 +56,7 @@ def outcome_metrics(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], be
 def selection_accuracy(
     encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], coefficient: float, seed: int
 ) -> dict[int, dict[str, float]]:
-    """N -> way of choosing one of N responses -> mean label of the chosen, for N = 1, 2, 4, ... of the responses given.
+    """N -> way of choosing one of N responses -> mean label of the chosen, for N = 1, 2, 4, ...
 
     random, oracle, majority and shortest need no model: what it must beat (a score that only sees length shows here).
 
@@ -99,15 +99,15 @@ def _one_prompt(
     results: dict[str, list[float]] = {}
     for subset in subsets(len(members), n, MOST_SUBSETS, seed):
         chosen = members[list(subset)]
-        given = [answers[i] for i in chosen]
-        picks = {"majority": majority(given), "shortest": best_of_n(-lengths[chosen])}
+        texts = [answers[i] for i in chosen]
+        picks = {"majority": majority(texts), "shortest": best_of_n(-lengths[chosen])}
         for name, values in scores.items():
             picks[f"best by {name}"] = best_of_n(values[chosen])
-            picks[f"vote by {name}"] = vote(given, sigmoid(values[chosen]))
+            picks[f"vote by {name}"] = vote(texts, sigmoid(values[chosen]))
         results.setdefault("random", []).append(float(labels[chosen].mean()))
         results.setdefault("oracle", []).append(float(labels[chosen].max()))
-        for name, place in picks.items():
-            results.setdefault(name, []).append(float(labels[chosen[place]]))
+        for name, index in picks.items():
+            results.setdefault(name, []).append(float(labels[chosen[index]]))
     return {name: float(np.mean(values)) for name, values in results.items()}
 
 
@@ -156,8 +156,8 @@ def sample_rows(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], beta: 
 
 
 def _answer(response: str) -> str | None:
-    found = final_answer(response, accept_last_number=True)
-    return None if found is None else found.text
+    answer = final_answer(response, accept_last_number=True)
+    return None if answer is None else answer.text
 
 
 def _group_numbers(encoded: Sequence[Encoded]) -> np.ndarray:

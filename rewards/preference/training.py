@@ -1,21 +1,23 @@
-"""`reward=preference`: a Bradley-Terry reward model from preference pairs; the result is read by rlkit.train."""
+"""`reward=preference` of `rlkit.train_reward`: a Bradley-Terry reward model from preference pairs."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from rlkit.data.base import DataError
+from rlkit.models.folder import model_folder
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
-from rlkit.reward_training.preference_data import Pair, PairRows, all_pairs, load_pairs
+from rlkit.reward_training.loop import Task, named, train, warn_of
+from rlkit.reward_training.pairs import Pair, PairRows, all_pairs, load_pairs
+from rlkit.reward_training.rows import draw_batches
 
 if TYPE_CHECKING:
     from rewards.preference.inputs import Encoder
-    from rlkit.reward_training.preference_learner import EncodedPair, PreferenceLearner
+    from rewards.preference.learner import EncodedPair, PreferenceLearner
 
 SAMPLES = 20
 """Held-out pairs that samples.jsonl gets: those that the model orders most wrongly."""
@@ -42,8 +44,6 @@ class PreferenceTraining(RewardTraining):
     @classmethod
     def check(cls, config: Any, data: Any) -> list[str]:
         """Whether the model can be read later: one label, no code of its own."""
-        from rlkit.models.folder import model_folder
-
         messages = super().check(config, data)
         if config.trust_remote_code:
             messages.append("reward.trust_remote_code: reward=preference never runs a model folder's code")
@@ -63,60 +63,63 @@ class PreferenceTraining(RewardTraining):
         return self._evaluate(report) if self.context.stage == "evaluate" else self._train(report)
 
     def _train(self, report: Report) -> dict[str, Any]:
-        """Train; returns steps, pairs, and the held-out measures before and after."""
+        config, seed = self.config, self.context.seed
         report.phase("reading data")
-        train_rows, heldout_rows, bad = load_pairs(self.data, self.context.seed)
-        for row in bad[:10]:
-            report.warn(f"skipped {row.origin}: {row.reason}")
+        train_rows, heldout_rows, bad = load_pairs(self.data, seed)
+        warn_of(bad, report)
         encoder = self._encoder()
-        train, heldout = self._encoded(train_rows, encoder, report), self._encoded(heldout_rows, encoder, report)
-        pairs = sum(map(len, train))
-        steps = self.config.total_steps(pairs)
+        prompts, heldout = self._encoded(train_rows, encoder, report), self._encoded(heldout_rows, encoder, report)
+        pairs = sum(map(len, prompts))
+        judged = [pair for prompt in heldout for pair in prompt]
+        steps = config.total_steps(pairs)
         report.phase("loading the model")
         learner = self._learner(encoder, steps)
-        judged = [pair for prompt in heldout for pair in prompt]
-        before = after = learner.measure(judged)
-        report.evaluation(0, **_named("heldout", before))
-        report.begins(steps)
-        every = self.config.evaluate_every_steps
-        for step, batch in zip(
-            range(1, steps + 1), draw_batches(train, self.config.batch_size, self.context.seed), strict=False
-        ):
-            report(step, **_named("preference", learner.step(batch)))
-            if step == steps or (every and step % every == 0):
-                after = learner.measure(judged)
-                report.evaluation(step, **_named("heldout", after))
+        course = train(
+            Task(
+                batches=draw_batches(prompts, config.batch_size, seed),
+                step=lambda batch: named("preference/", learner.step(batch)),
+                measure=lambda: learner.measure(judged),
+                save=learner.save,
+            ),
+            steps,
+            config.evaluate_every_steps,
+            report,
+            self.context.model_folder,
+        )
         report.samples(self._samples(judged, learner))
-        learner.save(self.context.model_folder)
-        counts = {"steps": steps, "training_pairs": pairs, "heldout_pairs": len(judged), "bad_rows": len(bad)}
-        return {**counts, **_named("before", before), **_named("after", after), "model": str(self.context.model_folder)}
+        return {
+            "steps": steps,
+            "training_pairs": pairs,
+            "heldout_pairs": len(judged),
+            "bad_rows": len(bad),
+            **named("before/", course.before),
+            **named("after/", course.after),
+            "model": str(self.context.model_folder),
+        }
 
     def _evaluate(self, report: Report) -> dict[str, Any]:
         """Measures of a trained model on all pairs, scored as `rlkit.train` scores."""
         from rewards.preference.inputs import ClassifierError, check_classifier
-        from rlkit.models.folder import model_folder
+        from rewards.preference.learner import measure_folder
         from rlkit.models.policy import ModelLoadError
-        from rlkit.reward_training.preference_learner import measure_folder
 
         report.phase("reading data")
         rows, bad = all_pairs(self.data, self.context.seed)
-        for row in bad[:10]:
-            report.warn(f"skipped {row.origin}: {row.reason}")
+        warn_of(bad, report)
         folder = model_folder(self.config.model_path)
         try:
             check_classifier(folder)
             encoder = self._encoder()
             pairs = [pair for prompt in self._encoded(rows, encoder, report) for pair in prompt]
             report.phase("scoring")
-            found = measure_folder(folder, encoder, pairs, self.config, self.context)
+            measures = measure_folder(folder, encoder, pairs, self.config, self.context)
         except ClassifierError as error:
             raise ModelLoadError(str(error)) from error
-        report.evaluation(0, **_named("heldout", found))
-        return {"pairs": len(pairs), "bad_rows": len(bad), **found}
+        report.evaluation(0, **named("heldout/", measures))
+        return {"pairs": len(pairs), "bad_rows": len(bad), **measures}
 
     def _encoder(self) -> Encoder:
         from rewards.preference.inputs import LONGEST_INPUT, ClassifierError, Encoder, positions
-        from rlkit.models.folder import model_folder
         from rlkit.models.policy import ModelLoadError
 
         folder = model_folder(self.config.model_path)
@@ -128,8 +131,7 @@ class PreferenceTraining(RewardTraining):
             raise ModelLoadError(str(error)) from error
 
     def _learner(self, encoder: Encoder, steps: int) -> PreferenceLearner:
-        from rlkit.models.folder import model_folder
-        from rlkit.reward_training.preference_learner import PreferenceLearner
+        from rewards.preference.learner import PreferenceLearner
 
         return PreferenceLearner(
             model_folder(self.config.model_path),
@@ -144,9 +146,9 @@ class PreferenceTraining(RewardTraining):
     def _encoded(self, prompts: Sequence[Sequence[Pair]], encoder: Encoder, report: Report) -> list[list[EncodedPair]]:
         """Pairs as token ids; those that the model cannot read are left out. Raises DataError if they are too many."""
         from rewards.preference.inputs import Unreadable
-        from rlkit.reward_training.preference_learner import EncodedPair
+        from rewards.preference.learner import EncodedPair
 
-        found: list[list[EncodedPair]] = []
+        encoded: list[list[EncodedPair]] = []
         reasons: list[str] = []
         for pairs in prompts:
             usable = []
@@ -158,16 +160,16 @@ class PreferenceTraining(RewardTraining):
                     continue
                 usable.append(EncodedPair(pair, chosen, rejected))
             if usable:
-                found.append(usable)
+                encoded.append(usable)
         total = sum(map(len, prompts))
         if reasons:
             report.warn(f"{len(reasons)} of {total} pairs cannot be read, the first: {reasons[0]}")
-        if len(reasons) > self.data.max_bad_row_share * total or not found:
+        if len(reasons) > self.data.max_bad_row_share * total or not encoded:
             raise DataError(
                 f"{len(reasons)} of {total} pairs cannot be read by the model, the first: {reasons[0]}; allow more "
                 f"with data.max_bad_row_share={len(reasons) / total + 0.005:.2f}, or shorten them"
             )
-        return found
+        return encoded
 
     def _samples(self, judged: Sequence[EncodedPair], learner: PreferenceLearner) -> Iterator[dict[str, Any]]:
         chosen, rejected = learner.scores(judged)
@@ -180,21 +182,3 @@ class PreferenceTraining(RewardTraining):
                 "rejected": pair.rejected,
                 "rejected_score": float(rejected[i]),
             }
-
-
-def draw_batches(prompts: Sequence[Sequence[EncodedPair]], size: int, seed: int) -> Iterator[list[EncodedPair]]:
-    """Batches of `size` pairs for ever. Prompts are shuffled anew in each epoch and their pairs stay together:
-
-    a prompt's tokens go through the model once, and no response is learnt from in many steps of an epoch.
-    """
-    rng = random.Random(seed)
-    queue: list[EncodedPair] = []
-    while True:
-        while len(queue) < size:
-            queue += [pair for i in rng.sample(range(len(prompts)), len(prompts)) for pair in prompts[i]]
-        yield queue[:size]
-        queue = queue[size:]
-
-
-def _named(area: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{area}/{name}": value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""`reward=polar`: a POLAR discriminator, from a pool of policies to a reward (arXiv 2507.05197).
+"""`reward=polar` of `rlkit.train_reward`: from a pool of policies to a POLAR discriminator (arXiv 2507.05197).
 
 stage=generate samples the pool; stage=pretrain tells its policies apart (equation 7); stage=finetune tells right from
 wrong (equation 8); stage=evaluate measures. Pre-training and fine-tuning differ in nothing but the triplets.
@@ -8,30 +8,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from rewards.polar.generation import Generation, generate, pool_report, prefixes
 from rewards.polar.serialise import SerialisationError, Wrapper
-from rlkit.data.base import BadRow, DataError
-from rlkit.polar_training.generate import Generation, pool_report
-from rlkit.polar_training.rows import Asked, Form, PolarRows, read, read_split
-from rlkit.polar_training.triplets import write_triplets
+from rewards.polar.triplets import (
+    Form,
+    PolarRows,
+    PromptRows,
+    contrasts,
+    read,
+    read_split,
+    verdicts,
+    write_triplets,
+)
+from rlkit.data.base import DataError
+from rlkit.data.rendering import load_tokenizer
+from rlkit.models.folder import model_folder
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
+from rlkit.reward_training.loop import Task, named, train, warn_of
+from rlkit.reward_training.rows import draw_batches
 
 if TYPE_CHECKING:
-    from rlkit.polar_training.learner import PolarLearner
+    from rewards.polar.learner import PolarLearner
 
 FORMS: dict[str, Form] = {"generate": "prompts", "pretrain": "trajectories", "finetune": "triplets"}
 """What a stage reads where data.form does not say."""
 ACTS_IN = {"generation": ("generate",), "across_styles": ("pretrain", "evaluate"), "heldout_policies": ("pretrain",)}
 """Option -> the stages that it has an effect in."""
-WARNED_ROWS = 10
-"""Unusable rows that are named one by one."""
 
 
-class PolarConfig(RewardTrainingConfig):
-    """Defaults are the paper's for fine-tuning; rlkit.polar_training.scaling has its laws for pre-training."""
+class PolarTrainingConfig(RewardTrainingConfig):
+    """Defaults are the paper's for fine-tuning."""
 
     model_path: str = "embedded:policy"
     """A language model (its head then starts at zero), or a discriminator: pre-trained, or to be evaluated."""
@@ -60,34 +71,17 @@ class PolarConfig(RewardTrainingConfig):
 class PolarTraining(RewardTraining):
     """Trains a discriminator that scores how close a response is to a reference."""
 
-    Config: ClassVar[type[RewardTrainingConfig]] = PolarConfig
+    Config: ClassVar[type[RewardTrainingConfig]] = PolarTrainingConfig
     Data: ClassVar[type[PolarRows]] = PolarRows
     stages: ClassVar[tuple[Stage, ...]] = ("generate", "pretrain", "finetune", "evaluate")
 
     @classmethod
     def check(cls, config: Any, data: Any) -> list[str]:
         """Whether every policy of the pool has a folder, and the model takes what is asked for."""
-        from rlkit.config.model_folder import ModelFolderError, check_model_folder
-
         messages = super().check(config, data)
         if config.trust_remote_code:
             messages.append("reward.trust_remote_code: reward=polar never runs a model folder's code")
-        for name, folder in config.generation.policies.items():
-            try:
-                check_model_folder(folder)
-            except ModelFolderError as error:
-                messages.append(f"reward.generation.policies.{name}={folder}: {error}")
-            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-                messages.append(f"reward.generation.policies.{name}: names are made of letters, digits, - _ and .")
-        pool = len(config.generation.policies)
-        if pool and config.generation.policies_per_prompt > pool:
-            messages.append(
-                f"reward.generation.policies_per_prompt={config.generation.policies_per_prompt}: the pool has {pool}"
-            )
-        unknown = sorted(set(config.generation.styles) - set(config.generation.policies))
-        if unknown:
-            messages.append(f"reward.generation.styles: {', '.join(unknown)} is no policy of the pool")
-        return messages
+        return [*messages, *config.generation.problems()]
 
     def run(self, report: Report) -> dict[str, Any]:
         """The stage's work. Raises DataError and ModelLoadError for the user."""
@@ -97,99 +91,94 @@ class PolarTraining(RewardTraining):
         return self._evaluate(report) if self.context.stage == "evaluate" else self._train(report)
 
     def _evaluate(self, report: Report) -> dict[str, Any]:
-        """All measures on all rows."""
-        from rlkit.polar_training.measures import measure
+        from rewards.polar.learner import measure
 
-        asked, bad = read(self.data, self._form)
-        _warn(bad, report)
+        prompts, bad = read(self.data, self._form)
+        warn_of(bad, report)
         learner = self._learner(1, report)
-        measured = measure(learner, asked, _policies(asked), self.config.across_styles)
-        if not measured:
+        measures = measure(learner, prompts, _policies(prompts), self.config.across_styles)
+        if not measures:
             raise DataError(
                 f"data.path={self.data.path}: nothing to measure: it has no triplets, no two responses of one policy "
                 "beside another's, and no right and wrong responses to one prompt"
             )
-        report.evaluation(0, **_named("heldout", measured))
-        return {"prompts": len(asked), "bad_rows": len(bad), **measured}
+        report.evaluation(0, **named("heldout/", measures))
+        return {"prompts": len(prompts), "bad_rows": len(bad), **measures}
 
     def _train(self, report: Report) -> dict[str, Any]:
-        from rlkit.polar_training.measures import contrasts, measure, verdicts
-        from rlkit.polar_training.pairs import batches_of_triplets, shuffled
+        from rewards.polar.learner import measure
 
+        config, stage = self.config, self.context.stage
         report.phase("reading data")
-        asked, heldout, bad = read_split(self.data, self._form)
-        _warn(bad, report)
-        policies = [name for name in _policies(asked) if name not in self.config.heldout_policies]
-        pretraining = self.context.stage == "pretrain"
-        groups = contrasts(asked, policies, self.config.across_styles) if pretraining else verdicts(asked)
+        prompts, heldout, bad = read_split(self.data, self._form)
+        warn_of(bad, report)
+        policies = [name for name in _policies(prompts) if name not in config.heldout_policies]
+        groups = contrasts(prompts, policies, config.across_styles) if stage == "pretrain" else verdicts(prompts)
         triplets = [triplet for group in groups for triplet in group]
         if not triplets:
-            raise DataError(f"data.path={self.data.path}: no triplet can be built: {_NEEDED[self.context.stage]}")
-        judged = self.config.heldout_policies or policies
-        steps = self.config.total_steps(len(triplets))
+            raise DataError(f"data.path={self.data.path}: no triplet can be built: {_NEEDED[stage]}")
+        judged = config.heldout_policies or policies
+        steps = config.total_steps(len(triplets))
         learner = self._learner(steps, report)
-        before = after = measure(learner, heldout, judged, self.config.across_styles)
-        report.evaluation(0, **_named("heldout", before))
-        report.begins(steps)
-        every = self.config.evaluate_every_steps
-        batches = batches_of_triplets(shuffled(groups, self.context.seed), self.config.batch_size)
-        losses: list[float] = []
-        for step in range(1, steps + 1):
-            losses.append(learner.step(next(batches)))
-            report(step, **{"polar/loss": losses[-1]})
-            if step == steps or (every and step % every == 0):
-                after = measure(learner, heldout, judged, self.config.across_styles)
-                report.evaluation(step, **_named("heldout", after))
-        learner.save(self.context.model_folder)
+        course = train(
+            Task(
+                batches=draw_batches(groups, config.batch_size, f"shuffled/{self.context.seed}"),
+                step=lambda batch: {"polar/loss": learner.step(batch)},
+                measure=lambda: measure(learner, heldout, judged, config.across_styles),
+                save=learner.save,
+            ),
+            steps,
+            config.evaluate_every_steps,
+            report,
+            self.context.model_folder,
+        )
         if self.context.rank == 0:
             write_triplets(triplets, self.context.run_dir / "triplets.jsonl")
-        counts = {"steps": steps, "triplets": len(triplets), "prompts": len(asked), "heldout_prompts": len(heldout)}
+        losses = [metrics["polar/loss"] for metrics in course.steps]
         return {
-            "stage": self.context.stage,
-            **counts,
+            "stage": stage,
+            "steps": steps,
+            "triplets": len(triplets),
+            "prompts": len(prompts),
+            "heldout_prompts": len(heldout),
             "bad_rows": len(bad),
             "first_loss": losses[0],
             "last_loss": sum(losses[-10:]) / len(losses[-10:]),
-            **_named("before", before),
-            **_named("after", after),
+            **named("before/", course.before),
+            **named("after/", course.after),
             "model": str(self.context.model_folder),
         }
 
     def _generate(self, report: Report) -> dict[str, Any]:
-        from dataclasses import replace
-
         import torch
-
-        from rlkit.data.rendering import load_tokenizer
-        from rlkit.models.folder import model_folder
-        from rlkit.polar_training.generate import generate, prefixes
 
         options: Generation = self.config.generation
         if len(options.policies) < 2:
             raise DataError("reward.generation.policies={NAME: FOLDER, ...}: stage=generate needs two or more")
         if self.config.ranks != 1:
             raise DataError("reward.ranks: stage=generate runs in one process (vLLM shares the work among prompts)")
-        asked, bad = read(self.data, self._form)
-        _warn(bad, report)
+        prompts, bad = read(self.data, self._form)
+        warn_of(bad, report)
         if options.longest_prefix is not None:
             if options.prompts_as != "text":
                 raise DataError("reward.generation.longest_prefix has no effect with prompts_as=chat")
             tokenizer = load_tokenizer(model_folder(self.config.model_path))
-            cut = prefixes([each.prompt for each in asked], tokenizer, options.longest_prefix, self.context.seed)
-            asked = [replace(each, prompt=prompt) for each, prompt in zip(asked, cut, strict=True)]
+            texts = [prompt.prompt for prompt in prompts]
+            cut = prefixes(texts, tokenizer, options.longest_prefix, self.context.seed)
+            prompts = [replace(prompt, prompt=text) for prompt, text in zip(prompts, cut, strict=True)]
         work = self.context.run_dir / "policies"
         work.mkdir(parents=True, exist_ok=True)
         report.phase("sampling")
         rows = list(
             generate(
-                asked,
+                prompts,
                 options,
                 work,
                 device=self.context.device,
                 threads=torch.get_num_threads(),
                 seed=self.context.seed,
                 is_right=_is_right,
-                said=report.text,
+                say=report.text,
             )
         )
         file = self.context.run_dir / "trajectories.jsonl"
@@ -199,7 +188,7 @@ class PolarTraining(RewardTraining):
         for name, facts in pool.items():
             right = "" if facts["accuracy"] is None else f", {facts['accuracy']:.1%} right"
             report.text(f"{name}: {facts['responses']} responses, {facts['finished']:.1%} finished{right}")
-        return {"stage": "generate", "prompts": len(asked), "trajectories": str(file), "pool": pool}
+        return {"stage": "generate", "prompts": len(prompts), "trajectories": str(file), "pool": pool}
 
     @property
     def _form(self) -> Form:
@@ -214,16 +203,15 @@ class PolarTraining(RewardTraining):
 
     def _refuse_what_has_no_effect(self) -> None:
         for name, stages in ACTS_IN.items():
-            changed = getattr(self.config, name) != PolarConfig.model_fields[name].default
+            changed = getattr(self.config, name) != PolarTrainingConfig.model_fields[name].default
             if changed and self.context.stage not in stages:
                 raise DataError(f"reward.{name} has no effect in stage={self.context.stage}")
 
     def _learner(self, steps: int, report: Report) -> PolarLearner:
         from rewards.polar.backends import DiscriminatorError
+        from rewards.polar.learner import PolarLearner
         from rewards.polar.reward import lengths
-        from rlkit.models.folder import model_folder
         from rlkit.models.policy import ModelLoadError
-        from rlkit.polar_training.learner import PolarLearner
 
         report.phase("loading the model")
         folder = model_folder(self.config.model_path)
@@ -248,25 +236,16 @@ _NEEDED = {
 }
 
 
-def _policies(asked: Sequence[Asked]) -> list[str]:
-    return sorted({trajectory.policy for each in asked for trajectory in each.trajectories})
+def _policies(prompts: Sequence[PromptRows]) -> list[str]:
+    return sorted({trajectory.policy for prompt in prompts for trajectory in prompt.trajectories})
 
 
-def _warn(bad: Sequence[BadRow], report: Report) -> None:
-    for row in bad[:WARNED_ROWS]:
-        report.warn(f"skipped {row.origin}: {row.reason}")
-
-
-def _is_right(asked: Asked, text: str) -> bool | None:
+def _is_right(prompt: PromptRows, text: str) -> bool | None:
     """By the rule, where the gold response marks a plain number as its answer; None where that cannot be said."""
     from rewards.verifiers.math import compare_plain, final_answer
 
-    gold = None if asked.reference is None else final_answer(asked.reference)
+    gold = None if prompt.reference is None else final_answer(prompt.reference)
     if gold is None:
         return None
-    found = final_answer(text)
-    return False if found is None else compare_plain(found.text, gold.text)
-
-
-def _named(area: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{area}/{name}": value for name, value in values.items()}
+    answer = final_answer(text)
+    return False if answer is None else compare_plain(answer.text, gold.text)

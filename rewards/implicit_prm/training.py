@@ -1,9 +1,8 @@
-"""`reward=implicit_prm`: the implicit process reward model, trained on outcome labels (arXiv 2412.01981)."""
+"""`reward=implicit_prm` of `rlkit.train_reward`: the implicit PRM, trained on outcome labels (arXiv 2412.01981)."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,13 +15,14 @@ from rlkit.data.rendering import load_tokenizer
 from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.models.folder import PREFIX, model_folder
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
-from rlkit.reward_training.outcome_rows import OutcomeData, Rollout, load_rollouts, split_rollouts, without
+from rlkit.reward_training.loop import Task, named, train
+from rlkit.reward_training.outcomes import OutcomeData, Rollout, load_rollouts, split_rollouts, without
+from rlkit.reward_training.rows import draw_batches
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rlkit.reward_training.prm_examples import Encoded, Example
-    from rlkit.reward_training.prm_learner import PrmLearner
+    from rewards.implicit_prm.learner import Encoded, PrmLearner
 
 NOTE = "implicit_prm.json"
 """Beside the trained model: what its log-ratios are relative to."""
@@ -84,13 +84,13 @@ class ImplicitPRMTraining(RewardTraining):
         return self._evaluate(report) if self.context.stage == "evaluate" else self._train(report)
 
     def _train(self, report: Report) -> dict[str, Any]:
-        """Train, with held-out evaluations."""
-        train, heldout = self._read(report)
-        from rlkit.reward_training.prm_examples import draw_batches, make_examples
+        from rewards.implicit_prm.evaluation import outcome_metrics
+        from rewards.implicit_prm.learner import make_examples
 
-        config = self.config
+        config, seed = self.config, self.context.seed
+        responses, heldout = self._read(report)
         paired = config.objective in ("dpo", "nca")
-        examples = make_examples(train, paired, config.balance, self.context.seed)
+        examples = make_examples(responses, paired, config.balance, seed)
         judged = make_examples(heldout, paired, "none", 0)
         if not examples:
             missing = "prompt has a better and a worse response" if paired else "prompt has right and wrong responses"
@@ -101,27 +101,30 @@ class ImplicitPRMTraining(RewardTraining):
             f"{len(heldout)} responses held out)"
         )
         learner = self._learner(steps)
-        before = self._judge(learner, heldout, judged)[0]
-        report.evaluation(0, **before)
-        report.begins(steps)
-        batches = draw_batches(examples, config.batch_size, self.context.seed)
-        loss, first = math.nan, math.nan
-        for step in range(1, steps + 1):
-            loss = learner.step(train, next(batches))
-            first = loss if step == 1 else first
-            report(step, **{"prm/loss": loss})
-            if config.evaluate_every_steps and step % config.evaluate_every_steps == 0 and step < steps:
-                report.evaluation(step, **self._judge(learner, heldout, judged)[0])
-        after, ratios = self._judge(learner, heldout, judged)
-        report.evaluation(steps, **after)
-        self._save(learner)
+        ratios: list[np.ndarray] = []
+
+        def measure() -> dict[str, float]:
+            ratios[:] = learner.scorer.log_ratios(heldout)
+            metrics = outcome_metrics(heldout, ratios, config.beta)
+            if judged and config.objective != "ce":
+                metrics["loss"] = learner.evaluate(heldout, judged)
+            return metrics
+
+        task = Task(
+            batches=draw_batches([[example] for example in examples], config.batch_size, seed, across_epochs=False),
+            step=lambda batch: {"prm/loss": learner.step(responses, batch)},
+            measure=measure,
+            save=lambda folder: self._save(learner, folder),
+            heldout="prm/heldout_",
+        )
+        course = train(task, steps, config.evaluate_every_steps, report, self.context.model_folder)
         return {
             "steps": steps,
             "examples": len(examples),
-            "loss_first": first,
-            "loss_last": loss,
-            "before": before,
-            "after": after,
+            "loss_first": course.steps[0]["prm/loss"],
+            "loss_last": course.steps[-1]["prm/loss"],
+            "before": named(task.heldout, course.before),
+            "after": named(task.heldout, course.after),
             **self._choices(report, heldout, ratios),
             "model": str(self.context.model_folder),
         }
@@ -131,13 +134,13 @@ class ImplicitPRMTraining(RewardTraining):
         config = self.config
         reference_path = config.reference_path or _noted_reference(config.model_path)
         report.phase("reading data")
-        encoded = self._encode(*self._rollouts("path"), report)
+        encoded = self._encode(*load_rollouts(self.data), report)
         report.phase(f"scoring {len(encoded)} responses against {reference_path}")
         import torch
 
+        from rewards.implicit_prm.evaluation import outcome_metrics
+        from rewards.implicit_prm.learner import PrmScorer, load_reference
         from rlkit.models.policy import load_causal_lm, resolve_dtype
-        from rlkit.reward_training.prm_evaluation import outcome_metrics
-        from rlkit.reward_training.prm_learner import PrmScorer, load_reference
 
         device, trust = self.context.device, config.trust_remote_code
         learner_config = config.learner(1, device)
@@ -145,7 +148,7 @@ class ImplicitPRMTraining(RewardTraining):
         policy = load_causal_lm(model_folder(config.model_path), dtype, trust_remote_code=trust).to(device)
         reference = load_reference(model_folder(reference_path), learner_config, device, trust)
         ratios = PrmScorer(policy, reference, learner_config, device).log_ratios(encoded)
-        metrics = {f"prm/{name}": value for name, value in outcome_metrics(encoded, ratios, config.beta).items()}
+        metrics = named("prm/", outcome_metrics(encoded, ratios, config.beta))
         report.evaluation(0, **metrics)
         choices = self._choices(report, encoded, ratios)
         return {"responses": len(encoded), "reference": reference_path, "metrics": metrics, **choices}
@@ -155,20 +158,17 @@ class ImplicitPRMTraining(RewardTraining):
     def _read(self, report: Report) -> tuple[list[Encoded], list[Encoded]]:
         """(train, held out); they share no prompt."""
         report.phase("reading data")
-        rollouts, bad = self._rollouts("path")
-        if self.data.heldout_path is None:
+        rollouts, bad = load_rollouts(self.data)
+        if not self.data.has_heldout_rows:
             train, heldout = split_rollouts(rollouts, self.data)
             return self._encode(train, bad, report), self._encode(heldout, [], report)
-        heldout, heldout_bad = self._rollouts("heldout_path")
+        heldout, heldout_bad = load_rollouts(self.data, "heldout")
         train, asked = without(rollouts, heldout)
         return self._encode(train, bad + asked, report), self._encode(heldout, heldout_bad, report)
 
-    def _rollouts(self, key: str) -> tuple[list[Rollout], list[BadRow]]:
-        return load_rollouts(self.data, key)
-
     def _encode(self, rollouts: Sequence[Rollout], bad: list[BadRow], report: Report) -> list[Encoded]:
         """In tokens; warns of rows left out. Raises DataError if they are too many."""
-        from rlkit.reward_training.prm_examples import encode
+        from rewards.implicit_prm.learner import encode
 
         folder = model_folder(self.config.model_path)
         limit = check_model_folder(self.config.model_path).max_positions
@@ -185,7 +185,7 @@ class ImplicitPRMTraining(RewardTraining):
         return encoded
 
     def _learner(self, steps: int) -> PrmLearner:
-        from rlkit.reward_training.prm_learner import PrmLearner
+        from rewards.implicit_prm.learner import PrmLearner
 
         config, path = self.config, model_folder(self.config.model_path)
         return PrmLearner(
@@ -199,27 +199,15 @@ class ImplicitPRMTraining(RewardTraining):
             trust_remote_code=config.trust_remote_code,
         )
 
-    def _judge(
-        self, learner: PrmLearner, heldout: Sequence[Encoded], examples: Sequence[Example]
-    ) -> tuple[dict[str, float], list[np.ndarray]]:
-        """Held-out metrics, and the log-ratios they come from."""
-        from rlkit.reward_training.prm_evaluation import outcome_metrics
-
-        ratios = learner.scorer.log_ratios(heldout)
-        metrics = outcome_metrics(heldout, ratios, self.config.beta)
-        if examples and self.config.objective != "ce":
-            metrics["loss"] = learner.evaluate(heldout, examples)
-        return {f"prm/heldout_{name}": value for name, value in metrics.items()}, ratios
-
     def _choices(self, report: Report, encoded: Sequence[Encoded], ratios: list[np.ndarray]) -> dict[str, Any]:
         """Best-of-N, votes and first wrong steps: shown, and for the summary."""
-        from rlkit.reward_training import prm_evaluation as evaluation
+        from rewards.implicit_prm import evaluation
 
         config = self.config
         report.samples(evaluation.sample_rows(encoded, ratios, config.beta))
         table = evaluation.selection_accuracy(encoded, ratios, config.coefficient, self.context.seed)
         report.text(evaluation.selection_table(table))
-        found: dict[str, Any] = {"choices": table}
+        choices: dict[str, Any] = {"choices": table}
         result = evaluation.first_error_result(encoded, ratios, config.coefficient, config.threshold)
         if result is not None:
             tuned = "tuned on these rows" if config.threshold is None else "given"
@@ -228,17 +216,17 @@ class ImplicitPRMTraining(RewardTraining):
                 f"all right recognised: {100 * result.correct_accuracy:.1f} %; "
                 f"threshold {result.threshold:.6f}, {tuned})"
             )
-            found["process_bench"] = {
+            choices["process_bench"] = {
                 "f1": result.f1,
                 "error_accuracy": result.error_accuracy,
                 "correct_accuracy": result.correct_accuracy,
                 "threshold": result.threshold,
                 "threshold_tuned_here": config.threshold is None,
             }
-        return found
+        return choices
 
-    def _save(self, learner: PrmLearner) -> None:
-        config, folder = self.config, self.context.model_folder
+    def _save(self, learner: PrmLearner, folder: Path) -> None:
+        config = self.config
         learner.save(folder)
         if self.context.rank:
             return

@@ -1,4 +1,4 @@
-"""The preference model in a DeepSpeed engine: packed pairs, loss, measures, the saved folder."""
+"""The preference model in a DeepSpeed engine: packed pairs, the Bradley-Terry loss, measures, the saved folder."""
 
 from __future__ import annotations
 
@@ -9,20 +9,59 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
+from algorithms.functional.selection import expected_calibration_error
 from rewards.preference.inputs import Encoded, until_read
 from rlkit.config.schema import LearnerConfig
 from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens
 from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
-from rlkit.reward_training.base import TrainingContext
-from rlkit.reward_training.engine import SupervisedEngine, save_classifier
-from rlkit.reward_training.preference_data import Pair
-from rlkit.reward_training.preference_loss import Array, measures, pair_losses
+from rlkit.reward_training.base import RewardTrainingConfig, TrainingContext
+from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
+from rlkit.reward_training.pairs import Pair
 
 if TYPE_CHECKING:
     from rewards.preference.inputs import Encoder
-    from rlkit.reward_training.preference import PreferenceTraining
+
+Array = NDArray[np.float64]
+
+
+def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor, probability: Tensor, centring: float) -> Tensor:
+    """Loss [N] of each pair. With d = chosen - rejected - margin, and p the probability that chosen is preferred:
+
+        -p log sigmoid(d) - (1 - p) log sigmoid(-d) + centring (chosen + rejected)^2
+
+    p = 1 and margin = 0 is Bradley-Terry; the margin is Llama 2's (arXiv 2307.09288), the soft label the cDPO-like
+    label smoothing of Secrets of RLHF II (arXiv 2401.06080), the last term that of arXiv 2312.09244, which keeps the
+    scores, whose sum the pairs leave open, around zero.
+    """
+    ordering = binary_cross_entropy_with_logits(chosen - rejected - margin, probability, reduction="none")
+    return ordering + centring * (chosen + rejected).square()
+
+
+def measures(chosen: Array, rejected: Array, probability: Array) -> dict[str, float]:
+    """How scores [N] of chosen and rejected agree with the labels.
+
+    accuracy: share of pairs ordered as labelled, ties wrong (pairs with p = 1/2 are left out); margin: mean of
+    chosen - rejected; loss: cross-entropy of sigmoid(margin) against p; calibration_error: over ten bins of the
+    confidence in the likelier side (1/2 to 1), mean distance between it and the share that was right, weighted by size.
+    """
+    margin = chosen - rejected
+    decided = probability != 0.5
+    right = np.where(margin == 0, False, (margin > 0) == (probability > 0.5))
+    values = {
+        "loss": float(np.mean(np.logaddexp(0, -margin) * probability + np.logaddexp(0, margin) * (1 - probability))),
+        "margin": float(margin.mean()),
+        "score_mean": float(np.concatenate([chosen, rejected]).mean()),
+        "score_std": float(np.concatenate([chosen, rejected]).std()),
+    }
+    if decided.any():
+        confidence = 1 / (1 + np.exp(-np.abs(margin[decided])))
+        values["accuracy"] = float(right[decided].mean())
+        values["calibration_error"] = expected_calibration_error(confidence, right[decided].astype(np.float64), bins=20)
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +74,11 @@ class EncodedPair:
 
 
 @dataclass(frozen=True, slots=True)
-class PromptPairs:
-    """Pairs with one prompt: every different response once, and who is compared with whom."""
+class PromptPairs(PromptTree):
+    """Pairs with one prompt."""
 
-    tree: Tree
-    places: tuple[tuple[int, int], ...]
-    """(chosen, rejected) among the tree's sequences."""
-    pairs: tuple[Pair, ...]
-
-    @property
-    def tokens(self) -> int:
-        return self.tree.tokens
+    rows: tuple[Pair, ...] = ()
+    """One per pair."""
 
 
 class PreferenceLearner:
@@ -90,8 +123,9 @@ class PreferenceLearner:
         chosen, rejected, probability = (
             torch.cat(values).double().cpu().numpy() for values in zip(*self._seen, strict=True)
         )
-        found = measures(chosen, rejected, probability)
-        return {"loss": loss, **{name: found[name] for name in ("accuracy", "margin", "score_mean") if name in found}}
+        measured = measures(chosen, rejected, probability)
+        kept = [name for name in ("accuracy", "margin", "score_mean") if name in measured]
+        return {"loss": loss, **{name: measured[name] for name in kept}}
 
     @torch.no_grad()
     def scores(self, pairs: Sequence[EncodedPair]) -> tuple[Array, Array]:
@@ -106,7 +140,7 @@ class PreferenceLearner:
         return chosen, rejected
 
     def measure(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
-        """See `preference_loss.measures`."""
+        """See `measures`."""
         return measures(*self.scores(pairs), np.array([pair.pair.probability for pair in pairs]))
 
     def save(self, folder: Path) -> None:
@@ -115,17 +149,13 @@ class PreferenceLearner:
 
     def _pair_scores(self, module: Any, items: Sequence[PromptPairs]) -> tuple[Tensor, Tensor]:
         scores = module(pack([item.tree for item in items]).to(self.training.device))
-        start, chosen, rejected = 0, [], []
-        for item in items:
-            chosen += [start + place for place, _ in item.places]
-            rejected += [start + place for _, place in item.places]
-            start += len(item.tree.suffixes)
+        chosen, rejected = pair_indices(items)
         return scores[chosen], scores[rejected]
 
     def _loss(self, module: Any, items: Sequence[PromptPairs]) -> Tensor:
         """Sum over pairs."""
         chosen, rejected = self._pair_scores(module, items)
-        pairs = [pair for item in items for pair in item.pairs]
+        pairs = [pair for item in items for pair in item.rows]
         margin = torch.tensor([pair.margin for pair in pairs], device=chosen.device)
         probability = torch.tensor([pair.probability for pair in pairs], device=chosen.device)
         self._seen.append((chosen.detach(), rejected.detach(), probability))
@@ -137,23 +167,23 @@ def together(pairs: Sequence[EncodedPair], pad_id: int | None) -> list[PromptPai
     by_prompt: dict[Any, list[EncodedPair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.pair.prompt, []).append(pair)
-    found = []
+    items = []
     for members in by_prompt.values():
         read = [(until_read(pair.chosen, pad_id), until_read(pair.rejected, pad_id)) for pair in members]
         sequences = list(dict.fromkeys(ids for both in read for ids in both))
-        place = {ids: i for i, ids in enumerate(sequences)}
+        index = {ids: i for i, ids in enumerate(sequences)}
         prefix = shared_prefix(sequences)
         tree = Tree(prefix, tuple(ids[len(prefix) :] for ids in sequences))
-        places = tuple((place[chosen], place[rejected]) for chosen, rejected in read)
-        found.append(PromptPairs(tree, places, tuple(pair.pair for pair in members)))
-    return found
+        indices = tuple((index[chosen], index[rejected]) for chosen, rejected in read)
+        items.append(PromptPairs(tree, indices, rows=tuple(pair.pair for pair in members)))
+    return items
 
 
 def measure_folder(
     folder: Path,
     encoder: Encoder,
     pairs: Sequence[EncodedPair],
-    config: PreferenceTraining.Config,
+    config: RewardTrainingConfig,
     context: TrainingContext,
 ) -> dict[str, float]:
     """Measures of a saved model, run as the reward runs it. Raises ClassifierError if it is none."""

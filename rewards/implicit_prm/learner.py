@@ -1,0 +1,245 @@
+"""An implicit PRM in a DeepSpeed engine: rollouts in tokens, examples of a step, both models, the objective."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rewards.implicit_prm.config import PAIRED, Objective
+from rewards.implicit_prm.model import (
+    check_equal,
+    log_ratios,
+    mismatched,
+    objective_sum,
+    response_scores,
+)
+from rewards.implicit_prm.steps import StepStyle, split_steps, token_steps
+from rlkit.config.schema import LearnerConfig
+from rlkit.data.base import BadRow, DataError, Problem
+from rlkit.data.rendering import render
+from rlkit.models.packing import Tree, split_by_tokens
+from rlkit.models.policy import PackedCausalLM, load_causal_lm, resolve_dtype
+from rlkit.reward_training.engine import (
+    PromptTree,
+    SupervisedEngine,
+    load_to_train,
+    pair_indices,
+    save_language_model,
+)
+from rlkit.reward_training.outcomes import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Balance = Literal["none", "prompt"]
+Example = tuple[int, ...]
+"""Indices of the rollouts of one example: one, or the better and the worse one of a pair."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A rollout in tokens."""
+
+    rollout: Rollout
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    """With the end-of-sequence token."""
+    steps: tuple[tuple[int, int], ...]
+    """Response tokens [start, end) of each step."""
+
+    @property
+    def group(self) -> tuple[str, tuple[int, ...]]:
+        """Equal for responses to the same problem that was asked in the same words."""
+        return self.rollout.group, self.prompt
+
+
+def encode(
+    rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, style: StepStyle
+) -> tuple[list[Encoded], list[BadRow]]:
+    """Prompts through the chat template, responses with their end; those longer than `max_tokens` in all are bad."""
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None or not tokenizer.chat_template:
+        raise DataError(
+            "reward.model_path: its tokenizer must have a tokenizer.json (for the places of tokens in the text), a "
+            "chat template and an end-of-sequence token"
+        )
+    asked = {rollout.messages: rollout.origin for rollout in rollouts}
+    problems = [Problem(id=str(i), messages=m, origin=asked[m]) for i, m in enumerate(asked)]
+    prompts, refused = render(problems, tokenizer, max_prompt_tokens=2**31)
+    reasons = {row.origin: row.reason for row in refused}
+    bad: list[BadRow] = []
+    prompt_ids = {prompt.messages: prompt.token_ids for prompt in prompts}
+    texts = [rollout.response for rollout in rollouts]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    usable = []
+    for rollout, ids, offsets in zip(rollouts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        prompt = prompt_ids.get(rollout.messages)
+        if prompt is None:
+            bad.append(BadRow(rollout.origin, reasons[asked[rollout.messages]]))
+            continue
+        response = (*ids, tokenizer.eos_token_id)
+        if max_tokens is not None and len(prompt) + len(response) > max_tokens:
+            reason = (
+                f"has {len(prompt) + len(response)} tokens, more than the model's or reward.max_tokens={max_tokens}"
+            )
+            bad.append(BadRow(rollout.origin, reason))
+            continue
+        steps = rollout.steps or split_steps(rollout.response, style)
+        spans = token_steps(rollout.response, offsets, steps, len(response))
+        usable.append(Encoded(rollout, prompt, response, tuple(spans)))
+    return usable, bad
+
+
+def make_examples(encoded: Sequence[Encoded], paired: bool, balance: Balance, seed: int) -> list[Example]:
+    """Every response, or every pair of a better and a worse response to the same prompt.
+
+    balance=prompt keeps as many right as wrong responses of each prompt, drawn by `seed`.
+    """
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for i, one in enumerate(encoded):
+        groups.setdefault(one.group, []).append(i)
+    label = [one.rollout.label for one in encoded]
+    if paired:
+        return [(a, b) for members in groups.values() for a in members for b in members if label[a] > label[b]]
+    if balance == "none":
+        return [(i,) for i in range(len(encoded))]
+    rng = random.Random(seed)
+    kept: list[int] = []
+    for members in groups.values():
+        right = [i for i in members if label[i] > 0.5]
+        wrong = [i for i in members if label[i] <= 0.5]
+        count = min(len(right), len(wrong))
+        kept += rng.sample(right, count) + rng.sample(wrong, count)
+    return [(i,) for i in sorted(kept)]
+
+
+def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example]) -> list[PromptTree]:
+    """The batch prompt by prompt: a prompt goes through the model once, and so does a response in several pairs."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Example]] = {}
+    for example in batch:
+        groups.setdefault(encoded[example[0]].group, []).append(example)
+    items = []
+    for (_, prompt), examples in groups.items():
+        members = list(dict.fromkeys(i for example in examples for i in example))
+        index = {i: n for n, i in enumerate(members)}
+        items.append(
+            PromptTree(
+                tree=Tree(prompt, tuple(encoded[i].response for i in members)),
+                labels=tuple(encoded[i].rollout.label for i in members),
+                pairs=tuple((index[example[0]], index[example[1]]) for example in examples if len(example) == 2),
+            )
+        )
+    return items
+
+
+class PrmScorer:
+    """log pi_phi - log pi_ref of responses; ranks share the work, and all of them get the result."""
+
+    def __init__(self, policy: Any, reference: PackedCausalLM, config: LearnerConfig, device: str) -> None:
+        self.policy, self.reference, self.config, self.device = policy, reference, config, device
+
+    @torch.no_grad()
+    def log_ratios(self, encoded: Sequence[Encoded]) -> list[np.ndarray]:
+        """q [T] float32 of every response, in order."""
+        self.policy.eval()
+        groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for i, one in enumerate(encoded):
+            groups.setdefault(one.group, []).append(i)
+        members = list(groups.values())
+        trees = [Tree(encoded[m[0]].prompt, tuple(encoded[i].response for i in m)) for m in members]
+        batches = split_by_tokens([tree.tokens for tree in trees], self.config.tokens_per_microbatch)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        mine = [*batches, *[[]] * (-len(batches) % ranks)][rank::ranks]
+        ratios: dict[int, np.ndarray] = {}
+        for batch in mine:
+            chosen = [trees[t] for t in batch or batches[0]]  # ZeRO-3 wants equally many forward passes of all ranks
+            rows = self._ratios(chosen).float().cpu().numpy()
+            lengths = [len(suffix) for tree in chosen for suffix in tree.suffixes]
+            pieces = np.split(rows, np.cumsum(lengths)[:-1])
+            ratios |= dict(zip((i for t in batch for i in members[t]), pieces, strict=False))
+        if ranks > 1:
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, ratios)
+            ratios = {i: piece for part in gathered for i, piece in part.items()}
+        return [ratios[i] for i in range(len(encoded))]
+
+    def _ratios(self, trees: Sequence[Tree]) -> Tensor:
+        return log_ratios(self.policy, self.reference, trees, self.device, self.config.logit_elements_per_chunk)
+
+
+class PrmLearner:
+    """Trains pi_phi on outcomes; needs an initialised process group. All ranks call every method alike."""
+
+    def __init__(
+        self,
+        model_path: Path,
+        reference_path: Path,
+        config: LearnerConfig,
+        *,
+        objective: Objective,
+        beta: float,
+        device: str,
+        total_steps: int,
+        trust_remote_code: bool = False,
+    ) -> None:
+        policy = load_to_train(model_path, config, trust_remote_code)
+        self.objective, self.beta = objective, beta
+        self.reference = load_reference(reference_path, config, device, trust_remote_code)
+        self.training = SupervisedEngine(policy, self._loss, config, device=device, total_steps=total_steps)
+        self.scorer = PrmScorer(self.training.engine, self.reference, config, device)
+        self._baseline = torch.zeros((), device=device)
+        if reference_path == model_path:
+            check_equal(self.training.engine, self.reference, device, config.logit_elements_per_chunk)
+
+    def step(self, encoded: Sequence[Encoded], batch: Sequence[Example]) -> float:
+        """One optimizer step; returns the mean objective per example before it (ln 2 at the first, with ce or dpo)."""
+        items = prompt_items(encoded, batch)
+        self._estimate_baseline(items)
+        return self.training.step(items, len(batch))
+
+    def evaluate(self, encoded: Sequence[Encoded], examples: Sequence[Example]) -> float:
+        """The mean objective per example."""
+        items = prompt_items(encoded, examples)
+        self._estimate_baseline(items)
+        return self.training.evaluate(items, len(examples))
+
+    def save(self, folder: Path) -> None:
+        """Write pi_phi as a plain Hugging Face folder; rank 0 writes."""
+        save_language_model(self.training, folder)
+
+    def _estimate_baseline(self, items: Sequence[PromptTree]) -> None:
+        """KTO's z over the whole batch, not per micro-batch; a batch with one prompt keeps the last one."""
+        if self.objective != "kto":
+            return
+        trees = list({tuple(item.tree.prefix): item.tree for item in items}.values())
+        if len(trees) > 1:
+            others = [PromptTree(tree) for tree in mismatched(trees)]
+            mean = self.training.evaluate(others, len(others))
+            self._baseline = torch.tensor(max(0.0, mean), device=self.training.device)
+
+    def _loss(self, module: Any, items: Sequence[PromptTree]) -> Tensor:
+        """The objective's sum over the items' examples; the scores' sum for items without labels."""
+        trees = [item.tree for item in items]
+        ratios = log_ratios(
+            module, self.reference, trees, self.training.device, self.training.config.logit_elements_per_chunk
+        )
+        scores = response_scores(ratios, trees, self.beta)
+        if not items[0].labels:
+            return scores.sum()
+        labels = torch.tensor([label for item in items for label in item.labels], device=scores.device)
+        better, worse = (torch.tensor(i, dtype=torch.int64, device=scores.device) for i in pair_indices(items))
+        baseline = None if self.objective in PAIRED else self._baseline
+        return objective_sum(self.objective, scores, labels, (better, worse), baseline)
+
+
+def load_reference(path: Path, config: LearnerConfig, device: str, trust_remote_code: bool) -> PackedCausalLM:
+    """pi_ref: whole on every rank, frozen, in the precision that pi_phi computes in."""
+    model = load_causal_lm(path, resolve_dtype(config.dtype, device), trust_remote_code=trust_remote_code)
+    return model.to(device).eval().requires_grad_(False)

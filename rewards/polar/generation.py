@@ -1,0 +1,295 @@
+"""Trajectories from a pool of policies: each prompt is answered by some of them, one vLLM engine after another.
+
+`python -m rewards.polar.generation ORDER.json` samples one policy, in a process whose memory is free afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rewards.polar.triplets import PromptRows
+from rlkit.cluster import processes
+from rlkit.config.model_folder import ModelFolderError, check_model_folder
+from rlkit.config.schema import RolloutConfig, Section
+from rlkit.data.base import DataError
+from rlkit.data.rendering import load_tokenizer
+from rlkit.models.folder import model_folder
+
+POLL_SECONDS = 0.2
+SHOWN_LINES = 20
+LOOP = re.compile(r"(.{2,200}?)\1{3,}", re.DOTALL)
+"""A span repeated four times or more in a row."""
+SHORTEST_LOOP = 64
+"""Characters; shorter repetition is punctuation, a table's rule, a row of zeros."""
+KEPT = 3
+"""Repetitions that stay: the sample still shows that its policy loops."""
+ENDING = re.compile(r"[.!?。！？…][\"'”’)\]]*(?=\s)|[。！？]|\n")
+"""After which a text can end."""
+
+
+class Generation(Section):
+    """stage=generate: the pool, and how it is sampled. The defaults are the paper's."""
+
+    policies: dict[str, str] = Field(default={})
+    """The pool: name -> folder of a language model."""
+    styles: dict[str, str] = Field(default={})
+    """Policy -> how it writes, where policies of the pool write differently; pre-training compares within a style."""
+    policies_per_prompt: int = Field(default=2, ge=2)
+    """Policies that answer a prompt, drawn for each prompt."""
+    samples_per_policy: int = Field(default=2, ge=2)
+    """Responses of each of them: two make a reference and a positive."""
+    prompts_as: Literal["chat", "text"] = "chat"
+    """chat: the prompt is a user's message in each policy's chat template; text: the policies continue it."""
+    longest_prefix: int | None = Field(default=None, ge=1)
+    """text: of every prompt only the first tokens stay, a random number from 1 to this (the paper: 1024)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Too cold and policies cannot be told apart, too hot and they blur."""
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    """Sample from the smallest set of tokens with this probability."""
+    top_k: int = Field(default=50, ge=0)
+    """Sample from this many likeliest tokens; 0: all."""
+    max_new_tokens: int = Field(default=4096, ge=1)
+    """A response that has not ended by then is cut back to its last whole sentence."""
+    memory_gib: float = Field(default=1.0, gt=0)
+    """CPU: memory of vLLM's key-value cache."""
+    gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
+    """CUDA: share of the GPU's memory that vLLM takes."""
+    stall_seconds: float = Field(default=900.0, gt=0, allow_inf_nan=False)
+    """A policy that finishes no response for this long (loading included) ends the run."""
+
+    def problems(self) -> list[str]:
+        """Cheap checks: messages, each beginning with its key."""
+        messages = []
+        for name, folder in self.policies.items():
+            try:
+                check_model_folder(folder)
+            except ModelFolderError as error:
+                messages.append(f"reward.generation.policies.{name}={folder}: {error}")
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                messages.append(f"reward.generation.policies.{name}: names are made of letters, digits, - _ and .")
+        pool = len(self.policies)
+        if pool and self.policies_per_prompt > pool:
+            messages.append(f"reward.generation.policies_per_prompt={self.policies_per_prompt}: the pool has {pool}")
+        unknown = sorted(set(self.styles) - set(self.policies))
+        if unknown:
+            messages.append(f"reward.generation.styles: {', '.join(unknown)} is no policy of the pool")
+        return messages
+
+
+@dataclass(frozen=True)
+class SamplingOrder:
+    """What the process that samples one policy must do (as JSON)."""
+
+    folder: str
+    prompts: list[str]
+    prompts_as: str
+    samples: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    memory_gib: float
+    gpu_memory_utilization: float
+    device: str
+    seed: int
+    output: str
+    """JSON Lines file: index of the prompt, number of the sample, finished, text."""
+
+
+class SamplingFailed(DataError):
+    """A policy that could not be sampled; the message names it, the cause and its log."""
+
+
+def draw(names: Sequence[str], prompts: int, policies: int, seed: int) -> list[list[str]]:
+    """Per prompt the policies that answer it, in the pool's order."""
+    rng = random.Random(f"pool/{seed}")
+    return [sorted(rng.sample(names, policies), key=names.index) for _ in range(prompts)]
+
+
+def prefixes(prompts: Sequence[str], tokenizer: Any, longest: int, seed: int) -> list[str]:
+    """The first 1 to `longest` tokens of each document."""
+    rng = random.Random(f"prefix/{seed}")
+    ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    return [tokenizer.decode(row[: rng.randint(1, longest)], skip_special_tokens=True) for row in ids]
+
+
+def generate(
+    prompts: Sequence[PromptRows],
+    options: Generation,
+    work: Path,
+    *,
+    device: str,
+    threads: int,
+    seed: int,
+    is_right: Callable[[PromptRows, str], bool | None],
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """Rows of trajectories.jsonl, policy after policy. Raises SamplingFailed."""
+    names = list(options.policies)
+    drawn = draw(names, len(prompts), options.policies_per_prompt, seed)
+    for name in names:
+        mine = [index for index, chosen in enumerate(drawn) if name in chosen]
+        if not mine:
+            continue
+        say(f"sampling {name} on {len(mine)} prompts")
+        own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4])
+        order = SamplingOrder(
+            folder=options.policies[name],
+            prompts=[prompts[index].prompt for index in mine],
+            samples=options.samples_per_policy,
+            device=device,
+            seed=own_seed,
+            output=str(work / f"{name}.jsonl"),
+            **{key: getattr(options, key) for key in _PASSED_ON},
+        )
+        run_policy(name, order, work, threads, options.stall_seconds)
+        rows = [json.loads(line) for line in Path(order.output).read_text(encoding="utf-8").splitlines()]
+        for row in sorted(rows, key=lambda row: (row["place"], row["turn"])):  # they come as they finish
+            source = prompts[mine[row["place"]]]
+            text = trim(row["text"], row["finished"])
+            yield {
+                "prompt": source.prompt,
+                "response": text,
+                "policy": name,
+                "style": options.styles.get(name, ""),
+                "correct": is_right(source, text),
+                "reference": source.reference,
+                "finished": row["finished"],
+            }
+
+
+_PASSED_ON = (
+    "prompts_as", "temperature", "top_p", "top_k", "max_new_tokens", "memory_gib", "gpu_memory_utilization",
+)  # fmt: skip
+
+
+def run_policy(name: str, order: SamplingOrder, work: Path, threads: int, stall_seconds: float) -> None:
+    """Sample one policy in a separate process: its memory is free afterwards, and a hang can be ended."""
+    from rlkit.rollout.sampler import engine_environment
+
+    spec, log, output = work / f"{name}.order.json", work / f"{name}.log", Path(order.output)
+    spec.write_text(json.dumps(asdict(order)), encoding="utf-8")
+    output.write_text("")
+    environment = {**os.environ, **engine_environment(order.device, threads)}
+    command = [sys.executable, "-m", "rewards.polar.generation", str(spec)]
+    process = processes.start(command, log, environment)
+    try:
+        size, since = 0, time.monotonic()
+        while not processes.wait(process, POLL_SECONDS):
+            if output.stat().st_size != size:
+                size, since = output.stat().st_size, time.monotonic()
+            elif time.monotonic() - since > stall_seconds:
+                raise SamplingFailed(
+                    f"policy {name} finished no response for {stall_seconds:g} s "
+                    f"(reward.generation.stall_seconds); its log is {log}"
+                )
+    finally:
+        processes.end([process])
+    if process.returncode:
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
+        raise SamplingFailed(f"policy {name} could not be sampled (exit code {process.returncode}):\n{last}\n({log})")
+
+
+def pool_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per policy: responses, how many ended by themselves, and how many are right where that is known."""
+    report: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(row["policy"] for row in rows):
+        mine = [row for row in rows if row["policy"] == name]
+        known = [row["correct"] for row in mine if row["correct"] is not None]
+        text = "".join(row["response"] for row in mine)
+        report[name] = {
+            "responses": len(mine),
+            "finished": sum(row["finished"] for row in mine) / len(mine),
+            "accuracy": sum(known) / len(known) if known else None,
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        }
+    return report
+
+
+# -- one policy --------------------------------------------------------------------------------------------------------
+
+
+def sample(order: SamplingOrder) -> None:
+    """Answer all prompts; those that the model has no room for are left out, and named."""
+    from rlkit.rollout.sampler import Request, Sampler, stop_token_ids
+
+    folder = model_folder(order.folder)
+    tokenizer = load_tokenizer(folder)
+    if order.prompts_as == "chat":
+        chats = [[{"role": "user", "content": prompt}] for prompt in order.prompts]
+        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    else:
+        prompts = tokenizer(order.prompts)
+    ids = prompts["input_ids"]
+    positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    longest = max(map(len, ids))
+    if positions is not None:
+        longest = min(longest, positions - 1)
+    room = order.max_new_tokens if positions is None else min(order.max_new_tokens, positions - longest)
+    sampler = Sampler(
+        str(folder),
+        RolloutConfig(
+            temperature=order.temperature,
+            top_p=order.top_p,
+            top_k=order.top_k,
+            max_prompt_tokens=longest,
+            max_response_tokens=room,
+            memory_gib=order.memory_gib,
+            gpu_memory_utilization=order.gpu_memory_utilization,
+        ),
+        device=order.device,
+        seed=order.seed,
+        stop_token_ids=stop_token_ids(str(folder), tokenizer),
+    )
+    for index, prompt in enumerate(ids):
+        if len(prompt) > longest:
+            print(f"prompt {index} has {len(prompt)} tokens, the model takes {longest}: left out")
+            continue
+        for turn in range(order.samples):
+            seed = (order.seed + index * order.samples + turn) % 2**31
+            sampler.add(Request(f"{index}/{turn}", prompt, seed, room, order.temperature))
+    with Path(order.output).open("a", encoding="utf-8") as output:
+        while sampler.busy:
+            for response in sampler.step():
+                text = tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True)
+                index, turn = map(int, response.id.split("/"))
+                row = {"place": index, "turn": turn, "finished": response.finish_reason == "stop", "text": text}
+                output.write(json.dumps(row, ensure_ascii=False) + "\n")
+            output.flush()
+
+
+# -- trimming ----------------------------------------------------------------------------------------------------------
+
+
+def trim(text: str, finished: bool) -> str:
+    """The response as a policy's sample; `finished`: it ended by itself, not at the length limit."""
+    text = without_loops(text)
+    return text if finished else without_unfinished_end(text)
+
+
+def without_loops(text: str) -> str:
+    """Repeated spans cut to KEPT repetitions."""
+    return LOOP.sub(lambda loop: loop[1] * KEPT if len(loop[0]) >= SHORTEST_LOOP else loop[0], text)
+
+
+def without_unfinished_end(text: str) -> str:
+    """Up to the last end of a sentence or line; a text without any stays as it is."""
+    ends = [match.end() for match in ENDING.finditer(text)]
+    return text[: ends[-1]].rstrip("\n") if ends else text
+
+
+if __name__ == "__main__":
+    processes.die_with_parent()
+    sample(SamplingOrder(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -1,0 +1,69 @@
+"""The loop of every reward training: measure, step, measure every so often, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from rlkit.data.base import BadRow
+from rlkit.reward_training.base import Report
+
+WARNED_ROWS = 10
+"""Unusable rows that are named one by one."""
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Task(Generic[Batch]):
+    """What a reward training does by steps."""
+
+    batches: Iterator[Batch]
+    """Endless."""
+    step: Callable[[Batch], Mapping[str, float]]
+    """One optimizer step; metrics `area/name`."""
+    measure: Callable[[], dict[str, float]]
+    """How good the model is on the held-out rows."""
+    save: Callable[[Path], None]
+    """Writes the model to a folder; all ranks call it."""
+    heldout: str = "heldout/"
+    """Before the names of measures in metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a training measured."""
+
+    steps: Sequence[Mapping[str, float]]
+    """Metrics of every step."""
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, folder: Path) -> Course:
+    """Measure, take `steps` steps, measure every `evaluate_every` of them (0: never) and at the end; save."""
+    before = after = task.measure()
+    report.evaluation(0, **named(task.heldout, before))
+    report.begins(steps)
+    course = []
+    for step, batch in zip(range(1, steps + 1), task.batches, strict=False):
+        course.append(task.step(batch))
+        report(step, **course[-1])
+        if step == steps or (evaluate_every and step % evaluate_every == 0):
+            after = task.measure()
+            report.evaluation(step, **named(task.heldout, after))
+    task.save(folder)
+    return Course(course, before, after)
+
+
+def named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The values under their names with a prefix."""
+    return {f"{prefix}{name}": value for name, value in values.items()}
+
+
+def warn_of(bad: Sequence[BadRow], report: Report) -> None:
+    """Name the first rows that are skipped."""
+    for row in bad[:WARNED_ROWS]:
+        report.warn(f"skipped {row.origin}: {row.reason}")

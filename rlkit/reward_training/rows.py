@@ -1,0 +1,203 @@
+"""Rows to train reward models on (a prompt, responses, labels), and which of them are held out.
+
+A row is used whole or not at all; what cannot be used is named, counted and skipped, up to `data.max_bad_row_share`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from rlkit.data.base import BadRow, DataConfig, DataError
+from rlkit.data.files import needs_datasets, table_rows
+from rlkit.data.rows import RowError, refuse_too_many_bad_rows
+from rlkit.experience import Message
+
+DEFAULT_HELDOUT_SHARE = 0.1
+
+Row = Mapping[str, Any]
+Chat = tuple[Message, ...]
+Side = Literal["train", "heldout"]
+T = TypeVar("T")
+
+
+class RewardDataConfig(DataConfig):
+    """Where the rows are, and which of them are held out. A backend nests a subclass as `Data`."""
+
+    path: str
+    """JSON Lines file (`.jsonl`, or `.jsonl.gz`) or Parquet file with the rows, or a data set that `datasets` loads: a
+    folder, or a name on the hub."""
+    subset: str | None = None
+    """Configuration of a data set."""
+    split: str = "train"
+    """Split of a data set that is trained on or evaluated."""
+    heldout_path: str | None = None
+    """File with the held-out rows; null: a share of `path` (`heldout_share`)."""
+    heldout_split: str | None = None
+    """Split of the data set `path` with the held-out rows."""
+    heldout_share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the prompts of `path` that is held out, all rows of a prompt together; null means 0.1."""
+    heldout_seed: int = Field(default=0, ge=0)
+    """Chooses which prompts are held out; not the run's seed, so runs with several seeds are judged alike."""
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> RewardDataConfig:
+        ways = ("heldout_path", "heldout_split", "heldout_share")
+        named = [way for way in ways if getattr(self, way) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{named[-1]} has no effect with {named[0]}: set one of them")
+        return self
+
+    @property
+    def has_heldout_rows(self) -> bool:
+        """Whether held-out rows are named; else a share of `path` is held out."""
+        return self.heldout_path is not None or self.heldout_split is not None
+
+    def problems(self) -> list[str]:
+        """Cheap checks: messages, each beginning with its key."""
+        messages = []
+        for key in ("path", "heldout_path"):
+            name = getattr(self, key)
+            if name is not None and not needs_datasets(name) and not Path(name).expanduser().is_file():
+                messages.append(f"data.{key}={name}: no such file (looked from {Path.cwd()})")
+        if not messages and (Path(self.path).expanduser().is_file() or not needs_datasets(self.path)):
+            for key in ("subset", "split", "heldout_split"):
+                value = getattr(self, key)
+                if value != type(self).model_fields[key].default:
+                    messages.append(f"data.{key}={value}: has no effect with a file")
+        return messages
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read(
+    config: RewardDataConfig, parse: Callable[[Row, str], Iterable[T]], side: Side = "train"
+) -> tuple[list[T], list[BadRow]]:
+    """What `parse(row, origin)` makes of every row of a side, and the rows for which it raised RowError.
+
+    Raises DataError if the rows cannot be read, or too many of them are unusable.
+    """
+    key, name, split = "path", config.path, config.split
+    if side == "heldout":
+        key, name = "heldout_path", config.heldout_path or config.path
+        split = config.heldout_split or split
+    rows = list(table_rows(name, f"data.{key}", split, config.subset))
+    items: list[T] = []
+    bad: list[BadRow] = []
+    for origin, row in rows:
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        try:
+            items += list(parse(row, origin))
+        except RowError as error:
+            bad.append(BadRow(origin, str(error)))
+    refuse_too_many_bad_rows(bad, len(rows), config.max_bad_row_share, f"data.{key}={name}")
+    return items, bad
+
+
+def read_split(
+    config: RewardDataConfig,
+    load: Callable[[Side], tuple[list[T], list[BadRow]]],
+    prompt: Callable[[T], str],
+    what: str,
+) -> tuple[list[T], list[T], list[BadRow]]:
+    """Training and held-out items and the unusable rows; `load` reads a side, `what` names an item in the message.
+
+    Without held-out rows, a share is held out by a hash of the prompt, so that other rows in the file do not move a
+    prompt from one side to the other. Raises DataError if a side is empty.
+    """
+    train, bad = load("train")
+    if config.has_heldout_rows:
+        heldout, more = load("heldout")
+        bad = bad + more
+    else:
+        share = config.heldout_share or DEFAULT_HELDOUT_SHARE
+        sides: tuple[list[T], list[T]] = ([], [])
+        for item in train:
+            digest = hashlib.sha256(f"{config.heldout_seed} {prompt(item)}".encode()).digest()
+            sides[int.from_bytes(digest[:8]) < share * 2**64].append(item)
+        train, heldout = sides
+    for name, items in (("training", train), ("held-out", heldout)):
+        if not items:
+            raise DataError(
+                f"data.path={config.path}: no {name} {what} is left; give more rows or another heldout_share"
+            )
+    return train, heldout, bad
+
+
+def draw_batches(
+    groups: Sequence[Sequence[T]], size: int, seed: int | str, *, across_epochs: bool = True
+) -> Iterator[list[T]]:
+    """Batches of `size` for ever, the groups shuffled in each epoch.
+
+    The items of a group stay neighbours: what they share (a prompt) goes through the model once.
+
+    `across_epochs`: a batch may hold the end of an epoch and the beginning of the next; else an epoch's last batch is
+    smaller.
+    """
+    rng = random.Random(seed)
+    queue: list[T] = []
+    while True:
+        while len(queue) < size and (across_epochs or not queue):
+            queue += [item for group in rng.sample(groups, len(groups)) for item in group]
+        yield queue[:size]
+        queue = queue[size:]
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+def cell(row: Row, column: str) -> Any:
+    """A column's value. Raises RowError if the row has none, as all functions below do for a wrong value."""
+    if row.get(column) is None:
+        raise RowError(f"{column} is null" if column in row else f"no column {column!r} (it has {', '.join(row)})")
+    return row[column]
+
+
+def number(row: Row, column: str) -> float:
+    """A finite number; true is 1."""
+    value = cell(row, column)
+    if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+        raise RowError(f"{column} must be a finite number, not {value!r}")
+    return float(value)
+
+
+def prompt_of(row: Row, column: str) -> Chat:
+    """A text is the user's message; or chat messages as they are."""
+    value = cell(row, column)
+    if isinstance(value, list):
+        return chat(value, column)
+    if not isinstance(value, str):
+        raise RowError(f"{column} must be a text or a list of chat messages, not {type(value).__name__}")
+    if not value.strip():
+        raise RowError(f"{column} is empty")
+    return (Message("user", value),)
+
+
+def chat(value: Any, what: str) -> Chat:
+    """Messages with role and content."""
+    if not isinstance(value, list) or not value:
+        raise RowError(f"{what} must be a list of chat messages, not {type(value).__name__}")
+    messages = []
+    for i, item in enumerate(value):
+        parts = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
+        if not all(isinstance(part, str) for part in parts):
+            raise RowError(f"{what}[{i}] must have a role and a content that are texts")
+        messages.append(Message(str(parts[0]), str(parts[1])))
+    return tuple(messages)
+
+
+def conversation(value: Any, what: str) -> tuple[Chat, str]:
+    """A chat whose last message is the response: what comes before it, and the response."""
+    messages = chat(value, what)
+    if len(messages) < 2 or messages[-1].role != "assistant":
+        raise RowError(f"{what} is a chat, so it must have a prompt and end with the assistant's message")
+    return messages[:-1], messages[-1].content
