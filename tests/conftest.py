@@ -41,3 +41,15 @@ def bare_model(tmp_path: Path) -> Path:
     header = json.dumps(tensors).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(51200))
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line on what was not tested for lack of bubblewrap."""
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    untested = [reason for reason in reasons if "bubblewrap" in reason]
+    if untested:
+        terminalreporter.write_line(
+            f"NOT TESTED: sandboxes of model-written code (reward=code), {len(untested)} tests: they need a working "
+            "bubblewrap. Install it (apt-get install -y bubblewrap) and run the tests again.",
+            red=True,
+        )
