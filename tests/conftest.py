@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import struct
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,10 @@ def bare_model(tmp_path: Path) -> Path:
     return folder
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line on what was not tested for lack of bubblewrap."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    """The last line: what was not tested for lack of bubblewrap."""
+    yield
     reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
     untested = [reason for reason in reasons if "bubblewrap" in reason]
     if untested:
