@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from rlkit.experience import Group, GroupScores
+from rlkit.experience.section import Section
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class RewardConfig(BaseModel):
+class RewardConfig(Section):
     """Fields every reward has. A backend nests its own subclass as `Config`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    timeout_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    timeout_seconds: float = Field(default=120.0, gt=0)
     """Deadline of one scoring call. After it the worker is killed and replaced, and the call is tried once more."""
     max_failed_share: float = Field(default=0.2, ge=0, le=1)
     """Share of invalid scores in one training step above which the run stops and names the cause (0 to 1)."""

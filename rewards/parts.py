@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import model_validator
+from pydantic_core import ErrorDetails
 
 from rewards.base import Reward, RewardConfig
+from rlkit.experience.section import Section
 
 
 def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
@@ -18,10 +20,8 @@ def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
     return kind, kind.Config(**{key: value for key, value in section.items() if key != "_target_"})
 
 
-class Named(BaseModel):
+class Named(Section):
     """A small part: its fields are its options, its `kind` is a name of the package's or its dotted path."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     kind: str = ""
     """A name of the package's, or the dotted path of a class of yours."""
@@ -41,7 +41,7 @@ def read_named(value: Any, known: Mapping[str, type[T]], base: type[T], what: st
 
     `what` (`step 2`) begins the messages. Raises ValueError with everything that is wrong.
     """
-    from rlkit.config.messages import unsuitable_scalars
+    from rlkit.config.messages import read_section
 
     if isinstance(value, base):
         return value
@@ -52,13 +52,10 @@ def read_named(value: Any, known: Mapping[str, type[T]], base: type[T], what: st
     if kind is None:
         raise ValueError(f"{what} has no kind; available: {', '.join(sorted(known))}")
     cls = _class(kind, known, base, what)
-    unsuitable = dict(unsuitable_scalars(cls, fields))
-    if unsuitable:
-        raise ValueError("; ".join(f"{what} ({kind}): {name} {text}" for name, text in unsuitable.items()))
-    try:
-        return cls.model_validate(dict(fields))
-    except ValidationError as error:
-        raise ValueError("; ".join(_mistakes(error, cls, f"{what} ({kind})"))) from error
+    part, errors = read_section(cls, fields)
+    if part is None:
+        raise ValueError("; ".join(dict.fromkeys(_mistakes(errors, cls, f"{what} ({kind})"))))
+    return part
 
 
 def _class(kind: Any, known: Mapping[str, type[T]], base: type[T], what: str) -> type[T]:
@@ -76,10 +73,10 @@ def _class(kind: Any, known: Mapping[str, type[T]], base: type[T], what: str) ->
     return cls
 
 
-def _mistakes(error: ValidationError, cls: type[Named], where: str) -> Iterator[str]:
-    from rlkit.config.messages import allowed, did_you_mean
+def _mistakes(errors: Sequence[ErrorDetails], cls: type[Named], where: str) -> Iterator[str]:
+    from rlkit.config.messages import did_you_mean, must_be
 
-    for details in error.errors():
+    for details in errors:
         if details["type"] == "value_error":
             yield f"{where} {details['ctx']['error']}"
             continue
@@ -91,4 +88,5 @@ def _mistakes(error: ValidationError, cls: type[Named], where: str) -> Iterator[
         elif details["type"] == "missing":
             yield f"{where}: {name} is needed"
         else:
-            yield f"{where}: {name}={details['input']} must be {allowed(field)}"
+            value = details["input"]
+            yield f"{where}: {name if isinstance(value, bool) else f'{name}={value}'} {must_be(details, field)}"

@@ -60,7 +60,7 @@ class RemoteReward(Reward):
 
         url: str
         """Address of the server: http://HOST:PORT."""
-        timeout_seconds: float = Field(default=360.0, gt=0, allow_inf_nan=False)
+        timeout_seconds: float = Field(default=360.0, gt=0)
         """Deadline of one scoring call; after 80 % of it the client gives up. That is time for both tries of a server
         whose own deadline is the default (120 s), and for replacing its process in between."""
         token_env: str | None = None

@@ -46,7 +46,7 @@ class CodeReward(Reward):
         """How far an expected decimal fraction and the one printed or returned may be apart, relative or absolute."""
         processes: int = Field(default=2, ge=1)
         """Programs of one worker that run side by side (requests at a time for http)."""
-        wall_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+        wall_seconds: float = Field(default=10.0, gt=0)
         """Deadline of one program: of all its assert statements or calls, or of each standard input."""
         cpu_seconds: int = Field(default=5, ge=1)
         """CPU time of one process of the program (bubblewrap)."""

@@ -22,6 +22,7 @@ from rewards.base import Reward, RewardConfig, RewardTraits
 from rewards.combined.scores import Combine, Combiner, parse_combiner
 from rewards.shaping.steps import Shaping, Step
 from rlkit.experience import Prompt
+from rlkit.experience.section import Section
 
 Scalar = bool | int | float | str
 
@@ -35,13 +36,11 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 Values = Annotated[tuple[Scalar, ...], BeforeValidator(_as_list)]
 
 
-class When(BaseModel):
+class When(Section):
     """Conditions on the prompt, all of which must hold; none: every prompt.
 
     Columns are `answer`, `references`, and the data's others. Empty texts, empty lists and null count as absent.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     has: Names = ()
     """Columns that must be present."""
@@ -94,12 +93,10 @@ PART_NAME = re.compile(r"(?!(?:unshaped|ensemble_std)$)[A-Za-z][A-Za-z0-9_]*")
 """Names appear in keys (`reward.parts.NAME.weight`) and in metrics; the two excluded are components of the whole."""
 
 
-class PartOptions(BaseModel):
+class PartOptions(Section):
     """What a combination says about any part."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    weight: float = Field(default=1.0, allow_inf_nan=False)
+    weight: float = 1.0
     """Factor of its value and of its process rewards, with combine=sum, logical_and or mean."""
     when: When = When()
     """The prompts that it judges; where it does not, it has no say. All conditions must hold."""
@@ -183,7 +180,7 @@ NO_PARTS = "needs at least one part; write reward=[rule,polar], with names of re
 class CombinedFields(RewardConfig):
     """All options but the parts."""
 
-    timeout_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    timeout_seconds: float = Field(default=120.0, gt=0)
     """Deadline of one scoring call; by default the sum of the parts', which score one after the other. After it the
     worker is killed and replaced, and the call is tried once more."""
     combine: Combine = "sum"

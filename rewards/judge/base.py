@@ -76,7 +76,7 @@ class BaseJudge(Reward):
         """Longer responses are invalid."""
         max_concurrent: int = Field(default=16, ge=1)
         """Calls of one worker at a time."""
-        call_timeout_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+        call_timeout_seconds: float = Field(default=60.0, gt=0)
         """Deadline of one call."""
         attempts: int = Field(default=4, ge=1)
         """Tries of one call after time-outs, lost connections and answers 408, 425, 429 and 5xx."""

@@ -22,9 +22,10 @@ from pydantic import Field
 from rewards.polar.triplets import PromptRows
 from rlkit.cluster import processes
 from rlkit.config.model_folder import ModelFolderError, check_model_folder
-from rlkit.config.schema import RolloutConfig, Section
+from rlkit.config.schema import RolloutConfig
 from rlkit.data.base import DataError
 from rlkit.data.rendering import load_tokenizer
+from rlkit.experience.section import Section
 from rlkit.models.folder import model_folder
 
 POLL_SECONDS = 0.2
@@ -66,7 +67,7 @@ class Generation(Section):
     """CPU: memory of vLLM's key-value cache."""
     gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
     """CUDA: share of the GPU's memory that vLLM takes."""
-    stall_seconds: float = Field(default=900.0, gt=0, allow_inf_nan=False)
+    stall_seconds: float = Field(default=900.0, gt=0)
     """A policy that finishes no response for this long (loading included) ends the run."""
 
     def problems(self) -> list[str]:

@@ -79,7 +79,7 @@ class PolarConfig(RewardConfig):
     """Servers: tokens of the inputs in one request (an input above it gets a request of its own)."""
     concurrent_requests: int = Field(default=8, ge=1)
     """Servers: requests that each reward worker has open at a time."""
-    request_timeout_seconds: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    request_timeout_seconds: float = Field(default=30.0, gt=0)
     """Servers: after this a request is given up and made again, of the next replica if there are several."""
     compare_at_start: bool = True
     """Servers: score two canned inputs with the weights in model_path, too, and refuse a server that differs. false

@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rewards.base import RewardTraits
 from rewards.verifiers.json_schema import read_json
 from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, column_value
 from rlkit.experience import Prompt, Score
+from rlkit.experience.section import Section
 
 _PLACEHOLDER = re.compile(r"\[[^\[\]\n]+\]")
 _HIGHLIGHT = re.compile(r"\*\*[^\n*]+\*\*|\*[^\n*]+\*")
@@ -245,10 +246,8 @@ CONSTRAINTS: Mapping[str, Callable[..., bool]] = {
 }
 
 
-class Instruction(BaseModel):
+class Instruction(Section):
     """One constraint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     id: str
     """Its name, as in IFEval's instruction_id_list."""

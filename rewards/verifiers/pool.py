@@ -212,7 +212,7 @@ MAX_TRACE_CHARACTERS = 400
 class TextRuleConfig(RewardConfig):
     """Fields of every rule that judges in processes of its own."""
 
-    item_timeout_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    item_timeout_seconds: float = Field(default=5.0, gt=0)
     """Deadline of one verdict; then its process is killed and replaced and the sample is invalid."""
     processes: int = Field(default=1, ge=1)
     """Verifier processes of one worker."""

@@ -42,7 +42,8 @@ from rlkit.config.parts import (
     import_part,
     with_present_targets,
 )
-from rlkit.config.schema import RunConfig, Section
+from rlkit.config.schema import RunConfig
+from rlkit.experience.section import Section
 
 
 class Loading:

@@ -11,16 +11,18 @@ From a plain tree to a typed section; what pydantic finds wrong becomes problems
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from rlkit.experience import UserError
 
@@ -95,22 +97,6 @@ def allowed(info: FieldInfo) -> str:
 def literal_values(info: FieldInfo) -> list[str]:
     """The words a Literal field takes; empty for other fields."""
     return [str(value) for kind in _alternatives(info.annotation) for value in get_args(kind) if _is_literal(kind)]
-
-
-def unsuitable_scalars(model: type[BaseModel], tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(full key, reason) for values that pydantic would take but nobody means: true as 1, inf as a size."""
-    for name, value in tree.items():
-        info = model.model_fields.get(name)
-        if info is None:
-            continue
-        kinds = _alternatives(info.annotation)
-        nested = section_type(info.annotation)
-        if nested is not None and isinstance(value, Mapping):
-            yield from unsuitable_scalars(nested, value, f"{prefix}{name}.")
-        elif isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
-            yield f"{prefix}{name}", f"must be {allowed(info)}"
-        elif isinstance(value, float) and value in (float("inf"), float("-inf")):
-            yield f"{prefix}{name}", f"must be finite: {allowed(info)}"
 
 
 def _alternatives(annotation: Any) -> list[Any]:
@@ -258,6 +244,8 @@ def similar_keys(key: str, valid: Collection[str]) -> list[str]:
 MISSING = "???"
 """Hydra's mark of a value that the user has to give."""
 
+Model = TypeVar("Model", bound=BaseModel)
+
 Where = Callable[[str, Any], str]
 """(full key, value) -> how the user knows it: the argument typed, or `key=value` and its file."""
 
@@ -276,28 +264,42 @@ def validate(
     """
     missing = list(_missing(tree, prefix))
     problems = [Problem(key, f"needs a value; write {key}=VALUE") for key in missing]
-    unsuitable = dict(unsuitable_scalars(model, tree, prefix))
-    problems += [Problem(where(key, _at(tree, key, prefix)), message) for key, message in unsuitable.items()]
     fields = dict(all_fields(model, prefix))
-    section = None
-    try:
-        section = model.model_validate(dict(tree))
-    except ValidationError as error:
-        for details in error.errors(include_url=False):
-            key = prefix + ".".join(str(step) for step in details["loc"]) if details["loc"] else prefix.rstrip(".")
-            if key in missing or key in unsuitable:
-                continue
-            if details["type"] == "extra_forbidden":
-                for leaf, value in _leaves(key, details["input"]):
-                    note = notes.get(leaf)
-                    message = f"no such key: {note}" if note else unknown_key(leaf, known_keys)
-                    problems.append(Problem(where(leaf, value), message))
-            else:
-                problems.append(_problem(key, details, fields, where))
+    section, errors = read_section(model, tree)
+    for details in errors:
+        key = prefix + ".".join(str(step) for step in details["loc"]) if details["loc"] else prefix.rstrip(".")
+        if key in missing:
+            continue
+        if details["type"] == "extra_forbidden":
+            for leaf, value in _leaves(key, details["input"]):
+                note = notes.get(leaf)
+                message = f"no such key: {note}" if note else unknown_key(leaf, known_keys)
+                problems.append(Problem(where(leaf, value), message))
+        else:
+            problems.append(_problem(key, details, fields, where))
     return (None if problems else section), list(dict.fromkeys(problems))
 
 
-def _problem(key: str, details: Any, fields: Mapping[str, FieldInfo], where: Where) -> Problem:
+def read_section(model: type[Model], tree: Mapping[str, Any]) -> tuple[Model | None, list[ErrorDetails]]:
+    """The typed section, or None and pydantic's errors. True and false are no numbers, as in its strict mode; which
+    would also refuse lists for tuples and texts for paths."""
+    errors = []
+    try:
+        model.model_validate(dict(tree), strict=True)
+    except ValidationError as error:
+        errors += [
+            details
+            for details in error.errors(include_url=False)
+            if details["type"] in ("int_type", "float_type") and isinstance(details["input"], bool)
+        ]
+    try:
+        section = model.model_validate(dict(tree))
+    except ValidationError as error:
+        return None, errors + error.errors(include_url=False)
+    return (None if errors else section), errors
+
+
+def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], where: Where) -> Problem:
     kind, value = details["type"], details.get("input")
     if kind == "missing":
         return Problem(key, f"needs a value; write {key}=VALUE")
@@ -309,8 +311,14 @@ def _problem(key: str, details: Any, fields: Mapping[str, FieldInfo], where: Whe
         return Problem(where(key, value), f"{details['msg'][0].lower()}{details['msg'][1:]}")
     words = literal_values(info)
     guess = nearest(str(value), words) if words else None
-    expected = f"must be {allowed(info)}"
+    expected = must_be(details, info)
     return Problem(where(name, value), f"did you mean {guess}? {expected}" if guess else expected)
+
+
+def must_be(details: ErrorDetails, info: FieldInfo) -> str:
+    """What a field takes, about one of pydantic's errors: `must be an integer, at least 1`."""
+    endless = isinstance(details["input"], float) and math.isinf(details["input"])
+    return f"must be {'finite: ' if endless else ''}{allowed(info)}"
 
 
 def unknown_key(key: str, known_keys: Collection[str]) -> str:
@@ -349,10 +357,3 @@ def _missing(tree: Mapping[str, Any], prefix: str) -> Iterator[str]:
             yield from _missing(value, f"{prefix}{name}.")
         elif value == MISSING:
             yield f"{prefix}{name}"
-
-
-def _at(tree: Mapping[str, Any], key: str, prefix: str) -> Any:
-    value: Any = tree
-    for step in key.removeprefix(prefix).split("."):
-        value = value[step]
-    return value

@@ -9,15 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from rlkit.experience.filters import BufferConfig
-
-
-class Section(BaseModel):
-    """Base of all sections: no unknown keys, no later changes, field docs taken from the strings under them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from rlkit.experience.section import Section
 
 
 class TrainerConfig(Section):
@@ -35,10 +30,10 @@ class TrainerConfig(Section):
     """Held-out prompts per evaluation (all of them if there are fewer), one response each."""
     save_every_steps: int = Field(default=0, ge=0)
     """Write `checkpoints/step_NNNNNN/`, from which a run can go on, every so many steps. 0: only after the last."""
-    step_timeout_seconds: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
+    step_timeout_seconds: float = Field(default=1800.0, gt=0)
     """A step (collecting, updating, publishing) that takes longer ends the run and says who was waited for; so does an
     evaluation or a checkpoint."""
-    startup_timeout_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    startup_timeout_seconds: float = Field(default=600.0, gt=0)
     """The actors must be ready by then."""
     report_waits_after: float = Field(default=0.25, gt=0, lt=1)
     """A wait that has lasted this share of its deadline is told on the screen: who waits for what. Again at each

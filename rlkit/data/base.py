@@ -7,17 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rlkit.experience import Message, UserError
+from rlkit.experience.section import Section
 
 Split = Literal["train", "heldout"]
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Fields every data source has. A source nests its own subclass as `Config`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     max_bad_row_share: float = Field(default=0.01, ge=0, le=1)
     """Share of unusable rows that is skipped (each reported with file and row); above it the run does not start."""

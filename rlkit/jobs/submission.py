@@ -22,7 +22,8 @@ from rlkit.config.messages import ConfigError, Problem, all_fields, did_you_mean
 from rlkit.config.model_folder import ModelFolderError
 from rlkit.config.parts import ResolvedRun, plain
 from rlkit.config.plan import plan
-from rlkit.config.schema import RunConfig, Section
+from rlkit.config.schema import RunConfig
+from rlkit.experience.section import Section
 from rlkit.jobs.cluster import (
     RUN_FOLDER,
     RUN_NAME,
@@ -82,7 +83,7 @@ class SubmitConfig(Section):
     """The cluster adds nodes when they are asked for: missing GPUs are then a warning."""
     follow: bool = True
     """Show the log until the job ends, and exit with its code."""
-    reconnect_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    reconnect_seconds: float = Field(default=600.0, gt=0)
     """Following gives up when the cluster has not answered for this long; the job is left alone."""
     stop_seconds: int = Field(default=60, ge=1)
     """How long the job may take to end in order after `stop`, before it is killed."""

@@ -12,8 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 from pydantic import Field, model_validator
 
 from rlkit.config.model_folder import ModelFolderError, check_model_folder
-from rlkit.config.schema import LearnerConfig, Section
+from rlkit.config.schema import LearnerConfig
 from rlkit.data.base import DataConfig
+from rlkit.experience.section import Section
 from rlkit.reward_training.rows import RewardDataConfig
 
 Stage = Literal["train", "evaluate", "pretrain", "finetune", "generate"]
@@ -35,7 +36,7 @@ class TrainRewardConfig(Section):
     """What the model runs on."""
     threads: int = Field(default=2, ge=1)
     """CPU threads of each rank."""
-    rank_timeout_seconds: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
+    rank_timeout_seconds: float = Field(default=1800.0, gt=0)
     """With several ranks: how long one may keep the others waiting before all end, saying who waited. Must be more than
     what a rank does alone (saving the model) takes."""
     reward: dict[str, Any]

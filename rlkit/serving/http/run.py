@@ -24,7 +24,7 @@ from rlkit.config.help import print_section
 from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, Problem, all_fields
 from rlkit.config.parts import CONTRACTS, TARGET, conf_dir
-from rlkit.config.schema import Section
+from rlkit.experience.section import Section
 from rlkit.experience.wire import SCHEMA_VERSION, Health, Needs
 from rlkit.serving.http.app import is_loopback, make_app
 from rlkit.serving.http.process import RewardProcess, model_version
@@ -65,9 +65,9 @@ class ServeConfig(Section):
     """Larger requests are answered 413."""
     max_connections: int = Field(default=128, ge=1)
     """Requests open at a time; further ones are answered 503."""
-    startup_timeout_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    startup_timeout_seconds: float = Field(default=600.0, gt=0)
     """The reward must have loaded and judged its first group by then, also when its process is replaced."""
-    end_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    end_seconds: float = Field(default=10.0, gt=0)
     """After Ctrl-C or SIGTERM, open requests may finish within this time."""
 
 
