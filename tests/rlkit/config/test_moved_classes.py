@@ -12,7 +12,7 @@ from rlkit.checkpoint.folder import seal, stage
 from rlkit.checkpoint.resume import find_resume
 from rlkit.config.loading import load_config
 from rlkit.config.parts import Contract, config_text, import_part, plain
-from rlkit.reward_training.load import CONTRACTS as REWARD_TRAINING
+from rlkit.reward_training.command import CONTRACTS as REWARD_TRAINING
 
 OLD_TARGETS = [
     "algorithms.grpo.GRPO",
