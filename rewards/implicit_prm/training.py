@@ -115,7 +115,7 @@ class ImplicitPRMTraining(RewardTraining):
             step=lambda batch: {"prm/loss": learner.step(responses, batch)},
             measure=measure,
             save=lambda folder: self._save(learner, folder),
-            heldout="prm/heldout_",
+            heldout="prm/heldout_{}",
         )
         course = train(task, steps, config.evaluate_every_steps, report, self.context.model_folder)
         return {
@@ -148,7 +148,7 @@ class ImplicitPRMTraining(RewardTraining):
         policy = load_causal_lm(model_folder(config.model_path), dtype, trust_remote_code=trust).to(device)
         reference = load_reference(model_folder(reference_path), learner_config, device, trust)
         ratios = PrmScorer(policy, reference, learner_config, device).log_ratios(encoded)
-        metrics = named("prm/", outcome_metrics(encoded, ratios, config.beta))
+        metrics = named("prm/{}", outcome_metrics(encoded, ratios, config.beta))
         report.evaluation(0, **metrics)
         choices = self._choices(report, encoded, ratios)
         return {"responses": len(encoded), "reference": reference_path, "metrics": metrics, **choices}

@@ -187,42 +187,32 @@ class Rules:
     def question(self, material: Material, responses: tuple[str, ...]) -> Question:
         """One question about these responses."""
         form = Form("scores", len(responses), self.low, self.high, self.reasons)
+        task = "Score the response" + ("" if len(responses) == 1 else "s, each by itself and beside the others")
         if self.mode == "pairwise":
             form = Form("winner", len(responses), reasons=self.reasons)
-        return question(form, material, responses, self.answer_format, self.seed)
-
-
-def question(
-    form: Form, material: Material, responses: tuple[str, ...], answer_format: AnswerFormat, seed: int
-) -> Question:
-    """A question that asks for a verdict in this form."""
-    reference = material.reference
-    blocks = [("CONVERSATION", conversation(material.conversation))]
-    if reference is not None:
-        blocks.append(("REFERENCE ANSWER", reference))
-    names, alone = form.names(), len(responses) == 1
-    named = zip(names, responses, strict=True)
-    blocks += [("RESPONSE" if alone else f"RESPONSE {name}", response) for name, response in named]
-    task = {
-        "scores": "Score the response" + ("" if alone else "s, each by itself and beside the others"),
-        "winner": "Say which of the two responses is better; their order means nothing",
-    }[form.kind]
-    sure = " The reference answer is correct." if reference is not None else ""
-    instruction = form.instruction(answer_format)
-    messages = fenced_chat(
-        f"You judge responses by this principle:\n{material.principle}",
-        blocks,
-        f"{task} by the principle.{sure} {instruction}",
-        seed,
-        [material.principle, *(m.content for m in material.conversation), reference or "", *responses],
-    )
-    fields: dict[str, Any] = {}
-    if answer_format == "json_schema":
-        fields = guided(form.schema())
-    elif answer_format == "json_object":
-        fields = {"response_format": {"type": "json_object"}}
-    read = partial(form.read, answer_format=answer_format)
-    return Question(responses, messages, read, instruction, fields, answer_format)
+            task = "Say which of the two responses is better; their order means nothing"
+        names = ["RESPONSE"] if len(responses) == 1 else [f"RESPONSE {name}" for name in form.names()]
+        blocks = [("CONVERSATION", conversation(material.conversation)), *zip(names, responses, strict=True)]
+        task += " by the principle."
+        if material.reference is not None:
+            blocks.insert(1, ("REFERENCE ANSWER", material.reference))
+            task += " The reference answer is correct."
+        instruction = form.instruction(self.answer_format)
+        contents = [message.content for message in material.conversation]
+        messages = fenced_chat(
+            f"You judge responses by this principle:\n{material.principle}",
+            blocks,
+            f"{task} {instruction}",
+            self.seed,
+            [material.principle, *contents, material.reference or "", *responses],
+        )
+        fields: dict[str, Any] = {}
+        if self.answer_format == "json_schema":
+            fields = guided(form.schema())
+        elif self.answer_format == "json_object":
+            fields = {"response_format": {"type": "json_object"}}
+        read = partial(form.read, answer_format=self.answer_format)
+        return Question(responses, messages, read, instruction, fields, self.answer_format)
 
 
 def shuffled(texts: Sequence[str], material: Material, seed: int) -> list[str]:

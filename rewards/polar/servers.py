@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,10 +32,15 @@ class WireFormat(ABC):
     """How one kind of server is asked for scores."""
 
     path: ClassVar[str]
+    key: ClassVar[str] = "input"
+    """Of the inputs, in a request."""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """What else a request holds."""
 
-    @abstractmethod
     def body(self, inputs: Sequence[Sequence[int]], model: str | None) -> dict[str, Any]:
         """The JSON of a request."""
+        named = {} if model is None else {"model": model}
+        return {self.key: [list(ids) for ids in inputs], **self.options, **named}
 
     @abstractmethod
     def entries(self, answer: Any) -> list[Any]:
@@ -56,11 +61,8 @@ class VllmWire(WireFormat):
     """`POST /pooling` of vLLM 0.8 and later: a score (sequence classifier), or one per token (InternLM2)."""
 
     path = "/pooling"
-
-    def body(self, inputs: Sequence[Sequence[int]], model: str | None) -> dict[str, Any]:
-        """Without `use_activation: false` vLLM answers the sigmoid of the score."""
-        body: dict[str, Any] = {"input": [list(ids) for ids in inputs], "use_activation": False}
-        return body if model is None else {**body, "model": model}
+    options: ClassVar = {"use_activation": False}
+    """Otherwise vLLM answers the sigmoid of the score."""
 
     def entries(self, answer: Any) -> list[Any]:
         return [entry["data"] for entry in sorted(answer["data"], key=lambda entry: int(entry["index"]))]
@@ -70,10 +72,7 @@ class SglangWire(WireFormat):
     """SGLang's own `POST /classify`, started with `--is-embedding`."""
 
     path = "/classify"
-
-    def body(self, inputs: Sequence[Sequence[int]], model: str | None) -> dict[str, Any]:
-        body: dict[str, Any] = {"input_ids": [list(ids) for ids in inputs]}
-        return body if model is None else {**body, "model": model}
+    key = "input_ids"
 
     def entries(self, answer: Any) -> list[Any]:
         """A list; for a single input some versions answer with the object alone."""
@@ -84,10 +83,6 @@ class LmdeployWire(WireFormat):
     """`POST /pooling` of LMDeploy 0.9.1 and later, PyTorch engine."""
 
     path = "/pooling"
-
-    def body(self, inputs: Sequence[Sequence[int]], model: str | None) -> dict[str, Any]:
-        body: dict[str, Any] = {"input": [list(ids) for ids in inputs]}
-        return body if model is None else {**body, "model": model}
 
     def entries(self, answer: Any) -> list[Any]:
         return [entry["data"] for entry in sorted(answer["data"], key=lambda entry: int(entry.get("index", 0)))]
@@ -102,17 +97,17 @@ def last_number(entry: Any) -> float:
 
     JSON knows no NaN, so null is one. Raises WrongAnswer if there is no number.
     """
-    found = entry
-    while isinstance(found, list) and found:
-        found = found[-1]
-    if found is None:
+    last = entry
+    while isinstance(last, list) and last:
+        last = last[-1]
+    if last is None:
         return math.nan
-    if isinstance(found, bool) or not isinstance(found, int | float):
+    if isinstance(last, bool) or not isinstance(last, int | float):
         raise WrongAnswer(f"{str(entry)[:80]!r} where a score belongs")
     try:
-        return float(found)
+        return float(last)
     except OverflowError as error:
-        raise WrongAnswer(f"a number of {len(str(found))} digits where a score belongs") from error
+        raise WrongAnswer(f"a number of {len(str(last))} digits where a score belongs") from error
 
 
 REFUSES_INPUT = (400, 413, 422)

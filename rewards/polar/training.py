@@ -102,7 +102,7 @@ class PolarTraining(RewardTraining):
                 f"data.path={self.data.path}: nothing to measure: it has no triplets, no two responses of one policy "
                 "beside another's, and no right and wrong responses to one prompt"
             )
-        report.evaluation(0, **named("heldout/", measures))
+        report.evaluation(0, **named("heldout/{}", measures))
         return {"prompts": len(prompts), "bad_rows": len(bad), **measures}
 
     def _train(self, report: Report) -> dict[str, Any]:
@@ -144,8 +144,8 @@ class PolarTraining(RewardTraining):
             "bad_rows": len(bad),
             "first_loss": losses[0],
             "last_loss": sum(losses[-10:]) / len(losses[-10:]),
-            **named("before/", course.before),
-            **named("after/", course.after),
+            **named("before/{}", course.before),
+            **named("after/{}", course.after),
             "model": str(self.context.model_folder),
         }
 

@@ -77,7 +77,7 @@ class PreferenceTraining(RewardTraining):
         course = train(
             Task(
                 batches=draw_batches(prompts, config.batch_size, seed),
-                step=lambda batch: named("preference/", learner.step(batch)),
+                step=lambda batch: named("preference/{}", learner.step(batch)),
                 measure=lambda: learner.measure(judged),
                 save=learner.save,
             ),
@@ -92,8 +92,8 @@ class PreferenceTraining(RewardTraining):
             "training_pairs": pairs,
             "heldout_pairs": len(judged),
             "bad_rows": len(bad),
-            **named("before/", course.before),
-            **named("after/", course.after),
+            **named("before/{}", course.before),
+            **named("after/{}", course.after),
             "model": str(self.context.model_folder),
         }
 
@@ -115,7 +115,7 @@ class PreferenceTraining(RewardTraining):
             measures = measure_folder(folder, encoder, pairs, self.config, self.context)
         except ClassifierError as error:
             raise ModelLoadError(str(error)) from error
-        report.evaluation(0, **named("heldout/", measures))
+        report.evaluation(0, **named("heldout/{}", measures))
         return {"pairs": len(pairs), "bad_rows": len(bad), **measures}
 
     def _encoder(self) -> Encoder:

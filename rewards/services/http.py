@@ -56,13 +56,13 @@ class HttpError(Exception):
         """Of the answer, if there was one."""
         self.answer = answer
         """Its beginning."""
+        self.retry_after: float | None = None
+        """Seconds that the server asks to wait."""
 
 
 class TransientError(HttpError):
     """It may pass. Raised by `post` after the last try; a reader of answers raises it to have another try."""
 
-    retry_after: float | None = None
-    """Seconds that the server asks to wait."""
     timed_out: bool = False
     """Whether it is that there was no answer within `Limits.try_seconds`."""
     tries: int = 1
@@ -121,7 +121,7 @@ class HttpClient:
         self._slots = asyncio.Semaphore(limits.concurrent)
         self._latest: TransientError | None = None
         self._http = httpx.AsyncClient(
-            headers={"Content-Type": "application/json", **bearer(token)},
+            headers={"Content-Type": "application/json", **_bearer(token)},
             timeout=httpx.Timeout(None, connect=limits.connect_seconds),
             limits=httpx.Limits(max_connections=limits.concurrent),
             trust_env=trust_env,
@@ -218,6 +218,7 @@ class BlockingHttpClient:
         return asyncio.run_coroutine_threadsafe(self._client.post(body, deadline, read), self._loop).result()
 
     def close(self) -> None:
+        """When all calls of `post` have returned."""
         asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -236,13 +237,12 @@ def get(
     """One GET without a second try; any status is an answer. Raises TransientError if there is none."""
     timeout = httpx.Timeout(seconds, connect=connect_seconds or seconds)
     try:
-        return httpx.get(url, headers=bearer(token), timeout=timeout, trust_env=trust_env, verify=verify)
+        return httpx.get(url, headers=_bearer(token), timeout=timeout, trust_env=trust_env, verify=verify)
     except httpx.RequestError as error:
         raise _no_answer(url, error) from error
 
 
-def bearer(token: str | None) -> dict[str, str]:
-    """The header with a token."""
+def _bearer(token: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
@@ -256,11 +256,9 @@ def accepted(answer: httpx.Response) -> httpx.Response:
     status = answer.status_code
     if status == 200:
         return answer
+    passes = status in (408, 425, 429) or (status >= 500 and status not in SAME_AGAIN)
     shown = excerpt(answer)
-    url, problem = str(answer.url), f"HTTP {status}: {shown}"
-    if status not in (408, 425, 429) and (status < 500 or status in SAME_AGAIN):
-        raise RefusedError(url, problem, status, shown)
-    error = TransientError(url, problem, status, shown)
+    error = (TransientError if passes else RefusedError)(str(answer.url), f"HTTP {status}: {shown}", status, shown)
     error.retry_after = _retry_after(answer)
     raise error
 
@@ -275,7 +273,7 @@ def _no_answer(url: str, error: httpx.RequestError) -> TransientError:
 
 
 def _failure(state: RetryCallState) -> TransientError:
-    error = state.outcome.exception() if state.outcome is not None else None
+    error = state.outcome and state.outcome.exception()
     assert isinstance(error, TransientError)
     return error
 

@@ -28,8 +28,8 @@ class Task(Generic[Batch]):
     """How good the model is on the held-out rows."""
     save: Callable[[Path], None]
     """Writes the model to a folder; all ranks call it."""
-    heldout: str = "heldout/"
-    """Before the names of measures in metrics.jsonl."""
+    heldout: str = "heldout/{}"
+    """Names of the measures in metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, fo
     return Course(course, before, after)
 
 
-def named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The values under their names with a prefix."""
-    return {f"{prefix}{name}": value for name, value in values.items()}
+def named(pattern: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The values with their names put into a pattern such as `area/{}`."""
+    return {pattern.format(name): value for name, value in values.items()}
 
 
 def warn_of(bad: Sequence[BadRow], report: Report) -> None:

@@ -33,7 +33,6 @@ RECIPES = {
     "rloo": {"samples_per_prompt": 4, "aggregation": "sequence_mean_token_sum", "kl_coefficient": 0.0},
     "reinforce_pp": {"samples_per_prompt": 1, "kl_in": "reward", "kl_estimator": "k1"},
     "remax": {"samples_per_prompt": 1, "aggregation": "sequence_mean_token_sum", "kl_coefficient": 0.0},
-    "brpo": {"samples_per_prompt": 16, "max_skew": 0.6, "kl_coefficient": 0.0},
     "reinforce_pp_baseline": {"baseline": "group", "kl_in": "loss", "kl_estimator": "k2"},
 }
 

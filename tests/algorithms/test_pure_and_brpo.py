@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from algorithms.functional.advantages import Outcomes
 from algorithms.functional.step_credit import Steps
 from algorithms.ppo import PPO
 from algorithms.pure import PURE
+from rlkit.config.loading import load_config
+from rlkit.config.messages import ConfigError
 from rlkit.experience import Group, GroupScores, Message, PreferencePair, Prompt, Sample, Score, Span
 from rlkit.experience.types import SpanReward
 
@@ -229,3 +232,14 @@ def test_outcomes_of_a_group_that_was_not_scored() -> None:
     prompt = Prompt("p", (Message("user", "?"),), (1, 2))
     with pytest.raises(ValueError, match="has no scores yet"):
         Outcomes.of(Experience([Group("g", prompt, (sample(0, 1),))], step=1))
+
+
+def test_recipes(tmp_path: Path) -> None:
+    pure = load_config(["algorithm=pure", "reward=implicit_prm", f"run_dir={tmp_path / 'run'}"])
+    config = pure.make_algorithm().config
+    assert (config.samples_per_prompt, config.temperature, config.outcome_coefficient) == (4, 0.1, 1.0)
+    assert (config.kl_coefficient, config.kl_in, pure.config.learner.minibatches_per_step) == (0.001, "reward", 2)
+    brpo = load_config(["algorithm=brpo", "reward=rule", f"run_dir={tmp_path / 'run'}"]).make_algorithm().config
+    assert (brpo.samples_per_prompt, brpo.max_skew, brpo.kl_coefficient) == (16, 0.6, 0.0)
+    with pytest.raises(ConfigError, match="PURE needs process rewards, and RuleReward gives none"):
+        load_config(["algorithm=pure", "reward=rule", f"run_dir={tmp_path / 'run'}"])

@@ -264,7 +264,7 @@ print(json.dumps(leaks))
 
 
 STARTUP_SECONDS = 30.0
-"""By then a sandbox stands, also on a busy machine."""
+"""Time limit for a sandbox to be ready, also on a busy machine."""
 _SHOWN_CHARACTERS = 2000
 _RESULTS_PER_OUTPUT = 4
 """Values and verdicts may take that much more than output: they are written with their types."""
