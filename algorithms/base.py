@@ -49,7 +49,7 @@ class AlgorithmNeeds:
     token_kl: bool = False
     """Advantages use log-probs of the policy and of the reference (a KL penalty in the reward)."""
     greedy_response: bool = False
-    """Every prompt also gets a scored greedy response, which is not trained on (`Group.greedy`)."""
+    """Every prompt also gets a scored greedy response (`Group.greedy`), never trained on."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Experience:
     values: Sequence[FloatArray] | None = None
     """Per sample, [T]: the critic's values, where there is a critic."""
     policy_logprobs: Sequence[FloatArray] | None = None
-    """Per sample, [T]: log-probs under the policy before the update, where an algorithm asked for them."""
+    """Per sample, [T]: log-probs under the policy before the update, if needed."""
     reference_logprobs: Sequence[FloatArray] | None = None
-    """Per sample, [T]: log-probs under the reference policy, where there is one."""
+    """Per sample, [T]: log-probs under the reference policy, if needed."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,13 @@ class ValueLossInputs:
     values: Tensor
     """[R] of the critic being trained."""
     old_values: Tensor
-    """[R] that the advantages were made with."""
+    """[R] that the advantages were computed with."""
     returns: Tensor
     """[R] targets."""
     mask: Tensor
     """[R] 1.0 where the token is trained."""
     sequence: Tensor
-    """[R] int64: which of the S samples a row belongs to."""
+    """[R] int64: sample of each row."""
     num_sequences: int
     """S."""
     denominators: Denominators
@@ -153,14 +153,14 @@ class ValueLossInputs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A micro-batch's share of the step's loss: shares simply add up over micro-batches and ranks."""
+    """A micro-batch's share of the step's loss; shares add up over micro-batches and ranks."""
 
     loss: Tensor
     """Scalar, already divided by the global denominators."""
     sums: Mapping[str, Tensor] = field(default_factory=dict)
-    """Metrics as scalars that add up over micro-batches and ranks (divide by global denominators here too)."""
+    """Scalar metrics that add up over micro-batches and ranks (divided by global denominators, too)."""
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
-    """Metrics of which the largest over micro-batches and ranks is reported."""
+    """Scalar metrics reported as their maximum over micro-batches and ranks."""
 
 
 class Algorithm(ABC):
@@ -172,35 +172,37 @@ class Algorithm(ABC):
         self.config = config
 
     def needs(self) -> AlgorithmNeeds:
-        """What this algorithm needs under its present configuration."""
         return AlgorithmNeeds()
 
     def normalises(self) -> bool:
-        """Whether its advantages are divided by the spread of the rewards (of the group or of the batch), so that the
-        rewards' scale cancels. Where it does not, raw scores of a model should be normalised before."""
+        """Whether advantages are divided by the spread of rewards (in the group or the batch), so that their scale
+        cancels.
+
+        Otherwise raw scores of a model should be normalised first.
+        """
         return False
 
     @abstractmethod
     def advantages(self, experience: Experience) -> Advantages:
-        """Credit for every response token. Changes nothing: equal input and state, equal output."""
+        """Credit for every response token. Pure."""
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The policy loss of one micro-batch. Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
 
     def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 (few algorithms have state)
-        """Called in the driver after each update with all its metrics: the only place where state may change.
+        """Called in the driver after each update with its metrics; only here may state change.
 
-        The loss runs in other processes and never sees this state; what it needs travels in `Advantages.scalars`.
+        The loss runs in other processes: what it needs of the state travels in `Advantages.scalars`.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What `observe` has changed, for checkpoints."""
+        """What `observe` changed, for checkpoints."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """The reverse of state_dict."""
+        ...
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutput:
-        """The critic's loss of one micro-batch; only algorithms that need a critic have one."""
+        """The critic's loss of one micro-batch."""
         raise TypeError(f"{type(self).__name__} says that it needs a critic but defines no value_loss")

@@ -21,8 +21,6 @@ from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 
 
 class BRPO(SurrogateAlgorithm):
-    """See the module."""
-
     class Config(SurrogateConfig):
         """The paper's group size and bound; a KL penalty is off."""
 
@@ -42,15 +40,12 @@ class BRPO(SurrogateAlgorithm):
             return self
 
     def needs(self) -> AlgorithmNeeds:
-        """A reference and a sample that is compared with it."""
         return replace(super().needs(), min_samples_per_prompt=2)
 
     def normalises(self) -> bool:
-        """Only the order of rewards counts."""
         return True
 
     def credit(self, experience: Experience) -> Advantages:
-        """+1 for each sample that beats its group's reference, -1 for the others."""
         outcomes = Outcomes.of(experience)
         reference = draw_references(experience, outcomes)
         wins = wins_over(experience, outcomes, reference, self.config.win_probability)
@@ -64,8 +59,8 @@ class BRPO(SurrogateAlgorithm):
 
 
 def draw_references(experience: Experience, outcomes: Outcomes) -> Bool:
-    """[B] marks one valid sample of each group that has any: that with the smallest seed. Seeds are hashes, so each
-    sample is as likely, and the same group always has the same reference."""
+    """[B] marks one valid sample per group: that with the smallest seed. Seeds are hashes, so each is equally
+    likely, and the same group always has the same reference."""
     seeds = [sample.seed for group in experience.groups for sample in group.samples]
     reference = np.zeros(len(seeds), dtype=np.bool_)
     for g in np.unique(outcomes.group[outcomes.valid]):
@@ -74,7 +69,7 @@ def draw_references(experience: Experience, outcomes: Outcomes) -> Bool:
 
 
 def wins_over(experience: Experience, outcomes: Outcomes, reference: Bool, win_probability: float) -> Bool:
-    """[B] samples that beat their group's reference: by a preference, or by the reward in a group without any."""
+    """[B] samples that beat their group's reference: by a preference, or by reward in a group without any."""
     wins = np.zeros(len(reference), dtype=np.bool_)
     for g, group in enumerate(experience.groups):
         members = np.flatnonzero(outcomes.group == g)

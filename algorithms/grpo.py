@@ -17,11 +17,7 @@ from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 
 
 class GRPO(SurrogateAlgorithm):
-    """See the module."""
-
     class Config(SurrogateConfig):
-        """Defaults are the paper's, where it gives them."""
-
         kl_coefficient: float = Field(default=0.04, ge=0)
         """Weight of the KL penalty to the reference policy (the paper's section 4.2); 0 loads none."""
         normalize_by_std: bool = True
@@ -29,15 +25,12 @@ class GRPO(SurrogateAlgorithm):
         aggregation: Aggregation = "sequence_mean_token_mean"
 
     def needs(self) -> AlgorithmNeeds:
-        """A group baseline needs two samples."""
         return replace(super().needs(), min_samples_per_prompt=2)
 
     def normalises(self) -> bool:
-        """By each group's standard deviation (not Dr. GRPO)."""
         return bool(self.config.normalize_by_std)
 
     def credit(self, experience: Experience) -> Advantages:
-        """Group-relative outcome rewards, spread over each sample's tokens."""
         outcomes = Outcomes.of(experience)
         rewards, metrics = self.sample_rewards(experience, outcomes)
         relative, keep = group_relative(

@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 
 
 class PPO(SurrogateAlgorithm):
-    """See the module."""
-
     class Config(SurrogateConfig):
-        """Defaults as in POLAR's and most published language-model runs: gamma = lambda = 1, clip 0.2."""
+        """As in POLAR's and most published language-model runs: gamma = lambda = 1, clip 0.2."""
 
         samples_per_prompt: int = Field(default=1, ge=1)
         """Responses sampled for each prompt; the critic is the baseline, so one is enough."""
@@ -50,15 +48,12 @@ class PPO(SurrogateAlgorithm):
         kl_estimator: Estimator = "k1"
 
     def needs(self) -> AlgorithmNeeds:
-        """A critic, and what a KL penalty needs."""
         return replace(super().needs(), critic=True)
 
     def normalises(self) -> bool:
-        """By the spread over the batch."""
         return bool(self.config.whiten_advantages)
 
     def credit(self, experience: Experience) -> Advantages:
-        """GAE over token rewards; returns are the critic's targets."""
         if experience.values is None:
             raise ValueError("PPO needs the critic's values in the Experience (needs().critic)")
         outcomes = Outcomes.of(experience)
@@ -94,7 +89,6 @@ class PPO(SurrogateAlgorithm):
         return rewards, {**metrics, **measured}
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutput:
-        """Half the squared error with clipped values, averaged over tokens."""
         rows, clipped = clipped_value_loss(inputs.values, inputs.old_values, inputs.returns, self.config.value_clip)
 
         def mean(values: Tensor) -> Tensor:

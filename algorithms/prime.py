@@ -30,10 +30,8 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 
 class PRIME(SurrogateAlgorithm):
-    """See the module."""
-
     class Config(SurrogateConfig):
-        """Defaults are the paper's and its script's, the parity mode aside."""
+        """The paper's and its script's, except for the parity mode."""
 
         samples_per_prompt: int = Field(default=4, ge=1)
         """Responses sampled for each prompt (K)."""
@@ -71,11 +69,9 @@ class PRIME(SurrogateAlgorithm):
             return self
 
     def needs(self) -> AlgorithmNeeds:
-        """Process rewards on every sample, and a group to compare with."""
         return replace(super().needs(), min_samples_per_prompt=2, process_rewards=True)
 
     def credit(self, experience: Experience) -> Advantages:
-        """Whitened sum of process and outcome returns."""
         outcomes = Outcomes.of(experience)
         rewards, shaping = self.outcome_rewards(outcomes)
         process = _process_rewards(experience)
@@ -118,7 +114,7 @@ class PRIME(SurrogateAlgorithm):
 
 
 def _process_rewards(experience: Experience) -> list[Float64]:
-    """Ragged token process rewards; invalid samples have none and get zeros (they are not kept)."""
+    """Ragged; invalid samples have none and get zeros (they are not kept)."""
     rows = []
     for group in experience.groups:
         for sample, score in group.scored():

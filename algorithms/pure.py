@@ -29,8 +29,6 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 
 class PURE(SurrogateAlgorithm):
-    """See the module."""
-
     class Config(SurrogateConfig):
         """Those of the authors' script (process and verifiable rewards)."""
 
@@ -51,11 +49,9 @@ class PURE(SurrogateAlgorithm):
             return self
 
     def needs(self) -> AlgorithmNeeds:
-        """Process rewards on every sample, and a group to compare with."""
         return replace(super().needs(), min_samples_per_prompt=2, process_rewards=True)
 
     def credit(self, experience: Experience) -> Advantages:
-        """Min-form process credit, outcome credit and KL of every token."""
         outcomes, steps, weight = Outcomes.of(experience), Steps.of(experience), self.config.outcome_coefficient
         valid = outcomes.valid if weight else _scored(experience)
         rewards, metrics = self.outcome_rewards(outcomes)

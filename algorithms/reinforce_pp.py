@@ -20,11 +20,7 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 
 class ReinforcePP(SurrogateAlgorithm):
-    """See the module."""
-
     class Config(SurrogateConfig):
-        """Defaults are the paper's, where it gives them."""
-
         samples_per_prompt: int = Field(default=1, ge=1)
         baseline: Literal["none", "group"] = "none"
         """What is taken off a sample's outcome: nothing, or the mean of its group."""
@@ -37,15 +33,12 @@ class ReinforcePP(SurrogateAlgorithm):
         kl_estimator: Estimator = "k1"
 
     def needs(self) -> AlgorithmNeeds:
-        """Only the group baseline compares samples."""
         return replace(super().needs(), min_samples_per_prompt=2 if self.config.baseline == "group" else 1)
 
     def normalises(self) -> bool:
-        """By the spread over the batch."""
         return True
 
     def credit(self, experience: Experience) -> Advantages:
-        """Whitened rewards to go of every token."""
         outcomes = Outcomes.of(experience)
         rewards, metrics = self.outcome_rewards(outcomes)
         keep = outcomes.valid

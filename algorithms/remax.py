@@ -19,8 +19,6 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 
 class ReMax(SurrogateAlgorithm):
-    """See the module."""
-
     class Config(SurrogateConfig):
         """One response per prompt, log-probs summed over it, as in the paper's algorithm 1."""
 
@@ -31,11 +29,9 @@ class ReMax(SurrogateAlgorithm):
         aggregation: Aggregation = "sequence_mean_token_sum"
 
     def needs(self) -> AlgorithmNeeds:
-        """A greedy response to every prompt."""
         return replace(super().needs(), greedy_response=True)
 
     def credit(self, experience: Experience) -> Advantages:
-        """Outcome rewards above the greedy response's, spread over each sample's tokens."""
         outcomes = Outcomes.of(experience)
         rewards, metrics = self.sample_rewards(experience, outcomes)
         greedy, judged = greedy_rewards(experience)
@@ -46,9 +42,9 @@ class ReMax(SurrogateAlgorithm):
 
 
 def greedy_rewards(experience: Experience) -> tuple[Float64, Bool]:
-    """([G] reward of each group's greedy response, 0 where there is none; [G] whether it was judged).
+    """[G] rewards of the greedy responses, 0 where there is none; [G] whether each was judged.
 
-    Raises ValueError if a group came without a greedy response: the sampler was not asked for it.
+    Raises ValueError if a group came without a greedy response.
     """
     scores = []
     for group in experience.groups:

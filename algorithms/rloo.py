@@ -18,10 +18,8 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 
 class RLOO(SurrogateAlgorithm):
-    """See the module."""
-
     class Config(SurrogateConfig):
-        """The paper's: 2 or 4 samples; KL taken off a sample's reward; the action is the whole sample, so log-probs are
+        """The paper's: 2 or 4 samples; KL off the sample's reward; the action is the whole sample, so log-probs are
         summed."""
 
         samples_per_prompt: int = Field(default=4, ge=1)
@@ -30,11 +28,9 @@ class RLOO(SurrogateAlgorithm):
         aggregation: Aggregation = "sequence_mean_token_sum"
 
     def needs(self) -> AlgorithmNeeds:
-        """A sample is compared with at least one other."""
         return replace(super().needs(), min_samples_per_prompt=2)
 
     def credit(self, experience: Experience) -> Advantages:
-        """Leave-one-out outcome rewards, spread over each sample's tokens."""
         outcomes = Outcomes.of(experience)
         rewards, metrics = self.sample_rewards(experience, outcomes)
         relative, keep = leave_one_out(rewards, outcomes.valid, outcomes.group)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 KLPlace = Literal["loss", "reward"]
 Surrogate = Callable[..., "tuple[Tensor, Tensor]"]
-"""Returns the loss of each token [R] and where clipping binds [R]. Its parameters are named after what it wants: fields
-of LossInputs and CLIP_OPTIONS."""
+"""Returns token losses [R] and where clipping binds [R]. Parameters are named after fields of LossInputs and
+CLIP_OPTIONS."""
 SURROGATES: Mapping[str, Surrogate] = {
     "clipped": losses.clipped_surrogate,
     "gspo": losses.gspo_surrogate,
@@ -39,7 +39,7 @@ INPUTS = (*(field.name for field in fields(LossInputs)), "num_sequences")
 
 
 def find_surrogate(name: str) -> Any:
-    """The function or class of a built-in surrogate, or at a dotted path. Raises ValueError that says what is wrong."""
+    """A built-in surrogate, or the function or class at a dotted path. Raises ValueError."""
     if name in SURROGATES:
         return SURROGATES[name]
     module_name, _, attribute = name.rpartition(".")
@@ -62,7 +62,8 @@ def find_surrogate(name: str) -> Any:
 
 
 def surrogate_parameters(surrogate: Any) -> list[str]:
-    """What a surrogate (of a class: its `__call__`) wants. Raises ValueError where that cannot be given."""
+    """The parameters of a surrogate (of a class: of its `__call__`). Raises ValueError for one that cannot be
+    supplied."""
     if inspect.isclass(surrogate) and not any("__call__" in vars(base) for base in surrogate.__mro__):
         raise ValueError("is a class without __call__, which computes the loss")
     signature = inspect.signature(surrogate.__call__ if inspect.isclass(surrogate) else surrogate)
@@ -77,7 +78,7 @@ def surrogate_parameters(surrogate: Any) -> list[str]:
 
 
 def make_surrogate(name: str, options: Mapping[str, Any] | None) -> Surrogate:
-    """A surrogate, made with its options if it is a class. Raises ValueError if the options are not its own."""
+    """Raises ValueError if the options do not fit."""
     surrogate = find_surrogate(name)
     is_class, config, options = inspect.isclass(surrogate), getattr(surrogate, "Config", None), options or {}
     instance: Surrogate
@@ -205,21 +206,18 @@ class SurrogateAlgorithm(Algorithm):
 
     @property
     def kl_coefficient(self) -> float:
-        """The present weight of the KL penalty."""
+        """The current weight of the KL penalty."""
         fixed: float = self.config.kl_coefficient
         return fixed if self._adaptive is None else self._adaptive.value
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Steer the coefficient by the KL that this update measured."""
         if self._adaptive is not None and "kl/reference" in metrics:
             self._adaptive = self._adaptive.adjust(metrics["kl/reference"], int(metrics["policy/trained_samples"]))
 
     def state_dict(self) -> dict[str, Any]:
-        """The steered coefficient."""
         return {} if self._adaptive is None else {"kl_coefficient": self._adaptive.value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict."""
         if self._adaptive is not None:
             self._adaptive = replace(self._adaptive, value=state["kl_coefficient"])
 
@@ -229,7 +227,6 @@ class SurrogateAlgorithm(Algorithm):
         return AlgorithmNeeds(reference_policy=penalty, token_kl=penalty and self.config.kl_in == "reward")
 
     def advantages(self, experience: Experience) -> Advantages:
-        """The subclass's credit, with the present weight of the KL penalty."""
         credit = self.credit(experience)
         if not self.config.kl_coefficient:
             return credit
@@ -250,7 +247,7 @@ class SurrogateAlgorithm(Algorithm):
         return outcomes.rewards + penalty, {"reward/overlong_penalty": mean}
 
     def token_kl(self, experience: Experience, outcomes: Outcomes) -> tuple[list[Float64] | None, dict[str, float]]:
-        """Ragged KL estimates where the penalty is in the reward, else None; and their mean over trained tokens."""
+        """Ragged KL estimates if the penalty is in the reward, else None; and their mean over trained tokens."""
         if not self.needs().token_kl:
             return None, {}
         policy, reference = experience.policy_logprobs, experience.reference_logprobs
@@ -263,7 +260,7 @@ class SurrogateAlgorithm(Algorithm):
         return tokens, {"kl/reference": float(np.concatenate(trained).mean())} if trained else {}
 
     def sample_rewards(self, experience: Experience, outcomes: Outcomes) -> tuple[Float64, dict[str, float]]:
-        """[B] rewards with every penalty in them (the KL summed over the tokens), and metrics."""
+        """[B] rewards with every penalty (the KL summed over tokens), and metrics."""
         rewards, metrics = self.outcome_rewards(outcomes)
         divergence, measured = self.token_kl(experience, outcomes)
         if divergence is not None:

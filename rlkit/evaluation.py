@@ -1,4 +1,4 @@
-"""Held-out accuracy: one response per held-out prompt, judged by the run's verifier, never trained on."""
+"""Held-out accuracy: one response per held-out prompt, scored by the run's verifier, never trained on."""
 
 from __future__ import annotations
 
@@ -18,21 +18,19 @@ from rlkit.serving.pool import RewardPool
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation."""
-
     accuracy: float
     """Share of right answers among the judged ones, 0 to 1."""
     metrics: Mapping[str, float]
 
 
 class Evaluator:
-    """Samples with the rollout workers at their temperature and lets the verifier judge."""
+    """Samples with the rollout workers at their temperature and scores with the verifier."""
 
     def __init__(self, prompts: Sequence[Prompt], rollout: RolloutPool, verifier: RewardPool, seed: int) -> None:
         self.prompts, self.rollout, self.verifier, self.seed = prompts, rollout, verifier, seed
 
     async def evaluate(self, step: int) -> Evaluation:
-        """Accuracy with the present weights. Raises RewardFailed if too many answers could not be judged."""
+        """Accuracy with the current weights. Raises RewardFailed if too many answers could not be judged."""
         requests = [
             GroupRequest(id=f"evaluation-{step}-{i}", prompt=prompt, samples=1, seed=self.seed, step=step)
             for i, prompt in enumerate(self.prompts)
@@ -53,16 +51,16 @@ class Evaluator:
         )
 
     async def judge(self, batches: Sequence[Any]) -> tuple[list[Group], ScoreReport]:
-        """Groups (or references to lists of them), scored by the verifier whatever the run's reward is."""
+        """Score groups (or references to lists of them) with the verifier."""
         scored = await self.verifier.score(batches)
         lists = await asyncio.gather(*(_fetch(ref) for ref in scored.batches))
         return [group for groups in lists for group in groups], scored.report
 
 
 def correctness(groups: Sequence[Group]) -> np.ndarray:
-    """[B] 1.0 right, 0.0 wrong, NaN not judged, for groups scored by the verifier.
+    """[B] 1.0 right, 0.0 wrong, NaN not judged.
 
-    The component `correct`, or of a verifier without it the value. Raises RewardFailed for scores that have neither.
+    The component `correct`, or the value of a verifier without it. Raises RewardFailed if there is neither.
     """
     return np.array([_correct(score) for group in groups for _, score in group.scored()])
 

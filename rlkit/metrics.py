@@ -20,7 +20,7 @@ from rlkit.experience.scores import ScoreReport
 def rollout_metrics(
     groups: Sequence[Group], report: ScoreReport, judged: Sequence[Group] | None, stats: BufferStats, seconds: float
 ) -> dict[str, float]:
-    """Rewards, lengths, group spread, failures, buffer; `seconds` is how long the sampler worked for them."""
+    """Rewards, lengths, group spread, failures, buffer. `seconds`: the sampler's working time for these groups."""
     values: list[list[float]] = []
     components: defaultdict[str, list[float]] = defaultdict(list)
     for group in groups:
@@ -70,7 +70,7 @@ def summary(
     reward_failed: int,
     policy: Path,
 ) -> dict[str, Any]:
-    """What summary.json holds. `accuracies`: step -> held-out accuracy; empty if the data has no held-out answers."""
+    """The content of summary.json. `accuracies`: step -> held-out accuracy; empty without held-out answers."""
     return {
         "accuracy_before": accuracies.get(0),
         "accuracy_after": accuracies.get(steps),
@@ -84,12 +84,10 @@ def summary(
 
 
 class TrainingFailedError(UserError):
-    """The run cannot go on; the message says why."""
+    """The run cannot go on."""
 
 
 class UpdateGuard:
-    """Looks at the metrics of every update."""
-
     def __init__(self, config: TrainerConfig, warn: Callable[[str], None]) -> None:
         self.config, self.warn = config, warn
         self.skipped_in_a_row = 0
@@ -120,11 +118,11 @@ class UpdateGuard:
 
 
 class HackingAlarm:
-    """Warns when what is learnt looks better while the rule verifier says that answers get worse.
+    """Warns when a learnt signal rises while verified accuracy falls.
 
-    Compares the means of the last `window` steps with those of the `window` before: a reward or the accuracy of a
-    process reward model that rises by more than `RISE`, beside a share of right answers that falls by more than `FALL`.
-    It warns at most once per window.
+    Compares the means of the last `window` steps with those of the `window` before: the reward or the process reward
+    model's accuracy up by more than `RISE`, the share of right answers down by more than `FALL`. At most one warning
+    per window.
     """
 
     RISE, FALL = 0.01, 0.02
@@ -140,7 +138,6 @@ class HackingAlarm:
         self.quiet = 0
 
     def check(self, metrics: Mapping[str, float]) -> None:
-        """Look at one step's metrics."""
         names = ("accuracy/train", *self.LEARNT)
         self.history.append({name: metrics[name] for name in names if name in metrics})
         self.quiet -= 1

@@ -41,15 +41,15 @@ class Producer:
         self.greedy, self.seed, self.step_timeout_seconds = greedy, seed, step_timeout_seconds
         self.started = 0
         self._open: dict[str, GroupRequest] = {}
-        """Asked for and not yet in the buffer."""
+        """Requested and not yet in the buffer."""
         self._again: deque[GroupRequest] = deque()
-        """Open when the checkpoint was made that this run goes on from: asked for again, with their ids and seeds."""
+        """Requested before the checkpoint that this run resumes: requested again with their ids and seeds."""
         self._report = ScoreReport()
         self._generated_at: float | None = None
         self._generating = 0.0
 
     async def run(self) -> None:
-        """Fill the buffer for ever. Raises what rollout, reward or buffer raise."""
+        """Fill the buffer until cancelled. Raises what rollout, reward or buffer raise."""
         async with asyncio.TaskGroup() as scoring:
             while True:
                 async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 3):
@@ -94,19 +94,19 @@ class Producer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Place in the data, and the groups that are open: a resumed run asks for them again."""
+        """Position in the data, and the open groups."""
         open_groups = [{"id": r.id, "prompt": r.prompt.id} for r in (*self._open.values(), *self._again)]
         return {"order": self.order.state_dict(), "started": self.started, "open": open_groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict. Raises DataError if the data are others."""
+        """Raises DataError if the data have changed."""
         self.order.load_state_dict(state["order"])
         self.started = int(state["started"])
         prompts = self.order.by_id()
         self._again = deque(self._request(int(entry["id"]), prompts[entry["prompt"]]) for entry in state["open"])
 
     def take_report(self) -> tuple[ScoreReport, float]:
-        """What the reward did, and for how many seconds the sampler worked, since the last call."""
+        """What the reward did, and the sampler's working seconds, since the last call."""
         report, self._report = self._report, ScoreReport()
         seconds, self._generating = self._generating, 0.0
         return report, seconds
@@ -117,7 +117,7 @@ class Producer:
 
 
 async def until(work: Awaitable[T], *background: asyncio.Task[None]) -> T:
-    """The result of `work`, unless a background task fails first: then its error, out of its exception group."""
+    """Await `work`; if a background task fails first, raise its error, out of its exception group."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task, *background}, return_when=asyncio.FIRST_COMPLETED)

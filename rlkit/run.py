@@ -1,4 +1,4 @@
-"""One run from a valid configuration to its summary: starts the actors, trains, ends everything it started."""
+"""One run from a valid configuration to its summary: start the actors, train, end everything that was started."""
 
 from __future__ import annotations
 
@@ -54,23 +54,22 @@ LOADING = {
     "verifier": "loading the verifier",
     "critic": "loading the critic (DeepSpeed)",
 }
-"""Phases of the start, as the screen shows them."""
+"""Start-up phases as the screen shows them."""
 CANARY_TOKENS = 32
 END_SECONDS = 120.0
-"""How long actors, threads and Ray may take to end; after that the process ends itself, and Ray's reaper the rest."""
+"""Time limit for actors, threads and Ray to end; then the process exits, and the janitor ends the rest."""
 ROOM_SECONDS = 60.0
-"""How long Ray may look for room for the actors; on a cluster that is starting, nodes still join."""
+"""Time limit for Ray to find room for the actors: on a starting cluster, nodes still join."""
 
 
 def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
     """Train, from the checkpoint `point` if there is one.
 
-    Returns 0, 1 after an error that was explained on the screen, or 143 after SIGTERM.
-    KeyboardInterrupt passes through.
+    Returns 0, 1 after an error that was printed, or 143 after SIGTERM. KeyboardInterrupt passes through.
     """
     config = resolved.config
     try:
-        folder = RunFolder(config.run_dir, go_on=config.resume == "auto" or (point is not None and point.same_run))
+        folder = RunFolder(config.run_dir, resume=config.resume == "auto" or (point is not None and point.same_run))
     except UserError as error:
         return print_error(error)
     folder.write_config(config_text(config))
@@ -95,7 +94,7 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
 
 
 def _run_to_the_end(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, point: ResumePoint | None) -> None:
-    """Raises an actor's own error in place of Ray's report about it, whose message is the actor's whole stack."""
+    """Raise an actor's own error instead of Ray's report, whose message is the actor's whole stack."""
     from ray.exceptions import RayTaskError
 
     try:
@@ -114,7 +113,7 @@ async def _train(
     point: ResumePoint | None,
     ending: contextlib.ExitStack,
 ) -> None:
-    """Starts everything, trains, ends everything. `ending` is closed by the caller when the event loop is gone, too."""
+    """`ending` is closed by the caller after the event loop is gone."""
     config, began = resolved.config, time.monotonic()
     # Ray replaces the handler of SIGTERM when it starts; ours cancels the run, so that everything is ended in order.
     task = asyncio.current_task()
@@ -143,13 +142,12 @@ async def _train(
 
 
 async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None:
-    """Bring the parts to where the checkpoint was made."""
     tracker.phase(f"going on from {point.checkpoint.path}")
     for notice in point.notices:
         tracker.warn(notice)
     async with waiting("the start", f"{point.checkpoint.path} to be restored", *_startup(trainer.config)):
         await trainer.checkpointer.restore(point.checkpoint, trainer)
-    tracker.go_on_from(trainer.version, trainer.accuracies)
+    tracker.resume(trainer.version, trainer.accuracies)
 
 
 async def _start(
@@ -161,7 +159,7 @@ async def _start(
     stack: contextlib.AsyncExitStack,
     began: float,
 ) -> Trainer:
-    """Start all actors side by side, but those that share a GPU one after the other."""
+    """Start all actors side by side; those that share a GPU one after the other."""
     import ray
 
     from rlkit.experience.buffer_actor import BufferActor
@@ -225,7 +223,7 @@ async def _start(
 
 
 def _own_verifier(resolved: ResolvedRun) -> bool:
-    """Whether held-out answers need a verifier beside the reward: options of the reward must not move the yardstick."""
+    """Whether the verifier needs a worker pool of its own: options of the reward must not move the yardstick."""
     reward, verifier = resolved.reward_class, resolved.verifier_class
     return reward is not verifier or resolved.reward_config != resolved.verifier_config
 
@@ -252,12 +250,12 @@ def _producer(
 
 
 def _startup(config: RunConfig) -> tuple[float, str]:
-    """Seconds, and where they come from."""
+    """Seconds, and the key that sets them."""
     return config.trainer.startup_timeout_seconds, "trainer.startup_timeout_seconds"
 
 
 async def _all_ready(starting: dict[str, Any], tracker: Tracker, config: RunConfig) -> None:
-    """Wait for all, showing which are still loading. Raises the first error, or WaitedTooLongError at the deadline."""
+    """Wait for all, showing which still load. Raises the first error, or WaitedTooLongError at the deadline."""
 
     async def one(name: str, work: Any) -> None:
         tracker.phase(name, parallel=True)
@@ -302,7 +300,7 @@ def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, spl
 
 
 def _with_logs(error: Exception, logs: Path) -> str:
-    """The message of an unexpected error; for a dead actor with the ends of the actors' logs."""
+    """The message of an unexpected error; for a dead actor with the tails of the actors' logs."""
     from ray.exceptions import RayActorError
 
     text = f"rlkit: {type(error).__name__}: {error}"

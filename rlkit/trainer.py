@@ -50,10 +50,12 @@ class Trainer:
     failed_scores: int = 0
     accuracies: dict[int, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
-    """Every metric's latest value."""
 
     async def fit(self) -> dict[str, Any]:
-        """Train to the last step. Raises TrainingFailedError, WaitedTooLongError, RewardFailed, what actors raise."""
+        """Train to the last step.
+
+        Raises TrainingFailedError, WaitedTooLongError, RewardFailed, and what actors raise.
+        """
         trainer = self.config.trainer
         # Proves that sampler and learner hold the same policy before any training.
         async with self.deadline("the driver", "the first weights to be published"):
@@ -86,7 +88,6 @@ class Trainer:
         )
 
     async def step(self, step: int, producing: asyncio.Task[None]) -> None:
-        """One training step."""
         if step > 1:
             await self.buffer.advance.remote(step - 1)  # now there is room for this step's groups
         groups, times = await self.collect(producing)
@@ -116,7 +117,7 @@ class Trainer:
         self.tracker.step(step, metrics, groups, advantages.tokens)
 
     async def collect(self, producing: asyncio.Task[None]) -> tuple[list[Group], dict[str, float]]:
-        """The next groups from the buffer, and how long sampling took and scoring took beyond it."""
+        """The next groups from the buffer; seconds of sampling, and of scoring beyond it."""
         began = time.monotonic()
         with self.tracker.timed("generate"):
             groups = await until(self.buffer.take.remote(), producing)
@@ -125,23 +126,23 @@ class Trainer:
         return groups, {"time/generate": sampled - began, "time/score": ended - sampled}
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
-        """The learner's part of a step: version + 1. Raises TrainingFailedError when updates keep failing."""
+        """Update policy and critic: version + 1. Raises TrainingFailedError when updates keep failing."""
         metrics = await self.learner.update(experience, advantages)
         self.version += 1
         self.guard.check(metrics)
         return metrics
 
     async def judge(self, groups: list[Group]) -> list[Group] | None:
-        """The step's groups as the verifier sees them: shows when a learned reward is being fooled."""
+        """The step's groups as the verifier scores them: shows when a learned reward is being gamed."""
         return None if self.evaluator is None else (await self.evaluator.judge([groups]))[0]
 
     async def publish(self) -> float:
-        """Bring the learner's weights to every rollout worker and prove it; the canary's difference in log-probs."""
+        """Send the weights to every rollout worker and verify them; return the canary's difference in log-probs."""
         with self.tracker.timed("publish"):
             return await self.weight_sync.publish(self.version)
 
     async def evaluate(self, step: int) -> None:
-        """Held-out accuracy, if the data has held-out answers."""
+        """Measure held-out accuracy, if the data have held-out answers."""
         if self.evaluator is None:
             return
         with self.tracker.timed("evaluate"):
@@ -152,17 +153,16 @@ class Trainer:
         self.tracker.evaluation(step, result.accuracy, result.metrics)
 
     async def save(self, step: int) -> None:
-        """Write `checkpoints/step_NNNNNN`: the policy as a plain Hugging Face folder, and what a later run needs."""
+        """Write `checkpoints/step_NNNNNN`: the policy as a Hugging Face folder, and all that resuming needs."""
         with self.tracker.timed("save"):
             async with self.deadline("the driver", f"the checkpoint of step {step}"):
                 await self.weight_sync.with_learner_memory(self.checkpointer.save(step, self, self.latest))
 
     def deadline(self, who: str, what: str) -> AbstractAsyncContextManager[None]:
-        """A step, an evaluation and a checkpoint may take so long."""
+        """Time limit of one step, evaluation or checkpoint."""
         return waiting(who, what, self.config.trainer.step_timeout_seconds, "trainer.step_timeout_seconds")
 
     def state_dict(self) -> dict[str, Any]:
-        """The driver's own part of a checkpoint."""
         return {
             "version": self.version,
             "failed_scores": self.failed_scores,
@@ -174,7 +174,6 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict."""
         self.version, self.failed_scores = state["version"], state["failed_scores"]
         self.accuracies = {int(step): accuracy for step, accuracy in state["accuracies"].items()}
         self.algorithm.load_state_dict(state["algorithm"])

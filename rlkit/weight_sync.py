@@ -21,12 +21,10 @@ from rlkit.weights.publication import Published
 
 T = TypeVar("T")
 TELL_SECONDS = 5.0
-"""When a transfer fails at the learner's end, how long to wait for a worker's own end, which would explain it."""
+"""When a transfer fails at the learner's end: how long to wait for a worker's error, which would explain it."""
 
 
 class WeightSync:
-    """Used by the trainer between phases."""
-
     def __init__(
         self, config: RunConfig, rollout: RolloutPool, learner: JointLearner, reward: RewardPool, canary: Sequence[int]
     ) -> None:
@@ -35,17 +33,17 @@ class WeightSync:
         self.route = weight_route(config.cluster, config.rollout, config.learner)
         self.sleeps = engines_sleep(config)
         self._wanted = np.empty(0)
-        """The learner's log-probs of the canary when weights were last published."""
+        """The learner's log-probs of the canary at the last publication."""
         rollout.fetch = self._fetch
 
     async def release_sampler(self) -> None:
-        """Sampling is over for now: the engines forget their weights, the learner takes the GPUs."""
+        """End sampling: engines drop their weights, the learner takes the GPUs."""
         if self.sleeps:
             await self.rollout.sleep(2)
         await self.learner.reload()
 
     async def publish(self, version: int) -> float:
-        """Bring the learner's weights to every rollout worker and prove it; the canary's difference in log-probs."""
+        """Send the weights to every rollout worker and verify them; return the canary's difference in log-probs."""
         policy, bundle = self.learner.policy, None
         if self.route == "object_store" or self.reward.follows_policy:
             bundle, _, self._wanted = await policy.publishable(self.canary)
@@ -56,7 +54,7 @@ class WeightSync:
         return difference
 
     async def with_learner_memory(self, work: Awaitable[T]) -> T:
-        """Do something in which the learner needs its memory, while engines have theirs; they get it back."""
+        """Run something that needs the learner's memory while engines hold theirs; then give it back."""
         if self.sleeps:
             await self.rollout.sleep(1)
         await self.learner.reload()
@@ -76,7 +74,7 @@ class WeightSync:
         return await self.rollout.confirm(ready, checksum)
 
     async def _send(self, ready: dict[int, Any], version: int) -> str:
-        """The learner's checksum of what it sent. Raises WeightsNotLoadedError if a worker dies or fails meanwhile."""
+        """Return the learner's checksum. Raises WeightsNotLoadedError if a worker dies or fails meanwhile."""
         sending = asyncio.ensure_future(self.learner.policy.send_weights(list(ready.values()), version))
         arriving = asyncio.ensure_future(self.rollout.arrival(ready))
         try:
@@ -91,7 +89,7 @@ class WeightSync:
             arriving.cancel()
 
     async def _fetch(self) -> Published:
-        """The learner's present weights as a bundle, for a worker that takes a dead one's place.
+        """The learner's weights as a bundle, for a replaced worker.
 
         With stale data the learner may be a version ahead; that one is published next.
         """

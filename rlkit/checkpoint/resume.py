@@ -74,20 +74,20 @@ def _newest(checkpoints: Path) -> tuple[Sealed | None, list[str]]:
 
 def _named(path: Path) -> tuple[Sealed, list[str]]:
     """A checkpoint's own folder, or a run's folder, of which the newest is taken."""
-    typed = f"resume={path}"
+    where = f"resume={path}"
     if not path.is_dir():
-        raise ConfigError([ConfigIssue(typed, "there is no such folder; name a checkpoint (.../step_NNNNNN) or a run")])
+        raise ConfigError([ConfigIssue(where, "there is no such folder; name a checkpoint (.../step_NNNNNN) or a run")])
     if (path / "checkpoints").is_dir():
         checkpoint, skipped = _newest(path / "checkpoints")
         if checkpoint is None:
             raise ConfigError(
-                [ConfigIssue(typed, f"holds no whole checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")]
+                [ConfigIssue(where, f"holds no whole checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")]
             )
         return checkpoint, skipped
     try:
         return open_checkpoint(path), []
     except BadCheckpointError as error:
-        raise ConfigError([ConfigIssue(typed, f"is no whole checkpoint: {error}")]) from None
+        raise ConfigError([ConfigIssue(where, f"is no whole checkpoint: {error}")]) from None
 
 
 def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequence[tuple[str, Any, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The order in which prompts are drawn: shuffled anew in every epoch, and resumable at any place."""
+"""The order in which prompts are drawn: reshuffled in every epoch, resumable at any position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PromptOrder:
     """An endless seeded sequence of prompts; within an epoch each prompt comes exactly once.
 
     >>> order = PromptOrder(prompts, seed=0)
-    >>> order.take(32)  # goes on into the next epoch where this one ends
+    >>> order.take(32)  # may cross into the next epoch
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
@@ -34,26 +34,24 @@ class PromptOrder:
         return self._epoch
 
     def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts."""
         if count < 0:
             raise ValueError(f"cannot take {count} prompts")
-        taken: list[Prompt] = []
-        while len(taken) < count:
-            chosen = self._permutation[self._position : self._position + count - len(taken)]
-            taken += [self._prompts[i] for i in chosen]
+        prompts: list[Prompt] = []
+        while len(prompts) < count:
+            chosen = self._permutation[self._position : self._position + count - len(prompts)]
+            prompts += [self._prompts[i] for i in chosen]
             self._position += len(chosen)
             if self._position == len(self._prompts):
                 self._epoch += 1
                 self._position = 0
                 self._permutation = self._shuffled()
-        return taken
+        return prompts
 
     def by_id(self) -> dict[str, Prompt]:
-        """Every prompt under its id."""
         return {prompt.id: prompt for prompt in self._prompts}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where we are, and of which data."""
+        """The position, and a hash of the data."""
         return {
             "seed": self._seed,
             "epoch": self._epoch,
@@ -63,7 +61,7 @@ class PromptOrder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved place. Raises DataError if the data are no longer the ones it was saved for."""
+        """Raises DataError if the data are no longer those of the saved position."""
         if state["prompts"] != len(self._prompts) or state["fingerprint"] != self._fingerprint():
             raise DataError(
                 f"the checkpoint was made with other data ({state['prompts']} prompts, now {len(self._prompts)}): "

@@ -17,9 +17,9 @@ _PROBE = "Tom  has 3 apples,\n and 12.5% of £7?"
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises DataError if there is none that loads.
+    """Raises DataError if none loads.
 
-    Warns where transformers put a class in the place of the saved tokenizer that splits text differently.
+    Warns where transformers replaces the saved tokenizer by a class that splits text differently.
     """
     from transformers import AutoTokenizer
 
@@ -48,11 +48,11 @@ def render(
     max_prompt_tokens: int,
     chat_template: str | Path | None = None,
 ) -> tuple[list[Prompt], list[BadRow]]:
-    """Prompts with the token ids that the sampler receives, and the problems that cannot be asked.
+    """Prompts with the token ids that the sampler receives, and the problems that cannot be rendered.
 
-    `chat_template` is the path of a Jinja file (`model.chat_template`) in place of the tokenizer's own template.
-    Bad rows: a prompt longer than `max_prompt_tokens`, or one that the template refuses.
-    Raises DataError if there is no template, or if the template begins with two BOS tokens.
+    `chat_template`: path of a Jinja file (`model.chat_template`) that replaces the tokenizer's template. Bad rows:
+    prompts longer than `max_prompt_tokens`, or refused by the template. Raises DataError if there is no template, or if
+    it begins with two BOS tokens.
     """
     template = _read_template(chat_template, tokenizer)
     prompts: list[Prompt] = []
@@ -118,10 +118,10 @@ def _token_ids(
     except TemplateSyntaxError as error:
         raise DataError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from error
     except TemplateError:
-        found: list[list[int] | str] = []  # some conversation was refused: find out which
+        results: list[list[int] | str] = []  # some conversation was refused: find out which
         for chat in chats:
             try:
-                found += tokenise([chat])
+                results += tokenise([chat])
             except TemplateError as error:
-                found.append(f"the chat template refuses this conversation: {error}")
-        return found
+                results.append(f"the chat template refuses this conversation: {error}")
+        return results

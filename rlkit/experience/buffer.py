@@ -28,19 +28,15 @@ class TooManyRejectedError(UserError):
 
 @dataclass(frozen=True)
 class BufferStats:
-    """The buffer's state for logs and for whoever asks what a run waits for."""
-
     version: int
     ready: int
     in_flight: int
     dropped_stale: int
     rejected: Mapping[str, int]
-    """Groups rejected so far, by rule."""
+    """By rule, since the start."""
 
 
 class ExperienceBuffer:
-    """See the module."""
-
     def __init__(
         self, groups_per_step: int, max_staleness: int, rejected_by: GroupFilter, max_rejected_share: float
     ) -> None:
@@ -65,7 +61,7 @@ class ExperienceBuffer:
         return granted
 
     def add(self, group: Group) -> bool:
-        """Hand in a reserved group, scored. True if it will be trained on, False if a filter rejected it.
+        """Hand in a reserved, scored group. False if a filter rejected it.
 
         Raises TooManyRejectedError when this step's filters reject more than the configured share (judged only after
         twice the needed number of groups, so that one unlucky draw does not end a run).
@@ -85,7 +81,7 @@ class ExperienceBuffer:
         return True
 
     def take(self) -> list[Group] | None:
-        """The first `groups_per_step` groups, sorted by id; None if there are not enough. Stale ones are dropped."""
+        """The first `groups_per_step` groups, sorted by id; None if there are too few. Stale ones are dropped."""
         # Not only the first ones: a group that was scored slowly stands behind younger ones.
         fresh = [group for group in self._ready if self._version - group.policy_version <= self.max_staleness]
         stale = len(self._ready) - len(fresh)
@@ -100,17 +96,16 @@ class ExperienceBuffer:
         return sorted(taken, key=lambda group: group.id)  # in the order asked for, whoever was scored first
 
     def advance(self, version: int) -> None:
-        """The policy's weights of `version` are published. Raises ValueError if it does not follow the last."""
+        """Weights of `version` are published. Raises ValueError if it does not follow the last."""
         if version != self._version + 1:
             raise ValueError(f"the buffer is at policy version {self._version}, so version {version} cannot follow")
         self._version = version
 
     def stats(self) -> BufferStats:
-        """Counters."""
         return BufferStats(self._version, len(self._ready), self._in_flight, self._dropped_stale, dict(self._rejected))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but what is in flight: those groups are asked for again after a resume."""
+        """Everything but the groups in flight, which are requested again after a resume."""
         return {
             "ready": list(self._ready),
             "accepted": self._accepted,
@@ -120,7 +115,6 @@ class ExperienceBuffer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict."""
         self._ready = deque(state["ready"])
         self._accepted = state["accepted"]
         self._version = state["version"]

@@ -1,4 +1,4 @@
-"""The buffer as a Ray actor: waiting instead of asking again, and groups that never pass through the driver twice."""
+"""The buffer as a Ray actor that waits instead of polling; groups never pass through the driver twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlkit.experience.types import Group
 
 
 class BufferActor:
-    """Use through Ray. `reserve` and `take` wait (on a condition, without polling) until they can answer."""
+    """`reserve` and `take` wait on a condition until they can answer."""
 
     def __init__(self, groups_per_step: int, max_staleness: int, config: BufferConfig) -> None:
         self.buffer = ExperienceBuffer(groups_per_step, max_staleness, make_filter(config), config.max_rejected_share)
@@ -34,7 +34,7 @@ class BufferActor:
         return self.buffer.max_staleness == 0 and self.buffer.stats().in_flight > 0
 
     async def add(self, groups: Sequence[Group]) -> list[str]:
-        """Scored groups whose room was reserved; returns their ids."""
+        """Add scored groups whose room was reserved; return their ids."""
         async with self.changed:
             try:
                 for group in groups:
@@ -47,11 +47,9 @@ class BufferActor:
         return [group.id for group in groups]
 
     async def state_dict(self) -> dict[str, Any]:
-        """See ExperienceBuffer.state_dict."""
         return self.buffer.state_dict()
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See ExperienceBuffer.load_state_dict."""
         self.buffer.load_state_dict(state)
 
     async def take(self) -> list[Group]:
@@ -65,11 +63,9 @@ class BufferActor:
             return groups
 
     async def advance(self, version: int) -> None:
-        """New weights are published."""
         async with self.changed:
             self.buffer.advance(version)
             self.changed.notify_all()
 
     async def stats(self) -> BufferStats:
-        """Counters."""
         return self.buffer.stats()

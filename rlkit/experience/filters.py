@@ -1,4 +1,4 @@
-"""Which scored groups are worth training on: the online filters of the buffer, as one pure function."""
+"""Which scored groups are worth training on, as one pure function."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from rlkit.experience.section import Section
 from rlkit.experience.types import Group
 
 GroupFilter = Callable[[Group], str | None]
-"""Returns the name of the rule that rejects a group, or None to keep it."""
+"""Returns the name of the rule that rejects a group, or None."""
 
 
 class BufferConfig(Section):
     """Which scored groups are trained on. Rejected groups are replaced by newly sampled ones."""
 
     drop_equal_rewards: bool = False
-    """Reject groups whose rewards are all equal: nothing to learn from them (DAPO's dynamic sampling)."""
+    """Reject groups whose rewards are all equal: they teach nothing (DAPO's dynamic sampling)."""
     min_group_reward: float | None = None
-    """Reject groups whose mean reward is below this (inclusive bound; with 0/1 rewards: the group's accuracy)."""
+    """Reject groups whose mean reward is below this (inclusive; with 0/1 rewards: the group's accuracy)."""
     max_group_reward: float | None = None
-    """Reject groups whose mean reward is above this (inclusive bound)."""
+    """Reject groups whose mean reward is above this (inclusive)."""
     drop_truncated: bool = False
-    """Reject groups with a response that was cut at `rollout.max_response_tokens`."""
+    """Reject groups with a response cut at `rollout.max_response_tokens`."""
     max_rejected_share: float = Field(default=0.9, gt=0, lt=1)
-    """If more than this share of the groups of one step is rejected, the run stops and says which filter did it."""
+    """If more than this share of a step's groups is rejected, the run stops and names the filter."""
 
 
 def make_filter(config: BufferConfig) -> GroupFilter:
     """The configured rules in one function. Invalid samples are ignored; a group without a valid one is kept.
 
-    (Failures are the business of `reward.max_failed_share`: resampling would hide a broken reward.)
+    (Failures are for `reward.max_failed_share`: resampling would hide a broken reward.)
     """
 
     def rejected_by(group: Group) -> str | None:

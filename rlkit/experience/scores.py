@@ -1,9 +1,7 @@
 """What a reward returned, checked sample by sample; failures counted by reason. Pure: no Ray, no reward.
 
-Two kinds of failure are told apart here. Infrastructure: the reward's process hangs, dies or raises; the pool tries
-elsewhere. Data: this sample, or what the reward returned for it, is unusable; trying again would not help.
-
-A group's greedy response is scored like one more sample and then kept apart again. Pure.
+Two kinds of failure are told apart. Infrastructure: the reward's process hangs, dies or raises; the pool tries
+elsewhere. Data: this sample, or what the reward returned for it, is unusable; another try would not help.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ class RewardFailed(UserError):
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """One scoring call, or several added up."""
+    """One scoring call, or the sum of several."""
 
     samples: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
@@ -38,7 +36,7 @@ class ScoreReport:
     seconds: float = 0.0
     """Time spent scoring, summed over calls."""
     error: str = ""
-    """Traceback, if the backend raised instead of answering (such a report has no groups)."""
+    """Traceback, if the backend raised (such a report has no groups)."""
 
     def __add__(self, other: ScoreReport) -> ScoreReport:
         return ScoreReport(
@@ -51,12 +49,11 @@ class ScoreReport:
 
     @property
     def failed(self) -> int:
-        """Samples without a valid score."""
         return sum(self.failures.values())
 
 
 def attach_scores(groups: Sequence[Group], result: object) -> list[Group]:
-    """The groups with what a reward returned for them; whatever breaks the contract becomes an invalid score."""
+    """The groups with a reward's result; whatever breaks the contract becomes an invalid score."""
     if not isinstance(result, Sequence) or isinstance(result, str | bytes):
         return invalid_groups(groups, f"wrong_type: score() returned {_describe(result)}, not a list of GroupScores")
     if len(result) != len(groups):
@@ -65,7 +62,6 @@ def attach_scores(groups: Sequence[Group], result: object) -> list[Group]:
 
 
 def invalid_groups(groups: Iterable[Group], reason: str) -> list[Group]:
-    """The groups with every sample invalid for one reason."""
     return [group.with_scores(GroupScores((Score.invalid(reason),) * len(group.samples))) for group in groups]
 
 
@@ -73,14 +69,13 @@ _PART = re.compile(r"part ([^\s:]+):")
 
 
 def kind_of(reason: str) -> str:
-    """The class of a reason, `timeout`; of a reason that names a combination's part, `judge/timeout`."""
+    """The class of a reason, `timeout`; with a combination's part in front, `judge/timeout`."""
     kind, _, details = reason.partition(":")
     part = _PART.match(details.strip())
     return kind.strip() if part is None else f"{part.group(1)}/{kind.strip()}"
 
 
 def report_on(groups: Iterable[Group], seconds: float) -> ScoreReport:
-    """Count valid and invalid scores."""
     samples = 0
     failures: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -126,9 +121,9 @@ def _attach(group: Group, scores: Any) -> Group:
 
 
 def _check(score: Any, tokens: int) -> Score:
-    """This score, its numbers as plain ones, if it keeps the contract, else an invalid one that says how it does not.
+    """The score with plain numbers, or an invalid one that says how it breaks the contract.
 
-    A tensor in the place of a number would otherwise reach processes that have no torch, or cannot be sent at all.
+    A tensor instead of a number would reach processes without torch, or could not be sent at all.
     """
     if isinstance(score, float) and not math.isfinite(score):
         return Score.invalid(f"not_finite: the score is {score}")
@@ -158,7 +153,7 @@ def _describe(value: object) -> str:
 
 
 def with_greedy(group: Group) -> Group:
-    """The group with its greedy response as last sample, and its score as last score; itself if it has none."""
+    """The group with its greedy response and score appended as last sample; itself if it has none."""
     if group.greedy is None:
         return group
     samples = (*group.samples, replace(group.greedy, index=len(group.samples)))
@@ -169,7 +164,7 @@ def with_greedy(group: Group) -> Group:
 
 
 def without_greedy(scored: Group, original: Group) -> Group:
-    """The reverse, for a scored group; preferences that the greedy response takes part in are left out."""
+    """Undo `with_greedy` on a scored group; preferences that involve the greedy response are dropped."""
     if original.greedy is None or scored.scores is None:
         return scored
     count = len(original.samples)

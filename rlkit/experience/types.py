@@ -21,16 +21,12 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message."""
-
     role: str
     content: str
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question with everything rewards may need to judge an answer to it."""
-
     id: str
     """Stable name of the problem, equal in every run over the same data."""
     messages: tuple[Message, ...]
@@ -61,7 +57,7 @@ class Sample:
     """One response, as the sampler produced it."""
 
     index: int
-    """Place in its group, 0-based."""
+    """Index in its group, from 0."""
     token_ids: IntArray
     """[T] response tokens, end-of-sequence token included where one was sampled. Never re-tokenised."""
     logprobs: FloatArray

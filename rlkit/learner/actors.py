@@ -24,12 +24,10 @@ if TYPE_CHECKING:
 
 
 class LearnerWorker(Rank):
-    """One rank of the policy. Use through Ray."""
-
     sender: WeightSender | None = None
 
     def load(self) -> int:
-        """Load the policy. Returns its number of parameters."""
+        """Return the number of parameters."""
         from rlkit.learner.policy import PolicyLearner
 
         config = self.config
@@ -46,19 +44,16 @@ class LearnerWorker(Rank):
 
     @property
     def trained(self) -> PolicyLearner:
-        """The policy."""
         return self.learner
 
     def update(self, groups: Sequence[Group], advantages: Advantages) -> dict[str, float]:
-        """See PolicyLearner.update."""
         return self.learner.update(groups, advantages)
 
     def logprobs(self, groups: Sequence[Group], which: str) -> list[np.ndarray]:
-        """See PolicyLearner.group_logprobs."""
         return self.learner.group_logprobs(groups, which)
 
     def weights(self, canary: Sequence[int]) -> tuple[WeightBundle | None, int, np.ndarray]:
-        """The current weights (rank 0; all ranks take part), their version, and the canary's log-probs under them.
+        """Return weights (on rank 0; ZeRO-3 gathers on all), version and canary log-probs.
 
         An empty canary costs no forward pass, which an offloaded model could not do.
         """
@@ -76,10 +71,8 @@ class LearnerWorker(Rank):
         return self.learner.sequence_logprobs(canary)
 
     def send_weights(self, workers: Sequence[Any], version: int) -> str:
-        """Send the current weights to rollout workers that are ready for them; their checksum (rank 0).
-
-        Raises ValueError if `version` is not theirs: the workers only hear it from who asks for the transfer.
-        """
+        """Send weights to ready rollout workers; return the checksum (rank 0). Raises ValueError if `version` is not
+        current."""
         if version != self.learner.version:
             raise ValueError(f"the learner's weights are of version {self.learner.version}, not {version}")
         if self.sender is None:
@@ -97,12 +90,10 @@ class LearnerWorker(Rank):
         return self.sender.send(workers, version)
 
     def offload(self) -> None:
-        """The reference policy, too."""
         super().offload()
         self._move_reference("cpu")
 
     def reload(self) -> None:
-        """The reverse of offload."""
         super().reload()
         self._move_reference(self.config.cluster.device)
 
@@ -115,7 +106,6 @@ class LearnerWorker(Rank):
                 torch.cuda.empty_cache()
 
     def save(self, folder: str) -> None:
-        """Write the policy as a Hugging Face folder, tokenizer included."""
         from rlkit.data.rendering import load_tokenizer
 
         self.learner.save(Path(folder))
@@ -130,8 +120,6 @@ class LearnerWorker(Rank):
 
 
 class LearnerGroup(RankGroup):
-    """All ranks of the policy."""
-
     def __init__(
         self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
     ) -> None:
@@ -149,32 +137,27 @@ class LearnerGroup(RankGroup):
         return logprobs
 
     async def canary_logprobs(self, canary: Sequence[int]) -> np.ndarray:
-        """[len(canary) - 1] under the current weights."""
         logprobs: np.ndarray = await self.call("canary_logprobs", canary)
         return logprobs
 
     async def publishable(self, canary: Sequence[int]) -> tuple[Any, int, np.ndarray]:
-        """Reference to a WeightBundle (which may still be on its way), its version, canary log-probs [canary - 1]."""
+        """Return a reference to a WeightBundle, its version, and the canary's log-probs [len(canary) - 1]."""
         calls = [rank.weights.options(num_returns=3).remote(list(canary)) for rank in self.ranks]
         logprobs = await self.answers("weights", [logprobs for _, _, logprobs in calls])
         bundle, version, _ = calls[0]
         return bundle, await version, logprobs[0]
 
     async def send_weights(self, workers: Sequence[Any], version: int) -> str:
-        """Send the current weights to rollout workers that are ready for them; returns their checksum."""
+        """Send the current weights to ready rollout workers; return their checksum."""
         checksum: str = await self.call("send_weights", list(workers), version)
         return checksum
 
     async def save(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder."""
         await self.call("save", str(folder))
 
 
 class CriticWorker(Rank):
-    """One rank of the critic. Use through Ray."""
-
     def load(self) -> None:
-        """Load the critic."""
         from rlkit.learner.critic import Critic
 
         config = self.config
@@ -189,21 +172,16 @@ class CriticWorker(Rank):
 
     @property
     def trained(self) -> Critic:
-        """The critic."""
         return self.critic
 
     def values(self, groups: Sequence[Group]) -> list[np.ndarray]:
-        """See Critic.values."""
         return self.critic.values(groups)
 
     def update(self, groups: Sequence[Group], advantages: Advantages, values: Sequence[np.ndarray]) -> dict[str, float]:
-        """See Critic.update."""
         return self.critic.update(groups, advantages, values)
 
 
 class CriticGroup(RankGroup):
-    """All ranks of the critic."""
-
     def __init__(
         self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
     ) -> None:
@@ -216,6 +194,5 @@ class CriticGroup(RankGroup):
         return values
 
     async def update(self, groups: Any, advantages: Any, values: Any) -> dict[str, float]:
-        """One training step of the critic."""
         metrics: dict[str, float] = await self.call("update", groups, advantages, values)
         return metrics

@@ -16,7 +16,7 @@ from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
 
 @dataclass(frozen=True)
 class TrainGroup:
-    """The samples of one group that enter the loss, with their indices in the Experience's sample order."""
+    """The samples of a group that enter the loss, with their indices in the Experience's sample order."""
 
     group: Group
     samples: tuple[Sample, ...]
@@ -24,23 +24,20 @@ class TrainGroup:
 
     @property
     def tree(self) -> Tree:
-        """The group as a shared prompt and its responses."""
         return Tree(self.group.prompt.token_ids, tuple(sample.token_ids.tolist() for sample in self.samples))
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """One optimizer step: `microbatches[rank]` lists the micro-batches of each rank, equally many on all ranks.
-
-    A micro-batch may be empty: ranks take part in collective operations equally often.
-    """
+    """One optimizer step. `microbatches[rank]`: equally many on all ranks, some empty (collective operations must
+    match)."""
 
     microbatches: tuple[tuple[tuple[TrainGroup, ...], ...], ...]
     denominators: Denominators
 
 
 def train_groups(groups: Sequence[Group], advantages: Advantages) -> list[TrainGroup]:
-    """The kept samples with at least one trained token, group by group; groups without any are left out."""
+    """The kept samples with at least one trained token; groups without any are left out."""
     chosen, first = [], 0
     for group in groups:
         kept = [
@@ -57,10 +54,10 @@ def train_groups(groups: Sequence[Group], advantages: Advantages) -> list[TrainG
 def plan_minibatches(
     groups: Sequence[TrainGroup], minibatches: int, ranks: int, limit: int, *, split_groups: bool = True
 ) -> list[Minibatch]:
-    """Deal groups to minibatches (in order, equal counts), to ranks (equal tokens) and to micro-batches (<= limit).
+    """Split groups into minibatches (in order, equal counts), over ranks (equal tokens), into micro-batches (<= limit).
 
-    Deterministic: every rank computes the same plan from the same groups. A group above `limit` tokens is split into
-    parts that repeat its prompt, unless the loss needs whole groups; what still exceeds the limit runs alone.
+    Deterministic: every rank computes the same plan. A group above `limit` tokens is split into parts that repeat its
+    prompt, unless the loss needs whole groups; what still exceeds the limit runs alone.
     """
     plan = []
     for share in np.array_split(np.arange(len(groups)), minibatches):
@@ -126,7 +123,6 @@ class Rows:
 
 
 def rows_of(microbatch: Sequence[TrainGroup], advantages: Advantages, device: str) -> Rows:
-    """Flat rows for a non-empty micro-batch."""
     samples = [sample for group in microbatch for sample in group.samples]
     indices = tuple(index for group in microbatch for index in group.indices)
 
@@ -150,7 +146,7 @@ def rows_of(microbatch: Sequence[TrainGroup], advantages: Advantages, device: st
 def per_token(
     forward: Callable[[PackedBatch], Tensor], groups: Sequence[Group], tokens_per_microbatch: int, device: str
 ) -> list[np.ndarray]:
-    """`forward` gives [R] for a packed batch; returns [T] float32 for every sample of every group, in order."""
+    """[T] float32 for every sample of every group, in order. `forward`: packed batch -> [R]."""
     trees = [Tree(g.prompt.token_ids, tuple(s.token_ids.tolist() for s in g.samples)) for g in groups]
     pieces_of: dict[int, list[np.ndarray]] = {}
     for members in split_by_tokens([tree.tokens for tree in trees], tokens_per_microbatch):

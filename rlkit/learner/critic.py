@@ -25,10 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Critic:
-    """Holds the critic in a DeepSpeed engine of its own; needs an initialised process group.
-
-    Value t of a response is read where its token t is predicted: the state before the token is chosen.
-    """
+    """Needs an initialised process group. Value t is read where token t is predicted: the state before it is chosen."""
 
     def __init__(
         self,
@@ -50,13 +47,13 @@ class Critic:
 
     @torch.no_grad()
     def values(self, groups: Sequence[Group]) -> list[np.ndarray]:
-        """[T] values of every sample of every group, in order."""
+        """[T] of every sample of every group, in order."""
         return per_token(self.engine, groups, self.config.tokens_per_microbatch, self.device)
 
     def update(self, groups: Sequence[Group], advantages: Advantages, values: Sequence[np.ndarray]) -> dict[str, float]:
-        """One training step towards `advantages.returns`; `values` are those the advantages were made with.
+        """One training step towards `advantages.returns`; `values` are those the advantages were computed with.
 
-        The same arguments on every rank; returns metrics, equal on all ranks.
+        Call with equal arguments on every rank; metrics are equal on all.
         """
         if advantages.returns is None:
             raise ValueError(f"{type(self.algorithm).__name__} has a critic but gave no returns to train it with")
@@ -72,11 +69,9 @@ class Critic:
         return metrics.reduced(self.device)
 
     def counters(self) -> dict[str, int]:
-        """Progress, for checkpoints."""
         return {"optimizer_steps": self.optimizer_steps}
 
     def set_counters(self, counters: dict[str, int]) -> None:
-        """The reverse of counters."""
         self.optimizer_steps = counters["optimizer_steps"]
 
     def _step(

@@ -1,7 +1,6 @@
-"""DeepSpeed engines: how one is built, one optimizer step, its full state for checkpoints, and offloading to the host.
+"""DeepSpeed engines: building one, an optimizer step, full fp32 state for checkpoints, offloading to the host.
 
-The moments of every parameter are read and written as full fp32 tensors, so another number of ranks or ZeRO stage can
-resume.
+Full state means that another number of ranks or ZeRO stage can resume.
 """
 
 from __future__ import annotations
@@ -22,18 +21,16 @@ from rlkit.models.policy import resolve_dtype
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves parameters and moments alone when any rank's gradient is not finite.
+    """AdamW that skips its step when any rank's gradient is not finite.
 
-    DeepSpeed clips before it calls `step`; clipping by a non-finite norm makes every gradient non-finite, so the
-    check sees a bad value wherever it arose, whatever the ZeRO stage.
+    DeepSpeed clips before it calls `step`; clipping by a non-finite norm makes every gradient non-finite, so the check
+    works at every ZeRO stage.
     """
 
     skipped: bool = False
-    """Whether the last step was skipped."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One AdamW step, or none (see the class)."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         device = gradients[0].device if gradients else torch.device("cpu")
         bad = torch.zeros(1, device=device)
@@ -46,7 +43,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def learning_rate(config: LearnerConfig, optimizer_step: int, total_steps: int) -> float:
-    """Learning rate of the 0-based optimizer step: linear warm-up, then the schedule down to its minimum."""
+    """Of the 0-based optimizer step: linear warm-up, then the schedule down to its minimum."""
     if optimizer_step < config.warmup_steps:
         return config.learning_rate * (optimizer_step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -61,9 +58,9 @@ def learning_rate(config: LearnerConfig, optimizer_step: int, total_steps: int) 
 def init_process_group(
     rank: int, world_size: int, address: str, port: int, device: str, seconds: float | None = None
 ) -> None:
-    """Join the learner's ranks. DeepSpeed wants a process group even for one rank.
+    """Join the ranks (DeepSpeed needs a process group even for one).
 
-    A collective operation that takes longer than `seconds` (None: DeepSpeed's default) fails; NCCL ends the process.
+    Collective operations fail after `seconds` (None: DeepSpeed's default); NCCL ends the process.
     """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port)
@@ -83,10 +80,7 @@ def init_process_group(
 
 
 def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
-    """A DeepSpeed engine around `module`. The caller owns accumulation: see `PolicyLearner.update`.
-
-    Raises ValueError for precisions that the ZeRO stage cannot train.
-    """
+    """Build a DeepSpeed engine; the caller owns gradient accumulation. Raises ValueError for bf16 without ZeRO."""
     import deepspeed
 
     dtype = resolve_dtype(config.dtype, device)
@@ -120,8 +114,6 @@ def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """What one optimizer step did."""
-
     grad_norm: float
     """Global norm before clipping."""
     skipped: bool
@@ -129,10 +121,8 @@ class OptimizerStep:
 
 
 def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]], rate: float) -> OptimizerStep:
-    """One optimizer step over micro-batches: each of `losses` computes one micro-batch's share of a global sum.
-
-    All ranks call it with equally many micro-batches.
-    """
+    """Run one optimizer step; each of `losses` computes one micro-batch's share of a global sum, equally many on all
+    ranks."""
     world_size = dist.get_world_size()
     optimizer = guarded_adamw(engine.optimizer)
     for group in [*optimizer.param_groups, *getattr(engine.optimizer, "param_groups", ())]:
@@ -152,7 +142,6 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]], rate: fl
 
 
 def guarded_adamw(optimizer: Any) -> GuardedAdamW:
-    """The GuardedAdamW inside DeepSpeed's wrappers."""
     while not isinstance(optimizer, GuardedAdamW):
         optimizer = optimizer.optimizer
     return optimizer
@@ -162,9 +151,9 @@ WEIGHT, MOMENTS, STEP = "weight", ("exp_avg", "exp_avg_sq"), "optimizer_step"
 
 
 def full_state(engine: Any) -> dict[str, Tensor]:
-    """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` for every trained parameter, and `optimizer_step`; on the CPU.
+    """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` of every trained parameter and `optimizer_step`, on the CPU.
 
-    Before the first optimizer step there are no moments.
+    There are no moments before the first optimizer step.
     """
     state: dict[str, Tensor] = {STEP: torch.tensor(_steps(engine), dtype=torch.int64)}
     if state[STEP] > 0:
@@ -178,7 +167,7 @@ def full_state(engine: Any) -> dict[str, Tensor]:
 
 
 def load_full_state(engine: Any, state: Mapping[str, Tensor]) -> None:
-    """The reverse of `full_state`. Raises ValueError, naming a tensor, if the state is of another model."""
+    """Raises ValueError, naming a tensor, if the state belongs to another model."""
     import deepspeed
 
     _check(engine, state)
@@ -207,7 +196,6 @@ def _stage(engine: Any) -> int:
 
 
 def _steps(engine: Any) -> int:
-    """Optimizer steps behind the moments; 0 before the first."""
     states = list(guarded_adamw(engine.optimizer).state.values())
     return int(states[0]["step"]) if states else 0
 
@@ -247,7 +235,7 @@ def _set(engine: Any, parameter: nn.Parameter, moment: str | None, value: Tensor
 
 
 def _make_moments(engine: Any, steps: int) -> None:
-    """Adam's state as it is after `steps` steps, moments at zero: it is made at the first step otherwise."""
+    """Create Adam's state with zero moments, as after `steps` steps."""
     optimizer, zero, stage = guarded_adamw(engine.optimizer), engine.optimizer, _stage(engine)
     if stage == 0:
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -260,10 +248,7 @@ def _make_moments(engine: Any, steps: int) -> None:
 
 
 def _link_moments(engine: Any) -> None:
-    """Let ZeRO 1 and 2 find the moments of each parameter.
-
-    DeepSpeed 0.19 links them once, after the first step of the first parameter group: those of the others are missing.
-    """
+    """Let ZeRO 1 and 2 find the moments: DeepSpeed 0.19 links only those of the first parameter group."""
     if _stage(engine) not in (1, 2):
         return
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
@@ -274,7 +259,7 @@ def _link_moments(engine: Any) -> None:
 
 
 def offload(engine: Any) -> None:
-    """Optimizer states, fp32 weights, gradients and (ZeRO 1 and 2) parameters to the host.
+    """Move optimizer states, fp32 weights, gradients and (ZeRO 1 and 2) parameters to the host.
 
     Until `reload` the engine cannot run; its parameters can be read. Raises ValueError for ZeRO 0.
     """
@@ -292,7 +277,6 @@ def offload(engine: Any) -> None:
 
 
 def reload(engine: Any) -> None:
-    """The reverse of offload."""
     engine.reload_states()
     if engine.zero_optimization_stage() == 3:
         for tensor in _optimizer_tensors(engine):

@@ -19,8 +19,6 @@ from rlkit.learner.ranks import RankGroup
 
 @dataclass
 class JointLearner:
-    """The policy, and the critic if the algorithm needs one; started side by side."""
-
     algorithm: Algorithm
     policy: LearnerGroup
     critic: CriticGroup | None
@@ -36,7 +34,7 @@ class JointLearner:
         logs: Path,
         placement: Placement,
     ) -> JointLearner:
-        """Make the actors without waiting for them."""
+        """Create the actors without waiting for them."""
         critic = None
         if algorithm.needs().critic:
             critic = CriticGroup(config, critic_path, algorithm, logs, placement.of("critic"))
@@ -44,23 +42,21 @@ class JointLearner:
         return cls(algorithm, policy, critic, config.critic)
 
     async def save_state(self, folder: Path) -> dict[str, dict[str, int]]:
-        """Write `learner.safetensors`, and `critic.safetensors` where there is one; returns their counters."""
+        """Write `learner.safetensors` and, with a critic, `critic.safetensors`; return their counters."""
         parts = self._parts()
         saved = await asyncio.gather(*(part.save_state(folder / f"{name}.safetensors") for name, part in parts.items()))
         return dict(zip(parts, saved, strict=True))
 
     async def load_state(self, folder: Path, counters: dict[str, dict[str, int]]) -> None:
-        """The reverse of save_state."""
         await asyncio.gather(
             *(part.load_state(folder / f"{name}.safetensors", counters[name]) for name, part in self._parts().items())
         )
 
     async def offload(self) -> None:
-        """Make room on the GPUs, if this is configured."""
+        """Free GPU memory, if configured."""
         await asyncio.gather(*(part.offload() for part in self._parts().values()))
 
     async def reload(self) -> None:
-        """The reverse of offload."""
         await asyncio.gather(*(part.reload() for part in self._parts().values()))
 
     async def watch(self) -> None:
@@ -71,7 +67,7 @@ class JointLearner:
         return {"learner": self.policy, **({"critic": self.critic} if self.critic is not None else {})}
 
     async def experience(self, groups: Sequence[Group], step: int) -> Experience:
-        """The groups with the values and log-probs that the algorithm needs for its advantages."""
+        """The groups with the values and log-probs that the algorithm's advantages need."""
         values = await self.critic.values(groups) if self.critic is not None else None
         if not self.algorithm.needs().token_kl:
             return Experience(groups, step, values)
@@ -79,7 +75,7 @@ class JointLearner:
         return Experience(groups, step, values, policy, reference)
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
-        """Train policy and critic side by side; the policy's version grows by one, also while it waits."""
+        """Train policy and critic side by side; the version grows by one even while the policy waits."""
         groups = experience.groups
         if self.critic is None:
             return await self.policy.update(groups, advantages)

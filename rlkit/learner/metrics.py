@@ -1,4 +1,4 @@
-"""Metrics of one update: added up over micro-batches, reduced over ranks, averaged over optimizer steps."""
+"""Metrics of one update: summed over micro-batches, reduced over ranks, averaged over optimizer steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlkit.learner.batches import Rows
 
 @torch.no_grad()
 def mismatch(before: Tensor, rows: Rows, denominators: Denominators) -> LossOutput:
-    """How far the learner's log-probs are from the sampler's, on trained tokens.
+    """Distance of the learner's log-probs from the sampler's on trained tokens.
 
     kl/rollout is k3 of KL(sampler || learner): mean of exp(d) - 1 - d with d = learner - sampler.
     """
@@ -31,10 +31,8 @@ def mismatch(before: Tensor, rows: Rows, denominators: Denominators) -> LossOutp
 
 @dataclass
 class StepMetrics:
-    """Collects one update's metrics on one rank."""
-
     area: str
-    """Which model: the first part of the metrics' names."""
+    """The first part of the metrics' names."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
@@ -42,7 +40,6 @@ class StepMetrics:
     skipped: int = 0
 
     def add(self, *outputs: LossOutput) -> None:
-        """Add a micro-batch's outputs."""
         for output in outputs:
             for name, value in output.sums.items():
                 value = value.detach()
@@ -55,13 +52,12 @@ class StepMetrics:
         self.sums[name] = self.sums.get(name, torch.zeros_like(loss)) + loss
 
     def optimizer_step(self, *, grad_norm: float, rate: float, skipped: bool) -> None:
-        """Note the end of an optimizer step."""
         self.grad_norms.append(grad_norm)
         self.rate = rate
         self.skipped += skipped
 
     def reduced(self, device: str) -> dict[str, float]:
-        """Plain numbers: sums over ranks averaged over optimizer steps, maxima over ranks and steps."""
+        """Sums over ranks averaged over optimizer steps; maxima over ranks and steps."""
         steps = max(1, len(self.grad_norms))
         sums, maxima = (
             _over_ranks(self.sums, dist.ReduceOp.SUM, device),

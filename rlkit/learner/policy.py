@@ -26,14 +26,11 @@ from rlkit.weights.bundle import TensorMeta, buckets
 log = logging.getLogger(__name__)
 
 GATHERED_BYTES = 2**29
-"""How much of the full parameters a rank of ZeRO-3 holds at a time while weights are packed or saved."""
+"""Full parameters that a ZeRO-3 rank holds at a time while weights are packed or saved."""
 
 
 class PolicyLearner:
-    """Holds the policy in a DeepSpeed engine; needs an initialised process group.
-
-    `total_steps` counts optimizer steps and is needed only by schedules that decay.
-    """
+    """Needs an initialised process group. `total_steps`: optimizer steps, for schedules that decay."""
 
     def __init__(
         self,
@@ -70,14 +67,14 @@ class PolicyLearner:
 
     @torch.no_grad()
     def sequence_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[len - 1] log-probs, at temperature 1, of every token but the first: the canary compares them."""
+        """[len - 1] log-probs at temperature 1 of every token but the first."""
         packed = pack([Tree(token_ids[:1], (token_ids[1:],))]).to(self.device)
         logprobs, _ = self.engine(packed, 1.0, self.config.logit_elements_per_chunk)
         return logprobs.float().cpu().numpy()
 
     @torch.no_grad()
     def group_logprobs(self, groups: Sequence[Group], which: str = "policy") -> list[np.ndarray]:
-        """Log-probs [T] of every sample of every group, in order, under the policy or the reference."""
+        """[T] of every sample of every group, in order, under the policy or the reference."""
         model = self.engine if which == "policy" else self.reference
         if model is None:
             raise ValueError("this learner holds no reference policy: the algorithm did not ask for one")
@@ -92,9 +89,9 @@ class PolicyLearner:
     # -- the update ----------------------------------------------------------------------------------------------
 
     def update(self, groups: Sequence[Group], advantages: Advantages) -> dict[str, float]:
-        """One training step on whole groups; the same arguments on every rank. Returns metrics, equal on all ranks.
+        """One training step on whole groups. Call with equal arguments on every rank; metrics are equal on all.
 
-        Skips (and reports) optimizer steps whose loss or gradient is not finite.
+        Optimizer steps whose loss or gradient is not finite are skipped and reported.
         """
         metrics = StepMetrics("policy")
         chosen = train_groups(groups, advantages)
@@ -116,7 +113,7 @@ class PolicyLearner:
         return result
 
     def _old_logprobs(self, chosen: Sequence[TrainGroup]) -> dict[int, np.ndarray]:
-        """Sample index -> [T] under the policy before the first optimizer step; every rank computes all of them."""
+        """Sample index -> [T] under the policy before the first optimizer step, on every rank."""
         logprobs = self.group_logprobs([_as_group(group) for group in chosen])
         indices = [index for group in chosen for index in group.indices]
         return dict(zip(indices, logprobs, strict=True))
@@ -180,26 +177,24 @@ class PolicyLearner:
         return None if unused else self._forward(self.reference, packed)[0]
 
     def counters(self) -> dict[str, int]:
-        """Progress, for checkpoints."""
         return {"optimizer_steps": self.optimizer_steps, "version": self.version}
 
     def set_counters(self, counters: dict[str, int]) -> None:
-        """The reverse of counters."""
         self.optimizer_steps, self.version = counters["optimizer_steps"], counters["version"]
 
     # -- weights -------------------------------------------------------------------------------------------------
 
     def weight_metas(self) -> list[TensorMeta]:
-        """What `named_weights` yields, without gathering anything."""
+        """What `named_weights` yields, without gathering."""
         return [
             TensorMeta(name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
             for name, parameter in self.engine.module.model.named_parameters()
         ]
 
     def named_weights(self, bucket_bytes: int = GATHERED_BYTES) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, full tensor) of every parameter, tied ones once; all ranks iterate, as ZeRO-3 gathers.
+        """Yield (Hugging Face name, full tensor), tied ones once. All ranks iterate.
 
-        ZeRO-3 gathers `bucket_bytes` at a time and takes them back: who wants to keep such a tensor copies it.
+        ZeRO-3 gathers `bucket_bytes` at a time and frees them again: copy what must outlive the iteration.
         """
         import deepspeed
 
@@ -211,14 +206,14 @@ class PolicyLearner:
                     yield meta.name, parameter.detach()
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face model folder (all ranks call it, rank 0 writes)."""
+        """Write a Hugging Face model folder (all ranks call it, rank 0 writes)."""
         weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights()}
         if self.rank == 0:
             save_policy(self.hf_config, weights.items(), folder)
 
 
 def save_policy(hf_config: Any, weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """A Hugging Face folder (config, generation config, safetensors) from a config and named weights."""
+    """Write config, generation config and safetensors."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -16,25 +16,22 @@ from rlkit.config.plan import offloads
 from rlkit.config.schema import LearnerConfig, RunConfig
 
 WATCH_SECONDS = 5.0
-"""Between two looks at whether all ranks are alive."""
 
 
 class Trained(Protocol):
-    """A model in a DeepSpeed engine, and how far its training is."""
+    """A model in a DeepSpeed engine."""
 
     engine: Any
 
     def counters(self) -> dict[str, int]:
-        """Optimizer steps, versions: what a checkpoint must hold beside the tensors."""
+        """Optimizer steps and versions, for checkpoints."""
         ...
 
-    def set_counters(self, counters: dict[str, int]) -> None:
-        """The reverse."""
-        ...
+    def set_counters(self, counters: dict[str, int]) -> None: ...
 
 
 class Rank(ABC):
-    """One rank, used through Ray. Subclasses load their model in `load`, when all ranks have met."""
+    """One rank. Subclasses load their model in `load`, after all ranks have met."""
 
     def __init__(self, rank: int, config: RunConfig, model_path: str, algorithm: Algorithm, log_path: str) -> None:
         from rlkit.tracking.logs import actor_logging
@@ -43,18 +40,16 @@ class Rank(ABC):
         self.rank, self.config, self.model_path, self.algorithm = rank, config, model_path, algorithm
 
     def alive(self) -> bool:
-        """Whether it answers: it does when nothing else is asked of it."""
         return True
 
     def address(self) -> tuple[str, int]:
-        """Host and a free port for the ranks to meet at (asked of rank 0)."""
+        """Host and a free port where the ranks meet (asked of rank 0)."""
         import ray
 
         host = ray.util.get_node_ip_address()
         return host, free_port(host)
 
     def start(self, ranks: int, host: str, port: int) -> Any:
-        """Join the other ranks and load the model."""
         import torch
 
         from rlkit.learner.engine import init_process_group
@@ -64,28 +59,25 @@ class Rank(ABC):
         return self.load()
 
     @abstractmethod
-    def load(self) -> Any:
-        """Load this rank's model."""
+    def load(self) -> Any: ...
 
     @property
     @abstractmethod
     def trained(self) -> Trained:
-        """What `load` has loaded."""
+        """What `load` loaded."""
 
     def offload(self) -> None:
-        """Make room on the GPU: see rlkit/learner/engine.py."""
         from rlkit.learner.engine import offload
 
         offload(self.trained.engine)
 
     def reload(self) -> None:
-        """The reverse of offload."""
         from rlkit.learner.engine import reload
 
         reload(self.trained.engine)
 
     def save_state(self, file: str) -> dict[str, int]:
-        """Write weights and moments (rank 0) and this rank's random state; returns the counters of rank 0."""
+        """Write weights and moments (rank 0) and this rank's random state; return the counters."""
         import torch
         from safetensors.torch import save_file
 
@@ -101,7 +93,7 @@ class Rank(ABC):
         return self.trained.counters()
 
     def load_state(self, file: str, counters: dict[str, int]) -> None:
-        """The reverse of save_state. A rank that the saved run did not have keeps its own random state."""
+        """A rank that the saved run did not have keeps its own random state."""
         import torch
         from safetensors.torch import load_file
 
@@ -117,7 +109,7 @@ class Rank(ABC):
 
 
 class RankGroup:
-    """All ranks of one model, called together; results are rank 0's."""
+    """All ranks of one model; results are rank 0's."""
 
     def __init__(
         self,
@@ -131,7 +123,7 @@ class RankGroup:
         gpus: float,
         place: Place,
     ) -> None:
-        """`name` names the log files; `gpus` is what each rank asks Ray for, `place` where it goes."""
+        """`name`: of the log files. `gpus`: what each rank asks Ray for."""
         import ray
 
         self.name, self.trainer_config = name, config.trainer
@@ -152,43 +144,42 @@ class RankGroup:
         ]
 
     async def start(self) -> Any:
-        """Let the ranks meet and load the model on each."""
         (host, port) = (await self.answers("address", [self.ranks[0].address.remote()]))[0]
         return await self.call("start", len(self.ranks), host, port)
 
     async def save_state(self, file: Path) -> dict[str, int]:
-        """Write everything that training has changed; returns the counters for `load_state`."""
+        """Write everything that training changed; return the counters for `load_state`."""
         counters: dict[str, int] = await self.call("save_state", str(file))
         return counters
 
     async def load_state(self, file: Path, counters: dict[str, int]) -> None:
-        """Go on from what `save_state` wrote, with any number of ranks and any ZeRO stage."""
+        """Restore, with any number of ranks and any ZeRO stage."""
         await self.call("load_state", str(file), counters)
 
     async def offload(self) -> None:
-        """Make room on the GPUs for the engines, if this is configured."""
+        """Free GPU memory for the engines, if configured."""
         if self._offloads and not self.offloaded:
             await self.call("offload")
             self.offloaded = True
 
     async def reload(self) -> None:
-        """Take the GPUs' memory again; needed before anything but the weights is asked for."""
+        """Needed after `offload` before anything but the weights is used."""
         if self.offloaded:
             await self.call("reload")
             self.offloaded = False
 
     async def watch(self) -> NoReturn:
-        """Raises RayActorError soon after a rank dies, also while nobody asks anything of it."""
+        """Raises RayActorError soon after a rank dies, even when nothing is asked of it."""
         while True:
             await asyncio.gather(*(rank.alive.remote() for rank in self.ranks))  # a busy rank answers later
             await asyncio.sleep(WATCH_SECONDS)
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method on every rank; rank 0's result. Arguments may be object references."""
+        """Call a method on every rank; return rank 0's result. Arguments may be object references."""
         return (await self.answers(method, [getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
 
     async def answers(self, method: str, calls: Sequence[Any]) -> list[Any]:
-        """What the ranks return. Raises WaitedTooLongError, naming those that have not answered."""
+        """Raises WaitedTooLongError, naming the ranks that have not answered."""
         missing = set(range(len(calls)))
 
         async def one(rank: int, call: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The sending end of a direct weight transfer: vLLM's own trainer side, driven by the learner's ranks.
+"""The sending end of a direct weight transfer: vLLM's trainer side, driven by the learner's ranks.
 
-Rank 0 tells the rollout workers what comes (`Workers`) and sends; the other ranks take part in gathering (ZeRO-3) and,
-with CUDA IPC, each offer their own GPU's buffer.
+Rank 0 announces to the rollout workers and sends. The other ranks take part in gathering (ZeRO-3) and, with CUDA IPC,
+offer their own GPU's buffer.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from rlkit.weights.bundle import TensorMeta, WeightDigest, buckets, pack
 
 
 class Source(WeightSource):
-    """The policy's weights as vLLM's senders want them; `digest` is of what the last pass yielded."""
+    """The policy's weights as vLLM's senders expect them; `digest` is of the last pass."""
 
     def __init__(self, learner: PolicyLearner, bucket_bytes: int) -> None:
         self.learner, self.bucket_bytes = learner, bucket_bytes
         self.digest = WeightDigest()
 
     def metadata(self) -> list[ParamMeta]:
-        """Names, dtypes and full shapes, in the order of iteration; gathers nothing."""
         return [ParamMeta(meta.name, meta.dtype, meta.shape) for meta in self.learner.weight_metas()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -43,15 +42,15 @@ class Source(WeightSource):
 
 
 class Workers:
-    """What vLLM's senders ask of "the inference engine" goes to all rollout workers, and is waited for."""
+    """vLLM's "inference engine": calls every rollout worker and waits."""
 
     def __init__(self, workers: Sequence[Any], gpus_per_engine: int, seconds: float) -> None:
-        """`seconds` is the deadline of each call; `ray.exceptions.GetTimeoutError` follows it."""
+        """`seconds`: deadline of each call, after which `ray.exceptions.GetTimeoutError` is raised."""
         self.workers, self.gpus_per_engine, self.seconds = workers, gpus_per_engine, seconds
         self.version = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """vLLM gives every engine the same place in the group; here each has its own, after the learner's."""
+        """vLLM gives every engine the same rank in the group; here each gets its own, after the learner's."""
         self._ask("shutdown_weight_transfer_engine", {})
         places = (
             {"rank_offset": init_info["rank_offset"] + i * self.gpus_per_engine} if "rank_offset" in init_info else {}
@@ -60,15 +59,13 @@ class Workers:
         self._ask("init_weight_transfer_engine", *({"init_info": {**init_info, **place}} for place in places))
 
     def start_weight_update(self) -> None:
-        """Weights will come."""
         self._ask("start_weight_update", {})
 
     def update_weights(self, update_info: Any) -> None:
-        """They come: returns when they have been received."""
+        """Return when all workers have received them."""
         self._ask("update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """All have come."""
         self._ask("finish_weight_update", {})
 
     def _ask(self, step: str, *arguments: Mapping[str, Any]) -> None:
@@ -81,13 +78,12 @@ class Workers:
 
 
 class GlooSender(NCCLTrainerWeightTransferEngine):
-    """NCCL's protocol between CPUs: the same messages, and broadcasts over gloo (`rlkit/rollout/receiver.py`)."""
+    """NCCL's protocol between CPUs: the same messages, with broadcasts over gloo (`rlkit/rollout/receiver.py`)."""
 
     group: Any = None
 
     @classmethod
     def trainer_init(cls, init_info: NCCLTrainerInitInfo, *, client: Any, source: WeightSource | None = None) -> Self:
-        """Meet the workers."""
         assert source is not None
         size = init_info.packed_buffer_size_bytes
         sender = cls(client=client, source=source, is_sender=init_info.is_sender, packed_buffer_size_bytes=size)
@@ -114,14 +110,13 @@ class GlooSender(NCCLTrainerWeightTransferEngine):
         assert next(pairs, None) is None
 
     def shutdown(self) -> None:
-        """Leave the group."""
         if self.group is not None:
             gloo.leave(self.group)
             self.group = None
 
 
 class WeightSender:
-    """One rank's part in sending the policy's weights; every rank makes one and calls it alike."""
+    """One rank's part in sending weights; every rank makes one and makes equal calls."""
 
     def __init__(
         self,
@@ -132,7 +127,7 @@ class WeightSender:
         seconds: float,
         address: Callable[[], tuple[str, int]],
     ) -> None:
-        """`address`: a host and a free port where rank 0 can be met."""
+        """`address`: a host and a free port where rank 0 can be reached."""
         self.learner, self.route, self.bucket_bytes = learner, route, bucket_bytes
         self.gpus_per_engine, self.seconds, self.address = gpus_per_engine, seconds, address
         self.source = Source(learner, bucket_bytes)
@@ -140,7 +135,7 @@ class WeightSender:
         self._engine: Any = None
 
     def send(self, workers: Sequence[Any], version: int) -> str:
-        """Send the present weights to workers that are ready for them; their checksum (on rank 0)."""
+        """Send the current weights to ready workers; return their checksum (on rank 0)."""
         met = [worker._actor_id for worker in workers]
         if self._engine is None or met != self._met:  # the first time, and when a worker was replaced
             if self._engine is not None:

@@ -1,4 +1,4 @@
-"""All rollout workers: groups out, weights in, each worker's version confirmed, those that fail replaced."""
+"""All rollout workers: groups out, weights in; every version is confirmed, and failed workers are replaced."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ class RolloutFailedError(UserError):
 
 
 Fetch = Callable[[], Awaitable[Published]]
-"""Gives the learner's present weights as a bundle."""
+"""Returns the learner's current weights as a bundle."""
 
 
 def deal(requests: Sequence[GroupRequest], workers: int) -> list[list[GroupRequest]]:
-    """A share for each worker: equally many groups (one more or less), and about as many prompt tokens.
+    """Split requests over workers: equal numbers of groups (within one), similar numbers of prompt tokens.
 
-    The longest prompts are dealt out first, each to the worker with the fewest tokens among those with the fewest
-    groups; every share is in the order asked for. (How long responses will be, nobody knows.)
+    Longest prompts first, each to the worker with the fewest groups, then the fewest tokens; shares keep the order.
     """
     groups, tokens = [0] * workers, [0] * workers
     shares: list[list[int]] = [[] for _ in range(workers)]
@@ -55,14 +54,14 @@ class RolloutPool:
     """Used from the driver's asyncio loop."""
 
     def __init__(self, config: RunConfig, model_path: str, logs: Path, place: Place = anywhere) -> None:
-        """`place(i)` says where Ray should put worker i, and those that replace it."""
+        """`place(i)`: Ray's scheduling options for worker i and its replacements."""
         self.config, self.model_path, self.logs, self._place = config, model_path, logs, place
         self.workers = [self._make(i) for i in range(config.rollout.workers)]
         self.health = [Health(config.rollout.max_restarts) for _ in self.workers]
         self._repairs = [asyncio.Lock() for _ in self.workers]
         self._published: Published | None = None
         self.fetch: Fetch | None = None
-        """Where a worker that takes a dead one's place gets weights that were published without a bundle."""
+        """Source of weights for a replacement when they were published without a bundle."""
 
     def _make(self, index: int) -> Any:
         import ray
@@ -78,7 +77,6 @@ class RolloutPool:
         )
 
     async def start(self) -> None:
-        """Load all engines."""
         await asyncio.gather(*(self._start(index, worker) for index, worker in enumerate(self.workers)))
         if engines_sleep(self.config):
             await self.sleep(2)  # the learner loads next; weights are published before anything is sampled
@@ -88,16 +86,16 @@ class RolloutPool:
             await worker.start.remote()
 
     def _waiting(self, index: int, what: str | Callable[[], str], key: str) -> AbstractAsyncContextManager[None]:
-        """A wait for a worker; `key` of the trainer's section is its deadline."""
+        """`key`: the deadline, a field of the trainer's configuration."""
         who = f"rollout worker {index}"
         text = f"{who} {what}" if isinstance(what, str) else lambda: f"{who} {what()}"
         return waiting("the rollout pool", text, getattr(self.config.trainer, key), f"trainer.{key}")
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
-        """References to lists of finished groups, as they finish, from all workers.
+        """Yield references to lists of groups as they finish, from all workers.
 
-        What a worker had not handed over when it died is sampled again, with the same seeds, by the one that replaces
-        it. Raises RolloutFailedError when workers die too often.
+        A replacement samples again, with the same seeds, what a dead worker had not handed over. Raises
+        RolloutFailedError when workers die too often.
         """
         finished: asyncio.Queue[Any] = asyncio.Queue()
         shares = deal(requests, len(self.workers))
@@ -127,7 +125,6 @@ class RolloutPool:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _sample(self, index: int, share: Sequence[GroupRequest], finished: asyncio.Queue[Any]) -> None:
-        """Put references to this share's groups into `finished`, on this worker and, if it dies, its successors."""
         from ray.exceptions import RayActorError
 
         left = {request.id: request for request in share}
@@ -162,14 +159,14 @@ class RolloutPool:
         return await self._call_alive(dict(enumerate(self.workers)), "prepare")
 
     async def give(self, ready: Mapping[int, Any]) -> None:
-        """Let workers that are ready take the announced weights out of Ray's object store."""
+        """Let ready workers load the announced weights from Ray's object store."""
         assert self._published is not None
         await self._call_alive(ready, "take", self._published.bundle)
 
     async def arrival(self, ready: Mapping[int, Any]) -> None:
-        """Returns when the learner's transfer has reached workers that were ready for it.
+        """Return when the learner's transfer has reached all ready workers.
 
-        Raises WeightsNotLoadedError if one of them dies or fails meanwhile: the others then wait for ever.
+        Raises WeightsNotLoadedError if one dies or fails meanwhile: the others would wait for ever.
         """
         from ray.exceptions import RayActorError, RayTaskError
 
@@ -187,11 +184,10 @@ class RolloutPool:
         await asyncio.gather(*(one(index, worker) for index, worker in ready.items()))
 
     async def confirm(self, received: Mapping[int, Any], checksum: str | None = None) -> float:
-        """Ask every worker for the proof that it holds the announced weights; the largest canary difference.
+        """Check every worker's receipt for the announced weights; return the largest canary difference.
 
-        Those that have proved it sample again; those that are dead or cannot prove it are replaced. If not one has
-        proved it, the workers are not the cause: raises WeightsNotLoadedError at once. Raises it, too, when
-        `rollout.max_restarts` are used up. `checksum` is the learner's, of weights that it sent directly.
+        Dead or failing workers are replaced. Raises WeightsNotLoadedError at once if all fail (the workers are not the
+        cause), or when `rollout.max_restarts` are used up. `checksum`: the learner's, for a direct transfer.
         """
         published, workers = self._published, list(self.workers)
         assert published is not None
@@ -207,15 +203,15 @@ class RolloutPool:
         return max(await asyncio.gather(*differences))
 
     async def sleep(self, level: int) -> None:
-        """Let all engines give up their GPUs' memory (see RolloutWorker.sleep)."""
+        """See RolloutWorker.sleep."""
         await self._call_alive(dict(enumerate(self.workers)), "sleep", level)
 
     async def wake(self) -> None:
-        """After a sleep of level 1."""
+        """Undo `sleep(1)`."""
         await self._call_alive(dict(enumerate(self.workers)), "wake")
 
     async def _call_alive(self, workers: Mapping[int, Any], method: str, *arguments: Any) -> dict[int, Any]:
-        """Call a method; those that did it. A dead one is found again, and replaced, when weights are confirmed."""
+        """Call a method; return the workers that answered. `confirm` replaces the dead."""
         from ray.exceptions import RayActorError
 
         async def one(index: int, worker: Any) -> bool:
@@ -232,7 +228,7 @@ class RolloutPool:
     async def _confirm_one(
         self, index: int, worker: Any, published: Published, receiver: Any | None = None, checksum: str | None = None
     ) -> float | Exception:
-        """A worker's canary difference, or why it cannot be used. `receiver` has the weights; others are given them."""
+        """A worker's canary difference, or why it cannot be used. Workers other than `receiver` load a bundle first."""
         from ray.exceptions import RayActorError
 
         try:
@@ -247,7 +243,7 @@ class RolloutPool:
     async def _replace_until_confirmed(
         self, index: int, published: Published, worker: Any, outcome: float | Exception
     ) -> float:
-        """The canary difference of a worker or, where it could not be used, of the one that took its place."""
+        """The canary difference of a worker, or of its first usable replacement."""
         while isinstance(outcome, Exception):
             await self._replace(index, worker, outcome)
             if self.health[index].may_sample(published.version):
@@ -257,7 +253,6 @@ class RolloutPool:
         return outcome
 
     async def _load_and_admit(self, index: int, worker: Any, published: Published) -> float:
-        """Let a worker load weights out of the object store, and judge it."""
         if published.bundle is None:
             assert self.fetch is not None
             published = await self.fetch()
@@ -268,7 +263,7 @@ class RolloutPool:
     async def _admit_if_proved(
         self, index: int, worker: Any, published: Published, receipt: WeightReceipt, checksum: str | None = None
     ) -> float:
-        """The canary difference of a worker that may sample now. Raises WeightsNotLoadedError, and it may not."""
+        """Raises WeightsNotLoadedError if the receipt does not prove the weights."""
         who = f"rollout worker {index}"
         difference = published.difference(who, receipt, checksum, _canary_tolerance(self.config))
         async with self._waiting(index, "to take groups in again", "step_timeout_seconds"):
@@ -277,11 +272,10 @@ class RolloutPool:
         return difference
 
     async def _replace(self, index: int, failed: Any, cause: Exception) -> None:
-        """Start a new process in the place of a worker that is dead or not to be trusted; give it the present weights.
+        """Replace a dead or untrusted worker and give the new process the current weights. Only the first caller acts.
 
-        Whoever notices calls this; only the first does the work. After `rollout.max_restarts` replacements raises
-        WeightsNotLoadedError if the last one could not confirm its weights, else RolloutFailedError; the latter, too,
-        if a new one is not ready in time.
+        Raises RolloutFailedError if the new process is not ready in time, or after `rollout.max_restarts`
+        replacements; then WeightsNotLoadedError if the last one could not confirm its weights.
         """
         import ray
         from ray.exceptions import RayActorError, RayTaskError
@@ -312,12 +306,11 @@ class RolloutPool:
                 self.workers[index] = worker
 
     async def _bring_up_to_date(self, index: int, worker: Any) -> None:
-        """Give a new worker the present weights, also if they change meanwhile."""
-        given: Published | None = None
-        while self._published is not given:
-            given = self._published
-            assert given is not None
-            await self._load_and_admit(index, worker, given)
+        current: Published | None = None
+        while self._published is not current:  # they may change meanwhile
+            current = self._published
+            assert current is not None
+            await self._load_and_admit(index, worker, current)
 
     def _out_of_restarts(self, index: int, cause: Exception) -> Exception:
         times = f"after {self.health[index].restarts} replacements (rollout.max_restarts)"
@@ -332,7 +325,6 @@ class RolloutPool:
 
 
 def _end_of(error: Exception) -> str:
-    """What a worker did that cannot be used any more."""
     from ray.exceptions import RayTaskError
 
     if isinstance(error, WeightsNotLoadedError):
@@ -341,7 +333,7 @@ def _end_of(error: Exception) -> str:
 
 
 def _cause_of(error: Exception) -> str:
-    """The first line of what happened; of an error inside an actor, its own instead of Ray's report about it."""
+    """First line of the cause; for an error inside an actor, its own message instead of Ray's report."""
     from ray.exceptions import RayTaskError
 
     own = error.cause if isinstance(error, RayTaskError) else error

@@ -19,11 +19,8 @@ FIRST_LOGPROB = 1  # vLLM reports None for the first prompt token
 
 
 def cpu_environment(threads: int) -> dict[str, str]:
-    """Variables that vLLM reads at import on CPU.
-
-    Passive waiting: several actors share the cores, and spinning OpenMP threads of one slow the others several-fold.
-    No compiling: the sampler's compilation costs 13 s on first use and gains nothing measurable here.
-    """
+    # Passive waiting: actors share the cores, and spinning OpenMP threads of one slow the others several-fold.
+    # No compilation: the sampler's costs 13 s on first use and gains nothing measurable on CPU.
     return {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
@@ -33,7 +30,7 @@ def cpu_environment(threads: int) -> dict[str, str]:
 
 
 def engine_environment(device: str, threads: int) -> dict[str, str]:
-    """The environment an actor needs before it imports vLLM."""
+    """Environment variables to set before vLLM is imported."""
     shared = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
@@ -44,15 +41,12 @@ def engine_environment(device: str, threads: int) -> dict[str, str]:
 
 
 def shared_gpus_environment(share: float) -> dict[str, str]:
-    """What vLLM must know to put an engine's workers, as Ray actors, into the bundles that Placement names.
-
-    Each asks for `share` of a GPU. Ray hands these variables on to them.
-    """
+    """Variables that let vLLM place an engine's workers as Ray actors with `share` of a GPU each."""
     return {"VLLM_RAY_PER_WORKER_GPUS": f"{share:g}", "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1"}
 
 
 def executor(gpus: int) -> Literal["uni", "mp", "ray"]:
-    """Who runs an engine's workers: this process; its children, on GPUs of its own; Ray, on GPUs shared with ranks."""
+    """Who runs an engine's workers: this process, its children (own GPUs), or Ray (GPUs shared with ranks)."""
     if gpus == 1:
         return "uni"
     return "ray" if os.environ.get(BUNDLES) else "mp"
@@ -60,8 +54,6 @@ def executor(gpus: int) -> Literal["uni", "mp", "ray"]:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to sample."""
-
     id: str
     prompt: Sequence[int]
     seed: int
@@ -71,23 +63,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response."""
-
     id: str
     token_ids: np.ndarray
-    """[T] int32, the stop token included if one was sampled."""
+    """[T] int32, including a sampled stop token."""
     logprobs: np.ndarray
     """[T] float32 at the sampling temperature."""
     finish_reason: FinishReason
     cached_prompt_tokens: int
-    """Prompt tokens whose keys and values came from the prefix cache."""
+    """Prompt tokens served by the prefix cache."""
 
 
 def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
-    """Tokens that end a response: the model's generation config and the tokenizer's end-of-sequence token.
-
-    Raises ValueError if neither names one: every response would run to its length limit.
-    """
+    """Tokens that end a response, from the generation config and the tokenizer. Raises ValueError if there are none."""
     from transformers import GenerationConfig
 
     stops: set[int] = set()
@@ -104,7 +91,7 @@ def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
 
 
 class Sampler:
-    """Add requests, call `step` until nothing is unfinished; load new weights between steps."""
+    """Add requests, call `step` until not `busy`; load new weights between steps."""
 
     def __init__(
         self,
@@ -118,7 +105,7 @@ class Sampler:
         route: WeightRoute = "object_store",
         sleeps: bool = False,
     ) -> None:
-        """`route`: how `receive` gets weights, besides `load`; `sleeps`: memory that `sleep` can give up (CUDA)."""
+        """`sleeps` (CUDA): allocate memory so that `sleep` can free it."""
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -167,7 +154,6 @@ class Sampler:
         )
 
     def add(self, request: Request) -> None:
-        """Queue a request."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -189,27 +175,26 @@ class Sampler:
         )
 
     def step(self) -> list[Response]:
-        """Decode one token for every running request; the responses that finished by it."""
+        """Decode one token for every running request; return the responses that finished."""
         return [_response(output) for output in self.engine.step() if output.finished]
 
     @property
     def busy(self) -> bool:
-        """Whether requests are unfinished."""
         return bool(self.engine.has_unfinished_requests())
 
     def load(self, bundle: WeightBundle) -> None:
-        """Replace the weights and forget every key and value computed with the old ones."""
+        """Replace the weights and drop the prefix cache."""
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(bundle.tensors())})
         self._forget()
 
     def receive(self, step: str, **arguments: Any) -> None:
-        """A step of a transfer that the learner drives: a method of vLLM's workers, called on each."""
+        """Call a transfer method of vLLM's workers on each of them."""
         self.engine.collective_rpc(step, kwargs=arguments)
         if step == "finish_weight_update":
             self._forget()
 
     def received_checksum(self) -> str:
-        """Of what the last transfer brought. Raises RuntimeError if the engine's own workers got different weights."""
+        """Of the last transfer. Raises RuntimeError if the engine's workers received different weights."""
         checksums = set(self.engine.collective_rpc("received_checksum"))
         if len(checksums) > 1:
             raise RuntimeError(f"the GPUs of one engine received different weights: {', '.join(sorted(checksums))}")
@@ -217,12 +202,11 @@ class Sampler:
         return checksum
 
     def sleep(self, level: int) -> None:
-        """Give the GPU's memory up. Level 1 keeps the weights in the host's memory; 2 forgets them, too."""
+        """Free GPU memory. Level 1 keeps the weights in host memory; 2 drops them."""
         self.engine.sleep(level)
         self.asleep = {"weights", "kv_cache"}
 
     def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
-        """Take back the memory for this, if it was given up."""
         if tag in self.asleep:
             self.engine.wake_up([tag])
             self.asleep.remove(tag)
@@ -234,7 +218,7 @@ class Sampler:
             raise RuntimeError("vLLM refused to reset its prefix cache: requests were still running")
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[len - 1] log-probs of every token but the first. Only while nothing else is running."""
+        """[len - 1] log-probs of every token but the first. Raises RuntimeError while requests are running."""
         from vllm import SamplingParams
 
         if self.busy:
@@ -252,10 +236,7 @@ class Sampler:
 
 
 def _repack_head(model: Any) -> None:
-    """Pack a tied output head again, or vLLM 0.32 on CPU goes on sampling from the old one.
-
-    It reloads the embedding but not the head's packed copy, since no weight of the head's own name arrives.
-    """
+    # vLLM 0.32 on CPU reloads a tied embedding, but not the head's packed copy of it: it would keep sampling from that.
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():

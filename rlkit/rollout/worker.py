@@ -1,4 +1,4 @@
-"""A rollout worker: one sampler in a Ray actor. Streams groups as they finish; takes new weights between groups."""
+"""A rollout worker: one sampler in a Ray actor that streams groups as they finish and takes weights between groups."""
 
 from __future__ import annotations
 
@@ -22,15 +22,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """A group to sample: one prompt, `samples` responses."""
-
     id: str
     prompt: Prompt
     samples: int
     seed: int
     step: int
     greedy: bool = False
-    """Whether to sample a greedy response as well (`Group.greedy`)."""
+    """Also sample a greedy response (`Group.greedy`)."""
 
     @property
     def responses(self) -> int:
@@ -39,15 +37,13 @@ class GroupRequest:
 
 
 def sample_seed(seed: int, group_id: str, index: int) -> int:
-    """A seed per sample that depends on nothing else, so results do not depend on which worker sampled it."""
+    """A seed that depends on nothing else: results do not depend on which worker sampled what."""
     digest = hashlib.blake2b(f"{seed}/{group_id}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
 @dataclass
 class _Open:
-    """A group being sampled."""
-
     request: GroupRequest
     started_version: int
     done: asyncio.Queue[Group | BaseException]
@@ -55,7 +51,7 @@ class _Open:
 
 
 class RolloutWorker:
-    """Use through Ray. Every engine call runs in one thread, so steps and weight updates never overlap."""
+    """Every engine call runs in one thread, so steps and weight updates never overlap."""
 
     def __init__(self, model_path: str, config: RunConfig, log_path: str) -> None:
         from rlkit.tracking.logs import actor_logging
@@ -65,19 +61,19 @@ class RolloutWorker:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self.version = 0
         self.checksum = ""
-        """Of the weights that arrived last."""
+        """Of the last weights received."""
         self.announced: str | None = None
         """The checksum that came with them."""
         self.open: dict[str, _Open] = {}
         self.pump: asyncio.Task[None] | None = None
         self.admission = asyncio.Lock()
-        """Held while groups are taken in, and while `closed`."""
+        """Held while groups are admitted, and while `closed`."""
         self.closed = False
-        """From before new weights arrive until the pool is content with their receipt (`admit`)."""
+        """From `prepare` until the pool accepts the receipt (`admit`)."""
         self.arrived = asyncio.Event()
-        """Set when a transfer has brought new weights, or has failed."""
+        """Set when a transfer has completed or failed."""
         self.failure: Exception | None = None
-        """Of the transfer."""
+        """Of the last transfer."""
 
     async def start(self) -> None:
         """Load the engine and generate once, so that the first step finds everything warm."""
@@ -104,10 +100,9 @@ class RolloutWorker:
             self.sampler.step()
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[str, ...] | list[Group]]:
-        """Yield groups as their last sample finishes: all that finished since the last yield, at least one.
+        """Yield all groups that finished since the last yield (at least one), then their ids.
 
-        Their ids follow, as an item of their own, small enough to be looked at on the way: they prove that the groups
-        have arrived.
+        The ids are a separate, small item: the driver reads them as proof that the groups have arrived.
         """
         done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
         async with self.admission:
@@ -187,13 +182,12 @@ class RolloutWorker:
         greedy = samples[-1] if request.greedy else None
         return Group(request.id, request.prompt, samples[: request.samples], step=request.step, greedy=greedy)
 
-    # -- new weights: prepare, then take or the learner's transfer, then confirm, then admit ------------------------
+    # -- new weights: prepare; take, or the learner's transfer; confirm; admit --------------------------------------
 
     async def prepare(self) -> None:
-        """Finish what is being sampled and make room for weights.
+        """Finish the open groups and make room for weights. New groups wait until `admit`.
 
-        Groups asked for from now on wait until `admit`, so that no group mixes versions and none is sampled with
-        weights that nobody has checked.
+        So no group mixes versions, and none is sampled with unchecked weights.
         """
         if not self.closed:
             await self.admission.acquire()
@@ -205,7 +199,7 @@ class RolloutWorker:
         await self._in_thread(lambda: self.sampler.wake("weights"))
 
     async def take(self, bundle: WeightBundle) -> None:
-        """New weights out of Ray's object store; if they arrived damaged, the receipt says so."""
+        """Load weights from Ray's object store; damaged ones are not loaded, and the receipt shows it."""
         await self._in_thread(lambda: self._take(bundle))
 
     def _take(self, bundle: WeightBundle) -> None:
@@ -226,7 +220,7 @@ class RolloutWorker:
             self.arrived.set()
 
     async def arrival(self) -> None:
-        """Returns when the transfer is complete; raises what ended it. Who waits hears at once if this process dies."""
+        """Return when the transfer is complete; raise what ended it."""
         await self.arrived.wait()
         if self.failure is not None:
             raise self.failure
@@ -237,7 +231,6 @@ class RolloutWorker:
             self.version, self.checksum, self.announced = version, self.sampler.received_checksum(), None
 
     async def confirm(self, canary: Sequence[int]) -> WeightReceipt:
-        """What is loaded now, and how it samples."""
         return await self._in_thread(lambda: self._confirm(canary))
 
     def _confirm(self, canary: Sequence[int]) -> WeightReceipt:
@@ -245,25 +238,25 @@ class RolloutWorker:
         return WeightReceipt(self.version, self.checksum, self.announced, self.sampler.prompt_logprobs(canary))
 
     async def admit(self) -> None:
-        """The receipt is good: take groups in again."""
+        """Take groups again: the receipt was accepted."""
         self.closed = False
         self.admission.release()
 
     async def load_weights(self, bundle: WeightBundle, canary: Sequence[int]) -> WeightReceipt:
-        """All of it but `admit` at once."""
+        """`prepare`, `take` and `confirm` in one call."""
         await self.prepare()
         await self.take(bundle)
         return await self.confirm(canary)
 
     async def sleep(self, level: int) -> None:
-        """Give the GPU's memory up until `prepare` and `confirm`, or `wake`. Only while nothing is sampled.
+        """Free GPU memory until `prepare` and `confirm`, or `wake`. Only while nothing is sampled.
 
-        Level 1 keeps the weights in the host's memory; with 2 there must be new ones.
+        Level 1 keeps the weights in host memory; after level 2 new ones must come.
         """
         await self._in_thread(lambda: self.sampler.sleep(level))
 
     async def wake(self) -> None:
-        """Take all memory back after a sleep of level 1."""
+        """Undo `sleep(1)`."""
         await self._in_thread(lambda: self.sampler.wake("weights"))
         await self._in_thread(lambda: self.sampler.wake("kv_cache"))
 

@@ -1,4 +1,4 @@
-"""Weights on their way: one flat buffer for Ray's object store, or buckets of bounded size with a checksum."""
+"""Weights in transit: one flat buffer for Ray's object store, or buckets of bounded size with a checksum."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies in the buffer."""
-
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -33,11 +31,11 @@ class WeightBundle:
     entries: tuple[TensorEntry, ...]
     data: NDArray[np.uint8]
     checksum: str
-    """blake2b of `data`, made by the learner."""
+    """blake2b of `data`, computed by the learner."""
 
     @classmethod
     def pack(cls, version: int, weights: Iterable[tuple[str, Tensor]]) -> WeightBundle:
-        """Copy tensors (on any device) into one buffer, in the order given."""
+        """Copy tensors (on any device) into one buffer, in order."""
         entries, pieces, start = [], [], 0
         for name, tensor in weights:
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -50,7 +48,7 @@ class WeightBundle:
         return cls(version, tuple(entries), data, _digest(data))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) pairs that share the buffer's memory: read only."""
+        """Yield (name, tensor) views of the buffer: read only."""
         for entry in self.entries:
             raw = self.data[entry.start : entry.start + entry.bytes]
             with warnings.catch_warnings():
@@ -59,7 +57,7 @@ class WeightBundle:
             yield entry.name, flat.view(getattr(torch, entry.dtype)).view(entry.shape)
 
     def received_checksum(self) -> str:
-        """blake2b of the buffer as it arrived."""
+        """blake2b of the buffer as received."""
         return _digest(self.data)
 
 
@@ -76,15 +74,12 @@ _CHUNK = 2**22
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """What a receiver must know of a tensor before it comes."""
-
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        """Size of its elements."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -106,28 +101,27 @@ def buckets(tensors: Sequence[TensorMeta], limit: int) -> Iterator[Sequence[Tens
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """One flat uint8 buffer of a bucket's tensors, in their order."""
     return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
 
 
 def unpack(buffer: Tensor, metas: Sequence[TensorMeta]) -> Iterator[tuple[str, Tensor]]:
-    """The reverse of `pack`: each tensor in memory of its own, so that the buffer may be filled again."""
+    """Undo `pack`; each tensor gets its own memory, so the buffer may be reused."""
     for meta, part in zip(metas, buffer.split([meta.bytes for meta in metas]), strict=True):
         yield meta.name, part.clone().view(meta.dtype).view(meta.shape)
 
 
 class WeightDigest:
-    """Checksum of named tensors: names, dtypes, shapes and every bit, computed where the tensors are.
+    """Checksum of named tensors (names, dtypes, shapes, every bit), computed where the tensors are.
 
-    Not cryptographic: it finds what gets lost, doubled, mixed up or damaged on the way. A single element that differs
-    always changes it. Order and buckets do not matter.
+    Not cryptographic: it detects loss, duplication, mix-ups and damage in transit. Order and buckets do not matter; a
+    single different element always changes it.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[TensorMeta, Tensor]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Count a tensor in. Raises ValueError if one of that name was."""
+        """Raises ValueError for a name that was added before."""
         if name in self._sums:
             raise ValueError(f"the weights {name} came twice")
         self._sums[name] = TensorMeta(name, tensor.dtype, tuple(tensor.shape)), _weighted_sum(tensor)
@@ -142,7 +136,7 @@ class WeightDigest:
 
 
 def _weighted_sum(tensor: Tensor) -> Tensor:
-    """[] int64: elements, as integers of their size, times odd weights of their places, modulo 2^64."""
+    """[] int64: elements, as integers of their size, times odd weights of their positions, modulo 2^64."""
     elements = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, elements.numel(), _CHUNK):

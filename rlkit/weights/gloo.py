@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 SECONDS = 600.0
-"""After so long without a peer an operation fails; the run's own deadlines come first, and are what a user sees."""
+"""Time limit of an operation; the run's own deadlines come first."""
 
 
 def join(address: str, port: int, rank: int, world_size: int) -> Any:
-    """Returns when all have joined."""
+    """Return when all have joined."""
     from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 
     return stateless_init_torch_distributed_process_group(
@@ -22,7 +22,7 @@ def join(address: str, port: int, rank: int, world_size: int) -> Any:
 
 
 def broadcast(group: Any, buffer: Tensor) -> None:
-    """From rank 0. (`torch.distributed.broadcast` knows only groups of its own.)"""
+    """From rank 0. (`torch.distributed.broadcast` knows only its own groups.)"""
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
     group.broadcast([buffer], options).wait()

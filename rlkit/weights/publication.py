@@ -1,4 +1,4 @@
-"""Weights that every rollout worker must hold, and the proof that one does."""
+"""Weights that every rollout worker must hold, and the proof that it does."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rlkit.experience import UserError
 
 
 class WeightsNotLoadedError(UserError):
-    """A worker samples with other weights than it was given."""
+    """A worker samples with other weights than those published."""
 
 
 @dataclass(frozen=True)
 class WeightReceipt:
-    """What a worker reports about the weights it would now sample with."""
+    """A worker's report on the weights it would now sample with."""
 
     version: int
     checksum: str
-    """Of the weights that arrived last."""
+    """Of the weights received."""
     announced: str | None
-    """The checksum that came with them; None if they came from the learner directly, which has it."""
+    """The checksum sent with them; None after a direct transfer, where the learner has it."""
     canary_logprobs: np.ndarray
 
 
@@ -31,16 +31,16 @@ class Published:
     """The weights that every worker must hold now."""
 
     bundle: Any
-    """Reference to a WeightBundle; None where the learner sends weights directly."""
+    """Reference to a WeightBundle; None for a direct transfer."""
     version: int
     canary: tuple[int, ...]
     wanted: np.ndarray
     """[len(canary) - 1] the learner's log-probs of the canary."""
 
     def difference(self, who: str, receipt: WeightReceipt, checksum: str | None, tolerance: float) -> float:
-        """The canary's largest difference in log-probs. `checksum` is the learner's, for weights that it sent directly.
+        """Return the canary's largest difference in log-probs. `checksum`: the learner's, for a direct transfer.
 
-        Raises WeightsNotLoadedError unless the receipt proves that its worker (`who`) has these weights, undamaged, and
+        Raises WeightsNotLoadedError unless the receipt proves that worker `who` holds these weights, undamaged, and
         samples as the learner does.
         """
         sent = receipt.announced if checksum is None else checksum
