@@ -67,13 +67,12 @@ class BaseJudge(Reward):
         max_reasks: int = Field(default=2, ge=0)
         """Times the judge is asked again after an unreadable answer; then the sample is invalid."""
         max_calls: int | None = Field(default=None, ge=1)
-        """Calls per run, divided evenly among the workers. Beyond it samples are invalid (`budget`) and the run
-        stops by `max_failed_share`."""
-        max_tokens: int | None = Field(default=None, ge=1)
         """Calls per run, divided evenly among the workers; then samples are invalid (`budget`) and
         `max_failed_share` stops the run."""
-        cache_size: int = Field(default=65536, ge=1)
+        max_tokens: int | None = Field(default=None, ge=1)
         """The same for tokens (prompt and answer), as the server counts them."""
+        cache_size: int = Field(default=65536, ge=1)
+        """Verdicts kept in memory, by content."""
         cache_file: str | None = None
         """SQLite file with all verdicts, shared by workers and later runs; null: memory only."""
         guard: bool = True
@@ -131,14 +130,11 @@ class BaseJudge(Reward):
     def questions(self, prompt: Prompt, responses: Sequence[str]) -> Sequence[Question]:
         """Return what to ask about these distinct responses (none if all were rejected by rule).
 
-        Raise CannotJudge if the prompt lacks what the judge needs; then all its samples are invalid.
+        Raise CannotJudge if the prompt lacks what the judge needs: its samples are then invalid.
         """
 
     def combine(self, texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) -> GroupScores:
-        """Return what to ask about these distinct responses.
-
-        Raise CannotJudge if the prompt lacks what the judge needs: its samples are then invalid.
-        """
+        """Return the scores of a group's texts. `decided` maps texts to scores by rule."""
         scores = {**mean_scores(asked), **decided}
         missing = Score.invalid("no_question: nothing was asked about this response")
         return GroupScores(tuple(scores.get(text, missing) for text in texts))
@@ -162,7 +158,7 @@ class BaseJudge(Reward):
         return []
 
     def start(self) -> None:
-        """Right responses, each with some without content."""
+        """Connect and probe; raise JudgeError with cause and remedy."""
         self._judge = _connect(self.config)
         self._runner = asyncio.Runner()
         warning = self._runner.run(self._introduce())

@@ -1,7 +1,7 @@
 """The parts of every judge: a question, a chat that fences off foreign text, and strict reading of the answer.
 
-An unreadable answer is an error, never a score. The verdict is read from the structured answer alone (all of it, or
-its last line), so a verdict quoted from a response does not count.
+An unreadable answer is an error, never a score. Only the structured answer counts (all of it, or its last line), not
+a verdict quoted from a response.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Chat = list[dict[str, str]]
 
 
 class Unparsable(ValueError):
-    """The judge's answer is not in the required form; the message says what is wrong."""
+    """The message says what is wrong with the judge's answer."""
 
 
 class CannotJudge(ValueError):
@@ -29,7 +29,7 @@ class CannotJudge(ValueError):
 @dataclass(frozen=True, slots=True)
 class Verdict:
     values: tuple[float, ...]
-    """One per response, 0 to 1; for two compared responses, their shares of the win."""
+    """One per response, 0 to 1; of two compared responses, the shares of the win."""
     reasoning: str
 
 
@@ -43,28 +43,26 @@ class NoVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt for the judge, and the parser of its answer."""
-
     responses: tuple[str, ...]
     """In the order of the verdict's values."""
     messages: Chat
     read: Callable[[str], Verdict]
     """Raises Unparsable; the judge is then asked again, with the message."""
     instruction: str
-    """How to answer; repeated when the judge is asked again."""
+    """Repeated when the judge is asked again."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Extra fields of the request, such as `guided_decoding(schema)`."""
     kind: str = ""
-    """Part of the cache key beside the messages: a parser that gives other values needs another one."""
+    """Part of the cache key: a parser that gives other values needs another one."""
 
 
 def fenced_chat(
     role: str, blocks: Sequence[tuple[str, str]], task: str, seed: int, hashed: Sequence[str] | None = None
 ) -> Chat:
-    """Return a system message with the role, and a user message with the fenced blocks (name, text) and the task.
+    """Return the chat: the role, then the fenced blocks (name, text) and the task.
 
-    A response cannot guess the fence: it would have to contain a hash of itself. The hash is of the texts `hashed`
-    (None: those of the blocks).
+    A response cannot guess the fence, a hash of the texts `hashed` (None: of the blocks): it would have to contain
+    its own hash.
     """
     texts = [text for _, text in blocks] if hashed is None else list(hashed)
     digest = hashlib.sha256(repr((seed, texts)).encode())
@@ -92,7 +90,7 @@ def guided_decoding(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def strip_thinking(answer: str) -> str:
-    """Return the answer without the judge's thinking; raise Unparsable if nothing is left."""
+    """Drop the judge's thinking; raise Unparsable if nothing is left."""
     text = answer.rpartition("</think>")[2].strip()
     if not text:
         raise Unparsable("the answer is empty")
@@ -100,7 +98,7 @@ def strip_thinking(answer: str) -> str:
 
 
 def json_object(answer: str) -> dict[str, Any]:
-    """Parse the one JSON object that must be the whole answer (a code fence around it is fine); raise Unparsable."""
+    """Parse the answer, one JSON object and nothing else but a code fence; raise Unparsable."""
     text = strip_thinking(answer)
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL)
     try:
