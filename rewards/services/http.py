@@ -192,7 +192,7 @@ class HttpClient:
 
 
 class BlockingHttpClient:
-    """HttpClient for threads; its event loop runs in a thread."""
+    """HttpClient for threads: its event loop runs in another one."""
 
     def __init__(self, urls: Sequence[str], limits: Limits, token: str | None = None, **options: Any) -> None:
         self._client = HttpClient(urls, limits, token, **options)

@@ -271,7 +271,7 @@ _REMEDY = (
 
 
 class Bubblewrap(Isolation):
-    """No network, a read-only file system with little more than Python, an empty environment, its namespaces."""
+    """No network, a read-only file system with little more than Python, an empty environment, its own namespaces."""
 
     def __init__(self, limits: Limits, side_by_side: int, python: str | None = None) -> None:
         self._limits, self._side_by_side, self._python = limits, side_by_side, python
