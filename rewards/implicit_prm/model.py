@@ -356,7 +356,3 @@ class ImplicitModel:
         trees = mismatched(list(by_prompt.values()))
         ratios = log_ratios(self.engine, self.reference.module, trees, self.device, self._chunk)
         return kto_baseline(response_scores(ratios, trees, self.config.beta))
-
-
-def _tree(group: Group) -> Tree:
-    return Tree(group.prompt.token_ids, tuple(sample.token_ids.tolist() for sample in group.samples))

@@ -117,8 +117,8 @@ def open_checkpoint(folder: Path) -> Sealed:
 
 def sealed_folders(checkpoints: Path) -> list[Path]:
     """Folders that carry a checkpoint's name, the newest first; not checked."""
-    found = [path for path in checkpoints.glob("step_*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: -int(path.name[5:]))
+    folders = [path for path in checkpoints.glob("step_*") if path.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: -int(path.name[5:]))
 
 
 def set_aside_after(checkpoints: Path, step: int) -> None:

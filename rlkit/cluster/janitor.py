@@ -1,8 +1,8 @@
-"""Runs beside a driver that starts a Ray of its own and clears away what is left of it, however the driver ended.
+"""A process that outlives a driver with its own Ray, and removes what is left however the driver ended.
 
-Ray leaves its session's folder in any case; killed processes leave temporary files, and semaphores and shared memory
-in /dev/shm. Started by its path, before Ray, with Python's standard library alone: `janitor.py TOKEN FOLDER LOGS`. Its
-standard input ends with the driver.
+Ray always leaves its session's folder; killed processes leave temporary files, and semaphores and shared memory in
+/dev/shm. Started by its path, before Ray, with the standard library alone: `janitor.py TOKEN FOLDER LOGS`. Its standard
+input ends with the driver.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TOKEN = "RLKIT_RUN_TOKEN"
-"""Variable in the environment of every process of a run; semaphores are named after its value, too."""
+"""Environment variable of every process of a run; semaphores carry its value in their names."""
 SECONDS = 300.0
 """How long the run's processes may take to be gone; after that nothing is removed.
 
@@ -40,7 +40,7 @@ _MAPPED = re.compile(r"^(?:\S+ +){4}(\d+) +/dev/shm/", re.MULTILINE)
 
 @contextlib.contextmanager
 def janitor(token: str, folder: Path, logs: Path) -> Iterator[None]:
-    """Clears away after the body or the death of this process: `folder` holds Ray's session and temporary files.
+    """Remove `folder` (Ray's session, temporary files) and shared memory after the body, or when this process dies.
 
     Ray's own logs go to `logs` after an error or a kill.
     """
@@ -50,27 +50,27 @@ def janitor(token: str, folder: Path, logs: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        said = FAILED
+        ending = FAILED
         raise
     except BaseException:  # Ctrl-C, SIGTERM
-        said = ORDERLY
+        ending = ORDERLY
         raise
     else:
-        said = ORDERLY
+        ending = ORDERLY
     finally:
         with contextlib.suppress(BrokenPipeError):  # somebody killed it
-            process.stdin.write(said)
+            process.stdin.write(ending)
             process.stdin.close()
         # Not waited for: it ends after the last process of the run, a few seconds later.
 
 
 def _clear_away(token: str, folder: Path, logs: Path) -> None:
-    said = sys.stdin.buffer.read()
+    ending = sys.stdin.buffer.read()  # empty: the driver was killed
     began = time.monotonic()
     shared: set[Path] = set()
     while (left := _processes(token)) and time.monotonic() < began + SECONDS:
         shared |= _shared_by(left)
-        if not said and time.monotonic() > began + ORPHANS_SECONDS:
+        if not ending and time.monotonic() > began + ORPHANS_SECONDS:
             for process in left:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(process, signal.SIGKILL)
@@ -79,7 +79,7 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
         sys.exit(f"rlkit: {folder} stays, because processes of the run are alive after {SECONDS:g} s: {left}")
     for file in (*Path("/dev/shm").glob(f"sem.rlkit-{token}-*"), *shared):
         file.unlink(missing_ok=True)
-    if said != ORDERLY and logs.parent.is_dir():
+    if ending != ORDERLY and logs.parent.is_dir():
         for session in folder.glob("ray/session_*_*/logs"):
             shutil.copytree(session, logs, symlinks=True, dirs_exist_ok=True)
     with contextlib.suppress(FileNotFoundError):  # somebody removed it
@@ -88,15 +88,15 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
 
 def _processes(token: str) -> list[int]:
     """Processes of the run on this machine, without the driver."""
-    mark, found = f"{TOKEN}={token}".encode(), []
+    mark, processes = f"{TOKEN}={token}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             alive = mark in (folder / "environ").read_bytes().split(b"\0")
         except OSError:  # it has ended, or is somebody else's
             continue
         if alive and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
+            processes.append(int(folder.name))
+    return processes
 
 
 def _shared_by(processes: list[int]) -> set[Path]:

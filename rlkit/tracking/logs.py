@@ -1,4 +1,4 @@
-"""Keeps what libraries print and log off the screen and on disk."""
+"""Sends what libraries print and log to files instead of the screen."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ShowWarnings(logging.Handler):
 
 
 def actor_logging(log_path: str | Path, level: int = logging.INFO) -> None:
-    """Called by an actor as its first deed: its prints, logs, warnings and crash stacks go to `log_path` for good."""
+    """For an actor, before all else: send its prints, logs, warnings and crash stacks to `log_path` for good."""
     path = Path(log_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _flush()

@@ -32,8 +32,8 @@ class Tracker:
     ...         ...
     ...     tracker.step(1, {"reward/mean": 0.5}, groups, advantages.tokens)
 
-    While it is open, what libraries print goes to `logs/driver.log` (`capture_output=False` leaves it alone), and
-    warnings logged under the name `rlkit` are shown.
+    While it is open, output of libraries goes to `logs/driver.log` (unless `capture_output=False`), and warnings
+    logged under the name `rlkit` are shown.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Tracker:
         clock: Callable[[], float] = time.monotonic,
         first_step: int = 1,
     ) -> None:
-        """`first_step`: above 1 where a run goes on (plots drop what was written from there on before)."""
+        """`first_step`: above 1 for a resumed run (plots drop what was written from there on before)."""
         self.folder = folder
         self._config = config
         self._clock = clock
@@ -76,21 +76,21 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not self._finished:
-            said = f": {printable(str(error))}" if str(error) else ""
-            self.message(f"The run ended early, after step {self._progress.step}: {type(error).__name__}{said}")
+            text = f": {printable(str(error))}" if str(error) else ""
+            self.message(f"The run ended early, after step {self._progress.step}: {type(error).__name__}{text}")
         self.close()
 
-    def go_on_from(self, step: int, accuracies: Mapping[int, float]) -> None:
-        """The run goes on after `step` steps of an earlier one, with the held-out accuracies it had."""
+    def resume(self, step: int, accuracies: Mapping[int, float]) -> None:
+        """The run continues after `step` steps of an earlier one, with the held-out accuracies it had."""
         with self._progress.lock:
             self._progress.resume(step, accuracies)
 
     def message(self, text: str) -> None:
-        """Say something to the user, once."""
+        """Show a text to the user, once."""
         self._console.notice(text)
 
     def phase(self, name: str, parallel: bool = False) -> None:
-        """A phase of the start-up begins: earlier ones are over, unless it runs beside them (`parallel`)."""
+        """A phase of the start-up begins; earlier ones end, unless it runs in parallel."""
         with self._progress.lock:
             self._progress.begin_phase(name, parallel)
         self._console.line(name)
@@ -103,7 +103,7 @@ class Tracker:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds the seconds inside to `time/<phase>` of the current step (`evaluate`: of the next evaluation)."""
+        """Add the seconds of the body to `time/<phase>` of the current step (`evaluate`: of the next evaluation)."""
         began = self._clock()
         with self._progress.lock:
             if phase != "evaluate":
@@ -130,7 +130,7 @@ class Tracker:
     ) -> None:
         """A training step is done. `advantages`: one array [T] per sample, group by group.
 
-        Raises TypeError for a metric that is no number, naming it.
+        Raises TypeError that names a metric which is no number.
         """
         with self._progress.lock:
             now = self._clock()
@@ -171,14 +171,14 @@ class Tracker:
         self._console.line(line)
 
     def warn(self, message: str) -> None:
-        """Something the user should know. The same message again is counted, and said at its 10th, 100th, ... time."""
+        """Show a warning. The same message again is counted, and shown at its 10th, 100th, ... time."""
         with self._progress.lock:
             count = self._progress.add_warning(message)
         if str(count).strip("0") == "1":
             self._console.line(f"warning: {message}" + (f" ({count} times by now)" if count > 1 else ""))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run is complete: writes summary.json and shows it."""
+        """The run is complete: write summary.json and show it."""
         self.folder.write_summary(summary)
         if self._tensorboard is not None:
             self._tensorboard.close()
