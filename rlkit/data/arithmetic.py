@@ -4,8 +4,6 @@ question   Tom has 12 apples. He buys 5 more. He loses 3. How many apples does T
 solution   12+5=17
            17-3=14
            #### 14
-
-The stories of the arithmetic task: who has what, and how it grows, shrinks and multiplies.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ class WordProblem:
 
     @property
     def skeleton(self) -> str:
-        """Situation and numbers without names and things: what the split is made by. `bus:12+5-3`."""
+        """Situation and numbers without names and things, by which problems are split: `bus:12+5-3`."""
         changes = "".join(f"{step.operator}{step.right}" for step in self.steps)
         return f"{self.situation}:{self.steps[0].left}{changes}"
 
@@ -122,19 +120,20 @@ def draw_problems(config: ArithmeticConfig, split: Split) -> list[WordProblem]:
     """The word problems of a split, all questions different. Raises DataError if the ranges hold too few."""
     count = config.train_problems if split == "train" else config.heldout_problems
     rng = random.Random(f"{config.problem_seed}/{split}")
-    found: dict[str, WordProblem] = {}
+    problems: dict[str, WordProblem] = {}
     fruitless = 0
-    while len(found) < count and fruitless < _FRUITLESS_DRAWS:
+    while len(problems) < count and fruitless < _FRUITLESS_DRAWS:
         problem = _draw(config, rng)
         fruitless += 1
-        if _split_of(problem.skeleton) == split and problem.question not in found:
-            found[problem.question] = problem
+        if _split_of(problem.skeleton) == split and problem.question not in problems:
+            problems[problem.question] = problem
             fruitless = 0
-    if len(found) == count:
-        return list(found.values())
+    if len(problems) == count:
+        return list(problems.values())
     raise DataError(
-        f"data=arithmetic: only {len(found)} different {split} problems found with max_operand={config.max_operand}, "
-        f"max_value={config.max_value}, steps {config.min_steps} to {config.max_steps}; "
+        f"data=arithmetic: only {len(problems)} different {split} problems found with "
+        f"max_operand={config.max_operand}, max_value={config.max_value}, "
+        f"steps {config.min_steps} to {config.max_steps}; "
         f"ask for fewer than {count} ({split}_problems) or widen the ranges"
     )
 
@@ -189,8 +188,8 @@ def _possible_changes(config: ArithmeticConfig, rng: random.Random, value: int) 
         addend = rng.randint(2, min(config.max_operand, config.max_value - value))
         changes += [("+", addend), ("+", addend)]
     if value >= 2:
-        taken = rng.randint(2, min(config.max_operand, value))
-        changes += [("-", taken), ("-", taken)]
+        subtrahend = rng.randint(2, min(config.max_operand, value))
+        changes += [("-", subtrahend), ("-", subtrahend)]
     if 2 <= value <= config.max_operand and 2 * value <= config.max_value:
         changes.append(("*", rng.randint(2, min(config.max_factor, config.max_value // value))))
     return changes

@@ -118,10 +118,10 @@ def _token_ids(
     except TemplateSyntaxError as error:
         raise DataError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from error
     except TemplateError:
-        found: list[list[int] | str] = []  # some conversation was refused: find out which
+        results: list[list[int] | str] = []  # some conversation was refused: find out which
         for chat in chats:
             try:
-                found += tokenise([chat])
+                results += tokenise([chat])
             except TemplateError as error:
-                found.append(f"the chat template refuses this conversation: {error}")
-        return found
+                results.append(f"the chat template refuses this conversation: {error}")
+        return results

@@ -207,14 +207,14 @@ def _answer_text(row: Mapping[str, Any], config: ColumnsConfig) -> str:
 
 
 def _references(row: Mapping[str, Any], config: ColumnsConfig) -> tuple[str, ...]:
-    found: list[str] = []
+    references: list[str] = []
     for column in config.reference_columns:
         value = _cell(row, column)
         for text in value if isinstance(value, (list, tuple)) else [value]:
-            found.append(_clean(_text(text, column), config).strip())
-    if not found:
+            references.append(_clean(_text(text, column), config).strip())
+    if not references:
         raise RowError(f"{' and '.join(config.reference_columns)}: an empty list, no reference answer")
-    return tuple(found)
+    return tuple(references)
 
 
 def _messages(row: Mapping[str, Any], config: ColumnsConfig) -> tuple[Message, ...]:

@@ -21,7 +21,7 @@ from serve_fixture import Server
 from rewards import remote
 from rewards.base import RewardContext
 from rewards.remote import RemoteReward
-from rewards.verifiers.math import judge
+from rewards.verifiers.math import MathReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.experience import Group, Span
@@ -119,7 +119,9 @@ def test_scores_are_those_of_the_reward_itself(rule: Server) -> None:
     texts = ["#### 42", "#### 41", r"\boxed{84/2}", "no answer", "#### 42."]
     groups = [make_group(str(i), texts[: 1 + i % 5]) for i in range(20)]
     reward = client(rule.url, token_env="RLKIT_TEST_TOKEN", concurrent_requests=3)
-    expected = judge([s.text for g in groups for s in g.samples], ["42"] * sum(len(g.samples) for g in groups))
+    verifier = MathReward(MathReward.Config(), RewardContext())
+    expected = verifier.judge([s.text for g in groups for s in g.samples], ["42"] * sum(len(g.samples) for g in groups))
+    verifier.close()
     scored = [score for scores in reward.score(groups) for score in scores.samples]
     assert [score.value for score in scored] == [score.value for score in expected]
     assert [score.components for score in scored] == [score.components for score in expected]

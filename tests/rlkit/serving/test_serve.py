@@ -69,11 +69,11 @@ def test_scores_arrive_in_order(rule: Server) -> None:
 def test_health_says_what_is_served(rule: Server) -> None:
     health = rule.get("/health").json()
     assert health["status"] == "ok"
-    assert health["reward"] == "rewards.verifiers.math.RuleReward"
+    assert health["reward"] == "rewards.verifiers.math.MathReward"
     assert health["needs"] == {"references": False, "answer": True, "columns": []}
     assert health["gives_process_rewards"] is False
     assert health["call_timeout_seconds"] == RewardConfig().timeout_seconds
-    assert health["model_version"].startswith("RuleReward-")
+    assert health["model_version"].startswith("MathReward-")
     (worker,) = health["workers"]
     assert worker["alive"]
     assert psutil.pid_exists(worker["pid"])
