@@ -67,7 +67,7 @@ class RewardContext:
 
     device: str = "cpu"
     gpus: float = 0.0
-    """Share of a GPU that each worker is given."""
+    """Share of a GPU that each worker gets."""
     seed: int = 0
     threads: int = 1
     """CPU threads this worker may use."""
@@ -95,7 +95,7 @@ class Reward(ABC):
 
     @classmethod
     def config_model(cls, section: Mapping[str, Any]) -> type[BaseModel]:
-        """What checks this section for the user: `Config`, or the same with a typed section for each reward inside."""
+        """The model that validates this section: `Config`, or the same with a typed section for each reward inside."""
         return cls.Config
 
     @classmethod
@@ -114,7 +114,7 @@ class Reward(ABC):
         return ()
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
-        """Load models and test oneself. Raise with a message for the user if scoring cannot work."""
+        """Load models and run a self-test. Raise with a message for the user if scoring cannot work."""
 
     @abstractmethod
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
@@ -128,7 +128,7 @@ class Reward(ABC):
 
 
 class TrainableReward(Reward):
-    """A reward that learns during the run (implicit PRM, co-trained verifiers). One worker hosts it."""
+    """A reward that learns during the run (implicit PRM, co-trained verifiers). It has one worker."""
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -157,7 +157,7 @@ class TrainableReward(Reward):
         return self.score(groups)
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """The policy's present weights under their Hugging Face names (read only), for rewards that follow it."""
+        """The policy's current weights under their Hugging Face names (read only), for rewards that follow it."""
         raise TypeError(f"{type(self).__name__} says that it follows the policy but defines no policy_weights")
 
     def save(self, folder: Path) -> None:
@@ -165,7 +165,7 @@ class TrainableReward(Reward):
 
     @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:
-        """Everything needed to go on later: weights, optimizer, version."""
+        """Everything needed to continue later: weights, optimizer, version."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

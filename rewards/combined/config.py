@@ -61,7 +61,7 @@ class When(Section):
         )
 
     def columns(self) -> frozenset[str]:
-        """What the data must provide; a column that must be absent need not exist, if it is one of rlkit's own."""
+        """Columns the data must provide; of those that must be absent, `answer` and `references` need not exist."""
         absent = {name for name in self.lacks if name not in ("answer", "references")}
         return frozenset({*self.has, *absent, *self.equals, *self.differs})
 
@@ -84,7 +84,7 @@ def _present(value: Any) -> bool:
 
 
 def _is_one_of(value: Any, values: Sequence[Scalar]) -> bool:
-    """Equality that tells true from 1."""
+    """Equality in which true is not 1."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
 
 
@@ -99,7 +99,7 @@ class PartOptions(Section):
     weight: float = 1.0
     """Factor of its value and of its process rewards, with combine=sum, logical_and or mean."""
     when: When = When()
-    """The prompts that it judges; where it does not, it has no say. All conditions must hold."""
+    """The prompts that it judges; the others are scored without it. All conditions must hold."""
 
     @model_validator(mode="before")
     @classmethod
@@ -116,7 +116,7 @@ class ShapedPartOptions(PartOptions):
 
 @dataclass(frozen=True)
 class RewardPart:
-    """A part, ready to be made."""
+    """A part with its class and validated options."""
 
     name: str
     target: str
@@ -228,7 +228,7 @@ class CombinedConfig(CombinedFields):
 
 
 def typed_model(section: Mapping[str, Any], plain: type[CombinedConfig]) -> type[BaseModel]:
-    """`plain` with a typed section for each part, for messages as good as those about any other section.
+    """`plain` with a typed section for each part, so that messages are as good as those about any other section.
 
     A part whose class cannot be used is a field that no value suits; one without `_target_` is no field at all.
     """

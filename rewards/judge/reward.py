@@ -42,7 +42,7 @@ class JudgeReward(BaseJudge):
         against: Against = "group"
         """pairwise: opponents are the other responses of the group, or the prompt's first reference."""
         neighbours: int | None = Field(default=None, ge=1)
-        """pairwise in the group: each response meets the next so many in a shuffled ring, hence twice as many
+        """pairwise in the group: each response meets this many next ones in a shuffled ring, hence has twice as many
         opponents; null: everyone meets everyone."""
         swap: bool = True
         """pairwise: ask both orders, so that a judge's liking for the first or second place cancels out."""

@@ -204,7 +204,7 @@ class HttpClient:
 
 
 class BlockingHttpClient:
-    """HttpClient for threads: its event loop runs in a thread of its own."""
+    """HttpClient for threads: its event loop runs in another one."""
 
     def __init__(self, urls: Sequence[str], limits: Limits, token: str | None = None, **options: Any) -> None:
         """Options are HttpClient's."""

@@ -49,7 +49,7 @@ class RunningStatistics:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
     def state_dict(self) -> dict[str, float]:
-        """Everything needed to go on later."""
+        """Everything needed to continue later."""
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:

@@ -63,7 +63,7 @@ class MultipleChoice(TextRule):
         return RewardTraits(answer=True, columns=columns, uses_gpu=False)
 
     def task(self, prompt: Prompt) -> Choices:
-        """The options and the gold label: the answer is a label, the text of an option, or its place from 0."""
+        """The options and the gold label: the answer is a label, the text of an option, or its index from 0."""
         if prompt.answer is None:
             raise CannotJudgeError("no_gold: the prompt has no gold answer")
         labels: tuple[str, ...] = tuple(string.ascii_uppercase[:10])
@@ -87,7 +87,7 @@ class MultipleChoice(TextRule):
 def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -> str | None:
     """The label of the option that a response chooses, None if it chooses none or several.
 
-    What stands after the last marker (`answer is`, `####`, `\\boxed{`) decides. Without one: the whole response if it
+    What follows the last marker (`answer is`, `####`, `\\boxed{`) decides. Without one: the whole response if it
     is one line, else its last line that starts with a label (and does not end a list of them), else the only `(X)` or
     the last word of its last line.
     """
@@ -97,21 +97,21 @@ def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -
     marks = list(_MARKERS.finditer(text))
     for mark in reversed(marks[-8:]):  # a marker that is followed by nothing readable leaves it to the one before
         end = text[mark.end() :].lstrip(" \t:*_\n").split("\n", 1)[0]
-        found = _read(end, labels, texts)
-        if found is not None:
-            return found or None
+        chosen = _read(end, labels, texts)
+        if chosen is not None:
+            return chosen or None
     if marks:
         return None
     if len(lines) == 1:
-        found = _read(lines[0], labels, texts)
-        if found is not None:
-            return found or None
+        chosen = _read(lines[0], labels, texts)
+        if chosen is not None:
+            return chosen or None
     starts = [_line_label(line, labels) for line in lines]
-    for place in reversed(range(len(lines))):
-        label = starts[place]
-        if label is not None:
-            in_a_list = place > 0 and starts[place - 1] not in (None, label)
-            return None if in_a_list or label == "" else label
+    for index in reversed(range(len(lines))):
+        start = starts[index]
+        if start is not None:
+            in_a_list = index > 0 and starts[index - 1] not in (None, start)
+            return None if in_a_list or start == "" else start
     named = {label for letter in _IN_BRACKETS.findall(lines[-1]) if (label := _as_label(letter, labels))}
     if not named and not _NOT.search(lines[-1]):
         named = {label for letter in _AT_THE_END.findall(lines[-1]) if (label := _as_label(letter, labels))}
@@ -137,16 +137,16 @@ def _read(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
         if _plain(line) == _plain(option):
             return label
     match = _LABEL.match(line)
-    if match is not None and (found := _as_label(match[1], labels)):
+    if match is not None and (named := _as_label(match[1], labels)):
         # `A dog` is not the letter A: a bare letter needs an end, a bracket or a reason after it.
         bare = not match["end"] and not line.startswith(("(", "["))
         in_words = bare and match[1] in ("A", "a", "I", "i") and not _AFTER_LETTER.match(match["rest"])
         lower_case = bare and match[1].islower() and match["rest"].strip(" .") != ""
-        two = _names_another(("," if set(match["end"]) & {",", ";"} else "") + match["rest"], found, labels)
+        two = _names_another(("," if set(match["end"]) & {",", ";"} else "") + match["rest"], named, labels)
         if two:
             return ""
         if not in_words and not lower_case:
-            return found
+            return named
     return _only_text(line, labels, texts)
 
 
@@ -160,7 +160,7 @@ def _names_another(rest: str, label: str, labels: Sequence[str]) -> bool:
 
 
 def _only_text(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The only option whose text stands in the line as whole words; empty if several do, None if none does."""
+    """The only option whose text is in the line as whole words; empty if several are, None if none does."""
     words = f" {_plain(line)} "
     named = [(label, _plain(option)) for label, option in zip(labels, texts, strict=False)]
     inside = [(label, option) for label, option in named if option and f" {option} " in words]

@@ -1,11 +1,8 @@
-"""Constraints on the layout, the beginning and the end of a text, named as in IFEval (arXiv 2311.07911).
+"""`reward=instructions`: constraints that a program can check, with the names and data columns of IFEval.
 
-Constraints on the words, sentences, case and language of a text, named as in IFEval (arXiv 2311.07911).
-
-Each takes the response and the arguments that IFEval's `kwargs` column gives it, and says whether it is followed.
-Written anew from the paper's descriptions; sentences and words are found with regular expressions instead of NLTK.
-
-`reward=instructions`: constraints that a program can check, from the data columns that IFEval has.
+Each constraint is a function of the response and the arguments in IFEval's `kwargs` column that says whether it is
+followed. Written from the paper's descriptions (arXiv 2311.07911); words and sentences are found with regular
+expressions instead of NLTK.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ _FIXED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe."
 
 
 def number_of_placeholders(text: str, *, num_placeholders: float) -> bool:
-    """At least so many placeholders in square brackets."""
+    """At least this many placeholders in square brackets."""
     return len(_PLACEHOLDER.findall(text)) >= num_placeholders
 
 
@@ -48,7 +45,7 @@ def postscript(text: str, *, postscript_marker: str) -> bool:
 
 
 def number_of_bullets(text: str, *, num_bullets: float) -> bool:
-    """Exactly so many lines that start with `*` or `-`, as Markdown lists do."""
+    """Exactly this many lines that start with `*` or `-`, as Markdown lists do."""
     bullets = [line for line in text.splitlines() if re.match(r"\s*(?:\*(?!\*)|-(?!-))\s*\S", line)]
     return len(bullets) == num_bullets
 
@@ -59,12 +56,12 @@ def constrained_response(text: str) -> bool:
 
 
 def number_of_highlights(text: str, *, num_highlights: float) -> bool:
-    """At least so many parts in `*...*` or `**...**`."""
+    """At least this many parts in `*...*` or `**...**`."""
     return sum(bool(part.strip("* ")) for part in _HIGHLIGHT.findall(text)) >= num_highlights
 
 
 def multiple_sections(text: str, *, section_spliter: str, num_sections: float) -> bool:
-    """At least so many sections headed by this word and a number (`Section 1`). IFEval spells the argument so."""
+    """At least this many sections headed by a word and a number (`Section 1`); the spelling is IFEval's."""
     return len(re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections
 
 
@@ -99,7 +96,7 @@ def end_checker(text: str, *, end_phrase: str) -> bool:
 
 
 def quotation(text: str) -> bool:
-    """The whole response stands in double quotation marks."""
+    """The whole response is in double quotation marks."""
     body = text.strip()
     return len(body) > 2 and body.startswith('"') and body.endswith('"')
 
@@ -128,7 +125,7 @@ def keywords_exist(text: str, *, keywords: list[str]) -> bool:
 
 
 def keyword_frequency(text: str, *, keyword: str, frequency: float, relation: str) -> bool:
-    """A keyword occurs so often."""
+    """A keyword occurs at least, or less than, this often."""
     return compare(text.casefold().count(keyword.strip().casefold()), relation, frequency)
 
 
@@ -138,7 +135,7 @@ def forbidden_words(text: str, *, forbidden_words: list[str]) -> bool:
 
 
 def letter_frequency(text: str, *, letter: str, let_frequency: float, let_relation: str) -> bool:
-    """A letter (or sign) occurs so often, in either case."""
+    """A letter (or sign) occurs at least, or less than, this often, in either case."""
     if len(letter) != 1:
         raise ValueError(f"letter must be one sign, not {letter!r}")
     return compare(text.lower().count(letter.lower()), let_relation, let_frequency)
@@ -150,35 +147,35 @@ def response_language(text: str, *, language: str) -> bool:
 
 
 def number_of_sentences(text: str, *, num_sentences: float, relation: str) -> bool:
-    """So many sentences."""
+    """At least, or less than, this many sentences."""
     return compare(count_sentences(text), relation, num_sentences)
 
 
 def number_of_words(text: str, *, num_words: float, relation: str) -> bool:
-    """So many words (runs of letters, digits and `_`)."""
+    """At least, or less than, this many words (runs of letters, digits and `_`)."""
     return compare(len(_WORD.findall(text)), relation, num_words)
 
 
 def number_of_paragraphs(text: str, *, num_paragraphs: float) -> bool:
-    """Exactly so many paragraphs, divided by `***`; none in the middle is empty."""
+    """Exactly this many paragraphs, divided by `***`; none in the middle is empty."""
     parts = [part.strip() for part in re.split(r"\*\*\*", text)]
     inner = parts[1:-1]
     return all(inner) and sum(bool(part) for part in parts) == num_paragraphs
 
 
 def nth_paragraph_first_word(text: str, *, num_paragraphs: float, nth_paragraph: float, first_word: str) -> bool:
-    """So many paragraphs, divided by empty lines, and the n-th (from 1) starts with this word."""
+    """Exactly this many paragraphs, divided by empty lines, and the n-th (from 1) starts with this word."""
     paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
-    place = int(nth_paragraph)
-    if len(paragraphs) != num_paragraphs or not 1 <= place <= len(paragraphs):
+    number = int(nth_paragraph)
+    if len(paragraphs) != num_paragraphs or not 1 <= number <= len(paragraphs):
         return False
-    word = paragraphs[place - 1].split()[0].lstrip("\"'“‘*_(").lower()
+    word = paragraphs[number - 1].split()[0].lstrip("\"'“‘*_(").lower()
     wanted = first_word.strip().lower()
     return re.fullmatch(rf"{re.escape(wanted)}(?:\W.*)?", word, re.DOTALL) is not None
 
 
 def capital_word_frequency(text: str, *, capital_frequency: float, capital_relation: str) -> bool:
-    """So many words in capital letters only."""
+    """At least, or less than, this many words in capital letters only."""
     return compare(sum(word.isupper() for word in _TOKEN.findall(text)), capital_relation, capital_frequency)
 
 
@@ -305,22 +302,22 @@ class Instructions(TextRule):
     def task(self, prompt: Prompt) -> tuple[Constraint, ...]:
         """The prompt's constraints."""
         config = self.config
-        found = [_constraint(instruction.id, instruction.kwargs) for instruction in config.always]
+        constraints = [_constraint(instruction.id, instruction.kwargs) for instruction in config.always]
         if not config.always or config.id_column in prompt.columns:
             names, arguments = (column_value(prompt, column) for column in (config.id_column, config.kwargs_column))
             if not _is_list(names) or not _is_list(arguments) or len(names) != len(arguments):
                 both = f"{config.id_column!r} and {config.kwargs_column!r}"
                 raise CannotJudgeError(f"bad_column: columns {both} hold no two lists of one length")
-            found += [_constraint(name, given) for name, given in zip(names, arguments, strict=True)]
-        if not found:
+            constraints += [_constraint(name, kwargs) for name, kwargs in zip(names, arguments, strict=True)]
+        if not constraints:
             raise CannotJudgeError("no_instructions: the prompt has no constraint to check")
-        return tuple(found)
+        return tuple(constraints)
 
     @staticmethod
     def judge(config: Any, task: tuple[Constraint, ...], text: str, /) -> Score:
         """Components: `all` (0 or 1) and `share` of the constraints that are followed."""
         texts = loose_texts(text) if config.loose else (text,)
-        verdicts = [any(constraint.followed(each) for each in texts) for constraint in task]
+        verdicts = [any(constraint.followed(version) for version in texts) for constraint in task]
         components = {"all": float(all(verdicts)), "share": sum(verdicts) / len(verdicts)}
         trace = ", ".join(
             f"{'+' if verdict else '-'}{constraint.name}" for verdict, constraint in zip(verdicts, task, strict=True)
@@ -337,16 +334,16 @@ def loose_texts(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*versions, *(version.replace("*", "") for version in versions)]))
 
 
-def _constraint(name: Any, given: Any) -> Constraint:
+def _constraint(name: Any, kwargs: Any) -> Constraint:
     """A constraint that can be checked. Raises CannotJudgeError with what is wrong."""
     check = CONSTRAINTS.get(name) if isinstance(name, str) else None
     if check is None:
         near = difflib.get_close_matches(str(name), CONSTRAINTS, n=1)
         known = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONSTRAINTS)}"
         raise CannotJudgeError(f"bad_instruction: there is no constraint {name!r:.80}; {known}")
-    if not isinstance(given, Mapping):
+    if not isinstance(kwargs, Mapping):
         raise CannotJudgeError(f"bad_instruction: the arguments of {name} are no object")
-    arguments = {key: value for key, value in given.items() if value is not None}
+    arguments = {key: value for key, value in kwargs.items() if value is not None}
     wanted = {
         key: parameter.annotation
         for key, parameter in inspect.signature(check).parameters.items()

@@ -77,10 +77,10 @@ class JsonSchema(TextRule):
     def judge(config: Any, task: str, text: str, /) -> Score:
         """1 if allowed. Components: `json` (it can be read) and `valid`."""
         validator = _validator(task)
-        found = read_json(text)
-        if found is None:
+        value = read_json(text)
+        if value is None:
             return Score(0.0, components={"json": 0.0, "valid": 0.0}, trace=f"no JSON in {excerpt(text)}")
-        fault = next(validator.iter_errors(found[0]), None)
+        fault = next(validator.iter_errors(value[0]), None)
         if fault is None:
             return Score(1.0, components={"json": 1.0, "valid": 1.0}, trace="allowed by the schema")
         trace = f"at {fault.json_path}: {fault.message[:300]}"
@@ -102,7 +102,7 @@ def read_json(text: str) -> tuple[Any] | None:
 
 
 def last_fenced_block(text: str) -> str | None:
-    """What stands in the last closed ``` block marked as JSON or not marked at all."""
+    """The content of the last closed ``` block marked as JSON or not marked at all."""
     fences = list(_FENCE.finditer(text))
     blocks = []
     opened: re.Match[str] | None = None
@@ -129,7 +129,7 @@ def _validator(schema_text: str) -> Any:
         kind.check_schema(schema)
     except SchemaError as error:
         raise CannotJudgeError(f"bad_schema: is no JSON schema: {error.message[:200]}") from error
-    return kind(schema, registry=REGISTRY)  # without a registry of its own, it would fetch remote references
+    return kind(schema, registry=REGISTRY)  # without a registry, it would fetch remote references
 
 
 def _schema_of_file(path: Path) -> Any:
@@ -144,10 +144,10 @@ def _schema_of_file(path: Path) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise ValueError("a name stands twice in an object")
-    return found
+    return members
 
 
 def _plain(value: Any) -> Any:

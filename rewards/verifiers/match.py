@@ -1,7 +1,4 @@
-"""`reward=exact_match` and `reward=regex_match`: the response, or its answer, is a given text or fits a pattern.
-
-`reward=format`: the response is laid out in tags, `<think>...</think><answer>...</answer>` by default.
-"""
+"""`reward=exact_match`, `regex_match`, `format`: the response is the gold text, fits a pattern, is in tags."""
 
 from __future__ import annotations
 
@@ -74,13 +71,13 @@ class RegexMatch(TextRule):
         """Options of the regex reward."""
 
         pattern: str | None = None
-        """The pattern; `{answer}` in it stands for the gold answer, taken literally. Flags go in front: `(?is)`."""
+        """The pattern; `{answer}` in it is replaced by the gold answer, literally. Flags go in front: `(?is)`."""
         pattern_column: str | None = None
         """Column with a pattern for each prompt, instead of `pattern`."""
         answer_in: AnswerIn = "response"
         """Where to look: the whole response, its final answer (`####`, a box, ...) or its last <answer> tag."""
         whole: bool = False
-        """The pattern must fit all of it, not just a place in it."""
+        """The pattern must fit all of it, not just a part."""
 
         @model_validator(mode="after")
         def _one_source(self) -> RegexMatch.Config:
@@ -143,8 +140,8 @@ def find_answer(text: str, answer_in: AnswerIn) -> str | None:
         before, end, _ = text.rpartition("</answer>")
         _, start, inside = before.rpartition("<answer>")
         return inside.strip() if end and start else None
-    found = final_answer(text)
-    return None if found is None else found.text
+    answer = final_answer(text)
+    return None if answer is None else answer.text
 
 
 def _normal(text: str, config: ExactMatch.Config) -> str:
@@ -162,7 +159,7 @@ TagName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.:-]*$")]
 
 
 class TagFormat(TextRule):
-    """1 if every tag stands exactly once, in order, and nothing stands around them.
+    """1 if every tag occurs exactly once, in order, with no text around them.
 
     Needs nothing from the data. Tags that the tokenizer counts among its special tokens are not in the text that a
     reward sees; take others.
@@ -174,7 +171,7 @@ class TagFormat(TextRule):
         tags: Annotated[tuple[TagName, ...], Field(min_length=1)] = ("think", "answer")
         """Names of the tags, in the order in which they must come."""
         grade: Literal["layout", "tag_count"] = "layout"
-        """layout: 1 or 0; tag_count: the share of opening and closing tags that stand exactly once, 0 to 1."""
+        """layout: 1 or 0; tag_count: the share of opening and closing tags that occur exactly once, 0 to 1."""
         text_outside: bool = False
         """Text before, between and after the tags is allowed."""
         empty_tags: bool = False
@@ -187,7 +184,7 @@ class TagFormat(TextRule):
 
     @staticmethod
     def judge(config: Any, task: None, text: str, /) -> Score:
-        """Components: `layout` (0 or 1) and `tag_count` (share of tags that stand exactly once)."""
+        """Components: `layout` (0 or 1) and `tag_count` (share of tags that occur exactly once)."""
         full = f"<{config.tags[0]}>{text}" if config.opened_by_prompt else text
         marks = [mark for tag in dict.fromkeys(config.tags) for mark in (f"<{tag}>", f"</{tag}>")]
         counts = {mark: full.count(mark) for mark in marks}
@@ -202,15 +199,15 @@ def _fault(text: str, marks: list[str], counts: dict[str, int], config: Any) -> 
     for mark, count in counts.items():
         if count != 1:
             return f"{mark} stands {count} times"
-    places = [text.index(mark) for mark in marks]
-    if places != sorted(places):
+    starts = [text.index(mark) for mark in marks]
+    if starts != sorted(starts):
         return f"the tags come in another order than {', '.join(config.tags)}"
-    outside = [text[: places[0]], text[places[-1] + len(marks[-1]) :]]
-    outside += [text[places[i] + len(marks[i]) : places[i + 1]] for i in range(1, len(marks) - 1, 2)]
+    outside = [text[: starts[0]], text[starts[-1] + len(marks[-1]) :]]
+    outside += [text[starts[i] + len(marks[i]) : starts[i + 1]] for i in range(1, len(marks) - 1, 2)]
     stray = next((part for part in outside if part.strip()), None)
     if stray is not None and not config.text_outside:
         return f"text outside the tags: {excerpt(stray.strip())}"
     for i in range(0, len(marks), 2):
-        if not config.empty_tags and not re.search(r"\S", text[places[i] + len(marks[i]) : places[i + 1]]):
+        if not config.empty_tags and not re.search(r"\S", text[starts[i] + len(marks[i]) : starts[i + 1]]):
             return f"nothing inside {marks[i]}"
     return ""

@@ -1,25 +1,27 @@
-"""Finding the final answer in a text, and comparing plain numbers exactly. Pure functions, standard library only.
+"""`reward=math` (and `rule`, `gsm8k`): 1 if the final answer of a response equals the gold answer, else 0.
 
-Verdicts on (answer, gold) pairs from math-verify, in processes that are killed when they hang.
-
-`reward=rule`: 1 if the final answer equals the gold answer, else 0, judged by math-verify.
+In order: finding the final answer in a text, comparing plain numbers exactly, math-verify for everything else (in
+processes that are killed when they hang), and the reward.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from rewards.base import Reward, RewardContext, RewardTraits
-from rewards.verifiers.pool import Failed, Processes, TextRuleConfig, prepare, verify_pairs
+from rewards.verifiers.pool import Failed, Processes, TextRuleConfig, limit_memory
+from rlkit.cluster.processes import die_with_parent
 from rlkit.experience import Group, GroupScores, Score, UserError
 
 MAX_ANSWER_CHARACTERS = 256
@@ -61,12 +63,12 @@ _PROSE = re.compile(r"\s+[(\[\"'A-Za-z]|[\"')\]]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|
 
 @dataclass(frozen=True, slots=True)
 class FinalAnswer:
-    """What a text gives as its final answer."""
+    """The final answer of a text."""
 
     text: str
     """Cleaned: without currency, thousands separators, units and the rest of the sentence."""
     marker: str
-    """How it was found: `####`, `boxed`, `answer is`, `A:` or `last number`."""
+    """What marked it: `####`, `boxed`, `answer is`, `A:` or `last number`."""
 
     @property
     def marked(self) -> bool:
@@ -83,14 +85,14 @@ def final_answer(
     that does not start like a value (`the answer is rounded`) counts only if nothing else is marked. If nothing is and
     `accept_last_number` is set, the last number of the text counts.
     """
-    found: list[tuple[int, str, str]] = []
+    marked: list[tuple[int, str, str]] = []
     for marker, pattern in (("####", _HASHES), ("A:", _LINE_A), ("answer is", _ANSWER_IS)):
-        found += [(match.start(1), marker, match.group(1)) for match in pattern.finditer(text)]
-    found += [(start, "boxed", content) for start, content in _boxed(text)]
-    found = [each for each in found if each[1] in markers]
+        marked += [(match.start(1), marker, match.group(1)) for match in pattern.finditer(text)]
+    marked += [(start, "boxed", content) for start, content in _boxed(text)]
+    marked = [candidate for candidate in marked if candidate[1] in markers]
     # The last marker wins; a `\boxed{}` after `####` on the same line starts later than the line's text.
     words: FinalAnswer | None = None
-    for _, marker, content in sorted(found, reverse=True):
+    for _, marker, content in sorted(marked, reverse=True):
         cleaned = _clean_boxed(content) if marker == "boxed" else _clean_line(content)
         if cleaned and (marker != "answer is" or _VALUE.match(content) or _VALUE.match(cleaned)):
             return FinalAnswer(cleaned, marker)
@@ -154,7 +156,7 @@ def _strip_decoration(text: str) -> str:
     text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("\\!", "")
     text = re.sub(r"\\[()\[\]]|\\\$|[$€£]|<\|[^|>]*\|>|</?s>", "", text)
     text = text.strip().strip("*_`\"'").lstrip("=≈:").strip()
-    # `- 5` is a negative number only if nothing stands between; `+5` is 5.
+    # `+5` is 5; a minus counts only right before the number, so `- 5` stays as it is.
     return re.sub(r"^\+\s*(?=[\d.])", "", text)
 
 
@@ -179,7 +181,7 @@ def _clean_line(line: str) -> str:
             return _canonical(number.group())
     sentence = re.split(r"\.(?:\s|$)", line, maxsplit=1)[0].strip()
     if sentence.count("=") and "," not in sentence:
-        sentence = sentence.rsplit("=", 1)[1].strip()  # `3 * 4 = 12`: the answer is what it comes to
+        sentence = sentence.rsplit("=", 1)[1].strip()  # `3 * 4 = 12`: the answer is its result
     return _canonical(sentence)
 
 
@@ -219,6 +221,51 @@ def _number_of(text: str, with_unit: re.Pattern[str]) -> str:
     return _canonical(match["number"])
 
 
+def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """A verdict per (answer, gold) pair: `right`, `wrong`, `gold_unparsable`, or `exception: ...`."""
+    return [_verify(answer, gold) for answer, gold in pairs]
+
+
+def _verify(answer: str, gold: str) -> str:
+    from math_verify import verify
+
+    try:
+        parsed_gold = _parse(gold)
+        if not parsed_gold:
+            return "gold_unparsable"
+        # The time-outs of math-verify are signals, which need the main thread; the parent's deadline replaces them.
+        right = verify(parsed_gold, _parse(answer), timeout_seconds=None, raise_on_error=True)
+    except Exception as error:  # whatever sympy does on model-written text is this pair's verdict, not a crash
+        return f"exception: {type(error).__name__}: {str(error)[:200]}"
+    return "right" if right else "wrong"
+
+
+@lru_cache(maxsize=4096)
+def _parse(answer: str) -> list[object]:
+    """What math-verify reads in an answer: as the content of a box, else as it is. Empty: no expression.
+
+    Remembered: all samples of a group share their gold answer, and many an answer.
+    """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    in_latex = re.sub(r"(?<!\\)%", r"\\%", answer)  # a bare % starts a comment
+    for text in (f"\\boxed{{{in_latex}}}", answer):
+        parsed: list[object] = parse(text, extraction_config=targets, parsing_timeout=None, raise_on_error=True)
+        if any(not isinstance(expression, str) for expression in parsed):
+            return parsed
+    return []
+
+
+def prepare() -> None:
+    """Tie this process to its parent, limit its memory and load math-verify before any deadline runs."""
+    die_with_parent()
+    # math-verify warns that its own time-outs are off: they are, on purpose.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    verify_pairs([("\\frac{1}{2}", "0.5")])  # builds the LaTeX grammar, which the first parse would wait for
+    limit_memory()
+
+
 Pair = tuple[str, str]
 
 
@@ -235,7 +282,7 @@ class Verifier:
     """
 
     def __init__(self, processes: int, item_timeout_seconds: float, cache_size: int) -> None:
-        self._processes = Processes(processes, prepare, ["math_verify", "rewards.verifiers.pool"])
+        self._processes = Processes(processes, prepare, ["math_verify", "rewards.verifiers.math"])
         self._item_timeout = item_timeout_seconds
         self._cache_size = cache_size
         self._cache: OrderedDict[Pair, str] = OrderedDict()
@@ -294,7 +341,7 @@ class Verifier:
         return dict(zip(pairs, reasons, strict=True))
 
 
-class RuleReward(Reward):
+class MathReward(Reward):
     r"""Compares the response's final answer (`#### x`, `\boxed{x}`, `The answer is x`, `A: x`) with the gold answer.
 
     A response without an answer scores 0: that is the model's failure. An answer that the verifier cannot judge
@@ -302,7 +349,7 @@ class RuleReward(Reward):
     """
 
     class Config(TextRuleConfig):
-        """Options of the rule reward."""
+        """Options of the mathematics reward."""
 
         format_weight: float = Field(default=0.0, ge=0)
         """Added to the value of a response that marks its final answer, right or wrong."""
@@ -337,21 +384,21 @@ class RuleReward(Reward):
 
     def judge(self, responses: Sequence[str], answers: Sequence[str | None]) -> list[Score]:
         """One score per (response, gold answer). Components: `correct` and `format` (an answer is marked)."""
-        found = [final_answer(text, self.config.accept_last_number, self.config.markers) for text in responses]
+        finals = [final_answer(text, self.config.accept_last_number, self.config.markers) for text in responses]
         golds = [None if answer is None else gold_answer(answer) for answer in answers]
         if self.config.strip_units:
-            for place, (answer, gold) in enumerate(zip(found, golds, strict=True)):
+            for index, (answer, gold) in enumerate(zip(finals, golds, strict=True)):
                 if answer is not None and gold:
-                    text, golds[place] = without_units(answer.text, gold)
-                    found[place] = replace(answer, text=text)
+                    text, golds[index] = without_units(answer.text, gold)
+                    finals[index] = replace(answer, text=text)
         pairs = [
             (answer.text, gold)
-            for answer, gold in zip(found, golds, strict=True)
+            for answer, gold in zip(finals, golds, strict=True)
             if answer is not None and gold and len(answer.text) <= MAX_ANSWER_CHARACTERS
         ]
         # A fifth of the call's deadline is kept for everything else, so that the verifier gives up before it is killed.
         verdicts = self._open_verifier().verdicts(pairs, budget_seconds=0.8 * self.config.timeout_seconds)
-        return [self._score(answer, gold, verdicts) for answer, gold in zip(found, golds, strict=True)]
+        return [self._score(answer, gold, verdicts) for answer, gold in zip(finals, golds, strict=True)]
 
     def close(self) -> None:
         """End the verifier processes."""
@@ -382,12 +429,3 @@ class RuleReward(Reward):
         if self._verifier is None:
             self._verifier = Verifier(self.config.processes, self.config.item_timeout_seconds, self.config.cache_size)
         return self._verifier
-
-
-def judge(responses: Sequence[str], answers: Sequence[str | None]) -> list[Score]:
-    """Rule scores of responses against gold answers, for evaluation: whatever trained the policy, this judges it."""
-    reward = RuleReward(RuleReward.Config(), RewardContext())
-    try:
-        return reward.judge(responses, answers)
-    finally:
-        reward.close()

@@ -1,18 +1,12 @@
-"""What runs in a verifier process: its limits, and math-verify on pairs of extracted answers.
-
-Judging untrusted text in processes that are killed and replaced when they hang, grow or die.
-
-What rule rewards on one text have in common: the judging runs in processes that are killed when they hang.
-"""
+"""Judging untrusted text in processes that are killed and replaced when they hang, grow or die: the pool, and the base
+class of verifiers that judge one text."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import logging
 import multiprocessing
 import os
-import re
 import resource
 import time
 from abc import abstractmethod
@@ -20,28 +14,32 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pebble import ProcessExpired, ProcessPool
 from pydantic import Field
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rlkit.cluster.processes import die_with_parent
 from rlkit.experience import Group, GroupScores, Prompt, Score
 
+if TYPE_CHECKING:
+    from pebble import ProcessPool
+
 MEMORY_BYTES = 3 * 2**30
-"""Address space that answers may take in one process: a memory bomb fails alone instead of taking the machine along."""
+"""Address space that answers may take in one process, so that a memory bomb fails alone."""
 
+ITEMS_PER_TASK = 16
+"""Items sent to a process at once: a round trip costs about as much as a verdict."""
 
-def prepare() -> None:
-    """Tie this process to its parent, limit its memory and load math-verify before any deadline runs."""
-    die_with_parent()
-    # math-verify warns that its own time-outs are off: they are, on purpose.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    verify_pairs([("\\frac{1}{2}", "0.5")])  # builds the LaTeX grammar, which the first parse would wait for
-    limit_memory()
+MAX_TRACE_CHARACTERS = 400
+"""Longer extracts are cut in traces."""
+
+_BUDGET_USED_UP = "timeout: the verifier's time for this call was used up"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def limit_memory() -> None:
@@ -49,51 +47,6 @@ def limit_memory() -> None:
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """A verdict per (answer, gold) pair: `right`, `wrong`, `gold_unparsable`, or `exception: ...`."""
-    return [_verify(answer, gold) for answer, gold in pairs]
-
-
-def _verify(answer: str, gold: str) -> str:
-    from math_verify import verify
-
-    try:
-        parsed_gold = _parse(gold)
-        if not parsed_gold:
-            return "gold_unparsable"
-        # The time-outs of math-verify are signals, which need the main thread; the parent's deadline replaces them.
-        right = verify(parsed_gold, _parse(answer), timeout_seconds=None, raise_on_error=True)
-    except Exception as error:  # whatever sympy does on model-written text is this pair's verdict, not a crash
-        return f"exception: {type(error).__name__}: {str(error)[:200]}"
-    return "right" if right else "wrong"
-
-
-@lru_cache(maxsize=4096)
-def _parse(answer: str) -> list[object]:
-    """What math-verify reads in an answer: as the content of a box, else as it stands. Empty: no expression.
-
-    Remembered: all samples of a group share their gold answer, and many an answer.
-    """
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    in_latex = re.sub(r"(?<!\\)%", r"\\%", answer)  # a bare % starts a comment
-    for text in (f"\\boxed{{{in_latex}}}", answer):
-        parsed: list[object] = parse(text, extraction_config=targets, parsing_timeout=None, raise_on_error=True)
-        if any(not isinstance(expression, str) for expression in parsed):
-            return parsed
-    return []
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-ITEMS_PER_TASK = 16
-"""Items sent to a process at once: a round trip costs about as much as a verdict."""
-
-_BUDGET_USED_UP = "timeout: the verifier's time for this call was used up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +110,8 @@ class Processes:
         item_timeout: float,
     ) -> tuple[dict[int, Result], list[tuple[range, str]]]:
         """Results of the batches that came back, and a reason for each that did not."""
+        from pebble import ProcessExpired  # here, because the configuration layer imports this module
+
         pool = self._open_pool()
         futures = [
             (batch, pool.schedule(function, args=([items[index] for index in batch],), timeout=item_timeout))
@@ -176,15 +131,17 @@ class Processes:
                     failures.append((batch, _BUDGET_USED_UP))
             except ProcessExpired as error:
                 failures.append((batch, f"crash: the verifier process ended with exit code {error.exitcode}"))
-            except BrokenExecutor:  # a process died between two tasks; the pool is made anew
+            except BrokenExecutor:  # a process died between two tasks; the next call opens another pool
                 failures.append((batch, "crash: the verifier process died"))
         return results, failures
 
     def _open_pool(self) -> ProcessPool:
+        from pebble import ProcessPool
+
         if self._pool is not None and not self._pool.active:
             self.close()
         if self._pool is None:
-            # forkserver: forking the caller would copy its threads' locks, and a spawned child imports all anew.
+            # forkserver: forking the caller would copy its threads' locks, and a spawned child imports it all again.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(self._preload)
             if "RLKIT_RUN_TOKEN" in os.environ:
@@ -201,16 +158,12 @@ class Processes:
 
 
 def _final(batch: range, reason: str) -> bool:
-    """Whether to leave it at that: a single item that hung, or no time left."""
+    """Whether trying its items again is no use: a single one that hung, or no time left."""
     return reason == _BUDGET_USED_UP or (len(batch) == 1 and reason.startswith("timeout"))
 
 
-MAX_TRACE_CHARACTERS = 400
-"""Longer extracts are cut in traces."""
-
-
 class TextRuleConfig(RewardConfig):
-    """Fields of every rule that judges in processes of its own."""
+    """Fields of every verifier that judges in its own processes."""
 
     item_timeout_seconds: float = Field(default=5.0, gt=0)
     """Deadline of one verdict; then its process is killed and replaced and the sample is invalid."""
@@ -231,8 +184,8 @@ class JudgeFunction(Protocol):
 class TextRule(Reward):
     """A verdict per response from its text and its prompt alone.
 
-    Subclasses say in `task` what the verdict needs of the prompt (plain data, sent to the process), and in the static
-    method `judge` what it is. Whatever `judge` raises on model-written text makes that sample invalid, not wrong.
+    In a subclass, `task` says what the verdict needs of the prompt (plain data, sent to the process), and the static
+    method `judge` gives the verdict. What `judge` raises on model-written text makes that sample invalid, not wrong.
     """
 
     Config = TextRuleConfig
@@ -257,7 +210,6 @@ class TextRule(Reward):
 
     def start(self) -> None:
         """Start the processes. Raises RuntimeError with the cause if they do not come up."""
-
         (answer,) = self._open().map(_echo, ["ready"], time.monotonic() + 60.0, 60.0)
         if isinstance(answer, Failed):
             raise RuntimeError(f"the verifier processes of {type(self).__name__} do not start: {answer.reason}")
@@ -265,7 +217,7 @@ class TextRule(Reward):
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Judge every response."""
         scores: list[list[Score | None]] = []
-        places: list[tuple[int, int]] = []
+        indices: list[tuple[int, int]] = []
         items: list[tuple[Any, str]] = []
         for row, group in enumerate(groups):
             try:
@@ -274,9 +226,9 @@ class TextRule(Reward):
                 scores.append([Score.invalid(str(error))] * len(group.samples))
                 continue
             scores.append([None] * len(group.samples))
-            places += [(row, column) for column in range(len(group.samples))]
+            indices += [(row, column) for column in range(len(group.samples))]
             items += [(task, sample.text) for sample in group.samples]
-        for (row, column), score in zip(places, self._judge_all(items), strict=True):
+        for (row, column), score in zip(indices, self._judge_all(items), strict=True):
             scores[row][column] = score
         return [GroupScores(tuple(score for score in row if score is not None)) for row in scores]
 
@@ -288,7 +240,6 @@ class TextRule(Reward):
     def _judge_all(self, items: Sequence[tuple[Any, str]]) -> list[Score]:
         if not items:
             return []
-
         # A fifth of the call's deadline is kept for everything else, so that the processes give up before it is over.
         deadline = time.monotonic() + 0.8 * self.config.timeout_seconds
         function = partial(_judge_texts, type(self).judge, self.config)
@@ -324,7 +275,6 @@ def column_value(prompt: Prompt, column: str) -> Any:
 
 
 def _prepare(module: str) -> None:
-
     die_with_parent()
     importlib.import_module(module)
     limit_memory()

@@ -1,9 +1,4 @@
-"""What rewards have in common that look at tokens alone.
-
-`reward=length` and `reward=group_length`: terms for the number of response tokens, to be combined with others.
-
-`reward=repetition`: how much of a response repeats itself, to be combined with other rewards.
-"""
+"""`reward=length`, `group_length` and `repetition`: terms that look at tokens alone, to combine with others."""
 
 from __future__ import annotations
 
@@ -40,7 +35,7 @@ class Length(TokenReward):
         max_tokens: int | None = Field(default=None, ge=1)
         """Longer responses lose value; null: no upper bound."""
         slope_tokens: int = Field(default=128, ge=1)
-        """So many tokens outside the bounds cost the whole value."""
+        """Tokens outside the bounds over which the value falls from 1 to 0."""
 
         @model_validator(mode="after")
         def _some_bound(self) -> Length.Config:
@@ -102,7 +97,7 @@ class Repetition(TokenReward):
     """1 minus the share of repeated n-grams of tokens: 1 without repetition, near 0 for a loop.
 
     The n-gram penalty of "Demystifying Long Chain-of-Thought" (arXiv 2502.03373) as a term of the outcome: an n-gram
-    that already stood earlier in the response is a repeated one. Weight w in a sum makes it a penalty of at most w.
+    that occurred earlier in the response is a repeated one. Weight w in a sum makes it a penalty of at most w.
     """
 
     class Config(RewardConfig):
@@ -125,6 +120,6 @@ class Repetition(TokenReward):
 
 
 def repeated_ngrams(tokens: Sequence[int], size: int) -> tuple[int, int]:
-    """All n-grams and those that already stood earlier in the same response."""
+    """Numbers of all n-grams and of those that occurred earlier in the same response."""
     total = max(0, len(tokens) - size + 1)
     return total, total - len({tuple(tokens[start : start + size]) for start in range(total)})

@@ -1,7 +1,4 @@
-"""How well predicted tool calls match gold ones: the correctness part of ToolRL (arXiv 2504.13958). Pure functions.
-
-`reward=tool_call`: the tool calls of a response against gold ones, as in ToolRL (arXiv 2504.13958).
-"""
+"""`reward=tool_call`: how well the tool calls of a response match gold ones, as in ToolRL (arXiv 2504.13958)."""
 
 from __future__ import annotations
 
@@ -84,13 +81,13 @@ def match_share(gold: Sequence[ToolCall], predicted: Sequence[ToolCall], assignm
 def best_assignment(scores: Sequence[Sequence[float]]) -> float:
     """Largest sum of entries (none negative) with at most one in each row and column.
 
-    Kuhn's method with potentials (Munkres), row by row: O(rows^2 x columns). Rows without a column of their own are
-    given one of zeros.
+    Kuhn's method with potentials (Munkres), row by row: O(rows^2 x columns). Each row also has a column
+    of zeros, in case it stays unassigned.
     """
     rows = len(scores)
     columns = (len(scores[0]) if rows else 0) + rows
     costs = [[-score for score in row] + [0.0] * rows for row in scores]
-    row_of = [-1] * (columns + 1)  # which row holds a column; the last is the row being placed
+    row_of = [-1] * (columns + 1)  # which row holds a column; the last is the row being assigned
     row_price, column_price = [0.0] * rows, [0.0] * (columns + 1)
     for row in range(rows):
         row_of[columns] = row
@@ -115,8 +112,8 @@ def best_assignment(scores: Sequence[Sequence[float]]) -> float:
         while column != columns:
             row_of[column] = row_of[came_from[column]]
             column = came_from[column]
-    placed = [(row_of[column], column) for column in range(columns - rows) if row_of[column] != -1]
-    return sum((scores[row][column] for row, column in placed), 0.0)
+    assigned = [(row_of[column], column) for column in range(columns - rows) if row_of[column] != -1]
+    return sum((scores[row][column] for row, column in assigned), 0.0)
 
 
 def _greedy(scores: Sequence[Sequence[float]]) -> float:
@@ -235,7 +232,7 @@ def has_layout(text: str, layout: tuple[str, ...], many_blocks: bool) -> bool:
     Without <response> in the layout, text without tags may follow <think> only if no call is wanted.
     """
     rest = text.strip()
-    for place, tag in enumerate(layout):
+    for index, tag in enumerate(layout):
         blocks = 0
         while rest.startswith(f"<{tag}>") and (blocks == 0 or (tag == _CALL and many_blocks)):
             inside, end, rest = rest.removeprefix(f"<{tag}>").partition(f"</{tag}>")
@@ -245,7 +242,7 @@ def has_layout(text: str, layout: tuple[str, ...], many_blocks: bool) -> bool:
                 return False
         if not blocks:
             return False
-        if place == len(layout) - 1 and tag != "think":
+        if index == len(layout) - 1 and tag != "think":
             return rest == ""
     return not any(mark in rest for name in ("think", _CALL, "response") for mark in (f"<{name}>", f"</{name}>"))
 

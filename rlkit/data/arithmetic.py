@@ -129,8 +129,9 @@ def draw_problems(config: ArithmeticConfig, split: Split) -> list[WordProblem]:
     if len(problems) == count:
         return list(problems.values())
     raise DataError(
-        f"data=arithmetic: only {len(problems)} different {split} problems found with max_operand={config.max_operand}, "
-        f"max_value={config.max_value}, steps {config.min_steps} to {config.max_steps}; "
+        f"data=arithmetic: only {len(problems)} different {split} problems found with "
+        f"max_operand={config.max_operand}, max_value={config.max_value}, "
+        f"steps {config.min_steps} to {config.max_steps}; "
         f"ask for fewer than {count} ({split}_problems) or widen the ranges"
     )
 
@@ -186,8 +187,8 @@ def _possible_changes(config: ArithmeticConfig, rng: random.Random, value: int) 
         addend = rng.randint(2, min(config.max_operand, config.max_value - value))
         changes += [("+", addend), ("+", addend)]
     if value >= 2:
-        taken = rng.randint(2, min(config.max_operand, value))
-        changes += [("-", taken), ("-", taken)]
+        subtrahend = rng.randint(2, min(config.max_operand, value))
+        changes += [("-", subtrahend), ("-", subtrahend)]
     if 2 <= value <= config.max_operand and 2 * value <= config.max_value:
         changes.append(("*", rng.randint(2, min(config.max_factor, config.max_value // value))))
     return changes

@@ -42,8 +42,8 @@ class TableSource(DataSource):
         self._loaded: dict[Split, Loaded] | None = None
 
     @abstractmethod
-    def _place(self, split: Split) -> str | None:
-        """Where a split's rows are, for messages; None if the held-out ones are a share of the train ones."""
+    def _source(self, split: Split) -> str | None:
+        """Name of the file or data set with a split's rows; None if the held-out ones are a share of the others."""
 
     @abstractmethod
     def _rows(self, split: Split) -> Iterator[tuple[str, Row | BadRow]]:
@@ -56,8 +56,8 @@ class TableSource(DataSource):
     def check(self) -> list[str]:
         messages: list[str] = []
         for split in ("train", "heldout"):
-            place = self._place(split)
-            if place is None:
+            source = self._source(split)
+            if source is None:
                 continue
             try:
                 columns = self._columns(split)
@@ -65,7 +65,7 @@ class TableSource(DataSource):
                 messages.append(str(error))
                 continue
             if columns is not None:
-                messages += missing_columns(self.config, columns, place)
+                messages += missing_columns(self.config, columns, source)
         return messages
 
     def provides(self) -> frozenset[str]:
@@ -88,7 +88,7 @@ class TableSource(DataSource):
 
     def _load_both(self) -> dict[Split, Loaded]:
         train, bad = self._parse("train")
-        if self._place("heldout") is None:
+        if self._source("heldout") is None:
             kept, heldout = self._split(train)
             return {"train": (kept, bad), "heldout": (heldout, [])}
         heldout, heldout_bad = self._parse("heldout", id_prefix="heldout/")
@@ -108,7 +108,7 @@ class TableSource(DataSource):
         return problems, bad
 
     def _refuse(self, split: Split, problems: list[Problem], bad: list[BadRow]) -> None:
-        what = self._place(split) or ""
+        what = self._source(split) or ""
         refuse_too_many_bad_rows(bad, len(problems) + len(bad), self.config.max_bad_row_share, what)
 
     def _split(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
@@ -117,7 +117,7 @@ class TableSource(DataSource):
         keys = {question_key(problem) for problem in problems}
         if len(keys) < 2:
             raise DataError(
-                f"{self._place('train')} has one question only, so none can be held out: name held-out data "
+                f"{self._source('train')} has one question only, so none can be held out: name held-out data "
                 "with data.heldout_path."
             )
         share = _DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
@@ -150,7 +150,7 @@ class JsonlSource(TableSource):
         name = self.config.path if split == "train" else self.config.heldout_path
         return None if name is None else Path(name).expanduser()
 
-    def _place(self, split: Split) -> str | None:
+    def _source(self, split: Split) -> str | None:
         path = self._path(split)
         return None if path is None else str(path)
 
@@ -167,8 +167,8 @@ class JsonlSource(TableSource):
             if not isinstance(row, BadRow):
                 return list(row)
             if row.reason.startswith("a JSON list"):
-                raise DataError(f"{self._place(split)}: {row.reason}. For a file that is one list, use data=hf.")
-        raise DataError(f"{self._place(split)} has no line that is a JSON object.")
+                raise DataError(f"{self._source(split)}: {row.reason}. For a file that is one list, use data=hf.")
+        raise DataError(f"{self._source(split)} has no line that is a JSON object.")
 
 
 def json_lines(path: Path, key: str) -> Iterator[tuple[str, Row | BadRow]]:
@@ -250,7 +250,7 @@ class HfSource(TableSource):
             return config.heldout_path, "train"  # the name `datasets` gives to the rows of a single file
         return None if config.heldout_split is None else (config.path, config.heldout_split)
 
-    def _place(self, split: Split) -> str | None:
+    def _source(self, split: Split) -> str | None:
         where = self._where(split)
         return None if where is None else _name(*where)
 
@@ -303,7 +303,7 @@ def open_table(
         return list(next(iter(rows), {})) if columns_only else rows
     except DataError:
         raise
-    except Exception as error:  # `datasets` raises whatever its readers raise: the user needs the place and cause
+    except Exception as error:  # `datasets` raises whatever its readers raise: the user needs path and cause
         raise DataError(f"data.path={path}, split {split!r}, cannot be loaded: {_one_line(error)}") from error
 
 

@@ -32,16 +32,16 @@ class PromptOrder:
     def take(self, count: int) -> list[Prompt]:
         if count < 0:
             raise ValueError(f"cannot take {count} prompts")
-        taken: list[Prompt] = []
-        while len(taken) < count:
-            chosen = self._permutation[self._position : self._position + count - len(taken)]
-            taken += [self._prompts[i] for i in chosen]
+        prompts: list[Prompt] = []
+        while len(prompts) < count:
+            chosen = self._permutation[self._position : self._position + count - len(prompts)]
+            prompts += [self._prompts[i] for i in chosen]
             self._position += len(chosen)
             if self._position == len(self._prompts):
                 self._epoch += 1
                 self._position = 0
                 self._permutation = self._shuffled()
-        return taken
+        return prompts
 
     def by_id(self) -> dict[str, Prompt]:
         return {prompt.id: prompt for prompt in self._prompts}

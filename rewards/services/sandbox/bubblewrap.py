@@ -169,11 +169,11 @@ def _view(python: Sequence[str], tools: dict[str, str], programs: Path, limits: 
 
 
 def _tool(name: str) -> str:
-    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/bin:/bin:/usr/sbin")
-    if found is None:
+    path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/bin:/bin:/usr/sbin")
+    if path is None:
         package = _TOOLS[name]
         raise Unavailable(f"{name} is not installed: apt-get install -y {package} (or dnf install {package})")
-    return os.path.realpath(found)
+    return os.path.realpath(path)
 
 
 def _refuse_old_bubblewrap(bwrap: str) -> None:
@@ -277,7 +277,7 @@ _REMEDY = (
 
 
 class Bubblewrap(Isolation):
-    """No network, a read-only file system with little more than Python, an empty environment, namespaces of its own.
+    """No network, a read-only file system with little more than Python, an empty environment, its own namespaces.
 
     >>> sandbox = Bubblewrap(limits, side_by_side=2)
     >>> sandbox.start()
@@ -380,8 +380,8 @@ class Bubblewrap(Isolation):
             raise Unavailable(f"bubblewrap does not work here: {error}\n{_REMEDY}") from error
         leaks = next(messages(run.stdout), None)
         if leaks != []:
-            found = "; ".join(leaks) if leaks else f"the self-test failed: {run.stderr.strip()[-500:]}"
-            raise Unavailable(f"the sandbox does not isolate: {found}")
+            problem = "; ".join(leaks) if leaks else f"the self-test failed: {run.stderr.strip()[-500:]}"
+            raise Unavailable(f"the sandbox does not isolate: {problem}")
 
 
 def _outcome(done: Supervised) -> Run:

@@ -203,10 +203,10 @@ def test_a_damaged_model_folder_is_refused(bare_model: Path, file: str, content:
         ({"model_path": "/not/there"}, "reward.model_path: no such folder"),
         ({"reference_path": "/not/there"}, "reward.reference_path: no such folder"),
         (
-            {"outcome": {"_target_": "rewards.verifiers.math.RuleRewerd"}},
-            "did you mean rewards.verifiers.math.RuleReward",
+            {"outcome": {"_target_": "rewards.verifiers.math.MathRewerd"}},
+            "did you mean rewards.verifiers.math.MathReward",
         ),
-        ({"outcome": {"_target_": "rewards.verifiers.math.RuleReward", "processes": 0}}, "reward.outcome.processes"),
+        ({"outcome": {"_target_": "rewards.verifiers.math.MathReward", "processes": 0}}, "reward.outcome.processes"),
         ({"outcome": {"processes": 1}}, "reward.outcome._target_: must be the dotted path"),
     ],
 )
@@ -232,7 +232,7 @@ class SomeData:
 @pytest.mark.parametrize(
     ("target", "options", "words"),
     [
-        ("rewards.verifiers.math.RuleReward", {}, None),
+        ("rewards.verifiers.math.MathReward", {}, None),
         ("rewards.verifiers.terms.GroupLength", {}, "compares 2 responses to a prompt; a held-out prompt has one"),
         ("rewards.implicit_prm.reward.ImplicitPRM", {}, "learns in the run"),
         ("rewards.verifiers.instructions.Instructions", {}, "needs instruction_id_list"),
