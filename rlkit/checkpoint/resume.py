@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.checkpoint.folder import BadCheckpointError, Sealed, open_checkpoint, sealed_folders
-from rlkit.config.messages import ConfigError, Problem
+from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.config.parts import CONTRACTS, plain, with_present_targets
+from rlkit.config.plan import Line
 from rlkit.config.schema import RunConfig
 
 FIXED = ("model", "data", "algorithm", "reward._target_", "seed", "trainer.prompts_per_step", "rollout.temperature")
@@ -26,6 +27,11 @@ class ResumePoint:
     same_run: bool
     """Whether it lies in this run's own folder, whose metrics and samples are then continued."""
 
+    def plan(self) -> list[Line]:
+        """The lines of the run's plan that it adds."""
+        start = f"{self.checkpoint.path} (after {self.checkpoint.step} steps)"
+        return [Line("resume", "from", start), *(Line("resume", "", notice) for notice in self.notices)]
+
 
 def find_resume(config: RunConfig) -> ResumePoint | None:
     """The checkpoint that `resume` asks for; None for a new run.
@@ -38,7 +44,7 @@ def find_resume(config: RunConfig) -> ResumePoint | None:
     if config.resume == "auto":
         checkpoint, skipped = _newest(own)
         if checkpoint is None and skipped:
-            raise ConfigError([Problem("resume=auto", f"no checkpoint in {own} is whole: {'; '.join(skipped)}")])
+            raise ConfigError([ConfigIssue("resume=auto", f"no checkpoint in {own} is whole: {'; '.join(skipped)}")])
     else:
         checkpoint, skipped = _named(Path(config.resume).expanduser().absolute())
     if checkpoint is None:
@@ -68,29 +74,29 @@ def _named(path: Path) -> tuple[Sealed, list[str]]:
     """A checkpoint's own folder, or a run's folder, of which the newest is used."""
     where = f"resume={path}"
     if not path.is_dir():
-        raise ConfigError([Problem(where, "there is no such folder; name a checkpoint (.../step_NNNNNN) or a run")])
+        raise ConfigError([ConfigIssue(where, "there is no such folder; name a checkpoint (.../step_NNNNNN) or a run")])
     if (path / "checkpoints").is_dir():
         checkpoint, skipped = _newest(path / "checkpoints")
         if checkpoint is None:
             raise ConfigError(
-                [Problem(where, f"holds no whole checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")]
+                [ConfigIssue(where, f"holds no whole checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")]
             )
         return checkpoint, skipped
     try:
         return open_checkpoint(path), []
     except BadCheckpointError as error:
-        raise ConfigError([Problem(where, f"is no whole checkpoint: {error}")]) from None
+        raise ConfigError([ConfigIssue(where, f"is no whole checkpoint: {error}")]) from None
 
 
 def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequence[tuple[str, Any, Any]]) -> None:
     problems = [
-        Problem(key, f"is {_shown(new)}, but {checkpoint.path} was made with {_shown(old)}; that is another run")
+        ConfigIssue(key, f"is {_shown(new)}, but {checkpoint.path} was made with {_shown(old)}; that is another run")
         for key, old, new in differences
         if _is_one_of(key, FIXED)
     ]
     if config.trainer.total_steps < checkpoint.step:
         problems.append(
-            Problem(
+            ConfigIssue(
                 f"trainer.total_steps={config.trainer.total_steps}",
                 f"{checkpoint.path} already has {checkpoint.step} steps; ask for more, or name an earlier checkpoint",
             )

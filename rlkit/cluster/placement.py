@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
-from rlkit.config.plan import colocated_places, gpu_shares, shares_gpus
+from rlkit.config.plan import colocated_slots, gpu_shares, shares_gpus
 from rlkit.config.schema import RunConfig
 from rlkit.experience import UserError
 
@@ -67,7 +67,7 @@ def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -
         engines = [Bundle((f"rollout-{i}",), shares.engine) for i in range(config.rollout.workers)]
         return engines + [Bundle((f"{kind}-{i}",), gpus[kind]) for kind, count in counts.items() for i in range(count)]
     width = config.rollout.tensor_parallel_size
-    together: list[list[str]] = [[] for _ in range(colocated_places(config, critic_ranks))]
+    together: list[list[str]] = [[] for _ in range(colocated_slots(config, critic_ranks))]
     for i in range(config.rollout.workers * width):
         together[i].append(f"rollout-{i // width}")
     for kind, count in counts.items():

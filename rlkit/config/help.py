@@ -30,8 +30,9 @@ USAGE = """\
 """
 
 
-def print_reference(console: Console) -> None:
-    """Print the whole reference."""
+def print_help() -> int:
+    """Print the usage, all options and all keys; returns the exit code."""
+    console = Console()
     console.print(USAGE, highlight=False)
     folder = conf_dir()
     options = group_options(folder)
@@ -64,6 +65,7 @@ def print_reference(console: Console) -> None:
     for added in more:
         fields = [(key, info) for key, info in all_fields(added.model, added.prefix) if key != "kind"]
         print_section(console, added.title, added.text, fields)
+    return 0
 
 
 def headline(cls: type) -> str:

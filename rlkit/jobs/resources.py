@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlkit.config.parts import ResolvedRun
-from rlkit.config.plan import colocated_places, gpu_shares, shares_gpus
+from rlkit.config.plan import colocated_slots, gpu_shares, shares_gpus
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def demands(run: ResolvedRun) -> list[Demand]:
         width = config.rollout.tensor_parallel_size
         actors = [(what, count, threads, 0.0) for what, count, threads, _ in actors]
         actors.append(("colocated group", engines, 0, float(width)))
-        actors.append(("colocated group", colocated_places(config, critics) - engines * width, 0, 1.0))
+        actors.append(("colocated group", colocated_slots(config, critics) - engines * width, 0, 1.0))
     return [Demand(*actor) for actor in actors if actor[1]]
 
 

@@ -18,7 +18,7 @@ from rlkit.checkpoint.resume import find_resume
 from rlkit.config.command import asks_for_help, split_off_file
 from rlkit.config.compose import parse_overrides, quoted
 from rlkit.config.loading import load_config
-from rlkit.config.messages import ConfigError, Problem, all_fields, did_you_mean, validate
+from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, did_you_mean, validate
 from rlkit.config.model_folder import ModelFolderError
 from rlkit.config.parts import ResolvedRun, plain
 from rlkit.config.plan import plan
@@ -98,7 +98,7 @@ class Arguments:
     submit: SubmitConfig
     overrides: list[str]
     """What `rlkit.train` gets, as typed."""
-    problems: list[Problem]
+    problems: list[ConfigIssue]
     """Errors in the job's own keys."""
 
 
@@ -115,7 +115,7 @@ def read_arguments(overrides: Sequence[str]) -> Arguments:
     if "submit" in values:
         del values["submit"]
         problems.append(
-            Problem(parsed.typed["submit"], "is a section; set its keys one by one, like submit.code=upload")
+            ConfigIssue(parsed.typed["submit"], "is a section; set its keys one by one, like submit.code=upload")
         )
     section, more = validate(
         SubmitConfig,
@@ -153,7 +153,7 @@ def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Che
     problems = list(arguments.problems)
     for name in submit.pass_environment:
         if name not in os.environ:
-            problems.append(Problem(f"submit.pass_environment=[{name}]", f"{name} is not set here"))
+            problems.append(ConfigIssue(f"submit.pass_environment=[{name}]", f"{name} is not set here"))
     try:
         run = load_config(arguments.overrides, file, absent)
     except ConfigError as error:
@@ -167,7 +167,7 @@ def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Che
     resume = run.config.resume
     if resume not in ("auto", "never") and not Path(resume).expanduser().is_absolute():
         why = "the job starts in a copy of this folder, without its runs; name the run by an absolute path"
-        problems.append(Problem(f"resume={resume}", why))
+        problems.append(ConfigIssue(f"resume={resume}", why))
     if problems:
         raise ConfigError(problems)
     warnings = [f"{text}{ELSEWHERE if any(path in str(text) for path in absent) else ''}" for text in run.warnings]
@@ -182,7 +182,7 @@ def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
     return [value for value in values if value.startswith("/") and not Path(value).exists()]
 
 
-def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path) -> list[Problem]:
+def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path) -> list[ConfigIssue]:
     """Relative paths that exist here but are not among the uploaded files."""
     problems = []
     for key, value in _texts(plain(run.config)):
@@ -195,7 +195,9 @@ def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path
             continue
         else:
             why = "it is not among the uploaded files (outside this folder, ignored, or too large)"
-        problems.append(Problem(f"{key}={value}", f"{why}; name it by an absolute path on storage the cluster sees"))
+        problems.append(
+            ConfigIssue(f"{key}={value}", f"{why}; name it by an absolute path on storage the cluster sees")
+        )
     return problems
 
 
@@ -332,12 +334,14 @@ def run_command(arguments: list[str]) -> int:
 def _about_jobs(word: str, rest: list[str]) -> int:
     words = ["status", "logs", "stop", "list"]
     if word not in words:
-        raise ConfigError([Problem(word, f"no such command; {did_you_mean(word, words)}")])
+        raise ConfigError([ConfigIssue(word, f"no such command; {did_you_mean(word, words)}")])
     names = [text for text in rest if "=" not in text]
     arguments = read_arguments([text for text in rest if "=" in text])
-    problems = [*arguments.problems, *(Problem(text, f"has no effect with {word}") for text in arguments.overrides)]
+    problems = [*arguments.problems, *(ConfigIssue(text, f"has no effect with {word}") for text in arguments.overrides)]
     if len(names) != (word != "list"):
-        problems.append(Problem(word, "takes no name" if word == "list" else "takes one name: of a run, or a job's id"))
+        problems.append(
+            ConfigIssue(word, "takes no name" if word == "list" else "takes one name: of a run, or a job's id")
+        )
     if problems:
         raise ConfigError(problems)
     submit, cluster = arguments.submit, connect(arguments.address)

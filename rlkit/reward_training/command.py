@@ -19,7 +19,7 @@ from rlkit.config.command import print_error
 from rlkit.config.compose import group_options, option_fields
 from rlkit.config.help import headline, print_section
 from rlkit.config.loading import Loading
-from rlkit.config.messages import ConfigError, Problem, all_fields
+from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import TARGET, Contract, PartError, conf_dir, import_part
 from rlkit.data.base import DataConfig
 from rlkit.experience import UserError
@@ -113,11 +113,11 @@ class _Loading(Loading):
             return
         if stage is not None and stage not in backend.stages:
             message = f"{backend.__name__} can only {' and '.join(backend.stages)}"
-            self.problems.append(Problem(self.sources.where("stage", stage), message))
+            self.problems.append(ConfigIssue(self.sources.where("stage", stage), message))
         if self._data is not None and "reward" in self.parts:
             for message in backend.check(self.parts["reward"].config, self._data):
                 key, _, text = message.partition(": ")
-                self.problems.append(Problem(key, text))
+                self.problems.append(ConfigIssue(key, text))
 
     def result(self) -> ResolvedRewardTraining:
         """What passed. Raises ConfigError if there is any problem."""
