@@ -17,7 +17,7 @@ from rich.markup import escape
 import rlkit
 from rlkit.config.command import print_error
 from rlkit.config.compose import group_options, option_fields
-from rlkit.config.help import print_section
+from rlkit.config.help import headline, print_section
 from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import TARGET, Contract, PartError, conf_dir, import_part
@@ -147,8 +147,7 @@ def print_help() -> None:
         except PartError as error:
             console.print(f"\n[bold]reward={option}[/]: {escape(str(target))} {escape(str(error))}")
             continue
-        text = (cls.__doc__ or "").strip().partition("\n")[0]
-        print_section(console, f"reward={option}", text, all_fields(cls.Config, "reward."))
+        print_section(console, f"reward={option}", headline(cls), all_fields(cls.Config, "reward."))
         print_section(console, f"data, with reward={option}", "", all_fields(cls.Data, "data."))
 
 
