@@ -25,12 +25,10 @@ FP32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.1
 """Largest difference between packed and padded scores at the start, in fp32 and in bf16 or fp16."""
 HEADS = ("score", "classifier")
-"""What transformers calls the head, by model family."""
+"""transformers' names of the head, by model family."""
 
 
 class Classifier:
-    """A one-label sequence classifier and how it is run."""
-
     def __init__(self, model: Any, pad_id: int | None, device: str, tokens_per_batch: int) -> None:
         self._model = model
         self._pad_id, self._device, self._tokens_per_batch = pad_id, device, tokens_per_batch
@@ -39,18 +37,18 @@ class Classifier:
 
     @property
     def packed(self) -> bool:
-        """Whether shared prefixes are computed once and nothing is padded."""
+        """Whether shared prefixes are computed once, without padding."""
         return self._packed is not None
 
     def score(self, groups: Sequence[Sequence[Encoded]]) -> list[list[float]]:
-        """Raw logits in the same shape; equal inputs of a group are computed once."""
+        """Return raw logits in the same shape; equal inputs of a group are computed once."""
         unique = [list(dict.fromkeys(group)) for group in groups]
         flat = iter(self._score_padded(unique) if self._packed is None else self._score_packed(self._packed, unique))
         logits = [{item: next(flat) for item in items} for items in unique]
         return [[by_input[item] for item in group] for group, by_input in zip(groups, logits, strict=True)]
 
     def use_packed(self, canned: Sequence[Encoded], longest: int, insist: bool) -> None:
-        """Run packed from now on, if that gives the padded scores. Raises ClassifierError if not and `insist`."""
+        """Run packed from now on, if that gives the padded scores. Raise ClassifierError if not and `insist`."""
         why = self._not_packable(longest)
         if not why:
             (expected,) = self.score([canned])
@@ -136,9 +134,9 @@ def load_scorer(
     canned: Sequence[Encoded],
     longest: int,
 ) -> Classifier:
-    """The model in its folder, after it scored two canned inputs finitely and, if packed, as transformers does.
+    """Load the model and check that it scores two canned inputs finitely and, if packed, as transformers does.
 
-    Raises ClassifierError if weights are missing (a head that would start at random), or if it cannot be run as asked.
+    Raise ClassifierError if weights are missing (the head would start at random), or if it cannot be run as asked.
     """
     torch.set_num_threads(threads)
     try:
