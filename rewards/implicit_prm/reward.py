@@ -1,8 +1,8 @@
 """`reward=implicit_prm`: an outcome reward, and beta * log(pi_phi / pi_ref) for every token (arXiv 2412.01981).
 
 pi_phi starts as a copy of pi_ref and learns during the run from the outcome of every response, without step labels
-(PRIME, arXiv 2502.01456). Another reward (`outcome`, by default the rule verifier) gives the outcome, which is the
-score's value; the process rewards are its token rewards.
+(PRIME, arXiv 2502.01456). The outcome, from another reward (by default the rule verifier), is the score's value; the
+process rewards are its token rewards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ class ImplicitPRM(TrainableReward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Needs what its outcome reward does; gives a reward per token."""
         own = RewardTraits(process_rewards=True, update_when=config.update, follows_policy=config.reference == "policy")
         if config.outcome is None:
             return own
@@ -60,7 +59,6 @@ class ImplicitPRM(TrainableReward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the models exist and the outcome reward passes its own check."""
         from rlkit.config.model_folder import ModelFolderError, check_model_folder
         from rlkit.config.parts import PartError
 
@@ -98,20 +96,20 @@ class ImplicitPRM(TrainableReward):
 
     @property
     def model(self) -> ImplicitModel:
-        """Raises RuntimeError before `start`."""
+        """Raise RuntimeError before `start`."""
         if self._model is None:
             raise RuntimeError("the implicit PRM was used before start()")
         return self._model
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """beta * log-ratio per token; the value is the outcome (invalid where that is), or the sum of these rewards."""
+        """Score tokens by beta * log-ratio; the value is the outcome (invalid if that is), or the sum of token rewards."""
         if self._outcome is not None:
             return self._with_process_rewards(groups, self._outcome.score(groups))
         rewards = iter(self.model.token_rewards(groups))
         return [GroupScores(tuple(_alone(next(rewards)) for _ in group.samples)) for group in groups]
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """New process rewards for groups that carry their outcomes."""
+        """Return new process rewards for groups that carry their outcomes."""
         outcomes = [GroupScores(tuple(score for _, score in group.scored())) for group in groups]
         return self._with_process_rewards(groups, outcomes)
 
@@ -123,7 +121,7 @@ class ImplicitPRM(TrainableReward):
         ]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Train on the outcomes of scored groups; returns metrics `prm/...`."""
+        """Train on the outcomes of scored groups; return metrics `prm/...`."""
         metrics = self.model.update(groups)
         self.version += 1
         return metrics
@@ -133,20 +131,17 @@ class ImplicitPRM(TrainableReward):
         self.model.set_reference(weights)
 
     def save(self, folder: Path) -> None:
-        """pi_phi with its tokenizer; `reward.model_path=FOLDER` (and reference_path) scores with it elsewhere."""
+        """Write pi_phi with its tokenizer; `reward.model_path=FOLDER` (and reference_path) scores with it elsewhere."""
         self.model.save(folder)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Weights, optimizer, version."""
         return {"version": self.version, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict."""
         self.version = state["version"]
         self.model.load_state_dict(state["model"])
 
     def close(self) -> None:
-        """End the outcome reward."""
         if self._outcome is not None:
             self._outcome.close()
 

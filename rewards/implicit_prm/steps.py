@@ -1,4 +1,4 @@
-"""Scores of the steps of a response from its token log-ratios (arXiv 2412.01981); pure functions, no torch.
+"""Scores of a response's steps from its token log-ratios (arXiv 2412.01981); pure functions, no torch.
 
 A step's reward is the sum of its tokens' rewards: `coefficient * q`, q = log pi_phi - log pi_ref. At inference the
 authors' coefficient is 0.001, not training's beta.
@@ -24,10 +24,10 @@ _LINE = re.compile(r"^[^\S\n]*\S", re.MULTILINE)
 
 
 def split_steps(text: str, style: StepStyle = "auto") -> list[tuple[int, int]]:
-    """Characters [start, end) of each step; together they cover the text.
+    """Return characters [start, end) of each step; together they cover the text.
 
-    lines: every line that is not blank; numbered: every `Step <n>:`, and the text before the first one; auto: numbered
-    if the text has such a mark. A text without visible characters is one step.
+    lines: every line that is not blank; numbered: every `Step <n>:`, and the text before the first; auto: numbered if
+    the text has such a mark. A text without visible characters is one step.
     """
     if style == "auto":
         style = "numbered" if _NUMBERED.search(text) else "lines"
@@ -42,11 +42,11 @@ def split_steps(text: str, style: StepStyle = "auto") -> list[tuple[int, int]]:
 def token_steps(
     text: str, offsets: Sequence[tuple[int, int]], steps: Sequence[tuple[int, int]], tokens: int
 ) -> list[tuple[int, int]]:
-    """Response tokens [start, end) of each step that has any; together they cover all `tokens`.
+    """Return response tokens [start, end) of each step that has any; together they cover all `tokens`.
 
-    `offsets`: characters [start, end) of each token of `text`, from the tokenizer. A token belongs to the step with its
-    first visible character (or, if it has none, its first character), so a line's end belongs to that line; tokens
-    after the text (end of sequence) belong to the last step.
+    `offsets`: characters [start, end) of each token of `text`. A token belongs to the step with its first visible
+    character (or, if it has none, its first character), so a line's end belongs to that line; tokens after the text
+    (end of sequence) belong to the last step.
     """
     ends = np.array([end for _, end in steps])
     step_of = []
@@ -63,7 +63,7 @@ def token_steps(
 def step_scores(
     ratios: np.ndarray, spans: Sequence[tuple[int, int]], coefficient: float, kind: StepKind = "single"
 ) -> Float64:
-    """[S] scores from log-ratios q [T] and the tokens [start, end) of each of S steps.
+    """Return [S] scores from log-ratios q [T] and the tokens [start, end) of each of S steps.
 
     single: d_k = coefficient * the sum of q in step k; cumulative: c_k = coefficient * the sum of q up to its end.
     """
@@ -75,7 +75,7 @@ def step_scores(
 
 
 def aggregate(scores: Float64, how: Aggregate = "min") -> float:
-    """One score of a response from its step scores [S]; `last` of cumulative ones equals `sum` of single ones."""
+    """Return a response's score from its step scores [S]; `last` of cumulative ones equals `sum` of single ones."""
     match how:
         case "min":
             return float(scores.min())
