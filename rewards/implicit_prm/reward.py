@@ -102,7 +102,7 @@ class ImplicitPRM(TrainableReward):
         return self._model
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Score tokens by beta * log-ratio; the value is the outcome (invalid if that is), or the sum of token rewards."""
+        """Score tokens by beta * log-ratio; the value is the outcome (perhaps invalid), or the sum of these."""
         if self._outcome is not None:
             return self._with_process_rewards(groups, self._outcome.score(groups))
         rewards = iter(self.model.token_rewards(groups))
