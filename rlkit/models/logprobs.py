@@ -86,16 +86,16 @@ def selected_logprobs(
 
 
 class LogProbLinear(nn.Linear):
-    """A language-model head that can answer with log-probs of given tokens instead of logits.
+    """A language-model head that can return log-probs of given tokens instead of logits.
 
-    An existing head becomes one by `head.__class__ = LogProbLinear`: parameters, names and ties stay as they are, and
-    ZeRO-3's hooks still gather the weight around the call.
+    An existing head becomes one by `head.__class__ = LogProbLinear`: parameters, names and ties stay, and ZeRO-3's
+    hooks still gather the weight around the call.
     """
 
     def forward(  # type: ignore[override]
         self, input: Tensor, targets: Tensor | None = None, temperature: float = 1.0, elements_per_chunk: int = 2**24
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [..., V] without targets; log-probs and entropies [R] with targets [R] and input [R, D]."""
+        """Return logits [..., V] without targets; log-probs and entropies [R] with targets [R] and input [R, D]."""
         if targets is None:
             return super().forward(input)
         return selected_logprobs(

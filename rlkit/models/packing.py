@@ -1,4 +1,4 @@
-"""Ragged sequences as one flat row of tokens, in which a prefix that several sequences share is stored once.
+"""Ragged sequences as one flat row of tokens, in which a shared prefix is stored once.
 
 A group of samples has one prompt: its tokens pass the model's linear layers once, not once per sample.
 
@@ -29,7 +29,7 @@ class Tree:
 
     @classmethod
     def of(cls, sequences: Sequence[tuple[int, ...]]) -> Tree:
-        """The sequences, with the tokens that all of them begin with as the prefix."""
+        """Return the sequences with their common prefix."""
         prefix = shared_prefix(sequences)
         return cls(prefix, tuple(ids[len(prefix) :] for ids in sequences))
 
@@ -44,7 +44,7 @@ class Tree:
         return len(self.prefix) * len(self.suffixes) + sum(len(suffix) for suffix in self.suffixes)
 
     def cut(self, limit: int) -> list[Tree]:
-        """Trees with this prefix and a part of the suffixes: at most `limit` expanded tokens each, or one sequence."""
+        """Split the suffixes into trees of at most `limit` expanded tokens (or one sequence) each."""
         parts: list[list[Sequence[int]]] = [[]]
         room = limit
         for suffix in self.suffixes:
@@ -58,7 +58,6 @@ class Tree:
 
 
 def shared_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The tokens that all sequences begin with."""
     if not sequences:
         return ()
     first, last = min(sequences), max(sequences)  # these two differ earliest
@@ -81,7 +80,6 @@ class PackedBatch:
     cu_lengths: Tensor
     """[N+1] int32: where each sequence starts in the F expanded tokens."""
     lengths: tuple[int, ...]
-    """Length of each sequence."""
     rows: Tensor
     """[R] int64: packed index of the token whose hidden state predicts `targets[r]`."""
     targets: Tensor
@@ -89,12 +87,11 @@ class PackedBatch:
     last: Tensor
     """[N] int64: packed index of each sequence's last token."""
     buckets: tuple[Tensor, ...]
-    """Similar lengths, [n, L] int64 each: indices of expanded tokens, short rows padded by repeating the last."""
+    """[n, L] int64 each, of similar lengths: indices of expanded tokens, short rows padded by repeating the last."""
     bucket_collapse: Tensor
-    """[T] int64: like `collapse`, into the rows of all buckets laid end to end."""
+    """[T] int64: like `collapse`, into the concatenated rows of all buckets."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The batch on another device."""
         moved = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -109,7 +106,7 @@ class PackedBatch:
 def pack(trees: Sequence[Tree]) -> PackedBatch:
     """Lay trees out as one flat row. Sequences keep the order of the trees and of their suffixes.
 
-    Raises ValueError for no tree, for an empty sequence, and for a suffix without a prefix token to predict it.
+    Raise ValueError for no tree, for an empty sequence, and for a suffix without a prefix token to predict it.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -168,7 +165,7 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
 
 
 def _buckets(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of sequences, longest first, cut where the length falls below a share of the bucket's longest."""
+    """Yield indices of sequences, longest first, cut where the length falls below a share of the bucket's longest."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bucket: list[int] = []
     for i in order:
@@ -181,7 +178,7 @@ def _buckets(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def split_by_tokens(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Items in micro-batches of at most `limit` tokens (or one larger item), nearly equally full.
+    """Pack items into micro-batches of at most `limit` tokens (or one larger item), nearly equally full.
 
     First-fit decreasing; indices inside a micro-batch are ascending, and micro-batches are ordered by their first item.
     """

@@ -1,4 +1,4 @@
-"""Training reward models offline (`rlkit.train_reward reward=NAME`): one loop, one reader of rows, one report.
+"""Training reward models offline (`rlkit.train_reward reward=NAME`): the loop, the rows, the report.
 
-What is trained lives with its reward: `rewards/{polar,preference,implicit_prm}/training.py`.
+The models live with their rewards: `rewards/{polar,preference,implicit_prm}/training.py`.
 """

@@ -1,4 +1,4 @@
-"""The loop of every reward training: measure, step, measure every so often, save."""
+"""The loop of every reward training: measure, step, measure at intervals, save."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Task(Generic[Batch]):
-    """What a reward training does by steps."""
+    """The steps and measures of one reward training."""
 
     batches: Iterator[Batch]
     """Endless."""
     step: Callable[[Batch], Mapping[str, float]]
-    """One optimizer step; metrics `area/name`."""
+    """Takes an optimizer step; returns metrics `area/name`."""
     measure: Callable[[], dict[str, float]]
-    """How good the model is on the held-out rows."""
+    """Measures the model on the held-out rows."""
     save: Callable[[Path], None]
     """Writes the model to a folder; all ranks call it."""
     heldout: str = "heldout/{}"
-    """Names of the measures in metrics.jsonl."""
+    """Pattern of the measures' names in metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """What a training measured."""
+    """Measures of a whole training."""
 
     steps: Sequence[Mapping[str, float]]
     """Metrics of every step."""
@@ -43,7 +43,7 @@ class Course:
 
 
 def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, folder: Path) -> Course:
-    """Measure, take `steps` steps, measure every `evaluate_every` of them (0: never) and at the end; save."""
+    """Measure, take `steps` steps, measure after every `evaluate_every` of them (0: never) and at the end; save."""
     before = after = task.measure()
     report.evaluation(0, **named(task.heldout, before))
     report.begins(steps)
@@ -59,11 +59,11 @@ def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, fo
 
 
 def named(pattern: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The values with their names put into a pattern such as `area/{}`."""
+    """Put the names into a pattern such as `area/{}`."""
     return {pattern.format(name): value for name, value in values.items()}
 
 
 def warn_of(bad: Sequence[BadRow], report: Report) -> None:
-    """Name the first rows that are skipped."""
+    """Warn of the first skipped rows."""
     for row in bad[:WARNED_ROWS]:
         report.warn(f"skipped {row.origin}: {row.reason}")

@@ -1,4 +1,4 @@
-"""What a reward training writes and shows: metrics.jsonl, samples.jsonl, TensorBoard, lines on the console."""
+"""Output of a reward training: metrics.jsonl, samples.jsonl, TensorBoard, lines on the console."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class RunReport:
         self._console.line(f"warning: {message}")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json and say where everything is."""
+        """Write summary.json and show where everything is."""
         self.folder.write_summary(summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
         self._console.line(f"finished: {_shown(numbers)}")
@@ -110,7 +110,7 @@ class SilentReport:
 
 
 def _shown(metrics: Mapping[str, Any]) -> str:
-    """`loss 0.6931  pair_accuracy 0.5`: the last part of each name."""
+    """Format as `loss 0.6931  pair_accuracy 0.5`, with the last part of each name."""
     parts = []
     for name, value in metrics.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
