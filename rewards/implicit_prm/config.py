@@ -1,4 +1,4 @@
-"""The options of `reward=implicit_prm`. No torch: they are checked before anything is loaded."""
+"""The options of `reward=implicit_prm`; no torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ class ImplicitPRMConfig(RewardConfig):
     reference_path: str | None = None
     """Folder of the frozen pi_ref; null: the same as `model_path`."""
     outcome: dict[str, Any] | None = Field(default={"_target_": "rewards.verifiers.math.RuleReward"})
-    """The reward that labels outcomes: `_target_` and its fields; its values should lie in 0 to 1. null: none; a
-    response's value is then the model's own score, beta * its summed log-ratios (needs update=none)."""
+    """The reward that labels outcomes: `_target_` and its fields; its values should lie in 0 to 1. null: none; the
+    value is then the model's own score, beta * its summed log-ratios (needs update=none)."""
     reference: Literal["frozen", "policy"] = "frozen"
-    """frozen: pi_ref never changes; policy: it is the current policy, so that rewards measure pi_phi against that
-    (its
-    log-probs are computed here, at temperature 1; costs one transfer of the weights per step)."""
+    """frozen: pi_ref never changes; policy: it is the current policy (its log-probs are computed here, at temperature
+    1; costs one transfer of the weights per step)."""
     beta: float = Field(default=0.05, gt=0)
     """Scale of the log-ratios, in the rewards and in the objective."""
     objective: Objective = "ce"
@@ -43,7 +42,7 @@ class ImplicitPRMConfig(RewardConfig):
     """Tokens per forward and backward pass."""
     heldout_groups: int = Field(default=16, ge=0)
     """Groups of the first steps that the model never learns from, to measure its accuracy (at most a quarter of a
-    step's groups is set aside)."""
+    step's groups)."""
     offload: bool = False
     """CUDA only: keep both models and the optimizer in CPU memory while nothing is scored or learnt."""
 

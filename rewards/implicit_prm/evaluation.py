@@ -26,11 +26,11 @@ from rewards.implicit_prm.steps import aggregate, step_scores
 from rewards.verifiers.math import final_answer
 
 MOST_SUBSETS = 64
-"""Largest number of subsets of a prompt's responses for each N."""
+"""Of a prompt's responses, for each N."""
 
 
 def outcome_metrics(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], beta: float) -> dict[str, float]:
-    """Measure s = beta * sum q against the labels; names without area.
+    """Measure s = beta * sum q against the labels.
 
     pair_accuracy is over pairs of responses to one prompt whose labels differ (absent if there are none); a model equal
     to its reference has cross_entropy ln 2 and brier 0.25 with labels of 0 and 1.
@@ -56,11 +56,10 @@ def outcome_metrics(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], be
 def selection_accuracy(
     encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], coefficient: float, seed: int
 ) -> dict[int, dict[str, float]]:
-    """Return N -> way of choosing one of N responses -> mean label of the chosen, for N = 1, 2, 4, ...
+    """N -> way of choosing one of N responses -> mean label of the chosen, for N = 1, 2, 4, ...
 
     The mean is over subsets of N responses of each prompt that has as many, and over these prompts (`prompts`: their
-    number). random, oracle, majority and shortest need no model and are what it must beat (a score that only sees
-    length shows here).
+    number). random, oracle, majority and shortest need no model (a score that only sees length shows here).
     """
     group = _group_numbers(encoded)
     members = [np.flatnonzero(group == g) for g in np.unique(group)]
@@ -95,7 +94,6 @@ def _one_prompt(
     scores: Mapping[str, np.ndarray],
     seed: int,
 ) -> dict[str, float]:
-    """Return means over subsets of one prompt's responses."""
     results: dict[str, list[float]] = {}
     for subset in subsets(len(members), n, MOST_SUBSETS, seed):
         chosen = members[list(subset)]
@@ -114,9 +112,9 @@ def _one_prompt(
 def first_error_result(
     encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], coefficient: float, threshold: float | None
 ) -> ProcessBench | None:
-    """Return ProcessBench of the responses with a known first wrong step; None if there are none.
+    """ProcessBench of responses with a known first wrong step; None if there are none.
 
-    Without a threshold, the best one for these very responses is used.
+    Without a threshold, the best one for these very responses.
     """
     known = [(one, q) for one, q in zip(encoded, ratios, strict=True) if one.rollout.first_error is not None]
     if not known:
@@ -129,7 +127,7 @@ def first_error_result(
 
 
 def selection_table(table: Mapping[int, Mapping[str, float]]) -> str:
-    """Format the choices as lines of text, in percent."""
+    """As lines of text, in percent."""
     names = [name for name in next(iter(table.values())) if name != "prompts"]
     width = max(len(name) for name in names)
     head = f"{'accuracy of one of N, %':<{max(width, 24)}}" + "".join(f"{f'N={n}':>8}" for n in table)
@@ -141,7 +139,7 @@ def selection_table(table: Mapping[int, Mapping[str, float]]) -> str:
 
 
 def sample_rows(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], beta: float) -> list[dict[str, Any]]:
-    """Return a record per response: its score and its steps' rewards, at training's scale."""
+    """Scores and steps' rewards, at training's scale."""
     return [
         {
             "origin": one.rollout.origin,

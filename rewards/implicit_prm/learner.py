@@ -1,4 +1,4 @@
-"""Offline training of an implicit PRM: tokenised rollouts, the examples of a step, both models, the objective."""
+"""Offline training of an implicit PRM."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Balance = Literal["none", "prompt"]
 Example = tuple[int, ...]
-"""Index of a rollout, or of the better and the worse one of a pair."""
+"""A rollout, or the better and the worse one of a pair, by index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Encoded:
 def encode(
     rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, style: StepStyle
 ) -> tuple[list[Encoded], list[BadRow]]:
-    """Render prompts by the chat template, end the responses; those above `max_tokens` in all are bad rows."""
+    """Render prompts, end responses; those above `max_tokens` in all are bad rows."""
     if not tokenizer.is_fast or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise DataError(
             "reward.model_path: its tokenizer must have a tokenizer.json (for the places of tokens in the text), a "
@@ -96,7 +96,7 @@ def encode(
 
 
 def make_examples(encoded: Sequence[Encoded], paired: bool, balance: Balance, seed: int) -> list[Example]:
-    """Return every response, or every pair of a better and a worse response to the same prompt.
+    """Every response, or every pair of a better and a worse response to one prompt.
 
     balance=prompt keeps as many right as wrong responses of each prompt, drawn by `seed`.
     """
@@ -117,7 +117,7 @@ def make_examples(encoded: Sequence[Encoded], paired: bool, balance: Balance, se
 
 
 def _members(encoded: Sequence[Encoded]) -> list[list[int]]:
-    """Return the indices of each group's responses."""
+    """Indices by group."""
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for i, one in enumerate(encoded):
         groups.setdefault(one.group, []).append(i)
@@ -125,7 +125,7 @@ def _members(encoded: Sequence[Encoded]) -> list[list[int]]:
 
 
 def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example]) -> list[PromptTree]:
-    """Group a batch by prompt: a prompt, and a response in several pairs, then go through the model once."""
+    """Group by prompt: it, and a response in several pairs, then go through the model once."""
     groups: dict[tuple[str, tuple[int, ...]], list[Example]] = {}
     for example in batch:
         groups.setdefault(encoded[example[0]].group, []).append(example)
@@ -151,7 +151,7 @@ class PrmScorer:
 
     @torch.no_grad()
     def log_ratios(self, encoded: Sequence[Encoded]) -> list[np.ndarray]:
-        """Return q [T] float32 of every response, in order."""
+        """q [T] float32 of every response."""
         self.policy.eval()
         members = _members(encoded)
         trees = [Tree(encoded[m[0]].prompt, tuple(encoded[i].response for i in m)) for m in members]
@@ -200,23 +200,22 @@ class PrmLearner:
             check_equal(self.training.engine, self.reference, device, config.logit_elements_per_chunk)
 
     def step(self, encoded: Sequence[Encoded], batch: Sequence[Example]) -> float:
-        """Take an optimizer step; return the mean objective per example before it (ln 2 at first, with ce or dpo)."""
+        """Return the mean objective per example before the step (ln 2 at first, with ce or dpo)."""
         items = prompt_items(encoded, batch)
         self._estimate_baseline(items)
         return self.training.step(items, len(batch))
 
     def evaluate(self, encoded: Sequence[Encoded], examples: Sequence[Example]) -> float:
-        """Return the mean objective per example."""
         items = prompt_items(encoded, examples)
         self._estimate_baseline(items)
         return self.training.evaluate(items, len(examples))
 
     def save(self, folder: Path) -> None:
-        """Write pi_phi as a Hugging Face folder; all ranks call it, rank 0 writes."""
+        """All ranks call it, rank 0 writes."""
         save_language_model(self.training, folder)
 
     def _estimate_baseline(self, items: Sequence[PromptTree]) -> None:
-        """Set KTO's z over the whole batch, not per micro-batch; a batch with one prompt keeps the last one."""
+        """KTO's z is of the whole batch, not per micro-batch; a batch with one prompt keeps the last one."""
         if self.objective != "kto":
             return
         trees = list({tuple(item.tree.prefix): item.tree for item in items}.values())
@@ -226,7 +225,7 @@ class PrmLearner:
             self._baseline = torch.tensor(max(0.0, mean), device=self.training.device)
 
     def _loss(self, module: Any, items: Sequence[PromptTree]) -> Tensor:
-        """Sum the objective over the items' examples, or the scores of items without labels."""
+        """For items without labels, the sum of their scores."""
         trees = [item.tree for item in items]
         ratios = log_ratios(
             module, self.reference, trees, self.training.device, self.training.config.logit_elements_per_chunk
@@ -241,6 +240,6 @@ class PrmLearner:
 
 
 def load_reference(path: Path, config: LearnerConfig, device: str, trust_remote_code: bool) -> PackedCausalLM:
-    """Load pi_ref: whole on every rank, frozen, in the precision that pi_phi computes in."""
+    """pi_ref: whole on every rank, frozen, in the precision that pi_phi computes in."""
     model = load_causal_lm(path, resolve_dtype(config.dtype, device), trust_remote_code=trust_remote_code)
     return model.to(device).eval().requires_grad_(False)

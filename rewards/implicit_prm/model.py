@@ -1,7 +1,4 @@
-"""The two language models of an implicit PRM: log-ratios per token, training on outcomes, and measures.
-
-Online and offline training share log-ratios and objectives.
-"""
+"""The two models of an implicit PRM: log-ratios per token, objectives, training on outcomes, measures."""
 
 from __future__ import annotations
 
@@ -41,11 +38,11 @@ from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import load_causal_lm
 
 LARGEST_INITIAL_RATIO = 1e-3
-"""Models of equal weights must agree to this: else they run through different kernels or types."""
+"""Between models of equal weights; above it, they run through different kernels or types."""
 
 
 def log_ratios(policy: Any, reference: Any, trees: Sequence[Tree], device: str, chunk: int) -> Tensor:
-    """Return q = log pi_phi - log pi_ref [R] of the trees' suffix tokens at temperature 1; differentiable in pi_phi."""
+    """q = log pi_phi - log pi_ref [R] of the trees' suffix tokens at temperature 1; differentiable in pi_phi."""
     packed = pack(trees).to(device)
     with torch.no_grad():
         reference_logprobs, _ = reference(packed, 1.0, chunk)
@@ -55,7 +52,7 @@ def log_ratios(policy: Any, reference: Any, trees: Sequence[Tree], device: str, 
 
 
 def response_scores(ratios: Tensor, trees: Sequence[Tree], beta: float, mask: Tensor | None = None) -> Tensor:
-    """Return s = beta * sum of q [S], one per suffix of the trees; rows with mask 0 are left out."""
+    """s = beta * sum of q [S], one per suffix of the trees, without rows of mask 0."""
     lengths = torch.tensor([len(suffix) for tree in trees for suffix in tree.suffixes])
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(ratios.device)
     mask = torch.ones_like(ratios) if mask is None else mask
@@ -107,7 +104,7 @@ def check_equal(policy: Any, reference: Any, device: str, chunk: int) -> None:
 
 
 def labels_of(groups: Sequence[Group]) -> list[float | None]:
-    """Return every sample's outcome in 0 to 1; None if it is invalid or has no trained token."""
+    """Outcomes in 0 to 1; None if a sample is invalid or has no trained token."""
     return [
         min(1.0, max(0.0, score.value)) if score.valid and score.value is not None and sample.trained.any() else None
         for group in groups
@@ -116,7 +113,7 @@ def labels_of(groups: Sequence[Group]) -> list[float | None]:
 
 
 def before_update(groups: Sequence[Group]) -> dict[str, float]:
-    """Return metrics `prm/...` of these groups' scores: from before the update, so on unseen data."""
+    """Metrics `prm/...` of these groups' scores: from before the update, so on unseen data."""
     scores = np.array([score.components.get("implicit_prm", 0.0) for group in groups for _, score in group.scored()])
     labels, valid, group = _arrays(groups)
     metrics = {"prm/sign_accuracy": sign_accuracy(scores, labels, valid)} | _pairs(
@@ -133,7 +130,7 @@ def before_update(groups: Sequence[Group]) -> dict[str, float]:
 
 
 class HeldOut:
-    """Groups of the first steps, kept out of training: every update measures the model on them."""
+    """Groups of the first steps, kept out of training to measure the model at every update."""
 
     LARGEST_SHARE = 0.25
 
@@ -151,7 +148,7 @@ class HeldOut:
         return [group for group in groups if group.id not in kept]
 
     def metrics(self, token_rewards: Sequence[np.ndarray]) -> dict[str, float]:
-        """Return `prm/heldout_pair_accuracy`, from the present token rewards of all samples of `groups`."""
+        """`prm/heldout_pair_accuracy`, from the present token rewards of all samples of `groups`."""
         scores = np.array([float(rewards.sum()) for rewards in token_rewards])
         labels, valid, group = _arrays(self.groups)
         return _pairs("prm/heldout_pair_accuracy", scores, labels, valid, group)
@@ -163,7 +160,7 @@ def _differ(group: Group) -> bool:
 
 
 def _arrays(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each sample's label (0 if unknown), whether it is known, and the number of its group."""
+    """Per sample: label (0 if unknown), whether it is known, number of its group."""
     known = labels_of(groups)
     valid = np.array([label is not None for label in known], dtype=np.bool_)
     labels = np.array([label or 0.0 for label in known], dtype=np.float64)
@@ -173,7 +170,7 @@ def _arrays(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _pairs(
     metric: str, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray, group: np.ndarray
 ) -> dict[str, float]:
-    """Return pair accuracy over the groups whose outcomes differ; nothing if there are none."""
+    """Only groups whose outcomes differ count."""
     mixed = [g for g in np.unique(group[valid]) if np.ptp(labels[valid & (group == g)]) > 0]
     if not mixed:
         return {}
@@ -212,7 +209,7 @@ class ImplicitModel:
         self._leave_device()
 
     def token_rewards(self, groups: Sequence[Group]) -> list[np.ndarray]:
-        """Return beta * (log pi_phi - log pi_ref), [T] float32, of every sample of every group, in order."""
+        """beta * (log pi_phi - log pi_ref), [T] float32, of every sample of every group, in order."""
         trees = [group_tree(group) for group in groups]
         with torch.no_grad(), self._on_device():
             self.engine.eval()
@@ -259,7 +256,7 @@ class ImplicitModel:
         }
 
     def set_reference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load pi_ref's new weights. Raise ValueError if they are of another architecture."""
+        """Raise ValueError for weights of another architecture."""
         policy = dict(weights)
         self.reference.forget()
         for name, parameter in self.reference.model.named_parameters():
@@ -272,14 +269,13 @@ class ImplicitModel:
             parameter.data.copy_(new)
 
     def save(self, folder: Path) -> None:
-        """Write pi_phi as a Hugging Face folder with its tokenizer."""
         with self._on_device():
             weights = {name: value.detach().cpu().clone() for name, value in self._weights()}
         save_policy(self.engine.module.model.config, weights.items(), folder)
         load_tokenizer(self.path).save_pretrained(folder)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return full fp32 weights and moments on the CPU, and the held-out groups as JSON."""
+        """Full fp32 weights and moments on the CPU, and the held-out groups as JSON."""
         with self._on_device():
             return {"engine": full_state(self.engine), "heldout": json.dumps(to_json(self.heldout.groups))}
 
@@ -296,7 +292,7 @@ class ImplicitModel:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Keep both models and the optimizer on their device in the body; with `offload`, in CPU memory outside."""
+        """Outside the body, with `offload`, both models and the optimizer are in CPU memory."""
         if not self.config.offload or self._resident:
             yield
             return
@@ -316,7 +312,7 @@ class ImplicitModel:
         self._resident = False
 
     def _scores(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (s, labels, group number) of the valid samples; s = beta * summed log-ratios."""
+        """(s, labels, group number) of the valid samples."""
         trees = [group_tree(group) for group in groups]
         ratios = log_ratios(self.engine, self.reference.module, trees, self.device, self._chunk)
         mask = torch.from_numpy(np.concatenate([s.trained for g in groups for s in g.samples])).to(self.device)
@@ -327,7 +323,7 @@ class ImplicitModel:
         return scores[valid], labels.float(), numbers[valid]
 
     def _loss(self, groups: Sequence[Group], total: float, baseline: Tensor | None, seen: list[Tensor]) -> Tensor:
-        """Return a micro-batch's share of the objective's mean."""
+        """A micro-batch's share of the objective's mean."""
         scores, labels, group = self._scores(groups)
         pairs = correct_incorrect_pairs(labels, group)
         loss = objective_sum(self.config.objective, scores, labels, pairs, baseline) / total
@@ -335,7 +331,7 @@ class ImplicitModel:
         return loss
 
     def _count(self, groups: Sequence[Group]) -> float:
-        """Return the number of terms in the objective's mean: valid samples, or pairs of a better and a worse one."""
+        """Terms in the objective's mean: valid samples, or pairs of a better and a worse one."""
         if self.config.objective not in PAIRED:
             return float(sum(label is not None for label in labels_of(groups)))
         pairs = 0
@@ -346,7 +342,7 @@ class ImplicitModel:
 
     @torch.no_grad()
     def _baseline(self, groups: Sequence[Group]) -> Tensor | None:
-        """Return KTO's z of a whole mini-batch; its lower bound 0 if there is only one prompt."""
+        """KTO's z of a whole mini-batch; its lower bound 0 if there is only one prompt."""
         if self.config.objective != "kto":
             return None
         by_prompt = {group.prompt.token_ids: group_tree(group) for group in groups}

@@ -1,8 +1,7 @@
 """`reward=implicit_prm`: an outcome reward, and beta * log(pi_phi / pi_ref) for every token (arXiv 2412.01981).
 
-pi_phi starts as a copy of pi_ref and learns during the run from the outcome of every response, without step labels
-(PRIME, arXiv 2502.01456). The outcome, from another reward (by default the rule verifier), is the score's value; the
-process rewards are its token rewards.
+pi_phi starts as a copy of pi_ref and learns during the run from outcomes, without step labels (PRIME, arXiv
+2502.01456). The value is the outcome, from another reward; the process rewards are its token rewards.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class ImplicitPRM(TrainableReward):
         return messages
 
     def start(self) -> None:
-        """Start the outcome reward and load both models; equal weights must give log-ratios of zero."""
+        """Load both models; equal weights must give log-ratios of zero."""
         from rewards.implicit_prm.model import ImplicitModel  # torch and DeepSpeed load only where a reward runs
 
         if self.config.offload and self.context.device == "cpu":
@@ -102,14 +101,14 @@ class ImplicitPRM(TrainableReward):
         return self._model
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Score tokens by beta * log-ratio; the value is the outcome (perhaps invalid), or the sum of these."""
+        """The value is the outcome (perhaps invalid), or the sum of the token rewards."""
         if self._outcome is not None:
             return self._with_process_rewards(groups, self._outcome.score(groups))
         rewards = iter(self.model.token_rewards(groups))
         return [GroupScores(tuple(_alone(next(rewards)) for _ in group.samples)) for group in groups]
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Return new process rewards for groups that carry their outcomes."""
+        """The groups carry their outcomes."""
         outcomes = [GroupScores(tuple(score for _, score in group.scored())) for group in groups]
         return self._with_process_rewards(groups, outcomes)
 
@@ -131,7 +130,7 @@ class ImplicitPRM(TrainableReward):
         self.model.set_reference(weights)
 
     def save(self, folder: Path) -> None:
-        """Write pi_phi with its tokenizer; `reward.model_path=FOLDER` (and reference_path) scores with it elsewhere."""
+        """`reward.model_path=FOLDER` (and reference_path) scores with it elsewhere."""
         self.model.save(folder)
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -147,7 +146,7 @@ class ImplicitPRM(TrainableReward):
 
 
 def _alone(rewards: np.ndarray) -> Score:
-    """The model's own score of a response, for best-of-N."""
+    """For best-of-N without an outcome reward."""
     if not np.isfinite(rewards).all():
         return Score.invalid("not_finite: a log-ratio of the implicit PRM is not finite")
     total = float(rewards.sum())

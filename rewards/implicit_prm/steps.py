@@ -1,6 +1,6 @@
-"""Scores of a response's steps from its token log-ratios (arXiv 2412.01981); pure functions, no torch.
+"""Scores of a response's steps from its token log-ratios (arXiv 2412.01981); no torch.
 
-A step's reward is the sum of its tokens' rewards: `coefficient * q`, q = log pi_phi - log pi_ref. At inference the
+A token's reward is `coefficient * q`, q = log pi_phi - log pi_ref; a step's is the sum of these. At inference the
 authors' coefficient is 0.001, not training's beta.
 """
 
@@ -24,7 +24,7 @@ _LINE = re.compile(r"^[^\S\n]*\S", re.MULTILINE)
 
 
 def split_steps(text: str, style: StepStyle = "auto") -> list[tuple[int, int]]:
-    """Return characters [start, end) of each step; together they cover the text.
+    """Characters [start, end) of each step; together they cover the text.
 
     lines: every line that is not blank; numbered: every `Step <n>:`, and the text before the first; auto: numbered if
     the text has such a mark. A text without visible characters is one step.
@@ -42,11 +42,11 @@ def split_steps(text: str, style: StepStyle = "auto") -> list[tuple[int, int]]:
 def token_steps(
     text: str, offsets: Sequence[tuple[int, int]], steps: Sequence[tuple[int, int]], tokens: int
 ) -> list[tuple[int, int]]:
-    """Return response tokens [start, end) of each step that has any; together they cover all `tokens`.
+    """Response tokens [start, end) of each step that has any; together they cover all `tokens`.
 
-    `offsets`: characters [start, end) of each token of `text`. A token belongs to the step with its first visible
-    character (or, if it has none, its first character), so a line's end belongs to that line; tokens after the text
-    (end of sequence) belong to the last step.
+    `offsets`: characters [start, end) of each token. A token belongs to the step with its first visible character
+    (or, if it has none, its first character), so a line's end belongs to that line; tokens after the text (end of
+    sequence) belong to the last step.
     """
     ends = np.array([end for _, end in steps])
     step_of = []
@@ -63,7 +63,7 @@ def token_steps(
 def step_scores(
     ratios: np.ndarray, spans: Sequence[tuple[int, int]], coefficient: float, kind: StepKind = "single"
 ) -> Float64:
-    """Return [S] scores from log-ratios q [T] and the tokens [start, end) of each of S steps.
+    """[S] scores from log-ratios q [T] and the tokens [start, end) of each of S steps.
 
     single: d_k = coefficient * the sum of q in step k; cumulative: c_k = coefficient * the sum of q up to its end.
     """
@@ -75,7 +75,7 @@ def step_scores(
 
 
 def aggregate(scores: Float64, how: Aggregate = "min") -> float:
-    """Return a response's score from its step scores [S]; `last` of cumulative ones equals `sum` of single ones."""
+    """One score from step scores [S]; `last` of cumulative ones equals `sum` of single ones."""
     match how:
         case "min":
             return float(scores.min())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rewards.implicit_prm.learner import Encoded, PrmLearner
 
 NOTE = "implicit_prm.json"
-"""Beside the trained model: what its log-ratios are relative to."""
+"""Beside the trained model: the reference of its log-ratios."""
 
 
 class ImplicitPRMTraining(RewardTraining):
@@ -153,7 +153,7 @@ class ImplicitPRMTraining(RewardTraining):
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _read(self, report: Report) -> tuple[list[Encoded], list[Encoded]]:
-        """Return (train, held out); they share no prompt."""
+        """(train, held out); they share no prompt."""
         report.phase("reading data")
         rollouts, bad = load_rollouts(self.data)
         if not self.data.has_heldout_rows:
@@ -164,7 +164,7 @@ class ImplicitPRMTraining(RewardTraining):
         return self._encode(train, bad + asked, report), self._encode(heldout, heldout_bad, report)
 
     def _encode(self, rollouts: Sequence[Rollout], bad: list[BadRow], report: Report) -> list[Encoded]:
-        """Tokenise; warn of rows left out. Raise DataError if they are too many."""
+        """Raise DataError if too many rows are left out."""
         from rewards.implicit_prm.learner import encode
 
         folder = model_folder(self.config.model_path)
@@ -197,7 +197,7 @@ class ImplicitPRMTraining(RewardTraining):
         )
 
     def _choices(self, report: Report, encoded: Sequence[Encoded], ratios: list[np.ndarray]) -> dict[str, Any]:
-        """Show best-of-N, votes and first wrong steps; return them for the summary."""
+        """Best-of-N, votes and first wrong steps: shown, and for the summary."""
         from rewards.implicit_prm import evaluation
 
         config = self.config
@@ -235,7 +235,7 @@ class ImplicitPRMTraining(RewardTraining):
 
 
 def _noted_reference(model_path: str) -> str:
-    """Return the reference that a model was trained against. Raise DataError if it is not known."""
+    """The reference that a model was trained against. Raise DataError if it is not known."""
     file: Path = model_folder(model_path) / NOTE
     if not file.is_file():
         raise DataError(f"reward.reference_path: {model_path} has no {NOTE}, so name the model it was trained against")

@@ -1,8 +1,4 @@
-"""The check of a POLAR discriminator's folder, its backends, and the self-test of every backend.
-
-A backend must score two canned inputs as a plain forward pass does. In the reward's process it is the packed
-`rewards.services.scorer.Scorer` or vLLM's pooling runner; servers are in `servers.py`.
-"""
+"""A POLAR discriminator's folder, what runs it in the reward's process, and the self-test of every backend."""
 
 from __future__ import annotations
 
@@ -22,25 +18,22 @@ if TYPE_CHECKING:
 
 
 RELEASED_ARCHITECTURE = "InternLM2ForRewardModel"
-"""The architecture in config.json of a released POLAR checkpoint."""
+"""The architecture in a released POLAR checkpoint."""
 
 
-class DiscriminatorError(UserError, ValueError):
-    """A model folder that cannot serve as discriminator."""
+class DiscriminatorError(UserError, ValueError): ...
 
 
 class Backend(Protocol):
-    """Scores token sequences."""
-
     def score(self, trees: Sequence[Tree]) -> Sequence[float | str]:
-        """Return the raw logits of all sequences of all trees, in order; a reason where one cannot be scored."""
+        """Return raw logits of all sequences in order, or a reason where one cannot be scored."""
         ...
 
     def close(self) -> None: ...
 
 
 class VllmBackend:
-    """vLLM's pooling runner in this process; its prefix cache shares common prefixes."""
+    """vLLM's pooling runner in this process, with its prefix cache."""
 
     def __init__(
         self, folder: Path, device: str, dtype: str, max_length: int, memory_gib: float, gpu_memory_utilization: float
@@ -80,7 +73,7 @@ class VllmBackend:
 
 
 def plain_scores(folder: Path, device: str, dtype: str, sequences: Sequence[Sequence[int]]) -> list[float]:
-    """Return reference scores: transformers' model class, one unpadded sequence at a time, read at its last token.
+    """Score by a plain forward pass of transformers, one unpadded sequence at a time, read at its last token.
 
     Raise DiscriminatorError if weights are missing.
     """
@@ -160,7 +153,7 @@ CANNED = (
 """(prompt, reference, candidate)"""
 FP32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.1
-"""Largest difference from a plain forward pass, in fp32 and in bf16 or fp16 (relative for scores above 1)."""
+"""Largest difference from a plain forward pass in fp32, and in bf16 or fp16 (relative above 1)."""
 
 
 def canned_inputs(serialiser: Serialiser) -> list[tuple[int, ...]]:
@@ -168,7 +161,7 @@ def canned_inputs(serialiser: Serialiser) -> list[tuple[int, ...]]:
 
 
 def scores_of(backend: Backend, sequences: Sequence[tuple[int, ...]]) -> list[float]:
-    """Return the backend's scores of the canned inputs. Raise DiscriminatorError if it refuses one."""
+    """Score the canned inputs. Raise DiscriminatorError if the backend refuses one."""
     from rlkit.models.packing import Tree
 
     scores: list[float] = []
@@ -180,8 +173,7 @@ def scores_of(backend: Backend, sequences: Sequence[tuple[int, ...]]) -> list[fl
 
 
 def check_white_space(serialiser: Serialiser, folder: Path) -> None:
-    """Raise SerialisationError if white space is lost: transformers may silently replace a saved tokenizer by its model
-    type's."""
+    """transformers may silently replace a saved tokenizer by its model type's, which can lose white space."""
     expected = ["1", "+", "2", "3", f"4{SEPARATOR}1", "+", "2", f"5{MARKER}"]
     words = serialiser.text("1 + 2\n", "3\n4", "5").split()
     if words != expected:
@@ -189,7 +181,7 @@ def check_white_space(serialiser: Serialiser, folder: Path) -> None:
 
 
 def check_scores(scores: Sequence[float], expected: Sequence[float], tolerance: float, backend: str) -> None:
-    """Raise DiscriminatorError if a backend's scores differ from those of a plain forward pass."""
+    """Raise DiscriminatorError if the scores are not those of a plain forward pass."""
     if not all(math.isfinite(score) for score in (*scores, *expected)):
         raise DiscriminatorError(f"the self-test gave non-finite scores: {backend} {scores}, transformers {expected}")
     if _close(scores, expected, tolerance):
@@ -207,7 +199,7 @@ def check_scores(scores: Sequence[float], expected: Sequence[float], tolerance: 
 
 
 def check_unsquashed(scores: Sequence[float], backend: str) -> None:
-    """Raise DiscriminatorError if the scores cannot be raw logits; for use without weights to compare with."""
+    """Raise DiscriminatorError if the scores cannot be raw logits: the check without weights to compare with."""
     if not all(math.isfinite(score) for score in scores):
         raise DiscriminatorError(f"self-test failed: {backend} gives the scores {scores}")
     if all(0 < score < 1 for score in scores):

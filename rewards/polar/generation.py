@@ -1,6 +1,6 @@
-"""Trajectories from a pool of policies: some of them answer each prompt, one vLLM engine after another.
+"""Trajectories from a pool of policies, sampled by one vLLM engine after another.
 
-`python -m rewards.polar.generation ORDER.json` samples one policy, in a process whose memory is free afterwards.
+`python -m rewards.polar.generation ORDER.json` samples one policy; its memory is free when the process ends.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ LOOP = re.compile(r"(.{2,200}?)\1{3,}", re.DOTALL)
 SHORTEST_LOOP = 64
 """Characters. Shorter repetition is punctuation, a table's rule, a row of zeros."""
 KEPT = 3
-"""Repetitions kept, so that the sample still shows the loop."""
+"""Repetitions kept: the sample still shows the loop."""
 ENDING = re.compile(r"[.!?。！？…][\"'”’)\]]*(?=\s)|[。！？]|\n")
-"""Where a text can end."""
 
 
 class Generation(Section):
@@ -52,17 +51,17 @@ class Generation(Section):
     samples_per_policy: int = Field(default=2, ge=2)
     """Responses of each drawn policy: two make a reference and a positive."""
     prompts_as: Literal["chat", "text"] = "chat"
-    """chat: the prompt is a user's message in each policy's chat template; text: the policies continue it."""
+    """chat: a user's message in each policy's chat template; text: the policies continue the prompt."""
     longest_prefix: int | None = Field(default=None, ge=1)
-    """text: keep only the first tokens of each prompt, a random number from 1 to this (the paper: 1024)."""
+    """text: cut each prompt to a random number of tokens, from 1 to this (the paper: 1024)."""
     temperature: float = Field(default=1.0, gt=0)
-    """If too low, policies cannot be told apart; if too high, they blur."""
+    """Too low, policies cannot be told apart; too high, they blur."""
     top_p: float = Field(default=0.9, gt=0, le=1)
     """Sample from the smallest set of tokens with this probability."""
     top_k: int = Field(default=50, ge=0)
-    """Sample from the most likely tokens, this many; 0: all."""
+    """Sample from this many most likely tokens; 0: all."""
     max_new_tokens: int = Field(default=4096, ge=1)
-    """Longest response; one cut off here is trimmed back to its last whole sentence."""
+    """A response cut off here is trimmed back to its last whole sentence."""
     memory_gib: float = Field(default=1.0, gt=0)
     """CPU: memory of vLLM's key-value cache."""
     gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
@@ -71,7 +70,6 @@ class Generation(Section):
     """The run ends if a policy finishes no response for this long (loading included)."""
 
     def problems(self) -> list[str]:
-        """Messages of cheap checks, each beginning with its key."""
         messages = []
         for name, folder in self.policies.items():
             try:
@@ -91,7 +89,7 @@ class Generation(Section):
 
 @dataclass(frozen=True)
 class SamplingOrder:
-    """The task of the process that samples one policy, as JSON."""
+    """The task of one sampling process, as JSON."""
 
     folder: str
     prompts: list[str]
@@ -110,11 +108,11 @@ class SamplingOrder:
 
 
 class SamplingFailed(DataError):
-    """A policy that could not be sampled; the message names it, the cause and its log."""
+    """The message names the policy, the cause and the log."""
 
 
 def draw(names: Sequence[str], prompts: int, policies: int, seed: int) -> list[list[str]]:
-    """Return the policies that answer each prompt, in the pool's order."""
+    """Draw each prompt's policies, in the pool's order."""
     rng = random.Random(f"pool/{seed}")
     return [sorted(rng.sample(names, policies), key=names.index) for _ in range(prompts)]
 
@@ -204,8 +202,7 @@ def run_policy(name: str, order: SamplingOrder, work: Path, threads: int, stall_
 
 
 def pool_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return per policy the number of responses, the share that ended by themselves, and the share that is right if
-    known."""
+    """Count responses per policy; accuracy is None where not known."""
     report: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(row["policy"] for row in rows):
         mine = [row for row in rows if row["policy"] == name]
@@ -224,7 +221,7 @@ def pool_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def sample(order: SamplingOrder) -> None:
-    """Answer all prompts; name and leave out those too long for the model."""
+    """Answer all prompts but those too long for the model, which are named."""
     from rlkit.rollout.sampler import Request, Sampler, stop_token_ids
 
     folder = model_folder(order.folder)
@@ -276,7 +273,7 @@ def sample(order: SamplingOrder) -> None:
 
 
 def trim(text: str, finished: bool) -> str:
-    """Return the response without loops and, unless `finished`, without its unfinished end."""
+    """Cut loops and, unless `finished`, the unfinished end."""
     text = without_loops(text)
     return text if finished else without_unfinished_end(text)
 
@@ -286,7 +283,7 @@ def without_loops(text: str) -> str:
 
 
 def without_unfinished_end(text: str) -> str:
-    """Cut after the last end of a sentence or line; a text without one stays as it is."""
+    """Cut after the last end of a sentence or line, if there is one."""
     ends = [match.end() for match in ENDING.finditer(text)]
     return text[: ends[-1]].rstrip("\n") if ends else text
 

@@ -1,9 +1,8 @@
 """Exact conversion of released POLAR checkpoints (`InternLM2ForRewardModel`) to `LlamaForSequenceClassification` and
 back.
 
-The two compute the same; names differ, and InternLM2 keeps queries, keys and values of a key-value head in one matrix.
-The Python code in a released folder is not run: under transformers 5 it silently gives wrong scores. The tokenizer is
-built from its SentencePiece model. At most one shard of weights is in memory.
+Only names differ, and InternLM2 fuses queries, keys and values per key-value head. The Python code in a released folder
+is not run: under transformers 5 it silently gives wrong scores. At most one shard of weights is in memory.
 """
 
 from __future__ import annotations
@@ -144,7 +143,6 @@ COMPUTED = "rotary_emb.inv_freq"
 """A buffer in some files, determined by the configuration."""
 LAYER = re.compile(r"(model\.layers\.(?P<number>\d+)\.)(?P<rest>.+)")
 _NAMED = 5
-"""Missing tensors that a message names."""
 SAME_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -163,7 +161,7 @@ SAME_FIELDS = (
 
 
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the converted config.json. Raise DiscriminatorError for what Llama cannot express."""
+    """Convert config.json. Raise DiscriminatorError for what Llama cannot express."""
     if config.get("architectures") != [RELEASED_ARCHITECTURE]:
         raise DiscriminatorError(f"config.json names {config.get('architectures')}, not {RELEASED_ARCHITECTURE}")
     if config.get("bias"):
@@ -194,7 +192,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield InternLM2's tensors under Llama's names. Raise DiscriminatorError for a missing or an unknown tensor."""
+    """Yield InternLM2's tensors under Llama's names. Raise DiscriminatorError for a missing or an unknown one."""
     _check_complete(weights, config, [*RENAMED], [*RENAMED_IN_LAYER, FUSED])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     for name in weights.names:
@@ -270,7 +268,7 @@ def join_wqkv(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: i
 
 
 def _layer(name: str) -> tuple[str, str]:
-    """Return `model.layers.3.` and the rest of the name, or two empty strings outside the layers."""
+    """Split off `model.layers.3.`; two empty strings outside the layers."""
     match = LAYER.fullmatch(name)
     return (match[1], match["rest"]) if match else ("", "")
 
@@ -285,7 +283,7 @@ def released_tokenizer(folder: Path, reward_token_id: int | None) -> PreTrainedT
     """Return the folder's tokenizer as a plain fast one.
 
     Raise DiscriminatorError if it cannot be built, lacks a marker, or has the final marker at another id than
-    `reward_token_id` (config.json's).
+    config.json's `reward_token_id`.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -366,7 +364,7 @@ def _add_bos_and_eos(tokenizer: Any, settings: dict[str, Any]) -> None:
 
 
 def _text(token: Any) -> str:
-    """Return a special token's text; tokenizer_config.json holds a string or an object."""
+    """tokenizer_config.json holds a string or an object."""
     return str(token["content"] if isinstance(token, dict) else token)
 
 

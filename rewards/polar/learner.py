@@ -1,4 +1,4 @@
-"""Training and measuring the discriminator: its initial model, the pair loss, accuracy and correlations."""
+"""Training and measuring the discriminator."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class PairMeasures:
     loss: float
     accuracy: float
-    """Share of pairs with chosen strictly above rejected (a tie is wrong)."""
+    """Share of pairs with chosen strictly above rejected."""
 
 
 class PolarLearner:
@@ -75,12 +75,12 @@ class PolarLearner:
         return comparisons
 
     def _scores(self, module: Any, comparisons: Sequence[PromptTree]) -> Tensor:
-        """[candidates] raw scores."""
+        """[candidates]"""
         scores: Tensor = module(pack([comparison.tree for comparison in comparisons]).to(self.training.device))
         return scores
 
     def _margins(self, module: Any, comparisons: Sequence[PromptTree]) -> Tensor:
-        """[pairs] score of chosen minus score of rejected."""
+        """[pairs] chosen minus rejected."""
         scores = self._scores(module, comparisons)
         chosen, rejected = pair_indices(comparisons)
         margins: Tensor = scores[chosen] - scores[rejected]
@@ -91,7 +91,7 @@ class PolarLearner:
         return total
 
     def step(self, triplets: Sequence[Triplet]) -> float:
-        """Take an optimizer step; return the mean pair loss before it (ln 2 at first, with a zero head)."""
+        """Return the mean pair loss before the step (ln 2 at first, with a zero head)."""
         return self.training.step(self.comparisons(triplets), len(triplets))
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class PolarLearner:
 
     @torch.no_grad()
     def scores(self, inputs: Sequence[tuple[str, str, str]]) -> list[float]:
-        """Return raw scores of (prompt, reference, candidate)."""
+        """Score (prompt, reference, candidate)."""
         self.training.engine.eval()
         comparisons = []
         for texts in inputs:
@@ -117,18 +117,17 @@ class PolarLearner:
         return scores
 
     def _batches(self, comparisons: Sequence[PromptTree]) -> Iterator[tuple[list[PromptTree], list[int]]]:
-        """Yield comparisons that fit into a forward pass, with their indices."""
         sizes = [comparison.tokens for comparison in comparisons]
         for indices in split_by_tokens(sizes, self.training.config.tokens_per_microbatch):
             yield [comparisons[index] for index in indices], indices
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
+        """All ranks call it, rank 0 writes."""
         save_classifier(self.training, self.tokenizer, folder)
 
 
 def load_start(folder: Path) -> tuple[PreTrainedTokenizerBase, PackedScorer]:
-    """Return tokenizer and model. Raise ModelLoadError with the remedy.
+    """Raise ModelLoadError with the remedy.
 
     A language model gets a head of zeros (the first pair loss is then ln 2) and any missing token of POLAR's two
     markers, embedded as the mean of all others.
@@ -156,7 +155,7 @@ def load_start(folder: Path) -> tuple[PreTrainedTokenizerBase, PackedScorer]:
 
 
 def _make_room(model: Any, tokens: int, new: int) -> None:
-    """Resize the embedding to at least `tokens` rows; set the last `new` of these to the mean of the others."""
+    """Set the last `new` of `tokens` embeddings to the mean of the others."""
     embeddings = model.get_input_embeddings().weight
     if embeddings.shape[0] < tokens:
         model.resize_token_embeddings(tokens, mean_resizing=False)
@@ -169,7 +168,7 @@ def _make_room(model: Any, tokens: int, new: int) -> None:
 
 
 def final(text: str) -> str:
-    """Return the marked final answer of a response, or the whole response."""
+    """Return the marked final answer, or the whole response."""
     answer = final_answer(text)
     return text.strip() if answer is None else answer.text
 
@@ -177,7 +176,6 @@ def final(text: str) -> str:
 def measure(
     learner: PolarLearner, prompts: Sequence[PromptRows], policies: Sequence[str], across_styles: bool = False
 ) -> dict[str, float]:
-    """Return all measures that these prompts allow."""
     measures: dict[str, float] = {}
     by_policy = [triplet for group in contrasts(prompts, policies, across_styles) for triplet in group]
     if by_policy:
@@ -208,14 +206,14 @@ def measure(
 
 
 def correlation(left: Sequence[float], right: Sequence[float]) -> float:
-    """Return Pearson's correlation; 0 if one side does not vary."""
+    """Pearson's; 0 if one side does not vary."""
     x, y = (np.asarray(values, dtype=np.float64) - np.mean(values) for values in (left, right))
     size = float(np.sqrt((x * x).sum() * (y * y).sum()))
     return float((x * y).sum() / size) if size > 0 else 0.0
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """Return ranks from 0; equal values share the mean of their ranks."""
+    """Ranks from 0; equal values share their mean."""
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     middle: list[float] = ((ends - 1 + ends - counts) / 2)[inverse].tolist()

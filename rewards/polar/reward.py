@@ -1,4 +1,4 @@
-"""`reward=polar`: the raw score of a POLAR discriminator, which compares each response with reference answers."""
+"""`reward=polar`: the raw score of a POLAR discriminator, which compares responses with reference answers."""
 
 from __future__ import annotations
 
@@ -49,16 +49,14 @@ ACTS_WITH: dict[str, tuple[str, ...]] = {
 
 class PolarConfig(RewardConfig):
     model_path: str = "embedded:polar"
-    """Folder of a one-label `...ForSequenceClassification`; `embedded:polar` is the tiny one in the package.
-
-    With a server: the folder whose tokenizer writes the input (the server needs none).
-    """
+    """Folder of a one-label `...ForSequenceClassification`; `embedded:polar` is the tiny one in the package. With a
+    server: the folder whose tokenizer writes the input."""
     backend: BackendName = "transformers"
-    """What runs the model. In the reward's process: transformers (packed, shared prefixes) or vLLM's pooling runner;
-    elsewhere: a running vLLM, SGLang or LMDeploy server."""
+    """In the reward's process: transformers (packed, shared prefixes) or vLLM's pooling runner; elsewhere: a running
+    vLLM, SGLang or LMDeploy server."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on CUDA, float32 on CPU; the head is always float32. With a server: the dtype it was started with;
-    float32 makes the comparison at the start strict, auto allows for half precision."""
+    """auto: bfloat16 on CUDA, float32 on CPU; the head is always float32. With a server: its dtype; float32 makes the
+    comparison at the start strict, auto allows for half precision."""
     max_references: int = Field(default=1, ge=1)
     """References used per prompt, best first."""
     reduce: Reduce = "mean"
@@ -80,7 +78,7 @@ class PolarConfig(RewardConfig):
     gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
     """vllm on CUDA: share of the GPU's memory."""
     urls: tuple[str, ...] = ()
-    """Servers: base addresses of one or several replicas, like http://127.0.0.1:30000; requests go to each in turn."""
+    """Servers: base addresses of the replicas, like http://127.0.0.1:30000; requests go to each in turn."""
     served_model: str | None = None
     """Servers: the `model` in requests; null: none, which a server with one model accepts."""
     api_key_variable: str | None = None
@@ -93,7 +91,7 @@ class PolarConfig(RewardConfig):
     """Servers: time after which a request is retried, on the next replica if there are several."""
     compare_at_start: bool = True
     """Servers: also score two canned inputs with the weights in model_path, and refuse a server that differs. false
-    needs no weights there, and only notices scores squashed into 0 to 1."""
+    needs no weights, and only notices scores squashed into 0 to 1."""
 
     @field_validator("urls")
     @classmethod
@@ -132,9 +130,9 @@ class PolarConfig(RewardConfig):
 TOKENS_TO_SPARE = 8
 """Positions of the model beyond `max_length`."""
 CONNECT_SECONDS = 30.0
-"""Time for a server to score the first two inputs (or to come up)."""
+"""For a server's first two scores (or its start)."""
 SHARE_OF_DEADLINE = 0.9
-"""A call to a server ends after this share of timeout_seconds: its error must come before the worker is killed."""
+"""Of timeout_seconds: a server's error must come before the worker is killed."""
 
 
 class PolarReward(Reward):
@@ -144,7 +142,7 @@ class PolarReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Values are logits, about -12 to +1 for the released model."""
+        """Logits of the released model are about -12 to +1."""
         return RewardTraits(references=True, uses_gpu=config.backend not in SERVERS, raw_scores=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
@@ -169,9 +167,9 @@ class PolarReward(Reward):
         return problems
 
     def start(self) -> None:
-        """Load tokenizer and model, and compare the scores of two canned inputs with a plain forward pass.
+        """Load the model and check its scores of two canned inputs.
 
-        Raise DiscriminatorError, SerialisationError or ServerError with the cause.
+        Raise DiscriminatorError, SerialisationError or ServerError.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from transformers import AutoTokenizer
@@ -188,7 +186,6 @@ class PolarReward(Reward):
             self._backend = self._tested_backend(folder, self._serialiser)
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Score every response against its prompt's references; equal responses of a group are computed once."""
         if self._backend is None or self._serialiser is None:
             raise RuntimeError("PolarReward.start() was not called, or failed")
         options = (self.config.max_references, self._max_length, self.config.unclosed_thinking)
@@ -262,10 +259,10 @@ class PolarReward(Reward):
 
 
 def lengths(config: PolarConfig, model: Mapping[str, Any]) -> tuple[Limits, int]:
-    """Return the limits of the parts and of the whole input, a little above `max_length`.
+    """Return the limits of the parts and of the whole input: above `max_length`, as a cut inside a character adds
+    tokens.
 
-    A cut inside a character can lengthen the text by tokens. Raise DiscriminatorError if the model (its config.json)
-    takes less than the configuration asks for.
+    Raise DiscriminatorError if the model (its config.json) takes less than the configuration asks for.
     """
     positions = int(model.get("max_position_embeddings", 16384 + TOKENS_TO_SPARE))
     room = positions - TOKENS_TO_SPARE

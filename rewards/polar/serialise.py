@@ -2,8 +2,8 @@
 
 Byte for byte that of the official client (arXiv 2507.05197, InternLM/POLAR), but for four bugs there: both markers are
 removed from prompts and responses, so none can be forged; a prompt without room is dropped, not kept whole; responses
-are always cut on the right (the official copies differ); and whether an empty response keeps its line break is an
-option, not a comparison that never holds. No model is loaded here.
+are always cut on the right (the official copies differ); whether an empty response keeps its line break is an option,
+not a comparison that never holds.
 """
 
 from __future__ import annotations
@@ -20,19 +20,16 @@ if TYPE_CHECKING:
     from rlkit.models.packing import Tree
 
 SEPARATOR = "<|reward|>"
-"""Between the reference half and the candidate half."""
 MARKER = "[UNUSED_TOKEN_130]"
 """The last token, where the score is read."""
 RESERVED_TOKENS = 4
-"""For the two markers and the two line breaks."""
+"""For two markers and two line breaks."""
 
 Wrapper = Literal["sft", "pretrain"]
 UnclosedThinking = Literal["empty", "keep"]
 
 
 class Tokenizer(Protocol):
-    """The methods used of a Hugging Face tokenizer."""
-
     def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
 
     def decode(
@@ -40,13 +37,12 @@ class Tokenizer(Protocol):
     ) -> str: ...
 
 
-class SerialisationError(UserError, ValueError):
-    """A text or a tokenizer that does not give POLAR's layout."""
+class SerialisationError(UserError, ValueError): ...
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Longest parts in tokens, including a BOS token that the tokenizer adds."""
+    """In tokens, with a BOS token if the tokenizer adds one."""
 
     max_length: int = 16384
     """The whole input."""
@@ -62,7 +58,7 @@ class Serialiser:
         wrapper: Wrapper = "sft",
         newline_before_empty: bool = True,
     ) -> None:
-        """Raise SerialisationError unless both markers are single tokens of the tokenizer."""
+        """Raise SerialisationError unless both markers are single tokens."""
         self._tokenizer = tokenizer
         self._limits = limits
         self._wrapper = wrapper
@@ -72,7 +68,7 @@ class Serialiser:
         self._encode_part = lru_cache(maxsize=4096)(self._encode_part_uncached)
 
     def text(self, prompt: str, reference: str, candidate: str, beside: Sequence[str] = ()) -> str:
-        """Return the input as text. Tokenise it whole: merges across the joints matter.
+        """Return the input's text. Tokenise it whole: merges across the joints matter.
 
         `beside`: the other candidates of a training comparison; all see the same cut of the prompt.
         """
@@ -91,7 +87,7 @@ class Serialiser:
         )
 
     def token_ids(self, text: str) -> list[int]:
-        """Return the input's token ids. Raise SerialisationError unless it has one separator and ends in the marker."""
+        """Raise SerialisationError unless the input has one separator and ends in the marker."""
         ids = list(self._tokenizer.encode(text, add_special_tokens=True))
         if ids.count(self.separator_id) != 1 or ids.count(self.marker_id) != 1 or ids[-1] != self.marker_id:
             raise SerialisationError(
@@ -130,15 +126,15 @@ def without_markers(text: str) -> str:
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
-    """Join all contents with line breaks; roles are not part of POLAR's input."""
+    """Roles are not part of POLAR's input."""
     return "\n".join(message.content for message in messages)
 
 
 def without_thinking(text: str, unclosed: UnclosedThinking = "empty") -> str:
     """Remove the `<think>...</think>` parts.
 
-    A `</think>` without its opening (which the chat template wrote) ends a thought that began with the text. After an
-    unclosed `<think>` there is no answer: `empty` keeps only the text before it, `keep` leaves the thought in.
+    A `</think>` without its opening (written by the chat template) ends a thought that began with the text. Of an
+    unclosed `<think>`, `empty` keeps only the text before it, `keep` the thought, too.
     """
     opening, closing = "<think>", "</think>"
     if opening not in text and closing not in text:
@@ -165,20 +161,20 @@ class Comparison:
     """A group's responses with one reference."""
 
     tree: Tree
-    """Distinct token sequences with their common prefix."""
+    """Distinct token sequences."""
     sequence_of: tuple[int | str, ...]
     """Per sample: the index of its suffix, or why it has none."""
 
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """One comparison per reference; none if the prompt has no reference."""
+    """One comparison per reference."""
 
     group: Group
     comparisons: tuple[Comparison, ...]
 
     def scores(self, values: Sequence[Sequence[float | str]], reduce: Reduce) -> GroupScores:
-        """Combine the logits (or reasons for none), one per comparison and suffix."""
+        """Combine logits (or reasons for none), one per comparison and suffix."""
         return GroupScores(tuple(self._score(i, values, reduce) for i in range(len(self.group.samples))))
 
     def _score(self, sample: int, values: Sequence[Sequence[float | str]], reduce: Reduce) -> Score:
@@ -202,7 +198,7 @@ class GroupPlan:
 def plan_group(
     group: Group, serialiser: Serialiser, max_references: int, max_length: int, unclosed_thinking: UnclosedThinking
 ) -> GroupPlan:
-    """Serialise every response with each reference in use. `max_length`: the model's limit in tokens."""
+    """Serialise every response with each reference. `max_length`: the model's limit in tokens."""
     question = prompt_text(group.prompt.messages)
     candidates = [without_thinking(sample.text, unclosed_thinking) for sample in group.samples]
     comparisons = []

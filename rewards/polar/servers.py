@@ -1,4 +1,4 @@
-"""A discriminator behind HTTP: token ids in, raw logits out, in requests cut by tokens.
+"""A discriminator behind HTTP: token ids in, raw logits out.
 
 Not text: a server may tokenise differently (another BOS or tokenizer class) and silently score another input.
 """
@@ -27,11 +27,9 @@ class WrongAnswer(ValueError): ...
 
 
 class WireFormat(ABC):
-    """Requests and answers of one kind of server."""
-
     path: ClassVar[str]
     key: ClassVar[str] = "input"
-    """Key of the inputs in a request."""
+    """Of the inputs."""
     options: ClassVar[Mapping[str, Any]] = {}
     """Other fields of a request."""
 
@@ -44,7 +42,7 @@ class WireFormat(ABC):
         """Return one entry per input, in order. Raise KeyError or TypeError for another format."""
 
     def scores(self, answer: Any, inputs: int) -> list[float]:
-        """Return the raw logits for `inputs` inputs. Raise WrongAnswer."""
+        """Raise WrongAnswer."""
         try:
             entries = self.entries(answer)
         except (KeyError, TypeError, AttributeError) as error:
@@ -72,7 +70,7 @@ class SglangWire(WireFormat):
     key = "input_ids"
 
     def entries(self, answer: Any) -> list[Any]:
-        """Some versions answer a single input with a bare object instead of a list."""
+        """Some versions answer a single input with a bare object."""
         return [entry["embedding"] for entry in (answer if isinstance(answer, list) else [answer])]
 
 
@@ -89,7 +87,7 @@ WIRES: dict[str, WireFormat] = {"http_vllm": VllmWire(), "http_sglang": SglangWi
 
 
 def last_number(entry: Any) -> float:
-    """Return the score from a number, a list or nested lists: the last number, at the last token.
+    """Return the last number of a number, a list or nested lists: the score at the last token.
 
     JSON has no NaN, so null is NaN. Raise WrongAnswer if there is no number.
     """
@@ -107,13 +105,13 @@ def last_number(entry: Any) -> float:
 
 
 REFUSES_INPUT = (400, 413, 422)
-"""Status codes that may be about one input (too long, say): the request is halved to find it."""
+"""Perhaps about one input (too long, say): the request is halved to find it."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 """Seconds between tries."""
 
 
 class ServerError(UserError):
-    """A server that does not score; the message names it, its answer, and the tries."""
+    """The message names the server, its answer, and the tries."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ class ServerBackend:
         self._calls = count()
 
     def score(self, trees: Sequence[Tree]) -> list[float | str]:
-        """Return raw logits of all sequences, in order; a reason for one that the server refuses.
+        """Return raw logits in order, or a reason where the server refuses an input.
 
         Raise ServerError if there is no complete answer in time, or no hope of one.
         """
@@ -178,7 +176,7 @@ class ServerBackend:
         return [score for task in work for score in task.result()]
 
     async def _request(self, http: HttpClient, inputs: Sequence[Sequence[int]], deadline: float) -> list[float | str]:
-        """Score one request's inputs; halve it if the server refuses it."""
+        """Halve a refused request."""
 
         def read(answer: httpx.Response) -> list[float | str]:
             try:

@@ -1,4 +1,4 @@
-"""`reward=polar` of `rlkit.train_reward`: from a pool of policies to a POLAR discriminator (arXiv 2507.05197).
+"""`reward=polar` of `rlkit.train_reward`: from a pool of policies to a discriminator (arXiv 2507.05197).
 
 stage=generate samples the pool; stage=pretrain tells its policies apart (equation 7); stage=finetune tells right from
 wrong (equation 8); stage=evaluate measures. Pre-training and fine-tuning differ only in the triplets.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from rewards.polar.learner import PolarLearner
 
 FORMS: dict[str, Form] = {"generate": "prompts", "pretrain": "trajectories", "finetune": "triplets"}
-"""The form that a stage reads if data.form is not set."""
+"""For data.form=null."""
 ACTS_IN = {"generation": ("generate",), "across_styles": ("pretrain", "evaluate"), "heldout_policies": ("pretrain",)}
 """Option -> the stages in which it has an effect."""
 
@@ -47,7 +47,7 @@ class PolarTrainingConfig(RewardTrainingConfig):
     """Defaults are the paper's for fine-tuning."""
 
     model_path: str = "embedded:policy"
-    """A language model (its head then starts at zero), or a discriminator: pre-trained, or to be evaluated."""
+    """A language model (its head then starts at zero), or a discriminator to train or evaluate."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of AdamW."""
     batch_size: int = Field(default=320, ge=1)
@@ -62,10 +62,10 @@ class PolarTrainingConfig(RewardTrainingConfig):
     max_response_length: int | None = Field(default=None, ge=1)
     """Tokens of reference and candidate each, cut on the right; null: a quarter of max_length."""
     across_styles: bool = False
-    """stage=pretrain and evaluate: also compare policies of different styles; the style alone tells these apart, and
+    """stage=pretrain and evaluate: also compare policies of different styles; style alone tells these apart, and
     nothing else is learnt from them."""
     heldout_policies: tuple[str, ...] = ()
-    """stage=pretrain: policies not trained on, on which same-versus-different accuracy is measured."""
+    """stage=pretrain: not trained on; same-versus-different accuracy is measured on them."""
     generation: Generation = Generation()
     """The pool of policies and its sampling."""
 
@@ -240,7 +240,7 @@ def _policies(prompts: Sequence[PromptRows]) -> list[str]:
 
 
 def _is_right(prompt: PromptRows, text: str) -> bool | None:
-    """Compare by the rule if the gold response marks a plain number as its answer; else None."""
+    """None unless the gold response marks a plain number as its answer."""
     from rewards.verifiers.math import compare_plain, final_answer
 
     gold = None if prompt.reference is None else final_answer(prompt.reference)

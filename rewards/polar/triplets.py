@@ -25,8 +25,6 @@ Policy = TypeVar("Policy", bound=Hashable)
 
 
 class PolarRows(RewardDataConfig):
-    """Rows of `reward=polar`."""
-
     form: Form | None = None
     """prompts: prompts for the policies. trajectories: one response per row, as stage=generate writes them. columns:
     one prompt per row and a column per policy. triplets: prompt, reference, chosen and rejected, as the official code
@@ -45,7 +43,7 @@ class PolarRows(RewardDataConfig):
     """trajectories: whether the response is right (true, false or null); null: not known."""
     policy_columns: dict[str, str] = Field(default={})
     """columns: column -> policy; two columns of one policy are two of its responses. Each holds a text, or an object
-    with `response_key` and, if known whether the response is right, `label_key`."""
+    with `response_key` and, if the label is known, `label_key`."""
     response_key: str = "solution"
     """columns: an object's key of the text."""
     label_key: str = "is_correct"
@@ -68,7 +66,7 @@ class PolarRows(RewardDataConfig):
 
 @dataclass(frozen=True, slots=True)
 class Triplet:
-    """For one prompt: a reference, an answer closer to it (chosen) and one farther from it (rejected)."""
+    """A reference, an answer closer to it (chosen) and one farther from it (rejected)."""
 
     prompt: str
     reference: str
@@ -86,8 +84,6 @@ class Trajectory:
 
 @dataclass(slots=True)
 class PromptRows:
-    """A prompt with everything that the rows say about it."""
-
     prompt: str
     reference: str | None = None
     """The gold response."""
@@ -99,7 +95,7 @@ class PromptRows:
 
 
 def read(config: PolarRows, form: Form, side: Side = "train") -> tuple[list[PromptRows], list[BadRow]]:
-    """Return all prompts of a side, and the unusable rows. Raise DataError if too many are."""
+    """Return a side's prompts and unusable rows. Raise DataError if too many are."""
     parsed, bad = rows.read(config, lambda row, _: [_parse(row, config, form)], side)
     prompts: dict[str, PromptRows] = {}
     for prompt in parsed:
@@ -155,7 +151,7 @@ def _text(row: Row, column: str) -> str:
 
 
 def write_triplets(triplets: Iterable[Triplet], file: Path) -> None:
-    """Write one JSON object per line: prompt, reference, chosen and rejected, each a list of messages."""
+    """As JSON Lines: prompt, reference, chosen and rejected, each a list of messages."""
     with file.open("w", encoding="utf-8") as stream:
         for triplet in triplets:
             record = {"prompt": [{"role": "user", "content": triplet.prompt}]}
@@ -170,7 +166,7 @@ def write_triplets(triplets: Iterable[Triplet], file: Path) -> None:
 def contrasts(
     prompts: Sequence[PromptRows], policies: Sequence[str], across_styles: bool = False
 ) -> list[list[Triplet]]:
-    """Return pre-training triplets from the trajectories of these policies (see policy_triplets)."""
+    """Pre-training triplets (see policy_triplets)."""
     answers: dict[tuple[str, str], list[list[str]]] = {}
     for index, prompt in enumerate(prompts):
         for trajectory in prompt.trajectories:
@@ -182,9 +178,9 @@ def contrasts(
 
 
 def verdicts(prompts: Sequence[PromptRows]) -> list[list[Triplet]]:
-    """Return fine-tuning triplets: those of the rows, and right against wrong where responses have labels.
+    """Fine-tuning triplets: those of the rows, and right against wrong by labels.
 
-    Triplets with one prompt and one reference are neighbours: what they share is then computed once.
+    Those of one prompt and reference are neighbours: what they share is computed once.
     """
     groups: dict[tuple[str, str], list[Triplet]] = {}
     for prompt in prompts:
@@ -199,9 +195,9 @@ def policy_triplets(
 ) -> list[list[Triplet]]:
     """Take reference and chosen from one policy, rejected from another *of the same style*: equation 7.
 
-    Across styles, style alone would tell the policies apart, and nothing about quality would be learnt.
-    `answers[policy][i]` are its answers to prompt i: each is the reference of the next one; a policy with fewer than
-    two only gives rejected ones. All ordered pairs of policies are used; triplets with one prompt and one reference are
+    Across styles, style alone would tell policies apart, and nothing about quality would be learnt.
+    `answers[policy][i]` are its answers to prompt i: each is the reference of the next; a policy with fewer than two
+    only gives rejected ones. All ordered pairs of policies are used; triplets of one prompt and reference are
     neighbours; equal candidates are left out.
     """
     rivals: dict[Policy, list[Policy]] = {}
@@ -218,7 +214,7 @@ def policy_triplets(
 
 
 def rival_pairs(policies: Sequence[Policy], style_of: Callable[[Policy], str]) -> list[tuple[Policy, Policy]]:
-    """Return ordered pairs of different policies of one style."""
+    """Ordered pairs of different policies of one style."""
     return [(a, b) for a in policies for b in policies if a != b and style_of(a) == style_of(b)]
 
 
@@ -231,8 +227,7 @@ def labelled_triplets(prompt: str, reference: str | None, right: Sequence[str], 
 
 
 def attainable_accuracy(triplets: Sequence[Triplet], final: Callable[[str], str]) -> float:
-    """Return the accuracy of a scorer that only asks whose final answer agrees with the reference's (a tie counts a
-    half).
+    """Accuracy of a scorer that only compares final answers with the reference's (a tie counts a half).
 
     Two answers of one careful policy agree more often than those of a careful and a careless one. It is a ceiling for
     any judge of results; the rest is chance.
@@ -245,6 +240,6 @@ def attainable_accuracy(triplets: Sequence[Triplet], final: Callable[[str], str]
 
 
 def expected_accuracy(error_rates: Mapping[Policy, float], style_of: Callable[[Policy], str]) -> float:
-    """Return the same from error rates alone: 1/2 + 1/2 mean over pairs (A, B) of (1 - e_A)(e_B - e_A)."""
+    """The same from error rates: 1/2 + 1/2 mean over pairs (A, B) of (1 - e_A)(e_B - e_A)."""
     pairs = rival_pairs(list(error_rates), style_of)
     return 0.5 + 0.5 * float(np.mean([(1 - error_rates[a]) * (error_rates[b] - error_rates[a]) for a, b in pairs]))

@@ -1,4 +1,4 @@
-"""A preference model's inputs: the check of its folder by config.json, and tokenised conversations. No torch."""
+"""A preference model's folder, checked by its config.json, and its inputs. No torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any, Literal
 from rlkit.experience import Message, UserError
 
 LONGEST_INPUT = 32768
-"""Tokens; used where neither the model nor its tokenizer states a limit."""
+"""Tokens, where neither the model nor its tokenizer states a limit."""
 
 
-class ClassifierError(UserError, ValueError):
-    """A model folder that cannot serve as preference reward."""
+class ClassifierError(UserError, ValueError): ...
 
 
 def check_classifier(folder: Path) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def check_classifier(folder: Path) -> dict[str, Any]:
 
 
 def positions(config: dict[str, Any]) -> int:
-    """Return config.json's longest input in tokens."""
+    """Longest input in tokens."""
     text = config.get("text_config", config)
     return int(text.get("max_position_embeddings") or LONGEST_INPUT)
 
@@ -52,7 +51,7 @@ _PROBE = "Tom  has 3 apples,\n and 12.5% of £7?"
 
 
 class Unreadable(ValueError):
-    """The model cannot read this conversation; the message is the reason (`class: details`)."""
+    """The message is the reason (`class: details`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,7 @@ class Encoded:
 class Encoder:
     """Tokenises conversations with the model's chat template, or as a pair of texts.
 
-    Special tokens written out in a response (a forged end of turn, a second user) are removed, so that none can leave
-    its turn. The prompt is unchanged.
+    Special tokens written out in a response (a forged end of turn, a second user) are removed. The prompt is unchanged.
     """
 
     def __init__(self, folder: Path, layout: Layout, chat_template: str | None, max_length: int) -> None:
@@ -82,7 +80,7 @@ class Encoder:
         self.max_length = min(max_length, int(self.tokenizer.model_max_length), LONGEST_INPUT)
         self._layout = layout
         self.template: str | None = None
-        """Replaces the tokenizer's template."""
+        """Replaces the tokenizer's."""
         if chat_template is not None:
             try:
                 self.template = Path(chat_template).expanduser().read_text(encoding="utf-8")
@@ -100,7 +98,7 @@ class Encoder:
         self._check_one_bos()
 
     def encode(self, messages: Sequence[Message], response: str) -> Encoded:
-        """Raise Unreadable if the template refuses the conversation or the input is longer than `max_length`."""
+        """Raise Unreadable if the template refuses the conversation or the input exceeds `max_length`."""
         encoded = self._encode(messages, without(response, self._special))
         if len(encoded.ids) > self.max_length:
             raise Unreadable(f"too_long: {len(encoded.ids)} tokens where the preference model takes {self.max_length}")
@@ -148,7 +146,7 @@ def without(text: str, forbidden: Sequence[str]) -> str:
 
 
 def _check_saved_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Raise ClassifierError if white space is lost: transformers may replace a saved tokenizer by its model type's."""
+    """transformers may replace a saved tokenizer by its model type's, which can silently lose white space."""
     saved = folder / "tokenizer.json"
     if not saved.is_file():
         return

@@ -1,4 +1,4 @@
-"""Training and measuring the preference model: packed pairs and the Bradley-Terry loss."""
+"""Training and measuring the preference model."""
 
 from __future__ import annotations
 
@@ -26,21 +26,20 @@ Array = NDArray[np.float64]
 
 
 def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor, probability: Tensor, centring: float) -> Tensor:
-    """Return the loss [N] of each pair. With d = chosen - rejected - margin, and p the probability that chosen is
-    preferred:
+    """Loss [N] per pair. With d = chosen - rejected - margin, and p the probability that chosen is preferred:
 
         -p log sigmoid(d) - (1 - p) log sigmoid(-d) + centring (chosen + rejected)^2
 
     p = 1 and margin = 0 is Bradley-Terry. The margin is Llama 2's (arXiv 2307.09288); the soft label the cDPO-like
-    label smoothing of Secrets of RLHF II (arXiv 2401.06080); the last term, from arXiv 2312.09244, keeps the scores
-    around zero, as pairs leave their sum open.
+    label smoothing of Secrets of RLHF II (arXiv 2401.06080); the last term, from arXiv 2312.09244, keeps scores around
+    zero.
     """
     ordering = binary_cross_entropy_with_logits(chosen - rejected - margin, probability, reduction="none")
     return ordering + centring * (chosen + rejected).square()
 
 
 def measures(chosen: Array, rejected: Array, probability: Array) -> dict[str, float]:
-    """Measure how scores [N] of chosen and rejected agree with the labels.
+    """Measure how scores [N] agree with the labels.
 
     accuracy: share of pairs ordered as labelled, ties wrong (without pairs of p = 1/2); margin: mean of chosen -
     rejected; loss: cross-entropy of sigmoid(margin) against p; calibration_error: over ten bins of the confidence in
@@ -64,7 +63,7 @@ def measures(chosen: Array, rejected: Array, probability: Array) -> dict[str, fl
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """A pair and its two token sequences, prompt included."""
+    """Token sequences include the prompt."""
 
     pair: Pair
     chosen: tuple[int, ...]
@@ -113,7 +112,7 @@ class PreferenceLearner:
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def step(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
-        """Take an optimizer step; return the loss before it and, of this rank's pairs, accuracy and margin."""
+        """Return the loss before the step and, of this rank's pairs, accuracy and margin."""
         self._seen = []
         loss = self.training.step(together(pairs, self._pad_id), float(len(pairs)))
         chosen, rejected, probability = (
@@ -125,7 +124,7 @@ class PreferenceLearner:
 
     @torch.no_grad()
     def scores(self, pairs: Sequence[EncodedPair]) -> tuple[Array, Array]:
-        """Return scores [N] of chosen and rejected; every rank computes all of them."""
+        """Scores [N] of chosen and rejected; every rank computes all."""
         self.training.engine.eval()
         items = [together([pair], self._pad_id)[0] for pair in pairs]
         chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
@@ -139,7 +138,7 @@ class PreferenceLearner:
         return measures(*self.scores(pairs), np.array([pair.pair.probability for pair in pairs]))
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
+        """All ranks call it, rank 0 writes."""
         save_classifier(self.training, self.tokenizer, folder)
 
     def _pair_scores(self, module: Any, items: Sequence[PromptPairs]) -> tuple[Tensor, Tensor]:
@@ -157,7 +156,7 @@ class PreferenceLearner:
 
 
 def together(pairs: Sequence[EncodedPair], pad_id: int | None) -> list[PromptPairs]:
-    """Group pairs by prompt: its tokens, and a response in several pairs, are then computed once."""
+    """Group by prompt: its tokens, and a response in several pairs, are then computed once."""
     by_prompt: dict[Any, list[EncodedPair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.pair.prompt, []).append(pair)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rewards.preference.scorers import Classifier
 
 CANNED = ("Beijing.", "I don't know, and I would rather talk about something else.")
-"""Answers that the start-up test scores; their lengths differ, to test padding."""
+"""Of different lengths, to test padding at the start."""
 
 
 class PreferenceReward(Reward):
@@ -65,7 +65,7 @@ class PreferenceReward(Reward):
         return []
 
     def start(self) -> None:
-        """Load tokenizer and model and score two canned answers. Raise ClassifierError with the cause."""
+        """Load the model and score two canned answers. Raise ClassifierError."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from rewards.preference.scorers import load_scorer
 
@@ -101,7 +101,7 @@ class PreferenceReward(Reward):
         self._scorer = None
 
     def _encoded(self, group: Group) -> list[Encoded | str]:
-        """Return each sample's input, or why there is none."""
+        """Inputs, or why there is none."""
         assert self._encoder is not None
         inputs: list[Encoded | str] = []
         for sample in group.samples:
@@ -119,7 +119,7 @@ def _score(logit: float) -> Score:
 
 
 def _longest(config: PreferenceReward.Config, model: dict[str, Any]) -> int:
-    """Return the longest input in tokens. Raise ClassifierError if `max_length` is more than the model takes."""
+    """Raise ClassifierError if `max_length` is more than the model takes."""
     room = positions(model)
     if config.max_length is not None and config.max_length > room:
         raise ClassifierError(

@@ -1,4 +1,4 @@
-"""Running a one-label sequence classifier: packed, or padded as transformers does it; head in fp32."""
+"""A one-label sequence classifier, packed, or padded as transformers does it; head in fp32."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 Backend = Literal["auto", "packed", "padded"]
 FP32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.1
-"""Largest difference between packed and padded scores at the start, in fp32 and in bf16 or fp16."""
+"""Largest difference between packed and padded scores in fp32, and in bf16 or fp16."""
 HEADS = ("score", "classifier")
-"""transformers' names of the head, by model family."""
+"""transformers' names, by model family."""
 
 
 class Classifier:
@@ -37,18 +37,18 @@ class Classifier:
 
     @property
     def packed(self) -> bool:
-        """Whether shared prefixes are computed once, without padding."""
+        """Without padding, shared prefixes computed once."""
         return self._packed is not None
 
     def score(self, groups: Sequence[Sequence[Encoded]]) -> list[list[float]]:
-        """Return raw logits in the same shape; equal inputs of a group are computed once."""
+        """Raw logits in the same shape; equal inputs of a group are computed once."""
         unique = [list(dict.fromkeys(group)) for group in groups]
         flat = iter(self._score_padded(unique) if self._packed is None else self._score_packed(self._packed, unique))
         logits = [{item: next(flat) for item in items} for items in unique]
         return [[by_input[item] for item in group] for group, by_input in zip(groups, logits, strict=True)]
 
     def use_packed(self, canned: Sequence[Encoded], longest: int, insist: bool) -> None:
-        """Run packed from now on, if that gives the padded scores. Raise ClassifierError if not and `insist`."""
+        """Run packed if that gives the padded scores. Raise ClassifierError if not and `insist`."""
         why = self._not_packable(longest)
         if not why:
             (expected,) = self.score([canned])
@@ -109,7 +109,7 @@ class Classifier:
         return scores
 
     def _forward(self, items: Sequence[Encoded], longest: int) -> Tensor:
-        """[N] fp32: one padded forward pass of transformers' own."""
+        """[N] fp32, by transformers' padded forward pass."""
         pad = self._pad_id or 0
         inputs = {
             "input_ids": [[*item.ids, *[pad] * (longest - len(item.ids))] for item in items],
@@ -134,7 +134,7 @@ def load_scorer(
     canned: Sequence[Encoded],
     longest: int,
 ) -> Classifier:
-    """Load the model and check that it scores two canned inputs finitely and, if packed, as transformers does.
+    """Load the model; two canned inputs must get finite scores and, if packed, those of transformers.
 
     Raise ClassifierError if weights are missing (the head would start at random), or if it cannot be run as asked.
     """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rewards.preference.learner import EncodedPair, PreferenceLearner
 
 SAMPLES = 20
-"""Held-out pairs in samples.jsonl: those that the model orders most wrongly."""
+"""Held-out pairs in samples.jsonl: those ordered most wrongly."""
 
 
 class PreferenceTraining(RewardTraining):
@@ -144,7 +144,7 @@ class PreferenceTraining(RewardTraining):
         )
 
     def _encoded(self, prompts: Sequence[Sequence[Pair]], encoder: Encoder, report: Report) -> list[list[EncodedPair]]:
-        """Return pairs as token ids, without those that the model cannot read. Raise DataError if they are too many."""
+        """Leave out what the model cannot read. Raise DataError if that is too much."""
         from rewards.preference.learner import EncodedPair
 
         encoded: list[list[EncodedPair]] = []

@@ -9,8 +9,7 @@ PREFIX = "embedded:"
 
 
 def model_folder(path: str) -> Path:
-    """Return the folder of `path`; `embedded:<name>` is a tiny model inside the package. Raise ValueError for an
-    unknown name."""
+    """`embedded:<name>` is a tiny model inside the package. Raise ValueError for an unknown name."""
     if not path.startswith(PREFIX):
         return Path(path).expanduser().absolute()  # actors may have another working folder
     folder = EMBEDDED / path.removeprefix(PREFIX)

@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens and the entropy of their distribution, without a rows x vocabulary block.
+"""Log-probs of given tokens and the entropy of their distribution, without a rows x vocabulary block.
 
 With logits z = h W^T / temperature, p = softmax(z), H = -sum p log p:
     d logp_y / d z = onehot(y) - p          d H / d z = -p * (log p + H)
-The backward pass recomputes each chunk of logits instead of keeping it.
+The backward pass recomputes each chunk of logits.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class LogProbLinear(nn.Linear):
     def forward(  # type: ignore[override]
         self, input: Tensor, targets: Tensor | None = None, temperature: float = 1.0, elements_per_chunk: int = 2**24
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits [..., V] without targets; log-probs and entropies [R] with targets [R] and input [R, D]."""
+        """Logits [..., V] without targets; log-probs and entropies [R] with targets [R] and input [R, D]."""
         if targets is None:
             return super().forward(input)
         return selected_logprobs(

@@ -1,10 +1,8 @@
-"""Ragged sequences as one flat row of tokens, in which a shared prefix is stored once.
+"""Ragged sequences as one flat row of tokens: a shared prefix passes the model's linear layers once.
 
-A group of samples has one prompt: its tokens pass the model's linear layers once, not once per sample.
-
-    >>> batch = pack([Tree(prefix=(5, 6), suffixes=((7,), (8, 9)))])
-    >>> batch.token_ids.tolist(), batch.position_ids.tolist()
-    ([5, 6, 7, 8, 9], [0, 1, 2, 2, 3])
+>>> batch = pack([Tree(prefix=(5, 6), suffixes=((7,), (8, 9)))])
+>>> batch.token_ids.tolist(), batch.position_ids.tolist()
+([5, 6, 7, 8, 9], [0, 1, 2, 2, 3])
 """
 
 from __future__ import annotations
@@ -17,34 +15,34 @@ import torch
 from torch import Tensor
 
 SMALLEST_SHARE_OF_BUCKET = 0.75
-"""Sequences shorter than this share of a bucket's longest open a new bucket: bounds the attention's padding."""
+"""Sequences shorter than this share of a bucket's longest open a new one: bounds the attention's padding."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """One prefix and the sequences that continue it: sequence i is `prefix + suffixes[i]`."""
+    """Sequence i is `prefix + suffixes[i]`."""
 
     prefix: Sequence[int]
     suffixes: Sequence[Sequence[int]]
 
     @classmethod
     def of(cls, sequences: Sequence[tuple[int, ...]]) -> Tree:
-        """Return the sequences with their common prefix."""
+        """Split off the common prefix."""
         prefix = shared_prefix(sequences)
         return cls(prefix, tuple(ids[len(prefix) :] for ids in sequences))
 
     @property
     def tokens(self) -> int:
-        """Tokens in a packed batch: the prefix counts once."""
+        """In a packed batch: the prefix counts once."""
         return len(self.prefix) + sum(len(suffix) for suffix in self.suffixes)
 
     @property
     def expanded_tokens(self) -> int:
-        """Tokens of all sequences: the prefix counts in each."""
+        """Of all sequences: the prefix counts in each."""
         return len(self.prefix) * len(self.suffixes) + sum(len(suffix) for suffix in self.suffixes)
 
     def cut(self, limit: int) -> list[Tree]:
-        """Split the suffixes into trees of at most `limit` expanded tokens (or one sequence) each."""
+        """Split into trees of at most `limit` expanded tokens, or one sequence, each."""
         parts: list[list[Sequence[int]]] = [[]]
         room = limit
         for suffix in self.suffixes:
@@ -76,9 +74,9 @@ class PackedBatch:
     expand: Tensor
     """[F] int64: packed index of each token of each sequence, sequence after sequence."""
     collapse: Tensor
-    """[T] int64: for each packed token, the index of one of its copies among the F expanded ones."""
+    """[T] int64: index of one of each packed token's copies among the F expanded ones."""
     cu_lengths: Tensor
-    """[N+1] int32: where each sequence starts in the F expanded tokens."""
+    """[N+1] int32: starts of the sequences in the F expanded tokens."""
     lengths: tuple[int, ...]
     rows: Tensor
     """[R] int64: packed index of the token whose hidden state predicts `targets[r]`."""
@@ -104,7 +102,7 @@ class PackedBatch:
 
 
 def pack(trees: Sequence[Tree]) -> PackedBatch:
-    """Lay trees out as one flat row. Sequences keep the order of the trees and of their suffixes.
+    """Lay trees out as one flat row, in the order of the trees and of their suffixes.
 
     Raise ValueError for no tree, for an empty sequence, and for a suffix without a prefix token to predict it.
     """
@@ -165,7 +163,7 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
 
 
 def _buckets(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield indices of sequences, longest first, cut where the length falls below a share of the bucket's longest."""
+    """Sequence indices, longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bucket: list[int] = []
     for i in order:

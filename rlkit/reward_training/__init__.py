@@ -1,4 +1,2 @@
-"""Training reward models offline (`rlkit.train_reward reward=NAME`): the loop, the rows, the report.
-
-The models live with their rewards: `rewards/{polar,preference,implicit_prm}/training.py`.
-"""
+"""Training reward models offline (`rlkit.train_reward reward=NAME`); each model's part is in
+`rewards/NAME/training.py`."""

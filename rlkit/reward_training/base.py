@@ -1,4 +1,4 @@
-"""The contract of a backend of `rlkit.train_reward`, and the configuration that all backends share."""
+"""The contract of a backend of `rlkit.train_reward`, and the shared configuration."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ Stage = Literal["train", "evaluate", "pretrain", "finetune", "generate"]
 
 
 class TrainRewardConfig(Section):
-    """The whole configuration of `python -m rlkit.train_reward`."""
-
     stage: Stage = "train"
     """train: train and save `model/`; evaluate: judge the model on all rows of the data. reward=polar trains in two
     stages, pretrain and finetune, and can generate its pre-training data."""
@@ -46,7 +44,7 @@ class TrainRewardConfig(Section):
 
 
 class RewardTrainingConfig(Section):
-    """Fields of every backend. A backend nests a subclass as `Config` and may change defaults there."""
+    """Fields of every backend; its nested `Config` may change defaults."""
 
     model_path: str = "embedded:policy"
     """Folder of the Hugging Face model that training starts from, with its tokenizer."""
@@ -87,11 +85,10 @@ class RewardTrainingConfig(Section):
     """Steps between held-out evaluations, besides those before and after training. 0: only those two."""
 
     def total_steps(self, examples: int) -> int:
-        """Return the optimizer steps for `examples` training examples."""
         return self.steps or max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
 
     def learner(self, total_steps: int, device: str) -> LearnerConfig:
-        """Return the options of `SupervisedEngine`."""
+        """Options of `SupervisedEngine`."""
         shared = {name: getattr(self, name) for name in LearnerConfig.model_fields if hasattr(self, name)}
         if self.zero_stage is None:
             wide = self.dtype == "float32" or (self.dtype == "auto" and device == "cpu")
@@ -115,7 +112,7 @@ class TrainingContext:
 
     @property
     def model_folder(self) -> Path:
-        """Folder of the trained model: a Hugging Face folder with tokenizer."""
+        """A Hugging Face folder with tokenizer."""
         return self.run_dir / "model"
 
 
@@ -123,22 +120,22 @@ class Report(Protocol):
     """How a backend reports progress. On ranks other than 0 all calls do nothing."""
 
     def phase(self, name: str) -> None:
-        """Show the present phase (`reading data`, `loading the model`) on the console."""
+        """For the console: `reading data`, `loading the model`."""
 
     def begins(self, total_steps: int) -> None:
-        """Start training; from here the steps done and the time left are shown."""
+        """Steps done and the time left are shown from here."""
 
     def __call__(self, step: int, **metrics: float) -> None:
-        """Report a finished step (0: before the first). Names are `area/name`: `report(step=3, **{"prm/loss": 0.6})`."""
+        """Report a finished step (0: before the first) with metrics `area/name`, like `**{"prm/loss": 0.6}`."""
 
     def evaluation(self, step: int, **metrics: float) -> None:
         """Report a held-out evaluation after `step` steps."""
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines of samples.jsonl, one per judged row."""
+        """For samples.jsonl."""
 
     def text(self, text: str) -> None:
-        """Show lines of text (a table)."""
+        """Lines for the user (a table)."""
 
     def warn(self, message: str) -> None: ...
 
@@ -153,7 +150,7 @@ class RewardTraining(ABC):
     Config: ClassVar[type[RewardTrainingConfig]] = RewardTrainingConfig
     Data: ClassVar[type[DataConfig]] = RewardDataConfig
     stages: ClassVar[tuple[Stage, ...]] = ("train",)
-    """The stages of `run`; any other is refused at start."""
+    """Any other stage is refused at start."""
 
     def __init__(self, config: Any, data: Any, context: TrainingContext) -> None:
         self.config, self.data, self.context = config, data, context
@@ -173,4 +170,4 @@ class RewardTraining(ABC):
 
     @abstractmethod
     def run(self, report: Report) -> dict[str, Any]:
-        """Do `context.stage` (one of `stages`); return the content of summary.json."""
+        """Do `context.stage`; return the content of summary.json."""

@@ -55,7 +55,7 @@ CONTRACTS = {"reward": Contract(RewardTraining, RewardTrainingConfig)}
 
 @dataclass(frozen=True)
 class ResolvedRewardTraining:
-    """A configuration that passed every check. Cheap to pickle: classes travel by name."""
+    """Passed every check. Cheap to pickle: classes travel by name."""
 
     config: TrainRewardConfig
     """All values filled in, including those of `reward` and `data`."""
@@ -64,22 +64,19 @@ class ResolvedRewardTraining:
     data: DataConfig
 
     def text(self) -> str:
-        """Return the content of the run folder's `config.yaml`; `--config FILE` reads it."""
+        """The run folder's `config.yaml`, which `--config FILE` reads."""
         head = f"# Written by rlkit {rlkit.__version__}. Again: python -m rlkit.train_reward --config THIS_FILE\n"
         values: str = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return head + values
 
 
 def groups_dir() -> Path:
-    """Return the folder of this command's Hydra groups."""
+    """Folder of this command's Hydra groups."""
     return conf_dir() / "train_reward"
 
 
 def load_reward_training(arguments: Sequence[str], file: Path | None = None) -> ResolvedRewardTraining:
-    """Return the training that `arguments` describe, on top of a configuration file if there is one.
-
-    Raise ConfigError with every problem.
-    """
+    """Compose `arguments` on top of a configuration file if there is one. Raise ConfigError with every problem."""
     loading = _Loading(arguments, file, folder=groups_dir(), schema=TrainRewardConfig, contracts=CONTRACTS)
     loading.validate()
     loading.check()
@@ -132,7 +129,6 @@ class _Loading(Loading):
 
 
 def print_help() -> None:
-    """Print every backend, and every key with type, default and meaning."""
     console = Console()
     console.print(USAGE, highlight=False)
     top = [(name, info) for name, info in TrainRewardConfig.model_fields.items() if name not in ("reward", "data")]
@@ -153,12 +149,12 @@ def print_help() -> None:
 
 
 def launch(resolved: ResolvedRewardTraining) -> int:
-    """Run the configured stage. Return 0, 1 after an explained error, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Return 0, 1 after an explained error, 130 after Ctrl-C, 143 after SIGTERM."""
     return run_ranks(resolved.reward.ranks, resolved.config.rank_timeout_seconds, LIMIT, run_rank, resolved)
 
 
 def run_rank(rank: int, port: int, resolved: ResolvedRewardTraining) -> int:
-    """Run one rank and return its exit code; rank 0 has the run folder."""
+    """Run one rank; return its exit code. Rank 0 has the run folder."""
     seconds, ranks = resolved.config.rank_timeout_seconds, resolved.reward.ranks
     try:
         with raises_terminated(), naming_a_hang(rank, ranks, seconds, LIMIT):

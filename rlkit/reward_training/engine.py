@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Item(Protocol):
     @property
     def tokens(self) -> int:
-        """Tokens in a packed batch."""
+        """In a packed batch."""
         ...
 
 
@@ -35,7 +35,7 @@ T = TypeVar("T", bound=Item)
 
 @dataclass(frozen=True, slots=True)
 class PromptTree:
-    """Distinct responses to one prompt, with their pairs or labels."""
+    """Distinct responses to one prompt."""
 
     tree: Tree
     pairs: tuple[tuple[int, int], ...] = ()
@@ -49,7 +49,7 @@ class PromptTree:
 
 
 def pair_indices(items: Sequence[PromptTree]) -> tuple[list[int], list[int]]:
-    """Return (better, worse) of all pairs, numbered among the suffixes of all trees."""
+    """(better, worse) of all pairs, numbered among the suffixes of all trees."""
     start, better, worse = 0, [], []
     for item in items:
         better += [start + first for first, _ in item.pairs]
@@ -90,7 +90,7 @@ class SupervisedEngine(Generic[T]):
         self.device = device
 
     def step(self, items: Sequence[T], total: float) -> float:
-        """Take an optimizer step; return the loss: its sum divided by `total` (trained tokens, pairs, ...).
+        """Return the step's loss: its sum divided by `total` (trained tokens, pairs, ...).
 
         Raise StepSkipped after MAX_SKIPPED steps in a row without a finite gradient.
         """
@@ -117,7 +117,7 @@ class SupervisedEngine(Generic[T]):
 
     @torch.no_grad()
     def evaluate(self, items: Sequence[T], total: float) -> float:
-        """Return the loss without a step."""
+        """The loss without a step."""
         self.engine.eval()
         value = torch.zeros((), device=self.device)
         for microbatch in self._my_microbatches(items):
@@ -126,7 +126,7 @@ class SupervisedEngine(Generic[T]):
         return self._summed(value)
 
     def _my_microbatches(self, items: Sequence[T]) -> list[list[T]]:
-        """Return this rank's share, as many micro-batches as every rank has (the last may be empty)."""
+        """This rank's share: as many micro-batches as every rank has (the last may be empty)."""
         limit = self.config.tokens_per_microbatch
         batches = [[items[i] for i in members] for members in split_by_tokens([item.tokens for item in items], limit)]
         batches += [[] for _ in range(-len(batches) % self._world_size)]
@@ -139,7 +139,7 @@ class SupervisedEngine(Generic[T]):
 
 
 def gathered_weights(module: nn.Module, zero_stage: int) -> dict[str, Tensor]:
-    """Return each parameter as a full CPU tensor; all ranks call it, as ZeRO-3 gathers."""
+    """Full CPU tensors by name; all ranks call it, as ZeRO-3 gathers."""
     import deepspeed
 
     weights: dict[str, Tensor] = {}
@@ -150,7 +150,7 @@ def gathered_weights(module: nn.Module, zero_stage: int) -> dict[str, Tensor]:
 
 
 def load_to_train(path: str | Path, config: LearnerConfig, trust_remote_code: bool = False) -> PackedCausalLM:
-    """Load a language model in fp32, with gradient checkpointing if configured. Raise ModelLoadError."""
+    """A language model in fp32, with gradient checkpointing if configured. Raise ModelLoadError."""
     policy = load_causal_lm(path, torch.float32, trust_remote_code=trust_remote_code)
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -158,7 +158,7 @@ def load_to_train(path: str | Path, config: LearnerConfig, trust_remote_code: bo
 
 
 def save_language_model(training: SupervisedEngine[Any], folder: Path) -> None:
-    """Write a Hugging Face folder; all ranks call it, rank 0 writes."""
+    """All ranks call it, rank 0 writes."""
     model = training.engine.module.model
     weights = gathered_weights(model, training.config.zero_stage)
     if dist.get_rank() == 0:
@@ -168,7 +168,7 @@ def save_language_model(training: SupervisedEngine[Any], folder: Path) -> None:
 
 
 def save_classifier(training: SupervisedEngine[Any], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
+    """Write model and tokenizer; all ranks call it, rank 0 writes."""
     model = training.engine.module.model
     weights = gathered_weights(model, training.config.zero_stage)
     if dist.get_rank() == 0:

@@ -11,31 +11,27 @@ from rlkit.data.base import BadRow
 from rlkit.reward_training.base import Report
 
 WARNED_ROWS = 10
-"""Unusable rows that are named one by one."""
+"""Unusable rows named one by one."""
 
 Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
 class Task(Generic[Batch]):
-    """The steps and measures of one reward training."""
-
     batches: Iterator[Batch]
     """Endless."""
     step: Callable[[Batch], Mapping[str, float]]
-    """Takes an optimizer step; returns metrics `area/name`."""
+    """Returns metrics `area/name`."""
     measure: Callable[[], dict[str, float]]
-    """Measures the model on the held-out rows."""
+    """On the held-out rows."""
     save: Callable[[Path], None]
-    """Writes the model to a folder; all ranks call it."""
+    """All ranks call it."""
     heldout: str = "heldout/{}"
-    """Pattern of the measures' names in metrics.jsonl."""
+    """Names of the measures in metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """Measures of a whole training."""
-
     steps: Sequence[Mapping[str, float]]
     """Metrics of every step."""
     before: dict[str, float]
@@ -64,6 +60,5 @@ def named(pattern: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def warn_of(bad: Sequence[BadRow], report: Report) -> None:
-    """Warn of the first skipped rows."""
     for row in bad[:WARNED_ROWS]:
         report.warn(f"skipped {row.origin}: {row.reason}")

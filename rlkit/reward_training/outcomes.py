@@ -29,7 +29,7 @@ _USUAL: dict[Layout, tuple[str, str, str]] = {
     "pairs": ("prompt", "chosen", "rejected"),
     "steps": ("problem", "steps", "label"),
 }
-"""Usual names of the columns with prompt, response and label."""
+"""Columns of prompt, response and label."""
 
 
 class OutcomeData(RewardDataConfig):
@@ -70,7 +70,7 @@ class Rollout:
 
 
 def load_rollouts(config: OutcomeData, side: Side = "train") -> tuple[list[Rollout], list[BadRow]]:
-    """Return all rollouts of a side, and the unusable rows. Raise DataError if too many are."""
+    """Return a side's rollouts and unusable rows. Raise DataError if too many are."""
     layout: Layout | None = None if config.layout == "auto" else config.layout
 
     def parse(row: Row, origin: str) -> Iterator[Rollout]:
@@ -83,7 +83,7 @@ def load_rollouts(config: OutcomeData, side: Side = "train") -> tuple[list[Rollo
 
 
 def split_rollouts(rollouts: Sequence[Rollout], config: OutcomeData) -> tuple[list[Rollout], list[Rollout]]:
-    """Return (train, held out): a share of the groups, chosen by their name. Raise DataError for a single group."""
+    """Split off a share of the groups, chosen by their name. Raise DataError for a single group."""
     groups = {rollout.group for rollout in rollouts}
     if len(groups) < 2:
         raise DataError(
@@ -94,7 +94,7 @@ def split_rollouts(rollouts: Sequence[Rollout], config: OutcomeData) -> tuple[li
 
 
 def without(rollouts: Sequence[Rollout], heldout: Sequence[Rollout]) -> tuple[list[Rollout], list[BadRow]]:
-    """Return the rollouts of groups that are not held out, and the others as bad rows."""
+    """Rollouts of groups that are not held out, and the others as bad rows."""
     judged = {rollout.group: rollout.origin for rollout in heldout}
     kept = [rollout for rollout in rollouts if rollout.group not in judged]
     bad = [BadRow(r.origin, f"held out: {judged[r.group]} asks the same") for r in rollouts if r.group in judged]

@@ -1,4 +1,4 @@
-"""Preference pairs from rows: chosen and rejected as they are, or built from responses with labels."""
+"""Preference pairs from rows: as they are, or built from responses with labels."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ from rlkit.reward_training.rows import (
 
 
 class PairRows(RewardDataConfig):
-    """Rows with pairs, or with responses that have labels."""
-
     form: Literal["pairs", "outcomes"] = "pairs"
     """pairs: each row has a chosen and a rejected response; outcomes: rows have responses with labels, and every
     response is paired with every one of a lower label to the same prompt."""
@@ -49,7 +47,7 @@ class PairRows(RewardDataConfig):
     label_key: str = "is_correct"
     """outcomes: an object's key of the label (true, false or a number); for a text: the row's column."""
     max_pairs_per_prompt: int | None = Field(default=None, ge=1)
-    """outcomes: draw this many of a prompt's pairs; null: all."""
+    """outcomes: draw at most this many of a prompt's pairs; null: all."""
 
     @field_validator("response_columns", mode="before")
     @classmethod
@@ -70,8 +68,6 @@ class PairRows(RewardDataConfig):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two responses to one conversation."""
-
     prompt: Chat
     chosen: str
     rejected: str
@@ -86,7 +82,7 @@ Labelled = tuple[float, str, str]
 
 
 def load_pairs(config: PairRows, seed: int) -> tuple[list[list[Pair]], list[list[Pair]], list[BadRow]]:
-    """Return training and held-out pairs, grouped by prompt, and the unusable rows.
+    """Training and held-out pairs, grouped by prompt, and the unusable rows.
 
     Raise DataError if too many rows are unusable or a side is empty.
     """
@@ -94,7 +90,7 @@ def load_pairs(config: PairRows, seed: int) -> tuple[list[list[Pair]], list[list
 
 
 def all_pairs(config: PairRows, seed: int, side: Side = "train") -> tuple[list[list[Pair]], list[BadRow]]:
-    """Return every pair of a side, grouped by prompt, and the unusable rows."""
+    """A side's pairs, grouped by prompt, and the unusable rows."""
     if config.form == "pairs":
         pairs, bad = read(config, lambda row, origin: [_pair(row, config, origin)], side)
         return list(_by_prompt((pair.prompt, pair) for pair in pairs).values()), bad

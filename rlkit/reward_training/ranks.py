@@ -1,5 +1,4 @@
-"""Ranks of one training as processes on this machine: they begin together, and none outlives or waits long for the
-others.
+"""Ranks of one training as processes on this machine; none outlives the others.
 
 A rank that dies ends the others at once. A rank that hangs keeps the others in a collective operation, whose time-out
 ends them with the cause. So nothing here waits for ever.
@@ -27,20 +26,19 @@ FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 LOOK_SECONDS = 1.0
-"""Seconds between the parent's checks of the clock while it waits for its ranks."""
+"""Between the parent's checks of the clock."""
 END_SECONDS = 10.0
-"""Time for ranks to end in order; then they are killed."""
+"""For an orderly end; then ranks are killed."""
 
 Work = Callable[..., int]
 """(rank, port, *arguments) -> exit code. Can be pickled by name."""
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; like KeyboardInterrupt it passes through `except Exception`."""
+    """On SIGTERM; like KeyboardInterrupt it passes through `except Exception`."""
 
 
-class RankHangsError(UserError):
-    """A rank waited too long for another one."""
+class RankHangsError(UserError): ...
 
 
 def run_ranks(ranks: int, seconds: float, limit: str, work: Work, *arguments: Any) -> int:
@@ -125,7 +123,7 @@ def _rank_process(rank: int, port: int, work: Work, arguments: Sequence[Any]) ->
 
 
 def _wait_for(processes: Sequence[BaseProcess], seconds: float, limit: str) -> int:
-    """Return 0 when all have ended well, or an exit code when one has not."""
+    """Return 0 when all have ended well, or the exit code of one that has not."""
     running = {process.sentinel: rank for rank, process in enumerate(processes)}
     first_end: float | None = None
     while running:

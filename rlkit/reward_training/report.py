@@ -1,4 +1,4 @@
-"""Output of a reward training: metrics.jsonl, samples.jsonl, TensorBoard, lines on the console."""
+"""Output of a reward training: metrics.jsonl, samples.jsonl, TensorBoard, console."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tensorboard import TensorBoardWriter
 
 _SECONDS_BETWEEN_LINES = 2.0
-"""Steps that follow faster are in metrics.jsonl but not on the console."""
+"""Steps that follow faster are in metrics.jsonl only."""
 
 
 class RunReport:
@@ -84,7 +84,6 @@ class RunReport:
         self._console.line(f"warning: {message}")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json and show where everything is."""
         self.folder.write_summary(summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
         self._console.line(f"finished: {_shown(numbers)}")
@@ -110,7 +109,7 @@ class SilentReport:
 
 
 def _shown(metrics: Mapping[str, Any]) -> str:
-    """Format as `loss 0.6931  pair_accuracy 0.5`, with the last part of each name."""
+    """`loss 0.6931  pair_accuracy 0.5`: the last part of each name."""
     parts = []
     for name, value in metrics.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)

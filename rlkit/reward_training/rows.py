@@ -1,4 +1,4 @@
-"""Rows to train reward models on (a prompt, responses, labels), and the held-out share of them.
+"""Rows to train reward models on, and their held-out share.
 
 A row is used whole or not at all; unusable rows are named, counted and skipped, up to `data.max_bad_row_share`.
 """
@@ -44,7 +44,7 @@ class RewardDataConfig(DataConfig):
     heldout_share: float | None = Field(default=None, gt=0, lt=1)
     """Share of the prompts of `path` that is held out, all rows of a prompt together; null means 0.1."""
     heldout_seed: int = Field(default=0, ge=0)
-    """Chooses the held-out prompts. Apart from the run's seed: runs with several seeds are judged alike."""
+    """Chooses the held-out prompts; not the run's seed, so runs with several seeds are judged alike."""
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> RewardDataConfig:
@@ -56,11 +56,10 @@ class RewardDataConfig(DataConfig):
 
     @property
     def has_heldout_rows(self) -> bool:
-        """Whether held-out rows are named; else a share of `path` is held out."""
+        """Else a share of `path` is held out."""
         return self.heldout_path is not None or self.heldout_split is not None
 
     def problems(self) -> list[str]:
-        """Return messages of cheap checks, each beginning with its key."""
         messages = []
         for key in ("path", "heldout_path"):
             name = getattr(self, key)
@@ -80,7 +79,7 @@ class RewardDataConfig(DataConfig):
 def read(
     config: RewardDataConfig, parse: Callable[[Row, str], Iterable[T]], side: Side = "train"
 ) -> tuple[list[T], list[BadRow]]:
-    """Return the items of `parse(row, origin)` of every row of a side, and the rows for which it raised RowError.
+    """Return what `parse(row, origin)` yields for a side, and the rows for which it raised RowError.
 
     Raise DataError if the rows cannot be read, or too many are unusable.
     """
@@ -109,7 +108,7 @@ def read_split(
     prompt: Callable[[T], str],
     what: str,
 ) -> tuple[list[T], list[T], list[BadRow]]:
-    """Return training and held-out items and the unusable rows; `load` reads a side, `what` names an item in messages.
+    """Training and held-out items and the unusable rows; `load` reads a side, `what` names an item in messages.
 
     Without held-out rows, a share is held out by a hash of the prompt, so that other rows in the file do not move a
     prompt to the other side. Raise DataError if a side is empty.
@@ -136,7 +135,7 @@ def read_split(
 def draw_batches(
     groups: Sequence[Sequence[T]], size: int, seed: int | str, *, across_epochs: bool = True
 ) -> Iterator[list[T]]:
-    """Yield batches of `size` endlessly, the groups shuffled in each epoch.
+    """Endless batches of `size`, the groups shuffled in each epoch.
 
     Items of a group stay neighbours: what they share (a prompt) goes through the model once. With `across_epochs` a
     batch may span two epochs; else an epoch's last batch is smaller.
@@ -154,14 +153,14 @@ def draw_batches(
 
 
 def cell(row: Row, column: str) -> Any:
-    """Return a column's value. Raise RowError if there is none, as all functions below do for a wrong value."""
+    """Raise RowError if the row has no value, as all functions below do for a wrong one."""
     if row.get(column) is None:
         raise RowError(f"{column} is null" if column in row else f"no column {column!r} (it has {', '.join(row)})")
     return row[column]
 
 
 def number(row: Row, column: str) -> float:
-    """Return a finite number; true is 1."""
+    """A finite number; true is 1."""
     value = cell(row, column)
     if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
         raise RowError(f"{column} must be a finite number, not {value!r}")
@@ -169,7 +168,7 @@ def number(row: Row, column: str) -> float:
 
 
 def prompt_of(row: Row, column: str) -> Chat:
-    """Return chat messages; a text is one message of the user."""
+    """Chat messages; a text is one message of the user."""
     value = cell(row, column)
     if isinstance(value, list):
         return chat(value, column)
@@ -193,7 +192,7 @@ def chat(value: Any, what: str) -> Chat:
 
 
 def conversation(value: Any, what: str) -> tuple[Chat, str]:
-    """Split a chat into the messages before its last one and that one's text, the response."""
+    """Split off the last message, the response."""
     messages = chat(value, what)
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise RowError(f"{what} is a chat, so it must have a prompt and end with the assistant's message")

@@ -49,17 +49,17 @@ PROGRESS_EVERY_SECONDS = 5.0
 
 
 class SftError(UserError):
-    """Data that cannot be trained on; the message names the remedy."""
+    """The message names the remedy."""
 
 
 def fine_tune(resolved: ResolvedRun) -> int:
-    """Fine-tune on all ranks; return the exit code."""
+    """Return the exit code."""
     config = resolved.config
     return run_ranks(config.learner.ranks, config.trainer.step_timeout_seconds, LIMIT, _train_rank, resolved)
 
 
 def load(arguments: Sequence[str]) -> ResolvedRun:
-    """Return the configuration. Raise ConfigError, also for a key that has no effect here."""
+    """Raise ConfigError, also for a key that has no effect here."""
     refused = []
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
@@ -88,7 +88,7 @@ def _train_rank(rank: int, port: int, resolved: ResolvedRun) -> int:
 
 
 def train(resolved: ResolvedRun, rank: int = 0) -> dict[str, Any]:
-    """Fine-tune as configured, in an initialised process group; return the summary that rank 0 writes."""
+    """Needs an initialised process group; returns the summary that rank 0 writes."""
     from rlkit.data.rendering import load_tokenizer
     from rlkit.models.folder import model_folder
     from rlkit.reward_training.sft_learner import SupervisedLearner
@@ -137,7 +137,7 @@ def train(resolved: ResolvedRun, rank: int = 0) -> dict[str, Any]:
 
 
 class _Report:
-    """Writes metrics.jsonl, and a line on the console at intervals."""
+    """metrics.jsonl, and a line on the console at intervals."""
 
     def __init__(self, run_dir: Path, active: bool) -> None:
         self._active, self._printed = active, 0.0
@@ -159,7 +159,7 @@ class _Report:
 
 
 def _load_examples(resolved: ResolvedRun, split: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
-    """Return per problem one example for each reference. Raise SftError if too many rows are unusable."""
+    """Per problem one example for each reference. Raise SftError if too many rows are unusable."""
     problems, bad = resolved.make_data_source().load(split)
     limit = resolved.config.rollout.max_response_tokens
     examples, more_bad = make_examples(
@@ -187,7 +187,7 @@ def make_examples(
     max_target_tokens: int,
     chat_template: str | None = None,
 ) -> tuple[list[list[Example]], list[str]]:
-    """Return per usable problem one example for each reference; and why others are unusable.
+    """Per usable problem one example for each reference; and why others are unusable.
 
     The target is the reference and the end-of-sequence token, tokenised apart from the prompt, as a sampler ends it.
     """
@@ -213,7 +213,7 @@ def make_examples(
 
 
 def draw_batches(examples: Sequence[Sequence[Example]], size: int, seed: int) -> Iterator[list[Example]]:
-    """Yield batches endlessly: problems shuffled in each epoch, one reference drawn for each."""
+    """Endless batches: problems shuffled in each epoch, one reference drawn for each."""
     rng = random.Random(seed)
     queue: list[int] = []
     while True:

@@ -1,4 +1,4 @@
-"""Fine-tuning a language model to continue prompts with their targets."""
+"""Fine-tuning a language model on prompts and targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlkit.reward_training.engine import SupervisedEngine, load_to_train, save_l
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Prompt and target as token ids; the loss covers the target alone."""
+    """Token ids; the loss covers the target alone."""
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
@@ -27,7 +27,7 @@ class Example:
 
 
 class SupervisedLearner:
-    """Fine-tunes a causal language model; needs an initialised process group."""
+    """Needs an initialised process group."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class SupervisedLearner:
         return total
 
     def step(self, examples: Sequence[Example]) -> float:
-        """Take an optimizer step; return the loss per target token before it."""
+        """Return the loss per target token before the step."""
         return self.training.step([example.tree for example in examples], target_tokens(examples))
 
     def evaluate(self, examples: Sequence[Example]) -> float:
@@ -56,7 +56,7 @@ class SupervisedLearner:
         return self.training.evaluate([example.tree for example in examples], target_tokens(examples))
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder; all ranks call it, rank 0 writes."""
+        """All ranks call it, rank 0 writes."""
         save_language_model(self.training, folder)
 
 
