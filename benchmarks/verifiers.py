@@ -50,7 +50,7 @@ def load(path: Path) -> Work:
 
 def as_fractions(work: Work) -> Work:
     r"""Every last number x after `A:` becomes `\boxed{\frac{3x}{3}}`, as LaTeX; solutions without one keep theirs."""
-    from rewards.verifiers.math import final_answer, plain_decimal
+    from rewards.verifiers.answers import final_answer, plain_decimal
 
     def rewrite(text: str) -> str:
         answer = final_answer(text)
@@ -78,9 +78,9 @@ def bare_pool(cores: int) -> Any:
 def rule_reward(cores: int) -> Any:
     """A started rule reward."""
     from rewards.base import RewardContext
-    from rewards.verifiers.math import RuleReward
+    from rewards.verifiers.math import MathReward
 
-    reward = RuleReward(RuleReward.Config(processes=cores, timeout_seconds=1200), RewardContext())
+    reward = MathReward(MathReward.Config(processes=cores, timeout_seconds=1200), RewardContext())
     reward.start()
     return reward
 
@@ -134,14 +134,14 @@ def measure_others(work: Work, cores: int, repeat: int) -> dict[str, float]:
     kinds: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "exact_match": ("match.ExactMatch", {}, {}),
         "regex_match": ("match.RegexMatch", {"pattern": r"(?m)^A: {answer}$"}, {}),
-        "format": ("tags.TagFormat", {}, {}),
+        "format": ("match.TagFormat", {}, {}),
         "tool_call": ("tool_call.ToolCallMatch", {}, call),
         "instructions (2 constraints)": ("instructions.Instructions", {"always": always}, {}),
         "json_schema": ("json_schema.JsonSchema", {}, {"json_schema": {"type": "object"}}),
     }
     rates = {}
     for name, (target, options, columns) in kinds.items():
-        kind = import_part("reward", f"rewards.rule.{target}")
+        kind = import_part("reward", f"rewards.verifiers.{target}")
         reward = kind(kind.Config(processes=cores, **options), RewardContext())
         reward.start()
         groups = [group_of(text, gold, columns) for text, gold in zip(work.texts, work.golds, strict=True)]

@@ -1,4 +1,4 @@
-"""Reward backends: one file each, chosen with `reward=...`, imported through the configuration's `_target_`.
+"""Rewards, chosen with `reward=...` and imported through the configuration's `_target_`.
 
 Modules here load torch, vLLM or math-verify only when a reward starts: validating a configuration must stay cheap.
 """

@@ -69,7 +69,7 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
     """
     config = resolved.config
     try:
-        folder = RunFolder(config.run_dir, go_on=config.resume == "auto" or (point is not None and point.same_run))
+        folder = RunFolder(config.run_dir, resume=config.resume == "auto" or (point is not None and point.same_run))
     except UserError as error:
         return print_error(error)
     folder.write_config(config_text(config))
@@ -147,7 +147,7 @@ async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None
         tracker.warn(notice)
     async with waiting("the start", f"{point.checkpoint.path} to be restored", *_startup(trainer.config)):
         await trainer.checkpointer.restore(point.checkpoint, trainer)
-    tracker.go_on_from(trainer.version, trainer.accuracies)
+    tracker.resume(trainer.version, trainer.accuracies)
 
 
 async def _start(

@@ -20,7 +20,7 @@ class ImplicitPRMConfig(RewardConfig):
     """Folder of the causal language model that pi_phi starts from: usually the policy's."""
     reference_path: str | None = None
     """Folder of the frozen pi_ref; null: the same as `model_path`."""
-    outcome: dict[str, Any] | None = Field(default={"_target_": "rewards.verifiers.math.RuleReward"})
+    outcome: dict[str, Any] | None = Field(default={"_target_": "rewards.verifiers.math.MathReward"})
     """The reward that labels outcomes: `_target_` and its fields; its values should lie in 0 to 1. null: none; the
     value is then the model's own score, beta * its summed log-ratios (needs update=none)."""
     reference: Literal["frozen", "policy"] = "frozen"

@@ -23,7 +23,7 @@ from algorithms.functional.selection import (
 )
 from rewards.implicit_prm.learner import Encoded
 from rewards.implicit_prm.steps import aggregate, step_scores
-from rewards.verifiers.math import final_answer
+from rewards.verifiers.answers import final_answer
 
 MOST_SUBSETS = 64
 """Of a prompt's responses, for each N."""
@@ -127,7 +127,6 @@ def first_error_result(
 
 
 def selection_table(table: Mapping[int, Mapping[str, float]]) -> str:
-    """As lines of text, in percent."""
     names = [name for name in next(iter(table.values())) if name != "prompts"]
     width = max(len(name) for name in names)
     head = f"{'accuracy of one of N, %':<{max(width, 24)}}" + "".join(f"{f'N={n}':>8}" for n in table)

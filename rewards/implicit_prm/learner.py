@@ -117,7 +117,6 @@ def make_examples(encoded: Sequence[Encoded], paired: bool, balance: Balance, se
 
 
 def _members(encoded: Sequence[Encoded]) -> list[list[int]]:
-    """Indices by group."""
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for i, one in enumerate(encoded):
         groups.setdefault(one.group, []).append(i)
@@ -225,7 +224,6 @@ class PrmLearner:
             self._baseline = torch.tensor(max(0.0, mean), device=self.training.device)
 
     def _loss(self, module: Any, items: Sequence[PromptTree]) -> Tensor:
-        """For items without labels, the sum of their scores."""
         trees = [item.tree for item in items]
         ratios = log_ratios(
             module, self.reference, trees, self.training.device, self.training.config.logit_elements_per_chunk

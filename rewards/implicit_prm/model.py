@@ -139,7 +139,7 @@ class HeldOut:
         self.groups: list[Group] = []
 
     def set_aside(self, groups: Sequence[Group]) -> list[Group]:
-        """Keep some groups with differing outcomes until there are enough; return those to train on."""
+        """Keep groups with differing outcomes until there are enough; return those to train on."""
         room = min(self.size - len(self.groups), int(self.LARGEST_SHARE * len(groups)))
         taken = [group for group in groups if _differ(group)][:room] if room > 0 else []
         # Only tokens and scores are looked at again, and data columns may be anything: they are not kept.
@@ -160,7 +160,7 @@ def _differ(group: Group) -> bool:
 
 
 def _arrays(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per sample: label (0 if unknown), whether it is known, number of its group."""
+    """Labels (0 if unknown), whether they are known, numbers of the groups."""
     known = labels_of(groups)
     valid = np.array([label is not None for label in known], dtype=np.bool_)
     labels = np.array([label or 0.0 for label in known], dtype=np.float64)
@@ -292,7 +292,7 @@ class ImplicitModel:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Outside the body, with `offload`, both models and the optimizer are in CPU memory."""
+        """With `offload`, models and optimizer are in CPU memory outside the body."""
         if not self.config.offload or self._resident:
             yield
             return
@@ -323,7 +323,6 @@ class ImplicitModel:
         return scores[valid], labels.float(), numbers[valid]
 
     def _loss(self, groups: Sequence[Group], total: float, baseline: Tensor | None, seen: list[Tensor]) -> Tensor:
-        """A micro-batch's share of the objective's mean."""
         scores, labels, group = self._scores(groups)
         pairs = correct_incorrect_pairs(labels, group)
         loss = objective_sum(self.config.objective, scores, labels, pairs, baseline) / total

@@ -108,7 +108,6 @@ class ImplicitPRM(TrainableReward):
         return [GroupScores(tuple(_alone(next(rewards)) for _ in group.samples)) for group in groups]
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """The groups carry their outcomes."""
         outcomes = [GroupScores(tuple(score for _, score in group.scored())) for group in groups]
         return self._with_process_rewards(groups, outcomes)
 
@@ -146,7 +145,6 @@ class ImplicitPRM(TrainableReward):
 
 
 def _alone(rewards: np.ndarray) -> Score:
-    """For best-of-N without an outcome reward."""
     if not np.isfinite(rewards).all():
         return Score.invalid("not_finite: a log-ratio of the implicit PRM is not finite")
     total = float(rewards.sum())

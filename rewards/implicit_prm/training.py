@@ -197,7 +197,6 @@ class ImplicitPRMTraining(RewardTraining):
         )
 
     def _choices(self, report: Report, encoded: Sequence[Encoded], ratios: list[np.ndarray]) -> dict[str, Any]:
-        """Best-of-N, votes and first wrong steps: shown, and for the summary."""
         from rewards.implicit_prm import evaluation
 
         config = self.config

@@ -202,7 +202,6 @@ def run_policy(name: str, order: SamplingOrder, work: Path, threads: int, stall_
 
 
 def pool_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Count responses per policy; accuracy is None where not known."""
     report: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(row["policy"] for row in rows):
         mine = [row for row in rows if row["policy"] == name]
@@ -221,7 +220,7 @@ def pool_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def sample(order: SamplingOrder) -> None:
-    """Answer all prompts but those too long for the model, which are named."""
+    """Prompts too long for the model are left out, and named."""
     from rlkit.rollout.sampler import Request, Sampler, stop_token_ids
 
     folder = model_folder(order.folder)

@@ -31,7 +31,6 @@ class WireFormat(ABC):
     key: ClassVar[str] = "input"
     """Of the inputs."""
     options: ClassVar[Mapping[str, Any]] = {}
-    """Other fields of a request."""
 
     def body(self, inputs: Sequence[Sequence[int]], model: str | None) -> dict[str, Any]:
         named = {} if model is None else {"model": model}

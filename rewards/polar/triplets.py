@@ -166,7 +166,6 @@ def write_triplets(triplets: Iterable[Triplet], file: Path) -> None:
 def contrasts(
     prompts: Sequence[PromptRows], policies: Sequence[str], across_styles: bool = False
 ) -> list[list[Triplet]]:
-    """Pre-training triplets (see policy_triplets)."""
     answers: dict[tuple[str, str], list[list[str]]] = {}
     for index, prompt in enumerate(prompts):
         for trajectory in prompt.trajectories:
@@ -214,7 +213,6 @@ def policy_triplets(
 
 
 def rival_pairs(policies: Sequence[Policy], style_of: Callable[[Policy], str]) -> list[tuple[Policy, Policy]]:
-    """Ordered pairs of different policies of one style."""
     return [(a, b) for a in policies for b in policies if a != b and style_of(a) == style_of(b)]
 
 

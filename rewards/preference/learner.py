@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from algorithms.functional.selection import expected_calibration_error
 from rewards.preference.inputs import Encoded, Encoder, until_read
 from rlkit.config.schema import LearnerConfig
-from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens
+from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
 from rlkit.reward_training.base import RewardTrainingConfig, TrainingContext
 from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
@@ -165,10 +165,8 @@ def together(pairs: Sequence[EncodedPair], pad_id: int | None) -> list[PromptPai
         read = [(until_read(pair.chosen, pad_id), until_read(pair.rejected, pad_id)) for pair in members]
         sequences = list(dict.fromkeys(ids for both in read for ids in both))
         index = {ids: i for i, ids in enumerate(sequences)}
-        prefix = shared_prefix(sequences)
-        tree = Tree(prefix, tuple(ids[len(prefix) :] for ids in sequences))
         indices = tuple((index[chosen], index[rejected]) for chosen, rejected in read)
-        items.append(PromptPairs(tree, indices, rows=tuple(pair.pair for pair in members)))
+        items.append(PromptPairs(Tree.of(sequences), indices, rows=tuple(pair.pair for pair in members)))
     return items
 
 

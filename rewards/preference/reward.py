@@ -101,7 +101,6 @@ class PreferenceReward(Reward):
         self._scorer = None
 
     def _encoded(self, group: Group) -> list[Encoded | str]:
-        """Inputs, or why there is none."""
         assert self._encoder is not None
         inputs: list[Encoded | str] = []
         for sample in group.samples:

@@ -177,7 +177,6 @@ class Scorer:
             raise TypeError(f"{what} need a model that was loaded with head={head!r}")
 
     def _results(self, asked: str, trees: Sequence[Tree], forward: Forward, rows: Rows) -> list[np.ndarray]:
-        """`forward`'s rows by sequence, `rows(tree)` of them for each."""
         parts, batches = self._plan([tree for tree in trees if tree.suffixes])
         results: list[list[np.ndarray]] = [[] for _ in parts]
         for batch in batches:
@@ -258,7 +257,6 @@ def _one_each(tree: Tree) -> list[int]:
 
 
 def _suffixes(trees: Sequence[Tree]) -> list[slice]:
-    """Slices of a packed batch's expanded tokens."""
     ends = np.cumsum([len(tree.prefix) + len(suffix) for tree in trees for suffix in tree.suffixes]).tolist()
     lengths = [length for tree in trees for length in _suffix_lengths(tree)]
     return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]

@@ -1,1 +1,1 @@
-"""Transforms of rewards after scoring: pure functions per family, typed steps over them, and chains of steps."""
+"""Transforms of rewards after scoring: steps with options, and chains of steps."""

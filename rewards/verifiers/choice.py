@@ -35,8 +35,6 @@ _AFTER_LETTER = re.compile(r"\s*(?:$|[(\[\-–—]|because|since|as\b|is\b|for\b
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The options of a question, and the right one."""
-
     labels: tuple[str, ...]
     texts: tuple[str, ...]
     """Empty if only the letters are known."""
@@ -47,23 +45,20 @@ class MultipleChoice(TextRule):
     """Finds the chosen letter, or the text of an option, in what the response marks as its answer.
 
     `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}`, `**B**` and the text of the option itself count. A response
-    that names two options as its answer, or none, scores 0.
+    that names two options, or none, scores 0.
     """
 
     class Config(TextRuleConfig):
-        """Options of the multiple choice reward."""
-
         options_column: str | None = None
         """Column with the options (a list of texts, or `{label: [...], text: [...]}`); null: letters only, A to J."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """The right option, and the options if their texts count."""
         columns = () if config.options_column is None else (config.options_column,)
         return RewardTraits(answer=True, columns=columns, uses_gpu=False)
 
     def task(self, prompt: Prompt) -> Choices:
-        """The options and the gold label: the answer is a label, the text of an option, or its place from 0."""
+        """The gold answer is a label, the text of an option, or its index from 0."""
         if prompt.answer is None:
             raise CannotJudgeError("no_gold: the prompt has no gold answer")
         labels: tuple[str, ...] = tuple(string.ascii_uppercase[:10])
@@ -77,7 +72,7 @@ class MultipleChoice(TextRule):
 
     @staticmethod
     def judge(config: Any, task: Choices, text: str, /) -> Score:
-        """1 for the right option. Components: `correct` and `format` (an option is chosen)."""
+        """Components: `correct` and `format` (an option is chosen)."""
         chosen = chosen_option(text, task.labels, task.texts)
         correct = float(chosen == task.gold)
         trace = f"chose {chosen}, gold {task.gold}" if chosen else f"no single option chosen, gold {task.gold}"
@@ -85,10 +80,10 @@ class MultipleChoice(TextRule):
 
 
 def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -> str | None:
-    """The label of the option that a response chooses, None if it chooses none or several.
+    """The label of the chosen option; None if the response chooses none or several.
 
-    What stands after the last marker (`answer is`, `####`, `\\boxed{`) decides. Without one: the whole response if it
-    is one line, else its last line that starts with a label (and does not end a list of them), else the only `(X)` or
+    The text after the last marker (`answer is`, `####`, `\\boxed{`) decides. Without one: a response of one line as
+    a whole, else its last line that starts with a label (and does not end a list of them), else the only `(X)` or
     the last word of its last line.
     """
     lines = [line for line in text.strip().splitlines() if line.strip()]
@@ -97,21 +92,21 @@ def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -
     marks = list(_MARKERS.finditer(text))
     for mark in reversed(marks[-8:]):  # a marker that is followed by nothing readable leaves it to the one before
         end = text[mark.end() :].lstrip(" \t:*_\n").split("\n", 1)[0]
-        found = _read(end, labels, texts)
-        if found is not None:
-            return found or None
+        chosen = _read(end, labels, texts)
+        if chosen is not None:
+            return chosen or None
     if marks:
         return None
     if len(lines) == 1:
-        found = _read(lines[0], labels, texts)
-        if found is not None:
-            return found or None
+        chosen = _read(lines[0], labels, texts)
+        if chosen is not None:
+            return chosen or None
     starts = [_line_label(line, labels) for line in lines]
-    for place in reversed(range(len(lines))):
-        label = starts[place]
-        if label is not None:
-            in_a_list = place > 0 and starts[place - 1] not in (None, label)
-            return None if in_a_list or label == "" else label
+    for index in reversed(range(len(lines))):
+        start = starts[index]
+        if start is not None:
+            in_a_list = index > 0 and starts[index - 1] not in (None, start)
+            return None if in_a_list or start == "" else start
     named = {label for letter in _IN_BRACKETS.findall(lines[-1]) if (label := _as_label(letter, labels))}
     if not named and not _NOT.search(lines[-1]):
         named = {label for letter in _AT_THE_END.findall(lines[-1]) if (label := _as_label(letter, labels))}
@@ -122,7 +117,7 @@ def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -
 
 
 def _line_label(line: str, labels: Sequence[str]) -> str | None:
-    """The label that a line starts with; empty if it names another one besides, None if it starts with none."""
+    """The label that starts the line; empty if it names another one, too; None if it starts with none."""
     match = _LINE_START.match(line[:2000])
     label = _as_label(match[1] or match[2], labels) if match is not None else None
     if match is None or label is None:
@@ -131,22 +126,22 @@ def _line_label(line: str, labels: Sequence[str]) -> str | None:
 
 
 def _read(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The label at the start of a line, or the option whose text it is; empty if two are named, None if none is."""
+    """The label that starts the line, or the option whose text it is; empty for two, None for none."""
     line = _LATEX.sub(lambda match: match[1] or "", line[:2000]).strip()
     for label, option in zip(labels, texts, strict=False):
         if _plain(line) == _plain(option):
             return label
     match = _LABEL.match(line)
-    if match is not None and (found := _as_label(match[1], labels)):
+    if match is not None and (named := _as_label(match[1], labels)):
         # `A dog` is not the letter A: a bare letter needs an end, a bracket or a reason after it.
         bare = not match["end"] and not line.startswith(("(", "["))
         in_words = bare and match[1] in ("A", "a", "I", "i") and not _AFTER_LETTER.match(match["rest"])
         lower_case = bare and match[1].islower() and match["rest"].strip(" .") != ""
-        two = _names_another(("," if set(match["end"]) & {",", ";"} else "") + match["rest"], found, labels)
+        two = _names_another(("," if set(match["end"]) & {",", ";"} else "") + match["rest"], named, labels)
         if two:
             return ""
         if not in_words and not lower_case:
-            return found
+            return named
     return _only_text(line, labels, texts)
 
 
@@ -160,7 +155,7 @@ def _names_another(rest: str, label: str, labels: Sequence[str]) -> bool:
 
 
 def _only_text(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The only option whose text stands in the line as whole words; empty if several do, None if none does."""
+    """The only option whose text is in the line as whole words; empty for several, None for none."""
     words = f" {_plain(line)} "
     named = [(label, _plain(option)) for label, option in zip(labels, texts, strict=False)]
     inside = [(label, option) for label, option in named if option and f" {option} " in words]
@@ -182,7 +177,7 @@ def _as_label(letter: str, labels: Sequence[str]) -> str | None:
 
 
 def _options(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Labels and texts of an options column."""
+    """Labels and texts."""
     if isinstance(value, Mapping) and {"label", "text"} <= set(value):
         labels, texts = list(value["label"]), list(value["text"])
     elif isinstance(value, Mapping):

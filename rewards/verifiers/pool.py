@@ -1,18 +1,11 @@
-"""What runs in a verifier process: its limits, and math-verify on pairs of extracted answers.
-
-Judging untrusted text in processes that are killed and replaced when they hang, grow or die.
-
-What rule rewards on one text have in common: the judging runs in processes that are killed when they hang.
-"""
+"""Judging untrusted text in processes that are killed and replaced when they hang, grow or die."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import logging
 import multiprocessing
 import os
-import re
 import resource
 import time
 from abc import abstractmethod
@@ -20,80 +13,37 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pebble import ProcessExpired, ProcessPool
 from pydantic import Field
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rlkit.cluster.processes import die_with_parent
 from rlkit.experience import Group, GroupScores, Prompt, Score
 
+if TYPE_CHECKING:
+    from pebble import ProcessPool
+
 MEMORY_BYTES = 3 * 2**30
-"""Address space that answers may take in one process: a memory bomb fails alone instead of taking the machine along."""
+"""Address space for answers in one process, so that a memory bomb fails alone."""
 
+ITEMS_PER_TASK = 16
+"""A round trip to a process costs about as much as a verdict."""
 
-def prepare() -> None:
-    """Tie this process to its parent, limit its memory and load math-verify before any deadline runs."""
-    die_with_parent()
-    # math-verify warns that its own time-outs are off: they are, on purpose.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    verify_pairs([("\\frac{1}{2}", "0.5")])  # builds the LaTeX grammar, which the first parse would wait for
-    limit_memory()
-
-
-def limit_memory() -> None:
-    """Let this process take `MEMORY_BYTES` beyond what it has, and write no core dump."""
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """A verdict per (answer, gold) pair: `right`, `wrong`, `gold_unparsable`, or `exception: ...`."""
-    return [_verify(answer, gold) for answer, gold in pairs]
-
-
-def _verify(answer: str, gold: str) -> str:
-    from math_verify import verify
-
-    try:
-        parsed_gold = _parse(gold)
-        if not parsed_gold:
-            return "gold_unparsable"
-        # The time-outs of math-verify are signals, which need the main thread; the parent's deadline replaces them.
-        right = verify(parsed_gold, _parse(answer), timeout_seconds=None, raise_on_error=True)
-    except Exception as error:  # whatever sympy does on model-written text is this pair's verdict, not a crash
-        return f"exception: {type(error).__name__}: {str(error)[:200]}"
-    return "right" if right else "wrong"
-
-
-@lru_cache(maxsize=4096)
-def _parse(answer: str) -> list[object]:
-    """What math-verify reads in an answer: as the content of a box, else as it stands. Empty: no expression.
-
-    Remembered: all samples of a group share their gold answer, and many an answer.
-    """
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    in_latex = re.sub(r"(?<!\\)%", r"\\%", answer)  # a bare % starts a comment
-    for text in (f"\\boxed{{{in_latex}}}", answer):
-        parsed: list[object] = parse(text, extraction_config=targets, parsing_timeout=None, raise_on_error=True)
-        if any(not isinstance(expression, str) for expression in parsed):
-            return parsed
-    return []
-
+MAX_TRACE_CHARACTERS = 400
+_BUDGET_USED_UP = "timeout: the verifier's time for this call was used up"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-ITEMS_PER_TASK = 16
-"""Items sent to a process at once: a round trip costs about as much as a verdict."""
 
-_BUDGET_USED_UP = "timeout: the verifier's time for this call was used up"
+def limit_memory() -> None:
+    """Allow this process `MEMORY_BYTES` beyond its present size, and no core dump."""
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +54,10 @@ class Failed:
 
 
 class Processes:
-    """A pool whose processes start when they are first needed.
+    """A pool whose processes start on first use.
 
-    `prepare(*prepare_arguments)` runs in each new process before any deadline; `preload` are the modules that the
-    fork server imports once for all (those of the first pool of this process count).
+    `prepare(*prepare_arguments)` runs in each new process before any deadline. The fork server imports the modules
+    of `preload` once (those of the first pool in this process).
     """
 
     def __init__(
@@ -128,7 +78,7 @@ class Processes:
     ) -> list[Result | Failed]:
         """`function` on all items, in order, at most until `deadline` (of `time.monotonic`).
 
-        Items go in batches; those of a failed batch go again one by one, so that only the culprit is lost.
+        Items go in batches; those of a failed batch are retried one by one, so that only the culprit is lost.
         """
         starts = range(0, len(items), ITEMS_PER_TASK)
         batches = [range(start, min(start + ITEMS_PER_TASK, len(items))) for start in starts]
@@ -142,7 +92,6 @@ class Processes:
         return [results[index] if index in results else failed[index] for index in range(len(items))]
 
     def close(self) -> None:
-        """End the processes."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join(timeout=10)
@@ -156,7 +105,9 @@ class Processes:
         deadline: float,
         item_timeout: float,
     ) -> tuple[dict[int, Result], list[tuple[range, str]]]:
-        """Results of the batches that came back, and a reason for each that did not."""
+        """Results by item, and each failed batch with its reason."""
+        from pebble import ProcessExpired  # here, because the configuration layer imports this module
+
         pool = self._open_pool()
         futures = [
             (batch, pool.schedule(function, args=([items[index] for index in batch],), timeout=item_timeout))
@@ -176,15 +127,17 @@ class Processes:
                     failures.append((batch, _BUDGET_USED_UP))
             except ProcessExpired as error:
                 failures.append((batch, f"crash: the verifier process ended with exit code {error.exitcode}"))
-            except BrokenExecutor:  # a process died between two tasks; the pool is made anew
+            except BrokenExecutor:  # a process died between two tasks; the next call opens another pool
                 failures.append((batch, "crash: the verifier process died"))
         return results, failures
 
     def _open_pool(self) -> ProcessPool:
+        from pebble import ProcessPool
+
         if self._pool is not None and not self._pool.active:
             self.close()
         if self._pool is None:
-            # forkserver: forking the caller would copy its threads' locks, and a spawned child imports all anew.
+            # forkserver: forking the caller would copy its threads' locks, and a spawned child imports it all again.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(self._preload)
             if "RLKIT_RUN_TOKEN" in os.environ:
@@ -201,29 +154,23 @@ class Processes:
 
 
 def _final(batch: range, reason: str) -> bool:
-    """Whether to leave it at that: a single item that hung, or no time left."""
+    """Whether a retry is useless: a single item hung, or no time is left."""
     return reason == _BUDGET_USED_UP or (len(batch) == 1 and reason.startswith("timeout"))
 
 
-MAX_TRACE_CHARACTERS = 400
-"""Longer extracts are cut in traces."""
-
-
 class TextRuleConfig(RewardConfig):
-    """Fields of every rule that judges in processes of its own."""
-
     item_timeout_seconds: float = Field(default=5.0, gt=0)
-    """Deadline of one verdict; then its process is killed and replaced and the sample is invalid."""
+    """Deadline of one verdict. After it the process is killed and replaced, and the sample is invalid."""
     processes: int = Field(default=1, ge=1)
     """Verifier processes of one worker."""
 
 
 class CannotJudgeError(Exception):
-    """A prompt lacks what the rule needs, or has it in a form that cannot be used: `class: details`."""
+    """The prompt lacks what the rule needs, or has it in an unusable form: `class: details`."""
 
 
 class JudgeFunction(Protocol):
-    """`(config, task, text) -> Score`, the static method `judge` of a rule; runs in a verifier process."""
+    """The static method `judge` of a rule; runs in a verifier process."""
 
     def __call__(self, config: Any, task: Any, text: str, /) -> Score: ...
 
@@ -231,15 +178,13 @@ class JudgeFunction(Protocol):
 class TextRule(Reward):
     """A verdict per response from its text and its prompt alone.
 
-    Subclasses say in `task` what the verdict needs of the prompt (plain data, sent to the process), and in the static
-    method `judge` what it is. Whatever `judge` raises on model-written text makes that sample invalid, not wrong.
+    Whatever `judge` raises on model-written text makes that sample invalid, not wrong.
     """
 
     Config = TextRuleConfig
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Programs judge: no GPU."""
         return RewardTraits(uses_gpu=False)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
@@ -248,24 +193,22 @@ class TextRule(Reward):
 
     @abstractmethod
     def task(self, prompt: Prompt) -> Any:
-        """What `judge` needs to know of the prompt; raises CannotJudgeError if it is not there."""
+        """What `judge` needs of the prompt: plain data, sent to the process. Raise CannotJudgeError if it is
+        missing."""
 
     @staticmethod
     @abstractmethod
-    def judge(config: Any, task: Any, text: str, /) -> Score:
-        """The score of one response."""
+    def judge(config: Any, task: Any, text: str, /) -> Score: ...
 
     def start(self) -> None:
-        """Start the processes. Raises RuntimeError with the cause if they do not come up."""
-
+        """Raise RuntimeError with the cause if the processes do not start."""
         (answer,) = self._open().map(_echo, ["ready"], time.monotonic() + 60.0, 60.0)
         if isinstance(answer, Failed):
             raise RuntimeError(f"the verifier processes of {type(self).__name__} do not start: {answer.reason}")
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Judge every response."""
         scores: list[list[Score | None]] = []
-        places: list[tuple[int, int]] = []
+        indices: list[tuple[int, int]] = []
         items: list[tuple[Any, str]] = []
         for row, group in enumerate(groups):
             try:
@@ -274,21 +217,19 @@ class TextRule(Reward):
                 scores.append([Score.invalid(str(error))] * len(group.samples))
                 continue
             scores.append([None] * len(group.samples))
-            places += [(row, column) for column in range(len(group.samples))]
+            indices += [(row, column) for column in range(len(group.samples))]
             items += [(task, sample.text) for sample in group.samples]
-        for (row, column), score in zip(places, self._judge_all(items), strict=True):
+        for (row, column), score in zip(indices, self._judge_all(items), strict=True):
             scores[row][column] = score
         return [GroupScores(tuple(score for score in row if score is not None)) for row in scores]
 
     def close(self) -> None:
-        """End the processes."""
         if self._processes is not None:
             self._processes.close()
 
     def _judge_all(self, items: Sequence[tuple[Any, str]]) -> list[Score]:
         if not items:
             return []
-
         # A fifth of the call's deadline is kept for everything else, so that the processes give up before it is over.
         deadline = time.monotonic() + 0.8 * self.config.timeout_seconds
         function = partial(_judge_texts, type(self).judge, self.config)
@@ -303,7 +244,7 @@ class TextRule(Reward):
 
 
 def excerpt(text: str) -> str:
-    """A text for a trace: quoted, cut in the middle if it is long."""
+    """A text for a trace: quoted, the middle cut beyond MAX_TRACE_CHARACTERS."""
     if len(text) > MAX_TRACE_CHARACTERS:
         half = MAX_TRACE_CHARACTERS // 2
         text = f"{text[:half]} [...] {text[-half:]}"
@@ -311,7 +252,7 @@ def excerpt(text: str) -> str:
 
 
 def column_value(prompt: Prompt, column: str) -> Any:
-    """A data column; texts that hold JSON lists or objects are parsed. Raises CannotJudgeError if it is not there."""
+    """A data column; JSON lists and objects in texts are parsed. Raise CannotJudgeError if it is missing."""
     value = prompt.columns.get(column)
     if value is None:
         raise CannotJudgeError(f"no_column: the prompt has nothing in column {column!r}")
@@ -324,7 +265,6 @@ def column_value(prompt: Prompt, column: str) -> Any:
 
 
 def _prepare(module: str) -> None:
-
     die_with_parent()
     importlib.import_module(module)
     limit_memory()

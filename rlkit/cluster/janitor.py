@@ -1,8 +1,8 @@
-"""Runs beside a driver that starts a Ray of its own and clears away what is left of it, however the driver ended.
+"""A process that outlives a driver with its own Ray and removes what is left, however the driver ended.
 
-Ray leaves its session's folder in any case; killed processes leave temporary files, and semaphores and shared memory
-in /dev/shm. Started by its path, before Ray, with Python's standard library alone: `janitor.py TOKEN FOLDER LOGS`. Its
-standard input ends with the driver.
+That is Ray's session folder, and what killed processes leave: temporary files, and semaphores and shared memory in
+/dev/shm. Started by path, before Ray, with the standard library alone: `janitor.py TOKEN FOLDER LOGS`. Its standard
+input ends with the driver.
 """
 
 from __future__ import annotations
@@ -19,28 +19,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TOKEN = "RLKIT_RUN_TOKEN"
-"""Variable in the environment of every process of a run; semaphores are named after its value, too."""
+"""Environment variable of every process of a run; semaphores carry its value in their names."""
 SECONDS = 300.0
-"""How long the run's processes may take to be gone; after that nothing is removed.
+"""Deadline for the run's processes to end; after it nothing is removed.
 
-It counts from before Ray is shut down, so it is more than twice END_SECONDS of rlkit/run.py: a driver that hangs there
+It counts from before Ray's shutdown, so it is more than twice END_SECONDS of rlkit/run.py: a driver that hangs there
 ends itself, and Ray's reaper ends the rest.
 """
 ORPHANS_SECONDS = 5.0
-"""How long the processes of a driver that was killed may take; then they are killed.
-
-Ray's agents would try for a minute to tell a Ray that is dead, too.
-"""
+"""Grace for the processes of a killed driver before they are killed: Ray's agents would try to report to a dead Ray
+for a minute."""
 ORDERLY, FAILED = b"orderly", b"failed"
 _LEFT = re.compile(r"sem\.mp-|psm_|torch_|nccl-")
-"""How names of semaphores and shared memory of Python, torch and NCCL begin."""
+"""Prefixes of the semaphores and shared memory of Python, torch and NCCL."""
 _MAPPED = re.compile(r"^(?:\S+ +){4}(\d+) +/dev/shm/", re.MULTILINE)
-"""The inode of a file that a process has mapped. (The name there is that at its creation; a semaphore loses it.)"""
+"""Inode of a mapped file. (The name there is the one at creation; a semaphore loses it.)"""
 
 
 @contextlib.contextmanager
 def janitor(token: str, folder: Path, logs: Path) -> Iterator[None]:
-    """Clears away after the body or the death of this process: `folder` holds Ray's session and temporary files.
+    """Remove `folder` (Ray's session, temporary files) and shared memory after the body, or when this process dies.
 
     Ray's own logs go to `logs` after an error or a kill.
     """
@@ -50,27 +48,27 @@ def janitor(token: str, folder: Path, logs: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        said = FAILED
+        ending = FAILED
         raise
     except BaseException:  # Ctrl-C, SIGTERM
-        said = ORDERLY
+        ending = ORDERLY
         raise
     else:
-        said = ORDERLY
+        ending = ORDERLY
     finally:
         with contextlib.suppress(BrokenPipeError):  # somebody killed it
-            process.stdin.write(said)
+            process.stdin.write(ending)
             process.stdin.close()
         # Not waited for: it ends after the last process of the run, a few seconds later.
 
 
 def _clear_away(token: str, folder: Path, logs: Path) -> None:
-    said = sys.stdin.buffer.read()
+    ending = sys.stdin.buffer.read()  # empty: the driver was killed
     began = time.monotonic()
     shared: set[Path] = set()
     while (left := _processes(token)) and time.monotonic() < began + SECONDS:
         shared |= _shared_by(left)
-        if not said and time.monotonic() > began + ORPHANS_SECONDS:
+        if not ending and time.monotonic() > began + ORPHANS_SECONDS:
             for process in left:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(process, signal.SIGKILL)
@@ -79,7 +77,7 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
         sys.exit(f"rlkit: {folder} stays, because processes of the run are alive after {SECONDS:g} s: {left}")
     for file in (*Path("/dev/shm").glob(f"sem.rlkit-{token}-*"), *shared):
         file.unlink(missing_ok=True)
-    if said != ORDERLY and logs.parent.is_dir():
+    if ending != ORDERLY and logs.parent.is_dir():
         for session in folder.glob("ray/session_*_*/logs"):
             shutil.copytree(session, logs, symlinks=True, dirs_exist_ok=True)
     with contextlib.suppress(FileNotFoundError):  # somebody removed it
@@ -87,20 +85,20 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
 
 
 def _processes(token: str) -> list[int]:
-    """Processes of the run on this machine, without the driver."""
-    mark, found = f"{TOKEN}={token}".encode(), []
+    """Processes of the run on this machine, without this one."""
+    mark, processes = f"{TOKEN}={token}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             alive = mark in (folder / "environ").read_bytes().split(b"\0")
         except OSError:  # it has ended, or is somebody else's
             continue
         if alive and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
+            processes.append(int(folder.name))
+    return processes
 
 
 def _shared_by(processes: list[int]) -> set[Path]:
-    """Files in /dev/shm that these processes would leave behind if they were killed now."""
+    """Files in /dev/shm that these processes would leave behind if killed now."""
     mapped: set[int] = set()
     for process in processes:
         with contextlib.suppress(OSError):  # it has ended

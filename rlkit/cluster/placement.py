@@ -1,8 +1,8 @@
-"""Where actors go: one Ray placement group, reserved before anything is loaded, so that a run fits or says why not.
+"""Where actors go, and in which order they load.
 
-Who loads beside whom, and who only after whom: vLLM measures a whole GPU's memory while it finds room for its cache.
-
-Whatever else comes onto this GPU meanwhile is counted as the engine's own, or was free when it looked and is not later.
+One placement group is reserved before anything loads, so that a run fits or says why not. Actors on the same GPU
+load in turn: vLLM measures the whole GPU's memory to size its cache, so anything else that loads meanwhile is
+counted as the engine's, or takes memory that the engine saw as free.
 """
 
 from __future__ import annotations
@@ -14,27 +14,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
-from rlkit.config.plan import colocated_places, gpu_shares, shares_gpus
+from rlkit.config.plan import colocated_slots, gpu_shares, shares_gpus
 from rlkit.config.schema import RunConfig
 from rlkit.experience import UserError
 
 TOKEN_CPUS = 0.001
-"""A bundle must ask for something; CPU time is shared, not reserved."""
+"""A bundle must request something; CPU time is shared, not reserved."""
 BUNDLES = "VLLM_RAY_BUNDLE_INDICES"
-"""vLLM's variable for the bundles in which it starts the workers of an engine, one in each."""
+"""vLLM's variable for the bundles of an engine's workers, one each."""
 
 
 Place = Callable[[int], Mapping[str, Any]]
-"""Number of an actor of some kind -> what to give to `actor.options`."""
+"""Index of an actor of one kind -> arguments of `actor.options`."""
 
 
 def anywhere(number: int) -> Mapping[str, Any]:
-    """Leave it to Ray."""
     return {}
 
 
 def beside_driver(number: int) -> Mapping[str, Any]:
-    """On the driver's node, which is there: Ray itself would take one that has just died, until it notices."""
+    """On the driver's node, which is alive: Ray may pick one whose death it has not noticed."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -48,7 +47,7 @@ class NoRoomError(UserError):
 
 @dataclass(frozen=True)
 class Bundle:
-    """Actors that stand on one node together, on the same GPU where they have shares of one."""
+    """Actors on one node; on the same GPU where they have shares of one."""
 
     members: tuple[str, ...]
     """`rollout-0`, `learner-0`, ... An engine over several GPUs is a member of several bundles."""
@@ -56,10 +55,10 @@ class Bundle:
 
 
 def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -> list[Bundle]:
-    """Colocated: ranks of equal number stand together, engine i of t GPUs with those of numbers i*t to i*t + t-1.
+    """Colocated: ranks of equal number share a bundle; engine i of t GPUs has bundles i*t to i*t + t-1.
 
-    Rewards are dealt out over them. On CUDA each place is a whole GPU, of which its members ask for shares: of two
-    places with parts of a GPU Ray might make one. Apart: each actor by itself, with all its GPUs.
+    Rewards are dealt out over them. On CUDA each bundle is a whole GPU, of which its members request shares: Ray
+    might place two bundles with parts of a GPU on the same one. Apart: one bundle per actor, with all its GPUs.
     """
     counts = {"learner": config.learner.ranks, "critic": critic_ranks, "reward": reward_workers}
     if config.cluster.placement == "apart":
@@ -68,7 +67,7 @@ def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -
         engines = [Bundle((f"rollout-{i}",), shares.engine) for i in range(config.rollout.workers)]
         return engines + [Bundle((f"{kind}-{i}",), gpus[kind]) for kind, count in counts.items() for i in range(count)]
     width = config.rollout.tensor_parallel_size
-    together: list[list[str]] = [[] for _ in range(colocated_places(config, critic_ranks))]
+    together: list[list[str]] = [[] for _ in range(colocated_slots(config, critic_ranks))]
     for i in range(config.rollout.workers * width):
         together[i].append(f"rollout-{i // width}")
     for kind, count in counts.items():
@@ -77,51 +76,48 @@ def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -
     return [Bundle(tuple(members), 1.0 if config.cluster.device == "cuda" else 0.0) for members in together]
 
 
-def on_one_node(places: int, wide: Sequence[Sequence[int]], nodes: Sequence[str]) -> list[int]:
-    """Which of Ray's bundles each of our places gets, so that each of `wide` (places of one actor) is on one node.
+def on_one_node(bundles: int, wide: Sequence[Sequence[int]], nodes: Sequence[str]) -> list[int]:
+    """Map each of our bundles to an index of Ray's, with each of `wide` (one actor's bundles) on one node.
 
-    All bundles are alike; `nodes` says where Ray put each. Raises NoRoomError if there is no such order.
+    All bundles are alike; `nodes` says where Ray put each. Raises NoRoomError if there is no such assignment.
     """
     left: dict[str, list[int]] = {}
     for index, node in enumerate(nodes):
         left.setdefault(node, []).append(index)
     order: dict[int, int] = {}
-    for wanted in wide:
-        free = next((free for free in left.values() if len(free) >= len(wanted)), None)
+    for indices in wide:
+        free = next((free for free in left.values() if len(free) >= len(indices)), None)
         if free is None:
-            found = ", ".join(f"{nodes.count(node)}" for node in left)
+            per_node = ", ".join(f"{nodes.count(node)}" for node in left)
             raise NoRoomError(
-                f"Ray reserved {places} GPUs on {len(left)} nodes ({found}), and {len(wide)} engines of {len(wanted)} "
-                "GPUs (rollout.workers, rollout.tensor_parallel_size) do not fit there, each on one node. Try "
-                "cluster.strategy=STRICT_PACK, fewer engines, or nodes whose free GPUs are a multiple of "
+                f"Ray reserved {bundles} GPUs on {len(left)} nodes ({per_node}), and {len(wide)} engines of "
+                f"{len(indices)} GPUs (rollout.workers, rollout.tensor_parallel_size) do not fit there, each on one "
+                "node. Try cluster.strategy=STRICT_PACK, fewer engines, or nodes whose free GPUs are a multiple of "
                 "rollout.tensor_parallel_size"
             )
-        order.update(zip(wanted, free, strict=False))
-        del free[: len(wanted)]
-    rest = iter([index for indices in left.values() for index in indices])
-    return [order[place] if place in order else next(rest) for place in range(places)]
+        order.update(zip(indices, free, strict=False))
+        del free[: len(indices)]
+    rest = iter([index for unused in left.values() for index in unused])
+    return [order[index] if index in order else next(rest) for index in range(bundles)]
 
 
 class Placement:
-    """A reserved placement group."""
-
     def __init__(self, group: Any, bundles: list[Bundle]) -> None:
         """Raises NoRoomError if the GPUs of an engine cannot be on one node."""
         self._group = group
         self._index: dict[str, list[int]] = {}
-        for place, bundle in enumerate(bundles):
+        for index, bundle in enumerate(bundles):
             for name in bundle.members:
-                self._index.setdefault(name, []).append(place)
-        wide = [places for places in self._index.values() if len(places) > 1]
+                self._index.setdefault(name, []).append(index)
+        wide = [indices for indices in self._index.values() if len(indices) > 1]
         if wide:
             from ray.util.placement_group import placement_group_table
 
-            found = placement_group_table(group)["bundles_to_node_id"]
-            order = on_one_node(len(bundles), wide, [found[index] for index in range(len(bundles))])
-            self._index = {name: [order[place] for place in places] for name, places in self._index.items()}
+            nodes = placement_group_table(group)["bundles_to_node_id"]
+            order = on_one_node(len(bundles), wide, [nodes[index] for index in range(len(bundles))])
+            self._index = {name: [order[index] for index in indices] for name, indices in self._index.items()}
 
     def of(self, kind: str) -> Place:
-        """Where the actors of a kind go."""
         return lambda number: self._options(kind, number)
 
     def _options(self, kind: str, number: int) -> Mapping[str, Any]:
@@ -134,17 +130,17 @@ class Placement:
         if len(indices) == 1:
             return {"scheduling_strategy": strategy}
         # The actor itself uses no GPU; vLLM, inside it, starts an actor in each of these bundles of its group.
-        own = {"env_vars": {BUNDLES: ",".join(map(str, indices))}}
-        return {"scheduling_strategy": strategy, "num_gpus": 0, "runtime_env": own}
+        environment = {"env_vars": {BUNDLES: ",".join(map(str, indices))}}
+        return {"scheduling_strategy": strategy, "num_gpus": 0, "runtime_env": environment}
 
 
 async def reserve(config: RunConfig, bundles: list[Bundle], seconds: float) -> Any:
-    """The placement group, reserved. Raises NoRoomError if Ray has no room for it in time."""
+    """The reserved placement group. Raises NoRoomError if Ray has no room for it in time."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    wanted = [{"CPU": TOKEN_CPUS, **({"GPU": bundle.gpus} if bundle.gpus else {})} for bundle in bundles]
-    group = placement_group(wanted, strategy=config.cluster.strategy)
+    requests = [{"CPU": TOKEN_CPUS, **({"GPU": bundle.gpus} if bundle.gpus else {})} for bundle in bundles]
+    group = placement_group(requests, strategy=config.cluster.strategy)
     try:
         async with waiting("the start", "room for the actors on the cluster", seconds, "ROOM_SECONDS"):
             await group.ready()
@@ -167,7 +163,7 @@ async def reserve(config: RunConfig, bundles: list[Bundle], seconds: float) -> A
 
 @contextmanager
 def released(group: Any) -> Iterator[Any]:
-    """The group; its reservation is given back at the end."""
+    """Release the group's reservation at the end."""
     from ray.util.placement_group import remove_placement_group
 
     try:
@@ -177,10 +173,10 @@ def released(group: Any) -> Iterator[Any]:
 
 
 def loads_after(config: RunConfig) -> dict[str, list[str]]:
-    """For each part that may share a GPU, the parts that must be ready before it begins to load.
+    """For each part that may share a GPU, the parts that must be ready before it loads.
 
-    First the sampler, then a reward (its model may be in vLLM, too), then policy and critic. What shares no GPU waits
-    for nobody.
+    First the sampler, then a reward (its model may be in vLLM, too), then policy and critic. Without shared GPUs
+    nothing waits.
     """
     if not shares_gpus(config.cluster):
         return {}
@@ -191,13 +187,13 @@ def loads_after(config: RunConfig) -> dict[str, list[str]]:
 def start_in_order(
     starts: Mapping[str, Callable[[], Awaitable[object]]], after: Mapping[str, Sequence[str]]
 ) -> dict[str, asyncio.Future[None]]:
-    """Begin to start all parts, each once those are ready that it comes `after`."""
-    starting: dict[str, asyncio.Future[None]] = {}
+    """A running future per part; each starts once the parts it comes `after` are ready."""
+    futures: dict[str, asyncio.Future[None]] = {}
 
-    async def one(name: str) -> None:
+    async def start(name: str) -> None:
         for other in after.get(name, ()):
-            await starting[other]
+            await futures[other]
         await starts[name]()
 
-    starting.update({name: asyncio.ensure_future(one(name)) for name in starts})
-    return starting
+    futures.update({name: asyncio.ensure_future(start(name)) for name in starts})
+    return futures

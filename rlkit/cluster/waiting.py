@@ -1,9 +1,9 @@
-"""The one way to wait for another process: every wait is known while it lasts, has a deadline, and says what it was.
+"""Waiting for another process: every wait is listed while it lasts, and has a deadline and a name.
 
 async with waiting("step 3", lambda: f"rollout worker 1: {len(left)} groups", 1800, "trainer.step_timeout_seconds"):
     ...
 
-While a Watchdog is open, waits that take long are told before their deadline, all that are open in one line.
+While a Watchdog is open, long waits are reported before their deadline, all open ones in one line.
 """
 
 from __future__ import annotations
@@ -24,43 +24,39 @@ from rlkit.experience import UserError
 TICK_SECONDS = 0.5
 """How often the watchdog looks at the open waits."""
 GRACE_SECONDS = 60.0
-"""A wait that is still open so long after its deadline cannot be cancelled: its process is ended."""
-TELL_SECONDS = 5.0
-"""How long a telling may take; the watchdog goes on without it."""
-TOGETHER = 0.9
-"""Waits that would be told next are told in the same line, and not once more right after it."""
+"""A wait still open this long after its deadline cannot be cancelled: its process is ended."""
+REPORT_SECONDS = 5.0
+"""How long writing a report may take; the watchdog continues without it."""
+NEARLY_DUE = 0.9
+"""Waits past this share of their due time count as reported with the others."""
 
 
 @dataclass(eq=False)
 class Wait:
-    """One wait that is open now."""
-
     who: str
     what: str | Callable[[], str]
-    """A function is asked whenever the wait is told, also from the watchdog's thread."""
+    """A function is called for every report, also from the watchdog's thread."""
     seconds: float
-    """Its deadline, from `began` on."""
+    """Its deadline, counted from `began`."""
     limit: str
-    """Where the deadline comes from: a key of the configuration."""
+    """The configuration key that sets the deadline."""
     cancels: bool = True
     """Whether the event loop ends it at its deadline."""
     began: float = field(default_factory=time.monotonic)
-    told: float = 0.0
-    """How many seconds it had lasted when it was told last."""
+    reported: float = 0.0
+    """Seconds it had lasted at its last report."""
 
     @property
     def waited_for(self) -> str:
-        """What it waits for, at this moment."""
         if isinstance(self.what, str):
             return self.what
         try:
             return self.what()
-        except Exception as error:  # what only describes a wait must not keep its deadline from acting
+        except Exception as error:  # a failing description must not keep the deadline from acting
             return f"what cannot be said ({type(error).__name__}: {error})"
 
     @property
     def lasted(self) -> float:
-        """Seconds since it began."""
         return time.monotonic() - self.began
 
     def __str__(self) -> str:
@@ -77,26 +73,25 @@ _open: dict[Wait, None] = {}
 
 
 def open_waits() -> list[Wait]:
-    """All waits of this process, oldest first."""
     return list(_open)
 
 
 @asynccontextmanager
 async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit: str) -> AsyncIterator[None]:
-    """Raises WaitedTooLongError if the body takes longer than `seconds` (more than 0), which come from `limit`.
+    """Raise WaitedTooLongError if the body takes longer than `seconds` (more than 0), which come from `limit`.
 
     A TimeoutError from inside passes through: it is an actor's own.
     """
     wait, timeout, loop = Wait(who, what, seconds, limit), asyncio.timeout(None), asyncio.get_running_loop()
-    said = ""
+    message = ""
 
     def expire() -> None:
-        nonlocal said
+        nonlocal message
         timeout.reschedule(loop.time())
-        said = f"{who} waited more than {limit}={seconds:g} s for {wait.waited_for}"
+        message = f"{who} waited more than {limit}={seconds:g} s for {wait.waited_for}"
         # Now, before what is waited for inside is cancelled (in the loop's next turn).
         others = "; ".join(str(other) for other in _open if other is not wait)
-        said += f". Waiting at that moment: {others}" if others else ""
+        message += f". Waiting at that moment: {others}" if others else ""
 
     timer = loop.call_later(seconds, expire)
     _open[wait] = None
@@ -106,7 +101,7 @@ async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit
     except TimeoutError:
         if not timeout.expired():
             raise
-        raise WaitedTooLongError(said) from None
+        raise WaitedTooLongError(message) from None
     finally:
         timer.cancel()
         del _open[wait]
@@ -114,7 +109,7 @@ async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit
 
 @contextmanager
 def blocking(who: str, what: str, seconds: float, limit: str) -> Iterator[None]:
-    """For a library's own call, which nobody can cancel: at its deadline an open Watchdog ends the process."""
+    """For a library call, which cannot be cancelled: at its deadline an open Watchdog ends the process."""
     wait = Wait(who, what, seconds, limit, cancels=False)
     _open[wait] = None
     try:
@@ -124,10 +119,10 @@ def blocking(who: str, what: str, seconds: float, limit: str) -> Iterator[None]:
 
 
 class Watchdog:
-    """While it is open, a thread tells waits when they have lasted a share of their deadline, and at each doubling."""
+    """A thread that reports waits past a `share` of their deadline, then again at each doubling."""
 
     def __init__(self, say: Callable[[str], None], share: float, stacks: Path, exit_code: int = 1) -> None:
-        """`say` is called from another thread. `stacks`: the file for the stacks of a process that must be ended."""
+        """`say` is called from another thread. `stacks`: file for the stacks of a process that must be ended."""
         self._say, self._share, self._stacks, self._exit_code = say, share, stacks, exit_code
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -149,20 +144,20 @@ class Watchdog:
                 if wait.lasted > wait.seconds + (GRACE_SECONDS if wait.cancels else 0.0):
                     self._end(wait, waits)
             if any(wait.lasted >= self._due(wait) for wait in waits):
-                self._tell("waiting long: " + "; ".join(map(str, waits)))
+                self._report("waiting long: " + "; ".join(map(str, waits)))
                 for wait in waits:
-                    if wait.lasted >= TOGETHER * self._due(wait):
-                        wait.told = wait.lasted
+                    if wait.lasted >= NEARLY_DUE * self._due(wait):
+                        wait.reported = wait.lasted
 
     def _due(self, wait: Wait) -> float:
-        """How many seconds it must last to be told (again)."""
-        return max(self._share * wait.seconds, 2 * wait.told)
+        """Seconds it must last to be reported (again)."""
+        return max(self._share * wait.seconds, 2 * wait.reported)
 
-    def _tell(self, line: str) -> None:
-        """Say it, without being ended or held up by a screen that is closed or blocks: no deadline may depend on it."""
-        telling = threading.Thread(target=self._say_or_write, args=(line,), name="watchdog-telling", daemon=True)
-        telling.start()
-        telling.join(TELL_SECONDS)
+    def _report(self, line: str) -> None:
+        """In another thread: no deadline may depend on a screen that is closed or blocks."""
+        thread = threading.Thread(target=self._say_or_write, args=(line,), name="watchdog-report", daemon=True)
+        thread.start()
+        thread.join(REPORT_SECONDS)
 
     def _say_or_write(self, line: str) -> None:
         try:
@@ -172,11 +167,11 @@ class Watchdog:
                 file.write(f"{line}\n(could not be said: {type(error).__name__}: {error})\n")
 
     def _end(self, wait: Wait, waits: list[Wait]) -> None:
-        """Nobody else can: the event loop is blocked, or a library does not return."""
+        """The event loop is blocked, or a library does not return."""
         try:
             with self._stacks.open("a") as file:
                 faulthandler.dump_traceback(file=file)
-            self._tell(
+            self._report(
                 f"the process is ended, because it hangs: {wait}. Waiting at that moment: "
                 f"{'; '.join(map(str, waits))}. The stacks of its threads are in {self._stacks}"
             )

@@ -42,22 +42,22 @@ class TableSource(DataSource):
         self._loaded: dict[Split, Loaded] | None = None
 
     @abstractmethod
-    def _place(self, split: Split) -> str | None:
-        """Where a split's rows are, as a user would say it; None if the held-out ones are a share of the others."""
+    def _source(self, split: Split) -> str | None:
+        """Name of the file or data set with a split's rows; None if the held-out ones are a share of the others."""
 
     @abstractmethod
     def _rows(self, split: Split) -> Iterator[tuple[str, Row | BadRow]]:
-        """`(origin, row)` for all rows of a place. Raises DataError if it cannot be read."""
+        """`(origin, row)` for all rows of a split. Raises DataError if they cannot be read."""
 
     @abstractmethod
     def _columns(self, split: Split) -> list[str] | None:
-        """Column names of a place, read cheaply; None if that is not possible. Raises DataError like `_rows`."""
+        """Column names, read cheaply; None if that is not possible. Raises DataError like `_rows`."""
 
     def check(self) -> list[str]:
         messages: list[str] = []
         for split in ("train", "heldout"):
-            place = self._place(split)
-            if place is None:
+            source = self._source(split)
+            if source is None:
                 continue
             try:
                 columns = self._columns(split)
@@ -65,7 +65,7 @@ class TableSource(DataSource):
                 messages.append(str(error))
                 continue
             if columns is not None:
-                messages += missing_columns(self.config, columns, place)
+                messages += missing_columns(self.config, columns, source)
         return messages
 
     def provides(self) -> frozenset[str]:
@@ -74,12 +74,12 @@ class TableSource(DataSource):
             columns = set(self._columns("train") or ())
         except DataError:
             columns = set()  # check() reports why
-        found = columns - set(config.named_columns().values())
+        provided = columns - set(config.named_columns().values())
         if config.answer_column is not None:
-            found.add("answer")
+            provided.add("answer")
         if config.reference_columns or config.answer_column is not None:
-            found.add("references")
-        return frozenset(found)
+            provided.add("references")
+        return frozenset(provided)
 
     def load(self, split: Split) -> Loaded:
         if self._loaded is None:
@@ -88,7 +88,7 @@ class TableSource(DataSource):
 
     def _load_both(self) -> dict[Split, Loaded]:
         train, bad = self._parse("train")
-        if self._place("heldout") is None:
+        if self._source("heldout") is None:
             kept, heldout = self._split(train)
             return {"train": (kept, bad), "heldout": (heldout, [])}
         heldout, heldout_bad = self._parse("heldout", id_prefix="heldout/")
@@ -108,16 +108,16 @@ class TableSource(DataSource):
         return problems, bad
 
     def _refuse(self, split: Split, problems: list[Problem], bad: list[BadRow]) -> None:
-        what = self._place(split) or ""
+        what = self._source(split) or ""
         refuse_too_many_bad_rows(bad, len(problems) + len(bad), self.config.max_bad_row_share, what)
 
     def _split(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
-        """By question: the same question twice lands on one side, whatever the order of the file."""
+        """By question: duplicates of a question land on one side, whatever the order of the file."""
         config: ColumnsConfig = self.config
         keys = {question_key(problem) for problem in problems}
         if len(keys) < 2:
             raise DataError(
-                f"{self._place('train')} has one question only, so none can be held out: name held-out data "
+                f"{self._source('train')} has one question only, so none can be held out: name held-out data "
                 "with data.heldout_path."
             )
         share = _DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
@@ -130,9 +130,9 @@ class JsonlConfig(ColumnsConfig):
     """A JSON Lines file (`.jsonl`, or `.jsonl.gz`): one object per line."""
 
     path: str
-    """The file with the training problems."""
+    """File with the training problems."""
     heldout_path: str | None = None
-    """The file with the held-out problems; null: a share of `path` (`heldout_share`)."""
+    """File with the held-out problems; null: a share of `path` (`heldout_share`)."""
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> JsonlConfig:
@@ -142,7 +142,7 @@ class JsonlConfig(ColumnsConfig):
 
 
 class JsonlSource(TableSource):
-    """`data=jsonl data.path=train.jsonl`: GSM8K's own files need no further key."""
+    """`data=jsonl data.path=train.jsonl`: GSM8K's own files need no other key."""
 
     Config: ClassVar[type[DataConfig]] = JsonlConfig
 
@@ -150,7 +150,7 @@ class JsonlSource(TableSource):
         name = self.config.path if split == "train" else self.config.heldout_path
         return None if name is None else Path(name).expanduser()
 
-    def _place(self, split: Split) -> str | None:
+    def _source(self, split: Split) -> str | None:
         path = self._path(split)
         return None if path is None else str(path)
 
@@ -167,8 +167,8 @@ class JsonlSource(TableSource):
             if not isinstance(row, BadRow):
                 return list(row)
             if row.reason.startswith("a JSON list"):
-                raise DataError(f"{self._place(split)}: {row.reason}. For a file that is one list, use data=hf.")
-        raise DataError(f"{self._place(split)} has no line that is a JSON object.")
+                raise DataError(f"{self._source(split)}: {row.reason}. For a file that is one list, use data=hf.")
+        raise DataError(f"{self._source(split)} has no line that is a JSON object.")
 
 
 def json_lines(path: Path, key: str) -> Iterator[tuple[str, Row | BadRow]]:
@@ -206,7 +206,7 @@ def _json_row(origin: str, line: bytes) -> Row | BadRow:
 
 
 class HfConfig(ColumnsConfig):
-    """A data set of the Hugging Face hub, or a local folder or file (parquet, csv, json) in a form `datasets` reads."""
+    """A data set of the Hugging Face hub, or a local folder or file (parquet, csv, json) that `datasets` reads."""
 
     path: str
     """Name on the hub, or a local folder or file."""
@@ -219,7 +219,7 @@ class HfConfig(ColumnsConfig):
     heldout_split: str | None = None
     """Split with the held-out problems."""
     heldout_path: str | None = None
-    """Local file with the held-out problems, where they are not a split of `path`."""
+    """Local file with the held-out problems, if they are not a split of `path`."""
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> HfConfig:
@@ -233,7 +233,7 @@ class HfConfig(ColumnsConfig):
 
 
 class HfSource(TableSource):
-    """`data=hf data.path=openai/gsm8k data.subset=main data.heldout_split=test`. Never runs code of a data set."""
+    """`data=hf data.path=openai/gsm8k data.subset=main data.heldout_split=test`. Never runs a data set's code."""
 
     Config: ClassVar[type[DataConfig]] = HfConfig
 
@@ -250,7 +250,7 @@ class HfSource(TableSource):
             return config.heldout_path, "train"  # the name `datasets` gives to the rows of a single file
         return None if config.heldout_split is None else (config.path, config.heldout_split)
 
-    def _place(self, split: Split) -> str | None:
+    def _source(self, split: Split) -> str | None:
         where = self._where(split)
         return None if where is None else _name(*where)
 
@@ -278,7 +278,7 @@ def open_table(
 ) -> Any:
     """The rows that `datasets` loads from a local file or folder, or from the hub. Raises DataError.
 
-    `columns_only`: the column names instead, read cheaply; None where only a download would tell.
+    `columns_only`: the column names instead, read cheaply; None if only a download would tell.
     """
     local = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or local.suffix in _BUILDERS
@@ -303,7 +303,7 @@ def open_table(
         return list(next(iter(rows), {})) if columns_only else rows
     except DataError:
         raise
-    except Exception as error:  # `datasets` raises whatever its readers raise: the user needs the place and cause
+    except Exception as error:  # `datasets` raises whatever its readers raise: the user needs path and cause
         raise DataError(f"data.path={path}, split {split!r}, cannot be loaded: {_one_line(error)}") from error
 
 
@@ -329,7 +329,7 @@ def table_rows(path: str, key: str, split: str, subset: str | None = None) -> It
 
 
 def needs_datasets(path: str) -> bool:
-    """Whether it is a Parquet file, a folder, or, where nothing has this path, could be a name on the hub."""
+    """Whether `path` is a Parquet file or a folder, or, if nothing exists there, could be a name on the hub."""
     local = Path(path).expanduser()
     if local.exists():
         return local.is_dir() or local.suffix == ".parquet"
@@ -337,12 +337,12 @@ def needs_datasets(path: str) -> bool:
 
 
 def _name(path: str, split: str) -> str:
-    """A file is known by its name alone; a data set by name and split."""
+    """A file by its name alone; a data set by name and split."""
     return path if Path(path).suffix in _BUILDERS else f"{path}[{split}]"
 
 
 def _file_columns(path: Path) -> list[str] | None:
-    """Columns of a plain local file without importing `datasets` (seconds); None if only `datasets` can tell."""
+    """Columns of a plain local file without the slow import of `datasets`; None if only `datasets` can tell."""
     if not path.is_file():
         return None
     try:

@@ -13,11 +13,7 @@ from rlkit.experience import Prompt
 
 
 class PromptOrder:
-    """An endless seeded sequence of prompts; within an epoch each prompt comes exactly once.
-
-    >>> order = PromptOrder(prompts, seed=0)
-    >>> order.take(32)  # may cross into the next epoch
-    """
+    """An endless seeded sequence of prompts; within an epoch each prompt comes exactly once."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
@@ -28,24 +24,19 @@ class PromptOrder:
         self._position = 0
         self._permutation = self._shuffled()
 
-    @property
-    def epoch(self) -> int:
-        """Epochs completed so far."""
-        return self._epoch
-
     def take(self, count: int) -> list[Prompt]:
         if count < 0:
             raise ValueError(f"cannot take {count} prompts")
-        taken: list[Prompt] = []
-        while len(taken) < count:
-            chosen = self._permutation[self._position : self._position + count - len(taken)]
-            taken += [self._prompts[i] for i in chosen]
+        prompts: list[Prompt] = []
+        while len(prompts) < count:
+            chosen = self._permutation[self._position : self._position + count - len(prompts)]
+            prompts += [self._prompts[i] for i in chosen]
             self._position += len(chosen)
             if self._position == len(self._prompts):
                 self._epoch += 1
                 self._position = 0
                 self._permutation = self._shuffled()
-        return taken
+        return prompts
 
     def by_id(self) -> dict[str, Prompt]:
         return {prompt.id: prompt for prompt in self._prompts}
@@ -61,7 +52,7 @@ class PromptOrder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises DataError if the data are no longer those of the saved position."""
+        """Raises DataError if the data are not those of the saved position."""
         if state["prompts"] != len(self._prompts) or state["fingerprint"] != self._fingerprint():
             raise DataError(
                 f"the checkpoint was made with other data ({state['prompts']} prompts, now {len(self._prompts)}): "

@@ -30,7 +30,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **unsupported: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]. Raise ValueError for what is not implemented."""
+    """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]. Raise ValueError for other features."""
     extras = [name for name in ("softcap", "s_aux", "position_bias") if unsupported.get(name) is not None]
     if extras or attention_mask is not None or dropout:
         raise ValueError(

@@ -27,7 +27,6 @@ class Tree:
 
     @classmethod
     def of(cls, sequences: Sequence[tuple[int, ...]]) -> Tree:
-        """Split off the common prefix."""
         prefix = shared_prefix(sequences)
         return cls(prefix, tuple(ids[len(prefix) :] for ids in sequences))
 
@@ -163,7 +162,6 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
 
 
 def _buckets(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Sequence indices, longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bucket: list[int] = []
     for i in order:

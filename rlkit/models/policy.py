@@ -78,7 +78,7 @@ class PackedScorer(nn.Module):
 
 
 class PackedValueModel(nn.Module):
-    """A one-label sequence classifier as a critic: a value for every response token."""
+    """A critic: a value for every response token."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype, *, trust_remote_code: b
 
 
 def load_scorer(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedScorer:
-    """Load a one-label sequence classifier. Raise ModelLoadError with the remedy."""
+    """Raise ModelLoadError with the remedy."""
     model, info = _load_with_info(AutoModelForSequenceClassification, path, dtype, trust_remote_code)
     lost = sorted(info["missing_keys"])
     if lost:

@@ -88,7 +88,6 @@ class RewardTrainingConfig(Section):
         return self.steps or max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
 
     def learner(self, total_steps: int, device: str) -> LearnerConfig:
-        """Options of `SupervisedEngine`."""
         shared = {name: getattr(self, name) for name in LearnerConfig.model_fields if hasattr(self, name)}
         if self.zero_stage is None:
             wide = self.dtype == "float32" or (self.dtype == "auto" and device == "cpu")
@@ -126,16 +125,14 @@ class Report(Protocol):
         """Steps done and the time left are shown from here."""
 
     def __call__(self, step: int, **metrics: float) -> None:
-        """Report a finished step (0: before the first) with metrics `area/name`, like `**{"prm/loss": 0.6}`."""
+        """Step 0 is before the first; metrics are named `area/name`: `**{"prm/loss": 0.6}`."""
 
-    def evaluation(self, step: int, **metrics: float) -> None:
-        """Report a held-out evaluation after `step` steps."""
+    def evaluation(self, step: int, **metrics: float) -> None: ...
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """For samples.jsonl."""
 
-    def text(self, text: str) -> None:
-        """Lines for the user (a table)."""
+    def text(self, text: str) -> None: ...
 
     def warn(self, message: str) -> None: ...
 

@@ -117,7 +117,6 @@ class SupervisedEngine(Generic[T]):
 
     @torch.no_grad()
     def evaluate(self, items: Sequence[T], total: float) -> float:
-        """The loss without a step."""
         self.engine.eval()
         value = torch.zeros((), device=self.device)
         for microbatch in self._my_microbatches(items):

@@ -33,8 +33,6 @@ _USUAL: dict[Layout, tuple[str, str, str]] = {
 
 
 class OutcomeData(RewardDataConfig):
-    """Responses to prompts, each with its outcome."""
-
     layout: Literal["auto", "responses", "completions", "columns", "pairs", "steps"] = "auto"
     """responses: one response and its label per row. completions: per prompt a list of responses and a list of labels.
     columns: per prompt several columns, each an object with a response and its label. pairs: a better (label 1) and a
@@ -94,7 +92,7 @@ def split_rollouts(rollouts: Sequence[Rollout], config: OutcomeData) -> tuple[li
 
 
 def without(rollouts: Sequence[Rollout], heldout: Sequence[Rollout]) -> tuple[list[Rollout], list[BadRow]]:
-    """Rollouts of groups that are not held out, and the others as bad rows."""
+    """Held-out groups become bad rows."""
     judged = {rollout.group: rollout.origin for rollout in heldout}
     kept = [rollout for rollout in rollouts if rollout.group not in judged]
     bad = [BadRow(r.origin, f"held out: {judged[r.group]} asks the same") for r in rollouts if r.group in judged]

@@ -90,7 +90,6 @@ def load_pairs(config: PairRows, seed: int) -> tuple[list[list[Pair]], list[list
 
 
 def all_pairs(config: PairRows, seed: int, side: Side = "train") -> tuple[list[list[Pair]], list[BadRow]]:
-    """A side's pairs, grouped by prompt, and the unusable rows."""
     if config.form == "pairs":
         pairs, bad = read(config, lambda row, origin: [_pair(row, config, origin)], side)
         return list(_by_prompt((pair.prompt, pair) for pair in pairs).values()), bad

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlkit.config.command import print_error
 from rlkit.config.loading import load_config
-from rlkit.config.messages import ConfigError, Problem
+from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.config.parts import ResolvedRun
 from rlkit.experience import UserError
 from rlkit.reward_training.ranks import FAILED, RankHangsError, join_ranks, naming_a_hang, run_ranks
@@ -21,7 +21,7 @@ from rlkit.reward_training.ranks import FAILED, RankHangsError, join_ranks, nami
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlkit.data.base import Problem as DataProblem
+    from rlkit.data.base import Problem
     from rlkit.reward_training.sft_learner import Example
 
 log = logging.getLogger(__name__)
@@ -64,12 +64,12 @@ def load(arguments: Sequence[str]) -> ResolvedRun:
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
         if key not in USED and key.partition(".")[0] not in USED and key not in ("rollout", "trainer"):
-            refused.append(Problem(argument, f"has no effect in rlkit.sft; what has: {', '.join(USED)}"))
+            refused.append(ConfigIssue(argument, f"has no effect in rlkit.sft; what has: {', '.join(USED)}"))
     if refused:
         raise ConfigError(refused)
     resolved = load_config([*arguments, "reward=rule"])  # no reward is used; this one asks for nothing but an answer
     if "references" not in resolved.make_data_source().provides():
-        raise ConfigError([Problem("data", "has no reference answers; for data=jsonl name their column")])
+        raise ConfigError([ConfigIssue("data", "has no reference answers; for data=jsonl name their column")])
     if resolved.config.cluster.device == "cpu" and resolved.config.learner.ranks > 1:
         log.info("ranks on one CPU share its cores")
     return resolved
@@ -137,8 +137,6 @@ def train(resolved: ResolvedRun, rank: int = 0) -> dict[str, Any]:
 
 
 class _Report:
-    """metrics.jsonl, and a line on the console at intervals."""
-
     def __init__(self, run_dir: Path, active: bool) -> None:
         self._active, self._printed = active, 0.0
         if active:
@@ -159,7 +157,7 @@ class _Report:
 
 
 def _load_examples(resolved: ResolvedRun, split: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
-    """Per problem one example for each reference. Raise SftError if too many rows are unusable."""
+    """Raise SftError if too many rows are unusable."""
     problems, bad = resolved.make_data_source().load(split)
     limit = resolved.config.rollout.max_response_tokens
     examples, more_bad = make_examples(
@@ -181,7 +179,7 @@ def _load_examples(resolved: ResolvedRun, split: Any, tokenizer: PreTrainedToken
 
 
 def make_examples(
-    problems: Sequence[DataProblem],
+    problems: Sequence[Problem],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     max_target_tokens: int,
@@ -226,7 +224,6 @@ def draw_batches(examples: Sequence[Sequence[Example]], size: int, seed: int) ->
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """Set the template that the model was trained with."""
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
     return tokenizer

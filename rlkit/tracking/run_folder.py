@@ -1,4 +1,4 @@
-"""The folder of a run: where each file is, and the only code that writes config, metrics, samples and summary."""
+"""The folder of a run; the only code that writes config, metrics, samples and summary."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class RunFolderError(UserError):
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `summary.json`, `tensorboard/`, `checkpoints/`, `logs/`."""
 
-    def __init__(self, path: str | Path, go_on: bool = False) -> None:
-        """Makes the folder. Raises RunFolderError if it holds a run already or cannot be written, or is in use.
+    def __init__(self, path: str | Path, resume: bool = False) -> None:
+        """Raises RunFolderError if the folder already holds a run, cannot be written, or is in use.
 
-        `go_on`: a run may be there already; `keep_only` then says what stays of it.
+        `resume`: it may hold a run; `keep_only` then cuts its files.
         """
         self.path = Path(path).expanduser().absolute()
         self.config = self.path / "config.yaml"
@@ -37,7 +37,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         for file in (self.config, self.metrics, self.samples, self.summary):
-            if not go_on and file.exists():
+            if not resume and file.exists():
                 raise RunFolderError(
                     f"run_dir={self.path} already holds a run ({file.name} is there): name another folder, or move it."
                 )
@@ -53,18 +53,18 @@ class RunFolder:
             raise RunFolderError(f"run_dir={self.path} cannot be written: {error.strerror or error}") from error
 
     def policy(self, step: int) -> Path:
-        """Where the policy after `step` steps is saved, a plain Hugging Face folder."""
+        """Where the policy after `step` steps is saved, as a Hugging Face folder."""
         return self.checkpoints / f"step_{step:06d}" / "policy"
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of metrics.jsonl and samples.jsonl so far, on disk."""
+        """Bytes of metrics.jsonl and samples.jsonl, after a sync."""
         for stream in (self._metrics, self._samples):
             stream.flush()
             os.fsync(stream.fileno())
         return {file.name: file.stat().st_size for file in (self.metrics, self.samples)}
 
     def keep_only(self, keep: Mapping[str, int]) -> None:
-        """Cut metrics.jsonl and samples.jsonl to these bytes (0 where none are named); the summary goes.
+        """Truncate metrics.jsonl and samples.jsonl to these bytes (unnamed: to 0) and remove the summary.
 
         Raises RunFolderError if a file is shorter.
         """
@@ -81,32 +81,28 @@ class RunFolder:
             os.truncate(file, size)
 
     def write_config(self, text: str) -> None:
-        """Write the resolved configuration."""
         write_atomically(self.config, text)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, on disk when this returns."""
         self._metrics.write(json_text(record) + "\n")
         self._metrics.flush()
 
     def append_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Lines of samples.jsonl."""
         self._samples.write("".join(json_text(record) + "\n" for record in records))
         self._samples.flush()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json: whole, or not at all."""
         write_atomically(self.summary, json_text(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """Close the files; harmless when repeated."""
+        """May be called again."""
         self._metrics.close()
         self._samples.close()
         self._lock.close()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never half of it, also after a crash."""
+    """Write a file so that readers see all of the old or all of the new one, also after a crash."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -121,7 +117,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Standard JSON: numbers that are not finite become the texts "NaN", "Infinity" and "-Infinity"."""
+    """Standard JSON: non-finite numbers become the texts "NaN", "Infinity" and "-Infinity"."""
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 

@@ -1,4 +1,4 @@
-"""Which responses are worth keeping: the best and the worst of every group, as rows of samples.jsonl."""
+"""The best and the worst response of every group, as rows of samples.jsonl."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlkit.experience.types import FloatArray
 
 
 def total_reward(score: Score) -> float | None:
-    """What a sample is ranked by: its outcome reward, else the sum of its process rewards; None if invalid."""
+    """A sample's outcome reward, else the sum of its process rewards; None if invalid."""
     if not score.valid:
         return None
     if score.value is not None:
@@ -27,7 +27,7 @@ def total_reward(score: Score) -> float | None:
 def sample_rows(
     step: int, groups: Sequence[Group], advantages: Sequence[FloatArray] | None, limit: int | None
 ) -> list[dict[str, Any]]:
-    """Two rows per group (`rank` is best or worst), or one where its samples do not differ (`only`, `invalid`).
+    """Two rows per group (`rank` is best or worst), or one (`only`, `invalid`) where at most one is valid.
 
     `advantages` has one array [T] per sample, group by group. With a `limit`, that many groups chosen at random.
     Raises ValueError if the number of advantages is not the number of samples.
@@ -49,7 +49,7 @@ def sample_rows(
 
 
 def widest_group(groups: Sequence[Group]) -> Group | None:
-    """The group whose best and worst response differ most in reward: the most telling one to show."""
+    """The group whose best and worst response differ most in reward."""
 
     def spread(group: Group) -> float:
         rewards = [r for r in map(total_reward, _scores(group)) if r is not None]
@@ -59,12 +59,11 @@ def widest_group(groups: Sequence[Group]) -> Group | None:
 
 
 def best_and_worst_samples(group: Group) -> list[tuple[str, Sample, Score]]:
-    """(`best` | `worst` | `only` | `invalid`, sample, score): the one or two responses that stand for a group."""
+    """(`best` | `worst` | `only` | `invalid`, sample, score) of the one or two responses that represent a group."""
     return [(rank, group.samples[i], _scores(group)[i]) for rank, i in _best_and_worst(group)]
 
 
 def _failed(group: Group) -> dict[str, int]:
-    """Samples of the group without a valid score, by reason."""
     return dict(Counter(kind_of(score.reason) for score in _scores(group) if not score.valid))
 
 
@@ -73,7 +72,7 @@ def _scores(group: Group) -> Sequence[Score]:
 
 
 def _best_and_worst(group: Group) -> list[tuple[str, int]]:
-    """Equal rewards: the first sample stands for the best, the last for the worst."""
+    """Of equal rewards, the first sample is the best and the last the worst."""
     ranked = [(reward, i) for i, score in enumerate(_scores(group)) if (reward := total_reward(score)) is not None]
     if not ranked:
         return [("invalid", 0)] if group.samples else []

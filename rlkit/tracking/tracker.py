@@ -1,4 +1,4 @@
-"""The one object through which a run reports: times, metrics, samples, warnings, and what is shown of them."""
+"""The one object through which a run reports: times, metrics, samples, warnings."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Tracker:
     ...         ...
     ...     tracker.step(1, {"reward/mean": 0.5}, groups, advantages.tokens)
 
-    While it is open, what libraries print goes to `logs/driver.log` (`capture_output=False` leaves it alone), and
-    warnings logged under the name `rlkit` are shown.
+    While it is open, output of libraries goes to `logs/driver.log` (unless `capture_output=False`), and warnings
+    logged under the name `rlkit` are shown.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Tracker:
         clock: Callable[[], float] = time.monotonic,
         first_step: int = 1,
     ) -> None:
-        """`first_step`: above 1 where a run goes on (plots drop what was written from there on before)."""
+        """`first_step`: above 1 for a resumed run (plots drop what was written from there on before)."""
         self.folder = folder
         self._config = config
         self._clock = clock
@@ -76,34 +76,34 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not self._finished:
-            said = f": {printable(str(error))}" if str(error) else ""
-            self.message(f"The run ended early, after step {self._progress.step}: {type(error).__name__}{said}")
+            text = f": {printable(str(error))}" if str(error) else ""
+            self.message(f"The run ended early, after step {self._progress.step}: {type(error).__name__}{text}")
         self.close()
 
-    def go_on_from(self, step: int, accuracies: Mapping[int, float]) -> None:
-        """The run goes on after `step` steps of an earlier one, with the held-out accuracies it had."""
+    def resume(self, step: int, accuracies: Mapping[int, float]) -> None:
+        """Continue after `step` steps of an earlier run, with its held-out accuracies."""
         with self._progress.lock:
             self._progress.resume(step, accuracies)
 
     def message(self, text: str) -> None:
-        """Say something to the user, once."""
+        """Show a text to the user, once."""
         self._console.notice(text)
 
     def phase(self, name: str, parallel: bool = False) -> None:
-        """A phase of the start-up begins: earlier ones are over, unless it runs beside them (`parallel`)."""
+        """Begin a phase of the start-up; end earlier ones, unless it runs in parallel."""
         with self._progress.lock:
             self._progress.begin_phase(name, parallel)
         self._console.line(name)
 
     def phase_done(self, name: str) -> None:
-        """A phase is over. Phases not named here end when the next one begins, or with the first step."""
+        """End a phase. Phases not named here end when the next one begins, or with the first step."""
         with self._progress.lock:
             seconds = self._progress.end_phase(name)
         self._console.line(f"{name}: done in {duration(seconds)}")
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds the seconds inside to `time/<phase>` of the current step (`evaluate`: of the next evaluation)."""
+        """Add the body's seconds to `time/<phase>` of the current step (`evaluate`: of the next evaluation)."""
         began = self._clock()
         with self._progress.lock:
             if phase != "evaluate":
@@ -128,9 +128,9 @@ class Tracker:
         groups: Sequence[Group] = (),
         advantages: Sequence[FloatArray] | None = None,
     ) -> None:
-        """A training step is done. `advantages`: one array [T] per sample, group by group.
+        """Record a training step. `advantages`: one array [T] per sample, group by group.
 
-        Raises TypeError for a metric that is no number, naming it.
+        Raises TypeError naming a metric that is not a number.
         """
         with self._progress.lock:
             now = self._clock()
@@ -159,7 +159,7 @@ class Tracker:
         self._console.line(line)
 
     def evaluation(self, step: int, accuracy: float, metrics: Mapping[str, float] | None = None) -> None:
-        """A held-out evaluation after `step` steps is done (0: before training)."""
+        """Record a held-out evaluation after `step` steps (0: before training)."""
         with self._progress.lock:
             times = {"time/evaluate": self._times.pop("evaluate")} if "evaluate" in self._times else {}
             values = _numbers(times | dict(metrics or {}) | {"accuracy/heldout": accuracy})
@@ -171,14 +171,14 @@ class Tracker:
         self._console.line(line)
 
     def warn(self, message: str) -> None:
-        """Something the user should know. The same message again is counted, and said at its 10th, 100th, ... time."""
+        """Show a warning. Repeats are counted, and shown at the 10th, 100th, ... time."""
         with self._progress.lock:
             count = self._progress.add_warning(message)
         if str(count).strip("0") == "1":
             self._console.line(f"warning: {message}" + (f" ({count} times by now)" if count > 1 else ""))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run is complete: writes summary.json and shows it."""
+        """Write summary.json and show it."""
         self.folder.write_summary(summary)
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -186,7 +186,7 @@ class Tracker:
         self._finished = True
 
     def close(self) -> None:
-        """Close the files, leave the terminal as it was; harmless when repeated."""
+        """Close the files and restore the terminal; may be called again."""
         self._opened.close()
 
     def _record(self, kind: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_remax_without_greedy_responses_says_what_is_missing() -> None:
 
 
 def test_the_greedy_response_is_scored_with_the_others_and_kept_apart(tmp_path: Path) -> None:
-    worker = RewardWorker("rewards.verifiers.math.RuleReward", {}, RewardContext())
+    worker = RewardWorker("rewards.verifiers.math.MathReward", {}, RewardContext())
     group = scorable_group()
     (scored, report) = worker.score([group])
     worker.close()

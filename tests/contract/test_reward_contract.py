@@ -2,7 +2,7 @@
 
     REWARD=my_module.MyReward REWARD_OPTIONS='{"my_key": 3}' python -m pytest tests/contract
 
-Without the variable it checks `reward=rule`. The prompts ask for 6 times 7 and carry a gold answer and references;
+Without the variable it checks `reward=math`. The prompts ask for 6 times 7 and carry a gold answer and references;
 a reward that needs other columns finds them as empty strings.
 """
 
@@ -24,12 +24,12 @@ import ray
 from ray_fixture import ray_session  # noqa: F401
 from reward_samples import make_group, make_sample
 
-from rewards.base import Reward, RewardConfig, RewardContext
+from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward
 from rlkit.config.parts import import_part
 from rlkit.experience import Group, GroupScores, Score
 from rlkit.serving.pool import RewardPool
 
-TARGET = os.environ.get("REWARD", "rewards.verifiers.math.RuleReward")
+TARGET = os.environ.get("REWARD", "rewards.verifiers.math.MathReward")
 OPTIONS: dict[str, Any] = json.loads(os.environ.get("REWARD_OPTIONS", "{}"))
 
 TEXTS = [
@@ -71,6 +71,14 @@ def test_its_options_are_typed_and_documented() -> None:
     assert undocumented == [], "write what each option means under it, as a string"
     with pytest.raises(ValueError, match="no_such_option"):
         config(**OPTIONS, no_such_option=1)
+
+
+def test_what_it_says_of_itself() -> None:
+    kind = import_part("reward", TARGET)
+    traits = kind.traits(kind.Config(**OPTIONS))
+    assert isinstance(traits, RewardTraits)
+    if traits.update_when != "none" or traits.follows_policy:
+        assert issubclass(kind, TrainableReward), "a reward that learns or follows the policy is a TrainableReward"
 
 
 def test_importing_it_is_cheap() -> None:

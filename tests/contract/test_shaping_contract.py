@@ -48,6 +48,8 @@ def sections(variable: str, known: dict[str, dict[str, Any]]) -> list[dict[str, 
     """What a user would write: of their own, or of all of the package's."""
     if variable in os.environ:
         return [{"kind": os.environ[variable], **json.loads(os.environ.get(f"{variable}_OPTIONS", "{}"))}]
+    if {"SHAPING", "COMBINER"} & os.environ.keys():
+        return []
     return [{"kind": kind, **options} for kind, options in known.items()]
 
 

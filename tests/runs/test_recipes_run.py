@@ -67,7 +67,7 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
         (
             "algorithm=ppo",
             "algorithm.samples_per_prompt=2",
-            "reward.outcome._target_=rewards.verifiers.math.RuleReward",
+            "reward.outcome._target_=rewards.verifiers.math.MathReward",
         ),
         ("algorithm=prime", "reward.reference=policy"),
         ("algorithm=prime", "reward.update=before"),

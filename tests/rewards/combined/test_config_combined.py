@@ -15,7 +15,7 @@ from combination_rewards import group
 
 from rewards.base import RewardContext
 from rewards.polar.reward import PolarReward
-from rewards.verifiers.math import RuleReward
+from rewards.verifiers.math import MathReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, config_text
@@ -50,13 +50,13 @@ def test_a_list_of_options_is_their_combination(load: Load) -> None:
     assert run.config.reward["_target_"] == COMBINED
     assert run.config.run_dir.name.endswith("_grpo_rule+polar")
     assert list(parts(run)) == ["rule", "polar"]
-    assert parts(run)["rule"]["_target_"] == "rewards.verifiers.math.RuleReward"
+    assert parts(run)["rule"]["_target_"] == "rewards.verifiers.math.MathReward"
     assert parts(run)["polar"]["weight"] == 0.3
     assert parts(run)["polar"]["dtype"] == "float32"
     assert (
         parts(run)["polar"]["wrapper"] == PolarReward.Config.model_fields["wrapper"].default
     )  # every value is spelled out
-    assert run.reward_config.timeout_seconds == 2 * RuleReward.Config().timeout_seconds
+    assert run.reward_config.timeout_seconds == 2 * MathReward.Config().timeout_seconds
 
 
 def test_one_part_is_a_way_to_shape_a_single_reward(load: Load) -> None:
@@ -101,7 +101,7 @@ def test_a_column_that_decides_must_be_in_the_data(problems: Problems) -> None:
 
 
 def test_the_last_choice_counts(load: Load) -> None:
-    assert load("reward=[rule,polar]", "reward=rule").reward_class is RuleReward
+    assert load("reward=[rule,polar]", "reward=rule").reward_class is MathReward
     assert list(parts(load("reward=rule", "reward=[rule]"))) == ["rule"]
 
 
@@ -143,7 +143,7 @@ def test_a_file_may_list_options(load: Load, problems: Problems, tmp_path: Path)
 
 def test_a_file_may_spell_a_combination_out(load: Load, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    section = {"_target_": "rewards.verifiers.math.RuleReward", "format_weight": 0.2}
+    section = {"_target_": "rewards.verifiers.math.MathReward", "format_weight": 0.2}
     file.write_text(yaml.safe_dump({"reward": {"_target_": COMBINED, "parts": {"mine": section}, "combine": "min"}}))
     assert parts(load(file=file))["mine"]["format_weight"] == 0.2
 

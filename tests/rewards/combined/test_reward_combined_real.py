@@ -13,7 +13,7 @@ from reward_samples import make_group
 from rewards.base import RewardContext
 from rewards.combined.reward import CombinedReward
 from rewards.polar.reward import PolarReward
-from rewards.verifiers.math import RuleReward
+from rewards.verifiers.math import MathReward
 from rlkit.serving.pool import RewardPool
 
 QUESTION = "There are 12 pens in a box. Ann buys 3 boxes. How many pens does Ann have?"
@@ -23,13 +23,13 @@ RESPONSES = ["3 * 12 = 36\n#### 36", "3 + 12 = 15\n#### 15", "36", "I do not kno
 
 def test_rule_where_there_is_an_answer_and_polar_weighted_everywhere() -> None:
     """Every number is that of the two rewards by themselves."""
-    rule = {"_target_": "rewards.verifiers.math.RuleReward", "when": {"has": "answer"}, "weight": 2.0}
+    rule = {"_target_": "rewards.verifiers.math.MathReward", "when": {"has": "answer"}, "weight": 2.0}
     polar = {"_target_": "rewards.polar.reward.PolarReward", "weight": 0.25, "shaping": ["group_normalise"]}
     answered = make_group("a", RESPONSES, answer="36", references=[REFERENCE], question=QUESTION)
     open_ended = make_group("b", RESPONSES, answer=None, references=[REFERENCE], question=QUESTION)
     without = replace(answered, id="c", prompt=replace(answered.prompt, references=()))
     reward = CombinedReward(CombinedReward.Config(parts={"rule": rule, "polar": polar}), RewardContext())
-    parts = [RuleReward(RuleReward.Config(), RewardContext()), PolarReward(PolarReward.Config(), RewardContext())]
+    parts = [MathReward(MathReward.Config(), RewardContext()), PolarReward(PolarReward.Config(), RewardContext())]
     try:
         for each in (reward, *parts):
             each.start()

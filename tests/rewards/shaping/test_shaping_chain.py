@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -253,3 +257,24 @@ def test_a_part_that_learns_after_keeps_its_scores_while_statistics_are_counted_
 def test_mistakes_name_the_step(steps: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_steps(steps)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name", "options"),
+    [("SHAPING", "Power", '{"exponent": 0.3}'), ("COMBINER", "SoftMinimum", '{"temperature": 0.5}')],
+)
+def test_the_contract_can_be_run_against_the_classes_of_the_docs(
+    repository: Path, tmp_path: Path, variable: str, name: str, options: str
+) -> None:
+    page = (repository / "docs/rewards/combination.md").read_text()
+    (tmp_path / "my_steps.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(repository)]),
+        variable: f"my_steps.{name}",
+        f"{variable}_OPTIONS": options,
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(repository / "tests/contract")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout

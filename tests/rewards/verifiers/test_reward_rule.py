@@ -20,16 +20,15 @@ from hypothesis import strategies as st
 from paths import SHARED
 
 from rewards.base import RewardContext
-from rewards.verifiers.math import (
+from rewards.verifiers.answers import (
     MAX_ANSWER_CHARACTERS,
-    RuleReward,
     compare_plain,
     final_answer,
     gold_answer,
-    judge,
     plain_decimal,
+    verify_pairs,
 )
-from rewards.verifiers.pool import verify_pairs
+from rewards.verifiers.math import MathReward
 from rlkit.experience import Group, Message, Prompt, Sample
 
 GSM8K = SHARED / "data" / "gsm8k"
@@ -37,9 +36,17 @@ needs_gsm8k = pytest.mark.skipif(not GSM8K.exists(), reason="../shared/data/gsm8
 
 
 @pytest.fixture(scope="module")
-def reward() -> Iterator[RuleReward]:
-    reward = RuleReward(RuleReward.Config(item_timeout_seconds=1.0), RewardContext())
+def reward() -> Iterator[MathReward]:
+    reward = MathReward(MathReward.Config(item_timeout_seconds=1.0), RewardContext())
     reward.start()
+    yield reward
+    reward.close()
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[MathReward]:
+    """With the deadlines of its defaults."""
+    reward = MathReward(MathReward.Config(), RewardContext())
     yield reward
     reward.close()
 
@@ -122,7 +129,7 @@ def test_prose_about_the_answer_does_not_replace_it(text: str, answer: str, mark
     assert found is not None and (found.text, found.marker) == (answer, marker)
 
 
-def test_an_answer_that_leaves_a_choice_is_not_right(reward: RuleReward) -> None:
+def test_an_answer_that_leaves_a_choice_is_not_right(reward: MathReward) -> None:
     texts = ["5 or 6", "5 and 6", "5 or -5", "5 or x", "5 dollars", "5 and I hope that this helps", "5 or so"]
     scores = reward.judge([f"#### {text}" for text in texts], ["5"] * len(texts))
     assert [score.value for score in scores] == [0.0] * 4 + [1.0] * 3
@@ -179,7 +186,7 @@ def test_plain_numbers() -> None:
     assert compare_plain("1234567890123456", "1234567890123457") is None  # and to 15 digits
 
 
-def test_verdicts_and_scores(reward: RuleReward) -> None:
+def test_verdicts_and_scores(reward: MathReward) -> None:
     texts = ["#### 3/4", r"\boxed{0.75}", "#### 0.8", "I do not know", "#### " + "7" * (MAX_ANSWER_CHARACTERS + 1)]
     (scored,) = reward.score([group("0.75", *texts)])
     assert [score.value for score in scored.samples] == [1.0, 1.0, 0.0, 0.0, 0.0]
@@ -192,20 +199,20 @@ def test_verdicts_and_scores(reward: RuleReward) -> None:
 
 
 def test_the_format_bonus_is_added_where_configured() -> None:
-    reward = RuleReward(RuleReward.Config(format_weight=0.1, accept_last_number=True), RewardContext())
+    reward = MathReward(MathReward.Config(format_weight=0.1, accept_last_number=True), RewardContext())
     scores = reward.judge(["#### 5", "#### 6", "it is 5", "nothing"], ["5"] * 4)
     reward.close()
     assert [score.value for score in scores] == [1.1, 0.1, 1.0, 0.0]
 
 
-def test_a_gold_answer_that_is_missing_or_unreadable_is_invalid_not_zero(reward: RuleReward) -> None:
+def test_a_gold_answer_that_is_missing_or_unreadable_is_invalid_not_zero(reward: MathReward) -> None:
     missing, unreadable = reward.judge(["#### 5", "#### 5"], [None, "???"])
     assert (missing.valid, missing.value) == (False, None)
     assert missing.reason.startswith("no_gold:")
     assert unreadable.reason.startswith("gold_unparsable:")
 
 
-def test_a_hanging_comparison_is_killed_and_only_its_own_sample_is_invalid(reward: RuleReward) -> None:
+def test_a_hanging_comparison_is_killed_and_only_its_own_sample_is_invalid(reward: MathReward) -> None:
     assert reward.judge([r"\boxed{w}"], ["2w"])[0].value == 0.0
     hung = verifier_processes()
     start = time.perf_counter()
@@ -217,7 +224,7 @@ def test_a_hanging_comparison_is_killed_and_only_its_own_sample_is_invalid(rewar
     assert not hung[0].is_running()
 
 
-def test_a_dead_verifier_process_is_replaced(reward: RuleReward) -> None:
+def test_a_dead_verifier_process_is_replaced(reward: MathReward) -> None:
     assert reward.judge([r"\boxed{y}"], ["2y"])[0].value == 0.0  # the process is up, whatever happened before
     killed = verifier_processes()
     assert killed, "no verifier process found"
@@ -235,15 +242,15 @@ def verifier_processes() -> list[psutil.Process]:
     return [verifier for server in servers for verifier in server.children()]
 
 
-def test_a_memory_bomb_fails_alone(reward: RuleReward) -> None:
+def test_a_memory_bomb_fails_alone(reward: MathReward) -> None:
     bomb, fine = reward.judge([r"\boxed{2^{2^{38}}}", r"\boxed{z+1}"], ["5", "1+z"])
     assert bomb.reason.partition(":")[0] in ("exception", "timeout", "crash")
     assert fine.value == 1.0
 
 
 def test_the_call_ends_within_its_budget() -> None:
-    config = RuleReward.Config(item_timeout_seconds=2.0, timeout_seconds=3.0)
-    reward = RuleReward(config, RewardContext())
+    config = MathReward.Config(item_timeout_seconds=2.0, timeout_seconds=3.0)
+    reward = MathReward(config, RewardContext())
     start = time.perf_counter()
     scores = reward.judge([rf"\boxed{{{9_999_990 + n}!}}" for n in range(5)], ["5"] * 5)
     assert time.perf_counter() - start < 6.0
@@ -255,10 +262,10 @@ def test_verifier_processes_do_not_outlive_a_killed_parent() -> None:
     script = textwrap.dedent(
         r"""
         from rewards.base import RewardContext
-        from rewards.verifiers.math import RuleReward
+        from rewards.verifiers.math import MathReward
 
         if __name__ == "__main__":
-            reward = RuleReward(RuleReward.Config(item_timeout_seconds=100.0, timeout_seconds=100.0), RewardContext())
+            reward = MathReward(MathReward.Config(item_timeout_seconds=100.0, timeout_seconds=100.0), RewardContext())
             reward.start()
             print("ready", flush=True)
             reward.judge([r"\boxed{99999999!}"], ["5"])
@@ -284,7 +291,7 @@ def _busy(process: psutil.Process) -> bool:
 
 
 @needs_gsm8k
-def test_real_model_solutions_are_judged_as_people_labelled_them() -> None:
+def test_real_model_solutions_are_judged_as_people_labelled_them(patient: MathReward) -> None:
     texts, golds, labels = [], [], []
     for line in (GSM8K / "model_solutions.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -292,7 +299,7 @@ def test_real_model_solutions_are_judged_as_people_labelled_them() -> None:
             texts.append(row[name]["solution"])
             golds.append(row["ground_truth"])
             labels.append(row[name]["is_correct"])
-    scores = judge(texts, golds)
+    scores = patient.judge(texts, golds)
     assert len(scores) == 2640
     assert all(score.valid for score in scores)
     agreement = np.mean([score.value == float(label) for score, label in zip(scores, labels, strict=True)])
@@ -300,9 +307,9 @@ def test_real_model_solutions_are_judged_as_people_labelled_them() -> None:
 
 
 @needs_gsm8k
-def test_every_reference_solution_scores_one() -> None:
+def test_every_reference_solution_scores_one(patient: MathReward) -> None:
     answers = [json.loads(line)["answer"] for split in ("train", "test") for line in (GSM8K / f"{split}.jsonl").open()]
-    scores = judge(answers, answers)
+    scores = patient.judge(answers, answers)
     assert len(scores) == 8792
     assert [answer for answer, score in zip(answers, scores, strict=True) if score.value != 1.0] == []
 

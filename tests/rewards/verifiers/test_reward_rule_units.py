@@ -10,7 +10,8 @@ import pytest
 from paths import SHARED
 
 from rewards.base import RewardContext
-from rewards.verifiers.math import RuleReward, final_answer, gold_answer, without_units
+from rewards.verifiers.answers import final_answer, gold_answer, without_units
+from rewards.verifiers.math import MathReward
 from rlkit.experience import Score
 
 GSM8K = SHARED / "data" / "gsm8k"
@@ -117,23 +118,23 @@ WRONG_WITHOUT_UNITS = [
 
 
 @pytest.fixture(scope="module")
-def plain() -> Iterator[RuleReward]:
-    yield from _started(RuleReward.Config())
+def plain() -> Iterator[MathReward]:
+    yield from _started(MathReward.Config())
 
 
 @pytest.fixture(scope="module")
-def math() -> Iterator[RuleReward]:
-    yield from _started(RuleReward.Config.model_validate(MATH))
+def math() -> Iterator[MathReward]:
+    yield from _started(MathReward.Config.model_validate(MATH))
 
 
-def _started(config: RuleReward.Config) -> Iterator[RuleReward]:
-    reward = RuleReward(config, RewardContext())
+def _started(config: MathReward.Config) -> Iterator[MathReward]:
+    reward = MathReward(config, RewardContext())
     reward.start()
     yield reward
     reward.close()
 
 
-def _judge(reward: RuleReward, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+def _judge(reward: MathReward, pairs: Sequence[tuple[str, str]]) -> list[Score]:
     return reward.judge([rf"So it is \boxed{{{answer}}}." for answer, _ in pairs], [gold for _, gold in pairs])
 
 
@@ -153,7 +154,7 @@ def test_a_long_answer_is_not_searched_for_a_unit(filler: str) -> None:
     assert time.perf_counter() - began < 0.2
 
 
-def test_units_do_not_matter_where_configured(plain: RuleReward, math: RuleReward) -> None:
+def test_units_do_not_matter_where_configured(plain: MathReward, math: MathReward) -> None:
     for pairs, expected in ((RIGHT_WITHOUT_UNITS, 1.0), (WRONG_WITHOUT_UNITS, 0.0)):
         scores = _judge(math, pairs)
         assert [(pair, s.value, s.trace) for pair, s in zip(pairs, scores, strict=True) if s.value != expected] == []
@@ -177,7 +178,7 @@ def test_markers_can_be_chosen() -> None:
     assert final_answer(text, markers=("####",)).text == "2"  # type: ignore[union-attr]
     assert final_answer(text, markers=("answer is",)).text == "1"  # type: ignore[union-attr]
     assert final_answer(text, markers=("boxed",)) is None
-    reward = RuleReward(RuleReward.Config(markers=("boxed",)), RewardContext())
+    reward = MathReward(MathReward.Config(markers=("boxed",)), RewardContext())
     marked, unmarked = reward.judge([r"\boxed{2}", "#### 2"], ["#### 2"] * 2)
     reward.close()
     assert (marked.value, unmarked.value) == (1.0, 0.0)
@@ -185,12 +186,12 @@ def test_markers_can_be_chosen() -> None:
 
 
 @needs_gsm8k
-def test_math_and_gsm8k_options_agree_with_the_yardstick_on_real_solutions(plain: RuleReward) -> None:
+def test_math_and_gsm8k_options_agree_with_the_yardstick_on_real_solutions(plain: MathReward) -> None:
     rows = [json.loads(line) for line in (GSM8K / "model_solutions.jsonl").read_text().splitlines()[::5]]
     texts = [row["175b_verification"]["solution"] for row in rows]
     labels = [float(row["175b_verification"]["is_correct"]) for row in rows]
     golds = [row["ground_truth"] for row in rows]
-    gsm8k = RuleReward(RuleReward.Config(markers=("####", "A:"), strip_units=True), RewardContext())
+    gsm8k = MathReward(MathReward.Config(markers=("####", "A:"), strip_units=True), RewardContext())
     for reward in (plain, gsm8k):
         found = [score.value for score in reward.judge(texts, golds)]
         assert sum(a == b for a, b in zip(found, labels, strict=True)) >= 0.995 * len(labels)

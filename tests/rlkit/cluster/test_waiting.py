@@ -1,4 +1,4 @@
-"""Waits: told while they last, ended at their deadline with who waited for what, also where nobody can cancel."""
+"""Waits: reported while they last, ended at their deadline with who waited for what, also where nobody can cancel."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_screen_in_trouble_does_not_stop_the_watchdog(
     trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rlkit.cluster.waiting.TICK_SECONDS", 0.02)
-    monkeypatch.setattr("rlkit.cluster.waiting.TELL_SECONDS", 0.1)
+    monkeypatch.setattr("rlkit.cluster.waiting.REPORT_SECONDS", 0.1)
     asked: list[str] = []
 
     def say(line: str) -> None:
@@ -88,12 +88,14 @@ def test_a_screen_in_trouble_does_not_stop_the_watchdog(
 
     with Watchdog(say, 0.02, tmp_path / "driver.log"):
         asyncio.run(two_waits(outer=10, inner=10, body=1.5))
-    assert len(asked) >= 2, "it goes on after the first telling"
+    assert len(asked) >= 2, "it goes on after the first report"
     if trouble == "closed":
         assert (tmp_path / "driver.log").read_text().startswith(asked[0] + "\n(could not be said: BrokenPipeError")
 
 
-def test_long_waits_are_told_in_one_line_at_growing_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_waits_are_reported_in_one_line_at_growing_intervals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rlkit.cluster.waiting.TICK_SECONDS", 0.02)
     said: list[tuple[float, str]] = []
     began = time.monotonic()
@@ -105,10 +107,10 @@ def test_long_waits_are_told_in_one_line_at_growing_intervals(tmp_path: Path, mo
     for _, line in said:
         assert line.startswith("waiting long: step 4 for groups, update and new weights (0.")
         assert "; the rollout pool for rollout worker 1: 00000003" in line
-    assert said[0][1].count("00000007") == 1 and "00000007" not in said[2][1], "what is left is asked at each telling"
+    assert said[0][1].count("00000007") == 1 and "00000007" not in said[2][1], "what is left is asked for each report"
 
 
-def test_short_waits_are_never_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_waits_are_never_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlkit.cluster.waiting.TICK_SECONDS", 0.01)
     said: list[str] = []
     with Watchdog(said.append, 0.5, tmp_path / "stacks.log"):
@@ -152,7 +154,7 @@ import asyncio, sys, time
 from pathlib import Path
 from rlkit.cluster import waiting as module
 from rlkit.cluster.waiting import Watchdog, blocking, waiting
-module.TICK_SECONDS, module.GRACE_SECONDS, module.TELL_SECONDS = 0.05, 0.3, 0.5
+module.TICK_SECONDS, module.GRACE_SECONDS, module.REPORT_SECONDS = 0.05, 0.3, 0.5
 
 def library_call_that_never_returns():
     time.sleep(600)
@@ -191,7 +193,7 @@ def test_what_cannot_be_cancelled_ends_with_its_process_and_the_stacks_of_its_th
 
 
 @pytest.mark.parametrize("say", ["raise BrokenPipeError", "time.sleep(600)"])
-def test_it_is_ended_also_where_nobody_can_be_told(say: str, tmp_path: Path) -> None:
+def test_it_is_ended_also_where_nothing_can_be_reported(say: str, tmp_path: Path) -> None:
     program = PROGRAM.replace("BODY", "asyncio.run(blocked_loop())").replace("SAY", say)
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "driver.log")], timeout=60, check=False)
     assert done.returncode == 1

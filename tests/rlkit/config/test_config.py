@@ -105,7 +105,7 @@ def test_defaults_resolve_to_typed_parts(load: Load) -> None:
     run = load()
     assert run.algorithm_class.__name__ == "GRPO"
     assert run.algorithm_config.samples_per_prompt == 8
-    assert run.reward_class.__name__ == "RuleReward"
+    assert run.reward_class.__name__ == "MathReward"
     assert run.config.reward["timeout_seconds"] == run.reward_config.timeout_seconds
     assert run.config.run_dir.is_absolute()
     assert run.config.run_dir.parent.name == "runs"

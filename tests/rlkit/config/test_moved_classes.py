@@ -12,7 +12,7 @@ from rlkit.checkpoint.folder import seal, stage
 from rlkit.checkpoint.resume import find_resume
 from rlkit.config.loading import load_config
 from rlkit.config.parts import Contract, config_text, import_part, plain
-from rlkit.reward_training.load import CONTRACTS as REWARD_TRAINING
+from rlkit.reward_training.command import CONTRACTS as REWARD_TRAINING
 
 OLD_TARGETS = [
     "algorithms.grpo.GRPO",
@@ -57,7 +57,8 @@ def test_old_paths_resolve(target: str) -> None:
     if "reward_training" in target:
         kind, contract = "reward", REWARD_TRAINING["reward"]
 
-    assert import_part(kind, target, contract).__name__ == target.rpartition(".")[2]
+    name = target.rpartition(".")[2].replace("RuleReward", "MathReward")
+    assert import_part(kind, target, contract).__name__ == name
 
 
 def test_an_old_file_becomes_a_present_configuration(tmp_path: Path) -> None:
@@ -70,13 +71,13 @@ def test_an_old_file_becomes_a_present_configuration(tmp_path: Path) -> None:
     run = load_config([f"run_dir={tmp_path / 'run'}"], file)
 
     assert "rewards.rule" not in config_text(run.config)
-    assert run.config.reward["parts"]["rule"]["_target_"] == "rewards.verifiers.math.RuleReward"
+    assert run.config.reward["parts"]["rule"]["_target_"] == "rewards.verifiers.math.MathReward"
     assert run.config.reward["parts"]["rule"]["strip_units"] is True
 
 
 def test_a_checkpoint_made_under_old_names_is_of_the_same_run(tmp_path: Path) -> None:
     run = load_config([f"run_dir={tmp_path / 'run'}", "reward=rule", "resume=auto"])
-    text = json.dumps(plain(run.config)).replace("rewards.verifiers.math.RuleReward", "rewards.rule.reward.RuleReward")
+    text = json.dumps(plain(run.config)).replace("rewards.verifiers.math.MathReward", "rewards.rule.reward.RuleReward")
     old = json.loads(text)
     del old["verifier"]  # a part that came later
     seal(stage(tmp_path / "run" / "checkpoints", 3), {"step": 3, "config": old})

@@ -95,7 +95,7 @@ def test_every_mistake_is_reported_with_the_name_that_was_meant(tmp_path: Path) 
     assert "Echo can only train" in problems(*ECHO, "stage=evaluate")[0]
     assert (
         "is not a subclass of rlkit.reward_training.base.RewardTraining"
-        in problems("reward._target_=rewards.verifiers.math.RuleReward")[0]
+        in problems("reward._target_=rewards.verifiers.math.MathReward")[0]
     )
 
 

@@ -136,7 +136,7 @@ def test_killed_workers_are_gone() -> None:
 
 def test_verifier_processes_end_with_a_killed_worker() -> None:
     async def check() -> None:
-        reward = {"_target_": "rewards.verifiers.math.RuleReward", "timeout_seconds": 30.0}
+        reward = {"_target_": "rewards.verifiers.math.MathReward", "timeout_seconds": 30.0}
         rewards = RewardPool(reward, RewardContext(), startup_timeout_seconds=60)
         await rewards.start()
         pid = rewards.health()[0]["pid"]

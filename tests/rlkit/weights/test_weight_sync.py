@@ -79,7 +79,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WeightSync]:
         patch.setattr("rlkit.learner.actors.LearnerWorker", OpenRank)
         pool = RolloutPool(config, model, logs)
         learner = LearnerGroup(config, model, algorithm, logs)
-        reward = RewardPool({"_target_": "rewards.verifiers.math.RuleReward"}, RewardContext(), 60.0)
+        reward = RewardPool({"_target_": "rewards.verifiers.math.MathReward"}, RewardContext(), 60.0)
         sync = WeightSync(config, pool, JointLearner(algorithm, learner, None, config.critic), reward, CANARY)
         sync.sleeps = True  # vLLM refuses the option on a CPU, and ignores the calls but for their order
 
