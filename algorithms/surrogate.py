@@ -1,6 +1,6 @@
-"""What most algorithms share: the policy loss with its options, and what shapes the reward before the advantages.
+"""The policy loss with its options, and rewards before the advantages, shared by most algorithms.
 
-A subclass says only what its advantages are. Every option acts, or is refused when the configuration is read.
+A subclass defines its advantages. Options without effect are refused when the configuration is read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INPUTS = (*(field.name for field in fields(LossInputs)), "num_sequences")
 
 
 def find_surrogate(name: str) -> Any:
-    """A built-in surrogate, or the function or class at a dotted path. Raises ValueError."""
+    """Raise ValueError if there is none of that name or dotted path."""
     if name in SURROGATES:
         return SURROGATES[name]
     module_name, _, attribute = name.rpartition(".")
@@ -62,8 +62,7 @@ def find_surrogate(name: str) -> Any:
 
 
 def surrogate_parameters(surrogate: Any) -> list[str]:
-    """The parameters of a surrogate (of a class: of its `__call__`). Raises ValueError for one that cannot be
-    supplied."""
+    """Of a class: those of its `__call__`. Raise ValueError for one that cannot be supplied."""
     if inspect.isclass(surrogate) and not any("__call__" in vars(base) for base in surrogate.__mro__):
         raise ValueError("is a class without __call__, which computes the loss")
     signature = inspect.signature(surrogate.__call__ if inspect.isclass(surrogate) else surrogate)
@@ -106,14 +105,14 @@ class SurrogateConfig(AlgorithmConfig):
     """Defaults are PPO's, where it gives them (arXiv 1707.06347)."""
 
     loss: str = "clipped"
-    """clipped: PPO's surrogate; gspo: the same with the ratio of whole samples; cispo: clipped weights of log-probs; or
-    the dotted path of a function or class of one's own."""
+    """clipped: PPO's surrogate; gspo: the same with the ratio of whole samples; cispo: clipped weights of log-probs;
+    or the dotted path of your function or class."""
     loss_options: dict[str, Any] | None = Field(default=None, validate_default=True)
-    """Options of a `loss` of one's own that is a class with a Config."""
+    """Options of your `loss`, if it is a class with a Config."""
     clip_low: float = Field(default=0.2, gt=0, le=1)
     """The ratio to the policy before the update is clipped below at 1 - clip_low (1: no lower bound)."""
     clip_high: float = Field(default=0.2, gt=0)
-    """And above at 1 + clip_high."""
+    """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound on the loss of tokens with a negative advantage, as a multiple of it (published: 3); for loss=clipped."""
     aggregation: Aggregation = "token_mean"
@@ -123,17 +122,17 @@ class SurrogateConfig(AlgorithmConfig):
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty to the reference policy; 0 loads none."""
     kl_in: KLPlace = "loss"
-    """Where the penalty is: a term of the loss, or taken off the reward."""
+    """Where the penalty is: a term of the loss, or subtracted from the reward."""
     kl_estimator: Estimator = "k3"
     """Of the KL per token. k1 has no gradient in expectation, so it belongs in the reward."""
     kl_target: float | None = Field(default=None, gt=0)
-    """Nats per token: `kl_coefficient` starts as given and is steered to keep the KL there; null: it stays fixed."""
+    """Nats per token: `kl_coefficient` is steered to keep the KL there; null: it stays fixed."""
     kl_horizon: int = Field(default=10_000, ge=1)
     """Samples over which a KL that is 20 % off its target changes the coefficient by 20 % (arXiv 1909.08593)."""
     entropy_coefficient: float = 0.0
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "truncate", "mask", "decoupled"] = "none"
-    """Weights against the difference between sampler and learner: truncated, left out where too far, or as they are."""
+    """Weights against the difference between sampler and learner: truncated, 0 where too far, or as they are."""
     largest_weight: float | None = Field(default=None, gt=0)
     """For rollout_correction=truncate (published: 2) and mask (published: 5)."""
     smallest_weight: float | None = Field(default=None, gt=0)
@@ -158,9 +157,9 @@ class SurrogateConfig(AlgorithmConfig):
 
     @model_validator(mode="after")
     def _every_option_acts(self) -> Self:
-        wanted = surrogate_parameters(find_surrogate(self.loss))
+        parameters = surrogate_parameters(find_surrogate(self.loss))
         for name in CLIP_OPTIONS:
-            if name not in wanted and not self._is_default(name):
+            if name not in parameters and not self._is_default(name):
                 raise ValueError(f"{name} has no effect with loss={self.loss}")
         if (self.constant_length is not None) != (self.aggregation == "constant_length"):
             raise ValueError("aggregation=constant_length and the tokens constant_length=N go together; set both")
@@ -197,7 +196,7 @@ class SurrogateAlgorithm(Algorithm):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._surrogate = make_surrogate(config.loss, config.loss_options)
-        self._wanted = surrogate_parameters(self._surrogate)
+        self._parameters = surrogate_parameters(self._surrogate)
         self._adaptive = (
             None
             if config.kl_target is None
@@ -206,7 +205,6 @@ class SurrogateAlgorithm(Algorithm):
 
     @property
     def kl_coefficient(self) -> float:
-        """The current weight of the KL penalty."""
         fixed: float = self.config.kl_coefficient
         return fixed if self._adaptive is None else self._adaptive.value
 
@@ -234,8 +232,7 @@ class SurrogateAlgorithm(Algorithm):
         return replace(credit, scalars=weight, metrics={**credit.metrics, "kl/coefficient": self.kl_coefficient})
 
     @abstractmethod
-    def credit(self, experience: Experience) -> Advantages:
-        """The advantages of this algorithm."""
+    def credit(self, experience: Experience) -> Advantages: ...
 
     def outcome_rewards(self, outcomes: Outcomes) -> tuple[Float64, dict[str, float]]:
         """[B] rewards with the over-long penalty, and its metric."""
@@ -309,8 +306,8 @@ class SurrogateAlgorithm(Algorithm):
         return LossOutput(loss=loss, sums=sums)
 
     def _surrogate_rows(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-        wanted = {name: getattr(self.config if name in CLIP_OPTIONS else inputs, name) for name in self._wanted}
-        rows, binds = self._surrogate(**wanted)
+        arguments = {name: getattr(self.config if name in CLIP_OPTIONS else inputs, name) for name in self._parameters}
+        rows, binds = self._surrogate(**arguments)
         if not rows.shape == binds.shape == inputs.logprobs.shape:
             raise ValueError(
                 f"loss={self.config.loss} must return two tensors of shape {list(inputs.logprobs.shape)}, token losses "

@@ -22,7 +22,7 @@ import rlkit
 from rewards.base import Reward, RewardConfig, RewardContext, TrainableReward
 from rlkit.config.help import print_section
 from rlkit.config.loading import Loading
-from rlkit.config.messages import ConfigError, Problem, all_fields
+from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import CONTRACTS, TARGET, conf_dir
 from rlkit.experience.section import Section
 from rlkit.experience.wire import SCHEMA_VERSION, Health, Needs
@@ -122,11 +122,11 @@ class _ServeLoading(Loading):
         contracts = {"reward": CONTRACTS["reward"]}
         super().__init__(used, None, folder=conf_dir(), schema=_ServeRun, contracts=contracts)
         self.problems += [
-            Problem(argument, f"has no effect in rlkit.serve; what has: {', '.join(USED)}") for argument in refused
+            ConfigIssue(argument, f"has no effect in rlkit.serve; what has: {', '.join(USED)}") for argument in refused
         ]
         if not {"reward", "reward._target_"} & set(self.overrides.typed):
             self.problems.append(
-                Problem("reward", "choose what to serve: reward=rule, or reward._target_=my_module.MyReward")
+                ConfigIssue("reward", "choose what to serve: reward=rule, or reward._target_=my_module.MyReward")
             )
         self.token: str | None = None
 
@@ -140,7 +140,7 @@ class _ServeLoading(Loading):
             self.available["serve"] = self._section(ServeConfig, section, "serve.", known)
         else:
             message = "is a section; set its keys one by one, like serve.port=8000"
-            self.problems.append(Problem(self.sources.where("serve", section), message))
+            self.problems.append(ConfigIssue(self.sources.where("serve", section), message))
         plain = {key: value for key, value in self.tree.items() if key in ("seed", "dry_run")}
         self.available["top"] = self._section(_ServeRun, {**plain, "reward": {}}, "", known)
 
@@ -148,7 +148,7 @@ class _ServeLoading(Loading):
         if "reward" in self.parts:
             part = self.parts["reward"]
             where = self.sources.where("reward", None)
-            self.problems += [Problem(where, message) for message in part.cls.check(part.config)]
+            self.problems += [ConfigIssue(where, message) for message in part.cls.check(part.config)]
         serve = self.available.get("serve")
         if isinstance(serve, ServeConfig):
             self.token, problems = _token(serve, self.sources.where)
@@ -169,7 +169,7 @@ class _ServeLoading(Loading):
         )
 
 
-def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | None, list[Problem]]:
+def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | None, list[ConfigIssue]]:
     """Return the configured token; a server that others can reach must have one."""
     variable = serve.token_env
     if variable is None:
@@ -179,14 +179,14 @@ def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | 
             "others can reach this address, so requests must carry a token: export RLKIT_TOKEN=... and add "
             "serve.token_env=RLKIT_TOKEN"
         )
-        return None, [Problem(where("serve.host", serve.host), message)]
+        return None, [ConfigIssue(where("serve.host", serve.host), message)]
     key, token = where("serve.token_env", variable), os.environ.get(variable, "").strip()
     if not token:
-        return None, [Problem(key, f"the environment has no {variable}; `export {variable}=...` first")]
+        return None, [ConfigIssue(key, f"the environment has no {variable}; `export {variable}=...` first")]
     if len(token) < LEAST_TOKEN_CHARACTERS or not token.isascii():
         remedy = 'python -c "import secrets; print(secrets.token_urlsafe())" makes a good one'
         message = f"the token must have at least {LEAST_TOKEN_CHARACTERS} ASCII characters; {remedy}"
-        return None, [Problem(key, message)]
+        return None, [ConfigIssue(key, message)]
     return token, []
 
 
@@ -209,7 +209,9 @@ def _listening(serve: ServeConfig) -> Iterator[socket.socket]:
         listener.bind(address)
     except OSError as error:
         where = f"serve.host={serve.host} serve.port={serve.port}"
-        raise ConfigError([Problem(where, f"cannot listen there: {error.strerror}; choose another port")]) from error
+        raise ConfigError(
+            [ConfigIssue(where, f"cannot listen there: {error.strerror}; choose another port")]
+        ) from error
     with listener:
         yield listener
 
