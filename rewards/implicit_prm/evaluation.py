@@ -23,7 +23,7 @@ from algorithms.functional.selection import (
 )
 from rewards.implicit_prm.learner import Encoded
 from rewards.implicit_prm.steps import aggregate, step_scores
-from rewards.verifiers.math import final_answer
+from rewards.verifiers.answers import final_answer
 
 MOST_SUBSETS = 64
 """Subsets of a prompt's responses that are looked at for each N."""

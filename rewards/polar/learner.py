@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 from rewards.polar.backends import RELEASED_ARCHITECTURE
 from rewards.polar.serialise import MARKER, SEPARATOR, Limits, Serialiser, Wrapper
 from rewards.polar.triplets import PromptRows, Triplet, attainable_accuracy, contrasts, verdicts
-from rewards.verifiers.math import final_answer
+from rewards.verifiers.answers import final_answer
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
 from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens

@@ -242,7 +242,7 @@ def _policies(prompts: Sequence[PromptRows]) -> list[str]:
 
 def _is_right(prompt: PromptRows, text: str) -> bool | None:
     """By the rule, where the gold response marks a plain number as its answer; None where that cannot be said."""
-    from rewards.verifiers.math import compare_plain, final_answer
+    from rewards.verifiers.answers import compare_plain, final_answer
 
     gold = None if prompt.reference is None else final_answer(prompt.reference)
     if gold is None:

@@ -24,11 +24,6 @@ class PromptOrder:
         self._position = 0
         self._permutation = self._shuffled()
 
-    @property
-    def epoch(self) -> int:
-        """Epochs completed so far."""
-        return self._epoch
-
     def take(self, count: int) -> list[Prompt]:
         if count < 0:
             raise ValueError(f"cannot take {count} prompts")
