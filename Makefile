@@ -30,7 +30,7 @@ except (OSError, ValueError):
 endef
 export REACHABLE
 
-.PHONY: setup demo test test-cluster lint clean
+.PHONY: setup demo test test-cluster lint clean bubblewrap
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -54,11 +54,17 @@ $(INSTALLED): setup.py
 demo: setup
 	$(RUN_ENV) $(BIN)/python -m rlkit.train $(TRAIN_ARGS)
 
-test: setup
+# What the tests need beyond pip, installed where that is allowed; without it they skip what needs it, and say so.
+bubblewrap:
+	@command -v bwrap >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq bubblewrap >/dev/null; } \
+		|| echo "bubblewrap is not installed: the tests of reward=code will be skipped"
+
+test: setup bubblewrap
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not cluster" $(TEST_ARGS)
 
 # Runs that are killed and resumed, Ray clusters of their own, jobs, every recipe and reward to the end.
-test-cluster: setup
+test-cluster: setup bubblewrap
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow or cluster" $(TEST_ARGS)
 
 lint: setup

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rlkit.config.plan import engines_sleep, weight_way
+from rlkit.config.plan import engines_sleep, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
@@ -30,7 +30,7 @@ class WeightSync:
     ) -> None:
         """`canary`: a prompt whose log-probs prove that sampler and learner hold the same policy."""
         self.rollout, self.learner, self.reward, self.canary = rollout, learner, reward, tuple(canary)
-        self.way = weight_way(config.cluster, config.rollout, config.learner)
+        self.route = weight_route(config.cluster, config.rollout, config.learner)
         self.sleeps = engines_sleep(config)
         self._wanted = np.empty(0)
         """The learner's log-probs of the canary at the last publication."""
@@ -45,7 +45,7 @@ class WeightSync:
     async def publish(self, version: int) -> float:
         """Send the weights to every rollout worker and verify them; return the canary's difference in log-probs."""
         policy, bundle = self.learner.policy, None
-        if self.way == "object_store" or self.reward.follows_policy:
+        if self.route == "object_store" or self.reward.follows_policy:
             bundle, _, self._wanted = await policy.publishable(self.canary)
         else:
             self._wanted = await policy.canary_logprobs(self.canary)
@@ -66,7 +66,7 @@ class WeightSync:
 
     async def _deliver(self, published: Published) -> float:
         ready, checksum = await self.rollout.prepare(published), None
-        if self.way == "object_store":
+        if self.route == "object_store":
             await self.rollout.give(ready)
         elif ready:
             checksum = await self._send(ready, published.version)

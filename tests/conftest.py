@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import struct
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,17 @@ def bare_model(tmp_path: Path) -> Path:
     header = json.dumps(tensors).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(51200))
     return folder
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    """The last line: what was not tested for lack of bubblewrap."""
+    yield
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    untested = [reason for reason in reasons if "bubblewrap" in reason]
+    if untested:
+        terminalreporter.write_line(
+            f"NOT TESTED: sandboxes of model-written code (reward=code), {len(untested)} tests: they need a working "
+            "bubblewrap. Install it (apt-get install -y bubblewrap) and run the tests again.",
+            red=True,
+        )

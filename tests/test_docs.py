@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from sandbox_fixture import need_bubblewrap
 
 from benchmarks.structure import core_path
 
@@ -68,6 +69,8 @@ def validated() -> list[tuple[str, str]]:
 def test_commands_validate(page: str, command: str, folder: Path) -> None:
     if "../shared" in command and not (ROOT / "../shared/data").is_dir():
         pytest.skip("needs ../shared/data beside the project")
+    if "isolation=bubblewrap" in command:
+        need_bubblewrap()
     module, *arguments = shlex.split(command)[2:]
     if "--help" not in arguments:
         named = "run_dir=" in command or module == "rlkit.serve"

@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest whole checkpoint, and whether it belongs to this configuration."""
+"""Where a run resumes: the newest whole checkpoint, and whether it belongs to this configuration."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.checkpoint.folder import BadCheckpointError, Sealed, open_checkpoint, sealed_folders
-from rlkit.config.messages import ConfigError, Problem
+from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.config.parts import CONTRACTS, plain, with_present_targets
+from rlkit.config.plan import Line
 from rlkit.config.schema import RunConfig
 
 FIXED = ("model", "data", "algorithm", "reward._target_", "seed", "trainer.prompts_per_step", "rollout.temperature")
-"""Keys and sections that a resumed run must have in common with its checkpoint."""
+"""Keys and sections that a resumed run must share with its checkpoint."""
 FREE = ("run_dir", "resume", "dry_run", "tracking")
-"""Keys and sections whose change is not worth a word."""
+"""Keys and sections whose change is not reported."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint to go on from."""
-
     checkpoint: Sealed
     notices: tuple[str, ...]
     """What was skipped, and what differs although it may."""
     same_run: bool
     """Whether it lies in this run's own folder, whose metrics and samples are then continued."""
 
+    def plan(self) -> list[Line]:
+        """The lines of the run's plan that it adds."""
+        start = f"{self.checkpoint.path} (after {self.checkpoint.step} steps)"
+        return [Line("resume", "from", start), *(Line("resume", "", notice) for notice in self.notices)]
+
 
 def find_resume(config: RunConfig) -> ResumePoint | None:
-    """The checkpoint that `resume` asks for; None for a run from the beginning.
+    """The checkpoint that `resume` asks for; None for a new run.
 
     Raises ConfigError if `resume` names no whole checkpoint, or one of another model, data or algorithm.
     """
@@ -38,22 +42,22 @@ def find_resume(config: RunConfig) -> ResumePoint | None:
         return None
     own = (Path(config.run_dir).expanduser().absolute()) / "checkpoints"
     if config.resume == "auto":
-        found, skipped = _newest(own)
-        if found is None and skipped:
-            raise ConfigError([Problem("resume=auto", f"no checkpoint in {own} is whole: {'; '.join(skipped)}")])
+        checkpoint, skipped = _newest(own)
+        if checkpoint is None and skipped:
+            raise ConfigError([ConfigIssue("resume=auto", f"no checkpoint in {own} is whole: {'; '.join(skipped)}")])
     else:
-        found, skipped = _named(Path(config.resume).expanduser().absolute())
-    if found is None:
+        checkpoint, skipped = _named(Path(config.resume).expanduser().absolute())
+    if checkpoint is None:
         return None
-    differences = _differences(found, config)
-    _refuse_another_run(found, config, differences)
+    differences = _differences(checkpoint, config)
+    _refuse_another_run(checkpoint, config, differences)
     changed = [
         f"{key} was {_shown(old)} and is {_shown(new)} now"
         for key, old, new in differences
         if not _is_one_of(key, (*FIXED, *FREE))
     ]
     notices = [f"checkpoint {text}" for text in skipped] + changed
-    return ResumePoint(found, tuple(notices), same_run=found.path.parent == own)
+    return ResumePoint(checkpoint, tuple(notices), same_run=checkpoint.path.parent == own)
 
 
 def _newest(checkpoints: Path) -> tuple[Sealed | None, list[str]]:
@@ -67,34 +71,34 @@ def _newest(checkpoints: Path) -> tuple[Sealed | None, list[str]]:
 
 
 def _named(path: Path) -> tuple[Sealed, list[str]]:
-    """A checkpoint's own folder, or a run's folder, of which the newest is taken."""
-    given = f"resume={path}"
+    """A checkpoint's own folder, or a run's folder, of which the newest is used."""
+    where = f"resume={path}"
     if not path.is_dir():
-        raise ConfigError([Problem(given, "there is no such folder; name a checkpoint (.../step_NNNNNN) or a run")])
+        raise ConfigError([ConfigIssue(where, "there is no such folder; name a checkpoint (.../step_NNNNNN) or a run")])
     if (path / "checkpoints").is_dir():
-        found, skipped = _newest(path / "checkpoints")
-        if found is None:
+        checkpoint, skipped = _newest(path / "checkpoints")
+        if checkpoint is None:
             raise ConfigError(
-                [Problem(given, f"holds no whole checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")]
+                [ConfigIssue(where, f"holds no whole checkpoint{': ' if skipped else ''}{'; '.join(skipped)}")]
             )
-        return found, skipped
+        return checkpoint, skipped
     try:
         return open_checkpoint(path), []
     except BadCheckpointError as error:
-        raise ConfigError([Problem(given, f"is no whole checkpoint: {error}")]) from None
+        raise ConfigError([ConfigIssue(where, f"is no whole checkpoint: {error}")]) from None
 
 
-def _refuse_another_run(found: Sealed, config: RunConfig, differences: Sequence[tuple[str, Any, Any]]) -> None:
+def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequence[tuple[str, Any, Any]]) -> None:
     problems = [
-        Problem(key, f"is {_shown(new)}, but {found.path} was made with {_shown(old)}; that is another run")
+        ConfigIssue(key, f"is {_shown(new)}, but {checkpoint.path} was made with {_shown(old)}; that is another run")
         for key, old, new in differences
         if _is_one_of(key, FIXED)
     ]
-    if config.trainer.total_steps < found.step:
+    if config.trainer.total_steps < checkpoint.step:
         problems.append(
-            Problem(
+            ConfigIssue(
                 f"trainer.total_steps={config.trainer.total_steps}",
-                f"{found.path} already has {found.step} steps; ask for more, or name an earlier checkpoint",
+                f"{checkpoint.path} already has {checkpoint.step} steps; ask for more, or name an earlier checkpoint",
             )
         )
     if problems:
@@ -105,10 +109,10 @@ def _is_one_of(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _differences(found: Sealed, config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(full key, the checkpoint's value, the run's) of every leaf that differs; a part that checkpoints did not know
-    when this one was made does not."""
-    old, new = with_present_targets(found.manifest["config"]), plain(config)
+def _differences(checkpoint: Sealed, config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(full key, the checkpoint's value, the run's) of every leaf that differs, except parts that are newer than the
+    checkpoint."""
+    old, new = with_present_targets(checkpoint.manifest["config"]), plain(config)
     added = {kind: new[kind] for kind in CONTRACTS if kind not in old}
     return list(_different_leaves({**old, **added}, new))
 

@@ -1,7 +1,7 @@
 """Parts that do not fit together: small pure functions, each about one combination.
 
-A check names in its parameters what it looks at; it runs if those were valid by themselves. It yields findings: one
-that refuses the run, or one that only warns.
+A check names in its parameters what it looks at; it runs if those were valid by themselves. It yields issues,
+which refuse the run or only warn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from algorithms.base import Algorithm
-from rlkit.config.messages import Finding, Findings
+from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import Part
 from rlkit.config.plan import engines_fit_on_nodes, phases_make_room, weights_can_travel
@@ -33,66 +33,66 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "c
 RAY_WORKING_DIRS = "/runtime_resources/working_dir_files/"
 
 
-def run_checks(available: Mapping[str, Any]) -> list[Finding]:
-    """All findings of the checks whose parameters are all in `available` (section or part by name)."""
-    findings: list[Finding] = []
+def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
+    """All issues of the checks whose parameters are all in `available` (section or part by name)."""
+    issues: list[ConfigIssue] = []
     for check in CHECKS:
         names = list(inspect.signature(check).parameters)
         if all(name in available for name in names):
-            findings += check(**{name: available[name] for name in names})
-    return findings
+            issues += check(**{name: available[name] for name in names})
+    return issues
 
 
-def group_is_large_enough(algorithm: Algorithm) -> Findings:
+def group_is_large_enough(algorithm: Algorithm) -> Issues:
     """A group statistic over too few samples is noise."""
     least = algorithm.needs().min_samples_per_prompt
     if algorithm.config.samples_per_prompt < least:
         name = type(algorithm).__name__
-        yield Finding(
+        yield ConfigIssue(
             "algorithm.samples_per_prompt",
             f"{name} compares the samples of a prompt with each other and needs at least {least}",
         )
 
 
-def reward_finds_its_columns(reward: Part, data: DataSource) -> Findings:
+def reward_finds_its_columns(reward: Part, data: DataSource) -> Issues:
     """A reward without references or answers would score nothing."""
     traits, provided = reward.cls.traits(reward.config), data.provides()
     wanted = [("references", traits.references), ("answer", traits.answer), *((name, True) for name in traits.columns)]
     lacking = [name for name, needed in wanted if needed and name not in provided]
     if lacking:
-        yield Finding(
+        yield ConfigIssue(
             "reward",
             f"{reward.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
             f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another reward",
         )
 
 
-def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> Findings:
+def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> Issues:
     """PRIME without a process reward model would stop after the first rollout."""
     if algorithm.needs().process_rewards and not reward.cls.traits(reward.config).process_rewards:
-        yield Finding(
+        yield ConfigIssue(
             "reward",
             f"{type(algorithm).__name__} needs process rewards, and {reward.cls.__name__} gives none; "
             "use reward=implicit_prm",
         )
 
 
-def reward_can_compare(algorithm: Algorithm, reward: Part) -> Findings:
+def reward_can_compare(algorithm: Algorithm, reward: Part) -> Issues:
     """A lone response compared with its group is worth the same whatever it says."""
     needed = reward.cls.traits(reward.config).samples
-    given = algorithm.config.samples_per_prompt + algorithm.needs().greedy_response
-    if given < needed:
-        yield Finding(
+    responses = algorithm.config.samples_per_prompt + algorithm.needs().greedy_response
+    if responses < needed:
+        yield ConfigIssue(
             "reward",
             f"{reward.cls.__name__} compares the responses to a prompt with each other and needs at least {needed} of "
-            f"them; there are {given} (algorithm.samples_per_prompt)",
+            f"them; there are {responses} (algorithm.samples_per_prompt)",
         )
 
 
-def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Findings:
+def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Issues:
     """Logits spread over ten and more in one group and over a tenth in the next, which would then hardly count."""
     if reward.cls.traits(reward.config).raw_scores and not algorithm.normalises():
-        yield Finding(
+        yield ConfigIssue(
             "reward",
             f"{reward.cls.__name__} gives raw scores of a model and {type(algorithm).__name__} does not divide by "
             "their spread, so prompts whose scores spread widely outweigh others; GRPO and PPO do it by default, or "
@@ -101,13 +101,15 @@ def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Findings:
         )
 
 
-def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Findings:
+def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Issues:
     """A yardstick: it does not learn, and takes one response with what the data give."""
     traits, provided = verifier.cls.traits(verifier.config), data.provides()
     if traits.update_when != "none" or traits.follows_policy:
-        yield Finding("verifier", f"{verifier.cls.__name__} learns in the run; a verifier must judge alike to its end")
+        yield ConfigIssue(
+            "verifier", f"{verifier.cls.__name__} learns in the run; a verifier must judge alike to its end"
+        )
     if traits.samples > 1:
-        yield Finding(
+        yield ConfigIssue(
             "verifier",
             f"{verifier.cls.__name__} compares {traits.samples} responses to a prompt; a held-out prompt has one",
         )
@@ -115,50 +117,50 @@ def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Findin
     needed = [*(["references"] if traits.references else []), *traits.columns]
     lacking = [name for name in needed if name not in provided]
     if lacking:
-        yield Finding(
+        yield ConfigIssue(
             "verifier",
             f"{verifier.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
             f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another verifier",
         )
 
 
-def verifier_is_usable(verifier: Part) -> Findings:
+def verifier_is_usable(verifier: Part) -> Issues:
     """What the verifier itself finds missing, in the words of a reward."""
     for message in verifier.cls.check(verifier.config):
-        yield Finding("verifier", re.sub(r"\breward(?=[.=]\w)", "verifier", message))
+        yield ConfigIssue("verifier", re.sub(r"\breward(?=[.=]\w)", "verifier", message))
 
 
-def data_is_usable(data: DataSource) -> Findings:
+def data_is_usable(data: DataSource) -> Issues:
     """Files and columns exist."""
     for message in data.check():
-        yield Finding("data", message)
+        yield ConfigIssue("data", message)
 
 
-def reward_is_usable(reward: Part) -> Findings:
+def reward_is_usable(reward: Part) -> Issues:
     """What the reward itself finds missing: model folders, files."""
     for message in reward.cls.check(reward.config):
-        yield Finding("reward", message)
+        yield ConfigIssue("reward", message)
 
 
-def model_is_usable(model_shape: ModelShape | ModelFolderError) -> Findings:
+def model_is_usable(model_shape: ModelShape | ModelFolderError) -> Issues:
     """The folder holds a model with its tokenizer."""
     if isinstance(model_shape, ModelFolderError):
-        yield Finding("model.path", str(model_shape))
+        yield ConfigIssue("model.path", str(model_shape))
 
 
-def chat_template_exists(model: Any) -> Findings:
+def chat_template_exists(model: Any) -> Issues:
     """A missing template would only be noticed when prompts are rendered."""
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
-        yield Finding("model.chat_template", "no such file")
+        yield ConfigIssue("model.chat_template", "no such file")
 
 
-def model_is_long_enough(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Findings:
+def model_is_long_enough(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Issues:
     """vLLM refuses more positions than the model has."""
     if isinstance(model_shape, ModelFolderError) or model_shape.max_positions is None:
         return
     total = rollout.max_prompt_tokens + rollout.max_response_tokens
     if total > model_shape.max_positions:
-        yield Finding(
+        yield ConfigIssue(
             "rollout.max_response_tokens",
             f"{rollout.max_prompt_tokens} prompt + {rollout.max_response_tokens} response tokens are {total}, but the "
             f"model has {model_shape.max_positions} positions; lower rollout.max_prompt_tokens or this",
@@ -167,33 +169,33 @@ def model_is_long_enough(model_shape: ModelShape | ModelFolderError, rollout: Ro
 
 def cache_holds_a_sequence(
     model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig, cluster: ClusterConfig
-) -> Findings:
+) -> Issues:
     """On CPU the key-value cache has a fixed size; vLLM would refuse after loading the model."""
     if isinstance(model_shape, ModelFolderError) or cluster.device != "cpu":
         return
     tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
     needed = tokens * model_shape.kv_bytes_per_token(4 if rollout.dtype in ("auto", "float32") else 2) / 2**30
     if needed > rollout.memory_gib:
-        yield Finding("rollout.memory_gib", f"one sequence of {tokens} tokens needs {needed:.2f} GiB of cache")
+        yield ConfigIssue("rollout.memory_gib", f"one sequence of {tokens} tokens needs {needed:.2f} GiB of cache")
 
 
-def minibatches_are_equal(trainer: TrainerConfig, learner: LearnerConfig) -> Findings:
+def minibatches_are_equal(trainer: TrainerConfig, learner: LearnerConfig) -> Issues:
     """Each optimizer step takes an equal share of whole groups, and every rank gets some."""
     yield from _unequal_minibatches("learner", learner, trainer)
 
 
-def _unequal_minibatches(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Findings:
+def _unequal_minibatches(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Issues:
     prompts, parts = trainer.prompts_per_step, config.minibatches_per_step
     if prompts % parts:
         divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
         near = min(divisors, key=lambda n: abs(n - parts))
-        yield Finding(
+        yield ConfigIssue(
             f"{section}.minibatches_per_step",
             f"trainer.prompts_per_step={prompts} cannot be divided into {parts} equal mini-batches of whole groups; "
             f"{near} would fit",
         )
     elif prompts // parts < config.ranks:
-        yield Finding(
+        yield ConfigIssue(
             f"{section}.ranks",
             f"a mini-batch has {prompts // parts} groups (trainer.prompts_per_step={prompts} / "
             f"{section}.minibatches_per_step={parts}), which is less than one for each of {config.ranks} ranks",
@@ -202,185 +204,191 @@ def _unequal_minibatches(section: str, config: LearnerConfig, trainer: TrainerCo
 
 def microbatch_holds_what_belongs_together(
     algorithm: Algorithm, learner: LearnerConfig, rollout: RolloutConfig
-) -> Findings:
+) -> Issues:
     """The longest sample (pair, group) must fit into one forward and backward pass."""
     layout = algorithm.needs().layout
     samples = {"any": 1, "pairs": 2, "full_group": algorithm.config.samples_per_prompt}[layout]
     unit = {"any": "sample", "pairs": "pair of samples", "full_group": f"group of {samples} samples"}[layout]
     needed = rollout.max_prompt_tokens + samples * rollout.max_response_tokens
     if needed > learner.tokens_per_microbatch:
-        yield Finding(
+        yield ConfigIssue(
             "learner.tokens_per_microbatch",
             f"the longest {unit} has {needed} tokens (rollout.max_prompt_tokens + {samples} x "
             f"rollout.max_response_tokens) and must fit into one micro-batch; set at least {needed}",
         )
 
 
-def group_filters_leave_something(buffer: BufferConfig) -> Findings:
+def group_filters_leave_something(buffer: BufferConfig) -> Issues:
     """Bounds that exclude every group would sample for ever."""
     low, high = buffer.min_group_reward, buffer.max_group_reward
     if low is not None and high is not None and low > high:
-        yield Finding("buffer.min_group_reward", f"is above buffer.max_group_reward={high}: every group is rejected")
+        yield ConfigIssue(
+            "buffer.min_group_reward", f"is above buffer.max_group_reward={high}: every group is rejected"
+        )
 
 
-def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm) -> Findings:
+def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm) -> Issues:
     """The reward of a single sample equals itself."""
     if buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
-        yield Finding("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
+        yield ConfigIssue("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
 
 
-def schedule_fits(trainer: TrainerConfig, learner: LearnerConfig) -> Findings:
+def schedule_fits(trainer: TrainerConfig, learner: LearnerConfig) -> Issues:
     """Warm-up within the run; no floor without a decay."""
     yield from _unfit_schedule("learner", learner, trainer)
 
 
-def _unfit_schedule(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Findings:
+def _unfit_schedule(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Issues:
     updates = trainer.total_steps * config.minibatches_per_step
     if config.warmup_steps >= updates and config.warmup_steps > 0:
-        yield Finding(
+        yield ConfigIssue(
             f"{section}.warmup_steps",
             f"the run has {updates} optimizer steps (trainer.total_steps x {section}.minibatches_per_step), so the "
             "learning rate would never reach its peak",
         )
     if config.schedule == "constant" and config.min_learning_rate_ratio > 0:
-        yield Finding(
+        yield ConfigIssue(
             f"{section}.min_learning_rate_ratio",
             f"has no effect with {section}.schedule=constant; choose linear or cosine, or leave it out",
         )
 
 
-def half_precision_has_masters(cluster: ClusterConfig, learner: LearnerConfig) -> Findings:
+def half_precision_has_masters(cluster: ClusterConfig, learner: LearnerConfig) -> Issues:
     """The learner would refuse only after it has loaded the model."""
     yield from _lacking_masters("learner", learner, cluster)
 
 
-def _lacking_masters(section: str, config: LearnerConfig, cluster: ClusterConfig) -> Findings:
+def _lacking_masters(section: str, config: LearnerConfig, cluster: ClusterConfig) -> Issues:
     if cluster.device == "cuda" and config.dtype != "float32" and config.zero_stage == 0:
-        yield Finding(
+        yield ConfigIssue(
             f"{section}.zero_stage",
             f"keeps no fp32 master weights at 0, and bfloat16 ({section}.dtype={config.dtype} with "
             "cluster.device=cuda) needs them; set at least 1",
         )
 
 
-def placement_acts(cluster: ClusterConfig) -> Findings:
+def placement_acts(cluster: ClusterConfig) -> Issues:
     """There are no GPUs to share or to have alone on a CPU."""
     if cluster.device == "cpu" and cluster.placement != ClusterConfig().placement:
-        yield Finding("cluster.placement", "has no effect with cluster.device=cpu")
+        yield ConfigIssue("cluster.placement", "has no effect with cluster.device=cpu")
 
 
 def critic_fits(
     algorithm: Algorithm, critic: CriticConfig, trainer: TrainerConfig, rollout: RolloutConfig, cluster: ClusterConfig
-) -> Findings:
+) -> Issues:
     """The critic is trained under the policy's conditions; without a critic its section says nothing."""
     defaults = CriticConfig()
     changed = [name for name in CriticConfig.model_fields if getattr(critic, name) != getattr(defaults, name)]
     if not algorithm.needs().critic:
         for name in changed:
             if name not in ("zero_stage", "ranks", "offload"):  # cluster options set them, whatever the algorithm
-                yield Finding(f"critic.{name}", f"has no effect: {type(algorithm).__name__} has no critic")
+                yield ConfigIssue(f"critic.{name}", f"has no effect: {type(algorithm).__name__} has no critic")
         return
     if critic.path is not None:
         try:
             check_model_folder(critic.path)
         except ModelFolderError as error:
-            yield Finding("critic.path", str(error))
+            yield ConfigIssue("critic.path", str(error))
     if "logit_elements_per_chunk" in changed:
-        yield Finding("critic.logit_elements_per_chunk", "has no effect: a critic has values and no logits")
+        yield ConfigIssue("critic.logit_elements_per_chunk", "has no effect: a critic has values and no logits")
     yield from _unequal_minibatches("critic", critic, trainer)
     yield from _unfit_schedule("critic", critic, trainer)
     yield from _lacking_masters("critic", critic, cluster)
     if cluster.device == "cpu" and critic.dtype == "bfloat16":
-        yield Finding("critic.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
+        yield ConfigIssue("critic.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
     if critic.policy_waits_steps >= trainer.total_steps:
-        yield Finding(
+        yield ConfigIssue(
             "critic.policy_waits_steps",
             f"the run has trainer.total_steps={trainer.total_steps}, so the policy would never learn",
         )
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     if longest > critic.tokens_per_microbatch:
-        yield Finding(
+        yield ConfigIssue(
             "critic.tokens_per_microbatch",
             f"the longest sample has {longest} tokens and must fit into one micro-batch; set at least {longest}",
         )
 
 
-def intervals_happen(trainer: TrainerConfig) -> Findings:
+def intervals_happen(trainer: TrainerConfig) -> Issues:
     """An interval longer than the run never comes."""
     defaults = TrainerConfig()
     for name in ("evaluate_every_steps", "save_every_steps"):
         every = getattr(trainer, name)
         if every > trainer.total_steps and every != getattr(defaults, name):
-            yield Finding(
+            yield ConfigIssue(
                 f"trainer.{name}", f"never comes: the run has trainer.total_steps={trainer.total_steps}", warning=True
             )
 
 
-def cpu_has_its_limits(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Findings:
+def cpu_has_its_limits(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
     """Options of GPUs that a CPU cannot honour."""
     if cluster.device != "cpu":
         return
     defaults = RolloutConfig()
     if rollout.tensor_parallel_size > 1:
-        yield Finding(
+        yield ConfigIssue(
             "rollout.tensor_parallel_size", "splits an engine over GPUs; with cluster.device=cpu it must be 1"
         )
     if rollout.dtype == "float16":
-        yield Finding("rollout.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
+        yield ConfigIssue("rollout.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
     if learner.dtype == "bfloat16":
-        yield Finding("learner.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
+        yield ConfigIssue("learner.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
     if rollout.gpu_memory_utilization != defaults.gpu_memory_utilization:
-        yield Finding("rollout.gpu_memory_utilization", "has no effect with cluster.device=cpu; use rollout.memory_gib")
+        yield ConfigIssue(
+            "rollout.gpu_memory_utilization", "has no effect with cluster.device=cpu; use rollout.memory_gib"
+        )
     if not rollout.enforce_eager:
-        yield Finding("rollout.enforce_eager", "is always on with cluster.device=cpu; leave it out")
+        yield ConfigIssue("rollout.enforce_eager", "is always on with cluster.device=cpu; leave it out")
 
 
-def gpu_ignores_cpu_options(cluster: ClusterConfig, rollout: RolloutConfig) -> Findings:
+def gpu_ignores_cpu_options(cluster: ClusterConfig, rollout: RolloutConfig) -> Issues:
     """The CPU engine's cache size means nothing to the CUDA one."""
     if cluster.device == "cuda" and rollout.memory_gib != RolloutConfig().memory_gib:
-        yield Finding(
+        yield ConfigIssue(
             "rollout.memory_gib", "has no effect with cluster.device=cuda; use rollout.gpu_memory_utilization"
         )
 
 
-def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Findings:
+def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Issues:
     """The object store belongs to whoever starts Ray."""
     if cluster.address is not None and cluster.object_store_gib != ClusterConfig().object_store_gib:
-        yield Finding("cluster.object_store_gib", "has no effect with cluster.address: that Ray has its store already")
+        yield ConfigIssue(
+            "cluster.object_store_gib", "has no effect with cluster.address: that Ray has its store already"
+        )
 
 
-def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Findings:
+def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
     """Training assumes that both compute the same log-probs."""
     why = "the sampler's log-probs then differ from the learner's; watch mismatch/logprob_mean"
     if rollout.top_p < 1:
-        yield Finding("rollout.top_p", f"samples from a truncated distribution: {why}", warning=True)
+        yield ConfigIssue("rollout.top_p", f"samples from a truncated distribution: {why}", warning=True)
     if rollout.top_k > 0:
-        yield Finding("rollout.top_k", f"samples from a truncated distribution: {why}", warning=True)
+        yield ConfigIssue("rollout.top_k", f"samples from a truncated distribution: {why}", warning=True)
     usual = "float32" if cluster.device == "cpu" else "bfloat16"
     sampler, trained = (usual if dtype == "auto" else dtype for dtype in (rollout.dtype, learner.dtype))
     if sampler != trained:
-        yield Finding("rollout.dtype", f"is {sampler}, the learner's is {trained}: {why}", warning=True)
+        yield ConfigIssue("rollout.dtype", f"is {sampler}, the learner's is {trained}: {why}", warning=True)
 
 
-def run_folder_is_free(run_dir: Path, resume: str) -> Findings:
+def run_folder_is_free(run_dir: Path, resume: str) -> Issues:
     """Never mix two runs in one folder, nor go on with another model in an old one."""
     if run_dir.exists() and not run_dir.is_dir():
-        yield Finding("run_dir", "is a file, not a folder; choose another name")
+        yield ConfigIssue("run_dir", "is a file, not a folder; choose another name")
         return
-    found = [name for name in RUN_FILES if (run_dir / name).exists()]
-    if found and resume != "auto":
-        yield Finding(
-            "run_dir", f"already holds a run ({', '.join(found)}); choose another folder, or move that one away"
+    present = [name for name in RUN_FILES if (run_dir / name).exists()]
+    if present and resume != "auto":
+        yield ConfigIssue(
+            "run_dir", f"already holds a run ({', '.join(present)}); choose another folder, or move that one away"
         )
     existing = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        yield Finding("run_dir", f"cannot be made: {existing} is no folder that you may write to")
+        yield ConfigIssue("run_dir", f"cannot be made: {existing} is no folder that you may write to")
 
 
-def run_folder_outlives_the_job(run_dir: Path) -> Findings:
+def run_folder_outlives_the_job(run_dir: Path) -> Issues:
     """A relative folder of a Ray job with a working directory lies in what Ray unpacked for it."""
     if RAY_WORKING_DIRS in f"{run_dir}/":
-        yield Finding(
+        yield ConfigIssue(
             "run_dir",
             "is inside the files that Ray unpacked for this job and deletes some time after it; name a folder by an "
             "absolute path, run_dir=/storage/runs/NAME",
@@ -388,7 +396,7 @@ def run_folder_outlives_the_job(run_dir: Path) -> Findings:
         )
 
 
-CHECKS: tuple[Callable[..., Findings], ...] = (
+CHECKS: tuple[Callable[..., Issues], ...] = (
     group_is_large_enough,
     model_is_usable,
     chat_template_exists,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlkit.config.messages import ConfigError, Problem
+from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.experience import UserError
 
 FAILED = 1
@@ -39,6 +39,12 @@ def print_error(error: Exception) -> int:
     return FAILED
 
 
+def print_warnings(warnings: Sequence[ConfigIssue]) -> None:
+    """Print what the user should know, on standard error."""
+    for warning in warnings:
+        print(f"rlkit: warning: {warning}", file=sys.stderr)
+
+
 def asks_for_help(arguments: Sequence[str]) -> bool:
     """Whether `-h` or `--help` is among them."""
     return bool({"-h", "--help"} & set(arguments))
@@ -50,12 +56,12 @@ def split_off_file(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     others: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        name, given, value = argument.partition("=")
+        name, equals, value = argument.partition("=")
         if name != "--config":
             others.append(argument)
             continue
-        text = value if given else next(rest, "")
+        text = value if equals else next(rest, "")
         if not text:
-            raise ConfigError([Problem("--config", "needs a file: --config runs/old/config.yaml")])
+            raise ConfigError([ConfigIssue("--config", "needs a file: --config runs/old/config.yaml")])
         file = Path(text).expanduser()
     return file, others

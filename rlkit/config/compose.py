@@ -1,10 +1,6 @@
-"""Hydra's part: the groups in conf/, and one plain tree composed from the options chosen.
+"""Hydra's part: overrides, option files and a configuration file become one plain tree, each value with its source.
 
-Command-line overrides in Hydra's grammar, parsed one by one so that each mistake is reported as its own.
-
-Where values come from: the command line, a configuration file, the option files; for messages and merging.
-
-`reward=[math,polar]`: a list of reward options stands for their combination.
+Overrides are parsed one by one, so that each mistake is reported as its own.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from rlkit.config.messages import Problem, did_you_mean, nearest
+from rlkit.config.messages import ConfigIssue, did_you_mean, nearest
 
 
 def default_options(folder: Path) -> dict[str, str | None]:
@@ -102,7 +98,7 @@ class Overrides:
     """Full key or group -> the argument as it was typed."""
     unusable: set[str] = field(default_factory=set)
     """Groups whose option is wrong and not guessable: nothing else can be said about them."""
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[ConfigIssue] = field(default_factory=list)
 
 
 def parse_overrides(arguments: Sequence[str], options: Options) -> Overrides:
@@ -112,7 +108,7 @@ def parse_overrides(arguments: Sequence[str], options: Options) -> Overrides:
     for argument in arguments:
         message = _read(argument, parser, options, result)
         if message:
-            result.problems.append(Problem(argument, message))
+            result.problems.append(ConfigIssue(argument, message))
     return result
 
 
@@ -209,7 +205,7 @@ class Sources:
         return f"{self.file}: {text}" if any(name in self.in_file for name in (key, *_parents(key))) else text
 
 
-def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sources: Sources) -> list[Problem]:
+def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sources: Sources) -> list[ConfigIssue]:
     """Put the values of a configuration file over the composed ones; returns what is wrong with the file.
 
     A part with a `_target_` replaces the composed part: its values are those of another class.
@@ -217,21 +213,21 @@ def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sou
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        return [Problem(f"--config {file}", f"cannot be read: {' '.join(str(error).split())}")]
+        return [ConfigIssue(f"--config {file}", f"cannot be read: {' '.join(str(error).split())}")]
     if not isinstance(content, dict):
-        return [Problem(f"--config {file}", "is not a configuration: it must be a mapping of sections")]
+        return [ConfigIssue(f"--config {file}", "is not a configuration: it must be a mapping of sections")]
     content.pop("run_dir", None)  # that folder holds the run that wrote the file
     sources.file = file
     problems = []
     for section, value in content.items():
         if section in choices:
             message = f"{file} sets {section} already; leave one of them out"
-            problems.append(Problem(sources.typed[section], message))
+            problems.append(ConfigIssue(sources.typed[section], message))
             continue
         listed = section == "reward" and isinstance(value, list)  # parts of a combination
         if isinstance(composed.get(section), DictConfig) and not (isinstance(value, dict | None) or listed):
             message = f"is a section of keys; an option is chosen on the command line, like {section}=OPTION"
-            problems.append(Problem(f"{file}: {section}={_spelled(value)}", message))
+            problems.append(ConfigIssue(f"{file}: {section}={_spelled(value)}", message))
             continue
         sources.in_file.add(str(section))
         if listed:
@@ -300,7 +296,7 @@ def part_names(value: Sequence[Any], options: Collection[str]) -> tuple[dict[str
 
 def add_parts(
     composed: DictConfig, folder: Path, options: Collection[str], chosen: Mapping[str, str], file: Path | None
-) -> tuple[dict[str, str], list[Problem]]:
+) -> tuple[dict[str, str], list[ConfigIssue]]:
     """Put the parts that the command line chose, or that a file lists (`reward: [rule, polar]`), into `composed`.
 
     Returns how the reward is to be called in messages (empty if it is no list), and the file's mistakes.
@@ -312,7 +308,7 @@ def add_parts(
         assert isinstance(listed, list)
         chosen, message = part_names(listed, options)
         if message:
-            problems.append(Problem(f"{file}: reward", message))
+            problems.append(ConfigIssue(f"{file}: reward", message))
         composed["reward"] = option_fields(folder, "reward", COMBINED)
     if not chosen:
         return {}, problems
@@ -337,16 +333,16 @@ def unknown_parts(section: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def in_part(problem: Problem) -> Problem:
+def in_part(problem: ConfigIssue) -> ConfigIssue:
     """What a part's own validator says about `reward.x` is meant of `reward.parts.NAME.x`."""
-    place = re.match(r".*?(reward(?:\.parts\.\w+)+)", problem.where)
-    if place is None or problem.message.startswith("no such key"):
+    part = re.match(r".*?(reward(?:\.parts\.\w+)+)", problem.where)
+    if part is None or problem.message.startswith("no such key"):
         return problem
-    return Problem(problem.where, re.sub(r"\breward\.(?!parts\b)(?=\w)", f"{place.group(1)}.", problem.message))
+    return ConfigIssue(problem.where, re.sub(r"\breward\.(?!parts\b)(?=\w)", f"{part.group(1)}.", problem.message))
 
 
 def _leaves(section: Mapping[str, Any]) -> list[str]:
-    found = []
+    names = []
     for key, value in section.items():
-        found += [f"{key}.{leaf}" for leaf in _leaves(value)] if isinstance(value, Mapping) and value else [str(key)]
-    return found
+        names += [f"{key}.{leaf}" for leaf in _leaves(value)] if isinstance(value, Mapping) and value else [str(key)]
+    return names

@@ -1,11 +1,12 @@
-"""The part of loading a configuration that every command shares: compose, type every section, find the parts.
+"""From command-line arguments to a checked configuration: compose, type every section, find the parts, check.
 
-From command-line arguments to a resolved run: validate, check; all problems at once, nothing started.
+All issues are reported at once, and nothing is started.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rlkit.config.compose import (
     set_value,
     unknown_parts,
 )
-from rlkit.config.messages import MISSING, ConfigError, Problem, all_fields, section_type, validate
+from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, section_type, validate
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import (
     CONTRACTS,
@@ -62,7 +63,7 @@ class Loading:
         self.options = group_options(self.folder)
         self.overrides: Overrides = parse_overrides(arguments, self.options)
         self.problems = list(self.overrides.problems)
-        self.warnings: list[Problem] = []
+        self.warnings: list[ConfigIssue] = []
         self.sources = Sources(typed=self.overrides.typed)
         self.available: dict[str, Any] = {}
         self.parts: dict[str, Part] = {}
@@ -72,7 +73,9 @@ class Loading:
         try:
             composed = compose_options(self.folder, self.overrides.choices)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError([*self.problems, Problem(str(self.folder), f"cannot be composed: {error}")]) from error
+            raise ConfigError(
+                [*self.problems, ConfigIssue(str(self.folder), f"cannot be composed: {error}")]
+            ) from error
         if file is not None:
             self.problems += merge_file(composed, file, self.overrides.choices, self.sources)
         combined, problems = add_parts(composed, self.folder, self.options["reward"], self.overrides.parts, file)
@@ -110,7 +113,7 @@ class Loading:
             except OmegaConfBaseException as error:
                 self.overrides.unusable.add(key)
                 where = getattr(error, "full_key", None) or key
-                self.problems.append(Problem(self.sources.where(where, "..."), str(error).splitlines()[0]))
+                self.problems.append(ConfigIssue(self.sources.where(where, "..."), str(error).splitlines()[0]))
         present: dict[str, Any] = with_present_targets(tree)
         return present
 
@@ -153,13 +156,13 @@ class Loading:
         section = self.tree.get(kind)
         if not isinstance(section, dict):
             message = f"choose an option: {kind}={' or '.join(self.options.get(kind, []))}"
-            self.problems.append(Problem(self.sources.where(kind, section), message))
+            self.problems.append(ConfigIssue(self.sources.where(kind, section), message))
             return None
         target = section.get(TARGET)
         try:
             return import_part(kind, target, self.contracts[kind])
         except PartError as error:
-            self.problems.append(Problem(self.sources.where(f"{kind}.{TARGET}", target), str(error)))
+            self.problems.append(ConfigIssue(self.sources.where(f"{kind}.{TARGET}", target), str(error)))
             return None
 
     def _run_config(self, known: Sequence[str]) -> None:
@@ -171,7 +174,7 @@ class Loading:
             content = self.tree.get(name) or {}
             if not isinstance(content, dict):
                 message = f"is a section; set its keys one by one, like {name}.{next(iter(section.model_fields))}=VALUE"
-                self.problems.append(Problem(self.sources.where(name, content), message))
+                self.problems.append(ConfigIssue(self.sources.where(name, content), message))
                 continue
             typed = self._section(section, content, f"{name}.", known)
             if typed is not None and name not in self.overrides.unusable:
@@ -250,16 +253,16 @@ class _RunLoading(Loading):
         if "model" in checked:
             checked["model_shape"] = _shape_or_error(checked["model"].path)
         for kind, part in self.parts.items():
-            made = self._make(kind, part)
-            if made is not None:
-                checked[kind] = made
-        for finding in run_checks(checked):
-            problem = Problem(self.sources.where(finding.key, self._value(finding.key)), finding.message)
-            harmless = finding.warning or any(path in str(problem) for path in self.elsewhere)
-            (self.warnings if harmless else self.problems).append(problem)
+            subject = self._make(kind, part)
+            if subject is not None:
+                checked[kind] = subject
+        for issue in run_checks(checked):
+            issue = replace(issue, where=self.sources.where(issue.where, self._value(issue.where)))
+            harmless = issue.warning or any(path in str(issue) for path in self.elsewhere)
+            (self.warnings if harmless else self.problems).append(issue)
 
     def _make(self, kind: str, part: Part) -> Any:
-        """What a check sees of a part: an algorithm and a data source themselves, of a reward class and config."""
+        """What checks look at: an algorithm or a data source itself, a reward's class with its configuration."""
         try:
             if kind == "algorithm":
                 return part.cls(part.config)
@@ -267,7 +270,7 @@ class _RunLoading(Loading):
                 return part.cls(part.config, self.available["seed"]) if "seed" in self.available else None
         except Exception as error:  # a constructor of the user's may raise anything
             where = self.sources.where(f"{kind}.{TARGET}", self.tree[kind][TARGET])
-            self.problems.append(Problem(where, f"cannot be made: {type(error).__name__}: {error}"))
+            self.problems.append(ConfigIssue(where, f"cannot be made: {type(error).__name__}: {error}"))
             return None
         return part
 

@@ -1,13 +1,4 @@
-"""What is wrong with a configuration: problems are collected, and reported together.
-
-What a check of the configuration finds.
-
-The fields of a typed section: their full names, and in words what each one takes.
-
-The name that was probably meant.
-
-From a plain tree to a typed section; what pydantic finds wrong becomes problems that name the remedy.
-"""
+"""What is wrong with a configuration, in words: all issues are reported together, each with its remedy."""
 
 from __future__ import annotations
 
@@ -28,13 +19,15 @@ from rlkit.experience import UserError
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One thing the user has to change (or, as a warning, to know)."""
+class ConfigIssue:
+    """One thing the user has to change, or to know."""
 
     where: str
-    """The key with the value given (`trainer.total_steps=0`), or the argument as it was typed."""
+    """The argument as it was typed, or `key=value`; from a check the key alone, which loading replaces by that."""
     message: str
     """What is wrong with it, and what would be right."""
+    warning: bool = False
+    """The run may start."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
@@ -43,7 +36,7 @@ class Problem:
 class ConfigError(UserError):
     """A configuration that cannot run. `problems` lists everything that is wrong with it."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[ConfigIssue]) -> None:
         self.problems = tuple(problems)
         super().__init__(self.report())
 
@@ -57,17 +50,7 @@ class ConfigError(UserError):
         )
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What a check found."""
-
-    key: str
-    message: str
-    warning: bool = False
-    """The run may start; the user should know."""
-
-
-Findings = Iterator[Finding]
+Issues = Iterator[ConfigIssue]
 
 
 _PLAIN = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path", dict: "a mapping"}
@@ -85,8 +68,8 @@ def all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
     """The section class of a field whose value is a section (`Sub` or `Sub | None`), else None."""
-    found = [kind for kind in _alternatives(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    return found[0] if len(found) == 1 else None
+    models = [kind for kind in _alternatives(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return models[0] if len(models) == 1 else None
 
 
 def allowed(info: FieldInfo) -> str:
@@ -160,49 +143,26 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
 # What other frameworks call a thing, by last component of the key.
 OTHER_NAMES = {
     "batch_size": "trainer.prompts_per_step",
-    "rollout_batch_size": "trainer.prompts_per_step",
-    "train_batch_size": "trainer.prompts_per_step",
     "beta": "algorithm.kl_coefficient",
-    "entropy_coef": "algorithm.entropy_coefficient",
-    "kl_beta": "algorithm.kl_coefficient",
-    "kl_coef": "algorithm.kl_coefficient",
-    "kl_loss_coef": "algorithm.kl_coefficient",
-    "clip_eps": "algorithm.clip_low",
     "clip_ratio": "algorithm.clip_low",
-    "epsilon": "algorithm.clip_low",
-    "gradient_clipping": "learner.max_grad_norm",
-    "group_size": "algorithm.samples_per_prompt",
-    "n": "algorithm.samples_per_prompt",
-    "n_samples_per_prompt": "algorithm.samples_per_prompt",
-    "num_generations": "algorithm.samples_per_prompt",
-    "lr": "learner.learning_rate",
-    "lr_scheduler": "learner.schedule",
-    "max_completion_length": "rollout.max_response_tokens",
-    "max_new_tokens": "rollout.max_response_tokens",
-    "max_prompt_length": "rollout.max_prompt_tokens",
-    "max_response_length": "rollout.max_response_tokens",
-    "max_steps": "trainer.total_steps",
-    "num_steps": "trainer.total_steps",
-    "model_name_or_path": "model.path",
-    "model_path": "model.path",
-    "output_dir": "run_dir",
-    "ppo_mini_batch_size": "learner.minibatches_per_step",
-    "num_minibatches": "learner.minibatches_per_step",
-    "save_freq": "trainer.save_every_steps",
-    "save_steps": "trainer.save_every_steps",
     "eval_steps": "trainer.evaluate_every_steps",
-    "test_freq": "trainer.evaluate_every_steps",
-    "tp": "rollout.tensor_parallel_size",
-    "world_size": "learner.ranks",
+    "kl_coef": "algorithm.kl_coefficient",
+    "lr": "learner.learning_rate",
+    "max_new_tokens": "rollout.max_response_tokens",
+    "max_steps": "trainer.total_steps",
+    "model_path": "model.path",
+    "num_generations": "algorithm.samples_per_prompt",
+    "output_dir": "run_dir",
+    "save_steps": "trainer.save_every_steps",
 }
 
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The valid name that looks most like `name`, None if none does."""
     spelled = {candidate.lower(): candidate for candidate in valid}
-    found = get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
-    found += [candidate for candidate in sorted(spelled) if len(name) > 1 and name.lower() in candidate]
-    return spelled[found[0]] if found else None
+    similar = get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
+    similar += [candidate for candidate in sorted(spelled) if len(name) > 1 and name.lower() in candidate]
+    return spelled[similar[0]] if similar else None
 
 
 def did_you_mean(name: str, valid: Collection[str]) -> str:
@@ -257,13 +217,13 @@ def validate(
     known_keys: Collection[str],
     where: Where,
     notes: Mapping[str, str],
-) -> tuple[BaseModel | None, list[Problem]]:
+) -> tuple[BaseModel | None, list[ConfigIssue]]:
     """The typed section, or None and why not.
 
     `prefix` (`reward.`) precedes all keys in messages; `notes` say about some unknown keys what is known of them.
     """
     missing = list(_missing(tree, prefix))
-    problems = [Problem(key, f"needs a value; write {key}=VALUE") for key in missing]
+    problems = [ConfigIssue(key, f"needs a value; write {key}=VALUE") for key in missing]
     fields = dict(all_fields(model, prefix))
     section, errors = read_section(model, tree)
     for details in errors:
@@ -274,7 +234,7 @@ def validate(
             for leaf, value in _leaves(key, details["input"]):
                 note = notes.get(leaf)
                 message = f"no such key: {note}" if note else unknown_key(leaf, known_keys)
-                problems.append(Problem(where(leaf, value), message))
+                problems.append(ConfigIssue(where(leaf, value), message))
         else:
             problems.append(_problem(key, details, fields, where))
     return (None if problems else section), list(dict.fromkeys(problems))
@@ -299,20 +259,20 @@ def read_section(model: type[Model], tree: Mapping[str, Any]) -> tuple[Model | N
     return (None if errors else section), errors
 
 
-def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], where: Where) -> Problem:
+def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], where: Where) -> ConfigIssue:
     kind, value = details["type"], details.get("input")
     if kind == "missing":
-        return Problem(key, f"needs a value; write {key}=VALUE")
+        return ConfigIssue(key, f"needs a value; write {key}=VALUE")
     name = _field_name(key, fields)
     info = fields.get(name) if name else None
     if kind in ("value_error", "assertion_error"):  # a validator of the section's own says it best
-        return Problem(where(key, value), str(details["ctx"]["error"]))
+        return ConfigIssue(where(key, value), str(details["ctx"]["error"]))
     if name is None or info is None:
-        return Problem(where(key, value), f"{details['msg'][0].lower()}{details['msg'][1:]}")
+        return ConfigIssue(where(key, value), f"{details['msg'][0].lower()}{details['msg'][1:]}")
     words = literal_values(info)
     guess = nearest(str(value), words) if words else None
     expected = must_be(details, info)
-    return Problem(where(name, value), f"did you mean {guess}? {expected}" if guess else expected)
+    return ConfigIssue(where(name, value), f"did you mean {guess}? {expected}" if guess else expected)
 
 
 def must_be(details: ErrorDetails, info: FieldInfo) -> str:

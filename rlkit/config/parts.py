@@ -1,7 +1,4 @@
-"""Swappable parts: the class that `_target_` names, found by its dotted path and checked against its contract.
-
-A configuration that passed every check, with the classes it names; and its file in the run folder.
-"""
+"""Swappable parts: the class that `_target_` names, checked against its contract; and a run with all its parts."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from pydantic import BaseModel
 import rlkit
 from algorithms.base import Algorithm, AlgorithmConfig
 from rewards.base import Reward, RewardConfig
-from rlkit.config.messages import Problem, nearest
+from rlkit.config.messages import ConfigIssue, nearest
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import DataConfig, DataSource
 from rlkit.experience import UserError
@@ -76,7 +73,7 @@ CONTRACTS = {
 
 @dataclass(frozen=True)
 class Part:
-    """A part that was found, with its validated configuration."""
+    """The class of a part with its validated configuration."""
 
     cls: Any
     config: Any
@@ -127,13 +124,13 @@ def _find(target: str) -> Any:
         raise PartError(f"cannot be imported: {_cause(error)}") from error
     except Exception as error:  # whatever a module of the user's raises while it is imported
         raise PartError(f"cannot be imported: {_cause(error)}") from error
-    found = getattr(module, class_name, None)
-    if found is None:
+    cls = getattr(module, class_name, None)
+    if cls is None:
         classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
         guess = nearest(class_name, classes)
         hint = f"; did you mean {module_name}.{guess}?" if guess else ""
         raise PartError(f"cannot be imported: {module.__file__} has no {class_name}{hint}")
-    return found
+    return cls
 
 
 def _cause(error: BaseException) -> str:
@@ -141,8 +138,8 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    line = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{line}"
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ class ResolvedRun:
     data_config: DataConfig
     verifier_class: type[Reward]
     verifier_config: RewardConfig
-    warnings: tuple[Problem, ...] = ()
+    warnings: tuple[ConfigIssue, ...] = ()
     """What the user should know although the run can start."""
 
     def make_algorithm(self) -> Algorithm:

@@ -1,20 +1,16 @@
-"""How many GPUs each actor asks Ray for: the one place that knows.
-
-How sampler and learner share GPUs: the way weights travel, and who makes room for whom. Nothing here loads torch.
+"""What a run would do, without torch: GPUs per actor, the weights' route, who makes room for whom, batches, memory.
 
 `auto` is decided here and nowhere else, from device and placement; what is named and cannot work is refused.
-
-What a run would do: its actors, the arithmetic of its batches and an estimate of its memory. No torch needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rewards.base import TrainableReward
-from rlkit.config.messages import Finding, Findings
+from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.model_folder import ModelShape, check_model_folder
 from rlkit.config.parts import ResolvedRun, import_part
 from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, RunConfig, TrainerConfig
@@ -42,7 +38,7 @@ def gpu_shares(config: RunConfig) -> GpuShares:
     return GpuShares(0.5, 0.3, 0.1, 0.1 if judged else 0.0)
 
 
-def colocated_places(config: RunConfig, critic_ranks: int) -> int:
+def colocated_slots(config: RunConfig, critic_ranks: int) -> int:
     """How many places colocated actors have, on CUDA a GPU each: enough for every engine's GPUs and for every rank."""
     return max(config.rollout.workers * config.rollout.tensor_parallel_size, config.learner.ranks, critic_ranks)
 
@@ -53,11 +49,11 @@ def _reward_uses_gpu(config: RunConfig) -> bool:
     return bool(cls.traits(cls.Config(**own)).uses_gpu)
 
 
-Way = Literal["object_store", "gloo", "nccl", "ipc"]
+WeightRoute = Literal["object_store", "gloo", "nccl", "ipc"]
 """How weights get from the learner to the engines."""
 
 
-def weight_way(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Way:
+def weight_route(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> WeightRoute:
     """The way the weights go.
 
     `auto` on GPUs: CUDA IPC where every GPU of every engine has a rank, NCCL where none has, else the object store:
@@ -101,27 +97,27 @@ def _take_turns(cluster: ClusterConfig, rollout: RolloutConfig, trainer: Trainer
     return shares_gpus(cluster) and trainer.max_staleness == 0
 
 
-def weights_can_travel(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Findings:
+def weights_can_travel(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
     """The way that was asked for exists where the actors stand."""
-    key, way = "cluster.weight_transfer", cluster.weight_transfer
-    if way in ("nccl", "ipc") and cluster.device == "cpu":
-        yield Finding(key, "is for GPUs; with cluster.device=cpu use object_store or gloo (or auto)")
-    elif way == "gloo" and cluster.device == "cuda":
-        yield Finding(key, "goes from CPU to CPU; with cluster.device=cuda use nccl, ipc or object_store (or auto)")
-    elif way == "nccl" and shares_gpus(cluster):
-        yield Finding(
+    key, route = "cluster.weight_transfer", cluster.weight_transfer
+    if route in ("nccl", "ipc") and cluster.device == "cpu":
+        yield ConfigIssue(key, "is for GPUs; with cluster.device=cpu use object_store or gloo (or auto)")
+    elif route == "gloo" and cluster.device == "cuda":
+        yield ConfigIssue(key, "goes from CPU to CPU; with cluster.device=cuda use nccl, ipc or object_store (or auto)")
+    elif route == "nccl" and shares_gpus(cluster):
+        yield ConfigIssue(
             key,
             "cannot join processes that share a GPU, as engines and ranks do with cluster.placement=colocated; use ipc "
             "(or auto), or cluster.placement=apart",
         )
-    elif way == "ipc" and not shares_gpus(cluster):
-        yield Finding(
+    elif route == "ipc" and not shares_gpus(cluster):
+        yield ConfigIssue(
             key,
             "hands over memory of a GPU that engine and rank share; they share none with cluster.placement=apart: use "
             "nccl (or auto)",
         )
-    elif way == "ipc" and _engine_gpus(rollout) > learner.ranks:
-        yield Finding(
+    elif route == "ipc" and _engine_gpus(rollout) > learner.ranks:
+        yield ConfigIssue(
             key,
             f"needs a learner rank on every GPU of the engines, {_engine_gpus(rollout)} "
             f"(rollout.workers={rollout.workers} x rollout.tensor_parallel_size={rollout.tensor_parallel_size}), and "
@@ -129,17 +125,17 @@ def weights_can_travel(cluster: ClusterConfig, rollout: RolloutConfig, learner: 
         )
     elif (
         cluster.weight_bucket_mib != ClusterConfig().weight_bucket_mib
-        and weight_way(cluster, rollout, learner) == "object_store"
+        and weight_route(cluster, rollout, learner) == "object_store"
     ):
-        yield Finding(
-            "cluster.weight_bucket_mib", f"has no effect: weights go whole through the object store ({key}={way})"
+        yield ConfigIssue(
+            "cluster.weight_bucket_mib", f"has no effect: weights go whole through the object store ({key}={route})"
         )
 
 
-def engines_fit_on_nodes(cluster: ClusterConfig, rollout: RolloutConfig) -> Findings:
+def engines_fit_on_nodes(cluster: ClusterConfig, rollout: RolloutConfig) -> Issues:
     """The GPUs of a colocated engine are reserved one by one, and belong on one node."""
     if shares_gpus(cluster) and rollout.tensor_parallel_size > 1 and cluster.strategy == "STRICT_SPREAD":
-        yield Finding(
+        yield ConfigIssue(
             "cluster.strategy",
             "puts every GPU of a colocated run on another node, and the GPUs of an engine "
             f"(rollout.tensor_parallel_size={rollout.tensor_parallel_size}) belong on one; use PACK, STRICT_PACK or "
@@ -153,7 +149,7 @@ def phases_make_room(
     rollout: RolloutConfig,
     learner: LearnerConfig,
     critic: CriticConfig,
-) -> Findings:
+) -> Issues:
     """Sleeping and offloading give room to somebody, and nobody needs what was given up."""
     asked = {"rollout.sleep": rollout.sleep, "learner.offload": learner.offload, "critic.offload": critic.offload}
     stages = {"learner.offload": learner.zero_stage, "critic.offload": critic.zero_stage}
@@ -161,24 +157,26 @@ def phases_make_room(
         if value != "always":
             continue
         if not shares_gpus(cluster):
-            yield Finding(
+            yield ConfigIssue(
                 key,
                 "makes room on a GPU that sampler and learner share; they share none with cluster.device=cpu or "
                 "cluster.placement=apart: use auto or never",
             )
         elif trainer.max_staleness > 0:
-            yield Finding(
+            yield ConfigIssue(
                 key,
                 f"wants sampler and learner to take turns, and with trainer.max_staleness={trainer.max_staleness} both "
                 "work at once; use auto or never, or trainer.max_staleness=0",
             )
         elif stages.get(key) == 0:
             section = key.partition(".")[0]
-            yield Finding(key, f"is DeepSpeed's, which has it with ZeRO only; set {section}.zero_stage to 1 or more")
+            yield ConfigIssue(
+                key, f"is DeepSpeed's, which has it with ZeRO only; set {section}.zero_stage to 1 or more"
+            )
 
 
 GIB = 2**30
-WAYS = {
+WEIGHT_ROUTES = {
     "object_store": "through Ray's object store, one copy per node",
     "gloo": "by gloo",
     "nccl": "by NCCL",
@@ -200,6 +198,15 @@ def plan(run: ResolvedRun) -> list[Line]:
     """The plan of a checked run, in the order of the data's way through it."""
     shape = check_model_folder(run.config.model.path)
     return [*_parts(run, shape), *_actors(run), *_handover(run), *_batches(run), *_memory(run, shape)]
+
+
+def plan_text(lines: Sequence[Line]) -> str:
+    """The plan as a table; each area is named once."""
+    areas = ["", *(line.area for line in lines)]
+    return "\n".join(
+        f"{line.area if line.area != before else '':<9}{line.what:<31}{line.amount}"
+        for before, line in zip(areas, lines, strict=False)
+    )
 
 
 def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
@@ -262,7 +269,7 @@ def _actors(run: ResolvedRun) -> list[Line]:
 
 def _shared(config: RunConfig, critic_ranks: int) -> str:
     """Which engines stand on which ranks' GPUs."""
-    places, width = colocated_places(config, critic_ranks), config.rollout.tensor_parallel_size
+    places, width = colocated_slots(config, critic_ranks), config.rollout.tensor_parallel_size
     if width == 1:
         return f"{places}; engine and ranks of equal number share one"
     engines = [f"engine {i} those of ranks {i * width} to {(i + 1) * width - 1}" for i in range(config.rollout.workers)]
@@ -272,9 +279,9 @@ def _shared(config: RunConfig, critic_ranks: int) -> str:
 
 def _handover(run: ResolvedRun) -> list[Line]:
     config = run.config
-    way = weight_way(config.cluster, config.rollout, config.learner)
-    text = WAYS[way]
-    if way != "object_store":
+    route = weight_route(config.cluster, config.rollout, config.learner)
+    text = WEIGHT_ROUTES[route]
+    if route != "object_store":
         text += f", in buckets of {config.cluster.weight_bucket_mib} MiB"
     lines = [Line("handover", "weights to the engines", text)]
     if config.cluster.device == "cuda":
@@ -356,18 +363,18 @@ def _reward_memory(run: ResolvedRun, cuda: bool) -> list[Line]:
         parameters = check_model_folder(path).parameters
         if parameters is not None:
             width = _element_bytes(str(section.get("dtype", "auto")), cuda)
-            each = 16 + width if issubclass(cls, TrainableReward) else width
-            lines.append(Line("memory", f"{name}, each worker", f"{_size(parameters * each)} + activations"))
+            size = 16 + width if issubclass(cls, TrainableReward) else width
+            lines.append(Line("memory", f"{name}, each worker", f"{_size(parameters * size)} + activations"))
     return lines
 
 
 def _cache(rollout: RolloutConfig, shape: ModelShape, cuda: bool) -> str:
     """At most what all concurrent samples at full length take (shared prompts count once in practice)."""
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
-    each = length * shape.kv_bytes_per_token(_element_bytes(rollout.dtype, cuda))
-    full = f"{_size(each)} for each of up to {rollout.max_concurrent_samples} samples at full length"
-    given = f"{rollout.gpu_memory_utilization:.0%} of the GPU" if cuda else _size(rollout.memory_gib * GIB)
-    return f"{given} given to the engine; {full}"
+    sample = length * shape.kv_bytes_per_token(_element_bytes(rollout.dtype, cuda))
+    full = f"{_size(sample)} for each of up to {rollout.max_concurrent_samples} samples at full length"
+    cache = f"{rollout.gpu_memory_utilization:.0%} of the GPU" if cuda else _size(rollout.memory_gib * GIB)
+    return f"{cache} given to the engine; {full}"
 
 
 def _element_bytes(dtype: str, cuda: bool) -> int:

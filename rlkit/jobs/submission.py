@@ -1,4 +1,4 @@
-"""`python -m rlkit.submit`: a run becomes a job of a Ray cluster. Every check first, then the upload, then the log."""
+"""`python -m rlkit.submit`: a run becomes a job of a Ray cluster. All checks first, then upload and log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlkit.checkpoint.resume import find_resume
 from rlkit.config.command import asks_for_help, split_off_file
 from rlkit.config.compose import parse_overrides, quoted
 from rlkit.config.loading import load_config
-from rlkit.config.messages import ConfigError, Problem, all_fields, did_you_mean, validate
+from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, did_you_mean, validate
 from rlkit.config.model_folder import ModelFolderError
 from rlkit.config.parts import ResolvedRun, plain
 from rlkit.config.plan import plan
@@ -68,38 +68,38 @@ class SubmitConfig(Section):
     code: Literal["upload", "installed"] = "upload"
     """upload: send the working folder, without outputs and virtual environments; installed: use the cluster's rlkit."""
     python: str = "python"
-    """The Python of the job, on the cluster: a command or an absolute path."""
+    """The job's Python on the cluster: a command or an absolute path."""
     exclude: tuple[str, ...] = ()
-    """More names or patterns that are not uploaded: [data,"*.ckpt"]. What git ignores never is."""
+    """More names or patterns not to upload: [data,"*.ckpt"]. What git ignores is never uploaded."""
     max_file_mib: float = Field(default=20.0, gt=0)
     """Larger files are not uploaded; a message names each."""
     max_upload_mib: float = Field(default=100.0, gt=0, le=450)
-    """A larger folder (before compression) is refused. Ray itself takes packages below 512 MiB."""
+    """A larger folder (before compression) is refused. Ray takes packages below 512 MiB."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Variables for the job and its workers: {NAME: value}. Whoever may see the cluster's jobs can read them."""
+    """Variables for the job and its workers: {NAME: value}. Anyone who can see the cluster's jobs can read them."""
     pass_environment: tuple[str, ...] = ()
-    """Names of variables whose values here the job gets, too. The same people can read them."""
+    """Names of local variables to pass to the job. The same people can read them."""
     autoscaling: bool = False
-    """The cluster adds nodes when they are asked for: missing GPUs are then a warning."""
+    """The cluster adds nodes on demand: missing GPUs are then only a warning."""
     follow: bool = True
     """Show the log until the job ends, and exit with its code."""
     reconnect_seconds: float = Field(default=600.0, gt=0)
-    """Following gives up when the cluster has not answered for this long; the job is left alone."""
+    """Stop following after this long without an answer from the cluster; the job is left alone."""
     stop_seconds: int = Field(default=60, ge=1)
-    """How long the job may take to end in order after `stop`, before it is killed."""
+    """How long the job may take to shut down after `stop` before it is killed."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     address: str | None
     """`cluster.address` as typed."""
     submit: SubmitConfig
     overrides: list[str]
     """What `rlkit.train` gets, as typed."""
-    problems: list[Problem]
-    """What is wrong with the part that is about the job."""
+    problems: list[ConfigIssue]
+    """Errors in the job's own keys."""
 
 
 def read_arguments(overrides: Sequence[str]) -> Arguments:
@@ -115,7 +115,7 @@ def read_arguments(overrides: Sequence[str]) -> Arguments:
     if "submit" in values:
         del values["submit"]
         problems.append(
-            Problem(parsed.typed["submit"], "is a section; set its keys one by one, like submit.code=upload")
+            ConfigIssue(parsed.typed["submit"], "is a section; set its keys one by one, like submit.code=upload")
         )
     section, more = validate(
         SubmitConfig,
@@ -140,20 +140,20 @@ class Checked:
     arguments: Arguments
     run: ResolvedRun
     file: Path | None
-    """`--config FILE`, which travels with the job."""
+    """`--config FILE`, sent with the job."""
     upload: Upload | None
     """None: the cluster's own rlkit."""
     warnings: list[str]
 
 
 def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Checked:
-    """What can be found wrong without the cluster. Raises ConfigError with all of it, or UploadError."""
+    """Find what is wrong without asking the cluster. Raises ConfigError with all of it, or UploadError."""
     arguments = read_arguments(overrides)
     submit, absent, run = arguments.submit, _absent_paths(overrides, file), None
     problems = list(arguments.problems)
     for name in submit.pass_environment:
         if name not in os.environ:
-            problems.append(Problem(f"submit.pass_environment=[{name}]", f"{name} is not set here"))
+            problems.append(ConfigIssue(f"submit.pass_environment=[{name}]", f"{name} is not set here"))
     try:
         run = load_config(arguments.overrides, file, absent)
     except ConfigError as error:
@@ -167,7 +167,7 @@ def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Che
     resume = run.config.resume
     if resume not in ("auto", "never") and not Path(resume).expanduser().is_absolute():
         why = "the job starts in a copy of this folder, without its runs; name the run by an absolute path"
-        problems.append(Problem(f"resume={resume}", why))
+        problems.append(ConfigIssue(f"resume={resume}", why))
     if problems:
         raise ConfigError(problems)
     warnings = [f"{text}{ELSEWHERE if any(path in str(text) for path in absent) else ''}" for text in run.warnings]
@@ -175,15 +175,15 @@ def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Che
 
 
 def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
-    """Values that are absolute paths of nothing here: they may be on the cluster, where the job checks them."""
+    """Absolute paths that do not exist here: they may be on the cluster, where the job checks them."""
     values = [text.partition("=")[2].strip("'\"") for text in overrides]
     if file is not None and file.is_file():
         values += re.findall(r""":\s*['"]?(/[^\s'"]+)""", file.read_text(errors="replace"))
     return [value for value in values if value.startswith("/") and not Path(value).exists()]
 
 
-def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path) -> list[Problem]:
-    """Relative paths that exist here but not where the job starts: in the files that were uploaded."""
+def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path) -> list[ConfigIssue]:
+    """Relative paths that exist here but are not among the uploaded files."""
     problems = []
     for key, value in _texts(plain(run.config)):
         path = folder / value
@@ -195,7 +195,9 @@ def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path
             continue
         else:
             why = "it is not among the uploaded files (outside this folder, ignored, or too large)"
-        problems.append(Problem(f"{key}={value}", f"{why}; name it by an absolute path on storage the cluster sees"))
+        problems.append(
+            ConfigIssue(f"{key}={value}", f"{why}; name it by an absolute path on storage the cluster sees")
+        )
     return problems
 
 
@@ -219,7 +221,7 @@ def resume_warnings(config: RunConfig) -> list[str]:
 
 
 def check_cluster(checked: Checked, cluster: Cluster) -> None:
-    """Token, resources, no other job in the same run folder. Raises ClusterError."""
+    """Check token, resources, and that no other job uses the run folder. Raises ClusterError."""
     if not cluster.token:
         say(f"warning: {NO_TOKEN}")
     resources = [(node.node_ip, node.resources_total) for node in cluster.nodes()]
@@ -242,7 +244,7 @@ def check_cluster(checked: Checked, cluster: Cluster) -> None:
 
 
 def environment(submit: SubmitConfig) -> dict[str, str]:
-    """Variables of the driver and all its actors; an actor's own settings come on top."""
+    """Variables of the driver and all actors; an actor's own settings override them."""
     passed = {name: os.environ[name] for name in submit.pass_environment if name in os.environ}
     return {
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
@@ -257,7 +259,7 @@ def environment(submit: SubmitConfig) -> dict[str, str]:
 
 
 def make_job(run: ResolvedRun, overrides: Sequence[str], has_config_file: bool, submit: SubmitConfig) -> dict[str, Any]:
-    """What Ray's `submit_job` takes to train `run`, which `overrides` (and a configuration file) describe."""
+    """The arguments of Ray's `submit_job` to train `run`, which `overrides` (and a configuration file) describe."""
     folder = run.config.run_dir
     name = re.sub(r"[^\w.-]+", "-", folder.name)
     arguments = ["-m", "rlkit.train", *(["--config", CONFIG_IN_ARCHIVE] if has_config_file else [])]
@@ -272,7 +274,7 @@ def make_job(run: ResolvedRun, overrides: Sequence[str], has_config_file: bool, 
 
 
 def submit_run(overrides: Sequence[str], file: Path | None) -> int:
-    """Check, upload, submit, follow. Returns the job's exit code; 0 after `dry_run=true` or `submit.follow=false`.
+    """Check, upload, submit, follow. Return the job's exit code; 0 after `dry_run=true` or `submit.follow=false`.
 
     Raises ConfigError, UploadError or ClusterError before anything is sent.
     """
@@ -308,7 +310,7 @@ def _print_plan(run: ResolvedRun) -> None:
 
 
 def _send(checked: Checked, cluster: Cluster) -> str:
-    """Upload and submit; returns the job's id."""
+    """Upload and submit; return the job's id."""
     job = make_job(checked.run, checked.arguments.overrides, checked.file is not None, checked.arguments.submit)
     more = {} if checked.file is None else {CONFIG_IN_ARCHIVE: checked.file}
     with tempfile.TemporaryDirectory(prefix="rlkit-submit-") as folder:
@@ -320,7 +322,7 @@ def _send(checked: Checked, cluster: Cluster) -> str:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Do what the arguments ask for; returns the exit code. Raises ConfigError, UploadError or ClusterError."""
+    """Run the command line; return the exit code. Raises ConfigError, UploadError or ClusterError."""
     if asks_for_help(arguments):
         return _help()
     if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):
@@ -332,12 +334,14 @@ def run_command(arguments: list[str]) -> int:
 def _about_jobs(word: str, rest: list[str]) -> int:
     words = ["status", "logs", "stop", "list"]
     if word not in words:
-        raise ConfigError([Problem(word, f"no such command; {did_you_mean(word, words)}")])
+        raise ConfigError([ConfigIssue(word, f"no such command; {did_you_mean(word, words)}")])
     names = [text for text in rest if "=" not in text]
     arguments = read_arguments([text for text in rest if "=" in text])
-    problems = [*arguments.problems, *(Problem(text, f"has no effect with {word}") for text in arguments.overrides)]
+    problems = [*arguments.problems, *(ConfigIssue(text, f"has no effect with {word}") for text in arguments.overrides)]
     if len(names) != (word != "list"):
-        problems.append(Problem(word, "takes no name" if word == "list" else "takes one name: of a run, or a job's id"))
+        problems.append(
+            ConfigIssue(word, "takes no name" if word == "list" else "takes one name: of a run, or a job's id")
+        )
     if problems:
         raise ConfigError(problems)
     submit, cluster = arguments.submit, connect(arguments.address)

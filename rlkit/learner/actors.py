@@ -11,7 +11,7 @@ import numpy as np
 
 from algorithms.base import Advantages, Algorithm
 from rlkit.cluster.placement import Place, anywhere
-from rlkit.config.plan import gpu_shares, weight_way
+from rlkit.config.plan import gpu_shares, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group
 from rlkit.learner.ranks import Rank, RankGroup
@@ -81,7 +81,7 @@ class LearnerWorker(Rank):
             config = self.config
             self.sender = WeightSender(
                 self.learner,
-                weight_way(config.cluster, config.rollout, config.learner),
+                weight_route(config.cluster, config.rollout, config.learner),
                 config.cluster.weight_bucket_mib * 2**20,
                 config.rollout.tensor_parallel_size,
                 config.trainer.step_timeout_seconds,

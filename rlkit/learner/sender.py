@@ -17,7 +17,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCT
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-from rlkit.config.plan import Way
+from rlkit.config.plan import WeightRoute
 from rlkit.learner.policy import PolicyLearner
 from rlkit.weights import gloo
 from rlkit.weights.bundle import TensorMeta, WeightDigest, buckets, pack
@@ -121,14 +121,14 @@ class WeightSender:
     def __init__(
         self,
         learner: PolicyLearner,
-        way: Way,
+        route: WeightRoute,
         bucket_bytes: int,
         gpus_per_engine: int,
         seconds: float,
         address: Callable[[], tuple[str, int]],
     ) -> None:
         """`address`: a host and a free port where rank 0 can be reached."""
-        self.learner, self.way, self.bucket_bytes = learner, way, bucket_bytes
+        self.learner, self.route, self.bucket_bytes = learner, route, bucket_bytes
         self.gpus_per_engine, self.seconds, self.address = gpus_per_engine, seconds, address
         self.source = Source(learner, bucket_bytes)
         self._met: list[Any] = []
@@ -150,7 +150,7 @@ class WeightSender:
     def _meet(self, workers: Sequence[Any]) -> Any:
         client = Workers(workers, self.gpus_per_engine, self.seconds)
         rank = self.learner.rank
-        if self.way == "ipc":
+        if self.route == "ipc":
             # One buffer is used again and again, and vLLM refuses a tensor that does not fit into it.
             size = max(self.bucket_bytes, *(meta.bytes for meta in self.learner.weight_metas()))
             shared = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=size, rank=rank)
@@ -158,5 +158,5 @@ class WeightSender:
         host, port = self.address() if rank == 0 else ("", 0)
         world = 1 + len(workers) * self.gpus_per_engine
         joint = NCCLTrainerInitInfo(host, port, world, packed_buffer_size_bytes=self.bucket_bytes, rank=rank)
-        kind = GlooSender if self.way == "gloo" else NCCLTrainerWeightTransferEngine
+        kind = GlooSender if self.route == "gloo" else NCCLTrainerWeightTransferEngine
         return kind.trainer_init(joint, client=client, source=self.source)

@@ -17,9 +17,9 @@ from rich.markup import escape
 import rlkit
 from rlkit.config.command import print_error
 from rlkit.config.compose import group_options, option_fields
-from rlkit.config.help import print_section
+from rlkit.config.help import headline, print_section
 from rlkit.config.loading import Loading
-from rlkit.config.messages import ConfigError, Problem, all_fields
+from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import TARGET, Contract, PartError, conf_dir, import_part
 from rlkit.data.base import DataConfig
 from rlkit.experience import UserError
@@ -113,11 +113,11 @@ class _Loading(Loading):
             return
         if stage is not None and stage not in backend.stages:
             message = f"{backend.__name__} can only {' and '.join(backend.stages)}"
-            self.problems.append(Problem(self.sources.where("stage", stage), message))
+            self.problems.append(ConfigIssue(self.sources.where("stage", stage), message))
         if self._data is not None and "reward" in self.parts:
             for message in backend.check(self.parts["reward"].config, self._data):
                 key, _, text = message.partition(": ")
-                self.problems.append(Problem(key, text))
+                self.problems.append(ConfigIssue(key, text))
 
     def result(self) -> ResolvedRewardTraining:
         """What passed. Raises ConfigError if there is any problem."""
@@ -147,8 +147,7 @@ def print_help() -> None:
         except PartError as error:
             console.print(f"\n[bold]reward={option}[/]: {escape(str(target))} {escape(str(error))}")
             continue
-        text = (cls.__doc__ or "").strip().partition("\n")[0]
-        print_section(console, f"reward={option}", text, all_fields(cls.Config, "reward."))
+        print_section(console, f"reward={option}", headline(cls), all_fields(cls.Config, "reward."))
         print_section(console, f"data, with reward={option}", "", all_fields(cls.Data, "data."))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlkit.config.command import print_error
 from rlkit.config.loading import load_config
-from rlkit.config.messages import ConfigError, Problem
+from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.config.parts import ResolvedRun
 from rlkit.experience import UserError
 from rlkit.reward_training.ranks import FAILED, RankHangsError, join_ranks, naming_a_hang, run_ranks
@@ -21,7 +21,7 @@ from rlkit.reward_training.ranks import FAILED, RankHangsError, join_ranks, nami
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlkit.data.base import Problem as DataProblem
+    from rlkit.data.base import Problem
     from rlkit.reward_training.sft_learner import Example
 
 log = logging.getLogger(__name__)
@@ -64,12 +64,12 @@ def load(arguments: Sequence[str]) -> ResolvedRun:
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
         if key not in USED and key.partition(".")[0] not in USED and key not in ("rollout", "trainer"):
-            refused.append(Problem(argument, f"has no effect in rlkit.sft; what has: {', '.join(USED)}"))
+            refused.append(ConfigIssue(argument, f"has no effect in rlkit.sft; what has: {', '.join(USED)}"))
     if refused:
         raise ConfigError(refused)
     resolved = load_config([*arguments, "reward=rule"])  # no reward is used; this one asks for nothing but an answer
     if "references" not in resolved.make_data_source().provides():
-        raise ConfigError([Problem("data", "has no reference answers; for data=jsonl name their column")])
+        raise ConfigError([ConfigIssue("data", "has no reference answers; for data=jsonl name their column")])
     if resolved.config.cluster.device == "cpu" and resolved.config.learner.ranks > 1:
         log.info("ranks on one CPU share its cores")
     return resolved
@@ -182,7 +182,7 @@ def _load_examples(resolved: ResolvedRun, split: Any, tokenizer: PreTrainedToken
 
 
 def make_examples(
-    problems: Sequence[DataProblem],
+    problems: Sequence[Problem],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     max_target_tokens: int,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlkit.cluster.placement import BUNDLES
-from rlkit.config.plan import Way
+from rlkit.config.plan import WeightRoute
 from rlkit.config.schema import RolloutConfig
 from rlkit.experience.types import FinishReason
 from rlkit.weights.bundle import WeightBundle
@@ -102,7 +102,7 @@ class Sampler:
         seed: int,
         stop_token_ids: Sequence[int],
         trust_remote_code: bool = False,
-        way: Way = "object_store",
+        route: WeightRoute = "object_store",
         sleeps: bool = False,
     ) -> None:
         """`sleeps` (CUDA): allocate memory so that `sleep` can free it."""
@@ -122,10 +122,10 @@ class Sampler:
             {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)} if on_cpu else {}
         )
         transfer: dict[str, Any] = {}
-        if way != "object_store":
+        if route != "object_store":
             from rlkit.rollout.receiver import BACKENDS, EXTENSION
 
-            transfer = {"weight_transfer_config": {"backend": BACKENDS[way]}, "worker_extension_cls": EXTENSION}
+            transfer = {"weight_transfer_config": {"backend": BACKENDS[route]}, "worker_extension_cls": EXTENSION}
         self.config, self.device = config, device
         self.stop_token_ids = list(stop_token_ids)
         self.asleep: set[str] = set()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlkit.config.plan import engines_sleep, weight_way
+from rlkit.config.plan import engines_sleep, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group, Prompt, Sample
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
@@ -92,7 +92,7 @@ class RolloutWorker:
             seed=config.seed,
             stop_token_ids=stop_token_ids(self.model_path, self.tokenizer),
             trust_remote_code=trusted,
-            way=weight_way(config.cluster, config.rollout, config.learner),
+            route=weight_route(config.cluster, config.rollout, config.learner),
             sleeps=engines_sleep(config),
         )
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0))

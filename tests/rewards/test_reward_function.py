@@ -20,15 +20,15 @@ from rlkit.experience import Group
 
 
 def reward(name: str, **options: Any) -> FunctionReward:
-    made = FunctionReward(FunctionReward.Config(function=f"reward_functions.{name}", **options), RewardContext())
-    made.start()
-    return made
+    instance = FunctionReward(FunctionReward.Config(function=f"reward_functions.{name}", **options), RewardContext())
+    instance.start()
+    return instance
 
 
-def values(made: FunctionReward, *groups: Group) -> list[float | str]:
+def values(instance: FunctionReward, *groups: Group) -> list[float | str]:
     return [
         score.reason if score.value is None else score.value
-        for scores in made.score(groups)
+        for scores in instance.score(groups)
         for score in scores.samples
     ]
 
@@ -40,8 +40,8 @@ def with_columns(group: Group, **columns: Any) -> Group:
 @pytest.mark.parametrize("name", ["words", "words_later", "Judge.brevity"])
 def test_plain_async_and_static_functions(name: str) -> None:
     sign = -1 if name == "Judge.brevity" else 1
-    found = values(reward(name), make_group("a", ["one two", "one"]), make_group("b", ["one two three"]))
-    assert found == [sign * 2.0, sign * 1.0, sign * 3.0]
+    outcomes = values(reward(name), make_group("a", ["one two", "one"]), make_group("b", ["one two three"]))
+    assert outcomes == [sign * 2.0, sign * 1.0, sign * 3.0]
 
 
 def test_chat_gives_messages() -> None:
@@ -49,21 +49,21 @@ def test_chat_gives_messages() -> None:
 
 
 def test_columns_by_name() -> None:
-    made = reward("equals_solution")
-    assert made.traits(made.config).columns == ("solution",)
+    instance = reward("equals_solution")
+    assert instance.traits(instance.config).columns == ("solution",)
     right = with_columns(make_group("a", ["x", "y"]), solution="x", other=3)
     lacking = make_group("b", ["x"])
-    assert values(made, right, lacking)[:2] == [1.0, 0.0]
-    (reason,) = values(made, lacking)
+    assert values(instance, right, lacking)[:2] == [1.0, 0.0]
+    (reason,) = values(instance, lacking)
     assert str(reason).startswith("no_column: reward_functions.equals_solution wants solution")
 
 
 def test_token_ids_and_answers() -> None:
-    made = reward("length_of_ids")
-    assert made.traits(made.config).answer
-    assert not made.traits(made.config).references
-    assert values(made, make_group("a", ["one two", "one"])) == [2.0, 1.0]
-    assert str(values(made, make_group("a", ["x"], answer=None))[0]).startswith("no_column: ")
+    instance = reward("length_of_ids")
+    assert instance.traits(instance.config).answer
+    assert not instance.traits(instance.config).references
+    assert values(instance, make_group("a", ["one two", "one"])) == [2.0, 1.0]
+    assert str(values(instance, make_group("a", ["x"], answer=None))[0]).startswith("no_column: ")
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_token_ids_and_answers() -> None:
     ],
 )
 def test_a_wrong_result_makes_all_samples_invalid(order: str, reason: str) -> None:
-    found = values(reward("as_told"), make_group("a", [order, "fine"]))
-    assert all(str(text).startswith(reason) for text in found)
+    outcomes = values(reward("as_told"), make_group("a", [order, "fine"]))
+    assert all(str(text).startswith(reason) for text in outcomes)
 
 
 @pytest.mark.parametrize(

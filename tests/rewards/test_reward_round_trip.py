@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sandbox_fixture import need_bubblewrap
 
 from rlkit.config.loading import load_config
 from rlkit.config.parts import config_text
@@ -30,6 +31,8 @@ ROWS = ("data=jsonl", "data.path={folder}/rows.jsonl", "data.answer_column=null"
     ids=lambda overrides: " ".join(overrides)[:60],
 )  # fmt: skip
 def test_what_was_written_out_loads_again(overrides: list[str], tmp_path: Path) -> None:
+    if "reward.isolation=bubblewrap" in overrides:
+        need_bubblewrap()
     (tmp_path / "schema.json").write_text("{}")
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "tests": ["assert True"]}\n' * 40)
     given = [text.format(folder=tmp_path) for text in overrides]

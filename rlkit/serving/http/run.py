@@ -22,7 +22,7 @@ import rlkit
 from rewards.base import Reward, RewardConfig, RewardContext, TrainableReward
 from rlkit.config.help import print_section
 from rlkit.config.loading import Loading
-from rlkit.config.messages import ConfigError, Problem, all_fields
+from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import CONTRACTS, TARGET, conf_dir
 from rlkit.experience.section import Section
 from rlkit.experience.wire import SCHEMA_VERSION, Health, Needs
@@ -36,7 +36,7 @@ USED = {
     "seed": "given to the reward",
     "dry_run": "validate only",
 }
-"""Key or group -> what it means to this command."""
+"""Key or group -> its meaning for this command."""
 
 LEAST_TOKEN_CHARACTERS = 16
 KEEP_ALIVE_SECONDS = 60
@@ -46,17 +46,17 @@ class ServeConfig(Section):
     """The server."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Any other than this machine's loopback needs `serve.token_env`."""
+    """Address to listen on. Any but this machine's loopback needs `serve.token_env`."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one and prints it."""
     token_env: str | None = None
-    """Name of the environment variable with the token that every request must carry (Authorization: Bearer ...)."""
+    """Environment variable with the token that every request must carry (Authorization: Bearer ...)."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """What the reward runs on."""
+    """Device of the reward."""
     threads: int = Field(default=2, ge=1)
     """CPU threads of each reward process."""
     max_batch_samples: int = Field(default=256, ge=1)
-    """Waiting requests are scored together up to this many samples; one request has at most as many."""
+    """Waiting requests are scored together up to this many samples, also the most of one request."""
     max_batch_tokens: int = Field(default=262144, ge=1)
     """And up to this many tokens; a single larger request is scored alone."""
     max_queued_samples: int = Field(default=4096, ge=1)
@@ -64,20 +64,20 @@ class ServeConfig(Section):
     max_body_mib: float = Field(default=64.0, gt=0)
     """Larger requests are answered 413."""
     max_connections: int = Field(default=128, ge=1)
-    """Requests open at a time; further ones are answered 503."""
+    """Concurrent requests; further ones are answered 503."""
     startup_timeout_seconds: float = Field(default=600.0, gt=0)
-    """The reward must have loaded and judged its first group by then, also when its process is replaced."""
+    """Time to load the reward and judge a first group, also when its process is replaced."""
     end_seconds: float = Field(default=10.0, gt=0)
-    """After Ctrl-C or SIGTERM, open requests may finish within this time."""
+    """Time for open requests to finish after Ctrl-C or SIGTERM."""
 
 
 @dataclass(frozen=True)
 class ResolvedServe:
-    """A server's configuration that passed every check."""
+    """A valid configuration of a server."""
 
     serve: ServeConfig
     reward: dict[str, Any]
-    """`_target_` and all fields, defaults filled in."""
+    """`_target_` and all fields, with defaults."""
     reward_class: type[Reward]
     reward_config: RewardConfig
     seed: int
@@ -86,16 +86,14 @@ class ResolvedServe:
 
     @property
     def learns(self) -> bool:
-        """Whether the reward would learn in a run of its own; served, it stays as it is."""
+        """Whether the reward would learn in a run; served, it stays as it is."""
         cls = self.reward_class
         return issubclass(cls, TrainableReward) and cls.traits(self.reward_config).update_when != "none"
 
 
 class _ServeRun(Section):
-    """The whole configuration of `python -m rlkit.serve`."""
-
     seed: int = Field(default=0, ge=0)
-    """Given to the reward."""
+    """Passed to the reward."""
     dry_run: bool = False
     """Validate, exit."""
     serve: ServeConfig = ServeConfig()
@@ -113,7 +111,7 @@ def print_help(usage: str) -> None:
 
 
 def load_serve_config(arguments: Sequence[str]) -> ResolvedServe:
-    """What `arguments` (Hydra overrides) describe. Raises ConfigError with every problem."""
+    """Resolve Hydra overrides; raise ConfigError with every problem."""
     loading = _ServeLoading(arguments)
     loading.validate()
     loading.check()
@@ -121,7 +119,7 @@ def load_serve_config(arguments: Sequence[str]) -> ResolvedServe:
 
 
 class _ServeLoading(Loading):
-    """The reward as in a run, out of the same option files; no other part and no other section."""
+    """The reward as in a run, from the same option files; no other part or section."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         used: list[str] = []
@@ -132,11 +130,11 @@ class _ServeLoading(Loading):
         contracts = {"reward": CONTRACTS["reward"]}
         super().__init__(used, None, folder=conf_dir(), schema=_ServeRun, contracts=contracts)
         self.problems += [
-            Problem(argument, f"has no effect in rlkit.serve; what has: {', '.join(USED)}") for argument in refused
+            ConfigIssue(argument, f"has no effect in rlkit.serve; what has: {', '.join(USED)}") for argument in refused
         ]
         if not {"reward", "reward._target_"} & set(self.overrides.typed):
             self.problems.append(
-                Problem("reward", "choose what to serve: reward=rule, or reward._target_=my_module.MyReward")
+                ConfigIssue("reward", "choose what to serve: reward=rule, or reward._target_=my_module.MyReward")
             )
         self.token: str | None = None
 
@@ -145,29 +143,29 @@ class _ServeLoading(Loading):
         return super()._plain(OmegaConf.masked_copy(composed, kept))
 
     def _run_config(self, known: Sequence[str]) -> None:
-        """The section `serve`, and the keys outside of any section."""
+        """Validate the section `serve` and the keys outside of sections."""
         section = self.tree.get("serve", {})
         if isinstance(section, dict):
             self.available["serve"] = self._section(ServeConfig, section, "serve.", known)
         else:
             message = "is a section; set its keys one by one, like serve.port=8000"
-            self.problems.append(Problem(self.sources.where("serve", section), message))
+            self.problems.append(ConfigIssue(self.sources.where("serve", section), message))
         plain = {key: value for key, value in self.tree.items() if key in ("seed", "dry_run")}
         self.available["top"] = self._section(_ServeRun, {**plain, "reward": {}}, "", known)
 
     def check(self) -> None:
-        """What the reward itself finds missing, and who could reach it."""
+        """Collect what the reward itself finds missing, and unprotected access."""
         if "reward" in self.parts:
             part = self.parts["reward"]
             where = self.sources.where("reward", None)
-            self.problems += [Problem(where, message) for message in part.cls.check(part.config)]
+            self.problems += [ConfigIssue(where, message) for message in part.cls.check(part.config)]
         serve = self.available.get("serve")
         if isinstance(serve, ServeConfig):
             self.token, problems = _token(serve, self.sources.where)
             self.problems += problems
 
     def result(self) -> ResolvedServe:
-        """The resolved configuration. Raises ConfigError if there is any problem."""
+        """Raise ConfigError if there is any problem."""
         if self.problems:
             raise ConfigError(list(dict.fromkeys(self.problems)))
         part, top = self.parts["reward"], self.available["top"]
@@ -182,8 +180,8 @@ class _ServeLoading(Loading):
         )
 
 
-def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | None, list[Problem]]:
-    """The token, if one is configured; a server that others can reach must have one."""
+def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | None, list[ConfigIssue]]:
+    """Return the configured token; a server that others can reach must have one."""
     variable = serve.token_env
     if variable is None:
         if is_loopback(serve.host):
@@ -192,21 +190,21 @@ def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | 
             "others can reach this address, so requests must carry a token: export RLKIT_TOKEN=... and add "
             "serve.token_env=RLKIT_TOKEN"
         )
-        return None, [Problem(where("serve.host", serve.host), message)]
+        return None, [ConfigIssue(where("serve.host", serve.host), message)]
     key, token = where("serve.token_env", variable), os.environ.get(variable, "").strip()
     if not token:
-        return None, [Problem(key, f"the environment has no {variable}; `export {variable}=...` first")]
+        return None, [ConfigIssue(key, f"the environment has no {variable}; `export {variable}=...` first")]
     if len(token) < LEAST_TOKEN_CHARACTERS or not token.isascii():
         remedy = 'python -c "import secrets; print(secrets.token_urlsafe())" makes a good one'
         message = f"the token must have at least {LEAST_TOKEN_CHARACTERS} ASCII characters; {remedy}"
-        return None, [Problem(key, message)]
+        return None, [ConfigIssue(key, message)]
     return token, []
 
 
 def serve(resolved: ResolvedServe) -> None:
     """Load the reward, serve until Ctrl-C or SIGTERM, end everything.
 
-    Raises ConfigError if the port is taken, RewardFailed if the reward cannot start.
+    Raise ConfigError if the port is taken, RewardFailed if the reward cannot start.
     """
     with _listening(resolved.serve) as listener:
         asyncio.run(_serve(resolved, listener))
@@ -214,7 +212,7 @@ def serve(resolved: ResolvedServe) -> None:
 
 @contextlib.contextmanager
 def _listening(serve: ServeConfig) -> Iterator[socket.socket]:
-    """The port, taken before the reward is loaded; connections are accepted afterwards. Raises ConfigError."""
+    """Take the port before the reward is loaded, and accept connections later; raise ConfigError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -222,7 +220,9 @@ def _listening(serve: ServeConfig) -> Iterator[socket.socket]:
         listener.bind(address)
     except OSError as error:
         where = f"serve.host={serve.host} serve.port={serve.port}"
-        raise ConfigError([Problem(where, f"cannot listen there: {error.strerror}; choose another port")]) from error
+        raise ConfigError(
+            [ConfigIssue(where, f"cannot listen there: {error.strerror}; choose another port")]
+        ) from error
     with listener:
         yield listener
 
@@ -278,7 +278,7 @@ def _queue(resolved: ResolvedServe) -> ScoringQueue:
 
 
 def _description(resolved: ResolvedServe) -> Health:
-    """What the server says about itself before its processes run."""
+    """Describe the server before its processes run."""
     traits = resolved.reward_class.traits(resolved.reward_config)
     return Health(
         status="down",
@@ -297,7 +297,7 @@ def _description(resolved: ResolvedServe) -> Health:
 
 
 class _Server(uvicorn.Server):
-    """Signals are handled here, also while the reward loads; uvicorn would raise them once more at its end."""
+    """Signals are handled here, also while the reward loads; uvicorn would raise them again at its end."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -305,7 +305,7 @@ class _Server(uvicorn.Server):
 
 
 def _end_on_signals(server: _Server) -> asyncio.Future[None]:
-    """Done at the first signal, which lets open requests finish; a second Ctrl-C does not."""
+    """Set at the first signal, after which open requests may finish; a second Ctrl-C ends them."""
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[None] = loop.create_future()
 

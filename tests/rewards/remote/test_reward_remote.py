@@ -24,7 +24,7 @@ from rewards.remote import RemoteReward
 from rewards.verifiers.math import MathReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
-from rlkit.experience import Group, Span
+from rlkit.experience import Group, Message, Prompt, Span
 from rlkit.experience.wire import (
     ScoreRequest,
     UnsendableError,
@@ -58,12 +58,12 @@ def _token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def client(url: str, **options: Any) -> RemoteReward:
-    made = RemoteReward(RemoteReward.Config(url=url, **options), RewardContext())
-    made.start()
-    return made
+    reward = RemoteReward(RemoteReward.Config(url=url, **options), RewardContext())
+    reward.start()
+    return reward
 
 
-def found(reward: RemoteReward, *groups: Group) -> list[str | float | None]:
+def outcomes(reward: RemoteReward, *groups: Group) -> list[str | float | None]:
     scored = reward.score(groups)
     assert [len(scores.samples) for scores in scored] == [len(group.samples) for group in groups]
     return [s.value if s.valid else s.reason for scores in scored for s in scores.samples]
@@ -91,6 +91,22 @@ def test_a_group_arrives_as_it_was() -> None:
             assert mine.trained.tolist() == theirs.trained.tolist()
             assert np.isnan(theirs.logprobs).all() != with_logprobs
             assert not with_logprobs or mine.logprobs.tolist() == theirs.logprobs.tolist()
+
+
+def test_the_bytes_of_version_2_stay_as_they_are() -> None:
+    """Servers of other rlkit versions that speak the same version of the messages read these."""
+    group = make_group("g", ["x"])
+    sample = replace(
+        group.samples[0], token_ids=np.array([5]), logprobs=np.array([-0.5], np.float32), spans=(Span(0, 1),)
+    )
+    prompt = Prompt("p", (Message("user", "q"),), (1, 2), ("r",), "a", {"ids": np.arange(2)})
+    sent = encode(Group("g", prompt, (sample,), step=3), send_logprobs=True).decode()
+    assert sent == (
+        '{"id":"g","prompt":{"id":"p","messages":[{"role":"user","content":"q"}],"token_ids":[1,2],"references":["r"],'
+        '"answer":"a","columns":{"ids":[0,1]}},"samples":[{"index":0,"token_ids":[5],"text":"x","finish_reason":"stop",'
+        f'"policy_versions":{list(sample.policy_versions)},"seed":{sample.seed},"logprobs":[-0.5],"mask":null,"spans":'
+        '[{"start":0,"end":1,"kind":"step","role":"assistant","data":{}}]}],"step":3}'
+    ).replace(", ", ",")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +151,7 @@ def test_more_than_the_server_takes_is_sent_in_parts_and_a_bad_group_alone_is_lo
     large = make_group("large", ["#### 42"] * 9)
     odd = make_group("odd", ["#### 42"])
     odd = replace(odd, prompt=replace(odd.prompt, columns={"when": date(2025, 1, 1)}))
-    values = found(reward, make_group("a", ["#### 42"]), odd, large, make_group("b", ["#### 41", "#### 42"]))
+    values = outcomes(reward, make_group("a", ["#### 42"]), odd, large, make_group("b", ["#### 41", "#### 42"]))
     assert [values[0], *values[2:]] == [1.0, *[1.0] * 9, 0.0, 1.0]
     assert str(values[1]).startswith("unsendable: column 'when' of prompt p-odd")
     reward.close()
@@ -177,7 +193,7 @@ def test_a_reward_that_learns_is_served_as_it_is(tmp_path: Path, caplog: pytest.
         assert "learns in a run of its own; served, it stays as it is" in server.text
         reward = client(server.url)
         assert "it stays as it is and only scores" in caplog.text
-        assert found(reward, make_group("g", ["x"])) == [0.0]
+        assert outcomes(reward, make_group("g", ["x"])) == [0.0]
         reward.close()
     finally:
         server.end()
@@ -188,13 +204,13 @@ def test_another_model_behind_the_same_address_is_noticed(tmp_path: Path) -> Non
     server = Server(tmp_path / "first.txt", *serve).ready()
     reward = client(server.url)
     groups = [make_group("g", ["x"])]
-    assert found(reward, *groups) == [1 / 3]
+    assert outcomes(reward, *groups) == [1 / 3]
     server.end()
     other = Server(tmp_path / "second.txt", *serve, "reward.scale=2", port=server.port).ready()
-    assert str(found(reward, *groups)[0]).startswith("model_changed: ")
+    assert str(outcomes(reward, *groups)[0]).startswith("model_changed: ")
     other.end()
     same = Server(tmp_path / "third.txt", *serve, port=server.port).ready()
-    assert found(reward, *groups) == [1 / 3]
+    assert outcomes(reward, *groups) == [1 / 3]
     reward.close()
     same.end()
 

@@ -23,12 +23,12 @@ from rlkit.experience.wire import SCHEMA_VERSION
 
 
 def client(url: str, **options: Any) -> RemoteReward:
-    made = RemoteReward(RemoteReward.Config(url=url, **options), RewardContext())
-    made.start()
-    return made
+    reward = RemoteReward(RemoteReward.Config(url=url, **options), RewardContext())
+    reward.start()
+    return reward
 
 
-def found(reward: RemoteReward, *groups: Group) -> list[str | float | None]:
+def outcomes(reward: RemoteReward, *groups: Group) -> list[str | float | None]:
     try:
         return [s.value if s.valid else s.reason for scores in reward.score(groups) for s in scores.samples]
     finally:
@@ -112,21 +112,21 @@ def good(body: Any, value: Any = 1.0) -> dict[str, Any]:
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_what_may_pass_is_tried_again(odd: Callable[..., OddServer], status: int) -> None:
     server = odd(lambda number, body: (status, {}, {}) if number < 3 else (200, good(body), {}))
-    assert found(client(server.url), make_group("g", ["x"])) == [1.0]
+    assert outcomes(client(server.url), make_group("g", ["x"])) == [1.0]
     assert len(server.requests) == 3
 
 
 def test_a_server_may_say_how_long_to_wait(odd: Callable[..., OddServer]) -> None:
     server = odd(lambda number, body: (429, {}, {"Retry-After": "1"}) if number < 2 else (200, good(body), {}))
     began = time.monotonic()
-    assert found(client(server.url), make_group("g", ["x"])) == [1.0]
+    assert outcomes(client(server.url), make_group("g", ["x"])) == [1.0]
     assert time.monotonic() - began >= 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
 def test_what_would_be_the_same_again_is_not_tried_again(odd: Callable[..., OddServer], status: int) -> None:
     server = odd(lambda number, body: (status, {"error": "no"}, {}))
-    assert str(found(client(server.url), make_group("g", ["x"]))[0]).startswith("refused: ")
+    assert str(outcomes(client(server.url), make_group("g", ["x"]))[0]).startswith("refused: ")
     assert len(server.requests) == 1
 
 
@@ -135,14 +135,14 @@ def test_a_group_that_is_refused_is_found_among_others(odd: Callable[..., OddSer
         return (422, {}, {}) if any(g["id"] == "g5" for g in body["groups"]) else (200, good(body), {})
 
     server = odd(answer)
-    values = found(client(server.url), *(make_group(f"g{i}", ["x"]) for i in range(8)))
+    values = outcomes(client(server.url), *(make_group(f"g{i}", ["x"]) for i in range(8)))
     assert [i for i, value in enumerate(values) if value != 1.0] == [5]
     assert len(server.requests) == 7, "halved until it is alone: 8, 4, 4, 2, 2, 1, 1"
 
 
 def test_tries_are_bounded(odd: Callable[..., OddServer]) -> None:
     server = odd(lambda number, body: (500, {"error": "a bug"}, {}))
-    (reason,) = found(client(server.url, attempts=3), make_group("g", ["x"]))
+    (reason,) = outcomes(client(server.url, attempts=3), make_group("g", ["x"]))
     assert str(reason).startswith("unreachable: ")
     assert "a bug" in str(reason)
     assert "(3 tries)" in str(reason)
@@ -160,7 +160,7 @@ def test_a_server_that_never_answers_is_given_up(odd: Callable[..., OddServer]) 
     server = odd(answer)
     reward = client(server.url, timeout_seconds=2, samples_per_request=1)
     began = time.monotonic()
-    values = found(reward, make_group("slow", ["x"]), make_group("quick", ["x"]))
+    values = outcomes(reward, make_group("slow", ["x"]), make_group("quick", ["x"]))
     release.set()
     assert str(values[0]).startswith(f"timeout: no scores from {server.url}/v1/score within 1.6 s")
     assert values[1] == 1.0, "what came in time is kept"
@@ -190,7 +190,7 @@ def one_score(**score: Any) -> dict[str, Any]:
 )
 def test_an_answer_against_the_schema_is_invalid_and_never_zero(odd: Callable[..., OddServer], content: Any) -> None:
     server = odd(lambda number, body: (200, content, {}))
-    assert str(found(client(server.url), make_group("g", ["x"]))[0]).startswith("wrong_answer: ")
+    assert str(outcomes(client(server.url), make_group("g", ["x"]))[0]).startswith("wrong_answer: ")
     assert len(server.requests) == 1
 
 
@@ -202,7 +202,7 @@ def test_another_version_of_the_messages_is_refused(odd: Callable[..., OddServer
 
 def test_a_body_larger_than_the_server_takes_is_cut_before_it_is_sent(odd: Callable[..., OddServer]) -> None:
     server = odd(lambda number, body: (200, good(body), {}), max_body_bytes=3000)
-    values = found(
+    values = outcomes(
         client(server.url), make_group("a", ["x"]), make_group("b", ["word " * 2000]), make_group("c", ["x"])
     )
     assert [values[0], values[2]] == [1.0, 1.0]

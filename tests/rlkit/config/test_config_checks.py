@@ -10,7 +10,7 @@ import pytest
 
 from algorithms.base import AlgorithmConfig, AlgorithmNeeds
 from rewards.implicit_prm.reward import ImplicitPRM
-from rlkit.config.checks import CHECKS, Finding, run_checks
+from rlkit.config.checks import CHECKS, ConfigIssue, run_checks
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import Part, import_part
 from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainerConfig
@@ -63,7 +63,7 @@ def test_valid_sections_pass() -> None:
 
 def test_a_check_whose_section_is_invalid_is_left_out() -> None:
     broken = sections(algorithm=SomeAlgorithm(samples=1, minimum=2))
-    assert [finding.key for finding in run_checks(broken)] == ["algorithm.samples_per_prompt"]
+    assert [issue.where for issue in run_checks(broken)] == ["algorithm.samples_per_prompt"]
     del broken["algorithm"]
     assert run_checks(broken) == []
 
@@ -122,8 +122,8 @@ def test_checks_only_name_known_sections() -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], key: str, text: str) -> None:
-    refusals = [finding for finding in run_checks(sections(**changes)) if not finding.warning]
-    assert [finding.key for finding in refusals] == [key]
+    refusals = [issue for issue in run_checks(sections(**changes)) if not issue.warning]
+    assert [issue.where for issue in refusals] == [key]
     assert text in refusals[0].message
 
 
@@ -139,8 +139,8 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], key: str, text: s
     ],
 )
 def test_what_is_doubtful_is_warned_about(changes: dict[str, Any], key: str) -> None:
-    findings = run_checks(sections(**changes))
-    assert [(finding.key, finding.warning) for finding in findings] == [(key, True)]
+    issues = run_checks(sections(**changes))
+    assert [(issue.where, issue.warning) for issue in issues] == [(key, True)]
 
 
 def test_a_short_run_with_default_intervals_has_no_warning() -> None:
@@ -151,23 +151,23 @@ def test_a_short_run_with_default_intervals_has_no_warning() -> None:
 def test_a_folder_with_a_run_is_refused(tmp_path: Path, name: str) -> None:
     assert run_checks({"run_dir": tmp_path, "resume": "never"}) == []
     (tmp_path / name).touch()
-    (finding,) = run_checks({"run_dir": tmp_path, "resume": "never"})
+    (issue,) = run_checks({"run_dir": tmp_path, "resume": "never"})
     assert run_checks({"run_dir": tmp_path, "resume": "auto"}) == []
-    assert isinstance(finding, Finding)
-    assert name in finding.message
+    assert isinstance(issue, ConfigIssue)
+    assert name in issue.message
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "run"
     file.touch()
-    (finding,) = run_checks({"run_dir": file, "resume": "never"})
-    assert "is a file" in finding.message
+    (issue,) = run_checks({"run_dir": file, "resume": "never"})
+    assert "is a file" in issue.message
 
 
 def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (finding,) = run_checks({"run_dir": tmp_path / "file" / "run", "resume": "never"})
-    assert "cannot be made" in finding.message
+    (issue,) = run_checks({"run_dir": tmp_path / "file" / "run", "resume": "never"})
+    assert "cannot be made" in issue.message
 
 
 def test_model_shape_comes_from_headers_alone(bare_model: Path) -> None:
@@ -246,10 +246,10 @@ def test_a_verifier_judges_one_response_with_what_the_data_give(
 ) -> None:
     cls = import_part("verifier", target)
 
-    findings = run_checks({"verifier": Part(cls, cls.Config(**options)), "data": SomeData()})
+    issues = run_checks({"verifier": Part(cls, cls.Config(**options)), "data": SomeData()})
 
     if words is None:
-        assert findings == []
+        assert issues == []
     else:
-        assert all(finding.key == "verifier" and not finding.warning for finding in findings)
-        assert any(words in finding.message for finding in findings)
+        assert all(issue.where == "verifier" and not issue.warning for issue in issues)
+        assert any(words in issue.message for issue in issues)

@@ -10,7 +10,7 @@ from rewards.code.reward import CodeReward
 from rewards.remote import RemoteReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
-from rlkit.config.plan import GpuShares, colocated_places, gpu_shares
+from rlkit.config.plan import GpuShares, colocated_slots, gpu_shares
 
 URLS = "reward.urls=[http://127.0.0.1:30000]"
 ON_GPU = {
@@ -66,7 +66,7 @@ def test_every_gpu_of_an_engine_and_every_rank_has_a_place(
 ) -> None:
     overrides = (f"rollout.workers={workers}", f"rollout.tensor_parallel_size={width}", f"learner.ranks={ranks}")
     config = load_config(["reward=polar", f"run_dir={tmp_path / 'run'}", "cluster=single_gpu", *overrides]).config
-    assert colocated_places(config, critics) == places
+    assert colocated_slots(config, critics) == places
     assert gpu_shares(config).engine == 0.5  # on each of its GPUs
 
 

@@ -109,6 +109,8 @@ def request(change: str) -> bytes:
         group["reward"] = 1
     elif change == "text as a number":
         group["samples"][0]["token_ids"] = ["1"]
+    elif change == "a number too large":
+        group["samples"][0]["token_ids"] = [2**40]
     elif change == "lengths that differ":
         group["samples"][0]["mask"] = [True]
     elif change == "no sample":
@@ -126,6 +128,7 @@ def request(change: str) -> bytes:
         ("another version", f"schema_version: Input should be {SCHEMA_VERSION}"),
         ("an unknown key", "groups.0.reward: Extra inputs"),
         ("text as a number", "groups.0.samples.0.token_ids.0"),
+        ("a number too large", "groups.0.samples.0.token_ids: "),
         ("lengths that differ", "2 tokens but a mask of 1"),
         ("no sample", "groups.0.samples"),
         ("NaN in a column", "groups.0.prompt.columns"),
@@ -171,8 +174,8 @@ def test_a_web_page_under_another_name_gets_nothing(rule: Server) -> None:
 )
 def test_a_reward_that_fails_is_invalid_and_the_server_goes_on(broken: Server, order: str, reason: str) -> None:
     before = broken.get("/health").json()["workers"][0]
-    found = scores(broken.post(misbehaving(order)))
-    assert str(found[0]).startswith(reason)
+    outcomes = scores(broken.post(misbehaving(order)))
+    assert str(outcomes[0]).startswith(reason)
     assert scores(broken.post(misbehaving("fine"))) == [1.0, 2.0]
     replaced = order in ("hang", "hang in C", "die", "raise")
     after = broken.get("/health").json()["workers"][0]
@@ -313,7 +316,7 @@ def test_processes_work_side_by_side(tmp_path: Path) -> None:
         pids = [worker["pid"] for worker in server.get("/health").json()["workers"]]
         assert len(set(pids)) == 2
         os.kill(pids[0], signal.SIGKILL)
-        found = [scores(server.post(misbehaving("fine"))) for _ in range(3)]
-        assert found == [[1.0, 2.0]] * 3, "a process that died between two calls costs no sample"
+        outcomes = [scores(server.post(misbehaving("fine"))) for _ in range(3)]
+        assert outcomes == [[1.0, 2.0]] * 3, "a process that died between two calls costs no sample"
     finally:
         server.end()

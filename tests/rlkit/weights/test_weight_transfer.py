@@ -14,7 +14,7 @@ from learner_fixture import build_learner, grpo_advantages, make_groups, weights
 
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
-from rlkit.config.plan import engines_sleep, offloads, plan, weight_way
+from rlkit.config.plan import engines_sleep, offloads, plan, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.learner.engine import full_state, offload, reload
 from rlkit.learner.policy import PolicyLearner
@@ -222,7 +222,7 @@ def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
 )
 def test_the_way_follows_from_device_and_placement(tmp_path: Path, overrides: list[str], wanted: str) -> None:
     config = config_of(tmp_path, *overrides)
-    assert weight_way(config.cluster, config.rollout, config.learner) == wanted
+    assert weight_route(config.cluster, config.rollout, config.learner) == wanted
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Entry point inside a service that runs one program and returns its standard output: no file descriptors of ours."""
+"""Entry point inside a service that runs one program and returns its standard output, without our file descriptors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PR_SET_DUMPABLE = 4
 
 
 def serve() -> None:
-    """Read a job from standard input, run it, and write its messages, after a line that only this process knows."""
+    """Run the job on standard input, and write its messages after a line that only this process knows."""
     job: dict[str, Any] = json.loads(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "wb") as answer:
         null = os.open(os.devnull, os.O_RDWR)
@@ -34,10 +34,10 @@ def serve() -> None:
 
 
 def _run_tests(solution: dict[str, Any], tests: dict[str, Any]) -> bytes:
-    """The messages of the tests, with the solution in a child process that cannot look into this one.
+    """Return the tests' messages, with the solution in a child process that cannot inspect this one.
 
-    Not dumpable: processes of the same user may not trace it nor read its memory and its open files in /proc. A
-    service that gives its programs CAP_SYS_PTRACE takes that away.
+    Not dumpable: processes of the same user can neither trace it nor read its memory and open files in /proc, unless
+    the service gives its programs CAP_SYS_PTRACE.
     """
     from rewards.services.sandbox.inside.tester import run_tests
 
