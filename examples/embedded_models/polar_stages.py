@@ -25,7 +25,10 @@ class StageFailed(RuntimeError):
 
 
 def train_reward(run_dir: Path, stage: str, seed: int, **keys: Any) -> dict[str, Any]:
-    """Run `rlkit.train_reward reward=polar` with these keys (`data__path` is `data.path`). Return its summary."""
+    """Run `rlkit.train_reward reward=polar` with these keys (`data__path` is `data.path`). Return its summary.
+
+    Raise StageFailed if it fails.
+    """
     from rlkit import train_reward as command
 
     options = {"stage": stage, "seed": seed, "threads": THREADS, "run_dir": run_dir, **keys}
@@ -39,7 +42,7 @@ def train_reward(run_dir: Path, stage: str, seed: int, **keys: Any) -> dict[str,
 
 
 def with_trajectories(sampled: Sequence[Sequence[str]], answers: AnswersByName, scale: Scale) -> list[list[str]]:
-    """Per problem the embedded policy's answers, and those of the pool's training policies that were asked."""
+    """Per problem the embedded policy's answers, and the pool's training policies' where they answered it."""
     candidates = [list(texts) for texts in sampled]
     for variant in scale.pool:
         if not variant.heldout:
