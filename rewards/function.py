@@ -29,8 +29,7 @@ class FunctionReward(Reward):
 
     The function gets the arguments that it names, or all with `**columns`: `prompts`, `completions`,
     `completion_ids`, `references` (a list per sample), `answer` and the data columns. It returns a number per
-    sample, or None, which makes it invalid. If it raises twice (the second time in a new process), all samples are
-    invalid.
+    sample, or None for an invalid one. If it raises twice (again in a new process), all samples are invalid.
     """
 
     class Config(RewardConfig):

@@ -32,7 +32,7 @@ from rlkit.experience.wire import (
 log = logging.getLogger(__name__)
 
 BUDGET_SHARE = 0.8
-"""Share of a call's deadline after which the client gives up, so that it answers instead of being killed."""
+"""Share of a call's deadline after which the client answers instead of being killed."""
 SERVER_TRIES = 2
 """A server retries a request once if its process fails at it, each time up to its deadline."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
@@ -42,7 +42,7 @@ START_PAUSE = 0.5
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 10.0
 REMEMBERED_SECONDS = 10.0
-"""The checks of a configuration ask for the health several times; one answer serves them all."""
+"""The checks of a configuration ask several times; one answer serves them all."""
 ABOUT_SIZE_OR_CONTENT = (400, 413, 422)
 """Refusals that may be due to one group of the request."""
 
@@ -50,7 +50,7 @@ ABOUT_SIZE_OR_CONTENT = (400, 413, 422)
 class RemoteReward(Reward):
     """Sends groups to a reward server and takes its scores.
 
-    Requirements of the served reward are asked for before the run starts. A lost server is waited for, with
+    The requirements of the served reward are asked for before the run starts. A lost server is waited for, with
     back-off, up to the call's deadline; then the samples are invalid.
     """
 
@@ -88,7 +88,7 @@ class RemoteReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """What the served reward needs, on the server's GPU; nothing if it cannot be asked."""
+        """Of the served reward, without its GPU; nothing if it cannot be asked."""
         try:
             health = _health_once(config)
         except HandshakeError:  # `check` reports it
@@ -217,7 +217,7 @@ def _invalid(group: Group, reason: str) -> GroupScores:
 
 
 class HandshakeError(UserError):
-    """The message names the missing server and the remedy."""
+    """The message names the server and the remedy."""
 
     def __init__(self, message: str, may_pass: bool = False) -> None:
         super().__init__(message)
@@ -229,7 +229,7 @@ _remembered: dict[tuple[str, str | None], tuple[float, Health | HandshakeError]]
 
 
 def _health_once(config: Any) -> Health:
-    """Return the health, cached for a few seconds; raise HandshakeError."""
+    """Cached for a few seconds. Raise HandshakeError."""
     problem = _url_problem(config.url)
     if problem:
         raise HandshakeError(problem)
@@ -281,7 +281,7 @@ def _token(variable: str | None) -> str | None:
 
 
 def _transport() -> dict[str, Any]:
-    """Environment proxies are for the web, not for reward servers; certificates are the machine's."""
+    """Environment proxies are for the web; certificates are the machine's."""
     return {"trust_env": False, "verify": ssl.create_default_context()}
 
 

@@ -1,7 +1,4 @@
-"""From a response and its row to a verdict: the program, three shapes of tests, the comparison.
-
-Programs run in a sandbox; their output and return values are compared here, as plain data.
-"""
+"""From a response and its row to a verdict: the program, three shapes of tests, the comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from rewards.services.sandbox import Isolation, Run, Unavailable, decode
 
 
 class BadTests(ValueError):
-    """A row whose tests cannot be used; the message is the reason."""
+    """The message is the samples' reason."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,11 @@ Tests = AssertTests | InputOutputTests | CallTests
 
 
 def read_tests(value: Any, setup: Any = None, entry_point: Any = None, prompt: str = "") -> Tests:
-    """Read the tests from the cells of a row; raise BadTests.
+    """Read tests from the cells of a row; raise BadTests.
 
-    `value`: assert statements, a Python text (`check(<entry point>)` is added if there is an entry point), or
-    `{"inputs": [...], "outputs": [...], "fn_name": ...}`, also as JSON. `setup`: Python text or lines. `prompt`: a
-    question that is Python itself and belongs to the setup.
+    `value`: assert statements, a Python text (with `check(<entry point>)` added if there is one), or `{"inputs":
+    [...], "outputs": [...], "fn_name": ...}`, also as JSON. `setup`: Python text or lines. `prompt`: a question that
+    is Python and belongs to the setup.
     """
     first = _setup(setup)
     if prompt:
@@ -215,18 +212,12 @@ class Verdict:
 
 
 class Judge:
-    """Run programs in a sandbox and judge them.
-
-    >>> Judge(sandbox, every_test=False, float_tolerance=1e-6).judge("def f(x): return x", tests, deadline)
-    Verdict(passed=3, total=3, timeout=False, trace='all 3 tests passed')
-    """
-
     def __init__(self, isolation: Isolation, every_test: bool, float_tolerance: float) -> None:
-        """`every_test`: continue after the first failure, where the share of passed tests counts."""
+        """`every_test`: continue after a failure, where the share of passed tests counts."""
         self._isolation, self._every_test, self._tolerance = isolation, every_test, float_tolerance
 
     def judge(self, code: str, tests: Tests, deadline: float) -> Verdict:
-        """Raise BadTests if the tests do not work, Unavailable if the sandbox does not, TimeoutError if `deadline`
+        """Raise BadTests or Unavailable if tests or sandbox do not work, TimeoutError if `deadline`
         (`time.monotonic()`) comes before the code's own."""
         try:
             code.encode()
@@ -307,7 +298,7 @@ def _shown(value: Any) -> str:
 
 
 class _Opaque:
-    """An object that is not plain data: equal to nothing."""
+    """Equal to nothing."""
 
     def __init__(self, number: int) -> None:
         self.number = number

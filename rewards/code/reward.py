@@ -19,8 +19,8 @@ class CodeReward(Reward):
     """1 if the program in the response passes all tests of its row, else 0; or the share of tests passed.
 
     A program that crashes, hangs or exceeds a limit scores 0: that is the model's failure. A broken sandbox and
-    unusable tests make the sample invalid. Components: `correct`, `passed` (share of tests; tests with standard
-    input stop at the first failure, with `soft` at a time-out) and `timeout`.
+    unusable tests make the sample invalid. Components: `correct`, `passed` (share; tests with standard input stop at
+    the first failure, with `soft` at a time-out) and `timeout`.
     """
 
     class Config(RewardConfig):
@@ -85,7 +85,7 @@ class CodeReward(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """bubblewrap: run a program, and one that tries to escape; http: validate the options only."""
+        """bubblewrap: run a program, and one that tries to escape; http: validate the options."""
         sandbox = _sandbox(config)
         try:
             sandbox.check()
@@ -104,7 +104,7 @@ class CodeReward(Reward):
         self._open()
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Run the programs; equal ones of a group run once."""
+        """Equal programs of a group run once."""
         judge, threads = self._open()
         # A fifth of the call's deadline is kept for everything else, so that this gives up before it is killed.
         deadline = time.monotonic() + 0.8 * self.config.timeout_seconds
@@ -164,7 +164,6 @@ _HTTP_ONLY = {"url", "token_variable", "max_tries"}
 
 
 def _text(output: str) -> str:
-    """Make the output of programs safe to write as UTF-8."""
     return output.encode(errors="replace").decode()
 
 

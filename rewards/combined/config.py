@@ -87,7 +87,7 @@ def _is_one_of(value: Any, values: Sequence[Scalar]) -> bool:
 
 TARGET = "_target_"
 PART_NAME = re.compile(r"(?!(?:unshaped|ensemble_std)$)[A-Za-z][A-Za-z0-9_]*")
-"""Names appear in keys (`reward.parts.NAME.weight`) and in metrics; the two excluded are components of the whole."""
+"""Names appear in keys (`reward.parts.NAME.weight`) and metrics; the two excluded are components of the whole."""
 
 
 class PartOptions(Section):
@@ -135,7 +135,7 @@ class RewardPart:
 
 
 def part_model(section: Mapping[str, Any]) -> type[BaseModel]:
-    """The typed section of a part: the fields of its class and those of a part. Raise PartError."""
+    """The fields of its class and those of a part. Raise PartError."""
     kind, options = _kind(section)
     own = kind.config_model({key: value for key, value in section.items() if key != TARGET})
     return create_model(f"{kind.__name__}Part", __base__=(options, own))
@@ -217,7 +217,7 @@ class CombinedConfig(CombinedFields):
 
 
 def typed_model(section: Mapping[str, Any], plain: type[CombinedConfig]) -> type[BaseModel]:
-    """`plain` with a typed section for each part, for messages as good as those about other sections.
+    """`plain` with a typed section for each part, for better messages.
 
     A part whose class cannot be used is a field that no value suits; one without `_target_` is no field.
     """

@@ -40,7 +40,7 @@ def update_times(parts: Sequence[RewardPart]) -> dict[str, UpdateWhen]:
 
 
 def incompatibilities(config: CombinedConfig, parts: Sequence[RewardPart]) -> Iterator[str]:
-    """Options that do not fit together, as messages that name the key."""
+    """Messages about options that do not fit together."""
     combine = config.combiner
     for part in parts:
         key = f"reward.parts.{part.name}"
@@ -95,7 +95,7 @@ def _unfit_times(config: CombinedConfig, parts: Sequence[RewardPart]) -> Iterato
 
 
 def with_part_key(message: str, part: RewardPart) -> str:
-    """A part's message with its keys as the user knows them (`reward.x` -> `reward.parts.NAME.x`)."""
+    """A part's message with the user's keys (`reward.x` -> `reward.parts.NAME.x`)."""
     own = "|".join(sorted(map(re.escape, part.kind.Config.model_fields), key=len, reverse=True))
     key = f"reward.parts.{part.name}"
     moved = re.sub(rf"\breward\.(?=(?:{own})\b)", f"{key}.", message)
@@ -113,8 +113,8 @@ class PartFailedError(UserError):
 class CombinedReward(TrainableReward):
     """Asks its parts one after the other, shapes and combines their scores, and shapes the result.
 
-    A response that a part cannot judge is invalid. It learns if a part does or a step has running statistics, and
-    then has one worker.
+    A response that a part cannot judge is invalid. With a part that learns or running statistics it learns, and has
+    one worker.
     """
 
     Config = CombinedConfig
@@ -181,7 +181,7 @@ class CombinedReward(TrainableReward):
         return self._joined(groups, self._ask(self._parts, groups), learn=False)
 
     def _ask(self, parts: Sequence[RewardPart], groups: Sequence[Group], rescore: bool = False) -> ScoresByPart:
-        """Each part's scores of the groups that it judges, checked like those of a single reward."""
+        """Each part's scores of its groups, checked like those of a single reward."""
         scores: ScoresByPart = {}
         failures: dict[str, Exception] = {}
         for part in parts:
@@ -228,7 +228,7 @@ class CombinedReward(TrainableReward):
         return [scores for scores in self._whole(groups, joined, learn) if scores is not None]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Update the parts that learn, and count this step's values in the running statistics."""
+        """Update the parts that learn and the running statistics."""
         learning = [part.name for part in self._parts if part.name in update_times(self._parts)]
         metrics: dict[str, float] = {}
         for part in self._parts:
@@ -246,8 +246,8 @@ class CombinedReward(TrainableReward):
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Score again the parts that learn before the advantages, and shape everything again.
 
-        Values of other parts are read from the components of the earlier scores. Without new process rewards the
-        earlier ones stay.
+        Other parts' values come from the components of earlier scores; process rewards stay if there are no new
+        ones.
         """
         before = [name for name, when in update_times(self._parts).items() if when == "before"]
         scores = self._earlier(groups)
@@ -352,7 +352,7 @@ def _follows(part: RewardPart) -> bool:
 
 
 def _gives_raw_scores(config: CombinedConfig, parts: Sequence[RewardPart]) -> bool:
-    """Whether a part with a weight does, and no step puts its values, or the combined ones, on a common scale."""
+    """Whether a part with a weight does, and no step of it or of the whole sets a common scale."""
     if config.combiner.sets_scale or any(step.sets_scale for step in config.shaping):
         return False
     counted = (part for part in parts if part.options.weight and part.traits.raw_scores)

@@ -37,7 +37,7 @@ class Combiner(Named):
 
     @abstractmethod
     def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
-        """values [K], weights [K], K >= 1 -> one value; a result that is not finite makes the sample invalid."""
+        """values [K], weights [K], K >= 1 -> one value; one that is not finite makes the sample invalid."""
 
     def __str__(self) -> str:
         return self.kind
@@ -138,7 +138,7 @@ COMBINERS: dict[str, type[Combiner]] = {combiner.model_fields["kind"].default: c
 
 
 def parse_combiner(value: Any) -> Combiner:
-    """Raise ValueError for anything but a kind, a dotted path, or a mapping with one of them and options."""
+    """From a kind, a dotted path, or a mapping with one of them and options. Raise ValueError."""
     return read_named(value, COMBINERS, Combiner, "combiner")  # type: ignore[type-abstract]
 
 
@@ -166,7 +166,7 @@ class Rule:
 
 
 def summed_tokens(scores: Sequence[Score], weights: Sequence[float]) -> FloatArray | None:
-    """sum w r_t [T] over the scores with token rewards; None if none has."""
+    """sum w r_t [T] over the scores with token rewards, if any."""
     weighted = [
         weight * score.token_rewards.astype(np.float64)
         for score, weight in zip(scores, weights, strict=True)
@@ -187,7 +187,7 @@ def summed_spans(scores: Sequence[Score], weights: Sequence[float]) -> tuple[Spa
 def averaged_pairs(
     pairs_by_reward: Sequence[Sequence[PreferencePair]], weights: Sequence[float]
 ) -> tuple[PreferencePair, ...]:
-    """For every two samples that were compared the |weight|-weighted mean probability, winner first.
+    """Per two samples that were compared the |weight|-weighted mean probability, winner first.
 
     A negative weight counts for the other sample, weight 0 not at all.
     """
@@ -292,8 +292,8 @@ def _components(i: int, parts: Sequence[PartScores]) -> dict[str, float]:
 
 
 def part_scores(scores: GroupScores, name: str, alone: bool = False) -> GroupScores:
-    """A part's scores, read back from combined ones: value, components and, where it `alone` judged the prompt, the
-    members of its ensemble.
+    """A part's scores, read back from combined ones; members of its ensemble only where it `alone` judged the
+    prompt.
 
     A part without a value gets the combined process rewards. Invalid stays invalid.
     """

@@ -1,4 +1,4 @@
-"""Ask the judge: cache, call, strict parsing, and another question if the answer cannot be parsed."""
+"""Ask the judge: cache, call, strict parsing, and another try after an unreadable answer."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ _BREAK = re.compile(
 
 
 def break_control_tokens(text: str) -> str:
-    """Put a space after the first character of everything that looks like a control token."""
+    """Put a space after the first character of what looks like a control token."""
     return _BREAK.sub(" ", text)
 
 
 def without_control_tokens(messages: Sequence[Mapping[str, str]]) -> Chat:
-    """Break up control tokens in all contents; if there were any, the first message says so."""
+    """If there are control tokens, the first message says so."""
     chat = [{**message, "content": break_control_tokens(message["content"])} for message in messages]
     if chat and any(new["content"] != old["content"] for new, old in zip(chat, messages, strict=True)):
         chat[0]["content"] += NOTE
@@ -75,11 +75,11 @@ def without_control_tokens(messages: Sequence[Mapping[str, str]]) -> Chat:
 
 
 LOCK_SECONDS = 10.0
-"""How long a worker waits while another one writes to the shared file."""
+"""Seconds that a worker waits for another one's write."""
 
 
 class VerdictCache:
-    """An LRU cache in memory and, with `file`, on disk (shared by workers, kept between runs, never evicted)."""
+    """LRU in memory and, with `file`, on disk: shared by workers, kept between runs, never evicted."""
 
     def __init__(self, size: int, file: Path | None) -> None:
         self._size = size

@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARE_OF_DEADLINE = 0.8
-"""Share of the scoring call's time; later samples are invalid, and the worker is not killed."""
+"""Share of the scoring call's time; what has no verdict by then is invalid, and the worker is not killed."""
 RESERVED_FIELDS = ("messages", "model", "stream", "n", "response_format")
 ACCEPTED = 0.5
-"""Lowest value, or share of the win, that counts as a yes."""
+"""At least this value, or share of the win, is a yes."""
 
 Asked = Sequence[tuple[Question, Verdict | NoVerdict]]
 
 
 class JudgeError(UserError):
-    """The judge cannot be used; the message gives cause and remedy."""
+    """The message gives cause and remedy."""
 
 
 class BaseJudge(Reward):
@@ -81,7 +81,7 @@ class BaseJudge(Reward):
         """The guard rejects responses with fewer letters and digits."""
         probe: Literal["refuse", "warn", "off"] = "refuse"
         """At the start, send responses without content, and right ones, to the judge. refuse: do not start if it
-        accepts the former or not the latter; warn: only warn; off: ask one question, to see that it answers."""
+        accepts the former or not the latter; warn: only warn; off: ask one question."""
         max_false_positive_rate: float = Field(default=0.0, ge=0, le=1)
         """Share of the probe's questions on which one such response may be accepted."""
 
@@ -115,7 +115,7 @@ class BaseJudge(Reward):
             return self
 
         def unused(self) -> list[str]:
-            """Fields without effect under the others; they must keep their defaults."""
+            """Fields without effect, which must keep their defaults."""
             return [
                 *([] if self.guard else ["min_alphanumerics"]),
                 *([] if self.probe != "off" else ["max_false_positive_rate"]),
@@ -128,19 +128,19 @@ class BaseJudge(Reward):
 
     @abstractmethod
     def questions(self, prompt: Prompt, responses: Sequence[str]) -> Sequence[Question]:
-        """Return what to ask about these distinct responses (none if all were rejected by rule).
+        """Return what to ask about distinct responses (may be none).
 
         Raise CannotJudge if the prompt lacks what the judge needs: its samples are then invalid.
         """
 
     def combine(self, texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) -> GroupScores:
-        """Return the scores of a group's texts. `decided` maps texts to scores by rule."""
+        """`decided` maps texts to scores by rule."""
         scores = {**mean_scores(asked), **decided}
         missing = Score.invalid("no_question: nothing was asked about this response")
         return GroupScores(tuple(scores.get(text, missing) for text in texts))
 
     def probes(self) -> Sequence[Probe]:
-        """Right responses, each with some without content, sent at the start unless `probe=off`."""
+        """Right responses and some without content, sent at the start unless `probe=off`."""
         return [
             Probe(Prompt(f"probe-{i}", (Message("user", question),), (), (reference,), reference), right)
             for i, (question, reference, right) in enumerate(QUESTIONS)
@@ -158,7 +158,7 @@ class BaseJudge(Reward):
         return []
 
     def start(self) -> None:
-        """Connect and probe; raise JudgeError with cause and remedy."""
+        """Connect and probe; raise JudgeError."""
         self._judge = _connect(self.config)
         self._runner = asyncio.Runner()
         warning = self._runner.run(self._introduce())
@@ -207,7 +207,7 @@ class BaseJudge(Reward):
         return Score(0.0, components={"judge": 0.0, "guard": 1.0}, trace=f"rejected by rule: {why}") if why else None
 
     async def _introduce(self) -> str:
-        """Probe as configured. Return a warning or "", or raise JudgeError if the judge cannot be used."""
+        """Probe as configured; return a warning or "", or raise JudgeError."""
         config, probes = self.config, self.probes()
         deadline = time.monotonic() + config.timeout_seconds
         who = f"the judge {config.model} at {config.base_url}"
@@ -242,7 +242,7 @@ def judge_score(value: float, trace: str) -> Score:
 
 
 def mean_scores(asked: Asked) -> dict[str, Score]:
-    """Map each text to its mean value over all questions; invalid if one of them has no verdict."""
+    """Map each text to its mean value; invalid if one question has no verdict."""
     verdicts: dict[str, list[tuple[int, Verdict | NoVerdict]]] = {}
     for question, verdict in asked:
         for index, text in enumerate(question.responses):

@@ -60,11 +60,8 @@ _PHRASES = sorted({split for phrase in PHRASES if (split := words(phrase))}, key
 
 
 def trivial(response: str, min_alphanumerics: int = 1) -> str:
-    """Return why the response has no content, or "".
-
-    It has none with too few letters and digits, with nothing but announcements, or as one announcement that breaks
-    off.
-    """
+    """Return why the response has no content, or "": too few letters and digits, nothing but announcements, or an
+    announcement that breaks off."""
     left = words(response)
     if sum(map(len, left)) < min_alphanumerics:
         return f"fewer than {min_alphanumerics} letters or digits"
@@ -90,8 +87,6 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Sent to the judge as one group."""
-
     prompt: Prompt
     right: str
     rejects: tuple[str, ...] = MASTER_KEYS

@@ -38,7 +38,7 @@ _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The verdict asked for: scores of `responses` responses, or the winner of two."""
+    """Scores of `responses` responses, or the winner of two."""
 
     kind: Literal["scores", "winner"]
     responses: int
@@ -48,7 +48,7 @@ class Form:
     """Ask for reasons before the verdict."""
 
     def schema(self) -> dict[str, Any]:
-        """JSON schema of the answer, reasoning first, so that the verdict follows from it."""
+        """Reasoning comes first, so that the verdict follows from it."""
         whole = float(self.low).is_integer() and float(self.high).is_integer()
         limits = {"minimum": int(self.low), "maximum": int(self.high)} if whole else {}
         score = {"type": "integer" if whole else "number", **limits}
@@ -70,7 +70,6 @@ class Form:
         }
 
     def names(self) -> list[str]:
-        """What the question and the answer call the responses."""
         return ["A", "B"] if self.kind == "winner" else [str(i + 1) for i in range(self.responses)]
 
     def instruction(self, answer_format: AnswerFormat) -> str:
@@ -98,7 +97,7 @@ class Form:
         return f"Answer with one JSON object and nothing else: {json.dumps(example)}, where {meaning}."
 
     def read(self, answer: str, answer_format: AnswerFormat) -> Verdict:
-        """Raise Unparsable if the answer is not in this form."""
+        """Raise Unparsable."""
         if answer_format == "text":
             return self._read_text(strip_thinking(answer))
         content = json_object(answer)
@@ -134,7 +133,7 @@ class Form:
         return Verdict(tuple(self._scaled(float(number)) for number in match[1].split(",")), reasoning)
 
     def _scaled(self, score: Any) -> float:
-        """Scale to 0..1. A score off the scale is an error: nobody knows what the judge meant."""
+        """Map to 0..1; a score off the scale is an error: nobody knows what the judge meant."""
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not self.low <= score <= self.high:
             raise Unparsable(f"a score is {score!r}, not a number from {self.low:g} to {self.high:g}")
         return (score - self.low) / (self.high - self.low)
@@ -142,8 +141,6 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What responses are judged by."""
-
     principle: str
     conversation: tuple[Message, ...]
     reference: str | None = None
@@ -151,7 +148,7 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How to judge a group; the fields are those of the configuration."""
+    """The fields are those of the configuration."""
 
     mode: Mode
     low: float
@@ -164,7 +161,7 @@ class Rules:
     seed: int
 
     def questions(self, material: Material, texts: Sequence[str]) -> list[Question]:
-        """Questions about distinct texts. With `against=reference`, none reveals which response is the reference."""
+        """Questions about distinct texts; with `against=reference`, none reveals the reference."""
         if self.mode == "pointwise":
             return [self.question(material, (text,)) for text in texts]
         order = shuffle(texts, material, self.seed)

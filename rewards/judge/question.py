@@ -1,7 +1,6 @@
 """The parts of every judge: a question, a chat that fences off foreign text, and strict reading of the answer.
 
-An unreadable answer is an error, never a score. Only the structured answer counts (all of it, or its last line), not
-a verdict quoted from a response.
+Only the structured answer counts (all of it, or its last line), not a verdict quoted from a response.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ from rlkit.experience import Message
 Chat = list[dict[str, str]]
 
 
-class Unparsable(ValueError):
-    """The message says what is wrong with the judge's answer."""
+class Unparsable(ValueError): ...
 
 
 class CannotJudge(ValueError):
-    """Nothing can be asked about a prompt; the message is its samples' reason (`class: details`)."""
+    """Nothing can be asked; the message is the samples' reason (`class: details`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class Question:
     instruction: str
     """Repeated when the judge is asked again."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Extra fields of the request, such as `guided_decoding(schema)`."""
+    """Extra fields of the request."""
     kind: str = ""
     """Part of the cache key: a parser that gives other values needs another one."""
 
@@ -59,7 +57,7 @@ class Question:
 def fenced_chat(
     role: str, blocks: Sequence[tuple[str, str]], task: str, seed: int, hashed: Sequence[str] | None = None
 ) -> Chat:
-    """Return the chat: the role, then the fenced blocks (name, text) and the task.
+    """The role, then the fenced blocks (name, text) and the task.
 
     A response cannot guess the fence, a hash of the texts `hashed` (None: of the blocks): it would have to contain
     its own hash.
@@ -84,7 +82,7 @@ def conversation(messages: Sequence[Message]) -> str:
 
 
 def guided_decoding(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Request fields that make the answer follow a JSON schema."""
+    """Make the answer follow a JSON schema."""
     named = {"name": "verdict", "strict": True, "schema": schema}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
@@ -98,7 +96,7 @@ def strip_thinking(answer: str) -> str:
 
 
 def json_object(answer: str) -> dict[str, Any]:
-    """Parse the answer, one JSON object and nothing else but a code fence; raise Unparsable."""
+    """Parse the one JSON object, which may be in a code fence; raise Unparsable."""
     text = strip_thinking(answer)
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL)
     try:

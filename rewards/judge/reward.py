@@ -30,7 +30,7 @@ class JudgeReward(BaseJudge):
         principle: str = PRINCIPLE
         """The rubric: what makes a response good, in words."""
         principle_column: str | None = None
-        """Data column with the principle of each prompt; where it is empty, `principle` applies."""
+        """Data column with each prompt's principle; where it is empty, `principle` applies."""
         reference: Literal["never", "if_given", "required"] = "if_given"
         """Whether the judge sees the prompt's first reference, or its gold answer where there is none."""
         low: float = 1.0
@@ -38,12 +38,12 @@ class JudgeReward(BaseJudge):
         high: float = 10.0
         """pointwise, listwise: the best score on the judge's scale."""
         against: Against = "group"
-        """pairwise: opponents are the other responses of the group, or the prompt's first reference."""
+        """pairwise: opponents are the rest of the group, or the prompt's first reference."""
         neighbours: int | None = Field(default=None, ge=1)
         """pairwise in the group: each response meets this many next ones in a shuffled ring, so twice as many
         opponents; null: everyone meets everyone."""
         swap: bool = True
-        """pairwise: ask in both orders, which cancels a judge's bias for the first or second position."""
+        """pairwise: ask in both orders, which cancels a judge's position bias."""
         answer_format: AnswerFormat = "json_schema"
         """Form of the verdict: json_schema (guided decoding), json_object, or text (its last line)."""
         reasons: bool = True
@@ -111,7 +111,7 @@ class JudgeReward(BaseJudge):
 
 
 def win_rates(texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) -> GroupScores:
-    """Return scores and preferences of a group whose responses were compared with each other.
+    """Scores and preferences of a group whose responses were compared with each other.
 
     A response rejected by rule loses against every other; equal responses share the win.
     """
@@ -122,7 +122,7 @@ def win_rates(texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) 
     rejected = {text for text, score in decided.items() if score.valid}
 
     def share(first: str, second: str) -> float | None:
-        """First's share of the win; None if the two were not compared."""
+        """None if the two were not compared."""
         if first == second or {first, second} <= rejected:
             return 0.5
         if rejected & {first, second}:

@@ -2,9 +2,6 @@
 
 `TransientError` is retried: no connection, no answer in time, a broken body, 408, 425, 429 and 5xx (but 501 and
 505). `RefusedError` would recur and is raised at once.
-
->>> async with HttpClient(["http://127.0.0.1:8000/score"], Limits(attempts=4, try_seconds=30)) as http:
-...     return await http.post(json_body({"text": "..."}), deadline, read=lambda answer: answer.json()["score"])
 """
 
 from __future__ import annotations
@@ -28,16 +25,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Body = bytes | Callable[[float], bytes]
-"""The content, or a function of the seconds until the deadline that makes it for each try (its errors propagate)."""
+"""The content, or a function that makes it for each try from the seconds until the deadline (its errors propagate)."""
 
 SHOWN_CHARACTERS = 300
-"""Of an answer, in messages."""
 SAME_AGAIN = (501, 505)
 """Server errors that are about the request."""
 
 
 class HttpError(Exception):
-    """No usable answer; the message names the address."""
+    """The message names the address."""
 
     def __init__(self, url: str, problem: str, status: int | None = None, answer: str = "") -> None:
         super().__init__(f"{url}: {problem}")
@@ -52,7 +48,7 @@ class HttpError(Exception):
 
 
 class TransientError(HttpError):
-    """It may pass. `post` raises it after the last try; `read` may raise it for another try."""
+    """`post` raises it after the last try; `read` may raise it for another try."""
 
     timed_out: bool = False
     """No answer within `Limits.try_seconds`."""
@@ -60,7 +56,7 @@ class TransientError(HttpError):
 
 
 class RefusedError(HttpError):
-    """The server would refuse this request again."""
+    """A second try would fail, too."""
 
 
 class OutOfTimeError(HttpError):
@@ -69,7 +65,7 @@ class OutOfTimeError(HttpError):
     def __init__(self, url: str, last: TransientError | None) -> None:
         super().__init__(url, "out of time" + (f"; last: {last}" if last else ""))
         self.last = last
-        """The last failure of this request, or of a concurrent one since this one began."""
+        """Of this request, or of a concurrent one since this one began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +76,7 @@ class Limits:
     """Of one try, from connecting to the last byte; None: until the deadline."""
     connect_seconds: float | None = None
     concurrent: int = 8
-    """Requests in flight; those waiting for the next try are not counted."""
+    """Requests in flight, without those waiting for the next try."""
     first_pause: float = 0.5
     longest_pause: float = 30.0
     """Seconds between tries: random, up to a bound that doubles from the first to the longest."""
@@ -101,8 +97,7 @@ class HttpClient:
         verify: ssl.SSLContext | bool = True,
         log_retries: bool = False,
     ) -> None:
-        """`token`: a bearer token. `trust_env`, `verify`: httpx's. `log_retries`: warn of each failure that is
-        retried."""
+        """`trust_env` and `verify` are httpx's. `log_retries`: warn of retried failures."""
         self.limits = limits
         self._urls, self._turns = tuple(urls), itertools.cycle(urls)
         self._log_retries = log_retries

@@ -33,7 +33,7 @@ class ReferenceRewards:
         self._cache: OrderedDict[str, Float64] = OrderedDict()
 
     def __call__(self, step: ReferenceStep, groups: Sequence[Group]) -> list[Float64 | str]:
-        """Per group the prompt's [N] rewards, N >= 1, or the reason why there are none."""
+        """Per group [N] rewards, N >= 1, or the reason why there are none."""
         if step.reference_value is not None:
             return [np.array([step.reference_value], dtype=np.float64) for _ in groups]
         if step.reference_rewards is not None:
@@ -125,7 +125,7 @@ def _numbers(prompt: Prompt, column: str, most: int) -> Float64 | str:
 
 
 References = Callable[[ReferenceStep, Sequence[Group]], Sequence[Float64 | str]]
-"""(step, groups) -> per group the reference rewards [N], or the reason why there are none."""
+"""(step, groups) -> as `ReferenceRewards.__call__`."""
 Outcomes = tuple[list[int], Float64]
 """Indices and values [n] of a group's valid samples with a value."""
 
@@ -142,7 +142,7 @@ class Chain:
         self.statistics = {i: RunningStatistics() for i, step in enumerate(steps) if isinstance(step, RunningStep)}
 
     def __call__(self, groups: Sequence[Group], scored: Scored, learn: bool = False) -> list[GroupScores | None]:
-        """The scores after all steps. With `learn`, running statistics first count the values that reach them."""
+        """With `learn`, running statistics first count the values that reach them."""
         result = list(scored)
         for index, step in enumerate(self.steps):
             if isinstance(step, ProcessStep):
@@ -171,7 +171,7 @@ class Chain:
     def _apply(
         self, index: int, step: Step, groups: Sequence[Group], outcomes: Sequence[Outcomes]
     ) -> Sequence[Float64 | str]:
-        """Per group the step's values [n], or the reason why there are none."""
+        """Per group values [n], or the reason why there are none."""
         if isinstance(step, RunningStep):
             return [step.normalise(values, self.statistics[index]) for _, values in outcomes]
         if isinstance(step, ReferenceStep):

@@ -42,7 +42,7 @@ _WITH_UNIT_WORD = re.compile(
     rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT_WORD})?(?:(?:\s*/\s*|\s+){_UNIT_WORD}){{0,2}}\.?"
 )
 _VALUE = re.compile(r"[\s*_`\"'=≈:]*(?:[-+−±$€£\\(\[{]|\.?\d)")
-"""How a value starts; anything else after "answer is" may be prose (`my answer is helpful`)."""
+"""How a value starts; other text after "answer is" may be prose (`my answer is helpful`)."""
 _PROSE = re.compile(r"\s+[(\[\"'A-Za-z]|[\"')\]]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|[\"')\]]+(?:\s|$)|\s*$")
 
 
@@ -61,11 +61,10 @@ class FinalAnswer:
 def final_answer(
     text: str, accept_last_number: bool = False, markers: Sequence[Marker] = MARKERS
 ) -> FinalAnswer | None:
-    r"""The last marked answer (`#### x`, `\boxed{x}`, `The answer is x`, a line `A: x`); None if there is none.
+    r"""The last marked answer (`#### x`, `\boxed{x}`, `The answer is x`, a line `A: x`), without the text after it.
 
-    Text after the answer does not matter. "answer is" before something that does not start like a value (`the answer
-    is rounded`) counts only if nothing else is marked. If nothing is marked and `accept_last_number` is set, the
-    last number of the text counts.
+    "answer is" before something that does not start like a value (`the answer is rounded`) counts only if nothing
+    else is marked. If nothing is marked and `accept_last_number` is set, the last number counts.
     """
     marked: list[tuple[int, str, str]] = []
     for marker, pattern in (("####", _HASHES), ("A:", _LINE_A), ("answer is", _ANSWER_IS)):
@@ -90,23 +89,22 @@ def final_answer(
 
 
 def gold_answer(text: str) -> str:
-    """The final answer of a gold text (GSM8K's `... #### 72` gives `72`); a text without a marker is the answer."""
+    """GSM8K's `... #### 72` gives `72`; a text without a marker is the answer."""
     marked = final_answer(text) if any(mark in text for mark in ("####", "\\boxed", "A:")) else None
     return marked.text if marked is not None else _clean_boxed(text)
 
 
 def plain_decimal(text: str) -> Decimal | None:
-    """The exact value of a plain decimal number (`-1,234.50`, `1e3`); None for anything else."""
+    """The exact value of a plain decimal number (`-1,234.50`, `1e3`)."""
     if _PLAIN_NUMBER.fullmatch(text) is None:
         return None
     return Decimal(text.replace(",", ""))
 
 
 def compare_plain(answer: str, gold: str) -> bool | None:
-    """Whether two plain decimal numbers are equal; None if one is not plain, or math-verify's rounding could matter.
+    """Whether plain decimal numbers are equal; None if one is not plain, or math-verify's rounding could matter.
 
-    math-verify rounds to 6 places at 15 digits, so unequal numbers closer than 1e-5 and numbers of more than 12
-    digits are left to it.
+    It rounds to 6 places at 15 digits: unequal numbers closer than 1e-5 or of more than 12 digits are left to it.
     """
     left, right = plain_decimal(answer), plain_decimal(gold)
     if left is None or right is None:
@@ -119,7 +117,7 @@ def compare_plain(answer: str, gold: str) -> bool | None:
 
 
 def _boxed(text: str) -> list[tuple[int, str]]:
-    """Start and content of every closed `\\boxed{...}`, braces balanced; one pass, for linear time on any text."""
+    """Start and content of every closed `\\boxed{...}`, braces balanced; in linear time."""
     boxes: list[tuple[int, str]] = []
     open_braces: list[int | None] = []  # where a box's content starts; None for an ordinary brace
     for match in _BRACES.finditer(text):
@@ -134,7 +132,7 @@ def _boxed(text: str) -> list[tuple[int, str]]:
 
 
 def _strip_decoration(text: str) -> str:
-    """Without math delimiters, markdown, currency, spacing commands and special tokens around the answer."""
+    """Without math delimiters, markdown, currency, spacing commands and special tokens."""
     text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("\\!", "")
     text = re.sub(r"\\[()\[\]]|\\\$|[$€£]|<\|[^|>]*\|>|</?s>", "", text)
     text = text.strip().strip("*_`\"'").lstrip("=≈:").strip()
@@ -182,10 +180,9 @@ def _canonical(text: str) -> str:
 
 
 def without_units(answer: str, gold: str) -> tuple[str, str]:
-    """Answer and gold without a unit in words (`12 m^2`, `5 square feet`, `3 km/h`) that only one of them has.
+    """Both without a unit in words (`12 m^2`, `5 square feet`, `3 km/h`) that only one of them has.
 
-    Two units are left for comparison. A letter on the gold's number is algebra, not a unit: `3k` stays. Texts longer
-    than MAX_ANSWER_CHARACTERS stay as they are.
+    A letter on the gold's number is algebra, not a unit: `3k` stays. So do texts longer than MAX_ANSWER_CHARACTERS.
     """
     if max(len(answer), len(gold)) > MAX_ANSWER_CHARACTERS:
         return answer, gold
@@ -204,7 +201,7 @@ def _number_of(text: str, with_unit: re.Pattern[str]) -> str:
 
 
 def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Per (answer, gold) pair `right`, `wrong`, `gold_unparsable`, or `exception: ...`, by math-verify."""
+    """`right`, `wrong`, `gold_unparsable` or `exception: ...` per (answer, gold) pair."""
     return [_verify(answer, gold) for answer, gold in pairs]
 
 
@@ -224,8 +221,7 @@ def _verify(answer: str, gold: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _parse(answer: str) -> list[object]:
-    """What math-verify reads, in a box or bare; empty: no expression. Cached: samples of a group share their gold
-    answer."""
+    """What math-verify reads, in a box or bare; empty: no expression. Cached: a group shares its gold answer."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]

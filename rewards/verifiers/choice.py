@@ -44,8 +44,8 @@ class Choices:
 class MultipleChoice(TextRule):
     """Finds the chosen letter, or the text of an option, in what the response marks as its answer.
 
-    `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}`, `**B**` and the text of the option itself count. A response
-    that names two options, or none, scores 0.
+    `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}`, `**B**` and the option's text count. Two options or none
+    score 0.
     """
 
     class Config(TextRuleConfig):
@@ -72,7 +72,6 @@ class MultipleChoice(TextRule):
 
     @staticmethod
     def judge(config: Any, task: Choices, text: str, /) -> Score:
-        """Components: `correct` and `format` (an option is chosen)."""
         chosen = chosen_option(text, task.labels, task.texts)
         correct = float(chosen == task.gold)
         trace = f"chose {chosen}, gold {task.gold}" if chosen else f"no single option chosen, gold {task.gold}"
@@ -80,11 +79,11 @@ class MultipleChoice(TextRule):
 
 
 def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -> str | None:
-    """The label of the chosen option; None if the response chooses none or several.
+    """The chosen label; None for none or several.
 
-    The text after the last marker (`answer is`, `####`, `\\boxed{`) decides. Without one: a response of one line as
-    a whole, else its last line that starts with a label (and does not end a list of them), else the only `(X)` or
-    the last word of its last line.
+    The text after the last marker (`answer is`, `####`, `\\boxed{`) decides; else the response, if it is one line;
+    else its last line that starts with a label (and does not end a list of them); else the only `(X)` or the last
+    word of the last line.
     """
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
@@ -117,7 +116,7 @@ def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -
 
 
 def _line_label(line: str, labels: Sequence[str]) -> str | None:
-    """The label that starts the line; empty if it names another one, too; None if it starts with none."""
+    """The label that starts the line; empty if it names another one, too."""
     match = _LINE_START.match(line[:2000])
     label = _as_label(match[1] or match[2], labels) if match is not None else None
     if match is None or label is None:
@@ -126,7 +125,7 @@ def _line_label(line: str, labels: Sequence[str]) -> str | None:
 
 
 def _read(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The label that starts the line, or the option whose text it is; empty for two, None for none."""
+    """The label that starts the line, or the option whose text it is; empty for two."""
     line = _LATEX.sub(lambda match: match[1] or "", line[:2000]).strip()
     for label, option in zip(labels, texts, strict=False):
         if _plain(line) == _plain(option):
@@ -155,7 +154,7 @@ def _names_another(rest: str, label: str, labels: Sequence[str]) -> bool:
 
 
 def _only_text(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The only option whose text is in the line as whole words; empty for several, None for none."""
+    """The option whose text is in the line as whole words; empty for several."""
     words = f" {_plain(line)} "
     named = [(label, _plain(option)) for label, option in zip(labels, texts, strict=False)]
     inside = [(label, option) for label, option in named if option and f" {option} " in words]

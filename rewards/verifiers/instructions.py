@@ -1,7 +1,6 @@
 """`reward=instructions`: constraints that a program can check, with IFEval's names, arguments and data columns.
 
-A constraint is a function of the response and its `kwargs`. Written from the paper's descriptions (arXiv
-2311.07911); words and sentences are found with regular expressions instead of NLTK.
+Written from the paper (arXiv 2311.07911); words and sentences are found with regular expressions instead of NLTK.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def postscript(text: str, *, postscript_marker: str) -> bool:
 
 
 def number_of_bullets(text: str, *, num_bullets: float) -> bool:
-    """Exactly this many lines that start with `*` or `-`, as in Markdown lists."""
+    """Exactly this many lines that start with `*` or `-`."""
     bullets = [line for line in text.splitlines() if re.match(r"\s*(?:\*(?!\*)|-(?!-))\s*\S", line)]
     return len(bullets) == num_bullets
 
@@ -60,7 +59,7 @@ def number_of_highlights(text: str, *, num_highlights: float) -> bool:
 
 
 def multiple_sections(text: str, *, section_spliter: str, num_sections: float) -> bool:
-    """At least this many sections headed by a word and a number (`Section 1`); the spelling is IFEval's."""
+    """At least this many headings of a word and a number (`Section 1`); the spelling is IFEval's."""
     return len(re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections
 
 
@@ -153,14 +152,14 @@ def number_of_words(text: str, *, num_words: float, relation: str) -> bool:
 
 
 def number_of_paragraphs(text: str, *, num_paragraphs: float) -> bool:
-    """Exactly this many paragraphs, divided by `***`; none in the middle is empty."""
+    """Exactly this many paragraphs, divided by `***`; no empty one in the middle."""
     parts = [part.strip() for part in re.split(r"\*\*\*", text)]
     inner = parts[1:-1]
     return all(inner) and sum(bool(part) for part in parts) == num_paragraphs
 
 
 def nth_paragraph_first_word(text: str, *, num_paragraphs: float, nth_paragraph: float, first_word: str) -> bool:
-    """Exactly this many paragraphs, divided by empty lines, and the n-th (from 1) starts with this word."""
+    """Exactly this many paragraphs, divided by empty lines; the n-th (from 1) starts with this word."""
     paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
     number = int(nth_paragraph)
     if len(paragraphs) != num_paragraphs or not 1 <= number <= len(paragraphs):
@@ -171,7 +170,6 @@ def nth_paragraph_first_word(text: str, *, num_paragraphs: float, nth_paragraph:
 
 
 def capital_word_frequency(text: str, *, capital_frequency: float, capital_relation: str) -> bool:
-    """Words in capital letters only."""
     return compare(sum(word.isupper() for word in _TOKEN.findall(text)), capital_relation, capital_frequency)
 
 
@@ -200,7 +198,7 @@ def count_sentences(text: str) -> int:
 
 
 def language_of(text: str) -> str:
-    """ISO 639-1 code of the likeliest language; lower-cased, because the model knows mostly lower case."""
+    """ISO 639-1; lower-cased, because the model knows mostly lower case."""
     import py3langid
 
     label: str = py3langid.classify(text[:CHARACTERS_FOR_LANGUAGE].lower())[0]
@@ -300,7 +298,6 @@ class Instructions(TextRule):
 
     @staticmethod
     def judge(config: Any, task: tuple[Constraint, ...], text: str, /) -> Score:
-        """Components: `all` (0 or 1) and `share` of the constraints that are followed."""
         texts = loose_texts(text) if config.loose else (text,)
         verdicts = [any(constraint.followed(version) for version in texts) for constraint in task]
         components = {"all": float(all(verdicts)), "share": sum(verdicts) / len(verdicts)}
@@ -320,7 +317,7 @@ def loose_texts(text: str) -> tuple[str, ...]:
 
 
 def _constraint(name: Any, kwargs: Any) -> Constraint:
-    """Raise CannotJudgeError for an unknown constraint or arguments that do not fit."""
+    """Raise CannotJudgeError if it is unknown or its arguments do not fit."""
     check = CONSTRAINTS.get(name) if isinstance(name, str) else None
     if check is None:
         near = difflib.get_close_matches(str(name), CONSTRAINTS, n=1)

@@ -22,8 +22,8 @@ _FENCE_LANGUAGES = ("", "json", "json5", "jsonc")
 class JsonSchema(TextRule):
     """Reads the whole response as JSON, else its last fenced block, and checks it against a schema.
 
-    References are resolved inside the schema and to the standard's own schemas, never over the network. Responses
-    that cannot be judged (nested too deeply, a pattern that runs past the deadline) are invalid.
+    References are resolved in the schema and the standard's own, never over the network. Responses that cannot be
+    judged (nested too deeply, a pattern past the deadline) are invalid.
     """
 
     class Config(TextRuleConfig):
@@ -70,7 +70,6 @@ class JsonSchema(TextRule):
 
     @staticmethod
     def judge(config: Any, task: str, text: str, /) -> Score:
-        """Components: `json` (it can be read) and `valid`."""
         validator = _validator(task)
         value = read_json(text)
         if value is None:
@@ -83,9 +82,9 @@ class JsonSchema(TextRule):
 
 
 def read_json(text: str) -> tuple[Any] | None:
-    """The JSON value of a whole text or of its last fenced block; in a tuple, because it may be null.
+    """The JSON value of the text or of its last fenced block; in a tuple, because it may be null.
 
-    Strict: NaN, Infinity and a repeated name in an object are no JSON. Raise RecursionError for deep nesting.
+    NaN, Infinity and repeated names are no JSON. Raise RecursionError for deep nesting.
     """
     for candidate in (text, last_fenced_block(text)):
         if candidate is not None and candidate.strip():

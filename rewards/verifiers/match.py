@@ -51,7 +51,6 @@ class ExactMatch(TextRule):
 
     @staticmethod
     def judge(config: Any, task: tuple[str, ...], text: str, /) -> Score:
-        """Components: `correct` and `format` (there is an answer)."""
         answer = find_answer(text, config.answer_in)
         if answer is None:
             return Score(0.0, components={"correct": 0.0, "format": 0.0}, trace=f"no {config.answer_in} found")
@@ -112,7 +111,6 @@ class RegexMatch(TextRule):
 
     @staticmethod
     def judge(config: Any, task: str, text: str, /) -> Score:
-        """Components: `correct` and `format` (there is a text to search)."""
         answer = find_answer(text, config.answer_in)
         if answer is None:
             return Score(0.0, components={"correct": 0.0, "format": 0.0}, trace=f"no {config.answer_in} found")
@@ -151,7 +149,7 @@ TagName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.:-]*$")]
 class TagFormat(TextRule):
     """1 if every tag occurs exactly once, in order, with no text around them.
 
-    Tags that are special tokens of the tokenizer are not in the text that a reward sees; use others.
+    The tokenizer's special tokens are not in the text that a reward sees; use other tags.
     """
 
     class Config(TextRuleConfig):
@@ -170,7 +168,6 @@ class TagFormat(TextRule):
 
     @staticmethod
     def judge(config: Any, task: None, text: str, /) -> Score:
-        """Components: `layout` (0 or 1) and `tag_count` (share of tags that occur exactly once)."""
         full = f"<{config.tags[0]}>{text}" if config.opened_by_prompt else text
         marks = [mark for tag in dict.fromkeys(config.tags) for mark in (f"<{tag}>", f"</{tag}>")]
         counts = {mark: full.count(mark) for mark in marks}

@@ -56,8 +56,8 @@ class Failed:
 class Processes:
     """A pool whose processes start on first use.
 
-    `prepare(*prepare_arguments)` runs in each new process before any deadline. The fork server imports the modules
-    of `preload` once (those of the first pool in this process).
+    `prepare(*prepare_arguments)` runs in each before any deadline. The fork server imports `preload` once (that of
+    the first pool in this process).
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Processes:
         deadline: float,
         item_timeout: float,
     ) -> list[Result | Failed]:
-        """`function` on all items, in order, at most until `deadline` (of `time.monotonic`).
+        """`function` on all items, in order, until `deadline` (of `time.monotonic`).
 
-        Items go in batches; those of a failed batch are retried one by one, so that only the culprit is lost.
+        Items of a failed batch are retried one by one, so that only the culprit is lost.
         """
         starts = range(0, len(items), ITEMS_PER_TASK)
         batches = [range(start, min(start + ITEMS_PER_TASK, len(items))) for start in starts]
@@ -105,7 +105,7 @@ class Processes:
         deadline: float,
         item_timeout: float,
     ) -> tuple[dict[int, Result], list[tuple[range, str]]]:
-        """Results by item, and each failed batch with its reason."""
+        """Results by item, and failed batches with reasons."""
         from pebble import ProcessExpired  # here, because the configuration layer imports this module
 
         pool = self._open_pool()
@@ -176,7 +176,7 @@ class JudgeFunction(Protocol):
 
 
 class TextRule(Reward):
-    """A verdict per response from its text and its prompt alone.
+    """Judges a response by its text and its prompt alone.
 
     Whatever `judge` raises on model-written text makes that sample invalid, not wrong.
     """
@@ -193,8 +193,7 @@ class TextRule(Reward):
 
     @abstractmethod
     def task(self, prompt: Prompt) -> Any:
-        """What `judge` needs of the prompt: plain data, sent to the process. Raise CannotJudgeError if it is
-        missing."""
+        """Plain data for `judge`, sent to its process. Raise CannotJudgeError if the prompt lacks it."""
 
     @staticmethod
     @abstractmethod
@@ -252,7 +251,7 @@ def excerpt(text: str) -> str:
 
 
 def column_value(prompt: Prompt, column: str) -> Any:
-    """A data column; JSON lists and objects in texts are parsed. Raise CannotJudgeError if it is missing."""
+    """Parses JSON lists and objects in texts. Raise CannotJudgeError if the column is missing."""
     value = prompt.columns.get(column)
     if value is None:
         raise CannotJudgeError(f"no_column: the prompt has nothing in column {column!r}")

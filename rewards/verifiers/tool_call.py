@@ -56,7 +56,7 @@ def similarity(gold: Sequence[str], predicted: Sequence[str]) -> float:
 
 
 def pair_score(gold: ToolCall, predicted: ToolCall) -> float:
-    """Similarity of the argument names plus the number of equal arguments; 0 for another tool."""
+    """Similarity of argument names plus the number of equal arguments; 0 for another tool."""
     if gold.name != predicted.name:
         return 0.0
     equal = sum(predicted.arguments.get(key) == value for key, value in gold.arguments.items())
@@ -66,8 +66,8 @@ def pair_score(gold: ToolCall, predicted: ToolCall) -> float:
 def match_share(gold: Sequence[ToolCall], predicted: Sequence[ToolCall], assignment: Assignment = "optimal") -> float:
     """S / S_max, 0 to 1: `S = J(names) + sum of pair scores`, `S_max = 1 + sum over gold of (1 + #arguments)`.
 
-    Equal lists give 1. optimal: the assignment with the largest sum; greedy: each gold call in order takes the best
-    unused one, as the released code does.
+    optimal: the assignment with the largest sum; greedy: each gold call in order takes the best unused one, as the
+    released code does.
     """
     if list(gold) == list(predicted):
         return 1.0
@@ -81,8 +81,8 @@ def match_share(gold: Sequence[ToolCall], predicted: Sequence[ToolCall], assignm
 def best_assignment(scores: Sequence[Sequence[float]]) -> float:
     """Largest sum of entries (none negative) with at most one in each row and column.
 
-    Kuhn's method with potentials (Munkres), row by row: O(rows^2 x columns). Each row also has a column of zeros, in
-    case it stays unassigned.
+    Kuhn's method with potentials (Munkres), row by row: O(rows^2 x columns). A row may take a column of zeros
+    instead.
     """
     rows = len(scores)
     columns = (len(scores[0]) if rows else 0) + rows
@@ -191,7 +191,6 @@ class ToolCallMatch(TextRule):
 
     @staticmethod
     def judge(config: Any, task: GoldCalls, text: str, /) -> Score:
-        """Components: `format` and `correctness`, scaled."""
         laid_out = has_layout(text, task.layout, config.many_blocks)
         share, trace = 0.5, "no call wanted"
         if task.calls:
@@ -204,9 +203,9 @@ class ToolCallMatch(TextRule):
 
 
 def predicted_calls(text: str) -> tuple[ToolCall, ...]:
-    """The calls in all <tool_call> blocks after the thinking: JSON (an object or a list), or one object per line.
+    """The calls in all <tool_call> blocks after the thinking: a JSON object or list, or one object per line.
 
-    Raise ValueError if there is no block, or one that cannot be read.
+    Raise ValueError if there is no readable block.
     """
     pieces = text.rpartition("</think>")[2].split(f"<{_CALL}>")[1:]
     if not pieces:
@@ -221,9 +220,9 @@ def predicted_calls(text: str) -> tuple[ToolCall, ...]:
 
 
 def has_layout(text: str, layout: tuple[str, ...], many_blocks: bool) -> bool:
-    """Whether the text consists of these tagged blocks, in order, each tag once and no other one of the three.
+    """Whether the text is these tagged blocks, in order, each tag once and no other one of the three.
 
-    Without <response> in the layout, text without tags may follow <think> only if no call is wanted.
+    Without <response> in the layout, untagged text may follow <think> only if no call is wanted.
     """
     rest = text.strip()
     for index, tag in enumerate(layout):

@@ -27,8 +27,7 @@ It counts from before Ray's shutdown, so it is more than twice END_SECONDS of rl
 ends itself, and Ray's reaper ends the rest.
 """
 ORPHANS_SECONDS = 5.0
-"""Grace for the processes of a killed driver before they are killed: Ray's agents would try to report to a dead Ray
-for a minute."""
+"""For the processes of a killed driver; then they are killed. Ray's agents would call a dead Ray for a minute."""
 ORDERLY, FAILED = b"orderly", b"failed"
 _LEFT = re.compile(r"sem\.mp-|psm_|torch_|nccl-")
 """Prefixes of the semaphores and shared memory of Python, torch and NCCL."""
@@ -85,7 +84,7 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
 
 
 def _processes(token: str) -> list[int]:
-    """Processes of the run on this machine, without this one."""
+    """Without this one."""
     mark, processes = f"{TOKEN}={token}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -98,7 +97,7 @@ def _processes(token: str) -> list[int]:
 
 
 def _shared_by(processes: list[int]) -> set[Path]:
-    """Files in /dev/shm that these processes would leave behind if killed now."""
+    """Files in /dev/shm that these processes would leave if killed now."""
     mapped: set[int] = set()
     for process in processes:
         with contextlib.suppress(OSError):  # it has ended

@@ -1,8 +1,8 @@
 """Where actors go, and in which order they load.
 
 One placement group is reserved before anything loads, so that a run fits or says why not. Actors on the same GPU
-load in turn: vLLM measures the whole GPU's memory to size its cache, so anything else that loads meanwhile is
-counted as the engine's, or takes memory that the engine saw as free.
+load in turn: vLLM measures the whole GPU's memory to size its cache, so whatever else loads meanwhile is counted as
+the engine's, or takes memory that the engine saw as free.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def beside_driver(number: int) -> Mapping[str, Any]:
 
 
 class NoRoomError(UserError):
-    """The cluster cannot hold the run; the message says what was asked for and what there is."""
+    """The message says what was asked for and what there is."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Placement:
 
 
 async def reserve(config: RunConfig, bundles: list[Bundle], seconds: float) -> Any:
-    """The reserved placement group. Raises NoRoomError if Ray has no room for it in time."""
+    """Raises NoRoomError if Ray has no room in time."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 

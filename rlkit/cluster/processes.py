@@ -25,7 +25,7 @@ Process = BaseProcess | subprocess.Popen[bytes]
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that is free now."""
+    """Free at this moment."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
@@ -72,7 +72,6 @@ def die_with_parent() -> None:
 
 
 def wait(process: Process, seconds: float) -> bool:
-    """Whether the process ends within that time."""
     if isinstance(process, BaseProcess):
         process.join(max(0.0, seconds))
         return process.exitcode is not None

@@ -1,4 +1,4 @@
-"""`--help`: every group with its options, every key with its type, default and meaning, straight from the schema."""
+"""`--help`: every group with its options, every key with its type, default and meaning, from the schema."""
 
 from __future__ import annotations
 

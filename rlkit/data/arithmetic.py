@@ -57,7 +57,7 @@ class WordProblem:
 
 
 def write_solution(steps: tuple[Step, ...], thing: str, style: Style) -> str:
-    """The worked solution in one phrasing, `#### answer` on its last line."""
+    """`#### answer` is on the last line."""
     if style == "equations":
         lines = [f"{step.left}{step.operator}{step.right}={step.result}" for step in steps]
     elif style == "words":
@@ -115,7 +115,7 @@ class Arithmetic(DataSource):
 
 
 def draw_problems(config: ArithmeticConfig, split: Split) -> list[WordProblem]:
-    """The word problems of a split, all questions different. Raises DataError if the ranges hold too few."""
+    """All questions different. Raises DataError if the ranges hold too few."""
     count = config.train_problems if split == "train" else config.heldout_problems
     rng = random.Random(f"{config.problem_seed}/{split}")
     problems: dict[str, WordProblem] = {}
@@ -180,8 +180,7 @@ def _draw(config: ArithmeticConfig, rng: random.Random) -> WordProblem:
 
 
 def _possible_changes(config: ArithmeticConfig, rng: random.Random, value: int) -> list[tuple[Operator, int]]:
-    """One change per operator that keeps the value within 0 and `max_value`; additions and subtractions are
-    likelier."""
+    """One change per operator that keeps the value within 0 and `max_value`; + and - are likelier."""
     changes: list[tuple[Operator, int]] = []
     if value + 2 <= config.max_value:
         addend = rng.randint(2, min(config.max_operand, config.max_value - value))

@@ -17,9 +17,9 @@ from rlkit.experience import UserError
 REQUEST_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
 QUIET_SECONDS = 60.0
-"""After this long without a line the log is reopened: a dead connection looks the same."""
+"""Reopen a log that is silent for this long: a dead connection looks the same."""
 KILL_SECONDS = 30.0
-"""Time for Ray to kill a job after its stop_seconds, and to report it."""
+"""For Ray to kill a job after its stop_seconds, and to report it."""
 PAUSES = (0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to reconnect; the last one repeats."""
 STOPPED, INTERRUPTED = 143, 130
@@ -32,18 +32,17 @@ TOKEN_HELP = (
 )
 
 
-class ClusterError(UserError, RuntimeError):
-    """The cluster cannot be used; the message says why and what to do."""
+class ClusterError(UserError, RuntimeError): ...
 
 
 class Cluster:
-    """A checked connection. `client` is a JobSubmissionClient whose requests have a deadline."""
+    """`client`: a JobSubmissionClient whose requests have a deadline."""
 
     def __init__(self, address: str, client: Any, token: bool) -> None:
         self.address, self.client, self.token = address, client, token
 
     def ask(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call Ray; raise ClusterError in place of its several errors."""
+        """Call Ray; its several errors become ClusterError."""
         import requests
         from ray.exceptions import AuthenticationError
         from ray.util.state.exception import RayStateApiException
@@ -56,19 +55,19 @@ class Cluster:
             raise ClusterError(f"cluster.address={self.address}: {error}") from error
 
     def nodes(self) -> list[Any]:
-        """Ray's NodeState of every live node."""
+        """NodeState of every live node."""
         from ray.util.state import list_nodes
 
         options = {"limit": 10_000, "timeout": int(REQUEST_SECONDS), "raise_on_missing_output": False}
         return list(self.ask(list_nodes, self.address, [("state", "=", "ALIVE")], **options))
 
     def jobs(self) -> list[Any]:
-        """Ray's JobDetails of all submitted jobs, newest first."""
+        """JobDetails of all submitted jobs, newest first."""
         jobs = [job for job in self.ask(self.client.list_jobs) if job.submission_id]
         return sorted(jobs, key=lambda job: -(job.start_time or 0))
 
     def job(self, name: str) -> Any:
-        """The newest job of the run called `name`, or the job with that id. Raises ClusterError if there is none."""
+        """The newest job of the run called `name`, or the job with that id. Raises ClusterError."""
         jobs = self.jobs()
         for job in jobs:
             if name in (run_name(job), job.submission_id):
@@ -117,7 +116,7 @@ def connect(configured: str | None) -> Cluster:
 
 
 def dashboard_address(configured: str | None) -> str:
-    """The dashboard's URL without a trailing slash. Raises ClusterError if it cannot be one."""
+    """Without a trailing slash. Raises ClusterError."""
     text = configured or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not text:
         raise ClusterError("cluster.address is needed: cluster.address=http://HOST:8265, the cluster's dashboard")
@@ -132,7 +131,7 @@ def dashboard_address(configured: str | None) -> str:
 
 
 def _wants_token(address: str) -> bool:
-    """Asked before Ray is imported, which is when Ray decides whether to send a token."""
+    """Before Ray is imported, which is when Ray decides whether to send a token."""
     import requests
 
     try:
@@ -170,7 +169,7 @@ def exit_code(job: Any) -> int:
 
 
 def follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> int:
-    """Show the log until the job ends; return its exit code, or 130 after Ctrl-C, which leaves the job running.
+    """Show the log until the job ends; return its exit code, or 130 after Ctrl-C, which does not stop the job.
 
     Raises ClusterError when the cluster has not answered for `give_up_seconds`.
     """
@@ -186,14 +185,14 @@ def follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> int:
 
 
 async def _follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> Any:
-    """Ray sends a log from its beginning each time: `shown` counts the characters already written."""
+    """Ray sends a log from its beginning each time: `shown` counts the characters written."""
     import aiohttp
 
     shown = failures = 0
     answered = time.monotonic()
 
     def show(text: str, start: int) -> int:
-        """Write what is new in `text`, which begins at character `start` of the log; return where it ends."""
+        """`text` begins at character `start` of the log; return where it ends."""
         nonlocal shown
         _write(text[max(0, shown - start) :])
         shown = max(shown, start + len(text))
@@ -235,7 +234,7 @@ async def _follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> Any:
 
 
 def show_log(cluster: Cluster, name: str, to_the_end: bool, give_up_seconds: float) -> int:
-    """Show the log from its beginning; return the job's exit code if followed to the end, else 0."""
+    """Return the job's exit code if followed to the end, else 0."""
     job_id = cluster.job(name).submission_id
     if to_the_end:
         return follow(cluster, job_id, give_up_seconds)
@@ -264,7 +263,7 @@ def list_jobs(cluster: Cluster) -> None:
 
 
 def stop(cluster: Cluster, name: str, stop_seconds: float) -> None:
-    """Stop a job and wait until it has ended. Raises ClusterError if it does not."""
+    """Stop a job and wait for its end. Raises ClusterError if it does not end."""
     job = cluster.job(name)
     if job.status.is_terminal():
         return say(f"{run_name(job)} ({job.submission_id}) has ended already: {job.status.value.lower()}")
@@ -290,7 +289,7 @@ def _command(cluster: Cluster, word: str, job_id: str) -> str:
 
 
 def _outcome(job: Any) -> str:
-    """With Ray's message if the run never got to say anything itself."""
+    """With Ray's message if the run could not say anything itself."""
     seconds = max(0.0, ((job.end_time or 0) - (job.start_time or 0)) / 1000)
     text = f"{run_name(job)}: {job.status.value.lower()} after {seconds:.0f} s, exit code {exit_code(job)}"
     never_ran = job.status.value == "FAILED" and job.driver_exit_code is None

@@ -23,8 +23,6 @@ class Demand:
 
 @dataclass(frozen=True)
 class Node:
-    """A live node."""
-
     name: str
     cpus: float
     gpus: float
@@ -81,7 +79,7 @@ def _unplaced(demanded: Sequence[Demand], nodes: Sequence[Node]) -> str:
 
 
 def _take(gpus: float, free: list[list[float]]) -> bool:
-    """Take `gpus` of one node; False if no node has them. `free`: what is left of each GPU, per node."""
+    """Take `gpus` of one node; False if none has them. `free`: what is left of each GPU, per node."""
     if gpus >= 1:
         for node in free:
             whole = [i for i, share in enumerate(node) if share == 1.0]

@@ -91,19 +91,17 @@ class SubmitConfig(Section):
 
 @dataclass(frozen=True)
 class Arguments:
-    """A parsed command line."""
-
     address: str | None
     """`cluster.address` as typed."""
     submit: SubmitConfig
     overrides: list[str]
     """What `rlkit.train` gets, as typed."""
     problems: list[ConfigIssue]
-    """Errors in the job's own keys."""
+    """Of the job's own keys."""
 
 
 def read_arguments(overrides: Sequence[str]) -> Arguments:
-    """Sort the arguments; problems of the job's own keys are collected in the result."""
+    """Never raises: problems of the job's own keys are in the result."""
 
     def is_about_job(text: str) -> bool:
         key = text.partition("=")[0].lstrip("+~").strip()
@@ -135,8 +133,6 @@ def read_arguments(overrides: Sequence[str]) -> Arguments:
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that may be submitted as far as this machine can tell."""
-
     arguments: Arguments
     run: ResolvedRun
     file: Path | None
@@ -175,7 +171,7 @@ def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Che
 
 
 def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
-    """Absolute paths that do not exist here: they may be on the cluster, where the job checks them."""
+    """They may exist on the cluster, where the job checks them."""
     values = [text.partition("=")[2].strip("'\"") for text in overrides]
     if file is not None and file.is_file():
         values += re.findall(r""":\s*['"]?(/[^\s'"]+)""", file.read_text(errors="replace"))
@@ -221,7 +217,7 @@ def resume_warnings(config: RunConfig) -> list[str]:
 
 
 def check_cluster(checked: Checked, cluster: Cluster) -> None:
-    """Check token, resources, and that no other job uses the run folder. Raises ClusterError."""
+    """Token, resources, and no other job in the run folder. Raises ClusterError."""
     if not cluster.token:
         say(f"warning: {NO_TOKEN}")
     resources = [(node.node_ip, node.resources_total) for node in cluster.nodes()]
@@ -244,7 +240,7 @@ def check_cluster(checked: Checked, cluster: Cluster) -> None:
 
 
 def environment(submit: SubmitConfig) -> dict[str, str]:
-    """Variables of the driver and all actors; an actor's own settings override them."""
+    """For the driver and all actors; an actor's own settings override them."""
     passed = {name: os.environ[name] for name in submit.pass_environment if name in os.environ}
     return {
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
@@ -259,7 +255,7 @@ def environment(submit: SubmitConfig) -> dict[str, str]:
 
 
 def make_job(run: ResolvedRun, overrides: Sequence[str], has_config_file: bool, submit: SubmitConfig) -> dict[str, Any]:
-    """The arguments of Ray's `submit_job` to train `run`, which `overrides` (and a configuration file) describe."""
+    """Arguments of Ray's `submit_job`; `overrides` (and a configuration file) describe `run`."""
     folder = run.config.run_dir
     name = re.sub(r"[^\w.-]+", "-", folder.name)
     arguments = ["-m", "rlkit.train", *(["--config", CONFIG_IN_ARCHIVE] if has_config_file else [])]
@@ -310,7 +306,7 @@ def _print_plan(run: ResolvedRun) -> None:
 
 
 def _send(checked: Checked, cluster: Cluster) -> str:
-    """Upload and submit; return the job's id."""
+    """Return the job's id."""
     job = make_job(checked.run, checked.arguments.overrides, checked.file is not None, checked.arguments.submit)
     more = {} if checked.file is None else {CONFIG_IN_ARCHIVE: checked.file}
     with tempfile.TemporaryDirectory(prefix="rlkit-submit-") as folder:
@@ -322,7 +318,7 @@ def _send(checked: Checked, cluster: Cluster) -> str:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run the command line; return the exit code. Raises ConfigError, UploadError or ClusterError."""
+    """Return the exit code. Raises ConfigError, UploadError or ClusterError."""
     if asks_for_help(arguments):
         return _help()
     if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):

@@ -1,6 +1,6 @@
-"""Pack the working folder's files into one archive for a job.
+"""The working folder's files, packed into one archive for a job.
 
-Ray would choose the files itself (`working_dir` with `excludes`), but neither says which nor stops at a size.
+Ray's own choice (`working_dir` with `excludes`) neither says which files nor stops at a size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHOWN = 5
 
 
 class UploadError(UserError):
-    """The folder cannot be uploaded; the message names the largest files and the remedy."""
+    """The message names the largest files and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Upload:
     files: dict[str, int]
     """Path relative to the folder, with `/` -> bytes."""
     too_large: dict[str, int]
-    """Files left out for their size."""
+    """Left out for their size."""
 
     def has(self, path: Path) -> bool:
         """Whether `path` is a file of the upload, or a folder with one."""
@@ -48,7 +48,7 @@ class Upload:
         return name in self.files or name == "." or any(file.startswith(f"{name}/") for file in self.files)
 
     def lines(self) -> list[str]:
-        """For the screen: the size of the upload, and the files left out for their size."""
+        """For the screen: the size, and the files left out for theirs."""
         lines = [f"uploading {self.folder}: {len(self.files)} files, {_mib(sum(self.files.values()))}"]
         for name, size in _largest(self.too_large):
             lines.append(f"not uploaded: {name} ({_mib(size)}, above submit.max_file_mib)")
@@ -57,7 +57,7 @@ class Upload:
 
 
 def collect(folder: Path, exclude: Sequence[str], max_file_mib: float, max_upload_mib: float) -> Upload:
-    """Choose the files of `folder` to upload. Raises UploadError if there is too much or nothing."""
+    """Choose the files to upload. Raises UploadError if there is too much or nothing."""
     patterns = (*ANYWHERE, *(pattern.rstrip("/") for pattern in exclude))
     names = {name for name in _candidates(folder, patterns) if not _is_excluded(name, patterns)}
     parents = (name.removesuffix("metrics.jsonl") for name in names if name.endswith("/metrics.jsonl"))
@@ -83,7 +83,7 @@ def collect(folder: Path, exclude: Sequence[str], max_file_mib: float, max_uploa
 
 
 def pack(upload: Upload | None, archive: Path, more: Mapping[str, Path]) -> None:
-    """Write the archive. Equal files give equal bytes, so that Ray recognizes a package it already has.
+    """Equal files give equal bytes, so that Ray recognizes a package it already has.
 
     `more` maps names in the archive to further files.
     """

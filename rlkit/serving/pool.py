@@ -1,10 +1,4 @@
-"""Reward workers seen from the driver: every call has a deadline, a second try, and an end.
-
-pool = RewardPool(config.reward, RewardContext(threads=1), startup_timeout_seconds=600)
-await pool.start()
-scored = await pool.score(group_refs)
-await pool.close()
-"""
+"""Reward workers seen from the driver: every call has a deadline, a second try, and an end."""
 
 from __future__ import annotations
 
@@ -46,7 +40,7 @@ STARTUP = "trainer.startup_timeout_seconds"
 @dataclass(frozen=True)
 class Scored:
     batches: list[Any]
-    """An object reference per batch, in order and shape, to the groups with their scores."""
+    """References per batch, in order and shape, to the groups with their scores."""
     report: ScoreReport
 
 
@@ -70,7 +64,7 @@ PROCESS_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedErr
 
 
 class _Broken(Exception):
-    """This worker failed this call and has been killed; the message is the samples' reason."""
+    """The worker has been killed; the message is the samples' reason."""
 
 
 class RewardPool:
@@ -85,8 +79,7 @@ class RewardPool:
         name: str = "reward",
         place: Place = anywhere,
     ) -> None:
-        """`reward` is the reward section: `_target_` and the fields of its Config. Output of worker i and its
-        successors goes to `<name>-<i>.log` in `logs`.
+        """`reward` is the reward section. Output of worker i and its successors goes to `<name>-<i>.log` in `logs`.
 
         Raise PartError, or pydantic's ValidationError for an invalid section.
         """
@@ -118,10 +111,10 @@ class RewardPool:
             self._idle.put_nowait(worker)
 
     async def score(self, batches: Sequence[Any]) -> Scored:
-        """Score batches of groups: each a Group, a list of Groups, or an object reference to either.
+        """Score batches: each a Group, a list of Groups, or an object reference to either.
 
         A worker that misses the deadline, dies or raises is replaced and the call retried once; then all its samples
-        are invalid. Raise what `ray.get` would raise if a batch itself is lost.
+        are invalid. Raise what `ray.get` raises if a batch itself is lost.
         """
         # Put once, so that a second try does not send the tokens again and only references cross the driver.
         refs = [batch if isinstance(batch, ray.ObjectRef) else ray.put(batch) for batch in batches]
@@ -141,7 +134,7 @@ class RewardPool:
             return Scored(scored, await report)
 
     async def _turn(self) -> WorkerState:
-        """Wait for an idle worker. The deadline is the longest that earlier calls may take."""
+        """The deadline is the longest that earlier calls may take."""
         if not self._idle.empty():
             return self._idle.get_nowait()
         self._queued += 1
@@ -168,7 +161,7 @@ class RewardPool:
         return waiting(f"the {self._name} pool ({self.target})", what, seconds, limit)
 
     async def learn(self, groups: Sequence[Group], when: UpdateWhen) -> tuple[list[Group], dict[str, float]]:
-        """Let a reward that learns at this moment (`before` or `after` the policy's advantages) learn from groups.
+        """Let a reward that learns `before` or `after` the policy's advantages learn from groups.
 
         Return the groups, rescored if it learnt before, and its metrics (empty if it does not learn now). Raise
         RewardFailed if it dies or misses the deadline: what it has learnt would be lost.
@@ -181,11 +174,10 @@ class RewardPool:
 
     @property
     def follows_policy(self) -> bool:
-        """Whether the reward wants every version of the policy."""
         return self._traits.follows_policy
 
     async def follow(self, bundle: Any) -> None:
-        """Pass the policy's weights (a reference to a WeightBundle) to a reward that follows it."""
+        """Pass the policy's weights (a reference to a WeightBundle), if the reward follows it."""
         if self.follows_policy:
             await self._ask_learner("follow", bundle)
             self._followed = bundle
@@ -195,12 +187,11 @@ class RewardPool:
         return self._traits.update_when != "none"
 
     async def save(self, folder: Path) -> None:
-        """Write what a reward has learnt, if it learns."""
         if self._learns:
             await self._ask_learner("save", str(folder))
 
     async def save_state(self, file: Path) -> None:
-        """Write what a reward has learnt, if it learns, for `load_state`."""
+        """Write what a reward has learnt, if it learns."""
         if self._learns:
             await self._ask_learner("save_state", str(file))
 
@@ -212,7 +203,7 @@ class RewardPool:
     async def _ask_learner(self, method: str, *arguments: Any) -> Any:
         """Call the only worker of a reward that learns; restart it if it died with nothing to lose.
 
-        Raise RewardFailed if it dies otherwise: what it has learnt would be lost.
+        Raise RewardFailed if what it has learnt is lost.
         """
         worker = await self._turn()
         try:
@@ -245,7 +236,7 @@ class RewardPool:
             await self._start_again(worker)
 
     def health(self) -> list[dict[str, Any]]:
-        """Return each worker's state without asking it: process id, seconds in the current call, calls, restarts."""
+        """The workers' states, without asking them."""
         now = time.monotonic()
         return [
             {
@@ -260,7 +251,7 @@ class RewardPool:
         ]
 
     async def close(self) -> None:
-        """End all workers; idle ones get a few seconds to free what they hold."""
+        """Idle workers get a few seconds to free what they hold."""
         idle = [worker for worker in self._workers if worker.actor is not None and worker.busy_since is None]
         closing = [self._close(worker) for worker in idle]
         for worker, result in zip(idle, await asyncio.gather(*closing, return_exceptions=True), strict=True):
@@ -313,7 +304,7 @@ class RewardPool:
             raise _Broken("crash: the new worker did not take the policy's weights in time") from None
 
     async def _start(self, worker: WorkerState) -> None:
-        """Start the process; on failure it is dead, and RewardFailed names the cause."""
+        """On failure the worker is dead, and RewardFailed names the cause."""
         environment = {
             "OMP_NUM_THREADS": str(self._context.threads),
             "OMP_WAIT_POLICY": "PASSIVE",  # the sampler shares these cores

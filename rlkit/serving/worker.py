@@ -43,8 +43,8 @@ class RewardWorker:
     def score(self, *batches: Groups) -> list[Any]:
         """Return the batches with scores, in the same shapes, and a ScoreReport.
 
-        If the reward raises, the batches are None and the report holds the traceback, which tells a broken reward
-        from a batch that never arrived.
+        If the reward raises, the batches are None and the report holds the traceback, unlike for a batch that never
+        arrived.
         """
         start = time.perf_counter()
         originals = [group for batch in batches for group in _as_list(batch)]
@@ -58,7 +58,7 @@ class RewardWorker:
         return [*_same_shapes(batches, scored), report]
 
     def learn(self, groups: Sequence[Group], rescore: bool) -> tuple[dict[str, float], list[Group] | None]:
-        """Let a trainable reward learn; return its metrics and, if `rescore`, the groups with new scores."""
+        """Return a trainable reward's metrics and, if `rescore`, the groups with new scores."""
         if not isinstance(self._reward, TrainableReward):
             raise TypeError(f"{type(self._reward).__name__} is not a TrainableReward")
         metrics = self._reward.update(groups)
@@ -94,7 +94,7 @@ class RewardWorker:
 
 
 def mark_invalid(reason: str, *batches: Groups) -> list[Any]:
-    """Like RewardWorker.score, for batches that no worker could score: every sample is invalid."""
+    """Like RewardWorker.score, for batches that no worker could score."""
     originals = [group for batch in batches for group in _as_list(batch)]
     scored = invalid_groups(map(with_greedy, originals), reason)
     scored = [without_greedy(group, original) for group, original in zip(scored, originals, strict=True)]

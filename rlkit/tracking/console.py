@@ -40,11 +40,11 @@ class Console:
         self._transcript = transcript.open("a", encoding="utf-8", buffering=1)
 
     def line(self, text: str) -> None:
-        """Report something routine (a step, a phase)."""
+        """Report something routine (a step, a phase), which a live view shows in its own way."""
         self._transcript.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     def notice(self, text: str) -> None:
-        """Show a text verbatim."""
+        """Show a text verbatim in every console."""
         self.line(text)
 
     def summary(self, summary: Mapping[str, Any], folder: Path, tensorboard: bool) -> None:
@@ -52,7 +52,7 @@ class Console:
         self._transcript.write("\n".join(lines) + "\n")
 
     def close(self) -> None:
-        """Restore the terminal; may be called again."""
+        """May be called again."""
         self._transcript.close()
 
 

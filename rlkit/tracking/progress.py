@@ -24,7 +24,7 @@ SHOWN = (
 """(label, metric, format) of a step's line, in order; absent metrics are left out."""
 PHASES = ("generate", "score", "update", "publish")
 STEPS_TIMED = 20
-"""The time left is estimated from the pace of this many steps."""
+"""For the estimate of the time left."""
 NARROWEST_CURVE = 30
 """Columns."""
 
@@ -131,7 +131,6 @@ class Progress:
         self._ends: deque[float] = deque(maxlen=STEPS_TIMED + 1)
 
     def resume(self, step: int, accuracies: Mapping[int, float]) -> None:
-        """Continue after `step` steps of an earlier run."""
         self.step = step
         self.accuracies = sorted(accuracies.items())
 

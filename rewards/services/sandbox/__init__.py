@@ -1,12 +1,4 @@
-r"""Isolated execution of model-written code; inside the sandbox only `inside/` runs.
-
->>> limits = Limits(wall_seconds=10, cpu_seconds=5, memory_mib=1024, processes=8, file_mib=16, output_kib=1024)
->>> sandbox = open_sandbox("bubblewrap", limits)
->>> sandbox.start()  # proves that it runs code and isolates it
->>> sandbox.run_program("print(6 * 7)", stdin="", deadline=time.monotonic() + 60).stdout
-b'42\n'
->>> sandbox.close()
-"""
+"""Isolated execution of model-written code; inside the sandbox only `inside/` runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sandboxes on this machine, made by bubblewrap: every run has its view of the system."""
+"""Sandboxes on this machine, made by bubblewrap: each run has a separate view of the system."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unav
 from rewards.services.sandbox.process import Command, Supervised, supervise
 
 INNER_ID = 1000
-"""User and group of the model's code inside the sandbox."""
 _NOBODY = 65534
 _TIMEOUT_SECONDS = 20.0
 
@@ -43,7 +42,7 @@ sys.stdin.readline()
 
 
 def make_user_namespace() -> int:
-    """Return a file descriptor that keeps a new user namespace alive while it is open; raise Unavailable.
+    """Return a file descriptor that keeps a new user namespace alive while open; raise Unavailable.
 
     The kernel does not limit the processes of the machine's root, whatever its name in a namespace of bubblewrap.
     Here the sandbox's user is `nobody` outside, too.
@@ -79,7 +78,6 @@ def make_user_namespace() -> int:
 
 
 INSIDE = "/inside"
-"""Path of the `inside` programs in a sandbox."""
 _TOOLS = {"bwrap": "bubblewrap", "prlimit": "util-linux", "setpriv": "util-linux"}
 _OLDEST = (0, 8)
 """Older versions of bubblewrap cannot forbid further user namespaces."""
@@ -89,7 +87,7 @@ _ENVIRONMENT = {"HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPEN
 
 
 def is_root() -> bool:
-    """Root's sandboxes need a namespace made by `make_user_namespace`."""
+    """Then sandboxes need a namespace made by `make_user_namespace`."""
     return os.geteuid() == 0
 
 
@@ -97,7 +95,7 @@ class Layout:
     """Finds the tools and the interpreter, puts the inner programs into `folder`, and builds command lines."""
 
     def __init__(self, limits: Limits, python: str | None, folder: Path) -> None:
-        """Raise Unavailable with the install command if something is missing."""
+        """Raise Unavailable if something is missing."""
         self._tools = {name: _tool(name) for name in _TOOLS if name != "setpriv" or is_root()}
         _refuse_old_bubblewrap(self._tools["bwrap"])
         # Not the environment that rlkit is installed in: there is much to read in it, and it starts slower.
@@ -120,7 +118,7 @@ class Layout:
         ]
 
     def arguments(self, namespace: int | None) -> list[str]:
-        """Return the command line up to the Python program text. `namespace`: the user namespace of root's sandbox."""
+        """The command line up to the Python text. `namespace`: the user namespace of root's sandbox."""
         bwrap = self._tools["bwrap"]
         if namespace is None:
             users = ["--unshare-user", "--disable-userns", "--uid", str(INNER_ID), "--gid", str(INNER_ID)]
@@ -192,7 +190,7 @@ def _folders_of_python(python: str) -> list[str]:
 
 
 def _write_programs(folder: Path, python: str) -> None:
-    """Write compiled copies of `inside`, readable for every user, and nothing else of this package."""
+    """Compiled copies of `inside`, readable for every user, and nothing else of this package."""
     target = folder
     folder.chmod(0o755)
     for name in ("rewards", "services", "sandbox", "inside"):
@@ -261,7 +259,7 @@ STARTUP_SECONDS = 30.0
 """For a sandbox to be ready, also on a busy machine."""
 _SHOWN_CHARACTERS = 2000
 _RESULTS_PER_OUTPUT = 4
-"""Limit of results relative to output: values and verdicts are written with their types."""
+"""Results may be this much larger than output: values are written with their types."""
 _OUT_OF_CPU_TIME = 128 + signal.SIGXCPU
 _REMEDY = (
     "Sandboxes need user namespaces: sysctl -w user.max_user_namespaces=10000 (Debian: kernel.unprivileged_userns_clone"
@@ -310,7 +308,6 @@ class Bubblewrap(Isolation):
             return self._run([self._command(slot, "calls", standard_input)], deadline)
 
     def run_tests(self, solution: Job, tests: Job, deadline: float) -> Run:
-        """Run tests and solution in two sandboxes that share two pipes and nothing else."""
         with (
             _file(json.dumps(solution).encode()) as solution_job,
             _file(json.dumps(tests).encode()) as tests_job,
@@ -397,7 +394,6 @@ def _text(data: bytearray) -> str:
 
 @contextmanager
 def _file(content: bytes) -> Iterator[int]:
-    """Yield the file descriptor of a nameless file."""
     with open(os.memfd_create("job"), "w+b") as file:  # noqa: PTH123
         file.write(content)
         file.seek(0)

@@ -25,7 +25,7 @@ from rewards.services.sandbox.inside.wire import messages
 from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unavailable
 
 ANSWER_SECONDS = 15.0
-"""Time of the service beyond the code's own: waiting for a free sandbox, creating it."""
+"""Added to the code's own time: waiting for a free sandbox, creating it."""
 LONGEST_PAUSE = 20.0
 """Seconds between tries."""
 CONCURRENT = 100
@@ -38,7 +38,7 @@ _SERVE = (
 
 
 class SandboxFusion(Isolation):
-    """A client of the service, which is responsible for the isolation; see docs/rewards.md."""
+    """The service is responsible for the isolation; see docs/rewards.md."""
 
     def __init__(self, url: str, limits: Limits, token_variable: str | None, max_tries: int) -> None:
         self._url = url.rstrip("/") + "/run_code"
@@ -86,7 +86,6 @@ class SandboxFusion(Isolation):
         return self._run_inner({"role": "calls", "job": job}, deadline)
 
     def run_tests(self, solution: Job, tests: Job, deadline: float) -> Run:
-        """Run tests and solution in two processes of one sandbox of the service."""
         return self._run_inner({"role": "tests", "solution": solution, "tests": tests}, deadline)
 
     def _run_inner(self, job: Job, deadline: float) -> Run:
@@ -150,7 +149,7 @@ def _run_of(answer: dict[str, Any], url: str) -> Run:
 
 
 def _inner_files() -> dict[str, str]:
-    """The inner programs in base64, by path."""
+    """Base64 by path."""
     folders = ("rewards", "rewards/services", "rewards/services/sandbox")
     files = {f"{folder}/__init__.py": "" for folder in folders}
     for source in (Path(__file__).parent / "inside").glob("*.py"):

@@ -17,8 +17,6 @@ class Unavailable(UserError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one run."""
-
     wall_seconds: float
     cpu_seconds: int
     memory_mib: int
@@ -28,7 +26,7 @@ class Limits:
     file_mib: int
     """Size of each file, and of all files together."""
     output_kib: int
-    """Bytes read of standard output, and of standard error."""
+    """What is read of standard output, and of standard error."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,12 @@ class Isolation(ABC):
 
     @abstractmethod
     def run_calls(self, job: Job, deadline: float) -> Run:
-        """Call a function; see `inside.solution.answer_calls`."""
+        """See `inside.solution.answer_calls`."""
 
     @abstractmethod
     def run_tests(self, solution: Job, tests: Job, deadline: float) -> Run:
-        """Run tests and their solution, isolated from each other; see `inside.tester.run_tests`."""
+        """Run tests and their solution apart from each other; see `inside.tester.run_tests`."""
 
     def check(self) -> None:
-        """Check quickly, before a run; raise Unavailable."""
+        """A quick check before a run; raise Unavailable."""
         self.start()

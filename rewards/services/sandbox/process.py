@@ -23,7 +23,6 @@ class Command:
     """The command line, given the file descriptor that results are written to."""
     stdin: int
     descriptors: tuple[int, ...] = ()
-    """Further inherited file descriptors."""
 
 
 @dataclass
@@ -38,7 +37,6 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
         return self.process.returncode
 
     def kill(self) -> None:
@@ -66,8 +64,8 @@ def supervise(
     """Run processes side by side until the first one ends, then kill the others.
 
     The wall time starts when all have written `ready` to their results, within `startup_seconds`; `deadline`
-    (`time.monotonic()`) overrides both. A process that exceeds a stream's limit in bytes is killed. The file
-    descriptors `handed_over` are closed once inherited. Raise OSError if a process cannot be started.
+    (`time.monotonic()`) overrides both. A process that exceeds a stream's limit (bytes) is killed. `handed_over`
+    descriptors are closed once inherited. Raise OSError if a process cannot be started.
     """
     children: list[Child] = []
     try:

@@ -1,4 +1,4 @@
-"""The HTTP face of a served reward: access control, POST /v1/score, GET /health, /metrics and /v1/schema."""
+"""HTTP interface of a served reward: access control, POST /v1/score, GET /health, /metrics and /v1/schema."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ from rlkit.experience.wire import (
 from rlkit.serving.http.queue import BusyError, ScoringQueue
 
 SHOWN_PROBLEMS = 5
-"""Of a malformed request."""
 CLOSE = {"Connection": "close"}
 """For answers before the whole body was read: the rest is not read."""
 
 
 class Access:
-    """ASGI middleware: a request must carry the token or, without one, be addressed to this machine."""
+    """A request must carry the token or, without one, be addressed to this machine."""
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:
         self._app, self._token = app, token
@@ -77,7 +76,7 @@ def _host_name(header: str) -> str:
 
 
 def make_app(queue: ScoringQueue, description: Health, token: str | None) -> ASGIApp:
-    """Build the ASGI application around a started queue; `description` is the constant part of /health."""
+    """`description` is the constant part of /health."""
 
     async def score(request: Request) -> Response:
         began = time.perf_counter()

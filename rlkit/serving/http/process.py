@@ -34,17 +34,17 @@ EDGE_BYTES = 2**20
 
 
 class WorkerBrokenError(Exception):
-    """The process failed this call and has been killed; the message is the samples' reason."""
+    """The process has been killed; the message is the samples' reason."""
 
 
 class RewardProcess:
-    """Hosts a reward; restarted when needed and dead. One call at a time, from one event loop. A call beyond its
-    deadline kills the process."""
+    """Hosts a reward; restarted when needed. One call at a time, from one event loop; its deadline kills the
+    process."""
 
     def __init__(
         self, target: str, options: Mapping[str, Any], context: RewardContext, startup_timeout: float, timeout: float
     ) -> None:
-        """Deadlines of a start and of a call, in seconds."""
+        """Deadlines in seconds."""
         self._arguments = (target, dict(options), context)
         self._startup_timeout, self._timeout = startup_timeout, timeout
         self._process: Any = None
@@ -61,7 +61,7 @@ class RewardProcess:
         return self._process is not None and bool(self._process.is_alive())
 
     def health(self) -> dict[str, Any]:
-        """Return its entry in /health, without asking the process."""
+        """For /health, without asking the process."""
         now = time.monotonic()
         return {
             "pid": self._process.pid if self.alive else None,
@@ -73,7 +73,7 @@ class RewardProcess:
         }
 
     async def start(self) -> None:
-        """Start the process, load the reward and score a first group; raise RewardFailed."""
+        """Load the reward and score a first group; raise RewardFailed."""
         self.usable = False
         self.kill()
         target = self._arguments[0]
@@ -179,7 +179,7 @@ class RewardProcess:
 
 
 def _host(connection: Connection, target: str, options: Mapping[str, Any], context: RewardContext) -> None:
-    """Main function of the process: load the reward, score a first group, then answer calls until closed."""
+    """Load the reward, score a first group, then answer calls until closed."""
     os.environ.update(
         OMP_NUM_THREADS=str(context.threads),
         OMP_WAIT_POLICY="PASSIVE",
@@ -215,7 +215,7 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
 
 
 def _first_group(target: str, options: Mapping[str, Any]) -> Group:
-    """Return a group with what the reward needs: a right and a wrong answer to 6 times 7."""
+    """What the reward needs: a right and a wrong answer to 6 times 7."""
     cls = import_part("reward", target)
     columns = cls.traits(cls.Config(**options)).columns
     prompt = Prompt(
@@ -230,7 +230,7 @@ def _first_group(target: str, options: Mapping[str, Any]) -> Group:
 
 
 def _self_test(report: ScoreReport, seconds: float) -> dict[str, Any]:
-    """Return the entry of /health. Invalid scores are no failure: the group may lack what this reward looks for."""
+    """For /health. Invalid scores are no failure: the group may lack what this reward looks for."""
     result: dict[str, Any] = {"seconds": round(seconds, 3), "samples": report.samples, "invalid": dict(report.examples)}
     if report.error:
         result["error"] = _last_line(report.error)
@@ -242,7 +242,7 @@ def _last_line(traceback_text: str) -> str:
 
 
 def model_version(reward: Mapping[str, Any]) -> str:
-    """Return a name that changes with class, options, rlkit's version and the content of the model folders."""
+    """Changes with the class, its options, rlkit's version and the content of model folders."""
     digest = hashlib.sha256(rlkit.__version__.encode())
     digest.update(json.dumps(reward, sort_keys=True, default=str).encode())
     for folder in sorted(set(_folders(reward))):
@@ -256,7 +256,7 @@ def model_version(reward: Mapping[str, Any]) -> str:
 
 
 def _folders(value: Any) -> Iterator[Path]:
-    """Yield every model folder that the configuration names."""
+    """Every model folder that the configuration names."""
     if isinstance(value, Mapping):
         for inner in value.values():
             yield from _folders(inner)

@@ -51,7 +51,7 @@ class ServerMetrics:
         self.queued = Gauge("rlkit_queued_samples", "Samples that wait", registry=self.registry)
 
     def count_failures(self, failures: Mapping[str, int]) -> None:
-        """Add samples without a score, by reason class."""
+        """By reason class."""
         for reason, count in failures.items():
             self.failed.labels(self._label(reason)).inc(count)
 
@@ -80,7 +80,7 @@ class BusyError(Exception):
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How many samples and tokens are scored together, and how many samples may wait."""
+    """Scored together (samples, tokens), and waiting."""
 
     samples: int
     tokens: int
@@ -118,7 +118,6 @@ class ScoringQueue:
         self._tasks = [asyncio.create_task(self._work(worker)) for worker in self.workers]
 
     async def close(self) -> None:
-        """Stop all processes and fail the queued requests."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -148,7 +147,7 @@ class ScoringQueue:
         return await job.result
 
     async def _work(self, worker: RewardProcess) -> None:
-        """Score until cancelled. A process that a call has killed is replaced before the next request."""
+        """A process that a call has killed is replaced before the next request."""
         while True:
             jobs: list[_Job] = []
             try:
@@ -170,7 +169,7 @@ class ScoringQueue:
                     _fail(job, BusyError("the server ends", 5))
 
     async def _next(self) -> list[_Job]:
-        """Wait for a job; return the oldest, and those after it that fit into the same call."""
+        """Wait for the oldest job, and take those after it that fit into the same call."""
         async with self._arrived:
             while True:
                 while not self._jobs:
@@ -198,7 +197,7 @@ class ScoringQueue:
         return job.result.done()
 
     async def _score_together(self, worker: RewardProcess, jobs: Sequence[_Job]) -> None:
-        """Score all jobs in one call; if the process does not survive it, score each alone to lose only the culprit."""
+        """If the process does not survive, score each job alone to lose only the culprit."""
         try:
             scored = await self._call(worker, [group for job in jobs for group in job.groups])
         except WorkerBrokenError as broken:
@@ -211,8 +210,8 @@ class ScoringQueue:
             _finish(job, [next(remaining) for _ in job.groups])
 
     async def _score_alone(self, worker: RewardProcess, job: _Job) -> None:
-        """Retry no longer than its client waits. (The first try is not cut short: after a long time in the queue,
-        that would kill a working process.)"""
+        """Retry no longer than the client waits."""
+        # The first try is not cut short: it may have waited long in the queue, and the process works.
         if not worker.alive and not self._abandoned(job):
             await worker.start()
         if self._abandoned(job):

@@ -1,4 +1,4 @@
-"""A reward server: its configuration (the reward's as in a run, and the section `serve`), its start and its end."""
+"""A reward server: its configuration (the reward's and the section `serve`), its start and its end."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ USED = {
     "seed": "given to the reward",
     "dry_run": "validate only",
 }
-"""Key or group -> its meaning for this command."""
-
 LEAST_TOKEN_CHARACTERS = 16
 KEEP_ALIVE_SECONDS = 60
 
@@ -73,8 +71,6 @@ class ServeConfig(Section):
 
 @dataclass(frozen=True)
 class ResolvedServe:
-    """A valid configuration of a server."""
-
     serve: ServeConfig
     reward: dict[str, Any]
     """`_target_` and all fields, with defaults."""
@@ -86,23 +82,19 @@ class ResolvedServe:
 
     @property
     def learns(self) -> bool:
-        """Whether the reward would learn in a run; served, it stays as it is."""
+        """Served, it stays as it is."""
         cls = self.reward_class
         return issubclass(cls, TrainableReward) and cls.traits(self.reward_config).update_when != "none"
 
 
 class _ServeRun(Section):
     seed: int = Field(default=0, ge=0)
-    """Passed to the reward."""
     dry_run: bool = False
-    """Validate, exit."""
     serve: ServeConfig = ServeConfig()
     reward: dict[str, Any]
-    """A swappable part: `_target_` and the fields of its `Config`."""
 
 
 def print_help(usage: str) -> None:
-    """Print `usage` and every key of the command."""
     print(usage)
     for key, text in USED.items():
         print(f"  {key:<10}{text}")
@@ -143,7 +135,6 @@ class _ServeLoading(Loading):
         return super()._plain(OmegaConf.masked_copy(composed, kept))
 
     def _run_config(self, known: Sequence[str]) -> None:
-        """Validate the section `serve` and the keys outside of sections."""
         section = self.tree.get("serve", {})
         if isinstance(section, dict):
             self.available["serve"] = self._section(ServeConfig, section, "serve.", known)
@@ -154,7 +145,6 @@ class _ServeLoading(Loading):
         self.available["top"] = self._section(_ServeRun, {**plain, "reward": {}}, "", known)
 
     def check(self) -> None:
-        """Collect what the reward itself finds missing, and unprotected access."""
         if "reward" in self.parts:
             part = self.parts["reward"]
             where = self.sources.where("reward", None)
@@ -165,7 +155,6 @@ class _ServeLoading(Loading):
             self.problems += problems
 
     def result(self) -> ResolvedServe:
-        """Raise ConfigError if there is any problem."""
         if self.problems:
             raise ConfigError(list(dict.fromkeys(self.problems)))
         part, top = self.parts["reward"], self.available["top"]
@@ -212,7 +201,7 @@ def serve(resolved: ResolvedServe) -> None:
 
 @contextlib.contextmanager
 def _listening(serve: ServeConfig) -> Iterator[socket.socket]:
-    """Take the port before the reward is loaded, and accept connections later; raise ConfigError."""
+    """Before the reward is loaded; connections are accepted later. Raise ConfigError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -278,7 +267,6 @@ def _queue(resolved: ResolvedServe) -> ScoringQueue:
 
 
 def _description(resolved: ResolvedServe) -> Health:
-    """Describe the server before its processes run."""
     traits = resolved.reward_class.traits(resolved.reward_config)
     return Health(
         status="down",

@@ -34,7 +34,7 @@ def load(code: str, setup: str) -> dict[str, Any]:
 
 
 def find_function(namespace: dict[str, Any], name: str) -> Callable[..., Any]:
-    """Return the function, or the method of a new `Solution`; raise NameError without either."""
+    """The function, or the method of a new `Solution`; raise NameError without either."""
     if name in namespace:
         return namespace[name]  # type: ignore[no-any-return]
     if "Solution" in namespace:
@@ -43,7 +43,7 @@ def find_function(namespace: dict[str, Any], name: str) -> Callable[..., Any]:
 
 
 def describe(error: BaseException) -> list[str]:
-    """Name and text of an exception; its `__str__` may fail."""
+    """Name and text; the exception's `__str__` may fail."""
     try:
         text = str(error)[:500]
     except BaseException as failure:
@@ -68,7 +68,7 @@ def answer_calls(job: dict[str, Any], results: BinaryIO) -> None:
 
 
 class Server:
-    """Answers the tester's requests about the solution's names and objects until the tester is gone."""
+    """Answers the tester's requests until the tester is gone."""
 
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self._requests, self._replies = requests, replies
@@ -76,7 +76,6 @@ class Server:
         self._namespace: dict[str, Any] = {}
 
     def serve(self, job: dict[str, Any]) -> None:
-        """Report that this process is up, load the code, report the result, then answer."""
         try:
             send(self._replies, ["value", None])
             self._namespace = load(job["code"], job["setup"])

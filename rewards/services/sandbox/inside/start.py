@@ -34,7 +34,7 @@ def start(role: str, *descriptors: int) -> None:
 
 
 def program(results: int, source: int) -> None:
-    """Run a whole program, whose text is in the file `source`, with the test's input and output."""
+    """`source` is a file with the program's text."""
     with open(source, "rb") as file:
         text = file.read()
     os.write(results, READY)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class SolutionError(Exception):
-    """The solution is gone or raised something other than an ordinary builtin exception."""
+    """The solution is gone or raised no ordinary builtin exception."""
 
 
 class UnsupportedTest(Exception):
@@ -28,7 +28,7 @@ class Conversation:
         """Why a test cannot run, even if the test swallowed the exception."""
 
     def ask(self, *request: Any) -> Any:
-        """Send a request and return the answer; raise the solution's exception as a builtin one or SolutionError."""
+        """Raise the solution's exception as a builtin one or SolutionError."""
         try:
             send(self._requests, request)
             return self.answer(may_end=request[0] == "next")
@@ -36,7 +36,7 @@ class Conversation:
             raise SolutionError(f"the solution's process is gone: {error}") from None
 
     def answer(self, may_end: bool = False) -> Any:
-        """Read one answer; with `may_end` it may be the end of an iteration."""
+        """`may_end`: it may be the end of an iteration."""
         kind, *parts = receive(self._replies)
         if kind == "value":
             try:
@@ -53,7 +53,7 @@ class Conversation:
         raise SolutionError(f"{name}: {text}")
 
     def encode(self, value: Any) -> Any:
-        """Encode an argument; raise UnsupportedTest for functions and objects of the test."""
+        """Raise UnsupportedTest for functions and objects of the test."""
         return encode(value, self._number)
 
     def _number(self, value: Any) -> int:

@@ -36,7 +36,7 @@ class ConversationEnded(Exception):
 
 
 def encode(value: Any, handle: Callable[[Any], int]) -> Any:
-    """Encode as JSON; `handle` numbers what is not plain data, or raises."""
+    """`handle` numbers what is not plain data, or raises."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -65,7 +65,7 @@ def encode(value: Any, handle: Callable[[Any], int]) -> Any:
 
 
 def _encode_special(value: Any) -> list[Any] | None:
-    """Encode numbers and dates, whose modules are already loaded if there is such a value."""
+    """Modules of numbers and dates are already loaded if there is such a value."""
     for module, name in (("decimal", "Decimal"), ("fractions", "Fraction")):
         if module in sys.modules and isinstance(value, getattr(sys.modules[module], name)):
             try:
