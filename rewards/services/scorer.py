@@ -15,8 +15,8 @@ A reward built on it:
             values = [[float(next(logprobs).mean()) for _ in group.samples] for group in groups]
             return [GroupScores(tuple(map(Score, of_group))) for of_group in values]
 
-Shared prefixes of a tree are computed once, and nothing is padded. Log-probs are of suffixes: log p(answer | question)
-is `logprobs([Tree(question_ids, (answer_ids,))])`. For texts, load a tokenizer with
+Sequences come as trees: shared prefixes are computed once, and nothing is padded. Log-probs are of suffixes: log
+p(answer | question) is `logprobs([Tree(question_ids, (answer_ids,))])`. For texts, load a tokenizer with
 `rlkit.data.rendering.load_tokenizer`.
 """
 
