@@ -44,18 +44,18 @@ class RewardTraits:
     samples: int = 1
     """Responses to a prompt that it compares; a greedy response counts."""
     judges_texts: bool = True
-    """Scores depend on the texts of prompt and response alone, not on tokens or the rest of the group. Texts without
-    tokens can then be scored, too."""
+    """Scores depend on the texts of prompt and response alone, not on tokens or the rest of the group: texts without
+    tokens can be scored."""
     process_rewards: bool = False
     """Scores carry token or span rewards."""
     uses_gpu: bool = True
-    """Workers get a share of a GPU where there are any. False for rewards without a model of their own."""
+    """Workers get a share of a GPU where there are any. False for rewards that load no model."""
     raw_scores: bool = False
-    """Values are unbounded model scores whose level and spread differ between prompts: algorithms should divide by
-    their spread."""
+    """Values are unbounded model scores whose level and spread differ between prompts; algorithms should normalise
+    them."""
     update_when: UpdateWhen = "none"
-    """When a TrainableReward learns. after: once a step is scored. before: then `rescore` gives the scores that the
-    policy learns from."""
+    """When a TrainableReward learns from a step. after: once its scores are taken. before: first, and then `rescore`
+    gives the scores for the policy."""
     follows_policy: bool = False
     """A TrainableReward gets every version of the policy in `policy_weights`."""
 
@@ -124,12 +124,12 @@ class Reward(ABC):
 
 
 class TrainableReward(Reward):
-    """A reward that learns during the run (implicit PRM, co-trained verifiers). It has one worker: two would
-    diverge."""
+    """A reward that learns during the run (implicit PRM, co-trained verifiers)."""
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
         traits = cls.traits(config)
+        # Several workers would learn different rewards.
         several = config.workers != 1 and (traits.update_when != "none" or traits.follows_policy)
         return [
             *super().check(config),

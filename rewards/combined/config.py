@@ -261,7 +261,7 @@ def _refusal(message: str) -> Any:
 
 
 def _seconds(parts: Any) -> float | None:
-    """Sum of the parts' deadlines; None if a part is wrong (which is reported elsewhere)."""
+    """Sum of the parts' deadlines; None if a part is wrong (reported elsewhere)."""
     if isinstance(parts, BaseModel) or not isinstance(parts, Mapping) or not parts:
         return None
     total = 0.0

@@ -228,7 +228,6 @@ class CombinedReward(TrainableReward):
         return [scores for scores in self._whole(groups, joined, learn) if scores is not None]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Update the parts that learn and the running statistics."""
         learning = [part.name for part in self._parts if part.name in update_times(self._parts)]
         metrics: dict[str, float] = {}
         for part in self._parts:
@@ -270,7 +269,6 @@ class CombinedReward(TrainableReward):
                 reward.policy_weights(version, tensors)
 
     def save(self, folder: Path) -> None:
-        """Each part that learns in a folder of its name."""
         for name in update_times(self._parts):
             reward = self._rewards[name]
             assert isinstance(reward, TrainableReward)
@@ -286,7 +284,6 @@ class CombinedReward(TrainableReward):
         }
 
     def _as_seen_by(self, part: RewardPart, group: Group) -> Group:
-        """The group with the scores of this part."""
         judges = [other.name for other in self._parts if other.options.when.applies(group.prompt)]
         # In a combination of members the parts' values replace a part's own members.
         alone = judges == [part.name] and not self.config.combiner.ensemble
@@ -352,7 +349,7 @@ def _follows(part: RewardPart) -> bool:
 
 
 def _gives_raw_scores(config: CombinedConfig, parts: Sequence[RewardPart]) -> bool:
-    """Whether a part with a weight does, and no step of it or of the whole sets a common scale."""
+    """Whether a part with a weight gives raw scores that no step, its own or the whole's, puts on a common scale."""
     if config.combiner.sets_scale or any(step.sets_scale for step in config.shaping):
         return False
     counted = (part for part in parts if part.options.weight and part.traits.raw_scores)
