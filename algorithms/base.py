@@ -22,14 +22,14 @@ Layout = Literal["any", "pairs", "full_group"]
 
 
 class AlgorithmConfig(Section):
-    """Fields every algorithm has. An algorithm nests its own subclass as `Config`."""
+    """Fields of every algorithm. An algorithm nests a subclass as `Config`."""
 
     samples_per_prompt: int = Field(default=8, ge=1)
     """Responses sampled for each prompt (the group size)."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """A field that a subclass only gives another default keeps its description."""
+        """Fields redefined only for another default keep their description."""
         for name, info in cls.model_fields.items():
             inherited = (base.model_fields.get(name) for base in cls.__mro__[1:] if issubclass(base, AlgorithmConfig))
             info.description = info.description or next((f.description for f in inherited if f is not None), None)
@@ -37,55 +37,55 @@ class AlgorithmConfig(Section):
 
 @dataclass(frozen=True)
 class AlgorithmNeeds:
-    """What the runtime must provide; checked against the configuration before anything starts."""
+    """What the runtime must provide; checked before anything starts."""
 
     critic: bool = False
     reference_policy: bool = False
     min_samples_per_prompt: int = 1
     layout: Layout = "any"
-    """Whether the samples of one group (or one pair) must share a micro-batch."""
+    """Which samples must share a micro-batch: those of a pair or of a group."""
     process_rewards: bool = False
     """Scores must carry token or span rewards."""
     token_kl: bool = False
-    """Advantages use log-probs of the policy and of the reference (a KL penalty in the reward)."""
+    """Advantages use log-probs of policy and reference (a KL penalty in the reward)."""
     greedy_response: bool = False
     """Every prompt also gets a scored greedy response (`Group.greedy`), never trained on."""
 
 
 @dataclass(frozen=True)
 class Experience:
-    """Everything known about one training step before the update. Samples are numbered group by group."""
+    """One training step before the update. Samples are numbered group by group."""
 
     groups: Sequence[Group]
     step: int
     values: Sequence[FloatArray] | None = None
-    """Per sample, [T]: the critic's values, where there is a critic."""
+    """Per sample, [T]: the critic's values, if there is one."""
     policy_logprobs: Sequence[FloatArray] | None = None
-    """Per sample, [T]: log-probs under the policy before the update, if needed."""
+    """Per sample, [T]: under the policy before the update, if needed."""
     reference_logprobs: Sequence[FloatArray] | None = None
-    """Per sample, [T]: log-probs under the reference policy, if needed."""
+    """Per sample, [T]: under the reference policy, if needed."""
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """What an algorithm makes of an Experience; all sequences are per sample, in the Experience's order."""
+    """Sequences are per sample, in the Experience's order."""
 
     tokens: Sequence[FloatArray]
-    """Per sample, [T]: advantage of each response token."""
+    """Per sample, [T]."""
     keep: NDArray[np.bool_]
     """[B] samples that enter the loss and its denominators (False: invalid, dropped, nothing to learn)."""
     returns: Sequence[FloatArray] | None = None
     """Per sample, [T]: the critic's targets."""
     extras: Mapping[str, Sequence[FloatArray]] = field(default_factory=dict)
-    """Further named per-token inputs of the loss (per sample, [T]): labels, sequence rewards, weights."""
+    """Further per-token inputs of the loss (per sample, [T]): labels, sequence rewards, weights."""
     scalars: Mapping[str, float] = field(default_factory=dict)
-    """Named numbers of this step that the loss uses (coefficients that change from step to step)."""
+    """Numbers for the loss that change from step to step, such as coefficients."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Denominators:
-    """Totals over the whole optimizer step: all micro-batches, all data-parallel ranks. Losses divide by these."""
+    """Totals over the optimizer step: all micro-batches and data-parallel ranks."""
 
     tokens: float
     """Trained response tokens."""
@@ -97,7 +97,7 @@ class Denominators:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """One micro-batch as flat rows: R trained-or-not response tokens of S samples, sample after sample.
+    """One micro-batch as flat rows: R response tokens (trained or not) of S samples, sample after sample.
 
     All tensors are on the learner's device. Only `logprobs` and `entropy` carry gradients.
     """
@@ -109,35 +109,34 @@ class LossInputs:
     old_logprobs: Tensor
     """[R] under the policy before this step's first update (the proximal policy)."""
     rollout_logprobs: Tensor
-    """[R] as the sampler reported them (the behaviour policy)."""
+    """[R] from the sampler (the behaviour policy)."""
     advantages: Tensor
     """[R]"""
     mask: Tensor
     """[R] 1.0 where the token is trained."""
     sequence: Tensor
-    """[R] int64: which of the S samples a row belongs to."""
+    """[R] int64: sample of each row."""
     group: Tensor
-    """[S] int64: which group a sample belongs to (numbered within the micro-batch)."""
+    """[S] int64: group of each sample, numbered within the micro-batch."""
     denominators: Denominators
     reference_logprobs: Tensor | None = None
     """[R]"""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """[R] each."""
     scalars: Mapping[str, float] = field(default_factory=dict)
-    """This step's `Advantages.scalars`."""
+    """The step's `Advantages.scalars`."""
 
     @property
     def num_sequences(self) -> int:
-        """S."""
         return int(self.group.shape[0])
 
 
 @dataclass(frozen=True)
 class ValueLossInputs:
-    """One micro-batch of the critic as flat rows: R response tokens of S samples. Only `values` carries gradients."""
+    """One micro-batch of the critic as flat rows [R] of S samples. Only `values` carries gradients."""
 
     values: Tensor
-    """[R] of the critic being trained."""
+    """[R]"""
     old_values: Tensor
     """[R] that the advantages were computed with."""
     returns: Tensor
@@ -156,11 +155,11 @@ class LossOutput:
     """A micro-batch's share of the step's loss; shares add up over micro-batches and ranks."""
 
     loss: Tensor
-    """Scalar, already divided by the global denominators."""
+    """Scalar, divided by the global denominators."""
     sums: Mapping[str, Tensor] = field(default_factory=dict)
-    """Scalar metrics that add up over micro-batches and ranks (divided by global denominators, too)."""
+    """Scalar metrics that add up in the same way (divided by global denominators, too)."""
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
-    """Scalar metrics reported as their maximum over micro-batches and ranks."""
+    """Scalar metrics of which the maximum over micro-batches and ranks is reported."""
 
 
 class Algorithm(ABC):
@@ -175,11 +174,8 @@ class Algorithm(ABC):
         return AlgorithmNeeds()
 
     def normalises(self) -> bool:
-        """Whether advantages are divided by the spread of rewards (in the group or the batch), so that their scale
-        cancels.
-
-        Otherwise raw scores of a model should be normalised first.
-        """
+        """Whether advantages are divided by the spread of rewards, so that their scale cancels; if not, raw scores
+        of a model should be normalised first."""
         return False
 
     @abstractmethod
@@ -191,9 +187,9 @@ class Algorithm(ABC):
         """The policy loss of one micro-batch. Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
 
     def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 (few algorithms have state)
-        """Called in the driver after each update with its metrics; only here may state change.
+        """Called in the driver after each update; only here may state change.
 
-        The loss runs in other processes: what it needs of the state travels in `Advantages.scalars`.
+        The loss runs in other processes: state reaches it in `Advantages.scalars`.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,5 +200,4 @@ class Algorithm(ABC):
         ...
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutput:
-        """The critic's loss of one micro-batch."""
         raise TypeError(f"{type(self).__name__} says that it needs a critic but defines no value_loss")

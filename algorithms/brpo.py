@@ -1,9 +1,9 @@
 """BRPO: bootstrapped relative policy optimisation, for judges that compare (Writing-Zero, arXiv 2506.00103).
 
-One sample of each group, drawn at random, is the others' reference: A_i = +1 if sample i beats it under all voting
-conditions, else -1; A_ref = 0; nothing is normalised. A group with |sum_i A_i| / G > 0.6 is dropped: a reference that
-good or that bad teaches little. Loss: PPO's clipped surrogate, as in GRPO. Who beats whom is said by the preferences of
-the scores (`reward=judge reward.mode=pairwise`) or, in a group without any, by the higher reward.
+A random sample of each group is the others' reference: A_i = +1 if sample i beats it under all voting conditions,
+else -1; A_ref = 0; nothing is normalised. A group with |sum_i A_i| / G > 0.6 is dropped: so good or bad a reference
+teaches little. Loss: PPO's clipped surrogate. Wins come from the scores' preferences (`reward=judge
+reward.mode=pairwise`) or, in a group without any, from higher rewards.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class BRPO(SurrogateAlgorithm):
 
         samples_per_prompt: int = Field(default=16, ge=1)
         max_skew: float = Field(default=0.6, gt=0, le=1)
-        """A group whose advantages sum to more than this share of its samples is dropped."""
+        """Drop groups whose advantages sum to more than this share of their samples."""
         win_probability: float = Field(default=1.0, gt=0.5, le=1)
-        """Probability of a preference from which it counts as a win; 1: a judge asked in both orders agrees twice."""
+        """Probability of a preference from which it is a win; 1: a judge asked in both orders agrees twice."""
         aggregation: Aggregation = "sequence_mean_token_mean"
 
         @model_validator(mode="after")
@@ -59,8 +59,8 @@ class BRPO(SurrogateAlgorithm):
 
 
 def draw_references(experience: Experience, outcomes: Outcomes) -> Bool:
-    """[B] marks one valid sample per group: that with the smallest seed. Seeds are hashes, so each is equally
-    likely, and the same group always has the same reference."""
+    """[B] marks one valid sample per group, that with the smallest seed. Seeds are hashes, so all are equally
+    likely, and a group always has the same reference."""
     seeds = [sample.seed for group in experience.groups for sample in group.samples]
     reference = np.zeros(len(seeds), dtype=np.bool_)
     for g in np.unique(outcomes.group[outcomes.valid]):
@@ -69,7 +69,7 @@ def draw_references(experience: Experience, outcomes: Outcomes) -> Bool:
 
 
 def wins_over(experience: Experience, outcomes: Outcomes, reference: Bool, win_probability: float) -> Bool:
-    """[B] samples that beat their group's reference: by a preference, or by reward in a group without any."""
+    """[B] samples that beat their group's reference."""
     wins = np.zeros(len(reference), dtype=np.bool_)
     for g, group in enumerate(experience.groups):
         members = np.flatnonzero(outcomes.group == g)

@@ -1,8 +1,8 @@
 """PPO with a critic (arXiv 1707.06347; for language models arXiv 2203.02155).
 
-Rewards are of tokens: the outcome on the last trained one, process rewards where a reward gives them, and, with
-`kl_in=reward`, minus the KL of every token. Advantages: GAE on the critic's values, whitened over the batch. Loss: the
-clipped surrogate; the critic regresses on the returns with clipped values.
+Token rewards: the outcome on the last trained token, process rewards where there are any, and, with `kl_in=reward`,
+minus each token's KL. Advantages: GAE on the critic's values, whitened over the batch. Loss: the clipped surrogate;
+the critic regresses on the returns with clipped values.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PPO(SurrogateAlgorithm):
         value_clip: float | None = Field(default=0.2, gt=0)
         """A value that moved further in this update gets no gradient; null: no clipping."""
         process_coefficient: float = Field(default=1.0, ge=0)
-        """Weight of process rewards, where the reward gives them; a span's stands on its last trained token."""
+        """Weight of process rewards, if the reward gives any; a span's is on its last trained token."""
         kl_in: KLPlace = "reward"
         """Where the penalty is; in the reward (arXiv 2203.02155 eq. 2) the critic sees it."""
         kl_estimator: Estimator = "k1"

@@ -1,9 +1,9 @@
 """PRIME: process rewards from an implicit PRM that learns from outcomes during the run (arXiv 2502.01456).
 
-The reward gives two things: an outcome per response and a process reward per token (`reward=implicit_prm`). Each half
-gets its own baseline inside the group; the weighted sum of the returns is whitened over the batch. Groups that are too
-easy or too hard are filtered in the buffer (`buffer.min_group_reward`, `buffer.max_group_reward`). Estimators: RLOO
-(the paper's choice), GRPO and REINFORCE; for PPO use `algorithm=ppo`, which takes process rewards as well.
+Outcome and token process rewards (`reward=implicit_prm`) have separate baselines inside the group; the weighted sum
+of their returns is whitened over the batch. The buffer filters groups that are too easy or too hard
+(`buffer.min_group_reward`, `buffer.max_group_reward`). Estimators: RLOO (the paper's choice), GRPO and REINFORCE;
+for PPO use `algorithm=ppo`, which takes process rewards as well.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PRIME(SurrogateAlgorithm):
         process_coefficient: float = Field(default=1.0, ge=0)
         """Weight of the process half."""
         outcome_coefficient: float = Field(default=1.0, ge=0)
-        """Weight of the outcome half; after whitening only the ratio of the two acts."""
+        """Weight of the outcome half; after whitening only the ratio of the two matters."""
         process_gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per token of the process half."""
         kl_in: KLPlace = "loss"
@@ -114,7 +114,7 @@ class PRIME(SurrogateAlgorithm):
 
 
 def _process_rewards(experience: Experience) -> list[Float64]:
-    """Ragged; invalid samples have none and get zeros (they are not kept)."""
+    """Ragged; zeros for invalid samples (not kept)."""
     rows = []
     for group in experience.groups:
         for sample, score in group.scored():
@@ -130,6 +130,6 @@ def _process_rewards(experience: Experience) -> list[Float64]:
 
 
 def _compared(outcomes: Outcomes) -> Bool:
-    """[B] samples with at least one other valid sample in their group."""
+    """[B] samples with another valid sample in their group."""
     counts = np.bincount(outcomes.group, weights=outcomes.valid.astype(np.float64))
     return np.asarray(counts[outcomes.group] >= 2)

@@ -1,7 +1,7 @@
 """REINFORCE++ (arXiv 2501.03262): no critic and no group; token rewards to go, whitened over the whole batch.
 
-A token's reward is minus its KL penalty, the last token's also the outcome. With `baseline: group` the mean of the
-group is taken off the outcome first (the paper's REINFORCE++-baseline).
+A token's reward is minus its KL penalty; the outcome is added to the last one. `baseline: group` first subtracts the
+group's mean from the outcome (the paper's REINFORCE++-baseline).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class ReinforcePP(SurrogateAlgorithm):
     class Config(SurrogateConfig):
         samples_per_prompt: int = Field(default=1, ge=1)
         baseline: Literal["none", "group"] = "none"
-        """What is taken off a sample's outcome: nothing, or the mean of its group."""
+        """Subtracted from a sample's outcome: nothing, or the mean of its group."""
         gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per trained token."""
         kl_coefficient: float = Field(default=0.01, ge=0)
         """Weight of the KL penalty to the reference policy (OpenRLHF's published script); 0 loads none."""
         kl_in: KLPlace = "reward"
-        """Where the penalty is: taken off each token's reward (the paper), or in the loss (the baseline form)."""
+        """Where the penalty is: subtracted from each token's reward (the paper), or in the loss (the baseline form)."""
         kl_estimator: Estimator = "k1"
 
     def needs(self) -> AlgorithmNeeds:

@@ -1,7 +1,7 @@
 """ReMax (arXiv 2310.10505): REINFORCE whose baseline is the reward of the greedy response to the same prompt.
 
-Advantage: the sample's reward minus the greedy response's, equal for all its tokens. One sample per prompt is enough;
-the greedy response is sampled and scored beside it and never trained on.
+Advantage: the sample's reward minus the greedy response's, equal for all its tokens. One sample per prompt is
+enough; the greedy response is scored and never trained on.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ class ReMax(SurrogateAlgorithm):
 
 
 def greedy_rewards(experience: Experience) -> tuple[Float64, Bool]:
-    """[G] rewards of the greedy responses, 0 where there is none; [G] whether each was judged.
-
-    Raises ValueError if a group came without a greedy response.
-    """
+    """[G] rewards of the greedy responses, 0 without; [G] whether they were judged. Raise ValueError for a group
+    without one."""
     scores = []
     for group in experience.groups:
         if group.greedy is None or group.scores is None:

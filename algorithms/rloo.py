@@ -19,7 +19,7 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 class RLOO(SurrogateAlgorithm):
     class Config(SurrogateConfig):
-        """The paper's: 2 or 4 samples; KL off the sample's reward; the action is the whole sample, so log-probs are
+        """The paper's: 2 or 4 samples; KL in the sample's reward; the action is the whole sample, so log-probs are
         summed."""
 
         samples_per_prompt: int = Field(default=4, ge=1)

@@ -1,119 +1,48 @@
-"""What most algorithms share: the policy loss with its options, and what shapes the reward before the advantages.
+"""The policy loss with its options, and rewards before the advantages, shared by most algorithms.
 
-A subclass says only what its advantages are. Every option acts, or is refused when the configuration is read.
+A subclass defines its advantages. Options without effect are refused when the configuration is read.
 """
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
-from difflib import get_close_matches
-from importlib import import_module
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from algorithms.base import Advantages, Algorithm, AlgorithmConfig, AlgorithmNeeds, Experience, LossInputs, LossOutput
 from algorithms.functional import kl, losses
 from algorithms.functional.advantages import Float64, Outcomes, overlong_penalty
 from algorithms.functional.kl import Estimator
 from algorithms.functional.losses import Aggregation
+from algorithms.functional.surrogates import (
+    CLIP_OPTIONS,
+    find_surrogate,
+    make_surrogate,
+    surrogate_parameters,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KLPlace = Literal["loss", "reward"]
-Surrogate = Callable[..., "tuple[Tensor, Tensor]"]
-"""Returns token losses [R] and where clipping binds [R]. Parameters are named after fields of LossInputs and
-CLIP_OPTIONS."""
-SURROGATES: Mapping[str, Surrogate] = {
-    "clipped": losses.clipped_surrogate,
-    "gspo": losses.gspo_surrogate,
-    "cispo": losses.cispo_surrogate,
-}
-CLIP_OPTIONS = ("clip_low", "clip_high", "dual_clip")
-INPUTS = (*(field.name for field in fields(LossInputs)), "num_sequences")
-
-
-def find_surrogate(name: str) -> Any:
-    """A built-in surrogate, or the function or class at a dotted path. Raises ValueError."""
-    if name in SURROGATES:
-        return SURROGATES[name]
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        guess = get_close_matches(name, SURROGATES, n=1)
-        hint = f"did you mean {guess[0]}? " if guess else ""
-        raise ValueError(f"{hint}must be one of {', '.join(SURROGATES)}, or the dotted path of a function or class")
-    try:
-        module = import_module(module_name)
-    except Exception as error:  # whatever a module of the user's raises while it is imported
-        raise ValueError(f"cannot be imported: {type(error).__name__}: {error}") from error
-    surrogate = getattr(module, attribute, None)
-    if surrogate is None:
-        guess = get_close_matches(attribute, [name for name, value in vars(module).items() if callable(value)], n=1)
-        hint = f"; did you mean {module_name}.{guess[0]}?" if guess else ""
-        raise ValueError(f"cannot be imported: {module.__file__} has no {attribute}{hint}")
-    if not callable(surrogate):
-        raise ValueError(f"is no function or class but {type(surrogate).__name__}")
-    return surrogate
-
-
-def surrogate_parameters(surrogate: Any) -> list[str]:
-    """The parameters of a surrogate (of a class: of its `__call__`). Raises ValueError for one that cannot be
-    supplied."""
-    if inspect.isclass(surrogate) and not any("__call__" in vars(base) for base in surrogate.__mro__):
-        raise ValueError("is a class without __call__, which computes the loss")
-    signature = inspect.signature(surrogate.__call__ if inspect.isclass(surrogate) else surrogate)
-    parameters = [value for name, value in signature.parameters.items() if name != "self"]
-    known = (*INPUTS, *CLIP_OPTIONS)
-    for parameter in parameters:
-        if parameter.name not in known and parameter.default is inspect.Parameter.empty:
-            guess = get_close_matches(parameter.name, known, n=1)
-            hint = f"; did you mean {guess[0]}?" if guess else f": {', '.join(known)}"
-            raise ValueError(f"wants {parameter.name}, which is no field of LossInputs and no clip option{hint}")
-    return [parameter.name for parameter in parameters if parameter.name in known]
-
-
-def make_surrogate(name: str, options: Mapping[str, Any] | None) -> Surrogate:
-    """Raises ValueError if the options do not fit."""
-    surrogate = find_surrogate(name)
-    is_class, config, options = inspect.isclass(surrogate), getattr(surrogate, "Config", None), options or {}
-    instance: Surrogate
-    if not is_class or config is None:
-        if options:
-            raise ValueError(f"{name} takes no options; only a class with a Config does")
-        instance = surrogate() if is_class else surrogate
-        return instance
-    if not (inspect.isclass(config) and issubclass(config, BaseModel)):
-        raise ValueError(f"the Config of {name} is no pydantic model")
-    for option in options:
-        if option not in config.model_fields:
-            guess = get_close_matches(option, config.model_fields, n=1)
-            hint = f"did you mean {guess[0]}? it has" if guess else "it has"
-            raise ValueError(f"{option} is no option of {name}; {hint} {', '.join(config.model_fields) or 'none'}")
-    try:
-        instance = surrogate(config(**options))
-    except ValidationError as error:
-        wrong = (f"{'.'.join(map(str, details['loc']))}: {details['msg']}" for details in error.errors())
-        raise ValueError("; ".join(wrong)) from error
-    return instance
 
 
 class SurrogateConfig(AlgorithmConfig):
     """Defaults are PPO's, where it gives them (arXiv 1707.06347)."""
 
     loss: str = "clipped"
-    """clipped: PPO's surrogate; gspo: the same with the ratio of whole samples; cispo: clipped weights of log-probs; or
-    the dotted path of a function or class of one's own."""
+    """clipped: PPO's surrogate; gspo: the same with the ratio of whole samples; cispo: clipped weights of log-probs;
+    or the dotted path of your function or class."""
     loss_options: dict[str, Any] | None = Field(default=None, validate_default=True)
-    """Options of a `loss` of one's own that is a class with a Config."""
+    """Options of your `loss`, if it is a class with a Config."""
     clip_low: float = Field(default=0.2, gt=0, le=1)
     """The ratio to the policy before the update is clipped below at 1 - clip_low (1: no lower bound)."""
     clip_high: float = Field(default=0.2, gt=0)
-    """And above at 1 + clip_high."""
+    """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound on the loss of tokens with a negative advantage, as a multiple of it (published: 3); for loss=clipped."""
     aggregation: Aggregation = "token_mean"
@@ -123,17 +52,17 @@ class SurrogateConfig(AlgorithmConfig):
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty to the reference policy; 0 loads none."""
     kl_in: KLPlace = "loss"
-    """Where the penalty is: a term of the loss, or taken off the reward."""
+    """Where the penalty is: a term of the loss, or subtracted from the reward."""
     kl_estimator: Estimator = "k3"
     """Of the KL per token. k1 has no gradient in expectation, so it belongs in the reward."""
     kl_target: float | None = Field(default=None, gt=0)
-    """Nats per token: `kl_coefficient` starts as given and is steered to keep the KL there; null: it stays fixed."""
+    """Nats per token: `kl_coefficient` is steered to keep the KL there; null: it stays fixed."""
     kl_horizon: int = Field(default=10_000, ge=1)
     """Samples over which a KL that is 20 % off its target changes the coefficient by 20 % (arXiv 1909.08593)."""
     entropy_coefficient: float = 0.0
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "truncate", "mask", "decoupled"] = "none"
-    """Weights against the difference between sampler and learner: truncated, left out where too far, or as they are."""
+    """Weights against the difference between sampler and learner: truncated, 0 where too far, or as they are."""
     largest_weight: float | None = Field(default=None, gt=0)
     """For rollout_correction=truncate (published: 2) and mask (published: 5)."""
     smallest_weight: float | None = Field(default=None, gt=0)
@@ -158,9 +87,9 @@ class SurrogateConfig(AlgorithmConfig):
 
     @model_validator(mode="after")
     def _every_option_acts(self) -> Self:
-        wanted = surrogate_parameters(find_surrogate(self.loss))
+        parameters = surrogate_parameters(find_surrogate(self.loss))
         for name in CLIP_OPTIONS:
-            if name not in wanted and not self._is_default(name):
+            if name not in parameters and not self._is_default(name):
                 raise ValueError(f"{name} has no effect with loss={self.loss}")
         if (self.constant_length is not None) != (self.aggregation == "constant_length"):
             raise ValueError("aggregation=constant_length and the tokens constant_length=N go together; set both")
@@ -197,7 +126,7 @@ class SurrogateAlgorithm(Algorithm):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._surrogate = make_surrogate(config.loss, config.loss_options)
-        self._wanted = surrogate_parameters(self._surrogate)
+        self._parameters = surrogate_parameters(self._surrogate)
         self._adaptive = (
             None
             if config.kl_target is None
@@ -206,7 +135,6 @@ class SurrogateAlgorithm(Algorithm):
 
     @property
     def kl_coefficient(self) -> float:
-        """The current weight of the KL penalty."""
         fixed: float = self.config.kl_coefficient
         return fixed if self._adaptive is None else self._adaptive.value
 
@@ -234,8 +162,7 @@ class SurrogateAlgorithm(Algorithm):
         return replace(credit, scalars=weight, metrics={**credit.metrics, "kl/coefficient": self.kl_coefficient})
 
     @abstractmethod
-    def credit(self, experience: Experience) -> Advantages:
-        """The advantages of this algorithm."""
+    def credit(self, experience: Experience) -> Advantages: ...
 
     def outcome_rewards(self, outcomes: Outcomes) -> tuple[Float64, dict[str, float]]:
         """[B] rewards with the over-long penalty, and its metric."""
@@ -309,8 +236,8 @@ class SurrogateAlgorithm(Algorithm):
         return LossOutput(loss=loss, sums=sums)
 
     def _surrogate_rows(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-        wanted = {name: getattr(self.config if name in CLIP_OPTIONS else inputs, name) for name in self._wanted}
-        rows, binds = self._surrogate(**wanted)
+        arguments = {name: getattr(self.config if name in CLIP_OPTIONS else inputs, name) for name in self._parameters}
+        rows, binds = self._surrogate(**arguments)
         if not rows.shape == binds.shape == inputs.logprobs.shape:
             raise ValueError(
                 f"loss={self.config.loss} must return two tensors of shape {list(inputs.logprobs.shape)}, token losses "

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class RewardConfig(Section):
-    """Fields every reward has. A backend nests its own subclass as `Config`."""
+    """Fields of every reward. A backend nests a subclass as `Config`."""
 
     timeout_seconds: float = Field(default=120.0, gt=0)
     """Deadline of one scoring call. After it the worker is killed and replaced, and the call is tried once more."""
     max_failed_share: float = Field(default=0.2, ge=0, le=1)
-    """Share of invalid scores in one training step above which the run stops and names the cause (0 to 1)."""
+    """Share of invalid scores (0 to 1) in one training step above which the run stops and names the cause."""
     workers: int = Field(default=1, ge=1)
-    """Reward processes that score side by side."""
+    """Reward processes that score in parallel."""
 
 
 UpdateWhen = Literal["after", "before", "none"]
@@ -33,44 +33,41 @@ UpdateWhen = Literal["after", "before", "none"]
 
 @dataclass(frozen=True)
 class RewardTraits:
-    """What the runtime must know of a reward under its configuration; asked before anything starts."""
+    """What the runtime must know of a reward under its configuration before anything starts."""
 
     references: bool = False
-    """Every prompt needs at least one reference answer."""
+    """Every prompt needs a reference answer."""
     answer: bool = False
     """Every prompt needs a gold final answer."""
     columns: tuple[str, ...] = ()
-    """Further data columns that it needs."""
+    """Further data columns needed."""
     samples: int = 1
-    """Responses to a prompt that it compares with each other; a greedy response counts."""
+    """Responses to a prompt that it compares; a greedy response counts."""
     judges_texts: bool = True
-    """A response's score depends on the texts of prompt and response alone: not on its tokens, nor on the other
-    responses of its group. Then texts without tokens can be scored, too."""
+    """Scores depend on the texts of prompt and response alone, not on tokens or the rest of the group. Texts without
+    tokens can then be scored, too."""
     process_rewards: bool = False
-    """Scores carry token or span rewards (algorithms may need them)."""
+    """Scores carry token or span rewards."""
     uses_gpu: bool = True
-    """Workers get a share of a GPU where there are any. False for rewards that load no model, or leave it to a
-    server."""
+    """Workers get a share of a GPU where there are any. False for rewards without a model of their own."""
     raw_scores: bool = False
-    """Values are unbounded scores of a model, whose level and spread differ from prompt to prompt: an algorithm should
-    divide them by their spread (in the group or in the batch)."""
+    """Values are unbounded model scores whose level and spread differ between prompts: algorithms should divide by
+    their spread."""
     update_when: UpdateWhen = "none"
-    """When a TrainableReward learns from a step's groups. after: all scores of a step are taken, then it learns.
-    before: it learns, then `rescore` gives the scores that the policy learns from. none: it stays as it is."""
+    """When a TrainableReward learns. after: once a step is scored. before: then `rescore` gives the scores that the
+    policy learns from."""
     follows_policy: bool = False
-    """`policy_weights` of a TrainableReward must be called with every version of the policy."""
+    """A TrainableReward gets every version of the policy in `policy_weights`."""
 
 
 @dataclass(frozen=True)
 class RewardContext:
-    """Where a reward runs."""
-
     device: str = "cpu"
     gpus: float = 0.0
-    """Share of a GPU that each worker gets."""
+    """Share of a GPU per worker."""
     seed: int = 0
     threads: int = 1
-    """CPU threads this worker may use."""
+    """CPU threads per worker."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,11 @@ class HelpSection:
     text: str
     model: type[BaseModel]
     prefix: str = ""
-    """Precedes its keys: `reward.parts.NAME.`."""
+    """Of its keys: `reward.parts.NAME.`."""
 
 
 class Reward(ABC):
-    """Scores whole groups. Lives in one Ray actor per worker; `start` is called there, once, before `score`."""
+    """Scores whole groups, in one Ray actor per worker, which calls `start` once before `score`."""
 
     Config: ClassVar[type[RewardConfig]] = RewardConfig
 
@@ -95,22 +92,21 @@ class Reward(ABC):
 
     @classmethod
     def config_model(cls, section: Mapping[str, Any]) -> type[BaseModel]:
-        """The model that validates this section: `Config`, or the same with a typed section for each reward inside."""
+        """The model that validates this section: `Config`, or one with typed sections for rewards inside it."""
         return cls.Config
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """What it needs and how it behaves under this configuration."""
         return RewardTraits()
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Cheap checks before a run (model folders exist, ...), without heavy imports: messages for the user."""
+        """Cheap checks before a run, without heavy imports (model folders exist, ...): messages for the user."""
         return []
 
     @classmethod
     def help_sections(cls) -> Iterable[HelpSection]:
-        """What `--help` lists beside the fields of `Config`."""
+        """Sections of `--help` beside `Config`."""
         return ()
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
@@ -120,7 +116,7 @@ class Reward(ABC):
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         """One GroupScores per group, in order. A sample that cannot be judged gets `Score.invalid(reason)`.
 
-        An exception means that the backend is broken (the worker is replaced), not that a sample is bad.
+        An exception means a broken backend (the worker is replaced), not a bad sample.
         """
 
     def close(self) -> None:  # noqa: B027
@@ -128,11 +124,11 @@ class Reward(ABC):
 
 
 class TrainableReward(Reward):
-    """A reward that learns during the run (implicit PRM, co-trained verifiers). It has one worker."""
+    """A reward that learns during the run (implicit PRM, co-trained verifiers). It has one worker: two would
+    diverge."""
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Two workers would learn two different rewards."""
         traits = cls.traits(config)
         several = config.workers != 1 and (traits.update_when != "none" or traits.follows_policy)
         return [
@@ -142,31 +138,29 @@ class TrainableReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Learns after the scores of a step are taken."""
         return RewardTraits(update_when="after")
 
     version: int = 0
-    """Number of updates so far."""
+    """Number of updates."""
 
     @abstractmethod
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Train on scored groups; returns metrics named `area/name`."""
+        """Train on scored groups. Return metrics named `area/name`."""
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Scores after an update, for `update_when = "before"`; groups carry their earlier scores."""
         return self.score(groups)
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """The policy's current weights under their Hugging Face names (read only), for rewards that follow it."""
+        """The policy's current weights by Hugging Face name, read only; for `follows_policy`."""
         raise TypeError(f"{type(self).__name__} says that it follows the policy but defines no policy_weights")
 
     def save(self, folder: Path) -> None:
-        """Write what was learnt as a plain Hugging Face folder, to be used outside of this run."""
+        """Write the learnt model as a plain Hugging Face folder."""
 
     @abstractmethod
     def state_dict(self) -> Mapping[str, Any]:
-        """Everything needed to continue later: weights, optimizer, version."""
+        """Everything needed to resume: weights, optimizer, version."""
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

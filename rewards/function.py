@@ -1,11 +1,9 @@
-"""`reward=function`: a plain Python function `f(prompts, completions, **columns) -> list[float | None]`.
+"""`reward=function`: a Python function `f(prompts, completions, **columns) -> list[float | None]`, as in TRL.
 
-The signature is that of TRL's reward functions, so these work here unchanged:
+def brevity(completions, **columns):
+    return [-len(completion) / 100 for completion in completions]
 
-    def brevity(completions, **columns):
-        return [-len(completion) / 100 for completion in completions]
-
-    python -m rlkit.train reward=function reward.function=my_module.brevity
+python -m rlkit.train reward=function reward.function=my_module.brevity
 """
 
 from __future__ import annotations
@@ -23,25 +21,22 @@ from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rlkit.experience import Group, GroupScores, Prompt, Sample, Score, UserError
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "references", "answer")
-"""What every function may take besides data columns."""
+"""What a function may take besides data columns."""
 
 
 class FunctionReward(Reward):
     """Calls the function once for all samples of a call; every argument is a list with one entry per sample.
 
-    The function gets those of these that its signature names, or all if it has `**columns`: `prompts`, `completions`,
-    `completion_ids` (token ids), `references` (a list each), `answer`, and every data column. It returns a number per
-    sample, or None where it cannot judge (the sample is then invalid). If it raises, the call is repeated once in a new
-    process; if that raises too, all its samples are invalid.
+    The function gets the arguments that it names, or all with `**columns`: `prompts`, `completions`,
+    `completion_ids`, `references` (a list per sample), `answer` and the data columns. It returns a number per
+    sample, or None for an invalid one. If it raises twice (again in a new process), all samples are invalid.
     """
 
     class Config(RewardConfig):
-        """Options."""
-
         function: str
         """Dotted path of the function: my_module.my_function. `async def` functions are awaited."""
         chat: bool = False
-        """Give prompts and completions as lists of messages ({"role": ..., "content": ...}) instead of texts."""
+        """Pass prompts and completions as lists of messages ({"role": ..., "content": ...}) instead of texts."""
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -49,7 +44,6 @@ class FunctionReward(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """The function can be imported and takes completions."""
         try:
             load_function(config.function)
         except FunctionError as error:
@@ -58,7 +52,7 @@ class FunctionReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """What its arguments without a default name; nothing if it cannot be imported (`check` says so)."""
+        """Its arguments without a default; nothing if it cannot be imported (`check` reports that)."""
         try:
             function = load_function(config.function)
         except FunctionError:
@@ -70,31 +64,29 @@ class FunctionReward(Reward):
         )
 
     def start(self) -> None:
-        """Import the function. Raises FunctionError."""
         self._function = load_function(self.config.function)
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """The function's values. Raises what the function raises."""
+        """Raise what the function raises."""
         function = self._function
         if function is None:
             raise RuntimeError("start() was not called")
         pairs = [(group.prompt, sample) for group in groups for sample in group.samples]
-        lacking = [_lacking(function, prompt) for prompt, _ in pairs]
+        lacking = [_missing(function, prompt) for prompt, _ in pairs]
         complete = [pair for pair, lack in zip(pairs, lacking, strict=True) if not lack]
-        judged = iter(self._judge(function, complete))
-        scores = iter([Score.invalid(f"no_column: {lack}") if lack else next(judged) for lack in lacking])
+        judgements = iter(self._judge(function, complete))
+        scores = iter([Score.invalid(f"no_column: {lack}") if lack else next(judgements) for lack in lacking])
         return [GroupScores(tuple(next(scores) for _ in group.samples)) for group in groups]
 
     def _judge(self, function: RewardFunction, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Score]:
-        """One score per pair, from one call of the function."""
         if not pairs:
             return []
         result = function.call(**self._arguments(function, pairs))
         if inspect.isawaitable(result):
-            result = asyncio.run(_awaited(result))
+            result = asyncio.run(_await(result))
         values = result.tolist() if hasattr(result, "tolist") else result  # numpy arrays and torch tensors
         if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-            reason = f"wrong_type: {function.name} returned {_described(values)}, not a list of {len(pairs)} numbers"
+            reason = f"wrong_type: {function.name} returned {_describe(values)}, not a list of {len(pairs)} numbers"
             return [Score.invalid(reason)] * len(pairs)
         if len(values) != len(pairs):
             reason = f"wrong_length: {function.name} returned {len(values)} values for {len(pairs)} completions"
@@ -114,12 +106,11 @@ class FunctionReward(Reward):
         return {name: values for name, values in arguments.items() if function.wants(name)}
 
 
-async def _awaited(result: Any) -> Any:
+async def _await(result: Any) -> Any:
     return await result
 
 
-def _lacking(function: RewardFunction, prompt: Prompt) -> str:
-    """What the function must have and this prompt has not, in words; empty if nothing."""
+def _missing(function: RewardFunction, prompt: Prompt) -> str:
     lacking = [name for name in function.columns if name not in prompt.columns]
     if "answer" in function.required and prompt.answer is None:
         lacking.append("answer")
@@ -139,31 +130,29 @@ def _completion(sample: Sample, chat: bool) -> Any:
 
 
 def _score(value: Any, function: str) -> Score:
-    """A number as a score; anything else is invalid and never zero."""
+    """Anything but a number is invalid, never zero."""
     if value is None:
         return Score.invalid(f"none: {function} returned None for this sample")
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy or torch
         value = value.item()
     if not isinstance(value, Real):
-        return Score.invalid(f"wrong_type: {function} returned {_described(value)} instead of a number")
+        return Score.invalid(f"wrong_type: {function} returned {_describe(value)} instead of a number")
     number = float(value)
     if not math.isfinite(number):
         return Score.invalid(f"not_finite: {function} returned {number}")
     return Score(number)
 
 
-def _described(value: object) -> str:
+def _describe(value: object) -> str:
     return f"{type(value).__name__} {value!r:.80}"
 
 
 class FunctionError(UserError, ValueError):
-    """A function that cannot be used; the message names it and says why."""
+    """The message names the function and the problem."""
 
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A function with the names of its arguments."""
-
     call: Callable[..., Any]
     name: str
     """Its dotted path."""
@@ -171,20 +160,19 @@ class RewardFunction:
     """Arguments without a default."""
     optional: tuple[str, ...]
     takes_all: bool
-    """It has `**columns` (or any other name)."""
+    """It has `**columns`, by any name."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Data columns that it cannot do without."""
+        """Required data columns."""
         return tuple(name for name in self.required if name not in ARGUMENTS)
 
     def wants(self, name: str) -> bool:
-        """Whether it takes an argument of this name."""
         return self.takes_all or name in self.required or name in self.optional
 
 
 def load_function(path: str) -> RewardFunction:
-    """The function at `my_module.my_function` (or `my_module.Class.method`). Raises FunctionError."""
+    """Load `my_module.my_function` or `my_module.Class.method`; raise FunctionError."""
     function = _import(path)
     if inspect.isclass(function):
         raise FunctionError(f"reward.function={path}: is a class; a Reward class is named by reward._target_={path}")
@@ -213,7 +201,7 @@ def load_function(path: str) -> RewardFunction:
 
 
 def _import(path: str) -> Any:
-    """The attribute at `path`, whose beginning is read as the longest module name that exists."""
+    """Read the beginning of `path` as the longest module name that exists."""
     names = path.split(".")
     if len(names) < 2 or not all(name.isidentifier() for name in names):
         raise FunctionError(f"reward.function={path}: must be a dotted path, like my_module.my_function")

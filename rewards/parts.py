@@ -1,4 +1,4 @@
-"""What a section names: a reward by `_target_`, or a small part with options (a shaping step, a combiner) by `kind`."""
+"""Parsing of sections: a reward by `_target_`, a small part with options (a shaping step, a combiner) by `kind`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlkit.experience.section import Section
 
 
 def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
-    """Class and options of `_target_` and the fields beside it. Raises PartError or pydantic's ValidationError."""
+    """Class and options of a section with `_target_`. Raise PartError or pydantic's ValidationError."""
     from rlkit.config.parts import import_part
 
     kind: type[Reward] = import_part("reward", section.get("_target_"))
@@ -21,10 +21,10 @@ def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
 
 
 class Named(Section):
-    """A small part: its fields are its options, its `kind` is a name of the package's or its dotted path."""
+    """A small part; its fields are its options."""
 
     kind: str = ""
-    """A name of the package's, or the dotted path of a class of yours."""
+    """The name of a part of the package, or the dotted path of a class of yours."""
 
     @model_validator(mode="before")
     @classmethod
@@ -37,9 +37,9 @@ T = TypeVar("T", bound=Named)
 
 
 def read_named(value: Any, known: Mapping[str, type[T]], base: type[T], what: str) -> T:
-    """A part from its kind, or from a mapping with its kind and options; a part stays as it is.
+    """A part from its kind, or from a mapping with kind and options; a part stays as it is.
 
-    `what` (`step 2`) begins the messages. Raises ValueError with everything that is wrong.
+    `what` (`step 2`) begins the messages. Raise ValueError with all mistakes.
     """
     from rlkit.config.messages import read_section
 

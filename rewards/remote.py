@@ -1,4 +1,4 @@
-"""`reward=remote`: a reward that `python -m rlkit.serve reward=...` serves, on this or on another machine."""
+"""`reward=remote`: a reward that `python -m rlkit.serve reward=...` serves, on this or another machine."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ from rlkit.experience.wire import (
 log = logging.getLogger(__name__)
 
 BUDGET_SHARE = 0.8
-"""Share of a call's deadline after which the client gives up, so that it answers instead of being killed."""
+"""Share of a call's deadline after which the client answers instead of being killed."""
 SERVER_TRIES = 2
-"""A server tries a request once more if its process fails at it, each time up to its own deadline."""
+"""A server retries a request once if its process fails at it, each time up to its deadline."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-"""Seconds between tries of a request: at random, up to a bound that doubles from the first to the longest."""
+"""Seconds between tries: random, up to a bound that doubles from the first to the longest."""
 START_PAUSE = 0.5
-"""Seconds between two looks for a server that is not there yet."""
+"""Seconds between checks for a server that is not up yet."""
 CONNECT_SECONDS = 5.0
-"""A server that does not accept a connection within this time is not there."""
 HEALTH_SECONDS = 10.0
 REMEMBERED_SECONDS = 10.0
-"""Checks of one configuration ask for the server's health several times; one answer serves them all."""
+"""The checks of a configuration ask several times; one answer serves them all."""
 ABOUT_SIZE_OR_CONTENT = (400, 413, 422)
 """Refusals that may be due to one group of the request."""
 
@@ -51,30 +50,28 @@ ABOUT_SIZE_OR_CONTENT = (400, 413, 422)
 class RemoteReward(Reward):
     """Sends groups to a reward server and takes its scores.
 
-    What the served reward needs and gives is asked before the run starts. A server that goes away is waited for, with
-    back-off, as long as the call's deadline allows; then the samples are invalid, with the reason.
+    The requirements of the served reward are asked for before the run starts. A lost server is waited for, with
+    back-off, up to the call's deadline; then the samples are invalid.
     """
 
     class Config(RewardConfig):
-        """Options of the client."""
-
         url: str
         """Address of the server: http://HOST:PORT."""
         timeout_seconds: float = Field(default=360.0, gt=0)
-        """Deadline of one scoring call; after 80 % of it the client gives up. That is time for both tries of a server
-        whose own deadline is the default (120 s), and for replacing its process in between."""
+        """Deadline of one scoring call; the client gives up after 80 % of it. The default allows for both tries of a
+        server with its default deadline (120 s), and for replacing its process in between."""
         token_env: str | None = None
-        """Name of the environment variable that holds the server's token; the token itself is never written down."""
+        """Environment variable that holds the server's token; the token itself is never written down."""
         samples_per_request: int = Field(default=64, ge=1)
         """Whole groups are sent together up to this many samples (fewer if the server takes fewer)."""
         tokens_per_request: int = Field(default=65536, ge=1)
         """And up to this many tokens, each prompt counted once."""
         concurrent_requests: int = Field(default=4, ge=1)
-        """Requests that each worker has open at a time."""
+        """Concurrent requests of each worker."""
         attempts: int = Field(default=20, ge=1)
-        """Tries per request, with growing pauses, while the server is away or busy. `timeout_seconds` ends them too."""
+        """Tries per request, with growing pauses, while the server is away or busy, within `timeout_seconds`."""
         send_logprobs: bool = False
-        """Send the sampler's log-probs, for served rewards that look at them (they see NaN otherwise)."""
+        """Send the sampler's log-probs, for served rewards that use them (they see NaN otherwise)."""
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -83,7 +80,6 @@ class RemoteReward(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """The server answers, speaks this version, and its reward works."""
         try:
             _health_once(config)
         except HandshakeError as error:
@@ -92,7 +88,7 @@ class RemoteReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """What the served reward says; the GPU is its server's. Needs nothing if it cannot be asked."""
+        """Of the served reward, without its GPU; nothing if it cannot be asked."""
         try:
             health = _health_once(config)
         except HandshakeError:  # `check` reports it
@@ -106,7 +102,7 @@ class RemoteReward(Reward):
         )
 
     def start(self) -> None:
-        """Meet the server. Raises HandshakeError if it is not there within the deadline of a call."""
+        """Raise HandshakeError if there is no server within the deadline of a call."""
         config, budget = self.config, BUDGET_SHARE * self.config.timeout_seconds
         token = _token(config.token_env)
         health = _wait_for_server(config.url, token, time.monotonic() + budget)
@@ -124,13 +120,11 @@ class RemoteReward(Reward):
         self._runner = asyncio.Runner()  # one event loop for all calls keeps the connections open
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Scores from the server, in order."""
         if self._client is None or self._runner is None:
             raise RuntimeError("start() was not called")
         return self._runner.run(self._client.score(groups)) if groups else []
 
     def close(self) -> None:
-        """Close the connections."""
         if self._client is not None and self._runner is not None:
             self._runner.run(self._client.http.close())
             self._runner.close()
@@ -138,7 +132,7 @@ class RemoteReward(Reward):
 
 
 class _Client:
-    """Cuts calls into requests to one server. Used from one event loop."""
+    """Used from one event loop."""
 
     def __init__(self, config: RemoteReward.Config, token: str | None, health: Health, budget_seconds: float) -> None:
         self._config, self._health, self._budget_seconds = config, health, budget_seconds
@@ -153,7 +147,6 @@ class _Client:
         self.http = HttpClient([self._url], limits, token, **_transport(), log_retries=True)
 
     async def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Scores of all groups, in order, within the budget; what got none by then is invalid, with the reason."""
         deadline = time.monotonic() + self._budget_seconds
         scores: dict[int, GroupScores] = {}
         bodies: dict[int, bytes] = {}
@@ -176,7 +169,7 @@ class _Client:
     async def _request(
         self, groups: dict[int, Group], bodies: dict[int, bytes], deadline: float
     ) -> dict[int, GroupScores]:
-        """Score these groups with one request, or with halves if the server refuses its size or content."""
+        """Send one request, or halves if the server refuses its size or content."""
 
         def body(remaining_seconds: float) -> bytes:
             content = request_body([bodies[index] for index in groups], remaining_seconds)
@@ -202,7 +195,6 @@ class _Client:
         return {index: _invalid(group, reason) for index, group in groups.items()}
 
     def _read(self, groups: dict[int, Group], content: bytes) -> dict[int, GroupScores]:
-        """The scores of an answer; invalid ones if it does not keep to its schema or comes from another model."""
         try:
             response = ScoreResponse.model_validate_json(content)
             if [scores.id for scores in response.groups] != [group.id for group in groups.values()]:
@@ -225,19 +217,19 @@ def _invalid(group: Group, reason: str) -> GroupScores:
 
 
 class HandshakeError(UserError):
-    """There is no server that can be used; the message names it and the remedy."""
+    """The message names the server and the remedy."""
 
     def __init__(self, message: str, may_pass: bool = False) -> None:
         super().__init__(message)
         self.may_pass = may_pass
-        """Whether it may be there in a moment."""
+        """The server may be up in a moment."""
 
 
 _remembered: dict[tuple[str, str | None], tuple[float, Health | HandshakeError]] = {}
 
 
 def _health_once(config: Any) -> Health:
-    """The server's health, remembered for a few seconds. Raises HandshakeError."""
+    """Cached for a few seconds. Raise HandshakeError."""
     problem = _url_problem(config.url)
     if problem:
         raise HandshakeError(problem)
@@ -255,7 +247,7 @@ def _health_once(config: Any) -> Health:
 
 
 def _wait_for_server(url: str, token: str | None, deadline: float) -> Health:
-    """Its health as soon as it answers. Raises HandshakeError at once for what does not pass, else at the deadline."""
+    """Raise HandshakeError at once for what does not pass, else at the deadline."""
     while True:
         try:
             return _ask_health(url, token)
@@ -276,7 +268,7 @@ def _url_problem(url: str) -> str | None:
 
 
 def _token(variable: str | None) -> str | None:
-    """The token in an environment variable, None if none is named. Raises HandshakeError if it is not set."""
+    """Raise HandshakeError if the named variable is not set."""
     if variable is None:
         return None
     token = os.environ.get(variable, "").strip()
@@ -289,7 +281,7 @@ def _token(variable: str | None) -> str | None:
 
 
 def _transport() -> dict[str, Any]:
-    """Proxies of the environment are for the web, not for a reward server; certificates are those of the machine."""
+    """Environment proxies are for the web; certificates are the machine's."""
     return {"trust_env": False, "verify": ssl.create_default_context()}
 
 

@@ -1,8 +1,7 @@
-"""From scored samples to advantages of samples: what an Experience holds, baselines, and advantages of tokens.
+"""From scored samples to their advantages: what an Experience holds, baselines, advantages of tokens. Pure numpy.
 
-Pure numpy. Groups are told apart by id, never by position. `rewards` [B] are ignored where `valid` [B] is False;
-`keep` [B] says which samples have an advantage at all (the others are 0 and stay out of the loss). Returns of tokens
-are in `returns.py`, credit for steps in `step_credit.py`.
+Groups are identified by id, not position. `rewards` [B] are ignored where `valid` [B] is False; `keep` [B] marks
+samples with an advantage (the others are 0 and stay out of the loss).
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 Int64 = NDArray[np.int64]
 Ragged = Sequence[Float64]
-"""One array [T_i] per sample, i = 1 .. B."""
+"""[T_i] per sample, i = 1 .. B."""
 Masks = Sequence[Bool]
-"""Ragged [T_i]: the tokens that the policy wrote and is trained on."""
+"""Ragged [T_i]: tokens written by the policy and trained on."""
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The samples of an Experience, numbered group by group: rewards, groups and trained tokens of B samples."""
+    """The B samples of an Experience, group by group."""
 
     rewards: Float64
     """[B] outcome rewards, 0 where invalid."""
@@ -41,7 +40,7 @@ class Outcomes:
 
     @classmethod
     def of(cls, experience: Experience) -> Outcomes:
-        """Raises ValueError if a group was not scored yet."""
+        """Raise ValueError if a group is not scored yet."""
         rows = [(g, sample, score) for g, group in enumerate(experience.groups) for sample, score in group.scored()]
         masks = [sample.trained for _, sample, _ in rows]
         valid = [
@@ -58,12 +57,12 @@ class Outcomes:
 
 
 def spread(values: Float64, masks: Masks) -> list[Float64]:
-    """values [B] -> ragged: each sample's value on all its marked tokens, 0 elsewhere."""
+    """values [B] -> ragged: the sample's value on its marked tokens, 0 elsewhere."""
     return [np.where(mask, value, 0.0) for value, mask in zip(values, masks, strict=True)]
 
 
 def token_advantages(tokens: Ragged, keep: Bool, masks: Masks, metrics: Mapping[str, float]) -> Advantages:
-    """Ragged float64 advantages as the learner takes them, with the metrics that every algorithm reports.
+    """Ragged float64 advantages as the learner takes them, with the metrics of every algorithm.
 
     `advantage/mean_absolute` and `advantage/zero_share` are over trained tokens of kept samples.
     """
@@ -81,7 +80,7 @@ def token_advantages(tokens: Ragged, keep: Bool, masks: Masks, metrics: Mapping[
 
 
 def members_of_groups(valid: Bool, group: Int64, at_least: int = 2) -> Iterator[Int64]:
-    """Indices of the valid samples of each group [B] that has `at_least` of them."""
+    """Indices of each group's valid samples, for groups with `at_least` of them."""
     for g in np.unique(group[valid]):
         members = np.flatnonzero((group == g) & valid)
         if len(members) >= at_least:
@@ -91,13 +90,12 @@ def members_of_groups(valid: Bool, group: Int64, at_least: int = 2) -> Iterator[
 def group_relative(
     rewards: Float64, valid: Bool, group: Int64, *, normalize_by_std: bool, epsilon: float = 1e-6
 ) -> tuple[Float64, Bool]:
-    """GRPO's advantage of each sample (arXiv 2402.03300 section 4.1.2): (r - mean of group) / (std of group + eps).
+    """GRPO's advantage (arXiv 2402.03300 section 4.1.2): (r - mean of group) / (std of group + eps).
 
-    rewards [B] (ignored where invalid), valid [B], group [B] ids -> advantages [B], keep [B].
-    Statistics run over a group's valid samples only; std has ddof 1, as in the paper's sample estimate and in peers.
-    Without `normalize_by_std` this is Dr. GRPO's (arXiv 2503.20783). Invalid samples and groups with fewer than two
-    valid samples get advantage 0 and keep False; an all-equal group gets advantages 0 and is kept (its tokens count
-    in the denominators, as in the published recipes).
+    rewards, valid, group ids [B] -> advantages, keep [B]. Statistics are over a group's valid samples; std has ddof
+    1, as in the paper's sample estimate and in peers. Without `normalize_by_std` this is Dr. GRPO's (arXiv
+    2503.20783). Invalid samples and groups with fewer than two valid samples get 0 and keep False; an all-equal
+    group gets 0 and is kept (its tokens count in the denominators, as in the published recipes).
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
     keep = np.zeros(len(rewards), dtype=np.bool_)
@@ -113,8 +111,8 @@ def group_relative(
 def leave_one_out(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float64, Bool]:
     """RLOO's advantage (arXiv 2402.14740): r minus the mean of the *other* valid samples of its group.
 
-    rewards, valid, group [B] -> advantages, keep [B]. With n valid samples this is n / (n - 1) (r - mean). A sample
-    without another valid one in its group has no baseline: advantage 0, keep False. All-equal: exactly 0, kept.
+    rewards, valid, group [B] -> advantages, keep [B]. For n valid samples n / (n - 1) (r - mean). A single valid
+    sample gets 0 and keep False; all-equal ones exactly 0, kept.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
     keep = np.zeros(len(rewards), dtype=np.bool_)
@@ -129,8 +127,8 @@ def leave_one_out(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float64,
 def against_greedy(rewards: Float64, valid: Bool, greedy: Float64, greedy_valid: Bool) -> tuple[Float64, Bool]:
     """ReMax's advantage (arXiv 2310.10505): r minus the reward of the greedy answer to the same prompt.
 
-    rewards, valid [B]; greedy, greedy_valid [B], repeated for each sample of a prompt -> advantages, keep [B]. One
-    sample per prompt is enough. Where the greedy answer could not be judged there is no baseline: keep False.
+    rewards, valid [B]; greedy, greedy_valid [B], repeated for each sample of a prompt -> advantages, keep [B].
+    Without a valid greedy answer keep is False.
     """
     keep = valid & greedy_valid
     return np.where(keep, np.where(keep, rewards, 0.0) - np.where(keep, greedy, 0.0), 0.0), keep
@@ -141,10 +139,10 @@ def against_reference(
 ) -> tuple[Float64, Bool]:
     """BRPO's advantage (Writing-Zero): +1 if a judge prefers the sample to its group's reference sample, else -1.
 
-    wins [B] (ignored for references), reference [B] marks one sample per group, valid [B], group [B] -> advantages,
-    keep [B]. The reference itself gets 0. A group is dropped whole when |sum of advantages| / its valid samples is
-    above `max_skew` (too good or too bad a reference teaches little), when it has fewer than two valid samples, or
-    when its reference is invalid. Raises ValueError if a group has more than one reference.
+    wins [B] (ignored for references), reference [B] marks one sample per group, valid, group [B] -> advantages, keep
+    [B]. The reference gets 0. A group is dropped when |sum of advantages| / its valid samples is above `max_skew`
+    (so good or bad a reference teaches little), with fewer than two valid samples, or with an invalid reference.
+    Raise ValueError for several references in a group.
     """
     advantages = np.zeros(len(wins), dtype=np.float64)
     keep = np.zeros(len(wins), dtype=np.bool_)
@@ -163,8 +161,8 @@ def against_reference(
 def overlong_penalty(lengths: Int64, max_tokens: int, buffer_tokens: float) -> Float64:
     """DAPO's soft punishment of long answers (arXiv 2503.14476 eq. 13), to be added to the rewards.
 
-    lengths [B] in response tokens -> [B]: 0 up to max_tokens - buffer_tokens, then falling linearly to -1 at
-    max_tokens, and -1 beyond.
+    lengths [B] in response tokens -> [B]: 0 up to max_tokens - buffer_tokens, falling linearly to -1 at max_tokens,
+    -1 beyond.
     """
     over = lengths.astype(np.float64) - (max_tokens - buffer_tokens)
     return -np.clip(over / buffer_tokens, 0.0, 1.0)

@@ -1,8 +1,8 @@
-"""KL to the reference policy as a penalty in the reward, and its coefficient. Numpy; the loss term: losses.py.
+"""KL to the reference policy as a penalty in the reward, and its coefficient (numpy; as a loss: losses.py).
 
 Estimators per token, d = log pi - log pi_ref of the sampled token (Schulman, "Approximating KL divergence", 2020):
 k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, never negative), k3 = exp(-d) - 1 + d (unbiased, never
-negative). d is clamped to [-20, 20] in k2 and k3 so that one token cannot overflow the sum; k1 is not clamped.
+negative). d is clamped to [-20, 20] in k2 and k3 against overflow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def token_kl(
     masks: Masks,
     estimator: Estimator = "k1",
 ) -> list[Float64]:
-    """Ragged log-probs [T_i] under policy and reference -> ragged estimates in float64, 0 on unmarked tokens."""
+    """Ragged log-probs [T_i] -> ragged estimates in float64, 0 on unmarked tokens."""
 
     def estimate(log_ratio: Float64) -> Float64:
         if estimator == "k1":
@@ -41,15 +41,12 @@ def token_kl(
 
 
 def penalise(rewards: Ragged, divergence: Ragged, coefficient: float) -> list[Float64]:
-    """Token rewards minus coefficient times KL, per token (ragged)."""
+    """Token rewards minus coefficient times KL (ragged)."""
     return [reward - coefficient * kl for reward, kl in zip(rewards, divergence, strict=True)]
 
 
 def penalise_samples(rewards: Float64, divergence: Ragged, coefficient: float) -> Float64:
-    """Outcome rewards [B] minus coefficient times each sample's KL, summed over its tokens.
-
-    For estimators that know samples only (GRPO, RLOO: arXiv 2402.14740).
-    """
+    """Outcome rewards [B] minus coefficient times each sample's summed KL (GRPO, RLOO: arXiv 2402.14740)."""
     return rewards - coefficient * np.array([kl.sum() for kl in divergence], dtype=np.float64)
 
 
@@ -59,14 +56,14 @@ class AdaptiveCoefficient:
 
     value: float
     target: float
-    """KL wanted, in the unit that `adjust` is given (the paper: nats per sample)."""
+    """In the unit of the measurement (the paper: nats per sample)."""
     horizon: float = 10_000.0
     """Samples over which an error of 20 % changes the value by about 20 %."""
 
     def adjust(self, measured: float, samples: int) -> AdaptiveCoefficient:
         """After `samples` more samples: value (1 + clip(measured / target - 1, +-0.2) samples / horizon).
 
-        A measurement that is not finite changes nothing.
+        Unchanged if `measured` is not finite.
         """
         if not np.isfinite(measured):
             return self

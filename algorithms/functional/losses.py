@@ -1,9 +1,9 @@
-"""Losses of policy and critic as pure functions of flat rows of response tokens, as in `algorithms.base.LossInputs`.
+"""Losses of policy and critic: pure functions of flat rows [R] of response tokens, as in
+`algorithms.base.LossInputs`.
 
-Losses of tokens come as rows [R]; `aggregate` makes one number of them, divided by the denominators of the whole
-optimizer step, so that the shares of micro-batches and ranks simply add up. Log-ratios are clamped to [-20, 20] before
-they are exponentiated: one token cannot overflow, and beyond it carries no gradient. Only methods of tensors are used,
-so that torch is not loaded when a configuration looks up a surrogate.
+`aggregate` divides by the denominators of the whole optimizer step, so that the shares of micro-batches and ranks
+add up. Log-ratios are clamped to [-20, 20]: one token cannot overflow, and beyond it has no gradient. Only methods
+of tensors are used, so that a configuration can look up a surrogate without loading torch.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def aggregate(
     """[R] values -> scalar share of the step's mean.
 
     token_mean: sum over tokens / all tokens (DAPO, arXiv 2503.14476 eq. 8).
-    sequence_mean_token_mean: mean over samples of each sample's token mean (GRPO, arXiv 2402.03300 eq. 3).
-    sequence_mean_token_sum: mean over samples of each sample's token sum.
+    sequence_mean_token_mean: mean over samples of the token mean (GRPO, arXiv 2402.03300 eq. 3).
+    sequence_mean_token_sum: mean over samples of the token sum.
     constant_length: token sum / (samples x constant_length) (Dr. GRPO, arXiv 2503.20783 section 3.2).
     """
     rows = rows * mask
@@ -60,8 +60,8 @@ def clipped_surrogate(
     """PPO's per-token loss [R] (arXiv 1707.06347 eq. 7, negated) and where clipping binds [R] (bool).
 
     ratio = exp(logprobs - old_logprobs); loss = max(-A ratio, -A clamp(ratio, 1 - clip_low, 1 + clip_high)).
-    With `dual_clip` c > 1 the loss of tokens with A < 0 is at most -A c (arXiv 1912.09729), so that a token which
-    became far likelier than before cannot dominate.
+    `dual_clip` c > 1 bounds the loss of tokens with A < 0 by -A c (arXiv 1912.09729), so that a token that became
+    far likelier cannot dominate.
     """
     ratio = _clamp(logprobs - old_logprobs).exp()
     plain = -advantages * ratio
@@ -77,10 +77,10 @@ def clipped_surrogate(
 def sequence_log_ratio(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, sequence: Tensor, num_sequences: int
 ) -> Tensor:
-    """GSPO's log s_i on each of a sample's rows [R] (arXiv 2507.18071 eq. 7): mean of log-ratios over trained tokens.
+    """GSPO's log s_i [R] (arXiv 2507.18071 eq. 7): the mean log-ratio of a sample's trained tokens.
 
-    The value is the sample's mean; the gradient flows through each row's own log-prob (GSPO-token, eq. 14), which sums
-    to GSPO's own gradient where a sample's tokens share one advantage and are averaged over the sample.
+    The gradient flows through each row's own log-prob (GSPO-token, eq. 14), which sums to GSPO's gradient where a
+    sample's tokens share one advantage and are averaged over the sample.
     """
     rows = (logprobs - old_logprobs).where(mask > 0, 0.0).detach()
     total = rows.new_zeros(num_sequences).index_add(0, sequence, rows)
@@ -98,9 +98,9 @@ def gspo_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tensor, Tensor]:
-    """GSPO's loss per token [R] and where clipping binds [R]: the clipped surrogate with the ratio of whole samples.
+    """GSPO's loss [R] and where clipping binds [R]: the clipped surrogate with one ratio per sample.
 
-    A sample is clipped as one. Use with aggregation `sequence_mean_token_mean` (eq. 5).
+    Use with aggregation `sequence_mean_token_mean` (eq. 5).
     """
     log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask, sequence, num_sequences)
     return clipped_surrogate(log_ratio, log_ratio.new_zeros(()), advantages, clip_low, clip_high)
@@ -109,10 +109,10 @@ def gspo_surrogate(
 def cispo_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """CISPO's loss per token [R] (arXiv 2506.13585 eq. 4, 5) and where its weight is clipped [R].
+    """CISPO's loss [R] (arXiv 2506.13585 eq. 4, 5) and where its weight is clipped [R].
 
-    -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A log pi: clipping bounds a token's weight and never takes its
-    gradient away. clip_low = 1 means no lower bound, as in the paper. Use with aggregation `token_mean`.
+    -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A log pi: clipping bounds the weight and keeps the gradient.
+    clip_low = 1: no lower bound, as in the paper. Use with aggregation `token_mean`.
     """
     ratio = _clamp(logprobs - old_logprobs).exp().detach()
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -128,13 +128,12 @@ def rollout_weights(
     largest: float | None = None,
     smallest: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [R] that correct for samples from another policy than the proximal one, and where they were cut [R].
+    """Weights [R] for samples from another policy than the proximal one, and where they were cut [R]; no gradient.
 
-    w = exp(old - rollout): the policy before the update (proximal) over the one that sampled (behaviour). They differ
-    by kernels and precision, and by staleness. Multiply the loss rows by the weights; they carry no gradient.
-    truncate: min(w, largest) (truncated importance sampling, Yao et al. 2025). mask: w within [smallest, largest], else
-    0: the token is left out, though it still counts in the denominators. decoupled: w as it is (AReaL, arXiv
-    2505.24298). Where mask is 0 the weight is 1. Raises ValueError if a bound is missing.
+    w = exp(old - rollout): the policy before the update (proximal) over the one that sampled (behaviour), which
+    differ by kernels, precision and staleness; 1 where mask is 0. truncate: min(w, largest) (truncated importance
+    sampling, Yao et al. 2025). mask: w within [smallest, largest], else 0 (the token still counts in the
+    denominators). decoupled: w (AReaL, arXiv 2505.24298). Raise ValueError if a bound is missing.
     """
     ratio = _clamp((old_logprobs - rollout_logprobs).where(mask > 0, 0.0)).exp().detach()
     if correction == "decoupled":
@@ -148,27 +147,15 @@ def rollout_weights(
 
 
 def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estimator) -> Tensor:
-    """[R] estimates of KL(policy || reference) per token, differentiable in `logprobs`; d = policy - reference.
+    """Per-token estimates [R] of KL(policy || reference), differentiable in `logprobs`; d = policy - reference.
 
-    k1 = d (unbiased; the expected gradient is 0, so it belongs in the reward and not in a loss), k2 = d^2 / 2 (biased;
-    its gradient is that of the KL), k3 = exp(-d) - 1 + d (unbiased, never negative; its gradient is that of
-    KL(reference || policy)). d is clamped to [-20, 20] in k2 and k3.
+    Estimators as in `kl.py`, with the clamp of d in k2 and k3. The expected gradient of k1 is 0, so it belongs in
+    the reward; that of k2 is the KL's; that of k3 is KL(reference || policy)'s.
     """
     if estimator == "k1":
         return logprobs - reference_logprobs
-    if estimator == "k2":
-        return _clamp(logprobs - reference_logprobs) ** 2 / 2
-    return k3_divergence(logprobs, reference_logprobs)
-
-
-def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """[R] estimate of KL(policy || reference) per token: exp(d) - 1 - d, d = reference - policy.
-
-    Schulman's k3 ("Approximating KL divergence", 2020): unbiased for samples of the policy, never negative. d is
-    clamped to [-20, 20] so that one token cannot overflow the sum.
-    """
-    d = _clamp(reference_logprobs - logprobs)
-    return d.exp() - 1 - d
+    d = _clamp(logprobs - reference_logprobs)
+    return d**2 / 2 if estimator == "k2" else (-d).exp() - 1 + d
 
 
 def _clamp(log_ratio: Tensor) -> Tensor:
@@ -180,8 +167,8 @@ def clipped_value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Half the squared error of each value [R], and where clipping binds [R] (bool).
 
-    max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's public code; arXiv 2005.12729):
-    a value that went further than `clip` in this update gets no more gradient. clip None: (V - R)^2 / 2.
+    max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's public code; arXiv 2005.12729): a value
+    that moved further than `clip` in this update has no gradient. clip None: (V - R)^2 / 2.
     """
     plain = (values - returns) ** 2
     if clip is None:

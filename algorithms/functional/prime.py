@@ -1,10 +1,10 @@
-"""PRIME's returns (arXiv 2502.01456): process and outcome rewards, each with its own baseline, combined and whitened.
+"""PRIME's returns (arXiv 2502.01456): process and outcome rewards with separate baselines, combined and whitened.
 
-Notation: r_it process reward of token t of response i (0 outside its trained tokens), m_i their mean over its trained
-tokens, a_i outcome reward, K valid responses in a group. Process rewards on tokens that are not trained are ignored
-(unlike an environment's rewards they say nothing about the token before); the outcome stands on the last trained token.
-One estimator is one function (process, outcome, masks, group, valid) -> `Terms`; `combine` makes advantages of any of
-them. `prime_rloo` computes what each codebase does with the PRM's log-ratios q_it = log pi_phi - log pi_ref:
+Notation: r_it process reward of token t of response i, m_i its mean over trained tokens, a_i outcome reward, K valid
+responses in a group. Process rewards on untrained tokens are ignored (unlike an environment's, they do not concern
+the token before); the outcome is on the last trained token. An estimator is (process, outcome, masks, group, valid)
+-> `Terms`; `combine` makes the advantages. `prime_rloo` computes what each codebase does with the PRM's log-ratios
+q_it = log pi_phi - log pi_ref:
 
 | | ours (`strict`) | `official` (PRIME-RL/PRIME) | `verl` (recipe/prime) |
 |---|---|---|---|
@@ -39,14 +39,12 @@ Mode = Literal["strict", "official", "verl"]
 
 
 class Scaled(NamedTuple):
-    """Process rewards divided by `divisor`."""
-
     process: list[Float64]
     divisor: float
 
 
 class Terms(NamedTuple):
-    """The two halves of a return, kept apart until they are weighted. Ragged [T_i]; 0 where not kept."""
+    """The two halves of a return before they are weighted. Ragged [T_i]; 0 where not kept."""
 
     process: list[Float64]
     outcome: list[Float64]
@@ -55,36 +53,34 @@ class Terms(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """Advantages per token and what they are made of."""
-
     advantages: list[Float64]
     returns: list[Float64]
     metrics: Mapping[str, float]
 
 
 def only_trained(process: Ragged, masks: Masks) -> list[Float64]:
-    """Process rewards in float64, exactly 0 on tokens that are not trained (whatever stood there, also NaN)."""
+    """Process rewards in float64, exactly 0 on untrained tokens (even for NaN)."""
     return [np.where(m, np.asarray(r, dtype=np.float64), 0.0) for r, m in zip(process, masks, strict=True)]
 
 
 def token_means(process: Ragged, masks: Masks) -> Float64:
-    """m_i [B]: mean process reward of each response's trained tokens (0 without any)."""
+    """m_i [B], 0 without trained tokens."""
     clean = only_trained(process, masks)
     return np.array([r.sum() / max(1, int(m.sum())) for r, m in zip(clean, masks, strict=True)], dtype=np.float64)
 
 
 def without_last_token(process: Ragged, masks: Masks) -> list[Float64]:
-    """Process rewards with the last trained token's set to 0 (verl's recipe does this)."""
+    """Process rewards with 0 on the last trained token, as in verl's recipe."""
     last = on_last_token(np.ones(len(masks)), masks)
     return [np.where(end > 0, 0.0, r) for r, end in zip(only_trained(process, masks), last, strict=True)]
 
 
 def normalise(process: Ragged, masks: Masks, keep: Bool, how: Normaliser) -> Scaled:
-    """Divide all process rewards by one number of the whole batch (never of a rank or a group); keep [B].
+    """Divide all process rewards by one number of the whole batch (not of a rank or group); keep [B].
 
     global_max_return: largest |undiscounted process reward-to-go| over trained tokens of kept samples + 1e-6 (the
-    official batch norm, made global). global_std: the standard deviation (ddof 1) of those rewards-to-go + 1e-6.
-    none: 1. Without kept tokens, or if all rewards are 0, the divisor is 1.
+    official batch norm, made global). global_std: their standard deviation (ddof 1) + 1e-6. none: 1. Without kept
+    tokens, or for all-zero rewards, the divisor is 1.
     """
     clean = only_trained(process, masks)
     if how == "none":
@@ -111,11 +107,10 @@ def rloo(
 ) -> Terms:
     """Leave-one-out baselines for both halves (the paper's choice).
 
-    strict: p_it = r_it - mean of m_j over the other valid responses of the group. official (both codebases):
-    p_it = (K r_it - sum_j m_j) / (K - 1), which amplifies the variation inside a response by K / (K - 1); both agree on
-    a response's first token. Outcome: o_i = a_i - mean of the others' a_j.
-    Return: sum over s >= t of process_gamma^(s-t) p_is, and outcome_gamma^(L_i - t) o_i.
-    Samples alone in their group have no baseline: 0, keep False.
+    strict: p_it = r_it - mean of m_j over the group's other valid responses. official (both codebases): p_it = (K
+    r_it - sum_j m_j) / (K - 1), which amplifies variation inside a response by K / (K - 1); both agree on the first
+    token. Outcome: o_i = a_i - mean of the others' a_j. Return: sum over s >= t of process_gamma^(s-t) p_is, and
+    outcome_gamma^(L_i - t) o_i. Samples alone in their group get 0 and keep False.
     """
     means = token_means(process, masks)
     baselined, keep = only_trained(process, masks), np.zeros(len(valid), dtype=np.bool_)
@@ -146,9 +141,9 @@ def grpo(
 ) -> Terms:
     """Group z-scores for both halves (paper eq. 7): (r_it - mean_j m_j) / std_j m_j and (a_i - mean a) / std a.
 
-    The paper leaves `ddof` and `epsilon` open; ours are those of `group_relative`. The std of token means is often
-    tiny (1e-2 at beta 0.05), so the process half dominates unless it is normalised or weighted. A half whose group
-    values are all equal has std 0 and gives 0, not NaN.
+    The paper leaves `ddof` and `epsilon` open; ours are `group_relative`'s. The std of token means is often tiny
+    (1e-2 at beta 0.05), so the process half dominates unless normalised or weighted. An all-equal half gives 0, not
+    NaN.
     """
     means = token_means(process, masks)
     scored, keep = only_trained(process, masks), np.zeros(len(valid), dtype=np.bool_)
@@ -177,13 +172,13 @@ def reinforce(
     process_gamma: float = 1.0,
     outcome_gamma: float = 1.0,
 ) -> Terms:
-    """No baseline (paper eq. 8): sum over s >= t of r_is, and a_i. Every valid sample is kept; groups play no part."""
+    """No baseline (paper eq. 8): sum over s >= t of r_is, and a_i. Every valid sample is kept; groups are ignored."""
     rewards = np.where(valid, outcome, 0.0)
     return _terms(only_trained(process, masks), rewards, masks, valid.copy(), process_gamma, outcome_gamma)
 
 
 def token_rewards(process: Ragged, outcome: Float64, masks: Masks, valid: Bool) -> list[Float64]:
-    """r_it, plus a_i on the last trained token: what PPO's advantages (`returns.gae`) are made of. Invalid: 0."""
+    """r_it, plus a_i on the last trained token, for `returns.gae`. Invalid: 0."""
     ends = on_last_token(np.where(valid, outcome, 0.0), masks)
     summed = [r + end for r, end in zip(only_trained(process, masks), ends, strict=True)]
     return _drop(summed, valid)
@@ -194,8 +189,8 @@ def combine(
 ) -> Combined:
     """G = process_coefficient x process half + outcome_coefficient x outcome half; then whitened over the batch.
 
-    After whitening (variance + 1e-8, ddof 1) only the ratio of the coefficients matters. Metrics: the weighted process
-    half's share of the two halves' variances over trained tokens, and mean and std of G before whitening.
+    After whitening (variance + 1e-8, ddof 1) only the coefficients' ratio matters. Metrics: the weighted process
+    half's share of both halves' variances over trained tokens, mean and std of G before whitening.
     """
     returns = [
         process_coefficient * p + outcome_coefficient * o for p, o in zip(terms.process, terms.outcome, strict=True)
@@ -229,7 +224,7 @@ def length_correlation(returns: Ragged, masks: Masks, keep: Bool) -> float:
 
 
 def last_token_share(process: Ragged, masks: Masks, keep: Bool) -> float:
-    """Share of the summed |process reward| that stands on each response's last trained token; NaN if all are 0.
+    """Share of the summed |process reward| that is on last trained tokens; NaN if all are 0.
 
     Near 1 the model is an outcome reward in disguise.
     """
@@ -241,7 +236,7 @@ def last_token_share(process: Ragged, masks: Masks, keep: Bool) -> float:
 def _terms(
     process: Ragged, outcome: Float64, masks: Masks, keep: Bool, process_gamma: float, outcome_gamma: float
 ) -> Terms:
-    """Rewards with their baselines taken off -> rewards-to-go, 0 where not kept."""
+    """Baselined rewards -> rewards-to-go, 0 where not kept."""
     ends = on_last_token(outcome, masks)
     return Terms(
         _drop(reward_to_go(process, masks, process_gamma), keep),
@@ -271,8 +266,8 @@ def prime_rloo(
 ) -> Combined:
     """PRIME's whitened RLOO advantages. log_ratios ragged [T_i]; outcome, group, valid [B].
 
-    `official` and `verl` have coefficients of their own: giving others with them raises ValueError, and so does a
-    discount with `verl`. A group needs two valid samples (the official code divides by zero).
+    Raise ValueError for coefficients with `official` or `verl`, which have their own, and for a discount with
+    `verl`. A group needs two valid samples (the official code divides by zero).
     """
     if mode != "strict" and (process_coefficient, outcome_coefficient) != (1.0, 1.0):
         raise ValueError(f"mode {mode!r} has its own coefficients; leave process_coefficient and outcome_coefficient")

@@ -1,8 +1,8 @@
-"""Losses that train an implicit process reward model on outcome labels (arXiv 2412.01981, 2502.01456); torch.
+"""Losses of an implicit process reward model on outcome labels (arXiv 2412.01981, 2502.01456); torch.
 
-A response's score is s = beta x sum over its tokens of (log pi_phi - log pi_ref): a sum, never a mean over tokens.
-Losses take logits (never sigmoid first: its fp32 value is exactly 1 from s of about 17, and the gradient 0) in fp32 at
-least, and return one loss per response or pair, so that the caller divides by global counts.
+A response's score is s = beta x sum over its tokens of (log pi_phi - log pi_ref): a sum, not a mean. Losses take
+logits in fp32 at least (the fp32 sigmoid is exactly 1 from s of about 17, with gradient 0) and return one loss per
+response or pair, for division by global counts.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 def response_scores(
     logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, sequence: Tensor, num_sequences: int, beta: float
 ) -> Tensor:
-    """s [S] of flat rows [R] (rows as in `algorithms.base.LossInputs`); differentiable in `logprobs` only.
+    """s [S] of flat rows [R] as in `algorithms.base.LossInputs`; differentiable in `logprobs` only.
 
-    Rows with mask 0 do not enter, whatever they hold.
+    Rows with mask 0 are ignored, whatever they hold.
     """
     ratios = torch.where(mask > 0, _wide(logprobs) - _wide(reference_logprobs).detach(), 0.0)
     return beta * ratios.new_zeros(num_sequences).index_add(0, sequence, ratios)
@@ -45,8 +45,8 @@ def kto(
 ) -> Tensor:
     """w_D (1 - sigma(s - z)) for correct responses, w_U (1 - sigma(z - s)) for the others; [S] (arXiv 2402.01306).
 
-    labels [S] 1 or 0; `baseline` scalar z = beta x KL estimate, from `kto_baseline`; no gradient flows through it. Soft
-    labels mix the two.
+    labels [S] 1 or 0, soft ones mix the two; `baseline` scalar z = beta x KL estimate, from `kto_baseline`,
+    detached.
     """
     scores = _wide(scores)
     margin = scores - baseline.detach()
@@ -57,14 +57,14 @@ def kto(
 
 
 def kto_baseline(mismatched_scores: Tensor) -> Tensor:
-    """z = max(0, mean s) over responses paired with *other* prompts; average the mean over ranks first. Detached."""
+    """z = max(0, mean s) over responses paired with *other* prompts, detached; average the mean over ranks first."""
     return _wide(mismatched_scores).mean().clamp(min=0.0).detach()
 
 
 def correct_incorrect_pairs(labels: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (chosen, rejected) of all pairs of one group with labels chosen > rejected; [P] each.
+    """Indices (chosen, rejected) [P] of all pairs of one group with labels chosen > rejected.
 
-    labels, group [S]. Groups that are all right or all wrong give no pair; soft labels give one wherever they differ.
+    labels, group [S]. All-right and all-wrong groups give no pair; soft labels give one wherever they differ.
     """
     better = (labels[:, None] > labels[None, :]) & (group[:, None] == group[None, :])
     chosen, rejected = better.nonzero(as_tuple=True)

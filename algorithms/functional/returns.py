@@ -1,10 +1,9 @@
-"""Returns and advantages of tokens, as pure functions of ragged arrays in float64.
+"""Returns and advantages of tokens: pure functions of ragged arrays in float64, one array [T_i] per sample.
 
-A ragged array is a list with one array [T_i] per sample, i = 1 .. B. `masks` mark the tokens the policy wrote and is
-trained on. Tokens between them (what a tool or another speaker said) are *bridged*: the token before a gap is followed
-by the token after it, with one discount for the whole gap. A reward that stands on an unmarked token belongs to the
-last marked token before it (the action that brought it about); before the first marked token nobody earned it, and it
-is left out. Results are 0 on unmarked tokens. A sample without a marked token is all 0.
+`masks` mark the tokens written by the policy and trained on. Tokens between them (of a tool or another speaker) are
+*bridged*: the token after a gap follows the token before it, with one discount. A reward on an unmarked token
+belongs to the last marked token before it, whose action earned it; before the first one it is left out. Results are
+0 on unmarked tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from algorithms.functional.advantages import Bool, Float64, Masks, Ragged
 
 
 class Credit(NamedTuple):
-    """What a critic's algorithm makes of rewards: per sample [T_i] each."""
+    """Ragged [T_i]."""
 
     advantages: list[Float64]
     returns: list[Float64]
@@ -27,7 +26,7 @@ class Credit(NamedTuple):
 
 
 class Whitened(NamedTuple):
-    """Values with mean 0 and variance 1 over the marked tokens of the batch, and what was taken off."""
+    """Values with mean 0 and variance 1 over the marked tokens of the batch, and the removed moments."""
 
     tokens: list[Float64]
     mean: float
@@ -35,17 +34,16 @@ class Whitened(NamedTuple):
 
 
 def float64(arrays: Sequence[NDArray[np.floating]]) -> list[Float64]:
-    """The same ragged array in double precision."""
     return [np.asarray(array, dtype=np.float64) for array in arrays]
 
 
 def on_last_token(values: Float64, masks: Masks) -> list[Float64]:
-    """values [B] -> ragged: each sample's value on its last marked token, 0 elsewhere."""
-    placed = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
-    for value, row, mask in zip(values, placed, masks, strict=True):
+    """values [B] -> ragged: the sample's value on its last marked token, 0 elsewhere."""
+    tokens = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
+    for value, row, mask in zip(values, tokens, masks, strict=True):
         if mask.any():
             row[np.flatnonzero(mask)[-1]] = value
-    return placed
+    return tokens
 
 
 def reward_to_go(rewards: Ragged, masks: Masks, gamma: float = 1.0) -> list[Float64]:
@@ -57,12 +55,12 @@ def reward_to_go(rewards: Ragged, masks: Masks, gamma: float = 1.0) -> list[Floa
 def gae(rewards: Ragged, values: Ragged, masks: Masks, *, gamma: float, lam: float) -> Credit:
     """Generalised advantage estimation (arXiv 1506.02438 eq. 16), gaps bridged.
 
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next marked token and
-    the value after the last one is 0 (an answer that was cut off counts as ended). rewards, values ragged [T_i];
-    values on unmarked tokens are not read. gamma = lam = 1 gives A_t = (sum of rewards from t on) - V_t.
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next marked token
+    and the value after the last one is 0 (a truncated answer counts as ended). rewards, values ragged [T_i]; values
+    on unmarked tokens are not read. gamma = lam = 1: A_t = (sum of rewards from t on) - V_t.
     """
     acted, where = _actions(rewards, masks)
-    critic = [_picked(value, places) for value, places in zip(values, where, strict=True)]
+    critic = [_at(value, indices) for value, indices in zip(values, where, strict=True)]
     deltas = [reward + gamma * np.append(v[1:], 0.0)[: len(v)] - v for reward, v in zip(acted, critic, strict=True)]
     advantages = _reverse_scan(deltas, gamma * lam)
     targets = [a + v for a, v in zip(advantages, critic, strict=True)]
@@ -74,9 +72,9 @@ def whiten(
 ) -> Whitened:
     """(x - mean) / sqrt(variance + epsilon) over all marked tokens of kept samples of the *whole* batch.
 
-    values ragged, keep [B]. Every token weighs the same, so long answers weigh more. The variance has `ddof` 1
-    (unbiased) by default. Without `centre` only the scale changes. Unmarked tokens and samples not kept are 0. If all
-    values are equal (or there are fewer than two), centring gives exactly 0 and the scale stays as it is.
+    values ragged, keep [B]. Tokens weigh the same, so long answers weigh more. `ddof` 1 is unbiased. Without
+    `centre` only the scale changes. Unmarked tokens and samples not kept are 0. If all values are equal (or fewer
+    than two), centring gives exactly 0 and the scale stays.
     """
     chosen = [x[m] for x, m, k in zip(values, masks, keep, strict=True) if k]
     flat = np.concatenate(chosen) if chosen else np.zeros(0)
@@ -97,9 +95,9 @@ def whiten(
 def reinforce_plus_plus(rewards: Ragged, masks: Masks, keep: Bool, *, gamma: float = 1.0) -> Whitened:
     """REINFORCE++ (arXiv 2501.03262): discounted reward-to-go, whitened over the global batch.
 
-    `rewards` ragged: token rewards, i.e. the outcome on the last token minus the KL penalty of each token
-    (`kl.penalised`). keep [B] marks the valid samples. The baseline form of the paper takes off the mean of the
-    group first and spreads what is left over the tokens: `whiten(spread(group_relative(..., normalize_by_std=False)))`.
+    `rewards` ragged: the outcome on the last token minus the KL penalty of each token (`kl.penalise`). keep [B]
+    marks valid samples. The paper's baseline form subtracts the group's mean first and spreads the rest over the
+    tokens: `whiten(spread(group_relative(..., normalize_by_std=False)))`.
     """
     return whiten(reward_to_go(rewards, masks, gamma), masks, keep)
 
@@ -107,7 +105,7 @@ def reinforce_plus_plus(rewards: Ragged, masks: Masks, keep: Bool, *, gamma: flo
 def explained_variance(values: Ragged, returns: Ragged, masks: Masks, keep: Bool) -> float:
     """1 - Var(return - value) / Var(return) over trained tokens of kept samples; NaN if returns do not vary.
 
-    1: the critic knows what comes; 0: no better than a constant; below 0: worse.
+    1: a perfect critic; 0: no better than a constant; below 0: worse.
     """
     chosen = [(v[m], r[m]) for v, r, m, k in zip(values, returns, masks, keep, strict=True) if k]
     if not chosen:
@@ -119,17 +117,17 @@ def explained_variance(values: Ragged, returns: Ragged, masks: Masks, keep: Bool
 
 
 def _actions(rewards: Ragged, masks: Masks) -> tuple[list[Float64], list[NDArray[np.intp]]]:
-    """Per sample: the reward of each marked token with those of the gap after it, and where the marked tokens are."""
+    """Per sample: rewards of marked tokens, each with those of the gap after it; indices of the marked tokens."""
     acted, where = [], []
     for reward, mask in zip(rewards, masks, strict=True):
-        places = np.flatnonzero(mask)
-        where.append(places)
-        acted.append(np.add.reduceat(np.asarray(reward, dtype=np.float64), places) if len(places) else np.zeros(0))
+        indices = np.flatnonzero(mask)
+        where.append(indices)
+        acted.append(np.add.reduceat(np.asarray(reward, dtype=np.float64), indices) if len(indices) else np.zeros(0))
     return acted, where
 
 
-def _picked(values: Float64, places: NDArray[np.intp]) -> Float64:
-    return np.asarray(values, dtype=np.float64)[places]
+def _at(values: Float64, indices: NDArray[np.intp]) -> Float64:
+    return np.asarray(values, dtype=np.float64)[indices]
 
 
 def _reverse_scan(rows: Sequence[Float64], factor: float) -> list[Float64]:
@@ -147,7 +145,7 @@ def _reverse_scan(rows: Sequence[Float64], factor: float) -> list[Float64]:
 
 
 def _on_tokens(rows: Sequence[Float64], where: Sequence[NDArray[np.intp]], masks: Masks) -> list[Float64]:
-    placed = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
-    for row, places, values in zip(placed, where, rows, strict=True):
-        row[places] = values
-    return placed
+    tokens = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
+    for row, indices, values in zip(tokens, where, rows, strict=True):
+        row[indices] = values
+    return tokens

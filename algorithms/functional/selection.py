@@ -1,7 +1,7 @@
-"""What scores choose and how right they are, numpy: best-of-N, votes, accuracies, calibration, ProcessBench.
+"""Selection by scores and its quality, numpy: best-of-N, votes, accuracies, calibration, ProcessBench.
 
-Scores may come from any reward; `answers` are the final answers of the responses to one prompt, None where there is
-none. ProcessBench (arXiv 2412.06559) asks whether process rewards find the first wrong step.
+Scores may come from any reward; `answers` are the final answers of responses to one prompt, None for none.
+ProcessBench (arXiv 2412.06559) asks whether process rewards find the first wrong step.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from algorithms.functional.advantages import Bool, Float64, Int64, Ragged, membe
 
 
 def best_of_n(scores: Float64) -> int:
-    """Index of the largest of the scores [N]; ties go to the earlier response. Raises ValueError for none or NaN."""
+    """Index of the largest of the scores [N]; ties go to the earlier one. Raise ValueError for none or NaN."""
     if len(scores) == 0 or np.isnan(scores).any():
         raise ValueError(f"best of {len(scores)} responses needs at least one score and no NaN")
     return int(np.argmax(scores))
 
 
 def vote(answers: Sequence[Hashable | None], weights: Float64) -> int:
-    """Index of the first response with the answer whose weights [N] sum to most; ties go to the earlier answer.
+    """Index of the first response with the answer of the largest summed weights [N]; ties go to the earlier answer.
 
-    A response without an answer has no vote; if none has one, the first response is taken.
+    Responses without an answer have no vote; if none has one, the first is taken.
     """
     totals: dict[Hashable, float] = {}
     for answer, weight in zip(answers, weights, strict=True):
@@ -38,19 +38,18 @@ def vote(answers: Sequence[Hashable | None], weights: Float64) -> int:
 
 
 def majority(answers: Sequence[Hashable | None]) -> int:
-    """Index of the first response with the most frequent answer; ties go to the earlier answer."""
     return vote(answers, np.ones(len(answers)))
 
 
 def sigmoid(scores: Float64) -> Float64:
-    """sigma(s), without overflow: as weights of a vote, unlike in `best_of_n`, the scale of the scores matters."""
+    """sigma(s), without overflow. As weights of a vote, unlike in `best_of_n`, the scale of scores matters."""
     return np.asarray(0.5 * (1.0 + np.tanh(0.5 * np.asarray(scores, dtype=np.float64))))
 
 
 def subsets(responses: int, n: int, limit: int, seed: int) -> Iterator[tuple[int, ...]]:
-    """All subsets of n of the responses in ascending order, or `limit` random ones where there are more.
+    """All subsets of n responses in ascending order, or `limit` random ones if there are more.
 
-    Mean results over them are the expectation over which responses happened to be sampled first.
+    Mean results over them are the expectation over which responses were sampled first.
     """
     if math.comb(responses, n) <= limit:
         yield from combinations(range(responses), n)
@@ -61,10 +60,10 @@ def subsets(responses: int, n: int, limit: int, seed: int) -> Iterator[tuple[int
 
 
 def pair_accuracy(scores: Float64, labels: Float64, group: Int64, valid: Bool) -> Float64:
-    """Per group with two valid samples: the share of (better, worse) pairs that `scores` put in that order.
+    """Per group with two valid samples: the share of (better, worse) pairs that `scores` order rightly.
 
-    scores, labels, group, valid [B]; pairs are weighted by their labels' difference (soft labels), equal scores count
-    half. A group without a difference counts 0.5, as in the official code.
+    scores, labels, group, valid [B]; pairs are weighted by their labels' difference (soft labels), equal scores
+    count half. A group without a difference counts 0.5, as in the official code.
     """
     shares = []
     for members in members_of_groups(valid, group):
@@ -76,17 +75,14 @@ def pair_accuracy(scores: Float64, labels: Float64, group: Int64, valid: Bool) -
 
 
 def sign_accuracy(scores: Float64, labels: Float64, valid: Bool) -> float:
-    """Share of valid samples with s > 0 for a label above 0.5 and s < 0 else; a score of 0 says nothing and is wrong.
-
-    NaN without valid samples.
-    """
+    """Share of valid samples with s > 0 for a label above 0.5 and s < 0 else; 0 is wrong. NaN without valid samples."""
     if not valid.any():
         return float("nan")
     return float((scores[valid] * np.where(labels[valid] > 0.5, 1.0, -1.0) > 0).mean())
 
 
 def brier(scores: Float64, labels: Float64) -> float:
-    """Mean (sigma(s) - label)^2 over samples [B]: 0.25 for a model that knows nothing, 0 for one that knows all."""
+    """Mean (sigma(s) - label)^2 over samples [B]: 0.25 without knowledge, 0 at best."""
     return float(((sigmoid(scores) - labels) ** 2).mean())
 
 
@@ -103,29 +99,27 @@ def expected_calibration_error(predicted: Float64, labels: Float64, bins: int = 
 
 
 NO_ERROR = -1
-"""Label and prediction for a response whose steps are all right."""
+"""Label and prediction of a response whose steps are all right."""
 _MOST_THRESHOLDS = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessBench:
-    """Result at one threshold."""
-
     threshold: float
     error_accuracy: float
-    """Share of responses with a wrong step whose first wrong step was found; NaN without such responses."""
+    """Share of responses with a wrong step whose first wrong step was predicted; NaN without such responses."""
     correct_accuracy: float
-    """Share of responses without a wrong step in which none was found; NaN without such responses."""
+    """Share of responses without a wrong step that were predicted to have none; NaN without such responses."""
 
     @property
     def f1(self) -> float:
-        """Harmonic mean of the two."""
+        """Harmonic mean of both accuracies."""
         total = self.error_accuracy + self.correct_accuracy
         return 2 * self.error_accuracy * self.correct_accuracy / total if total else 0.0
 
 
 def first_errors(cumulative: Ragged, threshold: float) -> Int64:
-    """[B] first step k with sigma(c_k) < threshold, else -1; `cumulative` is ragged [S_i], one row per response."""
+    """[B] first step k with sigma(c_k) < threshold, else -1; `cumulative` ragged [S_i]."""
     first = []
     for row in cumulative:
         below = sigmoid(row) < threshold
@@ -134,17 +128,17 @@ def first_errors(cumulative: Ragged, threshold: float) -> Int64:
 
 
 def process_bench(cumulative: Ragged, labels: Int64, threshold: float) -> ProcessBench:
-    """Accuracies at a threshold; labels [B]: first wrong step counted from 0, -1 if all are right."""
+    """labels [B]: first wrong step counted from 0, -1 if all are right."""
     right = first_errors(cumulative, threshold) == labels
     wrong_step = labels != NO_ERROR
     return ProcessBench(threshold, _mean(right[wrong_step]), _mean(right[~wrong_step]))
 
 
 def best_threshold(cumulative: Ragged, labels: Int64) -> ProcessBench:
-    """The result with the highest F1 over thresholds (the lowest such threshold): halfway between neighbouring values
-    of sigma(c), at most 2000 of them, evenly thinned.
+    """The highest F1 over thresholds halfway between neighbouring sigma(c), at most 2000, evenly thinned; ties: the
+    lowest.
 
-    The F1 it reports is that of the data it was tuned on: use the threshold on others for an honest one.
+    This F1 is of the data the threshold was tuned on; measure on other data for an honest one.
     """
     values = np.unique(np.concatenate([sigmoid(row) for row in cumulative]))
     between: Sequence[float] = [float(values[0]), *((values[1:] + values[:-1]) / 2).tolist(), float(values[-1]) + 1e-9]
@@ -165,8 +159,10 @@ def best_threshold(cumulative: Ragged, labels: Int64) -> ProcessBench:
 
 
 def _prefix_minima(cumulative: Ragged) -> Float64:
-    """[B, longest] smallest sigma(c) so far, rows filled up with their last: never below a threshold in all columns
-    means no error, else the number of columns that are not below it is the first step that is."""
+    """[B, longest] smallest sigma(c) so far, rows padded with their last value.
+
+    The number of columns at or above a threshold is the first step below it; all of them: no error.
+    """
     longest = max(len(row) for row in cumulative)
     lowest = [np.minimum.accumulate(sigmoid(row)) for row in cumulative]
     return np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in lowest])

@@ -1,6 +1,6 @@
-"""Credit for the steps of a response: clip and delta (arXiv 2410.15115), and min-form credit (PURE, arXiv 2504.15275).
+"""Credit for the steps of a response: clip and delta (arXiv 2410.15115), min-form credit (PURE, arXiv 2504.15275).
 
-The rewards of one sample's steps are [S], in order, in float64; several samples are ragged [S_i].
+One sample's step rewards are [S] in float64; several samples are ragged [S_i].
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from algorithms.functional.advantages import Bool, Float64, Int64, Masks, Ragged
 from rlkit.experience import Group, Sample, Score
 
 Spans = Sequence[tuple[int, int]]
-"""Response tokens [start, end) of each step."""
+"""Response tokens [start, end) per step."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of each sample of an Experience, in its order, with their process rewards."""
+    """The steps and process rewards of an Experience's samples, in its order."""
 
     rewards: list[Float64]
     """Ragged [S_i]"""
@@ -28,10 +28,10 @@ class Steps:
 
     @classmethod
     def of(cls, experience: Experience) -> Steps:
-        """A score's span rewards in order of their ends; else its token rewards, summed over the trained tokens of the
-        sample's own spans; in a sample without spans every trained token is a step. Invalid samples have no steps.
+        """A score's span rewards in order of their ends; else its token rewards, summed over the trained tokens of
+        the sample's spans; without spans every trained token is a step. Invalid samples have no steps.
 
-        Raises ValueError if a valid score has neither.
+        Raise ValueError if a valid score has neither.
         """
         rows = [
             _steps_of(group, sample, score) if score.valid else ([], [])
@@ -41,7 +41,7 @@ class Steps:
         return cls([np.array(values, dtype=np.float64) for values, _ in rows], [spans for _, spans in rows])
 
     def masks(self, trained: Masks) -> list[Bool]:
-        """Ragged [T_i]: the trained tokens that lie in a step."""
+        """Ragged [T_i]: trained tokens inside a step."""
         masks = [np.zeros_like(mask) for mask in trained]
         for row, mask, spans in zip(masks, trained, self.spans, strict=True):
             for start, end in spans:
@@ -66,14 +66,14 @@ def _steps_of(group: Group, sample: Sample, score: Score) -> tuple[list[float], 
 
 
 def clip(steps: Float64, bound: float) -> Float64:
-    """min(p_k - bound, 0) per step [S]: nothing is gained by more steps, only lost by bad ones."""
+    """min(p_k - bound, 0) per step [S]: more steps earn nothing, bad ones cost."""
     return np.minimum(np.asarray(steps, dtype=np.float64) - bound, 0.0)
 
 
 def delta(steps: Float64) -> Float64:
     """p_k - p_{k+1} for k < S - 1, then p_{S-1}, then 0 for the last step [S].
 
-    The undiscounted reward-to-go of step k < S is then p_k itself, so repeating a step adds nothing. One step: 0.
+    The undiscounted reward-to-go of step k < S is p_k itself, so repeating a step adds nothing. One step: 0.
     """
     steps = np.asarray(steps, dtype=np.float64)
     rewards = np.zeros_like(steps)
@@ -83,9 +83,9 @@ def delta(steps: Float64) -> Float64:
 
 
 def soft_min_rewards(steps: Float64, temperature: float = 0.1) -> Float64:
-    """PURE (arXiv 2504.15275): r_k = w_k p_k with w = softmax(-p / temperature) over the sample's steps [S].
+    """PURE (arXiv 2504.15275): r_k = w_k p_k with w = softmax(-p / temperature) over the sample's steps [S], S >= 0.
 
-    Their reward-to-go is the min-form return: for temperature -> 0 the first one is min(p). No steps: no rewards.
+    Their reward-to-go is the min-form return: for temperature -> 0 the first one is min(p).
     """
     steps = np.asarray(steps, dtype=np.float64)
     if len(steps) == 0:
@@ -99,7 +99,7 @@ def soft_min_rewards(steps: Float64, temperature: float = 0.1) -> Float64:
 def on_step_ends(steps: Sequence[Float64], spans: Sequence[Spans], masks: Masks) -> list[Float64]:
     """Step rewards on the last marked token of each step; ragged [S_i] -> ragged [T_i].
 
-    A step without a marked token earns nothing. Raises ValueError if a sample's rewards and spans differ in number.
+    A step without a marked token earns nothing. Raise ValueError if a sample's rewards and spans differ in number.
     """
     tokens = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
     for row, rewards, ranges, mask in zip(tokens, steps, spans, masks, strict=True):
@@ -121,10 +121,10 @@ def min_form(
 ) -> tuple[list[Float64], Bool]:
     """PURE's process advantage of each token: min-form return-to-go minus the leave-one-out baseline per token.
 
-    steps, spans ragged [S_i]; masks ragged [T_i]; valid, group [B] -> ragged [T_i], keep [B]. Each step earns
-    w_k p_k - b * (its marked tokens), where b is what the other valid samples of the group earned per marked step
-    token, all of them together (the authors' `reward_baseline=token`). All tokens of a step share the return from that
-    step on; tokens outside of steps (separators) get 0. Samples alone in their group get 0 and keep False.
+    steps, spans ragged [S_i]; masks ragged [T_i]; valid, group [B] -> ragged [T_i], keep [B]. A step earns w_k p_k -
+    b * (its marked tokens), where b is what the group's other valid samples together earned per marked step token
+    (the authors' `reward_baseline=token`). Tokens of a step share the return from it on; tokens outside of steps
+    (separators) get 0. A single valid sample gets 0 and keep False.
     """
     tokens = [np.array([mask[a:b].sum() for a, b in s], dtype=np.float64) for mask, s in zip(masks, spans, strict=True)]
     earned = [soft_min_rewards(step, temperature) for step in steps]

@@ -1,4 +1,4 @@
-"""What the embedded models learn from: exercises, worked solutions, and careless ones."""
+"""Corpora of the embedded models: exercises, worked solutions, and careless ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def slip(step: Step, rng: random.Random) -> int:
-    """A wrong result for one calculation: mostly a near miss, sometimes another operation or digits swapped."""
+    """A wrong result: mostly a near miss, sometimes of another operation or with digits reversed."""
     right, left, other = step.result, step.left, step.right
     near = [right + 1, right - 1, right + 2, right - 2, right + 10, right - 10]
     confused = [left + other, abs(left - other), left * other, int(str(right)[::-1]), left, other]
@@ -26,7 +26,7 @@ def slip(step: Step, rng: random.Random) -> int:
 
 
 def careless_steps(steps: tuple[Step, ...], slip_rate: float, rng: random.Random) -> tuple[Step, ...]:
-    """The calculation by someone who gets each step wrong with probability `slip_rate` and carries the mistake on."""
+    """Each step is wrong with probability `slip_rate`; mistakes carry on."""
     written: list[Step] = []
     value = steps[0].left
     for step in steps:
@@ -38,7 +38,7 @@ def careless_steps(steps: tuple[Step, ...], slip_rate: float, rng: random.Random
 
 
 def recalculate(value: int, step: Step) -> Step:
-    """The step taken from another value; a subtraction that would go below zero stops at zero."""
+    """The step from another value; subtraction stops at zero."""
     results: dict[Operator, int] = {
         "+": value + step.right,
         "-": max(0, value - step.right),
@@ -48,17 +48,16 @@ def recalculate(value: int, step: Step) -> Step:
 
 
 def careless_solution(problem: WordProblem, style: Style, slip_rate: float, rng: random.Random) -> str:
-    """A solution in the given phrasing; right with probability of about (1 - slip_rate) ** steps."""
+    """Right with probability of about (1 - slip_rate) ** steps."""
     return write_solution(careless_steps(problem.steps, slip_rate, rng), problem.thing, style)
 
 
 Batches = Iterator[list["Example"]]
 EXERCISE_SHARE = 0.3
-"""Share of bare exercises in the base model's corpus; the rest are train problems with right solutions."""
+"""In the base model's corpus; the rest are train problems with right solutions."""
 
 
 def tokenizer_texts(problems: Sequence[WordProblem]) -> Iterator[str]:
-    """The text that the tokenizer learns its words from."""
     for problem in problems:
         yield problem.question
         for style in STYLES:
@@ -66,11 +65,11 @@ def tokenizer_texts(problems: Sequence[WordProblem]) -> Iterator[str]:
 
 
 def exercises(config: ArithmeticConfig, rng: random.Random) -> str:
-    """Three to six calculations without a story, in one phrasing: the tables of the task's range."""
+    """Three to six calculations without a story, in the task's range."""
     steps: list[Step] = []
     value = rng.randint(0, config.max_value)
-    wanted = rng.randint(3, 6)
-    while len(steps) < wanted:
+    count = rng.randint(3, 6)
+    while len(steps) < count:
         operators: tuple[Operator, ...] = ("+", "+", "-", "-", "*")
         operator = rng.choice(operators)
         largest = config.max_factor if operator == "*" else config.max_operand
@@ -94,7 +93,6 @@ class ProblemTokens:
         self.prompts = [tuple(ids) for ids in encoded["input_ids"]]
 
     def answered(self, index: int, solution: str) -> Example:
-        """The example that answers problem `index` with this text."""
         from rlkit.reward_training.sft_learner import Example
 
         target = self.tokenizer.encode(solution, add_special_tokens=False)
@@ -102,7 +100,7 @@ class ProblemTokens:
 
 
 def base_batches(tokens: ProblemTokens, config: ArithmeticConfig, size: int, seed: int) -> Batches:
-    """Exercises and rightly solved problems, for ever."""
+    """Exercises and right solutions, without end."""
     from rlkit.reward_training.sft_learner import Example
 
     rng = random.Random(f"base/{seed}")
@@ -122,7 +120,7 @@ def base_batches(tokens: ProblemTokens, config: ArithmeticConfig, size: int, see
 def careless_batches(
     tokens: ProblemTokens, slip_rate: float, size: int, seed: int, styles: Sequence[Style] = STYLES
 ) -> Batches:
-    """Problems solved with slips, for ever: what a policy with headroom imitates."""
+    """Solutions with slips, without end: a policy that imitates them has headroom."""
     rng = random.Random(f"careless/{seed}")
 
     def draw() -> Example:

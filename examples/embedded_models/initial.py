@@ -1,4 +1,4 @@
-"""Where the embedded models start: a byte-level BPE tokenizer with one token per digit, and an untrained policy."""
+"""A byte-level BPE tokenizer with one token per digit, and an untrained policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOCABULARY_SIZE = 512
 PAD, EOS = "<pad>", "<eos>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 REWARD_SEPARATOR, REWARD_MARKER = "<|reward|>", "[UNUSED_TOKEN_130]"
-"""POLAR's two: between the halves of its input, and at its end, where the score is read."""
+"""POLAR's: between the halves of its input, and at its end, where the score is read."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -26,11 +26,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-"""Each role's marker before its text; `<eos>` ends what the assistant says. There is no BOS that could be doubled."""
+"""Each role's marker before its text; `<eos>` after the assistant's. There is no BOS that could be doubled."""
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer that encodes any UTF-8 text and knows the words of `texts`. Deterministic."""
+    """A deterministic tokenizer for any UTF-8 text."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,13 +65,13 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD = 128, 3, 4, 256
-"""Heads of 32: vLLM's CPU attention takes no smaller ones."""
+"""Heads of 32: the smallest in vLLM's CPU attention."""
 INITIALIZER_RANGE = 0.07
-"""About hidden ** -0.5. The usual 0.02 suits wide models; a narrow one takes twice as many steps from there."""
+"""About hidden ** -0.5. The usual 0.02 suits wide models; a narrow one then takes twice as many steps."""
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Any:
-    """A Llama configuration; `model_type: llama` keeps transformers from replacing the tokenizer."""
+    """`model_type: llama` keeps transformers from replacing the tokenizer."""
     from transformers import LlamaConfig
 
     shape = {
@@ -93,7 +93,6 @@ def model_config(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Any:
 
 
 def save_untrained_policy(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int, **changes: Any) -> None:
-    """A language model with random weights, and its tokenizer."""
     import torch
     from transformers import LlamaForCausalLM
 

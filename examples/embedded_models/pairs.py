@@ -1,4 +1,4 @@
-"""Right and wrong answers of many kinds, labelled by the rule, and the fine-tuning triplets made of them."""
+"""Right and wrong answers of many kinds, labelled by the rule, and fine-tuning triplets of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from examples.embedded_models.corpora import careless_solution, careless_steps, recalculate, slip
 from examples.embedded_models.scale import Variant
 from rewards.polar.triplets import Triplet
-from rewards.verifiers.math import compare_plain, final_answer
+from rewards.verifiers.answers import compare_plain, final_answer
 from rlkit.data.arithmetic import STYLES, Operator, Step, Style, WordProblem, write_solution
 
 
 def is_right(answer: str, gold: int) -> bool:
-    """Whether the text marks the gold number as its final answer."""
+    """Whether the gold number is marked as the final answer."""
     final = final_answer(answer)
     return final is not None and compare_plain(final.text, str(gold)) is True
 
@@ -61,13 +61,12 @@ def _slips(problem: WordProblem, style: Style, rng: random.Random) -> str:
 
 
 def _wrong_last_line(problem: WordProblem, style: Style, rng: random.Random) -> str:
-    """Right steps, another number at the end."""
     lines = write_solution(problem.steps, problem.thing, style).splitlines()
     return "\n".join([*lines[:-1], f"#### {slip(problem.steps[-1], rng)}"])
 
 
 def _misread(problem: WordProblem, style: Style, rng: random.Random) -> str:
-    """One number or one operation taken wrongly from the question, the rest right."""
+    """One number or operation misread, the rest right."""
     wrong = rng.randrange(len(problem.steps))
     value, written = problem.steps[0].left, []
     for i, step in enumerate(problem.steps):
@@ -104,7 +103,7 @@ def _cut(problem: WordProblem, style: Style, rng: random.Random) -> str:
 
 
 def _second_thoughts(problem: WordProblem, style: Style, rng: random.Random) -> str:
-    """The right answer, then another one: the last counts."""
+    """The last answer counts."""
     lines = write_solution(problem.steps, problem.thing, style).splitlines()
     return "\n".join([*lines, *(f"#### {slip(problem.steps[-1], rng)}" for _ in range(rng.randint(1, 3)))])
 
@@ -138,16 +137,16 @@ WRONG: tuple[tuple[Writer, float], ...] = (
     (_rambling, 0.03),
     (_nonsense, 0.04),
 )
-"""Kinds of answers and how often each is drawn."""
+"""Kinds of answers and their probabilities."""
 
 
 def right_answer(problem: WordProblem, style: Style, rng: random.Random) -> str:
-    """A text that the rule judges right."""
+    """Right by the rule."""
     return _draw(RIGHT, problem, style, rng, right=True)
 
 
 def wrong_answer(problem: WordProblem, style: Style, rng: random.Random) -> str:
-    """A text that the rule judges wrong; most are near misses."""
+    """Wrong by the rule; mostly near misses."""
     return _draw(WRONG, problem, style, rng, right=False)
 
 
@@ -162,28 +161,27 @@ def _draw(
 
 
 SAMPLED_SHARE = 0.5
-"""Share of fine-tuning candidates taken from policies, where a problem has them; the rest are written by rule."""
+"""Share of fine-tuning candidates from policies, where a problem has them; the rest are written by rule."""
 
 
 LARGEST_GUESS = 41
 CANDIDATES = 4
-"""Right answers, and wrong ones, drawn for a problem at a time: they share prompt and reference, so this is cheap."""
+"""Right answers, and wrong ones, per problem and draw: they share prompt and reference, so this is cheap."""
 
 
 def last_line(text: str) -> str:
-    """The text after the last line break."""
     return text.rsplit("\n", 1)[-1]
 
 
 def phrasing(variant: Variant) -> str:
-    """What policies that are told apart share."""
+    """Shared by policies that POLAR must distinguish."""
     return variant.style
 
 
 def final_answers(problems: Sequence[WordProblem], seed: int) -> Iterator[list[Triplet]]:
-    """Per problem the right last line against four wrong ones, and nothing else to go by; for ever.
+    """Per problem the right last line against four wrong ones; without end.
 
-    Reading and comparing two numbers is learnt from these in a tenth of the time that whole solutions take.
+    Reading and comparing two numbers is learnt from these in a tenth of the time of whole solutions.
     """
     rng = random.Random(f"final/{seed}")
     while True:
@@ -201,12 +199,11 @@ def final_answers(problems: Sequence[WordProblem], seed: int) -> Iterator[list[T
 def labelled_triplets(
     problems: Sequence[WordProblem], sampled: Sequence[Sequence[str]], seed: int, crossed: bool | None = None
 ) -> Iterator[list[Triplet]]:
-    """Reference: the gold solution in any phrasing. Chosen: judged right. Rejected: judged wrong. For ever.
+    """All pairs of CANDIDATES right and as many wrong answers per problem, without end. Reference: the gold solution
+    in any phrasing.
 
-    CANDIDATES right and as many wrong answers to a problem come as all their pairs, in one list.
-
-    `sampled` holds policies' answers to each problem. `crossed` fixes whether the candidates' phrasing differs from
-    the reference's (None: any); it binds only candidates written by rule.
+    `sampled` holds policies' answers by problem. `crossed` fixes whether the phrasing of candidates written by rule
+    differs from the reference's (None: any).
     """
     rng = random.Random(f"labelled/{seed}")
     judged = [

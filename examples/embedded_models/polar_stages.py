@@ -1,4 +1,4 @@
-"""The embedded POLAR discriminator: stages of `python -m rlkit.train_reward reward=polar` on files written here."""
+"""The embedded POLAR discriminator: stages of `python -m rlkit.train_reward reward=polar`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from rlkit.config.compose import quoted
 from rlkit.data.arithmetic import STYLES, WordProblem, write_solution
 
 AnswersByName = Mapping[str, Sequence[Sequence[str]]]
-"""Name of a variant -> per prompt, its two answers."""
+"""Variant -> per prompt, its two answers."""
 
 
 class StageFailed(RuntimeError):
-    """A command of `rlkit.train_reward` ended with an error; it said why on the screen."""
+    """A command of `rlkit.train_reward` failed, with the reason on the screen."""
 
 
 def train_reward(run_dir: Path, stage: str, seed: int, **keys: Any) -> dict[str, Any]:
-    """Run `rlkit.train_reward reward=polar` with these keys (`data__path` is `data.path`); returns its summary.
+    """Run `rlkit.train_reward reward=polar` with these keys (`data__path` is `data.path`). Return its summary.
 
-    Raises StageFailed.
+    Raise StageFailed if it fails.
     """
     from rlkit import train_reward as command
 
@@ -42,7 +42,7 @@ def train_reward(run_dir: Path, stage: str, seed: int, **keys: Any) -> dict[str,
 
 
 def with_trajectories(sampled: Sequence[Sequence[str]], answers: AnswersByName, scale: Scale) -> list[list[str]]:
-    """Per problem the embedded policy's answers, and those of the pool's training policies where it was asked."""
+    """Per problem the embedded policy's answers, and the pool's training policies' where they answered it."""
     candidates = [list(texts) for texts in sampled]
     for variant in scale.pool:
         if not variant.heldout:
@@ -54,10 +54,9 @@ def with_trajectories(sampled: Sequence[Sequence[str]], answers: AnswersByName, 
 def pretrain(
     base: Path, problems: Sequence[WordProblem], answers: AnswersByName, scale: Scale, seed: int, work: Path
 ) -> Measures:
-    """Tell policies apart (equation 7) on the pool's training policies; those held out measure it.
+    """Distinguish policies (equation 7) of the pool's training part; the held-out ones measure it.
 
-    First on the answers' last lines alone, from the language model `base`, then on whole answers. The model is left in
-    `work/whole/model`.
+    From the language model `base`, first on last lines alone, then on whole answers, into `work/whole/model`.
     """
     _make_empty(work)
     heldout = [variant.name for variant in scale.pool if variant.heldout]
@@ -101,7 +100,7 @@ def finetune(
     seed: int,
     work: Path,
 ) -> Measures:
-    """Tell right from wrong with the gold solution as reference (equation 8); the model is left in `work/whole/model`.
+    """Distinguish right from wrong with the gold solution as reference (equation 8), into `work/whole/model`.
 
     First on last lines alone, then on whole answers; `judged` are the held-out problems.
     """
@@ -130,8 +129,8 @@ def finetune(
 def measure_discriminator(
     model: Path, problems: Sequence[WordProblem], sampled: Sequence[Sequence[str]], seed: int, work: Path
 ) -> Measures:
-    """Right-versus-wrong accuracy on held-out problems: answers by rule in the reference's phrasing and in another,
-    and answers sampled from the embedded policy against the first reference, as `reward=polar` compares them."""
+    """Right-versus-wrong accuracy on held-out problems: answers by rule, in the reference's phrasing and in another;
+    and sampled answers against the first reference, as `reward=polar` compares them."""
     _make_empty(work)
     nothing: list[list[str]] = [[] for _ in problems]
     measures: Measures = {"problems": len(problems)}
@@ -175,7 +174,7 @@ def _trajectories(
 
 
 def _sampled_pairs(problems: Sequence[WordProblem], sampled: Sequence[Sequence[str]]) -> Iterator[list[Triplet]]:
-    """Every (right, wrong) pair of distinct sampled answers of a problem."""
+    """All (right, wrong) pairs of a problem's distinct sampled answers."""
     for problem, texts in zip(problems, sampled, strict=True):
         reference = write_solution(problem.steps, problem.thing, STYLES[0])
         distinct = list(dict.fromkeys(texts))
@@ -185,7 +184,6 @@ def _sampled_pairs(problems: Sequence[WordProblem], sampled: Sequence[Sequence[s
 
 
 def _make_empty(folder: Path) -> None:
-    """An empty folder: what an interrupted stage left is removed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
@@ -196,7 +194,7 @@ def _write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _value(value: Any) -> str:
-    """As Hydra's grammar takes it."""
+    """In Hydra's grammar."""
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_value, value)) + "]"
     return quoted(str(value))

@@ -27,7 +27,7 @@ DEFAULTS = {"out": str(EMBEDDED), "scale": "full", "seed": "0", "work": ""}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, or 2 for arguments that mean nothing."""
+    """Return the exit code: 0, or 2 for bad arguments."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(words):
         print(__doc__)
@@ -66,14 +66,14 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
 
 
 class _Stages:
-    """Runs stages by name; the result of each is kept as `work/<name>.json`, beside what it saved itself."""
+    """Keeps the result of each stage as `work/<name>.json`, beside its files."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str, stage: Callable[[], Any]) -> Any:
-        """The stage's result, as JSON has it; computed unless it is there."""
+        """The stage's result, as JSON has it; computed only if missing."""
         file = self.work / f"{name}.json"
         if file.is_file():
             kept = json.loads(file.read_text())
@@ -87,7 +87,7 @@ class _Stages:
 
 
 def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
-    """Make tokenizer, policy and discriminator; returns the report that is written to `out/report.json`."""
+    """Make tokenizer, policy and discriminator. Return the report in `out/report.json`."""
     import torch
 
     from examples.embedded_models import polar_stages, stages
@@ -146,7 +146,6 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Copy a finished folder over an older one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         shutil.rmtree(target)
@@ -154,7 +153,7 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def _facts(folder: Path) -> tuple[int, int, str]:
-    """Number of parameters, bytes and SHA-256 of the weights."""
+    """Parameters, bytes and SHA-256 of the weights."""
     from safetensors import safe_open
 
     file = folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Answers of tiny policies, by transformers (an engine per policy would take longer to start than to sample)."""
+"""Answers of tiny policies by transformers: an engine per policy would start more slowly than it samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMPTS_PER_BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to draw answers; the defaults are the ones POLAR's pre-training trajectories are drawn with."""
+    """Defaults are those of POLAR's pre-training trajectories."""
 
     temperature: float = 1.0
     """0 is greedy."""
@@ -29,7 +29,6 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0)
 
 
 def load_policy(folder: Path) -> nn.Module:
-    """A plain Hugging Face language model."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -39,7 +38,7 @@ def load_policy(folder: Path) -> nn.Module:
 def sample_answers(
     model: nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, seed: int
 ) -> list[list[str]]:
-    """Per prompt `count` answers as text. An answer that does not end within MAX_ANSWER_TOKENS is cut there."""
+    """Per prompt `count` answers, cut at MAX_ANSWER_TOKENS."""
     torch.manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
     answers: list[list[str]] = [[] for _ in prompts]

@@ -1,4 +1,4 @@
-"""How much work remaking the embedded models takes: the shipped ones (`full`), and a run of seconds (`fast`)."""
+"""Sizes of every stage: for the shipped models (`full`), and for a run of seconds (`fast`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from rlkit.data.arithmetic import ArithmeticConfig, Style
 
 @dataclass(frozen=True)
 class Training:
-    """One stage of training."""
-
     steps: int
     batch: int
     """Examples per optimizer step; for POLAR, triplets."""
@@ -19,12 +17,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy of the pool that POLAR's trajectories come from: a phrasing, and how often a step goes wrong."""
+    """A policy of the pool of POLAR's trajectories: a phrasing, and the probability of a wrong step."""
 
     style: Style
     slip_rate: float
     heldout: bool = False
-    """Never seen in training: same-versus-different accuracy is measured on these."""
+    """Not trained on: measures same-versus-different accuracy."""
 
     @property
     def name(self) -> str:
@@ -43,8 +41,6 @@ POOL: tuple[Variant, ...] = (
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of every stage."""
-
     data: ArithmeticConfig
     tokenizer_problems: int
     base: Training
@@ -54,16 +50,16 @@ class Scale:
     variant: Training
     pool: tuple[Variant, ...]
     trajectory_prompts: int
-    """Prompts that every policy of the pool answers twice."""
+    """Prompts with two answers of every policy of the pool."""
     policy_prompts: int
-    """Train prompts that the embedded policy answers four times, for fine-tuning pairs."""
+    """Train prompts with four answers of the embedded policy, for fine-tuning pairs."""
     pretrain_last_lines: Training
-    """First only the last lines of the trajectories: reading and comparing numbers is learnt there sooner."""
+    """First only last lines of trajectories: reading and comparing numbers is learnt there sooner."""
     pretrain: Training
     finetune_last_lines: Training
     finetune: Training
     judged_problems: int
-    """Held-out problems that the report's measures use."""
+    """Held-out problems for the report."""
 
 
 FULL = Scale(

@@ -1,4 +1,4 @@
-"""The stages of remaking the embedded models; each reads what earlier ones saved, and returns what it measured."""
+"""The stages of remaking the embedded models; each reads earlier results and returns its measures."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ Measures = dict[str, Any]
 ANSWERS_PER_PROBLEM = 8
 REPORT_EVERY_SECONDS = 10.0
 THREADS = 1
-"""Two are hardly quicker for models this small, and sums then depend on how they are split."""
+"""Two are hardly quicker for models this small, and sums then depend on the split."""
 
 
 def warmup_steps(steps: int) -> int:
-    """Warm-up of a training of `steps` steps."""
     return min(40, steps // 8 + 1)
 
 
@@ -45,7 +44,7 @@ def learner_config(training: Training) -> LearnerConfig:
 
 
 def run_steps(step: Callable[[Any], float], batches: Iterator[Any], steps: int, what: str) -> list[float]:
-    """Take `steps` optimizer steps; returns the loss before each."""
+    """Return the loss before each of `steps` optimizer steps."""
     losses, shown = [], time.monotonic()
     for number in range(1, steps + 1):
         losses.append(step(next(batches)))
@@ -56,12 +55,11 @@ def run_steps(step: Callable[[Any], float], batches: Iterator[Any], steps: int, 
 
 
 def make_tokenizer(problems: Sequence[WordProblem], scale: Scale, folder: Path) -> None:
-    """Train the tokenizer and save it."""
     train_tokenizer(tokenizer_texts(problems[: scale.tokenizer_problems])).save_pretrained(folder)
 
 
 def fine_tune(start: Path, training: Training, batches: Iterator[list[Example]], what: str, folder: Path) -> Measures:
-    """Supervised training from the model in `start`, saved with its tokenizer in `folder`."""
+    """Supervised training of the model in `start`, saved with its tokenizer in `folder`."""
     learner = SupervisedLearner(start, learner_config(training), device="cpu", total_steps=training.steps)
     losses = run_steps(learner.step, batches, training.steps, what)
     learner.save(folder)
@@ -70,7 +68,7 @@ def fine_tune(start: Path, training: Training, batches: Iterator[list[Example]],
 
 
 def make_base(tokenizer: Path, problems: Sequence[WordProblem], scale: Scale, seed: int, folder: Path) -> Measures:
-    """The language model that all policies start from: exercises and right solutions."""
+    """The start of all policies: exercises and right solutions."""
     untrained = folder.with_name(folder.name + "_untrained")
     loaded = load_tokenizer(tokenizer)
     save_untrained_policy(untrained, loaded, seed)
@@ -79,14 +77,14 @@ def make_base(tokenizer: Path, problems: Sequence[WordProblem], scale: Scale, se
 
 
 def make_policy(base: Path, problems: Sequence[WordProblem], scale: Scale, seed: int, folder: Path) -> Measures:
-    """The embedded policy: warm-started on careless solutions in all phrasings."""
+    """The embedded policy, warm-started on careless solutions in all phrasings."""
     tokens = ProblemTokens(problems, load_tokenizer(base))
     batches = careless_batches(tokens, scale.slip_rate, scale.warm_start.batch, seed)
     return fine_tune(base, scale.warm_start, batches, "policy", folder)
 
 
 def measure_policy(folder: Path, problems: Sequence[WordProblem], seed: int) -> Measures:
-    """Accuracy at temperature 1 and greedy, and how many problems have a right answer among eight."""
+    """Accuracy at temperature 1 and greedy, and the share of problems with a right answer among eight."""
     sampled = correctness(problems, answers_of(folder, problems, ANSWERS_PER_PROBLEM, PLAIN, seed))
     greedy = correctness(problems, answers_of(folder, problems, 1, GREEDY, seed))
     return {
@@ -100,7 +98,6 @@ def measure_policy(folder: Path, problems: Sequence[WordProblem], seed: int) -> 
 def answers_of(
     folder: Path, problems: Sequence[WordProblem], count: int, sampling: Sampling, seed: int
 ) -> list[list[str]]:
-    """Answers of the policy in `folder` to all problems."""
     tokenizer = load_tokenizer(folder)
     prompts = ProblemTokens(problems, tokenizer).prompts
     return sample_answers(load_policy(folder), tokenizer, prompts, count, sampling, seed)
@@ -109,7 +106,7 @@ def answers_of(
 def sample_pool(
     base: Path, problems: Sequence[WordProblem], asked: Sequence[WordProblem], scale: Scale, seed: int, folder: Path
 ) -> dict[str, list[list[str]]]:
-    """Fine-tune every policy of the pool and let it answer `asked` twice; answers by the name of the variant."""
+    """Fine-tune every policy of the pool; its two answers to each problem of `asked`, by the variant's name."""
     tokens = ProblemTokens(problems, load_tokenizer(base))
     trajectories: dict[str, list[list[str]]] = {}
     for number, variant in enumerate(scale.pool):

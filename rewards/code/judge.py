@@ -1,7 +1,4 @@
-"""From a response and its row to a verdict: the program, the tests (three shapes that data sets use), the comparison.
-
-Programs run in a sandbox; whether what they printed or returned was expected is decided here, on plain data.
-"""
+"""From a response and its row to a verdict: the program, three shapes of tests, the comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from rewards.services.sandbox import Isolation, Run, Unavailable, decode
 
 
 class BadTests(ValueError):
-    """A row whose tests cannot be used; the message is the reason."""
+    """The message is the samples' reason."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class AssertTests:
 
     tests: tuple[str, ...]
     setup: str = ""
-    """Runs before the tests and before the solution: imports, functions that both use."""
+    """Runs before the tests and the solution."""
     entry_point: str | None = None
     """The function under test, where the setup holds a stub of it."""
 
@@ -52,11 +49,11 @@ Tests = AssertTests | InputOutputTests | CallTests
 
 
 def read_tests(value: Any, setup: Any = None, entry_point: Any = None, prompt: str = "") -> Tests:
-    """Tests from the cells of a row.
+    """Read tests from the cells of a row; raise BadTests.
 
-    `value`: a list of assert statements, a Python text (`check(<entry point>)` is added to it where there is an entry
-    point), or `{"inputs": [...], "outputs": [...], "fn_name": ...}`, also as a JSON text. `setup`: Python text or list
-    of lines. `prompt`: a question that is Python itself, part of the setup. Raises BadTests.
+    `value`: assert statements, a Python text (with `check(<entry point>)` added if there is one), or `{"inputs":
+    [...], "outputs": [...], "fn_name": ...}`, also as JSON. `setup`: Python text or lines. `prompt`: a question that
+    is Python and belongs to the setup.
     """
     first = _setup(setup)
     if prompt:
@@ -67,8 +64,8 @@ def read_tests(value: Any, setup: Any = None, entry_point: Any = None, prompt: s
     if isinstance(value, Mapping):
         return _input_output(value, first)
     if isinstance(value, str) and value.strip():
-        called = f"{value}\n\ncheck({entry_point})\n" if entry_point else value
-        return AssertTests((called,), first, entry_point)
+        test = f"{value}\n\ncheck({entry_point})\n" if entry_point else value
+        return AssertTests((test,), first, entry_point)
     if (
         isinstance(value, Sequence)
         and not isinstance(value, str)
@@ -122,9 +119,9 @@ _PYTHON = {"python", "py", "python3"}
 
 
 def last_python_block(text: str) -> str | None:
-    r"""The content of the last block fenced as Python, else of the last without a language; None without either.
+    r"""Return the last block fenced as Python, else the last without a language, else None.
 
-    A block that is never closed reaches to the end of the text.
+    An unclosed block extends to the end of the text.
 
     >>> last_python_block("First\n```python\nx = 1\n```\nbetter\n```python\nx = 2\n```")
     'x = 2\n'
@@ -144,9 +141,9 @@ def last_python_block(text: str) -> str | None:
 
 
 def same_output(printed: str, expected: str, tolerance: float) -> bool:
-    """Equal line by line, white space between words and empty lines at the end aside.
+    """Compare line by line, ignoring white space between words and empty lines at the end.
 
-    Words that are expected to be decimal fractions may differ by `tolerance`, relative or absolute.
+    Words expected to be decimal fractions may differ by `tolerance`, relative or absolute.
     """
     left, right = _split_lines(printed), _split_lines(expected)
     return len(left) == len(right) and all(
@@ -171,9 +168,9 @@ def _same_word(printed: str, expected: str, tolerance: float) -> bool:
 
 
 def same_value(returned: Any, expected: Any, tolerance: float) -> bool:
-    """Equal as JSON: tuples are lists, keys of dictionaries are texts, fractions may differ by `tolerance`.
+    """Compare as JSON: tuples are lists, dictionary keys are texts, fractions may differ by `tolerance`.
 
-    True and 1 are different. Raises ValueError for a key that is a number of thousands of digits.
+    True is not 1. Raise ValueError for a key that is a number of thousands of digits.
     """
     if isinstance(expected, bool) or isinstance(returned, bool):
         return returned is expected
@@ -206,30 +203,22 @@ _SHOWN = 300
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the tests say about a program."""
-
     passed: int
     total: int
     timeout: bool
-    """It ran into the wall deadline or used up its CPU time."""
+    """It hit the wall-clock deadline or used up its CPU time."""
     trace: str
     """The first failure, for people."""
 
 
 class Judge:
-    """Judges programs in a sandbox.
-
-    >>> Judge(sandbox, every_test=False, float_tolerance=1e-6).judge("def f(x): return x", tests, deadline)
-    Verdict(passed=3, total=3, timeout=False, trace='all 3 tests passed')
-    """
-
     def __init__(self, isolation: Isolation, every_test: bool, float_tolerance: float) -> None:
-        """`every_test`: go on after the first failure, where the share of passed tests counts."""
+        """`every_test`: continue after a failure, where the share of passed tests counts."""
         self._isolation, self._every_test, self._tolerance = isolation, every_test, float_tolerance
 
     def judge(self, code: str, tests: Tests, deadline: float) -> Verdict:
-        """Raises BadTests if the tests do not work, Unavailable if the sandbox does not, TimeoutError if the deadline
-        (`time.monotonic()`) ends it before the code's own."""
+        """Raise BadTests or Unavailable if tests or sandbox do not work, TimeoutError if `deadline`
+        (`time.monotonic()`) comes before the code's own."""
         try:
             code.encode()
         except UnicodeEncodeError:
@@ -271,7 +260,7 @@ class Judge:
         return _verdict(passed, total, run, failures)
 
     def _is_expected(self, result: Any, expected: Any) -> bool:
-        """Whatever the result claims, it is compared here, as plain data."""
+        # Whatever the result claims, it is compared here, as plain data.
         if not isinstance(result, list) or len(result) != 2 or result[0] != "value":
             return False
         try:
@@ -309,7 +298,7 @@ def _shown(value: Any) -> str:
 
 
 class _Opaque:
-    """An object that is no plain data: equal to nothing."""
+    """Equal to nothing."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -320,7 +309,6 @@ def _tests_of(tests: Tests) -> tuple[Any, ...]:
 
 
 def _how(run: Run) -> str:
-    """How a run went wrong, if it did."""
     if run.ended == "timeout":
         return "timeout: the code took too long"
     if run.ended == "output":

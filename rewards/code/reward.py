@@ -18,60 +18,58 @@ from rlkit.experience import Group, GroupScores, Prompt, Score
 class CodeReward(Reward):
     """1 if the program in the response passes all tests of its row, else 0; or the share of tests passed.
 
-    A program that crashes, hangs, or takes more than it may scores 0: that is the model's failure. A sandbox that does
-    not work and tests that cannot be run are invalid, with the reason. Components: `correct`, `passed` (share of tests;
-    without `soft`, tests with standard input stop at the first failure, with it at a time-out) and `timeout`.
+    A program that crashes, hangs or exceeds a limit scores 0: that is the model's failure. A broken sandbox and
+    unusable tests make the sample invalid. Components: `correct`, `passed` (share; tests with standard input stop at
+    the first failure, with `soft` at a time-out) and `timeout`.
     """
 
     class Config(RewardConfig):
-        """Options of the code reward."""
-
         isolation: Literal["bubblewrap", "http"]
-        """Where model-written code runs. bubblewrap: sandboxes on this machine. http: a SandboxFusion service. There is
-        no default, and no way to run it without one of them."""
+        """Where model-written code runs. bubblewrap: sandboxes on this machine; http: a SandboxFusion service. There
+        is no default and no unisolated mode."""
         tests_column: str = "tests"
         """Data column with the tests: a list of assert statements, a Python text that defines `check`, or
         `{"inputs": [...], "outputs": [...], "fn_name": ...}` (also as JSON)."""
         setup_column: str | None = None
-        """Column with Python that runs before the tests and before the program (MBPP's `test_imports`)."""
+        """Column with Python that runs before the tests and the program (MBPP's `test_imports`)."""
         prompt_is_setup: bool = False
         """The question is Python, too, and runs before the tests and the program (HumanEval)."""
         entry_point_column: str | None = None
         """Column with the name of the function under test; the tests are then `check(<name>)` (HumanEval)."""
         require_fence: bool = True
-        """A response without a fenced code block scores 0; false: all of it is taken for the program."""
+        """A response without a fenced code block scores 0; false: the whole response is the program."""
         soft: bool = False
-        """The value is the share of tests passed instead of 1 for all and 0 otherwise."""
+        """Score the share of tests passed instead of 1 for all and 0 otherwise."""
         float_tolerance: float = Field(default=1e-6, ge=0)
-        """How far an expected decimal fraction and the one printed or returned may be apart, relative or absolute."""
+        """Tolerance, relative or absolute, where a decimal fraction is expected."""
         processes: int = Field(default=2, ge=1)
-        """Programs of one worker that run side by side (requests at a time for http)."""
+        """Concurrent programs of one worker (concurrent requests for http)."""
         wall_seconds: float = Field(default=10.0, gt=0)
         """Deadline of one program: of all its assert statements or calls, or of each standard input."""
         cpu_seconds: int = Field(default=5, ge=1)
-        """CPU time of one process of the program (bubblewrap)."""
+        """CPU time of each process of the program (bubblewrap)."""
         memory_mib: int = Field(default=1024, ge=64)
         """Address space of each process of the program."""
         max_processes: int = Field(default=8, ge=1)
-        """Processes and threads that a program may have at a time (bubblewrap)."""
+        """Concurrent processes and threads of a program (bubblewrap)."""
         file_mib: int = Field(default=16, ge=1)
-        """Size of all files that a program may write, in a folder that goes with it (bubblewrap)."""
+        """Size of all files that a program may write, in a temporary folder (bubblewrap)."""
         output_kib: int = Field(default=1024, ge=1)
-        """A program that prints more than this is ended (bubblewrap)."""
+        """A program that prints more is ended (bubblewrap)."""
         python: str | None = None
-        """Python interpreter of the programs (bubblewrap); null: the one below rlkit's environment, without its
-        packages. Name one of an environment with numpy if programs need that."""
+        """Python interpreter of the programs (bubblewrap); null: the base of rlkit's environment, without its
+        packages. Name one with numpy if programs need it."""
         url: str | None = None
         """Address of the service (http), such as `http://127.0.0.1:8080`."""
         token_variable: str | None = None
         """Environment variable with a bearer token for the service (http)."""
         max_tries: int = Field(default=4, ge=1)
-        """Tries of a request that fails for reasons of the service (http)."""
+        """Tries of a request that fails on the service's side (http)."""
 
         @model_validator(mode="after")
         def _options_belong_to_the_isolation(self) -> CodeReward.Config:
             foreign = _BUBBLEWRAP_ONLY if self.isolation == "http" else _HTTP_ONLY
-            # Not by what was given: a configuration that was written out names every field.
+            # By value: a configuration that was written out names every field.
             fields = type(self).model_fields
             idle = sorted(name for name in foreign if getattr(self, name) != fields[name].default)
             if idle:
@@ -82,13 +80,12 @@ class CodeReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """The columns with tests; programs run in sandboxes."""
         columns = (config.tests_column, config.setup_column, config.entry_point_column)
         return RewardTraits(columns=tuple(column for column in columns if column is not None), uses_gpu=False)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Run a program in the sandbox, and one that tries to get out (bubblewrap); look at the options (http)."""
+        """bubblewrap: run a program, and one that tries to escape; http: validate the options."""
         sandbox = _sandbox(config)
         try:
             sandbox.check()
@@ -104,11 +101,10 @@ class CodeReward(Reward):
         self._threads: ThreadPoolExecutor | None = None
 
     def start(self) -> None:
-        """Run a program in the sandbox, and one that tries to get out."""
         self._open()
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Run every response's program; equal programs of a group run once."""
+        """Equal programs of a group run once."""
         judge, threads = self._open()
         # A fifth of the call's deadline is kept for everything else, so that this gives up before it is killed.
         deadline = time.monotonic() + 0.8 * self.config.timeout_seconds
@@ -122,7 +118,6 @@ class CodeReward(Reward):
         ]
 
     def close(self) -> None:
-        """Let runs end, then free the sandboxes."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
@@ -168,9 +163,8 @@ _BUBBLEWRAP_ONLY = {"cpu_seconds", "max_processes", "file_mib", "output_kib", "p
 _HTTP_ONLY = {"url", "token_variable", "max_tries"}
 
 
-def _text(said: str) -> str:
-    """What programs say, as text that can be written to a file."""
-    return said.encode(errors="replace").decode()
+def _text(output: str) -> str:
+    return output.encode(errors="replace").decode()
 
 
 def _texts(group: Group) -> dict[str, None]:

@@ -1,4 +1,4 @@
-"""Options of a combined reward: its parts' own sections, which prompts each judges, and how scores become one."""
+"""Options of a combined reward: its parts' sections, the prompts of each, and how scores become one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ Scalar = bool | int | float | str
 
 
 def _as_list(value: Any) -> Any:
-    """One value may be written without brackets."""
     return [value] if isinstance(value, bool | int | float | str) else value
 
 
@@ -47,12 +46,11 @@ class When(Section):
     lacks: Names = ()
     """Columns that must be absent."""
     equals: Mapping[str, Values] = {}
-    """Column to the value, or the list of values, of which it must have one; types count (1 is not '1')."""
+    """Column to the value, or list of values, of which it must have one; types count (1 is not '1')."""
     differs: Mapping[str, Values] = {}
-    """Column to the value, or the list of values, of which it must have none; an absent column differs."""
+    """Column to the value, or list of values, of which it must have none; an absent column differs."""
 
     def applies(self, prompt: Prompt) -> bool:
-        """Whether the part judges this prompt."""
         return (
             all(_present(_column(prompt, name)) for name in self.has)
             and not any(_present(_column(prompt, name)) for name in self.lacks)
@@ -67,7 +65,6 @@ class When(Section):
 
     @property
     def always(self) -> bool:
-        """Whether there is no condition."""
         return self == When()
 
 
@@ -90,14 +87,14 @@ def _is_one_of(value: Any, values: Sequence[Scalar]) -> bool:
 
 TARGET = "_target_"
 PART_NAME = re.compile(r"(?!(?:unshaped|ensemble_std)$)[A-Za-z][A-Za-z0-9_]*")
-"""Names appear in keys (`reward.parts.NAME.weight`) and in metrics; the two excluded are components of the whole."""
+"""Names appear in keys (`reward.parts.NAME.weight`) and metrics; the two excluded are components of the whole."""
 
 
 class PartOptions(Section):
-    """What a combination says about any part."""
+    """Options of every part."""
 
     weight: float = 1.0
-    """Factor of its value and of its process rewards, with combine=sum, logical_and or mean."""
+    """Factor of its value and process rewards, with combine=sum, logical_and or mean."""
     when: When = When()
     """The prompts that it judges; the others are scored without it. All conditions must hold."""
 
@@ -108,7 +105,7 @@ class PartOptions(Section):
 
 
 class ShapedPartOptions(PartOptions):
-    """What a combination says about a part that is no combination itself."""
+    """Options of a part that is no combination itself."""
 
     shaping: Shaping = ()
     """Steps applied to its scores before they are combined."""
@@ -122,18 +119,14 @@ class RewardPart:
     target: str
     kind: type[Reward]
     config: RewardConfig
-    """Its own options."""
     options: PartOptions
-    """What the combination says about it."""
 
     @property
     def shaping(self) -> tuple[Step, ...]:
-        """Steps between its scores and the combination."""
         return self.options.shaping if isinstance(self.options, ShapedPartOptions) else ()
 
     @property
     def traits(self) -> RewardTraits:
-        """What its reward needs and how it behaves."""
         return self.kind.traits(self.config)
 
     def section(self) -> dict[str, Any]:
@@ -142,14 +135,14 @@ class RewardPart:
 
 
 def part_model(section: Mapping[str, Any]) -> type[BaseModel]:
-    """The typed section of a part: the fields of its class and those of a part. Raises PartError."""
+    """The fields of its class and those of a part. Raise PartError."""
     kind, options = _kind(section)
     own = kind.config_model({key: value for key, value in section.items() if key != TARGET})
     return create_model(f"{kind.__name__}Part", __base__=(options, own))
 
 
 def read_part(name: str, section: Any) -> RewardPart:
-    """A part from its section. Raises ValueError: PartError, pydantic's ValidationError, or a plain one."""
+    """Raise ValueError: PartError, pydantic's ValidationError, or a plain one."""
     if PART_NAME.fullmatch(name) is None:
         raise ValueError(
             f"{name!r} cannot name a part: letters, digits and _ only, a letter first; unshaped, ensemble_std are taken"
@@ -163,7 +156,7 @@ def read_part(name: str, section: Any) -> RewardPart:
 
 
 def _kind(section: Mapping[str, Any]) -> tuple[type[Reward], type[PartOptions]]:
-    """The class of a part, and what a combination says about it; a class with its own `shaping` field keeps that."""
+    """A class with a `shaping` field keeps that."""
     from rlkit.config.parts import PartError, import_part
 
     kind: type[Reward] = import_part("reward", section.get(TARGET))
@@ -190,12 +183,11 @@ class CombinedFields(RewardConfig):
     spread_weight: float = Field(default=1.0, gt=0)
     """mean_minus_std and mean_minus_variance: how much of the spread is subtracted."""
     shaping: Shaping = ()
-    """Steps applied to the combined scores, like [{kind:par,reference_value:0}]; a part may have its own before."""
+    """Steps applied to the combined scores, like [{kind:par,reference_value:0}]; parts may have their own before."""
 
     @model_validator(mode="before")
     @classmethod
     def _time_for_all_parts(cls, section: Any) -> Any:
-        """The parts score one after the other: by default the deadline of a call is the sum of theirs."""
         if not isinstance(section, Mapping) or "timeout_seconds" in section:
             return section
         seconds = _seconds(section.get("parts"))
@@ -209,13 +201,10 @@ class CombinedFields(RewardConfig):
 
     @property
     def combiner(self) -> Combiner:
-        """How values become one."""
         return parse_combiner(self.combine)
 
 
 class CombinedConfig(CombinedFields):
-    """Options of a combined reward."""
-
     parts: dict[str, Any] = Field(default={}, validate_default=True)
     """Name to section of each part: `_target_`, its reward's own fields, and `weight`, `when`, `shaping`."""
 
@@ -228,9 +217,9 @@ class CombinedConfig(CombinedFields):
 
 
 def typed_model(section: Mapping[str, Any], plain: type[CombinedConfig]) -> type[BaseModel]:
-    """`plain` with a typed section for each part, so that messages are as good as those about any other section.
+    """`plain` with a typed section for each part, for better messages.
 
-    A part whose class cannot be used is a field that no value suits; one without `_target_` is no field at all.
+    A part whose class cannot be used is a field that no value suits; one without `_target_` is no field.
     """
     parts = section.get("parts")
     if not isinstance(parts, Mapping) or not parts or not all(PART_NAME.fullmatch(str(name)) for name in parts):
@@ -250,7 +239,7 @@ def typed_model(section: Mapping[str, Any], plain: type[CombinedConfig]) -> type
 
 
 def read_parts(config: CombinedConfig) -> tuple[RewardPart, ...]:
-    """The parts, in the order they were named."""
+    """In the order they were named."""
     return tuple(read_part(name, section) for name, section in config.parts.items())
 
 
@@ -272,7 +261,7 @@ def _refusal(message: str) -> Any:
 
 
 def _seconds(parts: Any) -> float | None:
-    """Sum of the parts' deadlines; None if one of the parts is wrong (which is reported elsewhere)."""
+    """Sum of the parts' deadlines; None if a part is wrong (which is reported elsewhere)."""
     if isinstance(parts, BaseModel) or not isinstance(parts, Mapping) or not parts:
         return None
     total = 0.0

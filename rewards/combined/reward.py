@@ -40,7 +40,7 @@ def update_times(parts: Sequence[RewardPart]) -> dict[str, UpdateWhen]:
 
 
 def incompatibilities(config: CombinedConfig, parts: Sequence[RewardPart]) -> Iterator[str]:
-    """What does not fit together, as messages that name the key."""
+    """Messages about options that do not fit together."""
     combine = config.combiner
     for part in parts:
         key = f"reward.parts.{part.name}"
@@ -95,7 +95,7 @@ def _unfit_times(config: CombinedConfig, parts: Sequence[RewardPart]) -> Iterato
 
 
 def with_part_key(message: str, part: RewardPart) -> str:
-    """A part's own message with its keys as the user knows them (`reward.x` -> `reward.parts.NAME.x`)."""
+    """A part's message with the user's keys (`reward.x` -> `reward.parts.NAME.x`)."""
     own = "|".join(sorted(map(re.escape, part.kind.Config.model_fields), key=len, reverse=True))
     key = f"reward.parts.{part.name}"
     moved = re.sub(rf"\breward\.(?=(?:{own})\b)", f"{key}.", message)
@@ -103,7 +103,7 @@ def with_part_key(message: str, part: RewardPart) -> str:
 
 
 ScoresByPart = dict[str, list[GroupScores | None]]
-"""RewardPart -> its scores of every group; None where it does not judge the prompt."""
+"""Part name -> its scores per group; None where it does not judge the prompt."""
 
 
 class PartFailedError(UserError):
@@ -113,8 +113,8 @@ class PartFailedError(UserError):
 class CombinedReward(TrainableReward):
     """Asks its parts one after the other, shapes and combines their scores, and shapes the result.
 
-    A response that one of its parts cannot judge is invalid. It learns if a part does, or if a step has running
-    statistics, and is then hosted by one worker.
+    A response that a part cannot judge is invalid. With a part that learns or running statistics it learns, and has
+    one worker.
     """
 
     Config = CombinedConfig
@@ -132,15 +132,12 @@ class CombinedReward(TrainableReward):
 
     @classmethod
     def config_model(cls, section: Mapping[str, Any]) -> type[BaseModel]:
-        """A typed section for every part."""
         return typed_model(section, cls.Config)
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """What its parts need and do, and what it routes by or compares with.
-
-        Running statistics count a step before its advantages are computed.
-        """
+        """Those of the parts, with columns for routing and references. Running statistics are updated before
+        advantages."""
         parts = read_parts(config)
         traits = [part.traits for part in parts]
         steps = [*config.shaping, *(step for part in parts for step in part.shaping)]
@@ -164,13 +161,12 @@ class CombinedReward(TrainableReward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """What does not fit together, and what each part finds missing."""
         parts = read_parts(config)
         own = [with_part_key(message, part) for part in parts for message in part.kind.check(part.config)]
         return [*super().check(config), *incompatibilities(config, parts), *own]
 
     def start(self) -> None:
-        """Start every part. Raises PartFailedError with the name of the first that cannot start."""
+        """Raise PartFailedError that names the first part that cannot start."""
         for name, reward in self._rewards.items():
             try:
                 reward.start()
@@ -178,15 +174,14 @@ class CombinedReward(TrainableReward):
                 raise PartFailedError(f"part {name} cannot start: {_named(error)}") from error
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Combined scores. Raises PartFailedError, after all parts were asked, if some of them raised."""
+        """Raise PartFailedError, after all parts were asked, if some of them raised."""
         return self._combined(groups, self._ask(self._parts, groups))
 
     def _before_shaping(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Combined scores without the shaping of the whole."""
         return self._joined(groups, self._ask(self._parts, groups), learn=False)
 
     def _ask(self, parts: Sequence[RewardPart], groups: Sequence[Group], rescore: bool = False) -> ScoresByPart:
-        """Each part's scores of the groups that it judges, checked like those of a reward by itself."""
+        """Each part's scores of its groups, checked like those of a single reward."""
         scores: ScoresByPart = {}
         failures: dict[str, Exception] = {}
         for part in parts:
@@ -213,7 +208,6 @@ class CombinedReward(TrainableReward):
         return scores
 
     def _joined(self, groups: Sequence[Group], scores: ScoresByPart, learn: bool) -> list[GroupScores]:
-        """Parts shaped and combined."""
         shaped = {name: self._chains[name](groups, own, learn) for name, own in scores.items()}
         rule = Rule(self.config.combiner, self.config.spread_weight)
         joined = []
@@ -234,7 +228,7 @@ class CombinedReward(TrainableReward):
         return [scores for scores in self._whole(groups, joined, learn) if scores is not None]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Let the parts that learn do so, and count this step's values in the running statistics."""
+        """Update the parts that learn and the running statistics."""
         learning = [part.name for part in self._parts if part.name in update_times(self._parts)]
         metrics: dict[str, float] = {}
         for part in self._parts:
@@ -250,10 +244,10 @@ class CombinedReward(TrainableReward):
         return metrics
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Scores after an update: parts that learn before the advantages score again, all is shaped again.
+        """Score again the parts that learn before the advantages, and shape everything again.
 
-        Values of the other parts are read back from the components of the earlier scores. If no part gives new process
-        rewards, the earlier ones stay.
+        Other parts' values come from the components of earlier scores; process rewards stay if there are no new
+        ones.
         """
         before = [name for name, when in update_times(self._parts).items() if when == "before"]
         scores = self._earlier(groups)
@@ -269,7 +263,6 @@ class CombinedReward(TrainableReward):
         return [_invalid_stays(new, old) for new, old in zip(again, earlier, strict=True)]
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Hand them to the parts that follow the policy."""
         tensors = list(weights)
         for part in self._parts:
             reward = self._rewards[part.name]
@@ -277,7 +270,7 @@ class CombinedReward(TrainableReward):
                 reward.policy_weights(version, tensors)
 
     def save(self, folder: Path) -> None:
-        """Every part that learns in a folder of its name."""
+        """Each part that learns in a folder of its name."""
         for name in update_times(self._parts):
             reward = self._rewards[name]
             assert isinstance(reward, TrainableReward)
@@ -293,7 +286,7 @@ class CombinedReward(TrainableReward):
         }
 
     def _as_seen_by(self, part: RewardPart, group: Group) -> Group:
-        """The group with the scores that this part gave it."""
+        """The group with the scores of this part."""
         judges = [other.name for other in self._parts if other.options.when.applies(group.prompt)]
         # In a combination of members the parts' values replace a part's own members.
         alone = judges == [part.name] and not self.config.combiner.ensemble
@@ -304,7 +297,6 @@ class CombinedReward(TrainableReward):
 
     @classmethod
     def help_sections(cls) -> Iterator[HelpSection]:
-        """What every part may say, the ways to combine and the steps of a `shaping` list."""
         text = "Each part of reward=[a,b] has the fields of reward=a or reward=b, and these."
         yield HelpSection("reward.parts.NAME", text, ShapedPartOptions, "reward.parts.NAME.")
         for title, known in (("reward.combine={}", COMBINERS), ("shaping step {{kind:{}}}", STEPS)):
@@ -312,7 +304,6 @@ class CombinedReward(TrainableReward):
                 yield HelpSection(title.format(name), (kind.__doc__ or "").partition("\n")[0], kind)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """The states of the parts that learn, running statistics, version."""
         learning = update_times(self._parts)
         return {
             "version": self.version,
@@ -326,7 +317,7 @@ class CombinedReward(TrainableReward):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict. Raises ValueError if the parts or steps are others than those that were saved."""
+        """Raise ValueError if the saved parts or steps differ."""
         learning = update_times(self._parts)
         for what, saved, here in (
             ("parts", state["part_shaping"], self._chains),
@@ -344,7 +335,7 @@ class CombinedReward(TrainableReward):
         self.version = state["version"]
 
     def close(self) -> None:
-        """Close every part, also after one could not be closed; then raises the first error."""
+        """Close every part, even if some fail; then raise the first error."""
         errors = []
         for name, reward in self._rewards.items():
             try:
@@ -361,7 +352,7 @@ def _follows(part: RewardPart) -> bool:
 
 
 def _gives_raw_scores(config: CombinedConfig, parts: Sequence[RewardPart]) -> bool:
-    """Whether a part that counts does, and no step puts its values, or the combined ones, on a common scale."""
+    """Whether a part with a weight does, and no step of it or of the whole sets a common scale."""
     if config.combiner.sets_scale or any(step.sets_scale for step in config.shaping):
         return False
     counted = (part for part in parts if part.options.weight and part.traits.raw_scores)
@@ -397,6 +388,6 @@ def _invalid_stays(new: GroupScores, old: GroupScores) -> GroupScores:
 
 
 def _named(error: Exception) -> str:
-    """The class and the first line of an error: reasons are one line."""
+    """Class and first line of an error: reasons are one line."""
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""Ways to combine: from the scores of several rewards for one response, or one group, to one score."""
+"""Combiners: from the scores of several rewards for one response, or one group, to one score."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from rlkit.experience.types import FloatArray, SpanReward
 
 
 class Combiner(Named):
-    """From the values of several rewards for one response to one value. Subclass it for a way of your own."""
+    """From the values of several rewards for one response to one value. Subclass it for your own."""
 
     weighted: ClassVar[bool] = False
     """Whether weights count. Process rewards of several parts, and parts without a value, need that."""
     averages: ClassVar[bool] = False
-    """Whether it divides by the sum of the weights (process rewards then are, too)."""
+    """Whether it divides by the sum of the weights (process rewards, too)."""
     ensemble: ClassVar[bool] = False
-    """Whether the parts are members that estimate the same: their values stay in the score, with their spread."""
+    """Whether the parts estimate the same: their values stay in the score, with their spread."""
     pessimistic: ClassVar[bool] = False
     """Whether `reward.spread_weight` counts."""
     sets_scale: ClassVar[bool] = False
-    """Whether raw scores of a model have a known spread after it."""
+    """Whether raw model scores have a known spread after it."""
 
     def weight_problem(self, weight: float) -> str | None:
-        """What a weight must be instead, if this one is wrong."""
+        """What the weight must be, if it is wrong."""
         return None
 
     @abstractmethod
     def combine(self, values: Float64, weights: Float64, spread_weight: float) -> float:
-        """values [K], weights [K] of K >= 1 rewards -> one value; what is not finite makes the sample invalid."""
+        """values [K], weights [K], K >= 1 -> one value; one that is not finite makes the sample invalid."""
 
     def __str__(self) -> str:
         return self.kind
@@ -135,11 +135,10 @@ class MeanMinusVariance(Combiner):
 
 BUILT_IN = (Sum, Mean, Product, LogicalAnd, Median, Minimum, MeanMinusStd, MeanMinusVariance)
 COMBINERS: dict[str, type[Combiner]] = {combiner.model_fields["kind"].default: combiner for combiner in BUILT_IN}
-"""The package's combiners by kind."""
 
 
 def parse_combiner(value: Any) -> Combiner:
-    """The combiner of a kind, a dotted path, or a mapping with one of them and options. Raises ValueError."""
+    """From a kind, a dotted path, or a mapping with one of them and options. Raise ValueError."""
     return read_named(value, COMBINERS, Combiner, "combiner")  # type: ignore[type-abstract]
 
 
@@ -150,18 +149,16 @@ def _spelled_out(value: Any) -> str | dict[str, Any]:
 
 
 Combine = Annotated[str | dict[str, Any], BeforeValidator(_spelled_out)]
-"""What `parse_combiner` takes, with all options; a kind alone where there are none."""
+"""With all options; a kind alone where there are none."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How parts become one."""
-
     combiner: Combiner
     spread_weight: float = 1.0
 
     def __call__(self, values: Float64, weights: Float64) -> float:
-        """One value from values [K] and weights [K]. Raises ValueError if there are none."""
+        """values [K], weights [K] -> one value. Raise ValueError for K = 0."""
         if len(values) == 0:
             raise ValueError("there is nothing to combine")
         with np.errstate(over="ignore"):  # the caller refuses what is not finite
@@ -169,7 +166,7 @@ class Rule:
 
 
 def summed_tokens(scores: Sequence[Score], weights: Sequence[float]) -> FloatArray | None:
-    """sum w r_t [T] over the scores that have token rewards; None if none has."""
+    """sum w r_t [T] over the scores with token rewards, if any."""
     weighted = [
         weight * score.token_rewards.astype(np.float64)
         for score, weight in zip(scores, weights, strict=True)
@@ -179,7 +176,7 @@ def summed_tokens(scores: Sequence[Score], weights: Sequence[float]) -> FloatArr
 
 
 def summed_spans(scores: Sequence[Score], weights: Sequence[float]) -> tuple[SpanReward, ...]:
-    """sum w r over equal spans; all others are kept, in the order of their ends."""
+    """sum w r over equal spans; others are kept, in order of their ends."""
     values: defaultdict[tuple[int, int], float] = defaultdict(float)
     for score, weight in zip(scores, weights, strict=True):
         for span in score.span_rewards:
@@ -190,9 +187,9 @@ def summed_spans(scores: Sequence[Score], weights: Sequence[float]) -> tuple[Spa
 def averaged_pairs(
     pairs_by_reward: Sequence[Sequence[PreferencePair]], weights: Sequence[float]
 ) -> tuple[PreferencePair, ...]:
-    """For every two samples compared by anyone: the |weight|-weighted mean of the probability, winner named first.
+    """Per two samples that were compared the |weight|-weighted mean probability, winner first.
 
-    A reward with a negative weight counts for the other sample; one with weight 0 has no say.
+    A negative weight counts for the other sample, weight 0 not at all.
     """
     votes: defaultdict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     for pairs, weight in zip(pairs_by_reward, weights, strict=True):
@@ -216,15 +213,14 @@ class PartScores:
     name: str
     weight: float
     raw: GroupScores
-    """As the part's reward gave them, for the components."""
+    """Before its shaping, for the components."""
     shaped: GroupScores
-    """After its own shaping, for the combination."""
+    """After its shaping, for the combination."""
     show_shaped: bool
     """Whether the shaped value is a component, too."""
 
 
 def combined_group(samples: int, parts: Sequence[PartScores], rule: Rule) -> GroupScores:
-    """The scores of a group of `samples` samples from those of its parts."""
     scores = tuple(_combined(i, parts, rule) for i in range(samples))
     valid = {i for i, score in enumerate(scores) if score.valid}
     pairs = averaged_pairs(
@@ -296,10 +292,10 @@ def _components(i: int, parts: Sequence[PartScores]) -> dict[str, float]:
 
 
 def part_scores(scores: GroupScores, name: str, alone: bool = False) -> GroupScores:
-    """The scores of part `name`, read back from combined ones: its value, its components, and, where no other part
-    judged the prompt (`alone`), its ensemble's members.
+    """A part's scores, read back from combined ones; members of its ensemble only where it `alone` judged the
+    prompt.
 
-    Where it had no value, the combined process rewards take the place of its own. Invalid stays invalid.
+    A part without a value gets the combined process rewards. Invalid stays invalid.
     """
     return GroupScores(tuple(_part_score(score, name, alone) for score in scores.samples), scores.pairs)
 
@@ -314,7 +310,7 @@ def _part_score(score: Score, name: str, alone: bool) -> Score:
 
 
 def with_process_of(scores: GroupScores, earlier: GroupScores) -> GroupScores:
-    """These values with the process rewards, preferences and traces of earlier scores; invalid ones stay so."""
+    """New values with the earlier process rewards, preferences and traces; invalid ones stay so."""
     samples = []
     for new, old in zip(scores.samples, earlier.samples, strict=True):
         process = {"token_rewards": old.token_rewards, "span_rewards": old.span_rewards, "trace": old.trace}

@@ -1,4 +1,4 @@
-"""The options of `reward=implicit_prm`. No torch: they are checked before anything is loaded."""
+"""The options of `reward=implicit_prm`; no torch."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from rewards.base import RewardConfig, UpdateWhen
 
 Objective = Literal["ce", "dpo", "nca", "kto"]
 PAIRED: tuple[Objective, ...] = ("dpo", "nca")
-"""Objectives whose examples are pairs of a better and a worse response to one prompt."""
+"""Objectives on pairs of a better and a worse response to one prompt."""
 
 
 class ImplicitPRMConfig(RewardConfig):
-    """Options of the implicit PRM. Defaults are PRIME's (its script and paper), but for the learning rate's scale."""
+    """Defaults are PRIME's (its script and paper), but for the learning rate's scale."""
 
     model_path: str = "embedded:policy"
-    """Folder of the causal language model that pi_phi starts from: usually the policy's own."""
+    """Folder of the causal language model that pi_phi starts from: usually the policy's."""
     reference_path: str | None = None
     """Folder of the frozen pi_ref; null: the same as `model_path`."""
     outcome: dict[str, Any] | None = Field(default={"_target_": "rewards.verifiers.math.MathReward"})
-    """The reward that labels outcomes: `_target_` and its fields; its values should lie in 0 to 1. null: there is
-    none, and a response's value is the model's own score, beta * its summed log-ratios (then update=none)."""
+    """The reward that labels outcomes: `_target_` and its fields; its values should lie in 0 to 1. null: none; the
+    value is then the model's own score, beta * its summed log-ratios (needs update=none)."""
     reference: Literal["frozen", "policy"] = "frozen"
-    """frozen: pi_ref never changes; policy: it is the policy of each moment, so that rewards measure pi_phi against
-    that (its log-probs are taken here, at temperature 1; costs one transfer of the weights per step)."""
+    """frozen: pi_ref never changes; policy: it is the current policy (its log-probs are computed here, at temperature
+    1; costs one transfer of the weights per step)."""
     beta: float = Field(default=0.05, gt=0)
     """Scale of the log-ratios, in the rewards and in the objective."""
     objective: Objective = "ce"
-    """ce: each response against its label, soft labels allowed; dpo, nca: pairs inside a group; kto: unpaired."""
+    """ce: each response against its label, soft labels allowed; dpo, nca: pairs within a group; kto: unpaired."""
     update: UpdateWhen = "after"
-    """after: a step's scores are all taken before the model learns from it; before: it learns, then scores."""
+    """after: score all of a step before the model learns from it; before: learn, then score."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Constant learning rate of AdamW."""
     minibatch_groups: int = Field(default=64, ge=1)
-    """Groups per optimizer step; the groups of a training step are dealt out in order."""
+    """Groups per optimizer step, in order."""
     max_grad_norm: float = Field(default=10.0, gt=0)
     """Gradients are clipped to this norm."""
     tokens_per_microbatch: int = Field(default=16384, ge=1)
-    """Tokens that one forward and backward pass takes."""
+    """Tokens per forward and backward pass."""
     heldout_groups: int = Field(default=16, ge=0)
-    """Groups of the first steps that the model never learns from: its accuracy on them is shown (at most a quarter
-    of a step's groups is set aside)."""
+    """Groups of the first steps that the model never learns from, to measure its accuracy (at most a quarter of a
+    step's groups)."""
     offload: bool = False
     """CUDA only: keep both models and the optimizer in CPU memory while nothing is scored or learnt."""
 

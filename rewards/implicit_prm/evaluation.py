@@ -1,4 +1,4 @@
-"""How good an implicit PRM is on labelled responses: outcomes, choices among responses, first wrong steps."""
+"""Measures of an implicit PRM on labelled responses: outcomes, choices among responses, first wrong steps."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from algorithms.functional.selection import (
 )
 from rewards.implicit_prm.learner import Encoded
 from rewards.implicit_prm.steps import aggregate, step_scores
-from rewards.verifiers.math import final_answer
+from rewards.verifiers.answers import final_answer
 
 MOST_SUBSETS = 64
-"""Subsets of a prompt's responses that are looked at for each N."""
+"""Of a prompt's responses, for each N."""
 
 
 def outcome_metrics(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], beta: float) -> dict[str, float]:
-    """Of s = beta * sum q against the labels, names without area.
+    """Measure s = beta * sum q against the labels.
 
     pair_accuracy is over pairs of responses to one prompt whose labels differ (absent if there are none); a model equal
     to its reference has cross_entropy ln 2 and brier 0.25 with labels of 0 and 1.
@@ -58,9 +58,8 @@ def selection_accuracy(
 ) -> dict[int, dict[str, float]]:
     """N -> way of choosing one of N responses -> mean label of the chosen, for N = 1, 2, 4, ...
 
-    random, oracle, majority and shortest need no model: what it must beat (a score that only sees length shows here).
-
-    The mean is over subsets of N responses of each prompt that has as many, and over prompts. `prompts`: how many.
+    The mean is over subsets of N responses of each prompt that has as many, and over these prompts (`prompts`: their
+    number). random, oracle, majority and shortest need no model (a score that only sees length shows here).
     """
     group = _group_numbers(encoded)
     members = [np.flatnonzero(group == g) for g in np.unique(group)]
@@ -95,7 +94,6 @@ def _one_prompt(
     scores: Mapping[str, np.ndarray],
     seed: int,
 ) -> dict[str, float]:
-    """Mean over subsets of one prompt's responses."""
     results: dict[str, list[float]] = {}
     for subset in subsets(len(members), n, MOST_SUBSETS, seed):
         chosen = members[list(subset)]
@@ -114,9 +112,9 @@ def _one_prompt(
 def first_error_result(
     encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], coefficient: float, threshold: float | None
 ) -> ProcessBench | None:
-    """ProcessBench of the responses whose first wrong step is known (None: no such response).
+    """ProcessBench of responses with a known first wrong step; None if there are none.
 
-    Without a threshold the best one for these very responses is searched.
+    Without a threshold, the best one for these very responses.
     """
     known = [(one, q) for one, q in zip(encoded, ratios, strict=True) if one.rollout.first_error is not None]
     if not known:
@@ -129,7 +127,6 @@ def first_error_result(
 
 
 def selection_table(table: Mapping[int, Mapping[str, float]]) -> str:
-    """The choices as lines of text, percent."""
     names = [name for name in next(iter(table.values())) if name != "prompts"]
     width = max(len(name) for name in names)
     head = f"{'accuracy of one of N, %':<{max(width, 24)}}" + "".join(f"{f'N={n}':>8}" for n in table)
@@ -141,7 +138,7 @@ def selection_table(table: Mapping[int, Mapping[str, float]]) -> str:
 
 
 def sample_rows(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], beta: float) -> list[dict[str, Any]]:
-    """One record per response: its score and its steps' rewards, at training's scale."""
+    """Scores and steps' rewards, at training's scale."""
     return [
         {
             "origin": one.rollout.origin,

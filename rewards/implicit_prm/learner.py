@@ -1,4 +1,4 @@
-"""An implicit PRM in a DeepSpeed engine: rollouts in tokens, examples of a step, both models, the objective."""
+"""Offline training of an implicit PRM."""
 
 from __future__ import annotations
 
@@ -41,30 +41,28 @@ if TYPE_CHECKING:
 
 Balance = Literal["none", "prompt"]
 Example = tuple[int, ...]
-"""Indices of the rollouts of one example: one, or the better and the worse one of a pair."""
+"""A rollout, or the better and the worse one of a pair, by index."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A rollout in tokens."""
-
     rollout: Rollout
     prompt: tuple[int, ...]
     response: tuple[int, ...]
-    """With the end-of-sequence token."""
+    """Ends with the end-of-sequence token."""
     steps: tuple[tuple[int, int], ...]
     """Response tokens [start, end) of each step."""
 
     @property
     def group(self) -> tuple[str, tuple[int, ...]]:
-        """Equal for responses to the same problem that was asked in the same words."""
+        """Equal for responses to the same problem, asked in the same words."""
         return self.rollout.group, self.prompt
 
 
 def encode(
     rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, style: StepStyle
 ) -> tuple[list[Encoded], list[BadRow]]:
-    """Prompts through the chat template, responses with their end; those longer than `max_tokens` in all are bad."""
+    """Render prompts, end responses; those above `max_tokens` in all are bad rows."""
     if not tokenizer.is_fast or tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise DataError(
             "reward.model_path: its tokenizer must have a tokenizer.json (for the places of tokens in the text), a "
@@ -98,21 +96,19 @@ def encode(
 
 
 def make_examples(encoded: Sequence[Encoded], paired: bool, balance: Balance, seed: int) -> list[Example]:
-    """Every response, or every pair of a better and a worse response to the same prompt.
+    """Every response, or every pair of a better and a worse response to one prompt.
 
     balance=prompt keeps as many right as wrong responses of each prompt, drawn by `seed`.
     """
-    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for i, one in enumerate(encoded):
-        groups.setdefault(one.group, []).append(i)
+    groups = _members(encoded)
     label = [one.rollout.label for one in encoded]
     if paired:
-        return [(a, b) for members in groups.values() for a in members for b in members if label[a] > label[b]]
+        return [(a, b) for members in groups for a in members for b in members if label[a] > label[b]]
     if balance == "none":
         return [(i,) for i in range(len(encoded))]
     rng = random.Random(seed)
     kept: list[int] = []
-    for members in groups.values():
+    for members in groups:
         right = [i for i in members if label[i] > 0.5]
         wrong = [i for i in members if label[i] <= 0.5]
         count = min(len(right), len(wrong))
@@ -120,8 +116,15 @@ def make_examples(encoded: Sequence[Encoded], paired: bool, balance: Balance, se
     return [(i,) for i in sorted(kept)]
 
 
+def _members(encoded: Sequence[Encoded]) -> list[list[int]]:
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for i, one in enumerate(encoded):
+        groups.setdefault(one.group, []).append(i)
+    return list(groups.values())
+
+
 def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example]) -> list[PromptTree]:
-    """The batch prompt by prompt: a prompt goes through the model once, and so does a response in several pairs."""
+    """Group by prompt: it, and a response in several pairs, then go through the model once."""
     groups: dict[tuple[str, tuple[int, ...]], list[Example]] = {}
     for example in batch:
         groups.setdefault(encoded[example[0]].group, []).append(example)
@@ -140,19 +143,16 @@ def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example]) -> list[P
 
 
 class PrmScorer:
-    """log pi_phi - log pi_ref of responses; ranks share the work, and all of them get the result."""
+    """log pi_phi - log pi_ref of responses; ranks share the work, and all get the result."""
 
     def __init__(self, policy: Any, reference: PackedCausalLM, config: LearnerConfig, device: str) -> None:
         self.policy, self.reference, self.config, self.device = policy, reference, config, device
 
     @torch.no_grad()
     def log_ratios(self, encoded: Sequence[Encoded]) -> list[np.ndarray]:
-        """q [T] float32 of every response, in order."""
+        """q [T] float32 of every response."""
         self.policy.eval()
-        groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        for i, one in enumerate(encoded):
-            groups.setdefault(one.group, []).append(i)
-        members = list(groups.values())
+        members = _members(encoded)
         trees = [Tree(encoded[m[0]].prompt, tuple(encoded[i].response for i in m)) for m in members]
         batches = split_by_tokens([tree.tokens for tree in trees], self.config.tokens_per_microbatch)
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -199,23 +199,22 @@ class PrmLearner:
             check_equal(self.training.engine, self.reference, device, config.logit_elements_per_chunk)
 
     def step(self, encoded: Sequence[Encoded], batch: Sequence[Example]) -> float:
-        """One optimizer step; returns the mean objective per example before it (ln 2 at the first, with ce or dpo)."""
+        """Return the mean objective per example before the step (ln 2 at first, with ce or dpo)."""
         items = prompt_items(encoded, batch)
         self._estimate_baseline(items)
         return self.training.step(items, len(batch))
 
     def evaluate(self, encoded: Sequence[Encoded], examples: Sequence[Example]) -> float:
-        """The mean objective per example."""
         items = prompt_items(encoded, examples)
         self._estimate_baseline(items)
         return self.training.evaluate(items, len(examples))
 
     def save(self, folder: Path) -> None:
-        """Write pi_phi as a plain Hugging Face folder; rank 0 writes."""
+        """All ranks call it, rank 0 writes."""
         save_language_model(self.training, folder)
 
     def _estimate_baseline(self, items: Sequence[PromptTree]) -> None:
-        """KTO's z over the whole batch, not per micro-batch; a batch with one prompt keeps the last one."""
+        """KTO's z is of the whole batch, not per micro-batch; a batch with one prompt keeps the last one."""
         if self.objective != "kto":
             return
         trees = list({tuple(item.tree.prefix): item.tree for item in items}.values())
@@ -225,7 +224,6 @@ class PrmLearner:
             self._baseline = torch.tensor(max(0.0, mean), device=self.training.device)
 
     def _loss(self, module: Any, items: Sequence[PromptTree]) -> Tensor:
-        """The objective's sum over the items' examples; the scores' sum for items without labels."""
         trees = [item.tree for item in items]
         ratios = log_ratios(
             module, self.reference, trees, self.training.device, self.training.config.logit_elements_per_chunk

@@ -1,7 +1,4 @@
-"""The two language models of an implicit PRM: log-ratios per token, training on outcomes, and measures of both.
-
-Log-ratios and objectives serve the reward that learns during a run and offline training alike.
-"""
+"""The two models of an implicit PRM: log-ratios per token, objectives, training on outcomes, measures."""
 
 from __future__ import annotations
 
@@ -41,11 +38,11 @@ from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import load_causal_lm
 
 LARGEST_INITIAL_RATIO = 1e-3
-"""Models of equal weights must agree to this: else the two run through different kernels or types."""
+"""Between models of equal weights; above it, they run through different kernels or types."""
 
 
 def log_ratios(policy: Any, reference: Any, trees: Sequence[Tree], device: str, chunk: int) -> Tensor:
-    """q = log pi_phi - log pi_ref [R] at temperature 1 of the trees' suffix tokens; differentiable in pi_phi."""
+    """q = log pi_phi - log pi_ref [R] of the trees' suffix tokens at temperature 1; differentiable in pi_phi."""
     packed = pack(trees).to(device)
     with torch.no_grad():
         reference_logprobs, _ = reference(packed, 1.0, chunk)
@@ -55,7 +52,7 @@ def log_ratios(policy: Any, reference: Any, trees: Sequence[Tree], device: str, 
 
 
 def response_scores(ratios: Tensor, trees: Sequence[Tree], beta: float, mask: Tensor | None = None) -> Tensor:
-    """s = beta * sum of q [S], one per suffix of the trees; rows with mask 0 do not enter."""
+    """s = beta * sum of q [S], one per suffix of the trees, without rows of mask 0."""
     lengths = torch.tensor([len(suffix) for tree in trees for suffix in tree.suffixes])
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(ratios.device)
     mask = torch.ones_like(ratios) if mask is None else mask
@@ -69,7 +66,7 @@ def objective_sum(
     pairs: tuple[Tensor, Tensor],
     baseline: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the objective over scores [S] with labels [S] (ce, kto), or over pairs ([P] better, [P] worse indices).
+    """Sum the objective over scores [S] with labels [S] (ce, kto), or over pairs ([P] better, [P] worse indices).
 
     `baseline`: KTO's z, of the whole batch.
     """
@@ -85,9 +82,9 @@ def objective_sum(
 
 
 def mismatched(trees: Sequence[Tree]) -> list[Tree]:
-    """The first response of each tree after the next tree's prompt: KTO's baseline is their mean score.
+    """Put the first response of each tree after the next tree's prompt: KTO's baseline is their mean score.
 
-    Trees must have different prompts. Raises ValueError for fewer than two.
+    Trees must have different prompts. Raise ValueError for fewer than two.
     """
     if len(trees) < 2:
         raise ValueError("KTO's baseline needs responses to at least two prompts in a batch")
@@ -97,7 +94,7 @@ def mismatched(trees: Sequence[Tree]) -> list[Tree]:
 
 @torch.no_grad()
 def check_equal(policy: Any, reference: Any, device: str, chunk: int) -> None:
-    """Raises ValueError if two models of equal weights do not give log-ratios of zero."""
+    """Raise ValueError if two models of equal weights do not give log-ratios of zero."""
     largest = float(log_ratios(policy, reference, [Tree((0,), (tuple(range(1, 17)),))], device, chunk).abs().max())
     if not largest <= LARGEST_INITIAL_RATIO:
         raise ValueError(
@@ -107,7 +104,7 @@ def check_equal(policy: Any, reference: Any, device: str, chunk: int) -> None:
 
 
 def labels_of(groups: Sequence[Group]) -> list[float | None]:
-    """Outcome in 0 to 1 of every sample, None where it is invalid or has no trained token."""
+    """Outcomes in 0 to 1; None if a sample is invalid or has no trained token."""
     return [
         min(1.0, max(0.0, score.value)) if score.valid and score.value is not None and sample.trained.any() else None
         for group in groups
@@ -116,7 +113,7 @@ def labels_of(groups: Sequence[Group]) -> list[float | None]:
 
 
 def before_update(groups: Sequence[Group]) -> dict[str, float]:
-    """Metrics `prm/...` of the scores that these groups carry: from before the update, so on unseen data."""
+    """Metrics `prm/...` of these groups' scores: from before the update, so on unseen data."""
     scores = np.array([score.components.get("implicit_prm", 0.0) for group in groups for _, score in group.scored()])
     labels, valid, group = _arrays(groups)
     metrics = {"prm/sign_accuracy": sign_accuracy(scores, labels, valid)} | _pairs(
@@ -133,17 +130,17 @@ def before_update(groups: Sequence[Group]) -> dict[str, float]:
 
 
 class HeldOut:
-    """Groups of the first steps, kept out of training: every update measures the model on them."""
+    """Groups of the first steps, kept out of training to measure the model at every update."""
 
     LARGEST_SHARE = 0.25
 
-    def __init__(self, wanted: int) -> None:
-        self.wanted = wanted
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.groups: list[Group] = []
 
     def set_aside(self, groups: Sequence[Group]) -> list[Group]:
-        """Keep some groups with differing outcomes while more are wanted; returns those to train on."""
-        room = min(self.wanted - len(self.groups), int(self.LARGEST_SHARE * len(groups)))
+        """Keep groups with differing outcomes until there are enough; return those to train on."""
+        room = min(self.size - len(self.groups), int(self.LARGEST_SHARE * len(groups)))
         taken = [group for group in groups if _differ(group)][:room] if room > 0 else []
         # Only tokens and scores are looked at again, and data columns may be anything: they are not kept.
         self.groups += [replace(group, prompt=replace(group.prompt, columns={})) for group in taken]
@@ -151,7 +148,7 @@ class HeldOut:
         return [group for group in groups if group.id not in kept]
 
     def metrics(self, token_rewards: Sequence[np.ndarray]) -> dict[str, float]:
-        """`prm/heldout_pair_accuracy`, from the present model's token rewards of all samples of `groups`."""
+        """`prm/heldout_pair_accuracy`, from the present token rewards of all samples of `groups`."""
         scores = np.array([float(rewards.sum()) for rewards in token_rewards])
         labels, valid, group = _arrays(self.groups)
         return _pairs("prm/heldout_pair_accuracy", scores, labels, valid, group)
@@ -163,7 +160,7 @@ def _differ(group: Group) -> bool:
 
 
 def _arrays(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels (0 where there is none), whether there is one, and the number of the group, of every sample."""
+    """Labels (0 if unknown), whether they are known, numbers of the groups."""
     known = labels_of(groups)
     valid = np.array([label is not None for label in known], dtype=np.bool_)
     labels = np.array([label or 0.0 for label in known], dtype=np.float64)
@@ -173,7 +170,7 @@ def _arrays(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _pairs(
     metric: str, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray, group: np.ndarray
 ) -> dict[str, float]:
-    """Pair accuracy over the groups whose outcomes differ; nothing if there are none."""
+    """Only groups whose outcomes differ count."""
     mixed = [g for g in np.unique(group[valid]) if np.ptp(labels[valid & (group == g)]) > 0]
     if not mixed:
         return {}
@@ -182,7 +179,7 @@ def _pairs(
 
 
 class ImplicitModel:
-    """pi_phi in a DeepSpeed engine of one rank, and a frozen pi_ref. Log-probs are taken at temperature 1."""
+    """pi_phi in a DeepSpeed engine of one rank, and a frozen pi_ref. Log-probs are at temperature 1."""
 
     def __init__(self, config: ImplicitPRMConfig, context: RewardContext) -> None:
         self.config, self.device = config, context.device
@@ -225,7 +222,7 @@ class ImplicitModel:
         return np.split(logprobs, np.cumsum([len(suffix) for suffix in tree.suffixes])[:-1])
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """One pass over the groups in mini-batches; metrics `prm/...`, the accuracies from before the update."""
+        """Train once on the groups in mini-batches; return metrics `prm/...`, the accuracies from before the update."""
         metrics = before_update(groups)
         groups = self.heldout.set_aside(groups)
         if self.heldout.groups:
@@ -259,7 +256,7 @@ class ImplicitModel:
         }
 
     def set_reference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Give pi_ref new weights. Raises ValueError if they are of another architecture."""
+        """Raise ValueError for weights of another architecture."""
         policy = dict(weights)
         self.reference.forget()
         for name, parameter in self.reference.model.named_parameters():
@@ -272,19 +269,17 @@ class ImplicitModel:
             parameter.data.copy_(new)
 
     def save(self, folder: Path) -> None:
-        """pi_phi as a Hugging Face folder with its tokenizer."""
         with self._on_device():
             weights = {name: value.detach().cpu().clone() for name, value in self._weights()}
         save_policy(self.engine.module.model.config, weights.items(), folder)
         load_tokenizer(self.path).save_pretrained(folder)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Full fp32 weights and moments on the CPU, and the groups set aside, as JSON."""
+        """Full fp32 weights and moments on the CPU, and the held-out groups as JSON."""
         with self._on_device():
             return {"engine": full_state(self.engine), "heldout": json.dumps(to_json(self.heldout.groups))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
         with self._on_device():
             load_full_state(self.engine, state["engine"])
         self.heldout.groups = from_json(json.loads(state["heldout"]))
@@ -297,7 +292,7 @@ class ImplicitModel:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Inside, both models and the optimizer are on their device; outside, with `offload`, in CPU memory."""
+        """With `offload`, models and optimizer are in CPU memory outside the body."""
         if not self.config.offload or self._resident:
             yield
             return
@@ -317,7 +312,7 @@ class ImplicitModel:
         self._resident = False
 
     def _scores(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, labels, group number) of the valid samples of some groups; s = beta * summed log-ratios."""
+        """(s, labels, group number) of the valid samples."""
         trees = [group_tree(group) for group in groups]
         ratios = log_ratios(self.engine, self.reference.module, trees, self.device, self._chunk)
         mask = torch.from_numpy(np.concatenate([s.trained for g in groups for s in g.samples])).to(self.device)
@@ -328,7 +323,6 @@ class ImplicitModel:
         return scores[valid], labels.float(), numbers[valid]
 
     def _loss(self, groups: Sequence[Group], total: float, baseline: Tensor | None, seen: list[Tensor]) -> Tensor:
-        """A micro-batch's share of the objective's mean."""
         scores, labels, group = self._scores(groups)
         pairs = correct_incorrect_pairs(labels, group)
         loss = objective_sum(self.config.objective, scores, labels, pairs, baseline) / total
@@ -336,7 +330,7 @@ class ImplicitModel:
         return loss
 
     def _count(self, groups: Sequence[Group]) -> float:
-        """The number of terms in the objective's mean: valid samples, or pairs of a better and a worse one."""
+        """Terms in the objective's mean: valid samples, or pairs of a better and a worse one."""
         if self.config.objective not in PAIRED:
             return float(sum(label is not None for label in labels_of(groups)))
         pairs = 0
@@ -347,7 +341,7 @@ class ImplicitModel:
 
     @torch.no_grad()
     def _baseline(self, groups: Sequence[Group]) -> Tensor | None:
-        """KTO's z of a whole mini-batch; its lower bound 0 where there is only one prompt."""
+        """KTO's z of a whole mini-batch; its lower bound 0 if there is only one prompt."""
         if self.config.objective != "kto":
             return None
         by_prompt = {group.prompt.token_ids: group_tree(group) for group in groups}

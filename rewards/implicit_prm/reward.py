@@ -1,8 +1,7 @@
 """`reward=implicit_prm`: an outcome reward, and beta * log(pi_phi / pi_ref) for every token (arXiv 2412.01981).
 
-pi_phi starts as a copy of pi_ref and learns during the run from the outcome of every response, without step labels
-(PRIME, arXiv 2502.01456). Another reward (`outcome`, by default the rule verifier) gives the outcome, which is the
-score's value; the process rewards are its token rewards.
+pi_phi starts as a copy of pi_ref and learns during the run from outcomes, without step labels (PRIME, arXiv
+2502.01456). The value is the outcome, from another reward; the process rewards are its token rewards.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ class ImplicitPRM(TrainableReward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Needs what its outcome reward does; gives a reward per token."""
         own = RewardTraits(process_rewards=True, update_when=config.update, follows_policy=config.reference == "policy")
         if config.outcome is None:
             return own
@@ -60,7 +58,6 @@ class ImplicitPRM(TrainableReward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the models exist and the outcome reward passes its own check."""
         from rlkit.config.model_folder import ModelFolderError, check_model_folder
         from rlkit.config.parts import PartError
 
@@ -87,7 +84,7 @@ class ImplicitPRM(TrainableReward):
         return messages
 
     def start(self) -> None:
-        """Start the outcome reward and load both models; equal weights must give log-ratios of zero."""
+        """Load both models; equal weights must give log-ratios of zero."""
         from rewards.implicit_prm.model import ImplicitModel  # torch and DeepSpeed load only where a reward runs
 
         if self.config.offload and self.context.device == "cpu":
@@ -98,20 +95,19 @@ class ImplicitPRM(TrainableReward):
 
     @property
     def model(self) -> ImplicitModel:
-        """Raises RuntimeError before `start`."""
+        """Raise RuntimeError before `start`."""
         if self._model is None:
             raise RuntimeError("the implicit PRM was used before start()")
         return self._model
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """beta * log-ratio per token; the value is the outcome (invalid where that is), or the sum of these rewards."""
+        """The value is the outcome (perhaps invalid), or the sum of the token rewards."""
         if self._outcome is not None:
             return self._with_process_rewards(groups, self._outcome.score(groups))
         rewards = iter(self.model.token_rewards(groups))
         return [GroupScores(tuple(_alone(next(rewards)) for _ in group.samples)) for group in groups]
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """New process rewards for groups that carry their outcomes."""
         outcomes = [GroupScores(tuple(score for _, score in group.scored())) for group in groups]
         return self._with_process_rewards(groups, outcomes)
 
@@ -123,7 +119,7 @@ class ImplicitPRM(TrainableReward):
         ]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Train on the outcomes of scored groups; returns metrics `prm/...`."""
+        """Train on the outcomes of scored groups; return metrics `prm/...`."""
         metrics = self.model.update(groups)
         self.version += 1
         return metrics
@@ -133,26 +129,22 @@ class ImplicitPRM(TrainableReward):
         self.model.set_reference(weights)
 
     def save(self, folder: Path) -> None:
-        """pi_phi with its tokenizer; `reward.model_path=FOLDER` (and reference_path) scores with it elsewhere."""
+        """`reward.model_path=FOLDER` (and reference_path) scores with it elsewhere."""
         self.model.save(folder)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Weights, optimizer, version."""
         return {"version": self.version, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict."""
         self.version = state["version"]
         self.model.load_state_dict(state["model"])
 
     def close(self) -> None:
-        """End the outcome reward."""
         if self._outcome is not None:
             self._outcome.close()
 
 
 def _alone(rewards: np.ndarray) -> Score:
-    """The model's own score of a response, for best-of-N."""
     if not np.isfinite(rewards).all():
         return Score.invalid("not_finite: a log-ratio of the implicit PRM is not finite")
     total = float(rewards.sum())

@@ -1,6 +1,6 @@
-"""Scores of the steps of a response from its token log-ratios (arXiv 2412.01981); pure functions, no torch.
+"""Scores of a response's steps from its token log-ratios (arXiv 2412.01981); no torch.
 
-A step's reward is the sum of its tokens' rewards: `coefficient * q`, q = log pi_phi - log pi_ref. At inference the
+A token's reward is `coefficient * q`, q = log pi_phi - log pi_ref; a step's is the sum of these. At inference the
 authors' coefficient is 0.001, not training's beta.
 """
 
@@ -26,8 +26,8 @@ _LINE = re.compile(r"^[^\S\n]*\S", re.MULTILINE)
 def split_steps(text: str, style: StepStyle = "auto") -> list[tuple[int, int]]:
     """Characters [start, end) of each step; together they cover the text.
 
-    lines: every line that is not blank; numbered: every `Step <n>:`, and the text before the first one; auto: numbered
-    if the text has such a mark. A text without visible characters is one step.
+    lines: every line that is not blank; numbered: every `Step <n>:`, and the text before the first; auto: numbered if
+    the text has such a mark. A text without visible characters is one step.
     """
     if style == "auto":
         style = "numbered" if _NUMBERED.search(text) else "lines"
@@ -44,9 +44,9 @@ def token_steps(
 ) -> list[tuple[int, int]]:
     """Response tokens [start, end) of each step that has any; together they cover all `tokens`.
 
-    `offsets`: characters [start, end) of each token of `text`, from the tokenizer. A token belongs to the step with its
-    first visible character (or, if it has none, its first character), so a line's end belongs to that line; tokens
-    after the text (end of sequence) belong to the last step.
+    `offsets`: characters [start, end) of each token. A token belongs to the step with its first visible character
+    (or, if it has none, its first character), so a line's end belongs to that line; tokens after the text (end of
+    sequence) belong to the last step.
     """
     ends = np.array([end for _, end in steps])
     step_of = []
@@ -75,7 +75,7 @@ def step_scores(
 
 
 def aggregate(scores: Float64, how: Aggregate = "min") -> float:
-    """One score of a response from its step scores [S]; `last` of cumulative ones equals `sum` of single ones."""
+    """One score from step scores [S]; `last` of cumulative ones equals `sum` of single ones."""
     match how:
         case "min":
             return float(scores.min())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from rewards.implicit_prm.config import PAIRED
 from rlkit.config.model_folder import ModelFolderError, check_model_folder
 from rlkit.data.base import BadRow, DataConfig, DataError
 from rlkit.data.rendering import load_tokenizer
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from rewards.implicit_prm.learner import Encoded, PrmLearner
 
 NOTE = "implicit_prm.json"
-"""Beside the trained model: what its log-ratios are relative to."""
+"""Beside the trained model: the reference of its log-ratios."""
 
 
 class ImplicitPRMTraining(RewardTraining):
-    """Trains pi_phi so that sigma(beta * log(pi_phi / pi_ref)) of a response is the chance that it is right."""
+    """Trains pi_phi so that sigma(beta * log(pi_phi / pi_ref)) of a response is the probability that it is right."""
 
     class Config(RewardTrainingConfig):
         """Defaults are the published recipe's: one epoch, batch 64, cosine to 10 %, 3 % warm-up."""
@@ -45,21 +46,20 @@ class ImplicitPRMTraining(RewardTraining):
         beta: float = Field(default=0.05, gt=0)
         """Scale of the log-ratios in the objective."""
         balance: Literal["none", "prompt"] = "none"
-        """prompt: of each prompt as many right as wrong responses, the surplus left out (a prompt with one kind only is
-        left out whole)."""
+        """prompt: keep as many right as wrong responses of each prompt (a prompt with one kind only is left out)."""
         max_tokens: int | None = Field(default=None, ge=2)
-        """Prompts with responses longer than this are bad rows. null: what the model can take."""
+        """Longest prompt with response; longer ones are bad rows. null: what the model takes."""
         coefficient: float = Field(default=0.001, gt=0)
-        """Scale of the log-ratios in step scores when responses are chosen: matters for votes and for `threshold`."""
+        """Scale of the log-ratios in step scores when choosing responses: matters for votes and for `threshold`."""
         step_style: Literal["auto", "lines", "numbered"] = "auto"
-        """What a step of a response is: lines, `Step 3:`, or (auto) the latter where it occurs."""
+        """The steps of a response: lines, `Step 3:`, or (auto) the latter if it occurs."""
         threshold: float | None = Field(default=None, ge=0, le=1)
-        """ProcessBench: the first step whose sigma(cumulative score) is below this is wrong. null: the best one for the
-        evaluated rows themselves."""
+        """ProcessBench: the first step whose sigma(cumulative score) is below this is wrong. null: the best threshold
+        for the evaluated rows themselves."""
 
         @model_validator(mode="after")
         def _balance_has_effect(self) -> ImplicitPRMTraining.Config:
-            if self.balance != "none" and self.objective in ("dpo", "nca"):
+            if self.balance != "none" and self.objective in PAIRED:
                 raise ValueError(
                     f"balance={self.balance} has no effect with objective={self.objective}: pairs are even"
                 )
@@ -70,7 +70,6 @@ class ImplicitPRMTraining(RewardTraining):
 
     @classmethod
     def check(cls, config: Any, data: Any) -> list[str]:
-        """Whether the reference is there, too."""
         messages = super().check(config, data)
         if config.reference_path is not None:
             try:
@@ -80,7 +79,6 @@ class ImplicitPRMTraining(RewardTraining):
         return messages
 
     def run(self, report: Report) -> dict[str, Any]:
-        """The stage's work."""
         return self._evaluate(report) if self.context.stage == "evaluate" else self._train(report)
 
     def _train(self, report: Report) -> dict[str, Any]:
@@ -89,7 +87,7 @@ class ImplicitPRMTraining(RewardTraining):
 
         config, seed = self.config, self.context.seed
         responses, heldout = self._read(report)
-        paired = config.objective in ("dpo", "nca")
+        paired = config.objective in PAIRED
         examples = make_examples(responses, paired, config.balance, seed)
         judged = make_examples(heldout, paired, "none", 0)
         if not examples:
@@ -130,7 +128,6 @@ class ImplicitPRMTraining(RewardTraining):
         }
 
     def _evaluate(self, report: Report) -> dict[str, Any]:
-        """Judge the model on all rows."""
         config = self.config
         reference_path = config.reference_path or _noted_reference(config.model_path)
         report.phase("reading data")
@@ -167,7 +164,7 @@ class ImplicitPRMTraining(RewardTraining):
         return self._encode(train, bad + asked, report), self._encode(heldout, heldout_bad, report)
 
     def _encode(self, rollouts: Sequence[Rollout], bad: list[BadRow], report: Report) -> list[Encoded]:
-        """In tokens; warns of rows left out. Raises DataError if they are too many."""
+        """Raise DataError if too many rows are left out."""
         from rewards.implicit_prm.learner import encode
 
         folder = model_folder(self.config.model_path)
@@ -200,7 +197,6 @@ class ImplicitPRMTraining(RewardTraining):
         )
 
     def _choices(self, report: Report, encoded: Sequence[Encoded], ratios: list[np.ndarray]) -> dict[str, Any]:
-        """Best-of-N, votes and first wrong steps: shown, and for the summary."""
         from rewards.implicit_prm import evaluation
 
         config = self.config
@@ -238,7 +234,7 @@ class ImplicitPRMTraining(RewardTraining):
 
 
 def _noted_reference(model_path: str) -> str:
-    """The reference a model was trained against. Raises DataError if it does not say."""
+    """The reference that a model was trained against. Raise DataError if it is not known."""
     file: Path = model_folder(model_path) / NOTE
     if not file.is_file():
         raise DataError(f"reward.reference_path: {model_path} has no {NOTE}, so name the model it was trained against")

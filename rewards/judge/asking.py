@@ -1,10 +1,4 @@
-"""From a question to its verdict: cache, call, strict reading, and asking again where an answer cannot be read.
-
-Control tokens of chat templates are broken up in whatever is sent. A server that parses special tokens inside of a
-message's content would end the turn where a response says `<|im_end|>`, and take what follows for its own words. The
-endpoint's tokenizer is not known here, so the forms listed below, those of widespread families, get a space after the
-first character. A family that is not listed has tokens that pass. Nothing is removed, and the judge is told.
-"""
+"""Ask the judge: cache, call, strict parsing, and another try after an unreadable answer."""
 
 from __future__ import annotations
 
@@ -46,6 +40,9 @@ _BRACKETED = "|".join(
         *("gMASK", "sMASK", "MASK", "CLS", "SEP", "PAD", "UNK", "BOS", "EOS", r"UNUSED_TOKEN_\d{1,4}"),
     )
 )
+# A server that parses special tokens inside of message content would end the turn at a response's `<|im_end|>` and take
+# what follows for its own words. Its tokenizer is unknown: tokens of families that are not listed pass. Nothing is
+# removed, and the judge is informed.
 _BREAK = re.compile(
     "|".join(
         (
@@ -64,28 +61,25 @@ _BREAK = re.compile(
 )
 
 
-def broken_up(text: str) -> str:
-    """The text with a space behind the first character of everything that looks like a control token."""
+def break_control_tokens(text: str) -> str:
+    """Put a space after the first character of what looks like a control token."""
     return _BREAK.sub(" ", text)
 
 
-def harmless(messages: Sequence[Mapping[str, str]]) -> Chat:
-    """The chat without control tokens in any content; if there were some, its first message says so."""
-    chat = [{**message, "content": broken_up(message["content"])} for message in messages]
+def without_control_tokens(messages: Sequence[Mapping[str, str]]) -> Chat:
+    """If there are control tokens, the first message says so."""
+    chat = [{**message, "content": break_control_tokens(message["content"])} for message in messages]
     if chat and any(new["content"] != old["content"] for new, old in zip(chat, messages, strict=True)):
         chat[0]["content"] += NOTE
     return chat
 
 
 LOCK_SECONDS = 10.0
-"""How long a worker waits while another one writes to the shared file."""
+"""Seconds that a worker waits for another one's write."""
 
 
 class VerdictCache:
-    """Verdicts remembered by content: in memory, and on disk if asked for (shared by workers, kept between runs).
-
-    The least recently used are dropped from memory first; none are dropped from disk.
-    """
+    """LRU in memory and, with `file`, on disk: shared by workers, kept between runs, never evicted."""
 
     def __init__(self, size: int, file: Path | None) -> None:
         self._size = size
@@ -127,11 +121,10 @@ class VerdictCache:
 
 
 SHOWN_CHARACTERS = 200
-"""Of an answer that cannot be read, in the reason."""
 
 
 class Judge:
-    """Used from one event loop. Equal questions are asked once."""
+    """Used from one event loop; equal questions are asked once."""
 
     def __init__(self, client: ChatClient, cache: VerdictCache, max_reasks: int) -> None:
         self._client, self._cache, self._max_reasks = client, cache, max_reasks
@@ -140,8 +133,8 @@ class Judge:
         self._open: dict[str, asyncio.Task[Verdict | NoVerdict]] = {}
 
     async def ask(self, question: Question, deadline: float) -> Verdict | NoVerdict:
-        """The verdict; `deadline` is on `time.monotonic`."""
-        content = [self._identity, question.kind, harmless(question.messages)]
+        """`deadline` is on `time.monotonic`."""
+        content = [self._identity, question.kind, without_control_tokens(question.messages)]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         verdict = self._cache.get(key)
         if verdict is not None:
@@ -161,7 +154,7 @@ class Judge:
         chat, wrong, answer = question.messages, "", ""
         for _ in range(self._max_reasks + 1):
             try:
-                answer = await self._client.answer(harmless(chat), question.fields, deadline)
+                answer = await self._client.answer(without_control_tokens(chat), question.fields, deadline)
                 verdict = question.read(answer)
             except CallFailed as error:
                 return NoVerdict(str(error))

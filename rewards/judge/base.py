@@ -1,18 +1,4 @@
-"""The base of every reward that asks a language model: the endpoint, its cost and faults, the guard and the probe.
-
-A judge of your own says what is asked and how an answer is read, in a subclass:
-
->>> class Politeness(BaseJudge):
-...     def questions(self, prompt, responses):
-...         return [self._question(conversation(prompt.messages), response) for response in responses]
-...
-...     def _question(self, asked, response):
-...         blocks = [("CONVERSATION", asked), ("RESPONSE", response)]
-...         chat = fenced_chat("You judge manners.", blocks, f"Is it polite? {HOW}", self.context.seed)
-...         return Question((response,), chat, read_yes_or_no, HOW)
-
-docs/rewards/judge.md has a whole one. `rewards.judge.reward` is the one of `reward=judge`.
-"""
+"""Base of the rewards that ask a language model; docs/rewards/judge.md has an example of a subclass."""
 
 from __future__ import annotations
 
@@ -39,56 +25,54 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARE_OF_DEADLINE = 0.8
-"""Of the scoring call's time for the judge; then what has no verdict is invalid, and the worker is not killed."""
+"""Share of the scoring call's time; what has no verdict by then is invalid, and the worker is not killed."""
 RESERVED_FIELDS = ("messages", "model", "stream", "n", "response_format")
 ACCEPTED = 0.5
-"""A value from here on is a yes; so is a share of the win over a right response."""
+"""At least this value, or share of the win, is a yes."""
 
 Asked = Sequence[tuple[Question, Verdict | NoVerdict]]
 
 
 class JudgeError(UserError):
-    """The judge cannot be used; the message says why and what to do."""
+    """The message gives cause and remedy."""
 
 
 class BaseJudge(Reward):
     """Values from 0 (worst) to 1 (best). A response without a verdict is invalid, never 0.
 
-    A response without content (see `guard`) is 0 by rule, without a call; its component `guard` is 1.
+    The guard scores a response without content 0 without a call; its component `guard` is 1.
     """
 
     class Config(RewardConfig):
-        """Options of every judge."""
-
         base_url: str
-        """The endpoint up to and without `/chat/completions`, like `http://127.0.0.1:8000/v1`."""
+        """Base URL without `/chat/completions`, like `http://127.0.0.1:8000/v1`."""
         model: str
-        """Name of the model there."""
+        """The judge's model name at the endpoint."""
         api_key_variable: str | None = None
-        """Name of the environment variable that holds the key. The key itself is never in a configuration."""
+        """Environment variable that holds the key. The key itself is never in a configuration."""
         temperature: float = Field(default=0.0, ge=0)
-        """Of the judge's sampling."""
+        """The judge's sampling temperature."""
         max_answer_tokens: int = Field(default=1024, ge=1)
-        """Longest answer of the judge, its reasoning included."""
+        """Longest answer of the judge, including its reasoning."""
         request_fields: dict[str, Any] = Field(default={})
-        """Further fields of the request; null removes one (`{max_tokens: null, max_completion_tokens: 1024}`)."""
+        """Extra fields of the request; null removes one (`{max_tokens: null, max_completion_tokens: 1024}`)."""
         max_characters: int = Field(default=32768, ge=1)
         """Longer responses are invalid."""
         max_concurrent: int = Field(default=16, ge=1)
-        """Calls of one worker at a time."""
+        """Concurrent calls per worker."""
         call_timeout_seconds: float = Field(default=60.0, gt=0)
         """Deadline of one call."""
         attempts: int = Field(default=4, ge=1)
-        """Tries of one call after time-outs, lost connections and answers 408, 425, 429 and 5xx."""
+        """Tries per call after time-outs, lost connections and HTTP 408, 425, 429 and 5xx."""
         max_reasks: int = Field(default=2, ge=0)
-        """How often the judge is asked again after an answer that cannot be read; then the sample is invalid."""
+        """Times the judge is asked again after an unreadable answer; then the sample is invalid."""
         max_calls: int | None = Field(default=None, ge=1)
-        """Calls of a run, dealt out evenly to the workers. Then samples are invalid (`budget`) and the run stops by
-        `max_failed_share`."""
+        """Calls per run, divided evenly among the workers; then samples are invalid (`budget`) and
+        `max_failed_share` stops the run."""
         max_tokens: int | None = Field(default=None, ge=1)
-        """The same for tokens, as the server counts them (prompt and answer)."""
+        """The same for tokens (prompt and answer), as the server counts them."""
         cache_size: int = Field(default=65536, ge=1)
-        """Verdicts remembered in memory, by content."""
+        """Verdicts kept in memory, by content."""
         cache_file: str | None = None
         """SQLite file with all verdicts, shared by workers and later runs; null: memory only."""
         guard: bool = True
@@ -96,8 +80,8 @@ class BaseJudge(Reward):
         min_alphanumerics: int = Field(default=1, ge=1)
         """The guard rejects responses with fewer letters and digits."""
         probe: Literal["refuse", "warn", "off"] = "refuse"
-        """At the start, send responses without content (and right ones) to the judge; refuse to start if it accepts
-        the former or not the latter, or only warn. off: one question, to see that it answers."""
+        """At the start, send responses without content, and right ones, to the judge. refuse: do not start if it
+        accepts the former or not the latter; warn: only warn; off: ask one question."""
         max_false_positive_rate: float = Field(default=0.0, ge=0, le=1)
         """Share of the probe's questions on which one such response may be accepted."""
 
@@ -131,7 +115,7 @@ class BaseJudge(Reward):
             return self
 
         def unused(self) -> list[str]:
-            """Fields without effect under the others: they must keep their defaults."""
+            """Fields without effect, which must keep their defaults."""
             return [
                 *([] if self.guard else ["min_alphanumerics"]),
                 *([] if self.probe != "off" else ["max_false_positive_rate"]),
@@ -144,19 +128,19 @@ class BaseJudge(Reward):
 
     @abstractmethod
     def questions(self, prompt: Prompt, responses: Sequence[str]) -> Sequence[Question]:
-        """What to ask about different responses to a prompt (none, if all were rejected by rule).
+        """Return what to ask about distinct responses (may be none).
 
-        Raises CannotJudge if the prompt lacks what the judge needs; then all its samples are invalid.
+        Raise CannotJudge if the prompt lacks what the judge needs: its samples are then invalid.
         """
 
     def combine(self, texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) -> GroupScores:
-        """The scores of a group's texts. `decided`: text -> score by rule. `asked`: questions and their verdicts."""
+        """`decided` maps texts to scores by rule."""
         scores = {**mean_scores(asked), **decided}
         missing = Score.invalid("no_question: nothing was asked about this response")
         return GroupScores(tuple(scores.get(text, missing) for text in texts))
 
     def probes(self) -> Sequence[Probe]:
-        """What is sent at the start, unless `probe=off`: right responses beside some without content."""
+        """Right responses and some without content, sent at the start unless `probe=off`."""
         return [
             Probe(Prompt(f"probe-{i}", (Message("user", question),), (), (reference,), reference), right)
             for i, (question, reference, right) in enumerate(QUESTIONS)
@@ -164,19 +148,17 @@ class BaseJudge(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """The judge is a server."""
         return RewardTraits(uses_gpu=False)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the key is there."""
         name = config.api_key_variable
         if name is not None and not os.environ.get(name):
             return [f"reward.api_key_variable={name}: there is no such environment variable; export {name}=..."]
         return []
 
     def start(self) -> None:
-        """Connect and probe. Raises JudgeError with the cause and the remedy."""
+        """Connect and probe; raise JudgeError."""
         self._judge = _connect(self.config)
         self._runner = asyncio.Runner()
         warning = self._runner.run(self._introduce())
@@ -184,14 +166,12 @@ class BaseJudge(Reward):
             log.warning("%s", warning)
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Judge every group; all groups side by side."""
         if self._runner is None:
             raise RuntimeError(f"{type(self).__name__}.start() was not called, or failed")
         deadline = time.monotonic() + SHARE_OF_DEADLINE * self.config.timeout_seconds
         return self._runner.run(self._score(groups, deadline))
 
     def close(self) -> None:
-        """Close connections and the cache."""
         if self._runner is not None:
             if self._judge is not None:
                 self._runner.run(self._judge.close())
@@ -205,11 +185,11 @@ class BaseJudge(Reward):
         texts = [sample.text for sample in group.samples]
         decided = {text: score for text in texts if (score := self._by_rule(text)) is not None}
         try:
-            return await self._judged(group.prompt, texts, decided, deadline)
+            return await self._judge_group(group.prompt, texts, decided, deadline)
         except CannotJudge as error:
             return GroupScores((Score.invalid(str(error)),) * len(texts))
 
-    async def _judged(
+    async def _judge_group(
         self, prompt: Prompt, texts: Sequence[str], decided: Mapping[str, Score], deadline: float
     ) -> GroupScores:
         questions = self.questions(prompt, [text for text in dict.fromkeys(texts) if text not in decided])
@@ -221,14 +201,13 @@ class BaseJudge(Reward):
         return list(zip(questions, verdicts, strict=True))
 
     def _by_rule(self, text: str) -> Score | None:
-        """The score of a response that no judge needs to see."""
         if len(text) > self.config.max_characters:
             return Score.invalid(f"too_long: {len(text)} characters, more than {self.config.max_characters}")
         why = trivial(text, self.config.min_alphanumerics) if self.config.guard else ""
         return Score(0.0, components={"judge": 0.0, "guard": 1.0}, trace=f"rejected by rule: {why}") if why else None
 
     async def _introduce(self) -> str:
-        """Probe the judge as configured; returns a warning, if there is one. Raises JudgeError if it cannot be used."""
+        """Probe as configured; return a warning or "", or raise JudgeError."""
         config, probes = self.config, self.probes()
         deadline = time.monotonic() + config.timeout_seconds
         who = f"the judge {config.model} at {config.base_url}"
@@ -239,7 +218,9 @@ class BaseJudge(Reward):
                 asked = await self._ask(self.questions(probes[0].prompt, right[:2])[:1], deadline)
                 reasons = [verdict.reason for _, verdict in asked if isinstance(verdict, NoVerdict)]
             else:
-                judging = (self._judged(probe.prompt, (probe.right, *probe.rejects), {}, deadline) for probe in probes)
+                judging = (
+                    self._judge_group(probe.prompt, (probe.right, *probe.rejects), {}, deadline) for probe in probes
+                )
                 outcomes = [scores.samples for scores in await asyncio.gather(*judging)]
                 reasons = [score.reason for scores in outcomes for score in scores if not score.valid]
         except CannotJudge as error:
@@ -256,13 +237,12 @@ class BaseJudge(Reward):
         return f"{who}: {wrong}" if wrong else ""
 
 
-def judged(value: float, trace: str) -> Score:
-    """A score that the judge gave."""
+def judge_score(value: float, trace: str) -> Score:
     return Score(value, components={"judge": value, "guard": 0.0}, trace=trace)
 
 
 def mean_scores(asked: Asked) -> dict[str, Score]:
-    """Text -> the mean of its values in all questions about it; invalid if one of them has no verdict."""
+    """Map each text to its mean value; invalid if one question has no verdict."""
     verdicts: dict[str, list[tuple[int, Verdict | NoVerdict]]] = {}
     for question, verdict in asked:
         for index, text in enumerate(question.responses):
@@ -272,7 +252,7 @@ def mean_scores(asked: Asked) -> dict[str, Score]:
         failed = [verdict.reason for _, verdict in about if isinstance(verdict, NoVerdict)]
         known = [(verdict.values[index], verdict.reasoning) for index, verdict in about if isinstance(verdict, Verdict)]
         mean = sum(value for value, _ in known) / max(1, len(known))
-        scores[text] = Score.invalid(failed[0]) if failed else judged(mean, "\n".join(note for _, note in known))
+        scores[text] = Score.invalid(failed[0]) if failed else judge_score(mean, "\n".join(note for _, note in known))
     return scores
 
 

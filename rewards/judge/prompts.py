@@ -1,7 +1,4 @@
-"""What `reward=judge` asks: the form of a verdict, and three ways to judge a group (alone, in pairs, all at once).
-
-A mode makes questions of texts; it asks nothing by itself.
-"""
+"""What `reward=judge` asks: the form of a verdict, and three ways to judge a group (alone, in pairs, all at once)."""
 
 from __future__ import annotations
 
@@ -20,9 +17,9 @@ from rewards.judge.question import (
     Verdict,
     conversation,
     fenced_chat,
-    guided,
+    guided_decoding,
     json_object,
-    spoken,
+    strip_thinking,
 )
 from rlkit.experience import Message
 
@@ -41,17 +38,17 @@ _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The verdict that is asked for: scores of `responses` responses, or the winner of two."""
+    """Scores of `responses` responses, or the winner of two."""
 
     kind: Literal["scores", "winner"]
     responses: int
     low: float = 0.0
     high: float = 1.0
     reasons: bool = True
-    """Whether reasons are asked for, before the verdict."""
+    """Ask for reasons before the verdict."""
 
     def schema(self) -> dict[str, Any]:
-        """JSON schema of the answer. Reasoning comes first, so that the verdict follows from it."""
+        """Reasoning comes first, so that the verdict follows from it."""
         whole = float(self.low).is_integer() and float(self.high).is_integer()
         limits = {"minimum": int(self.low), "maximum": int(self.high)} if whole else {}
         score = {"type": "integer" if whole else "number", **limits}
@@ -73,11 +70,9 @@ class Form:
         }
 
     def names(self) -> list[str]:
-        """What responses are called in the question and in the answer."""
         return ["A", "B"] if self.kind == "winner" else [str(i + 1) for i in range(self.responses)]
 
     def instruction(self, answer_format: AnswerFormat) -> str:
-        """How to answer, for the judge."""
         scale = f"from {self.low:g} (worst) to {self.high:g} (best)"
         if answer_format == "text":
             line = {
@@ -102,9 +97,9 @@ class Form:
         return f"Answer with one JSON object and nothing else: {json.dumps(example)}, where {meaning}."
 
     def read(self, answer: str, answer_format: AnswerFormat) -> Verdict:
-        """The verdict in an answer. Raises Unparsable."""
+        """Raise Unparsable."""
         if answer_format == "text":
-            return self._read_text(spoken(answer))
+            return self._read_text(strip_thinking(answer))
         content = json_object(answer)
         reasoning = str(content.get("reasoning", ""))
         if self.kind == "winner":
@@ -138,7 +133,7 @@ class Form:
         return Verdict(tuple(self._scaled(float(number)) for number in match[1].split(",")), reasoning)
 
     def _scaled(self, score: Any) -> float:
-        """0 to 1. A score off the scale is an error: nobody knows what the judge meant."""
+        """Map to 0..1; a score off the scale is an error: nobody knows what the judge meant."""
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not self.low <= score <= self.high:
             raise Unparsable(f"a score is {score!r}, not a number from {self.low:g} to {self.high:g}")
         return (score - self.low) / (self.high - self.low)
@@ -146,8 +141,6 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What responses are judged by."""
-
     principle: str
     conversation: tuple[Message, ...]
     reference: str | None = None
@@ -155,7 +148,7 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How groups are judged; the fields are those of the configuration."""
+    """The fields are those of the configuration."""
 
     mode: Mode
     low: float
@@ -168,10 +161,10 @@ class Rules:
     seed: int
 
     def questions(self, material: Material, texts: Sequence[str]) -> list[Question]:
-        """What to ask about different texts. With `against=reference`, no question says which the reference is."""
+        """Questions about distinct texts; with `against=reference`, none reveals the reference."""
         if self.mode == "pointwise":
             return [self.question(material, (text,)) for text in texts]
-        order = shuffled(texts, material, self.seed)
+        order = shuffle(texts, material, self.seed)
         if self.mode == "listwise":  # in this order, a place in the group is worth nothing
             return [self.question(material, tuple(order))] if order else []
         if self.against == "reference":
@@ -185,7 +178,6 @@ class Rules:
         return [self.question(material, pair) for pair in orders]
 
     def question(self, material: Material, responses: tuple[str, ...]) -> Question:
-        """One question about these responses."""
         form = Form("scores", len(responses), self.low, self.high, self.reasons)
         task = "Score the response" + ("" if len(responses) == 1 else "s, each by itself and beside the others")
         if self.mode == "pairwise":
@@ -208,21 +200,21 @@ class Rules:
         )
         fields: dict[str, Any] = {}
         if self.answer_format == "json_schema":
-            fields = guided(form.schema())
+            fields = guided_decoding(form.schema())
         elif self.answer_format == "json_object":
             fields = {"response_format": {"type": "json_object"}}
         read = partial(form.read, answer_format=self.answer_format)
         return Question(responses, messages, read, instruction, fields, self.answer_format)
 
 
-def shuffled(texts: Sequence[str], material: Material, seed: int) -> list[str]:
-    """An order that depends on the texts alone and not on how they came."""
+def shuffle(texts: Sequence[str], material: Material, seed: int) -> list[str]:
+    """Order by a hash of the texts, independent of how they came."""
     salt = repr((seed, material.principle, material.conversation))
     return sorted(texts, key=lambda text: hashlib.sha256((salt + text).encode("utf-8", "surrogatepass")).digest())
 
 
 def opponents(texts: Sequence[str], neighbours: int | None) -> list[tuple[str, str]]:
-    """Who is compared with whom: everyone with everyone, or each with the next `neighbours` in a ring."""
+    """Pair everyone with everyone, or each with the next `neighbours` in a ring."""
     count = len(texts)
     if neighbours is None or 2 * neighbours >= count - 1:
         return list(itertools.combinations(texts, 2))

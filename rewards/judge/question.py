@@ -1,7 +1,6 @@
-"""What every judge is made of: a question, a chat that fences off what others wrote, and strict reading of the answer.
+"""The parts of every judge: a question, a chat that fences off foreign text, and strict reading of the answer.
 
-What cannot be read is an error and never a score. The verdict is taken from the structured answer alone (the whole
-answer, or its last line), so a verdict that the judge quotes from a response does not count.
+Only the structured answer counts (all of it, or its last line), not a verdict quoted from a response.
 """
 
 from __future__ import annotations
@@ -18,20 +17,17 @@ from rlkit.experience import Message
 Chat = list[dict[str, str]]
 
 
-class Unparsable(ValueError):
-    """The judge's answer is not in the form asked for; the message says what is wrong."""
+class Unparsable(ValueError): ...
 
 
 class CannotJudge(ValueError):
-    """There is nothing to ask about a prompt; the message is the reason for its samples (`class: details`)."""
+    """Nothing can be asked; the message is the samples' reason (`class: details`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge said about the responses in one question."""
-
     values: tuple[float, ...]
-    """One per response, 0 to 1; for two that were compared: their shares of the win."""
+    """One per response, 0 to 1; of two compared responses, the shares of the win."""
     reasoning: str
 
 
@@ -45,28 +41,26 @@ class NoVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt for the judge, and the parser of its answer."""
-
     responses: tuple[str, ...]
-    """What the verdict is about, in the order of its values."""
+    """In the order of the verdict's values."""
     messages: Chat
     read: Callable[[str], Verdict]
-    """Raises Unparsable: then the judge is asked again, with the message."""
+    """Raises Unparsable; the judge is then asked again, with the message."""
     instruction: str
-    """How to answer; repeated when the judge is asked again."""
+    """Repeated when the judge is asked again."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of the request, such as `guided(schema)`."""
+    """Extra fields of the request."""
     kind: str = ""
-    """Verdicts are remembered by this and the messages: a parser that gives other values needs another name."""
+    """Part of the cache key: a parser that gives other values needs another one."""
 
 
 def fenced_chat(
     role: str, blocks: Sequence[tuple[str, str]], task: str, seed: int, hashed: Sequence[str] | None = None
 ) -> Chat:
-    """The role as system message; the blocks (name, text), fenced off as material, and the task as user message.
+    """The role, then the fenced blocks (name, text) and the task.
 
-    A response cannot guess the fence: it would have to contain a hash of itself. `hashed`: the texts that the hash is
-    made of; None: those of the blocks.
+    A response cannot guess the fence, a hash of the texts `hashed` (None: of the blocks): it would have to contain
+    its own hash.
     """
     texts = [text for _, text in blocks] if hashed is None else list(hashed)
     digest = hashlib.sha256(repr((seed, texts)).encode())
@@ -84,18 +78,17 @@ def fenced_chat(
 
 
 def conversation(messages: Sequence[Message]) -> str:
-    """A prompt's messages as one text."""
     return "\n\n".join(f"{message.role}:\n{message.content}" for message in messages)
 
 
-def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Request fields for guided decoding: the answer keeps to this JSON schema."""
+def guided_decoding(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the answer follow a JSON schema."""
     named = {"name": "verdict", "strict": True, "schema": schema}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
-def spoken(answer: str) -> str:
-    """The answer without what the judge thought aloud before it. Raises Unparsable if nothing is left."""
+def strip_thinking(answer: str) -> str:
+    """Drop the judge's thinking; raise Unparsable if nothing is left."""
     text = answer.rpartition("</think>")[2].strip()
     if not text:
         raise Unparsable("the answer is empty")
@@ -103,8 +96,8 @@ def spoken(answer: str) -> str:
 
 
 def json_object(answer: str) -> dict[str, Any]:
-    """The one JSON object that the whole answer must be (a code fence around it is fine). Raises Unparsable."""
-    text = spoken(answer)
+    """Parse the one JSON object, which may be in a code fence; raise Unparsable."""
+    text = strip_thinking(answer)
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL)
     try:
         content = json.loads(fenced[1] if fenced else text, object_pairs_hook=_no_key_twice)

@@ -1,4 +1,4 @@
-"""`reward=judge`: responses judged by a principle in words, one by one, two at a time, or a whole group at once."""
+"""`reward=judge`: responses judged by a principle in words, one by one, in pairs, or a whole group at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from rewards.base import RewardContext, RewardTraits
-from rewards.judge.base import Asked, BaseJudge, judged, mean_scores
+from rewards.judge.base import Asked, BaseJudge, judge_score, mean_scores
 from rewards.judge.master_keys import Probe
 from rewards.judge.prompts import PRINCIPLE, Against, AnswerFormat, Material, Mode, Rules
 from rewards.judge.question import CannotJudge, Question
@@ -25,14 +25,12 @@ class JudgeReward(BaseJudge):
     """Values from 0 (worst) to 1 (best) by a principle: a score, or the share of wins."""
 
     class Config(BaseJudge.Config):
-        """Options of the judge."""
-
         mode: Mode = "pointwise"
         """pointwise: a score for each response; pairwise: share of wins; listwise: the whole group in one call."""
         principle: str = PRINCIPLE
-        """What makes a response good, in words: the rubric."""
+        """The rubric: what makes a response good, in words."""
         principle_column: str | None = None
-        """Data column with a principle of the prompt's own; where it is empty, `principle` holds."""
+        """Data column with each prompt's principle; where it is empty, `principle` applies."""
         reference: Literal["never", "if_given", "required"] = "if_given"
         """Whether the judge sees the prompt's first reference, or its gold answer where there is none."""
         low: float = 1.0
@@ -40,16 +38,16 @@ class JudgeReward(BaseJudge):
         high: float = 10.0
         """pointwise, listwise: the best score on the judge's scale."""
         against: Against = "group"
-        """pairwise: opponents are the other responses of the group, or the prompt's first reference."""
+        """pairwise: opponents are the rest of the group, or the prompt's first reference."""
         neighbours: int | None = Field(default=None, ge=1)
-        """pairwise in the group: each response meets this many next ones in a shuffled ring, hence has twice as many
+        """pairwise in the group: each response meets this many next ones in a shuffled ring, so twice as many
         opponents; null: everyone meets everyone."""
         swap: bool = True
-        """pairwise: ask both orders, so that a judge's liking for the first or second place cancels out."""
+        """pairwise: ask in both orders, which cancels a judge's position bias."""
         answer_format: AnswerFormat = "json_schema"
-        """How the verdict is asked for: json_schema (guided decoding), json_object, or text (its last line)."""
+        """Form of the verdict: json_schema (guided decoding), json_object, or text (its last line)."""
         reasons: bool = True
-        """Ask for reasons before the verdict. Off: cheaper; for judges that think by themselves before they answer."""
+        """Ask for reasons before the verdict. Off is cheaper, for judges that think before they answer."""
 
         @model_validator(mode="after")
         def _scale_and_reference(self) -> Self:
@@ -72,7 +70,6 @@ class JudgeReward(BaseJudge):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """A reference where one is required; the column with principles."""
         against_reference = config.mode == "pairwise" and config.against == "reference"
         return replace(
             super().traits(config),
@@ -116,7 +113,7 @@ class JudgeReward(BaseJudge):
 def win_rates(texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) -> GroupScores:
     """Scores and preferences of a group whose responses were compared with each other.
 
-    A response that was rejected by rule loses against every other; equal responses share the win.
+    A response rejected by rule loses against every other; equal responses share the win.
     """
     verdicts: dict[frozenset[str], list[tuple[Question, Any]]] = {}
     for question, verdict in asked:
@@ -125,7 +122,7 @@ def win_rates(texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) 
     rejected = {text for text, score in decided.items() if score.valid}
 
     def share(first: str, second: str) -> float | None:
-        """First's share of the win over second; None if they were not compared."""
+        """None if the two were not compared."""
         if first == second or {first, second} <= rejected:
             return 0.5
         if rejected & {first, second}:
@@ -144,7 +141,7 @@ def win_rates(texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) 
         won = [value for value in shares if value is not None]
         if not won:
             return Score.invalid("no_opponent: there is no other response to compare it with")
-        return judged(sum(won) / len(won), known[0].trace if known else "")
+        return judge_score(sum(won) / len(won), known[0].trace if known else "")
 
     scores = tuple(score(index, text) for index, text in enumerate(texts))
     preferences = []

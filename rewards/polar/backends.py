@@ -1,8 +1,4 @@
-"""What a POLAR discriminator's folder must hold, what runs it, and the self-test that every backend passes.
-
-A backend must score two canned inputs as a plain forward pass does. In the reward's process it is the packed
-`rewards.services.scorer.Scorer` or vLLM's pooling runner; servers are in `servers.py`.
-"""
+"""A POLAR discriminator's folder, what runs it in the reward's process, and the self-test of every backend."""
 
 from __future__ import annotations
 
@@ -22,27 +18,22 @@ if TYPE_CHECKING:
 
 
 RELEASED_ARCHITECTURE = "InternLM2ForRewardModel"
-"""What config.json of a released POLAR checkpoint names."""
+"""The architecture in a released POLAR checkpoint."""
 
 
-class DiscriminatorError(UserError, ValueError):
-    """A model folder that cannot serve as discriminator; the message says why and what to do."""
+class DiscriminatorError(UserError, ValueError): ...
 
 
 class Backend(Protocol):
-    """Scores token sequences."""
-
     def score(self, trees: Sequence[Tree]) -> Sequence[float | str]:
-        """Raw logits of all sequences of all trees, in order; a reason where one cannot be scored."""
+        """Return raw logits of all sequences in order, or a reason where one cannot be scored."""
         ...
 
-    def close(self) -> None:
-        """Free the model."""
-        ...
+    def close(self) -> None: ...
 
 
 class VllmBackend:
-    """vLLM's pooling runner in this process; its prefix cache shares common beginnings of sequences."""
+    """vLLM's pooling runner in this process, with its prefix cache."""
 
     def __init__(
         self, folder: Path, device: str, dtype: str, max_length: int, memory_gib: float, gpu_memory_utilization: float
@@ -82,9 +73,9 @@ class VllmBackend:
 
 
 def plain_scores(folder: Path, device: str, dtype: str, sequences: Sequence[Sequence[int]]) -> list[float]:
-    """Reference scores: transformers' own model class, one unpadded sequence at a time, read at its last token.
+    """Score by a plain forward pass of transformers, one unpadded sequence at a time, read at its last token.
 
-    Raises DiscriminatorError if weights are missing.
+    Raise DiscriminatorError if weights are missing.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -114,7 +105,7 @@ def plain_scores(folder: Path, device: str, dtype: str, sequences: Sequence[Sequ
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """The model's config.json. Raises DiscriminatorError if this is no one-label sequence classifier."""
+    """Return config.json. Raise DiscriminatorError unless it is a one-label sequence classifier."""
     try:
         config = read_config(folder)
     except DiscriminatorError as error:
@@ -138,7 +129,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The model's config.json. Raises DiscriminatorError if there is none, or no JSON object in it."""
+    """Return config.json. Raise DiscriminatorError if it is missing or no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise DiscriminatorError(f"{folder} holds no config.json; name a Hugging Face model folder")
@@ -152,7 +143,6 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder holds a model's weights, and not only its configuration and tokenizer."""
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
 
 
@@ -163,16 +153,15 @@ CANNED = (
 """(prompt, reference, candidate)"""
 FP32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.1
-"""Largest difference between the backend and a plain forward pass, in fp32 and in bf16 or fp16."""
+"""Largest difference from a plain forward pass in fp32, and in bf16 or fp16 (relative above 1)."""
 
 
 def canned_inputs(serialiser: Serialiser) -> list[tuple[int, ...]]:
-    """Token ids of the canned inputs."""
     return [tuple(serialiser.token_ids(serialiser.text(*canned))) for canned in CANNED]
 
 
 def scores_of(backend: Backend, sequences: Sequence[tuple[int, ...]]) -> list[float]:
-    """The backend's scores of the canned inputs. Raises DiscriminatorError if it refuses one."""
+    """Score the canned inputs. Raise DiscriminatorError if the backend refuses one."""
     from rlkit.models.packing import Tree
 
     scores: list[float] = []
@@ -184,7 +173,7 @@ def scores_of(backend: Backend, sequences: Sequence[tuple[int, ...]]) -> list[fl
 
 
 def check_white_space(serialiser: Serialiser, folder: Path) -> None:
-    """transformers may replace a folder's saved tokenizer by its model type's, which can lose spaces in silence."""
+    """transformers may silently replace a saved tokenizer by its model type's, which can lose white space."""
     expected = ["1", "+", "2", "3", f"4{SEPARATOR}1", "+", "2", f"5{MARKER}"]
     words = serialiser.text("1 + 2\n", "3\n4", "5").split()
     if words != expected:
@@ -192,7 +181,7 @@ def check_white_space(serialiser: Serialiser, folder: Path) -> None:
 
 
 def check_scores(scores: Sequence[float], expected: Sequence[float], tolerance: float, backend: str) -> None:
-    """Raise DiscriminatorError if a backend's scores are not those of a plain forward pass."""
+    """Raise DiscriminatorError if the scores are not those of a plain forward pass."""
     if not all(math.isfinite(score) for score in (*scores, *expected)):
         raise DiscriminatorError(f"the self-test gave non-finite scores: {backend} {scores}, transformers {expected}")
     if _close(scores, expected, tolerance):
@@ -210,7 +199,7 @@ def check_scores(scores: Sequence[float], expected: Sequence[float], tolerance: 
 
 
 def check_unsquashed(scores: Sequence[float], backend: str) -> None:
-    """Without weights to compare with: raise DiscriminatorError if the scores cannot be raw logits."""
+    """Raise DiscriminatorError if the scores cannot be raw logits: the check without weights to compare with."""
     if not all(math.isfinite(score) for score in scores):
         raise DiscriminatorError(f"self-test failed: {backend} gives the scores {scores}")
     if all(0 < score < 1 for score in scores):

@@ -1,10 +1,10 @@
-"""`python -m rewards.polar.convert SOURCE TARGET [like=RELEASED] [weights=true|false]`: POLAR checkpoints, exactly.
+"""`python -m rewards.polar.convert SOURCE TARGET [like=RELEASED] [weights=true|false]`: exact conversion of POLAR.
 
 A released checkpoint (`InternLM2ForRewardModel`, e.g. POLAR-7B) becomes a `LlamaForSequenceClassification` that
-transformers, vLLM and `reward=polar` load without remote code. A converted (and perhaps fine-tuned) one becomes an
+transformers, vLLM and `reward=polar` load without remote code. A converted (perhaps fine-tuned) one becomes an
 `InternLM2ForRewardModel` again; `like=RELEASED` names the folder whose configuration, tokenizer and code it takes.
-`weights=false` writes configuration and tokenizer only: enough for `reward.backend=http_...`. Weights stay as they are,
-bit by bit; no code of the folder is run, and pickles are read as plain tensors.
+`weights=false` writes configuration and tokenizer only: enough for `reward.backend=http_...`. Weights stay
+bit-identical; no code of the folder is run, and pickles are read as plain tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rewards.polar.backends import RELEASED_ARCHITECTURE, DiscriminatorError, read_config
+from rewards.polar.internlm2 import (
+    WeightReader,
+    from_llama,
+    llama_config,
+    released_tokenizer,
+    to_llama,
+    write_weights,
+)
 from rlkit.config.command import print_error
 from rlkit.experience import UserError
 
@@ -23,7 +32,7 @@ USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 if the folder cannot be converted, 2 for wrong arguments."""
+    """Return the exit code: 0, 1 if the folder cannot be converted, 2 for wrong arguments."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(words):
         print(__doc__)
@@ -50,10 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def convert(source: Path, target: Path, like: Path | None = None, *, weights: bool = True) -> None:
     """Convert a folder; its architecture decides the direction. A failure leaves `target` empty.
 
-    Raises DiscriminatorError.
+    Raise DiscriminatorError.
     """
-    from rewards.polar.backends import RELEASED_ARCHITECTURE, DiscriminatorError, read_config
-
     config = read_config(source)
     if target.exists() and any(target.iterdir()):
         raise DiscriminatorError(f"{target} is not empty; name a new or an empty folder")
@@ -80,8 +87,6 @@ def convert(source: Path, target: Path, like: Path | None = None, *, weights: bo
 
 
 def _import(source: Path, target: Path, config: Mapping[str, Any], weights: bool) -> None:
-    from rewards.polar.internlm2 import WeightReader, llama_config, released_tokenizer, to_llama, write_weights
-
     converted = llama_config(config)
     tokenizer = released_tokenizer(source, config.get("reward_token_id"))
     (target / "config.json").write_text(json.dumps(converted, indent=2) + "\n")
@@ -91,9 +96,6 @@ def _import(source: Path, target: Path, config: Mapping[str, Any], weights: bool
 
 
 def _export(source: Path, target: Path, config: Mapping[str, Any], like: Path, weights: bool) -> None:
-    from rewards.polar.backends import DiscriminatorError, read_config
-    from rewards.polar.internlm2 import WeightReader, from_llama, llama_config, write_weights
-
     released = read_config(like)
     expected = llama_config(released)
     shape = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

@@ -1,6 +1,6 @@
-"""Trajectories from a pool of policies: each prompt is answered by some of them, one vLLM engine after another.
+"""Trajectories from a pool of policies, sampled by one vLLM engine after another.
 
-`python -m rewards.polar.generation ORDER.json` samples one policy, in a process whose memory is free afterwards.
+`python -m rewards.polar.generation ORDER.json` samples one policy; its memory is free when the process ends.
 """
 
 from __future__ import annotations
@@ -31,47 +31,45 @@ from rlkit.models.folder import model_folder
 POLL_SECONDS = 0.2
 SHOWN_LINES = 20
 LOOP = re.compile(r"(.{2,200}?)\1{3,}", re.DOTALL)
-"""A span repeated four times or more in a row."""
+"""A span repeated four times or more."""
 SHORTEST_LOOP = 64
-"""Characters; shorter repetition is punctuation, a table's rule, a row of zeros."""
+"""Characters. Shorter repetition is punctuation, a table's rule, a row of zeros."""
 KEPT = 3
-"""Repetitions that stay: the sample still shows that its policy loops."""
+"""Repetitions kept: the sample still shows the loop."""
 ENDING = re.compile(r"[.!?。！？…][\"'”’)\]]*(?=\s)|[。！？]|\n")
-"""After which a text can end."""
 
 
 class Generation(Section):
-    """stage=generate: the pool, and how it is sampled. The defaults are the paper's."""
+    """stage=generate: the pool and its sampling. Defaults are the paper's."""
 
     policies: dict[str, str] = Field(default={})
     """The pool: name -> folder of a language model."""
     styles: dict[str, str] = Field(default={})
-    """Policy -> how it writes, where policies of the pool write differently; pre-training compares within a style."""
+    """Policy -> its style of writing, if styles differ; pre-training compares within a style."""
     policies_per_prompt: int = Field(default=2, ge=2)
-    """Policies that answer a prompt, drawn for each prompt."""
+    """Policies drawn for each prompt."""
     samples_per_policy: int = Field(default=2, ge=2)
-    """Responses of each of them: two make a reference and a positive."""
+    """Responses of each drawn policy: two make a reference and a positive."""
     prompts_as: Literal["chat", "text"] = "chat"
-    """chat: the prompt is a user's message in each policy's chat template; text: the policies continue it."""
+    """chat: a user's message in each policy's chat template; text: the policies continue the prompt."""
     longest_prefix: int | None = Field(default=None, ge=1)
-    """text: of every prompt only the first tokens stay, a random number from 1 to this (the paper: 1024)."""
+    """text: cut each prompt to a random number of tokens, from 1 to this (the paper: 1024)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Too cold and policies cannot be told apart, too hot and they blur."""
+    """Too low, policies cannot be told apart; too high, they blur."""
     top_p: float = Field(default=0.9, gt=0, le=1)
     """Sample from the smallest set of tokens with this probability."""
     top_k: int = Field(default=50, ge=0)
-    """Sample from this many likeliest tokens; 0: all."""
+    """Sample from this many most likely tokens; 0: all."""
     max_new_tokens: int = Field(default=4096, ge=1)
-    """A response that has not ended by then is cut back to its last whole sentence."""
+    """A response cut off here is trimmed back to its last whole sentence."""
     memory_gib: float = Field(default=1.0, gt=0)
     """CPU: memory of vLLM's key-value cache."""
     gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
-    """CUDA: share of the GPU's memory that vLLM takes."""
+    """CUDA: share of the GPU's memory for vLLM."""
     stall_seconds: float = Field(default=900.0, gt=0)
-    """A policy that finishes no response for this long (loading included) ends the run."""
+    """The run ends if a policy finishes no response for this long (loading included)."""
 
     def problems(self) -> list[str]:
-        """Cheap checks: messages, each beginning with its key."""
         messages = []
         for name, folder in self.policies.items():
             try:
@@ -91,7 +89,7 @@ class Generation(Section):
 
 @dataclass(frozen=True)
 class SamplingOrder:
-    """What the process that samples one policy must do (as JSON)."""
+    """The task of one sampling process, as JSON."""
 
     folder: str
     prompts: list[str]
@@ -110,17 +108,17 @@ class SamplingOrder:
 
 
 class SamplingFailed(DataError):
-    """A policy that could not be sampled; the message names it, the cause and its log."""
+    """The message names the policy, the cause and the log."""
 
 
 def draw(names: Sequence[str], prompts: int, policies: int, seed: int) -> list[list[str]]:
-    """Per prompt the policies that answer it, in the pool's order."""
+    """Draw each prompt's policies, in the pool's order."""
     rng = random.Random(f"pool/{seed}")
     return [sorted(rng.sample(names, policies), key=names.index) for _ in range(prompts)]
 
 
 def prefixes(prompts: Sequence[str], tokenizer: Any, longest: int, seed: int) -> list[str]:
-    """The first 1 to `longest` tokens of each document."""
+    """Return the first 1 to `longest` tokens of each prompt, as text."""
     rng = random.Random(f"prefix/{seed}")
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     return [tokenizer.decode(row[: rng.randint(1, longest)], skip_special_tokens=True) for row in ids]
@@ -137,7 +135,7 @@ def generate(
     is_right: Callable[[PromptRows, str], bool | None],
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of trajectories.jsonl, policy after policy. Raises SamplingFailed."""
+    """Yield the rows of trajectories.jsonl, policy after policy. Raise SamplingFailed."""
     names = list(options.policies)
     drawn = draw(names, len(prompts), options.policies_per_prompt, seed)
     for name in names:
@@ -177,7 +175,7 @@ _PASSED_ON = (
 
 
 def run_policy(name: str, order: SamplingOrder, work: Path, threads: int, stall_seconds: float) -> None:
-    """Sample one policy in a separate process: its memory is free afterwards, and a hang can be ended."""
+    """Sample one policy in a separate process, which frees its memory and can be ended if it hangs."""
     from rlkit.rollout.sampler import engine_environment
 
     spec, log, output = work / f"{name}.order.json", work / f"{name}.log", Path(order.output)
@@ -204,7 +202,6 @@ def run_policy(name: str, order: SamplingOrder, work: Path, threads: int, stall_
 
 
 def pool_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per policy: responses, how many ended by themselves, and how many are right where that is known."""
     report: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(row["policy"] for row in rows):
         mine = [row for row in rows if row["policy"] == name]
@@ -223,7 +220,7 @@ def pool_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def sample(order: SamplingOrder) -> None:
-    """Answer all prompts; those that the model has no room for are left out, and named."""
+    """Prompts too long for the model are left out, and named."""
     from rlkit.rollout.sampler import Request, Sampler, stop_token_ids
 
     folder = model_folder(order.folder)
@@ -275,18 +272,17 @@ def sample(order: SamplingOrder) -> None:
 
 
 def trim(text: str, finished: bool) -> str:
-    """The response as a policy's sample; `finished`: it ended by itself, not at the length limit."""
+    """Cut loops and, unless `finished`, the unfinished end."""
     text = without_loops(text)
     return text if finished else without_unfinished_end(text)
 
 
 def without_loops(text: str) -> str:
-    """Repeated spans cut to KEPT repetitions."""
     return LOOP.sub(lambda loop: loop[1] * KEPT if len(loop[0]) >= SHORTEST_LOOP else loop[0], text)
 
 
 def without_unfinished_end(text: str) -> str:
-    """Up to the last end of a sentence or line; a text without any stays as it is."""
+    """Cut after the last end of a sentence or line, if there is one."""
     ends = [match.end() for match in ENDING.finditer(text)]
     return text[: ends[-1]].rstrip("\n") if ends else text
 

@@ -1,9 +1,8 @@
-"""Released POLAR checkpoints (`InternLM2ForRewardModel`) as `LlamaForSequenceClassification`, and back: exact.
+"""Exact conversion of released POLAR checkpoints (`InternLM2ForRewardModel`) to `LlamaForSequenceClassification` and
+back.
 
-The two architectures compute the same; only names differ, and InternLM2 keeps queries, keys and values of a key-value
-head in one matrix. The Python code in a released folder is not run: under transformers 5 it silently gives wrong
-scores. The tokenizer is built from its SentencePiece model. Weights are read tensor by tensor and written in shards,
-so no more than a shard is in memory.
+Only names differ, and InternLM2 fuses queries, keys and values per key-value head. The Python code in a released folder
+is not run: under transformers 5 it silently gives wrong scores. At most one shard of weights is in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class WeightReader:
     """Tensors of a folder by name, from safetensors or from pickles, whose code is not run."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises DiscriminatorError if the folder holds no weights or names one twice."""
+        """Raise DiscriminatorError if the folder holds no weights or names one twice."""
         from safetensors import SafetensorError, safe_open
 
         self._file_of: dict[str, Path] = {}
@@ -54,11 +53,10 @@ class WeightReader:
 
     @property
     def names(self) -> list[str]:
-        """All names, file by file."""
         return list(self._file_of)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Raises DiscriminatorError if there is no tensor of that name."""
+        """Raise DiscriminatorError if there is no such tensor."""
         from safetensors import safe_open
 
         if name not in self._file_of:
@@ -91,7 +89,7 @@ class WeightReader:
 
 
 def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write safetensors under transformers' names: one file, or shards with an index."""
+    """Write safetensors under transformers' file names: one file, or shards with an index."""
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []
@@ -142,10 +140,9 @@ RENAMED_IN_LAYER = {
 FUSED = "attention.wqkv.weight"
 SPLIT = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
 COMPUTED = "rotary_emb.inv_freq"
-"""A buffer in some files that the configuration determines."""
+"""A buffer in some files, determined by the configuration."""
 LAYER = re.compile(r"(model\.layers\.(?P<number>\d+)\.)(?P<rest>.+)")
 _NAMED = 5
-"""How many missing tensors a message names."""
 SAME_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -164,7 +161,7 @@ SAME_FIELDS = (
 
 
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the converted model. Raises DiscriminatorError for what Llama cannot express."""
+    """Convert config.json. Raise DiscriminatorError for what Llama cannot express."""
     if config.get("architectures") != [RELEASED_ARCHITECTURE]:
         raise DiscriminatorError(f"config.json names {config.get('architectures')}, not {RELEASED_ARCHITECTURE}")
     if config.get("bias"):
@@ -195,10 +192,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """InternLM2's tensors under Llama's names.
-
-    Raises DiscriminatorError for a missing tensor and for one that no such model has.
-    """
+    """Yield InternLM2's tensors under Llama's names. Raise DiscriminatorError for a missing or an unknown one."""
     _check_complete(weights, config, [*RENAMED], [*RENAMED_IN_LAYER, FUSED])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     for name in weights.names:
@@ -215,7 +209,6 @@ def to_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple
 
 
 def from_llama(weights: WeightReader, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The reverse of to_llama."""
     _check_complete(weights, config, [*RENAMED.values()], [*RENAMED_IN_LAYER.values(), *SPLIT])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     top = {new: old for old, new in RENAMED.items()}
@@ -250,7 +243,7 @@ def _check_complete(
 
 
 def split_wqkv(fused: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values from InternLM2's matrix: for each key-value head its queries, its key, its value."""
+    """Split InternLM2's matrix, which holds for each key-value head its queries, its key and its value."""
     queries = heads // kv_heads
     hidden = fused.shape[1]
     grouped = fused.view(kv_heads, queries + 2, -1, hidden)
@@ -262,7 +255,6 @@ def split_wqkv(fused: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor
 
 
 def join_wqkv(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """The reverse of split_wqkv."""
     import torch
 
     queries = heads // kv_heads
@@ -276,7 +268,7 @@ def join_wqkv(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: i
 
 
 def _layer(name: str) -> tuple[str, str]:
-    """`model.layers.3.` and the rest of the name; two empty strings for a tensor outside the layers."""
+    """Split off `model.layers.3.`; two empty strings outside the layers."""
     match = LAYER.fullmatch(name)
     return (match[1], match["rest"]) if match else ("", "")
 
@@ -288,10 +280,10 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 def released_tokenizer(folder: Path, reward_token_id: int | None) -> PreTrainedTokenizerFast:
-    """The folder's tokenizer as a plain fast one.
+    """Return the folder's tokenizer as a plain fast one.
 
-    Raises DiscriminatorError if it cannot be built, lacks a marker, or has the final marker at another id than
-    `reward_token_id` (config.json's).
+    Raise DiscriminatorError if it cannot be built, lacks a marker, or has the final marker at another id than
+    config.json's `reward_token_id`.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -323,9 +315,10 @@ _SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_
 
 
 def from_sentencepiece(file: Path, added: dict[str, Any]) -> Any:
-    """A byte-fallback BPE `tokenizers.Tokenizer`. `added` (id -> token) renames pieces: `<|reward|>` has an old slot.
+    """Return a byte-fallback BPE `tokenizers.Tokenizer`. `added` (id -> token) renames pieces: `<|reward|>` has an old
+    slot.
 
-    Raises DiscriminatorError for another kind of SentencePiece model.
+    Raise DiscriminatorError for another kind of SentencePiece model.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
@@ -371,7 +364,7 @@ def _add_bos_and_eos(tokenizer: Any, settings: dict[str, Any]) -> None:
 
 
 def _text(token: Any) -> str:
-    """A special token as text: tokenizer_config.json writes it plainly or as an object."""
+    """tokenizer_config.json holds a string or an object."""
     return str(token["content"] if isinstance(token, dict) else token)
 
 

@@ -1,4 +1,4 @@
-"""The discriminator in a DeepSpeed engine: where training starts, the pair loss, and how good it is."""
+"""Training and measuring the discriminator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 from rewards.polar.backends import RELEASED_ARCHITECTURE
 from rewards.polar.serialise import MARKER, SEPARATOR, Limits, Serialiser, Wrapper
 from rewards.polar.triplets import PromptRows, Triplet, attainable_accuracy, contrasts, verdicts
-from rewards.verifiers.math import final_answer
+from rewards.verifiers.answers import final_answer
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
 from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens
@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PairMeasures:
-    """How a discriminator orders pairs."""
-
     loss: float
     accuracy: float
-    """Share of pairs with chosen strictly above rejected: a tie counts as wrong."""
+    """Share of pairs with chosen strictly above rejected."""
 
 
 class PolarLearner:
@@ -59,7 +57,7 @@ class PolarLearner:
         self.training = SupervisedEngine(scorer, self._loss, config, device=device, total_steps=total_steps)
 
     def comparisons(self, triplets: Sequence[Triplet]) -> list[PromptTree]:
-        """Triplets with one prompt and one reference put together; each different candidate is encoded once."""
+        """Group triplets by prompt and reference; each distinct candidate is encoded once."""
         together: dict[tuple[str, str], list[Triplet]] = {}
         for triplet in triplets:
             together.setdefault((triplet.prompt, triplet.reference), []).append(triplet)
@@ -77,29 +75,27 @@ class PolarLearner:
         return comparisons
 
     def _scores(self, module: Any, comparisons: Sequence[PromptTree]) -> Tensor:
-        """[candidates] raw scores."""
+        """[candidates]"""
         scores: Tensor = module(pack([comparison.tree for comparison in comparisons]).to(self.training.device))
         return scores
 
     def _margins(self, module: Any, comparisons: Sequence[PromptTree]) -> Tensor:
-        """[pairs] score of chosen minus score of rejected."""
+        """[pairs]"""
         scores = self._scores(module, comparisons)
         chosen, rejected = pair_indices(comparisons)
         margins: Tensor = scores[chosen] - scores[rejected]
         return margins
 
     def _loss(self, module: Any, comparisons: Sequence[PromptTree]) -> Tensor:
-        """Sum over pairs of -log sigmoid(chosen - rejected)."""
         total: Tensor = -logsigmoid(self._margins(module, comparisons)).sum()
         return total
 
     def step(self, triplets: Sequence[Triplet]) -> float:
-        """One optimizer step; returns the mean pair loss before it (ln 2 at the first, with a zero head)."""
+        """Return the mean pair loss before the step (ln 2 at first, with a zero head)."""
         return self.training.step(self.comparisons(triplets), len(triplets))
 
     @torch.no_grad()
     def measure(self, triplets: Sequence[Triplet]) -> PairMeasures:
-        """Loss and accuracy on triplets."""
         self.training.engine.eval()
         margins = torch.cat(
             [self._margins(self.training.engine, batch) for batch, _ in self._batches(self.comparisons(triplets))]
@@ -108,7 +104,7 @@ class PolarLearner:
 
     @torch.no_grad()
     def scores(self, inputs: Sequence[tuple[str, str, str]]) -> list[float]:
-        """Raw scores of (prompt, reference, candidate)."""
+        """Score (prompt, reference, candidate)."""
         self.training.engine.eval()
         comparisons = []
         for texts in inputs:
@@ -121,21 +117,20 @@ class PolarLearner:
         return scores
 
     def _batches(self, comparisons: Sequence[PromptTree]) -> Iterator[tuple[list[PromptTree], list[int]]]:
-        """Comparisons that fit into a forward pass, and their indices."""
         sizes = [comparison.tokens for comparison in comparisons]
         for indices in split_by_tokens(sizes, self.training.config.tokens_per_microbatch):
             yield [comparisons[index] for index in indices], indices
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
+        """All ranks call it, rank 0 writes."""
         save_classifier(self.training, self.tokenizer, folder)
 
 
 def load_start(folder: Path) -> tuple[PreTrainedTokenizerBase, PackedScorer]:
-    """Tokenizer and model. Raises ModelLoadError with the remedy.
+    """Raise ModelLoadError with the remedy.
 
-    A language model gets a head of zeros (the first pair loss is then ln 2) and, where its tokenizer has no tokens for
-    POLAR's two markers, those: their embeddings start as the mean of all others.
+    A language model gets a head of zeros (the first pair loss is then ln 2) and any missing token of POLAR's two
+    markers, embedded as the mean of all others.
     """
     config = json.loads((folder / "config.json").read_text())
     architecture = (config.get("architectures") or ["(none)"])[0]
@@ -160,7 +155,7 @@ def load_start(folder: Path) -> tuple[PreTrainedTokenizerBase, PackedScorer]:
 
 
 def _make_room(model: Any, tokens: int, new: int) -> None:
-    """Resize the embedding to `tokens` rows; initialise the last `new` with the mean of the others."""
+    """Set the last `new` of `tokens` embeddings to the mean of the others."""
     embeddings = model.get_input_embeddings().weight
     if embeddings.shape[0] < tokens:
         model.resize_token_embeddings(tokens, mean_resizing=False)
@@ -173,7 +168,7 @@ def _make_room(model: Any, tokens: int, new: int) -> None:
 
 
 def final(text: str) -> str:
-    """The marked final answer of a response, or the response itself where it marks none."""
+    """Return the marked final answer, or the whole response."""
     answer = final_answer(text)
     return text.strip() if answer is None else answer.text
 
@@ -181,21 +176,20 @@ def final(text: str) -> str:
 def measure(
     learner: PolarLearner, prompts: Sequence[PromptRows], policies: Sequence[str], across_styles: bool = False
 ) -> dict[str, float]:
-    """Everything that can be measured on these prompts."""
     measures: dict[str, float] = {}
-    told_apart = [triplet for group in contrasts(prompts, policies, across_styles) for triplet in group]
-    if told_apart:
-        measured = learner.measure(told_apart)
+    by_policy = [triplet for group in contrasts(prompts, policies, across_styles) for triplet in group]
+    if by_policy:
+        measured = learner.measure(by_policy)
         measures["same_versus_different_loss"] = measured.loss
         measures["same_versus_different_accuracy"] = measured.accuracy
-        measures["same_versus_different_attainable"] = attainable_accuracy(told_apart, final)
-        measures["same_versus_different_triplets"] = len(told_apart)
-    judged = [triplet for group in verdicts(prompts) for triplet in group]
-    if judged:
-        measured = learner.measure(judged)
+        measures["same_versus_different_attainable"] = attainable_accuracy(by_policy, final)
+        measures["same_versus_different_triplets"] = len(by_policy)
+    by_label = [triplet for group in verdicts(prompts) for triplet in group]
+    if by_label:
+        measured = learner.measure(by_label)
         measures["right_versus_wrong_loss"] = measured.loss
         measures["right_versus_wrong_accuracy"] = measured.accuracy
-        measures["right_versus_wrong_triplets"] = len(judged)
+        measures["right_versus_wrong_triplets"] = len(by_label)
     labelled = [
         (prompt, trajectory)
         for prompt in prompts
@@ -212,14 +206,14 @@ def measure(
 
 
 def correlation(left: Sequence[float], right: Sequence[float]) -> float:
-    """Pearson's; 0 where one side does not vary."""
+    """Pearson's; 0 if one side does not vary."""
     x, y = (np.asarray(values, dtype=np.float64) - np.mean(values) for values in (left, right))
     size = float(np.sqrt((x * x).sum() * (y * y).sum()))
     return float((x * y).sum() / size) if size > 0 else 0.0
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """From 0; equal values share the mean of their ranks."""
+    """Ranks from 0; equal values share their mean."""
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     middle: list[float] = ((ends - 1 + ends - counts) / 2)[inverse].tolist()

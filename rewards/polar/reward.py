@@ -1,4 +1,4 @@
-"""`reward=polar`: the raw score of a POLAR discriminator, which compares each response with reference answers."""
+"""`reward=polar`: the raw score of a POLAR discriminator, which compares responses with reference answers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,29 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
+from rewards.polar.backends import (
+    FP32_TOLERANCE,
+    HALF_TOLERANCE,
+    Backend,
+    DiscriminatorError,
+    VllmBackend,
+    canned_inputs,
+    check_folder,
+    check_scores,
+    check_unsquashed,
+    check_white_space,
+    has_weights,
+    plain_scores,
+    scores_of,
+)
 from rewards.polar.serialise import RESERVED_TOKENS, Limits, Reduce, Serialiser, UnclosedThinking, Wrapper, plan_group
 from rlkit.experience import Group, GroupScores
-
-if TYPE_CHECKING:
-    from rewards.polar.backends import Backend
-
+from rlkit.models.folder import model_folder
 
 BackendName = Literal["transformers", "vllm", "http_vllm", "http_sglang", "http_lmdeploy"]
 SERVERS = tuple(name for name in get_args(BackendName) if name.startswith("http_"))
@@ -36,54 +48,50 @@ ACTS_WITH: dict[str, tuple[str, ...]] = {
 
 
 class PolarConfig(RewardConfig):
-    """Options of the POLAR reward."""
-
     model_path: str = "embedded:polar"
-    """Folder of a one-label `...ForSequenceClassification`; `embedded:polar` is the tiny one in the package.
-
-    With a server: the folder whose tokenizer writes the input (the server needs none).
-    """
+    """Folder of a one-label `...ForSequenceClassification`; `embedded:polar` is the tiny one in the package. With a
+    server: the folder whose tokenizer writes the input."""
     backend: BackendName = "transformers"
-    """What runs the model. In the reward's process: transformers (packed, shared prefixes) or vLLM's pooling runner;
-    elsewhere: a running vLLM, SGLang or LMDeploy server."""
+    """In the reward's process: transformers (packed, shared prefixes) or vLLM's pooling runner; elsewhere: a running
+    vLLM, SGLang or LMDeploy server."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on CUDA, float32 on CPU. The head is always computed in float32. With a server: what it was
-    started with; float32 makes the comparison at the start strict, auto allows for half precision."""
+    """auto: bfloat16 on CUDA, float32 on CPU; the head is always float32. With a server: its dtype; float32 makes the
+    comparison at the start strict, auto allows for half precision."""
     max_references: int = Field(default=1, ge=1)
-    """References of a prompt that are used, best first."""
+    """References used per prompt, best first."""
     reduce: Reduce = "mean"
-    """How the scores against several references become one."""
+    """How scores against several references are combined."""
     wrapper: Wrapper = "sft"
     """Between prompt and response: a line break (sft), or nothing (pretrain: the response continues the prompt)."""
     newline_before_empty: bool = True
     """An empty response keeps the wrapper's line break, as in the official client (its training code drops it)."""
     max_length: int | None = Field(default=None, ge=16)
-    """Tokens of the whole input; null: 16384, or what the model takes if that is less."""
+    """Tokens of the whole input; null: 16384, or the model's limit if that is less."""
     max_response_length: int | None = Field(default=None, ge=1)
     """Tokens of reference and candidate each, cut on the right; null: a quarter of max_length."""
     unclosed_thinking: UnclosedThinking = "empty"
     """A `<think>` that never ends: score an empty answer, or keep the thought as the answer."""
     tokens_per_batch: int = Field(default=16384, ge=1)
-    """transformers: tokens of one forward pass, shared prefixes counted for each sequence that has them."""
+    """transformers: tokens per forward pass, shared prefixes counted for each sequence."""
     memory_gib: float = Field(default=1.0, gt=0)
     """vllm on CPU: memory of the key-value cache."""
     gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
-    """vllm on CUDA: share of the GPU's memory that it takes."""
+    """vllm on CUDA: share of the GPU's memory."""
     urls: tuple[str, ...] = ()
-    """Servers: base addresses of one or several replicas, like http://127.0.0.1:30000; requests go to each in turn."""
+    """Servers: base addresses of the replicas, like http://127.0.0.1:30000; requests go to each in turn."""
     served_model: str | None = None
-    """Servers: the `model` that requests name; null: they name none, which a server with one model takes."""
+    """Servers: the `model` in requests; null: none, which a server with one model accepts."""
     api_key_variable: str | None = None
     """Servers: environment variable of the reward's process with the key for `Authorization: Bearer`."""
     tokens_per_request: int = Field(default=65536, ge=1)
-    """Servers: tokens of the inputs in one request (an input above it gets a request of its own)."""
+    """Servers: input tokens per request (a longer input is sent alone)."""
     concurrent_requests: int = Field(default=8, ge=1)
-    """Servers: requests that each reward worker has open at a time."""
+    """Servers: open requests per reward worker."""
     request_timeout_seconds: float = Field(default=30.0, gt=0)
-    """Servers: after this a request is given up and made again, of the next replica if there are several."""
+    """Servers: time after which a request is retried, on the next replica if there are several."""
     compare_at_start: bool = True
-    """Servers: score two canned inputs with the weights in model_path, too, and refuse a server that differs. false
-    needs no weights there, and only notices scores that were squashed into 0 to 1."""
+    """Servers: also score two canned inputs with the weights in model_path, and refuse a server that differs. false
+    needs no weights, and only notices scores squashed into 0 to 1."""
 
     @field_validator("urls")
     @classmethod
@@ -120,21 +128,21 @@ class PolarConfig(RewardConfig):
 
 
 TOKENS_TO_SPARE = 8
-"""Positions of the model that `max_length` leaves free."""
+"""Positions of the model beyond `max_length`."""
 CONNECT_SECONDS = 30.0
-"""How long a server may take to score the first two inputs (or to come up)."""
+"""For a server's first two scores (or its start)."""
 SHARE_OF_DEADLINE = 0.9
-"""A call to a server ends after this share of timeout_seconds, so that its error comes before the worker is killed."""
+"""Of timeout_seconds: a server's error must come before the worker is killed."""
 
 
 class PolarReward(Reward):
-    """Scores by a discriminator: higher means more like the reference. The value is the raw, unbounded logit."""
+    """Raw, unbounded logit of a discriminator: higher means more like the reference."""
 
     Config: ClassVar[type[RewardConfig]] = PolarConfig
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Compares with references; values are logits, about -12 to +1 for the released model."""
+        """Logits of the released model are about -12 to +1."""
         return RewardTraits(references=True, uses_gpu=config.backend not in SERVERS, raw_scores=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
@@ -145,10 +153,6 @@ class PolarReward(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the folder holds a discriminator, and the environment a server's key."""
-        from rewards.polar.backends import check_folder, has_weights
-        from rlkit.models.folder import model_folder
-
         problems = []
         try:
             folder = model_folder(config.model_path)
@@ -163,15 +167,12 @@ class PolarReward(Reward):
         return problems
 
     def start(self) -> None:
-        """Load tokenizer and model, and compare the backend's scores of two canned inputs with a plain forward pass.
+        """Load the model and check its scores of two canned inputs.
 
-        Raises DiscriminatorError, SerialisationError or ServerError with the cause.
+        Raise DiscriminatorError, SerialisationError or ServerError.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from transformers import AutoTokenizer
-
-        from rewards.polar.backends import check_folder, check_white_space
-        from rlkit.models.folder import model_folder
 
         folder = model_folder(self.config.model_path)
         limits, self._max_length = lengths(self.config, check_folder(folder))
@@ -185,7 +186,6 @@ class PolarReward(Reward):
             self._backend = self._tested_backend(folder, self._serialiser)
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Score every response against its prompt's references; equal responses of a group are computed once."""
         if self._backend is None or self._serialiser is None:
             raise RuntimeError("PolarReward.start() was not called, or failed")
         options = (self.config.max_references, self._max_length, self.config.unclosed_thinking)
@@ -198,22 +198,11 @@ class PolarReward(Reward):
         ]
 
     def close(self) -> None:
-        """Free the model."""
         if self._backend is not None:
             self._backend.close()
             self._backend = None
 
     def _tested_backend(self, folder: Path, serialiser: Serialiser) -> Backend:
-        """The backend in this process, after it scored two canned inputs as a plain forward pass does."""
-        from rewards.polar.backends import (
-            FP32_TOLERANCE,
-            HALF_TOLERANCE,
-            VllmBackend,
-            canned_inputs,
-            check_scores,
-            plain_scores,
-            scores_of,
-        )
         from rewards.services.scorer import Scorer
 
         inputs = canned_inputs(serialiser)
@@ -242,16 +231,7 @@ class PolarReward(Reward):
         return backend
 
     def _tested_server(self, folder: Path, serialiser: Serialiser) -> Backend:
-        """The server, after it scored two canned inputs as the weights in the folder do (on this machine's CPU)."""
-        from rewards.polar.backends import (
-            FP32_TOLERANCE,
-            HALF_TOLERANCE,
-            canned_inputs,
-            check_scores,
-            check_unsquashed,
-            plain_scores,
-            scores_of,
-        )
+        """The plain forward pass runs on this machine's CPU."""
         from rewards.polar.servers import WIRES, Server, ServerBackend
 
         config = self.config
@@ -279,13 +259,11 @@ class PolarReward(Reward):
 
 
 def lengths(config: PolarConfig, model: Mapping[str, Any]) -> tuple[Limits, int]:
-    """Limits of the parts, and of the whole input: a little above `max_length`.
+    """Return the limits of the parts and of the whole input: above `max_length`, as a cut inside a character adds
+    tokens.
 
-    A cut inside a character can lengthen the text by tokens. Raises DiscriminatorError if the model (its config.json)
-    takes less than the configuration asks for.
+    Raise DiscriminatorError if the model (its config.json) takes less than the configuration asks for.
     """
-    from rewards.polar.backends import DiscriminatorError
-
     positions = int(model.get("max_position_embeddings", 16384 + TOKENS_TO_SPARE))
     room = positions - TOKENS_TO_SPARE
     if config.max_length is not None and config.max_length > room:

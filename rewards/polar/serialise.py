@@ -1,11 +1,9 @@
-"""POLAR's input text: `prompt⊕reference <|reward|> prompt⊕candidate [UNUSED_TOKEN_130]`, plain text, no chat template.
+"""POLAR's input: `prompt⊕reference <|reward|> prompt⊕candidate [UNUSED_TOKEN_130]`, plain text without chat template.
 
-Equal to the official client byte for byte (arXiv 2507.05197, InternLM/POLAR), with four differences, all of them bugs
-there: both markers are removed from what people and models wrote, so that no response can forge them; a prompt
-without any room left is dropped instead of kept whole; responses are always cut on the right (the official copies
-differ); and whether an empty response keeps its line break is chosen, not left to a comparison that never holds.
-
-`plan_group` serialises a group; its plan makes scores of the model's logits. No model is loaded here.
+Byte for byte that of the official client (arXiv 2507.05197, InternLM/POLAR), but for four bugs there: both markers are
+removed from prompts and responses, so none can be forged; a prompt without room is dropped, not kept whole; responses
+are always cut on the right (the official copies differ); whether an empty response keeps its line break is an option,
+not a comparison that never holds.
 """
 
 from __future__ import annotations
@@ -22,45 +20,37 @@ if TYPE_CHECKING:
     from rlkit.models.packing import Tree
 
 SEPARATOR = "<|reward|>"
-"""Between the half with the reference and the half with the candidate."""
 MARKER = "[UNUSED_TOKEN_130]"
-"""The last token; the score is read there."""
+"""The last token, where the score is read."""
 RESERVED_TOKENS = 4
-"""Kept free for the two markers and the two line breaks."""
+"""For two markers and two line breaks."""
 
 Wrapper = Literal["sft", "pretrain"]
 UnclosedThinking = Literal["empty", "keep"]
 
 
 class Tokenizer(Protocol):
-    """The methods of a Hugging Face tokenizer that are used."""
-
     def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
 
     def decode(
         self, token_ids: Sequence[int], skip_special_tokens: bool = ..., clean_up_tokenization_spaces: bool = ...
     ) -> str: ...
 
-    def convert_tokens_to_ids(self, token: str) -> int: ...
 
-
-class SerialisationError(UserError, ValueError):
-    """A text or a tokenizer that does not give POLAR's layout."""
+class SerialisationError(UserError, ValueError): ...
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long the parts may be, in tokens (a BOS token that the tokenizer adds counts)."""
+    """In tokens, with a BOS token if the tokenizer adds one."""
 
     max_length: int = 16384
     """The whole input."""
     max_response_length: int = 4096
-    """Reference and candidate, each; cut on the right. The prompt gets what is left, cut on the left."""
+    """Reference and candidate, each; cut on the right. The prompt gets the rest, cut on the left."""
 
 
 class Serialiser:
-    """Turns (prompt, reference, candidate) into POLAR's text and token ids."""
-
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -68,7 +58,7 @@ class Serialiser:
         wrapper: Wrapper = "sft",
         newline_before_empty: bool = True,
     ) -> None:
-        """Raises SerialisationError if the tokenizer does not know the two markers as single tokens."""
+        """Raise SerialisationError unless both markers are single tokens."""
         self._tokenizer = tokenizer
         self._limits = limits
         self._wrapper = wrapper
@@ -78,9 +68,9 @@ class Serialiser:
         self._encode_part = lru_cache(maxsize=4096)(self._encode_part_uncached)
 
     def text(self, prompt: str, reference: str, candidate: str, beside: Sequence[str] = ()) -> str:
-        """The input as text. Tokenise it whole: merges across the joints matter.
+        """Return the input's text. Tokenise it whole: merges across the joints matter.
 
-        `beside`: the other candidates of a training comparison; all see the prompt cut alike.
+        `beside`: the other candidates of a training comparison; all see the same cut of the prompt.
         """
         prompt_ids, reference_ids, candidate_ids = (self._encode_part(part) for part in (prompt, reference, candidate))
         longest = self._limits.max_response_length
@@ -97,7 +87,7 @@ class Serialiser:
         )
 
     def token_ids(self, text: str) -> list[int]:
-        """The input as token ids. Raises SerialisationError unless it has one separator and ends in the marker."""
+        """Raise SerialisationError unless the input has one separator and ends in the marker."""
         ids = list(self._tokenizer.encode(text, add_special_tokens=True))
         if ids.count(self.separator_id) != 1 or ids.count(self.marker_id) != 1 or ids[-1] != self.marker_id:
             raise SerialisationError(
@@ -129,22 +119,22 @@ class Serialiser:
 
 
 def without_markers(text: str) -> str:
-    """The text without the two markers, nor any that their removal would form."""
+    """Remove the two markers, and any that their removal forms."""
     while SEPARATOR in text or MARKER in text:
         text = text.replace(SEPARATOR, "").replace(MARKER, "")
     return text
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
-    """All contents, one per line; roles are not part of POLAR's input."""
+    """Roles are not part of POLAR's input."""
     return "\n".join(message.content for message in messages)
 
 
 def without_thinking(text: str, unclosed: UnclosedThinking = "empty") -> str:
-    """The answer without its `<think>...</think>` parts.
+    """Remove the `<think>...</think>` parts.
 
-    A `</think>` without its opening (which the chat template wrote) ends a thought that began with the text. An
-    unclosed `<think>` has no answer after it: `empty` keeps only the text before it, `keep` leaves the thought in.
+    A `</think>` without its opening (written by the chat template) ends a thought that began with the text. Of an
+    unclosed `<think>`, `empty` keeps only the text before it, `keep` the thought, too.
     """
     opening, closing = "<think>", "</think>"
     if opening not in text and closing not in text:
@@ -168,23 +158,23 @@ Reduce = Literal["mean", "max"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The group's responses beside one reference."""
+    """A group's responses with one reference."""
 
     tree: Tree
-    """Token sequences with their common prefix, each different one once."""
+    """Distinct token sequences."""
     sequence_of: tuple[int | str, ...]
     """Per sample: the index of its suffix, or why it has none."""
 
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """One comparison per reference; none if the prompt has no reference."""
+    """One comparison per reference."""
 
     group: Group
     comparisons: tuple[Comparison, ...]
 
     def scores(self, values: Sequence[Sequence[float | str]], reduce: Reduce) -> GroupScores:
-        """Scores from one raw logit (or why there is none) per comparison and suffix."""
+        """Combine logits (or reasons for none), one per comparison and suffix."""
         return GroupScores(tuple(self._score(i, values, reduce) for i in range(len(self.group.samples))))
 
     def _score(self, sample: int, values: Sequence[Sequence[float | str]], reduce: Reduce) -> Score:
@@ -208,7 +198,7 @@ class GroupPlan:
 def plan_group(
     group: Group, serialiser: Serialiser, max_references: int, max_length: int, unclosed_thinking: UnclosedThinking
 ) -> GroupPlan:
-    """Serialise every response with each reference in use. `max_length`: the model's limit in tokens."""
+    """Serialise every response with each reference. `max_length`: the model's limit in tokens."""
     question = prompt_text(group.prompt.messages)
     candidates = [without_thinking(sample.text, unclosed_thinking) for sample in group.samples]
     comparisons = []

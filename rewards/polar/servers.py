@@ -1,7 +1,6 @@
-"""A discriminator behind HTTP: token ids in, raw logits out, in requests cut by tokens.
+"""A discriminator behind HTTP: token ids in, raw logits out.
 
-Token ids, not text: a server may tokenise differently (another BOS, another tokenizer class), and the score would
-silently be that of another input.
+Not text: a server may tokenise differently (another BOS or tokenizer class) and silently score another input.
 """
 
 from __future__ import annotations
@@ -24,30 +23,25 @@ if TYPE_CHECKING:
     from rlkit.models.packing import Tree
 
 
-class WrongAnswer(ValueError):
-    """An answer that is not in the server's wire format."""
+class WrongAnswer(ValueError): ...
 
 
 class WireFormat(ABC):
-    """How one kind of server is asked for scores."""
-
     path: ClassVar[str]
     key: ClassVar[str] = "input"
-    """Of the inputs, in a request."""
+    """Of the inputs."""
     options: ClassVar[Mapping[str, Any]] = {}
-    """What else a request holds."""
 
     def body(self, inputs: Sequence[Sequence[int]], model: str | None) -> dict[str, Any]:
-        """The JSON of a request."""
         named = {} if model is None else {"model": model}
         return {self.key: [list(ids) for ids in inputs], **self.options, **named}
 
     @abstractmethod
     def entries(self, answer: Any) -> list[Any]:
-        """One entry per input, in order. Raises KeyError or TypeError for another format."""
+        """Return one entry per input, in order. Raise KeyError or TypeError for another format."""
 
     def scores(self, answer: Any, inputs: int) -> list[float]:
-        """The raw logits of an answer to `inputs` inputs. Raises WrongAnswer."""
+        """Raise WrongAnswer."""
         try:
             entries = self.entries(answer)
         except (KeyError, TypeError, AttributeError) as error:
@@ -62,20 +56,20 @@ class VllmWire(WireFormat):
 
     path = "/pooling"
     options: ClassVar = {"use_activation": False}
-    """Otherwise vLLM answers the sigmoid of the score."""
+    """The default is the sigmoid of the score."""
 
     def entries(self, answer: Any) -> list[Any]:
         return [entry["data"] for entry in sorted(answer["data"], key=lambda entry: int(entry["index"]))]
 
 
 class SglangWire(WireFormat):
-    """SGLang's own `POST /classify`, started with `--is-embedding`."""
+    """SGLang's `POST /classify`, started with `--is-embedding`."""
 
     path = "/classify"
     key = "input_ids"
 
     def entries(self, answer: Any) -> list[Any]:
-        """A list; for a single input some versions answer with the object alone."""
+        """Some versions answer a single input with a bare object."""
         return [entry["embedding"] for entry in (answer if isinstance(answer, list) else [answer])]
 
 
@@ -89,13 +83,12 @@ class LmdeployWire(WireFormat):
 
 
 WIRES: dict[str, WireFormat] = {"http_vllm": VllmWire(), "http_sglang": SglangWire(), "http_lmdeploy": LmdeployWire()}
-"""Backend name -> wire format."""
 
 
 def last_number(entry: Any) -> float:
-    """The score in a number, a list of numbers or a list of lists: the last one, at the last token.
+    """Return the last number of a number, a list or nested lists: the score at the last token.
 
-    JSON knows no NaN, so null is one. Raises WrongAnswer if there is no number.
+    JSON has no NaN, so null is NaN. Raise WrongAnswer if there is no number.
     """
     last = entry
     while isinstance(last, list) and last:
@@ -111,19 +104,17 @@ def last_number(entry: Any) -> float:
 
 
 REFUSES_INPUT = (400, 413, 422)
-"""Answers that may be about one input of a request (too long, say): the request is halved to find it."""
+"""Perhaps about one input (too long, say): the request is halved to find it."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 """Seconds between tries."""
 
 
 class ServerError(UserError):
-    """A server that does not score; the message names it, what it said, and what was tried."""
+    """The message names the server, its answer, and the tries."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where a discriminator answers, and how it is asked."""
-
     urls: tuple[str, ...]
     wire: WireFormat
     model: str | None = None
@@ -148,9 +139,9 @@ class ServerBackend:
         self._calls = count()
 
     def score(self, trees: Sequence[Tree]) -> list[float | str]:
-        """Raw logits of all sequences, in order; a reason in the place of one that the server refuses to score.
+        """Return raw logits in order, or a reason where the server refuses an input.
 
-        Raises ServerError if there is no (whole) answer in time, or none to be hoped for.
+        Raise ServerError if there is no complete answer in time, or no hope of one.
         """
         sequences = [[*tree.prefix, *suffix] for tree in trees for suffix in tree.suffixes]
         return asyncio.run(self._score(sequences)) if sequences else []
@@ -184,7 +175,7 @@ class ServerBackend:
         return [score for task in work for score in task.result()]
 
     async def _request(self, http: HttpClient, inputs: Sequence[Sequence[int]], deadline: float) -> list[float | str]:
-        """Scores of one request's inputs; halved if the server refuses it."""
+        """Halve a refused request."""
 
         def read(answer: httpx.Response) -> list[float | str]:
             try:
@@ -207,7 +198,7 @@ class ServerBackend:
 
 
 def json_of(answer: httpx.Response) -> Any:
-    """The JSON of an answer. Raises WrongAnswer, whatever the server sent."""
+    """Raise WrongAnswer for whatever else the server sent."""
     try:
         return answer.json()
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5,000 digits; nested too deeply
@@ -215,7 +206,7 @@ def json_of(answer: httpx.Response) -> Any:
 
 
 def chunks(sequences: Sequence[Sequence[int]], limit: int) -> list[list[Sequence[int]]]:
-    """Neighbours together, at most `limit` tokens each (or one sequence): what shares a prefix stays together."""
+    """Cut into parts of at most `limit` tokens (or one sequence); neighbours, which share prefixes, stay together."""
     parts: list[list[Sequence[int]]] = []
     room = 0
     for ids in sequences:

@@ -1,7 +1,7 @@
-"""`reward=polar` of `rlkit.train_reward`: from a pool of policies to a POLAR discriminator (arXiv 2507.05197).
+"""`reward=polar` of `rlkit.train_reward`: from a pool of policies to a discriminator (arXiv 2507.05197).
 
 stage=generate samples the pool; stage=pretrain tells its policies apart (equation 7); stage=finetune tells right from
-wrong (equation 8); stage=evaluate measures. Pre-training and fine-tuning differ in nothing but the triplets.
+wrong (equation 8); stage=evaluate measures. Pre-training and fine-tuning differ only in the triplets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from rewards.polar.backends import DiscriminatorError
 from rewards.polar.generation import Generation, generate, pool_report, prefixes
+from rewards.polar.reward import lengths
 from rewards.polar.serialise import SerialisationError, Wrapper
 from rewards.polar.triplets import (
     Form,
@@ -36,36 +38,36 @@ if TYPE_CHECKING:
     from rewards.polar.learner import PolarLearner
 
 FORMS: dict[str, Form] = {"generate": "prompts", "pretrain": "trajectories", "finetune": "triplets"}
-"""What a stage reads where data.form does not say."""
+"""For data.form=null."""
 ACTS_IN = {"generation": ("generate",), "across_styles": ("pretrain", "evaluate"), "heldout_policies": ("pretrain",)}
-"""Option -> the stages that it has an effect in."""
+"""Option -> the stages in which it has an effect."""
 
 
 class PolarTrainingConfig(RewardTrainingConfig):
     """Defaults are the paper's for fine-tuning."""
 
     model_path: str = "embedded:policy"
-    """A language model (its head then starts at zero), or a discriminator: pre-trained, or to be evaluated."""
+    """A language model (its head then starts at zero), or a discriminator to train or evaluate."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of AdamW."""
     batch_size: int = Field(default=320, ge=1)
     """Triplets per optimizer step."""
     tokens_per_microbatch: int = Field(default=32768, ge=1)
-    """Tokens that one forward and backward pass takes; what the candidates of a prompt share counts once."""
+    """Tokens per forward and backward pass; what a prompt's candidates share counts once."""
     wrapper: Wrapper = "sft"
     """Between prompt and response: a line break (sft), or nothing (pretrain: the response continues the prompt). The
     reward that uses the model must say the same."""
     max_length: int | None = Field(default=None, ge=16)
-    """Tokens of the whole input; null: 16384, or what the model takes if that is less."""
+    """Tokens of the whole input; null: 16384, or the model's limit if that is less."""
     max_response_length: int | None = Field(default=None, ge=1)
     """Tokens of reference and candidate each, cut on the right; null: a quarter of max_length."""
     across_styles: bool = False
-    """stage=pretrain and evaluate: compare policies of different styles, too. These are told apart at once, by style,
-    and nothing else is learnt from them."""
+    """stage=pretrain and evaluate: also compare policies of different styles; style alone tells these apart, and
+    nothing else is learnt from them."""
     heldout_policies: tuple[str, ...] = ()
-    """stage=pretrain: policies that are not trained on; same-versus-different accuracy is measured on them."""
+    """stage=pretrain: not trained on; same-versus-different accuracy is measured on them."""
     generation: Generation = Generation()
-    """The pool of policies and how it is sampled."""
+    """The pool of policies and its sampling."""
 
 
 class PolarTraining(RewardTraining):
@@ -77,14 +79,13 @@ class PolarTraining(RewardTraining):
 
     @classmethod
     def check(cls, config: Any, data: Any) -> list[str]:
-        """Whether every policy of the pool has a folder, and the model takes what is asked for."""
         messages = super().check(config, data)
         if config.trust_remote_code:
             messages.append("reward.trust_remote_code: reward=polar never runs a model folder's code")
         return [*messages, *config.generation.problems()]
 
     def run(self, report: Report) -> dict[str, Any]:
-        """The stage's work. Raises DataError and ModelLoadError for the user."""
+        """Raise DataError and ModelLoadError for the user."""
         self._refuse_what_has_no_effect()
         if self.context.stage == "generate":
             return self._generate(report)
@@ -192,7 +193,7 @@ class PolarTraining(RewardTraining):
 
     @property
     def _form(self) -> Form:
-        """What the rows are. Raises DataError for a form that the stage cannot use."""
+        """Raise DataError for a form that the stage cannot use."""
         stage = self.context.stage
         form: Form = self.data.form or FORMS.get(stage, "triplets")
         usable = {"generate": ("prompts",), "pretrain": ("trajectories", "columns")}
@@ -208,9 +209,7 @@ class PolarTraining(RewardTraining):
                 raise DataError(f"reward.{name} has no effect in stage={self.context.stage}")
 
     def _learner(self, steps: int, report: Report) -> PolarLearner:
-        from rewards.polar.backends import DiscriminatorError
         from rewards.polar.learner import PolarLearner
-        from rewards.polar.reward import lengths
         from rlkit.models.policy import ModelLoadError
 
         report.phase("loading the model")
@@ -241,8 +240,8 @@ def _policies(prompts: Sequence[PromptRows]) -> list[str]:
 
 
 def _is_right(prompt: PromptRows, text: str) -> bool | None:
-    """By the rule, where the gold response marks a plain number as its answer; None where that cannot be said."""
-    from rewards.verifiers.math import compare_plain, final_answer
+    """None unless the gold response marks a plain number as its answer."""
+    from rewards.verifiers.answers import compare_plain, final_answer
 
     gold = None if prompt.reference is None else final_answer(prompt.reference)
     if gold is None:

@@ -1,4 +1,4 @@
-"""Triplets (reference, chosen, rejected) for POLAR: from rows, from what policies wrote, from right and wrong answers.
+"""Triplets (reference, chosen, rejected) for POLAR: from rows, from policies' responses, from right and wrong answers.
 
 Pre-training tells policies apart (arXiv 2507.05197, equation 7), fine-tuning right from wrong (equation 8).
 """
@@ -25,32 +25,29 @@ Policy = TypeVar("Policy", bound=Hashable)
 
 
 class PolarRows(RewardDataConfig):
-    """Rows of `reward=polar`."""
-
     form: Form | None = None
-    """prompts: what policies shall answer. trajectories: one response per row, as stage=generate writes them. columns:
+    """prompts: prompts for the policies. trajectories: one response per row, as stage=generate writes them. columns:
     one prompt per row and a column per policy. triplets: prompt, reference, chosen and rejected, as the official code
     takes them. null: prompts for stage=generate, trajectories for stage=pretrain, otherwise triplets."""
     prompt_column: str = "prompt"
     """The prompt: a text, or a list of chat messages (their contents, one per line: POLAR reads no roles)."""
     reference_column: str | None = None
-    """The gold response to the prompt (text or messages), for right against wrong; null: there is none. In triplets it
-    is always `reference`."""
+    """The gold response (text or messages), for right against wrong; null: none. In triplets always `reference`."""
     response_column: str = "response"
     """trajectories: the response."""
     policy_column: str = "policy"
-    """trajectories: who wrote it."""
+    """trajectories: the policy that wrote it."""
     style_column: str | None = None
-    """trajectories: how it is written; only policies of one style are told apart. null: all write alike."""
+    """trajectories: its style; only policies of one style are compared. null: all have the same."""
     label_column: str | None = None
-    """trajectories: whether the response is right (true or false, may be null); null: not known."""
+    """trajectories: whether the response is right (true, false or null); null: not known."""
     policy_columns: dict[str, str] = Field(default={})
     """columns: column -> policy; two columns of one policy are two of its responses. Each holds a text, or an object
-    with `response_key` and, where it is known whether the response is right, `label_key`."""
+    with `response_key` and, if the label is known, `label_key`."""
     response_key: str = "solution"
-    """columns: where an object holds the text."""
+    """columns: an object's key of the text."""
     label_key: str = "is_correct"
-    """columns: where an object holds the label."""
+    """columns: an object's key of the label."""
 
     @model_validator(mode="after")
     def _options_act(self) -> PolarRows:
@@ -69,7 +66,7 @@ class PolarRows(RewardDataConfig):
 
 @dataclass(frozen=True, slots=True)
 class Triplet:
-    """For one prompt: a reference, an answer that is closer to it (chosen) and one that is farther (rejected)."""
+    """A reference, an answer closer to it (chosen) and one farther from it (rejected)."""
 
     prompt: str
     reference: str
@@ -79,8 +76,6 @@ class Triplet:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A response and who wrote it."""
-
     text: str
     policy: str
     style: str = ""
@@ -89,8 +84,6 @@ class Trajectory:
 
 @dataclass(slots=True)
 class PromptRows:
-    """A prompt with everything that the rows say about it."""
-
     prompt: str
     reference: str | None = None
     """The gold response."""
@@ -102,7 +95,7 @@ class PromptRows:
 
 
 def read(config: PolarRows, form: Form, side: Side = "train") -> tuple[list[PromptRows], list[BadRow]]:
-    """All prompts of a side, and the unusable rows. Raises DataError if too many are."""
+    """Return a side's prompts and unusable rows. Raise DataError if too many are."""
     parsed, bad = rows.read(config, lambda row, _: [_parse(row, config, form)], side)
     prompts: dict[str, PromptRows] = {}
     for prompt in parsed:
@@ -113,7 +106,7 @@ def read(config: PolarRows, form: Form, side: Side = "train") -> tuple[list[Prom
 
 
 def read_split(config: PolarRows, form: Form) -> tuple[list[PromptRows], list[PromptRows], list[BadRow]]:
-    """Training and held-out prompts, and the unusable rows. Raises DataError."""
+    """Return training and held-out prompts, and the unusable rows. Raise DataError."""
     return rows.read_split(config, lambda side: read(config, form, side), lambda prompt: prompt.prompt, "prompt")
 
 
@@ -158,7 +151,7 @@ def _text(row: Row, column: str) -> str:
 
 
 def write_triplets(triplets: Iterable[Triplet], file: Path) -> None:
-    """One JSON object per line: prompt, reference, chosen and rejected, each a list of messages."""
+    """As JSON Lines: prompt, reference, chosen and rejected, each a list of messages."""
     with file.open("w", encoding="utf-8") as stream:
         for triplet in triplets:
             record = {"prompt": [{"role": "user", "content": triplet.prompt}]}
@@ -173,7 +166,6 @@ def write_triplets(triplets: Iterable[Triplet], file: Path) -> None:
 def contrasts(
     prompts: Sequence[PromptRows], policies: Sequence[str], across_styles: bool = False
 ) -> list[list[Triplet]]:
-    """Pre-training triplets from the trajectories of these policies (see policy_triplets)."""
     answers: dict[tuple[str, str], list[list[str]]] = {}
     for index, prompt in enumerate(prompts):
         for trajectory in prompt.trajectories:
@@ -185,9 +177,9 @@ def contrasts(
 
 
 def verdicts(prompts: Sequence[PromptRows]) -> list[list[Triplet]]:
-    """Fine-tuning triplets: those of the rows, and right against wrong where responses have labels.
+    """Fine-tuning triplets: those of the rows, and right against wrong by labels.
 
-    Triplets with one prompt and one reference come together: what they share is then computed once.
+    Those of one prompt and reference are neighbours: what they share is computed once.
     """
     groups: dict[tuple[str, str], list[Triplet]] = {}
     for prompt in prompts:
@@ -200,12 +192,12 @@ def verdicts(prompts: Sequence[PromptRows]) -> list[list[Triplet]]:
 def policy_triplets(
     prompts: Sequence[str], answers: Mapping[Policy, Sequence[Sequence[str]]], style_of: Callable[[Policy], str]
 ) -> list[list[Triplet]]:
-    """Reference and chosen by one policy, rejected by another *of the same style*: equation 7.
+    """Take reference and chosen from one policy, rejected from another *of the same style*: equation 7.
 
-    Were styles mixed within a triplet, style alone would tell the policies apart, and nothing about quality would be
-    learnt. `answers[policy][i]` are its answers to prompt i: each is the reference to the next one; a policy with fewer
-    than two is only ever the other one. All ordered pairs of policies are used; triplets with one prompt and one
-    reference come together; those whose candidates are equal are left out.
+    Across styles, style alone would tell policies apart, and nothing about quality would be learnt.
+    `answers[policy][i]` are its answers to prompt i: each is the reference of the next; a policy with fewer than two
+    only gives rejected ones. All ordered pairs of policies are used; triplets of one prompt and reference are
+    neighbours; equal candidates are left out.
     """
     rivals: dict[Policy, list[Policy]] = {}
     for a, b in rival_pairs(list(answers), style_of):
@@ -221,12 +213,11 @@ def policy_triplets(
 
 
 def rival_pairs(policies: Sequence[Policy], style_of: Callable[[Policy], str]) -> list[tuple[Policy, Policy]]:
-    """Ordered pairs of different policies of one style."""
     return [(a, b) for a in policies for b in policies if a != b and style_of(a) == style_of(b)]
 
 
 def labelled_triplets(prompt: str, reference: str | None, right: Sequence[str], wrong: Sequence[str]) -> list[Triplet]:
-    """Chosen is right and rejected is wrong: equation 8. Without a gold reference, right answers are each other's."""
+    """Pair right (chosen) with wrong (rejected): equation 8. Without a gold reference, right answers take its place."""
     right, wrong = list(dict.fromkeys(right)), list(dict.fromkeys(wrong))
     if reference is not None:
         return [Triplet(prompt, reference, good, bad) for good in right for bad in wrong]
@@ -234,10 +225,10 @@ def labelled_triplets(prompt: str, reference: str | None, right: Sequence[str], 
 
 
 def attainable_accuracy(triplets: Sequence[Triplet], final: Callable[[str], str]) -> float:
-    """Accuracy of a scorer that only asks whose final answer agrees with the reference's (undecided counts a half).
+    """Accuracy of a scorer that only compares final answers with the reference's (a tie counts a half).
 
     Two answers of one careful policy agree more often than those of a careful and a careless one. It is a ceiling for
-    whoever judges by results; what is left is chance.
+    any judge of results; the rest is chance.
     """
     wins = []
     for triplet in triplets:
@@ -247,6 +238,6 @@ def attainable_accuracy(triplets: Sequence[Triplet], final: Callable[[str], str]
 
 
 def expected_accuracy(error_rates: Mapping[Policy, float], style_of: Callable[[Policy], str]) -> float:
-    """The same from error rates alone: 1/2 + 1/2 mean over pairs (A, B) of (1 - e_A)(e_B - e_A)."""
+    """The same from error rates: 1/2 + 1/2 mean over pairs (A, B) of (1 - e_A)(e_B - e_A)."""
     pairs = rival_pairs(list(error_rates), style_of)
     return 0.5 + 0.5 * float(np.mean([(1 - error_rates[a]) * (error_rates[b] - error_rates[a]) for a, b in pairs]))

@@ -1,4 +1,4 @@
-"""What a preference model reads: the check of its folder by config.json, and from conversations to tokens. No torch."""
+"""A preference model's folder, checked by its config.json, and its inputs. No torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any, Literal
 from rlkit.experience import Message, UserError
 
 LONGEST_INPUT = 32768
-"""The limit in tokens where neither the model nor its tokenizer states one."""
+"""Tokens, where neither the model nor its tokenizer states a limit."""
 
 
-class ClassifierError(UserError, ValueError):
-    """A model folder that cannot serve as preference reward; the message says why and what to do."""
+class ClassifierError(UserError, ValueError): ...
 
 
 def check_classifier(folder: Path) -> dict[str, Any]:
-    """The model's config.json. Raises ClassifierError if this is no one-label sequence classifier."""
+    """Return config.json. Raise ClassifierError unless it is a one-label sequence classifier."""
     path = folder / "config.json"
     if not path.is_file():
         raise ClassifierError(f"reward.model_path: {folder} holds no config.json; name a Hugging Face model folder")
@@ -41,7 +40,7 @@ def check_classifier(folder: Path) -> dict[str, Any]:
 
 
 def positions(config: dict[str, Any]) -> int:
-    """The longest input in tokens, by config.json."""
+    """Longest input in tokens."""
     text = config.get("text_config", config)
     return int(text.get("max_position_embeddings") or LONGEST_INPUT)
 
@@ -52,27 +51,24 @@ _PROBE = "Tom  has 3 apples,\n and 12.5% of £7?"
 
 
 class Unreadable(ValueError):
-    """This conversation cannot be given to the model; the message is the reason (`class: details`)."""
+    """The message is the reason (`class: details`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One input of the model."""
-
     ids: tuple[int, ...]
     types: tuple[int, ...] = ()
     """Segment numbers, for models that have them (BERT); else empty."""
 
 
 class Encoder:
-    """Tokenises conversations with the model's own chat template, or as a pair of texts.
+    """Tokenises conversations with the model's chat template, or as a pair of texts.
 
-    Special tokens written out in a response (a forged end of turn, a second user) are removed: no response can leave
-    its turn. The prompt is left as it is.
+    Special tokens written out in a response (a forged end of turn, a second user) are removed. The prompt is unchanged.
     """
 
     def __init__(self, folder: Path, layout: Layout, chat_template: str | None, max_length: int) -> None:
-        """Raises ClassifierError if the folder's tokenizer does not load or has no template."""
+        """Raise ClassifierError if the folder's tokenizer does not load or has no template."""
         from transformers import AutoTokenizer
 
         try:
@@ -84,7 +80,7 @@ class Encoder:
         self.max_length = min(max_length, int(self.tokenizer.model_max_length), LONGEST_INPUT)
         self._layout = layout
         self.template: str | None = None
-        """Replaces the tokenizer's own."""
+        """Replaces the tokenizer's."""
         if chat_template is not None:
             try:
                 self.template = Path(chat_template).expanduser().read_text(encoding="utf-8")
@@ -102,7 +98,7 @@ class Encoder:
         self._check_one_bos()
 
     def encode(self, messages: Sequence[Message], response: str) -> Encoded:
-        """Raises Unreadable if the template refuses the conversation or the input is longer than `max_length`."""
+        """Raise Unreadable if the template refuses the conversation or the input exceeds `max_length`."""
         encoded = self._encode(messages, without(response, self._special))
         if len(encoded.ids) > self.max_length:
             raise Unreadable(f"too_long: {len(encoded.ids)} tokens where the preference model takes {self.max_length}")
@@ -132,7 +128,7 @@ class Encoder:
 
 
 def until_read(ids: tuple[int, ...], pad_id: int | None) -> tuple[int, ...]:
-    """The tokens up to where transformers reads the score: the last one that is not the padding token."""
+    """Cut after the last token that is not padding, where transformers reads the score."""
     end = len(ids)
     while end > 1 and ids[end - 1] == pad_id:
         end -= 1
@@ -140,7 +136,7 @@ def until_read(ids: tuple[int, ...], pad_id: int | None) -> tuple[int, ...]:
 
 
 def without(text: str, forbidden: Sequence[str]) -> str:
-    """The text without any of these strings, nor any that their removal would form."""
+    """Remove these strings, and any that their removal forms."""
     before = None
     while before != text:
         before = text

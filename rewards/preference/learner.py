@@ -1,11 +1,11 @@
-"""The preference model in a DeepSpeed engine: packed pairs, the Bradley-Terry loss, measures, the saved folder."""
+"""Training and measuring the preference model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from algorithms.functional.selection import expected_calibration_error
-from rewards.preference.inputs import Encoded, until_read
+from rewards.preference.inputs import Encoded, Encoder, until_read
 from rlkit.config.schema import LearnerConfig
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
@@ -22,31 +22,28 @@ from rlkit.reward_training.base import RewardTrainingConfig, TrainingContext
 from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
 from rlkit.reward_training.pairs import Pair
 
-if TYPE_CHECKING:
-    from rewards.preference.inputs import Encoder
-
 Array = NDArray[np.float64]
 
 
 def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor, probability: Tensor, centring: float) -> Tensor:
-    """Loss [N] of each pair. With d = chosen - rejected - margin, and p the probability that chosen is preferred:
+    """Loss [N] per pair. With d = chosen - rejected - margin, and p the probability that chosen is preferred:
 
         -p log sigmoid(d) - (1 - p) log sigmoid(-d) + centring (chosen + rejected)^2
 
-    p = 1 and margin = 0 is Bradley-Terry; the margin is Llama 2's (arXiv 2307.09288), the soft label the cDPO-like
-    label smoothing of Secrets of RLHF II (arXiv 2401.06080), the last term that of arXiv 2312.09244, which keeps the
-    scores, whose sum the pairs leave open, around zero.
+    p = 1 and margin = 0 is Bradley-Terry. The margin is Llama 2's (arXiv 2307.09288); the soft label the cDPO-like
+    label smoothing of Secrets of RLHF II (arXiv 2401.06080); the last term, from arXiv 2312.09244, keeps scores around
+    zero.
     """
     ordering = binary_cross_entropy_with_logits(chosen - rejected - margin, probability, reduction="none")
     return ordering + centring * (chosen + rejected).square()
 
 
 def measures(chosen: Array, rejected: Array, probability: Array) -> dict[str, float]:
-    """How scores [N] of chosen and rejected agree with the labels.
+    """Measure how scores [N] agree with the labels.
 
-    accuracy: share of pairs ordered as labelled, ties wrong (pairs with p = 1/2 are left out); margin: mean of
-    chosen - rejected; loss: cross-entropy of sigmoid(margin) against p; calibration_error: over ten bins of the
-    confidence in the likelier side (1/2 to 1), mean distance between it and the share that was right, weighted by size.
+    accuracy: share of pairs ordered as labelled, ties wrong (without pairs of p = 1/2); margin: mean of chosen -
+    rejected; loss: cross-entropy of sigmoid(margin) against p; calibration_error: over ten bins of the confidence in
+    the likelier side (1/2 to 1), mean distance from the share that was right, weighted by size.
     """
     margin = chosen - rejected
     decided = probability != 0.5
@@ -66,7 +63,7 @@ def measures(chosen: Array, rejected: Array, probability: Array) -> dict[str, fl
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """A pair and its two token sequences, prompt included."""
+    """Token sequences include the prompt."""
 
     pair: Pair
     chosen: tuple[int, ...]
@@ -75,8 +72,6 @@ class EncodedPair:
 
 @dataclass(frozen=True, slots=True)
 class PromptPairs(PromptTree):
-    """Pairs with one prompt."""
-
     rows: tuple[Pair, ...] = ()
     """One per pair."""
 
@@ -117,7 +112,7 @@ class PreferenceLearner:
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def step(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
-        """One optimizer step; returns the loss before it and, of this rank's pairs, accuracy and margin."""
+        """Return the loss before the step and, of this rank's pairs, accuracy and margin."""
         self._seen = []
         loss = self.training.step(together(pairs, self._pad_id), float(len(pairs)))
         chosen, rejected, probability = (
@@ -129,7 +124,7 @@ class PreferenceLearner:
 
     @torch.no_grad()
     def scores(self, pairs: Sequence[EncodedPair]) -> tuple[Array, Array]:
-        """Scores [N] of chosen and rejected; every rank computes all of them."""
+        """Scores [N] of chosen and rejected; every rank computes all."""
         self.training.engine.eval()
         items = [together([pair], self._pad_id)[0] for pair in pairs]
         chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
@@ -140,11 +135,10 @@ class PreferenceLearner:
         return chosen, rejected
 
     def measure(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
-        """See `measures`."""
         return measures(*self.scores(pairs), np.array([pair.pair.probability for pair in pairs]))
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
+        """All ranks call it, rank 0 writes."""
         save_classifier(self.training, self.tokenizer, folder)
 
     def _pair_scores(self, module: Any, items: Sequence[PromptPairs]) -> tuple[Tensor, Tensor]:
@@ -153,7 +147,6 @@ class PreferenceLearner:
         return scores[chosen], scores[rejected]
 
     def _loss(self, module: Any, items: Sequence[PromptPairs]) -> Tensor:
-        """Sum over pairs."""
         chosen, rejected = self._pair_scores(module, items)
         pairs = [pair for item in items for pair in item.rows]
         margin = torch.tensor([pair.margin for pair in pairs], device=chosen.device)
@@ -163,7 +156,7 @@ class PreferenceLearner:
 
 
 def together(pairs: Sequence[EncodedPair], pad_id: int | None) -> list[PromptPairs]:
-    """Pairs of one prompt put together, so that its tokens and a response in several pairs are computed once."""
+    """Group by prompt: its tokens, and a response in several pairs, are then computed once."""
     by_prompt: dict[Any, list[EncodedPair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.pair.prompt, []).append(pair)
@@ -184,7 +177,7 @@ def measure_folder(
     config: RewardTrainingConfig,
     context: TrainingContext,
 ) -> dict[str, float]:
-    """Measures of a saved model, run as the reward runs it. Raises ClassifierError if it is none."""
+    """Measure a saved model, run as the reward runs it. Raise ClassifierError if it is no classifier."""
     from rewards.preference.scorers import load_scorer
 
     scorer = load_scorer(

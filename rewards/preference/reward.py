@@ -12,24 +12,23 @@ from pydantic import Field
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.preference.inputs import ClassifierError, Encoded, Encoder, Layout, Unreadable, check_classifier, positions
 from rlkit.experience import Group, GroupScores, Message, Score
+from rlkit.models.folder import model_folder
 
 if TYPE_CHECKING:
     from rewards.preference.scorers import Classifier
 
 CANNED = ("Beijing.", "I don't know, and I would rather talk about something else.")
-"""Answers that the start-up test scores; of different lengths, to test padding."""
+"""Of different lengths, to test padding at the start."""
 
 
 class PreferenceReward(Reward):
-    """Scores by a sequence classifier with one label: higher is better. The value is the raw, unbounded logit.
+    """Raw, unbounded logit of a sequence classifier with one label: higher is better.
 
     A difference of two values is the log-odds that the first response is preferred. An input longer than the model
     takes is invalid (`too_long`), not cut: the lost part might have decided.
     """
 
     class Config(RewardConfig):
-        """Options of the preference reward."""
-
         model_path: str
         """Folder of a one-label `...ForSequenceClassification` with its tokenizer. Its Python code is never run."""
         layout: Layout = "chat"
@@ -37,18 +36,17 @@ class PreferenceReward(Reward):
         chat_template: str | None = None
         """Path of a Jinja chat template that replaces the tokenizer's own."""
         max_length: int | None = Field(default=None, ge=1)
-        """Tokens of prompt and response above which a sample is invalid; null: what model and tokenizer take."""
+        """Longest prompt and response in tokens; longer samples are invalid. null: what model and tokenizer take."""
         backend: Literal["auto", "packed", "padded"] = "auto"
         """packed: no padding, a group's prompt once (decoders with a linear head); padded: any model, as transformers
         runs it; auto: packed where it gives the same scores."""
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-        """auto: bfloat16 on CUDA, float32 on CPU. The head is always computed in float32."""
+        """auto: bfloat16 on CUDA, float32 on CPU. The head is always float32."""
         tokens_per_batch: int = Field(default=16384, ge=1)
-        """Tokens of one forward pass, shared prefixes counted for each sequence that has them."""
+        """Tokens per forward pass, shared prefixes counted for each sequence."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Values are log-odds."""
         return RewardTraits(raw_scores=True)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
@@ -58,9 +56,6 @@ class PreferenceReward(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Whether the folder holds a one-label classifier that takes inputs of `max_length`."""
-        from rlkit.models.folder import model_folder
-
         try:
             _longest(config, check_classifier(model_folder(config.model_path)))
         except ValueError as error:
@@ -70,10 +65,9 @@ class PreferenceReward(Reward):
         return []
 
     def start(self) -> None:
-        """Load tokenizer and model and score two canned answers. Raises ClassifierError with the cause."""
+        """Load the model and score two canned answers. Raise ClassifierError."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from rewards.preference.scorers import load_scorer
-        from rlkit.models.folder import model_folder
 
         config, folder = self.config, model_folder(self.config.model_path)
         longest = _longest(config, check_classifier(folder))
@@ -93,7 +87,6 @@ class PreferenceReward(Reward):
         )
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Score every response after its prompt."""
         if self._scorer is None:
             raise RuntimeError("PreferenceReward.start() was not called, or failed")
         inputs = [self._encoded(group) for group in groups]
@@ -105,11 +98,9 @@ class PreferenceReward(Reward):
         ]
 
     def close(self) -> None:
-        """Free the model."""
         self._scorer = None
 
     def _encoded(self, group: Group) -> list[Encoded | str]:
-        """Per sample the model's input, or why there is none."""
         assert self._encoder is not None
         inputs: list[Encoded | str] = []
         for sample in group.samples:
@@ -127,7 +118,7 @@ def _score(logit: float) -> Score:
 
 
 def _longest(config: PreferenceReward.Config, model: dict[str, Any]) -> int:
-    """The longest input in tokens. Raises ClassifierError if `max_length` is more than the model takes."""
+    """Raise ClassifierError if `max_length` is more than the model takes."""
     room = positions(model)
     if config.max_length is not None and config.max_length > room:
         raise ClassifierError(

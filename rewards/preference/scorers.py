@@ -1,4 +1,4 @@
-"""Running a one-label sequence classifier: packed, or padded as transformers does it; head in fp32."""
+"""A one-label sequence classifier, packed, or padded as transformers does it; head in fp32."""
 
 from __future__ import annotations
 
@@ -23,14 +23,12 @@ log = logging.getLogger(__name__)
 Backend = Literal["auto", "packed", "padded"]
 FP32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.1
-"""Largest difference between packed and padded scores at the start, in fp32 and in bf16 or fp16."""
+"""Largest difference between packed and padded scores in fp32, and in bf16 or fp16."""
 HEADS = ("score", "classifier")
-"""What transformers calls the head, by model family."""
+"""transformers' names, by model family."""
 
 
 class Classifier:
-    """A one-label sequence classifier and how it is run."""
-
     def __init__(self, model: Any, pad_id: int | None, device: str, tokens_per_batch: int) -> None:
         self._model = model
         self._pad_id, self._device, self._tokens_per_batch = pad_id, device, tokens_per_batch
@@ -39,7 +37,7 @@ class Classifier:
 
     @property
     def packed(self) -> bool:
-        """Whether shared prefixes are computed once and nothing is padded."""
+        """Without padding, shared prefixes computed once."""
         return self._packed is not None
 
     def score(self, groups: Sequence[Sequence[Encoded]]) -> list[list[float]]:
@@ -50,7 +48,7 @@ class Classifier:
         return [[by_input[item] for item in group] for group, by_input in zip(groups, logits, strict=True)]
 
     def use_packed(self, canned: Sequence[Encoded], longest: int, insist: bool) -> None:
-        """Run packed from now on, if that gives the padded scores. Raises ClassifierError if not and `insist`."""
+        """Run packed if that gives the padded scores. Raise ClassifierError if not and `insist`."""
         why = self._not_packable(longest)
         if not why:
             (expected,) = self.score([canned])
@@ -111,7 +109,7 @@ class Classifier:
         return scores
 
     def _forward(self, items: Sequence[Encoded], longest: int) -> Tensor:
-        """[N] fp32: one padded forward pass of transformers' own."""
+        """[N] fp32, by transformers' padded forward pass."""
         pad = self._pad_id or 0
         inputs = {
             "input_ids": [[*item.ids, *[pad] * (longest - len(item.ids))] for item in items],
@@ -136,9 +134,9 @@ def load_scorer(
     canned: Sequence[Encoded],
     longest: int,
 ) -> Classifier:
-    """The model in its folder, after it scored two canned inputs finitely and, if packed, as transformers does.
+    """Load the model; two canned inputs must get finite scores and, if packed, those of transformers.
 
-    Raises ClassifierError if weights are missing (a head that would start at random), or if it cannot be run as asked.
+    Raise ClassifierError if weights are missing (the head would start at random), or if it cannot be run as asked.
     """
     torch.set_num_threads(threads)
     try:

@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from rewards.preference.inputs import (
+    LONGEST_INPUT,
+    ClassifierError,
+    Encoder,
+    Unreadable,
+    check_classifier,
+    positions,
+)
 from rlkit.data.base import DataError
 from rlkit.models.folder import model_folder
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
@@ -16,19 +24,16 @@ from rlkit.reward_training.pairs import Pair, PairRows, all_pairs, load_pairs
 from rlkit.reward_training.rows import draw_batches
 
 if TYPE_CHECKING:
-    from rewards.preference.inputs import Encoder
     from rewards.preference.learner import EncodedPair, PreferenceLearner
 
 SAMPLES = 20
-"""Held-out pairs that samples.jsonl gets: those that the model orders most wrongly."""
+"""Held-out pairs in samples.jsonl: those ordered most wrongly."""
 
 
 class PreferenceTraining(RewardTraining):
     """Trains a sequence classifier so that chosen responses score above rejected ones (Bradley-Terry)."""
 
     class Config(RewardTrainingConfig):
-        """Options of the loss and of what the model reads."""
-
         learning_rate: float = Field(default=1e-5, gt=0)
         """Peak learning rate of AdamW."""
         centring: float = Field(default=0.0, ge=0)
@@ -36,14 +41,13 @@ class PreferenceTraining(RewardTraining):
         chat_template: str | None = None
         """Path of a Jinja chat template that replaces the tokenizer's own; saved with the model."""
         max_length: int | None = Field(default=None, ge=1)
-        """Tokens of prompt and response above which a pair is skipped and counted; null: what the model takes."""
+        """Longest prompt and response in tokens; longer pairs are skipped and counted. null: what the model takes."""
 
     Data: ClassVar[type[PairRows]] = PairRows
     stages: ClassVar[tuple[Stage, ...]] = ("train", "evaluate")
 
     @classmethod
     def check(cls, config: Any, data: Any) -> list[str]:
-        """Whether the model can be read later: one label, no code of its own."""
         messages = super().check(config, data)
         if config.trust_remote_code:
             messages.append("reward.trust_remote_code: reward=preference never runs a model folder's code")
@@ -53,13 +57,12 @@ class PreferenceTraining(RewardTraining):
         labels = len(model["id2label"]) if "id2label" in model else model.get("num_labels")
         if (model.get("architectures") or [""])[0].endswith("ForSequenceClassification") and labels not in (1, None):
             messages.append(f"reward.model_path={config.model_path}: has {labels} labels; a preference model has one")
-        positions = model.get("max_position_embeddings")
-        if config.max_length is not None and positions is not None and config.max_length > positions:
-            messages.append(f"reward.max_length={config.max_length}: is more than the model takes ({positions})")
+        limit = model.get("max_position_embeddings")
+        if config.max_length is not None and limit is not None and config.max_length > limit:
+            messages.append(f"reward.max_length={config.max_length}: is more than the model takes ({limit})")
         return messages
 
     def run(self, report: Report) -> dict[str, Any]:
-        """The stage's work."""
         return self._evaluate(report) if self.context.stage == "evaluate" else self._train(report)
 
     def _train(self, report: Report) -> dict[str, Any]:
@@ -98,8 +101,6 @@ class PreferenceTraining(RewardTraining):
         }
 
     def _evaluate(self, report: Report) -> dict[str, Any]:
-        """Measures of a trained model on all pairs, scored as `rlkit.train` scores."""
-        from rewards.preference.inputs import ClassifierError, check_classifier
         from rewards.preference.learner import measure_folder
         from rlkit.models.policy import ModelLoadError
 
@@ -119,7 +120,6 @@ class PreferenceTraining(RewardTraining):
         return {"pairs": len(pairs), "bad_rows": len(bad), **measures}
 
     def _encoder(self) -> Encoder:
-        from rewards.preference.inputs import LONGEST_INPUT, ClassifierError, Encoder, positions
         from rlkit.models.policy import ModelLoadError
 
         folder = model_folder(self.config.model_path)
@@ -144,8 +144,7 @@ class PreferenceTraining(RewardTraining):
         )
 
     def _encoded(self, prompts: Sequence[Sequence[Pair]], encoder: Encoder, report: Report) -> list[list[EncodedPair]]:
-        """Pairs as token ids; those that the model cannot read are left out. Raises DataError if they are too many."""
-        from rewards.preference.inputs import Unreadable
+        """Leave out what the model cannot read. Raise DataError if that is too much."""
         from rewards.preference.learner import EncodedPair
 
         encoded: list[list[EncodedPair]] = []

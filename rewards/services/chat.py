@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible chat endpoint: questions, their cost, and why there is no answer."""
+"""A language model behind an OpenAI-compatible chat endpoint, and a budget of calls and tokens."""
 
 from __future__ import annotations
 
@@ -21,20 +21,18 @@ from rewards.services.http import (
 
 
 class CallFailed(Exception):
-    """No answer; the message is the reason for the samples (`class: details`)."""
+    """The message is the samples' reason (`class: details`)."""
 
 
 @dataclass
 class Budget:
-    """What may be spent, and what was."""
-
     max_calls: int | None
     max_tokens: int | None
     calls: int = 0
     tokens: int = 0
 
     def take_call(self) -> None:
-        """Count a call that is about to be made. Raises CallFailed if nothing is left."""
+        """Count a call before it is sent; raise CallFailed if nothing is left."""
         if self.max_calls is not None and self.calls >= self.max_calls:
             raise CallFailed(f"budget: all {self.max_calls} calls are made (reward.max_calls)")
         if self.max_tokens is not None and self.tokens >= self.max_tokens:
@@ -42,7 +40,7 @@ class Budget:
         self.calls += 1
 
     def count(self, usage: Any) -> None:
-        """Count the tokens of an answer. Raises CallFailed if there is a limit and the server does not say how many."""
+        """Count an answer's tokens; raise CallFailed if they are limited and the server does not report them."""
         tokens = usage.get("total_tokens") if isinstance(usage, Mapping) else None
         if isinstance(tokens, int):
             self.tokens += tokens
@@ -52,14 +50,12 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a model answers, and how it is asked."""
-
     base_url: str
-    """Up to and without `/chat/completions`."""
+    """Without `/chat/completions`."""
     model: str
     api_key: str | None
     fields: Mapping[str, Any]
-    """Further fields of every request; None removes one."""
+    """Extra fields of every request; None removes one."""
     limits: Limits
 
 
@@ -71,10 +67,7 @@ class ChatClient:
         self._http = HttpClient([f"{endpoint.base_url}/chat/completions"], endpoint.limits, endpoint.api_key)
 
     async def answer(self, messages: Sequence[Mapping[str, str]], fields: Mapping[str, Any], deadline: float) -> str:
-        """The text of the answer. `fields`: further fields of this request; `deadline`: on `time.monotonic`.
-
-        Raises CallFailed.
-        """
+        """Return the answer's text; raise CallFailed. `fields` are extra fields; `deadline` is on `time.monotonic`."""
         request = {"model": self.endpoint.model, "messages": list(messages), **self.endpoint.fields, **fields}
         content = json_body({name: value for name, value in request.items() if value is not None})
 

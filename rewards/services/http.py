@@ -1,18 +1,7 @@
-"""The HTTP client of all rewards that ask a server: tries, back-off, deadlines and limits in one place.
+"""The HTTP client of the rewards that ask a server.
 
-Failures are told apart once, where they happen. What may pass is a `TransientError` and is tried again: no connection,
-no answer in time, a broken body, 408, 425, 429 and 5xx (but 501 and 505). What would be the same a second time is a
-`RefusedError` and is raised at once. Who calls turns them into their own messages or reasons:
-
->>> async with HttpClient(["http://127.0.0.1:8000/score"], Limits(attempts=4, try_seconds=30)) as http:
-...     try:
-...         return await http.post(json_body({"text": "..."}), deadline, read=lambda answer: answer.json()["score"])
-...     except OutOfTimeError as error:  # `deadline` (time.monotonic()) came first
-...         return f"timeout: no score in time; last: {error.last}"
-...     except TransientError as error:
-...         return f"unreachable: {error} ({error.tries} tries)"
-...     except RefusedError as error:
-...         return f"refused: {error}"
+`TransientError` is retried: no connection, no answer in time, a broken body, 408, 425, 429 and 5xx (but 501 and
+505). `RefusedError` would recur and is raised at once.
 """
 
 from __future__ import annotations
@@ -36,24 +25,22 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Body = bytes | Callable[[float], bytes]
-"""What is sent; or what makes it for each try, given the seconds until the deadline (whatever it raises is raised)."""
+"""The content, or a function that makes it for each try from the seconds until the deadline (its errors propagate)."""
 
 SHOWN_CHARACTERS = 300
-"""Of an answer, in messages."""
 SAME_AGAIN = (501, 505)
-"""Errors of a server that are about the request."""
+"""Server errors that are about the request."""
 
 
 class HttpError(Exception):
-    """No usable answer. The message names the address and what happened there."""
+    """The message names the address."""
 
     def __init__(self, url: str, problem: str, status: int | None = None, answer: str = "") -> None:
         super().__init__(f"{url}: {problem}")
         self.url = url
         self.problem = problem
-        """What happened, without the address: `ConnectError: ...`, `HTTP 503: ...`, `no answer within 30 s`."""
+        """Without the address: `ConnectError: ...`, `HTTP 503: ...`, `no answer within 30 s`."""
         self.status = status
-        """Of the answer, if there was one."""
         self.answer = answer
         """Its beginning."""
         self.retry_after: float | None = None
@@ -61,47 +48,44 @@ class HttpError(Exception):
 
 
 class TransientError(HttpError):
-    """It may pass. Raised by `post` after the last try; a reader of answers raises it to have another try."""
+    """`post` raises it after the last try; `read` may raise it for another try."""
 
     timed_out: bool = False
-    """Whether it is that there was no answer within `Limits.try_seconds`."""
+    """No answer within `Limits.try_seconds`."""
     tries: int = 1
 
 
 class RefusedError(HttpError):
-    """The server does not take this request: it would say the same again."""
+    """A second try would fail, too."""
 
 
 class OutOfTimeError(HttpError):
-    """The deadline came before an answer, or comes before the next try."""
+    """The deadline comes before an answer or the next try."""
 
     def __init__(self, url: str, last: TransientError | None) -> None:
         super().__init__(url, "out of time" + (f"; last: {last}" if last else ""))
         self.last = last
-        """The last failure: of this request, or of one beside it since this one began."""
+        """Of this request, or of a concurrent one since this one began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How often, how long and how much at a time."""
-
     attempts: int | None = None
-    """Tries of a request; None: until the deadline."""
+    """None: until the deadline."""
     try_seconds: float | None = None
     """Of one try, from connecting to the last byte; None: until the deadline."""
     connect_seconds: float | None = None
-    """Of connecting alone."""
     concurrent: int = 8
-    """Requests under way at a time. One that waits for its next try is none of them."""
+    """Requests in flight, without those waiting for the next try."""
     first_pause: float = 0.5
     longest_pause: float = 30.0
-    """Seconds between tries: at random, up to a bound that doubles with each try from the first to the longest."""
+    """Seconds between tries: random, up to a bound that doubles from the first to the longest."""
     longest_retry_after: float | None = None
-    """The longest pause that a server may ask for with Retry-After (more is cut to this); None: `longest_pause`."""
+    """Cap on the server's Retry-After; None: `longest_pause`."""
 
 
 class HttpClient:
-    """POSTs to one service, at one address or at replicas that take turns. Used from one event loop."""
+    """POST to one service, at one address or at replicas in turn. Used from one event loop."""
 
     def __init__(
         self,
@@ -113,8 +97,7 @@ class HttpClient:
         verify: ssl.SSLContext | bool = True,
         log_retries: bool = False,
     ) -> None:
-        """`token`: a bearer token. `trust_env`, `verify`: httpx's (whether the proxies of the environment are used, and
-        which certificates are trusted). `log_retries`: a warning for each failure that is tried again."""
+        """`trust_env` and `verify` are httpx's. `log_retries`: warn of retried failures."""
         self.limits = limits
         self._urls, self._turns = tuple(urls), itertools.cycle(urls)
         self._log_retries = log_retries
@@ -129,9 +112,9 @@ class HttpClient:
         )
 
     async def post(self, body: Body, deadline: float, read: Callable[[httpx.Response], T]) -> T:
-        """What `read` makes of an answer with status 200; `deadline` is on `time.monotonic`.
+        """Return `read` of an answer with status 200; `deadline` is on `time.monotonic`.
 
-        Raises TransientError after the last try, RefusedError, OutOfTimeError, and what `body` and `read` raise.
+        Raise TransientError after the last try, RefusedError, OutOfTimeError, and what `body` and `read` raise.
         """
         before = self._latest
 
@@ -174,7 +157,7 @@ class HttpClient:
             if remaining <= 0:
                 raise TimeoutError
             answer = await self._send(next(self._turns), body if isinstance(body, bytes) else body(remaining))
-        return read(accepted(answer))
+        return read(require_ok(answer))
 
     async def _send(self, url: str, content: bytes) -> httpx.Response:
         limit = self.limits.try_seconds
@@ -207,18 +190,17 @@ class BlockingHttpClient:
     """HttpClient for threads: its event loop runs in another one."""
 
     def __init__(self, urls: Sequence[str], limits: Limits, token: str | None = None, **options: Any) -> None:
-        """Options are HttpClient's."""
         self._client = HttpClient(urls, limits, token, **options)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._thread.start()
 
     def post(self, body: Body, deadline: float, read: Callable[[httpx.Response], T]) -> T:
-        """As HttpClient.post. `body` and `read` run in the loop's thread."""
+        """`body` and `read` run in the loop's thread."""
         return asyncio.run_coroutine_threadsafe(self._client.post(body, deadline, read), self._loop).result()
 
     def close(self) -> None:
-        """When all calls of `post` have returned."""
+        """Call when all calls of `post` have returned."""
         asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -234,7 +216,7 @@ def get(
     trust_env: bool = True,
     verify: ssl.SSLContext | bool = True,
 ) -> httpx.Response:
-    """One GET without a second try; any status is an answer. Raises TransientError if there is none."""
+    """GET once; any status is an answer. Raise TransientError if there is none."""
     timeout = httpx.Timeout(seconds, connect=connect_seconds or seconds)
     try:
         return httpx.get(url, headers=_bearer(token), timeout=timeout, trust_env=trust_env, verify=verify)
@@ -247,12 +229,12 @@ def _bearer(token: str | None) -> dict[str, str]:
 
 
 def json_body(value: Any) -> bytes:
-    """JSON in ASCII: a text of a model may hold what UTF-8 cannot encode."""
+    """ASCII, since a model's text may hold what UTF-8 cannot encode."""
     return json.dumps(value).encode()
 
 
-def accepted(answer: httpx.Response) -> httpx.Response:
-    """An answer with status 200. Raises TransientError or RefusedError for another."""
+def require_ok(answer: httpx.Response) -> httpx.Response:
+    """Return an answer with status 200; raise TransientError or RefusedError for another."""
     status = answer.status_code
     if status == 200:
         return answer
@@ -264,7 +246,6 @@ def accepted(answer: httpx.Response) -> httpx.Response:
 
 
 def excerpt(answer: httpx.Response) -> str:
-    """The beginning of an answer, for a message."""
     return answer.text[:SHOWN_CHARACTERS]
 
 

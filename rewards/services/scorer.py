@@ -7,16 +7,17 @@ A reward built on it:
             model_path: str = "embedded:policy"
 
         def start(self):
-            self.scorer = Scorer.load(self.config.model_path, device=self.context.device, threads=self.context.threads)
+            context = self.context
+            self.scorer = Scorer.load(self.config.model_path, device=context.device, threads=context.threads)
 
         def score(self, groups):
             logprobs = iter(self.scorer.logprobs([group_tree(group) for group in groups]))
             values = [[float(next(logprobs).mean()) for _ in group.samples] for group in groups]
             return [GroupScores(tuple(map(Score, of_group))) for of_group in values]
 
-Sequences come as trees: what they have in common is computed once, and nothing is padded. The span whose likelihood is
-asked for is a suffix: log p(answer | question) is `logprobs([Tree(question_ids, (answer_ids,))])`. The policy's own
-tokens need no tokenizer; for texts, `rlkit.data.rendering.load_tokenizer` loads a model's.
+Shared prefixes of a tree are computed once, and nothing is padded. Log-probs are of suffixes: log p(answer | question)
+is `logprobs([Tree(question_ids, (answer_ids,))])`. For texts, load a tokenizer with
+`rlkit.data.rendering.load_tokenizer`.
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ from rlkit.models.policy import (
 Head = Literal["language_model", "score"]
 Pooling = Literal["last", "mean", "suffix_mean"]
 Forward = Callable[[PackedBatch, Sequence[slice]], Tensor]
-"""A packed batch, and where each suffix is among its expanded tokens -> rows [R, ...]."""
+"""A packed batch, and each suffix's slice of its expanded tokens -> rows [R, ...]."""
 Rows = Callable[[Tree], list[int]]
-"""How many of those rows belong to each sequence of a tree."""
+"""The number of those rows for each sequence of a tree."""
 
 
 class Scorer:
-    """A frozen model behind packed forward passes whose results are kept in memory.
+    """A frozen model behind packed forward passes whose results are cached.
 
     A call returns one entry per sequence, tree after tree. The cache is keyed by the content of a whole forward pass
-    and by what was asked of it, so a hit is bit by bit what the pass would compute: asking again for the same groups
+    and the kind of result, so a hit is bit by bit what the pass would compute: scoring the same groups again
     (rescoring, held-out groups, a second reward) is free, and a resumed run with an empty cache repeats the numbers.
     """
 
@@ -69,9 +70,8 @@ class Scorer:
         cache_mib: float = 64.0,
         logit_elements_per_chunk: int = 2**24,
     ) -> None:
-        """`tokens_per_batch`: tokens of one forward pass, a shared prefix counted in each sequence that has it. None:
-        each tree is one pass, so its values do not depend, even in the last bit, on the other trees of a call.
-        """
+        """`tokens_per_batch`: tokens per forward pass, a shared prefix counted in each sequence. None: a pass per tree,
+        so its values do not depend, even in the last bit, on the other trees of a call."""
         self.module: Any = module.to(device).eval().requires_grad_(False)
         self._device = device
         self._tokens_per_batch = tokens_per_batch
@@ -89,9 +89,9 @@ class Scorer:
         threads: int | None = None,
         **options: Any,
     ) -> Scorer:
-        """The model in a Hugging Face folder, or `embedded:NAME`. `score` takes a classifier with one label.
+        """Load a Hugging Face folder, or `embedded:NAME`; head=score takes a classifier with one label.
 
-        `options` are those of the constructor. Raises ModelLoadError with the remedy.
+        `options` are those of the constructor. Raise ModelLoadError with the remedy.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -101,11 +101,11 @@ class Scorer:
 
     @property
     def model(self) -> Any:
-        """The plain Hugging Face model. After a change of its weights call `forget`."""
+        """After a change of its weights call `forget`."""
         return self.module.model
 
     def logprobs(self, trees: Sequence[Tree], temperature: float = 1.0) -> list[np.ndarray]:
-        """[T] float32 log-probs of the T tokens of each suffix, each given all tokens before it."""
+        """[T] float32 log-probs of each suffix's T tokens, each conditioned on all tokens before it."""
         self._require(PackedCausalLM, "log-probs", "language_model")
 
         def forward(packed: PackedBatch, suffixes: Sequence[slice]) -> Tensor:
@@ -115,7 +115,7 @@ class Scorer:
         return self._results(f"logprobs {temperature!r}", trees, forward, _suffix_lengths)
 
     def score(self, trees: Sequence[Tree]) -> list[float]:
-        """The head's raw score of each sequence, read at its last token and computed in float32."""
+        """Raw head score of each sequence, read at its last token and computed in float32."""
         self._require(PackedScorer, "scores", "score")
 
         def forward(packed: PackedBatch, suffixes: Sequence[slice]) -> Tensor:
@@ -125,7 +125,7 @@ class Scorer:
         return [float(row[0]) for row in self._results("score", _without_empty_prefixes(trees), forward, _one_each)]
 
     def hidden_states(self, trees: Sequence[Tree], layers: Sequence[int]) -> list[np.ndarray]:
-        """[T, L, D] float32 states of the T tokens of each suffix after the L chosen layers.
+        """[T, L, D] float32 states of each suffix's T tokens after L layers.
 
         Layers are numbered as in transformers' `hidden_states`: 0 is the embedding, -1 the final, normalised state.
         """
@@ -137,9 +137,9 @@ class Scorer:
         return self._results(f"states {list(layers)}", trees, forward, _suffix_lengths)
 
     def embeddings(self, trees: Sequence[Tree], *, pooling: Pooling = "mean", layer: int = -1) -> np.ndarray:
-        """[N, D] float32: of each sequence a layer's state at the last token, or the mean over all tokens or suffix.
+        """[N, D] float32: a layer's state at each sequence's last token, or its mean over all or suffix tokens.
 
-        Raises ValueError for an empty suffix with `suffix_mean`.
+        Raise ValueError for an empty suffix with `suffix_mean`.
         """
         if pooling != "suffix_mean":
             trees = _without_empty_prefixes(trees)
@@ -158,15 +158,14 @@ class Scorer:
         return np.concatenate(self._results(f"embedding {pooling} {layer}", trees, forward, _one_each))
 
     def to(self, device: str) -> None:
-        """Move the weights; before the next pass they must be back on the device the scorer was made with."""
+        """Before the next pass the weights must be back on the scorer's device."""
         self.module.to(device)
 
     def forget(self) -> None:
-        """Empty the cache: the weights have changed."""
+        """Empty the cache, after a change of the weights."""
         self._cache.clear()
 
     def close(self) -> None:
-        """Free the model."""
         self.module = None
         self.forget()
         gc.collect()
@@ -178,7 +177,6 @@ class Scorer:
             raise TypeError(f"{what} need a model that was loaded with head={head!r}")
 
     def _results(self, asked: str, trees: Sequence[Tree], forward: Forward, rows: Rows) -> list[np.ndarray]:
-        """What `forward` gives for each sequence: `rows(tree)` of its rows for each sequence of a tree."""
         parts, batches = self._plan([tree for tree in trees if tree.suffixes])
         results: list[list[np.ndarray]] = [[] for _ in parts]
         for batch in batches:
@@ -190,7 +188,7 @@ class Scorer:
         return [piece for pieces in results for piece in pieces]
 
     def _plan(self, trees: list[Tree]) -> tuple[list[Tree], list[list[int]]]:
-        """Trees, cut where they are too large for one forward pass, and which of them share a pass."""
+        """Cut trees too large for one forward pass; return the parts, and which of them share a pass."""
         limit = self._tokens_per_batch
         if limit is None:
             return trees, [[i] for i in range(len(trees))]
@@ -198,7 +196,6 @@ class Scorer:
         return parts, split_by_tokens([part.expanded_tokens for part in parts], limit)
 
     def _pass(self, asked: str, trees: Sequence[Tree], forward: Forward) -> np.ndarray:
-        """All rows of one forward pass, from the cache if it was made before."""
         key = _content(asked, trees)
         rows = self._cache.get(key)
         if rows is None:
@@ -215,7 +212,7 @@ def group_tree(group: Group) -> Tree:
 
 
 class _Cache:
-    """Arrays by key, at most `limit` bytes in all; those not used for longest go first."""
+    """At most `limit` bytes; the least recently used go first."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -260,14 +257,13 @@ def _one_each(tree: Tree) -> list[int]:
 
 
 def _suffixes(trees: Sequence[Tree]) -> list[slice]:
-    """Where each suffix is among a packed batch's expanded tokens."""
     ends = np.cumsum([len(tree.prefix) + len(suffix) for tree in trees for suffix in tree.suffixes]).tolist()
     lengths = [length for tree in trees for length in _suffix_lengths(tree)]
     return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 def _without_empty_prefixes(trees: Sequence[Tree]) -> list[Tree]:
-    """Sequences that have nothing in common as trees of one; their first token is not predicted from anything."""
+    """Split trees without a prefix into trees of one sequence: a first token is not predicted from anything."""
     return [
         part
         for tree in trees

@@ -1,4 +1,4 @@
-"""A chain of shaping steps over the scores of many groups, and the reference rewards that some steps compare with."""
+"""A chain of shaping steps over the scores of many groups, and the reference rewards of some steps."""
 
 from __future__ import annotations
 
@@ -17,18 +17,15 @@ from rlkit.experience import Group, GroupScores, Prompt, Sample, Score
 from rlkit.experience.types import SpanReward
 
 CACHED_PROMPTS = 65536
-"""Prompts whose reference rewards are remembered, the least recently used dropped first."""
+"""Prompts whose reference rewards are cached; the least recently used are dropped first."""
 
 Scored = Sequence[GroupScores | None]
-"""Scores of many groups; None where the reward was not asked."""
+"""None where the reward was not asked."""
 ScoreGroups = Callable[[Sequence[Group]], Scored]
 
 
 class ReferenceRewards:
-    """Reference rewards of prompts: a constant, a data column, or reference responses, which are scored once.
-
-    Rewards of reference responses are remembered by their texts.
-    """
+    """Reference rewards: a constant, a data column, or reference responses, scored once and cached by their texts."""
 
     def __init__(self, score: ScoreGroups) -> None:
         """`score` is the reward that also scores the samples, before any shaping."""
@@ -36,7 +33,7 @@ class ReferenceRewards:
         self._cache: OrderedDict[str, Float64] = OrderedDict()
 
     def __call__(self, step: ReferenceStep, groups: Sequence[Group]) -> list[Float64 | str]:
-        """For each group's prompt [N] rewards, N >= 1, or the reason why there are none."""
+        """Per group [N] rewards, N >= 1, or the reason why there are none."""
         if step.reference_value is not None:
             return [np.array([step.reference_value], dtype=np.float64) for _ in groups]
         if step.reference_rewards is not None:
@@ -48,14 +45,14 @@ class ReferenceRewards:
         texts = [_texts(group.prompt, column, most) for group in groups]
         # Not by the prompt's id: a served reward sees several data sets, whose ids may be equal.
         keys = [_digest(group.prompt, responses) for group, responses in zip(groups, texts, strict=True)]
-        wanted = {
+        unscored = {
             key: reference_group(group.prompt, responses)
             for key, group, responses in zip(keys, groups, texts, strict=True)
             if key not in self._cache and not isinstance(responses, str)
         }
         failed = {key: reason for key, reason in zip(keys, texts, strict=True) if isinstance(reason, str)}
-        if wanted:
-            for key, scores in zip(wanted, self._score(list(wanted.values())), strict=True):
+        if unscored:
+            for key, scores in zip(unscored, self._score(list(unscored.values())), strict=True):
                 rewards = _rewards(scores)
                 if isinstance(rewards, str):
                     failed[key] = rewards
@@ -80,7 +77,7 @@ def _digest(prompt: Prompt, texts: Sequence[str] | str) -> str:
 
 
 def reference_group(prompt: Prompt, texts: Sequence[str]) -> Group:
-    """Reference responses as a group that a reward can score by its texts; they have no tokens."""
+    """Reference responses without tokens, for a reward that judges texts."""
     none = np.zeros(0)
     samples = tuple(
         Sample(
@@ -128,25 +125,24 @@ def _numbers(prompt: Prompt, column: str, most: int) -> Float64 | str:
 
 
 References = Callable[[ReferenceStep, Sequence[Group]], Sequence[Float64 | str]]
-"""(step, groups) -> for each group's prompt the reference rewards [N], or the reason why there are none."""
+"""(step, groups) -> as `ReferenceRewards.__call__`."""
 Outcomes = tuple[list[int], Float64]
-"""Indices and outcome values [n] of a group's valid samples that have a value."""
+"""Indices and values [n] of a group's valid samples with a value."""
 
 
 class Chain:
-    """The steps of one `shaping` list, in order, with their running statistics.
+    """The steps of one `shaping` list with their running statistics.
 
-    Statistics over samples are taken group by group, over valid samples only. A sample that a step cannot shape is
-    invalid, with the reason.
+    Statistics are over valid samples, group by group. A sample that a step cannot shape is invalid, with the reason.
     """
 
     def __init__(self, steps: Sequence[Step], owner: str, references: References) -> None:
-        """`owner` (`part polar`) is named in reasons."""
+        """`owner` (`part polar`) appears in reasons."""
         self.steps, self._owner, self._references = tuple(steps), owner, references
         self.statistics = {i: RunningStatistics() for i, step in enumerate(steps) if isinstance(step, RunningStep)}
 
     def __call__(self, groups: Sequence[Group], scored: Scored, learn: bool = False) -> list[GroupScores | None]:
-        """The scores after all steps. With `learn`, running statistics first count the values that reach them."""
+        """With `learn`, running statistics first count the values that reach them."""
         result = list(scored)
         for index, step in enumerate(self.steps):
             if isinstance(step, ProcessStep):
@@ -175,7 +171,7 @@ class Chain:
     def _apply(
         self, index: int, step: Step, groups: Sequence[Group], outcomes: Sequence[Outcomes]
     ) -> Sequence[Float64 | str]:
-        """The step's values [n] for each group's outcomes, or the reason why there are none."""
+        """Per group values [n], or the reason why there are none."""
         if isinstance(step, RunningStep):
             return [step.normalise(values, self.statistics[index]) for _, values in outcomes]
         if isinstance(step, ReferenceStep):
@@ -204,11 +200,10 @@ class Chain:
         return replace(scores, samples=tuple(samples))
 
     def state_dict(self) -> dict[str, Any]:
-        """The running statistics by step."""
         return {str(index): statistics.state_dict() for index, statistics in self.statistics.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict. Raises ValueError if the steps are others than those that were saved."""
+        """Raise ValueError if the saved steps differ."""
         if set(state) != {str(index) for index in self.statistics}:
             raise ValueError(
                 f"{self._owner}: the saved state has running statistics of steps {sorted(state)}, this shaping of "
@@ -238,7 +233,7 @@ def _shape_process_rewards(scores: GroupScores, group: Group, step: ProcessStep)
 
 
 def _with_process_rewards(score: Score, sample: Sample, step: ProcessStep) -> Score:
-    """Span rewards are one series of steps, in order of their ends; the rewards of trained tokens are another."""
+    """Span rewards, in order of their ends, are one series of steps; the rewards of trained tokens another."""
     if not score.valid:
         return score
     spans = sorted(score.span_rewards, key=lambda span: (span.end, span.start))

@@ -1,7 +1,8 @@
-"""Rewards seen from reference rewards: the PAR family (arXiv 2502.18770) and log-sigmoid centring (arXiv 2402.00742).
+"""Rewards relative to reference rewards: the PAR family (arXiv 2502.18770) and log-sigmoid centring (arXiv
+2402.00742).
 
-`references` [N] are the rewards of N reference responses to the same prompt under the same reward model; `rewards` [n]
-are those of the prompt's samples. Everything in float64. All raise ValueError without a reference.
+`references` [N] are rewards of reference responses to the same prompt, `rewards` [n] of its samples, by the same
+reward model, in float64. Raise ValueError without a reference.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Form = Literal["sigmoid", "tanh", "arctan", "quintic"]
 Fit = Literal["normal", "empirical"]
 
 STD_FLOOR = 1e-5
-"""Added to the standard deviation of the normal fit, as PAR's code does."""
+"""Added to the standard deviation of the normal fit, as in PAR's code."""
 
 
 def preference_as_reward(
@@ -27,8 +28,8 @@ def preference_as_reward(
 ) -> Float64:
     """PAR: r' = mean over references of f(k * (r - offset - r_ref)) [n].
 
-    f is the sigmoid (PAR; with offset=3 its slow-then-fast variant), tanh, arctan, or the quintic polynomial fitted to
-    the sigmoid. A single reference 0 gives the uncentred forms.
+    f: sigmoid (PAR; its slow-then-fast variant with offset=3), tanh, arctan, or the quintic fitted to the sigmoid. A
+    single reference 0 gives the uncentred forms.
     """
     rewards, references = _float64(rewards), _known(references)
     shaped: Float64 = FORMS[form](k * (rewards[:, None] - offset - references[None, :]))
@@ -42,7 +43,7 @@ def centred(rewards: Float64, references: Float64) -> Float64:
 
 
 def reference_quantile(references: Float64, quantile: float = 0.85, fit: Fit = "normal") -> float:
-    """The reward that the share `quantile` of the reference responses stays below.
+    """The `quantile` of the reference rewards.
 
     normal: mean + z * (std + 1e-5), ddof=1, as in PAR's code; needs two references. empirical: linear interpolation.
     """
@@ -55,12 +56,12 @@ def reference_quantile(references: Float64, quantile: float = 0.85, fit: Fit = "
 
 
 def log_sigmoid(rewards: Float64) -> Float64:
-    """log sigma(r) [n], without overflow: bounded above by 0, falling like r where r is very negative."""
+    """log sigma(r) [n], without overflow."""
     return -np.logaddexp(0.0, -_float64(rewards))
 
 
 def log_sigmoid_centred(rewards: Float64, reference: float, floor: float | None = None) -> Float64:
-    """LSC: u = log sigma(r - r_ref) [n], not below `floor`. The sum of several is a logical AND of what they reward."""
+    """LSC: log sigma(r - r_ref) [n], not below `floor`. The sum of several is a logical AND."""
     shaped = log_sigmoid(_float64(rewards) - reference)
     return shaped if floor is None else np.maximum(shaped, floor)
 
@@ -71,7 +72,7 @@ def sigmoid(x: Float64) -> Float64:
 
 
 def quintic_sigmoid(x: Float64) -> Float64:
-    """A polynomial of degree 5 fitted to the sigmoid on 100 points of [-5, 5]; 0 below -5 and 1 above 5."""
+    """A polynomial of degree 5 fitted to the sigmoid on 100 points of [-5, 5]; 0 below -5, 1 above 5."""
     fitted = np.polyval(_quintic(), np.clip(x, -5.0, 5.0))
     return np.where(x <= -5.0, 0.0, np.where(x >= 5.0, 1.0, fitted))
 

@@ -1,4 +1,4 @@
-"""The steps of a `shaping` list: their options, and what each does to a group's rewards (in float64)."""
+"""The steps of a `shaping` list: their options and their effect on a group's rewards (float64)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass
 class RunningStatistics:
-    """Count, mean, sum of squared differences, least and greatest; batches are merged exactly (Chan et al.)."""
+    """Count, mean, sum of squared differences, extremes; batches are merged exactly (Chan et al.)."""
 
     count: int = 0
     mean: float = 0.0
@@ -32,7 +32,7 @@ class RunningStatistics:
     greatest: float = -math.inf
 
     def add(self, values: Float64) -> None:
-        """Count a batch [n] of finite values; an empty one changes nothing."""
+        """Count a batch [n] of finite values; n may be 0."""
         n = len(values)
         if n == 0:
             return
@@ -45,29 +45,27 @@ class RunningStatistics:
 
     @property
     def std(self) -> float:
-        """Population standard deviation (ddof=0); 0 before there are two values."""
+        """Population standard deviation (ddof=0); 0 below two values."""
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
     def state_dict(self) -> dict[str, float]:
-        """Everything needed to continue later."""
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """The reverse of state_dict."""
         self.count = int(state["count"])
         self.mean, self.squares = float(state["mean"]), float(state["squares"])
         self.least, self.greatest = float(state["least"]), float(state["greatest"])
 
 
 class Step(Named):
-    """Base of all steps. One of your own subclasses OutcomeStep, ReferenceStep, RunningStep or ProcessStep."""
+    """Base of all steps. Subclass OutcomeStep, ReferenceStep, RunningStep or ProcessStep."""
 
     keeps_scale: ClassVar[bool] = False
-    """Whether a reward after it can still be compared with reference rewards before it."""
+    """Whether a reward after it is still comparable with reference rewards before it."""
 
     @property
     def sets_scale(self) -> bool:
-        """Whether raw scores of a model have a known spread after it: bounded, or a standard deviation of 1."""
+        """Whether raw model scores have a known spread after it: bounded, or a standard deviation of 1."""
         return False
 
 
@@ -80,20 +78,20 @@ class OutcomeStep(Step):
 
 
 class ReferenceStep(Step):
-    """Compares with rewards of reference responses to the same prompt. One of three sources must be given."""
+    """Compares with rewards of reference responses to the same prompt. Needs exactly one of three sources."""
 
     reference_value: float | None = None
     """The same reference reward for every prompt (0 leaves the rewards where they are)."""
     reference_rewards: str | None = None
-    """Data column with the reference rewards of each prompt (a number or a list), scored before by the same reward."""
+    """Data column with each prompt's reference rewards (a number or a list), scored before by the same reward."""
     reference_responses: str | None = None
     """Column with reference responses (a text or a list), scored once by this reward; `references`: the data's."""
     max_references: int = Field(default=10, ge=1)
-    """References used for a prompt, the first ones."""
+    """Use the first ones of a prompt, at most this many."""
 
     @abstractmethod
     def compare(self, values: Float64, reference_rewards: Float64) -> Float64:
-        """values [n], reference_rewards [N] -> [n]. Raises ValueError if these references are not enough."""
+        """values [n], reference_rewards [N] -> [n]. Raise ValueError for too few references."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -110,7 +108,7 @@ SOURCES = ("reference_value", "reference_rewards", "reference_responses")
 
 
 class RunningStep(Step):
-    """Uses statistics of all valid values so far; they are saved with the reward's state."""
+    """Uses statistics of all valid values so far, saved with the reward's state."""
 
     @abstractmethod
     def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
@@ -162,7 +160,7 @@ class Lsc(ReferenceStep):
     fit: Fit = "normal"
     """normal: mean and standard deviation of at least two references; empirical: linear interpolation."""
     floor: float | None = Field(default=None, lt=0)
-    """The result is not below this; null: unbounded."""
+    """Lower bound of the result; null: none."""
 
     @model_validator(mode="after")
     def _quantile_acts(self) -> Self:
@@ -188,7 +186,7 @@ class Standardise(RunningStep):
         return True
 
     def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
-        """Only centred while all values were equal, unchanged before there are statistics."""
+        """Only centred while all values are equal, unchanged before there are statistics."""
         return (values - statistics.mean) / (statistics.std or 1.0) if statistics.count else values
 
 
@@ -215,7 +213,7 @@ class MinMax(RunningStep):
         return True
 
     def normalise(self, values: Float64, statistics: RunningStatistics) -> Float64:
-        """0 while all values were equal, unchanged before there are statistics."""
+        """0 while all values are equal, unchanged before there are statistics."""
         spread = statistics.greatest - statistics.least
         return (values - statistics.least) / (spread or 1.0) if statistics.count else values
 
@@ -225,14 +223,14 @@ class GroupNormalise(OutcomeStep):
 
     kind: str = "group_normalise"
     divide: bool = True
-    """false: only centres."""
+    """false: only centre."""
 
     @property
     def sets_scale(self) -> bool:
         return self.divide
 
     def apply(self, values: Float64, lengths: Int64) -> Float64:
-        """0 for all where they are equal or alone."""
+        """0 for all if they are equal or a single one."""
         shifted = values - np.mean(values)
         if not self.divide:
             return shifted
@@ -284,7 +282,7 @@ class Overlong(OutcomeStep):
     kind: str = "overlong"
     keeps_scale: ClassVar[bool] = True
     max_tokens: int = Field(ge=1)
-    """Where the whole cost is reached: usually rollout.max_response_tokens."""
+    """Length with the whole cost: usually rollout.max_response_tokens."""
     buffer_tokens: int = Field(ge=1)
     """Tokens before that over which the cost grows from 0 (DAPO: a fifth of max_tokens)."""
     weight: float = Field(default=1.0, gt=0)
@@ -307,7 +305,7 @@ class Clip(ProcessStep):
 
     kind: str = "clip"
     eta: float
-    """The bound; the paper gives none. Try 0.5 for scores within 0 and 1."""
+    """The bound; not in the paper. Try 0.5 for scores within 0 and 1."""
 
     def apply(self, steps: Float64) -> Float64:
         return clip(steps, self.eta)
@@ -337,15 +335,14 @@ BUILT_IN = (
     Delta,
 )
 STEPS: dict[str, type[Step]] = {step.model_fields["kind"].default: step for step in BUILT_IN}
-"""The package's steps by kind."""
 LEVELS = (OutcomeStep, ReferenceStep, RunningStep, ProcessStep)
 
 
 def parse_steps(value: Any) -> tuple[Step, ...]:
     """The steps of `[delta, {kind: clip, eta: 0.5}]`; a kind with a dot is the dotted path of a class.
 
-    A step that compares with reference rewards sees the raw scale, so only costs of length may precede it. Raises
-    ValueError that says which step is wrong, and how.
+    Only costs of length may precede a step that compares with reference rewards, which needs the raw scale. Raise
+    ValueError that names the wrong step.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise ValueError("must be a list of steps, like [{kind:par,reference_value:0}]")

@@ -35,8 +35,6 @@ _AFTER_LETTER = re.compile(r"\s*(?:$|[(\[\-–—]|because|since|as\b|is\b|for\b
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The options of a question, and the right one."""
-
     labels: tuple[str, ...]
     texts: tuple[str, ...]
     """Empty if only the letters are known."""
@@ -46,24 +44,21 @@ class Choices:
 class MultipleChoice(TextRule):
     """Finds the chosen letter, or the text of an option, in what the response marks as its answer.
 
-    `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}`, `**B**` and the text of the option itself count. A response
-    that names two options as its answer, or none, scores 0.
+    `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}`, `**B**` and the option's text count. Two options or none
+    score 0.
     """
 
     class Config(TextRuleConfig):
-        """Options of the multiple choice reward."""
-
         options_column: str | None = None
         """Column with the options (a list of texts, or `{label: [...], text: [...]}`); null: letters only, A to J."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """The right option, and the options if their texts count."""
         columns = () if config.options_column is None else (config.options_column,)
         return RewardTraits(answer=True, columns=columns, uses_gpu=False)
 
     def task(self, prompt: Prompt) -> Choices:
-        """The options and the gold label: the answer is a label, the text of an option, or its index from 0."""
+        """The gold answer is a label, the text of an option, or its index from 0."""
         if prompt.answer is None:
             raise CannotJudgeError("no_gold: the prompt has no gold answer")
         labels: tuple[str, ...] = tuple(string.ascii_uppercase[:10])
@@ -77,7 +72,6 @@ class MultipleChoice(TextRule):
 
     @staticmethod
     def judge(config: Any, task: Choices, text: str, /) -> Score:
-        """1 for the right option. Components: `correct` and `format` (an option is chosen)."""
         chosen = chosen_option(text, task.labels, task.texts)
         correct = float(chosen == task.gold)
         trace = f"chose {chosen}, gold {task.gold}" if chosen else f"no single option chosen, gold {task.gold}"
@@ -85,11 +79,11 @@ class MultipleChoice(TextRule):
 
 
 def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -> str | None:
-    """The label of the option that a response chooses, None if it chooses none or several.
+    """The chosen label; None for none or several.
 
-    What follows the last marker (`answer is`, `####`, `\\boxed{`) decides. Without one: the whole response if it
-    is one line, else its last line that starts with a label (and does not end a list of them), else the only `(X)` or
-    the last word of its last line.
+    The text after the last marker (`answer is`, `####`, `\\boxed{`) decides; else the response, if it is one line;
+    else its last line that starts with a label (and does not end a list of them); else the only `(X)` or the last
+    word of the last line.
     """
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
@@ -122,7 +116,7 @@ def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -
 
 
 def _line_label(line: str, labels: Sequence[str]) -> str | None:
-    """The label that a line starts with; empty if it names another one besides, None if it starts with none."""
+    """The label that starts the line; empty if it names another one, too."""
     match = _LINE_START.match(line[:2000])
     label = _as_label(match[1] or match[2], labels) if match is not None else None
     if match is None or label is None:
@@ -131,7 +125,7 @@ def _line_label(line: str, labels: Sequence[str]) -> str | None:
 
 
 def _read(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The label at the start of a line, or the option whose text it is; empty if two are named, None if none is."""
+    """The label that starts the line, or the option whose text it is; empty for two."""
     line = _LATEX.sub(lambda match: match[1] or "", line[:2000]).strip()
     for label, option in zip(labels, texts, strict=False):
         if _plain(line) == _plain(option):
@@ -160,7 +154,7 @@ def _names_another(rest: str, label: str, labels: Sequence[str]) -> bool:
 
 
 def _only_text(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The only option whose text is in the line as whole words; empty if several are, None if none does."""
+    """The option whose text is in the line as whole words; empty for several."""
     words = f" {_plain(line)} "
     named = [(label, _plain(option)) for label, option in zip(labels, texts, strict=False)]
     inside = [(label, option) for label, option in named if option and f" {option} " in words]
@@ -182,7 +176,7 @@ def _as_label(letter: str, labels: Sequence[str]) -> str | None:
 
 
 def _options(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Labels and texts of an options column."""
+    """Labels and texts."""
     if isinstance(value, Mapping) and {"label", "text"} <= set(value):
         labels, texts = list(value["label"]), list(value["text"])
     elif isinstance(value, Mapping):

@@ -1,8 +1,6 @@
-"""`reward=instructions`: constraints that a program can check, with the names and data columns of IFEval.
+"""`reward=instructions`: constraints that a program can check, with IFEval's names, arguments and data columns.
 
-Each constraint is a function of the response and the arguments in IFEval's `kwargs` column that says whether it is
-followed. Written from the paper's descriptions (arXiv 2311.07911); words and sentences are found with regular
-expressions instead of NLTK.
+Written from the paper (arXiv 2311.07911); words and sentences are found with regular expressions instead of NLTK.
 """
 
 from __future__ import annotations
@@ -45,13 +43,13 @@ def postscript(text: str, *, postscript_marker: str) -> bool:
 
 
 def number_of_bullets(text: str, *, num_bullets: float) -> bool:
-    """Exactly this many lines that start with `*` or `-`, as Markdown lists do."""
+    """Exactly this many lines that start with `*` or `-`."""
     bullets = [line for line in text.splitlines() if re.match(r"\s*(?:\*(?!\*)|-(?!-))\s*\S", line)]
     return len(bullets) == num_bullets
 
 
 def constrained_response(text: str) -> bool:
-    """Contains one of the three fixed answers of IFEval (`My answer is yes.`, `... no.`, `... maybe.`)."""
+    """Contains one of IFEval's three fixed answers."""
     return any(answer in text for answer in _FIXED_ANSWERS)
 
 
@@ -61,12 +59,12 @@ def number_of_highlights(text: str, *, num_highlights: float) -> bool:
 
 
 def multiple_sections(text: str, *, section_spliter: str, num_sections: float) -> bool:
-    """At least this many sections headed by a word and a number (`Section 1`); the spelling is IFEval's."""
+    """At least this many headings of a word and a number (`Section 1`); the spelling is IFEval's."""
     return len(re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections
 
 
 def json_format(text: str) -> bool:
-    """The whole response is JSON, possibly inside one fenced block."""
+    """The whole response is JSON, possibly in one fenced block."""
     body = text.strip()
     if body.startswith("```") and body.endswith("```") and len(body) >= 6:
         body = re.sub(r"^```(?:json)?", "", body, count=1, flags=re.IGNORECASE).removesuffix("```")
@@ -86,12 +84,11 @@ def two_responses(text: str) -> bool:
 
 
 def repeat_prompt(text: str, *, prompt_to_repeat: str) -> bool:
-    """Starts with this text."""
     return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
 
 
 def end_checker(text: str, *, end_phrase: str) -> bool:
-    """Ends with this phrase; quotation marks around it do not matter."""
+    """Ignores quotation marks around the phrase."""
     return text.strip().strip('"').rstrip().lower().endswith(end_phrase.strip().strip('"').lower())
 
 
@@ -111,7 +108,7 @@ _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e
 
 
 def compare(count: int, relation: str, target: int | float) -> bool:
-    """IFEval's relations. Raises ValueError for another one."""
+    """Raise ValueError for a relation that IFEval lacks."""
     if relation == "at least":
         return count >= target
     if relation == "less than":
@@ -120,77 +117,71 @@ def compare(count: int, relation: str, target: int | float) -> bool:
 
 
 def keywords_exist(text: str, *, keywords: list[str]) -> bool:
-    """All keywords occur, in any case."""
+    """In any case."""
     return all(keyword.casefold() in text.casefold() for keyword in keywords)
 
 
 def keyword_frequency(text: str, *, keyword: str, frequency: float, relation: str) -> bool:
-    """A keyword occurs at least, or less than, this often."""
     return compare(text.casefold().count(keyword.strip().casefold()), relation, frequency)
 
 
 def forbidden_words(text: str, *, forbidden_words: list[str]) -> bool:
-    """None of the words occurs as a whole word."""
+    """None occurs as a whole word, in any case."""
     return not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in forbidden_words)
 
 
 def letter_frequency(text: str, *, letter: str, let_frequency: float, let_relation: str) -> bool:
-    """A letter (or sign) occurs at least, or less than, this often, in either case."""
+    """A letter or sign, in either case."""
     if len(letter) != 1:
         raise ValueError(f"letter must be one sign, not {letter!r}")
     return compare(text.lower().count(letter.lower()), let_relation, let_frequency)
 
 
 def response_language(text: str, *, language: str) -> bool:
-    """The whole response is in this language (ISO 639-1)."""
+    """ISO 639-1 code."""
     return bool(text.strip()) and language_of(text) == language.split("-")[0].lower()
 
 
 def number_of_sentences(text: str, *, num_sentences: float, relation: str) -> bool:
-    """At least, or less than, this many sentences."""
     return compare(count_sentences(text), relation, num_sentences)
 
 
 def number_of_words(text: str, *, num_words: float, relation: str) -> bool:
-    """At least, or less than, this many words (runs of letters, digits and `_`)."""
+    """Words are runs of letters, digits and `_`."""
     return compare(len(_WORD.findall(text)), relation, num_words)
 
 
 def number_of_paragraphs(text: str, *, num_paragraphs: float) -> bool:
-    """Exactly this many paragraphs, divided by `***`; none in the middle is empty."""
+    """Exactly this many paragraphs, divided by `***`; no empty one in the middle."""
     parts = [part.strip() for part in re.split(r"\*\*\*", text)]
     inner = parts[1:-1]
     return all(inner) and sum(bool(part) for part in parts) == num_paragraphs
 
 
 def nth_paragraph_first_word(text: str, *, num_paragraphs: float, nth_paragraph: float, first_word: str) -> bool:
-    """Exactly this many paragraphs, divided by empty lines, and the n-th (from 1) starts with this word."""
+    """Exactly this many paragraphs, divided by empty lines; the n-th (from 1) starts with this word."""
     paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
     number = int(nth_paragraph)
     if len(paragraphs) != num_paragraphs or not 1 <= number <= len(paragraphs):
         return False
     word = paragraphs[number - 1].split()[0].lstrip("\"'“‘*_(").lower()
-    wanted = first_word.strip().lower()
-    return re.fullmatch(rf"{re.escape(wanted)}(?:\W.*)?", word, re.DOTALL) is not None
+    first = first_word.strip().lower()
+    return re.fullmatch(rf"{re.escape(first)}(?:\W.*)?", word, re.DOTALL) is not None
 
 
 def capital_word_frequency(text: str, *, capital_frequency: float, capital_relation: str) -> bool:
-    """At least, or less than, this many words in capital letters only."""
     return compare(sum(word.isupper() for word in _TOKEN.findall(text)), capital_relation, capital_frequency)
 
 
 def english_capital(text: str) -> bool:
-    """English, in capital letters only."""
     return text.isupper() and language_of(text) == "en"
 
 
 def english_lowercase(text: str) -> bool:
-    """English, in small letters only."""
     return text.islower() and language_of(text) == "en"
 
 
 def no_comma(text: str) -> bool:
-    """Not one comma."""
     return "," not in text
 
 
@@ -207,7 +198,7 @@ def count_sentences(text: str) -> int:
 
 
 def language_of(text: str) -> str:
-    """ISO 639-1 code of the likeliest language. Upper case is lowered, because the model knows mostly lower case."""
+    """ISO 639-1; lower-cased, because the model knows mostly lower case."""
     import py3langid
 
     label: str = py3langid.classify(text[:CHARACTERS_FOR_LANGUAGE].lower())[0]
@@ -244,23 +235,20 @@ CONSTRAINTS: Mapping[str, Callable[..., bool]] = {
 
 
 class Instruction(Section):
-    """One constraint."""
-
     id: str
-    """Its name, as in IFEval's instruction_id_list."""
+    """As in IFEval's instruction_id_list."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Its arguments, as in IFEval's kwargs."""
+    """As in IFEval's kwargs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A constraint whose arguments fit."""
+    """A constraint with valid arguments."""
 
     name: str
     arguments: Mapping[str, Any]
 
     def followed(self, text: str) -> bool:
-        """Whether a text keeps to it."""
         return bool(text.strip()) and CONSTRAINTS[self.name](text, **self.arguments)
 
 
@@ -268,29 +256,25 @@ class Instructions(TextRule):
     """How well a response keeps to constraints such as `at least 300 words` or `no comma`."""
 
     class Config(TextRuleConfig):
-        """Options of the instruction reward."""
-
         id_column: str = "instruction_id_list"
-        """Column with the names of a prompt's constraints, a list."""
+        """Column with the list of a prompt's constraints."""
         kwargs_column: str = "kwargs"
-        """Column with their arguments, a list as long of objects (nulls in them are left out)."""
+        """Column with the list of their arguments, one object each (nulls in them are left out)."""
         always: tuple[Instruction, ...] = ()
-        """Constraints on every response. If set, the columns may be missing; what they hold is checked besides."""
+        """Constraints on every response. If set, the columns may be missing; constraints in them are checked, too."""
         grade: Literal["all", "share"] = "all"
-        """all: 1 if every constraint is followed, else 0; share: the share of them that is."""
+        """all: 1 if every constraint is followed, else 0; share: the share that is."""
         loose: bool = False
-        """Also try the text without its first line, its last line, both, and without asterisks, as IFEval's loose
-        accuracy does."""
+        """Also try the text without its first line, its last line, both, and without asterisks (IFEval's loose
+        accuracy)."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """The two columns, unless every response has the same constraints."""
         columns = () if config.always else (config.id_column, config.kwargs_column)
         return RewardTraits(columns=columns, uses_gpu=False)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """The constraints on every response exist and have the arguments they need."""
         messages = super().check(config)
         for index, instruction in enumerate(config.always):
             try:
@@ -300,7 +284,6 @@ class Instructions(TextRule):
         return messages
 
     def task(self, prompt: Prompt) -> tuple[Constraint, ...]:
-        """The prompt's constraints."""
         config = self.config
         constraints = [_constraint(instruction.id, instruction.kwargs) for instruction in config.always]
         if not config.always or config.id_column in prompt.columns:
@@ -315,7 +298,6 @@ class Instructions(TextRule):
 
     @staticmethod
     def judge(config: Any, task: tuple[Constraint, ...], text: str, /) -> Score:
-        """Components: `all` (0 or 1) and `share` of the constraints that are followed."""
         texts = loose_texts(text) if config.loose else (text,)
         verdicts = [any(constraint.followed(version) for version in texts) for constraint in task]
         components = {"all": float(all(verdicts)), "share": sum(verdicts) / len(verdicts)}
@@ -326,7 +308,7 @@ class Instructions(TextRule):
 
 
 def loose_texts(text: str) -> tuple[str, ...]:
-    """The eight versions of a text that IFEval's loose accuracy accepts."""
+    """The eight versions of a text in IFEval's loose accuracy."""
     lines = text.split("\n")
     cut = [lines, lines[1:], lines[:-1], lines[1:-1]]
     versions = ["\n".join(part).strip() for part in cut]
@@ -335,7 +317,7 @@ def loose_texts(text: str) -> tuple[str, ...]:
 
 
 def _constraint(name: Any, kwargs: Any) -> Constraint:
-    """A constraint that can be checked. Raises CannotJudgeError with what is wrong."""
+    """Raise CannotJudgeError if it is unknown or its arguments do not fit."""
     check = CONSTRAINTS.get(name) if isinstance(name, str) else None
     if check is None:
         near = difflib.get_close_matches(str(name), CONSTRAINTS, n=1)
@@ -344,19 +326,19 @@ def _constraint(name: Any, kwargs: Any) -> Constraint:
     if not isinstance(kwargs, Mapping):
         raise CannotJudgeError(f"bad_instruction: the arguments of {name} are no object")
     arguments = {key: value for key, value in kwargs.items() if value is not None}
-    wanted = {
+    parameters = {
         key: parameter.annotation
         for key, parameter in inspect.signature(check).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
-    if set(arguments) != set(wanted):
+    if set(arguments) != set(parameters):
         has = ", ".join(arguments) or "nothing"
         raise CannotJudgeError(
-            f"bad_instruction: {name} needs {', '.join(wanted) or 'no arguments'} and is given {has}"
+            f"bad_instruction: {name} needs {', '.join(parameters) or 'no arguments'} and is given {has}"
         )
     for key, value in arguments.items():
-        if not _TYPES[wanted[key]](value):
-            raise CannotJudgeError(f"bad_instruction: {key} of {name} must be {wanted[key]}, not {value!r:.80}")
+        if not _TYPES[parameters[key]](value):
+            raise CannotJudgeError(f"bad_instruction: {key} of {name} must be {parameters[key]}, not {value!r:.80}")
         if key.endswith("relation") and value not in ("at least", "less than"):
             raise CannotJudgeError(
                 f"bad_instruction: {key} of {name} must be 'at least' or 'less than', not {value!r:.80}"

@@ -22,15 +22,13 @@ _FENCE_LANGUAGES = ("", "json", "json5", "jsonc")
 class JsonSchema(TextRule):
     """Reads the whole response as JSON, else its last fenced block, and checks it against a schema.
 
-    References in a schema are resolved inside it and to the standard's own schemas, never over the network. What
-    cannot be judged (nested too deeply, a pattern that runs past the deadline) is invalid.
+    References are resolved in the schema and the standard's own, never over the network. Responses that cannot be
+    judged (nested too deeply, a pattern past the deadline) are invalid.
     """
 
     class Config(TextRuleConfig):
-        """Options of the JSON schema reward."""
-
         schema_column: str = "json_schema"
-        """Column with a JSON schema (an object or its text) for each prompt; not read if there is a `schema_file`."""
+        """Column with a prompt's JSON schema (an object or its text); not read if there is a `schema_file`."""
         schema_file: Path | None = None
         """File with one JSON schema for all prompts, instead of the column."""
 
@@ -42,13 +40,11 @@ class JsonSchema(TextRule):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """The column with the schemas."""
         columns = () if config.schema_file is not None else (config.schema_column,)
         return RewardTraits(columns=columns, uses_gpu=False)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """The schema file exists and holds a schema."""
         messages = super().check(config)
         if config.schema_file is not None:
             try:
@@ -58,7 +54,6 @@ class JsonSchema(TextRule):
         return messages
 
     def task(self, prompt: Prompt) -> str:
-        """The schema, as JSON text."""
         if self.config.schema_file is not None:
             return self._schema_for_all
         schema = column_value(prompt, self.config.schema_column)
@@ -75,7 +70,6 @@ class JsonSchema(TextRule):
 
     @staticmethod
     def judge(config: Any, task: str, text: str, /) -> Score:
-        """1 if allowed. Components: `json` (it can be read) and `valid`."""
         validator = _validator(task)
         value = read_json(text)
         if value is None:
@@ -88,9 +82,9 @@ class JsonSchema(TextRule):
 
 
 def read_json(text: str) -> tuple[Any] | None:
-    """The JSON value (in a tuple, because it may be null) of a whole text or of its last fenced block.
+    """The JSON value of the text or of its last fenced block; in a tuple, because it may be null.
 
-    Strict: NaN, Infinity and a name twice in one object are no JSON. Raises RecursionError for deep nesting.
+    NaN, Infinity and repeated names are no JSON. Raise RecursionError for deep nesting.
     """
     for candidate in (text, last_fenced_block(text)):
         if candidate is not None and candidate.strip():
@@ -118,7 +112,7 @@ def last_fenced_block(text: str) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _validator(schema_text: str) -> Any:
-    """Remembered: all samples of a group share their schema. Raises CannotJudgeError if it is none."""
+    """Cached: samples of a group share their schema. Raise CannotJudgeError for a bad one."""
     from jsonschema import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
     from jsonschema_specifications import REGISTRY
@@ -151,7 +145,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and arrays of data libraries, as JSON has them. Raises TypeError for anything else."""
+    """Data libraries' mappings and arrays as JSON types. Raise TypeError for anything else."""
     return value.tolist() if hasattr(value, "tolist") else dict(value)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rewards.base import RewardTraits
-from rewards.verifiers.math import final_answer, gold_answer
+from rewards.verifiers.answers import final_answer, gold_answer
 from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, excerpt
 from rlkit.experience import Prompt, Score
 
@@ -23,26 +23,22 @@ class ExactMatch(TextRule):
     """1 if the answer is a gold text, white space aside."""
 
     class Config(TextRuleConfig):
-        """Options of the exact match reward."""
-
         answer_in: AnswerIn = "final_answer"
         """final_answer: after `####`, `answer is`, `A:`, or boxed; answer_tag: in the last <answer>; response: all."""
         gold: Literal["answer", "references"] = "answer"
-        """references: any of the prompt's reference texts may be matched."""
+        """references: any of the prompt's reference texts may match."""
         ignore_case: bool = False
-        """Upper and lower case are the same."""
+        """Compare without case."""
         ignore_punctuation: bool = False
-        """Leave out ASCII punctuation on both sides."""
+        """Ignore ASCII punctuation on both sides."""
         ignore_articles: bool = False
-        """Leave out `a`, `an` and `the` in lower case on both sides (with the two above: as SQuAD compares)."""
+        """Ignore `a`, `an`, `the` in lower case on both sides (with the two above: as SQuAD compares)."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """The gold answer, or references."""
         return RewardTraits(answer=config.gold == "answer", references=config.gold == "references", uses_gpu=False)
 
     def task(self, prompt: Prompt) -> tuple[str, ...]:
-        """The gold texts."""
         if self.config.gold == "references":
             golds = prompt.references
         else:
@@ -55,7 +51,6 @@ class ExactMatch(TextRule):
 
     @staticmethod
     def judge(config: Any, task: tuple[str, ...], text: str, /) -> Score:
-        """1 for a match. Components: `correct` and `format` (there is an answer)."""
         answer = find_answer(text, config.answer_in)
         if answer is None:
             return Score(0.0, components={"correct": 0.0, "format": 0.0}, trace=f"no {config.answer_in} found")
@@ -65,13 +60,11 @@ class ExactMatch(TextRule):
 
 
 class RegexMatch(TextRule):
-    """1 if a pattern (Python's `re`) fits. A pattern that runs past the deadline makes the sample invalid."""
+    """1 if a pattern of Python's `re` fits. A pattern that runs past the deadline makes the sample invalid."""
 
     class Config(TextRuleConfig):
-        """Options of the regex reward."""
-
         pattern: str | None = None
-        """The pattern; `{answer}` in it is replaced by the gold answer, literally. Flags go in front: `(?is)`."""
+        """`{answer}` in it is replaced by the gold answer, literally. Flags go in front: `(?is)`."""
         pattern_column: str | None = None
         """Column with a pattern for each prompt, instead of `pattern`."""
         answer_in: AnswerIn = "response"
@@ -87,13 +80,11 @@ class RegexMatch(TextRule):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """The column with the patterns, and the gold answer where the pattern names it."""
         columns = () if config.pattern_column is None else (config.pattern_column,)
         return RewardTraits(answer=_GOLD in (config.pattern or ""), columns=columns, uses_gpu=False)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """The pattern compiles."""
         messages = super().check(config)
         if config.pattern is not None:
             try:
@@ -103,7 +94,6 @@ class RegexMatch(TextRule):
         return messages
 
     def task(self, prompt: Prompt) -> str:
-        """The pattern of this prompt."""
         pattern = self.config.pattern
         if pattern is None:
             pattern = prompt.columns.get(self.config.pattern_column)
@@ -121,7 +111,6 @@ class RegexMatch(TextRule):
 
     @staticmethod
     def judge(config: Any, task: str, text: str, /) -> Score:
-        """1 for a match. Components: `correct` and `format` (there is something to look at)."""
         answer = find_answer(text, config.answer_in)
         if answer is None:
             return Score(0.0, components={"correct": 0.0, "format": 0.0}, trace=f"no {config.answer_in} found")
@@ -133,7 +122,6 @@ class RegexMatch(TextRule):
 
 
 def find_answer(text: str, answer_in: AnswerIn) -> str | None:
-    """The part of a response that counts, None if it has none."""
     if answer_in == "response":
         return text.strip()
     if answer_in == "answer_tag":
@@ -161,30 +149,25 @@ TagName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.:-]*$")]
 class TagFormat(TextRule):
     """1 if every tag occurs exactly once, in order, with no text around them.
 
-    Needs nothing from the data. Tags that the tokenizer counts among its special tokens are not in the text that a
-    reward sees; take others.
+    The tokenizer's special tokens are not in the text that a reward sees; use other tags.
     """
 
     class Config(TextRuleConfig):
-        """Options of the format reward."""
-
         tags: Annotated[tuple[TagName, ...], Field(min_length=1)] = ("think", "answer")
-        """Names of the tags, in the order in which they must come."""
+        """Names of the tags, in the required order."""
         grade: Literal["layout", "tag_count"] = "layout"
         """layout: 1 or 0; tag_count: the share of opening and closing tags that occur exactly once, 0 to 1."""
         text_outside: bool = False
-        """Text before, between and after the tags is allowed."""
+        """Allow text before, between and after the tags."""
         empty_tags: bool = False
-        """Tags with nothing but white space in them are allowed."""
+        """Allow tags with only white space in them."""
         opened_by_prompt: bool = False
-        """The chat template already wrote the first opening tag, so the response starts inside it."""
+        """The chat template wrote the first opening tag, so the response starts inside it."""
 
-    def task(self, prompt: Prompt) -> None:
-        """Nothing of the prompt matters."""
+    def task(self, prompt: Prompt) -> None: ...
 
     @staticmethod
     def judge(config: Any, task: None, text: str, /) -> Score:
-        """Components: `layout` (0 or 1) and `tag_count` (share of tags that occur exactly once)."""
         full = f"<{config.tags[0]}>{text}" if config.opened_by_prompt else text
         marks = [mark for tag in dict.fromkeys(config.tags) for mark in (f"<{tag}>", f"</{tag}>")]
         counts = {mark: full.count(mark) for mark in marks}
@@ -195,7 +178,6 @@ class TagFormat(TextRule):
 
 
 def _fault(text: str, marks: list[str], counts: dict[str, int], config: Any) -> str:
-    """What is wrong with the layout; empty if nothing is."""
     for mark, count in counts.items():
         if count != 1:
             return f"{mark} stands {count} times"

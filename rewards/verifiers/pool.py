@@ -1,5 +1,4 @@
-"""Judging untrusted text in processes that are killed and replaced when they hang, grow or die: the pool, and the base
-class of verifiers that judge one text."""
+"""Judging untrusted text in processes that are killed and replaced when they hang, grow or die."""
 
 from __future__ import annotations
 
@@ -28,14 +27,12 @@ if TYPE_CHECKING:
     from pebble import ProcessPool
 
 MEMORY_BYTES = 3 * 2**30
-"""Address space that answers may take in one process, so that a memory bomb fails alone."""
+"""Address space for answers in one process, so that a memory bomb fails alone."""
 
 ITEMS_PER_TASK = 16
-"""Items sent to a process at once: a round trip costs about as much as a verdict."""
+"""A round trip to a process costs about as much as a verdict."""
 
 MAX_TRACE_CHARACTERS = 400
-"""Longer extracts are cut in traces."""
-
 _BUDGET_USED_UP = "timeout: the verifier's time for this call was used up"
 
 Item = TypeVar("Item")
@@ -43,7 +40,7 @@ Result = TypeVar("Result")
 
 
 def limit_memory() -> None:
-    """Let this process take `MEMORY_BYTES` beyond what it has, and write no core dump."""
+    """Allow this process `MEMORY_BYTES` beyond its present size, and no core dump."""
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -57,10 +54,10 @@ class Failed:
 
 
 class Processes:
-    """A pool whose processes start when they are first needed.
+    """A pool whose processes start on first use.
 
-    `prepare(*prepare_arguments)` runs in each new process before any deadline; `preload` are the modules that the
-    fork server imports once for all (those of the first pool of this process count).
+    `prepare(*prepare_arguments)` runs in each before any deadline. The fork server imports `preload` once (that of
+    the first pool in this process).
     """
 
     def __init__(
@@ -79,9 +76,9 @@ class Processes:
         deadline: float,
         item_timeout: float,
     ) -> list[Result | Failed]:
-        """`function` on all items, in order, at most until `deadline` (of `time.monotonic`).
+        """`function` on all items, in order, until `deadline` (of `time.monotonic`).
 
-        Items go in batches; those of a failed batch go again one by one, so that only the culprit is lost.
+        Items of a failed batch are retried one by one, so that only the culprit is lost.
         """
         starts = range(0, len(items), ITEMS_PER_TASK)
         batches = [range(start, min(start + ITEMS_PER_TASK, len(items))) for start in starts]
@@ -95,7 +92,6 @@ class Processes:
         return [results[index] if index in results else failed[index] for index in range(len(items))]
 
     def close(self) -> None:
-        """End the processes."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join(timeout=10)
@@ -109,7 +105,7 @@ class Processes:
         deadline: float,
         item_timeout: float,
     ) -> tuple[dict[int, Result], list[tuple[range, str]]]:
-        """Results of the batches that came back, and a reason for each that did not."""
+        """Results by item, and failed batches with reasons."""
         from pebble import ProcessExpired  # here, because the configuration layer imports this module
 
         pool = self._open_pool()
@@ -158,41 +154,37 @@ class Processes:
 
 
 def _final(batch: range, reason: str) -> bool:
-    """Whether trying its items again is no use: a single one that hung, or no time left."""
+    """Whether a retry is useless: a single item hung, or no time is left."""
     return reason == _BUDGET_USED_UP or (len(batch) == 1 and reason.startswith("timeout"))
 
 
 class TextRuleConfig(RewardConfig):
-    """Fields of every verifier that judges in its own processes."""
-
     item_timeout_seconds: float = Field(default=5.0, gt=0)
-    """Deadline of one verdict; then its process is killed and replaced and the sample is invalid."""
+    """Deadline of one verdict. After it the process is killed and replaced, and the sample is invalid."""
     processes: int = Field(default=1, ge=1)
     """Verifier processes of one worker."""
 
 
 class CannotJudgeError(Exception):
-    """A prompt lacks what the rule needs, or has it in a form that cannot be used: `class: details`."""
+    """The prompt lacks what the rule needs, or has it in an unusable form: `class: details`."""
 
 
 class JudgeFunction(Protocol):
-    """`(config, task, text) -> Score`, the static method `judge` of a rule; runs in a verifier process."""
+    """The static method `judge` of a rule; runs in a verifier process."""
 
     def __call__(self, config: Any, task: Any, text: str, /) -> Score: ...
 
 
 class TextRule(Reward):
-    """A verdict per response from its text and its prompt alone.
+    """Judges a response by its text and its prompt alone.
 
-    In a subclass, `task` says what the verdict needs of the prompt (plain data, sent to the process), and the static
-    method `judge` gives the verdict. What `judge` raises on model-written text makes that sample invalid, not wrong.
+    Whatever `judge` raises on model-written text makes that sample invalid, not wrong.
     """
 
     Config = TextRuleConfig
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Programs judge: no GPU."""
         return RewardTraits(uses_gpu=False)
 
     def __init__(self, config: Any, context: RewardContext) -> None:
@@ -201,21 +193,19 @@ class TextRule(Reward):
 
     @abstractmethod
     def task(self, prompt: Prompt) -> Any:
-        """What `judge` needs to know of the prompt; raises CannotJudgeError if it is not there."""
+        """Plain data for `judge`, sent to its process. Raise CannotJudgeError if the prompt lacks it."""
 
     @staticmethod
     @abstractmethod
-    def judge(config: Any, task: Any, text: str, /) -> Score:
-        """The score of one response."""
+    def judge(config: Any, task: Any, text: str, /) -> Score: ...
 
     def start(self) -> None:
-        """Start the processes. Raises RuntimeError with the cause if they do not come up."""
+        """Raise RuntimeError with the cause if the processes do not start."""
         (answer,) = self._open().map(_echo, ["ready"], time.monotonic() + 60.0, 60.0)
         if isinstance(answer, Failed):
             raise RuntimeError(f"the verifier processes of {type(self).__name__} do not start: {answer.reason}")
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Judge every response."""
         scores: list[list[Score | None]] = []
         indices: list[tuple[int, int]] = []
         items: list[tuple[Any, str]] = []
@@ -233,7 +223,6 @@ class TextRule(Reward):
         return [GroupScores(tuple(score for score in row if score is not None)) for row in scores]
 
     def close(self) -> None:
-        """End the processes."""
         if self._processes is not None:
             self._processes.close()
 
@@ -254,7 +243,7 @@ class TextRule(Reward):
 
 
 def excerpt(text: str) -> str:
-    """A text for a trace: quoted, cut in the middle if it is long."""
+    """A text for a trace: quoted, the middle cut beyond MAX_TRACE_CHARACTERS."""
     if len(text) > MAX_TRACE_CHARACTERS:
         half = MAX_TRACE_CHARACTERS // 2
         text = f"{text[:half]} [...] {text[-half:]}"
@@ -262,7 +251,7 @@ def excerpt(text: str) -> str:
 
 
 def column_value(prompt: Prompt, column: str) -> Any:
-    """A data column; texts that hold JSON lists or objects are parsed. Raises CannotJudgeError if it is not there."""
+    """Parses JSON lists and objects in texts. Raise CannotJudgeError if the column is missing."""
     value = prompt.columns.get(column)
     if value is None:
         raise CannotJudgeError(f"no_column: the prompt has nothing in column {column!r}")

@@ -13,11 +13,8 @@ from rlkit.experience import Group, GroupScores, Sample, Score
 
 
 class TokenReward(Reward):
-    """Counts or compares a response's tokens: it reads no text and loads no model."""
-
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Counts tokens: no text, no GPU."""
         return RewardTraits(judges_texts=False, uses_gpu=False)
 
 
@@ -28,8 +25,6 @@ class Length(TokenReward):
     """
 
     class Config(RewardConfig):
-        """Options of the length reward."""
-
         min_tokens: int = Field(default=0, ge=0)
         """Shorter responses lose value."""
         max_tokens: int | None = Field(default=None, ge=1)
@@ -46,7 +41,6 @@ class Length(TokenReward):
             return self
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Component `length`: the value; the trace says the number of tokens."""
         return [
             GroupScores(tuple(self._score(response_tokens(sample)) for sample in group.samples)) for group in groups
         ]
@@ -61,19 +55,17 @@ class Length(TokenReward):
 
 
 class GroupLength(TokenReward):
-    """The shortest response of a group gets 1, the longest 0, the others lie between (Kimi k1.5, arXiv 2501.12599).
+    """The shortest response of a group gets 1, the longest 0, others in between (Kimi k1.5, arXiv 2501.12599).
 
-    value = 1 - (tokens - shortest) / (longest - shortest); 0.5 for all if they are equally long. The paper's term is
-    this minus 0.5, which is the same to group-relative advantages.
+    value = 1 - (tokens - shortest) / (longest - shortest); 0.5 for all of equal length. The paper's term is this
+    minus 0.5, which is the same to group-relative advantages.
     """
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Compares with another response."""
         return replace(super().traits(config), samples=2)
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Component `length`: the value; the trace says the number of tokens."""
         return [self._group(group) for group in groups]
 
     def _group(self, group: Group) -> GroupScores:
@@ -88,7 +80,7 @@ class GroupLength(TokenReward):
 
 
 def response_tokens(sample: Sample) -> int:
-    """Tokens that the policy wrote (tool results in a response are not its own)."""
+    """Tokens that the policy wrote, so without tool results."""
     trained: Any = sample.trained
     return int(trained.sum())
 
@@ -96,18 +88,15 @@ def response_tokens(sample: Sample) -> int:
 class Repetition(TokenReward):
     """1 minus the share of repeated n-grams of tokens: 1 without repetition, near 0 for a loop.
 
-    The n-gram penalty of "Demystifying Long Chain-of-Thought" (arXiv 2502.03373) as a term of the outcome: an n-gram
-    that occurred earlier in the response is a repeated one. Weight w in a sum makes it a penalty of at most w.
+    The n-gram penalty of "Demystifying Long Chain-of-Thought" (arXiv 2502.03373): an n-gram that occurred earlier in
+    the response is repeated. Weight w in a sum makes it a penalty of at most w.
     """
 
     class Config(RewardConfig):
-        """Options of the repetition reward."""
-
         ngram_tokens: int = Field(default=8, ge=1)
-        """Tokens in an n-gram. Short ones also count ordinary phrases; a response shorter than this gets 1."""
+        """Short ones also count ordinary phrases; a response shorter than this gets 1."""
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Component `distinct`: the value; the trace says how many n-grams are repeated."""
         return [
             GroupScores(tuple(self._score(sample.token_ids.tolist()) for sample in group.samples)) for group in groups
         ]
@@ -120,6 +109,6 @@ class Repetition(TokenReward):
 
 
 def repeated_ngrams(tokens: Sequence[int], size: int) -> tuple[int, int]:
-    """Numbers of all n-grams and of those that occurred earlier in the same response."""
+    """Numbers of all n-grams and of the repeated ones."""
     total = max(0, len(tokens) - size + 1)
     return total, total - len({tuple(tokens[start : start + size]) for start in range(total)})

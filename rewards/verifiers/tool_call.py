@@ -19,14 +19,14 @@ Assignment = Literal["optimal", "greedy"]
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool's name and its arguments, each as canonical JSON (so that 1 is 1.0 and not true)."""
+    """Arguments are canonical JSON (so that 1 is 1.0 and not true)."""
 
     name: str
     arguments: Mapping[str, str]
 
 
 def read_call(value: Any) -> ToolCall:
-    """From `{name, parameters}` or `{name, arguments}`, also below `function` (OpenAI). Raises ValueError otherwise."""
+    """From `{name, parameters}` or `{name, arguments}`, also below `function` (OpenAI). Raise ValueError otherwise."""
     if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
         value = value["function"]
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
@@ -42,7 +42,7 @@ def read_call(value: Any) -> ToolCall:
 
 
 def canonical(value: Any) -> str:
-    """Equal for values that are equal as JSON. Raises ValueError for NaN and infinities."""
+    """Equal for values that are equal as JSON. Raise ValueError for NaN and infinities."""
     return json.dumps(_integral(value), sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
@@ -56,7 +56,7 @@ def similarity(gold: Sequence[str], predicted: Sequence[str]) -> float:
 
 
 def pair_score(gold: ToolCall, predicted: ToolCall) -> float:
-    """Similarity of the argument names plus the number of equal arguments; 0 for another tool."""
+    """Similarity of argument names plus the number of equal arguments; 0 for another tool."""
     if gold.name != predicted.name:
         return 0.0
     equal = sum(predicted.arguments.get(key) == value for key, value in gold.arguments.items())
@@ -66,8 +66,8 @@ def pair_score(gold: ToolCall, predicted: ToolCall) -> float:
 def match_share(gold: Sequence[ToolCall], predicted: Sequence[ToolCall], assignment: Assignment = "optimal") -> float:
     """S / S_max, 0 to 1: `S = J(names) + sum of pair scores`, `S_max = 1 + sum over gold of (1 + #arguments)`.
 
-    Equal lists give 1. optimal: the assignment of predicted to gold calls with the largest sum; greedy: each gold
-    call in its order takes the best unused one, as the released code does.
+    optimal: the assignment with the largest sum; greedy: each gold call in order takes the best unused one, as the
+    released code does.
     """
     if list(gold) == list(predicted):
         return 1.0
@@ -81,8 +81,8 @@ def match_share(gold: Sequence[ToolCall], predicted: Sequence[ToolCall], assignm
 def best_assignment(scores: Sequence[Sequence[float]]) -> float:
     """Largest sum of entries (none negative) with at most one in each row and column.
 
-    Kuhn's method with potentials (Munkres), row by row: O(rows^2 x columns). Each row also has a column
-    of zeros, in case it stays unassigned.
+    Kuhn's method with potentials (Munkres), row by row: O(rows^2 x columns). A row may take a column of zeros
+    instead.
     """
     rows = len(scores)
     columns = (len(scores[0]) if rows else 0) + rows
@@ -142,8 +142,6 @@ _CALL = "tool_call"
 
 @dataclass(frozen=True, slots=True)
 class GoldCalls:
-    """What the response should contain."""
-
     calls: tuple[ToolCall, ...]
     layout: tuple[str, ...]
     """Tags in order."""
@@ -152,37 +150,33 @@ class GoldCalls:
 class ToolCallMatch(TextRule):
     """value = format (0 to `format_scale`) + correctness (-`correctness_scale` to `correctness_scale`).
 
-    format is earned by the layout that the gold implies: <think>, then <tool_call>, then <response>, each once.
-    correctness is 2 S / S_max - 1 times its scale, S counting equal tool names, argument names and arguments; calls
-    that cannot be read give its minimum; where the gold has no calls it is 0. With the default scales: -3 to 4.
+    format: the layout that the gold implies, <think>, <tool_call>, <response>, each once. correctness: its scale
+    times 2 S / S_max - 1, S counting equal tool names, argument names and arguments; the minimum for unreadable
+    calls, 0 where the gold has no calls. With the default scales: -3 to 4.
     """
 
     class Config(TextRuleConfig):
-        """Options of the tool call reward."""
-
         tool_calls_column: str = "tool_calls"
-        """Column with the gold calls: a list of {name, parameters or arguments}, its JSON text, or a ToolRL answer with
-        <tool_call> and <response> tags. An empty list or text: no call is wanted."""
+        """Column with the gold calls: a list of {name, parameters or arguments}, its JSON text, or a ToolRL answer
+        with <tool_call> and <response> tags. An empty list or text: no call is wanted."""
         correctness_scale: float = Field(default=3.0, ge=0)
         """Correctness lies between minus this and this."""
         format_scale: float = Field(default=1.0, ge=0)
-        """What the right layout adds."""
+        """Added for the right layout."""
         assignment: Assignment = "optimal"
         """Which predicted call is compared with which gold one; greedy (in gold order) is the authors' way."""
         all_or_nothing: bool = False
-        """Correctness is its maximum for exactly the gold calls, in their order, and its minimum for all else."""
+        """Maximal correctness for exactly the gold calls, in their order; minimal for all else."""
         think: bool = True
         """The layout starts with a <think> block."""
         many_blocks: bool = False
-        """Several <tool_call> blocks are good layout (Hermes and Qwen templates write one per call)."""
+        """Allow several <tool_call> blocks (Hermes and Qwen templates write one per call)."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """The gold calls."""
         return RewardTraits(columns=(config.tool_calls_column,), uses_gpu=False)
 
     def task(self, prompt: Prompt) -> GoldCalls:
-        """The gold calls and the layout they imply."""
         value = column_value(prompt, self.config.tool_calls_column)
         tags: tuple[str, ...] = ("think",) if self.config.think else ()
         try:
@@ -197,7 +191,6 @@ class ToolCallMatch(TextRule):
 
     @staticmethod
     def judge(config: Any, task: GoldCalls, text: str, /) -> Score:
-        """Components: `format` and `correctness`, both as they are added."""
         laid_out = has_layout(text, task.layout, config.many_blocks)
         share, trace = 0.5, "no call wanted"
         if task.calls:
@@ -210,9 +203,9 @@ class ToolCallMatch(TextRule):
 
 
 def predicted_calls(text: str) -> tuple[ToolCall, ...]:
-    """The calls in all <tool_call> blocks after the thinking: JSON (an object or a list), or one object per line.
+    """The calls in all <tool_call> blocks after the thinking: a JSON object or list, or one object per line.
 
-    Raises ValueError if there is no block, or one that cannot be read.
+    Raise ValueError if there is no readable block.
     """
     pieces = text.rpartition("</think>")[2].split(f"<{_CALL}>")[1:]
     if not pieces:
@@ -227,9 +220,9 @@ def predicted_calls(text: str) -> tuple[ToolCall, ...]:
 
 
 def has_layout(text: str, layout: tuple[str, ...], many_blocks: bool) -> bool:
-    """Whether the text consists of these tagged blocks, in order, each tag once and no other one of the three.
+    """Whether the text is these tagged blocks, in order, each tag once and no other one of the three.
 
-    Without <response> in the layout, text without tags may follow <think> only if no call is wanted.
+    Without <response> in the layout, untagged text may follow <think> only if no call is wanted.
     """
     rest = text.strip()
     for index, tag in enumerate(layout):

@@ -1,1 +1,1 @@
-"""Checkpoints: written aside, sealed with a manifest, found again, and refused where they belong to another run."""
+"""Checkpoints: writing, checking and pruning them, and resuming."""

@@ -18,7 +18,7 @@ REWARD_STATE = "reward_state.pt"
 
 
 class SavedRun(Protocol):
-    """The parts of a run that have a state; the trainer holds them."""
+    """The parts of a run that have a state."""
 
     producer: Any
     buffer: Any
@@ -28,13 +28,12 @@ class SavedRun(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """The driver's own state."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of state_dict."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass
 class Checkpointer:
-    """Used between two steps, when nothing of the next one has begun (or, with staleness, may be asked for again)."""
+    """For use between two steps, when nothing of the next has begun (or, with staleness, may be asked for again)."""
 
     config: RunConfig
     folder: RunFolder
@@ -42,7 +41,7 @@ class Checkpointer:
     async def save(self, step: int, run: SavedRun, metrics: Mapping[str, float]) -> Sealed:
         """Write, seal and rename `checkpoints/step_NNNNNN`, then remove old ones. `metrics`: the latest known.
 
-        `policy/` in it is a plain Hugging Face folder, and so is `reward/` where the reward learns.
+        `policy/` in it is a plain Hugging Face folder, and so is `reward/` if the reward learns.
         """
         staged = await asyncio.to_thread(stage, self.folder.checkpoints, step)
         producer, buffer = run.producer.state_dict(), await run.buffer.state_dict.remote()
@@ -74,7 +73,7 @@ class Checkpointer:
         return sealed
 
     async def restore(self, checkpoint: Sealed, run: SavedRun) -> None:
-        """Bring all parts, freshly started, to where they were. Raises DataError if the data are others."""
+        """Restore all freshly started parts. Raises DataError if the data are not the checkpoint's."""
         await asyncio.to_thread(remove_partial, self.folder.checkpoints)
         state: dict[str, Any] = from_json(checkpoint.run_state)
         prompts = run.producer.order.by_id()

@@ -1,6 +1,6 @@
-"""A checkpoint on disk: written into a folder aside, synced, sealed with a manifest, renamed; then old ones go.
+"""A checkpoint on disk: written aside, synced, sealed with a manifest, renamed; then old ones are pruned.
 
-A folder `step_NNNNNN` is a whole checkpoint, always: whatever is cut short leaves `.step_NNNNNN.partial` behind.
+A folder `step_NNNNNN` is always a whole checkpoint: an interrupted write leaves `.step_NNNNNN.partial`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 2**22
 
 
 class BadCheckpointError(UserError):
-    """A folder is no whole checkpoint; the message says what is wrong with it."""
+    """A folder is not a whole checkpoint; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Sealed:
 
     @property
     def step(self) -> int:
-        """Training steps behind it."""
         return int(self.manifest["step"])
 
     @property
@@ -46,7 +45,7 @@ class Sealed:
 
 
 def stage(checkpoints: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into. Leftovers of writes that were cut short are removed."""
+    """An empty folder for the checkpoint of `step`. Removes the remains of interrupted writes."""
     remove_partial(checkpoints)
     folder = checkpoints / f".step_{step:06d}.partial"
     folder.mkdir(parents=True)
@@ -54,7 +53,6 @@ def stage(checkpoints: Path, step: int) -> Path:
 
 
 def remove_partial(checkpoints: Path) -> None:
-    """Remove what was never sealed."""
     for leftover in checkpoints.glob(".step_*"):
         shutil.rmtree(leftover)
 
@@ -62,7 +60,7 @@ def remove_partial(checkpoints: Path) -> None:
 def seal(staged: Path, about: Mapping[str, Any], required: Sequence[str] = ()) -> Sealed:
     """Sync every file, write the manifest (`about` and each file's size and hash), rename to the final name.
 
-    Raises BadCheckpointError if a required file is not there.
+    Raises BadCheckpointError if a required file is missing.
     """
     absent = [name for name in required if not (staged / name).is_file()]
     if absent:
@@ -95,7 +93,7 @@ def seal(staged: Path, about: Mapping[str, Any], required: Sequence[str] = ()) -
 
 
 def open_checkpoint(folder: Path) -> Sealed:
-    """Check a folder against its manifest, every byte. Raises BadCheckpointError."""
+    """Check every byte of a folder against its manifest. Raises BadCheckpointError."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,25 +102,25 @@ def open_checkpoint(folder: Path) -> Sealed:
         raise BadCheckpointError(f"its {MANIFEST} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BadCheckpointError(f"its {MANIFEST} is of another format than {FORMAT}")
-    for name, wanted in manifest["files"].items():
+    for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
             raise BadCheckpointError(f"{name} is missing")
-        if file.stat().st_size != wanted["bytes"]:
-            raise BadCheckpointError(f"{name} has {file.stat().st_size} bytes, not {wanted['bytes']}")
-        if _digest(file) != wanted["blake2b"]:
+        if file.stat().st_size != expected["bytes"]:
+            raise BadCheckpointError(f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}")
+        if _digest(file) != expected["blake2b"]:
             raise BadCheckpointError(f"{name} is damaged: its hash is not the manifest's")
     return Sealed(folder, manifest)
 
 
 def sealed_folders(checkpoints: Path) -> list[Path]:
-    """Folders that carry a checkpoint's name, the newest first; not checked."""
+    """Folders with a checkpoint's name, newest first; not checked."""
     folders = [path for path in checkpoints.glob("step_*") if path.name[5:].isdigit()]
     return sorted(folders, key=lambda path: -int(path.name[5:]))
 
 
 def set_aside_after(checkpoints: Path, step: int) -> None:
-    """Rename checkpoints of later steps to `abandoned_step_NNNNNN`: the run goes on from before them.
+    """Rename checkpoints of later steps to `abandoned_step_NNNNNN`: the run resumes from before them.
 
     They are of another future (or damaged), and must neither outlive the new ones nor be resumed from.
     """
@@ -135,9 +133,9 @@ def set_aside_after(checkpoints: Path, step: int) -> None:
 
 
 def prune(checkpoints: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` and the one with the highest `best` in its manifest; returns what went.
+    """Remove all but the newest `keep` and the one with the highest `best` in its manifest; return the removed.
 
-    Of equal ones the earliest is the best: later ones may only repeat the value of an evaluation before them.
+    Of equal ones the earliest is the best: later ones may only repeat the value of an earlier evaluation.
     """
     folders = sealed_folders(checkpoints)
     values = {}

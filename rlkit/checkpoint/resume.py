@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest whole checkpoint, and whether it belongs to this configuration."""
+"""Where a run resumes: the newest whole checkpoint, and whether it belongs to this configuration."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from rlkit.config.plan import Line
 from rlkit.config.schema import RunConfig
 
 FIXED = ("model", "data", "algorithm", "reward._target_", "seed", "trainer.prompts_per_step", "rollout.temperature")
-"""Keys and sections that a resumed run must have in common with its checkpoint."""
+"""Keys and sections that a resumed run must share with its checkpoint."""
 FREE = ("run_dir", "resume", "dry_run", "tracking")
-"""Keys and sections whose change is not worth a word."""
+"""Keys and sections whose change is not reported."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint to go on from."""
-
     checkpoint: Sealed
     notices: tuple[str, ...]
     """What was skipped, and what differs although it may."""
@@ -36,7 +34,7 @@ class ResumePoint:
 
 
 def find_resume(config: RunConfig) -> ResumePoint | None:
-    """The checkpoint that `resume` asks for; None for a run from the beginning.
+    """The checkpoint that `resume` asks for; None for a new run.
 
     Raises ConfigError if `resume` names no whole checkpoint, or one of another model, data or algorithm.
     """
@@ -73,7 +71,7 @@ def _newest(checkpoints: Path) -> tuple[Sealed | None, list[str]]:
 
 
 def _named(path: Path) -> tuple[Sealed, list[str]]:
-    """A checkpoint's own folder, or a run's folder, of which the newest is taken."""
+    """A checkpoint's own folder, or a run's folder, of which the newest is used."""
     where = f"resume={path}"
     if not path.is_dir():
         raise ConfigError([ConfigIssue(where, "there is no such folder; name a checkpoint (.../step_NNNNNN) or a run")])
@@ -112,8 +110,8 @@ def _is_one_of(key: str, names: tuple[str, ...]) -> bool:
 
 
 def _differences(checkpoint: Sealed, config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(full key, the checkpoint's value, the run's) of every leaf that differs; a part that checkpoints did not know
-    when this one was made does not."""
+    """(full key, the checkpoint's value, the run's) of every leaf that differs, except parts that are newer than the
+    checkpoint."""
     old, new = with_present_targets(checkpoint.manifest["config"]), plain(config)
     added = {kind: new[kind] for kind in CONTRACTS if kind not in old}
     return list(_different_leaves({**old, **added}, new))

@@ -1,1 +1,1 @@
-"""Ray: starting one of our own on the loopback interface, joining another's, and leaving nothing behind."""
+"""The run's Ray, placement of actors, waiting with deadlines, and child processes."""

@@ -1,7 +1,7 @@
-"""A process that outlives a driver with its own Ray, and removes what is left however the driver ended.
+"""A process that outlives a driver with its own Ray and removes what is left, however the driver ended.
 
-Ray always leaves its session's folder; killed processes leave temporary files, and semaphores and shared memory in
-/dev/shm. Started by its path, before Ray, with the standard library alone: `janitor.py TOKEN FOLDER LOGS`. Its standard
+That is Ray's session folder, and what killed processes leave: temporary files, and semaphores and shared memory in
+/dev/shm. Started by path, before Ray, with the standard library alone: `janitor.py TOKEN FOLDER LOGS`. Its standard
 input ends with the driver.
 """
 
@@ -21,21 +21,18 @@ from pathlib import Path
 TOKEN = "RLKIT_RUN_TOKEN"
 """Environment variable of every process of a run; semaphores carry its value in their names."""
 SECONDS = 300.0
-"""How long the run's processes may take to be gone; after that nothing is removed.
+"""Deadline for the run's processes to end; after it nothing is removed.
 
-It counts from before Ray is shut down, so it is more than twice END_SECONDS of rlkit/run.py: a driver that hangs there
+It counts from before Ray's shutdown, so it is more than twice END_SECONDS of rlkit/run.py: a driver that hangs there
 ends itself, and Ray's reaper ends the rest.
 """
 ORPHANS_SECONDS = 5.0
-"""How long the processes of a driver that was killed may take; then they are killed.
-
-Ray's agents would try for a minute to tell a Ray that is dead, too.
-"""
+"""For the processes of a killed driver; then they are killed. Ray's agents would call a dead Ray for a minute."""
 ORDERLY, FAILED = b"orderly", b"failed"
 _LEFT = re.compile(r"sem\.mp-|psm_|torch_|nccl-")
-"""How names of semaphores and shared memory of Python, torch and NCCL begin."""
+"""Prefixes of the semaphores and shared memory of Python, torch and NCCL."""
 _MAPPED = re.compile(r"^(?:\S+ +){4}(\d+) +/dev/shm/", re.MULTILINE)
-"""The inode of a file that a process has mapped. (The name there is that at its creation; a semaphore loses it.)"""
+"""Inode of a mapped file. (The name there is the one at creation; a semaphore loses it.)"""
 
 
 @contextlib.contextmanager
@@ -87,7 +84,7 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
 
 
 def _processes(token: str) -> list[int]:
-    """Processes of the run on this machine, without the driver."""
+    """Without this one."""
     mark, processes = f"{TOKEN}={token}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -100,7 +97,7 @@ def _processes(token: str) -> list[int]:
 
 
 def _shared_by(processes: list[int]) -> set[Path]:
-    """Files in /dev/shm that these processes would leave behind if they were killed now."""
+    """Files in /dev/shm that these processes would leave if killed now."""
     mapped: set[int] = set()
     for process in processes:
         with contextlib.suppress(OSError):  # it has ended

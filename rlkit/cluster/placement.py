@@ -1,8 +1,8 @@
 """Where actors go, and in which order they load.
 
-One Ray placement group is reserved before anything is loaded, so that a run fits or says why not. Actors on the same
-GPU load in turn: vLLM measures the whole GPU's memory to size its cache, and whatever else loads meanwhile is counted
-as the engine's, or takes memory that the engine saw as free.
+One placement group is reserved before anything loads, so that a run fits or says why not. Actors on the same GPU
+load in turn: vLLM measures the whole GPU's memory to size its cache, so whatever else loads meanwhile is counted as
+the engine's, or takes memory that the engine saw as free.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlkit.experience import UserError
 TOKEN_CPUS = 0.001
 """A bundle must request something; CPU time is shared, not reserved."""
 BUNDLES = "VLLM_RAY_BUNDLE_INDICES"
-"""vLLM's variable for the bundles in which it starts the workers of an engine, one in each."""
+"""vLLM's variable for the bundles of an engine's workers, one each."""
 
 
 Place = Callable[[int], Mapping[str, Any]]
@@ -29,12 +29,11 @@ Place = Callable[[int], Mapping[str, Any]]
 
 
 def anywhere(number: int) -> Mapping[str, Any]:
-    """Leave it to Ray."""
     return {}
 
 
 def beside_driver(number: int) -> Mapping[str, Any]:
-    """On the driver's node, which is there: Ray itself would take one that has just died, until it notices."""
+    """On the driver's node, which is alive: Ray may pick one whose death it has not noticed."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -43,12 +42,12 @@ def beside_driver(number: int) -> Mapping[str, Any]:
 
 
 class NoRoomError(UserError):
-    """The cluster cannot hold the run; the message says what was asked for and what there is."""
+    """The message says what was asked for and what there is."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Actors on one node together, on the same GPU where they have shares of one."""
+    """Actors on one node; on the same GPU where they have shares of one."""
 
     members: tuple[str, ...]
     """`rollout-0`, `learner-0`, ... An engine over several GPUs is a member of several bundles."""
@@ -56,10 +55,10 @@ class Bundle:
 
 
 def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -> list[Bundle]:
-    """Colocated: ranks of equal number share a bundle, engine i of t GPUs those of numbers i*t to i*t + t-1.
+    """Colocated: ranks of equal number share a bundle; engine i of t GPUs has bundles i*t to i*t + t-1.
 
-    Rewards are dealt out over them. On CUDA each bundle is a whole GPU, of which its members request shares: two
-    bundles with parts of a GPU might get the same one from Ray. Apart: each actor by itself, with all its GPUs.
+    Rewards are dealt out over them. On CUDA each bundle is a whole GPU, of which its members request shares: Ray
+    might place two bundles with parts of a GPU on the same one. Apart: one bundle per actor, with all its GPUs.
     """
     counts = {"learner": config.learner.ranks, "critic": critic_ranks, "reward": reward_workers}
     if config.cluster.placement == "apart":
@@ -78,7 +77,7 @@ def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -
 
 
 def on_one_node(bundles: int, wide: Sequence[Sequence[int]], nodes: Sequence[str]) -> list[int]:
-    """For each of our bundles the index of one of Ray's, so that each of `wide` (one actor's bundles) is on one node.
+    """Map each of our bundles to an index of Ray's, with each of `wide` (one actor's bundles) on one node.
 
     All bundles are alike; `nodes` says where Ray put each. Raises NoRoomError if there is no such assignment.
     """
@@ -86,25 +85,23 @@ def on_one_node(bundles: int, wide: Sequence[Sequence[int]], nodes: Sequence[str
     for index, node in enumerate(nodes):
         left.setdefault(node, []).append(index)
     order: dict[int, int] = {}
-    for wanted in wide:
-        free = next((free for free in left.values() if len(free) >= len(wanted)), None)
+    for indices in wide:
+        free = next((free for free in left.values() if len(free) >= len(indices)), None)
         if free is None:
             per_node = ", ".join(f"{nodes.count(node)}" for node in left)
             raise NoRoomError(
                 f"Ray reserved {bundles} GPUs on {len(left)} nodes ({per_node}), and {len(wide)} engines of "
-                f"{len(wanted)} GPUs (rollout.workers, rollout.tensor_parallel_size) do not fit there, each on one "
+                f"{len(indices)} GPUs (rollout.workers, rollout.tensor_parallel_size) do not fit there, each on one "
                 "node. Try cluster.strategy=STRICT_PACK, fewer engines, or nodes whose free GPUs are a multiple of "
                 "rollout.tensor_parallel_size"
             )
-        order.update(zip(wanted, free, strict=False))
-        del free[: len(wanted)]
-    rest = iter([index for indices in left.values() for index in indices])
+        order.update(zip(indices, free, strict=False))
+        del free[: len(indices)]
+    rest = iter([index for unused in left.values() for index in unused])
     return [order[index] if index in order else next(rest) for index in range(bundles)]
 
 
 class Placement:
-    """A reserved placement group."""
-
     def __init__(self, group: Any, bundles: list[Bundle]) -> None:
         """Raises NoRoomError if the GPUs of an engine cannot be on one node."""
         self._group = group
@@ -121,7 +118,6 @@ class Placement:
             self._index = {name: [order[index] for index in indices] for name, indices in self._index.items()}
 
     def of(self, kind: str) -> Place:
-        """Where the actors of a kind go."""
         return lambda number: self._options(kind, number)
 
     def _options(self, kind: str, number: int) -> Mapping[str, Any]:
@@ -139,12 +135,12 @@ class Placement:
 
 
 async def reserve(config: RunConfig, bundles: list[Bundle], seconds: float) -> Any:
-    """The placement group, reserved. Raises NoRoomError if Ray has no room for it in time."""
+    """Raises NoRoomError if Ray has no room in time."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    wanted = [{"CPU": TOKEN_CPUS, **({"GPU": bundle.gpus} if bundle.gpus else {})} for bundle in bundles]
-    group = placement_group(wanted, strategy=config.cluster.strategy)
+    requests = [{"CPU": TOKEN_CPUS, **({"GPU": bundle.gpus} if bundle.gpus else {})} for bundle in bundles]
+    group = placement_group(requests, strategy=config.cluster.strategy)
     try:
         async with waiting("the start", "room for the actors on the cluster", seconds, "ROOM_SECONDS"):
             await group.ready()
@@ -167,7 +163,7 @@ async def reserve(config: RunConfig, bundles: list[Bundle], seconds: float) -> A
 
 @contextmanager
 def released(group: Any) -> Iterator[Any]:
-    """The group; its reservation is released at the end."""
+    """Release the group's reservation at the end."""
     from ray.util.placement_group import remove_placement_group
 
     try:
@@ -177,7 +173,7 @@ def released(group: Any) -> Iterator[Any]:
 
 
 def loads_after(config: RunConfig) -> dict[str, list[str]]:
-    """For each part that may share a GPU, the parts that must be ready before it begins to load.
+    """For each part that may share a GPU, the parts that must be ready before it loads.
 
     First the sampler, then a reward (its model may be in vLLM, too), then policy and critic. Without shared GPUs
     nothing waits.
@@ -191,7 +187,7 @@ def loads_after(config: RunConfig) -> dict[str, list[str]]:
 def start_in_order(
     starts: Mapping[str, Callable[[], Awaitable[object]]], after: Mapping[str, Sequence[str]]
 ) -> dict[str, asyncio.Future[None]]:
-    """A running future per part, which starts it once those are ready that it comes `after`."""
+    """A running future per part; each starts once the parts it comes `after` are ready."""
     futures: dict[str, asyncio.Future[None]] = {}
 
     async def start(name: str) -> None:

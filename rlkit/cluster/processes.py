@@ -1,4 +1,4 @@
-"""Child processes that end: with their parent, in order by a deadline, or at once with all they have started.
+"""Child processes that end: with their parent, in order by a deadline, or at once with their children.
 
 The standard library alone: the verifiers' processes import this, too.
 """
@@ -21,22 +21,20 @@ from pathlib import Path
 from typing import Any
 
 KILL_SECONDS = 10.0
-"""How long the kernel may take to end a killed process."""
-
 Process = BaseProcess | subprocess.Popen[bytes]
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody uses at this moment."""
+    """Free at this moment."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def spawn(function: Callable[..., Any], *arguments: Any, name: str | None = None) -> BaseProcess:
-    """Call a function (pickled by name) in a fresh Python process that dies with this one; returns it, started.
+    """Start `function(*arguments)` (pickled by name) in a fresh Python process that dies with this one.
 
-    It leads a session of its own, so that Ctrl-C at the terminal reaches the parent alone. Raises OSError.
+    It leads its own session, so that Ctrl-C at the terminal reaches the parent alone. Raises OSError.
     """
     process = multiprocessing.get_context("spawn").Process(target=_call, args=(function, arguments), name=name)
     process.start()
@@ -50,7 +48,7 @@ def _call(function: Callable[..., Any], arguments: Sequence[Any]) -> None:
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, with its output in `log`; it may call `die_with_parent`."""
+    """Start a command in its own session, with its output in `log`; it may call `die_with_parent`."""
     with log.open("wb") as stream:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=environment, start_new_session=True
@@ -58,10 +56,10 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, even if that was killed and this one hangs in C code.
+    """Have the kernel kill this process when its parent ends, even if that was killed and this one hangs in C code.
 
     For processes of `multiprocessing` and of `start`. PR_SET_PDEATHSIG would watch the thread that started this
-    process, or the fork server, which lives until its last child is gone. Instead the parent's end of a pipe (the
+    process, or the fork server, which lives until its last child ends. Instead the parent's end of a pipe (the
     sentinel, or standard input) closes with the parent, and O_ASYNC turns that into a signal.
     """
     parent = multiprocessing.parent_process()
@@ -74,7 +72,6 @@ def die_with_parent() -> None:
 
 
 def wait(process: Process, seconds: float) -> bool:
-    """Whether the process has ended within that time."""
     if isinstance(process, BaseProcess):
         process.join(max(0.0, seconds))
         return process.exitcode is not None
@@ -84,7 +81,7 @@ def wait(process: Process, seconds: float) -> bool:
 
 
 def end(processes: Iterable[Process], seconds: float = 0.0) -> None:
-    """End processes of `spawn` and `start`: SIGTERM, and after `seconds` SIGKILL for all of their process groups."""
+    """SIGTERM to processes of `spawn` and `start`, and after `seconds` SIGKILL to their process groups."""
     processes = list(processes)
     if seconds:
         for process in processes:
@@ -108,7 +105,7 @@ def _pid(process: Process) -> int:
 
 
 def kill_with_children(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Kill a process and its children, which may have left its group. `seconds`: limit on stopping it first."""
+    """Kill a process and its children, also those that left its group. `seconds`: limit on stopping it first."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGSTOP)  # it makes no further child
@@ -122,7 +119,7 @@ def kill_with_children(process: subprocess.Popen[bytes], seconds: float) -> None
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a child is stopped, or has ended (and can still be waited for)."""
+    """Whether a child is stopped or has ended, without reaping it."""
     try:
         return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # another thread has waited for it

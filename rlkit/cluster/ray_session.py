@@ -17,7 +17,7 @@ from rlkit.config.schema import ClusterConfig
 
 CONNECT_SECONDS = 10.0
 LONGEST_BASE = 24
-"""Characters of a folder for temporary folders: paths of sockets below them may have at most 107."""
+"""Most characters of the folder for temporary folders: socket paths below them may have at most 107."""
 
 
 @contextmanager
@@ -25,8 +25,8 @@ def ray_session(config: ClusterConfig, logs: Path) -> Iterator[None]:
     """Join the Ray at `cluster.address` (or the one this Ray job runs in), else start one; leave it at the end.
 
     A Ray started here listens on the loopback interface only, has no dashboard, and ends with the context; if this
-    process is killed, Ray's own reaper ends it. Its session and the temporary files of its processes are in a folder
-    that is removed; Ray's logs are copied to the folder `logs` if the context ends with an error.
+    process is killed, Ray's own reaper ends it. Its session and its processes' temporary files are in a folder that
+    is removed; after an error Ray's logs are copied to `logs`.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the device variables as set
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -55,7 +55,7 @@ def ray_session(config: ClusterConfig, logs: Path) -> Iterator[None]:
 
 
 def _temporary_folder() -> Path:
-    """A new folder for a run's processes, where Ray itself would put its own."""
+    """Where Ray itself would put its own."""
     base = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     # Compiled kernels stay for the next run.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{base}/torchinductor_{os.getuid()}")
@@ -66,7 +66,6 @@ def _temporary_folder() -> Path:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Set environment variables in the body."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

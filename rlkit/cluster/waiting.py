@@ -1,4 +1,4 @@
-"""The one way to wait for another process: every wait is listed while it lasts, and has a deadline and a name.
+"""Waiting for another process: every wait is listed while it lasts, and has a deadline and a name.
 
 async with waiting("step 3", lambda: f"rollout worker 1: {len(left)} groups", 1800, "trainer.step_timeout_seconds"):
     ...
@@ -24,33 +24,30 @@ from rlkit.experience import UserError
 TICK_SECONDS = 0.5
 """How often the watchdog looks at the open waits."""
 GRACE_SECONDS = 60.0
-"""A wait that is still open this long after its deadline cannot be cancelled: its process is ended."""
+"""A wait still open this long after its deadline cannot be cancelled: its process is ended."""
 REPORT_SECONDS = 5.0
 """How long writing a report may take; the watchdog continues without it."""
 NEARLY_DUE = 0.9
-"""Waits past this share of the time at which they are due count as reported with the others."""
+"""Waits past this share of their due time count as reported with the others."""
 
 
 @dataclass(eq=False)
 class Wait:
-    """One wait that is open now."""
-
     who: str
     what: str | Callable[[], str]
     """A function is called for every report, also from the watchdog's thread."""
     seconds: float
     """Its deadline, counted from `began`."""
     limit: str
-    """Where the deadline comes from: a key of the configuration."""
+    """The configuration key that sets the deadline."""
     cancels: bool = True
     """Whether the event loop ends it at its deadline."""
     began: float = field(default_factory=time.monotonic)
     reported: float = 0.0
-    """How many seconds it had lasted when it was last reported."""
+    """Seconds it had lasted at its last report."""
 
     @property
     def waited_for(self) -> str:
-        """What it waits for at this moment."""
         if isinstance(self.what, str):
             return self.what
         try:
@@ -60,7 +57,6 @@ class Wait:
 
     @property
     def lasted(self) -> float:
-        """Seconds since it began."""
         return time.monotonic() - self.began
 
     def __str__(self) -> str:
@@ -77,13 +73,12 @@ _open: dict[Wait, None] = {}
 
 
 def open_waits() -> list[Wait]:
-    """All waits of this process, oldest first."""
     return list(_open)
 
 
 @asynccontextmanager
 async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit: str) -> AsyncIterator[None]:
-    """Raises WaitedTooLongError if the body takes longer than `seconds` (more than 0), which come from `limit`.
+    """Raise WaitedTooLongError if the body takes longer than `seconds` (more than 0), which come from `limit`.
 
     A TimeoutError from inside passes through: it is an actor's own.
     """
@@ -114,7 +109,7 @@ async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit
 
 @contextmanager
 def blocking(who: str, what: str, seconds: float, limit: str) -> Iterator[None]:
-    """For a library's call, which cannot be cancelled: at its deadline an open Watchdog ends the process."""
+    """For a library call, which cannot be cancelled: at its deadline an open Watchdog ends the process."""
     wait = Wait(who, what, seconds, limit, cancels=False)
     _open[wait] = None
     try:
@@ -124,10 +119,10 @@ def blocking(who: str, what: str, seconds: float, limit: str) -> Iterator[None]:
 
 
 class Watchdog:
-    """A background thread reports waits that pass a share of their deadline, then again at each doubling."""
+    """A thread that reports waits past a `share` of their deadline, then again at each doubling."""
 
     def __init__(self, say: Callable[[str], None], share: float, stacks: Path, exit_code: int = 1) -> None:
-        """`say` is called from another thread. `stacks` is the file for the stacks of a process that must be ended."""
+        """`say` is called from another thread. `stacks`: file for the stacks of a process that must be ended."""
         self._say, self._share, self._stacks, self._exit_code = say, share, stacks, exit_code
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -155,7 +150,7 @@ class Watchdog:
                         wait.reported = wait.lasted
 
     def _due(self, wait: Wait) -> float:
-        """How many seconds it must last to be reported (again)."""
+        """Seconds it must last to be reported (again)."""
         return max(self._share * wait.seconds, 2 * wait.reported)
 
     def _report(self, line: str) -> None:
@@ -172,7 +167,7 @@ class Watchdog:
                 file.write(f"{line}\n(could not be said: {type(error).__name__}: {error})\n")
 
     def _end(self, wait: Wait, waits: list[Wait]) -> None:
-        """End the process: the event loop is blocked, or a library does not return."""
+        """The event loop is blocked, or a library does not return."""
         try:
             with self._stacks.open("a") as file:
                 faulthandler.dump_traceback(file=file)

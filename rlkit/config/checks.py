@@ -1,7 +1,7 @@
-"""Parts that do not fit together: small pure functions, each about one combination.
+"""Checks of how parts fit together: small pure functions, each about one combination.
 
-A check names in its parameters what it looks at; it runs if those were valid by themselves. It yields issues,
-which refuse the run or only warn.
+A check names in its parameters what it looks at, and runs if those were valid by themselves. It yields issues, which
+refuse the run or only warn.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
-"""What a folder that holds a run has in it."""
+"""Any of these marks a folder that holds a run."""
 RAY_WORKING_DIRS = "/runtime_resources/working_dir_files/"
 
 
 def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
-    """All issues of the checks whose parameters are all in `available` (section or part by name)."""
+    """Issues of all checks whose parameters are all in `available` (section or part by name)."""
     issues: list[ConfigIssue] = []
     for check in CHECKS:
         names = list(inspect.signature(check).parameters)
@@ -55,10 +55,14 @@ def group_is_large_enough(algorithm: Algorithm) -> Issues:
 
 
 def reward_finds_its_columns(reward: Part, data: DataSource) -> Issues:
-    """A reward without references or answers would score nothing."""
+    """Without references or answers such a reward would score nothing."""
     traits, provided = reward.cls.traits(reward.config), data.provides()
-    wanted = [("references", traits.references), ("answer", traits.answer), *((name, True) for name in traits.columns)]
-    lacking = [name for name, needed in wanted if needed and name not in provided]
+    required = [
+        ("references", traits.references),
+        ("answer", traits.answer),
+        *((name, True) for name in traits.columns),
+    ]
+    lacking = [name for name, needed in required if needed and name not in provided]
     if lacking:
         yield ConfigIssue(
             "reward",
@@ -78,7 +82,6 @@ def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> I
 
 
 def reward_can_compare(algorithm: Algorithm, reward: Part) -> Issues:
-    """A lone response compared with its group is worth the same whatever it says."""
     needed = reward.cls.traits(reward.config).samples
     responses = algorithm.config.samples_per_prompt + algorithm.needs().greedy_response
     if responses < needed:
@@ -90,7 +93,7 @@ def reward_can_compare(algorithm: Algorithm, reward: Part) -> Issues:
 
 
 def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Issues:
-    """Logits spread over ten and more in one group and over a tenth in the next, which would then hardly count."""
+    """Logits may spread over ten in one group and over a tenth in the next, which would then hardly count."""
     if reward.cls.traits(reward.config).raw_scores and not algorithm.normalises():
         yield ConfigIssue(
             "reward",
@@ -102,7 +105,7 @@ def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Issues:
 
 
 def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Issues:
-    """A yardstick: it does not learn, and takes one response with what the data give."""
+    """A verifier does not learn, and judges a single response with what the data provide."""
     traits, provided = verifier.cls.traits(verifier.config), data.provides()
     if traits.update_when != "none" or traits.follows_policy:
         yield ConfigIssue(
@@ -125,31 +128,28 @@ def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Issues
 
 
 def verifier_is_usable(verifier: Part) -> Issues:
-    """What the verifier itself finds missing, in the words of a reward."""
+    """Reworded from the messages about a reward."""
     for message in verifier.cls.check(verifier.config):
         yield ConfigIssue("verifier", re.sub(r"\breward(?=[.=]\w)", "verifier", message))
 
 
 def data_is_usable(data: DataSource) -> Issues:
-    """Files and columns exist."""
     for message in data.check():
         yield ConfigIssue("data", message)
 
 
 def reward_is_usable(reward: Part) -> Issues:
-    """What the reward itself finds missing: model folders, files."""
     for message in reward.cls.check(reward.config):
         yield ConfigIssue("reward", message)
 
 
 def model_is_usable(model_shape: ModelShape | ModelFolderError) -> Issues:
-    """The folder holds a model with its tokenizer."""
     if isinstance(model_shape, ModelFolderError):
         yield ConfigIssue("model.path", str(model_shape))
 
 
 def chat_template_exists(model: Any) -> Issues:
-    """A missing template would only be noticed when prompts are rendered."""
+    """It would only be missed when prompts are rendered."""
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield ConfigIssue("model.chat_template", "no such file")
 
@@ -228,13 +228,11 @@ def group_filters_leave_something(buffer: BufferConfig) -> Issues:
 
 
 def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm) -> Issues:
-    """The reward of a single sample equals itself."""
     if buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
         yield ConfigIssue("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
 
 
 def schedule_fits(trainer: TrainerConfig, learner: LearnerConfig) -> Issues:
-    """Warm-up within the run; no floor without a decay."""
     yield from _unfit_schedule("learner", learner, trainer)
 
 
@@ -254,7 +252,7 @@ def _unfit_schedule(section: str, config: LearnerConfig, trainer: TrainerConfig)
 
 
 def half_precision_has_masters(cluster: ClusterConfig, learner: LearnerConfig) -> Issues:
-    """The learner would refuse only after it has loaded the model."""
+    """The learner would refuse only after loading the model."""
     yield from _lacking_masters("learner", learner, cluster)
 
 
@@ -268,7 +266,6 @@ def _lacking_masters(section: str, config: LearnerConfig, cluster: ClusterConfig
 
 
 def placement_acts(cluster: ClusterConfig) -> Issues:
-    """There are no GPUs to share or to have alone on a CPU."""
     if cluster.device == "cpu" and cluster.placement != ClusterConfig().placement:
         yield ConfigIssue("cluster.placement", "has no effect with cluster.device=cpu")
 
@@ -276,7 +273,6 @@ def placement_acts(cluster: ClusterConfig) -> Issues:
 def critic_fits(
     algorithm: Algorithm, critic: CriticConfig, trainer: TrainerConfig, rollout: RolloutConfig, cluster: ClusterConfig
 ) -> Issues:
-    """The critic is trained under the policy's conditions; without a critic its section says nothing."""
     defaults = CriticConfig()
     changed = [name for name in CriticConfig.model_fields if getattr(critic, name) != getattr(defaults, name)]
     if not algorithm.needs().critic:
@@ -310,7 +306,6 @@ def critic_fits(
 
 
 def intervals_happen(trainer: TrainerConfig) -> Issues:
-    """An interval longer than the run never comes."""
     defaults = TrainerConfig()
     for name in ("evaluate_every_steps", "save_every_steps"):
         every = getattr(trainer, name)
@@ -321,7 +316,6 @@ def intervals_happen(trainer: TrainerConfig) -> Issues:
 
 
 def cpu_has_its_limits(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
-    """Options of GPUs that a CPU cannot honour."""
     if cluster.device != "cpu":
         return
     defaults = RolloutConfig()
@@ -342,7 +336,6 @@ def cpu_has_its_limits(cluster: ClusterConfig, rollout: RolloutConfig, learner: 
 
 
 def gpu_ignores_cpu_options(cluster: ClusterConfig, rollout: RolloutConfig) -> Issues:
-    """The CPU engine's cache size means nothing to the CUDA one."""
     if cluster.device == "cuda" and rollout.memory_gib != RolloutConfig().memory_gib:
         yield ConfigIssue(
             "rollout.memory_gib", "has no effect with cluster.device=cuda; use rollout.gpu_memory_utilization"
@@ -350,7 +343,6 @@ def gpu_ignores_cpu_options(cluster: ClusterConfig, rollout: RolloutConfig) -> I
 
 
 def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Issues:
-    """The object store belongs to whoever starts Ray."""
     if cluster.address is not None and cluster.object_store_gib != ClusterConfig().object_store_gib:
         yield ConfigIssue(
             "cluster.object_store_gib", "has no effect with cluster.address: that Ray has its store already"
@@ -371,7 +363,7 @@ def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, le
 
 
 def run_folder_is_free(run_dir: Path, resume: str) -> Issues:
-    """Never mix two runs in one folder, nor go on with another model in an old one."""
+    """Never mix two runs in one folder, nor resume an old one with another model."""
     if run_dir.exists() and not run_dir.is_dir():
         yield ConfigIssue("run_dir", "is a file, not a folder; choose another name")
         return
@@ -386,7 +378,7 @@ def run_folder_is_free(run_dir: Path, resume: str) -> Issues:
 
 
 def run_folder_outlives_the_job(run_dir: Path) -> Issues:
-    """A relative folder of a Ray job with a working directory lies in what Ray unpacked for it."""
+    """A relative folder of a Ray job with a working directory is inside what Ray unpacked."""
     if RAY_WORKING_DIRS in f"{run_dir}/":
         yield ConfigIssue(
             "run_dir",

@@ -1,4 +1,4 @@
-"""What every command of the package does before and after its own work."""
+"""What every command does before and after its work."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ INTERRUPTED = 130
 
 
 def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
-    """Do `work` with the arguments (None: the command line's); returns the exit code.
-
-    The one `work` returns; 2 for a wrong configuration, 1 for another UserError, 130 after Ctrl-C.
-    """
+    """Run `work` with the arguments (None: the command line's); return its exit code, or 2 for a wrong
+    configuration, 1 for another UserError, 130 after Ctrl-C."""
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
     try:
@@ -31,7 +29,7 @@ def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None)
 
 
 def print_error(error: Exception) -> int:
-    """Print the message on standard error; returns the exit code."""
+    """Print the message on standard error; return the exit code."""
     if isinstance(error, ConfigError):
         print(error.report(), file=sys.stderr)
         return CONFIG_ERROR
@@ -40,13 +38,11 @@ def print_error(error: Exception) -> int:
 
 
 def print_warnings(warnings: Sequence[ConfigIssue]) -> None:
-    """Print what the user should know, on standard error."""
     for warning in warnings:
         print(f"rlkit: warning: {warning}", file=sys.stderr)
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether `-h` or `--help` is among them."""
     return bool({"-h", "--help"} & set(arguments))
 
 

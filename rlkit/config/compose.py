@@ -1,4 +1,4 @@
-"""Hydra's part: overrides, option files and a configuration file become one plain tree, each value with its source.
+"""Overrides, option files and a configuration file become one plain tree, each value with its source.
 
 Overrides are parsed one by one, so that each mistake is reported as its own.
 """
@@ -41,8 +41,7 @@ def borrowed_options(folder: Path) -> dict[str, str]:
 
 
 def group_options(folder: Path) -> dict[str, list[str]]:
-    """Group name -> its options, sorted; both are only file names. A folder with a `config.yaml` is no group of this
-    command but another command's own groups."""
+    """Group -> its options, sorted, by file names alone. A folder with a `config.yaml` is another command's."""
     options = {
         group.name: sorted(file.stem for file in group.glob("*.yaml"))
         for group in folder.iterdir()
@@ -73,7 +72,6 @@ def compose_options(folder: Path, choices: Mapping[str, str | None]) -> DictConf
 
 
 def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
-    """An option file by itself, as a plain dictionary."""
     if not (folder / group).is_dir():
         group = borrowed_options(folder)[group]
     content = OmegaConf.to_container(OmegaConf.load(folder / group / f"{option}.yaml"))
@@ -81,23 +79,23 @@ def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
 
 
 Options = Mapping[str, Collection[str]]
-"""Group name -> names of its options."""
+"""Group -> names of its options."""
 
 
 @dataclass
 class Overrides:
-    """What the command line says, split into choices of options and values of keys."""
+    """The command line, split into choices of options and values of keys."""
 
     choices: dict[str, str | None] = field(default_factory=dict)
-    """Group -> option. A misspelt option is replaced by the nearest one, so that the rest can be checked too."""
+    """Group -> option. A misspelt option is replaced by the nearest one, so that the rest can be checked, too."""
     parts: dict[str, str] = field(default_factory=dict)
     """Of `reward=[a,b]`: name of the part -> option, or dotted path of a class."""
     values: dict[str, Any] = field(default_factory=dict)
     """Full key -> value."""
     typed: dict[str, str] = field(default_factory=dict)
-    """Full key or group -> the argument as it was typed."""
+    """Full key or group -> the argument as typed."""
     unusable: set[str] = field(default_factory=set)
-    """Groups whose option is wrong and not guessable: nothing else can be said about them."""
+    """Groups whose option is wrong and not guessable."""
     problems: list[ConfigIssue] = field(default_factory=list)
 
 
@@ -113,7 +111,7 @@ def parse_overrides(arguments: Sequence[str], options: Options) -> Overrides:
 
 
 def _read(argument: str, parser: OverridesParser, options: Options, result: Overrides) -> str | None:
-    """Add one argument to `result`; returns what is wrong with it, if anything is."""
+    """Add one argument to `result`; return its problem, if any."""
     if argument.startswith("-"):
         bare = argument.lstrip("-")
         return f"options have no dashes here; write {bare if '=' in bare else bare + '=VALUE'}"
@@ -178,18 +176,18 @@ def quoted(value: str) -> str:
 
 @dataclass
 class Sources:
-    """Knows for every key how the user wrote it."""
+    """How the user set each key."""
 
     typed: Mapping[str, str]
-    """Full key (or group) -> the argument as it was typed."""
+    """Full key or group -> the argument as typed."""
     options: dict[str, str] = field(default_factory=dict)
-    """Swappable part -> the option (or class) that stands for it."""
+    """Swappable part -> its option or class."""
     file: Path | None = None
     in_file: set[str] = field(default_factory=set)
-    """Full keys of values that the file sets."""
+    """Full keys that the file sets."""
 
     def where(self, key: str, value: Any) -> str:
-        """The argument that set `key`, or `key=value` and the file it is from; `key` alone if nothing set it."""
+        """The argument that set `key`, or `key=value` and its file; `key` alone if nothing set it."""
         if key in self.options:
             chosen = self.typed.get(f"{key}._target_") or self.typed.get(key)
             return chosen or f"{key}={self.options[key]}"
@@ -206,7 +204,7 @@ class Sources:
 
 
 def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sources: Sources) -> list[ConfigIssue]:
-    """Put the values of a configuration file over the composed ones; returns what is wrong with the file.
+    """Merge a configuration file into the composed values; return the file's problems.
 
     A part with a `_target_` replaces the composed part: its values are those of another class.
     """
@@ -241,7 +239,7 @@ def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sou
 
 
 def set_value(composed: DictConfig, key: str, value: Any) -> None:
-    """Set one full key, making sections on the way; validation says later whether the key exists."""
+    """Set one full key, creating sections on the way; validation reports later if the key does not exist."""
     OmegaConf.update(composed, key, value, merge=True, force_add=True)
 
 
@@ -251,7 +249,6 @@ def _parents(key: str) -> list[str]:
 
 
 def _spelled(value: Any) -> str:
-    """A value as one would type it."""
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)
@@ -259,14 +256,14 @@ def _spelled(value: Any) -> str:
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 COMBINED = "combined"
-"""The option that holds the parts."""
+"""The reward option that holds parts."""
 
 
 def part_names(value: Sequence[Any], options: Collection[str]) -> tuple[dict[str, str], str | None]:
-    """Name of each part -> option or dotted path of a class; and what is wrong with the list, if anything is.
+    """Name of each part -> option or dotted path of a class; and what is wrong with the list, if anything.
 
     An element is an option, a dotted path (the part is named like the class), or `{name: option}`. A misspelt option
-    is replaced by the nearest one, so that the rest can be checked too.
+    is replaced by the nearest one, so that the rest can be checked, too.
     """
     parts: dict[str, str] = {}
     messages = []
@@ -299,7 +296,7 @@ def add_parts(
 ) -> tuple[dict[str, str], list[ConfigIssue]]:
     """Put the parts that the command line chose, or that a file lists (`reward: [rule, polar]`), into `composed`.
 
-    Returns how the reward is to be called in messages (empty if it is no list), and the file's mistakes.
+    Return the reward's name for messages (empty if it is no list), and the file's problems.
     """
     problems = []
     section = composed.get("reward")
@@ -320,7 +317,7 @@ def add_parts(
 
 
 def unknown_parts(section: Mapping[str, Any]) -> dict[str, str]:
-    """Notes on the keys of parts that are not there (`reward.parts.polr.weight`)."""
+    """Notes on the keys of parts that do not exist (`reward.parts.polr.weight`)."""
     parts = section.get("parts")
     if not isinstance(parts, Mapping):
         return {}
@@ -334,7 +331,7 @@ def unknown_parts(section: Mapping[str, Any]) -> dict[str, str]:
 
 
 def in_part(problem: ConfigIssue) -> ConfigIssue:
-    """What a part's own validator says about `reward.x` is meant of `reward.parts.NAME.x`."""
+    """A part's own validator writes `reward.x` for `reward.parts.NAME.x`."""
     part = re.match(r".*?(reward(?:\.parts\.\w+)+)", problem.where)
     if part is None or problem.message.startswith("no such key"):
         return problem

@@ -1,7 +1,8 @@
-"""`--help`: every group with its options, every key with its type, default and meaning, straight from the schema."""
+"""`--help`: every group with its options, every key with its type, default and meaning, from the schema."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from pydantic.fields import FieldInfo
@@ -59,13 +60,17 @@ def print_help() -> int:
             except PartError as error:
                 console.print(f"\n[bold]{kind}={option}[/]: {escape(str(target))} {escape(str(error))}")
                 continue
-            text = (cls.__doc__ or "").strip().partition("\n")[0]
-            print_section(console, f"{kind}={option}", text, all_fields(cls.Config, f"{kind}."))
+            print_section(console, f"{kind}={option}", headline(cls), all_fields(cls.Config, f"{kind}."))
             more += cls.help_sections() if issubclass(cls, Reward) else ()
     for added in more:
         fields = [(key, info) for key, info in all_fields(added.model, added.prefix) if key != "kind"]
         print_section(console, added.title, added.text, fields)
     return 0
+
+
+def headline(cls: type) -> str:
+    """First line of a class's docstring, else of its module's."""
+    return (cls.__doc__ or sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0]
 
 
 def print_section(console: Console, title: str, text: str, fields: Iterable[tuple[str, FieldInfo]]) -> None:

@@ -48,7 +48,7 @@ from rlkit.experience.section import Section
 
 
 class Loading:
-    """One load: the tree, what came from where, and the problems so far."""
+    """One load: the tree, the source of each value, and the problems so far."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Loading:
         return self._plain(composed)
 
     def _replace_part(self, composed: DictConfig, kind: str, target: Any) -> None:
-        """Put a class of the user's in the place of an option's; the option's values stay only for its subclasses."""
+        """Replace an option by a user's class; the option's values stay only for its subclasses."""
         try:
             inherits = issubclass(
                 import_part(kind, target, self.contracts[kind]),
@@ -104,7 +104,7 @@ class Loading:
         composed.hydra.runtime.choices[kind] = str(target).rpartition(".")[2]
 
     def _plain(self, composed: DictConfig) -> dict[str, Any]:
-        """Interpolations resolved, node by node so that one bad reference does not hide the others."""
+        """Resolve interpolations node by node, so that one bad reference does not hide the others."""
         tree: dict[str, Any] = {}
         for key in (str(key) for key in composed if key != "hydra"):
             try:
@@ -129,7 +129,7 @@ class Loading:
         self._run_config(known)
 
     def _part_config(self, kind: str, cls: Any, known: Sequence[str]) -> Any:
-        """The validated options of a part; None if they are wrong."""
+        """None if the options are wrong."""
         fields = self._part_fields(kind)
         model = _model(cls, fields)
         if model is cls.Config:
@@ -144,7 +144,7 @@ class Loading:
         return {key: value for key, value in self.tree[kind].items() if key != TARGET}
 
     def _known_keys(self, configs: Mapping[str, Any]) -> list[str]:
-        """Every full key there is, given the classes of the parts (None: not known)."""
+        """`configs`: the parts' classes (None: not known)."""
         known = [key for key, _ in all_fields(self.schema) if key not in self.contracts]
         for kind, cls in configs.items():
             if cls is not None:
@@ -205,7 +205,7 @@ class Loading:
         return typed
 
     def _other_classes(self, kind: str, cls: Any, fields: Mapping[str, Any]) -> dict[str, str]:
-        """For keys that this class does not know but another option's does: which option that is."""
+        """For keys unknown to this class: which options have them."""
         unknown = [key for key in fields if key not in cls.Config.model_fields]
         having: dict[str, list[str]] = {}
         for option in self.options[kind] if unknown else ():
@@ -223,7 +223,7 @@ class Loading:
 
 
 def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
-    """What types a part's section: its Config, or for a reward made of others, one with their sections."""
+    """A part's Config, or for a reward made of others, a model with their sections."""
     model: type[BaseModel] = cls.config_model(fields) if issubclass(cls, Reward) else cls.Config
     return model
 
@@ -231,8 +231,8 @@ def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
 def load_config(arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] = ()) -> ResolvedRun:
     """The run that `arguments` (Hydra overrides) describe, on top of a configuration file if there is one.
 
-    `elsewhere` are paths that may exist only where the run will be: what a check finds about them is a warning.
-    Raises ConfigError with every problem. Imports nothing heavier than the modules of the chosen parts.
+    `elsewhere` are paths that may exist only where the run will be: issues about them are warnings. Raises
+    ConfigError with every problem. Imports nothing heavier than the modules of the chosen parts.
     """
     loading = _RunLoading(arguments, file, elsewhere)
     loading.validate()
@@ -241,14 +241,13 @@ def load_config(arguments: Sequence[str], file: Path | None = None, elsewhere: C
 
 
 class _RunLoading(Loading):
-    """The configuration of `rlkit.train`: its checks and its result."""
+    """The configuration of `rlkit.train`."""
 
     def __init__(self, arguments: Sequence[str], file: Path | None, elsewhere: Collection[str]) -> None:
         super().__init__(arguments, file, folder=conf_dir(), schema=RunConfig, contracts=CONTRACTS)
         self.elsewhere = elsewhere
 
     def check(self) -> None:
-        """Make what the checks look at, and run those that can be run."""
         checked = dict(self.available)
         if "model" in checked:
             checked["model_shape"] = _shape_or_error(checked["model"].path)
@@ -275,13 +274,13 @@ class _RunLoading(Loading):
         return part
 
     def _value(self, key: str) -> Any:
-        """The value that `key` has, defaults included; None for what is no single value."""
+        """Defaults included; None for what is no single value."""
         section, _, leaf = key.rpartition(".")
         holder = self.parts[section].config if section in self.parts else self.available.get(section)
         return getattr(holder, leaf, None) if section else self.available.get(key)
 
     def result(self) -> ResolvedRun:
-        """The resolved run. Raises ConfigError if there is any problem."""
+        """Raises ConfigError if there is any problem."""
         if self.problems:
             raise ConfigError(list(dict.fromkeys(self.problems)))
         full = {

@@ -23,9 +23,9 @@ class ConfigIssue:
     """One thing the user has to change, or to know."""
 
     where: str
-    """The argument as it was typed, or `key=value`; from a check the key alone, which loading replaces by that."""
+    """The argument as typed, or `key=value`; from a check the key alone, which loading replaces by that."""
     message: str
-    """What is wrong with it, and what would be right."""
+    """What is wrong, and what would be right."""
     warning: bool = False
     """The run may start."""
 
@@ -34,14 +34,14 @@ class ConfigIssue:
 
 
 class ConfigError(UserError):
-    """A configuration that cannot run. `problems` lists everything that is wrong with it."""
+    """A configuration that cannot run."""
 
     def __init__(self, problems: Sequence[ConfigIssue]) -> None:
         self.problems = tuple(problems)
         super().__init__(self.report())
 
     def report(self) -> str:
-        """The text for the user: a headline, then one line per problem."""
+        """A headline, then one line per problem."""
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         lines = [f"rlkit: {head} in the configuration", *(f"  - {problem}" for problem in self.problems)]
@@ -67,7 +67,7 @@ def all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section class of a field whose value is a section (`Sub` or `Sub | None`), else None."""
+    """The class of a field that is a section (`Sub` or `Sub | None`), else None."""
     models = [kind for kind in _alternatives(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return models[0] if len(models) == 1 else None
 
@@ -78,12 +78,12 @@ def allowed(info: FieldInfo) -> str:
 
 
 def literal_values(info: FieldInfo) -> list[str]:
-    """The words a Literal field takes; empty for other fields."""
+    """The values of a Literal field; empty for other fields."""
     return [str(value) for kind in _alternatives(info.annotation) for value in get_args(kind) if _is_literal(kind)]
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, an annotation by itself otherwise."""
+    """The members of a union; for another annotation itself."""
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -158,7 +158,7 @@ OTHER_NAMES = {
 
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The valid name that looks most like `name`, None if none does."""
+    """The valid name most like `name`, if any."""
     spelled = {candidate.lower(): candidate for candidate in valid}
     similar = get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
     similar += [candidate for candidate in sorted(spelled) if len(name) > 1 and name.lower() in candidate]
@@ -166,17 +166,17 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
 
 
 def did_you_mean(name: str, valid: Collection[str]) -> str:
-    """`did you mean X? available: ...`, for a name that must be one of a few."""
+    """`did you mean X? available: ...`"""
     guess = nearest(name, valid)
     listed = f"available: {', '.join(sorted(valid))}" if valid else "none is available"
     return f"did you mean {guess}? {listed}" if guess else listed
 
 
 def similar_keys(key: str, valid: Collection[str]) -> list[str]:
-    """Full keys that were probably meant by the unknown `key`, best first, at most three.
+    """At most three full keys that the unknown `key` may mean, best first.
 
-    In this order: what other frameworks call it; the same field in another section; a field of the same section
-    that looks like it; a field that contains it as a word; anything that looks like it.
+    In this order: what other frameworks call it; the same field in another section; a field of the same section that
+    looks like it; a field that contains it as a word; anything that looks like it.
     """
     section, _, leaf = key.rpartition(".")
     leaves = {full: full.rpartition(".")[2] for full in valid}
@@ -202,12 +202,12 @@ def similar_keys(key: str, valid: Collection[str]) -> list[str]:
 
 
 MISSING = "???"
-"""Hydra's mark of a value that the user has to give."""
+"""Hydra's mark of a value that the user has to set."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 Where = Callable[[str, Any], str]
-"""(full key, value) -> how the user knows it: the argument typed, or `key=value` and its file."""
+"""(full key, value) -> how the user set it: the argument as typed, or `key=value` and its file."""
 
 
 def validate(
@@ -220,7 +220,7 @@ def validate(
 ) -> tuple[BaseModel | None, list[ConfigIssue]]:
     """The typed section, or None and why not.
 
-    `prefix` (`reward.`) precedes all keys in messages; `notes` say about some unknown keys what is known of them.
+    `prefix` (`reward.`) precedes all keys in messages; `notes` explain some unknown keys.
     """
     missing = list(_missing(tree, prefix))
     problems = [ConfigIssue(key, f"needs a value; write {key}=VALUE") for key in missing]
@@ -241,7 +241,7 @@ def validate(
 
 
 def read_section(model: type[Model], tree: Mapping[str, Any]) -> tuple[Model | None, list[ErrorDetails]]:
-    """The typed section, or None and pydantic's errors. True and false are no numbers, as in its strict mode; which
+    """The typed section, or None and pydantic's errors. True and false are no numbers, as in its strict mode, which
     would also refuse lists for tuples and texts for paths."""
     errors = []
     try:
@@ -276,13 +276,12 @@ def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], w
 
 
 def must_be(details: ErrorDetails, info: FieldInfo) -> str:
-    """What a field takes, about one of pydantic's errors: `must be an integer, at least 1`."""
+    """`must be an integer, at least 1`."""
     endless = isinstance(details["input"], float) and math.isinf(details["input"])
     return f"must be {'finite: ' if endless else ''}{allowed(info)}"
 
 
 def unknown_key(key: str, known_keys: Collection[str]) -> str:
-    """What to say about a key that does not exist."""
     similar = similar_keys(key, known_keys)
     if len(similar) == 1:
         return f"no such key; did you mean {similar[0]}?"
@@ -294,7 +293,7 @@ def unknown_key(key: str, known_keys: Collection[str]) -> str:
 
 
 def _field_name(key: str, fields: Mapping[str, FieldInfo]) -> str | None:
-    """The field that an error location lies in (`learner.betas.0` lies in `learner.betas`)."""
+    """The field of an error location (`learner.betas.0` is in `learner.betas`)."""
     while key:
         if key in fields:
             return key
@@ -303,7 +302,7 @@ def _field_name(key: str, fields: Mapping[str, FieldInfo]) -> str | None:
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(full key, value) of everything below an unknown section; the key itself where it is a value."""
+    """(full key, value) of everything below an unknown section; the key itself if it is a value."""
     if not isinstance(value, Mapping) or not value:
         yield key, value
         return

@@ -1,4 +1,4 @@
-"""What can be known of a model folder without loading it: its files, its shape, its number of parameters."""
+"""A model folder's files, shape and number of parameters, without loading it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class ModelFolderError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a causal language model, as its config.json tells them."""
+    """Sizes of a causal language model, from its config.json."""
 
     parameters: int | None
-    """Counted from the safetensors headers; None if the weights are in another format."""
+    """From the safetensors headers; None if the weights are in another format."""
     layers: int
     kv_heads: int
     head_dim: int
@@ -38,7 +38,7 @@ class ModelShape:
 
 
 def check_model_folder(path: str) -> ModelShape:
-    """The shape of the model at `path`. Raises ModelFolderError if it cannot be one."""
+    """The shape of the model at `path`. Raises ModelFolderError if it is not a usable model."""
     try:
         folder = model_folder(path).expanduser()
     except ValueError as error:
@@ -84,7 +84,7 @@ def _count_parameters(folder: Path) -> int | None:
 
 
 def _tensor_shapes(file: Path) -> Iterator[list[int]]:
-    """From the header: 8 bytes of length, then JSON. Raises ValueError for a file that is cut short."""
+    """From the header: 8 bytes of length, then JSON. Raises ValueError for a truncated file."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
         size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None

@@ -28,7 +28,7 @@ TARGET = "_target_"
 def conf_dir() -> Path:
     """The folder of Hydra groups: inside an installed package, else beside it in a checkout.
 
-    Raises FileNotFoundError if neither is there (an incomplete installation).
+    Raises FileNotFoundError if neither exists (an incomplete installation).
     """
     package = Path(rlkit.__file__).resolve().parent
     for folder in (package / "conf", package.parent / "conf"):
@@ -44,7 +44,7 @@ def _moved_classes() -> Mapping[str, str]:
 
 
 def with_present_targets(value: Any) -> Any:
-    """A configuration with today's paths: the `_target_` of a class that moved (`conf/moved.yaml`) is its new one."""
+    """Replace each `_target_` of a class that moved (`conf/moved.yaml`) by its present path."""
     if isinstance(value, Mapping):
         return {
             key: _moved_classes().get(inner, inner)
@@ -73,8 +73,6 @@ CONTRACTS = {
 
 @dataclass(frozen=True)
 class Part:
-    """The class of a part with its validated configuration."""
-
     cls: Any
     config: Any
 
@@ -84,7 +82,7 @@ class PartError(UserError, ValueError):
 
 
 def import_part(kind: str, target: Any, contract: Contract | None = None) -> Any:
-    """The class at dotted path `target`, fit to be a part of this kind (`contract`: of a command's own). Raises
+    """The class at dotted path `target`, checked as a part of this kind (by a command's own `contract`). Raises
     PartError."""
     contract = contract or CONTRACTS[kind]
     cls = import_class(kind, target, contract.base)
@@ -95,8 +93,7 @@ def import_part(kind: str, target: Any, contract: Contract | None = None) -> Any
 
 
 def import_class(kind: str, target: Any, base: type) -> Any:
-    """The class at dotted path `target`, a concrete subclass of `base`; `kind` names it in messages. Raises
-    PartError."""
+    """The class at dotted path `target`, a concrete subclass of `base`; `kind` is for messages. Raises PartError."""
     if not isinstance(target, str) or "." not in target:
         raise PartError("must be the dotted path of a class, like my_module.MyClass")
     cls = _find(_moved_classes().get(target, target))
@@ -134,7 +131,7 @@ def _find(target: str) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """`TypeError: text (file.py:12)`, the place being the innermost line outside the import machinery."""
+    """`TypeError: text (file.py:12)`, with the innermost line outside the import machinery."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
@@ -144,7 +141,7 @@ def _cause(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """Everything a run needs to know. Cheap to pickle: classes travel by name."""
+    """Cheap to pickle: classes travel by name."""
 
     config: RunConfig
     """All values filled in, also those of the swappable parts (`config.reward["_target_"]`, ...)."""
@@ -157,24 +154,21 @@ class ResolvedRun:
     verifier_class: type[Reward]
     verifier_config: RewardConfig
     warnings: tuple[ConfigIssue, ...] = ()
-    """What the user should know although the run can start."""
 
     def make_algorithm(self) -> Algorithm:
-        """The configured algorithm."""
         return self.algorithm_class(self.algorithm_config)
 
     def make_data_source(self) -> DataSource:
-        """The configured data source."""
         return self.data_class(self.data_config, self.config.seed)
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
-    """The whole configuration as plain values, in the schema's order."""
+    """As plain values, in the schema's order."""
     return config.model_dump(mode="json")
 
 
 def config_text(config: RunConfig) -> str:
-    """The content of the run folder's `config.yaml`, every value spelled out; `--config FILE` reads it again."""
+    """The run folder's `config.yaml`, every value spelled out; `--config FILE` reads it."""
     head = f"# Written by rlkit {rlkit.__version__}. The same run again: python -m rlkit.train --config THIS_FILE\n"
     values: str = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
     return head + values

@@ -1,6 +1,6 @@
 """What a run would do, without torch: GPUs per actor, the weights' route, who makes room for whom, batches, memory.
 
-`auto` is decided here and nowhere else, from device and placement; what is named and cannot work is refused.
+`auto` is decided here alone, from device and placement; an explicit value that cannot work is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class GpuShares:
     """GPUs of one actor of each kind; below 1 a share of one. All 0 on CPU."""
 
     engine: float
-    """Apart: all GPUs of one engine. Colocated: its share of each GPU that it has."""
+    """Apart: all GPUs of one engine. Colocated: its share of each of its GPUs."""
     learner: float
     critic: float
     rewards: float
@@ -29,7 +29,7 @@ class GpuShares:
 
 
 def gpu_shares(config: RunConfig) -> GpuShares:
-    """`cluster.placement=colocated`: an engine, a rank, a critic rank and the rewards fit on one GPU together."""
+    """Colocated, an engine, a rank, a critic rank and the rewards fit on one GPU together."""
     if config.cluster.device == "cpu":
         return GpuShares(0.0, 0.0, 0.0, 0.0)
     judged = _reward_uses_gpu(config)
@@ -39,7 +39,7 @@ def gpu_shares(config: RunConfig) -> GpuShares:
 
 
 def colocated_slots(config: RunConfig, critic_ranks: int) -> int:
-    """How many places colocated actors have, on CUDA a GPU each: enough for every engine's GPUs and for every rank."""
+    """Slots for colocated actors, on CUDA a GPU each: enough for every engine's GPUs and for every rank."""
     return max(config.rollout.workers * config.rollout.tensor_parallel_size, config.learner.ranks, critic_ranks)
 
 
@@ -54,11 +54,10 @@ WeightRoute = Literal["object_store", "gloo", "nccl", "ipc"]
 
 
 def weight_route(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> WeightRoute:
-    """The way the weights go.
+    """`auto` on GPUs: CUDA IPC if every GPU of every engine has a rank, NCCL if none has, else the object store.
 
-    `auto` on GPUs: CUDA IPC where every GPU of every engine has a rank, NCCL where none has, else the object store:
-    each process of an engine reads the memory of the rank on its own GPU, and NCCL wants each of its processes on
-    another GPU.
+    With IPC each process of an engine reads the memory of the rank on its GPU; NCCL wants each process on another
+    GPU.
     """
     if cluster.weight_transfer != "auto":
         return cluster.weight_transfer
@@ -70,7 +69,7 @@ def weight_route(cluster: ClusterConfig, rollout: RolloutConfig, learner: Learne
 
 
 def shares_gpus(cluster: ClusterConfig) -> bool:
-    """Whether engines stand on the GPUs of ranks: engine i of t GPUs on those of ranks i*t to i*t + t-1."""
+    """Whether engine i of t GPUs shares those of ranks i*t to i*t + t-1."""
     return cluster.device == "cuda" and cluster.placement == "colocated"
 
 
@@ -79,7 +78,7 @@ def _engine_gpus(rollout: RolloutConfig) -> int:
 
 
 def engines_sleep(config: RunConfig) -> bool:
-    """Whether the engines give up their memory while the learner works."""
+    """Whether the engines free their memory while the learner works."""
     rollout = config.rollout
     if rollout.sleep == "auto":
         return _take_turns(config.cluster, rollout, config.trainer)
@@ -87,7 +86,7 @@ def engines_sleep(config: RunConfig) -> bool:
 
 
 def offloads(config: RunConfig, section: LearnerConfig) -> bool:
-    """Whether the ranks of a section (learner, critic) give up their memory while the engines sample."""
+    """Whether the ranks of a section (learner, critic) free their memory while the engines sample."""
     if section.offload == "auto":
         return _take_turns(config.cluster, config.rollout, config.trainer) and section.zero_stage > 0
     return section.offload == "always"
@@ -98,7 +97,6 @@ def _take_turns(cluster: ClusterConfig, rollout: RolloutConfig, trainer: Trainer
 
 
 def weights_can_travel(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
-    """The way that was asked for exists where the actors stand."""
     key, route = "cluster.weight_transfer", cluster.weight_transfer
     if route in ("nccl", "ipc") and cluster.device == "cpu":
         yield ConfigIssue(key, "is for GPUs; with cluster.device=cpu use object_store or gloo (or auto)")
@@ -150,7 +148,7 @@ def phases_make_room(
     learner: LearnerConfig,
     critic: CriticConfig,
 ) -> Issues:
-    """Sleeping and offloading give room to somebody, and nobody needs what was given up."""
+    """Sleeping and offloading must make room for somebody, and nobody may need what was freed."""
     asked = {"rollout.sleep": rollout.sleep, "learner.offload": learner.offload, "critic.offload": critic.offload}
     stages = {"learner.offload": learner.zero_stage, "critic.offload": critic.zero_stage}
     for key, value in asked.items():
@@ -187,15 +185,13 @@ WEIGHT_ROUTES = {
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the plan."""
-
     area: str
     what: str
     amount: str
 
 
 def plan(run: ResolvedRun) -> list[Line]:
-    """The plan of a checked run, in the order of the data's way through it."""
+    """The plan of a checked run."""
     shape = check_model_folder(run.config.model.path)
     return [*_parts(run, shape), *_actors(run), *_handover(run), *_batches(run), *_memory(run, shape)]
 
@@ -226,7 +222,6 @@ def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
 
 
 def _reward_parts(section: Mapping[str, Any]) -> list[Line]:
-    """One line for each reward in a combination."""
     parts = section.get("parts")
     if not isinstance(parts, Mapping):
         return []
@@ -268,7 +263,6 @@ def _actors(run: ResolvedRun) -> list[Line]:
 
 
 def _shared(config: RunConfig, critic_ranks: int) -> str:
-    """Which engines stand on which ranks' GPUs."""
     places, width = colocated_slots(config, critic_ranks), config.rollout.tensor_parallel_size
     if width == 1:
         return f"{places}; engine and ranks of equal number share one"
@@ -349,7 +343,7 @@ def _critic_memory(run: ResolvedRun, cuda: bool) -> list[Line]:
 
 
 def _reward_memory(run: ResolvedRun, cuda: bool) -> list[Line]:
-    """Models that the reward, or a part of it, loads: trained in fp32 with their reference, or only used."""
+    """Models that the reward or its parts load: trained in fp32 with their reference, or only used."""
     parts = run.config.reward.get("parts")
     named: dict[str, Mapping[str, Any]] = {"reward": run.config.reward}
     if isinstance(parts, Mapping):
@@ -369,7 +363,7 @@ def _reward_memory(run: ResolvedRun, cuda: bool) -> list[Line]:
 
 
 def _cache(rollout: RolloutConfig, shape: ModelShape, cuda: bool) -> str:
-    """At most what all concurrent samples at full length take (shared prompts count once in practice)."""
+    """Upper bound: all concurrent samples at full length (in practice shared prompts count once)."""
     length = rollout.max_prompt_tokens + rollout.max_response_tokens
     sample = length * shape.kv_bytes_per_token(_element_bytes(rollout.dtype, cuda))
     full = f"{_size(sample)} for each of up to {rollout.max_concurrent_samples} samples at full length"

@@ -1,7 +1,7 @@
-"""The typed configuration of a run: every key, its type, its range and what it means, in one place.
+"""The typed configuration of a run: every key with its type, range and meaning.
 
-`algorithm`, `reward`, `data` and `verifier` are swappable parts: their fields are defined by the class that `_target_`
-names (its nested `Config`), so a user's own class brings its own typed fields.
+`algorithm`, `reward`, `data` and `verifier` are swappable parts: the class that `_target_` names defines their
+fields (its nested `Config`), so a user's own class brings its own typed fields.
 """
 
 from __future__ import annotations
@@ -16,50 +16,51 @@ from rlkit.experience.section import Section
 
 
 class TrainerConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     total_steps: int = Field(default=100, ge=1)
-    """Optimizer rounds: each collects `prompts_per_step` groups, updates the policy and publishes its weights."""
+    """Training steps: each collects `prompts_per_step` groups, updates the policy and publishes its weights."""
     prompts_per_step: int = Field(default=32, ge=1)
     """Prompts (= groups) per step; responses per step are this times `algorithm.samples_per_prompt`."""
     max_staleness: int = Field(default=0, ge=0)
-    """How many policy versions old a group may be when trained on. 0 is synchronous training."""
+    """Most policy versions a group may be old when trained on. 0 is synchronous training."""
     evaluate_every_steps: int = Field(default=25, ge=0)
-    """Held-out evaluation every so many steps, besides the ones before and after training. 0: only those two."""
+    """Steps between held-out evaluations, besides the ones before and after training. 0: only those two."""
     evaluation_prompts: int = Field(default=256, ge=1)
-    """Held-out prompts per evaluation (all of them if there are fewer), one response each."""
+    """Held-out prompts per evaluation (all if there are fewer), one response each."""
     save_every_steps: int = Field(default=0, ge=0)
-    """Write `checkpoints/step_NNNNNN/`, from which a run can go on, every so many steps. 0: only after the last."""
+    """Steps between checkpoints `checkpoints/step_NNNNNN/`, from which a run can resume. 0: only after the last
+    step."""
     step_timeout_seconds: float = Field(default=1800.0, gt=0)
-    """A step (collecting, updating, publishing) that takes longer ends the run and says who was waited for; so does an
-    evaluation or a checkpoint."""
+    """A step (collecting, updating, publishing), evaluation or checkpoint that takes longer ends the run; the
+    message says who was waited for."""
     startup_timeout_seconds: float = Field(default=600.0, gt=0)
     """The actors must be ready by then."""
     report_waits_after: float = Field(default=0.25, gt=0, lt=1)
-    """A wait that has lasted this share of its deadline is told on the screen: who waits for what. Again at each
-    doubling of its time."""
+    """A wait that has lasted this share of its deadline is reported on the screen, and again at each doubling of its
+    time."""
     mismatch_alarm: float = Field(default=0.05, gt=0)
-    """Mean difference between the sampler's and the learner's log-probs above which a step warns."""
+    """Warn when the mean difference between the sampler's and the learner's log-probs exceeds this in a step."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept: the newest ones, and the best."""
     best_metric: str = "accuracy/heldout"
-    """The checkpoint with the largest value of this metric (of its step or of the latest evaluation) is kept."""
+    """The best checkpoint has the largest value of this metric (of its step or of the latest evaluation)."""
     hacking_alarm_steps: int = Field(default=10, ge=0)
-    """Warn when over the last so many steps the reward (or a process reward model's accuracy) rose above its mean of as
-    many steps before, while the share of right answers fell. 0: never."""
+    """Steps per window. Warn when from one window to the next the mean reward (or a process reward model's accuracy)
+    rose while the share of right answers fell. 0: never."""
     max_skipped_updates: int = Field(default=3, ge=1)
-    """Updates skipped in a row for a non-finite loss or gradient after which the run stops."""
+    """Stop the run after this many updates in a row were skipped for a non-finite loss or gradient."""
 
 
 class ModelConfig(Section):
-    """The policy that is trained."""
+    """The trained policy."""
 
     path: str = "embedded:policy"
     """Folder of a Hugging Face causal LM with its tokenizer; `embedded:policy` is the tiny one in the package."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""
     trust_remote_code: bool = False
-    """Run Python code found in the model folder. Off unless you know who wrote it."""
+    """Run Python code from the model folder. Only for folders you trust."""
 
 
 class RolloutConfig(Section):
@@ -68,11 +69,11 @@ class RolloutConfig(Section):
     workers: int = Field(default=1, ge=1)
     """vLLM engines, one Ray actor each."""
     max_restarts: int = Field(default=3, ge=0)
-    """How often the process of a worker that died, or did not confirm new weights, is replaced before the run stops."""
+    """Times the process of a worker that died, or did not confirm new weights, is replaced before the run stops."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of training and evaluation; the learner's log-probs use the same."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling; below 1 the sampler's log-probs no longer equal the learner's (a warning says so)."""
+    """Nucleus sampling; below 1 the sampler's log-probs no longer equal the learner's (with a warning)."""
     top_k: int = Field(default=0, ge=0)
     """Keep only the k likeliest tokens; 0 keeps all. The same warning applies."""
     max_prompt_tokens: int = Field(default=512, ge=1)
@@ -96,7 +97,7 @@ class RolloutConfig(Section):
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Largest log-prob difference on the canary prompt after a weight update; null: 1e-3 in fp32, 0.15 otherwise."""
     sleep: Literal["auto", "always", "never"] = "never"
-    """CUDA: give the GPU's memory (weights and key-value cache) up while the learner works on it. auto: where engines
+    """CUDA: free the engines' GPU memory (weights and key-value cache) while the learner works. auto: if engines
     share GPUs with ranks and training is synchronous."""
 
 
@@ -120,9 +121,9 @@ class LearnerConfig(Section):
     minibatches_per_step: int = Field(default=1, ge=1)
     """Optimizer steps per training step; each takes an equal share of the step's groups."""
     tokens_per_microbatch: int = Field(default=16384, ge=1)
-    """Tokens (prompts shared inside a group count once) that one forward and backward pass takes."""
+    """Tokens per forward and backward pass (a prompt shared inside a group counts once)."""
     logit_elements_per_chunk: int = Field(default=2**24, ge=1)
-    """Logits are computed in chunks of at most this many elements (rows x vocabulary), never at once."""
+    """Logits are computed in chunks of at most this many elements (rows x vocabulary)."""
     ranks: int = Field(default=1, ge=1)
     """Data-parallel learner processes."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -132,15 +133,15 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     offload: Literal["auto", "always", "never"] = "never"
-    """CUDA, ZeRO 1 or more: keep optimizer states and parameters in the host's memory while the engines sample. auto:
-    where engines share GPUs with ranks and training is synchronous."""
+    """CUDA, ZeRO 1 or more: keep optimizer states and parameters in host memory while the engines sample. auto: if
+    engines share GPUs with ranks and training is synchronous."""
 
 
 class CriticConfig(LearnerConfig):
-    """The critic, for algorithms that need one: a model, an engine and an optimizer of its own."""
+    """The critic, for algorithms that need one, with its own model and engine."""
 
     path: str | None = None
-    """Folder of the model it starts from; null: the policy's. A value head that is not there starts at zero."""
+    """Folder of the initial model; null: the policy's. A missing value head starts at zero."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of AdamW."""
     policy_waits_steps: int = Field(default=0, ge=0)
@@ -151,18 +152,18 @@ class ClusterConfig(Section):
     """Where the actors run."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    """What rollout workers and learner ranks run on."""
+    """Device of rollout workers and learner ranks."""
     placement: Literal["colocated", "apart"] = "colocated"
-    """CUDA: sampler, learner, critic and rewards share GPUs (colocated), or each has GPUs of its own (apart)."""
+    """CUDA: sampler, learner, critic and rewards share GPUs (colocated), or each has its own (apart)."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's placement strategy: few nodes (PACK) or many (SPREAD) if possible, or else not at all (STRICT_)."""
     weight_transfer: Literal["auto", "object_store", "gloo", "nccl", "ipc"] = "auto"
-    """How new weights reach the engines: through Ray's object store (one copy per node), or in buckets by gloo (CPU),
-    NCCL (GPUs apart) or CUDA IPC (shared GPUs). auto: the object store on CPU; on GPUs what the placement allows."""
+    """How new weights reach the engines: through Ray's object store (one copy per node), or in buckets by gloo
+    (CPU), NCCL (GPUs apart) or CUDA IPC (shared GPUs). auto: object store on CPU, else what the placement allows."""
     weight_bucket_mib: int = Field(default=512, ge=1)
-    """gloo, NCCL, IPC: weights travel in buckets of so many MiB; a larger tensor has a bucket of its own."""
+    """gloo, NCCL, IPC: bucket size in MiB; a larger tensor has its own bucket."""
     address: str | None = None
-    """Ray address to join; null starts a Ray of one's own that ends with the run. (In a Ray job it is found.)"""
+    """Ray address to join; null starts a Ray that ends with the run (inside a Ray job, joins its cluster)."""
     threads_per_actor: int = Field(default=2, ge=1)
     """CPU threads of each rollout worker and learner rank."""
     object_store_gib: float = Field(default=0.5, gt=0)
@@ -194,12 +195,12 @@ class RunConfig(Section):
     """The whole configuration of `python -m rlkit.train`."""
 
     seed: int = Field(default=0, ge=0)
-    """Seeds data order, sampling and everything else that is random."""
+    """Seeds data order, sampling and all other randomness."""
     run_dir: Path
-    """Folder of this run's files; made if missing, refused if it already holds a run."""
+    """Folder of this run's files; created if missing, refused if it already holds a run."""
     resume: str = "never"
-    """auto: go on from the newest whole checkpoint of `run_dir`, or begin if there is none; a folder: go on from that
-    checkpoint (or that run's newest); never: begin."""
+    """auto: resume from the newest whole checkpoint of `run_dir`, or start if there is none; a folder: resume from
+    that checkpoint (or that run's newest); never: start."""
     dry_run: bool = False
     """Validate, print the plan, exit."""
     trainer: TrainerConfig = TrainerConfig()

@@ -1,1 +1,1 @@
-"""Where prompts come from: the embedded arithmetic task, a user's file or data set, and the order they are drawn in."""
+"""Where prompts come from: the embedded arithmetic task or a user's data, and the order they are drawn in."""

@@ -1,4 +1,4 @@
-"""The embedded task: seeded word problems in GSM8K's form, small enough for a model of half a million parameters.
+"""The embedded task: seeded word problems in GSM8K's form, for a model of half a million parameters.
 
 question   Tom has 12 apples. He buys 5 more. He loses 3. How many apples does Tom have now?
 solution   12+5=17
@@ -21,7 +21,7 @@ from rlkit.experience import Message
 Operator = Literal["+", "-", "*"]
 Style = Literal["equations", "words", "annotated", "running"]
 STYLES: tuple[Style, ...] = ("equations", "words", "annotated", "running")
-"""The phrasings of a worked solution; a problem's references come in this order."""
+"""Phrasings of a worked solution; a problem's references come in this order."""
 
 _SPOKEN: dict[Operator, str] = {"+": "plus", "-": "minus", "*": "times"}
 _HELDOUT_BUCKETS = 8
@@ -30,7 +30,7 @@ _FRUITLESS_DRAWS = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One calculation: `left operator right = result` (in a careless solution the result may be wrong)."""
+    """`left operator right = result` (in a careless solution the result may be wrong)."""
 
     left: int
     operator: Operator
@@ -40,8 +40,6 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class WordProblem:
-    """A question with its calculation."""
-
     situation: str
     question: str
     thing: str
@@ -53,13 +51,13 @@ class WordProblem:
 
     @property
     def skeleton(self) -> str:
-        """Situation and numbers without names and things, by which problems are split: `bus:12+5-3`."""
+        """Situation and numbers without names and things, by which the split is made: `bus:12+5-3`."""
         changes = "".join(f"{step.operator}{step.right}" for step in self.steps)
         return f"{self.situation}:{self.steps[0].left}{changes}"
 
 
 def write_solution(steps: tuple[Step, ...], thing: str, style: Style) -> str:
-    """The worked solution in one phrasing, `#### answer` on its last line."""
+    """`#### answer` is on the last line."""
     if style == "equations":
         lines = [f"{step.left}{step.operator}{step.right}={step.result}" for step in steps]
     elif style == "words":
@@ -72,24 +70,24 @@ def write_solution(steps: tuple[Step, ...], thing: str, style: Style) -> str:
 
 
 class ArithmeticConfig(DataConfig):
-    """Sizes and ranges of the embedded task. The defaults are what the embedded models were made with."""
+    """Sizes and ranges of the embedded task. The embedded models were made with the defaults."""
 
     train_problems: int = Field(default=16384, ge=1)
     """Problems to train on."""
     heldout_problems: int = Field(default=1024, ge=1)
-    """Problems that are only evaluated on; no situation with the same numbers is among the train problems."""
+    """Problems that are only evaluated on; no training problem has the same situation and numbers."""
     min_steps: int = Field(default=1, ge=1, le=3)
     """Fewest calculations in a problem."""
     max_steps: int = Field(default=3, ge=1, le=3)
     """Most calculations in a problem."""
     max_operand: int = Field(default=12, ge=4)
-    """Largest number that is added or subtracted; amounts at the start go up to it, too."""
+    """Largest number added or subtracted; also the largest amount at the start."""
     max_factor: int = Field(default=4, ge=2)
-    """Largest number that is multiplied by."""
+    """Largest multiplier."""
     max_value: int = Field(default=40, ge=8)
-    """No result is larger (nor below 0)."""
+    """Largest result (the smallest is 0)."""
     problem_seed: int = Field(default=2026, ge=0)
-    """Draws the problems. It is not the run's `seed`: all runs agree on the problems and on what is held out."""
+    """Draws the problems. Not the run's `seed`: all runs agree on the problems and the held-out ones."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ArithmeticConfig:
@@ -117,7 +115,7 @@ class Arithmetic(DataSource):
 
 
 def draw_problems(config: ArithmeticConfig, split: Split) -> list[WordProblem]:
-    """The word problems of a split, all questions different. Raises DataError if the ranges hold too few."""
+    """All questions different. Raises DataError if the ranges hold too few."""
     count = config.train_problems if split == "train" else config.heldout_problems
     rng = random.Random(f"{config.problem_seed}/{split}")
     problems: dict[str, WordProblem] = {}
@@ -182,7 +180,7 @@ def _draw(config: ArithmeticConfig, rng: random.Random) -> WordProblem:
 
 
 def _possible_changes(config: ArithmeticConfig, rng: random.Random, value: int) -> list[tuple[Operator, int]]:
-    """One change per operator that keeps the value between 0 and `max_value`; additions and subtractions likelier."""
+    """One change per operator that keeps the value within 0 and `max_value`; + and - are likelier."""
     changes: list[tuple[Operator, int]] = []
     if value + 2 <= config.max_value:
         addend = rng.randint(2, min(config.max_operand, config.max_value - value))
@@ -205,7 +203,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("Max", "He"),
     ("Lea", "She"),
 )
-"""Names with their pronoun."""
+"""(name, pronoun)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +213,6 @@ class Situation:
     name: str
     things: tuple[str, ...]
     start: str
-    """How many there are at first: `{a}`."""
     start_groups: str
     """`{k}` groups of `{a}`: the first step is a multiplication."""
     add: tuple[str, ...]

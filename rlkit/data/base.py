@@ -16,10 +16,10 @@ Split = Literal["train", "heldout"]
 
 
 class DataConfig(Section):
-    """Fields every data source has. A source nests its own subclass as `Config`."""
+    """Fields of every data source. A source nests its own subclass as `Config`."""
 
     max_bad_row_share: float = Field(default=0.01, ge=0, le=1)
-    """Share of unusable rows that is skipped (each reported with file and row); above it the run does not start."""
+    """Share of unusable rows that may be skipped (each reported with file and row); above it the run does not start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Problem:
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
-    """Where it came from, for error messages: `file.jsonl:12`."""
+    """For error messages: `file.jsonl:12`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class BadRow:
 
 
 class DataSource(ABC):
-    """Train and held-out problems, disjoint by problem. Deterministic: equal config and seed, equal problems."""
+    """Disjoint train and held-out problems. Deterministic: equal config and seed, equal problems."""
 
     Config: ClassVar[type[DataConfig]] = DataConfig
 
@@ -58,10 +58,10 @@ class DataSource(ABC):
 
     @abstractmethod
     def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
-        """All problems of a split and the rows that could not be used. Raises DataError if a split is unusable."""
+        """All problems of a split and the unusable rows. Raises DataError if a split is unusable."""
 
     def provides(self) -> frozenset[str]:
-        """Which of `answer`, `references` and further column names its problems carry (for reward checks)."""
+        """`answer`, `references` and further column names that its problems carry (for reward checks)."""
         return frozenset()
 
 

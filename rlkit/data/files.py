@@ -51,7 +51,7 @@ class TableSource(DataSource):
 
     @abstractmethod
     def _columns(self, split: Split) -> list[str] | None:
-        """Column names of a split, read cheaply; None if that is not possible. Raises DataError like `_rows`."""
+        """Column names, read cheaply; None if that is not possible. Raises DataError like `_rows`."""
 
     def check(self) -> list[str]:
         messages: list[str] = []
@@ -112,7 +112,7 @@ class TableSource(DataSource):
         refuse_too_many_bad_rows(bad, len(problems) + len(bad), self.config.max_bad_row_share, what)
 
     def _split(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
-        """By question: the same question twice lands on one side, whatever the order of the file."""
+        """By question: duplicates of a question land on one side, whatever the order of the file."""
         config: ColumnsConfig = self.config
         keys = {question_key(problem) for problem in problems}
         if len(keys) < 2:
@@ -130,9 +130,9 @@ class JsonlConfig(ColumnsConfig):
     """A JSON Lines file (`.jsonl`, or `.jsonl.gz`): one object per line."""
 
     path: str
-    """The file with the training problems."""
+    """File with the training problems."""
     heldout_path: str | None = None
-    """The file with the held-out problems; null: a share of `path` (`heldout_share`)."""
+    """File with the held-out problems; null: a share of `path` (`heldout_share`)."""
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> JsonlConfig:
@@ -142,7 +142,7 @@ class JsonlConfig(ColumnsConfig):
 
 
 class JsonlSource(TableSource):
-    """`data=jsonl data.path=train.jsonl`: GSM8K's own files need no further key."""
+    """`data=jsonl data.path=train.jsonl`: GSM8K's own files need no other key."""
 
     Config: ClassVar[type[DataConfig]] = JsonlConfig
 
@@ -206,7 +206,7 @@ def _json_row(origin: str, line: bytes) -> Row | BadRow:
 
 
 class HfConfig(ColumnsConfig):
-    """A data set of the Hugging Face hub, or a local folder or file (parquet, csv, json) in a form `datasets` reads."""
+    """A data set of the Hugging Face hub, or a local folder or file (parquet, csv, json) that `datasets` reads."""
 
     path: str
     """Name on the hub, or a local folder or file."""
@@ -219,7 +219,7 @@ class HfConfig(ColumnsConfig):
     heldout_split: str | None = None
     """Split with the held-out problems."""
     heldout_path: str | None = None
-    """Local file with the held-out problems, where they are not a split of `path`."""
+    """Local file with the held-out problems, if they are not a split of `path`."""
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> HfConfig:
@@ -233,7 +233,7 @@ class HfConfig(ColumnsConfig):
 
 
 class HfSource(TableSource):
-    """`data=hf data.path=openai/gsm8k data.subset=main data.heldout_split=test`. Never runs code of a data set."""
+    """`data=hf data.path=openai/gsm8k data.subset=main data.heldout_split=test`. Never runs a data set's code."""
 
     Config: ClassVar[type[DataConfig]] = HfConfig
 
@@ -278,7 +278,7 @@ def open_table(
 ) -> Any:
     """The rows that `datasets` loads from a local file or folder, or from the hub. Raises DataError.
 
-    `columns_only`: the column names instead, read cheaply; None where only a download would tell.
+    `columns_only`: the column names instead, read cheaply; None if only a download would tell.
     """
     local = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or local.suffix in _BUILDERS
@@ -329,7 +329,7 @@ def table_rows(path: str, key: str, split: str, subset: str | None = None) -> It
 
 
 def needs_datasets(path: str) -> bool:
-    """Whether it is a Parquet file, a folder, or, where nothing has this path, could be a name on the hub."""
+    """Whether `path` is a Parquet file or a folder, or, if nothing exists there, could be a name on the hub."""
     local = Path(path).expanduser()
     if local.exists():
         return local.is_dir() or local.suffix == ".parquet"
@@ -337,12 +337,12 @@ def needs_datasets(path: str) -> bool:
 
 
 def _name(path: str, split: str) -> str:
-    """A file is known by its name alone; a data set by name and split."""
+    """A file by its name alone; a data set by name and split."""
     return path if Path(path).suffix in _BUILDERS else f"{path}[{split}]"
 
 
 def _file_columns(path: Path) -> list[str] | None:
-    """Columns of a plain local file without importing `datasets` (seconds); None if only `datasets` can tell."""
+    """Columns of a plain local file without the slow import of `datasets`; None if only `datasets` can tell."""
     if not path.is_file():
         return None
     try:

@@ -13,11 +13,7 @@ from rlkit.experience import Prompt
 
 
 class PromptOrder:
-    """An endless seeded sequence of prompts; within an epoch each prompt comes exactly once.
-
-    >>> order = PromptOrder(prompts, seed=0)
-    >>> order.take(32)  # may cross into the next epoch
-    """
+    """An endless seeded sequence of prompts; within an epoch each prompt comes exactly once."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
@@ -27,11 +23,6 @@ class PromptOrder:
         self._epoch = 0
         self._position = 0
         self._permutation = self._shuffled()
-
-    @property
-    def epoch(self) -> int:
-        """Epochs completed so far."""
-        return self._epoch
 
     def take(self, count: int) -> list[Prompt]:
         if count < 0:
@@ -61,7 +52,7 @@ class PromptOrder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises DataError if the data are no longer those of the saved position."""
+        """Raises DataError if the data are not those of the saved position."""
         if state["prompts"] != len(self._prompts) or state["fingerprint"] != self._fingerprint():
             raise DataError(
                 f"the checkpoint was made with other data ({state['prompts']} prompts, now {len(self._prompts)}): "

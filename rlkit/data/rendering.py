@@ -48,10 +48,10 @@ def render(
     max_prompt_tokens: int,
     chat_template: str | Path | None = None,
 ) -> tuple[list[Prompt], list[BadRow]]:
-    """Prompts with the token ids that the sampler receives, and the problems that cannot be rendered.
+    """Return prompts with the token ids that the sampler receives, and the problems that cannot be rendered.
 
     `chat_template`: path of a Jinja file (`model.chat_template`) that replaces the tokenizer's template. Bad rows:
-    prompts longer than `max_prompt_tokens`, or refused by the template. Raises DataError if there is no template, or if
+    prompts longer than `max_prompt_tokens`, or refused by the template. Raises DataError without a template, or if
     it begins with two BOS tokens.
     """
     template = _read_template(chat_template, tokenizer)
@@ -100,7 +100,7 @@ def _read_template(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) 
 def _token_ids(
     problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> list[list[int] | str]:
-    """Per problem its token ids, or the reason why the template refuses it."""
+    """Per problem its token ids, or why the template refuses it."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     if not problems:

@@ -1,4 +1,4 @@
-"""From a row of a user's table to a Problem: which columns mean what, and what makes a row unusable."""
+"""From a row of a user's table to a Problem: what columns mean, and what makes a row unusable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlkit.data.base import BadRow, DataConfig, DataError, Problem
 from rlkit.experience import Message
 
 ANSWER_MARKER = "####"
-"""GSM8K writes the final answer after this, behind the worked solution."""
+"""In GSM8K the final answer follows this, after the worked solution."""
 
 _CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 _ROWS_SHOWN = 5
@@ -27,19 +27,19 @@ class ColumnsConfig(DataConfig):
     prompt_column: str = "question"
     """The question: a text, or a list of chat messages (`{"role": ..., "content": ...}`)."""
     answer_column: str | None = "answer"
-    """The gold answer: a text or a number; where it holds `... #### 72`, the answer is `72`. null: there is none."""
+    """The gold answer: a text or a number; of `... #### 72` the answer is `72`. null: there is none."""
     reference_columns: tuple[str, ...] = ()
     """Columns with reference answers (a text or a list of texts each). Empty: the whole text of the answer column."""
     strip_annotations: bool = True
     """Remove GSM8K's calculator annotations (`<<48/2=24>>`) from references and answers."""
     system_prompt: str | None = None
-    """System message put before every prompt that has none of its own."""
+    """System message for every prompt that has none."""
     id_column: str | None = None
     """Column with a unique name of each problem (text or whole number). null: file name and row number."""
     heldout_share: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the problems held out where no held-out data are named; null then means 0.05."""
+    """Share of the problems held out if no held-out data are named; null then means 0.05."""
     heldout_seed: int = Field(default=0, ge=0)
-    """Chooses which problems are held out; not the run's seed, so runs with several seeds are judged alike."""
+    """Chooses the held-out problems; not the run's seed, so runs with several seeds are judged alike."""
 
     @field_validator("reference_columns", mode="before")
     @classmethod
@@ -47,7 +47,7 @@ class ColumnsConfig(DataConfig):
         return (value,) if isinstance(value, str) else value
 
     def named_columns(self) -> dict[str, str]:
-        """Key -> column, for every column the configuration names."""
+        """Key -> column, for every configured column."""
         named = {"prompt_column": self.prompt_column}
         if self.answer_column is not None:
             named["answer_column"] = self.answer_column
@@ -61,7 +61,7 @@ class RowError(ValueError):
 
 
 def missing_columns(config: ColumnsConfig, present: Iterable[str], where: str) -> list[str]:
-    """A message for each configured column that `where` does not have, with the nearest name and the remedy."""
+    """A message for each configured column that `where` lacks, with the nearest name and the remedy."""
     columns = list(present)
     messages = []
     for key, column in config.named_columns().items():
@@ -80,7 +80,7 @@ def missing_columns(config: ColumnsConfig, present: Iterable[str], where: str) -
 def parse_rows(
     rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], config: ColumnsConfig, id_prefix: str = ""
 ) -> tuple[list[Problem], list[BadRow]]:
-    """Problems and unusable rows of `(origin, row)` pairs, in order. Raises DataError if too many are unusable."""
+    """Problems and unusable rows of `(origin, row)` pairs, in order."""
     pairs = list(rows)
     marked = sum(_has_marker(row, config) for _, row in pairs)
     # Where most answers carry the marker, one without is a cut-off solution and not an answer.
@@ -125,12 +125,12 @@ def refuse_too_many_bad_rows(bad: Sequence[BadRow], rows: int, max_share: float,
 
 
 def question_key(problem: Problem) -> str:
-    """Equal for problems that ask the same: white space and case aside, without the system message."""
+    """Equal for problems that ask the same: ignores white space, case and the system message."""
     return "\n".join(" ".join(m.content.split()).casefold() for m in problem.messages if m.role != "system")
 
 
 def heldout_keys(keys: Iterable[str], share: float, seed: int) -> set[str]:
-    """`share` of the different keys, at least one and not all, by a hash that the order of the rows does not touch."""
+    """`share` of the different keys, at least one and not all, by a hash that does not depend on the rows' order."""
     different = set(keys)
     count = min(max(1, round(share * len(different))), len(different) - 1)
     return set(sorted(different, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())[:count])

@@ -1,4 +1,4 @@
-"""Prompts, samples, scores and groups as JSON in files, and back to the last bit; without pickle.
+"""Prompts, samples, scores and groups as JSON, exact to the last bit and without pickle.
 
 An array becomes its dtype, shape and bytes in base64; a record becomes its class's name and fields.
 """
@@ -32,7 +32,7 @@ RECORD, ARRAY, TUPLE = "__record__", "__array__", "__tuple__"
 
 
 def to_json(value: Any) -> Any:
-    """What `json.dumps` takes. Raises TypeError for anything that `from_json` could not bring back."""
+    """Return what `json.dumps` takes. Raises TypeError for anything that `from_json` could not bring back."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic):
@@ -56,7 +56,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The reverse of `to_json`. Raises KeyError or TypeError for what it did not write."""
+    """Raises KeyError or TypeError for what `to_json` did not write."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""The JSON that reward clients and servers exchange, with one version number for all of it.
+"""The JSON that reward clients and servers exchange, with one version number.
 
 pydantic reads it straight into the records of rlkit.experience, strictly on both sides: no unknown key, no text in
-place of a number, no NaN. Any change of a message raises SCHEMA_VERSION; a client refuses a server of another version
-before a run starts.
+place of a number, no NaN. Any change of a message raises SCHEMA_VERSION; a client refuses a server of another
+version before a run starts.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class ScoreRequest(Wire):
 
 
 def request_body(groups: Sequence[bytes], deadline_seconds: float) -> bytes:
-    """The JSON of a ScoreRequest around groups that `encode` made, so that a second try encodes nothing."""
+    """The JSON of a ScoreRequest around groups from `encode`, so that a retry encodes nothing."""
     head = f'{{"schema_version":{SCHEMA_VERSION},"deadline_seconds":{max(deadline_seconds, 0.001):.3f},"groups":['
     return head.encode() + b",".join(groups) + b"]}"
 
@@ -203,7 +203,7 @@ def encode(group: Group, send_logprobs: bool = False) -> bytes:
 
 
 def from_wire(group: WireGroup) -> Group:
-    """The group a message describes. Raises ValueError if its lengths do not agree."""
+    """Raises ValueError if its lengths do not agree."""
     samples = []
     for sample in group.samples:
         logprobs = np.full(len(sample.token_ids), np.nan, np.float32) if sample.logprobs is None else sample.logprobs
@@ -212,7 +212,7 @@ def from_wire(group: WireGroup) -> Group:
 
 
 def scores_to_wire(group: Group) -> WireGroupScores:
-    """The message for the scores of a judged group (whose valid scores are finite by construction)."""
+    """Valid scores of a judged group are finite by construction."""
     scores = []
     for _, score in group.scored():
         texts = {"reason": _printable(score.reason), "trace": _printable(score.trace)}
@@ -222,18 +222,17 @@ def scores_to_wire(group: Group) -> WireGroupScores:
 
 
 def scores_from_wire(scores: WireGroupScores) -> GroupScores:
-    """The scores a message describes. Raises ValueError for a score that contradicts itself."""
+    """Raises ValueError for a score that contradicts itself."""
     return GroupScores(tuple(Score(**dict(score)) for score in scores.samples), scores.pairs)
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    """Records inside stay records, unlike with `asdict`; lists, which a reward may use for tuples, become tuples."""
+    """Unlike with `asdict`, records inside stay records; lists, which a reward may use for tuples, become tuples."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _columns(columns: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """Columns with arrays as lists and tuples as lists."""
     sent = {}
     for name, value in columns.items():
         try:
@@ -251,7 +250,6 @@ def _array(value: Any) -> Any:
 
 
 def _check_text(text: str, what: str) -> None:
-    """Raises UnsendableError if UTF-8 cannot carry it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -259,12 +257,12 @@ def _check_text(text: str, what: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text with what UTF-8 cannot carry escaped: it is for people."""
+    """Escapes what UTF-8 cannot carry: the text is for people."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def in_chunks(groups: Sequence[Group], samples: int, tokens: int) -> list[list[int]]:
-    """Indices of neighbouring groups that one request may carry; a group is never cut, however large."""
+    """Indices of neighbouring groups for each request; a group is never cut, however large."""
     chunks: list[list[int]] = []
     room_samples = room_tokens = 0
     for index, group in enumerate(groups):
@@ -279,5 +277,5 @@ def in_chunks(groups: Sequence[Group], samples: int, tokens: int) -> list[list[i
 
 
 def tokens_of(group: Group) -> int:
-    """Tokens of a group: its prompt once, and all its responses."""
+    """Its prompt once, and all its responses."""
     return len(group.prompt.token_ids) + sum(len(sample) for sample in group.samples)

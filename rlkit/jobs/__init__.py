@@ -1,1 +1,1 @@
-"""Runs as jobs of a Ray cluster: what is checked and sent before one starts, and how it is followed and ended."""
+"""Runs as jobs of a Ray cluster: checks, upload, submission, log, stop."""

@@ -1,4 +1,4 @@
-"""A cluster's job server, through Ray's own client: reaching it, its jobs, a job's log to the end, stopping one."""
+"""A cluster's job server, through Ray's own client."""
 
 from __future__ import annotations
 
@@ -17,33 +17,32 @@ from rlkit.experience import UserError
 REQUEST_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
 QUIET_SECONDS = 60.0
-"""After this long without a line the log is opened again: a dead connection looks the same."""
+"""Reopen a log that is silent for this long: a dead connection looks the same."""
 KILL_SECONDS = 30.0
-"""What Ray may take, after the job's own time, to kill it and report that."""
+"""For Ray to kill a job after its stop_seconds, and to report it."""
 PAUSES = (0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to reconnect; the last one repeats."""
 STOPPED, INTERRUPTED = 143, 130
-"""Exit codes: what SIGTERM and SIGINT give."""
+"""Exit codes of SIGTERM and SIGINT."""
 RUN_NAME, RUN_FOLDER = "rlkit_run", "rlkit_run_dir"
-"""Keys of a job's metadata: the name of its run folder, and its path."""
+"""Keys of a job's metadata: name and path of its run folder."""
 TOKEN_HELP = (
     "give it in RAY_AUTH_TOKEN, or name its file in RAY_AUTH_TOKEN_PATH (default: ~/.ray/auth_token); it is the token "
     "that the cluster was started with"
 )
 
 
-class ClusterError(UserError, RuntimeError):
-    """The cluster cannot be used; the message says why and what to do."""
+class ClusterError(UserError, RuntimeError): ...
 
 
 class Cluster:
-    """A connection that was checked. `client` is Ray's JobSubmissionClient whose requests have a deadline."""
+    """`client`: a JobSubmissionClient whose requests have a deadline."""
 
     def __init__(self, address: str, client: Any, token: bool) -> None:
         self.address, self.client, self.token = address, client, token
 
     def ask(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call Ray; ClusterError instead of its several errors."""
+        """Call Ray; its several errors become ClusterError."""
         import requests
         from ray.exceptions import AuthenticationError
         from ray.util.state.exception import RayStateApiException
@@ -56,19 +55,19 @@ class Cluster:
             raise ClusterError(f"cluster.address={self.address}: {error}") from error
 
     def nodes(self) -> list[Any]:
-        """Ray's NodeState of all nodes that are alive."""
+        """NodeState of every live node."""
         from ray.util.state import list_nodes
 
         options = {"limit": 10_000, "timeout": int(REQUEST_SECONDS), "raise_on_missing_output": False}
         return list(self.ask(list_nodes, self.address, [("state", "=", "ALIVE")], **options))
 
     def jobs(self) -> list[Any]:
-        """Ray's JobDetails of all jobs that were submitted, the newest first."""
+        """JobDetails of all submitted jobs, newest first."""
         jobs = [job for job in self.ask(self.client.list_jobs) if job.submission_id]
         return sorted(jobs, key=lambda job: -(job.start_time or 0))
 
     def job(self, name: str) -> Any:
-        """The newest job of the run of that name, or the job of that id. Raises ClusterError if there is none."""
+        """The newest job of the run called `name`, or the job with that id. Raises ClusterError."""
         jobs = self.jobs()
         for job in jobs:
             if name in (run_name(job), job.submission_id):
@@ -77,15 +76,14 @@ class Cluster:
         raise ClusterError(f"{self.address} has no job of a run named {name}; it has: {known}")
 
     def details(self, job_id: str) -> Any:
-        """Ray's JobDetails of one job."""
         return self.ask(self.client.get_job_info, job_id)
 
 
-def connect(given: str | None) -> Cluster:
-    """Reach the dashboard at `given` and check its Ray and the token. Raises ClusterError."""
-    address = dashboard_address(given)
+def connect(configured: str | None) -> Cluster:
+    """Reach the dashboard; check its Ray version and the token. Raises ClusterError."""
+    address = dashboard_address(configured)
     token = _wants_token(address)
-    # Ray would prefer these to the address it is given, and reads the third when it is imported.
+    # Ray would prefer these to `address`, and reads RAY_AUTH_MODE on import.
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
     if token and "ray" not in sys.modules:
@@ -117,9 +115,9 @@ def connect(given: str | None) -> Cluster:
     return Cluster(address, client, token)
 
 
-def dashboard_address(given: str | None) -> str:
-    """The dashboard's URL without a slash at its end. Raises ClusterError for what cannot be one."""
-    text = given or os.environ.get("RAY_API_SERVER_ADDRESS")
+def dashboard_address(configured: str | None) -> str:
+    """Without a trailing slash. Raises ClusterError."""
+    text = configured or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not text:
         raise ClusterError("cluster.address is needed: cluster.address=http://HOST:8265, the cluster's dashboard")
     url = text if "://" in text else f"http://{text}"
@@ -133,7 +131,7 @@ def dashboard_address(given: str | None) -> str:
 
 
 def _wants_token(address: str) -> bool:
-    """Whether the cluster wants a token; asked before Ray is imported, which is when Ray decides to send one."""
+    """Before Ray is imported, which is when Ray decides whether to send a token."""
     import requests
 
     try:
@@ -148,7 +146,6 @@ def _wants_token(address: str) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in few words; requests nests them deeply."""
     text = str(error.args[0] if error.args else error)
     for words in ("Connection refused", "Name or service not known", "timed out", "No route to host"):
         if words in text:
@@ -157,12 +154,12 @@ def _reason(error: BaseException) -> str:
 
 
 def run_name(job: Any) -> str:
-    """The run's name, or the job's id if it was submitted by other means."""
+    """The run's name; the job's id if rlkit did not submit it."""
     return str((job.metadata or {}).get(RUN_NAME, job.submission_id))
 
 
 def exit_code(job: Any) -> int:
-    """The job's exit code as a shell would give it; 143 if it was stopped, 1 if it never ran."""
+    """As a shell gives it: 143 if the job was stopped, 1 if it never ran."""
     if job.status.value == "STOPPED":
         return STOPPED
     if job.driver_exit_code is None:
@@ -172,7 +169,7 @@ def exit_code(job: Any) -> int:
 
 
 def follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> int:
-    """Show the log until the job ends; returns its exit code, or 130 after Ctrl-C, which leaves the job alone.
+    """Show the log until the job ends; return its exit code, or 130 after Ctrl-C, which does not stop the job.
 
     Raises ClusterError when the cluster has not answered for `give_up_seconds`.
     """
@@ -188,14 +185,14 @@ def follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> int:
 
 
 async def _follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> Any:
-    """Ray sends a log from its beginning each time: `shown` counts the characters that were written."""
+    """Ray sends a log from its beginning each time: `shown` counts the characters written."""
     import aiohttp
 
     shown = failures = 0
     answered = time.monotonic()
 
     def show(text: str, start: int) -> int:
-        """Write what is new in `text`, which begins at character `start` of the log; returns where it ends."""
+        """`text` begins at character `start` of the log; return where it ends."""
         nonlocal shown
         _write(text[max(0, shown - start) :])
         shown = max(shown, start + len(text))
@@ -237,7 +234,7 @@ async def _follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> Any:
 
 
 def show_log(cluster: Cluster, name: str, to_the_end: bool, give_up_seconds: float) -> int:
-    """The log from its beginning; returns the job's exit code if it is followed to the end, else 0."""
+    """Return the job's exit code if followed to the end, else 0."""
     job_id = cluster.job(name).submission_id
     if to_the_end:
         return follow(cluster, job_id, give_up_seconds)
@@ -246,7 +243,6 @@ def show_log(cluster: Cluster, name: str, to_the_end: bool, give_up_seconds: flo
 
 
 def show_status(cluster: Cluster, name: str) -> None:
-    """Print what is known of one job."""
     job = cluster.job(name)
     print(f"run      {run_name(job)}\njob      {job.submission_id}\nstate    {job.status.value}")
     if job.status.is_terminal():
@@ -257,7 +253,6 @@ def show_status(cluster: Cluster, name: str) -> None:
 
 
 def list_jobs(cluster: Cluster) -> None:
-    """Print a line for every job, the newest first."""
     rows = [("run", "state", "exit", "started", "job")]
     for job in cluster.jobs():
         code = str(exit_code(job)) if job.status.is_terminal() else ""
@@ -268,13 +263,13 @@ def list_jobs(cluster: Cluster) -> None:
 
 
 def stop(cluster: Cluster, name: str, stop_seconds: float) -> None:
-    """End a job in order, and wait until it has ended. Raises ClusterError if it does not."""
+    """Stop a job and wait for its end. Raises ClusterError if it does not end."""
     job = cluster.job(name)
     if job.status.is_terminal():
         return say(f"{run_name(job)} ({job.submission_id}) has ended already: {job.status.value.lower()}")
     cluster.ask(cluster.client.stop_job, job.submission_id)
     say(f"stopping {run_name(job)} ({job.submission_id}); what it leaves is in its run folder")
-    # The job itself knows how long it was given when it was submitted.
+    # As set when it was submitted.
     variables = (job.runtime_env or {}).get("env_vars") or {}
     deadline = time.monotonic() + float(variables.get("RAY_JOB_STOP_WAIT_TIME_S", stop_seconds)) + KILL_SECONDS
     while time.monotonic() < deadline:
@@ -286,7 +281,6 @@ def stop(cluster: Cluster, name: str, stop_seconds: float) -> None:
 
 
 def say(text: str) -> None:
-    """A line for the user, beside the job's own output."""
     print(f"rlkit: {text}", file=sys.stderr)
 
 
@@ -295,7 +289,7 @@ def _command(cluster: Cluster, word: str, job_id: str) -> str:
 
 
 def _outcome(job: Any) -> str:
-    """How the job ended; with Ray's message if the run never got to say anything itself."""
+    """With Ray's message if the run could not say anything itself."""
     seconds = max(0.0, ((job.end_time or 0) - (job.start_time or 0)) / 1000)
     text = f"{run_name(job)}: {job.status.value.lower()} after {seconds:.0f} s, exit code {exit_code(job)}"
     never_ran = job.status.value == "FAILED" and job.driver_exit_code is None

@@ -16,22 +16,20 @@ class Demand:
     what: str
     count: int
     threads: int
-    """CPU threads each keeps busy. Ray does not reserve them: sampler and learner take turns."""
+    """Busy CPU threads per actor. Ray does not reserve them: sampler and learner take turns."""
     gpus: float
-    """Of one node, each. Below 1: a share of a GPU."""
+    """Per actor, on one node. Below 1: a share of a GPU."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is alive."""
-
     name: str
     cpus: float
     gpus: float
 
 
 def demands(run: ResolvedRun) -> list[Demand]:
-    """The actors of the run with what RolloutPool, RankGroup and RewardPool ask Ray for."""
+    """What RolloutPool, RankGroup and RewardPool will ask Ray for."""
     config, gpus = run.config, gpu_shares(run.config)
     engines, workers = config.rollout.workers, run.reward_config.workers
     critics = config.critic.ranks if run.make_algorithm().needs().critic else 0
@@ -50,30 +48,30 @@ def demands(run: ResolvedRun) -> list[Demand]:
     return [Demand(*actor) for actor in actors if actor[1]]
 
 
-def missing(wanted: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str], list[str]]:
-    """What the cluster lacks for the run, and what only makes it slow."""
+def missing(demanded: Sequence[Demand], nodes: Sequence[Node]) -> tuple[list[str], list[str]]:
+    """What the cluster lacks for the run, and what only slows it."""
     if not nodes:
         return ["the cluster has no node that is alive"], []
     lacking, slow = [], []
-    unplaced = _unplaced(wanted, nodes)
+    unplaced = _unplaced(demanded, nodes)
     if unplaced:
         have = ", ".join(f"{node.name}: {node.gpus:g}" for node in nodes)
-        asked = ", ".join(f"{d.count} {d.what}s with {d.gpus:g} each" for d in wanted if d.gpus)
+        asked = ", ".join(f"{d.count} {d.what}s with {d.gpus:g} each" for d in demanded if d.gpus)
         lacking.append(
             f"not enough GPUs: no room for {unplaced}. The run asks for {asked}; the cluster has {have}. "
             "Lower rollout.workers, learner.ranks or rollout.tensor_parallel_size, or add nodes"
         )
-    threads, cpus = sum(d.count * d.threads for d in wanted), sum(node.cpus for node in nodes)
+    threads, cpus = sum(d.count * d.threads for d in demanded), sum(node.cpus for node in nodes)
     if threads > cpus:
         slow.append(f"the run's actors use up to {threads} CPU threads, the cluster has {cpus:g} CPUs: they share them")
     return lacking, slow
 
 
-def _unplaced(wanted: Sequence[Demand], nodes: Sequence[Node]) -> str:
-    """Put the largest first onto the fullest GPUs that still have room; what has no room, in words."""
+def _unplaced(demanded: Sequence[Demand], nodes: Sequence[Node]) -> str:
+    """What has no room, in words: the largest first, onto the fullest GPUs with room."""
     free = [[1.0] * int(node.gpus) for node in nodes]
     left: dict[str, int] = {}
-    for demand in sorted((d for d in wanted if d.gpus), key=lambda d: -d.gpus):
+    for demand in sorted((d for d in demanded if d.gpus), key=lambda d: -d.gpus):
         for _ in range(demand.count):
             if not _take(demand.gpus, free):
                 left[demand.what] = left.get(demand.what, 0) + 1
@@ -81,7 +79,7 @@ def _unplaced(wanted: Sequence[Demand], nodes: Sequence[Node]) -> str:
 
 
 def _take(gpus: float, free: list[list[float]]) -> bool:
-    """Take that much of one node's GPUs (`free`: what is left of each, per node); False if no node has it."""
+    """Take `gpus` of one node; False if none has them. `free`: what is left of each GPU, per node."""
     if gpus >= 1:
         for node in free:
             whole = [i for i, share in enumerate(node) if share == 1.0]

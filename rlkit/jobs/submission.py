@@ -1,4 +1,4 @@
-"""`python -m rlkit.submit`: a run becomes a job of a Ray cluster. Every check first, then the upload, then the log."""
+"""`python -m rlkit.submit`: a run becomes a job of a Ray cluster. All checks first, then upload and log."""
 
 from __future__ import annotations
 
@@ -68,42 +68,40 @@ class SubmitConfig(Section):
     code: Literal["upload", "installed"] = "upload"
     """upload: send the working folder, without outputs and virtual environments; installed: use the cluster's rlkit."""
     python: str = "python"
-    """The Python of the job, on the cluster: a command or an absolute path."""
+    """The job's Python on the cluster: a command or an absolute path."""
     exclude: tuple[str, ...] = ()
-    """More names or patterns that are not uploaded: [data,"*.ckpt"]. What git ignores never is."""
+    """More names or patterns not to upload: [data,"*.ckpt"]. What git ignores is never uploaded."""
     max_file_mib: float = Field(default=20.0, gt=0)
     """Larger files are not uploaded; a message names each."""
     max_upload_mib: float = Field(default=100.0, gt=0, le=450)
-    """A larger folder (before compression) is refused. Ray itself takes packages below 512 MiB."""
+    """A larger folder (before compression) is refused. Ray takes packages below 512 MiB."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Variables for the job and its workers: {NAME: value}. Whoever may see the cluster's jobs can read them."""
+    """Variables for the job and its workers: {NAME: value}. Anyone who can see the cluster's jobs can read them."""
     pass_environment: tuple[str, ...] = ()
-    """Names of variables whose values here the job gets, too. The same people can read them."""
+    """Names of local variables to pass to the job. The same people can read them."""
     autoscaling: bool = False
-    """The cluster adds nodes when they are asked for: missing GPUs are then a warning."""
+    """The cluster adds nodes on demand: missing GPUs are then only a warning."""
     follow: bool = True
     """Show the log until the job ends, and exit with its code."""
     reconnect_seconds: float = Field(default=600.0, gt=0)
-    """Following gives up when the cluster has not answered for this long; the job is left alone."""
+    """Stop following after this long without an answer from the cluster; the job is left alone."""
     stop_seconds: int = Field(default=60, ge=1)
-    """How long the job may take to end in order after `stop`, before it is killed."""
+    """How long the job may take to shut down after `stop` before it is killed."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line, taken apart."""
-
     address: str | None
     """`cluster.address` as typed."""
     submit: SubmitConfig
     overrides: list[str]
     """What `rlkit.train` gets, as typed."""
     problems: list[ConfigIssue]
-    """What is wrong with the part that is about the job."""
+    """Of the job's own keys."""
 
 
 def read_arguments(overrides: Sequence[str]) -> Arguments:
-    """Sort the arguments; problems of the job's own keys are collected in the result."""
+    """Never raises: problems of the job's own keys are in the result."""
 
     def is_about_job(text: str) -> bool:
         key = text.partition("=")[0].lstrip("+~").strip()
@@ -135,19 +133,17 @@ def read_arguments(overrides: Sequence[str]) -> Arguments:
 
 @dataclass(frozen=True)
 class Checked:
-    """A run that may be submitted as far as this machine can tell."""
-
     arguments: Arguments
     run: ResolvedRun
     file: Path | None
-    """`--config FILE`, which travels with the job."""
+    """`--config FILE`, sent with the job."""
     upload: Upload | None
     """None: the cluster's own rlkit."""
     warnings: list[str]
 
 
 def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Checked:
-    """What can be found wrong without the cluster. Raises ConfigError with all of it, or UploadError."""
+    """Find what is wrong without asking the cluster. Raises ConfigError with all of it, or UploadError."""
     arguments = read_arguments(overrides)
     submit, absent, run = arguments.submit, _absent_paths(overrides, file), None
     problems = list(arguments.problems)
@@ -175,7 +171,7 @@ def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Che
 
 
 def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
-    """Values that are absolute paths of nothing here: they may be on the cluster, where the job checks them."""
+    """They may exist on the cluster, where the job checks them."""
     values = [text.partition("=")[2].strip("'\"") for text in overrides]
     if file is not None and file.is_file():
         values += re.findall(r""":\s*['"]?(/[^\s'"]+)""", file.read_text(errors="replace"))
@@ -183,7 +179,7 @@ def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
 
 
 def relative_path_problems(run: ResolvedRun, upload: Upload | None, folder: Path) -> list[ConfigIssue]:
-    """Relative paths that exist here but not where the job starts: in the files that were uploaded."""
+    """Relative paths that exist here but are not among the uploaded files."""
     problems = []
     for key, value in _texts(plain(run.config)):
         path = folder / value
@@ -221,7 +217,7 @@ def resume_warnings(config: RunConfig) -> list[str]:
 
 
 def check_cluster(checked: Checked, cluster: Cluster) -> None:
-    """Token, resources, no other job in the same run folder. Raises ClusterError."""
+    """Token, resources, and no other job in the run folder. Raises ClusterError."""
     if not cluster.token:
         say(f"warning: {NO_TOKEN}")
     resources = [(node.node_ip, node.resources_total) for node in cluster.nodes()]
@@ -244,7 +240,7 @@ def check_cluster(checked: Checked, cluster: Cluster) -> None:
 
 
 def environment(submit: SubmitConfig) -> dict[str, str]:
-    """Variables of the driver and all its actors; an actor's own settings come on top."""
+    """For the driver and all actors; an actor's own settings override them."""
     passed = {name: os.environ[name] for name in submit.pass_environment if name in os.environ}
     return {
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
@@ -259,7 +255,7 @@ def environment(submit: SubmitConfig) -> dict[str, str]:
 
 
 def make_job(run: ResolvedRun, overrides: Sequence[str], has_config_file: bool, submit: SubmitConfig) -> dict[str, Any]:
-    """What Ray's `submit_job` takes to train `run`, which `overrides` (and a configuration file) describe."""
+    """Arguments of Ray's `submit_job`; `overrides` (and a configuration file) describe `run`."""
     folder = run.config.run_dir
     name = re.sub(r"[^\w.-]+", "-", folder.name)
     arguments = ["-m", "rlkit.train", *(["--config", CONFIG_IN_ARCHIVE] if has_config_file else [])]
@@ -274,7 +270,7 @@ def make_job(run: ResolvedRun, overrides: Sequence[str], has_config_file: bool, 
 
 
 def submit_run(overrides: Sequence[str], file: Path | None) -> int:
-    """Check, upload, submit, follow. Returns the job's exit code; 0 after `dry_run=true` or `submit.follow=false`.
+    """Check, upload, submit, follow. Return the job's exit code; 0 after `dry_run=true` or `submit.follow=false`.
 
     Raises ConfigError, UploadError or ClusterError before anything is sent.
     """
@@ -310,7 +306,7 @@ def _print_plan(run: ResolvedRun) -> None:
 
 
 def _send(checked: Checked, cluster: Cluster) -> str:
-    """Upload and submit; returns the job's id."""
+    """Return the job's id."""
     job = make_job(checked.run, checked.arguments.overrides, checked.file is not None, checked.arguments.submit)
     more = {} if checked.file is None else {CONFIG_IN_ARCHIVE: checked.file}
     with tempfile.TemporaryDirectory(prefix="rlkit-submit-") as folder:
@@ -322,7 +318,7 @@ def _send(checked: Checked, cluster: Cluster) -> str:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Do what the arguments ask for; returns the exit code. Raises ConfigError, UploadError or ClusterError."""
+    """Return the exit code. Raises ConfigError, UploadError or ClusterError."""
     if asks_for_help(arguments):
         return _help()
     if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):

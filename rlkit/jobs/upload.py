@@ -1,6 +1,6 @@
-"""The files of the working folder that a job gets, packed into one archive that Ray's client uploads.
+"""The working folder's files, packed into one archive for a job.
 
-Ray would choose the files itself (`working_dir` with `excludes`), but it neither says which nor stops at a size.
+Ray's own choice (`working_dir` with `excludes`) neither says which files nor stops at a size.
 """
 
 from __future__ import annotations
@@ -21,28 +21,26 @@ ANYWHERE = (
     *("__pycache__", "*.pyc", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints"),
     *(".tox", ".nox", ".idea", ".vscode", ".DS_Store"),
 )
-"""Names of environments, caches and secrets, in any folder."""
+"""Environments, caches and secrets, in any folder."""
 AT_THE_TOP = ("runs", "outputs", "wandb", "mlruns", "build", "dist")
-"""Names of outputs; further down they may be code."""
+"""Outputs; further down these names may be code."""
 SHOWN = 5
 
 
 class UploadError(UserError):
-    """The folder cannot be uploaded; the message names the largest files and the remedy."""
+    """The message names the largest files and the remedy."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes to the cluster."""
-
     folder: Path
     files: dict[str, int]
     """Path relative to the folder, with `/` -> bytes."""
     too_large: dict[str, int]
-    """Files left out for their size."""
+    """Left out for their size."""
 
     def has(self, path: Path) -> bool:
-        """Whether a file, or something in a folder, is among the files."""
+        """Whether `path` is a file of the upload, or a folder with one."""
         try:
             name = path.resolve().relative_to(self.folder.resolve()).as_posix()
         except ValueError:
@@ -50,7 +48,7 @@ class Upload:
         return name in self.files or name == "." or any(file.startswith(f"{name}/") for file in self.files)
 
     def lines(self) -> list[str]:
-        """For the screen: how much goes, and what does not although one might expect it."""
+        """For the screen: the size, and the files left out for theirs."""
         lines = [f"uploading {self.folder}: {len(self.files)} files, {_mib(sum(self.files.values()))}"]
         for name, size in _largest(self.too_large):
             lines.append(f"not uploaded: {name} ({_mib(size)}, above submit.max_file_mib)")
@@ -59,7 +57,7 @@ class Upload:
 
 
 def collect(folder: Path, exclude: Sequence[str], max_file_mib: float, max_upload_mib: float) -> Upload:
-    """What of `folder` is uploaded. Raises UploadError if that is too much or nothing."""
+    """Choose the files to upload. Raises UploadError if there is too much or nothing."""
     patterns = (*ANYWHERE, *(pattern.rstrip("/") for pattern in exclude))
     names = {name for name in _candidates(folder, patterns) if not _is_excluded(name, patterns)}
     parents = (name.removesuffix("metrics.jsonl") for name in names if name.endswith("/metrics.jsonl"))
@@ -85,9 +83,9 @@ def collect(folder: Path, exclude: Sequence[str], max_file_mib: float, max_uploa
 
 
 def pack(upload: Upload | None, archive: Path, more: Mapping[str, Path]) -> None:
-    """Write the archive. Equal files give equal bytes, so that Ray finds a package that it has already.
+    """Equal files give equal bytes, so that Ray recognizes a package it already has.
 
-    `more` are further files: name in the archive -> where the content is.
+    `more` maps names in the archive to further files.
     """
     sources = {} if upload is None else {name: upload.folder / name for name in upload.files}
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
@@ -99,7 +97,7 @@ def pack(upload: Upload | None, archive: Path, more: Mapping[str, Path]) -> None
 
 
 def _candidates(folder: Path, patterns: Sequence[str]) -> Iterator[str]:
-    """Relative paths: in a git checkout what git does not ignore, elsewhere everything outside excluded folders."""
+    """Relative paths: in a git checkout what git does not ignore, elsewhere all outside excluded folders."""
     command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listing = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout

@@ -1,7 +1,7 @@
-"""Attention over packed tokens, plugged into transformers' models under the name `rlkit_packed`.
+"""Attention over packed tokens, for transformers' models: `rlkit_packed`.
 
-Linear layers see the T packed tokens. Attention expands queries, keys and values to whole sequences (a shared prompt
-is repeated only here), attends causally inside each, and collapses the result to the packed tokens again.
+Linear layers see the T packed tokens. Attention expands queries, keys and values to whole sequences (a shared prompt is
+repeated only here), attends causally inside each, and collapses the result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **unsupported: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]. Raises on what it does not implement."""
+    """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]. Raise ValueError for other features."""
     extras = [name for name in ("softcap", "s_aux", "position_bias") if unsupported.get(name) is not None]
     if extras or attention_mask is not None or dropout:
         raise ValueError(
@@ -50,7 +50,7 @@ def packed_attention(
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float) -> Tensor:
-    """[T, H, D] each -> [T, Hq, D] through torch's variable-length flash attention: no padding at all."""
+    """[T, H, D] each -> [T, Hq, D] by torch's variable-length flash attention, without padding."""
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(packed.lengths)
@@ -90,7 +90,7 @@ def _bucketed(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, sc
 
 
 def _take(rows: Tensor, indices: Tensor) -> Tensor:
-    """rows[indices] along the first axis; its backward is one index_add, which is fast on CPU too."""
+    """rows[indices]; its backward is one index_add, which is fast on CPU too."""
     return torch.index_select(rows.reshape(rows.shape[0], -1), 0, indices).view(-1, *rows.shape[1:])
 
 

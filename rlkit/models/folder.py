@@ -1,7 +1,4 @@
-"""The folder that a model path names.
-
-`embedded:policy` and `embedded:polar` are the tiny models in the package (`examples/embedded_models/` makes them).
-"""
+"""The folder that a model path names. `examples/embedded_models/` makes the `embedded:` ones."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ PREFIX = "embedded:"
 
 
 def model_folder(path: str) -> Path:
-    """The folder `path` names; `embedded:<name>` is one inside the package. Raises ValueError for an unknown name."""
+    """`embedded:<name>` is a tiny model inside the package. Raise ValueError for an unknown name."""
     if not path.startswith(PREFIX):
         return Path(path).expanduser().absolute()  # actors may have another working folder
     folder = EMBEDDED / path.removeprefix(PREFIX)

@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens and the entropy of their distribution, without a rows x vocabulary block.
+"""Log-probs of given tokens and the entropy of their distribution, without a rows x vocabulary block.
 
 With logits z = h W^T / temperature, p = softmax(z), H = -sum p log p:
     d logp_y / d z = onehot(y) - p          d H / d z = -p * (log p + H)
-The backward pass recomputes each chunk of logits instead of keeping it.
+The backward pass recomputes each chunk of logits.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def selected_logprobs(
 
 
 class LogProbLinear(nn.Linear):
-    """A language-model head that can answer with log-probs of given tokens instead of logits.
+    """A language-model head that can return log-probs of given tokens instead of logits.
 
-    An existing head becomes one by `head.__class__ = LogProbLinear`: parameters, names and ties stay as they are, and
-    ZeRO-3's hooks still gather the weight around the call.
+    An existing head becomes one by `head.__class__ = LogProbLinear`: parameters, names and ties stay, and ZeRO-3's
+    hooks still gather the weight around the call.
     """
 
     def forward(  # type: ignore[override]

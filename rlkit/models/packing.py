@@ -1,10 +1,8 @@
-"""Ragged sequences as one flat row of tokens, in which a prefix that several sequences share is stored once.
+"""Ragged sequences as one flat row of tokens: a shared prefix passes the model's linear layers once.
 
-A group of samples has one prompt: its tokens pass the model's linear layers once, not once per sample.
-
-    >>> batch = pack([Tree(prefix=(5, 6), suffixes=((7,), (8, 9)))])
-    >>> batch.token_ids.tolist(), batch.position_ids.tolist()
-    ([5, 6, 7, 8, 9], [0, 1, 2, 2, 3])
+>>> batch = pack([Tree(prefix=(5, 6), suffixes=((7,), (8, 9)))])
+>>> batch.token_ids.tolist(), batch.position_ids.tolist()
+([5, 6, 7, 8, 9], [0, 1, 2, 2, 3])
 """
 
 from __future__ import annotations
@@ -17,34 +15,33 @@ import torch
 from torch import Tensor
 
 SMALLEST_SHARE_OF_BUCKET = 0.75
-"""Sequences shorter than this share of a bucket's longest open a new bucket: bounds the attention's padding."""
+"""Sequences shorter than this share of a bucket's longest open a new one: bounds the attention's padding."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """One prefix and the sequences that continue it: sequence i is `prefix + suffixes[i]`."""
+    """Sequence i is `prefix + suffixes[i]`."""
 
     prefix: Sequence[int]
     suffixes: Sequence[Sequence[int]]
 
     @classmethod
     def of(cls, sequences: Sequence[tuple[int, ...]]) -> Tree:
-        """The sequences, with the tokens that all of them begin with as the prefix."""
         prefix = shared_prefix(sequences)
         return cls(prefix, tuple(ids[len(prefix) :] for ids in sequences))
 
     @property
     def tokens(self) -> int:
-        """Tokens in a packed batch: the prefix counts once."""
+        """In a packed batch: the prefix counts once."""
         return len(self.prefix) + sum(len(suffix) for suffix in self.suffixes)
 
     @property
     def expanded_tokens(self) -> int:
-        """Tokens of all sequences: the prefix counts in each."""
+        """Of all sequences: the prefix counts in each."""
         return len(self.prefix) * len(self.suffixes) + sum(len(suffix) for suffix in self.suffixes)
 
     def cut(self, limit: int) -> list[Tree]:
-        """Trees with this prefix and a part of the suffixes: at most `limit` expanded tokens each, or one sequence."""
+        """Split into trees of at most `limit` expanded tokens, or one sequence, each."""
         parts: list[list[Sequence[int]]] = [[]]
         room = limit
         for suffix in self.suffixes:
@@ -58,7 +55,6 @@ class Tree:
 
 
 def shared_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The tokens that all sequences begin with."""
     if not sequences:
         return ()
     first, last = min(sequences), max(sequences)  # these two differ earliest
@@ -77,11 +73,10 @@ class PackedBatch:
     expand: Tensor
     """[F] int64: packed index of each token of each sequence, sequence after sequence."""
     collapse: Tensor
-    """[T] int64: for each packed token, the index of one of its copies among the F expanded ones."""
+    """[T] int64: index of one of each packed token's copies among the F expanded ones."""
     cu_lengths: Tensor
-    """[N+1] int32: where each sequence starts in the F expanded tokens."""
+    """[N+1] int32: starts of the sequences in the F expanded tokens."""
     lengths: tuple[int, ...]
-    """Length of each sequence."""
     rows: Tensor
     """[R] int64: packed index of the token whose hidden state predicts `targets[r]`."""
     targets: Tensor
@@ -89,12 +84,11 @@ class PackedBatch:
     last: Tensor
     """[N] int64: packed index of each sequence's last token."""
     buckets: tuple[Tensor, ...]
-    """Similar lengths, [n, L] int64 each: indices of expanded tokens, short rows padded by repeating the last."""
+    """[n, L] int64 each, of similar lengths: indices of expanded tokens, short rows padded by repeating the last."""
     bucket_collapse: Tensor
-    """[T] int64: like `collapse`, into the rows of all buckets laid end to end."""
+    """[T] int64: like `collapse`, into the concatenated rows of all buckets."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The batch on another device."""
         moved = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -107,9 +101,9 @@ class PackedBatch:
 
 
 def pack(trees: Sequence[Tree]) -> PackedBatch:
-    """Lay trees out as one flat row. Sequences keep the order of the trees and of their suffixes.
+    """Lay trees out as one flat row, in the order of the trees and of their suffixes.
 
-    Raises ValueError for no tree, for an empty sequence, and for a suffix without a prefix token to predict it.
+    Raise ValueError for no tree, for an empty sequence, and for a suffix without a prefix token to predict it.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -168,7 +162,6 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
 
 
 def _buckets(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of sequences, longest first, cut where the length falls below a share of the bucket's longest."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bucket: list[int] = []
     for i in order:
@@ -181,7 +174,7 @@ def _buckets(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def split_by_tokens(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Items in micro-batches of at most `limit` tokens (or one larger item), nearly equally full.
+    """Pack items into micro-batches of at most `limit` tokens (or one larger item), nearly equally full.
 
     First-fit decreasing; indices inside a micro-batch are ascending, and micro-batches are ordered by their first item.
     """

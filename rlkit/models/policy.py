@@ -16,15 +16,15 @@ from rlkit.models.logprobs import LogProbLinear
 from rlkit.models.packing import PackedBatch
 
 CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields of models that change the logits after the head: our log-probs would be wrong."""
+"""Config fields that change the logits after the head: our log-probs would be wrong."""
 
 
 class ModelLoadError(UserError, ValueError):
-    """A model folder that cannot be used; the message says why and what to do."""
+    """The message names the remedy."""
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """The dtype a config value names; `auto` is float32 on CPU and bfloat16 elsewhere."""
+    """`auto` is float32 on CPU and bfloat16 elsewhere."""
     if name == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16
     dtype: torch.dtype = getattr(torch, name)
@@ -32,7 +32,7 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 
 
 class PackedCausalLM(nn.Module):
-    """A causal language model that maps a packed batch to log-probs; `model` is the plain Hugging Face model."""
+    """Maps a packed batch to log-probs; `model` is the Hugging Face model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class PackedCausalLM(nn.Module):
 
 
 class PackedScorer(nn.Module):
-    """A sequence classifier with one label, read at the last token of each packed sequence, head in fp32."""
+    """A one-label sequence classifier, read at the last token of each packed sequence, head in fp32."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class PackedScorer(nn.Module):
         self.model = model
 
     def forward(self, packed: PackedBatch) -> Tensor:
-        """Raw scores [N], fp32, of the packed batch's sequences."""
+        """Raw scores [N], fp32."""
         hidden = hidden_states(self.model, packed)
         score: Any = self.model.score
         last = torch.index_select(hidden, 0, packed.last)
@@ -78,7 +78,7 @@ class PackedScorer(nn.Module):
 
 
 class PackedValueModel(nn.Module):
-    """A sequence classifier with one label as a critic: a value for every response token, head in fp32."""
+    """A critic: a value for every response token."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -93,13 +93,13 @@ class PackedValueModel(nn.Module):
 
 
 def hidden_states(model: PreTrainedModel, packed: PackedBatch) -> Tensor:
-    """[T, D] final hidden states of the packed tokens."""
+    """Final hidden states [T, D]."""
     hidden: Tensor = _decode(model, packed).last_hidden_state[0]
     return hidden
 
 
 def layer_states(model: PreTrainedModel, packed: PackedBatch, layers: Sequence[int]) -> Tensor:
-    """[T, L, D] hidden states after L layers, numbered as transformers does: 0 is the embedding, -1 the final state."""
+    """[T, L, D] after L layers, numbered as in transformers: 0 is the embedding, -1 the final state."""
     if list(layers) == [-1]:  # the others need not be kept
         return hidden_states(model, packed)[:, None]
     states = _decode(model, packed, output_hidden_states=True).hidden_states
@@ -118,12 +118,12 @@ def _decode(model: PreTrainedModel, packed: PackedBatch, **options: Any) -> Any:
 
 
 def load_causal_lm(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedCausalLM:
-    """A policy from a Hugging Face folder. Raises ModelLoadError with the remedy."""
+    """Raise ModelLoadError with the remedy."""
     return PackedCausalLM(_load(AutoModelForCausalLM, path, dtype, trust_remote_code))
 
 
 def load_scorer(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedScorer:
-    """A one-label sequence classifier from a Hugging Face folder. Raises ModelLoadError with the remedy."""
+    """Raise ModelLoadError with the remedy."""
     model, info = _load_with_info(AutoModelForSequenceClassification, path, dtype, trust_remote_code)
     lost = sorted(info["missing_keys"])
     if lost:
@@ -134,7 +134,7 @@ def load_scorer(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool
 
 
 def load_value_model(path: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PackedValueModel:
-    """A critic from the folder of a causal language model (or of a critic saved before).
+    """Load a critic from the folder of a causal language model (or of a saved critic).
 
     A head that is not in the folder starts at zero: all values are 0 until the critic has learnt.
     """
@@ -152,7 +152,7 @@ def _load(auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bo
 def _load_with_info(
     auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bool, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and transformers' report on loading it (`missing_keys` and the like)."""
+    """Return transformers' report on loading, too (`missing_keys` and the like)."""
     try:
         model, info = auto.from_pretrained(
             path,

@@ -1,4 +1,4 @@
-"""The contract of a task of `rlkit.train_reward` (a backend), and the configuration that all of them share."""
+"""The contract of a backend of `rlkit.train_reward`, and the shared configuration."""
 
 from __future__ import annotations
 
@@ -21,24 +21,22 @@ Stage = Literal["train", "evaluate", "pretrain", "finetune", "generate"]
 
 
 class TrainRewardConfig(Section):
-    """The whole configuration of `python -m rlkit.train_reward`."""
-
     stage: Stage = "train"
-    """train: train and save `model/`; evaluate: judge the model as it is on all rows of the data. reward=polar trains
-    in two stages, pretrain and finetune, and can generate what it is pre-trained on."""
+    """train: train and save `model/`; evaluate: judge the model on all rows of the data. reward=polar trains in two
+    stages, pretrain and finetune, and can generate its pre-training data."""
     seed: int = Field(default=0, ge=0)
     """Seeds the order of the rows and everything else that is random."""
     run_dir: Path
-    """Folder of this run's files; made if missing, refused if it already holds a run."""
+    """Folder of this run's files; created if missing, refused if it already holds a run."""
     dry_run: bool = False
     """Validate, say what would be done, exit."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """What the model runs on."""
+    """Device of the model."""
     threads: int = Field(default=2, ge=1)
     """CPU threads of each rank."""
     rank_timeout_seconds: float = Field(default=1800.0, gt=0)
-    """With several ranks: how long one may keep the others waiting before all end, saying who waited. Must be more than
-    what a rank does alone (saving the model) takes."""
+    """With several ranks: how long one may keep the others waiting before all end, naming who waited. Must exceed what
+    a rank does alone (saving the model)."""
     reward: dict[str, Any]
     """The backend: `_target_` and the fields of its `Config`."""
     data: dict[str, Any] = Field(default={})
@@ -46,14 +44,14 @@ class TrainRewardConfig(Section):
 
 
 class RewardTrainingConfig(Section):
-    """Fields every backend has. A backend nests its own subclass as `Config` and may change defaults there."""
+    """Fields of every backend; its nested `Config` may change defaults."""
 
     model_path: str = "embedded:policy"
     """Folder of the Hugging Face model that training starts from, with its tokenizer."""
     trust_remote_code: bool = False
     """Run Python code found in the model folder. Off unless you know who wrote it."""
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the training rows; a fraction ends within one."""
+    """Passes over the training rows; may be a fraction."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps, in place of `epochs`."""
     batch_size: int = Field(default=64, ge=1)
@@ -63,7 +61,7 @@ class RewardTrainingConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after warm-up, down to `min_learning_rate_ratio` at the last step."""
     warmup_share: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps with a linear warm-up (rounded up)."""
+    """Share of the steps with linear warm-up (rounded up)."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a share of the peak."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -73,25 +71,23 @@ class RewardTrainingConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm."""
     tokens_per_microbatch: int = Field(default=16384, ge=1)
-    """Tokens (prompts shared between responses count once) that one forward and backward pass takes."""
+    """Tokens per forward and backward pass (a prompt shared by responses counts once)."""
     ranks: int = Field(default=1, ge=1)
     """Data-parallel processes."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed ZeRO stage: what is partitioned over ranks (1 optimizer, 2 + gradients, 3 + parameters). null: 1 where
-    the weights are bfloat16, else 0."""
+    """DeepSpeed ZeRO stage: what is partitioned over ranks (1 optimizer, 2 + gradients, 3 + parameters). null: 1 with
+    bfloat16 weights, else 0."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 (with fp32 master weights) on CUDA, float32 on CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     evaluate_every_steps: int = Field(default=0, ge=0)
-    """Steps between held-out evaluations, besides the ones before and after training. 0: only those two."""
+    """Steps between held-out evaluations, besides those before and after training. 0: only those two."""
 
     def total_steps(self, examples: int) -> int:
-        """Optimizer steps for `examples` training examples."""
         return self.steps or max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
 
     def learner(self, total_steps: int, device: str) -> LearnerConfig:
-        """What `SupervisedEngine` takes."""
         shared = {name: getattr(self, name) for name in LearnerConfig.model_fields if hasattr(self, name)}
         if self.zero_stage is None:
             wide = self.dtype == "float32" or (self.dtype == "auto" and device == "cpu")
@@ -107,8 +103,6 @@ class RewardTrainingConfig(Section):
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """Where a backend runs."""
-
     run_dir: Path
     device: str = "cpu"
     seed: int = 0
@@ -117,55 +111,52 @@ class TrainingContext:
 
     @property
     def model_folder(self) -> Path:
-        """Where the trained model belongs: a plain Hugging Face folder with tokenizer."""
+        """A Hugging Face folder with tokenizer."""
         return self.run_dir / "model"
 
 
 class Report(Protocol):
-    """Through it a backend reports what it does. On ranks other than 0 all calls do nothing."""
+    """How a backend reports progress. On ranks other than 0 all calls do nothing."""
 
     def phase(self, name: str) -> None:
-        """What goes on now (`reading data`, `loading the model`), for the console."""
+        """For the console: `reading data`, `loading the model`."""
 
     def begins(self, total_steps: int) -> None:
-        """Training begins now; steps done and the time left are shown from here."""
+        """Steps done and the time left are shown from here."""
 
     def __call__(self, step: int, **metrics: float) -> None:
-        """A step is done (0: before the first). Names are `area/name`: `report(step=3, **{"prm/loss": 0.6})`."""
+        """Step 0 is before the first; metrics are named `area/name`: `**{"prm/loss": 0.6}`."""
 
-    def evaluation(self, step: int, **metrics: float) -> None:
-        """A held-out evaluation after `step` steps is done."""
+    def evaluation(self, step: int, **metrics: float) -> None: ...
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Lines for samples.jsonl: what the model makes of single rows."""
+        """For samples.jsonl."""
 
-    def text(self, text: str) -> None:
-        """Lines for the user (a table)."""
+    def text(self, text: str) -> None: ...
 
-    def warn(self, message: str) -> None:
-        """Something the user should know."""
+    def warn(self, message: str) -> None: ...
 
 
 class RewardTraining(ABC):
-    """One kind of reward model. Made on every rank, inside an initialised process group with `threads` set.
+    """One kind of reward model; made on every rank, in an initialised process group with `threads` set.
 
-    Training must leave the model in `context.model_folder` (all ranks take part, rank 0 writes).
-    Errors for the user: `DataError` for rows, `ModelLoadError` for models; their message is all that is shown.
+    Training must leave the model in `context.model_folder` (all ranks take part, rank 0 writes). Errors for the user
+    are `DataError` for rows and `ModelLoadError` for models; only their message is shown.
     """
 
     Config: ClassVar[type[RewardTrainingConfig]] = RewardTrainingConfig
     Data: ClassVar[type[DataConfig]] = RewardDataConfig
     stages: ClassVar[tuple[Stage, ...]] = ("train",)
-    """What `run` can do; any other stage is refused at start."""
+    """Any other stage is refused at start."""
 
     def __init__(self, config: Any, data: Any, context: TrainingContext) -> None:
         self.config, self.data, self.context = config, data, context
 
     @classmethod
     def check(cls, config: Any, data: Any) -> list[str]:
-        """Cheap checks, without torch: messages for the user, each beginning with the key it is about.
+        """Return messages of cheap checks, without torch, each beginning with its key.
 
-        Subclasses add to what `super().check(config, data)` returns.
+        Subclasses add to `super().check(config, data)`.
         """
         messages = []
         try:
@@ -176,4 +167,4 @@ class RewardTraining(ABC):
 
     @abstractmethod
     def run(self, report: Report) -> dict[str, Any]:
-        """Do what `context.stage` (one of `stages`) says; returns the summary that becomes summary.json."""
+        """Do `context.stage`; return the content of summary.json."""

@@ -17,7 +17,7 @@ from rich.markup import escape
 import rlkit
 from rlkit.config.command import print_error
 from rlkit.config.compose import group_options, option_fields
-from rlkit.config.help import print_section
+from rlkit.config.help import headline, print_section
 from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import TARGET, Contract, PartError, conf_dir, import_part
@@ -55,31 +55,27 @@ CONTRACTS = {"reward": Contract(RewardTraining, RewardTrainingConfig)}
 
 @dataclass(frozen=True)
 class ResolvedRewardTraining:
-    """A configuration that passed every check. Cheap to pickle: classes travel by name."""
+    """Passed every check. Cheap to pickle: classes travel by name."""
 
     config: TrainRewardConfig
-    """All values filled in, also those of `reward` and `data`."""
+    """All values filled in, including those of `reward` and `data`."""
     backend: type[RewardTraining]
     reward: RewardTrainingConfig
     data: DataConfig
 
     def text(self) -> str:
-        """The content of the run folder's `config.yaml`; `--config FILE` reads it again."""
+        """The run folder's `config.yaml`, which `--config FILE` reads."""
         head = f"# Written by rlkit {rlkit.__version__}. Again: python -m rlkit.train_reward --config THIS_FILE\n"
         values: str = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return head + values
 
 
 def groups_dir() -> Path:
-    """The folder of this command's Hydra groups."""
     return conf_dir() / "train_reward"
 
 
 def load_reward_training(arguments: Sequence[str], file: Path | None = None) -> ResolvedRewardTraining:
-    """The training that `arguments` describe, on top of a configuration file if there is one.
-
-    Raises ConfigError with every problem.
-    """
+    """Compose `arguments` on top of a configuration file if there is one. Raise ConfigError with every problem."""
     loading = _Loading(arguments, file, folder=groups_dir(), schema=TrainRewardConfig, contracts=CONTRACTS)
     loading.validate()
     loading.check()
@@ -87,8 +83,6 @@ def load_reward_training(arguments: Sequence[str], file: Path | None = None) -> 
 
 
 class _Loading(Loading):
-    """The section `data` has the type that the backend gives it."""
-
     _backend: type[RewardTraining] | None = None
     _known: Sequence[str] = ()
     _data: Any = None
@@ -100,14 +94,12 @@ class _Loading(Loading):
         return list(self._known)
 
     def validate(self) -> None:
-        """All sections, and last the data's."""
         super().validate()
         content = self.tree.get("data") or {}
         if self._backend is not None and isinstance(content, dict):  # if it is none, that is reported already
             self._data = self._section(self._backend.Data, content, "data.", self._known)
 
     def check(self) -> None:
-        """The backend's own checks, where it and its data are of the right type."""
         backend, stage = self._backend, self.available.get("stage")
         if backend is None:
             return
@@ -120,7 +112,6 @@ class _Loading(Loading):
                 self.problems.append(ConfigIssue(key, text))
 
     def result(self) -> ResolvedRewardTraining:
-        """What passed. Raises ConfigError if there is any problem."""
         if self.problems:
             raise ConfigError(list(dict.fromkeys(self.problems)))
         part = self.parts["reward"]
@@ -135,7 +126,6 @@ class _Loading(Loading):
 
 
 def print_help() -> None:
-    """Every backend, and every key with type, default and meaning."""
     console = Console()
     console.print(USAGE, highlight=False)
     top = [(name, info) for name, info in TrainRewardConfig.model_fields.items() if name not in ("reward", "data")]
@@ -147,8 +137,7 @@ def print_help() -> None:
         except PartError as error:
             console.print(f"\n[bold]reward={option}[/]: {escape(str(target))} {escape(str(error))}")
             continue
-        text = (cls.__doc__ or "").strip().partition("\n")[0]
-        print_section(console, f"reward={option}", text, all_fields(cls.Config, "reward."))
+        print_section(console, f"reward={option}", headline(cls), all_fields(cls.Config, "reward."))
         print_section(console, f"data, with reward={option}", "", all_fields(cls.Data, "data."))
 
 
@@ -156,13 +145,12 @@ def print_help() -> None:
 
 
 def launch(resolved: ResolvedRewardTraining) -> int:
-    """Run the configured stage. Returns 0, 1 after an error explained on the screen, 130 after Ctrl-C, 143 after
-    SIGTERM."""
+    """Return 0, 1 after an explained error, 130 after Ctrl-C, 143 after SIGTERM."""
     return run_ranks(resolved.reward.ranks, resolved.config.rank_timeout_seconds, LIMIT, run_rank, resolved)
 
 
 def run_rank(rank: int, port: int, resolved: ResolvedRewardTraining) -> int:
-    """One rank from start to end; rank 0 has the run folder. Returns the exit code."""
+    """Return the exit code. Rank 0 has the run folder."""
     seconds, ranks = resolved.config.rank_timeout_seconds, resolved.reward.ranks
     try:
         with raises_terminated(), naming_a_hang(rank, ranks, seconds, LIMIT):
@@ -190,7 +178,6 @@ def run_rank(rank: int, port: int, resolved: ResolvedRewardTraining) -> int:
 
 
 def _run(rank: int, resolved: ResolvedRewardTraining, report: Any, port: int) -> dict[str, Any]:
-    """Join the ranks and run the stage."""
     began, config, reward = time.monotonic(), resolved.config, resolved.reward
     report.phase("loading libraries")
     join_ranks(

@@ -1,4 +1,4 @@
-"""Offline training in a DeepSpeed engine: the optimizer step that fine-tuning and reward training share."""
+"""The optimizer step that fine-tuning and offline reward training share, in a DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 
 
 class Item(Protocol):
-    """Something to train on."""
-
     @property
     def tokens(self) -> int:
-        """Tokens it takes in a packed batch."""
+        """In a packed batch."""
         ...
 
 
@@ -37,7 +35,7 @@ T = TypeVar("T", bound=Item)
 
 @dataclass(frozen=True, slots=True)
 class PromptTree:
-    """Responses to one prompt, each different one once, and what is to be learnt from them."""
+    """Distinct responses to one prompt."""
 
     tree: Tree
     pairs: tuple[tuple[int, int], ...] = ()
@@ -51,7 +49,7 @@ class PromptTree:
 
 
 def pair_indices(items: Sequence[PromptTree]) -> tuple[list[int], list[int]]:
-    """(better, worse) of all pairs, among the suffixes of all trees together."""
+    """(better, worse) of all pairs, numbered among the suffixes of all trees."""
     start, better, worse = 0, [], []
     for item in items:
         better += [start + first for first, _ in item.pairs]
@@ -65,9 +63,9 @@ class StepSkipped(UserError):
 
 
 class SupervisedEngine(Generic[T]):
-    """A module in a DeepSpeed engine, trained on items; all ranks call every method with the same arguments.
+    """Trains a module on items; all ranks call every method with the same arguments.
 
-    `loss(module, items)` is a sum over the items of a micro-batch; `step` divides it by the whole step's total, so
+    `loss(module, items)` is a sum over a micro-batch's items; `step` divides it by the whole step's total, so
     micro-batches and ranks do not change the gradient.
     """
 
@@ -92,9 +90,9 @@ class SupervisedEngine(Generic[T]):
         self.device = device
 
     def step(self, items: Sequence[T], total: float) -> float:
-        """One optimizer step; returns the loss: its sum divided by `total` (trained tokens, pairs, ...).
+        """Return the step's loss: its sum divided by `total` (trained tokens, pairs, ...).
 
-        Raises StepSkipped after MAX_SKIPPED steps in a row without a finite gradient.
+        Raise StepSkipped after MAX_SKIPPED steps in a row without a finite gradient.
         """
         self.engine.train()
         value = torch.zeros((), device=self.device)
@@ -119,7 +117,6 @@ class SupervisedEngine(Generic[T]):
 
     @torch.no_grad()
     def evaluate(self, items: Sequence[T], total: float) -> float:
-        """The loss without a step."""
         self.engine.eval()
         value = torch.zeros((), device=self.device)
         for microbatch in self._my_microbatches(items):
@@ -128,7 +125,7 @@ class SupervisedEngine(Generic[T]):
         return self._summed(value)
 
     def _my_microbatches(self, items: Sequence[T]) -> list[list[T]]:
-        """This rank's share, as many micro-batches as every other rank has (the last one may be empty)."""
+        """This rank's share: as many micro-batches as every rank has (the last may be empty)."""
         limit = self.config.tokens_per_microbatch
         batches = [[items[i] for i in members] for members in split_by_tokens([item.tokens for item in items], limit)]
         batches += [[] for _ in range(-len(batches) % self._world_size)]
@@ -141,7 +138,7 @@ class SupervisedEngine(Generic[T]):
 
 
 def gathered_weights(module: nn.Module, zero_stage: int) -> dict[str, Tensor]:
-    """Name -> full CPU tensor of every parameter of `module`; all ranks call it, as ZeRO-3 gathers."""
+    """Full CPU tensors by name; all ranks call it, as ZeRO-3 gathers."""
     import deepspeed
 
     weights: dict[str, Tensor] = {}
@@ -152,7 +149,7 @@ def gathered_weights(module: nn.Module, zero_stage: int) -> dict[str, Tensor]:
 
 
 def load_to_train(path: str | Path, config: LearnerConfig, trust_remote_code: bool = False) -> PackedCausalLM:
-    """A language model in fp32, with gradient checkpointing if that is configured. Raises ModelLoadError."""
+    """A language model in fp32, with gradient checkpointing if configured. Raise ModelLoadError."""
     policy = load_causal_lm(path, torch.float32, trust_remote_code=trust_remote_code)
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -160,7 +157,7 @@ def load_to_train(path: str | Path, config: LearnerConfig, trust_remote_code: bo
 
 
 def save_language_model(training: SupervisedEngine[Any], folder: Path) -> None:
-    """Write a plain Hugging Face folder; all ranks call it, rank 0 writes."""
+    """All ranks call it, rank 0 writes."""
     model = training.engine.module.model
     weights = gathered_weights(model, training.config.zero_stage)
     if dist.get_rank() == 0:
@@ -170,7 +167,7 @@ def save_language_model(training: SupervisedEngine[Any], folder: Path) -> None:
 
 
 def save_classifier(training: SupervisedEngine[Any], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a plain Hugging Face folder with the tokenizer; all ranks call it, rank 0 writes."""
+    """Write model and tokenizer; all ranks call it, rank 0 writes."""
     model = training.engine.module.model
     weights = gathered_weights(model, training.config.zero_stage)
     if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""The loop of every reward training: measure, step, measure every so often, save."""
+"""The loop of every reward training: measure, step, measure at intervals, save."""
 
 from __future__ import annotations
 
@@ -11,31 +11,27 @@ from rlkit.data.base import BadRow
 from rlkit.reward_training.base import Report
 
 WARNED_ROWS = 10
-"""Unusable rows that are named one by one."""
+"""Unusable rows named one by one."""
 
 Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
 class Task(Generic[Batch]):
-    """What a reward training does by steps."""
-
     batches: Iterator[Batch]
     """Endless."""
     step: Callable[[Batch], Mapping[str, float]]
-    """One optimizer step; metrics `area/name`."""
+    """Returns metrics `area/name`."""
     measure: Callable[[], dict[str, float]]
-    """How good the model is on the held-out rows."""
+    """On the held-out rows."""
     save: Callable[[Path], None]
-    """Writes the model to a folder; all ranks call it."""
+    """All ranks call it."""
     heldout: str = "heldout/{}"
     """Names of the measures in metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """What a training measured."""
-
     steps: Sequence[Mapping[str, float]]
     """Metrics of every step."""
     before: dict[str, float]
@@ -43,7 +39,7 @@ class Course:
 
 
 def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, folder: Path) -> Course:
-    """Measure, take `steps` steps, measure every `evaluate_every` of them (0: never) and at the end; save."""
+    """Measure, take `steps` steps, measure after every `evaluate_every` of them (0: never) and at the end; save."""
     before = after = task.measure()
     report.evaluation(0, **named(task.heldout, before))
     report.begins(steps)
@@ -59,11 +55,10 @@ def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, fo
 
 
 def named(pattern: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The values with their names put into a pattern such as `area/{}`."""
+    """Put the names into a pattern such as `area/{}`."""
     return {pattern.format(name): value for name, value in values.items()}
 
 
 def warn_of(bad: Sequence[BadRow], report: Report) -> None:
-    """Name the first rows that are skipped."""
     for row in bad[:WARNED_ROWS]:
         report.warn(f"skipped {row.origin}: {row.reason}")

@@ -1,4 +1,4 @@
-"""Responses with outcome labels from rows, in the layouts that such data come in."""
+"""Responses with outcome labels, from the usual layouts of rows."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ _USUAL: dict[Layout, tuple[str, str, str]] = {
     "pairs": ("prompt", "chosen", "rejected"),
     "steps": ("problem", "steps", "label"),
 }
-"""Usual names of the columns with prompt, response and label."""
+"""Columns of prompt, response and label."""
 
 
 class OutcomeData(RewardDataConfig):
-    """Responses to prompts, each with its outcome."""
-
     layout: Literal["auto", "responses", "completions", "columns", "pairs", "steps"] = "auto"
     """responses: one response and its label per row. completions: per prompt a list of responses and a list of labels.
     columns: per prompt several columns, each an object with a response and its label. pairs: a better (label 1) and a
@@ -42,22 +40,20 @@ class OutcomeData(RewardDataConfig):
     the first row."""
     prompt_column: str | None = None
     """The prompt: a text or chat messages. null: `prompt` (columns: `question`, steps: `problem`). A response that is a
-    whole chat brings its own."""
+    whole chat includes its prompt."""
     response_column: str | None = None
     """The response (pairs: the better one). null: `response`, `completions`, `solution`, `chosen` or `steps`."""
     label_column: str | None = None
-    """Its outcome, true or false or a share from 0 to 1 (pairs: the worse response; steps: the first wrong step from 0,
+    """Its outcome: true, false or a number from 0 to 1 (pairs: the worse response; steps: the first wrong step from 0,
     -1 for none). null: `label`, `correctness`, `is_correct` or `rejected`."""
     group_column: str | None = None
     """Responses with equal values answer the same problem; null: those with the same prompt."""
     system_prompt: str | None = None
-    """System message put before every prompt that has none of its own."""
+    """System message put before every prompt that has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One response and its outcome."""
-
     group: str
     """Equal for responses to the same problem."""
     messages: tuple[Message, ...]
@@ -66,13 +62,13 @@ class Rollout:
     """0 (wrong) to 1 (right)."""
     origin: str
     steps: tuple[tuple[int, int], ...] = ()
-    """Characters of each step, where the data say so."""
+    """Characters of each step, if the data give them."""
     first_error: int | None = None
-    """First wrong step, -1 if there is none, None if the data do not say."""
+    """First wrong step; -1: all are right; None: not known."""
 
 
 def load_rollouts(config: OutcomeData, side: Side = "train") -> tuple[list[Rollout], list[BadRow]]:
-    """All rollouts of a side, and the unusable rows. Raises DataError if too many are."""
+    """Return a side's rollouts and unusable rows. Raise DataError if too many are."""
     layout: Layout | None = None if config.layout == "auto" else config.layout
 
     def parse(row: Row, origin: str) -> Iterator[Rollout]:
@@ -85,7 +81,7 @@ def load_rollouts(config: OutcomeData, side: Side = "train") -> tuple[list[Rollo
 
 
 def split_rollouts(rollouts: Sequence[Rollout], config: OutcomeData) -> tuple[list[Rollout], list[Rollout]]:
-    """(train, held out): a share of the groups, chosen by their name. Raises DataError for a single group."""
+    """Split off a share of the groups, chosen by their name. Raise DataError for a single group."""
     groups = {rollout.group for rollout in rollouts}
     if len(groups) < 2:
         raise DataError(
@@ -96,7 +92,7 @@ def split_rollouts(rollouts: Sequence[Rollout], config: OutcomeData) -> tuple[li
 
 
 def without(rollouts: Sequence[Rollout], heldout: Sequence[Rollout]) -> tuple[list[Rollout], list[BadRow]]:
-    """Rollouts of no group that is held out, and what was left out for that."""
+    """Held-out groups become bad rows."""
     judged = {rollout.group: rollout.origin for rollout in heldout}
     kept = [rollout for rollout in rollouts if rollout.group not in judged]
     bad = [BadRow(r.origin, f"held out: {judged[r.group]} asks the same") for r in rollouts if r.group in judged]
@@ -183,7 +179,7 @@ def _rollouts(row: Mapping[str, Any], origin: str, layout: Layout, config: Outco
 
 
 def _joined(steps: Sequence[str]) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Steps with a blank line after each but the last, and the characters of each with that line."""
+    """Join steps by blank lines; return the text and each step's characters, with the blank line after it."""
     texts = [step + "\n\n" for step in steps[:-1]] + [steps[-1]]
     ends = [sum(len(text) for text in texts[: i + 1]) for i in range(len(texts))]
     return "".join(texts), tuple(zip([0, *ends[:-1]], ends, strict=True))
@@ -202,7 +198,7 @@ def _group(value: Any) -> str:
 
 
 def _without_repeats(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """A response in several pairs of a prompt counts once, with its first label."""
+    """Count a response in several pairs of a prompt once, with its first label."""
     first: dict[tuple[str, str], Rollout] = {}
     for rollout in rollouts:
         first.setdefault((rollout.group, rollout.response), rollout)

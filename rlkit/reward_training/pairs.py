@@ -1,4 +1,4 @@
-"""Preference pairs from rows: chosen and rejected as the rows have them, or built from responses with labels."""
+"""Preference pairs from rows: as they are, or built from responses with labels."""
 
 from __future__ import annotations
 
@@ -26,14 +26,12 @@ from rlkit.reward_training.rows import (
 
 
 class PairRows(RewardDataConfig):
-    """Rows with pairs, or with responses that have labels."""
-
     form: Literal["pairs", "outcomes"] = "pairs"
     """pairs: each row has a chosen and a rejected response; outcomes: rows have responses with labels, and every
     response is paired with every one of a lower label to the same prompt."""
     prompt_column: str | None = "prompt"
     """The prompt: a text or a list of chat messages. null (pairs only): chosen and rejected are whole conversations
-    that begin alike."""
+    with the same beginning."""
     chosen_column: str = "chosen"
     """pairs: the preferred response: a text, or a list of chat messages."""
     rejected_column: str = "rejected"
@@ -41,15 +39,15 @@ class PairRows(RewardDataConfig):
     margin_column: str | None = None
     """pairs: by how much chosen should score above rejected (a number)."""
     probability_column: str | None = None
-    """pairs: with which probability chosen is preferred (0 to 1: a soft label); null: 1."""
+    """pairs: the probability that chosen is preferred (0 to 1: a soft label); null: 1."""
     response_columns: tuple[str, ...] = ("response",)
-    """outcomes: columns with a response each: a text, or an object that holds `response_key` and `label_key`."""
+    """outcomes: columns with a response each: a text, or an object with `response_key` and `label_key`."""
     response_key: str = "solution"
-    """outcomes: where an object of `response_columns` holds the text."""
+    """outcomes: an object's key of the text."""
     label_key: str = "is_correct"
-    """outcomes: where such an object holds the label (true, false or a number); for a text: the row's column."""
+    """outcomes: an object's key of the label (true, false or a number); for a text: the row's column."""
     max_pairs_per_prompt: int | None = Field(default=None, ge=1)
-    """outcomes: where a prompt has more pairs, this many are drawn; null: all."""
+    """outcomes: draw at most this many of a prompt's pairs; null: all."""
 
     @field_validator("response_columns", mode="before")
     @classmethod
@@ -70,8 +68,6 @@ class PairRows(RewardDataConfig):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two responses to one conversation."""
-
     prompt: Chat
     chosen: str
     rejected: str
@@ -86,15 +82,14 @@ Labelled = tuple[float, str, str]
 
 
 def load_pairs(config: PairRows, seed: int) -> tuple[list[list[Pair]], list[list[Pair]], list[BadRow]]:
-    """Training and held-out pairs, those of one prompt together, and the rows that cannot be used.
+    """Training and held-out pairs, grouped by prompt, and the unusable rows.
 
-    Raises DataError if too many rows are unusable or a side is empty.
+    Raise DataError if too many rows are unusable or a side is empty.
     """
     return read_split(config, lambda side: all_pairs(config, seed, side), lambda pairs: _key(pairs[0].prompt), "pair")
 
 
 def all_pairs(config: PairRows, seed: int, side: Side = "train") -> tuple[list[list[Pair]], list[BadRow]]:
-    """Every pair of a side, those of one prompt together, and the rows that cannot be used."""
     if config.form == "pairs":
         pairs, bad = read(config, lambda row, origin: [_pair(row, config, origin)], side)
         return list(_by_prompt((pair.prompt, pair) for pair in pairs).values()), bad

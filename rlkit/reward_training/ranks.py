@@ -1,4 +1,4 @@
-"""Ranks of one training as processes on this machine: they begin together, and none outlives or outwaits the others.
+"""Ranks of one training as processes on this machine; none outlives the others.
 
 A rank that dies ends the others at once. A rank that hangs keeps the others in a collective operation, whose time-out
 ends them with the cause. So nothing here waits for ever.
@@ -26,27 +26,26 @@ FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 LOOK_SECONDS = 1.0
-"""How often the parent looks at the clock while it waits for its ranks."""
+"""Between the parent's checks of the clock."""
 END_SECONDS = 10.0
-"""How long ranks may take to end in order when they must; then they are killed."""
+"""For an orderly end; then ranks are killed."""
 
 Work = Callable[..., int]
 """(rank, port, *arguments) -> exit code. Can be pickled by name."""
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; like KeyboardInterrupt it passes through everything."""
+    """On SIGTERM; like KeyboardInterrupt it passes through `except Exception`."""
 
 
-class RankHangsError(UserError):
-    """A rank waited too long for another one."""
+class RankHangsError(UserError): ...
 
 
 def run_ranks(ranks: int, seconds: float, limit: str, work: Work, *arguments: Any) -> int:
-    """Call `work` for every rank: a single one in this process, several in processes of their own. The exit code.
+    """Call `work` for every rank, a single one in this process, several in child processes; return the exit code.
 
-    `seconds` (from the configuration's key `limit`) is how long a rank may keep the others waiting. Ranks explain
-    their own errors; what ends a rank without a word is said here.
+    `seconds` (from the configuration's key `limit`) is how long a rank may keep the others waiting. Ranks explain their
+    errors; what ends a rank silently is explained here.
     """
     port = free_port()
     if ranks == 1:
@@ -68,7 +67,7 @@ def run_ranks(ranks: int, seconds: float, limit: str, work: Work, *arguments: An
 
 
 def join_ranks(rank: int, ranks: int, port: int, device: str, threads: int, seed: int, seconds: float) -> None:
-    """In a rank's process: take its GPU, seed torch, meet the others. Imports torch and DeepSpeed."""
+    """Take this rank's GPU, seed torch, meet the other ranks. Imports torch and DeepSpeed."""
     if device == "cuda" and ranks > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(str(i) for i in range(ranks)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank]
@@ -88,7 +87,7 @@ def join_ranks(rank: int, ranks: int, port: int, device: str, threads: int, seed
 
 @contextmanager
 def naming_a_hang(rank: int, ranks: int, seconds: float, limit: str) -> Iterator[None]:
-    """Turns the time-out of a collective operation into RankHangsError. (NCCL ends the process instead.)"""
+    """Turn the time-out of a collective operation into RankHangsError. (NCCL ends the process instead.)"""
     try:
         yield
     except RuntimeError as error:
@@ -102,7 +101,7 @@ def naming_a_hang(rank: int, ranks: int, seconds: float, limit: str) -> Iterator
 
 @contextmanager
 def raises_terminated() -> Iterator[None]:
-    """SIGTERM raises Terminated in the body."""
+    """Raise Terminated in the body on SIGTERM."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
@@ -124,7 +123,7 @@ def _rank_process(rank: int, port: int, work: Work, arguments: Sequence[Any]) ->
 
 
 def _wait_for(processes: Sequence[BaseProcess], seconds: float, limit: str) -> int:
-    """Returns 0 when all have ended well, or an exit code when one has not."""
+    """Return 0 when all have ended well, or the exit code of one that has not."""
     running = {process.sentinel: rank for rank, process in enumerate(processes)}
     first_end: float | None = None
     while running:

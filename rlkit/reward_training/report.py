@@ -1,4 +1,4 @@
-"""What a reward training writes and shows: metrics.jsonl, samples.jsonl, TensorBoard, lines on the console."""
+"""Output of a reward training: metrics.jsonl, samples.jsonl, TensorBoard, console."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tensorboard import TensorBoardWriter
 
 _SECONDS_BETWEEN_LINES = 2.0
-"""Steps that follow faster are in metrics.jsonl but not on the console."""
+"""Steps that follow faster are in metrics.jsonl only."""
 
 
 class RunReport:
@@ -84,7 +84,6 @@ class RunReport:
         self._console.line(f"warning: {message}")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json and say where everything is."""
         self.folder.write_summary(summary)
         numbers = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
         self._console.line(f"finished: {_shown(numbers)}")
@@ -98,8 +97,6 @@ class RunReport:
 
 
 class SilentReport:
-    """The Report of the other ranks."""
-
     def phase(self, name: str) -> None: ...
     def begins(self, total_steps: int) -> None: ...
     def __call__(self, step: int, **metrics: float) -> None: ...

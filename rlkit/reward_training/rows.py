@@ -1,6 +1,6 @@
-"""Rows to train reward models on (a prompt, responses, labels), and which of them are held out.
+"""Rows to train reward models on, and their held-out share.
 
-A row is used whole or not at all; what cannot be used is named, counted and skipped, up to `data.max_bad_row_share`.
+A row is used whole or not at all; unusable rows are named, counted and skipped, up to `data.max_bad_row_share`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class RewardDataConfig(DataConfig):
-    """Where the rows are, and which of them are held out. A backend nests a subclass as `Data`."""
+    """Source of the rows, and the held-out share. A backend nests a subclass as `Data`."""
 
     path: str
     """JSON Lines file (`.jsonl`, or `.jsonl.gz`) or Parquet file with the rows, or a data set that `datasets` loads: a
@@ -36,7 +36,7 @@ class RewardDataConfig(DataConfig):
     subset: str | None = None
     """Configuration of a data set."""
     split: str = "train"
-    """Split of a data set that is trained on or evaluated."""
+    """Split of a data set to train on or evaluate."""
     heldout_path: str | None = None
     """File with the held-out rows; null: a share of `path` (`heldout_share`)."""
     heldout_split: str | None = None
@@ -44,7 +44,7 @@ class RewardDataConfig(DataConfig):
     heldout_share: float | None = Field(default=None, gt=0, lt=1)
     """Share of the prompts of `path` that is held out, all rows of a prompt together; null means 0.1."""
     heldout_seed: int = Field(default=0, ge=0)
-    """Chooses which prompts are held out; not the run's seed, so runs with several seeds are judged alike."""
+    """Chooses the held-out prompts; not the run's seed, so runs with several seeds are judged alike."""
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> RewardDataConfig:
@@ -56,11 +56,10 @@ class RewardDataConfig(DataConfig):
 
     @property
     def has_heldout_rows(self) -> bool:
-        """Whether held-out rows are named; else a share of `path` is held out."""
+        """Else a share of `path` is held out."""
         return self.heldout_path is not None or self.heldout_split is not None
 
     def problems(self) -> list[str]:
-        """Cheap checks: messages, each beginning with its key."""
         messages = []
         for key in ("path", "heldout_path"):
             name = getattr(self, key)
@@ -80,9 +79,9 @@ class RewardDataConfig(DataConfig):
 def read(
     config: RewardDataConfig, parse: Callable[[Row, str], Iterable[T]], side: Side = "train"
 ) -> tuple[list[T], list[BadRow]]:
-    """What `parse(row, origin)` makes of every row of a side, and the rows for which it raised RowError.
+    """Return what `parse(row, origin)` yields for a side, and the rows for which it raised RowError.
 
-    Raises DataError if the rows cannot be read, or too many of them are unusable.
+    Raise DataError if the rows cannot be read, or too many are unusable.
     """
     key, name, split = "path", config.path, config.split
     if side == "heldout":
@@ -109,10 +108,10 @@ def read_split(
     prompt: Callable[[T], str],
     what: str,
 ) -> tuple[list[T], list[T], list[BadRow]]:
-    """Training and held-out items and the unusable rows; `load` reads a side, `what` names an item in the message.
+    """Training and held-out items and the unusable rows; `load` reads a side, `what` names an item in messages.
 
     Without held-out rows, a share is held out by a hash of the prompt, so that other rows in the file do not move a
-    prompt from one side to the other. Raises DataError if a side is empty.
+    prompt to the other side. Raise DataError if a side is empty.
     """
     train, bad = load("train")
     if config.has_heldout_rows:
@@ -136,12 +135,10 @@ def read_split(
 def draw_batches(
     groups: Sequence[Sequence[T]], size: int, seed: int | str, *, across_epochs: bool = True
 ) -> Iterator[list[T]]:
-    """Batches of `size` for ever, the groups shuffled in each epoch.
+    """Endless batches of `size`, the groups shuffled in each epoch.
 
-    The items of a group stay neighbours: what they share (a prompt) goes through the model once.
-
-    `across_epochs`: a batch may hold the end of an epoch and the beginning of the next; else an epoch's last batch is
-    smaller.
+    Items of a group stay neighbours: what they share (a prompt) goes through the model once. With `across_epochs` a
+    batch may span two epochs; else an epoch's last batch is smaller.
     """
     rng = random.Random(seed)
     queue: list[T] = []
@@ -156,7 +153,7 @@ def draw_batches(
 
 
 def cell(row: Row, column: str) -> Any:
-    """A column's value. Raises RowError if the row has none, as all functions below do for a wrong value."""
+    """Raise RowError if the row has no value, as all functions below do for a wrong one."""
     if row.get(column) is None:
         raise RowError(f"{column} is null" if column in row else f"no column {column!r} (it has {', '.join(row)})")
     return row[column]
@@ -171,7 +168,7 @@ def number(row: Row, column: str) -> float:
 
 
 def prompt_of(row: Row, column: str) -> Chat:
-    """A text is the user's message; or chat messages as they are."""
+    """Chat messages; a text is one message of the user."""
     value = cell(row, column)
     if isinstance(value, list):
         return chat(value, column)
@@ -183,7 +180,6 @@ def prompt_of(row: Row, column: str) -> Chat:
 
 
 def chat(value: Any, what: str) -> Chat:
-    """Messages with role and content."""
     if not isinstance(value, list) or not value:
         raise RowError(f"{what} must be a list of chat messages, not {type(value).__name__}")
     messages = []
@@ -196,7 +192,7 @@ def chat(value: Any, what: str) -> Chat:
 
 
 def conversation(value: Any, what: str) -> tuple[Chat, str]:
-    """A chat whose last message is the response: what comes before it, and the response."""
+    """Split off the last message, the response."""
     messages = chat(value, what)
     if len(messages) < 2 or messages[-1].role != "assistant":
         raise RowError(f"{what} is a chat, so it must have a prompt and end with the assistant's message")

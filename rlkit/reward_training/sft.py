@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on a data source's reference answers: what `python -m rlkit.sft` does."""
+"""Supervised fine-tuning on a data source's reference answers, for `python -m rlkit.sft`."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ USED = {
     "rollout.max_prompt_tokens": "longer prompts are skipped and counted",
     "rollout.max_response_tokens": "longer references are skipped and counted",
 }
-"""Key or group -> what it means to this command."""
+"""Key or group -> its meaning to this command."""
 
 PROGRESS_EVERY_SECONDS = 5.0
 
 
 class SftError(UserError):
-    """Data that cannot be trained on; the message names the remedy."""
+    """The message names the remedy."""
 
 
 def fine_tune(resolved: ResolvedRun) -> int:
-    """Fine-tune on all ranks; returns the exit code."""
+    """Return the exit code."""
     config = resolved.config
     return run_ranks(config.learner.ranks, config.trainer.step_timeout_seconds, LIMIT, _train_rank, resolved)
 
 
 def load(arguments: Sequence[str]) -> ResolvedRun:
-    """The configuration. Raises ConfigError, also for a key that has no effect here."""
+    """Raise ConfigError, also for a key that has no effect here."""
     refused = []
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
@@ -76,7 +76,6 @@ def load(arguments: Sequence[str]) -> ResolvedRun:
 
 
 def _train_rank(rank: int, port: int, resolved: ResolvedRun) -> int:
-    """One rank from start to end. Returns the exit code."""
     config, ranks = resolved.config, resolved.config.learner.ranks
     seconds, cluster = config.trainer.step_timeout_seconds, config.cluster
     try:
@@ -89,7 +88,7 @@ def _train_rank(rank: int, port: int, resolved: ResolvedRun) -> int:
 
 
 def train(resolved: ResolvedRun, rank: int = 0) -> dict[str, Any]:
-    """Fine-tune as configured, inside an initialised process group; returns the summary that rank 0 writes."""
+    """Needs an initialised process group; returns the summary that rank 0 writes."""
     from rlkit.data.rendering import load_tokenizer
     from rlkit.models.folder import model_folder
     from rlkit.reward_training.sft_learner import SupervisedLearner
@@ -138,8 +137,6 @@ def train(resolved: ResolvedRun, rank: int = 0) -> dict[str, Any]:
 
 
 class _Report:
-    """metrics.jsonl, and a line on the console now and then."""
-
     def __init__(self, run_dir: Path, active: bool) -> None:
         self._active, self._printed = active, 0.0
         if active:
@@ -160,7 +157,7 @@ class _Report:
 
 
 def _load_examples(resolved: ResolvedRun, split: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
-    """Per problem one example for each of its references. Raises SftError if too many rows cannot be used."""
+    """Raise SftError if too many rows are unusable."""
     problems, bad = resolved.make_data_source().load(split)
     limit = resolved.config.rollout.max_response_tokens
     examples, more_bad = make_examples(
@@ -214,7 +211,7 @@ def make_examples(
 
 
 def draw_batches(examples: Sequence[Sequence[Example]], size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches for ever: problems shuffled in each epoch, one of its references drawn for each."""
+    """Endless batches: problems shuffled in each epoch, one reference drawn for each."""
     rng = random.Random(seed)
     queue: list[int] = []
     while True:
@@ -227,7 +224,6 @@ def draw_batches(examples: Sequence[Sequence[Example]], size: int, seed: int) ->
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer as it is to be saved: with the template that the model was trained with."""
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
     return tokenizer

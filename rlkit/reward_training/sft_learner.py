@@ -1,4 +1,4 @@
-"""Fine-tuning a language model on examples: next tokens of given targets."""
+"""Fine-tuning a language model on prompts and targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlkit.reward_training.engine import SupervisedEngine, load_to_train, save_l
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What the model reads and what it shall say, as token ids; the loss covers the target alone."""
+    """Token ids; the loss covers the target alone."""
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
@@ -27,7 +27,7 @@ class Example:
 
 
 class SupervisedLearner:
-    """Fine-tunes a causal language model on examples; needs an initialised process group."""
+    """Needs an initialised process group."""
 
     def __init__(
         self,
@@ -43,24 +43,22 @@ class SupervisedLearner:
         self.training = SupervisedEngine(policy, self._loss, config, device=device, total_steps=total_steps)
 
     def _loss(self, module: Any, trees: Sequence[Tree]) -> Tensor:
-        """Minus the sum of the targets' log-probs."""
         logprobs, _ = module(pack(trees).to(self.training.device), 1.0, self._chunk)
         total: Tensor = -logprobs.sum()
         return total
 
     def step(self, examples: Sequence[Example]) -> float:
-        """One optimizer step; returns the loss per target token before it."""
+        """Return the loss per target token before the step."""
         return self.training.step([example.tree for example in examples], target_tokens(examples))
 
     def evaluate(self, examples: Sequence[Example]) -> float:
-        """The loss per target token."""
+        """Return the loss per target token."""
         return self.training.evaluate([example.tree for example in examples], target_tokens(examples))
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face model folder; all ranks call it, rank 0 writes."""
+        """All ranks call it, rank 0 writes."""
         save_language_model(self.training, folder)
 
 
 def target_tokens(examples: Sequence[Example]) -> float:
-    """How many tokens the loss covers."""
     return float(sum(len(example.target) for example in examples))

@@ -1,10 +1,4 @@
-"""Reward workers seen from the driver: every call has a deadline, a second try, and an end.
-
-pool = RewardPool(config.reward, RewardContext(threads=1), startup_timeout_seconds=600)
-await pool.start()
-scored = await pool.score(group_refs)     # scored.batches: refs of scored groups; scored.report: counts
-await pool.close()
-"""
+"""Reward workers seen from the driver: every call has a deadline, a second try, and an end."""
 
 from __future__ import annotations
 
@@ -45,23 +39,19 @@ STARTUP = "trainer.startup_timeout_seconds"
 
 @dataclass(frozen=True)
 class Scored:
-    """What `RewardPool.score` returns."""
-
     batches: list[Any]
-    """An object reference per batch given, in order and in the same shape, to the groups with their scores."""
+    """References per batch, in order and shape, to the groups with their scores."""
     report: ScoreReport
 
 
 @dataclass
 class WorkerState:
-    """One place in the pool and what its worker is doing."""
-
     index: int
     actor: Any = None
-    """None: dead; it is started again when it is needed."""
+    """None: dead, and started again when needed."""
     pid: int | None = None
     busy_since: float | None = None
-    """`time.monotonic()` at the start of the call it is working on."""
+    """`time.monotonic()` at the start of its current call."""
     calls: int = 0
     restarts: int = 0
 
@@ -70,15 +60,15 @@ class WorkerState:
 
 
 PROCESS_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
-"""What Ray raises when the process of a call is gone."""
+"""Raised by Ray when the process of a call is gone."""
 
 
 class _Broken(Exception):
-    """This worker failed this call and has been killed; the message is the reason for the samples."""
+    """The worker has been killed; the message is the samples' reason."""
 
 
 class RewardPool:
-    """Reward workers (Ray actors). Used from one asyncio loop; calls beyond the number of workers wait their turn."""
+    """Reward workers (Ray actors). Used from one event loop; calls beyond the number of workers wait."""
 
     def __init__(
         self,
@@ -89,10 +79,9 @@ class RewardPool:
         name: str = "reward",
         place: Place = anywhere,
     ) -> None:
-        """`reward` is the run's reward section: `_target_` and the fields of its Config.
+        """`reward` is the reward section. Output of worker i and its successors goes to `<name>-<i>.log` in `logs`.
 
-        What worker i and its successors print and log goes to `<name>-<i>.log` in the folder `logs`, if there is one.
-        Raises PartError or pydantic's ValidationError for a section that validation would have refused.
+        Raise PartError, or pydantic's ValidationError for an invalid section.
         """
         self.target: str = reward["_target_"]
         self._options = {key: value for key, value in reward.items() if key != "_target_"}
@@ -112,7 +101,7 @@ class RewardPool:
         """Calls that wait for a worker."""
 
     async def start(self) -> None:
-        """Start all workers side by side. Raises RewardFailed with the cause if one of them cannot start."""
+        """Raise RewardFailed if a worker cannot start."""
         results = await asyncio.gather(*(self._start(worker) for worker in self._workers), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -122,10 +111,10 @@ class RewardPool:
             self._idle.put_nowait(worker)
 
     async def score(self, batches: Sequence[Any]) -> Scored:
-        """Score batches of groups: each a Group, a list of Groups, or an object reference to either.
+        """Score batches: each a Group, a list of Groups, or an object reference to either.
 
-        A worker that misses the deadline, dies or raises is replaced and the call is tried once more; after that all
-        its samples are invalid, with the reason. Raises what `ray.get` would raise if a batch itself is lost.
+        A worker that misses the deadline, dies or raises is replaced and the call retried once; then all its samples
+        are invalid. Raise what `ray.get` raises if a batch itself is lost.
         """
         # Put once, so that a second try does not send the tokens again and only references cross the driver.
         refs = [batch if isinstance(batch, ray.ObjectRef) else ray.put(batch) for batch in batches]
@@ -145,7 +134,7 @@ class RewardPool:
             return Scored(scored, await report)
 
     async def _turn(self) -> WorkerState:
-        """The next worker that is idle. Its deadline is what the calls before this one may take at most."""
+        """The deadline is the longest that earlier calls may take."""
         if not self._idle.empty():
             return self._idle.get_nowait()
         self._queued += 1
@@ -172,10 +161,10 @@ class RewardPool:
         return waiting(f"the {self._name} pool ({self.target})", what, seconds, limit)
 
     async def learn(self, groups: Sequence[Group], when: UpdateWhen) -> tuple[list[Group], dict[str, float]]:
-        """Let a reward that learns at this moment (`before` or `after` the policy's advantages) learn from groups.
+        """Let a reward that learns `before` or `after` the policy's advantages learn from groups.
 
-        Returns the groups, with new scores if it learnt before, and its metrics (none if it does not learn now).
-        Raises RewardFailed if it dies or misses the deadline: what it has learnt would be lost.
+        Return the groups, rescored if it learnt before, and its metrics (empty if it does not learn now). Raise
+        RewardFailed if it dies or misses the deadline: what it has learnt would be lost.
         """
         if self._traits.update_when != when:
             return list(groups), {}
@@ -185,11 +174,10 @@ class RewardPool:
 
     @property
     def follows_policy(self) -> bool:
-        """Whether the reward wants every version of the policy."""
         return self._traits.follows_policy
 
     async def follow(self, bundle: Any) -> None:
-        """Give the policy's weights (a reference to a WeightBundle) to a reward that follows the policy."""
+        """Pass the policy's weights (a reference to a WeightBundle), if the reward follows it."""
         if self.follows_policy:
             await self._ask_learner("follow", bundle)
             self._followed = bundle
@@ -199,25 +187,23 @@ class RewardPool:
         return self._traits.update_when != "none"
 
     async def save(self, folder: Path) -> None:
-        """Let a reward that learns write what it has learnt; others write nothing."""
         if self._learns:
             await self._ask_learner("save", str(folder))
 
     async def save_state(self, file: Path) -> None:
-        """Write what a reward has learnt, for a later `load_state`; others write nothing."""
+        """Write what a reward has learnt, if it learns."""
         if self._learns:
             await self._ask_learner("save_state", str(file))
 
     async def load_state(self, file: Path) -> None:
-        """The reverse of save_state."""
         if self._learns:
             await self._ask_learner("load_state", str(file))
             self._learnt += 1
 
     async def _ask_learner(self, method: str, *arguments: Any) -> Any:
-        """Call the one worker of a reward that learns; one that died and has nothing to lose is started again.
+        """Call the only worker of a reward that learns; restart it if it died with nothing to lose.
 
-        Raises RewardFailed: what it has learnt would be lost.
+        Raise RewardFailed if what it has learnt is lost.
         """
         worker = await self._turn()
         try:
@@ -243,14 +229,14 @@ class RewardPool:
             return await getattr(worker.actor, method).remote(*arguments)
 
     async def _living(self, worker: WorkerState) -> None:
-        """Start a dead worker again. Raises RewardFailed if it had learnt, _Broken if it cannot start."""
+        """Restart a dead worker. Raise RewardFailed if it had learnt, _Broken if it cannot start."""
         if worker.actor is None:
             if self._learnt:
                 raise RewardFailed(f"the process of reward {self.target} died: what it learnt in this run is lost")
             await self._start_again(worker)
 
     def health(self) -> list[dict[str, Any]]:
-        """State of each worker, without asking it: process id, seconds in the present call, calls, restarts."""
+        """The workers' states, without asking them."""
         now = time.monotonic()
         return [
             {
@@ -265,7 +251,7 @@ class RewardPool:
         ]
 
     async def close(self) -> None:
-        """End all workers: those that are idle get a few seconds to free what they hold."""
+        """Idle workers get a few seconds to free what they hold."""
         idle = [worker for worker in self._workers if worker.actor is not None and worker.busy_since is None]
         closing = [self._close(worker) for worker in idle]
         for worker, result in zip(idle, await asyncio.gather(*closing, return_exceptions=True), strict=True):
@@ -303,7 +289,7 @@ class RewardPool:
         return Scored(list(scored), report)
 
     async def _start_again(self, worker: WorkerState) -> None:
-        """Replace a dead worker. Raises _Broken if that fails, and if a policy's weights cannot be given to it."""
+        """Replace a dead worker; raise _Broken if it cannot start or take the policy's weights."""
         try:
             await self._start(worker)
             worker.restarts += 1
@@ -318,7 +304,7 @@ class RewardPool:
             raise _Broken("crash: the new worker did not take the policy's weights in time") from None
 
     async def _start(self, worker: WorkerState) -> None:
-        """Start the worker's process; on failure it is dead and RewardFailed names the cause."""
+        """On failure the worker is dead, and RewardFailed names the cause."""
         environment = {
             "OMP_NUM_THREADS": str(self._context.threads),
             "OMP_WAIT_POLICY": "PASSIVE",  # the sampler shares these cores

@@ -1,4 +1,4 @@
-"""The process that hosts a reward: a Ray actor around any Reward class, named by its dotted path."""
+"""The process that hosts a reward: a Ray actor around any Reward class."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from rlkit.weights.bundle import WeightBundle  # torch is loaded only for rewards that need it
 
 Groups = Group | Sequence[Group]
-"""One group or several: whatever an object reference of the rollout holds."""
+"""As held by an object reference of the rollout."""
 
 
 class RewardWorker:
-    """Hosts one Reward. Made a Ray actor by the pool; usable without Ray as well."""
+    """Hosts one Reward; works without Ray, too."""
 
     def __init__(
         self, target: str, options: Mapping[str, Any], context: RewardContext, log_path: str | None = None
     ) -> None:
-        """`options` are the fields of the reward's Config; `log_path` gets what this process prints and logs."""
+        """`options` are the fields of the reward's Config; `log_path` gets this process's output and log."""
         if log_path is not None:
             from rlkit.tracking.logs import actor_logging
 
@@ -36,29 +36,29 @@ class RewardWorker:
         self._reward: Reward = kind(kind.Config(**options), context)
 
     def start(self) -> int:
-        """Load models and self-test; returns this process's id."""
+        """Load models and self-test; return the process id."""
         self._reward.start()
         return os.getpid()
 
     def score(self, *batches: Groups) -> list[Any]:
-        """Score batches of groups; returns as many scored batches, in the same shapes, and a ScoreReport.
+        """Return the batches with scores, in the same shapes, and a ScoreReport.
 
-        If the reward raises, the batches are None and the report holds the traceback: thus the pool can tell a broken
-        reward from a batch that never arrived.
+        If the reward raises, the batches are None and the report holds the traceback, unlike for a batch that never
+        arrived.
         """
         start = time.perf_counter()
-        given = [group for batch in batches for group in _as_list(batch)]
-        groups = [with_greedy(group) for group in given]
+        originals = [group for batch in batches for group in _as_list(batch)]
+        groups = [with_greedy(group) for group in originals]
         try:
             scored = attach_scores(groups, self._reward.score(groups))
         except Exception:
             return [*(None for _ in batches), ScoreReport(error=traceback.format_exc(limit=20))]
         report = report_on(scored, time.perf_counter() - start)
-        scored = [without_greedy(group, original) for group, original in zip(scored, given, strict=True)]
+        scored = [without_greedy(group, original) for group, original in zip(scored, originals, strict=True)]
         return [*_same_shapes(batches, scored), report]
 
     def learn(self, groups: Sequence[Group], rescore: bool) -> tuple[dict[str, float], list[Group] | None]:
-        """Let a trainable reward learn from scored groups; its metrics, and the groups with new scores if asked."""
+        """Return a trainable reward's metrics and, if `rescore`, the groups with new scores."""
         if not isinstance(self._reward, TrainableReward):
             raise TypeError(f"{type(self._reward).__name__} is not a TrainableReward")
         metrics = self._reward.update(groups)
@@ -69,39 +69,35 @@ class RewardWorker:
         return metrics, [without_greedy(group, original) for group, original in zip(scored, groups, strict=True)]
 
     def follow(self, bundle: WeightBundle) -> None:
-        """Give a reward that follows the policy its present weights."""
         assert isinstance(self._reward, TrainableReward)
         self._reward.policy_weights(bundle.version, bundle.tensors())
 
     def save(self, folder: str) -> None:
-        """Let a trainable reward write what it has learnt."""
         assert isinstance(self._reward, TrainableReward)
         self._reward.save(Path(folder))
 
     def save_state(self, file: str) -> None:
-        """Write everything that a trainable reward has learnt."""
         import torch
 
         assert isinstance(self._reward, TrainableReward)
         torch.save(dict(self._reward.state_dict()), file)
 
     def load_state(self, file: str) -> None:
-        """The reverse of save_state. Only tensors and plain values are read, never pickled code."""
+        """Only tensors and plain values are read, never pickled code."""
         import torch
 
         assert isinstance(self._reward, TrainableReward)
         self._reward.load_state_dict(torch.load(file, weights_only=True))
 
     def close(self) -> None:
-        """Let the reward free what it holds."""
         self._reward.close()
 
 
 def mark_invalid(reason: str, *batches: Groups) -> list[Any]:
-    """Like RewardWorker.score, for batches that no worker could score: every sample is invalid."""
-    given = [group for batch in batches for group in _as_list(batch)]
-    scored = invalid_groups(map(with_greedy, given), reason)
-    scored = [without_greedy(group, original) for group, original in zip(scored, given, strict=True)]
+    """Like RewardWorker.score, for batches that no worker could score."""
+    originals = [group for batch in batches for group in _as_list(batch)]
+    scored = invalid_groups(map(with_greedy, originals), reason)
+    scored = [without_greedy(group, original) for group, original in zip(scored, originals, strict=True)]
     return [*_same_shapes(batches, scored), report_on(scored, 0.0)]
 
 

@@ -1,7 +1,4 @@
-"""What a run writes and shows: the run folder, metrics, samples, TensorBoard, and the console.
-
-The trainer talks to `Tracker` alone; actors call `actor_logging` first of all.
-"""
+"""What a run writes and shows. The trainer uses `Tracker` alone; actors call `actor_logging` before all else."""
 
 from rlkit.tracking.logs import actor_logging
 from rlkit.tracking.run_folder import RunFolder, RunFolderError

@@ -1,4 +1,4 @@
-"""The consoles that show a run: live (a view that redraws itself), plain (a line per event), off (the transcript)."""
+"""Consoles that show a run: live (redraws itself), plain (a line per event), off (the transcript alone)."""
 
 from __future__ import annotations
 
@@ -28,37 +28,36 @@ REDRAWS_PER_SECOND = 2
 SUMMARY_COLUMNS = 72
 WIDEST = 120
 FRAMED, WITH_BAR, WITH_CURVE = 50, 60, 90
-"""Columns of a terminal from which on the view has a frame, a progress bar, and a curve."""
+"""Least columns of a terminal for a frame, a progress bar, and a curve."""
 METRIC_COLUMNS = 52
 
 
 class Console:
-    """`off`: shows nothing. Whatever any console shows is also in the transcript, `logs/console.log`."""
+    """Shows nothing (`off`). Whatever any console shows is also in the transcript, `logs/console.log`."""
 
     def __init__(self, progress: Progress, transcript: Path) -> None:
         self._progress = progress
         self._transcript = transcript.open("a", encoding="utf-8", buffering=1)
 
     def line(self, text: str) -> None:
-        """Something routine happened (a step, a phase): a view that redraws itself shows it in its own way."""
+        """Report something routine (a step, a phase), which a live view shows in its own way."""
         self._transcript.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     def notice(self, text: str) -> None:
-        """Something to be shown word for word."""
+        """Show a text verbatim in every console."""
         self.line(text)
 
     def summary(self, summary: Mapping[str, Any], folder: Path, tensorboard: bool) -> None:
-        """The run is over."""
         lines = summary_lines(self._progress, summary, folder, tensorboard, SUMMARY_COLUMNS, ascii_only=False)
         self._transcript.write("\n".join(lines) + "\n")
 
     def close(self) -> None:
-        """Leave the terminal as it was; harmless when repeated."""
+        """May be called again."""
         self._transcript.close()
 
 
 class PlainConsole(Console):
-    """One line per event, and a sign of life where nothing happens for a while."""
+    """One line per event, and a sign of life after a quiet while."""
 
     def __init__(
         self, progress: Progress, transcript: Path, terminal: TextIO, heartbeat_seconds: float = HEARTBEAT_SECONDS
@@ -115,7 +114,7 @@ class PlainConsole(Console):
 
 
 class LiveConsole(Console):
-    """A view of Progress that is redrawn twice a second; lines go to the transcript alone."""
+    """A view of Progress, redrawn twice a second; lines go to the transcript alone."""
 
     def __init__(self, progress: Progress, transcript: Path, terminal: TextIO, title: str) -> None:
         super().__init__(progress, transcript)
@@ -148,7 +147,7 @@ class LiveConsole(Console):
 
 
 def open_console(mode: Mode, progress: Progress, logs: Path, terminal: TextIO, title: str) -> Console:
-    """The console of this mode, already showing. `auto` is live on a terminal that can redraw, else plain."""
+    """Open the console of this mode. `auto`: live on a terminal that can redraw, else plain."""
     transcript = logs / "console.log"
     if mode == "off":
         return Console(progress, transcript)
@@ -193,7 +192,7 @@ class View:
         yield Panel(body, title=Text(self._title, style="bold"), border_style="blue", width=width) if framed else body
 
     def _parts(self, options: ConsoleOptions, room: Callable[[], int]) -> Iterator[tuple[RenderableType, int]]:
-        """What is shown and how many lines it may take, the most important first; `room`: lines that are left."""
+        """What is shown and the most lines it may take, the most important first; `room`: lines left."""
         progress, width, ascii_only = self._progress, options.max_width, options.ascii_only
         m = progress.metrics
         yield _head(progress, width), 2
@@ -218,7 +217,6 @@ class View:
 
 
 def _clipped(text: str, lines: int, width: int, style: str) -> Text:
-    """A text with an ellipsis where it would take more lines than these."""
     clipped = Text(text, style=style)
     clipped.truncate(max(1, lines * width - 8), overflow="ellipsis")
     return clipped

@@ -15,10 +15,9 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class CapturedOutput:
-    """While open, everything written to file descriptors 1 and 2 goes to a log file, also by child processes.
+    """While open, file descriptors 1 and 2 (also of child processes), log records and warnings go to a log file.
 
-    `terminal` is what standard output was before: only the console writes to it. Log records of all libraries and
-    Python's warnings go to the same file.
+    `terminal` is the former standard output: only the console writes to it.
     """
 
     def __init__(self, log_path: Path) -> None:
@@ -64,7 +63,7 @@ class ShowWarnings(logging.Handler):
 
 
 def actor_logging(log_path: str | Path, level: int = logging.INFO) -> None:
-    """For an actor, before all else: send its prints, logs, warnings and crash stacks to `log_path` for good."""
+    """Send an actor's prints, logs, warnings and crash stacks to `log_path` for good; to be called before all else."""
     path = Path(log_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _flush()

@@ -1,4 +1,4 @@
-"""What is known of a run at this moment, and how it reads in text: lines, durations, sparklines, a curve."""
+"""What is known of a run now, and its text: lines, durations, sparklines, a curve."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SHOWN = (
     ("clipped", "policy/clip_share", "{:6.2%}"),
     ("grad", "policy/grad_norm", "{:7.3f}"),
 )
-"""(label, metric, format) of a step's line, in order; metrics that a run does not have are left out."""
+"""(label, metric, format) of a step's line, in order; absent metrics are left out."""
 PHASES = ("generate", "score", "update", "publish")
 STEPS_TIMED = 20
-"""The time left is estimated from the pace of this many steps."""
+"""For the estimate of the time left."""
 NARROWEST_CURVE = 30
 """Columns."""
 
@@ -45,7 +45,7 @@ def printable(text: str) -> str:
 
 
 def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> str:
-    """The values as bars, averaged into at most `width` of them; values that are not finite leave a gap."""
+    """The values averaged into at most `width` bars; non-finite values leave a gap."""
     bars = "_.-~=+*#" if ascii_only else "▁▂▃▄▅▆▇█"
     count = min(width, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)] if count > 0 else []
@@ -58,7 +58,8 @@ def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> 
 
 
 def curve(points: Sequence[tuple[int, float]], width: int, height: int, ascii_only: bool = False) -> list[str]:
-    """Lines of a plot of shares (0 to 1) over steps: measured points, joined by dots; empty if that is no curve."""
+    """Lines of a plot of shares (0 to 1) over steps: measured points, joined by dots; empty if too narrow or too
+    few."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
     if len(points) < 2 or points[0][0] == points[-1][0] or width < NARROWEST_CURVE:
         return []
@@ -90,8 +91,6 @@ def curve(points: Sequence[tuple[int, float]], width: int, height: int, ascii_on
 
 @dataclass
 class Phase:
-    """Something the start-up waits for."""
-
     name: str
     began: float
     ended: float | None = None
@@ -99,8 +98,6 @@ class Phase:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """One response for people to read."""
-
     rank: str
     prompt: str
     response: str
@@ -109,12 +106,11 @@ class ShownSample:
 
     @property
     def reward_text(self) -> str:
-        """The reward, or why there is none."""
         return f"{self.reward:.3f}" if self.reward is not None else f"invalid: {printable(self.reason)}"
 
 
 class Progress:
-    """What is known of a run. Written by the tracker, read by the console's thread; both hold `lock`."""
+    """Written by the tracker, read by the console's thread; both hold `lock`."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
         self.lock = threading.RLock()
@@ -123,30 +119,29 @@ class Progress:
         self.began = clock()
         self.phases: list[Phase] = []
         self.activities: dict[str, float] = {}
-        """What goes on now, and since when."""
+        """Name -> when it began."""
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.rewards: list[float] = []
         self.accuracies: list[tuple[int, float]] = []
-        """Held-out accuracy by step."""
+        """(step, held-out accuracy)."""
         self.warnings: dict[str, int] = {}
         """Message -> how often, the latest last."""
         self.sample: Sequence[ShownSample] = ()
         self._ends: deque[float] = deque(maxlen=STEPS_TIMED + 1)
 
     def resume(self, step: int, accuracies: Mapping[int, float]) -> None:
-        """The run continues after `step` steps of an earlier one."""
         self.step = step
         self.accuracies = sorted(accuracies.items())
 
     def begin_phase(self, name: str, parallel: bool) -> None:
-        """A phase begins; earlier ones end, unless it runs in parallel."""
+        """Begin a phase; end earlier ones, unless it runs in parallel."""
         if not parallel:
             self.end_phases()
         self.phases.append(Phase(name, self.clock()))
 
     def end_phase(self, name: str) -> float:
-        """A phase is over; seconds it took. Raises ValueError if none of that name is running."""
+        """End a phase; return its seconds. Raises ValueError if none of that name is running."""
         for phase in self.phases:
             if phase.name == name and phase.ended is None:
                 phase.ended = self.clock()
@@ -154,18 +149,16 @@ class Progress:
         raise ValueError(f"no phase {name!r} is running")
 
     def end_phases(self) -> None:
-        """All phases are over."""
         for phase in self.phases:
             phase.ended = self.clock() if phase.ended is None else phase.ended
 
     def training_begins(self) -> None:
-        """The first step begins (later calls do nothing): the estimate of the time left counts from here."""
+        """End all phases and start the estimate of the time left; later calls do nothing."""
         if not self._ends:
             self.end_phases()
             self._ends.append(self.clock())
 
     def end_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done."""
         self.step = step
         self.metrics = self.metrics | dict(metrics)
         self._ends.append(self.clock())
@@ -173,19 +166,17 @@ class Progress:
             self.rewards.append(metrics["reward/mean"])
 
     def end_evaluation(self, step: int, accuracy: float, metrics: Mapping[str, float]) -> None:
-        """A held-out evaluation is done."""
         self.accuracies.append((step, accuracy))
         self.metrics = self.metrics | dict(metrics) | {"accuracy/heldout": accuracy}
 
     def add_warning(self, message: str) -> int:
-        """How often this message has come by now."""
+        """Return how often this message has come, this time included."""
         count = self.warnings.pop(message, 0) + 1
         self.warnings[message] = count
         return count
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
         return self.clock() - self.began
 
     @property
@@ -198,12 +189,11 @@ class Progress:
 
     @property
     def now_doing(self) -> str:
-        """`generate`, or the phases still running, in words; empty if nothing is known to go on."""
+        """The activities, else the phases still running; empty if none."""
         return ", ".join(self.activities or [phase.name for phase in self.phases if phase.ended is None])
 
 
 def step_line(progress: Progress) -> str:
-    """One aligned line about the step just done."""
     m, width = progress.metrics, len(str(progress.total_steps))
     parts = [f"step {progress.step:>{width}}/{progress.total_steps}"]
     hidden = {"kl/rollout"} if "kl/reference" in m else set()
@@ -219,7 +209,6 @@ def step_line(progress: Progress) -> str:
 
 
 def evaluation_line(progress: Progress) -> str:
-    """One line about the evaluation just done."""
     (first, before), (step, now) = progress.accuracies[0], progress.accuracies[-1]
     line = f"held-out accuracy {now:6.1%} after step {step}"
     if len(progress.accuracies) > 1:
@@ -230,7 +219,6 @@ def evaluation_line(progress: Progress) -> str:
 def summary_lines(
     progress: Progress, summary: Mapping[str, Any], folder: Path, tensorboard: bool, width: int, ascii_only: bool
 ) -> list[str]:
-    """What a run came to: for the last panel and the transcript."""
     rows: dict[str, str] = {}
     if summary.get("accuracy_before") is not None and summary.get("accuracy_after") is not None:
         before, after = float(summary["accuracy_before"]), float(summary["accuracy_after"])

@@ -1,4 +1,4 @@
-"""The folder of a run: where each file is; the only code that writes config, metrics, samples and summary."""
+"""The folder of a run; the only code that writes config, metrics, samples and summary."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `summary.json`, `tensorboard/`, `checkpoints/`, `logs/`."""
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
-        """Make the folder. Raises RunFolderError if it already holds a run, cannot be written, or is in use.
+        """Raises RunFolderError if the folder already holds a run, cannot be written, or is in use.
 
         `resume`: it may hold a run; `keep_only` then cuts its files.
         """
@@ -57,7 +57,7 @@ class RunFolder:
         return self.checkpoints / f"step_{step:06d}" / "policy"
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of metrics.jsonl and samples.jsonl, flushed to disk."""
+        """Bytes of metrics.jsonl and samples.jsonl, after a sync."""
         for stream in (self._metrics, self._samples):
             stream.flush()
             os.fsync(stream.fileno())
@@ -84,12 +84,10 @@ class RunFolder:
         write_atomically(self.config, text)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Write a line of metrics.jsonl, flushed."""
         self._metrics.write(json_text(record) + "\n")
         self._metrics.flush()
 
     def append_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines of samples.jsonl."""
         self._samples.write("".join(json_text(record) + "\n" for record in records))
         self._samples.flush()
 
@@ -97,14 +95,14 @@ class RunFolder:
         write_atomically(self.summary, json_text(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """Close the files; harmless when repeated."""
+        """May be called again."""
         self._metrics.close()
         self._samples.close()
         self._lock.close()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that readers see the old one or the new one whole, also after a crash."""
+    """Write a file so that readers see all of the old or all of the new one, also after a crash."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -119,7 +117,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Standard JSON: numbers that are not finite become the texts "NaN", "Infinity" and "-Infinity"."""
+    """Standard JSON: non-finite numbers become the texts "NaN", "Infinity" and "-Infinity"."""
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 

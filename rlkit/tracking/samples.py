@@ -1,4 +1,4 @@
-"""Which responses are worth keeping: the best and the worst of every group, as rows of samples.jsonl."""
+"""The best and the worst response of every group, as rows of samples.jsonl."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def total_reward(score: Score) -> float | None:
 def sample_rows(
     step: int, groups: Sequence[Group], advantages: Sequence[FloatArray] | None, limit: int | None
 ) -> list[dict[str, Any]]:
-    """Two rows per group (`rank` is best or worst), or one where its samples do not differ (`only`, `invalid`).
+    """Two rows per group (`rank` is best or worst), or one (`only`, `invalid`) where at most one is valid.
 
     `advantages` has one array [T] per sample, group by group. With a `limit`, that many groups chosen at random.
     Raises ValueError if the number of advantages is not the number of samples.
@@ -49,7 +49,7 @@ def sample_rows(
 
 
 def widest_group(groups: Sequence[Group]) -> Group | None:
-    """The group whose best and worst response differ most in reward: the most instructive one to show."""
+    """The group whose best and worst response differ most in reward."""
 
     def spread(group: Group) -> float:
         rewards = [r for r in map(total_reward, _scores(group)) if r is not None]

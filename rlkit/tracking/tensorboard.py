@@ -14,7 +14,7 @@ _FLUSH_SECONDS = 5
 
 
 class TensorBoardWriter:
-    """Appends to an event file in `folder`; the file is made by the first write."""
+    """Appends to an event file in `folder`, created by the first write."""
 
     def __init__(self, folder: Path, first_step: int = 1) -> None:
         """`first_step` above 1: TensorBoard drops later steps of the folder's earlier files."""
@@ -22,7 +22,6 @@ class TensorBoardWriter:
         self._writer: EventFileWriter | None = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One event with all values."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self._add(step, Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
@@ -35,7 +34,7 @@ class TensorBoardWriter:
         self._add(step, text_pb(tag, indented))
 
     def close(self) -> None:
-        """Write what is pending; harmless when repeated."""
+        """May be called again."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

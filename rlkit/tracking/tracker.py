@@ -1,4 +1,4 @@
-"""The one object through which a run reports: times, metrics, samples, warnings, and what is shown of them."""
+"""The one object through which a run reports: times, metrics, samples, warnings."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Tracker:
         self.close()
 
     def resume(self, step: int, accuracies: Mapping[int, float]) -> None:
-        """The run continues after `step` steps of an earlier one, with the held-out accuracies it had."""
+        """Continue after `step` steps of an earlier run, with its held-out accuracies."""
         with self._progress.lock:
             self._progress.resume(step, accuracies)
 
@@ -90,20 +90,20 @@ class Tracker:
         self._console.notice(text)
 
     def phase(self, name: str, parallel: bool = False) -> None:
-        """A phase of the start-up begins; earlier ones end, unless it runs in parallel."""
+        """Begin a phase of the start-up; end earlier ones, unless it runs in parallel."""
         with self._progress.lock:
             self._progress.begin_phase(name, parallel)
         self._console.line(name)
 
     def phase_done(self, name: str) -> None:
-        """A phase is over. Phases not named here end when the next one begins, or with the first step."""
+        """End a phase. Phases not named here end when the next one begins, or with the first step."""
         with self._progress.lock:
             seconds = self._progress.end_phase(name)
         self._console.line(f"{name}: done in {duration(seconds)}")
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the seconds of the body to `time/<phase>` of the current step (`evaluate`: of the next evaluation)."""
+        """Add the body's seconds to `time/<phase>` of the current step (`evaluate`: of the next evaluation)."""
         began = self._clock()
         with self._progress.lock:
             if phase != "evaluate":
@@ -128,9 +128,9 @@ class Tracker:
         groups: Sequence[Group] = (),
         advantages: Sequence[FloatArray] | None = None,
     ) -> None:
-        """A training step is done. `advantages`: one array [T] per sample, group by group.
+        """Record a training step. `advantages`: one array [T] per sample, group by group.
 
-        Raises TypeError that names a metric which is no number.
+        Raises TypeError naming a metric that is not a number.
         """
         with self._progress.lock:
             now = self._clock()
@@ -159,7 +159,7 @@ class Tracker:
         self._console.line(line)
 
     def evaluation(self, step: int, accuracy: float, metrics: Mapping[str, float] | None = None) -> None:
-        """A held-out evaluation after `step` steps is done (0: before training)."""
+        """Record a held-out evaluation after `step` steps (0: before training)."""
         with self._progress.lock:
             times = {"time/evaluate": self._times.pop("evaluate")} if "evaluate" in self._times else {}
             values = _numbers(times | dict(metrics or {}) | {"accuracy/heldout": accuracy})
@@ -171,14 +171,14 @@ class Tracker:
         self._console.line(line)
 
     def warn(self, message: str) -> None:
-        """Show a warning. The same message again is counted, and shown at its 10th, 100th, ... time."""
+        """Show a warning. Repeats are counted, and shown at the 10th, 100th, ... time."""
         with self._progress.lock:
             count = self._progress.add_warning(message)
         if str(count).strip("0") == "1":
             self._console.line(f"warning: {message}" + (f" ({count} times by now)" if count > 1 else ""))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run is complete: write summary.json and show it."""
+        """Write summary.json and show it."""
         self.folder.write_summary(summary)
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -186,7 +186,7 @@ class Tracker:
         self._finished = True
 
     def close(self) -> None:
-        """Close the files, leave the terminal as it was; harmless when repeated."""
+        """Close the files and restore the terminal; may be called again."""
         self._opened.close()
 
     def _record(self, kind: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:

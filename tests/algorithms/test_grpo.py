@@ -15,7 +15,7 @@ from learner_fixture import make_groups
 
 from algorithms.base import Denominators, Experience, LossInputs
 from algorithms.functional.advantages import group_relative
-from algorithms.functional.losses import Aggregation, aggregate, clipped_surrogate, k3_divergence
+from algorithms.functional.losses import Aggregation, aggregate, clipped_surrogate, kl_divergence
 from algorithms.grpo import GRPO
 from rlkit.experience import GroupScores, Score
 
@@ -229,20 +229,20 @@ def test_clipped_surrogate(low: float, high: float) -> None:
 def test_k3_divergence() -> None:
     rows = Rows(samples=12)
     logprobs = torch.tensor(rows.logprobs, requires_grad=True)
-    divergence = k3_divergence(logprobs, torch.tensor(rows.reference))
+    divergence = kl_divergence(logprobs, torch.tensor(rows.reference), "k3")
     by_hand = [k3_by_hand(p, r) for p, r in zip(rows.logprobs, rows.reference, strict=True)]
     np.testing.assert_allclose(divergence.detach(), by_hand, atol=1e-12)
     assert (divergence >= 0).all()
     divergence.sum().backward()
     np.testing.assert_allclose(logprobs.grad, 1 - np.exp(rows.reference - rows.logprobs), atol=1e-12)
-    far = k3_divergence(torch.tensor([-400.0, -1.0]), torch.tensor([-1.0, -400.0]))
+    far = kl_divergence(torch.tensor([-400.0, -1.0]), torch.tensor([-1.0, -400.0]), "k3")
     assert torch.isfinite(far).all()
 
 
 def test_k3_is_unbiased_for_samples_of_the_policy() -> None:
     rng = np.random.default_rng(3)
     policy, reference = (np.log(rng.dirichlet(np.ones(6))) for _ in range(2))
-    estimate = k3_divergence(torch.tensor(policy), torch.tensor(reference)).numpy()
+    estimate = kl_divergence(torch.tensor(policy), torch.tensor(reference), "k3").numpy()
     exact = float((np.exp(policy) * (policy - reference)).sum())
     assert float((np.exp(policy) * estimate).sum()) == pytest.approx(exact, abs=1e-12)
 

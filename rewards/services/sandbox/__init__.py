@@ -1,12 +1,4 @@
-r"""Isolated execution of model-written code. `open_sandbox` is the door; inside the sandbox only `inside/` runs.
-
->>> limits = Limits(wall_seconds=10, cpu_seconds=5, memory_mib=1024, processes=8, file_mib=16, output_kib=1024)
->>> sandbox = open_sandbox("bubblewrap", limits)
->>> sandbox.start()  # proves that it runs code and isolates it, or raises Unavailable with the remedy
->>> sandbox.run_program("print(6 * 7)", stdin="", deadline=time.monotonic() + 60).stdout
-b'42\n'
->>> sandbox.close()
-"""
+"""Isolated execution of model-written code; inside the sandbox only `inside/` runs."""
 
 from __future__ import annotations
 
@@ -28,10 +20,10 @@ def open_sandbox(
     token_variable: str | None = None,
     max_tries: int = 4,
 ) -> Isolation:
-    """A sandbox that is not started yet.
+    """Return a sandbox that is not started yet.
 
-    bubblewrap: on this machine, `side_by_side` programs at a time, with the interpreter `python` (None: the one below
-    rlkit's environment). http: the SandboxFusion service at `url`, with a token from an environment variable.
+    bubblewrap: on this machine, `side_by_side` programs at a time, with the interpreter `python` (None: the base of
+    rlkit's environment). http: the SandboxFusion service at `url`; `token_variable` names an environment variable.
     """
     if isolation == "bubblewrap":
         from rewards.services.sandbox.bubblewrap import Bubblewrap

@@ -1,14 +1,4 @@
-"""A user namespace in which root's sandboxes run as somebody else.
-
-The kernel does not limit the number of processes of the machine's root, whatever it is called in a namespace that
-bubblewrap makes. Here the sandbox's user is `nobody` outside, too.
-
-The command line of a sandbox: what it sees, who it is there, and what it may take.
-
-A program that tries, at every start, what a sandbox must not allow, and prints what it could do.
-
-Sandboxes on this machine, made by bubblewrap: an own view of the system for every run, gone with it.
-"""
+"""Sandboxes on this machine, made by bubblewrap: each run has a separate view of the system."""
 
 from __future__ import annotations
 
@@ -34,7 +24,6 @@ from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unav
 from rewards.services.sandbox.process import Command, Supervised, supervise
 
 INNER_ID = 1000
-"""User and group of the model's code inside."""
 _NOBODY = 65534
 _TIMEOUT_SECONDS = 20.0
 
@@ -53,7 +42,11 @@ sys.stdin.readline()
 
 
 def make_user_namespace() -> int:
-    """A file descriptor of a new user namespace; it lives as long as that is open. Raises Unavailable."""
+    """Return a file descriptor that keeps a new user namespace alive while open; raise Unavailable.
+
+    The kernel does not limit the processes of the machine's root, whatever its name in a namespace of bubblewrap.
+    Here the sandbox's user is `nobody` outside, too.
+    """
     with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _CHILD],
         stdin=subprocess.PIPE,
@@ -85,25 +78,24 @@ def make_user_namespace() -> int:
 
 
 INSIDE = "/inside"
-"""Where a sandbox finds the programs of `rewards.services.sandbox.inside`."""
 _TOOLS = {"bwrap": "bubblewrap", "prlimit": "util-linux", "setpriv": "util-linux"}
 _OLDEST = (0, 8)
-"""bubblewrap before it cannot forbid further user namespaces."""
+"""Older versions of bubblewrap cannot forbid further user namespaces."""
 _LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64")
 _OPEN_FILES = 128
 _ENVIRONMENT = {"HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def is_root() -> bool:
-    """Root's sandboxes need a user namespace made in advance (see `user_namespace`)."""
+    """Then sandboxes need a namespace made by `make_user_namespace`."""
     return os.geteuid() == 0
 
 
 class Layout:
-    """Finds the tools and the interpreter, puts the inner programs into `folder`, and writes command lines."""
+    """Finds the tools and the interpreter, puts the inner programs into `folder`, and builds command lines."""
 
     def __init__(self, limits: Limits, python: str | None, folder: Path) -> None:
-        """Raises Unavailable if something is missing, with the command that installs it."""
+        """Raise Unavailable if something is missing."""
         self._tools = {name: _tool(name) for name in _TOOLS if name != "setpriv" or is_root()}
         _refuse_old_bubblewrap(self._tools["bwrap"])
         # Not the environment that rlkit is installed in: there is much to read in it, and it starts slower.
@@ -126,7 +118,7 @@ class Layout:
         ]
 
     def arguments(self, namespace: int | None) -> list[str]:
-        """The command line up to the Python program text. `namespace`: the user namespace of root's sandbox."""
+        """The command line up to the Python text. `namespace`: the user namespace of root's sandbox."""
         bwrap = self._tools["bwrap"]
         if namespace is None:
             users = ["--unshare-user", "--disable-userns", "--uid", str(INNER_ID), "--gid", str(INNER_ID)]
@@ -142,7 +134,6 @@ class Layout:
 
 
 def _view(python: Sequence[str], tools: dict[str, str], programs: Path, limits: Limits) -> list[str]:
-    """bubblewrap's options for namespaces, file system and environment."""
     shown = [*python, *(tool for name, tool in tools.items() if name != "bwrap")]
     shown += [library for library in _LIBRARIES if Path(library).is_dir()]
     shown = [path for path in shown if not any(path != other and Path(other) in Path(path).parents for other in shown)]
@@ -184,7 +175,7 @@ def _refuse_old_bubblewrap(bwrap: str) -> None:
 
 
 def _folders_of_python(python: str) -> list[str]:
-    """What the interpreter needs to see: its own folder and that of the one it is an environment of."""
+    """The interpreter's folder and that of its base environment."""
     script = "import json, sys; print(json.dumps([sys.prefix, sys.base_prefix, sys.version_info[:2] >= (3, 10)]))"
     try:
         done = subprocess.run([python, "-I", "-c", script], capture_output=True, text=True, timeout=60, check=True)
@@ -199,7 +190,7 @@ def _folders_of_python(python: str) -> list[str]:
 
 
 def _write_programs(folder: Path, python: str) -> None:
-    """Copies of `inside`, compiled, that every user may read, and nothing else of this package."""
+    """Compiled copies of `inside`, readable for every user, and nothing else of this package."""
     target = folder
     folder.chmod(0o755)
     for name in ("rewards", "services", "sandbox", "inside"):
@@ -216,6 +207,7 @@ def _write_programs(folder: Path, python: str) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+# Tries what a sandbox must not allow, and prints what it could do.
 SELF_TEST = r"""
 import ctypes, json, os, socket, sys, time
 job = json.load(sys.stdin)
@@ -264,10 +256,10 @@ print(json.dumps(leaks))
 
 
 STARTUP_SECONDS = 30.0
-"""Time limit for a sandbox to be ready, also on a busy machine."""
+"""For a sandbox to be ready, also on a busy machine."""
 _SHOWN_CHARACTERS = 2000
 _RESULTS_PER_OUTPUT = 4
-"""Values and verdicts may take that much more than output: they are written with their types."""
+"""Results may be this much larger than output: values are written with their types."""
 _OUT_OF_CPU_TIME = 128 + signal.SIGXCPU
 _REMEDY = (
     "Sandboxes need user namespaces: sysctl -w user.max_user_namespaces=10000 (Debian: kernel.unprivileged_userns_clone"
@@ -277,13 +269,7 @@ _REMEDY = (
 
 
 class Bubblewrap(Isolation):
-    """No network, a read-only file system with little more than Python, an empty environment, its own namespaces.
-
-    >>> sandbox = Bubblewrap(limits, side_by_side=2)
-    >>> sandbox.start()
-    >>> sandbox.run_program("print(6 * 7)", stdin="", deadline=time.monotonic() + 60).stdout
-    b'42\n'
-    """
+    """No network, a read-only file system with little more than Python, an empty environment, its own namespaces."""
 
     def __init__(self, limits: Limits, side_by_side: int, python: str | None = None) -> None:
         self._limits, self._side_by_side, self._python = limits, side_by_side, python
@@ -292,7 +278,7 @@ class Bubblewrap(Isolation):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Look for the tools, lay out the sandbox, and let a run try what it must not be able to do."""
+        """Find the tools, lay out the sandbox, and run a self-test that tries to escape."""
         self._folder = tempfile.TemporaryDirectory(prefix="rlkit-sandbox-")
         try:
             self._layout = Layout(self._limits, self._python, Path(self._folder.name))
@@ -306,7 +292,6 @@ class Bubblewrap(Isolation):
             raise
 
     def close(self) -> None:
-        """Forget namespaces and files; runs end by themselves."""
         while self._namespaces:
             os.close(self._namespaces.pop())
         if self._folder is not None:
@@ -314,18 +299,15 @@ class Bubblewrap(Isolation):
             self._folder = None
 
     def run_program(self, code: str, stdin: str, deadline: float) -> Run:
-        """A program with its standard input."""
         with _file(stdin.encode()) as standard_input, _file(code.encode()) as source, self._slot(deadline) as slot:
             command = self._command(slot, "program", standard_input, (source,))
             return self._run([command], deadline)
 
     def run_calls(self, job: Job, deadline: float) -> Run:
-        """Calls of a function."""
         with _file(json.dumps(job).encode()) as standard_input, self._slot(deadline) as slot:
             return self._run([self._command(slot, "calls", standard_input)], deadline)
 
     def run_tests(self, solution: Job, tests: Job, deadline: float) -> Run:
-        """Two sandboxes, one for the tests and one for the solution, that share two pipes and nothing else."""
         with (
             _file(json.dumps(solution).encode()) as solution_job,
             _file(json.dumps(tests).encode()) as tests_job,
@@ -385,7 +367,7 @@ class Bubblewrap(Isolation):
 
 
 def _outcome(done: Supervised) -> Run:
-    """What became of the code. Raises Unavailable if it never ran, TimeoutError if the caller's time ended first."""
+    """Raise Unavailable if the code never ran, TimeoutError if the caller's deadline came first."""
     if done.ended == "deadline":
         raise TimeoutError("the time for this call ended before the code's own")
     for child in done.children:
@@ -412,7 +394,6 @@ def _text(data: bytearray) -> str:
 
 @contextmanager
 def _file(content: bytes) -> Iterator[int]:
-    """A file descriptor of a file without a name, ready to be read."""
     with open(os.memfd_create("job"), "w+b") as file:  # noqa: PTH123
         file.write(content)
         file.seek(0)

@@ -1,4 +1,4 @@
-"""Sandboxes of a SandboxFusion-compatible service: `POST /run_code`, retried where the service is to blame."""
+"""Sandboxes of a SandboxFusion-compatible service: `POST /run_code`, retried if the service is to blame."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from rewards.services.sandbox.inside.wire import messages
 from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unavailable
 
 ANSWER_SECONDS = 15.0
-"""What the service may take beyond the code's own time: waiting for a free sandbox, making it."""
+"""Added to the code's own time: waiting for a free sandbox, creating it."""
 LONGEST_PAUSE = 20.0
 """Seconds between tries."""
 CONCURRENT = 100
-"""Requests at a time; callers use fewer threads."""
+"""Concurrent requests; callers use fewer threads."""
 _SHOWN_CHARACTERS = 2000
 _SERVE = (
     "import os, sys; sys.path.insert(0, os.getcwd()); "
@@ -38,11 +38,7 @@ _SERVE = (
 
 
 class SandboxFusion(Isolation):
-    """A client of the service. How well the service isolates is the service's affair; see docs/rewards.md.
-
-    >>> sandbox = SandboxFusion("http://127.0.0.1:8080", limits, token_variable=None, max_tries=4)
-    >>> sandbox.start()
-    """
+    """The service is responsible for the isolation; see docs/rewards.md."""
 
     def __init__(self, url: str, limits: Limits, token_variable: str | None, max_tries: int) -> None:
         self._url = url.rstrip("/") + "/run_code"
@@ -51,14 +47,14 @@ class SandboxFusion(Isolation):
         self._files = _inner_files()
 
     def check(self) -> None:
-        """The options only: the service may not be up yet where a configuration is looked at."""
+        """Check the options only: the service may not be up yet."""
         if not self._url.startswith(("http://", "https://")):
             raise Unavailable(f"reward.url must start with http:// or https://, not {self._url!r}")
         if self._token_variable is not None and not os.environ.get(self._token_variable):
             raise Unavailable(f"the environment variable {self._token_variable} (reward.token_variable) is not set")
 
     def start(self) -> None:
-        """Let a program and a test run there. Raises Unavailable."""
+        """Run a program and a test there; raise Unavailable."""
         self.check()
         limits = HttpLimits(
             attempts=self._max_tries,
@@ -79,21 +75,17 @@ class SandboxFusion(Isolation):
             raise Unavailable(f"{self._url} runs code, but not rightly: {printed} {tested}")
 
     def close(self) -> None:
-        """Close the connections."""
         if self._client is not None:
             self._client.close()
             self._client = None
 
     def run_program(self, code: str, stdin: str, deadline: float) -> Run:
-        """A program with its standard input."""
         return self._run(code, stdin, {}, deadline)
 
     def run_calls(self, job: Job, deadline: float) -> Run:
-        """Calls of a function."""
         return self._run_inner({"role": "calls", "job": job}, deadline)
 
     def run_tests(self, solution: Job, tests: Job, deadline: float) -> Run:
-        """Tests and solution in two processes of one sandbox of the service."""
         return self._run_inner({"role": "tests", "solution": solution, "tests": tests}, deadline)
 
     def _run_inner(self, job: Job, deadline: float) -> Run:
@@ -135,7 +127,6 @@ class SandboxFusion(Isolation):
 
 
 def _outcome(response: httpx.Response) -> Run:
-    """SandboxFusion's answer as a Run."""
     try:
         return _run_of(response.json(), str(response.url))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -158,7 +149,7 @@ def _run_of(answer: dict[str, Any], url: str) -> Run:
 
 
 def _inner_files() -> dict[str, str]:
-    """The inner programs as base64, by the path that they have beside the program."""
+    """Base64 by path."""
     folders = ("rewards", "rewards/services", "rewards/services/sandbox")
     files = {f"{folder}/__init__.py": "" for folder in folders}
     for source in (Path(__file__).parent / "inside").glob("*.py"):

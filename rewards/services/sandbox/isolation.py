@@ -1,4 +1,4 @@
-"""What a caller asks of a sandbox, whichever it is."""
+"""The interface of sandboxes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ Job = dict[str, Any]
 
 
 class Unavailable(UserError):
-    """The sandbox itself does not work: nothing is known about the code. The message names cause and remedy."""
+    """The sandbox does not work: nothing is known about the code. The message gives cause and remedy."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may take."""
-
     wall_seconds: float
     cpu_seconds: int
     memory_mib: int
@@ -33,44 +31,42 @@ class Limits:
 
 @dataclass(frozen=True)
 class Run:
-    """How a run ended and what it left."""
-
     ended: Literal["exit", "timeout", "output"]
-    """By itself (also: crashed); killed at the deadline or out of CPU time; killed for writing too much."""
+    """By itself, also by a crash; at the deadline or out of CPU time; for writing too much."""
     exit_code: int | None
-    """None if it was killed here, or lives no longer than the tests that use it."""
+    """None if it was killed here or outlived by the tests that use it."""
     stdout: bytes
     stderr: str
     results: tuple[Any, ...] = ()
-    """Messages of the inner process, without the first, which says that it is ready."""
+    """Messages of the inner process after the first, which says that it is ready."""
 
 
 class Isolation(ABC):
-    """Runs foreign code. All methods but start and close may be called from several threads."""
+    """Runs foreign code. All methods but start and close are thread-safe."""
 
     @abstractmethod
     def start(self) -> None:
-        """Prove that it runs code, and isolates it. Raises Unavailable with the remedy."""
+        """Prove that it runs code and isolates it; raise Unavailable."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free what it holds. May be called twice, and without start."""
+        """May be called twice, and without start."""
 
     @abstractmethod
     def run_program(self, code: str, stdin: str, deadline: float) -> Run:
-        """A program with its standard input. `deadline` (`time.monotonic()`) holds for all methods.
+        """Run a program. `deadline` is on `time.monotonic()`, as in all methods.
 
-        Raises Unavailable if it could not be run, TimeoutError if the deadline came before the code's own.
+        Raise Unavailable if it could not run, TimeoutError if `deadline` comes before the code's own.
         """
 
     @abstractmethod
     def run_calls(self, job: Job, deadline: float) -> Run:
-        """Calls of a function; see `inside.solution.answer_calls`."""
+        """See `inside.solution.answer_calls`."""
 
     @abstractmethod
     def run_tests(self, solution: Job, tests: Job, deadline: float) -> Run:
-        """Tests of a solution, the two apart from each other; see `inside.tester.run_tests`."""
+        """Run tests and their solution apart from each other; see `inside.tester.run_tests`."""
 
     def check(self) -> None:
-        """What can be said before a run, quickly. Raises Unavailable with the remedy."""
+        """A quick check before a run; raise Unavailable."""
         self.start()

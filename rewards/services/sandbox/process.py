@@ -1,4 +1,4 @@
-"""Child processes that end: a deadline, a limit on what is read from them, and nothing left behind."""
+"""Child processes with a deadline and limited output that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -13,51 +13,40 @@ from typing import Literal
 from rlkit.cluster.processes import kill_with_children
 
 KILL_SECONDS = 5.0
-"""How long the kernel may take to end a killed process and all that was started in its namespace."""
+"""How long the kernel may take to end a killed process and its namespace."""
 _CHUNK = 65536
 
 
 @dataclass(frozen=True)
 class Command:
-    """One process to start."""
-
     arguments: Callable[[int], list[str]]
-    """The command line, given the number of the file descriptor that results are written to."""
+    """The command line, given the file descriptor that results are written to."""
     stdin: int
     descriptors: tuple[int, ...] = ()
-    """Further file descriptors that it inherits."""
 
 
 @dataclass
 class Child:
-    """A started process and what it has written so far."""
-
     process: subprocess.Popen[bytes]
     pidfd: int
     streams: dict[str, int]
     limits: dict[str, int]
     written: dict[str, bytearray] = field(default_factory=dict)
     overflow: str = ""
-    """The stream on which it wrote more than it may."""
+    """The stream on which it exceeded its limit."""
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
         return self.process.returncode
 
     def kill(self) -> None:
-        """End it and its children now.
-
-        bubblewrap's outer process that is killed alone, before the inner one has asked to die with it, leaves a sandbox
-        that nobody ends. The inner one is the first process of its namespace, with which all others end.
-        """
+        # bubblewrap's outer process, killed alone before the inner one has asked to die with it, leaves a sandbox that
+        # nobody ends. The inner one is the first of its namespace: all others end with it.
         kill_with_children(self.process, KILL_SECONDS)
 
 
 @dataclass(frozen=True)
 class Supervised:
-    """How a group of processes ended."""
-
     children: tuple[Child, ...]
     ended: Literal["exit", "timeout", "startup", "output", "deadline"]
 
@@ -72,12 +61,11 @@ def supervise(
     max_results: int,
     handed_over: Sequence[int] = (),
 ) -> Supervised:
-    """Run processes side by side until the first of them ends, then kill the others.
+    """Run processes side by side until the first one ends, then kill the others.
 
-    The wall time counts from the moment when all have written `ready` to their results; until then, `startup_seconds`
-    do. `deadline` (`time.monotonic()`) comes before both. Each stream is read up to its limit in bytes; who writes more
-    is killed. The file descriptors `handed_over` are closed once the processes have them. Raises OSError if a process
-    cannot be started.
+    The wall time starts when all have written `ready` to their results, within `startup_seconds`; `deadline`
+    (`time.monotonic()`) overrides both. A process that exceeds a stream's limit (bytes) is killed. `handed_over`
+    descriptors are closed once inherited. Raise OSError if a process cannot be started.
     """
     children: list[Child] = []
     try:
@@ -155,7 +143,7 @@ def _watch(
 
 
 def _read(child: Child, name: str) -> bool:
-    """Take what has arrived; False at the end of the stream."""
+    """Return False at the end of the stream."""
     data = os.read(child.streams[name], _CHUNK)
     kept = child.written[name]
     kept += data[: max(0, child.limits[name] - len(kept))]
@@ -165,7 +153,7 @@ def _read(child: Child, name: str) -> bool:
 
 
 def _drain(child: Child) -> None:
-    """Read what an ended process left in its pipes. Its namespace may still be closing them."""
+    """Read what an ended process left in its pipes; its namespace may still be closing them."""
     end = time.monotonic() + KILL_SECONDS
     with selectors.DefaultSelector() as selector:
         for name, descriptor in child.streams.items():

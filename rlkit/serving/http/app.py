@@ -1,4 +1,4 @@
-"""The HTTP face of a served reward: who may ask, and POST /v1/score, GET /health, /metrics and /v1/schema."""
+"""HTTP interface of a served reward: access control, POST /v1/score, GET /health, /metrics and /v1/schema."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ from rlkit.experience.wire import (
 from rlkit.serving.http.queue import BusyError, ScoringQueue
 
 SHOWN_PROBLEMS = 5
-"""Of a malformed request."""
 CLOSE = {"Connection": "close"}
 """For answers before the whole body was read: the rest is not read."""
 
 
 class Access:
-    """ASGI middleware: every request carries the token or, if there is none, is for a name of this machine."""
+    """A request must carry the token or, without one, be addressed to this machine."""
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:
         self._app, self._token = app, token
@@ -62,7 +61,7 @@ class Access:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
+    """Whether only this machine can reach a server that listens on `host`."""
     if host == "localhost":
         return True
     try:
@@ -77,7 +76,7 @@ def _host_name(header: str) -> str:
 
 
 def make_app(queue: ScoringQueue, description: Health, token: str | None) -> ASGIApp:
-    """The ASGI application around a started queue; `description` is the answer of /health but for what changes."""
+    """`description` is the constant part of /health."""
 
     async def score(request: Request) -> Response:
         began = time.perf_counter()
@@ -112,7 +111,7 @@ def make_app(queue: ScoringQueue, description: Health, token: str | None) -> ASG
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """The body of a request. Raises HTTPException before reading more than `limit` bytes."""
+    """Raise HTTPException before reading more than `limit` bytes."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "this server reads application/json")
     body, length = bytearray(), request.headers.get("content-length", "0")

@@ -1,7 +1,4 @@
-"""A served reward in its own process: every call has a deadline, after which the process is killed.
-
-Without Ray: a server needs none of its scheduling, object store or dashboard, starts 3 s sooner and is 500 MB smaller.
-"""
+"""A served reward in a process without Ray, which saves 3 s at the start and 500 MB."""
 
 from __future__ import annotations
 
@@ -33,20 +30,21 @@ from rlkit.models.folder import PREFIX, model_folder
 CLOSE_SECONDS = 5.0
 """How long a reward may take to free what it holds."""
 EDGE_BYTES = 2**20
-"""Of large files, only this much at the beginning and at the end is hashed: other weights differ there."""
+"""Of large files, only this much at both ends is hashed: other weights differ there."""
 
 
 class WorkerBrokenError(Exception):
-    """The process failed this call and has been killed; the message is the reason for the samples."""
+    """The process has been killed; the message is the samples' reason."""
 
 
 class RewardProcess:
-    """Hosts a reward; restarted whenever it is needed and dead. One call at a time, from one event loop."""
+    """Hosts a reward; restarted when needed. One call at a time, from one event loop; its deadline kills the
+    process."""
 
     def __init__(
         self, target: str, options: Mapping[str, Any], context: RewardContext, startup_timeout: float, timeout: float
     ) -> None:
-        """`startup_timeout` and `timeout` are deadlines in seconds of a start and of a call."""
+        """Deadlines in seconds."""
         self._arguments = (target, dict(options), context)
         self._startup_timeout, self._timeout = startup_timeout, timeout
         self._process: Any = None
@@ -63,7 +61,7 @@ class RewardProcess:
         return self._process is not None and bool(self._process.is_alive())
 
     def health(self) -> dict[str, Any]:
-        """Its entry in /health, without asking the process."""
+        """For /health, without asking the process."""
         now = time.monotonic()
         return {
             "pid": self._process.pid if self.alive else None,
@@ -75,7 +73,7 @@ class RewardProcess:
         }
 
     async def start(self) -> None:
-        """Start the process: it loads the reward and judges a first group. Raises RewardFailed with the cause."""
+        """Load the reward and score a first group; raise RewardFailed."""
         self.usable = False
         self.kill()
         target = self._arguments[0]
@@ -96,7 +94,7 @@ class RewardProcess:
         self._self_test, self.usable = answer, True
 
     def _spawn(self) -> None:
-        """Start the bare process. Raises OSError; nothing is held then."""
+        """Raise OSError, holding nothing."""
         ours, theirs = multiprocessing.Pipe()
         try:
             process = processes.spawn(_host, theirs, *self._arguments, name="rlkit-reward")
@@ -108,9 +106,9 @@ class RewardProcess:
         self._connection, self._process = ours, process
 
     async def score(self, groups: Sequence[Group], client_seconds: float = math.inf) -> tuple[list[Group], ScoreReport]:
-        """The groups with their scores; within `client_seconds`, after which nobody waits for them any more.
+        """Return the groups with scores within `client_seconds`, after which nobody waits for them.
 
-        Raises WorkerBrokenError, or RewardFailed if the process cannot be started again.
+        Raise WorkerBrokenError, or RewardFailed if the process cannot be restarted.
         """
         if not self.alive:
             await self.start()
@@ -134,7 +132,6 @@ class RewardProcess:
         return scored, report
 
     async def close(self) -> None:
-        """Let the reward free what it holds, then end its process."""
         if self.alive and self._busy_since is None:
             with contextlib.suppress(TimeoutError, EOFError):  # killed below in any case
                 await self._exchange("close", CLOSE_SECONDS)
@@ -149,7 +146,7 @@ class RewardProcess:
         self._process = None
 
     async def _exchange(self, message: Any, seconds: float) -> Any:
-        """Send (None: nothing) and wait. Raises TimeoutError or EOFError; the process is then dead."""
+        """Send `message` unless None, and receive. Raise TimeoutError or EOFError; the process is then dead."""
         connection, process = self._connection, self._process
 
         def talk() -> Any:
@@ -182,7 +179,7 @@ class RewardProcess:
 
 
 def _host(connection: Connection, target: str, options: Mapping[str, Any], context: RewardContext) -> None:
-    """The process: load the reward, judge a first group, then answer calls until it is closed."""
+    """Load the reward, score a first group, then answer calls until closed."""
     os.environ.update(
         OMP_NUM_THREADS=str(context.threads),
         OMP_WAIT_POLICY="PASSIVE",
@@ -218,7 +215,7 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
 
 
 def _first_group(target: str, options: Mapping[str, Any]) -> Group:
-    """A group with whatever the reward says it needs: a right and a wrong answer to 6 times 7."""
+    """What the reward needs: a right and a wrong answer to 6 times 7."""
     cls = import_part("reward", target)
     columns = cls.traits(cls.Config(**options)).columns
     prompt = Prompt(
@@ -233,7 +230,7 @@ def _first_group(target: str, options: Mapping[str, Any]) -> Group:
 
 
 def _self_test(report: ScoreReport, seconds: float) -> dict[str, Any]:
-    """What /health shows of it. Invalid scores are no failure: the group may lack what this reward looks for."""
+    """For /health. Invalid scores are no failure: the group may lack what this reward looks for."""
     result: dict[str, Any] = {"seconds": round(seconds, 3), "samples": report.samples, "invalid": dict(report.examples)}
     if report.error:
         result["error"] = _last_line(report.error)
@@ -245,7 +242,7 @@ def _last_line(traceback_text: str) -> str:
 
 
 def model_version(reward: Mapping[str, Any]) -> str:
-    """A name that changes with the class, its options, rlkit's version and the content of model folders named."""
+    """Changes with the class, its options, rlkit's version and the content of model folders."""
     digest = hashlib.sha256(rlkit.__version__.encode())
     digest.update(json.dumps(reward, sort_keys=True, default=str).encode())
     for folder in sorted(set(_folders(reward))):
@@ -259,7 +256,7 @@ def model_version(reward: Mapping[str, Any]) -> str:
 
 
 def _folders(value: Any) -> Iterator[Path]:
-    """Every model folder that a value of the configuration names."""
+    """Every model folder that the configuration names."""
     if isinstance(value, Mapping):
         for inner in value.values():
             yield from _folders(inner)

@@ -1,7 +1,4 @@
-"""Requests that wait for a reward process: bounded, scored together where they fit, dropped when nobody waits.
-
-What the server counts of them is in the text format of Prometheus.
-"""
+"""Requests that wait for a reward process: bounded, batched where they fit, dropped when nobody waits."""
 
 from __future__ import annotations
 
@@ -27,11 +24,11 @@ LONGEST_RETRY_SECONDS = 60
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 """Bounds of the histograms."""
 MOST_REASONS = 50
-"""The reward words its reasons; one that writes a new one for every sample must not fill the memory."""
+"""Rewards word their reasons: a new one for every sample must not fill the memory."""
 
 
 class ServerMetrics:
-    """Counters and histograms of one server."""
+    """Prometheus counters and histograms of one server."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -54,16 +51,14 @@ class ServerMetrics:
         self.queued = Gauge("rlkit_queued_samples", "Samples that wait", registry=self.registry)
 
     def count_failures(self, failures: Mapping[str, int]) -> None:
-        """Add samples without a score, by reason class."""
+        """By reason class."""
         for reason, count in failures.items():
             self.failed.labels(self._label(reason)).inc(count)
 
     def count_worker_failure(self, reason: str) -> None:
-        """Count a call after which the process was replaced."""
         self.restarts.labels(self._label(reason.partition(":")[0])).inc()
 
     def text(self) -> bytes:
-        """The answer of /metrics."""
         return generate_latest(self.registry)
 
     def _label(self, reason: str) -> str:
@@ -80,12 +75,12 @@ class BusyError(Exception):
         super().__init__(message)
         self.retry_seconds = retry_seconds
         self.status = status
-        """Of HTTP: 429 if too much is asked, 503 if the server cannot."""
+        """HTTP: 429 if too much is asked, 503 if the server cannot answer."""
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How much is scored together (samples, tokens), and how much may wait."""
+    """Scored together (samples, tokens), and waiting."""
 
     samples: int
     tokens: int
@@ -94,8 +89,6 @@ class BatchLimits:
 
 @dataclass(eq=False)
 class _Job:
-    """One request."""
-
     groups: list[Group]
     samples: int
     tokens: int
@@ -105,7 +98,7 @@ class _Job:
 
 
 class ScoringQueue:
-    """Hands requests to processes, each of which takes what waits whenever it is free."""
+    """Hands waiting requests to each process that becomes free."""
 
     def __init__(self, workers: Sequence[RewardProcess], limits: BatchLimits, metrics: ServerMetrics) -> None:
         self.workers, self.limits, self.metrics = workers, limits, metrics
@@ -116,7 +109,7 @@ class ScoringQueue:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Start all processes. Raises RewardFailed if one cannot start; the others are then ended."""
+        """Raise RewardFailed if a process cannot start; the others are then ended."""
         results = await asyncio.gather(*(worker.start() for worker in self.workers), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -125,7 +118,6 @@ class ScoringQueue:
         self._tasks = [asyncio.create_task(self._work(worker)) for worker in self.workers]
 
     async def close(self) -> None:
-        """Stop all processes and fail the queued requests."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -135,7 +127,7 @@ class ScoringQueue:
         await asyncio.gather(*(worker.close() for worker in self.workers))
 
     async def score(self, groups: list[Group], wait_seconds: float | None) -> list[Group]:
-        """The groups with their scores. Raises BusyError if there is no room, no process, or no time left."""
+        """Return the groups with scores; raise BusyError without room, process or time."""
         samples = sum(len(group.samples) for group in groups)
         if not groups:
             return []
@@ -155,7 +147,7 @@ class ScoringQueue:
         return await job.result
 
     async def _work(self, worker: RewardProcess) -> None:
-        """Score until cancelled. A process that a call has killed is replaced before the next request waits for it."""
+        """A process that a call has killed is replaced before the next request."""
         while True:
             jobs: list[_Job] = []
             try:
@@ -177,7 +169,7 @@ class ScoringQueue:
                     _fail(job, BusyError("the server ends", 5))
 
     async def _next(self) -> list[_Job]:
-        """Wait for a job; the oldest, and those after it that fit into the same call."""
+        """Wait for the oldest job, and take those after it that fit into the same call."""
         async with self._arrived:
             while True:
                 while not self._jobs:
@@ -199,13 +191,13 @@ class ScoringQueue:
                     return jobs
 
     def _abandoned(self, job: _Job) -> bool:
-        """Whether nobody waits for it any more; it then gets its end."""
+        """Whether nobody waits for the job any more; if so, end it."""
         if time.monotonic() > job.deadline:
             _fail(job, BusyError("it waited longer than its client", self._retry_seconds()))
         return job.result.done()
 
     async def _score_together(self, worker: RewardProcess, jobs: Sequence[_Job]) -> None:
-        """One call for all jobs; if the process does not survive it, one for each, so that only the culprit is lost."""
+        """If the process does not survive, score each job alone to lose only the culprit."""
         try:
             scored = await self._call(worker, [group for job in jobs for group in job.groups])
         except WorkerBrokenError as broken:
@@ -218,8 +210,8 @@ class ScoringQueue:
             _finish(job, [next(remaining) for _ in job.groups])
 
     async def _score_alone(self, worker: RewardProcess, job: _Job) -> None:
-        """A second try, which lasts no longer than its client waits. (The first is not cut short: it may only have
-        waited long in the queue, and ending it would kill a process that works.)"""
+        """Retry no longer than the client waits."""
+        # The first try is not cut short: it may have waited long in the queue, and the process works.
         if not worker.alive and not self._abandoned(job):
             await worker.start()
         if self._abandoned(job):

@@ -1,4 +1,4 @@
-"""A reward server: its configuration (the reward's as in a run, and the section `serve`), its start and its end."""
+"""A reward server: its configuration (the reward's and the section `serve`), its start and its end."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ USED = {
     "seed": "given to the reward",
     "dry_run": "validate only",
 }
-"""Key or group -> what it means to this command."""
-
 LEAST_TOKEN_CHARACTERS = 16
 KEEP_ALIVE_SECONDS = 60
 
@@ -46,17 +44,17 @@ class ServeConfig(Section):
     """The server."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Any other than this machine's loopback needs `serve.token_env`."""
+    """Address to listen on. Any but this machine's loopback needs `serve.token_env`."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one and prints it."""
     token_env: str | None = None
-    """Name of the environment variable with the token that every request must carry (Authorization: Bearer ...)."""
+    """Environment variable with the token that every request must carry (Authorization: Bearer ...)."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """What the reward runs on."""
+    """Device of the reward."""
     threads: int = Field(default=2, ge=1)
     """CPU threads of each reward process."""
     max_batch_samples: int = Field(default=256, ge=1)
-    """Waiting requests are scored together up to this many samples; one request has at most as many."""
+    """Waiting requests are scored together up to this many samples, also the most of one request."""
     max_batch_tokens: int = Field(default=262144, ge=1)
     """And up to this many tokens; a single larger request is scored alone."""
     max_queued_samples: int = Field(default=4096, ge=1)
@@ -64,20 +62,18 @@ class ServeConfig(Section):
     max_body_mib: float = Field(default=64.0, gt=0)
     """Larger requests are answered 413."""
     max_connections: int = Field(default=128, ge=1)
-    """Requests open at a time; further ones are answered 503."""
+    """Concurrent requests; further ones are answered 503."""
     startup_timeout_seconds: float = Field(default=600.0, gt=0)
-    """The reward must have loaded and judged its first group by then, also when its process is replaced."""
+    """Time to load the reward and judge a first group, also when its process is replaced."""
     end_seconds: float = Field(default=10.0, gt=0)
-    """After Ctrl-C or SIGTERM, open requests may finish within this time."""
+    """Time for open requests to finish after Ctrl-C or SIGTERM."""
 
 
 @dataclass(frozen=True)
 class ResolvedServe:
-    """A server's configuration that passed every check."""
-
     serve: ServeConfig
     reward: dict[str, Any]
-    """`_target_` and all fields, defaults filled in."""
+    """`_target_` and all fields, with defaults."""
     reward_class: type[Reward]
     reward_config: RewardConfig
     seed: int
@@ -86,25 +82,19 @@ class ResolvedServe:
 
     @property
     def learns(self) -> bool:
-        """Whether the reward would learn in a run of its own; served, it stays as it is."""
+        """Served, it stays as it is."""
         cls = self.reward_class
         return issubclass(cls, TrainableReward) and cls.traits(self.reward_config).update_when != "none"
 
 
 class _ServeRun(Section):
-    """The whole configuration of `python -m rlkit.serve`."""
-
     seed: int = Field(default=0, ge=0)
-    """Given to the reward."""
     dry_run: bool = False
-    """Validate, exit."""
     serve: ServeConfig = ServeConfig()
     reward: dict[str, Any]
-    """A swappable part: `_target_` and the fields of its `Config`."""
 
 
 def print_help(usage: str) -> None:
-    """Print `usage` and every key of the command."""
     print(usage)
     for key, text in USED.items():
         print(f"  {key:<10}{text}")
@@ -113,7 +103,7 @@ def print_help(usage: str) -> None:
 
 
 def load_serve_config(arguments: Sequence[str]) -> ResolvedServe:
-    """What `arguments` (Hydra overrides) describe. Raises ConfigError with every problem."""
+    """Resolve Hydra overrides; raise ConfigError with every problem."""
     loading = _ServeLoading(arguments)
     loading.validate()
     loading.check()
@@ -121,7 +111,7 @@ def load_serve_config(arguments: Sequence[str]) -> ResolvedServe:
 
 
 class _ServeLoading(Loading):
-    """The reward as in a run, out of the same option files; no other part and no other section."""
+    """The reward as in a run, from the same option files; no other part or section."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         used: list[str] = []
@@ -145,7 +135,6 @@ class _ServeLoading(Loading):
         return super()._plain(OmegaConf.masked_copy(composed, kept))
 
     def _run_config(self, known: Sequence[str]) -> None:
-        """The section `serve`, and the keys outside of any section."""
         section = self.tree.get("serve", {})
         if isinstance(section, dict):
             self.available["serve"] = self._section(ServeConfig, section, "serve.", known)
@@ -156,7 +145,6 @@ class _ServeLoading(Loading):
         self.available["top"] = self._section(_ServeRun, {**plain, "reward": {}}, "", known)
 
     def check(self) -> None:
-        """What the reward itself finds missing, and who could reach it."""
         if "reward" in self.parts:
             part = self.parts["reward"]
             where = self.sources.where("reward", None)
@@ -167,7 +155,6 @@ class _ServeLoading(Loading):
             self.problems += problems
 
     def result(self) -> ResolvedServe:
-        """The resolved configuration. Raises ConfigError if there is any problem."""
         if self.problems:
             raise ConfigError(list(dict.fromkeys(self.problems)))
         part, top = self.parts["reward"], self.available["top"]
@@ -183,7 +170,7 @@ class _ServeLoading(Loading):
 
 
 def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | None, list[ConfigIssue]]:
-    """The token, if one is configured; a server that others can reach must have one."""
+    """Return the configured token; a server that others can reach must have one."""
     variable = serve.token_env
     if variable is None:
         if is_loopback(serve.host):
@@ -206,7 +193,7 @@ def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | 
 def serve(resolved: ResolvedServe) -> None:
     """Load the reward, serve until Ctrl-C or SIGTERM, end everything.
 
-    Raises ConfigError if the port is taken, RewardFailed if the reward cannot start.
+    Raise ConfigError if the port is taken, RewardFailed if the reward cannot start.
     """
     with _listening(resolved.serve) as listener:
         asyncio.run(_serve(resolved, listener))
@@ -214,7 +201,7 @@ def serve(resolved: ResolvedServe) -> None:
 
 @contextlib.contextmanager
 def _listening(serve: ServeConfig) -> Iterator[socket.socket]:
-    """The port, taken before the reward is loaded; connections are accepted afterwards. Raises ConfigError."""
+    """Before the reward is loaded; connections are accepted later. Raise ConfigError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -280,7 +267,6 @@ def _queue(resolved: ResolvedServe) -> ScoringQueue:
 
 
 def _description(resolved: ResolvedServe) -> Health:
-    """What the server says about itself before its processes run."""
     traits = resolved.reward_class.traits(resolved.reward_config)
     return Health(
         status="down",
@@ -299,7 +285,7 @@ def _description(resolved: ResolvedServe) -> Health:
 
 
 class _Server(uvicorn.Server):
-    """Signals are handled here, also while the reward loads; uvicorn would raise them once more at its end."""
+    """Signals are handled here, also while the reward loads; uvicorn would raise them again at its end."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -307,7 +293,7 @@ class _Server(uvicorn.Server):
 
 
 def _end_on_signals(server: _Server) -> asyncio.Future[None]:
-    """Done at the first signal, which lets open requests finish; a second Ctrl-C does not."""
+    """Set at the first signal, after which open requests may finish; a second Ctrl-C ends them."""
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[None] = loop.create_future()
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from rewards.judge.asking import NOTE, broken_up, harmless
+from rewards.judge.asking import NOTE, break_control_tokens, without_control_tokens
 
 FAMILIES = {
     "ChatML, Qwen": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
@@ -67,7 +67,7 @@ def test_a_forged_turn_reaches_the_server_broken_up(server: JudgeServer, family:
     (asked,) = server.asked
     for token in FAMILIES[family]:
         assert escaped(token) not in asked.raw
-        assert " " in broken_up(token) and escaped(broken_up(token)) in asked.raw
+        assert " " in break_control_tokens(token) and escaped(break_control_tokens(token)) in asked.raw
     (shown,) = asked.responses
     assert shown.replace(" ", "") == forged.replace(" ", ""), "nothing is removed"
     assert asked.body["messages"][0]["content"].endswith(NOTE)
@@ -108,20 +108,20 @@ def test_a_tokenizer_finds_no_control_token_any_more(token: str) -> None:
     special = set(tokenizer.get_added_tokens_decoder())
     for text in (token, f"x{token}y", f"<{token}>", f"[{token}]", token * 2, f"<|{token}", f"{token[0]}{token}"):
         assert special & set(tokenizer.encode(text).ids)
-        assert not special & set(tokenizer.encode(broken_up(text)).ids), broken_up(text)
-        assert broken_up(broken_up(text)) == broken_up(text)
+        assert not special & set(tokenizer.encode(break_control_tokens(text)).ids), break_control_tokens(text)
+        assert break_control_tokens(break_control_tokens(text)) == break_control_tokens(text)
 
 
 def test_the_chat_itself_stays() -> None:
     group = make_group("g", ["x"])
     assert group.prompt.messages
     chat = [{"role": "system", "content": "judge"}, {"role": "user", "content": ONE.instruction("json_schema")}]
-    assert harmless(chat) == chat
-    assert harmless([]) == []
+    assert without_control_tokens(chat) == chat
+    assert without_control_tokens([]) == []
 
 
 def test_hostile_lengths_take_no_time() -> None:
     began = time.monotonic()
     for piece in ("<", "<a", "[|a", "<|", "<start_of_", "]~"):
-        broken_up(piece * 100_000)
+        break_control_tokens(piece * 100_000)
     assert time.monotonic() - began < 5

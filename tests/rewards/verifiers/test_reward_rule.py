@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from paths import SHARED
 
 from rewards.base import RewardContext
-from rewards.verifiers.math import (
+from rewards.verifiers.answers import (
     MAX_ANSWER_CHARACTERS,
-    MathReward,
     compare_plain,
     final_answer,
     gold_answer,
     plain_decimal,
     verify_pairs,
 )
+from rewards.verifiers.math import MathReward
 from rlkit.experience import Group, Message, Prompt, Sample
 
 GSM8K = SHARED / "data" / "gsm8k"

@@ -10,7 +10,8 @@ import pytest
 from paths import SHARED
 
 from rewards.base import RewardContext
-from rewards.verifiers.math import MathReward, final_answer, gold_answer, without_units
+from rewards.verifiers.answers import final_answer, gold_answer, without_units
+from rewards.verifiers.math import MathReward
 from rlkit.experience import Score
 
 GSM8K = SHARED / "data" / "gsm8k"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlkit import cli
+from rlkit.config.help import headline
 
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets", "math_verify")
 
@@ -112,6 +113,20 @@ def test_help_lists_groups_options_and_every_key(repository: Path) -> None:
         "data.path  text; required",
     ):
         assert text in done.stdout, text
+
+
+def test_a_heading_is_the_first_line_of_the_class_or_else_of_its_module() -> None:
+    class Documented:
+        """Class.
+
+        More.
+        """
+
+    class Undocumented(Documented):
+        pass
+
+    assert headline(Documented) == "Class."
+    assert headline(Undocumented) == (__doc__ or "").partition("\n")[0] != ""
 
 
 def test_file_option_reads_a_configuration(repository: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Entry point inside a service that runs one program and returns its standard output: no file descriptors of ours."""
+"""Entry point inside a service that runs one program and returns its standard output, without our file descriptors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PR_SET_DUMPABLE = 4
 
 
 def serve() -> None:
-    """Read a job from standard input, run it, and write its messages, after a line that only this process knows."""
+    """The messages follow a line that only this process knows."""
     job: dict[str, Any] = json.loads(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "wb") as answer:
         null = os.open(os.devnull, os.O_RDWR)
@@ -34,11 +34,8 @@ def serve() -> None:
 
 
 def _run_tests(solution: dict[str, Any], tests: dict[str, Any]) -> bytes:
-    """The messages of the tests, with the solution in a child process that cannot look into this one.
-
-    Not dumpable: processes of the same user may not trace it nor read its memory and its open files in /proc. A
-    service that gives its programs CAP_SYS_PTRACE takes that away.
-    """
+    """Not dumpable: processes of the same user, like the solution's, can neither trace this one nor read its memory
+    and open files in /proc, unless the service gives its programs CAP_SYS_PTRACE."""
     from rewards.services.sandbox.inside.tester import run_tests
 
     if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):

@@ -1,4 +1,4 @@
-"""The process of the model's code: loads it and answers calls. Everything it says may be a lie, and is only data."""
+"""The process of the model's code. Everything it says may be a lie, and is only data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def load(code: str, setup: str) -> dict[str, Any]:
-    """The globals after running setup and code, as a module of its own. Raises whatever the code raises.
+    """Return the globals after setup and code, as a new module; raise whatever they raise.
 
-    Code that is no program by itself may be the end of the setup: the body of a function whose head was the question.
+    Code that does not compile alone may complete the setup: the body of a function whose head was the question.
     """
     module = type(sys)("solution")
     sys.modules["solution"] = module
@@ -34,7 +34,7 @@ def load(code: str, setup: str) -> dict[str, Any]:
 
 
 def find_function(namespace: dict[str, Any], name: str) -> Callable[..., Any]:
-    """The function, or the method of a new `Solution`. Raises NameError if there is neither."""
+    """The function, or the method of a new `Solution`; raise NameError without either."""
     if name in namespace:
         return namespace[name]  # type: ignore[no-any-return]
     if "Solution" in namespace:
@@ -43,7 +43,7 @@ def find_function(namespace: dict[str, Any], name: str) -> Callable[..., Any]:
 
 
 def describe(error: BaseException) -> list[str]:
-    """Name and text of an exception; its own `__str__` may fail."""
+    """Name and text; the exception's `__str__` may fail."""
     try:
         text = str(error)[:500]
     except BaseException as failure:
@@ -52,7 +52,7 @@ def describe(error: BaseException) -> list[str]:
 
 
 def answer_calls(job: dict[str, Any], results: BinaryIO) -> None:
-    """Call `fn_name` with each list of arguments; one message per call: `["value", ...]` or `["raise", name, text]`."""
+    """Call `fn_name` with each list of arguments; send `["value", ...]` or `["raise", name, text]` per call."""
     try:
         namespace = load(job["code"], job["setup"])
     except BaseException as error:
@@ -68,7 +68,7 @@ def answer_calls(job: dict[str, Any], results: BinaryIO) -> None:
 
 
 class Server:
-    """Answers the tester's requests about the solution's names and objects until the tester is gone."""
+    """Answers the tester's requests until the tester is gone."""
 
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self._requests, self._replies = requests, replies
@@ -76,7 +76,6 @@ class Server:
         self._namespace: dict[str, Any] = {}
 
     def serve(self, job: dict[str, Any]) -> None:
-        """Say that this process stands, load the code, say how that went, then answer."""
         try:
             send(self._replies, ["value", None])
             self._namespace = load(job["code"], job["setup"])

@@ -1,4 +1,4 @@
-"""Entry points inside a sandbox: `start(role, *file descriptors)`. Each says so when it stands, before foreign code."""
+"""Entry points inside a sandbox: `start(role, *file descriptors)`. Each reports READY before foreign code runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO
 
 READY = b'"ready"\n'
-"""First message of every process: the sandbox works, and what follows is the code's own doing."""
+"""First message of every process: the sandbox works, and what follows is the code's doing."""
 
 
 def start(role: str, *descriptors: int) -> None:
-    """Run one role with these file descriptors; jobs come on standard input. The path to here is the first one."""
+    """Run one role; jobs come on standard input, and sys.path[0] is the path to here."""
     del sys.path[0]
     try:
         with open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
@@ -34,7 +34,7 @@ def start(role: str, *descriptors: int) -> None:
 
 
 def program(results: int, source: int) -> None:
-    """A whole program, its text in a file of its own: it reads the test's input and writes its output."""
+    """`source` is a file with the program's text."""
     with open(source, "rb") as file:
         text = file.read()
     os.write(results, READY)
@@ -45,7 +45,6 @@ def program(results: int, source: int) -> None:
 
 
 def calls(results: int) -> None:
-    """Functions called with arguments from the job; their values go to `results`."""
     from rewards.services.sandbox.inside.solution import answer_calls
 
     stream = _announce(results)
@@ -54,7 +53,6 @@ def calls(results: int) -> None:
 
 
 def solution(results: int, requests: int, replies: int) -> None:
-    """The solution behind a tester."""
     from rewards.services.sandbox.inside.solution import Server
 
     job = _job()
@@ -64,7 +62,6 @@ def solution(results: int, requests: int, replies: int) -> None:
 
 
 def tester(results: int, requests: int, replies: int) -> None:
-    """The tests of a solution."""
     from rewards.services.sandbox.inside.tester import run_tests
 
     job = _job()
@@ -93,5 +90,5 @@ def _announce(results: int) -> BinaryIO:
 
 
 def _end() -> None:
-    """Without the exit handlers and the threads of foreign code."""
+    """Skip the exit handlers and threads of foreign code."""
     os._exit(0)

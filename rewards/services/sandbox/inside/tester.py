@@ -13,24 +13,22 @@ if TYPE_CHECKING:
 
 
 class SolutionError(Exception):
-    """The solution raised something that is not an ordinary builtin exception, or is gone."""
+    """The solution is gone or raised no ordinary builtin exception."""
 
 
 class UnsupportedTest(Exception):
-    """The test hands over what cannot leave this process, such as a function of its own."""
+    """The test passes what cannot leave this process, such as its own function."""
 
 
 class Conversation:
-    """Requests to the solution's process and their answers, as plain data or proxies."""
-
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self._requests, self._replies = requests, replies
         self._proxies: dict[int, Remote] = {}
         self.unsupported = ""
-        """Why a test cannot be run, even if the test swallowed the exception."""
+        """Why a test cannot run, even if the test swallowed the exception."""
 
     def ask(self, *request: Any) -> Any:
-        """Send a request; its answer. Raises what the solution raised, as a builtin exception or SolutionError."""
+        """Raise the solution's exception as a builtin one or SolutionError."""
         try:
             send(self._requests, request)
             return self.answer(may_end=request[0] == "next")
@@ -38,7 +36,7 @@ class Conversation:
             raise SolutionError(f"the solution's process is gone: {error}") from None
 
     def answer(self, may_end: bool = False) -> Any:
-        """Read one answer; `may_end`: it may be the end of an iteration."""
+        """`may_end`: it may be the end of an iteration."""
         kind, *parts = receive(self._replies)
         if kind == "value":
             try:
@@ -55,7 +53,7 @@ class Conversation:
         raise SolutionError(f"{name}: {text}")
 
     def encode(self, value: Any) -> Any:
-        """An argument for the solution. Raises UnsupportedTest for functions and objects of the test."""
+        """Raise UnsupportedTest for functions and objects of the test."""
         return encode(value, self._number)
 
     def _number(self, value: Any) -> int:
@@ -74,7 +72,7 @@ _NOT_RAISED = (StopIteration, StopAsyncIteration, UnicodeError)  # a UnicodeErro
 
 
 class Remote:
-    """An object of the solution that is not plain data. Equal to nothing but itself, whatever its class says."""
+    """An object of the solution that is not plain data. Equal only to itself, whatever its class says."""
 
     __slots__ = ("_conversation", "_number")
 
@@ -111,9 +109,9 @@ class Remote:
 
 
 def call_for_effect(function: Any) -> Any:
-    """What a statement `f(x)` of a test calls: it looks at what f did to x, so x is brought up to date afterwards.
+    """Wrap the function of a statement `f(x)`, whose test looks at what f did to x: update x afterwards.
 
-    Elsewhere arguments are handed over by value: `f(x) == sorted(x)` must not be won by emptying x.
+    Elsewhere arguments go by value: `f(x) == sorted(x)` must not be won by emptying x.
     """
     if not isinstance(function, Remote):
         return function
@@ -146,45 +144,45 @@ class _CallsForEffect(ast.NodeTransformer):
 
 
 def parse_test(text: str) -> ast.Module:
-    """The test as a tree in which calls made for their effect are marked. Raises SyntaxError."""
+    """Parse a test and mark calls made for their effect; raise SyntaxError."""
     tree: ast.Module = ast.fix_missing_locations(_CallsForEffect().visit(ast.parse(text)))
     return tree
 
 
 def names_of_solution(trees: list[ast.Module], known: dict[str, Any], entry_point: str | None) -> list[str]:
-    """The names that tests use and neither they, their setup nor Python define; the entry point first.
+    """Return the names that tests use and neither they, their setup nor Python define; the entry point first.
 
-    If there is none, the function under test is named like a builtin, and the builtins they use come into question.
+    If there are none, the function under test is named like a builtin, and the builtins used are candidates.
     """
     used: set[str] = set()
-    made = {"call_for_effect"}
+    defined = {"call_for_effect"}
     for tree in trees:
         for node in ast.walk(tree):
             if isinstance(node, ast.Name):
-                (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
+                (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
             elif isinstance(node, ast.arg):
-                made.add(node.arg)
+                defined.add(node.arg)
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                made.add(node.name)
+                defined.add(node.name)
             elif isinstance(node, ast.alias):
-                made.add((node.asname or node.name).partition(".")[0])
+                defined.add((node.asname or node.name).partition(".")[0])
             elif isinstance(node, ast.ExceptHandler) and node.name:
-                made.add(node.name)
-    open_names = used - made - set(known)
+                defined.add(node.name)
+    open_names = used - defined - set(known)
     if entry_point:
         return [entry_point, *sorted(open_names - {entry_point, *dir(builtins)})]
     return sorted(open_names - set(dir(builtins)) or open_names)
 
 
 def run_tests(job: dict[str, Any], requests: BinaryIO, replies: BinaryIO, results: BinaryIO) -> None:
-    """Run the job's tests and report each: `[index, "passed" | "failed" | "unsupported", details]`.
+    """Run the tests and report each: `[index, "passed" | "failed" | "unsupported", details]`.
 
-    Before them `["bad", details]` if the tests themselves are no Python, or `["load", details]` if the solution is not.
+    Instead `["bad", details]` if the tests are not valid Python, or `["load", details]` if the solution is not.
     """
     conversation = Conversation(requests, replies)
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
-        conversation.answer()  # the solution's process stands
+        conversation.answer()  # the solution's process is up
     except (ConversationEnded, SolutionError):
         return
     try:

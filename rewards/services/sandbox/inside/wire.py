@@ -1,7 +1,7 @@
 """Values as JSON and back: plain data by value, everything else as a numbered handle.
 
-Decoding makes builtin objects only, whatever was sent: no class of the sender, hence none of its methods, comes along.
-That is why a solution cannot decide what `==` means in a test.
+Decoding makes builtin objects only, never a class of the sender with its methods, so a solution cannot define what
+`==` means in a test.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _PLAIN = {
     "Decimal": re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?|Infinity|NaN)"),
     "Fraction": re.compile(r"-?[0-9]+(?:/[0-9]+)?"),
 }
-"""What `str` makes of them. Fraction("1e10000000") would be computed digit by digit, for hours."""
+"""Forms that `str` gives them. Fraction("1e10000000") would be computed digit by digit, for hours."""
 
 
 class ConversationEnded(Exception):
-    """The other side closed, died, or sent what is no message."""
+    """The other side closed, died, or sent an invalid message."""
 
 
 def encode(value: Any, handle: Callable[[Any], int]) -> Any:
-    """`value` as JSON; `handle` gives a number to what is not plain data, or raises."""
+    """`handle` numbers what is not plain data, or raises."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -65,7 +65,7 @@ def encode(value: Any, handle: Callable[[Any], int]) -> Any:
 
 
 def _encode_special(value: Any) -> list[Any] | None:
-    """Numbers and dates of the standard library, whose modules are loaded already if there is such a value."""
+    """Modules of numbers and dates are already loaded if there is such a value."""
     for module, name in (("decimal", "Decimal"), ("fractions", "Fraction")):
         if module in sys.modules and isinstance(value, getattr(sys.modules[module], name)):
             try:
@@ -86,7 +86,7 @@ _COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "froze
 
 
 def decode(message: Any, handle: Callable[[int], Any]) -> Any:
-    """The reverse of encode. Raises ValueError, TypeError or the like for what encode never makes."""
+    """Raise ValueError, TypeError or the like for what encode never makes."""
     if message is None or isinstance(message, (bool, int, float, str)):
         return message
     if not isinstance(message, list):
@@ -94,9 +94,9 @@ def decode(message: Any, handle: Callable[[int], Any]) -> Any:
     name, *parts = message
     if name in _COLLECTIONS:
         items = [decode(item, handle) for item in parts[0]]
-        return _COLLECTIONS[name](_hashed_apart(items) if name in ("set", "frozenset") else items)
+        return _COLLECTIONS[name](_check_hashes(items) if name in ("set", "frozenset") else items)
     if name == "dict":
-        keys = _hashed_apart([decode(key, handle) for key, _ in parts[0]])
+        keys = _check_hashes([decode(key, handle) for key, _ in parts[0]])
         return dict(zip(keys, (decode(item, handle) for _, item in parts[0])))  # noqa: B905 (equally long)
     if name == "range":
         return range(*parts[0])
@@ -109,8 +109,8 @@ def decode(message: Any, handle: Callable[[int], Any]) -> Any:
     return _SCALARS[name](*parts)
 
 
-def _hashed_apart(items: list[Any]) -> list[Any]:
-    """The items, unless many share a hash, as multiples of 2**61 - 1 do: a set of them takes quadratic time."""
+def _check_hashes(items: list[Any]) -> list[Any]:
+    """Raise ValueError if many share a hash, as multiples of 2**61 - 1 do: a set of them takes quadratic time."""
     if len(items) > MOST_OF_ONE_HASH and max(Counter(map(hash, items)).values()) > MOST_OF_ONE_HASH:
         raise ValueError("too many items of one hash")
     return items
@@ -127,14 +127,14 @@ _SCALARS: dict[str, Callable[..., Any]] = {
 
 
 def _plain(name: str, text: str) -> str:
-    """The text, if its number is small enough to be computed at once; else raises ValueError."""
+    """Raise ValueError if the number is too large to compute at once."""
     if len(text) > MAX_NUMBER_CHARACTERS or not _PLAIN[name].fullmatch(text):
         raise ValueError(f"no plain {name}")
     return text
 
 
 def send(stream: BinaryIO, message: Any) -> None:
-    """Write one message. Raises ConversationEnded if nobody reads any more."""
+    """Raise ConversationEnded if nobody reads any more."""
     try:
         stream.write(json.dumps(message).encode() + b"\n")
         stream.flush()
@@ -143,7 +143,7 @@ def send(stream: BinaryIO, message: Any) -> None:
 
 
 def receive(stream: BinaryIO) -> Any:
-    """Read one message. Raises ConversationEnded at the end of the stream and for what is none."""
+    """Raise ConversationEnded at the end of the stream and for an invalid message."""
     line = stream.readline(MAX_MESSAGE_BYTES + 1)
     if not line.endswith(b"\n"):
         raise ConversationEnded("the answer was too long" if line else "it ended")
@@ -154,7 +154,7 @@ def receive(stream: BinaryIO) -> Any:
 
 
 def messages(data: bytes) -> Iterator[Any]:
-    """The messages of a finished stream, up to the first that is none."""
+    """Yield the messages of a finished stream, up to the first invalid one."""
     for line in data.split(b"\n"):
         try:
             yield json.loads(line)
