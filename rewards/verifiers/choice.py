@@ -37,14 +37,13 @@ _AFTER_LETTER = re.compile(r"\s*(?:$|[(\[\-–—]|because|since|as\b|is\b|for\b
 class Choices:
     labels: tuple[str, ...]
     texts: tuple[str, ...]
-    """Empty if only the letters are known."""
     gold: str
 
 
 class MultipleChoice(TextRule):
-    """Finds the chosen letter, or the text of an option, in what the response marks as its answer.
+    """Finds the chosen letter, or an option's text, in what the response marks as its answer.
 
-    `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}`, `**B**` and the option's text count. Two options or none
+    `(B)`, `Answer: B`, `B) 12 cm`, `\boxed{\text{B}}`, `**B**` and the option's text count. Two options or none
     score 0.
     """
 
@@ -58,7 +57,7 @@ class MultipleChoice(TextRule):
         return RewardTraits(answer=True, columns=columns, uses_gpu=False)
 
     def task(self, prompt: Prompt) -> Choices:
-        """The gold answer is a label, the text of an option, or its index from 0."""
+        """The gold answer is a label, an option's text, or its index from 0."""
         if prompt.answer is None:
             raise CannotJudgeError("no_gold: the prompt has no gold answer")
         labels: tuple[str, ...] = tuple(string.ascii_uppercase[:10])
@@ -81,9 +80,11 @@ class MultipleChoice(TextRule):
 def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -> str | None:
     """The chosen label; None for none or several.
 
-    The text after the last marker (`answer is`, `####`, `\\boxed{`) decides; else the response, if it is one line;
-    else its last line that starts with a label (and does not end a list of them); else the only `(X)` or the last
-    word of the last line.
+    The text after the last marker (`answer is`, `####`, `\boxed{`) decides; else the response, if it is one line;
+    else its
+    last line that starts with a label (and does not end a list of them); else the only `(X)` or the last word of the
+    last
+    line.
     """
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
@@ -176,7 +177,6 @@ def _as_label(letter: str, labels: Sequence[str]) -> str | None:
 
 
 def _options(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Labels and texts."""
     if isinstance(value, Mapping) and {"label", "text"} <= set(value):
         labels, texts = list(value["label"]), list(value["text"])
     elif isinstance(value, Mapping):

@@ -1,6 +1,6 @@
 """`reward=instructions`: constraints that a program can check, with IFEval's names, arguments and data columns.
 
-Written from the paper (arXiv 2311.07911); words and sentences are found with regular expressions instead of NLTK.
+Written from the paper (arXiv 2311.07911), with regular expressions instead of NLTK.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def quotation(text: str) -> bool:
 
 
 CHARACTERS_FOR_LANGUAGE = 4000
-"""The beginning of a text tells its language."""
+"""The language is read from this beginning of the text."""
 
 _WORD = re.compile(r"\w+")
 _TOKEN = re.compile(r"\w+(?:['’\-]\w+)*")
@@ -108,7 +108,6 @@ _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e
 
 
 def compare(count: int, relation: str, target: int | float) -> bool:
-    """Raise ValueError for a relation that IFEval lacks."""
     if relation == "at least":
         return count >= target
     if relation == "less than":
@@ -243,8 +242,6 @@ class Instruction(Section):
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A constraint with valid arguments."""
-
     name: str
     arguments: Mapping[str, Any]
 
@@ -259,9 +256,9 @@ class Instructions(TextRule):
         id_column: str = "instruction_id_list"
         """Column with the list of a prompt's constraints."""
         kwargs_column: str = "kwargs"
-        """Column with the list of their arguments, one object each (nulls in them are left out)."""
+        """Column with the list of their arguments, one object each (nulls are left out)."""
         always: tuple[Instruction, ...] = ()
-        """Constraints on every response. If set, the columns may be missing; constraints in them are checked, too."""
+        """Constraints on every response, besides those in the columns, which may then be missing."""
         grade: Literal["all", "share"] = "all"
         """all: 1 if every constraint is followed, else 0; share: the share that is."""
         loose: bool = False
@@ -317,7 +314,6 @@ def loose_texts(text: str) -> tuple[str, ...]:
 
 
 def _constraint(name: Any, kwargs: Any) -> Constraint:
-    """Raise CannotJudgeError if it is unknown or its arguments do not fit."""
     check = CONSTRAINTS.get(name) if isinstance(name, str) else None
     if check is None:
         near = difflib.get_close_matches(str(name), CONSTRAINTS, n=1)

@@ -43,7 +43,7 @@ def _prepare() -> None:
 
 
 class VerifierError(UserError):
-    """The verifier itself does not work (as opposed to: it could not judge an answer)."""
+    """The verifier itself does not work."""
 
 
 class Verifier:
@@ -116,8 +116,9 @@ class Verifier:
 class MathReward(Reward):
     r"""Compares the response's final answer (`#### x`, `\boxed{x}`, `The answer is x`, `A: x`) with the gold answer.
 
-    A response without an answer scores 0: that is the model's failure. An answer that the verifier cannot judge (it
-    hangs, dies, or cannot read the gold answer) is invalid, with the reason.
+    A response without an answer scores 0. An answer that the verifier cannot judge (it hangs, dies, or cannot read
+    the
+    gold answer) is invalid, with the reason.
     """
 
     class Config(TextRuleConfig):
@@ -126,9 +127,9 @@ class MathReward(Reward):
         accept_last_number: bool = False
         """Take the last number of a response that marks no answer."""
         markers: Annotated[tuple[Marker, ...], Field(min_length=1)] = MARKERS
-        """What may mark the final answer; the last one in the response counts."""
+        """What may mark the final answer; the last one counts."""
         strip_units: bool = False
-        """Ignore a unit that only one of answer and gold has, in boxes, too: `12 m^2` is 12."""
+        """Ignore a unit that only one of answer and gold has: `12 m^2` is 12."""
         cache_size: int = Field(default=65536, ge=1)
         """Verdicts remembered; the least recently used are dropped first."""
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pebble import ProcessPool
 
 MEMORY_BYTES = 3 * 2**30
-"""Address space for answers in one process, so that a memory bomb fails alone."""
+"""Address space for answers in one process."""
 
 ITEMS_PER_TASK = 16
 """A round trip to a process costs about as much as a verdict."""
@@ -57,7 +57,8 @@ class Processes:
     """A pool whose processes start on first use.
 
     `prepare(*prepare_arguments)` runs in each before any deadline. The fork server imports `preload` once (that of
-    the first pool in this process).
+    the
+    first pool in this process).
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Processes:
     ) -> list[Result | Failed]:
         """`function` on all items, in order, until `deadline` (of `time.monotonic`).
 
-        Items of a failed batch are retried one by one, so that only the culprit is lost.
+        Items of a failed batch are retried one by one.
         """
         starts = range(0, len(items), ITEMS_PER_TASK)
         batches = [range(start, min(start + ITEMS_PER_TASK, len(items))) for start in starts]
@@ -105,7 +106,6 @@ class Processes:
         deadline: float,
         item_timeout: float,
     ) -> tuple[dict[int, Result], list[tuple[range, str]]]:
-        """Results by item, and failed batches with reasons."""
         from pebble import ProcessExpired  # here, because the configuration layer imports this module
 
         pool = self._open_pool()
@@ -160,13 +160,13 @@ def _final(batch: range, reason: str) -> bool:
 
 class TextRuleConfig(RewardConfig):
     item_timeout_seconds: float = Field(default=5.0, gt=0)
-    """Deadline of one verdict. After it the process is killed and replaced, and the sample is invalid."""
+    """Deadline of one verdict; after it the process is replaced and the sample invalid."""
     processes: int = Field(default=1, ge=1)
     """Verifier processes of one worker."""
 
 
 class CannotJudgeError(Exception):
-    """The prompt lacks what the rule needs, or has it in an unusable form: `class: details`."""
+    """The prompt lacks what the rule needs, or it is unusable: `class: details`."""
 
 
 class JudgeFunction(Protocol):
@@ -176,10 +176,7 @@ class JudgeFunction(Protocol):
 
 
 class TextRule(Reward):
-    """Judges a response by its text and its prompt alone.
-
-    Whatever `judge` raises on model-written text makes that sample invalid, not wrong.
-    """
+    """Judges a response by its text and its prompt alone; if `judge` raises, the sample is invalid, not wrong."""
 
     Config = TextRuleConfig
 
@@ -193,14 +190,14 @@ class TextRule(Reward):
 
     @abstractmethod
     def task(self, prompt: Prompt) -> Any:
-        """Plain data for `judge`, sent to its process. Raise CannotJudgeError if the prompt lacks it."""
+        """Plain data for `judge`. Raise CannotJudgeError if the prompt lacks it."""
 
     @staticmethod
     @abstractmethod
     def judge(config: Any, task: Any, text: str, /) -> Score: ...
 
     def start(self) -> None:
-        """Raise RuntimeError with the cause if the processes do not start."""
+        """Raise RuntimeError if the processes do not start."""
         (answer,) = self._open().map(_echo, ["ready"], time.monotonic() + 60.0, 60.0)
         if isinstance(answer, Failed):
             raise RuntimeError(f"the verifier processes of {type(self).__name__} do not start: {answer.reason}")
@@ -251,7 +248,7 @@ def excerpt(text: str) -> str:
 
 
 def column_value(prompt: Prompt, column: str) -> Any:
-    """Parses JSON lists and objects in texts. Raise CannotJudgeError if the column is missing."""
+    """Parse JSON lists and objects in texts. Raise CannotJudgeError if the column is missing."""
     value = prompt.columns.get(column)
     if value is None:
         raise CannotJudgeError(f"no_column: the prompt has nothing in column {column!r}")
