@@ -1,4 +1,4 @@
-"""From a response and its row to a verdict: the program, three shapes of tests, the comparison."""
+"""From a response and its row to a verdict."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 from rewards.services.sandbox import Isolation, Run, Unavailable, decode
 
 
-class BadTests(ValueError):
-    """The message is the samples' reason."""
+class BadTests(ValueError): ...
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,10 @@ def read_tests(value: Any, setup: Any = None, entry_point: Any = None, prompt: s
     """Read tests from the cells of a row; raise BadTests.
 
     `value`: assert statements, a Python text (with `check(<entry point>)` added if there is one), or `{"inputs":
-    [...], "outputs": [...], "fn_name": ...}`, also as JSON. `setup`: Python text or lines. `prompt`: a question that
-    is Python and belongs to the setup.
+    [...],
+    "outputs": [...], "fn_name": ...}`, also as JSON. `setup`: Python text or lines. `prompt`: Python that belongs to
+    the
+    setup.
     """
     first = _setup(setup)
     if prompt:
@@ -143,7 +144,7 @@ def last_python_block(text: str) -> str | None:
 def same_output(printed: str, expected: str, tolerance: float) -> bool:
     """Compare line by line, ignoring white space between words and empty lines at the end.
 
-    Words expected to be decimal fractions may differ by `tolerance`, relative or absolute.
+    Expected decimal fractions may differ by `tolerance`, relative or absolute.
     """
     left, right = _split_lines(printed), _split_lines(expected)
     return len(left) == len(right) and all(
@@ -208,17 +209,16 @@ class Verdict:
     timeout: bool
     """It hit the wall-clock deadline or used up its CPU time."""
     trace: str
-    """The first failure, for people."""
 
 
 class Judge:
     def __init__(self, isolation: Isolation, every_test: bool, float_tolerance: float) -> None:
-        """`every_test`: continue after a failure, where the share of passed tests counts."""
+        """`every_test`: continue after a failure."""
         self._isolation, self._every_test, self._tolerance = isolation, every_test, float_tolerance
 
     def judge(self, code: str, tests: Tests, deadline: float) -> Verdict:
         """Raise BadTests or Unavailable if tests or sandbox do not work, TimeoutError if `deadline`
-        (`time.monotonic()`) comes before the code's own."""
+        (`time.monotonic()`) comes before the code's."""
         try:
             code.encode()
         except UnicodeEncodeError:
@@ -298,8 +298,6 @@ def _shown(value: Any) -> str:
 
 
 class _Opaque:
-    """Equal to nothing."""
-
     def __init__(self, number: int) -> None:
         self.number = number
 
