@@ -1,4 +1,4 @@
-"""A chain of shaping steps over the scores of many groups, and the reference rewards of some steps."""
+"""A chain of shaping steps over many groups, and the reference rewards of some steps."""
 
 from __future__ import annotations
 
@@ -77,7 +77,6 @@ def _digest(prompt: Prompt, texts: Sequence[str] | str) -> str:
 
 
 def reference_group(prompt: Prompt, texts: Sequence[str]) -> Group:
-    """Reference responses without tokens, for a reward that judges texts."""
     none = np.zeros(0)
     samples = tuple(
         Sample(
@@ -125,15 +124,14 @@ def _numbers(prompt: Prompt, column: str, most: int) -> Float64 | str:
 
 
 References = Callable[[ReferenceStep, Sequence[Group]], Sequence[Float64 | str]]
-"""(step, groups) -> as `ReferenceRewards.__call__`."""
 Outcomes = tuple[list[int], Float64]
 """Indices and values [n] of a group's valid samples with a value."""
 
 
 class Chain:
-    """The steps of one `shaping` list with their running statistics.
+    """The steps of one `shaping` list with their running statistics, which are over valid samples, group by group.
 
-    Statistics are over valid samples, group by group. A sample that a step cannot shape is invalid, with the reason.
+    A sample that a step cannot shape is invalid, with the reason.
     """
 
     def __init__(self, steps: Sequence[Step], owner: str, references: References) -> None:
