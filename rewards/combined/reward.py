@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 
 def update_times(parts: Sequence[RewardPart]) -> dict[str, UpdateWhen]:
-    """The parts that learn, and when."""
     times = {part.name: part.traits.update_when for part in parts if issubclass(part.kind, TrainableReward)}
     return {name: when for name, when in times.items() if when != "none"}
 
@@ -106,15 +105,15 @@ ScoresByPart = dict[str, list[GroupScores | None]]
 """Part name -> its scores per group; None where it does not judge the prompt."""
 
 
-class PartFailedError(UserError):
-    """Parts that raised; the message names each with its cause."""
+class PartFailedError(UserError): ...
 
 
 class CombinedReward(TrainableReward):
     """Asks its parts one after the other, shapes and combines their scores, and shapes the result.
 
     A response that a part cannot judge is invalid. With a part that learns or running statistics it learns, and has
-    one worker.
+    one
+    worker.
     """
 
     Config = CombinedConfig
@@ -181,7 +180,6 @@ class CombinedReward(TrainableReward):
         return self._joined(groups, self._ask(self._parts, groups), learn=False)
 
     def _ask(self, parts: Sequence[RewardPart], groups: Sequence[Group], rescore: bool = False) -> ScoresByPart:
-        """Each part's scores of its groups, checked like those of a single reward."""
         scores: ScoresByPart = {}
         failures: dict[str, Exception] = {}
         for part in parts:
@@ -228,7 +226,6 @@ class CombinedReward(TrainableReward):
         return [scores for scores in self._whole(groups, joined, learn) if scores is not None]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Update the parts that learn and the running statistics."""
         learning = [part.name for part in self._parts if part.name in update_times(self._parts)]
         metrics: dict[str, float] = {}
         for part in self._parts:
@@ -246,8 +243,7 @@ class CombinedReward(TrainableReward):
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Score again the parts that learn before the advantages, and shape everything again.
 
-        Other parts' values come from the components of earlier scores; process rewards stay if there are no new
-        ones.
+        Other parts' values come from earlier scores; process rewards stay if there are no new ones.
         """
         before = [name for name, when in update_times(self._parts).items() if when == "before"]
         scores = self._earlier(groups)
@@ -270,7 +266,6 @@ class CombinedReward(TrainableReward):
                 reward.policy_weights(version, tensors)
 
     def save(self, folder: Path) -> None:
-        """Each part that learns in a folder of its name."""
         for name in update_times(self._parts):
             reward = self._rewards[name]
             assert isinstance(reward, TrainableReward)
@@ -286,7 +281,6 @@ class CombinedReward(TrainableReward):
         }
 
     def _as_seen_by(self, part: RewardPart, group: Group) -> Group:
-        """The group with the scores of this part."""
         judges = [other.name for other in self._parts if other.options.when.applies(group.prompt)]
         # In a combination of members the parts' values replace a part's own members.
         alone = judges == [part.name] and not self.config.combiner.ensemble
@@ -352,7 +346,7 @@ def _follows(part: RewardPart) -> bool:
 
 
 def _gives_raw_scores(config: CombinedConfig, parts: Sequence[RewardPart]) -> bool:
-    """Whether a part with a weight does, and no step of it or of the whole sets a common scale."""
+    """Whether a part with a weight does, and no step sets a common scale."""
     if config.combiner.sets_scale or any(step.sets_scale for step in config.shaping):
         return False
     counted = (part for part in parts if part.options.weight and part.traits.raw_scores)
@@ -388,6 +382,5 @@ def _invalid_stays(new: GroupScores, old: GroupScores) -> GroupScores:
 
 
 def _named(error: Exception) -> str:
-    """Class and first line of an error: reasons are one line."""
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""Combiners: from the scores of several rewards for one response, or one group, to one score."""
+"""Combiners: from several scores of one response, or one group, to one score."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Product(Combiner):
 
 
 class LogicalAnd(Combiner):
-    """sum w log sigma(r), r being centred (arXiv 2402.00742)."""
+    """sum w log sigma(r) of centred r (arXiv 2402.00742)."""
 
     kind: str = "logical_and"
     weighted: ClassVar[bool] = True
@@ -166,7 +166,7 @@ class Rule:
 
 
 def summed_tokens(scores: Sequence[Score], weights: Sequence[float]) -> FloatArray | None:
-    """sum w r_t [T] over the scores with token rewards, if any."""
+    """sum w r_t [T] over the scores with token rewards."""
     weighted = [
         weight * score.token_rewards.astype(np.float64)
         for score, weight in zip(scores, weights, strict=True)
@@ -187,7 +187,7 @@ def summed_spans(scores: Sequence[Score], weights: Sequence[float]) -> tuple[Spa
 def averaged_pairs(
     pairs_by_reward: Sequence[Sequence[PreferencePair]], weights: Sequence[float]
 ) -> tuple[PreferencePair, ...]:
-    """Per two samples that were compared the |weight|-weighted mean probability, winner first.
+    """Per pair compared the |weight|-weighted mean probability, winner first.
 
     A negative weight counts for the other sample, weight 0 not at all.
     """
@@ -208,14 +208,10 @@ def averaged_pairs(
 
 @dataclass(frozen=True)
 class PartScores:
-    """One part's scores of a group."""
-
     name: str
     weight: float
     raw: GroupScores
-    """Before its shaping, for the components."""
     shaped: GroupScores
-    """After its shaping, for the combination."""
     show_shaped: bool
     """Whether the shaped value is a component, too."""
 
