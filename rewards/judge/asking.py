@@ -1,4 +1,4 @@
-"""Ask the judge: cache, call, strict parsing, and another try after an unreadable answer."""
+"""Ask the judge: cache, call, strict parsing, retry after an unreadable answer."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARE_OF_DEADLINE = 0.8
-"""Share of the scoring call's time; what has no verdict by then is invalid, and the worker is not killed."""
+"""Share of a scoring call's time after which missing verdicts are invalid, before the worker is killed."""
 RESERVED_FIELDS = ("messages", "model", "stream", "n", "response_format")
 ACCEPTED = 0.5
 """At least this value, or share of the win, is a yes."""
@@ -33,8 +33,7 @@ ACCEPTED = 0.5
 Asked = Sequence[tuple[Question, Verdict | NoVerdict]]
 
 
-class JudgeError(UserError):
-    """The message gives cause and remedy."""
+class JudgeError(UserError): ...
 
 
 class BaseJudge(Reward):
@@ -49,9 +48,8 @@ class BaseJudge(Reward):
         model: str
         """The judge's model name at the endpoint."""
         api_key_variable: str | None = None
-        """Environment variable that holds the key. The key itself is never in a configuration."""
+        """Environment variable that holds the key."""
         temperature: float = Field(default=0.0, ge=0)
-        """The judge's sampling temperature."""
         max_answer_tokens: int = Field(default=1024, ge=1)
         """Longest answer of the judge, including its reasoning."""
         request_fields: dict[str, Any] = Field(default={})
@@ -67,8 +65,7 @@ class BaseJudge(Reward):
         max_reasks: int = Field(default=2, ge=0)
         """Times the judge is asked again after an unreadable answer; then the sample is invalid."""
         max_calls: int | None = Field(default=None, ge=1)
-        """Calls per run, divided evenly among the workers; then samples are invalid (`budget`) and
-        `max_failed_share` stops the run."""
+        """Calls per run, divided evenly among the workers; beyond it samples are invalid (`budget`)."""
         max_tokens: int | None = Field(default=None, ge=1)
         """The same for tokens (prompt and answer), as the server counts them."""
         cache_size: int = Field(default=65536, ge=1)
@@ -158,7 +155,6 @@ class BaseJudge(Reward):
         return []
 
     def start(self) -> None:
-        """Connect and probe; raise JudgeError."""
         self._judge = _connect(self.config)
         self._runner = asyncio.Runner()
         warning = self._runner.run(self._introduce())

@@ -1,4 +1,4 @@
-"""What `reward=judge` asks: the form of a verdict, and three ways to judge a group (alone, in pairs, all at once)."""
+"""What `reward=judge` asks: the form of a verdict, and three ways to judge a group."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ class Form:
     low: float = 0.0
     high: float = 1.0
     reasons: bool = True
-    """Ask for reasons before the verdict."""
 
     def schema(self) -> dict[str, Any]:
         """Reasoning comes first, so that the verdict follows from it."""
@@ -97,7 +96,6 @@ class Form:
         return f"Answer with one JSON object and nothing else: {json.dumps(example)}, where {meaning}."
 
     def read(self, answer: str, answer_format: AnswerFormat) -> Verdict:
-        """Raise Unparsable."""
         if answer_format == "text":
             return self._read_text(strip_thinking(answer))
         content = json_object(answer)
@@ -133,7 +131,7 @@ class Form:
         return Verdict(tuple(self._scaled(float(number)) for number in match[1].split(",")), reasoning)
 
     def _scaled(self, score: Any) -> float:
-        """Map to 0..1; a score off the scale is an error: nobody knows what the judge meant."""
+        """Map to 0..1; raise Unparsable for a score off the scale."""
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not self.low <= score <= self.high:
             raise Unparsable(f"a score is {score!r}, not a number from {self.low:g} to {self.high:g}")
         return (score - self.low) / (self.high - self.low)
@@ -148,8 +146,6 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The fields are those of the configuration."""
-
     mode: Mode
     low: float
     high: float
