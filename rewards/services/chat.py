@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible chat endpoint, and a budget of calls and tokens."""
+"""A client of OpenAI-compatible chat endpoints, and a budget of calls and tokens."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ChatClient:
         self._http = HttpClient([f"{endpoint.base_url}/chat/completions"], endpoint.limits, endpoint.api_key)
 
     async def answer(self, messages: Sequence[Mapping[str, str]], fields: Mapping[str, Any], deadline: float) -> str:
-        """Return the answer's text; raise CallFailed. `fields` are extra fields; `deadline` is on `time.monotonic`."""
+        """Return the answer's text; raise CallFailed. `deadline` is on `time.monotonic`."""
         request = {"model": self.endpoint.model, "messages": list(messages), **self.endpoint.fields, **fields}
         content = json_body({name: value for name, value in request.items() if value is not None})
 

@@ -1,7 +1,8 @@
 """The HTTP client of the rewards that ask a server.
 
 `TransientError` is retried: no connection, no answer in time, a broken body, 408, 425, 429 and 5xx (but 501 and
-505). `RefusedError` would recur and is raised at once.
+505).
+`RefusedError` would recur and is raised at once.
 """
 
 from __future__ import annotations
@@ -29,12 +30,9 @@ Body = bytes | Callable[[float], bytes]
 
 SHOWN_CHARACTERS = 300
 SAME_AGAIN = (501, 505)
-"""Server errors that are about the request."""
 
 
 class HttpError(Exception):
-    """The message names the address."""
-
     def __init__(self, url: str, problem: str, status: int | None = None, answer: str = "") -> None:
         super().__init__(f"{url}: {problem}")
         self.url = url
@@ -42,7 +40,6 @@ class HttpError(Exception):
         """Without the address: `ConnectError: ...`, `HTTP 503: ...`, `no answer within 30 s`."""
         self.status = status
         self.answer = answer
-        """Its beginning."""
         self.retry_after: float | None = None
         """Seconds that the server asks to wait."""
 
@@ -51,12 +48,10 @@ class TransientError(HttpError):
     """`post` raises it after the last try; `read` may raise it for another try."""
 
     timed_out: bool = False
-    """No answer within `Limits.try_seconds`."""
     tries: int = 1
 
 
-class RefusedError(HttpError):
-    """A second try would fail, too."""
+class RefusedError(HttpError): ...
 
 
 class OutOfTimeError(HttpError):
@@ -260,7 +255,6 @@ def _failure(state: RetryCallState) -> TransientError:
 
 
 def _retry_after(answer: httpx.Response) -> float | None:
-    """None also for a date, which is rare."""
     try:
         seconds = float(answer.headers.get("Retry-After", ""))
     except ValueError:

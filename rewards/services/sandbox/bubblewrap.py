@@ -1,4 +1,4 @@
-"""Sandboxes on this machine, made by bubblewrap: each run has a separate view of the system."""
+"""Sandboxes on this machine, made by bubblewrap."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ sys.stdin.readline()
 def make_user_namespace() -> int:
     """Return a file descriptor that keeps a new user namespace alive while open; raise Unavailable.
 
-    The kernel does not limit the processes of the machine's root, whatever its name in a namespace of bubblewrap.
-    Here the sandbox's user is `nobody` outside, too.
+    The kernel does not limit the processes of the machine's root, whatever its name in a namespace. Here the
+    sandbox's
+    user is `nobody` outside, too.
     """
     with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _CHILD],
@@ -87,7 +88,6 @@ _ENVIRONMENT = {"HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPEN
 
 
 def is_root() -> bool:
-    """Then sandboxes need a namespace made by `make_user_namespace`."""
     return os.geteuid() == 0
 
 
@@ -175,7 +175,6 @@ def _refuse_old_bubblewrap(bwrap: str) -> None:
 
 
 def _folders_of_python(python: str) -> list[str]:
-    """The interpreter's folder and that of its base environment."""
     script = "import json, sys; print(json.dumps([sys.prefix, sys.base_prefix, sys.version_info[:2] >= (3, 10)]))"
     try:
         done = subprocess.run([python, "-I", "-c", script], capture_output=True, text=True, timeout=60, check=True)
@@ -190,7 +189,7 @@ def _folders_of_python(python: str) -> list[str]:
 
 
 def _write_programs(folder: Path, python: str) -> None:
-    """Compiled copies of `inside`, readable for every user, and nothing else of this package."""
+    """Compiled copies of `inside`, readable for every user."""
     target = folder
     folder.chmod(0o755)
     for name in ("rewards", "services", "sandbox", "inside"):
@@ -269,7 +268,7 @@ _REMEDY = (
 
 
 class Bubblewrap(Isolation):
-    """No network, a read-only file system with little more than Python, an empty environment, its own namespaces."""
+    """No network, a read-only file system with little more than Python, an empty environment, separate namespaces."""
 
     def __init__(self, limits: Limits, side_by_side: int, python: str | None = None) -> None:
         self._limits, self._side_by_side, self._python = limits, side_by_side, python

@@ -20,7 +20,7 @@ _CHUNK = 65536
 @dataclass(frozen=True)
 class Command:
     arguments: Callable[[int], list[str]]
-    """The command line, given the file descriptor that results are written to."""
+    """Of the file descriptor that results are written to."""
     stdin: int
     descriptors: tuple[int, ...] = ()
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO
 
 READY = b'"ready"\n'
-"""First message of every process: the sandbox works, and what follows is the code's doing."""
+"""First message of every process: the sandbox works."""
 
 
 def start(role: str, *descriptors: int) -> None:

@@ -1,7 +1,6 @@
 """Values as JSON and back: plain data by value, everything else as a numbered handle.
 
-Decoding makes builtin objects only, never a class of the sender with its methods, so a solution cannot define what
-`==` means in a test.
+Decoding makes builtin objects only, so a solution cannot define what `==` means in a test.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO
 
 MAX_MESSAGE_BYTES = 16 * 2**20
-"""A longer message ends the conversation."""
-
 MAX_NUMBER_CHARACTERS = 2000
 """Of a Decimal or a Fraction; a longer one stays a handle."""
 MOST_OF_ONE_HASH = 100
@@ -65,7 +62,6 @@ def encode(value: Any, handle: Callable[[Any], int]) -> Any:
 
 
 def _encode_special(value: Any) -> list[Any] | None:
-    """Modules of numbers and dates are already loaded if there is such a value."""
     for module, name in (("decimal", "Decimal"), ("fractions", "Fraction")):
         if module in sys.modules and isinstance(value, getattr(sys.modules[module], name)):
             try:
