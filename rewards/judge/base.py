@@ -50,6 +50,7 @@ class BaseJudge(Reward):
         api_key_variable: str | None = None
         """Environment variable that holds the key."""
         temperature: float = Field(default=0.0, ge=0)
+        """Sampling temperature of the judge."""
         max_answer_tokens: int = Field(default=1024, ge=1)
         """Longest answer of the judge, including its reasoning."""
         request_fields: dict[str, Any] = Field(default={})
