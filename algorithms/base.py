@@ -1,4 +1,4 @@
-"""The contract of an algorithm: its needs, advantages (numpy, driver) and loss (torch, learner)."""
+"""The contract of an algorithm: needs, advantages (numpy, driver), loss (torch, learner)."""
 
 from __future__ import annotations
 
@@ -42,11 +42,10 @@ class AlgorithmNeeds:
     layout: Layout = "any"
     """Samples that must share a micro-batch."""
     process_rewards: bool = False
-    """Scores must carry token or span rewards."""
     token_kl: bool = False
     """Advantages use log-probs of policy and reference."""
     greedy_response: bool = False
-    """Every prompt also gets a scored greedy response (`Group.greedy`) that is not trained on."""
+    """Every prompt also gets a scored greedy response (`Group.greedy`), not trained on."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class Advantages:
-    """Sequences are per sample, in the Experience's order."""
+    """Sequences are per sample."""
 
     tokens: Sequence[FloatArray]
     """Per sample, [T]."""
@@ -76,7 +75,6 @@ class Advantages:
     extras: Mapping[str, Sequence[FloatArray]] = field(default_factory=dict)
     """Further inputs of the loss per token (per sample, [T])."""
     scalars: Mapping[str, float] = field(default_factory=dict)
-    """Inputs of the loss that change per step, such as coefficients."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -104,7 +102,7 @@ class LossInputs:
     entropy: Tensor
     """[R] nats, of the next-token distribution."""
     old_logprobs: Tensor
-    """[R] under the policy before this step's first update (proximal policy)."""
+    """[R] before this step's first update (proximal policy)."""
     rollout_logprobs: Tensor
     """[R] from the sampler (behaviour policy)."""
     advantages: Tensor
@@ -129,7 +127,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class ValueLossInputs:
-    """One micro-batch of the critic: flat rows [R] of S samples. Only `values` carries gradients."""
+    """One micro-batch of the critic: flat rows [R]. Only `values` carries gradients."""
 
     values: Tensor
     """[R]"""
@@ -147,7 +145,7 @@ class ValueLossInputs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A micro-batch's share of the step's loss; shares add up over micro-batches and ranks."""
+    """A micro-batch's share of the step's loss; shares add up."""
 
     loss: Tensor
     """Scalar, divided by the global denominators."""
@@ -169,20 +167,20 @@ class Algorithm(ABC):
         return AlgorithmNeeds()
 
     def normalises(self) -> bool:
-        """Whether the scale of rewards cancels in the advantages; if not, normalise raw model scores first."""
+        """Whether the scale of rewards cancels; if not, normalise raw model scores first."""
         return False
 
     @abstractmethod
     def advantages(self, experience: Experience) -> Advantages:
-        """Credit for every response token. Pure."""
+        """Pure."""
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """Policy loss of one micro-batch. Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
+        """Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
 
     def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 (few algorithms have state)
-        """Called in the driver after each update. Only here may state change; it reaches the loss, which runs in
-        other processes, in `Advantages.scalars`."""
+        """Called in the driver after each update; only here may state change. It reaches the loss in
+        `Advantages.scalars`."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -1,8 +1,7 @@
 """PPO with a critic (arXiv 1707.06347; for language models arXiv 2203.02155).
 
 Token rewards: the outcome on the last trained token, process rewards, and with `kl_in=reward` minus each token's KL.
-Advantages: GAE, whitened over the batch. Loss: the clipped surrogate; the critic regresses on the returns with
-clipped values.
+Advantages: GAE, whitened over the batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PRIME: process rewards from an implicit PRM that learns from outcomes during the run (arXiv 2502.01456).
 
-Outcome and token process rewards (`reward=implicit_prm`) have separate baselines in the group; the weighted sum of
-their returns is whitened over the batch. Estimators: RLOO (the paper's choice), GRPO and REINFORCE.
+Outcome and process rewards have separate baselines in the group; their weighted returns are whitened over the batch.
+Estimators: RLOO (the paper's choice), GRPO and REINFORCE.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PRIME(SurrogateAlgorithm):
         samples_per_prompt: int = Field(default=4, ge=1)
         """Responses sampled for each prompt (K)."""
         estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
-        """How both halves are compared with the rest of the group."""
+        """How both halves are compared with the group."""
         mode: Literal["strict", "official", "verl"] = "strict"
         """Process baseline and coefficients: the paper's text, or one of the two codebases (rloo)."""
         normaliser: Literal["none", "global_max_return", "global_std"] = "global_max_return"
@@ -44,7 +44,7 @@ class PRIME(SurrogateAlgorithm):
         process_gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per token of the process half."""
         kl_in: KLPlace = "loss"
-        """Only the loss: a KL penalty in the reward does not reach PRIME's returns."""
+        """A KL penalty in the reward does not reach PRIME's returns."""
 
         @model_validator(mode="after")
         def _prime_options_act(self) -> Self:

@@ -1,7 +1,4 @@
-"""ReMax (arXiv 2310.10505): REINFORCE whose baseline is the reward of the prompt's greedy response.
-
-Advantage: the sample's reward minus the greedy response's, for all its tokens.
-"""
+"""ReMax (arXiv 2310.10505): REINFORCE whose baseline is the reward of the prompt's greedy response."""
 
 from __future__ import annotations
 

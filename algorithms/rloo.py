@@ -1,7 +1,7 @@
 """RLOO: REINFORCE leave-one-out (arXiv 2402.14740).
 
-Advantage: the sample's reward minus the mean of its group's other samples, for all its tokens. Loss: the clipped
-surrogate, whose gradient is REINFORCE's with one optimizer step per batch.
+Advantage: the reward minus the mean of the group's other samples. Loss: the clipped surrogate, whose gradient is
+REINFORCE's with one optimizer step per batch.
 """
 
 from __future__ import annotations

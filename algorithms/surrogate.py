@@ -1,4 +1,4 @@
-"""The policy loss with its options, and rewards before the advantages, shared by most algorithms."""
+"""The policy loss and its options, and rewards before the advantages."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class SurrogateConfig(AlgorithmConfig):
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty to the reference policy; 0 loads none."""
     kl_in: KLPlace = "loss"
-    """Where the penalty is: in the loss or in the reward."""
+    """Where the penalty is."""
     kl_estimator: Estimator = "k3"
-    """Of the KL per token; k1 has no gradient in expectation, so use it in the reward."""
+    """Of the KL per token; k1 only works in the reward."""
     kl_target: float | None = Field(default=None, gt=0)
     """Nats per token to which `kl_coefficient` steers the KL; null: it stays fixed."""
     kl_horizon: int = Field(default=10_000, ge=1)
@@ -114,8 +114,6 @@ class SurrogateConfig(AlgorithmConfig):
 
 
 class SurrogateAlgorithm(Algorithm):
-    """Subclass and define `credit`."""
-
     Config = SurrogateConfig
 
     def __init__(self, config: Any) -> None:

@@ -1,7 +1,7 @@
 """Scored samples, baselines and advantages; pure numpy.
 
-Groups are identified by id. `rewards` [B] are ignored where `valid` [B] is False; samples outside `keep` [B] have
-advantage 0 and stay out of the loss.
+`rewards` [B] are ignored where `valid` [B] is False; samples outside `keep` [B] have advantage 0 and stay out of the
+loss.
 """
 
 from __future__ import annotations
@@ -61,10 +61,7 @@ def spread(values: Float64, masks: Masks) -> list[Float64]:
 
 
 def token_advantages(tokens: Ragged, keep: Bool, masks: Masks, metrics: Mapping[str, float]) -> Advantages:
-    """Ragged float64 advantages with the metrics of every algorithm.
-
-    `advantage/mean_absolute` and `advantage/zero_share` are over trained tokens of kept samples.
-    """
+    """Ragged float64. `advantage/mean_absolute` and `advantage/zero_share` are over trained tokens of kept samples."""
     kept_rows = [row[mask] for row, mask, kept in zip(tokens, masks, keep, strict=True) if kept]
     size = np.abs(np.concatenate(kept_rows)) if kept_rows else np.zeros(0)
     return Advantages(

@@ -1,7 +1,8 @@
-"""Losses of policy and critic: pure functions of flat rows [R], as in `algorithms.base.LossInputs`.
+"""Losses of policy and critic: pure functions of flat rows [R].
 
-Log-ratios are clamped to [-20, 20] against overflow; there is no gradient beyond. Only methods of tensors are used,
-so that a configuration can look up a surrogate without loading torch.
+Log-ratios are clamped to [-20, 20], without gradient beyond. Only methods of tensors are used, so that a
+configuration
+can look up a surrogate without loading torch.
 """
 
 from __future__ import annotations

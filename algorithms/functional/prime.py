@@ -142,8 +142,7 @@ def grpo(
 ) -> Terms:
     """Group z-scores for both halves (paper eq. 7): (r_it - mean_j m_j) / std_j m_j and (a_i - mean a) / std a.
 
-    The paper leaves `ddof` and `epsilon` open. The std of token means is often tiny (1e-2 at beta 0.05): the process
-    half dominates unless normalised or weighted. An all-equal half gives 0.
+    The paper leaves `ddof` and `epsilon` open. An all-equal half gives 0.
     """
     means = token_means(process, masks)
     scored, keep = only_trained(process, masks), np.zeros(len(valid), dtype=np.bool_)
@@ -214,7 +213,7 @@ def combine(
 
 
 def length_correlation(returns: Ragged, masks: Masks, keep: Bool) -> float:
-    """Correlation of a response's first return with its trained tokens; NaN if either does not vary."""
+    """Correlation of first return and number of trained tokens; NaN if either does not vary."""
     chosen = [(g[m][0], m.sum()) for g, m, k in zip(returns, masks, keep, strict=True) if k and m.any()]
     first, length = np.array(chosen, dtype=np.float64).T if chosen else (np.zeros(0), np.zeros(0))
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(length) == 0:
@@ -261,9 +260,7 @@ def prime_rloo(
 ) -> Combined:
     """PRIME's whitened RLOO advantages. log_ratios ragged [T_i]; outcome, group, valid [B].
 
-    Raise ValueError for coefficients with `official` or `verl`, and for a discount with `verl`. A group needs two
-    valid
-    samples.
+    Raise ValueError for coefficients with `official` or `verl`, and for a discount with `verl`.
     """
     if mode != "strict" and (process_coefficient, outcome_coefficient) != (1.0, 1.0):
         raise ValueError(f"mode {mode!r} has its own coefficients; leave process_coefficient and outcome_coefficient")

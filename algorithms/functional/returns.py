@@ -25,7 +25,7 @@ class Credit(NamedTuple):
 
 
 class Whitened(NamedTuple):
-    """Values of mean 0 and variance 1 over the batch's marked tokens, with the removed moments."""
+    """Values of mean 0 and variance 1 over marked tokens, with the removed moments."""
 
     tokens: list[Float64]
     mean: float
@@ -128,7 +128,6 @@ def _at(values: Float64, indices: NDArray[np.intp]) -> Float64:
 
 
 def _reverse_scan(rows: Sequence[Float64], factor: float) -> list[Float64]:
-    """y_t = x_t + factor y_{t+1} for all samples at once."""
     if factor == 1.0:
         return [np.cumsum(row[::-1])[::-1] for row in rows]
     lengths = np.array([len(row) for row in rows], dtype=np.int64)

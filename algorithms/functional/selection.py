@@ -85,7 +85,6 @@ def calibration_error(scores: Float64, labels: Float64, bins: int = 10) -> float
 
 
 def expected_calibration_error(predicted: Float64, labels: Float64, bins: int = 10) -> float:
-    """The same from predicted probabilities [B]."""
     index = np.minimum((predicted * bins).astype(np.int64), bins - 1)
     gaps = [abs(float((predicted - labels)[index == b].sum())) for b in np.unique(index)]
     return sum(gaps) / len(labels)
@@ -106,7 +105,6 @@ class ProcessBench:
 
     @property
     def f1(self) -> float:
-        """Harmonic mean of both accuracies."""
         total = self.error_accuracy + self.correct_accuracy
         return 2 * self.error_accuracy * self.correct_accuracy / total if total else 0.0
 
@@ -149,8 +147,7 @@ def best_threshold(cumulative: Ragged, labels: Int64) -> ProcessBench:
 
 
 def _prefix_minima(cumulative: Ragged) -> Float64:
-    """[B, longest] smallest sigma(c) so far, rows padded with their last value; the columns at or above a threshold
-    count the steps before the first error."""
+    """[B, longest] smallest sigma(c) so far, rows padded with their last value."""
     longest = max(len(row) for row in cumulative)
     lowest = [np.minimum.accumulate(sigmoid(row)) for row in cumulative]
     return np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in lowest])

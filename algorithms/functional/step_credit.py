@@ -20,8 +20,6 @@ Spans = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of an Experience's samples, in its order, with process rewards."""
-
     rewards: list[Float64]
     """Ragged [S_i]"""
     spans: Sequence[Spans]

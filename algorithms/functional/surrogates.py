@@ -52,7 +52,7 @@ def find_surrogate(name: str) -> Any:
 
 
 def surrogate_parameters(surrogate: Any) -> list[str]:
-    """Of a class: those of its `__call__`. Raise ValueError for one that cannot be supplied."""
+    """Raise ValueError for one that cannot be supplied."""
     if inspect.isclass(surrogate) and not any("__call__" in vars(base) for base in surrogate.__mro__):
         raise ValueError("is a class without __call__, which computes the loss")
     signature = inspect.signature(surrogate.__call__ if inspect.isclass(surrogate) else surrogate)
