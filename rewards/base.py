@@ -33,7 +33,7 @@ UpdateWhen = Literal["after", "before", "none"]
 
 @dataclass(frozen=True)
 class RewardTraits:
-    """What the runtime must know of a configured reward before anything starts."""
+    """What the runtime must know of a reward before anything starts."""
 
     references: bool = False
     """Every prompt needs a reference answer."""
@@ -44,7 +44,7 @@ class RewardTraits:
     samples: int = 1
     """Responses to a prompt that it compares, including a greedy one."""
     judges_texts: bool = True
-    """Scores depend on the texts of prompt and response alone; texts without tokens can then be scored, too."""
+    """Only the texts of prompt and response matter; texts without tokens can then be scored."""
     process_rewards: bool = False
     uses_gpu: bool = True
     """Workers get a share of a GPU. False for rewards without a model."""
@@ -60,7 +60,6 @@ class RewardTraits:
 class RewardContext:
     device: str = "cpu"
     gpus: float = 0.0
-    """Share of a GPU per worker."""
     seed: int = 0
     threads: int = 1
 
@@ -75,7 +74,7 @@ class HelpSection:
 
 
 class Reward(ABC):
-    """Scores whole groups, in one Ray actor per worker, which calls `start` once before `score`."""
+    """One Ray actor per worker, which calls `start` once before `score`."""
 
     Config: ClassVar[type[RewardConfig]] = RewardConfig
 
@@ -85,7 +84,7 @@ class Reward(ABC):
 
     @classmethod
     def config_model(cls, section: Mapping[str, Any]) -> type[BaseModel]:
-        """Model that validates this section: `Config`, or one with typed sections for inner rewards."""
+        """Model that validates this section, which may type the sections of inner rewards."""
         return cls.Config
 
     @classmethod
@@ -102,7 +101,7 @@ class Reward(ABC):
         return ()
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
-        """Load models and run a self-test. Raise with a message for the user if scoring cannot work."""
+        """Load models and run a self-test; raise with a message for the user."""
 
     @abstractmethod
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
@@ -112,11 +111,11 @@ class Reward(ABC):
         """
 
     def close(self) -> None:  # noqa: B027
-        """Free processes and connections. Called once, also after a failed start."""
+        """Called once, also after a failed start."""
 
 
 class TrainableReward(Reward):
-    """A reward that learns during the run. It has one worker: two would diverge."""
+    """A reward that learns during the run. It has one worker."""
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -135,10 +134,10 @@ class TrainableReward(Reward):
 
     @abstractmethod
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Train on scored groups. Return metrics named `area/name`."""
+        """Return metrics named `area/name`."""
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Scores after an update, for `update_when = "before"`; groups carry their earlier scores."""
+        """For `update_when = "before"`; groups carry their earlier scores."""
         return self.score(groups)
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -149,8 +148,7 @@ class TrainableReward(Reward):
         """Write the learnt model as a plain Hugging Face folder."""
 
     @abstractmethod
-    def state_dict(self) -> Mapping[str, Any]:
-        """Everything needed to resume."""
+    def state_dict(self) -> Mapping[str, Any]: ...
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

@@ -156,7 +156,6 @@ class RewardFunction:
     call: Callable[..., Any]
     name: str
     required: tuple[str, ...]
-    """Arguments without a default."""
     optional: tuple[str, ...]
     takes_all: bool
 
@@ -198,7 +197,6 @@ def load_function(path: str) -> RewardFunction:
 
 
 def _import(path: str) -> Any:
-    """Read the beginning of `path` as the longest existing module name."""
     names = path.split(".")
     if len(names) < 2 or not all(name.isidentifier() for name in names):
         raise FunctionError(f"reward.function={path}: must be a dotted path, like my_module.my_function")

@@ -36,13 +36,13 @@ BUDGET_SHARE = 0.8
 SERVER_TRIES = 2
 """A server retries a request once if its process fails, each time up to its deadline."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-"""Seconds between tries: random, up to a bound that doubles from the first to the longest."""
+"""Seconds; pauses are random, up to a bound that doubles."""
 START_PAUSE = 0.5
 """Seconds between checks for a server that is not up yet."""
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 10.0
 REMEMBERED_SECONDS = 10.0
-"""The checks of a configuration ask several times; one answer serves them all."""
+"""One health check serves all checks of a configuration."""
 ABOUT_SIZE_OR_CONTENT = (400, 413, 422)
 """Refusals that may be due to one group of the request."""
 

@@ -21,9 +21,8 @@ class AssertTests:
 
     tests: tuple[str, ...]
     setup: str = ""
-    """Runs before the tests and the solution."""
     entry_point: str | None = None
-    """The function under test, where the setup holds a stub of it."""
+    """Where the setup holds a stub of it."""
 
 
 @dataclass(frozen=True)
@@ -207,13 +206,12 @@ class Verdict:
     passed: int
     total: int
     timeout: bool
-    """It hit the wall-clock deadline or used up its CPU time."""
+    """At the wall-clock deadline or out of CPU time."""
     trace: str
 
 
 class Judge:
     def __init__(self, isolation: Isolation, every_test: bool, float_tolerance: float) -> None:
-        """`every_test`: continue after a failure."""
         self._isolation, self._every_test, self._tolerance = isolation, every_test, float_tolerance
 
     def judge(self, code: str, tests: Tests, deadline: float) -> Verdict:

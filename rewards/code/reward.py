@@ -1,4 +1,4 @@
-"""`reward=code`: runs the response's Python against the row's tests, in a sandbox."""
+"""`reward=code`: runs the response's Python against the row's tests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CodeReward(Reward):
         require_fence: bool = True
         """A response without a fenced code block scores 0; false: the whole response is the program."""
         soft: bool = False
-        """Score the share of tests passed instead of 1 for all and 0 otherwise."""
+        """Score the share of tests passed instead of 1 or 0."""
         float_tolerance: float = Field(default=1e-6, ge=0)
         """Tolerance, relative or absolute, for expected decimal fractions."""
         processes: int = Field(default=2, ge=1)

@@ -86,7 +86,7 @@ def _is_one_of(value: Any, values: Sequence[Scalar]) -> bool:
 
 TARGET = "_target_"
 PART_NAME = re.compile(r"(?!(?:unshaped|ensemble_std)$)[A-Za-z][A-Za-z0-9_]*")
-"""Names appear in keys (`reward.parts.NAME.weight`) and metrics; the two excluded are components of the whole."""
+"""Names appear in keys and metrics; the two excluded are components of the whole."""
 
 
 class PartOptions(Section):
@@ -127,7 +127,7 @@ class RewardPart:
 
 
 def part_model(section: Mapping[str, Any]) -> type[BaseModel]:
-    """Fields of its class and those of a part. Raise PartError."""
+    """Raise PartError."""
     kind, options = _kind(section)
     own = kind.config_model({key: value for key, value in section.items() if key != TARGET})
     return create_model(f"{kind.__name__}Part", __base__=(options, own))
@@ -206,7 +206,7 @@ class CombinedConfig(CombinedFields):
 
 
 def typed_model(section: Mapping[str, Any], plain: type[CombinedConfig]) -> type[BaseModel]:
-    """`plain` with a typed section for each part, for better messages.
+    """`plain` with a typed section for each part.
 
     A part whose class cannot be used is a field that no value suits; one without `_target_` is no field.
     """
@@ -249,7 +249,7 @@ def _refusal(message: str) -> Any:
 
 
 def _seconds(parts: Any) -> float | None:
-    """Sum of the parts' deadlines; None if a part is wrong."""
+    """None if a part is wrong."""
     if isinstance(parts, BaseModel) or not isinstance(parts, Mapping) or not parts:
         return None
     total = 0.0

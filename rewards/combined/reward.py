@@ -1,4 +1,4 @@
-"""`reward=[math,polar]`: several rewards as one. docs/rewards/combination.md has the syntax."""
+"""`reward=[math,polar]`: several rewards as one (docs/rewards/combination.md)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ def update_times(parts: Sequence[RewardPart]) -> dict[str, UpdateWhen]:
 
 
 def incompatibilities(config: CombinedConfig, parts: Sequence[RewardPart]) -> Iterator[str]:
-    """Messages about options that do not fit together."""
     combine = config.combiner
     for part in parts:
         key = f"reward.parts.{part.name}"
@@ -102,7 +101,7 @@ def with_part_key(message: str, part: RewardPart) -> str:
 
 
 ScoresByPart = dict[str, list[GroupScores | None]]
-"""Part name -> its scores per group; None where it does not judge the prompt."""
+"""By part; None where it does not judge the prompt."""
 
 
 class PartFailedError(UserError): ...
@@ -135,8 +134,7 @@ class CombinedReward(TrainableReward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Those of the parts, with columns for routing and references. Running statistics are updated before
-        advantages."""
+        """Running statistics are updated before advantages."""
         parts = read_parts(config)
         traits = [part.traits for part in parts]
         steps = [*config.shaping, *(step for part in parts for step in part.shaping)]
@@ -219,7 +217,7 @@ class CombinedReward(TrainableReward):
         return joined
 
     def _combined(self, groups: Sequence[Group], scores: ScoresByPart, learn: bool = False) -> list[GroupScores]:
-        """Parts shaped and combined, and the result shaped; `unshaped` is then a component."""
+        """`unshaped` becomes a component if the whole is shaped."""
         joined = self._joined(groups, scores, learn)
         if _shapes_outcomes(self.config.shaping):
             joined = [_with_unshaped(scores) for scores in joined]
@@ -329,7 +327,7 @@ class CombinedReward(TrainableReward):
         self.version = state["version"]
 
     def close(self) -> None:
-        """Close every part, even if some fail; then raise the first error."""
+        """Close every part, then raise the first error."""
         errors = []
         for name, reward in self._rewards.items():
             try:

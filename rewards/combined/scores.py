@@ -1,4 +1,4 @@
-"""Combiners: from several scores of one response, or one group, to one score."""
+"""Combiners: from several scores of a response or group to one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlkit.experience.types import FloatArray, SpanReward
 
 
 class Combiner(Named):
-    """From the values of several rewards for one response to one value. Subclass it for your own."""
+    """From several values of one response to one. Subclass it for your own."""
 
     weighted: ClassVar[bool] = False
     """Whether weights count. Process rewards of several parts, and parts without a value, need that."""
@@ -32,7 +32,6 @@ class Combiner(Named):
     """Whether raw model scores have a known spread after it."""
 
     def weight_problem(self, weight: float) -> str | None:
-        """What the weight must be, if it is wrong."""
         return None
 
     @abstractmethod
@@ -138,7 +137,7 @@ COMBINERS: dict[str, type[Combiner]] = {combiner.model_fields["kind"].default: c
 
 
 def parse_combiner(value: Any) -> Combiner:
-    """From a kind, a dotted path, or a mapping with one of them and options. Raise ValueError."""
+    """Raise ValueError."""
     return read_named(value, COMBINERS, Combiner, "combiner")  # type: ignore[type-abstract]
 
 
@@ -213,7 +212,6 @@ class PartScores:
     raw: GroupScores
     shaped: GroupScores
     show_shaped: bool
-    """Whether the shaped value is a component, too."""
 
 
 def combined_group(samples: int, parts: Sequence[PartScores], rule: Rule) -> GroupScores:

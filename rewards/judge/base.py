@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARE_OF_DEADLINE = 0.8
-"""Share of a scoring call's time after which missing verdicts are invalid, before the worker is killed."""
+"""Of a scoring call's time; verdicts missing then are invalid."""
 RESERVED_FIELDS = ("messages", "model", "stream", "n", "response_format")
 ACCEPTED = 0.5
-"""At least this value, or share of the win, is a yes."""
+"""From this value, or share of the win, on it is a yes."""
 
 Asked = Sequence[tuple[Question, Verdict | NoVerdict]]
 
@@ -138,7 +138,7 @@ class BaseJudge(Reward):
         return GroupScores(tuple(scores.get(text, missing) for text in texts))
 
     def probes(self) -> Sequence[Probe]:
-        """Right responses and some without content, sent at the start unless `probe=off`."""
+        """Right responses and some without content."""
         return [
             Probe(Prompt(f"probe-{i}", (Message("user", question),), (), (reference,), reference), right)
             for i, (question, reference, right) in enumerate(QUESTIONS)
@@ -204,7 +204,7 @@ class BaseJudge(Reward):
         return Score(0.0, components={"judge": 0.0, "guard": 1.0}, trace=f"rejected by rule: {why}") if why else None
 
     async def _introduce(self) -> str:
-        """Probe as configured; return a warning or "", or raise JudgeError."""
+        """Return a warning or "", or raise JudgeError."""
         config, probes = self.config, self.probes()
         deadline = time.monotonic() + config.timeout_seconds
         who = f"the judge {config.model} at {config.base_url}"

@@ -1,4 +1,4 @@
-"""What `reward=judge` asks: the form of a verdict, and three ways to judge a group."""
+"""What `reward=judge` asks, and the form of a verdict."""
 
 from __future__ import annotations
 
@@ -38,8 +38,6 @@ _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Scores of `responses` responses, or the winner of two."""
-
     kind: Literal["scores", "winner"]
     responses: int
     low: float = 0.0
@@ -204,7 +202,7 @@ class Rules:
 
 
 def shuffle(texts: Sequence[str], material: Material, seed: int) -> list[str]:
-    """Order by a hash of the texts, independent of how they came."""
+    """Order by a hash of the texts."""
     salt = repr((seed, material.principle, material.conversation))
     return sorted(texts, key=lambda text: hashlib.sha256((salt + text).encode("utf-8", "surrogatepass")).digest())
 

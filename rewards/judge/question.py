@@ -1,7 +1,4 @@
-"""A question, a chat that fences off foreign text, and strict reading of the answer.
-
-Only the structured answer counts (all of it, or its last line), not a verdict quoted from a response.
-"""
+"""A question, a chat that fences off foreign text, and strict reading of the answer."""
 
 from __future__ import annotations
 
@@ -43,11 +40,11 @@ class Question:
     """In the order of the verdict's values."""
     messages: Chat
     read: Callable[[str], Verdict]
-    """Raises Unparsable; the judge is then asked again, with the message."""
+    """Raises Unparsable; the judge is then asked again."""
     instruction: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     kind: str = ""
-    """Part of the cache key: a parser that gives other values needs another one."""
+    """Part of the cache key, which a parser with other values must change."""
 
 
 def fenced_chat(

@@ -111,10 +111,7 @@ class JudgeReward(BaseJudge):
 
 
 def win_rates(texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) -> GroupScores:
-    """Scores and preferences of a group whose responses were compared with each other.
-
-    A response rejected by rule loses against every other; equal responses share the win.
-    """
+    """A response rejected by rule loses against every other; equal responses share the win."""
     verdicts: dict[frozenset[str], list[tuple[Question, Any]]] = {}
     for question, verdict in asked:
         verdicts.setdefault(frozenset(question.responses), []).append((question, verdict))

@@ -60,7 +60,7 @@ class OutOfTimeError(HttpError):
     def __init__(self, url: str, last: TransientError | None) -> None:
         super().__init__(url, "out of time" + (f"; last: {last}" if last else ""))
         self.last = last
-        """Of this request, or of a concurrent one since this one began."""
+        """Of this request, or of a concurrent one since this began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Limits:
     """Requests in flight, without those waiting for the next try."""
     first_pause: float = 0.5
     longest_pause: float = 30.0
-    """Seconds between tries: random, up to a bound that doubles from the first to the longest."""
+    """Seconds; pauses are random, up to a bound that doubles."""
     longest_retry_after: float | None = None
     """Cap on the server's Retry-After; None: `longest_pause`."""
 
@@ -195,7 +195,6 @@ class BlockingHttpClient:
         return asyncio.run_coroutine_threadsafe(self._client.post(body, deadline, read), self._loop).result()
 
     def close(self) -> None:
-        """Call when all calls of `post` have returned."""
         asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -50,7 +50,6 @@ Pooling = Literal["last", "mean", "suffix_mean"]
 Forward = Callable[[PackedBatch, Sequence[slice]], Tensor]
 """A packed batch, and each suffix's slice of its expanded tokens -> rows [R, ...]."""
 Rows = Callable[[Tree], list[int]]
-"""Rows for each sequence of a tree."""
 
 
 class Scorer:

@@ -92,10 +92,10 @@ def is_root() -> bool:
 
 
 class Layout:
-    """Finds the tools and the interpreter, puts the inner programs into `folder`, and builds command lines."""
+    """Finds tools and interpreter, writes the inner programs into `folder`, builds command lines."""
 
     def __init__(self, limits: Limits, python: str | None, folder: Path) -> None:
-        """Raise Unavailable if something is missing."""
+        """Raise Unavailable."""
         self._tools = {name: _tool(name) for name in _TOOLS if name != "setpriv" or is_root()}
         _refuse_old_bubblewrap(self._tools["bwrap"])
         # Not the environment that rlkit is installed in: there is much to read in it, and it starts slower.
@@ -189,7 +189,6 @@ def _folders_of_python(python: str) -> list[str]:
 
 
 def _write_programs(folder: Path, python: str) -> None:
-    """Compiled copies of `inside`, readable for every user."""
     target = folder
     folder.chmod(0o755)
     for name in ("rewards", "services", "sandbox", "inside"):
@@ -255,10 +254,10 @@ print(json.dumps(leaks))
 
 
 STARTUP_SECONDS = 30.0
-"""For a sandbox to be ready, also on a busy machine."""
+"""For a sandbox to be ready."""
 _SHOWN_CHARACTERS = 2000
 _RESULTS_PER_OUTPUT = 4
-"""Results may be this much larger than output: values are written with their types."""
+"""Results are written with their types, so they may exceed the output."""
 _OUT_OF_CPU_TIME = 128 + signal.SIGXCPU
 _REMEDY = (
     "Sandboxes need user namespaces: sysctl -w user.max_user_namespaces=10000 (Debian: kernel.unprivileged_userns_clone"
@@ -277,7 +276,7 @@ class Bubblewrap(Isolation):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Find the tools, lay out the sandbox, and run a self-test that tries to escape."""
+        """Includes a self-test that tries to escape."""
         self._folder = tempfile.TemporaryDirectory(prefix="rlkit-sandbox-")
         try:
             self._layout = Layout(self._limits, self._python, Path(self._folder.name))

@@ -25,9 +25,8 @@ from rewards.services.sandbox.inside.wire import messages
 from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unavailable
 
 ANSWER_SECONDS = 15.0
-"""Added to the code's time: waiting for a free sandbox, creating it."""
+"""Added to the code's time, for creating a sandbox."""
 LONGEST_PAUSE = 20.0
-"""Seconds between tries."""
 CONCURRENT = 100
 _SHOWN_CHARACTERS = 2000
 _SERVE = (

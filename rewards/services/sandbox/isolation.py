@@ -60,13 +60,11 @@ class Isolation(ABC):
         """
 
     @abstractmethod
-    def run_calls(self, job: Job, deadline: float) -> Run:
-        """See `inside.solution.answer_calls`."""
+    def run_calls(self, job: Job, deadline: float) -> Run: ...
 
     @abstractmethod
     def run_tests(self, solution: Job, tests: Job, deadline: float) -> Run:
         """Run tests and their solution apart from each other; see `inside.tester.run_tests`."""
 
     def check(self) -> None:
-        """A quick check before a run; raise Unavailable."""
         self.start()
