@@ -1,4 +1,4 @@
-"""The steps of a `shaping` list: options, and effect on a group's rewards (float64)."""
+"""The steps of a `shaping` list (float64)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RunningStatistics:
     greatest: float = -math.inf
 
     def add(self, values: Float64) -> None:
-        """values [n] are finite; n may be 0."""
+        """Values [n] are finite; n may be 0."""
         n = len(values)
         if n == 0:
             return
@@ -58,7 +58,7 @@ class RunningStatistics:
 
 
 class Step(Named):
-    """Base of all steps. Subclass OutcomeStep, ReferenceStep, RunningStep or ProcessStep."""
+    """Subclass OutcomeStep, ReferenceStep, RunningStep or ProcessStep."""
 
     keeps_scale: ClassVar[bool] = False
     """Whether a reward after it is comparable with reference rewards before it."""

@@ -1,4 +1,4 @@
-"""Final answers: finding them in texts and comparing them with gold answers."""
+"""Finding final answers in texts and comparing them with gold answers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from functools import lru_cache
 from typing import Literal
 
 MAX_ANSWER_CHARACTERS = 256
-"""Longer "answers" are prose."""
-
 Marker = Literal["####", "boxed", "answer is", "A:"]
 MARKERS: tuple[Marker, ...] = ("####", "boxed", "answer is", "A:")
 
@@ -42,14 +40,14 @@ _WITH_UNIT_WORD = re.compile(
     rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT_WORD})?(?:(?:\s*/\s*|\s+){_UNIT_WORD}){{0,2}}\.?"
 )
 _VALUE = re.compile(r"[\s*_`\"'=≈:]*(?:[-+−±$€£\\(\[{]|\.?\d)")
-"""How a value starts; other text after "answer is" may be prose (`my answer is helpful`)."""
+"""Other text after "answer is" may be prose (`my answer is helpful`)."""
 _PROSE = re.compile(r"\s+[(\[\"'A-Za-z]|[\"')\]]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|[\"')\]]+(?:\s|$)|\s*$")
 
 
 @dataclass(frozen=True, slots=True)
 class FinalAnswer:
     text: str
-    """Without currency, thousands separators, units and the rest of the sentence."""
+    """Without currency, thousands separators, units and the rest."""
     marker: str
     """`####`, `boxed`, `answer is`, `A:` or `last number`."""
 
@@ -90,13 +88,13 @@ def final_answer(
 
 
 def gold_answer(text: str) -> str:
-    """GSM8K's `... #### 72` gives `72`; a text without a marker is the answer."""
+    """From GSM8K's `... #### 72`; a text without a marker is the answer."""
     marked = final_answer(text) if any(mark in text for mark in ("####", "\\boxed", "A:")) else None
     return marked.text if marked is not None else _clean_boxed(text)
 
 
 def plain_decimal(text: str) -> Decimal | None:
-    """Exact value of a plain decimal number (`-1,234.50`, `1e3`)."""
+    """Exact value of `-1,234.50`, `1e3`; None for other forms."""
     if _PLAIN_NUMBER.fullmatch(text) is None:
         return None
     return Decimal(text.replace(",", ""))
@@ -118,7 +116,7 @@ def compare_plain(answer: str, gold: str) -> bool | None:
 
 
 def _boxed(text: str) -> list[tuple[int, str]]:
-    """Start and content of every closed `\boxed{...}`, braces balanced; in linear time."""
+    """Start and content of every closed `\\boxed{...}`; in linear time."""
     boxes: list[tuple[int, str]] = []
     open_braces: list[int | None] = []  # where a box's content starts; None for an ordinary brace
     for match in _BRACES.finditer(text):
@@ -133,7 +131,6 @@ def _boxed(text: str) -> list[tuple[int, str]]:
 
 
 def _strip_decoration(text: str) -> str:
-    """Without math delimiters, markdown, currency, spacing commands and special tokens."""
     text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("\\!", "")
     text = re.sub(r"\\[()\[\]]|\\\$|[$€£]|<\|[^|>]*\|>|</?s>", "", text)
     text = text.strip().strip("*_`\"'").lstrip("=≈:").strip()
@@ -148,7 +145,6 @@ def _clean_boxed(text: str) -> str:
 
 
 def _clean_line(line: str) -> str:
-    """The number at the start of the line, else its first sentence."""
     line = _strip_decoration(line)
     number = _PLAIN_NUMBER.match(line)
     if number is not None:
@@ -167,7 +163,6 @@ def _clean_line(line: str) -> str:
 
 
 def _canonical(text: str) -> str:
-    """Numbers in one spelling (no separators, exponents, trailing zeros)."""
     mixed = _MIXED_NUMBER.fullmatch(text)
     if mixed is not None:
         whole, top, bottom = (int(part) for part in mixed.group(2, 3, 4))
@@ -222,7 +217,7 @@ def _verify(answer: str, gold: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _parse(answer: str) -> list[object]:
-    """What math-verify reads, in a box or bare; empty: no expression."""
+    """Empty: no expression."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]

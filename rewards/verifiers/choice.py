@@ -43,8 +43,7 @@ class Choices:
 class MultipleChoice(TextRule):
     """Finds the chosen letter, or an option's text, in what the response marks as its answer.
 
-    `(B)`, `Answer: B`, `B) 12 cm`, `\boxed{\text{B}}`, `**B**` and the option's text count. Two options or none
-    score 0.
+    `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}`, `**B**` count. Two options or none score 0.
     """
 
     class Config(TextRuleConfig):
@@ -80,11 +79,9 @@ class MultipleChoice(TextRule):
 def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -> str | None:
     """The chosen label; None for none or several.
 
-    The text after the last marker (`answer is`, `####`, `\boxed{`) decides; else the response, if it is one line;
-    else its
-    last line that starts with a label (and does not end a list of them); else the only `(X)` or the last word of the
-    last
-    line.
+    The text after the last marker (`answer is`, `####`, `\\boxed{`) decides; else the response, if it is one line;
+    else its last line that starts with a label (and does not end a list of them); else the only `(X)` or the last
+    word of the last line.
     """
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
@@ -117,7 +114,7 @@ def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -
 
 
 def _line_label(line: str, labels: Sequence[str]) -> str | None:
-    """The label that starts the line; empty if it names another one, too."""
+    """Empty if the line names another one, too."""
     match = _LINE_START.match(line[:2000])
     label = _as_label(match[1] or match[2], labels) if match is not None else None
     if match is None or label is None:
@@ -126,7 +123,7 @@ def _line_label(line: str, labels: Sequence[str]) -> str | None:
 
 
 def _read(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The label that starts the line, or the option whose text it is; empty for two."""
+    """Empty for two."""
     line = _LATEX.sub(lambda match: match[1] or "", line[:2000]).strip()
     for label, option in zip(labels, texts, strict=False):
         if _plain(line) == _plain(option):
@@ -155,7 +152,7 @@ def _names_another(rest: str, label: str, labels: Sequence[str]) -> bool:
 
 
 def _only_text(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The option whose text is in the line as whole words; empty for several."""
+    """Empty for several; the option's text must be in the line as whole words."""
     words = f" {_plain(line)} "
     named = [(label, _plain(option)) for label, option in zip(labels, texts, strict=False)]
     inside = [(label, option) for label, option in named if option and f" {option} " in words]

@@ -1,4 +1,4 @@
-"""`reward=instructions`: constraints that a program can check, with IFEval's names, arguments and data columns.
+"""`reward=instructions`: constraints that a program can check, with IFEval's names, arguments and columns.
 
 Written from the paper (arXiv 2311.07911), with regular expressions instead of NLTK.
 """
@@ -27,7 +27,7 @@ _FIXED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe."
 
 
 def number_of_placeholders(text: str, *, num_placeholders: float) -> bool:
-    """At least this many placeholders in square brackets."""
+    """In square brackets."""
     return len(_PLACEHOLDER.findall(text)) >= num_placeholders
 
 
@@ -49,7 +49,7 @@ def number_of_bullets(text: str, *, num_bullets: float) -> bool:
 
 
 def constrained_response(text: str) -> bool:
-    """Contains one of IFEval's three fixed answers."""
+    """One of IFEval's three fixed answers."""
     return any(answer in text for answer in _FIXED_ANSWERS)
 
 
@@ -72,7 +72,7 @@ def json_format(text: str) -> bool:
 
 
 def title(text: str) -> bool:
-    """A title in double angular brackets."""
+    """In double angular brackets."""
     return any(inside.strip() for inside in _TITLE.findall(text))
 
 
@@ -93,14 +93,11 @@ def end_checker(text: str, *, end_phrase: str) -> bool:
 
 
 def quotation(text: str) -> bool:
-    """The whole response is in double quotation marks."""
     body = text.strip()
     return len(body) > 2 and body.startswith('"') and body.endswith('"')
 
 
 CHARACTERS_FOR_LANGUAGE = 4000
-"""The language is read from this beginning of the text."""
-
 _WORD = re.compile(r"\w+")
 _TOKEN = re.compile(r"\w+(?:['’\-]\w+)*")
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|\n\s*\n")
@@ -305,7 +302,6 @@ class Instructions(TextRule):
 
 
 def loose_texts(text: str) -> tuple[str, ...]:
-    """The eight versions of a text in IFEval's loose accuracy."""
     lines = text.split("\n")
     cut = [lines, lines[1:], lines[:-1], lines[1:-1]]
     versions = ["\n".join(part).strip() for part in cut]

@@ -145,7 +145,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and arrays as JSON types. Raise TypeError for anything else."""
+    """Raise TypeError for what is no JSON type."""
     return value.tolist() if hasattr(value, "tolist") else dict(value)
 
 

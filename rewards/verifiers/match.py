@@ -1,4 +1,4 @@
-"""`reward=exact_match`, `regex_match`, `format`: the response is the gold text, fits a pattern, is in tags."""
+"""`reward=exact_match`, `regex_match` and `format`."""
 
 from __future__ import annotations
 

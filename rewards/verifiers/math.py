@@ -42,8 +42,7 @@ def _prepare() -> None:
     limit_memory()
 
 
-class VerifierError(UserError):
-    """The verifier itself does not work."""
+class VerifierError(UserError): ...
 
 
 class Verifier:
@@ -61,7 +60,7 @@ class Verifier:
         self._cache: OrderedDict[Pair, str] = OrderedDict()
 
     def start(self, timeout_seconds: float = 60.0) -> None:
-        """Judge two known pairs. Raise VerifierError with the cause if that fails."""
+        """Judge two known pairs. Raise VerifierError if that fails."""
         if importlib.util.find_spec("math_verify") is None:
             raise VerifierError("math-verify is not installed: pip install 'math-verify[antlr4_9_3]'")
         probes = {("1/2", "0.5"): "right", ("\\frac{3}{4}", "0.5"): "wrong"}

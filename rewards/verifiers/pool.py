@@ -1,4 +1,4 @@
-"""Judging untrusted text in processes that are killed and replaced when they hang, grow or die."""
+"""Judging untrusted text in processes that are replaced when they hang, grow or die."""
 
 from __future__ import annotations
 
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
     from pebble import ProcessPool
 
 MEMORY_BYTES = 3 * 2**30
-"""Address space for answers in one process."""
-
 ITEMS_PER_TASK = 16
-"""A round trip to a process costs about as much as a verdict."""
+"""A round trip costs about as much as a verdict."""
 
 MAX_TRACE_CHARACTERS = 400
 _BUDGET_USED_UP = "timeout: the verifier's time for this call was used up"
@@ -40,7 +38,7 @@ Result = TypeVar("Result")
 
 
 def limit_memory() -> None:
-    """Allow this process `MEMORY_BYTES` beyond its present size, and no core dump."""
+    """Allow `MEMORY_BYTES` beyond the present size, and no core dump."""
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -154,7 +152,6 @@ class Processes:
 
 
 def _final(batch: range, reason: str) -> bool:
-    """Whether a retry is useless: a single item hung, or no time is left."""
     return reason == _BUDGET_USED_UP or (len(batch) == 1 and reason.startswith("timeout"))
 
 
@@ -170,7 +167,7 @@ class CannotJudgeError(Exception):
 
 
 class JudgeFunction(Protocol):
-    """The static method `judge` of a rule; runs in a verifier process."""
+    """Runs in a verifier process."""
 
     def __call__(self, config: Any, task: Any, text: str, /) -> Score: ...
 
@@ -190,14 +187,13 @@ class TextRule(Reward):
 
     @abstractmethod
     def task(self, prompt: Prompt) -> Any:
-        """Plain data for `judge`. Raise CannotJudgeError if the prompt lacks it."""
+        """Plain data for `judge`. Raise CannotJudgeError."""
 
     @staticmethod
     @abstractmethod
     def judge(config: Any, task: Any, text: str, /) -> Score: ...
 
     def start(self) -> None:
-        """Raise RuntimeError if the processes do not start."""
         (answer,) = self._open().map(_echo, ["ready"], time.monotonic() + 60.0, 60.0)
         if isinstance(answer, Failed):
             raise RuntimeError(f"the verifier processes of {type(self).__name__} do not start: {answer.reason}")
@@ -240,7 +236,7 @@ class TextRule(Reward):
 
 
 def excerpt(text: str) -> str:
-    """A text for a trace: quoted, the middle cut beyond MAX_TRACE_CHARACTERS."""
+    """Quoted, the middle cut beyond MAX_TRACE_CHARACTERS."""
     if len(text) > MAX_TRACE_CHARACTERS:
         half = MAX_TRACE_CHARACTERS // 2
         text = f"{text[:half]} [...] {text[-half:]}"
@@ -248,7 +244,7 @@ def excerpt(text: str) -> str:
 
 
 def column_value(prompt: Prompt, column: str) -> Any:
-    """Parse JSON lists and objects in texts. Raise CannotJudgeError if the column is missing."""
+    """Parse JSON in texts. Raise CannotJudgeError if the column is missing."""
     value = prompt.columns.get(column)
     if value is None:
         raise CannotJudgeError(f"no_column: the prompt has nothing in column {column!r}")

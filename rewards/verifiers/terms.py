@@ -1,4 +1,4 @@
-"""`reward=length`, `group_length` and `repetition`: terms of tokens alone, to combine with others."""
+"""`reward=length`, `group_length` and `repetition`: terms to combine with others."""
 
 from __future__ import annotations
 
@@ -109,6 +109,6 @@ class Repetition(TokenReward):
 
 
 def repeated_ngrams(tokens: Sequence[int], size: int) -> tuple[int, int]:
-    """Numbers of all n-grams and of the repeated ones."""
+    """Numbers of all and of the repeated ones."""
     total = max(0, len(tokens) - size + 1)
     return total, total - len({tuple(tokens[start : start + size]) for start in range(total)})

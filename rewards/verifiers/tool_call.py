@@ -144,7 +144,6 @@ _CALL = "tool_call"
 class GoldCalls:
     calls: tuple[ToolCall, ...]
     layout: tuple[str, ...]
-    """Tags in order."""
 
 
 class ToolCallMatch(TextRule):

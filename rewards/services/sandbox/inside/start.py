@@ -34,7 +34,6 @@ def start(role: str, *descriptors: int) -> None:
 
 
 def program(results: int, source: int) -> None:
-    """`source` is a file with the program's text."""
     with open(source, "rb") as file:
         text = file.read()
     os.write(results, READY)

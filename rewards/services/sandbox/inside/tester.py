@@ -17,7 +17,7 @@ class SolutionError(Exception):
 
 
 class UnsupportedTest(Exception):
-    """The test passes what cannot leave this process, such as a function it defines."""
+    """The test passes what cannot leave this process."""
 
 
 class Conversation:
@@ -52,7 +52,6 @@ class Conversation:
         raise SolutionError(f"{name}: {text}")
 
     def encode(self, value: Any) -> Any:
-        """Raise UnsupportedTest for functions and objects of the test."""
         return encode(value, self._number)
 
     def _number(self, value: Any) -> int:

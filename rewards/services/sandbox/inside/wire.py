@@ -123,14 +123,13 @@ _SCALARS: dict[str, Callable[..., Any]] = {
 
 
 def _plain(name: str, text: str) -> str:
-    """Raise ValueError if the number is too large to compute at once."""
+    """Raise ValueError if the number is too large."""
     if len(text) > MAX_NUMBER_CHARACTERS or not _PLAIN[name].fullmatch(text):
         raise ValueError(f"no plain {name}")
     return text
 
 
 def send(stream: BinaryIO, message: Any) -> None:
-    """Raise ConversationEnded if nobody reads any more."""
     try:
         stream.write(json.dumps(message).encode() + b"\n")
         stream.flush()
@@ -150,7 +149,7 @@ def receive(stream: BinaryIO) -> Any:
 
 
 def messages(data: bytes) -> Iterator[Any]:
-    """Yield the messages of a finished stream, up to the first invalid one."""
+    """Up to the first invalid one."""
     for line in data.split(b"\n"):
         try:
             yield json.loads(line)
