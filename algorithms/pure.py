@@ -5,9 +5,9 @@ A response is worth its worst step. With p_k the process reward of step k, from 
     r_k = p_k softmax(-p / T)_k,    G_k = sum over l >= k of r_l    (T -> 0: G_1 = min_k p_k)
 
 A token's advantage: G of its step minus a leave-one-out baseline per token, plus `outcome_coefficient` times the
-outcome reward minus the mean of the others', minus the KL from there on; 0 outside of steps, as in the authors'
-code. Process rewards are span rewards, or token rewards summed over the sample's spans; without spans every token is
-a step. Loss: PPO's clipped surrogate.
+outcome reward minus the mean of the others', minus the KL from there on; 0 outside of steps, as in the authors' code.
+Process rewards are span rewards, or token rewards summed over the sample's spans; without spans every token is a step.
+Loss: PPO's clipped surrogate.
 """
 
 from __future__ import annotations

@@ -44,14 +44,15 @@ class RewardTraits:
     samples: int = 1
     """Responses to a prompt that it compares, including a greedy one."""
     judges_texts: bool = True
-    """Only the texts of prompt and response matter; texts without tokens can then be scored."""
+    """Scores depend on the texts of prompt and response alone; texts without tokens can be scored."""
     process_rewards: bool = False
     uses_gpu: bool = True
-    """Workers get a share of a GPU. False for rewards without a model."""
+    """Workers get a share of a GPU. False for rewards that load no model."""
     raw_scores: bool = False
-    """Values are unbounded model scores whose level and spread differ between prompts."""
+    """Values are unbounded model scores whose level and spread differ between prompts; normalise them."""
     update_when: UpdateWhen = "none"
-    """When a TrainableReward learns. after: once a step is scored; before: `rescore` then gives the policy's scores."""
+    """When a TrainableReward learns. after: once a step's scores are taken. before: first; `rescore` then gives the
+    scores for the policy."""
     follows_policy: bool = False
     """A TrainableReward gets every policy version in `policy_weights`."""
 
@@ -115,11 +116,12 @@ class Reward(ABC):
 
 
 class TrainableReward(Reward):
-    """A reward that learns during the run. It has one worker."""
+    """A reward that learns during the run."""
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
         traits = cls.traits(config)
+        # Several workers would learn different rewards.
         several = config.workers != 1 and (traits.update_when != "none" or traits.follows_policy)
         return [
             *super().check(config),

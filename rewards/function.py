@@ -27,10 +27,8 @@ class FunctionReward(Reward):
     """Calls the function once for all samples of a call; every argument is a list with one entry per sample.
 
     It gets the arguments that it names, or all with `**columns`: `prompts`, `completions`, `completion_ids`,
-    `references`
-    (a list per sample), `answer` and the data columns. It returns a number per sample, or None for an invalid one.
-    If it
-    raises twice (again in a new process), all samples are invalid.
+    `references` (a list per sample), `answer` and the data columns. It returns a number per sample, or None for an
+    invalid one. If it raises twice (again in a new process), all samples are invalid.
     """
 
     class Config(RewardConfig):

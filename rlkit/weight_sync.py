@@ -1,6 +1,6 @@
 """Weight sync between learner and sampler, and the time-sharing of GPUs that both use.
 
-A run begins with the learner at work. `publish` ends this phase, `release_sampler` begins it again. Where nothing is
+GPUs alternate between learner and sampler: `publish` hands them to the sampler, `release_sampler` back. Where nothing is
 shared (on CPUs, on separate GPUs, with stale data), the phases cost nothing.
 """
 

@@ -89,8 +89,7 @@ def group_relative(
     """GRPO's advantage (arXiv 2402.03300 section 4.1.2): (r - mean of group) / (std of group + eps).
 
     rewards, valid, group [B] -> advantages, keep [B]. Statistics are over valid samples, with ddof 1. Without
-    `normalize_by_std`: Dr. GRPO's (arXiv 2503.20783). Invalid samples and groups with fewer than two valid ones get
-    0
+    `normalize_by_std`: Dr. GRPO's (arXiv 2503.20783). Invalid samples and groups with fewer than two valid ones get 0
     and keep False; an all-equal group gets 0 and is kept.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
@@ -107,8 +106,7 @@ def group_relative(
 def leave_one_out(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float64, Bool]:
     """RLOO's advantage (arXiv 2402.14740): r minus the mean of the group's *other* valid samples.
 
-    rewards, valid, group [B] -> advantages, keep [B]. A single valid sample gets 0 and keep False; all-equal ones
-    get 0
+    rewards, valid, group [B] -> advantages, keep [B]. A single valid sample gets 0 and keep False; all-equal ones get 0
     and are kept.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
@@ -136,10 +134,8 @@ def against_reference(
 ) -> tuple[Float64, Bool]:
     """BRPO's advantage (Writing-Zero): +1 if the sample wins against its group's reference sample, else -1.
 
-    wins [B] (ignored for references), reference [B], valid, group [B] -> advantages, keep [B]. The reference gets 0.
-    A
-    group is dropped when |sum of advantages| / its valid samples exceeds `max_skew`, with fewer than two valid
-    samples,
+    wins [B] (ignored for references), reference [B], valid, group [B] -> advantages, keep [B]. The reference gets 0. A
+    group is dropped when |sum of advantages| / its valid samples exceeds `max_skew`, with fewer than two valid samples,
     or with an invalid reference. Raise ValueError for several references in a group.
     """
     advantages = np.zeros(len(wins), dtype=np.float64)

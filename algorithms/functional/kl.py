@@ -1,8 +1,8 @@
 """KL to the reference policy as a penalty in the reward, and its coefficient (numpy).
 
-Estimators per token, d = log pi - log pi_ref (Schulman, "Approximating KL divergence", 2020): k1 = d (unbiased),
-k2 = d^2 / 2 (biased, never negative), k3 = exp(-d) - 1 + d (unbiased, never negative). d is clamped to [-20, 20] in
-k2 and k3 against overflow.
+Estimators per token, d = log pi - log pi_ref (Schulman, "Approximating KL divergence", 2020): k1 = d (unbiased), k2 =
+d^2 / 2 (biased, never negative), k3 = exp(-d) - 1 + d (unbiased, never negative). d is clamped to [-20, 20] in k2 and
+k3 against overflow.
 """
 
 from __future__ import annotations

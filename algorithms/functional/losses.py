@@ -1,7 +1,6 @@
 """Losses of policy and critic: pure functions of flat rows [R].
 
-Log-ratios are clamped to [-20, 20], without gradient beyond. Only methods of tensors are used, so that a
-configuration
+Log-ratios are clamped to [-20, 20], without gradient beyond. Only methods of tensors are used, so that a configuration
 can look up a surrogate without loading torch.
 """
 
@@ -77,8 +76,7 @@ def sequence_log_ratio(
 ) -> Tensor:
     """GSPO's log s_i [R] (arXiv 2507.18071 eq. 7): the mean log-ratio of a sample's trained tokens.
 
-    The gradient flows through each row's log-prob (GSPO-token, eq. 14); it sums to GSPO's where a sample's tokens
-    share
+    The gradient flows through each row's log-prob (GSPO-token, eq. 14); it sums to GSPO's where a sample's tokens share
     one advantage and are averaged over the sample.
     """
     rows = (logprobs - old_logprobs).where(mask > 0, 0.0).detach()
@@ -110,8 +108,7 @@ def cispo_surrogate(
 ) -> tuple[Tensor, Tensor]:
     """CISPO's loss [R] (arXiv 2506.13585 eq. 4, 5) and where its weight is clipped [R].
 
-    -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A log pi: clipping keeps the gradient. clip_low = 1: no lower
-    bound,
+    -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A log pi: clipping keeps the gradient. clip_low = 1: no lower bound,
     as in the paper. Use with aggregation `token_mean`.
     """
     ratio = _clamp(logprobs - old_logprobs).exp().detach()
@@ -131,8 +128,7 @@ def rollout_weights(
     """Weights [R] for samples from another policy than the proximal one, and where they were cut [R]; no gradient.
 
     w = exp(old - rollout), 1 where mask is 0. truncate: min(w, largest) (truncated importance sampling, Yao et al.
-    2025). mask: w within [smallest, largest], else 0 (the token still counts in the denominators). decoupled: w
-    (AReaL,
+    2025). mask: w within [smallest, largest], else 0 (the token still counts in the denominators). decoupled: w (AReaL,
     arXiv 2505.24298). Raise ValueError if a bound is missing.
     """
     ratio = _clamp((old_logprobs - rollout_logprobs).where(mask > 0, 0.0)).exp().detach()
@@ -149,8 +145,8 @@ def rollout_weights(
 def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estimator) -> Tensor:
     """Per-token estimates [R] of KL(policy || reference), as in `kl.py`; differentiable in `logprobs`.
 
-    The expected gradient of k1 is 0 (use it in the reward), that of k2 is the KL's, that of k3 is
-    KL(reference || policy)'s.
+    The expected gradient of k1 is 0 (use it in the reward), that of k2 is the KL's, that of k3 is KL(reference ||
+    policy)'s.
     """
     if estimator == "k1":
         return logprobs - reference_logprobs
@@ -167,8 +163,7 @@ def clipped_value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Half the squared error of each value [R], and where clipping binds [R] (bool).
 
-    max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's public code; arXiv 2005.12729). clip
-    None:
+    max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's public code; arXiv 2005.12729). clip None:
     (V - R)^2 / 2.
     """
     plain = (values - returns) ** 2

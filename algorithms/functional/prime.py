@@ -1,8 +1,8 @@
 """PRIME's returns (arXiv 2502.01456): process and outcome rewards with separate baselines, combined and whitened.
 
 r_it is the process reward of token t of response i, m_i its mean over trained tokens, a_i the outcome reward, K the
-valid responses of a group, q_it = log pi_phi - log pi_ref. Process rewards on untrained tokens are ignored; the
-outcome is on the last trained token. `prime_rloo` follows one of three codebases:
+valid responses of a group, q_it = log pi_phi - log pi_ref. Process rewards on untrained tokens are ignored; the outcome
+is on the last trained token. `prime_rloo` follows one of three codebases:
 
 | | ours (`strict`) | `official` (PRIME-RL/PRIME) | `verl` (recipe/prime) |
 |---|---|---|---|
@@ -105,12 +105,9 @@ def rloo(
 ) -> Terms:
     """Leave-one-out baselines for both halves (the paper's choice).
 
-    strict: p_it = r_it - mean of m_j over the group's other valid responses. official (both codebases): p_it = (K
-    r_it -
-    sum_j m_j) / (K - 1), which amplifies variation inside a response by K / (K - 1). Outcome: o_i = a_i - mean of
-    the
-    others' a_j. Return: sum over s >= t of process_gamma^(s-t) p_is, and outcome_gamma^(L_i - t) o_i. Samples alone
-    in
+    strict: p_it = r_it - mean of m_j over the group's other valid responses. official (both codebases): p_it = (K r_it
+    - sum_j m_j) / (K - 1), which amplifies variation inside a response by K / (K - 1). Outcome: o_i = a_i - mean of the
+    others' a_j. Return: sum over s >= t of process_gamma^(s-t) p_is, and outcome_gamma^(L_i - t) o_i. Samples alone in
     their group get 0 and keep False.
     """
     means = token_means(process, masks)
@@ -186,11 +183,10 @@ def token_rewards(process: Ragged, outcome: Float64, masks: Masks, valid: Bool) 
 def combine(
     terms: Terms, masks: Masks, *, process_coefficient: float, outcome_coefficient: float, whitened: bool = True
 ) -> Combined:
-    """G = process_coefficient x process half + outcome_coefficient x outcome half, whitened over the batch (variance
-    + 1e-8, ddof 1).
+    """G = process_coefficient x process half + outcome_coefficient x outcome half, whitened over the batch (variance +
+    1e-8, ddof 1).
 
-    Metrics: the weighted process half's share of both halves' variances over trained tokens, mean and std of G
-    before
+    Metrics: the weighted process half's share of both halves' variances over trained tokens, mean and std of G before
     whitening.
     """
     returns = [

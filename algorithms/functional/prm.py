@@ -1,7 +1,6 @@
 """Losses of an implicit process reward model on outcome labels (arXiv 2412.01981, 2502.01456); torch.
 
-A response's score is s = beta x sum over its tokens of (log pi_phi - log pi_ref). Losses take logits in fp32 at
-least
+A response's score is s = beta x sum over its tokens of (log pi_phi - log pi_ref). Losses take logits in fp32 at least
 (sigmoid saturates) and return one loss per response or pair.
 """
 

@@ -1,8 +1,8 @@
 """Returns and advantages of tokens: pure functions of ragged float64 arrays [T_i].
 
 `masks` mark trained tokens. Gaps between them (of a tool or another speaker) are *bridged*: the token after a gap
-follows the one before it, with one discount. A reward on an unmarked token belongs to the last marked token before
-it; before the first one it is left out. Results are 0 on unmarked tokens.
+follows the one before it, with one discount. A reward on an unmarked token belongs to the last marked token before it;
+before the first one it is left out. Results are 0 on unmarked tokens.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ def reward_to_go(rewards: Ragged, masks: Masks, gamma: float = 1.0) -> list[Floa
 def gae(rewards: Ragged, values: Ragged, masks: Masks, *, gamma: float, lam: float) -> Credit:
     """Generalised advantage estimation (arXiv 1506.02438 eq. 16), gaps bridged.
 
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next marked token
-    and
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next marked token and
     the value after the last one is 0 (a truncated response counts as ended). rewards, values ragged [T_i]; values on
     unmarked tokens are not read.
     """
@@ -72,8 +71,7 @@ def whiten(
 ) -> Whitened:
     """(x - mean) / sqrt(variance + epsilon) over all marked tokens of kept samples of the *global* batch.
 
-    values ragged, keep [B]. Tokens weigh the same. Without `centre` only the scale changes. Unmarked tokens and
-    samples
+    values ragged, keep [B]. Tokens weigh the same. Without `centre` only the scale changes. Unmarked tokens and samples
     not kept are 0. For fewer than two different values, centring gives 0 and the scale stays.
     """
     chosen = [x[m] for x, m, k in zip(values, masks, keep, strict=True) if k]
@@ -95,8 +93,7 @@ def whiten(
 def reinforce_plus_plus(rewards: Ragged, masks: Masks, keep: Bool, *, gamma: float = 1.0) -> Whitened:
     """REINFORCE++ (arXiv 2501.03262): discounted reward-to-go, whitened over the global batch.
 
-    `rewards` ragged: the outcome on the last token minus each token's KL penalty. keep [B]. The paper's baseline
-    form
+    `rewards` ragged: the outcome on the last token minus each token's KL penalty. keep [B]. The paper's baseline form
     is `whiten(spread(group_relative(..., normalize_by_std=False)))`.
     """
     return whiten(reward_to_go(rewards, masks, gamma), masks, keep)

@@ -54,8 +54,7 @@ def subsets(responses: int, n: int, limit: int, seed: int) -> Iterator[tuple[int
 def pair_accuracy(scores: Float64, labels: Float64, group: Int64, valid: Bool) -> Float64:
     """Per group with two valid samples: the share of (better, worse) pairs that `scores` order rightly.
 
-    scores, labels, group, valid [B]; pairs are weighted by their labels' difference, equal scores count half. A
-    group
+    scores, labels, group, valid [B]; pairs are weighted by their labels' difference, equal scores count half. A group
     without a difference counts 0.5, as in the official code.
     """
     shares = []

@@ -26,8 +26,8 @@ class Steps:
 
     @classmethod
     def of(cls, experience: Experience) -> Steps:
-        """Use a score's span rewards in order of their ends; else its token rewards, summed over the trained tokens
-        of the sample's spans, or each alone without spans. Invalid samples have no steps.
+        """Use a score's span rewards in order of their ends; else its token rewards, summed over the trained tokens of
+        the sample's spans, or each alone without spans. Invalid samples have no steps.
 
         Raise ValueError if a valid score has neither.
         """
@@ -116,9 +116,8 @@ def min_form(
 ) -> tuple[list[Float64], Bool]:
     """PURE's process advantage of each token: min-form return-to-go minus the leave-one-out baseline per token.
 
-    steps, spans ragged [S_i]; masks ragged [T_i]; valid, group [B] -> ragged [T_i], keep [B]. A step earns w_k p_k -
-    b *
-    (its marked tokens), where b is the reward per marked step token of the group's other valid samples (the authors'
+    steps, spans ragged [S_i]; masks ragged [T_i]; valid, group [B] -> ragged [T_i], keep [B]. A step earns w_k p_k - b
+    * (its marked tokens), where b is the reward per marked step token of the group's other valid samples (the authors'
     `reward_baseline=token`). Tokens of a step share its return; tokens outside of steps get 0. A single valid sample
     gets 0 and keep False.
     """

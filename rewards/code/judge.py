@@ -49,11 +49,9 @@ Tests = AssertTests | InputOutputTests | CallTests
 def read_tests(value: Any, setup: Any = None, entry_point: Any = None, prompt: str = "") -> Tests:
     """Read tests from the cells of a row; raise BadTests.
 
-    `value`: assert statements, a Python text (with `check(<entry point>)` added if there is one), or `{"inputs":
-    [...],
+    `value`: assert statements, a Python text (with `check(<entry point>)` added if there is one), or `{"inputs": [...],
     "outputs": [...], "fn_name": ...}`, also as JSON. `setup`: Python text or lines. `prompt`: Python that belongs to
-    the
-    setup.
+    the setup.
     """
     first = _setup(setup)
     if prompt:

@@ -19,15 +19,14 @@ class CodeReward(Reward):
     """1 if the program in the response passes all tests of its row, else 0; or the share of tests passed.
 
     A program that crashes, hangs or exceeds a limit scores 0. A broken sandbox and unusable tests make the sample
-    invalid. Components: `correct`, `passed` (share; tests with standard input stop at the first failure, with `soft`
-    at a
-    time-out) and `timeout`.
+    invalid. Components: `correct`, `passed` (share; tests with standard input stop at the first failure, with `soft` at
+    a time-out) and `timeout`.
     """
 
     class Config(RewardConfig):
         isolation: Literal["bubblewrap", "http"]
-        """Where model-written code runs. bubblewrap: sandboxes on this machine; http: a SandboxFusion service. There
-        is no unisolated mode."""
+        """Where model-written code runs. bubblewrap: sandboxes on this machine; http: a SandboxFusion service. There is
+        no unisolated mode."""
         tests_column: str = "tests"
         """Data column with the tests: a list of assert statements, a Python text that defines `check`, or
         `{"inputs": [...], "outputs": [...], "fn_name": ...}` (also as JSON)."""

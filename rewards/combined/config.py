@@ -249,7 +249,7 @@ def _refusal(message: str) -> Any:
 
 
 def _seconds(parts: Any) -> float | None:
-    """None if a part is wrong."""
+    """None if a part is wrong (reported elsewhere)."""
     if isinstance(parts, BaseModel) or not isinstance(parts, Mapping) or not parts:
         return None
     total = 0.0

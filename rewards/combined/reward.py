@@ -110,8 +110,7 @@ class PartFailedError(UserError): ...
 class CombinedReward(TrainableReward):
     """Asks its parts one after the other, shapes and combines their scores, and shapes the result.
 
-    A response that a part cannot judge is invalid. With a part that learns or running statistics it learns, and has
-    one
+    A response that a part cannot judge is invalid. With a part that learns or running statistics it learns, and has one
     worker.
     """
 
@@ -344,7 +343,7 @@ def _follows(part: RewardPart) -> bool:
 
 
 def _gives_raw_scores(config: CombinedConfig, parts: Sequence[RewardPart]) -> bool:
-    """Whether a part with a weight does, and no step sets a common scale."""
+    """Whether a part with a weight gives raw scores that no step, its own or the whole's, puts on a common scale."""
     if config.combiner.sets_scale or any(step.sets_scale for step in config.shaping):
         return False
     counted = (part for part in parts if part.options.weight and part.traits.raw_scores)

@@ -59,8 +59,8 @@ _PHRASES = sorted({split for phrase in PHRASES if (split := words(phrase))}, key
 
 
 def trivial(response: str, min_alphanumerics: int = 1) -> str:
-    """Return why the response has no content, or "": too few letters and digits, only announcements, or one that
-    breaks off."""
+    """Return why the response has no content, or "": too few letters and digits, only announcements, or one that breaks
+    off."""
     left = words(response)
     if sum(map(len, left)) < min_alphanumerics:
         return f"fewer than {min_alphanumerics} letters or digits"
@@ -94,9 +94,8 @@ class Probe:
 def complaint(probes: Sequence[Probe], accepted: Sequence[Sequence[bool]], max_rate: float) -> str:
     """Return what is wrong with the judge, or "".
 
-    `accepted`: per probe, whether the judge accepts the right response, then each reject. A question's right
-    response must
-    be accepted once.
+    `accepted`: per probe, whether the judge accepts the right response, then each reject. A question's right response
+    must be accepted once.
     """
     keys: dict[str, list[bool]] = {}
     right: dict[str, bool] = {}

@@ -1,7 +1,6 @@
 """The HTTP client of the rewards that ask a server.
 
-`TransientError` is retried: no connection, no answer in time, a broken body, 408, 425, 429 and 5xx (but 501 and
-505).
+`TransientError` is retried: no connection, no answer in time, a broken body, 408, 425, 429 and 5xx (but 501 and 505).
 `RefusedError` would recur and is raised at once.
 """
 

@@ -15,8 +15,8 @@ A reward built on it:
             values = [[float(next(logprobs).mean()) for _ in group.samples] for group in groups]
             return [GroupScores(tuple(map(Score, of_group))) for of_group in values]
 
-Shared prefixes of a tree are computed once, and nothing is padded. Log-probs are of suffixes: log p(answer | question)
-is `logprobs([Tree(question_ids, (answer_ids,))])`. For texts, load a tokenizer with
+Sequences come as trees: shared prefixes are computed once, and nothing is padded. Log-probs are of suffixes: log
+p(answer | question) is `logprobs([Tree(question_ids, (answer_ids,))])`. For texts, load a tokenizer with
 `rlkit.data.rendering.load_tokenizer`.
 """
 
@@ -55,11 +55,9 @@ Rows = Callable[[Tree], list[int]]
 class Scorer:
     """A frozen model behind packed forward passes whose results are cached.
 
-    A call returns one entry per sequence, tree after tree. The cache key is the content of a whole forward pass and
-    the
+    A call returns one entry per sequence, tree after tree. The cache key is the content of a whole forward pass and the
     kind of result, so a hit is bit by bit what the pass would compute, and a run resumed with an empty cache repeats
-    the
-    numbers.
+    the numbers.
     """
 
     def __init__(
@@ -71,8 +69,8 @@ class Scorer:
         cache_mib: float = 64.0,
         logit_elements_per_chunk: int = 2**24,
     ) -> None:
-        """`tokens_per_batch`: tokens per forward pass, a shared prefix counted in each sequence. None: a pass per
-        tree, so its values do not depend, even in the last bit, on the call's other trees."""
+        """`tokens_per_batch`: tokens per forward pass, a shared prefix counted in each sequence. None: a pass per tree,
+        so its values do not depend, even in the last bit, on the call's other trees."""
         self.module: Any = module.to(device).eval().requires_grad_(False)
         self._device = device
         self._tokens_per_batch = tokens_per_batch

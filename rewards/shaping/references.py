@@ -28,8 +28,7 @@ def preference_as_reward(
     """PAR: r' = mean over references of f(k * (r - offset - r_ref)) [n].
 
     f: sigmoid (PAR; slow-then-fast with offset=3), tanh, arctan, or the quintic fitted to the sigmoid. A single
-    reference
-    0 gives the uncentred forms.
+    reference 0 gives the uncentred forms.
     """
     rewards, references = _float64(rewards), _known(references)
     shaped: Float64 = FORMS[form](k * (rewards[:, None] - offset - references[None, :]))

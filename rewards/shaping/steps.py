@@ -340,8 +340,7 @@ LEVELS = (OutcomeStep, ReferenceStep, RunningStep, ProcessStep)
 def parse_steps(value: Any) -> tuple[Step, ...]:
     """The steps of `[delta, {kind: clip, eta: 0.5}]`; a kind with a dot is the dotted path of a class.
 
-    Only costs of length may precede a step that compares with reference rewards. Raise ValueError that names the
-    wrong
+    Only costs of length may precede a step that compares with reference rewards. Raise ValueError that names the wrong
     step.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):

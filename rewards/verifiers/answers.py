@@ -61,8 +61,7 @@ def final_answer(
 ) -> FinalAnswer | None:
     r"""The last marked answer (`#### x`, `\boxed{x}`, `The answer is x`, a line `A: x`), without the text after it.
 
-    "answer is" before what is no value (`the answer is rounded`) counts only if nothing else is marked. If nothing
-    is
+    "answer is" before what is no value (`the answer is rounded`) counts only if nothing else is marked. If nothing is
     marked and `accept_last_number` is set, the last number counts.
     """
     marked: list[tuple[int, str, str]] = []

@@ -22,9 +22,8 @@ _FENCE_LANGUAGES = ("", "json", "json5", "jsonc")
 class JsonSchema(TextRule):
     """Reads the whole response as JSON, else its last fenced block, and checks it against a schema.
 
-    References are never resolved over the network. Responses that cannot be judged (nested too deeply, a pattern
-    past the
-    deadline) are invalid.
+    References are never resolved over the network. Responses that cannot be judged (nested too deeply, a pattern past
+    the deadline) are invalid.
     """
 
     class Config(TextRuleConfig):

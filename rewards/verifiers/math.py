@@ -116,8 +116,7 @@ class MathReward(Reward):
     r"""Compares the response's final answer (`#### x`, `\boxed{x}`, `The answer is x`, `A: x`) with the gold answer.
 
     A response without an answer scores 0. An answer that the verifier cannot judge (it hangs, dies, or cannot read
-    the
-    gold answer) is invalid, with the reason.
+    the gold answer) is invalid, with the reason.
     """
 
     class Config(TextRuleConfig):
@@ -150,7 +149,7 @@ class MathReward(Reward):
         return [GroupScores(tuple(next(scores) for _ in group.samples)) for group in groups]
 
     def judge(self, responses: Sequence[str], answers: Sequence[str | None]) -> list[Score]:
-        """One score per (response, gold answer). Components: `correct` and `format` (an answer is marked)."""
+        """One score per (response, gold answer)."""
         finals = [final_answer(text, self.config.accept_last_number, self.config.markers) for text in responses]
         golds = [None if answer is None else gold_answer(answer) for answer in answers]
         if self.config.strip_units:

@@ -54,8 +54,7 @@ class Failed:
 class Processes:
     """A pool whose processes start on first use.
 
-    `prepare(*prepare_arguments)` runs in each before any deadline. The fork server imports `preload` once (that of
-    the
+    `prepare(*prepare_arguments)` runs in each before any deadline. The fork server imports `preload` once (that of the
     first pool in this process).
     """
 

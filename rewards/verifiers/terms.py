@@ -88,8 +88,7 @@ class Repetition(TokenReward):
     """1 minus the share of repeated n-grams of tokens: 1 without repetition, near 0 for a loop.
 
     The n-gram penalty of "Demystifying Long Chain-of-Thought" (arXiv 2502.03373): an n-gram that occurred earlier in
-    the
-    response is repeated.
+    the response is repeated.
     """
 
     class Config(RewardConfig):

@@ -67,8 +67,7 @@ def match_share(gold: Sequence[ToolCall], predicted: Sequence[ToolCall], assignm
     """S / S_max, 0 to 1: `S = J(names) + sum of pair scores`, `S_max = 1 + sum over gold of (1 + #arguments)`.
 
     optimal: the assignment with the largest sum; greedy: each gold call in order takes the best unused one (the
-    released
-    code).
+    released code).
     """
     if list(gold) == list(predicted):
         return 1.0
@@ -149,17 +148,15 @@ class GoldCalls:
 class ToolCallMatch(TextRule):
     """value = format (0 to `format_scale`) + correctness (-`correctness_scale` to `correctness_scale`).
 
-    format: the layout that the gold implies, <think>, <tool_call>, <response>, each once. correctness: its scale
-    times 2 S
-    / S_max - 1, S counting equal tool names, argument names and arguments; the minimum for unreadable calls, 0 where
-    the
-    gold has no calls.
+    format: the layout that the gold implies, <think>, <tool_call>, <response>, each once. correctness: its scale times
+    2 S / S_max - 1, S counting equal tool names, argument names and arguments; the minimum for unreadable calls, 0
+    where the gold has no calls.
     """
 
     class Config(TextRuleConfig):
         tool_calls_column: str = "tool_calls"
-        """Column with the gold calls: a list of {name, parameters or arguments}, its JSON text, or a ToolRL answer
-        with <tool_call> and <response> tags; empty: no call is wanted."""
+        """Column with the gold calls: a list of {name, parameters or arguments}, its JSON text, or a ToolRL answer with
+        <tool_call> and <response> tags; empty: no call is wanted."""
         correctness_scale: float = Field(default=3.0, ge=0)
         """Correctness lies between minus this and this."""
         format_scale: float = Field(default=1.0, ge=0)

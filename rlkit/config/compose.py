@@ -75,7 +75,10 @@ def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
     if not (folder / group).is_dir():
         group = borrowed_options(folder)[group]
     content = OmegaConf.to_container(OmegaConf.load(folder / group / f"{option}.yaml"))
-    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    own = content.get(group)  # a file for the whole tree (`@package _global_`) names the group
+    return {str(key): value for key, value in (own if isinstance(own, dict) else content).items()}
 
 
 Options = Mapping[str, Collection[str]]

@@ -138,7 +138,7 @@ class LearnerConfig(Section):
 
 
 class CriticConfig(LearnerConfig):
-    """The critic, for algorithms that need one, with its own model and engine."""
+    """The critic, for algorithms that need one, with its own model, engine and optimizer."""
 
     path: str | None = None
     """Folder of the initial model; null: the policy's. A missing value head starts at zero."""

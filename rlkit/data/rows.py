@@ -27,7 +27,7 @@ class ColumnsConfig(DataConfig):
     prompt_column: str = "question"
     """The question: a text, or a list of chat messages (`{"role": ..., "content": ...}`)."""
     answer_column: str | None = "answer"
-    """The gold answer: a text or a number; of `... #### 72` the answer is `72`. null: there is none."""
+    """The gold answer: a text or a number; from `... #### 72` only `72` is used. null: there is none."""
     reference_columns: tuple[str, ...] = ()
     """Columns with reference answers (a text or a list of texts each). Empty: the whole text of the answer column."""
     strip_annotations: bool = True

@@ -75,7 +75,7 @@ class JointLearner:
         return Experience(groups, step, values, policy, reference)
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
-        """Train policy and critic side by side; the version grows by one even while the policy waits."""
+        """Train policy and critic side by side; the version grows by one even when only the critic trains."""
         groups = experience.groups
         if self.critic is None:
             return await self.policy.update(groups, advantages)

@@ -172,7 +172,7 @@ class PolicyLearner:
 
     @torch.no_grad()
     def _reference_rows(self, packed: PackedBatch) -> torch.Tensor | None:
-        # A penalty in the reward is paid already; the loss would compute the reference only to show it.
+        # With the KL in the reward, the loss needs no reference log-probs.
         unused = self.reference is None or self.algorithm.needs().token_kl
         return None if unused else self._forward(self.reference, packed)[0]
 

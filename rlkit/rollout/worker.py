@@ -61,19 +61,19 @@ class RolloutWorker:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self.version = 0
         self.checksum = ""
-        """Of the last weights received."""
+        """Checksum of the last weights received."""
         self.announced: str | None = None
         """The checksum that came with them."""
         self.open: dict[str, _Open] = {}
         self.pump: asyncio.Task[None] | None = None
         self.admission = asyncio.Lock()
-        """Held while groups are admitted, and while `closed`."""
+        """Taken to admit groups; held from `prepare` to `admit`."""
         self.closed = False
         """From `prepare` until the pool accepts the receipt (`admit`)."""
         self.arrived = asyncio.Event()
         """Set when a transfer has completed or failed."""
         self.failure: Exception | None = None
-        """Of the last transfer."""
+        """What ended the last transfer."""
 
     async def start(self) -> None:
         """Load the engine and generate once, so that the first step finds everything warm."""

@@ -20,7 +20,7 @@ class WeightReceipt:
 
     version: int
     checksum: str
-    """Of the weights received."""
+    """Checksum of the weights received."""
     announced: str | None
     """The checksum sent with them; None after a direct transfer, where the learner has it."""
     canary_logprobs: np.ndarray

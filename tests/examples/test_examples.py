@@ -36,7 +36,7 @@ def test_own_parts_train_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("example", ["gsm8k", "prime"])
 def test_the_command_of_the_page(example: str, tmp_path: Path) -> None:
     (block,) = re.findall(r"```bash\npython -m rlkit\.train (.*?)\n```", (EXAMPLES / example / "README.md").read_text())
-    arguments = [word.replace("../shared", str(SHARED)) for word in block.split()]
+    arguments = [word.replace("train.jsonl", str(SHARED / "data/gsm8k/train.jsonl")) for word in block.split()]
     run = Run(tmp_path, *arguments, "trainer.total_steps=2", "rollout.max_response_tokens=128")
     try:
         assert run.end() == 0, run.text

@@ -44,8 +44,7 @@ sys.stdin.readline()
 def make_user_namespace() -> int:
     """Return a file descriptor that keeps a new user namespace alive while open; raise Unavailable.
 
-    The kernel does not limit the processes of the machine's root, whatever its name in a namespace. Here the
-    sandbox's
+    The kernel does not limit the processes of the machine's root, whatever its name in a namespace. Here the sandbox's
     user is `nobody` outside, too.
     """
     with subprocess.Popen(
