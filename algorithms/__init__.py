@@ -1,4 +1,1 @@
-"""Algorithms: one paper, one file that says its advantages, its loss and what it needs.
-
-`base.py` is the contract, `surrogate.py` the policy loss with its options, `functional/` the mathematics.
-"""
+"""Algorithms, one file per paper; `base.py` is the contract, `functional/` the mathematics."""

@@ -1,4 +1,4 @@
-"""The contract of an algorithm: what it needs, its advantages (numpy, driver), its loss (torch, learner)."""
+"""The contract of an algorithm: needs, advantages (numpy, driver), loss (torch, learner)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,11 @@ Layout = Literal["any", "pairs", "full_group"]
 
 
 class AlgorithmConfig(Section):
-    """Fields of every algorithm. An algorithm nests a subclass as `Config`."""
-
     samples_per_prompt: int = Field(default=8, ge=1)
     """Responses sampled for each prompt (the group size)."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Fields redefined only for another default keep their description."""
         for name, info in cls.model_fields.items():
             inherited = (base.model_fields.get(name) for base in cls.__mro__[1:] if issubclass(base, AlgorithmConfig))
             info.description = info.description or next((f.description for f in inherited if f is not None), None)
@@ -37,49 +34,47 @@ class AlgorithmConfig(Section):
 
 @dataclass(frozen=True)
 class AlgorithmNeeds:
-    """What the runtime must provide; checked before anything starts."""
+    """Requirements on the runtime, checked before a run starts."""
 
     critic: bool = False
     reference_policy: bool = False
     min_samples_per_prompt: int = 1
     layout: Layout = "any"
-    """Which samples must share a micro-batch: those of a pair or of a group."""
+    """Samples that must share a micro-batch."""
     process_rewards: bool = False
-    """Scores must carry token or span rewards."""
     token_kl: bool = False
-    """Advantages use log-probs of policy and reference (a KL penalty in the reward)."""
+    """Advantages use log-probs of policy and reference."""
     greedy_response: bool = False
-    """Every prompt also gets a scored greedy response (`Group.greedy`), never trained on."""
+    """Every prompt also gets a scored greedy response (`Group.greedy`), not trained on."""
 
 
 @dataclass(frozen=True)
 class Experience:
-    """One training step before the update. Samples are numbered group by group."""
+    """One training step before the update; samples are numbered group by group."""
 
     groups: Sequence[Group]
     step: int
     values: Sequence[FloatArray] | None = None
-    """Per sample, [T]: the critic's values, if there is one."""
+    """Per sample, [T]: the critic's values."""
     policy_logprobs: Sequence[FloatArray] | None = None
-    """Per sample, [T]: under the policy before the update, if needed."""
+    """Per sample, [T]: under the policy before the update."""
     reference_logprobs: Sequence[FloatArray] | None = None
-    """Per sample, [T]: under the reference policy, if needed."""
+    """Per sample, [T]: under the reference policy."""
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """Sequences are per sample, in the Experience's order."""
+    """Sequences are per sample."""
 
     tokens: Sequence[FloatArray]
     """Per sample, [T]."""
     keep: NDArray[np.bool_]
-    """[B] samples that enter the loss and its denominators (False: invalid, dropped, nothing to learn)."""
+    """[B] samples in the loss and its denominators."""
     returns: Sequence[FloatArray] | None = None
     """Per sample, [T]: the critic's targets."""
     extras: Mapping[str, Sequence[FloatArray]] = field(default_factory=dict)
-    """Further per-token inputs of the loss (per sample, [T]): labels, sequence rewards, weights."""
+    """Further inputs of the loss per token (per sample, [T])."""
     scalars: Mapping[str, float] = field(default_factory=dict)
-    """Numbers for the loss that change from step to step, such as coefficients."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def check(self, experience: Experience, algorithm: object) -> None:
@@ -100,41 +95,40 @@ class Denominators:
     tokens: float
     """Trained response tokens."""
     sequences: float
-    """Samples with at least one trained token."""
+    """Samples with a trained token."""
     groups: float
-    """Groups with at least one such sample."""
+    """Groups with such a sample."""
 
 
 @dataclass(frozen=True)
 class LossInputs:
     """One micro-batch as flat rows: R response tokens (trained or not) of S samples, sample after sample.
 
-    All tensors are on the learner's device. Only `logprobs` and `entropy` carry gradients.
+    Only `logprobs` and `entropy` carry gradients.
     """
 
     logprobs: Tensor
     """[R] under the policy being trained."""
     entropy: Tensor
-    """[R] of the policy's next-token distribution, in nats."""
+    """[R] nats, of the next-token distribution."""
     old_logprobs: Tensor
-    """[R] under the policy before this step's first update (the proximal policy)."""
+    """[R] before this step's first update (proximal policy)."""
     rollout_logprobs: Tensor
-    """[R] from the sampler (the behaviour policy)."""
+    """[R] from the sampler (behaviour policy)."""
     advantages: Tensor
     """[R]"""
     mask: Tensor
-    """[R] 1.0 where the token is trained."""
+    """[R] 1.0 on trained tokens."""
     sequence: Tensor
     """[R] int64: sample of each row."""
     group: Tensor
-    """[S] int64: group of each sample, numbered within the micro-batch."""
+    """[S] int64: group of each sample within the micro-batch."""
     denominators: Denominators
     reference_logprobs: Tensor | None = None
     """[R]"""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """[R] each."""
     scalars: Mapping[str, float] = field(default_factory=dict)
-    """The step's `Advantages.scalars`."""
 
     @property
     def num_sequences(self) -> int:
@@ -143,37 +137,36 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class ValueLossInputs:
-    """One micro-batch of the critic as flat rows [R] of S samples. Only `values` carries gradients."""
+    """One micro-batch of the critic: flat rows [R]. Only `values` carries gradients."""
 
     values: Tensor
     """[R]"""
     old_values: Tensor
-    """[R] that the advantages were computed with."""
+    """[R] behind the advantages."""
     returns: Tensor
     """[R] targets."""
     mask: Tensor
-    """[R] 1.0 where the token is trained."""
+    """[R] 1.0 on trained tokens."""
     sequence: Tensor
     """[R] int64: sample of each row."""
     num_sequences: int
-    """S."""
     denominators: Denominators
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A micro-batch's share of the step's loss; shares add up over micro-batches and ranks."""
+    """A micro-batch's share of the step's loss; shares add up."""
 
     loss: Tensor
     """Scalar, divided by the global denominators."""
     sums: Mapping[str, Tensor] = field(default_factory=dict)
-    """Scalar metrics that add up in the same way (divided by global denominators, too)."""
+    """Scalar metrics that add up the same way."""
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
-    """Scalar metrics of which the maximum over micro-batches and ranks is reported."""
+    """Scalar metrics reported as the maximum over micro-batches and ranks."""
 
 
 class Algorithm(ABC):
-    """Subclass, nest a `Config`, and point `algorithm._target_` at it."""
+    """Subclass it, nest a `Config`, and set `algorithm._target_` to it."""
 
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
 
@@ -185,26 +178,22 @@ class Algorithm(ABC):
         return AlgorithmNeeds()
 
     def normalises(self) -> bool:
-        """Whether advantages are divided by the spread of rewards, so that their scale cancels; if not, raw scores
-        of a model should be normalised first."""
+        """Whether the scale of rewards cancels; if not, normalise raw model scores first."""
         return False
 
     @abstractmethod
     def advantages(self, experience: Experience) -> Advantages:
-        """Credit for every response token. Pure."""
+        """Pure."""
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """The policy loss of one micro-batch. Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
+        """Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
 
     def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 (few algorithms have state)
-        """Called in the driver after each update; only here may state change.
-
-        The loss runs in other processes: state reaches it in `Advantages.scalars`.
-        """
+        """Called in the driver after each update; only here may state change. It reaches the loss in
+        `Advantages.scalars`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `observe` changed, for checkpoints."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027

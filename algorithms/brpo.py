@@ -1,9 +1,8 @@
 """BRPO: bootstrapped relative policy optimisation, for judges that compare (Writing-Zero, arXiv 2506.00103).
 
-A random sample of each group is the others' reference: A_i = +1 if sample i beats it under all voting conditions,
-else -1; A_ref = 0; nothing is normalised. A group with |sum_i A_i| / G > 0.6 is dropped: so good or bad a reference
-teaches little. Loss: PPO's clipped surrogate. Wins come from the scores' preferences (`reward=judge
-reward.mode=pairwise`) or, in a group without any, from higher rewards.
+A random sample of each group is the reference: A_i = +1 if sample i beats it under all voting conditions, else -1;
+A_ref = 0. A group with |sum_i A_i| / G > 0.6 is dropped. Loss: PPO's clipped surrogate. Wins come from preferences
+(`reward=judge reward.mode=pairwise`), or from higher rewards in groups without any.
 """
 
 from __future__ import annotations
@@ -22,13 +21,11 @@ from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 
 class BRPO(SurrogateAlgorithm):
     class Config(SurrogateConfig):
-        """The paper's group size and bound; a KL penalty is off."""
-
         samples_per_prompt: int = Field(default=16, ge=1)
         max_skew: float = Field(default=0.6, gt=0, le=1)
         """Drop groups whose advantages sum to more than this share of their samples."""
         win_probability: float = Field(default=1.0, gt=0.5, le=1)
-        """Probability of a preference from which it is a win; 1: a judge asked in both orders agrees twice."""
+        """Probability from which a preference is a win; 1: a judge asked in both orders agrees twice."""
         aggregation: Aggregation = "sequence_mean_token_mean"
 
         @model_validator(mode="after")
@@ -59,8 +56,8 @@ class BRPO(SurrogateAlgorithm):
 
 
 def draw_references(experience: Experience, outcomes: Outcomes) -> Bool:
-    """[B] marks one valid sample per group, that with the smallest seed. Seeds are hashes, so all are equally
-    likely, and a group always has the same reference."""
+    """[B] marks each group's valid sample with the smallest seed; seeds are hashes, so the draw is uniform and
+    repeatable."""
     seeds = [sample.seed for group in experience.groups for sample in group.samples]
     reference = np.zeros(len(seeds), dtype=np.bool_)
     for g in np.unique(outcomes.group[outcomes.valid]):
@@ -69,7 +66,6 @@ def draw_references(experience: Experience, outcomes: Outcomes) -> Bool:
 
 
 def wins_over(experience: Experience, outcomes: Outcomes, reference: Bool, win_probability: float) -> Bool:
-    """[B] samples that beat their group's reference."""
     wins = np.zeros(len(reference), dtype=np.bool_)
     for g, group in enumerate(experience.groups):
         members = np.flatnonzero(outcomes.group == g)

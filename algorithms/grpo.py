@@ -1,7 +1,7 @@
 """GRPO: group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300).
 
-Advantage: the sample's reward relative to its group, equal for all its tokens. Loss: PPO's clipped surrogate plus a
-KL penalty to the reference policy (k3, in the loss; eq. 3 and 4). Dr. GRPO, DAPO, GSPO and CISPO are settings of this.
+Advantage: the reward relative to the group. Loss: PPO's clipped surrogate plus a KL penalty (k3; eq. 3 and 4). Dr.
+GRPO, DAPO, GSPO and CISPO are settings of this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 class GRPO(SurrogateAlgorithm):
     class Config(SurrogateConfig):
         kl_coefficient: float = Field(default=0.04, ge=0)
-        """Weight of the KL penalty to the reference policy (the paper's section 4.2); 0 loads none."""
+        """Weight of the KL penalty to the reference policy; 0 loads none."""
         normalize_by_std: bool = True
         """Divide advantages by the group's standard deviation (False: Dr. GRPO)."""
         aggregation: Aggregation = "sequence_mean_token_mean"

@@ -1,8 +1,7 @@
 """PPO with a critic (arXiv 1707.06347; for language models arXiv 2203.02155).
 
-Token rewards: the outcome on the last trained token, process rewards where there are any, and, with `kl_in=reward`,
-minus each token's KL. Advantages: GAE on the critic's values, whitened over the batch. Loss: the clipped surrogate;
-the critic regresses on the returns with clipped values.
+Token rewards: the outcome on the last trained token, process rewards, and with `kl_in=reward` minus each token's KL.
+Advantages: GAE, whitened over the batch.
 """
 
 from __future__ import annotations
@@ -29,20 +28,18 @@ if TYPE_CHECKING:
 
 class PPO(SurrogateAlgorithm):
     class Config(SurrogateConfig):
-        """As in POLAR's and most published language-model runs: gamma = lambda = 1, clip 0.2."""
-
         samples_per_prompt: int = Field(default=1, ge=1)
-        """Responses sampled for each prompt; the critic is the baseline, so one is enough."""
+        """Responses sampled for each prompt; one is enough with a critic."""
         gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per token."""
         gae_lambda: float = Field(default=1.0, ge=0, le=1)
         """Of generalised advantage estimation: 1 uses whole returns, 0 one step."""
         whiten_advantages: bool = True
-        """Mean 0 and variance 1 over the trained tokens of the whole batch."""
+        """Mean 0 and variance 1 over the batch's trained tokens."""
         value_clip: float | None = Field(default=0.2, gt=0)
         """A value that moved further in this update gets no gradient; null: no clipping."""
         process_coefficient: float = Field(default=1.0, ge=0)
-        """Weight of process rewards, if the reward gives any; a span's is on its last trained token."""
+        """Weight of process rewards; a span's is on its last trained token."""
         kl_in: KLPlace = "reward"
         """Where the penalty is; in the reward (arXiv 2203.02155 eq. 2) the critic sees it."""
         kl_estimator: Estimator = "k1"

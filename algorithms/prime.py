@@ -1,9 +1,7 @@
 """PRIME: process rewards from an implicit PRM that learns from outcomes during the run (arXiv 2502.01456).
 
-Outcome and token process rewards (`reward=implicit_prm`) have separate baselines inside the group; the weighted sum
-of their returns is whitened over the batch. The buffer filters groups that are too easy or too hard
-(`buffer.min_group_reward`, `buffer.max_group_reward`). Estimators: RLOO (the paper's choice), GRPO and REINFORCE;
-for PPO use `algorithm=ppo`, which takes process rewards as well.
+Outcome and process rewards have separate baselines in the group; their weighted returns are whitened over the batch.
+Estimators: RLOO (the paper's choice), GRPO and REINFORCE.
 """
 
 from __future__ import annotations
@@ -31,24 +29,22 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 class PRIME(SurrogateAlgorithm):
     class Config(SurrogateConfig):
-        """The paper's and its script's, except for the parity mode."""
-
         samples_per_prompt: int = Field(default=4, ge=1)
         """Responses sampled for each prompt (K)."""
         estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
-        """How both halves are compared with the rest of the group."""
+        """How both halves are compared with the group."""
         mode: Literal["strict", "official", "verl"] = "strict"
-        """Baseline of the process half and coefficients: the paper's text, or as one of the two codebases (rloo)."""
+        """Process baseline and coefficients: the paper's text, or one of the two codebases (rloo)."""
         normaliser: Literal["none", "global_max_return", "global_std"] = "global_max_return"
-        """What process rewards are divided by, over the whole batch; with it their scale (beta) cancels."""
+        """Divisor of process rewards over the whole batch; their scale (beta) then cancels."""
         process_coefficient: float = Field(default=1.0, ge=0)
         """Weight of the process half."""
         outcome_coefficient: float = Field(default=1.0, ge=0)
-        """Weight of the outcome half; after whitening only the ratio of the two matters."""
+        """Weight of the outcome half; after whitening only the ratio of both matters."""
         process_gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per token of the process half."""
         kl_in: KLPlace = "loss"
-        """Only the loss: a KL penalty in the reward does not reach PRIME's returns."""
+        """A KL penalty in the reward does not reach PRIME's returns."""
 
         @model_validator(mode="after")
         def _prime_options_act(self) -> Self:
@@ -114,7 +110,6 @@ class PRIME(SurrogateAlgorithm):
 
 
 def _process_rewards(experience: Experience) -> list[Float64]:
-    """Ragged; zeros for invalid samples (not kept)."""
     rows = []
     for group in experience.groups:
         for sample, score in group.scored():
@@ -130,6 +125,5 @@ def _process_rewards(experience: Experience) -> list[Float64]:
 
 
 def _compared(outcomes: Outcomes) -> Bool:
-    """[B] samples with another valid sample in their group."""
     counts = np.bincount(outcomes.group, weights=outcomes.valid.astype(np.float64))
     return np.asarray(counts[outcomes.group] >= 2)

@@ -1,14 +1,13 @@
 """PURE: min-form credit for the steps of a response (arXiv 2504.15275).
 
-A response is worth as much as its worst step, not the sum, so further good steps earn nothing. With p_k the process
-reward of step k, from -1 to 1, and T a temperature,
+A response is worth its worst step. With p_k the process reward of step k, from -1 to 1, and T a temperature,
 
     r_k = p_k softmax(-p / T)_k,    G_k = sum over l >= k of r_l    (T -> 0: G_1 = min_k p_k)
 
 A token's advantage: G of its step minus a leave-one-out baseline per token, plus `outcome_coefficient` times the
-outcome reward minus the mean of the others', minus the KL from there on; 0 outside of steps, as in the authors'
-code. Process rewards are span rewards, or token rewards (`reward=implicit_prm`) summed over the sample's spans;
-without spans every token is a step. Loss: PPO's clipped surrogate.
+outcome reward minus the mean of the others', minus the KL from there on; 0 outside of steps, as in the authors' code.
+Process rewards are span rewards, or token rewards summed over the sample's spans; without spans every token is a step.
+Loss: PPO's clipped surrogate.
 """
 
 from __future__ import annotations
@@ -30,11 +29,9 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 class PURE(SurrogateAlgorithm):
     class Config(SurrogateConfig):
-        """Those of the authors' script (process and verifiable rewards)."""
-
         samples_per_prompt: int = Field(default=4, ge=1)
         temperature: float = Field(default=0.1, gt=0)
-        """T, in the unit of process rewards: the smaller, the more the worst step alone counts."""
+        """T, in units of process rewards: the smaller, the more the worst step alone counts."""
         outcome_coefficient: float = Field(default=1.0, ge=0)
         """Weight of the outcome reward; 0: process rewards only."""
         kl_coefficient: float = Field(default=0.001, ge=0)
@@ -76,7 +73,7 @@ class PURE(SurrogateAlgorithm):
 
 
 def _scored(experience: Experience) -> Bool:
-    """[B] samples with a valid score, even without an outcome, and a trained token."""
+    """[B] samples with a trained token and a valid score, even without an outcome."""
     return np.array(
         [score.valid and sample.trained.any() for group in experience.groups for sample, score in group.scored()],
         dtype=np.bool_,

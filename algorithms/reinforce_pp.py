@@ -1,6 +1,6 @@
-"""REINFORCE++ (arXiv 2501.03262): no critic and no group; token rewards to go, whitened over the whole batch.
+"""REINFORCE++ (arXiv 2501.03262): no critic, no group; token rewards-to-go, whitened over the whole batch.
 
-A token's reward is minus its KL penalty; the outcome is added to the last one. `baseline: group` first subtracts the
+A token's reward is minus its KL penalty, plus the outcome on the last one. `baseline: group` first subtracts the
 group's mean from the outcome (the paper's REINFORCE++-baseline).
 """
 
@@ -23,13 +23,13 @@ class ReinforcePP(SurrogateAlgorithm):
     class Config(SurrogateConfig):
         samples_per_prompt: int = Field(default=1, ge=1)
         baseline: Literal["none", "group"] = "none"
-        """Subtracted from a sample's outcome: nothing, or the mean of its group."""
+        """Subtracted from the outcome: nothing, or the group's mean."""
         gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per trained token."""
         kl_coefficient: float = Field(default=0.01, ge=0)
-        """Weight of the KL penalty to the reference policy (OpenRLHF's published script); 0 loads none."""
+        """Weight of the KL penalty to the reference policy (OpenRLHF's script); 0 loads none."""
         kl_in: KLPlace = "reward"
-        """Where the penalty is: subtracted from each token's reward (the paper), or in the loss (the baseline form)."""
+        """Where the penalty is: in each token's reward (paper) or in the loss (its baseline form)."""
         kl_estimator: Estimator = "k1"
 
     def needs(self) -> AlgorithmNeeds:

@@ -1,8 +1,4 @@
-"""ReMax (arXiv 2310.10505): REINFORCE whose baseline is the reward of the greedy response to the same prompt.
-
-Advantage: the sample's reward minus the greedy response's, equal for all its tokens. One sample per prompt is
-enough; the greedy response is scored and never trained on.
-"""
+"""ReMax (arXiv 2310.10505): REINFORCE whose baseline is the reward of the prompt's greedy response."""
 
 from __future__ import annotations
 
@@ -20,8 +16,6 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 class ReMax(SurrogateAlgorithm):
     class Config(SurrogateConfig):
-        """One response per prompt, log-probs summed over it, as in the paper's algorithm 1."""
-
         samples_per_prompt: int = Field(default=1, ge=1)
         """Responses sampled for each prompt, besides the greedy one."""
         kl_in: KLPlace = "reward"

@@ -1,7 +1,7 @@
 """RLOO: REINFORCE leave-one-out (arXiv 2402.14740).
 
-Advantage: the sample's reward minus the mean of the other samples of its group, equal for all its tokens. Loss: with
-one optimizer step per batch the gradient of the clipped surrogate is REINFORCE's; with more it is clipped as in PPO.
+Advantage: the reward minus the mean of the group's other samples. Loss: the clipped surrogate, whose gradient is
+REINFORCE's with one optimizer step per batch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 
 class RLOO(SurrogateAlgorithm):
     class Config(SurrogateConfig):
-        """The paper's: 2 or 4 samples; KL in the sample's reward; the action is the whole sample, so log-probs are
-        summed."""
+        """The paper's; the action is the whole sample, so log-probs are summed."""
 
         samples_per_prompt: int = Field(default=4, ge=1)
         kl_in: KLPlace = "reward"

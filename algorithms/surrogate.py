@@ -1,7 +1,4 @@
-"""The policy loss with its options, and rewards before the advantages, shared by most algorithms.
-
-A subclass defines its advantages. Options without effect are refused when the configuration is read.
-"""
+"""The policy loss and its options, and rewards before the advantages."""
 
 from __future__ import annotations
 
@@ -32,15 +29,13 @@ KLPlace = Literal["loss", "reward"]
 
 
 class SurrogateConfig(AlgorithmConfig):
-    """Defaults are PPO's, where it gives them (arXiv 1707.06347)."""
-
     loss: str = "clipped"
-    """clipped: PPO's surrogate; gspo: the same with the ratio of whole samples; cispo: clipped weights of log-probs;
-    or the dotted path of your function or class."""
+    """clipped: PPO's surrogate; gspo: with the ratio of whole samples; cispo: clipped weights of log-probs; or the
+    dotted path of your function or class."""
     loss_options: dict[str, Any] | None = Field(default=None, validate_default=True)
     """Options of your `loss`, if it is a class with a Config."""
     clip_low: float = Field(default=0.2, gt=0, le=1)
-    """The ratio to the policy before the update is clipped below at 1 - clip_low (1: no lower bound)."""
+    """The ratio to the policy before the update is clipped at 1 - clip_low (1: no lower bound)."""
     clip_high: float = Field(default=0.2, gt=0)
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
@@ -52,17 +47,17 @@ class SurrogateConfig(AlgorithmConfig):
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty to the reference policy; 0 loads none."""
     kl_in: KLPlace = "loss"
-    """Where the penalty is: a term of the loss, or subtracted from the reward."""
+    """Where the penalty is."""
     kl_estimator: Estimator = "k3"
-    """Of the KL per token. k1 has no gradient in expectation, so it belongs in the reward."""
+    """Of the KL per token; k1 only works in the reward."""
     kl_target: float | None = Field(default=None, gt=0)
-    """Nats per token: `kl_coefficient` is steered to keep the KL there; null: it stays fixed."""
+    """Nats per token to which `kl_coefficient` steers the KL; null: it stays fixed."""
     kl_horizon: int = Field(default=10_000, ge=1)
-    """Samples over which a KL that is 20 % off its target changes the coefficient by 20 % (arXiv 1909.08593)."""
+    """Samples over which a KL 20 % off its target changes the coefficient by 20 % (arXiv 1909.08593)."""
     entropy_coefficient: float = 0.0
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "truncate", "mask", "decoupled"] = "none"
-    """Weights against the difference between sampler and learner: truncated, 0 where too far, or as they are."""
+    """Weights for the difference between sampler and learner: truncated, 0 where too far, or as they are."""
     largest_weight: float | None = Field(default=None, gt=0)
     """For rollout_correction=truncate (published: 2) and mask (published: 5)."""
     smallest_weight: float | None = Field(default=None, gt=0)
@@ -70,7 +65,7 @@ class SurrogateConfig(AlgorithmConfig):
     overlong_max_tokens: int | None = Field(default=None, ge=1)
     """Response length that costs 1 reward (DAPO); null: length costs nothing."""
     overlong_buffer_share: float = Field(default=0.2, gt=0, le=1)
-    """The last share of `overlong_max_tokens` over which that cost grows from 0 (DAPO: 4096 of 20480 tokens)."""
+    """Share of `overlong_max_tokens`, at its end, over which that cost grows from 0 (DAPO: 0.2)."""
 
     @field_validator("loss")
     @classmethod
@@ -119,8 +114,6 @@ class SurrogateConfig(AlgorithmConfig):
 
 
 class SurrogateAlgorithm(Algorithm):
-    """Subclass and define `credit`."""
-
     Config = SurrogateConfig
 
     def __init__(self, config: Any) -> None:
@@ -150,7 +143,6 @@ class SurrogateAlgorithm(Algorithm):
             self._adaptive = replace(self._adaptive, value=state["kl_coefficient"])
 
     def needs(self) -> AlgorithmNeeds:
-        """A KL penalty needs the reference; in the reward it also needs log-probs before the advantages."""
         penalty = self.config.kl_coefficient > 0
         return AlgorithmNeeds(reference_policy=penalty, token_kl=penalty and self.config.kl_in == "reward")
 
@@ -165,7 +157,6 @@ class SurrogateAlgorithm(Algorithm):
     def credit(self, experience: Experience) -> Advantages: ...
 
     def outcome_rewards(self, outcomes: Outcomes) -> tuple[Float64, dict[str, float]]:
-        """[B] rewards with the over-long penalty, and its metric."""
         longest = self.config.overlong_max_tokens
         if longest is None:
             return outcomes.rewards, {}

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class RewardConfig(Section):
-    """Fields of every reward. A backend nests a subclass as `Config`."""
+    """Fields of every reward; a backend nests a subclass as `Config`."""
 
     timeout_seconds: float = Field(default=120.0, gt=0)
-    """Deadline of one scoring call. After it the worker is killed and replaced, and the call is tried once more."""
+    """Deadline of one scoring call; after it the worker is replaced and the call tried once more."""
     max_failed_share: float = Field(default=0.2, ge=0, le=1)
-    """Share of invalid scores (0 to 1) in one training step above which the run stops and names the cause."""
+    """Share of invalid scores (0 to 1) in a training step above which the run stops."""
     workers: int = Field(default=1, ge=1)
     """Reward processes that score in parallel."""
 
@@ -33,7 +33,7 @@ UpdateWhen = Literal["after", "before", "none"]
 
 @dataclass(frozen=True)
 class RewardTraits:
-    """What the runtime must know of a reward under its configuration before anything starts."""
+    """What the runtime must know of a reward before anything starts."""
 
     references: bool = False
     """Every prompt needs a reference answer."""
@@ -42,38 +42,31 @@ class RewardTraits:
     columns: tuple[str, ...] = ()
     """Further data columns needed."""
     samples: int = 1
-    """Responses to a prompt that it compares; a greedy response counts."""
+    """Responses to a prompt that it compares, including a greedy one."""
     judges_texts: bool = True
-    """Scores depend on the texts of prompt and response alone, not on tokens or the rest of the group: texts without
-    tokens can be scored."""
+    """Scores depend on the texts of prompt and response alone; texts without tokens can be scored."""
     process_rewards: bool = False
-    """Scores carry token or span rewards."""
     uses_gpu: bool = True
-    """Workers get a share of a GPU where there are any. False for rewards that load no model."""
+    """Workers get a share of a GPU. False for rewards that load no model."""
     raw_scores: bool = False
-    """Values are unbounded model scores whose level and spread differ between prompts; algorithms should normalise
-    them."""
+    """Values are unbounded model scores whose level and spread differ between prompts; normalise them."""
     update_when: UpdateWhen = "none"
-    """When a TrainableReward learns from a step. after: once its scores are taken. before: first, and then `rescore`
-    gives the scores for the policy."""
+    """When a TrainableReward learns. after: once a step's scores are taken. before: first; `rescore` then gives the
+    scores for the policy."""
     follows_policy: bool = False
-    """A TrainableReward gets every version of the policy in `policy_weights`."""
+    """A TrainableReward gets every policy version in `policy_weights`."""
 
 
 @dataclass(frozen=True)
 class RewardContext:
     device: str = "cpu"
     gpus: float = 0.0
-    """Share of a GPU per worker."""
     seed: int = 0
     threads: int = 1
-    """CPU threads per worker."""
 
 
 @dataclass(frozen=True)
 class HelpSection:
-    """A section of `--help` beside a reward's `Config`."""
-
     title: str
     text: str
     model: type[BaseModel]
@@ -82,7 +75,7 @@ class HelpSection:
 
 
 class Reward(ABC):
-    """Scores whole groups, in one Ray actor per worker, which calls `start` once before `score`."""
+    """One Ray actor per worker, which calls `start` once before `score`."""
 
     Config: ClassVar[type[RewardConfig]] = RewardConfig
 
@@ -92,7 +85,7 @@ class Reward(ABC):
 
     @classmethod
     def config_model(cls, section: Mapping[str, Any]) -> type[BaseModel]:
-        """The model that validates this section: `Config`, or one with typed sections for rewards inside it."""
+        """Model that validates this section, which may type the sections of inner rewards."""
         return cls.Config
 
     @classmethod
@@ -101,30 +94,29 @@ class Reward(ABC):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        """Cheap checks before a run, without heavy imports (model folders exist, ...): messages for the user."""
+        """Cheap checks before a run, without heavy imports: messages for the user."""
         return []
 
     @classmethod
     def help_sections(cls) -> Iterable[HelpSection]:
-        """Sections of `--help` beside `Config`."""
         return ()
 
     def start(self) -> None:  # noqa: B027 (a reward without a model has nothing to load)
-        """Load models and run a self-test. Raise with a message for the user if scoring cannot work."""
+        """Load models and run a self-test; raise with a message for the user."""
 
     @abstractmethod
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """One GroupScores per group, in order. A sample that cannot be judged gets `Score.invalid(reason)`.
+        """One GroupScores per group, in order; `Score.invalid(reason)` for a sample that cannot be judged.
 
-        An exception means a broken backend (the worker is replaced), not a bad sample.
+        An exception means a broken backend: the worker is replaced.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Free processes and connections. Called once, also after a failed start."""
+        """Called once, also after a failed start."""
 
 
 class TrainableReward(Reward):
-    """A reward that learns during the run (implicit PRM, co-trained verifiers)."""
+    """A reward that learns during the run."""
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -141,26 +133,24 @@ class TrainableReward(Reward):
         return RewardTraits(update_when="after")
 
     version: int = 0
-    """Number of updates."""
 
     @abstractmethod
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Train on scored groups. Return metrics named `area/name`."""
+        """Return metrics named `area/name`."""
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Scores after an update, for `update_when = "before"`; groups carry their earlier scores."""
+        """For `update_when = "before"`; groups carry their earlier scores."""
         return self.score(groups)
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """The policy's current weights by Hugging Face name, read only; for `follows_policy`."""
+        """The policy's weights by Hugging Face name, read only; for `follows_policy`."""
         raise TypeError(f"{type(self).__name__} says that it follows the policy but defines no policy_weights")
 
     def save(self, folder: Path) -> None:
         """Write the learnt model as a plain Hugging Face folder."""
 
     @abstractmethod
-    def state_dict(self) -> Mapping[str, Any]:
-        """Everything needed to resume: weights, optimizer, version."""
+    def state_dict(self) -> Mapping[str, Any]: ...
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

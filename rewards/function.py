@@ -21,22 +21,21 @@ from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rlkit.experience import Group, GroupScores, Prompt, Sample, Score, UserError
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "references", "answer")
-"""What a function may take besides data columns."""
 
 
 class FunctionReward(Reward):
     """Calls the function once for all samples of a call; every argument is a list with one entry per sample.
 
-    The function gets the arguments that it names, or all with `**columns`: `prompts`, `completions`,
-    `completion_ids`, `references` (a list per sample), `answer` and the data columns. It returns a number per
-    sample, or None for an invalid one. If it raises twice (again in a new process), all samples are invalid.
+    It gets the arguments that it names, or all with `**columns`: `prompts`, `completions`, `completion_ids`,
+    `references` (a list per sample), `answer` and the data columns. It returns a number per sample, or None for an
+    invalid one. If it raises twice (again in a new process), all samples are invalid.
     """
 
     class Config(RewardConfig):
         function: str
         """Dotted path of the function: my_module.my_function. `async def` functions are awaited."""
         chat: bool = False
-        """Pass prompts and completions as lists of messages ({"role": ..., "content": ...}) instead of texts."""
+        """Pass prompts and completions as messages ({"role": ..., "content": ...}) instead of texts."""
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -52,7 +51,7 @@ class FunctionReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Its arguments without a default; nothing if it cannot be imported (`check` reports that)."""
+        """Its arguments without a default; none if it cannot be imported."""
         try:
             function = load_function(config.function)
         except FunctionError:
@@ -147,24 +146,19 @@ def _describe(value: object) -> str:
     return f"{type(value).__name__} {value!r:.80}"
 
 
-class FunctionError(UserError, ValueError):
-    """The message names the function and the problem."""
+class FunctionError(UserError, ValueError): ...
 
 
 @dataclass(frozen=True)
 class RewardFunction:
     call: Callable[..., Any]
     name: str
-    """Its dotted path."""
     required: tuple[str, ...]
-    """Arguments without a default."""
     optional: tuple[str, ...]
     takes_all: bool
-    """It has `**columns`, by any name."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Required data columns."""
         return tuple(name for name in self.required if name not in ARGUMENTS)
 
     def wants(self, name: str) -> bool:
@@ -201,7 +195,6 @@ def load_function(path: str) -> RewardFunction:
 
 
 def _import(path: str) -> Any:
-    """Read the beginning of `path` as the longest module name that exists."""
     names = path.split(".")
     if len(names) < 2 or not all(name.isidentifier() for name in names):
         raise FunctionError(f"reward.function={path}: must be a dotted path, like my_module.my_function")

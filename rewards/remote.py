@@ -32,17 +32,17 @@ from rlkit.experience.wire import (
 log = logging.getLogger(__name__)
 
 BUDGET_SHARE = 0.8
-"""Share of a call's deadline after which the client answers instead of being killed."""
+"""Share of a call's deadline after which the client gives up, before it is killed."""
 SERVER_TRIES = 2
-"""A server retries a request once if its process fails at it, each time up to its deadline."""
+"""A server retries a request once if its process fails, each time up to its deadline."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-"""Seconds between tries: random, up to a bound that doubles from the first to the longest."""
+"""Seconds; pauses are random, up to a bound that doubles."""
 START_PAUSE = 0.5
 """Seconds between checks for a server that is not up yet."""
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 10.0
 REMEMBERED_SECONDS = 10.0
-"""The checks of a configuration ask several times; one answer serves them all."""
+"""One health check serves all checks of a configuration."""
 ABOUT_SIZE_OR_CONTENT = (400, 413, 422)
 """Refusals that may be due to one group of the request."""
 
@@ -50,18 +50,17 @@ ABOUT_SIZE_OR_CONTENT = (400, 413, 422)
 class RemoteReward(Reward):
     """Sends groups to a reward server and takes its scores.
 
-    The requirements of the served reward are asked for before the run starts. A lost server is waited for, with
-    back-off, up to the call's deadline; then the samples are invalid.
+    A lost server is waited for, with back-off, up to the call's deadline; then the samples are invalid.
     """
 
     class Config(RewardConfig):
         url: str
         """Address of the server: http://HOST:PORT."""
         timeout_seconds: float = Field(default=360.0, gt=0)
-        """Deadline of one scoring call; the client gives up after 80 % of it. The default allows for both tries of a
-        server with its default deadline (120 s), and for replacing its process in between."""
+        """Deadline of one scoring call; the client gives up after 80 % of it. The default allows for two tries of a
+        server with its default deadline (120 s)."""
         token_env: str | None = None
-        """Environment variable that holds the server's token; the token itself is never written down."""
+        """Environment variable that holds the server's token."""
         samples_per_request: int = Field(default=64, ge=1)
         """Whole groups are sent together up to this many samples (fewer if the server takes fewer)."""
         tokens_per_request: int = Field(default=65536, ge=1)
@@ -69,9 +68,9 @@ class RemoteReward(Reward):
         concurrent_requests: int = Field(default=4, ge=1)
         """Concurrent requests of each worker."""
         attempts: int = Field(default=20, ge=1)
-        """Tries per request, with growing pauses, while the server is away or busy, within `timeout_seconds`."""
+        """Tries per request, with growing pauses, within `timeout_seconds`."""
         send_logprobs: bool = False
-        """Send the sampler's log-probs, for served rewards that use them (they see NaN otherwise)."""
+        """Send the sampler's log-probs; without them served rewards see NaN."""
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -88,7 +87,7 @@ class RemoteReward(Reward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Of the served reward, without its GPU; nothing if it cannot be asked."""
+        """Of the served reward, without its GPU; none without an answer."""
         try:
             health = _health_once(config)
         except HandshakeError:  # `check` reports it
@@ -102,7 +101,7 @@ class RemoteReward(Reward):
         )
 
     def start(self) -> None:
-        """Raise HandshakeError if there is no server within the deadline of a call."""
+        """Raise HandshakeError if there is no server within a call's deadline."""
         config, budget = self.config, BUDGET_SHARE * self.config.timeout_seconds
         token = _token(config.token_env)
         health = _wait_for_server(config.url, token, time.monotonic() + budget)
@@ -217,12 +216,9 @@ def _invalid(group: Group, reason: str) -> GroupScores:
 
 
 class HandshakeError(UserError):
-    """The message names the server and the remedy."""
-
     def __init__(self, message: str, may_pass: bool = False) -> None:
         super().__init__(message)
         self.may_pass = may_pass
-        """The server may be up in a moment."""
 
 
 _remembered: dict[tuple[str, str | None], tuple[float, Health | HandshakeError]] = {}
@@ -268,7 +264,7 @@ def _url_problem(url: str) -> str | None:
 
 
 def _token(variable: str | None) -> str | None:
-    """Raise HandshakeError if the named variable is not set."""
+    """Raise HandshakeError if the variable is not set."""
     if variable is None:
         return None
     token = os.environ.get(variable, "").strip()
@@ -281,7 +277,6 @@ def _token(variable: str | None) -> str | None:
 
 
 def _transport() -> dict[str, Any]:
-    """Environment proxies are for the web; certificates are the machine's."""
     return {"trust_env": False, "verify": ssl.create_default_context()}
 
 

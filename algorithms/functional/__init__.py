@@ -1,1 +1,1 @@
-"""Advantages, returns, losses and credit as pure functions: no configuration, no state."""
+"""Advantages, returns, losses and credit as pure functions."""

@@ -1,7 +1,7 @@
-"""From scored samples to their advantages: what an Experience holds, baselines, advantages of tokens. Pure numpy.
+"""Scored samples, baselines and advantages; pure numpy.
 
-Groups are identified by id, not position. `rewards` [B] are ignored where `valid` [B] is False; `keep` [B] marks
-samples with an advantage (the others are 0 and stay out of the loss).
+`rewards` [B] are ignored where `valid` [B] is False; samples outside `keep` [B] have advantage 0 and stay out of the
+loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Int64 = NDArray[np.int64]
 Ragged = Sequence[Float64]
 """[T_i] per sample, i = 1 .. B."""
 Masks = Sequence[Bool]
-"""Ragged [T_i]: tokens written by the policy and trained on."""
+"""Ragged [T_i]: trained tokens."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,8 @@ class Outcomes:
     valid: Bool
     """[B] samples with an outcome reward and at least one trained token."""
     group: Int64
-    """[B] index of each sample's group."""
+    """[B] group index."""
     masks: Masks
-    """Ragged [T]: trained tokens."""
     lengths: Int64
     """[B] response tokens, trained or not."""
 
@@ -57,15 +56,12 @@ class Outcomes:
 
 
 def spread(values: Float64, masks: Masks) -> list[Float64]:
-    """values [B] -> ragged: the sample's value on its marked tokens, 0 elsewhere."""
+    """values [B] -> ragged: the value on marked tokens, 0 elsewhere."""
     return [np.where(mask, value, 0.0) for value, mask in zip(values, masks, strict=True)]
 
 
 def token_advantages(tokens: Ragged, keep: Bool, masks: Masks, metrics: Mapping[str, float]) -> Advantages:
-    """Ragged float64 advantages as the learner takes them, with the metrics of every algorithm.
-
-    `advantage/mean_absolute` and `advantage/zero_share` are over trained tokens of kept samples.
-    """
+    """Ragged float64. `advantage/mean_absolute` and `advantage/zero_share` are over trained tokens of kept samples."""
     kept_rows = [row[mask] for row, mask, kept in zip(tokens, masks, keep, strict=True) if kept]
     size = np.abs(np.concatenate(kept_rows)) if kept_rows else np.zeros(0)
     return Advantages(
@@ -80,7 +76,7 @@ def token_advantages(tokens: Ragged, keep: Bool, masks: Masks, metrics: Mapping[
 
 
 def members_of_groups(valid: Bool, group: Int64, at_least: int = 2) -> Iterator[Int64]:
-    """Indices of each group's valid samples, for groups with `at_least` of them."""
+    """Indices of each group's valid samples, if at least `at_least`."""
     for g in np.unique(group[valid]):
         members = np.flatnonzero((group == g) & valid)
         if len(members) >= at_least:
@@ -92,10 +88,9 @@ def group_relative(
 ) -> tuple[Float64, Bool]:
     """GRPO's advantage (arXiv 2402.03300 section 4.1.2): (r - mean of group) / (std of group + eps).
 
-    rewards, valid, group ids [B] -> advantages, keep [B]. Statistics are over a group's valid samples; std has ddof
-    1, as in the paper's sample estimate and in peers. Without `normalize_by_std` this is Dr. GRPO's (arXiv
-    2503.20783). Invalid samples and groups with fewer than two valid samples get 0 and keep False; an all-equal
-    group gets 0 and is kept (its tokens count in the denominators, as in the published recipes).
+    rewards, valid, group [B] -> advantages, keep [B]. Statistics are over valid samples, with ddof 1. Without
+    `normalize_by_std`: Dr. GRPO's (arXiv 2503.20783). Invalid samples and groups with fewer than two valid ones get 0
+    and keep False; an all-equal group gets 0 and is kept.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
     keep = np.zeros(len(rewards), dtype=np.bool_)
@@ -109,10 +104,10 @@ def group_relative(
 
 
 def leave_one_out(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float64, Bool]:
-    """RLOO's advantage (arXiv 2402.14740): r minus the mean of the *other* valid samples of its group.
+    """RLOO's advantage (arXiv 2402.14740): r minus the mean of the group's *other* valid samples.
 
-    rewards, valid, group [B] -> advantages, keep [B]. For n valid samples n / (n - 1) (r - mean). A single valid
-    sample gets 0 and keep False; all-equal ones exactly 0, kept.
+    rewards, valid, group [B] -> advantages, keep [B]. A single valid sample gets 0 and keep False; all-equal ones get 0
+    and are kept.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
     keep = np.zeros(len(rewards), dtype=np.bool_)
@@ -125,10 +120,10 @@ def leave_one_out(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float64,
 
 
 def against_greedy(rewards: Float64, valid: Bool, greedy: Float64, greedy_valid: Bool) -> tuple[Float64, Bool]:
-    """ReMax's advantage (arXiv 2310.10505): r minus the reward of the greedy answer to the same prompt.
+    """ReMax's advantage (arXiv 2310.10505): r minus the reward of the prompt's greedy response.
 
-    rewards, valid [B]; greedy, greedy_valid [B], repeated for each sample of a prompt -> advantages, keep [B].
-    Without a valid greedy answer keep is False.
+    rewards, valid [B]; greedy, greedy_valid [B], repeated for each sample -> advantages, keep [B]. Without a valid
+    greedy response keep is False.
     """
     keep = valid & greedy_valid
     return np.where(keep, np.where(keep, rewards, 0.0) - np.where(keep, greedy, 0.0), 0.0), keep
@@ -137,12 +132,11 @@ def against_greedy(rewards: Float64, valid: Bool, greedy: Float64, greedy_valid:
 def against_reference(
     wins: Bool, reference: Bool, valid: Bool, group: Int64, *, max_skew: float = 0.6
 ) -> tuple[Float64, Bool]:
-    """BRPO's advantage (Writing-Zero): +1 if a judge prefers the sample to its group's reference sample, else -1.
+    """BRPO's advantage (Writing-Zero): +1 if the sample wins against its group's reference sample, else -1.
 
-    wins [B] (ignored for references), reference [B] marks one sample per group, valid, group [B] -> advantages, keep
-    [B]. The reference gets 0. A group is dropped when |sum of advantages| / its valid samples is above `max_skew`
-    (so good or bad a reference teaches little), with fewer than two valid samples, or with an invalid reference.
-    Raise ValueError for several references in a group.
+    wins [B] (ignored for references), reference [B], valid, group [B] -> advantages, keep [B]. The reference gets 0. A
+    group is dropped when |sum of advantages| / its valid samples exceeds `max_skew`, with fewer than two valid samples,
+    or with an invalid reference. Raise ValueError for several references in a group.
     """
     advantages = np.zeros(len(wins), dtype=np.float64)
     keep = np.zeros(len(wins), dtype=np.bool_)
@@ -159,10 +153,10 @@ def against_reference(
 
 
 def overlong_penalty(lengths: Int64, max_tokens: int, buffer_tokens: float) -> Float64:
-    """DAPO's soft punishment of long answers (arXiv 2503.14476 eq. 13), to be added to the rewards.
+    """DAPO's penalty on long responses (arXiv 2503.14476 eq. 13), to be added to the rewards.
 
-    lengths [B] in response tokens -> [B]: 0 up to max_tokens - buffer_tokens, falling linearly to -1 at max_tokens,
-    -1 beyond.
+    lengths [B] in response tokens -> [B]: 0 up to max_tokens - buffer_tokens, then linear to -1 at max_tokens and
+    beyond.
     """
     over = lengths.astype(np.float64) - (max_tokens - buffer_tokens)
     return -np.clip(over / buffer_tokens, 0.0, 1.0)

@@ -1,8 +1,8 @@
-"""KL to the reference policy as a penalty in the reward, and its coefficient (numpy; as a loss: losses.py).
+"""KL to the reference policy as a penalty in the reward, and its coefficient (numpy).
 
-Estimators per token, d = log pi - log pi_ref of the sampled token (Schulman, "Approximating KL divergence", 2020):
-k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, never negative), k3 = exp(-d) - 1 + d (unbiased, never
-negative). d is clamped to [-20, 20] in k2 and k3 against overflow.
+Estimators per token, d = log pi - log pi_ref (Schulman, "Approximating KL divergence", 2020): k1 = d (unbiased), k2 =
+d^2 / 2 (biased, never negative), k3 = exp(-d) - 1 + d (unbiased, never negative). d is clamped to [-20, 20] in k2 and
+k3 against overflow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def token_kl(
     masks: Masks,
     estimator: Estimator = "k1",
 ) -> list[Float64]:
-    """Ragged log-probs [T_i] -> ragged estimates in float64, 0 on unmarked tokens."""
+    """Ragged log-probs [T_i] -> ragged float64 estimates, 0 on unmarked tokens."""
 
     def estimate(log_ratio: Float64) -> Float64:
         if estimator == "k1":
@@ -41,22 +41,21 @@ def token_kl(
 
 
 def penalise(rewards: Ragged, divergence: Ragged, coefficient: float) -> list[Float64]:
-    """Token rewards minus coefficient times KL (ragged)."""
     return [reward - coefficient * kl for reward, kl in zip(rewards, divergence, strict=True)]
 
 
 def penalise_samples(rewards: Float64, divergence: Ragged, coefficient: float) -> Float64:
-    """Outcome rewards [B] minus coefficient times each sample's summed KL (GRPO, RLOO: arXiv 2402.14740)."""
+    """Outcome rewards [B] minus coefficient times the sample's summed KL (arXiv 2402.14740)."""
     return rewards - coefficient * np.array([kl.sum() for kl in divergence], dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class AdaptiveCoefficient:
-    """A coefficient that steers the measured KL to a target (arXiv 1909.08593 section 2.2). Immutable."""
+    """A coefficient that steers the KL to a target (arXiv 1909.08593 section 2.2). Immutable."""
 
     value: float
     target: float
-    """In the unit of the measurement (the paper: nats per sample)."""
+    """In the unit of the measurement (paper: nats per sample)."""
     horizon: float = 10_000.0
     """Samples over which an error of 20 % changes the value by about 20 %."""
 

@@ -1,9 +1,7 @@
-"""Losses of policy and critic: pure functions of flat rows [R] of response tokens, as in
-`algorithms.base.LossInputs`.
+"""Losses of policy and critic: pure functions of flat rows [R].
 
-`aggregate` divides by the denominators of the whole optimizer step, so that the shares of micro-batches and ranks
-add up. Log-ratios are clamped to [-20, 20]: one token cannot overflow, and beyond it has no gradient. Only methods
-of tensors are used, so that a configuration can look up a surrogate without loading torch.
+Log-ratios are clamped to [-20, 20], without gradient beyond. Only methods of tensors are used, so that a configuration
+can look up a surrogate without loading torch.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ def aggregate(
     how: Aggregation,
     constant_length: int | None = None,
 ) -> Tensor:
-    """[R] values -> scalar share of the step's mean.
+    """[R] values -> scalar share of the step's mean; shares of micro-batches and ranks add up.
 
     token_mean: sum over tokens / all tokens (DAPO, arXiv 2503.14476 eq. 8).
     sequence_mean_token_mean: mean over samples of the token mean (GRPO, arXiv 2402.03300 eq. 3).
@@ -60,8 +58,7 @@ def clipped_surrogate(
     """PPO's per-token loss [R] (arXiv 1707.06347 eq. 7, negated) and where clipping binds [R] (bool).
 
     ratio = exp(logprobs - old_logprobs); loss = max(-A ratio, -A clamp(ratio, 1 - clip_low, 1 + clip_high)).
-    `dual_clip` c > 1 bounds the loss of tokens with A < 0 by -A c (arXiv 1912.09729), so that a token that became
-    far likelier cannot dominate.
+    `dual_clip` c > 1 bounds the loss of tokens with A < 0 by -A c (arXiv 1912.09729).
     """
     ratio = _clamp(logprobs - old_logprobs).exp()
     plain = -advantages * ratio
@@ -79,8 +76,8 @@ def sequence_log_ratio(
 ) -> Tensor:
     """GSPO's log s_i [R] (arXiv 2507.18071 eq. 7): the mean log-ratio of a sample's trained tokens.
 
-    The gradient flows through each row's own log-prob (GSPO-token, eq. 14), which sums to GSPO's gradient where a
-    sample's tokens share one advantage and are averaged over the sample.
+    The gradient flows through each row's log-prob (GSPO-token, eq. 14); it sums to GSPO's where a sample's tokens share
+    one advantage and are averaged over the sample.
     """
     rows = (logprobs - old_logprobs).where(mask > 0, 0.0).detach()
     total = rows.new_zeros(num_sequences).index_add(0, sequence, rows)
@@ -111,8 +108,8 @@ def cispo_surrogate(
 ) -> tuple[Tensor, Tensor]:
     """CISPO's loss [R] (arXiv 2506.13585 eq. 4, 5) and where its weight is clipped [R].
 
-    -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A log pi: clipping bounds the weight and keeps the gradient.
-    clip_low = 1: no lower bound, as in the paper. Use with aggregation `token_mean`.
+    -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A log pi: clipping keeps the gradient. clip_low = 1: no lower bound,
+    as in the paper. Use with aggregation `token_mean`.
     """
     ratio = _clamp(logprobs - old_logprobs).exp().detach()
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -130,10 +127,9 @@ def rollout_weights(
 ) -> tuple[Tensor, Tensor]:
     """Weights [R] for samples from another policy than the proximal one, and where they were cut [R]; no gradient.
 
-    w = exp(old - rollout): the policy before the update (proximal) over the one that sampled (behaviour), which
-    differ by kernels, precision and staleness; 1 where mask is 0. truncate: min(w, largest) (truncated importance
-    sampling, Yao et al. 2025). mask: w within [smallest, largest], else 0 (the token still counts in the
-    denominators). decoupled: w (AReaL, arXiv 2505.24298). Raise ValueError if a bound is missing.
+    w = exp(old - rollout), 1 where mask is 0. truncate: min(w, largest) (truncated importance sampling, Yao et al.
+    2025). mask: w within [smallest, largest], else 0 (the token still counts in the denominators). decoupled: w (AReaL,
+    arXiv 2505.24298). Raise ValueError if a bound is missing.
     """
     ratio = _clamp((old_logprobs - rollout_logprobs).where(mask > 0, 0.0)).exp().detach()
     if correction == "decoupled":
@@ -147,10 +143,10 @@ def rollout_weights(
 
 
 def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estimator) -> Tensor:
-    """Per-token estimates [R] of KL(policy || reference), differentiable in `logprobs`; d = policy - reference.
+    """Per-token estimates [R] of KL(policy || reference), as in `kl.py`; differentiable in `logprobs`.
 
-    Estimators as in `kl.py`, with the clamp of d in k2 and k3. The expected gradient of k1 is 0, so it belongs in
-    the reward; that of k2 is the KL's; that of k3 is KL(reference || policy)'s.
+    The expected gradient of k1 is 0 (use it in the reward), that of k2 is the KL's, that of k3 is KL(reference ||
+    policy)'s.
     """
     if estimator == "k1":
         return logprobs - reference_logprobs
@@ -167,8 +163,8 @@ def clipped_value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Half the squared error of each value [R], and where clipping binds [R] (bool).
 
-    max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's public code; arXiv 2005.12729): a value
-    that moved further than `clip` in this update has no gradient. clip None: (V - R)^2 / 2.
+    max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's public code; arXiv 2005.12729). clip None:
+    (V - R)^2 / 2.
     """
     plain = (values - returns) ** 2
     if clip is None:

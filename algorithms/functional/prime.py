@@ -1,10 +1,8 @@
 """PRIME's returns (arXiv 2502.01456): process and outcome rewards with separate baselines, combined and whitened.
 
-Notation: r_it process reward of token t of response i, m_i its mean over trained tokens, a_i outcome reward, K valid
-responses in a group. Process rewards on untrained tokens are ignored (unlike an environment's, they do not concern
-the token before); the outcome is on the last trained token. An estimator is (process, outcome, masks, group, valid)
--> `Terms`; `combine` makes the advantages. `prime_rloo` computes what each codebase does with the PRM's log-ratios
-q_it = log pi_phi - log pi_ref:
+r_it is the process reward of token t of response i, m_i its mean over trained tokens, a_i the outcome reward, K the
+valid responses of a group, q_it = log pi_phi - log pi_ref. Process rewards on untrained tokens are ignored; the outcome
+is on the last trained token. `prime_rloo` follows one of three codebases:
 
 | | ours (`strict`) | `official` (PRIME-RL/PRIME) | `verl` (recipe/prime) |
 |---|---|---|---|
@@ -44,7 +42,7 @@ class Scaled(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The two halves of a return before they are weighted. Ragged [T_i]; 0 where not kept."""
+    """Both halves of a return, unweighted. Ragged [T_i]; 0 where not kept."""
 
     process: list[Float64]
     outcome: list[Float64]
@@ -59,7 +57,7 @@ class Combined(NamedTuple):
 
 
 def only_trained(process: Ragged, masks: Masks) -> list[Float64]:
-    """Process rewards in float64, exactly 0 on untrained tokens (even for NaN)."""
+    """Process rewards in float64, 0 on untrained tokens (even for NaN)."""
     return [np.where(m, np.asarray(r, dtype=np.float64), 0.0) for r, m in zip(process, masks, strict=True)]
 
 
@@ -70,13 +68,13 @@ def token_means(process: Ragged, masks: Masks) -> Float64:
 
 
 def without_last_token(process: Ragged, masks: Masks) -> list[Float64]:
-    """Process rewards with 0 on the last trained token, as in verl's recipe."""
+    """Process rewards with 0 on the last trained token."""
     last = on_last_token(np.ones(len(masks)), masks)
     return [np.where(end > 0, 0.0, r) for r, end in zip(only_trained(process, masks), last, strict=True)]
 
 
 def normalise(process: Ragged, masks: Masks, keep: Bool, how: Normaliser) -> Scaled:
-    """Divide all process rewards by one number of the whole batch (not of a rank or group); keep [B].
+    """Divide all process rewards of the global batch by one number; keep [B].
 
     global_max_return: largest |undiscounted process reward-to-go| over trained tokens of kept samples + 1e-6 (the
     official batch norm, made global). global_std: their standard deviation (ddof 1) + 1e-6. none: 1. Without kept
@@ -107,10 +105,10 @@ def rloo(
 ) -> Terms:
     """Leave-one-out baselines for both halves (the paper's choice).
 
-    strict: p_it = r_it - mean of m_j over the group's other valid responses. official (both codebases): p_it = (K
-    r_it - sum_j m_j) / (K - 1), which amplifies variation inside a response by K / (K - 1); both agree on the first
-    token. Outcome: o_i = a_i - mean of the others' a_j. Return: sum over s >= t of process_gamma^(s-t) p_is, and
-    outcome_gamma^(L_i - t) o_i. Samples alone in their group get 0 and keep False.
+    strict: p_it = r_it - mean of m_j over the group's other valid responses. official (both codebases): p_it = (K r_it
+    - sum_j m_j) / (K - 1), which amplifies variation inside a response by K / (K - 1). Outcome: o_i = a_i - mean of the
+    others' a_j. Return: sum over s >= t of process_gamma^(s-t) p_is, and outcome_gamma^(L_i - t) o_i. Samples alone in
+    their group get 0 and keep False.
     """
     means = token_means(process, masks)
     baselined, keep = only_trained(process, masks), np.zeros(len(valid), dtype=np.bool_)
@@ -141,9 +139,7 @@ def grpo(
 ) -> Terms:
     """Group z-scores for both halves (paper eq. 7): (r_it - mean_j m_j) / std_j m_j and (a_i - mean a) / std a.
 
-    The paper leaves `ddof` and `epsilon` open; ours are `group_relative`'s. The std of token means is often tiny
-    (1e-2 at beta 0.05), so the process half dominates unless normalised or weighted. An all-equal half gives 0, not
-    NaN.
+    The paper leaves `ddof` and `epsilon` open. An all-equal half gives 0.
     """
     means = token_means(process, masks)
     scored, keep = only_trained(process, masks), np.zeros(len(valid), dtype=np.bool_)
@@ -172,13 +168,13 @@ def reinforce(
     process_gamma: float = 1.0,
     outcome_gamma: float = 1.0,
 ) -> Terms:
-    """No baseline (paper eq. 8): sum over s >= t of r_is, and a_i. Every valid sample is kept; groups are ignored."""
+    """No baseline (paper eq. 8): sum over s >= t of r_is, and a_i. Every valid sample is kept."""
     rewards = np.where(valid, outcome, 0.0)
     return _terms(only_trained(process, masks), rewards, masks, valid.copy(), process_gamma, outcome_gamma)
 
 
 def token_rewards(process: Ragged, outcome: Float64, masks: Masks, valid: Bool) -> list[Float64]:
-    """r_it, plus a_i on the last trained token, for `returns.gae`. Invalid: 0."""
+    """r_it, plus a_i on the last trained token; invalid: 0."""
     ends = on_last_token(np.where(valid, outcome, 0.0), masks)
     summed = [r + end for r, end in zip(only_trained(process, masks), ends, strict=True)]
     return _drop(summed, valid)
@@ -187,10 +183,11 @@ def token_rewards(process: Ragged, outcome: Float64, masks: Masks, valid: Bool) 
 def combine(
     terms: Terms, masks: Masks, *, process_coefficient: float, outcome_coefficient: float, whitened: bool = True
 ) -> Combined:
-    """G = process_coefficient x process half + outcome_coefficient x outcome half; then whitened over the batch.
+    """G = process_coefficient x process half + outcome_coefficient x outcome half, whitened over the batch (variance +
+    1e-8, ddof 1).
 
-    After whitening (variance + 1e-8, ddof 1) only the coefficients' ratio matters. Metrics: the weighted process
-    half's share of both halves' variances over trained tokens, mean and std of G before whitening.
+    Metrics: the weighted process half's share of both halves' variances over trained tokens, mean and std of G before
+    whitening.
     """
     returns = [
         process_coefficient * p + outcome_coefficient * o for p, o in zip(terms.process, terms.outcome, strict=True)
@@ -212,10 +209,7 @@ def combine(
 
 
 def length_correlation(returns: Ragged, masks: Masks, keep: Bool) -> float:
-    """Correlation of a response's first return with its number of trained tokens; NaN if either does not vary.
-
-    Far from 0: the process reward pays for (or against) length.
-    """
+    """Correlation of first return and number of trained tokens; NaN if either does not vary."""
     chosen = [(g[m][0], m.sum()) for g, m, k in zip(returns, masks, keep, strict=True) if k and m.any()]
     first, length = np.array(chosen, dtype=np.float64).T if chosen else (np.zeros(0), np.zeros(0))
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(length) == 0:
@@ -224,10 +218,7 @@ def length_correlation(returns: Ragged, masks: Masks, keep: Bool) -> float:
 
 
 def last_token_share(process: Ragged, masks: Masks, keep: Bool) -> float:
-    """Share of the summed |process reward| that is on last trained tokens; NaN if all are 0.
-
-    Near 1 the model is an outcome reward in disguise.
-    """
+    """Share of the summed |process reward| that is on last trained tokens; NaN if all are 0."""
     rows = [np.abs(r[m]) for r, m, k in zip(process, masks, keep, strict=True) if k and m.any()]
     total = sum(float(row.sum()) for row in rows)
     return sum(float(row[-1]) for row in rows) / total if total > 0 else float("nan")
@@ -236,7 +227,6 @@ def last_token_share(process: Ragged, masks: Masks, keep: Bool) -> float:
 def _terms(
     process: Ragged, outcome: Float64, masks: Masks, keep: Bool, process_gamma: float, outcome_gamma: float
 ) -> Terms:
-    """Baselined rewards -> rewards-to-go, 0 where not kept."""
     ends = on_last_token(outcome, masks)
     return Terms(
         _drop(reward_to_go(process, masks, process_gamma), keep),
@@ -266,8 +256,7 @@ def prime_rloo(
 ) -> Combined:
     """PRIME's whitened RLOO advantages. log_ratios ragged [T_i]; outcome, group, valid [B].
 
-    Raise ValueError for coefficients with `official` or `verl`, which have their own, and for a discount with
-    `verl`. A group needs two valid samples (the official code divides by zero).
+    Raise ValueError for coefficients with `official` or `verl`, and for a discount with `verl`.
     """
     if mode != "strict" and (process_coefficient, outcome_coefficient) != (1.0, 1.0):
         raise ValueError(f"mode {mode!r} has its own coefficients; leave process_coefficient and outcome_coefficient")

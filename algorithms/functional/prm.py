@@ -1,8 +1,7 @@
 """Losses of an implicit process reward model on outcome labels (arXiv 2412.01981, 2502.01456); torch.
 
-A response's score is s = beta x sum over its tokens of (log pi_phi - log pi_ref): a sum, not a mean. Losses take
-logits in fp32 at least (the fp32 sigmoid is exactly 1 from s of about 17, with gradient 0) and return one loss per
-response or pair, for division by global counts.
+A response's score is s = beta x sum over its tokens of (log pi_phi - log pi_ref). Losses take logits in fp32 at least
+(sigmoid saturates) and return one loss per response or pair.
 """
 
 from __future__ import annotations
@@ -15,22 +14,19 @@ from torch import Tensor
 def response_scores(
     logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, sequence: Tensor, num_sequences: int, beta: float
 ) -> Tensor:
-    """s [S] of flat rows [R] as in `algorithms.base.LossInputs`; differentiable in `logprobs` only.
-
-    Rows with mask 0 are ignored, whatever they hold.
-    """
+    """s [S] of flat rows [R]; differentiable in `logprobs` only. Rows with mask 0 are ignored."""
     ratios = torch.where(mask > 0, _wide(logprobs) - _wide(reference_logprobs).detach(), 0.0)
     return beta * ratios.new_zeros(num_sequences).index_add(0, sequence, ratios)
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """-[l log sigma(s) + (1 - l) log sigma(-s)], [S]; labels in [0, 1] may be soft (a share of passed tests)."""
+    """-[l log sigma(s) + (1 - l) log sigma(-s)], [S]; labels in [0, 1] may be soft."""
     scores = _wide(scores)
     return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none")
 
 
 def dpo(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigma(s_w - s_l) per pair [P] of a correct and an incorrect response to one prompt."""
+    """-log sigma(s_w - s_l) per pair [P] of a correct and an incorrect response."""
     return -F.logsigmoid(_wide(chosen) - _wide(rejected))
 
 
@@ -45,8 +41,7 @@ def kto(
 ) -> Tensor:
     """w_D (1 - sigma(s - z)) for correct responses, w_U (1 - sigma(z - s)) for the others; [S] (arXiv 2402.01306).
 
-    labels [S] 1 or 0, soft ones mix the two; `baseline` scalar z = beta x KL estimate, from `kto_baseline`,
-    detached.
+    labels [S] in [0, 1], soft ones mix the two; `baseline` scalar z = beta x KL estimate, detached.
     """
     scores = _wide(scores)
     margin = scores - baseline.detach()
@@ -62,10 +57,7 @@ def kto_baseline(mismatched_scores: Tensor) -> Tensor:
 
 
 def correct_incorrect_pairs(labels: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (chosen, rejected) [P] of all pairs of one group with labels chosen > rejected.
-
-    labels, group [S]. All-right and all-wrong groups give no pair; soft labels give one wherever they differ.
-    """
+    """Indices (chosen, rejected) [P] of all pairs of one group with labels chosen > rejected; labels, group [S]."""
     better = (labels[:, None] > labels[None, :]) & (group[:, None] == group[None, :])
     chosen, rejected = better.nonzero(as_tuple=True)
     return chosen, rejected

@@ -1,9 +1,8 @@
-"""Returns and advantages of tokens: pure functions of ragged arrays in float64, one array [T_i] per sample.
+"""Returns and advantages of tokens: pure functions of ragged float64 arrays [T_i].
 
-`masks` mark the tokens written by the policy and trained on. Tokens between them (of a tool or another speaker) are
-*bridged*: the token after a gap follows the token before it, with one discount. A reward on an unmarked token
-belongs to the last marked token before it, whose action earned it; before the first one it is left out. Results are
-0 on unmarked tokens.
+`masks` mark trained tokens. Gaps between them (of a tool or another speaker) are *bridged*: the token after a gap
+follows the one before it, with one discount. A reward on an unmarked token belongs to the last marked token before it;
+before the first one it is left out. Results are 0 on unmarked tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Credit(NamedTuple):
 
 
 class Whitened(NamedTuple):
-    """Values with mean 0 and variance 1 over the marked tokens of the batch, and the removed moments."""
+    """Values of mean 0 and variance 1 over marked tokens, with the removed moments."""
 
     tokens: list[Float64]
     mean: float
@@ -38,7 +37,7 @@ def float64(arrays: Sequence[NDArray[np.floating]]) -> list[Float64]:
 
 
 def on_last_token(values: Float64, masks: Masks) -> list[Float64]:
-    """values [B] -> ragged: the sample's value on its last marked token, 0 elsewhere."""
+    """values [B] -> ragged: the value on the last marked token, 0 elsewhere."""
     tokens = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
     for value, row, mask in zip(values, tokens, masks, strict=True):
         if mask.any():
@@ -47,7 +46,7 @@ def on_last_token(values: Float64, masks: Masks) -> list[Float64]:
 
 
 def reward_to_go(rewards: Ragged, masks: Masks, gamma: float = 1.0) -> list[Float64]:
-    """G_t = r_t + gamma G_{t+1} over marked tokens, gaps bridged; ragged [T_i] -> ragged [T_i]."""
+    """G_t = r_t + gamma G_{t+1} over marked tokens; ragged [T_i] -> ragged [T_i]."""
     acted, where = _actions(rewards, masks)
     return _on_tokens(_reverse_scan(acted, gamma), where, masks)
 
@@ -55,9 +54,9 @@ def reward_to_go(rewards: Ragged, masks: Masks, gamma: float = 1.0) -> list[Floa
 def gae(rewards: Ragged, values: Ragged, masks: Masks, *, gamma: float, lam: float) -> Credit:
     """Generalised advantage estimation (arXiv 1506.02438 eq. 16), gaps bridged.
 
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next marked token
-    and the value after the last one is 0 (a truncated answer counts as ended). rewards, values ragged [T_i]; values
-    on unmarked tokens are not read. gamma = lam = 1: A_t = (sum of rewards from t on) - V_t.
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next marked token and
+    the value after the last one is 0 (a truncated response counts as ended). rewards, values ragged [T_i]; values on
+    unmarked tokens are not read.
     """
     acted, where = _actions(rewards, masks)
     critic = [_at(value, indices) for value, indices in zip(values, where, strict=True)]
@@ -70,11 +69,10 @@ def gae(rewards: Ragged, values: Ragged, masks: Masks, *, gamma: float, lam: flo
 def whiten(
     values: Ragged, masks: Masks, keep: Bool, *, centre: bool = True, ddof: int = 1, epsilon: float = 1e-8
 ) -> Whitened:
-    """(x - mean) / sqrt(variance + epsilon) over all marked tokens of kept samples of the *whole* batch.
+    """(x - mean) / sqrt(variance + epsilon) over all marked tokens of kept samples of the *global* batch.
 
-    values ragged, keep [B]. Tokens weigh the same, so long answers weigh more. `ddof` 1 is unbiased. Without
-    `centre` only the scale changes. Unmarked tokens and samples not kept are 0. If all values are equal (or fewer
-    than two), centring gives exactly 0 and the scale stays.
+    values ragged, keep [B]. Tokens weigh the same. Without `centre` only the scale changes. Unmarked tokens and samples
+    not kept are 0. For fewer than two different values, centring gives 0 and the scale stays.
     """
     chosen = [x[m] for x, m, k in zip(values, masks, keep, strict=True) if k]
     flat = np.concatenate(chosen) if chosen else np.zeros(0)
@@ -95,18 +93,14 @@ def whiten(
 def reinforce_plus_plus(rewards: Ragged, masks: Masks, keep: Bool, *, gamma: float = 1.0) -> Whitened:
     """REINFORCE++ (arXiv 2501.03262): discounted reward-to-go, whitened over the global batch.
 
-    `rewards` ragged: the outcome on the last token minus the KL penalty of each token (`kl.penalise`). keep [B]
-    marks valid samples. The paper's baseline form subtracts the group's mean first and spreads the rest over the
-    tokens: `whiten(spread(group_relative(..., normalize_by_std=False)))`.
+    `rewards` ragged: the outcome on the last token minus each token's KL penalty. keep [B]. The paper's baseline form
+    is `whiten(spread(group_relative(..., normalize_by_std=False)))`.
     """
     return whiten(reward_to_go(rewards, masks, gamma), masks, keep)
 
 
 def explained_variance(values: Ragged, returns: Ragged, masks: Masks, keep: Bool) -> float:
-    """1 - Var(return - value) / Var(return) over trained tokens of kept samples; NaN if returns do not vary.
-
-    1: a perfect critic; 0: no better than a constant; below 0: worse.
-    """
+    """1 - Var(return - value) / Var(return) over trained tokens of kept samples; NaN if returns do not vary."""
     chosen = [(v[m], r[m]) for v, r, m, k in zip(values, returns, masks, keep, strict=True) if k]
     if not chosen:
         return float("nan")
@@ -117,7 +111,7 @@ def explained_variance(values: Ragged, returns: Ragged, masks: Masks, keep: Bool
 
 
 def _actions(rewards: Ragged, masks: Masks) -> tuple[list[Float64], list[NDArray[np.intp]]]:
-    """Per sample: rewards of marked tokens, each with those of the gap after it; indices of the marked tokens."""
+    """Per sample: rewards of marked tokens, each with those of the gap after it; their indices."""
     acted, where = [], []
     for reward, mask in zip(rewards, masks, strict=True):
         indices = np.flatnonzero(mask)
@@ -131,7 +125,6 @@ def _at(values: Float64, indices: NDArray[np.intp]) -> Float64:
 
 
 def _reverse_scan(rows: Sequence[Float64], factor: float) -> list[Float64]:
-    """y_t = x_t + factor y_{t+1} for all samples at once (a loop over time, not over tokens)."""
     if factor == 1.0:
         return [np.cumsum(row[::-1])[::-1] for row in rows]
     lengths = np.array([len(row) for row in rows], dtype=np.int64)

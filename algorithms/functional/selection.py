@@ -1,8 +1,4 @@
-"""Selection by scores and its quality, numpy: best-of-N, votes, accuracies, calibration, ProcessBench.
-
-Scores may come from any reward; `answers` are the final answers of responses to one prompt, None for none.
-ProcessBench (arXiv 2412.06559) asks whether process rewards find the first wrong step.
-"""
+"""Best-of-N, votes, accuracies, calibration and ProcessBench (arXiv 2412.06559); numpy."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ def best_of_n(scores: Float64) -> int:
 def vote(answers: Sequence[Hashable | None], weights: Float64) -> int:
     """Index of the first response with the answer of the largest summed weights [N]; ties go to the earlier answer.
 
-    Responses without an answer have no vote; if none has one, the first is taken.
+    An answer of None has no vote; if all are None, the first response is taken.
     """
     totals: dict[Hashable, float] = {}
     for answer, weight in zip(answers, weights, strict=True):
@@ -42,15 +38,11 @@ def majority(answers: Sequence[Hashable | None]) -> int:
 
 
 def sigmoid(scores: Float64) -> Float64:
-    """sigma(s), without overflow. As weights of a vote, unlike in `best_of_n`, the scale of scores matters."""
     return np.asarray(0.5 * (1.0 + np.tanh(0.5 * np.asarray(scores, dtype=np.float64))))
 
 
 def subsets(responses: int, n: int, limit: int, seed: int) -> Iterator[tuple[int, ...]]:
-    """All subsets of n responses in ascending order, or `limit` random ones if there are more.
-
-    Mean results over them are the expectation over which responses were sampled first.
-    """
+    """All subsets of n responses in ascending order, or `limit` random ones if there are more."""
     if math.comb(responses, n) <= limit:
         yield from combinations(range(responses), n)
         return
@@ -62,8 +54,8 @@ def subsets(responses: int, n: int, limit: int, seed: int) -> Iterator[tuple[int
 def pair_accuracy(scores: Float64, labels: Float64, group: Int64, valid: Bool) -> Float64:
     """Per group with two valid samples: the share of (better, worse) pairs that `scores` order rightly.
 
-    scores, labels, group, valid [B]; pairs are weighted by their labels' difference (soft labels), equal scores
-    count half. A group without a difference counts 0.5, as in the official code.
+    scores, labels, group, valid [B]; pairs are weighted by their labels' difference, equal scores count half. A group
+    without a difference counts 0.5, as in the official code.
     """
     shares = []
     for members in members_of_groups(valid, group):
@@ -82,7 +74,7 @@ def sign_accuracy(scores: Float64, labels: Float64, valid: Bool) -> float:
 
 
 def brier(scores: Float64, labels: Float64) -> float:
-    """Mean (sigma(s) - label)^2 over samples [B]: 0.25 without knowledge, 0 at best."""
+    """Mean (sigma(s) - label)^2 over samples [B]."""
     return float(((sigmoid(scores) - labels) ** 2).mean())
 
 
@@ -92,14 +84,13 @@ def calibration_error(scores: Float64, labels: Float64, bins: int = 10) -> float
 
 
 def expected_calibration_error(predicted: Float64, labels: Float64, bins: int = 10) -> float:
-    """The same from predicted probabilities [B]."""
     index = np.minimum((predicted * bins).astype(np.int64), bins - 1)
     gaps = [abs(float((predicted - labels)[index == b].sum())) for b in np.unique(index)]
     return sum(gaps) / len(labels)
 
 
 NO_ERROR = -1
-"""Label and prediction of a response whose steps are all right."""
+"""Label and prediction of a response without a wrong step."""
 _MOST_THRESHOLDS = 2000
 
 
@@ -107,13 +98,12 @@ _MOST_THRESHOLDS = 2000
 class ProcessBench:
     threshold: float
     error_accuracy: float
-    """Share of responses with a wrong step whose first wrong step was predicted; NaN without such responses."""
+    """Share of responses with a wrong step whose first one was predicted; NaN without such responses."""
     correct_accuracy: float
-    """Share of responses without a wrong step that were predicted to have none; NaN without such responses."""
+    """Share of responses without a wrong step predicted as such; NaN without such responses."""
 
     @property
     def f1(self) -> float:
-        """Harmonic mean of both accuracies."""
         total = self.error_accuracy + self.correct_accuracy
         return 2 * self.error_accuracy * self.correct_accuracy / total if total else 0.0
 
@@ -128,7 +118,7 @@ def first_errors(cumulative: Ragged, threshold: float) -> Int64:
 
 
 def process_bench(cumulative: Ragged, labels: Int64, threshold: float) -> ProcessBench:
-    """labels [B]: first wrong step counted from 0, -1 if all are right."""
+    """labels [B]: first wrong step from 0, -1 for none."""
     right = first_errors(cumulative, threshold) == labels
     wrong_step = labels != NO_ERROR
     return ProcessBench(threshold, _mean(right[wrong_step]), _mean(right[~wrong_step]))
@@ -136,10 +126,7 @@ def process_bench(cumulative: Ragged, labels: Int64, threshold: float) -> Proces
 
 def best_threshold(cumulative: Ragged, labels: Int64) -> ProcessBench:
     """The highest F1 over thresholds halfway between neighbouring sigma(c), at most 2000, evenly thinned; ties: the
-    lowest.
-
-    This F1 is of the data the threshold was tuned on; measure on other data for an honest one.
-    """
+    lowest."""
     values = np.unique(np.concatenate([sigmoid(row) for row in cumulative]))
     between: Sequence[float] = [float(values[0]), *((values[1:] + values[:-1]) / 2).tolist(), float(values[-1]) + 1e-9]
     if len(between) > _MOST_THRESHOLDS:
@@ -159,10 +146,7 @@ def best_threshold(cumulative: Ragged, labels: Int64) -> ProcessBench:
 
 
 def _prefix_minima(cumulative: Ragged) -> Float64:
-    """[B, longest] smallest sigma(c) so far, rows padded with their last value.
-
-    The number of columns at or above a threshold is the first step below it; all of them: no error.
-    """
+    """[B, longest] smallest sigma(c) so far, rows padded with their last value."""
     longest = max(len(row) for row in cumulative)
     lowest = [np.minimum.accumulate(sigmoid(row)) for row in cumulative]
     return np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in lowest])

@@ -20,16 +20,14 @@ Spans = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps and process rewards of an Experience's samples, in its order."""
-
     rewards: list[Float64]
     """Ragged [S_i]"""
     spans: Sequence[Spans]
 
     @classmethod
     def of(cls, experience: Experience) -> Steps:
-        """A score's span rewards in order of their ends; else its token rewards, summed over the trained tokens of
-        the sample's spans; without spans every trained token is a step. Invalid samples have no steps.
+        """Use a score's span rewards in order of their ends; else its token rewards, summed over the trained tokens of
+        the sample's spans, or each alone without spans. Invalid samples have no steps.
 
         Raise ValueError if a valid score has neither.
         """
@@ -66,14 +64,14 @@ def _steps_of(group: Group, sample: Sample, score: Score) -> tuple[list[float], 
 
 
 def clip(steps: Float64, bound: float) -> Float64:
-    """min(p_k - bound, 0) per step [S]: more steps earn nothing, bad ones cost."""
+    """min(p_k - bound, 0) per step [S]."""
     return np.minimum(np.asarray(steps, dtype=np.float64) - bound, 0.0)
 
 
 def delta(steps: Float64) -> Float64:
     """p_k - p_{k+1} for k < S - 1, then p_{S-1}, then 0 for the last step [S].
 
-    The undiscounted reward-to-go of step k < S is p_k itself, so repeating a step adds nothing. One step: 0.
+    The undiscounted reward-to-go of step k < S is p_k itself.
     """
     steps = np.asarray(steps, dtype=np.float64)
     rewards = np.zeros_like(steps)
@@ -83,10 +81,7 @@ def delta(steps: Float64) -> Float64:
 
 
 def soft_min_rewards(steps: Float64, temperature: float = 0.1) -> Float64:
-    """PURE (arXiv 2504.15275): r_k = w_k p_k with w = softmax(-p / temperature) over the sample's steps [S], S >= 0.
-
-    Their reward-to-go is the min-form return: for temperature -> 0 the first one is min(p).
-    """
+    """PURE (arXiv 2504.15275): r_k = w_k p_k with w = softmax(-p / temperature) over the sample's steps [S], S >= 0."""
     steps = np.asarray(steps, dtype=np.float64)
     if len(steps) == 0:
         return steps
@@ -121,10 +116,10 @@ def min_form(
 ) -> tuple[list[Float64], Bool]:
     """PURE's process advantage of each token: min-form return-to-go minus the leave-one-out baseline per token.
 
-    steps, spans ragged [S_i]; masks ragged [T_i]; valid, group [B] -> ragged [T_i], keep [B]. A step earns w_k p_k -
-    b * (its marked tokens), where b is what the group's other valid samples together earned per marked step token
-    (the authors' `reward_baseline=token`). Tokens of a step share the return from it on; tokens outside of steps
-    (separators) get 0. A single valid sample gets 0 and keep False.
+    steps, spans ragged [S_i]; masks ragged [T_i]; valid, group [B] -> ragged [T_i], keep [B]. A step earns w_k p_k - b
+    * (its marked tokens), where b is the reward per marked step token of the group's other valid samples (the authors'
+    `reward_baseline=token`). Tokens of a step share its return; tokens outside of steps get 0. A single valid sample
+    gets 0 and keep False.
     """
     tokens = [np.array([mask[a:b].sum() for a, b in s], dtype=np.float64) for mask, s in zip(masks, spans, strict=True)]
     earned = [soft_min_rewards(step, temperature) for step in steps]

@@ -1,4 +1,4 @@
-"""Surrogate losses by name or dotted path: finding one, its parameters, its options."""
+"""Surrogate losses by name or dotted path."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Surrogate = Callable[..., "tuple[Tensor, Tensor]"]
-"""Returns token losses [R] and where clipping binds [R]. Parameters are named after fields of LossInputs and
-CLIP_OPTIONS."""
+"""Returns token losses [R] and where clipping binds [R]; parameters are fields of LossInputs and CLIP_OPTIONS."""
 SURROGATES: Mapping[str, Surrogate] = {
     "clipped": losses.clipped_surrogate,
     "gspo": losses.gspo_surrogate,
@@ -30,7 +29,7 @@ INPUTS = (*(field.name for field in fields(LossInputs)), "num_sequences")
 
 
 def find_surrogate(name: str) -> Any:
-    """Raise ValueError if there is none of that name or dotted path."""
+    """Raise ValueError for an unknown one."""
     if name in SURROGATES:
         return SURROGATES[name]
     module_name, _, attribute = name.rpartition(".")
@@ -53,7 +52,7 @@ def find_surrogate(name: str) -> Any:
 
 
 def surrogate_parameters(surrogate: Any) -> list[str]:
-    """Of a class: those of its `__call__`. Raise ValueError for one that cannot be supplied."""
+    """Raise ValueError for one that cannot be supplied."""
     if inspect.isclass(surrogate) and not any("__call__" in vars(base) for base in surrogate.__mro__):
         raise ValueError("is a class without __call__, which computes the loss")
     signature = inspect.signature(surrogate.__call__ if inspect.isclass(surrogate) else surrogate)
@@ -68,7 +67,7 @@ def surrogate_parameters(surrogate: Any) -> list[str]:
 
 
 def make_surrogate(name: str, options: Mapping[str, Any] | None) -> Surrogate:
-    """Raises ValueError if the options do not fit."""
+    """Raise ValueError if the options do not fit."""
     surrogate = find_surrogate(name)
     is_class, config, options = inspect.isclass(surrogate), getattr(surrogate, "Config", None), options or {}
     instance: Surrogate

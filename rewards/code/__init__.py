@@ -1,1 +1,1 @@
-"""`reward=code`: runs model-written Python against tests, isolated from everything that could tell it the verdict."""
+"""`reward=code`: runs model-written Python against tests in a sandbox."""

@@ -1,4 +1,4 @@
-"""From a response and its row to a verdict: the program, three shapes of tests, the comparison."""
+"""From a response and its row to a verdict."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 from rewards.services.sandbox import Isolation, Run, Unavailable, decode
 
 
-class BadTests(ValueError):
-    """The message is the samples' reason."""
+class BadTests(ValueError): ...
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,8 @@ class AssertTests:
 
     tests: tuple[str, ...]
     setup: str = ""
-    """Runs before the tests and the solution."""
     entry_point: str | None = None
-    """The function under test, where the setup holds a stub of it."""
+    """Where the setup holds a stub of it."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,9 @@ Tests = AssertTests | InputOutputTests | CallTests
 def read_tests(value: Any, setup: Any = None, entry_point: Any = None, prompt: str = "") -> Tests:
     """Read tests from the cells of a row; raise BadTests.
 
-    `value`: assert statements, a Python text (with `check(<entry point>)` added if there is one), or `{"inputs":
-    [...], "outputs": [...], "fn_name": ...}`, also as JSON. `setup`: Python text or lines. `prompt`: a question that
-    is Python and belongs to the setup.
+    `value`: assert statements, a Python text (with `check(<entry point>)` added if there is one), or `{"inputs": [...],
+    "outputs": [...], "fn_name": ...}`, also as JSON. `setup`: Python text or lines. `prompt`: Python that belongs to
+    the setup.
     """
     first = _setup(setup)
     if prompt:
@@ -143,7 +141,7 @@ def last_python_block(text: str) -> str | None:
 def same_output(printed: str, expected: str, tolerance: float) -> bool:
     """Compare line by line, ignoring white space between words and empty lines at the end.
 
-    Words expected to be decimal fractions may differ by `tolerance`, relative or absolute.
+    Expected decimal fractions may differ by `tolerance`, relative or absolute.
     """
     left, right = _split_lines(printed), _split_lines(expected)
     return len(left) == len(right) and all(
@@ -206,19 +204,17 @@ class Verdict:
     passed: int
     total: int
     timeout: bool
-    """It hit the wall-clock deadline or used up its CPU time."""
+    """At the wall-clock deadline or out of CPU time."""
     trace: str
-    """The first failure, for people."""
 
 
 class Judge:
     def __init__(self, isolation: Isolation, every_test: bool, float_tolerance: float) -> None:
-        """`every_test`: continue after a failure, where the share of passed tests counts."""
         self._isolation, self._every_test, self._tolerance = isolation, every_test, float_tolerance
 
     def judge(self, code: str, tests: Tests, deadline: float) -> Verdict:
         """Raise BadTests or Unavailable if tests or sandbox do not work, TimeoutError if `deadline`
-        (`time.monotonic()`) comes before the code's own."""
+        (`time.monotonic()`) comes before the code's."""
         try:
             code.encode()
         except UnicodeEncodeError:
@@ -298,8 +294,6 @@ def _shown(value: Any) -> str:
 
 
 class _Opaque:
-    """Equal to nothing."""
-
     def __init__(self, number: int) -> None:
         self.number = number
 

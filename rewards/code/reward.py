@@ -1,4 +1,4 @@
-"""`reward=code`: runs the response's Python against the row's tests, in a sandbox."""
+"""`reward=code`: runs the response's Python against the row's tests."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from rlkit.experience import Group, GroupScores, Prompt, Score
 class CodeReward(Reward):
     """1 if the program in the response passes all tests of its row, else 0; or the share of tests passed.
 
-    A program that crashes, hangs or exceeds a limit scores 0: that is the model's failure. A broken sandbox and
-    unusable tests make the sample invalid. Components: `correct`, `passed` (share; tests with standard input stop at
-    the first failure, with `soft` at a time-out) and `timeout`.
+    A program that crashes, hangs or exceeds a limit scores 0. A broken sandbox and unusable tests make the sample
+    invalid. Components: `correct`, `passed` (share; tests with standard input stop at the first failure, with `soft` at
+    a time-out) and `timeout`.
     """
 
     class Config(RewardConfig):
         isolation: Literal["bubblewrap", "http"]
-        """Where model-written code runs. bubblewrap: sandboxes on this machine; http: a SandboxFusion service. There
-        is no default and no unisolated mode."""
+        """Where model-written code runs. bubblewrap: sandboxes on this machine; http: a SandboxFusion service. There is
+        no unisolated mode."""
         tests_column: str = "tests"
         """Data column with the tests: a list of assert statements, a Python text that defines `check`, or
         `{"inputs": [...], "outputs": [...], "fn_name": ...}` (also as JSON)."""
         setup_column: str | None = None
         """Column with Python that runs before the tests and the program (MBPP's `test_imports`)."""
         prompt_is_setup: bool = False
-        """The question is Python, too, and runs before the tests and the program (HumanEval)."""
+        """The question is Python and runs before the tests and the program (HumanEval)."""
         entry_point_column: str | None = None
         """Column with the name of the function under test; the tests are then `check(<name>)` (HumanEval)."""
         require_fence: bool = True
         """A response without a fenced code block scores 0; false: the whole response is the program."""
         soft: bool = False
-        """Score the share of tests passed instead of 1 for all and 0 otherwise."""
+        """Score the share of tests passed instead of 1 or 0."""
         float_tolerance: float = Field(default=1e-6, ge=0)
-        """Tolerance, relative or absolute, where a decimal fraction is expected."""
+        """Tolerance, relative or absolute, for expected decimal fractions."""
         processes: int = Field(default=2, ge=1)
-        """Concurrent programs of one worker (concurrent requests for http)."""
+        """Concurrent programs of one worker (for http, requests)."""
         wall_seconds: float = Field(default=10.0, gt=0)
         """Deadline of one program: of all its assert statements or calls, or of each standard input."""
         cpu_seconds: int = Field(default=5, ge=1)
@@ -53,16 +53,16 @@ class CodeReward(Reward):
         max_processes: int = Field(default=8, ge=1)
         """Concurrent processes and threads of a program (bubblewrap)."""
         file_mib: int = Field(default=16, ge=1)
-        """Size of all files that a program may write, in a temporary folder (bubblewrap)."""
+        """Size of all files that a program may write (bubblewrap)."""
         output_kib: int = Field(default=1024, ge=1)
         """A program that prints more is ended (bubblewrap)."""
         python: str | None = None
-        """Python interpreter of the programs (bubblewrap); null: the base of rlkit's environment, without its
-        packages. Name one with numpy if programs need it."""
+        """Python interpreter of the programs (bubblewrap), for example one with numpy; null: the base of rlkit's
+        environment, without packages."""
         url: str | None = None
         """Address of the service (http), such as `http://127.0.0.1:8080`."""
         token_variable: str | None = None
-        """Environment variable with a bearer token for the service (http)."""
+        """Environment variable with the service's bearer token (http)."""
         max_tries: int = Field(default=4, ge=1)
         """Tries of a request that fails on the service's side (http)."""
 
@@ -104,7 +104,6 @@ class CodeReward(Reward):
         self._open()
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """Equal programs of a group run once."""
         judge, threads = self._open()
         # A fifth of the call's deadline is kept for everything else, so that this gives up before it is killed.
         deadline = time.monotonic() + 0.8 * self.config.timeout_seconds

@@ -1,1 +1,1 @@
-"""Several rewards as one: weights, routing by prompt, ways to combine, shaping. `reward=[math,polar]` makes one."""
+"""Several rewards as one: `reward=[math,polar]`."""

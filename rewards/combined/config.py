@@ -1,4 +1,4 @@
-"""Options of a combined reward: its parts' sections, the prompts of each, and how scores become one."""
+"""Options of a combined reward and its parts."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class When(Section):
     lacks: Names = ()
     """Columns that must be absent."""
     equals: Mapping[str, Values] = {}
-    """Column to the value, or list of values, of which it must have one; types count (1 is not '1')."""
+    """Column to the value or list of values that it may have; types count (1 is not '1')."""
     differs: Mapping[str, Values] = {}
-    """Column to the value, or list of values, of which it must have none; an absent column differs."""
+    """Column to the value or list of values that it may not have; an absent column differs."""
 
     def applies(self, prompt: Prompt) -> bool:
         return (
@@ -81,22 +81,19 @@ def _present(value: Any) -> bool:
 
 
 def _is_one_of(value: Any, values: Sequence[Scalar]) -> bool:
-    """Equality in which true is not 1."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
 
 
 TARGET = "_target_"
 PART_NAME = re.compile(r"(?!(?:unshaped|ensemble_std)$)[A-Za-z][A-Za-z0-9_]*")
-"""Names appear in keys (`reward.parts.NAME.weight`) and metrics; the two excluded are components of the whole."""
+"""Names appear in keys and metrics; the two excluded are components of the whole."""
 
 
 class PartOptions(Section):
-    """Options of every part."""
-
     weight: float = 1.0
     """Factor of its value and process rewards, with combine=sum, logical_and or mean."""
     when: When = When()
-    """The prompts that it judges; the others are scored without it. All conditions must hold."""
+    """The prompts that it judges; all conditions must hold."""
 
     @model_validator(mode="before")
     @classmethod
@@ -105,16 +102,12 @@ class PartOptions(Section):
 
 
 class ShapedPartOptions(PartOptions):
-    """Options of a part that is no combination itself."""
-
     shaping: Shaping = ()
     """Steps applied to its scores before they are combined."""
 
 
 @dataclass(frozen=True)
 class RewardPart:
-    """A part with its class and validated options."""
-
     name: str
     target: str
     kind: type[Reward]
@@ -130,12 +123,11 @@ class RewardPart:
         return self.kind.traits(self.config)
 
     def section(self) -> dict[str, Any]:
-        """Its section with every value filled in, as plain values."""
         return {TARGET: self.target, **self.options.model_dump(mode="json"), **self.config.model_dump(mode="json")}
 
 
 def part_model(section: Mapping[str, Any]) -> type[BaseModel]:
-    """The fields of its class and those of a part. Raise PartError."""
+    """Raise PartError."""
     kind, options = _kind(section)
     own = kind.config_model({key: value for key, value in section.items() if key != TARGET})
     return create_model(f"{kind.__name__}Part", __base__=(options, own))
@@ -156,7 +148,6 @@ def read_part(name: str, section: Any) -> RewardPart:
 
 
 def _kind(section: Mapping[str, Any]) -> tuple[type[Reward], type[PartOptions]]:
-    """A class with a `shaping` field keeps that."""
     from rlkit.config.parts import PartError, import_part
 
     kind: type[Reward] = import_part("reward", section.get(TARGET))
@@ -171,19 +162,17 @@ NO_PARTS = "needs at least one part; write reward=[rule,polar], with names of re
 
 
 class CombinedFields(RewardConfig):
-    """All options but the parts."""
-
     timeout_seconds: float = Field(default=120.0, gt=0)
-    """Deadline of one scoring call; by default the sum of the parts', which score one after the other. After it the
-    worker is killed and replaced, and the call is tried once more."""
+    """Deadline of one scoring call; by default the sum of the parts'. After it the worker is replaced and the call
+    tried once more."""
     combine: Combine = "sum"
     """How values become one: sum, mean (weighted), product, logical_and (sum of w log sigma(r)); for members that
     estimate the same: mean, median, min, mean_minus_std, mean_minus_variance; or the dotted path of a class, which
     with options is {kind:my_module.MyCombiner,my_option:3}."""
     spread_weight: float = Field(default=1.0, gt=0)
-    """mean_minus_std and mean_minus_variance: how much of the spread is subtracted."""
+    """mean_minus_std and mean_minus_variance: factor of the spread subtracted."""
     shaping: Shaping = ()
-    """Steps applied to the combined scores, like [{kind:par,reference_value:0}]; parts may have their own before."""
+    """Steps applied to the combined scores, like [{kind:par,reference_value:0}]."""
 
     @model_validator(mode="before")
     @classmethod
@@ -206,7 +195,7 @@ class CombinedFields(RewardConfig):
 
 class CombinedConfig(CombinedFields):
     parts: dict[str, Any] = Field(default={}, validate_default=True)
-    """Name to section of each part: `_target_`, its reward's own fields, and `weight`, `when`, `shaping`."""
+    """Name to section of each part: `_target_`, its reward's fields, and `weight`, `when`, `shaping`."""
 
     @field_validator("parts")
     @classmethod
@@ -217,7 +206,7 @@ class CombinedConfig(CombinedFields):
 
 
 def typed_model(section: Mapping[str, Any], plain: type[CombinedConfig]) -> type[BaseModel]:
-    """`plain` with a typed section for each part, for better messages.
+    """`plain` with a typed section for each part.
 
     A part whose class cannot be used is a field that no value suits; one without `_target_` is no field.
     """
@@ -239,7 +228,6 @@ def typed_model(section: Mapping[str, Any], plain: type[CombinedConfig]) -> type
 
 
 def read_parts(config: CombinedConfig) -> tuple[RewardPart, ...]:
-    """In the order they were named."""
     return tuple(read_part(name, section) for name, section in config.parts.items())
 
 
@@ -261,7 +249,7 @@ def _refusal(message: str) -> Any:
 
 
 def _seconds(parts: Any) -> float | None:
-    """Sum of the parts' deadlines; None if a part is wrong (reported elsewhere)."""
+    """None if a part is wrong (reported elsewhere)."""
     if isinstance(parts, BaseModel) or not isinstance(parts, Mapping) or not parts:
         return None
     total = 0.0

@@ -1,4 +1,4 @@
-"""`reward=[math,polar]`: several rewards as one. docs/rewards/combination.md has the syntax."""
+"""`reward=[math,polar]`: several rewards as one (docs/rewards/combination.md)."""
 
 from __future__ import annotations
 
@@ -34,13 +34,11 @@ log = logging.getLogger(__name__)
 
 
 def update_times(parts: Sequence[RewardPart]) -> dict[str, UpdateWhen]:
-    """The parts that learn, and when."""
     times = {part.name: part.traits.update_when for part in parts if issubclass(part.kind, TrainableReward)}
     return {name: when for name, when in times.items() if when != "none"}
 
 
 def incompatibilities(config: CombinedConfig, parts: Sequence[RewardPart]) -> Iterator[str]:
-    """Messages about options that do not fit together."""
     combine = config.combiner
     for part in parts:
         key = f"reward.parts.{part.name}"
@@ -103,18 +101,17 @@ def with_part_key(message: str, part: RewardPart) -> str:
 
 
 ScoresByPart = dict[str, list[GroupScores | None]]
-"""Part name -> its scores per group; None where it does not judge the prompt."""
+"""By part; None where it does not judge the prompt."""
 
 
-class PartFailedError(UserError):
-    """Parts that raised; the message names each with its cause."""
+class PartFailedError(UserError): ...
 
 
 class CombinedReward(TrainableReward):
     """Asks its parts one after the other, shapes and combines their scores, and shapes the result.
 
-    A response that a part cannot judge is invalid. With a part that learns or running statistics it learns, and has
-    one worker.
+    A response that a part cannot judge is invalid. With a part that learns or running statistics it learns, and has one
+    worker.
     """
 
     Config = CombinedConfig
@@ -136,8 +133,7 @@ class CombinedReward(TrainableReward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        """Those of the parts, with columns for routing and references. Running statistics are updated before
-        advantages."""
+        """Running statistics are updated before advantages."""
         parts = read_parts(config)
         traits = [part.traits for part in parts]
         steps = [*config.shaping, *(step for part in parts for step in part.shaping)]
@@ -181,7 +177,6 @@ class CombinedReward(TrainableReward):
         return self._joined(groups, self._ask(self._parts, groups), learn=False)
 
     def _ask(self, parts: Sequence[RewardPart], groups: Sequence[Group], rescore: bool = False) -> ScoresByPart:
-        """Each part's scores of its groups, checked like those of a single reward."""
         scores: ScoresByPart = {}
         failures: dict[str, Exception] = {}
         for part in parts:
@@ -221,7 +216,7 @@ class CombinedReward(TrainableReward):
         return joined
 
     def _combined(self, groups: Sequence[Group], scores: ScoresByPart, learn: bool = False) -> list[GroupScores]:
-        """Parts shaped and combined, and the result shaped; `unshaped` is then a component."""
+        """`unshaped` becomes a component if the whole is shaped."""
         joined = self._joined(groups, scores, learn)
         if _shapes_outcomes(self.config.shaping):
             joined = [_with_unshaped(scores) for scores in joined]
@@ -245,8 +240,7 @@ class CombinedReward(TrainableReward):
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
         """Score again the parts that learn before the advantages, and shape everything again.
 
-        Other parts' values come from the components of earlier scores; process rewards stay if there are no new
-        ones.
+        Other parts' values come from earlier scores; process rewards stay if there are no new ones.
         """
         before = [name for name, when in update_times(self._parts).items() if when == "before"]
         scores = self._earlier(groups)
@@ -332,7 +326,7 @@ class CombinedReward(TrainableReward):
         self.version = state["version"]
 
     def close(self) -> None:
-        """Close every part, even if some fail; then raise the first error."""
+        """Close every part, then raise the first error."""
         errors = []
         for name, reward in self._rewards.items():
             try:
@@ -385,6 +379,5 @@ def _invalid_stays(new: GroupScores, old: GroupScores) -> GroupScores:
 
 
 def _named(error: Exception) -> str:
-    """Class and first line of an error: reasons are one line."""
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

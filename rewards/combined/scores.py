@@ -1,4 +1,4 @@
-"""Combiners: from the scores of several rewards for one response, or one group, to one score."""
+"""Combiners: from several scores of a response or group to one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlkit.experience.types import FloatArray, SpanReward
 
 
 class Combiner(Named):
-    """From the values of several rewards for one response to one value. Subclass it for your own."""
+    """From several values of one response to one. Subclass it for your own."""
 
     weighted: ClassVar[bool] = False
     """Whether weights count. Process rewards of several parts, and parts without a value, need that."""
@@ -32,7 +32,6 @@ class Combiner(Named):
     """Whether raw model scores have a known spread after it."""
 
     def weight_problem(self, weight: float) -> str | None:
-        """What the weight must be, if it is wrong."""
         return None
 
     @abstractmethod
@@ -78,7 +77,7 @@ class Product(Combiner):
 
 
 class LogicalAnd(Combiner):
-    """sum w log sigma(r), r being centred (arXiv 2402.00742)."""
+    """sum w log sigma(r) of centred r (arXiv 2402.00742)."""
 
     kind: str = "logical_and"
     weighted: ClassVar[bool] = True
@@ -138,7 +137,7 @@ COMBINERS: dict[str, type[Combiner]] = {combiner.model_fields["kind"].default: c
 
 
 def parse_combiner(value: Any) -> Combiner:
-    """From a kind, a dotted path, or a mapping with one of them and options. Raise ValueError."""
+    """Raise ValueError."""
     return read_named(value, COMBINERS, Combiner, "combiner")  # type: ignore[type-abstract]
 
 
@@ -166,7 +165,7 @@ class Rule:
 
 
 def summed_tokens(scores: Sequence[Score], weights: Sequence[float]) -> FloatArray | None:
-    """sum w r_t [T] over the scores with token rewards, if any."""
+    """sum w r_t [T] over the scores with token rewards."""
     weighted = [
         weight * score.token_rewards.astype(np.float64)
         for score, weight in zip(scores, weights, strict=True)
@@ -187,7 +186,7 @@ def summed_spans(scores: Sequence[Score], weights: Sequence[float]) -> tuple[Spa
 def averaged_pairs(
     pairs_by_reward: Sequence[Sequence[PreferencePair]], weights: Sequence[float]
 ) -> tuple[PreferencePair, ...]:
-    """Per two samples that were compared the |weight|-weighted mean probability, winner first.
+    """Per pair compared the |weight|-weighted mean probability, winner first.
 
     A negative weight counts for the other sample, weight 0 not at all.
     """
@@ -208,16 +207,11 @@ def averaged_pairs(
 
 @dataclass(frozen=True)
 class PartScores:
-    """One part's scores of a group."""
-
     name: str
     weight: float
     raw: GroupScores
-    """Before its shaping, for the components."""
     shaped: GroupScores
-    """After its shaping, for the combination."""
     show_shaped: bool
-    """Whether the shaped value is a component, too."""
 
 
 def combined_group(samples: int, parts: Sequence[PartScores], rule: Rule) -> GroupScores:

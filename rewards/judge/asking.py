@@ -1,4 +1,4 @@
-"""Ask the judge: cache, call, strict parsing, and another try after an unreadable answer."""
+"""Ask the judge: cache, call, strict parsing, retry after an unreadable answer."""
 
 from __future__ import annotations
 
@@ -67,7 +67,6 @@ def break_control_tokens(text: str) -> str:
 
 
 def without_control_tokens(messages: Sequence[Mapping[str, str]]) -> Chat:
-    """If there are control tokens, the first message says so."""
     chat = [{**message, "content": break_control_tokens(message["content"])} for message in messages]
     if chat and any(new["content"] != old["content"] for new, old in zip(chat, messages, strict=True)):
         chat[0]["content"] += NOTE

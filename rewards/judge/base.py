@@ -25,16 +25,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHARE_OF_DEADLINE = 0.8
-"""Share of the scoring call's time; what has no verdict by then is invalid, and the worker is not killed."""
+"""Of a scoring call's time; verdicts missing then are invalid."""
 RESERVED_FIELDS = ("messages", "model", "stream", "n", "response_format")
 ACCEPTED = 0.5
-"""At least this value, or share of the win, is a yes."""
+"""From this value, or share of the win, on it is a yes."""
 
 Asked = Sequence[tuple[Question, Verdict | NoVerdict]]
 
 
-class JudgeError(UserError):
-    """The message gives cause and remedy."""
+class JudgeError(UserError): ...
 
 
 class BaseJudge(Reward):
@@ -49,9 +48,9 @@ class BaseJudge(Reward):
         model: str
         """The judge's model name at the endpoint."""
         api_key_variable: str | None = None
-        """Environment variable that holds the key. The key itself is never in a configuration."""
+        """Environment variable that holds the key."""
         temperature: float = Field(default=0.0, ge=0)
-        """The judge's sampling temperature."""
+        """Sampling temperature of the judge."""
         max_answer_tokens: int = Field(default=1024, ge=1)
         """Longest answer of the judge, including its reasoning."""
         request_fields: dict[str, Any] = Field(default={})
@@ -67,8 +66,7 @@ class BaseJudge(Reward):
         max_reasks: int = Field(default=2, ge=0)
         """Times the judge is asked again after an unreadable answer; then the sample is invalid."""
         max_calls: int | None = Field(default=None, ge=1)
-        """Calls per run, divided evenly among the workers; then samples are invalid (`budget`) and
-        `max_failed_share` stops the run."""
+        """Calls per run, divided evenly among the workers; beyond it samples are invalid (`budget`)."""
         max_tokens: int | None = Field(default=None, ge=1)
         """The same for tokens (prompt and answer), as the server counts them."""
         cache_size: int = Field(default=65536, ge=1)
@@ -140,7 +138,7 @@ class BaseJudge(Reward):
         return GroupScores(tuple(scores.get(text, missing) for text in texts))
 
     def probes(self) -> Sequence[Probe]:
-        """Right responses and some without content, sent at the start unless `probe=off`."""
+        """Right responses and some without content."""
         return [
             Probe(Prompt(f"probe-{i}", (Message("user", question),), (), (reference,), reference), right)
             for i, (question, reference, right) in enumerate(QUESTIONS)
@@ -158,7 +156,6 @@ class BaseJudge(Reward):
         return []
 
     def start(self) -> None:
-        """Connect and probe; raise JudgeError."""
         self._judge = _connect(self.config)
         self._runner = asyncio.Runner()
         warning = self._runner.run(self._introduce())
@@ -207,7 +204,7 @@ class BaseJudge(Reward):
         return Score(0.0, components={"judge": 0.0, "guard": 1.0}, trace=f"rejected by rule: {why}") if why else None
 
     async def _introduce(self) -> str:
-        """Probe as configured; return a warning or "", or raise JudgeError."""
+        """Return a warning or "", or raise JudgeError."""
         config, probes = self.config, self.probes()
         deadline = time.monotonic() + config.timeout_seconds
         who = f"the judge {config.model} at {config.base_url}"

@@ -1,5 +1,4 @@
-"""Responses without content that fool judges ("master keys", arXiv 2507.08794): a rule that detects them, and a
-probe."""
+"""Responses without content that fool judges ("master keys", arXiv 2507.08794): a rule and a probe."""
 
 from __future__ import annotations
 
@@ -60,8 +59,8 @@ _PHRASES = sorted({split for phrase in PHRASES if (split := words(phrase))}, key
 
 
 def trivial(response: str, min_alphanumerics: int = 1) -> str:
-    """Return why the response has no content, or "": too few letters and digits, nothing but announcements, or an
-    announcement that breaks off."""
+    """Return why the response has no content, or "": too few letters and digits, only announcements, or one that breaks
+    off."""
     left = words(response)
     if sum(map(len, left)) < min_alphanumerics:
         return f"fewer than {min_alphanumerics} letters or digits"
@@ -95,8 +94,8 @@ class Probe:
 def complaint(probes: Sequence[Probe], accepted: Sequence[Sequence[bool]], max_rate: float) -> str:
     """Return what is wrong with the judge, or "".
 
-    `accepted`: per probe, whether the judge accepts the right response, then each reject. A question's right
-    response must be accepted once.
+    `accepted`: per probe, whether the judge accepts the right response, then each reject. A question's right response
+    must be accepted once.
     """
     keys: dict[str, list[bool]] = {}
     right: dict[str, bool] = {}

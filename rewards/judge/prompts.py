@@ -1,4 +1,4 @@
-"""What `reward=judge` asks: the form of a verdict, and three ways to judge a group (alone, in pairs, all at once)."""
+"""What `reward=judge` asks, and the form of a verdict."""
 
 from __future__ import annotations
 
@@ -38,14 +38,11 @@ _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Scores of `responses` responses, or the winner of two."""
-
     kind: Literal["scores", "winner"]
     responses: int
     low: float = 0.0
     high: float = 1.0
     reasons: bool = True
-    """Ask for reasons before the verdict."""
 
     def schema(self) -> dict[str, Any]:
         """Reasoning comes first, so that the verdict follows from it."""
@@ -97,7 +94,6 @@ class Form:
         return f"Answer with one JSON object and nothing else: {json.dumps(example)}, where {meaning}."
 
     def read(self, answer: str, answer_format: AnswerFormat) -> Verdict:
-        """Raise Unparsable."""
         if answer_format == "text":
             return self._read_text(strip_thinking(answer))
         content = json_object(answer)
@@ -133,7 +129,7 @@ class Form:
         return Verdict(tuple(self._scaled(float(number)) for number in match[1].split(",")), reasoning)
 
     def _scaled(self, score: Any) -> float:
-        """Map to 0..1; a score off the scale is an error: nobody knows what the judge meant."""
+        """Map to 0..1; raise Unparsable for a score off the scale."""
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not self.low <= score <= self.high:
             raise Unparsable(f"a score is {score!r}, not a number from {self.low:g} to {self.high:g}")
         return (score - self.low) / (self.high - self.low)
@@ -148,8 +144,6 @@ class Material:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The fields are those of the configuration."""
-
     mode: Mode
     low: float
     high: float
@@ -208,7 +202,7 @@ class Rules:
 
 
 def shuffle(texts: Sequence[str], material: Material, seed: int) -> list[str]:
-    """Order by a hash of the texts, independent of how they came."""
+    """Order by a hash of the texts."""
     salt = repr((seed, material.principle, material.conversation))
     return sorted(texts, key=lambda text: hashlib.sha256((salt + text).encode("utf-8", "surrogatepass")).digest())
 

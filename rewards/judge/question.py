@@ -1,7 +1,4 @@
-"""The parts of every judge: a question, a chat that fences off foreign text, and strict reading of the answer.
-
-Only the structured answer counts (all of it, or its last line), not a verdict quoted from a response.
-"""
+"""A question, a chat that fences off foreign text, and strict reading of the answer."""
 
 from __future__ import annotations
 
@@ -33,8 +30,6 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class NoVerdict:
-    """The judge could not be asked or understood."""
-
     reason: str
     """`class: details`"""
 
@@ -45,13 +40,11 @@ class Question:
     """In the order of the verdict's values."""
     messages: Chat
     read: Callable[[str], Verdict]
-    """Raises Unparsable; the judge is then asked again, with the message."""
+    """Raises Unparsable; the judge is then asked again."""
     instruction: str
-    """Repeated when the judge is asked again."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Extra fields of the request."""
     kind: str = ""
-    """Part of the cache key: a parser that gives other values needs another one."""
+    """Part of the cache key, which a parser with other values must change."""
 
 
 def fenced_chat(
@@ -59,8 +52,7 @@ def fenced_chat(
 ) -> Chat:
     """The role, then the fenced blocks (name, text) and the task.
 
-    A response cannot guess the fence, a hash of the texts `hashed` (None: of the blocks): it would have to contain
-    its own hash.
+    The fence is a hash of the texts `hashed` (None: of the blocks), so a response cannot guess it.
     """
     texts = [text for _, text in blocks] if hashed is None else list(hashed)
     digest = hashlib.sha256(repr((seed, texts)).encode())
@@ -82,7 +74,6 @@ def conversation(messages: Sequence[Message]) -> str:
 
 
 def guided_decoding(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the answer follow a JSON schema."""
     named = {"name": "verdict", "strict": True, "schema": schema}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 

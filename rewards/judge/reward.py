@@ -1,4 +1,4 @@
-"""`reward=judge`: responses judged by a principle in words, one by one, in pairs, or a whole group at once."""
+"""`reward=judge`: responses judged by a principle in words, alone, in pairs, or as a group."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class JudgeReward(BaseJudge):
         principle_column: str | None = None
         """Data column with each prompt's principle; where it is empty, `principle` applies."""
         reference: Literal["never", "if_given", "required"] = "if_given"
-        """Whether the judge sees the prompt's first reference, or its gold answer where there is none."""
+        """Whether the judge sees the prompt's first reference, or else its gold answer."""
         low: float = 1.0
         """pointwise, listwise: the worst score on the judge's scale."""
         high: float = 10.0
@@ -47,7 +47,7 @@ class JudgeReward(BaseJudge):
         answer_format: AnswerFormat = "json_schema"
         """Form of the verdict: json_schema (guided decoding), json_object, or text (its last line)."""
         reasons: bool = True
-        """Ask for reasons before the verdict. Off is cheaper, for judges that think before they answer."""
+        """Ask for reasons before the verdict. Off is cheaper, for judges that think first."""
 
         @model_validator(mode="after")
         def _scale_and_reference(self) -> Self:
@@ -111,10 +111,7 @@ class JudgeReward(BaseJudge):
 
 
 def win_rates(texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) -> GroupScores:
-    """Scores and preferences of a group whose responses were compared with each other.
-
-    A response rejected by rule loses against every other; equal responses share the win.
-    """
+    """A response rejected by rule loses against every other; equal responses share the win."""
     verdicts: dict[frozenset[str], list[tuple[Question, Any]]] = {}
     for question, verdict in asked:
         verdicts.setdefault(frozenset(question.responses), []).append((question, verdict))
@@ -122,7 +119,6 @@ def win_rates(texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) 
     rejected = {text for text, score in decided.items() if score.valid}
 
     def share(first: str, second: str) -> float | None:
-        """None if the two were not compared."""
         if first == second or {first, second} <= rejected:
             return 0.5
         if rejected & {first, second}:

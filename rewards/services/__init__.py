@@ -1,1 +1,1 @@
-"""What several rewards need: HTTP and chat clients, likelihoods under a language model, the sandbox."""
+"""What several rewards need: HTTP and chat clients, likelihoods, the sandbox."""

@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible chat endpoint, and a budget of calls and tokens."""
+"""A client of OpenAI-compatible chat endpoints, with a budget."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Budget:
     tokens: int = 0
 
     def take_call(self) -> None:
-        """Count a call before it is sent; raise CallFailed if nothing is left."""
+        """Call before sending; raise CallFailed if nothing is left."""
         if self.max_calls is not None and self.calls >= self.max_calls:
             raise CallFailed(f"budget: all {self.max_calls} calls are made (reward.max_calls)")
         if self.max_tokens is not None and self.tokens >= self.max_tokens:
@@ -67,7 +67,7 @@ class ChatClient:
         self._http = HttpClient([f"{endpoint.base_url}/chat/completions"], endpoint.limits, endpoint.api_key)
 
     async def answer(self, messages: Sequence[Mapping[str, str]], fields: Mapping[str, Any], deadline: float) -> str:
-        """Return the answer's text; raise CallFailed. `fields` are extra fields; `deadline` is on `time.monotonic`."""
+        """Return the answer's text; raise CallFailed. `deadline` is on `time.monotonic`."""
         request = {"model": self.endpoint.model, "messages": list(messages), **self.endpoint.fields, **fields}
         content = json_body({name: value for name, value in request.items() if value is not None})
 

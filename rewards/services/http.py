@@ -1,7 +1,7 @@
 """The HTTP client of the rewards that ask a server.
 
-`TransientError` is retried: no connection, no answer in time, a broken body, 408, 425, 429 and 5xx (but 501 and
-505). `RefusedError` would recur and is raised at once.
+`TransientError` is retried: no connection, no answer in time, a broken body, 408, 425, 429 and 5xx (but 501 and 505).
+`RefusedError` would recur and is raised at once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,9 @@ Body = bytes | Callable[[float], bytes]
 
 SHOWN_CHARACTERS = 300
 SAME_AGAIN = (501, 505)
-"""Server errors that are about the request."""
 
 
 class HttpError(Exception):
-    """The message names the address."""
-
     def __init__(self, url: str, problem: str, status: int | None = None, answer: str = "") -> None:
         super().__init__(f"{url}: {problem}")
         self.url = url
@@ -42,7 +39,6 @@ class HttpError(Exception):
         """Without the address: `ConnectError: ...`, `HTTP 503: ...`, `no answer within 30 s`."""
         self.status = status
         self.answer = answer
-        """Its beginning."""
         self.retry_after: float | None = None
         """Seconds that the server asks to wait."""
 
@@ -51,12 +47,10 @@ class TransientError(HttpError):
     """`post` raises it after the last try; `read` may raise it for another try."""
 
     timed_out: bool = False
-    """No answer within `Limits.try_seconds`."""
     tries: int = 1
 
 
-class RefusedError(HttpError):
-    """A second try would fail, too."""
+class RefusedError(HttpError): ...
 
 
 class OutOfTimeError(HttpError):
@@ -65,7 +59,7 @@ class OutOfTimeError(HttpError):
     def __init__(self, url: str, last: TransientError | None) -> None:
         super().__init__(url, "out of time" + (f"; last: {last}" if last else ""))
         self.last = last
-        """Of this request, or of a concurrent one since this one began."""
+        """Of this request, or of a concurrent one since this began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +73,7 @@ class Limits:
     """Requests in flight, without those waiting for the next try."""
     first_pause: float = 0.5
     longest_pause: float = 30.0
-    """Seconds between tries: random, up to a bound that doubles from the first to the longest."""
+    """Seconds; pauses are random, up to a bound that doubles."""
     longest_retry_after: float | None = None
     """Cap on the server's Retry-After; None: `longest_pause`."""
 
@@ -200,7 +194,6 @@ class BlockingHttpClient:
         return asyncio.run_coroutine_threadsafe(self._client.post(body, deadline, read), self._loop).result()
 
     def close(self) -> None:
-        """Call when all calls of `post` have returned."""
         asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -260,7 +253,6 @@ def _failure(state: RetryCallState) -> TransientError:
 
 
 def _retry_after(answer: httpx.Response) -> float | None:
-    """None also for a date, which is rare."""
     try:
         seconds = float(answer.headers.get("Retry-After", ""))
     except ValueError:

@@ -50,15 +50,14 @@ Pooling = Literal["last", "mean", "suffix_mean"]
 Forward = Callable[[PackedBatch, Sequence[slice]], Tensor]
 """A packed batch, and each suffix's slice of its expanded tokens -> rows [R, ...]."""
 Rows = Callable[[Tree], list[int]]
-"""The number of those rows for each sequence of a tree."""
 
 
 class Scorer:
     """A frozen model behind packed forward passes whose results are cached.
 
-    A call returns one entry per sequence, tree after tree. The cache is keyed by the content of a whole forward pass
-    and the kind of result, so a hit is bit by bit what the pass would compute: scoring the same groups again
-    (rescoring, held-out groups, a second reward) is free, and a resumed run with an empty cache repeats the numbers.
+    A call returns one entry per sequence, tree after tree. The cache key is the content of a whole forward pass and the
+    kind of result, so a hit is bit by bit what the pass would compute, and a run resumed with an empty cache repeats
+    the numbers.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Scorer:
         logit_elements_per_chunk: int = 2**24,
     ) -> None:
         """`tokens_per_batch`: tokens per forward pass, a shared prefix counted in each sequence. None: a pass per tree,
-        so its values do not depend, even in the last bit, on the other trees of a call."""
+        so its values do not depend, even in the last bit, on the call's other trees."""
         self.module: Any = module.to(device).eval().requires_grad_(False)
         self._device = device
         self._tokens_per_batch = tokens_per_batch
@@ -162,7 +161,6 @@ class Scorer:
         self.module.to(device)
 
     def forget(self) -> None:
-        """Empty the cache, after a change of the weights."""
         self._cache.clear()
 
     def close(self) -> None:
@@ -207,7 +205,6 @@ class Scorer:
 
 
 def group_tree(group: Group) -> Tree:
-    """A group's responses after their common prompt, as the policy's tokens."""
     return Tree(group.prompt.token_ids, tuple(sample.token_ids.tolist() for sample in group.samples))
 
 
@@ -263,7 +260,7 @@ def _suffixes(trees: Sequence[Tree]) -> list[slice]:
 
 
 def _without_empty_prefixes(trees: Sequence[Tree]) -> list[Tree]:
-    """Split trees without a prefix into trees of one sequence: a first token is not predicted from anything."""
+    """Split trees without a prefix into trees of one sequence."""
     return [
         part
         for tree in trees

@@ -1,1 +1,1 @@
-"""Transforms of rewards after scoring: steps with options, and chains of steps."""
+"""Transforms of rewards after scoring."""

@@ -1,4 +1,4 @@
-"""A chain of shaping steps over the scores of many groups, and the reference rewards of some steps."""
+"""A chain of shaping steps, and the reference rewards of some steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlkit.experience import Group, GroupScores, Prompt, Sample, Score
 from rlkit.experience.types import SpanReward
 
 CACHED_PROMPTS = 65536
-"""Prompts whose reference rewards are cached; the least recently used are dropped first."""
+"""The least recently used are dropped first."""
 
 Scored = Sequence[GroupScores | None]
 """None where the reward was not asked."""
@@ -28,7 +28,7 @@ class ReferenceRewards:
     """Reference rewards: a constant, a data column, or reference responses, scored once and cached by their texts."""
 
     def __init__(self, score: ScoreGroups) -> None:
-        """`score` is the reward that also scores the samples, before any shaping."""
+        """`score` also scores the samples, before any shaping."""
         self._score = score
         self._cache: OrderedDict[str, Float64] = OrderedDict()
 
@@ -77,7 +77,6 @@ def _digest(prompt: Prompt, texts: Sequence[str] | str) -> str:
 
 
 def reference_group(prompt: Prompt, texts: Sequence[str]) -> Group:
-    """Reference responses without tokens, for a reward that judges texts."""
     none = np.zeros(0)
     samples = tuple(
         Sample(
@@ -125,19 +124,17 @@ def _numbers(prompt: Prompt, column: str, most: int) -> Float64 | str:
 
 
 References = Callable[[ReferenceStep, Sequence[Group]], Sequence[Float64 | str]]
-"""(step, groups) -> as `ReferenceRewards.__call__`."""
 Outcomes = tuple[list[int], Float64]
 """Indices and values [n] of a group's valid samples with a value."""
 
 
 class Chain:
-    """The steps of one `shaping` list with their running statistics.
+    """The steps of one `shaping` list with their running statistics, which are over valid samples, group by group.
 
-    Statistics are over valid samples, group by group. A sample that a step cannot shape is invalid, with the reason.
+    A sample that a step cannot shape is invalid, with the reason.
     """
 
     def __init__(self, steps: Sequence[Step], owner: str, references: References) -> None:
-        """`owner` (`part polar`) appears in reasons."""
         self.steps, self._owner, self._references = tuple(steps), owner, references
         self.statistics = {i: RunningStatistics() for i, step in enumerate(steps) if isinstance(step, RunningStep)}
 
@@ -233,7 +230,7 @@ def _shape_process_rewards(scores: GroupScores, group: Group, step: ProcessStep)
 
 
 def _with_process_rewards(score: Score, sample: Sample, step: ProcessStep) -> Score:
-    """Span rewards, in order of their ends, are one series of steps; the rewards of trained tokens another."""
+    """Span rewards, in order of their ends, are one series of steps; those of trained tokens another."""
     if not score.valid:
         return score
     spans = sorted(score.span_rewards, key=lambda span: (span.end, span.start))

@@ -1,8 +1,7 @@
-"""Rewards relative to reference rewards: the PAR family (arXiv 2502.18770) and log-sigmoid centring (arXiv
-2402.00742).
+"""Rewards relative to reference rewards: PAR (arXiv 2502.18770) and log-sigmoid centring (arXiv 2402.00742).
 
-`references` [N] are rewards of reference responses to the same prompt, `rewards` [n] of its samples, by the same
-reward model, in float64. Raise ValueError without a reference.
+`references` [N] and `rewards` [n] are of the same prompt and reward model, in float64. Raise ValueError without a
+reference.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def preference_as_reward(
 ) -> Float64:
     """PAR: r' = mean over references of f(k * (r - offset - r_ref)) [n].
 
-    f: sigmoid (PAR; its slow-then-fast variant with offset=3), tanh, arctan, or the quintic fitted to the sigmoid. A
-    single reference 0 gives the uncentred forms.
+    f: sigmoid (PAR; slow-then-fast with offset=3), tanh, arctan, or the quintic fitted to the sigmoid. A single
+    reference 0 gives the uncentred forms.
     """
     rewards, references = _float64(rewards), _known(references)
     shaped: Float64 = FORMS[form](k * (rewards[:, None] - offset - references[None, :]))
@@ -61,13 +60,12 @@ def log_sigmoid(rewards: Float64) -> Float64:
 
 
 def log_sigmoid_centred(rewards: Float64, reference: float, floor: float | None = None) -> Float64:
-    """LSC: log sigma(r - r_ref) [n], not below `floor`. The sum of several is a logical AND."""
+    """LSC: log sigma(r - r_ref) [n], not below `floor`."""
     shaped = log_sigmoid(_float64(rewards) - reference)
     return shaped if floor is None else np.maximum(shaped, floor)
 
 
 def sigmoid(x: Float64) -> Float64:
-    """1 / (1 + exp(-x)), without overflow."""
     return np.exp(log_sigmoid(x))
 
 

@@ -1,4 +1,4 @@
-"""The steps of a `shaping` list: their options and their effect on a group's rewards (float64)."""
+"""The steps of a `shaping` list (float64)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RunningStatistics:
     greatest: float = -math.inf
 
     def add(self, values: Float64) -> None:
-        """Count a batch [n] of finite values; n may be 0."""
+        """Values [n] are finite; n may be 0."""
         n = len(values)
         if n == 0:
             return
@@ -58,10 +58,10 @@ class RunningStatistics:
 
 
 class Step(Named):
-    """Base of all steps. Subclass OutcomeStep, ReferenceStep, RunningStep or ProcessStep."""
+    """Subclass OutcomeStep, ReferenceStep, RunningStep or ProcessStep."""
 
     keeps_scale: ClassVar[bool] = False
-    """Whether a reward after it is still comparable with reference rewards before it."""
+    """Whether a reward after it is comparable with reference rewards before it."""
 
     @property
     def sets_scale(self) -> bool:
@@ -81,13 +81,13 @@ class ReferenceStep(Step):
     """Compares with rewards of reference responses to the same prompt. Needs exactly one of three sources."""
 
     reference_value: float | None = None
-    """The same reference reward for every prompt (0 leaves the rewards where they are)."""
+    """The same reference reward for every prompt."""
     reference_rewards: str | None = None
     """Data column with each prompt's reference rewards (a number or a list), scored before by the same reward."""
     reference_responses: str | None = None
     """Column with reference responses (a text or a list), scored once by this reward; `references`: the data's."""
     max_references: int = Field(default=10, ge=1)
-    """Use the first ones of a prompt, at most this many."""
+    """Use at most this many of a prompt, the first ones."""
 
     @abstractmethod
     def compare(self, values: Float64, reference_rewards: Float64) -> Float64:
@@ -219,7 +219,7 @@ class MinMax(RunningStep):
 
 
 class GroupNormalise(OutcomeStep):
-    """(r - mean) / std over the valid samples of the prompt (ddof=0): before a sum, one scale for every component."""
+    """(r - mean) / std over the valid samples of the prompt (ddof=0)."""
 
     kind: str = "group_normalise"
     divide: bool = True
@@ -230,7 +230,6 @@ class GroupNormalise(OutcomeStep):
         return self.divide
 
     def apply(self, values: Float64, lengths: Int64) -> Float64:
-        """0 for all if they are equal or a single one."""
         shifted = values - np.mean(values)
         if not self.divide:
             return shifted
@@ -341,8 +340,8 @@ LEVELS = (OutcomeStep, ReferenceStep, RunningStep, ProcessStep)
 def parse_steps(value: Any) -> tuple[Step, ...]:
     """The steps of `[delta, {kind: clip, eta: 0.5}]`; a kind with a dot is the dotted path of a class.
 
-    Only costs of length may precede a step that compares with reference rewards, which needs the raw scale. Raise
-    ValueError that names the wrong step.
+    Only costs of length may precede a step that compares with reference rewards. Raise ValueError that names the wrong
+    step.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise ValueError("must be a list of steps, like [{kind:par,reference_value:0}]")

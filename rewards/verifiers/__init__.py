@@ -1,1 +1,1 @@
-"""Rewards that are programs: mathematics, choices, formats, tool calls, instructions, schemas, lengths."""
+"""Rewards that are programs."""

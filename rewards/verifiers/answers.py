@@ -1,4 +1,4 @@
-"""Final answers: finding them in texts, and comparing them with gold answers. Pure functions."""
+"""Finding final answers in texts and comparing them with gold answers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from functools import lru_cache
 from typing import Literal
 
 MAX_ANSWER_CHARACTERS = 256
-"""A longer "answer" is prose; the verifier does not see it."""
-
 Marker = Literal["####", "boxed", "answer is", "A:"]
 MARKERS: tuple[Marker, ...] = ("####", "boxed", "answer is", "A:")
 
@@ -42,16 +40,16 @@ _WITH_UNIT_WORD = re.compile(
     rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT_WORD})?(?:(?:\s*/\s*|\s+){_UNIT_WORD}){{0,2}}\.?"
 )
 _VALUE = re.compile(r"[\s*_`\"'=≈:]*(?:[-+−±$€£\\(\[{]|\.?\d)")
-"""How a value starts; other text after "answer is" may be prose (`my answer is helpful`)."""
+"""Other text after "answer is" may be prose (`my answer is helpful`)."""
 _PROSE = re.compile(r"\s+[(\[\"'A-Za-z]|[\"')\]]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|[\"')\]]+(?:\s|$)|\s*$")
 
 
 @dataclass(frozen=True, slots=True)
 class FinalAnswer:
     text: str
-    """Without currency, thousands separators, units and the rest of the sentence."""
+    """Without currency, thousands separators, units and the rest."""
     marker: str
-    """What marked it: `####`, `boxed`, `answer is`, `A:` or `last number`."""
+    """`####`, `boxed`, `answer is`, `A:` or `last number`."""
 
     @property
     def marked(self) -> bool:
@@ -63,8 +61,8 @@ def final_answer(
 ) -> FinalAnswer | None:
     r"""The last marked answer (`#### x`, `\boxed{x}`, `The answer is x`, a line `A: x`), without the text after it.
 
-    "answer is" before something that does not start like a value (`the answer is rounded`) counts only if nothing
-    else is marked. If nothing is marked and `accept_last_number` is set, the last number counts.
+    "answer is" before what is no value (`the answer is rounded`) counts only if nothing else is marked. If nothing is
+    marked and `accept_last_number` is set, the last number counts.
     """
     marked: list[tuple[int, str, str]] = []
     for marker, pattern in (("####", _HASHES), ("A:", _LINE_A), ("answer is", _ANSWER_IS)):
@@ -89,13 +87,13 @@ def final_answer(
 
 
 def gold_answer(text: str) -> str:
-    """GSM8K's `... #### 72` gives `72`; a text without a marker is the answer."""
+    """From GSM8K's `... #### 72`; a text without a marker is the answer."""
     marked = final_answer(text) if any(mark in text for mark in ("####", "\\boxed", "A:")) else None
     return marked.text if marked is not None else _clean_boxed(text)
 
 
 def plain_decimal(text: str) -> Decimal | None:
-    """The exact value of a plain decimal number (`-1,234.50`, `1e3`)."""
+    """Exact value of `-1,234.50`, `1e3`; None for other forms."""
     if _PLAIN_NUMBER.fullmatch(text) is None:
         return None
     return Decimal(text.replace(",", ""))
@@ -117,7 +115,7 @@ def compare_plain(answer: str, gold: str) -> bool | None:
 
 
 def _boxed(text: str) -> list[tuple[int, str]]:
-    """Start and content of every closed `\\boxed{...}`, braces balanced; in linear time."""
+    """Start and content of every closed `\\boxed{...}`; in linear time."""
     boxes: list[tuple[int, str]] = []
     open_braces: list[int | None] = []  # where a box's content starts; None for an ordinary brace
     for match in _BRACES.finditer(text):
@@ -132,7 +130,6 @@ def _boxed(text: str) -> list[tuple[int, str]]:
 
 
 def _strip_decoration(text: str) -> str:
-    """Without math delimiters, markdown, currency, spacing commands and special tokens."""
     text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("\\!", "")
     text = re.sub(r"\\[()\[\]]|\\\$|[$€£]|<\|[^|>]*\|>|</?s>", "", text)
     text = text.strip().strip("*_`\"'").lstrip("=≈:").strip()
@@ -147,7 +144,6 @@ def _clean_boxed(text: str) -> str:
 
 
 def _clean_line(line: str) -> str:
-    """The number at the start of the line without what follows it, else the line's first sentence."""
     line = _strip_decoration(line)
     number = _PLAIN_NUMBER.match(line)
     if number is not None:
@@ -166,7 +162,6 @@ def _clean_line(line: str) -> str:
 
 
 def _canonical(text: str) -> str:
-    """Numbers in one spelling (no separators, exponents, trailing zeros), so that equal ones share a verdict."""
     mixed = _MIXED_NUMBER.fullmatch(text)
     if mixed is not None:
         whole, top, bottom = (int(part) for part in mixed.group(2, 3, 4))
@@ -182,7 +177,7 @@ def _canonical(text: str) -> str:
 def without_units(answer: str, gold: str) -> tuple[str, str]:
     """Both without a unit in words (`12 m^2`, `5 square feet`, `3 km/h`) that only one of them has.
 
-    A letter on the gold's number is algebra, not a unit: `3k` stays. So do texts longer than MAX_ANSWER_CHARACTERS.
+    A letter on the gold's number is algebra: `3k` stays. So do texts longer than MAX_ANSWER_CHARACTERS.
     """
     if max(len(answer), len(gold)) > MAX_ANSWER_CHARACTERS:
         return answer, gold
@@ -221,7 +216,7 @@ def _verify(answer: str, gold: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _parse(answer: str) -> list[object]:
-    """What math-verify reads, in a box or bare; empty: no expression. Cached: a group shares its gold answer."""
+    """Empty: no expression."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]

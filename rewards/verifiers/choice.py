@@ -37,15 +37,13 @@ _AFTER_LETTER = re.compile(r"\s*(?:$|[(\[\-–—]|because|since|as\b|is\b|for\b
 class Choices:
     labels: tuple[str, ...]
     texts: tuple[str, ...]
-    """Empty if only the letters are known."""
     gold: str
 
 
 class MultipleChoice(TextRule):
-    """Finds the chosen letter, or the text of an option, in what the response marks as its answer.
+    """Finds the chosen letter, or an option's text, in what the response marks as its answer.
 
-    `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}`, `**B**` and the option's text count. Two options or none
-    score 0.
+    `(B)`, `Answer: B`, `B) 12 cm`, `\\boxed{\\text{B}}`, `**B**` count. Two options or none score 0.
     """
 
     class Config(TextRuleConfig):
@@ -58,7 +56,7 @@ class MultipleChoice(TextRule):
         return RewardTraits(answer=True, columns=columns, uses_gpu=False)
 
     def task(self, prompt: Prompt) -> Choices:
-        """The gold answer is a label, the text of an option, or its index from 0."""
+        """The gold answer is a label, an option's text, or its index from 0."""
         if prompt.answer is None:
             raise CannotJudgeError("no_gold: the prompt has no gold answer")
         labels: tuple[str, ...] = tuple(string.ascii_uppercase[:10])
@@ -116,7 +114,7 @@ def chosen_option(text: str, labels: Sequence[str], texts: Sequence[str] = ()) -
 
 
 def _line_label(line: str, labels: Sequence[str]) -> str | None:
-    """The label that starts the line; empty if it names another one, too."""
+    """Empty if the line names another one, too."""
     match = _LINE_START.match(line[:2000])
     label = _as_label(match[1] or match[2], labels) if match is not None else None
     if match is None or label is None:
@@ -125,7 +123,7 @@ def _line_label(line: str, labels: Sequence[str]) -> str | None:
 
 
 def _read(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The label that starts the line, or the option whose text it is; empty for two."""
+    """Empty for two."""
     line = _LATEX.sub(lambda match: match[1] or "", line[:2000]).strip()
     for label, option in zip(labels, texts, strict=False):
         if _plain(line) == _plain(option):
@@ -154,7 +152,7 @@ def _names_another(rest: str, label: str, labels: Sequence[str]) -> bool:
 
 
 def _only_text(line: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The option whose text is in the line as whole words; empty for several."""
+    """Empty for several; the option's text must be in the line as whole words."""
     words = f" {_plain(line)} "
     named = [(label, _plain(option)) for label, option in zip(labels, texts, strict=False)]
     inside = [(label, option) for label, option in named if option and f" {option} " in words]
@@ -176,7 +174,6 @@ def _as_label(letter: str, labels: Sequence[str]) -> str | None:
 
 
 def _options(value: Any, column: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Labels and texts."""
     if isinstance(value, Mapping) and {"label", "text"} <= set(value):
         labels, texts = list(value["label"]), list(value["text"])
     elif isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""`reward=instructions`: constraints that a program can check, with IFEval's names, arguments and data columns.
+"""`reward=instructions`: constraints that a program can check, with IFEval's names, arguments and columns.
 
-Written from the paper (arXiv 2311.07911); words and sentences are found with regular expressions instead of NLTK.
+Written from the paper (arXiv 2311.07911), with regular expressions instead of NLTK.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FIXED_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe."
 
 
 def number_of_placeholders(text: str, *, num_placeholders: float) -> bool:
-    """At least this many placeholders in square brackets."""
+    """In square brackets."""
     return len(_PLACEHOLDER.findall(text)) >= num_placeholders
 
 
@@ -49,7 +49,7 @@ def number_of_bullets(text: str, *, num_bullets: float) -> bool:
 
 
 def constrained_response(text: str) -> bool:
-    """Contains one of IFEval's three fixed answers."""
+    """One of IFEval's three fixed answers."""
     return any(answer in text for answer in _FIXED_ANSWERS)
 
 
@@ -72,7 +72,7 @@ def json_format(text: str) -> bool:
 
 
 def title(text: str) -> bool:
-    """A title in double angular brackets."""
+    """In double angular brackets."""
     return any(inside.strip() for inside in _TITLE.findall(text))
 
 
@@ -93,14 +93,11 @@ def end_checker(text: str, *, end_phrase: str) -> bool:
 
 
 def quotation(text: str) -> bool:
-    """The whole response is in double quotation marks."""
     body = text.strip()
     return len(body) > 2 and body.startswith('"') and body.endswith('"')
 
 
 CHARACTERS_FOR_LANGUAGE = 4000
-"""The beginning of a text tells its language."""
-
 _WORD = re.compile(r"\w+")
 _TOKEN = re.compile(r"\w+(?:['’\-]\w+)*")
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|\n\s*\n")
@@ -108,7 +105,6 @@ _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e
 
 
 def compare(count: int, relation: str, target: int | float) -> bool:
-    """Raise ValueError for a relation that IFEval lacks."""
     if relation == "at least":
         return count >= target
     if relation == "less than":
@@ -243,8 +239,6 @@ class Instruction(Section):
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A constraint with valid arguments."""
-
     name: str
     arguments: Mapping[str, Any]
 
@@ -259,9 +253,9 @@ class Instructions(TextRule):
         id_column: str = "instruction_id_list"
         """Column with the list of a prompt's constraints."""
         kwargs_column: str = "kwargs"
-        """Column with the list of their arguments, one object each (nulls in them are left out)."""
+        """Column with the list of their arguments, one object each (nulls are left out)."""
         always: tuple[Instruction, ...] = ()
-        """Constraints on every response. If set, the columns may be missing; constraints in them are checked, too."""
+        """Constraints on every response, besides those in the columns, which may then be missing."""
         grade: Literal["all", "share"] = "all"
         """all: 1 if every constraint is followed, else 0; share: the share that is."""
         loose: bool = False
@@ -308,7 +302,6 @@ class Instructions(TextRule):
 
 
 def loose_texts(text: str) -> tuple[str, ...]:
-    """The eight versions of a text in IFEval's loose accuracy."""
     lines = text.split("\n")
     cut = [lines, lines[1:], lines[:-1], lines[1:-1]]
     versions = ["\n".join(part).strip() for part in cut]
@@ -317,7 +310,6 @@ def loose_texts(text: str) -> tuple[str, ...]:
 
 
 def _constraint(name: Any, kwargs: Any) -> Constraint:
-    """Raise CannotJudgeError if it is unknown or its arguments do not fit."""
     check = CONSTRAINTS.get(name) if isinstance(name, str) else None
     if check is None:
         near = difflib.get_close_matches(str(name), CONSTRAINTS, n=1)

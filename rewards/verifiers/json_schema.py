@@ -22,13 +22,13 @@ _FENCE_LANGUAGES = ("", "json", "json5", "jsonc")
 class JsonSchema(TextRule):
     """Reads the whole response as JSON, else its last fenced block, and checks it against a schema.
 
-    References are resolved in the schema and the standard's own, never over the network. Responses that cannot be
-    judged (nested too deeply, a pattern past the deadline) are invalid.
+    References are never resolved over the network. Responses that cannot be judged (nested too deeply, a pattern past
+    the deadline) are invalid.
     """
 
     class Config(TextRuleConfig):
         schema_column: str = "json_schema"
-        """Column with a prompt's JSON schema (an object or its text); not read if there is a `schema_file`."""
+        """Column with a prompt's JSON schema (an object or its text); not read with a `schema_file`."""
         schema_file: Path | None = None
         """File with one JSON schema for all prompts, instead of the column."""
 
@@ -82,7 +82,7 @@ class JsonSchema(TextRule):
 
 
 def read_json(text: str) -> tuple[Any] | None:
-    """The JSON value of the text or of its last fenced block; in a tuple, because it may be null.
+    """The JSON value of the text or of its last fenced block; in a tuple, because it may be None.
 
     NaN, Infinity and repeated names are no JSON. Raise RecursionError for deep nesting.
     """
@@ -96,7 +96,7 @@ def read_json(text: str) -> tuple[Any] | None:
 
 
 def last_fenced_block(text: str) -> str | None:
-    """The content of the last closed ``` block marked as JSON or not marked at all."""
+    """Content of the last closed ``` block marked as JSON or not marked."""
     fences = list(_FENCE.finditer(text))
     blocks = []
     opened: re.Match[str] | None = None
@@ -112,7 +112,6 @@ def last_fenced_block(text: str) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _validator(schema_text: str) -> Any:
-    """Cached: samples of a group share their schema. Raise CannotJudgeError for a bad one."""
     from jsonschema import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
     from jsonschema_specifications import REGISTRY
@@ -145,7 +144,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Data libraries' mappings and arrays as JSON types. Raise TypeError for anything else."""
+    """Raise TypeError for what is no JSON type."""
     return value.tolist() if hasattr(value, "tolist") else dict(value)
 
 

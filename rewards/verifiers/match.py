@@ -1,4 +1,4 @@
-"""`reward=exact_match`, `regex_match`, `format`: the response is the gold text, fits a pattern, is in tags."""
+"""`reward=exact_match`, `regex_match` and `format`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ExactMatch(TextRule):
         ignore_punctuation: bool = False
         """Ignore ASCII punctuation on both sides."""
         ignore_articles: bool = False
-        """Ignore `a`, `an`, `the` in lower case on both sides (with the two above: as SQuAD compares)."""
+        """Ignore `a`, `an`, `the` in lower case (with the two above: as SQuAD compares)."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
@@ -64,13 +64,13 @@ class RegexMatch(TextRule):
 
     class Config(TextRuleConfig):
         pattern: str | None = None
-        """`{answer}` in it is replaced by the gold answer, literally. Flags go in front: `(?is)`."""
+        """`{answer}` in it is replaced by the gold answer, literally; flags go in front: `(?is)`."""
         pattern_column: str | None = None
         """Column with a pattern for each prompt, instead of `pattern`."""
         answer_in: AnswerIn = "response"
         """Where to look: the whole response, its final answer (`####`, a box, ...) or its last <answer> tag."""
         whole: bool = False
-        """The pattern must fit all of it, not just a part."""
+        """The pattern must fit all of it."""
 
         @model_validator(mode="after")
         def _one_source(self) -> RegexMatch.Config:
@@ -149,14 +149,14 @@ TagName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.:-]*$")]
 class TagFormat(TextRule):
     """1 if every tag occurs exactly once, in order, with no text around them.
 
-    The tokenizer's special tokens are not in the text that a reward sees; use other tags.
+    The tokenizer's special tokens are not in the text; use other tags.
     """
 
     class Config(TextRuleConfig):
         tags: Annotated[tuple[TagName, ...], Field(min_length=1)] = ("think", "answer")
-        """Names of the tags, in the required order."""
+        """Names of the tags, in order."""
         grade: Literal["layout", "tag_count"] = "layout"
-        """layout: 1 or 0; tag_count: the share of opening and closing tags that occur exactly once, 0 to 1."""
+        """layout: 1 or 0; tag_count: share of opening and closing tags that occur exactly once."""
         text_outside: bool = False
         """Allow text before, between and after the tags."""
         empty_tags: bool = False

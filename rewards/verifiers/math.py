@@ -42,8 +42,7 @@ def _prepare() -> None:
     limit_memory()
 
 
-class VerifierError(UserError):
-    """The verifier itself does not work (as opposed to: it could not judge an answer)."""
+class VerifierError(UserError): ...
 
 
 class Verifier:
@@ -61,7 +60,7 @@ class Verifier:
         self._cache: OrderedDict[Pair, str] = OrderedDict()
 
     def start(self, timeout_seconds: float = 60.0) -> None:
-        """Judge two known pairs. Raise VerifierError with the cause if that fails."""
+        """Judge two known pairs. Raise VerifierError if that fails."""
         if importlib.util.find_spec("math_verify") is None:
             raise VerifierError("math-verify is not installed: pip install 'math-verify[antlr4_9_3]'")
         probes = {("1/2", "0.5"): "right", ("\\frac{3}{4}", "0.5"): "wrong"}
@@ -126,9 +125,9 @@ class MathReward(Reward):
         accept_last_number: bool = False
         """Take the last number of a response that marks no answer."""
         markers: Annotated[tuple[Marker, ...], Field(min_length=1)] = MARKERS
-        """What may mark the final answer; the last one in the response counts."""
+        """What may mark the final answer; the last one counts."""
         strip_units: bool = False
-        """Ignore a unit that only one of answer and gold has, in boxes, too: `12 m^2` is 12."""
+        """Ignore a unit that only one of answer and gold has: `12 m^2` is 12."""
         cache_size: int = Field(default=65536, ge=1)
         """Verdicts remembered; the least recently used are dropped first."""
 

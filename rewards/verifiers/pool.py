@@ -1,4 +1,4 @@
-"""Judging untrusted text in processes that are killed and replaced when they hang, grow or die."""
+"""Judging untrusted text in processes that are replaced when they hang, grow or die."""
 
 from __future__ import annotations
 
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
     from pebble import ProcessPool
 
 MEMORY_BYTES = 3 * 2**30
-"""Address space for answers in one process, so that a memory bomb fails alone."""
-
 ITEMS_PER_TASK = 16
-"""A round trip to a process costs about as much as a verdict."""
+"""A round trip costs about as much as a verdict."""
 
 MAX_TRACE_CHARACTERS = 400
 _BUDGET_USED_UP = "timeout: the verifier's time for this call was used up"
@@ -40,7 +38,7 @@ Result = TypeVar("Result")
 
 
 def limit_memory() -> None:
-    """Allow this process `MEMORY_BYTES` beyond its present size, and no core dump."""
+    """Allow `MEMORY_BYTES` beyond the present size, and no core dump."""
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -56,8 +54,8 @@ class Failed:
 class Processes:
     """A pool whose processes start on first use.
 
-    `prepare(*prepare_arguments)` runs in each before any deadline. The fork server imports `preload` once (that of
-    the first pool in this process).
+    `prepare(*prepare_arguments)` runs in each before any deadline. The fork server imports `preload` once (that of the
+    first pool in this process).
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class Processes:
     ) -> list[Result | Failed]:
         """`function` on all items, in order, until `deadline` (of `time.monotonic`).
 
-        Items of a failed batch are retried one by one, so that only the culprit is lost.
+        Items of a failed batch are retried one by one.
         """
         starts = range(0, len(items), ITEMS_PER_TASK)
         batches = [range(start, min(start + ITEMS_PER_TASK, len(items))) for start in starts]
@@ -105,7 +103,6 @@ class Processes:
         deadline: float,
         item_timeout: float,
     ) -> tuple[dict[int, Result], list[tuple[range, str]]]:
-        """Results by item, and failed batches with reasons."""
         from pebble import ProcessExpired  # here, because the configuration layer imports this module
 
         pool = self._open_pool()
@@ -154,32 +151,28 @@ class Processes:
 
 
 def _final(batch: range, reason: str) -> bool:
-    """Whether a retry is useless: a single item hung, or no time is left."""
     return reason == _BUDGET_USED_UP or (len(batch) == 1 and reason.startswith("timeout"))
 
 
 class TextRuleConfig(RewardConfig):
     item_timeout_seconds: float = Field(default=5.0, gt=0)
-    """Deadline of one verdict. After it the process is killed and replaced, and the sample is invalid."""
+    """Deadline of one verdict; after it the process is replaced and the sample invalid."""
     processes: int = Field(default=1, ge=1)
     """Verifier processes of one worker."""
 
 
 class CannotJudgeError(Exception):
-    """The prompt lacks what the rule needs, or has it in an unusable form: `class: details`."""
+    """The prompt lacks what the rule needs, or it is unusable: `class: details`."""
 
 
 class JudgeFunction(Protocol):
-    """The static method `judge` of a rule; runs in a verifier process."""
+    """Runs in a verifier process."""
 
     def __call__(self, config: Any, task: Any, text: str, /) -> Score: ...
 
 
 class TextRule(Reward):
-    """Judges a response by its text and its prompt alone.
-
-    Whatever `judge` raises on model-written text makes that sample invalid, not wrong.
-    """
+    """Judges a response by its text and its prompt alone; if `judge` raises, the sample is invalid, not wrong."""
 
     Config = TextRuleConfig
 
@@ -193,14 +186,13 @@ class TextRule(Reward):
 
     @abstractmethod
     def task(self, prompt: Prompt) -> Any:
-        """Plain data for `judge`, sent to its process. Raise CannotJudgeError if the prompt lacks it."""
+        """Plain data for `judge`. Raise CannotJudgeError."""
 
     @staticmethod
     @abstractmethod
     def judge(config: Any, task: Any, text: str, /) -> Score: ...
 
     def start(self) -> None:
-        """Raise RuntimeError with the cause if the processes do not start."""
         (answer,) = self._open().map(_echo, ["ready"], time.monotonic() + 60.0, 60.0)
         if isinstance(answer, Failed):
             raise RuntimeError(f"the verifier processes of {type(self).__name__} do not start: {answer.reason}")
@@ -243,7 +235,7 @@ class TextRule(Reward):
 
 
 def excerpt(text: str) -> str:
-    """A text for a trace: quoted, the middle cut beyond MAX_TRACE_CHARACTERS."""
+    """Quoted, the middle cut beyond MAX_TRACE_CHARACTERS."""
     if len(text) > MAX_TRACE_CHARACTERS:
         half = MAX_TRACE_CHARACTERS // 2
         text = f"{text[:half]} [...] {text[-half:]}"
@@ -251,7 +243,7 @@ def excerpt(text: str) -> str:
 
 
 def column_value(prompt: Prompt, column: str) -> Any:
-    """Parses JSON lists and objects in texts. Raise CannotJudgeError if the column is missing."""
+    """Parse JSON in texts. Raise CannotJudgeError if the column is missing."""
     value = prompt.columns.get(column)
     if value is None:
         raise CannotJudgeError(f"no_column: the prompt has nothing in column {column!r}")

@@ -1,4 +1,4 @@
-"""`reward=length`, `group_length` and `repetition`: terms that look at tokens alone, to combine with others."""
+"""`reward=length`, `group_length` and `repetition`: terms to combine with others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TokenReward(Reward):
 class Length(TokenReward):
     """1 for a response of `min_tokens` to `max_tokens`; falls to 0 over `slope_tokens` on either side.
 
-    value = clip(1 - (tokens outside) / slope_tokens, 0, 1). Equal bounds make a target length.
+    value = clip(1 - (tokens outside) / slope_tokens, 0, 1).
     """
 
     class Config(RewardConfig):
@@ -57,8 +57,7 @@ class Length(TokenReward):
 class GroupLength(TokenReward):
     """The shortest response of a group gets 1, the longest 0, others in between (Kimi k1.5, arXiv 2501.12599).
 
-    value = 1 - (tokens - shortest) / (longest - shortest); 0.5 for all of equal length. The paper's term is this
-    minus 0.5, which is the same to group-relative advantages.
+    value = 1 - (tokens - shortest) / (longest - shortest), the paper's plus 0.5; 0.5 for all of equal length.
     """
 
     @classmethod
@@ -89,12 +88,12 @@ class Repetition(TokenReward):
     """1 minus the share of repeated n-grams of tokens: 1 without repetition, near 0 for a loop.
 
     The n-gram penalty of "Demystifying Long Chain-of-Thought" (arXiv 2502.03373): an n-gram that occurred earlier in
-    the response is repeated. Weight w in a sum makes it a penalty of at most w.
+    the response is repeated.
     """
 
     class Config(RewardConfig):
         ngram_tokens: int = Field(default=8, ge=1)
-        """Short ones also count ordinary phrases; a response shorter than this gets 1."""
+        """Short ones also count ordinary phrases; a shorter response gets 1."""
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
         return [
@@ -109,6 +108,6 @@ class Repetition(TokenReward):
 
 
 def repeated_ngrams(tokens: Sequence[int], size: int) -> tuple[int, int]:
-    """Numbers of all n-grams and of the repeated ones."""
+    """Numbers of all and of the repeated ones."""
     total = max(0, len(tokens) - size + 1)
     return total, total - len({tuple(tokens[start : start + size]) for start in range(total)})

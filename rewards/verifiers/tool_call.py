@@ -1,4 +1,4 @@
-"""`reward=tool_call`: how well the tool calls of a response match gold ones, as in ToolRL (arXiv 2504.13958)."""
+"""`reward=tool_call`: how well a response's tool calls match gold ones, as in ToolRL (arXiv 2504.13958)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Assignment = Literal["optimal", "greedy"]
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """Arguments are canonical JSON (so that 1 is 1.0 and not true)."""
+    """Arguments are canonical JSON (1 is 1.0 and not true)."""
 
     name: str
     arguments: Mapping[str, str]
@@ -42,7 +42,7 @@ def read_call(value: Any) -> ToolCall:
 
 
 def canonical(value: Any) -> str:
-    """Equal for values that are equal as JSON. Raise ValueError for NaN and infinities."""
+    """Equal for values equal as JSON. Raise ValueError for NaN and infinities."""
     return json.dumps(_integral(value), sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
@@ -66,8 +66,8 @@ def pair_score(gold: ToolCall, predicted: ToolCall) -> float:
 def match_share(gold: Sequence[ToolCall], predicted: Sequence[ToolCall], assignment: Assignment = "optimal") -> float:
     """S / S_max, 0 to 1: `S = J(names) + sum of pair scores`, `S_max = 1 + sum over gold of (1 + #arguments)`.
 
-    optimal: the assignment with the largest sum; greedy: each gold call in order takes the best unused one, as the
-    released code does.
+    optimal: the assignment with the largest sum; greedy: each gold call in order takes the best unused one (the
+    released code).
     """
     if list(gold) == list(predicted):
         return 1.0
@@ -81,8 +81,7 @@ def match_share(gold: Sequence[ToolCall], predicted: Sequence[ToolCall], assignm
 def best_assignment(scores: Sequence[Sequence[float]]) -> float:
     """Largest sum of entries (none negative) with at most one in each row and column.
 
-    Kuhn's method with potentials (Munkres), row by row: O(rows^2 x columns). A row may take a column of zeros
-    instead.
+    Kuhn's method with potentials (Munkres), row by row: O(rows^2 x columns). A row may take a column of zeros.
     """
     rows = len(scores)
     columns = (len(scores[0]) if rows else 0) + rows
@@ -144,33 +143,32 @@ _CALL = "tool_call"
 class GoldCalls:
     calls: tuple[ToolCall, ...]
     layout: tuple[str, ...]
-    """Tags in order."""
 
 
 class ToolCallMatch(TextRule):
     """value = format (0 to `format_scale`) + correctness (-`correctness_scale` to `correctness_scale`).
 
-    format: the layout that the gold implies, <think>, <tool_call>, <response>, each once. correctness: its scale
-    times 2 S / S_max - 1, S counting equal tool names, argument names and arguments; the minimum for unreadable
-    calls, 0 where the gold has no calls. With the default scales: -3 to 4.
+    format: the layout that the gold implies, <think>, <tool_call>, <response>, each once. correctness: its scale times
+    2 S / S_max - 1, S counting equal tool names, argument names and arguments; the minimum for unreadable calls, 0
+    where the gold has no calls.
     """
 
     class Config(TextRuleConfig):
         tool_calls_column: str = "tool_calls"
-        """Column with the gold calls: a list of {name, parameters or arguments}, its JSON text, or a ToolRL answer
-        with <tool_call> and <response> tags. An empty list or text: no call is wanted."""
+        """Column with the gold calls: a list of {name, parameters or arguments}, its JSON text, or a ToolRL answer with
+        <tool_call> and <response> tags; empty: no call is wanted."""
         correctness_scale: float = Field(default=3.0, ge=0)
         """Correctness lies between minus this and this."""
         format_scale: float = Field(default=1.0, ge=0)
         """Added for the right layout."""
         assignment: Assignment = "optimal"
-        """Which predicted call is compared with which gold one; greedy (in gold order) is the authors' way."""
+        """How predicted calls are paired with gold ones; greedy (in gold order) is the authors'."""
         all_or_nothing: bool = False
-        """Maximal correctness for exactly the gold calls, in their order; minimal for all else."""
+        """Maximal correctness for exactly the gold calls, in order; minimal for all else."""
         think: bool = True
         """The layout starts with a <think> block."""
         many_blocks: bool = False
-        """Allow several <tool_call> blocks (Hermes and Qwen templates write one per call)."""
+        """Allow several <tool_call> blocks (as Hermes and Qwen templates write)."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:

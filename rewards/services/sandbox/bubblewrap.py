@@ -1,4 +1,4 @@
-"""Sandboxes on this machine, made by bubblewrap: each run has a separate view of the system."""
+"""Sandboxes on this machine, made by bubblewrap."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ sys.stdin.readline()
 def make_user_namespace() -> int:
     """Return a file descriptor that keeps a new user namespace alive while open; raise Unavailable.
 
-    The kernel does not limit the processes of the machine's root, whatever its name in a namespace of bubblewrap.
-    Here the sandbox's user is `nobody` outside, too.
+    The kernel does not limit the processes of the machine's root, whatever its name in a namespace. Here the sandbox's
+    user is `nobody` outside, too.
     """
     with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _CHILD],
@@ -87,15 +87,14 @@ _ENVIRONMENT = {"HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPEN
 
 
 def is_root() -> bool:
-    """Then sandboxes need a namespace made by `make_user_namespace`."""
     return os.geteuid() == 0
 
 
 class Layout:
-    """Finds the tools and the interpreter, puts the inner programs into `folder`, and builds command lines."""
+    """Finds tools and interpreter, writes the inner programs into `folder`, builds command lines."""
 
     def __init__(self, limits: Limits, python: str | None, folder: Path) -> None:
-        """Raise Unavailable if something is missing."""
+        """Raise Unavailable."""
         self._tools = {name: _tool(name) for name in _TOOLS if name != "setpriv" or is_root()}
         _refuse_old_bubblewrap(self._tools["bwrap"])
         # Not the environment that rlkit is installed in: there is much to read in it, and it starts slower.
@@ -175,7 +174,6 @@ def _refuse_old_bubblewrap(bwrap: str) -> None:
 
 
 def _folders_of_python(python: str) -> list[str]:
-    """The interpreter's folder and that of its base environment."""
     script = "import json, sys; print(json.dumps([sys.prefix, sys.base_prefix, sys.version_info[:2] >= (3, 10)]))"
     try:
         done = subprocess.run([python, "-I", "-c", script], capture_output=True, text=True, timeout=60, check=True)
@@ -190,7 +188,6 @@ def _folders_of_python(python: str) -> list[str]:
 
 
 def _write_programs(folder: Path, python: str) -> None:
-    """Compiled copies of `inside`, readable for every user, and nothing else of this package."""
     target = folder
     folder.chmod(0o755)
     for name in ("rewards", "services", "sandbox", "inside"):
@@ -256,10 +253,10 @@ print(json.dumps(leaks))
 
 
 STARTUP_SECONDS = 30.0
-"""For a sandbox to be ready, also on a busy machine."""
+"""For a sandbox to be ready."""
 _SHOWN_CHARACTERS = 2000
 _RESULTS_PER_OUTPUT = 4
-"""Results may be this much larger than output: values are written with their types."""
+"""Results are written with their types, so they may exceed the output."""
 _OUT_OF_CPU_TIME = 128 + signal.SIGXCPU
 _REMEDY = (
     "Sandboxes need user namespaces: sysctl -w user.max_user_namespaces=10000 (Debian: kernel.unprivileged_userns_clone"
@@ -269,7 +266,7 @@ _REMEDY = (
 
 
 class Bubblewrap(Isolation):
-    """No network, a read-only file system with little more than Python, an empty environment, its own namespaces."""
+    """No network, a read-only file system with little more than Python, an empty environment, separate namespaces."""
 
     def __init__(self, limits: Limits, side_by_side: int, python: str | None = None) -> None:
         self._limits, self._side_by_side, self._python = limits, side_by_side, python
@@ -278,7 +275,7 @@ class Bubblewrap(Isolation):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Find the tools, lay out the sandbox, and run a self-test that tries to escape."""
+        """Includes a self-test that tries to escape."""
         self._folder = tempfile.TemporaryDirectory(prefix="rlkit-sandbox-")
         try:
             self._layout = Layout(self._limits, self._python, Path(self._folder.name))

@@ -1,4 +1,4 @@
-"""Sandboxes of a SandboxFusion-compatible service: `POST /run_code`, retried if the service is to blame."""
+"""Sandboxes of a SandboxFusion-compatible service: `POST /run_code`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,9 @@ from rewards.services.sandbox.inside.wire import messages
 from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unavailable
 
 ANSWER_SECONDS = 15.0
-"""Added to the code's own time: waiting for a free sandbox, creating it."""
+"""Added to the code's time, for creating a sandbox."""
 LONGEST_PAUSE = 20.0
-"""Seconds between tries."""
 CONCURRENT = 100
-"""Concurrent requests; callers use fewer threads."""
 _SHOWN_CHARACTERS = 2000
 _SERVE = (
     "import os, sys; sys.path.insert(0, os.getcwd()); "
@@ -38,8 +36,6 @@ _SERVE = (
 
 
 class SandboxFusion(Isolation):
-    """The service is responsible for the isolation; see docs/rewards.md."""
-
     def __init__(self, url: str, limits: Limits, token_variable: str | None, max_tries: int) -> None:
         self._url = url.rstrip("/") + "/run_code"
         self._limits, self._token_variable, self._max_tries = limits, token_variable, max_tries
@@ -149,7 +145,6 @@ def _run_of(answer: dict[str, Any], url: str) -> Run:
 
 
 def _inner_files() -> dict[str, str]:
-    """Base64 by path."""
     folders = ("rewards", "rewards/services", "rewards/services/sandbox")
     files = {f"{folder}/__init__.py": "" for folder in folders}
     for source in (Path(__file__).parent / "inside").glob("*.py"):

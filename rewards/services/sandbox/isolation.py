@@ -12,7 +12,7 @@ Job = dict[str, Any]
 
 
 class Unavailable(UserError):
-    """The sandbox does not work: nothing is known about the code. The message gives cause and remedy."""
+    """The sandbox does not work; the message gives cause and remedy."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Limits:
 @dataclass(frozen=True)
 class Run:
     ended: Literal["exit", "timeout", "output"]
-    """By itself, also by a crash; at the deadline or out of CPU time; for writing too much."""
+    """By itself or a crash; at the deadline or out of CPU time; for writing too much."""
     exit_code: int | None
     """None if it was killed here or outlived by the tests that use it."""
     stdout: bytes
     stderr: str
     results: tuple[Any, ...] = ()
-    """Messages of the inner process after the first, which says that it is ready."""
+    """Messages of the inner process after the first (`ready`)."""
 
 
 class Isolation(ABC):
@@ -56,17 +56,15 @@ class Isolation(ABC):
     def run_program(self, code: str, stdin: str, deadline: float) -> Run:
         """Run a program. `deadline` is on `time.monotonic()`, as in all methods.
 
-        Raise Unavailable if it could not run, TimeoutError if `deadline` comes before the code's own.
+        Raise Unavailable if it could not run, TimeoutError if `deadline` comes before the code's.
         """
 
     @abstractmethod
-    def run_calls(self, job: Job, deadline: float) -> Run:
-        """See `inside.solution.answer_calls`."""
+    def run_calls(self, job: Job, deadline: float) -> Run: ...
 
     @abstractmethod
     def run_tests(self, solution: Job, tests: Job, deadline: float) -> Run:
         """Run tests and their solution apart from each other; see `inside.tester.run_tests`."""
 
     def check(self) -> None:
-        """A quick check before a run; raise Unavailable."""
         self.start()

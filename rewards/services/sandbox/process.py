@@ -20,7 +20,7 @@ _CHUNK = 65536
 @dataclass(frozen=True)
 class Command:
     arguments: Callable[[int], list[str]]
-    """The command line, given the file descriptor that results are written to."""
+    """Of the file descriptor that results are written to."""
     stdin: int
     descriptors: tuple[int, ...] = ()
 
@@ -33,7 +33,6 @@ class Child:
     limits: dict[str, int]
     written: dict[str, bytearray] = field(default_factory=dict)
     overflow: str = ""
-    """The stream on which it exceeded its limit."""
 
     @property
     def exit_code(self) -> int | None:
@@ -143,7 +142,6 @@ def _watch(
 
 
 def _read(child: Child, name: str) -> bool:
-    """Return False at the end of the stream."""
     data = os.read(child.streams[name], _CHUNK)
     kept = child.written[name]
     kept += data[: max(0, child.limits[name] - len(kept))]

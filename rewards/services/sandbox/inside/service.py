@@ -1,4 +1,4 @@
-"""Entry point inside a service that runs one program and returns its standard output, without our file descriptors."""
+"""Entry point inside a service that runs one program and returns its standard output."""
 
 from __future__ import annotations
 

@@ -68,8 +68,6 @@ def answer_calls(job: dict[str, Any], results: BinaryIO) -> None:
 
 
 class Server:
-    """Answers the tester's requests until the tester is gone."""
-
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self._requests, self._replies = requests, replies
         self._objects: list[Any] = []

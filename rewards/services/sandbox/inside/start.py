@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO
 
 READY = b'"ready"\n'
-"""First message of every process: the sandbox works, and what follows is the code's doing."""
+"""First message of every process: the sandbox works."""
 
 
 def start(role: str, *descriptors: int) -> None:
@@ -34,7 +34,6 @@ def start(role: str, *descriptors: int) -> None:
 
 
 def program(results: int, source: int) -> None:
-    """`source` is a file with the program's text."""
     with open(source, "rb") as file:
         text = file.read()
     os.write(results, READY)

@@ -1,4 +1,4 @@
-"""The process of the tests. The model's code never runs here: its functions are proxies for another process."""
+"""The process of the tests; the model's functions are proxies for another process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SolutionError(Exception):
 
 
 class UnsupportedTest(Exception):
-    """The test passes what cannot leave this process, such as its own function."""
+    """The test passes what cannot leave this process."""
 
 
 class Conversation:
@@ -36,7 +36,6 @@ class Conversation:
             raise SolutionError(f"the solution's process is gone: {error}") from None
 
     def answer(self, may_end: bool = False) -> Any:
-        """`may_end`: it may be the end of an iteration."""
         kind, *parts = receive(self._replies)
         if kind == "value":
             try:
@@ -53,7 +52,6 @@ class Conversation:
         raise SolutionError(f"{name}: {text}")
 
     def encode(self, value: Any) -> Any:
-        """Raise UnsupportedTest for functions and objects of the test."""
         return encode(value, self._number)
 
     def _number(self, value: Any) -> int:

@@ -1,7 +1,6 @@
 """Values as JSON and back: plain data by value, everything else as a numbered handle.
 
-Decoding makes builtin objects only, never a class of the sender with its methods, so a solution cannot define what
-`==` means in a test.
+Decoding makes builtin objects only, so a solution cannot define what `==` means in a test.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO
 
 MAX_MESSAGE_BYTES = 16 * 2**20
-"""A longer message ends the conversation."""
-
 MAX_NUMBER_CHARACTERS = 2000
 """Of a Decimal or a Fraction; a longer one stays a handle."""
 MOST_OF_ONE_HASH = 100
@@ -65,7 +62,6 @@ def encode(value: Any, handle: Callable[[Any], int]) -> Any:
 
 
 def _encode_special(value: Any) -> list[Any] | None:
-    """Modules of numbers and dates are already loaded if there is such a value."""
     for module, name in (("decimal", "Decimal"), ("fractions", "Fraction")):
         if module in sys.modules and isinstance(value, getattr(sys.modules[module], name)):
             try:
@@ -127,14 +123,13 @@ _SCALARS: dict[str, Callable[..., Any]] = {
 
 
 def _plain(name: str, text: str) -> str:
-    """Raise ValueError if the number is too large to compute at once."""
+    """Raise ValueError if the number is too large."""
     if len(text) > MAX_NUMBER_CHARACTERS or not _PLAIN[name].fullmatch(text):
         raise ValueError(f"no plain {name}")
     return text
 
 
 def send(stream: BinaryIO, message: Any) -> None:
-    """Raise ConversationEnded if nobody reads any more."""
     try:
         stream.write(json.dumps(message).encode() + b"\n")
         stream.flush()
@@ -154,7 +149,7 @@ def receive(stream: BinaryIO) -> Any:
 
 
 def messages(data: bytes) -> Iterator[Any]:
-    """Yield the messages of a finished stream, up to the first invalid one."""
+    """Up to the first invalid one."""
     for line in data.split(b"\n"):
         try:
             yield json.loads(line)
