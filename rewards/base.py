@@ -44,8 +44,9 @@ class RewardTraits:
     samples: int = 1
     """Responses to a prompt that it compares, including a greedy one."""
     judges_texts: bool = True
-    """Scores depend on the texts of prompt and response alone; texts without tokens can be scored."""
+    """Scores depend on the texts of prompt and response alone, not on tokens or the rest of the group."""
     process_rewards: bool = False
+    """Scores carry token or span rewards."""
     uses_gpu: bool = True
     """Workers get a share of a GPU. False for rewards that load no model."""
     raw_scores: bool = False
@@ -61,8 +62,10 @@ class RewardTraits:
 class RewardContext:
     device: str = "cpu"
     gpus: float = 0.0
+    """Share of a GPU per worker."""
     seed: int = 0
     threads: int = 1
+    """CPU threads per worker."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ class TrainableReward(Reward):
         """Write the learnt model as a plain Hugging Face folder."""
 
     @abstractmethod
-    def state_dict(self) -> Mapping[str, Any]: ...
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors and plain values alone: it is read back without pickle."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
