@@ -18,15 +18,12 @@ REWARD_STATE = "reward_state.pt"
 
 
 class SavedRun(Protocol):
-    """The parts of a run that have a state."""
-
     producer: Any
     buffer: Any
     learner: Any
     reward: Any
 
-    def state_dict(self) -> dict[str, Any]:
-        """The driver's own state."""
+    def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
@@ -39,10 +36,7 @@ class Checkpointer:
     folder: RunFolder
 
     async def save(self, step: int, run: SavedRun, metrics: Mapping[str, float]) -> Sealed:
-        """Write, seal and rename `checkpoints/step_NNNNNN`, then remove old ones. `metrics`: the latest known.
-
-        `policy/` in it is a plain Hugging Face folder, and so is `reward/` if the reward learns.
-        """
+        """Write, seal and rename `checkpoints/step_NNNNNN`, then remove old ones. `metrics`: the latest known."""
         staged = await asyncio.to_thread(stage, self.folder.checkpoints, step)
         producer, buffer = run.producer.state_dict(), await run.buffer.state_dict.remote()
         ready = {group.id for group in buffer["ready"]}

@@ -1,6 +1,6 @@
 """A checkpoint on disk: written aside, synced, sealed with a manifest, renamed; then old ones are pruned.
 
-A folder `step_NNNNNN` is always a whole checkpoint: an interrupted write leaves `.step_NNNNNN.partial`.
+`step_NNNNNN` is always whole; an interrupted write leaves `.step_NNNNNN.partial`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ class BadCheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Sealed:
-    """A whole checkpoint."""
-
     path: Path
     manifest: Mapping[str, Any]
 
@@ -39,7 +37,6 @@ class Sealed:
 
     @property
     def run_state(self) -> dict[str, Any]:
-        """What the driver saved."""
         state: dict[str, Any] = json.loads((self.path / RUN_STATE).read_text(encoding="utf-8"))
         return state
 
@@ -58,10 +55,8 @@ def remove_partial(checkpoints: Path) -> None:
 
 
 def seal(staged: Path, about: Mapping[str, Any], required: Sequence[str] = ()) -> Sealed:
-    """Sync every file, write the manifest (`about` and each file's size and hash), rename to the final name.
-
-    Raises BadCheckpointError if a required file is missing.
-    """
+    """Sync, write the manifest (`about`, sizes, hashes), rename. Raises BadCheckpointError if a required file is
+    missing."""
     absent = [name for name in required if not (staged / name).is_file()]
     if absent:
         raise BadCheckpointError(
@@ -120,10 +115,7 @@ def sealed_folders(checkpoints: Path) -> list[Path]:
 
 
 def set_aside_after(checkpoints: Path, step: int) -> None:
-    """Rename checkpoints of later steps to `abandoned_step_NNNNNN`: the run resumes from before them.
-
-    They are of another future (or damaged), and must neither outlive the new ones nor be resumed from.
-    """
+    """Rename checkpoints of later steps to `abandoned_step_NNNNNN`: they must not outlive the new ones."""
     for folder in sealed_folders(checkpoints):
         if int(folder.name[5:]) > step:
             aside = folder.with_name(f"abandoned_{folder.name}")
@@ -133,10 +125,8 @@ def set_aside_after(checkpoints: Path, step: int) -> None:
 
 
 def prune(checkpoints: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` and the one with the highest `best` in its manifest; return the removed.
-
-    Of equal ones the earliest is the best: later ones may only repeat the value of an earlier evaluation.
-    """
+    """Remove all but the newest `keep` and the best by the manifest's `best` (the earliest of equals); return the
+    removed."""
     folders = sealed_folders(checkpoints)
     values = {}
     for folder in folders:

@@ -36,7 +36,7 @@ class ResumePoint:
 def find_resume(config: RunConfig) -> ResumePoint | None:
     """The checkpoint that `resume` asks for; None for a new run.
 
-    Raises ConfigError if `resume` names no whole checkpoint, or one of another model, data or algorithm.
+    Raises ConfigError if there is none, or for another model, data or algorithm.
     """
     if config.resume == "never":
         return None

@@ -1,8 +1,7 @@
 """A process that outlives a driver with its own Ray and removes what is left, however the driver ended.
 
-That is Ray's session folder, and what killed processes leave: temporary files, and semaphores and shared memory in
-/dev/shm. Started by path, before Ray, with the standard library alone: `janitor.py TOKEN FOLDER LOGS`. Its standard
-input ends with the driver.
+Ray's session folder, temporary files, and semaphores and shared memory of killed processes. Standard library alone:
+`janitor.py TOKEN FOLDER LOGS`; its standard input ends with the driver.
 """
 
 from __future__ import annotations
@@ -21,11 +20,7 @@ from pathlib import Path
 TOKEN = "RLKIT_RUN_TOKEN"
 """Environment variable of every process of a run; semaphores carry its value in their names."""
 SECONDS = 300.0
-"""Deadline for the run's processes to end; after it nothing is removed.
-
-It counts from before Ray's shutdown, so it is more than twice END_SECONDS of rlkit/run.py: a driver that hangs there
-ends itself, and Ray's reaper ends the rest.
-"""
+"""Deadline for the run's processes to end; after it nothing is removed. More than twice END_SECONDS of rlkit/run.py."""
 ORPHANS_SECONDS = 5.0
 """For the processes of a killed driver; then they are killed. Ray's agents would call a dead Ray for a minute."""
 ORDERLY, FAILED = b"orderly", b"failed"
@@ -37,7 +32,7 @@ _MAPPED = re.compile(r"^(?:\S+ +){4}(\d+) +/dev/shm/", re.MULTILINE)
 
 @contextlib.contextmanager
 def janitor(token: str, folder: Path, logs: Path) -> Iterator[None]:
-    """Remove `folder` (Ray's session, temporary files) and shared memory after the body, or when this process dies.
+    """Remove `folder` and shared memory after the body, or when this process dies.
 
     Ray's own logs go to `logs` after an error or a kill.
     """
@@ -84,7 +79,6 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
 
 
 def _processes(token: str) -> list[int]:
-    """Without this one."""
     mark, processes = f"{TOKEN}={token}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,8 +1,7 @@
 """Where actors go, and in which order they load.
 
-One placement group is reserved before anything loads, so that a run fits or says why not. Actors on the same GPU
-load in turn: vLLM measures the whole GPU's memory to size its cache, so whatever else loads meanwhile is counted as
-the engine's, or takes memory that the engine saw as free.
+One placement group is reserved before anything loads. Actors on the same GPU load in turn: vLLM measures the whole
+GPU's memory to size its cache.
 """
 
 from __future__ import annotations
@@ -55,10 +54,10 @@ class Bundle:
 
 
 def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -> list[Bundle]:
-    """Colocated: ranks of equal number share a bundle; engine i of t GPUs has bundles i*t to i*t + t-1.
+    """Colocated: ranks of equal number share a bundle; engine i of t GPUs has bundles i*t to i*t + t-1; rewards are
+    spread.
 
-    Rewards are dealt out over them. On CUDA each bundle is a whole GPU, of which its members request shares: Ray
-    might place two bundles with parts of a GPU on the same one. Apart: one bundle per actor, with all its GPUs.
+    On CUDA each bundle is a whole GPU: Ray might put two part-GPU bundles on one. Apart: one bundle per actor.
     """
     counts = {"learner": config.learner.ranks, "critic": critic_ranks, "reward": reward_workers}
     if config.cluster.placement == "apart":
@@ -77,10 +76,7 @@ def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -
 
 
 def on_one_node(bundles: int, wide: Sequence[Sequence[int]], nodes: Sequence[str]) -> list[int]:
-    """Map each of our bundles to an index of Ray's, with each of `wide` (one actor's bundles) on one node.
-
-    All bundles are alike; `nodes` says where Ray put each. Raises NoRoomError if there is no such assignment.
-    """
+    """Map our bundles to Ray's, with each of `wide` (one actor's bundles) on one node. Raises NoRoomError."""
     left: dict[str, list[int]] = {}
     for index, node in enumerate(nodes):
         left.setdefault(node, []).append(index)
@@ -163,7 +159,6 @@ async def reserve(config: RunConfig, bundles: list[Bundle], seconds: float) -> A
 
 @contextmanager
 def released(group: Any) -> Iterator[Any]:
-    """Release the group's reservation at the end."""
     from ray.util.placement_group import remove_placement_group
 
     try:
@@ -173,11 +168,8 @@ def released(group: Any) -> Iterator[Any]:
 
 
 def loads_after(config: RunConfig) -> dict[str, list[str]]:
-    """For each part that may share a GPU, the parts that must be ready before it loads.
-
-    First the sampler, then a reward (its model may be in vLLM, too), then policy and critic. Without shared GPUs
-    nothing waits.
-    """
+    """For each part that may share a GPU, the parts that must be ready before it loads: sampler, reward, policy,
+    critic."""
     if not shares_gpus(config.cluster):
         return {}
     reward = ["reward"] if gpu_shares(config).rewards > 0 else []

@@ -1,7 +1,4 @@
-"""Child processes that end: with their parent, in order by a deadline, or at once with their children.
-
-The standard library alone: the verifiers' processes import this, too.
-"""
+"""Child processes that end with their parent, or at a deadline. Standard library alone."""
 
 from __future__ import annotations
 
@@ -25,16 +22,16 @@ Process = BaseProcess | subprocess.Popen[bytes]
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Free at this moment."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def spawn(function: Callable[..., Any], *arguments: Any, name: str | None = None) -> BaseProcess:
-    """Start `function(*arguments)` (pickled by name) in a fresh Python process that dies with this one.
+    """Start `function(*arguments)` (pickled by name) in a fresh Python process that dies with this one. Raises
+    OSError.
 
-    It leads its own session, so that Ctrl-C at the terminal reaches the parent alone. Raises OSError.
+    It leads its own session: Ctrl-C reaches the parent alone.
     """
     process = multiprocessing.get_context("spawn").Process(target=_call, args=(function, arguments), name=name)
     process.start()
@@ -56,11 +53,10 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, even if that was killed and this one hangs in C code.
+    """Have the kernel kill this process when its parent ends, even if both cannot run Python any more.
 
-    For processes of `multiprocessing` and of `start`. PR_SET_PDEATHSIG would watch the thread that started this
-    process, or the fork server, which lives until its last child ends. Instead the parent's end of a pipe (the
-    sentinel, or standard input) closes with the parent, and O_ASYNC turns that into a signal.
+    PR_SET_PDEATHSIG would watch the thread that started this process, or the fork server. Instead the parent's end
+    of a pipe (the sentinel, or standard input) closes with the parent, and O_ASYNC turns that into a signal.
     """
     parent = multiprocessing.parent_process()
     pipe = sys.stdin.fileno() if parent is None else parent.sentinel

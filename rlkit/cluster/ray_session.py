@@ -22,11 +22,11 @@ LONGEST_BASE = 24
 
 @contextmanager
 def ray_session(config: ClusterConfig, logs: Path) -> Iterator[None]:
-    """Join the Ray at `cluster.address` (or the one this Ray job runs in), else start one; leave it at the end.
+    """Join the Ray at `cluster.address` (or of this Ray job), else start one on the loopback interface; leave it at
+    the end.
 
-    A Ray started here listens on the loopback interface only, has no dashboard, and ends with the context; if this
-    process is killed, Ray's own reaper ends it. Its session and its processes' temporary files are in a folder that
-    is removed; after an error Ray's logs are copied to `logs`.
+    A Ray started here ends with the context or this process; its folder is removed, after an error its logs are
+    copied to `logs`.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the device variables as set
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -55,7 +55,6 @@ def ray_session(config: ClusterConfig, logs: Path) -> Iterator[None]:
 
 
 def _temporary_folder() -> Path:
-    """Where Ray itself would put its own."""
     base = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     # Compiled kernels stay for the next run.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{base}/torchinductor_{os.getuid()}")

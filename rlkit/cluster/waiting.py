@@ -78,9 +78,9 @@ def open_waits() -> list[Wait]:
 
 @asynccontextmanager
 async def waiting(who: str, what: str | Callable[[], str], seconds: float, limit: str) -> AsyncIterator[None]:
-    """Raise WaitedTooLongError if the body takes longer than `seconds` (more than 0), which come from `limit`.
+    """Raise WaitedTooLongError if the body takes longer than `seconds`, which come from the key `limit`.
 
-    A TimeoutError from inside passes through: it is an actor's own.
+    A TimeoutError from inside passes through.
     """
     wait, timeout, loop = Wait(who, what, seconds, limit), asyncio.timeout(None), asyncio.get_running_loop()
     message = ""

@@ -1,7 +1,6 @@
 """Checks of how parts fit together: small pure functions, each about one combination.
 
-A check names in its parameters what it looks at, and runs if those were valid by themselves. It yields issues, which
-refuse the run or only warn.
+A check runs if what its parameters name was valid by itself.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
 
 
 def group_is_large_enough(algorithm: Algorithm) -> Issues:
-    """A group statistic over too few samples is noise."""
     least = algorithm.needs().min_samples_per_prompt
     if algorithm.config.samples_per_prompt < least:
         name = type(algorithm).__name__
@@ -55,7 +53,6 @@ def group_is_large_enough(algorithm: Algorithm) -> Issues:
 
 
 def reward_finds_its_columns(reward: Part, data: DataSource) -> Issues:
-    """Without references or answers such a reward would score nothing."""
     traits, provided = reward.cls.traits(reward.config), data.provides()
     required = [
         ("references", traits.references),
@@ -128,7 +125,6 @@ def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Issues
 
 
 def verifier_is_usable(verifier: Part) -> Issues:
-    """Reworded from the messages about a reward."""
     for message in verifier.cls.check(verifier.config):
         yield ConfigIssue("verifier", re.sub(r"\breward(?=[.=]\w)", "verifier", message))
 
@@ -149,13 +145,11 @@ def model_is_usable(model_shape: ModelShape | ModelFolderError) -> Issues:
 
 
 def chat_template_exists(model: Any) -> Issues:
-    """It would only be missed when prompts are rendered."""
     if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
         yield ConfigIssue("model.chat_template", "no such file")
 
 
 def model_is_long_enough(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Issues:
-    """vLLM refuses more positions than the model has."""
     if isinstance(model_shape, ModelFolderError) or model_shape.max_positions is None:
         return
     total = rollout.max_prompt_tokens + rollout.max_response_tokens
@@ -219,7 +213,6 @@ def microbatch_holds_what_belongs_together(
 
 
 def group_filters_leave_something(buffer: BufferConfig) -> Issues:
-    """Bounds that exclude every group would sample for ever."""
     low, high = buffer.min_group_reward, buffer.max_group_reward
     if low is not None and high is not None and low > high:
         yield ConfigIssue(
@@ -252,7 +245,6 @@ def _unfit_schedule(section: str, config: LearnerConfig, trainer: TrainerConfig)
 
 
 def half_precision_has_masters(cluster: ClusterConfig, learner: LearnerConfig) -> Issues:
-    """The learner would refuse only after loading the model."""
     yield from _lacking_masters("learner", learner, cluster)
 
 
@@ -350,7 +342,6 @@ def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Issues:
 
 
 def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
-    """Training assumes that both compute the same log-probs."""
     why = "the sampler's log-probs then differ from the learner's; watch mismatch/logprob_mean"
     if rollout.top_p < 1:
         yield ConfigIssue("rollout.top_p", f"samples from a truncated distribution: {why}", warning=True)

@@ -15,8 +15,7 @@ INTERRUPTED = 130
 
 
 def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
-    """Run `work` with the arguments (None: the command line's); return its exit code, or 2 for a wrong
-    configuration, 1 for another UserError, 130 after Ctrl-C."""
+    """Run `work`; return its exit code, or 2 for a wrong configuration, 1 for another UserError, 130 after Ctrl-C."""
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
     try:
@@ -29,7 +28,6 @@ def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None)
 
 
 def print_error(error: Exception) -> int:
-    """Print the message on standard error; return the exit code."""
     if isinstance(error, ConfigError):
         print(error.report(), file=sys.stderr)
         return CONFIG_ERROR

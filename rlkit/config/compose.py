@@ -1,7 +1,4 @@
-"""Overrides, option files and a configuration file become one plain tree, each value with its source.
-
-Overrides are parsed one by one, so that each mistake is reported as its own.
-"""
+"""Overrides, option files and a configuration file become one plain tree, each value with its source."""
 
 from __future__ import annotations
 
@@ -114,7 +111,6 @@ def parse_overrides(arguments: Sequence[str], options: Options) -> Overrides:
 
 
 def _read(argument: str, parser: OverridesParser, options: Options, result: Overrides) -> str | None:
-    """Add one argument to `result`; return its problem, if any."""
     if argument.startswith("-"):
         bare = argument.lstrip("-")
         return f"options have no dashes here; write {bare if '=' in bare else bare + '=VALUE'}"
@@ -179,8 +175,6 @@ def quoted(value: str) -> str:
 
 @dataclass
 class Sources:
-    """How the user set each key."""
-
     typed: Mapping[str, str]
     """Full key or group -> the argument as typed."""
     options: dict[str, str] = field(default_factory=dict)
@@ -207,10 +201,8 @@ class Sources:
 
 
 def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sources: Sources) -> list[ConfigIssue]:
-    """Merge a configuration file into the composed values; return the file's problems.
-
-    A part with a `_target_` replaces the composed part: its values are those of another class.
-    """
+    """Merge a configuration file into the composed values; return its problems. A part with a `_target_` is replaced
+    whole."""
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -263,10 +255,9 @@ COMBINED = "combined"
 
 
 def part_names(value: Sequence[Any], options: Collection[str]) -> tuple[dict[str, str], str | None]:
-    """Name of each part -> option or dotted path of a class; and what is wrong with the list, if anything.
+    """Part name -> option or class path, and what is wrong with the list.
 
-    An element is an option, a dotted path (the part is named like the class), or `{name: option}`. A misspelt option
-    is replaced by the nearest one, so that the rest can be checked, too.
+    An element is an option, a dotted path, or `{name: option}`. A misspelt option is replaced by the nearest one.
     """
     parts: dict[str, str] = {}
     messages = []
@@ -297,7 +288,7 @@ def part_names(value: Sequence[Any], options: Collection[str]) -> tuple[dict[str
 def add_parts(
     composed: DictConfig, folder: Path, options: Collection[str], chosen: Mapping[str, str], file: Path | None
 ) -> tuple[dict[str, str], list[ConfigIssue]]:
-    """Put the parts that the command line chose, or that a file lists (`reward: [rule, polar]`), into `composed`.
+    """Put the parts of `reward=[a,b]`, or of a file's list, into `composed`.
 
     Return the reward's name for messages (empty if it is no list), and the file's problems.
     """

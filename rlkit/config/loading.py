@@ -229,10 +229,10 @@ def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
 
 
 def load_config(arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] = ()) -> ResolvedRun:
-    """The run that `arguments` (Hydra overrides) describe, on top of a configuration file if there is one.
+    """The run that Hydra overrides describe, on top of a file if there is one. Raises ConfigError with every
+    problem.
 
-    `elsewhere` are paths that may exist only where the run will be: issues about them are warnings. Raises
-    ConfigError with every problem. Imports nothing heavier than the modules of the chosen parts.
+    `elsewhere`: paths that may exist only where the run will be; issues about them are warnings.
     """
     loading = _RunLoading(arguments, file, elsewhere)
     loading.validate()
@@ -241,8 +241,6 @@ def load_config(arguments: Sequence[str], file: Path | None = None, elsewhere: C
 
 
 class _RunLoading(Loading):
-    """The configuration of `rlkit.train`."""
-
     def __init__(self, arguments: Sequence[str], file: Path | None, elsewhere: Collection[str]) -> None:
         super().__init__(arguments, file, folder=conf_dir(), schema=RunConfig, contracts=CONTRACTS)
         self.elsewhere = elsewhere
@@ -280,7 +278,6 @@ class _RunLoading(Loading):
         return getattr(holder, leaf, None) if section else self.available.get(key)
 
     def result(self) -> ResolvedRun:
-        """Raises ConfigError if there is any problem."""
         if self.problems:
             raise ConfigError(list(dict.fromkeys(self.problems)))
         full = {

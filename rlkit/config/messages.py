@@ -20,8 +20,6 @@ from rlkit.experience import UserError
 
 @dataclass(frozen=True)
 class ConfigIssue:
-    """One thing the user has to change, or to know."""
-
     where: str
     """The argument as typed, or `key=value`; from a check the key alone, which loading replaces by that."""
     message: str
@@ -34,8 +32,6 @@ class ConfigIssue:
 
 
 class ConfigError(UserError):
-    """A configuration that cannot run."""
-
     def __init__(self, problems: Sequence[ConfigIssue]) -> None:
         self.problems = tuple(problems)
         super().__init__(self.report())
@@ -78,12 +74,10 @@ def allowed(info: FieldInfo) -> str:
 
 
 def literal_values(info: FieldInfo) -> list[str]:
-    """The values of a Literal field; empty for other fields."""
     return [str(value) for kind in _alternatives(info.annotation) for value in get_args(kind) if _is_literal(kind)]
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """The members of a union; for another annotation itself."""
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -158,7 +152,6 @@ OTHER_NAMES = {
 
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The valid name most like `name`, if any."""
     spelled = {candidate.lower(): candidate for candidate in valid}
     similar = get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
     similar += [candidate for candidate in sorted(spelled) if len(name) > 1 and name.lower() in candidate]
@@ -175,8 +168,7 @@ def did_you_mean(name: str, valid: Collection[str]) -> str:
 def similar_keys(key: str, valid: Collection[str]) -> list[str]:
     """At most three full keys that the unknown `key` may mean, best first.
 
-    In this order: what other frameworks call it; the same field in another section; a field of the same section that
-    looks like it; a field that contains it as a word; anything that looks like it.
+    Other frameworks' names, then the same field elsewhere, then look-alikes in this section, then any.
     """
     section, _, leaf = key.rpartition(".")
     leaves = {full: full.rpartition(".")[2] for full in valid}
@@ -241,8 +233,8 @@ def validate(
 
 
 def read_section(model: type[Model], tree: Mapping[str, Any]) -> tuple[Model | None, list[ErrorDetails]]:
-    """The typed section, or None and pydantic's errors. True and false are no numbers, as in its strict mode, which
-    would also refuse lists for tuples and texts for paths."""
+    """The typed section, or pydantic's errors. Unlike its strict mode, lists for tuples and texts for paths are
+    fine."""
     errors = []
     try:
         model.model_validate(dict(tree), strict=True)

@@ -22,8 +22,6 @@ class ModelFolderError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a causal language model, from its config.json."""
-
     parameters: int | None
     """From the safetensors headers; None if the weights are in another format."""
     layers: int

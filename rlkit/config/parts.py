@@ -57,8 +57,6 @@ def with_present_targets(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Contract:
-    """What a part of one kind must be."""
-
     base: type
     config: type[BaseModel]
 
@@ -77,8 +75,7 @@ class Part:
     config: Any
 
 
-class PartError(UserError, ValueError):
-    """A `_target_` that cannot be used; the message says why."""
+class PartError(UserError, ValueError): ...
 
 
 def import_part(kind: str, target: Any, contract: Contract | None = None) -> Any:
@@ -163,7 +160,6 @@ class ResolvedRun:
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
-    """As plain values, in the schema's order."""
     return config.model_dump(mode="json")
 
 

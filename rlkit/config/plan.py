@@ -1,7 +1,5 @@
-"""What a run would do, without torch: GPUs per actor, the weights' route, who makes room for whom, batches, memory.
-
-`auto` is decided here alone, from device and placement; an explicit value that cannot work is refused.
-"""
+"""What a run would do, without torch: GPUs per actor, the weights' route, batches, memory. `auto` is decided here
+alone."""
 
 from __future__ import annotations
 
@@ -54,11 +52,7 @@ WeightRoute = Literal["object_store", "gloo", "nccl", "ipc"]
 
 
 def weight_route(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> WeightRoute:
-    """`auto` on GPUs: CUDA IPC if every GPU of every engine has a rank, NCCL if none has, else the object store.
-
-    With IPC each process of an engine reads the memory of the rank on its GPU; NCCL wants each process on another
-    GPU.
-    """
+    """`auto` on GPUs: CUDA IPC if every GPU of every engine has a rank, NCCL if none has, else the object store."""
     if cluster.weight_transfer != "auto":
         return cluster.weight_transfer
     if cluster.device == "cpu":
@@ -78,7 +72,6 @@ def _engine_gpus(rollout: RolloutConfig) -> int:
 
 
 def engines_sleep(config: RunConfig) -> bool:
-    """Whether the engines free their memory while the learner works."""
     rollout = config.rollout
     if rollout.sleep == "auto":
         return _take_turns(config.cluster, rollout, config.trainer)
@@ -191,13 +184,11 @@ class Line:
 
 
 def plan(run: ResolvedRun) -> list[Line]:
-    """The plan of a checked run."""
     shape = check_model_folder(run.config.model.path)
     return [*_parts(run, shape), *_actors(run), *_handover(run), *_batches(run), *_memory(run, shape)]
 
 
 def plan_text(lines: Sequence[Line]) -> str:
-    """The plan as a table; each area is named once."""
     areas = ["", *(line.area for line in lines)]
     return "\n".join(
         f"{line.area if line.area != before else '':<9}{line.what:<31}{line.amount}"
@@ -376,9 +367,10 @@ def _element_bytes(dtype: str, cuda: bool) -> int:
 
 
 def _learner_bytes(parameters: int, learner: LearnerConfig, cuda: bool) -> float:
-    """Weights, gradients and AdamW's state of one rank; each ZeRO stage divides one more of them by the ranks.
+    """Weights, gradients and AdamW's state of one rank: 4 + 4 + 8 bytes per parameter in fp32; bf16 2 + 2, and 4 +
+    8.
 
-    fp32: 4 + 4 + 8 bytes per parameter. bf16: 2 + 2, and 4 (fp32 weights) + 8.
+    Each ZeRO stage divides one more of them by the ranks.
     """
     width = _element_bytes(learner.dtype, cuda)
     weights, gradients, optimizer = width, width, 8 if width == 4 else 12

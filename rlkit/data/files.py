@@ -242,7 +242,6 @@ class HfSource(TableSource):
         self._known_columns: dict[tuple[str, str], list[str] | None] = {}
 
     def _where(self, split: Split) -> tuple[str, str] | None:
-        """(path, split name) of the rows."""
         config: HfConfig = self.config
         if split == "train":
             return config.path, config.split
@@ -276,9 +275,9 @@ class HfSource(TableSource):
 def open_table(
     path: str, split: str, subset: str | None = None, revision: str | None = None, columns_only: bool = False
 ) -> Any:
-    """The rows that `datasets` loads from a local file or folder, or from the hub. Raises DataError.
+    """Rows that `datasets` loads from a file, a folder or the hub. Raises DataError.
 
-    `columns_only`: the column names instead, read cheaply; None if only a download would tell.
+    `columns_only`: column names, read cheaply; None if only a download would tell.
     """
     local = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or local.suffix in _BUILDERS

@@ -48,11 +48,10 @@ def render(
     max_prompt_tokens: int,
     chat_template: str | Path | None = None,
 ) -> tuple[list[Prompt], list[BadRow]]:
-    """Return prompts with the token ids that the sampler receives, and the problems that cannot be rendered.
+    """Prompts with the sampler's token ids, and the problems that cannot be rendered.
 
-    `chat_template`: path of a Jinja file (`model.chat_template`) that replaces the tokenizer's template. Bad rows:
-    prompts longer than `max_prompt_tokens`, or refused by the template. Raises DataError without a template, or if
-    it begins with two BOS tokens.
+    `chat_template`: path of a Jinja file. Bad rows: prompts longer than `max_prompt_tokens`, or refused by the
+    template. Raises DataError without a template, or for two BOS tokens.
     """
     template = _read_template(chat_template, tokenizer)
     prompts: list[Prompt] = []

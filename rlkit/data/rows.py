@@ -22,8 +22,6 @@ _ROWS_SHOWN = 5
 
 
 class ColumnsConfig(DataConfig):
-    """Which columns of a table mean what."""
-
     prompt_column: str = "question"
     """The question: a text, or a list of chat messages (`{"role": ..., "content": ...}`)."""
     answer_column: str | None = "answer"
@@ -47,7 +45,6 @@ class ColumnsConfig(DataConfig):
         return (value,) if isinstance(value, str) else value
 
     def named_columns(self) -> dict[str, str]:
-        """Key -> column, for every configured column."""
         named = {"prompt_column": self.prompt_column}
         if self.answer_column is not None:
             named["answer_column"] = self.answer_column

@@ -1,7 +1,4 @@
-"""The records that flow through a run (prompt, sample, group, score) and the buffer that holds them.
-
-Importable without torch, Ray or vLLM: rewards and algorithms build on these types alone.
-"""
+"""The records of a run, and the buffer. Importable without torch, Ray or vLLM."""
 
 from rlkit.experience.errors import UserError
 from rlkit.experience.types import (

@@ -22,8 +22,8 @@ class BufferActor:
     async def reserve(self, limit: int) -> int:
         """Room for at least one and at most `limit` groups; waits for it.
 
-        Synchronous training samples in rounds: replacements for rejected groups are granted when the whole round has
-        been judged. So what is sampled together does not depend on timing, and runs repeat to the last bit.
+        Synchronous training samples in rounds: replacements for rejected groups are granted when the whole round is
+        judged, so that runs repeat to the last bit.
         """
         async with self.changed:
             while self._mid_round() or not (granted := self.buffer.reserve(limit)):

@@ -1,7 +1,5 @@
-"""Prompts, samples, scores and groups as JSON, exact to the last bit and without pickle.
-
-An array becomes its dtype, shape and bytes in base64; a record becomes its class's name and fields.
-"""
+"""Records as JSON, exact to the last bit and without pickle: arrays as dtype, shape and base64, records by class
+name."""
 
 from __future__ import annotations
 

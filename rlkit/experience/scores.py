@@ -26,8 +26,6 @@ class RewardFailed(UserError):
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """One scoring call, or the sum of several."""
-
     samples: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
     """Invalid samples by reason class (`timeout`, `crash`, `exception`, `wrong_length`, ...)."""
@@ -121,10 +119,7 @@ def _attach(group: Group, scores: Any) -> Group:
 
 
 def _check(score: Any, tokens: int) -> Score:
-    """The score with plain numbers, or an invalid one that says how it breaks the contract.
-
-    A tensor instead of a number would reach processes without torch, or could not be sent at all.
-    """
+    """The score with plain numbers (no tensors), or an invalid one that says how it breaks the contract."""
     if isinstance(score, float) and not math.isfinite(score):
         return Score.invalid(f"not_finite: the score is {score}")
     if not isinstance(score, Score):

@@ -169,7 +169,7 @@ def exit_code(job: Any) -> int:
 
 
 def follow(cluster: Cluster, job_id: str, give_up_seconds: float) -> int:
-    """Show the log until the job ends; return its exit code, or 130 after Ctrl-C, which does not stop the job.
+    """Show the log until the job ends; return its exit code, or 130 after Ctrl-C, which leaves the job running.
 
     Raises ClusterError when the cluster has not answered for `give_up_seconds`.
     """

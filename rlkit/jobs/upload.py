@@ -1,7 +1,4 @@
-"""The working folder's files, packed into one archive for a job.
-
-Ray's own choice (`working_dir` with `excludes`) neither says which files nor stops at a size.
-"""
+"""The working folder packed into one archive. Ray's own choice neither names the files nor limits their size."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from rlkit.models.policy import resolve_dtype
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that skips its step when any rank's gradient is not finite.
 
-    DeepSpeed clips before it calls `step`; clipping by a non-finite norm makes every gradient non-finite, so the check
-    works at every ZeRO stage.
+    DeepSpeed clips first; clipping by a non-finite norm makes every gradient non-finite, so this works at every ZeRO
+    stage.
     """
 
     skipped: bool = False

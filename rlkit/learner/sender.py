@@ -1,7 +1,6 @@
 """The sending end of a direct weight transfer: vLLM's trainer side, driven by the learner's ranks.
 
-Rank 0 announces to the rollout workers and sends. The other ranks take part in gathering (ZeRO-3) and, with CUDA IPC,
-offer their own GPU's buffer.
+Rank 0 sends; the others take part in gathering (ZeRO-3) and, with CUDA IPC, offer their own GPU's buffer.
 """
 
 from __future__ import annotations

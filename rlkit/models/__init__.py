@@ -1,4 +1,2 @@
-"""Models on ragged sequences: packing without padding, attention over packed tokens, chunked log-probs.
-
-Needs only torch and transformers (no Ray, vLLM, DeepSpeed or Hydra): learners, rewards and benchmarks share it.
-"""
+"""Models on ragged sequences: packing without padding, packed attention, chunked log-probs. torch and transformers
+only."""

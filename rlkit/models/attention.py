@@ -1,7 +1,6 @@
 """Attention over packed tokens, for transformers' models: `rlkit_packed`.
 
-Linear layers see the T packed tokens. Attention expands queries, keys and values to whole sequences (a shared prompt is
-repeated only here), attends causally inside each, and collapses the result.
+It expands queries, keys and values to whole sequences, attends causally inside each, and collapses the result.
 """
 
 from __future__ import annotations
