@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rlkit.experience import Group
+from rlkit.experience import Group, UserError
 from rlkit.experience.section import Section
 
 if TYPE_CHECKING:  # torch is loaded only where a loss is computed; validating a configuration must stay cheap
@@ -76,6 +76,16 @@ class Advantages:
     """Further inputs of the loss per token (per sample, [T])."""
     scalars: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def check(self, experience: Experience, algorithm: object) -> None:
+        """Raise UserError unless there is one number per response token, and a `keep` per sample."""
+        samples = [sample for group in experience.groups for sample in group.samples]
+        who = f"{type(algorithm).__module__}.{type(algorithm).__name__}.advantages"
+        if not len(samples) == len(self.tokens) == len(self.keep):
+            raise UserError(f"{who}: {len(samples)} samples, but {len(self.tokens)} rows and {len(self.keep)} keeps")
+        for i, (sample, row) in enumerate(zip(samples, self.tokens, strict=True)):
+            if len(sample) != len(row):
+                raise UserError(f"{who}: sample {i} has {len(sample)} response tokens, its advantages {len(row)}")
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,7 @@ class Algorithm(ABC):
         self.config = config
 
     def needs(self) -> AlgorithmNeeds:
+        """Subclasses of SurrogateAlgorithm extend `super().needs()`, which asks for what a KL penalty takes."""
         return AlgorithmNeeds()
 
     def normalises(self) -> bool:

@@ -99,6 +99,7 @@ class Trainer:
         with self.tracker.timed("advantages"):
             experience = await self.learner.experience(groups, step)
             advantages = self.algorithm.advantages(experience)
+            advantages.check(experience, self.algorithm)
         with self.tracker.timed("update"):
             metrics, judged, (_, learnt) = await asyncio.gather(
                 self.update(experience, advantages), self.judge(groups), self.reward.learn(groups, "after")

@@ -1,7 +1,7 @@
 """Weight sync between learner and sampler, and the time-sharing of GPUs that both use.
 
-GPUs alternate between learner and sampler: `publish` hands them to the sampler, `release_sampler` back. Where nothing is
-shared (on CPUs, on separate GPUs, with stale data), the phases cost nothing.
+GPUs alternate between learner and sampler: `publish` hands them to the sampler, `release_sampler` back. Where nothing
+is shared (on CPUs, on separate GPUs, with stale data), the phases cost nothing.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from algorithms.base import (
     ValueLossInputs,
 )
 from rlkit.config.parts import import_part
-from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
+from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, UserError
 
 BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("algorithms.grpo.GRPO", {}),
@@ -192,6 +192,14 @@ def test_importing_it_is_cheap(case: tuple[str, dict[str, Any]]) -> None:
     assert done.stdout.strip() == "[]", "import these inside the functions that use them"
 
 
+def test_a_kl_penalty_gets_its_reference(case: tuple[str, dict[str, Any]]) -> None:
+    target, options = case
+    if "kl_coefficient" not in import_part("algorithm", target).Config.model_fields:
+        pytest.skip("it has no KL penalty")
+    needs = make((target, {**options, "kl_coefficient": 0.1})).needs()
+    assert needs.reference_policy, "needs() drops what super().needs() asks for"
+
+
 def test_it_travels_to_the_learner(algorithm: Algorithm) -> None:
     kind, config = pickle.loads(pickle.dumps((type(algorithm), algorithm.config)))
     assert kind(config).needs() == algorithm.needs()
@@ -213,6 +221,15 @@ def test_one_finite_number_for_every_token(algorithm: Algorithm) -> None:
     assert advantages.keep.any(), "it learns from none of these groups"
     assert all(np.isfinite(value) for value in (*advantages.metrics.values(), *advantages.scalars.values()))
     assert (advantages.returns is not None) == algorithm.needs().critic
+
+
+def test_advantages_of_another_length_are_refused(algorithm: Algorithm) -> None:
+    experience = make_experience(algorithm)
+    advantages = algorithm.advantages(experience)
+    advantages.check(experience, algorithm)
+    short = replace(advantages, tokens=[row[:-1] for row in advantages.tokens])
+    with pytest.raises(UserError, match=r"advantages: sample 0 has \d+ response tokens"):
+        short.check(experience, algorithm)
 
 
 def test_tokens_that_are_not_trained_get_nothing(algorithm: Algorithm) -> None:
