@@ -37,11 +37,14 @@ class AlgorithmNeeds:
     """Requirements on the runtime, checked before a run starts."""
 
     critic: bool = False
+    """`Experience.values`, and a model that `value_loss` trains."""
     reference_policy: bool = False
+    """`LossInputs.reference_logprobs`: a frozen copy of the starting policy."""
     min_samples_per_prompt: int = 1
     layout: Layout = "any"
     """Samples that must share a micro-batch."""
     process_rewards: bool = False
+    """Scores with token or span rewards."""
     token_kl: bool = False
     """Advantages use log-probs of policy and reference."""
     greedy_response: bool = False
@@ -104,7 +107,7 @@ class Denominators:
 class LossInputs:
     """One micro-batch as flat rows: R response tokens (trained or not) of S samples, sample after sample.
 
-    Only `logprobs` and `entropy` carry gradients.
+    On the learner's device; only `logprobs` and `entropy` carry gradients.
     """
 
     logprobs: Tensor
@@ -116,7 +119,7 @@ class LossInputs:
     rollout_logprobs: Tensor
     """[R] from the sampler (behaviour policy)."""
     advantages: Tensor
-    """[R]"""
+    """[R] from `Advantages.tokens`."""
     mask: Tensor
     """[R] 1.0 on trained tokens."""
     sequence: Tensor
@@ -125,7 +128,7 @@ class LossInputs:
     """[S] int64: group of each sample within the micro-batch."""
     denominators: Denominators
     reference_logprobs: Tensor | None = None
-    """[R]"""
+    """[R] under the reference policy, if there is one."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """[R] each."""
     scalars: Mapping[str, float] = field(default_factory=dict)

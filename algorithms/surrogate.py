@@ -154,7 +154,8 @@ class SurrogateAlgorithm(Algorithm):
         return replace(credit, scalars=weight, metrics={**credit.metrics, "kl/coefficient": self.kl_coefficient})
 
     @abstractmethod
-    def credit(self, experience: Experience) -> Advantages: ...
+    def credit(self, experience: Experience) -> Advantages:
+        """One advantage per response token: `token_advantages(spread(per_sample, outcomes.masks), ...)` in most cases."""
 
     def outcome_rewards(self, outcomes: Outcomes) -> tuple[Float64, dict[str, float]]:
         longest = self.config.overlong_max_tokens
