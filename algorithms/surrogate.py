@@ -155,7 +155,7 @@ class SurrogateAlgorithm(Algorithm):
 
     @abstractmethod
     def credit(self, experience: Experience) -> Advantages:
-        """One advantage per response token: `token_advantages(spread(per_sample, outcomes.masks), ...)` in most cases."""
+        """One advantage per response token: mostly `token_advantages(spread(per_sample, outcomes.masks), ...)`."""
 
     def outcome_rewards(self, outcomes: Outcomes) -> tuple[Float64, dict[str, float]]:
         longest = self.config.overlong_max_tokens
