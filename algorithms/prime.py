@@ -44,7 +44,7 @@ class PRIME(SurrogateAlgorithm):
         process_gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per token of the process half."""
         kl_in: KLPlace = "loss"
-        """A KL penalty in the reward does not reach PRIME's returns."""
+        """Only the loss: a KL penalty in the reward does not reach PRIME's returns."""
 
         @model_validator(mode="after")
         def _prime_options_act(self) -> Self:

@@ -47,9 +47,9 @@ class SurrogateConfig(AlgorithmConfig):
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty to the reference policy; 0 loads none."""
     kl_in: KLPlace = "loss"
-    """Where the penalty is."""
+    """Where the penalty is applied."""
     kl_estimator: Estimator = "k3"
-    """Of the KL per token; k1 only works in the reward."""
+    """Of the KL per token; use k1, whose expected gradient is 0, in the reward."""
     kl_target: float | None = Field(default=None, gt=0)
     """Nats per token to which `kl_coefficient` steers the KL; null: it stays fixed."""
     kl_horizon: int = Field(default=10_000, ge=1)

@@ -50,7 +50,7 @@ class RewardTraits:
     uses_gpu: bool = True
     """Workers get a share of a GPU. False for rewards that load no model."""
     raw_scores: bool = False
-    """Values are unbounded model scores whose level and spread differ between prompts; normalise them."""
+    """Values are unbounded model scores whose level and spread differ between prompts."""
     update_when: UpdateWhen = "none"
     """When a TrainableReward learns. after: once a step's scores are taken. before: first; `rescore` then gives the
     scores for the policy."""

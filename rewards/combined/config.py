@@ -46,9 +46,9 @@ class When(Section):
     lacks: Names = ()
     """Columns that must be absent."""
     equals: Mapping[str, Values] = {}
-    """Column to the value or list of values that it may have; types count (1 is not '1')."""
+    """Column to the value, or list of values, of which it must have one; types count (1 is not '1')."""
     differs: Mapping[str, Values] = {}
-    """Column to the value or list of values that it may not have; an absent column differs."""
+    """Column to the value, or list of values, of which it must have none; an absent column differs."""
 
     def applies(self, prompt: Prompt) -> bool:
         return (

@@ -32,7 +32,7 @@ class Budget:
     tokens: int = 0
 
     def take_call(self) -> None:
-        """Call before sending; raise CallFailed if nothing is left."""
+        """Count a call before it is sent; raise CallFailed if nothing is left."""
         if self.max_calls is not None and self.calls >= self.max_calls:
             raise CallFailed(f"budget: all {self.max_calls} calls are made (reward.max_calls)")
         if self.max_tokens is not None and self.tokens >= self.max_tokens:
