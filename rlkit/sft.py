@@ -1,7 +1,7 @@
-"""`python -m rlkit.sft [key=value ...]`: supervised fine-tuning of any model on a data source's reference answers.
+"""`python -m rlkit.sft [key=value ...]`: supervised fine-tuning on a data source's reference answers.
 
-The keys are those of rlkit.train, as far as they mean something here. An optimizer step takes
-`trainer.prompts_per_step` problems, each with one of its references, drawn by `seed`.
+Keys are those of rlkit.train. A step takes `trainer.prompts_per_step` problems, each with one reference, drawn by
+`seed`.
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ MOST_SUBSETS = 64
 
 
 def outcome_metrics(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], beta: float) -> dict[str, float]:
-    """Measure s = beta * sum q against the labels.
+    """Measure s = beta * sum q against the labels. A model equal to its reference has cross_entropy ln 2 and brier
+    0.25.
 
-    pair_accuracy is over pairs of responses to one prompt whose labels differ (absent if there are none); a model equal
-    to its reference has cross_entropy ln 2 and brier 0.25 with labels of 0 and 1.
+    pair_accuracy: over pairs of responses to one prompt with different labels (absent without any).
     """
     scores = np.array([beta * float(q.sum(dtype=np.float64)) for q in ratios])
     labels = np.array([one.rollout.label for one in encoded], dtype=np.float64)
@@ -58,8 +58,8 @@ def selection_accuracy(
 ) -> dict[int, dict[str, float]]:
     """N -> way of choosing one of N responses -> mean label of the chosen, for N = 1, 2, 4, ...
 
-    The mean is over subsets of N responses of each prompt that has as many, and over these prompts (`prompts`: their
-    number). random, oracle, majority and shortest need no model (a score that only sees length shows here).
+    The mean is over subsets of N responses of each prompt, and over prompts (`prompts`: their number). random,
+    oracle, majority and shortest need no model.
     """
     group = _group_numbers(encoded)
     members = [np.flatnonzero(group == g) for g in np.unique(group)]

@@ -1,7 +1,6 @@
 """`reward=implicit_prm`: an outcome reward, and beta * log(pi_phi / pi_ref) for every token (arXiv 2412.01981).
 
-pi_phi starts as a copy of pi_ref and learns during the run from outcomes, without step labels (PRIME, arXiv
-2502.01456). The value is the outcome, from another reward; the process rewards are its token rewards.
+pi_phi starts as a copy of pi_ref and learns from outcomes during the run (PRIME, arXiv 2502.01456).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Scores of a response's steps from its token log-ratios (arXiv 2412.01981); no torch.
+"""Scores of a response's steps from its token log-ratios q = log pi_phi - log pi_ref (arXiv 2412.01981); no torch.
 
-A token's reward is `coefficient * q`, q = log pi_phi - log pi_ref; a step's is the sum of these. At inference the
-authors' coefficient is 0.001, not training's beta.
+A step's reward is the sum of `coefficient * q`. At inference the authors' coefficient is 0.001, not training's beta.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ _LINE = re.compile(r"^[^\S\n]*\S", re.MULTILINE)
 def split_steps(text: str, style: StepStyle = "auto") -> list[tuple[int, int]]:
     """Characters [start, end) of each step; together they cover the text.
 
-    lines: every line that is not blank; numbered: every `Step <n>:`, and the text before the first; auto: numbered if
-    the text has such a mark. A text without visible characters is one step.
+    lines: lines that are not blank; numbered: every `Step <n>:`, and the text before; auto: numbered if there is
+    such a mark.
     """
     if style == "auto":
         style = "numbered" if _NUMBERED.search(text) else "lines"
@@ -44,9 +43,8 @@ def token_steps(
 ) -> list[tuple[int, int]]:
     """Response tokens [start, end) of each step that has any; together they cover all `tokens`.
 
-    `offsets`: characters [start, end) of each token. A token belongs to the step with its first visible character
-    (or, if it has none, its first character), so a line's end belongs to that line; tokens after the text (end of
-    sequence) belong to the last step.
+    `offsets`: characters [start, end) of each token. A token belongs to the step with its first visible (else first)
+    character; tokens after the text belong to the last step.
     """
     ends = np.array([end for _, end in steps])
     step_of = []

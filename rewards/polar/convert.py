@@ -1,10 +1,9 @@
 """`python -m rewards.polar.convert SOURCE TARGET [like=RELEASED] [weights=true|false]`: exact conversion of POLAR.
 
 A released checkpoint (`InternLM2ForRewardModel`, e.g. POLAR-7B) becomes a `LlamaForSequenceClassification` that
-transformers, vLLM and `reward=polar` load without remote code. A converted (perhaps fine-tuned) one becomes an
-`InternLM2ForRewardModel` again; `like=RELEASED` names the folder whose configuration, tokenizer and code it takes.
-`weights=false` writes configuration and tokenizer only: enough for `reward.backend=http_...`. Weights stay
-bit-identical; no code of the folder is run, and pickles are read as plain tensors.
+transformers, vLLM and `reward=polar` load without remote code; or back, with configuration, tokenizer and code of
+`like=RELEASED`. `weights=false`: configuration and tokenizer only, enough for `reward.backend=http_...`. Weights
+stay bit-identical; no code is run, pickles are read as plain tensors.
 """
 
 from __future__ import annotations

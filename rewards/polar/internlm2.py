@@ -1,8 +1,7 @@
-"""Exact conversion of released POLAR checkpoints (`InternLM2ForRewardModel`) to `LlamaForSequenceClassification` and
-back.
+"""Released POLAR checkpoints (`InternLM2ForRewardModel`) to `LlamaForSequenceClassification` and back, exactly.
 
-Only names differ, and InternLM2 fuses queries, keys and values per key-value head. The Python code in a released folder
-is not run: under transformers 5 it silently gives wrong scores. At most one shard of weights is in memory.
+Only names differ, and InternLM2 fuses queries, keys and values per key-value head. The code in a released folder is
+not run: under transformers 5 it gives wrong scores. At most one shard is in memory.
 """
 
 from __future__ import annotations
@@ -280,11 +279,8 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 def released_tokenizer(folder: Path, reward_token_id: int | None) -> PreTrainedTokenizerFast:
-    """Return the folder's tokenizer as a plain fast one.
-
-    Raise DiscriminatorError if it cannot be built, lacks a marker, or has the final marker at another id than
-    config.json's `reward_token_id`.
-    """
+    """Return the folder's tokenizer as a plain fast one. Raise DiscriminatorError if that fails or a marker is
+    missing."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

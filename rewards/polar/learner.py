@@ -127,10 +127,10 @@ class PolarLearner:
 
 
 def load_start(folder: Path) -> tuple[PreTrainedTokenizerBase, PackedScorer]:
-    """Raise ModelLoadError with the remedy.
+    """A language model gets a head of zeros (first pair loss: ln 2) and missing markers, embedded as the mean of all
+    others.
 
-    A language model gets a head of zeros (the first pair loss is then ln 2) and any missing token of POLAR's two
-    markers, embedded as the mean of all others.
+    Raise ModelLoadError with the remedy.
     """
     config = json.loads((folder / "config.json").read_text())
     architecture = (config.get("architectures") or ["(none)"])[0]

@@ -259,10 +259,10 @@ class PolarReward(Reward):
 
 
 def lengths(config: PolarConfig, model: Mapping[str, Any]) -> tuple[Limits, int]:
-    """Return the limits of the parts and of the whole input: above `max_length`, as a cut inside a character adds
-    tokens.
+    """Return the limits of the parts and of the whole input (above `max_length`: a cut inside a character adds
+    tokens).
 
-    Raise DiscriminatorError if the model (its config.json) takes less than the configuration asks for.
+    Raise DiscriminatorError if the model takes less.
     """
     positions = int(model.get("max_position_embeddings", 16384 + TOKENS_TO_SPARE))
     room = positions - TOKENS_TO_SPARE

@@ -1,9 +1,9 @@
-"""POLAR's input: `prompt⊕reference <|reward|> prompt⊕candidate [UNUSED_TOKEN_130]`, plain text without chat template.
+"""POLAR's input: `prompt⊕reference <|reward|> prompt⊕candidate [UNUSED_TOKEN_130]`, plain text without chat
+template.
 
-Byte for byte that of the official client (arXiv 2507.05197, InternLM/POLAR), but for four bugs there: both markers are
-removed from prompts and responses, so none can be forged; a prompt without room is dropped, not kept whole; responses
-are always cut on the right (the official copies differ); whether an empty response keeps its line break is an option,
-not a comparison that never holds.
+Byte for byte the official client's (arXiv 2507.05197, InternLM/POLAR), but for four bugs there: markers in prompts
+and responses are removed; a prompt without room is dropped; responses are always cut on the right; whether an empty
+response keeps its line break is an option.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def prompt_text(messages: Sequence[Message]) -> str:
 def without_thinking(text: str, unclosed: UnclosedThinking = "empty") -> str:
     """Remove the `<think>...</think>` parts.
 
-    A `</think>` without its opening (written by the chat template) ends a thought that began with the text. Of an
-    unclosed `<think>`, `empty` keeps only the text before it, `keep` the thought, too.
+    A `</think>` without opening (written by the chat template) ends a thought from the start. Of an unclosed
+    `<think>`, `empty` keeps the text before it, `keep` the thought, too.
     """
     opening, closing = "<think>", "</think>"
     if opening not in text and closing not in text:

@@ -1,7 +1,7 @@
 """`reward=polar` of `rlkit.train_reward`: from a pool of policies to a discriminator (arXiv 2507.05197).
 
-stage=generate samples the pool; stage=pretrain tells its policies apart (equation 7); stage=finetune tells right from
-wrong (equation 8); stage=evaluate measures. Pre-training and fine-tuning differ only in the triplets.
+stage=generate samples the pool; pretrain tells its policies apart (eq. 7); finetune right from wrong (eq. 8);
+evaluate measures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""Triplets (reference, chosen, rejected) for POLAR: from rows, from policies' responses, from right and wrong answers.
-
-Pre-training tells policies apart (arXiv 2507.05197, equation 7), fine-tuning right from wrong (equation 8).
-"""
+"""Triplets (reference, chosen, rejected) for POLAR: from rows, from policies' responses, from right and wrong
+answers."""
 
 from __future__ import annotations
 
@@ -192,12 +190,11 @@ def verdicts(prompts: Sequence[PromptRows]) -> list[list[Triplet]]:
 def policy_triplets(
     prompts: Sequence[str], answers: Mapping[Policy, Sequence[Sequence[str]]], style_of: Callable[[Policy], str]
 ) -> list[list[Triplet]]:
-    """Take reference and chosen from one policy, rejected from another *of the same style*: equation 7.
+    """Take reference and chosen from one policy, rejected from another *of the same style* (equation 7): across
+    styles, style alone would tell policies apart.
 
-    Across styles, style alone would tell policies apart, and nothing about quality would be learnt.
-    `answers[policy][i]` are its answers to prompt i: each is the reference of the next; a policy with fewer than two
-    only gives rejected ones. All ordered pairs of policies are used; triplets of one prompt and reference are
-    neighbours; equal candidates are left out.
+    `answers[policy][i]` are its answers to prompt i: each is the reference of the next. All ordered pairs of
+    policies; triplets of one prompt and reference are neighbours; equal candidates are left out.
     """
     rivals: dict[Policy, list[Policy]] = {}
     for a, b in rival_pairs(list(answers), style_of):
@@ -225,11 +222,8 @@ def labelled_triplets(prompt: str, reference: str | None, right: Sequence[str], 
 
 
 def attainable_accuracy(triplets: Sequence[Triplet], final: Callable[[str], str]) -> float:
-    """Accuracy of a scorer that only compares final answers with the reference's (a tie counts a half).
-
-    Two answers of one careful policy agree more often than those of a careful and a careless one. It is a ceiling for
-    any judge of results; the rest is chance.
-    """
+    """Accuracy of a scorer that only compares final answers with the reference's (a tie counts a half): the ceiling
+    for any judge of results."""
     wins = []
     for triplet in triplets:
         gold = final(triplet.reference)

@@ -41,9 +41,9 @@ def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor, probability: T
 def measures(chosen: Array, rejected: Array, probability: Array) -> dict[str, float]:
     """Measure how scores [N] agree with the labels.
 
-    accuracy: share of pairs ordered as labelled, ties wrong (without pairs of p = 1/2); margin: mean of chosen -
-    rejected; loss: cross-entropy of sigmoid(margin) against p; calibration_error: over ten bins of the confidence in
-    the likelier side (1/2 to 1), mean distance from the share that was right, weighted by size.
+    accuracy: pairs ordered as labelled, ties wrong (without p = 1/2); margin: mean of chosen - rejected; loss:
+    cross-entropy of sigmoid(margin) against p; calibration_error: of the confidence in the likelier side (1/2 to 1),
+    ten bins.
     """
     margin = chosen - rejected
     decided = probability != 0.5

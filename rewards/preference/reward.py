@@ -22,10 +22,9 @@ CANNED = ("Beijing.", "I don't know, and I would rather talk about something els
 
 
 class PreferenceReward(Reward):
-    """Raw, unbounded logit of a sequence classifier with one label: higher is better.
+    """Raw, unbounded logit of a sequence classifier with one label; differences are log-odds of preference.
 
-    A difference of two values is the log-odds that the first response is preferred. An input longer than the model
-    takes is invalid (`too_long`), not cut: the lost part might have decided.
+    An input longer than the model takes is invalid (`too_long`), not cut.
     """
 
     class Config(RewardConfig):

@@ -1,7 +1,6 @@
 """The typed configuration of a run: every key with its type, range and meaning.
 
-`algorithm`, `reward`, `data` and `verifier` are swappable parts: the class that `_target_` names defines their
-fields (its nested `Config`), so a user's own class brings its own typed fields.
+`algorithm`, `reward`, `data` and `verifier` are parts: the class that `_target_` names defines their fields.
 """
 
 from __future__ import annotations

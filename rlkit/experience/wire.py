@@ -1,8 +1,7 @@
 """The JSON that reward clients and servers exchange, with one version number.
 
-pydantic reads it straight into the records of rlkit.experience, strictly on both sides: no unknown key, no text in
-place of a number, no NaN. Any change of a message raises SCHEMA_VERSION; a client refuses a server of another
-version before a run starts.
+Strict on both sides: no unknown key, no text for a number, no NaN. Any change of a message raises SCHEMA_VERSION; a
+client refuses a server of another version before a run starts.
 """
 
 from __future__ import annotations

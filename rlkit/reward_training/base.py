@@ -140,8 +140,8 @@ class Report(Protocol):
 class RewardTraining(ABC):
     """One kind of reward model; made on every rank, in an initialised process group with `threads` set.
 
-    Training must leave the model in `context.model_folder` (all ranks take part, rank 0 writes). Errors for the user
-    are `DataError` for rows and `ModelLoadError` for models; only their message is shown.
+    Training must leave the model in `context.model_folder` (rank 0 writes). Errors for the user: `DataError`,
+    `ModelLoadError`.
     """
 
     Config: ClassVar[type[RewardTrainingConfig]] = RewardTrainingConfig

@@ -65,8 +65,8 @@ class StepSkipped(UserError):
 class SupervisedEngine(Generic[T]):
     """Trains a module on items; all ranks call every method with the same arguments.
 
-    `loss(module, items)` is a sum over a micro-batch's items; `step` divides it by the whole step's total, so
-    micro-batches and ranks do not change the gradient.
+    `loss(module, items)` is a sum; `step` divides it by the whole step's total, so micro-batches and ranks do not
+    matter.
     """
 
     MAX_SKIPPED = 3

@@ -1,7 +1,6 @@
 """Ranks of one training as processes on this machine; none outlives the others.
 
-A rank that dies ends the others at once. A rank that hangs keeps the others in a collective operation, whose time-out
-ends them with the cause. So nothing here waits for ever.
+A rank that dies ends the others; one that hangs keeps them in a collective operation, whose time-out ends all.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ class RankHangsError(UserError): ...
 def run_ranks(ranks: int, seconds: float, limit: str, work: Work, *arguments: Any) -> int:
     """Call `work` for every rank, a single one in this process, several in child processes; return the exit code.
 
-    `seconds` (from the configuration's key `limit`) is how long a rank may keep the others waiting. Ranks explain their
-    errors; what ends a rank silently is explained here.
+    `seconds` (from the key `limit`): how long a rank may keep the others waiting.
     """
     port = free_port()
     if ranks == 1:

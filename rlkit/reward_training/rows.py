@@ -110,8 +110,7 @@ def read_split(
 ) -> tuple[list[T], list[T], list[BadRow]]:
     """Training and held-out items and the unusable rows; `load` reads a side, `what` names an item in messages.
 
-    Without held-out rows, a share is held out by a hash of the prompt, so that other rows in the file do not move a
-    prompt to the other side. Raise DataError if a side is empty.
+    Without held-out rows, a share is held out by a hash of the prompt. Raise DataError if a side is empty.
     """
     train, bad = load("train")
     if config.has_heldout_rows:
@@ -135,10 +134,9 @@ def read_split(
 def draw_batches(
     groups: Sequence[Sequence[T]], size: int, seed: int | str, *, across_epochs: bool = True
 ) -> Iterator[list[T]]:
-    """Endless batches of `size`, the groups shuffled in each epoch.
+    """Endless batches of `size`, the groups shuffled in each epoch; items of a group stay neighbours.
 
-    Items of a group stay neighbours: what they share (a prompt) goes through the model once. With `across_epochs` a
-    batch may span two epochs; else an epoch's last batch is smaller.
+    With `across_epochs` a batch may span two epochs; else an epoch's last batch is smaller.
     """
     rng = random.Random(seed)
     queue: list[T] = []

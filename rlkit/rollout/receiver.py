@@ -1,7 +1,6 @@
 """The receiving end of a direct weight transfer, inside vLLM's own workers: vLLM's engines, plus a checksum.
 
-vLLM imports this module in each of its workers (`worker_extension_cls`) before the model is loaded; that registers the
-engines under the names below. What arrives is counted into a checksum on its way into the model.
+vLLM imports this module in its workers (`worker_extension_cls`), which registers the engines under the names below.
 """
 
 from __future__ import annotations

@@ -163,8 +163,8 @@ class RewardPool:
     async def learn(self, groups: Sequence[Group], when: UpdateWhen) -> tuple[list[Group], dict[str, float]]:
         """Let a reward that learns `before` or `after` the policy's advantages learn from groups.
 
-        Return the groups, rescored if it learnt before, and its metrics (empty if it does not learn now). Raise
-        RewardFailed if it dies or misses the deadline: what it has learnt would be lost.
+        Return the groups, rescored if it learnt before, and its metrics. Raise RewardFailed if it dies or misses the
+        deadline.
         """
         if self._traits.update_when != when:
             return list(groups), {}

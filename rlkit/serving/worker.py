@@ -41,11 +41,8 @@ class RewardWorker:
         return os.getpid()
 
     def score(self, *batches: Groups) -> list[Any]:
-        """Return the batches with scores, in the same shapes, and a ScoreReport.
-
-        If the reward raises, the batches are None and the report holds the traceback, unlike for a batch that never
-        arrived.
-        """
+        """Return the batches with scores, in the same shapes, and a ScoreReport; if the reward raises, None and its
+        traceback."""
         start = time.perf_counter()
         originals = [group for batch in batches for group in _as_list(batch)]
         groups = [with_greedy(group) for group in originals]
