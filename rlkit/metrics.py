@@ -83,8 +83,7 @@ def summary(
     }
 
 
-class TrainingFailedError(UserError):
-    """The run cannot go on."""
+class TrainingFailedError(UserError): ...
 
 
 class UpdateGuard:

@@ -250,7 +250,6 @@ def _producer(
 
 
 def _startup(config: RunConfig) -> tuple[float, str]:
-    """Seconds, and the key that sets them."""
     return config.trainer.startup_timeout_seconds, "trainer.startup_timeout_seconds"
 
 

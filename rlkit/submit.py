@@ -9,7 +9,6 @@ from rlkit.config.command import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
     from rlkit.jobs.submission import run_command
 
     return exit_code(run_command, arguments)

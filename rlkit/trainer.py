@@ -143,7 +143,6 @@ class Trainer:
             return await self.weight_sync.publish(self.version)
 
     async def evaluate(self, step: int) -> None:
-        """Measure held-out accuracy, if the data have held-out answers."""
         if self.evaluator is None:
             return
         with self.tracker.timed("evaluate"):

@@ -138,7 +138,6 @@ def selection_table(table: Mapping[int, Mapping[str, float]]) -> str:
 
 
 def sample_rows(encoded: Sequence[Encoded], ratios: Sequence[np.ndarray], beta: float) -> list[dict[str, Any]]:
-    """Scores and steps' rewards, at training's scale."""
     return [
         {
             "origin": one.rollout.origin,
@@ -158,6 +157,5 @@ def _answer(response: str) -> str | None:
 
 
 def _group_numbers(encoded: Sequence[Encoded]) -> np.ndarray:
-    """[B] number of each response's group, in order of appearance."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(one.rollout.group, len(numbers)) for one in encoded], dtype=np.int64)

@@ -210,7 +210,6 @@ class PrmLearner:
         return self.training.evaluate(items, len(examples))
 
     def save(self, folder: Path) -> None:
-        """All ranks call it, rank 0 writes."""
         save_language_model(self.training, folder)
 
     def _estimate_baseline(self, items: Sequence[PromptTree]) -> None:

@@ -170,7 +170,6 @@ def _arrays(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _pairs(
     metric: str, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray, group: np.ndarray
 ) -> dict[str, float]:
-    """Only groups whose outcomes differ count."""
     mixed = [g for g in np.unique(group[valid]) if np.ptp(labels[valid & (group == g)]) > 0]
     if not mixed:
         return {}
@@ -312,7 +311,6 @@ class ImplicitModel:
         self._resident = False
 
     def _scores(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, labels, group number) of the valid samples."""
         trees = [group_tree(group) for group in groups]
         ratios = log_ratios(self.engine, self.reference.module, trees, self.device, self._chunk)
         mask = torch.from_numpy(np.concatenate([s.trained for g in groups for s in g.samples])).to(self.device)

@@ -94,7 +94,6 @@ class ImplicitPRM(TrainableReward):
 
     @property
     def model(self) -> ImplicitModel:
-        """Raise RuntimeError before `start`."""
         if self._model is None:
             raise RuntimeError("the implicit PRM was used before start()")
         return self._model
@@ -124,7 +123,6 @@ class ImplicitPRM(TrainableReward):
         return metrics
 
     def policy_weights(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace pi_ref."""
         self.model.set_reference(weights)
 
     def save(self, folder: Path) -> None:

@@ -153,7 +153,6 @@ class ImplicitPRMTraining(RewardTraining):
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _read(self, report: Report) -> tuple[list[Encoded], list[Encoded]]:
-        """(train, held out); they share no prompt."""
         report.phase("reading data")
         rollouts, bad = load_rollouts(self.data)
         if not self.data.has_heldout_rows:
@@ -164,7 +163,6 @@ class ImplicitPRMTraining(RewardTraining):
         return self._encode(train, bad + asked, report), self._encode(heldout, heldout_bad, report)
 
     def _encode(self, rollouts: Sequence[Rollout], bad: list[BadRow], report: Report) -> list[Encoded]:
-        """Raise DataError if too many rows are left out."""
         from rewards.implicit_prm.learner import encode
 
         folder = model_folder(self.config.model_path)

@@ -107,12 +107,10 @@ class SamplingOrder:
     """JSON Lines file: index of the prompt, number of the sample, finished, text."""
 
 
-class SamplingFailed(DataError):
-    """The message names the policy, the cause and the log."""
+class SamplingFailed(DataError): ...
 
 
 def draw(names: Sequence[str], prompts: int, policies: int, seed: int) -> list[list[str]]:
-    """Draw each prompt's policies, in the pool's order."""
     rng = random.Random(f"pool/{seed}")
     return [sorted(rng.sample(names, policies), key=names.index) for _ in range(prompts)]
 

@@ -267,7 +267,6 @@ def join_wqkv(query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: i
 
 
 def _layer(name: str) -> tuple[str, str]:
-    """Split off `model.layers.3.`; two empty strings outside the layers."""
     match = LAYER.fullmatch(name)
     return (match[1], match["rest"]) if match else ("", "")
 
@@ -360,7 +359,6 @@ def _add_bos_and_eos(tokenizer: Any, settings: dict[str, Any]) -> None:
 
 
 def _text(token: Any) -> str:
-    """tokenizer_config.json holds a string or an object."""
     return str(token["content"] if isinstance(token, dict) else token)
 
 

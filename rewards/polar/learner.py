@@ -75,12 +75,10 @@ class PolarLearner:
         return comparisons
 
     def _scores(self, module: Any, comparisons: Sequence[PromptTree]) -> Tensor:
-        """[candidates]"""
         scores: Tensor = module(pack([comparison.tree for comparison in comparisons]).to(self.training.device))
         return scores
 
     def _margins(self, module: Any, comparisons: Sequence[PromptTree]) -> Tensor:
-        """[pairs]"""
         scores = self._scores(module, comparisons)
         chosen, rejected = pair_indices(comparisons)
         margins: Tensor = scores[chosen] - scores[rejected]
@@ -104,7 +102,6 @@ class PolarLearner:
 
     @torch.no_grad()
     def scores(self, inputs: Sequence[tuple[str, str, str]]) -> list[float]:
-        """Score (prompt, reference, candidate)."""
         self.training.engine.eval()
         comparisons = []
         for texts in inputs:
@@ -122,7 +119,6 @@ class PolarLearner:
             yield [comparisons[index] for index in indices], indices
 
     def save(self, folder: Path) -> None:
-        """All ranks call it, rank 0 writes."""
         save_classifier(self.training, self.tokenizer, folder)
 
 

@@ -231,7 +231,6 @@ class PolarReward(Reward):
         return backend
 
     def _tested_server(self, folder: Path, serialiser: Serialiser) -> Backend:
-        """The plain forward pass runs on this machine's CPU."""
         from rewards.polar.servers import WIRES, Server, ServerBackend
 
         config = self.config

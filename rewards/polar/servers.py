@@ -109,8 +109,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 """Seconds between tries."""
 
 
-class ServerError(UserError):
-    """The message names the server, its answer, and the tries."""
+class ServerError(UserError): ...
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,7 @@ class ServerBackend:
         sequences = [[*tree.prefix, *suffix] for tree in trees for suffix in tree.suffixes]
         return asyncio.run(self._score(sequences)) if sequences else []
 
-    def close(self) -> None:
-        """Nothing is kept open between calls."""
+    def close(self) -> None: ...
 
     async def _score(self, sequences: Sequence[Sequence[int]]) -> list[float | str]:
         server, deadline = self.server, time.monotonic() + self.deadline_seconds
@@ -198,7 +196,6 @@ class ServerBackend:
 
 
 def json_of(answer: httpx.Response) -> Any:
-    """Raise WrongAnswer for whatever else the server sent."""
     try:
         return answer.json()
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5,000 digits; nested too deeply

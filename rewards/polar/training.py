@@ -85,7 +85,6 @@ class PolarTraining(RewardTraining):
         return [*messages, *config.generation.problems()]
 
     def run(self, report: Report) -> dict[str, Any]:
-        """Raise DataError and ModelLoadError for the user."""
         self._refuse_what_has_no_effect()
         if self.context.stage == "generate":
             return self._generate(report)
@@ -193,7 +192,6 @@ class PolarTraining(RewardTraining):
 
     @property
     def _form(self) -> Form:
-        """Raise DataError for a form that the stage cannot use."""
         stage = self.context.stage
         form: Form = self.data.form or FORMS.get(stage, "triplets")
         usable = {"generate": ("prompts",), "pretrain": ("trajectories", "columns")}

@@ -139,7 +139,6 @@ def _label(value: Any, name: str) -> bool | None:
 
 
 def _text(row: Row, column: str) -> str:
-    """Messages become their contents, one per line."""
     value = cell(row, column)
     if isinstance(value, list) and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in value):
         return "\n".join(message["content"] for message in value)

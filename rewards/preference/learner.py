@@ -63,8 +63,6 @@ def measures(chosen: Array, rejected: Array, probability: Array) -> dict[str, fl
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """Token sequences include the prompt."""
-
     pair: Pair
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
@@ -124,7 +122,6 @@ class PreferenceLearner:
 
     @torch.no_grad()
     def scores(self, pairs: Sequence[EncodedPair]) -> tuple[Array, Array]:
-        """Scores [N] of chosen and rejected; every rank computes all."""
         self.training.engine.eval()
         items = [together([pair], self._pad_id)[0] for pair in pairs]
         chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
@@ -138,7 +135,6 @@ class PreferenceLearner:
         return measures(*self.scores(pairs), np.array([pair.pair.probability for pair in pairs]))
 
     def save(self, folder: Path) -> None:
-        """All ranks call it, rank 0 writes."""
         save_classifier(self.training, self.tokenizer, folder)
 
     def _pair_scores(self, module: Any, items: Sequence[PromptPairs]) -> tuple[Tensor, Tensor]:

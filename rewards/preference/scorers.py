@@ -37,7 +37,6 @@ class Classifier:
 
     @property
     def packed(self) -> bool:
-        """Without padding, shared prefixes computed once."""
         return self._packed is not None
 
     def score(self, groups: Sequence[Sequence[Encoded]]) -> list[list[float]]:

@@ -28,7 +28,6 @@ class ResumePoint:
     """Whether it lies in this run's own folder, whose metrics and samples are then continued."""
 
     def plan(self) -> list[Line]:
-        """The lines of the run's plan that it adds."""
         start = f"{self.checkpoint.path} (after {self.checkpoint.step} steps)"
         return [Line("resume", "from", start), *(Line("resume", "", notice) for notice in self.notices)]
 

@@ -150,7 +150,6 @@ class Watchdog:
                         wait.reported = wait.lasted
 
     def _due(self, wait: Wait) -> float:
-        """Seconds it must last to be reported (again)."""
         return max(self._share * wait.seconds, 2 * wait.reported)
 
     def _report(self, line: str) -> None:

@@ -167,7 +167,6 @@ def _choose(argument: str, group: str, value: Any, options: Options, result: Ove
 
 
 def quoted(value: str) -> str:
-    """A text as Hydra's grammar takes it."""
     if re.fullmatch(r"[\w./:@%+-]+", value):
         return value
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
@@ -325,7 +324,6 @@ def unknown_parts(section: Mapping[str, Any]) -> dict[str, str]:
 
 
 def in_part(problem: ConfigIssue) -> ConfigIssue:
-    """A part's own validator writes `reward.x` for `reward.parts.NAME.x`."""
     part = re.match(r".*?(reward(?:\.parts\.\w+)+)", problem.where)
     if part is None or problem.message.startswith("no such key"):
         return problem

@@ -69,7 +69,6 @@ def print_help() -> int:
 
 
 def headline(cls: type) -> str:
-    """First line of a class's docstring, else of its module's."""
     return (cls.__doc__ or sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0]
 
 

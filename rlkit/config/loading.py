@@ -129,7 +129,6 @@ class Loading:
         self._run_config(known)
 
     def _part_config(self, kind: str, cls: Any, known: Sequence[str]) -> Any:
-        """None if the options are wrong."""
         fields = self._part_fields(kind)
         model = _model(cls, fields)
         if model is cls.Config:
@@ -144,7 +143,6 @@ class Loading:
         return {key: value for key, value in self.tree[kind].items() if key != TARGET}
 
     def _known_keys(self, configs: Mapping[str, Any]) -> list[str]:
-        """`configs`: the parts' classes (None: not known)."""
         known = [key for key, _ in all_fields(self.schema) if key not in self.contracts]
         for kind, cls in configs.items():
             if cls is not None:
@@ -272,7 +270,6 @@ class _RunLoading(Loading):
         return part
 
     def _value(self, key: str) -> Any:
-        """Defaults included; None for what is no single value."""
         section, _, leaf = key.rpartition(".")
         holder = self.parts[section].config if section in self.parts else self.available.get(section)
         return getattr(holder, leaf, None) if section else self.available.get(key)

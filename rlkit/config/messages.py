@@ -37,7 +37,6 @@ class ConfigError(UserError):
         super().__init__(self.report())
 
     def report(self) -> str:
-        """A headline, then one line per problem."""
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         lines = [f"rlkit: {head} in the configuration", *(f"  - {problem}" for problem in self.problems)]
@@ -159,7 +158,6 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
 
 
 def did_you_mean(name: str, valid: Collection[str]) -> str:
-    """`did you mean X? available: ...`"""
     guess = nearest(name, valid)
     listed = f"available: {', '.join(sorted(valid))}" if valid else "none is available"
     return f"did you mean {guess}? {listed}" if guess else listed
@@ -268,7 +266,6 @@ def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], w
 
 
 def must_be(details: ErrorDetails, info: FieldInfo) -> str:
-    """`must be an integer, at least 1`."""
     endless = isinstance(details["input"], float) and math.isinf(details["input"])
     return f"must be {'finite: ' if endless else ''}{allowed(info)}"
 
@@ -285,7 +282,6 @@ def unknown_key(key: str, known_keys: Collection[str]) -> str:
 
 
 def _field_name(key: str, fields: Mapping[str, FieldInfo]) -> str | None:
-    """The field of an error location (`learner.betas.0` is in `learner.betas`)."""
     while key:
         if key in fields:
             return key

@@ -37,8 +37,6 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used, and why."""
-
     origin: str
     reason: str
 

@@ -42,7 +42,6 @@ class PromptOrder:
         return {prompt.id: prompt for prompt in self._prompts}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and a hash of the data."""
         return {
             "seed": self._seed,
             "epoch": self._epoch,

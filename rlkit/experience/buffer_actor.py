@@ -34,7 +34,6 @@ class BufferActor:
         return self.buffer.max_staleness == 0 and self.buffer.stats().in_flight > 0
 
     async def add(self, groups: Sequence[Group]) -> list[str]:
-        """Add scored groups whose room was reserved; return their ids."""
         async with self.changed:
             try:
                 for group in groups:
@@ -53,7 +52,6 @@ class BufferActor:
         self.buffer.load_state_dict(state)
 
     async def take(self) -> list[Group]:
-        """The next step's groups; waits for them."""
         async with self.changed:
             while (groups := self.buffer.take()) is None:
                 if self.failure is not None:

@@ -54,8 +54,6 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One response, as the sampler produced it."""
-
     index: int
     """Index in its group, from 0."""
     token_ids: IntArray

@@ -55,14 +55,12 @@ class Cluster:
             raise ClusterError(f"cluster.address={self.address}: {error}") from error
 
     def nodes(self) -> list[Any]:
-        """NodeState of every live node."""
         from ray.util.state import list_nodes
 
         options = {"limit": 10_000, "timeout": int(REQUEST_SECONDS), "raise_on_missing_output": False}
         return list(self.ask(list_nodes, self.address, [("state", "=", "ALIVE")], **options))
 
     def jobs(self) -> list[Any]:
-        """JobDetails of all submitted jobs, newest first."""
         jobs = [job for job in self.ask(self.client.list_jobs) if job.submission_id]
         return sorted(jobs, key=lambda job: -(job.start_time or 0))
 
@@ -93,8 +91,6 @@ def connect(configured: str | None) -> Cluster:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray has no types here
-        """Ray's requests have no deadline."""
-
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             seconds = UPLOAD_SECONDS if options.get("data") is not None else REQUEST_SECONDS
             return super()._do_request(method, endpoint, timeout=seconds, **options)

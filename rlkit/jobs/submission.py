@@ -306,7 +306,6 @@ def _print_plan(run: ResolvedRun) -> None:
 
 
 def _send(checked: Checked, cluster: Cluster) -> str:
-    """Return the job's id."""
     job = make_job(checked.run, checked.arguments.overrides, checked.file is not None, checked.arguments.submit)
     more = {} if checked.file is None else {CONFIG_IN_ARCHIVE: checked.file}
     with tempfile.TemporaryDirectory(prefix="rlkit-submit-") as folder:
@@ -318,7 +317,6 @@ def _send(checked: Checked, cluster: Cluster) -> str:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Return the exit code. Raises ConfigError, UploadError or ClusterError."""
     if asks_for_help(arguments):
         return _help()
     if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):

@@ -24,8 +24,7 @@ AT_THE_TOP = ("runs", "outputs", "wandb", "mlruns", "build", "dist")
 SHOWN = 5
 
 
-class UploadError(UserError):
-    """The message names the largest files and the remedy."""
+class UploadError(UserError): ...
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,6 @@ class LearnerGroup(RankGroup):
         return metrics
 
     async def logprobs(self, groups: Any, which: str) -> list[np.ndarray]:
-        """[T] of every sample, under the `policy` or the `reference`."""
         logprobs: list[np.ndarray] = await self.call("logprobs", groups, which)
         return logprobs
 
@@ -189,7 +188,6 @@ class CriticGroup(RankGroup):
         super().__init__(CriticWorker, "critic", config.critic, config, model_path, algorithm, logs, gpus, place)
 
     async def values(self, groups: Any) -> list[np.ndarray]:
-        """[T] of every sample."""
         values: list[np.ndarray] = await self.call("values", groups)
         return values
 

@@ -34,7 +34,6 @@ class JointLearner:
         logs: Path,
         placement: Placement,
     ) -> JointLearner:
-        """Create the actors without waiting for them."""
         critic = None
         if algorithm.needs().critic:
             critic = CriticGroup(config, critic_path, algorithm, logs, placement.of("critic"))
@@ -53,7 +52,6 @@ class JointLearner:
         )
 
     async def offload(self) -> None:
-        """Free GPU memory, if configured."""
         await asyncio.gather(*(part.offload() for part in self._parts().values()))
 
     async def reload(self) -> None:

@@ -213,7 +213,6 @@ class PolicyLearner:
 
 
 def save_policy(hf_config: Any, weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Write config, generation config and safetensors."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -19,8 +19,6 @@ WATCH_SECONDS = 5.0
 
 
 class Trained(Protocol):
-    """A model in a DeepSpeed engine."""
-
     engine: Any
 
     def counters(self) -> dict[str, int]:
@@ -63,8 +61,7 @@ class Rank(ABC):
 
     @property
     @abstractmethod
-    def trained(self) -> Trained:
-        """What `load` loaded."""
+    def trained(self) -> Trained: ...
 
     def offload(self) -> None:
         from rlkit.learner.engine import offload
@@ -109,8 +106,6 @@ class Rank(ABC):
 
 
 class RankGroup:
-    """All ranks of one model; results are rank 0's."""
-
     def __init__(
         self,
         kind: type[Rank],
@@ -157,7 +152,6 @@ class RankGroup:
         await self.call("load_state", str(file), counters)
 
     async def offload(self) -> None:
-        """Free GPU memory for the engines, if configured."""
         if self._offloads and not self.offloaded:
             await self.call("offload")
             self.offloaded = True

@@ -19,8 +19,7 @@ CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields that change the logits after the head: our log-probs would be wrong."""
 
 
-class ModelLoadError(UserError, ValueError):
-    """The message names the remedy."""
+class ModelLoadError(UserError, ValueError): ...
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
@@ -152,7 +151,6 @@ def _load(auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bo
 def _load_with_info(
     auto: Any, path: str | Path, dtype: torch.dtype, trust_remote_code: bool, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return transformers' report on loading, too (`missing_keys` and the like)."""
     try:
         model, info = auto.from_pretrained(
             path,

@@ -111,15 +111,13 @@ class TrainingContext:
 
     @property
     def model_folder(self) -> Path:
-        """A Hugging Face folder with tokenizer."""
         return self.run_dir / "model"
 
 
 class Report(Protocol):
     """How a backend reports progress. On ranks other than 0 all calls do nothing."""
 
-    def phase(self, name: str) -> None:
-        """For the console: `reading data`, `loading the model`."""
+    def phase(self, name: str) -> None: ...
 
     def begins(self, total_steps: int) -> None:
         """Steps done and the time left are shown from here."""
@@ -129,8 +127,7 @@ class Report(Protocol):
 
     def evaluation(self, step: int, **metrics: float) -> None: ...
 
-    def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """For samples.jsonl."""
+    def samples(self, rows: Iterable[Mapping[str, Any]]) -> None: ...
 
     def text(self, text: str) -> None: ...
 

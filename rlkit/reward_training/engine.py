@@ -35,8 +35,6 @@ T = TypeVar("T", bound=Item)
 
 @dataclass(frozen=True, slots=True)
 class PromptTree:
-    """Distinct responses to one prompt."""
-
     tree: Tree
     pairs: tuple[tuple[int, int], ...] = ()
     """(better, worse) among the tree's suffixes."""
@@ -157,7 +155,6 @@ def load_to_train(path: str | Path, config: LearnerConfig, trust_remote_code: bo
 
 
 def save_language_model(training: SupervisedEngine[Any], folder: Path) -> None:
-    """All ranks call it, rank 0 writes."""
     model = training.engine.module.model
     weights = gathered_weights(model, training.config.zero_stage)
     if dist.get_rank() == 0:

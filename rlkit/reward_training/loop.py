@@ -55,7 +55,6 @@ def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, fo
 
 
 def named(pattern: str, values: Mapping[str, float]) -> dict[str, float]:
-    """Put the names into a pattern such as `area/{}`."""
     return {pattern.format(name): value for name, value in values.items()}
 
 

@@ -107,7 +107,6 @@ class SilentReport:
 
 
 def _shown(metrics: Mapping[str, Any]) -> str:
-    """`loss 0.6931  pair_accuracy 0.5`: the last part of each name."""
     parts = []
     for name, value in metrics.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)

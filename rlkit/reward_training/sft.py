@@ -48,12 +48,10 @@ USED = {
 PROGRESS_EVERY_SECONDS = 5.0
 
 
-class SftError(UserError):
-    """The message names the remedy."""
+class SftError(UserError): ...
 
 
 def fine_tune(resolved: ResolvedRun) -> int:
-    """Return the exit code."""
     config = resolved.config
     return run_ranks(config.learner.ranks, config.trainer.step_timeout_seconds, LIMIT, _train_rank, resolved)
 
@@ -157,7 +155,6 @@ class _Report:
 
 
 def _load_examples(resolved: ResolvedRun, split: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
-    """Raise SftError if too many rows are unusable."""
     problems, bad = resolved.make_data_source().load(split)
     limit = resolved.config.rollout.max_response_tokens
     examples, more_bad = make_examples(

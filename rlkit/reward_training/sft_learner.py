@@ -56,7 +56,6 @@ class SupervisedLearner:
         return self.training.evaluate([example.tree for example in examples], target_tokens(examples))
 
     def save(self, folder: Path) -> None:
-        """All ranks call it, rank 0 writes."""
         save_language_model(self.training, folder)
 
 

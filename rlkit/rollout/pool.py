@@ -203,11 +203,9 @@ class RolloutPool:
         return max(await asyncio.gather(*differences))
 
     async def sleep(self, level: int) -> None:
-        """See RolloutWorker.sleep."""
         await self._call_alive(dict(enumerate(self.workers)), "sleep", level)
 
     async def wake(self) -> None:
-        """Undo `sleep(1)`."""
         await self._call_alive(dict(enumerate(self.workers)), "wake")
 
     async def _call_alive(self, workers: Mapping[int, Any], method: str, *arguments: Any) -> dict[int, Any]:
@@ -263,7 +261,6 @@ class RolloutPool:
     async def _admit_if_proved(
         self, index: int, worker: Any, published: Published, receipt: WeightReceipt, checksum: str | None = None
     ) -> float:
-        """Raises WeightsNotLoadedError if the receipt does not prove the weights."""
         who = f"rollout worker {index}"
         difference = published.difference(who, receipt, checksum, _canary_tolerance(self.config))
         async with self._waiting(index, "to take groups in again", "step_timeout_seconds"):

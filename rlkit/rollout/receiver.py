@@ -58,12 +58,10 @@ class _Counting:
             self.model = model
 
 
-class CountingNCCL(_Counting, NCCLWeightTransferEngine):
-    """NCCL broadcast from the first learner rank."""
+class CountingNCCL(_Counting, NCCLWeightTransferEngine): ...
 
 
-class CountingIPC(_Counting, IPCWeightTransferEngine):
-    """CUDA IPC from the learner rank on this worker's GPU."""
+class CountingIPC(_Counting, IPCWeightTransferEngine): ...
 
 
 class Gloo(NCCLWeightTransferEngine):
@@ -98,13 +96,10 @@ class Gloo(NCCLWeightTransferEngine):
             del self.group
 
 
-class CountingGloo(_Counting, Gloo):
-    """Gloo broadcast from the first learner rank."""
+class CountingGloo(_Counting, Gloo): ...
 
 
 class Receiver:
-    """What vLLM adds to its worker class."""
-
     weight_transfer_engine: Any
 
     def received_checksum(self) -> str:

@@ -101,7 +101,6 @@ class RewardPool:
         """Calls that wait for a worker."""
 
     async def start(self) -> None:
-        """Raise RewardFailed if a worker cannot start."""
         results = await asyncio.gather(*(self._start(worker) for worker in self._workers), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -191,7 +190,6 @@ class RewardPool:
             await self._ask_learner("save", str(folder))
 
     async def save_state(self, file: Path) -> None:
-        """Write what a reward has learnt, if it learns."""
         if self._learns:
             await self._ask_learner("save_state", str(file))
 
@@ -236,7 +234,6 @@ class RewardPool:
             await self._start_again(worker)
 
     def health(self) -> list[dict[str, Any]]:
-        """The workers' states, without asking them."""
         now = time.monotonic()
         return [
             {

@@ -36,7 +36,6 @@ class RewardWorker:
         self._reward: Reward = kind(kind.Config(**options), context)
 
     def start(self) -> int:
-        """Load models and self-test; return the process id."""
         self._reward.start()
         return os.getpid()
 

@@ -52,7 +52,6 @@ class Console:
         self._transcript.write("\n".join(lines) + "\n")
 
     def close(self) -> None:
-        """May be called again."""
         self._transcript.close()
 
 

@@ -27,14 +27,12 @@ class TensorBoardWriter:
         self._add(step, Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """A text, shown verbatim (no Markdown)."""
         from tensorboard.plugins.text.summary_v2 import text_pb
 
         indented = "\n".join("    " + line for line in text.splitlines())
         self._add(step, text_pb(tag, indented))
 
     def close(self) -> None:
-        """May be called again."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -86,7 +86,6 @@ class Tracker:
             self._progress.resume(step, accuracies)
 
     def message(self, text: str) -> None:
-        """Show a text to the user, once."""
         self._console.notice(text)
 
     def phase(self, name: str, parallel: bool = False) -> None:
@@ -178,7 +177,6 @@ class Tracker:
             self._console.line(f"warning: {message}" + (f" ({count} times by now)" if count > 1 else ""))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json and show it."""
         self.folder.write_summary(summary)
         if self._tensorboard is not None:
             self._tensorboard.close()

@@ -35,7 +35,6 @@ class WeightBundle:
 
     @classmethod
     def pack(cls, version: int, weights: Iterable[tuple[str, Tensor]]) -> WeightBundle:
-        """Copy tensors (on any device) into one buffer, in order."""
         entries, pieces, start = [], [], 0
         for name, tensor in weights:
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

@@ -28,8 +28,6 @@ class WeightReceipt:
 
 @dataclass(frozen=True)
 class Published:
-    """The weights that every worker must hold now."""
-
     bundle: Any
     """Reference to a WeightBundle; None for a direct transfer."""
     version: int

@@ -71,7 +71,6 @@ def is_loopback(host: str) -> bool:
 
 
 def _host_name(header: str) -> str:
-    """`localhost:8000` -> `localhost`, `[::1]:8000` -> `::1`."""
     return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
 
 

@@ -61,7 +61,6 @@ class RewardProcess:
         return self._process is not None and bool(self._process.is_alive())
 
     def health(self) -> dict[str, Any]:
-        """For /health, without asking the process."""
         now = time.monotonic()
         return {
             "pid": self._process.pid if self.alive else None,
@@ -94,7 +93,6 @@ class RewardProcess:
         self._self_test, self.usable = answer, True
 
     def _spawn(self) -> None:
-        """Raise OSError, holding nothing."""
         ours, theirs = multiprocessing.Pipe()
         try:
             process = processes.spawn(_host, theirs, *self._arguments, name="rlkit-reward")
@@ -139,7 +137,6 @@ class RewardProcess:
         self._thread.shutdown(wait=False)
 
     def kill(self) -> None:
-        """End the process with everything it started."""
         if self._process is None:
             return
         processes.end([self._process])
@@ -256,7 +253,6 @@ def model_version(reward: Mapping[str, Any]) -> str:
 
 
 def _folders(value: Any) -> Iterator[Path]:
-    """Every model folder that the configuration names."""
     if isinstance(value, Mapping):
         for inner in value.values():
             yield from _folders(inner)

@@ -28,8 +28,6 @@ MOST_REASONS = 50
 
 
 class ServerMetrics:
-    """Prometheus counters and histograms of one server."""
-
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._reasons: set[str] = set()
@@ -51,7 +49,6 @@ class ServerMetrics:
         self.queued = Gauge("rlkit_queued_samples", "Samples that wait", registry=self.registry)
 
     def count_failures(self, failures: Mapping[str, int]) -> None:
-        """By reason class."""
         for reason, count in failures.items():
             self.failed.labels(self._label(reason)).inc(count)
 
