@@ -82,6 +82,14 @@ class JudgeReward(BaseJudge):
     def questions(self, prompt: Prompt, responses: Sequence[str]) -> list[Question]:
         return self._rules.questions(self._material(prompt), responses)
 
+    async def _judge_group(
+        self, prompt: Prompt, texts: Sequence[str], decided: Mapping[str, Score], deadline: float
+    ) -> GroupScores:
+        if self._rules.mode == "pairwise" and self._rules.against == "reference":
+            reference = self._material(prompt).reference or ""
+            decided = {reference: judge_score(0.5, "equal to the reference"), **decided}
+        return await super()._judge_group(prompt, texts, decided, deadline)
+
     def combine(self, texts: Sequence[str], decided: Mapping[str, Score], asked: Asked) -> GroupScores:
         if self._rules.mode == "pairwise" and self._rules.against == "group":
             return win_rates(texts, decided, asked)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.checkpoint.folder import BadCheckpointError, Sealed, open_checkpoint, sealed_folders
+from rlkit.config.compose import default_part
 from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.config.parts import CONTRACTS, plain, with_present_targets
 from rlkit.config.plan import Line
@@ -109,10 +110,12 @@ def _is_one_of(key: str, names: tuple[str, ...]) -> bool:
 
 
 def _differences(checkpoint: Sealed, config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(full key, the checkpoint's value, the run's) of every leaf that differs, except parts that are newer than the
-    checkpoint."""
+    """(full key, the checkpoint's value, the run's) of every leaf that differs.
+
+    A part that the checkpoint is too old to know was the default one.
+    """
     old, new = with_present_targets(checkpoint.manifest["config"]), plain(config)
-    added = {kind: new[kind] for kind in CONTRACTS if kind not in old}
+    added = {kind: default_part(kind) for kind in CONTRACTS if kind not in old}
     return list(_different_leaves({**old, **added}, new))
 
 

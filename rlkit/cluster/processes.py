@@ -86,8 +86,10 @@ def end(processes: Iterable[Process], seconds: float = 0.0) -> None:
         for process in processes:
             wait(process, deadline - time.monotonic())
     for process in processes:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(_pid(process), signal.SIGKILL)
+        ended = wait(process, 0.0)
+        if not (ended and Path(f"/proc/{_pid(process)}").exists()):  # else another process has its number by now
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(_pid(process), signal.SIGKILL)
         process.kill()
     for process in processes:
         wait(process, KILL_SECONDS)

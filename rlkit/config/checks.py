@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from algorithms.base import Algorithm
-from rlkit.config.messages import ConfigIssue, Issues
+from rlkit.config.messages import ConfigIssue, Issues, of_the_verifier
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import Part
 from rlkit.config.plan import engines_fit_on_nodes, phases_make_room, weights_can_travel
@@ -126,7 +125,7 @@ def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Issues
 
 def verifier_is_usable(verifier: Part) -> Issues:
     for message in verifier.cls.check(verifier.config):
-        yield ConfigIssue("verifier", re.sub(r"\breward(?=[.=]\w)", "verifier", message))
+        yield of_the_verifier(ConfigIssue("verifier", message))
 
 
 def data_is_usable(data: DataSource) -> Issues:

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rlkit.config.messages import ConfigIssue, did_you_mean, nearest
+from rlkit.config.parts import conf_dir, import_part
 
 
 def default_options(folder: Path) -> dict[str, str | None]:
@@ -76,6 +77,14 @@ def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
         return {}
     own = content.get(group)  # a file for the whole tree (`@package _global_`) names the group
     return {str(key): value for key, value in (own if isinstance(own, dict) else content).items()}
+
+
+def default_part(kind: str) -> dict[str, Any]:
+    """The default option of a part, every field spelled out."""
+    folder = conf_dir()
+    fields = option_fields(folder, kind, default_options(folder)[kind] or "")
+    cls = import_part(kind, fields.pop("_target_"))
+    return {"_target_": f"{cls.__module__}.{cls.__qualname__}", **cls.Config(**fields).model_dump(mode="json")}
 
 
 Options = Mapping[str, Collection[str]]

@@ -30,7 +30,7 @@ from rlkit.config.compose import (
     set_value,
     unknown_parts,
 )
-from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, section_type, validate
+from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, of_the_verifier, section_type, validate
 from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import (
     CONTRACTS,
@@ -129,6 +129,13 @@ class Loading:
         self._run_config(known)
 
     def _part_config(self, kind: str, cls: Any, known: Sequence[str]) -> Any:
+        reported = len(self.problems)
+        config = self._typed_part(kind, cls, known)
+        if kind == "verifier":  # a reward's own validators speak of `reward.x`
+            self.problems[reported:] = map(of_the_verifier, self.problems[reported:])
+        return config
+
+    def _typed_part(self, kind: str, cls: Any, known: Sequence[str]) -> Any:
         fields = self._part_fields(kind)
         model = _model(cls, fields)
         if model is cls.Config:

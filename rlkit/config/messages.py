@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -29,6 +30,11 @@ class ConfigIssue:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
+
+
+def of_the_verifier(issue: ConfigIssue) -> ConfigIssue:
+    """A reward's own message names `reward.x`, where `verifier.x` is meant."""
+    return replace(issue, message=re.sub(r"\breward(?=[.=]\w)", "verifier", issue.message))
 
 
 class ConfigError(UserError):
@@ -136,17 +142,40 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
 # What other frameworks call a thing, by last component of the key.
 OTHER_NAMES = {
     "batch_size": "trainer.prompts_per_step",
+    "rollout_batch_size": "trainer.prompts_per_step",
+    "train_batch_size": "trainer.prompts_per_step",
     "beta": "algorithm.kl_coefficient",
-    "clip_ratio": "algorithm.clip_low",
-    "eval_steps": "trainer.evaluate_every_steps",
+    "entropy_coef": "algorithm.entropy_coefficient",
+    "kl_beta": "algorithm.kl_coefficient",
     "kl_coef": "algorithm.kl_coefficient",
-    "lr": "learner.learning_rate",
-    "max_new_tokens": "rollout.max_response_tokens",
-    "max_steps": "trainer.total_steps",
-    "model_path": "model.path",
+    "kl_loss_coef": "algorithm.kl_coefficient",
+    "clip_eps": "algorithm.clip_low",
+    "clip_ratio": "algorithm.clip_low",
+    "epsilon": "algorithm.clip_low",
+    "gradient_clipping": "learner.max_grad_norm",
+    "group_size": "algorithm.samples_per_prompt",
+    "n": "algorithm.samples_per_prompt",
+    "n_samples_per_prompt": "algorithm.samples_per_prompt",
     "num_generations": "algorithm.samples_per_prompt",
+    "lr": "learner.learning_rate",
+    "lr_scheduler": "learner.schedule",
+    "max_completion_length": "rollout.max_response_tokens",
+    "max_new_tokens": "rollout.max_response_tokens",
+    "max_prompt_length": "rollout.max_prompt_tokens",
+    "max_response_length": "rollout.max_response_tokens",
+    "max_steps": "trainer.total_steps",
+    "num_steps": "trainer.total_steps",
+    "model_name_or_path": "model.path",
+    "model_path": "model.path",
     "output_dir": "run_dir",
+    "ppo_mini_batch_size": "learner.minibatches_per_step",
+    "num_minibatches": "learner.minibatches_per_step",
+    "save_freq": "trainer.save_every_steps",
     "save_steps": "trainer.save_every_steps",
+    "eval_steps": "trainer.evaluate_every_steps",
+    "test_freq": "trainer.evaluate_every_steps",
+    "tp": "rollout.tensor_parallel_size",
+    "world_size": "learner.ranks",
 }
 
 

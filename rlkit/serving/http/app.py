@@ -115,7 +115,7 @@ async def _body(request: Request, limit: int) -> bytes:
         raise HTTPException(415, "this server reads application/json")
     body, length = bytearray(), request.headers.get("content-length", "0")
     too_large = f"a request has at most {limit} bytes (serve.max_body_mib); send fewer groups at once"
-    if not length.isdigit() or int(length) > limit:
+    if not (length.isascii() and length.isdigit()) or int(length) > limit:
         raise HTTPException(413, too_large)
     async for chunk in request.stream():
         body += chunk

@@ -105,6 +105,14 @@ def test_pairwise_against_the_reference(server: JudgeServer) -> None:
     assert score(reward, RIGHT, references=()).samples[0].reason == "no_reference: the prompt has no reference answer"
 
 
+def test_a_copy_of_the_reference_ties_with_it_whatever_the_others_do(server: JudgeServer) -> None:
+    reward = started(server, mode="pairwise", against="reference")
+    asked = len(server.asked)
+    alone = score(reward, RIGHT, references=[RIGHT]).samples[0]
+    assert (alone.value, alone.trace) == (0.5, "equal to the reference") and len(server.asked) == asked
+    assert values(score(reward, WRONG, RIGHT, references=[RIGHT])) == [0.0, 0.5]
+
+
 def test_opponents_in_a_ring() -> None:
     texts = list("abcdefg")
     found = opponents(texts, 2)
