@@ -304,3 +304,8 @@ def test_a_file_from_before_there_was_a_verifier_gets_the_default(load: Load, tm
     file.write_text(yaml.safe_dump(saved))
 
     assert load(file=file).config.verifier == default
+
+
+def test_messages_about_the_verifier_name_its_keys() -> None:
+    with pytest.raises(ConfigError, match=r"set verifier\.pattern or verifier\.pattern_column"):
+        load("verifier=regex_match")

@@ -87,3 +87,16 @@ def test_a_checkpoint_made_under_old_names_is_of_the_same_run(tmp_path: Path) ->
     assert point is not None
     assert point.checkpoint.step == 3
     assert point.notices == ()
+
+
+def test_another_verifier_than_the_one_of_old_runs_is_noticed(tmp_path: Path) -> None:
+    run = load_config([f"run_dir={tmp_path / 'run'}", "reward=rule", "resume=auto", "verifier=exact_match"])
+    old = plain(run.config)
+    del old["verifier"]
+    seal(stage(tmp_path / "run" / "checkpoints", 3), {"step": 3, "config": old})
+
+    point = find_resume(run.config)
+
+    assert point is not None
+    changed = "verifier._target_ was rewards.verifiers.math.MathReward and is rewards.verifiers.match.ExactMatch now"
+    assert changed in point.notices
