@@ -306,6 +306,5 @@ def test_a_file_from_before_there_was_a_verifier_gets_the_default(load: Load, tm
     assert load(file=file).config.verifier == default
 
 
-def test_messages_about_the_verifier_name_its_keys() -> None:
-    with pytest.raises(ConfigError, match=r"set verifier\.pattern or verifier\.pattern_column"):
-        load("verifier=regex_match")
+def test_messages_about_the_verifier_name_its_keys(problems: Problems) -> None:
+    assert any("set verifier.pattern or verifier.pattern_column" in line for line in problems("verifier=regex_match"))
