@@ -57,8 +57,8 @@ class ImplicitPRM(TrainableReward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        from rlkit.config.model_folder import ModelFolderError, check_model_folder
         from rlkit.config.parts import PartError
+        from rlkit.models.folder import ModelFolderError, check_model_folder
 
         messages = super().check(config)
         for name in ("model_path", "reference_path"):

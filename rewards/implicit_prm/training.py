@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rewards.implicit_prm.config import PAIRED
-from rlkit.config.model_folder import ModelFolderError, check_model_folder
 from rlkit.data.base import BadRow, DataConfig, DataError
 from rlkit.data.rendering import load_tokenizer
 from rlkit.data.rows import refuse_too_many_bad_rows
-from rlkit.models.folder import PREFIX, model_folder
+from rlkit.models.folder import PREFIX, ModelFolderError, check_model_folder, model_folder
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
 from rlkit.reward_training.loop import Task, named, train
 from rlkit.reward_training.outcomes import OutcomeData, Rollout, load_rollouts, split_rollouts, without

@@ -21,12 +21,11 @@ from pydantic import Field
 
 from rewards.polar.triplets import PromptRows
 from rlkit.cluster import processes
-from rlkit.config.model_folder import ModelFolderError, check_model_folder
 from rlkit.config.schema import RolloutConfig
 from rlkit.data.base import DataError
 from rlkit.data.rendering import load_tokenizer
 from rlkit.experience.section import Section
-from rlkit.models.folder import model_folder
+from rlkit.models.folder import ModelFolderError, check_model_folder, model_folder
 
 POLL_SECONDS = 0.2
 SHOWN_LINES = 20

@@ -13,7 +13,6 @@ from typing import Any
 
 from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues, of_the_verifier
-from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import Part
 from rlkit.config.plan import engines_fit_on_nodes, phases_make_room, weights_can_travel
 from rlkit.config.schema import (
@@ -25,6 +24,7 @@ from rlkit.config.schema import (
 )
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
+from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
 """Any of these marks a folder that holds a run."""

@@ -31,7 +31,6 @@ from rlkit.config.compose import (
     unknown_parts,
 )
 from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, of_the_verifier, section_type, validate
-from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import (
     CONTRACTS,
     TARGET,
@@ -45,6 +44,7 @@ from rlkit.config.parts import (
 )
 from rlkit.config.schema import RunConfig
 from rlkit.experience.section import Section
+from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
 
 
 class Loading:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from rewards.base import TrainableReward
 from rlkit.config.messages import ConfigIssue, Issues
-from rlkit.config.model_folder import ModelShape, check_model_folder
 from rlkit.config.parts import ResolvedRun, import_part
 from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, RunConfig, TrainerConfig
+from rlkit.models.folder import ModelShape, check_model_folder
 
 
 @dataclass(frozen=True)

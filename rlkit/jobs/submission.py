@@ -19,7 +19,6 @@ from rlkit.config.command import asks_for_help, split_off_file
 from rlkit.config.compose import parse_overrides, quoted
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, did_you_mean, validate
-from rlkit.config.model_folder import ModelFolderError
 from rlkit.config.parts import ResolvedRun, plain
 from rlkit.config.plan import plan
 from rlkit.config.schema import RunConfig
@@ -40,6 +39,7 @@ from rlkit.jobs.cluster import (
 )
 from rlkit.jobs.resources import Node, demands, missing
 from rlkit.jobs.upload import Upload, collect, pack
+from rlkit.models.folder import ModelFolderError
 
 ADDRESS = "cluster.address"
 CONFIG_IN_ARCHIVE = "submitted_config.yaml"

@@ -1,8 +1,16 @@
-"""The folder that a model path names. `examples/embedded_models/` makes the `embedded:` ones."""
+"""Where a model lies (a folder, or one of the tiny models in the package), its shape and size, without loading it."""
 
 from __future__ import annotations
 
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from rlkit.experience import UserError
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 PREFIX = "embedded:"
@@ -17,3 +25,84 @@ def model_folder(path: str) -> Path:
         known = ", ".join(sorted(f"{PREFIX}{config.parent.name}" for config in EMBEDDED.glob("*/config.json")))
         raise ValueError(f"there is no embedded model {path!r}; the package has: {known or 'none'}")
     return folder
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class ModelFolderError(UserError, ValueError):
+    """A folder that is no usable model; the message names what is missing and the remedy."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    parameters: int | None
+    """From the safetensors headers; None if the weights are in another format."""
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    max_positions: int | None
+
+    def kv_bytes_per_token(self, bytes_per_element: int) -> int:
+        """Key-value cache of one token, all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_element
+
+
+def check_model_folder(path: str) -> ModelShape:
+    """The shape of the model at `path`. Raises ModelFolderError if it is not a usable model."""
+    try:
+        folder = model_folder(path).expanduser()
+    except ValueError as error:
+        raise ModelFolderError(str(error)) from error
+    if not folder.is_dir():
+        raise ModelFolderError(_no_folder(path, folder))
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelFolderError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise ModelFolderError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZERS)}); save it beside the model")
+    try:
+        return _shape(json.loads(file.read_text()), folder)
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ModelFolderError(
+            f"{file} does not describe a causal language model ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _no_folder(path: str, folder: Path) -> str:
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        return f"no such folder; to use a model of the Hub, fetch it first: hf download {path} --local-dir {path}"
+    return f"no such folder: {folder.absolute()}"
+
+
+def _shape(config: dict[str, Any], folder: Path) -> ModelShape:
+    text = config.get("text_config", config)
+    heads = int(text["num_attention_heads"])
+    positions = text.get("max_position_embeddings")
+    return ModelShape(
+        parameters=_count_parameters(folder),
+        layers=int(text["num_hidden_layers"]),
+        kv_heads=int(text.get("num_key_value_heads") or heads),
+        head_dim=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
+        vocabulary=int(text["vocab_size"]),
+        max_positions=None if positions is None else int(positions),
+    )
+
+
+def _count_parameters(folder: Path) -> int | None:
+    files = sorted(folder.glob("*.safetensors"))
+    return sum(math.prod(shape) for file in files for shape in _tensor_shapes(file)) if files else None
+
+
+def _tensor_shapes(file: Path) -> Iterator[list[int]]:
+    """From the header: 8 bytes of length, then JSON. Raises ValueError for a truncated file."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
+        if size is None or size > file.stat().st_size:
+            raise ValueError(f"{file.name} is truncated")
+        header = json.loads(stream.read(size))
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            yield tensor["shape"]

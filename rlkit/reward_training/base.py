@@ -11,10 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from rlkit.config.model_folder import ModelFolderError, check_model_folder
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.base import DataConfig
 from rlkit.experience.section import Section
+from rlkit.models.folder import ModelFolderError, check_model_folder
 from rlkit.reward_training.rows import RewardDataConfig
 
 Stage = Literal["train", "evaluate", "pretrain", "finetune", "generate"]

@@ -11,10 +11,10 @@ import pytest
 from algorithms.base import AlgorithmConfig, AlgorithmNeeds
 from rewards.implicit_prm.reward import ImplicitPRM
 from rlkit.config.checks import CHECKS, ConfigIssue, run_checks
-from rlkit.config.model_folder import ModelFolderError, ModelShape, check_model_folder
 from rlkit.config.parts import Part, import_part
 from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainerConfig
 from rlkit.experience.filters import BufferConfig
+from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
 
 SHAPE = ModelShape(parameters=1000, layers=2, kv_heads=4, head_dim=32, vocabulary=100, max_positions=1024)
 
