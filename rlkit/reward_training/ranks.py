@@ -37,7 +37,7 @@ class Terminated(BaseException):
     """On SIGTERM; like KeyboardInterrupt it passes through `except Exception`."""
 
 
-class RankHangsError(UserError): ...
+class RankHangsError(UserError, RuntimeError): ...
 
 
 def run_ranks(ranks: int, seconds: float, limit: str, work: Work, *arguments: Any) -> int:
