@@ -214,7 +214,7 @@ def test_what_the_model_cannot_answer_is_refused(folder: Path, classifier: Path,
 
 
 def test_the_reward_of_the_docstring(folder: Path) -> None:
-    text = (module.__doc__ or "").partition("A reward built on it:\n")[2].partition("\nShared prefixes")[0]
+    text = (module.__doc__ or "").partition("A reward built on it:\n")[2].partition("\nSequences come")[0]
     names: dict[str, Any] = dict(
         Reward=Reward, RewardConfig=RewardConfig, Score=Score, GroupScores=GroupScores, **vars(module)
     )
