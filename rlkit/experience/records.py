@@ -10,22 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from rlkit.experience.types import (
-    Group,
-    GroupScores,
-    Message,
-    PreferencePair,
-    Prompt,
-    Sample,
-    Score,
-    Span,
-    SpanReward,
-)
+from rlkit.experience import types
 
-RECORDS = {
-    kind.__name__: kind
-    for kind in (Group, GroupScores, Message, PreferencePair, Prompt, Sample, Score, Span, SpanReward)
-}
+RECORDS: dict[str, Any] = {name: kind for name, kind in vars(types).items() if dataclasses.is_dataclass(kind)}
 RECORD, ARRAY, TUPLE = "__record__", "__array__", "__tuple__"
 
 

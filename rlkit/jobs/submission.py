@@ -20,7 +20,7 @@ from rlkit.config.compose import parse_overrides, quoted
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, did_you_mean, validate
 from rlkit.config.parts import ResolvedRun, plain
-from rlkit.config.plan import plan
+from rlkit.config.plan import plan, plan_text
 from rlkit.config.schema import RunConfig
 from rlkit.experience.section import Section
 from rlkit.jobs.cluster import (
@@ -298,8 +298,7 @@ def submit_run(overrides: Sequence[str], file: Path | None) -> int:
 
 def _print_plan(run: ResolvedRun) -> None:
     try:
-        for line in plan(run):
-            print(f"{line.area:<9}{line.what:<31}{line.amount}")
+        print(plan_text(plan(run)))
     except ModelFolderError as error:
         say(f"no plan from here: {error}")
     say("configuration and cluster fit; nothing was submitted (dry_run=true)")
