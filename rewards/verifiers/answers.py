@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rewards.verifiers.numerals import NUMBER, PLAIN_NUMBER, SCALES, canonical, plain_decimal
-from rewards.verifiers.units import NO_UNITS, leading_unit
+from rewards.verifiers.units import OPERATORS_IN_WORDS, leading_unit
 
 MAX_ANSWER_CHARACTERS = 256
 Marker = Literal["####", "boxed", "answer is", "A:"]
@@ -50,9 +51,6 @@ _FILLER = re.compile(
 _WORD_AFTER_NUMBER = re.compile(r"\s*([A-Za-z]{2,})")
 _ALTERNATIVE = re.compile(r"\s*(?:or|and|not|to)\s+(?:[-+±√π(\\$\d.]|[b-hj-z]\b)", re.IGNORECASE)
 """`5 or 6` is more than a 5; `5 and so on` is not. (`a` and `I` are words.)"""
-_OPERATORS_IN_WORDS = NO_UNITS - frozenset(
-    ["and", "or", "if", "for", "to", "than", "is", "are", "when", "where", "with", "but", "nor"]
-)
 _DECIMALS = re.compile(r",\d+(?![\d,.]*\d)")
 _BOTTOM = re.compile(r"\s?/\s?\d+(?![\d,.]*\d)")
 _PERCENT = re.compile(r"\s*(?:\\?%|(?:per ?cent|percentage|pct)\b)")
@@ -204,11 +202,8 @@ def _belongs(between: str) -> bool:
 
 def _unmarked(text: str) -> FinalAnswer | None:
     text = text.replace("−", "-")
-    number = formula = None
-    for number in _LAST_NUMBER.finditer(text):
-        pass
-    for formula in _LAST_FORMULA.finditer(text):
-        pass
+    number = _last(_LAST_NUMBER.finditer(text))
+    formula = _last(_LAST_FORMULA.finditer(text))
     if formula is not None and (number is None or number.start() < formula.end()):
         content = next(group for group in formula.groups() if group is not None)
         tail = text[formula.end() :]
@@ -218,6 +213,11 @@ def _unmarked(text: str) -> FinalAnswer | None:
         return None
     line = text[number.start() :].split("\n", 1)[0][:MAX_LINE_CHARACTERS]
     return _clean_line(line, "last number")
+
+
+def _last(matches: Iterator[re.Match[str]]) -> re.Match[str] | None:
+    last = deque(matches, maxlen=1)
+    return last[0] if last else None
 
 
 def _strip_decoration(text: str) -> str:
@@ -263,9 +263,9 @@ def _clean_line(line: str, marker: str) -> FinalAnswer:
     line = _strip_decoration(line)
     number = PLAIN_NUMBER.match(line)
     if number is not None:
-        answer = _number_with_words(line, number, currency, marker)
-        if answer is not None:
-            return answer
+        said = _number_with_words(line, number, currency, marker)
+        if said is not None:
+            return said
     sentence = _SENTENCE_END.split(line, maxsplit=1)[0].strip()
     if marker == "answer is" and sentence[:1].isalpha() and not _CONDITION.search(sentence):
         verbs = list(_LAST_IS.finditer(sentence))  # `The largest n is 34`
@@ -289,7 +289,7 @@ def _number_with_words(line: str, number: re.Match[str], currency: str, marker: 
         if goes_on is not None:
             text, rest = text + goes_on.group(), rest[goes_on.end() :]
             word = _WORD_AFTER_NUMBER.match(rest)
-    joined = _ALTERNATIVE.match(rest) or (word is not None and word.group(1).lower() in _OPERATORS_IN_WORDS)
+    joined = _ALTERNATIVE.match(rest) or (word is not None and word.group(1).lower() in OPERATORS_IN_WORDS)
     if joined or _PRODUCT.match(rest) or not (word is not None or _PROSE.match(rest) or _SIGN.match(rest)):
         return None
     return FinalAnswer(canonical(text), marker, currency or _unit_words(rest))

@@ -74,9 +74,7 @@ class Verifier:
         known: dict[Pair, str] = {}
         reduced: dict[Pair, Pair] = {}
         for pair in dict.fromkeys(pairs):
-            verdict = self._remembered(pair)
-            if verdict is None:
-                verdict = decide(*pair, self._letters_are_units)
+            verdict = self._remembered(pair) or decide(*pair, self._letters_are_units)
             if isinstance(verdict, str):
                 known[pair] = verdict
             else:
@@ -122,8 +120,8 @@ class Verifier:
 class MathReward(Reward):
     r"""Compares the response's final answer (`#### x`, `\boxed{x}`, `The answer is x`, `A: x`) with the gold answer.
 
-    A response without an answer scores 0, and so does one whose answer takes too much work to evaluate. Invalid, with the
-    reason, are only those whose gold answer is missing or cannot be read, or that the verifier's processes did not reach.
+    A response without an answer scores 0, and so does one whose answer takes too much work to evaluate. Invalid, with
+    the reason, are only those whose gold answer is missing or cannot be read, or that the processes did not reach.
     """
 
     class Config(TextRuleConfig):

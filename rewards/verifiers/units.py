@@ -74,55 +74,19 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
 _COMPOUNDS = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "fps": "ft/s"}
 _DERIVED = {"area": ("length", 2), "volume": ("length", 3)}
 _SYMBOLS = {name: (dimension, Fraction(factor)) for dimension, factor, names in _TABLE for name in names.split()}
-PERCENT = frozenset({"%", "percent", "percentage", "pct"})
 _TEXT = re.compile(r"\\(?:text(?:rm|bf|it|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|rm)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\\[,;:! ]|~|\\q?quad\b")
 _POWER = re.compile(r"(?<=[A-Za-zµμ])\s*\^\s*\{?\s*([23])\s*\}?")
 _TOKEN = re.compile(r"[A-Za-zµμ]+|[°$€£¥₹¢]|[²³/]|\S")
 _LAST_OF_VALUE = re.compile(r"(.*(?:[\d)}\]½]|\\pi|π))\s*([^\d(){}\[\]]+)", re.DOTALL)
-# Words after a number that make another number of it, or join it to something.
-NO_UNITS = frozenset(
-    [
-        "pi",
-        "sqrt",
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "log",
-        "ln",
-        "exp",
-        "mod",
-        "times",
-        "over",
-        "plus",
-        "minus",
-        "or",
-        "and",
-        "not",
-        "if",
-        "for",
-        "to",
-        "than",
-        "hundred",
-        "thousand",
-        "million",
-        "billion",
-        "trillion",
-        "is",
-        "are",
-        "when",
-        "where",
-        "with",
-        "but",
-        "nor",
-        "infty",
-        "infinity",
-        "inf",
-    ]
-) - {"sec"}
+OPERATORS_IN_WORDS = frozenset(
+    {"pi", "sqrt", "sin", "cos", "tan", "cot", "csc", "log", "ln", "exp", "mod", "times", "over", "plus", "minus",
+     "hundred", "thousand", "million", "billion", "trillion", "infty", "infinity", "inf"}
+)  # fmt: skip
+"""They make another number of the one before them."""
+NO_UNITS = OPERATORS_IN_WORDS | {
+    "or", "and", "not", "if", "for", "to", "than", "is", "are", "when", "where", "with", "but", "nor",
+}  # fmt: skip
 MAX_CHARACTERS = 256
 
 
