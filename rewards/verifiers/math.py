@@ -32,10 +32,6 @@ def _prepare() -> None:
     limit_memory()
 
 
-BLAMED = ("timeout: no verdict", "crash: the verifier process ended")
-"""Failures of a pair that was judged alone; the others are the machine's."""
-
-
 class VerifierError(UserError): ...
 
 
@@ -80,8 +76,7 @@ class Verifier:
             else:
                 reduced[pair] = verdict
         if reduced:
-            judged = self._judge(list(dict.fromkeys(reduced.values())), deadline, self._item_timeout)
-            judged = self._blame(judged, deadline)
+            judged = self._judge_fairly(list(dict.fromkeys(reduced.values())), deadline)
             for pair, expressions in reduced.items():
                 known[pair] = judged[expressions]
                 if known[pair].startswith(("right", "wrong", "gold_unparsable")):
@@ -102,19 +97,21 @@ class Verifier:
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
 
-    def _judge(self, pairs: Sequence[Pair], deadline: float, item_timeout: float) -> dict[Pair, str]:
-        results = self._processes.map(verify_pairs, pairs, deadline, item_timeout)
-        reasons = (result.reason if isinstance(result, Failed) else result for result in results)
-        return dict(zip(pairs, reasons, strict=True))
+    def _judge(self, pairs: Sequence[Pair], deadline: float, item_timeout: float) -> dict[Pair, str | Failed]:
+        return dict(zip(pairs, self._processes.map(verify_pairs, pairs, deadline, item_timeout), strict=True))
 
-    def _blame(self, judged: dict[Pair, str], deadline: float) -> dict[Pair, str]:
-        """An answer that hung or killed its process alone is wrong, if its gold answer can be judged with another."""
-        culprits = [pair for pair, verdict in judged.items() if verdict.startswith(BLAMED)]
-        if not culprits:
-            return judged
-        probes = self._judge([("0", gold) for gold in {gold for _, gold in culprits}], deadline, self._item_timeout)
-        fine = {gold for (_, gold), verdict in probes.items() if verdict.startswith(("right", "wrong"))}
-        return judged | {pair: f"wrong: {judged[pair]}" for pair in culprits if pair[1] in fine}
+    def _judge_fairly(self, pairs: Sequence[Pair], deadline: float) -> dict[Pair, str]:
+        """An answer that hangs or kills its process is wrong, if its gold answer can be judged with another."""
+        judged = self._judge(pairs, deadline, self._item_timeout)
+        failures = {pair: result for pair, result in judged.items() if isinstance(result, Failed)}
+        doubtful = dict.fromkeys(gold for (_, gold), failed in failures.items() if failed.by_its_item)
+        probes = self._judge([("0", gold) for gold in doubtful], deadline, self._item_timeout) if doubtful else {}
+        fine = {gold for (_, gold), result in probes.items() if isinstance(result, str) and result != "gold_unparsable"}
+        verdicts = {pair: result for pair, result in judged.items() if isinstance(result, str)}
+        for pair, failed in failures.items():
+            blamed = failed.by_its_item and pair[1] in fine
+            verdicts[pair] = f"wrong: {failed.reason}" if blamed else failed.reason
+        return verdicts
 
 
 class MathReward(Reward):
