@@ -52,10 +52,10 @@ _RANGE = re.compile(rf"\\(?:sum|prod)\b.{{0,80}}?\^\s*(?:\{{\s*)?({_WHOLE})")
 _CLIPPED = 10**7
 
 
-class TooMuchWorkError(Exception): ...
+class _TooMuchWorkError(Exception): ...
 
 
-class OutOfTimeError(BaseException):
+class _OutOfTimeError(BaseException):
     """No Exception: sympy catches those and goes on."""
 
 
@@ -83,7 +83,7 @@ def over_limits(text: str) -> str:
             smaller = _POWER_OF_NUMBERS.sub(_estimated_power, text)
             smaller = _FACTORIAL.sub(_estimated_factorial, smaller)
             smaller = _BINOMIAL.sub(_estimated_binomial, smaller)
-        except TooMuchWorkError as error:
+        except _TooMuchWorkError as error:
             return str(error)
         if smaller == text:
             smaller = _GROUP.sub(r" \1 ", text) if "^" in text or "!" in text else text
@@ -118,7 +118,7 @@ def _estimated_binomial(match: re.Match[str]) -> str:
 
 def _estimate(digits: float, value: Any) -> str:
     if digits > MAX_DIGITS:
-        raise TooMuchWorkError(f"a number of more than {MAX_DIGITS} digits")
+        raise _TooMuchWorkError(f"a number of more than {MAX_DIGITS} digits")
     return f" {min(value(), _CLIPPED) if digits < 300 else _CLIPPED} "
 
 
@@ -135,7 +135,9 @@ def _verify(answer: str, gold: str) -> str:
             right = verify(
                 parsed_gold, _parse(answer), allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
             )
-    except (Exception, OutOfTimeError) as error:  # the gold answer is fine, so this is the answer's fault
+    except _OutOfTimeError as error:
+        return f"wrong: {error}"
+    except Exception as error:  # the gold answer is fine, so this is the answer's fault
         return f"wrong: {type(error).__name__}: {str(error)[:100]}"
     return "right" if right else "wrong"
 
@@ -149,7 +151,7 @@ def _parse_gold(gold: str) -> list[object]:
         with _processor_time():
             parsed = _parse(gold)
             verify(parsed, parsed, timeout_seconds=None, raise_on_error=True)  # fails for a division by zero
-    except (Exception, OutOfTimeError):
+    except (Exception, _OutOfTimeError):
         return []
     return parsed
 
@@ -177,13 +179,13 @@ def _as_latex(text: str) -> str:
 
 @contextmanager
 def _processor_time() -> Iterator[None]:
-    """Raise OutOfTimeError in the block after CPU_SECONDS; only in a main thread, as the verifier processes have."""
+    """Raise _OutOfTimeError in the block after CPU_SECONDS; only in a main thread, as the verifier processes have."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise OutOfTimeError(f"takes more than {CPU_SECONDS:g} s of processor time")
+        raise _OutOfTimeError(f"takes more than {CPU_SECONDS:g} s of processor time")
 
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS, 0.5)
