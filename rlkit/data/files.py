@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
 from rlkit.data.rows import (
@@ -143,15 +143,10 @@ class TableSource(DataSource):
 class FileConfig(ColumnsConfig):
     """Files: JSON Lines (`.jsonl`, `.jsonl.gz`), a JSON list (`.json`), `.csv`, `.tsv`, `.parquet`."""
 
-    path: tuple[str, ...]
+    path: str | tuple[str, ...]
     """File with the training problems, a pattern (`data/*.jsonl`), or a list of them."""
-    heldout_path: tuple[str, ...] | None = None
+    heldout_path: str | tuple[str, ...] | None = None
     """The same for the held-out problems; null: a share of `path` (`heldout_share`)."""
-
-    @field_validator("path", "heldout_path", mode="before")
-    @classmethod
-    def _one_file_is_a_list_too(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> FileConfig:
@@ -168,7 +163,7 @@ class FileSource(TableSource):
 
     def _source(self, split: Split) -> str | None:
         names = self.config.path if split == "train" else self.config.heldout_path
-        return None if names is None else ", ".join(names)
+        return names if names is None or isinstance(names, str) else ", ".join(names)
 
     def _rows(self, split: Split) -> Rows:
         key, names = (
