@@ -47,7 +47,7 @@ def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, fo
     report.evaluation(0, **named(task.heldout, before))
     if steps < FEW_STEPS:
         report.warn(
-            f"the training takes {steps} optimizer {'step' if steps == 1 else 'steps'}: hardly anything is learnt. More "
+            f"the training takes {steps} optimizer step{'s' * (steps > 1)}: hardly anything is learnt. More "
             "rows, more epochs or smaller batches (the reward.* keys of this training) give more"
         )
     report.begins(steps)
