@@ -67,6 +67,20 @@ def test_the_update_does_not_depend_on_how_it_is_cut(model: Path, options: dict[
     assert second["critic/grad_norm"] == pytest.approx(first["critic/grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("limit", [1, 30])
+def test_values_keep_to_the_token_budget(model: Path, limit: int) -> None:
+    whole, cut, groups = critic(model), critic(model, tokens_per_microbatch=limit), make_groups()
+    advantages, old = regression(groups, 1.0)
+    whole.update(groups, advantages, old)  # a head that is not zero
+    cut.engine.module.load_state_dict(whole.engine.module.state_dict())
+    longest = max(len(g.prompt.token_ids) + max(map(len, g.samples)) for g in groups)
+    seen: list[int] = []
+    cut.engine.module.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0].token_ids)))
+    for got, want in zip(cut.group_values(groups), whole.group_values(groups), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    assert max(seen) <= max(limit, longest)
+
+
 def test_the_critic_learns(model: Path) -> None:
     ours, groups = critic(model), make_groups()
     advantages, _ = regression(groups, 1.0)
