@@ -147,7 +147,9 @@ class SurrogateAlgorithm(Algorithm):
         penalty = self.config.kl_coefficient > 0
         in_reward = penalty and self.config.kl_in == "reward"
         return AlgorithmNeeds(
-            reference_policy=penalty, token_kl=in_reward, skips_zero_advantages=self._is_linear(penalty and not in_reward)
+            reference_policy=penalty,
+            token_kl=in_reward,
+            skips_zero_advantages=self._is_linear(penalty and not in_reward),
         )
 
     def _is_linear(self, penalty_in_loss: bool) -> bool:

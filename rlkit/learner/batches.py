@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from algorithms.base import Denominators
 from rlkit.experience.types import BoolArray, FloatArray, IntArray
-from rlkit.models.packing import PackedBatch, Tree, pack
+from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +108,40 @@ def on_device(rows: FloatArray | BoolArray, device: str) -> Tensor:
 
 
 @torch.no_grad()
-def per_token(
-    forward: Callable[[PackedBatch], Tensor], microbatches: Sequence[Microbatch], device: str
-) -> FloatArray:
+def per_token(forward: Callable[[PackedBatch], Tensor], microbatches: Sequence[Microbatch], device: str) -> FloatArray:
     """The results of all passes in one row [R of all]. `forward`: packed batch -> [R]."""
     rows = [forward(microbatch.packed(device)).float().cpu().numpy() for microbatch in microbatches]
     return np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)
+
+
+def charge(tree: Tree) -> int:
+    """What it takes of `tokens_per_microbatch`."""
+    return tree.tokens
+
+
+def split_tree(tree: Tree, limit: int) -> list[list[int]]:
+    """Indices of the suffixes that pass together: of parts within the limit, or of one suffix. Parts repeat the
+    prefix."""
+    lengths = [len(suffix) for suffix in tree.suffixes]
+    if charge(tree) <= limit or len(lengths) == 1:
+        return [list(range(len(lengths)))]
+    parts = split_by_tokens(lengths, max(1, limit - len(tree.prefix)))
+    if len(parts) == 1:
+        parts = even_pieces(tree, 2)
+    smaller = []
+    for part in parts:
+        pieces = split_tree(Tree(tree.prefix, [tree.suffixes[i] for i in part]), limit)
+        smaller += [[part[i] for i in piece] for piece in pieces]
+    return smaller
+
+
+def even_pieces(tree: Tree, count: int) -> list[list[int]]:
+    """Indices of the suffixes in `count` pieces (at most one for each) of nearly equal tokens."""
+    lengths = [len(suffix) for suffix in tree.suffixes]
+    pieces: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
+    loads = [(0, p) for p in range(len(pieces))]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, p = loads[0]
+        pieces[p].append(i)
+        heapq.heapreplace(loads, (load + lengths[i] + 1, p))  # + 1: no piece is empty
+    return [sorted(piece) for piece in pieces]

@@ -17,7 +17,18 @@ from algorithms.base import Advantages, AlgorithmNeeds, Denominators
 from rlkit.config.schema import CriticConfig, LearnerConfig
 from rlkit.experience import Group, Sample
 from rlkit.experience.types import FloatArray, IntArray
-from rlkit.learner.batches import IDLE, Microbatch, Minibatch, PolicyRows, RowsT, Share, ValueRows
+from rlkit.learner.batches import (
+    IDLE,
+    Microbatch,
+    Minibatch,
+    PolicyRows,
+    RowsT,
+    Share,
+    ValueRows,
+    charge,
+    even_pieces,
+    split_tree,
+)
 from rlkit.models.packing import Tree, split_by_tokens
 
 
@@ -114,7 +125,7 @@ class _Batch:
     def __init__(self, groups: Sequence[Group]) -> None:
         self.samples: list[Sample] = [sample for group in groups for sample in group.samples]
         self.lengths = np.array([len(sample) for sample in self.samples], dtype=np.int64)
-        self.prompts = [np.array(group.prompt.token_ids, dtype=np.int32) for group in groups]
+        self.prompts: list[IntArray] = [np.array(group.prompt.token_ids, dtype=np.int32) for group in groups]
         starts = np.cumsum([0, *(len(group.samples) for group in groups)]).tolist()
         self.members = [range(start, end) for start, end in zip(starts, starts[1:], strict=False)]
 
@@ -137,8 +148,14 @@ class _Batch:
         return parts
 
     def _part(self, group: int, samples: tuple[int, ...]) -> _Part:
-        tree = Tree(range(len(self.prompts[group])), tuple(range(self.lengths[i]) for i in samples))
-        return _Part(group, samples, tree.tokens)
+        return _Part(group, samples, charge(self._tree_of(group, samples)))
+
+    def _tree(self, part: _Part) -> Tree:
+        return self._tree_of(part.group, part.samples)
+
+    def _tree_of(self, group: int, samples: Sequence[int]) -> Tree:
+        """Of the right lengths; the ids do not matter."""
+        return Tree(range(len(self.prompts[group])), tuple(range(self.lengths[i]) for i in samples))
 
     def shares(
         self,
@@ -185,9 +202,10 @@ class _Batch:
         """
         ranks, limit = config.ranks, config.tokens_per_microbatch
         if split:
-            parts = [piece for part in parts for piece in self._within(part, limit)]
+            parts = [piece for part in parts for piece in self._split(part, split_tree(self._tree(part), limit))]
             if 0 < len(parts) < ranks:  # no rank is idle while another has several samples
-                parts = [piece for part in parts for piece in self._pieces(part, -(-ranks // len(parts)))]
+                count = -(-ranks // len(parts))
+                parts = [piece for part in parts for piece in self._split(part, even_pieces(self._tree(part), count))]
         dealt: list[list[int]] = [[] for _ in range(ranks)]
         loads = [(0, rank) for rank in range(ranks)]
         for p in sorted(range(len(parts)), key=lambda p: -parts[p].tokens):
@@ -201,25 +219,10 @@ class _Batch:
         rounds = max(1, *map(len, of_ranks))
         return [[*dealt, *([] for _ in range(rounds - len(dealt)))] for dealt in of_ranks]
 
-    def _within(self, part: _Part, limit: int) -> list[_Part]:
-        if part.tokens <= limit or len(part.samples) == 1:
+    def _split(self, part: _Part, pieces: Sequence[Sequence[int]]) -> list[_Part]:
+        if len(pieces) == 1:
             return [part]
-        room = max(1, limit - len(self.prompts[part.group]))
-        split = split_by_tokens(self.lengths[list(part.samples)].tolist(), room)
-        if len(split) == 1:
-            return [piece for half in self._pieces(part, 2) for piece in self._within(half, limit)]
-        pieces = [self._part(part.group, tuple(part.samples[i] for i in members)) for members in split]
-        return [smaller for piece in pieces for smaller in self._within(piece, limit)]
-
-    def _pieces(self, part: _Part, count: int) -> list[_Part]:
-        """At most `count` pieces of nearly equal tokens."""
-        pieces: list[list[int]] = [[] for _ in range(min(count, len(part.samples)))]
-        loads = [(0, p) for p in range(len(pieces))]
-        for i in sorted(part.samples, key=lambda i: -self.lengths[i]):
-            load, p = loads[0]
-            pieces[p].append(i)
-            heapq.heapreplace(loads, (load + int(self.lengths[i]) + 1, p))  # + 1: no piece is empty
-        return [self._part(part.group, tuple(sorted(piece))) for piece in pieces]
+        return [self._part(part.group, tuple(part.samples[i] for i in piece)) for piece in pieces]
 
     def microbatch(self, parts: Sequence[_Part]) -> Microbatch:
         if not parts:

@@ -163,7 +163,7 @@ def test_samples_without_an_advantage_are_counted_but_not_computed() -> None:
     groups = make_groups(count=4, samples=4, seed=3)
     advantages = grpo_advantages(groups)
     first = len(groups[0].samples)
-    silent = {i for i in range(first, 2 * first)} | {2 * first}
+    silent = set(range(first, 2 * first + 1))
     rows = [np.zeros_like(row) if i in silent else np.ones_like(row) for i, row in enumerate(advantages.tokens)]
     advantages = replace(advantages, tokens=rows, keep=np.ones(len(rows), dtype=np.bool_))
     needs = AlgorithmNeeds(skips_zero_advantages=True)
