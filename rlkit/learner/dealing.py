@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +88,7 @@ class Passes:
     """By rank."""
     order: list[list[int]]
     """By rank: the samples in the order of its results."""
-    lengths: IntArray
+    lengths: NDArray[np.int64]
     """[B] response tokens."""
 
     def per_sample(self, results: Sequence[FloatArray]) -> list[FloatArray]:
@@ -127,7 +128,7 @@ class _Batch:
         self.lengths = np.array([len(sample) for sample in self.samples], dtype=np.int64)
         self.prompts: list[IntArray] = [np.array(group.prompt.token_ids, dtype=np.int32) for group in groups]
         starts = np.cumsum([0, *(len(group.samples) for group in groups)]).tolist()
-        self.members = [range(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+        self.members = [range(start, end) for start, end in pairwise(starts)]
 
     def kept(self, advantages: Advantages) -> NDArray[np.bool_]:
         """[B] samples that enter the loss: kept ones with a trained token."""
