@@ -72,11 +72,15 @@ def disk_full(checkpoints: Path, step: int, needed: int) -> DiskFullError:
     )
 
 
+SAID_BY_LIBRARIES = ("No space left on device", "iostream error", "PytorchStreamWriter failed", "unexpected pos")
+"""Of safetensors, and of torch.save, which names no reason."""
+
+
 def is_disk_full(error: BaseException) -> bool:
-    """Also of an actor's error, and of a library's that says so in words."""
-    errors = [error, getattr(error, "cause", None)]  # Ray's error has the actor's as its cause
+    """Also of an actor's error, whose cause Ray keeps in `cause`."""
+    errors = [error, getattr(error, "cause", None)]
     return any(getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for one in errors) or any(
-        words in str(one) for one in errors for words in ("No space left on device", "PytorchStreamWriter failed")
+        words in str(one) for one in errors for words in SAID_BY_LIBRARIES
     )
 
 

@@ -113,7 +113,7 @@ def test_what_fails_in_the_background_is_raised_at_the_next_step(checkpointer: C
         checkpointer.check()  # not known yet
         while checkpointer._sealing is not None and not checkpointer._sealing.done():
             await asyncio.sleep(0.01)
-        with pytest.raises(BadCheckpointError, match="has 5 bytes; .* were written"):
+        with pytest.raises(BadCheckpointError, match=r"has 5 bytes; .* were written"):
             checkpointer.check()
         await checkpointer.finish()  # raised once
 
