@@ -162,10 +162,11 @@ def partitioned_loading(config: LearnerConfig, device: str) -> Iterator[None]:
 
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=_deepspeed_config(config, device))
 
-    def partition(_module: nn.Module, _name: str, parameter: Any) -> None:
-        # The flag tells what came from the file; what did not is initialised later, whole, and DeepSpeed partitions it.
+    def partition(module: nn.Module, name: str, parameter: Any) -> None:
+        # Flagged is what came from the file. The rest is initialised later, whole, and DeepSpeed partitions it then.
         was_read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
-        if was_read and not is_zero_param(parameter):
+        awaited = module._parameters.get(name)
+        if was_read and awaited is not None and awaited.is_meta and not is_zero_param(parameter):
             parameter.data = parameter.data.clone()  # DeepSpeed writes to it, but it is a page of the file
             init._convert_to_zero_parameters([parameter])
 
