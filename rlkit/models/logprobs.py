@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ELEMENTS_PER_CHUNK = 2**25
+"""Logits at once. A vocabulary of 152k has 220 rows of them: fewer reread the head's weight too often."""
 WEIGHT_ROWS_PER_BLOCK = 2**14
 """Of the weight's gradient, where a product cannot be added in place."""
 
@@ -121,7 +123,7 @@ def selected_logprobs(
     temperature: float = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
-    elements_per_chunk: int = 2**24,
+    elements_per_chunk: int = ELEMENTS_PER_CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """hidden [R, D], weight [V, D], targets [R] -> log-probs [R] and entropies [R], fp32, differentiable in both.
 
@@ -145,7 +147,11 @@ class LogProbLinear(nn.Linear):
     """Of log-probs' logits: the model's final soft cap (Gemma 2)."""
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, targets: Tensor | None = None, temperature: float = 1.0, elements_per_chunk: int = 2**24
+        self,
+        input: Tensor,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        elements_per_chunk: int = ELEMENTS_PER_CHUNK,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The head's own logits [..., V] without targets; log-probs, entropies [R] with targets [R] and input [R, D].
 
