@@ -90,6 +90,13 @@ def test_rows_without_a_gradient_are_not_computed_again(monkeypatch):
     assert rows == [3, 6]
 
 
+def test_a_loss_without_any_gradient_has_zero_gradients():
+    hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    logprobs, _ = selected_logprobs(hidden, weight, torch.arange(10))
+    gradients = torch.autograd.grad((logprobs * 0).sum(), (hidden, weight))
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_half_precision_sums_the_weight_gradient_in_fp32():
     """With a chunk per row, bf16 sums would lose what is smaller than 2^-8 of the total."""
     torch.manual_seed(3)
