@@ -120,8 +120,9 @@ class LearnerConfig(Section):
     minibatches_per_step: int = Field(default=1, ge=1)
     """Optimizer steps per training step; each takes an equal share of the step's groups."""
     tokens_per_microbatch: int = Field(default=16384, ge=1)
-    """Tokens per forward and backward pass (a prompt shared inside a group counts once)."""
-    logit_elements_per_chunk: int = Field(default=2**24, ge=1)
+    """Tokens per forward and backward pass. A prompt shared inside a group counts once; if a quarter of attention's
+    keys (a prompt's are copied for each response) is more, that counts."""
+    logit_elements_per_chunk: int = Field(default=2**25, ge=1)
     """Logits are computed in chunks of at most this many elements (rows x vocabulary)."""
     ranks: int = Field(default=1, ge=1)
     """Data-parallel learner processes."""

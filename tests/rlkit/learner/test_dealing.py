@@ -14,8 +14,9 @@ from learner_fixture import grpo_advantages, make_groups
 from algorithms.base import Advantages, AlgorithmNeeds
 from rlkit.config.schema import CriticConfig, LearnerConfig
 from rlkit.experience import Group, Message
-from rlkit.learner.batches import IDLE, Microbatch, PolicyRows, Share
+from rlkit.learner.batches import IDLE, Microbatch, PolicyRows, Share, split_tree
 from rlkit.learner.dealing import passes, policy_shares, value_shares
+from rlkit.models.packing import KEYS_PER_TOKEN, Tree
 
 Key = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -118,6 +119,14 @@ def test_passes_give_every_sample_its_own_rows(count: int, samples: int, seed: i
     results = [np.concatenate([micro.token_ids for micro in of_rank]) for of_rank in work.microbatches]
     for sample, row in zip((s for g in groups for s in g.samples), work.per_sample(results), strict=True):
         np.testing.assert_array_equal(row, sample.token_ids)
+
+
+def test_a_group_is_split_by_the_keys_that_attention_holds() -> None:
+    tree, limit = Tree(range(200), [range(10)] * 8), 400
+    assert tree.tokens < limit
+    parts = [Tree(tree.prefix, [tree.suffixes[i] for i in part]) for part in split_tree(tree, limit)]
+    assert len(parts) == 2
+    assert all(part.attention_tokens <= KEYS_PER_TOKEN * limit for part in parts)
 
 
 def test_a_share_holds_no_text_and_no_other_samples() -> None:
