@@ -163,7 +163,7 @@ def _final(batch: range, reason: str) -> bool:
 
 class TextRuleConfig(RewardConfig):
     item_timeout_seconds: float = Field(default=5.0, gt=0)
-    """Deadline of one verdict; after it the process is replaced, and the response is at fault if others can be judged."""
+    """Deadline of one verdict; after it the process is replaced. The response is at fault if others can be judged."""
     processes: int = Field(default=1, ge=1)
     """Verifier processes of one worker."""
 
