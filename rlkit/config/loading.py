@@ -5,7 +5,8 @@ All issues are reported at once, and nothing is started.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from rlkit.config.compose import (
     set_value,
     unknown_parts,
 )
+from rlkit.config.machine import fits
 from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, of_the_verifier, section_type, validate
 from rlkit.config.parts import (
     CONTRACTS,
@@ -258,7 +260,10 @@ class _RunLoading(Loading):
             subject = self._make(kind, part)
             if subject is not None:
                 checked[kind] = subject
-        for issue in run_checks(checked):
+        self._report(run_checks(checked))
+
+    def _report(self, issues: Iterable[ConfigIssue]) -> None:
+        for issue in issues:
             issue = replace(issue, where=self.sources.where(issue.where, self._value(issue.where)))
             harmless = issue.warning or any(path in str(issue) for path in self.elsewhere)
             (self.warnings if harmless else self.problems).append(issue)
@@ -288,12 +293,16 @@ class _RunLoading(Loading):
             kind: {TARGET: self.tree[kind][TARGET], **part.config.model_dump(mode="json")}
             for kind, part in self.parts.items()
         }
-        return ResolvedRun(
+        run = ResolvedRun(
             config=RunConfig(**self.available, **full),
             **{f"{kind}_class": part.cls for kind, part in self.parts.items()},
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
-            warnings=tuple(self.warnings),
         )
+        with suppress(ModelFolderError):  # a model that is only where the run will be
+            self._report(fits(run))
+        if self.problems:
+            raise ConfigError(self.problems)
+        return replace(run, warnings=tuple(self.warnings))
 
 
 def _shape_or_error(path: str) -> ModelShape | ModelFolderError:

@@ -47,7 +47,9 @@ class LearnerWorker(Rank):
         return self.learner
 
     def update(self, groups: Sequence[Group], advantages: Advantages) -> dict[str, float]:
-        return self.learner.update(groups, advantages)
+        metrics = self.learner.update(groups, advantages)
+        self.release_cache()
+        return metrics
 
     def logprobs(self, groups: Sequence[Group], which: str) -> list[np.ndarray]:
         return self.learner.group_logprobs(groups, which)
@@ -177,7 +179,9 @@ class CriticWorker(Rank):
         return self.critic.values(groups)
 
     def update(self, groups: Sequence[Group], advantages: Advantages, values: Sequence[np.ndarray]) -> dict[str, float]:
-        return self.critic.update(groups, advantages, values)
+        metrics = self.critic.update(groups, advantages, values)
+        self.release_cache()
+        return metrics
 
 
 class CriticGroup(RankGroup):

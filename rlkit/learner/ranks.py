@@ -12,7 +12,7 @@ from algorithms.base import Algorithm
 from rlkit.cluster.placement import Place
 from rlkit.cluster.processes import free_port
 from rlkit.cluster.waiting import waiting
-from rlkit.config.plan import offloads
+from rlkit.config.plan import offloads, shares_gpus
 from rlkit.config.schema import LearnerConfig, RunConfig
 
 WATCH_SECONDS = 5.0
@@ -54,7 +54,16 @@ class Rank(ABC):
 
         torch.manual_seed(self.config.seed)
         init_process_group(self.rank, ranks, host, port, self.config.cluster.device)
-        return self.load()
+        loaded = self.load()
+        self.release_cache()
+        return loaded
+
+    def release_cache(self) -> None:
+        """On a GPU that others share: give back what torch's allocator keeps, before an engine wakes there."""
+        import torch
+
+        if shares_gpus(self.config.cluster) and torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @abstractmethod
     def load(self) -> Any: ...

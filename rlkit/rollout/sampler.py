@@ -127,6 +127,7 @@ class Sampler:
 
             transfer = {"weight_transfer_config": {"backend": BACKENDS[route]}, "worker_extension_cls": EXTENSION}
         self.config, self.device = config, device
+        self.seeded = on_cpu if config.sample_seeds == "auto" else config.sample_seeds == "always"
         self.stop_token_ids = list(stop_token_ids)
         self.asleep: set[str] = set()
         self.engine = LLMEngine.from_engine_args(
@@ -165,7 +166,7 @@ class Sampler:
                 top_p=self.config.top_p,
                 top_k=self.config.top_k or -1,
                 max_tokens=request.max_tokens,
-                seed=request.seed,
+                seed=request.seed if self.seeded else None,
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=False,

@@ -98,6 +98,8 @@ class RolloutWorker:
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0))
         while self.sampler.busy:
             self.sampler.step()
+        if engines_sleep(config):
+            self.sampler.sleep(2)  # the learner loads on the same GPU; weights come before anything is sampled
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[str, ...] | list[Group]]:
         """Yield all groups that finished since the last yield (at least one), then their ids.
