@@ -296,9 +296,8 @@ def _rewards(run: ResolvedRun, cuda: bool) -> list[Process]:
     parts = section.get("parts")
     named = [part for part in parts.values() if isinstance(part, Mapping)] if isinstance(parts, Mapping) else [section]
     models = [size for part in named if (size := _model_bytes(part, cuda))]
-    held: Parts = (
-        {} if not models else {"weights": sum(models), "activations": sum(min(GIB, size + 64 * MIB) for size in models)}
-    )
+    passes = sum(min(GIB, size + 64 * MIB) for size in models)
+    held: Parts = {"weights": sum(models), "activations": passes} if models else {}
     process: Parts = {"process": (CUDA_HOST if cuda and models else BASES["model" if models else "reward"]) * GIB}
     phase = Phase(process, held) if cuda else Phase(process | held)
     shared = -(-workers // max(1, run.config.learner.ranks)) if models and cuda else 0
