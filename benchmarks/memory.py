@@ -1,7 +1,7 @@
 """Peak memory of learner ranks: measured, and as `rlkit/config/memory.py` predicts it.
 
     python benchmarks/memory.py                     # all rows, one at a time; 20 minutes on two cores
-    python benchmarks/memory.py --row "0.06B ZeRO 1, 1 rank"
+    python benchmarks/memory.py --row "0.04B ZeRO 1, 1 rank"
 
 Each row makes a random model in a temporary folder and starts `learner.ranks` processes that run the class of the Ray
 actor (`LearnerWorker`) over gloo: load, two updates of several micro-batches, weights for the engines, checkpoint. The
@@ -11,9 +11,13 @@ peak of a phase is VmHWM, reset before it by /proc/self/clear_refs. Prints a Mar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
+import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,6 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+PRESETS = (("single_gpu", "1.5B"), ("multi_gpu", "7B"), ("multi_node", "32B"))
+"""The models that the presets are made for."""
 PHASES = ("load", "update", "publish", "save")
 GIB = 2**30
 
@@ -42,11 +48,21 @@ class Model:
     tied: bool
 
 
+SHAPES = {
+    "0.5B": Model("qwen2", 896, 24, 4864, 14, 2, 151936, True),
+    "1.5B": Model("qwen2", 1536, 28, 8960, 12, 2, 151936, True),
+    "3B": Model("qwen2", 2048, 36, 11008, 16, 2, 151936, True),
+    "7B": Model("qwen2", 3584, 28, 18944, 28, 4, 152064, False),
+    "14B": Model("qwen2", 5120, 48, 13824, 40, 8, 152064, False),
+    "32B": Model("qwen2", 5120, 64, 27648, 40, 8, 152064, False),
+    "72B": Model("qwen2", 8192, 80, 29568, 64, 8, 152064, False),
+}
+"""Qwen2.5, for the plan alone."""
 MODELS = {
-    "0.06B": Model("llama", 512, 8, 1376, 8, 8, 32000, False),
+    "0.04B": Model("llama", 640, 4, 1728, 10, 10, 16000, False),
     "0.1B": Model("llama", 768, 12, 2048, 12, 12, 32000, True),
     "0.25B": Model("qwen2", 1024, 16, 2816, 16, 4, 65536, False),
-    "0.5B": Model("qwen2", 896, 24, 4864, 14, 2, 151936, True),
+    "0.5B": SHAPES["0.5B"],
 }
 
 
@@ -68,7 +84,7 @@ class Row:
 
 
 ROWS = [
-    Row("0.06B", 1),
+    Row("0.04B", 1, tokens=512),
     *(Row("0.1B", zero) for zero in (0, 1, 2, 3)),
     Row("0.1B", 1, checkpointing=True),
     Row("0.1B", 1, reference=True),
@@ -166,33 +182,11 @@ def _experience(config: Any, samples: int) -> tuple[Any, Any]:
 # -- the rows ----------------------------------------------------------------------------------------------------------
 
 
-def make_model(name: str, folder: Path) -> None:
-    """Random weights (in a process of its own), and the tokenizer of the model in the package."""
-    import shutil
-
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    size = MODELS[name]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        size.kind, hidden_size=size.hidden, num_hidden_layers=size.layers, intermediate_size=size.intermediate,
-        num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, vocab_size=size.vocabulary,
-        tie_word_embeddings=size.tied, max_position_embeddings=4096,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for file in (ROOT / "rlkit" / "embedded" / "policy").glob("*token*"):
-        shutil.copy(file, folder)
-
-
 def measure(row: Row, folder: Path) -> list[dict[str, int]]:
     """Peak bytes per phase of every rank."""
     model = folder / row.model
-    if not (model / "config.json").is_file():
-        subprocess.run(
-            [sys.executable, __file__, "--make-model", row.model, str(model)],
-            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+    if not model.is_dir():
+        write_model(MODELS[row.model], model, random=True)
     arguments = overrides(row, model, folder / "run")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -221,19 +215,104 @@ def predict(row: Row, folder: Path) -> dict[str, dict[str, float]]:
     return {name: dict(parts.host) for name, parts in learner_phases(resolved).items()}
 
 
+def write_model(size: Model, folder: Path, *, random: bool) -> None:
+    """A model folder; `random`: with fp32 weights, else bf16 ones that are a hole in the file, for the plan alone."""
+    import numpy as np
+
+    folder.mkdir(parents=True)
+    config = {
+        "model_type": size.kind, "hidden_size": size.hidden, "num_hidden_layers": size.layers,
+        "intermediate_size": size.intermediate, "num_attention_heads": size.heads, "vocab_size": size.vocabulary,
+        "num_key_value_heads": size.kv_heads, "tie_word_embeddings": size.tied, "max_position_embeddings": 32768,
+        "architectures": [f"{size.kind.capitalize()}ForCausalLM"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in (ROOT / "rlkit" / "embedded" / "policy").iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            shutil.copy(file, folder)
+    header, end, width = {}, 0, 4 if random else 2
+    for name, shape in _tensors(size).items():
+        start, end = end, end + width * math.prod(shape)
+        header[name] = {"dtype": "F32" if random else "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    generator = np.random.default_rng(0)
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        if not random:
+            stream.truncate(stream.tell() + end)
+            return
+        for shape in _tensors(size).values():
+            values = generator.standard_normal(math.prod(shape), dtype=np.float32) * np.float32(0.02)
+            stream.write((values + (len(shape) == 1)).astype(np.float32).tobytes())
+
+
+def _tensors(size: Model) -> dict[str, list[int]]:
+    hidden, wide, keys = size.hidden, size.intermediate, size.kv_heads * size.hidden // size.heads
+    layer = {
+        "self_attn.q_proj.weight": [hidden, hidden], "self_attn.k_proj.weight": [keys, hidden],
+        "self_attn.v_proj.weight": [keys, hidden], "self_attn.o_proj.weight": [hidden, hidden],
+        "mlp.gate_proj.weight": [wide, hidden], "mlp.up_proj.weight": [wide, hidden],
+        "mlp.down_proj.weight": [hidden, wide],
+        "input_layernorm.weight": [hidden], "post_attention_layernorm.weight": [hidden],
+    }  # fmt: skip
+    if size.kind == "qwen2":
+        layer |= {f"self_attn.{x}_proj.bias": [hidden if x == "q" else keys] for x in "qkv"}
+    tensors = {"model.embed_tokens.weight": [size.vocabulary, hidden], "model.norm.weight": [hidden]}
+    if not size.tied:
+        tensors["lm_head.weight"] = [size.vocabulary, hidden]
+    return tensors | {f"model.layers.{i}.{part}": shape for i in range(size.layers) for part, shape in layer.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", action="append", help="only this row (repeat for more)")
     parser.add_argument("--json", action="store_true", help="a JSON line per row, with the predicted parts")
+    parser.add_argument(
+        "--presets", action="store_true", help="print the table of models and presets of docs/cluster.md"
+    )
     parser.add_argument("--rank", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--make-model", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
         rank_main(int(arguments.rank[0]), int(arguments.rank[1]), arguments.rank[2:])
-    elif arguments.make_model:
-        make_model(arguments.make_model[0], Path(arguments.make_model[1]))
+    elif arguments.presets:
+        preset_table()
     else:
         run_rows(arguments)
+
+
+def preset_table() -> None:
+    """Predicted GiB of 80 GB GPUs and of one machine, with and without a reference policy; or what does not fit."""
+    from rlkit.config.loading import load_config
+    from rlkit.config.machine import host_bytes, this_machine
+    from rlkit.config.memory import gpu_phases, total
+    from rlkit.config.messages import ConfigError
+
+    phases = ("load", "sample", "update", "publish")
+    print(f"| cluster | model | {' | '.join(phases)} | host, each machine |\n|---|---|{'---|' * len(phases)}---|")
+    with tempfile.TemporaryDirectory(prefix="rlkit-memory-") as folder:
+        for preset, _ in PRESETS:
+            for name, size in SHAPES.items():
+                model = Path(folder) / name
+                if not model.is_dir():
+                    write_model(size, model, random=False)
+                command = [
+                    f"cluster={preset}",
+                    "model=hf",
+                    f"model.path={model}",
+                    "reward=rule",
+                    f"run_dir={folder}/run",
+                ]
+                try:
+                    load_config([*command, "cluster.gpu_memory_gib=80"])
+                    fits = ""
+                except ConfigError:
+                    fits = " **does not fit**"
+                with contextlib.suppress(ConfigError):  # heads that four GPUs cannot share
+                    run = load_config(command)
+                    gpu = {part: total(parts) for part, parts in gpu_phases(run, 80.0 * GIB).items()}
+                    cells = [f"{gpu[phase] / GIB:.0f}" for phase in phases]
+                    host = host_bytes(run, this_machine(run.config.cluster)) / GIB
+                    print(f"| {preset} | {name}{fits} | {' | '.join(cells)} | {host:.0f} |")
 
 
 def run_rows(arguments: argparse.Namespace) -> None:

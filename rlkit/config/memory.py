@@ -29,6 +29,8 @@ GATHERED = 2**29
 BASES = {"driver": 0.46, "buffer": 0.1, "ray": 0.45, "engine": 0.75, "rank": 0.55, "reward": 0.2, "model": 0.55}
 """GiB that a process holds on a CPU without model or data, measured; `ray`: of its own processes together; `model`: a
 reward that loads one."""
+IMPORTED = 0.45
+"""GiB of a rank that has imported torch, transformers and DeepSpeed, before it computes; measured."""
 CUDA_HOST = 3.0
 """GiB of host memory of a process with torch for CUDA and a context. An estimate."""
 CUDA_CONTEXT = 1.0
@@ -185,15 +187,13 @@ def rank_phases(
     packed: Parts = {"bundle of the weights": pieces} if bundle else {"a bucket": min(whole, bucket)}
     if not cuda:
         freed: Parts = {"freed, kept by malloc": reuse}
-        mapped: Parts = {"weights of the file": whole} if stage in (1, 2) else {}
-        if stage == 0 and ranks == 1:
-            fresh.pop("weights")  # pages of the file that nobody has read
         late = {**stepping(shape, section, width, cuda), **freed}
         working = max(backward(shape, section, width, cuda), late, key=total)
+        gathered: Parts = {"gathered parameters": min(whole, GATHERED)} if stage == 3 and ranks > 1 else {}
         return {
-            "load": Phase({**base, **fresh, **mapped}),
+            "load": Phase({"process": IMPORTED * GIB, **_mapped(fresh, stage, ranks)}),
             "update": Phase({**base, **still, **working}),
-            "publish": Phase({**base, **still, **freed, **packed}),
+            "publish": Phase({**base, **still, **freed, **packed, **gathered}),
             "save": Phase({**base, **still, **freed, **saved}),
         }
     context: Parts = {"CUDA": CUDA_CONTEXT * GIB}
@@ -215,6 +215,14 @@ def rank_phases(
 
 _STAY = ("weights", "reference")
 """What ZeRO 3 leaves on the GPU (`rlkit/learner/engine.py:offload`)."""
+
+
+def _mapped(parts: Parts, stage: int, ranks: int) -> Parts:
+    """On a CPU weights are pages of the file until they are read or copied: in memory only then."""
+    parts = {name: size for name, size in parts.items() if name != "reference" or stage == 3}
+    if stage in (1, 2):
+        return {**parts, "weights of the file": parts["weights"]}
+    return {name: size for name, size in parts.items() if name != "weights" or stage == 3 or ranks > 1}
 
 
 def engine_phases(shape: ModelShape, rollout: RolloutConfig, gpu: float | None, *, cuda: bool, sleeps: bool) -> Phases:
