@@ -137,18 +137,18 @@ def stepping(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) 
     # On a CPU AdamW's denominator; fused on a GPU it has none, but the search for non-finite gradients has.
     step = 6 if cuda else 8
     if stage == 0:
-        return {"gradients": 4 * parameters, "temporaries of Adam": step * float(shape.largest)}
+        return {"gradients": 4 * parameters, "temporaries of the step": step * float(shape.largest)}
     if stage == 3:
         group = min(share, STEP_ELEMENTS)
-        return {"fp32 copy of gradients": 4 * group, "temporaries of Adam": step * group}
+        return {"fp32 copy of gradients": 4 * group, "temporaries of the step": step * group}
     if stage == 1:
         bucket = 2 * 4 * min(parameters, REDUCE_ELEMENTS)  # and its flat copy
         reducing = {"gradients": 4 * parameters - bucket / 2 + 4 * share, "reduction bucket": bucket}
-        in_step = {"fp32 copy of gradients": 8 * share, "temporaries of Adam": step * share}
+        in_step = {"fp32 copy of gradients": 8 * share, "temporaries of the step": step * share}
         return max(reducing, in_step, key=total)
     if width == 2:
-        return {"gradients": 4 * share, "temporaries of Adam": step * share}
-    return {"fp32 copy of gradients": 8 * share, "temporaries of Adam": step * share}
+        return {"gradients": 4 * share, "temporaries of the step": step * share}
+    return {"fp32 copy of gradients": 8 * share, "temporaries of the step": step * share}
 
 
 def kept(shape: ModelShape, section: LearnerConfig) -> float:

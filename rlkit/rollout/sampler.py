@@ -56,7 +56,8 @@ def executor(gpus: int) -> Literal["uni", "mp", "ray"]:
 class Request:
     id: str
     prompt: Sequence[int]
-    seed: int
+    seed: int | None
+    """None: the engine's own randomness."""
     max_tokens: int
     temperature: float
 
@@ -127,7 +128,6 @@ class Sampler:
 
             transfer = {"weight_transfer_config": {"backend": BACKENDS[route]}, "worker_extension_cls": EXTENSION}
         self.config, self.device = config, device
-        self.seeded = on_cpu if config.sample_seeds == "auto" else config.sample_seeds == "always"
         self.stop_token_ids = list(stop_token_ids)
         self.asleep: set[str] = set()
         self.engine = LLMEngine.from_engine_args(
@@ -166,7 +166,7 @@ class Sampler:
                 top_p=self.config.top_p,
                 top_k=self.config.top_k or -1,
                 max_tokens=request.max_tokens,
-                seed=request.seed if self.seeded else None,
+                seed=request.seed,
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=False,
