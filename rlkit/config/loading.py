@@ -235,16 +235,19 @@ def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
     return model
 
 
-def load_config(arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] = ()) -> ResolvedRun:
+def load_config(
+    arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] = (), *, starts: bool = True
+) -> ResolvedRun:
     """The run that Hydra overrides describe, on top of a file if there is one. Raises ConfigError with every
     problem.
 
-    `elsewhere`: paths that may exist only where the run will be; issues about them are warnings.
+    `elsewhere`: paths that may exist only where the run will be; issues about them are warnings. `starts`: the run
+    itself will, so that it must fit.
     """
     loading = _RunLoading(arguments, file, elsewhere)
     loading.validate()
     loading.check()
-    return loading.result()
+    return loading.result(must_fit=starts)
 
 
 class _RunLoading(Loading):
@@ -286,7 +289,7 @@ class _RunLoading(Loading):
         holder = self.parts[section].config if section in self.parts else self.available.get(section)
         return getattr(holder, leaf, None) if section else self.available.get(key)
 
-    def result(self) -> ResolvedRun:
+    def result(self, *, must_fit: bool) -> ResolvedRun:
         if self.problems:
             raise ConfigError(list(dict.fromkeys(self.problems)))
         full = {
@@ -299,7 +302,7 @@ class _RunLoading(Loading):
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
         )
         with suppress(ModelFolderError):  # a model that is only where the run will be
-            self._report(fits(run))
+            self._report(fits(run) if must_fit else ())
         if self.problems:
             raise ConfigError(self.problems)
         return replace(run, warnings=tuple(self.warnings))

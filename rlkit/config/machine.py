@@ -26,7 +26,7 @@ from rlkit.config.messages import ConfigError, ConfigIssue, Issues
 from rlkit.config.parts import ResolvedRun, conf_dir
 from rlkit.config.plan import colocated_slots, shares_gpus
 from rlkit.config.schema import ClusterConfig, RunConfig
-from rlkit.models.folder import check_model_folder
+from rlkit.models.folder import ModelShape, check_model_folder
 
 GPUS_PER_MACHINE = 8
 NVIDIA_SECONDS = 20.0
@@ -127,22 +127,28 @@ def fits(run: ResolvedRun) -> Issues:
 
 
 def _tensor_parallel(run: ResolvedRun) -> Issues:
-    rollout, heads = run.config.rollout, check_model_folder(run.config.model.path).heads
-    width = rollout.tensor_parallel_size
-    if heads % width:
-        fit = [str(n) for n in range(2, GPUS_PER_MACHINE + 1) if heads % n == 0] or ["1"]
+    config, shape = run.config, check_model_folder(run.config.model.path)
+    width, gpus = config.rollout.tensor_parallel_size, _gpus(config)
+    if not _share_heads(shape, width):
+        fit = [str(n) for n in range(2, GPUS_PER_MACHINE + 1) if _share_heads(shape, n)] or ["only 1"]
         yield ConfigIssue(
             "rollout.tensor_parallel_size",
-            f"{width} GPUs cannot share the model's {heads} attention heads equally; {', '.join(fit)} can",
+            f"{width} GPUs cannot share the model's {shape.heads} attention heads and {shape.kv_heads} key-value heads "
+            f"equally; {', '.join(fit)} can",
         )
-    gpus = rollout.workers * width
-    if run.config.cluster.device == "cuda" and starts_ray(run.config.cluster) and gpus > GPUS_PER_MACHINE:
+    if config.cluster.device == "cuda" and starts_ray(config.cluster) and gpus > GPUS_PER_MACHINE:
         yield ConfigIssue(
-            "rollout.workers",
-            f"{rollout.workers} engines of {width} {'GPU' if width == 1 else 'GPUs'} are {gpus}, more than one machine "
-            f"of {GPUS_PER_MACHINE} has, and without cluster.address the run stays on this one",
+            "cluster.address",
+            f"is not set, so the run stays on this machine, and it wants {gpus} GPUs (rollout.workers="
+            f"{config.rollout.workers} x rollout.tensor_parallel_size={width}, learner.ranks={config.learner.ranks}): "
+            f"more than the {GPUS_PER_MACHINE} of most machines",
             warning=True,
         )
+
+
+def _share_heads(shape: ModelShape, width: int) -> bool:
+    """As vLLM wants it: key-value heads may also be repeated."""
+    return shape.heads % width == 0 and (shape.kv_heads % width == 0 or width % shape.kv_heads == 0)
 
 
 def _cores(run: ResolvedRun, machine: Machine) -> Issues:
@@ -203,7 +209,7 @@ def _engine(run: ResolvedRun, gpu: float) -> Issues:
     more = f"rollout.gpu_memory_utilization={min(0.95, enough + 0.1):.2f}, or " if enough < 0.9 else ""
     fixed = needed - weights - sequence
     spread = (weights + sequence) * rollout.tensor_parallel_size
-    wider = [n for n in (2, 4, 8) if n > rollout.tensor_parallel_size and shape.heads % n == 0]
+    wider = [n for n in (2, 4, 8) if n > rollout.tensor_parallel_size and _share_heads(shape, n)]
     wide = next((n for n in wider if fixed + spread / n <= share), None)
     split_more = f"rollout.tensor_parallel_size={wide}" if wide else "larger GPUs, or a smaller model"
     yield ConfigIssue(

@@ -117,9 +117,13 @@ def test_more_threads_than_cores_is_a_warning(tmp_path: Path) -> None:
 
 def test_engines_share_heads_equally(shapes: Path) -> None:
     message = refused(shapes / "0.5B", "cluster=multi_node")
-    assert "4 GPUs cannot share the model's 14 attention heads equally; 2, 7 can" in message
-    run = load(shapes / "7B", "cluster=multi_gpu", "rollout.tensor_parallel_size=2", "learner.ranks=16")
-    assert "8 engines of 2 GPUs are 16, more than one machine of 8 has" in str(run.warnings)
+    assert "4 GPUs cannot share the model's 14 attention heads and 2 key-value heads equally; 2 can" in message
+
+
+def test_more_gpus_than_one_machine_has_is_a_warning(shapes: Path) -> None:
+    run = load(shapes / "7B", "cluster=multi_gpu", "rollout.tensor_parallel_size=2")
+    assert "it wants 16 GPUs" in str(run.warnings)
+    assert "cluster.address" not in str(load(shapes / "7B", "cluster=multi_gpu").warnings)
 
 
 def test_the_object_store_has_room_for_the_weights(shapes: Path, tmp_path: Path) -> None:
