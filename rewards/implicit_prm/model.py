@@ -185,6 +185,7 @@ class ImplicitModel:
             learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm,
             tokens_per_microbatch=config.tokens_per_microbatch,
+            gradient_checkpointing=config.gradient_checkpointing,
             zero_stage=1 if self.device == "cuda" else 0,
         )
         self._chunk = learner.logit_elements_per_chunk

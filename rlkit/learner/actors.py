@@ -103,8 +103,10 @@ class LearnerWorker(Rank):
     def _move_reference(self, device: str) -> None:
         import torch
 
+        from rlkit.learner.engine import move_frozen
+
         if self.learner.reference is not None:
-            self.learner.reference.to(device)
+            move_frozen(self.learner.reference, device)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
