@@ -20,8 +20,10 @@ GIB, MIB = 2**30, 2**20
 Parts = dict[str, float]
 """Bytes by what they hold."""
 
-REDUCE_ELEMENTS, GATHER_ELEMENTS, STEP_ELEMENTS = 5 * 10**8, 10**9, 10**9
-"""DeepSpeed's defaults: `reduce_bucket_size`; ZeRO 3: `max_live_parameters`, `sub_group_size`."""
+REDUCE_ELEMENTS = 2**27
+"""`reduce_bucket_size` (`rlkit/learner/engine.py`)."""
+GATHER_ELEMENTS, STEP_ELEMENTS = 10**9, 10**9
+"""DeepSpeed's defaults for ZeRO 3: `max_live_parameters`, `sub_group_size`."""
 MALLOC_KEEPS = 32 * MIB
 """glibc maps larger blocks by themselves (DEFAULT_MMAP_THRESHOLD_MAX) and returns them when they are freed."""
 GATHERED = 2**29
@@ -134,21 +136,22 @@ def stepping(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) 
     """Beside `resting`, at the end of the last backward pass or in the optimizer: no activations any more."""
     parameters, ranks, stage = float(shape.parameters or 0), section.ranks, _stage(section, width)
     share = parameters / (ranks if stage else 1)
-    # On a CPU AdamW's denominator; fused on a GPU it has none, but the search for non-finite gradients has.
-    step = 6 if cuda else 8
+    # AdamW's denominator on a CPU; on a GPU it is fused, and the norm widens one gradient after the other to fp64.
+    widest = 8 * min(float(shape.largest), share)
+    spare: Parts = {"temporaries of the step": widest if cuda or stage == 0 else 8 * share}
     if stage == 0:
-        return {"gradients": 4 * parameters, "temporaries of the step": step * float(shape.largest)}
+        return {"gradients": 4 * parameters, **spare}
     if stage == 3:
         group = min(share, STEP_ELEMENTS)
-        return {"fp32 copy of gradients": 4 * group, "temporaries of the step": step * group}
+        spare = {"temporaries of the step": 8 * float(shape.largest) / ranks if cuda else 8 * group}
+        return {"fp32 copy of gradients": 4 * group, **spare}
     if stage == 1:
         bucket = 2 * 4 * min(parameters, REDUCE_ELEMENTS)  # and its flat copy
         reducing = {"gradients": 4 * parameters - bucket / 2 + 4 * share, "reduction bucket": bucket}
-        in_step = {"fp32 copy of gradients": 8 * share, "temporaries of the step": step * share}
-        return max(reducing, in_step, key=total)
+        return max(reducing, {"fp32 copy of gradients": 8 * share, **spare}, key=total)
     if width == 2:
-        return {"gradients": 4 * share, "temporaries of the step": step * share}
-    return {"fp32 copy of gradients": 8 * share, "temporaries of the step": step * share}
+        return {"gradients": 4 * share, **spare}
+    return {"fp32 copy of gradients": 8 * share, **spare}
 
 
 def kept(shape: ModelShape, section: LearnerConfig) -> float:
@@ -191,7 +194,7 @@ def rank_phases(
         working = max(backward(shape, section, width, cuda), late, key=total)
         gathered: Parts = {"gathered parameters": min(whole, GATHERED)} if stage == 3 and ranks > 1 else {}
         return {
-            "load": Phase({"process": IMPORTED * GIB, **_mapped(fresh, stage, ranks)}),
+            "load": Phase({"process": IMPORTED * GIB, **_mapped(fresh, whole, stage, ranks)}),
             "update": Phase({**base, **still, **working}),
             "publish": Phase({**base, **still, **freed, **packed, **gathered}),
             "save": Phase({**base, **still, **freed, **saved}),
@@ -201,8 +204,9 @@ def rank_phases(
     rests = dict(still)
     host = dict(base)
     if offloaded:
-        host |= {f"offloaded {name}": size for name, size in still.items() if stage < 3 or name not in _STAY}
-        rests = {name: size for name, size in still.items() if stage == 3 and name in _STAY}
+        rests = {"weights": still["weights"]} if stage == 3 else {}  # `rlkit/learner/engine.py:offload`
+        waiting = {name: size for name, size in still.items() if name not in (*rests, "reduction bucket")}
+        host |= {f"offloaded {name}": size for name, size in waiting.items()}
     file: Parts = {"weights of the file": min(whole, GATHERED) if stage == 3 else whole}
     return {
         "load": Phase({**base, **file}, {**context, **fresh, "gradients": 4 * parameters / ranks}),
@@ -213,16 +217,12 @@ def rank_phases(
     }
 
 
-_STAY = ("weights", "reference")
-"""What ZeRO 3 leaves on the GPU (`rlkit/learner/engine.py:offload`)."""
-
-
-def _mapped(parts: Parts, stage: int, ranks: int) -> Parts:
+def _mapped(parts: Parts, whole: float, stage: int, ranks: int) -> Parts:
     """On a CPU weights are pages of the file until they are read or copied: in memory only then."""
+    if stage == 0:
+        return {"weights": parts["weights"]} if ranks > 1 else {}
     parts = {name: size for name, size in parts.items() if name != "reference" or stage == 3}
-    if stage in (1, 2):
-        return {**parts, "weights of the file": parts["weights"]}
-    return {name: size for name, size in parts.items() if name != "weights" or stage == 3 or ranks > 1}
+    return {**parts, "weights of the file": whole}
 
 
 def engine_phases(shape: ModelShape, rollout: RolloutConfig, gpu: float | None, *, cuda: bool, sleeps: bool) -> Phases:

@@ -65,12 +65,12 @@ def test_what_cannot_fit_is_refused_with_what_would_help(
 
 @pytest.mark.parametrize("change", ["algorithm.kl_coefficient=0", "cluster=multi_gpu"])
 def test_a_named_change_saves_what_it_says(shapes: Path, change: str) -> None:
-    asked = ["cluster=single_gpu", "cluster.gpu_memory_gib=78"]
+    asked = ["cluster=single_gpu", "cluster.gpu_memory_gib=66"]
     message = refused(shapes / "3B", *asked)
     saved = float(message.split(f"{change} (-")[1].split(" GiB")[0])
     needed = float(message.split("would have to hold ")[1].split(" GiB")[0])
     after = load(shapes / "3B", *asked, change)
-    assert max(map(total, gpu_phases(after, 78 * GIB).values())) / GIB == pytest.approx(needed - saved, abs=0.2)
+    assert max(map(total, gpu_phases(after, 66 * GIB).values())) / GIB == pytest.approx(needed - saved, abs=0.2)
 
 
 def test_without_a_known_gpu_nothing_is_refused_and_the_plan_tells_sizes(
@@ -81,7 +81,7 @@ def test_without_a_known_gpu_nothing_is_refused_and_the_plan_tells_sizes(
     arguments = ["model=hf", f"model.path={shapes / '7B'}", "reward=rule", "cluster=single_gpu", "dry_run=true"]
     assert main([*arguments, f"run_dir={shapes}/run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert next(line for line in lines if "GPU, update" in line).split()[-2:] == ["193.1", "GiB"]
+    assert next(line for line in lines if "GPU, update" in line).split()[-2:] == ["161.0", "GiB"]
     assert any("a machine of 8 GPUs" in line for line in lines)
 
 
