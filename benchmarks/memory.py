@@ -114,13 +114,18 @@ def overrides(row: Row, model: Path, run_dir: Path) -> list[str]:
 
 def rank_main(rank: int, port: int, arguments: list[str]) -> None:
     """Print the peak resident bytes of each phase as JSON, first those of a process that has only imported."""
+    import numpy as np
+
+    from algorithms.base import Advantages
     from rlkit.config.loading import load_config
     from rlkit.learner.actors import LearnerWorker
+    from rlkit.learner.dealing import policy_shares
 
     resolved = load_config(arguments)
     config = resolved.config
     answer = os.fdopen(os.dup(1), "w")  # an actor's output goes to its log
-    worker = LearnerWorker(rank, config, config.model.path, resolved.make_algorithm(), f"{config.run_dir}.{rank}.log")
+    algorithm = resolved.make_algorithm()
+    worker = LearnerWorker(rank, config, config.model.path, algorithm, f"{config.run_dir}.{rank}.log")
     peaks: dict[str, int] = {}
 
     def phase(name: str, work: Callable[[], Any]) -> Any:
@@ -130,6 +135,11 @@ def rank_main(rank: int, port: int, arguments: list[str]) -> None:
         peaks[f"after {name}"] = _status("VmRSS")
         return result
 
+    def advantages(groups: list[Any]) -> Advantages:
+        lengths = [len(sample) for group in groups for sample in group.samples]
+        rows = [np.full(length, 1.0 if i % 2 else -1.0, np.float32) for i, length in enumerate(lengths)]
+        return Advantages(rows, np.ones(len(rows), dtype=bool))
+
     def imports() -> None:
         import deepspeed  # noqa: F401
 
@@ -137,9 +147,13 @@ def rank_main(rank: int, port: int, arguments: list[str]) -> None:
 
     phase("imports", imports)
     phase("load", lambda: worker.start(config.learner.ranks, "127.0.0.1", port))
-    groups, advantages = _experience(config, resolved.algorithm_config.samples_per_prompt)
-    worker.update(groups[: config.learner.ranks], advantages)  # creates Adam's moments
-    phase("update", lambda: worker.update(groups, advantages))
+    groups = _groups(config, resolved.algorithm_config.samples_per_prompt)
+    first, whole = (
+        policy_shares(some, advantages(some), config.learner, algorithm.needs())[0][rank]
+        for some in (groups[: config.learner.ranks], groups)
+    )
+    worker.learn(first)  # creates Adam's moments
+    phase("update", lambda: worker.learn(whole))
     phase("publish", lambda: worker.weights([1, 2, 3, 4]))
     folder = Path(f"{config.run_dir}.saved")
     folder.mkdir(exist_ok=True)
@@ -153,11 +167,10 @@ def _status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _experience(config: Any, samples: int) -> tuple[Any, Any]:
-    """Groups of full length with random tokens, and advantages for them."""
+def _groups(config: Any, samples: int) -> list[Any]:
+    """Of full length, with random tokens."""
     import numpy as np
 
-    from algorithms.base import Advantages
     from rlkit.experience import Group, Prompt, Sample
 
     random = np.random.default_rng(0)
@@ -174,9 +187,7 @@ def _experience(config: Any, samples: int) -> tuple[Any, Any]:
             for i in range(samples)
         )  # fmt: skip
         groups.append(Group(str(number), Prompt(str(number), (), prompt), responses))
-    count = len(groups) * samples
-    tokens = [np.full(length, 1.0 if i % 2 else -1.0, np.float32) for i in range(count)]
-    return groups, Advantages(tokens, np.ones(count, dtype=bool))
+    return groups
 
 
 # -- the rows ----------------------------------------------------------------------------------------------------------

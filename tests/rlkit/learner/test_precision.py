@@ -10,6 +10,7 @@ import pytest
 import torch
 from learner_fixture import (
     VOCABULARY,
+    WholeCritic,
     build_learner,
     free_port,
     grpo_advantages,
@@ -23,7 +24,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 from algorithms.ppo import PPO
 from rlkit.config.schema import CriticConfig, LearnerConfig
 from rlkit.learner import engine as engine_module
-from rlkit.learner.critic import Critic
 from rlkit.learner.engine import GuardedAdamW, build_engine, init_process_group, optimizer_step
 from rlkit.learner.policy import PolicyLearner
 
@@ -109,10 +109,10 @@ def test_values_are_computed_in_fp32_in_a_bf16_critic(model: Path) -> None:
     if not torch.distributed.is_initialized():
         init_process_group(0, 1, "127.0.0.1", free_port(), "cpu")
     config = CriticConfig(dtype="bfloat16", zero_stage=1, learning_rate=1e-2)
-    critic = Critic(model, config, PPO(PPO.Config()), device="cpu", total_steps=4)
+    critic = WholeCritic(model, config, PPO(PPO.Config()), device="cpu", total_steps=4)
     with torch.no_grad():
         critic.engine.module.model.score.weight.normal_()
-    values = np.concatenate(critic.values(make_groups()))
+    values = np.concatenate(critic.group_values(make_groups()))
     assert values.dtype == np.float32
     assert (torch.from_numpy(values).bfloat16().float().numpy() != values).mean() > 0.9
 
