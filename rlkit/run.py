@@ -27,6 +27,7 @@ from rlkit.cluster.placement import (
 from rlkit.cluster.ray_session import ray_session
 from rlkit.cluster.waiting import Watchdog, blocking, waiting
 from rlkit.config.command import FAILED, INTERRUPTED, print_error
+from rlkit.config.memory import object_store_bytes
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, config_text
 from rlkit.config.plan import gpu_shares
@@ -124,7 +125,7 @@ async def _train(
     tracker.phase("starting Ray")
     with contextlib.ExitStack() as session:
         with blocking("the start", "Ray", *_startup(config)):
-            session.enter_context(ray_session(config.cluster, folder.logs / "ray"))
+            session.enter_context(ray_session(config.cluster, folder.logs / "ray", object_store_bytes(resolved)))
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with contextlib.AsyncExitStack() as stack:

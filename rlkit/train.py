@@ -9,7 +9,8 @@ from rlkit.checkpoint.resume import find_resume
 from rlkit.config.command import asks_for_help, exit_code, print_warnings, split_off_file
 from rlkit.config.help import print_help
 from rlkit.config.loading import load_config
-from rlkit.config.plan import plan, plan_text
+from rlkit.config.machine import refuse_missing_gpus
+from rlkit.config.report import plan, plan_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +33,7 @@ def _train(arguments: list[str]) -> int:
     else:
         from rlkit.run import run
 
+        refuse_missing_gpus(resolved.config)
         return run(resolved, point)
     return 0
 

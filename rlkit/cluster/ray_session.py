@@ -21,12 +21,12 @@ LONGEST_BASE = 24
 
 
 @contextmanager
-def ray_session(config: ClusterConfig, logs: Path) -> Iterator[None]:
+def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterator[None]:
     """Join the Ray at `cluster.address` (or of this Ray job), else start one on the loopback interface; leave it at
     the end.
 
     A Ray started here ends with the context or this process; its folder is removed, after an error its logs are
-    copied to `logs`.
+    copied to `logs`. `store_bytes`: of its object store.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the device variables as set
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -47,7 +47,7 @@ def ray_session(config: ClusterConfig, logs: Path) -> Iterator[None]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
-                object_store_memory=int(config.object_store_gib * 2**30),
+                object_store_memory=int(store_bytes),
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder / "ray"),  # which Ray makes writable for everybody, as `folder` is not
             )

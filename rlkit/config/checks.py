@@ -271,7 +271,7 @@ def critic_fits(
     changed = [name for name in CriticConfig.model_fields if getattr(critic, name) != getattr(defaults, name)]
     if not algorithm.needs().critic:
         for name in changed:
-            if name not in ("zero_stage", "ranks", "offload"):  # cluster options set them, whatever the algorithm
+            if name not in ("zero_stage", "ranks", "offload", "gradient_checkpointing"):  # set by cluster options
                 yield ConfigIssue(f"critic.{name}", f"has no effect: {type(algorithm).__name__} has no critic")
         return
     if critic.path is not None:
@@ -337,7 +337,8 @@ def gpu_ignores_cpu_options(cluster: ClusterConfig, rollout: RolloutConfig) -> I
 
 
 def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Issues:
-    if cluster.address is not None and cluster.object_store_gib != ClusterConfig().object_store_gib:
+    usual = (None, 0.5)  # 0.5 was the default: it stands in older files
+    if cluster.address is not None and cluster.object_store_gib not in usual:
         yield ConfigIssue(
             "cluster.object_store_gib", "has no effect with cluster.address: that Ray has its store already"
         )

@@ -5,7 +5,8 @@ All issues are reported at once, and nothing is started.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from rlkit.config.compose import (
     set_value,
     unknown_parts,
 )
+from rlkit.config.machine import fits
 from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, of_the_verifier, section_type, validate
 from rlkit.config.parts import (
     CONTRACTS,
@@ -233,16 +235,19 @@ def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
     return model
 
 
-def load_config(arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] = ()) -> ResolvedRun:
+def load_config(
+    arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] = (), *, starts: bool = True
+) -> ResolvedRun:
     """The run that Hydra overrides describe, on top of a file if there is one. Raises ConfigError with every
     problem.
 
-    `elsewhere`: paths that may exist only where the run will be; issues about them are warnings.
+    `elsewhere`: paths that may exist only where the run will be; issues about them are warnings. `starts`: the run
+    itself will, so that it must fit.
     """
     loading = _RunLoading(arguments, file, elsewhere)
     loading.validate()
     loading.check()
-    return loading.result()
+    return loading.result(must_fit=starts)
 
 
 class _RunLoading(Loading):
@@ -258,7 +263,10 @@ class _RunLoading(Loading):
             subject = self._make(kind, part)
             if subject is not None:
                 checked[kind] = subject
-        for issue in run_checks(checked):
+        self._report(run_checks(checked))
+
+    def _report(self, issues: Iterable[ConfigIssue]) -> None:
+        for issue in issues:
             issue = replace(issue, where=self.sources.where(issue.where, self._value(issue.where)))
             harmless = issue.warning or any(path in str(issue) for path in self.elsewhere)
             (self.warnings if harmless else self.problems).append(issue)
@@ -281,19 +289,23 @@ class _RunLoading(Loading):
         holder = self.parts[section].config if section in self.parts else self.available.get(section)
         return getattr(holder, leaf, None) if section else self.available.get(key)
 
-    def result(self) -> ResolvedRun:
+    def result(self, *, must_fit: bool) -> ResolvedRun:
         if self.problems:
             raise ConfigError(list(dict.fromkeys(self.problems)))
         full = {
             kind: {TARGET: self.tree[kind][TARGET], **part.config.model_dump(mode="json")}
             for kind, part in self.parts.items()
         }
-        return ResolvedRun(
+        run = ResolvedRun(
             config=RunConfig(**self.available, **full),
             **{f"{kind}_class": part.cls for kind, part in self.parts.items()},
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
-            warnings=tuple(self.warnings),
         )
+        with suppress(ModelFolderError):  # a model that is only where the run will be
+            self._report(fits(run) if must_fit else ())
+        if self.problems:
+            raise ConfigError(self.problems)
+        return replace(run, warnings=tuple(self.warnings))
 
 
 def _shape_or_error(path: str) -> ModelShape | ModelFolderError:

@@ -93,6 +93,9 @@ class RolloutConfig(Section):
     """Skip CUDA graphs and compilation: quicker start, slower decoding on GPUs. Always on for CPU."""
     prefix_caching: bool = True
     """Prefill a group's prompt once for all its samples."""
+    sample_seeds: Literal["auto", "always", "never"] = "auto"
+    """Give each sample a seed, so that it does not matter where and beside what it is sampled: on GPUs vLLM then
+    draws request by request, which is slow for many. auto: on CPU."""
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Largest log-prob difference on the canary prompt after a weight update; null: 1e-3 in fp32, 0.15 otherwise."""
     sleep: Literal["auto", "always", "never"] = "never"
@@ -166,8 +169,14 @@ class ClusterConfig(Section):
     """Ray address to join; null starts a Ray that ends with the run (inside a Ray job, joins its cluster)."""
     threads_per_actor: int = Field(default=2, ge=1)
     """CPU threads of each rollout worker and learner rank."""
-    object_store_gib: float = Field(default=0.5, gt=0)
-    """Shared memory for a Ray started by the run."""
+    object_store_gib: float | None = Field(default=None, gt=0)
+    """Shared memory for a Ray started by the run; null: what the weights and the groups of a step need, at least
+    0.5."""
+    gpu_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of one GPU (an 80 GB one has 79), for the plan: a run that cannot fit is refused. null: ask the GPUs of
+    this machine; if there is none, the plan prints what is needed."""
+    host_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of one machine, for the plan; null: this machine's, if the run starts its own Ray here."""
 
     @field_validator("address")
     @classmethod

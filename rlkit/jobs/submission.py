@@ -20,7 +20,7 @@ from rlkit.config.compose import parse_overrides, quoted
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, did_you_mean, validate
 from rlkit.config.parts import ResolvedRun, plain
-from rlkit.config.plan import plan, plan_text
+from rlkit.config.report import plan, plan_text
 from rlkit.config.schema import RunConfig
 from rlkit.experience.section import Section
 from rlkit.jobs.cluster import (

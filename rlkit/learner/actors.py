@@ -50,7 +50,9 @@ class LearnerWorker(Rank):
         return self.learner
 
     def learn(self, share: Share[PolicyRows]) -> dict[str, float]:
-        return self.learner.learn(share)
+        metrics = self.learner.learn(share)
+        self.release_cache()
+        return metrics
 
     def logprobs(self, microbatches: Sequence[Microbatch]) -> tuple[np.ndarray, np.ndarray]:
         """[R of all] under policy and reference."""
@@ -196,7 +198,9 @@ class CriticWorker(Rank):
         return self.critic.values(microbatches)
 
     def learn(self, share: Share[ValueRows]) -> dict[str, float]:
-        return self.critic.learn(share)
+        metrics = self.critic.learn(share)
+        self.release_cache()
+        return metrics
 
 
 class CriticGroup(RankGroup):

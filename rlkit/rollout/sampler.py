@@ -56,7 +56,8 @@ def executor(gpus: int) -> Literal["uni", "mp", "ray"]:
 class Request:
     id: str
     prompt: Sequence[int]
-    seed: int
+    seed: int | None
+    """None: the engine's own randomness."""
     max_tokens: int
     temperature: float
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlkit.config.plan import engines_sleep, weight_route
+from rlkit.config.plan import engines_sleep, samples_have_seeds, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group, Prompt, Sample
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
@@ -98,6 +98,8 @@ class RolloutWorker:
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0))
         while self.sampler.busy:
             self.sampler.step()
+        if engines_sleep(config):
+            self.sampler.sleep(2)  # the learner loads on the same GPU; weights come before anything is sampled
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[str, ...] | list[Group]]:
         """Yield all groups that finished since the last yield (at least one), then their ids.
@@ -129,6 +131,7 @@ class RolloutWorker:
             yield tuple(group.id for group in groups)
 
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
+        seeded = samples_have_seeds(self.config)
         for request in requests:
             self.open[request.id] = _Open(request, self.version, done)
             for index in range(request.responses):
@@ -136,7 +139,7 @@ class RolloutWorker:
                     Request(
                         id=f"{request.id}:{index}",
                         prompt=request.prompt.token_ids,
-                        seed=sample_seed(request.seed, request.id, index),
+                        seed=sample_seed(request.seed, request.id, index) if seeded else None,
                         max_tokens=self.rollout.max_response_tokens,
                         temperature=self.rollout.temperature if index < request.samples else 0.0,
                     )

@@ -16,7 +16,10 @@ from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, Roll
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
 
-SHAPE = ModelShape(parameters=1000, layers=2, kv_heads=4, head_dim=32, vocabulary=100, max_positions=1024)
+SHAPE = ModelShape(
+    parameters=1000, layers=2, kv_heads=4, head_dim=32, vocabulary=100, max_positions=1024, hidden=128, heads=4,
+    intermediate=256, largest=12_800, tied=True,
+)  # fmt: skip
 
 
 @dataclass

@@ -389,6 +389,6 @@ def test_example_commands_validate(tmp_path: Path) -> None:
 def test_joining_a_cluster_that_is_not_there_ends_at_once(tmp_path: Path) -> None:
     with (
         pytest.raises(ConnectionError, match=r"no Ray answers at 127\.0\.0\.1:1 "),
-        ray_session(ClusterConfig(address="127.0.0.1:1"), tmp_path),
+        ray_session(ClusterConfig(address="127.0.0.1:1"), tmp_path, 2**30),
     ):
         pass
