@@ -45,6 +45,7 @@ from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
 from rlkit.weight_sync import WeightSync
+from rlkit.weights.publication import Canary
 
 TERMINATED = 128 + signal.SIGTERM
 LOADING = {
@@ -55,7 +56,7 @@ LOADING = {
     "critic": "loading the critic (DeepSpeed)",
 }
 """Start-up phases as the screen shows them."""
-CANARY_TOKENS = 32
+CANARY_PROMPTS, CANARY_TOKENS = 4, 32
 END_SECONDS = 120.0
 """Time limit for actors, threads and Ray to end; then the process exits, and the janitor ends the rest."""
 ROOM_SECONDS = 60.0
@@ -212,7 +213,7 @@ async def _start(
         buffer=buffer,
         producer=_producer(config, algorithm, train, rollout, reward, buffer),
         evaluator=Evaluator(heldout, rollout, verifier, config.seed) if heldout else None,
-        weight_sync=WeightSync(config, rollout, learner, reward, train[0].token_ids[:CANARY_TOKENS]),
+        weight_sync=WeightSync(config, rollout, learner, reward, _canary(train)),
         checkpointer=Checkpointer(config, folder),
         folder=folder,
         tracker=tracker,
@@ -220,6 +221,12 @@ async def _start(
         alarm=HackingAlarm(config.trainer.hacking_alarm_steps, tracker.warn),
         began=began,
     )
+
+
+def _canary(train: Sequence[Prompt]) -> Canary:
+    """The beginnings of different prompts: a state that leaks from one sequence into the next shows only on several."""
+    beginnings = dict.fromkeys(prompt.token_ids[:CANARY_TOKENS] for prompt in train[: 8 * CANARY_PROMPTS])
+    return tuple(ids for ids in beginnings if len(ids) > 1)[:CANARY_PROMPTS]
 
 
 def _own_verifier(resolved: ResolvedRun) -> bool:

@@ -24,6 +24,7 @@ from rlkit.serving.pool import RewardPool
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.weight_sync import WeightSync
+from rlkit.weights.publication import Agreement
 
 
 @dataclass
@@ -104,14 +105,16 @@ class Trainer:
             metrics, judged, (_, learnt) = await asyncio.gather(
                 self.update(experience, advantages), self.judge(groups), self.reward.learn(groups, "after")
             )
-        difference = await self.publish()
+        agreement = await self.publish()
         stats = await self.buffer.stats.remote()
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
         metrics |= {
             **rollout_metrics(groups, report, judged, stats, sampling),
             "weights/version": float(self.version),
-            "weights/canary_difference": difference,
+            "weights/canary_difference": agreement.difference,
         }
+        if agreement.change is not None:
+            metrics["weights/canary_change"] = agreement.change
         self.algorithm.observe(metrics)
         self.alarm.check(metrics)
         self.latest |= metrics
@@ -137,8 +140,8 @@ class Trainer:
         """The step's groups as the verifier scores them: shows when a learned reward is being gamed."""
         return None if self.evaluator is None else (await self.evaluator.judge([groups]))[0]
 
-    async def publish(self) -> float:
-        """Send the weights to every rollout worker and verify them; return the canary's difference in log-probs."""
+    async def publish(self) -> Agreement:
+        """Send the weights to every rollout worker and verify them."""
         with self.tracker.timed("publish"):
             return await self.weight_sync.publish(self.version)
 

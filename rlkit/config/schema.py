@@ -94,7 +94,8 @@ class RolloutConfig(Section):
     prefix_caching: bool = True
     """Prefill a group's prompt once for all its samples."""
     canary_tolerance: float | None = Field(default=None, gt=0)
-    """Largest log-prob difference on the canary prompt after a weight update; null: 1e-3 in fp32, 0.15 otherwise."""
+    """Largest log-prob difference on the canary prompts after a weight update; null: 1e-3 in fp32, 0.5 otherwise.
+    Finer: which parameters the engine wrote, whether their bits changed, and by how much the canary changed."""
     sleep: Literal["auto", "always", "never"] = "never"
     """CUDA: free the engines' GPU memory (weights and key-value cache) while the learner works. auto: if engines
     share GPUs with ranks and training is synchronous."""

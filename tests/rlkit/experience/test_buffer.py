@@ -225,8 +225,8 @@ def test_versions_follow_one_another_and_reservations_are_counted() -> None:
         ({"min_group_reward": 0.5}, (None, None), "stop", None),
         ({"max_group_reward": 0.5}, (0, 1), "stop", None),
         ({"max_group_reward": 0.5}, (0, 1, 1), "stop", "max_group_reward"),
-        ({"drop_truncated": True}, (0, 1), "length", "drop_truncated"),
-        ({"drop_truncated": True}, (None, None), "length", "drop_truncated"),
+        ({"drop_truncated": True}, (0, 1), "length", "truncated"),
+        ({"drop_truncated": True}, (None, None), "length", "truncated"),
         ({"drop_truncated": True}, (0, 1), "stop", None),
     ],
 )
