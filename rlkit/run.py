@@ -36,10 +36,11 @@ from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.evaluation import Evaluator
 from rlkit.experience import Prompt, UserError
-from rlkit.metrics import HackingAlarm, UpdateGuard
+from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard
 from rlkit.models.folder import model_folder
 from rlkit.producer import Producer
 from rlkit.rollout.pool import RolloutPool
+from rlkit.saving import SaveSchedule, Stop, StoppedError
 from rlkit.serving.pool import RewardPool
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
@@ -81,8 +82,10 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
                 tracker.warn(str(warning))
             with Watchdog(tracker.message, config.trainer.report_waits_after, folder.logs / "driver.log"):
                 _run_to_the_end(resolved, folder, tracker, point)
-    except asyncio.CancelledError:  # Ctrl-C raises KeyboardInterrupt instead
-        print("rlkit: ended by SIGTERM", file=sys.stderr)
+    except StoppedError as stopped:
+        if str(stopped) == "Ctrl-C":
+            raise KeyboardInterrupt from None
+        print(f"rlkit: ended by {stopped}", file=sys.stderr)
         return TERMINATED
     except Exception as error:
         with (folder.logs / "driver.log").open("a") as file:
@@ -101,6 +104,8 @@ def _run_to_the_end(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, 
     try:
         with contextlib.ExitStack() as ending:
             asyncio.run(_train(resolved, folder, tracker, point, ending))
+    except asyncio.CancelledError:  # Ctrl-C before our handler is set raises KeyboardInterrupt instead
+        raise StoppedError("SIGTERM") from None
     except RayTaskError as error:
         if isinstance(error.cause, Exception):
             raise error.cause from error
@@ -116,7 +121,7 @@ async def _train(
 ) -> None:
     """`ending` is closed by the caller after the event loop is gone."""
     config, began = resolved.config, time.monotonic()
-    # Ray replaces the handler of SIGTERM when it starts; ours cancels the run, so that everything is ended in order.
+    # Ray replaces the handler of SIGTERM when it starts; ours ends everything in order.
     task = asyncio.current_task()
     assert task is not None
     tracker.phase("reading data")
@@ -125,17 +130,24 @@ async def _train(
     with contextlib.ExitStack() as session:
         with blocking("the start", "Ray", *_startup(config)):
             session.enter_context(ray_session(config.cluster, folder.logs / "ray"))
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        stop = Stop(task)
+        with contextlib.suppress(
+            ValueError, RuntimeError
+        ):  # not in the main thread: whoever runs us there handles them
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                trainer = await _start(resolved, folder, tracker, train, heldout, stack, began)
+                trainer = await _start(resolved, folder, tracker, train, heldout, stack, began, stop)
                 if point is None:
                     folder.keep_only({})
                 else:
                     await _go_on(trainer, point, tracker)
                 summary = await trainer.fit()
                 tracker.finish(summary)
+            except asyncio.CancelledError:
+                stop.check()  # by its name
+                raise
             finally:
                 ending.enter_context(
                     blocking("the end of the run", "actors, threads and Ray", END_SECONDS, "END_SECONDS")
@@ -159,6 +171,7 @@ async def _start(
     heldout: Sequence[Prompt],
     stack: contextlib.AsyncExitStack,
     began: float,
+    stop: Stop,
 ) -> Trainer:
     """Start all actors side by side; those that share a GPU one after the other."""
     import ray
@@ -219,6 +232,9 @@ async def _start(
         tracker=tracker,
         guard=UpdateGuard(config.trainer, tracker.warn),
         alarm=HackingAlarm(config.trainer.hacking_alarm_steps, tracker.warn),
+        schedule=SaveSchedule(config.trainer),
+        stop=stop,
+        signal=NoSignal(tracker.warn),
         began=began,
     )
 

@@ -68,7 +68,7 @@ def unwritten_layers(model: Any) -> list[str]:
         if not info.can_load():  # it was complete, and is in place already
             written.update(id(parameter) for parameter in _parameters(layer).values())
             continue
-        parameters = (info.kernel_tensors or ({}, {}))[0]
+        parameters = {} if info.kernel_tensors is None else info.kernel_tensors[0]
         needed = sum(_loadable(layer, parameter) for parameter in _parameters(layer).values())
         if info.load_numel >= needed:
             written.update(id(parameter) for parameter in parameters.values())

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 CANARY_TOLERANCE_FP32 = 1e-3
 CANARY_TOLERANCE_HALF = 0.5
-"""Rounding alone gives 0.16 on the rarest of 240 tokens (measured: fp32 learner, bfloat16 engine). What is finer than this
-is for the other proofs."""
+"""Rounding alone gives 0.16 on the rarest of 240 tokens (measured: fp32 learner, bfloat16 engine). What is finer than
+this is for the other proofs."""
 SHOWN_GROUPS = 3
 """How many group ids a timeout message lists."""
 

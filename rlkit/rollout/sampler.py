@@ -246,9 +246,7 @@ class Sampler:
         logprobs = [
             row[token].logprob
             for i, token_ids in enumerate(sequences)
-            for row, token in zip(
-                finished[f"canary-{i}"].prompt_logprobs[FIRST_LOGPROB:], token_ids[1:], strict=True
-            )
+            for row, token in zip(finished[f"canary-{i}"].prompt_logprobs[FIRST_LOGPROB:], token_ids[1:], strict=True)
         ]
         return np.array(logprobs, dtype=np.float32)
 

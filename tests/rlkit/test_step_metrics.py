@@ -24,7 +24,7 @@ def group(*rewards: float | None) -> Group:
 
 
 def measured(*groups: Group, seconds: float = 2.0) -> dict[str, float]:
-    return rollout_metrics(groups, report_on(groups, 0.5), groups, STATS, seconds)
+    return rollout_metrics(groups, [], report_on(groups, 0.5), groups, STATS, seconds)
 
 
 def test_invalid_scores_are_counted_and_enter_no_mean() -> None:

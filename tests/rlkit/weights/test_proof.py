@@ -99,14 +99,14 @@ def test_equal_weights_may_come_again_and_a_new_process_starts_anew() -> None:
 
 def test_what_is_not_finite_is_named_by_its_end() -> None:
     broken = np.full(TOKENS, np.nan)
-    with pytest.raises(WeightsNotLoadedError, match="NaN in the weights of model.path"):
+    with pytest.raises(WeightsNotLoadedError, match=r"NaN in the weights of model\.path"):
         Proof().accept("w", published(0, broken), receipt(0, broken, loaded(0)), None, TOLERANCE)
     with pytest.raises(WeightsNotLoadedError, match="the sampler's are not finite"):
         Proof().accept("w", published(0, LEARNER), receipt(0, broken, loaded(0)), None, TOLERANCE)
-    with pytest.raises(WeightsNotLoadedError, match="damaged: their checksum is c0, the learner's is d"):
+    with pytest.raises(WeightsNotLoadedError, match=r"damaged: their checksum is c0, the learner's is d"):
         Proof().accept("w", published(0, LEARNER), receipt(0, LEARNER, loaded(0)), "d", TOLERANCE)
     announced = replace(receipt(0, LEARNER, loaded(0)), announced="e")
-    with pytest.raises(WeightsNotLoadedError, match="damaged: their checksum is c0, the learner's is e"):
+    with pytest.raises(WeightsNotLoadedError, match=r"damaged: their checksum is c0, the learner's is e"):
         Proof().accept("w", published(0, LEARNER), announced, None, TOLERANCE)
 
 
