@@ -17,6 +17,7 @@ from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.checkpoint.resume import ResumePoint
 from rlkit.cluster.placement import (
+    NO_GPU,
     Placement,
     beside_driver,
     loads_after,
@@ -182,9 +183,10 @@ async def _start(
     config, algorithm = resolved.config, resolved.make_algorithm()
     model_path, logs = str(model_folder(config.model.path)), folder.logs
     seconds = config.trainer.startup_timeout_seconds
+    gpus = gpu_shares(config).rewards / resolved.reward_config.workers
     context = RewardContext(
-        device=config.cluster.device,
-        gpus=gpu_shares(config).rewards / resolved.reward_config.workers,
+        device=config.cluster.device if gpus else "cpu",
+        gpus=gpus,
         seed=config.seed,
         threads=config.cluster.threads_per_actor,
     )
@@ -203,7 +205,7 @@ async def _start(
     if _own_verifier(resolved) and heldout:
         verifier = RewardPool(config.verifier, RewardContext(threads=1), seconds, logs, "verifier", beside_driver)
         stack.push_async_callback(verifier.close)
-    buffer = ray.remote(num_cpus=0, **beside_driver(0))(BufferActor).remote(
+    buffer = ray.remote(num_cpus=0, runtime_env={"env_vars": NO_GPU}, **beside_driver(0))(BufferActor).remote(
         config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
     )
     starts: dict[str, Callable[[], Awaitable[Any]]] = {
