@@ -73,7 +73,11 @@ class SaveSchedule:
 
 
 class StoppedError(Exception):
-    """A signal asked the run to stop, and it did so between two steps."""
+    """A signal asked the run to stop."""
+
+    def __init__(self, signal: signal.Signals) -> None:
+        super().__init__(signal.name)
+        self.signal = signal
 
 
 class Stop:
@@ -102,4 +106,4 @@ class Stop:
     def check(self) -> None:
         if self._asked.is_set():
             assert self.signal is not None
-            raise StoppedError("Ctrl-C" if self.signal is signal.SIGINT else self.signal.name)
+            raise StoppedError(self.signal)

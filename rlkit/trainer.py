@@ -243,10 +243,7 @@ class Trainer:
         self.producer.ask_again(self.taken)
         await self.weight_sync.release_sampler()
         await self._save(self.version)
-        self.tracker.message(
-            f"saved after step {self.version}: {self.folder.policy(self.version).parent}. The same command with "
-            "resume=auto goes on there"
-        )
+        self.tracker.message(f"saved after step {self.version}: {self.folder.policy(self.version).parent}")
 
     def deadline(self, who: str, what: str) -> AbstractAsyncContextManager[None]:
         """Time limit of one step, evaluation or checkpoint."""
