@@ -239,7 +239,7 @@ class RolloutWorker:
         self.sampler.wake("kv_cache")
         loaded = self.sampler.loaded()
         # A layer that was written in part holds what was in memory before: nothing is computed with that.
-        usable = loaded is not None and not loaded.unwritten
+        usable = loaded is None or not loaded.unwritten
         logprobs = self.sampler.prompt_logprobs(canary) if usable else np.empty(0, np.float32)
         return WeightReceipt(self.version, self.checksum, self.announced, logprobs, loaded)
 
