@@ -139,11 +139,16 @@ class Trainer:
                 "metric": trainer.best_metric,
                 "value": best.value,
                 "step": best.step,
-                "policy": str(self.folder.policy(best.step) if best.step else self.config.model.path),
+                "policy": self.policy_of(best.step),
             },
             ended=ended,
             nothing_learnt=self.signal.nothing_learnt,
         )
+
+    def policy_of(self, step: int) -> str | None:
+        """Where the policy after a step is; None if it is not kept (or in the folder of the run that was resumed)."""
+        folder = self.folder.policy(step)
+        return self.config.model.path if step == 0 else str(folder) if folder.is_dir() else None
 
     async def step(self, step: int, producing: asyncio.Task[None], stopping: asyncio.Task[Any]) -> None:
         if step > 1:
@@ -239,10 +244,14 @@ class Trainer:
         """At an end before the last step. A step that has changed nothing yet is asked for again by a resumed run."""
         if not self.whole or self.version in (0, self.schedule.saved):
             return
-        await self.buffer.put_back.remote(len(self.taken), int(self.advanced))
-        self.producer.ask_again(self.taken)
-        await self.weight_sync.release_sampler()
-        await self._save(self.version)
+        try:
+            await self.buffer.put_back.remote(len(self.taken), int(self.advanced))
+            self.producer.ask_again(self.taken)
+            await self.weight_sync.release_sampler()
+            await self._save(self.version)
+        except Exception as error:  # what hangs or fails may be what ends the run: that is to be heard
+            self.tracker.warn(f"step {self.version} could not be saved: {type(error).__name__}: {error}")
+            return
         self.tracker.message(f"saved after step {self.version}: {self.folder.policy(self.version).parent}")
 
     def deadline(self, who: str, what: str) -> AbstractAsyncContextManager[None]:
