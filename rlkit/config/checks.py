@@ -22,6 +22,7 @@ from rlkit.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
+from rlkit.config.staleness import stale_samples_are_corrected
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
@@ -412,6 +413,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     gpu_ignores_cpu_options,
     joined_cluster_has_its_own_store,
     sampler_and_learner_agree,
+    stale_samples_are_corrected,
     run_folder_is_free,
     run_folder_outlives_the_job,
 )

@@ -256,6 +256,10 @@ class _RunLoading(Loading):
         self.elsewhere = elsewhere
 
     def check(self) -> None:
+        if "algorithm" in self.parts and "trainer" in self.available:
+            part = self.parts["algorithm"]
+            config = part.config.for_staleness(self.available["trainer"].max_staleness)
+            self.parts["algorithm"] = replace(part, config=config)
         checked = dict(self.available)
         if "model" in checked:
             checked["model_shape"] = _shape_or_error(checked["model"].path)

@@ -28,8 +28,11 @@ class TrainerConfig(Section):
     evaluation_prompts: int = Field(default=256, ge=1)
     """Held-out prompts per evaluation (all if there are fewer), one response each."""
     save_every_steps: int = Field(default=0, ge=0)
-    """Steps between checkpoints `checkpoints/step_NNNNNN/`, from which a run can resume. 0: only after the last
-    step."""
+    """Steps between checkpoints `checkpoints/step_NNNNNN/`, from which a run can resume. 0: by `save_every_minutes`.
+    Besides, one is made after the last step, when an evaluation improves `best_metric`, and when the run is ended by
+    SIGTERM, Ctrl-C, a failing reward or a deadline while a step is whole."""
+    save_every_minutes: float = Field(default=30.0, ge=0)
+    """Minutes after which the next whole step is saved, if none was since. 0: never."""
     step_timeout_seconds: float = Field(default=1800.0, gt=0)
     """A step (collecting, updating, publishing), evaluation or checkpoint that takes longer ends the run; the
     message says who was waited for."""
@@ -40,6 +43,9 @@ class TrainerConfig(Section):
     time."""
     mismatch_alarm: float = Field(default=0.05, gt=0)
     """Warn when the mean difference between the sampler's and the learner's log-probs exceeds this in a step."""
+    max_mismatch: float | None = Field(default=0.2, gt=0)
+    """Stop the run when that mean exceeds this in three steps in a row (healthy: 1e-6 in fp32, 0.01 to 0.03 in
+    bfloat16); null: never."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept: the newest ones, and the best."""
     best_metric: str = "accuracy/heldout"
@@ -97,7 +103,8 @@ class RolloutConfig(Section):
     """Give each sample a seed, so that it does not matter where and beside what it is sampled: on GPUs vLLM then
     draws request by request, which is slow for many. auto: on CPU."""
     canary_tolerance: float | None = Field(default=None, gt=0)
-    """Largest log-prob difference on the canary prompt after a weight update; null: 1e-3 in fp32, 0.15 otherwise."""
+    """Largest log-prob difference on the canary prompts after a weight update; null: 1e-3 in fp32, 0.5 otherwise.
+    Finer: which parameters the engine wrote, whether their bits changed, and by how much the canary changed."""
     sleep: Literal["auto", "always", "never"] = "never"
     """CUDA: free the engines' GPU memory (weights and key-value cache) while the learner works. auto: if engines
     share GPUs with ranks and training is synchronous."""

@@ -61,9 +61,10 @@ class PolicyLearner:
     # -- log-probs -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sequence_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[len - 1] log-probs at temperature 1 of every token but the first."""
-        packed = pack([Tree(token_ids[:1], (token_ids[1:],))]).to(self.device)
+    def canary_logprobs(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Log-probs at temperature 1 of all sequences in one packed row, each without its first token: [sum of
+        (length - 1)]."""
+        packed = pack([Tree(ids[:1], (ids[1:],)) for ids in sequences]).to(self.device)
         logprobs, _ = self.engine(packed, 1.0, self.config.logit_elements_per_chunk)
         return logprobs.float().cpu().numpy()
 
