@@ -17,7 +17,9 @@ from pydantic import Field, field_validator, model_validator
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.judge.master_keys import QUESTIONS, Probe, complaint, trivial
 from rewards.judge.question import CannotJudge, NoVerdict, Question, Verdict
+from rlkit.config.reach import nobody_at
 from rlkit.experience import Group, GroupScores, Message, Prompt, Score, UserError
+from rlkit.experience.section import Deadline
 
 if TYPE_CHECKING:
     from rewards.judge.asking import Judge
@@ -59,7 +61,7 @@ class BaseJudge(Reward):
         """Longer responses are invalid."""
         max_concurrent: int = Field(default=16, ge=1)
         """Concurrent calls per worker."""
-        call_timeout_seconds: float = Field(default=60.0, gt=0)
+        call_timeout_seconds: Deadline = 60.0
         """Deadline of one call."""
         attempts: int = Field(default=4, ge=1)
         """Tries per call after time-outs, lost connections and HTTP 408, 425, 429 and 5xx."""
@@ -150,10 +152,12 @@ class BaseJudge(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        name = config.api_key_variable
-        if name is not None and not os.environ.get(name):
-            return [f"reward.api_key_variable={name}: there is no such environment variable; export {name}=..."]
-        return []
+        name, problem = config.api_key_variable, nobody_at(config.base_url)
+        lacking = name is not None and not os.environ.get(name)
+        return [
+            *([f"reward.api_key_variable={name}: there is no such variable; export {name}=..."] if lacking else []),
+            *([f"reward.base_url={config.base_url}: no judge answers there ({problem}); start it"] if problem else []),
+        ]
 
     def start(self) -> None:
         self._judge = _connect(self.config)
@@ -211,8 +215,9 @@ class BaseJudge(Reward):
         outcomes: list[tuple[Score, ...]] = []
         try:
             if config.probe == "off":
-                right = list(dict.fromkeys(probe.right for probe in probes))
-                asked = await self._ask(self.questions(probes[0].prompt, right[:2])[:1], deadline)
+                prompt = probes[0].prompt  # compared with its reference, another answer is a question
+                texts = dict.fromkeys(probe.right for probe in probes if probe.right not in prompt.references)
+                asked = await self._ask(self.questions(prompt, list(texts)[:2])[:1], deadline)
                 reasons = [verdict.reason for _, verdict in asked if isinstance(verdict, NoVerdict)]
             else:
                 judging = (
