@@ -153,11 +153,12 @@ class BaseJudge(Reward):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         name, problem = config.api_key_variable, nobody_at(config.base_url)
-        lacking = name is not None and not os.environ.get(name)
-        return [
-            *([f"reward.api_key_variable={name}: there is no such variable; export {name}=..."] if lacking else []),
-            *([f"reward.base_url={config.base_url}: no judge answers there ({problem}); start it"] if problem else []),
-        ]
+        messages = []
+        if name is not None and not os.environ.get(name):
+            messages.append(f"reward.api_key_variable={name}: there is no such environment variable; export {name}=...")
+        if problem:
+            messages.append(f"reward.base_url={config.base_url}: no judge answers there ({problem}); start it")
+        return messages
 
     def start(self) -> None:
         self._judge = _connect(self.config)
