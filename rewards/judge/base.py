@@ -216,9 +216,8 @@ class BaseJudge(Reward):
         outcomes: list[tuple[Score, ...]] = []
         try:
             if config.probe == "off":
-                prompt = probes[0].prompt  # compared with its reference, another answer is a question
-                texts = dict.fromkeys(probe.right for probe in probes if probe.right not in prompt.references)
-                asked = await self._ask(self.questions(prompt, list(texts)[:2])[:1], deadline)
+                right = list(dict.fromkeys(probe.right for probe in probes))
+                asked = await self._ask(self.questions(probes[0].prompt, right[:2])[:1], deadline)
                 reasons = [verdict.reason for _, verdict in asked if isinstance(verdict, NoVerdict)]
             else:
                 judging = (

@@ -113,12 +113,6 @@ def test_a_copy_of_the_reference_ties_with_it_whatever_the_others_do(server: Jud
     assert values(score(reward, WRONG, RIGHT, references=[RIGHT])) == [0.0, 0.5]
 
 
-def test_without_a_probe_the_one_question_at_the_start_is_a_comparison(server: JudgeServer) -> None:
-    started(server, mode="pairwise", against="reference", probe="off")
-    assert server.asked
-    assert all(len(set(asked.responses)) == 2 for asked in server.asked), "the reference against itself asks nothing"
-
-
 def test_opponents_in_a_ring() -> None:
     texts = list("abcdefg")
     found = opponents(texts, 2)
