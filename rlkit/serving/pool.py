@@ -120,12 +120,12 @@ class RewardPool:
         worker = await self._turn()
         try:
             reason = ""
-            for _ in range(2):
+            for then in ("the call is repeated, by a new process if need be", "its samples are invalid"):
                 try:
                     return await self._score_once(worker, refs)
                 except _Broken as broken:
                     reason = str(broken)
-                    log.warning("reward worker %d (%s): %s", worker.index, self.target, reason)
+                    log.warning("reward worker %d (%s): %s; %s", worker.index, self.target, reason, then)
         finally:
             self._idle.put_nowait(worker)
         *scored, report = ray.remote(num_cpus=0)(mark_invalid).options(num_returns=len(refs) + 1).remote(reason, *refs)
