@@ -5,6 +5,7 @@ All issues are reported at once, and nothing is started.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -192,7 +193,7 @@ class Loading:
         top = self._section(self.schema, {**rest, **stand_ins}, "", known)
         if top is not None:
             self.available |= {name: value for name, value in top if not self._is_section(name)}
-            self.available["run_dir"] = self.available["run_dir"].absolute()
+            self.available["run_dir"] = Path(os.path.normpath(self.available["run_dir"].absolute()))
             if "run_dir" in self.overrides.unusable:
                 del self.available["run_dir"]
 
@@ -231,7 +232,9 @@ class Loading:
             name = key if key in options else next(iter(options), None)
             if name is not None:
                 meant = "" if name == key else f"did you mean {kind}.{name}? "
-                notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {' and '.join(options[name])})"
+                *most, last = options[name]
+                owners = f"{', '.join(most)} and {last}" if most else last
+                notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {owners})"
         return notes
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.reach import ray_here, refusal
 from rlkit.config.schema import ClusterConfig
-from rlkit.data.base import DataSource
+from rlkit.data.base import DataError, DataSource
+from rlkit.data.tables import local_files
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
 """Any of these marks a folder that holds a run."""
@@ -28,7 +29,7 @@ def run_folder_is_free(run_dir: Path, resume: str) -> Issues:
     if run_dir.exists() and not run_dir.is_dir():
         yield ConfigIssue("run_dir", "is a file, not a folder; choose another name")
         return
-    if run_dir in (Path("/"), Path.home(), Path.cwd()) or any(run_dir.is_relative_to(top) for top in SYSTEM):
+    if run_dir in (Path("/"), Path.home(), Path.cwd()) or _is_the_system_s(run_dir):
         yield ConfigIssue("run_dir", f"{run_dir} is no folder for a run's files; name a new one, like runs/NAME")
         return
     present = [name for name in RUN_FILES if (run_dir / name).exists()]
@@ -45,6 +46,10 @@ def run_folder_is_free(run_dir: Path, resume: str) -> Issues:
     existing = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         yield ConfigIssue("run_dir", f"cannot be made: {existing} is no folder that you may write to")
+
+
+def _is_the_system_s(folder: Path) -> bool:
+    return any(folder.is_relative_to(top) for top in SYSTEM) and not folder.is_relative_to("/dev/shm")
 
 
 def _others(entries: Iterable[Path]) -> list[str]:
@@ -110,16 +115,25 @@ def ray_answers(cluster: ClusterConfig, dry_run: bool, here: bool) -> Issues:
 
 
 def heldout_is_not_trained(data: DataSource) -> Issues:
-    train, heldout = (getattr(data.config, name, None) for name in ("path", "heldout_path"))
-    if not (isinstance(train, str) and isinstance(heldout, str)):
-        return
-    one, other = Path(train).expanduser(), Path(heldout).expanduser()
-    if one.is_file() and other.is_file() and _same(one, other):
-        yield ConfigIssue(
-            "data.heldout_path",
-            "has the rows of data.path: what is held out must not be trained on; name other rows, or leave it out "
-            "(then data.heldout_share of the questions is held out)",
-        )
+    train, heldout = (_files(data, name) for name in ("path", "heldout_path"))
+    for one in train:
+        for other in heldout:
+            if _same(one, other):
+                yield ConfigIssue(
+                    "data.heldout_path",
+                    f"has the rows of data.path ({other}): what is held out must not be trained on; name other rows, "
+                    "or leave it out (then data.heldout_share of the questions is held out)",
+                )
+                return
+
+
+def _files(data: DataSource, key: str) -> list[Path]:
+    """Those that there are: a source reports the others itself."""
+    names = getattr(data.config, key, None)
+    try:
+        return local_files(names, f"data.{key}") if isinstance(names, str | tuple) else []
+    except DataError:
+        return []
 
 
 def _same(one: Path, other: Path) -> bool:

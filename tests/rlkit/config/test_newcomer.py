@@ -173,7 +173,8 @@ WRONG = {
     "model.chat_template=broken.jinja": ["is no Jinja template"],
     "model.chat_template=gone.jinja": ["no such file"],
     "data=jsonl data.path=train.jsonl data.heldout_path=train.jsonl": ["has the rows of data.path"],
-    "data=jsonl data.path=train.jsonl data.heldout_path=copy.jsonl": ["has the rows of data.path"],
+    "data=jsonl data.path=train.jsonl data.heldout_path=copy.jsonl": ["has the rows of data.path (copy.jsonl)"],
+    "data=jsonl data.path=[my_rewards.py,train.jsonl] data.heldout_path=c*.jsonl": ["has the rows of data.path"],
 }
 
 
@@ -213,6 +214,7 @@ def test_what_may_be_meant_is_warned_about(typed: str, accepted: Typed, monkeypa
         ("run_dir=~/runs/ü=${trainer.total_steps}", "user/runs/ü=60"),
         ("run_dir='~/a(b'", "user/a(b"),
         ("run_dir=empty", "user/empty"),
+        ("run_dir=/dev/shm/a_run", "/dev/shm/a_run"),
     ],
 )
 def test_a_path_is_what_was_typed(typed: str, path: str | None, accepted: Typed, refused: Typed) -> None:
