@@ -22,6 +22,7 @@ from algorithms.functional.surrogates import (
     make_surrogate,
     surrogate_parameters,
 )
+from rlkit.experience.section import Coefficient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ class SurrogateConfig(AlgorithmConfig):
     """How token losses become one number; constant_length divides by samples x `constant_length` (Dr. GRPO)."""
     constant_length: int | None = Field(default=None, ge=1)
     """Tokens; for aggregation=constant_length."""
-    kl_coefficient: float = Field(default=0.0, ge=0)
+    kl_coefficient: Coefficient = 0.0
     """Weight of the KL penalty to the reference policy; 0 loads none."""
     kl_in: KLPlace = "loss"
     """Where the penalty is applied."""
@@ -57,7 +58,7 @@ class SurrogateConfig(AlgorithmConfig):
     """Nats per token to which `kl_coefficient` steers the KL; null: it stays fixed."""
     kl_horizon: int = Field(default=10_000, ge=1)
     """Samples over which a KL 20 % off its target changes the coefficient by 20 % (arXiv 1909.08593)."""
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: Coefficient = 0.0
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "truncate", "mask", "decoupled"] | None = None
     """Weights for the difference between sampler and learner: truncated, 0 where too far, or as they are. null: with
