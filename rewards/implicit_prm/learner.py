@@ -25,8 +25,9 @@ from rewards.implicit_prm.steps import StepStyle, split_steps, token_steps
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.data.rendering import render
+from rlkit.models.forward import PackedCausalLM
 from rlkit.models.packing import Tree, split_by_tokens
-from rlkit.models.policy import PackedCausalLM, load_causal_lm, resolve_dtype
+from rlkit.models.policy import load_causal_lm, resolve_dtype
 from rlkit.reward_training.engine import (
     PromptTree,
     SupervisedEngine,

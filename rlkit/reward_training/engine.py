@@ -16,8 +16,9 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.experience import UserError
 from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
 from rlkit.learner.policy import save_policy
+from rlkit.models.forward import PackedCausalLM
 from rlkit.models.packing import Tree, split_by_tokens
-from rlkit.models.policy import PackedCausalLM, load_causal_lm
+from rlkit.models.policy import load_causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
