@@ -136,24 +136,19 @@ def _states(
         )
         return [state[0] for state in kept(output)]
     # Padding follows every real token, and a causal model's tokens do not see what follows them.
-    grids, collapse = _rows(packed, in_one_call=_is_partitioned(model))
-    calls = [
-        kept(decoder(input_ids=packed.token_ids[packed.expand[grid]], use_cache=False, **options)) for grid in grids
-    ]
+    grids, collapse = _one_grid(packed) if _is_partitioned(model) else packed.sequence_grids
+    calls = [kept(decoder(input_ids=packed.token_ids[grid], use_cache=False, **options)) for grid in grids]
     flat = [torch.cat([state.flatten(0, 1) for state in states]) for states in zip(*calls, strict=True)]
     return [torch.index_select(state, 0, collapse) for state in flat]
 
 
-def _rows(packed: PackedBatch, in_one_call: bool) -> tuple[Sequence[Tensor], Tensor]:
-    """Grids [n, L] of expanded tokens, a sequence per row, and each packed token's place [T] in their tokens."""
-    if not in_one_call:
-        return packed.buckets, packed.bucket_collapse
+def _one_grid(packed: PackedBatch) -> tuple[list[Tensor], Tensor]:
+    """Like `sequence_grids`, but one."""
     starts, lengths = packed.cu_lengths[:-1].long(), packed.cu_lengths.diff().long()
-    width = max(packed.lengths)
-    columns = torch.arange(width, device=starts.device)
-    grid = starts[:, None] + torch.minimum(columns[None], lengths[:, None] - 1)
-    sequence = torch.repeat_interleave(torch.arange(len(packed.lengths), device=starts.device), lengths)
-    return [grid], packed.collapse + (sequence * width - starts[sequence])[packed.collapse]
+    columns = torch.arange(max(packed.lengths), device=starts.device)
+    grid = packed.expand[starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)]
+    row = torch.repeat_interleave(torch.arange(len(packed.lengths), device=starts.device), lengths)
+    return [grid], packed.collapse + (row * len(columns) - starts[row])[packed.collapse]
 
 
 def _is_partitioned(model: PreTrainedModel) -> bool:

@@ -33,8 +33,12 @@ GAINS = (1.5, 0.7, 3.0, 0.2)
 """Standard deviations of random weights, times the root of their inputs, until log-probs depend on the context."""
 LEAST_EFFECT = 0.05
 """Change of log-probs under another prompt: below it, the test would not see what leaks."""
+# The first prompt attends once for both responses, the second with each (packing.LEAST_SHARED_PREFIX).
 TREES = (
-    Tree((11, 23, 35, 47, 59, 20, 32), ((44, 56, 17, 29, 41, 53, 14, 26, 38), (50, 62, 13, 25))),
+    Tree(
+        (11, 23, 35, 47, 59, 20, 32, 43, 55, 16, 28, 40, 52, 13, 25, 37, 49, 61),
+        ((44, 56, 17, 29, 41, 53, 14, 26, 38), (50, 62, 13, 25)),
+    ),
     Tree((61, 12, 24, 36), ((48, 60, 21, 33, 45, 57), (18, 30, 42, 54, 15, 27, 39, 51, 63, 22, 34, 46))),
 )
 

@@ -136,10 +136,11 @@ def _cut_width(text: Any) -> None:
     heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     kept = min(kv_heads, 2)
     kept_heads = kept * min(heads // kv_heads, 3)
-    if not getattr(text, "head_dim", None):
-        width = kept_heads * (text.hidden_size // heads)
-    else:
-        width = min(text.hidden_size, 2 * WIDTH)
+    try:
+        explicit = getattr(text, "head_dim", None) is not None
+    except Exception:  # transformers refuses to tell one size where layers have different ones
+        explicit = True
+    width = min(text.hidden_size, 2 * WIDTH) if explicit else kept_heads * (text.hidden_size // heads)
     for name in ("lru_width", "word_embed_proj_dim"):
         if getattr(text, name, None) == text.hidden_size:
             setattr(text, name, width)
