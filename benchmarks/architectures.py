@@ -7,6 +7,9 @@ python benchmarks/architectures.py qwen2 ...  some model types only
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
 import sys
 import time
 import warnings
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 DATA = ROOT / "rlkit" / "models" / "architectures.json"
 PAGE = ROOT / "docs" / "models.md"
 
@@ -95,10 +99,137 @@ def _row(model_type: str, note: str = "", **fields: Any) -> Row:
     return Row(model_type, note, fields)
 
 
+_LINEAR = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2
+_CONV = ["conv", "conv", "full_attention", "conv"] * 2
+_MAMBA2 = {"num_heads": 4, "head_dim": 32, "n_groups": 1}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 ROWS = (
     _row("llama"),
     _row("llama", "tied head", tie_word_embeddings=True),
     _row("llama", "biases", attention_bias=True, mlp_bias=True),
+    _row("llama", "RoPE: Llama 3", rope_parameters=_LLAMA3),
+    _row("llama", "RoPE: YaRN", rope_parameters=_YARN),
+    _row("llama", "RoPE: linear", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+    _row("qwen2"),
+    _row("qwen2", "tied head", tie_word_embeddings=True),
+    _row("qwen2", "sliding window", use_sliding_window=True, sliding_window=8, max_window_layers=4),
+    _row("qwen2_moe"),
+    _row("qwen3"),
+    _row("qwen3", "tied head", tie_word_embeddings=True),
+    _row("qwen3_moe"),
+    _row("qwen3_next", layer_types=_LINEAR),
+    _row("qwen3_5_text", layer_types=_LINEAR),
+    _row("qwen3_5_moe_text", layer_types=_LINEAR),
+    _row("qwen3_5", text_config={"layer_types": _LINEAR}),
+    _row("gemma"),
+    _row("gemma2"),
+    _row("gemma3_text"),
+    _row("gemma3_text", "final soft cap", final_logit_softcapping=30.0),
+    _row("gemma3"),
+    _row("gemma3n_text"),
+    _row("gemma4_text"),
+    _row("gemma4"),
+    _row("vaultgemma"),
+    _row("mistral"),
+    _row("ministral"),
+    _row("ministral3"),
+    _row("mixtral"),
+    _row("phi"),
+    _row("phi3"),
+    _row("phimoe"),
+    _row("olmo"),
+    _row("olmo2"),
+    _row("olmo3"),
+    _row("olmoe"),
+    _row("flex_olmo"),
+    _row("olmo_hybrid", layer_types=_LINEAR),
+    _row("glm"),
+    _row("glm4"),
+    _row("glm4_moe"),
+    _row("glm4_moe_lite"),
+    _row("glm_moe_dsa"),
+    _row("granite", logits_scaling=8.0, attention_multiplier=0.1, residual_multiplier=0.5, embedding_multiplier=3.0),
+    _row("granitemoe", logits_scaling=8.0),
+    _row("granitemoeshared", logits_scaling=8.0),
+    _row("granitemoehybrid", layer_types=["mamba", "mamba", "attention", "mamba"] * 2),
+    _row("smollm3"),
+    _row("lfm2", layer_types=_CONV),
+    _row("lfm2_moe", layer_types=_CONV, num_dense_layers=2),
+    _row("deepseek_v2"),
+    _row("deepseek_v3"),
+    _row("deepseek_v32"),
+    _row("gpt_oss"),
+    _row("cohere"),
+    _row("cohere2"),
+    _row("exaone4"),
+    _row("exaone_moe"),
+    _row("ernie4_5"),
+    _row("ernie4_5_moe"),
+    _row("seed_oss"),
+    _row("hunyuan_v1_dense"),
+    _row("hunyuan_v1_moe"),
+    _row("hyperclovax", logits_scaling=0.5),
+    _row("apertus"),
+    _row("arcee"),
+    _row("afmoe"),
+    _row("bitnet"),
+    _row("cwm"),
+    _row("dots1"),
+    _row("helium"),
+    _row("jais2"),
+    _row("nanochat"),
+    _row("nemotron"),
+    _row("solar_open"),
+    _row("starcoder2"),
+    _row("stablelm"),
+    _row("diffllama"),
+    _row("doge"),
+    _row("minimax_m2"),
+    _row("minicpm3"),
+    _row("mimo_v2_flash"),
+    _row("longcat_flash"),
+    _row("llama4_text"),
+    _row("laguna"),
+    _row("hy_v3"),
+    _row("youtu"),
+    _row("persimmon"),
+    _row("gpt2"),
+    _row("gpt_bigcode"),
+    _row("gpt_neo", attention_types=[[["global", "local"], 4]], window_size=8),
+    _row("gpt_neox"),
+    _row("gptj", rotary_dim=8),
+    _row("codegen", rotary_dim=8),
+    _row("opt", word_embed_proj_dim=64, ffn_dim=96),
+    _row("falcon"),
+    _row("mpt"),
+    _row("bloom"),
+    _row("xglm"),
+    _row("biogpt"),
+    _row("bamba"),
+    _row("falcon_h1", lm_head_multiplier=0.5),
+    _row("nemotron_h", layers_block_type=["mamba", "moe", "attention", "moe"]),
+    _row("jamba"),
+    _row("kimi_linear"),
+    _row("minimax"),
+    _row("mamba"),
+    _row("mamba2", **_MAMBA2),
+    _row("falcon_mamba"),
+    _row("recurrent_gemma"),
+    _row("rwkv"),
+    _row("xlstm"),
+    _row("zamba"),
+    _row("roberta", is_decoder=True),
+    _row("bert", is_decoder=True),
+    _row("modernbert-decoder"),
 )
 
 
@@ -113,74 +244,105 @@ def _tiny(cls: Any, fields: dict[str, Any]) -> Any:
     chosen = {
         name: value
         for name, value in TINY.items()
-        if getattr(default, name, None) is not None and not isinstance(getattr(cls, name, None), property)
+        if _get(default, name) is not None and not isinstance(getattr(cls, name, None), property)
     }
-    if hasattr(default, "head_dim") and not isinstance(getattr(cls, "head_dim", None), property):
+    if hasattr(cls, "head_dim") and not isinstance(getattr(cls, "head_dim", None), property):
         chosen["head_dim"] = chosen.get("qk_rope_head_dim", 16)
-    for name in getattr(cls, "sub_configs", {}).items():
+    if "qk_rope_head_dim" in chosen:  # MLA: as many keys as queries
+        chosen["num_key_value_heads"] = chosen["num_attention_heads"]
+    fields = dict(fields)
+    for name in getattr(cls, "sub_configs", {}):
         if getattr(default, name, None) is not None:
-            chosen[name] = _tiny(type(getattr(default, name)), fields.get(name, {})).to_dict()
+            chosen[name] = _tiny(type(getattr(default, name)), fields.pop(name, {})).to_dict()
     return cls(**{**chosen, **fields})
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as N
+def _get(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except AttributeError:
+        return None
+    except Exception:  # a field that layers have of different sizes
+        return True
 
+
+@dataclass(frozen=True)
+class Result:
+    row: Row
+    attention: str
+    """Empty if refused."""
+    why: str
+
+    @property
+    def verdict(self) -> str:
+        if not self.attention:
+            return f"refused: {self.why}"
+        return "exact" if self.attention == "rlkit_packed" else f"exact, row by row ({self.attention})"
+
+
+def judge(row: Row) -> Result:
     from rlkit.models.selftest import try_attentions
 
-    transformers.logging.set_verbosity_error()
-    skip = [
-        "bart",
-        "bert",
-        "bert-generation",
-        "big_bird",
-        "bigbird_pegasus",
-        "blenderbot",
-        "blenderbot-small",
-        "blt",
-        "camembert",
-        "ctrl",
-        "cpmant",
-        "data2vec-text",
-        "electra",
-        "emu3",
-        "ernie",
-        "fuyu",
-        "git",
-        "got_ocr2",
-        "marian",
-        "mbart",
-        "megatron-bert",
-        "mllama",
-        "moshi",
-        "musicgen",
-        "musicgen_melody",
-        "mvp",
-        "openai-gpt",
-        "pegasus",
-        "plbart",
-        "prophetnet",
-        "reformer",
-        "rembert",
-        "roberta-prelayernorm",
-        "roc_bert",
-        "roformer",
-        "trocr",
-        "whisper",
-        "xlm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xlnet",
-        "xmod",
-        "gpt-sw3",
-        "phi4_multimodal",
-    ]
-    for t in sys.argv[1:] or [t for t in N if t not in skip]:
-        s = time.time()
-        try:
-            c = tiny_config(Row(t))
-            print(t, f"{time.time() - s:.1f}s", " | ".join(map(str, try_attentions(c))), flush=True)
-        except Exception as e:
-            print(t, f"{time.time() - s:.1f}s", "ERR", type(e).__name__, str(e)[-300:].replace("\n", " "), flush=True)
+    try:
+        trials = try_attentions(tiny_config(row))
+    except Exception as error:
+        return Result(row, "", str(error).partition(" is refused: ")[2] or f"{type(error).__name__}: {error}")
+    last = trials[-1]
+    if not last.exact:
+        return Result(row, "", "; ".join(map(str, trials)))
+    return Result(row, last.attention, str(trials[0]) if len(trials) > 1 else "")
+
+
+def served(model_type: str) -> bool:
+    """Whether the installed vLLM has a class for the architecture that transformers names."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] in ModelRegistry.get_supported_archs()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("types", nargs="*")
+    options.add_argument("--write", action="store_true")
+    chosen = options.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    results = []
+    for row in ROWS:
+        if chosen.types and row.model_type not in chosen.types:
+            continue
+        began = time.monotonic()
+        results.append(judge(row))
+        print(
+            f"{row.model_type:18} {row.note:16} {time.monotonic() - began:5.1f} s  {results[-1].verdict[:300]}",
+            flush=True,
+        )
+    if chosen.write:
+        write(results)
+
+
+def write(results: list[Result]) -> None:
+    by_type: dict[str, dict[str, Any]] = {}
+    for result in results:
+        known = by_type.setdefault(result.row.model_type, {"run": "packed", "vllm": served(result.row.model_type)})
+        if not result.attention:
+            known |= {"run": "refused", "why": result.why}
+        elif result.attention != "rlkit_packed" and known["run"] == "packed":
+            known["run"] = "rows"
+    DATA.write_text(json.dumps(dict(sorted(by_type.items())), indent=1) + "\n", encoding="utf-8")
+    lines = ["| model type | variant | training | served by vLLM |", "|---|---|---|---|"]
+    for result in results:
+        row = result.row
+        lines.append(
+            f"| `{row.model_type}` | {row.note} | {result.verdict.replace('|', '/')} | "
+            f"{'yes' if by_type[row.model_type]['vllm'] else 'no'} |"
+        )
+    start, end = "<!-- table: benchmarks/architectures.py --write -->", "<!-- end of table -->"
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.partition(start)[0], page.partition(end)[2]
+    PAGE.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

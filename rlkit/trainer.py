@@ -66,6 +66,7 @@ class Trainer:
         training_began, first = time.monotonic(), self.version + 1
         try:
             for step in range(first, trainer.total_steps + 1):
+                self.checkpointer.check()
                 async with self.deadline(f"step {step}", "groups, update and new weights"):
                     await until(self.step(step, producing), watching)
                 last = step == trainer.total_steps
@@ -73,11 +74,13 @@ class Trainer:
                     await until(self.evaluate(step), watching)
                 if last or (trainer.save_every_steps and step % trainer.save_every_steps == 0):
                     await self.save(step)
+            async with self.deadline("the driver", "the last checkpoint to be sealed"):
+                await self.checkpointer.finish()
         finally:
             for task in (producing, watching):
                 task.cancel()
-            async with self.deadline("the end of the training", "the producer to stop"):
-                await asyncio.gather(producing, watching, return_exceptions=True)
+            async with self.deadline("the end of the training", "the producer to stop and the checkpoint to be sealed"):
+                await asyncio.gather(producing, watching, self.checkpointer.finish(), return_exceptions=True)
         return summary(
             steps=trainer.total_steps,
             accuracies=self.accuracies,

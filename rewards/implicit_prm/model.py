@@ -25,14 +25,9 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
 from rlkit.experience import Group
 from rlkit.experience.records import from_json, to_json
-from rlkit.learner.engine import (
-    build_engine,
-    full_state,
-    init_process_group,
-    load_full_state,
-    optimizer_step,
-)
-from rlkit.learner.policy import save_policy
+from rlkit.learner.engine import build_engine, init_process_group, load_to_train, optimizer_step
+from rlkit.learner.policy_folder import parameter_metas, save_policy, with_buffers
+from rlkit.learner.state import full_state, load_full_state
 from rlkit.models.folder import model_folder
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import load_causal_lm
@@ -193,7 +188,7 @@ class ImplicitModel:
             zero_stage=1 if self.device == "cuda" else 0,
         )
         self._chunk = learner.logit_elements_per_chunk
-        self.engine = build_engine(load_causal_lm(path, torch.float32), learner, self.device)
+        self.engine = build_engine(load_to_train(load_causal_lm, path, learner, self.device), learner, self.device)
         # A tree per pass: what a response scores does not depend, even in the last bit, on the groups beside it.
         self.reference = Scorer.load(
             reference_path,
@@ -211,7 +206,6 @@ class ImplicitModel:
         """beta * (log pi_phi - log pi_ref), [T] float32, of every sample of every group, in order."""
         trees = [group_tree(group) for group in groups]
         with torch.no_grad(), self._on_device():
-            self.engine.eval()
             reference = self.reference.logprobs(trees)
             policy = [logprobs for tree in trees for logprobs in self._policy_logprobs(tree)]
         return [(self.config.beta * (new - old)).astype(np.float32) for new, old in zip(policy, reference, strict=True)]
@@ -241,7 +235,6 @@ class ImplicitModel:
             seen: list[Tensor] = []
             baseline = self._baseline(chosen)
             shares = [partial(self._loss, [chosen[i] for i in members], total, baseline, seen) for members in split]
-            self.engine.train()
             done = optimizer_step(self.engine, shares, self.config.learning_rate)
             losses.append(float(torch.stack(seen).sum()))
             norms.append(done.grad_norm)
@@ -269,8 +262,8 @@ class ImplicitModel:
 
     def save(self, folder: Path) -> None:
         with self._on_device():
-            weights = {name: value.detach().cpu().clone() for name, value in self._weights()}
-        save_policy(self.engine.module.model.config, weights.items(), folder)
+            model = self.engine.module.model
+            save_policy(model.config, *with_buffers(model, parameter_metas(model), self._weights()), folder)
         load_tokenizer(self.path).save_pretrained(folder)
 
     def state_dict(self) -> Mapping[str, Any]:

@@ -95,7 +95,6 @@ class PolarLearner:
 
     @torch.no_grad()
     def measure(self, triplets: Sequence[Triplet]) -> PairMeasures:
-        self.training.engine.eval()
         margins = torch.cat(
             [self._margins(self.training.engine, batch) for batch, _ in self._batches(self.comparisons(triplets))]
         )
@@ -103,7 +102,6 @@ class PolarLearner:
 
     @torch.no_grad()
     def scores(self, inputs: Sequence[tuple[str, str, str]]) -> list[float]:
-        self.training.engine.eval()
         comparisons = []
         for texts in inputs:
             ids = tuple(self._serialiser.token_ids(self._serialiser.text(*texts)))

@@ -90,7 +90,7 @@ class PreferenceLearner:
         chat_template: str | None = None,
     ) -> None:
         model: Any = load_value_model(model_path, torch.float32).model
-        if type(getattr(model, "score", None)) is not nn.Linear:
+        if not isinstance(getattr(model, "score", None), nn.Linear):
             raise ModelLoadError(
                 f"{model_path}: {type(model).__name__} cannot be trained here: sequences are packed, which takes a "
                 "decoder with a linear head"
@@ -123,7 +123,6 @@ class PreferenceLearner:
 
     @torch.no_grad()
     def scores(self, pairs: Sequence[EncodedPair]) -> tuple[Array, Array]:
-        self.training.engine.eval()
         items = [together([pair], self._pad_id)[0] for pair in pairs]
         chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
         limit = self.training.config.tokens_per_microbatch

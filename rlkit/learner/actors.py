@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rlkit.learner.critic import Critic
     from rlkit.learner.policy import PolicyLearner
     from rlkit.learner.sender import WeightSender
+    from rlkit.weights.tensor_file import WrittenFile
 
 
 class LearnerWorker(Rank):
@@ -105,10 +106,14 @@ class LearnerWorker(Rank):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def save(self, folder: str) -> None:
+    def checkpoint_bytes(self) -> int:
+        return super().checkpoint_bytes() + sum(meta.bytes for meta in self.learner.weight_metas())
+
+    def save(self, folder: str) -> list[WrittenFile]:
+        """Return the files of the weights (on rank 0)."""
         from rlkit.data.rendering import load_tokenizer
 
-        self.learner.save(Path(folder))
+        written = self.learner.save(Path(folder))
         if self.rank == 0:
             tokenizer = load_tokenizer(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
             if self.config.model.chat_template is not None:
@@ -117,6 +122,7 @@ class LearnerWorker(Rank):
             generation = Path(self.model_path) / "generation_config.json"
             if generation.is_file():  # some of the tokens that end a response may be named only there
                 shutil.copy(generation, folder)
+        return written
 
 
 class LearnerGroup(RankGroup):
@@ -151,8 +157,10 @@ class LearnerGroup(RankGroup):
         checksum: str = await self.call("send_weights", list(workers), version)
         return checksum
 
-    async def save(self, folder: Path) -> None:
-        await self.call("save", str(folder))
+    async def save(self, folder: Path) -> list[WrittenFile]:
+        """Write the policy as a Hugging Face folder; return the files of its weights."""
+        written: list[WrittenFile] = await self.call("save", str(folder))
+        return written
 
 
 class CriticWorker(Rank):

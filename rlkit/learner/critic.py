@@ -16,7 +16,7 @@ from algorithms.base import Advantages, Algorithm, ValueLossInputs
 from rlkit.config.schema import CriticConfig
 from rlkit.experience import Group
 from rlkit.learner.batches import Minibatch, TrainGroup, per_token, plan_minibatches, rows_of, train_groups
-from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
+from rlkit.learner.engine import build_engine, learning_rate, load_to_train, optimizer_step
 from rlkit.learner.metrics import StepMetrics
 from rlkit.models.packing import Tree, pack
 from rlkit.models.policy import load_value_model
@@ -40,9 +40,7 @@ class Critic:
         self.config, self.algorithm, self.device, self.total_steps = config, algorithm, device, total_steps
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.optimizer_steps = 0
-        model = load_value_model(model_path, torch.float32, trust_remote_code=trust_remote_code)
-        if config.gradient_checkpointing:
-            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = load_to_train(load_value_model, model_path, config, device, trust_remote_code=trust_remote_code)
         self.engine = build_engine(model, config, device)
 
     @torch.no_grad()
@@ -58,7 +56,6 @@ class Critic:
         if advantages.returns is None:
             raise ValueError(f"{type(self.algorithm).__name__} has a critic but gave no returns to train it with")
         metrics = StepMetrics("critic")
-        self.engine.train()
         for minibatch in plan_minibatches(
             train_groups(groups, advantages),
             self.config.minibatches_per_step,

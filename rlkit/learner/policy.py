@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from algorithms.base import Advantages, Algorithm, LossInputs
 from rlkit.config.schema import LearnerConfig
 from rlkit.experience import Group
 from rlkit.learner.batches import Minibatch, Rows, TrainGroup, per_token, plan_minibatches, rows_of, train_groups
-from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
+from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
 from rlkit.learner.metrics import StepMetrics, mismatch
+from rlkit.learner.policy_folder import save_policy, with_buffers
 from rlkit.models.packing import PackedBatch, Tree, pack
-from rlkit.models.policy import load_causal_lm, resolve_dtype
+from rlkit.models.policy import load_causal_lm
 from rlkit.weights.bundle import TensorMeta, buckets
+from rlkit.weights.tensor_file import WrittenFile
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +52,12 @@ class PolicyLearner:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.optimizer_steps = 0
         self.version = 0
-        dtype = resolve_dtype(config.dtype, device)
-        # fp32 on load: DeepSpeed makes the bf16 copy itself and keeps the fp32 weights as masters.
-        policy = load_causal_lm(model_path, torch.float32, trust_remote_code=trust_remote_code)
-        if config.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy = load_to_train(load_causal_lm, model_path, config, device, trust_remote_code=trust_remote_code)
         self.hf_config = policy.model.config
         self.engine = build_engine(policy, config, device)
         self.reference = None
         if algorithm.needs().reference_policy:
-            self.reference = load_causal_lm(model_path, dtype, trust_remote_code=trust_remote_code).to(device).eval()
-            self.reference.requires_grad_(False)
+            self.reference = load_frozen(load_causal_lm, model_path, config, device, trust_remote_code)
 
     # -- log-probs -----------------------------------------------------------------------------------------------
 
@@ -103,7 +99,6 @@ class PolicyLearner:
             split_groups=self.algorithm.needs().layout == "any",
         )
         old = self._old_logprobs(chosen) if len(plan) > 1 else None
-        self.engine.train()
         for minibatch in plan:
             self._optimizer_step(minibatch, advantages, old, metrics)
         self.version += 1
@@ -141,7 +136,9 @@ class PolicyLearner:
         metrics: StepMetrics,
     ) -> torch.Tensor:
         if not microbatch:  # this rank has nothing left but must take part in the others' collective operations
-            logprobs, _ = self._forward(self.engine, pack([Tree((0,), ((0,),))]).to(self.device))
+            packed = pack([Tree((0,), ((0,),))]).to(self.device)
+            logprobs, _ = self._forward(self.engine, packed)
+            self._reference_rows(packed)
             return logprobs.sum() * 0.0
         packed = pack([group.tree for group in microbatch]).to(self.device)
         rows = rows_of(microbatch, advantages, self.device)
@@ -205,25 +202,14 @@ class PolicyLearner:
                 for meta, parameter in zip(bucket, gathered, strict=True):
                     yield meta.name, parameter.detach()
 
-    def save(self, folder: Path) -> None:
-        """Write a Hugging Face model folder (all ranks call it, rank 0 writes)."""
-        weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights()}
-        if self.rank == 0:
-            save_policy(self.hf_config, weights.items(), folder)
-
-
-def save_policy(hf_config: Any, weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        # A copy: transformers writes the attention's name into the configuration, which the trained model shares.
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="sdpa")
-    model.load_state_dict(dict(weights), strict=False, assign=True)
-    model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if left:
-        raise ValueError(f"cannot save {folder}: no weights for {', '.join(left)}")
-    model.save_pretrained(folder, safe_serialization=True)
+    def save(self, folder: Path) -> list[WrittenFile]:
+        """Write a Hugging Face model folder; return its weights' files. All ranks call it, rank 0 writes."""
+        if self.rank:
+            for _ in self.named_weights():
+                pass  # ZeRO-3 gathers on all ranks
+            return []
+        metas, weights = with_buffers(self.engine.module.model, self.weight_metas(), self.named_weights())
+        return save_policy(self.hf_config, metas, weights, folder)
 
 
 def _as_group(group: TrainGroup) -> Group:

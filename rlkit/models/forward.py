@@ -53,6 +53,14 @@ class PackedCausalLM(nn.Module):
         return logprobs, entropy
 
 
+class Fp32Linear(nn.Linear):
+    """Computes in fp32 whatever its weights and inputs are, and returns fp32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(input.float(), self.weight.float(), bias)
+
+
 class PackedScorer(nn.Module):
     """A one-label sequence classifier, read at the last token of each packed sequence, head in fp32."""
 
@@ -61,21 +69,23 @@ class PackedScorer(nn.Module):
         if model.config.num_labels != 1:
             raise ModelLoadError(f"{type(model).__name__} has {model.config.num_labels} labels; a scorer has one")
         self.model = model
+        _score_in_fp32(model)
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """Raw scores [N], fp32."""
         hidden = hidden_states(self.model, packed)
         score: Any = self.model.score
-        last = torch.index_select(hidden, 0, packed.last)
-        return nn.functional.linear(last.float(), score.weight.float())[:, 0]
+        scores: Tensor = score(torch.index_select(hidden, 0, packed.last))[:, 0]
+        return scores.float()
 
 
 class PackedValueModel(nn.Module):
-    """A critic: a value for every response token."""
+    """A critic: a value for every response token, head in fp32."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        _score_in_fp32(model)
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """Values [R], fp32, of the states in which the packed batch's targets are chosen."""
@@ -83,6 +93,11 @@ class PackedValueModel(nn.Module):
         score: Any = self.model.score
         values: Tensor = score(torch.index_select(hidden, 0, packed.rows))[:, 0]
         return values.float()
+
+
+def _score_in_fp32(model: Any) -> None:
+    if type(getattr(model, "score", None)) is nn.Linear:
+        model.score.__class__ = Fp32Linear
 
 
 def logit_scale_and_cap(config: Any) -> tuple[float, float | None]:

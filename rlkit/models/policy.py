@@ -69,7 +69,6 @@ def _load(
         )
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"model {path} cannot be loaded: {error}") from error
-    _without_dropout(model)
     _refuse_not_finite(path, model)
     return model, info
 
@@ -79,16 +78,6 @@ def _config(path: str | Path, trust_remote_code: bool, **options: Any) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"model {path} cannot be loaded: {error}") from error
-
-
-def _without_dropout(model: PreTrainedModel) -> None:
-    """Log-probs must be those the sampler had, and those of the next pass."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-                setattr(module, name, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 def _refuse_missing(path: str | Path, info: dict[str, Any]) -> None:
@@ -101,7 +90,8 @@ def _refuse_missing(path: str | Path, info: dict[str, Any]) -> None:
 
 def _refuse_not_finite(path: str | Path, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.numel() and not parameter.is_meta and not all(map(torch.isfinite, parameter.aminmax())):
+        tensor = getattr(parameter, "ds_tensor", parameter)  # of ZeRO 3 this rank's share
+        if tensor.numel() and not tensor.is_meta and not all(map(torch.isfinite, tensor.aminmax())):
             raise ModelLoadError(
                 f"model {path} holds numbers that are not finite, in {name}: the file is damaged, or training that "
                 "wrote it had diverged; fetch it again, or name an earlier checkpoint"

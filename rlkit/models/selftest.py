@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,8 @@ def choose_attention(config: Any, auto: Any = AutoModelForCausalLM, *, trust_rem
 
     Raise ModelLoadError with the model type and the differences if there is none.
     """
-    trials = try_attentions(config, auto, trust_remote_code=trust_remote_code)
+    with _no_registration_hooks():
+        trials = try_attentions(config, auto, trust_remote_code=trust_remote_code)
     if not trials[-1].exact:
         raise ModelLoadError(
             f"model type {config.model_type} is refused: it would be trained on wrong numbers. Log-probs and gradients "
@@ -174,6 +176,18 @@ class _Test:
             return Trial(attention, self.expected.difference(_Numbers.of(model, values)))
         except Exception as error:  # whatever a model's code raises when it is run as it was not meant to be
             return Trial(attention, float("inf"), _text(error))
+
+
+@contextmanager
+def _no_registration_hooks() -> Iterator[None]:
+    """Under ZeRO 3 a hook of all modules partitions what is loaded; the small copy must stay whole."""
+    hooks = torch.nn.modules.module._global_parameter_registration_hooks
+    saved = dict(hooks)
+    hooks.clear()
+    try:
+        yield
+    finally:
+        hooks.update(saved)
 
 
 def _random(build: Any, small: Any, attention: str, seed: int, gain: float) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -10,22 +11,32 @@ from typing import Any
 
 import pytest
 import torch
-from learner_fixture import free_port, grpo_advantages, write_tiny_model
-from learner_rank import RANKS, SCENARIOS, outcome, scenario_groups
+from learner_fixture import build_learner, free_port, grpo_advantages
+from learner_rank import RANKS, SCENARIOS, outcome, scenario_groups, write_models
 from paths import FIXTURES, PYTHONPATH
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from rlkit.learner.batches import plan_minibatches, train_groups
+from rlkit.learner.state import full_state, load_full_state
+from rlkit.weights.tensor_file import TensorFile
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
-def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks write."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(models: Path, folder: Path) -> list[dict[str, Any]]:
     """What each rank found, for all scenarios."""
-    folder, port = tmp_path_factory.mktemp("ranks"), str(free_port())
+    port = str(free_port())
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     logs = [folder / f"rank{rank}.log" for rank in range(RANKS)]
     processes = []
@@ -35,7 +46,7 @@ def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
             str(FIXTURES / "learner_rank.py"),
             str(rank),
             port,
-            str(model),
+            str(models),
             str(folder / f"{rank}"),
         ]
         with log.open("w") as file:
@@ -50,8 +61,8 @@ def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_two_ranks_do_what_one_does(model: Path, ranks: list[dict[str, Any]], name: str) -> None:
-    wanted, wanted_weights = outcome(model, name)
+def test_two_ranks_do_what_one_does(models: Path, ranks: list[dict[str, Any]], name: str) -> None:
+    wanted, wanted_weights = outcome(models, name)
     for rank, found in enumerate(ranks):
         metrics, weights = found[name]
         for want, have in zip(wanted, metrics, strict=True):
@@ -79,3 +90,29 @@ def test_scenarios_are_what_their_names_say() -> None:
 def test_ranks_skip_together(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["skipped"] == {0: [1, 0], 1: [1, 0]}
+
+
+def test_zero_3_holds_shares_from_the_first_moment_on(ranks: list[dict[str, Any]]) -> None:
+    """While it loads, before and after a step; the reference, too."""
+    for found in ranks:
+        for moment, shares in found["saved"]["held"].items():
+            assert len(shares) == 8 and all(shares.values()), (moment, shares)
+
+
+def test_what_two_ranks_wrote_is_whole_and_another_stage_resumes_from_it(
+    models: Path, ranks: list[dict[str, Any]], folder: Path
+) -> None:
+    first, second = (found["saved"] for found in ranks)
+    assert first["same"] and second["same"]
+    assert second["written"] is None and second["weights"] == []
+    for written in (first["written"], *first["weights"]):
+        data = written.path.read_bytes()
+        assert (len(data), hashlib.blake2b(data, digest_size=16).hexdigest()) == (written.bytes, written.blake2b)
+    state = load_file(folder / "learner.safetensors")
+    assert state.keys() == first["state"].keys()
+    assert all(torch.equal(state[name], value) for name, value in first["state"].items())
+    saved = AutoModelForCausalLM.from_pretrained(folder / "policy").state_dict()
+    one = build_learner(models / "wide", zero_stage=1)
+    load_full_state(one.engine, TensorFile(folder / "learner.safetensors"))
+    assert all(torch.equal(full_state(one.engine)[name], value) for name, value in state.items())
+    assert all(torch.equal(saved[name], tensor) for name, tensor in one.named_weights())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlkit.models.attention import PACKED_ATTENTION
-from rlkit.models.forward import ModelLoadError, PackedCausalLM, PackedScorer
+from rlkit.models.forward import PackedCausalLM, PackedScorer
 from rlkit.models.packing import Tree, pack, split_by_tokens
 
 TREES = [
@@ -100,10 +100,3 @@ def test_microbatches_hold_every_item_once_within_the_limit(sizes, limit):
 def test_pack_refuses_what_cannot_be_predicted(trees):
     with pytest.raises(ValueError, match=r"zero|empty|prefix"):
         pack(trees)
-
-
-def _old():
-    model = tiny(LlamaForCausalLM, PACKED_ATTENTION)
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ModelLoadError, match="final_logit_softcapping"):
-        PackedCausalLM(model)

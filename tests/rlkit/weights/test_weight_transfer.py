@@ -16,8 +16,9 @@ from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.plan import engines_sleep, offloads, plan, weight_route
 from rlkit.config.schema import RunConfig
-from rlkit.learner.engine import full_state, offload, reload
+from rlkit.learner.engine import offload, reload
 from rlkit.learner.policy import PolicyLearner
+from rlkit.learner.state import full_state
 from rlkit.weights import bundle as module
 from rlkit.weights.bundle import TensorMeta, WeightDigest, buckets, pack, unpack
 
