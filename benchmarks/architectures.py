@@ -246,7 +246,7 @@ def _tiny(cls: Any, fields: dict[str, Any]) -> Any:
         for name, value in TINY.items()
         if _get(default, name) is not None and not isinstance(getattr(cls, name, None), property)
     }
-    if hasattr(cls, "head_dim") and not isinstance(getattr(cls, "head_dim", None), property):
+    if (hasattr(cls, "head_dim") or "head_dim" in chosen) and not isinstance(getattr(cls, "head_dim", None), property):
         chosen["head_dim"] = chosen.get("qk_rope_head_dim", 16)
     if "qk_rope_head_dim" in chosen:  # MLA: as many keys as queries
         chosen["num_key_value_heads"] = chosen["num_attention_heads"]

@@ -77,7 +77,7 @@ def _no_folder(path: str, folder: Path) -> str:
 
 
 def _shape(config: dict[str, Any], folder: Path) -> ModelShape:
-    text = config.get("text_config", config)
+    text = _usual_names(config.get("text_config", config))
     heads = int(text["num_attention_heads"])
     positions = text.get("max_position_embeddings")
     return ModelShape(
@@ -88,6 +88,25 @@ def _shape(config: dict[str, Any], folder: Path) -> ModelShape:
         vocabulary=int(text["vocab_size"]),
         max_positions=None if positions is None else int(positions),
     )
+
+
+_OTHER_NAMES = {
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("n_embd", "d_model"),
+    "max_position_embeddings": ("n_positions", "max_seq_len"),
+}
+"""Of GPT-2, GPT-J, GPT-Neo, Bloom, MPT: transformers' `attribute_map`."""
+
+
+def _usual_names(text: dict[str, Any]) -> dict[str, Any]:
+    others = {
+        usual: text[name]
+        for usual, names in _OTHER_NAMES.items()
+        for name in names
+        if usual not in text and name in text
+    }
+    return {**others, **text}
 
 
 def _count_parameters(folder: Path) -> int | None:

@@ -128,14 +128,15 @@ def test_the_copy_of_a_large_model_is_small():
             return AutoModelForCausalLM.from_config(copy)
 
         copy = next(small.small_copies(config, build))
-        assert build(copy).num_parameters() < 3e6
+        assert build(copy).num_parameters() < 5e6
         assert copy.rope_parameters == config.rope_parameters
         if copy.model_type == "qwen3_5_text":
             assert set(copy.layer_types) == set(config.layer_types)
 
 
 def test_a_classifier_is_tried_as_one(plain, tmp_path):
-    AutoModelForSequenceClassification.from_config(plain.config, num_labels=1).save_pretrained(tmp_path / "scorer")
+    plain.config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(plain.config).save_pretrained(tmp_path / "scorer")
     assert runs_packed(load_scorer(tmp_path / "scorer", torch.float32).model)
     assert runs_packed(load_value_model(tmp_path / "model", torch.float32).model)
 
