@@ -9,7 +9,6 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from algorithms.base import Algorithm
@@ -27,13 +26,15 @@ from rlkit.cluster.placement import (
 )
 from rlkit.cluster.ray_session import ray_session
 from rlkit.cluster.waiting import Watchdog, blocking, waiting
-from rlkit.config.command import FAILED, print_error
+from rlkit.config.command import FAILED, INTERRUPTED, print_error
+from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, config_text
 from rlkit.config.plan import gpu_shares
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import BadRow, DataError, Split
 from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
+from rlkit.endings import ending
 from rlkit.evaluation import Evaluator
 from rlkit.experience import Prompt, UserError
 from rlkit.metrics import HackingAlarm, UpdateGuard
@@ -66,7 +67,7 @@ ROOM_SECONDS = 60.0
 def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
     """Train, from the checkpoint `point` if there is one.
 
-    Returns 0, 1 after an error that was printed, or 143 after SIGTERM. KeyboardInterrupt passes through.
+    Returns 0, or after a message 1 (an error), 130 (Ctrl-C) or 143 (SIGTERM).
     """
     config = resolved.config
     try:
@@ -81,15 +82,15 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
                 tracker.warn(str(warning))
             with Watchdog(tracker.message, config.trainer.report_waits_after, folder.logs / "driver.log"):
                 _run_to_the_end(resolved, folder, tracker, point)
-    except asyncio.CancelledError:  # Ctrl-C raises KeyboardInterrupt instead
-        print("rlkit: ended by SIGTERM", file=sys.stderr)
-        return TERMINATED
+    except (asyncio.CancelledError, KeyboardInterrupt) as stopped:  # SIGTERM, Ctrl-C
+        print(ending(stopped, folder), file=sys.stderr)
+        return INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else TERMINATED
     except Exception as error:
-        with (folder.logs / "driver.log").open("a") as file:
+        with contextlib.suppress(OSError), (folder.logs / "driver.log").open("a") as file:  # the disk may be full
             traceback.print_exception(error, file=file)
-        if isinstance(error, UserError):
+        if isinstance(error, ConfigError):
             return print_error(error)
-        print(_with_logs(error, folder.logs), file=sys.stderr)
+        print(ending(error, folder), file=sys.stderr)
         return FAILED
     return 0
 
@@ -300,6 +301,12 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
         loaded[split] = prompts
     if not loaded["train"]:
         raise DataError("the data source has no usable training problem")
+    questions, per_step = len(loaded["train"]), config.trainer.prompts_per_step
+    if questions < per_step:
+        tracker.warn(
+            f"there are {questions} training questions and a step takes {per_step} (trainer.prompts_per_step): each is "
+            f"asked {per_step / questions:.3g} times in every step"
+        )
     answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
     heldout = [prompt for prompt in loaded["heldout"] if not answer_needed or prompt.answer is not None]
     if not heldout:
@@ -312,17 +319,3 @@ def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, spl
         refuse_too_many_bad_rows(bad, rows, allowed_share, f"{split} problems")
         first = "; ".join(f"{row.origin}: {row.reason}" for row in bad[:3])
         tracker.warn(f"{len(bad)} of {rows} {split} rows skipped: {first}")
-
-
-def _with_logs(error: Exception, logs: Path) -> str:
-    """The message of an unexpected error; for a dead actor with the tails of the actors' logs."""
-    from ray.exceptions import RayActorError
-
-    text = f"rlkit: {type(error).__name__}: {error}"
-    if isinstance(error, RayActorError):
-        text += "".join(
-            f"\n--- end of {file.name} ---\n" + "\n".join(file.read_text(errors="replace").splitlines()[-12:])
-            for file in sorted(logs.glob("*.log"))
-            if file.name not in ("driver.log", "console.log")
-        )
-    return f"{text}\nSee {logs}/ for what the actors wrote."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def find_resume(config: RunConfig) -> ResumePoint | None:
         for key, old, new in differences
         if not _is_one_of(key, (*FIXED, *FREE))
     ]
+    if changed:
+        changed.append(f"to keep what was: {_own_configuration(checkpoint)}")
     notices = [f"checkpoint {text}" for text in skipped] + changed
     return ResumePoint(checkpoint, tuple(notices), same_run=checkpoint.path.parent == own)
 
@@ -102,7 +105,13 @@ def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequ
             )
         )
     if problems:
+        hint = f"{problems[-1].message}; to go on as it was made: {_own_configuration(checkpoint)}"
+        problems[-1] = replace(problems[-1], message=hint)
         raise ConfigError(problems)
+
+
+def _own_configuration(checkpoint: Sealed) -> str:
+    return f"--config {shlex.quote(str(checkpoint.path.parent.parent / 'config.yaml'))} resume=auto"
 
 
 def _is_one_of(key: str, names: tuple[str, ...]) -> bool:

@@ -39,6 +39,8 @@ class Problem:
 class BadRow:
     origin: str
     reason: str
+    remedy: str = ""
+    """What the user can do, if it is not to correct the row."""
 
 
 class DataSource(ABC):

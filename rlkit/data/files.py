@@ -1,14 +1,9 @@
-"""Problems from a user's own data: a JSON Lines file, or anything that `datasets` can load."""
+"""Problems from a user's own data: files (JSON Lines, JSON, CSV, Parquet), or anything that `datasets` can load."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-import re
-import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,13 +18,13 @@ from rlkit.data.rows import (
     question_key,
     refuse_too_many_bad_rows,
 )
+from rlkit.data.tables import Row, Rows, data_set_rows, file_rows, hub_columns, is_local, local_files
 
-Row = Mapping[str, Any]
 Loaded = tuple[list[Problem], list[BadRow]]
 
+CHECKED_ROWS = 10_000
+"""Rows of each split that are judged before a run starts; the others when they are loaded."""
 _DEFAULT_HELDOUT_SHARE = 0.05
-_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class TableSource(DataSource):
@@ -40,18 +35,26 @@ class TableSource(DataSource):
     def __init__(self, config: Any, seed: int) -> None:
         super().__init__(config, seed)
         self._loaded: dict[Split, Loaded] | None = None
+        self._heads: dict[Split, list[tuple[str, Row | BadRow]]] = {}
 
     @abstractmethod
     def _source(self, split: Split) -> str | None:
-        """Name of the file or data set with a split's rows; None if the held-out ones are a share of the others."""
+        """Name of the files or data set with a split's rows; None if the held-out ones are a share of the others."""
 
     @abstractmethod
-    def _rows(self, split: Split) -> Iterator[tuple[str, Row | BadRow]]:
-        """`(origin, row)` for all rows of a split. Raises DataError if they cannot be read."""
+    def _rows(self, split: Split) -> Rows:
+        """All rows of a split. Raises DataError if they cannot be read."""
 
-    @abstractmethod
+    def _head(self, split: Split) -> list[tuple[str, Row | BadRow]]:
+        """The first rows. Raises DataError like `_rows`."""
+        if split not in self._heads:
+            self._heads[split] = list(islice(self._rows(split), CHECKED_ROWS))
+        return self._heads[split]
+
     def _columns(self, split: Split) -> list[str] | None:
-        """Column names, read cheaply; None if that is not possible. Raises DataError like `_rows`."""
+        """Of the first rows together; None if only a download would tell. Raises DataError like `_rows`."""
+        rows = [row for _, row in self._head(split) if not isinstance(row, BadRow)]
+        return list(dict.fromkeys(column for row in rows for column in row))
 
     def check(self) -> list[str]:
         messages: list[str] = []
@@ -61,11 +64,22 @@ class TableSource(DataSource):
                 continue
             try:
                 columns = self._columns(split)
+                if columns == [] and not self._head(split):
+                    raise DataError(f"{source} has no rows.")
+                lacking = [] if columns is None else missing_columns(self.config, columns, source)
+                messages += lacking
+                head = [] if lacking or columns is None else self._head(split)
+                if head:
+                    part = f"the first {len(head)} rows of {source}" if len(head) == CHECKED_ROWS else source
+                    problems, bad = parse_rows(head, self.config)
+                    refuse_too_many_bad_rows(bad, len(problems) + len(bad), self.config.max_bad_row_share, part)
             except DataError as error:
                 messages.append(str(error))
-                continue
-            if columns is not None:
-                messages += missing_columns(self.config, columns, source)
+        if not messages and self._source("train") == self._source("heldout"):
+            messages.append(
+                f"{self._source('train')} is both training and held-out data: name another one, or leave the held-out "
+                "one out, and a share is held out (data.heldout_share)."
+            )
         return messages
 
     def provides(self) -> frozenset[str]:
@@ -126,87 +140,41 @@ class TableSource(DataSource):
         return kept, [problem for problem in problems if question_key(problem) in chosen]
 
 
-class JsonlConfig(ColumnsConfig):
-    """A JSON Lines file (`.jsonl`, or `.jsonl.gz`): one object per line."""
+class FileConfig(ColumnsConfig):
+    """Files: JSON Lines (`.jsonl`, `.jsonl.gz`), a JSON list (`.json`), `.csv`, `.tsv`, `.parquet`."""
 
-    path: str
-    """File with the training problems."""
-    heldout_path: str | None = None
-    """File with the held-out problems; null: a share of `path` (`heldout_share`)."""
+    path: str | tuple[str, ...]
+    """File with the training problems, a pattern (`data/*.jsonl`), or a list of them."""
+    heldout_path: str | tuple[str, ...] | None = None
+    """The same for the held-out problems; null: a share of `path` (`heldout_share`)."""
 
     @model_validator(mode="after")
-    def _one_way_to_hold_out(self) -> JsonlConfig:
+    def _one_way_to_hold_out(self) -> FileConfig:
         if self.heldout_path is not None and self.heldout_share is not None:
             raise ValueError("heldout_share has no effect with heldout_path: set one of them")
         return self
 
 
-class JsonlSource(TableSource):
-    """`data=jsonl data.path=train.jsonl`: GSM8K's own files need no other key."""
+class FileSource(TableSource):
+    """`data=jsonl data.path=train.jsonl` (or data=csv, data=parquet: the file's name decides); GSM8K's own files need
+    no other key."""
 
-    Config: ClassVar[type[DataConfig]] = JsonlConfig
-
-    def _path(self, split: Split) -> Path | None:
-        name = self.config.path if split == "train" else self.config.heldout_path
-        return None if name is None else Path(name).expanduser()
+    Config: ClassVar[type[DataConfig]] = FileConfig
 
     def _source(self, split: Split) -> str | None:
-        path = self._path(split)
-        return None if path is None else str(path)
+        names = self.config.path if split == "train" else self.config.heldout_path
+        return names if names is None or isinstance(names, str) else ", ".join(names)
 
-    def _rows(self, split: Split) -> Iterator[tuple[str, Row | BadRow]]:
-        path = self._path(split)
-        assert path is not None
-        key = "data.path" if split == "train" else "data.heldout_path"
-        if path.is_dir():
-            raise DataError(f"{key}={path} is a folder: name the file in it, or use data=hf for a data set folder.")
-        yield from json_lines(path, key)
-
-    def _columns(self, split: Split) -> list[str] | None:
-        for _, row in self._rows(split):
-            if not isinstance(row, BadRow):
-                return list(row)
-            if row.reason.startswith("a JSON list"):
-                raise DataError(f"{self._source(split)}: {row.reason}. For a file that is one list, use data=hf.")
-        raise DataError(f"{self._source(split)} has no line that is a JSON object.")
-
-
-def json_lines(path: Path, key: str) -> Iterator[tuple[str, Row | BadRow]]:
-    """`(origin, row)` for every line of a JSON Lines file (`.gz` too). Raises DataError, which names the key."""
-    if not path.exists():
-        raise DataError(f"{key}={path}: no such file (looked from {Path.cwd()}).")
-    if path.is_dir():
-        raise DataError(f"{key}={path} is a folder: name the file in it.")
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    origin = f"{path.name}:{number}"
-                    yield origin, _json_row(origin, line)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{key}={path} cannot be read after line {number}: {error}") from error
-
-
-def _json_row(origin: str, line: bytes) -> Row | BadRow:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return BadRow(origin, f"not UTF-8: {error.reason} at byte {error.start}")
-    except json.JSONDecodeError as error:
-        if line.lstrip().startswith(b"["):
-            return BadRow(origin, "a JSON list over several lines, not an object per line")
-        return BadRow(origin, f"broken JSON: {error.msg} at character {error.pos + 1}")
-    except RecursionError:
-        return BadRow(origin, "broken JSON: nested too deeply")
-    if isinstance(row, dict):
-        return row
-    kind = {"list": "a JSON list"}.get(type(row).__name__, f"a JSON {type(row).__name__}")
-    return BadRow(origin, f"{kind}, not an object with columns")
+    def _rows(self, split: Split) -> Rows:
+        key, names = (
+            ("data.path", self.config.path) if split == "train" else ("data.heldout_path", self.config.heldout_path)
+        )
+        for path in local_files(names, key):
+            yield from file_rows(path, key, self.config.named_columns().values())
 
 
 class HfConfig(ColumnsConfig):
-    """A data set of the Hugging Face hub, or a local folder or file (parquet, csv, json) that `datasets` reads."""
+    """A data set of the Hugging Face hub, or a local folder or file, that `datasets` reads."""
 
     path: str
     """Name on the hub, or a local folder or file."""
@@ -229,6 +197,8 @@ class HfConfig(ColumnsConfig):
             raise ValueError(f"{' and '.join(named)} exclude each other: set one of them")
         if self.revision is not None and Path(self.path).expanduser().exists():
             raise ValueError(f"revision has no effect on local data ({self.path})")
+        if is_local(self.path) and (self.split != "train" or self.heldout_split is not None):
+            raise ValueError(f"{self.path} is a file and has no splits: leave split and heldout_split out")
         return self
 
 
@@ -239,131 +209,45 @@ class HfSource(TableSource):
 
     def __init__(self, config: Any, seed: int) -> None:
         super().__init__(config, seed)
-        self._known_columns: dict[tuple[str, str], list[str] | None] = {}
+        self._hub_columns: dict[Split, list[str] | None] = {}
 
-    def _where(self, split: Split) -> tuple[str, str] | None:
+    def _where(self, split: Split) -> tuple[str, str, str] | None:
+        """Key, path and split."""
         config: HfConfig = self.config
         if split == "train":
-            return config.path, config.split
+            return "data.path", config.path, config.split
         if config.heldout_path is not None:
-            return config.heldout_path, "train"  # the name `datasets` gives to the rows of a single file
-        return None if config.heldout_split is None else (config.path, config.heldout_split)
+            return "data.heldout_path", config.heldout_path, "train"
+        return None if config.heldout_split is None else ("data.path", config.path, config.heldout_split)
 
     def _source(self, split: Split) -> str | None:
         where = self._where(split)
-        return None if where is None else _name(*where)
+        if where is None:
+            return None
+        _, path, name = where
+        return path if is_local(path) else f"{path}[{name}]"
 
-    def _rows(self, split: Split) -> Iterator[tuple[str, Row | BadRow]]:
+    def _rows(self, split: Split, head: bool = False) -> Rows:
         where = self._where(split)
         assert where is not None
-        path, name = where
-        origin = _name(Path(path).name if Path(path).expanduser().exists() else path, name)
-        for number, row in enumerate(open_table(path, name, self.config.subset, self.config.revision), start=1):
-            yield f"{origin}:{number}", row
+        key, path, name = where
+        if is_local(path):
+            for file in local_files(path, key):
+                yield from file_rows(file, key, self.config.named_columns().values())
+        else:
+            yield from data_set_rows(path, key, name, self.config.subset, self.config.revision, head=head)
+
+    def _head(self, split: Split) -> list[tuple[str, Row | BadRow]]:
+        if split not in self._heads:
+            self._heads[split] = list(islice(self._rows(split, head=True), CHECKED_ROWS))
+        return self._heads[split]
 
     def _columns(self, split: Split) -> list[str] | None:
         where = self._where(split)
         assert where is not None
-        if where not in self._known_columns:
-            columns = _file_columns(Path(where[0]).expanduser())
-            self._known_columns[where] = columns or open_table(
-                *where, self.config.subset, self.config.revision, columns_only=True
-            )
-        return self._known_columns[where]
-
-
-def open_table(
-    path: str, split: str, subset: str | None = None, revision: str | None = None, columns_only: bool = False
-) -> Any:
-    """Rows that `datasets` loads from a file, a folder or the hub. Raises DataError.
-
-    `columns_only`: column names, read cheaply; None if only a download would tell.
-    """
-    local = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or local.suffix in _BUILDERS
-    if not local.exists() and (looks_local or not _HUB_NAME.fullmatch(path)):
-        raise DataError(f"data.path={path}: no such file or folder (looked from {Path.cwd()}).")
-    import datasets
-
-    try:
-        if not local.exists():
-            return _open_hub(path, split, subset, revision, columns_only)
-        if local.is_file():
-            if local.suffix not in _BUILDERS:
-                raise DataError(f"{path}: files must end in {', '.join(_BUILDERS)}, not {local.suffix!r}.")
-            options = {"sep": "\t"} if local.suffix == ".tsv" else {}
-            builder = _BUILDERS[local.suffix]
-            rows = datasets.load_dataset(builder, data_files=str(local), split=split, streaming=columns_only, **options)
-        elif (local / "dataset_dict.json").exists() or (local / "state.json").exists():
-            saved = datasets.load_from_disk(str(local))
-            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        else:
-            rows = datasets.load_dataset(str(local), subset, split=split, streaming=columns_only)
-        return list(next(iter(rows), {})) if columns_only else rows
-    except DataError:
-        raise
-    except Exception as error:  # `datasets` raises whatever its readers raise: the user needs path and cause
-        raise DataError(f"data.path={path}, split {split!r}, cannot be loaded: {_one_line(error)}") from error
-
-
-def _open_hub(path: str, split: str, subset: str | None, revision: str | None, columns_only: bool) -> Any:
-    import datasets
-
-    if columns_only:
-        info = datasets.load_dataset_builder(path, subset, revision=revision).info
-        return None if info.features is None else list(info.features)
-    return datasets.load_dataset(path, subset, split=split, revision=revision)
-
-
-def table_rows(path: str, key: str, split: str, subset: str | None = None) -> Iterator[tuple[str, Row | BadRow]]:
-    """`(origin, row)` of a JSON Lines file, or of a `split` that `datasets` loads. Raises DataError."""
-    local = Path(path).expanduser()
-    if not needs_datasets(path):
-        yield from json_lines(local, key)
-        return
-    split = "train" if local.is_file() else split  # the name `datasets` gives to the rows of a single file
-    origin = _name(local.name if local.exists() else path, split)
-    for number, row in enumerate(open_table(path, split, subset), start=1):
-        yield f"{origin}:{number}", row
-
-
-def needs_datasets(path: str) -> bool:
-    """Whether `path` is a Parquet file or a folder, or, if nothing exists there, could be a name on the hub."""
-    local = Path(path).expanduser()
-    if local.exists():
-        return local.is_dir() or local.suffix == ".parquet"
-    return "/" in path and bool(_HUB_NAME.fullmatch(path)) and local.suffix not in (*_BUILDERS, ".gz")
-
-
-def _name(path: str, split: str) -> str:
-    """A file by its name alone; a data set by name and split."""
-    return path if Path(path).suffix in _BUILDERS else f"{path}[{split}]"
-
-
-def _file_columns(path: Path) -> list[str] | None:
-    """Columns of a plain local file without the slow import of `datasets`; None if only `datasets` can tell."""
-    if not path.is_file():
-        return None
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import ArrowException
-            from pyarrow.parquet import read_schema
-
-            try:
-                return list(read_schema(path).names)
-            except ArrowException as error:
-                raise DataError(f"{path} is not a parquet file: {error}") from error
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            if path.suffix in (".csv", ".tsv"):
-                return next(csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ","), None)
-            first = json.loads(next(lines, ""))
-            return list(first) if isinstance(first, dict) else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    except json.JSONDecodeError:
-        return None  # one JSON value over several lines
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"
+        key, path, _ = where
+        if is_local(path) or Path(path).expanduser().exists():
+            return super()._columns(split)
+        if split not in self._hub_columns:
+            self._hub_columns[split] = hub_columns(path, key, self.config.subset, self.config.revision)
+        return self._hub_columns[split]

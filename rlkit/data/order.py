@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,12 @@ class PromptOrder:
             "epoch": self._epoch,
             "position": self._position,
             "prompts": len(self._prompts),
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._fingerprint,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises DataError if the data are not those of the saved position."""
-        if state["prompts"] != len(self._prompts) or state["fingerprint"] != self._fingerprint():
+        if state["prompts"] != len(self._prompts) or state["fingerprint"] != self._fingerprint:
             raise DataError(
                 f"the checkpoint was made with other data ({state['prompts']} prompts, now {len(self._prompts)}): "
                 "resume with the same data files, system prompt and chat template, or start a new run."
@@ -67,6 +68,7 @@ class PromptOrder:
     def _shuffled(self) -> np.ndarray:
         return np.random.default_rng([self._seed, self._epoch]).permutation(len(self._prompts))
 
+    @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for prompt in self._prompts:

@@ -56,18 +56,23 @@ def render(
     template = _read_template(chat_template, tokenizer)
     prompts: list[Prompt] = []
     bad: list[BadRow] = []
-    for problem, ids in zip(problems, _token_ids(problems, tokenizer, template), strict=True):
+    rendered = _token_ids(problems, tokenizer, template)
+    shared: dict[
+        int, int
+    ] = {}  # one object per token of the vocabulary, not per token of the data: a quarter of the memory
+    longest = max((len(ids) for ids in rendered if not isinstance(ids, str)), default=0)
+    for problem, ids in zip(problems, rendered, strict=True):
         if isinstance(ids, str):
             bad.append(BadRow(problem.origin, ids))
         elif len(ids) > max_prompt_tokens:
             reason = f"the prompt has {len(ids)} tokens, more than rollout.max_prompt_tokens={max_prompt_tokens}"
-            bad.append(BadRow(problem.origin, reason))
+            bad.append(BadRow(problem.origin, reason, f"Raise rollout.max_prompt_tokens (the longest has {longest})"))
         else:
             prompts.append(
                 Prompt(
                     id=problem.id,
                     messages=problem.messages,
-                    token_ids=tuple(ids),
+                    token_ids=tuple(shared.setdefault(token, token) for token in ids),
                     references=problem.references,
                     answer=problem.answer,
                     columns=problem.columns,

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ _ROWS_SHOWN = 5
 
 class ColumnsConfig(DataConfig):
     prompt_column: str = "question"
-    """The question: a text, or a list of chat messages (`{"role": ..., "content": ...}`)."""
+    """The question: a text, or a list of chat messages (`{"role": ..., "content": ...}`). A column inside another is
+    named with a dot, here and below: `reward_model.ground_truth`."""
     answer_column: str | None = "answer"
     """The gold answer: a text or a number; from `... #### 72` only `72` is used. null: there is none."""
     reference_columns: tuple[str, ...] = ()
@@ -62,7 +64,7 @@ def missing_columns(config: ColumnsConfig, present: Iterable[str], where: str) -
     columns = list(present)
     messages = []
     for key, column in config.named_columns().items():
-        if column in columns:
+        if column in columns or column.partition(".")[0] in columns:  # what is inside is judged row by row
             continue
         near = difflib.get_close_matches(column, columns, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -110,11 +112,13 @@ def refuse_too_many_bad_rows(bad: Sequence[BadRow], rows: int, max_share: float,
         raise DataError(f"{what} has no rows.")
     shown = "".join(f"\n  {row.origin}: {row.reason}" for row in bad[:_ROWS_SHOWN])
     more = f"\n  ... and {len(bad) - _ROWS_SHOWN} more" if len(bad) > _ROWS_SHOWN else ""
-    remedy = (
-        "Correct these rows or the column names (data.prompt_column, data.answer_column, ...)"
-        if len(bad) == rows
-        else f"Correct these rows, or allow more with data.max_bad_row_share={_round_up(len(bad) / rows)}"
-    )
+    remedy, times = Counter(row.remedy for row in bad).most_common(1)[0]
+    if not remedy or times * 2 < len(bad):
+        remedy = "Correct these rows" + (
+            " or the column names (data.prompt_column, data.answer_column, ...)" if len(bad) == rows else ""
+        )
+    if len(bad) < rows:
+        remedy += f", or allow more with data.max_bad_row_share={_round_up(len(bad) / rows)}"
     raise DataError(
         f"{what}: {len(bad)} of {rows} rows cannot be used "
         f"({len(bad) / rows:.1%}; data.max_bad_row_share allows {max_share:.1%}):{shown}{more}\n{remedy}."
@@ -171,16 +175,27 @@ def _problem(
 
 
 def _cell(row: Mapping[str, Any], column: str) -> Any:
-    if column not in row:
-        near = difflib.get_close_matches(column, row, n=1)
-        raise RowError(f"no column {column!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    value = row[column]
+    value = row[column] if column in row else _inner(row, column)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise RowError(f"{column} is null")
     return value
 
 
+def _inner(row: Mapping[str, Any], column: str) -> Any:
+    """Of a column inside another: `outer.inner`."""
+    outer, dot, rest = column.partition(".")
+    if dot and isinstance(row.get(outer), Mapping):
+        try:
+            return _cell(row[outer], rest)
+        except RowError as error:
+            raise RowError(f"in {outer}: {error}") from error
+    near = difflib.get_close_matches(column, row, n=1)
+    raise RowError(f"no column {column!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+
+
 def _text(value: Any, what: str) -> str:
+    if isinstance(value, Mapping) and value:
+        raise RowError(f"{what} has columns inside it; name one of them: {', '.join(f'{what}.{key}' for key in value)}")
     if not isinstance(value, str):
         raise RowError(f"{what} must be a text, not {type(value).__name__}")
     if not value.strip():

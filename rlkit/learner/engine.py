@@ -20,6 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlkit.config.schema import LearnerConfig
 from rlkit.models.policy import resolve_dtype
 
+REDUCE_BUCKET_ELEMENTS = 2**27
+"""Of gradients that ranks add up at a time. DeepSpeed's 5e8 would hold 1 GB in bf16, with ZeRO 3 for good."""
 READ_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 """With it set, transformers reads a tensor when it is needed."""
 T = TypeVar("T", bound=Any)
@@ -40,7 +42,8 @@ class GuardedAdamW(torch.optim.AdamW):
         device = gradients[0].device if gradients else torch.device("cpu")
         bad = torch.zeros(1, device=device)
         for gradient in gradients:
-            bad += (~torch.isfinite(gradient)).any()
+            # The largest value is inf or NaN if any is; torch.isfinite would take 6 bytes per element for a moment.
+            bad += ~torch.isfinite(torch.linalg.vector_norm(gradient, ord=math.inf))
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(bad)
         self.skipped = bool(bad.item() > 0)
@@ -159,10 +162,11 @@ def partitioned_loading(config: LearnerConfig, device: str) -> Iterator[None]:
 
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=_deepspeed_config(config, device))
 
-    def partition(_module: nn.Module, _name: str, parameter: Any) -> None:
-        # The flag tells what came from the file; what did not is initialised later, whole, and DeepSpeed partitions it.
+    def partition(module: nn.Module, name: str, parameter: Any) -> None:
+        # Flagged is what came from the file. The rest is initialised later, whole, and DeepSpeed partitions it then.
         was_read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
-        if was_read and not is_zero_param(parameter):
+        awaited = module._parameters.get(name)
+        if was_read and awaited is not None and awaited.is_meta and not is_zero_param(parameter):
             parameter.data = parameter.data.clone()  # DeepSpeed writes to it, but it is a page of the file
             init._convert_to_zero_parameters([parameter])
 
@@ -195,6 +199,7 @@ def _deepspeed_config(config: LearnerConfig, device: str) -> dict[str, Any]:
             # Stage 1 with fp32 accumulation would be an optimizer that keeps all fp32 gradients on every rank for good
             # and cannot be offloaded. Stage 2 keeps a rank's share of them.
             "stage": 2 if half and config.zero_stage == 1 else config.zero_stage,
+            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
             "stage3_gather_16bit_weights_on_model_save": True,
         },
         "bf16": {"enabled": half},
@@ -259,6 +264,16 @@ def guarded_adamw(optimizer: Any) -> GuardedAdamW:
     while not isinstance(optimizer, GuardedAdamW):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def move_frozen(frozen: Any, device: str) -> None:
+    """To the host, where it cannot run, or back; of a ZeRO-3 engine this rank's shares."""
+    for parameter in frozen.parameters():
+        parameter.data = parameter.data.to(device)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.to(device)
+    for buffer in frozen.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def offload(engine: Any) -> None:

@@ -13,6 +13,9 @@ from rlkit.reward_training.base import Report
 WARNED_ROWS = 10
 """Unusable rows named one by one."""
 
+FEW_STEPS = 10
+"""A training with fewer warns."""
+
 Batch = TypeVar("Batch")
 
 
@@ -42,6 +45,11 @@ def train(task: Task[Batch], steps: int, evaluate_every: int, report: Report, fo
     """Measure, take `steps` steps, measure after every `evaluate_every` of them (0: never) and at the end; save."""
     before = after = task.measure()
     report.evaluation(0, **named(task.heldout, before))
+    if steps < FEW_STEPS:
+        report.warn(
+            f"the training takes {steps} optimizer step{'s' * (steps > 1)}: hardly anything is learnt. More "
+            "rows, more epochs or smaller batches (the reward.* keys of this training) give more"
+        )
     report.begins(steps)
     course = []
     for step, batch in zip(range(1, steps + 1), task.batches, strict=False):

@@ -9,14 +9,13 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError
-from rlkit.data.files import needs_datasets, table_rows
 from rlkit.data.rows import RowError, refuse_too_many_bad_rows
+from rlkit.data.tables import is_local, local_files, table_rows
 from rlkit.experience import Message
 
 DEFAULT_HELDOUT_SHARE = 0.1
@@ -31,8 +30,8 @@ class RewardDataConfig(DataConfig):
     """Source of the rows, and the held-out share. A backend nests a subclass as `Data`."""
 
     path: str
-    """JSON Lines file (`.jsonl`, or `.jsonl.gz`) or Parquet file with the rows, or a data set that `datasets` loads: a
-    folder, or a name on the hub."""
+    """File with the rows (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`) or a pattern of such names, or a
+    data set that `datasets` loads: a folder, or a name on the hub."""
     subset: str | None = None
     """Configuration of a data set."""
     split: str = "train"
@@ -63,9 +62,12 @@ class RewardDataConfig(DataConfig):
         messages = []
         for key in ("path", "heldout_path"):
             name = getattr(self, key)
-            if name is not None and not needs_datasets(name) and not Path(name).expanduser().is_file():
-                messages.append(f"data.{key}={name}: no such file (looked from {Path.cwd()})")
-        if not messages and (Path(self.path).expanduser().is_file() or not needs_datasets(self.path)):
+            if name is not None and is_local(name):
+                try:
+                    local_files(name, f"data.{key}")
+                except DataError as error:
+                    messages.append(str(error))
+        if not messages and is_local(self.path):
             for key in ("subset", "split", "heldout_split"):
                 value = getattr(self, key)
                 if value != type(self).model_fields[key].default:

@@ -15,6 +15,8 @@ from rlkit.config.command import print_error
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.config.parts import ResolvedRun
+from rlkit.data.base import BadRow
+from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.experience import UserError
 from rlkit.reward_training.ranks import FAILED, RankHangsError, join_ranks, naming_a_hang, run_ranks
 
@@ -160,18 +162,12 @@ def _load_examples(resolved: ResolvedRun, split: Any, tokenizer: PreTrainedToken
     examples, more_bad = make_examples(
         problems, tokenizer, resolved.config.rollout.max_prompt_tokens, limit, resolved.config.model.chat_template
     )
-    reasons = [f"{row.origin}: {row.reason}" for row in bad] + more_bad
-    total = len(problems) + len(bad)
-    for reason in reasons[:10]:
-        log.warning("skipped %s", reason)
-    if reasons:
-        print(f"{split}: {len(reasons)} of {total} rows skipped, the first: {reasons[0]}", file=sys.stderr)
-    share = resolved.data_config.max_bad_row_share
-    if not examples or len(reasons) > share * total:
-        raise SftError(
-            f"data: {len(reasons)} of {total} {split} rows cannot be used, more than data.max_bad_row_share={share}; "
-            f"the first: {reasons[0] if reasons else 'there are none'}"
-        )
+    unusable = [*bad, *more_bad]
+    rows = len(problems) + len(bad)
+    refuse_too_many_bad_rows(unusable, rows, resolved.data_config.max_bad_row_share, f"data, {split} rows")
+    if unusable:
+        first = f"{unusable[0].origin}: {unusable[0].reason}"
+        print(f"{split}: {len(unusable)} of {rows} rows skipped, the first: {first}", file=sys.stderr)
     return examples
 
 
@@ -181,8 +177,8 @@ def make_examples(
     max_prompt_tokens: int,
     max_target_tokens: int,
     chat_template: str | None = None,
-) -> tuple[list[list[Example]], list[str]]:
-    """Per usable problem one example for each reference; and why others are unusable.
+) -> tuple[list[list[Example]], list[BadRow]]:
+    """Per usable problem one example for each reference; and the unusable rows.
 
     The target is the reference and the end-of-sequence token, tokenised apart from the prompt, as a sampler ends it.
     """
@@ -190,11 +186,12 @@ def make_examples(
     from rlkit.reward_training.sft_learner import Example
 
     prompts, bad = render(problems, tokenizer, max_prompt_tokens, chat_template)
-    reasons = [f"{row.origin}: {row.reason}" for row in bad]
     if tokenizer.eos_token_id is None:
         raise SftError("the tokenizer has no end-of-sequence token; without one the model never learns to stop")
     texts = [reference for prompt in prompts for reference in prompt.references]
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    longest = 1 + max(map(len, token_ids), default=0)
+    encoded = iter(token_ids)
     examples: list[list[Example]] = []
     for prompt in prompts:
         targets = [(*next(encoded), tokenizer.eos_token_id) for _ in prompt.references]
@@ -202,9 +199,12 @@ def make_examples(
         if usable:
             examples.append(usable)
         else:
-            why = f"every reference has more than {max_target_tokens} tokens" if targets else "it has no reference"
-            reasons.append(f"{prompt.id}: {why}")
-    return examples, reasons
+            why, remedy = "it has no reference", ""
+            if targets:
+                why = f"every reference has more than {max_target_tokens} tokens"
+                remedy = f"Raise rollout.max_response_tokens (the longest has {longest})"
+            bad.append(BadRow(prompt.id, why, remedy))
+    return examples, bad
 
 
 def draw_batches(examples: Sequence[Sequence[Example]], size: int, seed: int) -> Iterator[list[Example]]:

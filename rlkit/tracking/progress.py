@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,8 @@ SHOWN = (
     ("rollout KL", "kl/rollout", "{:8.6f}"),
     ("entropy", "policy/entropy", "{:6.3f}"),
     ("length", "length/mean", "{:6.1f}"),
-    ("clipped", "policy/clip_share", "{:6.2%}"),
+    ("cut off", "length/truncated_share", "{:4.0%}"),
+    ("ratio clipped", "policy/clip_share", "{:6.2%}"),
     ("grad", "policy/grad_norm", "{:7.3f}"),
 )
 """(label, metric, format) of a step's line, in order; absent metrics are left out."""
@@ -234,7 +236,13 @@ def summary_lines(
         rows["failed rewards"] = f"{summary['reward_failed']:g}"
     if progress.warnings:
         rows["warnings"] = f"{sum(progress.warnings.values())} (see logs/console.log)"
+    if summary.get("policy"):
+        rows["policy"] = f"{summary['policy']} (loads in transformers and in vLLM)"
     rows["run folder"] = str(folder)
+    rows["samples"] = f"{folder / 'samples.jsonl'}"
+    rows["train longer"] = (
+        f"the same command with run_dir={shlex.quote(str(folder))} resume=auto trainer.total_steps=..."
+    )
     if tensorboard:
         rows["curves"] = f"tensorboard --logdir {folder / 'tensorboard'}"
     lines = [f"{label:<18} {value}" for label, value in rows.items()]

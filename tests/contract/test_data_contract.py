@@ -23,7 +23,7 @@ from rlkit.data.rows import question_key
 
 BUILT_IN: dict[str, dict[str, Any]] = {
     "rlkit.data.arithmetic.Arithmetic": {"train_problems": 64, "heldout_problems": 16},
-    "rlkit.data.files.JsonlSource": {"path": "rows.jsonl"},
+    "rlkit.data.files.FileSource": {"path": "rows.jsonl"},
     "rlkit.data.files.HfSource": {"path": "rows.jsonl"},
 }
 

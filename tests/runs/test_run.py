@@ -289,8 +289,9 @@ def test_a_killed_learner_ends_the_run_with_an_error(start: Start) -> None:
     (victim,) = [process for process in run.processes() if "ray::LearnerWorker" in " ".join(process.cmdline())]
     victim.kill()
     assert run.end(60) == 1, run.text
-    explained = run.text.partition("\nrlkit: ")[2]
-    assert "Actor" in explained
-    assert "end of rollout-0.log" in explained
-    assert "Traceback" not in explained
+    explained = run.text.partition("--- end of ")[2]
+    assert explained.startswith("learner-0.log")
+    assert "end of rollout-0.log" not in explained, "another actor's log explains nothing"
+    assert f"rlkit: a rank of the learner (process {victim.pid}) died" in explained
+    assert "ActorDiedError" not in explained
     assert run.left_after(10) == []

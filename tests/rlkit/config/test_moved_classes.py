@@ -57,7 +57,7 @@ def test_old_paths_resolve(target: str) -> None:
     if "reward_training" in target:
         kind, contract = "reward", REWARD_TRAINING["reward"]
 
-    name = target.rpartition(".")[2].replace("RuleReward", "MathReward")
+    name = target.rpartition(".")[2].replace("RuleReward", "MathReward").replace("JsonlSource", "FileSource")
     assert import_part(kind, target, contract).__name__ == name
 
 

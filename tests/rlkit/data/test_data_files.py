@@ -15,7 +15,7 @@ from paths import SHARED
 from pydantic import ValidationError
 
 from rlkit.data.base import DataError
-from rlkit.data.files import HfSource, JsonlSource
+from rlkit.data.files import FileSource, HfSource
 from rlkit.data.rows import question_key
 
 GSM8K = SHARED / "data" / "gsm8k"
@@ -34,8 +34,8 @@ def good(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def jsonl(path: Path, **keys: Any) -> JsonlSource:
-    return JsonlSource(JsonlSource.Config(path=str(path), **keys), seed=0)
+def jsonl(path: Path, **keys: Any) -> FileSource:
+    return FileSource(FileSource.Config(path=str(path), **keys), seed=0)
 
 
 @needs_gsm8k
@@ -60,7 +60,7 @@ def test_gsm8k_loads_with_no_further_key() -> None:
 @needs_gsm8k
 def test_gsm8k_heldout_file_and_the_same_through_datasets() -> None:
     paths = {"path": str(GSM8K / "train.jsonl"), "heldout_path": str(GSM8K / "test.jsonl")}
-    ours = JsonlSource(JsonlSource.Config(**paths), seed=0)
+    ours = FileSource(FileSource.Config(**paths), seed=0)
     theirs = HfSource(HfSource.Config(**paths), seed=0)
     assert theirs.check() == []
     for split in ("train", "heldout"):
@@ -189,9 +189,9 @@ def test_too_many_bad_rows(tmp_path: Path) -> None:
 
 
 def test_no_good_row_is_an_error_whatever_the_share(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="2 of 2 rows"):
+    with pytest.raises(DataError, match=r"no line that is a JSON object; the first: d.jsonl:1"):
         jsonl(write(tmp_path / "d.jsonl", ["{", "{"]), max_bad_row_share=1.0).load("train")
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match="is empty"):
         jsonl(write(tmp_path / "e.jsonl", [])).load("train")
 
 
@@ -231,7 +231,7 @@ def test_check_names_unreadable_files(tmp_path: Path) -> None:
     assert "no such file" in jsonl(tmp_path / "absent.jsonl").check()[0]
     assert "is a folder" in jsonl(tmp_path).check()[0]
     (tmp_path / "list.jsonl").write_text(json.dumps(good(3), indent=1))
-    assert "use data=hf" in jsonl(tmp_path / "list.jsonl").check()[0]
+    assert "is one list .json" in jsonl(tmp_path / "list.jsonl").check()[0]
     both = jsonl(tmp_path / "absent.jsonl", heldout_path=str(tmp_path / "gone.jsonl")).check()
     assert len(both) == 2
     assert "data.heldout_path" in both[1]
@@ -249,7 +249,7 @@ def test_gzip_whole_and_truncated(tmp_path: Path) -> None:
 
 def test_keys_that_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match="no effect with heldout_path"):
-        JsonlSource.Config(path="a", heldout_path="b", heldout_share=0.1)
+        FileSource.Config(path="a", heldout_path="b", heldout_share=0.1)
     with pytest.raises(ValidationError, match="exclude each other"):
         HfSource.Config(path="a/b", heldout_split="test", heldout_share=0.1)
 
@@ -289,10 +289,116 @@ def test_hf_errors_name_the_place(tmp_path: Path) -> None:
     absent = HfSource(HfSource.Config(path=str(tmp_path / "absent.parquet")), seed=0)
     assert "no such file" in absent.check()[0]
     (tmp_path / "broken.parquet").write_bytes(b"not parquet")
-    assert "is not a parquet file" in HfSource(HfSource.Config(path=str(tmp_path / "broken.parquet")), 0).check()[0]
+    assert "is not a Parquet file" in HfSource(HfSource.Config(path=str(tmp_path / "broken.parquet")), 0).check()[0]
     write(tmp_path / "d.jsonl", good(3))
-    with pytest.raises(DataError, match=r"d\.jsonl, split 'tset'"):
-        HfSource(HfSource.Config(path=str(tmp_path / "d.jsonl"), split="tset"), 0).load("train")
+    with pytest.raises(ValidationError, match="has no splits"):
+        HfSource.Config(path=str(tmp_path / "d.jsonl"), split="tset")
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(good(3))}).save_to_disk(tmp_path / "saved")
+    absent = HfSource(HfSource.Config(path=str(tmp_path / "saved"), heldout_split="validation"), 0)
+    assert absent.check() == [f"data.path={tmp_path / 'saved'} has no split 'validation'; it has train."]
+
+
+def test_hub_without_a_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    [message] = HfSource(HfSource.Config(path="openai/gsm8k", subset="main"), 0).check()
+    assert "127.0.0.1 cannot be reached" in message
+    assert "hf download openai/gsm8k --repo-type dataset" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", b"", "is empty"),
+        ("d.jsonl", '{"question": "1"}'.encode("utf-16"), "is UTF-16; write it as UTF-8"),
+        ("d.jsonl", b"question,answer\n1+1?,2\n", "A CSV file's name ends in .csv"),
+        ("d.jsonl", b"\xff\x00garbage\n", "not UTF-8"),
+        ("d.jsonl", b"\n\n", "it has blank lines only"),
+        ("d.json", b'[{"question": "1+1?"', "broken JSON"),
+        ("d.csv", b"question;answer\n", "has no rows"),
+        ("d.parquet", b"PAR1 but cut", "is not a Parquet file that can be read"),
+    ],
+)
+def test_each_cause_has_its_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    [problem] = jsonl(tmp_path / name).check()
+    assert message in problem
+    assert str(tmp_path / name) in problem
+
+
+def test_parquet_by_any_name(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(good(40)).to_parquet(tmp_path / "d.jsonl")
+    source = jsonl(tmp_path / "d.jsonl")
+    assert source.check() == []
+    assert len(source.load("train")[0]) == 38
+
+
+def test_csv_separators_quotes_and_text_that_looks_like_a_number(tmp_path: Path) -> None:
+    file = tmp_path / "d.csv"
+    file.write_text('\ufeffquestion;answer;words\n"Two\nlines; one cell";007;3\nCode?;0x1F;4\n', encoding="utf-8")
+    source = jsonl(file, heldout_path=str(write(tmp_path / "h.jsonl", good(2))))
+    assert source.check() == []
+    train, bad = source.load("train")
+    assert bad == []
+    assert [(p.messages[0].content, p.answer, p.columns["words"]) for p in train] == [
+        ("Two\nlines; one cell", "007", 3),
+        ("Code?", "0x1F", 4),
+    ]
+    file.write_text("question,answer\na,1\nb,2,3\nc,4\n")
+    [problem] = jsonl(file).check()
+    assert "1 of 3 rows cannot be used" in problem
+    assert "3 fields, where the header has 2" in problem
+
+
+def test_several_files_and_patterns(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", good(10)[:5])
+    write(tmp_path / "a.jsonl", good(10)[5:])
+    pattern = jsonl(tmp_path / "*.jsonl")
+    assert pattern.check() == []
+    origins = [p.origin for p in pattern.load("train")[0] + pattern.load("heldout")[0]]
+    assert len(origins) == 10
+    assert sorted(origins)[0] == "a.jsonl:1"
+    listed = FileSource(FileSource.Config(path=(str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl"))), 0)
+    assert len(listed.load("train")[0]) == len(pattern.load("train")[0])
+    assert "no file matches" in jsonl(tmp_path / "x*.jsonl").check()[0]
+
+
+def test_columns_inside_columns(tmp_path: Path) -> None:
+    """verl's layout."""
+    import datasets
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {i} + 1?"}],
+            "reward_model": {"style": "rule", "ground_truth": str(i + 1)},
+        }
+        for i in range(20)
+    ]
+    file = tmp_path / "verl.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(file)
+    nested = jsonl(file, prompt_column="prompt", answer_column="reward_model.ground_truth")
+    assert nested.check() == []
+    assert nested.load("train")[0][0].answer in {str(i + 1) for i in range(20)}
+    [outer] = jsonl(file, prompt_column="prompt", answer_column="reward_model").check()
+    assert "reward_model.ground_truth" in outer
+    [typo] = jsonl(file, prompt_column="prompt", answer_column="reward_model.groundtruth").check()
+    assert "in reward_model: no column 'groundtruth' (did you mean 'ground_truth'?)" in typo
+
+
+def test_rows_are_judged_before_the_run_and_not_the_first_alone(tmp_path: Path) -> None:
+    rows = good(40)
+    for row in rows[1::2]:
+        del row["answer"]
+    [message] = jsonl(write(tmp_path / "d.jsonl", rows)).check()
+    assert "20 of 40 rows cannot be used" in message
+    file = write(tmp_path / "e.jsonl", good(40))
+    [same] = jsonl(file, heldout_path=str(file)).check()
+    assert "both training and held-out data" in same
 
 
 def test_import_is_light() -> None:

@@ -11,20 +11,26 @@ from typing import Any
 
 import pytest
 import torch
-from learner_fixture import build_learner, free_port, grpo_advantages
-from learner_rank import RANKS, SCENARIOS, outcome, scenario_groups, write_models
+from learner_fixture import build_learner, free_port, write_partitioned_model, write_tiny_model
+from learner_rank import RANKS, SCENARIOS, outcome, scenario_groups
 from paths import FIXTURES, PYTHONPATH
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlkit.learner.batches import plan_minibatches, train_groups
+from algorithms.base import Experience
+from rlkit.config.schema import LearnerConfig
+from rlkit.learner.dealing import policy_shares
 from rlkit.learner.state import full_state, load_full_state
 from rlkit.weights.tensor_file import TensorFile
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_models(tmp_path_factory.mktemp("models"))
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models."""
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder / "tiny")
+    write_partitioned_model(folder / "partitioned")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(models: Path, folder: Path) -> list[dict[str, Any]]:
+def ranks(model: Path, folder: Path) -> list[dict[str, Any]]:
     """What each rank found, for all scenarios."""
     port = str(free_port())
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
@@ -46,7 +52,7 @@ def ranks(models: Path, folder: Path) -> list[dict[str, Any]]:
             str(FIXTURES / "learner_rank.py"),
             str(rank),
             port,
-            str(models),
+            str(model),
             str(folder / f"{rank}"),
         ]
         with log.open("w") as file:
@@ -61,8 +67,8 @@ def ranks(models: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_two_ranks_do_what_one_does(models: Path, ranks: list[dict[str, Any]], name: str) -> None:
-    wanted, wanted_weights = outcome(models, name)
+def test_two_ranks_do_what_one_does(model: Path, ranks: list[dict[str, Any]], name: str) -> None:
+    wanted, wanted_weights = outcome(model, name)
     for rank, found in enumerate(ranks):
         metrics, weights = found[name]
         for want, have in zip(wanted, metrics, strict=True):
@@ -76,15 +82,23 @@ def test_two_ranks_do_what_one_does(models: Path, ranks: list[dict[str, Any]], n
 
 def test_scenarios_are_what_their_names_say() -> None:
     def microbatches(name: str) -> list[list[int]]:
-        options, count = SCENARIOS[name]
-        groups = scenario_groups(count)
-        limit = options.get("tokens_per_microbatch", 16384)
-        (plan,) = plan_minibatches(train_groups(groups, grpo_advantages(groups)), 1, RANKS, limit)
-        return [[len(micro) for micro in rank] for rank in plan.microbatches]
+        """Samples of each micro-batch, by rank."""
+        scenario = SCENARIOS[name]
+        groups = scenario_groups(scenario)
+        config = LearnerConfig(**{**scenario.learner, "ranks": RANKS})
+        advantages = scenario.algorithm.advantages(Experience(groups, 1))
+        shares, _ = policy_shares(groups, advantages, config, scenario.algorithm.needs())
+        return [
+            [0 if rows is None else len(micro.lengths) for m in share.minibatches for micro, rows in m.microbatches]
+            for share in shares
+        ]
 
-    assert microbatches("one group") == [[1], [0]]
+    assert microbatches("one whole group") == [[3], [0]]
+    assert sorted(microbatches("one group")) == [[1], [2]]
     real = [sum(size > 0 for size in rank) for rank in microbatches("unequal")]
     assert real[0] != real[1]
+    assert microbatches("a silent step") == [[0], [0]]
+    assert [sizes[-1] for sizes in microbatches("a silent optimizer step")] == [0, 0]
 
 
 def test_ranks_skip_together(ranks: list[dict[str, Any]]) -> None:
@@ -96,11 +110,11 @@ def test_zero_3_holds_shares_from_the_first_moment_on(ranks: list[dict[str, Any]
     """While it loads, before and after a step; the reference, too."""
     for found in ranks:
         for moment, shares in found["saved"]["held"].items():
-            assert len(shares) == 8 and all(shares.values()), (moment, shares)
+            assert len(shares) == 9 and all(shares.values()), (moment, shares)
 
 
 def test_what_two_ranks_wrote_is_whole_and_another_stage_resumes_from_it(
-    models: Path, ranks: list[dict[str, Any]], folder: Path
+    model: Path, ranks: list[dict[str, Any]], folder: Path
 ) -> None:
     first, second = (found["saved"] for found in ranks)
     assert first["same"] and second["same"]
@@ -112,7 +126,7 @@ def test_what_two_ranks_wrote_is_whole_and_another_stage_resumes_from_it(
     assert state.keys() == first["state"].keys()
     assert all(torch.equal(state[name], value) for name, value in first["state"].items())
     saved = AutoModelForCausalLM.from_pretrained(folder / "policy").state_dict()
-    one = build_learner(models / "wide", zero_stage=1)
+    one = build_learner(model / "partitioned", zero_stage=1)
     load_full_state(one.engine, TensorFile(folder / "learner.safetensors"))
     assert all(torch.equal(full_state(one.engine)[name], value) for name, value in state.items())
     assert all(torch.equal(saved[name], tensor) for name, tensor in one.named_weights())

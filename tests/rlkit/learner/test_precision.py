@@ -10,18 +10,20 @@ import pytest
 import torch
 from learner_fixture import (
     VOCABULARY,
+    WholeCritic,
     build_learner,
     free_port,
     grpo_advantages,
     make_groups,
     torch_optimizer,
+    weights_of,
     write_tiny_model,
 )
 from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from algorithms.ppo import PPO
 from rlkit.config.schema import CriticConfig, LearnerConfig
-from rlkit.learner.critic import Critic
+from rlkit.learner import engine as engine_module
 from rlkit.learner.engine import GuardedAdamW, build_engine, init_process_group, optimizer_step
 from rlkit.learner.policy import PolicyLearner
 
@@ -89,14 +91,28 @@ def test_gradients_of_microbatches_add_up_in_fp32(model: Path, stage: int) -> No
     assert done.grad_norm == pytest.approx(300 * 2) and not done.skipped
 
 
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "float32"), (2, "bfloat16"), (3, "float32"), (3, "bfloat16")])
+def test_buckets_of_gradients_change_nothing(
+    model: Path, stage: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a parameter is larger than a bucket, as an embedding may be."""
+    weights = []
+    for elements in (engine_module.REDUCE_BUCKET_ELEMENTS, 1000):
+        monkeypatch.setattr(engine_module, "REDUCE_BUCKET_ELEMENTS", elements)
+        learner = build_learner(model, zero_stage=stage, dtype=dtype, tokens_per_microbatch=40)
+        update(learner)
+        weights.append(weights_of(learner))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_values_are_computed_in_fp32_in_a_bf16_critic(model: Path) -> None:
     if not torch.distributed.is_initialized():
         init_process_group(0, 1, "127.0.0.1", free_port(), "cpu")
     config = CriticConfig(dtype="bfloat16", zero_stage=1, learning_rate=1e-2)
-    critic = Critic(model, config, PPO(PPO.Config()), device="cpu", total_steps=4)
+    critic = WholeCritic(model, config, PPO(PPO.Config()), device="cpu", total_steps=4)
     with torch.no_grad():
         critic.engine.module.model.score.weight.normal_()
-    values = np.concatenate(critic.values(make_groups()))
+    values = np.concatenate(critic.group_values(make_groups()))
     assert values.dtype == np.float32
     assert (torch.from_numpy(values).bfloat16().float().numpy() != values).mean() > 0.9
 

@@ -73,7 +73,7 @@ def test_held_out_rows_of_a_split(tmp_path: Path) -> None:
     datasets.DatasetDict(sides).save_to_disk(tmp_path / "rows")
     train_pairs, heldout, _ = load_pairs(PairRows(path=str(tmp_path / "rows"), heldout_split="test"), 0)
     assert (len(train_pairs), len(heldout)) == (20, 10)
-    with pytest.raises(DataError, match="split 'nowhere', cannot be loaded"):
+    with pytest.raises(DataError, match="no split 'nowhere'; it has train, test"):
         load_pairs(PairRows(path=str(tmp_path / "rows"), split="nowhere"), 0)
 
 

@@ -62,8 +62,10 @@ def test_unusable_rows_are_named_not_dropped_silently(tokenizer) -> None:
     no_reference = Problem(id="empty", messages=(Message("user", "1+1?"),), origin="file:1")
     examples, skipped = sft.make_examples([no_reference, *_problems(3)], tokenizer, 256, max_target_tokens=3)
     assert examples == []
-    assert "empty: it has no reference" in skipped
-    assert sum("every reference has more than 3 tokens" in reason for reason in skipped) == 3
+    assert [row.reason for row in skipped if row.origin == "empty"] == ["it has no reference"]
+    too_long = [row for row in skipped if row.reason == "every reference has more than 3 tokens"]
+    assert len(too_long) == 3
+    assert all(row.remedy.startswith("Raise rollout.max_response_tokens (the longest has ") for row in too_long)
 
 
 def test_every_epoch_visits_every_problem_once(tokenizer) -> None:

@@ -80,7 +80,7 @@ def test_every_mistake_is_reported_with_the_name_that_was_meant(tmp_path: Path) 
     rows = str(write_rollouts(tmp_path / "rows.jsonl", prompts=1))
     assert problems(f"data.path={rows}x", "reward.model_path=/nowhere", "reward.reference_path=/nowhere") == [
         "reward.model_path=/nowhere: no such folder: /nowhere",
-        f"data.path={rows}x: no such file (looked from {Path.cwd()})",
+        f"data.path={rows}x: no such file (looked from {Path.cwd()}).",
         "reward.reference_path=/nowhere: no such folder: /nowhere",
     ]
     both = problems(f"data.path={rows}", "data.heldout_path=x", "data.heldout_share=0.5")

@@ -1,0 +1,75 @@
+"""How a run that failed or was stopped says so: the end of the log that explains it, the cause, how to go on."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+from rlkit.checkpoint.folder import sealed_folders
+from rlkit.experience import UserError
+from rlkit.tracking.run_folder import RunFolder
+
+LOG_LINES = 12
+_ACTORS = {
+    "LearnerWorker": ("a rank of the learner", "learner-*.log"),
+    "CriticWorker": ("a rank of the critic", "critic-*.log"),
+    "RolloutWorker": ("a rollout worker", "rollout-*.log"),
+    "RewardWorker": ("a reward worker", "reward-*.log"),
+    "BufferActor": ("the buffer", "buffer*.log"),
+}
+"""Class name of an actor -> what it is, and its log files."""
+
+
+def ending(error: BaseException, folder: RunFolder) -> str:
+    """What ended a run in one message; its last line says how to go on, if anything was saved."""
+    lines = [f"rlkit: {cause(error, folder)}"]
+    saved = sealed_folders(folder.checkpoints)
+    if not isinstance(error, UserError | KeyboardInterrupt | asyncio.CancelledError):
+        lines.append(f"Logs: {folder.logs}/")
+    if saved:
+        step, again = int(saved[0].name[5:]), f"run_dir={shlex.quote(str(folder.path))} resume=auto"
+        lines.append(f"To go on after step {step}: the same command with {again}")
+    return _log_tail(error, folder.logs) + "\n".join(lines)
+
+
+def cause(error: BaseException, folder: RunFolder) -> str:
+    from ray.exceptions import RayActorError
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted (Ctrl-C)"
+    if isinstance(error, asyncio.CancelledError):
+        return "ended by SIGTERM"
+    if isinstance(error, RayActorError):
+        what, _ = _actor(error)
+        process = re.search(r"pid: (\d+)", str(error))
+        who = f"{what} (process {process[1]})" if process else what
+        return f"{who} died: killed from outside, killed by the kernel for want of memory (dmesg says so), or crashed"
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        name = getattr(error, "filename", None) or folder.path
+        free = shutil.disk_usage(folder.path).free / 2**20
+        return f"the disk is full: {name} cannot be written, {free:,.1f} MiB are free; make room there"
+    return f"{type(error).__name__}: {error}"
+
+
+def _actor(error: BaseException) -> tuple[str, str]:
+    name = re.search(r"class_name: (\w+)", str(error))
+    return _ACTORS.get(name[1] if name else "", ("a process of the run", "*.log"))
+
+
+def _log_tail(error: BaseException, logs: Path) -> str:
+    """Of the actors of a dead actor's kind: the last lines of what they wrote."""
+    from ray.exceptions import RayActorError
+
+    if not isinstance(error, RayActorError):
+        return ""
+    files = [file for file in sorted(logs.glob(_actor(error)[1])) if file.name not in ("driver.log", "console.log")]
+    return "".join(
+        f"--- end of {file.name} ---\n" + "\n".join(file.read_text(errors="replace").splitlines()[-LOG_LINES:]) + "\n"
+        for file in files
+    )
