@@ -41,6 +41,7 @@ from rlkit.evaluation import Evaluator
 from rlkit.experience import Prompt, UserError
 from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard
 from rlkit.models.folder import model_folder
+from rlkit.models.usable import known_run
 from rlkit.producer import Producer
 from rlkit.rollout.pool import RolloutPool
 from rlkit.saving import SaveSchedule, Stop, StoppedError
@@ -129,6 +130,7 @@ async def _train(
     assert task is not None
     tracker.phase("reading data")
     train, heldout = load_prompts(resolved, tracker)
+    await _try_architecture(config, tracker)
     tracker.phase("starting Ray")
     with contextlib.ExitStack() as session:
         with blocking("the start", "Ray", *_startup(config)):
@@ -153,6 +155,20 @@ async def _train(
                 ending.enter_context(
                     blocking("the end of the run", "actors, threads and Ray", END_SECONDS, "END_SECONDS")
                 )
+
+
+async def _try_architecture(config: RunConfig, tracker: Tracker) -> None:
+    """Refuse an unknown architecture before anything starts; one in the table is tried while the learner loads."""
+    folder = model_folder(config.model.path)
+    if known_run(folder) is not None:
+        return
+    tracker.phase("trying the model's architecture")
+    from rlkit.models.attention import PACKED_ATTENTION
+    from rlkit.models.policy import find_attention
+
+    attention = await asyncio.to_thread(find_attention, folder, trust_remote_code=config.model.trust_remote_code)
+    if attention != PACKED_ATTENTION:
+        tracker.warn("packed batches are not exact for this model: its sequences run row by row, which is slower")
 
 
 async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None:

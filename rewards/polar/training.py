@@ -209,7 +209,7 @@ class PolarTraining(RewardTraining):
 
     def _learner(self, steps: int, report: Report) -> PolarLearner:
         from rewards.polar.learner import PolarLearner
-        from rlkit.models.policy import ModelLoadError
+        from rlkit.models.forward import ModelLoadError
 
         report.phase("loading the model")
         folder = model_folder(self.config.model_path)

@@ -103,7 +103,7 @@ class PreferenceTraining(RewardTraining):
 
     def _evaluate(self, report: Report) -> dict[str, Any]:
         from rewards.preference.learner import measure_folder
-        from rlkit.models.policy import ModelLoadError
+        from rlkit.models.forward import ModelLoadError
 
         report.phase("reading data")
         rows, bad = all_pairs(self.data, self.context.seed)
@@ -121,7 +121,7 @@ class PreferenceTraining(RewardTraining):
         return {"pairs": len(pairs), "bad_rows": len(bad), **measures}
 
     def _encoder(self) -> Encoder:
-        from rlkit.models.policy import ModelLoadError
+        from rlkit.models.forward import ModelLoadError
 
         folder = model_folder(self.config.model_path)
         room = positions(json.loads((folder / "config.json").read_text()))

@@ -19,13 +19,15 @@ from rlkit.config.schema import (
     ClusterConfig,
     CriticConfig,
     LearnerConfig,
+    ModelConfig,
     RolloutConfig,
     TrainerConfig,
 )
 from rlkit.config.staleness import stale_samples_are_corrected
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
-from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
+from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder, model_folder
+from rlkit.models.usable import known_run, refusals
 
 
 def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
@@ -135,9 +137,24 @@ def reward_is_usable(reward: Part) -> Issues:
         yield ConfigIssue("reward", message)
 
 
-def model_is_usable(model_shape: ModelShape | ModelFolderError) -> Issues:
+def model_is_usable(
+    model_shape: ModelShape | ModelFolderError, model: ModelConfig, cluster: ClusterConfig, rollout: RolloutConfig
+) -> Issues:
     if isinstance(model_shape, ModelFolderError):
         yield ConfigIssue("model.path", str(model_shape))
+        return
+    folder = model_folder(model.path)
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    template = model.chat_template is not None
+    for refusal in refusals(folder, device=cluster.device, longest=longest, chat_template=template):
+        yield ConfigIssue("model.path", refusal)
+    if known_run(folder) == "rows":
+        yield ConfigIssue(
+            "model.path",
+            "its layers carry state from token to token, or its attention is its own: the learner runs each sequence "
+            "as a row of its own, which is exact but slower (docs/models.md)",
+            warning=True,
+        )
 
 
 def model_is_long_enough(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Issues:
