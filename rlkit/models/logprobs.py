@@ -1,7 +1,7 @@
 """Log-probs of given tokens and the entropy of their distribution, without a rows x vocabulary block.
 
-With logits z = h W^T / temperature, p = softmax(z), H = -sum p log p:
-    d logp_y / d z = onehot(y) - p          d H / d z = -p * (log p + H)
+With z = cap(scale * (h W^T + b)) / temperature, cap(x) = softcap * tanh(x / softcap), p = softmax(z), H = -sum p log p:
+    d logp_y / d z = onehot(y) - p     d H / d z = -p * (log p + H)     d cap(x) / d x = 1 - (cap(x) / softcap)^2
 The backward pass recomputes each chunk of logits.
 """
 
@@ -16,16 +16,24 @@ from torch import Tensor, nn
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         for rows in _chunks(hidden.shape[0], chunk):
-            logp = _log_softmax(hidden[rows], weight, bias, temperature)
+            logp = torch.log_softmax(_logits(hidden[rows], weight, bias, scale, softcap).div_(temperature), dim=1)
             logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
             entropy[rows] = -(logp.exp() * logp).sum(dim=1)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.scale, ctx.softcap, ctx.chunk = temperature, scale, softcap, chunk
         ctx.set_materialize_grads(False)  # a loss without an entropy term then skips that part of the backward pass
         return logprobs, entropy
 
@@ -40,12 +48,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         for rows in _chunks(hidden.shape[0], ctx.chunk):
-            logp = _log_softmax(hidden[rows], weight, bias, ctx.temperature)
+            logits = _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
+            logp = torch.log_softmax(logits / ctx.temperature, dim=1)
             p = logp.exp()
             grad = p * -grad_logprobs[rows, None]
             grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
             if grad_entropy is not None:
                 grad -= grad_entropy[rows, None] * p * (logp + entropy[rows, None])
+            if ctx.softcap is not None:
+                grad *= 1 - (logits / ctx.softcap) ** 2
+            if ctx.scale != 1.0:
+                grad *= ctx.scale
             grad = (grad / ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
             grad_weight += (grad.T @ hidden[rows]).float()
@@ -55,9 +68,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad_hidden,
             grad_weight.to(weight.dtype),
             None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
@@ -65,9 +76,14 @@ def _chunks(rows: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """[R, V], fp32, before the temperature."""
     logits = nn.functional.linear(hidden, weight, bias).float()
-    return torch.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=1)
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
 
 
 def selected_logprobs(
@@ -77,11 +93,16 @@ def selected_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
     elements_per_chunk: int = 2**24,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [R, D], weight [V, D], targets [R] -> log-probs [R] and entropies [R], fp32, differentiable in both."""
+    """hidden [R, D], weight [V, D], targets [R] -> log-probs [R] and entropies [R], fp32, differentiable in both.
+
+    Logits are multiplied by `scale`, then capped to (-softcap, softcap), then divided by `temperature`.
+    """
     chunk = max(1, elements_per_chunk // weight.shape[0])
-    logprobs, entropy = _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, chunk)
+    logprobs, entropy = _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, scale, softcap, chunk)
     return logprobs, entropy
 
 
@@ -92,10 +113,18 @@ class LogProbLinear(nn.Linear):
     hooks still gather the weight around the call.
     """
 
+    scale: float = 1.0
+    """Of log-probs' logits: what the model multiplies its logits by after the head (Cohere, Granite: 1 / divisor)."""
+    softcap: float | None = None
+    """Of log-probs' logits: the model's final soft cap (Gemma 2)."""
+
     def forward(  # type: ignore[override]
         self, input: Tensor, targets: Tensor | None = None, temperature: float = 1.0, elements_per_chunk: int = 2**24
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [..., V] without targets; log-probs and entropies [R] with targets [R] and input [R, D]."""
+        """The head's own logits [..., V] without targets; log-probs, entropies [R] with targets [R] and input [R, D].
+
+        `scale` and `softcap` apply to the latter alone: a model applies its own to the former.
+        """
         if targets is None:
             return super().forward(input)
         return selected_logprobs(
@@ -104,5 +133,7 @@ class LogProbLinear(nn.Linear):
             targets,
             bias=self.bias,
             temperature=temperature,
+            scale=self.scale,
+            softcap=self.softcap,
             elements_per_chunk=elements_per_chunk,
         )
