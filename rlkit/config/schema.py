@@ -213,7 +213,7 @@ class TrackingConfig(Section):
     """live: a view that redraws itself; plain: a line per step; auto: live on a terminal, else plain."""
     tensorboard: bool = True
     """Write `tensorboard/` in the run folder."""
-    sample_groups_per_step: int | None = Field(default=None, ge=0)
+    sample_groups_per_step: int | None = Field(default=16, ge=0)
     """Groups per step whose best and worst response go to samples.jsonl; null: every group."""
 
 
