@@ -38,7 +38,7 @@ def save_policy(
 
     with torch.device("meta"):
         # A copy: transformers writes the attention's name into the configuration, which the trained model shares.
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager")
     names = {meta.name for meta in metas}
     left = [name for name, _ in model.named_parameters() if name not in names]
     if left:
@@ -49,8 +49,8 @@ def save_policy(
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    names = CheckpointNames(model, metas)
-    return _write_shards(folder, names.metas, names.convert(weights), shard_bytes)
+    checkpoint = CheckpointNames(model, metas)
+    return _write_shards(folder, checkpoint.metas, checkpoint.convert(weights), shard_bytes)
 
 
 def _write_shards(

@@ -31,7 +31,7 @@ class PackedCausalLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise ModelLoadError(f"{type(model).__name__}: the head must be a plain Linear, not {type(head).__name__}")
         head.__class__ = LogProbLinear

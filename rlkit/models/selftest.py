@@ -65,7 +65,10 @@ def choose_attention(config: Any, auto: Any = AutoModelForCausalLM, *, trust_rem
 
     Raise ModelLoadError with the model type and the differences if there is none.
     """
-    with _no_registration_hooks():
+    key = (auto, config.to_json_string(use_diff=False))
+    if key in _chosen:
+        return _chosen[key]
+    with _apart():
         trials = try_attentions(config, auto, trust_remote_code=trust_remote_code)
     if not trials[-1].exact:
         raise ModelLoadError(
@@ -75,7 +78,12 @@ def choose_attention(config: Any, auto: Any = AutoModelForCausalLM, *, trust_rem
         )
     if len(trials) > 1:
         log.warning("%s runs row by row, which is slower (%s)", config.model_type, trials[0])
+    _chosen[key] = trials[-1].attention
     return trials[-1].attention
+
+
+_chosen: dict[tuple[Any, str], str] = {}
+"""What this process has found: policy and reference are of one configuration."""
 
 
 def try_attentions(config: Any, auto: Any = AutoModelForCausalLM, *, trust_remote_code: bool = False) -> list[Trial]:
@@ -179,31 +187,34 @@ class _Test:
 
 
 @contextmanager
-def _no_registration_hooks() -> Iterator[None]:
-    """Under ZeRO 3 a hook of all modules partitions what is loaded; the small copy must stay whole."""
+def _apart() -> Iterator[None]:
+    """Whatever the caller is in: random numbers go on as if nothing had happened, gradients are kept.
+
+    Under ZeRO 3 a hook of all modules partitions what is loaded; the small copy must stay whole.
+    """
     hooks = torch.nn.modules.module._global_parameter_registration_hooks
     saved = dict(hooks)
     hooks.clear()
     try:
-        yield
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         hooks.update(saved)
 
 
 def _random(build: Any, small: Any, attention: str, seed: int, gain: float) -> Any:
     """Equal weights for each attention, large enough that differences show."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build(small, attention)
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if id(parameter) in embeddings:
-                    parameter.normal_(0, 1)
-                elif parameter.dim() > 1 and "A_log" not in name:
-                    parameter.normal_(0, gain / parameter.shape[-1] ** 0.5)
-                else:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    torch.manual_seed(seed)
+    model = build(small, attention)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if id(parameter) in embeddings:
+                parameter.normal_(0, 1)
+            elif parameter.dim() > 1 and "A_log" not in name:
+                parameter.normal_(0, gain / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
 
 

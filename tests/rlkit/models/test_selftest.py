@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,8 +84,9 @@ def test_the_way_in_which_a_model_is_exact(model_type, attention):
     assert selftest.choose_attention(config) == attention
 
 
-def test_a_recurrent_model_gives_each_sequence_its_own_logprobs(tmp_path, caplog):
+def test_a_recurrent_model_gives_each_sequence_its_own_logprobs(tmp_path, caplog, monkeypatch):
     """In one packed row its state would leak from one response into the next (review A1)."""
+    monkeypatch.setattr(selftest, "_chosen", {})
     torch.manual_seed(1)
     config = architectures.tiny_config(next(row for row in architectures.ROWS if row.model_type == "qwen3_5_text"))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -100,6 +103,7 @@ def test_a_recurrent_model_gives_each_sequence_its_own_logprobs(tmp_path, caplog
             expected.append(logp[len(tree.prefix) - 1 : -1].gather(1, ids[len(tree.prefix) :, None])[:, 0])
     logprobs, _ = load_causal_lm(tmp_path, torch.float32)(pack(TREES))
     torch.testing.assert_close(logprobs, torch.cat(expected), atol=2e-5, rtol=1e-4)
+    assert not runs_packed(load_causal_lm(tmp_path, torch.float32).model)
     assert "runs row by row, which is slower" in caplog.text
 
 
@@ -110,9 +114,30 @@ def test_a_model_with_layers_between_decoder_and_head_is_refused_by_name(model_t
         selftest.choose_attention(config)
 
 
+def test_an_architecture_of_no_table_is_tried_before_anything_starts(tmp_path):
+    from rlkit.run import _try_architecture
+
+    config = architectures.tiny_config(architectures.Row("xlm-roberta", fields={"is_decoder": True}))
+    config.save_pretrained(tmp_path)
+    run: Any = SimpleNamespace(model=SimpleNamespace(path=str(tmp_path), trust_remote_code=False))
+    tracker: Any = SimpleNamespace(phase=lambda text: None, warn=None)
+    with pytest.raises(ModelLoadError, match="model type xlm-roberta is refused"):
+        asyncio.run(_try_architecture(run, tracker))
+
+
+def test_nothing_of_the_trial_is_left_behind(plain):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    selftest._chosen.clear()
+    with torch.inference_mode():
+        assert selftest.choose_attention(plain.config) == PACKED_ATTENTION
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_wrong_head_is_refused(monkeypatch):
     """What no table knows of is seen in the numbers."""
     monkeypatch.setattr(forward, "SOFT_CAPS", ())
+    monkeypatch.setattr(selftest, "_chosen", {})
     config = architectures.tiny_config(next(row for row in architectures.ROWS if row.model_type == "gemma2"))
     with pytest.raises(ModelLoadError, match="gemma2 is refused"):
         selftest.choose_attention(config)
