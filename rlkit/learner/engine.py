@@ -83,7 +83,7 @@ def init_process_group(
     backend = "nccl" if device == "cuda" else "gloo"
     timeout = deepspeed.constants.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
     # The store of a group that DeepSpeed or torch makes listens on every interface, without any authentication.
-    store = {}
+    store: dict[str, Any] = {}
     if rank == 0:
         listening = socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         store = {"is_master": True, "master_listen_fd": listening.detach()}
