@@ -61,7 +61,7 @@ SHAPES = {
 MODELS = {
     "0.04B": Model("llama", 640, 4, 1728, 10, 10, 16000, False),
     "0.1B": Model("llama", 768, 12, 2048, 12, 12, 32000, True),
-    "0.25B": Model("qwen2", 1024, 16, 2816, 16, 4, 65536, False),
+    "0.3B": Model("qwen2", 1024, 16, 2816, 16, 4, 65536, False),
     "0.5B": SHAPES["0.5B"],
 }
 
@@ -89,9 +89,9 @@ ROWS = [
     Row("0.1B", 1, checkpointing=True),
     Row("0.1B", 1, reference=True),
     *(Row("0.1B", zero, ranks=2) for zero in (0, 1, 2, 3)),
-    Row("0.25B", 1, checkpointing=True),
-    Row("0.25B", 2, ranks=2, checkpointing=True),
-    Row("0.25B", 3, ranks=2, checkpointing=True),
+    Row("0.3B", 1, checkpointing=True),
+    Row("0.3B", 2, ranks=2, checkpointing=True),
+    Row("0.3B", 3, ranks=2, checkpointing=True),
     Row("0.5B", 0, checkpointing=True),
 ]
 
