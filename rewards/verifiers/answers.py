@@ -68,7 +68,8 @@ _FORMULA_FIRST = re.compile(
     re.DOTALL,
 )
 _GOES_ON = re.compile(
-    r"\s*(?:,(?!\s*(?:where|which|so|because|since|as|with|for|that|not)\b)|;|\\?%|\^|[-+*/=<>]|(?:and|or|percent|pct|percentage)\b|\\text)",
+    r"\s*(?:,(?!\s*(?:where|which|so|because|since|as|with|for|that|not)\b)|;|\\?%|\^|[-+*/=<>]|\\text"
+    r"|(?:and|or|percent|pct|percentage)\b)",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"\.(?:\s|$)|<\|")
