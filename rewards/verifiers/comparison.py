@@ -19,6 +19,7 @@ from rewards.verifiers.units import NO_UNITS, Unit, split_unit
 
 Pair = tuple[str, str]
 
+PROSE_WORDS = 6
 _PERCENT = re.compile(
     r"(.+?)\s*(?:\\?%|\\(?:text|mathrm|mbox)\s*\{\s*(?:percent|%|pct)\s*\}|(?:per ?cent|percentage|pct))\.?"
 )
@@ -247,6 +248,11 @@ def _scaled(value: str, factor: Fraction) -> str:
 def _plain_text(text: str) -> str:
     text = _TEXT_COMMAND.sub(r" \1 ", text).replace("\\ ", " ").replace("\\quad", " ").replace("\\%", "%")
     return " ".join(text.split()).strip(" .*_`\"'“”")
+
+
+def is_prose(gold: str) -> bool:
+    """A text of more words than a response will repeat."""
+    return _is_text(gold) and len(_WORD.findall(_plain_text(gold))) > PROSE_WORDS
 
 
 def _alone_in_text(text: str) -> str:

@@ -17,11 +17,16 @@ from pydantic import Field
 
 from rewards.base import Reward, RewardContext, RewardTraits
 from rewards.verifiers.answers import MARKERS, MAX_ANSWER_CHARACTERS, FinalAnswer, Marker, final_answer, gold_final
-from rewards.verifiers.comparison import Pair, decide
+from rewards.verifiers.comparison import Pair, decide, is_prose
 from rewards.verifiers.pool import Failed, Processes, TextRuleConfig, limit_memory
 from rewards.verifiers.symbolic import verify_pairs
 from rlkit.cluster.processes import die_with_parent
-from rlkit.experience import Group, GroupScores, Score, UserError
+from rlkit.experience import Group, GroupScores, Prompt, Score, UserError
+
+LOOKED_AT = 500
+"""Gold answers of a run's data that are looked at before it starts."""
+PROSE_SHARE = 0.05
+"""From which share on prose among them is said."""
 
 
 def _prepare() -> None:
@@ -136,6 +141,22 @@ class MathReward(Reward):
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
         return RewardTraits(answer=True, uses_gpu=False)
+
+    @classmethod
+    def doubts(cls, config: Any, prompts: Sequence[Prompt]) -> list[str]:
+        """Gold answers that are prose."""
+        some = prompts[:: max(1, len(prompts) // LOOKED_AT)]
+        golds = [(prompt, gold_final(prompt.answer).quantity) for prompt in some if prompt.answer is not None]
+        prose = [(prompt, gold) for prompt, gold in golds if is_prose(gold)]
+        if len(prose) < PROSE_SHARE * len(golds) or not prose:
+            return []
+        prompt, example = prose[0]
+        shown = example if len(example) <= 80 else example[:77] + "..."
+        return [
+            f"{len(prose) / len(golds):.0%} of the gold answers are prose, for example {shown!r} (prompt {prompt.id}): "
+            "the rule reward compares them word for word, so hardly any response is right. Name a column with short "
+            "answers (data.answer_column), or choose a reward that reads (reward=judge, reward=polar)"
+        ]
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)

@@ -203,10 +203,8 @@ class _Batch:
         """
         ranks, limit = config.ranks, config.tokens_per_microbatch
         if split:
-            parts = [piece for part in parts for piece in self._split(part, split_tree(self._tree(part), limit))]
-            if 0 < len(parts) < ranks:  # no rank is idle while another has several samples
-                count = -(-ranks // len(parts))
-                parts = [piece for part in parts for piece in self._split(part, even_pieces(self._tree(part), count))]
+            count = -(-ranks // max(1, len(parts)))  # no rank is idle while another has several samples
+            parts = [piece for part in parts for piece in self._pieces(part, count if ranks > 1 else None, limit)]
         dealt: list[list[int]] = [[] for _ in range(ranks)]
         loads = [(0, rank) for rank in range(ranks)]
         for p in sorted(range(len(parts)), key=lambda p: -parts[p].tokens):
@@ -219,6 +217,14 @@ class _Batch:
             of_ranks.append([[mine[i] for i in bins] for bins in split_by_tokens([p.tokens for p in mine], limit)])
         rounds = max(1, *map(len, of_ranks))
         return [[*dealt, *([] for _ in range(rounds - len(dealt)))] for dealt in of_ranks]
+
+    def _pieces(self, part: _Part, count: int | None, limit: int) -> list[_Part]:
+        """Within the limit; nearly equal ones, at least `count` if there are as many samples, for several ranks."""
+        fitting = split_tree(self._tree(part), limit)
+        if count is None:
+            return self._split(part, fitting)
+        even = self._split(part, even_pieces(self._tree(part), max(count, len(fitting))))
+        return [smaller for piece in even for smaller in self._split(piece, split_tree(self._tree(piece), limit))]
 
     def _split(self, part: _Part, pieces: Sequence[Sequence[int]]) -> list[_Part]:
         if len(pieces) == 1:

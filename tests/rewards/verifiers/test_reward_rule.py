@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -182,6 +183,16 @@ def test_plain_numbers() -> None:
     assert compare_plain("0.3333333", "0.3333334") is False
     assert compare_plain("1234567890123456", "1234567890123457") is False
     assert compare_plain("10 000", "10,000.0") is True
+
+
+def test_gold_answers_that_are_prose_are_said_before_the_run() -> None:
+    prose = "It depends on how warm the water was when the experiment began."
+    numbers = [replace(group(answer).prompt, id=answer) for answer in ("5", "#### 72", r"\frac{1}{2}", "east", "3 km/h")]
+    assert MathReward.doubts(MathReward.Config(), numbers * 100) == []
+    prompts = [*numbers, replace(group(prose).prompt, id="water")]
+    (said,) = MathReward.doubts(MathReward.Config(), prompts)
+    assert said.startswith("17% of the gold answers are prose, for example 'It depends on how warm") and "water" in said
+    assert MathReward.doubts(MathReward.Config(), [group(None).prompt]) == []
 
 
 def test_verdicts_and_scores(reward: MathReward) -> None:
