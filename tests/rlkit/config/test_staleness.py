@@ -10,7 +10,7 @@ from algorithms.base import Advantages, Algorithm, Experience, LossInputs, LossO
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun
-from rlkit.config.plan import plan
+from rlkit.config.report import plan
 
 
 class Plain(Algorithm):
