@@ -26,12 +26,13 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.data.rendering import render
 from rlkit.learner.batches import charge, split_tree
+from rlkit.learner.engine import load_to_train
+from rlkit.models.forward import PackedCausalLM
 from rlkit.models.packing import Tree, split_by_tokens
-from rlkit.models.policy import PackedCausalLM, load_causal_lm, resolve_dtype
+from rlkit.models.policy import load_causal_lm, resolve_dtype
 from rlkit.reward_training.engine import (
     PromptTree,
     SupervisedEngine,
-    load_to_train,
     pair_indices,
     save_language_model,
 )
@@ -158,7 +159,6 @@ class PrmScorer:
     @torch.no_grad()
     def log_ratios(self, encoded: Sequence[Encoded]) -> list[np.ndarray]:
         """q [T] float32 of every response."""
-        self.policy.eval()
         limit, members, trees = self.config.tokens_per_microbatch, [], []
         for of_prompt in _members(encoded):
             prompt, responses = encoded[of_prompt[0]].prompt, [encoded[i].response for i in of_prompt]
@@ -200,7 +200,7 @@ class PrmLearner:
         total_steps: int,
         trust_remote_code: bool = False,
     ) -> None:
-        policy = load_to_train(model_path, config, trust_remote_code)
+        policy = load_to_train(load_causal_lm, model_path, config, device, trust_remote_code=trust_remote_code)
         self.objective, self.beta = objective, beta
         self.reference = load_reference(reference_path, config, device, trust_remote_code)
         self.training = SupervisedEngine(policy, self._loss, config, device=device, total_steps=total_steps)

@@ -27,14 +27,9 @@ from rlkit.experience import Group
 from rlkit.experience.records import from_json, to_json
 from rlkit.experience.types import BoolArray
 from rlkit.learner.batches import charge, split_tree
-from rlkit.learner.engine import (
-    build_engine,
-    full_state,
-    init_process_group,
-    load_full_state,
-    optimizer_step,
-)
-from rlkit.learner.policy import save_policy
+from rlkit.learner.engine import build_engine, init_process_group, load_to_train, optimizer_step
+from rlkit.learner.policy_folder import parameter_metas, save_policy, with_buffers
+from rlkit.learner.state import full_state, load_full_state
 from rlkit.models.folder import model_folder
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import load_causal_lm
@@ -199,10 +194,11 @@ class ImplicitModel:
             learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm,
             tokens_per_microbatch=config.tokens_per_microbatch,
+            gradient_checkpointing=config.gradient_checkpointing,
             zero_stage=1 if self.device == "cuda" else 0,
         )
         self._chunk = learner.logit_elements_per_chunk
-        self.engine = build_engine(load_causal_lm(path, torch.float32), learner, self.device)
+        self.engine = build_engine(load_to_train(load_causal_lm, path, learner, self.device), learner, self.device)
         # A tree per pass: what a response scores does not depend, even in the last bit, on the groups beside it.
         self.reference = Scorer.load(
             reference_path,
@@ -220,7 +216,6 @@ class ImplicitModel:
         """beta * (log pi_phi - log pi_ref), [T] float32, of every sample of every group, in order."""
         rewards: list[np.ndarray] = []
         with torch.no_grad(), self._on_device():
-            self.engine.eval()
             for group in groups:
                 rows: dict[int, np.ndarray] = {}
                 for tree, samples in group_parts(group, self.config.tokens_per_microbatch):
@@ -256,7 +251,6 @@ class ImplicitModel:
             shares = [
                 loss for members in split for loss in self._losses([chosen[i] for i in members], total, baseline, seen)
             ]
-            self.engine.train()
             done = optimizer_step(self.engine, shares, self.config.learning_rate)
             losses.append(float(torch.stack(seen).sum()))
             norms.append(done.grad_norm)
@@ -284,8 +278,8 @@ class ImplicitModel:
 
     def save(self, folder: Path) -> None:
         with self._on_device():
-            weights = {name: value.detach().cpu().clone() for name, value in self._weights()}
-        save_policy(self.engine.module.model.config, weights.items(), folder)
+            model = self.engine.module.model
+            save_policy(model.config, *with_buffers(model, parameter_metas(model), self._weights()), folder)
         load_tokenizer(self.path).save_pretrained(folder)
 
     def state_dict(self) -> Mapping[str, Any]:

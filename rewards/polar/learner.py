@@ -19,8 +19,9 @@ from rewards.polar.triplets import PromptRows, Triplet, attainable_accuracy, con
 from rewards.verifiers.answers import final_answer
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
+from rlkit.models.forward import ModelLoadError, PackedScorer
 from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens
-from rlkit.models.policy import ModelLoadError, PackedScorer, load_scorer, load_value_model
+from rlkit.models.policy import load_scorer, load_value_model
 from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
 
 if TYPE_CHECKING:
@@ -94,7 +95,6 @@ class PolarLearner:
 
     @torch.no_grad()
     def measure(self, triplets: Sequence[Triplet]) -> PairMeasures:
-        self.training.engine.eval()
         margins = torch.cat(
             [self._margins(self.training.engine, batch) for batch, _ in self._batches(self.comparisons(triplets))]
         )
@@ -102,7 +102,6 @@ class PolarLearner:
 
     @torch.no_grad()
     def scores(self, inputs: Sequence[tuple[str, str, str]]) -> list[float]:
-        self.training.engine.eval()
         comparisons = []
         for texts in inputs:
             ids = tuple(self._serialiser.token_ids(self._serialiser.text(*texts)))

@@ -16,8 +16,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from algorithms.functional.selection import expected_calibration_error
 from rewards.preference.inputs import Encoded, Encoder, until_read
 from rlkit.config.schema import LearnerConfig
+from rlkit.models.forward import ModelLoadError, PackedScorer
 from rlkit.models.packing import Tree, pack, split_by_tokens
-from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
+from rlkit.models.policy import load_value_model
 from rlkit.reward_training.base import RewardTrainingConfig, TrainingContext
 from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
 from rlkit.reward_training.pairs import Pair
@@ -89,7 +90,7 @@ class PreferenceLearner:
         chat_template: str | None = None,
     ) -> None:
         model: Any = load_value_model(model_path, torch.float32).model
-        if type(getattr(model, "score", None)) is not nn.Linear:
+        if not isinstance(getattr(model, "score", None), nn.Linear):
             raise ModelLoadError(
                 f"{model_path}: {type(model).__name__} cannot be trained here: sequences are packed, which takes a "
                 "decoder with a linear head"
@@ -122,7 +123,6 @@ class PreferenceLearner:
 
     @torch.no_grad()
     def scores(self, pairs: Sequence[EncodedPair]) -> tuple[Array, Array]:
-        self.training.engine.eval()
         items = [together([pair], self._pad_id)[0] for pair in pairs]
         chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
         limit = self.training.config.tokens_per_microbatch

@@ -31,7 +31,7 @@ _FRACTION = re.compile(
     rf"\s*(?:\{{\s*(?P<bottom>{NUMBER})\s*\}}|(?P<bottom_digit>\d))"
 )
 _WORDS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", 
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 )  # fmt: skip
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(_WORDS)}

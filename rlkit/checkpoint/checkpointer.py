@@ -5,14 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rlkit.checkpoint.folder import RUN_STATE, Sealed, prune, remove_partial, seal, set_aside_after, stage
+from rlkit.checkpoint.folder import (
+    RUN_STATE,
+    Sealed,
+    disk_full,
+    is_disk_full,
+    prune,
+    remove_partial,
+    seal,
+    set_aside_after,
+    stage,
+)
 from rlkit.config.schema import RunConfig
 from rlkit.experience.records import from_json, to_json
 from rlkit.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rlkit.weights.tensor_file import WrittenFile
 
 REWARD_STATE = "reward_state.pt"
 
@@ -34,17 +48,50 @@ class Checkpointer:
 
     config: RunConfig
     folder: RunFolder
+    _sealing: asyncio.Task[None] | None = None
 
-    async def save(self, step: int, run: SavedRun, metrics: Mapping[str, float]) -> Sealed:
-        """Write, seal and rename `checkpoints/step_NNNNNN`, then remove old ones. `metrics`: the latest known."""
-        staged = await asyncio.to_thread(stage, self.folder.checkpoints, step)
+    async def save(self, step: int, run: SavedRun, metrics: Mapping[str, float]) -> None:
+        """Write what `checkpoints/step_NNNNNN` holds; sync, seal, rename and prune in the background.
+
+        `metrics`: the latest known. Raises DiskFullError, and what failed in sealing the checkpoint before.
+        """
+        await self.finish()
+        needed = await run.learner.checkpoint_bytes()
+        staged = await asyncio.to_thread(stage, self.folder.checkpoints, step, needed)
+        try:
+            required, written = await self._write(staged, run)
+        except Exception as error:
+            await self._give_up(step, needed, error)
+            raise
+        about = {
+            "step": step,
+            "created": time.time(),
+            "best": metrics.get(self.config.trainer.best_metric),
+            "config": self.config.model_dump(mode="json"),
+        }
+        self._sealing = asyncio.create_task(self._seal(step, needed, staged, about, required, written))
+
+    def check(self) -> None:
+        """Raise what failed in the background."""
+        if self._sealing is not None and self._sealing.done():
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
+
+    async def finish(self) -> None:
+        """Wait until the checkpoint saved last is sealed; raise what failed."""
+        if self._sealing is not None:
+            await asyncio.wait([self._sealing])
+        self.check()
+
+    async def _write(self, staged: Path, run: SavedRun) -> tuple[list[str], list[WrittenFile]]:
+        """Return the names of files that must be there, and those that were hashed while they were written."""
         producer, buffer = run.producer.state_dict(), await run.buffer.state_dict.remote()
         ready = {group.id for group in buffer["ready"]}
         producer["open"] = [entry for entry in producer["open"] if entry["id"] not in ready]
         # Data columns may be anything; they come back from the data.
         buffer["ready"] = [replace(group, prompt=replace(group.prompt, columns={})) for group in buffer["ready"]]
-        await run.learner.policy.save(staged / "policy")
-        counters = await run.learner.save_state(staged)
+        weights = await run.learner.policy.save(staged / "policy")
+        counters, states = await run.learner.save_state(staged)
         await run.reward.save(staged / "reward")
         await run.reward.save_state(staged / REWARD_STATE)
         state = {
@@ -55,16 +102,30 @@ class Checkpointer:
             "files": self.folder.sizes(),
         }
         (staged / RUN_STATE).write_text(json.dumps(to_json(state)), encoding="utf-8")
-        about = {
-            "step": step,
-            "created": time.time(),
-            "best": metrics.get(self.config.trainer.best_metric),
-            "config": self.config.model_dump(mode="json"),
-        }
-        required = [RUN_STATE, "policy/config.json", *(f"{name}.safetensors" for name in counters)]
-        sealed = await asyncio.to_thread(seal, staged, about, required)
-        await asyncio.to_thread(prune, self.folder.checkpoints, self.config.trainer.keep_checkpoints)
-        return sealed
+        return [RUN_STATE, "policy/config.json", *(f"{name}.safetensors" for name in counters)], [*weights, *states]
+
+    async def _seal(
+        self,
+        step: int,
+        needed: int,
+        staged: Path,
+        about: Mapping[str, Any],
+        required: Sequence[str],
+        written: Sequence[WrittenFile],
+    ) -> None:
+        try:
+            await asyncio.to_thread(seal, staged, about, required, written)
+            await asyncio.to_thread(prune, self.folder.checkpoints, self.config.trainer.keep_checkpoints)
+        except Exception as error:
+            await self._give_up(step, needed, error)
+            raise
+
+    async def _give_up(self, step: int, needed: int, error: Exception) -> None:
+        """Remove what was written. Raises DiskFullError if that was the reason."""
+        full = disk_full(self.folder.checkpoints, step, needed) if is_disk_full(error) else None
+        await asyncio.to_thread(remove_partial, self.folder.checkpoints)
+        if full is not None:
+            raise full from error
 
     async def restore(self, checkpoint: Sealed, run: SavedRun) -> None:
         """Restore all freshly started parts. Raises DataError if the data are not the checkpoint's."""

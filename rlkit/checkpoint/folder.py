@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -13,9 +14,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlkit.experience import UserError
+
+if TYPE_CHECKING:
+    from rlkit.weights.tensor_file import WrittenFile
 
 FORMAT = 1
 MANIFEST, RUN_STATE = "manifest.json", "run.json"
@@ -41,12 +45,43 @@ class Sealed:
         return state
 
 
-def stage(checkpoints: Path, step: int) -> Path:
-    """An empty folder for the checkpoint of `step`. Removes the remains of interrupted writes."""
+class DiskFullError(UserError): ...
+
+
+def stage(checkpoints: Path, step: int, needed: int = 0) -> Path:
+    """An empty folder for the checkpoint of `step`. Removes the remains of interrupted writes.
+
+    Raises DiskFullError if there is no room for `needed` bytes.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
     remove_partial(checkpoints)
+    if needed > shutil.disk_usage(checkpoints).free:
+        raise disk_full(checkpoints, step, needed)
     folder = checkpoints / f".step_{step:06d}.partial"
-    folder.mkdir(parents=True)
+    folder.mkdir()
     return folder
+
+
+def disk_full(checkpoints: Path, step: int, needed: int) -> DiskFullError:
+    free = shutil.disk_usage(checkpoints).free
+    return DiskFullError(
+        f"no room for the checkpoint of step {step} in {checkpoints}: it needs {needed / 2**30:.3g} GiB "
+        f"({needed} bytes), {free / 2**30:.3g} GiB ({free} bytes) are free. Free some space there, or lower "
+        "trainer.keep_checkpoints, or move the run's folder to a larger disk; then start the same command with "
+        "resume=auto"
+    )
+
+
+SAID_BY_LIBRARIES = ("No space left on device", "iostream error", "PytorchStreamWriter failed", "unexpected pos")
+"""Of safetensors, and of torch.save, which names no reason."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Also of an actor's error, whose cause Ray keeps in `cause`."""
+    errors = [error, getattr(error, "cause", None)]
+    return any(getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for one in errors) or any(
+        words in str(one) for one in errors for words in SAID_BY_LIBRARIES
+    )
 
 
 def remove_partial(checkpoints: Path) -> None:
@@ -54,27 +89,40 @@ def remove_partial(checkpoints: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def seal(staged: Path, about: Mapping[str, Any], required: Sequence[str] = ()) -> Sealed:
-    """Sync, write the manifest (`about`, sizes, hashes), rename. Raises BadCheckpointError if a required file is
-    missing."""
-    absent = [name for name in required if not (staged / name).is_file()]
+def seal(
+    staged: Path, about: Mapping[str, Any], required: Sequence[str] = (), written: Sequence[WrittenFile] = ()
+) -> Sealed:
+    """Sync, write the manifest (`about`, sizes, hashes), rename.
+
+    `written` are files that were hashed while they were written; the others are read. Raises BadCheckpointError if a
+    required file is missing or a written one has another size.
+    """
+    hashed = {file.path: file for file in written}
+    absent = [
+        name
+        for name in [*required, *(str(path.relative_to(staged)) for path in hashed)]
+        if not (staged / name).is_file()
+    ]
     if absent:
         raise BadCheckpointError(
             f"{', '.join(absent)} did not arrive in {staged}: over several nodes run_dir must lie on a file system "
             "that all of them share"
         )
-    files = {
-        str(file.relative_to(staged)): {"bytes": file.stat().st_size, "blake2b": _digest(file, sync=True)}
-        for file in sorted(staged.rglob("*"))
-        if file.is_file()
-    }
+    files = {}
+    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        if path in hashed and size != hashed[path].bytes:
+            raise BadCheckpointError(f"{path} has {size} bytes; {hashed[path].bytes} were written")
+        _sync(path)
+        digest = hashed[path].blake2b if path in hashed else _digest(path)
+        files[str(path.relative_to(staged))] = {"bytes": size, "blake2b": digest}
     manifest = {"format": FORMAT, **about, "files": files}
     with (staged / MANIFEST).open("w", encoding="utf-8") as stream:
         json.dump(manifest, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
     for folder in [*(path for path in staged.rglob("*") if path.is_dir()), staged]:
-        _sync_folder(folder)
+        _sync(folder)
     final = staged.parent / f"step_{int(about['step']):06d}"
     if final.exists():  # of a run that was resumed from before it
         doomed = staged.parent / f".{final.name}.replaced"
@@ -83,7 +131,7 @@ def seal(staged: Path, about: Mapping[str, Any], required: Sequence[str] = ()) -
         shutil.rmtree(doomed)
     else:
         staged.rename(final)
-    _sync_folder(final.parent)
+    _sync(final.parent)
     return Sealed(final, manifest)
 
 
@@ -147,18 +195,17 @@ def prune(checkpoints: Path, keep: int) -> list[Path]:
     return gone
 
 
-def _digest(file: Path, sync: bool = False) -> str:
+def _digest(file: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as stream:
         while block := stream.read(CHUNK):
             digest.update(block)
-        if sync:
-            os.fsync(stream.fileno())
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """A file or a folder, whoever wrote it."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -18,11 +18,13 @@ from rlkit.learner.batches import Microbatch, PolicyRows, Share, ValueRows
 from rlkit.learner.dealing import passes, policy_shares, value_shares
 from rlkit.learner.ranks import Rank, RankGroup
 from rlkit.weights.bundle import WeightBundle
+from rlkit.weights.publication import Canary
 
 if TYPE_CHECKING:
     from rlkit.learner.critic import Critic
     from rlkit.learner.policy import PolicyLearner
     from rlkit.learner.sender import WeightSender
+    from rlkit.weights.tensor_file import WrittenFile
 
 
 class LearnerWorker(Rank):
@@ -49,13 +51,15 @@ class LearnerWorker(Rank):
         return self.learner
 
     def learn(self, share: Share[PolicyRows]) -> dict[str, float]:
-        return self.learner.learn(share)
+        metrics = self.learner.learn(share)
+        self.release_cache()
+        return metrics
 
     def logprobs(self, microbatches: Sequence[Microbatch]) -> tuple[np.ndarray, np.ndarray]:
         """[R of all] under policy and reference."""
         return self.learner.logprobs(microbatches), self.learner.logprobs(microbatches, "reference")
 
-    def weights(self, canary: Sequence[int]) -> tuple[WeightBundle | None, int, np.ndarray]:
+    def weights(self, canary: Canary) -> tuple[WeightBundle | None, int, np.ndarray]:
         """Return weights (on rank 0; ZeRO-3 gathers on all), version and canary log-probs.
 
         An empty canary costs no forward pass, which an offloaded model could not do.
@@ -66,12 +70,12 @@ class LearnerWorker(Rank):
         else:
             for _ in self.learner.named_weights():
                 pass  # ZeRO-3 gathers on all ranks
-        logprobs = self.learner.sequence_logprobs(canary) if canary else np.empty(0, dtype=np.float32)
+        logprobs = self.learner.canary_logprobs(canary) if canary else np.empty(0, dtype=np.float32)
         return bundle, self.learner.version, logprobs
 
-    def canary_logprobs(self, canary: Sequence[int]) -> np.ndarray:
-        """[len(canary) - 1] under the current weights."""
-        return self.learner.sequence_logprobs(canary)
+    def canary_logprobs(self, canary: Canary) -> np.ndarray:
+        """Under the current weights: of all sequences, each without its first token."""
+        return self.learner.canary_logprobs(canary)
 
     def send_weights(self, workers: Sequence[Any], version: int) -> str:
         """Send weights to ready rollout workers; return the checksum (rank 0). Raises ValueError if `version` is not
@@ -103,15 +107,21 @@ class LearnerWorker(Rank):
     def _move_reference(self, device: str) -> None:
         import torch
 
+        from rlkit.learner.engine import move_frozen
+
         if self.learner.reference is not None:
-            self.learner.reference.to(device)
+            move_frozen(self.learner.reference, device)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def save(self, folder: str) -> None:
+    def checkpoint_bytes(self) -> int:
+        return super().checkpoint_bytes() + sum(meta.bytes for meta in self.learner.weight_metas())
+
+    def save(self, folder: str) -> list[WrittenFile]:
+        """Return the files of the weights (on rank 0)."""
         from rlkit.data.rendering import load_tokenizer
 
-        self.learner.save(Path(folder))
+        written = self.learner.save(Path(folder))
         if self.rank == 0:
             tokenizer = load_tokenizer(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
             if self.config.model.chat_template is not None:
@@ -120,6 +130,7 @@ class LearnerWorker(Rank):
             generation = Path(self.model_path) / "generation_config.json"
             if generation.is_file():  # some of the tokens that end a response may be named only there
                 shutil.copy(generation, folder)
+        return written
 
 
 class LearnerGroup(RankGroup):
@@ -144,13 +155,13 @@ class LearnerGroup(RankGroup):
         policy, reference = zip(*await self.call_each("logprobs", work.microbatches), strict=True)
         return work.per_sample(policy), work.per_sample(reference)
 
-    async def canary_logprobs(self, canary: Sequence[int]) -> np.ndarray:
+    async def canary_logprobs(self, canary: Canary) -> np.ndarray:
         logprobs: np.ndarray = await self.call("canary_logprobs", canary)
         return logprobs
 
-    async def publishable(self, canary: Sequence[int]) -> tuple[Any, int, np.ndarray]:
-        """Return a reference to a WeightBundle, its version, and the canary's log-probs [len(canary) - 1]."""
-        calls = [rank.weights.options(num_returns=3).remote(list(canary)) for rank in self.ranks]
+    async def publishable(self, canary: Canary) -> tuple[Any, int, np.ndarray]:
+        """Return a reference to a WeightBundle, its version, and the canary's log-probs."""
+        calls = [rank.weights.options(num_returns=3).remote(canary) for rank in self.ranks]
         logprobs = await self.answers("weights", [logprobs for _, _, logprobs in calls])
         bundle, version, _ = calls[0]
         return bundle, await version, logprobs[0]
@@ -160,8 +171,10 @@ class LearnerGroup(RankGroup):
         checksum: str = await self.call("send_weights", list(workers), version)
         return checksum
 
-    async def save(self, folder: Path) -> None:
-        await self.call("save", str(folder))
+    async def save(self, folder: Path) -> list[WrittenFile]:
+        """Write the policy as a Hugging Face folder; return the files of its weights."""
+        written: list[WrittenFile] = await self.call("save", str(folder))
+        return written
 
 
 class CriticWorker(Rank):
@@ -186,7 +199,9 @@ class CriticWorker(Rank):
         return self.critic.values(microbatches)
 
     def learn(self, share: Share[ValueRows]) -> dict[str, float]:
-        return self.critic.learn(share)
+        metrics = self.critic.learn(share)
+        self.release_cache()
+        return metrics
 
 
 class CriticGroup(RankGroup):

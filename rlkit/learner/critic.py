@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from algorithms.base import Algorithm, Denominators, ValueLossInputs
 from rlkit.config.schema import CriticConfig
 from rlkit.learner.batches import Microbatch, Minibatch, Share, ValueRows, on_device, per_token
-from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
+from rlkit.learner.engine import build_engine, learning_rate, load_to_train, optimizer_step
 from rlkit.learner.metrics import StepMetrics
 from rlkit.models.policy import load_value_model
 
@@ -38,9 +37,7 @@ class Critic:
         self.config, self.algorithm, self.device, self.total_steps = config, algorithm, device, total_steps
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.optimizer_steps = 0
-        model = load_value_model(model_path, torch.float32, trust_remote_code=trust_remote_code)
-        if config.gradient_checkpointing:
-            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = load_to_train(load_value_model, model_path, config, device, trust_remote_code=trust_remote_code)
         self.engine = build_engine(model, config, device)
 
     def values(self, microbatches: Sequence[Microbatch]) -> np.ndarray:
@@ -50,7 +47,6 @@ class Critic:
     def learn(self, share: Share[ValueRows]) -> dict[str, float]:
         """One training step towards the returns. All ranks call it, each with its share; metrics are equal on all."""
         metrics = StepMetrics("critic")
-        self.engine.train()
         for minibatch in share.minibatches:
             self._step(minibatch, metrics)
         return metrics.reduced(self.device)

@@ -1,23 +1,31 @@
-"""DeepSpeed engines: building one, an optimizer step, full fp32 state for checkpoints, offloading to the host.
-
-Full state means that another number of ranks or ZeRO stage can resume.
-"""
+"""DeepSpeed engines: building one, an optimizer step, offloading to the host."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlkit.config.schema import LearnerConfig
 from rlkit.models.policy import resolve_dtype
+
+REDUCE_BUCKET_ELEMENTS = 2**27
+"""Of gradients that ranks add up at a time. DeepSpeed's 5e8 would hold 1 GB in bf16, with ZeRO 3 for good."""
+READ_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
+"""With it set, transformers reads a tensor when it is needed."""
+T = TypeVar("T", bound=Any)
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -35,7 +43,8 @@ class GuardedAdamW(torch.optim.AdamW):
         device = gradients[0].device if gradients else torch.device("cpu")
         bad = torch.zeros(1, device=device)
         for gradient in gradients:
-            bad += (~torch.isfinite(gradient)).any()
+            # The largest value is inf or NaN if any is; torch.isfinite would take 6 bytes per element for a moment.
+            bad += ~torch.isfinite(torch.linalg.vector_norm(gradient, ord=math.inf))
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(bad)
         self.skipped = bool(bad.item() > 0)
@@ -71,45 +80,162 @@ def init_process_group(
 
     # DeepSpeed would compile its shared-memory collectives on first use: over a minute on two cores. Gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device == "cuda" else "gloo",
+    backend = "nccl" if device == "cuda" else "gloo"
+    timeout = deepspeed.constants.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
+    # The store of a group that DeepSpeed or torch makes listens on every interface, without any authentication.
+    store: dict[str, Any] = {}
+    if rank == 0:
+        listening = socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        store = {"is_master": True, "master_listen_fd": listening.detach()}
+    dist.init_process_group(
+        backend,
+        store=dist.TCPStore(address, port, world_size, timeout=timeout, **store),
         rank=rank,
         world_size=world_size,
-        **({} if seconds is None else {"timeout": timedelta(seconds=seconds)}),
+        timeout=timeout,
     )
+    deepspeed.init_distributed(dist_backend=backend, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
-    """Build a DeepSpeed engine; the caller owns gradient accumulation. Raises ValueError for bf16 without ZeRO."""
+    """Build a DeepSpeed engine; the caller owns gradient accumulation. Raises ValueError for bf16 without ZeRO.
+
+    The module must be in the compute dtype, or is cast to it: DeepSpeed makes its fp32 masters from what it computes
+    with, so in bf16 they start as the rounding of the checkpoint. The module stays in evaluation mode: dropout is never
+    active.
+    """
     import deepspeed
 
     dtype = resolve_dtype(config.dtype, device)
     if dtype == torch.bfloat16 and config.zero_stage == 0:
         raise ValueError("learner.dtype=bfloat16 needs learner.zero_stage >= 1 (fp32 master weights live there)")
-    decay = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
-    no_decay = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decay = [p for p in trained if len(full_shape(p)) >= 2]
+    no_decay = [p for p in trained if len(full_shape(p)) < 2]
     optimizer = GuardedAdamW(
         [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}],
         lr=config.learning_rate,
         betas=config.betas,
+        fused=device == "cuda",  # torch's default there takes temporaries of 8 bytes per parameter
     )
-    world_size = dist.get_world_size()
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config={
-            "train_batch_size": world_size,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.max_grad_norm,
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": config.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
-            "bf16": {"enabled": dtype == torch.bfloat16},
-            "steps_per_print": 2**31,
-            "wall_clock_breakdown": False,
-        },
-    )
+    _evaluate_always(module)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(config, device))
+    _move_buffers(engine)
     return engine
+
+
+def load_to_train(
+    load: Callable[..., T], path: str | Path, config: LearnerConfig, device: str, *, trust_remote_code: bool = False
+) -> T:
+    """A module from `load(path, dtype, ...)`, ready for `build_engine`: in the dtype that computes, of ZeRO 3 a share.
+
+    With gradient checkpointing if configured. Raises ModelLoadError with the remedy.
+    """
+    with partitioned_loading(config, device):
+        module = load(path, resolve_dtype(config.dtype, device), trust_remote_code=trust_remote_code)
+    if config.gradient_checkpointing:
+        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return module
+
+
+def load_frozen(
+    load: Callable[..., nn.Module], path: str | Path, config: LearnerConfig, device: str, trust_remote_code: bool
+) -> Any:
+    """A module that only runs forward, whole on every rank; with ZeRO 3 an engine that gathers it layer by layer.
+
+    With ZeRO 3 all ranks must make equally many passes. Raises ModelLoadError with the remedy.
+    """
+    with partitioned_loading(config, device):
+        module = load(path, resolve_dtype(config.dtype, device), trust_remote_code=trust_remote_code)
+    module.requires_grad_(False).eval()
+    if config.zero_stage != 3:
+        return module.to(device)
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=module, config=_deepspeed_config(config, device))
+    _move_buffers(engine)
+    return engine
+
+
+@contextmanager
+def partitioned_loading(config: LearnerConfig, device: str) -> Iterator[None]:
+    """With ZeRO 3, parameters that transformers loads inside are partitioned over the ranks one by one.
+
+    `from_pretrained` prepares the model without memory and sets each parameter when it is read; here it is partitioned
+    in that moment. All ranks must load the same.
+    """
+    if config.zero_stage != 3:
+        yield
+        return
+    import deepspeed
+    from deepspeed.runtime.zero.utils import is_zero_param
+
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=_deepspeed_config(config, device))
+
+    def partition(module: nn.Module, name: str, parameter: Any) -> None:
+        # Flagged is what came from the file. The rest is initialised later, whole, and DeepSpeed partitions it then.
+        was_read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
+        awaited = module._parameters.get(name)
+        if was_read and awaited is not None and awaited.is_meta and not is_zero_param(parameter):
+            parameter.data = parameter.data.clone()  # DeepSpeed writes to it, but it is a page of the file
+            init._convert_to_zero_parameters([parameter])
+
+    handle = register_module_parameter_registration_hook(partition)
+    asynchronous = os.environ.pop(READ_ONE_BY_ONE, None)
+    os.environ[READ_ONE_BY_ONE] = "1"  # transformers would read ahead, up to the whole model
+    try:
+        yield
+    finally:
+        handle.remove()
+        del os.environ[READ_ONE_BY_ONE]
+        if asynchronous is not None:
+            os.environ[READ_ONE_BY_ONE] = asynchronous
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Also of a parameter that ZeRO 3 has partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _deepspeed_config(config: LearnerConfig, device: str) -> dict[str, Any]:
+    half = resolve_dtype(config.dtype, device) == torch.bfloat16
+    return {
+        "train_batch_size": dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            # Stage 1 with fp32 accumulation would be an optimizer that keeps all fp32 gradients on every rank for good
+            # and cannot be offloaded. Stage 2 keeps a rank's share of them.
+            "stage": 2 if half and config.zero_stage == 1 else config.zero_stage,
+            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "bf16": {"enabled": half},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if half else {}),
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _evaluate_always(module: nn.Module) -> None:
+    """Dropout off for good, gradient checkpointing on if it was enabled.
+
+    transformers checkpoints only layers that are training: they say so when they are called, and not within.
+    """
+    module.eval()
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            layer.training = True
+            layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "training", False))
+            layer.register_forward_hook(lambda layer, *_: setattr(layer, "training", True), always_call=True)
+
+
+def _move_buffers(engine: Any) -> None:
+    """DeepSpeed leaves them where they are if the parameters came partitioned."""
+    for buffer in engine.module.buffers():
+        buffer.data = buffer.data.to(engine.device)
 
 
 @dataclass(frozen=True)
@@ -141,121 +267,23 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]], rate: fl
     return OptimizerStep(float(engine.get_global_grad_norm()) if norm is None else norm, skipped)
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 def guarded_adamw(optimizer: Any) -> GuardedAdamW:
     while not isinstance(optimizer, GuardedAdamW):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-WEIGHT, MOMENTS, STEP = "weight", ("exp_avg", "exp_avg_sq"), "optimizer_step"
-
-
-def full_state(engine: Any) -> dict[str, Tensor]:
-    """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` of every trained parameter and `optimizer_step`, on the CPU.
-
-    There are no moments before the first optimizer step.
-    """
-    state: dict[str, Tensor] = {STEP: torch.tensor(_steps(engine), dtype=torch.int64)}
-    if state[STEP] > 0:
-        _link_moments(engine)
-    for name, parameter in _trained_parameters(engine):
-        state[f"{WEIGHT}/{name}"] = _get(engine, parameter, None)
-        if state[STEP] > 0:
-            for key in MOMENTS:
-                state[f"{key}/{name}"] = _get(engine, parameter, key)
-    return state
-
-
-def load_full_state(engine: Any, state: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, naming a tensor, if the state belongs to another model."""
-    import deepspeed
-
-    _check(engine, state)
-    steps = int(state[STEP])
-    if steps:
-        _make_moments(engine, steps)
-    for name, parameter in _trained_parameters(engine):
-        value = state[f"{WEIGHT}/{name}"].to(parameter.device)
-        _set(engine, parameter, None, value)
-        with (
-            torch.no_grad(),
-            deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=_stage(engine) == 3),
-        ):
-            parameter.data.copy_(value)  # the copy that computes; ZeRO keeps the fp32 masters apart from it
-        for key in MOMENTS if steps else ():
-            _set(engine, parameter, key, state[f"{key}/{name}"].to(parameter.device))
-
-
-def _trained_parameters(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    module: nn.Module = engine.module
-    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-
-
-def _stage(engine: Any) -> int:
-    return int(engine.zero_optimization_stage())
-
-
-def _steps(engine: Any) -> int:
-    states = list(guarded_adamw(engine.optimizer).state.values())
-    return int(states[0]["step"]) if states else 0
-
-
-def _check(engine: Any, state: Mapping[str, Tensor]) -> None:
-    shapes = {
-        f"{WEIGHT}/{name}": tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in _trained_parameters(engine)
-    }
-    for name, shape in shapes.items():
-        if name not in state or tuple(state[name].shape) != shape:
-            raise ValueError(f"the checkpoint has no {name} of shape {shape}: it is of another model")
-
-
-def _get(engine: Any, parameter: nn.Parameter, moment: str | None) -> Tensor:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if _stage(engine) == 0:
-        value = parameter if moment is None else guarded_adamw(engine.optimizer).state[parameter][moment]
-    elif moment is None:
-        value = safe_get_full_fp32_param(parameter)
-    else:
-        value = safe_get_full_optimizer_state(parameter, moment)
-    return value.detach().float().cpu().clone().contiguous()
-
-
-def _set(engine: Any, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    if _stage(engine) == 0:
-        if moment is not None:
-            guarded_adamw(engine.optimizer).state[parameter][moment].copy_(value)
-    elif moment is None:
-        safe_set_full_fp32_param(parameter, value)
-    else:
-        safe_set_full_optimizer_state(parameter, value, moment)
-
-
-def _make_moments(engine: Any, steps: int) -> None:
-    """Create Adam's state with zero moments, as after `steps` steps."""
-    optimizer, zero, stage = guarded_adamw(engine.optimizer), engine.optimizer, _stage(engine)
-    if stage == 0:
-        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    else:
-        stepped = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-    for parameter in stepped:
-        moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
-    _link_moments(engine)
-
-
-def _link_moments(engine: Any) -> None:
-    """Let ZeRO 1 and 2 find the moments: DeepSpeed 0.19 links only those of the first parameter group."""
-    if _stage(engine) not in (1, 2):
-        return
-    from deepspeed.utils import lazy_init_hp_params_optimizer_state
-
-    zero, state = engine.optimizer, guarded_adamw(engine.optimizer).state
-    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-        lazy_init_hp_params_optimizer_state(group, flat, state)
+def move_frozen(frozen: Any, device: str) -> None:
+    """To the host, where it cannot run, or back; of a ZeRO-3 engine this rank's shares."""
+    for parameter in frozen.parameters():
+        parameter.data = parameter.data.to(device)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.to(device)
+    for buffer in frozen.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def offload(engine: Any) -> None:
@@ -282,7 +310,8 @@ def reload(engine: Any) -> None:
         for tensor in _optimizer_tensors(engine):
             tensor.data = tensor.data.to(engine.device)
     for state in guarded_adamw(engine.optimizer).state.values():
-        state["step"] = state["step"].cpu()  # DeepSpeed takes it to the GPU, where AdamW would wait for it
+        if not guarded_adamw(engine.optimizer).defaults["fused"]:
+            state["step"] = state["step"].cpu()  # DeepSpeed takes it to the GPU, where AdamW would wait for it
 
 
 def _optimizer_tensors(engine: Any) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from rlkit.config.schema import CriticConfig, RunConfig
 from rlkit.experience import Group
 from rlkit.learner.actors import CriticGroup, LearnerGroup
 from rlkit.learner.ranks import RankGroup
+
+if TYPE_CHECKING:
+    from rlkit.weights.tensor_file import WrittenFile
 
 
 @dataclass
@@ -40,11 +44,16 @@ class JointLearner:
         policy = LearnerGroup(config, policy_path, algorithm, logs, placement.of("learner"))
         return cls(algorithm, policy, critic, config.critic)
 
-    async def save_state(self, folder: Path) -> dict[str, dict[str, int]]:
-        """Write `learner.safetensors` and, with a critic, `critic.safetensors`; return their counters."""
+    async def checkpoint_bytes(self) -> int:
+        """What `save_state` and `policy.save` write, nearly."""
+        return sum(await asyncio.gather(*(part.checkpoint_bytes() for part in self._parts().values())))
+
+    async def save_state(self, folder: Path) -> tuple[dict[str, dict[str, int]], list[WrittenFile]]:
+        """Write `learner.safetensors` and, with a critic, `critic.safetensors`; return counters by name, and files."""
         parts = self._parts()
         saved = await asyncio.gather(*(part.save_state(folder / f"{name}.safetensors") for name, part in parts.items()))
-        return dict(zip(parts, saved, strict=True))
+        counters = {name: counted for name, (counted, _) in zip(parts, saved, strict=True)}
+        return counters, [written for _, written in saved]
 
     async def load_state(self, folder: Path, counters: dict[str, dict[str, int]]) -> None:
         await asyncio.gather(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,14 @@ import torch.distributed as dist
 from algorithms.base import Algorithm, Denominators, LossInputs
 from rlkit.config.schema import LearnerConfig
 from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
-from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
+from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
 from rlkit.learner.metrics import StepMetrics, mismatch
+from rlkit.learner.policy_folder import parameter_metas, save_policy, with_buffers
+from rlkit.learner.weight_names import CheckpointNames
 from rlkit.models.packing import PackedBatch, Tree, pack
-from rlkit.models.policy import load_causal_lm, resolve_dtype
+from rlkit.models.policy import load_causal_lm
 from rlkit.weights.bundle import TensorMeta, buckets
+from rlkit.weights.tensor_file import WrittenFile
 
 log = logging.getLogger(__name__)
 
@@ -50,24 +52,20 @@ class PolicyLearner:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.optimizer_steps = 0
         self.version = 0
-        dtype = resolve_dtype(config.dtype, device)
-        # fp32 on load: DeepSpeed makes the bf16 copy itself and keeps the fp32 weights as masters.
-        policy = load_causal_lm(model_path, torch.float32, trust_remote_code=trust_remote_code)
-        if config.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy = load_to_train(load_causal_lm, model_path, config, device, trust_remote_code=trust_remote_code)
         self.hf_config = policy.model.config
         self.engine = build_engine(policy, config, device)
         self.reference = None
         if algorithm.needs().reference_policy:
-            self.reference = load_causal_lm(model_path, dtype, trust_remote_code=trust_remote_code).to(device).eval()
-            self.reference.requires_grad_(False)
+            self.reference = load_frozen(load_causal_lm, model_path, config, device, trust_remote_code)
 
     # -- log-probs -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sequence_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[len - 1] log-probs at temperature 1 of every token but the first."""
-        packed = pack([Tree(token_ids[:1], (token_ids[1:],))]).to(self.device)
+    def canary_logprobs(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Log-probs at temperature 1 of all sequences in one packed row, each without its first token: [sum of
+        (length - 1)]."""
+        packed = pack([Tree(ids[:1], (ids[1:],)) for ids in sequences]).to(self.device)
         logprobs, _ = self.engine(packed, 1.0, self.config.logit_elements_per_chunk)
         return logprobs.float().cpu().numpy()
 
@@ -91,7 +89,6 @@ class PolicyLearner:
         """
         metrics = StepMetrics("policy")
         old = self._old_logprobs(share)
-        self.engine.train()
         for minibatch, before in zip(share.minibatches, old, strict=True):
             self._optimizer_step(minibatch, before, share.scalars, metrics)
         self.version += 1
@@ -182,41 +179,39 @@ class PolicyLearner:
 
     def weight_metas(self) -> list[TensorMeta]:
         """What `named_weights` yields, without gathering."""
-        return [
-            TensorMeta(name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
-            for name, parameter in self.engine.module.model.named_parameters()
-        ]
+        return self._names.metas
+
+    @cached_property
+    def _names(self) -> CheckpointNames:
+        model = self.engine.module.model
+        return CheckpointNames(model, parameter_metas(model))
 
     def named_weights(self, bucket_bytes: int = GATHERED_BYTES) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (Hugging Face name, full tensor), tied ones once. All ranks iterate.
+        """Yield (name in a checkpoint, full tensor), tied ones once. All ranks iterate.
 
         ZeRO-3 gathers `bucket_bytes` at a time and frees them again: copy what must outlive the iteration.
         """
+        return self._names.convert(self._parameters(bucket_bytes))
+
+    def _parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name in the model, full tensor)."""
         import deepspeed
 
-        parameters = dict(self.engine.module.model.named_parameters())
-        for bucket in buckets(self.weight_metas(), bucket_bytes):
+        model = self.engine.module.model
+        parameters = dict(model.named_parameters())
+        for bucket in buckets(parameter_metas(model), bucket_bytes):
             gathered = [parameters[meta.name] for meta in bucket]
             with deepspeed.zero.GatheredParameters(gathered, enabled=self.config.zero_stage == 3):
                 for meta, parameter in zip(bucket, gathered, strict=True):
                     yield meta.name, parameter.detach()
 
-    def save(self, folder: Path) -> None:
-        """Write a Hugging Face model folder (all ranks call it, rank 0 writes)."""
-        weights = {name: tensor.cpu().clone() for name, tensor in self.named_weights()}
-        if self.rank == 0:
-            save_policy(self.hf_config, weights.items(), folder)
-
-
-def save_policy(hf_config: Any, weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        # A copy: transformers writes the attention's name into the configuration, which the trained model shares.
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="sdpa")
-    model.load_state_dict(dict(weights), strict=False, assign=True)
-    model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if left:
-        raise ValueError(f"cannot save {folder}: no weights for {', '.join(left)}")
-    model.save_pretrained(folder, safe_serialization=True)
+    def save(self, folder: Path) -> list[WrittenFile]:
+        """Write a Hugging Face model folder; return its weights' files. All ranks call it, rank 0 writes."""
+        if self.rank:
+            for _ in self._parameters(GATHERED_BYTES):
+                pass  # ZeRO-3 gathers on all ranks
+            return []
+        model = self.engine.module.model
+        return save_policy(
+            self.hf_config, *with_buffers(model, parameter_metas(model), self._parameters(GATHERED_BYTES)), folder
+        )

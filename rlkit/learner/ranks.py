@@ -6,16 +6,21 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from algorithms.base import Algorithm
 from rlkit.cluster.placement import Place
 from rlkit.cluster.processes import free_port
 from rlkit.cluster.waiting import waiting
-from rlkit.config.plan import offloads
+from rlkit.config.plan import offloads, shares_gpus
 from rlkit.config.schema import LearnerConfig, RunConfig
 
+if TYPE_CHECKING:
+    from rlkit.weights.tensor_file import WrittenFile
+
 WATCH_SECONDS = 5.0
+MARGIN = 1.25
+"""Between the driver's deadline and that of the ranks' collective operations."""
 
 
 class Trained(Protocol):
@@ -53,8 +58,20 @@ class Rank(ABC):
         from rlkit.learner.engine import init_process_group
 
         torch.manual_seed(self.config.seed)
-        init_process_group(self.rank, ranks, host, port, self.config.cluster.device)
-        return self.load()
+        trainer = self.config.trainer
+        # The deadlines of the driver's waits come first: they say who waited for what.
+        seconds = max(trainer.step_timeout_seconds, trainer.startup_timeout_seconds) * MARGIN
+        init_process_group(self.rank, ranks, host, port, self.config.cluster.device, seconds)
+        loaded = self.load()
+        self.release_cache()
+        return loaded
+
+    def release_cache(self) -> None:
+        """On a GPU that others share: give back what torch's allocator keeps, before an engine wakes there."""
+        import torch
+
+        if shares_gpus(self.config.cluster) and torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @abstractmethod
     def load(self) -> Any: ...
@@ -73,30 +90,36 @@ class Rank(ABC):
 
         reload(self.trained.engine)
 
-    def save_state(self, file: str) -> dict[str, int]:
-        """Write weights and moments (rank 0) and this rank's random state; return the counters."""
+    def checkpoint_bytes(self) -> int:
+        """What `save_state` writes, apart from random states; subclasses add their own files."""
+        from rlkit.learner.state import state_metas
+        from rlkit.weights.tensor_file import file_bytes
+
+        return file_bytes(state_metas(self.trained.engine))
+
+    def save_state(self, file: str) -> tuple[dict[str, int], WrittenFile | None]:
+        """Write weights and moments (rank 0) and this rank's random state; return the counters and rank 0's file."""
         import torch
         from safetensors.torch import save_file
 
-        from rlkit.learner.engine import full_state
+        from rlkit.learner.state import save_full_state
 
-        state = full_state(self.trained.engine)
-        if self.rank == 0:
-            save_file(state, file)
+        written = save_full_state(self.trained.engine, Path(file), write=self.rank == 0)
         random = {"cpu": torch.get_rng_state()}
         if self.config.cluster.device == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
         save_file(random, f"{file}.random-{self.rank}")
-        return self.trained.counters()
+        return self.trained.counters(), written
 
     def load_state(self, file: str, counters: dict[str, int]) -> None:
         """A rank that the saved run did not have keeps its own random state."""
         import torch
         from safetensors.torch import load_file
 
-        from rlkit.learner.engine import load_full_state
+        from rlkit.learner.state import load_full_state
+        from rlkit.weights.tensor_file import TensorFile
 
-        load_full_state(self.trained.engine, load_file(file))
+        load_full_state(self.trained.engine, TensorFile(Path(file)))
         self.trained.set_counters(counters)
         if Path(f"{file}.random-{self.rank}").is_file():
             random = load_file(f"{file}.random-{self.rank}")
@@ -142,10 +165,14 @@ class RankGroup:
         (host, port) = (await self.answers("address", [self.ranks[0].address.remote()]))[0]
         return await self.call("start", len(self.ranks), host, port)
 
-    async def save_state(self, file: Path) -> dict[str, int]:
-        """Write everything that training changed; return the counters for `load_state`."""
-        counters: dict[str, int] = await self.call("save_state", str(file))
-        return counters
+    async def checkpoint_bytes(self) -> int:
+        """What a checkpoint of now will take on disk, nearly."""
+        return sum(await self.answers("checkpoint_bytes", [self.ranks[0].checkpoint_bytes.remote()]))
+
+    async def save_state(self, file: Path) -> tuple[dict[str, int], WrittenFile]:
+        """Write everything that training changed; return the counters for `load_state`, and what was written."""
+        counters, written = await self.call("save_state", str(file))
+        return counters, written
 
     async def load_state(self, file: Path, counters: dict[str, int]) -> None:
         """Restore, with any number of ranks and any ZeRO stage."""

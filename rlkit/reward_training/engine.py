@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from rlkit.config.schema import LearnerConfig
 from rlkit.experience import UserError
 from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
-from rlkit.learner.policy import save_policy
+from rlkit.learner.policy_folder import gathered_parameters, parameter_metas, save_policy, with_buffers
 from rlkit.models.packing import Tree, split_by_tokens
-from rlkit.models.policy import PackedCausalLM, load_causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +92,6 @@ class SupervisedEngine(Generic[T]):
 
         Raise StepSkipped after MAX_SKIPPED steps in a row without a finite gradient.
         """
-        self.engine.train()
         value = torch.zeros((), device=self.device)
 
         def share(microbatch: Sequence[T]) -> Tensor:
@@ -116,7 +114,6 @@ class SupervisedEngine(Generic[T]):
 
     @torch.no_grad()
     def evaluate(self, items: Sequence[T], total: float) -> float:
-        self.engine.eval()
         value = torch.zeros((), device=self.device)
         for microbatch in self._my_microbatches(items):
             loss = self._loss(self.engine, microbatch or items[:1]) / total
@@ -136,38 +133,26 @@ class SupervisedEngine(Generic[T]):
         return float(value)
 
 
-def gathered_weights(module: nn.Module, zero_stage: int) -> dict[str, Tensor]:
-    """Full CPU tensors by name; all ranks call it, as ZeRO-3 gathers."""
-    import deepspeed
-
-    weights: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=zero_stage == 3):
-            weights[name] = parameter.detach().cpu().clone()
-    return weights
-
-
-def load_to_train(path: str | Path, config: LearnerConfig, trust_remote_code: bool = False) -> PackedCausalLM:
-    """A language model in fp32, with gradient checkpointing if configured. Raise ModelLoadError."""
-    policy = load_causal_lm(path, torch.float32, trust_remote_code=trust_remote_code)
-    if config.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return policy
-
-
 def save_language_model(training: SupervisedEngine[Any], folder: Path) -> None:
+    """All ranks call it, rank 0 writes."""
     model = training.engine.module.model
-    weights = gathered_weights(model, training.config.zero_stage)
+    weights = gathered_parameters(model, training.config.zero_stage)
     if dist.get_rank() == 0:
-        save_policy(model.config, weights.items(), folder)
+        save_policy(model.config, *with_buffers(model, parameter_metas(model), weights), folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
+    for _ in weights:
+        pass  # ZeRO-3 gathers on all ranks
 
 
 def save_classifier(training: SupervisedEngine[Any], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer; all ranks call it, rank 0 writes."""
-    model = training.engine.module.model
-    weights = gathered_weights(model, training.config.zero_stage)
-    if dist.get_rank() == 0:
+    model, rank = training.engine.module.model, dist.get_rank()
+    weights = {
+        name: tensor.cpu().clone()
+        for name, tensor in gathered_parameters(model, training.config.zero_stage)
+        if rank == 0
+    }
+    if rank == 0:
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)

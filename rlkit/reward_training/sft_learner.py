@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from rlkit.config.schema import LearnerConfig
+from rlkit.learner.engine import load_to_train
 from rlkit.models.packing import Tree, pack
-from rlkit.reward_training.engine import SupervisedEngine, load_to_train, save_language_model
+from rlkit.models.policy import load_causal_lm
+from rlkit.reward_training.engine import SupervisedEngine, save_language_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class SupervisedLearner:
         total_steps: int,
         trust_remote_code: bool = False,
     ) -> None:
-        policy = load_to_train(model_path, config, trust_remote_code)
+        policy = load_to_train(load_causal_lm, model_path, config, device, trust_remote_code=trust_remote_code)
         self._chunk = config.logit_elements_per_chunk
         self.training = SupervisedEngine(policy, self._loss, config, device=device, total_steps=total_steps)
 

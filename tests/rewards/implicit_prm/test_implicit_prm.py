@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from learner_fixture import VOCABULARY, make_groups, write_tiny_model, write_tokenizer
 
 from algorithms.base import Experience
@@ -97,6 +98,18 @@ def test_loss_does_not_depend_on_microbatches(model: Path) -> None:
         losses.append(reward.update(rescored(reward, groups))["prm/loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0] < LN2
+
+
+def test_gradient_checkpointing_changes_memory_only(model: Path) -> None:
+    weights = []
+    for checkpointing in (False, True):
+        reward = prm(model, gradient_checkpointing=checkpointing)
+        reward.update(rescored(reward, labelled()))
+        weights.append(dict(reward.model.engine.module.named_parameters()))
+        layer = reward.model.engine.module.model.model.layers[0]
+        assert layer.gradient_checkpointing == layer.training == checkpointing
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-6, rtol=0)
 
 
 def masked(groups: list[Group]) -> list[Group]:

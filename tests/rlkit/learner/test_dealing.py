@@ -157,6 +157,19 @@ def test_a_share_holds_no_text_and_no_other_samples() -> None:
     assert sum(map(len, seen)) == len(set.union(*seen)) == 8 * 4 - 1  # one sample is invalid
 
 
+def test_what_attention_expands_is_charged() -> None:
+    """A long prompt's keys are copied for each sample: 16 short ones do not fit where their tokens alone would."""
+    (group,) = make_groups(count=1, samples=16, seed=6, longest=8)
+    group = replace(group, prompt=replace(group.prompt, token_ids=tuple(range(200))))
+    limit = 200 + sum(map(len, group.samples))
+    work = passes([group], config(tokens_per_microbatch=limit))
+    shares, _ = policy_shares([group], grpo_advantages([group]), config(tokens_per_microbatch=limit), AlgorithmNeeds())
+    for micro in (*work.microbatches[0], *computed(shares)):
+        tree = Tree(range(200), tuple(range(n) for n in micro.lengths))
+        assert micro.sizes == (len(micro.lengths),)
+        assert tree.charged_tokens <= limit
+
+
 def test_few_groups_are_split_so_that_no_rank_is_idle() -> None:
     groups = make_groups(count=3, samples=6, seed=2)
     advantages = replace(grpo_advantages(groups), keep=np.ones(18, dtype=np.bool_))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from learner_fixture import build_learner, grpo_advantages, make_groups, weights_of, write_tiny_model
 
-from rlkit.learner.engine import full_state, load_full_state
 from rlkit.learner.policy import PolicyLearner
+from rlkit.learner.state import full_state, load_full_state
 
 SETTINGS = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]
 

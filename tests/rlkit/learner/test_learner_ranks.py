@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -10,13 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from learner_fixture import free_port, write_partitioned_model, write_tiny_model
+from learner_fixture import build_learner, free_port, write_partitioned_model, write_tiny_model
 from learner_rank import RANKS, SCENARIOS, outcome, scenario_groups
 from paths import FIXTURES, PYTHONPATH
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from algorithms.base import Experience
 from rlkit.config.schema import LearnerConfig
 from rlkit.learner.dealing import policy_shares
+from rlkit.learner.state import full_state, load_full_state
+from rlkit.weights.tensor_file import TensorFile
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +34,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks write."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(model: Path, folder: Path) -> list[dict[str, Any]]:
     """What each rank found, for all scenarios."""
-    folder, port = tmp_path_factory.mktemp("ranks"), str(free_port())
+    port = str(free_port())
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     logs = [folder / f"rank{rank}.log" for rank in range(RANKS)]
     processes = []
@@ -93,3 +104,29 @@ def test_scenarios_are_what_their_names_say() -> None:
 def test_ranks_skip_together(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["skipped"] == {0: [1, 0], 1: [1, 0]}
+
+
+def test_zero_3_holds_shares_from_the_first_moment_on(ranks: list[dict[str, Any]]) -> None:
+    """While it loads, before and after a step; the reference, too."""
+    for found in ranks:
+        for moment, shares in found["saved"]["held"].items():
+            assert len(shares) == 9 and all(shares.values()), (moment, shares)
+
+
+def test_what_two_ranks_wrote_is_whole_and_another_stage_resumes_from_it(
+    model: Path, ranks: list[dict[str, Any]], folder: Path
+) -> None:
+    first, second = (found["saved"] for found in ranks)
+    assert first["same"] and second["same"]
+    assert second["written"] is None and second["weights"] == []
+    for written in (first["written"], *first["weights"]):
+        data = written.path.read_bytes()
+        assert (len(data), hashlib.blake2b(data, digest_size=16).hexdigest()) == (written.bytes, written.blake2b)
+    state = load_file(folder / "learner.safetensors")
+    assert state.keys() == first["state"].keys()
+    assert all(torch.equal(state[name], value) for name, value in first["state"].items())
+    saved = AutoModelForCausalLM.from_pretrained(folder / "policy").state_dict()
+    one = build_learner(model / "partitioned", zero_stage=1)
+    load_full_state(one.engine, TensorFile(folder / "learner.safetensors"))
+    assert all(torch.equal(full_state(one.engine)[name], value) for name, value in state.items())
+    assert all(torch.equal(saved[name], tensor) for name, tensor in one.named_weights())

@@ -1,0 +1,104 @@
+"""Writes a language model as a Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlkit.learner.engine import full_shape
+from rlkit.learner.weight_names import CheckpointNames
+from rlkit.weights.bundle import TensorMeta, buckets
+from rlkit.weights.tensor_file import WrittenFile, write_tensors
+
+SHARD_BYTES = 5 * 2**30
+"""Weights above it are written as several files with transformers' index."""
+
+
+def save_policy(
+    hf_config: Any,
+    metas: Sequence[TensorMeta],
+    weights: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[WrittenFile]:
+    """Write the weights, which come in the order of `metas`, config and generation config; return the weights' files.
+
+    They come under the names they have in the model, and are written under those of a checkpoint.
+    Raises ValueError, before anything is written, if a parameter of the architecture is not among them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        # A copy: transformers writes the attention's name into the configuration, which the trained model shares.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager")
+    names = {meta.name for meta in metas}
+    left = [name for name, _ in model.named_parameters() if name not in names]
+    if left:
+        raise ValueError(f"cannot save {folder}: no weights for {', '.join(left)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(metas[0].dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    checkpoint = CheckpointNames(model, metas)
+    return _write_shards(folder, checkpoint.metas, checkpoint.convert(weights), shard_bytes)
+
+
+def _write_shards(
+    folder: Path, metas: Sequence[TensorMeta], weights: Iterator[tuple[str, Tensor]], shard_bytes: int
+) -> list[WrittenFile]:
+    shards = list(buckets(metas, shard_bytes))
+    if len(shards) == 1:
+        return [write_tensors(folder / "model.safetensors", metas, weights)]
+    files: list[WrittenFile] = []
+    places: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        file = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        places |= {meta.name: file.name for meta in shard}
+        # The last shard takes the rest, so that a generator runs to its end.
+        files.append(write_tensors(file, shard, weights if i == len(shards) else _first(weights, len(shard))))
+    index = {"metadata": {"total_size": sum(meta.bytes for meta in metas)}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _first(weights: Iterator[tuple[str, Tensor]], count: int) -> Iterator[tuple[str, Tensor]]:
+    for _ in range(count):
+        yield next(weights)
+
+
+def parameter_metas(module: nn.Module) -> list[TensorMeta]:
+    """Full shapes, also of parameters that ZeRO 3 has partitioned."""
+    return [TensorMeta(name, p.dtype, full_shape(p)) for name, p in module.named_parameters()]
+
+
+def gathered_parameters(module: nn.Module, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield full tensors in the order of `parameter_metas`, one gathered at a time; all ranks iterate."""
+    import deepspeed
+
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=zero_stage == 3):
+            yield name, parameter.detach()
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to the weights (such as the router bias of some mixtures of experts)."""
+    saved = module.state_dict(keep_vars=True)
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
+
+
+def with_buffers(
+    module: nn.Module, metas: Sequence[TensorMeta], weights: Iterable[tuple[str, Tensor]]
+) -> tuple[list[TensorMeta], Iterator[tuple[str, Tensor]]]:
+    """`save_policy`'s second and third argument, with the module's persistent buffers."""
+    buffers = [TensorMeta(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in persistent_buffers(module)]
+    return [*metas, *buffers], chain(weights, persistent_buffers(module))
