@@ -138,9 +138,9 @@ def test_engines_sample_from_what_was_sent_and_groups_wait_for_it(sync: WeightSy
         assert sync.learner.policy.offloaded
         await sync.release_sampler()
         assert not sync.learner.policy.offloaded
-        logprobs = await sync.learner.policy.logprobs(after, "policy")
+        logprobs, _ = await sync.learner.policy.logprobs(after)
         assert sampled_as_the_learner(after, logprobs)
-        assert not sampled_as_the_learner(before, await sync.learner.policy.logprobs(before, "policy"))
+        assert not sampled_as_the_learner(before, (await sync.learner.policy.logprobs(before))[0])
         await sync.publish(version)
 
     run(steps())
@@ -215,7 +215,7 @@ def test_a_worker_whose_weights_arrive_damaged_is_replaced_and_given_them_anew(
         assert [health.may_sample(version) for health in sync.rollout.health] == [True] * WORKERS
         sampled = await groups_of(sync.rollout.generate(requests()))
         await sync.release_sampler()
-        assert sampled_as_the_learner(sampled, await sync.learner.policy.logprobs(sampled, "policy"))
+        assert sampled_as_the_learner(sampled, (await sync.learner.policy.logprobs(sampled))[0])
         await sync.publish(version)
 
     run(steps(), 150)
