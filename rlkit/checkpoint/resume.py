@@ -12,7 +12,7 @@ from rlkit.checkpoint.folder import BadCheckpointError, Sealed, open_checkpoint,
 from rlkit.config.compose import default_part
 from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.config.parts import CONTRACTS, plain, with_present_targets
-from rlkit.config.plan import Line
+from rlkit.config.report import Line
 from rlkit.config.schema import RunConfig
 
 FIXED = ("model", "data", "algorithm", "reward._target_", "seed", "trainer.prompts_per_step", "rollout.temperature")

@@ -12,7 +12,7 @@ from algorithms.base import Algorithm
 from rlkit.cluster.placement import Place
 from rlkit.cluster.processes import free_port
 from rlkit.cluster.waiting import waiting
-from rlkit.config.plan import offloads
+from rlkit.config.plan import offloads, shares_gpus
 from rlkit.config.schema import LearnerConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -62,7 +62,16 @@ class Rank(ABC):
         # The deadlines of the driver's waits come first: they say who waited for what.
         seconds = max(trainer.step_timeout_seconds, trainer.startup_timeout_seconds) * MARGIN
         init_process_group(self.rank, ranks, host, port, self.config.cluster.device, seconds)
-        return self.load()
+        loaded = self.load()
+        self.release_cache()
+        return loaded
+
+    def release_cache(self) -> None:
+        """On a GPU that others share: give back what torch's allocator keeps, before an engine wakes there."""
+        import torch
+
+        if shares_gpus(self.config.cluster) and torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @abstractmethod
     def load(self) -> Any: ...

@@ -43,6 +43,14 @@ class ModelShape:
     head_dim: int
     vocabulary: int
     max_positions: int | None
+    hidden: int
+    heads: int
+    intermediate: int
+    """Width of the MLP that a token passes: of all experts chosen for it, in a mixture of experts."""
+    largest: int
+    """Elements of the largest tensor: of the embedding, or of a layer's fused experts."""
+    tied: bool
+    """The head is the embedding."""
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Key-value cache of one token, all layers."""
@@ -77,25 +85,62 @@ def _no_folder(path: str, folder: Path) -> str:
 
 
 def _shape(config: dict[str, Any], folder: Path) -> ModelShape:
-    text = config.get("text_config", config)
+    text = _usual_names(config.get("text_config", config))
     heads = int(text["num_attention_heads"])
     positions = text.get("max_position_embeddings")
+    hidden, vocabulary = int(text["hidden_size"]), int(text["vocab_size"])
+    sizes = _tensor_sizes(folder)
     return ModelShape(
-        parameters=_count_parameters(folder),
+        parameters=sum(sizes.values()) if sizes else None,
         layers=int(text["num_hidden_layers"]),
         kv_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
-        vocabulary=int(text["vocab_size"]),
+        head_dim=int(text.get("head_dim") or hidden // heads),
+        vocabulary=vocabulary,
         max_positions=None if positions is None else int(positions),
+        hidden=hidden,
+        heads=heads,
+        intermediate=_intermediate(text, hidden),
+        largest=max([*sizes.values(), vocabulary * hidden]),
+        tied=bool(text.get("tie_word_embeddings")) if not sizes else not any("lm_head" in name for name in sizes),
     )
 
 
-def _count_parameters(folder: Path) -> int | None:
-    files = sorted(folder.glob("*.safetensors"))
-    return sum(math.prod(shape) for file in files for shape in _tensor_shapes(file)) if files else None
+_OTHER_NAMES = {
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("n_embd", "d_model"),
+    "max_position_embeddings": ("n_positions", "max_seq_len"),
+}
+"""Of GPT-2, GPT-J, GPT-Neo, Bloom, MPT: transformers' `attribute_map`."""
 
 
-def _tensor_shapes(file: Path) -> Iterator[list[int]]:
+def _usual_names(text: dict[str, Any]) -> dict[str, Any]:
+    others = {
+        usual: text[name]
+        for usual, names in _OTHER_NAMES.items()
+        for name in names
+        if usual not in text and name in text
+    }
+    return {**others, **text}
+
+
+def _intermediate(text: dict[str, Any], hidden: int) -> int:
+    width = text.get("intermediate_size") or text.get("ffn_dim") or text.get("n_inner") or 4 * hidden
+    chosen = text.get("num_experts_per_tok")
+    if not chosen:
+        return int(width)
+    shared = text.get("shared_expert_intermediate_size") or 0
+    return int(chosen) * int(text.get("moe_intermediate_size") or width) + int(shared)
+
+
+def _tensor_sizes(folder: Path) -> dict[str, int]:
+    """Elements of every tensor; empty if the weights are in another format."""
+    return {
+        name: math.prod(shape) for file in sorted(folder.glob("*.safetensors")) for name, shape in _tensor_shapes(file)
+    }
+
+
+def _tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
     """From the header: 8 bytes of length, then JSON. Raises ValueError for a truncated file."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -105,4 +150,4 @@ def _tensor_shapes(file: Path) -> Iterator[list[int]]:
         header = json.loads(stream.read(size))
     for name, tensor in header.items():
         if name != "__metadata__":
-            yield tensor["shape"]
+            yield name, tensor["shape"]

@@ -67,7 +67,8 @@ def load(arguments: Sequence[str]) -> ResolvedRun:
             refused.append(ConfigIssue(argument, f"has no effect in rlkit.sft; what has: {', '.join(USED)}"))
     if refused:
         raise ConfigError(refused)
-    resolved = load_config([*arguments, "reward=rule"])  # no reward is used; this one asks for nothing but an answer
+    # No reward is used; this one asks for nothing but an answer.
+    resolved = load_config([*arguments, "reward=rule"], starts=False)
     if "references" not in resolved.make_data_source().provides():
         raise ConfigError([ConfigIssue("data", "has no reference answers; for data=jsonl name their column")])
     if resolved.config.cluster.device == "cpu" and resolved.config.learner.ranks > 1:

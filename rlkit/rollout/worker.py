@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlkit.config.plan import engines_sleep, weight_route
+import numpy as np
+
+from rlkit.config.plan import engines_sleep, samples_have_seeds, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group, Prompt, Sample
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
 from rlkit.weights.bundle import WeightBundle
-from rlkit.weights.publication import WeightReceipt
+from rlkit.weights.publication import Canary, WeightReceipt
 
 T = TypeVar("T")
 
@@ -98,6 +100,8 @@ class RolloutWorker:
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0))
         while self.sampler.busy:
             self.sampler.step()
+        if engines_sleep(config):
+            self.sampler.sleep(2)  # the learner loads on the same GPU; weights come before anything is sampled
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[str, ...] | list[Group]]:
         """Yield all groups that finished since the last yield (at least one), then their ids.
@@ -129,6 +133,7 @@ class RolloutWorker:
             yield tuple(group.id for group in groups)
 
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
+        seeded = samples_have_seeds(self.config)
         for request in requests:
             self.open[request.id] = _Open(request, self.version, done)
             for index in range(request.responses):
@@ -136,7 +141,7 @@ class RolloutWorker:
                     Request(
                         id=f"{request.id}:{index}",
                         prompt=request.prompt.token_ids,
-                        seed=sample_seed(request.seed, request.id, index),
+                        seed=sample_seed(request.seed, request.id, index) if seeded else None,
                         max_tokens=self.rollout.max_response_tokens,
                         temperature=self.rollout.temperature if index < request.samples else 0.0,
                     )
@@ -230,19 +235,23 @@ class RolloutWorker:
         if step == "finish_weight_update":
             self.version, self.checksum, self.announced = version, self.sampler.received_checksum(), None
 
-    async def confirm(self, canary: Sequence[int]) -> WeightReceipt:
+    async def confirm(self, canary: Canary) -> WeightReceipt:
         return await self._in_thread(lambda: self._confirm(canary))
 
-    def _confirm(self, canary: Sequence[int]) -> WeightReceipt:
+    def _confirm(self, canary: Canary) -> WeightReceipt:
         self.sampler.wake("kv_cache")
-        return WeightReceipt(self.version, self.checksum, self.announced, self.sampler.prompt_logprobs(canary))
+        loaded = self.sampler.loaded()
+        # A layer that was written in part holds what was in memory before: nothing is computed with that.
+        usable = loaded is None or not loaded.unwritten
+        logprobs = self.sampler.prompt_logprobs(canary) if usable else np.empty(0, np.float32)
+        return WeightReceipt(self.version, self.checksum, self.announced, logprobs, loaded)
 
     async def admit(self) -> None:
         """Take groups again: the receipt was accepted."""
         self.closed = False
         self.admission.release()
 
-    async def load_weights(self, bundle: WeightBundle, canary: Sequence[int]) -> WeightReceipt:
+    async def load_weights(self, bundle: WeightBundle, canary: Canary) -> WeightReceipt:
         """`prepare`, `take` and `confirm` in one call."""
         await self.prepare()
         await self.take(bundle)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlkit import cli
-from rlkit.config.help import headline
+from rlkit.config.compose import headline
 
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets", "math_verify")
 
@@ -71,7 +71,7 @@ def test_dry_run_prints_the_plan_and_loads_nothing_heavy(repository: Path, bare_
     assert "2 prompts = 10 responses" in done.stdout
     assert "100 steps x 3 = 300 optimizer steps" in done.stdout
     assert "12,800 parameters" in done.stdout
-    assert "250.0 KiB + activations" in done.stdout  # 16 bytes for each parameter, and 4 for the reference's
+    assert "weights 50.0 KiB" in done.stdout
     assert "rlkit: warning: rollout.top_p=0.9" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -80,12 +80,16 @@ def test_the_plan_counts_every_model(repository: Path, bare_model: Path, tmp_pat
     base = [f"model.path={bare_model}", f"run_dir={tmp_path}/run", "dry_run=true"]
     ppo = ["algorithm=ppo", "algorithm.kl_coefficient=0.1", "reward=implicit_prm", f"reward.model_path={bare_model}"]
     lines = train(repository, *base, *ppo).stdout.splitlines()
-    amount = {name: line for line in lines for name in ("learner", "critic", "reward") if f" {name}, each" in line}
-    assert "250.0 KiB" in amount["learner"]  # 16 bytes for each of 12,800 parameters, and 4 for the reference
-    assert "200.0 KiB" in amount["critic"]
-    assert "250.0 KiB" in amount["reward"]
-    assert " reward polar, each worker" in train(repository, *base, "reward=[rule,polar]").stdout
-    assert " reward, each worker" not in train(repository, *base, "reward=rule").stdout
+    amount = {name: line for line in lines for name in ("learner", "critic", "reward") if f"{name} " in line[:20]}
+    for trained in ("learner", "critic"):  # 12,800 parameters
+        assert "Adam's moments 100.0 KiB" in amount[trained]
+        assert "gradients 50.0 KiB" in amount[trained]
+    assert "reference 50.0 KiB" in amount["learner"]
+    assert "reference" not in amount["critic"]
+    assert "weights 250.0 KiB" in amount["reward"]
+    with_polar = train(repository, *base, "reward=[rule,polar]").stdout
+    assert "activations" in next(line for line in with_polar.splitlines() if "reward worker" in line)
+    assert "activations" not in train(repository, *base, "reward=rule").stdout.split("reward worker")[1]
 
 
 def test_validating_leaves_no_folder_behind(bare_model: Path, tmp_path: Path, repository: Path) -> None:
@@ -102,7 +106,7 @@ def test_help_lists_groups_options_and_every_key(repository: Path) -> None:
     assert done.returncode == 0, done.stderr
     for text in (
         "grpo (default)",
-        "trainer.total_steps  an integer, at least 1; default 100",
+        "trainer.total_steps  an integer, at least 1; default 60 (model=tiny; else 100)",
         "Peak learning rate of AdamW.",
         "one of auto, float32, bfloat16",
         "algorithm.samples_per_prompt",

@@ -14,7 +14,8 @@ from learner_fixture import build_learner, grpo_advantages, make_groups, weights
 
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
-from rlkit.config.plan import engines_sleep, offloads, plan, weight_route
+from rlkit.config.plan import engines_sleep, offloads, weight_route
+from rlkit.config.report import plan
 from rlkit.config.schema import RunConfig
 from rlkit.learner.engine import offload, reload
 from rlkit.learner.policy import PolicyLearner
@@ -235,9 +236,9 @@ def test_the_way_follows_from_device_and_placement(tmp_path: Path, overrides: li
         (["cluster=single_gpu", "rollout.sleep=never"], {"learner", "critic"}),
         (["cluster=single_gpu", "trainer.max_staleness=1"], set()),
         (["cluster=single_gpu", "cluster.placement=apart"], set()),
-        (["cluster=multi_gpu"], {"engines"}),
-        (["cluster=multi_node", "learner.offload=always"], {"engines", "learner"}),
-        (["cluster=multi_gpu", "rollout.workers=4", "rollout.tensor_parallel_size=2"], {"engines"}),
+        (["cluster=multi_gpu"], {"engines", "learner", "critic"}),
+        (["cluster=multi_node", "critic.offload=never"], {"engines", "learner"}),
+        (["cluster=multi_gpu", "learner.offload=never", "rollout.workers=4"], {"engines", "critic"}),
         (["cluster=multi_gpu", "rollout.tensor_parallel_size=2", "cluster.placement=apart"], set()),
     ],
 )

@@ -1,0 +1,371 @@
+"""Peak memory of every process of a run, predicted from the model's shape and the configuration, without torch.
+
+Bytes under the names of what they hold. How DeepSpeed 0.19.8 holds a model: `deepspeed/runtime/zero/stage_1_and_2.py`,
+`stage3.py`. On CPUs held against measured peaks (`benchmarks/memory.py`, docs/results.md); on GPUs not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewards.base import TrainableReward
+from rlkit.config.parts import ResolvedRun, import_part
+from rlkit.config.plan import engines_sleep, offloads, shares_gpus, weight_route
+from rlkit.config.schema import LearnerConfig, RolloutConfig
+from rlkit.models.folder import ModelShape, check_model_folder
+
+GIB, MIB = 2**30, 2**20
+Parts = dict[str, float]
+"""Bytes by what they hold."""
+
+REDUCE_ELEMENTS = 2**27
+"""`reduce_bucket_size` (`rlkit/learner/engine.py`)."""
+GATHER_ELEMENTS, STEP_ELEMENTS = 10**9, 10**9
+"""DeepSpeed's defaults for ZeRO 3: `max_live_parameters`, `sub_group_size`."""
+MALLOC_KEEPS = 32 * MIB
+"""glibc maps larger blocks by themselves (DEFAULT_MMAP_THRESHOLD_MAX) and returns them when they are freed."""
+GATHERED = 2**29
+"""Full weights that are gathered at a time to be saved or packed (`rlkit/learner/policy.py`)."""
+BASES = {"driver": 0.46, "buffer": 0.1, "ray": 0.45, "engine": 0.75, "rank": 0.55, "reward": 0.2, "model": 0.55}
+"""GiB that a process holds on a CPU without model or data, measured; `ray`: of its own processes together; `model`: a
+reward that loads one."""
+IMPORTED = 0.45
+"""GiB of a rank that has imported torch, transformers and DeepSpeed, before it computes; measured."""
+CUDA_HOST = 3.0
+"""GiB of host memory of a process with torch for CUDA and a context. An estimate."""
+CUDA_CONTEXT = 1.0
+"""GiB of GPU memory of a process: context, libraries, NCCL. An estimate."""
+ENGINE_ASLEEP = 2.0
+"""GiB of GPU memory that a sleeping engine keeps: context, CUDA graphs, NCCL. An estimate."""
+ENGINE_WORKS = 2.0
+"""GiB of an engine's share that go to activations and CUDA graphs, not to the key-value cache. An estimate."""
+FRAGMENTS = 0.08
+"""Share of what comes and goes in an update that torch's allocator on a GPU cannot use again. An estimate."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a process holds at its peak in one phase of a step."""
+
+    host: Parts = field(default_factory=dict)
+    device: Parts = field(default_factory=dict)
+    """On each of its GPUs."""
+
+
+Phases = dict[str, Phase]
+
+
+def total(parts: Mapping[str, float]) -> float:
+    return sum(parts.values())
+
+
+def size_text(count: float) -> str:
+    for unit, scale in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def element_bytes(dtype: str, cuda: bool) -> int:
+    return 4 if dtype == "float32" or (dtype == "auto" and not cuda) else 2
+
+
+def activations(shape: ModelShape, tokens: int, width: int, *, checkpointing: bool) -> Parts:
+    """What the backward pass of a micro-batch finds: saved tensors of Llama-like layers, per token.
+
+    Both norms save their input in fp32 (with fp32 it is the residual stream itself), the normalised and the scaled
+    state; attention its inputs and its output; the MLP the inputs of its four products.
+    """
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 2 * shape.hidden * (4 + 2 * width)
+    attention = width * (2 * queries + 2 * max(keys, queries if width == 4 else keys) + queries)
+    layer = tokens * (norms + attention + 4 * width * shape.intermediate)
+    if not checkpointing:
+        return {"activations": layer * shape.layers}
+    gradients = tokens * width * (2 * shape.intermediate + 2 * shape.hidden)
+    return {"activations": tokens * width * shape.hidden * shape.layers + layer + gradients}
+
+
+def head(shape: ModelShape, section: LearnerConfig, width: int) -> Parts:
+    """Chunks of fp32 logits, and the head's gradient with one chunk's product (`rlkit/models/logprobs.py`)."""
+    weight = shape.vocabulary * shape.hidden
+    elements = min(section.logit_elements_per_chunk, shape.vocabulary * section.tokens_per_microbatch)
+    return {"logits": 5.0 * 4 * elements, "gradient of the head": weight * (4.0 + 4)}
+
+
+def _stage(section: LearnerConfig, width: int) -> int:
+    """In bf16 stage 1 runs as 2 (`rlkit/learner/engine.py`)."""
+    return 2 if width == 2 and section.zero_stage == 1 else section.zero_stage
+
+
+def resting(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -> Parts:
+    """Between updates, after the first."""
+    parameters, ranks, stage = float(shape.parameters or 0), section.ranks, _stage(section, width)
+    parts = {"weights": width * parameters / (ranks if stage == 3 else 1)}
+    if stage:
+        parts["fp32 masters"] = 4 * parameters / ranks
+    parts["Adam's moments"] = 8 * parameters / (ranks if stage else 1)
+    if stage == 3:  # buffers that are never freed; on a CPU untouched pages cost nothing
+        parts["gradients"] = 4 * parameters / ranks
+        parts["reduction bucket"] = width * (REDUCE_ELEMENTS if cuda else min(parameters, REDUCE_ELEMENTS))
+    return parts
+
+
+def backward(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -> Parts:
+    """Beside `resting`, while the last micro-batch computes: gradients of the ones before, and DeepSpeed's buckets."""
+    parameters, ranks, stage = float(shape.parameters or 0), section.ranks, _stage(section, width)
+    bucket = REDUCE_ELEMENTS if cuda else min(parameters, REDUCE_ELEMENTS)  # on a CPU untouched pages cost nothing
+    parts: Parts = {}
+    if stage < 2:
+        parts["gradients"] = width * parameters  # whole; partitioned at the end
+    elif stage == 2:
+        parts["gradients"] = 4 * parameters / ranks * (2 if width == 4 else 1)  # in fp32 the sum and the new ones
+    if stage == 2:
+        parts["reduction bucket"] = 2.0 * width * bucket  # and its flat copy
+    elif stage == 3:
+        parts["flat copy of the bucket"] = width * bucket
+    if stage == 3 and ranks > 1:
+        parts["gathered parameters"] = width * min(parameters, GATHER_ELEMENTS)
+    parts |= activations(shape, section.tokens_per_microbatch, width, checkpointing=section.gradient_checkpointing)
+    return parts | head(shape, section, width)
+
+
+def stepping(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -> Parts:
+    """Beside `resting`, at the end of the last backward pass or in the optimizer: no activations any more."""
+    parameters, ranks, stage = float(shape.parameters or 0), section.ranks, _stage(section, width)
+    share = parameters / (ranks if stage else 1)
+    # AdamW's denominator on a CPU; on a GPU it is fused, and the norm widens one gradient after the other to fp64.
+    widest = 8 * min(float(shape.largest), share)
+    spare: Parts = {"temporaries of the step": widest if cuda or stage == 0 else 8 * share}
+    if stage == 0:
+        return {"gradients": 4 * parameters, **spare}
+    if stage == 3:
+        group = min(share, STEP_ELEMENTS)
+        spare = {"temporaries of the step": 8 * float(shape.largest) / ranks if cuda else 8 * group}
+        return {"fp32 copy of gradients": 4 * group, **spare}
+    if stage == 1:
+        bucket = 2 * 4 * min(parameters, REDUCE_ELEMENTS)  # and its flat copy
+        reducing = {"gradients": 4 * parameters - bucket / 2 + 4 * share, "reduction bucket": bucket}
+        return max(reducing, {"fp32 copy of gradients": 8 * share, **spare}, key=total)
+    if width == 2:
+        return {"gradients": 4 * share, **spare}
+    return {"fp32 copy of gradients": 8 * share, **spare}
+
+
+def kept(shape: ModelShape, section: LearnerConfig) -> float:
+    """Bytes that malloc keeps after an update on a CPU: of activations and gradients in blocks below `MALLOC_KEEPS`."""
+    tokens = section.tokens_per_microbatch
+    passing = activations(shape, tokens, 4, checkpointing=section.gradient_checkpointing)["activations"]
+    widest = 4 * tokens * max(shape.intermediate, shape.hidden)
+    layers = float(shape.parameters or 0) - shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    block = 4 * shape.hidden * max(shape.intermediate, shape.hidden)
+    return (passing if widest < MALLOC_KEEPS else 0.0) + (4 * layers if block < MALLOC_KEEPS else 0.0)
+
+
+def rank_phases(
+    shape: ModelShape,
+    section: LearnerConfig,
+    *,
+    cuda: bool,
+    reference: bool = False,
+    offloaded: bool = False,
+    bundle: bool = False,
+    bucket: float = GATHERED,
+) -> Phases:
+    """Phases of one rank of a model in training: load, update, publish (`bundle`: through the object store), save,
+    and rest (on GPUs, while the engines sample)."""
+    width = element_bytes(section.dtype, cuda)
+    parameters, ranks, stage = float(shape.parameters or 0), section.ranks, _stage(section, width)
+    base: Parts = {"process": (CUDA_HOST if cuda else BASES["rank"]) * GIB}
+    whole = width * parameters
+    still: Parts = {"reference": whole / (ranks if stage == 3 else 1)} if reference else {}
+    still |= resting(shape, section, width, cuda)
+    working = max(backward(shape, section, width, cuda), stepping(shape, section, width, cuda), key=total)
+    saved: Parts = {"a bucket in fp32": min(4 * parameters, 2.0 * GATHERED)}
+    fresh = {name: size for name, size in still.items() if name not in ("Adam's moments", "reduction bucket")}
+    reuse = 0.0 if cuda else kept(shape, section)
+    pieces = whole + max(0.0, whole - reuse)  # the tensors one by one, and together
+    packed: Parts = {"bundle of the weights": pieces} if bundle else {"a bucket": min(whole, bucket)}
+    if not cuda:
+        freed: Parts = {"freed, kept by malloc": reuse}
+        late = {**stepping(shape, section, width, cuda), **freed}
+        working = max(backward(shape, section, width, cuda), late, key=total)
+        gathered: Parts = {"gathered parameters": min(whole, GATHERED)} if stage == 3 and ranks > 1 else {}
+        return {
+            "load": Phase({"process": IMPORTED * GIB, **_mapped(fresh, whole, stage, ranks)}),
+            "update": Phase({**base, **still, **working}),
+            "publish": Phase({**base, **still, **freed, **packed, **gathered}),
+            "save": Phase({**base, **still, **freed, **saved}),
+        }
+    context: Parts = {"CUDA": CUDA_CONTEXT * GIB}
+    lost: Parts = {"fragments": FRAGMENTS * total(working)}
+    rests = dict(still)
+    host = dict(base)
+    if offloaded:
+        rests = {"weights": still["weights"]} if stage == 3 else {}  # `rlkit/learner/engine.py:offload`
+        waiting = {name: size for name, size in still.items() if name not in (*rests, "reduction bucket")}
+        host |= {f"offloaded {name}": size for name, size in waiting.items()}
+    file: Parts = {"weights of the file": min(whole, GATHERED) if stage == 3 else whole}
+    return {
+        "load": Phase({**base, **file}, {**context, **fresh, "gradients": 4 * parameters / ranks}),
+        "update": Phase(base, {**context, **still, **working, **lost}),
+        "publish": Phase(base | (packed if bundle else {}), {**context, **still, **({} if bundle else packed)}),
+        "save": Phase(base | saved, {**context, **still, "a bucket": min(whole, GATHERED)}),
+        "rest": Phase(host, {**context, **rests}),
+    }
+
+
+def _mapped(parts: Parts, whole: float, stage: int, ranks: int) -> Parts:
+    """On a CPU weights are pages of the file until they are read or copied: in memory only then."""
+    if stage == 0:
+        return {"weights": parts["weights"]} if ranks > 1 else {}
+    parts = {name: size for name, size in parts.items() if name != "reference" or stage == 3}
+    return {**parts, "weights of the file": whole}
+
+
+def engine_phases(shape: ModelShape, rollout: RolloutConfig, gpu: float | None, *, cuda: bool, sleeps: bool) -> Phases:
+    """Phases of a rollout worker: sample, publish, and asleep. `gpu`: bytes of one GPU."""
+    width = element_bytes(rollout.dtype, cuda)
+    whole = width * float(shape.parameters or 0)
+    if not cuda:
+        process: Parts = {"process": BASES["engine"] * GIB, "weights": whole + _packed_head(shape, width)}
+        process["key-value cache"] = rollout.memory_gib * GIB
+        return {"sample": Phase(process), "publish": Phase(process)}
+    host: Parts = {"process": CUDA_HOST * GIB}
+    weights = whole / rollout.tensor_parallel_size
+    asleep: Parts = {"CUDA of the engine": ENGINE_ASLEEP * GIB}
+    share = rollout.gpu_memory_utilization * gpu if gpu else weights + ENGINE_WORKS * GIB
+    awake: Parts = {"weights of the engine": weights, "engine: cache, activations, graphs": max(0.0, share - weights)}
+    return {
+        "sample": Phase(host, awake),
+        "publish": Phase(host, {**asleep, "weights of the engine": weights} if sleeps else awake),
+        "update": Phase(host, asleep if sleeps else awake),
+    }
+
+
+def _packed_head(shape: ModelShape, width: int) -> float:
+    """vLLM packs the head anew on a CPU, also a tied one, beside the embedding."""
+    return float(width * shape.vocabulary * shape.hidden)
+
+
+@dataclass(frozen=True)
+class Process:
+    name: str
+    count: int
+    phases: Phases
+    on_gpu: int = 0
+    """How many of them share one GPU; 0: none is on a GPU."""
+
+    def host(self) -> float:
+        """Peak bytes of one."""
+        return max(total(phase.host) for phase in self.phases.values())
+
+
+def learner_phases(run: ResolvedRun) -> Phases:
+    config, cuda = run.config, run.config.cluster.device == "cuda"
+    return rank_phases(
+        check_model_folder(config.model.path),
+        config.learner,
+        cuda=cuda,
+        reference=run.make_algorithm().needs().reference_policy,
+        offloaded=cuda and offloads(config, config.learner),
+        bundle=weight_route(config.cluster, config.rollout, config.learner) == "object_store",
+        bucket=2.0 * config.cluster.weight_bucket_mib * MIB,
+    )
+
+
+def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
+    """All processes of a run. `gpu`: bytes of one GPU, if known."""
+    config, cuda = run.config, run.config.cluster.device == "cuda"
+    shape = check_model_folder(config.model.path)
+    groups = step_bytes(run)
+    alone: Phases = {"run": Phase({"process": BASES["driver"] * GIB, "groups of a step": 2 * groups})}
+    buffer: Phases = {"run": Phase({"process": BASES["buffer"] * GIB, "groups of a step": groups})}
+    parts = [Process("driver", 1, alone), Process("buffer", 1, buffer)]
+    if config.cluster.address is None:
+        held = {"process": BASES["ray"] * GIB, "object store": stored_bytes(run)}
+        parts.append(Process("Ray", 1, {"run": Phase(held)}))
+    engine = engine_phases(shape, config.rollout, gpu, cuda=cuda, sleeps=engines_sleep(config))
+    parts.append(Process("rollout engine", config.rollout.workers, engine, int(cuda)))
+    parts.append(Process("learner rank", config.learner.ranks, learner_phases(run), int(cuda)))
+    if run.make_algorithm().needs().critic:
+        valued = check_model_folder(config.critic.path or config.model.path)
+        offloaded = cuda and offloads(config, config.critic)
+        critic = rank_phases(valued, config.critic, cuda=cuda, offloaded=offloaded)
+        parts.append(Process("critic rank", config.critic.ranks, critic, int(cuda)))
+    return [*parts, *_rewards(run, cuda)]
+
+
+def _rewards(run: ResolvedRun, cuda: bool) -> list[Process]:
+    """The reward's workers, with the models that the reward or its parts load; and the verifier's, if it has any."""
+    section, workers = run.config.reward, run.reward_config.workers
+    parts = section.get("parts")
+    named = [part for part in parts.values() if isinstance(part, Mapping)] if isinstance(parts, Mapping) else [section]
+    models = [size for part in named if (size := _model_bytes(part, cuda))]
+    passes = sum(min(GIB, size + 64 * MIB) for size in models)
+    held: Parts = {"weights": sum(models), "activations": passes} if models else {}
+    process: Parts = {"process": (CUDA_HOST if cuda and models else BASES["model" if models else "reward"]) * GIB}
+    phase = Phase(process, held) if cuda else Phase(process | held)
+    shared = -(-workers // max(1, run.config.learner.ranks)) if models and cuda else 0
+    rewards = [Process("reward worker", workers, {"score": phase}, shared)]
+    if run.reward_class is run.verifier_class and run.reward_config == run.verifier_config:
+        return rewards
+    verifier: Phases = {"judge": Phase({"process": BASES["reward"] * GIB})}
+    return [*rewards, Process("verifier", run.verifier_config.workers, verifier)]
+
+
+def _model_bytes(section: Mapping[str, Any], cuda: bool) -> float | None:
+    """What a reward's model takes: trained in fp32 with its reference, or only used. None: it loads no model here."""
+    cls, path = import_part("reward", section["_target_"]), section.get("model_path")
+    own = {key: value for key, value in section.items() if key in cls.Config.model_fields}
+    if not isinstance(path, str) or not cls.traits(cls.Config(**own)).uses_gpu:
+        return None
+    width = element_bytes(str(section.get("dtype", "auto")), cuda)
+    size = 16 + width if issubclass(cls, TrainableReward) else width
+    return float(size * (check_model_folder(path).parameters or 0))
+
+
+def step_bytes(run: ResolvedRun) -> float:
+    """Groups of a step: ids, log-probs and text of every response at full length, and of the prompts."""
+    config = run.config
+    prompts, responses = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
+    tokens = prompts + run.algorithm_config.samples_per_prompt * responses
+    return float(16 * config.trainer.prompts_per_step * tokens)
+
+
+def stored_bytes(run: ResolvedRun) -> float:
+    """What the object store holds at most: two versions of the weights, if they go that way, and the groups."""
+    config = run.config
+    width = element_bytes(config.learner.dtype, config.cluster.device == "cuda")
+    whole = float(check_model_folder(config.model.path).parameters or 0) * width
+    bundles = 2 * whole if weight_route(config.cluster, config.rollout, config.learner) == "object_store" else 0.0
+    return bundles + 5 * step_bytes(run)
+
+
+def object_store_bytes(run: ResolvedRun) -> float:
+    """Size of the object store: `cluster.object_store_gib`, or room for what it holds."""
+    asked = run.config.cluster.object_store_gib
+    return max(0.5 * GIB, 1.2 * stored_bytes(run)) if asked is None else asked * GIB
+
+
+def gpu_phases(run: ResolvedRun, gpu: float | None) -> dict[str, Parts]:
+    """What the fullest GPU holds in each phase, by process and part. Colocated: all that share it; apart: by kind."""
+    there = [process for process in processes(run, gpu) if process.on_gpu]
+    if not shares_gpus(run.config.cluster):
+        return {f"{process.name}, {name}": phase.device for process in there for name, phase in process.phases.items()}
+    return {
+        name: {
+            f"{process.name}: {part}": process.on_gpu * size
+            for process in there
+            for part, size in _in_phase(process.phases, name).device.items()
+        }
+        for name in ("load", "sample", "update", "publish", "save")
+    }
+
+
+def _in_phase(phases: Phases, name: str) -> Phase:
+    """The engine sleeps while ranks load and save; ranks rest while it samples; a reward's memory stays."""
+    other = {"load": "update", "save": "update", "sample": "rest"}.get(name, name)
+    return phases.get(name) or phases.get(other) or next(iter(phases.values()))

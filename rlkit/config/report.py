@@ -1,0 +1,206 @@
+"""The plan of a run as text: parts, actors, batches, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlkit.config.machine import host_bytes, this_machine
+from rlkit.config.memory import GIB, element_bytes, gpu_phases, processes, size_text, total
+from rlkit.config.parts import ResolvedRun
+from rlkit.config.plan import colocated_slots, engines_sleep, gpu_shares, offloads, shares_gpus, weight_route
+from rlkit.config.schema import RolloutConfig, RunConfig
+from rlkit.models.folder import ModelShape, check_model_folder
+
+WEIGHT_ROUTES = {
+    "object_store": "through Ray's object store, one copy per node",
+    "gloo": "by gloo",
+    "nccl": "by NCCL",
+    "ipc": "by CUDA IPC",
+}
+"""`cluster.weight_transfer` in words."""
+
+
+@dataclass(frozen=True)
+class Line:
+    area: str
+    what: str
+    amount: str
+
+
+def plan(run: ResolvedRun) -> list[Line]:
+    shape = check_model_folder(run.config.model.path)
+    return [*_parts(run, shape), *_actors(run), *_handover(run), *_batches(run), *_memory(run, shape)]
+
+
+def plan_text(lines: Sequence[Line]) -> str:
+    areas = ["", *(line.area for line in lines)]
+    return "\n".join(
+        f"{line.area if line.area != before else '':<9}{line.what:<31}{line.amount}"
+        for before, line in zip(areas, lines, strict=False)
+    )
+
+
+def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
+    size = (
+        "number of parameters unknown (no safetensors)"
+        if shape.parameters is None
+        else f"{shape.parameters:,} parameters"
+    )
+    return [
+        Line("parts", "algorithm", run.config.algorithm["_target_"]),
+        Line("parts", "reward", run.config.reward["_target_"]),
+        *_reward_parts(run.config.reward),
+        Line("parts", "data", run.config.data["_target_"]),
+        Line("parts", "model", f"{run.config.model.path} ({size})"),
+        Line("parts", "run folder", str(run.config.run_dir)),
+    ]
+
+
+def _reward_parts(section: Mapping[str, Any]) -> list[Line]:
+    parts = section.get("parts")
+    if not isinstance(parts, Mapping):
+        return []
+    return [
+        Line("parts", f"reward {name}", f"{part['_target_']}, weight {part['weight']:g}")
+        for name, part in parts.items()
+        if isinstance(part, Mapping) and {"_target_", "weight"} <= set(part)
+    ]
+
+
+def _actors(run: ResolvedRun) -> list[Line]:
+    config = run.config
+    cuda = config.cluster.device == "cuda"
+    threads = f"{config.cluster.threads_per_actor} CPU threads each"
+    shares = gpu_shares(config)
+    engines = f"{config.rollout.workers} vLLM {_plural('engine', config.rollout.workers)}, {threads}"
+    ranks = f"{config.learner.ranks} DeepSpeed {_plural('rank', config.learner.ranks)}, {threads}"
+    if cuda:
+        width = config.rollout.tensor_parallel_size
+        split = shares_gpus(config.cluster) and width > 1
+        engines += f", {shares.engine:g} of each of its {width} GPUs" if split else f", {shares.engine:g} GPU each"
+        ranks += f", {shares.learner:g} GPU each"
+    rewards = run.reward_config.workers
+    lines = [
+        Line("actors", "rollout", engines),
+        Line("actors", "learner", ranks),
+        Line("actors", "reward", f"{rewards} {_plural('worker', rewards)} of {run.reward_class.__name__}"),
+        Line("actors", "buffer", "1"),
+    ]
+    needs = run.make_algorithm().needs()
+    if needs.critic:
+        critics, gpus = config.critic.ranks, f", {shares.critic:g} GPU each" if cuda else ""
+        lines.append(Line("actors", "critic", f"{critics} DeepSpeed {_plural('rank', critics)}, {threads}" + gpus))
+    if needs.reference_policy:
+        lines.append(Line("actors", "reference policy", "the initial policy, for its log-probs"))
+    if shares_gpus(config.cluster):
+        lines.append(Line("actors", "GPUs", _shared(config, config.critic.ranks if needs.critic else 0)))
+    return lines
+
+
+def _shared(config: RunConfig, critic_ranks: int) -> str:
+    places, width = colocated_slots(config, critic_ranks), config.rollout.tensor_parallel_size
+    if width == 1:
+        return f"{places}; engine and ranks of equal number share one"
+    engines = [f"engine {i} those of ranks {i * width} to {(i + 1) * width - 1}" for i in range(config.rollout.workers)]
+    shown = engines if len(engines) <= 3 else [*engines[:2], "...", engines[-1]]
+    return f"{places}; {', '.join(shown)}"
+
+
+def _handover(run: ResolvedRun) -> list[Line]:
+    config = run.config
+    route = weight_route(config.cluster, config.rollout, config.learner)
+    text = WEIGHT_ROUTES[route]
+    if route != "object_store":
+        text += f", in buckets of {config.cluster.weight_bucket_mib} MiB"
+    lines = [Line("handover", "weights to the engines", text)]
+    if config.cluster.device == "cuda":
+        who = {"learner": offloads(config, config.learner)}
+        if run.make_algorithm().needs().critic:
+            who["critic"] = offloads(config, config.critic)
+        waiting = " and ".join(name for name, does in who.items() if does) or "nobody"
+        asleep = "sleep" if engines_sleep(config) else "keep their memory"
+        lines.append(Line("handover", "while the learner works", f"the engines {asleep}"))
+        lines.append(Line("handover", "while the engines sample", f"in the host's memory: {waiting}"))
+    return lines
+
+
+def _batches(run: ResolvedRun) -> list[Line]:
+    trainer, learner, rollout = run.config.trainer, run.config.learner, run.config.rollout
+    samples = run.algorithm_config.samples_per_prompt
+    responses = trainer.prompts_per_step * samples
+    per_update = trainer.prompts_per_step // learner.minibatches_per_step
+    updates = trainer.total_steps * learner.minibatches_per_step
+    most_tokens = trainer.prompts_per_step * (rollout.max_prompt_tokens + samples * rollout.max_response_tokens)
+    return [
+        Line("batches", "each step", f"{trainer.prompts_per_step} prompts x {samples} samples = {responses} responses"),
+        Line("batches", "each optimizer step", f"{per_update} prompts = {per_update * samples} responses"),
+        Line(
+            "batches",
+            "whole run",
+            f"{trainer.total_steps} steps x {learner.minibatches_per_step} = {updates} optimizer steps, "
+            f"{trainer.total_steps * responses:,} responses",
+        ),
+        Line(
+            "batches",
+            "tokens of a step",
+            f"at most {most_tokens:,}, in micro-batches of up to {learner.tokens_per_microbatch:,}",
+        ),
+        *_staleness(run),
+    ]
+
+
+def _staleness(run: ResolvedRun) -> list[Line]:
+    most = run.config.trainer.max_staleness
+    if not most:
+        return []
+    how = getattr(run.algorithm_config, "rollout_correction", None)
+    bound = getattr(run.algorithm_config, "largest_weight", None)
+    weights = {
+        "truncate": f"importance weights truncated at {bound}",
+        "mask": f"importance weights, tokens above {bound} left out",
+        "decoupled": "importance weights as they are",
+    }.get(how or "", "no importance weights")
+    return [Line("batches", "staleness", f"at most {most} {_plural('version', most)}; {weights}")]
+
+
+def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
+    if shape.parameters is None:
+        return [Line("memory", "unknown", "the number of parameters is: the weights are no safetensors")]
+    machine = this_machine(run.config.cluster)
+    cuda = run.config.cluster.device == "cuda"
+    lines = [Line("memory", "key-value cache, each engine", _cache(run.config.rollout, shape, cuda))]
+    there = processes(run, machine.gpu_bytes)
+    for process in there:
+        busy = process.phases.get("update") or process.phases.get("score")
+        if busy is not None and "engine" not in process.name:
+            parts = busy.device if busy.device else busy.host
+            lines.append(Line("memory", f"{process.name}, at work", _parts_text(parts)))
+    for name, parts in gpu_phases(run, machine.gpu_bytes).items() if cuda else ():
+        size = "" if machine.gpu_bytes is None else f" of {size_text(machine.gpu_bytes)}"
+        lines.append(Line("memory", f"GPU, {name}", f"{size_text(total(parts))}{size}"))
+    for process in there:
+        times = f"{process.count} x " if process.count > 1 else ""
+        lines.append(Line("memory", f"host, {process.name}", f"{times}{size_text(process.host())}"))
+    limit = f" of {size_text(machine.host_bytes)}" if machine.host_bytes else ""
+    where = "a machine of 8 GPUs" if cuda else "this machine"
+    return [*lines, Line("memory", f"host, {where}", f"{size_text(host_bytes(run, machine))}{limit}")]
+
+
+def _parts_text(parts: Mapping[str, float]) -> str:
+    shown = sorted(((size, name) for name, size in parts.items() if size >= 2**10), reverse=True)
+    return f"{size_text(total(parts))}: " + ", ".join(f"{name} {size_text(size)}" for size, name in shown)
+
+
+def _cache(rollout: RolloutConfig, shape: ModelShape, cuda: bool) -> str:
+    """Upper bound: all concurrent samples at full length (in practice shared prompts count once)."""
+    length = rollout.max_prompt_tokens + rollout.max_response_tokens
+    sample = length * shape.kv_bytes_per_token(element_bytes(rollout.dtype, cuda))
+    full = f"{size_text(sample)} for each of up to {rollout.max_concurrent_samples} samples at full length"
+    cache = f"{rollout.gpu_memory_utilization:.0%} of the GPU" if cuda else size_text(rollout.memory_gib * GIB)
+    return f"{cache} given to the engine; {full}"
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
