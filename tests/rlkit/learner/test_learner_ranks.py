@@ -30,6 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder / "tiny")
     write_partitioned_model(folder / "partitioned")
+    write_partitioned_model(folder / "tied", tied=True)
     return folder
 
 
