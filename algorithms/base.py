@@ -49,6 +49,9 @@ class AlgorithmNeeds:
     """Advantages use log-probs of policy and reference."""
     greedy_response: bool = False
     """Every prompt also gets a scored greedy response (`Group.greedy`), not trained on."""
+    skips_zero_advantages: bool = False
+    """A sample whose trained tokens all have advantage 0 adds exactly 0 to loss and gradient (layout any): it is not
+    computed, but counted in the denominators."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,13 @@ class Denominators:
     """Samples with a trained token."""
     groups: float
     """Groups with such a sample."""
+    computed_tokens: float | None = None
+    """Those of samples that are computed (`AlgorithmNeeds.skips_zero_advantages`); None: all."""
+
+    @property
+    def measured(self) -> float:
+        """Trained tokens that metrics can be means over: those that are in micro-batches."""
+        return self.tokens if self.computed_tokens is None else self.computed_tokens
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from algorithms.functional.kl import Estimator
 from algorithms.functional.losses import Aggregation
 from algorithms.functional.surrogates import (
     CLIP_OPTIONS,
+    SURROGATES,
     find_surrogate,
     make_surrogate,
     surrogate_parameters,
@@ -145,7 +146,20 @@ class SurrogateAlgorithm(Algorithm):
 
     def needs(self) -> AlgorithmNeeds:
         penalty = self.config.kl_coefficient > 0
-        return AlgorithmNeeds(reference_policy=penalty, token_kl=penalty and self.config.kl_in == "reward")
+        in_reward = penalty and self.config.kl_in == "reward"
+        return AlgorithmNeeds(
+            reference_policy=penalty,
+            token_kl=in_reward,
+            skips_zero_advantages=self._is_linear(penalty and not in_reward),
+        )
+
+    def _is_linear(self, penalty_in_loss: bool) -> bool:
+        """Whether the loss of a token is a multiple of its advantage: not where a subclass or a user's surrogate
+        computes it, nor with further terms."""
+        own = any(
+            getattr(type(self), name) is not getattr(SurrogateAlgorithm, name) for name in ("loss", "_surrogate_rows")
+        )
+        return self.config.loss in SURROGATES and not (own or penalty_in_loss or self.config.entropy_coefficient)
 
     def advantages(self, experience: Experience) -> Advantages:
         credit = self.credit(experience)
@@ -189,7 +203,7 @@ class SurrogateAlgorithm(Algorithm):
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Surrogate x correction + KL penalty - entropy bonus."""
-        config, tokens = self.config, inputs.denominators.tokens
+        config, measured = self.config, inputs.denominators.measured
 
         def mean(rows: Tensor) -> Tensor:
             return losses.aggregate(
@@ -203,7 +217,7 @@ class SurrogateAlgorithm(Algorithm):
             )
 
         def share(rows: Tensor) -> Tensor:
-            return (rows.detach() * inputs.mask).sum() / tokens
+            return (rows.detach() * inputs.mask).sum() / measured
 
         surrogate, clipped = self._surrogate_rows(inputs)
         sums = {"policy/clip_share": share(clipped), "policy/entropy": share(inputs.entropy)}

@@ -50,7 +50,8 @@ def load(path: Path) -> Work:
 
 def as_fractions(work: Work) -> Work:
     r"""Every last number x after `A:` becomes `\boxed{\frac{3x}{3}}`, as LaTeX; solutions without one keep theirs."""
-    from rewards.verifiers.answers import final_answer, plain_decimal
+    from rewards.verifiers.answers import final_answer
+    from rewards.verifiers.numerals import plain_decimal
 
     def rewrite(text: str) -> str:
         answer = final_answer(text)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from rlkit.experience import Group, GroupScores
+from rlkit.experience import Group, GroupScores, Prompt
 from rlkit.experience.section import Deadline, Section
 
 if TYPE_CHECKING:
@@ -98,6 +98,11 @@ class Reward(ABC):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Cheap checks before a run, without heavy imports: messages for the user."""
+        return []
+
+    @classmethod
+    def doubts(cls, config: Any, prompts: Sequence[Prompt]) -> list[str]:
+        """Warnings about the training data at the start of a run; a cheap look at some of them, without a model."""
         return []
 
     @classmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -20,6 +21,7 @@ from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rlkit.experience import Group, GroupScores, Prompt, Sample, Score, UserError
 from rlkit.experience.names import NotFoundError, find_object
 
+_EXCEPTION = "exception:"
 ARGUMENTS = ("prompts", "completions", "completion_ids", "references", "answer")
 
 
@@ -28,7 +30,8 @@ class FunctionReward(Reward):
 
     It gets the arguments that it names, or all with `**columns`: `prompts`, `completions`, `completion_ids`,
     `references` (a list per sample), `answer` and the data columns. It returns a number per sample, or None for an
-    invalid one. If it raises twice (again in a new process), all samples are invalid.
+    invalid one. If it raises, its samples are tried one by one, and those at which it raises again are invalid; if it
+    raises at each of them, the call fails, and is made once more in a new process.
     """
 
     class Config(RewardConfig):
@@ -78,6 +81,24 @@ class FunctionReward(Reward):
         return [GroupScores(tuple(next(scores) for _ in group.samples)) for group in groups]
 
     def _judge(self, function: RewardFunction, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Score]:
+        try:
+            return self._call(function, pairs)
+        except Exception:
+            if len(pairs) < 2:
+                raise
+            scores = [self._judge_alone(function, pair) for pair in pairs]
+            if all(score.reason.startswith(_EXCEPTION) for score in scores):
+                raise  # so it is not for a text that it raises
+            return scores
+
+    def _judge_alone(self, function: RewardFunction, pair: tuple[Prompt, Sample]) -> Score:
+        try:
+            return self._call(function, [pair])[0]
+        except Exception as error:
+            trace = traceback.format_exc(limit=20)
+            return Score.invalid(f"{_EXCEPTION} {type(error).__name__}: {str(error)[:200]}", trace)
+
+    def _call(self, function: RewardFunction, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Score]:
         if not pairs:
             return []
         result = function.call(**self._arguments(function, pairs))

@@ -291,6 +291,9 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
             f"there are {questions} training questions and a step takes {per_step} (trainer.prompts_per_step): each is "
             f"asked {per_step / questions:.3g} times in every step"
         )
+    judges = ((resolved.reward_class, resolved.reward_config), (resolved.verifier_class, resolved.verifier_config))
+    for message in dict.fromkeys(text for cls, own in judges for text in cls.doubts(own, loaded["train"])):
+        tracker.warn(message)
     answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
     heldout = [prompt for prompt in loaded["heldout"] if not answer_needed or prompt.answer is not None]
     if not heldout:

@@ -66,26 +66,23 @@ def gae(rewards: Ragged, values: Ragged, masks: Masks, *, gamma: float, lam: flo
     return Credit(_on_tokens(advantages, where, masks), _on_tokens(targets, where, masks))
 
 
-def whiten(
-    values: Ragged, masks: Masks, keep: Bool, *, centre: bool = True, ddof: int = 1, epsilon: float = 1e-8
-) -> Whitened:
+def whiten(values: Ragged, masks: Masks, keep: Bool, *, ddof: int = 1, epsilon: float = 1e-8) -> Whitened:
     """(x - mean) / sqrt(variance + epsilon) over all marked tokens of kept samples of the *global* batch.
 
-    values ragged, keep [B]. Tokens weigh the same. Without `centre` only the scale changes. Unmarked tokens and samples
-    not kept are 0. For fewer than two different values, centring gives 0 and the scale stays.
+    values ragged, keep [B]. Tokens weigh the same. Unmarked tokens and samples not kept are 0; for fewer than two
+    different values all are.
     """
     chosen = [x[m] for x, m, k in zip(values, masks, keep, strict=True) if k]
     flat = np.concatenate(chosen) if chosen else np.zeros(0)
     mean = float(flat.mean()) if len(flat) else 0.0
     equal = len(flat) <= ddof or float(np.ptp(flat)) == 0.0
     variance = 0.0 if equal else float(flat.var(ddof=ddof))
-    shift = mean if centre else 0.0
-    scale = 1.0 if equal else float(np.sqrt(variance + epsilon))
+    scale = float(np.sqrt(variance + epsilon))
 
     def one(x: Float64, mask: Bool, kept: bool) -> Float64:
-        if not kept or (equal and centre):
+        if not kept or equal:
             return np.zeros(len(x), dtype=np.float64)
-        return np.where(mask, (np.where(mask, x, 0.0) - shift) / scale, 0.0)
+        return np.where(mask, (np.where(mask, x, 0.0) - mean) / scale, 0.0)
 
     return Whitened([one(x, m, bool(k)) for x, m, k in zip(values, masks, keep, strict=True)], mean, variance)
 

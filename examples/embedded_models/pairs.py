@@ -12,7 +12,8 @@ import numpy as np
 from examples.embedded_models.corpora import careless_solution, careless_steps, recalculate, slip
 from examples.embedded_models.scale import Variant
 from rewards.polar.triplets import Triplet
-from rewards.verifiers.answers import compare_plain, final_answer
+from rewards.verifiers.answers import final_answer
+from rewards.verifiers.numerals import compare_plain
 from rlkit.data.arithmetic import STYLES, Operator, Step, Style, WordProblem, write_solution
 
 

@@ -24,7 +24,7 @@ from rewards.combined.scores import (
 )
 from rewards.shaping.chain import Chain, ReferenceRewards
 from rewards.shaping.steps import STEPS, GroupNormalise, Lsc, OutcomeStep, ProcessStep, ReferenceStep, RunningStep, Step
-from rlkit.experience import Group, GroupScores, UserError
+from rlkit.experience import Group, GroupScores, Prompt, UserError
 from rlkit.experience.scores import attach_scores
 
 if TYPE_CHECKING:
@@ -162,6 +162,10 @@ class CombinedReward(TrainableReward):
         parts = read_parts(config)
         own = [with_part_key(message, part) for part in parts for message in part.kind.check(part.config)]
         return [*super().check(config), *incompatibilities(config, parts), *own]
+
+    @classmethod
+    def doubts(cls, config: Any, prompts: Sequence[Prompt]) -> list[str]:
+        return [message for part in read_parts(config) for message in part.kind.doubts(part.config, prompts)]
 
     def start(self) -> None:
         """Raise PartFailedError that names the first part that cannot start."""

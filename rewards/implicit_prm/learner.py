@@ -25,6 +25,7 @@ from rewards.implicit_prm.steps import StepStyle, split_steps, token_steps
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.data.rendering import render
+from rlkit.learner.batches import charge, split_tree
 from rlkit.models.packing import Tree, split_by_tokens
 from rlkit.models.policy import PackedCausalLM, load_causal_lm, resolve_dtype
 from rlkit.reward_training.engine import (
@@ -123,23 +124,29 @@ def _members(encoded: Sequence[Encoded]) -> list[list[int]]:
     return list(groups.values())
 
 
-def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example]) -> list[PromptTree]:
-    """Group by prompt: it, and a response in several pairs, then go through the model once."""
+def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example], limit: int) -> list[PromptTree]:
+    """Group by prompt: it, and a response in several pairs, then go through the model once.
+
+    What is above `limit` tokens is halved, down to single examples.
+    """
     groups: dict[tuple[str, tuple[int, ...]], list[Example]] = {}
     for example in batch:
         groups.setdefault(encoded[example[0]].group, []).append(example)
-    items = []
-    for (_, prompt), examples in groups.items():
-        members = list(dict.fromkeys(i for example in examples for i in example))
-        index = {i: n for n, i in enumerate(members)}
-        items.append(
-            PromptTree(
-                tree=Tree(prompt, tuple(encoded[i].response for i in members)),
-                labels=tuple(encoded[i].rollout.label for i in members),
-                pairs=tuple((index[example[0]], index[example[1]]) for example in examples if len(example) == 2),
-            )
-        )
-    return items
+    return [item for examples in groups.values() for item in _items_within(encoded, examples, limit)]
+
+
+def _items_within(encoded: Sequence[Encoded], examples: Sequence[Example], limit: int) -> list[PromptTree]:
+    members = list(dict.fromkeys(i for example in examples for i in example))
+    index = {i: n for n, i in enumerate(members)}
+    item = PromptTree(
+        tree=Tree(encoded[members[0]].prompt, tuple(encoded[i].response for i in members)),
+        labels=tuple(encoded[i].rollout.label for i in members),
+        pairs=tuple((index[example[0]], index[example[1]]) for example in examples if len(example) == 2),
+    )
+    if charge(item.tree) <= limit or len(examples) == 1:
+        return [item]
+    half = len(examples) // 2
+    return [*_items_within(encoded, examples[:half], limit), *_items_within(encoded, examples[half:], limit)]
 
 
 class PrmScorer:
@@ -152,9 +159,13 @@ class PrmScorer:
     def log_ratios(self, encoded: Sequence[Encoded]) -> list[np.ndarray]:
         """q [T] float32 of every response."""
         self.policy.eval()
-        members = _members(encoded)
-        trees = [Tree(encoded[m[0]].prompt, tuple(encoded[i].response for i in m)) for m in members]
-        batches = split_by_tokens([tree.tokens for tree in trees], self.config.tokens_per_microbatch)
+        limit, members, trees = self.config.tokens_per_microbatch, [], []
+        for of_prompt in _members(encoded):
+            prompt, responses = encoded[of_prompt[0]].prompt, [encoded[i].response for i in of_prompt]
+            for part in split_tree(Tree(prompt, responses), limit):
+                members.append([of_prompt[i] for i in part])
+                trees.append(Tree(prompt, tuple(responses[i] for i in part)))
+        batches = split_by_tokens([charge(tree) for tree in trees], limit)
         rank, ranks = dist.get_rank(), dist.get_world_size()
         mine = [*batches, *[[]] * (-len(batches) % ranks)][rank::ranks]
         ratios: dict[int, np.ndarray] = {}
@@ -200,12 +211,12 @@ class PrmLearner:
 
     def step(self, encoded: Sequence[Encoded], batch: Sequence[Example]) -> float:
         """Return the mean objective per example before the step (ln 2 at first, with ce or dpo)."""
-        items = prompt_items(encoded, batch)
+        items = prompt_items(encoded, batch, self.training.config.tokens_per_microbatch)
         self._estimate_baseline(items)
         return self.training.step(items, len(batch))
 
     def evaluate(self, encoded: Sequence[Encoded], examples: Sequence[Example]) -> float:
-        items = prompt_items(encoded, examples)
+        items = prompt_items(encoded, examples, self.training.config.tokens_per_microbatch)
         self._estimate_baseline(items)
         return self.training.evaluate(items, len(examples))
 
@@ -216,9 +227,11 @@ class PrmLearner:
         """KTO's z is of the whole batch, not per micro-batch; a batch with one prompt keeps the last one."""
         if self.objective != "kto":
             return
-        trees = list({tuple(item.tree.prefix): item.tree for item in items}.values())
+        trees: dict[tuple[int, ...], Tree] = {}
+        for item in items:
+            trees.setdefault(tuple(item.tree.prefix), item.tree)
         if len(trees) > 1:
-            others = [PromptTree(tree) for tree in mismatched(trees)]
+            others = [PromptTree(tree) for tree in mismatched(list(trees.values()))]
             mean = self.training.evaluate(others, len(others))
             self._baseline = torch.tensor(max(0.0, mean), device=self.training.device)
 

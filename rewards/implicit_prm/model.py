@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,8 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
 from rlkit.experience import Group
 from rlkit.experience.records import from_json, to_json
+from rlkit.experience.types import BoolArray
+from rlkit.learner.batches import charge, split_tree
 from rlkit.learner.engine import (
     build_engine,
     full_state,
@@ -49,6 +51,12 @@ def log_ratios(policy: Any, reference: Any, trees: Sequence[Tree], device: str, 
     logprobs, _ = policy(packed, 1.0, chunk)
     ratios: Tensor = logprobs - reference_logprobs
     return ratios
+
+
+def group_parts(group: Group, limit: int) -> list[tuple[Tree, list[int]]]:
+    """The group in trees within the token budget, each with the indices of its samples."""
+    tree = group_tree(group)
+    return [(Tree(tree.prefix, tuple(tree.suffixes[i] for i in part)), part) for part in split_tree(tree, limit)]
 
 
 def response_scores(ratios: Tensor, trees: Sequence[Tree], beta: float, mask: Tensor | None = None) -> Tensor:
@@ -149,7 +157,8 @@ class HeldOut:
 
     def metrics(self, token_rewards: Sequence[np.ndarray]) -> dict[str, float]:
         """`prm/heldout_pair_accuracy`, from the present token rewards of all samples of `groups`."""
-        scores = np.array([float(rewards.sum()) for rewards in token_rewards])
+        samples = (sample for group in self.groups for sample in group.samples)
+        scores = np.array([float(row[s.trained].sum()) for row, s in zip(token_rewards, samples, strict=True)])
         labels, valid, group = _arrays(self.groups)
         return _pairs("prm/heldout_pair_accuracy", scores, labels, valid, group)
 
@@ -209,12 +218,16 @@ class ImplicitModel:
 
     def token_rewards(self, groups: Sequence[Group]) -> list[np.ndarray]:
         """beta * (log pi_phi - log pi_ref), [T] float32, of every sample of every group, in order."""
-        trees = [group_tree(group) for group in groups]
+        rewards: list[np.ndarray] = []
         with torch.no_grad(), self._on_device():
             self.engine.eval()
-            reference = self.reference.logprobs(trees)
-            policy = [logprobs for tree in trees for logprobs in self._policy_logprobs(tree)]
-        return [(self.config.beta * (new - old)).astype(np.float32) for new, old in zip(policy, reference, strict=True)]
+            for group in groups:
+                rows: dict[int, np.ndarray] = {}
+                for tree, samples in group_parts(group, self.config.tokens_per_microbatch):
+                    pairs = zip(self._policy_logprobs(tree), self.reference.logprobs([tree]), strict=True)
+                    rows |= zip(samples, (self.config.beta * (new - old) for new, old in pairs), strict=True)
+                rewards += [rows[i].astype(np.float32) for i in range(len(group.samples))]
+        return rewards
 
     def _policy_logprobs(self, tree: Tree) -> list[np.ndarray]:
         logprobs = self.engine(pack([tree]).to(self.device), 1.0, self._chunk)[0].float().cpu().numpy()
@@ -236,11 +249,13 @@ class ImplicitModel:
             total = self._count(chosen)
             if not total:
                 continue
-            trees = [group_tree(group) for group in chosen]
-            split = split_by_tokens([tree.tokens for tree in trees], self.config.tokens_per_microbatch)
+            sizes = [charge(group_tree(group)) for group in chosen]
+            split = split_by_tokens(sizes, self.config.tokens_per_microbatch)
             seen: list[Tensor] = []
             baseline = self._baseline(chosen)
-            shares = [partial(self._loss, [chosen[i] for i in members], total, baseline, seen) for members in split]
+            shares = [
+                loss for members in split for loss in self._losses([chosen[i] for i in members], total, baseline, seen)
+            ]
             self.engine.train()
             done = optimizer_step(self.engine, shares, self.config.learning_rate)
             losses.append(float(torch.stack(seen).sum()))
@@ -310,20 +325,46 @@ class ImplicitModel:
             torch.cuda.empty_cache()
         self._resident = False
 
-    def _scores(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
-        trees = [group_tree(group) for group in groups]
+    def _scores(self, trees: Sequence[Tree], masks: Sequence[BoolArray]) -> Tensor:
+        """s [S] over the trained tokens of the trees' suffixes."""
         ratios = log_ratios(self.engine, self.reference.module, trees, self.device, self._chunk)
-        mask = torch.from_numpy(np.concatenate([s.trained for g in groups for s in g.samples])).to(self.device)
-        scores = response_scores(ratios, trees, self.config.beta, mask.float())
+        mask = torch.from_numpy(np.concatenate(masks)).to(self.device)
+        return response_scores(ratios, trees, self.config.beta, mask.float())
+
+    def _objective(self, scores: Tensor, groups: Sequence[Group], total: float, baseline: Tensor | None) -> Tensor:
+        """scores [S] of all samples of the groups -> their share of the mean."""
         valid = [i for i, label in enumerate(labels_of(groups)) if label is not None]
-        labels = torch.tensor([label for label in labels_of(groups) if label is not None], device=self.device)
+        labels = torch.tensor([label for label in labels_of(groups) if label is not None], device=self.device).float()
         numbers = torch.tensor([g for g, group in enumerate(groups) for _ in group.samples], device=self.device)
-        return scores[valid], labels.float(), numbers[valid]
+        pairs = correct_incorrect_pairs(labels, numbers[valid])
+        return objective_sum(self.config.objective, scores[valid], labels, pairs, baseline) / total
+
+    def _losses(
+        self, groups: Sequence[Group], total: float, baseline: Tensor | None, seen: list[Tensor]
+    ) -> list[Callable[[], Tensor]]:
+        """One for a micro-batch; for a group above the token budget, one for each of its parts."""
+        parts = group_parts(groups[0], self.config.tokens_per_microbatch)
+        if len(groups) > 1 or len(parts) == 1:
+            return [partial(self._loss, groups, total, baseline, seen)]
+        # The objective may compare samples of different parts: its slopes are taken at the scores of all, once, and
+        # each part's backward pass starts from them.
+        (group,) = groups
+        masked = [(tree, [group.samples[i].trained for i in samples], samples) for tree, samples in parts]
+        scores = torch.zeros(len(group.samples), device=self.device)
+        with torch.no_grad():
+            for tree, masks, samples in masked:
+                scores[samples] = self._scores([tree], masks)
+        loss = self._objective(scores.requires_grad_(), groups, total, baseline)
+        (slopes,) = torch.autograd.grad(loss, scores)
+        seen.append(loss.detach())
+        return [partial(self._part_loss, tree, masks, slopes[samples]) for tree, masks, samples in masked]
+
+    def _part_loss(self, tree: Tree, masks: Sequence[BoolArray], slopes: Tensor) -> Tensor:
+        return (self._scores([tree], masks) * slopes).sum()
 
     def _loss(self, groups: Sequence[Group], total: float, baseline: Tensor | None, seen: list[Tensor]) -> Tensor:
-        scores, labels, group = self._scores(groups)
-        pairs = correct_incorrect_pairs(labels, group)
-        loss = objective_sum(self.config.objective, scores, labels, pairs, baseline) / total
+        scores = self._scores([group_tree(g) for g in groups], [s.trained for g in groups for s in g.samples])
+        loss = self._objective(scores, groups, total, baseline)
         seen.append(loss.detach())
         return loss
 
@@ -342,9 +383,11 @@ class ImplicitModel:
         """KTO's z of a whole mini-batch; its lower bound 0 if there is only one prompt."""
         if self.config.objective != "kto":
             return None
-        by_prompt = {group.prompt.token_ids: group_tree(group) for group in groups}
+        by_prompt = {group.prompt.token_ids: group for group in groups}
         if len(by_prompt) < 2:
             return torch.zeros((), device=self.device)
-        trees = mismatched(list(by_prompt.values()))
-        ratios = log_ratios(self.engine, self.reference.module, trees, self.device, self._chunk)
-        return kto_baseline(response_scores(ratios, trees, self.config.beta))
+        trees = mismatched([group_tree(group) for group in by_prompt.values()])
+        masks = [group.samples[0].trained for group in by_prompt.values()]
+        split = split_by_tokens([charge(tree) for tree in trees], self.config.tokens_per_microbatch)
+        scores = [self._scores([trees[i] for i in members], [masks[i] for i in members]) for members in split]
+        return kto_baseline(torch.cat(scores))

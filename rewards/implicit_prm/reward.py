@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward
 from rewards.implicit_prm.config import ImplicitPRMConfig
 from rewards.parts import load_part
-from rlkit.experience import Group, GroupScores, Score
+from rlkit.experience import Group, GroupScores, Sample, Score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,11 +99,11 @@ class ImplicitPRM(TrainableReward):
         return self._model
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        """The value is the outcome (perhaps invalid), or the sum of the token rewards."""
+        """The value is the outcome (perhaps invalid), or the sum of the token rewards over trained tokens."""
         if self._outcome is not None:
             return self._with_process_rewards(groups, self._outcome.score(groups))
         rewards = iter(self.model.token_rewards(groups))
-        return [GroupScores(tuple(_alone(next(rewards)) for _ in group.samples)) for group in groups]
+        return [GroupScores(tuple(_alone(next(rewards), sample) for sample in group.samples)) for group in groups]
 
     def rescore(self, groups: Sequence[Group]) -> list[GroupScores]:
         outcomes = [GroupScores(tuple(score for _, score in group.scored())) for group in groups]
@@ -112,8 +112,14 @@ class ImplicitPRM(TrainableReward):
     def _with_process_rewards(self, groups: Sequence[Group], outcomes: Sequence[GroupScores]) -> list[GroupScores]:
         rewards = iter(self.model.token_rewards(groups))
         return [
-            GroupScores(tuple(_joined(score, next(rewards)) for score in scores.samples), scores.pairs)
-            for scores in outcomes
+            GroupScores(
+                tuple(
+                    _joined(score, next(rewards), sample)
+                    for score, sample in zip(scores.samples, group.samples, strict=True)
+                ),
+                scores.pairs,
+            )
+            for group, scores in zip(groups, outcomes, strict=True)
         ]
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -141,14 +147,14 @@ class ImplicitPRM(TrainableReward):
             self._outcome.close()
 
 
-def _alone(rewards: np.ndarray) -> Score:
+def _alone(rewards: np.ndarray, sample: Sample) -> Score:
     if not np.isfinite(rewards).all():
         return Score.invalid("not_finite: a log-ratio of the implicit PRM is not finite")
-    total = float(rewards.sum())
+    total = float(rewards[sample.trained].sum())
     return Score(value=total, token_rewards=rewards, components={"implicit_prm": total})
 
 
-def _joined(outcome: Score, rewards: np.ndarray) -> Score:
+def _joined(outcome: Score, rewards: np.ndarray, sample: Sample) -> Score:
     if not outcome.valid:
         return outcome
     if not np.isfinite(rewards).all():
@@ -156,6 +162,6 @@ def _joined(outcome: Score, rewards: np.ndarray) -> Score:
     return Score(
         value=outcome.value,
         token_rewards=rewards,
-        components={**outcome.components, "implicit_prm": float(rewards.sum())},
+        components={**outcome.components, "implicit_prm": float(rewards[sample.trained].sum())},
         trace=outcome.trace,
     )

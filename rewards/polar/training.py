@@ -240,7 +240,8 @@ def _policies(prompts: Sequence[PromptRows]) -> list[str]:
 
 def _is_right(prompt: PromptRows, text: str) -> bool | None:
     """None unless the gold response marks a plain number as its answer."""
-    from rewards.verifiers.answers import compare_plain, final_answer
+    from rewards.verifiers.answers import final_answer
+    from rewards.verifiers.numerals import compare_plain
 
     gold = None if prompt.reference is None else final_answer(prompt.reference)
     if gold is None:

@@ -1,59 +1,110 @@
-"""Finding final answers in texts and comparing them with gold answers."""
+"""Finding final answers in texts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import lru_cache
 from typing import Literal
+
+from rewards.verifiers.numerals import NUMBER, PLAIN_NUMBER, SCALES, canonical, plain_decimal
+from rewards.verifiers.units import OPERATORS_IN_WORDS, leading_unit
 
 MAX_ANSWER_CHARACTERS = 256
 Marker = Literal["####", "boxed", "answer is", "A:"]
 MARKERS: tuple[Marker, ...] = ("####", "boxed", "answer is", "A:")
+MAX_LINE_CHARACTERS = 2000
+"""Read behind a marker."""
+MAX_CANDIDATES = 64
+"""The last ones are looked at."""
 
-_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_NUMBER = rf"[-+]?(?:{_INTEGER}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}}(?![\dA-Za-z]))?"
-_PLAIN_NUMBER = re.compile(_NUMBER)
-_LAST_NUMBER = re.compile(rf"(?<![\w.])[$€£]?({_NUMBER})(?!\w)")
-_HASHES = re.compile(r"#{4,}\s*([^\n]*)")
-_LINE_A = re.compile(r"^[ \t]*A:[ \t]*([^\n]+)", re.MULTILINE)
-_ANSWER_IS = re.compile(r"\banswer[*_\s]*(?:is|was|:|=)[*_:\s]*([^\n]+)", re.IGNORECASE)
-_BRACES = re.compile(r"\\f?boxed\s*\{|\\[{}]|[{}]")
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_LAST_NUMBER = re.compile(rf"(?<![\w.,])[$€£]?({NUMBER}(?:\s?/\s?\d+)?)(?:(?!\w)|(?=(?:[a-z]{{1,3}})?[²³]))")
+_LAST_FORMULA = re.compile(
+    r"\$\$(?!\s*\$)([^$]+)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$\d])\$(?!\$)([^$\n]+?)(?<!\\)\$(?!\d)"
+    r"|(-?\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})",
+    re.DOTALL,
+)
+_HASHES = re.compile(r"#{4,}\s*")
+_LINE_A = re.compile(r"^[ \t]*A:[ \t]*", re.MULTILINE)
+_IS = (
+    r"\b(?:is|are|was|were|equals?|becomes|would be|will be|should be|must be|(?:comes|turns) out to be)(?![A-Za-z])"
+    r"|:|="
+)
+_ANSWER_IS = re.compile(
+    rf"\banswers?(?:[*_\s]*(?:{_IS})|[*_]*\s+(?:to|for|of|in)\s[^.\n:=#]{{1,80}}?\s*(?:{_IS})"
+    r"|[*_ \t]*(?=\$|\\\(|\\\[)|[*_: \t]*(?=\n))[*_:\s]*",
+    re.IGNORECASE,
+)
+_IS_THE_ANSWER = re.compile(
+    rf"(\$[^$\n]+\$|\\\([^\n]{{1,200}}?\\\)|(?<![\w.]){NUMBER})\s+(?:is|as)\s+(?:(?:therefore|thus)\s+)?"
+    r"(?:our|the|my)(?:\s+(?:final|correct|right))?\s+answer\b",
+    re.IGNORECASE,
+)
+_BRACES = re.compile(r"\\f?box(?:ed)?\s*\{|\\boxed\s+([^\s{}$\\.,;]+)|\\[{}]|[{}]")
+_FILLER = re.compile(
+    r"(?:[\s,:*_]*\b(?:therefore|thus|hence|so|then|about|around|approx(?:imately|\.)?|roughly|nearly|exactly|precisely|"
+    r"equals?(?: to)?|simply|just|indeed|also|now|clearly|obviously|actually|given by|found to be|in fact|of course|"
+    r"as follows|that|going to be|still|again|really|definitely|certainly|probably|likely|only)\b[\s,:]*)+",
+    re.IGNORECASE,
+)
 _WORD_AFTER_NUMBER = re.compile(r"\s*([A-Za-z]{2,})")
-_MIXED_NUMBER = re.compile(r"(-?)(\d+)\s+(\d+)/(\d+)")
-_ALTERNATIVE = re.compile(r"\s*(?:or|and|not)\s+(?:[-+±√π(\\\d.]|[b-hj-z]\b)", re.IGNORECASE)
+_ALTERNATIVE = re.compile(r"\s*(?:or|and|not|to)\s+(?:[-+±√π(\\$\d.]|[b-hj-z]\b)", re.IGNORECASE)
 """`5 or 6` is more than a 5; `5 and so on` is not. (`a` and `I` are words.)"""
+_DECIMALS = re.compile(r",\d+(?![\d,.]*\d)")
+_BOTTOM = re.compile(r"\s?/\s?\d+(?![\d,.]*\d)")
+_PERCENT = re.compile(r"\s*(?:\\?%|(?:per ?cent|percentage|pct)\b)")
+_CONDITION = re.compile(r"\b(?:not|never|if|when|where|no)\b|n't\b", re.IGNORECASE)
 _PRODUCT = re.compile(r"\s*[xX]\s*[\d(]")
-_OPERATORS_IN_WORDS = frozenset(
-    {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "mod", "times", "over", "plus", "minus"}
-)
-_JOINING_WORDS = frozenset({"or", "and", "not"})
-_LETTER = re.compile(r"[A-Za-z°]")
-_POWER = r"(?:\s?\^\{?[23]\}?|[²³])?"
-_UNIT_WORD = rf"[A-Za-z]{{2,}}{_POWER}"
-_UNIT = rf"(?:[A-Za-z]{{2,}}|(?<=[\s°/])[mgsLhCF](?![A-Za-z])){_POWER}"
-_WITH_UNIT = re.compile(rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT})?(?:(?:\s*/\s*|\s+){_UNIT}){{0,2}}\.?")
-_WITH_UNIT_WORD = re.compile(
-    rf"(?P<number>{_NUMBER})\s*°?\s*(?P<unit>{_UNIT_WORD})?(?:(?:\s*/\s*|\s+){_UNIT_WORD}){{0,2}}\.?"
-)
-_VALUE = re.compile(r"[\s*_`\"'=≈:]*(?:[-+−±$€£\\(\[{]|\.?\d)")
+_VALUE = re.compile(r"[\s*_`\"'=≈:]*(?:[-+−±$€£\\(\[{√π½]|\.?\d)")
 """Other text after "answer is" may be prose (`my answer is helpful`)."""
-_PROSE = re.compile(r"\s+[(\[\"'A-Za-z]|[\"')\]]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|[\"')\]]+(?:\s|$)|\s*$")
+_SIGN = re.compile(r"[°²³€£¥₹¢]|[a-z]{1,3}[²³]")
+_PROSE = re.compile(
+    r"\s+[(\[\"'A-Za-z—–]|\s*[—–]|[\"')\]*_]*(?:[.;:!?]|,(?!\s*\d))(?:\s|$)|[\"')\]]+(?:\s|$)|\s*$|,\s*(?:and|so|which)\b"
+)
+_FORMULA_FIRST = re.compile(
+    r"[\s*_`\"'=≈:]*(?:\$\$(?P<display>[^$]+)\$\$|\$(?!\s)(?P<inline>[^$\n]+?)(?<!\s)\$(?!\d)|\\\((?P<round>.+?)\\\)"
+    r"|\\\[(?P<square>.+?)\\\])(?P<rest>.*)",
+    re.DOTALL,
+)
+_GOES_ON = re.compile(r"\s*(?:,|;|\\?%|\^|[-+*/=<>]|(?:and|or|percent|pct|percentage)\b|\\text)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\.(?:\s|$)|<\|")
+_NAME = re.compile(r"[A-Za-z\\(|][\w\s\\{}()|'.:]*")
+_LAST_IS = re.compile(r"(?<!\w)(?:is|are|was|equals|=)\s+(?=[-+−±$€£\\(\[{√π½*]|\.?\d)")
+_CURRENCY = re.compile(rf"[\s*_:=≈-]*(?:(\\\$|[€£¥₹])\s*|(\$)\s?){NUMBER}(?P<end>.?)")
+_CURRENCY_AFTER = re.compile(rf"\s*{NUMBER}\s*(\\\$|[€£¥₹¢])")
+_NAMES = {"$": "dollars", "\\$": "dollars", "€": "euros", "£": "gbp", "¥": "yen", "₹": "rupees", "¢": "cents"}
+# Between two boxes: nothing but layout, or a few words that join.
+_LAYOUT = re.compile(r"(?:[\s$,;&+]|\\[()\[\],;!: ]|\\q?quad\b|\\\\)*")
+_JOINING = re.compile(r"\b(?:and|or)\b|[,;&]")
+_CORRECTING = re.compile(
+    r"[.!?]\s|\n\s*\n|\b(?:but|no|not|wait|actually|instead|rather|sorry|hmm|should|correct|so|hence|thus|therefore|then)\b"
+    r"|#{4}|\banswer",
+    re.IGNORECASE,
+)
+_MAX_BETWEEN = 70
+_MARKUP = re.compile(r"\\[()\[\]\"]|\\?\$|[€£¥₹]|<\|[^|>]*\|>|</?s>")
+_GROUP_COMMA = re.compile(r"\s*\{\s*,\s*\}\s*|,\\!\s*")
+_THIN_SPACE = re.compile(r"\\!|\\,(?![A-Za-z])|(?<=\d)(?:\\[;: ]|~)(?=\d{3})")
 
 
 @dataclass(frozen=True, slots=True)
 class FinalAnswer:
     text: str
-    """Without currency, thousands separators, units and the rest."""
+    """Without currency, thousands separators, the words after a number and the rest."""
     marker: str
     """`####`, `boxed`, `answer is`, `A:` or `last number`."""
+    unit: str = ""
+    """The unit of measure or `%` that stood with a plain number."""
 
     @property
     def marked(self) -> bool:
         return self.marker != "last number"
+
+    @property
+    def quantity(self) -> str:
+        """Text and unit, to be compared."""
+        return f"{self.text} {self.unit}" if self.unit else self.text
 
 
 def final_answer(
@@ -61,168 +112,208 @@ def final_answer(
 ) -> FinalAnswer | None:
     r"""The last marked answer (`#### x`, `\boxed{x}`, `The answer is x`, a line `A: x`), without the text after it.
 
-    "answer is" before what is no value (`the answer is rounded`) counts only if nothing else is marked. If nothing is
-    marked and `accept_last_number` is set, the last number counts.
+    Neighbouring boxes are one answer. "answer is" before what is no value (`the answer is rounded`) counts only if
+    nothing else is marked. If nothing is marked and `accept_last_number` is set, the last number or formula counts.
     """
-    marked: list[tuple[int, str, str]] = []
-    for marker, pattern in (("####", _HASHES), ("A:", _LINE_A), ("answer is", _ANSWER_IS)):
-        marked += [(match.start(1), marker, match.group(1)) for match in pattern.finditer(text)]
-    marked += [(start, "boxed", content) for start, content in _boxed(text)]
-    marked = [candidate for candidate in marked if candidate[1] in markers]
-    # The last marker wins; a `\boxed{}` after `####` on the same line starts later than the line's text.
     words: FinalAnswer | None = None
-    for _, marker, content in sorted(marked, reverse=True):
-        cleaned = _clean_boxed(content) if marker == "boxed" else _clean_line(content)
-        if cleaned and (marker != "answer is" or _VALUE.match(content) or _VALUE.match(cleaned)):
-            return FinalAnswer(cleaned, marker)
-        if cleaned and words is None:
-            words = FinalAnswer(cleaned, marker)
+    for marker, content in _candidates(text, markers):
+        answer = _clean_boxed(content, marker) if marker == "boxed" else _clean_line(content, marker)
+        if answer.text and (marker != "answer is" or _VALUE.match(content) or _VALUE.match(answer.text)):
+            return answer
+        if answer.text and words is None:
+            words = answer
     if words is not None:
         return words
-    if accept_last_number:
-        numbers = _LAST_NUMBER.findall(text.replace("−", "-"))
-        if numbers:
-            return FinalAnswer(_clean_line(numbers[-1]), "last number")
-    return None
+    return _unmarked(text) if accept_last_number else None
+
+
+def gold_final(text: str) -> FinalAnswer:
+    """From GSM8K's `... #### 72`; a text without a marker is the answer."""
+    marked = None
+    if "####" in text or "boxed" in text or "\\fbox" in text or "A:" in text or "nswer" in text:
+        marked = final_answer(text)
+    return marked if marked is not None else _clean_boxed(text, "")
 
 
 def gold_answer(text: str) -> str:
-    """From GSM8K's `... #### 72`; a text without a marker is the answer."""
-    marked = final_answer(text) if any(mark in text for mark in ("####", "\\boxed", "A:")) else None
-    return marked.text if marked is not None else _clean_boxed(text)
+    return gold_final(text).text
 
 
-def plain_decimal(text: str) -> Decimal | None:
-    """Exact value of `-1,234.50`, `1e3`; None for other forms."""
-    if _PLAIN_NUMBER.fullmatch(text) is None:
-        return None
-    return Decimal(text.replace(",", ""))
+def _candidates(text: str, markers: Sequence[Marker]) -> Iterator[tuple[Marker, str]]:
+    """Marked contents, the last first."""
+    # Start, marker, and the content or None: then it is the line behind the start.
+    marks: list[tuple[int, Marker, str | None]] = []
+    if "####" in markers and "####" in text:
+        marks += [(match.end(), "####", None) for match in _HASHES.finditer(text)]
+    if "A:" in markers and "A:" in text:
+        marks += [(match.end(), "A:", None) for match in _LINE_A.finditer(text)]
+    if "answer is" in markers and ("nswer" in text or "NSWER" in text):
+        marks += [(match.end(), "answer is", None) for match in _ANSWER_IS.finditer(text)]
+        marks += [(match.start(1), "answer is", match[1]) for match in _IS_THE_ANSWER.finditer(text)]
+    if "boxed" in markers and ("\\boxed" in text or "\\fbox" in text):
+        marks += [(start, "boxed", content) for start, content in _boxes(text)]
+    # The last marker wins; a `\boxed{}` after `####` on the same line starts later than the line's text.
+    marks.sort(key=lambda mark: (mark[0], mark[1]), reverse=True)
+    for start, marker, content in marks[:MAX_CANDIDATES]:
+        if content is None:
+            end = text.find("\n", start, start + MAX_LINE_CHARACTERS)
+            content = text[start : end if end >= 0 else start + MAX_LINE_CHARACTERS]
+            if end >= 0 and content.strip(" \t$*_:\\[(") == "":  # a formula of its own: `\[`, the formula, `\]`
+                content = " ".join(text[start : start + MAX_LINE_CHARACTERS].split("\n", 3)[:3])
+        yield marker, content
 
 
-def compare_plain(answer: str, gold: str) -> bool | None:
-    """Whether plain decimal numbers are equal; None if one is not plain, or math-verify's rounding could matter.
-
-    It rounds to 6 places at 15 digits: unequal numbers closer than 1e-5 or of more than 12 digits are left to it.
-    """
-    left, right = plain_decimal(answer), plain_decimal(gold)
-    if left is None or right is None:
-        return None
-    if left == right:
-        return True
-    if max(abs(left), abs(right)) >= 10**12 or abs(left - right) <= Decimal("1e-5"):
-        return None
-    return False
-
-
-def _boxed(text: str) -> list[tuple[int, str]]:
-    """Start and content of every closed `\\boxed{...}`; in linear time."""
-    boxes: list[tuple[int, str]] = []
-    open_braces: list[int | None] = []  # where a box's content starts; None for an ordinary brace
+def _boxes(text: str) -> list[tuple[int, str]]:
+    """Start and content of every closed box; neighbours are joined by commas. In linear time."""
+    boxes: list[tuple[int, int, int, str]] = []  # start of the command, of its content, end, content
+    open_braces: list[tuple[int, int] | None] = []  # where a box and its content start; None for an ordinary brace
     for match in _BRACES.finditer(text):
         token = match.group()
         if token == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None:
-                boxes.append((start, text[start : match.start()]))
+            opened = open_braces.pop() if open_braces else None
+            if opened is not None:
+                boxes.append((*opened, match.end(), text[opened[1] : match.start()]))
+        elif match[1] is not None:
+            boxes.append((match.start(), match.start(1), match.end(), match[1]))
         elif token.endswith("{") and token != "\\{":
-            open_braces.append(match.end() if len(token) > 1 else None)
-    return boxes
+            open_braces.append((match.start(), match.end()) if len(token) > 1 else None)
+    joined: list[tuple[int, str]] = []
+    contents: list[str] = []
+    end_before = -1
+    for start, content_start, end, content in boxes:
+        if end_before > 0 and start >= end_before and _belongs(text[end_before:start][: _MAX_BETWEEN + 1]):
+            if content.strip() not in contents:
+                contents.append(content.strip())
+            joined[-1] = (joined[-1][0], ", ".join(contents))
+        else:
+            contents = [content.strip()]
+            joined.append((content_start, content))
+        end_before = end
+    return joined
+
+
+def _belongs(between: str) -> bool:
+    if _LAYOUT.fullmatch(between):
+        return True
+    if len(between) > _MAX_BETWEEN or _CORRECTING.search(between):
+        return False
+    return _JOINING.search(between) is not None or len(between) < 12
+
+
+def _unmarked(text: str) -> FinalAnswer | None:
+    text = text.replace("−", "-")
+    number = _last(_LAST_NUMBER.finditer(text))
+    formula = _last(_LAST_FORMULA.finditer(text))
+    if formula is not None and (number is None or number.start() < formula.end()):
+        content = next(group for group in formula.groups() if group is not None)
+        tail = text[formula.end() :]
+        unit = re.match(r"\s*(?:\\?%|percent\b|pct\b|percentage\b)", tail)
+        return _clean_boxed(content + (" \\%" if unit else ""), "last number")
+    if number is None:
+        return None
+    line = text[number.start() :].split("\n", 1)[0][:MAX_LINE_CHARACTERS]
+    return _clean_line(line, "last number")
+
+
+def _last(matches: Iterator[re.Match[str]]) -> re.Match[str] | None:
+    last = deque(matches, maxlen=1)
+    return last[0] if last else None
 
 
 def _strip_decoration(text: str) -> str:
-    text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "").replace("\\!", "")
-    text = re.sub(r"\\[()\[\]]|\\\$|[$€£]|<\|[^|>]*\|>|</?s>", "", text)
+    text = _GROUP_COMMA.sub(",", text.replace("−", "-"))
+    text = _THIN_SPACE.sub("", text).replace("\\,", " ")
+    text = _MARKUP.sub("", text)
     text = text.strip().strip("*_`\"'").lstrip("=≈:").strip()
     # `+5` is 5; a minus counts only right before the number, so `- 5` stays as it is.
     return re.sub(r"^\+\s*(?=[\d.])", "", text)
 
 
-def _clean_boxed(text: str) -> str:
+def _currency(text: str) -> str:
+    """The currency in front of or behind the number with which a text starts."""
+    if not ("$" in text or "€" in text or "£" in text or "¥" in text or "₹" in text or "¢" in text):
+        return ""
+    match = _CURRENCY.match(text.replace("−", "-"))
+    if match is not None and (match[1] or match["end"] not in ("$", "\\", "^", "_")):
+        return _NAMES[match[1] or match[2]]
+    match = _CURRENCY_AFTER.match(text.replace("−", "-").lstrip("$*_ "))
+    return _NAMES[match[1]] if match is not None else ""
+
+
+def _clean_boxed(text: str, marker: str) -> FinalAnswer:
+    currency = _currency(text)
     text = _strip_decoration(text)
     text = text if text.endswith("\\.") else text.rstrip(".").rstrip()
-    return _canonical(text)
+    text = canonical(text)
+    return FinalAnswer(text, marker, currency if currency and plain_decimal(text) is not None else "")
 
 
-def _clean_line(line: str) -> str:
+def _clean_line(line: str, marker: str) -> FinalAnswer:
+    if marker == "answer is":
+        filler = _FILLER.match(line)
+        if filler is not None and filler.end() < len(line):
+            line = line[filler.end() :]
+    formula = _FORMULA_FIRST.match(line)
+    if formula is not None and not _GOES_ON.match(formula["rest"]):
+        inside = next(formula[name] for name in ("display", "inline", "round", "square") if formula[name])
+        answer = _clean_boxed(_result(inside.replace("\n", " ")), marker)
+        plain = not answer.unit and plain_decimal(answer.text) is not None
+        return FinalAnswer(answer.text, marker, _unit_words(formula["rest"])) if plain else answer
+    currency = _currency(line)
     line = _strip_decoration(line)
-    number = _PLAIN_NUMBER.match(line)
+    number = PLAIN_NUMBER.match(line)
     if number is not None:
-        rest = line[number.end() :]
+        said = _number_with_words(line, number, currency, marker)
+        if said is not None:
+            return said
+    sentence = _SENTENCE_END.split(line, maxsplit=1)[0].strip()
+    if marker == "answer is" and sentence[:1].isalpha() and not _CONDITION.search(sentence):
+        verbs = list(_LAST_IS.finditer(sentence))  # `The largest n is 34`
+        if verbs:
+            return _clean_line(line[verbs[-1].end() :], marker)
+    return FinalAnswer(canonical(_result(sentence)), marker)
+
+
+def _number_with_words(line: str, number: re.Match[str], currency: str, marker: str) -> FinalAnswer | None:
+    """None if what follows the number is part of the value."""
+    text, rest = number.group(), line[number.end() :]
+    word = _WORD_AFTER_NUMBER.match(rest)
+    if word is not None and word.group(1).lower() in SCALES:
+        text, rest = canonical(f"{text} {word.group(1)}"), rest[word.end() :]
         word = _WORD_AFTER_NUMBER.match(rest)
-        if word is not None and word.group(1).lower() in _SCALES:
-            return _canonical(f"{number.group()}e{_SCALES[word.group(1).lower()]}")
-        joined = _ALTERNATIVE.match(rest) or (word is not None and word.group(1).lower() in _OPERATORS_IN_WORDS)
-        is_unit = word is not None and not joined
-        if is_unit or (_PROSE.match(rest) and word is None and not _PRODUCT.match(rest)):
-            return _canonical(number.group())
-    sentence = re.split(r"\.(?:\s|$)", line, maxsplit=1)[0].strip()
-    if sentence.count("=") and "," not in sentence:
-        sentence = sentence.rsplit("=", 1)[1].strip()  # `3 * 4 = 12`: the answer is its result
-    return _canonical(sentence)
+    percent = _PERCENT.match(rest)
+    if percent is not None:
+        text, rest, word = f"{canonical(text)}%", rest[percent.end() :], None
+    else:
+        goes_on = _BOTTOM.match(rest) or _DECIMALS.match(rest)
+        if goes_on is not None:
+            text, rest = text + goes_on.group(), rest[goes_on.end() :]
+            word = _WORD_AFTER_NUMBER.match(rest)
+    joined = _ALTERNATIVE.match(rest) or (word is not None and word.group(1).lower() in OPERATORS_IN_WORDS)
+    if joined or _PRODUCT.match(rest) or not (word is not None or _PROSE.match(rest) or _SIGN.match(rest)):
+        return None
+    return FinalAnswer(canonical(text), marker, currency or _unit_words(rest))
 
 
-def _canonical(text: str) -> str:
-    mixed = _MIXED_NUMBER.fullmatch(text)
-    if mixed is not None:
-        whole, top, bottom = (int(part) for part in mixed.group(2, 3, 4))
-        return f"{mixed.group(1)}{whole * bottom + top}/{bottom}"
-    number = plain_decimal(text)
-    if number is None or abs(number.adjusted()) > 30:
-        return text
-    plain = format(number, "f")
-    plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
-    return "0" if plain in ("-0", "") else plain
+def _unit_words(rest: str) -> str:
+    """The unit of measure at the start of a text, as it is written."""
+    stripped = rest.lstrip()
+    if not stripped:
+        return ""
+    unit, after = leading_unit(stripped)
+    if unit is None or (stripped[:3].lower() == "in " and after.strip()):  # `12 in total`
+        return ""
+    words = stripped[: len(stripped) - len(after)]
+    if unit.letters and (rest == stripped or re.match(r"\s*[\w(=+^*/-]", after)):
+        return ""  # `3m`, `5 m + 2`
+    return "" if after[:1].isalpha() else words
 
 
-def without_units(answer: str, gold: str) -> tuple[str, str]:
-    """Both without a unit in words (`12 m^2`, `5 square feet`, `3 km/h`) that only one of them has.
-
-    A letter on the gold's number is algebra: `3k` stays. So do texts longer than MAX_ANSWER_CHARACTERS.
-    """
-    if max(len(answer), len(gold)) > MAX_ANSWER_CHARACTERS:
-        return answer, gold
-    if not _LETTER.search(gold):
-        return _number_of(answer, _WITH_UNIT), gold
-    if not _LETTER.search(answer):
-        return answer, _number_of(gold, _WITH_UNIT_WORD)
-    return answer, gold
-
-
-def _number_of(text: str, with_unit: re.Pattern[str]) -> str:
-    match = with_unit.fullmatch(" ".join(text.split()))  # several `\s*` in a row would share a long run in n^3 ways
-    if match is None or (match["unit"] or "").lower() in _OPERATORS_IN_WORDS | _JOINING_WORDS | _SCALES.keys():
-        return text
-    return _canonical(match["number"])
-
-
-def verify_pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """`right`, `wrong`, `gold_unparsable` or `exception: ...` per (answer, gold) pair."""
-    return [_verify(answer, gold) for answer, gold in pairs]
-
-
-def _verify(answer: str, gold: str) -> str:
-    from math_verify import verify
-
-    try:
-        parsed_gold = _parse(gold)
-        if not parsed_gold:
-            return "gold_unparsable"
-        # The time-outs of math-verify are signals, which need the main thread; the parent's deadline replaces them.
-        right = verify(parsed_gold, _parse(answer), timeout_seconds=None, raise_on_error=True)
-    except Exception as error:  # whatever sympy does on model-written text is this pair's verdict, not a crash
-        return f"exception: {type(error).__name__}: {str(error)[:200]}"
-    return "right" if right else "wrong"
-
-
-@lru_cache(maxsize=4096)
-def _parse(answer: str) -> list[object]:
-    """Empty: no expression."""
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    in_latex = re.sub(r"(?<!\\)%", r"\\%", answer)  # a bare % starts a comment
-    for text in (f"\\boxed{{{in_latex}}}", answer):
-        parsed: list[object] = parse(text, extraction_config=targets, parsing_timeout=None, raise_on_error=True)
-        if any(not isinstance(expression, str) for expression in parsed):
-            return parsed
-    return []
+def _result(sentence: str) -> str:
+    """`3 * 4 = 12`: the answer is its result; `x + y = 3` is an equation."""
+    if "=" not in sentence or "," in sentence or re.search(r"[<>!]=|=[<>]", sentence):
+        return sentence
+    left, _, right = sentence.rpartition("=")
+    first = left.partition("=")[0]
+    is_equation = re.search(r"[A-Za-z]", first) and not _NAME.fullmatch(first.strip())
+    return sentence if is_equation else right.strip()

@@ -22,8 +22,8 @@ _FENCE_LANGUAGES = ("", "json", "json5", "jsonc")
 class JsonSchema(TextRule):
     """Reads the whole response as JSON, else its last fenced block, and checks it against a schema.
 
-    References are never resolved over the network. Responses that cannot be judged (nested too deeply, a pattern past
-    the deadline) are invalid.
+    References are never resolved over the network. A response that is nested too deeply to be read, or that a pattern of
+    the schema does not finish with in time, scores 0.
     """
 
     class Config(TextRuleConfig):
@@ -74,7 +74,12 @@ class JsonSchema(TextRule):
         value = read_json(text)
         if value is None:
             return Score(0.0, components={"json": 0.0, "valid": 0.0}, trace=f"no JSON in {excerpt(text)}")
-        fault = next(validator.iter_errors(value[0]), None)
+        from referencing.exceptions import Unresolvable
+
+        try:
+            fault = next(validator.iter_errors(value[0]), None)
+        except Unresolvable as error:  # the schema's fault, not the response's
+            raise CannotJudgeError(f"bad_schema: a reference leads nowhere: {str(error)[:200]}") from error
         if fault is None:
             return Score(1.0, components={"json": 1.0, "valid": 1.0}, trace="allowed by the schema")
         trace = f"at {fault.json_path}: {fault.message[:300]}"

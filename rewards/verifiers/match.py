@@ -60,7 +60,7 @@ class ExactMatch(TextRule):
 
 
 class RegexMatch(TextRule):
-    """1 if a pattern of Python's `re` fits. A pattern that runs past the deadline makes the sample invalid."""
+    """1 if a pattern of Python's `re` fits; one that runs past the deadline does not."""
 
     class Config(TextRuleConfig):
         pattern: str | None = None
@@ -119,6 +119,11 @@ class RegexMatch(TextRule):
         correct = float(match is not None)
         trace = f"matched {excerpt(match[0])}" if match is not None else f"no match in {excerpt(answer)}"
         return Score(correct, components={"correct": correct, "format": 1.0}, trace=trace)
+
+    @classmethod
+    def worst(cls, config: Any, task: Any) -> Score:
+        """A pattern may fit an empty text."""
+        return Score(0.0, components={"correct": 0.0, "format": 0.0})
 
 
 def find_answer(text: str, answer_in: AnswerIn) -> str | None:

@@ -1,6 +1,7 @@
 """`reward=math` (and `rule`, `gsm8k`): 1 if the final answer of a response equals the gold answer, else 0.
 
-Plain numbers are compared here, everything else by math-verify in processes that are killed when they hang.
+Numbers, units, percentages and texts are compared here, expressions by math-verify in processes that are killed when
+they hang.
 """
 
 from __future__ import annotations
@@ -10,28 +11,22 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from rewards.base import Reward, RewardContext, RewardTraits
-from rewards.verifiers.answers import (
-    MARKERS,
-    MAX_ANSWER_CHARACTERS,
-    FinalAnswer,
-    Marker,
-    compare_plain,
-    final_answer,
-    gold_answer,
-    verify_pairs,
-    without_units,
-)
+from rewards.verifiers.answers import MARKERS, MAX_ANSWER_CHARACTERS, FinalAnswer, Marker, final_answer, gold_final
+from rewards.verifiers.comparison import Pair, decide, is_prose
 from rewards.verifiers.pool import Failed, Processes, TextRuleConfig, limit_memory
+from rewards.verifiers.symbolic import verify_pairs
 from rlkit.cluster.processes import die_with_parent
-from rlkit.experience import Group, GroupScores, Score, UserError
+from rlkit.experience import Group, GroupScores, Prompt, Score, UserError
 
-Pair = tuple[str, str]
+LOOKED_AT = 500
+"""Gold answers of a run's data that are looked at before it starts."""
+PROSE_SHARE = 0.05
+"""From which share on prose among them is said."""
 
 
 def _prepare() -> None:
@@ -53,10 +48,13 @@ class Verifier:
     {('1/2', '0.5'): 'right', ('3', '4'): 'wrong'}
     """
 
-    def __init__(self, processes: int, item_timeout_seconds: float, cache_size: int) -> None:
+    def __init__(
+        self, processes: int, item_timeout_seconds: float, cache_size: int, letters_are_units: bool = False
+    ) -> None:
         self._processes = Processes(processes, _prepare, ["math_verify", "rewards.verifiers.math"])
         self._item_timeout = item_timeout_seconds
         self._cache_size = cache_size
+        self._letters_are_units = letters_are_units
         self._cache: OrderedDict[Pair, str] = OrderedDict()
 
     def start(self, timeout_seconds: float = 60.0) -> None:
@@ -69,54 +67,63 @@ class Verifier:
             raise VerifierError(f"math-verify does not work in its processes: expected {probes}, got {verdicts}")
 
     def verdicts(self, pairs: Iterable[Pair], budget_seconds: float) -> dict[Pair, str]:
-        """Per pair `right`, `wrong`, or why there is no verdict (`timeout: ...`, `crash: ...`).
+        """Per (answer, gold) `right`, `wrong`, `wrong: WHY`, or why there is no verdict (`timeout: ...`, `crash: ...`).
 
         Takes about `budget_seconds` at most; pairs not reached by then are `timeout: ...`.
         """
         deadline = time.monotonic() + budget_seconds
         known: dict[Pair, str] = {}
-        unknown: list[Pair] = []
+        reduced: dict[Pair, Pair] = {}
         for pair in dict.fromkeys(pairs):
-            verdict = self._remembered(pair)
-            if verdict is None:
-                unknown.append(pair)
-            else:
+            verdict = self._remembered(pair) or decide(*pair, self._letters_are_units)
+            if isinstance(verdict, str):
                 known[pair] = verdict
-        judged = self._judge(unknown, deadline, self._item_timeout) if unknown else {}
-        for pair, verdict in judged.items():
-            if verdict in ("right", "wrong", "gold_unparsable"):
-                self._remember(pair, verdict)
-        return known | judged
+            else:
+                reduced[pair] = verdict
+        if reduced:
+            judged = self._judge_fairly(list(dict.fromkeys(reduced.values())), deadline)
+            for pair, expressions in reduced.items():
+                known[pair] = judged[expressions]
+                if known[pair].startswith(("right", "wrong", "gold_unparsable")):
+                    self._remember(pair, known[pair])
+        return known
 
     def close(self) -> None:
         self._processes.close()
 
     def _remembered(self, pair: Pair) -> str | None:
-        if pair in self._cache:
-            self._cache.move_to_end(pair)
-            return self._cache[pair]
-        answer, gold = pair
-        if answer == gold:
-            return "right"
-        equal = compare_plain(answer, gold)
-        return None if equal is None else ("right" if equal else "wrong")
+        if pair not in self._cache:
+            return None
+        self._cache.move_to_end(pair)
+        return self._cache[pair]
 
     def _remember(self, pair: Pair, verdict: str) -> None:
         self._cache[pair] = verdict
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
 
-    def _judge(self, pairs: Sequence[Pair], deadline: float, item_timeout: float) -> dict[Pair, str]:
-        results = self._processes.map(verify_pairs, pairs, deadline, item_timeout)
-        reasons = (result.reason if isinstance(result, Failed) else result for result in results)
-        return dict(zip(pairs, reasons, strict=True))
+    def _judge(self, pairs: Sequence[Pair], deadline: float, item_timeout: float) -> dict[Pair, str | Failed]:
+        return dict(zip(pairs, self._processes.map(verify_pairs, pairs, deadline, item_timeout), strict=True))
+
+    def _judge_fairly(self, pairs: Sequence[Pair], deadline: float) -> dict[Pair, str]:
+        """An answer that hangs or kills its process is wrong, if its gold answer can be judged with another."""
+        judged = self._judge(pairs, deadline, self._item_timeout)
+        failures = {pair: result for pair, result in judged.items() if isinstance(result, Failed)}
+        doubtful = dict.fromkeys(gold for (_, gold), failed in failures.items() if failed.by_its_item)
+        probes = self._judge([("0", gold) for gold in doubtful], deadline, self._item_timeout) if doubtful else {}
+        fine = {gold for (_, gold), result in probes.items() if isinstance(result, str) and result != "gold_unparsable"}
+        verdicts = {pair: result for pair, result in judged.items() if isinstance(result, str)}
+        for pair, failed in failures.items():
+            blamed = failed.by_its_item and pair[1] in fine
+            verdicts[pair] = f"wrong: {failed.reason}" if blamed else failed.reason
+        return verdicts
 
 
 class MathReward(Reward):
     r"""Compares the response's final answer (`#### x`, `\boxed{x}`, `The answer is x`, `A: x`) with the gold answer.
 
-    A response without an answer scores 0. An answer that the verifier cannot judge (it hangs, dies, or cannot read
-    the gold answer) is invalid, with the reason.
+    A response without an answer scores 0, and so does one whose answer takes too much work to evaluate. Invalid, with
+    the reason, are only those whose gold answer is missing or cannot be read, or that the processes did not reach.
     """
 
     class Config(TextRuleConfig):
@@ -127,13 +134,29 @@ class MathReward(Reward):
         markers: Annotated[tuple[Marker, ...], Field(min_length=1)] = MARKERS
         """What may mark the final answer; the last one counts."""
         strip_units: bool = False
-        """Ignore a unit that only one of answer and gold has: `12 m^2` is 12."""
+        """Read bare letters as units, too, where only one side has one: `12 m^2` is 12. (Other units always are.)"""
         cache_size: int = Field(default=65536, ge=1)
         """Verdicts remembered; the least recently used are dropped first."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
         return RewardTraits(answer=True, uses_gpu=False)
+
+    @classmethod
+    def doubts(cls, config: Any, prompts: Sequence[Prompt]) -> list[str]:
+        """Gold answers that are prose."""
+        some = prompts[:: max(1, len(prompts) // LOOKED_AT)]
+        golds = [(prompt, gold_final(prompt.answer).quantity) for prompt in some if prompt.answer is not None]
+        prose = [(prompt, gold) for prompt, gold in golds if is_prose(gold)]
+        if len(prose) < PROSE_SHARE * len(golds) or not prose:
+            return []
+        prompt, example = prose[0]
+        shown = example if len(example) <= 80 else example[:77] + "..."
+        return [
+            f"{len(prose) / len(golds):.0%} of the gold answers are prose, for example {shown!r} (prompt {prompt.id}): "
+            "the rule reward compares them word for word, so hardly any response is right. Name a column with short "
+            "answers (data.answer_column), or choose a reward that reads (reward=judge, reward=polar)"
+        ]
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -151,14 +174,10 @@ class MathReward(Reward):
     def judge(self, responses: Sequence[str], answers: Sequence[str | None]) -> list[Score]:
         """One score per (response, gold answer)."""
         finals = [final_answer(text, self.config.accept_last_number, self.config.markers) for text in responses]
-        golds = [None if answer is None else gold_answer(answer) for answer in answers]
-        if self.config.strip_units:
-            for index, (answer, gold) in enumerate(zip(finals, golds, strict=True)):
-                if answer is not None and gold:
-                    text, golds[index] = without_units(answer.text, gold)
-                    finals[index] = replace(answer, text=text)
+        read = {answer: gold_final(answer).quantity for answer in set(answers) if answer is not None}
+        golds = [None if answer is None else read[answer] for answer in answers]
         pairs = [
-            (answer.text, gold)
+            (answer.quantity, gold)
             for answer, gold in zip(finals, golds, strict=True)
             if answer is not None and gold and len(answer.text) <= MAX_ANSWER_CHARACTERS
         ]
@@ -177,9 +196,9 @@ class MathReward(Reward):
             return self._valid(False, False, "no final answer found")
         if len(answer.text) > MAX_ANSWER_CHARACTERS:
             return self._valid(False, answer.marked, f"the answer is longer than {MAX_ANSWER_CHARACTERS} characters")
-        verdict = verdicts[answer.text, gold]
-        trace = f"answer {answer.text!r} ({answer.marker}), gold {gold!r}: {verdict}"
-        if verdict in ("right", "wrong"):
+        verdict = verdicts[answer.quantity, gold]
+        trace = f"answer {answer.quantity!r} ({answer.marker}), gold {gold!r}: {verdict}"
+        if verdict.startswith(("right", "wrong")):
             return self._valid(verdict == "right", answer.marked, trace)
         if verdict == "gold_unparsable":
             return Score.invalid(f"gold_unparsable: math-verify cannot read the gold answer {gold!r}", trace)
@@ -192,5 +211,8 @@ class MathReward(Reward):
 
     def _open_verifier(self) -> Verifier:
         if self._verifier is None:
-            self._verifier = Verifier(self.config.processes, self.config.item_timeout_seconds, self.config.cache_size)
+            config = self.config
+            self._verifier = Verifier(
+                config.processes, config.item_timeout_seconds, config.cache_size, config.strip_units
+            )
         return self._verifier

@@ -12,10 +12,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
@@ -32,6 +32,8 @@ ITEMS_PER_TASK = 16
 """A round trip costs about as much as a verdict."""
 
 MAX_TRACE_CHARACTERS = 400
+_NO_VERDICT = "timeout: no verdict"
+_ENDED = "crash: the verifier process ended"
 _BUDGET_USED_UP = "timeout: the verifier's time for this call was used up"
 
 Item = TypeVar("Item")
@@ -50,6 +52,11 @@ class Failed:
     """Why an item has no result: `timeout: ...` or `crash: ...`."""
 
     reason: str
+
+    @property
+    def by_its_item(self) -> bool:
+        """The item hung or killed a process of its own; other failures are the machine's."""
+        return self.reason.startswith((_NO_VERDICT, _ENDED))
 
 
 class Processes:
@@ -119,12 +126,12 @@ class Processes:
                 results.update(zip(batch, future.result(timeout=remaining), strict=True))
             except FutureTimeoutError:
                 if future.done():
-                    failures.append((batch, f"timeout: no verdict within {item_timeout:g} s"))
+                    failures.append((batch, f"{_NO_VERDICT} within {item_timeout:g} s"))
                 else:
                     future.cancel()
                     failures.append((batch, _BUDGET_USED_UP))
             except ProcessExpired as error:
-                failures.append((batch, f"crash: the verifier process ended with exit code {error.exitcode}"))
+                failures.append((batch, f"{_ENDED} with exit code {error.exitcode}"))
             except BrokenExecutor:  # a process died between two tasks; the next call opens another pool
                 failures.append((batch, "crash: the verifier process died"))
         return results, failures
@@ -157,7 +164,7 @@ def _final(batch: range, reason: str) -> bool:
 
 class TextRuleConfig(RewardConfig):
     item_timeout_seconds: Deadline = 5.0
-    """Deadline of one verdict; after it the process is replaced and the sample invalid."""
+    """Deadline of one verdict; after it the process is replaced, and the response is at fault if others can be judged."""
     processes: int = Field(default=1, ge=1)
     """Verifier processes of one worker."""
 
@@ -166,14 +173,12 @@ class CannotJudgeError(Exception):
     """The prompt lacks what the rule needs, or it is unusable: `class: details`."""
 
 
-class JudgeFunction(Protocol):
-    """Runs in a verifier process."""
-
-    def __call__(self, config: Any, task: Any, text: str, /) -> Score: ...
-
-
 class TextRule(Reward):
-    """Judges a response by its text and its prompt alone; if `judge` raises, the sample is invalid, not wrong."""
+    """Judges a response by its text and its prompt alone.
+
+    A text at which `judge` hangs, dies or raises gets the score of an empty one (`worst`), if that can be judged: no
+    policy escapes a verdict by what it writes. If not, the sample is invalid.
+    """
 
     Config = TextRuleConfig
 
@@ -192,6 +197,10 @@ class TextRule(Reward):
     @staticmethod
     @abstractmethod
     def judge(config: Any, task: Any, text: str, /) -> Score: ...
+
+    @classmethod
+    def worst(cls, config: Any, task: Any) -> Score:
+        return cls.judge(config, task, "")
 
     def start(self) -> None:
         (answer,) = self._open().map(_echo, ["ready"], time.monotonic() + 60.0, 60.0)
@@ -224,9 +233,19 @@ class TextRule(Reward):
             return []
         # A fifth of the call's deadline is kept for everything else, so that the processes give up before it is over.
         deadline = time.monotonic() + 0.8 * self.config.timeout_seconds
-        function = partial(_judge_texts, type(self).judge, self.config)
+        function = partial(_judge_texts, type(self), self.config)
         results = self._open().map(function, items, deadline, self.config.item_timeout_seconds)
-        return [Score.invalid(result.reason) if isinstance(result, Failed) else result for result in results]
+        failures = {index: result for index, result in enumerate(results) if isinstance(result, Failed)}
+        culprits = [index for index, failed in failures.items() if failed.by_its_item]
+        scores = [Score.invalid(result.reason) if isinstance(result, Failed) else result for result in results]
+        if culprits:
+            worst = partial(_judge_worst, type(self), self.config)
+            tasks = [(items[index][0], failures[index].reason) for index in culprits]
+            blamed = self._open().map(worst, tasks, deadline, self.config.item_timeout_seconds)
+            for index, score in zip(culprits, blamed, strict=True):
+                if not isinstance(score, Failed):
+                    scores[index] = score
+        return scores
 
     def _open(self) -> Processes:
         if self._processes is None:
@@ -266,14 +285,25 @@ def _echo(items: Sequence[str]) -> list[str]:
     return list(items)
 
 
-def _judge_texts(judge: JudgeFunction, config: Any, items: Sequence[tuple[Any, str]]) -> list[Score]:
-    return [_judge_text(judge, config, task, text) for task, text in items]
+def _judge_texts(kind: type[TextRule], config: Any, items: Sequence[tuple[Any, str]]) -> list[Score]:
+    return [_judge_text(kind, config, task, text) for task, text in items]
 
 
-def _judge_text(judge: JudgeFunction, config: Any, task: Any, text: str) -> Score:
+def _judge_text(kind: type[TextRule], config: Any, task: Any, text: str) -> Score:
     try:
-        return judge(config, task, text)
+        return kind.judge(config, task, text)
     except CannotJudgeError as error:
         return Score.invalid(str(error))
     except Exception as error:  # whatever a parser does on model-written text is this sample's verdict, not a crash
-        return Score.invalid(f"exception: {type(error).__name__}: {str(error)[:200]}", excerpt(text))
+        return _worst(kind, config, task, f"exception: {type(error).__name__}: {str(error)[:200]}")
+
+
+def _judge_worst(kind: type[TextRule], config: Any, items: Sequence[tuple[Any, str]]) -> list[Score]:
+    return [_worst(kind, config, task, reason) for task, reason in items]
+
+
+def _worst(kind: type[TextRule], config: Any, task: Any, reason: str) -> Score:
+    try:
+        return replace(kind.worst(config, task), trace=f"cannot be judged ({reason}), so judged as an empty response")
+    except Exception:  # so it is not this text's fault
+        return Score.invalid(reason)

@@ -163,12 +163,14 @@ def cache_holds_a_sequence(
         yield ConfigIssue("rollout.memory_gib", f"one sequence of {tokens} tokens needs {needed:.2f} GiB of cache")
 
 
-def minibatches_are_equal(trainer: TrainerConfig, learner: LearnerConfig) -> Issues:
-    """Each optimizer step takes an equal share of whole groups, and every rank gets some."""
-    yield from _unequal_minibatches("learner", learner, trainer)
+def minibatches_are_equal(trainer: TrainerConfig, learner: LearnerConfig, algorithm: Algorithm) -> Issues:
+    """Each optimizer step takes an equal share of whole groups, and every rank gets some samples of it."""
+    together = algorithm.needs().layout != "any"  # ranks are dealt whole groups
+    yield from _unequal_minibatches("learner", learner, trainer, 1 if together else algorithm.config.samples_per_prompt)
 
 
-def _unequal_minibatches(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Issues:
+def _unequal_minibatches(section: str, config: LearnerConfig, trainer: TrainerConfig, units: int) -> Issues:
+    """`units`: pieces of a group that different ranks may compute."""
     prompts, parts = trainer.prompts_per_step, config.minibatches_per_step
     if prompts % parts:
         divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
@@ -178,11 +180,12 @@ def _unequal_minibatches(section: str, config: LearnerConfig, trainer: TrainerCo
             f"trainer.prompts_per_step={prompts} cannot be divided into {parts} equal mini-batches of whole groups; "
             f"{near} would fit",
         )
-    elif prompts // parts < config.ranks:
+    elif prompts // parts * units < config.ranks:
+        what = "samples" if units > 1 else "groups"
         yield ConfigIssue(
             f"{section}.ranks",
-            f"a mini-batch has {prompts // parts} groups (trainer.prompts_per_step={prompts} / "
-            f"{section}.minibatches_per_step={parts}), which is less than one for each of {config.ranks} ranks",
+            f"a mini-batch has {prompts // parts * units} {what} (of trainer.prompts_per_step={prompts} / "
+            f"{section}.minibatches_per_step={parts} groups), which is less than one for each of {config.ranks} ranks",
         )
 
 
@@ -269,7 +272,7 @@ def critic_fits(
             yield ConfigIssue("critic.path", str(error))
     if "logit_elements_per_chunk" in changed:
         yield ConfigIssue("critic.logit_elements_per_chunk", "has no effect: a critic has values and no logits")
-    yield from _unequal_minibatches("critic", critic, trainer)
+    yield from _unequal_minibatches("critic", critic, trainer, algorithm.config.samples_per_prompt)
     yield from _unfit_schedule("critic", critic, trainer)
     yield from _lacking_masters("critic", critic, cluster)
     if cluster.device == "cpu" and critic.dtype == "bfloat16":

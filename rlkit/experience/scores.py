@@ -35,6 +35,8 @@ class ScoreReport:
     """Time spent scoring, summed over calls."""
     error: str = ""
     """Traceback, if the backend raised (such a report has no groups)."""
+    tracebacks: Mapping[str, str] = field(default_factory=dict)
+    """By reason, of samples at which a function of the user's raised: the traces of their scores."""
 
     def __add__(self, other: ScoreReport) -> ScoreReport:
         return ScoreReport(
@@ -43,6 +45,7 @@ class ScoreReport:
             examples={**other.examples, **self.examples},
             seconds=self.seconds + other.seconds,
             error=self.error or other.error,
+            tracebacks={**other.tracebacks, **self.tracebacks},
         )
 
     @property
@@ -77,6 +80,7 @@ def report_on(groups: Iterable[Group], seconds: float) -> ScoreReport:
     samples = 0
     failures: Counter[str] = Counter()
     examples: dict[str, str] = {}
+    tracebacks: dict[str, str] = {}
     for group in groups:
         scores = group.scores.samples if group.scores is not None else ()
         samples += len(scores)
@@ -85,7 +89,9 @@ def report_on(groups: Iterable[Group], seconds: float) -> ScoreReport:
                 kind = kind_of(score.reason)
                 failures[kind] += 1
                 examples.setdefault(kind, score.reason)
-    return ScoreReport(samples, dict(failures), examples, seconds)
+                if kind == "exception" and score.trace.startswith("Traceback"):
+                    tracebacks.setdefault(score.reason, score.trace)
+    return ScoreReport(samples, dict(failures), examples, seconds, tracebacks=tracebacks)
 
 
 def check_failures(report: ScoreReport, max_failed_share: float, reward: str) -> None:

@@ -14,6 +14,8 @@ from rlkit.cluster.placement import Place, anywhere
 from rlkit.config.plan import gpu_shares, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group
+from rlkit.learner.batches import Microbatch, PolicyRows, Share, ValueRows
+from rlkit.learner.dealing import passes, policy_shares, value_shares
 from rlkit.learner.ranks import Rank, RankGroup
 from rlkit.weights.bundle import WeightBundle
 
@@ -46,11 +48,12 @@ class LearnerWorker(Rank):
     def trained(self) -> PolicyLearner:
         return self.learner
 
-    def update(self, groups: Sequence[Group], advantages: Advantages) -> dict[str, float]:
-        return self.learner.update(groups, advantages)
+    def learn(self, share: Share[PolicyRows]) -> dict[str, float]:
+        return self.learner.learn(share)
 
-    def logprobs(self, groups: Sequence[Group], which: str) -> list[np.ndarray]:
-        return self.learner.group_logprobs(groups, which)
+    def logprobs(self, microbatches: Sequence[Microbatch]) -> tuple[np.ndarray, np.ndarray]:
+        """[R of all] under policy and reference."""
+        return self.learner.logprobs(microbatches), self.learner.logprobs(microbatches, "reference")
 
     def weights(self, canary: Sequence[int]) -> tuple[WeightBundle | None, int, np.ndarray]:
         """Return weights (on rank 0; ZeRO-3 gathers on all), version and canary log-probs.
@@ -124,16 +127,22 @@ class LearnerGroup(RankGroup):
         self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
     ) -> None:
         gpus = gpu_shares(config).learner
+        self.section, self.needs = config.learner, algorithm.needs()
         super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus, place)
 
-    async def update(self, groups: Any, advantages: Any) -> dict[str, float]:
-        """One training step; arguments may be object references."""
-        metrics: dict[str, float] = await self.call("update", groups, advantages)
-        return metrics
+    async def update(
+        self, groups: Sequence[Group], advantages: Advantages, old_logprobs: Sequence[np.ndarray] | None = None
+    ) -> dict[str, float]:
+        """One training step. `old_logprobs` [T] per sample: under the policy before it, if known."""
+        shares, planned = policy_shares(groups, advantages, self.section, self.needs, old_logprobs)
+        metrics: dict[str, float] = (await self.call_each("learn", shares))[0]
+        return metrics | planned
 
-    async def logprobs(self, groups: Any, which: str) -> list[np.ndarray]:
-        logprobs: list[np.ndarray] = await self.call("logprobs", groups, which)
-        return logprobs
+    async def logprobs(self, groups: Sequence[Group]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """[T] of every sample, in order, under policy and reference."""
+        work = passes(groups, self.section)
+        policy, reference = zip(*await self.call_each("logprobs", work.microbatches), strict=True)
+        return work.per_sample(policy), work.per_sample(reference)
 
     async def canary_logprobs(self, canary: Sequence[int]) -> np.ndarray:
         logprobs: np.ndarray = await self.call("canary_logprobs", canary)
@@ -173,11 +182,11 @@ class CriticWorker(Rank):
     def trained(self) -> Critic:
         return self.critic
 
-    def values(self, groups: Sequence[Group]) -> list[np.ndarray]:
-        return self.critic.values(groups)
+    def values(self, microbatches: Sequence[Microbatch]) -> np.ndarray:
+        return self.critic.values(microbatches)
 
-    def update(self, groups: Sequence[Group], advantages: Advantages, values: Sequence[np.ndarray]) -> dict[str, float]:
-        return self.critic.update(groups, advantages, values)
+    def learn(self, share: Share[ValueRows]) -> dict[str, float]:
+        return self.critic.learn(share)
 
 
 class CriticGroup(RankGroup):
@@ -185,12 +194,19 @@ class CriticGroup(RankGroup):
         self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
     ) -> None:
         gpus = gpu_shares(config).critic
+        self.section = config.critic
         super().__init__(CriticWorker, "critic", config.critic, config, model_path, algorithm, logs, gpus, place)
 
-    async def values(self, groups: Any) -> list[np.ndarray]:
-        values: list[np.ndarray] = await self.call("values", groups)
-        return values
+    async def values(self, groups: Sequence[Group]) -> list[np.ndarray]:
+        """[T] of every sample, in order."""
+        work = passes(groups, self.section)
+        return work.per_sample(await self.call_each("values", work.microbatches))
 
-    async def update(self, groups: Any, advantages: Any, values: Any) -> dict[str, float]:
-        metrics: dict[str, float] = await self.call("update", groups, advantages, values)
+    async def update(
+        self, groups: Sequence[Group], advantages: Advantages, values: Sequence[np.ndarray]
+    ) -> dict[str, float]:
+        """One training step; `values` are those the advantages were computed with."""
+        metrics: dict[str, float] = (
+            await self.call_each("learn", value_shares(groups, advantages, values, self.section))
+        )[0]
         return metrics

@@ -1,158 +1,147 @@
-"""From scored groups to micro-batches: which samples train, on which rank, in which micro-batch, as which rows."""
+"""What a rank receives of a step: its micro-batches as flat arrays; no texts, no other rank's samples.
+
+`dealing.py` makes them in the driver.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms.base import Advantages, Denominators
-from rlkit.experience import Group, Sample
+from algorithms.base import Denominators
+from rlkit.experience.types import BoolArray, FloatArray, IntArray
 from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
 
 
-@dataclass(frozen=True)
-class TrainGroup:
-    """The samples of a group that enter the loss, with their indices in the Experience's sample order."""
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Groups, or parts of them, in one forward pass: S samples with R response tokens, group by group."""
 
-    group: Group
-    samples: tuple[Sample, ...]
-    indices: tuple[int, ...]
-
-    @property
-    def tree(self) -> Tree:
-        return Tree(self.group.prompt.token_ids, tuple(sample.token_ids.tolist() for sample in self.samples))
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """One optimizer step. `microbatches[rank]`: equally many on all ranks, some empty (collective operations must
-    match)."""
-
-    microbatches: tuple[tuple[tuple[TrainGroup, ...], ...], ...]
-    denominators: Denominators
-
-
-def train_groups(groups: Sequence[Group], advantages: Advantages) -> list[TrainGroup]:
-    """The kept samples with at least one trained token; groups without any are left out."""
-    chosen, first = [], 0
-    for group in groups:
-        kept = [
-            (sample, first + i)
-            for i, sample in enumerate(group.samples)
-            if advantages.keep[first + i] and sample.trained.any()
-        ]
-        first += len(group.samples)
-        if kept:
-            chosen.append(TrainGroup(group, tuple(s for s, _ in kept), tuple(i for _, i in kept)))
-    return chosen
-
-
-def plan_minibatches(
-    groups: Sequence[TrainGroup], minibatches: int, ranks: int, limit: int, *, split_groups: bool = True
-) -> list[Minibatch]:
-    """Split groups into minibatches (in order, equal counts), over ranks (equal tokens), into micro-batches (<= limit).
-
-    Deterministic: every rank computes the same plan. A group above `limit` tokens is split into parts that repeat its
-    prompt, unless the loss needs whole groups; what still exceeds the limit runs alone.
-    """
-    plan = []
-    for share in np.array_split(np.arange(len(groups)), minibatches):
-        chosen = [groups[i] for i in share]
-        if not chosen:
-            continue
-        parts = [part for group in chosen for part in (_split_group(group, limit) if split_groups else [group])]
-        loads = [0] * ranks
-        dealt: list[list[TrainGroup]] = [[] for _ in range(ranks)]
-        for part in sorted(parts, key=lambda g: -g.tree.tokens):
-            rank = loads.index(min(loads))
-            dealt[rank].append(part)
-            loads[rank] += part.tree.tokens
-        split = [split_by_tokens([g.tree.tokens for g in mine], limit) for mine in dealt]
-        rounds = max(len(bins) for bins in split)
-        plan.append(
-            Minibatch(
-                microbatches=tuple(
-                    tuple(tuple(mine[i] for i in bins[r]) if r < len(bins) else () for r in range(rounds))
-                    for mine, bins in zip(dealt, split, strict=True)
-                ),
-                denominators=Denominators(
-                    tokens=float(sum(int(s.trained.sum()) for g in chosen for s in g.samples)),
-                    sequences=float(sum(len(g.samples) for g in chosen)),
-                    groups=float(len(chosen)),
-                ),
-            )
-        )
-    return plan
-
-
-def _split_group(group: TrainGroup, limit: int) -> list[TrainGroup]:
-    prompt = len(group.group.prompt.token_ids)
-    sizes = [len(sample) for sample in group.samples]
-    if prompt + sum(sizes) <= limit:
-        return [group]
-    return [
-        TrainGroup(group.group, tuple(group.samples[i] for i in part), tuple(group.indices[i] for i in part))
-        for part in split_by_tokens(sizes, max(1, limit - prompt))
-    ]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The response tokens of a micro-batch as flat tensors, in the order of the packed batch's targets."""
-
-    advantages: Tensor
-    """[R]"""
-    rollout_logprobs: Tensor
-    """[R]"""
-    mask: Tensor
-    """[R]"""
-    sequence: Tensor
-    """[R]"""
-    group: Tensor
+    prompts: tuple[IntArray, ...]
+    """One per group."""
+    sizes: tuple[int, ...]
+    """Samples of each group."""
+    token_ids: IntArray
+    """[R] response tokens, sample after sample."""
+    lengths: IntArray
     """[S]"""
-    returns: Tensor | None
-    """[R]"""
-    extras: dict[str, Tensor]
-    """[R] each"""
-    indices: tuple[int, ...]
-    """Index of each sample in the Experience's order."""
+
+    def packed(self, device: str) -> PackedBatch:
+        responses = iter(np.split(self.token_ids, np.cumsum(self.lengths)[:-1]))
+        trees = [
+            Tree(prompt.tolist(), tuple(next(responses).tolist() for _ in range(size)))
+            for prompt, size in zip(self.prompts, self.sizes, strict=True)
+        ]
+        return pack(trees).to(device)
+
+    def sequence(self, device: str) -> Tensor:
+        """[R] int64: the sample of each response token."""
+        return _repeated(self.lengths, device)
+
+    def group(self, device: str) -> Tensor:
+        """[S] int64: the group of each sample."""
+        return _repeated(np.array(self.sizes), device)
 
 
-def rows_of(microbatch: Sequence[TrainGroup], advantages: Advantages, device: str) -> Rows:
-    samples = [sample for group in microbatch for sample in group.samples]
-    indices = tuple(index for group in microbatch for index in group.indices)
-
-    def flat(per_sample: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(per_sample).astype(np.float32)).to(device)
-
-    lengths = torch.tensor([len(sample) for sample in samples])
-    sizes = torch.tensor([len(group.samples) for group in microbatch])
-    return Rows(
-        advantages=flat([advantages.tokens[i] for i in indices]),
-        rollout_logprobs=flat([sample.logprobs for sample in samples]),
-        mask=flat([sample.trained for sample in samples]),
-        sequence=torch.repeat_interleave(torch.arange(len(samples)), lengths).to(device),
-        group=torch.repeat_interleave(torch.arange(len(microbatch)), sizes).to(device),
-        returns=None if advantages.returns is None else flat([advantages.returns[i] for i in indices]),
-        extras={name: flat([values[i] for i in indices]) for name, values in advantages.extras.items()},
-        indices=indices,
-    )
+def _repeated(counts: IntArray, device: str) -> Tensor:
+    return torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device)
 
 
-def per_token(
-    forward: Callable[[PackedBatch], Tensor], groups: Sequence[Group], tokens_per_microbatch: int, device: str
-) -> list[np.ndarray]:
-    """[T] float32 for every sample of every group, in order. `forward`: packed batch -> [R]."""
-    trees = [Tree(g.prompt.token_ids, tuple(s.token_ids.tolist() for s in g.samples)) for g in groups]
-    pieces_of: dict[int, list[np.ndarray]] = {}
-    for members in split_by_tokens([tree.tokens for tree in trees], tokens_per_microbatch):
-        rows = forward(pack([trees[i] for i in members]).to(device)).float().cpu().numpy()
-        lengths = [len(suffix) for i in members for suffix in trees[i].suffixes]
-        pieces = iter(np.split(rows, np.cumsum(lengths)[:-1]))
-        for i in members:
-            pieces_of[i] = [next(pieces) for _ in trees[i].suffixes]
-    return [piece for i in range(len(trees)) for piece in pieces_of[i]]
+IDLE = Microbatch((np.zeros(1, np.int32),), (1,), np.zeros(1, np.int32), np.ones(1, np.int32))
+"""A forward pass of a rank that has nothing left, but must take part in the others' collective operations."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRows:
+    """[R] each, in the order of the micro-batch's response tokens."""
+
+    mask: BoolArray
+    advantages: FloatArray
+    rollout_logprobs: FloatArray
+    old_logprobs: FloatArray | None
+    """Under the policy before the step, where the driver has them already."""
+    extras: Mapping[str, FloatArray]
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRows:
+    """[R] each, in the order of the micro-batch's response tokens."""
+
+    mask: BoolArray
+    returns: FloatArray
+    old_values: FloatArray
+
+
+RowsT = TypeVar("RowsT")
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch(Generic[RowsT]):
+    """One optimizer step of one rank."""
+
+    microbatches: tuple[tuple[Microbatch, RowsT | None], ...]
+    """Equally many on all ranks; idle ones have no rows."""
+    denominators: Denominators
+    """Of all ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share(Generic[RowsT]):
+    """What one rank does in a step."""
+
+    minibatches: tuple[Minibatch[RowsT], ...]
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """`Advantages.scalars`."""
+    old_known: bool = False
+    """All rows have `old_logprobs`."""
+
+
+def on_device(rows: FloatArray | BoolArray, device: str) -> Tensor:
+    """A float32 copy: arrays from Ray's object store cannot be written to."""
+    return torch.from_numpy(np.array(rows, dtype=np.float32)).to(device)
+
+
+@torch.no_grad()
+def per_token(forward: Callable[[PackedBatch], Tensor], microbatches: Sequence[Microbatch], device: str) -> FloatArray:
+    """The results of all passes in one row [R of all]. `forward`: packed batch -> [R]."""
+    rows = [forward(microbatch.packed(device)).float().cpu().numpy() for microbatch in microbatches]
+    return np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)
+
+
+def charge(tree: Tree) -> int:
+    """What it takes of `tokens_per_microbatch`."""
+    return tree.tokens
+
+
+def split_tree(tree: Tree, limit: int) -> list[list[int]]:
+    """Indices of the suffixes that pass together: of parts within the limit, or of one suffix. Parts repeat the
+    prefix."""
+    lengths = [len(suffix) for suffix in tree.suffixes]
+    if charge(tree) <= limit or len(lengths) == 1:
+        return [list(range(len(lengths)))]
+    parts = split_by_tokens(lengths, max(1, limit - len(tree.prefix)))
+    if len(parts) == 1:
+        parts = even_pieces(tree, 2)
+    smaller = []
+    for part in parts:
+        pieces = split_tree(Tree(tree.prefix, [tree.suffixes[i] for i in part]), limit)
+        smaller += [[part[i] for i in piece] for piece in pieces]
+    return smaller
+
+
+def even_pieces(tree: Tree, count: int) -> list[list[int]]:
+    """Indices of the suffixes in `count` pieces (at most one for each) of nearly equal tokens."""
+    lengths = [len(suffix) for suffix in tree.suffixes]
+    pieces: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
+    loads = [(0, p) for p in range(len(pieces))]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, p = loads[0]
+        pieces[p].append(i)
+        heapq.heapreplace(loads, (load + lengths[i] + 1, p))  # + 1: no piece is empty
+    return [sorted(piece) for piece in pieces]

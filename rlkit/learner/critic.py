@@ -12,13 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from algorithms.base import Advantages, Algorithm, ValueLossInputs
+from algorithms.base import Algorithm, Denominators, ValueLossInputs
 from rlkit.config.schema import CriticConfig
-from rlkit.experience import Group
-from rlkit.learner.batches import Minibatch, TrainGroup, per_token, plan_minibatches, rows_of, train_groups
+from rlkit.learner.batches import Microbatch, Minibatch, Share, ValueRows, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
 from rlkit.learner.metrics import StepMetrics
-from rlkit.models.packing import Tree, pack
 from rlkit.models.policy import load_value_model
 
 log = logging.getLogger(__name__)
@@ -45,27 +43,16 @@ class Critic:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine = build_engine(model, config, device)
 
-    @torch.no_grad()
-    def values(self, groups: Sequence[Group]) -> list[np.ndarray]:
-        """[T] of every sample of every group, in order."""
-        return per_token(self.engine, groups, self.config.tokens_per_microbatch, self.device)
+    def values(self, microbatches: Sequence[Microbatch]) -> np.ndarray:
+        """[R of all]. Equally many micro-batches on every rank."""
+        return per_token(self.engine, microbatches, self.device)
 
-    def update(self, groups: Sequence[Group], advantages: Advantages, values: Sequence[np.ndarray]) -> dict[str, float]:
-        """One training step towards `advantages.returns`; `values` are those the advantages were computed with.
-
-        Call with equal arguments on every rank; metrics are equal on all.
-        """
-        if advantages.returns is None:
-            raise ValueError(f"{type(self.algorithm).__name__} has a critic but gave no returns to train it with")
+    def learn(self, share: Share[ValueRows]) -> dict[str, float]:
+        """One training step towards the returns. All ranks call it, each with its share; metrics are equal on all."""
         metrics = StepMetrics("critic")
         self.engine.train()
-        for minibatch in plan_minibatches(
-            train_groups(groups, advantages),
-            self.config.minibatches_per_step,
-            self.world_size,
-            self.config.tokens_per_microbatch,
-        ):
-            self._step(minibatch, advantages, values, metrics)
+        for minibatch in share.minibatches:
+            self._step(minibatch, metrics)
         return metrics.reduced(self.device)
 
     def counters(self) -> dict[str, int]:
@@ -74,43 +61,31 @@ class Critic:
     def set_counters(self, counters: dict[str, int]) -> None:
         self.optimizer_steps = counters["optimizer_steps"]
 
-    def _step(
-        self, minibatch: Minibatch, advantages: Advantages, values: Sequence[np.ndarray], metrics: StepMetrics
-    ) -> None:
+    def _step(self, minibatch: Minibatch[ValueRows], metrics: StepMetrics) -> None:
         rate = learning_rate(self.config, self.optimizer_steps, self.total_steps)
         losses = [
-            partial(self._loss, microbatch, minibatch, advantages, values, metrics)
-            for microbatch in minibatch.microbatches[self.rank]
+            partial(self._loss, microbatch, rows, minibatch.denominators, metrics)
+            for microbatch, rows in minibatch.microbatches
         ]
         done = optimizer_step(self.engine, losses, rate)
         self.optimizer_steps += 1
-        metrics.optimizer_step(grad_norm=done.grad_norm, rate=rate, skipped=done.skipped)
+        metrics.optimizer_step(minibatch.denominators, grad_norm=done.grad_norm, rate=rate, skipped=done.skipped)
 
     def _loss(
-        self,
-        microbatch: Sequence[TrainGroup],
-        minibatch: Minibatch,
-        advantages: Advantages,
-        old_values: Sequence[np.ndarray],
-        metrics: StepMetrics,
+        self, microbatch: Microbatch, rows: ValueRows | None, denominators: Denominators, metrics: StepMetrics
     ) -> Tensor:
-        if not microbatch:  # this rank has nothing left but must take part in the others' collective operations
-            values: Tensor = self.engine(pack([Tree((0,), ((0,),))]).to(self.device))
-            return values.sum() * 0.0
-        rows = rows_of(microbatch, advantages, self.device)
-        assert rows.returns is not None
-        predicted = self.engine(pack([group.tree for group in microbatch]).to(self.device))
+        predicted: Tensor = self.engine(microbatch.packed(self.device))
+        if rows is None:
+            return predicted.sum() * 0.0
         output = self.algorithm.value_loss(
             ValueLossInputs(
                 values=predicted,
-                old_values=torch.from_numpy(np.concatenate([old_values[index] for index in rows.indices])).to(
-                    self.device
-                ),
-                returns=rows.returns,
-                mask=rows.mask,
-                sequence=rows.sequence,
-                num_sequences=len(rows.indices),
-                denominators=minibatch.denominators,
+                old_values=on_device(rows.old_values, self.device),
+                returns=on_device(rows.returns, self.device),
+                mask=on_device(rows.mask, self.device),
+                sequence=microbatch.sequence(self.device),
+                num_sequences=len(microbatch.lengths),
+                denominators=denominators,
             )
         )
         metrics.add(output)

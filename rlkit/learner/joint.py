@@ -69,17 +69,18 @@ class JointLearner:
         values = await self.critic.values(groups) if self.critic is not None else None
         if not self.algorithm.needs().token_kl:
             return Experience(groups, step, values)
-        policy, reference = [await self.policy.logprobs(groups, which) for which in ("policy", "reference")]
+        policy, reference = await self.policy.logprobs(groups)
         return Experience(groups, step, values, policy, reference)
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
         """Train policy and critic side by side; the version grows by one even when only the critic trains."""
-        groups = experience.groups
+        groups, old = experience.groups, experience.policy_logprobs
         if self.critic is None:
-            return await self.policy.update(groups, advantages)
+            return await self.policy.update(groups, advantages, old)
         waits = experience.step <= self.critic_config.policy_waits_steps
         for_policy = replace(advantages, keep=np.zeros_like(advantages.keep)) if waits else advantages
         metrics, of_critic = await asyncio.gather(
-            self.policy.update(groups, for_policy), self.critic.update(groups, advantages, experience.values)
+            self.policy.update(groups, for_policy, old),
+            self.critic.update(groups, advantages, experience.values or ()),
         )
         return {**metrics, **of_critic, "policy/waits": float(waits)}

@@ -9,21 +9,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from algorithms.base import Denominators, LossOutput
-from rlkit.learner.batches import Rows
 
 
 @torch.no_grad()
-def mismatch(before: Tensor, rows: Rows, denominators: Denominators) -> LossOutput:
-    """Distance of the learner's log-probs from the sampler's on trained tokens.
+def mismatch(before: Tensor, rollout: Tensor, mask: Tensor, denominators: Denominators) -> LossOutput:
+    """Distance of the learner's log-probs [R] from the sampler's [R] on trained tokens that are computed.
 
     kl/rollout is k3 of KL(sampler || learner): mean of exp(d) - 1 - d with d = learner - sampler.
     """
-    difference = (before - rows.rollout_logprobs) * rows.mask
+    difference = (before - rollout) * mask
     return LossOutput(
         loss=before.new_zeros(()),
         sums={
-            "mismatch/logprob_mean": difference.abs().sum() / denominators.tokens,
-            "kl/rollout": ((torch.exp(difference) - 1 - difference) * rows.mask).sum() / denominators.tokens,
+            "mismatch/logprob_mean": difference.abs().sum() / denominators.measured,
+            "kl/rollout": ((torch.exp(difference) - 1 - difference) * mask).sum() / denominators.measured,
         },
         maxima={"mismatch/logprob_max": difference.abs().max()},
     )
@@ -38,6 +37,8 @@ class StepMetrics:
     grad_norms: list[float] = field(default_factory=list)
     rate: float = 0.0
     skipped: int = 0
+    measured_steps: int = 0
+    """Optimizer steps in which any rank computed a sample."""
 
     def add(self, *outputs: LossOutput) -> None:
         for output in outputs:
@@ -48,23 +49,30 @@ class StepMetrics:
                 value = value.detach()
                 self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
         loss = outputs[0].loss.detach()
-        name = f"{self.area}/loss"
-        self.sums[name] = self.sums.get(name, torch.zeros_like(loss)) + loss
+        self.sums[self._loss] = self.sums.get(self._loss, torch.zeros_like(loss)) + loss
 
-    def optimizer_step(self, *, grad_norm: float, rate: float, skipped: bool) -> None:
+    @property
+    def _loss(self) -> str:
+        return f"{self.area}/loss"
+
+    def optimizer_step(self, denominators: Denominators, *, grad_norm: float, rate: float, skipped: bool) -> None:
+        self.measured_steps += denominators.measured > 0
         self.grad_norms.append(grad_norm)
         self.rate = rate
         self.skipped += skipped
 
     def reduced(self, device: str) -> dict[str, float]:
-        """Sums over ranks averaged over optimizer steps; maxima over ranks and steps."""
-        steps = max(1, len(self.grad_norms))
+        """Sums over ranks averaged over optimizer steps (but for the loss, those that computed a sample); maxima over
+        ranks and steps."""
+        steps, measured = max(1, len(self.grad_norms)), max(1, self.measured_steps)
+        if self.grad_norms:
+            self.sums.setdefault(self._loss, torch.zeros((), device=device))
         sums, maxima = (
             _over_ranks(self.sums, dist.ReduceOp.SUM, device),
             _over_ranks(self.maxima, dist.ReduceOp.MAX, device),
         )
         return {
-            **{name: value / steps for name, value in sums.items()},
+            **{name: value / (steps if name == self._loss else measured) for name, value in sums.items()},
             **maxima,
             f"{self.area}/grad_norm": sum(self.grad_norms) / steps,
             f"{self.area}/learning_rate": self.rate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from algorithms.base import Advantages, Algorithm, LossInputs
+from algorithms.base import Algorithm, Denominators, LossInputs
 from rlkit.config.schema import LearnerConfig
-from rlkit.experience import Group
-from rlkit.learner.batches import Minibatch, Rows, TrainGroup, per_token, plan_minibatches, rows_of, train_groups
+from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, optimizer_step
 from rlkit.learner.metrics import StepMetrics, mismatch
 from rlkit.models.packing import PackedBatch, Tree, pack
@@ -72,15 +71,12 @@ class PolicyLearner:
         logprobs, _ = self.engine(packed, 1.0, self.config.logit_elements_per_chunk)
         return logprobs.float().cpu().numpy()
 
-    @torch.no_grad()
-    def group_logprobs(self, groups: Sequence[Group], which: str = "policy") -> list[np.ndarray]:
-        """[T] of every sample of every group, in order, under the policy or the reference."""
+    def logprobs(self, microbatches: Sequence[Microbatch], which: str = "policy") -> np.ndarray:
+        """[R of all] under the policy or the reference. Equally many micro-batches on every rank."""
         model = self.engine if which == "policy" else self.reference
         if model is None:
             raise ValueError("this learner holds no reference policy: the algorithm did not ask for one")
-        return per_token(
-            lambda packed: self._forward(model, packed)[0], groups, self.config.tokens_per_microbatch, self.device
-        )
+        return per_token(lambda packed: self._forward(model, packed)[0], microbatches, self.device)
 
     def _forward(self, model: Any, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs, entropy = model(packed, self.temperature, self.config.logit_elements_per_chunk)
@@ -88,87 +84,87 @@ class PolicyLearner:
 
     # -- the update ----------------------------------------------------------------------------------------------
 
-    def update(self, groups: Sequence[Group], advantages: Advantages) -> dict[str, float]:
-        """One training step on whole groups. Call with equal arguments on every rank; metrics are equal on all.
+    def learn(self, share: Share[PolicyRows]) -> dict[str, float]:
+        """One training step. All ranks call it, each with its share; metrics are equal on all.
 
         Optimizer steps whose loss or gradient is not finite are skipped and reported.
         """
         metrics = StepMetrics("policy")
-        chosen = train_groups(groups, advantages)
-        plan = plan_minibatches(
-            chosen,
-            self.config.minibatches_per_step,
-            self.world_size,
-            self.config.tokens_per_microbatch,
-            split_groups=self.algorithm.needs().layout == "any",
-        )
-        old = self._old_logprobs(chosen) if len(plan) > 1 else None
+        old = self._old_logprobs(share)
         self.engine.train()
-        for minibatch in plan:
-            self._optimizer_step(minibatch, advantages, old, metrics)
+        for minibatch, before in zip(share.minibatches, old, strict=True):
+            self._optimizer_step(minibatch, before, share.scalars, metrics)
         self.version += 1
         result = metrics.reduced(self.device)
         result["policy/optimizer_steps"] = float(self.optimizer_steps)
-        result["policy/trained_samples"] = float(sum(len(group.samples) for group in chosen))
         return result
 
-    def _old_logprobs(self, chosen: Sequence[TrainGroup]) -> dict[int, np.ndarray]:
-        """Sample index -> [T] under the policy before the first optimizer step, on every rank."""
-        logprobs = self.group_logprobs([_as_group(group) for group in chosen])
-        indices = [index for group in chosen for index in group.indices]
-        return dict(zip(indices, logprobs, strict=True))
+    @torch.no_grad()
+    def _old_logprobs(self, share: Share[PolicyRows]) -> list[list[torch.Tensor | None]]:
+        """[R] of each micro-batch under the policy before the first optimizer step; None where the update's own forward
+        pass gives them, in the first mini-batch."""
+
+        def before(microbatch: Microbatch, rows: PolicyRows | None) -> torch.Tensor | None:
+            if not share.old_known:
+                return self._forward(self.engine, microbatch.packed(self.device))[0]
+            known = None if rows is None else rows.old_logprobs
+            return None if known is None else on_device(known, self.device)
+
+        return [
+            [before(*microbatch) if m else None for microbatch in minibatch.microbatches]
+            for m, minibatch in enumerate(share.minibatches)
+        ]
 
     def _optimizer_step(
-        self, minibatch: Minibatch, advantages: Advantages, old: dict[int, np.ndarray] | None, metrics: StepMetrics
+        self,
+        minibatch: Minibatch[PolicyRows],
+        old: Sequence[torch.Tensor | None],
+        scalars: Mapping[str, float],
+        metrics: StepMetrics,
     ) -> None:
         rate = learning_rate(self.config, self.optimizer_steps, self.total_steps)
         losses = [
-            partial(self._microbatch_loss, microbatch, minibatch, advantages, old, metrics)
-            for microbatch in minibatch.microbatches[self.rank]
+            partial(self._microbatch_loss, microbatch, rows, before, minibatch.denominators, scalars, metrics)
+            for (microbatch, rows), before in zip(minibatch.microbatches, old, strict=True)
         ]
         done = optimizer_step(self.engine, losses, rate)
         self.optimizer_steps += 1
-        metrics.optimizer_step(grad_norm=done.grad_norm, rate=rate, skipped=done.skipped)
+        metrics.optimizer_step(minibatch.denominators, grad_norm=done.grad_norm, rate=rate, skipped=done.skipped)
         if done.skipped:
             log.warning("optimizer step %d skipped: gradient norm %s", self.optimizer_steps, done.grad_norm)
 
     def _microbatch_loss(
         self,
-        microbatch: Sequence[TrainGroup],
-        minibatch: Minibatch,
-        advantages: Advantages,
-        old: dict[int, np.ndarray] | None,
+        microbatch: Microbatch,
+        rows: PolicyRows | None,
+        old: torch.Tensor | None,
+        denominators: Denominators,
+        scalars: Mapping[str, float],
         metrics: StepMetrics,
     ) -> torch.Tensor:
-        if not microbatch:  # this rank has nothing left but must take part in the others' collective operations
-            logprobs, _ = self._forward(self.engine, pack([Tree((0,), ((0,),))]).to(self.device))
-            return logprobs.sum() * 0.0
-        packed = pack([group.tree for group in microbatch]).to(self.device)
-        rows = rows_of(microbatch, advantages, self.device)
+        packed = microbatch.packed(self.device)
         logprobs, entropy = self._forward(self.engine, packed)
-        before = self._rows_before(rows, logprobs, old)
+        reference = self._reference_rows(packed)
+        if rows is None:
+            return logprobs.sum() * 0.0
+        before = logprobs.detach() if old is None else old
         inputs = LossInputs(
             logprobs=logprobs,
             entropy=entropy,
             old_logprobs=before,
-            rollout_logprobs=rows.rollout_logprobs,
-            advantages=rows.advantages,
-            mask=rows.mask,
-            sequence=rows.sequence,
-            group=rows.group,
-            denominators=minibatch.denominators,
-            reference_logprobs=self._reference_rows(packed),
-            extras=rows.extras,
-            scalars=advantages.scalars,
+            rollout_logprobs=on_device(rows.rollout_logprobs, self.device),
+            advantages=on_device(rows.advantages, self.device),
+            mask=on_device(rows.mask, self.device),
+            sequence=microbatch.sequence(self.device),
+            group=microbatch.group(self.device),
+            denominators=denominators,
+            reference_logprobs=reference,
+            extras={name: on_device(values, self.device) for name, values in rows.extras.items()},
+            scalars=scalars,
         )
         output = self.algorithm.loss(inputs)
-        metrics.add(output, mismatch(before, rows, minibatch.denominators))
+        metrics.add(output, mismatch(before, inputs.rollout_logprobs, inputs.mask, denominators))
         return output.loss
-
-    def _rows_before(self, rows: Rows, logprobs: torch.Tensor, old: dict[int, np.ndarray] | None) -> torch.Tensor:
-        if old is None:  # one optimizer step: the policy before it is the policy of this very forward pass
-            return logprobs.detach()
-        return torch.from_numpy(np.concatenate([old[index] for index in rows.indices])).to(self.device)
 
     @torch.no_grad()
     def _reference_rows(self, packed: PackedBatch) -> torch.Tensor | None:
@@ -224,7 +220,3 @@ def save_policy(hf_config: Any, weights: Iterable[tuple[str, torch.Tensor]], fol
     if left:
         raise ValueError(f"cannot save {folder}: no weights for {', '.join(left)}")
     model.save_pretrained(folder, safe_serialization=True)
-
-
-def _as_group(group: TrainGroup) -> Group:
-    return Group(id=group.group.id, prompt=group.group.prompt, samples=group.samples)

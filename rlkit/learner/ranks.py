@@ -172,6 +172,11 @@ class RankGroup:
         """Call a method on every rank; return rank 0's result. Arguments may be object references."""
         return (await self.answers(method, [getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
 
+    async def call_each(self, method: str, shares: Sequence[Any]) -> list[Any]:
+        """Call a method on every rank, each with its share, which nobody else receives; return all results."""
+        ranks = zip(self.ranks, shares, strict=True)
+        return await self.answers(method, [getattr(rank, method).remote(share) for rank, share in ranks])
+
     async def answers(self, method: str, calls: Sequence[Any]) -> list[Any]:
         """Raises WaitedTooLongError, naming the ranks that have not answered."""
         missing = set(range(len(calls)))

@@ -1,8 +1,8 @@
 """Log-probs of given tokens and the entropy of their distribution, without a rows x vocabulary block.
 
-With logits z = h W^T / temperature, p = softmax(z), H = -sum p log p:
-    d logp_y / d z = onehot(y) - p          d H / d z = -p * (log p + H)
-The backward pass recomputes each chunk of logits.
+With z = cap(scale * (h W^T + b)) / temperature, cap(x) = softcap * tanh(x / softcap), p = softmax(z), H = -sum p log p:
+    d logp_y / d z = onehot(y) - p     d H / d z = -p * (log p + H)     d cap(x) / d x = 1 - (cap(x) / softcap)^2
+The backward pass recomputes each chunk of logits, of the rows that have a gradient.
 """
 
 from __future__ import annotations
@@ -12,20 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+WEIGHT_ROWS_PER_BLOCK = 2**14
+"""Of the weight's gradient, where a product cannot be added in place."""
+
 
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         for rows in _chunks(hidden.shape[0], chunk):
-            logp = _log_softmax(hidden[rows], weight, bias, temperature)
+            logits = _logits(hidden[rows], weight, bias, scale, softcap)
+            logp = torch.log_softmax(logits.div_(temperature), dim=1)
+            del logits
             logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
-            entropy[rows] = -(logp.exp() * logp).sum(dim=1)
+            entropy[rows] = -_sum_of_products(logp.exp(), logp)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.scale, ctx.softcap, ctx.chunk = temperature, scale, softcap, chunk
         ctx.set_materialize_grads(False)  # a loss without an entropy term then skips that part of the backward pass
         return logprobs, entropy
 
@@ -35,29 +48,38 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_logprobs, grad_entropy = grads
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(entropy)
-        grad_hidden = torch.empty_like(hidden)
-        # The weight's gradient sums over all chunks: accumulate it in fp32 whatever the compute type.
+        grad_hidden = torch.zeros_like(hidden)
+        # Sums over rows are fp32 whatever the compute type, over all chunks.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-        for rows in _chunks(hidden.shape[0], ctx.chunk):
-            logp = _log_softmax(hidden[rows], weight, bias, ctx.temperature)
-            p = logp.exp()
-            grad = p * -grad_logprobs[rows, None]
+        trained = grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0)
+        for rows in trained.nonzero()[:, 0].split(ctx.chunk):
+            rows_hidden = hidden[rows]
+            logits = _logits(rows_hidden, weight, bias, ctx.scale, ctx.softcap)
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+            logp = torch.log_softmax(logits.div_(ctx.temperature), dim=1)
+            del logits
+            p = logp.exp() if grad_entropy is not None else logp.exp_()
+            grad = p * -grad_logprobs[rows, None] if grad_entropy is not None else p.mul_(-grad_logprobs[rows, None])
             grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
             if grad_entropy is not None:
-                grad -= grad_entropy[rows, None] * p * (logp + entropy[rows, None])
-            grad = (grad / ctx.temperature).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight += (grad.T @ hidden[rows]).float()
+                grad -= p.mul_(grad_entropy[rows, None]).mul_(logp.add_(entropy[rows, None]))
+            del p, logp
+            if slope is not None:
+                grad *= slope
+            if ctx.scale != 1.0:
+                grad *= ctx.scale
+            if ctx.temperature != 1.0:
+                grad /= ctx.temperature
             if grad_bias is not None:
-                grad_bias += grad.sum(dim=0).float()
+                grad_bias += grad.sum(dim=0)
+            _add_product(grad_weight, grad, rows_hidden)
+            grad_hidden[rows] = grad.to(hidden.dtype) @ weight
         return (
             grad_hidden,
             grad_weight.to(weight.dtype),
             None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
@@ -65,9 +87,29 @@ def _chunks(rows: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """[R, V], fp32, before the temperature."""
     logits = nn.functional.linear(hidden, weight, bias).float()
-    return torch.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=1)
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Per row; `a` is overwritten."""
+    return a.mul_(b).sum(dim=1)
+
+
+def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total [V, D] += grad [R, V]^T hidden [R, D], with fp32 sums and no second [V, D] block."""
+    if not (hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)):
+        total.addmm_(grad.T, hidden.float())
+        return
+    grad = grad.to(hidden.dtype)  # for tensor cores
+    for rows in _chunks(len(total), WEIGHT_ROWS_PER_BLOCK):
+        total[rows] += torch.mm(grad[:, rows].T, hidden, out_dtype=torch.float32)
 
 
 def selected_logprobs(
@@ -77,11 +119,16 @@ def selected_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
     elements_per_chunk: int = 2**24,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [R, D], weight [V, D], targets [R] -> log-probs [R] and entropies [R], fp32, differentiable in both."""
+    """hidden [R, D], weight [V, D], targets [R] -> log-probs [R] and entropies [R], fp32, differentiable in both.
+
+    Logits are multiplied by `scale`, then capped to (-softcap, softcap), then divided by `temperature`.
+    """
     chunk = max(1, elements_per_chunk // weight.shape[0])
-    logprobs, entropy = _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, chunk)
+    logprobs, entropy = _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, scale, softcap, chunk)
     return logprobs, entropy
 
 
@@ -92,10 +139,18 @@ class LogProbLinear(nn.Linear):
     hooks still gather the weight around the call.
     """
 
+    scale: float = 1.0
+    """Of log-probs' logits: what the model multiplies its logits by after the head (Cohere, Granite: 1 / divisor)."""
+    softcap: float | None = None
+    """Of log-probs' logits: the model's final soft cap (Gemma 2)."""
+
     def forward(  # type: ignore[override]
         self, input: Tensor, targets: Tensor | None = None, temperature: float = 1.0, elements_per_chunk: int = 2**24
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [..., V] without targets; log-probs and entropies [R] with targets [R] and input [R, D]."""
+        """The head's own logits [..., V] without targets; log-probs, entropies [R] with targets [R] and input [R, D].
+
+        `scale` and `softcap` apply to the latter alone: a model applies its own to the former.
+        """
         if targets is None:
             return super().forward(input)
         return selected_logprobs(
@@ -104,5 +159,7 @@ class LogProbLinear(nn.Linear):
             targets,
             bias=self.bias,
             temperature=temperature,
+            scale=self.scale,
+            softcap=self.softcap,
             elements_per_chunk=elements_per_chunk,
         )

@@ -94,6 +94,7 @@ class RewardPool:
         self._followed: Any = None
         self._context = context
         self._startup_timeout = startup_timeout_seconds
+        self._told: set[str] = set()
         self._logs, self._name, self._place = logs, name, place
         self._workers = [WorkerState(index) for index in range(self.config.workers)]
         self._idle: asyncio.Queue[WorkerState] = asyncio.Queue()
@@ -274,6 +275,9 @@ class RewardPool:
                 finished = self._learnt > 0  # it lives, and what it has learnt with it: the second try is its own
                 raise _Broken("exception: " + report.error.strip().splitlines()[-1])
             finished = True
+            for reason in set(report.tracebacks) - self._told:
+                self._told.add(reason)
+                log.warning("reward worker %d raised for a sample:\n%s", worker.index, report.tracebacks[reason])
         except WaitedTooLongError:
             raise _Broken(f"timeout: no answer within reward.timeout_seconds={self.config.timeout_seconds:g}") from None
         except PROCESS_LOST as error:

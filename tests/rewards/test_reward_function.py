@@ -17,6 +17,7 @@ from rewards.function import FunctionReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.experience import Group
+from rlkit.experience.scores import attach_scores, report_on
 
 
 def reward(name: str, **options: Any) -> FunctionReward:
@@ -92,6 +93,24 @@ def test_a_wrong_result_makes_all_samples_invalid(order: str, reason: str) -> No
 )
 def test_a_wrong_value_makes_its_sample_invalid(order: str, reason: str) -> None:
     assert values(reward("as_told"), make_group("a", [order, "fine"])) == [reason, 4.0]
+
+
+def test_a_text_at_which_the_function_raises_costs_its_own_sample_only() -> None:
+    instance = reward("hates_bad")
+    groups = [make_group("a", ["1", "bad", "4444"]), make_group("b", ["22"])]
+    scores = [score for scored in instance.score(groups) for score in scored.samples]
+    assert [score.value for score in scores] == [1.0, None, 0.25, 0.5]
+    assert scores[1].reason == "exception: ZeroDivisionError: float division by zero"
+    assert scores[1].trace.startswith("Traceback") and "in hates_bad" in scores[1].trace
+    report = report_on(attach_scores(groups, instance.score(groups)), 0.0)
+    assert report.tracebacks == {scores[1].reason: scores[1].trace}
+
+
+def test_a_function_that_raises_at_every_text_fails_as_a_whole() -> None:
+    with pytest.raises(ZeroDivisionError):
+        reward("hates_bad").score([make_group("a", ["bad", "bad"])])
+    with pytest.raises(ZeroDivisionError):
+        reward("hates_bad").score([make_group("a", ["bad"])])
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -14,7 +14,7 @@ from algorithms.functional.prime import prime_rloo
 from algorithms.functional.selection import brier, calibration_error
 from algorithms.prime import PRIME
 from rewards.base import RewardContext
-from rewards.implicit_prm.model import before_update
+from rewards.implicit_prm.model import HeldOut, before_update
 from rewards.implicit_prm.reward import ImplicitPRM
 from rlkit.experience import Group, GroupScores, Score
 
@@ -97,6 +97,61 @@ def test_loss_does_not_depend_on_microbatches(model: Path) -> None:
         losses.append(reward.update(rescored(reward, groups))["prm/loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0] < LN2
+
+
+def masked(groups: list[Group]) -> list[Group]:
+    """Every third token is an observation."""
+    return [
+        replace(group, samples=tuple(replace(s, mask=np.arange(len(s)) % 3 != 1) for s in group.samples))
+        for group in groups
+    ]
+
+
+@pytest.mark.parametrize("objective", ["ce", "dpo", "nca", "kto"])
+def test_a_group_above_the_token_budget_passes_in_parts(model: Path, objective: str) -> None:
+    """Parts repeat the prompt; pairs across parts still count."""
+    groups, outcomes = masked(labelled()), []
+    longest = max(len(g.prompt.token_ids) + max(map(len, g.samples)) for g in groups)
+    for limit in (longest, 16384):
+        reward = prm(model, objective=objective, tokens_per_microbatch=limit, learning_rate=1e-2)
+        passes: list[int] = []
+        for module in (reward.model.engine.module, reward.model.reference.module):
+            module.register_forward_pre_hook(lambda _, inputs, passes=passes: passes.append(len(inputs[0].token_ids)))
+        scored = rescored(reward, groups)
+        metrics = [reward.update(scored) for _ in range(3)][-1]
+        rewards = [score.token_rewards for group in rescored(reward, groups) for _, score in group.scored()]
+        assert (max(passes) <= limit) and (max(passes) > longest) == (limit > longest)
+        outcomes.append((metrics, rewards))
+    (parts, of_parts), (whole, of_whole) = outcomes
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+    for ours, wanted in zip(of_parts, of_whole, strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=3e-4)
+
+
+def test_scores_are_sums_over_trained_tokens(model: Path) -> None:
+    """As the objective sees them: with observations, the sign of the sum of all tokens can be another one."""
+    reward = prm(model, heldout_groups=1)
+    reward.update(rescored(reward, masked(labelled())))
+    groups = rescored(reward, masked(labelled(1)))
+    for group in groups:
+        for sample, score in group.scored():
+            assert score.token_rewards is not None
+            trained = float(score.token_rewards[sample.trained].sum())
+            assert score.components["implicit_prm"] == pytest.approx(trained, abs=1e-7)
+            assert score.components["implicit_prm"] != pytest.approx(float(score.token_rewards.sum()), abs=1e-7)
+    alone = prm(model, outcome=None, update="none")
+    alone.model.engine.module.load_state_dict(reward.model.engine.module.state_dict())
+    for scores, group in zip(alone.score(groups), groups, strict=True):
+        assert [s.value for s in scores.samples] == [s.components["implicit_prm"] for _, s in group.scored()]
+    held = HeldOut(4)
+    held.groups = list(groups)
+    rows = []
+    for group in groups:
+        for i, sample in enumerate(group.samples):  # observations speak against every right answer
+            label = 1.0 if i % 2 == 0 else -1.0
+            rows.append(np.where(sample.trained, label, -100 * label))
+    assert held.metrics(rows)["prm/heldout_pair_accuracy"] == 1.0
 
 
 def test_invalid_outcomes_stay_invalid_and_do_not_train(model: Path) -> None:

@@ -172,9 +172,15 @@ def test_pairs_and_balance(model: Path, tmp_path: Path) -> None:
     balanced = [i for (i,) in make_examples(encoded, False, "prompt", 0)]
     assert len(balanced) == 4 and {1, 8} < set(balanced)
     assert not set(balanced) & {4, 5, 6, 7}, "a prompt whose responses are all wrong teaches nothing here"
-    items = prompt_items(encoded, pairs[:4])
+    items = prompt_items(encoded, pairs[:4], 16384)
     assert [len(item.labels) for item in items] == [4, 2]
     assert items[0].pairs == ((0, 1), (2, 1), (3, 1))
+    limit = max(len(item.tree.prefix) + 2 * max(map(len, item.tree.suffixes)) for item in items)
+    cut = prompt_items(encoded, pairs, limit)
+    assert len(cut) > len(prompt_items(encoded, pairs, 16384))
+    assert all(item.tree.tokens <= limit for item in cut)
+    compared = [(item.tree.suffixes[a], item.tree.suffixes[b]) for item in cut for a, b in item.pairs]
+    assert compared == [(encoded[a].response, encoded[b].response) for a, b in pairs]
 
 
 def test_choices_among_responses(model: Path, tmp_path: Path) -> None:

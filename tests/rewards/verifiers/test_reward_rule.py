@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -20,17 +21,14 @@ from hypothesis import strategies as st
 from paths import SHARED
 
 from rewards.base import RewardContext
-from rewards.verifiers.answers import (
-    MAX_ANSWER_CHARACTERS,
-    compare_plain,
-    final_answer,
-    gold_answer,
-    plain_decimal,
-    verify_pairs,
-)
+from rewards.verifiers.answers import MAX_ANSWER_CHARACTERS, final_answer, gold_answer
 from rewards.verifiers.math import MathReward
+from rewards.verifiers.numerals import compare_plain, plain_decimal
+from rewards.verifiers.symbolic import verify_pairs
 from rlkit.experience import Group, Message, Prompt, Sample
 
+SLOW = "9^{9^{9+0}}"
+"""Larger than the estimate of work sees."""
 GSM8K = SHARED / "data" / "gsm8k"
 needs_gsm8k = pytest.mark.skipif(not GSM8K.exists(), reason="../shared/data/gsm8k is not there")
 
@@ -182,8 +180,21 @@ def test_plain_numbers() -> None:
     assert plain_decimal("1,234.50") == Decimal("1234.5")
     assert all(plain_decimal(text) is None for text in ("1,23", "3/4", "50%", "", "-", ".", "x", "1 2"))
     assert compare_plain("3/4", "0.75") is None
-    assert compare_plain("0.3333333", "0.3333334") is None  # math-verify rounds to 6 places
-    assert compare_plain("1234567890123456", "1234567890123457") is None  # and to 15 digits
+    assert compare_plain("0.3333333", "0.3333334") is False
+    assert compare_plain("1234567890123456", "1234567890123457") is False
+    assert compare_plain("10 000", "10,000.0") is True
+
+
+def test_gold_answers_that_are_prose_are_said_before_the_run() -> None:
+    prose = "It depends on how warm the water was when the experiment began."
+    numbers = [
+        replace(group(answer).prompt, id=answer) for answer in ("5", "#### 72", r"\frac{1}{2}", "east", "3 km/h")
+    ]
+    assert MathReward.doubts(MathReward.Config(), numbers * 100) == []
+    prompts = [*numbers, replace(group(prose).prompt, id="water")]
+    (said,) = MathReward.doubts(MathReward.Config(), prompts)
+    assert said.startswith("17% of the gold answers are prose, for example 'It depends on how warm") and "water" in said
+    assert MathReward.doubts(MathReward.Config(), [group(None).prompt]) == []
 
 
 def test_verdicts_and_scores(reward: MathReward) -> None:
@@ -212,16 +223,26 @@ def test_a_gold_answer_that_is_missing_or_unreadable_is_invalid_not_zero(reward:
     assert unreadable.reason.startswith("gold_unparsable:")
 
 
-def test_a_hanging_comparison_is_killed_and_only_its_own_sample_is_invalid(reward: MathReward) -> None:
+def test_a_hanging_comparison_is_killed_and_its_answer_is_wrong(reward: MathReward) -> None:
     assert reward.judge([r"\boxed{w}"], ["2w"])[0].value == 0.0
     hung = verifier_processes()
     start = time.perf_counter()
-    scores = reward.judge([r"\boxed{9999999!}", r"\boxed{x+1}", r"\boxed{2x}"], ["5", "1+x", "x"])
+    scores = reward.judge([rf"\boxed{{{SLOW}}}", r"\boxed{x+1}", r"\boxed{2x}"], ["5", "1+x", "x"])
     assert time.perf_counter() - start < 20.0
-    assert [score.value for score in scores] == [None, 1.0, 0.0]
-    assert scores[0].reason.startswith("timeout:")
+    assert [score.value for score in scores] == [0.0, 1.0, 0.0]
+    assert "wrong: timeout: no verdict" in scores[0].trace
     assert len(hung) == 1
     assert not hung[0].is_running()
+
+
+def test_a_slow_answer_ends_after_its_processor_time_and_keeps_the_process(patient: MathReward) -> None:
+    assert patient.judge([r"\boxed{w}"], ["2w"])[0].value == 0.0
+    (process,) = [verifier for verifier in verifier_processes() if verifier.is_running()][-1:]
+    assert verify_pairs([(SLOW, "5"), ("x+1", "1+x")]) == [
+        "wrong: takes more than 2 s of processor time",
+        "right",
+    ]
+    assert process.is_running()
 
 
 def test_a_dead_verifier_process_is_replaced(reward: MathReward) -> None:
@@ -243,18 +264,17 @@ def verifier_processes() -> list[psutil.Process]:
 
 
 def test_a_memory_bomb_fails_alone(reward: MathReward) -> None:
-    bomb, fine = reward.judge([r"\boxed{2^{2^{38}}}", r"\boxed{z+1}"], ["5", "1+z"])
-    assert bomb.reason.partition(":")[0] in ("exception", "timeout", "crash")
-    assert fine.value == 1.0
+    bomb, fine = reward.judge([r"\boxed{2^{2^{38+0}}}", r"\boxed{z+1}"], ["5", "1+z"])
+    assert (bomb.value, fine.value) == (0.0, 1.0)
 
 
 def test_the_call_ends_within_its_budget() -> None:
     config = MathReward.Config(item_timeout_seconds=2.0, timeout_seconds=3.0)
     reward = MathReward(config, RewardContext())
     start = time.perf_counter()
-    scores = reward.judge([rf"\boxed{{{9_999_990 + n}!}}" for n in range(5)], ["5"] * 5)
+    scores = reward.judge([rf"\boxed{{9^{{9^{{9+{n}-{n}}}}}}}" for n in range(5)], ["5"] * 5)
     assert time.perf_counter() - start < 6.0
-    assert all(score.reason.startswith("timeout:") for score in scores)
+    assert all(score.value == 0.0 or score.reason.startswith("timeout: the verifier's time") for score in scores)
     reward.close()
 
 
@@ -268,7 +288,7 @@ def test_verifier_processes_do_not_outlive_a_killed_parent() -> None:
             reward = MathReward(MathReward.Config(item_timeout_seconds=100.0, timeout_seconds=100.0), RewardContext())
             reward.start()
             print("ready", flush=True)
-            reward.judge([r"\boxed{99999999!}"], ["5"])
+            reward.judge([r"\boxed{9^{9^{9+0}}}"], ["5"])
         """
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

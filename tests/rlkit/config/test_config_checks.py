@@ -60,6 +60,9 @@ def with_critic(**options: Any) -> dict[str, Any]:
 def test_valid_sections_pass() -> None:
     assert run_checks(sections()) == []
     assert run_checks(sections(**with_critic())) == []
+    # ranks share the samples of a group: as DAPO on 64 ranks, whose 16 mini-batches of 32 groups are 256 samples
+    dapo = {"trainer": TrainerConfig(prompts_per_step=512), "learner": LearnerConfig(minibatches_per_step=16, ranks=64)}
+    assert [issue for issue in run_checks(sections(**dapo)) if not issue.warning] == []
 
 
 def test_a_check_whose_section_is_invalid_is_left_out() -> None:
@@ -84,8 +87,11 @@ def test_checks_only_name_known_sections() -> None:
         ({"algorithm": SomeAlgorithm(samples=1, minimum=2)}, "algorithm.samples_per_prompt", "needs at least 2"),
         ({"trainer": TrainerConfig(prompts_per_step=33), "learner": LearnerConfig(minibatches_per_step=4)},
          "learner.minibatches_per_step", "3 would fit"),
-        ({"trainer": TrainerConfig(prompts_per_step=4), "learner": LearnerConfig(minibatches_per_step=4, ranks=2)},
-         "learner.ranks", "less than one for each of 2 ranks"),
+        ({"trainer": TrainerConfig(prompts_per_step=4), "learner": LearnerConfig(minibatches_per_step=4, ranks=9)},
+         "learner.ranks", "a mini-batch has 8 samples ("),
+        ({"trainer": TrainerConfig(prompts_per_step=4), "learner": LearnerConfig(minibatches_per_step=4, ranks=2),
+          "algorithm": SomeAlgorithm(layout="full_group")},
+         "learner.ranks", "a mini-batch has 1 groups ("),
         ({"learner": LearnerConfig(tokens_per_microbatch=100)}, "learner.tokens_per_microbatch", "set at least 128"),
         ({"algorithm": SomeAlgorithm(layout="pairs"), "learner": LearnerConfig(tokens_per_microbatch=191)},
          "learner.tokens_per_microbatch", "set at least 192"),
@@ -108,7 +114,7 @@ def test_checks_only_name_known_sections() -> None:
         ({"cluster": ClusterConfig(device="cuda")}, "learner.zero_stage", "fp32 master weights"),
         ({"critic": CriticConfig(learning_rate=1e-3)}, "critic.learning_rate", "has no critic"),
         (with_critic(minibatches_per_step=5), "critic.minibatches_per_step", "4 would fit"),
-        (with_critic(minibatches_per_step=16, ranks=4), "critic.ranks", "less than one for each of 4 ranks"),
+        (with_critic(minibatches_per_step=16, ranks=17), "critic.ranks", "less than one for each of 17 ranks"),
         (with_critic(path="/not/there"), "critic.path", "no such folder"),
         (with_critic(policy_waits_steps=100), "critic.policy_waits_steps", "would never learn"),
         (with_critic(warmup_steps=100), "critic.warmup_steps", "100 optimizer steps"),

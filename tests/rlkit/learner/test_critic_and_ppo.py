@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from learner_fixture import build_learner, make_groups, write_tiny_model
+from learner_fixture import WholeCritic, build_learner, make_groups, write_tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from algorithms.base import Advantages, Denominators, Experience, ValueLossInputs
 from algorithms.ppo import PPO
 from rlkit.config.schema import CriticConfig
-from rlkit.learner.critic import Critic
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +23,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def critic(model: Path, **options: object) -> Critic:
+def critic(model: Path, **options: object) -> WholeCritic:
     config = CriticConfig(**{"learning_rate": 1e-2, "dtype": "float32", **options})  # type: ignore[arg-type]
-    return Critic(model, config, PPO(PPO.Config()), device="cpu", total_steps=10)
+    return WholeCritic(model, config, PPO(PPO.Config()), device="cpu", total_steps=10)
 
 
 def regression(groups: list, target: float) -> tuple[Advantages, list[np.ndarray]]:
@@ -37,7 +36,7 @@ def regression(groups: list, target: float) -> tuple[Advantages, list[np.ndarray
 
 
 def test_a_new_critic_values_everything_at_zero(model: Path) -> None:
-    assert all(not values.any() for values in critic(model).values(make_groups()))
+    assert all(not values.any() for values in critic(model).group_values(make_groups()))
 
 
 def test_values_equal_plain_transformers_on_each_sequence(model: Path) -> None:
@@ -54,7 +53,7 @@ def test_values_equal_plain_transformers_on_each_sequence(model: Path) -> None:
             hidden = plain.model(ids).last_hidden_state
             first = len(group.prompt.token_ids) - 1
             wanted.append(plain.score(hidden)[0, first:-1, 0].detach().numpy())
-    for got, want in zip(ours.values(groups), wanted, strict=True):
+    for got, want in zip(ours.group_values(groups), wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
@@ -68,10 +67,24 @@ def test_the_update_does_not_depend_on_how_it_is_cut(model: Path, options: dict[
     assert second["critic/grad_norm"] == pytest.approx(first["critic/grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("limit", [1, 30])
+def test_values_keep_to_the_token_budget(model: Path, limit: int) -> None:
+    whole, cut, groups = critic(model), critic(model, tokens_per_microbatch=limit), make_groups()
+    advantages, old = regression(groups, 1.0)
+    whole.update(groups, advantages, old)  # a head that is not zero
+    cut.engine.module.load_state_dict(whole.engine.module.state_dict())
+    longest = max(len(g.prompt.token_ids) + max(map(len, g.samples)) for g in groups)
+    seen: list[int] = []
+    cut.engine.module.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0].token_ids)))
+    for got, want in zip(cut.group_values(groups), whole.group_values(groups), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    assert max(seen) <= max(limit, longest)
+
+
 def test_the_critic_learns(model: Path) -> None:
     ours, groups = critic(model), make_groups()
     advantages, _ = regression(groups, 1.0)
-    losses = [ours.update(groups, advantages, ours.values(groups))["critic/loss"] for _ in range(15)]
+    losses = [ours.update(groups, advantages, ours.group_values(groups))["critic/loss"] for _ in range(15)]
     assert losses[0] == pytest.approx(0.5, abs=1e-6)  # (0 - 1)^2 / 2
     assert losses[-1] < 0.1 * losses[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from learner_fixture import (
     build_learner,
     grpo_advantages,
@@ -28,7 +25,6 @@ from algorithms.base import LossInputs, LossOutput
 from algorithms.grpo import GRPO
 from rlkit.config.schema import LearnerConfig
 from rlkit.experience import Group
-from rlkit.learner.batches import plan_minibatches, train_groups
 from rlkit.learner.engine import learning_rate
 from rlkit.learner.policy import PolicyLearner
 
@@ -347,48 +343,3 @@ def test_bfloat16_keeps_rotary_frequencies_and_small_steps(model: Path, groups: 
     start = weights_of(build_learner(model, dtype="bfloat16", zero_stage=1))
     changed = [float((weight != start[name]).float().mean()) for name, weight in weights_of(learner).items()]
     assert max(changed) > 0.05
-
-
-# -- the plan of micro-batches -----------------------------------------------------------------------------------------
-
-
-def partly_masked(group: Group, seed: int) -> Group:
-    """A third of its tokens is not trained."""
-    rng = np.random.default_rng(seed)
-    return replace(group, samples=tuple(replace(s, mask=rng.random(len(s)) > 0.3) for s in group.samples))
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.integers(1, 7), st.integers(1, 5), st.integers(0, 9), st.integers(1, 4), st.integers(1, 3), st.integers(1, 120)
-)
-def test_a_plan_trains_every_sample_once_within_the_limit(
-    count: int, samples: int, seed: int, minibatches: int, ranks: int, limit: int
-) -> None:
-    groups = [partly_masked(group, seed) for group in make_groups(count, max(2, samples), seed)]
-    advantages = grpo_advantages(groups)
-    chosen = train_groups(groups, advantages)
-    wanted = Counter(index for group in chosen for index in group.indices)
-    masks = [sample.trained.any() for group in groups for sample in group.samples]
-    assert sorted(wanted) == np.flatnonzero(advantages.keep & np.array(masks)).tolist()
-    for split in (True, False):
-        plan = plan_minibatches(chosen, minibatches, ranks, limit, split_groups=split)
-        parts = [part for m in plan for rank in m.microbatches for micro in rank for part in micro]
-        assert Counter(index for part in parts for index in part.indices) == wanted
-        for part in parts:
-            original = [sample for group in groups for sample in group.samples]
-            assert all(original[p] is s for p, s in zip(part.indices, part.samples, strict=True))
-        for minibatch in plan:
-            assert len({len(rank) for rank in minibatch.microbatches}) == 1, "ranks would wait for each other for ever"
-            for rank in minibatch.microbatches:
-                for micro in rank:
-                    tokens = sum(part.tree.tokens for part in micro)
-                    assert tokens <= limit or len(micro) == 1
-                    if split and tokens > limit:
-                        assert len(micro[0].samples) == 1
-        counts = [m.denominators for m in plan]
-        assert sum(c.sequences for c in counts) == len(wanted)
-        assert sum(c.groups for c in counts) == len(chosen)
-        assert sum(c.tokens for c in counts) == sum(int(s.trained.sum()) for g in chosen for s in g.samples)
-        if not split:
-            assert len(parts) == len(chosen)

@@ -10,16 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from learner_fixture import free_port, grpo_advantages, write_tiny_model
+from learner_fixture import free_port, write_partitioned_model, write_tiny_model
 from learner_rank import RANKS, SCENARIOS, outcome, scenario_groups
 from paths import FIXTURES, PYTHONPATH
 
-from rlkit.learner.batches import plan_minibatches, train_groups
+from algorithms.base import Experience
+from rlkit.config.schema import LearnerConfig
+from rlkit.learner.dealing import policy_shares
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    """A folder of models."""
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder / "tiny")
+    write_partitioned_model(folder / "partitioned")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +71,23 @@ def test_two_ranks_do_what_one_does(model: Path, ranks: list[dict[str, Any]], na
 
 def test_scenarios_are_what_their_names_say() -> None:
     def microbatches(name: str) -> list[list[int]]:
-        options, count = SCENARIOS[name]
-        groups = scenario_groups(count)
-        limit = options.get("tokens_per_microbatch", 16384)
-        (plan,) = plan_minibatches(train_groups(groups, grpo_advantages(groups)), 1, RANKS, limit)
-        return [[len(micro) for micro in rank] for rank in plan.microbatches]
+        """Samples of each micro-batch, by rank."""
+        scenario = SCENARIOS[name]
+        groups = scenario_groups(scenario)
+        config = LearnerConfig(**{**scenario.learner, "ranks": RANKS})
+        advantages = scenario.algorithm.advantages(Experience(groups, 1))
+        shares, _ = policy_shares(groups, advantages, config, scenario.algorithm.needs())
+        return [
+            [0 if rows is None else len(micro.lengths) for m in share.minibatches for micro, rows in m.microbatches]
+            for share in shares
+        ]
 
-    assert microbatches("one group") == [[1], [0]]
+    assert microbatches("one whole group") == [[3], [0]]
+    assert sorted(microbatches("one group")) == [[1], [2]]
     real = [sum(size > 0 for size in rank) for rank in microbatches("unequal")]
     assert real[0] != real[1]
+    assert microbatches("a silent step") == [[0], [0]]
+    assert [sizes[-1] for sizes in microbatches("a silent optimizer step")] == [0, 0]
 
 
 def test_ranks_skip_together(ranks: list[dict[str, Any]]) -> None:

@@ -1,0 +1,247 @@
+"""The driver's plan of a step: which samples are computed by which rank, in which micro-batch, as which rows.
+
+It is made once; each rank is sent its share alone. Numbers of passes are equal on all ranks, so that collective
+operations match, and denominators are of the whole optimizer step, so that a gradient does not depend on the plan.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from algorithms.base import Advantages, AlgorithmNeeds, Denominators
+from rlkit.config.schema import CriticConfig, LearnerConfig
+from rlkit.experience import Group, Sample
+from rlkit.experience.types import FloatArray, IntArray
+from rlkit.learner.batches import (
+    IDLE,
+    Microbatch,
+    Minibatch,
+    PolicyRows,
+    RowsT,
+    Share,
+    ValueRows,
+    charge,
+    even_pieces,
+    split_tree,
+)
+from rlkit.models.packing import Tree, split_by_tokens
+
+
+def policy_shares(
+    groups: Sequence[Group],
+    advantages: Advantages,
+    config: LearnerConfig,
+    needs: AlgorithmNeeds,
+    old_logprobs: Sequence[FloatArray] | None = None,
+) -> tuple[list[Share[PolicyRows]], dict[str, float]]:
+    """The update of the policy by rank, and metrics of the plan.
+
+    `old_logprobs` [T] per sample: under the policy before the step; without them, ranks compute what they need.
+    """
+    batch = _Batch(groups)
+    kept = batch.kept(advantages)
+    silent = kept & batch.silent(advantages) if needs.skips_zero_advantages and needs.layout == "any" else None
+    old = old_logprobs if config.minibatches_per_step > 1 else None
+
+    def rows(samples: Sequence[int]) -> PolicyRows:
+        return PolicyRows(
+            mask=np.concatenate([batch.samples[i].trained for i in samples]),
+            advantages=_joined(advantages.tokens, samples),
+            rollout_logprobs=np.concatenate([batch.samples[i].logprobs for i in samples]).astype(np.float32),
+            old_logprobs=None if old is None else _joined(old, samples),
+            extras={name: _joined(values, samples) for name, values in advantages.extras.items()},
+        )
+
+    shares = batch.shares(kept, silent, config, needs.layout == "any", rows)
+    metrics = {"policy/trained_samples": float(kept.sum())}
+    if silent is not None:
+        metrics["policy/silent_samples"] = float(silent.sum())
+    return [replace(share, scalars=advantages.scalars, old_known=old is not None) for share in shares], metrics
+
+
+def value_shares(
+    groups: Sequence[Group], advantages: Advantages, values: Sequence[FloatArray], config: CriticConfig
+) -> list[Share[ValueRows]]:
+    """The update of the critic by rank. `values` [T] per sample: behind the advantages."""
+    batch, returns = _Batch(groups), advantages.returns
+    if returns is None:
+        raise ValueError("the algorithm has a critic but its advantages have no returns to train it with")
+
+    def rows(samples: Sequence[int]) -> ValueRows:
+        mask = np.concatenate([batch.samples[i].trained for i in samples])
+        return ValueRows(mask, _joined(returns, samples), _joined(values, samples))
+
+    return batch.shares(batch.kept(advantages), None, config, True, rows)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes over all samples of a step, whose results come back to the driver."""
+
+    microbatches: list[tuple[Microbatch, ...]]
+    """By rank."""
+    order: list[list[int]]
+    """By rank: the samples in the order of its results."""
+    lengths: NDArray[np.int64]
+    """[B] response tokens."""
+
+    def per_sample(self, results: Sequence[FloatArray]) -> list[FloatArray]:
+        """[T] of each sample, from each rank's results [R of all its passes]."""
+        rows: dict[int, FloatArray] = {}
+        for samples, result in zip(self.order, results, strict=True):
+            ends = np.cumsum(self.lengths[samples])
+            rows |= zip(samples, np.split(result, ends), strict=False)  # what idle passes gave comes last
+        return [rows[i] for i in range(len(self.lengths))]
+
+
+def passes(groups: Sequence[Group], config: LearnerConfig) -> Passes:
+    batch = _Batch(groups)
+    dealt = batch.deal(batch.parts(np.ones(len(batch.samples), np.bool_)), config, split=True, in_order=True)
+    return Passes(
+        [tuple(batch.microbatch(some) for some in of_rank) for of_rank in dealt],
+        [[i for some in of_rank for part in some for i in part.samples] for of_rank in dealt],
+        batch.lengths,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Samples of one group that stay together, by their index in the step."""
+
+    group: int
+    samples: tuple[int, ...]
+    tokens: int
+    """What they take of `tokens_per_microbatch`."""
+
+
+class _Batch:
+    """The groups of a step."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.samples: list[Sample] = [sample for group in groups for sample in group.samples]
+        self.lengths = np.array([len(sample) for sample in self.samples], dtype=np.int64)
+        self.prompts: list[IntArray] = [np.array(group.prompt.token_ids, dtype=np.int32) for group in groups]
+        starts = np.cumsum([0, *(len(group.samples) for group in groups)]).tolist()
+        self.members = [range(start, end) for start, end in pairwise(starts)]
+
+    def kept(self, advantages: Advantages) -> NDArray[np.bool_]:
+        """[B] samples that enter the loss: kept ones with a trained token."""
+        return advantages.keep & np.array([bool(s.trained.any()) for s in self.samples], dtype=np.bool_)
+
+    def silent(self, advantages: Advantages) -> NDArray[np.bool_]:
+        """[B] samples without an advantage on any trained token."""
+        rows = zip(advantages.tokens, self.samples, strict=True)
+        return np.array([not row[sample.trained].any() for row, sample in rows], dtype=np.bool_)
+
+    def parts(self, chosen: NDArray[np.bool_]) -> list[_Part]:
+        """Each group's chosen samples; groups without any are left out."""
+        parts = []
+        for group, members in enumerate(self.members):
+            samples = tuple(i for i in members if chosen[i])
+            if samples:
+                parts.append(self._part(group, samples))
+        return parts
+
+    def _part(self, group: int, samples: tuple[int, ...]) -> _Part:
+        return _Part(group, samples, charge(self._tree_of(group, samples)))
+
+    def _tree(self, part: _Part) -> Tree:
+        return self._tree_of(part.group, part.samples)
+
+    def _tree_of(self, group: int, samples: Sequence[int]) -> Tree:
+        """Of the right lengths; the ids do not matter."""
+        return Tree(range(len(self.prompts[group])), tuple(range(self.lengths[i]) for i in samples))
+
+    def shares(
+        self,
+        kept: NDArray[np.bool_],
+        silent: NDArray[np.bool_] | None,
+        config: LearnerConfig,
+        split: bool,
+        rows: Callable[[Sequence[int]], RowsT],
+    ) -> list[Share[RowsT]]:
+        """Mini-batches take equal numbers of groups, in order; silent samples are in the denominators only."""
+        trained = np.array([int(sample.trained.sum()) for sample in self.samples])
+        of_ranks: list[list[Minibatch[RowsT]]] = [[] for _ in range(config.ranks)]
+        groups = self.parts(kept)
+        for share in np.array_split(np.arange(len(groups)), config.minibatches_per_step):
+            if not len(share):
+                continue
+            samples = [i for g in share for i in groups[g].samples]
+            computed = np.zeros_like(kept)
+            computed[samples] = True
+            if silent is not None:
+                computed &= ~silent
+            denominators = Denominators(
+                tokens=float(trained[samples].sum()),
+                sequences=float(len(samples)),
+                groups=float(len(share)),
+                computed_tokens=None if silent is None else float(trained[computed].sum()),
+            )
+            for of_rank, dealt in zip(of_ranks, self.deal(self.parts(computed), config, split=split), strict=True):
+                microbatches = tuple(
+                    (self.microbatch(some), rows([i for part in some for i in part.samples]) if some else None)
+                    for some in dealt
+                )
+                of_rank.append(Minibatch(microbatches, denominators))
+        return [Share(tuple(minibatches)) for minibatches in of_ranks]
+
+    def deal(
+        self, parts: Sequence[_Part], config: LearnerConfig, *, split: bool, in_order: bool = False
+    ) -> list[list[list[_Part]]]:
+        """Deal parts to ranks (nearly equal tokens), and each rank's into micro-batches: [rank][pass] -> parts.
+
+        Equally many passes on all ranks, at least one; some are empty. A part above `tokens_per_microbatch` is split,
+        repeating its prompt, unless `split` is False; what still exceeds the limit runs alone. `in_order`: a rank's
+        parts keep their order, else the largest come first.
+        """
+        ranks, limit = config.ranks, config.tokens_per_microbatch
+        if split:
+            count = -(-ranks // max(1, len(parts)))  # no rank is idle while another has several samples
+            parts = [piece for part in parts for piece in self._pieces(part, count if ranks > 1 else None, limit)]
+        dealt: list[list[int]] = [[] for _ in range(ranks)]
+        loads = [(0, rank) for rank in range(ranks)]
+        for p in sorted(range(len(parts)), key=lambda p: -parts[p].tokens):
+            load, rank = loads[0]
+            dealt[rank].append(p)
+            heapq.heapreplace(loads, (load + parts[p].tokens, rank))
+        of_ranks = []
+        for of_rank in dealt:
+            mine = [parts[p] for p in (sorted(of_rank) if in_order else of_rank)]
+            of_ranks.append([[mine[i] for i in bins] for bins in split_by_tokens([p.tokens for p in mine], limit)])
+        rounds = max(1, *map(len, of_ranks))
+        return [[*dealt, *([] for _ in range(rounds - len(dealt)))] for dealt in of_ranks]
+
+    def _pieces(self, part: _Part, count: int | None, limit: int) -> list[_Part]:
+        """Within the limit; nearly equal ones, at least `count` if there are as many samples, for several ranks."""
+        fitting = split_tree(self._tree(part), limit)
+        if count is None:
+            return self._split(part, fitting)
+        even = self._split(part, even_pieces(self._tree(part), max(count, len(fitting))))
+        return [smaller for piece in even for smaller in self._split(piece, split_tree(self._tree(piece), limit))]
+
+    def _split(self, part: _Part, pieces: Sequence[Sequence[int]]) -> list[_Part]:
+        if len(pieces) == 1:
+            return [part]
+        return [self._part(part.group, tuple(part.samples[i] for i in piece)) for piece in pieces]
+
+    def microbatch(self, parts: Sequence[_Part]) -> Microbatch:
+        if not parts:
+            return IDLE
+        samples = [i for part in parts for i in part.samples]
+        return Microbatch(
+            prompts=tuple(self.prompts[part.group] for part in parts),
+            sizes=tuple(len(part.samples) for part in parts),
+            token_ids=np.concatenate([self.samples[i].token_ids for i in samples]).astype(np.int32, copy=False),
+            lengths=self.lengths[samples].astype(np.int32),
+        )
+
+
+def _joined(rows: Sequence[FloatArray], samples: Sequence[int]) -> FloatArray:
+    return np.concatenate([rows[i] for i in samples]).astype(np.float32, copy=False)
