@@ -35,7 +35,8 @@ class PackedCausalLM(nn.Module):
         if type(head) is not nn.Linear:
             raise ModelLoadError(f"{type(model).__name__}: the head must be a plain Linear, not {type(head).__name__}")
         head.__class__ = LogProbLinear
-        head.scale, head.softcap = logit_scale_and_cap(model.config)
+        scaled: LogProbLinear = head
+        scaled.scale, scaled.softcap = logit_scale_and_cap(model.config)
         self.model = model
 
     def forward(
