@@ -2,18 +2,19 @@
 
 _BY_AREA = {
     "accuracy": "heldout train",
-    "reward": "mean std overlong_penalty failed greedy_mean",
+    "reward": "mean mean_trained std overlong_penalty failed greedy_mean",
     "evaluation": "samples unjudged length_mean truncated_share",
     "group": "all_equal_share",
-    "policy": "loss entropy clip_share grad_norm learning_rate skipped_updates waits optimizer_steps trained_samples",
+    "policy": "loss entropy clip_share grad_norm learning_rate skipped_updates waits optimizer_steps trained_samples "
+    "silent_samples",
     "kl": "reference coefficient rollout",
     "advantage": "mean_absolute return_mean return_std zero_share",
     "length": "mean max truncated_share",
     "mismatch": "logprob_mean logprob_max weight_mean weight_cut_share",
-    "weights": "version canary_difference",
+    "weights": "version canary_difference canary_change",
     "time": "step generate score advantages update publish reward_busy evaluate",
     "tokens": "per_second",
-    "buffer": "ready dropped_stale in_flight rejected",
+    "buffer": "ready dropped_stale in_flight rejected rejected_all_right rejected_all_wrong",
     "critic": "loss grad_norm learning_rate skipped_updates value_mean return_mean explained_variance clip_share",
     "prm": "pair_accuracy heldout_pair_accuracy brier calibration_error sign_accuracy loss grad_norm skipped_updates "
     "score_mean score_p95",

@@ -32,11 +32,11 @@ class PackedCausalLM(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         head: Any = model.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            raise ModelLoadError(f"{type(model).__name__}: the head must be a plain Linear, not {type(head).__name__}")
+        kind = type(head)
+        if kind is not nn.Linear:
+            raise ModelLoadError(f"{type(model).__name__}: the head must be a plain Linear, not {kind.__name__}")
         head.__class__ = LogProbLinear
-        scaled: LogProbLinear = head
-        scaled.scale, scaled.softcap = logit_scale_and_cap(model.config)
+        head.scale, head.softcap = logit_scale_and_cap(model.config)
         self.model = model
 
     def forward(

@@ -12,7 +12,7 @@ from algorithms.base import AlgorithmConfig, AlgorithmNeeds
 from rewards.implicit_prm.reward import ImplicitPRM
 from rlkit.config.checks import CHECKS, ConfigIssue, run_checks
 from rlkit.config.parts import Part, import_part
-from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainerConfig
+from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, ModelConfig, RolloutConfig, TrainerConfig
 from rlkit.data.base import DataConfig
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
@@ -129,7 +129,7 @@ def test_checks_only_name_known_sections() -> None:
         ({"cluster": ClusterConfig(address="auto", object_store_gib=3)}, "cluster.object_store_gib", "no effect"),
         ({"rollout": RolloutConfig(max_prompt_tokens=1000)}, "rollout.max_response_tokens", "has 1024 positions"),
         ({"rollout": RolloutConfig(memory_gib=0.0001)}, "rollout.memory_gib", "of cache"),
-        ({"model_shape": ModelFolderError("gone")}, "model.path", "gone"),
+        ({"model_shape": ModelFolderError("gone"), "model": ModelConfig()}, "model.path", "gone"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], key: str, text: str) -> None:
@@ -154,7 +154,6 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], key: str, text: s
             "trainer.evaluate_every_steps",
         ),
         ({"learner": LearnerConfig(learning_rate=0.02)}, "learner.learning_rate"),
-        ({"trainer": TrainerConfig(max_staleness=9)}, "trainer.max_staleness"),
         ({"trainer": TrainerConfig(prompts_per_step=8193)}, "trainer.prompts_per_step"),
         ({"trainer": TrainerConfig(best_metric="my/own")}, "trainer.best_metric"),
     ],

@@ -27,7 +27,8 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(model: Path, *overrides: str) -> ResolvedRun:
-    return load_config(["model=hf", f"model.path={model}", "reward=rule", f"run_dir={model.parent}/run", *overrides])
+    arguments = ["model=hf", f"model.path={model}", "reward=rule", f"run_dir={model.parent}/run", "dry_run=true"]
+    return load_config([*arguments, *overrides])
 
 
 def refused(model: Path, *overrides: str) -> str:
@@ -81,7 +82,7 @@ def test_without_a_known_gpu_nothing_is_refused_and_the_plan_tells_sizes(
     arguments = ["model=hf", f"model.path={shapes / '7B'}", "reward=rule", "cluster=single_gpu", "dry_run=true"]
     assert main([*arguments, f"run_dir={shapes}/run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert next(line for line in lines if "GPU, update" in line).split()[-2:] == ["161.0", "GiB"]
+    assert next(line for line in lines if "GPU, update" in line).split()[-2:] == ["161.3", "GiB"]
     assert any("a machine of 8 GPUs" in line for line in lines)
 
 

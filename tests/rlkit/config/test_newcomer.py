@@ -159,6 +159,7 @@ WRONG = {
     "run_dir=/dev/shm/../x": ["no folder for a run's files"],
     "run_dir=things": ["holds other things (a.txt, b.txt, c.txt, ...) and no run"],
     "rollout.max_prompt_tokens=1": ["at least 8"],
+    "trainer.prompts_per_step=1000000": ["need", "GiB of memory at their peak"],
     "rollout.max_concurrent_samples=1000000": ["at most 65536"],
     "trainer.step_timeout_seconds=1e-9": ["at least 1"],
     "trainer.startup_timeout_seconds=0.001": ["at least 1"],
@@ -187,7 +188,7 @@ def test_a_value_that_cannot_be_meant_is_refused(typed: str, refused: Typed) -> 
 
 
 DOUBTFUL = {
-    "trainer.prompts_per_step=1000000": "8,000,000 responses in each of 60 steps (8 for each prompt), 480,000,000 in",
+    "trainer.prompts_per_step=10000": "80,000 responses in each of 60 steps (8 for each prompt), 4,800,000 in",
     "trainer.max_staleness=20": "a policy 20 updates old",
     "learner.learning_rate=0.05": "moves every weight",
     "algorithm.kl_coefficient=50": "outweighs the rewards",
