@@ -73,7 +73,7 @@ setup(
     ],
     package_dir={"rlkit.conf": "conf"},
     package_data={
-        "rlkit": ["embedded/**/*.safetensors", "embedded/**/*.json", "embedded/**/*.jinja"],
+        "rlkit": ["models/*.json", "embedded/**/*.safetensors", "embedded/**/*.json", "embedded/**/*.jinja"],
         "rlkit.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
     },
     entry_points={"console_scripts": ["rlkit = rlkit.cli:main"]},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,10 @@ Layout = Literal["any", "pairs", "full_group"]
 class AlgorithmConfig(Section):
     samples_per_prompt: int = Field(default=8, ge=1)
     """Responses sampled for each prompt (the group size)."""
+
+    def for_staleness(self, max_staleness: int) -> Self:
+        """The configuration with what follows from `trainer.max_staleness` filled in."""
+        return self
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -49,6 +53,9 @@ class AlgorithmNeeds:
     """Advantages use log-probs of policy and reference."""
     greedy_response: bool = False
     """Every prompt also gets a scored greedy response (`Group.greedy`), not trained on."""
+    corrects_staleness: bool = False
+    """The loss can weight samples of older policies (`LossInputs.rollout_logprobs`); else `trainer.max_staleness` must
+    be 0."""
     skips_zero_advantages: bool = False
     """A sample whose trained tokens all have advantage 0 adds exactly 0 to loss and gradient (layout any): it is not
     computed, but counted in the denominators."""

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pydantic import Field
-
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
 from algorithms.functional.advantages import Outcomes, group_relative, spread, token_advantages
 from algorithms.functional.losses import Aggregation
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
+from rlkit.experience.section import Coefficient
 
 
 class GRPO(SurrogateAlgorithm):
     class Config(SurrogateConfig):
-        kl_coefficient: float = Field(default=0.04, ge=0)
+        kl_coefficient: Coefficient = 0.04
         """Weight of the KL penalty to the reference policy; 0 loads none."""
         normalize_by_std: bool = True
         """Divide advantages by the group's standard deviation (False: Dr. GRPO)."""

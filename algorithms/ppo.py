@@ -21,6 +21,7 @@ from algorithms.functional.prime import token_rewards
 from algorithms.functional.returns import explained_variance, float64, gae, whiten
 from algorithms.functional.step_credit import on_step_ends
 from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
+from rlkit.experience.section import Coefficient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ class PPO(SurrogateAlgorithm):
         """Mean 0 and variance 1 over the batch's trained tokens."""
         value_clip: float | None = Field(default=0.2, gt=0)
         """A value that moved further in this update gets no gradient; null: no clipping."""
-        process_coefficient: float = Field(default=1.0, ge=0)
+        process_coefficient: Coefficient = 1.0
         """Weight of process rewards; a span's is on its last trained token."""
         kl_in: KLPlace = "reward"
         """Where the penalty is; in the reward (arXiv 2203.02155 eq. 2) the critic sees it."""

@@ -25,6 +25,7 @@ from algorithms.functional.prime import (
     reinforce,
 )
 from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
+from rlkit.experience.section import Coefficient
 
 
 class PRIME(SurrogateAlgorithm):
@@ -37,9 +38,9 @@ class PRIME(SurrogateAlgorithm):
         """Process baseline and coefficients: the paper's text, or one of the two codebases (rloo)."""
         normaliser: Literal["none", "global_max_return", "global_std"] = "global_max_return"
         """Divisor of process rewards over the whole batch; their scale (beta) then cancels."""
-        process_coefficient: float = Field(default=1.0, ge=0)
+        process_coefficient: Coefficient = 1.0
         """Weight of the process half."""
-        outcome_coefficient: float = Field(default=1.0, ge=0)
+        outcome_coefficient: Coefficient = 1.0
         """Weight of the outcome half; after whitening only the ratio of both matters."""
         process_gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per token of the process half."""

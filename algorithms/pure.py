@@ -25,6 +25,7 @@ from algorithms.functional.losses import Aggregation
 from algorithms.functional.returns import reward_to_go
 from algorithms.functional.step_credit import Steps, min_form
 from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
+from rlkit.experience.section import Coefficient
 
 
 class PURE(SurrogateAlgorithm):
@@ -32,9 +33,9 @@ class PURE(SurrogateAlgorithm):
         samples_per_prompt: int = Field(default=4, ge=1)
         temperature: float = Field(default=0.1, gt=0)
         """T, in units of process rewards: the smaller, the more the worst step alone counts."""
-        outcome_coefficient: float = Field(default=1.0, ge=0)
+        outcome_coefficient: Coefficient = 1.0
         """Weight of the outcome reward; 0: process rewards only."""
-        kl_coefficient: float = Field(default=0.001, ge=0)
+        kl_coefficient: Coefficient = 0.001
         kl_in: KLPlace = "reward"
         kl_estimator: Estimator = "k1"
         aggregation: Aggregation = "sequence_mean_token_mean"

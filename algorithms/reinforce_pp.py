@@ -17,6 +17,7 @@ from algorithms.functional.advantages import Outcomes, group_relative, token_adv
 from algorithms.functional.kl import Estimator
 from algorithms.functional.returns import on_last_token, reinforce_plus_plus
 from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
+from rlkit.experience.section import Coefficient
 
 
 class ReinforcePP(SurrogateAlgorithm):
@@ -26,7 +27,7 @@ class ReinforcePP(SurrogateAlgorithm):
         """Subtracted from the outcome: nothing, or the group's mean."""
         gamma: float = Field(default=1.0, gt=0, le=1)
         """Discount per trained token."""
-        kl_coefficient: float = Field(default=0.01, ge=0)
+        kl_coefficient: Coefficient = 0.01
         """Weight of the KL penalty to the reference policy (OpenRLHF's script); 0 loads none."""
         kl_in: KLPlace = "reward"
         """Where the penalty is: in each token's reward (paper) or in the loss (its baseline form)."""

@@ -22,11 +22,14 @@ from algorithms.functional.surrogates import (
     make_surrogate,
     surrogate_parameters,
 )
+from rlkit.experience.section import Coefficient
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KLPlace = Literal["loss", "reward"]
+STALE_LARGEST_WEIGHT = 2.0
+"""Of truncated importance sampling (Yao et al. 2025)."""
 
 
 class SurrogateConfig(AlgorithmConfig):
@@ -45,7 +48,7 @@ class SurrogateConfig(AlgorithmConfig):
     """How token losses become one number; constant_length divides by samples x `constant_length` (Dr. GRPO)."""
     constant_length: int | None = Field(default=None, ge=1)
     """Tokens; for aggregation=constant_length."""
-    kl_coefficient: float = Field(default=0.0, ge=0)
+    kl_coefficient: Coefficient = 0.0
     """Weight of the KL penalty to the reference policy; 0 loads none."""
     kl_in: KLPlace = "loss"
     """Where the penalty is applied."""
@@ -55,10 +58,11 @@ class SurrogateConfig(AlgorithmConfig):
     """Nats per token to which `kl_coefficient` steers the KL; null: it stays fixed."""
     kl_horizon: int = Field(default=10_000, ge=1)
     """Samples over which a KL 20 % off its target changes the coefficient by 20 % (arXiv 1909.08593)."""
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: Coefficient = 0.0
     """Weight of an entropy bonus."""
-    rollout_correction: Literal["none", "truncate", "mask", "decoupled"] = "none"
-    """Weights for the difference between sampler and learner: truncated, 0 where too far, or as they are."""
+    rollout_correction: Literal["none", "truncate", "mask", "decoupled"] | None = None
+    """Weights for the difference between sampler and learner: truncated, 0 where too far, or as they are. null: with
+    `trainer.max_staleness` above 0 truncated at 2, else none."""
     largest_weight: float | None = Field(default=None, gt=0)
     """For rollout_correction=truncate (published: 2) and mask (published: 5)."""
     smallest_weight: float | None = Field(default=None, gt=0)
@@ -110,6 +114,16 @@ class SurrogateConfig(AlgorithmConfig):
             raise ValueError("overlong_buffer_share has no effect without overlong_max_tokens")
         return self
 
+    def for_staleness(self, max_staleness: int) -> Self:
+        if self.rollout_correction is not None:
+            return self
+        stale = {"rollout_correction": "truncate", "largest_weight": STALE_LARGEST_WEIGHT}
+        return self.model_copy(update=stale if max_staleness else {"rollout_correction": "none"})
+
+    @property
+    def corrects(self) -> bool:
+        return self.rollout_correction not in (None, "none")
+
     def _is_default(self, name: str) -> bool:
         return bool(getattr(self, name) == type(self).model_fields[name].default)
 
@@ -149,6 +163,7 @@ class SurrogateAlgorithm(Algorithm):
         return AlgorithmNeeds(
             reference_policy=penalty,
             token_kl=in_reward,
+            corrects_staleness=True,
             skips_zero_advantages=self._is_linear(penalty and not in_reward),
         )
 
@@ -220,7 +235,8 @@ class SurrogateAlgorithm(Algorithm):
 
         surrogate, clipped = self._surrogate_rows(inputs)
         sums = {"policy/clip_share": share(clipped), "policy/entropy": share(inputs.entropy)}
-        if config.rollout_correction != "none":
+        weights = None
+        if config.corrects:
             weights, cut = losses.rollout_weights(
                 inputs.old_logprobs,
                 inputs.rollout_logprobs,
@@ -234,6 +250,8 @@ class SurrogateAlgorithm(Algorithm):
         loss = mean(surrogate)
         if inputs.reference_logprobs is not None:
             divergence = losses.kl_divergence(inputs.logprobs, inputs.reference_logprobs, config.kl_estimator)
+            if weights is not None:  # an expectation over the policy's samples, too
+                divergence = divergence * weights
             sums["kl/reference"] = share(divergence)
             if config.kl_in == "loss":
                 loss = loss + inputs.scalars.get("kl_coefficient", config.kl_coefficient) * mean(divergence)

@@ -74,7 +74,7 @@ def main() -> None:
             }
         result["difference"] = max(
             float(((a - b).abs().max() / b.abs().max()).detach())
-            for a, b in zip(outputs["rule"], outputs["each"], strict=True)
+            for a, b in zip(outputs["once"], outputs["each"], strict=True)
         )
         print(json.dumps(result), flush=True)
 

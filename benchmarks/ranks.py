@@ -1,4 +1,4 @@
-"""What a step costs driver and ranks beside the model's own work, for 1 to 64 learner ranks with constant work per rank.
+"""What a step costs driver and ranks beside the model's own work, for 1 to 64 ranks with constant work per rank.
 
     python benchmarks/ranks.py                 # 2 groups x 16 samples x 1,024 tokens for each rank
     python benchmarks/ranks.py --ranks 8 64 --groups 4 --tokens 4096

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from rlkit.experience import Group, GroupScores, Prompt
-from rlkit.experience.section import Section
+from rlkit.experience.section import Deadline, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class RewardConfig(Section):
     """Fields of every reward; a backend nests a subclass as `Config`."""
 
-    timeout_seconds: float = Field(default=120.0, gt=0)
+    timeout_seconds: Deadline = 120.0
     """Deadline of one scoring call; after it the worker is replaced and the call tried once more."""
     max_failed_share: float = Field(default=0.2, ge=0, le=1)
     """Share of invalid scores (0 to 1) in a training step above which the run stops."""

@@ -9,7 +9,6 @@ python -m rlkit.train reward=function reward.function=my_module.brevity
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import math
 import traceback
@@ -20,6 +19,7 @@ from typing import Any
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rlkit.experience import Group, GroupScores, Prompt, Sample, Score, UserError
+from rlkit.experience.names import NotFoundError, find_object
 
 _EXCEPTION = "exception:"
 ARGUMENTS = ("prompts", "completions", "completion_ids", "references", "answer")
@@ -188,7 +188,10 @@ class RewardFunction:
 
 def load_function(path: str) -> RewardFunction:
     """Load `my_module.my_function` or `my_module.Class.method`; raise FunctionError."""
-    function = _import(path)
+    try:
+        function = find_object(path, inspect.isroutine)
+    except NotFoundError as error:
+        raise FunctionError(f"reward.function={path}: {error}") from error
     if inspect.isclass(function):
         raise FunctionError(f"reward.function={path}: is a class; a Reward class is named by reward._target_={path}")
     if not callable(function):
@@ -213,29 +216,3 @@ def load_function(path: str) -> RewardFunction:
             f"reward.function={path}: has no argument `completions`: f(prompts, completions, **columns)"
         )
     return loaded
-
-
-def _import(path: str) -> Any:
-    names = path.split(".")
-    if len(names) < 2 or not all(name.isidentifier() for name in names):
-        raise FunctionError(f"reward.function={path}: must be a dotted path, like my_module.my_function")
-    for end in range(len(names) - 1, 0, -1):
-        module_name = ".".join(names[:end])
-        try:
-            value: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-                continue  # perhaps a class of a shorter module name
-            raise FunctionError(f"reward.function={path}: {module_name} cannot be imported: {error}") from error
-        except Exception as error:  # whatever a module of the user's raises while it is imported
-            cause = f"{type(error).__name__}: {error}"
-            raise FunctionError(f"reward.function={path}: {module_name} cannot be imported: {cause}") from error
-        for name in names[end:]:
-            if not hasattr(value, name):
-                raise FunctionError(f"reward.function={path}: {module_name} has no {'.'.join(names[end:])}")
-            value = getattr(value, name)
-        return value
-    raise FunctionError(
-        f"reward.function={path}: there is no module {names[0]} (looked in the current folder and in the installed "
-        "packages)"
-    )

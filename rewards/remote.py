@@ -17,6 +17,7 @@ from pydantic import Field
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.services.http import HttpClient, Limits, OutOfTimeError, RefusedError, TransientError, excerpt, get
 from rlkit.experience import Group, GroupScores, Score, UserError
+from rlkit.experience.section import Deadline
 from rlkit.experience.wire import (
     HEALTH_PATH,
     SCHEMA_VERSION,
@@ -56,7 +57,7 @@ class RemoteReward(Reward):
     class Config(RewardConfig):
         url: str
         """Address of the server: http://HOST:PORT."""
-        timeout_seconds: float = Field(default=360.0, gt=0)
+        timeout_seconds: Deadline = 360.0
         """Deadline of one scoring call; the client gives up after 80 % of it. The default allows for two tries of a
         server with its default deadline (120 s)."""
         token_env: str | None = None

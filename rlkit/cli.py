@@ -6,7 +6,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import rlkit
+from rlkit.config.command import HELP
 from rlkit.config.messages import did_you_mean
+from rlkit.config.vocabulary import about_command
+from rlkit.experience.names import nearest
 
 COMMANDS = {
     "train": ("rlkit.train", "train a policy by reinforcement learning"),
@@ -22,14 +26,20 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the named command; returns its exit code, 2 for an unknown one."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
+    if given and given[0] == "--version":
+        print(f"rlkit {rlkit.__version__}")
+        return 0
+    if not given or given[0] in HELP:
         print("usage: rlkit COMMAND [arguments]; rlkit COMMAND --help says more\n")
         for name, (_, text) in COMMANDS.items():
             print(f"  {name:<18}{text}")
         return 0 if given else 2
     name = given[0].replace("_", "-")
     if name not in COMMANDS:
-        print(f"rlkit: {given[0]}: no such command; {did_you_mean(name, list(COMMANDS))}", file=sys.stderr)
+        listed = f"commands: {', '.join(COMMANDS)}"
+        wish = None if nearest(name, COMMANDS) else about_command(name)
+        instead = f"{wish}; {listed}" if wish else did_you_mean(name, COMMANDS)
+        print(f"rlkit: {given[0]}: no such command; {instead}", file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[name][0])
     return int(module.main(given[1:]))

@@ -18,19 +18,27 @@ from rlkit.experience.scores import ScoreReport
 
 
 def rollout_metrics(
-    groups: Sequence[Group], report: ScoreReport, judged: Sequence[Group] | None, stats: BufferStats, seconds: float
+    groups: Sequence[Group],
+    rejected: Sequence[Group],
+    report: ScoreReport,
+    judged: Sequence[Group] | None,
+    stats: BufferStats,
+    seconds: float,
 ) -> dict[str, float]:
-    """Rewards, lengths, group spread, failures, buffer. `seconds`: the sampler's working time for these groups."""
+    """Rewards, lengths and spread of all scored groups, trained or rejected by a filter; failures, buffer.
+
+    `judged`: the same groups as the verifier scores them. `seconds`: the sampler's working time for them.
+    """
     values: list[list[float]] = []
     components: defaultdict[str, list[float]] = defaultdict(list)
-    for group in groups:
+    for group in (*groups, *rejected):
         scores = [score for _, score in group.scored() if score.valid]
         values.append([score.value for score in scores if score.value is not None])
         for score in scores:
             for name, part in score.components.items():
                 components[name].append(part)
     rewards = np.array([value for group in values for value in group])
-    samples = [sample for group in groups for sample in group.samples]
+    samples = [sample for group in (*groups, *rejected) for sample in group.samples]
     lengths = np.array([len(sample) for sample in samples])
     metrics = {
         "reward/failed": float(report.failed),
@@ -50,6 +58,12 @@ def rollout_metrics(
         metrics["tokens/per_second"] = float(lengths.sum() / seconds)
     if len(rewards):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
+    trained = [value for group in values[: len(groups)] for value in group]
+    if trained and stats.rejected:
+        metrics["reward/mean_trained"] = fmean(trained)
+    for kind in ("all_right", "all_wrong"):
+        if stats.rejected:
+            metrics[f"buffer/rejected_{kind}"] = float(stats.verdicts.get(kind, 0))
     for reason, count in report.failures.items():
         metrics[f"reward/failed/{reason}"] = float(count)
     for name, parts in components.items():
@@ -69,8 +83,14 @@ def summary(
     seconds_per_step: float,
     reward_failed: int,
     policy: Path,
+    best: Mapping[str, Any] | None = None,
+    ended: str | None = None,
+    nothing_learnt: bool = False,
 ) -> dict[str, Any]:
-    """The content of summary.json. `accuracies`: step -> held-out accuracy; empty without held-out answers."""
+    """The content of summary.json. `accuracies`: step -> held-out accuracy; empty without held-out answers.
+
+    `best`: metric, value, step and policy of the best evaluation. `ended`: why before the last step, if it did.
+    """
     return {
         "accuracy_before": accuracies.get(0),
         "accuracy_after": accuracies.get(steps),
@@ -80,20 +100,31 @@ def summary(
         "reward_failed": reward_failed,
         "accuracy_by_step": {str(step): accuracy for step, accuracy in accuracies.items()},
         "policy": str(policy),
+        "best": best,
+        "ended": ended,
+        "nothing_learnt": nothing_learnt,
     }
 
 
 class TrainingFailedError(UserError): ...
 
 
+MISMATCHED_STEPS = 3
+"""One step may be a burst: few trained tokens, or one response of a policy near collapse. Three in a row are no
+accident, and three updates on wrong log-probs, clipped and at a usual learning rate, lose little."""
+
+
 class UpdateGuard:
     def __init__(self, config: TrainerConfig, warn: Callable[[str], None]) -> None:
         self.config, self.warn = config, warn
         self.skipped_in_a_row = 0
+        self.mismatched_in_a_row = 0
 
     def check(self, metrics: Mapping[str, float]) -> None:
-        """Warn, or raise TrainingFailedError after `trainer.max_skipped_updates` skipped updates in a row."""
+        """Warn, or raise TrainingFailedError after `trainer.max_skipped_updates` skipped updates in a row, or
+        `MISMATCHED_STEPS` steps in a row above `trainer.max_mismatch`."""
         mismatch = metrics.get("mismatch/logprob_mean", 0.0)
+        self._limit(mismatch)
         if not mismatch <= self.config.mismatch_alarm:  # also true for NaN
             self.warn(
                 f"sampler and learner disagree by {mismatch:.3g} in log-prob on average, more than "
@@ -114,6 +145,56 @@ class UpdateGuard:
                 f"{' and of the '.join(skipped)} (trainer.max_skipped_updates): lower learner.learning_rate (or "
                 "critic.learning_rate), or look at the rewards in samples.jsonl"
             )
+
+    def _limit(self, mismatch: float) -> None:
+        limit = self.config.max_mismatch
+        if limit is None or mismatch <= limit:
+            self.mismatched_in_a_row = 0
+            return
+        self.mismatched_in_a_row += 1  # also for NaN
+        if self.mismatched_in_a_row >= MISMATCHED_STEPS:
+            raise TrainingFailedError(
+                f"in {MISMATCHED_STEPS} steps in a row the sampler's log-probs differ from the learner's by more than "
+                f"trainer.max_mismatch={limit:g} on average (now {mismatch:.3g}): what is trained is not what samples. "
+                "Causes: a model that sampler and learner compute differently, rollout.top_p or top_k, old weights, or "
+                "a collapsed policy; null turns this limit off"
+            )
+
+
+class NoSignal:
+    """Warns while no step of the run had anything to teach: in no group did any sample differ in reward."""
+
+    STEPS = 5
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self.warn = warn
+        self.steps = 0
+        self.learnt = False
+
+    @property
+    def nothing_learnt(self) -> bool:
+        return self.steps > 0 and not self.learnt
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        size = metrics.get("advantage/mean_absolute")
+        self.learnt |= metrics.get("group/all_equal_share", 0.0) < 1 if size is None else size != 0
+        self.steps += 1
+        if self.nothing_learnt and self.steps == self.STEPS:
+            self.warn(f"nothing was learnt in the first {self.STEPS} steps: {self.cause(metrics)}")
+
+    def cause(self, metrics: Mapping[str, float]) -> str:
+        reward = f" (mean reward {metrics['reward/mean']:.3f})" if "reward/mean" in metrics else ""
+        return (
+            f"all responses to a prompt got the same reward, in every group{reward}, so all advantages are 0. Look in "
+            "samples.jsonl: is the reward able to read these answers, are the problems too hard or too easy for this "
+            "policy? (docs/metrics.md, `group/all_equal_share`)"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "learnt": self.learnt}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.learnt = state["steps"], state["learnt"]
 
 
 class HackingAlarm:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from rlkit.cluster.waiting import waiting
 from rlkit.data.order import PromptOrder
-from rlkit.experience import Prompt
+from rlkit.experience import Group, Prompt
 from rlkit.experience.scores import ScoreReport
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.worker import GroupRequest
@@ -92,6 +92,10 @@ class Producer:
             step=number // self.groups_per_step + 1,
             greedy=self.greedy,
         )
+
+    def ask_again(self, groups: Sequence[Group]) -> None:
+        """Put groups that were taken and will not be trained back among the open ones: for a checkpoint in mid-step."""
+        self._again.extend(self._request(int(group.id), group.prompt) for group in groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data, and the open groups."""

@@ -16,6 +16,7 @@ from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.checkpoint.resume import ResumePoint
 from rlkit.cluster.placement import (
+    NO_GPU,
     Placement,
     beside_driver,
     loads_after,
@@ -38,15 +39,18 @@ from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.endings import ending
 from rlkit.evaluation import Evaluator
 from rlkit.experience import Prompt, UserError
-from rlkit.metrics import HackingAlarm, UpdateGuard
+from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard
 from rlkit.models.folder import model_folder
+from rlkit.models.usable import known_run
 from rlkit.producer import Producer
 from rlkit.rollout.pool import RolloutPool
+from rlkit.saving import SaveSchedule, Stop, StoppedError
 from rlkit.serving.pool import RewardPool
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
 from rlkit.weight_sync import WeightSync
+from rlkit.weights.publication import Canary
 
 TERMINATED = 128 + signal.SIGTERM
 LOADING = {
@@ -57,7 +61,7 @@ LOADING = {
     "critic": "loading the critic (DeepSpeed)",
 }
 """Start-up phases as the screen shows them."""
-CANARY_TOKENS = 32
+CANARY_PROMPTS, CANARY_TOKENS = 4, 32
 END_SECONDS = 120.0
 """Time limit for actors, threads and Ray to end; then the process exits, and the janitor ends the rest."""
 ROOM_SECONDS = 60.0
@@ -102,6 +106,10 @@ def _run_to_the_end(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, 
     try:
         with contextlib.ExitStack() as ending:
             asyncio.run(_train(resolved, folder, tracker, point, ending))
+    except StoppedError as stopped:
+        if stopped.signal is signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise asyncio.CancelledError from None
     except RayTaskError as error:
         if isinstance(error.cause, Exception):
             raise error.cause from error
@@ -117,30 +125,50 @@ async def _train(
 ) -> None:
     """`ending` is closed by the caller after the event loop is gone."""
     config, began = resolved.config, time.monotonic()
-    # Ray replaces the handler of SIGTERM when it starts; ours cancels the run, so that everything is ended in order.
+    # Ray replaces the handler of SIGTERM when it starts; ours ends everything in order.
     task = asyncio.current_task()
     assert task is not None
     tracker.phase("reading data")
     train, heldout = load_prompts(resolved, tracker)
+    await _try_architecture(config, tracker)
     tracker.phase("starting Ray")
     with contextlib.ExitStack() as session:
         with blocking("the start", "Ray", *_startup(config)):
             session.enter_context(ray_session(config.cluster, folder.logs / "ray", object_store_bytes(resolved)))
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        stop = Stop(task)
+        with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: whoever runs us handles them
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                trainer = await _start(resolved, folder, tracker, train, heldout, stack, began)
+                trainer = await _start(resolved, folder, tracker, train, heldout, stack, began, stop)
                 if point is None:
                     folder.keep_only({})
                 else:
                     await _go_on(trainer, point, tracker)
                 summary = await trainer.fit()
                 tracker.finish(summary)
+            except asyncio.CancelledError:
+                stop.check()  # by its name
+                raise
             finally:
                 ending.enter_context(
                     blocking("the end of the run", "actors, threads and Ray", END_SECONDS, "END_SECONDS")
                 )
+
+
+async def _try_architecture(config: RunConfig, tracker: Tracker) -> None:
+    """Refuse an unknown architecture before anything starts; one in the table is tried while the learner loads."""
+    folder = model_folder(config.model.path)
+    if known_run(folder) is not None:
+        return
+    tracker.phase("trying the model's architecture")
+    from rlkit.models.attention import PACKED_ATTENTION
+    from rlkit.models.policy import find_attention
+
+    attention = await asyncio.to_thread(find_attention, folder, trust_remote_code=config.model.trust_remote_code)
+    if attention != PACKED_ATTENTION:
+        tracker.warn("packed batches are not exact for this model: its sequences run row by row, which is slower")
 
 
 async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None:
@@ -160,6 +188,7 @@ async def _start(
     heldout: Sequence[Prompt],
     stack: contextlib.AsyncExitStack,
     began: float,
+    stop: Stop,
 ) -> Trainer:
     """Start all actors side by side; those that share a GPU one after the other."""
     import ray
@@ -170,9 +199,10 @@ async def _start(
     config, algorithm = resolved.config, resolved.make_algorithm()
     model_path, logs = str(model_folder(config.model.path)), folder.logs
     seconds = config.trainer.startup_timeout_seconds
+    gpus = gpu_shares(config).rewards / resolved.reward_config.workers
     context = RewardContext(
-        device=config.cluster.device,
-        gpus=gpu_shares(config).rewards / resolved.reward_config.workers,
+        device=config.cluster.device if gpus else "cpu",
+        gpus=gpus,
         seed=config.seed,
         threads=config.cluster.threads_per_actor,
     )
@@ -191,7 +221,7 @@ async def _start(
     if _own_verifier(resolved) and heldout:
         verifier = RewardPool(config.verifier, RewardContext(threads=1), seconds, logs, "verifier", beside_driver)
         stack.push_async_callback(verifier.close)
-    buffer = ray.remote(num_cpus=0, **beside_driver(0))(BufferActor).remote(
+    buffer = ray.remote(num_cpus=0, runtime_env={"env_vars": NO_GPU}, **beside_driver(0))(BufferActor).remote(
         config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
     )
     starts: dict[str, Callable[[], Awaitable[Any]]] = {
@@ -214,14 +244,23 @@ async def _start(
         buffer=buffer,
         producer=_producer(config, algorithm, train, rollout, reward, buffer),
         evaluator=Evaluator(heldout, rollout, verifier, config.seed) if heldout else None,
-        weight_sync=WeightSync(config, rollout, learner, reward, train[0].token_ids[:CANARY_TOKENS]),
+        weight_sync=WeightSync(config, rollout, learner, reward, _canary(train)),
         checkpointer=Checkpointer(config, folder),
         folder=folder,
         tracker=tracker,
         guard=UpdateGuard(config.trainer, tracker.warn),
         alarm=HackingAlarm(config.trainer.hacking_alarm_steps, tracker.warn),
+        schedule=SaveSchedule(config.trainer),
+        stop=stop,
+        signal=NoSignal(tracker.warn),
         began=began,
     )
+
+
+def _canary(train: Sequence[Prompt]) -> Canary:
+    """The beginnings of different prompts: a state that leaks from one sequence into the next shows only on several."""
+    beginnings = dict.fromkeys(prompt.token_ids[:CANARY_TOKENS] for prompt in train[: 8 * CANARY_PROMPTS])
+    return tuple(ids for ids in beginnings if len(ids) > 1)[:CANARY_PROMPTS]
 
 
 def _own_verifier(resolved: ResolvedRun) -> bool:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from rlkit.checkpoint.resume import find_resume
-from rlkit.config.command import asks_for_help, exit_code, print_warnings, split_off_file
+from rlkit.config.command import HELP, asks_for_help, exit_code, print_warnings, split_off_file
 from rlkit.config.help import print_help
 from rlkit.config.loading import load_config
 from rlkit.config.machine import refuse_missing_gpus
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     if asks_for_help(arguments):
-        return print_help()
+        return print_help([word for word in arguments if word not in HELP])
     file, overrides = split_off_file(arguments)
     resolved = load_config(overrides, file)
     point = find_resume(resolved.config)

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from algorithms.base import Advantages, Algorithm, Experience
 from rlkit.checkpoint.checkpointer import Checkpointer
-from rlkit.cluster.waiting import waiting
+from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group
-from rlkit.experience.scores import check_failures
+from rlkit.experience.buffer import DataSolvedError, TooManyRejectedError
+from rlkit.experience.scores import RewardFailed, check_failures
 from rlkit.learner.joint import JointLearner
-from rlkit.metrics import HackingAlarm, UpdateGuard, rollout_metrics, summary
+from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard, rollout_metrics, summary
 from rlkit.producer import Producer, until
 from rlkit.rollout.pool import RolloutPool
+from rlkit.saving import SaveSchedule, Stop, StoppedError
 from rlkit.serving.pool import RewardPool
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.weight_sync import WeightSync
+from rlkit.weights.publication import Agreement
 
 
 @dataclass
@@ -46,57 +49,120 @@ class Trainer:
     checkpointer: Checkpointer
     began: float
     """`time.monotonic()` at the start of the run."""
+    schedule: SaveSchedule
+    stop: Stop
+    signal: NoSignal
     version: int = 0
+    whole: bool = True
+    """Whether learner and reward are those of the last finished step: False from a step's first change to its end."""
+    advanced: bool = False
+    """Whether the buffer has heard of this version: then the next step has begun."""
+    taken: list[Group] = field(default_factory=list)
+    """From the buffer, by the step that has begun."""
     failed_scores: int = 0
     accuracies: dict[int, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
 
     async def fit(self) -> dict[str, Any]:
-        """Train to the last step.
+        """Train to the last step, or until the filters find the data solved; return the summary.
 
-        Raises TrainingFailedError, WaitedTooLongError, RewardFailed, and what actors raise.
+        Saves what is whole, and raises TrainingFailedError, WaitedTooLongError, RewardFailed, TooManyRejectedError,
+        StoppedError, and what actors raise.
         """
-        trainer = self.config.trainer
         # Proves that sampler and learner hold the same policy before any training.
         async with self.deadline("the driver", "the first weights to be published"):
             await self.publish()
         if not self.version:
             await self.evaluate(0)
-        producing, watching = asyncio.create_task(self.producer.run()), asyncio.create_task(self.learner.watch())
-        training_began, first = time.monotonic(), self.version + 1
+        else:
+            self.schedule.was_saved(self.version)
+        background = [
+            asyncio.create_task(work) for work in (self.producer.run(), self.learner.watch(), self.stop.asked())
+        ]
+        training_began, first, ended = time.monotonic(), self.version + 1, None
         try:
-            for step in range(first, trainer.total_steps + 1):
-                self.checkpointer.check()
-                async with self.deadline(f"step {step}", "groups, update and new weights"):
-                    await until(self.step(step, producing), watching)
-                last = step == trainer.total_steps
-                if last or (trainer.evaluate_every_steps and step % trainer.evaluate_every_steps == 0):
-                    await until(self.evaluate(step), watching)
-                if last or (trainer.save_every_steps and step % trainer.save_every_steps == 0):
-                    await self.save(step)
-            async with self.deadline("the driver", "the last checkpoint to be sealed"):
-                await self.checkpointer.finish()
+            await self.train(*background)
+            await self.sealed()
+        except DataSolvedError as solved:
+            ended = str(getattr(solved, "cause", None) or solved)
+        except (StoppedError, RewardFailed, WaitedTooLongError, TooManyRejectedError):
+            await self.end_background(background)
+            await self.save_what_is_whole()
+            raise
         finally:
-            for task in (producing, watching):
-                task.cancel()
-            async with self.deadline("the end of the training", "the producer to stop and the checkpoint to be sealed"):
-                await asyncio.gather(producing, watching, self.checkpointer.finish(), return_exceptions=True)
+            await self.end_background(background)
+        if ended is not None:
+            self.tracker.message(ended)
+            if self.version not in self.accuracies:
+                await self.evaluate(self.version)
+            await self.save_what_is_whole()
+        return self.summary(ended, time.monotonic() - training_began, self.version + 1 - first)
+
+    async def train(
+        self, producing: asyncio.Task[None], watching: asyncio.Task[None], stopping: asyncio.Task[Any]
+    ) -> None:
+        trainer = self.config.trainer
+        self.stop.training = True
+        for step in range(self.version + 1, trainer.total_steps + 1):
+            self.checkpointer.check()
+            async with self.deadline(f"step {step}", "groups, update and new weights"):
+                await until(self.step(step, producing, stopping), watching)
+            last = step == trainer.total_steps
+            if last or (trainer.evaluate_every_steps and step % trainer.evaluate_every_steps == 0):
+                await until(self.evaluate(step), watching, stopping)
+            if self.schedule.due(step):
+                await self.save(step)
+            if not last:
+                self.stop.check()
+
+    async def end_background(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
+        self.stop.training = False
+        for task in tasks:
+            task.cancel()
+        async with self.deadline("the end of the training", "the producer to stop and the checkpoint to be sealed"):
+            await asyncio.gather(*tasks, self.checkpointer.finish(), return_exceptions=True)
+
+    def summary(self, ended: str | None, training_seconds: float, steps: int) -> dict[str, Any]:
+        trainer, best, missing = self.config.trainer, self.schedule.best, self.schedule.missing(self.latest)
+        if missing and self.evaluator is not None:
+            self.tracker.warn(missing)
+        if self.signal.nothing_learnt:
+            self.tracker.warn(f"nothing was learnt in this run: {self.signal.cause(self.latest)}")
         return summary(
-            steps=trainer.total_steps,
+            steps=self.version,
             accuracies=self.accuracies,
             wall_seconds=time.monotonic() - self.began,
-            seconds_per_step=(time.monotonic() - training_began) / (trainer.total_steps + 1 - first),
+            seconds_per_step=training_seconds / max(1, steps),
             reward_failed=self.failed_scores,
-            policy=self.folder.policy(trainer.total_steps),
+            policy=self.folder.policy(self.version),
+            best=None
+            if best is None
+            else {
+                "metric": trainer.best_metric,
+                "value": best.value,
+                "step": best.step,
+                "policy": self.policy_of(best.step),
+            },
+            ended=ended,
+            nothing_learnt=self.signal.nothing_learnt,
         )
 
-    async def step(self, step: int, producing: asyncio.Task[None]) -> None:
+    def policy_of(self, step: int) -> str | None:
+        """Where the policy after a step is; None if it is not kept (or in the folder of the run that was resumed)."""
+        folder = self.folder.policy(step)
+        return self.config.model.path if step == 0 else str(folder) if folder.is_dir() else None
+
+    async def step(self, step: int, producing: asyncio.Task[None], stopping: asyncio.Task[Any]) -> None:
         if step > 1:
             await self.buffer.advance.remote(step - 1)  # now there is room for this step's groups
-        groups, times = await self.collect(producing)
+            self.advanced = True
+        groups, times = await self.collect(producing, stopping)
+        self.taken = groups
+        rejected = await self.buffer.take_rejected.remote() if self.config.buffer.drops_groups else []
         report, sampling = self.producer.take_report()
         self.failed_scores += report.failed
         check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
+        self.whole = False
         await self.weight_sync.release_sampler()
         groups, of_reward = await self.reward.learn(groups, "before")
         with self.tracker.timed("advantages"):
@@ -105,26 +171,34 @@ class Trainer:
             advantages.check(experience, self.algorithm)
         with self.tracker.timed("update"):
             metrics, judged, (_, learnt) = await asyncio.gather(
-                self.update(experience, advantages), self.judge(groups), self.reward.learn(groups, "after")
+                self.update(experience, advantages),
+                self.judge([*groups, *rejected]),
+                self.reward.learn(groups, "after"),
             )
-        difference = await self.publish()
+        agreement = await self.publish()
         stats = await self.buffer.stats.remote()
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
         metrics |= {
-            **rollout_metrics(groups, report, judged, stats, sampling),
+            **rollout_metrics(groups, rejected, report, judged, stats, sampling),
             "weights/version": float(self.version),
-            "weights/canary_difference": difference,
+            "weights/canary_difference": agreement.difference,
         }
+        if agreement.change is not None:
+            metrics["weights/canary_change"] = agreement.change
         self.algorithm.observe(metrics)
         self.alarm.check(metrics)
+        self.signal.check(metrics)
         self.latest |= metrics
         self.tracker.step(step, metrics, groups, advantages.tokens)
+        self.whole, self.advanced, self.taken = True, False, []
 
-    async def collect(self, producing: asyncio.Task[None]) -> tuple[list[Group], dict[str, float]]:
+    async def collect(
+        self, producing: asyncio.Task[None], stopping: asyncio.Task[Any]
+    ) -> tuple[list[Group], dict[str, float]]:
         """The next groups from the buffer; seconds of sampling, and of scoring beyond it."""
         began = time.monotonic()
         with self.tracker.timed("generate"):
-            groups = await until(self.buffer.take.remote(), producing)
+            groups = await until(self.buffer.take.remote(), producing, stopping)
         ended, sampled = time.monotonic(), self.producer.generation_end() or began
         sampled = min(max(sampled, began), ended)
         return groups, {"time/generate": sampled - began, "time/score": ended - sampled}
@@ -140,8 +214,8 @@ class Trainer:
         """The step's groups as the verifier scores them: shows when a learned reward is being gamed."""
         return None if self.evaluator is None else (await self.evaluator.judge([groups]))[0]
 
-    async def publish(self) -> float:
-        """Send the weights to every rollout worker and verify them; return the canary's difference in log-probs."""
+    async def publish(self) -> Agreement:
+        """Send the weights to every rollout worker and verify them."""
         with self.tracker.timed("publish"):
             return await self.weight_sync.publish(self.version)
 
@@ -154,12 +228,39 @@ class Trainer:
         self.accuracies[step] = result.accuracy
         self.latest |= {**result.metrics, "accuracy/heldout": result.accuracy}
         self.tracker.evaluation(step, result.accuracy, result.metrics)
+        self.schedule.evaluated(step, self.latest)
+        if step and (missing := self.schedule.missing(self.latest)):
+            self.tracker.warn(missing)
 
     async def save(self, step: int) -> None:
         """Write `checkpoints/step_NNNNNN`: the policy as a Hugging Face folder, and all that resuming needs."""
+        await self.weight_sync.with_learner_memory(self._save(step))
+
+    async def _save(self, step: int) -> None:
         with self.tracker.timed("save"):
             async with self.deadline("the driver", f"the checkpoint of step {step}"):
-                await self.weight_sync.with_learner_memory(self.checkpointer.save(step, self, self.latest))
+                await self.checkpointer.save(step, self, self.latest)
+        self.schedule.was_saved(step)
+
+    async def sealed(self) -> None:
+        """Wait for the checkpoint saved last; raise what failed."""
+        async with self.deadline("the driver", "the last checkpoint to be sealed"):
+            await self.checkpointer.finish()
+
+    async def save_what_is_whole(self) -> None:
+        """At an end before the last step. A step that has changed nothing yet is asked for again by a resumed run."""
+        if not self.whole or self.version in (0, self.schedule.saved):
+            return
+        try:
+            await self.buffer.put_back.remote(len(self.taken), int(self.advanced))
+            self.producer.ask_again(self.taken)
+            await self.weight_sync.release_sampler()
+            await self._save(self.version)
+            await self.sealed()
+        except Exception as error:  # what hangs or fails may be what ends the run: that is to be heard
+            self.tracker.warn(f"step {self.version} could not be saved: {type(error).__name__}: {error}")
+            return
+        self.tracker.message(f"saved after step {self.version}: {self.folder.policy(self.version).parent}")
 
     def deadline(self, who: str, what: str) -> AbstractAsyncContextManager[None]:
         """Time limit of one step, evaluation or checkpoint."""
@@ -174,6 +275,8 @@ class Trainer:
             "skipped_updates": self.guard.skipped_in_a_row,
             "alarm": list(self.alarm.history),
             "latest": self.latest,
+            "schedule": self.schedule.state_dict(),
+            "signal": self.signal.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,3 +286,6 @@ class Trainer:
         self.guard.skipped_in_a_row = state["skipped_updates"]
         self.alarm.history.extend(state["alarm"])
         self.latest = state["latest"]
+        if "schedule" in state:  # not in checkpoints before 0.3
+            self.schedule.load_state_dict(state["schedule"])
+            self.signal.load_state_dict(state["signal"])

@@ -7,7 +7,7 @@ is shared (on CPUs, on separate GPUs, with stale data), the phases cost nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from rlkit.config.schema import RunConfig
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
 from rlkit.serving.pool import RewardPool
-from rlkit.weights.publication import Published
+from rlkit.weights.publication import Agreement, Canary, Published
 
 T = TypeVar("T")
 TELL_SECONDS = 5.0
@@ -26,10 +26,10 @@ TELL_SECONDS = 5.0
 
 class WeightSync:
     def __init__(
-        self, config: RunConfig, rollout: RolloutPool, learner: JointLearner, reward: RewardPool, canary: Sequence[int]
+        self, config: RunConfig, rollout: RolloutPool, learner: JointLearner, reward: RewardPool, canary: Canary
     ) -> None:
-        """`canary`: a prompt whose log-probs prove that sampler and learner hold the same policy."""
-        self.rollout, self.learner, self.reward, self.canary = rollout, learner, reward, tuple(canary)
+        """`canary`: prompts whose log-probs prove that sampler and learner hold the same policy."""
+        self.rollout, self.learner, self.reward, self.canary = rollout, learner, reward, canary
         self.route = weight_route(config.cluster, config.rollout, config.learner)
         self.sleeps = engines_sleep(config)
         self._wanted = np.empty(0)
@@ -42,16 +42,16 @@ class WeightSync:
             await self.rollout.sleep(2)
         await self.learner.reload()
 
-    async def publish(self, version: int) -> float:
-        """Send the weights to every rollout worker and verify them; return the canary's difference in log-probs."""
+    async def publish(self, version: int) -> Agreement:
+        """Send the weights to every rollout worker and verify them; return the weakest agreement with the learner."""
         policy, bundle = self.learner.policy, None
         if self.route == "object_store" or self.reward.follows_policy:
             bundle, _, self._wanted = await policy.publishable(self.canary)
         else:
             self._wanted = await policy.canary_logprobs(self.canary)
         published = Published(bundle, version, self.canary, self._wanted)
-        difference, _ = await asyncio.gather(self._deliver(published), self.reward.follow(bundle))
-        return difference
+        agreement, _ = await asyncio.gather(self._deliver(published), self.reward.follow(bundle))
+        return agreement
 
     async def with_learner_memory(self, work: Awaitable[T]) -> T:
         """Run something that needs the learner's memory while engines hold theirs; then give it back."""
@@ -64,7 +64,7 @@ class WeightSync:
             await self.rollout.wake()
         return result
 
-    async def _deliver(self, published: Published) -> float:
+    async def _deliver(self, published: Published) -> Agreement:
         ready, checksum = await self.rollout.prepare(published), None
         if self.route == "object_store":
             await self.rollout.give(ready)

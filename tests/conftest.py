@@ -38,6 +38,7 @@ def bare_model(tmp_path: Path) -> Path:
     config = {"model_type": "llama", "max_position_embeddings": 1024, **sizes}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     tensors = {"embed": {"dtype": "F32", "shape": [100, 128], "data_offsets": [0, 51200]}, "__metadata__": {}}
     header = json.dumps(tensors).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(51200))

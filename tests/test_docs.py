@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
@@ -76,14 +78,17 @@ def test_commands_validate(page: str, command: str, folder: Path) -> None:
     if "--help" not in arguments:
         named = "run_dir=" in command or module == "rlkit.serve"
         arguments += ["dry_run=true", *([] if named else [f"run_dir={folder / 'run'}"])]
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    with contextlib.ExitStack() as servers:  # of judges and models: that one listens is checked
+        for port in set(re.findall(r"//(?:127\.0\.0\.1|localhost):(\d+)", command)):
+            servers.enter_context(socket.create_server(("127.0.0.1", int(port)), reuse_port=True))
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert done.returncode == 0, f"{page}: {command}\n{done.stdout}\n{done.stderr}"
 
 

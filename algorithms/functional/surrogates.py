@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
 from algorithms.base import LossInputs
 from algorithms.functional import losses
+from rlkit.experience.names import find_object, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,23 +28,14 @@ INPUTS = (*(field.name for field in fields(LossInputs)), "num_sequences")
 
 
 def find_surrogate(name: str) -> Any:
-    """Raise ValueError for an unknown one."""
+    """Raise ValueError (NotFoundError) for an unknown one."""
     if name in SURROGATES:
         return SURROGATES[name]
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        guess = get_close_matches(name, SURROGATES, n=1)
-        hint = f"did you mean {guess[0]}? " if guess else ""
+    if "." not in name:
+        guess = nearest(name, SURROGATES)
+        hint = f"did you mean {guess}? " if guess else ""
         raise ValueError(f"{hint}must be one of {', '.join(SURROGATES)}, or the dotted path of a function or class")
-    try:
-        module = import_module(module_name)
-    except Exception as error:  # whatever a module of the user's raises while it is imported
-        raise ValueError(f"cannot be imported: {type(error).__name__}: {error}") from error
-    surrogate = getattr(module, attribute, None)
-    if surrogate is None:
-        guess = get_close_matches(attribute, [name for name, value in vars(module).items() if callable(value)], n=1)
-        hint = f"; did you mean {module_name}.{guess[0]}?" if guess else ""
-        raise ValueError(f"cannot be imported: {module.__file__} has no {attribute}{hint}")
+    surrogate = find_object(name)
     if not callable(surrogate):
         raise ValueError(f"is no function or class but {type(surrogate).__name__}")
     return surrogate
@@ -60,8 +50,8 @@ def surrogate_parameters(surrogate: Any) -> list[str]:
     known = (*INPUTS, *CLIP_OPTIONS)
     for parameter in parameters:
         if parameter.name not in known and parameter.default is inspect.Parameter.empty:
-            guess = get_close_matches(parameter.name, known, n=1)
-            hint = f"; did you mean {guess[0]}?" if guess else f": {', '.join(known)}"
+            guess = nearest(parameter.name, known)
+            hint = f"; did you mean {guess}?" if guess else f": {', '.join(known)}"
             raise ValueError(f"wants {parameter.name}, which is no field of LossInputs and no clip option{hint}")
     return [parameter.name for parameter in parameters if parameter.name in known]
 
@@ -80,8 +70,8 @@ def make_surrogate(name: str, options: Mapping[str, Any] | None) -> Surrogate:
         raise ValueError(f"the Config of {name} is no pydantic model")
     for option in options:
         if option not in config.model_fields:
-            guess = get_close_matches(option, config.model_fields, n=1)
-            hint = f"did you mean {guess[0]}? it has" if guess else "it has"
+            guess = nearest(option, config.model_fields)
+            hint = f"did you mean {guess}? it has" if guess else "it has"
             raise ValueError(f"{option} is no option of {name}; {hint} {', '.join(config.model_fields) or 'none'}")
     try:
         instance = surrogate(config(**options))

@@ -13,7 +13,7 @@ from examples.embedded_models.pairs import correctness, final_answers, is_right,
 from examples.embedded_models.scale import Scale, Training
 from examples.embedded_models.stages import THREADS, Measures, warmup_steps
 from rewards.polar.triplets import Triplet, expected_accuracy, write_triplets
-from rlkit.config.compose import quoted
+from rlkit.config.overrides import quoted
 from rlkit.data.arithmetic import STYLES, WordProblem, write_solution
 
 AnswersByName = Mapping[str, Sequence[Sequence[str]]]

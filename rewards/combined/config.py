@@ -22,7 +22,7 @@ from rewards.base import Reward, RewardConfig, RewardTraits
 from rewards.combined.scores import Combine, Combiner, parse_combiner
 from rewards.shaping.steps import Shaping, Step
 from rlkit.experience import Prompt
-from rlkit.experience.section import Section
+from rlkit.experience.section import Deadline, Section
 
 Scalar = bool | int | float | str
 
@@ -90,7 +90,7 @@ PART_NAME = re.compile(r"(?!(?:unshaped|ensemble_std)$)[A-Za-z][A-Za-z0-9_]*")
 
 
 class PartOptions(Section):
-    weight: float = 1.0
+    weight: float = Field(default=1.0, ge=-1000, le=1000)
     """Factor of its value and process rewards, with combine=sum, logical_and or mean."""
     when: When = When()
     """The prompts that it judges; all conditions must hold."""
@@ -162,14 +162,14 @@ NO_PARTS = "needs at least one part; write reward=[rule,polar], with names of re
 
 
 class CombinedFields(RewardConfig):
-    timeout_seconds: float = Field(default=120.0, gt=0)
+    timeout_seconds: Deadline = 120.0
     """Deadline of one scoring call; by default the sum of the parts'. After it the worker is replaced and the call
     tried once more."""
     combine: Combine = "sum"
     """How values become one: sum, mean (weighted), product, logical_and (sum of w log sigma(r)); for members that
     estimate the same: mean, median, min, mean_minus_std, mean_minus_variance; or the dotted path of a class, which
     with options is {kind:my_module.MyCombiner,my_option:3}."""
-    spread_weight: float = Field(default=1.0, gt=0)
+    spread_weight: float = Field(default=1.0, gt=0, le=1000)
     """mean_minus_std and mean_minus_variance: factor of the spread subtracted."""
     shaping: Shaping = ()
     """Steps applied to the combined scores, like [{kind:par,reference_value:0}]."""

@@ -61,6 +61,8 @@ def incompatibilities(config: CombinedConfig, parts: Sequence[RewardPart]) -> It
             f"reward.combine={combine}: {' and '.join(process)} give process rewards, which can only be summed; use "
             "sum, logical_and or mean"
         )
+    if combine.weighted and all(part.options.weight == 0 for part in parts):
+        yield "reward.parts: every part has weight 0, so every reward is 0 and nothing is learnt; give one a weight"
     times = update_times(parts)
     if len(set(times.values())) > 1:
         listed = ", ".join(f"{name} {when}" for name, when in times.items())

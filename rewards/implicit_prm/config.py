@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from rewards.base import RewardConfig, UpdateWhen
+from rlkit.experience.section import LearningRate
 
 Objective = Literal["ce", "dpo", "nca", "kto"]
 PAIRED: tuple[Objective, ...] = ("dpo", "nca")
@@ -32,7 +33,7 @@ class ImplicitPRMConfig(RewardConfig):
     """ce: each response against its label, soft labels allowed; dpo, nca: pairs within a group; kto: unpaired."""
     update: UpdateWhen = "after"
     """after: score all of a step before the model learns from it; before: learn, then score."""
-    learning_rate: float = Field(default=1e-6, gt=0)
+    learning_rate: LearningRate = 1e-6
     """Constant learning rate of AdamW."""
     minibatch_groups: int = Field(default=64, ge=1)
     """Groups per optimizer step, in order."""

@@ -27,8 +27,9 @@ from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.data.rendering import render
 from rlkit.learner.batches import charge, split_tree
 from rlkit.learner.engine import load_to_train
+from rlkit.models.forward import PackedCausalLM
 from rlkit.models.packing import Tree, split_by_tokens
-from rlkit.models.policy import PackedCausalLM, load_causal_lm, resolve_dtype
+from rlkit.models.policy import load_causal_lm, resolve_dtype
 from rlkit.reward_training.engine import (
     PromptTree,
     SupervisedEngine,

@@ -13,6 +13,7 @@ from rewards.implicit_prm.config import PAIRED
 from rlkit.data.base import BadRow, DataConfig, DataError
 from rlkit.data.rendering import load_tokenizer
 from rlkit.data.rows import refuse_too_many_bad_rows
+from rlkit.experience.section import LearningRate
 from rlkit.models.folder import PREFIX, ModelFolderError, check_model_folder, model_folder
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
 from rlkit.reward_training.loop import Task, named, train
@@ -37,7 +38,7 @@ class ImplicitPRMTraining(RewardTraining):
         reference_path: str | None = None
         """Folder of pi_ref, which never changes. null: training takes `model_path`; evaluation what `model_path` was
         trained against."""
-        learning_rate: float = Field(default=5e-7, gt=0)
+        learning_rate: LearningRate = 5e-7
         """Peak learning rate of AdamW. The default suits models of billions of parameters."""
         objective: Literal["ce", "dpo", "nca", "kto"] = "ce"
         """ce: each response against its label, soft labels allowed; dpo, nca: pairs of a better and a worse response to

@@ -17,7 +17,9 @@ from pydantic import Field, field_validator, model_validator
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.judge.master_keys import QUESTIONS, Probe, complaint, trivial
 from rewards.judge.question import CannotJudge, NoVerdict, Question, Verdict
+from rlkit.config.reach import nobody_at
 from rlkit.experience import Group, GroupScores, Message, Prompt, Score, UserError
+from rlkit.experience.section import Deadline
 
 if TYPE_CHECKING:
     from rewards.judge.asking import Judge
@@ -59,7 +61,7 @@ class BaseJudge(Reward):
         """Longer responses are invalid."""
         max_concurrent: int = Field(default=16, ge=1)
         """Concurrent calls per worker."""
-        call_timeout_seconds: float = Field(default=60.0, gt=0)
+        call_timeout_seconds: Deadline = 60.0
         """Deadline of one call."""
         attempts: int = Field(default=4, ge=1)
         """Tries per call after time-outs, lost connections and HTTP 408, 425, 429 and 5xx."""
@@ -150,10 +152,13 @@ class BaseJudge(Reward):
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        name = config.api_key_variable
+        name, problem = config.api_key_variable, nobody_at(config.base_url)
+        messages = []
         if name is not None and not os.environ.get(name):
-            return [f"reward.api_key_variable={name}: there is no such environment variable; export {name}=..."]
-        return []
+            messages.append(f"reward.api_key_variable={name}: there is no such environment variable; export {name}=...")
+        if problem:
+            messages.append(f"reward.base_url={config.base_url}: no judge answers there ({problem}); start it")
+        return messages
 
     def start(self) -> None:
         self._judge = _connect(self.config)

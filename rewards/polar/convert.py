@@ -24,16 +24,18 @@ from rewards.polar.internlm2 import (
     to_llama,
     write_weights,
 )
-from rlkit.config.command import print_error
-from rlkit.experience import UserError
+from rlkit.config.command import asks_for_help, exit_code, print_error
 
 USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, 1 if the folder cannot be converted, 2 for wrong arguments."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(words):
+    return exit_code(_convert, arguments)
+
+
+def _convert(words: list[str]) -> int:
+    if asks_for_help(words):
         print(__doc__)
         return 0
     folders = [word for word in words if "=" not in word]
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(options["like"]).expanduser() if "like" in options else None,
             weights=options.get("weights", "true") == "true",
         )
-    except (UserError, OSError) as error:
+    except OSError as error:
         return print_error(error)
     return 0
 

@@ -19,8 +19,9 @@ from rewards.polar.triplets import PromptRows, Triplet, attainable_accuracy, con
 from rewards.verifiers.answers import final_answer
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.rendering import load_tokenizer
+from rlkit.models.forward import ModelLoadError, PackedScorer
 from rlkit.models.packing import Tree, pack, shared_prefix, split_by_tokens
-from rlkit.models.policy import ModelLoadError, PackedScorer, load_scorer, load_value_model
+from rlkit.models.policy import load_scorer, load_value_model
 from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
 
 if TYPE_CHECKING:

@@ -27,7 +27,9 @@ from rewards.polar.backends import (
     scores_of,
 )
 from rewards.polar.serialise import RESERVED_TOKENS, Limits, Reduce, Serialiser, UnclosedThinking, Wrapper, plan_group
+from rlkit.config.reach import nobody_at
 from rlkit.experience import Group, GroupScores
+from rlkit.experience.section import Deadline
 from rlkit.models.folder import model_folder
 
 BackendName = Literal["transformers", "vllm", "http_vllm", "http_sglang", "http_lmdeploy"]
@@ -87,7 +89,7 @@ class PolarConfig(RewardConfig):
     """Servers: input tokens per request (a longer input is sent alone)."""
     concurrent_requests: int = Field(default=8, ge=1)
     """Servers: open requests per reward worker."""
-    request_timeout_seconds: float = Field(default=30.0, gt=0)
+    request_timeout_seconds: Deadline = 30.0
     """Servers: time after which a request is retried, on the next replica if there are several."""
     compare_at_start: bool = True
     """Servers: also score two canned inputs with the weights in model_path, and refuse a server that differs. false
@@ -164,6 +166,9 @@ class PolarReward(Reward):
             problems.append(str(error))
         if config.api_key_variable is not None and not os.environ.get(config.api_key_variable):
             problems.append(f"reward.api_key_variable: the environment has no {config.api_key_variable}")
+        for url in config.urls:
+            if problem := nobody_at(url):
+                problems.append(f"reward.urls: no POLAR server answers there ({url}: {problem}); start it")
         return problems
 
     def start(self) -> None:

@@ -29,6 +29,7 @@ from rewards.polar.triplets import (
 )
 from rlkit.data.base import DataError
 from rlkit.data.rendering import load_tokenizer
+from rlkit.experience.section import LearningRate
 from rlkit.models.folder import model_folder
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
 from rlkit.reward_training.loop import Task, named, train, warn_of
@@ -48,7 +49,7 @@ class PolarTrainingConfig(RewardTrainingConfig):
 
     model_path: str = "embedded:policy"
     """A language model (its head then starts at zero), or a discriminator to train or evaluate."""
-    learning_rate: float = Field(default=1e-5, gt=0)
+    learning_rate: LearningRate = 1e-5
     """Peak learning rate of AdamW."""
     batch_size: int = Field(default=320, ge=1)
     """Triplets per optimizer step."""
@@ -208,7 +209,7 @@ class PolarTraining(RewardTraining):
 
     def _learner(self, steps: int, report: Report) -> PolarLearner:
         from rewards.polar.learner import PolarLearner
-        from rlkit.models.policy import ModelLoadError
+        from rlkit.models.forward import ModelLoadError
 
         report.phase("loading the model")
         folder = model_folder(self.config.model_path)

@@ -16,8 +16,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from algorithms.functional.selection import expected_calibration_error
 from rewards.preference.inputs import Encoded, Encoder, until_read
 from rlkit.config.schema import LearnerConfig
+from rlkit.models.forward import ModelLoadError, PackedScorer
 from rlkit.models.packing import Tree, pack, split_by_tokens
-from rlkit.models.policy import ModelLoadError, PackedScorer, load_value_model
+from rlkit.models.policy import load_value_model
 from rlkit.reward_training.base import RewardTrainingConfig, TrainingContext
 from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
 from rlkit.reward_training.pairs import Pair

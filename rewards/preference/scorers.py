@@ -15,8 +15,9 @@ from transformers import AutoModelForSequenceClassification
 from rewards.preference.inputs import ClassifierError, Encoded, until_read
 from rewards.services.scorer import Scorer
 from rlkit.models.attention import PACKED_ATTENTION
+from rlkit.models.forward import PackedScorer
 from rlkit.models.packing import Tree
-from rlkit.models.policy import PackedScorer, resolve_dtype
+from rlkit.models.policy import resolve_dtype
 
 log = logging.getLogger(__name__)
 

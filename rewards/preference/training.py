@@ -17,6 +17,7 @@ from rewards.preference.inputs import (
     positions,
 )
 from rlkit.data.base import DataError
+from rlkit.experience.section import LearningRate
 from rlkit.models.folder import model_folder
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
 from rlkit.reward_training.loop import Task, named, train, warn_of
@@ -34,7 +35,7 @@ class PreferenceTraining(RewardTraining):
     """Trains a sequence classifier so that chosen responses score above rejected ones (Bradley-Terry)."""
 
     class Config(RewardTrainingConfig):
-        learning_rate: float = Field(default=1e-5, gt=0)
+        learning_rate: LearningRate = 1e-5
         """Peak learning rate of AdamW."""
         centring: float = Field(default=0.0, ge=0)
         """Weight of (chosen + rejected)^2, which keeps scores around zero (0.01 is usual)."""
@@ -102,7 +103,7 @@ class PreferenceTraining(RewardTraining):
 
     def _evaluate(self, report: Report) -> dict[str, Any]:
         from rewards.preference.learner import measure_folder
-        from rlkit.models.policy import ModelLoadError
+        from rlkit.models.forward import ModelLoadError
 
         report.phase("reading data")
         rows, bad = all_pairs(self.data, self.context.seed)
@@ -120,7 +121,7 @@ class PreferenceTraining(RewardTraining):
         return {"pairs": len(pairs), "bad_rows": len(bad), **measures}
 
     def _encoder(self) -> Encoder:
-        from rlkit.models.policy import ModelLoadError
+        from rlkit.models.forward import ModelLoadError
 
         folder = model_folder(self.config.model_path)
         room = positions(json.loads((folder / "config.json").read_text()))

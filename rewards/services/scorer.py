@@ -35,15 +35,9 @@ from torch import Tensor
 
 from rlkit.experience import Group
 from rlkit.models.folder import model_folder
+from rlkit.models.forward import PackedCausalLM, PackedScorer, layer_states
 from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
-from rlkit.models.policy import (
-    PackedCausalLM,
-    PackedScorer,
-    layer_states,
-    load_causal_lm,
-    load_scorer,
-    resolve_dtype,
-)
+from rlkit.models.policy import load_causal_lm, load_scorer, resolve_dtype
 
 Head = Literal["language_model", "score"]
 Pooling = Literal["last", "mean", "suffix_mean"]

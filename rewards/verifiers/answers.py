@@ -41,7 +41,7 @@ _IS_THE_ANSWER = re.compile(
     r"(?:our|the|my)(?:\s+(?:final|correct|right))?\s+answer\b",
     re.IGNORECASE,
 )
-_BRACES = re.compile(r"\\f?box(?:ed)?\s*\{|\\boxed\s+([^\s{}$\\.,;]+)|\\[{}]|[{}]")
+_BRACES = re.compile(r"\\f?box(?:ed)?\s*\{|\\boxed\s+((?:[^\s{}$\\.,;]|[.,](?=\d))+)|\\[{}]|[{}]")
 _FILLER = re.compile(
     r"(?:[\s,:*_]*\b(?:therefore|thus|hence|so|then|about|around|approx(?:imately|\.)?|roughly|nearly|exactly|precisely|"
     r"equals?(?: to)?|simply|just|indeed|also|now|clearly|obviously|actually|given by|found to be|in fact|of course|"
@@ -67,7 +67,11 @@ _FORMULA_FIRST = re.compile(
     r"|\\\[(?P<square>.+?)\\\])(?P<rest>.*)",
     re.DOTALL,
 )
-_GOES_ON = re.compile(r"\s*(?:,|;|\\?%|\^|[-+*/=<>]|(?:and|or|percent|pct|percentage)\b|\\text)", re.IGNORECASE)
+_GOES_ON = re.compile(
+    r"\s*(?:,(?!\s*(?:where|which|so|because|since|as|with|for|that|not)\b)|;|\\?%|\^|[-+*/=<>]|\\text"
+    r"|(?:and|or|percent|pct|percentage)\b)",
+    re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(r"\.(?:\s|$)|<\|")
 _NAME = re.compile(r"[A-Za-z\\(|][\w\s\\{}()|'.:]*")
 _LAST_IS = re.compile(r"(?<!\w)(?:is|are|was|equals|=)\s+(?=[-+−±$€£\\(\[{√π½*]|\.?\d)")

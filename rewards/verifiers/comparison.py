@@ -35,6 +35,10 @@ _REASON = re.compile(
 )
 _LABEL = re.compile(r"\(?([A-Z])\)?(?:\s*[).:,]\s.*)?\.?", re.DOTALL)
 _LIST = re.compile(r"\s*(?:,|;|&|\band\b)\s*(?:and\b\s*)?")
+_RELATION = re.compile(r"\s*(?:[<>≤≥≠]|\\(?:neq?|geq?|leq?|lt|gt|not|geqslant|leqslant)(?![A-Za-z]))")
+_HAS_RELATION = re.compile(r"[<>≤≥≠]|\\(?:neq?|geq?|leq?|lt|gt|not|geqslant|leqslant)(?![A-Za-z])")
+_ANOTHER_LABEL = re.compile(r"(?:\bor\b|\band\b|[,/&;])\s*\(?[A-Z]\)?(?![A-Za-z'])")
+_LABELS = re.compile(r"[A-Z](?:\s*(?:,|and|&)\s*[A-Z])+")
 _EQUATION = re.compile(r"(?=.*[A-Za-z])[^=]*[^=]\s*[-+]\s*[^=]+=\s*0")
 _SINGLE = re.compile(rf"(?<![\w.])({NUMBER})(?![\w])")
 _OTHER_NUMBER = re.compile(
@@ -61,8 +65,8 @@ def _decide_values(answer: str, gold: str, letters_are_units: bool) -> str | Pai
         return _said(_same_time(times[0], times[1]))
     if _is_text(gold):
         return _said(_same_text(answer, gold))
-    if len(answer) == len(gold) == 1 and answer.isalpha() and gold.isalpha():
-        return "wrong"
+    if answer.isalpha() and gold.isalpha() and not (len(gold) > 1 and _is_product(gold)):
+        return _said(len(gold) > 1 and answer.casefold() == gold.casefold())
     if "\\text" in answer:
         answer = _alone_in_text(answer)
     percents = _percent(answer), _percent(gold)
@@ -89,6 +93,8 @@ def _compare_values(answer: str, gold: str) -> str | Pair:
     if right is not None and _has_words(answer):
         number = _only_number(answer)
         return "wrong" if number is None else _compare_values(number, gold)
+    if _RELATION.match(answer) and (right is not None or not _HAS_RELATION.search(gold)):
+        return "wrong"  # `> 5` is no 5
     if gold == "0" and _EQUATION.fullmatch(answer):
         return "wrong"
     if over_limits(gold):
@@ -267,6 +273,8 @@ def _is_text(gold: str) -> bool:
     plain = _plain_text(gold)
     if re.fullmatch(r"\(?[A-J]\)?", plain) and not ("\\" in gold and "\\text" not in gold):
         return True
+    if "\\text" in gold and _LABELS.fullmatch(plain):
+        return True
     words = _WORD.findall(plain)
     if _TEXT.fullmatch(plain) is None:
         # Prose with a formula in it.
@@ -296,7 +304,7 @@ def _same_text(answer: str, gold: str) -> bool:
         chosen = _LABEL.fullmatch(left)
         if chosen is None and len(label[1]) == 1 and label[1] <= "J":
             chosen = re.fullmatch(r"\(?([a-j])\)?", left)
-        return chosen is not None and chosen[1].upper() == label[1]
+        return chosen is not None and chosen[1].upper() == label[1] and not _ANOTHER_LABEL.search(left)
     candidates = {_folded(left), _folded(_REASON.sub("", left, count=1))}
     if _folded(right) in candidates:
         return True

@@ -22,8 +22,8 @@ _FENCE_LANGUAGES = ("", "json", "json5", "jsonc")
 class JsonSchema(TextRule):
     """Reads the whole response as JSON, else its last fenced block, and checks it against a schema.
 
-    References are never resolved over the network. A response that is nested too deeply to be read, or that a pattern of
-    the schema does not finish with in time, scores 0.
+    References are never resolved over the network. A response that is nested too deeply to be read, or on which a
+    pattern of the schema runs past the deadline, scores 0.
     """
 
     class Config(TextRuleConfig):

@@ -103,7 +103,8 @@ class Verifier:
             self._cache.popitem(last=False)
 
     def _judge(self, pairs: Sequence[Pair], deadline: float, item_timeout: float) -> dict[Pair, str | Failed]:
-        return dict(zip(pairs, self._processes.map(verify_pairs, pairs, deadline, item_timeout), strict=True))
+        results: list[str | Failed] = self._processes.map(verify_pairs, pairs, deadline, item_timeout)
+        return dict(zip(pairs, results, strict=True))
 
     def _judge_fairly(self, pairs: Sequence[Pair], deadline: float) -> dict[Pair, str]:
         """An answer that hangs or kills its process is wrong, if its gold answer can be judged with another."""

@@ -22,6 +22,7 @@ from pydantic import Field
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rlkit.cluster.processes import die_with_parent
 from rlkit.experience import Group, GroupScores, Prompt, Score
+from rlkit.experience.section import Deadline
 
 if TYPE_CHECKING:
     from pebble import ProcessPool
@@ -162,8 +163,8 @@ def _final(batch: range, reason: str) -> bool:
 
 
 class TextRuleConfig(RewardConfig):
-    item_timeout_seconds: float = Field(default=5.0, gt=0)
-    """Deadline of one verdict; after it the process is replaced, and the response is at fault if others can be judged."""
+    item_timeout_seconds: Deadline = 5.0
+    """Deadline of one verdict; after it the process is replaced. The response is at fault if others can be judged."""
     processes: int = Field(default=1, ge=1)
     """Verifier processes of one worker."""
 

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -36,6 +37,7 @@ _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
 _ROOT_IN_WORDS = re.compile(r"(?<![\\A-Za-z])sqrt\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+))")
 _PI_IN_WORDS = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
 _FUNCTION_IN_WORDS = re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln)(?=\s*[({\d])")
+_ARITHMETIC = re.compile(r"[\d\s.,+\-*/^()×÷%]+")
 _BARE_PERCENT = re.compile(r"(?<!\\)%")  # starts a comment
 _DOUBLE_STAR = re.compile(r"\*\*")
 
@@ -161,9 +163,14 @@ def _parse(answer: str) -> list[object]:
     """Empty: no expression."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    latex = _as_latex(answer)
-    for text in (f"\\boxed{{{latex}}}", answer):
+    # Units were compared before: math-verify takes `ab` and `h` for some and drops them.
+    normal = replace(LatexExtractionConfig().normalization_config, units=False)
+    latex_target = LatexExtractionConfig(boxed_match_priority=0, normalization_config=normal)
+    targets = [latex_target, ExprExtractionConfig()]
+    texts = [f"\\boxed{{{_as_latex(answer)}}}"]
+    if _ARITHMETIC.fullmatch(answer):  # in other texts it would look for a number
+        texts.append(answer)
+    for text in texts:
         parsed: list[object] = parse(text, extraction_config=targets, parsing_timeout=None, raise_on_error=True)
         if any(not isinstance(expression, str) for expression in parsed):
             return parsed

@@ -189,3 +189,8 @@ def start_in_order(
 
     futures.update({name: asyncio.ensure_future(start(name)) for name in starts})
     return futures
+
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""For actors without a share of a GPU: Ray leaves them the variable as it is, and code that asks for a GPU would
+be put on the first one, beside an engine."""

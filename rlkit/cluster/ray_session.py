@@ -14,8 +14,10 @@ from pathlib import Path
 
 from rlkit.cluster.janitor import TOKEN, janitor
 from rlkit.config.schema import ClusterConfig
+from rlkit.experience import UserError
 
 CONNECT_SECONDS = 10.0
+AUTHENTICATION = "RAY_AUTH_MODE"
 LONGEST_BASE = 24
 """Most characters of the folder for temporary folders: socket paths below them may have at most 107."""
 
@@ -26,11 +28,14 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
     the end.
 
     A Ray started here ends with the context or this process; its folder is removed, after an error its logs are
-    copied to `logs`. `store_bytes`: of its object store.
+    copied to `logs`. Its servers bind to 127.0.0.1 alone and want Ray's token, which other users of this machine do
+    not have; its metrics alone are answered without one. Raises UserError if RAY_AUTH_MODE turns the token off.
+    `store_bytes`: of its object store.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the device variables as set
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+    from ray._private.authentication.authentication_token_setup import _enable_token_auth
 
     address = config.address or os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as stack:
@@ -39,8 +44,11 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
             stack.callback(ray.shutdown)
         else:
+            _refuse_open_doors()
             token, folder = uuid.uuid4().hex, _temporary_folder()
-            stack.enter_context(_environment(**{TOKEN: token, "TMPDIR": str(folder)}))
+            stack.enter_context(_environment(**{TOKEN: token, "TMPDIR": str(folder), AUTHENTICATION: "token"}))
+            _enable_token_auth()  # Ray's default too, but not a default that may change; it may be imported already
+            stack.enter_context(_loopback_taken_literally())
             stack.callback(ray.shutdown)
             stack.enter_context(janitor(token, folder, logs))
             ray.init(
@@ -52,6 +60,30 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
                 _temp_dir=str(folder / "ray"),  # which Ray makes writable for everybody, as `folder` is not
             )
         yield
+
+
+def _refuse_open_doors() -> None:
+    mode = os.environ.get(AUTHENTICATION, "token")
+    if mode.lower() != "token":
+        raise UserError(
+            f"{AUTHENTICATION}={mode} would let every user of this machine run code as you through the Ray that this "
+            f"run starts; unset it (or {AUTHENTICATION}=token). A Ray that you started yourself is joined as it is: "
+            "cluster.address=HOST:6379"
+        )
+
+
+@contextmanager
+def _loopback_taken_literally() -> Iterator[None]:
+    """Ray 2.60 replaces the node address 127.0.0.1 by one that other machines reach. All its servers bind to loopback
+    alone when the address really is 127.0.0.1, and to every interface otherwise."""
+    from ray._private import services
+
+    replaced = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = replaced
 
 
 def _temporary_folder() -> Path:

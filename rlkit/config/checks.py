@@ -6,29 +6,28 @@ A check runs if what its parameters name was valid by itself.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from algorithms.base import Algorithm
+from rlkit.config.limits import LIMITS
 from rlkit.config.messages import ConfigIssue, Issues, of_the_verifier
 from rlkit.config.parts import Part
+from rlkit.config.places import PLACES
 from rlkit.config.plan import engines_fit_on_nodes, phases_make_room, weights_can_travel
 from rlkit.config.schema import (
     ClusterConfig,
     CriticConfig,
     LearnerConfig,
+    ModelConfig,
     RolloutConfig,
     TrainerConfig,
 )
+from rlkit.config.staleness import stale_samples_are_corrected
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
-from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
-
-RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
-"""Any of these marks a folder that holds a run."""
-RAY_WORKING_DIRS = "/runtime_resources/working_dir_files/"
+from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder, model_folder
+from rlkit.models.usable import known_run, refusals
 
 
 def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
@@ -138,14 +137,24 @@ def reward_is_usable(reward: Part) -> Issues:
         yield ConfigIssue("reward", message)
 
 
-def model_is_usable(model_shape: ModelShape | ModelFolderError) -> Issues:
+def model_is_usable(
+    model_shape: ModelShape | ModelFolderError, model: ModelConfig, cluster: ClusterConfig, rollout: RolloutConfig
+) -> Issues:
     if isinstance(model_shape, ModelFolderError):
         yield ConfigIssue("model.path", str(model_shape))
-
-
-def chat_template_exists(model: Any) -> Issues:
-    if model.chat_template is not None and not Path(model.chat_template).expanduser().is_file():
-        yield ConfigIssue("model.chat_template", "no such file")
+        return
+    folder = model_folder(model.path)
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    template = model.chat_template is not None
+    for refusal in refusals(folder, device=cluster.device, longest=longest, chat_template=template):
+        yield ConfigIssue("model.path", refusal)
+    if known_run(folder) == "rows":
+        yield ConfigIssue(
+            "model.path",
+            "its layers carry state from token to token, or its attention is its own: the learner runs each sequence "
+            "as a row of its own, which is exact but slower (docs/models.md)",
+            warning=True,
+        )
 
 
 def model_is_long_enough(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Issues:
@@ -299,16 +308,6 @@ def critic_fits(
         )
 
 
-def intervals_happen(trainer: TrainerConfig) -> Issues:
-    defaults = TrainerConfig()
-    for name in ("evaluate_every_steps", "save_every_steps"):
-        every = getattr(trainer, name)
-        if every > trainer.total_steps and every != getattr(defaults, name):
-            yield ConfigIssue(
-                f"trainer.{name}", f"never comes: the run has trainer.total_steps={trainer.total_steps}", warning=True
-            )
-
-
 def cpu_has_its_limits(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
     if cluster.device != "cpu":
         return
@@ -356,36 +355,9 @@ def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, le
         yield ConfigIssue("rollout.dtype", f"is {sampler}, the learner's is {trained}: {why}", warning=True)
 
 
-def run_folder_is_free(run_dir: Path, resume: str) -> Issues:
-    """Never mix two runs in one folder, nor resume an old one with another model."""
-    if run_dir.exists() and not run_dir.is_dir():
-        yield ConfigIssue("run_dir", "is a file, not a folder; choose another name")
-        return
-    present = [name for name in RUN_FILES if (run_dir / name).exists()]
-    if present and resume != "auto":
-        yield ConfigIssue(
-            "run_dir", f"already holds a run ({', '.join(present)}); choose another folder, or move that one away"
-        )
-    existing = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        yield ConfigIssue("run_dir", f"cannot be made: {existing} is no folder that you may write to")
-
-
-def run_folder_outlives_the_job(run_dir: Path) -> Issues:
-    """A relative folder of a Ray job with a working directory is inside what Ray unpacked."""
-    if RAY_WORKING_DIRS in f"{run_dir}/":
-        yield ConfigIssue(
-            "run_dir",
-            "is inside the files that Ray unpacked for this job and deletes some time after it; name a folder by an "
-            "absolute path, run_dir=/storage/runs/NAME",
-            warning=True,
-        )
-
-
 CHECKS: tuple[Callable[..., Issues], ...] = (
     group_is_large_enough,
     model_is_usable,
-    chat_template_exists,
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
@@ -407,11 +379,11 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     engines_fit_on_nodes,
     weights_can_travel,
     phases_make_room,
-    intervals_happen,
     cpu_has_its_limits,
     gpu_ignores_cpu_options,
     joined_cluster_has_its_own_store,
     sampler_and_learner_agree,
-    run_folder_is_free,
-    run_folder_outlives_the_job,
+    stale_samples_are_corrected,
+    *PLACES,
+    *LIMITS,
 )

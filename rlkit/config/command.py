@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import rlkit
 from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.experience import UserError
 
@@ -15,11 +16,18 @@ INTERRUPTED = 130
 
 
 def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
-    """Run `work`; return its exit code, or 2 for a wrong configuration, 1 for another UserError, 130 after Ctrl-C."""
+    """Run `work`; return its exit code, or 2 for a wrong configuration, 1 for another UserError, 130 after Ctrl-C.
+
+    `--version` among the arguments is answered here.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--version" in words:
+        print(f"rlkit {rlkit.__version__}")
+        return 0
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))  # a console script does not look for the user's modules here
     try:
-        return work(list(sys.argv[1:] if arguments is None else arguments))
+        return work(words)
     except UserError as error:
         return print_error(error)
     except KeyboardInterrupt:
@@ -40,8 +48,11 @@ def print_warnings(warnings: Sequence[ConfigIssue]) -> None:
         print(f"rlkit: warning: {warning}", file=sys.stderr)
 
 
+HELP = ("-h", "--help")
+
+
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    return bool({"-h", "--help"} & set(arguments))
+    return bool(set(HELP) & set(arguments))
 
 
 def split_off_file(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -55,7 +66,8 @@ def split_off_file(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
             others.append(argument)
             continue
         text = value if equals else next(rest, "")
-        if not text:
+        is_another = text.startswith("-") or ("=" in text and not equals and not Path(text).exists())
+        if not text or is_another:
             raise ConfigError([ConfigIssue("--config", "needs a file: --config runs/old/config.yaml")])
         file = Path(text).expanduser()
     return file, others

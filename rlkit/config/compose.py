@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,10 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
-from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from rlkit.config.messages import ConfigIssue, did_you_mean, nearest
+from rlkit.config.messages import ConfigIssue, did_you_mean
+from rlkit.config.overrides import COMBINED, part_names
 from rlkit.config.parts import conf_dir, import_part
 
 
@@ -79,106 +78,44 @@ def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
     return {str(key): value for key, value in (own if isinstance(own, dict) else content).items()}
 
 
+def option_values(group: str, option: str) -> dict[str, Any]:
+    """Full key -> value of all that an option's file sets, interpolations as they are written."""
+    file = _option_file(group, option)
+    content = OmegaConf.to_container(OmegaConf.load(file))
+    for_all = "@package _global_" in file.read_text()
+    values = _flat(content if for_all else {group: content})
+    return {key: value for key, value in values.items() if key != "defaults"}  # an experiment's choices of options
+
+
+def option_text(group: str, option: str) -> str:
+    """The first sentence of the comment in an option's file, else what its class says of itself."""
+    file = _option_file(group, option)
+    lines = [line.lstrip("# ") for line in file.read_text().splitlines() if re.match(r"# (?!@package)", line)]
+    text = re.split(r"(?:(?<=\w{3}\.)|(?<=\)\.))\s", " ".join(lines))[0].rstrip(".")
+    return text or headline(import_part(group, option_values(group, option)[f"{group}._target_"]))
+
+
+def headline(cls: type) -> str:
+    return (cls.__doc__ or sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0]
+
+
+def _option_file(group: str, option: str) -> Path:
+    folder = conf_dir()
+    return folder / (group if (folder / group).is_dir() else borrowed_options(folder)[group]) / f"{option}.yaml"
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {full: leaf for key, value in tree.items() for full, leaf in _flat(value, f"{prefix}{key}.").items()}
+
+
 def default_part(kind: str) -> dict[str, Any]:
     """The default option of a part, every field spelled out."""
     folder = conf_dir()
     fields = option_fields(folder, kind, default_options(folder)[kind] or "")
     cls = import_part(kind, fields.pop("_target_"))
     return {"_target_": f"{cls.__module__}.{cls.__qualname__}", **cls.Config(**fields).model_dump(mode="json")}
-
-
-Options = Mapping[str, Collection[str]]
-"""Group -> names of its options."""
-
-
-@dataclass
-class Overrides:
-    """The command line, split into choices of options and values of keys."""
-
-    choices: dict[str, str | None] = field(default_factory=dict)
-    """Group -> option. A misspelt option is replaced by the nearest one, so that the rest can be checked, too."""
-    parts: dict[str, str] = field(default_factory=dict)
-    """Of `reward=[a,b]`: name of the part -> option, or dotted path of a class."""
-    values: dict[str, Any] = field(default_factory=dict)
-    """Full key -> value."""
-    typed: dict[str, str] = field(default_factory=dict)
-    """Full key or group -> the argument as typed."""
-    unusable: set[str] = field(default_factory=set)
-    """Groups whose option is wrong and not guessable."""
-    problems: list[ConfigIssue] = field(default_factory=list)
-
-
-def parse_overrides(arguments: Sequence[str], options: Options) -> Overrides:
-    """Sort `arguments` into choices and values. Never raises: problems are collected in the result."""
-    parser = OverridesParser.create()
-    result = Overrides()
-    for argument in arguments:
-        message = _read(argument, parser, options, result)
-        if message:
-            result.problems.append(ConfigIssue(argument, message))
-    return result
-
-
-def _read(argument: str, parser: OverridesParser, options: Options, result: Overrides) -> str | None:
-    if argument.startswith("-"):
-        bare = argument.lstrip("-")
-        return f"options have no dashes here; write {bare if '=' in bare else bare + '=VALUE'}"
-    if "=" not in argument and not argument.startswith("~"):
-        return f"this is no assignment; write {argument}=VALUE"
-    try:
-        override = parser.parse_override(argument)
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
-        key, _, text = argument.partition("=")
-        if key != key.strip() or text != text.strip():
-            return f"remove the spaces around `=` ({reason})"
-        hint = f"quote special characters for the shell and for Hydra: \"{key}='{text}'\""
-        return f"cannot be parsed ({reason}); {hint}"
-    key = override.key_or_group
-    if override.type == OverrideType.DEL:
-        return "keys cannot be removed; every key has a default, so leave it out or set it to another value"
-    if override.package is not None:
-        return f"packages (`@{override.package}`) are not used here; write {key}=OPTION"
-    if key == "hydra" or key.startswith("hydra."):
-        return "Hydra only composes the configuration here; its own settings have no effect"
-    if override.is_sweep_override():
-        return "one run takes one value, not a sweep; write a list as key=[a,b] and text with a comma as key='\"a,b\"'"
-    value: Any = override.value()
-    if key in options and not isinstance(value, dict):
-        return _choose(argument, key, value, options, result)
-    result.values.pop(key, None)  # the last one counts, also in order
-    result.values[key] = value
-    result.typed[key] = argument
-    return None
-
-
-def _choose(argument: str, group: str, value: Any, options: Options, result: Overrides) -> str | None:
-    available = options[group]
-    result.typed[group] = argument
-    if group == "reward":
-        result.parts = {}  # the last one counts
-        if isinstance(value, list) and COMBINED in available:
-            result.choices[group] = COMBINED
-            result.parts, message = part_names(value, available)
-            return message
-    if value in available or (group == "experiment" and value is None):
-        result.choices[group] = value
-        return None
-    name = str(value)
-    guess = None if value is None else nearest(name, available)  # null is no misspelt name
-    if guess is None:
-        result.unusable.add(group)
-    else:
-        result.choices[group] = guess
-    if "." in name and group in ("algorithm", "reward", "data", "verifier"):
-        return f"no such option; a class of your own is named by {group}._target_={name}"
-    return f"no such option; {did_you_mean(name, available)}"
-
-
-def quoted(value: str) -> str:
-    if re.fullmatch(r"[\w./:@%+-]+", value):
-        return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 @dataclass
@@ -255,42 +192,6 @@ def _spelled(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)
-
-
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-COMBINED = "combined"
-"""The reward option that holds parts."""
-
-
-def part_names(value: Sequence[Any], options: Collection[str]) -> tuple[dict[str, str], str | None]:
-    """Part name -> option or class path, and what is wrong with the list.
-
-    An element is an option, a dotted path, or `{name: option}`. A misspelt option is replaced by the nearest one.
-    """
-    parts: dict[str, str] = {}
-    messages = []
-    for element in value:
-        named = isinstance(element, Mapping)
-        if named and len(element) != 1:
-            messages.append(f"{dict(element)} must be one name with its option, like {{small:polar}}")
-            continue
-        name, option = next(iter(element.items())) if named else (None, element)
-        if not isinstance(option, str):
-            messages.append(f"{option!r} is no option; {did_you_mean(str(option), options)}")
-            continue
-        if "." not in option and option not in options:
-            messages.append(f"there is no option {option}; {did_you_mean(option, options)}")
-            option = nearest(option, options) or ""
-        name = option.rpartition(".")[2] if name is None else str(name)
-        if option and NAME.fullmatch(name) is None:
-            messages.append(f"{name!r} cannot name a part: letters, digits and _ only, a letter first")
-        elif name in parts:
-            messages.append(f"{name} stands there twice; give each a name: reward='[{{a:{option}}},{{b:{option}}}]'")
-        elif option:
-            parts[name] = option
-    if not value:
-        messages.append(f"needs at least one part, like reward=[rule,polar]; available: {', '.join(sorted(options))}")
-    return parts, "; ".join(messages) or None
 
 
 def add_parts(

@@ -1,9 +1,10 @@
-"""`--help`: every group with its options, every key with its type, default and meaning, from the schema."""
+"""`--help [SECTION ...]`: groups with their options, keys with type, default and meaning, from schema and conf/."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic.fields import FieldInfo
 from rich.console import Console
@@ -11,10 +12,18 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from rewards.base import HelpSection, Reward
-from rlkit.config.compose import borrowed_options, default_options, group_options, option_fields
-from rlkit.config.messages import all_fields, allowed, section_type
-from rlkit.config.parts import CONTRACTS, PartError, conf_dir, import_part
+from rewards.base import Reward
+from rlkit.config.compose import (
+    borrowed_options,
+    default_options,
+    group_options,
+    headline,
+    option_fields,
+    option_text,
+    option_values,
+)
+from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, allowed, did_you_mean, section_type
+from rlkit.config.parts import CONTRACTS, TARGET, PartError, conf_dir, import_part
 from rlkit.config.schema import RunConfig
 
 USAGE = """\
@@ -27,63 +36,207 @@ USAGE = """\
 
   --config FILE  start from the values of a configuration file, for example an old run's
   dry_run=true   validate, print the plan, exit
+  --help WORD    only this: a section (trainer), a part (reward), an option (reward=math, algorithm=ppo), a class of
+                 yours (reward._target_=my_module.MyReward), or keys with the word in their names (learning_rate)
+  --version      print the version
 """
 
 
-def print_help() -> int:
-    """Print the usage, all options and all keys; returns the exit code."""
-    console = Console()
-    console.print(USAGE, highlight=False)
-    folder = conf_dir()
-    options = group_options(folder)
-    chosen = default_options(folder)
+@dataclass(frozen=True)
+class Block:
+    """A heading with its keys."""
+
+    title: str
+    text: str
+    fields: Sequence[tuple[str, FieldInfo]]
+    names: frozenset[str]
+    """Words that ask for it whole."""
+    sets: Mapping[str, Any]
+    """Full key -> (value, the option that sets it), where that is not the schema's default."""
+    same_as: str = ""
+    """The block that lists its keys already."""
+
+
+def print_help(words: Sequence[str] = ()) -> int:
+    """Print all options and keys, or what `words` ask for; return the exit code. Raises ConfigError for a word that
+    fits nothing."""
+    console, folder = Console(), conf_dir()
+    options, chosen = group_options(folder), default_options(folder)
+    for group, option in (word.split("=", 1) for word in words if "=" in word):
+        if group in options and option not in options[group]:
+            message = f"no such option; {did_you_mean(option, options[group])}"
+            raise ConfigError([ConfigIssue(f"--help {group}={option}", message)])
+        if group in options:
+            chosen[group] = option
+    blocks = [*_sections(_set_values(chosen)), *_parts(options, chosen, words)]
+    if not words:
+        console.print(USAGE, highlight=False)
+        _print_options(console, options, chosen)
+        for block in blocks:
+            _print_block(console, block)
+        return 0
+    for word in words:
+        matching = list(_matching(word, blocks)) or list(_option_block(word, options))
+        if not matching:
+            names = {name for block in blocks for name in (*block.names, *(key for key, _ in block.fields))}
+            raise ConfigError([ConfigIssue(f"--help {word}", f"no section, option or key; {_near(word, names)}")])
+        if word in CONTRACTS:
+            _print_part(console, word, options[word])
+            continue
+        for block in matching:
+            _print_block(console, block)
+    return 0
+
+
+def _near(word: str, names: set[str]) -> str:
+    text = did_you_mean(word, names).partition(" available: ")[0]
+    return text if text.startswith("did") else "--help alone lists everything"
+
+
+def _set_values(chosen: Mapping[str, str | None]) -> dict[str, tuple[Any, str]]:
+    """Full key -> (value, `group=option`) of everything that the chosen options set."""
+    values: dict[str, tuple[Any, str]] = {}
+    for group, option in chosen.items():
+        if option is not None:
+            values |= {key: (value, f"{group}={option}") for key, value in option_values(group, option).items()}
+    return values
+
+
+def _sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:
+    top = [(name, info) for name, info in RunConfig.model_fields.items() if section_type(info.annotation) is None]
+    plain = [(name, info) for name, info in top if name not in CONTRACTS]
+    yield Block("Run", "", plain, frozenset({"run"}), values)
+    for name, info in RunConfig.model_fields.items():
+        section = section_type(info.annotation)
+        if section is not None:
+            text = (section.__doc__ or "").strip()
+            yield Block(name, text, list(all_fields(section, f"{name}.")), frozenset({name}), values)
+
+
+def _parts(
+    options: Mapping[str, Sequence[str]], chosen: Mapping[str, str | None], words: Sequence[str]
+) -> Iterator[Block]:
+    borrowed, added = borrowed_options(conf_dir()), list[Block]()
+    own = [word.split("=", 1) for word in words if f".{TARGET}=" in word]
+    for kind in CONTRACTS:
+        for key, target in own:
+            if key == f"{kind}.{TARGET}":
+                yield _class_block(kind, f"{key}={target}", target, {})
+        if kind in borrowed:
+            text = f"The options of {borrowed[kind]}=NAME, with the same fields."
+            yield Block(f"{kind}=NAME", text, (), frozenset({kind}), {})
+            continue
+        listed: dict[Any, str] = {}
+        for option in sorted(options[kind], key=lambda name: name != chosen[kind]):
+            title = f"{kind}={option}"
+            fields = option_fields(conf_dir(), kind, option)
+            values = {key: (value, title) for key, value in option_values(kind, option).items()}
+            block = _class_block(kind, title, fields.get(TARGET), values, listed)
+            yield block
+            cls = next((known for known, name in listed.items() if name == title), None)
+            if isinstance(cls, type) and issubclass(cls, Reward):
+                for section in cls.help_sections():
+                    inner = [(key, info) for key, info in all_fields(section.model, section.prefix) if key != "kind"]
+                    added.append(Block(section.title, section.text, inner, frozenset(), {}))
+    yield from added
+
+
+def _class_block(
+    kind: str,
+    title: str,
+    target: Any,
+    values: Mapping[str, tuple[Any, str]],
+    listed: dict[Any, str] | None = None,
+) -> Block:
+    names = frozenset({title, kind})
+    try:
+        cls = import_part(kind, target)
+    except PartError as error:
+        return Block(title, f"{target} {error}", (), names, {})
+    fields = list(all_fields(cls.Config, f"{kind}."))
+    first = title if listed is None else listed.setdefault(cls, title)
+    return Block(title, headline(cls), fields, names, values, "" if first == title else first)
+
+
+def _matching(word: str, blocks: Sequence[Block]) -> Iterator[Block]:
+    """Blocks of that name, else the keys whose names have the word."""
+    named = [block for block in blocks if word in block.names]
+    if named:
+        yield from (Block(b.title, b.text, b.fields, b.names, b.sets) for b in named)
+    else:
+        for block in blocks:
+            fields = [(key, info) for key, info in block.fields if word in key]
+            if fields and not block.same_as:
+                yield Block(block.title, "", fields, block.names, block.sets)
+
+
+def _option_block(word: str, options: Mapping[str, Sequence[str]]) -> Iterator[Block]:
+    """`cluster=multi_gpu`: an option that is no class, by what it sets; a group alone, by its options."""
+    group, _, option = word.partition("=")
+    for name in options.get(group, ()) if not option else (option,):
+        if group in options and name in options[group]:
+            values = option_values(group, name)
+            if group in CONTRACTS:  # the verifier's are the rewards'
+                own = {key: (value, word) for key, value in values.items()}
+                yield _class_block(group, word, values[f"{group}.{TARGET}"], own)
+                continue
+            text = ", ".join(f"{key}={_spelled(value)}" for key, value in values.items())
+            yield Block(f"{group}={name}", f"sets {text}" if text else "sets nothing", (), frozenset(), {})
+
+
+def _print_part(console: Console, kind: str, names: Sequence[str]) -> None:
+    console.print(f"\n[bold]{kind}=NAME[/] takes one of these; --help {kind}=NAME lists its keys.", highlight=False)
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name in names:
+        table.add_row(name, escape(option_text(kind, name)))
+    console.print(table)
+
+
+def _print_options(console: Console, options: Mapping[str, Sequence[str]], chosen: Mapping[str, str | None]) -> None:
     table = Table("group", "options", box=None, padding=(0, 2), title="Options", title_justify="left")
     for group, names in options.items():
         marked = [f"[bold]{name}[/] (default)" if chosen.get(group) == name else name for name in names]
         table.add_row(group, ", ".join(marked))
     console.print(table)
-    top = {name: info for name, info in RunConfig.model_fields.items() if section_type(info.annotation) is None}
-    print_section(console, "Run", "", ((name, info) for name, info in top.items() if name not in CONTRACTS))
-    for name, info in RunConfig.model_fields.items():
-        section = section_type(info.annotation)
-        if section is not None:
-            print_section(console, name, section.__doc__ or "", all_fields(section, f"{name}."))
-    borrowed, more = borrowed_options(folder), list[HelpSection]()
-    for kind in CONTRACTS:
-        if kind in borrowed:
-            print_section(console, f"{kind}=NAME", f"The options of {borrowed[kind]}=NAME, with the same fields.", ())
-            continue
-        for option in options[kind]:
-            target = option_fields(folder, kind, option).get("_target_")
-            try:
-                cls = import_part(kind, target)
-            except PartError as error:
-                console.print(f"\n[bold]{kind}={option}[/]: {escape(str(target))} {escape(str(error))}")
-                continue
-            print_section(console, f"{kind}={option}", headline(cls), all_fields(cls.Config, f"{kind}."))
-            more += cls.help_sections() if issubclass(cls, Reward) else ()
-    for added in more:
-        fields = [(key, info) for key, info in all_fields(added.model, added.prefix) if key != "kind"]
-        print_section(console, added.title, added.text, fields)
-    return 0
 
 
-def headline(cls: type) -> str:
-    return (cls.__doc__ or sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0]
+def _print_block(console: Console, block: Block) -> None:
+    if not block.same_as:
+        print_section(console, block.title, block.text, block.fields, block.sets)
+        return
+    own = [f"{key}={_spelled(value)}" for key, (value, _) in block.sets.items() if not key.endswith(TARGET)]
+    text = f"The keys of {block.same_as}; sets {', '.join(own)}" if own else f"The keys of {block.same_as}"
+    print_section(console, block.title, text, ())
 
 
-def print_section(console: Console, title: str, text: str, fields: Iterable[tuple[str, FieldInfo]]) -> None:
-    console.print(f"\n[bold]{escape(title)}[/]  {escape(text)}", highlight=False)
+def print_section(
+    console: Console,
+    title: str,
+    text: str,
+    fields: Iterable[tuple[str, FieldInfo]],
+    values: Mapping[str, tuple[Any, str]] | None = None,
+) -> None:
+    """`values`: full key -> (value, option) of what options set instead of the default."""
+    console.print(f"\n[bold]{escape(title)}[/]  {escape(text)}", highlight=False, soft_wrap=True)
     for key, info in fields:
-        default = (
-            "required" if info.is_required() else f"default {_spelled(info.get_default(call_default_factory=True))}"
+        default = _default(info, (values or {}).get(key))
+        console.print(
+            f"  [cyan]{escape(key)}[/]  {escape(allowed(info))}; {escape(default)}", highlight=False, soft_wrap=True
         )
-        console.print(f"  [cyan]{escape(key)}[/]  {escape(allowed(info))}; {escape(default)}", highlight=False)
         if info.description:
             console.print(Padding(escape(info.description), (0, 0, 0, 6)), highlight=False)
+
+
+def _default(info: FieldInfo, value: tuple[Any, str] | None) -> str:
+    plain = "required" if info.is_required() else _spelled(info.get_default(call_default_factory=True))
+    if value is None or value[0] == "???" or _spelled(value[0]) == plain:
+        return plain if info.is_required() else f"default {plain}"
+    return f"default {_spelled(value[0])} ({value[1]}; else {plain})"
 
 
 def _spelled(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"[{', '.join(_spelled(item) for item in value)}]" if isinstance(value, tuple | list) else str(value)

@@ -5,6 +5,7 @@ All issues are reported at once, and nothing is started.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +20,6 @@ from pydantic import BaseModel
 from rewards.base import Reward
 from rlkit.config.checks import run_checks
 from rlkit.config.compose import (
-    Overrides,
     Sources,
     add_parts,
     compose_options,
@@ -27,12 +27,12 @@ from rlkit.config.compose import (
     in_part,
     merge_file,
     option_fields,
-    parse_overrides,
     set_value,
     unknown_parts,
 )
 from rlkit.config.machine import fits
 from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, of_the_verifier, section_type, validate
+from rlkit.config.overrides import Overrides, parse_overrides
 from rlkit.config.parts import (
     CONTRACTS,
     TARGET,
@@ -45,6 +45,7 @@ from rlkit.config.parts import (
     with_present_targets,
 )
 from rlkit.config.schema import RunConfig
+from rlkit.experience.names import edits, nearest
 from rlkit.experience.section import Section
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
 
@@ -90,6 +91,7 @@ class Loading:
         self.sources.options = {kind: str(composed.hydra.runtime.choices[kind]) for kind in self.contracts} | combined
         for key, value in self.overrides.values.items():
             set_value(composed, key, value)
+        self._new_folder = "run_dir" not in self.overrides.values and OmegaConf.is_interpolation(composed, "run_dir")
         return self._plain(composed)
 
     def _replace_part(self, composed: DictConfig, kind: str, target: Any) -> None:
@@ -116,7 +118,7 @@ class Loading:
                 self.overrides.unusable.add(key)
                 where = getattr(error, "full_key", None) or key
                 self.problems.append(ConfigIssue(self.sources.where(where, "..."), str(error).splitlines()[0]))
-        present: dict[str, Any] = with_present_targets(tree)
+        present: dict[str, Any] = with_present_targets(_in_home(tree))
         return present
 
     def validate(self) -> None:
@@ -193,7 +195,9 @@ class Loading:
         top = self._section(self.schema, {**rest, **stand_ins}, "", known)
         if top is not None:
             self.available |= {name: value for name, value in top if not self._is_section(name)}
-            self.available["run_dir"] = self.available["run_dir"].expanduser().absolute()
+            self.available["run_dir"] = Path(os.path.normpath(self.available["run_dir"].absolute()))
+            if "run_dir" in self.overrides.unusable:
+                del self.available["run_dir"]
 
     def _is_section(self, key: str) -> bool:
         info = self.schema.model_fields.get(key)
@@ -208,25 +212,54 @@ class Loading:
         notes: Mapping[str, str] | None = None,
     ) -> BaseModel | None:
         typed, problems = validate(model, content, prefix, known, self.sources.where, notes or {})
-        self.problems += problems
+        self.problems += [problem for problem in problems if problem.where not in self.overrides.unread]
         return typed
 
     def _other_classes(self, kind: str, cls: Any, fields: Mapping[str, Any]) -> dict[str, str]:
-        """For keys unknown to this class: which options have them."""
-        unknown = [key for key in fields if key not in cls.Config.model_fields]
-        having: dict[str, list[str]] = {}
+        """For keys unknown to this class and unlike its own: which options have them, or have one a slip away."""
+        own = cls.Config.model_fields
+        unknown = [key for key in fields if key not in own and nearest(key, own) is None]
+        having: dict[str, dict[str, list[str]]] = {key: {} for key in unknown}
         for option in self.options[kind] if unknown else ():
             try:
                 other = import_part(kind, option_fields(self.folder, kind, option).get(TARGET), self.contracts[kind])
             except PartError:
                 continue  # an option that is not chosen cannot make this run fail
             for key in unknown:
-                if key in other.Config.model_fields:
-                    having.setdefault(key, []).append(f"{kind}={option}")
-        return {
-            f"{kind}.{key}": f"{cls.__name__} has none (it belongs to {' and '.join(options)})"
-            for key, options in having.items()
-        }
+                for name in other.Config.model_fields:
+                    if edits(key, name) <= 1:
+                        having[key].setdefault(name, []).append(f"{kind}={option}")
+        notes = {}
+        for key, options in having.items():
+            name = key if key in options else next(iter(options), None)
+            if name is not None:
+                meant = "" if name == key else f"did you mean {kind}.{name}? "
+                *most, last = options[name]
+                owners = f"{', '.join(most)} and {last}" if most else last
+                notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {owners})"
+        return notes
+
+
+PATH_KEYS = ("path", "template", "file", "folder", "dir")
+"""Keys whose names end in one of these name files."""
+
+
+def at_home(path: str) -> str:
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:  # no such user
+        return path
+
+
+def _in_home(value: Any, key: str = "") -> Any:
+    """`~` at the start of a path is the user's home: a shell does not see it behind `key=`."""
+    if isinstance(value, dict):
+        return {name: _in_home(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_in_home(inner, key) for inner in value]
+    if isinstance(value, str) and value.startswith("~") and key.endswith((*PATH_KEYS, "resume")):
+        return at_home(value)
+    return value
 
 
 def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
@@ -236,13 +269,14 @@ def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
 
 
 def load_config(
-    arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] = (), *, starts: bool = True
+    arguments: Sequence[str], file: Path | None = None, elsewhere: Collection[str] | None = None, *, starts: bool = True
 ) -> ResolvedRun:
     """The run that Hydra overrides describe, on top of a file if there is one. Raises ConfigError with every
     problem.
 
-    `elsewhere`: paths that may exist only where the run will be; issues about them are warnings. `starts`: the run
-    itself will, so that it must fit.
+    `elsewhere`: the run will be on other machines, on which alone these paths may exist; issues about them are
+    warnings, and nothing is asked whether it is here. `starts`: the
+    run itself will, so that it must fit.
     """
     loading = _RunLoading(arguments, file, elsewhere)
     loading.validate()
@@ -251,25 +285,39 @@ def load_config(
 
 
 class _RunLoading(Loading):
-    def __init__(self, arguments: Sequence[str], file: Path | None, elsewhere: Collection[str]) -> None:
+    def __init__(self, arguments: Sequence[str], file: Path | None, elsewhere: Collection[str] | None) -> None:
         super().__init__(arguments, file, folder=conf_dir(), schema=RunConfig, contracts=CONTRACTS)
         self.elsewhere = elsewhere
 
     def check(self) -> None:
+        if "algorithm" in self.parts and "trainer" in self.available:
+            part = self.parts["algorithm"]
+            config = part.config.for_staleness(self.available["trainer"].max_staleness)
+            self.parts["algorithm"] = replace(part, config=config)
         checked = dict(self.available)
+        checked["typed"] = frozenset(self.overrides.typed)
+        checked["new_folder"] = self._new_folder
+        if self.elsewhere is None:
+            checked["here"] = True
         if "model" in checked:
             checked["model_shape"] = _shape_or_error(checked["model"].path)
         for kind, part in self.parts.items():
             subject = self._make(kind, part)
             if subject is not None:
                 checked[kind] = subject
+        for group in self.overrides.guessed:  # how a guess fits with the rest says nothing
+            checked.pop(group, None)
         self._report(run_checks(checked))
 
     def _report(self, issues: Iterable[ConfigIssue]) -> None:
         for issue in issues:
             issue = replace(issue, where=self.sources.where(issue.where, self._value(issue.where)))
-            harmless = issue.warning or any(path in str(issue) for path in self.elsewhere)
+            harmless = issue.warning or (self.elsewhere is not None and self._is_about_here(str(issue)))
             (self.warnings if harmless else self.problems).append(issue)
+
+    def _is_about_here(self, text: str) -> bool:
+        """A path, or a server, that may well be where the run will be."""
+        return "answers there" in text or any(path in text for path in self.elsewhere or ())
 
     def _make(self, kind: str, part: Part) -> Any:
         """What checks look at: an algorithm or a data source itself, a reward's class with its configuration."""

@@ -7,7 +7,6 @@ import re
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -16,7 +15,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from rlkit.config.vocabulary import OTHER_NAMES, answer
 from rlkit.experience import UserError
+from rlkit.experience.names import edits, nearest
 
 
 @dataclass(frozen=True)
@@ -139,86 +140,57 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
                 pass
 
 
-# What other frameworks call a thing, by last component of the key.
-OTHER_NAMES = {
-    "batch_size": "trainer.prompts_per_step",
-    "rollout_batch_size": "trainer.prompts_per_step",
-    "train_batch_size": "trainer.prompts_per_step",
-    "beta": "algorithm.kl_coefficient",
-    "entropy_coef": "algorithm.entropy_coefficient",
-    "kl_beta": "algorithm.kl_coefficient",
-    "kl_coef": "algorithm.kl_coefficient",
-    "kl_loss_coef": "algorithm.kl_coefficient",
-    "clip_eps": "algorithm.clip_low",
-    "clip_ratio": "algorithm.clip_low",
-    "epsilon": "algorithm.clip_low",
-    "gradient_clipping": "learner.max_grad_norm",
-    "group_size": "algorithm.samples_per_prompt",
-    "n": "algorithm.samples_per_prompt",
-    "n_samples_per_prompt": "algorithm.samples_per_prompt",
-    "num_generations": "algorithm.samples_per_prompt",
-    "lr": "learner.learning_rate",
-    "lr_scheduler": "learner.schedule",
-    "max_completion_length": "rollout.max_response_tokens",
-    "max_new_tokens": "rollout.max_response_tokens",
-    "max_prompt_length": "rollout.max_prompt_tokens",
-    "max_response_length": "rollout.max_response_tokens",
-    "max_steps": "trainer.total_steps",
-    "num_steps": "trainer.total_steps",
-    "model_name_or_path": "model.path",
-    "model_path": "model.path",
-    "output_dir": "run_dir",
-    "ppo_mini_batch_size": "learner.minibatches_per_step",
-    "num_minibatches": "learner.minibatches_per_step",
-    "save_freq": "trainer.save_every_steps",
-    "save_steps": "trainer.save_every_steps",
-    "eval_steps": "trainer.evaluate_every_steps",
-    "test_freq": "trainer.evaluate_every_steps",
-    "tp": "rollout.tensor_parallel_size",
-    "world_size": "learner.ranks",
-}
-
-
-def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
-    spelled = {candidate.lower(): candidate for candidate in valid}
-    similar = get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
-    similar += [candidate for candidate in sorted(spelled) if len(name) > 1 and name.lower() in candidate]
-    return spelled[similar[0]] if similar else None
-
-
 def did_you_mean(name: str, valid: Collection[str]) -> str:
     guess = nearest(name, valid)
     listed = f"available: {', '.join(sorted(valid))}" if valid else "none is available"
     return f"did you mean {guess}? {listed}" if guess else listed
 
 
-def similar_keys(key: str, valid: Collection[str]) -> list[str]:
-    """At most three full keys that the unknown `key` may mean, best first.
+def unknown_key(key: str, known_keys: Collection[str]) -> str:
+    return f"no such key; {_instead(key, known_keys)}"
 
-    Other frameworks' names, then the same field elsewhere, then look-alikes in this section, then any.
-    """
+
+def _instead(key: str, known_keys: Collection[str]) -> str:
+    """What the unknown `key` means: the same field elsewhere, what other frameworks call so, what rlkit has not, or
+    the nearest spelling."""
     section, _, leaf = key.rpartition(".")
-    leaves = {full: full.rpartition(".")[2] for full in valid}
-    exact = [full for full, own in leaves.items() if own == leaf]
-    if exact:
-        return exact[:3]
-    meant = OTHER_NAMES.get(leaf, "")
-    if meant in valid:
-        return [meant]
-    elsewhere = [full for full, own in leaves.items() if own == meant.rpartition(".")[2]]
-    if elsewhere:
-        return elsewhere[:3]
-    within = {own: full for full, own in leaves.items() if section and full == f"{section}.{own}"}
-    close = get_close_matches(leaf, within, n=1, cutoff=0.6)
-    if close:
-        return [within[close[0]]]
-    anywhere = get_close_matches(leaf, set(leaves.values()), n=1, cutoff=0.75)
-    if anywhere:
-        return [full for full, own in leaves.items() if own == anywhere[0]][:3]
-    words = [full for full, own in leaves.items() if len(leaf) > 1 and set(leaf.split("_")) <= set(own.split("_"))]
-    inside_first = sorted(words, key=lambda full: not full.startswith(f"{section}."))
-    return inside_first[:3] or get_close_matches(key, valid, n=1, cutoff=0.75)
+    leaves = {full: full.rpartition(".")[2] for full in known_keys}
+    tops = {full.partition(".")[0] for full in leaves}
+    same = sorted((full for full, own in leaves.items() if own == leaf), key=lambda full: edits(full, key))
+    if same:
+        return _meant(same)
+    meant = OTHER_NAMES.get(leaf.lower())
+    if meant is not None:
+        beside = f"{section}.{meant.rpartition('.')[2]}"  # critic.lr is the critic's
+        having = [full for full in (beside, meant) if full in leaves]
+        part = meant.partition(".")[0]
+        return _meant(having[:1]) if having else f"here it is {meant}, which the chosen {part} has not (--help {part})"
+    inside = {own: full for full, own in leaves.items() if section and full == f"{section}.{own}"}
+    near = nearest(leaf, inside)
+    wish = answer(key)
+    if near is not None and (wish is None or edits(leaf, near) == 1):
+        return _meant([inside[near]])
+    if wish is not None:
+        return wish
+    top = key.partition(".")[0]
+    if not section and (group := next((name for name in tops if edits(name, top) == 1), None)):
+        return f"did you mean {group}?"
+    other = nearest(leaf, set(leaves.values())) if len(leaf) > 2 else None
+    if other is not None:
+        return _meant([full for full, own in leaves.items() if own == other])
+    own_keys = sorted(full for full in leaves if full.startswith(f"{top}."))
+    if not own_keys:
+        guess = nearest(top, tops)
+        return f"did you mean {guess}?" if guess else "--help lists all of them"
+    listed = f"{top} has {', '.join(own_keys)}"
+    return listed if len(own_keys) <= SHOWN_KEYS else f"--help {top} lists the keys of {top}"
 
+
+def _meant(keys: Sequence[str]) -> str:
+    return f"did you mean {keys[0]}?" if len(keys) == 1 else f"did you mean one of {', '.join(keys[:3])}?"
+
+
+SHOWN_KEYS = 5
 
 MISSING = "???"
 """Hydra's mark of a value that the user has to set."""
@@ -280,12 +252,13 @@ def read_section(model: type[Model], tree: Mapping[str, Any]) -> tuple[Model | N
 
 def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], where: Where) -> ConfigIssue:
     kind, value = details["type"], details.get("input")
-    if kind == "missing":
-        return ConfigIssue(key, f"needs a value; write {key}=VALUE")
     name = _field_name(key, fields)
     info = fields.get(name) if name else None
+    if kind == "missing" and (name is None or name == key):
+        return ConfigIssue(key, f"needs a value; write {key}=VALUE")
     if kind in ("value_error", "assertion_error"):  # a validator of the section's own says it best
-        return ConfigIssue(where(key, value), str(details["ctx"]["error"]))
+        message = str(details["ctx"]["error"])
+        return ConfigIssue(where(*_blamed(key, value, message)), message)
     if name is None or info is None:
         return ConfigIssue(where(key, value), f"{details['msg'][0].lower()}{details['msg'][1:]}")
     words = literal_values(info)
@@ -294,20 +267,20 @@ def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], w
     return ConfigIssue(where(name, value), f"did you mean {guess}? {expected}" if guess else expected)
 
 
+def _blamed(key: str, value: Any, message: str) -> tuple[str, Any]:
+    """The key that a validator of a whole section speaks of first, with its value; else the section."""
+    if not isinstance(value, Mapping):
+        return key, value
+    places = {name: re.search(rf"(?<![\w.]){re.escape(str(name))}\b", message) for name in value}
+    named = [(place.start(), str(name)) for name, place in places.items() if place]
+    return (f"{key}.{min(named)[1]}", value[min(named)[1]]) if named and key else (key, None)
+
+
 def must_be(details: ErrorDetails, info: FieldInfo) -> str:
-    endless = isinstance(details["input"], float) and math.isinf(details["input"])
-    return f"must be {'finite: ' if endless else ''}{allowed(info)}"
-
-
-def unknown_key(key: str, known_keys: Collection[str]) -> str:
-    similar = similar_keys(key, known_keys)
-    if len(similar) == 1:
-        return f"no such key; did you mean {similar[0]}?"
-    if similar:
-        return f"no such key; did you mean one of {', '.join(similar)}?"
-    section = key.rpartition(".")[0]
-    siblings = sorted(known for known in known_keys if section and known.startswith(f"{section}."))
-    return f"no such key; {section} has {', '.join(siblings)}" if siblings else "no such key; --help lists all of them"
+    endless = isinstance(details["input"], float) and not math.isfinite(details["input"])
+    example = info.default if isinstance(info.default, tuple) and info.default else ()
+    like = f", like [{','.join(map(str, example))}]" if example else ""
+    return f"must be {'finite: ' if endless else ''}{allowed(info)}{like}"
 
 
 def _field_name(key: str, fields: Mapping[str, FieldInfo]) -> str | None:

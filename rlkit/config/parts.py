@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,10 +15,11 @@ from pydantic import BaseModel
 import rlkit
 from algorithms.base import Algorithm, AlgorithmConfig
 from rewards.base import Reward, RewardConfig
-from rlkit.config.messages import ConfigIssue, nearest
+from rlkit.config.messages import ConfigIssue
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import DataConfig, DataSource
 from rlkit.experience import UserError
+from rlkit.experience.names import NotFoundError, find_object
 
 TARGET = "_target_"
 
@@ -93,7 +92,10 @@ def import_class(kind: str, target: Any, base: type) -> Any:
     """The class at dotted path `target`, a concrete subclass of `base`; `kind` is for messages. Raises PartError."""
     if not isinstance(target, str) or "." not in target:
         raise PartError("must be the dotted path of a class, like my_module.MyClass")
-    cls = _find(_moved_classes().get(target, target))
+    try:
+        cls = find_object(_moved_classes().get(target, target), inspect.isclass)
+    except NotFoundError as error:
+        raise PartError(str(error)) from error
     name = f"{base.__module__}.{base.__name__}"
     if not inspect.isclass(cls):
         raise PartError(f"is not a class but {type(cls).__name__}; it must be a subclass of {name}")
@@ -103,37 +105,6 @@ def import_class(kind: str, target: Any, base: type) -> Any:
     if missing:
         raise PartError(f"lacks {', '.join(f'{method}()' for method in missing)}, which every {kind} must have")
     return cls
-
-
-def _find(target: str) -> Any:
-    module_name, _, class_name = target.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise PartError(
-                f"cannot be imported: there is no module {error.name} (looked in the current folder and in the "
-                "installed packages)"
-            ) from error
-        raise PartError(f"cannot be imported: {_cause(error)}") from error
-    except Exception as error:  # whatever a module of the user's raises while it is imported
-        raise PartError(f"cannot be imported: {_cause(error)}") from error
-    cls = getattr(module, class_name, None)
-    if cls is None:
-        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
-        guess = nearest(class_name, classes)
-        hint = f"; did you mean {module_name}.{guess}?" if guess else ""
-        raise PartError(f"cannot be imported: {module.__file__} has no {class_name}{hint}")
-    return cls
-
-
-def _cause(error: BaseException) -> str:
-    """`TypeError: text (file.py:12)`, with the innermost line outside the import machinery."""
-    if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    line = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{line}"
 
 
 @dataclass(frozen=True)

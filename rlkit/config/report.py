@@ -147,7 +147,22 @@ def _batches(run: ResolvedRun) -> list[Line]:
             "tokens of a step",
             f"at most {most_tokens:,}, in micro-batches of up to {learner.tokens_per_microbatch:,}",
         ),
+        *_staleness(run),
     ]
+
+
+def _staleness(run: ResolvedRun) -> list[Line]:
+    most = run.config.trainer.max_staleness
+    if not most:
+        return []
+    how = getattr(run.algorithm_config, "rollout_correction", None)
+    bound = getattr(run.algorithm_config, "largest_weight", None)
+    weights = {
+        "truncate": f"importance weights truncated at {bound}",
+        "mask": f"importance weights, tokens above {bound} left out",
+        "decoupled": "importance weights as they are",
+    }.get(how or "", "no importance weights")
+    return [Line("batches", "staleness", f"at most {most} {_plural('version', most)}; {weights}")]
 
 
 def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from rlkit.experience.filters import BufferConfig
-from rlkit.experience.section import Section
+from rlkit.experience.section import LearningRate, Section, Seed
 
 
 class TrainerConfig(Section):
@@ -28,18 +28,24 @@ class TrainerConfig(Section):
     evaluation_prompts: int = Field(default=256, ge=1)
     """Held-out prompts per evaluation (all if there are fewer), one response each."""
     save_every_steps: int = Field(default=0, ge=0)
-    """Steps between checkpoints `checkpoints/step_NNNNNN/`, from which a run can resume. 0: only after the last
-    step."""
-    step_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Steps between checkpoints `checkpoints/step_NNNNNN/`, from which a run can resume. 0: by `save_every_minutes`.
+    Besides, one is made after the last step, when an evaluation improves `best_metric`, and when the run is ended by
+    SIGTERM, Ctrl-C, a failing reward or a deadline while a step is whole."""
+    save_every_minutes: float = Field(default=30.0, ge=0)
+    """Minutes after which the next whole step is saved, if none was since. 0: never."""
+    step_timeout_seconds: float = Field(default=1800.0, ge=1)
     """A step (collecting, updating, publishing), evaluation or checkpoint that takes longer ends the run; the
     message says who was waited for."""
-    startup_timeout_seconds: float = Field(default=600.0, gt=0)
+    startup_timeout_seconds: float = Field(default=600.0, ge=1)
     """The actors must be ready by then."""
     report_waits_after: float = Field(default=0.25, gt=0, lt=1)
     """A wait that has lasted this share of its deadline is reported on the screen, and again at each doubling of its
     time."""
     mismatch_alarm: float = Field(default=0.05, gt=0)
     """Warn when the mean difference between the sampler's and the learner's log-probs exceeds this in a step."""
+    max_mismatch: float | None = Field(default=0.2, gt=0)
+    """Stop the run when that mean exceeds this in three steps in a row (healthy: 1e-6 in fp32, 0.01 to 0.03 in
+    bfloat16); null: never."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept: the newest ones, and the best."""
     best_metric: str = "accuracy/heldout"
@@ -75,11 +81,11 @@ class RolloutConfig(Section):
     """Nucleus sampling; below 1 the sampler's log-probs no longer equal the learner's (with a warning)."""
     top_k: int = Field(default=0, ge=0)
     """Keep only the k likeliest tokens; 0 keeps all. The same warning applies."""
-    max_prompt_tokens: int = Field(default=512, ge=1)
+    max_prompt_tokens: int = Field(default=512, ge=8)
     """Longer prompts are bad rows: reported, counted, skipped."""
     max_response_tokens: int = Field(default=512, ge=1)
     """Sampling stops here (finish reason `length`)."""
-    max_concurrent_samples: int = Field(default=256, ge=1)
+    max_concurrent_samples: int = Field(default=256, ge=1, le=65536)
     """Sequences one engine decodes at a time."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 on CUDA, float32 on CPU."""
@@ -97,16 +103,27 @@ class RolloutConfig(Section):
     """Give each sample a seed, so that it does not matter where and beside what it is sampled: on GPUs vLLM then
     draws request by request, which is slow for many. auto: on CPU."""
     canary_tolerance: float | None = Field(default=None, gt=0)
-    """Largest log-prob difference on the canary prompt after a weight update; null: 1e-3 in fp32, 0.15 otherwise."""
+    """Largest log-prob difference on the canary prompts after a weight update; null: 1e-3 in fp32, 0.5 otherwise.
+    Finer: which parameters the engine wrote, whether their bits changed, and by how much the canary changed."""
     sleep: Literal["auto", "always", "never"] = "never"
     """CUDA: free the engines' GPU memory (weights and key-value cache) while the learner works. auto: if engines
     share GPUs with ranks and training is synchronous."""
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _explores(cls, temperature: Any) -> Any:
+        if not isinstance(temperature, bool) and temperature == 0:
+            raise ValueError(
+                "must be above 0: at 0 all responses to a prompt are the same, so none can be better than another "
+                "(an evaluation samples like training; a greedy one is not supported yet)"
+            )
+        return temperature
 
 
 class LearnerConfig(Section):
     """The DeepSpeed policy learner."""
 
-    learning_rate: float = Field(default=1e-6, gt=0)
+    learning_rate: LearningRate = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up, down to `min_learning_rate_ratio` at the last step."""
@@ -123,8 +140,9 @@ class LearnerConfig(Section):
     minibatches_per_step: int = Field(default=1, ge=1)
     """Optimizer steps per training step; each takes an equal share of the step's groups."""
     tokens_per_microbatch: int = Field(default=16384, ge=1)
-    """Tokens per forward and backward pass (a prompt shared inside a group counts once)."""
-    logit_elements_per_chunk: int = Field(default=2**24, ge=1)
+    """Tokens per forward and backward pass. A prompt shared inside a group counts once; if a quarter of attention's
+    keys (a prompt's are copied for each response) is more, that counts."""
+    logit_elements_per_chunk: int = Field(default=2**25, ge=1)
     """Logits are computed in chunks of at most this many elements (rows x vocabulary)."""
     ranks: int = Field(default=1, ge=1)
     """Data-parallel learner processes."""
@@ -144,7 +162,7 @@ class CriticConfig(LearnerConfig):
 
     path: str | None = None
     """Folder of the initial model; null: the policy's. A missing value head starts at zero."""
-    learning_rate: float = Field(default=1e-5, gt=0)
+    learning_rate: LearningRate = 1e-5
     """Peak learning rate of AdamW."""
     policy_waits_steps: int = Field(default=0, ge=0)
     """Training steps at the start in which only the critic learns."""
@@ -195,14 +213,14 @@ class TrackingConfig(Section):
     """live: a view that redraws itself; plain: a line per step; auto: live on a terminal, else plain."""
     tensorboard: bool = True
     """Write `tensorboard/` in the run folder."""
-    sample_groups_per_step: int | None = Field(default=None, ge=0)
+    sample_groups_per_step: int | None = Field(default=16, ge=0)
     """Groups per step whose best and worst response go to samples.jsonl; null: every group."""
 
 
 class RunConfig(Section):
     """The whole configuration of `python -m rlkit.train`."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seeds data order, sampling and all other randomness."""
     run_dir: Path
     """Folder of this run's files; created if missing, refused if it already holds a run."""
@@ -227,3 +245,21 @@ class RunConfig(Section):
     """A swappable part: `_target_` and the fields of its `Config`."""
     verifier: dict[str, Any]
     """A swappable part, one of the rewards: judges held-out answers, and training answers for `accuracy/train`."""
+
+    @field_validator("run_dir", mode="before")
+    @classmethod
+    def _is_named(cls, run_dir: Any) -> Any:
+        if run_dir == "":
+            raise ValueError("is empty; name a folder (run_dir=runs/NAME), or leave it out for one with the time in it")
+        return run_dir
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _is_a_way_to_resume(cls, resume: Any) -> Any:
+        ways = "auto (from the newest checkpoint of run_dir), the folder of a run or checkpoint, or never"
+        word = str(resume).lower()
+        if word in ("true", "yes", "on", "latest", "last", "newest", "1"):
+            raise ValueError(f"did you mean resume=auto? It is {ways}")
+        if word in ("false", "no", "off", "none", "0", ""):
+            raise ValueError(f"did you mean resume=never? It is {ways}")
+        return resume

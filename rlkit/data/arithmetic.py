@@ -72,9 +72,9 @@ def write_solution(steps: tuple[Step, ...], thing: str, style: Style) -> str:
 class ArithmeticConfig(DataConfig):
     """Sizes and ranges of the embedded task. The embedded models were made with the defaults."""
 
-    train_problems: int = Field(default=16384, ge=1)
+    train_problems: int = Field(default=16384, ge=1, le=10_000_000)
     """Problems to train on."""
-    heldout_problems: int = Field(default=1024, ge=1)
+    heldout_problems: int = Field(default=1024, ge=1, le=1_000_000)
     """Problems that are only evaluated on; no training problem has the same situation and numbers."""
     min_steps: int = Field(default=1, ge=1, le=3)
     """Fewest calculations in a problem."""

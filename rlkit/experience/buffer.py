@@ -14,16 +14,23 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlkit.experience.errors import UserError
-from rlkit.experience.filters import GroupFilter
+from rlkit.experience.filters import GroupFilter, verdict
 from rlkit.experience.types import Group
+
+NEARLY_ALL = 0.9
+"""Share of a step's rejected groups whose verdict explains why nothing is left."""
 
 
 class TooManyRejectedError(UserError):
     """The filters leave too little to train on; the message names them."""
+
+
+class DataSolvedError(TooManyRejectedError):
+    """Because the policy answers nearly every problem rightly: the good end of a run."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class BufferStats:
     dropped_stale: int
     rejected: Mapping[str, int]
     """By rule, since the start."""
+    verdicts: Mapping[str, int] = field(default_factory=dict)
+    """Rejected groups since the start, by `all_right`, `all_wrong` and `mixed`."""
 
 
 class ExperienceBuffer:
@@ -50,8 +59,11 @@ class ExperienceBuffer:
         self._version = 0
         self._dropped_stale = 0
         self._rejected: Counter[str] = Counter()
+        self._verdicts: Counter[str] = Counter()
         self._judged_this_step = 0
         self._rejected_this_step: Counter[str] = Counter()
+        self._rejected_groups: list[Group] = []
+        """Since they were last taken."""
 
     def reserve(self, limit: int) -> int:
         """How many groups a producer may start now, at most `limit`; they count as in flight from here on."""
@@ -74,6 +86,8 @@ class ExperienceBuffer:
         if rule is not None:
             self._rejected[rule] += 1
             self._rejected_this_step[rule] += 1
+            self._verdicts[verdict(group)] += 1
+            self._rejected_groups.append(group)
             self._check_rejections()
             return False
         self._ready.append(group)
@@ -95,6 +109,19 @@ class ExperienceBuffer:
         taken = [self._ready.popleft() for _ in range(self.groups_per_step)]
         return sorted(taken, key=lambda group: group.id)  # in the order asked for, whoever was scored first
 
+    def take_rejected(self) -> list[Group]:
+        """Rejected since the last call, sorted by id: metrics are of all judged groups."""
+        groups, self._rejected_groups = self._rejected_groups, []
+        return sorted(groups, key=lambda group: group.id)
+
+    def put_back(self, groups: int, versions: int) -> None:
+        """Undo a step that began and will not be trained: groups taken (they are asked for again), versions announced.
+
+        For a checkpoint in the middle of a step.
+        """
+        self._accepted -= groups
+        self._version -= versions
+
     def advance(self, version: int) -> None:
         """Weights of `version` are published. Raises ValueError if it does not follow the last."""
         if version != self._version + 1:
@@ -102,7 +129,14 @@ class ExperienceBuffer:
         self._version = version
 
     def stats(self) -> BufferStats:
-        return BufferStats(self._version, len(self._ready), self._in_flight, self._dropped_stale, dict(self._rejected))
+        return BufferStats(
+            self._version,
+            len(self._ready),
+            self._in_flight,
+            self._dropped_stale,
+            dict(self._rejected),
+            dict(self._verdicts),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the groups in flight, which are requested again after a resume."""
@@ -112,6 +146,7 @@ class ExperienceBuffer:
             "version": self._version,
             "dropped_stale": self._dropped_stale,
             "rejected": dict(self._rejected),
+            "verdicts": dict(self._verdicts),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -120,14 +155,33 @@ class ExperienceBuffer:
         self._version = state["version"]
         self._dropped_stale = state["dropped_stale"]
         self._rejected = Counter(state["rejected"])
+        self._verdicts = Counter(state.get("verdicts", {}))  # checkpoints before 0.3 have none
         self._in_flight = 0
 
     def _check_rejections(self) -> None:
         rejected, judged = self._rejected_this_step.total(), self._judged_this_step
-        if judged >= 2 * self.groups_per_step and rejected > self._max_rejected_share * judged:
-            rules = ", ".join(f"buffer.{rule}: {count}" for rule, count in self._rejected_this_step.most_common())
-            raise TooManyRejectedError(
-                f"{rejected} of {judged} groups of one step were rejected ({rules}), more than "
-                f"buffer.max_rejected_share={self._max_rejected_share:g}: the problems are too easy or too hard for "
-                "this policy, or a bound is wrong"
+        if judged < 2 * self.groups_per_step or rejected <= self._max_rejected_share * judged:
+            return
+        verdicts = Counter(verdict(group) for group in self._rejected_groups)
+        share, most = max((count / rejected, kind) for kind, count in verdicts.items())
+        explained = most if share >= NEARLY_ALL else "mixed"
+        rules = ", ".join(f"buffer.{rule}: {count}" for rule, count in self._rejected_this_step.most_common())
+        counted = (
+            f"{rejected} of {judged} groups of one step were rejected ({rules}), more than "
+            f"buffer.max_rejected_share={self._max_rejected_share:g}: "
+        )
+        if explained == "all_right":
+            raise DataSolvedError(
+                f"the data are solved: {counted}in {verdicts['all_right']} of them every response is right, so nothing "
+                "is left to learn from these problems"
             )
+        if explained == "all_wrong":
+            raise TooManyRejectedError(
+                f"{counted}in {verdicts['all_wrong']} of them every response is wrong, so nothing can be learnt: take "
+                "easier problems, begin with a better policy (python -m rlkit.sft), or look in samples.jsonl whether "
+                "the reward can read the answers"
+            )
+        seen = ", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in sorted(verdicts.items()))
+        raise TooManyRejectedError(
+            f"{counted}the problems are too easy or too hard for this policy ({seen}), or a bound is wrong"
+        )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlkit.experience.buffer import BufferStats, ExperienceBuffer, TooManyRejectedError
-from rlkit.experience.filters import BufferConfig, make_filter
+from rlkit.experience.filters import BufferConfig, make_filter, masked
 from rlkit.experience.types import Group
 
 
@@ -16,6 +16,7 @@ class BufferActor:
 
     def __init__(self, groups_per_step: int, max_staleness: int, config: BufferConfig) -> None:
         self.buffer = ExperienceBuffer(groups_per_step, max_staleness, make_filter(config), config.max_rejected_share)
+        self.masks_truncated = config.truncated == "mask"
         self.changed = asyncio.Condition()
         self.failure: TooManyRejectedError | None = None
 
@@ -37,7 +38,7 @@ class BufferActor:
         async with self.changed:
             try:
                 for group in groups:
-                    self.buffer.add(group)
+                    self.buffer.add(masked(group) if self.masks_truncated else group)
             except TooManyRejectedError as error:
                 self.failure = error  # whoever waits in `take` must hear of it
                 raise
@@ -59,6 +60,12 @@ class BufferActor:
                 self.changed.notify_all()  # stale groups may have been dropped: there is room again
                 await self.changed.wait()
             return groups
+
+    async def take_rejected(self) -> list[Group]:
+        return self.buffer.take_rejected()
+
+    async def put_back(self, groups: int, versions: int) -> None:
+        self.buffer.put_back(groups, versions)
 
     async def advance(self, version: int) -> None:
         async with self.changed:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlkit.experience.section import Section
-from rlkit.experience.types import Group
+from rlkit.experience.types import Group, Sample, Score
 
 GroupFilter = Callable[[Group], str | None]
 """Returns the name of the rule that rejects a group, or None."""
@@ -23,10 +25,30 @@ class BufferConfig(Section):
     """Reject groups whose mean reward is below this (inclusive; with 0/1 rewards: the group's accuracy)."""
     max_group_reward: float | None = None
     """Reject groups whose mean reward is above this (inclusive)."""
+    truncated: Literal["keep", "mask", "drop_group"] = "keep"
+    """Responses cut at `rollout.max_response_tokens`. keep: trained on with the reward they got; mask: left out of
+    baselines and loss, as invalid ones are (DAPO's overlong filtering); drop_group: their whole group is rejected."""
     drop_truncated: bool = False
-    """Reject groups with a response cut at `rollout.max_response_tokens`."""
+    """Older form of `truncated=drop_group`."""
     max_rejected_share: float = Field(default=0.9, gt=0, lt=1)
-    """If more than this share of a step's groups is rejected, the run stops and names the filter."""
+    """If more than this share of a step's groups is rejected, the run ends: well if the policy answers them all
+    rightly, else with an error that names the filter."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.drop_truncated and self.truncated == "mask":
+            raise ValueError("drop_truncated is the older form of truncated=drop_group; set truncated alone")
+        return self
+
+    @property
+    def drops_groups(self) -> bool:
+        """Whether a group may be rejected."""
+        bounds = (self.min_group_reward, self.max_group_reward)
+        return self.drop_equal_rewards or self.drops_truncated or any(bound is not None for bound in bounds)
+
+    @property
+    def drops_truncated(self) -> bool:
+        return self.drop_truncated or self.truncated == "drop_group"
 
 
 def make_filter(config: BufferConfig) -> GroupFilter:
@@ -37,8 +59,8 @@ def make_filter(config: BufferConfig) -> GroupFilter:
 
     def rejected_by(group: Group) -> str | None:
         rewards = np.array([score.value for _, score in group.scored() if score.valid and score.value is not None])
-        if config.drop_truncated and any(sample.finish_reason == "length" for sample in group.samples):
-            return "drop_truncated"
+        if config.drops_truncated and any(map(is_truncated, group.samples)):
+            return "truncated"
         if len(rewards) == 0:
             return None
         if config.drop_equal_rewards and np.ptp(rewards) == 0:
@@ -50,3 +72,26 @@ def make_filter(config: BufferConfig) -> GroupFilter:
         return None
 
     return rejected_by
+
+
+def is_truncated(sample: Sample) -> bool:
+    return sample.finish_reason == "length"
+
+
+def masked(group: Group) -> Group:
+    """The scored group with invalid scores for its truncated samples."""
+    if group.scores is None or not any(map(is_truncated, group.samples)):
+        return group
+    cut = Score.invalid("truncated: cut at rollout.max_response_tokens (buffer.truncated=mask)")
+    scores = tuple(cut if score.valid and is_truncated(sample) else score for sample, score in group.scored())
+    return group.with_scores(replace(group.scores, samples=scores))
+
+
+Verdict = Literal["all_right", "all_wrong", "mixed"]
+
+
+def verdict(group: Group) -> Verdict:
+    """By the component `correct`, or the reward: all valid samples 1 (right), or all 0 (wrong)."""
+    valid = [score for _, score in group.scored() if score.valid]
+    values = {score.components.get("correct", score.value) for score in valid}
+    return "all_right" if values == {1.0} else "all_wrong" if values == {0.0} else "mixed"

@@ -16,9 +16,9 @@ from pydantic import Field
 
 from rlkit.checkpoint.resume import find_resume
 from rlkit.config.command import asks_for_help, split_off_file
-from rlkit.config.compose import parse_overrides, quoted
-from rlkit.config.loading import load_config
+from rlkit.config.loading import PATH_KEYS, at_home, load_config
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, did_you_mean, validate
+from rlkit.config.overrides import parse_overrides, quoted
 from rlkit.config.parts import ResolvedRun, plain
 from rlkit.config.report import plan, plan_text
 from rlkit.config.schema import RunConfig
@@ -43,8 +43,6 @@ from rlkit.models.folder import ModelFolderError
 
 ADDRESS = "cluster.address"
 CONFIG_IN_ARCHIVE = "submitted_config.yaml"
-PATH_KEYS = ("path", "template", "file", "folder", "dir")
-"""Fields whose names end in one of these name files."""
 ELSEWHERE = " (here; the job looks for it on the cluster)"
 USAGE = """\
 [bold]python -m rlkit.submit[/] cluster.address=http://HOST:8265 \\[what rlkit.train takes ...] \\[submit.key=value ...]
@@ -172,7 +170,7 @@ def check_here(overrides: Sequence[str], file: Path | None, folder: Path) -> Che
 
 def _absent_paths(overrides: Sequence[str], file: Path | None) -> list[str]:
     """They may exist on the cluster, where the job checks them."""
-    values = [text.partition("=")[2].strip("'\"") for text in overrides]
+    values = [at_home(text.partition("=")[2].strip("'\"")) for text in overrides]
     if file is not None and file.is_file():
         values += re.findall(r""":\s*['"]?(/[^\s'"]+)""", file.read_text(errors="replace"))
     return [value for value in values if value.startswith("/") and not Path(value).exists()]

@@ -18,6 +18,7 @@ from rlkit.learner.batches import Microbatch, PolicyRows, Share, ValueRows
 from rlkit.learner.dealing import passes, policy_shares, value_shares
 from rlkit.learner.ranks import Rank, RankGroup
 from rlkit.weights.bundle import WeightBundle
+from rlkit.weights.publication import Canary
 
 if TYPE_CHECKING:
     from rlkit.learner.critic import Critic
@@ -58,7 +59,7 @@ class LearnerWorker(Rank):
         """[R of all] under policy and reference."""
         return self.learner.logprobs(microbatches), self.learner.logprobs(microbatches, "reference")
 
-    def weights(self, canary: Sequence[int]) -> tuple[WeightBundle | None, int, np.ndarray]:
+    def weights(self, canary: Canary) -> tuple[WeightBundle | None, int, np.ndarray]:
         """Return weights (on rank 0; ZeRO-3 gathers on all), version and canary log-probs.
 
         An empty canary costs no forward pass, which an offloaded model could not do.
@@ -69,12 +70,12 @@ class LearnerWorker(Rank):
         else:
             for _ in self.learner.named_weights():
                 pass  # ZeRO-3 gathers on all ranks
-        logprobs = self.learner.sequence_logprobs(canary) if canary else np.empty(0, dtype=np.float32)
+        logprobs = self.learner.canary_logprobs(canary) if canary else np.empty(0, dtype=np.float32)
         return bundle, self.learner.version, logprobs
 
-    def canary_logprobs(self, canary: Sequence[int]) -> np.ndarray:
-        """[len(canary) - 1] under the current weights."""
-        return self.learner.sequence_logprobs(canary)
+    def canary_logprobs(self, canary: Canary) -> np.ndarray:
+        """Under the current weights: of all sequences, each without its first token."""
+        return self.learner.canary_logprobs(canary)
 
     def send_weights(self, workers: Sequence[Any], version: int) -> str:
         """Send weights to ready rollout workers; return the checksum (rank 0). Raises ValueError if `version` is not
@@ -154,13 +155,13 @@ class LearnerGroup(RankGroup):
         policy, reference = zip(*await self.call_each("logprobs", work.microbatches), strict=True)
         return work.per_sample(policy), work.per_sample(reference)
 
-    async def canary_logprobs(self, canary: Sequence[int]) -> np.ndarray:
+    async def canary_logprobs(self, canary: Canary) -> np.ndarray:
         logprobs: np.ndarray = await self.call("canary_logprobs", canary)
         return logprobs
 
-    async def publishable(self, canary: Sequence[int]) -> tuple[Any, int, np.ndarray]:
-        """Return a reference to a WeightBundle, its version, and the canary's log-probs [len(canary) - 1]."""
-        calls = [rank.weights.options(num_returns=3).remote(list(canary)) for rank in self.ranks]
+    async def publishable(self, canary: Canary) -> tuple[Any, int, np.ndarray]:
+        """Return a reference to a WeightBundle, its version, and the canary's log-probs."""
+        calls = [rank.weights.options(num_returns=3).remote(canary) for rank in self.ranks]
         logprobs = await self.answers("weights", [logprobs for _, _, logprobs in calls])
         bundle, version, _ = calls[0]
         return bundle, await version, logprobs[0]

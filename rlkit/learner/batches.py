@@ -116,7 +116,7 @@ def per_token(forward: Callable[[PackedBatch], Tensor], microbatches: Sequence[M
 
 def charge(tree: Tree) -> int:
     """What it takes of `tokens_per_microbatch`."""
-    return tree.tokens
+    return tree.charged_tokens
 
 
 def split_tree(tree: Tree, limit: int) -> list[list[int]]:

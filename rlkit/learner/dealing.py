@@ -117,6 +117,8 @@ class _Part:
     group: int
     samples: tuple[int, ...]
     tokens: int
+    """To compute."""
+    charge: int
     """What they take of `tokens_per_microbatch`."""
 
 
@@ -149,7 +151,8 @@ class _Batch:
         return parts
 
     def _part(self, group: int, samples: tuple[int, ...]) -> _Part:
-        return _Part(group, samples, charge(self._tree_of(group, samples)))
+        tree = self._tree_of(group, samples)
+        return _Part(group, samples, tree.tokens, charge(tree))
 
     def _tree(self, part: _Part) -> Tree:
         return self._tree_of(part.group, part.samples)
@@ -214,7 +217,7 @@ class _Batch:
         of_ranks = []
         for of_rank in dealt:
             mine = [parts[p] for p in (sorted(of_rank) if in_order else of_rank)]
-            of_ranks.append([[mine[i] for i in bins] for bins in split_by_tokens([p.tokens for p in mine], limit)])
+            of_ranks.append([[mine[i] for i in bins] for bins in split_by_tokens([p.charge for p in mine], limit)])
         rounds = max(1, *map(len, of_ranks))
         return [[*dealt, *([] for _ in range(rounds - len(dealt)))] for dealt in of_ranks]
 

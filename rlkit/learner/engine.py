@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,12 +80,21 @@ def init_process_group(
 
     # DeepSpeed would compile its shared-memory collectives on first use: over a minute on two cores. Gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device == "cuda" else "gloo",
+    backend = "nccl" if device == "cuda" else "gloo"
+    timeout = deepspeed.constants.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
+    # The store of a group that DeepSpeed or torch makes listens on every interface, without any authentication.
+    store: dict[str, Any] = {}
+    if rank == 0:
+        listening = socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        store = {"is_master": True, "master_listen_fd": listening.detach()}
+    dist.init_process_group(
+        backend,
+        store=dist.TCPStore(address, port, world_size, timeout=timeout, **store),
         rank=rank,
         world_size=world_size,
-        **({} if seconds is None else {"timeout": timedelta(seconds=seconds)}),
+        timeout=timeout,
     )
+    deepspeed.init_distributed(dist_backend=backend, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
 from rlkit.learner.metrics import StepMetrics, mismatch
-from rlkit.learner.policy_folder import save_policy, with_buffers
+from rlkit.learner.policy_folder import parameter_metas, save_policy, with_buffers
+from rlkit.learner.weight_names import CheckpointNames
 from rlkit.models.packing import PackedBatch, Tree, pack
 from rlkit.models.policy import load_causal_lm
 from rlkit.weights.bundle import TensorMeta, buckets
@@ -61,9 +62,10 @@ class PolicyLearner:
     # -- log-probs -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sequence_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[len - 1] log-probs at temperature 1 of every token but the first."""
-        packed = pack([Tree(token_ids[:1], (token_ids[1:],))]).to(self.device)
+    def canary_logprobs(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Log-probs at temperature 1 of all sequences in one packed row, each without its first token: [sum of
+        (length - 1)]."""
+        packed = pack([Tree(ids[:1], (ids[1:],)) for ids in sequences]).to(self.device)
         logprobs, _ = self.engine(packed, 1.0, self.config.logit_elements_per_chunk)
         return logprobs.float().cpu().numpy()
 
@@ -177,20 +179,27 @@ class PolicyLearner:
 
     def weight_metas(self) -> list[TensorMeta]:
         """What `named_weights` yields, without gathering."""
-        return [
-            TensorMeta(name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
-            for name, parameter in self.engine.module.model.named_parameters()
-        ]
+        return self._names.metas
+
+    @cached_property
+    def _names(self) -> CheckpointNames:
+        model = self.engine.module.model
+        return CheckpointNames(model, parameter_metas(model))
 
     def named_weights(self, bucket_bytes: int = GATHERED_BYTES) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (Hugging Face name, full tensor), tied ones once. All ranks iterate.
+        """Yield (name in a checkpoint, full tensor), tied ones once. All ranks iterate.
 
         ZeRO-3 gathers `bucket_bytes` at a time and frees them again: copy what must outlive the iteration.
         """
+        return self._names.convert(self._parameters(bucket_bytes))
+
+    def _parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name in the model, full tensor)."""
         import deepspeed
 
-        parameters = dict(self.engine.module.model.named_parameters())
-        for bucket in buckets(self.weight_metas(), bucket_bytes):
+        model = self.engine.module.model
+        parameters = dict(model.named_parameters())
+        for bucket in buckets(parameter_metas(model), bucket_bytes):
             gathered = [parameters[meta.name] for meta in bucket]
             with deepspeed.zero.GatheredParameters(gathered, enabled=self.config.zero_stage == 3):
                 for meta, parameter in zip(bucket, gathered, strict=True):
@@ -199,8 +208,10 @@ class PolicyLearner:
     def save(self, folder: Path) -> list[WrittenFile]:
         """Write a Hugging Face model folder; return its weights' files. All ranks call it, rank 0 writes."""
         if self.rank:
-            for _ in self.named_weights():
+            for _ in self._parameters(GATHERED_BYTES):
                 pass  # ZeRO-3 gathers on all ranks
             return []
-        metas, weights = with_buffers(self.engine.module.model, self.weight_metas(), self.named_weights())
-        return save_policy(self.hf_config, metas, weights, folder)
+        model = self.engine.module.model
+        return save_policy(
+            self.hf_config, *with_buffers(model, parameter_metas(model), self._parameters(GATHERED_BYTES)), folder
+        )

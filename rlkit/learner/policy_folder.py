@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkit.learner.engine import full_shape
+from rlkit.learner.weight_names import CheckpointNames
 from rlkit.weights.bundle import TensorMeta, buckets
 from rlkit.weights.tensor_file import WrittenFile, write_tensors
 
@@ -30,13 +31,14 @@ def save_policy(
 ) -> list[WrittenFile]:
     """Write the weights, which come in the order of `metas`, config and generation config; return the weights' files.
 
+    They come under the names they have in the model, and are written under those of a checkpoint.
     Raises ValueError, before anything is written, if a parameter of the architecture is not among them.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         # A copy: transformers writes the attention's name into the configuration, which the trained model shares.
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager")
     names = {meta.name for meta in metas}
     left = [name for name, _ in model.named_parameters() if name not in names]
     if left:
@@ -47,7 +49,8 @@ def save_policy(
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    return _write_shards(folder, metas, iter(weights), shard_bytes)
+    checkpoint = CheckpointNames(model, metas)
+    return _write_shards(folder, checkpoint.metas, checkpoint.convert(weights), shard_bytes)
 
 
 def _write_shards(

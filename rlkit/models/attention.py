@@ -165,6 +165,8 @@ class _Fused:
         seen = None
         if not causal:
             seen = pattern.sees(bucket.positions[:, None, :, None], torch.arange(k.shape[2], device=k.device))
+        if q.is_cuda:  # of its kernels flash alone takes grouped heads; without one all scores would exist at once
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         return nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
         )

@@ -85,7 +85,7 @@ def _no_folder(path: str, folder: Path) -> str:
 
 
 def _shape(config: dict[str, Any], folder: Path) -> ModelShape:
-    text = config.get("text_config", config)
+    text = _usual_names(config.get("text_config", config))
     heads = int(text["num_attention_heads"])
     positions = text.get("max_position_embeddings")
     hidden, vocabulary = int(text["hidden_size"]), int(text["vocab_size"])
@@ -103,6 +103,25 @@ def _shape(config: dict[str, Any], folder: Path) -> ModelShape:
         largest=max([*sizes.values(), vocabulary * hidden]),
         tied=bool(text.get("tie_word_embeddings")) if not sizes else not any("lm_head" in name for name in sizes),
     )
+
+
+_OTHER_NAMES = {
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("n_embd", "d_model"),
+    "max_position_embeddings": ("n_positions", "max_seq_len"),
+}
+"""Of GPT-2, GPT-J, GPT-Neo, Bloom, MPT: transformers' `attribute_map`."""
+
+
+def _usual_names(text: dict[str, Any]) -> dict[str, Any]:
+    others = {
+        usual: text[name]
+        for usual, names in _OTHER_NAMES.items()
+        for name in names
+        if usual not in text and name in text
+    }
+    return {**others, **text}
 
 
 def _intermediate(text: dict[str, Any], hidden: int) -> int:

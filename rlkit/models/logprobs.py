@@ -2,7 +2,8 @@
 
 With z = cap(scale * (h W^T + b)) / temperature, cap(x) = softcap * tanh(x / softcap), p = softmax(z), H = -sum p log p:
     d logp_y / d z = onehot(y) - p     d H / d z = -p * (log p + H)     d cap(x) / d x = 1 - (cap(x) / softcap)^2
-The backward pass recomputes each chunk of logits, of the rows that have a gradient.
+The backward pass recomputes each chunk of logits, of the rows that have a gradient. In half precision logits are
+rounded once, as vLLM's are; softmax and all sums are fp32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ELEMENTS_PER_CHUNK = 2**25
+"""Logits at once. A vocabulary of 152k has 220 rows of them: fewer reread the head's weight too often."""
 WEIGHT_ROWS_PER_BLOCK = 2**14
 """Of the weight's gradient, where a product cannot be added in place."""
 
@@ -36,7 +39,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             logp = torch.log_softmax(logits.div_(temperature), dim=1)
             del logits
             logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
-            entropy[rows] = -_sum_of_products(logp.exp(), logp)
+            entropy[rows] = -logp.exp().mul_(logp).sum(dim=1)
+            del logp  # before the next chunk
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.temperature, ctx.scale, ctx.softcap, ctx.chunk = temperature, scale, softcap, chunk
         ctx.set_materialize_grads(False)  # a loss without an entropy term then skips that part of the backward pass
@@ -59,8 +63,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
             logp = torch.log_softmax(logits.div_(ctx.temperature), dim=1)
             del logits
-            p = logp.exp() if grad_entropy is not None else logp.exp_()
-            grad = p * -grad_logprobs[rows, None] if grad_entropy is not None else p.mul_(-grad_logprobs[rows, None])
+            p = logp.exp_() if grad_entropy is None else logp.exp()
+            grad = p.mul_(-grad_logprobs[rows, None]) if grad_entropy is None else p * -grad_logprobs[rows, None]
             grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
             if grad_entropy is not None:
                 grad -= p.mul_(grad_entropy[rows, None]).mul_(logp.add_(entropy[rows, None]))
@@ -75,6 +79,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 grad_bias += grad.sum(dim=0)
             _add_product(grad_weight, grad, rows_hidden)
             grad_hidden[rows] = grad.to(hidden.dtype) @ weight
+            del grad, slope  # before the next chunk
         return (
             grad_hidden,
             grad_weight.to(weight.dtype),
@@ -97,11 +102,6 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
     return logits
 
 
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """Per row; `a` is overwritten."""
-    return a.mul_(b).sum(dim=1)
-
-
 def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """total [V, D] += grad [R, V]^T hidden [R, D], with fp32 sums and no second [V, D] block."""
     if not (hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)):
@@ -121,7 +121,7 @@ def selected_logprobs(
     temperature: float = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
-    elements_per_chunk: int = 2**24,
+    elements_per_chunk: int = ELEMENTS_PER_CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """hidden [R, D], weight [V, D], targets [R] -> log-probs [R] and entropies [R], fp32, differentiable in both.
 
@@ -145,7 +145,11 @@ class LogProbLinear(nn.Linear):
     """Of log-probs' logits: the model's final soft cap (Gemma 2)."""
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, targets: Tensor | None = None, temperature: float = 1.0, elements_per_chunk: int = 2**24
+        self,
+        input: Tensor,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        elements_per_chunk: int = ELEMENTS_PER_CHUNK,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The head's own logits [..., V] without targets; log-probs, entropies [R] with targets [R] and input [R, D].
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.base import DataConfig
-from rlkit.experience.section import Section
+from rlkit.experience.section import Deadline, LearningRate, Section, Seed
 from rlkit.models.folder import ModelFolderError, check_model_folder
 from rlkit.reward_training.rows import RewardDataConfig
 
@@ -24,7 +24,7 @@ class TrainRewardConfig(Section):
     stage: Stage = "train"
     """train: train and save `model/`; evaluate: judge the model on all rows of the data. reward=polar trains in two
     stages, pretrain and finetune, and can generate its pre-training data."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seeds the order of the rows and everything else that is random."""
     run_dir: Path
     """Folder of this run's files; created if missing, refused if it already holds a run."""
@@ -34,7 +34,7 @@ class TrainRewardConfig(Section):
     """Device of the model."""
     threads: int = Field(default=2, ge=1)
     """CPU threads of each rank."""
-    rank_timeout_seconds: float = Field(default=1800.0, gt=0)
+    rank_timeout_seconds: Deadline = 1800.0
     """With several ranks: how long one may keep the others waiting before all end, naming who waited. Must exceed what
     a rank does alone (saving the model)."""
     reward: dict[str, Any]
@@ -56,7 +56,7 @@ class RewardTrainingConfig(Section):
     """Optimizer steps, in place of `epochs`."""
     batch_size: int = Field(default=64, ge=1)
     """Examples per optimizer step."""
-    learning_rate: float = Field(default=1e-6, gt=0)
+    learning_rate: LearningRate = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after warm-up, down to `min_learning_rate_ratio` at the last step."""

@@ -16,8 +16,8 @@ from rich.markup import escape
 
 import rlkit
 from rlkit.config.command import print_error
-from rlkit.config.compose import group_options, option_fields
-from rlkit.config.help import headline, print_section
+from rlkit.config.compose import group_options, headline, option_fields
+from rlkit.config.help import print_section
 from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import TARGET, Contract, PartError, conf_dir, import_part

@@ -42,7 +42,8 @@ class PromptTree:
 
     @property
     def tokens(self) -> int:
-        return self.tree.tokens
+        """Against a micro-batch's limit."""
+        return self.tree.charged_tokens
 
 
 def pair_indices(items: Sequence[PromptTree]) -> tuple[list[int], list[int]]:

@@ -1,11 +1,11 @@
-"""The receiving end of a direct weight transfer, inside vLLM's own workers: vLLM's engines, plus a checksum.
+"""The receiving end of new weights, inside vLLM's own workers: vLLM's loading, plus a checksum and a report.
 
 vLLM imports this module in its workers (`worker_extension_cls`), which registers the engines under the names below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,44 +18,51 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
+from rlkit.rollout.loaded import LoadedWeights, silence_vllm
 from rlkit.weights import gloo
 from rlkit.weights.bundle import TensorMeta, WeightDigest, buckets, unpack
+from rlkit.weights.publication import Loaded
 
 EXTENSION = "rlkit.rollout.receiver.Receiver"
 BACKENDS = {"gloo": "rlkit_gloo", "nccl": "rlkit_nccl", "ipc": "rlkit_ipc"}
 """Name of a way in the configuration -> name of its engine in vLLM."""
 
 
-class _Tap:
-    """Stands in for the model while weights arrive: counts them, then loads them."""
+class _Tap(LoadedWeights):
+    """With a checksum of what came."""
 
-    def __init__(self, model: Any, digest: WeightDigest) -> None:
-        self.model, self.digest = model, digest
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.digest = WeightDigest()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         arrived = list(weights)
         for name, tensor in arrived:
             self.digest.add(name, tensor)
-        return self.model.load_weights(arrived)
+        return super().load_weights(arrived)
 
 
 class _Counting:
-    """Mixin for an engine of vLLM: `digest` is of all tensors since the last `start_weight_update`."""
+    """Mixin for an engine of vLLM: `tap` is of all tensors since the last `start_weight_update`."""
 
     model: Any
-    digest: WeightDigest
+    tap: _Tap
 
     def start_weight_update(self) -> None:
-        self.digest = WeightDigest()
+        self.tap = _Tap(self.model)
         super().start_weight_update()  # type: ignore[misc]
 
     def receive_weights(self, update_info: Any) -> None:
         model = self.model
-        self.model = _Tap(model, self.digest)
+        self.model = self.tap
         try:
             super().receive_weights(update_info)  # type: ignore[misc]
         finally:
             self.model = model
+
+    def finish_weight_update(self) -> None:
+        self.tap.complete()
+        super().finish_weight_update()  # type: ignore[misc]
 
 
 class CountingNCCL(_Counting, NCCLWeightTransferEngine): ...
@@ -100,13 +107,40 @@ class CountingGloo(_Counting, Gloo): ...
 
 
 class Receiver:
+    """Methods that vLLM's workers get besides their own."""
+
     weight_transfer_engine: Any
+    arrivals: LoadedWeights | None = None
+    """Not reported yet."""
+
+    def load_bundle(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+        """Replace the weights."""
+        worker: Any = self
+        model = worker.get_model()
+        arrivals = LoadedWeights(model)
+
+        def load_weights(pairs: Iterable[tuple[str, Tensor]]) -> Any:
+            del model.load_weights  # the model's own again
+            result = arrivals.load_weights(pairs)
+            arrivals.complete()
+            return result
+
+        model.load_weights = load_weights
+        worker.reload_weights(weights_iterator=weights)
+        self.arrivals = arrivals
+
+    def loaded_report(self) -> Loaded | None:
+        """On what was loaded since the last report; None if nothing was."""
+        arrivals, self.arrivals = self.arrivals, None
+        return None if arrivals is None else arrivals.report()
 
     def received_checksum(self) -> str:
         """Of the weights that the last update brought."""
-        checksum: str = self.weight_transfer_engine.digest.hexdigest()
+        self.arrivals = self.weight_transfer_engine.tap
+        checksum: str = self.weight_transfer_engine.tap.digest.hexdigest()
         return checksum
 
 
+silence_vllm()
 for _name, _engine in (("gloo", CountingGloo), ("nccl", CountingNCCL), ("ipc", CountingIPC)):
     WeightTransferEngineFactory.register_engine(BACKENDS[_name], _engine)

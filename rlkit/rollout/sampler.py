@@ -14,6 +14,7 @@ from rlkit.config.plan import WeightRoute
 from rlkit.config.schema import RolloutConfig
 from rlkit.experience.types import FinishReason
 from rlkit.weights.bundle import WeightBundle
+from rlkit.weights.publication import Loaded
 
 FIRST_LOGPROB = 1  # vLLM reports None for the first prompt token
 
@@ -122,11 +123,11 @@ class Sampler:
         scheduling: dict[str, Any] = (
             {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)} if on_cpu else {}
         )
-        transfer: dict[str, Any] = {}
-        if route != "object_store":
-            from rlkit.rollout.receiver import BACKENDS, EXTENSION
+        from rlkit.rollout.receiver import BACKENDS, EXTENSION
 
-            transfer = {"weight_transfer_config": {"backend": BACKENDS[route]}, "worker_extension_cls": EXTENSION}
+        transfer: dict[str, Any] = {"worker_extension_cls": EXTENSION}
+        if route != "object_store":
+            transfer["weight_transfer_config"] = {"backend": BACKENDS[route]}
         self.config, self.device = config, device
         self.stop_token_ids = list(stop_token_ids)
         self.asleep: set[str] = set()
@@ -185,7 +186,7 @@ class Sampler:
 
     def load(self, bundle: WeightBundle) -> None:
         """Replace the weights and drop the prefix cache."""
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": list(bundle.tensors())})
+        self.engine.collective_rpc("load_bundle", kwargs={"weights": list(bundle.tensors())})
         self._forget()
 
     def receive(self, step: str, **arguments: Any) -> None:
@@ -201,6 +202,13 @@ class Sampler:
             raise RuntimeError(f"the GPUs of one engine received different weights: {', '.join(sorted(checksums))}")
         checksum: str = checksums.pop()
         return checksum
+
+    def loaded(self) -> Loaded | None:
+        """What was loaded since the last call, on all of the engine's GPUs together; None if one loaded nothing."""
+        reports: list[Loaded | None] = self.engine.collective_rpc("loaded_report")
+        if None in reports:
+            return None
+        return _joined([report for report in reports if report is not None])
 
     def sleep(self, level: int) -> None:
         """Free GPU memory. Level 1 keeps the weights in host memory; 2 drops them."""
@@ -218,22 +226,38 @@ class Sampler:
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache: requests were still running")
 
-    def prompt_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[len - 1] log-probs of every token but the first. Raises RuntimeError while requests are running."""
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Log-probs of all sequences, each without its first token: [sum of (length - 1)].
+
+        Raises RuntimeError while requests are running.
+        """
         from vllm import SamplingParams
 
         if self.busy:
             raise RuntimeError("prompt_logprobs while requests are running")
-        self.engine.add_request(
-            "canary",
-            {"prompt_token_ids": list(token_ids)},
-            SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
-        )
-        finished: list[Any] = []
+        for i, token_ids in enumerate(sequences):
+            self.engine.add_request(
+                f"canary-{i}",
+                {"prompt_token_ids": list(token_ids)},
+                SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+            )
+        finished: dict[str, Any] = {}
         while self.busy:
-            finished += [output for output in self.engine.step() if output.finished]
-        rows = finished[0].prompt_logprobs[FIRST_LOGPROB:]
-        return np.array([row[token].logprob for row, token in zip(rows, token_ids[1:], strict=True)], dtype=np.float32)
+            finished |= {output.request_id: output for output in self.engine.step() if output.finished}
+        logprobs = [
+            row[token].logprob
+            for i, token_ids in enumerate(sequences)
+            for row, token in zip(finished[f"canary-{i}"].prompt_logprobs[FIRST_LOGPROB:], token_ids[1:], strict=True)
+        ]
+        return np.array(logprobs, dtype=np.float32)
+
+
+def _joined(reports: Sequence[Loaded]) -> Loaded:
+    return Loaded(
+        unwritten=tuple(dict.fromkeys(name for report in reports for name in report.unwritten)),
+        arrived=sum(report.arrived for report in reports),
+        held=sum(report.held for report in reports),
+    )
 
 
 def _repack_head(model: Any) -> None:

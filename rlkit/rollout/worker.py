@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from rlkit.config.plan import engines_sleep, samples_have_seeds, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group, Prompt, Sample
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
 from rlkit.weights.bundle import WeightBundle
-from rlkit.weights.publication import WeightReceipt
+from rlkit.weights.publication import Canary, WeightReceipt
 
 T = TypeVar("T")
 
@@ -233,19 +235,23 @@ class RolloutWorker:
         if step == "finish_weight_update":
             self.version, self.checksum, self.announced = version, self.sampler.received_checksum(), None
 
-    async def confirm(self, canary: Sequence[int]) -> WeightReceipt:
+    async def confirm(self, canary: Canary) -> WeightReceipt:
         return await self._in_thread(lambda: self._confirm(canary))
 
-    def _confirm(self, canary: Sequence[int]) -> WeightReceipt:
+    def _confirm(self, canary: Canary) -> WeightReceipt:
         self.sampler.wake("kv_cache")
-        return WeightReceipt(self.version, self.checksum, self.announced, self.sampler.prompt_logprobs(canary))
+        loaded = self.sampler.loaded()
+        # A layer that was written in part holds what was in memory before: nothing is computed with that.
+        usable = loaded is None or not loaded.unwritten
+        logprobs = self.sampler.prompt_logprobs(canary) if usable else np.empty(0, np.float32)
+        return WeightReceipt(self.version, self.checksum, self.announced, logprobs, loaded)
 
     async def admit(self) -> None:
         """Take groups again: the receipt was accepted."""
         self.closed = False
         self.admission.release()
 
-    async def load_weights(self, bundle: WeightBundle, canary: Sequence[int]) -> WeightReceipt:
+    async def load_weights(self, bundle: WeightBundle, canary: Canary) -> WeightReceipt:
         """`prepare`, `take` and `confirm` in one call."""
         await self.prepare()
         await self.take(bundle)

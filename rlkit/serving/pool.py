@@ -23,7 +23,7 @@ from ray.exceptions import (
 )
 
 from rewards.base import RewardContext, RewardTraits, TrainableReward, UpdateWhen
-from rlkit.cluster.placement import Place, anywhere
+from rlkit.cluster.placement import NO_GPU, Place, anywhere
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.parts import import_part
 from rlkit.experience import Group
@@ -313,6 +313,8 @@ class RewardPool:
             "TOKENIZERS_PARALLELISM": "false",
         }
         log_path = None if self._logs is None else str(self._logs / f"{self._name}-{worker.index}.log")
+        if not self._context.gpus:
+            environment |= NO_GPU
         kind = ray.remote(num_cpus=0, num_gpus=self._context.gpus, max_restarts=0)(RewardWorker)
         worker.actor = kind.options(runtime_env={"env_vars": environment}, **self._place(worker.index)).remote(
             self.target, self._options, self._context, log_path

@@ -226,6 +226,9 @@ def summary_lines(
         before, after = float(summary["accuracy_before"]), float(summary["accuracy_after"])
         arrow = "->" if ascii_only else "→"
         rows["held-out accuracy"] = f"{before:.1%} {arrow} {after:.1%} ({100 * (after - before):+.1f} points)"
+    best = summary.get("best")
+    if best is not None and best["step"] != summary.get("steps"):
+        rows["best"] = f"{best['metric']} {best['value']:.3f} after step {best['step']}: {best['policy'] or 'not kept'}"
     if progress.rewards:
         rows["reward"] = f"{sparkline(progress.rewards, 40, ascii_only)} {progress.rewards[-1]:.3f}"
     seconds = float(summary.get("wall_seconds") or progress.elapsed)

@@ -123,6 +123,8 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray)):
+        if value.dtype.kind in "biu":  # token ids: nothing below needs a look
+            return value.tolist()
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,26 @@ import numpy as np
 
 from rlkit.experience import UserError
 
+Canary = tuple[tuple[int, ...], ...]
+"""Token ids of sequences whose log-probs sampler and learner compare."""
+NOISES_OF_A_MEASURED_CHANGE = 12.0
+LEAST_CHANGE_SHOWN = 0.5
+
 
 class WeightsNotLoadedError(UserError):
     """A worker samples with other weights than those published."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What an engine reports after weights were loaded; sums are of bit patterns."""
+
+    unwritten: tuple[str, ...] = ()
+    """Layers of which not every parameter was written, with what was."""
+    arrived: int = 0
+    """Sum over the weights that came (and whose parameters can be read), in the engine's precision."""
+    held: int = 0
+    """Sum over the parameters that the engine has now and that can be read."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +42,8 @@ class WeightReceipt:
     announced: str | None
     """The checksum sent with them; None after a direct transfer, where the learner has it."""
     canary_logprobs: np.ndarray
+    loaded: Loaded | None = Loaded()
+    """None: nothing was loaded since the last receipt."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +51,125 @@ class Published:
     bundle: Any
     """Reference to a WeightBundle; None for a direct transfer."""
     version: int
-    canary: tuple[int, ...]
+    canary: Canary
     wanted: np.ndarray
-    """[len(canary) - 1] the learner's log-probs of the canary."""
+    """The learner's log-probs of the canary: of all sequences, each without its first token."""
 
-    def difference(self, who: str, receipt: WeightReceipt, checksum: str | None, tolerance: float) -> float:
-        """Return the canary's largest difference in log-probs. `checksum`: the learner's, for a direct transfer.
 
-        Raises WeightsNotLoadedError unless the receipt proves that worker `who` holds these weights, undamaged, and
-        samples as the learner does.
+@dataclass(frozen=True)
+class Agreement:
+    """Of a sampler with the learner, on the canary."""
+
+    difference: float
+    """Largest absolute difference of log-probs."""
+    change: float | None = None
+    """Share of the learner's change that the sampler shows (about 1); None while it is too small to be measured."""
+
+    @classmethod
+    def weakest(cls, agreements: Sequence[Agreement]) -> Agreement:
+        changes = [agreement.change for agreement in agreements if agreement.change is not None]
+        return cls(max(a.difference for a in agreements), min(changes, key=lambda c: -abs(c - 1)) if changes else None)
+
+
+def change_shown(learner: tuple[np.ndarray, np.ndarray], sampler: tuple[np.ndarray, np.ndarray]) -> float | None:
+    """Share of the learner's change of the canary that the sampler shows; None if noise may hide it.
+
+    `learner`, `sampler`: log-probs [T] before and after. With a the learner's change and b the sampler's, the share is
+    (a.b) / (a.a): the slope of b over a. An engine with the new weights has b = a + noise, a slope of 1; one that kept
+    the old ones has b = 0, a slope of 0 whatever the precision.
+
+    The slope's standard error is sqrt(2) s / |a|, where s is the noise of one log-prob: of both kernels' rounding.
+    The distance of both ends before, which contains it, stands for s: 1e-7 in fp32, about 0.01 in bfloat16. A change
+    is measured from 12 sqrt(2) s on, where 0.5 is six standard errors from both 0 and 1: neither an engine with old
+    weights passes, nor does one with new weights stop a long run by chance.
+    """
+    learners, samplers = (after.astype(np.float64) - before for before, after in (learner, sampler))
+    distance = learner[0].astype(np.float64) - sampler[0]
+    noise = np.sqrt(np.mean(distance**2)) if len(distance) else 0.0
+    size = float(np.sqrt(learners @ learners))
+    if not size > max(NOISES_OF_A_MEASURED_CHANGE * np.sqrt(2.0) * noise, 1e-6):
+        return None
+    return float(learners @ samplers / size**2)
+
+
+@dataclass
+class Proof:
+    """What one worker has proved so far; a new process begins a new one."""
+
+    last: WeightReceipt | None = None
+    learners: np.ndarray | None = None
+    """[T] the learner's log-probs of the canary at the last publication whose change was measured, or the first."""
+    samplers: np.ndarray | None = None
+    """[T] the worker's own at that moment: small changes add up until they can be measured."""
+
+    def accept(
+        self, who: str, published: Published, receipt: WeightReceipt, checksum: str | None, tolerance: float
+    ) -> Agreement:
+        """`checksum`: the learner's, for a direct transfer.
+
+        Raises WeightsNotLoadedError unless the receipt proves that worker `who` received these weights undamaged, has
+        them in its parameters, and samples as the learner does.
         """
+        version = published.version
         sent = receipt.announced if checksum is None else checksum
         if sent not in (None, receipt.checksum):
             raise WeightsNotLoadedError(
-                f"{who}: weights of version {self.version} arrived damaged: their checksum is {receipt.checksum}, the "
+                f"{who}: weights of version {version} arrived damaged: their checksum is {receipt.checksum}, the "
                 f"learner's is {sent}"
             )
-        if receipt.version != self.version:
-            raise WeightsNotLoadedError(f"{who} has weights of version {receipt.version}, not {self.version}")
-        difference = float(np.abs(receipt.canary_logprobs - self.wanted).max())
+        if receipt.version != version:
+            raise WeightsNotLoadedError(f"{who} has weights of version {receipt.version}, not {version}")
+        self._check_parameters(f"{who}: version {version}", receipt)
+        difference = float(np.abs(receipt.canary_logprobs - published.wanted).max())
         if not difference <= tolerance:  # also true for NaN
             raise WeightsNotLoadedError(
-                f"{who}: after version {self.version} was loaded, its log-probs of the canary prompt differ from the "
-                f"learner's by {difference:.3g}, more than {tolerance:g} (rollout.canary_tolerance): it does not "
-                "sample from the policy that is trained"
+                f"{who}: after version {version} was loaded, its log-probs of the canary prompts differ from the "
+                f"learner's by {difference:.3g}, more than {tolerance:g} (rollout.canary_tolerance): "
+                + _cause(receipt.canary_logprobs, published.wanted)
             )
-        return difference
+        change = self._change(who, published, receipt)
+        if change is not None or self.learners is None:
+            self.learners, self.samplers = published.wanted, receipt.canary_logprobs
+        self.last = receipt
+        return Agreement(difference, change)
+
+    def _check_parameters(self, what: str, receipt: WeightReceipt) -> None:
+        loaded = receipt.loaded
+        if loaded is None:
+            raise WeightsNotLoadedError(f"{what} was announced, and the engine loaded nothing")
+        if loaded.unwritten:
+            raise WeightsNotLoadedError(
+                f"{what} did not reach every parameter of the engine, whose old ones would stay: "
+                f"{', '.join(loaded.unwritten)} (elements written). The learner sends other names than this model has "
+                "in vLLM, or leaves tensors out"
+            )
+        if self.last is None or self.last.loaded is None:
+            return
+        before = self.last.loaded
+        # Sharper than log-probs: at a learning rate of 1e-6 a step moves those of the embedded policy by 3e-4, and
+        # bfloat16's rounding by 3e-2; but it changes parameters' bits. Their sum need not be that of what came: shards,
+        # repacked copies, values that vLLM derives.
+        if loaded.arrived != before.arrived and loaded.held == before.held:
+            raise WeightsNotLoadedError(
+                f"{what} arrived and is not what version {self.last.version} was, yet the engine's parameters are "
+                "unchanged to the last bit: it kept the old weights"
+            )
+
+    def _change(self, who: str, published: Published, receipt: WeightReceipt) -> float | None:
+        if self.learners is None or self.samplers is None:
+            return None
+        change = change_shown((self.learners, published.wanted), (self.samplers, receipt.canary_logprobs))
+        if change is not None and not change >= LEAST_CHANGE_SHOWN:
+            raise WeightsNotLoadedError(
+                f"{who}: with version {published.version} the learner's log-probs of the canary prompts changed, and "
+                f"the sampler's show {change:.0%} of that change: it still samples with older weights"
+            )
+        return change
+
+
+def _cause(sampler: np.ndarray, learner: np.ndarray) -> str:
+    if not np.isfinite(learner).all():
+        return "the learner's are not finite, so look for NaN in the weights of model.path, or a diverged policy"
+    if not np.isfinite(sampler).all():
+        return "the sampler's are not finite"
+    return "it does not sample from the policy that is trained"

@@ -277,7 +277,7 @@ CONFIGS = [
     GRPO.Config(),
     GRPO.Config(aggregation="token_mean", clip_high=0.28, kl_coefficient=0.0),
     GRPO.Config(aggregation="sequence_mean_token_sum", entropy_coefficient=0.01),
-    GRPO.Config(aggregation="token_mean", kl_coefficient=0.5, entropy_coefficient=-0.02),
+    GRPO.Config(aggregation="token_mean", kl_coefficient=0.5, entropy_coefficient=0.02),
 ]
 
 

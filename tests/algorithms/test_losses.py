@@ -67,7 +67,7 @@ class StaleRows(Rows):
     def weights(self, config: SurrogateConfig) -> np.ndarray:
         """pi_old / pi_rollout as the correction wants it."""
         weight = np.exp(np.where(self.mask > 0, self.old - self.rollout, 0.0))
-        if config.rollout_correction == "none":
+        if config.rollout_correction in (None, "none"):
             return np.ones_like(weight)
         if config.rollout_correction == "truncate":
             return np.minimum(weight, config.largest_weight)
@@ -87,7 +87,8 @@ class StaleRows(Rows):
         rows = rows * self.weights(config)
         if config.kl_coefficient and config.kl_in == "loss":
             d = logprobs - self.reference
-            rows = rows + config.kl_coefficient * (d**2 / 2 if config.kl_estimator == "k2" else np.exp(-d) - 1 + d)
+            divergence = d**2 / 2 if config.kl_estimator == "k2" else np.exp(-d) - 1 + d
+            rows = rows + config.kl_coefficient * divergence * self.weights(config)
         rows = rows - config.entropy_coefficient * entropy
         counts = self.denominators
         how = config.aggregation

@@ -129,10 +129,11 @@ ALONE = {
 def test_a_lone_response_is_not_compared(overrides: tuple[str, ...], tmp_path: Path) -> None:
     run = [*overrides, f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(ConfigError, match=r"needs at least 2 of them; there are 1 \(algorithm.samples_per_prompt\)"):
-        load_config(["algorithm=ppo", *run])
-    load_config(["algorithm=ppo", "algorithm.samples_per_prompt=2", *run])
-    load_config(["algorithm=remax", *run])  # its greedy response is the second
+        load_config(["algorithm=ppo", *run], elsewhere=())
+    load_config(["algorithm=ppo", "algorithm.samples_per_prompt=2", *run], elsewhere=())
+    load_config(["algorithm=remax", *run], elsewhere=())  # its greedy response is the second
 
 
 def test_a_lone_response_may_meet_the_reference(tmp_path: Path) -> None:
-    load_config(["algorithm=ppo", *ALONE["pairwise"], "reward.against=reference", f"run_dir={tmp_path / 'run'}"])
+    run = ["algorithm=ppo", *ALONE["pairwise"], "reward.against=reference", f"run_dir={tmp_path / 'run'}"]
+    load_config(run, elsewhere=())

@@ -36,10 +36,10 @@ def test_what_was_written_out_loads_again(overrides: list[str], tmp_path: Path) 
     (tmp_path / "schema.json").write_text("{}")
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "tests": ["assert True"]}\n' * 40)
     given = [text.format(folder=tmp_path) for text in overrides]
-    first = load_config([*given, f"run_dir={tmp_path / 'run'}"])
+    first = load_config([*given, f"run_dir={tmp_path / 'run'}"], elsewhere=())
     # What an actor is given: the section as it was resolved.
     section = {key: value for key, value in first.config.reward.items() if key != "_target_"}
     assert first.reward_class.Config(**section) == first.reward_config
     file = tmp_path / "config.yaml"
     file.write_text(config_text(first.config))
-    assert load_config([f"run_dir={tmp_path / 'again'}"], file).config.reward == first.config.reward
+    assert load_config([f"run_dir={tmp_path / 'again'}"], file, elsewhere=()).config.reward == first.config.reward

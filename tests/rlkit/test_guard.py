@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlkit.config.schema import TrainerConfig
-from rlkit.metrics import HackingAlarm, TrainingFailedError, UpdateGuard
+from rlkit.metrics import HackingAlarm, NoSignal, TrainingFailedError, UpdateGuard
 
 FINE = {"policy/trained_samples": 8.0, "policy/skipped_updates": 0.0, "mismatch/logprob_mean": 1e-6}
 
@@ -37,6 +37,33 @@ def test_what_is_wrong_is_said(change: dict[str, float], text: str) -> None:
     guard.check(FINE | change)
     assert len(said) == 1
     assert text in said[0]
+
+
+def test_a_mismatch_above_the_limit_stops_the_run_after_three_steps_in_a_row() -> None:
+    apart = FINE | {"mismatch/logprob_mean": 0.3}
+    guard = UpdateGuard(TrainerConfig(), lambda _: None)
+    for metrics in (apart, apart, FINE, apart, FINE | {"mismatch/logprob_mean": float("nan")}):
+        guard.check(metrics)
+    with pytest.raises(TrainingFailedError, match=r"trainer\.max_mismatch=0\.2 on average \(now 0\.3\)"):
+        guard.check(apart)
+    unlimited = UpdateGuard(TrainerConfig(max_mismatch=None), lambda _: None)
+    for _ in range(9):
+        unlimited.check(apart)
+
+
+def test_a_run_in_which_no_group_differs_says_that_nothing_was_learnt() -> None:
+    said: list[str] = []
+    signal = NoSignal(said.append)
+    nothing = {"advantage/mean_absolute": 0.0, "group/all_equal_share": 1.0, "reward/mean": 0.0}
+    for _ in range(9):
+        signal.check(nothing)
+    assert len(said) == 1
+    assert "nothing was learnt in the first 5 steps" in said[0]
+    again = NoSignal(said.append)
+    again.load_state_dict(signal.state_dict())
+    assert again.nothing_learnt
+    again.check(nothing | {"advantage/mean_absolute": 0.1})
+    assert not again.nothing_learnt
 
 
 def alarm_after(steps: list[dict[str, float]], window: int = 3) -> list[str]:

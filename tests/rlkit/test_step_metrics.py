@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -24,7 +26,7 @@ def group(*rewards: float | None) -> Group:
 
 
 def measured(*groups: Group, seconds: float = 2.0) -> dict[str, float]:
-    return rollout_metrics(groups, report_on(groups, 0.5), groups, STATS, seconds)
+    return rollout_metrics(groups, [], report_on(groups, 0.5), groups, STATS, seconds)
 
 
 def test_invalid_scores_are_counted_and_enter_no_mean() -> None:
@@ -35,6 +37,16 @@ def test_invalid_scores_are_counted_and_enter_no_mean() -> None:
     assert metrics["group/all_equal_share"] == 0.5
     assert metrics["tokens/per_second"] == 6
     assert metrics["buffer/rejected"] == 3
+
+
+def test_metrics_are_of_all_judged_groups_and_those_of_the_trained_ones_stand_beside() -> None:
+    trained, rejected = [group(1.0, 0.0)], [group(1.0, 1.0), group(1.0, 1.0)]
+    stats = replace(STATS, verdicts={"all_right": 2})
+    metrics = rollout_metrics(trained, rejected, report_on(trained, 0.0), [*trained, *rejected], stats, 0.0)
+    assert metrics["reward/mean"] == metrics["accuracy/train"] == pytest.approx(5 / 6)
+    assert metrics["reward/mean_trained"] == 0.5
+    assert metrics["group/all_equal_share"] == pytest.approx(2 / 3)
+    assert (metrics["buffer/rejected_all_right"], metrics["buffer/rejected_all_wrong"]) == (2, 0)
 
 
 def test_what_says_nothing_is_left_out() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from run_fixture import ROOT, Run
@@ -295,3 +296,59 @@ def test_a_killed_learner_ends_the_run_with_an_error(start: Start) -> None:
     assert f"rlkit: a rank of the learner (process {victim.pid}) died" in explained
     assert "ActorDiedError" not in explained
     assert run.left_after(10) == []
+
+
+def listening(run: Run) -> dict[str, list[str]]:
+    """Addresses on which processes of the run listen -> by whom."""
+    addresses: dict[str, list[str]] = defaultdict(list)
+    for process in run.processes():
+        for connection in process.net_connections(kind="inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                addresses[connection.laddr.ip].append(process.name())
+    return addresses
+
+
+@pytest.mark.slow
+def test_a_signal_saves_the_last_whole_step_and_nothing_listens_beyond_loopback(start: Start) -> None:
+    """Ctrl-C as in a terminal: all processes of the group get it."""
+    run = start(ENDLESS)
+    run.wait_for_steps(2)
+    addresses = listening(run)
+    assert addresses, "nothing listens?"
+    assert set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, addresses
+    run.interrupt()
+    assert run.end(60) == 130, run.text
+    steps = len(steps_of(run))
+    assert [folder.name for folder in (run.folder / "checkpoints").iterdir()] == [f"step_{steps:06d}"], run.text
+    assert f"saved after step {steps}" in run.text
+    assert run.left_after(5) == []
+
+
+EASY = """
+from rewards.base import Reward, RewardConfig
+from rlkit.experience import GroupScores, Score
+
+
+class Easy(Reward):
+    def score(self, groups):
+        return [GroupScores(tuple(Score(VALUE) for _ in group.samples)) for group in groups]
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_has_solved_its_data_ends_well(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "easy_rewards.py").write_text(EASY.replace("VALUE", "1.0"))
+    run = start("reward._target_=easy_rewards.Easy", "buffer.drop_equal_rewards=true", ENDLESS, cwd=tmp_path)
+    assert run.end() == 0, run.text
+    assert "the data are solved" in run.text
+    assert "the data are solved" in json.loads((run.folder / "summary.json").read_text())["ended"]
+
+
+@pytest.mark.slow
+def test_a_run_in_which_no_group_differs_says_that_nothing_was_learnt(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "easy_rewards.py").write_text(EASY.replace("VALUE", "0.0"))
+    run = start("reward._target_=easy_rewards.Easy", "trainer.total_steps=6", cwd=tmp_path)
+    assert run.end() == 0, run.text
+    assert "nothing was learnt in the first 5 steps" in run.text
+    assert "nothing was learnt in this run" in run.text
+    assert json.loads((run.folder / "summary.json").read_text())["nothing_learnt"] is True

@@ -24,7 +24,7 @@ from rlkit.config.help import print_section
 from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import CONTRACTS, TARGET, conf_dir
-from rlkit.experience.section import Section
+from rlkit.experience.section import Deadline, Section, Seed
 from rlkit.experience.wire import SCHEMA_VERSION, Health, Needs
 from rlkit.serving.http.app import is_loopback, make_app
 from rlkit.serving.http.process import RewardProcess, model_version
@@ -63,7 +63,7 @@ class ServeConfig(Section):
     """Larger requests are answered 413."""
     max_connections: int = Field(default=128, ge=1)
     """Concurrent requests; further ones are answered 503."""
-    startup_timeout_seconds: float = Field(default=600.0, gt=0)
+    startup_timeout_seconds: Deadline = 600.0
     """Time to load the reward and judge a first group, also when its process is replaced."""
     end_seconds: float = Field(default=10.0, gt=0)
     """Time for open requests to finish after Ctrl-C or SIGTERM."""
@@ -88,7 +88,7 @@ class ResolvedServe:
 
 
 class _ServeRun(Section):
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     dry_run: bool = False
     serve: ServeConfig = ServeConfig()
     reward: dict[str, Any]

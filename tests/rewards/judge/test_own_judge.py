@@ -110,4 +110,4 @@ def test_it_is_chosen_by_its_dotted_path(module: ModuleType, tmp_path: Path) -> 
     rows.write_text((json.dumps(row) + "\n") * 40)
     endpoint = ["reward.base_url=http://127.0.0.1:9/v1", "reward.model=judge"]
     data = ["data=jsonl", f"data.path={rows}", f"run_dir={tmp_path / 'run'}"]
-    load_config(["reward=judge", "reward._target_=my_judge.Checklist", *endpoint, *data])
+    load_config(["reward=judge", "reward._target_=my_judge.Checklist", *endpoint, *data], elsewhere=())

@@ -23,7 +23,8 @@ from rewards.polar.backends import DiscriminatorError, check_folder, plain_score
 from rewards.polar.internlm2 import WeightReader, join_wqkv, llama_config, split_wqkv, write_weights
 from rewards.polar.reward import PolarReward
 from rewards.polar.serialise import Limits, Serialiser
-from rlkit.models.policy import ModelLoadError, load_scorer
+from rlkit.models.forward import ModelLoadError
+from rlkit.models.policy import load_scorer
 
 CHINA = ("What is the capital of China?", "Beijing.", "Shanghai.")
 

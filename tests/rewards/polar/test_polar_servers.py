@@ -278,7 +278,9 @@ def test_a_key_that_is_not_there_is_found_before_the_start(folder: Path, monkeyp
     config = PolarReward.Config(
         model_path=str(folder), backend="http_vllm", urls=("http://h:1",), api_key_variable="POLAR_KEY"
     )  # type: ignore[call-arg]
-    assert PolarReward.check(config) == ["reward.api_key_variable: the environment has no POLAR_KEY"]
+    no_key, nobody = PolarReward.check(config)
+    assert no_key == "reward.api_key_variable: the environment has no POLAR_KEY"
+    assert nobody.startswith("reward.urls: no POLAR server answers there (http://h:1: ")
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,7 @@ def test_the_self_test_tells_a_sigmoid_from_a_wrong_model() -> None:
 def test_the_self_test_refuses_a_backend_that_computes_something_else(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlkit.models.policy import PackedScorer
+    from rlkit.models.forward import PackedScorer
 
     original = PackedScorer.forward
     monkeypatch.setattr(PackedScorer, "forward", lambda self, packed: original(self, packed).sigmoid())

@@ -18,8 +18,8 @@ import rewards.services.scorer as module
 from rewards.base import Reward, RewardConfig, RewardContext
 from rewards.services.scorer import Scorer, group_tree
 from rlkit.experience import GroupScores, Score
+from rlkit.models.forward import ModelLoadError
 from rlkit.models.packing import Tree
-from rlkit.models.policy import ModelLoadError
 
 TREES = [
     Tree((3, 4, 5, 6), ((7, 8), (9,), (10, 11, 12, 13, 14, 15, 16))),

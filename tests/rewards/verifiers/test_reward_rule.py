@@ -187,7 +187,9 @@ def test_plain_numbers() -> None:
 
 def test_gold_answers_that_are_prose_are_said_before_the_run() -> None:
     prose = "It depends on how warm the water was when the experiment began."
-    numbers = [replace(group(answer).prompt, id=answer) for answer in ("5", "#### 72", r"\frac{1}{2}", "east", "3 km/h")]
+    numbers = [
+        replace(group(answer).prompt, id=answer) for answer in ("5", "#### 72", r"\frac{1}{2}", "east", "3 km/h")
+    ]
     assert MathReward.doubts(MathReward.Config(), numbers * 100) == []
     prompts = [*numbers, replace(group(prose).prompt, id="water")]
     (said,) = MathReward.doubts(MathReward.Config(), prompts)

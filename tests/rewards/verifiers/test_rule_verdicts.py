@@ -63,4 +63,4 @@ def test_reading_bare_letters_as_units_changes_no_verdict() -> None:
 
 def test_the_table_has_right_and_wrong_answers_of_every_class() -> None:
     counts = Counter((kind, verdict) for kind, verdict, *_ in ROWS)
-    assert len(ROWS) >= 480 and min(counts.values()) >= 5 and len(counts) == 2 * len(KINDS) == 18
+    assert len(ROWS) >= 675 and min(counts.values()) >= 5 and len(counts) == 2 * len(KINDS) == 18

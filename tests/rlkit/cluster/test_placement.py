@@ -155,8 +155,8 @@ def test_vllm_starts_an_engine_over_two_places_and_again_when_it_died(tmp_path: 
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(model_folder("embedded:policy"), dtype=torch.float32)
     with torch.no_grad():
-        logprobs = model(torch.tensor([CANARY])).logits[0, :-1].log_softmax(-1)
-    wanted = [float(row[token]) for row, token in zip(logprobs, CANARY[1:], strict=True)]
+        logprobs = model(torch.tensor(CANARY)).logits[0, :-1].log_softmax(-1)
+    wanted = [float(row[token]) for row, token in zip(logprobs, CANARY[0][1:], strict=True)]
     for found in json.loads(done.stdout.splitlines()[-1]):
         assert found == pytest.approx(wanted, abs=1e-3)
 

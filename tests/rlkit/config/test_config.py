@@ -114,7 +114,7 @@ def test_defaults_resolve_to_typed_parts(load: Load) -> None:
 
 def test_command_line_beats_the_model_s_recipe(load: Load) -> None:
     assert load().config.learner.learning_rate != load("model=hf").config.learner.learning_rate
-    assert load("learner.learning_rate=0.5").config.learner.learning_rate == 0.5
+    assert load("learner.learning_rate=0.05").config.learner.learning_rate == 0.05
 
 
 def test_later_arguments_beat_earlier_ones(load: Load) -> None:
@@ -139,7 +139,7 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
             "cluster=gpu: no such option; did you mean multi_gpu? available: local_cpu, ",
         ),
         ("reward=zzz", "reward=zzz: no such option; available: code, combined, "),
-        ("reward=null", "reward=null: no such option; "),
+        ("reward=null", "reward=null: a run needs one; available: code, "),
         ("reward=my_parts.MyReward", "reward._target_=my_parts.MyReward"),
         ("trainer.total_step=3", "trainer.total_step=3: no such key; did you mean trainer.total_steps?"),
         ("trainer.total=3", "trainer.total=3: no such key; did you mean trainer.total_steps?"),
@@ -152,7 +152,7 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
         ("+foo.bar=3", "+foo.bar=3: no such key"),
         ("reward.tiemout_seconds=3", "did you mean reward.timeout_seconds?"),
         ("trainer={total_step: 3}", "did you mean trainer.total_steps?"),
-        ("data.prompt_column=q", "Arithmetic has none (it belongs to data=hf and data=jsonl)"),
+        ("data.prompt_column=q", "Arithmetic has none (it belongs to data=csv, data=hf, data=jsonl and data=parquet)"),
         ("trainer.total_steps=0", "trainer.total_steps=0: must be an integer, at least 1"),
         ("trainer.total_steps=2.5", "trainer.total_steps=2.5: must be an integer"),
         ("trainer.total_steps=many", "trainer.total_steps=many: must be an integer"),
@@ -161,7 +161,7 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
         ("algorithm.samples_per_prompt=0", "algorithm.samples_per_prompt=0: must be an integer, at least 1"),
         ("rollout.top_p=1.5", "rollout.top_p=1.5: must be a number, above 0 and at most 1"),
         ("learner.learning_rate=inf", "learner.learning_rate=inf: must be finite"),
-        ("learner.learning_rate=nan", "learner.learning_rate=nan: must be a number, above 0"),
+        ("learner.learning_rate=nan", "learner.learning_rate=nan: must be finite: a number, above 0"),
         ("learner.betas=[0.9,1.5]", "must be a list of 2 (a number, at least 0 and below 1, a number"),
         ("rollout.dtype=flot32", "rollout.dtype=flot32: did you mean float32? must be one of auto, float32"),
         ("tracking.console=loud", "tracking.console=loud: must be one of auto, live, plain, off"),

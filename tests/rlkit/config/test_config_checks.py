@@ -13,6 +13,7 @@ from rewards.implicit_prm.reward import ImplicitPRM
 from rlkit.config.checks import CHECKS, ConfigIssue, run_checks
 from rlkit.config.parts import Part, import_part
 from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainerConfig
+from rlkit.data.base import DataConfig
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
 
@@ -78,6 +79,7 @@ def test_checks_only_name_known_sections() -> None:
     import inspect
 
     known = {*sections(), "reward", "data", "verifier", "run_dir", "resume", "model"}
+    known |= {"typed", "here", "dry_run", "new_folder"}
     for check in CHECKS:
         assert set(inspect.signature(check).parameters) <= known, check.__name__
 
@@ -143,8 +145,18 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], key: str, text: s
         ({"rollout": RolloutConfig(top_k=5)}, "rollout.top_k"),
         ({"rollout": RolloutConfig(dtype="bfloat16")}, "rollout.dtype"),
         ({"cluster": ClusterConfig(device="cuda"), "learner": LearnerConfig(dtype="float32")}, "rollout.dtype"),
-        ({"trainer": TrainerConfig(save_every_steps=101)}, "trainer.save_every_steps"),
-        ({"trainer": TrainerConfig(evaluate_every_steps=101)}, "trainer.evaluate_every_steps"),
+        (
+            {"trainer": TrainerConfig(save_every_steps=101), "typed": {"trainer.save_every_steps"}},
+            "trainer.save_every_steps",
+        ),
+        (
+            {"trainer": TrainerConfig(evaluate_every_steps=101), "typed": {"trainer.evaluate_every_steps"}},
+            "trainer.evaluate_every_steps",
+        ),
+        ({"learner": LearnerConfig(learning_rate=0.02)}, "learner.learning_rate"),
+        ({"trainer": TrainerConfig(max_staleness=9)}, "trainer.max_staleness"),
+        ({"trainer": TrainerConfig(prompts_per_step=8193)}, "trainer.prompts_per_step"),
+        ({"trainer": TrainerConfig(best_metric="my/own")}, "trainer.best_metric"),
     ],
 )
 def test_what_is_doubtful_is_warned_about(changes: dict[str, Any], key: str) -> None:
@@ -152,8 +164,9 @@ def test_what_is_doubtful_is_warned_about(changes: dict[str, Any], key: str) -> 
     assert [(issue.where, issue.warning) for issue in issues] == [(key, True)]
 
 
-def test_a_short_run_with_default_intervals_has_no_warning() -> None:
-    assert run_checks({"trainer": TrainerConfig(total_steps=2)}) == []
+def test_a_short_run_warns_of_no_interval_that_a_preset_sets() -> None:
+    preset = TrainerConfig(total_steps=2, evaluate_every_steps=15)
+    assert run_checks({"trainer": preset, "typed": {"trainer.total_steps"}}) == []
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints"])
@@ -230,6 +243,7 @@ class SomeData:
     """A data source, as far as the checks look at it."""
 
     columns: frozenset[str] = frozenset({"answer"})
+    config: DataConfig = field(default_factory=DataConfig)
 
     def provides(self) -> frozenset[str]:
         return self.columns

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlkit import cli
-from rlkit.config.help import headline
+from rlkit.config.compose import headline
 
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed", "datasets", "math_verify")
 
@@ -106,7 +106,7 @@ def test_help_lists_groups_options_and_every_key(repository: Path) -> None:
     assert done.returncode == 0, done.stderr
     for text in (
         "grpo (default)",
-        "trainer.total_steps  an integer, at least 1; default 100",
+        "trainer.total_steps  an integer, at least 1; default 60 (model=tiny; else 100)",
         "Peak learning rate of AdamW.",
         "one of auto, float32, bfloat16",
         "algorithm.samples_per_prompt",

@@ -34,7 +34,7 @@ ON_GPU = {
 
 
 def shares(tmp_path: Path, *overrides: str) -> GpuShares:
-    return gpu_shares(load_config(["reward=polar", f"run_dir={tmp_path / 'run'}", *overrides]).config)
+    return gpu_shares(load_config(["reward=polar", f"run_dir={tmp_path / 'run'}", *overrides], elsewhere=()).config)
 
 
 @pytest.mark.parametrize("name", ON_GPU)

@@ -16,9 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ray_fixture import ray_session  # noqa: F401
 
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
-from rlkit.experience.buffer import ExperienceBuffer, TooManyRejectedError
+from rlkit.experience.buffer import DataSolvedError, ExperienceBuffer, TooManyRejectedError
 from rlkit.experience.buffer_actor import BufferActor
-from rlkit.experience.filters import BufferConfig, make_filter
+from rlkit.experience.filters import BufferConfig, make_filter, masked
 
 
 def make_group(name: str, *rewards: float | None, version: int = 0, finish: str = "stop") -> Group:
@@ -225,9 +225,11 @@ def test_versions_follow_one_another_and_reservations_are_counted() -> None:
         ({"min_group_reward": 0.5}, (None, None), "stop", None),
         ({"max_group_reward": 0.5}, (0, 1), "stop", None),
         ({"max_group_reward": 0.5}, (0, 1, 1), "stop", "max_group_reward"),
-        ({"drop_truncated": True}, (0, 1), "length", "drop_truncated"),
-        ({"drop_truncated": True}, (None, None), "length", "drop_truncated"),
+        ({"drop_truncated": True}, (0, 1), "length", "truncated"),
+        ({"drop_truncated": True}, (None, None), "length", "truncated"),
         ({"drop_truncated": True}, (0, 1), "stop", None),
+        ({"truncated": "drop_group"}, (0, 1), "length", "truncated"),
+        ({"truncated": "mask"}, (0, 1), "length", None),
     ],
 )
 def test_filters(rules: dict[str, Any], rewards: tuple[float | None, ...], finish: str, verdict: str | None) -> None:
@@ -262,6 +264,56 @@ def test_too_many_rejections_name_the_rule_and_the_share() -> None:
     assert "buffer.drop_equal_rewards: 3" in message
     assert "buffer.max_group_reward: 1" in message
     assert "max_rejected_share=0.7" in message
+
+
+def reject(buffer: ExperienceBuffer, *groups: tuple[float, ...]) -> None:
+    for i, rewards in enumerate(groups):
+        buffer.reserve(1)
+        buffer.add(make_group(f"{i}", *rewards))
+
+
+def test_solved_data_are_a_good_end_and_hopeless_ones_an_error_that_says_so() -> None:
+    options: dict[str, Any] = {"groups_per_step": 10, "drop_equal_rewards": True, "max_rejected_share": 0.8}
+    with pytest.raises(DataSolvedError, match=r"the data are solved: .* in 20 of them every response is right"):
+        reject(make_buffer(**options), *[(1, 1)] * 20)
+    with pytest.raises(DataSolvedError, match="in 19 of them"):
+        reject(make_buffer(**options), (0, 0), *[(1, 1)] * 19)
+    with pytest.raises(
+        TooManyRejectedError, match="in 20 of them every response is wrong, so nothing can be"
+    ) as caught:
+        reject(make_buffer(**options), *[(0, 0)] * 20)
+    assert not isinstance(caught.value, DataSolvedError)
+    with pytest.raises(TooManyRejectedError, match=r"\(all right: 10, all wrong: 10\)") as caught:
+        reject(make_buffer(**options), *[(0, 0), (1, 1)] * 10)
+    assert not isinstance(caught.value, DataSolvedError)
+
+
+def test_rejected_groups_are_kept_for_the_metrics_of_their_step() -> None:
+    buffer = make_buffer(groups_per_step=4, drop_equal_rewards=True)
+    reject(buffer, (1, 1), (0, 0), (0, 1))
+    assert [group.id for group in buffer.take_rejected()] == ["0", "1"]
+    assert buffer.take_rejected() == []
+    assert buffer.stats().verdicts == {"all_right": 1, "all_wrong": 1}
+
+
+def test_masking_makes_truncated_samples_invalid_and_leaves_the_others() -> None:
+    group = masked(make_group("a", 1.0, 0.0, finish="length"))
+    assert group.valid.tolist() == [False, True]
+    assert group.scored()[0][1].reason.startswith("truncated: ")
+    whole = make_group("b", 1.0, 0.0)
+    assert masked(whole) is whole
+    with pytest.raises(ValueError, match="set truncated alone"):
+        BufferConfig(drop_truncated=True, truncated="mask")
+
+
+def test_a_step_that_began_can_be_undone_and_its_groups_asked_for_again() -> None:
+    buffer = make_buffer(groups_per_step=2)
+    reject(buffer, (0, 1), (0, 1))
+    taken = buffer.take()
+    assert taken is not None
+    buffer.advance(1)
+    buffer.put_back(len(taken), 1)
+    assert (buffer.stats().version, buffer.reserve(9)) == (0, 2)
 
 
 def test_rejections_are_judged_per_step() -> None:

@@ -20,6 +20,7 @@ NOT_FOR_USERS = {
     "NotInThisStateError",  # a bug of the rollout pool
     "BusyError",  # an answer of the HTTP server
     "WorkerBrokenError",  # an answer of the HTTP server
+    "StoppedError",  # a signal: becomes the exit code
     "UnsendableError",  # becomes the reason of an invalid score
     "CannotJudgeError",  # becomes the reason of an invalid score
     "RowError",  # becomes a bad row

@@ -17,9 +17,9 @@ from submit_fixture import ROOT
 from rlkit.cluster.ray_session import ray_session
 from rlkit.config.checks import run_checks
 from rlkit.config.command import split_off_file
-from rlkit.config.compose import quoted
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
+from rlkit.config.overrides import quoted
 from rlkit.config.schema import ClusterConfig
 from rlkit.jobs.cluster import ClusterError, connect, dashboard_address, exit_code
 from rlkit.jobs.resources import Demand, Node, demands, missing

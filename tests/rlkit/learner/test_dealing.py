@@ -14,8 +14,9 @@ from learner_fixture import grpo_advantages, make_groups
 from algorithms.base import Advantages, AlgorithmNeeds
 from rlkit.config.schema import CriticConfig, LearnerConfig
 from rlkit.experience import Group, Message
-from rlkit.learner.batches import IDLE, Microbatch, PolicyRows, Share
+from rlkit.learner.batches import IDLE, Microbatch, PolicyRows, Share, split_tree
 from rlkit.learner.dealing import passes, policy_shares, value_shares
+from rlkit.models.packing import KEYS_PER_TOKEN, Tree
 
 Key = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -120,6 +121,14 @@ def test_passes_give_every_sample_its_own_rows(count: int, samples: int, seed: i
         np.testing.assert_array_equal(row, sample.token_ids)
 
 
+def test_a_group_is_split_by_the_keys_that_attention_holds() -> None:
+    tree, limit = Tree(range(200), [range(10)] * 8), 400
+    assert tree.tokens < limit
+    parts = [Tree(tree.prefix, [tree.suffixes[i] for i in part]) for part in split_tree(tree, limit)]
+    assert len(parts) == 2
+    assert all(part.attention_tokens <= KEYS_PER_TOKEN * limit for part in parts)
+
+
 def test_a_share_holds_no_text_and_no_other_samples() -> None:
     groups = []
     for g, group in enumerate(make_groups(count=8, samples=4, seed=1)):
@@ -146,6 +155,19 @@ def test_a_share_holds_no_text_and_no_other_samples() -> None:
         assert len(raw) < 13 * tokens_of + 4 * prompts + 3000  # ids, advantages, log-probs: 4 bytes each; mask: 1
     assert all(seen)
     assert sum(map(len, seen)) == len(set.union(*seen)) == 8 * 4 - 1  # one sample is invalid
+
+
+def test_what_attention_expands_is_charged() -> None:
+    """A long prompt's keys are copied for each sample: 16 short ones do not fit where their tokens alone would."""
+    (group,) = make_groups(count=1, samples=16, seed=6, longest=8)
+    group = replace(group, prompt=replace(group.prompt, token_ids=tuple(range(200))))
+    limit = 200 + sum(map(len, group.samples))
+    work = passes([group], config(tokens_per_microbatch=limit))
+    shares, _ = policy_shares([group], grpo_advantages([group]), config(tokens_per_microbatch=limit), AlgorithmNeeds())
+    for micro in (*work.microbatches[0], *computed(shares)):
+        tree = Tree(range(200), tuple(range(n) for n in micro.lengths))
+        assert micro.sizes == (len(micro.lengths),)
+        assert tree.charged_tokens <= limit
 
 
 def test_few_groups_are_split_so_that_no_rank_is_idle() -> None:

@@ -195,7 +195,7 @@ def test_saved_policy_is_the_one_that_was_trained(
     canary = [3, 4, 5, 6]
     logp = torch.log_softmax(saved(torch.tensor([canary])).logits[0], dim=-1)
     wanted = [logp[i, token].item() for i, token in enumerate(canary[1:])]
-    np.testing.assert_allclose(learner.sequence_logprobs(canary), wanted, atol=1e-5)
+    np.testing.assert_allclose(learner.canary_logprobs([canary]), wanted, atol=1e-5)
 
 
 def test_named_weights_carry_hugging_face_names_and_ties_once(model: Path) -> None:

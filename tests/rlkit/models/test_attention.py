@@ -111,8 +111,11 @@ def together(model, trees):
     return states[batch.expand]
 
 
-def check(model_type, options):
+def check(model_type, options, *, checkpointing=False):
     plain, packed = tiny(model_type, **options)
+    if checkpointing:
+        packed.gradient_checkpointing_enable()
+        packed.train()
     expected, states = alone(plain, TREES), together(packed, TREES)
     torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-4)
     expected, ours = gradients(plain, expected), gradients(packed, states)
@@ -125,6 +128,10 @@ def check(model_type, options):
 @pytest.mark.parametrize("model_type", MODELS)
 def test_states_and_gradients_equal_eager_attention_of_each_sequence(model_type):
     check(model_type, MODELS[model_type])
+
+
+def test_gradient_checkpointing_keeps_windows_and_soft_caps():
+    check("gemma2", MODELS["gemma2"], checkpointing=True)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])

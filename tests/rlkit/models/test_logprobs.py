@@ -73,3 +73,38 @@ def test_logits_are_never_one_block(monkeypatch):
     logprobs.sum().backward()
     assert max(rows) == 100
     assert sum(rows) == 2000  # once forward, once backward
+
+
+def test_rows_without_a_gradient_are_not_computed_again(monkeypatch):
+    hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    logprobs, entropy = selected_logprobs(hidden, weight, torch.arange(10))
+    rows = []
+    real = torch.log_softmax
+    monkeypatch.setattr(torch, "log_softmax", lambda x, **k: rows.append(len(x)) or real(x, **k))
+    mask = torch.tensor([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 0])
+    (logprobs * mask).sum().backward(retain_graph=True)
+    assert rows == [3]
+    assert hidden.grad[mask == 0].eq(0).all()
+    assert hidden.grad[mask == 1].ne(0).any(dim=1).all()
+    ((logprobs * mask).sum() + (entropy * mask.roll(1)).sum()).backward()
+    assert rows == [3, 6]
+
+
+def test_a_loss_without_any_gradient_has_zero_gradients():
+    hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    logprobs, _ = selected_logprobs(hidden, weight, torch.arange(10))
+    gradients = torch.autograd.grad((logprobs * 0).sum(), (hidden, weight))
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_half_precision_sums_the_weight_gradient_in_fp32():
+    """With a chunk per row, bf16 sums would lose what is smaller than 2^-8 of the total."""
+    torch.manual_seed(3)
+    hidden = torch.randn(400, 16).bfloat16().requires_grad_()
+    weight = torch.randn(30, 16).bfloat16().requires_grad_()
+    targets = torch.randint(30, (400,))
+    logprobs, _ = selected_logprobs(hidden, weight, targets, elements_per_chunk=30)
+    (ours,) = torch.autograd.grad(logprobs.sum(), weight)
+    logits = torch.nn.functional.linear(hidden, weight).float()
+    p = torch.nn.functional.one_hot(targets, 30) - torch.softmax(logits, dim=1)
+    torch.testing.assert_close(ours, (p.T @ hidden.float()).bfloat16(), atol=0, rtol=2**-7)

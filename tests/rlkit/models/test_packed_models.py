@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlkit.models.attention import PACKED_ATTENTION
+from rlkit.models.forward import PackedCausalLM, PackedScorer
 from rlkit.models.packing import Tree, pack, split_by_tokens
-from rlkit.models.policy import ModelLoadError, PackedCausalLM, PackedScorer
 
 TREES = [
     Tree(prefix=(3, 4, 5, 6), suffixes=((7, 8), (9,), (10, 11, 12, 13, 14, 15, 16))),
@@ -100,10 +100,3 @@ def test_microbatches_hold_every_item_once_within_the_limit(sizes, limit):
 def test_pack_refuses_what_cannot_be_predicted(trees):
     with pytest.raises(ValueError, match=r"zero|empty|prefix"):
         pack(trees)
-
-
-def test_models_that_change_their_logits_are_refused():
-    model = tiny(LlamaForCausalLM, PACKED_ATTENTION)
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ModelLoadError, match="final_logit_softcapping"):
-        PackedCausalLM(model)

@@ -8,12 +8,12 @@ import signal
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pytest
 import torch
-from learner_fixture import VOCABULARY, build_learner, write_tiny_model, write_tokenizer
+from learner_fixture import VOCABULARY, build_learner, grpo_advantages, make_groups, write_tiny_model, write_tokenizer
 from ray_fixture import ray_session  # noqa: F401
 from rollout_host import OpenWorker, publish_bundle
 
@@ -25,14 +25,14 @@ from rlkit.rollout.pool import RolloutFailedError, RolloutPool
 from rlkit.rollout.sampler import Request, Response
 from rlkit.rollout.worker import GroupRequest, sample_seed
 from rlkit.weights.bundle import WeightBundle
-from rlkit.weights.publication import Published, WeightsNotLoadedError
+from rlkit.weights.publication import Agreement, Published, WeightsNotLoadedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")
 EOS = 1
 MAX_RESPONSE = 24
 BLOCK = 32
-CANARY = (5, 6, 7, 8, 9, 10)
+CANARY = ((5, 6, 7, 8, 9, 10), (30, 40, 50), (11, 9, 7, 5, 3))
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -106,9 +106,9 @@ def sample(pool: RolloutPool, requests: Sequence[Request]) -> list[Response]:
     return run(ask())
 
 
-def publish(pool: RolloutPool, learner: PolicyLearner, version: int) -> float:
+def publish(pool: RolloutPool, learner: PolicyLearner, version: int) -> Agreement:
     bundle = WeightBundle.pack(version, learner.named_weights())
-    return run(publish_bundle(pool, Published(bundle, version, CANARY, learner.sequence_logprobs(CANARY))))
+    return run(publish_bundle(pool, Published(bundle, version, CANARY, learner.canary_logprobs(CANARY))))
 
 
 def tokens_of(group: Group) -> list[list[int]]:
@@ -213,7 +213,7 @@ def test_new_weights_are_sampled_from_at_once(pool: RolloutPool, learner: Policy
     before = generate(pool, asked)
     assert difference(learner, list(before.values())) < 1e-4
     try:
-        assert publish(pool, other, 1) < 1e-4
+        assert publish(pool, other, 1).difference < 1e-4
         after = generate(pool, asked)
         assert difference(other, list(after.values())) < 1e-4
         assert difference(learner, list(after.values())) > 0.1
@@ -227,7 +227,7 @@ def test_new_weights_are_sampled_from_at_once(pool: RolloutPool, learner: Policy
 
 def test_no_group_mixes_versions(pool: RolloutPool, learner: PolicyLearner, other: PolicyLearner) -> None:
     bundle = WeightBundle.pack(11, other.named_weights())
-    wanted = other.sequence_logprobs(CANARY)
+    wanted = other.canary_logprobs(CANARY)
 
     async def overlap() -> tuple[dict[str, Group], dict[str, Group], dict[str, Group]]:
         running = asyncio.ensure_future(groups_of(pool.generate([request(f"r{i}", prompt(9, i)) for i in range(12)])))
@@ -254,7 +254,7 @@ def test_damaged_weights_are_not_sampled_from(pool: RolloutPool, learner: Policy
     bundle = WeightBundle.pack(21, other.named_weights())
     data = bundle.data.copy()
     data[len(data) // 2] ^= 1
-    damaged = Published(replace(bundle, data=data), 21, CANARY, other.sequence_logprobs(CANARY))
+    damaged = Published(replace(bundle, data=data), 21, CANARY, other.canary_logprobs(CANARY))
     with pytest.raises(WeightsNotLoadedError, match="worker 0: weights of version 21 arrived damaged"):
         run(publish_bundle(pool, damaged))
     publish(pool, learner, 22)
@@ -266,12 +266,12 @@ def test_weights_that_no_worker_confirms_end_the_run(
 ) -> None:
     bundle = WeightBundle.pack(31, learner.named_weights())
     with pytest.raises(WeightsNotLoadedError, match=r"worker 0: after version 31 .* differ from .*canary_tolerance"):
-        run(publish_bundle(pool, Published(bundle, 31, CANARY, other.sequence_logprobs(CANARY))))
-    nothing = np.full(len(CANARY) - 1, np.nan)
+        run(publish_bundle(pool, Published(bundle, 31, CANARY, other.canary_logprobs(CANARY))))
+    nothing = np.full(sum(len(ids) - 1 for ids in CANARY), np.nan)
     with pytest.raises(WeightsNotLoadedError, match="canary"):
         run(publish_bundle(pool, Published(bundle, 31, CANARY, nothing)))
     with pytest.raises(WeightsNotLoadedError, match="version 31, not 32"):
-        run(publish_bundle(pool, Published(bundle, 32, CANARY, learner.sequence_logprobs(CANARY))))
+        run(publish_bundle(pool, Published(bundle, 32, CANARY, learner.canary_logprobs(CANARY))))
     assert pool.health[0].restarts == 0
     publish(pool, learner, 33)
 
@@ -289,6 +289,23 @@ def test_every_tensor_reaches_the_engine(pool: RolloutPool, model: Path, learner
             assert difference(changing, [group]) < 1e-4, name
     finally:
         publish(pool, learner, version + 1)
+
+
+def test_a_tensor_that_is_missing_is_an_error_that_names_it(pool: RolloutPool, learner: PolicyLearner) -> None:
+    """vLLM itself logs a line and keeps the old layer; what it logs in every healthy run is no error."""
+    weights = dict(learner.named_weights())
+    for missing, named in [
+        ("model.layers.1.mlp.down_proj.weight", r"model\.layers\.1\.mlp\.down_proj 0 of 6144"),
+        ("model.layers.0.self_attn.q_proj.weight", r"model\.layers\.0\.self_attn\.qkv_proj 8192 of 12288"),
+        ("model.norm.weight", r"model\.norm 0 of 64"),
+        ("model.embed_tokens.weight", r"model\.embed_tokens 0 of 3840"),
+    ]:
+        bundle = WeightBundle.pack(60, [(name, tensor) for name, tensor in weights.items() if name != missing])
+        with pytest.raises(WeightsNotLoadedError, match=named):
+            run(publish_bundle(pool, Published(bundle, 60, CANARY, learner.canary_logprobs(CANARY))))
+        publish(pool, learner, 61)
+    log = (pool.logs / "rollout-0.log").read_text()
+    assert "Failed to load weights" not in log and "weights were not loaded" not in log
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -330,6 +347,50 @@ def test_waiting_for_groups_ends_with_the_producers_own_error() -> None:
 
     with pytest.raises(RewardBroke, match="the verifier is gone"):
         run(wait_for_it())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_with_old_weights_is_found_after_one_small_step(
+    dtype: Literal["float32", "bfloat16"],
+    model: Path,
+    tmp_path: Path,
+    ray_session: None,  # noqa: F811
+) -> None:
+    """Learning rate 1e-6, which moves log-probs a hundred times less than bfloat16's rounding does. The engine counts
+    what comes, reports version and checksum, and loads what it had."""
+    import ray
+
+    config = RunConfig(
+        run_dir=Path("unused"),
+        cluster=ClusterConfig(threads_per_actor=1),
+        rollout=RolloutConfig(
+            max_prompt_tokens=100, max_response_tokens=24, max_concurrent_samples=16, memory_gib=0.1, dtype=dtype
+        ),
+        algorithm={},
+        reward={},
+        data={},
+        verifier={},
+    )
+    trained = build_learner(model, learning_rate=1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)
+        pool = RolloutPool(config, str(model), tmp_path)
+    try:
+        run(pool.start())
+        for version in range(3):
+            publish(pool, trained, version)
+            groups = make_groups(seed=version)
+            trained.update(groups, grpo_advantages(groups))
+        run(pool.workers[0].keep_old_weights.remote())
+        publish(pool, trained, 3)  # it keeps this one
+        groups = make_groups(seed=3)
+        trained.update(groups, grpo_advantages(groups))
+        said = "it kept the old weights" if dtype == "bfloat16" else "kept the old|older weights"
+        with pytest.raises(WeightsNotLoadedError, match=said):
+            publish(pool, trained, 4)
+    finally:
+        for worker in pool.workers:
+            ray.kill(worker)
 
 
 async def kill_in_mid_stream(pool: RolloutPool, requests: Sequence[GroupRequest]) -> list[Group]:

@@ -29,7 +29,7 @@ from rlkit.weights.publication import Published, WeightsNotLoadedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")
-CANARY = (5, 6, 7)
+CANARY = ((5, 6, 7),)
 MakePool = Callable[..., RolloutPool]
 
 
@@ -81,7 +81,7 @@ def published(version: int) -> Published:
     import ray
 
     return Published(
-        ray.put(weights_of(version)), version, CANARY, np.full(len(CANARY) - 1, -float(version), np.float32)
+        ray.put(weights_of(version)), version, CANARY, np.full(len(CANARY[0]) - 1, -float(version), np.float32)
     )
 
 

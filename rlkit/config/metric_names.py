@@ -1,0 +1,24 @@
+"""Names of the metrics that a run can report (docs/metrics.md says what they mean)."""
+
+_BY_AREA = {
+    "accuracy": "heldout train",
+    "reward": "mean std overlong_penalty failed greedy_mean",
+    "evaluation": "samples unjudged length_mean truncated_share",
+    "group": "all_equal_share",
+    "policy": "loss entropy clip_share grad_norm learning_rate skipped_updates waits optimizer_steps trained_samples",
+    "kl": "reference coefficient rollout",
+    "advantage": "mean_absolute return_mean return_std zero_share",
+    "length": "mean max truncated_share",
+    "mismatch": "logprob_mean logprob_max weight_mean weight_cut_share",
+    "weights": "version canary_difference",
+    "time": "step generate score advantages update publish reward_busy evaluate",
+    "tokens": "per_second",
+    "buffer": "ready dropped_stale in_flight rejected",
+    "critic": "loss grad_norm learning_rate skipped_updates value_mean return_mean explained_variance clip_share",
+    "prm": "pair_accuracy heldout_pair_accuracy brier calibration_error sign_accuracy loss grad_norm skipped_updates "
+    "score_mean score_p95",
+    "prime": "process_variance_share return_mean return_std return_length_correlation last_token_share",
+}
+METRICS = frozenset(f"{area}/{name}" for area, names in _BY_AREA.items() for name in names.split())
+FAMILIES = ("reward/component/", "reward/failed/")
+"""Beginnings of names that end with a part or a cause."""

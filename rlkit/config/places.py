@@ -1,0 +1,156 @@
+"""Checks of the folders, files and addresses that a configuration names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlkit.config.messages import ConfigIssue, Issues
+from rlkit.config.reach import ray_here, refusal
+from rlkit.config.schema import ClusterConfig
+from rlkit.data.base import DataError, DataSource
+from rlkit.data.tables import local_files
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
+"""Any of these marks a folder that holds a run."""
+BESIDE_THEM = ("tensorboard", "logs", "policy", "model")
+"""What else a run makes in its folder."""
+NOTES = 3
+"""Other files that a run folder may hold: the start script, a log, a note."""
+RAY_WORKING_DIRS = "/runtime_resources/working_dir_files/"
+SYSTEM = ("/proc", "/sys", "/dev")
+
+
+def run_folder_is_free(run_dir: Path, resume: str) -> Issues:
+    """Never mix two runs in one folder, nor a run with other things, nor resume an old one with another model."""
+    if run_dir.exists() and not run_dir.is_dir():
+        yield ConfigIssue("run_dir", "is a file, not a folder; choose another name")
+        return
+    if run_dir in (Path("/"), Path.home(), Path.cwd()) or _is_the_system_s(run_dir):
+        yield ConfigIssue("run_dir", f"{run_dir} is no folder for a run's files; name a new one, like runs/NAME")
+        return
+    present = [name for name in RUN_FILES if (run_dir / name).exists()]
+    if present and resume != "auto":
+        yield ConfigIssue(
+            "run_dir",
+            f"already holds a run ({', '.join(present)}); go on with it by resume=auto, choose another folder, or move "
+            "that one away",
+        )
+    others = [] if present or not os.access(run_dir, os.R_OK) else _others(run_dir.iterdir())
+    if len(others) > NOTES or any((run_dir / name).is_dir() for name in others):
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        yield ConfigIssue("run_dir", f"holds other things ({shown}) and no run; name a new or an empty folder")
+    existing = next(parent for parent in (run_dir, *run_dir.parents) if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        yield ConfigIssue("run_dir", f"cannot be made: {existing} is no folder that you may write to")
+
+
+def _is_the_system_s(folder: Path) -> bool:
+    return any(folder.is_relative_to(top) for top in SYSTEM) and not folder.is_relative_to("/dev/shm")
+
+
+def _others(entries: Iterable[Path]) -> list[str]:
+    return sorted(
+        entry.name for entry in entries if entry.name not in (*RUN_FILES, *BESIDE_THEM) and entry.name[0] != "."
+    )
+
+
+def resume_knows_its_folder(resume: str, new_folder: bool) -> Issues:
+    if resume == "auto" and new_folder:
+        yield ConfigIssue(
+            "resume", "has nothing to go on from: without run_dir every run has a new folder; add run_dir=FOLDER"
+        )
+
+
+def run_folder_outlives_the_job(run_dir: Path) -> Issues:
+    """A relative folder of a Ray job with a working directory is inside what Ray unpacked."""
+    if RAY_WORKING_DIRS in f"{run_dir}/":
+        yield ConfigIssue(
+            "run_dir",
+            "is inside the files that Ray unpacked for this job and deletes some time after it; name a folder by an "
+            "absolute path, run_dir=/storage/runs/NAME",
+            warning=True,
+        )
+
+
+def chat_template_is_one(model: Any) -> Issues:
+    """It is read as the tokenizer reads it: Jinja with loop controls and `generation` blocks."""
+    if model.chat_template is None:
+        return
+    file = Path(model.chat_template).expanduser()
+    if not file.is_file():
+        yield ConfigIssue("model.chat_template", "no such file")
+        return
+    from jinja2 import Environment, TemplateError, meta  # only a run with a template of its own needs it
+
+    try:
+        text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", file.read_text(encoding="utf-8"))
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(text)
+    except (OSError, UnicodeDecodeError, TemplateError) as error:
+        yield ConfigIssue("model.chat_template", f"is no Jinja template: {error}")
+        return
+    if "messages" not in meta.find_undeclared_variables(tree):
+        yield ConfigIssue("model.chat_template", "does not use `messages`, so every prompt would be the same text")
+
+
+def ray_answers(cluster: ClusterConfig, dry_run: bool, here: bool) -> Issues:
+    address = cluster.address
+    if address is None:
+        return
+    if address == "auto":
+        address = ray_here()
+        if address is None:
+            why = "no Ray runs on this machine; start one with `ray start --head`, or name the address of another's"
+            yield ConfigIssue("cluster.address", why, warning=dry_run)
+            return
+    host, _, port = address.rpartition(":")
+    problem = refusal(host.strip("[]"), int(port)) if port.isdigit() else None
+    if problem:
+        yield ConfigIssue(
+            "cluster.address", f"no Ray answers there ({address}: {problem}); `ray start --head` prints the address"
+        )
+
+
+def heldout_is_not_trained(data: DataSource) -> Issues:
+    train, heldout = (_files(data, name) for name in ("path", "heldout_path"))
+    for one in train:
+        for other in heldout:
+            if _same(one, other):
+                yield ConfigIssue(
+                    "data.heldout_path",
+                    f"has the rows of data.path ({other}): what is held out must not be trained on; name other rows, "
+                    "or leave it out (then data.heldout_share of the questions is held out)",
+                )
+                return
+
+
+def _files(data: DataSource, key: str) -> list[Path]:
+    """Those that there are: a source reports the others itself."""
+    names = getattr(data.config, key, None)
+    try:
+        return local_files(names, f"data.{key}") if isinstance(names, str | tuple) else []
+    except DataError:
+        return []
+
+
+def _same(one: Path, other: Path) -> bool:
+    """The same file, or files of one size that begin alike."""
+    if one.samefile(other):
+        return True
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    with one.open("rb") as left, other.open("rb") as right:
+        return left.read(2**20) == right.read(2**20)
+
+
+PLACES = (
+    run_folder_is_free,
+    resume_knows_its_folder,
+    run_folder_outlives_the_job,
+    chat_template_is_one,
+    ray_answers,
+    heldout_is_not_trained,
+)

@@ -1,0 +1,50 @@
+"""Training on samples of older policies: what it needs, and where it does not help."""
+
+from __future__ import annotations
+
+from algorithms.base import Algorithm
+from rlkit.config.messages import ConfigIssue, Issues
+from rlkit.config.schema import ClusterConfig, RolloutConfig, TrainerConfig
+
+
+def stale_samples_are_corrected(
+    algorithm: Algorithm, trainer: TrainerConfig, rollout: RolloutConfig, cluster: ClusterConfig
+) -> Issues:
+    """Old log-probs are those of the learner's policy at the start of the step, so clipping alone sees no staleness."""
+    key, corrects = "trainer.max_staleness", getattr(algorithm.config, "corrects", False)
+    if corrects and (rollout.top_p < 1 or rollout.top_k > 0):
+        yield ConfigIssue(
+            "algorithm.rollout_correction",
+            "multiplies every token by the share of the distribution that rollout.top_p or top_k leave (the sampler's "
+            "log-probs are of what is left, the learner's of all), besides correcting; better sample from all tokens",
+            warning=True,
+        )
+    if not trainer.max_staleness:
+        return
+    if not algorithm.needs().corrects_staleness:
+        yield ConfigIssue(
+            key,
+            f"trains on samples of older policies, and the loss of {type(algorithm).__name__} cannot weight them "
+            "(needs().corrects_staleness); set 0",
+        )
+    elif not corrects and hasattr(algorithm.config, "corrects"):
+        yield ConfigIssue(
+            key,
+            "trains on samples of older policies as if they were the present one's, because "
+            "algorithm.rollout_correction=none; leave that out for truncated importance weights",
+            warning=True,
+        )
+    if trainer.max_staleness > 1:
+        yield ConfigIssue(
+            key,
+            "buys nothing above 1 at present: the sampler is asked for a whole step's groups at a time; samples only "
+            "get older",
+            warning=True,
+        )
+    if cluster.device == "cuda" and cluster.placement == "colocated":
+        yield ConfigIssue(
+            key,
+            "makes sampler and learner work at once on the GPUs that they share, and neither makes room; 0 lets them "
+            "take turns, cluster.placement=apart gives each its own",
+            warning=True,
+        )

@@ -1,0 +1,272 @@
+"""What other frameworks call a thing, and what rlkit does not have: answers by name instead of a near-by key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+# By last component of the key.
+OTHER_NAMES: Mapping[str, str] = {
+    # sizes
+    "batch_size": "trainer.prompts_per_step",
+    "rollout_batch_size": "trainer.prompts_per_step",
+    "train_batch_size": "trainer.prompts_per_step",
+    "group_size": "algorithm.samples_per_prompt",
+    "n": "algorithm.samples_per_prompt",
+    "n_samples_per_prompt": "algorithm.samples_per_prompt",
+    "num_generations": "algorithm.samples_per_prompt",
+    "rollout_n": "algorithm.samples_per_prompt",
+    "num_minibatches": "learner.minibatches_per_step",
+    "ppo_mini_batch_size": "learner.minibatches_per_step",
+    "num_mini_batches": "learner.minibatches_per_step",
+    "micro_batch_size": "learner.tokens_per_microbatch",
+    "micro_train_batch_size": "learner.tokens_per_microbatch",
+    "per_device_train_batch_size": "learner.tokens_per_microbatch",
+    "ppo_max_token_len_per_gpu": "learner.tokens_per_microbatch",
+    "ppo_micro_batch_size": "learner.tokens_per_microbatch",
+    "ppo_micro_batch_size_per_gpu": "learner.tokens_per_microbatch",
+    "generate_max_len": "rollout.max_response_tokens",
+    "max_completion_length": "rollout.max_response_tokens",
+    "max_new_tokens": "rollout.max_response_tokens",
+    "max_response_length": "rollout.max_response_tokens",
+    "max_tokens": "rollout.max_response_tokens",
+    "max_prompt_length": "rollout.max_prompt_tokens",
+    "prompt_max_len": "rollout.max_prompt_tokens",
+    "max_num_seqs": "rollout.max_concurrent_samples",
+    # algorithm
+    "beta": "algorithm.kl_coefficient",
+    "init_kl_coef": "algorithm.kl_coefficient",
+    "kl_beta": "algorithm.kl_coefficient",
+    "kl_coef": "algorithm.kl_coefficient",
+    "kl_coeff": "algorithm.kl_coefficient",
+    "kl_loss_coef": "algorithm.kl_coefficient",
+    "kl_loss_type": "algorithm.kl_estimator",
+    "kl_penalty": "algorithm.kl_estimator",
+    "target_kl": "algorithm.kl_target",
+    "ent_coef": "algorithm.entropy_coefficient",
+    "entropy_coef": "algorithm.entropy_coefficient",
+    "entropy_coeff": "algorithm.entropy_coefficient",
+    "clip_ratio_low": "algorithm.clip_low",
+    "cliprange_low": "algorithm.clip_low",
+    "clip_ratio_high": "algorithm.clip_high",
+    "cliprange_high": "algorithm.clip_high",
+    "eps_clip_high": "algorithm.clip_high",
+    "epsilon_high": "algorithm.clip_high",
+    "clip_ratio_c": "algorithm.dual_clip",
+    "cliprange_value": "algorithm.value_clip",
+    "vf_clip": "algorithm.value_clip",
+    "gae_lam": "algorithm.gae_lambda",
+    "lam": "algorithm.gae_lambda",
+    "lambd": "algorithm.gae_lambda",
+    "lmbda": "algorithm.gae_lambda",
+    "loss_agg_mode": "algorithm.aggregation",
+    "loss_type": "algorithm.aggregation",
+    "norm_adv_by_std_in_grpo": "algorithm.normalize_by_std",
+    "scale_rewards": "algorithm.normalize_by_std",
+    # learner and critic
+    "lr": "learner.learning_rate",
+    "actor_learning_rate": "learner.learning_rate",
+    "actor_lr": "learner.learning_rate",
+    "critic_learning_rate": "critic.learning_rate",
+    "critic_lr": "critic.learning_rate",
+    "lr_scheduler": "learner.schedule",
+    "lr_scheduler_type": "learner.schedule",
+    "lr_warmup_steps": "learner.warmup_steps",
+    "num_warmup_steps": "learner.warmup_steps",
+    "warmup_ratio": "learner.warmup_steps",
+    "clip_grad": "learner.max_grad_norm",
+    "grad_clip": "learner.max_grad_norm",
+    "gradient_clipping": "learner.max_grad_norm",
+    "max_norm": "learner.max_grad_norm",
+    "adam_betas": "learner.betas",
+    "adam_beta1": "learner.betas",
+    "adam_beta2": "learner.betas",
+    "world_size": "learner.ranks",
+    "optimizer_offload": "learner.offload",
+    "param_offload": "learner.offload",
+    "enable_gradient_checkpointing": "learner.gradient_checkpointing",
+    "activation_checkpointing": "learner.gradient_checkpointing",
+    # sampler
+    "tp": "rollout.tensor_parallel_size",
+    "tp_size": "rollout.tensor_parallel_size",
+    "tensor_model_parallel_size": "rollout.tensor_parallel_size",
+    "vllm_tensor_parallel_size": "rollout.tensor_parallel_size",
+    "vllm_num_engines": "rollout.workers",
+    "num_engines": "rollout.workers",
+    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "enable_prefix_caching": "rollout.prefix_caching",
+    # run
+    "max_steps": "trainer.total_steps",
+    "num_steps": "trainer.total_steps",
+    "total_training_steps": "trainer.total_steps",
+    "save_freq": "trainer.save_every_steps",
+    "save_interval": "trainer.save_every_steps",
+    "save_steps": "trainer.save_every_steps",
+    "eval_steps": "trainer.evaluate_every_steps",
+    "test_freq": "trainer.evaluate_every_steps",
+    "max_ckpt_num": "trainer.keep_checkpoints",
+    "save_total_limit": "trainer.keep_checkpoints",
+    "metric_for_best_model": "trainer.best_metric",
+    "load_checkpoint": "resume",
+    "resume_from_checkpoint": "resume",
+    "resume_mode": "resume",
+    "resume_from_path": "resume",
+    "ckpt_path": "run_dir",
+    "default_local_dir": "run_dir",
+    "experiment_name": "run_dir",
+    "output_dir": "run_dir",
+    "save_path": "run_dir",
+    "base_model": "model.path",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "model_path": "model.path",
+    "pretrain": "model.path",
+    # data
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "dataset_path": "data.path",
+    "prompt_data": "data.path",
+    "train_files": "data.path",
+    "test_files": "data.heldout_path",
+    "val_files": "data.heldout_path",
+    "eval_dataset": "data.heldout_path",
+    "input_key": "data.prompt_column",
+    "prompt_key": "data.prompt_column",
+    "answer_key": "data.answer_column",
+    "label_key": "data.answer_column",
+    # reward
+    "custom_reward_function": "reward.function",
+    "reward_fn": "reward.function",
+    "reward_func": "reward.function",
+    "reward_funcs": "reward.function",
+    "reward_function": "reward.function",
+    "remote_rm_url": "reward.url",
+}
+
+TRACKERS = "is not supported: metrics go to RUN/metrics.jsonl and to TensorBoard (tracking.tensorboard)"
+EVALUATION = (
+    "not supported yet: an evaluation takes one response per held-out prompt, sampled like those of training "
+    "(trainer.evaluation_prompts, rollout.temperature)"
+)
+PREFERENCES = (
+    "DPO and its kin (learning from fixed pairs) are not supported: rlkit samples from the policy that it trains. "
+    "Pairs can train a reward model: python -m rlkit.train_reward reward=preference"
+)
+MULTI_TURN = (
+    "several turns, tools and environments are not supported: a prompt gets one response (reward=tool_call judges the "
+    "calls in it)"
+)
+
+# What a word of a key, an option or a command asks for -> the answer. The first that matches counts.
+WISHES: tuple[tuple[str, str], ...] = (
+    (r"q?lora\w*|peft|adapters?", "LoRA is not supported: all weights are trained"),
+    (r"(use_)?wandb\w*|weights_and_biases", f"W&B {TRACKERS}"),
+    (r"mlflow|swanlab|neptune|comet(_ml)?|clearml|aim|trackio", f"this tracker {TRACKERS}"),
+    (r"loggers?|report_to|project_name|tracker", f"another tracker {TRACKERS}"),
+    (r"dpo|ipo|kto|orpo|simpo|cpo|slic|online_dpo", PREFERENCES),
+    (r"sft", "supervised fine-tuning is a command of its own: python -m rlkit.sft"),
+    (r"multi_?turns?|max_turns|tools?|tool_\w+|env|environments?|agents?|agent_\w+|gym", MULTI_TURN),
+    (
+        r"stop|stop_\w+|eos_token_ids?|ignore_eos",
+        "stop strings are not supported: a response ends with the model's own end token or after "
+        "rollout.max_response_tokens",
+    ),
+    (
+        r"enable_thinking|thinking|\w*template_(kwargs|args|arguments)",
+        "arguments of the chat template are not supported: save the template with the choice made in it, and name it "
+        "by model.chat_template=FILE",
+    ),
+    (
+        r"ppo_epochs|update_epochs|num_ppo_epochs|num_iterations|mu",
+        "a step's samples are used once; learner.minibatches_per_step splits them into several optimizer steps",
+    ),
+    (
+        r"\w*epochs?",
+        "there are no epochs: a run takes trainer.total_steps steps of trainer.prompts_per_step prompts, and begins "
+        "again with the data when all were used",
+    ),
+    (r"(adam_|optimizer_)eps(ilon)?|eps", "not supported: AdamW's eps is 1e-8"),
+    (
+        r"optim|optimizer(_name|_type|_class)?",
+        "the optimizer is AdamW: learner.learning_rate, learner.betas, learner.weight_decay",
+    ),
+    (
+        r"eps_clip|clip_?range|clip_ratio|clip_eps|epsilon|ratio_clip",
+        "here it is algorithm.clip_low and algorithm.clip_high",
+    ),
+    (r"pass_?(at|@)?_?k|(eval|val|evaluation|test)_(samples|temperature|n|k|top_p|top_k|kwargs|do_sample)", EVALUATION),
+    (r"greedy|do_sample|best_of", EVALUATION),
+    (r"(gradient_)?accumulation_steps|grad_accum\w*", "not needed: learner.tokens_per_microbatch alone says what fits"),
+    (r"adv_estimator|advantage_estimator", "here the algorithm says it: algorithm=NAME"),
+    (r"use_kl_(loss|in_reward)", "here it is algorithm.kl_coefficient above 0, with algorithm.kl_in=loss or reward"),
+    (
+        r"ref|ref_model|reference_model|ref_path|ref_policy",
+        "the reference policy is the starting one, loaded if algorithm.kl_coefficient is above 0",
+    ),
+    (r"fsdp\w*|megatron\w*|deepspeed\w*|zero_?\d", "the learner is DeepSpeed: learner.zero_stage, learner.ranks"),
+    (
+        r"nnodes|num_nodes|n_gpus\w*|num_gpus\w*|gpus",
+        "here it is rollout.workers and learner.ranks (cluster=NAME presets them)",
+    ),
+    (
+        r"load_in_\d+bit|quantization\w*|fp8|bnb\w*|awq|gptq",
+        "quantised weights are not supported: learner.dtype and rollout.dtype",
+    ),
+    (
+        r"\w*(sequence|context|pipeline|expert)_parallel\w*|ulysses\w*|pp|cp|ep",
+        "not supported: sampling has rollout.tensor_parallel_size, training learner.ranks with learner.zero_stage",
+    ),
+    (r"max_model_len\w*", "here it is rollout.max_prompt_tokens + rollout.max_response_tokens"),
+    (r"attn_implementation|flash_attn\w*|flash_attention\w*", "not needed: the device decides it"),
+    (r"logging_steps|log_freq|log_interval", "not needed: every step is logged"),
+)
+
+IN_SECTION: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "rollout": ((r"name|backend|engine", "the sampler is vLLM; there is no other"),),
+    "tracking": ((r"name|backends?|project|type", f"another tracker {TRACKERS}"),),
+}
+"""The same for names that mean something only as a key of, or an option for, this section."""
+
+COMMANDS: tuple[tuple[str, str], ...] = (
+    (
+        r"eval|evaluate|evaluation|test|validate|benchmark",
+        "evaluating alone is not supported yet; a run evaluates on held-out prompts before, during and after training "
+        "(trainer.evaluate_every_steps)",
+    ),
+    (
+        r"compare|view|show|samples|inspect|plot|dashboard|ui|report|logs?",
+        "not supported yet; RUN/samples.jsonl has the responses, RUN/metrics.jsonl the numbers, and tensorboard "
+        "--logdir RUNS draws the curves of several runs",
+    ),
+    (
+        r"chat|generate|infer|inference|sample|play|vllm",
+        "not supported yet; transformers and vLLM load RUN/checkpoints/step_NNNNNN/policy, a Hugging Face folder",
+    ),
+    (
+        r"export|merge|convert|save|push|upload",
+        "not needed: RUN/checkpoints/step_NNNNNN/policy is a Hugging Face folder already",
+    ),
+    (r"resume|continue", "write it as rlkit train ... run_dir=RUN resume=auto"),
+    (r"grpo|ppo|rloo|dapo|reinforce|prime", "an algorithm is chosen by rlkit train algorithm=NAME"),
+    (r"reward|rm|train_rm|reward_model", "did you mean train-reward?"),
+    (r"version", "write rlkit --version"),
+    (r"help", "write rlkit --help"),
+    (r"init|new|create|config|download|fetch", "not supported"),
+)
+"""What a command asks for -> the answer."""
+
+
+def answer(name: str, section: str = "") -> str | None:
+    """What to say of a key, an option or a part of either that rlkit does not have; None for an unknown one."""
+    own = next((IN_SECTION[top] for top in (section, name.partition(".")[0]) if top in IN_SECTION), ())
+    steps = [step.strip("_") for step in name.lower().replace("-", "_").split(".")]
+    for step in steps:
+        for pattern, text in (*WISHES, *(own if step == steps[-1] else ())):
+            if re.fullmatch(pattern, step):
+                return text
+    return None
+
+
+def about_command(name: str) -> str | None:
+    word = name.lower().replace("-", "_")
+    return next((text for pattern, text in COMMANDS if re.fullmatch(pattern, word)), answer(word))

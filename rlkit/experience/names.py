@@ -1,0 +1,94 @@
+"""Names that a user writes: the nearest spelling, and the object at a dotted path."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rlkit.experience.errors import UserError
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The name that was meant: at most one slip per four letters away, or the shortest that has all words of `name`."""
+    typed = name.lower()
+    spelled = {candidate.lower(): candidate for candidate in sorted(valid)}
+    slips = {candidate: edits(typed, candidate) for candidate in spelled if len(typed) > 1}
+    close = [word for word, count in slips.items() if count <= max(1, max(len(typed), len(word)) // 4)]
+    if close:
+        return spelled[min(close, key=lambda word: slips[word])]
+    words = set(re.findall(r"[a-z0-9]+", typed))
+    holding = [word for word in spelled if len(typed) > 1 and words and words <= set(re.findall(r"[a-z0-9]+", word))]
+    return spelled[min(holding, key=len)] if holding else None
+
+
+def edits(left: str, right: str) -> int:
+    """Letters to insert, delete, replace or swap with their neighbour to get from one text to the other."""
+    above, row = list[int](), list(range(len(right) + 1))
+    for i, letter in enumerate(left, 1):
+        older, above, row = above, row, [i]
+        for j, other in enumerate(right, 1):
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (letter != other)))
+            if i > 1 and j > 1 and letter == right[j - 2] and left[i - 2] == other:
+                row[j] = min(row[j], older[j - 2] + 1)
+    return row[-1]
+
+
+class NotFoundError(UserError, ValueError):
+    """No object at a dotted path; the message says why, without the path."""
+
+
+def find_object(path: str, suits: Callable[[Any], bool] = callable) -> Any:
+    """The object at `my_module.name` or `my_module.Class.name`; `suits` chooses what a message proposes.
+
+    Raises NotFoundError, also for whatever a module of the user's raises while it is imported.
+    """
+    steps = path.split(".")
+    if len(steps) < 2 or not all(step.isidentifier() for step in steps):
+        raise NotFoundError("must be a dotted path, like my_module.my_function")
+    for end in range(len(steps) - 1, 0, -1):
+        module_name = ".".join(steps[:end])
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+                continue  # perhaps a class of a shorter module name
+            raise NotFoundError(f"cannot be imported: {_cause(error)}") from error
+        except Exception as error:
+            raise NotFoundError(f"cannot be imported: {_cause(error)}") from error
+        return _attribute(module, steps[end:], suits)
+    raise NotFoundError(
+        f"cannot be imported: there is no module {steps[0] if len(steps) == 2 else '.'.join(steps[:-1])} (looked in "
+        "the current folder and in the installed packages)"
+    )
+
+
+def _attribute(module: Any, steps: list[str], suits: Callable[[Any], bool]) -> Any:
+    value = module
+    for step in steps:
+        if not hasattr(value, step):
+            raise NotFoundError(_lacks(module, ".".join(steps), suits))
+        value = getattr(value, step)
+    return value
+
+
+def _lacks(module: Any, name: str, suits: Callable[[Any], bool]) -> str:
+    having = [known for known, value in vars(module).items() if suits(value) and not known.startswith("_")]
+    if name == "py":
+        own = [known for known in having if getattr(getattr(module, known), "__module__", None) == module.__name__]
+        listed = f" (it has {', '.join(own)})" if own else ""
+        return f"names a file; name what it defines: {module.__name__}.{own[0] if own else 'NAME'}{listed}"
+    guess = nearest(name, having)
+    hint = f"; did you mean {module.__name__}.{guess}?" if guess else f" ({module.__file__})"
+    return f"cannot be imported: {module.__name__} has no {name}{hint}"
+
+
+def _cause(error: BaseException) -> str:
+    """`TypeError: text (file.py:12)`, with the innermost line outside the import machinery."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    line = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{line}"

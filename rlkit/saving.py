@@ -1,0 +1,109 @@
+"""When a run is saved, which of its policies is the best, and who may ask it to stop. No Ray, no files."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from rlkit.config.schema import TrainerConfig
+
+
+@dataclass(frozen=True)
+class Best:
+    step: int
+    value: float
+
+
+class SaveSchedule:
+    """Told of steps, evaluations and checkpoints, it says when the next checkpoint is due."""
+
+    def __init__(self, config: TrainerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config, self.clock = config, clock
+        self.saved_at = clock()
+        self.saved: int | None = None
+        """The step last saved, or resumed from."""
+        self.best: Best | None = None
+        self.improved = False
+        """Since the last checkpoint."""
+        self.seen = False
+        """Whether `trainer.best_metric` ever came."""
+
+    def due(self, step: int) -> bool:
+        trainer = self.config
+        if step == trainer.total_steps or self.improved:
+            return True
+        if trainer.save_every_steps and step % trainer.save_every_steps == 0:
+            return True
+        minutes = (self.clock() - self.saved_at) / 60
+        return bool(trainer.save_every_minutes) and minutes >= trainer.save_every_minutes
+
+    def was_saved(self, step: int) -> None:
+        self.saved, self.saved_at, self.improved = step, self.clock(), False
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`metrics`: the latest known. The policy before training is beaten only by a better one."""
+        value = metrics.get(self.config.best_metric)
+        self.seen |= value is not None
+        if value is None or not math.isfinite(value) or (self.best is not None and value <= self.best.value):
+            return
+        self.improved |= step > 0
+        self.best = Best(step, value)
+
+    def missing(self, metrics: Mapping[str, float]) -> str | None:
+        """A sentence, if `trainer.best_metric` has not come although steps and evaluations have."""
+        name = self.config.best_metric
+        if self.seen or name in metrics:
+            return None
+        near = get_close_matches(name, metrics, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(metrics))}"
+        return f"trainer.best_metric={name}: no step or evaluation gives such a metric, so no best is kept; {hint}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": None if self.best is None else [self.best.step, self.best.value], "seen": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best = None if state["best"] is None else Best(*state["best"])
+        self.seen = state["seen"]
+
+
+class StoppedError(Exception):
+    """A signal asked the run to stop."""
+
+    def __init__(self, signal: signal.Signals) -> None:
+        super().__init__(signal.name)
+        self.signal = signal
+
+
+class Stop:
+    """The first signal asks the training to stop where a step is whole; a second one, or one outside of the training,
+    cancels the run where it is."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.task = task
+        self.signal: signal.Signals | None = None
+        self.training = False
+        self._asked = asyncio.Event()
+
+    def on(self, number: signal.Signals) -> None:
+        """Signal handler of the event loop."""
+        again, self.signal = self.signal is not None, number
+        if again or not self.training:
+            self.task.cancel()
+        self._asked.set()
+
+    async def asked(self) -> NoReturn:
+        """Raises StoppedError when it is."""
+        await self._asked.wait()
+        self.check()
+        raise AssertionError
+
+    def check(self) -> None:
+        if self._asked.is_set():
+            assert self.signal is not None
+            raise StoppedError(self.signal)
