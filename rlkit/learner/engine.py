@@ -82,6 +82,8 @@ def init_process_group(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device == "cuda" else "gloo"
     timeout = deepspeed.constants.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
+    if dist.is_initialized():  # one process group per process: tests build several learners in theirs
+        return
     # The store of a group that DeepSpeed or torch makes listens on every interface, without any authentication.
     store: dict[str, Any] = {}
     if rank == 0:
