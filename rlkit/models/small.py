@@ -52,6 +52,7 @@ _NARROW = {
     "index_n_heads": 2,
     "num_global_key_value_heads": 1,
     "hidden_size_per_layer_input": 16,
+    "linear_num_heads": 2,
     "mamba_n_groups": 1,
     "mamba_num_heads": 4,
     "n_groups": 2,
