@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -82,7 +81,7 @@ def summary(
     wall_seconds: float,
     seconds_per_step: float,
     reward_failed: int,
-    policy: Path,
+    policy: str | None,
     best: Mapping[str, Any] | None = None,
     ended: str | None = None,
     nothing_learnt: bool = False,
@@ -99,7 +98,7 @@ def summary(
         "seconds_per_step": round(seconds_per_step, 4),
         "reward_failed": reward_failed,
         "accuracy_by_step": {str(step): accuracy for step, accuracy in accuracies.items()},
-        "policy": str(policy),
+        "policy": policy,
         "best": best,
         "ended": ended,
         "nothing_learnt": nothing_learnt,

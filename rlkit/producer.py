@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from rlkit.cluster.waiting import waiting
 from rlkit.data.order import PromptOrder
-from rlkit.experience import Group, Prompt
+from rlkit.experience import Prompt
 from rlkit.experience.scores import ScoreReport
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.worker import GroupRequest
@@ -93,9 +93,11 @@ class Producer:
             greedy=self.greedy,
         )
 
-    def ask_again(self, groups: Sequence[Group]) -> None:
-        """Put groups that were taken and will not be trained back among the open ones: for a checkpoint in mid-step."""
-        self._again.extend(self._request(int(group.id), group.prompt) for group in groups)
+    def ask_again(self, groups: Sequence[tuple[str, str]]) -> None:
+        """Put groups ((group, prompt) ids) that will not be trained back among the open ones: for a checkpoint in
+        mid-step."""
+        prompts = self.order.by_id()
+        self._again.extend(self._request(int(group), prompts[prompt]) for group, prompt in groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data, and the open groups."""

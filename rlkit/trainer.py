@@ -20,7 +20,7 @@ from rlkit.experience.scores import RewardFailed, check_failures
 from rlkit.learner.joint import JointLearner
 from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard, rollout_metrics, summary
 from rlkit.producer import Producer, until
-from rlkit.rollout.pool import RolloutPool
+from rlkit.rollout.pool import RolloutFailedError, RolloutPool
 from rlkit.saving import SaveSchedule, Stop, StoppedError
 from rlkit.serving.pool import RewardPool
 from rlkit.tracking.run_folder import RunFolder
@@ -57,8 +57,6 @@ class Trainer:
     """Whether learner and reward are those of the last finished step: False from a step's first change to its end."""
     advanced: bool = False
     """Whether the buffer has heard of this version: then the next step has begun."""
-    taken: list[Group] = field(default_factory=list)
-    """From the buffer, by the step that has begun."""
     failed_scores: int = 0
     accuracies: dict[int, float] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)
@@ -66,8 +64,8 @@ class Trainer:
     async def fit(self) -> dict[str, Any]:
         """Train to the last step, or until the filters find the data solved; return the summary.
 
-        Saves what is whole, and raises TrainingFailedError, WaitedTooLongError, RewardFailed, TooManyRejectedError,
-        StoppedError, and what actors raise.
+        Saves what is whole, and raises TrainingFailedError, WaitedTooLongError, RewardFailed, RolloutFailedError,
+        TooManyRejectedError, StoppedError, and what actors raise.
         """
         # Proves that sampler and learner hold the same policy before any training.
         async with self.deadline("the driver", "the first weights to be published"):
@@ -85,7 +83,7 @@ class Trainer:
             await self.sealed()
         except DataSolvedError as solved:
             ended = str(getattr(solved, "cause", None) or solved)
-        except (StoppedError, RewardFailed, WaitedTooLongError, TooManyRejectedError):
+        except (StoppedError, RewardFailed, RolloutFailedError, WaitedTooLongError, TooManyRejectedError):
             await self.end_background(background)
             await self.save_what_is_whole()
             raise
@@ -120,7 +118,10 @@ class Trainer:
         for task in tasks:
             task.cancel()
         async with self.deadline("the end of the training", "the producer to stop and the checkpoint to be sealed"):
-            await asyncio.gather(*tasks, self.checkpointer.finish(), return_exceptions=True)
+            *_, failed = await asyncio.gather(*tasks, self.checkpointer.finish(), return_exceptions=True)
+        if isinstance(failed, Exception):
+            self.tracker.warn(f"the checkpoint of step {self.schedule.saved} was lost: {failed}")
+            self.schedule.saved = None
 
     def summary(self, ended: str | None, training_seconds: float, steps: int) -> dict[str, Any]:
         trainer, best, missing = self.config.trainer, self.schedule.best, self.schedule.missing(self.latest)
@@ -134,7 +135,7 @@ class Trainer:
             wall_seconds=time.monotonic() - self.began,
             seconds_per_step=training_seconds / max(1, steps),
             reward_failed=self.failed_scores,
-            policy=self.folder.policy(self.version),
+            policy=self.policy_of(self.version),
             best=None
             if best is None
             else {
@@ -157,7 +158,6 @@ class Trainer:
             await self.buffer.advance.remote(step - 1)  # now there is room for this step's groups
             self.advanced = True
         groups, times = await self.collect(producing, stopping)
-        self.taken = groups
         rejected = await self.buffer.take_rejected.remote() if self.config.buffer.drops_groups else []
         report, sampling = self.producer.take_report()
         self.failed_scores += report.failed
@@ -190,7 +190,7 @@ class Trainer:
         self.signal.check(metrics)
         self.latest |= metrics
         self.tracker.step(step, metrics, groups, advantages.tokens)
-        self.whole, self.advanced, self.taken = True, False, []
+        self.whole, self.advanced = True, False
 
     async def collect(
         self, producing: asyncio.Task[None], stopping: asyncio.Task[Any]
@@ -252,8 +252,8 @@ class Trainer:
         if not self.whole or self.version in (0, self.schedule.saved):
             return
         try:
-            await self.buffer.put_back.remote(len(self.taken), int(self.advanced))
-            self.producer.ask_again(self.taken)
+            if self.advanced:
+                self.producer.ask_again(await self.buffer.put_back.remote())
             await self.weight_sync.release_sampler()
             await self._save(self.version)
             await self.sealed()

@@ -64,6 +64,8 @@ class ExperienceBuffer:
         self._rejected_this_step: Counter[str] = Counter()
         self._rejected_groups: list[Group] = []
         """Since they were last taken."""
+        self._taken: list[tuple[str, str]] = []
+        """(group, prompt) ids of the groups taken since the last version: of a step that has begun."""
 
     def reserve(self, limit: int) -> int:
         """How many groups a producer may start now, at most `limit`; they count as in flight from here on."""
@@ -107,6 +109,7 @@ class ExperienceBuffer:
         self._judged_this_step = 0
         self._rejected_this_step.clear()
         taken = [self._ready.popleft() for _ in range(self.groups_per_step)]
+        self._taken = [(group.id, group.prompt.id) for group in taken]
         return sorted(taken, key=lambda group: group.id)  # in the order asked for, whoever was scored first
 
     def take_rejected(self) -> list[Group]:
@@ -114,19 +117,23 @@ class ExperienceBuffer:
         groups, self._rejected_groups = self._rejected_groups, []
         return sorted(groups, key=lambda group: group.id)
 
-    def put_back(self, groups: int, versions: int) -> None:
-        """Undo a step that began and will not be trained: groups taken (they are asked for again), versions announced.
+    def put_back(self) -> list[tuple[str, str]]:
+        """Undo the step that began with the last version and will not be trained, for a checkpoint in its middle.
 
-        For a checkpoint in the middle of a step.
+        Returns (group, prompt) ids of its groups, which must be asked for again: also of those on their way to whoever
+        took them.
         """
-        self._accepted -= groups
-        self._version -= versions
+        taken, self._taken = self._taken, []
+        self._accepted -= len(taken)
+        self._version -= 1
+        return taken
 
     def advance(self, version: int) -> None:
         """Weights of `version` are published. Raises ValueError if it does not follow the last."""
         if version != self._version + 1:
             raise ValueError(f"the buffer is at policy version {self._version}, so version {version} cannot follow")
         self._version = version
+        self._taken = []
 
     def stats(self) -> BufferStats:
         return BufferStats(

@@ -19,6 +19,7 @@ class BufferActor:
         self.masks_truncated = config.truncated == "mask"
         self.changed = asyncio.Condition()
         self.failure: TooManyRejectedError | None = None
+        self.ended = False
 
     async def reserve(self, limit: int) -> int:
         """Room for at least one and at most `limit` groups; waits for it.
@@ -54,7 +55,7 @@ class BufferActor:
 
     async def take(self) -> list[Group]:
         async with self.changed:
-            while (groups := self.buffer.take()) is None:
+            while self.ended or (groups := self.buffer.take()) is None:
                 if self.failure is not None:
                     raise self.failure
                 self.changed.notify_all()  # stale groups may have been dropped: there is room again
@@ -64,8 +65,10 @@ class BufferActor:
     async def take_rejected(self) -> list[Group]:
         return self.buffer.take_rejected()
 
-    async def put_back(self, groups: int, versions: int) -> None:
-        self.buffer.put_back(groups, versions)
+    async def put_back(self) -> list[tuple[str, str]]:
+        """The end: a `take` that still waits, whoever asked, gets nothing any more."""
+        self.ended = True
+        return self.buffer.put_back()
 
     async def advance(self, version: int) -> None:
         async with self.changed:

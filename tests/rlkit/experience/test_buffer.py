@@ -312,8 +312,14 @@ def test_a_step_that_began_can_be_undone_and_its_groups_asked_for_again() -> Non
     taken = buffer.take()
     assert taken is not None
     buffer.advance(1)
-    buffer.put_back(len(taken), 1)
-    assert (buffer.stats().version, buffer.reserve(9)) == (0, 2)
+    assert buffer.reserve(9) == 2
+    for name in ("2", "3"):
+        buffer.add(make_group(name, 0, 1, version=1))
+    assert buffer.take() is not None
+    assert buffer.put_back() == [("2", "p"), ("3", "p")]
+    assert (buffer.stats().version, buffer.reserve(9)) == (0, 0)
+    buffer.advance(1)
+    assert buffer.reserve(9) == 2
 
 
 def test_rejections_are_judged_per_step() -> None:
