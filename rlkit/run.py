@@ -41,6 +41,7 @@ from rlkit.evaluation import Evaluator
 from rlkit.experience import Prompt, UserError
 from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard
 from rlkit.models.folder import model_folder
+from rlkit.models.packing import shared_prefix
 from rlkit.models.usable import known_run
 from rlkit.producer import Producer
 from rlkit.rollout.pool import RolloutPool
@@ -258,9 +259,12 @@ async def _start(
 
 
 def _canary(train: Sequence[Prompt]) -> Canary:
-    """The beginnings of different prompts: a state that leaks from one sequence into the next shows only on several."""
-    beginnings = dict.fromkeys(prompt.token_ids[:CANARY_TOKENS] for prompt in train[: 8 * CANARY_PROMPTS])
-    return tuple(ids for ids in beginnings if len(ids) > 1)[:CANARY_PROMPTS]
+    """Pieces of different prompts, from a little before they differ: long system prompts have equal beginnings, and a
+    state that leaks from one sequence into the next shows only on several."""
+    prompts = [prompt.token_ids for prompt in train[: 8 * CANARY_PROMPTS]]
+    start = max(0, len(shared_prefix(list(dict.fromkeys(prompts)))) - CANARY_TOKENS // 2)
+    pieces = dict.fromkeys(ids[start : start + CANARY_TOKENS] for ids in prompts)
+    return tuple(ids for ids in pieces if len(ids) > 1)[:CANARY_PROMPTS]
 
 
 def _own_verifier(resolved: ResolvedRun) -> bool:

@@ -16,7 +16,7 @@ from rlkit.config.schema import RunConfig
 from rlkit.experience import UserError
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.sampler import engine_environment, shared_gpus_environment
-from rlkit.rollout.worker import GroupRequest, RolloutWorker
+from rlkit.rollout.worker import GroupRequest, RolloutWorker, sample_seed
 from rlkit.weights.publication import Agreement, Proof, Published, WeightReceipt, WeightsNotLoadedError
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,10 @@ class RolloutPool:
             environment |= {**own, **shared_gpus_environment(gpus)}
         kind = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0, max_concurrency=1000)(RolloutWorker)
         return kind.options(runtime_env={"env_vars": environment}, **place).remote(
-            self.model_path, config, str(self.logs / f"rollout-{index}.log")
+            self.model_path,
+            config,
+            str(self.logs / f"rollout-{index}.log"),
+            sample_seed(config.seed, "engine", index),  # engines with equal seeds would draw the same noise
         )
 
     async def start(self) -> None:

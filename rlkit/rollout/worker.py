@@ -55,11 +55,13 @@ class _Open:
 class RolloutWorker:
     """Every engine call runs in one thread, so steps and weight updates never overlap."""
 
-    def __init__(self, model_path: str, config: RunConfig, log_path: str) -> None:
+    def __init__(self, model_path: str, config: RunConfig, log_path: str, engine_seed: int) -> None:
+        """`engine_seed`: of this engine's own randomness, for samples that have no seed."""
         from rlkit.tracking.logs import actor_logging
 
         actor_logging(Path(log_path))
         self.model_path, self.config, self.rollout = model_path, config, config.rollout
+        self.engine_seed = engine_seed
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self.version = 0
         self.checksum = ""
@@ -91,7 +93,7 @@ class RolloutWorker:
             self.model_path,
             self.rollout,
             device=config.cluster.device,
-            seed=config.seed,
+            seed=self.engine_seed,
             stop_token_ids=stop_token_ids(self.model_path, self.tokenizer),
             trust_remote_code=trusted,
             route=weight_route(config.cluster, config.rollout, config.learner),

@@ -39,6 +39,9 @@ class Worker(ScriptedWorker):
     async def pid(self) -> int:
         return os.getpid()
 
+    async def seed(self) -> int:
+        return self.engine_seed
+
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(coroutine, 60))
@@ -357,3 +360,14 @@ def test_an_engine_that_fails_while_it_receives_ends_the_transfer_with_the_cause
             await asyncio.wait_for(arriving, 5)
 
     run(check())
+
+
+def test_engines_draw_differently_and_a_replacement_as_the_one_before(make_pool: MakePool) -> None:
+    async def seeds(pool: RolloutPool) -> list[int]:
+        return list(await asyncio.gather(*(worker.seed.remote() for worker in pool.workers)))
+
+    pool = make_pool(workers=2)
+    first, second = run(seeds(pool))
+    assert first != second
+    pool.workers[1] = pool._make(1)
+    assert run(seeds(pool)) == [first, second]

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rlkit.experience import Message, Prompt
+from rlkit.run import CANARY_PROMPTS, CANARY_TOKENS, _canary
 from rlkit.weights.publication import (
     Agreement,
     Loaded,
@@ -114,3 +116,17 @@ def test_the_weakest_of_several_workers_is_reported() -> None:
     weakest = Agreement.weakest([Agreement(0.1, 1.01), Agreement(0.3, None), Agreement(0.2, 0.7)])
     assert weakest == Agreement(0.3, 0.7)
     assert Agreement.weakest([Agreement(0.1)]).change is None
+
+
+def prompts(system: int, count: int) -> list[Prompt]:
+    """With a system prompt of so many tokens, and 20 of their own."""
+    ids = [(*range(system), *range(1000 * i, 1000 * i + 20)) for i in range(1, count + 1)]
+    return [Prompt(f"p{i}", (Message("user", "?"),), token_ids) for i, token_ids in enumerate(ids)]
+
+
+@pytest.mark.parametrize("system", [3, 40])
+def test_the_canary_is_of_several_prompts_however_long_their_common_beginning(system: int) -> None:
+    canary = _canary(prompts(system, 6))
+    assert len(set(canary)) == CANARY_PROMPTS
+    assert all(len(ids) <= CANARY_TOKENS for ids in canary)
+    assert len(_canary(prompts(system, 1))) == len(_canary(prompts(system, 1) * 2)) == 1
