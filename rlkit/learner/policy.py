@@ -184,14 +184,17 @@ class PolicyLearner:
     @cached_property
     def _names(self) -> CheckpointNames:
         model = self.engine.module.model
-        return CheckpointNames(model, parameter_metas(model))
+        metas, _ = with_buffers(model, parameter_metas(model), ())
+        return CheckpointNames(model, metas)
 
     def named_weights(self, bucket_bytes: int = GATHERED_BYTES) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name in a checkpoint, full tensor), tied ones once. All ranks iterate.
+        """Yield (name in a checkpoint, full tensor), tied ones once, persistent buffers last: an engine that slept has
+        lost those that are parameters in vLLM. All ranks iterate.
 
         ZeRO-3 gathers `bucket_bytes` at a time and frees them again: copy what must outlive the iteration.
         """
-        return self._names.convert(self._parameters(bucket_bytes))
+        _, weights = with_buffers(self.engine.module.model, (), self._parameters(bucket_bytes))
+        return self._names.convert(weights)
 
     def _parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name in the model, full tensor)."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from learner_fixture import build_learner
 from paths import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -40,6 +41,19 @@ def test_names_and_tensors_are_those_of_the_checkpoint(model_type: str, tmp_path
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == checkpoint.keys()
     assert all(torch.equal(saved[name], checkpoint[name]) for name in checkpoint)
+
+
+def test_what_training_leaves_is_published_with_what_it_changes(tmp_path: Path) -> None:
+    """vLLM holds the router's bias as a parameter, which an engine that slept has lost."""
+    config = architectures.tiny_config(next(row for row in architectures.ROWS if row.model_type == "glm4_moe"))
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    checkpoint = load_file(tmp_path / "model.safetensors")
+    assert any("correction_bias" in name for name in checkpoint)
+    learner = build_learner(tmp_path)
+    sent = dict(learner.named_weights())
+    assert [meta.name for meta in learner.weight_metas()] == list(sent)
+    assert sent.keys() == checkpoint.keys()
+    assert all(torch.equal(sent[name], tensor) for name, tensor in checkpoint.items())
 
 
 def test_a_model_without_conversions_keeps_names_and_order() -> None:
