@@ -66,6 +66,7 @@ def without_template(folder: Path) -> None:
         (without_template, r"no chat template.*model\.chat_template=FILE"),
         (configured(architectures=["LlamaForSequenceClassification"]), "a classifier, which does not write text"),
         (configured(head_dim=16), "16 dimensions, which vLLM on CPU cannot run"),
+        (configured(num_local_experts=8), "mixture of experts, and vLLM 0.32 on CPU"),
         (configured(model_type="roberta"), r"model type roberta would be trained on wrong numbers \(.*differ by"),
         (
             configured(rope_parameters={"rope_type": "longrope", "original_max_position_embeddings": 32}),
