@@ -132,7 +132,7 @@ def _cut_width(text: Any) -> None:
     """Fewer heads of the same size, and a hidden state as narrow as they allow."""
     if not hasattr(text, "num_attention_heads"):  # Mamba 2
         if hasattr(text, "expand") and hasattr(text, "num_heads"):
-            text.hidden_size, text.num_heads, text.n_groups = text.head_dim, text.expand, 1
+            text.update({"hidden_size": text.head_dim, "num_heads": text.expand, "n_groups": 1})
         return
     heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     kept = min(kv_heads, 2)

@@ -13,6 +13,7 @@ ARCHITECTURES = Path(__file__).with_name("architectures.json")
 """By model type: how it runs (packed, rows, refused), and why it is refused. benchmarks/architectures.py writes it."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of vLLM 0.32's CPU attention (vllm/v1/attention/backends/cpu_attn.py)."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Kinds of RoPE that turn all positions differently once a sequence is longer than the original positions."""
 
@@ -49,6 +50,11 @@ def refusals(folder: Path, *, device: str, longest: int, chat_template: bool) ->
         yield (
             f"its attention heads have {size} dimensions, which vLLM on CPU cannot run (it has "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}); choose another model, or cluster.device=cuda"
+        )
+    if device == "cpu" and any((text.get(name) or 0) > 1 for name in EXPERTS):
+        yield (
+            "it is a mixture of experts, and vLLM 0.32 on CPU computes other log-probs once the experts' weights are "
+            "loaded again, even the same: the first check of weights would end the run; use cluster.device=cuda"
         )
     yield from _positions(text, longest)
 
