@@ -30,7 +30,7 @@ class TrainerConfig(Section):
     save_every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints `checkpoints/step_NNNNNN/`, from which a run can resume. 0: by `save_every_minutes`.
     Besides, one is made after the last step, when an evaluation improves `best_metric`, and when the run is ended by
-    SIGTERM, Ctrl-C, a failing reward or a deadline while a step is whole."""
+    SIGTERM, Ctrl-C, a failing reward or sampler, or a deadline while a step is whole."""
     save_every_minutes: float = Field(default=30.0, ge=0)
     """Minutes after which the next whole step is saved, if none was since. 0: never."""
     step_timeout_seconds: float = Field(default=1800.0, ge=1)
