@@ -189,7 +189,7 @@ ROWS = (
     _row("helium"),
     _row("jais2"),
     _row("nanochat"),
-    _row("nemotron", head_dim=16),
+    _row("nemotron", head_dim=16, num_key_value_heads=2),
     _row("solar_open"),
     _row("starcoder2"),
     _row("stablelm"),
