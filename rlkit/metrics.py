@@ -147,7 +147,8 @@ class UpdateGuard:
 
     def _limit(self, mismatch: float) -> None:
         limit = self.config.max_mismatch
-        if limit is None or mismatch <= limit:
+        # With stale samples the difference is of their age, too, which the loss's weights correct.
+        if limit is None or self.config.max_staleness or mismatch <= limit:
             self.mismatched_in_a_row = 0
             return
         self.mismatched_in_a_row += 1  # also for NaN

@@ -55,6 +55,8 @@ class Trainer:
     version: int = 0
     whole: bool = True
     """Whether learner and reward are those of the last finished step: False from a step's first change to its end."""
+    saving_fails: bool = False
+    """While a checkpoint is written, and after it has failed: what hung once is not waited for again."""
     advanced: bool = False
     """Whether the buffer has heard of this version: then the next step has begun."""
     failed_scores: int = 0
@@ -91,9 +93,12 @@ class Trainer:
             await self.end_background(background)
         if ended is not None:
             self.tracker.message(ended)
+            await self.save_what_is_whole()
             if self.version not in self.accuracies:
                 await self.evaluate(self.version)
-            await self.save_what_is_whole()
+            if self.schedule.improved:
+                await self.save(self.version)  # the same step, whose manifest now names the best
+                await self.sealed()
         return self.summary(ended, time.monotonic() - training_began, self.version + 1 - first)
 
     async def train(
@@ -237,9 +242,12 @@ class Trainer:
         await self.weight_sync.with_learner_memory(self._save(step))
 
     async def _save(self, step: int) -> None:
+        self.schedule.evaluated(step, self.latest)  # the best metric may be one of steps
+        self.saving_fails = True
         with self.tracker.timed("save"):
             async with self.deadline("the driver", f"the checkpoint of step {step}"):
                 await self.checkpointer.save(step, self, self.latest)
+        self.saving_fails = False
         self.schedule.was_saved(step)
 
     async def sealed(self) -> None:
@@ -249,7 +257,7 @@ class Trainer:
 
     async def save_what_is_whole(self) -> None:
         """At an end before the last step. A step that has changed nothing yet is asked for again by a resumed run."""
-        if not self.whole or self.version in (0, self.schedule.saved):
+        if not self.whole or self.saving_fails or self.version in (0, self.schedule.saved):
             return
         try:
             if self.advanced:

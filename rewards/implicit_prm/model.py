@@ -30,6 +30,7 @@ from rlkit.learner.batches import charge, split_tree
 from rlkit.learner.engine import build_engine, init_process_group, load_to_train, optimizer_step
 from rlkit.learner.policy_folder import parameter_metas, save_policy, with_buffers
 from rlkit.learner.state import full_state, load_full_state
+from rlkit.learner.weight_names import CheckpointNames
 from rlkit.models.folder import model_folder
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import load_causal_lm
@@ -267,6 +268,13 @@ class ImplicitModel:
         """Raise ValueError for weights of another architecture."""
         policy = dict(weights)
         self.reference.forget()
+        model = self.reference.model
+        metas = parameter_metas(model)
+        if {meta.name for meta in CheckpointNames(model, metas).metas} != {meta.name for meta in metas}:
+            raise ValueError(
+                f"reward.reference=policy: transformers fuses weights of {model.config.model_type} when it loads them, "
+                "so the policy's cannot be copied into the reference; use reward.reference=frozen"
+            )
         for name, parameter in self.reference.model.named_parameters():
             new = policy.get(name)
             if new is None or new.shape != parameter.shape:

@@ -17,6 +17,8 @@ from rlkit.config.schema import RunConfig
 
 FIXED = ("model", "data", "algorithm", "reward._target_", "seed", "trainer.prompts_per_step", "rollout.temperature")
 """Keys and sections that a resumed run must share with its checkpoint."""
+RESOLVED = ("algorithm.rollout_correction", "algorithm.largest_weight")
+"""Keys whose default follows from another key: `trainer.max_staleness` may change."""
 FREE = ("run_dir", "resume", "dry_run", "tracking")
 """Keys and sections whose change is not reported."""
 
@@ -55,7 +57,7 @@ def find_resume(config: RunConfig) -> ResumePoint | None:
     changed = [
         f"{key} was {_shown(old)} and is {_shown(new)} now"
         for key, old, new in differences
-        if not _is_one_of(key, (*FIXED, *FREE))
+        if key in RESOLVED or not _is_one_of(key, (*FIXED, *FREE))
     ]
     if changed:
         changed.append(f"to keep what was: {_own_configuration(checkpoint)}")
@@ -95,7 +97,7 @@ def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequ
     problems = [
         ConfigIssue(key, f"is {_shown(new)}, but {checkpoint.path} was made with {_shown(old)}; that is another run")
         for key, old, new in differences
-        if _is_one_of(key, FIXED)
+        if _is_one_of(key, FIXED) and key not in RESOLVED
     ]
     if config.trainer.total_steps < checkpoint.step:
         problems.append(

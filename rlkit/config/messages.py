@@ -164,7 +164,13 @@ def _instead(key: str, known_keys: Collection[str]) -> str:
         beside = f"{section}.{meant.rpartition('.')[2]}"  # critic.lr is the critic's
         having = [full for full in (beside, meant) if full in leaves]
         part = meant.partition(".")[0]
-        return _meant(having[:1]) if having else f"here it is {meant}, which the chosen {part} has not (--help {part})"
+        if having:
+            return _meant(having[:1])
+        namesakes = [full for full, own in leaves.items() if own == meant.rpartition(".")[2]]
+        if part not in tops and namesakes:
+            return _meant(namesakes)
+        if part in tops:
+            return f"here it is {meant}, which the chosen {part} has not (--help {part})"
     inside = {own: full for full, own in leaves.items() if section and full == f"{section}.{own}"}
     near = nearest(leaf, inside)
     wish = answer(key)

@@ -265,6 +265,7 @@ class RolloutWorker:
         Level 1 keeps the weights in host memory; after level 2 new ones must come.
         """
         await self._in_thread(lambda: self.sampler.sleep(level))
+        self.open.clear()  # at an end in mid-step: vLLM has dropped them, and the engine loop would wait for ever
 
     async def wake(self) -> None:
         """Undo `sleep(1)`."""

@@ -57,7 +57,7 @@ def test_dropout_is_never_active(tmp_path: Path, kind: Any, config: Any, checkpo
     kind(config).save_pretrained(tmp_path)
     learner = build_learner(tmp_path, gradient_checkpointing=checkpointing, tokens_per_microbatch=40)
     metrics = update(learner)
-    one, other = (learner.sequence_logprobs(range(3, 20)) for _ in range(2))
+    one, other = (learner.canary_logprobs([tuple(range(3, 20))]) for _ in range(2))
     np.testing.assert_array_equal(one, other)
     # Nor in the update: the policy of its forward pass is the one that log-probs are asked of.
     again = build_learner(tmp_path, tokens_per_microbatch=40)
