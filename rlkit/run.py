@@ -332,7 +332,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
     questions, per_step = len(loaded["train"]), config.trainer.prompts_per_step
     if questions < per_step:
         tracker.warn(
-            f"there are {questions} training questions and a step takes {per_step} (trainer.prompts_per_step): each is "
+            f"{questions} training questions for {per_step} in a step (trainer.prompts_per_step): each is "
             f"asked {per_step / questions:.3g} times in every step"
         )
     judges = ((resolved.reward_class, resolved.reward_config), (resolved.verifier_class, resolved.verifier_config))

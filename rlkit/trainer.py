@@ -14,7 +14,7 @@ from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.schema import RunConfig
 from rlkit.evaluation import Evaluation, Evaluator
-from rlkit.experience import Group
+from rlkit.experience import Group, UserError
 from rlkit.experience.buffer import DataSolvedError, TooManyRejectedError
 from rlkit.experience.scores import RewardFailed, check_failures
 from rlkit.learner.joint import JointLearner
@@ -166,7 +166,11 @@ class Trainer:
         rejected = await self.buffer.take_rejected.remote() if self.config.buffer.drops_groups else []
         report, sampling = self.producer.take_report()
         self.failed_scores += report.failed
-        check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
+        try:
+            check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
+        except UserError:
+            self.tracker.samples(step, groups)  # they show what the reward was given
+            raise
         self.whole = False
         await self.weight_sync.release_sampler()
         groups, of_reward = await self.reward.learn(groups, "before")

@@ -106,14 +106,16 @@ def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequ
                 f"{checkpoint.path} already has {checkpoint.step} steps; ask for more, or name an earlier checkpoint",
             )
         )
-    if problems:
+    if problems and differences and problems[0].where != f"trainer.total_steps={config.trainer.total_steps}":
         hint = f"{problems[-1].message}; to go on as it was made: {_own_configuration(checkpoint)}"
         problems[-1] = replace(problems[-1], message=hint)
+    if problems:
         raise ConfigError(problems)
 
 
 def _own_configuration(checkpoint: Sealed) -> str:
-    return f"--config {shlex.quote(str(checkpoint.path.parent.parent / 'config.yaml'))} resume=auto"
+    run = checkpoint.path.parent.parent
+    return f"run_dir={shlex.quote(str(run))} --config {shlex.quote(str(run / 'config.yaml'))} resume=auto"
 
 
 def _is_one_of(key: str, names: tuple[str, ...]) -> bool:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rlkit.cluster.janitor import TOKEN, janitor
 from rlkit.config.schema import ClusterConfig
@@ -51,7 +52,7 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
             stack.enter_context(_loopback_taken_literally())
             stack.callback(ray.shutdown)
             stack.enter_context(janitor(token, folder, logs))
-            ray.init(
+            _started_in_time(
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
@@ -60,6 +61,17 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
                 _temp_dir=str(folder / "ray"),  # which Ray makes writable for everybody, as `folder` is not
             )
         yield
+
+
+def _started_in_time(**options: Any) -> None:
+    import ray
+
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray's own words for this are a plain Exception
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError("Ray did not start in time: this machine is very busy, or out of memory; try again") from error
 
 
 def _refuse_open_doors() -> None:

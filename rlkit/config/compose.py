@@ -154,12 +154,13 @@ def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sou
         return [ConfigIssue(f"--config {file}", f"cannot be read: {' '.join(str(error).split())}")]
     if not isinstance(content, dict):
         return [ConfigIssue(f"--config {file}", "is not a configuration: it must be a mapping of sections")]
-    content.pop("run_dir", None)  # that folder holds the run that wrote the file
+    for key in ("run_dir", "resume"):  # of the run that wrote the file: this one is another
+        content.pop(key, None)
     sources.file = file
     problems = []
     for section, value in content.items():
         if section in choices:
-            message = f"{file} sets {section} already; leave one of them out"
+            message = f"{file} sets {section} already; to change keys of it, write {section}.KEY=VALUE alone"
             problems.append(ConfigIssue(sources.typed[section], message))
             continue
         listed = section == "reward" and isinstance(value, list)  # parts of a combination

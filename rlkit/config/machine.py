@@ -25,7 +25,7 @@ from rlkit.config.memory import (
 from rlkit.config.messages import ConfigError, ConfigIssue, Issues
 from rlkit.config.parts import ResolvedRun, conf_dir
 from rlkit.config.plan import colocated_slots, shares_gpus
-from rlkit.config.schema import ClusterConfig, RunConfig
+from rlkit.config.schema import ClusterConfig, RunConfig, TrainerConfig
 from rlkit.models.folder import ModelShape, check_model_folder
 
 GPUS_PER_MACHINE = 8
@@ -183,7 +183,7 @@ def _host(run: ResolvedRun, machine: Machine) -> Issues:
     yield ConfigIssue(
         _host_key(run),
         f"the processes on one machine need {size_text(needed)} of memory at their peak, and it has "
-        f"{size_text(there)}; most takes the {largest.name}: {times}{size_text(largest.host())} "
+        f"{size_text(there)}; most takes {largest.name}: {times}{size_text(largest.host())} "
         f"({_parts(phase.host)}). {changes}",
     )
 
@@ -283,6 +283,8 @@ def _changes(run: ResolvedRun) -> Iterator[tuple[str, ResolvedRun]]:
             yield changed("rollout", workers=1)
         if rollout.memory_gib > 1:
             yield changed("rollout", memory_gib=1)
+    if config.trainer.prompts_per_step >= 2 * TrainerConfig().prompts_per_step:
+        yield changed("trainer", prompts_per_step=config.trainer.prompts_per_step // 2)
     if getattr(run.algorithm_config, "kl_coefficient", 0):
         yield (
             "algorithm.kl_coefficient=0",

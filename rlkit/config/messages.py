@@ -157,9 +157,11 @@ def _instead(key: str, known_keys: Collection[str]) -> str:
     leaves = {full: full.rpartition(".")[2] for full in known_keys}
     tops = {full.partition(".")[0] for full in leaves}
     same = sorted((full for full, own in leaves.items() if own == leaf), key=lambda full: edits(full, key))
+    meant = OTHER_NAMES.get(leaf.lower())
+    if meant in leaves and section and meant.startswith(f"{section}."):  # trainer.max_steps is not data.max_steps
+        return _meant([meant])
     if same:
         return _meant(same)
-    meant = OTHER_NAMES.get(leaf.lower())
     if meant is not None:
         beside = f"{section}.{meant.rpartition('.')[2]}"  # critic.lr is the critic's
         having = [full for full in (beside, meant) if full in leaves]
@@ -170,7 +172,7 @@ def _instead(key: str, known_keys: Collection[str]) -> str:
         if part not in tops and namesakes:
             return _meant(namesakes)
         if part in tops:
-            return f"here it is {meant}, which the chosen {part} has not (--help {part})"
+            return f"here it is called {meant}, which the chosen {part} does not have (--help {part})"
     inside = {own: full for full, own in leaves.items() if section and full == f"{section}.{own}"}
     near = nearest(leaf, inside)
     wish = answer(key)

@@ -156,6 +156,10 @@ def _no_option(group: str, name: str, available: Collection[str]) -> tuple[str, 
     stem = re.split(r"[/\\]", name)[-1].rpartition(".")[0]
     if re.search(r"\.(ya?ml|py)$", name) and stem in available:
         return f"an option has no suffix: {group}={stem}", stem
+    if group == "data" and name.endswith((".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")):
+        return f"a file is read by data=jsonl data.path={name} (or csv, parquet)", None
+    if name.endswith(".py") and group in ("reward", "verifier"):
+        return f"a function of your own is named by {group}=function {group}.function={stem}.NAME", None
     if "." in name and group in ("reward", "verifier") and not name.endswith(".py"):
         function = f", a function by {group}=function {group}.function={name}"
         return f"a class of your own is named by {group}._target_={name}{function}", None

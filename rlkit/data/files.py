@@ -68,6 +68,11 @@ class TableSource(DataSource):
                     raise DataError(f"{source} has no rows.")
                 lacking = [] if columns is None else missing_columns(self.config, columns, source)
                 messages += lacking
+                rows = self._head(split) if columns == [] else []
+                if rows and isinstance(broken := rows[0][1], BadRow):
+                    raise DataError(
+                        f"{source} has no row that can be read; the first: {broken.origin}: {broken.reason}"
+                    )
                 head = [] if lacking or columns is None else self._head(split)
                 if head:
                     part = f"the first {len(head)} rows of {source}" if len(head) == CHECKED_ROWS else source

@@ -77,7 +77,12 @@ def file_rows(path: Path, key: str, text_columns: Collection[str] = ()) -> Rows:
             yield from readers[suffix](path, key, text_columns)
         else:
             yield from _json_lines(path, key)
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{key}={path} is not UTF-8 ({error.reason} at byte {error.start}); write it as UTF-8, from Latin-1 for "
+            "example: iconv -f LATIN1 -t UTF-8 FILE."
+        ) from error
+    except OSError as error:
         raise DataError(f"{key}={path} cannot be read: {error}") from error
 
 
@@ -113,13 +118,15 @@ def _json_lines(path: Path, key: str) -> Rows:
         raise DataError(f"{key}={path} cannot be read after line {number}: {error}") from error
     if not objects:
         why = f"; the first: {first.origin}: {first.reason}" if first else ": it has blank lines only"
-        csv_like = " A CSV file's name ends in .csv." if first and "," in _first_line(path) else ""
+        beginning = _first_line(path) if first else ""
+        plain = "," in beginning and beginning.isprintable() and beginning.lstrip()[:1] not in "[{"
+        csv_like = " A CSV file's name ends in .csv." if plain else ""
         raise DataError(f"{key}={path} has no line that is a JSON object{why}.{csv_like}")
 
 
 def _first_line(path: Path) -> str:
     with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline()
+        return file.readline().rstrip("\r\n")
 
 
 def _json_row(origin: str, line: bytes) -> Row | BadRow:
@@ -236,6 +243,8 @@ def hub_columns(path: str, key: str, subset: str | None, revision: str | None) -
     try:
         info = datasets.load_dataset_builder(path, subset, revision=revision).info
     except Exception as error:  # `datasets` raises whatever its readers raise: the user needs path and cause
+        if _offline():
+            raise DataError(f"{key}={path} is not in the cache, and HF_HUB_OFFLINE is set. {_fetch(path)}.") from error
         raise DataError(f"{key}={path} cannot be loaded: {_one_line(error)}") from error
     return None if info.features is None else list(info.features)
 
@@ -262,12 +271,14 @@ def _data_set(path: str, key: str, split: str, subset: str | None, revision: str
     except DataError:
         raise
     except Exception as error:  # as above
+        if not local.exists() and _offline():
+            raise DataError(f"{key}={path} is not in the cache, and HF_HUB_OFFLINE is set. {_fetch(path)}.") from error
         raise DataError(f"{key}={path}, split {split!r}, cannot be loaded: {_one_line(error)}") from error
 
 
 def _reach_hub(path: str, key: str) -> None:
     """Without a network `datasets` would retry for a minute. What its cache holds loads offline (HF_HUB_OFFLINE=1)."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+    if _offline():
         return
     if any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return  # a connection of our own would go past the proxy
@@ -277,9 +288,17 @@ def _reach_hub(path: str, key: str) -> None:
     except OSError as error:
         raise DataError(
             f"{key}={path} is no file or folder here (looked from {Path.cwd()}), and {address.hostname} cannot be "
-            f"reached ({error}). Fetch it where there is a network (hf download {path} --repo-type dataset --local-dir "
-            "FOLDER) and name the folder, or set HF_HUB_OFFLINE=1 if it is in the cache."
+            f"reached ({error}). {_fetch(path)}, or set HF_HUB_OFFLINE=1 if it is in the cache."
         ) from error
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _fetch(path: str) -> str:
+    command = f"hf download {path} --repo-type dataset --local-dir FOLDER"
+    return f"Fetch it where there is a network ({command}) and name the folder"
 
 
 def _one_line(error: Exception) -> str:

@@ -243,9 +243,10 @@ def summary_lines(
         rows["policy"] = f"{summary['policy']} (loads in transformers and in vLLM)"
     rows["run folder"] = str(folder)
     rows["samples"] = f"{folder / 'samples.jsonl'}"
-    rows["train longer"] = (
-        f"the same command with run_dir={shlex.quote(str(folder))} resume=auto trainer.total_steps=..."
-    )
+    if not summary.get("ended"):
+        rows["train longer"] = (
+            f"the same command with run_dir={shlex.quote(str(folder))} resume=auto trainer.total_steps=..."
+        )
     if tensorboard:
         rows["curves"] = f"tensorboard --logdir {folder / 'tensorboard'}"
     lines = [f"{label:<18} {value}" for label, value in rows.items()]

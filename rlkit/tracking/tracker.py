@@ -145,7 +145,7 @@ class Tracker:
                 self._progress.sample = _shown(shown)
             line = step_line(self._progress)
         self.folder.append_metrics(self._record("step", step, values))
-        self.folder.append_samples(sample_rows(step, groups, advantages, self._config.sample_groups_per_step))
+        self.samples(step, groups, advantages)
         if self._tensorboard is not None:
             self._tensorboard.scalars(step, values)
             if step == 1 or step % max(1, self._progress.total_steps // _SAMPLE_TEXTS_PER_RUN) == 0:
@@ -155,6 +155,10 @@ class Tracker:
                         step, f"samples/{sample.rank}", f"{sample.prompt}\n\n{sample.response}\n\n{head}"
                     )
         self._console.line(line)
+
+    def samples(self, step: int, groups: Sequence[Group], advantages: Sequence[FloatArray] | None = None) -> None:
+        """Write samples.jsonl alone."""
+        self.folder.append_samples(sample_rows(step, groups, advantages, self._config.sample_groups_per_step))
 
     def evaluation(self, step: int, accuracy: float, metrics: Mapping[str, float] | None = None) -> None:
         """Record a held-out evaluation after `step` steps (0: before training)."""

@@ -172,7 +172,7 @@ def test_what_may_differ_is_said(tmp_path: Path) -> None:
         assert point is not None and not point.same_run
         assert point.notices == (
             "learner.learning_rate was 0.0003 and is 1e-05 now",
-            f"to keep what was: --config {tmp_path / 'old' / 'config.yaml'} resume=auto",
+            f"to keep what was: run_dir={tmp_path / 'old'} --config {tmp_path / 'old' / 'config.yaml'} resume=auto",
         )
     with pytest.raises(ConfigError, match="there is no such folder"):
         find_resume(config_of(tmp_path / "new", f"resume={tmp_path / 'nowhere'}"))

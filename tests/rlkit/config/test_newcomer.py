@@ -119,8 +119,11 @@ MISLEADING = {
     "evaluation.pass_at_k=8": ["not supported yet", "one response per held-out prompt"],
     "algorithm.cliprange=0.2": ["algorithm.clip_low and algorithm.clip_high"],
     "critic.lr=1e-5": ["did you mean critic.learning_rate?"],
-    "algorithm.lambd=0.9": ["algorithm.gae_lambda, which the chosen algorithm has not"],
-    "data.train_files=x.jsonl": ["data.path, which the chosen data has not"],
+    "trainer.max_steps=5": ["did you mean trainer.total_steps?"],
+    "data=train.jsonl": ["data=jsonl data.path=train.jsonl"],
+    "reward=my_rewards.py": ["reward.function=my_rewards.NAME"],
+    "algorithm.lambd=0.9": ["algorithm.gae_lambda, which the chosen algorithm does not have"],
+    "data.train_files=x.jsonl": ["data.path, which the chosen data does not have"],
     "actor_rollout_ref.rollout.n=8": ["did you mean algorithm.samples_per_prompt?"],
     "data.path=a(b": ["1 problem", "cannot be parsed", "\"data.path='a(b'\""],
 }
