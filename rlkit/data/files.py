@@ -64,15 +64,12 @@ class TableSource(DataSource):
                 continue
             try:
                 columns = self._columns(split)
-                if columns == [] and not self._head(split):
-                    raise DataError(f"{source} has no rows.")
+                if columns == []:
+                    first = next((row for _, row in self._head(split) if isinstance(row, BadRow)), None)
+                    why = f" that can be read; the first: {first.origin}: {first.reason}" if first else ""
+                    raise DataError(f"{source} has no rows{why}.")
                 lacking = [] if columns is None else missing_columns(self.config, columns, source)
                 messages += lacking
-                rows = self._head(split) if columns == [] else []
-                if rows and isinstance(broken := rows[0][1], BadRow):
-                    raise DataError(
-                        f"{source} has no row that can be read; the first: {broken.origin}: {broken.reason}"
-                    )
                 head = [] if lacking or columns is None else self._head(split)
                 if head:
                     part = f"the first {len(head)} rows of {source}" if len(head) == CHECKED_ROWS else source

@@ -319,7 +319,11 @@ def test_hub_without_a_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch) 
         ("d.jsonl", b"\n\n", "it has blank lines only"),
         ("d.json", b'[{"question": "1+1?"', "broken JSON"),
         ("d.csv", b"question;answer\n", "has no rows"),
-        ("d.csv", b"question,answer\nWhat is 1, 2 and 3?,6\n", "no row that can be read; the first: d.csv:2: 3 fields"),
+        (
+            "d.csv",
+            b"question,answer\nWhat is 1, 2 and 3?,6\n",
+            "no rows that can be read; the first: d.csv:2: 3 fields",
+        ),
         ("d.csv", "question,answer\nWieviel für 2?,4\n".encode("latin-1"), "is not UTF-8"),
         ("d.parquet", b"PAR1 but cut", "is not a Parquet file that can be read"),
     ],
