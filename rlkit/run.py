@@ -105,8 +105,8 @@ def _run_to_the_end(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, 
     from ray.exceptions import RayTaskError
 
     try:
-        with contextlib.ExitStack() as ending:
-            asyncio.run(_train(resolved, folder, tracker, point, ending))
+        with contextlib.ExitStack() as closing:
+            asyncio.run(_train(resolved, folder, tracker, point, closing))
     except StoppedError as stopped:
         if stopped.signal is signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -122,9 +122,9 @@ async def _train(
     folder: RunFolder,
     tracker: Tracker,
     point: ResumePoint | None,
-    ending: contextlib.ExitStack,
+    closing: contextlib.ExitStack,
 ) -> None:
-    """`ending` is closed by the caller after the event loop is gone."""
+    """`closing` is closed by the caller after the event loop is gone."""
     config, began = resolved.config, time.monotonic()
     # Ray replaces the handler of SIGTERM when it starts; ours ends everything in order.
     task = asyncio.current_task()
@@ -153,7 +153,7 @@ async def _train(
                 stop.check()  # by its name
                 raise
             finally:
-                ending.enter_context(
+                closing.enter_context(
                     blocking("the end of the run", "actors, threads and Ray", END_SECONDS, "END_SECONDS")
                 )
 

@@ -17,17 +17,20 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
 from rlkit.learner.metrics import StepMetrics, mismatch
-from rlkit.learner.policy_folder import parameter_metas, save_policy, with_buffers
+from rlkit.learner.policy_folder import (
+    GATHERED_BYTES,
+    gathered_parameters,
+    parameter_metas,
+    save_policy,
+    with_buffers,
+)
 from rlkit.learner.weight_names import CheckpointNames
 from rlkit.models.packing import PackedBatch, Tree, pack
 from rlkit.models.policy import load_causal_lm
-from rlkit.weights.bundle import TensorMeta, buckets
+from rlkit.weights.bundle import TensorMeta
 from rlkit.weights.tensor_file import WrittenFile
 
 log = logging.getLogger(__name__)
-
-GATHERED_BYTES = 2**29
-"""Full parameters that a ZeRO-3 rank holds at a time while weights are packed or saved."""
 
 
 class PolicyLearner:
@@ -193,28 +196,16 @@ class PolicyLearner:
 
         ZeRO-3 gathers `bucket_bytes` at a time and frees them again: copy what must outlive the iteration.
         """
-        _, weights = with_buffers(self.engine.module.model, (), self._parameters(bucket_bytes))
-        return self._names.convert(weights)
-
-    def _parameters(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name in the model, full tensor)."""
-        import deepspeed
-
         model = self.engine.module.model
-        parameters = dict(model.named_parameters())
-        for bucket in buckets(parameter_metas(model), bucket_bytes):
-            gathered = [parameters[meta.name] for meta in bucket]
-            with deepspeed.zero.GatheredParameters(gathered, enabled=self.config.zero_stage == 3):
-                for meta, parameter in zip(bucket, gathered, strict=True):
-                    yield meta.name, parameter.detach()
+        _, weights = with_buffers(model, (), gathered_parameters(model, self.config.zero_stage, bucket_bytes))
+        return self._names.convert(weights)
 
     def save(self, folder: Path) -> list[WrittenFile]:
         """Write a Hugging Face model folder; return its weights' files. All ranks call it, rank 0 writes."""
+        model = self.engine.module.model
+        weights = gathered_parameters(model, self.config.zero_stage)
         if self.rank:
-            for _ in self._parameters(GATHERED_BYTES):
+            for _ in weights:
                 pass  # ZeRO-3 gathers on all ranks
             return []
-        model = self.engine.module.model
-        return save_policy(
-            self.hf_config, *with_buffers(model, parameter_metas(model), self._parameters(GATHERED_BYTES)), folder
-        )
+        return save_policy(self.hf_config, *with_buffers(model, parameter_metas(model), weights), folder)

@@ -17,6 +17,9 @@ from rlkit.learner.weight_names import CheckpointNames
 from rlkit.weights.bundle import TensorMeta, buckets
 from rlkit.weights.tensor_file import WrittenFile, write_tensors
 
+GATHERED_BYTES = 2**29
+"""Full parameters that a ZeRO-3 rank holds at a time while weights are packed or saved."""
+
 SHARD_BYTES = 5 * 2**30
 """Weights above it are written as several files with transformers' index."""
 
@@ -81,13 +84,21 @@ def parameter_metas(module: nn.Module) -> list[TensorMeta]:
     return [TensorMeta(name, p.dtype, full_shape(p)) for name, p in module.named_parameters()]
 
 
-def gathered_parameters(module: nn.Module, zero_stage: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield full tensors in the order of `parameter_metas`, one gathered at a time; all ranks iterate."""
+def gathered_parameters(
+    module: nn.Module, zero_stage: int, bucket_bytes: int = GATHERED_BYTES
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name in the model, full tensor) in the order of `parameter_metas`; all ranks iterate.
+
+    ZeRO-3 gathers `bucket_bytes` at a time and frees them again: copy what must outlive the iteration.
+    """
     import deepspeed
 
-    for name, parameter in module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=zero_stage == 3):
-            yield name, parameter.detach()
+    parameters = dict(module.named_parameters())
+    for bucket in buckets(parameter_metas(module), bucket_bytes):
+        gathered = [parameters[meta.name] for meta in bucket]
+        with deepspeed.zero.GatheredParameters(gathered, enabled=zero_stage == 3):
+            for meta, parameter in zip(bucket, gathered, strict=True):
+                yield meta.name, parameter.detach()
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
