@@ -78,7 +78,10 @@ def test_what_cannot_be_replaced_ends_the_run_within_a_minute_and_it_resumes(
     killed = time.monotonic()
     assert run.end(60) == 1, run.text
     assert time.monotonic() - killed < 60
-    assert kind in run.text.partition("\nrlkit: ")[2], run.text
+    what = {"LearnerWorker": "a rank of the learner", "BufferActor": "the buffer"}[kind]
+    ending = run.text.partition("\nrlkit: ")[2]
+    assert ending.startswith(f"{what} (process "), run.text
+    assert "resume=auto" in ending
     assert run.left_after(10) == []
     again = start("broken", "resume=auto")
     assert again.end() == 0, again.text
@@ -95,5 +98,5 @@ def test_a_learner_that_dies_while_the_samplers_work_ends_the_run_at_once(start:
     time.sleep(5)
     learner.kill()
     assert run.end(60) == 1, run.text
-    assert "LearnerWorker" in run.text.partition("\nrlkit: ")[2], run.text
+    assert run.text.partition("\nrlkit: ")[2].startswith("a rank of the learner (process "), run.text
     assert run.left_after(15) == []
