@@ -201,7 +201,7 @@ def test_there_is_no_offloading_without_zero(model: Path) -> None:
 
 
 def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
-    return load_config(["reward=rule", f"run_dir={tmp_path / 'run'}", *overrides]).config
+    return load_config(["reward=rule", f"run_dir={tmp_path / 'run'}", "dry_run=true", *overrides]).config
 
 
 @pytest.mark.parametrize(
