@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import re
 import shlex
 import shutil
 from pathlib import Path
 
-from rlkit.checkpoint.folder import sealed_folders
+from rlkit.checkpoint.folder import is_disk_full, sealed_folders
 from rlkit.experience import UserError
 from rlkit.tracking.run_folder import RunFolder
 
@@ -50,7 +49,7 @@ def cause(error: BaseException, folder: RunFolder) -> str:
         process = re.search(r"pid: (\d+)", str(error))
         who = f"{what} (process {process[1]})" if process else what
         return f"{who} died: killed from outside, killed by the kernel for want of memory (dmesg says so), or crashed"
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+    if is_disk_full(error):
         name = getattr(error, "filename", None) or folder.path
         free = shutil.disk_usage(folder.path).free / 2**20
         return f"the disk is full: {name} cannot be written, {free:,.1f} MiB are free; make room there"

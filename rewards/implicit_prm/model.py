@@ -265,22 +265,22 @@ class ImplicitModel:
         }
 
     def set_reference(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Raise ValueError for weights of another architecture."""
+        """Raise ValueError for weights of another architecture, or under other names than this model's."""
         policy = dict(weights)
         self.reference.forget()
         model = self.reference.model
-        metas = parameter_metas(model)
-        if {meta.name for meta in CheckpointNames(model, metas).metas} != {meta.name for meta in metas}:
-            raise ValueError(
-                f"reward.reference=policy: transformers fuses weights of {model.config.model_type} when it loads them, "
-                "so the policy's cannot be copied into the reference; use reward.reference=frozen"
-            )
-        for name, parameter in self.reference.model.named_parameters():
+        for name, parameter in model.named_parameters():
             new = policy.get(name)
             if new is None or new.shape != parameter.shape:
+                why = "reward.model_path must have the policy's own architecture"
+                metas = parameter_metas(model)
+                if {meta.name for meta in CheckpointNames(model, metas).metas} != {meta.name for meta in metas}:
+                    why = (
+                        f"transformers fuses weights of {model.config.model_type} when it loads them; use "
+                        "reward.reference=frozen"
+                    )
                 raise ValueError(
-                    f"reward.reference=policy: the policy has no {name} of shape {tuple(parameter.shape)}; "
-                    "reward.model_path must have the policy's own architecture"
+                    f"reward.reference=policy: the policy sends no {name} of shape {tuple(parameter.shape)}: {why}"
                 )
             parameter.data.copy_(new)
 

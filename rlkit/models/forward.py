@@ -74,10 +74,7 @@ class PackedScorer(nn.Module):
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """Raw scores [N], fp32."""
-        hidden = hidden_states(self.model, packed)
-        score: Any = self.model.score
-        scores: Tensor = score(torch.index_select(hidden, 0, packed.last))[:, 0]
-        return scores.float()
+        return _scores(self.model, packed, packed.last)
 
 
 class PackedValueModel(nn.Module):
@@ -90,10 +87,14 @@ class PackedValueModel(nn.Module):
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """Values [R], fp32, of the states in which the packed batch's targets are chosen."""
-        hidden = hidden_states(self.model, packed)
-        score: Any = self.model.score
-        values: Tensor = score(torch.index_select(hidden, 0, packed.rows))[:, 0]
-        return values.float()
+        return _scores(self.model, packed, packed.rows)
+
+
+def _scores(model: PreTrainedModel, packed: PackedBatch, tokens: Tensor) -> Tensor:
+    """[n] fp32, read at n packed tokens."""
+    head: Any = model.score
+    scores: Tensor = head(torch.index_select(hidden_states(model, packed), 0, tokens))[:, 0]
+    return scores.float()
 
 
 def _score_in_fp32(model: Any) -> None:
