@@ -15,7 +15,7 @@ from judge_fixture import JudgeServer
 from polar_server import FORMATS, fake_server, vllm_server
 from run_fixture import Run
 from serve_fixture import Server
-from test_sandbox_http import Service
+from fusion_service import Service
 
 from rewards.polar.backends import plain_scores
 from rlkit.models.folder import model_folder

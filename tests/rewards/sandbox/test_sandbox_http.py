@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
+from fusion_service import NO_GZIP, Service
 from reward_samples import make_group
 
 from rewards.base import RewardContext
@@ -26,88 +21,6 @@ from rewards.services.sandbox.fusion import SandboxFusion
 from rlkit.experience import Group
 
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5, memory_mib=512, processes=8, file_mib=4, output_kib=256)
-
-
-NO_GZIP = "no gzip"
-
-
-class Service(ThreadingHTTPServer):
-    """Runs Python in a temporary folder and answers as SandboxFusion does; misbehaves on request."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.replies: list[tuple[int, Any]] = []
-        """What to answer the next requests with instead: status code and body."""
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.at_once = 0
-        self.most_at_once = 0
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Service
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append(body)
-            self.server.headers.append(dict(self.headers))
-            self.server.at_once += 1
-            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
-            code, answer = self.server.replies.pop(0) if self.server.replies else (200, None)
-        try:
-            data = json.dumps(run_code(body) if answer in (None, NO_GZIP) else answer).encode()
-        finally:
-            with self.server.lock:
-                self.server.at_once -= 1
-        self.send_response(code if self.path == "/run_code" else 404)
-        if answer == NO_GZIP:
-            self.send_header("Content-Encoding", "gzip")  # which it is not
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
-
-def run_code(request: dict[str, Any]) -> dict[str, Any]:
-    """What the service does with a request, in its words."""
-    assert request["language"] == "python" and {"run_timeout", "compile_timeout", "memory_limit_MB"} <= set(request)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in request["files"].items():
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(base64.b64decode(content))
-        Path(folder, "program.py").write_text(request["code"])
-        result: dict[str, Any]
-        try:
-            done = subprocess.run(
-                [sys.executable, "program.py"],
-                cwd=folder,
-                input=request["stdin"],
-                capture_output=True,
-                text=True,
-                timeout=request["run_timeout"],
-                check=False,
-            )
-            result = {
-                "status": "Finished",
-                "return_code": done.returncode,
-                "stdout": done.stdout,
-                "stderr": done.stderr,
-            }
-        except subprocess.TimeoutExpired:
-            result = {"status": "TimeLimitExceeded", "return_code": None, "stdout": "", "stderr": ""}
-    status = "Success" if result["return_code"] == 0 else "Failed"
-    return {"status": status, "message": "", "compile_result": None, "run_result": result, "files": {}}
 
 
 @pytest.fixture(scope="module")
