@@ -24,6 +24,7 @@ from rlkit.config.overrides import NAME
 from rlkit.config.parts import TARGET, HeldoutSet, Part, PartError, import_part
 from rlkit.config.schema import EvaluationConfig
 from rlkit.data.base import DataSource
+from rlkit.experience.names import nearest
 from rlkit.experience.section import Section
 
 ROWS = ("path", "subset", "split", "revision")
@@ -62,7 +63,8 @@ class HeldoutSets:
             self._refuse(f"{key}.{TARGET}", target, str(error))
             return None
         others = f"{key}.data=NAME takes another source: {', '.join(sorted(self.options))}"
-        unknown = {f"{key}.{field}": f"{cls.__name__} has none; {others}" for field in fields}
+        far = [field for field in fields if nearest(field, cls.Config.model_fields) is None]
+        unknown = {f"{key}.{field}": f"{cls.__name__} has none; {others}" for field in far}
         config = self._typed(cls.Config, fields, key, unknown)
         return None if options is None or config is None else HeldoutSet(cls, config, options.prompts)
 
@@ -90,8 +92,7 @@ class HeldoutSets:
 
     def _typed(self, model: type, fields: Mapping[str, Any], key: str, notes: Mapping[str, str]) -> Any:
         known = [full for full, _ in all_fields(model, f"{key}.")]
-        far = {full: note for full, note in notes.items() if full not in known}
-        typed, problems = validate(model, fields, f"{key}.", known, self.where, far)
+        typed, problems = validate(model, fields, f"{key}.", known, self.where, notes)
         self.problems += [of_the_set(problem, key) for problem in problems]
         return typed
 

@@ -32,7 +32,8 @@ def write(file: Path, count: int, **columns: str) -> Path:
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
     def load(*arguments: str, file: Path | None = None) -> ResolvedRun:
-        return load_config([f"run_dir={tmp_path / 'run'}", "reward=rule", *arguments], file)
+        first = () if file else ("reward=rule",)
+        return load_config([f"run_dir={tmp_path / 'run'}", *first, *arguments], file)
 
     return load
 
@@ -104,7 +105,7 @@ def test_another_split_of_the_same_data_set(load: Load, tmp_path: Path) -> None:
         ("evaluation.greedy=true evaluation.temperature=0.6", "evaluation.temperature=0.6: has no effect with"),
         ("evaluation.temperature=0", "asked for by evaluation.greedy=true"),
         ("evaluation.samples=0", "at least 1"),
-        ("evaluation.sets.x.path=nowhere.jsonl evaluation.sets.x.data=jsonl", "evaluation.sets.x.path=nowhere.jsonl: no"),
+        ("evaluation.sets.x.path=nowhere.jsonl evaluation.sets.x.data=jsonl", "sets.x.path=nowhere.jsonl: no"),
         ("evaluation.sets.x.data=jsonnl evaluation.sets.x.path=a", "no such option; did you mean jsonl?"),
         ("evaluation.sets.x.path=FILE", "Arithmetic has none; evaluation.sets.x.data=NAME takes another source"),
         ("evaluation.sets.x.prompts=3", "names no problems; write evaluation.sets.x.path=FILE"),
@@ -113,19 +114,19 @@ def test_another_split_of_the_same_data_set(load: Load, tmp_path: Path) -> None:
          "did you mean evaluation.sets.x.answer_column?"),
         ("evaluation.sets.x.data=jsonl evaluation.sets.x.path=FILE evaluation.sets.x.prompt_column=ask",
          "set evaluation.sets.x.prompt_column"),
-        ("evaluation.sets.x.data=jsonl evaluation.sets.x.path=FILE evaluation.sets.x.answer_column=null",
+        ("evaluation.sets.x.data=jsonl evaluation.sets.x.path=GOLD evaluation.sets.x.answer_column=null",
          "MathReward needs answer with every prompt"),
         ("evaluation.sets.x-y.path=FILE", "letters, digits and _ only"),
         ("verifier=group_length", "a held-out prompt has 1 (evaluation.samples)"),
         ("verifier=group_length evaluation.samples=2 algorithm=ppo algorithm.samples_per_prompt=1",
          "evaluation.training_answers"),
-        ("evaluation.max_response_tokens=100000", "evaluation.max_response_tokens=100000: 512 prompt + 100000"),
+        ("evaluation.max_response_tokens=100000", "evaluation.max_response_tokens=100000: 640 prompt + 100000"),
         ("trainer.best_metric=evaluation/math/accurcy", "No metric of rlkit has this name"),
     ],
 )  # fmt: skip
 def test_what_is_refused(problems: Problems, tmp_path: Path, typed: str, words: str) -> None:
-    file = write(tmp_path / "some.jsonl", 5)
-    typed = typed.replace("FILE", str(file))
+    file, gold = write(tmp_path / "some.jsonl", 5), write(tmp_path / "gold.jsonl", 5, answer="gold")
+    typed = typed.replace("FILE", str(file)).replace("GOLD", str(gold))
     if "best_metric" in typed:  # a warning: a part of the user's may report it
         run = load_config([f"run_dir={tmp_path / 'run'}", "reward=rule", typed])
         assert any(words in str(warning) for warning in run.warnings)
@@ -185,12 +186,13 @@ def test_data_without_answers_are_evaluated_by_sets_alone_or_by_another_judge(lo
         f"data.path={train}",
         "data.answer_column=null",
         "reward=length",
+        "reward.max_tokens=9",
         "trainer.prompts_per_step=4",
     )
     counts, warnings = prompts_of(load(*plain))
     assert counts == {}
     assert any("this run is not evaluated (verifier=NAME may judge" in line for line in warnings)
-    counts, _ = prompts_of(load(*plain, "verifier=length", f"run_dir={tmp_path / 'b'}"))
+    counts, _ = prompts_of(load(*plain, "verifier=length", "verifier.max_tokens=9", f"run_dir={tmp_path / 'b'}"))
     assert counts == {"": 2}
     counts, warnings = prompts_of(
         load(*plain, f"evaluation.sets.more={{data: jsonl, path: {more}}}", f"run_dir={tmp_path / 'c'}")
