@@ -78,6 +78,10 @@ class DataSource(ABC):
     def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
         """All problems of a split and the unusable rows. Raises DataError if a split is unusable."""
 
+    def load_set(self) -> tuple[list[Problem], list[BadRow]]:
+        """The problems if the source is one of `evaluation.sets`: the held-out ones, or all of a file's."""
+        return self.load("heldout")
+
     def provides(self) -> frozenset[str]:
         """`answer`, `references` and further column names that its problems carry (for reward checks); `responses`,
         `pairs` and `labels` (responses with values that differ)."""
