@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rlkit.experience import Message, UserError
+from rlkit.experience import Message, PreferencePair, UserError
 from rlkit.experience.section import Section
 
 Split = Literal["train", "heldout"]
@@ -23,8 +23,23 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True, slots=True)
+class Response:
+    """A recorded response to a problem."""
+
+    messages: tuple[Message, ...]
+    """What follows the prompt: one message of the assistant, or turns that end with one."""
+    value: float = 1.0
+    """Its label or score."""
+    weight: float = 1.0
+    trained: tuple[bool, ...] | None = None
+    """Per message; None: all of the assistant's."""
+    origin: str = ""
+    """For error messages."""
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
-    """One row of a data source."""
+    """One row of a data source, or rows with responses to one prompt."""
 
     id: str
     messages: tuple[Message, ...]
@@ -33,6 +48,14 @@ class Problem:
     columns: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
     """For error messages: `file.jsonl:12`."""
+    responses: tuple[Response, ...] = ()
+    pairs: tuple[PreferencePair, ...] = ()
+    """Preferences among `responses`."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the data that it came from."""
+        return len({response.origin for response in self.responses}) or 1
 
 
 @dataclass(frozen=True, slots=True)
