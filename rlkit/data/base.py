@@ -39,7 +39,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One row of a data source."""
+    """One row of a data source, or rows with responses to one prompt."""
 
     id: str
     messages: tuple[Message, ...]
@@ -51,6 +51,11 @@ class Problem:
     responses: tuple[Response, ...] = ()
     pairs: tuple[PreferencePair, ...] = ()
     """Preferences between `responses`, by their index."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the data that it came from."""
+        return len({response.origin for response in self.responses}) or 1
 
 
 @dataclass(frozen=True, slots=True)
