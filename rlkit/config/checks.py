@@ -198,7 +198,8 @@ def microbatch_holds_what_belongs_together(
 ) -> Issues:
     """The longest sample (pair, group) must fit into one forward and backward pass."""
     layout = algorithm.needs().layout
-    samples = {"any": 1, "pairs": 2, "full_group": algorithm.config.samples_per_prompt}[layout]
+    group = 2 if rollout.source == "data" else algorithm.config.samples_per_prompt
+    samples = {"any": 1, "pairs": 2, "full_group": group}[layout]
     unit = {"any": "sample", "pairs": "pair of samples", "full_group": f"group of {samples} samples"}[layout]
     needed = rollout.max_prompt_tokens + samples * rollout.max_response_tokens
     if needed > learner.tokens_per_microbatch:
@@ -217,8 +218,11 @@ def group_filters_leave_something(buffer: BufferConfig) -> Issues:
         )
 
 
-def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm) -> Issues:
-    if buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
+def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
+    if rollout.source == "data":
+        if buffer.drops_groups or buffer.truncated != "keep":
+            yield ConfigIssue("buffer", "filters what was sampled; with rollout.source=data the rows are the data's")
+    elif buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
         yield ConfigIssue("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
 
 
@@ -227,12 +231,12 @@ def schedule_fits(trainer: TrainerConfig, learner: LearnerConfig) -> Issues:
 
 
 def _unfit_schedule(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Issues:
-    updates = trainer.total_steps * config.minibatches_per_step
-    if config.warmup_steps >= updates and config.warmup_steps > 0:
+    updates = trainer.total_steps * config.optimizer_steps
+    if trainer.total_epochs is None and config.warmup_steps >= updates and config.warmup_steps > 0:
         yield ConfigIssue(
             f"{section}.warmup_steps",
-            f"the run has {updates} optimizer steps (trainer.total_steps x {section}.minibatches_per_step), so the "
-            "learning rate would never reach its peak",
+            f"the run has {updates} optimizer steps (trainer.total_steps x {section}.minibatches_per_step x "
+            "epochs_per_step), so the learning rate would never reach its peak",
         )
     if config.schedule == "constant" and config.min_learning_rate_ratio > 0:
         yield ConfigIssue(
