@@ -62,6 +62,7 @@ def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
         Line("parts", "algorithm", run.config.algorithm["_target_"]),
         Line("parts", "reward", run.config.reward["_target_"]),
         *_reward_parts(run.config.reward),
+        Line("parts", "verifier", run.config.verifier["_target_"]),
         Line("parts", "data", run.config.data["_target_"]),
         Line("parts", "model", f"{run.config.model.path} ({size})"),
         Line("parts", "run folder", str(run.config.run_dir)),
@@ -170,6 +171,7 @@ def _batches(run: ResolvedRun) -> list[Line]:
             "tokens of a step",
             f"at most {most_tokens:,}, in micro-batches of up to {learner.tokens_per_microbatch:,}",
         ),
+        Line("batches", "each evaluation", _evaluation(run)),
         *_staleness(run),
     ]
 
@@ -184,6 +186,15 @@ def _recorded_batches(run: ResolvedRun) -> list[Line]:
         Line("batches", "each step", f"{trainer.prompts_per_step} prompts with the data's responses"),
         Line("batches", "whole run", f"{steps}, {updates} optimizer {_plural('step', updates)} each"),
     ]
+
+
+def _evaluation(run: ResolvedRun) -> str:
+    config, most = run.config.evaluation, run.config.trainer.evaluation_prompts
+    temperature = run.config.rollout.temperature if config.temperature is None else config.temperature
+    how = "greedy" if config.greedy else f"at temperature {temperature:g}"
+    sets = [f"{name} ({one.prompts or most})" for name, one in run.sets.items()]
+    further = f"; and of {', '.join(sets)}" if sets else ""
+    return f"at most {most} prompts x {config.samples} {_plural('response', config.samples)}, {how}{further}"
 
 
 def _staleness(run: ResolvedRun) -> list[Line]:
