@@ -27,14 +27,14 @@ class Response:
     """A recorded response to a problem."""
 
     messages: tuple[Message, ...]
-    """What follows the prompt: one message of the assistant, or turns that end with one."""
+    """What follows the problem's messages: one assistant's, or several turns that end with an assistant's."""
     value: float = 1.0
-    """Its label or score."""
+    """Its label or score; a demonstration and the better one of a pair have 1, the worse one 0."""
     weight: float = 1.0
+    """In the loss of fine-tuning."""
     trained: tuple[bool, ...] | None = None
-    """Per message; None: all of the assistant's."""
+    """Which messages are trained on; None: every assistant's."""
     origin: str = ""
-    """For error messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Problem:
     """For error messages: `file.jsonl:12`."""
     responses: tuple[Response, ...] = ()
     pairs: tuple[PreferencePair, ...] = ()
-    """Preferences among `responses`."""
+    """Preferences between `responses`, by their index."""
 
     @property
     def rows(self) -> int:
@@ -83,8 +83,13 @@ class DataSource(ABC):
     def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
         """All problems of a split and the unusable rows. Raises DataError if a split is unusable."""
 
+    def load_set(self) -> tuple[list[Problem], list[BadRow]]:
+        """The problems if the source is one of `evaluation.sets`: the held-out ones, or all of a file's."""
+        return self.load("heldout")
+
     def provides(self) -> frozenset[str]:
-        """`answer`, `references` and further column names that its problems carry (for reward checks)."""
+        """`answer`, `references` and further column names that its problems carry (for reward checks); `responses`,
+        `pairs` and `labels` (responses with values that differ)."""
         return frozenset()
 
 

@@ -117,6 +117,10 @@ class TableSource(DataSource):
             self._loaded = self._load_both()
         return self._loaded[split]
 
+    def load_set(self) -> Loaded:
+        """All rows that `path` names."""
+        return self._parse("train")
+
     def _load_both(self) -> dict[Split, Loaded]:
         train, bad = self._parse("train")
         if self._source("heldout") is None:

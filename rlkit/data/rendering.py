@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -155,6 +155,21 @@ def render(
     """
     asked, bad = ask(problems, ChatTemplate(tokenizer, chat_template), max_prompt_tokens)
     return [prompt for _, prompt, _ in asked], bad
+
+
+def renderer(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | Path | None = None
+) -> Callable[[Sequence[Message]], tuple[int, ...]]:
+    """Renders one prompt that is no problem of the data. It raises DataError where the template refuses it."""
+    template = ChatTemplate(tokenizer, chat_template)
+
+    def rendered(messages: Sequence[Message]) -> tuple[int, ...]:
+        (text,) = template.texts([messages], ask=True)
+        if isinstance(text, BadRow):
+            raise DataError(text.reason)
+        return tuple(template.token_ids([text])[0])
+
+    return rendered
 
 
 def _read_template(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
