@@ -221,7 +221,7 @@ class DataSetConfig(RowsConfig):
         return self
 
 
-class HfConfig(DataSetConfig, ColumnsConfig):
+class HfConfig(ColumnsConfig, DataSetConfig):
     """What `datasets` reads."""
 
 
