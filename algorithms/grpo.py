@@ -37,8 +37,8 @@ class GRPO(SurrogateAlgorithm):
         kl_coefficient: Coefficient = 0.04
         """Weight of the KL penalty to the reference policy; 0 loads none."""
         estimator: Estimator = "grpo"
-        """How rewards of a group become advantages: less their mean (grpo); less their mean weighted by length (opo);
-        scaled up for groups with equal rewards (gpg); divided by the mean (maxrl); for the best of k samples (passk)."""
+        """How a group's rewards become advantages: less their mean (grpo), less their mean weighted by length (opo),
+        scaled up for groups with equal rewards (gpg), over the mean (maxrl), for the best of k samples (passk)."""
         k: int | None = Field(default=None, ge=1)
         """Samples of which one must be good; for estimator=passk."""
         normalize_by_std: bool = True

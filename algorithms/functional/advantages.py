@@ -158,8 +158,8 @@ def mean_normalised(rewards: Float64, valid: Bool, group: Int64) -> tuple[Float6
     """
     if (rewards[valid] < 0).any():
         raise UserError(
-            f"algorithm.estimator=maxrl divides by the mean reward of a group, and a sample has {rewards[valid].min()}: "
-            "take a reward that is never below 0, best 0 or 1"
+            "algorithm.estimator=maxrl divides by the mean reward of a group, and a sample has "
+            f"{rewards[valid].min()}: take a reward that is never below 0, best 0 or 1"
         )
     advantages, keep = group_relative(rewards, valid, group, normalize_by_std=False)
     for members in members_of_groups(valid, group):
@@ -173,8 +173,8 @@ def pass_at_k(
 ) -> tuple[Float64, Bool]:
     """Pass@k training's analytical advantage (arXiv 2508.10751): (m - mean) / (std + eps).
 
-    Over all subsets of k of a group's n valid samples, whose reward is their largest: m, for each sample, is the mean of
-    those with it; mean and std are over all. With rewards of 0 and 1, W of them 0: mean = 1 - C(W, k) / C(n, k), std =
+    Over all subsets of k of a group's n valid samples, whose reward is their largest: m is the mean of those with the
+    sample in them; mean and std are over all. With rewards of 0 and 1, W of them 0: mean = 1 - C(W, k) / C(n, k), std =
     sqrt(mean (1 - mean)), m = 1 for a right sample and 1 - C(W - 1, k - 1) / C(n - 1, k - 1) for a wrong one. A group
     with fewer than k valid samples gets keep False, one whose subsets all have the same reward 0.
     """
@@ -201,8 +201,8 @@ def pass_at_k(
 def decoupled(components: Float64, weights: Float64, valid: Bool, group: Int64) -> tuple[Float64, Bool]:
     """GDPO's advantage (arXiv 2601.05242): GRPO's of each reward, summed with weights, over the std of the step.
 
-    components [B, K], weights [K], valid, group [B] -> advantages, keep [B]. The step's mean, which the paper takes off,
-    is 0 already.
+    components [B, K], weights [K], valid, group [B] -> advantages, keep [B]. The step's mean, which the paper takes
+    off, is 0 already.
     """
     relative = [group_relative(column, valid, group, normalize_by_std=True) for column in components.T]
     total, keep = np.stack([advantages for advantages, _ in relative], axis=1) @ weights, relative[0][1]
