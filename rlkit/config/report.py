@@ -207,6 +207,9 @@ def _staleness(run: ResolvedRun) -> list[Line]:
         "truncate": f"importance weights truncated at {bound}",
         "mask": f"importance weights, tokens above {bound} left out",
         "decoupled": "importance weights as they are",
+        "sequence_truncate": f"importance weights of whole samples, truncated at {bound}",
+        "sequence_mask": f"importance weights of whole samples, those above {bound} left out",
+        "geometric_mask": f"no importance weights, samples above {bound} per token left out",
     }.get(how or "", "no importance weights")
     return [Line("batches", "staleness", f"at most {most} {_plural('version', most)}; {weights}")]
 

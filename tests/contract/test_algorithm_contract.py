@@ -41,6 +41,16 @@ BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("algorithms.grpo.GRPO", {"kl_in": "reward", "kl_target": 0.1}),
     ("algorithms.grpo.GRPO", {"loss": "gspo", "kl_coefficient": 0.0}),
     ("algorithms.grpo.GRPO", {"loss": "cispo", "clip_low": 1.0, "rollout_correction": "truncate", "largest_weight": 2}),
+    ("algorithms.grpo.GRPO", {"estimator": "opo", "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"estimator": "gpg", "loss": "policy_gradient", "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"estimator": "maxrl", "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"estimator": "passk", "k": 2, "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"loss": "sapo", "rollout_correction": "sequence_truncate", "largest_weight": 2}),
+    ("algorithms.grpo.GRPO", {"loss": "gmpo", "rollout_correction": "geometric_mask", "largest_weight": 1.1}),
+    ("algorithms.grpo.GRPO", {"loss": "dppo", "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"loss": "clip_cov", "loss_options": {"share": 0.1, "low": 0}, "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"loss": "kl_cov", "loss_options": {"share": 0.1}, "kl_coefficient": 0.0}),
+    ("algorithms.gdpo.GDPO", {"components": {"good": 1.0, "short": 0.5}}),
     ("algorithms.rloo.RLOO", {}),
     ("algorithms.reinforce_pp.ReinforcePP", {}),
     ("algorithms.remax.ReMax", {}),
@@ -90,7 +100,9 @@ def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
         )
         process = rng.normal(size=length).astype(np.float32) if needs.process_rewards else None
         samples.append(sample)
-        scores.append(Score(float(index % 3 == 0) + 0.1 * float(rng.random()), token_rewards=process))
+        parts = {"good": float(index % 3 == 0), "short": float(length < 6)}
+        value = parts["good"] + 0.1 * float(rng.random())
+        scores.append(Score(value, token_rewards=process, components=parts))
     scores[1] = Score.invalid("timeout: test")
     greedy = replace(samples[0]) if needs.greedy_response else None
     prompt = Prompt(f"p-{name}", (Message("user", "?"),), (1, 2, 3))

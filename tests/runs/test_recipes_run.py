@@ -29,6 +29,7 @@ def start(tmp_path: Path) -> Iterator[list[Run]]:
 def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path) -> None:
     reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe in ("prime", "pure") else []
     single = ["algorithm.samples_per_prompt=1"] if recipe in ("ppo", "reinforce_pp", "remax") else []
+    few = ["algorithm.k=2"] if recipe == "passk" else []  # of the small runs' 4 samples
     run = Run(
         tmp_path,
         f"algorithm={recipe}",
@@ -37,6 +38,7 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
         "rollout.max_response_tokens=96",
         *reward,
         *single,
+        *few,
     )
     start.append(run)
     assert run.end() == 0, run.text
