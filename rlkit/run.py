@@ -318,6 +318,11 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
 
     config = resolved.config
     tokenizer = load_tokenizer(model_folder(config.model.path), config.model.trust_remote_code)
+    if config.rollout.steps != "none" and not tokenizer.is_fast:
+        raise DataError(
+            f"model.path={config.model.path}: rollout.steps={config.rollout.steps} needs a tokenizer with a "
+            "tokenizer.json (for the places of tokens in the text); leave rollout.steps=none"
+        )
     source = resolved.make_data_source()
     loaded = {}
     splits: tuple[Split, ...] = ("train", "heldout")

@@ -151,6 +151,8 @@ class CombinedReward(TrainableReward):
             samples=max([own.samples for own in traits] + [2 for step in steps if isinstance(step, GroupNormalise)]),
             judges_texts=all(own.judges_texts for own in traits),
             process_rewards=any(own.process_rewards for own in traits),
+            outcome_rewards=any(own.outcome_rewards for own in traits),
+            steps=any(own.steps for own in traits),
             uses_gpu=any(own.uses_gpu for own in traits),
             raw_scores=_gives_raw_scores(config, parts),
             update_when="before" if "before" in learning else "after" if learning else "none",

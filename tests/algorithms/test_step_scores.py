@@ -20,8 +20,9 @@ from algorithms.functional.selection import (
     subsets,
     vote,
 )
-from rewards.implicit_prm.steps import aggregate, split_steps, step_scores, token_steps
+from rewards.implicit_prm.steps import aggregate, step_scores
 from rlkit.data.rendering import load_tokenizer
+from rlkit.experience.steps import split_steps, token_steps
 from rlkit.models.folder import model_folder
 
 A = [np.array(q) for q in Q[:4]]

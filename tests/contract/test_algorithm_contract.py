@@ -46,7 +46,11 @@ BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("algorithms.remax.ReMax", {}),
     ("algorithms.ppo.PPO", {}),
     ("algorithms.prime.PRIME", {}),
-    ("algorithms.pure.PURE", {}),
+    ("algorithms.step_credit.StepCredit", {}),
+    ("algorithms.step_credit.StepCredit", {"credit": "loo"}),
+    ("algorithms.step_credit.StepCredit", {"credit": "episode_plus_step"}),
+    ("algorithms.step_credit.StepCredit", {"credit": "turn_discounted", "gamma": 0.9}),
+    ("algorithms.step_credit.StepCredit", {"credit": "turn_discounted", "norm": "position_mean"}),
     ("algorithms.brpo.BRPO", {}),
 ]
 TARGET = os.environ.get("ALGORITHM")

@@ -54,7 +54,7 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
     if recipe == "brpo":
         assert 0 <= steps[-1]["brpo/dropped_share"] < 1 and 0 < steps[-1]["brpo/win_share"] < 1
     if recipe == "pure":
-        assert steps[-1]["pure/steps"] > 1 and math.isfinite(steps[-1]["pure/worst_step"])
+        assert steps[-1]["steps/count"] > 1 and math.isfinite(steps[-1]["steps/worst"])
     if recipe in ("prime", "pure"):
         assert (run.folder / "checkpoints" / "step_000002" / "reward" / "model.safetensors").is_file()
         assert steps[-1]["prm/pair_accuracy"] >= 0
@@ -75,7 +75,8 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
         ("algorithm=prime", "algorithm.mode=verl"),
         ("algorithm=prime", "algorithm.estimator=grpo"),
         ("algorithm=prime", "algorithm.estimator=reinforce", "reward.objective=dpo"),
-        ("algorithm=rloo", "reward.outcome=null", "reward.update=none"),
+        ("algorithm=rloo_process", "reward.outcome=null", "reward.update=none", "algorithm.process_coefficient=0"),
+        ("algorithm=pure", "rollout.steps=lines"),
     ],
     ids=lambda options: " ".join(options),
 )
