@@ -25,7 +25,7 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
             "reward",
             f"{reward.cls.__name__} gives process rewards, which {type(algorithm).__name__} would ignore; take an "
             "algorithm that learns from them (grpo_process, rloo_process, ppo, prime, pure, episode_plus_step, "
-            "turn_discounted), or another reward",
+            "turn_discounted; with rloo_process algorithm.process_coefficient=0 is RLOO on outcomes), or another reward",
         )
     if needs.outcome_rewards and not traits.outcome_rewards:
         yield ConfigIssue(
@@ -42,7 +42,9 @@ def steps_are_split_for_somebody(rollout: RolloutConfig, reward: Part) -> Issues
             "rollout.steps", f"{reward.cls.__name__} judges steps; say what a step is, for example rollout.steps=lines"
         )
     if rollout.steps != "none" and not (traits.steps or traits.process_rewards):
-        yield ConfigIssue("rollout.steps", f"has no effect: {reward.cls.__name__} gives no process rewards")
+        yield ConfigIssue(
+            "rollout.steps", f"has no effect: {reward.cls.__name__} gives no process rewards; leave it out"
+        )
 
 
 PROCESS_REWARDS = (process_rewards_come_from_somewhere, rewards_are_read, steps_are_split_for_somebody)

@@ -10,6 +10,8 @@ import pytest
 from run_fixture import ROOT, Run
 
 RECIPES = sorted(file.stem for file in (ROOT / "conf" / "algorithm").glob("*.yaml"))
+OF_STEPS = ("prime", "pure", "grpo_process", "rloo_process", "episode_plus_step", "turn_discounted")
+"""Recipes that need process rewards."""
 PROMPTS = 16
 """DAPO and CISPO cut a step into 16 optimizer steps."""
 
@@ -27,7 +29,7 @@ def start(tmp_path: Path) -> Iterator[list[Run]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path) -> None:
-    reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe in ("prime", "pure") else []
+    reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe in OF_STEPS else []
     single = ["algorithm.samples_per_prompt=1"] if recipe in ("ppo", "reinforce_pp", "remax") else []
     run = Run(
         tmp_path,
@@ -53,9 +55,9 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
         assert "critic/explained_variance" in steps[-1]
     if recipe == "brpo":
         assert 0 <= steps[-1]["brpo/dropped_share"] < 1 and 0 < steps[-1]["brpo/win_share"] < 1
-    if recipe == "pure":
+    if recipe in OF_STEPS[1:]:
         assert steps[-1]["steps/count"] > 1 and math.isfinite(steps[-1]["steps/worst"])
-    if recipe in ("prime", "pure"):
+    if recipe in OF_STEPS:
         assert (run.folder / "checkpoints" / "step_000002" / "reward" / "model.safetensors").is_file()
         assert steps[-1]["prm/pair_accuracy"] >= 0
 
