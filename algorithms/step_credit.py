@@ -90,9 +90,8 @@ class StepCredit(SurrogateAlgorithm):
         return replace(super().needs(), min_samples_per_prompt=2, process_rewards=True, outcome_rewards=outcomes)
 
     def normalises(self) -> bool:
-        return self.config.credit == "episode_plus_step" or (
-            self.config.credit == "turn_discounted" and self.config.norm == "pooled_z"
-        )
+        scores = ("episode_plus_step", "turn_discounted")
+        return self.config.credit in scores and bool(self.config.norm == "pooled_z")
 
     def credit(self, experience: Experience) -> Advantages:
         outcomes, steps = Outcomes.of(experience, self.config.outcome_coefficient > 0), Steps.of(experience)

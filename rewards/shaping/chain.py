@@ -248,7 +248,7 @@ def _with_process_rewards(score: Score, sample: Sample, step: ProcessStep | Fusi
         return score
     if sample.spans and score.token_rewards is not None and sample.trained.any():
         rewards, bounds = process_rewards(sample, score)
-        whole = tuple(SpanReward(*span, value) for span, value in zip(bounds.tolist(), rewards.tolist(), strict=True))
+        whole = tuple(SpanReward(a, b, value) for (a, b), value in zip(bounds.tolist(), rewards.tolist(), strict=True))
         score = replace(score, span_rewards=whole, token_rewards=None)
     outcome = score.value
     if isinstance(step, FusingStep) and outcome is None:

@@ -97,3 +97,26 @@ def test_ways_to_use_the_implicit_prm(options: tuple[str, ...], start: list[Run]
     assert run.end() == 0, run.text
     last = run.records()[-2]
     assert last["kind"] == "step" and math.isfinite(last["policy/loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["grpo_process", "episode_plus_step"])
+def test_a_function_that_rewards_steps(recipe: str, start: list[Run], tmp_path: Path) -> None:
+    """Of responses as they were sampled, beside an outcome."""
+    run = Run(
+        tmp_path,
+        f"algorithm={recipe}",
+        "reward=[math,function]",
+        "reward.parts.function.function=reward_functions.lengths_of_steps",
+        "reward.parts.function.per_step=true",
+        "rollout.steps=lines",
+        "trainer.total_steps=2",
+        cwd=ROOT / "tests" / "fixtures",
+    )
+    start.append(run)
+    assert run.end() == 0, run.text
+    steps = [record for record in run.records() if record.get("kind") == "step"]
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["steps/count"] >= 1 and step["steps/worst"] < 0
+        assert step["reward/failed"] == 0 and step["policy/grad_norm"] > 0

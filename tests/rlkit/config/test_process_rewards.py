@@ -22,7 +22,7 @@ LINES = "rollout.steps=lines"
     ("overrides", "message"),
     [
         (("algorithm=grpo", "reward=implicit_prm"), "ImplicitPRM gives process rewards, which GRPO would ignore"),
-        (("algorithm=rloo", *BOTH, LINES), "take an algorithm that learns from them (grpo_process, rloo_process"),
+        (("algorithm=rloo", *BOTH, LINES), "an algorithm that learns from them: grpo_process, rloo_process"),
         (("algorithm=ppo", "algorithm.process_coefficient=0", *BOTH, LINES), "which PPO would ignore"),
         (("algorithm=pure", "reward=math"), "StepCredit needs process rewards, and MathReward gives none"),
         (("algorithm=pure", *STEPWISE, LINES), "gives process rewards alone, and StepCredit needs outcomes, too"),
@@ -49,16 +49,14 @@ def test_refusals(overrides: tuple[str, ...], message: str, tmp_path: Path) -> N
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("recipe", ["ppo", "prime", "pure", "grpo_process", "rloo_process", "turn_discounted"])
-def test_every_algorithm_that_reads_them(recipe: str, tmp_path: Path) -> None:
-    load_config([f"algorithm={recipe}", "reward=implicit_prm", f"run_dir={tmp_path / 'run'}"])
-    load_config([f"algorithm={recipe}", "reward=implicit_prm", LINES, f"run_dir={tmp_path / 'run'}"])
+@pytest.mark.parametrize("recipe", ["ppo", "prime", "rloo_process"])
+def test_what_reads_them_is_accepted(recipe: str, tmp_path: Path) -> None:
     load_config([f"algorithm={recipe}", *BOTH, LINES, f"run_dir={tmp_path / 'run'}"])
 
 
-def test_process_rewards_alone_will_do(tmp_path: Path) -> None:
-    for recipe in ("ppo", "grpo_process"):
-        load_config([f"algorithm={recipe}", *STEPWISE, LINES, f"run_dir={tmp_path / 'run'}"])
+@pytest.mark.parametrize("recipe", ["ppo", "grpo_process"])
+def test_process_rewards_alone_will_do(recipe: str, tmp_path: Path) -> None:
+    load_config([f"algorithm={recipe}", *STEPWISE, LINES, f"run_dir={tmp_path / 'run'}"])
 
 
 def test_recipes_of_step_credit(tmp_path: Path) -> None:
