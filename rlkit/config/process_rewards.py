@@ -23,8 +23,8 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
     if traits.process_rewards and not (needs.process_rewards or needs.reads_process_rewards):
         yield ConfigIssue(
             "reward",
-            f"{reward.cls.__name__} gives process rewards, which {type(algorithm).__name__} would ignore; take another "
-            "reward, or an algorithm that learns from them: grpo_process, rloo_process, ppo, prime, pure, "
+            f"{reward.cls.__name__} gives process rewards, which {type(algorithm).__name__} would ignore; take "
+            "another reward, or an algorithm that learns from them: grpo_process, rloo_process, ppo, prime, pure, "
             "episode_plus_step, turn_discounted (rloo_process with algorithm.process_coefficient=0 is RLOO on outcomes)",
         )
     if needs.outcome_rewards and not traits.outcome_rewards:
