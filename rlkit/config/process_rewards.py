@@ -24,8 +24,8 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
         yield ConfigIssue(
             "reward",
             f"{reward.cls.__name__} gives process rewards, which {type(algorithm).__name__} would ignore; take "
-            "another reward, or an algorithm that learns from them: grpo_process, rloo_process, ppo, prime, pure, "
-            "episode_plus_step, turn_discounted (rloo_process with algorithm.process_coefficient=0 is RLOO on outcomes)",
+            "another reward, or an algorithm that learns from them: ppo, prime, pure, grpo_process, rloo_process, "
+            "episode_plus_step, turn_discounted (rloo_process algorithm.process_coefficient=0 is RLOO on outcomes)",
         )
     if needs.outcome_rewards and not traits.outcome_rewards:
         yield ConfigIssue(

@@ -22,7 +22,7 @@ LINES = "rollout.steps=lines"
     ("overrides", "message"),
     [
         (("algorithm=grpo", "reward=implicit_prm"), "ImplicitPRM gives process rewards, which GRPO would ignore"),
-        (("algorithm=rloo", *BOTH, LINES), "an algorithm that learns from them: grpo_process, rloo_process"),
+        (("algorithm=rloo", *BOTH, LINES), "an algorithm that learns from them: ppo, prime, pure, grpo_process"),
         (("algorithm=ppo", "algorithm.process_coefficient=0", *BOTH, LINES), "which PPO would ignore"),
         (("algorithm=pure", "reward=math"), "StepCredit needs process rewards, and MathReward gives none"),
         (("algorithm=pure", *STEPWISE, LINES), "gives process rewards alone, and StepCredit needs outcomes, too"),
