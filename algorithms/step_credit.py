@@ -110,6 +110,7 @@ class StepCredit(SurrogateAlgorithm):
             keep[members] = True
         kept = [row for row, k in zip(steps.rewards, keep, strict=True) if k and len(row)]
         if kept:
+            measured["steps/mean"] = float(np.mean([row.mean() for row in kept]))
             measured["steps/worst"] = float(np.mean([row.min() for row in kept]))
             measured["steps/count"] = float(np.mean([len(row) for row in kept]))
         return token_advantages(tokens, keep, outcomes.masks, {**metrics, **measured})

@@ -6,6 +6,7 @@ from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.schema import RolloutConfig
+from rlkit.experience.filters import BufferConfig
 
 
 def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> Issues:
@@ -47,4 +48,17 @@ def steps_are_split_for_somebody(rollout: RolloutConfig, reward: Part) -> Issues
         )
 
 
-PROCESS_REWARDS = (process_rewards_come_from_somewhere, rewards_are_read, steps_are_split_for_somebody)
+def filters_see_outcomes(buffer: BufferConfig, reward: Part) -> Issues:
+    if reward.cls.traits(reward.config).outcome_rewards:
+        return
+    for name in ("drop_equal_rewards", "min_group_reward", "max_group_reward"):
+        if getattr(buffer, name) not in (None, False):
+            yield ConfigIssue(f"buffer.{name}", f"has no effect: {reward.cls.__name__} gives process rewards alone")
+
+
+PROCESS_REWARDS = (
+    process_rewards_come_from_somewhere,
+    rewards_are_read,
+    steps_are_split_for_somebody,
+    filters_see_outcomes,
+)

@@ -34,6 +34,10 @@ LINES = "rollout.steps=lines"
         ),
         (("algorithm=prime", "reward=implicit_prm", "rollout.steps=words"), "rollout.steps=words"),
         (
+            ("algorithm=ppo", *STEPWISE, LINES, "buffer.min_group_reward=0.0"),
+            "buffer.min_group_reward=0.0: has no effect: FunctionReward gives process rewards alone",
+        ),
+        (
             (
                 "algorithm=prime",
                 "reward=implicit_prm",
