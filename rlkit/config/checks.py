@@ -26,6 +26,7 @@ from rlkit.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
+from rlkit.config.sources import SOURCES
 from rlkit.config.staleness import stale_samples_are_corrected
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
@@ -43,9 +44,9 @@ def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
     return issues
 
 
-def group_is_large_enough(algorithm: Algorithm) -> Issues:
+def group_is_large_enough(algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
     least = algorithm.needs().min_samples_per_prompt
-    if algorithm.config.samples_per_prompt < least:
+    if rollout.source != "data" and algorithm.config.samples_per_prompt < least:
         name = type(algorithm).__name__
         yield ConfigIssue(
             "algorithm.samples_per_prompt",
@@ -359,6 +360,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     stale_samples_are_corrected,
     *PROCESS_REWARDS,
     *HELDOUT,
+    *SOURCES,
     *PLACES,
     *LIMITS,
 )

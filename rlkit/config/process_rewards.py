@@ -38,11 +38,13 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
 
 def steps_are_split_for_somebody(rollout: RolloutConfig, reward: Part) -> Issues:
     traits = reward.cls.traits(reward.config)
-    if traits.steps and rollout.steps == "none":
+    if rollout.source == "data" and (traits.steps or rollout.steps != "none"):
+        yield ConfigIssue("rollout.steps", "recorded responses (rollout.source=data) are not split into steps")
+    elif traits.steps and rollout.steps == "none":
         yield ConfigIssue(
             "rollout.steps", f"{reward.cls.__name__} judges steps; say what a step is, for example rollout.steps=lines"
         )
-    if rollout.steps != "none" and not (traits.steps or traits.process_rewards):
+    elif rollout.steps != "none" and not (traits.steps or traits.process_rewards):
         yield ConfigIssue(
             "rollout.steps", f"has no effect: {reward.cls.__name__} gives no process rewards; leave it out"
         )
