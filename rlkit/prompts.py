@@ -43,8 +43,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     if rollout.steps != "none" and not tokenizer.is_fast:
         raise DataError(
-            f"model.path={config.model.path}: rollout.steps={rollout.steps} needs a tokenizer with a tokenizer.json (for "
-            "the places of tokens in the text); leave rollout.steps=none"
+            f"model.path={config.model.path}: rollout.steps={rollout.steps} needs a tokenizer with a tokenizer.json "
+            "(for the places of tokens in the text); leave rollout.steps=none"
         )
     source, from_data = resolved.make_data_source(), rollout.source == "data"
 

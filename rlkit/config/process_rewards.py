@@ -21,6 +21,8 @@ def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> I
 
 def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
     traits, needs = reward.cls.traits(reward.config), algorithm.needs()
+    if not needs.rewards:
+        return
     if traits.process_rewards and not (needs.process_rewards or needs.reads_process_rewards):
         yield ConfigIssue(
             "reward",
