@@ -41,6 +41,11 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     config, rollout = resolved.config, resolved.config.rollout
     folder, template = model_folder(config.model.path), config.model.chat_template
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+    if rollout.steps != "none" and not tokenizer.is_fast:
+        raise DataError(
+            f"model.path={config.model.path}: rollout.steps={rollout.steps} needs a tokenizer with a tokenizer.json "
+            "(for the places of tokens in the text); leave rollout.steps=none"
+        )
     source, from_data = resolved.make_data_source(), rollout.source == "data"
 
     def rendered(problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str) -> list[Prompt]:

@@ -16,6 +16,7 @@ from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
 from rlkit.config.plan import engines_fit_on_nodes, longest_response, phases_make_room, weights_can_travel
+from rlkit.config.process_rewards import PROCESS_REWARDS
 from rlkit.config.schema import (
     ClusterConfig,
     CriticConfig,
@@ -66,16 +67,6 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Issues:
             "reward",
             f"{reward.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
             f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another reward",
-        )
-
-
-def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> Issues:
-    """PRIME without a process reward model would stop after the first rollout."""
-    if algorithm.needs().process_rewards and not reward.cls.traits(reward.config).process_rewards:
-        yield ConfigIssue(
-            "reward",
-            f"{type(algorithm).__name__} needs process rewards, and {reward.cls.__name__} gives none; "
-            "use reward=implicit_prm",
         )
 
 
@@ -351,7 +342,6 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
-    process_rewards_come_from_somewhere,
     raw_scores_are_normalised,
     reward_can_compare,
     model_is_long_enough,
@@ -372,6 +362,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     joined_cluster_has_its_own_store,
     sampler_and_learner_agree,
     stale_samples_are_corrected,
+    *PROCESS_REWARDS,
     *HELDOUT,
     *SOURCES,
     *PLACES,

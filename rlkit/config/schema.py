@@ -110,6 +110,9 @@ class RolloutConfig(Section):
     """Skip CUDA graphs and compilation: quicker start, slower decoding on GPUs. Always on for CPU."""
     prefix_caching: bool = True
     """Prefill a group's prompt once for all its samples."""
+    steps: Literal["none", "auto", "lines", "numbered", "blank_line"] = "none"
+    """Split responses into steps, for process rewards: lines, what blank lines separate, `Step 3:`, or (auto) the last
+    if it occurs, else lines. none: whatever the reward says, else every token is a step."""
     sample_seeds: Literal["auto", "always", "never"] = "auto"
     """Give each sample a seed, so that it does not matter where and beside what it is sampled: on GPUs vLLM then
     draws request by request, which is slow for many. auto: on CPU."""

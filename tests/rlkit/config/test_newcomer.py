@@ -88,7 +88,7 @@ MISLEADING = {
     "trainer.total_steps:␣3": ["write trainer.total_steps=3"],
     "rollout.temperature=0": ["must be above 0", "all responses to a prompt are the same", "evaluation.greedy=true"],
     "algorithm=dapo algorithm.gae_lambda=.9": ["it belongs to algorithm=ppo"],
-    "algorithm.gama=1": ["did you mean algorithm.gamma?", "it belongs to algorithm=ppo"],
+    "algorithm.gama=1": ["did you mean algorithm.gamma?", "it belongs to algorithm=", "algorithm=ppo"],
     "algorithm.nothing=1": ["--help algorithm lists the keys"],
     "model.lora_rank=8": ["LoRA is not supported"],
     "model.lora.rank=8": ["LoRA is not supported"],
