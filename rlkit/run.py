@@ -33,6 +33,7 @@ from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, config_text
 from rlkit.config.plan import gpu_shares
 from rlkit.config.schema import RunConfig
+from rlkit.config.structured import split_unusable
 from rlkit.data.base import BadRow, DataError, Split
 from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
@@ -323,9 +324,16 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
         problems, bad = source.load(split)
-        prompts, too_long = render(problems, tokenizer, config.rollout.max_prompt_tokens, config.model.chat_template)
+        fit, unfit = split_unusable(config.rollout.structured, problems)
+        prompts, too_long = render(
+            fit,
+            tokenizer,
+            config.rollout.max_prompt_tokens,
+            config.model.chat_template,
+            config.model.chat_template_arguments,
+        )
         rows, allowed = len(problems) + len(bad), resolved.data_config.max_bad_row_share
-        _report_bad_rows([*bad, *too_long], rows, allowed, split, tracker)
+        _report_bad_rows([*bad, *unfit, *too_long], rows, allowed, split, tracker)
         loaded[split] = prompts
     if not loaded["train"]:
         raise DataError("the data source has no usable training problem")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.experience import Prompt
@@ -47,16 +47,17 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     chat_template: str | Path | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> tuple[list[Prompt], list[BadRow]]:
     """Prompts with the sampler's token ids, and the problems that cannot be rendered.
 
-    `chat_template`: path of a Jinja file. Bad rows: prompts longer than `max_prompt_tokens`, or refused by the
-    template. Raises DataError without a template, or for two BOS tokens.
+    `chat_template`: path of a Jinja file. `template_arguments`: its further variables. Bad rows: prompts longer than
+    `max_prompt_tokens`, or refused by the template. Raises DataError without a template, or for two BOS tokens.
     """
     template = _read_template(chat_template, tokenizer)
     prompts: list[Prompt] = []
     bad: list[BadRow] = []
-    rendered = _token_ids(problems, tokenizer, template)
+    rendered = _token_ids(problems, tokenizer, template, template_arguments or {})
     shared: dict[
         int, int
     ] = {}  # one object per token of the vocabulary, not per token of the data: a quarter of the memory
@@ -102,7 +103,10 @@ def _read_template(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _token_ids(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, template: str | None
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    arguments: Mapping[str, Any],
 ) -> list[list[int] | str]:
     """Per problem its token ids, or why the template refuses it."""
     from jinja2 import TemplateError, TemplateSyntaxError
@@ -113,7 +117,12 @@ def _token_ids(
 
     def tokenise(conversations: list[list[dict[str, str]]]) -> list[list[int]]:
         encoded = tokenizer.apply_chat_template(
-            conversations, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True
+            conversations,
+            chat_template=template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **arguments,
         )
         return [list(ids) for ids in encoded["input_ids"]]
 

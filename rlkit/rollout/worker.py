@@ -14,6 +14,7 @@ import numpy as np
 
 from rlkit.config.plan import engines_sleep, samples_have_seeds, weight_route
 from rlkit.config.schema import RunConfig
+from rlkit.config.structured import grammar
 from rlkit.experience import Group, Prompt, Sample
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
 from rlkit.weights.bundle import WeightBundle
@@ -99,7 +100,9 @@ class RolloutWorker:
             route=weight_route(config.cluster, config.rollout, config.learner),
             sleeps=engines_sleep(config),
         )
-        self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0))
+        structured = self.rollout.structured
+        self.grammar = None if structured is None or structured.column is not None else grammar(structured, {})
+        self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0, self.grammar))
         while self.sampler.busy:
             self.sampler.step()
         if engines_sleep(config):
@@ -136,8 +139,10 @@ class RolloutWorker:
 
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
         seeded = samples_have_seeds(self.config)
+        structured = self.rollout.structured
         for request in requests:
             self.open[request.id] = _Open(request, self.version, done)
+            required = None if structured is None else self.grammar or grammar(structured, request.prompt.columns)
             for index in range(request.responses):
                 self.sampler.add(
                     Request(
@@ -146,6 +151,7 @@ class RolloutWorker:
                         seed=sample_seed(request.seed, request.id, index) if seeded else None,
                         max_tokens=self.rollout.max_response_tokens,
                         temperature=self.rollout.temperature if index < request.samples else 0.0,
+                        grammar=required,
                     )
                 )
 

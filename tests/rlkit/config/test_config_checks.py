@@ -12,7 +12,15 @@ from algorithms.base import AlgorithmConfig, AlgorithmNeeds
 from rewards.implicit_prm.reward import ImplicitPRM
 from rlkit.config.checks import CHECKS, ConfigIssue, run_checks
 from rlkit.config.parts import Part, import_part
-from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, ModelConfig, RolloutConfig, TrainerConfig
+from rlkit.config.schema import (
+    ClusterConfig,
+    CriticConfig,
+    LearnerConfig,
+    ModelConfig,
+    RolloutConfig,
+    StructuredConfig,
+    TrainerConfig,
+)
 from rlkit.data.base import DataConfig
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
@@ -143,6 +151,9 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], key: str, text: s
     [
         ({"rollout": RolloutConfig(top_p=0.9)}, "rollout.top_p"),
         ({"rollout": RolloutConfig(top_k=5)}, "rollout.top_k"),
+        ({"rollout": RolloutConfig(min_p=0.1)}, "rollout.min_p"),
+        ({"rollout": RolloutConfig(repetition_penalty=1.1)}, "rollout.repetition_penalty"),
+        ({"rollout": RolloutConfig(structured=StructuredConfig(regex="[0-9]+"))}, "rollout.structured"),
         ({"rollout": RolloutConfig(dtype="bfloat16")}, "rollout.dtype"),
         ({"cluster": ClusterConfig(device="cuda"), "learner": LearnerConfig(dtype="float32")}, "rollout.dtype"),
         (
@@ -161,6 +172,25 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], key: str, text: s
 def test_what_is_doubtful_is_warned_about(changes: dict[str, Any], key: str) -> None:
     issues = run_checks(sections(**changes))
     assert [(issue.where, issue.warning) for issue in issues] == [(key, True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "said"),
+    [
+        ({"top_k": 5}, {}, True),
+        ({"top_p": 0.9}, {}, False),  # at most ln(1 / 0.9) = 0.105
+        ({"top_p": 0.8}, {}, True),
+        ({"top_p": 0.8}, {"max_mismatch": 0.3}, False),
+        ({"repetition_penalty": 1.1}, {"max_mismatch": None}, False),
+        ({"min_p": 0.1}, {"max_staleness": 1}, False),  # the limit does not count then
+    ],
+)
+def test_sampling_that_the_mismatch_limit_may_end_says_so(
+    options: dict[str, Any], trainer: dict[str, Any], said: bool
+) -> None:
+    issues = run_checks(sections(rollout=RolloutConfig(**options), trainer=TrainerConfig(**trainer)))
+    (issue,) = [issue for issue in issues if issue.where.startswith("rollout.")]
+    assert ("trainer.max_mismatch=null turns that off" in issue.message) is said
 
 
 def test_a_short_run_warns_of_no_interval_that_a_preset_sets() -> None:
