@@ -132,6 +132,9 @@ class Sampler:
         transfer: dict[str, Any] = {"worker_extension_cls": EXTENSION}
         if route != "object_store":
             transfer["weight_transfer_config"] = {"backend": BACKENDS[route]}
+        if config.structured is not None and config.structured.column is not None:
+            # vLLM chooses the library by the first grammar, and gives it the others whatever it lacks for them.
+            transfer["structured_outputs_config"] = {"backend": "xgrammar"}
         self.config, self.device = config, device
         self.stop_token_ids = list(stop_token_ids)
         self.asleep: set[str] = set()

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlkit.config.plan import engines_sleep, samples_have_seeds, weight_route
 from rlkit.config.schema import RunConfig
-from rlkit.config.structured import grammar
+from rlkit.config.structured import Grammar, grammar
 from rlkit.experience import Group, Prompt, Sample
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
 from rlkit.weights.bundle import WeightBundle
@@ -100,13 +100,17 @@ class RolloutWorker:
             route=weight_route(config.cluster, config.rollout, config.learner),
             sleeps=engines_sleep(config),
         )
-        structured = self.rollout.structured
-        self.grammar = None if structured is None or structured.column is not None else grammar(structured, {})
+        self.grammar = self._grammar()
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0, self.grammar))
         while self.sampler.busy:
             self.sampler.step()
         if engines_sleep(config):
             self.sampler.sleep(2)  # the learner loads on the same GPU; weights come before anything is sampled
+
+    def _grammar(self) -> Grammar | None:
+        """What all responses must match, if it is the same for all."""
+        structured = self.rollout.structured
+        return None if structured is None or structured.column is not None else grammar(structured, {})
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[str, ...] | list[Group]]:
         """Yield all groups that finished since the last yield (at least one), then their ids.
