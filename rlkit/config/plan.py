@@ -5,9 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import import_part
-from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, RunConfig, TrainerConfig
+from rlkit.config.schema import (
+    ClusterConfig,
+    CriticConfig,
+    EvaluationConfig,
+    LearnerConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainerConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,20 @@ def colocated_slots(config: RunConfig, critic_ranks: int) -> int:
     return max(config.rollout.workers * config.rollout.tensor_parallel_size, config.learner.ranks, critic_ranks)
 
 
+def references_are_cached(config: RunConfig, algorithm: Algorithm) -> bool:
+    """Recorded responses are the same in every epoch, so a reference that stays needs to see them once."""
+    return config.rollout.source == "data" and not algorithm.config.reference_every_steps
+
+
 def _reward_uses_gpu(config: RunConfig) -> bool:
     cls = import_part("reward", config.reward["_target_"])
     own = {key: value for key, value in config.reward.items() if key != "_target_"}
     return bool(cls.traits(cls.Config(**own)).uses_gpu)
+
+
+def longest_response(rollout: RolloutConfig, evaluation: EvaluationConfig) -> int:
+    """Tokens that an engine must have room for after a prompt."""
+    return max(rollout.max_response_tokens, evaluation.max_response_tokens or 0)
 
 
 WeightRoute = Literal["object_store", "gloo", "nccl", "ipc"]

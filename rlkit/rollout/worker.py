@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rlkit.config.plan import engines_sleep, samples_have_seeds, weight_route
+from rlkit.config.plan import engines_sleep, longest_response, samples_have_seeds, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.config.structured import Grammar, grammar
 from rlkit.experience import Group, Prompt, Sample
@@ -32,6 +32,10 @@ class GroupRequest:
     step: int
     greedy: bool = False
     """Also sample a greedy response (`Group.greedy`)."""
+    temperature: float | None = None
+    """Of the samples; None: the rollout's, 0: greedy."""
+    max_response_tokens: int | None = None
+    """None: the rollout's."""
 
     @property
     def responses(self) -> int:
@@ -89,10 +93,11 @@ class RolloutWorker:
 
         config = self.config
         trusted = config.model.trust_remote_code
+        longest = longest_response(config.rollout, config.evaluation)
         self.tokenizer = load_tokenizer(self.model_path, trust_remote_code=trusted)
         self.sampler = Sampler(
             self.model_path,
-            self.rollout,
+            self.rollout.model_copy(update={"max_response_tokens": longest}),
             device=config.cluster.device,
             seed=self.engine_seed,
             stop_token_ids=stop_token_ids(self.model_path, self.tokenizer),
@@ -146,6 +151,7 @@ class RolloutWorker:
         structured = self.rollout.structured
         for request in requests:
             self.open[request.id] = _Open(request, self.version, done)
+            temperature = self.rollout.temperature if request.temperature is None else request.temperature
             required = None if structured is None else self.grammar or grammar(structured, request.prompt.columns)
             for index in range(request.responses):
                 self.sampler.add(
@@ -153,8 +159,8 @@ class RolloutWorker:
                         id=f"{request.id}:{index}",
                         prompt=request.prompt.token_ids,
                         seed=sample_seed(request.seed, request.id, index) if seeded else None,
-                        max_tokens=self.rollout.max_response_tokens,
-                        temperature=self.rollout.temperature if index < request.samples else 0.0,
+                        max_tokens=request.max_response_tokens or self.rollout.max_response_tokens,
+                        temperature=temperature if index < request.samples else 0.0,
                         grammar=required,
                     )
                 )
