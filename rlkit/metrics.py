@@ -50,6 +50,8 @@ def rollout_metrics(
         "buffer/dropped_stale": float(stats.dropped_stale),
         "buffer/rejected": float(sum(stats.rejected.values())),
     }
+    if stats.surplus:
+        metrics["buffer/surplus"] = float(stats.surplus)
     compared = [group for group in values if len(group) > 1]
     if compared:
         metrics["group/all_equal_share"] = float(np.mean([np.ptp(group) == 0 for group in compared]))

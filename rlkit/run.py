@@ -227,7 +227,7 @@ async def _start(
     # A mask takes scores away that the verifier would give.
     judged = verifier is reward and config.buffer.truncated != "mask"
     buffer = ray.remote(num_cpus=0, runtime_env={"env_vars": NO_GPU}, **beside_driver(0))(BufferActor).remote(
-        config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
+        config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer, config.rollout.oversample
     )
     starts: dict[str, Callable[[], Awaitable[Any]]] = {
         "sampler": rollout.start,
@@ -291,6 +291,7 @@ def _producer(
         reward,
         buffer,
         groups_per_step=config.trainer.prompts_per_step,
+        oversample=config.rollout.oversample,
         samples_per_prompt=algorithm.config.samples_per_prompt,
         greedy=algorithm.needs().greedy_response,
         seed=config.seed,

@@ -355,6 +355,22 @@ def _ends_by_mismatch(name: str, rollout: RolloutConfig, trainer: TrainerConfig)
     )
 
 
+def surplus_has_a_use(rollout: RolloutConfig, buffer: BufferConfig, trainer: TrainerConfig) -> Issues:
+    if rollout.oversample == 1:
+        return
+    if not buffer.drops_groups:
+        yield ConfigIssue(
+            "rollout.oversample",
+            "has no effect: no filter rejects groups (buffer.drop_equal_rewards and the like), so a step lacks none",
+        )
+    elif trainer.max_staleness:
+        yield ConfigIssue(
+            "rollout.oversample",
+            f"is for trainer.max_staleness=0; with {trainer.max_staleness} a rejected group is replaced while others "
+            "are sampled and trained, and no step waits for a round",
+        )
+
+
 def stop_tokens_exist(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Issues:
     if isinstance(model_shape, ModelFolderError):
         return
@@ -391,6 +407,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     gpu_ignores_cpu_options,
     joined_cluster_has_its_own_store,
     sampler_and_learner_agree,
+    surplus_has_a_use,
     stop_tokens_exist,
     structure_is_usable,
     stale_samples_are_corrected,

@@ -137,6 +137,9 @@ class RolloutConfig(Section):
     that completes a stop text, or is a stop id, is the last of the response: it is trained, and rewards read it."""
     structured: StructuredConfig | None = None
     """What every response must match; null: anything."""
+    oversample: float = Field(default=1.0, ge=1, le=10)
+    """Groups sampled per group that a step still lacks, so that a filter's rejections need no second round (which waits
+    for its own longest response). Of more than a step takes, those asked for last are dropped and counted."""
     max_prompt_tokens: int = Field(default=512, ge=8)
     """Longer prompts are bad rows: reported, counted, skipped."""
     max_response_tokens: int = Field(default=512, ge=1)

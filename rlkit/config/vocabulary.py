@@ -33,6 +33,8 @@ OTHER_NAMES: Mapping[str, str] = {
     "max_prompt_length": "rollout.max_prompt_tokens",
     "prompt_max_len": "rollout.max_prompt_tokens",
     "max_num_seqs": "rollout.max_concurrent_samples",
+    "gen_batch_size": "rollout.oversample",
+    "over_sampling_batch_size": "rollout.oversample",
     "stop_strings": "rollout.stop",
     "stop_token_ids": "rollout.stop",
     "stop_tokens": "rollout.stop",

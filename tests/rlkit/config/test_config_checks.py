@@ -46,7 +46,7 @@ class SomeAlgorithm:
         self.config = AlgorithmConfig(samples_per_prompt=self.samples)
 
     def needs(self) -> AlgorithmNeeds:
-        return AlgorithmNeeds(self.critic, min_samples_per_prompt=self.minimum, layout=self.layout)
+        return AlgorithmNeeds(critic=self.critic, min_samples_per_prompt=self.minimum, layout=self.layout)
 
 
 def sections(**changes: Any) -> dict[str, Any]:
@@ -114,6 +114,7 @@ def test_checks_only_name_known_sections() -> None:
          "buffer.min_group_reward", "every group is rejected"),
         ({"buffer": BufferConfig(drop_equal_rewards=True), "algorithm": SomeAlgorithm(samples=1)},
          "buffer.drop_equal_rewards", "rejects every group"),
+        ({"rollout": RolloutConfig(oversample=1.5)}, "rollout.oversample", "no filter rejects groups"),
         ({"learner": LearnerConfig(warmup_steps=100)}, "learner.warmup_steps", "100 optimizer steps"),
         ({"learner": LearnerConfig(min_learning_rate_ratio=0.1)}, "learner.min_learning_rate_ratio", "no effect"),
         ({"rollout": RolloutConfig(tensor_parallel_size=2)}, "rollout.tensor_parallel_size", "must be 1"),
@@ -193,6 +194,14 @@ def test_sampling_that_the_mismatch_limit_may_end_says_so(
     issues = run_checks(sections(rollout=RolloutConfig(**options), trainer=TrainerConfig(**trainer)))
     (issue,) = [issue for issue in issues if issue.where.startswith("rollout.")]
     assert ("trainer.max_mismatch=null turns that off" in issue.message) is said
+
+
+def test_surplus_groups_are_for_rounds_that_a_filter_thins() -> None:
+    filtered = {"rollout": RolloutConfig(oversample=1.5), "buffer": BufferConfig(drop_equal_rewards=True)}
+    assert run_checks(sections(**filtered)) == []
+    issues = run_checks(sections(**filtered, trainer=TrainerConfig(max_staleness=1)))
+    (message,) = [issue.message for issue in issues if issue.where == "rollout.oversample"]
+    assert "is for trainer.max_staleness=0" in message
 
 
 def test_a_short_run_warns_of_no_interval_that_a_preset_sets() -> None:
