@@ -25,6 +25,8 @@ from rlkit.config.schema import (
 )
 from rlkit.config.staleness import stale_samples_are_corrected
 from rlkit.data.base import DataSource
+from rlkit.diagnostics.base import DiagnosticConfig, RunFacts
+from rlkit.diagnostics.known import diagnostic_class
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder, model_folder
 from rlkit.models.usable import known_run, refusals
@@ -355,6 +357,31 @@ def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, le
         yield ConfigIssue("rollout.dtype", f"is {sampler}, the learner's is {trained}: {why}", warning=True)
 
 
+def diagnostics_act(
+    diagnostics: tuple[DiagnosticConfig, ...],
+    trainer: TrainerConfig,
+    learner: LearnerConfig,
+    algorithm: Algorithm,
+    reward: Part,
+    verifier: Part,
+    data: DataSource,
+    typed: frozenset[str],
+) -> Issues:
+    sections = {"trainer": trainer, "learner": learner, "algorithm": algorithm.config}
+    facts = RunFacts(
+        settings={name: section.model_dump(mode="json") for name, section in sections.items()},
+        needs=algorithm.needs(),
+        reward=reward.cls.traits(reward.config),
+        verifies_itself=reward == verifier,
+        columns=frozenset(data.provides()),
+    )
+    for config in diagnostics:
+        for objection in diagnostic_class(config.kind).objections(config, facts):
+            yield ConfigIssue("diagnostics", f"{config.name}: {objection}")
+    if "trainer.hacking_alarm_steps" in typed and "hacking" not in [config.name for config in diagnostics]:
+        yield ConfigIssue("trainer.hacking_alarm_steps", "has no effect: `hacking` is not among the diagnostics")
+
+
 CHECKS: tuple[Callable[..., Issues], ...] = (
     group_is_large_enough,
     model_is_usable,
@@ -384,6 +411,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     joined_cluster_has_its_own_store,
     sampler_and_learner_agree,
     stale_samples_are_corrected,
+    diagnostics_act,
     *PLACES,
     *LIMITS,
 )

@@ -55,8 +55,8 @@ class NoSignal(Diagnostic):
 class Hacking(Diagnostic):
     """Warns when a learnt signal rises while verified accuracy falls.
 
-    Compares the means of the last n steps (`trainer.hacking_alarm_steps`) with those of the n before: the reward or the process reward model's accuracy
-    up by more than `RISE`, the share of right answers down by more than `FALL`.
+    Compares the means of the last n steps (`trainer.hacking_alarm_steps`) with those of the n before: the reward or the
+    process reward model's accuracy up by more than `RISE`, the share of right answers down by more than `FALL`.
     """
 
     RISE, FALL = 0.01, 0.02

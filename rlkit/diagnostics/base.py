@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from algorithms.base import LossInputs
 
 
+MEASURED = "diagnostics/"
+"""Begins the names of the learner's sums for diagnostics: `diagnostics/NAME/SUM`."""
+
+
 class DiagnosticConfig(Named):
     """Fields of every diagnostic; one nests a subclass as `Config`."""
 
     alarm: Literal["warn", "stop"] = "warn"
-    """What a warning of this diagnostic is: a sentence on the screen, or the end of the run (its last step is saved)."""
+    """What a warning of this diagnostic does: it is shown, or it ends the run (whose last step is saved)."""
 
     @property
     def name(self) -> str:
@@ -69,9 +73,11 @@ class RunFacts:
     """What a diagnostic can be refused for before anything starts."""
 
     settings: Mapping[str, Any]
-    """The sections `trainer`, `learner`, `algorithm`, `reward` and `verifier` as plain values."""
+    """The sections `trainer`, `learner` and `algorithm` as plain values."""
     needs: AlgorithmNeeds
     reward: RewardTraits
+    verifies_itself: bool
+    """Reward and verifier are the same."""
     columns: frozenset[str]
     """What the data provide with every prompt."""
 

@@ -7,12 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from rlkit.diagnostics.alarms import NoSignal
-from rlkit.diagnostics.base import Diagnostic, DiagnosticConfig, Findings, StepRecord
+from rlkit.diagnostics.base import MEASURED, Diagnostic, DiagnosticConfig, Findings, StepRecord
 from rlkit.diagnostics.known import diagnostic_class
 from rlkit.experience import Group, Prompt, UserError
-
-MEASURED = "diagnostics/"
-"""Begins the names of the learner's sums for diagnostics: `diagnostics/NAME/SUM`."""
 
 Score = Callable[[Sequence[Group]], Awaitable[Sequence[Group]]]
 WriteTable = Callable[[str, Iterable[Mapping[str, Any]]], None]
@@ -25,6 +22,11 @@ class DiagnosedError(UserError):
 def make_diagnostics(configs: Iterable[DiagnosticConfig], settings: Mapping[str, Any]) -> list[Diagnostic]:
     """`settings`: the run's whole configuration as plain values."""
     return [diagnostic_class(config.kind)(config, settings) for config in configs]
+
+
+def measuring(configs: Iterable[DiagnosticConfig], settings: Mapping[str, Any]) -> list[Diagnostic]:
+    """Those that measure on the learner."""
+    return [part for part in make_diagnostics(configs, settings) if type(part).measure is not Diagnostic.measure]
 
 
 class Diagnostics:

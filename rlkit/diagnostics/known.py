@@ -6,9 +6,13 @@ from collections.abc import Mapping
 
 from rlkit.diagnostics.alarms import Hacking
 from rlkit.diagnostics.base import Diagnostic, DiagnosticConfig
+from rlkit.diagnostics.probes import JudgeFalsePositives
+from rlkit.diagnostics.ratios import Drift, RatioShift
+from rlkit.diagnostics.scores import RewardGap, Starc
 from rlkit.experience.names import NotFoundError, find_class
 
-DIAGNOSTICS: Mapping[str, type[Diagnostic]] = {cls.Config.model_fields["kind"].default: cls for cls in (Hacking,)}
+BUILT_IN = (Hacking, RatioShift, RewardGap, Drift, Starc, JudgeFalsePositives)
+DIAGNOSTICS: Mapping[str, type[Diagnostic]] = {cls.Config.model_fields["kind"].default: cls for cls in BUILT_IN}
 
 
 def diagnostic_class(kind: str) -> type[Diagnostic]:

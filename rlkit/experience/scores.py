@@ -153,6 +153,16 @@ def _describe(value: object) -> str:
     return f"{type(value).__name__} {value!r:.80}"
 
 
+def total_reward(score: Score) -> float | None:
+    """A sample's outcome reward, else the sum of its process rewards; None if invalid."""
+    if not score.valid:
+        return None
+    if score.value is not None:
+        return score.value
+    tokens = 0.0 if score.token_rewards is None else float(score.token_rewards.sum())
+    return tokens + sum(span.value for span in score.span_rewards)
+
+
 def with_greedy(group: Group) -> Group:
     """The group with its greedy response and score appended as last sample; itself if it has none."""
     if group.greedy is None:

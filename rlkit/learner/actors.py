@@ -11,8 +11,10 @@ import numpy as np
 
 from algorithms.base import Advantages, Algorithm
 from rlkit.cluster.placement import Place, anywhere
+from rlkit.config.parts import plain
 from rlkit.config.plan import gpu_shares, weight_route
 from rlkit.config.schema import RunConfig
+from rlkit.diagnostics.group import measuring
 from rlkit.experience import Group
 from rlkit.learner.batches import Microbatch, PolicyRows, Share, ValueRows
 from rlkit.learner.dealing import passes, policy_shares, value_shares
@@ -43,6 +45,7 @@ class LearnerWorker(Rank):
             temperature=config.rollout.temperature,
             total_steps=config.trainer.total_steps * config.learner.minibatches_per_step,
             trust_remote_code=config.model.trust_remote_code,
+            diagnostics=measuring(config.diagnostics, plain(config)),
         )
         return int(self.learner.engine.module.model.num_parameters())
 

@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from algorithms.base import Algorithm, Denominators, LossInputs
 from rlkit.config.schema import LearnerConfig
+from rlkit.diagnostics.base import Diagnostic
 from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
-from rlkit.learner.metrics import StepMetrics, mismatch
+from rlkit.learner.metrics import StepMetrics, measured, mismatch
 from rlkit.learner.policy_folder import (
     GATHERED_BYTES,
     gathered_parameters,
@@ -46,8 +47,11 @@ class PolicyLearner:
         temperature: float,
         total_steps: int,
         trust_remote_code: bool = False,
+        diagnostics: Sequence[Diagnostic] = (),
     ) -> None:
+        """`diagnostics`: those that measure something."""
         self.config = config
+        self.diagnostics = diagnostics
         self.algorithm = algorithm
         self.device = device
         self.temperature = temperature
@@ -163,7 +167,11 @@ class PolicyLearner:
             scalars=scalars,
         )
         output = self.algorithm.loss(inputs)
-        metrics.add(output, mismatch(before, inputs.rollout_logprobs, inputs.mask, denominators))
+        metrics.add(
+            output,
+            mismatch(before, inputs.rollout_logprobs, inputs.mask, denominators),
+            *measured(self.diagnostics, inputs),
+        )
         return output.loss
 
     @torch.no_grad()
