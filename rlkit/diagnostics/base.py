@@ -75,9 +75,10 @@ class RunFacts:
     settings: Mapping[str, Any]
     """The sections `trainer`, `learner` and `algorithm` as plain values."""
     needs: AlgorithmNeeds
-    reward: RewardTraits
-    verifies_itself: bool
-    """Reward and verifier are the same."""
+    reward: RewardTraits | None
+    """None: no reward is asked."""
+    verified: bool
+    """A verifier judges training answers, too, and it is not the reward."""
     columns: frozenset[str]
     """What the data provide with every prompt."""
 

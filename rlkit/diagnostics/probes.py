@@ -50,7 +50,9 @@ class JudgeFalsePositives(Diagnostic):
 
     @classmethod
     def objections(cls, config: Any, facts: RunFacts) -> Iterable[str]:
-        if facts.reward.raw_scores:
+        if facts.reward is None:
+            yield "no reward is asked in this run"
+        elif facts.reward.raw_scores:
             yield "the reward gives raw scores of a model, and a probe is accepted from 0.5 on a scale from 0 to 1"
         elif not facts.reward.judges_texts and facts.reward.samples == 1:
             yield "the reward judges tokens, and a probe is a text alone"

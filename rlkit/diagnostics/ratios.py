@@ -42,10 +42,11 @@ class RatioShift(Diagnostic):
 
     @classmethod
     def objections(cls, config: Any, facts: RunFacts) -> Iterable[str]:
-        if facts.settings["learner"]["minibatches_per_step"] == 1:
+        learner = facts.settings["learner"]
+        if learner["minibatches_per_step"] * learner["epochs_per_step"] == 1:
             yield (
-                "with one optimizer step per training step (learner.minibatches_per_step=1) every ratio is 1; it has "
-                "no effect"
+                "has no effect: with one optimizer step per training step (learner.minibatches_per_step, "
+                "learner.epochs_per_step) every ratio is 1"
             )
 
     def measure(self, inputs: LossInputs) -> dict[str, Tensor]:
@@ -158,13 +159,16 @@ class Drift(Diagnostic):
             return {}
         rows = (inputs.logprobs - inputs.reference_logprobs) * inputs.mask
         per_sample = rows.new_zeros(inputs.num_sequences).index_add(0, inputs.sequence, rows)
-        credit = rows.new_zeros(inputs.num_sequences).index_add(0, inputs.sequence, inputs.advantages * inputs.mask)
-        better, worse = (per_sample[credit > 0], per_sample[credit < 0])
+        if inputs.pairs is not None and len(inputs.pairs):
+            better, worse = per_sample[inputs.pairs[:, 0]], per_sample[inputs.pairs[:, 1]]
+        else:
+            credit = rows.new_zeros(inputs.num_sequences).index_add(0, inputs.sequence, inputs.advantages * inputs.mask)
+            better, worse = per_sample[credit > 0], per_sample[credit < 0]
         return {
             "chosen": better.sum(),
-            "chosen_samples": (credit > 0).sum(),
+            "chosen_samples": rows.new_tensor(len(better)),
             "rejected": worse.sum(),
-            "rejected_samples": (credit < 0).sum(),
+            "rejected_samples": rows.new_tensor(len(worse)),
             "log_ratio": rows.sum(),
             "tokens": inputs.mask.sum(),
         }

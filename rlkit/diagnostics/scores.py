@@ -46,8 +46,11 @@ def nothing_to_compare(record: StepRecord) -> Findings:
 
 
 def compares_something(facts: RunFacts) -> Iterator[str]:
-    if facts.verifies_itself:
-        yield "the verifier is the reward itself, so they never differ; name another one by verifier=NAME"
+    if not facts.verified:
+        yield (
+            "there is no verifier to compare with: it is the reward itself (name another one by verifier=NAME), or "
+            "judges no training answers (evaluation.training_answers)"
+        )
 
 
 def pair_accuracy(rewards: Float64, truth: Float64) -> tuple[float, int]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from rlkit.experience import Group, GroupScores, Score
 from rlkit.experience.errors import UserError
+from rlkit.experience.types import UNJUDGED
 
 
 class RewardFailed(UserError):
@@ -154,8 +155,8 @@ def _describe(value: object) -> str:
 
 
 def total_reward(score: Score) -> float | None:
-    """A sample's outcome reward, else the sum of its process rewards; None if invalid."""
-    if not score.valid:
+    """A sample's outcome reward, else the sum of its process rewards; None if invalid or not judged."""
+    if not score.valid or score.reason == UNJUDGED:
         return None
     if score.value is not None:
         return score.value

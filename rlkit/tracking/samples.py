@@ -65,7 +65,8 @@ def _best_and_worst(group: Group) -> list[tuple[str, int]]:
     """Of equal rewards, the first sample is the best and the last the worst."""
     ranked = [(reward, i) for i, score in enumerate(_scores(group)) if (reward := total_reward(score)) is not None]
     if not ranked:
-        return [("invalid", 0)] if group.samples else []
+        unjudged = any(score.valid for score in _scores(group))
+        return [("only" if unjudged else "invalid", 0)] if group.samples else []
     if len(ranked) == 1:
         return [("only", ranked[0][1])]
     best = max(ranked, key=lambda pair: (pair[0], -pair[1]))
