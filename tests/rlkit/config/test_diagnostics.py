@@ -59,7 +59,7 @@ def test_a_class_of_a_users_is_named_by_its_path(tmp_path: Path, monkeypatch: py
         (["diagnostics=hacking"], "must be a list, like [hacking,"),
         (
             ["diagnostics=[{kind:drift,max_k:1}]"],
-            "diagnostic 1 (drift): max_k is no option of it; did you mean max_kl?",
+            "(drift): max_k is no option of it; did you mean max_kl?",
         ),
         (["diagnostics=[{kind:drift,alarm:halt}]"], "alarm=halt must be one of warn, stop"),
         (["diagnostics=[drift,drift]"], "drift stands there twice"),

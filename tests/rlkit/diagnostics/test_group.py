@@ -23,7 +23,7 @@ class Counting(Diagnostic):
     """Probes with the step's number, counts its steps, and says what it is told to."""
 
     class Config(DiagnosticConfig):
-        says: dict[str, Any] = {}
+        says: Mapping[str, Any] = {}
         """Fields of its findings."""
         metric: str = "counting/steps"
         """Its metric."""
