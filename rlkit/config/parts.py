@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,8 @@ class ResolvedRun:
     verifier_class: type[Reward]
     verifier_config: RewardConfig
     warnings: tuple[ConfigIssue, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Full key -> who decided its value, of those that the plan names with it."""
 
     def make_algorithm(self) -> Algorithm:
         return self.algorithm_class(self.algorithm_config)

@@ -10,9 +10,11 @@ from typing import Any
 
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.reach import ray_here, refusal
-from rlkit.config.schema import ClusterConfig
-from rlkit.data.base import DataError, DataSource
+from rlkit.config.schema import ClusterConfig, ModelConfig, RolloutConfig
+from rlkit.data.base import DataError, DataSource, Split
+from rlkit.data.lengths import too_long_prompts
 from rlkit.data.tables import local_files
+from rlkit.models.folder import ModelFolderError, ModelShape, model_folder
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
 """Any of these marks a folder that holds a run."""
@@ -96,6 +98,38 @@ def chat_template_is_one(model: Any) -> Issues:
         yield ConfigIssue("model.chat_template", "does not use `messages`, so every prompt would be the same text")
 
 
+def prompts_are_short_enough(
+    data: DataSource, model_shape: ModelShape | ModelFolderError, model: ModelConfig, rollout: RolloutConfig
+) -> Issues:
+    """Of the first problems; the start counts all of them, as transformers does."""
+    if isinstance(model_shape, ModelFolderError):
+        return
+    limit, template, share = rollout.max_prompt_tokens, model.chat_template, data.config.max_bad_row_share
+    splits: tuple[Split, ...] = ("train", "heldout")
+    for split in splits:
+        try:
+            problems = data.preview(split)
+        except DataError as error:
+            yield ConfigIssue("data", str(error))
+            return
+        allowed = int(share * len(problems) + 1e-9)
+        try:
+            long = too_long_prompts(problems, model_folder(model.path), template, limit, allowed)
+        except DataError as error:
+            yield ConfigIssue("model.path", str(error))
+            return
+        except (OSError, ValueError):  # of the template or the model, whose checks report them
+            return
+        if len(long) > allowed:
+            longest = max(long)
+            yield ConfigIssue(
+                "rollout.max_prompt_tokens",
+                f"at least {len(long)} of the first {len(problems)} {split} prompts are longer, more than "
+                f"data.max_bad_row_share={share:g} allows; the longest that was counted has {longest[0]} tokens "
+                f"({longest[1]})",
+            )
+
+
 def ray_answers(cluster: ClusterConfig, dry_run: bool, here: bool) -> Issues:
     address = cluster.address
     if address is None:
@@ -151,6 +185,7 @@ PLACES = (
     resume_knows_its_folder,
     run_folder_outlives_the_job,
     chat_template_is_one,
+    prompts_are_short_enough,
     ray_answers,
     heldout_is_not_trained,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +37,8 @@ class TableSource(DataSource):
         super().__init__(config, seed)
         self._loaded: dict[Split, Loaded] | None = None
         self._heads: dict[Split, list[tuple[str, Row | BadRow]]] = {}
+        self._judged: dict[Split, Loaded] = {}
+        """Of the first rows."""
 
     @abstractmethod
     def _source(self, split: Split) -> str | None:
@@ -73,16 +76,26 @@ class TableSource(DataSource):
                 head = [] if lacking or columns is None else self._head(split)
                 if head:
                     part = f"the first {len(head)} rows of {source}" if len(head) == CHECKED_ROWS else source
-                    problems, bad = parse_rows(head, self.config)
+                    self._judged[split] = problems, bad = parse_rows(head, self.config)
                     refuse_too_many_bad_rows(bad, len(problems) + len(bad), self.config.max_bad_row_share, part)
             except DataError as error:
                 messages.append(str(error))
-        if not messages and self._source("train") == self._source("heldout"):
-            messages.append(
+        if messages:
+            return messages
+        if self._source("train") == self._source("heldout"):
+            return [
                 f"{self._source('train')} is both training and held-out data: name another one, or leave the held-out "
                 "one out, and a share is held out (data.heldout_share)."
-            )
-        return messages
+            ]
+        if self._judged and all(len(self._head(split)) < CHECKED_ROWS for split in self._judged):
+            try:
+                self._divide(self._judged)
+            except DataError as error:
+                return [str(error)]
+        return []
+
+    def preview(self, split: Split) -> list[Problem]:
+        return self._judged.get(split, ([], []))[0]
 
     def provides(self) -> frozenset[str]:
         config: ColumnsConfig = self.config
@@ -103,11 +116,18 @@ class TableSource(DataSource):
         return self._loaded[split]
 
     def _load_both(self) -> dict[Split, Loaded]:
-        train, bad = self._parse("train")
-        if self._source("heldout") is None:
+        rows: dict[Split, Loaded] = {"train": self._parse("train")}
+        if self._source("heldout") is not None:
+            rows["heldout"] = self._parse("heldout", id_prefix="heldout/")
+        return self._divide(rows)
+
+    def _divide(self, rows: Mapping[Split, Loaded]) -> dict[Split, Loaded]:
+        """Training and held-out problems without a common question."""
+        train, bad = rows["train"]
+        if "heldout" not in rows:
             kept, heldout = self._split(train)
             return {"train": (kept, bad), "heldout": (heldout, [])}
-        heldout, heldout_bad = self._parse("heldout", id_prefix="heldout/")
+        heldout, heldout_bad = rows["heldout"]
         judged = {question_key(problem): problem.origin for problem in heldout}
         kept = [problem for problem in train if question_key(problem) not in judged]
         bad = bad + [

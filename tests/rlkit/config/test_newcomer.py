@@ -5,7 +5,9 @@ The cases are the rows of the tables of a newcomer's study: messages that misled
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from rlkit import cli, train
 from rlkit.config.metric_names import FAMILIES, METRICS
 from rlkit.config.vocabulary import COMMANDS, OTHER_NAMES, WISHES
 from rlkit.experience.names import edits, nearest
+from rlkit.models.folder import model_folder
 
 Typed = Callable[..., str]
 
@@ -30,10 +33,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     here = tmp_path / "user"
     (here / "things" / "photos").mkdir(parents=True)
     (here / "empty").mkdir()
+    (here / "old").mkdir()
+    (here / "old" / "config.yaml").touch()
     (here / "my_rewards.py").write_text(REWARDS)
     rows = "".join(f'{{"question": "What is {n} + 1?", "answer": "{n + 1}"}}\n' for n in range(64))
     (here / "train.jsonl").write_text(rows)
     (here / "copy.jsonl").write_text(rows)
+    (here / "one.jsonl").write_text(rows.splitlines()[0])
+    (here / "half.jsonl").write_text("\n".join(rows.splitlines()[32:]))
+    (here / "long.jsonl").write_text(rows.replace("What", "What in the world " * 200, 1))
     (here / "template.jinja").write_text(TEMPLATE)
     (here / "no_messages.jinja").write_text("{{ prompt }}")
     (here / "broken.jinja").write_text("{% for message in messages %}")
@@ -43,7 +51,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HOME", str(here))
     monkeypatch.syspath_prepend(str(here))
     yield here
-    sys.modules.pop("my_rewards", None)
+    for name in ("my_rewards", "my_data"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -82,6 +91,16 @@ MISLEADING = {
     "resume=auto": ["add run_dir=FOLDER"],
     "--config": ["--config: needs a file"],
     "--config trainer.total_steps=3": ["--config: needs a file"],
+    "--config things": ["--config things: is a folder; name a file in it"],
+    "--config old": ["did you mean old/config.yaml?"],
+    "--dry-run": ["did you mean dry_run=true?"],
+    "--dry_run=true": ["did you mean dry_run=true?"],
+    "--verison": ["did you mean --version?"],
+    "--hlep": ["did you mean --help?"],
+    "help": ["did you mean --help?"],
+    "version": ["did you mean --version?"],
+    "reward=code": ["reward.isolation: needs a value, one of bubblewrap, http; write reward.isolation=bubblewrap"],
+    "algorithm=dapo trainer.prompts_per_step=8": ["learner.minibatches_per_step=16 (set by algorithm=dapo)"],
     "--multirun": ["there are no sweeps"],
     "-m": ["there are no sweeps"],
     "--cfg=job": ["dry_run=true prints the plan"],
@@ -178,6 +197,13 @@ WRONG = {
     "model.chat_template=gone.jinja": ["no such file"],
     "data=jsonl data.path=train.jsonl data.heldout_path=train.jsonl": ["has the rows of data.path"],
     "data=jsonl data.path=train.jsonl data.heldout_path=copy.jsonl": ["has the rows of data.path (copy.jsonl)"],
+    "data=jsonl data.path=one.jsonl": ["one.jsonl has one question only, so none can be held out"],
+    "data=jsonl data.path=train.jsonl data.heldout_path=half.jsonl": ["32 of 64 rows cannot be used", "asks the same"],
+    "data=jsonl data.path=long.jsonl": [
+        "rollout.max_prompt_tokens=640 (set by model=tiny): at least 1 of the first 64 train prompts are longer",
+        "the longest that was counted has 2010 tokens (long.jsonl:1)",
+    ],
+    "rollout.max_prompt_tokens=8": ["at least 1 of the first 64 train prompts are longer", "(arithmetic:"],
     "data=jsonl data.path=[my_rewards.py,train.jsonl] data.heldout_path=c*.jsonl": ["has the rows of data.path"],
 }
 
@@ -251,6 +277,41 @@ def test_an_interval_of_the_preset_is_no_mistake_of_the_user(accepted: Typed) ->
     assert "never comes" in accepted("trainer.total_steps=2", "trainer.evaluate_every_steps=15")
 
 
+@pytest.mark.parametrize(
+    ("typed", "origin"),
+    [
+        ("", "0.0003 (set by model=tiny), constant"),
+        ("learner.learning_rate=1e-5 learner.schedule=cosine", "1e-05 (as typed), cosine"),
+        ("learner={learning_rate:2e-5}", "2e-05 (as typed), constant"),
+        ("--config old.yaml", "4e-05 (from old.yaml), constant"),
+        ("model=hf model.path=embedded:policy", "1e-06 (the default), constant"),
+    ],
+)
+def test_the_plan_says_who_chose_the_learning_rate(typed: str, origin: str, folder: Path, accepted: Typed) -> None:
+    (folder / "old.yaml").write_text("learner:\n  learning_rate: 4.0e-5\n")
+    (line,) = re.findall(r"learning rate, learner +(.*)", accepted(*typed.split()))
+    assert line == origin
+
+
+def test_the_plan_says_what_only_the_start_can_check(folder: Path, accepted: Typed) -> None:
+    assert "checked at the start" not in accepted()
+    shutil.copytree(model_folder("embedded:policy"), folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "a.B"}}))
+    (folder / "model" / "tokenizer.json").rename(folder / "model" / "tokenizer.model")
+    later = re.findall(r"checked at the start +(.*)", accepted("model.path=model", "model.trust_remote_code=true"))
+    assert [text.split(" (")[0] for text in later] == [
+        "the model's architecture, which docs/models.md does not list",
+        "lengths of prompts",
+    ]
+    (folder / "my_data.py").write_text(
+        "from rlkit.data.base import DataSource\n\n"
+        "class Mine(DataSource):\n    def load(self, split):\n        return [], []\n\n"
+        "    def provides(self):\n        return frozenset({'answer', 'references'})\n"
+    )
+    assert "lengths of prompts (the data source has no preview)" in accepted("data._target_=my_data.Mine")
+
+
 # -- commands and help -------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +327,8 @@ def test_an_interval_of_the_preset_is_no_mistake_of_the_user(accepted: Typed) ->
         ("grpo", "rlkit train algorithm=NAME"),
         ("trian", "did you mean train?"),
         ("train_rewards", "did you mean train-reward?"),
+        ("--verison", "did you mean --version?"),
+        ("--dry-run", "a command comes first, like rlkit train --dry-run"),
         ("frobnicate", "no such command; available: convert-polar"),
     ],
 )
