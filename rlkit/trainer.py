@@ -284,7 +284,7 @@ class Trainer:
             "failed_scores": self.failed_scores,
             "accuracies": {str(step): accuracy for step, accuracy in self.accuracies.items()},
             "algorithm": self.algorithm.state_dict(),
-            "skipped_updates": self.guard.skipped_in_a_row,
+            **self.guard.state_dict(),
             "alarm": list(self.alarm.history),
             "latest": self.latest,
             "schedule": self.schedule.state_dict(),
@@ -295,7 +295,7 @@ class Trainer:
         self.version, self.failed_scores = state["version"], state["failed_scores"]
         self.accuracies = {int(step): accuracy for step, accuracy in state["accuracies"].items()}
         self.algorithm.load_state_dict(state["algorithm"])
-        self.guard.skipped_in_a_row = state["skipped_updates"]
+        self.guard.load_state_dict(state)
         self.alarm.history.extend(state["alarm"])
         self.latest = state["latest"]
         if "schedule" in state:  # not in checkpoints before 0.3

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,16 @@ def compose_options(folder: Path, choices: Mapping[str, str | None]) -> DictConf
     return tree
 
 
+@cache
+def _content(file: Path) -> Any:
+    """Of an option file, read once. Not to be changed."""
+    return OmegaConf.to_container(OmegaConf.load(file))
+
+
 def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
     if not (folder / group).is_dir():
         group = borrowed_options(folder)[group]
-    content = OmegaConf.to_container(OmegaConf.load(folder / group / f"{option}.yaml"))
+    content = _content(folder / group / f"{option}.yaml")
     if not isinstance(content, dict):
         return {}
     own = content.get(group)  # a file for the whole tree (`@package _global_`) names the group
@@ -81,7 +88,7 @@ def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
 def option_values(group: str, option: str, folder: Path | None = None) -> dict[str, Any]:
     """Full key -> value of all that an option's file sets, interpolations as they are written."""
     file = _option_file(group, option, folder or conf_dir())
-    content = OmegaConf.to_container(OmegaConf.load(file))
+    content = _content(file)
     for_all = "@package _global_" in file.read_text()
     values = _flat(content if for_all else {group: content})
     return {key: value for key, value in values.items() if key != "defaults"}  # an experiment's choices of options
