@@ -10,19 +10,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from algorithms.base import Algorithm
+from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
-from rlkit.config.messages import ConfigIssue, Issues, of_the_verifier
+from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
-from rlkit.config.plan import engines_fit_on_nodes, phases_make_room, weights_can_travel
+from rlkit.config.plan import engines_fit_on_nodes, longest_response, phases_make_room, weights_can_travel
+from rlkit.config.process_rewards import PROCESS_REWARDS
 from rlkit.config.schema import (
     ClusterConfig,
     CriticConfig,
+    EvaluationConfig,
     LearnerConfig,
     ModelConfig,
     RolloutConfig,
     TrainerConfig,
 )
+from rlkit.config.sources import SOURCES
 from rlkit.config.staleness import stale_samples_are_corrected
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
@@ -40,9 +44,9 @@ def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
     return issues
 
 
-def group_is_large_enough(algorithm: Algorithm) -> Issues:
+def group_is_large_enough(algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
     least = algorithm.needs().min_samples_per_prompt
-    if algorithm.config.samples_per_prompt < least:
+    if rollout.source != "data" and algorithm.config.samples_per_prompt < least:
         name = type(algorithm).__name__
         yield ConfigIssue(
             "algorithm.samples_per_prompt",
@@ -63,16 +67,6 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Issues:
             "reward",
             f"{reward.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
             f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another reward",
-        )
-
-
-def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> Issues:
-    """PRIME without a process reward model would stop after the first rollout."""
-    if algorithm.needs().process_rewards and not reward.cls.traits(reward.config).process_rewards:
-        yield ConfigIssue(
-            "reward",
-            f"{type(algorithm).__name__} needs process rewards, and {reward.cls.__name__} gives none; "
-            "use reward=implicit_prm",
         )
 
 
@@ -99,34 +93,6 @@ def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Issues:
         )
 
 
-def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Issues:
-    """A verifier does not learn, and judges a single response with what the data provide."""
-    traits, provided = verifier.cls.traits(verifier.config), data.provides()
-    if traits.update_when != "none" or traits.follows_policy:
-        yield ConfigIssue(
-            "verifier", f"{verifier.cls.__name__} learns in the run; a verifier must judge alike to its end"
-        )
-    if traits.samples > 1:
-        yield ConfigIssue(
-            "verifier",
-            f"{verifier.cls.__name__} compares {traits.samples} responses to a prompt; a held-out prompt has one",
-        )
-    # Without gold answers a run is not evaluated, which is a warning once the rows are read.
-    needed = [*(["references"] if traits.references else []), *traits.columns]
-    lacking = [name for name in needed if name not in provided]
-    if lacking:
-        yield ConfigIssue(
-            "verifier",
-            f"{verifier.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
-            f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another verifier",
-        )
-
-
-def verifier_is_usable(verifier: Part) -> Issues:
-    for message in verifier.cls.check(verifier.config):
-        yield of_the_verifier(ConfigIssue("verifier", message))
-
-
 def data_is_usable(data: DataSource) -> Issues:
     for message in data.check():
         yield ConfigIssue("data", message)
@@ -138,13 +104,17 @@ def reward_is_usable(reward: Part) -> Issues:
 
 
 def model_is_usable(
-    model_shape: ModelShape | ModelFolderError, model: ModelConfig, cluster: ClusterConfig, rollout: RolloutConfig
+    model_shape: ModelShape | ModelFolderError,
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    rollout: RolloutConfig,
+    evaluation: EvaluationConfig,
 ) -> Issues:
     if isinstance(model_shape, ModelFolderError):
         yield ConfigIssue("model.path", str(model_shape))
         return
     folder = model_folder(model.path)
-    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    longest = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
     reasons = refusals(
         folder,
         device=cluster.device,
@@ -163,25 +133,32 @@ def model_is_usable(
         )
 
 
-def model_is_long_enough(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Issues:
+def model_is_long_enough(
+    model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig, evaluation: EvaluationConfig
+) -> Issues:
     if isinstance(model_shape, ModelFolderError) or model_shape.max_positions is None:
         return
-    total = rollout.max_prompt_tokens + rollout.max_response_tokens
+    responses = longest_response(rollout, evaluation)
+    total = rollout.max_prompt_tokens + responses
     if total > model_shape.max_positions:
+        section = "rollout" if responses == rollout.max_response_tokens else "evaluation"
         yield ConfigIssue(
-            "rollout.max_response_tokens",
-            f"{rollout.max_prompt_tokens} prompt + {rollout.max_response_tokens} response tokens are {total}, but the "
+            f"{section}.max_response_tokens",
+            f"{rollout.max_prompt_tokens} prompt + {responses} response tokens are {total}, but the "
             f"model has {model_shape.max_positions} positions; lower rollout.max_prompt_tokens or this",
         )
 
 
 def cache_holds_a_sequence(
-    model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig, cluster: ClusterConfig
+    model_shape: ModelShape | ModelFolderError,
+    rollout: RolloutConfig,
+    evaluation: EvaluationConfig,
+    cluster: ClusterConfig,
 ) -> Issues:
     """On CPU the key-value cache has a fixed size; vLLM would refuse after loading the model."""
     if isinstance(model_shape, ModelFolderError) or cluster.device != "cpu":
         return
-    tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
+    tokens = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
     needed = tokens * model_shape.kv_bytes_per_token(4 if rollout.dtype in ("auto", "float32") else 2) / 2**30
     if needed > rollout.memory_gib:
         yield ConfigIssue("rollout.memory_gib", f"one sequence of {tokens} tokens needs {needed:.2f} GiB of cache")
@@ -218,7 +195,8 @@ def microbatch_holds_what_belongs_together(
 ) -> Issues:
     """The longest sample (pair, group) must fit into one forward and backward pass."""
     layout = algorithm.needs().layout
-    samples = {"any": 1, "pairs": 2, "full_group": algorithm.config.samples_per_prompt}[layout]
+    group = 2 if rollout.source == "data" else algorithm.config.samples_per_prompt
+    samples = {"any": 1, "pairs": 2, "full_group": group}[layout]
     unit = {"any": "sample", "pairs": "pair of samples", "full_group": f"group of {samples} samples"}[layout]
     needed = rollout.max_prompt_tokens + samples * rollout.max_response_tokens
     if needed > learner.tokens_per_microbatch:
@@ -237,8 +215,11 @@ def group_filters_leave_something(buffer: BufferConfig) -> Issues:
         )
 
 
-def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm) -> Issues:
-    if buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
+def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
+    if rollout.source == "data":
+        if buffer.drops_groups or buffer.truncated != "keep":
+            yield ConfigIssue("buffer", "filters what was sampled; with rollout.source=data the rows are the data's")
+    elif buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
         yield ConfigIssue("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
 
 
@@ -247,12 +228,12 @@ def schedule_fits(trainer: TrainerConfig, learner: LearnerConfig) -> Issues:
 
 
 def _unfit_schedule(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Issues:
-    updates = trainer.total_steps * config.minibatches_per_step
-    if config.warmup_steps >= updates and config.warmup_steps > 0:
+    updates = trainer.total_steps * config.optimizer_steps
+    if trainer.total_epochs is None and config.warmup_steps >= updates and config.warmup_steps > 0:
         yield ConfigIssue(
             f"{section}.warmup_steps",
-            f"the run has {updates} optimizer steps (trainer.total_steps x {section}.minibatches_per_step), so the "
-            "learning rate would never reach its peak",
+            f"the run has {updates} optimizer steps (trainer.total_steps x {section}.minibatches_per_step x "
+            "epochs_per_step), so the learning rate would never reach its peak",
         )
     if config.schedule == "constant" and config.min_learning_rate_ratio > 0:
         yield ConfigIssue(
@@ -367,9 +348,6 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
-    verifier_judges_held_out_answers,
-    verifier_is_usable,
-    process_rewards_come_from_somewhere,
     raw_scores_are_normalised,
     reward_can_compare,
     model_is_long_enough,
@@ -390,6 +368,9 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     joined_cluster_has_its_own_store,
     sampler_and_learner_agree,
     stale_samples_are_corrected,
+    *PROCESS_REWARDS,
+    *HELDOUT,
+    *SOURCES,
     *PLACES,
     *LIMITS,
 )

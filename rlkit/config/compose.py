@@ -95,10 +95,11 @@ def option_values(group: str, option: str, folder: Path | None = None) -> dict[s
 
 
 def values_of(chosen: Mapping[str, str | None], folder: Path) -> dict[str, tuple[Any, str]]:
-    """Full key -> (value, `group=option`) of everything that the chosen options set, the last one if several do."""
+    """Full key -> (value, `group=option`) of everything that the chosen options set, the last one if several do. What
+    has no file (a class of the user's, a combination) sets nothing."""
     values: dict[str, tuple[Any, str]] = {}
     for group, option in chosen.items():
-        if option is not None:
+        if option is not None and _option_file(group, option, folder).is_file():
             own = option_values(group, option, folder)
             values |= {key: (value, f"{group}={option}") for key, value in own.items()}
     return values

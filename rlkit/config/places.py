@@ -102,8 +102,6 @@ def prompts_are_short_enough(
     data: DataSource, model_shape: ModelShape | ModelFolderError, model: ModelConfig, rollout: RolloutConfig
 ) -> Issues:
     """Of the first problems; the start counts all of them, as transformers does."""
-    if isinstance(model_shape, ModelFolderError):
-        return
     limit, template, share = rollout.max_prompt_tokens, model.chat_template, data.config.max_bad_row_share
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
@@ -111,6 +109,8 @@ def prompts_are_short_enough(
             problems = data.preview(split)
         except DataError as error:
             yield ConfigIssue("data", str(error))
+            return
+        if isinstance(model_shape, ModelFolderError):
             return
         allowed = int(share * len(problems) + 1e-9)
         try:

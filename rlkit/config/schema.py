@@ -19,6 +19,8 @@ class TrainerConfig(Section):
 
     total_steps: int = Field(default=100, ge=1)
     """Training steps: each collects `prompts_per_step` groups, updates the policy and publishes its weights."""
+    total_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training data, in place of `total_steps`."""
     prompts_per_step: int = Field(default=32, ge=1)
     """Prompts (= groups) per step; responses per step are this times `algorithm.samples_per_prompt`."""
     max_staleness: int = Field(default=0, ge=0)
@@ -26,7 +28,7 @@ class TrainerConfig(Section):
     evaluate_every_steps: int = Field(default=25, ge=0)
     """Steps between held-out evaluations, besides the ones before and after training. 0: only those two."""
     evaluation_prompts: int = Field(default=256, ge=1)
-    """Held-out prompts per evaluation (all if there are fewer), one response each."""
+    """Held-out prompts per evaluation (all if there are fewer); `evaluation` says how they are answered."""
     save_every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints `checkpoints/step_NNNNNN/`, from which a run can resume. 0: by `save_every_minutes`.
     Besides, one is made after the last step, when an evaluation improves `best_metric`, and when the run is ended by
@@ -48,8 +50,9 @@ class TrainerConfig(Section):
     bfloat16); null: never."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept: the newest ones, and the best."""
-    best_metric: str = "accuracy/heldout"
-    """The best checkpoint has the largest value of this metric (of its step or of the latest evaluation)."""
+    best_metric: str | None = None
+    """The best checkpoint has the largest value of this metric (of its step or of the latest evaluation); null: of
+    what the evaluations show, `accuracy/heldout` or `reward/heldout`."""
     hacking_alarm_steps: int = Field(default=10, ge=0)
     """Steps per window. Warn when from one window to the next the mean reward (or a process reward model's accuracy)
     rose while the share of right answers fell. 0: never."""
@@ -69,14 +72,22 @@ class ModelConfig(Section):
 
 
 class RolloutConfig(Section):
-    """The vLLM sampler."""
+    """Where responses come from, and the vLLM sampler."""
 
-    workers: int = Field(default=1, ge=1)
-    """vLLM engines, one Ray actor each."""
+    source: Literal["policy", "data", "model"] = "policy"
+    """policy: sampled from the trained policy; data: those that the data bring (data=pairs, responses, chat), for which
+    no sampler starts; model: sampled from a frozen model (`source_path`)."""
+    source_path: str | None = None
+    """Folder of the model for source=model, with the policy's tokenizer."""
+    judge: Literal["auto", "always"] = "auto"
+    """Whether the reward scores the responses. auto: if the algorithm learns from scores and the data bring none."""
+    workers: int = Field(default=1, ge=0)
+    """vLLM engines, one Ray actor each; 0 where nothing is sampled."""
     max_restarts: int = Field(default=3, ge=0)
     """Times the process of a worker that died, or did not confirm new weights, is replaced before the run stops."""
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of training and evaluation; the learner's log-probs use the same."""
+    """Sampling temperature of training, and of evaluation unless `evaluation` says otherwise; the learner's log-probs
+    use the same."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling; below 1 the sampler's log-probs no longer equal the learner's (with a warning)."""
     top_k: int = Field(default=0, ge=0)
@@ -99,6 +110,9 @@ class RolloutConfig(Section):
     """Skip CUDA graphs and compilation: quicker start, slower decoding on GPUs. Always on for CPU."""
     prefix_caching: bool = True
     """Prefill a group's prompt once for all its samples."""
+    steps: Literal["none", "auto", "lines", "numbered", "blank_line"] = "none"
+    """Split responses into steps, for process rewards: lines, what blank lines separate, `Step 3:`, or (auto) the last
+    if it occurs, else lines. none: whatever the reward says, else every token is a step."""
     sample_seeds: Literal["auto", "always", "never"] = "auto"
     """Give each sample a seed, so that it does not matter where and beside what it is sampled: on GPUs vLLM then
     draws request by request, which is slow for many. auto: on CPU."""
@@ -115,8 +129,39 @@ class RolloutConfig(Section):
         if not isinstance(temperature, bool) and temperature == 0:
             raise ValueError(
                 "must be above 0: at 0 all responses to a prompt are the same, so none can be better than another "
-                "(an evaluation samples like training; a greedy one is not supported yet)"
+                "(a greedy evaluation is evaluation.greedy=true)"
             )
+        return temperature
+
+
+class EvaluationConfig(Section):
+    """How held-out problems are answered. Who judges the answers is a part: `verifier=NAME`, any of the rewards."""
+
+    samples: int = Field(default=1, ge=1)
+    """Responses to each held-out prompt: the accuracy is their mean (avg@k), and `evaluation/pass@k` is reported for
+    k of 2, 4, 8, ... up to this."""
+    greedy: bool = False
+    """One response of the likeliest tokens to each prompt, in place of samples."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Sampling temperature; null: `rollout.temperature`."""
+    max_response_tokens: int | None = Field(default=None, ge=1)
+    """Where a response is cut; null: `rollout.max_response_tokens`."""
+    generate: bool = False
+    """source=data: sample responses to the held-out problems and let the verifier judge them, too; that starts the
+    engines."""
+    training_answers: bool = True
+    """Let the verifier judge the training responses of each step, too (`accuracy/train`); false spares the calls of a
+    verifier that is slow or costs money."""
+    sets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further held-out sets: `evaluation.sets.NAME.path=FILE` takes all rows of a file, with the columns of `data`;
+    `evaluation.sets.NAME.data=OPTION` another source (any option of `data`, with its keys), and
+    `evaluation.sets.NAME.prompts=N` at most so many of it. Metrics: `evaluation/NAME/accuracy` and others."""
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _samples(cls, temperature: Any) -> Any:
+        if not isinstance(temperature, bool) and temperature == 0:
+            raise ValueError("must be above 0; the likeliest tokens are asked for by evaluation.greedy=true")
         return temperature
 
 
@@ -138,7 +183,10 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm."""
     minibatches_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps per training step; each takes an equal share of the step's groups."""
+    """Optimizer steps per training step and epoch; each takes an equal share of the step's groups."""
+    epochs_per_step: int = Field(default=1, ge=1)
+    """Passes over a step's groups (PPO's K epochs), shuffled anew for each further one. The old log-probs stay those
+    before the step."""
     tokens_per_microbatch: int = Field(default=16384, ge=1)
     """Tokens per forward and backward pass. A prompt shared inside a group counts once; if a quarter of attention's
     keys (a prompt's are copied for each response) is more, that counts."""
@@ -152,9 +200,17 @@ class LearnerConfig(Section):
     """auto: bfloat16 (with fp32 master weights) on CUDA, float32 on CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    reference_cache: str | None = None
+    """source=data: file of the reference policy's log-probs, by model and tokens; null: in the run folder. Runs may
+    share one, one after the other."""
     offload: Literal["auto", "always", "never"] = "never"
     """CUDA, ZeRO 1 or more: keep optimizer states and parameters in host memory while the engines sample. auto: if
     engines share GPUs with ranks and training is synchronous."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """In a training step."""
+        return self.minibatches_per_step * self.epochs_per_step
 
 
 class CriticConfig(LearnerConfig):
@@ -232,6 +288,7 @@ class RunConfig(Section):
     trainer: TrainerConfig = TrainerConfig()
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rlkit.config.plan import engines_sleep, samples_have_seeds, weight_route
+from rlkit.config.plan import engines_sleep, longest_response, samples_have_seeds, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group, Prompt, Sample
+from rlkit.experience.steps import step_spans
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Canary, WeightReceipt
@@ -31,6 +32,10 @@ class GroupRequest:
     step: int
     greedy: bool = False
     """Also sample a greedy response (`Group.greedy`)."""
+    temperature: float | None = None
+    """Of the samples; None: the rollout's, 0: greedy."""
+    max_response_tokens: int | None = None
+    """None: the rollout's."""
 
     @property
     def responses(self) -> int:
@@ -88,10 +93,11 @@ class RolloutWorker:
 
         config = self.config
         trusted = config.model.trust_remote_code
+        longest = longest_response(config.rollout, config.evaluation)
         self.tokenizer = load_tokenizer(self.model_path, trust_remote_code=trusted)
         self.sampler = Sampler(
             self.model_path,
-            self.rollout,
+            self.rollout.model_copy(update={"max_response_tokens": longest}),
             device=config.cluster.device,
             seed=self.engine_seed,
             stop_token_ids=stop_token_ids(self.model_path, self.tokenizer),
@@ -138,14 +144,15 @@ class RolloutWorker:
         seeded = samples_have_seeds(self.config)
         for request in requests:
             self.open[request.id] = _Open(request, self.version, done)
+            temperature = self.rollout.temperature if request.temperature is None else request.temperature
             for index in range(request.responses):
                 self.sampler.add(
                     Request(
                         id=f"{request.id}:{index}",
                         prompt=request.prompt.token_ids,
                         seed=sample_seed(request.seed, request.id, index) if seeded else None,
-                        max_tokens=self.rollout.max_response_tokens,
-                        temperature=self.rollout.temperature if index < request.samples else 0.0,
+                        max_tokens=request.max_response_tokens or self.rollout.max_response_tokens,
+                        temperature=temperature if index < request.samples else 0.0,
                     )
                 )
 
@@ -171,9 +178,12 @@ class RolloutWorker:
         return finished
 
     def _group(self, entry: _Open) -> Group:
-        request = entry.request
+        request, style = entry.request, self.rollout.steps
         ordered = [entry.responses[i] for i in range(request.responses)]
         texts = self.tokenizer.batch_decode([r.token_ids for r in ordered], skip_special_tokens=True)
+        # A frozen model has no versions: its samples are as old as the step that asks for them.
+        frozen = self.rollout.source == "model"
+        versions = (request.step - 1, request.step - 1) if frozen else (entry.started_version, self.version)
         samples = tuple(
             Sample(
                 index=i,
@@ -181,8 +191,9 @@ class RolloutWorker:
                 logprobs=response.logprobs,
                 text=text,
                 finish_reason=response.finish_reason,
-                policy_versions=(entry.started_version, self.version),
+                policy_versions=versions,
                 seed=sample_seed(request.seed, request.id, i),
+                spans=() if style == "none" else step_spans(response.token_ids, self.tokenizer, style),
             )
             for i, (response, text) in enumerate(zip(ordered, texts, strict=True))
         )

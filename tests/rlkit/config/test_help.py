@@ -156,5 +156,5 @@ def test_other_frameworks_names_lead_to_keys_that_exist(help_on: Typed) -> None:
 def test_metrics_of_the_docs_are_known(repository: Path) -> None:
     """A metric with a row in docs/metrics.md belongs into rlkit/config/metric_names.py."""
     rows = re.findall(r"^\| (`[^|]*) \|", (repository / "docs/metrics.md").read_text(), flags=re.MULTILINE)
-    named = {name for cell in rows for name in re.findall(r"`([a-z_]+/[a-z0-9_/<>]+)`", cell)}
+    named = {name for cell in rows for name in re.findall(r"`([a-z_]+/[a-z0-9_/<>@]+)`", cell)}
     assert {name for name in named if name not in METRICS and not name.startswith(FAMILIES)} == set()
