@@ -152,6 +152,13 @@ class UpdateGuard:
                 "critic.learning_rate), or look at the rewards in samples.jsonl"
             )
 
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped_updates": self.skipped_in_a_row, "mismatched_updates": self.mismatched_in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.skipped_in_a_row = state["skipped_updates"]
+        self.mismatched_in_a_row = state.get("mismatched_updates", 0)  # not in older checkpoints
+
     def _limit(self, mismatch: float) -> None:
         limit = self.config.max_mismatch
         # With stale samples the difference is of their age, too, which the loss's weights correct.

@@ -84,7 +84,8 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
         with Tracker(config.tracking, folder, config.trainer.total_steps, first_step=first_step) as tracker:
             for warning in resolved.warnings:
                 tracker.warn(str(warning))
-            with Watchdog(tracker.message, config.trainer.report_waits_after, folder.logs / "driver.log"):
+            watchdog = Watchdog(tracker.message, config.trainer.report_waits_after, folder.logs / "driver.log")
+            with watchdog, folder.given_back():
                 _run_to_the_end(resolved, folder, tracker, point)
     except (asyncio.CancelledError, KeyboardInterrupt) as stopped:  # SIGTERM, Ctrl-C
         print(ending(stopped, folder), file=sys.stderr)

@@ -118,8 +118,14 @@ def model_is_usable(
         return
     folder = model_folder(model.path)
     longest = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
-    template = model.chat_template is not None
-    for refusal in refusals(folder, device=cluster.device, longest=longest, chat_template=template):
+    reasons = refusals(
+        folder,
+        device=cluster.device,
+        longest=longest,
+        chat_template=model.chat_template is not None,
+        trust_remote_code=model.trust_remote_code,
+    )
+    for refusal in reasons:
         yield ConfigIssue("model.path", refusal)
     if known_run(folder) == "rows":
         yield ConfigIssue(

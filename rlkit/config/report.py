@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,11 @@ from rlkit.config.plan import (
     shares_gpus,
     weight_route,
 )
-from rlkit.config.schema import RolloutConfig, RunConfig
-from rlkit.models.folder import ModelShape, check_model_folder
+from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
+from rlkit.data.base import DataSource
+from rlkit.data.lengths import uncountable
+from rlkit.models.folder import ModelShape, check_model_folder, model_folder
+from rlkit.models.usable import known_run
 
 WEIGHT_ROUTES = {
     "object_store": "through Ray's object store, one copy per node",
@@ -41,7 +44,8 @@ class Line:
 
 def plan(run: ResolvedRun) -> list[Line]:
     shape = check_model_folder(run.config.model.path)
-    return [*_parts(run, shape), *_actors(run), *_handover(run), *_batches(run), *_memory(run, shape)]
+    lines = [*_parts(run, shape), *_actors(run), *_handover(run), *_batches(run), *_memory(run, shape)]
+    return [*lines, *(Line("later", "checked at the start", what) for what in _checked_at_the_start(run))]
 
 
 def plan_text(lines: Sequence[Line]) -> str:
@@ -171,9 +175,17 @@ def _batches(run: ResolvedRun) -> list[Line]:
             "tokens of a step",
             f"at most {most_tokens:,}, in micro-batches of up to {learner.tokens_per_microbatch:,}",
         ),
+        *_learning_rates(run),
         Line("batches", "each evaluation", _evaluation(run)),
         *_staleness(run),
     ]
+
+
+def _learning_rates(run: ResolvedRun) -> Iterator[Line]:
+    for name in ("learner", "critic") if run.make_algorithm().needs().critic else ("learner",):
+        section: LearnerConfig = getattr(run.config, name)
+        origin = run.origins[f"{name}.learning_rate"]
+        yield Line("batches", f"learning rate, {name}", f"{section.learning_rate:g} ({origin}), {section.schedule}")
 
 
 def _recorded_batches(run: ResolvedRun) -> list[Line]:
@@ -236,6 +248,17 @@ def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
     limit = f" of {size_text(machine.host_bytes)}" if machine.host_bytes else ""
     where = "a machine of 8 GPUs" if cuda else "this machine"
     return [*lines, Line("memory", f"host, {where}", f"{size_text(host_bytes(run, machine))}{limit}")]
+
+
+def _checked_at_the_start(run: ResolvedRun) -> Iterator[str]:
+    """What takes longer than a plan may; the run does it before Ray and vLLM start."""
+    folder = model_folder(run.config.model.path)
+    if known_run(folder) is None:
+        yield "the model's architecture, which docs/models.md does not list"
+    if why := uncountable(folder):
+        yield f"lengths of prompts ({why})"
+    elif run.data_class.preview is DataSource.preview:
+        yield "lengths of prompts (the data source has no preview)"
 
 
 def _parts_text(parts: Mapping[str, float]) -> str:
