@@ -339,8 +339,9 @@ class _RunLoading(Loading):
         rollout, evaluation, algorithm = (checked.get(name) for name in ("rollout", "evaluation", "algorithm"))
         if rollout is None or evaluation is None:
             return
-        if not has_engines(rollout, evaluation):
+        if not has_engines(rollout, evaluation) or rollout.source == "model":
             checked.pop("verifier", None)
+        if not has_engines(rollout, evaluation):
             self.available["rollout"] = checked["rollout"] = rollout.model_copy(update={"workers": 0})
         if algorithm is not None and not asks_reward(rollout, algorithm):
             checked.pop("reward", None)
