@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rlkit.cluster.waiting import waiting
 from rlkit.data.order import PromptOrder
 from rlkit.experience import Prompt
+from rlkit.experience.buffer import with_surplus
 from rlkit.experience.scores import ScoreReport
-from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.worker import GroupRequest
-from rlkit.serving.pool import RewardPool
+from rlkit.serving.unasked import Rewards
 
 T = TypeVar("T")
+
+
+class Sampler(Protocol):
+    def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
+        """Yield lists of groups, or references to such, as they finish."""
 
 
 class Producer:
@@ -26,11 +31,12 @@ class Producer:
     def __init__(
         self,
         order: PromptOrder,
-        rollout: RolloutPool,
-        reward: RewardPool,
+        rollout: Sampler,
+        reward: Rewards,
         buffer: Any,
         *,
         groups_per_step: int,
+        oversample: float,
         samples_per_prompt: int,
         greedy: bool,
         seed: int,
@@ -38,6 +44,7 @@ class Producer:
     ) -> None:
         self.order, self.rollout, self.reward, self.buffer = order, rollout, reward, buffer
         self.groups_per_step, self.samples_per_prompt = groups_per_step, samples_per_prompt
+        self.most_at_once = with_surplus(groups_per_step, oversample)
         self.greedy, self.seed, self.step_timeout_seconds = greedy, seed, step_timeout_seconds
         self.started = 0
         self._open: dict[str, GroupRequest] = {}
@@ -53,7 +60,7 @@ class Producer:
         async with asyncio.TaskGroup() as scoring:
             while True:
                 async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 3):
-                    room = await self.buffer.reserve.remote(self.groups_per_step)
+                    room = await self.buffer.reserve.remote(len(self._again) or self.most_at_once)
                 requests = self._requests(room)
                 began = time.monotonic()
                 async for groups in self.rollout.generate(requests):

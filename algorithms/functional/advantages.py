@@ -32,7 +32,7 @@ class Outcomes:
     rewards: Float64
     """[B] outcome rewards, 0 where invalid."""
     valid: Bool
-    """[B] samples with an outcome reward and at least one trained token."""
+    """[B] samples with a valid score and at least one trained token."""
     group: Int64
     """[B] group index."""
     masks: Masks
@@ -40,12 +40,13 @@ class Outcomes:
     """[B] response tokens, trained or not."""
 
     @classmethod
-    def of(cls, experience: Experience) -> Outcomes:
-        """Raise ValueError if a group is not scored yet."""
+    def of(cls, experience: Experience, needed: bool = True) -> Outcomes:
+        """Without an outcome a score is invalid if outcomes are `needed`. Raise ValueError if a group is not scored
+        yet."""
         rows = [(g, sample, score) for g, group in enumerate(experience.groups) for sample, score in group.scored()]
         masks = [sample.trained for _, sample, _ in rows]
         valid = [
-            score.valid and score.value is not None and bool(mask.any())
+            score.valid and (score.value is not None or not needed) and bool(mask.any())
             for (_, _, score), mask in zip(rows, masks, strict=True)
         ]
         return cls(

@@ -102,7 +102,7 @@ def select(
     chosen = np.zeros(ends[-1], dtype=np.float32)
     if len(chosen):
         draws = [np.random.default_rng(sample.seed).random(len(sample)) for sample in samples]
-        columns: list[Sequence[NDArray[Any]]] = [credit.tokens, [sample.logprobs for sample in samples], draws]
+        columns: list[Sequence[NDArray[Any]]] = [credit.tokens, [sample.sampled for sample in samples], draws]
         advantages, logprobs, draw = (
             np.concatenate([row[mask] for row, mask in zip(rows, masks, strict=True)], dtype=np.float64)
             for rows in columns

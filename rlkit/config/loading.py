@@ -23,13 +23,16 @@ from rlkit.config.compose import (
     Sources,
     add_parts,
     compose_options,
+    default_options,
     group_options,
     in_part,
     merge_file,
     option_fields,
     set_value,
     unknown_parts,
+    values_of,
 )
+from rlkit.config.heldout import HeldoutSets
 from rlkit.config.machine import fits
 from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, of_the_verifier, section_type, validate
 from rlkit.config.overrides import Overrides, parse_overrides
@@ -37,6 +40,7 @@ from rlkit.config.parts import (
     CONTRACTS,
     TARGET,
     Contract,
+    HeldoutSet,
     Part,
     PartError,
     ResolvedRun,
@@ -44,6 +48,7 @@ from rlkit.config.parts import (
     import_part,
     with_present_targets,
 )
+from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import RunConfig
 from rlkit.experience.names import edits, nearest
 from rlkit.experience.section import Section
@@ -88,6 +93,10 @@ class Loading:
             chosen = self.overrides.values.get(f"{kind}.{TARGET}")
             if chosen is not None and chosen != targets[kind]:
                 self._replace_part(composed, kind, chosen)
+        runtime = composed.hydra.runtime.choices
+        self.sources.presets = values_of(
+            {group: runtime.get(group) for group in default_options(self.folder)}, self.folder
+        )
         self.sources.options = {kind: str(composed.hydra.runtime.choices[kind]) for kind in self.contracts} | combined
         for key, value in self.overrides.values.items():
             set_value(composed, key, value)
@@ -288,6 +297,20 @@ class _RunLoading(Loading):
     def __init__(self, arguments: Sequence[str], file: Path | None, elsewhere: Collection[str] | None) -> None:
         super().__init__(arguments, file, folder=conf_dir(), schema=RunConfig, contracts=CONTRACTS)
         self.elsewhere = elsewhere
+        self.sets: dict[str, HeldoutSet] = {}
+
+    def validate(self) -> None:
+        super().validate()
+        evaluation = self.available.get("evaluation")
+        if evaluation is None:
+            return
+        data = self.tree["data"] if "data" in self.parts else None
+        reading = HeldoutSets(self.folder, self.options["data"], data, self.sources.where)
+        read = {name: reading.read(name, section) for name, section in evaluation.sets.items()}
+        self.problems += reading.problems
+        self.sets = {name: one for name, one in read.items() if one is not None}
+        whole = {name: one.section() for name, one in self.sets.items()}
+        self.available["evaluation"] = evaluation.model_copy(update={"sets": whole})
 
     def check(self) -> None:
         if "algorithm" in self.parts and "trainer" in self.available:
@@ -305,9 +328,22 @@ class _RunLoading(Loading):
             subject = self._make(kind, part)
             if subject is not None:
                 checked[kind] = subject
+        checked["sets"] = {name: self._make("data", Part(one.source, one.config)) for name, one in self.sets.items()}
+        self._leave_out_what_does_not_start(checked)
         for group in self.overrides.guessed:  # how a guess fits with the rest says nothing
             checked.pop(group, None)
         self._report(run_checks(checked))
+
+    def _leave_out_what_does_not_start(self, checked: dict[str, Any]) -> None:
+        """Without engines, there are none to configure; a part that is not asked need not fit."""
+        rollout, evaluation, algorithm = (checked.get(name) for name in ("rollout", "evaluation", "algorithm"))
+        if rollout is None or evaluation is None:
+            return
+        if not has_engines(rollout, evaluation):
+            checked.pop("verifier", None)
+            self.available["rollout"] = checked["rollout"] = rollout.model_copy(update={"workers": 0})
+        if algorithm is not None and not asks_reward(rollout, algorithm):
+            checked.pop("reward", None)
 
     def _report(self, issues: Iterable[ConfigIssue]) -> None:
         for issue in issues:
@@ -348,6 +384,8 @@ class _RunLoading(Loading):
             config=RunConfig(**self.available, **full),
             **{f"{kind}_class": part.cls for kind, part in self.parts.items()},
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
+            origins={key: self.sources.origin(key) for key in ("learner.learning_rate", "critic.learning_rate")},
+            sets=self.sets,
         )
         with suppress(ModelFolderError):  # a model that is only where the run will be
             self._report(fits(run) if must_fit else ())

@@ -55,6 +55,8 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
     if argument.startswith("-"):
         return _dashed(argument)
     key, equals, text = argument.partition("=")
+    if not equals and argument in ("help", "version"):
+        return f"did you mean --{argument}?"
     if not equals and not argument.startswith("~"):
         pair = re.fullmatch(r"([\w.]+)\s*:\s*(\S.*)", argument)
         return f"this is no assignment; write {'='.join(pair.groups()) if pair else f'{argument}=VALUE'}"
@@ -67,7 +69,7 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
             return f"remove the spaces around `=` ({reason})"
         hint = f"quote special characters for the shell and for Hydra: \"{key}='{text}'\""
         return f"cannot be parsed ({reason}); {hint}"
-    key = override.key_or_group
+    key = re.sub(r"^evaluation\.reward(?=\.|$)", "verifier", override.key_or_group)  # another name of that part
     if override.type == OverrideType.DEL:
         return "keys cannot be removed; every key has a default, so leave it out or set it to another value"
     if override.package is not None:
@@ -85,9 +87,15 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
     return None
 
 
+DASHED = {"--help": "--help", "--version": "--version", "--config": "--config FILE", "--dry-run": "dry_run=true"}
+
+
 def _dashed(argument: str) -> str:
     bare = argument.lstrip("-")
     name = bare.partition("=")[0]
+    option = nearest(f"--{name}", DASHED)
+    if option is not None:
+        return f"did you mean {DASHED[option]}?"
     if name in ("m", "multirun"):
         return "there are no sweeps: one command is one run; start one after the other, with a run_dir for each"
     if name in ("cfg", "c", "info", "i", "package", "p", "config-name", "config-path", "config-dir", "cn", "cp", "cd"):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rlkit.experience import Message, UserError
+from rlkit.experience import Message, PreferencePair, UserError
 from rlkit.experience.section import Section
 
 Split = Literal["train", "heldout"]
@@ -23,8 +23,23 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True, slots=True)
+class Response:
+    """A recorded response to a problem."""
+
+    messages: tuple[Message, ...]
+    """What follows the problem's messages: one assistant's, or several turns that end with an assistant's."""
+    value: float = 1.0
+    """Its label or score; a demonstration and the better one of a pair have 1, the worse one 0."""
+    weight: float = 1.0
+    """In the loss of fine-tuning."""
+    trained: tuple[bool, ...] | None = None
+    """Which messages are trained on; None: every assistant's."""
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
-    """One row of a data source."""
+    """One row of a data source, or rows with responses to one prompt."""
 
     id: str
     messages: tuple[Message, ...]
@@ -33,6 +48,14 @@ class Problem:
     columns: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
     """For error messages: `file.jsonl:12`."""
+    responses: tuple[Response, ...] = ()
+    pairs: tuple[PreferencePair, ...] = ()
+    """Preferences between `responses`, by their index."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the data that it came from."""
+        return len({response.origin for response in self.responses}) or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +79,22 @@ class DataSource(ABC):
         """Cheap checks before a run (files exist, columns exist): messages for the user, empty if all is well."""
         return []
 
+    def preview(self, split: Split) -> list[Problem]:
+        """Problems that cost little, for checks before a run: the first ones, or none if only loading tells. Called
+        after `check`. Raises DataError where `load` will."""
+        return []
+
     @abstractmethod
     def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
         """All problems of a split and the unusable rows. Raises DataError if a split is unusable."""
 
+    def load_set(self) -> tuple[list[Problem], list[BadRow]]:
+        """The problems if the source is one of `evaluation.sets`: the held-out ones, or all of a file's."""
+        return self.load("heldout")
+
     def provides(self) -> frozenset[str]:
-        """`answer`, `references` and further column names that its problems carry (for reward checks)."""
+        """`answer`, `references` and further column names that its problems carry (for reward checks); `responses`,
+        `pairs` and `labels` (responses with values that differ)."""
         return frozenset()
 
 

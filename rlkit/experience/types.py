@@ -6,13 +6,14 @@ All are frozen. Token data are numpy arrays of one sample's own length T (ragged
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+UNJUDGED = "not judged"
 FinishReason = Literal["stop", "length", "abort"]
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
@@ -38,6 +39,8 @@ class Prompt:
     """Gold final answer for verifiers."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The data row's other columns, for rewards that want them (tests, rubrics, tool calls, user ids, ...)."""
+    recorded: Recorded | None = None
+    """Responses that the data bring, for `rollout.source=data`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,9 @@ class Sample:
     """Index in its group, from 0."""
     token_ids: IntArray
     """[T] response tokens, end-of-sequence token included where one was sampled. Never re-tokenised."""
-    logprobs: FloatArray
-    """[T] the sampler's log-probabilities of those tokens, at the sampling temperature."""
+    logprobs: FloatArray | None
+    """[T] the sampler's log-probabilities of those tokens, at the sampling temperature; None: no sampler of this run
+    made them."""
     text: str
     """The response decoded without special tokens: for rewards and for people."""
     finish_reason: FinishReason
@@ -69,15 +73,24 @@ class Sample:
     mask: BoolArray | None = None
     """[T] tokens to train on; None means all (observations of a multi-turn sample are False)."""
     spans: tuple[Span, ...] = ()
+    weight: float = 1.0
+    """Of a recorded response in the loss of fine-tuning."""
 
     def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.logprobs):
+        if self.logprobs is not None and len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"sample {self.index}: {len(self.token_ids)} tokens but {len(self.logprobs)} log-probs")
         if self.mask is not None and len(self.mask) != len(self.token_ids):
             raise ValueError(f"sample {self.index}: {len(self.token_ids)} tokens but a mask of {len(self.mask)}")
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def sampled(self) -> FloatArray:
+        """[T] the sampler's log-probs. Raises ValueError for a recorded response."""
+        if self.logprobs is None:
+            raise ValueError(f"sample {self.index} is recorded: it has no sampler's log-probs")
+        return self.logprobs
 
     @property
     def trained(self) -> BoolArray:
@@ -122,13 +135,19 @@ class Score:
                 raise ValueError(f"a valid score must be finite: value={self.value} components={dict(self.components)}")
             if self.token_rewards is not None and not np.isfinite(self.token_rewards).all():
                 raise ValueError("a valid score must have finite token rewards")
-            if self.value is None and self.token_rewards is None and not self.span_rewards:
+            nothing = self.value is None and self.token_rewards is None and not self.span_rewards
+            if nothing and self.reason != UNJUDGED:
                 raise ValueError("a valid score must have a value, token rewards or span rewards")
         else:
             if self.value is not None:
                 raise ValueError("an invalid score has no value")
             if not self.reason:
                 raise ValueError("an invalid score needs a reason")
+
+    @classmethod
+    def none(cls) -> Score:
+        """Of a sample that nobody was asked to judge."""
+        return cls(value=None, reason=UNJUDGED)
 
     @classmethod
     def invalid(cls, reason: str, trace: str = "") -> Score:
@@ -143,6 +162,9 @@ class PreferencePair:
     winner: int
     loser: int
     probability: float = 1.0
+    margin: float = 0.0
+    """How much better, in the units of the data."""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +175,14 @@ class GroupScores:
     pairs: tuple[PreferencePair, ...] = ()
     greedy: Score | None = None
     """Score of `Group.greedy`, where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Responses to a prompt from the data, tokenised, with their labels or scores and preferences."""
+
+    samples: tuple[Sample, ...]
+    scores: GroupScores
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,3 +226,21 @@ class Group:
     def valid(self) -> BoolArray:
         """[samples] which samples have a valid score. Raises ValueError if the group was not scored yet."""
         return np.array([score.valid for _, score in self.scored()], dtype=np.bool_)
+
+
+def text_group(id: str, prompt: Prompt, texts: Sequence[str]) -> Group:
+    """Responses as texts alone, without tokens, for rewards that judge texts."""
+    none = np.zeros(0)
+    samples = tuple(
+        Sample(
+            index=index,
+            token_ids=none.astype(np.int32),
+            logprobs=none.astype(np.float32),
+            text=text,
+            finish_reason="stop",
+            policy_versions=(0, 0),
+            seed=0,
+        )
+        for index, text in enumerate(texts)
+    )
+    return Group(id, prompt, samples)

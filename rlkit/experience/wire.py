@@ -172,6 +172,9 @@ class Health(Wire):
     """Changes with the served class, its options, and the content of the model folders that these name."""
     needs: Needs
     gives_process_rewards: bool
+    gives_outcome_rewards: bool = True
+    needs_steps: bool = False
+    """Responses must have steps (`spans`)."""
     trainable: bool
     """It learns in a run of its own; served, it stays as it is."""
     max_request_samples: int
@@ -225,9 +228,13 @@ def scores_from_wire(scores: WireGroupScores) -> GroupScores:
     return GroupScores(tuple(Score(**dict(score)) for score in scores.samples), scores.pairs)
 
 
+UNSENT = ("recorded", "weight")
+"""Fields of Prompt and Sample that no reward needs."""
+
+
 def _fields(record: Any) -> dict[str, Any]:
     """Unlike with `asdict`, records inside stay records; lists, which a reward may use for tuples, become tuples."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    values = {field.name: getattr(record, field.name) for field in fields(record) if field.name not in UNSENT}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 

@@ -34,7 +34,7 @@ from algorithms.base import (
     ValueLossInputs,
 )
 from rlkit.config.parts import import_part
-from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, UserError
+from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, SpanReward, UserError
 
 BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("algorithms.grpo.GRPO", {}),
@@ -56,7 +56,11 @@ BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("algorithms.remax.ReMax", {}),
     ("algorithms.ppo.PPO", {}),
     ("algorithms.prime.PRIME", {}),
-    ("algorithms.pure.PURE", {}),
+    ("algorithms.step_credit.StepCredit", {}),
+    ("algorithms.step_credit.StepCredit", {"credit": "loo"}),
+    ("algorithms.step_credit.StepCredit", {"credit": "episode_plus_step"}),
+    ("algorithms.step_credit.StepCredit", {"credit": "turn_discounted", "gamma": 0.9}),
+    ("algorithms.step_credit.StepCredit", {"credit": "turn_discounted", "norm": "position_mean"}),
     ("algorithms.brpo.BRPO", {}),
 ]
 TARGET = os.environ.get("ALGORITHM")
@@ -82,7 +86,10 @@ def make(case: tuple[str, dict[str, Any]]) -> Algorithm:
 
 
 def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
-    """Six samples, the second without a valid score, the fourth without a trained token; what is needed is there."""
+    """Six samples, the second without a valid score, the fourth without a trained token; what is needed is there.
+
+    Process rewards are of tokens or of spans.
+    """
     samples, scores = [], []
     for index in range(6):
         length = int(rng.integers(2, 12))
@@ -98,11 +105,23 @@ def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
             seed=int(rng.integers(1 << 60)),
             mask=np.zeros(length, dtype=np.bool_) if index == 3 else mask,
         )
-        process = rng.normal(size=length).astype(np.float32) if needs.process_rewards else None
-        samples.append(sample)
         parts = {"good": float(index % 3 == 0), "short": float(length < 6)}
         value = parts["good"] + 0.1 * float(rng.random())
-        scores.append(Score(value, token_rewards=process, components=parts))
+        process = rng.normal(size=length).astype(np.float32)
+        samples.append(sample)
+        if not (needs.process_rewards or needs.reads_process_rewards):
+            scores.append(Score(value, components=parts))
+        elif index % 2:
+            scores.append(Score(value, token_rewards=process, components=parts))
+        else:
+            half = (length + 1) // 2
+            scores.append(
+                Score(
+                    value,
+                    span_rewards=(SpanReward(half, length, float(process[0])), SpanReward(0, half, float(process[1]))),
+                    components=parts,
+                )
+            )
     scores[1] = Score.invalid("timeout: test")
     greedy = replace(samples[0]) if needs.greedy_response else None
     prompt = Prompt(f"p-{name}", (Message("user", "?"),), (1, 2, 3))

@@ -20,7 +20,6 @@ from rollout_host import OpenWorker, publish_bundle
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
 from rlkit.experience import Group, Message, Prompt, Sample
 from rlkit.learner.policy import PolicyLearner
-from rlkit.producer import until
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool
 from rlkit.rollout.sampler import Request, Response
 from rlkit.rollout.worker import GroupRequest, sample_seed
@@ -200,6 +199,24 @@ def test_a_greedy_response_comes_beside_the_samples(pool: RolloutPool) -> None:
     assert tokens_of(plain) == tokens_of(one)  # the samples do not depend on it
 
 
+def test_an_evaluation_may_be_greedy_and_shorter(pool: RolloutPool, model: Path) -> None:
+    """Each token of the greedy response is the likeliest by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    asked = [replace(request(f"g{i}", prompt(12, i), samples=1), temperature=0.0) for i in range(4)]
+    groups = generate(pool, asked)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for group in groups.values():
+        answer = group.samples[0].token_ids.tolist()
+        tokens = [*group.prompt.token_ids, *answer]
+        with torch.no_grad():
+            likeliest = policy(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+        assert answer == likeliest[len(group.prompt.token_ids) - 1 : -1]
+    short = generate(pool, [replace(each, max_response_tokens=3) for each in asked])
+    for name, group in short.items():
+        assert group.samples[0].token_ids.tolist() == groups[name].samples[0].token_ids[:3].tolist()
+
+
 def test_a_groups_prompt_is_prefilled_once(pool: RolloutPool) -> None:
     long = prompt(2 * BLOCK + 6, seed=99)
     requests = [Request(f"{i}", long.token_ids, seed=i, max_tokens=4, temperature=1.0) for i in range(5)]
@@ -306,47 +323,6 @@ def test_a_tensor_that_is_missing_is_an_error_that_names_it(pool: RolloutPool, l
         publish(pool, learner, 61)
     log = (pool.logs / "rollout-0.log").read_text()
     assert "Failed to load weights" not in log and "weights were not loaded" not in log
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bundle_carries_every_bit(dtype: torch.dtype) -> None:
-    import ray
-
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        "a": torch.randn(3, 5, generator=generator).to(dtype),
-        "odd": torch.randn(7, generator=generator).to(dtype),
-        "transposed": torch.randn(4, 2, generator=generator).to(dtype).T,
-        "nan": torch.tensor([float("nan"), float("inf")], dtype=dtype),
-    }
-    bundle = WeightBundle.pack(5, weights.items())
-    received: WeightBundle = ray.get(ray.put(bundle))
-    assert received.version == 5
-    assert received.received_checksum() == received.checksum == bundle.checksum
-    assert not received.data.flags.writeable
-    for name, tensor in received.tensors():
-        assert tensor.dtype == dtype
-        assert torch.equal(tensor.nan_to_num(3.5), weights.pop(name).nan_to_num(3.5))
-    assert not weights
-
-
-def test_waiting_for_groups_ends_with_the_producers_own_error() -> None:
-    class RewardBroke(RuntimeError):
-        pass
-
-    async def fails() -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(raise_later())
-
-    async def raise_later() -> None:
-        await asyncio.sleep(0.01)
-        raise RewardBroke("the verifier is gone")
-
-    async def wait_for_it() -> None:
-        await until(asyncio.Event().wait(), asyncio.create_task(fails()))
-
-    with pytest.raises(RewardBroke, match="the verifier is gone"):
-        run(wait_for_it())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

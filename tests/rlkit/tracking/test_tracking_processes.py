@@ -32,7 +32,7 @@ with Tracker(TrackingConfig(console=mode, tensorboard=False), RunFolder(folder),
     warnings.warn("noise of warnings")
     logging.getLogger("vllm").error("noise of logging")
     logging.getLogger("rlkit.serving").warning("a reward is slow")
-    tracker.evaluation(0, 0.25)
+    tracker.evaluation(0, "accuracy/heldout", {{"accuracy/heldout": 0.25}})
     for step in (1, 2, 3):
         with tracker.timed("generate"):
             time.sleep(0.01)
@@ -42,7 +42,7 @@ with Tracker(TrackingConfig(console=mode, tensorboard=False), RunFolder(folder),
             tracker.message("waiting now")
             time.sleep(60)
         tracker.step(step, {{"reward/mean": step / 4, "length/mean": 9.5}})
-    tracker.evaluation(3, 0.75)
+    tracker.evaluation(3, "accuracy/heldout", {{"accuracy/heldout": 0.75}})
     tracker.finish({{"accuracy_before": 0.25, "accuracy_after": 0.75, "steps": 3}})
 print("after the run")
 """
@@ -115,7 +115,8 @@ def test_off_process_is_silent_but_keeps_its_transcript(tmp_path: Path) -> None:
 def test_plain_process_that_fails_shows_its_traceback(tmp_path: Path) -> None:
     done = subprocess.run(script(tmp_path, "plain", "error"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert "The run ended early, after step 1: RuntimeError: the rollout worker died" in done.stdout
+    assert "The run ended early, after step 1." in done.stdout
+    assert "the rollout worker died" not in done.stdout
     assert "Traceback" in done.stderr
     assert not (tmp_path / "run" / "summary.json").exists()
 
