@@ -119,7 +119,7 @@ class RolloutConfig(Section):
     """vLLM engines, one Ray actor each."""
     max_restarts: int = Field(default=3, ge=0)
     """Times the process of a worker that died, or did not confirm new weights, is replaced before the run stops."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01, le=2)
     """Sampling temperature of training, and of evaluation unless `evaluation` says otherwise; the learner's log-probs
     use the same."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -171,8 +171,9 @@ class RolloutConfig(Section):
     @property
     def reshaping(self) -> tuple[str, ...]:
         """Options by which the sampler draws from another distribution than the policy's."""
-        off = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "structured": None}
-        return tuple(name for name, value in off.items() if getattr(self, name) != value)
+        off = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+        names = [name for name, value in off.items() if getattr(self, name) != value]
+        return (*names, *([] if self.structured is None else [f"structured.{self.structured.kind}"]))
 
     @property
     def stop_texts(self) -> list[str]:
@@ -213,7 +214,7 @@ class EvaluationConfig(Section):
     k of 2, 4, 8, ... up to this."""
     greedy: bool = False
     """One response of the likeliest tokens to each prompt, in place of samples."""
-    temperature: float | None = Field(default=None, gt=0)
+    temperature: float | None = Field(default=None, ge=0.01, le=2)
     """Sampling temperature; null: `rollout.temperature`."""
     max_response_tokens: int | None = Field(default=None, ge=1)
     """Where a response is cut; null: `rollout.max_response_tokens`."""

@@ -365,6 +365,17 @@ def test_help_on_a_class_of_the_user(help_on: Typed, folder: Path) -> None:
     assert "reward.threshold  a number; default 0.5" in text
 
 
+def test_arguments_that_a_template_of_one_s_own_has_are_accepted(
+    tmp_path: Path, accepted: Typed, refused: Typed
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages }}{% if thinking is defined and thinking %}<think>{% endif %}")
+    own = f"model.chat_template={template}"
+    accepted(own, "model.chat_template_arguments.thinking=false")
+    text = refused(own, "model.chat_template_arguments.thinkin=false")
+    assert "model.chat_template_arguments.thinkin=false: is no variable of the chat template; it has thinking" in text
+
+
 def test_help_on_nothing_says_so(refused: Typed) -> None:
     assert "did you mean trainer?" in refused("--help", "tranier")
     assert "no such option; did you mean math?" in refused("--help", "reward=mth")
