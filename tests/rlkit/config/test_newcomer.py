@@ -365,9 +365,7 @@ def test_help_on_a_class_of_the_user(help_on: Typed, folder: Path) -> None:
     assert "reward.threshold  a number; default 0.5" in text
 
 
-def test_arguments_that_a_template_of_one_s_own_has_are_accepted(
-    tmp_path: Path, accepted: Typed, refused: Typed
-) -> None:
+def test_arguments_of_a_template_of_one_s_own_are_accepted(tmp_path: Path, accepted: Typed, refused: Typed) -> None:
     template = tmp_path / "own.jinja"
     template.write_text("{{ messages }}{% if thinking is defined and thinking %}<think>{% endif %}")
     own = f"model.chat_template={template}"
