@@ -23,12 +23,14 @@ from rlkit.config.compose import (
     Sources,
     add_parts,
     compose_options,
+    default_options,
     group_options,
     in_part,
     merge_file,
     option_fields,
     set_value,
     unknown_parts,
+    values_of,
 )
 from rlkit.config.heldout import HeldoutSets
 from rlkit.config.machine import fits
@@ -46,6 +48,7 @@ from rlkit.config.parts import (
     import_part,
     with_present_targets,
 )
+from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import RunConfig
 from rlkit.experience.names import edits, nearest
 from rlkit.experience.section import Section
@@ -90,6 +93,10 @@ class Loading:
             chosen = self.overrides.values.get(f"{kind}.{TARGET}")
             if chosen is not None and chosen != targets[kind]:
                 self._replace_part(composed, kind, chosen)
+        runtime = composed.hydra.runtime.choices
+        self.sources.presets = values_of(
+            {group: runtime.get(group) for group in default_options(self.folder)}, self.folder
+        )
         self.sources.options = {kind: str(composed.hydra.runtime.choices[kind]) for kind in self.contracts} | combined
         for key, value in self.overrides.values.items():
             set_value(composed, key, value)
@@ -322,9 +329,21 @@ class _RunLoading(Loading):
             if subject is not None:
                 checked[kind] = subject
         checked["sets"] = {name: self._make("data", Part(one.source, one.config)) for name, one in self.sets.items()}
+        self._leave_out_what_does_not_start(checked)
         for group in self.overrides.guessed:  # how a guess fits with the rest says nothing
             checked.pop(group, None)
         self._report(run_checks(checked))
+
+    def _leave_out_what_does_not_start(self, checked: dict[str, Any]) -> None:
+        """Without engines, there are none to configure; a part that is not asked need not fit."""
+        rollout, evaluation, algorithm = (checked.get(name) for name in ("rollout", "evaluation", "algorithm"))
+        if rollout is None or evaluation is None:
+            return
+        if not has_engines(rollout, evaluation):
+            checked.pop("verifier", None)
+            self.available["rollout"] = checked["rollout"] = rollout.model_copy(update={"workers": 0})
+        if algorithm is not None and not asks_reward(rollout, algorithm):
+            checked.pop("reward", None)
 
     def _report(self, issues: Iterable[ConfigIssue]) -> None:
         for issue in issues:
@@ -367,6 +386,7 @@ class _RunLoading(Loading):
             config=RunConfig(**self.available, **full),
             **{f"{kind}_class": part.cls for kind, part in self.parts.items()},
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
+            origins={key: self.sources.origin(key) for key in ("learner.learning_rate", "critic.learning_rate")},
             sets=self.sets,
         )
         with suppress(ModelFolderError):  # a model that is only where the run will be

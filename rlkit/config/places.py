@@ -10,8 +10,9 @@ from typing import Any
 
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.reach import ray_here, refusal
-from rlkit.config.schema import ClusterConfig, ModelConfig
-from rlkit.data.base import DataError, DataSource
+from rlkit.config.schema import ClusterConfig, ModelConfig, RolloutConfig
+from rlkit.data.base import DataError, DataSource, Split
+from rlkit.data.lengths import too_long_prompts
 from rlkit.data.tables import local_files
 from rlkit.models.folder import ModelFolderError, ModelShape, model_folder
 from rlkit.models.usable import default_template
@@ -131,6 +132,39 @@ def chat_template_takes_its_arguments(model: ModelConfig, model_shape: ModelShap
         yield ConfigIssue(f"model.chat_template_arguments.{name}", f"{why}; {has}")
 
 
+def prompts_are_short_enough(
+    data: DataSource, model_shape: ModelShape | ModelFolderError, model: ModelConfig, rollout: RolloutConfig
+) -> Issues:
+    """Of the first problems; the start counts all of them, as transformers does."""
+    limit, share = rollout.max_prompt_tokens, data.config.max_bad_row_share
+    template, arguments = model.chat_template, model.chat_template_arguments
+    splits: tuple[Split, ...] = ("train", "heldout")
+    for split in splits:
+        try:
+            problems = data.preview(split)
+        except DataError as error:
+            yield ConfigIssue("data", str(error))
+            return
+        if isinstance(model_shape, ModelFolderError):
+            return
+        allowed = int(share * len(problems) + 1e-9)
+        try:
+            long = too_long_prompts(problems, model_folder(model.path), template, limit, allowed, arguments)
+        except DataError as error:
+            yield ConfigIssue("model.path", str(error))
+            return
+        except (OSError, ValueError):  # of the template or the model, whose checks report them
+            return
+        if len(long) > allowed:
+            longest = max(long)
+            yield ConfigIssue(
+                "rollout.max_prompt_tokens",
+                f"at least {len(long)} of the first {len(problems)} {split} prompts are longer, more than "
+                f"data.max_bad_row_share={share:g} allows; the longest that was counted has {longest[0]} tokens "
+                f"({longest[1]})",
+            )
+
+
 def ray_answers(cluster: ClusterConfig, dry_run: bool, here: bool) -> Issues:
     address = cluster.address
     if address is None:
@@ -187,6 +221,7 @@ PLACES = (
     run_folder_outlives_the_job,
     chat_template_is_one,
     chat_template_takes_its_arguments,
+    prompts_are_short_enough,
     ray_answers,
     heldout_is_not_trained,
 )

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, StrictInt, StrictStr, field_validator
 
+from rlkit.config.named import read_named
+from rlkit.config.structured import StructuredConfig
+from rlkit.diagnostics.base import DiagnosticConfig
+from rlkit.diagnostics.known import DIAGNOSTICS, diagnostic_class
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.section import LearningRate, Section, Seed
 
@@ -19,6 +24,8 @@ class TrainerConfig(Section):
 
     total_steps: int = Field(default=100, ge=1)
     """Training steps: each collects `prompts_per_step` groups, updates the policy and publishes its weights."""
+    total_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training data, in place of `total_steps`."""
     prompts_per_step: int = Field(default=32, ge=1)
     """Prompts (= groups) per step; responses per step are this times `algorithm.samples_per_prompt`."""
     max_staleness: int = Field(default=0, ge=0)
@@ -52,8 +59,8 @@ class TrainerConfig(Section):
     """The best checkpoint has the largest value of this metric (of its step or of the latest evaluation); null: of
     what the evaluations show, `accuracy/heldout` or `reward/heldout`."""
     hacking_alarm_steps: int = Field(default=10, ge=0)
-    """Steps per window. Warn when from one window to the next the mean reward (or a process reward model's accuracy)
-    rose while the share of right answers fell. 0: never."""
+    """Steps per window of the diagnostic `hacking`. It warns when from one window to the next the mean reward (or a
+    process reward model's accuracy) rose while the share of right answers fell. 0: never."""
     max_skipped_updates: int = Field(default=3, ge=1)
     """Stop the run after this many updates in a row were skipped for a non-finite loss or gradient."""
 
@@ -71,40 +78,6 @@ class ModelConfig(Section):
     """Run Python code from the model folder. Only for folders you trust."""
 
 
-COLUMN = "column:"
-"""Before the name of a data column that holds each problem's own value."""
-
-
-class StructuredConfig(Section):
-    """What every response must match: one of a regex, choices, or a JSON schema. Tokens that do not fit are never
-    sampled (constrained decoding). `column:NAME` as a value takes each problem's own from that column of the data."""
-
-    regex: str | None = None
-    """A regular expression for the whole response."""
-    choices: tuple[str, ...] | str | None = None
-    """Texts, one of which is the whole response."""
-    json_schema: dict[str, Any] | str | None = None
-    """A JSON schema, or the path of a file with one."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if sum(value is not None for value in (self.regex, self.choices, self.json_schema)) != 1:
-            raise ValueError("set one of regex, choices and json_schema")
-        if isinstance(self.choices, str) and not self.choices.startswith(COLUMN):
-            raise ValueError(f"choices must be a list of texts, like [yes,no], or {COLUMN}NAME")
-        return self
-
-    @property
-    def kind(self) -> Literal["regex", "choices", "json_schema"]:
-        return "regex" if self.regex is not None else "choices" if self.choices is not None else "json_schema"
-
-    @property
-    def column(self) -> str | None:
-        """The column with each problem's own value, if there is one."""
-        value = getattr(self, self.kind)
-        return value.removeprefix(COLUMN) if isinstance(value, str) and value.startswith(COLUMN) else None
-
-
 class RolloutConfig(Section):
     """Where responses come from, and the vLLM sampler."""
 
@@ -113,10 +86,10 @@ class RolloutConfig(Section):
     no sampler starts; model: sampled from a frozen model (`source_path`)."""
     source_path: str | None = None
     """Folder of the model for source=model, with the policy's tokenizer."""
-    rejudge: bool = False
-    """source=data: let the reward judge recorded responses, in place of the data's own labels and preferences."""
-    workers: int = Field(default=1, ge=1)
-    """vLLM engines, one Ray actor each."""
+    judge: Literal["auto", "always"] = "auto"
+    """Whether the reward scores the responses. auto: if the algorithm learns from scores and the data bring none."""
+    workers: int = Field(default=1, ge=0)
+    """vLLM engines, one Ray actor each; 0 where nothing is sampled."""
     max_restarts: int = Field(default=3, ge=0)
     """Times the process of a worker that died, or did not confirm new weights, is replaced before the run stops."""
     temperature: float = Field(default=1.0, ge=0.01, le=2)
@@ -158,6 +131,9 @@ class RolloutConfig(Section):
     """Skip CUDA graphs and compilation: quicker start, slower decoding on GPUs. Always on for CPU."""
     prefix_caching: bool = True
     """Prefill a group's prompt once for all its samples."""
+    steps: Literal["none", "auto", "lines", "numbered", "blank_line"] = "none"
+    """Split responses into steps, for process rewards: lines, what blank lines separate, `Step 3:`, or (auto) the last
+    if it occurs, else lines. none: whatever the reward says, else every token is a step."""
     sample_seeds: Literal["auto", "always", "never"] = "auto"
     """Give each sample a seed, so that it does not matter where and beside what it is sampled: on GPUs vLLM then
     draws request by request, which is slow for many. auto: on CPU."""
@@ -218,6 +194,9 @@ class EvaluationConfig(Section):
     """Sampling temperature; null: `rollout.temperature`."""
     max_response_tokens: int | None = Field(default=None, ge=1)
     """Where a response is cut; null: `rollout.max_response_tokens`."""
+    generate: bool = False
+    """source=data: sample responses to the held-out problems and let the verifier judge them, too; that starts the
+    engines."""
     training_answers: bool = True
     """Let the verifier judge the training responses of each step, too (`accuracy/train`); false spares the calls of a
     verifier that is slow or costs money."""
@@ -342,6 +321,22 @@ class TrackingConfig(Section):
     """Groups per step whose best and worst response go to samples.jsonl; null: every group."""
 
 
+def parse_diagnostics(value: Any) -> tuple[DiagnosticConfig, ...]:
+    """Raise ValueError that names the wrong one."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise ValueError("must be a list, like [hacking,{kind:drift,alarm:stop}]")
+    known = {name: cls.Config for name, cls in DIAGNOSTICS.items()}
+    chosen = tuple(
+        read_named(item, known, DiagnosticConfig, f"diagnostic {number}", lambda kind: diagnostic_class(kind).Config)
+        for number, item in enumerate(value, start=1)
+    )
+    names = [config.name for config in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} stands there twice; its table and its state have one name")
+    return chosen
+
+
 class RunConfig(Section):
     """The whole configuration of `python -m rlkit.train`."""
 
@@ -363,6 +358,11 @@ class RunConfig(Section):
     critic: CriticConfig = CriticConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    diagnostics: Annotated[tuple[SerializeAsAny[DiagnosticConfig], ...], BeforeValidator(parse_diagnostics)] = Field(
+        default=("hacking",), validate_default=True
+    )
+    """What watches the steps: names (hacking, ratio_shift, reward_gap, drift, starc, judge_fpr), dotted paths of your
+    classes, or mappings with a `kind` and its options. [] turns all off."""
     algorithm: dict[str, Any]
     """A swappable part: `_target_` and the fields of its `Config`."""
     reward: dict[str, Any]

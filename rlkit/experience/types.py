@@ -6,13 +6,14 @@ All are frozen. Token data are numpy arrays of one sample's own length T (ragged
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+UNJUDGED = "not judged"
 FinishReason = Literal["stop", "length", "abort"]
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
@@ -85,6 +86,13 @@ class Sample:
         return len(self.token_ids)
 
     @property
+    def sampled(self) -> FloatArray:
+        """[T] the sampler's log-probs. Raises ValueError for a recorded response."""
+        if self.logprobs is None:
+            raise ValueError(f"sample {self.index} is recorded: it has no sampler's log-probs")
+        return self.logprobs
+
+    @property
     def trained(self) -> BoolArray:
         """[T] the mask, spelled out."""
         return np.ones(len(self.token_ids), dtype=np.bool_) if self.mask is None else self.mask
@@ -127,13 +135,19 @@ class Score:
                 raise ValueError(f"a valid score must be finite: value={self.value} components={dict(self.components)}")
             if self.token_rewards is not None and not np.isfinite(self.token_rewards).all():
                 raise ValueError("a valid score must have finite token rewards")
-            if self.value is None and self.token_rewards is None and not self.span_rewards:
+            nothing = self.value is None and self.token_rewards is None and not self.span_rewards
+            if nothing and self.reason != UNJUDGED:
                 raise ValueError("a valid score must have a value, token rewards or span rewards")
         else:
             if self.value is not None:
                 raise ValueError("an invalid score has no value")
             if not self.reason:
                 raise ValueError("an invalid score needs a reason")
+
+    @classmethod
+    def none(cls) -> Score:
+        """Of a sample that nobody was asked to judge."""
+        return cls(value=None, reason=UNJUDGED)
 
     @classmethod
     def invalid(cls, reason: str, trace: str = "") -> Score:
@@ -212,3 +226,21 @@ class Group:
     def valid(self) -> BoolArray:
         """[samples] which samples have a valid score. Raises ValueError if the group was not scored yet."""
         return np.array([score.valid for _, score in self.scored()], dtype=np.bool_)
+
+
+def text_group(id: str, prompt: Prompt, texts: Sequence[str]) -> Group:
+    """Responses as texts alone, without tokens, for rewards that judge texts."""
+    none = np.zeros(0)
+    samples = tuple(
+        Sample(
+            index=index,
+            token_ids=none.astype(np.int32),
+            logprobs=none.astype(np.float32),
+            text=text,
+            finish_reason="stop",
+            policy_versions=(0, 0),
+            seed=0,
+        )
+        for index, text in enumerate(texts)
+    )
+    return Group(id, prompt, samples)

@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from algorithms.base import POLICY, REFERENCE, Algorithm, Denominators, LossInputs
 from rlkit.config.schema import LearnerConfig
+from rlkit.diagnostics.base import Diagnostic
 from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
-from rlkit.learner.metrics import StepMetrics, mismatch
+from rlkit.learner.metrics import StepMetrics, measured, mismatch
 from rlkit.learner.policy_folder import (
     GATHERED_BYTES,
     gathered_parameters,
@@ -26,6 +27,7 @@ from rlkit.learner.policy_folder import (
     with_buffers,
 )
 from rlkit.learner.weight_names import CheckpointNames
+from rlkit.models.folder import model_folder
 from rlkit.models.packing import PackedBatch, Tree, pack
 from rlkit.models.policy import load_causal_lm
 from rlkit.weights.bundle import TensorMeta
@@ -48,9 +50,12 @@ class PolicyLearner:
         total_steps: int,
         trust_remote_code: bool = False,
         reference: bool = True,
+        diagnostics: Sequence[Diagnostic] = (),
     ) -> None:
-        """`reference`: whether to hold the reference policy, if the algorithm needs it."""
+        """`reference`: whether the loss computes the reference's log-probs, if it needs them. `diagnostics`: those that
+        measure something."""
         self.config = config
+        self.diagnostics = diagnostics
         self.algorithm = algorithm
         self.device = device
         self.temperature = temperature
@@ -66,9 +71,11 @@ class PolicyLearner:
         self.frozen: dict[str, Any] = {}
         """Models that only run forward: `reference`, and folders."""
         needs = algorithm.needs()
-        models = {one.model for one in needs.passes.values()} | ({REFERENCE} if needs.reference_policy else set())
-        for name in sorted(models - {POLICY} - (set() if reference else {REFERENCE})):
-            self.hold(name, model_path if name == REFERENCE else name)
+        models = {one.model for one in needs.passes.values()} - {POLICY}
+        if needs.reference_policy and reference:
+            models.add(REFERENCE)
+        for name in sorted(models):
+            self.hold(name, model_path if name == REFERENCE else model_folder(name))
 
     def hold(self, name: str, path: str | Path) -> None:
         """Load a model for `logprobs`, in place of one of that name. All ranks call it."""
@@ -185,7 +192,8 @@ class PolicyLearner:
         )
         output = self.algorithm.loss(inputs)
         differences = [mismatch(before, inputs.rollout_logprobs, inputs.mask, denominators)]
-        metrics.add(output, *(() if rows.rollout_logprobs is None else differences))
+        seen = measured(self.diagnostics, inputs)
+        metrics.add(output, *(() if rows.rollout_logprobs is None else differences), *seen)
         return output.loss
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from rlkit.config.plan import engines_sleep, longest_response, samples_have_seed
 from rlkit.config.schema import RunConfig
 from rlkit.config.structured import Grammar, grammar
 from rlkit.experience import Group, Prompt, Sample
+from rlkit.experience.steps import step_spans
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Canary, WeightReceipt
@@ -187,9 +188,12 @@ class RolloutWorker:
         return finished
 
     def _group(self, entry: _Open) -> Group:
-        request = entry.request
+        request, style = entry.request, self.rollout.steps
         ordered = [entry.responses[i] for i in range(request.responses)]
         texts = self.tokenizer.batch_decode([r.token_ids for r in ordered], skip_special_tokens=True)
+        # A frozen model has no versions: its samples are as old as the step that asks for them.
+        frozen = self.rollout.source == "model"
+        versions = (request.step - 1, request.step - 1) if frozen else (entry.started_version, self.version)
         samples = tuple(
             Sample(
                 index=i,
@@ -197,8 +201,9 @@ class RolloutWorker:
                 logprobs=response.logprobs,
                 text=text,
                 finish_reason=response.finish_reason,
-                policy_versions=(entry.started_version, self.version),
+                policy_versions=versions,
                 seed=sample_seed(request.seed, request.id, i),
+                spans=() if style == "none" else step_spans(response.token_ids, self.tokenizer, style),
             )
             for i, (response, text) in enumerate(zip(ordered, texts, strict=True))
         )

@@ -19,9 +19,9 @@ from rlkit.config.schema import (
     LearnerConfig,
     ModelConfig,
     RolloutConfig,
-    StructuredConfig,
     TrainerConfig,
 )
+from rlkit.config.structured import StructuredConfig
 from rlkit.data.base import DataConfig
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
