@@ -370,9 +370,11 @@ class _RunLoading(Loading):
         return part
 
     def _value(self, key: str) -> Any:
-        section, _, leaf = key.rpartition(".")
-        holder = self.parts[section].config if section in self.parts else self.available.get(section)
-        return getattr(holder, leaf, None) if section else self.available.get(key)
+        section, *steps = key.split(".")
+        value = self.parts[section].config if section in self.parts else self.available.get(section)
+        for step in steps:
+            value = getattr(value, step, None)
+        return value
 
     def result(self, *, must_fit: bool) -> ResolvedRun:
         if self.problems:

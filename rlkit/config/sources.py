@@ -87,6 +87,13 @@ def frozen_models_exist(algorithm: Algorithm, rollout: RolloutConfig, model: Mod
             yield ConfigIssue(key, str(error))
 
 
+OF_ENGINES = tuple(
+    f"rollout.{name}"
+    for name in ("workers", "memory_gib", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "structured")
+)
+"""Keys, or their beginnings, that matter to nobody but vLLM."""
+
+
 def source_options_act(
     algorithm: Algorithm, rollout: RolloutConfig, evaluation: EvaluationConfig, typed: AbstractSet[str]
 ) -> Issues:
@@ -109,10 +116,10 @@ def source_options_act(
             yield ConfigIssue(key, "has no effect with rollout.source=data: the data say how many responses there are")
     if has_engines(rollout, evaluation) and rollout.source != "model":
         return
-    idle = ("rollout.workers", "rollout.memory_gib") if rollout.source == "data" else ()
+    idle = OF_ENGINES if rollout.source == "data" else ()
     remedy = " (evaluation.generate=true does)" if rollout.source == "data" else ""
     for key in sorted(typed):
-        if key.partition(".")[0] in ("verifier", "evaluation") or key in idle:
+        if key.startswith(("verifier", "evaluation.", *idle)):
             yield ConfigIssue(
                 key, f"has no effect: the policy samples nothing with rollout.source={rollout.source}{remedy}"
             )
