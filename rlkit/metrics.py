@@ -50,6 +50,8 @@ def rollout_metrics(
         "buffer/dropped_stale": float(stats.dropped_stale),
         "buffer/rejected": float(sum(stats.rejected.values())),
     }
+    if stats.surplus:
+        metrics["buffer/surplus"] = float(stats.surplus)
     compared = [group for group in values if len(group) > 1]
     if compared:
         metrics["group/all_equal_share"] = float(np.mean([np.ptp(group) == 0 for group in compared]))
@@ -132,8 +134,8 @@ class UpdateGuard:
         if not mismatch <= self.config.mismatch_alarm:  # also true for NaN
             self.warn(
                 f"sampler and learner disagree by {mismatch:.3g} in log-prob on average, more than "
-                f"trainer.mismatch_alarm={self.config.mismatch_alarm:g}: other precision or kernels, top_p/top_k "
-                "sampling, or stale weights"
+                f"trainer.mismatch_alarm={self.config.mismatch_alarm:g}: other precision or kernels, sampling from a "
+                "truncated or penalised distribution (rollout.top_p and its like), or stale weights"
             )
         if not metrics["policy/trained_samples"] and not metrics.get("policy/waits"):
             self.warn("a step had nothing to train on: no group had two valid samples")
@@ -150,6 +152,13 @@ class UpdateGuard:
                 "critic.learning_rate), or look at the rewards in samples.jsonl"
             )
 
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped_updates": self.skipped_in_a_row, "mismatched_updates": self.mismatched_in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.skipped_in_a_row = state["skipped_updates"]
+        self.mismatched_in_a_row = state.get("mismatched_updates", 0)  # not in older checkpoints
+
     def _limit(self, mismatch: float) -> None:
         limit = self.config.max_mismatch
         # With stale samples the difference is of their age, too, which the loss's weights correct.
@@ -161,6 +170,7 @@ class UpdateGuard:
             raise TrainingFailedError(
                 f"in {MISMATCHED_STEPS} steps in a row the sampler's log-probs differ from the learner's by more than "
                 f"trainer.max_mismatch={limit:g} on average (now {mismatch:.3g}): what is trained is not what samples. "
-                "Causes: a model that sampler and learner compute differently, rollout.top_p or top_k, old weights, or "
-                "a collapsed policy; null turns this limit off"
+                "Causes: a model that sampler and learner compute differently, old weights, a collapsed policy, or "
+                "rollout.top_p, top_k, min_p, repetition_penalty or structured, which change what is sampled from; "
+                "null turns this limit off"
             )

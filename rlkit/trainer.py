@@ -291,7 +291,7 @@ class Trainer:
             "headline": self.headline,
             "accuracies": {str(step): value for step, value in self.heldout.items()},
             "algorithm": self.algorithm.state_dict(),
-            "skipped_updates": self.guard.skipped_in_a_row,
+            **self.guard.state_dict(),
             "diagnostics": self.diagnostics.state_dict(),
             "latest": self.latest,
             "schedule": self.schedule.state_dict(),
@@ -302,7 +302,7 @@ class Trainer:
         self.headline = state.get("headline", self.headline)  # not in checkpoints of 0.3
         self.heldout = {int(step): value for step, value in state["accuracies"].items()}
         self.algorithm.load_state_dict(state["algorithm"])
-        self.guard.skipped_in_a_row = state["skipped_updates"]
+        self.guard.load_state_dict(state)
         self.diagnostics.load_state_dict(state)
         self.latest = state["latest"]
         if "schedule" in state:  # not in checkpoints before 0.3

@@ -128,6 +128,8 @@ class ResolvedRun:
     sets: Mapping[str, HeldoutSet] = field(default_factory=dict)
     """Further held-out problems by name."""
     warnings: tuple[ConfigIssue, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Full key -> who decided its value, of those that the plan names with it."""
 
     def make_algorithm(self) -> Algorithm:
         return self.algorithm_class(self.algorithm_config)

@@ -86,6 +86,13 @@ class Sample:
         return len(self.token_ids)
 
     @property
+    def sampled(self) -> FloatArray:
+        """[T] the sampler's log-probs. Raises ValueError for a recorded response."""
+        if self.logprobs is None:
+            raise ValueError(f"sample {self.index} is recorded: it has no sampler's log-probs")
+        return self.logprobs
+
+    @property
     def trained(self) -> BoolArray:
         """[T] the mask, spelled out."""
         return np.ones(len(self.token_ids), dtype=np.bool_) if self.mask is None else self.mask

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class RunFolder:
                 raise RunFolderError(
                     f"run_dir={self.path} already holds a run ({file.name} is there): name another folder, or move it."
                 )
+        self._new = not any(path.exists() for path in self._of_a_run())
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self._lock = (self.logs / "lock").open("w")
@@ -53,6 +55,22 @@ class RunFolder:
             raise RunFolderError(f"run_dir={self.path} is in use by a run that goes on: end it first") from None
         except OSError as error:
             raise RunFolderError(f"run_dir={self.path} cannot be written: {error.strerror or error}") from error
+
+    def _of_a_run(self) -> tuple[Path, ...]:
+        return self.config, self.metrics, self.samples, self.summary, self.checkpoints
+
+    @contextmanager
+    def given_back(self) -> Iterator[None]:
+        """An error before anything is recorded leaves the folder free for another try: `logs/` stays, and what an
+        earlier run left here."""
+        try:
+            yield
+        except BaseException:
+            recorded = any(file.stat().st_size for file in (self.metrics, self.samples))
+            if self._new and not (recorded or self.summary.exists() or self.checkpoints.exists()):
+                for file in (self.config, self.metrics, self.samples):
+                    file.unlink(missing_ok=True)
+            raise
 
     def policy(self, step: int) -> Path:
         """Where the policy after `step` steps is saved, as a Hugging Face folder."""

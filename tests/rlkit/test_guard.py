@@ -44,6 +44,11 @@ def test_a_mismatch_above_the_limit_stops_the_run_after_three_steps_in_a_row() -
     guard = UpdateGuard(TrainerConfig(), lambda _: None)
     for metrics in (apart, apart, FINE, apart, FINE | {"mismatch/logprob_mean": float("nan")}):
         guard.check(metrics)
+    resumed = UpdateGuard(TrainerConfig(), lambda _: None)
+    resumed.load_state_dict(guard.state_dict())
+    with pytest.raises(TrainingFailedError):
+        resumed.check(apart)
+    UpdateGuard(TrainerConfig(), lambda _: None).load_state_dict({"skipped_updates": 1})  # of an older checkpoint
     with pytest.raises(TrainingFailedError, match=r"trainer\.max_mismatch=0\.2 on average \(now 0\.3\)"):
         guard.check(apart)
     unlimited = UpdateGuard(TrainerConfig(max_mismatch=None), lambda _: None)
