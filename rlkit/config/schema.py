@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, StrictInt, StrictStr, field_validator
 
-from rlkit.config.named import read_named
+from rlkit.config.named import parse_diagnostics
 from rlkit.config.structured import StructuredConfig
 from rlkit.diagnostics.base import DiagnosticConfig
-from rlkit.diagnostics.known import DIAGNOSTICS, diagnostic_class
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.section import LearningRate, Section, Seed
 
@@ -319,22 +317,6 @@ class TrackingConfig(Section):
     """Write `tensorboard/` in the run folder."""
     sample_groups_per_step: int | None = Field(default=16, ge=0)
     """Groups per step whose best and worst response go to samples.jsonl; null: every group."""
-
-
-def parse_diagnostics(value: Any) -> tuple[DiagnosticConfig, ...]:
-    """Raise ValueError that names the wrong one."""
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise ValueError("must be a list, like [hacking,{kind:drift,alarm:stop}]")
-    known = {name: cls.Config for name, cls in DIAGNOSTICS.items()}
-    chosen = tuple(
-        read_named(item, known, DiagnosticConfig, f"diagnostic {number}", lambda kind: diagnostic_class(kind).Config)
-        for number, item in enumerate(value, start=1)
-    )
-    names = [config.name for config in chosen]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} stands there twice; its table and its state have one name")
-    return chosen
 
 
 class RunConfig(Section):
