@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rlkit.experience import Group, UserError
+from rlkit.experience import Group, Message, UserError
 from rlkit.experience.section import Section
 
 if TYPE_CHECKING:  # torch is loaded only where a loss is computed; validating a configuration must stay cheap
@@ -19,11 +19,22 @@ if TYPE_CHECKING:  # torch is loaded only where a loss is computed; validating a
 
 FloatArray = NDArray[np.float32]
 Layout = Literal["any", "pairs", "full_group"]
+POLICY, REFERENCE = "policy", "reference"
+"""Models of a Pass."""
+Source = Literal["policy", "data", "model"]
+"""Of the responses (`rollout.source`)."""
+Render = Callable[[Sequence[Message]], tuple[int, ...]]
+"""The token ids of a prompt, by the policy's chat template."""
 
 
 class AlgorithmConfig(Section):
     samples_per_prompt: int = Field(default=8, ge=1)
     """Responses sampled for each prompt (the group size)."""
+    reference_every_steps: int = Field(default=0, ge=0)
+    """Steps after which the reference policy moves towards the policy; 0: it stays the model at the start."""
+    reference_mix: float = Field(default=1.0, gt=0, le=1)
+    """Share of the policy in the moved reference: 1 copies it (iterative DPO); small ones with every step make a moving
+    average."""
 
     def for_staleness(self, max_staleness: int) -> Self:
         """The configuration with what follows from `trainer.max_staleness` filled in."""
@@ -37,13 +48,28 @@ class AlgorithmConfig(Section):
 
 
 @dataclass(frozen=True)
+class Pass:
+    """A forward pass over a step's samples, before the update."""
+
+    model: str = POLICY
+    """policy, reference, or the folder of a model that stays as it is."""
+
+
+@dataclass(frozen=True)
 class AlgorithmNeeds:
     """Requirements on the runtime, checked before a run starts."""
+
+    sources: tuple[Source, ...] = ("policy",)
+    """Whose responses it can learn from."""
+    rewards: bool = True
+    """Scores; without, no reward is asked."""
+    pairs: bool = False
+    """Groups with preferences, or with values that differ."""
 
     critic: bool = False
     """`Experience.values`, and a model that `value_loss` trains."""
     reference_policy: bool = False
-    """`LossInputs.reference_logprobs`: a frozen copy of the starting policy."""
+    """`LossInputs.reference_logprobs`: the policy at the start, or what `reference_every_steps` makes of it."""
     min_samples_per_prompt: int = 1
     layout: Layout = "any"
     """Samples that must share a micro-batch."""
@@ -51,6 +77,8 @@ class AlgorithmNeeds:
     """Scores with token or span rewards."""
     token_kl: bool = False
     """Advantages use log-probs of policy and reference."""
+    passes: Mapping[str, Pass] = field(default_factory=dict)
+    """`Experience.logprobs` by name: of the step's samples, or of what `groups_for` makes of them."""
     greedy_response: bool = False
     """Every prompt also gets a scored greedy response (`Group.greedy`), not trained on."""
     corrects_staleness: bool = False
@@ -73,6 +101,8 @@ class Experience:
     """Per sample, [T]: under the policy before the update."""
     reference_logprobs: Sequence[FloatArray] | None = None
     """Per sample, [T]: under the reference policy."""
+    logprobs: Mapping[str, Sequence[FloatArray]] = field(default_factory=dict)
+    """By name (`AlgorithmNeeds.passes`): per sample of that pass, [T]."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +119,16 @@ class Advantages:
     """Further inputs of the loss per token (per sample, [T])."""
     scalars: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    samples: Mapping[str, FloatArray] = field(default_factory=dict)
+    """Further inputs of the loss per sample, [B]."""
+    pairs: NDArray[np.int64] | None = None
+    """[P, 2] samples (better, worse) of one group; for layouts that keep them together."""
+    pair_values: Mapping[str, FloatArray] = field(default_factory=dict)
+    """Further inputs of the loss per pair, [P]: probability, margin, weight, ..."""
 
     def check(self, experience: Experience, algorithm: object) -> None:
-        """Raise UserError unless there is one number per response token, and a `keep` per sample."""
+        """Raise UserError unless there is one number per response token, a `keep` per sample, and pairs are in
+        order."""
         samples = [sample for group in experience.groups for sample in group.samples]
         who = f"{type(algorithm).__module__}.{type(algorithm).__name__}.advantages"
         if not len(samples) == len(self.tokens) == len(self.keep):
@@ -99,6 +136,18 @@ class Advantages:
         for i, (sample, row) in enumerate(zip(samples, self.tokens, strict=True)):
             if len(sample) != len(row):
                 raise UserError(f"{who}: sample {i} has {len(sample)} response tokens, its advantages {len(row)}")
+        for name, values in self.samples.items():
+            if len(values) != len(samples):
+                raise UserError(f"{who}: {len(samples)} samples, but {len(values)} values of samples[{name!r}]")
+        pairs = np.zeros((0, 2), dtype=np.int64) if self.pairs is None else self.pairs
+        group = np.repeat(np.arange(len(experience.groups)), [len(g.samples) for g in experience.groups])
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or (pairs.size and not 0 <= pairs.min() <= pairs.max() < len(group)):
+            raise UserError(f"{who}: pairs must be sample numbers [P, 2] from 0 to {len(group) - 1}")
+        if (group[pairs[:, 0]] != group[pairs[:, 1]]).any():
+            raise UserError(f"{who}: a pair has samples of two groups")
+        for name, values in self.pair_values.items():
+            if len(values) != len(pairs):
+                raise UserError(f"{who}: {len(pairs)} pairs, but {len(values)} values of pair_values[{name!r}]")
 
 
 @dataclass(frozen=True)
@@ -111,6 +160,8 @@ class Denominators:
     """Samples with a trained token."""
     groups: float
     """Groups with such a sample."""
+    pairs: float = 0.0
+    """Pairs of such samples."""
     computed_tokens: float | None = None
     """Those of samples that are computed (`AlgorithmNeeds.skips_zero_advantages`); None: all."""
 
@@ -134,7 +185,7 @@ class LossInputs:
     old_logprobs: Tensor
     """[R] before this step's first update (proximal policy)."""
     rollout_logprobs: Tensor
-    """[R] from the sampler (behaviour policy)."""
+    """[R] from the sampler (behaviour policy); `old_logprobs` where none sampled them."""
     advantages: Tensor
     """[R] from `Advantages.tokens`."""
     mask: Tensor
@@ -149,6 +200,12 @@ class LossInputs:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """[R] each."""
     scalars: Mapping[str, float] = field(default_factory=dict)
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
+    """[S] each."""
+    pairs: Tensor | None = None
+    """[P, 2] int64: samples (better, worse) of this micro-batch."""
+    pair_values: Mapping[str, Tensor] = field(default_factory=dict)
+    """[P] each."""
 
     @property
     def num_sequences(self) -> int:
@@ -201,6 +258,11 @@ class Algorithm(ABC):
         """Whether the scale of rewards cancels; if not, normalise raw model scores first."""
         return False
 
+    def groups_for(self, name: str, groups: Sequence[Group], render: Render) -> Sequence[Group]:
+        """The groups whose samples the pass `name` (`AlgorithmNeeds.passes`) computes: these, or ones with other
+        prompts or responses. Pure."""
+        return groups
+
     @abstractmethod
     def advantages(self, experience: Experience) -> Advantages:
         """Pure."""
@@ -208,6 +270,16 @@ class Algorithm(ABC):
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Pure, differentiable in `inputs.logprobs` and `inputs.entropy`."""
+
+    def heldout(self, experience: Experience) -> Mapping[str, float]:
+        """Metrics of held-out recorded responses; the first is the headline, the larger the better. Pure.
+
+        The experience has the log-probs of the policy and, if the algorithm needs one, of the reference.
+        """
+        assert experience.policy_logprobs is not None
+        samples = [sample for group in experience.groups for sample in group.samples]
+        rows = zip(samples, experience.policy_logprobs, strict=True)
+        return {"logprob/heldout": float(np.mean(np.concatenate([row[sample.trained] for sample, row in rows])))}
 
     def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 (few algorithms have state)
         """Called in the driver after each update; only here may state change. It reaches the loss in

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from algorithms.base import Algorithm
+from algorithms.base import Algorithm, Render
 from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.checkpoint.resume import ResumePoint
@@ -130,7 +130,7 @@ async def _train(
     task = asyncio.current_task()
     assert task is not None
     tracker.phase("reading data")
-    train, heldout = load_prompts(resolved, tracker)
+    train, heldout, render = load_prompts(resolved, tracker)
     await _try_architecture(config, tracker)
     tracker.phase("starting Ray")
     with contextlib.ExitStack() as session:
@@ -142,7 +142,7 @@ async def _train(
                 asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                trainer = await _start(resolved, folder, tracker, train, heldout, stack, began, stop)
+                trainer = await _start(resolved, folder, tracker, train, heldout, render, stack, began, stop)
                 if point is None:
                     folder.keep_only({})
                 else:
@@ -187,6 +187,7 @@ async def _start(
     tracker: Tracker,
     train: Sequence[Prompt],
     heldout: Sequence[Prompt],
+    render: Render,
     stack: contextlib.AsyncExitStack,
     began: float,
     stop: Stop,
@@ -215,7 +216,7 @@ async def _start(
     placement = Placement(stack.enter_context(released(await reserve(config, bundles, ROOM_SECONDS))), bundles)
     rollout = RolloutPool(config, model_path, logs, placement.of("rollout"))
     critic_path = model_path if config.critic.path is None else str(model_folder(config.critic.path))
-    learner = JointLearner.create(config, algorithm, model_path, critic_path, logs, placement)
+    learner = JointLearner.create(config, algorithm, model_path, critic_path, logs, placement, render)
     reward = RewardPool(config.reward, context, seconds, logs, place=placement.of("reward"))
     stack.push_async_callback(reward.close)
     verifier = reward
@@ -312,9 +313,10 @@ async def _all_ready(starting: dict[str, Any], tracker: Tracker, config: RunConf
         await asyncio.gather(*(one(name, work) for name, work in starting.items()))
 
 
-def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt], list[Prompt]]:
-    """Training prompts, and held-out prompts that the verifier can judge (maybe none). Raises DataError."""
-    from rlkit.data.rendering import load_tokenizer, render
+def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt], list[Prompt], Render]:
+    """Training prompts, held-out prompts that the verifier can judge (maybe none), and how more are rendered. Raises
+    DataError."""
+    from rlkit.data.rendering import load_tokenizer, render, renderer
 
     config = resolved.config
     tokenizer = load_tokenizer(model_folder(config.model.path), config.model.trust_remote_code)
@@ -342,7 +344,11 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
     heldout = [prompt for prompt in loaded["heldout"] if not answer_needed or prompt.answer is not None]
     if not heldout:
         tracker.warn("no held-out problem with a gold answer: this run is not evaluated")
-    return loaded["train"], heldout[: config.trainer.evaluation_prompts]
+    return (
+        loaded["train"],
+        heldout[: config.trainer.evaluation_prompts],
+        renderer(tokenizer, config.model.chat_template),
+    )
 
 
 def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, split: str, tracker: Tracker) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import import_part
 from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, RunConfig, TrainerConfig
@@ -35,6 +36,11 @@ def gpu_shares(config: RunConfig) -> GpuShares:
 def colocated_slots(config: RunConfig, critic_ranks: int) -> int:
     """Slots for colocated actors, on CUDA a GPU each: enough for every engine's GPUs and for every rank."""
     return max(config.rollout.workers * config.rollout.tensor_parallel_size, config.learner.ranks, critic_ranks)
+
+
+def references_are_cached(config: RunConfig, algorithm: Algorithm) -> bool:
+    """Recorded responses are the same in every epoch, so a reference that stays needs to see them once."""
+    return config.rollout.source == "data" and not algorithm.config.reference_every_steps
 
 
 def _reward_uses_gpu(config: RunConfig) -> bool:

@@ -69,8 +69,15 @@ class ModelConfig(Section):
 
 
 class RolloutConfig(Section):
-    """The vLLM sampler."""
+    """Where responses come from, and the vLLM sampler."""
 
+    source: Literal["policy", "data", "model"] = "policy"
+    """policy: sampled from the trained policy; data: those that the data bring (data=pairs, responses, chat), for which
+    no sampler starts; model: sampled from a frozen model (`source_path`)."""
+    source_path: str | None = None
+    """Folder of the model for source=model, with the policy's tokenizer."""
+    rejudge: bool = False
+    """source=data: let the reward judge recorded responses, in place of the data's own labels and preferences."""
     workers: int = Field(default=1, ge=1)
     """vLLM engines, one Ray actor each."""
     max_restarts: int = Field(default=3, ge=0)
@@ -138,7 +145,10 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm."""
     minibatches_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps per training step; each takes an equal share of the step's groups."""
+    """Optimizer steps per training step and epoch; each takes an equal share of the step's groups."""
+    epochs_per_step: int = Field(default=1, ge=1)
+    """Passes over a step's groups (PPO's K epochs), shuffled anew for each further one. The old log-probs stay those
+    before the step."""
     tokens_per_microbatch: int = Field(default=16384, ge=1)
     """Tokens per forward and backward pass. A prompt shared inside a group counts once; if a quarter of attention's
     keys (a prompt's are copied for each response) is more, that counts."""
@@ -152,9 +162,17 @@ class LearnerConfig(Section):
     """auto: bfloat16 (with fp32 master weights) on CUDA, float32 on CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    reference_cache: str | None = None
+    """source=data: file of the reference policy's log-probs, by model and tokens; null: in the run folder. Runs may
+    share one, one after the other."""
     offload: Literal["auto", "always", "never"] = "never"
     """CUDA, ZeRO 1 or more: keep optimizer states and parameters in host memory while the engines sample. auto: if
     engines share GPUs with ranks and training is synchronous."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """In a training step."""
+        return self.minibatches_per_step * self.epochs_per_step
 
 
 class CriticConfig(LearnerConfig):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rlkit.experience import Message, UserError
+from rlkit.experience import Message, PreferencePair, UserError
 from rlkit.experience.section import Section
 
 Split = Literal["train", "heldout"]
@@ -23,6 +23,21 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True, slots=True)
+class Response:
+    """A recorded response to a problem."""
+
+    messages: tuple[Message, ...]
+    """What follows the problem's messages: one assistant's, or several turns that end with an assistant's."""
+    value: float = 1.0
+    """Its label or score; a demonstration and the better one of a pair have 1, the worse one 0."""
+    weight: float = 1.0
+    """In the loss of fine-tuning."""
+    trained: tuple[bool, ...] | None = None
+    """Which messages are trained on; None: every assistant's."""
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One row of a data source."""
 
@@ -33,6 +48,9 @@ class Problem:
     columns: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
     """For error messages: `file.jsonl:12`."""
+    responses: tuple[Response, ...] = ()
+    pairs: tuple[PreferencePair, ...] = ()
+    """Preferences between `responses`, by their index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +79,8 @@ class DataSource(ABC):
         """All problems of a split and the unusable rows. Raises DataError if a split is unusable."""
 
     def provides(self) -> frozenset[str]:
-        """`answer`, `references` and further column names that its problems carry (for reward checks)."""
+        """`answer`, `references` and further column names that its problems carry (for reward checks); `responses`,
+        `pairs` and `labels` (responses with values that differ)."""
         return frozenset()
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlkit.data.base import BadRow, DataError, Problem
-from rlkit.experience import Prompt
+from rlkit.experience import Message, Prompt
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +85,21 @@ def render(
             "(model.chat_template names a template file to use in its place)."
         )
     return prompts, bad
+
+
+def renderer(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | Path | None = None
+) -> Callable[[Sequence[Message]], tuple[int, ...]]:
+    """Renders one prompt that is no problem of the data. It raises DataError where the template refuses it."""
+    template = _read_template(chat_template, tokenizer)
+
+    def rendered(messages: Sequence[Message]) -> tuple[int, ...]:
+        (ids,) = _token_ids([Problem("", tuple(messages))], tokenizer, template)
+        if isinstance(ids, str):
+            raise DataError(ids)
+        return tuple(ids)
+
+    return rendered
 
 
 def _read_template(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> str | None:

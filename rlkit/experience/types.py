@@ -38,6 +38,8 @@ class Prompt:
     """Gold final answer for verifiers."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The data row's other columns, for rewards that want them (tests, rubrics, tool calls, user ids, ...)."""
+    recorded: Recorded | None = None
+    """Responses that the data bring, for `rollout.source=data`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,9 @@ class Sample:
     """Index in its group, from 0."""
     token_ids: IntArray
     """[T] response tokens, end-of-sequence token included where one was sampled. Never re-tokenised."""
-    logprobs: FloatArray
-    """[T] the sampler's log-probabilities of those tokens, at the sampling temperature."""
+    logprobs: FloatArray | None
+    """[T] the sampler's log-probabilities of those tokens, at the sampling temperature; None: no sampler of this run
+    made them."""
     text: str
     """The response decoded without special tokens: for rewards and for people."""
     finish_reason: FinishReason
@@ -69,9 +72,11 @@ class Sample:
     mask: BoolArray | None = None
     """[T] tokens to train on; None means all (observations of a multi-turn sample are False)."""
     spans: tuple[Span, ...] = ()
+    weight: float = 1.0
+    """Of a recorded response in the loss of fine-tuning."""
 
     def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.logprobs):
+        if self.logprobs is not None and len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"sample {self.index}: {len(self.token_ids)} tokens but {len(self.logprobs)} log-probs")
         if self.mask is not None and len(self.mask) != len(self.token_ids):
             raise ValueError(f"sample {self.index}: {len(self.token_ids)} tokens but a mask of {len(self.mask)}")
@@ -143,6 +148,9 @@ class PreferencePair:
     winner: int
     loser: int
     probability: float = 1.0
+    margin: float = 0.0
+    """How much better, in the units of the data."""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +161,14 @@ class GroupScores:
     pairs: tuple[PreferencePair, ...] = ()
     greedy: Score | None = None
     """Score of `Group.greedy`, where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Responses to a prompt from the data, tokenised, with their labels or scores and preferences."""
+
+    samples: tuple[Sample, ...]
+    scores: GroupScores
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,9 +225,13 @@ def scores_from_wire(scores: WireGroupScores) -> GroupScores:
     return GroupScores(tuple(Score(**dict(score)) for score in scores.samples), scores.pairs)
 
 
+UNSENT = ("recorded", "weight")
+"""Fields of Prompt and Sample that no reward needs."""
+
+
 def _fields(record: Any) -> dict[str, Any]:
     """Unlike with `asdict`, records inside stay records; lists, which a reward may use for tuples, become tuples."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    values = {field.name: getattr(record, field.name) for field in fields(record) if field.name not in UNSENT}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from algorithms.base import Advantages, Algorithm
+from algorithms.base import Advantages, Algorithm, Experience
 from rlkit.cluster.placement import Place, anywhere
-from rlkit.config.plan import gpu_shares, weight_route
+from rlkit.config.plan import gpu_shares, references_are_cached, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group
 from rlkit.learner.batches import Microbatch, PolicyRows, Share, ValueRows
@@ -41,8 +41,9 @@ class LearnerWorker(Rank):
             self.algorithm,
             device=config.cluster.device,
             temperature=config.rollout.temperature,
-            total_steps=config.trainer.total_steps * config.learner.minibatches_per_step,
+            total_steps=config.trainer.total_steps * config.learner.optimizer_steps,
             trust_remote_code=config.model.trust_remote_code,
+            reference=not references_are_cached(config, self.algorithm),
         )
         return int(self.learner.engine.module.model.num_parameters())
 
@@ -55,9 +56,13 @@ class LearnerWorker(Rank):
         self.release_cache()
         return metrics
 
-    def logprobs(self, microbatches: Sequence[Microbatch]) -> tuple[np.ndarray, np.ndarray]:
-        """[R of all] under policy and reference."""
-        return self.learner.logprobs(microbatches), self.learner.logprobs(microbatches, "reference")
+    def logprobs(self, work: tuple[str, Sequence[Microbatch]]) -> np.ndarray:
+        """[R of all] under the policy or a model that is held."""
+        which, microbatches = work
+        return self.learner.logprobs(microbatches, which)
+
+    def hold(self, name: str, path: str) -> None:
+        self.learner.hold(name, path)
 
     def weights(self, canary: Canary) -> tuple[WeightBundle | None, int, np.ndarray]:
         """Return weights (on rank 0; ZeRO-3 gathers on all), version and canary log-probs.
@@ -98,24 +103,28 @@ class LearnerWorker(Rank):
 
     def offload(self) -> None:
         super().offload()
-        self._move_reference("cpu")
+        self._move_frozen("cpu")
 
     def reload(self) -> None:
         super().reload()
-        self._move_reference(self.config.cluster.device)
+        self._move_frozen(self.config.cluster.device)
 
-    def _move_reference(self, device: str) -> None:
+    def _move_frozen(self, device: str) -> None:
         import torch
 
         from rlkit.learner.engine import move_frozen
 
-        if self.learner.reference is not None:
-            move_frozen(self.learner.reference, device)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        for model in self.learner.frozen.values():
+            move_frozen(model, device)
+        if self.learner.frozen and torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def checkpoint_bytes(self) -> int:
         return super().checkpoint_bytes() + sum(meta.bytes for meta in self.learner.weight_metas())
+
+    def save_frozen(self, name: str, folder: str) -> list[WrittenFile]:
+        """Return the files of a model that is held (on rank 0)."""
+        return self.learner.save(Path(folder), name)
 
     def save(self, folder: str) -> list[WrittenFile]:
         """Return the files of the weights (on rank 0)."""
@@ -138,22 +147,29 @@ class LearnerGroup(RankGroup):
         self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
     ) -> None:
         gpus = gpu_shares(config).learner
-        self.section, self.needs = config.learner, algorithm.needs()
+        self.section, self.needs, self.seed = config.learner, algorithm.needs(), config.seed
         super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus, place)
 
-    async def update(
-        self, groups: Sequence[Group], advantages: Advantages, old_logprobs: Sequence[np.ndarray] | None = None
-    ) -> dict[str, float]:
-        """One training step. `old_logprobs` [T] per sample: under the policy before it, if known."""
-        shares, planned = policy_shares(groups, advantages, self.section, self.needs, old_logprobs)
+    async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
+        """One training step."""
+        shares, planned = policy_shares(
+            experience.groups,
+            advantages,
+            self.section,
+            self.needs,
+            seed=(self.seed, experience.step),
+            old_logprobs=experience.policy_logprobs,
+            # With the KL in the reward, the loss needs none.
+            reference_logprobs=None if self.needs.token_kl else experience.reference_logprobs,
+        )
         metrics: dict[str, float] = (await self.call_each("learn", shares))[0]
         return metrics | planned
 
-    async def logprobs(self, groups: Sequence[Group]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """[T] of every sample, in order, under policy and reference."""
+    async def logprobs(self, groups: Sequence[Group], which: str) -> list[np.ndarray]:
+        """[T] of every sample, in order, under the policy or a model that the ranks hold."""
         work = passes(groups, self.section)
-        policy, reference = zip(*await self.call_each("logprobs", work.microbatches), strict=True)
-        return work.per_sample(policy), work.per_sample(reference)
+        results = await self.call_each("logprobs", [(which, dealt) for dealt in work.microbatches])
+        return work.per_sample(results)
 
     async def canary_logprobs(self, canary: Canary) -> np.ndarray:
         logprobs: np.ndarray = await self.call("canary_logprobs", canary)
@@ -171,6 +187,14 @@ class LearnerGroup(RankGroup):
         checksum: str = await self.call("send_weights", list(workers), version)
         return checksum
 
+    async def hold(self, name: str, folder: Path) -> None:
+        """Load a model for `logprobs`, in place of one of that name."""
+        await self.call("hold", name, str(folder))
+
+    async def save_frozen(self, name: str, folder: Path) -> list[WrittenFile]:
+        written: list[WrittenFile] = await self.call("save_frozen", name, str(folder))
+        return written
+
     async def save(self, folder: Path) -> list[WrittenFile]:
         """Write the policy as a Hugging Face folder; return the files of its weights."""
         written: list[WrittenFile] = await self.call("save", str(folder))
@@ -187,7 +211,7 @@ class CriticWorker(Rank):
             config.critic,
             self.algorithm,
             device=config.cluster.device,
-            total_steps=config.trainer.total_steps * config.critic.minibatches_per_step,
+            total_steps=config.trainer.total_steps * config.critic.optimizer_steps,
             trust_remote_code=config.model.trust_remote_code,
         )
 
@@ -209,7 +233,7 @@ class CriticGroup(RankGroup):
         self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
     ) -> None:
         gpus = gpu_shares(config).critic
-        self.section = config.critic
+        self.section, self.seed = config.critic, config.seed
         super().__init__(CriticWorker, "critic", config.critic, config, model_path, algorithm, logs, gpus, place)
 
     async def values(self, groups: Sequence[Group]) -> list[np.ndarray]:
@@ -217,11 +241,9 @@ class CriticGroup(RankGroup):
         work = passes(groups, self.section)
         return work.per_sample(await self.call_each("values", work.microbatches))
 
-    async def update(
-        self, groups: Sequence[Group], advantages: Advantages, values: Sequence[np.ndarray]
-    ) -> dict[str, float]:
-        """One training step; `values` are those the advantages were computed with."""
-        metrics: dict[str, float] = (
-            await self.call_each("learn", value_shares(groups, advantages, values, self.section))
-        )[0]
+    async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
+        """One training step."""
+        values, seed = experience.values or (), (self.seed, experience.step)
+        shares = value_shares(experience.groups, advantages, values, self.section, seed=seed)
+        metrics: dict[str, float] = (await self.call_each("learn", shares))[0]
         return metrics

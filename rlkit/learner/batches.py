@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from algorithms.base import Denominators
@@ -58,15 +59,30 @@ IDLE = Microbatch((np.zeros(1, np.int32),), (1,), np.zeros(1, np.int32), np.ones
 
 
 @dataclass(frozen=True, slots=True)
+class PairRows:
+    samples: NDArray[np.int64]
+    """[P, 2] samples (better, worse) of the micro-batch."""
+    values: Mapping[str, FloatArray]
+    """[P] each."""
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyRows:
-    """[R] each, in the order of the micro-batch's response tokens."""
+    """[R] each, in the order of the micro-batch's response tokens, but for what says otherwise."""
 
     mask: BoolArray
     advantages: FloatArray
-    rollout_logprobs: FloatArray
+    rollout_logprobs: FloatArray | None
+    """inf where no sampler made the response; None: nowhere."""
     old_logprobs: FloatArray | None
     """Under the policy before the step, where the driver has them already."""
+    reference_logprobs: FloatArray | None
+    """The same, under the reference policy."""
     extras: Mapping[str, FloatArray]
+    samples: Mapping[str, FloatArray]
+    """[S] each."""
+    pairs: PairRows | None
+    """Those of the micro-batch; None if the step has none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ operations match, and denominators are of the whole optimizer step, so that a gr
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -22,6 +22,7 @@ from rlkit.learner.batches import (
     IDLE,
     Microbatch,
     Minibatch,
+    PairRows,
     PolicyRows,
     RowsT,
     Share,
@@ -38,37 +39,84 @@ def policy_shares(
     advantages: Advantages,
     config: LearnerConfig,
     needs: AlgorithmNeeds,
+    *,
+    seed: Sequence[int] = (),
     old_logprobs: Sequence[FloatArray] | None = None,
+    reference_logprobs: Sequence[FloatArray] | None = None,
 ) -> tuple[list[Share[PolicyRows]], dict[str, float]]:
     """The update of the policy by rank, and metrics of the plan.
 
-    `old_logprobs` [T] per sample: under the policy before the step; without them, ranks compute what they need.
+    `old_logprobs`, `reference_logprobs` [T] per sample: under the policy before the step, and the reference; without
+    them, ranks compute what they need. `seed`: of the shuffles of further epochs. Raises ValueError for a layout that
+    may part pairs.
     """
     batch = _Batch(groups)
     kept = batch.kept(advantages)
     silent = kept & batch.silent(advantages) if needs.skips_zero_advantages and needs.layout == "any" else None
-    old = old_logprobs if config.minibatches_per_step > 1 else None
+    old = old_logprobs if config.optimizer_steps > 1 else None
+    pairs = _Pairs.kept(advantages, kept)
+    if len(pairs.samples) and needs.layout == "any":
+        raise ValueError("the advantages have pairs, but the algorithm's layout lets micro-batches part them")
 
     def rows(samples: Sequence[int]) -> PolicyRows:
         return PolicyRows(
             mask=np.concatenate([batch.samples[i].trained for i in samples]),
             advantages=_joined(advantages.tokens, samples),
-            rollout_logprobs=np.concatenate([batch.samples[i].logprobs for i in samples]).astype(np.float32),
+            rollout_logprobs=_sampled([batch.samples[i] for i in samples]),
             old_logprobs=None if old is None else _joined(old, samples),
+            reference_logprobs=None if reference_logprobs is None else _joined(reference_logprobs, samples),
             extras={name: _joined(values, samples) for name, values in advantages.extras.items()},
+            samples={name: np.asarray(values, np.float32)[samples] for name, values in advantages.samples.items()},
+            pairs=pairs.within(samples),
         )
 
-    shares = batch.shares(kept, silent, config, needs.layout == "any", rows)
+    shares = batch.shares(kept, silent, config, needs.layout == "any", rows, pairs.samples, seed)
     metrics = {"policy/trained_samples": float(kept.sum())}
     if silent is not None:
         metrics["policy/silent_samples"] = float(silent.sum())
     return [replace(share, scalars=advantages.scalars, old_known=old is not None) for share in shares], metrics
 
 
+def _sampled(samples: Sequence[Sample]) -> FloatArray | None:
+    """The sampler's log-probs [R], inf where there was none; None if there was none anywhere."""
+    if all(sample.logprobs is None for sample in samples):
+        return None
+    rows = [np.full(len(s), np.inf, np.float32) if s.logprobs is None else s.logprobs for s in samples]
+    return np.concatenate(rows).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    samples: NDArray[np.int64]
+    """[P, 2]"""
+    values: Mapping[str, FloatArray]
+    """[P] each."""
+
+    @classmethod
+    def kept(cls, advantages: Advantages, kept: NDArray[np.bool_]) -> _Pairs:
+        pairs = np.zeros((0, 2), np.int64) if advantages.pairs is None else advantages.pairs
+        chosen = kept[pairs].all(axis=1)
+        return cls(pairs[chosen], {name: values[chosen] for name, values in advantages.pair_values.items()})
+
+    def within(self, samples: Sequence[int]) -> PairRows | None:
+        if not len(self.samples):
+            return None
+        place = {sample: row for row, sample in enumerate(samples)}
+        chosen = np.isin(self.samples, samples).all(axis=1)
+        rows = np.array([[place[i] for i in pair] for pair in self.samples[chosen].tolist()], np.int64).reshape(-1, 2)
+        return PairRows(rows, {name: values[chosen].astype(np.float32) for name, values in self.values.items()})
+
+
 def value_shares(
-    groups: Sequence[Group], advantages: Advantages, values: Sequence[FloatArray], config: CriticConfig
+    groups: Sequence[Group],
+    advantages: Advantages,
+    values: Sequence[FloatArray],
+    config: CriticConfig,
+    *,
+    seed: Sequence[int] = (),
 ) -> list[Share[ValueRows]]:
-    """The update of the critic by rank. `values` [T] per sample: behind the advantages."""
+    """The update of the critic by rank. `values` [T] per sample: behind the advantages. `seed`: of the shuffles of
+    further epochs."""
     batch, returns = _Batch(groups), advantages.returns
     if returns is None:
         raise ValueError("the algorithm has a critic but its advantages have no returns to train it with")
@@ -77,7 +125,7 @@ def value_shares(
         mask = np.concatenate([batch.samples[i].trained for i in samples])
         return ValueRows(mask, _joined(returns, samples), _joined(values, samples))
 
-    return batch.shares(batch.kept(advantages), None, config, True, rows)
+    return batch.shares(batch.kept(advantages), None, config, True, rows, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -168,12 +216,19 @@ class _Batch:
         config: LearnerConfig,
         split: bool,
         rows: Callable[[Sequence[int]], RowsT],
+        pairs: NDArray[np.int64] | None = None,
+        seed: Sequence[int] = (),
     ) -> list[Share[RowsT]]:
-        """Mini-batches take equal numbers of groups, in order; silent samples are in the denominators only."""
+        """Mini-batches take equal numbers of groups, in order in the first epoch, shuffled in the others; silent
+        samples are in the denominators only."""
         trained = np.array([int(sample.trained.sum()) for sample in self.samples])
         of_ranks: list[list[Minibatch[RowsT]]] = [[] for _ in range(config.ranks)]
         groups = self.parts(kept)
-        for share in np.array_split(np.arange(len(groups)), config.minibatches_per_step):
+        orders = [
+            np.random.default_rng([*seed, epoch]).permutation(len(groups)) if epoch else np.arange(len(groups))
+            for epoch in range(config.epochs_per_step)
+        ]
+        for share in [part for order in orders for part in np.array_split(order, config.minibatches_per_step)]:
             if not len(share):
                 continue
             samples = [i for g in share for i in groups[g].samples]
@@ -185,6 +240,7 @@ class _Batch:
                 tokens=float(trained[samples].sum()),
                 sequences=float(len(samples)),
                 groups=float(len(share)),
+                pairs=0.0 if pairs is None else float(np.isin(pairs, samples).all(axis=1).sum()),
                 computed_tokens=None if silent is None else float(trained[computed].sum()),
             )
             for of_rank, dealt in zip(of_ranks, self.deal(self.parts(computed), config, split=split), strict=True):

@@ -141,7 +141,11 @@ def load_to_train(
 
 
 def load_frozen(
-    load: Callable[..., nn.Module], path: str | Path, config: LearnerConfig, device: str, trust_remote_code: bool
+    load: Callable[..., nn.Module],
+    path: str | Path,
+    config: LearnerConfig,
+    device: str,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A module that only runs forward, whole on every rank; with ZeRO 3 an engine that gathers it layer by layer.
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from algorithms.base import Advantages, Algorithm, Experience
+from algorithms.base import POLICY, REFERENCE, Advantages, Algorithm, Experience, Render
 from rlkit.cluster.placement import Placement
 from rlkit.config.schema import CriticConfig, RunConfig
 from rlkit.experience import Group
 from rlkit.learner.actors import CriticGroup, LearnerGroup
 from rlkit.learner.ranks import RankGroup
+from rlkit.learner.references import ReferenceCache
 
 if TYPE_CHECKING:
     from rlkit.weights.tensor_file import WrittenFile
@@ -27,6 +28,10 @@ class JointLearner:
     policy: LearnerGroup
     critic: CriticGroup | None
     critic_config: CriticConfig
+    render: Render
+    """For passes over edited prompts."""
+    references: ReferenceCache | None = None
+    """Of recorded responses, in place of a reference policy."""
 
     @classmethod
     def create(
@@ -37,28 +42,37 @@ class JointLearner:
         critic_path: str,
         logs: Path,
         placement: Placement,
+        render: Render,
     ) -> JointLearner:
         critic = None
         if algorithm.needs().critic:
             critic = CriticGroup(config, critic_path, algorithm, logs, placement.of("critic"))
         policy = LearnerGroup(config, policy_path, algorithm, logs, placement.of("learner"))
-        return cls(algorithm, policy, critic, config.critic)
+        return cls(algorithm, policy, critic, config.critic, render)
 
     async def checkpoint_bytes(self) -> int:
         """What `save_state` and `policy.save` write, nearly."""
         return sum(await asyncio.gather(*(part.checkpoint_bytes() for part in self._parts().values())))
 
     async def save_state(self, folder: Path) -> tuple[dict[str, dict[str, int]], list[WrittenFile]]:
-        """Write `learner.safetensors` and, with a critic, `critic.safetensors`; return counters by name, and files."""
+        """Write `learner.safetensors`, with a critic `critic.safetensors`, and `reference` if it moves; return counters
+        by name, and files."""
         parts = self._parts()
         saved = await asyncio.gather(*(part.save_state(folder / f"{name}.safetensors") for name, part in parts.items()))
         counters = {name: counted for name, (counted, _) in zip(parts, saved, strict=True)}
-        return counters, [written for _, written in saved]
+        moved = await self.policy.save_frozen(REFERENCE, folder / REFERENCE) if self._reference_moves else []
+        return counters, [*(written for _, written in saved), *moved]
+
+    @property
+    def _reference_moves(self) -> bool:
+        return self.algorithm.needs().reference_policy and self.algorithm.config.reference_every_steps > 0
 
     async def load_state(self, folder: Path, counters: dict[str, dict[str, int]]) -> None:
         await asyncio.gather(
             *(part.load_state(folder / f"{name}.safetensors", counters[name]) for name, part in self._parts().items())
         )
+        if self._reference_moves:
+            await self.policy.hold(REFERENCE, folder / REFERENCE)
 
     async def offload(self) -> None:
         await asyncio.gather(*(part.offload() for part in self._parts().values()))
@@ -74,22 +88,38 @@ class JointLearner:
         return {"learner": self.policy, **({"critic": self.critic} if self.critic is not None else {})}
 
     async def experience(self, groups: Sequence[Group], step: int) -> Experience:
-        """The groups with the values and log-probs that the algorithm's advantages need."""
+        """The groups with the values and log-probs that the algorithm's advantages need, or its loss in every epoch."""
+        needs = self.algorithm.needs()
         values = await self.critic.values(groups) if self.critic is not None else None
-        if not self.algorithm.needs().token_kl:
-            return Experience(groups, step, values)
-        policy, reference = await self.policy.logprobs(groups)
-        return Experience(groups, step, values, policy, reference)
+        policy = reference = None
+        if needs.token_kl or self.policy.section.epochs_per_step > 1:
+            policy = await self.policy.logprobs(groups, POLICY)
+        if self.references is not None:
+            reference = self.references.of(groups)
+        elif needs.token_kl:
+            reference = await self.policy.logprobs(groups, REFERENCE)
+        logprobs = {}
+        for name, one in needs.passes.items():
+            chosen = self.algorithm.groups_for(name, groups, self.render)
+            logprobs[name] = await self.policy.logprobs(chosen, one.model)
+        return Experience(groups, step, values, policy, reference, logprobs)
+
+    async def heldout(self, groups: Sequence[Group], step: int) -> Experience:
+        """Recorded groups with the log-probs that `Algorithm.heldout` reads."""
+        policy = await self.policy.logprobs(groups, POLICY)
+        reference = None
+        if self.algorithm.needs().reference_policy:
+            cached = self.references
+            reference = await self.policy.logprobs(groups, REFERENCE) if cached is None else cached.of(groups)
+        return Experience(groups, step, None, policy, reference)
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
         """Train policy and critic side by side; the version grows by one even when only the critic trains."""
-        groups, old = experience.groups, experience.policy_logprobs
         if self.critic is None:
-            return await self.policy.update(groups, advantages, old)
+            return await self.policy.update(experience, advantages)
         waits = experience.step <= self.critic_config.policy_waits_steps
         for_policy = replace(advantages, keep=np.zeros_like(advantages.keep)) if waits else advantages
         metrics, of_critic = await asyncio.gather(
-            self.policy.update(groups, for_policy, old),
-            self.critic.update(groups, advantages, experience.values or ()),
+            self.policy.update(experience, for_policy), self.critic.update(experience, advantages)
         )
         return {**metrics, **of_critic, "policy/waits": float(waits)}

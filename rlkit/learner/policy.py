@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from algorithms.base import Algorithm, Denominators, LossInputs
+from algorithms.base import POLICY, REFERENCE, Algorithm, Denominators, LossInputs
 from rlkit.config.schema import LearnerConfig
 from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
@@ -46,7 +47,9 @@ class PolicyLearner:
         temperature: float,
         total_steps: int,
         trust_remote_code: bool = False,
+        reference: bool = True,
     ) -> None:
+        """`reference`: whether to hold the reference policy, if the algorithm needs it."""
         self.config = config
         self.algorithm = algorithm
         self.device = device
@@ -58,9 +61,19 @@ class PolicyLearner:
         policy = load_to_train(load_causal_lm, model_path, config, device, trust_remote_code=trust_remote_code)
         self.hf_config = policy.model.config
         self.engine = build_engine(policy, config, device)
-        self.reference = None
-        if algorithm.needs().reference_policy:
-            self.reference = load_frozen(load_causal_lm, model_path, config, device, trust_remote_code)
+        self._load_frozen = partial(load_frozen, load_causal_lm, config=config, device=device)
+        self._trusted = trust_remote_code
+        self.frozen: dict[str, Any] = {}
+        """Models that only run forward: `reference`, and folders."""
+        needs = algorithm.needs()
+        models = {one.model for one in needs.passes.values()} | ({REFERENCE} if needs.reference_policy else set())
+        for name in sorted(models - {POLICY} - (set() if reference else {REFERENCE})):
+            self.hold(name, model_path if name == REFERENCE else name)
+
+    def hold(self, name: str, path: str | Path) -> None:
+        """Load a model for `logprobs`, in place of one of that name. All ranks call it."""
+        self.frozen.pop(name, None)
+        self.frozen[name] = self._load_frozen(path, trust_remote_code=self._trusted)
 
     # -- log-probs -----------------------------------------------------------------------------------------------
 
@@ -72,11 +85,11 @@ class PolicyLearner:
         logprobs, _ = self.engine(packed, 1.0, self.config.logit_elements_per_chunk)
         return logprobs.float().cpu().numpy()
 
-    def logprobs(self, microbatches: Sequence[Microbatch], which: str = "policy") -> np.ndarray:
-        """[R of all] under the policy or the reference. Equally many micro-batches on every rank."""
-        model = self.engine if which == "policy" else self.reference
-        if model is None:
-            raise ValueError("this learner holds no reference policy: the algorithm did not ask for one")
+    def logprobs(self, microbatches: Sequence[Microbatch], which: str = POLICY) -> np.ndarray:
+        """[R of all] under the policy or a model that is held. Equally many micro-batches on every rank."""
+        if which not in (POLICY, *self.frozen):
+            raise ValueError(f"this learner holds no model {which!r}: the algorithm did not ask for it")
+        model = self.engine if which == POLICY else self.frozen[which]
         return per_token(lambda packed: self._forward(model, packed)[0], microbatches, self.device)
 
     def _forward(self, model: Any, packed: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +108,7 @@ class PolicyLearner:
         for minibatch, before in zip(share.minibatches, old, strict=True):
             self._optimizer_step(minibatch, before, share.scalars, metrics)
         self.version += 1
+        self._move_reference()
         result = metrics.reduced(self.device)
         result["policy/optimizer_steps"] = float(self.optimizer_steps)
         return result
@@ -142,35 +156,57 @@ class PolicyLearner:
         scalars: Mapping[str, float],
         metrics: StepMetrics,
     ) -> torch.Tensor:
-        packed = microbatch.packed(self.device)
+        packed, device = microbatch.packed(self.device), self.device
         logprobs, entropy = self._forward(self.engine, packed)
-        reference = self._reference_rows(packed)
+        reference = self._reference_rows(packed, rows)
         if rows is None:
             return logprobs.sum() * 0.0
         before = logprobs.detach() if old is None else old
+        sampled = before if rows.rollout_logprobs is None else on_device(rows.rollout_logprobs, device)
+        pairs = rows.pairs
         inputs = LossInputs(
             logprobs=logprobs,
             entropy=entropy,
             old_logprobs=before,
-            rollout_logprobs=on_device(rows.rollout_logprobs, self.device),
-            advantages=on_device(rows.advantages, self.device),
-            mask=on_device(rows.mask, self.device),
-            sequence=microbatch.sequence(self.device),
-            group=microbatch.group(self.device),
+            rollout_logprobs=torch.where(sampled == math.inf, before, sampled),
+            advantages=on_device(rows.advantages, device),
+            mask=on_device(rows.mask, device),
+            sequence=microbatch.sequence(device),
+            group=microbatch.group(device),
             denominators=denominators,
             reference_logprobs=reference,
-            extras={name: on_device(values, self.device) for name, values in rows.extras.items()},
+            extras={name: on_device(values, device) for name, values in rows.extras.items()},
             scalars=scalars,
+            samples={name: on_device(values, device) for name, values in rows.samples.items()},
+            pairs=None if pairs is None else torch.from_numpy(pairs.samples.copy()).to(device),
+            pair_values={}
+            if pairs is None
+            else {name: on_device(values, device) for name, values in pairs.values.items()},
         )
         output = self.algorithm.loss(inputs)
-        metrics.add(output, mismatch(before, inputs.rollout_logprobs, inputs.mask, denominators))
+        differences = [mismatch(before, inputs.rollout_logprobs, inputs.mask, denominators)]
+        metrics.add(output, *(() if rows.rollout_logprobs is None else differences))
         return output.loss
 
     @torch.no_grad()
-    def _reference_rows(self, packed: PackedBatch) -> torch.Tensor | None:
+    def _reference_rows(self, packed: PackedBatch, rows: PolicyRows | None) -> torch.Tensor | None:
+        if rows is not None and rows.reference_logprobs is not None:
+            return on_device(rows.reference_logprobs, self.device)
         # With the KL in the reward, the loss needs no reference log-probs.
-        unused = self.reference is None or self.algorithm.needs().token_kl
-        return None if unused else self._forward(self.reference, packed)[0]
+        unused = REFERENCE not in self.frozen or self.algorithm.needs().token_kl
+        return None if unused else self._forward(self.frozen[REFERENCE], packed)[0]
+
+    @torch.no_grad()
+    def _move_reference(self) -> None:
+        """Towards the policy; with ZeRO 3 each rank its shares, which lie alike."""
+        every, share = self.algorithm.config.reference_every_steps, self.algorithm.config.reference_mix
+        if REFERENCE not in self.frozen or not every or self.version % every:
+            return
+        parameters = zip(self.frozen[REFERENCE].parameters(), self.engine.module.parameters(), strict=True)
+        for reference, policy in parameters:
+            if hasattr(reference, "ds_tensor"):
+                reference, policy = reference.ds_tensor, policy.ds_tensor
+            reference.data.lerp_(policy.data, share)
 
     def counters(self) -> dict[str, int]:
         return {"optimizer_steps": self.optimizer_steps, "version": self.version}
@@ -200,9 +236,10 @@ class PolicyLearner:
         _, weights = with_buffers(model, (), gathered_parameters(model, self.config.zero_stage, bucket_bytes))
         return self._names.convert(weights)
 
-    def save(self, folder: Path) -> list[WrittenFile]:
+    def save(self, folder: Path, which: str = POLICY) -> list[WrittenFile]:
         """Write a Hugging Face model folder; return its weights' files. All ranks call it, rank 0 writes."""
-        model = self.engine.module.model
+        held = self.engine if which == POLICY else self.frozen[which]
+        model = getattr(held, "module", held).model
         weights = gathered_parameters(model, self.config.zero_stage)
         if self.rank:
             for _ in weights:

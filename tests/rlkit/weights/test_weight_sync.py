@@ -19,6 +19,7 @@ from learner_fixture import VOCABULARY, grpo_advantages, make_groups, write_tiny
 from ray_fixture import ray_session  # noqa: F401
 from rollout_host import OpenRank, OpenWorker, publish_bundle
 
+from algorithms.base import Experience
 from algorithms.grpo import GRPO
 from rewards.base import RewardContext
 from rlkit.config.schema import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig
@@ -80,7 +81,9 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WeightSync]:
         pool = RolloutPool(config, model, logs)
         learner = LearnerGroup(config, model, algorithm, logs)
         reward = RewardPool({"_target_": "rewards.verifiers.math.MathReward"}, RewardContext(), 60.0)
-        sync = WeightSync(config, pool, JointLearner(algorithm, learner, None, config.critic), reward, CANARY)
+        sync = WeightSync(
+            config, pool, JointLearner(algorithm, learner, None, config.critic, lambda messages: ()), reward, CANARY
+        )
         sync.sleeps = True  # vLLM refuses the option on a CPU, and ignores the calls but for their order
 
         async def start() -> None:
@@ -113,7 +116,7 @@ async def train(sync: WeightSync, seed: int) -> None:
     """Another policy."""
     await sync.release_sampler()
     groups = make_groups(seed=seed)
-    await sync.learner.policy.update(groups, grpo_advantages(groups))
+    await sync.learner.policy.update(Experience(groups, 1), grpo_advantages(groups))
 
 
 async def version_of(sync: WeightSync) -> int:

@@ -1,0 +1,98 @@
+"""Log-probs of the reference policy on recorded responses: computed once, then the reference is not needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from rlkit.experience import Group, Prompt, Sample, UserError
+from rlkit.experience.types import FloatArray
+
+KEY_BYTES = 16
+SAMPLED_BYTES = 2**20
+"""Of each weights file, at its start and its end, that tell models apart."""
+Compute = Callable[[Sequence[Group]], Awaitable[Sequence[FloatArray]]]
+"""[T] of every sample, in order."""
+
+
+class ReferenceError(UserError): ...
+
+
+def fingerprint(folder: Path, *facts: object) -> bytes:
+    """Of a model's weights, and of what else its log-probs depend on."""
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=KEY_BYTES)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(SAMPLED_BYTES))
+            stream.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(stream.read(SAMPLED_BYTES))
+    return digest.digest()
+
+
+class ReferenceCache:
+    """Rows by a hash of model, prompt and response, in one safetensors file."""
+
+    def __init__(self, file: Path, model: bytes) -> None:
+        """`model`: its fingerprint. Raises ReferenceError for a file that is no such cache."""
+        self.file, self.model = file, model
+        self.rows: dict[bytes, FloatArray] = {}
+        if file.is_file():
+            try:
+                saved = load_file(file)
+                rows = np.split(saved["logprobs"], np.cumsum(saved["lengths"])[:-1])
+                self.rows = dict(zip(map(bytes, saved["keys"]), rows, strict=True))
+            except (SafetensorError, KeyError, ValueError, OSError) as error:
+                raise ReferenceError(
+                    f"{file} is no whole cache of reference log-probs ({error}): delete it, or name another file with "
+                    "learner.reference_cache"
+                ) from error
+
+    def of(self, groups: Sequence[Group]) -> list[FloatArray]:
+        """[T] of every sample, in order. Raises ReferenceError for a response that was not filled in."""
+        try:
+            return [self.rows[self._key(group.prompt, sample)] for group in groups for sample in group.samples]
+        except KeyError:
+            raise ReferenceError(f"{self.file} has no reference log-probs for some of the data: delete it") from None
+
+    async def fill(self, groups: Iterable[Group], compute: Compute, at_once: int) -> int:
+        """Compute what is missing, `at_once` groups at a time; return how many samples that were."""
+        missing: Iterator[Group] = (group for group in groups if not self._known(group))
+        count = 0
+        while some := list(islice(missing, at_once)):
+            keys = [self._key(group.prompt, sample) for group in some for sample in group.samples]
+            self.rows.update(zip(keys, await compute(some), strict=True))
+            count += len(keys)
+        if count:
+            self._save()
+        return count
+
+    def _known(self, group: Group) -> bool:
+        return all(self._key(group.prompt, sample) in self.rows for sample in group.samples)
+
+    def _key(self, prompt: Prompt, sample: Sample) -> bytes:
+        digest = hashlib.blake2b(self.model, digest_size=KEY_BYTES)
+        digest.update(np.asarray(prompt.token_ids, np.int32).tobytes())
+        digest.update(b"|" + np.asarray(sample.token_ids, np.int32).tobytes())
+        return digest.digest()
+
+    def _save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_name(self.file.name + ".partial")
+        rows = list(self.rows.values())
+        save_file(
+            {
+                "keys": np.frombuffer(b"".join(self.rows), np.uint8).reshape(-1, KEY_BYTES),
+                "lengths": np.array([len(row) for row in rows], np.int64),
+                "logprobs": np.concatenate(rows).astype(np.float32),
+            },
+            partial,
+        )
+        partial.replace(self.file)
