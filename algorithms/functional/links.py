@@ -147,10 +147,10 @@ def kto_baseline(mismatched_scores: Tensor) -> Tensor:
     return _wide(mismatched_scores).mean().clamp(min=0.0).detach()
 
 
-def bco(scores: Tensor, labels: Tensor, baseline: float | Tensor, beta: float) -> Tensor:
-    """Cross-entropy of sg(beta (s - delta)) with the labels, [S] (arXiv 2404.04656 eq. 12). `baseline` delta: halfway
-    between the mean scores of desirable and undesirable responses, without gradient."""
-    return cross_entropy(beta * (scores - baseline), labels)
+def bco(scores: Tensor, labels: Tensor, shift: float | Tensor, beta: float) -> Tensor:
+    """Cross-entropy of sg(beta (s - shift)) with the labels, [S] (arXiv 2404.04656). `shift`: halfway between the mean
+    scores of desirable and undesirable responses, without gradient."""
+    return cross_entropy(beta * (scores - shift), labels)
 
 
 def less_others(scores: Tensor, group: Tensor) -> Tensor:
@@ -218,14 +218,15 @@ def sample_sums(rows: Tensor, mask: Tensor, sequence: Tensor, num_sequences: int
 
 def first_sums(rows: Tensor, mask: Tensor, sequence: Tensor, samples: Tensor, count: Tensor) -> Tensor:
     """[P] sums over the first `count` [P] trained rows of `samples` [P]; rows [R] of a sample are neighbours."""
+    from torch import searchsorted
+
     kept = mask > 0
     trained, sums = kept.cumsum(0), rows.double().where(kept, 0.0).cumsum(0)
     counts = sequence.new_zeros(int(sequence.max()) + 2).index_add(0, sequence + 1, kept.long())
     before = counts.cumsum(0)[samples]
 
     def up_to(tokens: Tensor) -> Tensor:
-        place = trained.searchsorted(tokens).clamp(max=len(rows) - 1)
-        return sums[place].where(tokens > 0, 0.0)
+        return sums[searchsorted(trained, tokens)].where(tokens > 0, 0.0)
 
     return (up_to(before + count) - up_to(before)).to(rows.dtype)
 
