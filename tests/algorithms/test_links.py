@@ -1,13 +1,10 @@
-"""Links: values and gradients of TRL 1.16 (fixtures/trl_links.json), worked numbers of papers, and limits."""
+"""Links: worked numbers of papers, and limits. (test_preference.py compares them with TRL.)"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,100 +21,7 @@ from algorithms.functional.pairs import (
     kendall_tau,
 )
 
-TRL: dict[str, Any] = json.loads((Path(__file__).parent.parent / "fixtures" / "trl_links.json").read_text())
-LENGTHS = [len(row) for row in TRL["policy"]]
-PAIRS = len(LENGTHS) // 2
-SEQUENCE = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-"""Rows are sample after sample: chosen ones first, then the rejected ones."""
-
-
-def flat(rows: list[list[float]]) -> Tensor:
-    return torch.tensor([value for row in rows for value in row], dtype=torch.float32)
-
-
-class Scores:
-    """Sums and means of log-ratios and log-probs of the fixture's chosen and rejected responses."""
-
-    def __init__(self, logprobs: Tensor) -> None:
-        self.logprobs, self.ratios = logprobs, logprobs - flat(TRL["reference"])
-        lengths = torch.tensor(LENGTHS).float()
-        self.sums = self._of(self.ratios)
-        self.means, self.mean_logprobs = self.sums / lengths, self._of(logprobs) / lengths
-
-    def _of(self, rows: Tensor) -> Tensor:
-        return links.sample_sums(rows, torch.ones_like(rows), SEQUENCE, len(LENGTHS))
-
-    def first(self, count: Tensor, side: Tensor) -> Tensor:
-        return links.first_sums(self.ratios, torch.ones_like(self.ratios), SEQUENCE, side, count)
-
-
-def sides(scores: Tensor) -> tuple[Tensor, Tensor]:
-    return scores[:PAIRS], scores[PAIRS:]
-
-
-def labels() -> Tensor:
-    return torch.tensor([1.0] * PAIRS + [0.0] * PAIRS)
-
-
-def desensitised(s: Scores, o: dict[str, float]) -> Tensor:
-    """LD-DPO: tokens beyond the shorter response's length count `ld_alpha`."""
-    chosen, rejected = torch.arange(PAIRS), torch.arange(PAIRS, 2 * PAIRS)
-    shorter = torch.tensor(LENGTHS)[chosen].minimum(torch.tensor(LENGTHS)[rejected])
-    parts = [o["ld_alpha"] * s.sums[side] + (1 - o["ld_alpha"]) * s.first(shorter, side) for side in (chosen, rejected)]
-    return links.sigmoid(*parts, o["beta"]).mean()
-
-
-def smoothed(s: Tensor, o: dict[str, float], margin: float = 0.0) -> Tensor:
-    probability = torch.full((PAIRS,), 1 - o.get("label_smoothing", 0.0))
-    return links.sigmoid(*sides(s), o["beta"], probability, margin).mean()
-
-
-CASES: dict[str, Callable[[Scores, dict[str, Any]], Tensor]] = {
-    "sigmoid": lambda s, o: links.sigmoid(*sides(s.sums), o["beta"]).mean(),
-    "sigmoid_norm": lambda s, o: links.sigmoid(*sides(s.means), o["beta"]).mean(),
-    "robust": lambda s, o: links.robust(*sides(s.sums), o["beta"], o["label_smoothing"]).mean(),
-    "ipo": lambda s, o: links.ipo(*sides(s.means), o["beta"]).mean(),
-    "hinge": lambda s, o: links.hinge(*sides(s.sums), o["beta"]).mean(),
-    "exo_pair": lambda s, o: links.exo(*sides(s.sums), o["beta"], o["label_smoothing"]).mean(),
-    "nca_pair": lambda s, o: links.nca(*sides(s.sums), o["beta"]).mean(),
-    "bco_pair": lambda s, o: 2 * links.bco(s.sums, labels(), 0.0, o["beta"]).mean(),
-    "sppo_hard": lambda s, o: links.sppo(*sides(s.sums), o["beta"]).mean(),
-    "apo_zero": lambda s, o: links.apo_zero(*sides(s.sums), o["beta"]).mean(),
-    "apo_down": lambda s, o: links.apo_down(*sides(s.sums), o["beta"]).mean(),
-    "ld": desensitised,
-    "cpo": lambda s, o: (
-        smoothed(s.mean_logprobs * torch.tensor(LENGTHS), o) - o["cpo_alpha"] * s.mean_logprobs[:PAIRS].mean()
-    ),
-    "cdpo_without_reference": lambda s, o: smoothed(s.mean_logprobs * torch.tensor(LENGTHS), o),
-    "simpo": lambda s, o: smoothed(s.mean_logprobs, o, o["simpo_gamma"]),
-    "orpo": lambda s, o: (links.orpo(*sides(s.mean_logprobs), o["beta"]) - s.mean_logprobs[:PAIRS]).mean(),
-    "kto": lambda s, o: links.kto(
-        s.sums,
-        labels(),
-        links.kto_baseline(torch.tensor(TRL["mismatched_scores"])),
-        o["beta"],
-        o["desirable_weight"],
-        o["undesirable_weight"],
-    ).mean(),
-    "apo_zero_unpaired": lambda s, o: links.kto(s.sums, labels(), 0.0, o["beta"]).mean(),
-}
-
-
-@pytest.mark.parametrize("name", TRL["cases"])
-def test_trl_gives_the_same_loss_and_gradient(name: str) -> None:
-    case = TRL["cases"][name]
-    logprobs = flat(TRL["policy"]).requires_grad_()
-    loss = CASES[name](Scores(logprobs), case["options"])
-    loss.backward()
-    assert loss.item() == pytest.approx(case["loss"], rel=1e-5, abs=1e-5)
-    torch.testing.assert_close(logprobs.grad, flat(case["gradient"]), rtol=1e-5, atol=1e-5)
-
-
-def test_kto_s_fixture_has_a_baseline_above_zero() -> None:
-    assert links.kto_baseline(torch.tensor(TRL["mismatched_scores"])).item() > 0.01
-
-
-# -- papers without a public implementation in TRL -----------------------------------------------------------------
+# -- worked numbers -----------------------------------------------------------------
 
 
 def one(value: float) -> Tensor:

@@ -1,0 +1,414 @@
+"""Learning from preferences, labels or scores of whole responses, through one link (DPO and its kin).
+
+A score s is the sum or mean over a response's trained tokens of log pi - log pi_ref. The link (`functional/links.py`)
+makes a loss of the scores of a better and a worse response, of one response with a label, or of a whole group. The
+recipes of conf/algorithm are settings of this.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from algorithms.base import (
+    POLICY,
+    REFERENCE,
+    Advantages,
+    Algorithm,
+    AlgorithmNeeds,
+    Experience,
+    FloatArray,
+    LossInputs,
+    LossOutput,
+    Pass,
+    Render,
+)
+from algorithms.functional import links, losses
+from algorithms.functional.advantages import Bool, Float64, Outcomes, members_of_groups
+from algorithms.functional.pairs import Compared, consistency, dynamic_beta
+from algorithms.functional.selection import sigmoid, sign_accuracy
+from algorithms.preference_config import OPTIONS, PreferenceConfig, find_link, link_parameters
+from rlkit.experience import Group, Message, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+OF_POLICY, OF_REFERENCE = "own_policy", "own_reference"
+MISMATCHED_POLICY, MISMATCHED_REFERENCE = "mismatched_policy", "mismatched_reference"
+GUIDE, BETTER, WORSE = "guide", "better", "worse"
+"""Names of passes."""
+FIRST_LOSS_TOLERANCE = 0.01
+"""Of the loss that theory gives for a policy that is its reference, or absolute below 1: rounding stays far below."""
+
+
+class Preference(Algorithm):
+    Config = PreferenceConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._link, self._takes = find_link(config.link), link_parameters(config.link)
+
+    def needs(self) -> AlgorithmNeeds:
+        config, takes = self.config, self._takes
+        models = {}
+        if config.labels == "agreement" or "shift" in takes:
+            models |= {OF_POLICY: POLICY, OF_REFERENCE: REFERENCE}
+        if "baseline" in takes:
+            models |= {MISMATCHED_POLICY: POLICY, MISMATCHED_REFERENCE: REFERENCE}
+        if config.guide is not None:
+            models[GUIDE] = config.guide
+        if config.token_reward_coefficient:
+            models |= {BETTER: REFERENCE, WORSE: REFERENCE}
+        compares = config.of_pairs or "group" in takes
+        return AlgorithmNeeds(
+            sources=("policy", "data", "model"),
+            rewards=config.labels != "agreement",
+            pairs=config.of_pairs and config.labels != "agreement",
+            reference_policy=config.reference == "frozen",
+            min_samples_per_prompt=2 if compares else 1,
+            layout="pairs" if config.of_pairs else "full_group" if compares else "any",
+            passes={name: Pass(model) for name, model in models.items()},
+            corrects_staleness=True,  # pairs need not be the policy's own
+        )
+
+    def normalises(self) -> bool:
+        return "gain" not in self._takes
+
+    def groups_for(self, name: str, groups: Sequence[Group], render: Render) -> Sequence[Group]:
+        if name in (MISMATCHED_POLICY, MISMATCHED_REFERENCE):
+            return mismatched(groups)
+        if name in (BETTER, WORSE):
+            wish = self.config.better_prompt if name == BETTER else self.config.worse_prompt
+            return [with_wish(group, wish, render) for group in groups]
+        return groups
+
+    # -- what is compared ------------------------------------------------------------------------------------------
+
+    def advantages(self, experience: Experience) -> Advantages:
+        made = self._compared(experience) if self.config.of_pairs else self._labelled(experience)
+        extras = {name: experience.logprobs[name] for name in (GUIDE, BETTER, WORSE) if name in experience.logprobs}
+        first = {"first": 1.0} if experience.step == 1 and self.config.reference == "frozen" else {}
+        return replace(made, extras=extras, scalars={**made.scalars, **first})
+
+    def _compared(self, experience: Experience) -> Advantages:
+        compared, agreement = self._pairs(experience)
+        lengths = np.array([int(s.trained.sum()) for group in experience.groups for s in group.samples], np.float64)
+        keep = np.zeros(len(lengths), dtype=np.bool_)
+        keep[compared.samples] = True
+        group = np.repeat(np.arange(len(experience.groups)), [len(g.samples) for g in experience.groups])
+        metrics = {
+            "preference/pairs": float(len(compared.samples)),
+            "preference/paired_share": len(np.unique(group[keep])) / max(1, len(experience.groups)),
+            **agreement,
+        }
+        if len(compared.samples):
+            better, worse = lengths[compared.samples].mean(axis=0)
+            metrics |= {"preference/chosen_length": float(better), "preference/rejected_length": float(worse)}
+            metrics["preference/gain"] = float(compared.gain.mean())
+        return Advantages(
+            tokens=[np.zeros(len(s), np.float32) for g in experience.groups for s in g.samples],
+            keep=keep,
+            pairs=compared.samples,
+            pair_values=self._pair_values(compared),
+            metrics=metrics,
+        )
+
+    def _pairs(self, experience: Experience) -> tuple[Compared, dict[str, float]]:
+        """Raise UserError where the scores have no preferences to read, or margins that nobody reads."""
+        config, groups = self.config, experience.groups
+        if config.labels == "agreement":
+            return self._self_ranked(experience)
+        outcomes = Outcomes.of(experience)
+        compared = Compared.of(groups, outcomes.rewards, outcomes.valid, config.pairs)
+        if config.pairs == "judge" and outcomes.valid.any() and not any(g.scores and g.scores.pairs for g in groups):
+            raise UserError(
+                "algorithm.pairs=judge: neither the data nor the reward compares responses; use a reward that does "
+                "(reward=judge reward.mode=pairwise), or algorithm.pairs=best_worst"
+            )
+        if compared.margin.any() and not self._takes & {"margin", "gain"} and not config.dynamic_beta:
+            raise UserError(
+                f"algorithm.link={config.link} takes no margins, but the data have some; leave data.margin_column null"
+            )
+        if config.labels == "gain":
+            compared = replace(compared, probability=sigmoid(compared.gain))
+        elif "probability" not in self._takes:
+            compared = compared.where(compared.probability > 0.5)
+        return compared, {}
+
+    def _self_ranked(self, experience: Experience) -> tuple[Compared, dict[str, float]]:
+        """CREAM: best and worst by the policy's mean log-probs; probability: how alike the reference ranks."""
+        masks = [sample.trained for group in experience.groups for sample in group.samples]
+        valid = np.array([mask.any() for mask in masks], dtype=np.bool_)
+        group = np.repeat(np.arange(len(experience.groups)), [len(g.samples) for g in experience.groups])
+        mine, theirs = (summed(experience.logprobs[name], masks, True) for name in (OF_POLICY, OF_REFERENCE))
+        alike = [consistency(mine[members], theirs[members]) for members in members_of_groups(valid, group)]
+        mean = float(np.mean(alike)) if alike else 1.0
+        compared = Compared.of(experience.groups, mine, valid, "best_worst")
+        probability = np.full(len(compared.samples), mean)
+        return replace(compared, probability=probability), {"preference/agreement": mean}
+
+    def _pair_values(self, compared: Compared) -> dict[str, FloatArray]:
+        config, smoothing = self.config, self.config.label_smoothing
+        values: dict[str, Float64] = {"weight": compared.weight}
+        if "probability" in self._takes:
+            p = compared.probability
+            values["probability"] = p * (1 - smoothing) + (1 - p) * smoothing
+        if config.dynamic_beta:
+            values["beta"] = dynamic_beta(compared.gain, config.beta, config.dynamic_beta, config.dynamic_beta_rate)
+        elif "margin" in self._takes:
+            values["margin"] = compared.margin + config.target_margin
+        if "gain" in self._takes:
+            values["gain"] = compared.gain
+        return {name: value.astype(np.float32) for name, value in values.items()}
+
+    def _labelled(self, experience: Experience) -> Advantages:
+        outcomes = Outcomes.of(experience)
+        labels, keep = outcomes.rewards, outcomes.valid
+        if ((labels < 0) | (labels > 1)).any():
+            raise UserError(
+                f"algorithm.link={self.config.link} learns from labels between 0 (bad) and 1 (good), but there is a "
+                f"score of {labels[(labels < 0) | (labels > 1)][0]:g}; use a link of pairs (link=sigmoid), or a reward "
+                "that judges right or wrong"
+            )
+        if "group" in self._takes:
+            keep = np.zeros_like(keep)
+            for members in members_of_groups(outcomes.valid, outcomes.group):
+                keep[members] = True
+        good = float(labels[keep].mean()) if keep.any() else 0.0
+        scalars = {"good_share": good, **self._baselines(experience, labels, keep)}
+        return Advantages(
+            tokens=[np.zeros(len(mask), np.float32) for mask in outcomes.masks],
+            keep=keep,
+            samples={"labels": labels.astype(np.float32)},
+            scalars=scalars,
+            metrics={f"preference/{name}": value for name, value in scalars.items()},
+        )
+
+    def _baselines(self, experience: Experience, labels: Float64, keep: Bool) -> dict[str, float]:
+        """KTO's z or BCO's shift of the whole step, in nats, so that no micro-batch decides it."""
+        logprobs = experience.logprobs
+        if MISMATCHED_POLICY in logprobs:
+            masks = [sample.trained for group in mismatched(experience.groups) for sample in group.samples]
+            scores = summed(logprobs[MISMATCHED_POLICY], masks) - summed(logprobs[MISMATCHED_REFERENCE], masks)
+            return {"baseline": max(0.0, float(scores.mean()))}
+        if OF_POLICY not in logprobs:
+            return {}
+        masks = [sample.trained for group in experience.groups for sample in group.samples]
+        scores = summed(logprobs[OF_POLICY], masks) - summed(logprobs[OF_REFERENCE], masks)
+        halves = [scores[keep & side].mean() for side in (labels > 0.5, labels <= 0.5) if (keep & side).any()]
+        return {"shift": float(np.mean(halves)) if len(halves) == 2 else 0.0}
+
+    # -- the loss --------------------------------------------------------------------------------------------------
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """Mean over pairs of weight x (link + terms), or mean over samples of the link."""
+        scores = Scores(inputs, self.config)
+        made = self._pair_loss(inputs, scores) if self.config.of_pairs else self._sample_loss(inputs, scores)
+        sums = dict(made.sums)
+        share = inputs.mask / inputs.denominators.measured
+        sums["policy/entropy"] = (inputs.entropy.detach() * share).sum()
+        if inputs.reference_logprobs is not None:
+            divergence = losses.kl_divergence(inputs.logprobs.detach(), inputs.reference_logprobs, "k3")
+            sums["kl/reference"] = (divergence * share).sum()
+        return replace(made, sums=sums)
+
+    def _pair_loss(self, inputs: LossInputs, scores: Scores) -> LossOutput:
+        config, values = self.config, inputs.pair_values
+        if inputs.pairs is None or not len(inputs.pairs):
+            return LossOutput(inputs.logprobs.sum() * 0.0)
+        better, worse = inputs.pairs.unbind(1)
+        chosen, rejected = scores.sides(inputs.logprobs, better, worse)
+        arguments = {"beta": config.beta, **values}
+        if "clip" in self._takes and config.clip is not None:
+            old_chosen, old_rejected = scores.sides(inputs.old_logprobs, better, worse)
+            arguments |= {"old_chosen": old_chosen, "old_rejected": old_rejected}
+        linked = self._linked(arguments, chosen=chosen, rejected=rejected)
+        total, likely = linked, scores.mean_logprobs()
+        if config.nll_coefficient:
+            total = total - config.nll_coefficient * likely[better]
+        if config.token_reward_coefficient:
+            terms = scores.sums(-config.beta * scores.token_rewards() * inputs.logprobs)
+            regulariser = links.treg(chosen, rejected, config.beta, terms[better], terms[worse])
+            total = total + config.token_reward_coefficient * regulariser
+        weight = values["weight"]
+        if config.on_policy_weights:
+            weight = weight * links.wpo_weights(likely[better], likely[worse])
+
+        def mean(per_pair: Tensor) -> Tensor:
+            return per_pair.sum() / inputs.denominators.pairs
+
+        gap, beta = (chosen - rejected).detach(), arguments["beta"]
+        sums = {
+            "preference/loss": mean(weight * linked.detach()),
+            "preference/accuracy": mean((gap.sign() + 1) / 2),
+            "preference/margin": mean(beta * gap),
+            "preference/chosen_reward": mean(beta * chosen.detach()),
+            "preference/rejected_reward": mean(beta * rejected.detach()),
+            "preference/chosen_logprob": mean(likely[better].detach()),
+            "preference/rejected_logprob": mean(likely[worse].detach()),
+        }
+        if "first" in inputs.scalars:
+            at_start = self._linked(arguments, chosen=chosen.detach() * 0, rejected=rejected.detach() * 0)
+            sums["preference/loss_at_start"] = mean(weight * at_start)
+        return LossOutput(mean(weight * total), sums)
+
+    def _sample_loss(self, inputs: LossInputs, scores: Scores) -> LossOutput:
+        labels, s = inputs.samples["labels"], scores.of(inputs.logprobs)
+        arguments: dict[str, Any] = {"labels": labels, "group": inputs.group, "beta": self.config.beta}
+        arguments |= {name: inputs.scalars[name] for name in ("baseline", "shift") if name in inputs.scalars}
+        if self.config.balance_classes:
+            arguments["weights"] = links.class_weights(labels, inputs.group)
+        linked = self._linked(arguments, scores=s)
+        likely, good_share = scores.mean_logprobs().detach(), inputs.scalars["good_share"]
+
+        def mean(per_sample: Tensor) -> Tensor:
+            return per_sample.sum() / inputs.denominators.sequences
+
+        sums = {"preference/loss": mean(linked.detach())}
+        for side, of_side, share in (("chosen", labels, good_share), ("rejected", 1 - labels, 1 - good_share)):
+            if share:
+                sums[f"preference/{side}_reward"] = mean(of_side * self.config.beta * s.detach()) / share
+                sums[f"preference/{side}_logprob"] = mean(of_side * likely) / share
+        if "first" in inputs.scalars:
+            sums["preference/loss_at_start"] = mean(self._linked(arguments, scores=s.detach() * 0))
+        return LossOutput(mean(linked), sums)
+
+    def _linked(self, arguments: Mapping[str, Any], **scores: Tensor) -> Tensor:
+        options = {name: getattr(self.config, name) for name in OPTIONS & self._takes}
+        known = {**options, **{name: value for name, value in arguments.items() if name in self._takes}}
+        result: Tensor = self._link(**scores, **known)
+        return result
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        expected = metrics.get("preference/loss_at_start")
+        if expected is None or metrics["policy/optimizer_steps"] != 1:
+            return
+        if not abs(metrics["preference/loss"] - expected) <= FIRST_LOSS_TOLERANCE * max(1.0, abs(expected)):
+            log.warning(
+                "the first loss is %.4f where policy and reference are equal and theory gives %.4f: they do not agree "
+                "on log-probs (another precision or model), or the data were learnt before",
+                metrics["preference/loss"],
+                expected,
+            )
+
+    def heldout(self, experience: Experience) -> Mapping[str, float]:
+        """Accuracy and margin of recorded pairs and the link's loss, without further terms; for labels, how often the
+        sign of the score is right."""
+        import torch
+
+        assert experience.policy_logprobs is not None
+        outcomes, normalised = Outcomes.of(experience), self.config.length_normalised
+        scores = summed(experience.policy_logprobs, outcomes.masks, normalised)
+        if self.config.reference == "frozen":
+            assert experience.reference_logprobs is not None
+            scores = scores - summed(experience.reference_logprobs, outcomes.masks, normalised)
+        if not self.config.of_pairs:
+            return {"preference/heldout_accuracy": sign_accuracy(scores, outcomes.rewards, outcomes.valid)}
+        compared = Compared.of(experience.groups, outcomes.rewards, outcomes.valid, self.config.pairs)
+        if not len(compared.samples):
+            return {"preference/heldout_accuracy": float("nan")}
+        values = {name: torch.from_numpy(value) for name, value in self._pair_values(compared).items()}
+        chosen, rejected = torch.from_numpy(scores[compared.samples]).unbind(1)
+        gap = scores[compared.samples[:, 0]] - scores[compared.samples[:, 1]]
+        linked = self._linked({"beta": self.config.beta, **values}, chosen=chosen, rejected=rejected)
+        return {
+            "preference/heldout_accuracy": float(((np.sign(gap) + 1) / 2).mean()),
+            "preference/heldout_margin": float((self.config.beta * gap).mean()),
+            "preference/heldout_loss": float((values["weight"] * linked).mean()),
+        }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a micro-batch's samples under log-probs [R]."""
+
+    inputs: LossInputs
+    config: PreferenceConfig
+
+    def sums(self, rows: Tensor) -> Tensor:
+        inputs = self.inputs
+        return links.sample_sums(rows, inputs.mask, inputs.sequence, inputs.num_sequences)
+
+    def ratios(self, logprobs: Tensor) -> Tensor:
+        """[R] log pi - log pi_ref; log pi without a reference."""
+        if self.config.reference == "none":
+            return logprobs
+        base = self.inputs.old_logprobs if self.config.reference == "old" else self.inputs.reference_logprobs
+        assert base is not None
+        return logprobs - base
+
+    def of(self, logprobs: Tensor) -> Tensor:
+        """[S]"""
+        total = self.sums(self.ratios(logprobs))
+        return total / self.lengths() if self.config.length_normalised else total
+
+    def sides(self, logprobs: Tensor, better: Tensor, worse: Tensor) -> tuple[Tensor, Tensor]:
+        """[P] of chosen and of rejected responses."""
+        config, inputs, ratios = self.config, self.inputs, self.ratios(logprobs)
+        if config.guide is not None:
+            as_chosen, as_rejected = links.tgdpo_weights(self.guide_ratios(), config.beta, config.guide_weight)
+            return self.sums(as_chosen * ratios)[better], self.sums(as_rejected * ratios)[worse]
+        scores = self.of(logprobs)
+        if config.ld_alpha == 1:
+            return scores[better], scores[worse]
+        shorter = self.lengths()[better].minimum(self.lengths()[worse]).long()
+        shared = [links.first_sums(ratios, inputs.mask, inputs.sequence, side, shorter) for side in (better, worse)]
+        chosen, rejected = (
+            config.ld_alpha * scores[side] + (1 - config.ld_alpha) * first
+            for side, first in zip((better, worse), shared, strict=True)
+        )
+        return chosen, rejected
+
+    def lengths(self) -> Tensor:
+        """[S] trained tokens."""
+        return self.sums(self.inputs.mask)
+
+    def mean_logprobs(self) -> Tensor:
+        """[S]"""
+        return self.sums(self.inputs.logprobs) / self.lengths()
+
+    def guide_ratios(self) -> Tensor:
+        """[R]"""
+        assert self.inputs.reference_logprobs is not None
+        return self.inputs.extras[GUIDE] - self.inputs.reference_logprobs
+
+    def token_rewards(self) -> Tensor:
+        """[R]"""
+        return links.treg_rewards(self.inputs.extras[BETTER], self.inputs.extras[WORSE])
+
+
+def summed(rows: Sequence[FloatArray], masks: Sequence[Bool], normalised: bool = False) -> Float64:
+    """[B] sums or means over trained tokens; 0 without any."""
+    sums = [row[mask].sum(dtype=np.float64) for row, mask in zip(rows, masks, strict=True)]
+    lengths = [max(1, int(mask.sum())) if normalised else 1 for mask in masks]
+    return np.array(sums, np.float64) / np.array(lengths, np.float64)
+
+
+def mismatched(groups: Sequence[Group]) -> list[Group]:
+    """Each prompt's first response after the next prompt: KTO's baseline is their mean score.
+
+    Raise UserError for fewer than two prompts.
+    """
+    by_prompt = list({group.prompt.token_ids: group for group in groups}.values())
+    if len(by_prompt) < 2:
+        raise UserError(
+            "KTO's baseline pairs responses with other prompts, but this step has one prompt; set "
+            "trainer.prompts_per_step=2 or more (or link=bco)"
+        )
+    following = [*by_prompt[1:], by_prompt[0]]
+    return [
+        Group(group.id, after.prompt, group.samples[:1], step=group.step)
+        for group, after in zip(by_prompt, following, strict=True)
+    ]
+
+
+def with_wish(group: Group, wish: str, render: Render) -> Group:
+    """The same responses after a prompt that ends with `wish`."""
+    *before, last = group.prompt.messages
+    messages = (*before, Message(last.role, f"{last.content}\n\n{wish}"))
+    return replace(group, prompt=replace(group.prompt, messages=messages, token_ids=render(messages)))
