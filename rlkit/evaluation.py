@@ -1,54 +1,92 @@
-"""Held-out accuracy: one response per held-out prompt, scored by the run's verifier, never trained on."""
+"""Held-out evaluation: responses to held-out prompts, judged by the run's verifier, never trained on."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from rlkit.config.schema import EvaluationConfig
 from rlkit.experience import Group, Prompt, Score
 from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures
+from rlkit.experience.types import FloatArray
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.worker import GroupRequest
 from rlkit.serving.pool import RewardPool
 
+Area = Literal["accuracy", "reward"]
+"""What the verifier's verdicts are: right or wrong, or values of any size."""
+OWN = ""
+"""The held-out set of the run's own data, beside the named ones of `evaluation.sets`."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    accuracy: float
-    """Share of right answers among the judged ones, 0 to 1."""
+    headline: str
+    """The metric that stands for the whole evaluation, the larger the better: `accuracy/heldout` (a share),
+    `reward/heldout`, or another `AREA/heldout`."""
     metrics: Mapping[str, float]
+    """The headline among them."""
+
+    @property
+    def value(self) -> float:
+        return self.metrics[self.headline]
 
 
 class Evaluator:
-    """Samples with the rollout workers at their temperature and scores with the verifier."""
+    """Samples with the rollout workers and scores with the verifier."""
 
-    def __init__(self, prompts: Sequence[Prompt], rollout: RolloutPool, verifier: RewardPool, seed: int) -> None:
-        self.prompts, self.rollout, self.verifier, self.seed = prompts, rollout, verifier, seed
+    def __init__(
+        self,
+        sets: Mapping[str, Sequence[Prompt]],
+        rollout: RolloutPool,
+        verifier: RewardPool,
+        config: EvaluationConfig,
+        seed: int,
+        training_judged: bool = False,
+    ) -> None:
+        """`sets`: name (`OWN` first, if there is one) -> prompts, none of them empty. `training_judged`: the verifier
+        is the run's reward, so that training groups carry its scores."""
+        self.sets, self.rollout, self.verifier, self.config, self.seed = sets, rollout, verifier, config, seed
+        self.training_judged = training_judged
 
     async def evaluate(self, step: int) -> Evaluation:
-        """Accuracy with the current weights. Raises RewardFailed if too many answers could not be judged."""
-        requests = [
-            GroupRequest(id=f"evaluation-{step}-{i}", prompt=prompt, samples=1, seed=self.seed, step=step)
-            for i, prompt in enumerate(self.prompts)
-        ]
-        batches = [ref async for ref in self.rollout.generate(requests)]
+        """With the current weights. Raises RewardFailed if too many answers could not be judged."""
+        requests = {name: self._requests(name, prompts, step) for name, prompts in self.sets.items()}
+        batches = [ref async for ref in self.rollout.generate([one for some in requests.values() for one in some])]
         groups, report = await self.judge(batches)
-        correct = correctness(groups)
+        area, values = verdicts(groups)
         check_failures(report, self.verifier.config.max_failed_share, "the verifier of the held-out evaluation")
-        samples = [group.samples[0] for group in groups]
-        return Evaluation(
-            accuracy=float(np.nanmean(correct)),
-            metrics={
-                "evaluation/samples": float(len(samples)),
-                "evaluation/unjudged": float(np.isnan(correct).sum()),
-                "evaluation/length_mean": float(np.mean([len(sample) for sample in samples])),
-                "evaluation/truncated_share": float(np.mean([s.finish_reason == "length" for s in samples])),
-            },
-        )
+        judged = {group.id: (group, own) for group, own in zip(groups, values, strict=True)}
+        metrics: dict[str, float] = {}
+        for name, asked in requests.items():
+            metrics |= _measures(name, area, [judged[request.id] for request in asked])
+        return Evaluation(_headline(next(iter(self.sets)), area), metrics)
+
+    def _requests(self, name: str, prompts: Sequence[Prompt], step: int) -> list[GroupRequest]:
+        start = f"evaluation-{step}-{name}-" if name else f"evaluation-{step}-"
+        return [
+            GroupRequest(
+                id=f"{start}{i}",
+                prompt=prompt,
+                samples=self.config.samples,
+                seed=self.seed,
+                step=step,
+                temperature=0.0 if self.config.greedy else self.config.temperature,
+                max_response_tokens=self.config.max_response_tokens,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    async def judge_training(self, groups: list[Group]) -> list[Group] | None:
+        """A step's groups as the verifier scores them; None if it is not asked (`evaluation.training_answers`)."""
+        if not self.config.training_answers:
+            return None
+        return groups if self.training_judged else (await self.judge([groups]))[0]
 
     async def judge(self, batches: Sequence[Any]) -> tuple[list[Group], ScoreReport]:
         """Score groups (or references to lists of them) with the verifier."""
@@ -57,21 +95,68 @@ class Evaluator:
         return [group for groups in lists for group in groups], scored.report
 
 
-def correctness(groups: Sequence[Group]) -> np.ndarray:
-    """[B] 1.0 right, 0.0 wrong, NaN not judged.
+def verdicts(groups: Sequence[Group]) -> tuple[Area, list[FloatArray]]:
+    """What the verifier says: per group [samples], NaN where a sample was not judged.
 
-    The component `correct`, or the value of a verifier without it. Raises RewardFailed if there is neither.
+    `accuracy` (1 right, 0 wrong) if all judged samples have the component `correct`, else `reward`: the values. Raises
+    RewardFailed for a sample with neither.
     """
-    return np.array([_correct(score) for group in groups for _, score in group.scored()])
+    scores = [[score for _, score in group.scored()] for group in groups]
+    graded = all("correct" in score.components for own in scores for score in own if score.valid)
+    area: Area = "accuracy" if graded else "reward"
+    return area, [np.array([_verdict(score, area) for score in own]) for own in scores]
 
 
-def _correct(score: Score) -> float:
+def _verdict(score: Score, area: Area) -> float:
     if not score.valid:
-        return float("nan")
-    correct = score.components.get("correct", score.value)
-    if correct is None:
+        return math.nan
+    verdict = score.components["correct"] if area == "accuracy" else score.value
+    if verdict is None:
         raise RewardFailed("the verifier gives no value for a whole response: verifier=NAME must be a reward that does")
-    return correct
+    return verdict
+
+
+def expected_best(values: FloatArray, k: int) -> float:
+    """Expected maximum of k of the values [n], drawn without replacement. Raises ValueError if k > n.
+
+    Of zeros and ones it is the unbiased pass@k, 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1).
+    """
+    n = len(values)
+    if k > n:
+        raise ValueError(f"the best of {k} responses needs as many; there are {n}")
+    # The i-th smallest is the maximum of C(i - 1, k - 1) of the C(n, k) subsets.
+    return sum(math.comb(i, k - 1) / math.comb(n, k) * float(value) for i, value in enumerate(np.sort(values)))
+
+
+def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]]) -> dict[str, float]:
+    """Of one set: pairs of a group and its verdicts."""
+    values = np.concatenate([own for _, own in judged])
+    samples = [sample for group, _ in judged for sample in group.samples]
+    prefix = f"evaluation/{name}/" if name else "evaluation/"
+    metrics = {
+        _headline(name, area): float(np.nanmean(values)),
+        f"{prefix}samples": float(len(samples)),
+        f"{prefix}unjudged": float(np.isnan(values).sum()),
+        f"{prefix}length_mean": float(np.mean([len(sample) for sample in samples])),
+        f"{prefix}truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
+    }
+    best = "pass" if area == "accuracy" else "best"
+    for k in _sizes(len(judged[0][1])):
+        full = [own[~np.isnan(own)] for _, own in judged]
+        estimates = [expected_best(own, k) for own in full if len(own) >= k]
+        if estimates:
+            metrics[f"{prefix}{best}@{k}"] = float(np.mean(estimates))
+    return metrics
+
+
+def _headline(name: str, area: Area) -> str:
+    return f"evaluation/{name}/{area}" if name else f"{area}/heldout"
+
+
+def _sizes(samples: int) -> list[int]:
+    """2, 4, 8, ... and the number of samples itself: where pass@k is estimated."""
+    powers = [2**i for i in range(1, samples.bit_length())]
+    return [k for k in powers if k < samples] + ([samples] if samples > 1 else [])
 
 
 async def _fetch(ref: Any) -> list[Group]:

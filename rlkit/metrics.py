@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlkit.config.schema import TrainerConfig
-from rlkit.evaluation import correctness
+from rlkit.evaluation import verdicts
 from rlkit.experience import Group, UserError
 from rlkit.experience.buffer import BufferStats
 from rlkit.experience.scores import ScoreReport
@@ -68,16 +68,18 @@ def rollout_metrics(
     for name, parts in components.items():
         metrics[f"reward/component/{name}"] = float(np.mean(parts))
     if judged is not None:
-        correct = correctness(judged)
-        if not np.isnan(correct).all():
-            metrics["accuracy/train"] = float(np.nanmean(correct))
+        area, own = verdicts(judged)
+        verdict = np.concatenate(own)
+        if not np.isnan(verdict).all():
+            metrics[f"{area}/train"] = float(np.nanmean(verdict))
     return metrics
 
 
 def summary(
     *,
     steps: int,
-    accuracies: Mapping[int, float],
+    headline: str,
+    heldout: Mapping[int, float],
     wall_seconds: float,
     seconds_per_step: float,
     reward_failed: int,
@@ -86,18 +88,20 @@ def summary(
     ended: str | None = None,
     nothing_learnt: bool = False,
 ) -> dict[str, Any]:
-    """The content of summary.json. `accuracies`: step -> held-out accuracy; empty without held-out answers.
+    """The content of summary.json. `heldout`: step -> the evaluation's `headline`; empty without evaluations.
 
     `best`: metric, value, step and policy of the best evaluation. `ended`: why before the last step, if it did.
     """
+    area = headline.partition("/")[0]  # accuracy_before, reward_before, ...
     return {
-        "accuracy_before": accuracies.get(0),
-        "accuracy_after": accuracies.get(steps),
+        "headline": headline,
+        f"{area}_before": heldout.get(0),
+        f"{area}_after": heldout.get(steps),
         "steps": steps,
         "wall_seconds": round(wall_seconds, 3),
         "seconds_per_step": round(seconds_per_step, 4),
         "reward_failed": reward_failed,
-        "accuracy_by_step": {str(step): accuracy for step, accuracy in accuracies.items()},
+        f"{area}_by_step": {str(step): value for step, value in heldout.items()},
         "policy": policy,
         "best": best,
         "ended": ended,

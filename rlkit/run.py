@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from algorithms.base import Algorithm, Render
@@ -29,15 +29,15 @@ from rlkit.cluster.ray_session import ray_session
 from rlkit.cluster.waiting import Watchdog, blocking, waiting
 from rlkit.config.command import FAILED, INTERRUPTED, print_error
 from rlkit.config.memory import object_store_bytes
-from rlkit.config.messages import ConfigError
+from rlkit.config.messages import ConfigError, named_as_set
 from rlkit.config.parts import ResolvedRun, config_text
 from rlkit.config.plan import gpu_shares
 from rlkit.config.schema import RunConfig
-from rlkit.data.base import BadRow, DataError, Split
+from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Split
 from rlkit.data.order import PromptOrder
 from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.endings import ending
-from rlkit.evaluation import Evaluator
+from rlkit.evaluation import OWN, Evaluator
 from rlkit.experience import Prompt, UserError
 from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard
 from rlkit.models.folder import model_folder
@@ -178,7 +178,7 @@ async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None
         tracker.warn(notice)
     async with waiting("the start", f"{point.checkpoint.path} to be restored", *_startup(trainer.config)):
         await trainer.checkpointer.restore(point.checkpoint, trainer)
-    tracker.resume(trainer.version, trainer.accuracies)
+    tracker.resume(trainer.version, trainer.headline, trainer.heldout)
 
 
 async def _start(
@@ -186,7 +186,7 @@ async def _start(
     folder: RunFolder,
     tracker: Tracker,
     train: Sequence[Prompt],
-    heldout: Sequence[Prompt],
+    heldout: Mapping[str, Sequence[Prompt]],
     render: Render,
     stack: contextlib.AsyncExitStack,
     began: float,
@@ -223,6 +223,8 @@ async def _start(
     if _own_verifier(resolved) and heldout:
         verifier = RewardPool(config.verifier, RewardContext(threads=1), seconds, logs, "verifier", beside_driver)
         stack.push_async_callback(verifier.close)
+    # A mask takes scores away that the verifier would give.
+    judged = verifier is reward and config.buffer.truncated != "mask"
     buffer = ray.remote(num_cpus=0, runtime_env={"env_vars": NO_GPU}, **beside_driver(0))(BufferActor).remote(
         config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
     )
@@ -245,7 +247,7 @@ async def _start(
         reward=reward,
         buffer=buffer,
         producer=_producer(config, algorithm, train, rollout, reward, buffer),
-        evaluator=Evaluator(heldout, rollout, verifier, config.seed) if heldout else None,
+        evaluator=Evaluator(heldout, rollout, verifier, config.evaluation, config.seed, judged) if heldout else None,
         weight_sync=WeightSync(config, rollout, learner, reward, _canary(train)),
         checkpointer=Checkpointer(config, folder),
         folder=folder,
@@ -313,22 +315,29 @@ async def _all_ready(starting: dict[str, Any], tracker: Tracker, config: RunConf
         await asyncio.gather(*(one(name, work) for name, work in starting.items()))
 
 
-def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt], list[Prompt], Render]:
-    """Training prompts, held-out prompts that the verifier can judge (maybe none), and how more are rendered. Raises
-    DataError."""
+def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt], dict[str, list[Prompt]], Render]:
+    """Training prompts, by set those held-out ones that the verifier can judge (maybe none), and how more are rendered.
+    Raises DataError."""
     from rlkit.data.rendering import load_tokenizer, render, renderer
 
     config = resolved.config
     tokenizer = load_tokenizer(model_folder(config.model.path), config.model.trust_remote_code)
     source = resolved.make_data_source()
-    loaded = {}
-    splits: tuple[Split, ...] = ("train", "heldout")
-    for split in splits:
-        problems, bad = source.load(split)
+
+    def rendered(problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str) -> list[Prompt]:
         prompts, too_long = render(problems, tokenizer, config.rollout.max_prompt_tokens, config.model.chat_template)
-        rows, allowed = len(problems) + len(bad), resolved.data_config.max_bad_row_share
-        _report_bad_rows([*bad, *too_long], rows, allowed, split, tracker)
-        loaded[split] = prompts
+        _report_bad_rows([*bad, *too_long], len(problems) + len(bad), data.max_bad_row_share, what, tracker)
+        return prompts
+
+    splits: tuple[Split, ...] = ("train", "heldout")
+    loaded = {split: rendered(*source.load(split), resolved.data_config, split) for split in splits}
+    further = {}
+    for name, one in resolved.sets.items():
+        key = f"evaluation.sets.{name}"
+        try:
+            further[name] = rendered(*one.source(one.config, config.seed).load_set(), one.config, key)
+        except DataError as error:
+            raise DataError(named_as_set(str(error), key)) from error
     if not loaded["train"]:
         raise DataError("the data source has no usable training problem")
     questions, per_step = len(loaded["train"]), config.trainer.prompts_per_step
@@ -340,15 +349,31 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt],
     judges = ((resolved.reward_class, resolved.reward_config), (resolved.verifier_class, resolved.verifier_config))
     for message in dict.fromkeys(text for cls, own in judges for text in cls.doubts(own, loaded["train"])):
         tracker.warn(message)
+    heldout = _heldout(resolved, loaded["train"], {OWN: loaded["heldout"], **further}, tracker)
+    return loaded["train"], heldout, renderer(tokenizer, config.model.chat_template)
+
+
+def _heldout(
+    resolved: ResolvedRun, train: Sequence[Prompt], sets: Mapping[str, Sequence[Prompt]], tracker: Tracker
+) -> dict[str, list[Prompt]]:
+    """Of each set what the verifier can judge, and as many as are asked for."""
     answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
-    heldout = [prompt for prompt in loaded["heldout"] if not answer_needed or prompt.answer is not None]
-    if not heldout:
-        tracker.warn("no held-out problem with a gold answer: this run is not evaluated")
-    return (
-        loaded["train"],
-        heldout[: config.trainer.evaluation_prompts],
-        renderer(tokenizer, config.model.chat_template),
-    )
+    trained = {prompt.token_ids for prompt in train} if resolved.sets else set()
+    heldout = {}
+    for name, prompts in sets.items():
+        key = f"evaluation.sets.{name}"
+        most = (resolved.sets[name].prompts if name else None) or resolved.config.trainer.evaluation_prompts
+        judged = [prompt for prompt in prompts if not answer_needed or prompt.answer is not None][:most]
+        if name and not judged:
+            raise DataError(f"{key} has no problem with a gold answer, which the verifier needs (verifier=NAME)")
+        if name and (known := sum(prompt.token_ids in trained for prompt in judged)):
+            tracker.warn(f"{known} of the {len(judged)} problems of {key} are also trained on")
+        if judged:
+            heldout[name] = judged
+    if OWN not in heldout:
+        whole = "" if heldout else ": this run is not evaluated (verifier=NAME may judge without one)"
+        tracker.warn(f"no held-out problem with a gold answer{whole}")
+    return heldout
 
 
 def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, split: str, tracker: Tracker) -> None:

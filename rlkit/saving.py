@@ -31,8 +31,10 @@ class SaveSchedule:
         self.best: Best | None = None
         self.improved = False
         """Since the last checkpoint."""
+        self.metric = config.best_metric or "accuracy/heldout"
+        """`trainer.best_metric`; without one, the headline of the evaluations."""
         self.seen = False
-        """Whether `trainer.best_metric` ever came."""
+        """Whether it ever came."""
 
     def due(self, step: int) -> bool:
         trainer = self.config
@@ -46,9 +48,11 @@ class SaveSchedule:
     def was_saved(self, step: int) -> None:
         self.saved, self.saved_at, self.improved = step, self.clock(), False
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """`metrics`: the latest known. The policy before training is beaten only by a better one."""
-        value = metrics.get(self.config.best_metric)
+    def evaluated(self, step: int, metrics: Mapping[str, float], headline: str | None = None) -> None:
+        """`metrics`: the latest known; `headline`: of an evaluation. The policy before training is beaten only by a
+        better one."""
+        self.metric = self.config.best_metric or headline or self.metric
+        value = metrics.get(self.metric)
         self.seen |= value is not None
         if value is None or not math.isfinite(value) or (self.best is not None and value <= self.best.value):
             return
@@ -57,7 +61,7 @@ class SaveSchedule:
 
     def missing(self, metrics: Mapping[str, float]) -> str | None:
         """A sentence, if `trainer.best_metric` has not come although steps and evaluations have."""
-        name = self.config.best_metric
+        name = self.metric
         if self.seen or name in metrics:
             return None
         near = get_close_matches(name, metrics, 1)
@@ -65,11 +69,13 @@ class SaveSchedule:
         return f"trainer.best_metric={name}: no step or evaluation gives such a metric, so no best is kept; {hint}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": None if self.best is None else [self.best.step, self.best.value], "seen": self.seen}
+        best = None if self.best is None else [self.best.step, self.best.value]
+        return {"best": best, "seen": self.seen, "metric": self.metric}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.best = None if state["best"] is None else Best(*state["best"])
         self.seen = state["seen"]
+        self.metric = self.config.best_metric or state.get("metric", self.metric)
 
 
 class StoppedError(Exception):

@@ -60,7 +60,10 @@ class Trainer:
     advanced: bool = False
     """Whether the buffer has heard of this version: then the next step has begun."""
     failed_scores: int = 0
-    accuracies: dict[int, float] = field(default_factory=dict)
+    headline: str = "accuracy/heldout"
+    """The metric that stands for a held-out evaluation."""
+    heldout: dict[int, float] = field(default_factory=dict)
+    """Step -> its value."""
     latest: dict[str, float] = field(default_factory=dict)
 
     async def fit(self) -> dict[str, Any]:
@@ -94,7 +97,7 @@ class Trainer:
         if ended is not None:
             self.tracker.message(ended)
             await self.save_what_is_whole()
-            if self.version not in self.accuracies:
+            if self.version not in self.heldout:
                 await self.evaluate(self.version)
             if self.schedule.improved:
                 await self.save(self.version)  # the same step, whose manifest now names the best
@@ -129,14 +132,15 @@ class Trainer:
             self.schedule.saved = None
 
     def summary(self, ended: str | None, training_seconds: float, steps: int) -> dict[str, Any]:
-        trainer, best, missing = self.config.trainer, self.schedule.best, self.schedule.missing(self.latest)
+        best, missing = self.schedule.best, self.schedule.missing(self.latest)
         if missing and self.evaluator is not None:
             self.tracker.warn(missing)
         if self.signal.nothing_learnt:
             self.tracker.warn(f"nothing was learnt in this run: {self.signal.cause(self.latest)}")
         return summary(
             steps=self.version,
-            accuracies=self.accuracies,
+            headline=self.headline,
+            heldout=self.heldout,
             wall_seconds=time.monotonic() - self.began,
             seconds_per_step=training_seconds / max(1, steps),
             reward_failed=self.failed_scores,
@@ -144,7 +148,7 @@ class Trainer:
             best=None
             if best is None
             else {
-                "metric": trainer.best_metric,
+                "metric": self.schedule.metric,
                 "value": best.value,
                 "step": best.step,
                 "policy": self.policy_of(best.step),
@@ -221,7 +225,7 @@ class Trainer:
 
     async def judge(self, groups: list[Group]) -> list[Group] | None:
         """The step's groups as the verifier scores them: shows when a learned reward is being gamed."""
-        return None if self.evaluator is None else (await self.evaluator.judge([groups]))[0]
+        return None if self.evaluator is None else await self.evaluator.judge_training(groups)
 
     async def publish(self) -> Agreement:
         """Send the weights to every rollout worker and verify them."""
@@ -234,10 +238,10 @@ class Trainer:
         with self.tracker.timed("evaluate"):
             async with self.deadline("the driver", f"the held-out evaluation after step {step}"):
                 result: Evaluation = await self.evaluator.evaluate(step)
-        self.accuracies[step] = result.accuracy
-        self.latest |= {**result.metrics, "accuracy/heldout": result.accuracy}
-        self.tracker.evaluation(step, result.accuracy, result.metrics)
-        self.schedule.evaluated(step, self.latest)
+        self.headline, self.heldout[step] = result.headline, result.value
+        self.latest |= result.metrics
+        self.tracker.evaluation(step, result.headline, result.metrics)
+        self.schedule.evaluated(step, self.latest, result.headline)
         if step and (missing := self.schedule.missing(self.latest)):
             self.tracker.warn(missing)
 
@@ -250,7 +254,7 @@ class Trainer:
         self.saving_fails = True
         with self.tracker.timed("save"):
             async with self.deadline("the driver", f"the checkpoint of step {step}"):
-                await self.checkpointer.save(step, self, self.latest)
+                await self.checkpointer.save(step, self, self.latest.get(self.schedule.metric))
         self.saving_fails = False
         self.schedule.was_saved(step)
 
@@ -282,7 +286,8 @@ class Trainer:
         return {
             "version": self.version,
             "failed_scores": self.failed_scores,
-            "accuracies": {str(step): accuracy for step, accuracy in self.accuracies.items()},
+            "headline": self.headline,
+            "accuracies": {str(step): value for step, value in self.heldout.items()},
             "algorithm": self.algorithm.state_dict(),
             "skipped_updates": self.guard.skipped_in_a_row,
             "alarm": list(self.alarm.history),
@@ -293,7 +298,8 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.version, self.failed_scores = state["version"], state["failed_scores"]
-        self.accuracies = {int(step): accuracy for step, accuracy in state["accuracies"].items()}
+        self.headline = state.get("headline", self.headline)  # not in checkpoints of 0.3
+        self.heldout = {int(step): value for step, value in state["accuracies"].items()}
         self.algorithm.load_state_dict(state["algorithm"])
         self.guard.skipped_in_a_row = state["skipped_updates"]
         self.alarm.history.extend(state["alarm"])

@@ -50,10 +50,11 @@ class Checkpointer:
     folder: RunFolder
     _sealing: asyncio.Task[None] | None = None
 
-    async def save(self, step: int, run: SavedRun, metrics: Mapping[str, float]) -> None:
+    async def save(self, step: int, run: SavedRun, best: float | None) -> None:
         """Write what `checkpoints/step_NNNNNN` holds; sync, seal, rename and prune in the background.
 
-        `metrics`: the latest known. Raises DiskFullError, and what failed in sealing the checkpoint before.
+        `best`: latest value of the metric by which checkpoints are compared. Raises DiskFullError, and what failed in
+        sealing the checkpoint before.
         """
         await self.finish()
         needed = await run.learner.checkpoint_bytes()
@@ -66,7 +67,7 @@ class Checkpointer:
         about = {
             "step": step,
             "created": time.time(),
-            "best": metrics.get(self.config.trainer.best_metric),
+            "best": best,
             "config": self.config.model_dump(mode="json"),
         }
         self._sealing = asyncio.create_task(self._seal(step, needed, staged, about, required, written))

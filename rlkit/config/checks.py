@@ -10,14 +10,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from algorithms.base import Algorithm
+from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
-from rlkit.config.messages import ConfigIssue, Issues, of_the_verifier
+from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
-from rlkit.config.plan import engines_fit_on_nodes, phases_make_room, weights_can_travel
+from rlkit.config.plan import engines_fit_on_nodes, longest_response, phases_make_room, weights_can_travel
 from rlkit.config.schema import (
     ClusterConfig,
     CriticConfig,
+    EvaluationConfig,
     LearnerConfig,
     ModelConfig,
     RolloutConfig,
@@ -99,34 +101,6 @@ def raw_scores_are_normalised(algorithm: Algorithm, reward: Part) -> Issues:
         )
 
 
-def verifier_judges_held_out_answers(verifier: Part, data: DataSource) -> Issues:
-    """A verifier does not learn, and judges a single response with what the data provide."""
-    traits, provided = verifier.cls.traits(verifier.config), data.provides()
-    if traits.update_when != "none" or traits.follows_policy:
-        yield ConfigIssue(
-            "verifier", f"{verifier.cls.__name__} learns in the run; a verifier must judge alike to its end"
-        )
-    if traits.samples > 1:
-        yield ConfigIssue(
-            "verifier",
-            f"{verifier.cls.__name__} compares {traits.samples} responses to a prompt; a held-out prompt has one",
-        )
-    # Without gold answers a run is not evaluated, which is a warning once the rows are read.
-    needed = [*(["references"] if traits.references else []), *traits.columns]
-    lacking = [name for name in needed if name not in provided]
-    if lacking:
-        yield ConfigIssue(
-            "verifier",
-            f"{verifier.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
-            f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another verifier",
-        )
-
-
-def verifier_is_usable(verifier: Part) -> Issues:
-    for message in verifier.cls.check(verifier.config):
-        yield of_the_verifier(ConfigIssue("verifier", message))
-
-
 def data_is_usable(data: DataSource) -> Issues:
     for message in data.check():
         yield ConfigIssue("data", message)
@@ -138,13 +112,17 @@ def reward_is_usable(reward: Part) -> Issues:
 
 
 def model_is_usable(
-    model_shape: ModelShape | ModelFolderError, model: ModelConfig, cluster: ClusterConfig, rollout: RolloutConfig
+    model_shape: ModelShape | ModelFolderError,
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    rollout: RolloutConfig,
+    evaluation: EvaluationConfig,
 ) -> Issues:
     if isinstance(model_shape, ModelFolderError):
         yield ConfigIssue("model.path", str(model_shape))
         return
     folder = model_folder(model.path)
-    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    longest = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
     template = model.chat_template is not None
     for refusal in refusals(folder, device=cluster.device, longest=longest, chat_template=template):
         yield ConfigIssue("model.path", refusal)
@@ -157,25 +135,32 @@ def model_is_usable(
         )
 
 
-def model_is_long_enough(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Issues:
+def model_is_long_enough(
+    model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig, evaluation: EvaluationConfig
+) -> Issues:
     if isinstance(model_shape, ModelFolderError) or model_shape.max_positions is None:
         return
-    total = rollout.max_prompt_tokens + rollout.max_response_tokens
+    responses = longest_response(rollout, evaluation)
+    total = rollout.max_prompt_tokens + responses
     if total > model_shape.max_positions:
+        section = "rollout" if responses == rollout.max_response_tokens else "evaluation"
         yield ConfigIssue(
-            "rollout.max_response_tokens",
-            f"{rollout.max_prompt_tokens} prompt + {rollout.max_response_tokens} response tokens are {total}, but the "
+            f"{section}.max_response_tokens",
+            f"{rollout.max_prompt_tokens} prompt + {responses} response tokens are {total}, but the "
             f"model has {model_shape.max_positions} positions; lower rollout.max_prompt_tokens or this",
         )
 
 
 def cache_holds_a_sequence(
-    model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig, cluster: ClusterConfig
+    model_shape: ModelShape | ModelFolderError,
+    rollout: RolloutConfig,
+    evaluation: EvaluationConfig,
+    cluster: ClusterConfig,
 ) -> Issues:
     """On CPU the key-value cache has a fixed size; vLLM would refuse after loading the model."""
     if isinstance(model_shape, ModelFolderError) or cluster.device != "cpu":
         return
-    tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
+    tokens = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
     needed = tokens * model_shape.kv_bytes_per_token(4 if rollout.dtype in ("auto", "float32") else 2) / 2**30
     if needed > rollout.memory_gib:
         yield ConfigIssue("rollout.memory_gib", f"one sequence of {tokens} tokens needs {needed:.2f} GiB of cache")
@@ -361,8 +346,6 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
-    verifier_judges_held_out_answers,
-    verifier_is_usable,
     process_rewards_come_from_somewhere,
     raw_scores_are_normalised,
     reward_can_compare,
@@ -384,6 +367,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     joined_cluster_has_its_own_store,
     sampler_and_learner_agree,
     stale_samples_are_corrected,
+    *HELDOUT,
     *PLACES,
     *LIMITS,
 )

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.metric_names import FAMILIES, METRICS
-from rlkit.config.schema import CriticConfig, LearnerConfig, TrainerConfig
+from rlkit.config.schema import CriticConfig, EvaluationConfig, LearnerConfig, TrainerConfig
 from rlkit.data.base import DataSource
 from rlkit.experience.names import edits, nearest
 
@@ -69,10 +69,11 @@ def staleness_is_bounded(trainer: TrainerConfig) -> Issues:
         )
 
 
-def best_metric_exists(trainer: TrainerConfig) -> Issues:
+def best_metric_exists(trainer: TrainerConfig, evaluation: EvaluationConfig) -> Issues:
     """A reward or an algorithm of the user's may report metrics of other names."""
     name = trainer.best_metric
-    if name in METRICS or name.startswith(FAMILIES):
+    of_sets = tuple(f"evaluation/{one}/" for one in evaluation.sets)
+    if name is None or name in METRICS or name.startswith((*FAMILIES, *of_sets)):
         return
     guess = nearest(name, METRICS)
     hint = f"did you mean {guess}? " if guess else ""

@@ -30,6 +30,7 @@ from rlkit.config.compose import (
     set_value,
     unknown_parts,
 )
+from rlkit.config.heldout import HeldoutSets
 from rlkit.config.machine import fits
 from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, of_the_verifier, section_type, validate
 from rlkit.config.overrides import Overrides, parse_overrides
@@ -37,6 +38,7 @@ from rlkit.config.parts import (
     CONTRACTS,
     TARGET,
     Contract,
+    HeldoutSet,
     Part,
     PartError,
     ResolvedRun,
@@ -288,6 +290,20 @@ class _RunLoading(Loading):
     def __init__(self, arguments: Sequence[str], file: Path | None, elsewhere: Collection[str] | None) -> None:
         super().__init__(arguments, file, folder=conf_dir(), schema=RunConfig, contracts=CONTRACTS)
         self.elsewhere = elsewhere
+        self.sets: dict[str, HeldoutSet] = {}
+
+    def validate(self) -> None:
+        super().validate()
+        evaluation = self.available.get("evaluation")
+        if evaluation is None:
+            return
+        data = self.tree["data"] if "data" in self.parts else None
+        reading = HeldoutSets(self.folder, self.options["data"], data, self.sources.where)
+        read = {name: reading.read(name, section) for name, section in evaluation.sets.items()}
+        self.problems += reading.problems
+        self.sets = {name: one for name, one in read.items() if one is not None}
+        whole = {name: one.section() for name, one in self.sets.items()}
+        self.available["evaluation"] = evaluation.model_copy(update={"sets": whole})
 
     def check(self) -> None:
         if "algorithm" in self.parts and "trainer" in self.available:
@@ -305,6 +321,7 @@ class _RunLoading(Loading):
             subject = self._make(kind, part)
             if subject is not None:
                 checked[kind] = subject
+        checked["sets"] = {name: self._make("data", Part(one.source, one.config)) for name, one in self.sets.items()}
         for group in self.overrides.guessed:  # how a guess fits with the rest says nothing
             checked.pop(group, None)
         self._report(run_checks(checked))
@@ -348,6 +365,7 @@ class _RunLoading(Loading):
             config=RunConfig(**self.available, **full),
             **{f"{kind}_class": part.cls for kind, part in self.parts.items()},
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
+            sets=self.sets,
         )
         with suppress(ModelFolderError):  # a model that is only where the run will be
             self._report(fits(run) if must_fit else ())

@@ -24,7 +24,7 @@ from rlkit.config.memory import (
 )
 from rlkit.config.messages import ConfigError, ConfigIssue, Issues
 from rlkit.config.parts import ResolvedRun, conf_dir
-from rlkit.config.plan import colocated_slots, shares_gpus
+from rlkit.config.plan import colocated_slots, longest_response, shares_gpus
 from rlkit.config.schema import ClusterConfig, RunConfig, TrainerConfig
 from rlkit.models.folder import ModelShape, check_model_folder
 
@@ -199,7 +199,7 @@ def _engine(run: ResolvedRun, gpu: float) -> Issues:
     rollout, shape = run.config.rollout, check_model_folder(run.config.model.path)
     width = element_bytes(rollout.dtype, True)
     weights = width * (shape.parameters or 0) / rollout.tensor_parallel_size
-    length = rollout.max_prompt_tokens + rollout.max_response_tokens
+    length = rollout.max_prompt_tokens + longest_response(rollout, run.config.evaluation)
     split = min(rollout.tensor_parallel_size, shape.kv_heads)
     sequence = length * shape.kv_bytes_per_token(width) / split
     share, needed = rollout.gpu_memory_utilization * gpu, weights + sequence + ENGINE_WORKS * GIB

@@ -38,6 +38,15 @@ def of_the_verifier(issue: ConfigIssue) -> ConfigIssue:
     return replace(issue, message=re.sub(r"\breward(?=[.=]\w)", "verifier", issue.message))
 
 
+def of_the_set(issue: ConfigIssue, key: str) -> ConfigIssue:
+    """The same for a source's `data.x`, where the key of a held-out set is meant."""
+    return replace(issue, message=named_as_set(issue.message, key))
+
+
+def named_as_set(text: str, key: str) -> str:
+    return re.sub(r"(?<![\w.])data(?==\w)", f"{key}.data", re.sub(r"(?<![\w.])data(?=\.\w)", key, text))
+
+
 class ConfigError(UserError):
     def __init__(self, problems: Sequence[ConfigIssue]) -> None:
         self.problems = tuple(problems)

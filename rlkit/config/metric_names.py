@@ -2,7 +2,7 @@
 
 _BY_AREA = {
     "accuracy": "heldout train",
-    "reward": "mean mean_trained std overlong_penalty failed greedy_mean",
+    "reward": "heldout train mean mean_trained std overlong_penalty failed greedy_mean",
     "evaluation": "samples unjudged length_mean truncated_share",
     "group": "all_equal_share",
     "policy": "loss entropy clip_share grad_norm learning_rate skipped_updates waits optimizer_steps trained_samples "
@@ -24,5 +24,5 @@ _BY_AREA = {
     "prime": "process_variance_share return_mean return_std return_length_correlation last_token_share",
 }
 METRICS = frozenset(f"{area}/{name}" for area, names in _BY_AREA.items() for name in names.split())
-FAMILIES = ("reward/component/", "reward/failed/")
-"""Beginnings of names that end with a part or a cause."""
+FAMILIES = ("reward/component/", "reward/failed/", "evaluation/pass@", "evaluation/best@")
+"""Beginnings of names that end with a part, a cause or a number."""

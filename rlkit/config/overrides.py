@@ -67,7 +67,7 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
             return f"remove the spaces around `=` ({reason})"
         hint = f"quote special characters for the shell and for Hydra: \"{key}='{text}'\""
         return f"cannot be parsed ({reason}); {hint}"
-    key = override.key_or_group
+    key = re.sub(r"^evaluation\.reward(?=\.|$)", "verifier", override.key_or_group)  # another name of that part
     if override.type == OverrideType.DEL:
         return "keys cannot be removed; every key has a default, so leave it out or set it to another value"
     if override.package is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,21 @@ def import_class(kind: str, target: Any, base: type) -> Any:
 
 
 @dataclass(frozen=True)
+class HeldoutSet:
+    """One of `evaluation.sets`."""
+
+    source: type[DataSource]
+    config: DataConfig
+    prompts: int | None
+    """None: `trainer.evaluation_prompts`."""
+
+    def section(self) -> dict[str, Any]:
+        """As it stands in the configuration, every value spelled out."""
+        target = f"{self.source.__module__}.{self.source.__qualname__}"
+        return {TARGET: target, **self.config.model_dump(mode="json"), "prompts": self.prompts}
+
+
+@dataclass(frozen=True)
 class ResolvedRun:
     """Cheap to pickle: classes travel by name."""
 
@@ -121,6 +136,8 @@ class ResolvedRun:
     data_config: DataConfig
     verifier_class: type[Reward]
     verifier_config: RewardConfig
+    sets: Mapping[str, HeldoutSet] = field(default_factory=dict)
+    """Further held-out problems by name."""
     warnings: tuple[ConfigIssue, ...] = ()
 
     def make_algorithm(self) -> Algorithm:

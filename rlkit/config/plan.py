@@ -8,7 +8,15 @@ from typing import Literal
 from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import import_part
-from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, RolloutConfig, RunConfig, TrainerConfig
+from rlkit.config.schema import (
+    ClusterConfig,
+    CriticConfig,
+    EvaluationConfig,
+    LearnerConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainerConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,11 @@ def _reward_uses_gpu(config: RunConfig) -> bool:
     cls = import_part("reward", config.reward["_target_"])
     own = {key: value for key, value in config.reward.items() if key != "_target_"}
     return bool(cls.traits(cls.Config(**own)).uses_gpu)
+
+
+def longest_response(rollout: RolloutConfig, evaluation: EvaluationConfig) -> int:
+    """Tokens that an engine must have room for after a prompt."""
+    return max(rollout.max_response_tokens, evaluation.max_response_tokens or 0)
 
 
 WeightRoute = Literal["object_store", "gloo", "nccl", "ipc"]

@@ -26,7 +26,7 @@ class TrainerConfig(Section):
     evaluate_every_steps: int = Field(default=25, ge=0)
     """Steps between held-out evaluations, besides the ones before and after training. 0: only those two."""
     evaluation_prompts: int = Field(default=256, ge=1)
-    """Held-out prompts per evaluation (all if there are fewer), one response each."""
+    """Held-out prompts per evaluation (all if there are fewer); `evaluation` says how they are answered."""
     save_every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints `checkpoints/step_NNNNNN/`, from which a run can resume. 0: by `save_every_minutes`.
     Besides, one is made after the last step, when an evaluation improves `best_metric`, and when the run is ended by
@@ -48,8 +48,9 @@ class TrainerConfig(Section):
     bfloat16); null: never."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept: the newest ones, and the best."""
-    best_metric: str = "accuracy/heldout"
-    """The best checkpoint has the largest value of this metric (of its step or of the latest evaluation)."""
+    best_metric: str | None = None
+    """The best checkpoint has the largest value of this metric (of its step or of the latest evaluation); null: of
+    what the evaluations show, `accuracy/heldout` or `reward/heldout`."""
     hacking_alarm_steps: int = Field(default=10, ge=0)
     """Steps per window. Warn when from one window to the next the mean reward (or a process reward model's accuracy)
     rose while the share of right answers fell. 0: never."""
@@ -83,7 +84,8 @@ class RolloutConfig(Section):
     max_restarts: int = Field(default=3, ge=0)
     """Times the process of a worker that died, or did not confirm new weights, is replaced before the run stops."""
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of training and evaluation; the learner's log-probs use the same."""
+    """Sampling temperature of training, and of evaluation unless `evaluation` says otherwise; the learner's log-probs
+    use the same."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling; below 1 the sampler's log-probs no longer equal the learner's (with a warning)."""
     top_k: int = Field(default=0, ge=0)
@@ -122,8 +124,36 @@ class RolloutConfig(Section):
         if not isinstance(temperature, bool) and temperature == 0:
             raise ValueError(
                 "must be above 0: at 0 all responses to a prompt are the same, so none can be better than another "
-                "(an evaluation samples like training; a greedy one is not supported yet)"
+                "(a greedy evaluation is evaluation.greedy=true)"
             )
+        return temperature
+
+
+class EvaluationConfig(Section):
+    """How held-out problems are answered. Who judges the answers is a part: `verifier=NAME`, any of the rewards."""
+
+    samples: int = Field(default=1, ge=1)
+    """Responses to each held-out prompt: the accuracy is their mean (avg@k), and `evaluation/pass@k` is reported for
+    k of 2, 4, 8, ... up to this."""
+    greedy: bool = False
+    """One response of the likeliest tokens to each prompt, in place of samples."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Sampling temperature; null: `rollout.temperature`."""
+    max_response_tokens: int | None = Field(default=None, ge=1)
+    """Where a response is cut; null: `rollout.max_response_tokens`."""
+    training_answers: bool = True
+    """Let the verifier judge the training responses of each step, too (`accuracy/train`); false spares the calls of a
+    verifier that is slow or costs money."""
+    sets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further held-out sets: `evaluation.sets.NAME.path=FILE` takes all rows of a file, with the columns of `data`;
+    `evaluation.sets.NAME.data=OPTION` another source (any option of `data`, with its keys), and
+    `evaluation.sets.NAME.prompts=N` at most so many of it. Metrics: `evaluation/NAME/accuracy` and others."""
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _samples(cls, temperature: Any) -> Any:
+        if not isinstance(temperature, bool) and temperature == 0:
+            raise ValueError("must be above 0; the likeliest tokens are asked for by evaluation.greedy=true")
         return temperature
 
 
@@ -250,6 +280,7 @@ class RunConfig(Section):
     trainer: TrainerConfig = TrainerConfig()
     model: ModelConfig = ModelConfig()
     rollout: RolloutConfig = RolloutConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()

@@ -145,8 +145,8 @@ OTHER_NAMES: Mapping[str, str] = {
 
 TRACKERS = "is not supported: metrics go to RUN/metrics.jsonl and to TensorBoard (tracking.tensorboard)"
 EVALUATION = (
-    "not supported yet: an evaluation takes one response per held-out prompt, sampled like those of training "
-    "(trainer.evaluation_prompts, rollout.temperature)"
+    "here it is evaluation.samples (for avg@k and pass@k), evaluation.greedy, evaluation.temperature and "
+    "trainer.evaluation_prompts"
 )
 PREFERENCES = (
     "DPO and its kin (learning from fixed pairs) are not supported: rlkit samples from the policy that it trains. "
@@ -222,6 +222,10 @@ WISHES: tuple[tuple[str, str], ...] = (
 )
 
 IN_SECTION: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "evaluation": (
+        (r"reward|verifier|judge", "the judge is a part: verifier=NAME"),
+        (r"every_steps|interval|freq", "here it is trainer.evaluate_every_steps"),
+    ),
     "rollout": ((r"name|backend|engine", "the sampler is vLLM; there is no other"),),
     "tracking": ((r"name|backends?|project|type", f"another tracker {TRACKERS}"),),
 }

@@ -39,7 +39,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One row of a data source."""
+    """One row of a data source, or rows with responses to one prompt."""
 
     id: str
     messages: tuple[Message, ...]
@@ -51,6 +51,11 @@ class Problem:
     responses: tuple[Response, ...] = ()
     pairs: tuple[PreferencePair, ...] = ()
     """Preferences between `responses`, by their index."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the data that it came from."""
+        return len({response.origin for response in self.responses}) or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,10 @@ class DataSource(ABC):
     @abstractmethod
     def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
         """All problems of a split and the unusable rows. Raises DataError if a split is unusable."""
+
+    def load_set(self) -> tuple[list[Problem], list[BadRow]]:
+        """The problems if the source is one of `evaluation.sets`: the held-out ones, or all of a file's."""
+        return self.load("heldout")
 
     def provides(self) -> frozenset[str]:
         """`answer`, `references` and further column names that its problems carry (for reward checks); `responses`,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,15 +11,18 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
+from rlkit.data.cells import Row, prompt_of
 from rlkit.data.rows import (
     ColumnsConfig,
+    Parts,
+    RowsConfig,
     heldout_keys,
     missing_columns,
     parse_rows,
     question_key,
     refuse_too_many_bad_rows,
 )
-from rlkit.data.tables import Row, Rows, data_set_rows, file_rows, hub_columns, is_local, local_files
+from rlkit.data.tables import Rows, data_set_rows, file_rows, hub_columns, is_local, local_files
 
 Loaded = tuple[list[Problem], list[BadRow]]
 
@@ -31,6 +35,8 @@ class TableSource(DataSource):
     """Rows with columns, split into train and held-out problems that share no question."""
 
     Config: ClassVar[type[DataConfig]] = ColumnsConfig
+    gather: ClassVar[bool] = False
+    """Rows with the same prompt are one problem."""
 
     def __init__(self, config: Any, seed: int) -> None:
         super().__init__(config, seed)
@@ -44,6 +50,16 @@ class TableSource(DataSource):
     @abstractmethod
     def _rows(self, split: Split) -> Rows:
         """All rows of a split. Raises DataError if they cannot be read."""
+
+    def _read(self, row: Row, origin: str) -> Parts:
+        """Raises RowError."""
+        return Parts(prompt_of(row, self.config.prompt_column))
+
+    def _problems(self, rows: Iterable[tuple[str, Row | BadRow]], what: str, id_prefix: str = "") -> Loaded:
+        """Raises DataError if too many rows of `what` are unusable."""
+        problems, bad = parse_rows(rows, self.config, self._read, id_prefix, gather=self.gather)
+        self._refuse(what, problems, bad)
+        return problems, bad
 
     def _head(self, split: Split) -> list[tuple[str, Row | BadRow]]:
         """The first rows. Raises DataError like `_rows`."""
@@ -73,8 +89,7 @@ class TableSource(DataSource):
                 head = [] if lacking or columns is None else self._head(split)
                 if head:
                     part = f"the first {len(head)} rows of {source}" if len(head) == CHECKED_ROWS else source
-                    problems, bad = parse_rows(head, self.config)
-                    refuse_too_many_bad_rows(bad, len(problems) + len(bad), self.config.max_bad_row_share, part)
+                    self._problems(head, part)
             except DataError as error:
                 messages.append(str(error))
         if not messages and self._source("train") == self._source("heldout"):
@@ -85,12 +100,12 @@ class TableSource(DataSource):
         return messages
 
     def provides(self) -> frozenset[str]:
-        config: ColumnsConfig = self.config
+        config: RowsConfig = self.config
         try:
             columns = set(self._columns("train") or ())
         except DataError:
             columns = set()  # check() reports why
-        provided = columns - set(config.named_columns().values())
+        provided = columns - config.used_columns()
         if config.answer_column is not None:
             provided.add("answer")
         if config.reference_columns or config.answer_column is not None:
@@ -101,6 +116,10 @@ class TableSource(DataSource):
         if self._loaded is None:
             self._loaded = self._load_both()
         return self._loaded[split]
+
+    def load_set(self) -> Loaded:
+        """All rows that `path` names."""
+        return self._parse("train")
 
     def _load_both(self) -> dict[Split, Loaded]:
         train, bad = self._parse("train")
@@ -115,21 +134,19 @@ class TableSource(DataSource):
             for problem in train
             if question_key(problem) in judged
         ]
-        self._refuse("train", kept, bad)
+        self._refuse(self._source("train"), kept, bad)
         return {"train": (kept, bad), "heldout": (heldout, heldout_bad)}
 
     def _parse(self, split: Split, id_prefix: str = "") -> Loaded:
-        problems, bad = parse_rows(self._rows(split), self.config, id_prefix)
-        self._refuse(split, problems, bad)
-        return problems, bad
+        return self._problems(self._rows(split), self._source(split) or "", id_prefix)
 
-    def _refuse(self, split: Split, problems: list[Problem], bad: list[BadRow]) -> None:
-        what = self._source(split) or ""
-        refuse_too_many_bad_rows(bad, len(problems) + len(bad), self.config.max_bad_row_share, what)
+    def _refuse(self, what: str | None, problems: list[Problem], bad: list[BadRow]) -> None:
+        rows = sum(problem.rows for problem in problems) + len(bad)
+        refuse_too_many_bad_rows(bad, rows, self.config.max_bad_row_share, what or "")
 
     def _split(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
         """By question: duplicates of a question land on one side, whatever the order of the file."""
-        config: ColumnsConfig = self.config
+        config: RowsConfig = self.config
         keys = {question_key(problem) for problem in problems}
         if len(keys) < 2:
             raise DataError(
@@ -172,11 +189,11 @@ class FileSource(TableSource):
             ("data.path", self.config.path) if split == "train" else ("data.heldout_path", self.config.heldout_path)
         )
         for path in local_files(names, key):
-            yield from file_rows(path, key, self.config.named_columns().values())
+            yield from file_rows(path, key, self.config.text_columns())
 
 
-class HfConfig(ColumnsConfig):
-    """A data set of the Hugging Face hub, or a local folder or file, that `datasets` reads."""
+class DataSetConfig(RowsConfig):
+    """A data set of the Hugging Face hub, or a local folder or file."""
 
     path: str
     """Name on the hub, or a local folder or file."""
@@ -192,7 +209,7 @@ class HfConfig(ColumnsConfig):
     """Local file with the held-out problems, if they are not a split of `path`."""
 
     @model_validator(mode="after")
-    def _one_way_to_hold_out(self) -> HfConfig:
+    def _one_way_to_hold_out(self) -> DataSetConfig:
         ways = ("heldout_split", "heldout_path", "heldout_share")
         named = [way for way in ways if getattr(self, way) is not None]
         if len(named) > 1:
@@ -202,6 +219,10 @@ class HfConfig(ColumnsConfig):
         if is_local(self.path) and (self.split != "train" or self.heldout_split is not None):
             raise ValueError(f"{self.path} is a file and has no splits: leave split and heldout_split out")
         return self
+
+
+class HfConfig(DataSetConfig, ColumnsConfig):
+    """What `datasets` reads."""
 
 
 class HfSource(TableSource):
@@ -215,7 +236,7 @@ class HfSource(TableSource):
 
     def _where(self, split: Split) -> tuple[str, str, str] | None:
         """Key, path and split."""
-        config: HfConfig = self.config
+        config: DataSetConfig = self.config
         if split == "train":
             return "data.path", config.path, config.split
         if config.heldout_path is not None:
@@ -235,7 +256,7 @@ class HfSource(TableSource):
         key, path, name = where
         if is_local(path):
             for file in local_files(path, key):
-                yield from file_rows(file, key, self.config.named_columns().values())
+                yield from file_rows(file, key, self.config.text_columns())
         else:
             yield from data_set_rows(path, key, name, self.config.subset, self.config.revision, head=head)
 

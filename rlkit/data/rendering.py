@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.experience import Message, Prompt
@@ -42,62 +43,131 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     return tokenizer
 
 
+class ChatTemplate:
+    """A model's chat template, or that of a Jinja file. Raises DataError if there is none."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -> None:
+        self.tokenizer = tokenizer
+        self._text = _read_template(path, tokenizer)
+
+    def texts(self, chats: Sequence[Sequence[Message]], *, ask: bool) -> list[str | BadRow]:
+        """The conversations as texts, or why the template refuses one (a row without an origin).
+
+        `ask`: they end where the assistant answers. Raises DataError if the template is no valid Jinja.
+        """
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        def text(conversations: Sequence[Sequence[Message]]) -> list[str | BadRow]:
+            messages = [[{"role": m.role, "content": m.content} for m in chat] for chat in conversations]
+            rendered: list[str | BadRow] = self.tokenizer.apply_chat_template(
+                messages, chat_template=self._text, add_generation_prompt=ask, tokenize=False
+            )
+            return rendered
+
+        if not chats:
+            return []
+        try:
+            return text(chats)
+        except TemplateSyntaxError as error:
+            raise DataError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from error
+        except TemplateError:
+            texts: list[str | BadRow] = []  # some conversation was refused: find out which
+            for chat in chats:
+                try:
+                    texts += text([chat])
+                except TemplateError as error:
+                    texts.append(BadRow("", f"the chat template refuses this conversation: {error}"))
+            return texts
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Of pieces of rendered text, each apart."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
+        token_ids: list[list[int]] = encoded["input_ids"]
+        return token_ids
+
+
+class Asked(NamedTuple):
+    problem: Problem
+    prompt: Prompt
+    text: str
+    """The prompt as the template renders it."""
+
+
+def ask(problems: Sequence[Problem], template: ChatTemplate, max_tokens: int) -> tuple[list[Asked], list[BadRow]]:
+    """Prompts with the sampler's token ids, and the problems that cannot be rendered.
+
+    Bad rows: prompts longer than `max_tokens`, or refused by the template. Raises DataError for two BOS tokens.
+    """
+    asked: list[Asked] = []
+    bad: list[BadRow] = []
+    texts = template.texts([problem.messages for problem in problems], ask=True)
+    rendered = iter(template.token_ids([text for text in texts if isinstance(text, str)]))
+    longest = 0
+    # one object per token of the vocabulary, not per token of the data: a quarter of the memory
+    shared: dict[int, int] = {}
+    for problem, text in zip(problems, texts, strict=True):
+        if isinstance(text, BadRow):
+            bad.append(replace(text, origin=problem.origin))
+            continue
+        ids = next(rendered)
+        longest = max(longest, len(ids))
+        if len(ids) > max_tokens:
+            reason = f"the prompt has {len(ids)} tokens, more than rollout.max_prompt_tokens={max_tokens}"
+            bad.append(BadRow(problem.origin, reason, "Raise rollout.max_prompt_tokens"))
+            continue
+        prompt = Prompt(
+            id=problem.id,
+            messages=problem.messages,
+            token_ids=tuple(shared.setdefault(token, token) for token in ids),
+            references=problem.references,
+            answer=problem.answer,
+            columns=problem.columns,
+        )
+        asked.append(Asked(problem, prompt, text))
+    bos = template.tokenizer.bos_token_id
+    if bos is not None and any(prompt.token_ids[:2] == (bos, bos) for _, prompt, _ in asked):
+        raise DataError(
+            f"the chat template begins with the BOS token {template.tokenizer.bos_token!r} twice: remove one "
+            "(model.chat_template names a template file to use in its place)."
+        )
+    return asked, with_longest(bad, longest)
+
+
+def with_longest(bad: Sequence[BadRow], longest: int) -> list[BadRow]:
+    """Remedies that raise a limit say to which length."""
+    return [
+        replace(row, remedy=f"{row.remedy} (the longest has {longest})") if row.remedy.startswith("Raise ") else row
+        for row in bad
+    ]
+
+
 def render(
     problems: Sequence[Problem],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     chat_template: str | Path | None = None,
 ) -> tuple[list[Prompt], list[BadRow]]:
-    """Prompts with the sampler's token ids, and the problems that cannot be rendered.
+    """Prompts, and the problems that cannot be rendered, as `ask`; `chat_template`: path of a Jinja file.
 
-    `chat_template`: path of a Jinja file. Bad rows: prompts longer than `max_prompt_tokens`, or refused by the
-    template. Raises DataError without a template, or for two BOS tokens.
+    Raises DataError without a template, or for two BOS tokens.
     """
-    template = _read_template(chat_template, tokenizer)
-    prompts: list[Prompt] = []
-    bad: list[BadRow] = []
-    rendered = _token_ids(problems, tokenizer, template)
-    shared: dict[
-        int, int
-    ] = {}  # one object per token of the vocabulary, not per token of the data: a quarter of the memory
-    longest = max((len(ids) for ids in rendered if not isinstance(ids, str)), default=0)
-    for problem, ids in zip(problems, rendered, strict=True):
-        if isinstance(ids, str):
-            bad.append(BadRow(problem.origin, ids))
-        elif len(ids) > max_prompt_tokens:
-            reason = f"the prompt has {len(ids)} tokens, more than rollout.max_prompt_tokens={max_prompt_tokens}"
-            bad.append(BadRow(problem.origin, reason, f"Raise rollout.max_prompt_tokens (the longest has {longest})"))
-        else:
-            prompts.append(
-                Prompt(
-                    id=problem.id,
-                    messages=problem.messages,
-                    token_ids=tuple(shared.setdefault(token, token) for token in ids),
-                    references=problem.references,
-                    answer=problem.answer,
-                    columns=problem.columns,
-                )
-            )
-    bos = tokenizer.bos_token_id
-    if bos is not None and any(prompt.token_ids[:2] == (bos, bos) for prompt in prompts):
-        raise DataError(
-            f"the chat template begins with the BOS token {tokenizer.bos_token!r} twice: remove one "
-            "(model.chat_template names a template file to use in its place)."
-        )
-    return prompts, bad
+    asked, bad = ask(problems, ChatTemplate(tokenizer, chat_template), max_prompt_tokens)
+    return [prompt for _, prompt, _ in asked], bad
 
 
 def renderer(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | Path | None = None
 ) -> Callable[[Sequence[Message]], tuple[int, ...]]:
     """Renders one prompt that is no problem of the data. It raises DataError where the template refuses it."""
-    template = _read_template(chat_template, tokenizer)
+    template = ChatTemplate(tokenizer, chat_template)
 
     def rendered(messages: Sequence[Message]) -> tuple[int, ...]:
-        (ids,) = _token_ids([Problem("", tuple(messages))], tokenizer, template)
-        if isinstance(ids, str):
-            raise DataError(ids)
-        return tuple(ids)
+        (text,) = template.texts([messages], ask=True)
+        if isinstance(text, BadRow):
+            raise DataError(text.reason)
+        return tuple(template.token_ids([text])[0])
 
     return rendered
 
@@ -114,33 +184,3 @@ def _read_template(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) 
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"model.chat_template={path} cannot be read: {error}") from error
-
-
-def _token_ids(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, template: str | None
-) -> list[list[int] | str]:
-    """Per problem its token ids, or why the template refuses it."""
-    from jinja2 import TemplateError, TemplateSyntaxError
-
-    if not problems:
-        return []
-    chats = [[{"role": m.role, "content": m.content} for m in problem.messages] for problem in problems]
-
-    def tokenise(conversations: list[list[dict[str, str]]]) -> list[list[int]]:
-        encoded = tokenizer.apply_chat_template(
-            conversations, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
-
-    try:
-        return list(tokenise(chats))
-    except TemplateSyntaxError as error:
-        raise DataError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from error
-    except TemplateError:
-        results: list[list[int] | str] = []  # some conversation was refused: find out which
-        for chat in chats:
-            try:
-                results += tokenise([chat])
-            except TemplateError as error:
-                results.append(f"the chat template refuses this conversation: {error}")
-        return results

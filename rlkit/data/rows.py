@@ -7,13 +7,15 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator
 
-from rlkit.data.base import BadRow, DataConfig, DataError, Problem
-from rlkit.experience import Message
+from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Response
+from rlkit.data.cells import Chat, Row, RowError, cell, text
+from rlkit.experience import Message, PreferencePair
 
 ANSWER_MARKER = "####"
 """In GSM8K the final answer follows this, after the worked solution."""
@@ -22,14 +24,14 @@ _CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 _ROWS_SHOWN = 5
 
 
-class ColumnsConfig(DataConfig):
-    prompt_column: str = "question"
-    """The question: a text, or a list of chat messages (`{"role": ..., "content": ...}`). A column inside another is
-    named with a dot, here and below: `reward_model.ground_truth`."""
-    answer_column: str | None = "answer"
+class RowsConfig(DataConfig):
+    """Of every source with rows."""
+
+    answer_column: str | None = None
     """The gold answer: a text or a number; from `... #### 72` only `72` is used. null: there is none."""
     reference_columns: tuple[str, ...] = ()
-    """Columns with reference answers (a text or a list of texts each). Empty: the whole text of the answer column."""
+    """Columns with reference answers (a text or a list of texts each). Empty: the whole text of the answer column. A
+    column inside another is named with a dot, as everywhere: `reward_model.ground_truth`."""
     strip_annotations: bool = True
     """Remove GSM8K's calculator annotations (`<<48/2=24>>`) from references and answers."""
     system_prompt: str | None = None
@@ -47,19 +49,39 @@ class ColumnsConfig(DataConfig):
         return (value,) if isinstance(value, str) else value
 
     def named_columns(self) -> dict[str, str]:
-        named = {"prompt_column": self.prompt_column}
-        if self.answer_column is not None:
-            named["answer_column"] = self.answer_column
-        if self.id_column is not None:
-            named["id_column"] = self.id_column
-        return named | {f"reference_columns[{i}]": column for i, column in enumerate(self.reference_columns)}
+        """Key -> column that the rows must have."""
+        named = {"answer_column": self.answer_column, "id_column": self.id_column}
+        named |= {f"reference_columns[{i}]": column for i, column in enumerate(self.reference_columns)}
+        return {key: column for key, column in named.items() if column is not None}
+
+    def text_columns(self) -> frozenset[str]:
+        """Columns that CSV files hold as texts, whatever they look like."""
+        return frozenset(self.named_columns().values())
+
+    def used_columns(self) -> frozenset[str]:
+        """Columns that do not travel with the prompt."""
+        return self.text_columns()
 
 
-class RowError(ValueError):
-    """This row cannot be used; the message is the reason."""
+class ColumnsConfig(RowsConfig):
+    prompt_column: str = "question"
+    """The question: a text, or a list of chat messages (`{"role": ..., "content": ...}`)."""
+    answer_column: str | None = "answer"
+    """The gold answer: a text or a number; from `... #### 72` only `72` is used. null: there is none."""
+
+    def named_columns(self) -> dict[str, str]:
+        return {"prompt_column": self.prompt_column} | super().named_columns()
 
 
-def missing_columns(config: ColumnsConfig, present: Iterable[str], where: str) -> list[str]:
+class Parts(NamedTuple):
+    """What a kind of rows makes of one: its prompt, and what the row records."""
+
+    messages: Chat
+    responses: tuple[Response, ...] = ()
+    pairs: tuple[PreferencePair, ...] = ()
+
+
+def missing_columns(config: RowsConfig, present: Iterable[str], where: str) -> list[str]:
     """A message for each configured column that `where` lacks, with the nearest name and the remedy."""
     columns = list(present)
     messages = []
@@ -77,31 +99,49 @@ def missing_columns(config: ColumnsConfig, present: Iterable[str], where: str) -
 
 
 def parse_rows(
-    rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], config: ColumnsConfig, id_prefix: str = ""
+    rows: Iterable[tuple[str, Row | BadRow]],
+    config: RowsConfig,
+    read: Callable[[Row, str], Parts],
+    id_prefix: str = "",
+    *,
+    gather: bool = False,
 ) -> tuple[list[Problem], list[BadRow]]:
-    """Problems and unusable rows of `(origin, row)` pairs, in order."""
+    """Problems and unusable rows of `(origin, row)` pairs, in order; `read(row, origin)` raises RowError.
+
+    `gather`: rows with the same prompt are one problem.
+    """
     pairs = list(rows)
     marked = sum(_has_marker(row, config) for _, row in pairs)
     # Where most answers carry the marker, one without is a cut-off solution and not an answer.
     marker_required = marked * 2 > len(pairs)
-    problems: list[Problem] = []
     bad: list[BadRow] = []
-    seen: dict[str, str] = {}
+    same: dict[Any, list[Problem]] = {}
     for origin, row in pairs:
         if isinstance(row, BadRow):
             bad.append(row)
             continue
         try:
-            problem = _problem(origin, row, config, marker_required, id_prefix)
+            problem = _problem(origin, row, config, read(row, origin), marker_required, id_prefix)
         except RowError as error:
             bad.append(BadRow(origin, str(error)))
             continue
-        if problem.id in seen:
-            bad.append(BadRow(origin, f"{config.id_column} {problem.id!r} was already used by {seen[problem.id]}"))
-            continue
-        seen[problem.id] = origin
-        problems.append(problem)
-    return problems, bad
+        by_prompt = gather and config.id_column is None
+        known = same.setdefault((problem.messages, problem.answer) if by_prompt else problem.id, [])
+        if known and not (gather and known[0].messages == problem.messages):
+            how = " with another prompt" if gather else ""
+            bad.append(BadRow(origin, f"{config.id_column} {problem.id!r} was already used by {known[0].origin}{how}"))
+        else:
+            known.append(problem)
+    return [_together(problems) for problems in same.values()], bad
+
+
+def _together(problems: Sequence[Problem]) -> Problem:
+    """Columns with different values for one prompt belong to its responses, and are left out."""
+    first, *others = problems
+    if not others:
+        return first
+    columns = {k: v for k, v in first.columns.items() if all(other.columns.get(k) == v for other in others)}
+    return replace(first, columns=columns, responses=tuple(r for problem in problems for r in problem.responses))
 
 
 def refuse_too_many_bad_rows(bad: Sequence[BadRow], rows: int, max_share: float, what: str) -> None:
@@ -141,16 +181,14 @@ def _round_up(share: float) -> float:
     return math.ceil(round(share * 100, 6)) / 100
 
 
-def _has_marker(row: Mapping[str, Any] | BadRow, config: ColumnsConfig) -> bool:
+def _has_marker(row: Row | BadRow, config: RowsConfig) -> bool:
     if isinstance(row, BadRow) or config.answer_column is None:
         return False
     text = row.get(config.answer_column)
     return isinstance(text, str) and ANSWER_MARKER in text
 
 
-def _problem(
-    origin: str, row: Mapping[str, Any], config: ColumnsConfig, marker_required: bool, id_prefix: str
-) -> Problem:
+def _problem(origin: str, row: Row, config: RowsConfig, parts: Parts, marker_required: bool, id_prefix: str) -> Problem:
     answer_text = None if config.answer_column is None else _answer_text(row, config)
     answer = answer_text
     if answer_text is not None and ANSWER_MARKER in answer_text:
@@ -163,103 +201,51 @@ def _problem(
         references = _references(row, config)
     else:
         references = (answer_text,) if answer_text is not None else ()
-    named = set(config.named_columns().values())
+    used, messages = config.used_columns(), parts.messages
+    if config.system_prompt and messages[0].role != "system":
+        messages = (Message("system", config.system_prompt), *messages)
     return Problem(
         id=id_prefix + _identity(origin, row, config),
-        messages=_messages(row, config),
+        messages=messages,
         references=references,
         answer=answer,
-        columns={key: value for key, value in row.items() if key not in named},
+        columns={key: value for key, value in row.items() if key not in used},
         origin=origin,
+        responses=parts.responses,
+        pairs=parts.pairs,
     )
 
 
-def _cell(row: Mapping[str, Any], column: str) -> Any:
-    value = row[column] if column in row else _inner(row, column)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise RowError(f"{column} is null")
-    return value
-
-
-def _inner(row: Mapping[str, Any], column: str) -> Any:
-    """Of a column inside another: `outer.inner`."""
-    outer, dot, rest = column.partition(".")
-    if dot and isinstance(row.get(outer), Mapping):
-        try:
-            return _cell(row[outer], rest)
-        except RowError as error:
-            raise RowError(f"in {outer}: {error}") from error
-    near = difflib.get_close_matches(column, row, n=1)
-    raise RowError(f"no column {column!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-
-
-def _text(value: Any, what: str) -> str:
-    if isinstance(value, Mapping) and value:
-        raise RowError(f"{what} has columns inside it; name one of them: {', '.join(f'{what}.{key}' for key in value)}")
-    if not isinstance(value, str):
-        raise RowError(f"{what} must be a text, not {type(value).__name__}")
-    if not value.strip():
-        raise RowError(f"{what} is empty")
-    return value
-
-
-def _clean(text: str, config: ColumnsConfig) -> str:
+def _clean(text: str, config: RowsConfig) -> str:
     return _CALCULATOR_ANNOTATION.sub("", text) if config.strip_annotations else text
 
 
-def _answer_text(row: Mapping[str, Any], config: ColumnsConfig) -> str:
+def _answer_text(row: Row, config: RowsConfig) -> str:
     assert config.answer_column is not None
-    value = _cell(row, config.answer_column)
+    value = cell(row, config.answer_column)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise RowError(f"{config.answer_column} is {value}")
         # A number column with gaps is read as floats: 72.0 was 72 in the file.
         return str(int(value)) if float(value).is_integer() else str(value)
-    return _clean(_text(value, config.answer_column), config).strip()
+    return _clean(text(value, config.answer_column), config).strip()
 
 
-def _references(row: Mapping[str, Any], config: ColumnsConfig) -> tuple[str, ...]:
+def _references(row: Row, config: RowsConfig) -> tuple[str, ...]:
     references: list[str] = []
     for column in config.reference_columns:
-        value = _cell(row, column)
-        for text in value if isinstance(value, (list, tuple)) else [value]:
-            references.append(_clean(_text(text, column), config).strip())
+        value = cell(row, column)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            references.append(_clean(text(item, column), config).strip())
     if not references:
         raise RowError(f"{' and '.join(config.reference_columns)}: an empty list, no reference answer")
     return tuple(references)
 
 
-def _messages(row: Mapping[str, Any], config: ColumnsConfig) -> tuple[Message, ...]:
-    column = config.prompt_column
-    value = _cell(row, column)
-    if isinstance(value, str):
-        messages = [Message("user", _text(value, column))]
-    elif isinstance(value, (list, tuple)):
-        messages = [_message(item, f"{column}[{i}]") for i, item in enumerate(value)]
-    else:
-        raise RowError(f"{column} must be a text or a list of chat messages, not {type(value).__name__}")
-    if not messages:
-        raise RowError(f"{column} is an empty list")
-    if messages[-1].role == "assistant":
-        raise RowError(f"{column} ends with an assistant message: there is nothing to answer")
-    if config.system_prompt and messages[0].role != "system":
-        messages.insert(0, Message("system", config.system_prompt))
-    return tuple(messages)
-
-
-def _message(item: Any, where: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise RowError(f"{where} must be a chat message with role and content, not {type(item).__name__}")
-    for key in ("role", "content"):
-        if key not in item:
-            raise RowError(f"{where} has no {key!r}")
-    return Message(_text(item["role"], f"{where}.role"), _text(item["content"], f"{where}.content"))
-
-
-def _identity(origin: str, row: Mapping[str, Any], config: ColumnsConfig) -> str:
+def _identity(origin: str, row: Row, config: RowsConfig) -> str:
     if config.id_column is None:
         return origin
-    value = _cell(row, config.id_column)
+    value = cell(row, config.id_column)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _text(value, config.id_column)
+    return text(value, config.id_column)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rlkit.config.plan import engines_sleep, samples_have_seeds, weight_route
+from rlkit.config.plan import engines_sleep, longest_response, samples_have_seeds, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.experience import Group, Prompt, Sample
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
@@ -31,6 +31,10 @@ class GroupRequest:
     step: int
     greedy: bool = False
     """Also sample a greedy response (`Group.greedy`)."""
+    temperature: float | None = None
+    """Of the samples; None: the rollout's, 0: greedy."""
+    max_response_tokens: int | None = None
+    """None: the rollout's."""
 
     @property
     def responses(self) -> int:
@@ -88,10 +92,11 @@ class RolloutWorker:
 
         config = self.config
         trusted = config.model.trust_remote_code
+        longest = longest_response(config.rollout, config.evaluation)
         self.tokenizer = load_tokenizer(self.model_path, trust_remote_code=trusted)
         self.sampler = Sampler(
             self.model_path,
-            self.rollout,
+            self.rollout.model_copy(update={"max_response_tokens": longest}),
             device=config.cluster.device,
             seed=self.engine_seed,
             stop_token_ids=stop_token_ids(self.model_path, self.tokenizer),
@@ -138,14 +143,15 @@ class RolloutWorker:
         seeded = samples_have_seeds(self.config)
         for request in requests:
             self.open[request.id] = _Open(request, self.version, done)
+            temperature = self.rollout.temperature if request.temperature is None else request.temperature
             for index in range(request.responses):
                 self.sampler.add(
                     Request(
                         id=f"{request.id}:{index}",
                         prompt=request.prompt.token_ids,
                         seed=sample_seed(request.seed, request.id, index) if seeded else None,
-                        max_tokens=self.rollout.max_response_tokens,
-                        temperature=self.rollout.temperature if index < request.samples else 0.0,
+                        max_tokens=request.max_response_tokens or self.rollout.max_response_tokens,
+                        temperature=temperature if index < request.samples else 0.0,
                     )
                 )
 

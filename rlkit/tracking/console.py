@@ -20,7 +20,21 @@ from rich.segment import Segment, SegmentLines
 from rich.table import Table
 from rich.text import Text
 
-from rlkit.tracking.progress import PHASES, SHOWN, Phase, Progress, curve, duration, printable, sparkline, summary_lines
+from rlkit.tracking.progress import (
+    PHASES,
+    SHOWN,
+    Phase,
+    Progress,
+    change_text,
+    curve,
+    duration,
+    headline_text,
+    is_share,
+    printable,
+    sparkline,
+    summary_lines,
+    value_text,
+)
 
 Mode = Literal["auto", "live", "plain", "off"]
 HEARTBEAT_SECONDS = 20.0
@@ -197,7 +211,7 @@ class View:
         yield _head(progress, width), 2
         if progress.step == 0:
             yield _phases(progress, progress.phases[-max(room() - 2, 1) :], ascii_only), room()
-        if progress.step or progress.accuracies:
+        if progress.step or progress.heldout:
             yield _metrics_and_curve(progress, width, ascii_only), room()
         seconds = [f"{name} {m[f'time/{name}']:.2f}" for name in PHASES if f"time/{name}" in m]
         if seconds:
@@ -253,10 +267,13 @@ def _metrics_and_curve(progress: Progress, width: int, ascii_only: bool) -> Rend
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     m = progress.metrics
-    if progress.accuracies:
-        now, since = progress.accuracies[-1][1], progress.accuracies[0][1]
-        change = f"{100 * (now - since):+.1f} points" if len(progress.accuracies) > 1 else ""
-        table.add_row("held-out accuracy", Text(f"{now:.1%}", style="bold"), change)
+    metric = progress.headline
+    if progress.heldout:
+        now, since = progress.heldout[-1][1], progress.heldout[0][1]
+        change = change_text(metric, now - since) if len(progress.heldout) > 1 else ""
+        table.add_row(headline_text(metric), Text(value_text(metric, now), style="bold"), change)
+    for name, value in progress.other_sets.items():
+        table.add_row(headline_text(name), value_text(name, value))
     for label, name, form in SHOWN:
         if name in m:
             style = "" if math.isfinite(m[name]) else "bold red"
@@ -268,9 +285,10 @@ def _metrics_and_curve(progress: Progress, width: int, ascii_only: bool) -> Rend
         table.add_row("seconds per step", f"{m['time/step']:.2f}")
     if "tokens/per_second" in m:
         table.add_row("tokens per second", f"{m['tokens/per_second']:,.0f}")
-    plot = curve(progress.accuracies, width - METRIC_COLUMNS, 8, ascii_only) if width >= WITH_CURVE - 4 else []
+    room = width - METRIC_COLUMNS if width >= WITH_CURVE - 4 else 0
+    plot = curve(progress.heldout, room, 8, ascii_only, is_share(metric))
     if not plot:
         return table
     grid = Table.grid(padding=(0, 4))
-    grid.add_row(table, Text("\n".join(["held-out accuracy", *plot])))
+    grid.add_row(table, Text("\n".join([headline_text(metric), *plot])))
     return grid

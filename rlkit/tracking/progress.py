@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import threading
 from collections import deque
@@ -59,17 +60,39 @@ def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> 
     return "".join(" " if math.isnan(m) else bars[round((m - low) * scale)] for m in means)
 
 
-def curve(points: Sequence[tuple[int, float]], width: int, height: int, ascii_only: bool = False) -> list[str]:
-    """Lines of a plot of shares (0 to 1) over steps: measured points, joined by dots; empty if too narrow or too
-    few."""
+def headline_text(metric: str) -> str:
+    """`accuracy/heldout` is `held-out accuracy`, `evaluation/math/accuracy` is `math accuracy`."""
+    area, *rest = metric.split("/")
+    return " ".join(rest) if area == "evaluation" else f"held-out {area}"
+
+
+def is_share(metric: str) -> bool:
+    return "accuracy" in metric.split("/")
+
+
+def value_text(metric: str, value: float) -> str:
+    return f"{value:.1%}" if is_share(metric) else f"{value:.3f}"
+
+
+def change_text(metric: str, change: float) -> str:
+    return f"{100 * change:+.1f} points" if is_share(metric) else f"{change:+.3f}"
+
+
+def curve(
+    points: Sequence[tuple[int, float]], width: int, height: int, ascii_only: bool = False, shares: bool = True
+) -> list[str]:
+    """Lines of a plot of shares (0 to 1) or other values over steps: measured points, joined by dots; empty if too
+    narrow or too few."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
     if len(points) < 2 or points[0][0] == points[-1][0] or width < NARROWEST_CURVE:
         return []
     mark, dot, axis, corner, floor = "o.|+-" if ascii_only else "●·┤└─"
     low, high = min(y for _, y in points), max(y for _, y in points)
-    if high - low < 0.01:
-        middle = min(max((low + high) / 2, 0.005), 0.995)
-        low, high = middle - 0.005, middle + 0.005
+    least = 0.01 if shares else 0.01 * max(1.0, abs(low), abs(high))
+    if high - low < least:
+        middle = (low + high) / 2
+        middle = min(max(middle, least / 2), 1 - least / 2) if shares else middle
+        low, high = middle - least / 2, middle + least / 2
     columns, first, last = width - 9, points[0][0], points[-1][0]
     grid = [[" "] * columns for _ in range(height)]
 
@@ -85,10 +108,17 @@ def curve(points: Sequence[tuple[int, float]], width: int, height: int, ascii_on
             grid[row(y0 + (c - start) / max(end - start, 1) * (y1 - y0))][c] = dot
     for x, y in points:
         grid[row(y)][column(x)] = mark
-    labels = {r: f"{high - (high - low) * r / (height - 1):6.1%}" for r in (0, (height - 1) // 2, height - 1)}
+    marked = {r: high - (high - low) * r / (height - 1) for r in (0, (height - 1) // 2, height - 1)}
+    labels = {r: f"{value:6.1%}" if shares else _short(value) for r, value in marked.items()}
     lines = [f"{labels.get(r, ''):>7} {axis}{''.join(cells)}".rstrip() for r, cells in enumerate(grid)]
     left, right = f"step {first}", f"step {last}"
     return [*lines, " " * 8 + corner + floor * columns, " " * 9 + left + right.rjust(columns - len(left))]
+
+
+def _short(value: float) -> str:
+    """At most seven characters."""
+    text = f"{value:.3g}"
+    return text if len(text) <= 7 else f"{value:.0e}"
 
 
 @dataclass
@@ -125,16 +155,18 @@ class Progress:
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.rewards: list[float] = []
-        self.accuracies: list[tuple[int, float]] = []
-        """(step, held-out accuracy)."""
+        self.headline = "accuracy/heldout"
+        """The metric of the held-out evaluations that is shown."""
+        self.heldout: list[tuple[int, float]] = []
+        """(step, its value)."""
         self.warnings: dict[str, int] = {}
         """Message -> how often, the latest last."""
         self.sample: Sequence[ShownSample] = ()
         self._ends: deque[float] = deque(maxlen=STEPS_TIMED + 1)
 
-    def resume(self, step: int, accuracies: Mapping[int, float]) -> None:
-        self.step = step
-        self.accuracies = sorted(accuracies.items())
+    def resume(self, step: int, headline: str, heldout: Mapping[int, float]) -> None:
+        self.step, self.headline = step, headline
+        self.heldout = sorted(heldout.items())
 
     def begin_phase(self, name: str, parallel: bool) -> None:
         """Begin a phase; end earlier ones, unless it runs in parallel."""
@@ -167,15 +199,22 @@ class Progress:
         if "reward/mean" in metrics:
             self.rewards.append(metrics["reward/mean"])
 
-    def end_evaluation(self, step: int, accuracy: float, metrics: Mapping[str, float]) -> None:
-        self.accuracies.append((step, accuracy))
-        self.metrics = self.metrics | dict(metrics) | {"accuracy/heldout": accuracy}
+    def end_evaluation(self, step: int, headline: str, metrics: Mapping[str, float]) -> None:
+        self.headline = headline
+        self.heldout.append((step, metrics[headline]))
+        self.metrics = self.metrics | dict(metrics)
 
     def add_warning(self, message: str) -> int:
         """Return how often this message has come, this time included."""
         count = self.warnings.pop(message, 0) + 1
         self.warnings[message] = count
         return count
+
+    @property
+    def other_sets(self) -> dict[str, float]:
+        """The headlines of further held-out sets, `evaluation/NAME/accuracy`, and their latest values."""
+        pattern = re.compile(r"evaluation/\w+/(accuracy|reward)")
+        return {name: v for name, v in self.metrics.items() if pattern.fullmatch(name) and name != self.headline}
 
     @property
     def elapsed(self) -> float:
@@ -211,21 +250,24 @@ def step_line(progress: Progress) -> str:
 
 
 def evaluation_line(progress: Progress) -> str:
-    (first, before), (step, now) = progress.accuracies[0], progress.accuracies[-1]
-    line = f"held-out accuracy {now:6.1%} after step {step}"
-    if len(progress.accuracies) > 1:
-        line += f"  ({100 * (now - before):+.1f} points since step {first})"
-    return line
+    metric, (first, before), (step, now) = progress.headline, progress.heldout[0], progress.heldout[-1]
+    line = f"{headline_text(metric)} {value_text(metric, now):>6} after step {step}"
+    if len(progress.heldout) > 1:
+        line += f"  ({change_text(metric, now - before)} since step {first})"
+    others = [f"{headline_text(name)} {value_text(name, value)}" for name, value in progress.other_sets.items()]
+    return "  ".join([line, *others])
 
 
 def summary_lines(
     progress: Progress, summary: Mapping[str, Any], folder: Path, tensorboard: bool, width: int, ascii_only: bool
 ) -> list[str]:
     rows: dict[str, str] = {}
-    if summary.get("accuracy_before") is not None and summary.get("accuracy_after") is not None:
-        before, after = float(summary["accuracy_before"]), float(summary["accuracy_after"])
-        arrow = "->" if ascii_only else "→"
-        rows["held-out accuracy"] = f"{before:.1%} {arrow} {after:.1%} ({100 * (after - before):+.1f} points)"
+    metric = progress.headline
+    before, after = (summary.get(f"{metric.partition('/')[0]}_{when}") for when in ("before", "after"))
+    if before is not None and after is not None:
+        values = f" {'->' if ascii_only else '→'} ".join(value_text(metric, value) for value in (before, after))
+        rows[headline_text(metric)] = f"{values} ({change_text(metric, after - before)})"
+    rows |= {headline_text(name): value_text(name, value) for name, value in progress.other_sets.items()}
     best = summary.get("best")
     if best is not None and best["step"] != summary.get("steps"):
         rows["best"] = f"{best['metric']} {best['value']:.3f} after step {best['step']}: {best['policy'] or 'not kept'}"
@@ -250,5 +292,5 @@ def summary_lines(
     if tensorboard:
         rows["curves"] = f"tensorboard --logdir {folder / 'tensorboard'}"
     lines = [f"{label:<18} {value}" for label, value in rows.items()]
-    plot = curve(progress.accuracies, width, 9, ascii_only)
-    return [*lines, "", "held-out accuracy", *plot] if plot else lines
+    plot = curve(progress.heldout, width, 9, ascii_only, is_share(metric))
+    return [*lines, "", headline_text(metric), *plot] if plot else lines

@@ -80,10 +80,10 @@ class Tracker:
             self.message(f"The run ended early, after step {self._progress.step}: {_reason(error)}")
         self.close()
 
-    def resume(self, step: int, accuracies: Mapping[int, float]) -> None:
-        """Continue after `step` steps of an earlier run, with its held-out accuracies."""
+    def resume(self, step: int, headline: str, heldout: Mapping[int, float]) -> None:
+        """Continue after `step` steps of an earlier run, with the `headline` metric of its evaluations."""
         with self._progress.lock:
-            self._progress.resume(step, accuracies)
+            self._progress.resume(step, headline, heldout)
 
     def message(self, text: str) -> None:
         self._console.notice(text)
@@ -161,12 +161,12 @@ class Tracker:
         """Write samples.jsonl alone."""
         self.folder.append_samples(sample_rows(step, groups, advantages, self._config.sample_groups_per_step))
 
-    def evaluation(self, step: int, accuracy: float, metrics: Mapping[str, float] | None = None) -> None:
-        """Record a held-out evaluation after `step` steps (0: before training)."""
+    def evaluation(self, step: int, headline: str, metrics: Mapping[str, float]) -> None:
+        """Record a held-out evaluation after `step` steps (0: before training). `headline`: the metric to show."""
         with self._progress.lock:
             times = {"time/evaluate": self._times.pop("evaluate")} if "evaluate" in self._times else {}
-            values = _numbers(times | dict(metrics or {}) | {"accuracy/heldout": accuracy})
-            self._progress.end_evaluation(step, float(accuracy), values)
+            values = _numbers(times | dict(metrics))
+            self._progress.end_evaluation(step, headline, values)
             line = evaluation_line(self._progress)
         self.folder.append_metrics(self._record("evaluation", step, values))
         if self._tensorboard is not None:

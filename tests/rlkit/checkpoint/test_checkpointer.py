@@ -86,9 +86,9 @@ def partial(checkpointer: Checkpointer) -> list[Path]:
 
 def test_it_is_sealed_in_the_background_and_holds_the_hashes(checkpointer: Checkpointer) -> None:
     async def steps() -> None:
-        await checkpointer.save(2, Buffered(), {})
+        await checkpointer.save(2, Buffered(), None)
         assert not (checkpointer.folder.checkpoints / "step_000002").exists()  # the loop has not turned yet
-        await checkpointer.save(3, Buffered(), {})  # waits for the one before
+        await checkpointer.save(3, Buffered(), None)  # waits for the one before
         assert (checkpointer.folder.checkpoints / "step_000002").exists()
         await checkpointer.finish()
         await checkpointer.finish()  # there is nothing left to wait for

@@ -12,7 +12,15 @@ from algorithms.base import AlgorithmConfig, AlgorithmNeeds
 from rewards.implicit_prm.reward import ImplicitPRM
 from rlkit.config.checks import CHECKS, ConfigIssue, run_checks
 from rlkit.config.parts import Part, import_part
-from rlkit.config.schema import ClusterConfig, CriticConfig, LearnerConfig, ModelConfig, RolloutConfig, TrainerConfig
+from rlkit.config.schema import (
+    ClusterConfig,
+    CriticConfig,
+    EvaluationConfig,
+    LearnerConfig,
+    ModelConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
 from rlkit.data.base import DataConfig
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
@@ -46,6 +54,7 @@ def sections(**changes: Any) -> dict[str, Any]:
         "algorithm": SomeAlgorithm(),
         "trainer": TrainerConfig(),
         "rollout": RolloutConfig(max_prompt_tokens=64, max_response_tokens=64),
+        "evaluation": EvaluationConfig(),
         "learner": LearnerConfig(),
         "critic": CriticConfig(),
         "buffer": BufferConfig(),
@@ -78,7 +87,7 @@ def test_a_check_whose_section_is_invalid_is_left_out() -> None:
 def test_checks_only_name_known_sections() -> None:
     import inspect
 
-    known = {*sections(), "reward", "data", "verifier", "run_dir", "resume", "model"}
+    known = {*sections(), "reward", "data", "verifier", "sets", "run_dir", "resume", "model"}
     known |= {"typed", "here", "dry_run", "new_folder"}
     for check in CHECKS:
         assert set(inspect.signature(check).parameters) <= known, check.__name__
@@ -255,7 +264,7 @@ class SomeData:
     ("target", "options", "words"),
     [
         ("rewards.verifiers.math.MathReward", {}, None),
-        ("rewards.verifiers.terms.GroupLength", {}, "compares 2 responses to a prompt; a held-out prompt has one"),
+        ("rewards.verifiers.terms.GroupLength", {}, "compares 2 responses to a prompt; a held-out prompt has 1 ("),
         ("rewards.implicit_prm.reward.ImplicitPRM", {}, "learns in the run"),
         ("rewards.verifiers.instructions.Instructions", {}, "needs instruction_id_list"),
         ("rewards.verifiers.match.RegexMatch", {"pattern_column": "pattern"}, "needs pattern"),
@@ -268,7 +277,8 @@ def test_a_verifier_judges_one_response_with_what_the_data_give(
 ) -> None:
     cls = import_part("verifier", target)
 
-    issues = run_checks({"verifier": Part(cls, cls.Config(**options)), "data": SomeData()})
+    some = {"data": SomeData(), "evaluation": EvaluationConfig()}
+    issues = run_checks({"verifier": Part(cls, cls.Config(**options)), **some})
 
     if words is None:
         assert issues == []

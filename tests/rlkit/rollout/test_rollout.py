@@ -200,6 +200,24 @@ def test_a_greedy_response_comes_beside_the_samples(pool: RolloutPool) -> None:
     assert tokens_of(plain) == tokens_of(one)  # the samples do not depend on it
 
 
+def test_an_evaluation_may_be_greedy_and_shorter(pool: RolloutPool, model: Path) -> None:
+    """Each token of the greedy response is the likeliest by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    asked = [replace(request(f"g{i}", prompt(12, i), samples=1), temperature=0.0) for i in range(4)]
+    groups = generate(pool, asked)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for group in groups.values():
+        answer = group.samples[0].token_ids.tolist()
+        tokens = [*group.prompt.token_ids, *answer]
+        with torch.no_grad():
+            likeliest = policy(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+        assert answer == likeliest[len(group.prompt.token_ids) - 1 : -1]
+    short = generate(pool, [replace(each, max_response_tokens=3) for each in asked])
+    for name, group in short.items():
+        assert group.samples[0].token_ids.tolist() == groups[name].samples[0].token_ids[:3].tolist()
+
+
 def test_a_groups_prompt_is_prefilled_once(pool: RolloutPool) -> None:
     long = prompt(2 * BLOCK + 6, seed=99)
     requests = [Request(f"{i}", long.token_ids, seed=i, max_tokens=4, temperature=1.0) for i in range(5)]

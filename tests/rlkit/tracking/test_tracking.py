@@ -185,7 +185,7 @@ def test_times_add_up_and_leave_evaluations_out(tmp_path: Path) -> None:
 
         clock.now += 50  # start-up
         spend("evaluate", 8)
-        t.evaluation(0, 0.25)
+        t.evaluation(0, "accuracy/heldout", {"accuracy/heldout": 0.25})
         for step in (1, 2):
             spend("generate", 2)
             spend("generate", 1)
@@ -193,7 +193,7 @@ def test_times_add_up_and_leave_evaluations_out(tmp_path: Path) -> None:
             clock.now += 0.5  # belongs to no phase
             t.step(step, {})
             spend("evaluate", 8)
-            t.evaluation(step, 0.5)
+            t.evaluation(step, "accuracy/heldout", {"accuracy/heldout": 0.5})
         records = lines_of(t.folder.metrics)
         assert t._progress.seconds_left == pytest.approx(8 * (7.5 + 8 + 7.5) / 2 - 8)
     evaluations = [r for r in records if r["kind"] == "evaluation"]
@@ -220,7 +220,7 @@ def test_tensorboard_reads_scalars_and_texts(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tracker(tmp_path, tensorboard=True) as t:
-        t.evaluation(0, 0.25)
+        t.evaluation(0, "accuracy/heldout", {"accuracy/heldout": 0.25})
         for step in (1, 2):
             t.step(step, {"reward/mean": step / 2}, [group("g", [value(0), value(1)])])
         t.finish({})
@@ -293,13 +293,13 @@ def test_view_fits_any_terminal(step: int | None, size: tuple[int, int], encodin
     progress.begin_phase("starting Ray", parallel=False)
     progress.begin_phase("loading vLLM", parallel=False)
     if step is not None:
-        progress.end_evaluation(0, 0.31, {})
+        progress.end_evaluation(0, "accuracy/heldout", {"accuracy/heldout": 0.31})
         progress.training_begins()
         for s in range(1, step + 1):
             clock.now += 0.4
             metrics = {"reward/mean": math.sin(s), "policy/grad_norm": math.nan, "time/step": 0.4, "time/update": 0.2}
             progress.end_step(s, metrics)
-        progress.end_evaluation(step, 0.5, {})
+        progress.end_evaluation(step, "accuracy/heldout", {"accuracy/heldout": 0.5})
         progress.activities["generate"] = clock.now
         progress.add_warning("[bold]timed out\x1b[0m " + "x" * 300)
         progress.sample = [

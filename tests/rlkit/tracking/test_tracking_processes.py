@@ -32,7 +32,7 @@ with Tracker(TrackingConfig(console=mode, tensorboard=False), RunFolder(folder),
     warnings.warn("noise of warnings")
     logging.getLogger("vllm").error("noise of logging")
     logging.getLogger("rlkit.serving").warning("a reward is slow")
-    tracker.evaluation(0, 0.25)
+    tracker.evaluation(0, "accuracy/heldout", {{"accuracy/heldout": 0.25}})
     for step in (1, 2, 3):
         with tracker.timed("generate"):
             time.sleep(0.01)
@@ -42,7 +42,7 @@ with Tracker(TrackingConfig(console=mode, tensorboard=False), RunFolder(folder),
             tracker.message("waiting now")
             time.sleep(60)
         tracker.step(step, {{"reward/mean": step / 4, "length/mean": 9.5}})
-    tracker.evaluation(3, 0.75)
+    tracker.evaluation(3, "accuracy/heldout", {{"accuracy/heldout": 0.75}})
     tracker.finish({{"accuracy_before": 0.25, "accuracy_after": 0.75, "steps": 3}})
 print("after the run")
 """
