@@ -30,9 +30,10 @@ from algorithms.base import (
 from algorithms.functional import links, losses
 from algorithms.functional.advantages import Bool, Float64, Outcomes, members_of_groups
 from algorithms.functional.pairs import Compared, consistency, dynamic_beta
+from algorithms.functional.prompts import mismatched, with_wish
 from algorithms.functional.selection import sigmoid, sign_accuracy
 from algorithms.preference_config import OPTIONS, PreferenceConfig, find_link, link_parameters
-from rlkit.experience import Group, Message, UserError
+from rlkit.experience import Group, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +56,7 @@ class Preference(Algorithm):
 
     def needs(self) -> AlgorithmNeeds:
         config, takes = self.config, self._takes
-        models = {}
+        models: dict[str, str] = {}
         if config.labels == "agreement" or "shift" in takes:
             models |= {OF_POLICY: POLICY, OF_REFERENCE: REFERENCE}
         if "baseline" in takes:
@@ -77,7 +78,9 @@ class Preference(Algorithm):
         )
 
     def normalises(self) -> bool:
-        return "gain" not in self._takes
+        config = self.config
+        by_size = "gain" in self._takes or config.labels == "gain" or config.dynamic_beta > 0
+        return config.of_pairs and not by_size
 
     def groups_for(self, name: str, groups: Sequence[Group], render: Render) -> Sequence[Group]:
         if name in (MISMATCHED_POLICY, MISMATCHED_REFERENCE):
@@ -142,13 +145,15 @@ class Preference(Algorithm):
 
     def _self_ranked(self, experience: Experience) -> tuple[Compared, dict[str, float]]:
         """CREAM: best and worst by the policy's mean log-probs; probability: how alike the reference ranks."""
-        masks = [sample.trained for group in experience.groups for sample in group.samples]
-        valid = np.array([mask.any() for mask in masks], dtype=np.bool_)
-        group = np.repeat(np.arange(len(experience.groups)), [len(g.samples) for g in experience.groups])
+        groups = experience.groups
+        masks = [sample.trained for group in groups for sample in group.samples]
+        judged = [np.ones(len(g.samples), dtype=np.bool_) if g.scores is None else g.valid for g in groups]
+        valid = np.concatenate(judged) & np.array([mask.any() for mask in masks], dtype=np.bool_)
+        group = np.repeat(np.arange(len(groups)), [len(g.samples) for g in groups])
         mine, theirs = (summed(experience.logprobs[name], masks, True) for name in (OF_POLICY, OF_REFERENCE))
         alike = [consistency(mine[members], theirs[members]) for members in members_of_groups(valid, group)]
         mean = float(np.mean(alike)) if alike else 1.0
-        compared = Compared.of(experience.groups, mine, valid, "best_worst")
+        compared = Compared.of(groups, mine, valid, "best_worst")
         probability = np.full(len(compared.samples), mean)
         return replace(compared, probability=probability), {"preference/agreement": mean}
 
@@ -387,28 +392,3 @@ def summed(rows: Sequence[FloatArray], masks: Sequence[Bool], normalised: bool =
     sums = [row[mask].sum(dtype=np.float64) for row, mask in zip(rows, masks, strict=True)]
     lengths = [max(1, int(mask.sum())) if normalised else 1 for mask in masks]
     return np.array(sums, np.float64) / np.array(lengths, np.float64)
-
-
-def mismatched(groups: Sequence[Group]) -> list[Group]:
-    """Each prompt's first response after the next prompt: KTO's baseline is their mean score.
-
-    Raise UserError for fewer than two prompts.
-    """
-    by_prompt = list({group.prompt.token_ids: group for group in groups}.values())
-    if len(by_prompt) < 2:
-        raise UserError(
-            "KTO's baseline pairs responses with other prompts, but this step has one prompt; set "
-            "trainer.prompts_per_step=2 or more (or link=bco)"
-        )
-    following = [*by_prompt[1:], by_prompt[0]]
-    return [
-        Group(group.id, after.prompt, group.samples[:1], step=group.step)
-        for group, after in zip(by_prompt, following, strict=True)
-    ]
-
-
-def with_wish(group: Group, wish: str, render: Render) -> Group:
-    """The same responses after a prompt that ends with `wish`."""
-    *before, last = group.prompt.messages
-    messages = (*before, Message(last.role, f"{last.content}\n\n{wish}"))
-    return replace(group, prompt=replace(group.prompt, messages=messages, token_ids=render(messages)))

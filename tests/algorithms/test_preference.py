@@ -17,7 +17,8 @@ import yaml
 from pydantic import ValidationError
 
 from algorithms.base import Advantages, Denominators, Experience, LossInputs, LossOutput
-from algorithms.preference import Preference, mismatched
+from algorithms.functional.prompts import mismatched
+from algorithms.preference import Preference
 from rlkit.experience import Group, GroupScores, Message, PreferencePair, Prompt, Sample, Score, UserError
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -376,7 +377,7 @@ def test_a_step_without_pairs_teaches_nothing() -> None:
         ({"labels": "agreement", "pairs": "all"}, "pairs has no effect with labels=agreement"),
         ({"reference": "none", "reference_every_steps": 5}, "reference_every_steps has no effect"),
         ({"link": "sigmod"}, "did you mean sigmoid"),
-        ({"link": "math.hypot"}, "takes neither chosen and rejected nor scores"),
+        ({"link": "json.dumps"}, "takes neither chosen and rejected nor scores"),
         ({"beta": 0.0}, "greater than 0"),
     ],
 )

@@ -101,7 +101,7 @@ def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
         scores.append(Score(0.9 * float(index % 3 == 0) + 0.1 * float(rng.random()), token_rewards=process))
     scores[1] = Score.invalid("timeout: test")
     greedy = replace(samples[0]) if needs.greedy_response else None
-    prompt = Prompt(f"p-{name}", (Message("user", "?"),), (1, 2, 3))
+    prompt = Prompt(f"p-{name}", (Message("user", "?"),), (1, 2, *name.encode()))
     return Group(name, prompt, tuple(samples), greedy=greedy).with_scores(
         GroupScores(tuple(scores), greedy=Score(0.5) if needs.greedy_response else None)
     )
