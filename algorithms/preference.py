@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from algorithms.functional import links, losses
 from algorithms.functional.advantages import Bool, Float64, Outcomes, members_of_groups
 from algorithms.functional.pairs import Compared, consistency, dynamic_beta
 from algorithms.functional.prompts import mismatched, with_wish
+from algorithms.functional.scores import BETTER, GUIDE, WORSE, Scores, summed
 from algorithms.functional.selection import sigmoid, sign_accuracy
 from algorithms.preference_config import OPTIONS, PreferenceConfig, find_link, link_parameters
 from rlkit.experience import Group, UserError
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 OF_POLICY, OF_REFERENCE = "own_policy", "own_reference"
 MISMATCHED_POLICY, MISMATCHED_REFERENCE = "mismatched_policy", "mismatched_reference"
-GUIDE, BETTER, WORSE = "guide", "better", "worse"
 """Names of passes."""
 FIRST_LOSS_TOLERANCE = 0.01
 """Of the loss that theory gives for a policy that is its reference, or absolute below 1: rounding stays far below."""
@@ -127,7 +127,8 @@ class Preference(Algorithm):
         if config.labels == "agreement":
             return self._self_ranked(experience)
         outcomes = Outcomes.of(experience)
-        compared = Compared.of(groups, outcomes.rewards, outcomes.valid, config.pairs)
+        sized = "gain" in self._takes or config.labels == "gain"  # for which ties say something, too
+        compared = Compared.of(groups, outcomes.rewards, outcomes.valid, config.pairs, ties=sized)
         if config.pairs == "judge" and outcomes.valid.any() and not any(g.scores and g.scores.pairs for g in groups):
             raise UserError(
                 "algorithm.pairs=judge: neither the data nor the reward compares responses; use a reward that does "
@@ -248,9 +249,13 @@ class Preference(Algorithm):
             return per_pair.sum() / inputs.denominators.pairs
 
         gap, beta = (chosen - rejected).detach(), arguments["beta"]
+        right = (gap.sign() + 1) / 2
+        for name, undecided in (("gain", 0.0), ("probability", 0.5)):
+            if name in values:
+                right = right.where(values[name] != undecided, 0.5)
         sums = {
             "preference/loss": mean(weight * linked.detach()),
-            "preference/accuracy": mean((gap.sign() + 1) / 2),
+            "preference/accuracy": mean(right),
             "preference/margin": mean(beta * gap),
             "preference/chosen_reward": mean(beta * chosen.detach()),
             "preference/rejected_reward": mean(beta * rejected.detach()),
@@ -326,69 +331,3 @@ class Preference(Algorithm):
             "preference/heldout_margin": float((self.config.beta * gap).mean()),
             "preference/heldout_loss": float((values["weight"] * linked).mean()),
         }
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of a micro-batch's samples under log-probs [R]."""
-
-    inputs: LossInputs
-    config: PreferenceConfig
-
-    def sums(self, rows: Tensor) -> Tensor:
-        inputs = self.inputs
-        return links.sample_sums(rows, inputs.mask, inputs.sequence, inputs.num_sequences)
-
-    def ratios(self, logprobs: Tensor) -> Tensor:
-        """[R] log pi - log pi_ref; log pi without a reference."""
-        if self.config.reference == "none":
-            return logprobs
-        base = self.inputs.old_logprobs if self.config.reference == "old" else self.inputs.reference_logprobs
-        assert base is not None
-        return logprobs - base
-
-    def of(self, logprobs: Tensor) -> Tensor:
-        """[S]"""
-        total = self.sums(self.ratios(logprobs))
-        return total / self.lengths() if self.config.length_normalised else total
-
-    def sides(self, logprobs: Tensor, better: Tensor, worse: Tensor) -> tuple[Tensor, Tensor]:
-        """[P] of chosen and of rejected responses."""
-        config, inputs, ratios = self.config, self.inputs, self.ratios(logprobs)
-        if config.guide is not None:
-            as_chosen, as_rejected = links.tgdpo_weights(self.guide_ratios(), config.beta, config.guide_weight)
-            return self.sums(as_chosen * ratios)[better], self.sums(as_rejected * ratios)[worse]
-        scores = self.of(logprobs)
-        if config.ld_alpha == 1:
-            return scores[better], scores[worse]
-        shorter = self.lengths()[better].minimum(self.lengths()[worse]).long()
-        shared = [links.first_sums(ratios, inputs.mask, inputs.sequence, side, shorter) for side in (better, worse)]
-        chosen, rejected = (
-            config.ld_alpha * scores[side] + (1 - config.ld_alpha) * first
-            for side, first in zip((better, worse), shared, strict=True)
-        )
-        return chosen, rejected
-
-    def lengths(self) -> Tensor:
-        """[S] trained tokens."""
-        return self.sums(self.inputs.mask)
-
-    def mean_logprobs(self) -> Tensor:
-        """[S]"""
-        return self.sums(self.inputs.logprobs) / self.lengths()
-
-    def guide_ratios(self) -> Tensor:
-        """[R]"""
-        assert self.inputs.reference_logprobs is not None
-        return self.inputs.extras[GUIDE] - self.inputs.reference_logprobs
-
-    def token_rewards(self) -> Tensor:
-        """[R]"""
-        return links.treg_rewards(self.inputs.extras[BETTER], self.inputs.extras[WORSE])
-
-
-def summed(rows: Sequence[FloatArray], masks: Sequence[Bool], normalised: bool = False) -> Float64:
-    """[B] sums or means over trained tokens; 0 without any."""
-    sums = [row[mask].sum(dtype=np.float64) for row, mask in zip(rows, masks, strict=True)]
-    lengths = [max(1, int(mask.sum())) if normalised else 1 for mask in masks]
-    return np.array(sums, np.float64) / np.array(lengths, np.float64)

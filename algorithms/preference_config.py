@@ -49,8 +49,8 @@ class PreferenceConfig(AlgorithmConfig):
     beta: float = Field(default=0.1, gt=0)
     """How fast losses change with scores: large values stay close to the reference."""
     pairs: Pairing = "auto"
-    """Which responses are compared. judge: what the data or a judge prefer; best_worst, all (that differ), adjacent: by
-    scores; auto: judge where a group has preferences, else best_worst."""
+    """Which responses are compared. judge: what the data or a judge prefer; best_worst, all (that differ; for rdp, copg
+    and labels=gain equal ones, too), adjacent: by scores; auto: judge where a group has preferences, or best_worst."""
     labels: Literal["order", "gain", "agreement"] = "order"
     """Probability that the better response of a pair is. order: as recorded or judged, else 1; gain: by the rewards'
     difference (DNO); agreement: best and worst by the policy itself, as far as the reference ranks alike (CREAM)."""

@@ -29,6 +29,11 @@ def all_unequal(scores: Float64) -> Pairs:
     return [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
 
 
+def all_pairs(scores: Float64) -> Pairs:
+    """Ties, too, in their order."""
+    return [(i, j) for i in range(len(scores)) for j in range(len(scores)) if (scores[i], j) > (scores[j], i)]
+
+
 def adjacent(scores: Float64) -> Pairs:
     """Neighbours in the ranking, where they differ; ties in their order."""
     ranking = np.argsort(-scores, kind="stable").tolist()
@@ -78,11 +83,13 @@ class Compared:
     """[P]"""
 
     @classmethod
-    def of(cls, groups: Sequence[Group], scores: Float64, valid: Bool, how: Pairing) -> Compared:
+    def of(cls, groups: Sequence[Group], scores: Float64, valid: Bool, how: Pairing, ties: bool = False) -> Compared:
         """`scores`, `valid` [B]. judge: the preferences of `GroupScores.pairs`; auto: those where a group has some.
+        `ties`: all means equal ones, too.
 
         Pairs with an invalid sample are left out.
         """
+        pairs_of = all_pairs if how == "all" and ties else BY_SCORE.get(how)
         rows: list[tuple[int, int, PreferencePair]] = []
         start = 0
         for group in groups:
@@ -90,8 +97,8 @@ class Compared:
             members = start + np.flatnonzero(valid[start : start + len(group.samples)])
             if stated:
                 rows += [(start + pair.winner, start + pair.loser, pair) for pair in map(_likelier_first, stated)]
-            elif how != "judge" and len(members) > 1:
-                rows += [(members[i], members[j], PreferencePair(0, 1)) for i, j in BY_SCORE[how](scores[members])]
+            elif pairs_of is not None and len(members) > 1:
+                rows += [(members[i], members[j], PreferencePair(0, 1)) for i, j in pairs_of(scores[members])]
             start += len(group.samples)
         rows = [row for row in rows if valid[row[0]] and valid[row[1]]]
         samples = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)

@@ -249,6 +249,9 @@ def test_rdp_and_copg_read_rewards() -> None:
     copg = preference(link="copg", beta=0.5)
     assert loss_of(copg, experience, policy, torch.zeros(2)).loss.item() == pytest.approx(-0.28)
     assert not copg.normalises() and preference().normalises()
+    tied = preference(link="copg", pairs="all").advantages(step([group("p", (1,) * 3, (1.0, 0.0, 1.0))]))
+    assert tied.pairs is not None and tied.pairs.tolist() == [[0, 1], [0, 2], [2, 1]]
+    assert tied.pair_values["gain"].tolist() == [1.0, 0.0, 1.0]
 
 
 def test_pacs_needs_whole_groups_and_looks_at_the_policy_before_the_step() -> None:
