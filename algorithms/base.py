@@ -65,12 +65,15 @@ class AlgorithmNeeds:
     """Scores; without, no reward is asked."""
     pairs: bool = False
     """Groups with preferences, or with values that differ."""
+    labels: bool = False
+    """Scores from 0 (bad) to 1 (good)."""
 
     critic: bool = False
     """`Experience.values`, and a model that `value_loss` trains."""
     reference_policy: bool = False
     """`LossInputs.reference_logprobs`: the policy at the start, or what `reference_every_steps` makes of it."""
     min_samples_per_prompt: int = 1
+    min_prompts_per_step: int = 1
     layout: Layout = "any"
     """Samples that must share a micro-batch."""
     process_rewards: bool = False

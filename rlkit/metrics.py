@@ -53,7 +53,7 @@ def rollout_metrics(
     compared = [group for group in values if len(group) > 1]
     if compared:
         metrics["group/all_equal_share"] = float(np.mean([np.ptp(group) == 0 for group in compared]))
-    if seconds > 0:
+    if seconds > 0 and any(sample.logprobs is not None for sample in samples):
         metrics["tokens/per_second"] = float(lengths.sum() / seconds)
     if len(rewards):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rlkit.cluster.waiting import waiting
 from rlkit.data.order import PromptOrder
 from rlkit.experience import Prompt
 from rlkit.experience.scores import ScoreReport
-from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.worker import GroupRequest
-from rlkit.serving.pool import RewardPool
+from rlkit.serving.unasked import Rewards
 
 T = TypeVar("T")
+
+
+class Sampler(Protocol):
+    def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
+        """Yield lists of groups, or references to such, as they finish."""
 
 
 class Producer:
@@ -26,8 +30,8 @@ class Producer:
     def __init__(
         self,
         order: PromptOrder,
-        rollout: RolloutPool,
-        reward: RewardPool,
+        rollout: Sampler,
+        reward: Rewards,
         buffer: Any,
         *,
         groups_per_step: int,

@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
-from algorithms.base import Algorithm, Render
 from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.checkpoint.resume import ResumePoint
@@ -29,29 +29,28 @@ from rlkit.cluster.ray_session import ray_session
 from rlkit.cluster.waiting import Watchdog, blocking, waiting
 from rlkit.config.command import FAILED, INTERRUPTED, print_error
 from rlkit.config.memory import object_store_bytes
-from rlkit.config.messages import ConfigError, named_as_set
+from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, config_text
-from rlkit.config.plan import gpu_shares
+from rlkit.config.plan import asks_reward, gpu_shares, references_are_cached
 from rlkit.config.schema import RunConfig
-from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Split
 from rlkit.data.order import PromptOrder
-from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.endings import ending
-from rlkit.evaluation import OWN, Evaluator
-from rlkit.experience import Prompt, UserError
+from rlkit.evaluation import Evaluator
+from rlkit.experience import UserError
 from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard
 from rlkit.models.folder import model_folder
-from rlkit.models.packing import shared_prefix
 from rlkit.models.usable import known_run
+from rlkit.offline import NoSync, RecordedEvaluator, RecordedResponses, recorded_groups
 from rlkit.producer import Producer
+from rlkit.prompts import Loaded, canary, load_prompts, with_epochs
 from rlkit.rollout.pool import RolloutPool
 from rlkit.saving import SaveSchedule, Stop, StoppedError
 from rlkit.serving.pool import RewardPool
+from rlkit.serving.unasked import NoReward, Rewards
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
 from rlkit.weight_sync import WeightSync
-from rlkit.weights.publication import Canary
 
 TERMINATED = 128 + signal.SIGTERM
 LOADING = {
@@ -62,7 +61,6 @@ LOADING = {
     "critic": "loading the critic (DeepSpeed)",
 }
 """Start-up phases as the screen shows them."""
-CANARY_PROMPTS, CANARY_TOKENS = 4, 32
 END_SECONDS = 120.0
 """Time limit for actors, threads and Ray to end; then the process exits, and the janitor ends the rest."""
 ROOM_SECONDS = 60.0
@@ -130,7 +128,10 @@ async def _train(
     task = asyncio.current_task()
     assert task is not None
     tracker.phase("reading data")
-    train, heldout, render = load_prompts(resolved, tracker)
+    data = load_prompts(resolved, tracker)
+    resolved = with_epochs(resolved, len(data.train))
+    config = resolved.config
+    tracker.total_steps(config.trainer.total_steps)
     await _try_architecture(config, tracker)
     tracker.phase("starting Ray")
     with contextlib.ExitStack() as session:
@@ -142,7 +143,7 @@ async def _train(
                 asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                trainer = await _start(resolved, folder, tracker, train, heldout, render, stack, began, stop)
+                trainer = await _start(resolved, folder, tracker, data, stack, began, stop)
                 if point is None:
                     folder.keep_only({})
                 else:
@@ -185,9 +186,7 @@ async def _start(
     resolved: ResolvedRun,
     folder: RunFolder,
     tracker: Tracker,
-    train: Sequence[Prompt],
-    heldout: Mapping[str, Sequence[Prompt]],
-    render: Render,
+    data: Loaded,
     stack: contextlib.AsyncExitStack,
     began: float,
     stop: Stop,
@@ -199,56 +198,79 @@ async def _start(
     from rlkit.learner.joint import JointLearner
 
     config, algorithm = resolved.config, resolved.make_algorithm()
+    needs, rollout = algorithm.needs(), config.rollout
     model_path, logs = str(model_folder(config.model.path)), folder.logs
     seconds = config.trainer.startup_timeout_seconds
-    gpus = gpu_shares(config).rewards / resolved.reward_config.workers
-    context = RewardContext(
-        device=config.cluster.device if gpus else "cpu",
-        gpus=gpus,
-        seed=config.seed,
-        threads=config.cluster.threads_per_actor,
-    )
+    judged = asks_reward(rollout, algorithm)
+    reward_workers = resolved.reward_config.workers if judged else 0
     bundles = plan_bundles(
-        config,
-        critic_ranks=config.critic.ranks if algorithm.needs().critic else 0,
-        reward_workers=resolved.reward_config.workers,
+        config, critic_ranks=config.critic.ranks if needs.critic else 0, reward_workers=reward_workers
     )
     placement = Placement(stack.enter_context(released(await reserve(config, bundles, ROOM_SECONDS))), bundles)
-    rollout = RolloutPool(config, model_path, logs, placement.of("rollout"))
+    sampled_model = model_path if rollout.source_path is None else str(model_folder(rollout.source_path))
+    pool = RolloutPool(config, sampled_model, logs, placement.of("rollout")) if rollout.workers else None
     critic_path = model_path if config.critic.path is None else str(model_folder(config.critic.path))
-    learner = JointLearner.create(config, algorithm, model_path, critic_path, logs, placement, render)
-    reward = RewardPool(config.reward, context, seconds, logs, place=placement.of("reward"))
-    stack.push_async_callback(reward.close)
-    verifier = reward
-    if _own_verifier(resolved) and heldout:
-        verifier = RewardPool(config.verifier, RewardContext(threads=1), seconds, logs, "verifier", beside_driver)
-        stack.push_async_callback(verifier.close)
-    # A mask takes scores away that the verifier would give.
-    judged = verifier is reward and config.buffer.truncated != "mask"
+    learner = JointLearner.create(config, algorithm, model_path, critic_path, logs, placement, data.render)
+    starts: dict[str, Callable[[], Awaitable[Any]]] = {"learner": learner.policy.start}
+    if pool is not None:
+        starts["sampler"] = pool.start
+    if learner.critic is not None:
+        starts["critic"] = learner.critic.start
+    reward: Rewards = NoReward()
+    if judged:
+        gpus = gpu_shares(config).rewards / reward_workers
+        context = RewardContext(
+            device=config.cluster.device if gpus else "cpu",
+            gpus=gpus,
+            seed=config.seed,
+            threads=config.cluster.threads_per_actor,
+        )
+        reward = RewardPool(config.reward, context, seconds, logs, place=placement.of("reward"))
+        stack.push_async_callback(reward.close)
+        starts["reward"] = reward.start
+    evaluator: Evaluator | RecordedEvaluator | None = None
+    if data.heldout and pool is not None:
+        if isinstance(reward, NoReward) or _differs_from_the_reward(resolved):
+            verifier = RewardPool(config.verifier, RewardContext(threads=1), seconds, logs, "verifier", beside_driver)
+            stack.push_async_callback(verifier.close)
+            starts["verifier"] = verifier.start
+        else:
+            verifier = reward
+        # A mask takes scores away that the verifier would give.
+        seen = verifier is reward and config.buffer.truncated != "mask"
+        evaluator = Evaluator(data.heldout, pool, verifier, config.evaluation, config.seed, seen)
+    elif data.recorded:
+        evaluator = RecordedEvaluator(data.recorded, learner, algorithm)
     buffer = ray.remote(num_cpus=0, runtime_env={"env_vars": NO_GPU}, **beside_driver(0))(BufferActor).remote(
         config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
     )
-    starts: dict[str, Callable[[], Awaitable[Any]]] = {
-        "sampler": rollout.start,
-        "learner": learner.policy.start,
-        "reward": reward.start,
-    }
-    if verifier is not reward:
-        starts["verifier"] = verifier.start
-    if learner.critic is not None:
-        starts["critic"] = learner.critic.start
     starting = start_in_order(starts, loads_after(config))
     await _all_ready({LOADING[name]: part for name, part in starting.items()}, tracker, config)
+    if needs.reference_policy and references_are_cached(config, algorithm):
+        tracker.phase("log-probs of the reference policy")
+        file = Path(config.learner.reference_cache or folder.path / "reference.safetensors").expanduser()
+        await learner.use_references(file, Path(model_path), recorded_groups([*data.train, *data.recorded]))
     return Trainer(
         config=config,
         algorithm=algorithm,
-        rollout=rollout,
         learner=learner,
         reward=reward,
         buffer=buffer,
-        producer=_producer(config, algorithm, train, rollout, reward, buffer),
-        evaluator=Evaluator(heldout, rollout, verifier, config.evaluation, config.seed, judged) if heldout else None,
-        weight_sync=WeightSync(config, rollout, learner, reward, _canary(train)),
+        producer=Producer(
+            PromptOrder(data.train, config.seed),
+            RecordedResponses() if pool is None or rollout.source == "data" else pool,
+            reward,
+            buffer,
+            groups_per_step=config.trainer.prompts_per_step,
+            samples_per_prompt=algorithm.config.samples_per_prompt,
+            greedy=needs.greedy_response,
+            seed=config.seed,
+            step_timeout_seconds=config.trainer.step_timeout_seconds,
+        ),
+        evaluator=evaluator,
+        weight_sync=NoSync()
+        if pool is None or rollout.source == "model"
+        else WeightSync(config, pool, learner, reward, canary(data.train)),
         checkpointer=Checkpointer(config, folder),
         folder=folder,
         tracker=tracker,
@@ -261,40 +283,10 @@ async def _start(
     )
 
 
-def _canary(train: Sequence[Prompt]) -> Canary:
-    """Pieces of different prompts, from a little before they differ: long system prompts have equal beginnings, and a
-    state that leaks from one sequence into the next shows only on several."""
-    prompts = [prompt.token_ids for prompt in train[: 8 * CANARY_PROMPTS]]
-    start = max(0, len(shared_prefix(list(dict.fromkeys(prompts)))) - CANARY_TOKENS // 2)
-    pieces = dict.fromkeys(ids[start : start + CANARY_TOKENS] for ids in prompts)
-    return tuple(ids for ids in pieces if len(ids) > 1)[:CANARY_PROMPTS]
-
-
-def _own_verifier(resolved: ResolvedRun) -> bool:
-    """Whether the verifier needs a worker pool of its own: options of the reward must not move the yardstick."""
+def _differs_from_the_reward(resolved: ResolvedRun) -> bool:
+    """Options of the reward must not move the yardstick."""
     reward, verifier = resolved.reward_class, resolved.verifier_class
     return reward is not verifier or resolved.reward_config != resolved.verifier_config
-
-
-def _producer(
-    config: RunConfig,
-    algorithm: Algorithm,
-    train: Sequence[Prompt],
-    rollout: RolloutPool,
-    reward: RewardPool,
-    buffer: Any,
-) -> Producer:
-    return Producer(
-        PromptOrder(train, config.seed),
-        rollout,
-        reward,
-        buffer,
-        groups_per_step=config.trainer.prompts_per_step,
-        samples_per_prompt=algorithm.config.samples_per_prompt,
-        greedy=algorithm.needs().greedy_response,
-        seed=config.seed,
-        step_timeout_seconds=config.trainer.step_timeout_seconds,
-    )
 
 
 def _startup(config: RunConfig) -> tuple[float, str]:
@@ -313,71 +305,3 @@ async def _all_ready(starting: dict[str, Any], tracker: Tracker, config: RunConf
     left = set(starting)
     async with waiting("the start", lambda: ", ".join(sorted(left)), *_startup(config)):
         await asyncio.gather(*(one(name, work) for name, work in starting.items()))
-
-
-def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> tuple[list[Prompt], dict[str, list[Prompt]], Render]:
-    """Training prompts, by set those held-out ones that the verifier can judge (maybe none), and how more are rendered.
-    Raises DataError."""
-    from rlkit.data.rendering import load_tokenizer, render, renderer
-
-    config = resolved.config
-    tokenizer = load_tokenizer(model_folder(config.model.path), config.model.trust_remote_code)
-    source = resolved.make_data_source()
-
-    def rendered(problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str) -> list[Prompt]:
-        prompts, too_long = render(problems, tokenizer, config.rollout.max_prompt_tokens, config.model.chat_template)
-        _report_bad_rows([*bad, *too_long], len(problems) + len(bad), data.max_bad_row_share, what, tracker)
-        return prompts
-
-    splits: tuple[Split, ...] = ("train", "heldout")
-    loaded = {split: rendered(*source.load(split), resolved.data_config, split) for split in splits}
-    further = {}
-    for name, one in resolved.sets.items():
-        key = f"evaluation.sets.{name}"
-        try:
-            further[name] = rendered(*one.source(one.config, config.seed).load_set(), one.config, key)
-        except DataError as error:
-            raise DataError(named_as_set(str(error), key)) from error
-    if not loaded["train"]:
-        raise DataError("the data source has no usable training problem")
-    questions, per_step = len(loaded["train"]), config.trainer.prompts_per_step
-    if questions < per_step:
-        tracker.warn(
-            f"{questions} training questions for {per_step} in a step (trainer.prompts_per_step): each is "
-            f"asked {per_step / questions:.3g} times in every step"
-        )
-    judges = ((resolved.reward_class, resolved.reward_config), (resolved.verifier_class, resolved.verifier_config))
-    for message in dict.fromkeys(text for cls, own in judges for text in cls.doubts(own, loaded["train"])):
-        tracker.warn(message)
-    heldout = _heldout(resolved, loaded["train"], {OWN: loaded["heldout"], **further}, tracker)
-    return loaded["train"], heldout, renderer(tokenizer, config.model.chat_template)
-
-
-def _heldout(
-    resolved: ResolvedRun, train: Sequence[Prompt], sets: Mapping[str, Sequence[Prompt]], tracker: Tracker
-) -> dict[str, list[Prompt]]:
-    """Of each set what the verifier can judge, and as many as are asked for."""
-    answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
-    trained = {prompt.token_ids for prompt in train} if resolved.sets else set()
-    heldout = {}
-    for name, prompts in sets.items():
-        key = f"evaluation.sets.{name}"
-        most = (resolved.sets[name].prompts if name else None) or resolved.config.trainer.evaluation_prompts
-        judged = [prompt for prompt in prompts if not answer_needed or prompt.answer is not None][:most]
-        if name and not judged:
-            raise DataError(f"{key} has no problem with a gold answer, which the verifier needs (verifier=NAME)")
-        if name and (known := sum(prompt.token_ids in trained for prompt in judged)):
-            tracker.warn(f"{known} of the {len(judged)} problems of {key} are also trained on")
-        if judged:
-            heldout[name] = judged
-    if OWN not in heldout:
-        whole = "" if heldout else ": this run is not evaluated (verifier=NAME may judge without one)"
-        tracker.warn(f"no held-out problem with a gold answer{whole}")
-    return heldout
-
-
-def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, split: str, tracker: Tracker) -> None:
-    if bad:
-        refuse_too_many_bad_rows(bad, rows, allowed_share, f"{split} problems")
-        first = "; ".join(f"{row.origin}: {row.reason}" for row in bad[:3])
-        tracker.warn(f"{len(bad)} of {rows} {split} rows skipped: {first}")

@@ -19,10 +19,11 @@ from rlkit.experience.buffer import DataSolvedError, TooManyRejectedError
 from rlkit.experience.scores import RewardFailed, check_failures
 from rlkit.learner.joint import JointLearner
 from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard, rollout_metrics, summary
+from rlkit.offline import NoSync, RecordedEvaluator
 from rlkit.producer import Producer, until
-from rlkit.rollout.pool import RolloutFailedError, RolloutPool
+from rlkit.rollout.pool import RolloutFailedError
 from rlkit.saving import SaveSchedule, Stop, StoppedError
-from rlkit.serving.pool import RewardPool
+from rlkit.serving.unasked import Rewards
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.weight_sync import WeightSync
@@ -35,13 +36,12 @@ class Trainer:
 
     config: RunConfig
     algorithm: Algorithm
-    rollout: RolloutPool
     learner: JointLearner
-    reward: RewardPool
+    reward: Rewards
     buffer: Any
     producer: Producer
-    evaluator: Evaluator | None
-    weight_sync: WeightSync
+    evaluator: Evaluator | RecordedEvaluator | None
+    weight_sync: WeightSync | NoSync
     folder: RunFolder
     tracker: Tracker
     guard: UpdateGuard
@@ -194,10 +194,9 @@ class Trainer:
         metrics |= {
             **rollout_metrics(groups, rejected, report, judged, stats, sampling),
             "weights/version": float(self.version),
-            "weights/canary_difference": agreement.difference,
+            **({} if agreement is None else agreement.metrics()),
+            **self.producer.order.metrics(),
         }
-        if agreement.change is not None:
-            metrics["weights/canary_change"] = agreement.change
         self.algorithm.observe(metrics)
         self.alarm.check(metrics)
         self.signal.check(metrics)
@@ -227,7 +226,7 @@ class Trainer:
         """The step's groups as the verifier scores them: shows when a learned reward is being gamed."""
         return None if self.evaluator is None else await self.evaluator.judge_training(groups)
 
-    async def publish(self) -> Agreement:
+    async def publish(self) -> Agreement | None:
         """Send the weights to every rollout worker and verify them."""
         with self.tracker.timed("publish"):
             return await self.weight_sync.publish(self.version)

@@ -16,7 +16,7 @@ from rlkit.config.plan import engines_sleep, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
-from rlkit.serving.pool import RewardPool
+from rlkit.serving.unasked import Rewards
 from rlkit.weights.publication import Agreement, Canary, Published
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ TELL_SECONDS = 5.0
 
 class WeightSync:
     def __init__(
-        self, config: RunConfig, rollout: RolloutPool, learner: JointLearner, reward: RewardPool, canary: Canary
+        self, config: RunConfig, rollout: RolloutPool, learner: JointLearner, reward: Rewards, canary: Canary
     ) -> None:
         """`canary`: prompts whose log-probs prove that sampler and learner hold the same policy."""
         self.rollout, self.learner, self.reward, self.canary = rollout, learner, reward, canary

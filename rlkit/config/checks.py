@@ -25,6 +25,7 @@ from rlkit.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
+from rlkit.config.sources import SOURCES
 from rlkit.config.staleness import stale_samples_are_corrected
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
@@ -42,9 +43,9 @@ def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
     return issues
 
 
-def group_is_large_enough(algorithm: Algorithm) -> Issues:
+def group_is_large_enough(algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
     least = algorithm.needs().min_samples_per_prompt
-    if algorithm.config.samples_per_prompt < least:
+    if rollout.source != "data" and algorithm.config.samples_per_prompt < least:
         name = type(algorithm).__name__
         yield ConfigIssue(
             "algorithm.samples_per_prompt",
@@ -368,6 +369,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     sampler_and_learner_agree,
     stale_samples_are_corrected,
     *HELDOUT,
+    *SOURCES,
     *PLACES,
     *LIMITS,
 )

@@ -46,6 +46,7 @@ from rlkit.config.parts import (
     import_part,
     with_present_targets,
 )
+from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import RunConfig
 from rlkit.experience.names import edits, nearest
 from rlkit.experience.section import Section
@@ -322,9 +323,21 @@ class _RunLoading(Loading):
             if subject is not None:
                 checked[kind] = subject
         checked["sets"] = {name: self._make("data", Part(one.source, one.config)) for name, one in self.sets.items()}
+        self._leave_out_what_does_not_start(checked)
         for group in self.overrides.guessed:  # how a guess fits with the rest says nothing
             checked.pop(group, None)
         self._report(run_checks(checked))
+
+    def _leave_out_what_does_not_start(self, checked: dict[str, Any]) -> None:
+        """Without engines, there are none to configure; a part that is not asked need not fit."""
+        rollout, evaluation, algorithm = (checked.get(name) for name in ("rollout", "evaluation", "algorithm"))
+        if rollout is None or evaluation is None:
+            return
+        if not has_engines(rollout, evaluation):
+            checked.pop("verifier", None)
+            self.available["rollout"] = checked["rollout"] = rollout.model_copy(update={"workers": 0})
+        if algorithm is not None and not asks_reward(rollout, algorithm):
+            checked.pop("reward", None)
 
     def _report(self, issues: Iterable[ConfigIssue]) -> None:
         for issue in issues:

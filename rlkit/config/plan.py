@@ -46,6 +46,15 @@ def colocated_slots(config: RunConfig, critic_ranks: int) -> int:
     return max(config.rollout.workers * config.rollout.tensor_parallel_size, config.learner.ranks, critic_ranks)
 
 
+def has_engines(rollout: RolloutConfig, evaluation: EvaluationConfig) -> bool:
+    return rollout.source != "data" or evaluation.generate
+
+
+def asks_reward(rollout: RolloutConfig, algorithm: Algorithm) -> bool:
+    """Whether a reward scores the responses."""
+    return rollout.judge == "always" or (algorithm.needs().rewards and rollout.source != "data")
+
+
 def references_are_cached(config: RunConfig, algorithm: Algorithm) -> bool:
     """Recorded responses are the same in every epoch, so a reference that stays needs to see them once."""
     return config.rollout.source == "data" and not algorithm.config.reference_every_steps
@@ -88,6 +97,8 @@ def _engine_gpus(rollout: RolloutConfig) -> int:
 
 def engines_sleep(config: RunConfig) -> bool:
     rollout = config.rollout
+    if rollout.source == "model":
+        return False
     if rollout.sleep == "auto":
         return _take_turns(config.cluster, rollout, config.trainer)
     return rollout.sleep == "always"
@@ -107,7 +118,7 @@ def offloads(config: RunConfig, section: LearnerConfig) -> bool:
 
 
 def _take_turns(cluster: ClusterConfig, rollout: RolloutConfig, trainer: TrainerConfig) -> bool:
-    return shares_gpus(cluster) and trainer.max_staleness == 0
+    return shares_gpus(cluster) and trainer.max_staleness == 0 and rollout.source == "policy"
 
 
 def weights_can_travel(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:

@@ -19,6 +19,8 @@ class TrainerConfig(Section):
 
     total_steps: int = Field(default=100, ge=1)
     """Training steps: each collects `prompts_per_step` groups, updates the policy and publishes its weights."""
+    total_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training data, in place of `total_steps`."""
     prompts_per_step: int = Field(default=32, ge=1)
     """Prompts (= groups) per step; responses per step are this times `algorithm.samples_per_prompt`."""
     max_staleness: int = Field(default=0, ge=0)
@@ -77,10 +79,10 @@ class RolloutConfig(Section):
     no sampler starts; model: sampled from a frozen model (`source_path`)."""
     source_path: str | None = None
     """Folder of the model for source=model, with the policy's tokenizer."""
-    rejudge: bool = False
-    """source=data: let the reward judge recorded responses, in place of the data's own labels and preferences."""
-    workers: int = Field(default=1, ge=1)
-    """vLLM engines, one Ray actor each."""
+    judge: Literal["auto", "always"] = "auto"
+    """Whether the reward scores the responses. auto: if the algorithm learns from scores and the data bring none."""
+    workers: int = Field(default=1, ge=0)
+    """vLLM engines, one Ray actor each; 0 where nothing is sampled."""
     max_restarts: int = Field(default=3, ge=0)
     """Times the process of a worker that died, or did not confirm new weights, is replaced before the run stops."""
     temperature: float = Field(default=1.0, gt=0)
@@ -141,6 +143,9 @@ class EvaluationConfig(Section):
     """Sampling temperature; null: `rollout.temperature`."""
     max_response_tokens: int | None = Field(default=None, ge=1)
     """Where a response is cut; null: `rollout.max_response_tokens`."""
+    generate: bool = False
+    """source=data: sample responses to the held-out problems and let the verifier judge them, too; that starts the
+    engines."""
     training_answers: bool = True
     """Let the verifier judge the training responses of each step, too (`accuracy/train`); false spares the calls of a
     verifier that is slow or costs money."""

@@ -42,6 +42,9 @@ class PromptOrder:
     def by_id(self) -> dict[str, Prompt]:
         return {prompt.id: prompt for prompt in self._prompts}
 
+    def metrics(self) -> dict[str, float]:
+        return {"data/epochs": self._epoch + self._position / len(self._prompts)}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "seed": self._seed,

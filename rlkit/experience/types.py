@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+UNJUDGED = "not judged"
 FinishReason = Literal["stop", "length", "abort"]
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
@@ -127,13 +128,19 @@ class Score:
                 raise ValueError(f"a valid score must be finite: value={self.value} components={dict(self.components)}")
             if self.token_rewards is not None and not np.isfinite(self.token_rewards).all():
                 raise ValueError("a valid score must have finite token rewards")
-            if self.value is None and self.token_rewards is None and not self.span_rewards:
+            nothing = self.value is None and self.token_rewards is None and not self.span_rewards
+            if nothing and self.reason != UNJUDGED:
                 raise ValueError("a valid score must have a value, token rewards or span rewards")
         else:
             if self.value is not None:
                 raise ValueError("an invalid score has no value")
             if not self.reason:
                 raise ValueError("an invalid score needs a reason")
+
+    @classmethod
+    def none(cls) -> Score:
+        """Of a sample that nobody was asked to judge."""
+        return cls(value=None, reason=UNJUDGED)
 
     @classmethod
     def invalid(cls, reason: str, trace: str = "") -> Score:

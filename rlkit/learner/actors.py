@@ -148,6 +148,7 @@ class LearnerGroup(RankGroup):
     ) -> None:
         gpus = gpu_shares(config).learner
         self.section, self.needs, self.seed = config.learner, algorithm.needs(), config.seed
+        self.temperature = config.rollout.temperature
         super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus, place)
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +16,14 @@ from rlkit.config.schema import CriticConfig, RunConfig
 from rlkit.experience import Group
 from rlkit.learner.actors import CriticGroup, LearnerGroup
 from rlkit.learner.ranks import RankGroup
-from rlkit.learner.references import ReferenceCache
+from rlkit.learner.references import ReferenceCache, fingerprint
 
 if TYPE_CHECKING:
     from rlkit.weights.tensor_file import WrittenFile
+
+
+CACHED_AT_ONCE = 256
+"""Groups."""
 
 
 @dataclass
@@ -86,6 +90,14 @@ class JointLearner:
 
     def _parts(self) -> dict[str, RankGroup]:
         return {"learner": self.policy, **({"critic": self.critic} if self.critic is not None else {})}
+
+    async def use_references(self, file: Path, model: Path, groups: Iterable[Group]) -> None:
+        """Take reference log-probs from a file from now on, after computing what it lacks. The policy must still be the
+        model it began with: it is the reference, so no other is loaded."""
+        section, temperature = self.policy.section, self.policy.temperature
+        cache = ReferenceCache(file, fingerprint(model, temperature, section.dtype))
+        await cache.fill(groups, lambda some: self.policy.logprobs(some, POLICY), CACHED_AT_ONCE)
+        self.references = cache
 
     async def experience(self, groups: Sequence[Group], step: int) -> Experience:
         """The groups with the values and log-probs that the algorithm's advantages need, or its loss in every epoch."""

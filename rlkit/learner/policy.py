@@ -26,6 +26,7 @@ from rlkit.learner.policy_folder import (
     with_buffers,
 )
 from rlkit.learner.weight_names import CheckpointNames
+from rlkit.models.folder import model_folder
 from rlkit.models.packing import PackedBatch, Tree, pack
 from rlkit.models.policy import load_causal_lm
 from rlkit.weights.bundle import TensorMeta
@@ -49,7 +50,7 @@ class PolicyLearner:
         trust_remote_code: bool = False,
         reference: bool = True,
     ) -> None:
-        """`reference`: whether to hold the reference policy, if the algorithm needs it."""
+        """`reference`: whether the loss computes the reference's log-probs, if it needs them."""
         self.config = config
         self.algorithm = algorithm
         self.device = device
@@ -66,9 +67,11 @@ class PolicyLearner:
         self.frozen: dict[str, Any] = {}
         """Models that only run forward: `reference`, and folders."""
         needs = algorithm.needs()
-        models = {one.model for one in needs.passes.values()} | ({REFERENCE} if needs.reference_policy else set())
-        for name in sorted(models - {POLICY} - (set() if reference else {REFERENCE})):
-            self.hold(name, model_path if name == REFERENCE else name)
+        models = {one.model for one in needs.passes.values()} - {POLICY}
+        if needs.reference_policy and reference:
+            models.add(REFERENCE)
+        for name in sorted(models):
+            self.hold(name, model_path if name == REFERENCE else model_folder(name))
 
     def hold(self, name: str, path: str | Path) -> None:
         """Load a model for `logprobs`, in place of one of that name. All ranks call it."""

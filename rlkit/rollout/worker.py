@@ -180,6 +180,9 @@ class RolloutWorker:
         request = entry.request
         ordered = [entry.responses[i] for i in range(request.responses)]
         texts = self.tokenizer.batch_decode([r.token_ids for r in ordered], skip_special_tokens=True)
+        # A frozen model has no versions: its samples are as old as the step that asks for them.
+        frozen = self.rollout.source == "model"
+        versions = (request.step - 1, request.step - 1) if frozen else (entry.started_version, self.version)
         samples = tuple(
             Sample(
                 index=i,
@@ -187,7 +190,7 @@ class RolloutWorker:
                 logprobs=response.logprobs,
                 text=text,
                 finish_reason=response.finish_reason,
-                policy_versions=(entry.started_version, self.version),
+                policy_versions=versions,
                 seed=sample_seed(request.seed, request.id, i),
             )
             for i, (response, text) in enumerate(zip(ordered, texts, strict=True))

@@ -11,12 +11,12 @@ import numpy as np
 
 from rlkit.experience import Group, Sample, Score
 from rlkit.experience.scores import kind_of
-from rlkit.experience.types import FloatArray
+from rlkit.experience.types import UNJUDGED, FloatArray
 
 
 def total_reward(score: Score) -> float | None:
-    """A sample's outcome reward, else the sum of its process rewards; None if invalid."""
-    if not score.valid:
+    """A sample's outcome reward, else the sum of its process rewards; None if invalid or not judged."""
+    if not score.valid or score.reason == UNJUDGED:
         return None
     if score.value is not None:
         return score.value
@@ -75,7 +75,8 @@ def _best_and_worst(group: Group) -> list[tuple[str, int]]:
     """Of equal rewards, the first sample is the best and the last the worst."""
     ranked = [(reward, i) for i, score in enumerate(_scores(group)) if (reward := total_reward(score)) is not None]
     if not ranked:
-        return [("invalid", 0)] if group.samples else []
+        unjudged = any(score.valid for score in _scores(group))
+        return [("only" if unjudged else "invalid", 0)] if group.samples else []
     if len(ranked) == 1:
         return [("only", ranked[0][1])]
     best = max(ranked, key=lambda pair: (pair[0], -pair[1]))

@@ -85,6 +85,11 @@ class Tracker:
         with self._progress.lock:
             self._progress.resume(step, headline, heldout)
 
+    def total_steps(self, steps: int) -> None:
+        """Of the run, where only the data told."""
+        with self._progress.lock:
+            self._progress.total_steps = steps
+
     def message(self, text: str) -> None:
         self._console.notice(text)
 

@@ -65,6 +65,10 @@ class Agreement:
     change: float | None = None
     """Share of the learner's change that the sampler shows (about 1); None while it is too small to be measured."""
 
+    def metrics(self) -> dict[str, float]:
+        change = {} if self.change is None else {"weights/canary_change": self.change}
+        return {"weights/canary_difference": self.difference, **change}
+
     @classmethod
     def weakest(cls, agreements: Sequence[Agreement]) -> Agreement:
         changes = [agreement.change for agreement in agreements if agreement.change is not None]

@@ -1,0 +1,131 @@
+"""Where responses come from: whether algorithm, data and reward fit with `rollout.source`, and what then has no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+from algorithms.base import POLICY, REFERENCE, Algorithm
+from rlkit.config.messages import ConfigIssue, Issues
+from rlkit.config.parts import Part
+from rlkit.config.plan import asks_reward, has_engines
+from rlkit.config.schema import EvaluationConfig, ModelConfig, RolloutConfig, TrainerConfig
+from rlkit.data.base import DataSource
+from rlkit.models.folder import ModelFolderError, check_model_folder, model_folder
+
+RECORDED = "data=pairs, data=responses or data=chat bring recorded ones"
+SAMPLED = ("samples_per_prompt",)
+"""Options of an algorithm that speak of sampling."""
+
+
+def algorithm_learns_from_the_source(algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
+    sources = algorithm.needs().sources
+    if rollout.source not in sources:
+        yield ConfigIssue(
+            "rollout.source",
+            f"is {rollout.source}, and {type(algorithm).__name__} learns from responses of "
+            f"{' or '.join(f'rollout.source={source}' for source in sources)}",
+        )
+
+
+def data_have_responses(algorithm: Algorithm, rollout: RolloutConfig, data: DataSource) -> Issues:
+    if rollout.source != "data":
+        return
+    provided, needs = data.provides(), algorithm.needs()
+    if not provided & {"responses", "references"}:
+        yield ConfigIssue(
+            "data", f"{type(data).__name__} has no responses to learn from (rollout.source=data); {RECORDED}"
+        )
+    elif rollout.judge == "auto" and needs.pairs and not provided & {"pairs", "labels"}:
+        yield ConfigIssue(
+            "data",
+            f"{type(algorithm).__name__} compares responses to a prompt, and {type(data).__name__} says of none that "
+            "it is better: use data=pairs, or data=responses with labels or scores, or let a reward score them "
+            "(rollout.judge=always reward=NAME)",
+        )
+    elif rollout.judge == "auto" and needs.labels and not provided & {"pairs", "labels"}:
+        yield ConfigIssue(
+            "data",
+            f"{type(algorithm).__name__} learns from labels, and {type(data).__name__} gives none: use data=responses "
+            "with data.label_column, or data=pairs",
+        )
+
+
+def labels_are_labels(algorithm: Algorithm, reward: Part) -> Issues:
+    if algorithm.needs().labels and reward.cls.traits(reward.config).raw_scores:
+        yield ConfigIssue(
+            "reward",
+            f"{type(algorithm).__name__} learns from labels, 0 (bad) to 1 (good), and {reward.cls.__name__} gives scores "
+            "of any size; choose a reward that says right or wrong",
+        )
+
+
+def batches_are_large_enough(algorithm: Algorithm, trainer: TrainerConfig) -> Issues:
+    least = algorithm.needs().min_prompts_per_step
+    if trainer.prompts_per_step < least:
+        yield ConfigIssue(
+            "trainer.prompts_per_step", f"{type(algorithm).__name__} compares prompts of a step and needs {least}"
+        )
+
+
+def frozen_models_exist(algorithm: Algorithm, rollout: RolloutConfig, model: ModelConfig) -> Issues:
+    named = {one.model: "algorithm" for one in algorithm.needs().passes.values()}
+    if rollout.source_path is not None:
+        named[rollout.source_path] = "rollout.source_path"
+    for path, key in named.items():
+        if path in (POLICY, REFERENCE):
+            continue
+        try:
+            check_model_folder(path)
+            own, other = (model_folder(name) / "tokenizer.json" for name in (model.path, path))
+            if own.is_file() and other.is_file() and own.read_bytes() != other.read_bytes():
+                yield ConfigIssue(
+                    key,
+                    f"{path} has another tokenizer than model.path={model.path} (their tokenizer.json differ), so the "
+                    "same token ids are other texts to it",
+                )
+        except ModelFolderError as error:
+            yield ConfigIssue(key, str(error))
+
+
+def source_options_act(
+    algorithm: Algorithm, rollout: RolloutConfig, evaluation: EvaluationConfig, typed: AbstractSet[str]
+) -> Issues:
+    if (rollout.source_path is not None) != (rollout.source == "model"):
+        yield ConfigIssue("rollout.source_path", "and rollout.source=model go together: set both")
+    if rollout.source != "data":
+        if evaluation.generate:
+            yield ConfigIssue("evaluation.generate", "is for rollout.source=data; else evaluation samples anyhow")
+        if rollout.workers == 0:
+            yield ConfigIssue("rollout.workers", "must be at least 1: somebody must sample")
+    if rollout.source == "policy" and rollout.judge == "always" and algorithm.needs().rewards:
+        yield ConfigIssue("rollout.judge", "has no effect with rollout.source=policy: the reward scores every response")
+    if not asks_reward(rollout, algorithm):
+        for key in sorted(typed):
+            if key == "reward" or key.startswith("reward."):
+                why = "recorded responses bring their own labels" if rollout.source == "data" else "no reward is read"
+                yield ConfigIssue(key, f"has no effect: {why}; with rollout.judge=always it scores the responses")
+    if rollout.source == "data":
+        for key in sorted(typed & {f"algorithm.{name}" for name in SAMPLED}):
+            yield ConfigIssue(key, "has no effect with rollout.source=data: the data say how many responses there are")
+    if not has_engines(rollout, evaluation):
+        for key in sorted(typed):
+            if key.startswith(("verifier", "evaluation.")) or key in ("rollout.workers", "rollout.memory_gib"):
+                yield ConfigIssue(
+                    key, "has no effect: nothing is sampled with rollout.source=data (evaluation.generate=true does)"
+                )
+
+
+def epochs_or_steps(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
+    if trainer.total_epochs is not None and "trainer.total_steps" in typed:
+        yield ConfigIssue("trainer.total_steps", "and trainer.total_epochs exclude each other: set one")
+
+
+SOURCES = (
+    algorithm_learns_from_the_source,
+    data_have_responses,
+    labels_are_labels,
+    batches_are_large_enough,
+    frozen_models_exist,
+    source_options_act,
+    epochs_or_steps,
+)

@@ -1,0 +1,133 @@
+"""What a run trains on and is judged by: problems read, rendered to prompts, and reported where they cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from algorithms.base import Render
+from rewards.base import Reward, RewardConfig
+from rlkit.config.messages import named_as_set
+from rlkit.config.parts import ResolvedRun
+from rlkit.config.plan import asks_reward
+from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Split
+from rlkit.data.rows import refuse_too_many_bad_rows
+from rlkit.evaluation import OWN
+from rlkit.experience import Prompt
+from rlkit.models.folder import model_folder
+from rlkit.models.packing import shared_prefix
+from rlkit.tracking.tracker import Tracker
+from rlkit.weights.publication import Canary
+
+CANARY_PROMPTS, CANARY_TOKENS = 4, 32
+
+
+@dataclass(frozen=True)
+class Loaded:
+    train: Sequence[Prompt]
+    heldout: Mapping[str, Sequence[Prompt]]
+    """By set: what the verifier can judge."""
+    recorded: Sequence[Prompt]
+    """Held out, with recorded responses."""
+    render: Render
+
+
+def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
+    """Raises DataError."""
+    from rlkit.data.conversations import render_recorded
+    from rlkit.data.rendering import load_tokenizer, render, renderer
+    from rlkit.rollout.sampler import stop_token_ids
+
+    config, rollout = resolved.config, resolved.config.rollout
+    folder, template = model_folder(config.model.path), config.model.chat_template
+    tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+    source, from_data = resolved.make_data_source(), rollout.source == "data"
+
+    def rendered(problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str) -> list[Prompt]:
+        if from_data:
+            stops = stop_token_ids(str(folder), tokenizer)
+            limits = (rollout.max_prompt_tokens, rollout.max_response_tokens)
+            prompts, unusable = render_recorded(problems, tokenizer, stops, *limits, template)
+        else:
+            prompts, unusable = render(problems, tokenizer, rollout.max_prompt_tokens, template)
+        rows = sum(problem.rows for problem in problems) + len(bad)
+        _report_bad_rows([*bad, *unusable], rows, data.max_bad_row_share, what, tracker)
+        return prompts
+
+    splits: tuple[Split, ...] = ("train", "heldout")
+    loaded = {split: rendered(*source.load(split), resolved.data_config, split) for split in splits}
+    further = {}
+    for name, one in resolved.sets.items():
+        key = f"evaluation.sets.{name}"
+        try:
+            further[name] = rendered(*one.source(one.config, config.seed).load_set(), one.config, key)
+        except DataError as error:
+            raise DataError(named_as_set(str(error), key)) from error
+    train = loaded["train"]
+    if not train:
+        raise DataError("the data source has no usable training problem")
+    per_step = config.trainer.prompts_per_step
+    if len(train) < per_step:
+        tracker.warn(
+            f"{len(train)} training questions for {per_step} in a step (trainer.prompts_per_step): each is "
+            f"asked {per_step / len(train):.3g} times in every step"
+        )
+    judges: list[tuple[type[Reward], RewardConfig]] = []
+    if asks_reward(rollout, resolved.make_algorithm()):
+        judges.append((resolved.reward_class, resolved.reward_config))
+    if rollout.workers:
+        judges.append((resolved.verifier_class, resolved.verifier_config))
+    for message in dict.fromkeys(text for cls, own in judges for text in cls.doubts(own, train)):
+        tracker.warn(message)
+    judged = _heldout(resolved, train, {OWN: loaded["heldout"], **further}, tracker) if rollout.workers else {}
+    recorded = loaded["heldout"][: config.trainer.evaluation_prompts] if from_data else []
+    return Loaded(train, judged, recorded, renderer(tokenizer, template))
+
+
+def with_epochs(resolved: ResolvedRun, problems: int) -> ResolvedRun:
+    """With the steps that `trainer.total_epochs` takes."""
+    trainer = resolved.config.trainer
+    if trainer.total_epochs is None:
+        return resolved
+    steps = max(1, round(trainer.total_epochs * problems / trainer.prompts_per_step))
+    changed = trainer.model_copy(update={"total_steps": steps})
+    return replace(resolved, config=resolved.config.model_copy(update={"trainer": changed}))
+
+
+def canary(train: Sequence[Prompt]) -> Canary:
+    """Pieces of different prompts, from a little before they differ: long system prompts have equal beginnings, and a
+    state that leaks from one sequence into the next shows only on several."""
+    prompts = [prompt.token_ids for prompt in train[: 8 * CANARY_PROMPTS]]
+    start = max(0, len(shared_prefix(list(dict.fromkeys(prompts)))) - CANARY_TOKENS // 2)
+    pieces = dict.fromkeys(ids[start : start + CANARY_TOKENS] for ids in prompts)
+    return tuple(ids for ids in pieces if len(ids) > 1)[:CANARY_PROMPTS]
+
+
+def _heldout(
+    resolved: ResolvedRun, train: Sequence[Prompt], sets: Mapping[str, Sequence[Prompt]], tracker: Tracker
+) -> dict[str, list[Prompt]]:
+    """Of each set what the verifier can judge, and as many as are asked for."""
+    answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
+    trained = {prompt.token_ids for prompt in train} if resolved.sets else set()
+    heldout = {}
+    for name, prompts in sets.items():
+        key = f"evaluation.sets.{name}"
+        most = (resolved.sets[name].prompts if name else None) or resolved.config.trainer.evaluation_prompts
+        judged = [prompt for prompt in prompts if not answer_needed or prompt.answer is not None][:most]
+        if name and not judged:
+            raise DataError(f"{key} has no problem with a gold answer, which the verifier needs (verifier=NAME)")
+        if name and (known := sum(prompt.token_ids in trained for prompt in judged)):
+            tracker.warn(f"{known} of the {len(judged)} problems of {key} are also trained on")
+        if judged:
+            heldout[name] = judged
+    if OWN not in heldout:
+        whole = "" if heldout else ": this run is not evaluated (verifier=NAME may judge without one)"
+        tracker.warn(f"no held-out problem with a gold answer{whole}")
+    return heldout
+
+
+def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, split: str, tracker: Tracker) -> None:
+    if bad:
+        refuse_too_many_bad_rows(bad, rows, allowed_share, f"{split} problems")
+        first = "; ".join(f"{row.origin}: {row.reason}" for row in bad[:3])
+        tracker.warn(f"{len(bad)} of {rows} {split} rows skipped: {first}")
