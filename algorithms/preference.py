@@ -71,7 +71,9 @@ class Preference(Algorithm):
             rewards=config.labels != "agreement",
             pairs=config.of_pairs and config.labels != "agreement",
             reference_policy=config.reference == "frozen",
+            labels=not config.of_pairs,
             min_samples_per_prompt=2 if compares else 1,
+            min_prompts_per_step=2 if "baseline" in takes else 1,
             layout="pairs" if config.of_pairs else "full_group" if compares else "any",
             passes={name: Pass(model) for name, model in models.items()},
             corrects_staleness=True,  # pairs need not be the policy's own
@@ -93,10 +95,10 @@ class Preference(Algorithm):
     # -- what is compared ------------------------------------------------------------------------------------------
 
     def advantages(self, experience: Experience) -> Advantages:
-        made = self._compared(experience) if self.config.of_pairs else self._labelled(experience)
+        advantages = self._compared(experience) if self.config.of_pairs else self._labelled(experience)
         extras = {name: experience.logprobs[name] for name in (GUIDE, BETTER, WORSE) if name in experience.logprobs}
         first = {"first": 1.0} if experience.step == 1 and self.config.reference == "frozen" else {}
-        return replace(made, extras=extras, scalars={**made.scalars, **first})
+        return replace(advantages, extras=extras, scalars={**advantages.scalars, **first})
 
     def _compared(self, experience: Experience) -> Advantages:
         compared, agreement = self._pairs(experience)
@@ -214,14 +216,14 @@ class Preference(Algorithm):
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Mean over pairs of weight x (link + terms), or mean over samples of the link."""
         scores = Scores(inputs, self.config)
-        made = self._pair_loss(inputs, scores) if self.config.of_pairs else self._sample_loss(inputs, scores)
-        sums = dict(made.sums)
+        output = self._pair_loss(inputs, scores) if self.config.of_pairs else self._sample_loss(inputs, scores)
+        sums = dict(output.sums)
         share = inputs.mask / inputs.denominators.measured
         sums["policy/entropy"] = (inputs.entropy.detach() * share).sum()
         if inputs.reference_logprobs is not None:
             divergence = losses.kl_divergence(inputs.logprobs.detach(), inputs.reference_logprobs, "k3")
             sums["kl/reference"] = (divergence * share).sum()
-        return replace(made, sums=sums)
+        return replace(output, sums=sums)
 
     def _pair_loss(self, inputs: LossInputs, scores: Scores) -> LossOutput:
         config, values = self.config, inputs.pair_values

@@ -94,7 +94,7 @@ def part(table, rows):
 
 def trainer(kind, **options):
     """The trainer with what its loss reads, and nothing else."""
-    made = object.__new__(kind)
+    instance = object.__new__(kind)
     defaults = {
         "accelerator": Accelerator(cpu=True),
         "model": SimpleNamespace(training=True, is_gradient_checkpointing=False),
@@ -114,8 +114,8 @@ def trainer(kind, **options):
         "_total_train_tokens": 0,
         "_tp_size": 1,
     }
-    vars(made).update(defaults | options)
-    return made
+    vars(instance).update(defaults | options)
+    return instance
 
 
 def pair_batch(table):
@@ -144,27 +144,27 @@ def main(path):
 
     for name, options in DPO.items():
         kind = "sigmoid" if name == "ld" else name
-        made = trainer(DPOTrainer, loss_types=[kind], ref_model=reference, **options)
-        record(name, options, made._compute_loss(policy, policy.inputs(), False))
+        theirs = trainer(DPOTrainer, loss_types=[kind], ref_model=reference, **options)
+        record(name, options, theirs._compute_loss(policy, policy.inputs(), False))
     for name, options in CPO.items():
-        made, loss = trainer(CPOTrainer, **options), 0.0
+        theirs, loss = trainer(CPOTrainer, **options), 0.0
         for p in range(pairs):
             piece = part(policy, [p, p + pairs])
-            loss = loss + made.get_batch_loss_metrics(piece, pair_batch(piece))[0] / pairs
+            loss = loss + theirs.get_batch_loss_metrics(piece, pair_batch(piece))[0] / pairs
         record(name, options, loss)
-    made, loss = trainer(ORPOTrainer, beta=0.4), 0.0
+    theirs, loss = trainer(ORPOTrainer, beta=0.4), 0.0
     for p in range(pairs):
         piece = part(policy, [p, p + pairs])
-        loss = loss + made.get_batch_loss_metrics(piece, pair_batch(piece))[0] / pairs
+        loss = loss + theirs.get_batch_loss_metrics(piece, pair_batch(piece))[0] / pairs
     record("orpo", {"beta": 0.4}, loss)
     mismatched = (shifted.logprobs * shifted.mask).sum(1)
     difference = mismatched - (shifted_reference.logprobs * shifted_reference.mask).sum(1)
     for name, options in KTO.items():
-        made = trainer(KTOTrainer, ref_model=reference, beta=0.3, **options)
+        theirs = trainer(KTOTrainer, ref_model=reference, beta=0.3, **options)
         sums = {id(policy): difference, id(reference): torch.zeros(len(lengths))}
-        made._compute_kl_logps = lambda model, batch, sums=sums: sums[id(model)]
+        theirs._compute_kl_logps = lambda model, batch, sums=sums: sums[id(model)]
         inputs = policy.inputs() | {"label": torch.tensor([True] * pairs + [False] * pairs)}
-        record(name, {"beta": 0.3, **options}, made._compute_loss(policy, inputs, False))
+        record(name, {"beta": 0.3, **options}, theirs._compute_loss(policy, inputs, False))
     content = {
         "trl": trl.__version__,
         "torch": torch.__version__,

@@ -72,10 +72,10 @@ def loss_of(
     old: torch.Tensor | None = None,
 ) -> LossOutput:
     """All samples in one micro-batch; policy and reference [R]."""
-    made = algorithm.advantages(experience) if advantages is None else advantages
+    advantages = advantages or algorithm.advantages(experience)
     samples = [sample for g in experience.groups for sample in g.samples]
-    assert made.keep.all()
-    pairs = np.zeros((0, 2), np.int64) if made.pairs is None else made.pairs
+    assert advantages.keep.all()
+    pairs = np.zeros((0, 2), np.int64) if advantages.pairs is None else advantages.pairs
     lengths = torch.tensor([len(sample) for sample in samples])
     mask = torch.tensor(np.concatenate([sample.trained for sample in samples])).float()
     return algorithm.loss(
@@ -92,11 +92,11 @@ def loss_of(
             ),
             denominators=Denominators(float(mask.sum()), len(samples), len(experience.groups), len(pairs)),
             reference_logprobs=reference if algorithm.needs().reference_policy else None,
-            extras={name: torch.from_numpy(np.concatenate(rows)) for name, rows in made.extras.items()},
-            scalars=made.scalars,
-            samples={name: torch.from_numpy(values) for name, values in made.samples.items()},
+            extras={name: torch.from_numpy(np.concatenate(rows)) for name, rows in advantages.extras.items()},
+            scalars=advantages.scalars,
+            samples={name: torch.from_numpy(values) for name, values in advantages.samples.items()},
             pairs=torch.from_numpy(pairs),
-            pair_values={name: torch.from_numpy(values) for name, values in made.pair_values.items()},
+            pair_values={name: torch.from_numpy(values) for name, values in advantages.pair_values.items()},
         )
     )
 

@@ -101,13 +101,13 @@ def test_an_update_does_not_depend_on(
 ) -> None:
     if preference == "labels" and change is not unchanged:
         pytest.skip("KTO's baseline pairs responses with the next prompt: another order is another estimate")
-    wanted, wanted_weights = baselines[preference]
+    expected, expected_weights = baselines[preference]
     got, weights = two_updates(model, change(groups), preference, **options)
-    for want, have in zip(wanted, got, strict=True):
+    for want, have in zip(expected, got, strict=True):
         assert want.keys() == have.keys()
         for name, value in want.items():
             assert have[name] == pytest.approx(value, rel=3e-4, abs=3e-6), name
-    for name, weight in wanted_weights.items():
+    for name, weight in expected_weights.items():
         torch.testing.assert_close(weights[name], weight, atol=2e-5, rtol=1e-4)
 
 
