@@ -62,7 +62,7 @@ class Table:
         random = torch.rand(len(lengths), width, generator=generator, dtype=torch.float64)
         self.logprobs = (-0.1 - 1.5 * random).requires_grad_(gradient)
 
-    def __call__(self, input_ids, **_):
+    def __call__(self, *_, **__):
         kept = self.logprobs * self.mask
         logits = torch.stack([self.logprobs, torch.log1p(-self.logprobs.exp())], dim=-1)
         nothing = torch.zeros_like(kept)
@@ -160,9 +160,9 @@ def main(path):
     mismatched = (shifted.logprobs * shifted.mask).sum(1)
     difference = mismatched - (shifted_reference.logprobs * shifted_reference.mask).sum(1)
     for name, options in KTO.items():
-        theirs = trainer(KTOTrainer, ref_model=reference, beta=0.3, **options)
         sums = {id(policy): difference, id(reference): torch.zeros(len(lengths))}
-        theirs._compute_kl_logps = lambda model, batch, sums=sums: sums[id(model)]
+        instead = {"_compute_kl_logps": lambda model, batch, sums=sums: sums[id(model)]}
+        theirs = trainer(KTOTrainer, ref_model=reference, beta=0.3, **options, **instead)
         inputs = policy.inputs() | {"label": torch.tensor([True] * pairs + [False] * pairs)}
         record(name, {"beta": 0.3, **options}, theirs._compute_loss(policy, inputs, False))
     content = {
