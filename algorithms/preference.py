@@ -32,7 +32,7 @@ from algorithms.functional.advantages import Bool, Float64, Outcomes, members_of
 from algorithms.functional.pairs import Compared, consistency, dynamic_beta
 from algorithms.functional.prompts import mismatched, with_wish
 from algorithms.functional.scores import BETTER, GUIDE, WORSE, Scores, summed
-from algorithms.functional.selection import sigmoid, sign_accuracy
+from algorithms.functional.selection import sigmoid
 from algorithms.preference_config import OPTIONS, PreferenceConfig, find_link, link_parameters
 from rlkit.experience import Group, UserError
 
@@ -129,8 +129,7 @@ class Preference(Algorithm):
         if config.labels == "agreement":
             return self._self_ranked(experience)
         outcomes = Outcomes.of(experience)
-        sized = "gain" in self._takes or config.labels == "gain"  # for which ties say something, too
-        compared = Compared.of(groups, outcomes.rewards, outcomes.valid, config.pairs, ties=sized)
+        compared = self._by_scores(groups, outcomes)
         if config.pairs == "judge" and outcomes.valid.any() and not any(g.scores and g.scores.pairs for g in groups):
             raise UserError(
                 "algorithm.pairs=judge: neither the data nor the reward compares responses; use a reward that does "
@@ -140,11 +139,15 @@ class Preference(Algorithm):
             raise UserError(
                 f"algorithm.link={config.link} takes no margins, but the data have some; leave data.margin_column null"
             )
-        if config.labels == "gain":
-            compared = replace(compared, probability=sigmoid(compared.gain))
-        elif "probability" not in self._takes:
-            compared = compared.where(compared.probability > 0.5)
         return compared, {}
+
+    def _by_scores(self, groups: Sequence[Group], outcomes: Outcomes) -> Compared:
+        by_gain = self.config.labels == "gain"
+        ties = by_gain or "gain" in self._takes  # they say something, too
+        compared = Compared.of(groups, outcomes.rewards, outcomes.valid, self.config.pairs, ties)
+        if by_gain:
+            return replace(compared, probability=sigmoid(compared.gain))
+        return compared if "probability" in self._takes else compared.where(compared.probability > 0.5)
 
     def _self_ranked(self, experience: Experience) -> tuple[Compared, dict[str, float]]:
         """CREAM: best and worst by the policy's mean log-probs; probability: how alike the reference ranks."""
@@ -221,7 +224,8 @@ class Preference(Algorithm):
         share = inputs.mask / inputs.denominators.measured
         sums["policy/entropy"] = (inputs.entropy.detach() * share).sum()
         if inputs.reference_logprobs is not None:
-            divergence = losses.kl_divergence(inputs.logprobs.detach(), inputs.reference_logprobs, "k3")
+            # k3 explodes on recorded responses, which the policy may have stopped to sample.
+            divergence = losses.kl_divergence(inputs.logprobs.detach(), inputs.reference_logprobs, "k2")
             sums["kl/reference"] = (divergence * share).sum()
         return replace(output, sums=sums)
 
@@ -309,27 +313,28 @@ class Preference(Algorithm):
             )
 
     def heldout(self, experience: Experience) -> Mapping[str, float]:
-        """Accuracy and margin of recorded pairs and the link's loss, without further terms; for labels, how often the
-        sign of the score is right."""
-        import torch
-
+        """Accuracy and margin of pairs, and the loss of a link of pairs without further terms; where no prompt has a
+        better and a worse response, how often the sign of a score is its label's. Ties count half."""
         assert experience.policy_logprobs is not None
-        outcomes, normalised = Outcomes.of(experience), self.config.length_normalised
+        outcomes, normalised, beta = Outcomes.of(experience), self.config.length_normalised, self.config.beta
         scores = summed(experience.policy_logprobs, outcomes.masks, normalised)
         if self.config.reference == "frozen":
             assert experience.reference_logprobs is not None
             scores = scores - summed(experience.reference_logprobs, outcomes.masks, normalised)
-        if not self.config.of_pairs:
-            return {"preference/heldout_accuracy": sign_accuracy(scores, outcomes.rewards, outcomes.valid)}
-        compared = Compared.of(experience.groups, outcomes.rewards, outcomes.valid, self.config.pairs)
-        if not len(compared.samples):
-            return {"preference/heldout_accuracy": float("nan")}
-        values = {name: torch.from_numpy(value) for name, value in self._pair_values(compared).items()}
-        chosen, rejected = torch.from_numpy(scores[compared.samples]).unbind(1)
-        gap = scores[compared.samples[:, 0]] - scores[compared.samples[:, 1]]
-        linked = self._linked({"beta": self.config.beta, **values}, chosen=chosen, rejected=rejected)
-        return {
-            "preference/heldout_accuracy": float(((np.sign(gap) + 1) / 2).mean()),
-            "preference/heldout_margin": float((self.config.beta * gap).mean()),
-            "preference/heldout_loss": float((values["weight"] * linked).mean()),
+        compared = self._by_scores(experience.groups, outcomes)
+        better, worse = scores[compared.samples].T
+        if not len(better):
+            right = np.sign(scores) * np.where(outcomes.rewards > 0.5, 1, -1)
+            return {"preference/heldout_accuracy": float(((right[outcomes.valid] + 1) / 2).mean())}
+        measured = {
+            "preference/heldout_accuracy": float(((np.sign(better - worse) + 1) / 2).mean()),
+            "preference/heldout_margin": float((beta * (better - worse)).mean()),
         }
+        if self.config.of_pairs:
+            import torch
+
+            values = {name: torch.from_numpy(value) for name, value in self._pair_values(compared).items()}
+            chosen, rejected = torch.from_numpy(better), torch.from_numpy(worse)
+            linked = self._linked({"beta": beta, **values}, chosen=chosen, rejected=rejected)
+            measured["preference/heldout_loss"] = float((values["weight"] * linked).mean())
+        return measured

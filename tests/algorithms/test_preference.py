@@ -452,11 +452,15 @@ def test_heldout_pairs_are_measured_without_further_terms() -> None:
         )
 
 
-def test_heldout_labels_are_measured_by_the_score_s_sign() -> None:
-    groups = [group("p", (1,), (1.0,)), group("q", (1,), (0.0,)), group("r", (1,), (1.0,))]
-    experience = replace(
-        step(groups),
-        policy_logprobs=[np.array([x], np.float32) for x in (-1.0, -1.0, -1.0)],
-        reference_logprobs=[np.array([x], np.float32) for x in (-2.0, -0.5, -0.5)],
-    )
-    assert preference(link="kto").heldout(experience) == {"preference/heldout_accuracy": pytest.approx(2 / 3)}
+def test_heldout_labels_are_measured_by_pairs_or_by_the_score_s_sign() -> None:
+    algorithm, rows = preference(link="kto", beta=0.5), [np.array([x], np.float32) for x in (1.0, 0.5, -0.5, 0.0)]
+    zeros = [np.zeros(1, np.float32)] * 4
+    together = [group("p", (1, 1), (1.0, 0.0)), group("q", (1, 1), (1.0, 0.0))]
+    experience = replace(step(together), policy_logprobs=rows, reference_logprobs=zeros)
+    assert algorithm.heldout(experience) == {
+        "preference/heldout_accuracy": 0.5,
+        "preference/heldout_margin": pytest.approx(0.5 * (0.5 - 0.5) / 2),
+    }
+    apart = [group(name, (1,), (label,)) for name, label in zip("pqrs", (1.0, 0.0, 0.0, 1.0), strict=True)]
+    experience = replace(step(apart), policy_logprobs=rows, reference_logprobs=zeros)
+    assert algorithm.heldout(experience) == {"preference/heldout_accuracy": (1 + 0 + 1 + 0.5) / 4}
