@@ -172,7 +172,6 @@ WISHES: tuple[tuple[str, str], ...] = (
     (r"mlflow|swanlab|neptune|comet(_ml)?|clearml|aim|trackio", f"this tracker {TRACKERS}"),
     (r"loggers?|report_to|project_name|tracker", f"another tracker {TRACKERS}"),
     (r"dpo|ipo|kto|orpo|simpo|cpo|slic|online_dpo", PREFERENCES),
-    (r"sft", "supervised fine-tuning is a command of its own: python -m rlkit.sft"),
     (r"multi_?turns?|max_turns|tools?|tool_\w+|env|environments?|agents?|agent_\w+|gym", MULTI_TURN),
     (
         r"eos_token_ids?|ignore_eos",
