@@ -156,10 +156,6 @@ EVALUATION = (
     "here it is evaluation.samples (for avg@k and pass@k), evaluation.greedy, evaluation.temperature and "
     "trainer.evaluation_prompts"
 )
-PREFERENCES = (
-    "DPO and its kin (learning from fixed pairs) are not supported: rlkit samples from the policy that it trains. "
-    "Pairs can train a reward model: python -m rlkit.train_reward reward=preference"
-)
 MULTI_TURN = (
     "several turns, tools and environments are not supported: a prompt gets one response (reward=tool_call judges the "
     "calls in it)"
@@ -171,7 +167,7 @@ WISHES: tuple[tuple[str, str], ...] = (
     (r"(use_)?wandb\w*|weights_and_biases", f"W&B {TRACKERS}"),
     (r"mlflow|swanlab|neptune|comet(_ml)?|clearml|aim|trackio", f"this tracker {TRACKERS}"),
     (r"loggers?|report_to|project_name|tracker", f"another tracker {TRACKERS}"),
-    (r"dpo|ipo|kto|orpo|simpo|cpo|slic|online_dpo", PREFERENCES),
+    (r"online_dpo|iterative_dpo", "that is algorithm=dpo on problems: the policy samples, the reward makes the pairs"),
     (r"multi_?turns?|max_turns|tools?|tool_\w+|env|environments?|agents?|agent_\w+|gym", MULTI_TURN),
     (
         r"eos_token_ids?|ignore_eos",
@@ -184,12 +180,11 @@ WISHES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"ppo_epochs|update_epochs|num_ppo_epochs|num_iterations|mu",
-        "a step's samples are used once; learner.minibatches_per_step splits them into several optimizer steps",
+        "passes over a step's samples are learner.epochs_per_step; learner.minibatches_per_step splits each of them",
     ),
     (
         r"\w*epochs?",
-        "there are no epochs: a run takes trainer.total_steps steps of trainer.prompts_per_step prompts, and begins "
-        "again with the data when all were used",
+        "passes over the data are trainer.total_epochs, in place of trainer.total_steps",
     ),
     (r"(adam_|optimizer_)eps(ilon)?|eps", "not supported: AdamW's eps is 1e-8"),
     (
