@@ -215,6 +215,7 @@ def _staleness(run: ResolvedRun) -> list[Line]:
         return []
     how = getattr(run.algorithm_config, "rollout_correction", None)
     bound = getattr(run.algorithm_config, "largest_weight", None)
+    corrects = getattr(run.algorithm_config, "corrects", False)
     weights = {
         "truncate": f"importance weights truncated at {bound}",
         "mask": f"importance weights, tokens above {bound} left out",
@@ -222,7 +223,7 @@ def _staleness(run: ResolvedRun) -> list[Line]:
         "sequence_truncate": f"importance weights of whole samples, truncated at {bound}",
         "sequence_mask": f"importance weights of whole samples, those above {bound} left out",
         "geometric_mask": f"no importance weights, samples above {bound} per token left out",
-    }.get(how or "", "no importance weights")
+    }.get(how or "", "the loss measures from the sampler" if corrects else "no importance weights")
     return [Line("batches", "staleness", f"at most {most} {_plural('version', most)}; {weights}")]
 
 
