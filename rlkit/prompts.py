@@ -10,6 +10,7 @@ from rewards.base import Reward, RewardConfig
 from rlkit.config.messages import named_as_set
 from rlkit.config.parts import ResolvedRun
 from rlkit.config.plan import asks_reward
+from rlkit.config.structured import split_unusable
 from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Split
 from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.evaluation import OWN
@@ -39,7 +40,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     from rlkit.rollout.sampler import stop_token_ids
 
     config, rollout = resolved.config, resolved.config.rollout
-    folder, template = model_folder(config.model.path), config.model.chat_template
+    folder = model_folder(config.model.path)
+    template = config.model.chat_template, config.model.chat_template_arguments
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     if rollout.steps != "none" and not tokenizer.is_fast:
         raise DataError(
@@ -47,16 +49,19 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
             "(for the places of tokens in the text); leave rollout.steps=none"
         )
     source, from_data = resolved.make_data_source(), rollout.source == "data"
+    # A frozen model's samples say nothing of the policy, but what the data know does.
+    measured = from_data or (rollout.source == "model" and bool(source.provides() & {"responses", "references"}))
 
     def rendered(problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str) -> list[Prompt]:
-        if from_data:
+        fit, unfit = split_unusable(rollout.structured, problems)
+        if from_data or (measured and what == "heldout"):
             stops = stop_token_ids(str(folder), tokenizer)
             limits = (rollout.max_prompt_tokens, rollout.max_response_tokens)
-            prompts, unusable = render_recorded(problems, tokenizer, stops, *limits, template)
+            prompts, unusable = render_recorded(fit, tokenizer, stops, *limits, *template)
         else:
-            prompts, unusable = render(problems, tokenizer, rollout.max_prompt_tokens, template)
+            prompts, unusable = render(fit, tokenizer, rollout.max_prompt_tokens, *template)
         rows = sum(problem.rows for problem in problems) + len(bad)
-        _report_bad_rows([*bad, *unusable], rows, data.max_bad_row_share, what, tracker)
+        _report_bad_rows([*bad, *unfit, *unusable], rows, data.max_bad_row_share, what, tracker)
         return prompts
 
     splits: tuple[Split, ...] = ("train", "heldout")
@@ -80,13 +85,16 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     judges: list[tuple[type[Reward], RewardConfig]] = []
     if asks_reward(rollout, resolved.make_algorithm()):
         judges.append((resolved.reward_class, resolved.reward_config))
-    if rollout.workers:
+    if rollout.workers and rollout.source != "model":
         judges.append((resolved.verifier_class, resolved.verifier_config))
     for message in dict.fromkeys(text for cls, own in judges for text in cls.doubts(own, train)):
         tracker.warn(message)
-    judged = _heldout(resolved, train, {OWN: loaded["heldout"], **further}, tracker) if rollout.workers else {}
-    recorded = loaded["heldout"][: config.trainer.evaluation_prompts] if from_data else []
-    return Loaded(train, judged, recorded, renderer(tokenizer, template))
+    samples = rollout.workers > 0 and rollout.source != "model"
+    judged = _heldout(resolved, train, {OWN: loaded["heldout"], **further}, tracker) if samples else {}
+    recorded = loaded["heldout"][: config.trainer.evaluation_prompts] if measured else []
+    if not samples and not recorded:
+        tracker.warn("no held-out problem has a recorded response: this run is not evaluated")
+    return Loaded(train, judged, recorded, renderer(tokenizer, *template))
 
 
 def with_epochs(resolved: ResolvedRun, problems: int) -> ResolvedRun:

@@ -35,6 +35,7 @@ def commands() -> list[tuple[str, str]]:
 FILES = {
     "questions.jsonl": {"question": "Which? (A) 1 (B) 2", "answer": "B", "choices": ["1", "2"]},
     "train.jsonl": {"question": "What is 1 + 2?", "answer": "1 + 2 = 3 #### 3"},
+    "hard.jsonl": {"question": "What is 11 * 12?", "answer": "132"},
     "calls.jsonl": {
         "question": "Add 1 and 2.",
         "answer": "3",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from algorithms.base import Algorithm
+from rlkit.config.diagnostics import diagnostics_act
 from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
 from rlkit.config.messages import ConfigIssue, Issues
@@ -17,6 +18,7 @@ from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
 from rlkit.config.plan import engines_fit_on_nodes, longest_response, phases_make_room, weights_can_travel
 from rlkit.config.process_rewards import PROCESS_REWARDS
+from rlkit.config.sampling import SAMPLING
 from rlkit.config.schema import (
     ClusterConfig,
     CriticConfig,
@@ -115,8 +117,14 @@ def model_is_usable(
         return
     folder = model_folder(model.path)
     longest = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
-    template = model.chat_template is not None
-    for refusal in refusals(folder, device=cluster.device, longest=longest, chat_template=template):
+    reasons = refusals(
+        folder,
+        device=cluster.device,
+        longest=longest,
+        chat_template=model.chat_template is not None,
+        trust_remote_code=model.trust_remote_code,
+    )
+    for refusal in reasons:
         yield ConfigIssue("model.path", refusal)
     if known_run(folder) == "rows":
         yield ConfigIssue(
@@ -189,7 +197,8 @@ def microbatch_holds_what_belongs_together(
 ) -> Issues:
     """The longest sample (pair, group) must fit into one forward and backward pass."""
     layout = algorithm.needs().layout
-    samples = {"any": 1, "pairs": 2, "full_group": algorithm.config.samples_per_prompt}[layout]
+    group = 2 if rollout.source == "data" else algorithm.config.samples_per_prompt
+    samples = {"any": 1, "pairs": 2, "full_group": group}[layout]
     unit = {"any": "sample", "pairs": "pair of samples", "full_group": f"group of {samples} samples"}[layout]
     needed = rollout.max_prompt_tokens + samples * rollout.max_response_tokens
     if needed > learner.tokens_per_microbatch:
@@ -208,8 +217,11 @@ def group_filters_leave_something(buffer: BufferConfig) -> Issues:
         )
 
 
-def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm) -> Issues:
-    if buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
+def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
+    if rollout.source == "data":
+        if buffer.drops_groups or buffer.truncated != "keep":
+            yield ConfigIssue("buffer", "filters what was sampled; with rollout.source=data the rows are the data's")
+    elif buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
         yield ConfigIssue("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
 
 
@@ -218,12 +230,12 @@ def schedule_fits(trainer: TrainerConfig, learner: LearnerConfig) -> Issues:
 
 
 def _unfit_schedule(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Issues:
-    updates = trainer.total_steps * config.minibatches_per_step
-    if config.warmup_steps >= updates and config.warmup_steps > 0:
+    updates = trainer.total_steps * config.optimizer_steps
+    if trainer.total_epochs is None and config.warmup_steps >= updates and config.warmup_steps > 0:
         yield ConfigIssue(
             f"{section}.warmup_steps",
-            f"the run has {updates} optimizer steps (trainer.total_steps x {section}.minibatches_per_step), so the "
-            "learning rate would never reach its peak",
+            f"the run has {updates} optimizer steps (trainer.total_steps x {section}.minibatches_per_step x "
+            "epochs_per_step), so the learning rate would never reach its peak",
         )
     if config.schedule == "constant" and config.min_learning_rate_ratio > 0:
         yield ConfigIssue(
@@ -320,18 +332,6 @@ def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Issues:
         )
 
 
-def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
-    why = "the sampler's log-probs then differ from the learner's; watch mismatch/logprob_mean"
-    if rollout.top_p < 1:
-        yield ConfigIssue("rollout.top_p", f"samples from a truncated distribution: {why}", warning=True)
-    if rollout.top_k > 0:
-        yield ConfigIssue("rollout.top_k", f"samples from a truncated distribution: {why}", warning=True)
-    usual = "float32" if cluster.device == "cpu" else "bfloat16"
-    sampler, trained = (usual if dtype == "auto" else dtype for dtype in (rollout.dtype, learner.dtype))
-    if sampler != trained:
-        yield ConfigIssue("rollout.dtype", f"is {sampler}, the learner's is {trained}: {why}", warning=True)
-
-
 CHECKS: tuple[Callable[..., Issues], ...] = (
     group_is_large_enough,
     model_is_usable,
@@ -356,9 +356,10 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     cpu_has_its_limits,
     gpu_ignores_cpu_options,
     joined_cluster_has_its_own_store,
-    sampler_and_learner_agree,
     stale_samples_are_corrected,
+    *SAMPLING,
     *PROCESS_REWARDS,
+    diagnostics_act,
     *HELDOUT,
     *SOURCES,
     *PLACES,

@@ -21,10 +21,12 @@ from rlkit.config.compose import (
     option_fields,
     option_text,
     option_values,
+    values_of,
 )
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, allowed, did_you_mean, section_type
 from rlkit.config.parts import CONTRACTS, TARGET, PartError, conf_dir, import_part
 from rlkit.config.schema import RunConfig
+from rlkit.diagnostics.known import DIAGNOSTICS
 
 USAGE = """\
 [bold]python -m rlkit.train[/] \\[group=option ...] \\[key=value ...] \\[--config FILE]
@@ -68,7 +70,7 @@ def print_help(words: Sequence[str] = ()) -> int:
             raise ConfigError([ConfigIssue(f"--help {group}={option}", message)])
         if group in options:
             chosen[group] = option
-    blocks = [*_sections(_set_values(chosen)), *_parts(options, chosen, words)]
+    blocks = [*_sections(values_of(chosen, folder)), *_parts(options, chosen, words)]
     if not words:
         console.print(USAGE, highlight=False)
         _print_options(console, options, chosen)
@@ -93,15 +95,6 @@ def _near(word: str, names: set[str]) -> str:
     return text if text.startswith("did") else "--help alone lists everything"
 
 
-def _set_values(chosen: Mapping[str, str | None]) -> dict[str, tuple[Any, str]]:
-    """Full key -> (value, `group=option`) of everything that the chosen options set."""
-    values: dict[str, tuple[Any, str]] = {}
-    for group, option in chosen.items():
-        if option is not None:
-            values |= {key: (value, f"{group}={option}") for key, value in option_values(group, option).items()}
-    return values
-
-
 def _sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:
     top = [(name, info) for name, info in RunConfig.model_fields.items() if section_type(info.annotation) is None]
     plain = [(name, info) for name, info in top if name not in CONTRACTS]
@@ -111,6 +104,9 @@ def _sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:
         if section is not None:
             text = (section.__doc__ or "").strip()
             yield Block(name, text, list(all_fields(section, f"{name}.")), frozenset({name}), values)
+    for name, cls in DIAGNOSTICS.items():
+        fields = [(key, info) for key, info in all_fields(cls.Config) if key != "kind"]
+        yield Block(f"diagnostic {{kind:{name}}}", headline(cls), fields, frozenset({"diagnostics"}), {})
 
 
 def _parts(

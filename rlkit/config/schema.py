@@ -8,8 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, StrictInt, StrictStr, field_validator
 
+from rlkit.config.named import parse_diagnostics
+from rlkit.config.structured import StructuredConfig
+from rlkit.diagnostics.base import DiagnosticConfig
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.section import LearningRate, Section, Seed
 
@@ -54,8 +57,8 @@ class TrainerConfig(Section):
     """The best checkpoint has the largest value of this metric (of its step or of the latest evaluation); null: of
     what the evaluations show, `accuracy/heldout` or `reward/heldout`."""
     hacking_alarm_steps: int = Field(default=10, ge=0)
-    """Steps per window. Warn when from one window to the next the mean reward (or a process reward model's accuracy)
-    rose while the share of right answers fell. 0: never."""
+    """Steps per window of the diagnostic `hacking`. It warns when from one window to the next the mean reward (or a
+    process reward model's accuracy) rose while the share of right answers fell. 0: never."""
     max_skipped_updates: int = Field(default=3, ge=1)
     """Stop the run after this many updates in a row were skipped for a non-finite loss or gradient."""
 
@@ -67,6 +70,8 @@ class ModelConfig(Section):
     """Folder of a Hugging Face causal LM with its tokenizer; `embedded:policy` is the tiny one in the package."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""
+    chat_template_arguments: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, like `enable_thinking`: model.chat_template_arguments.enable_thinking=false."""
     trust_remote_code: bool = False
     """Run Python code from the model folder. Only for folders you trust."""
 
@@ -85,13 +90,27 @@ class RolloutConfig(Section):
     """vLLM engines, one Ray actor each; 0 where nothing is sampled."""
     max_restarts: int = Field(default=3, ge=0)
     """Times the process of a worker that died, or did not confirm new weights, is replaced before the run stops."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01, le=2)
     """Sampling temperature of training, and of evaluation unless `evaluation` says otherwise; the learner's log-probs
     use the same."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling; below 1 the sampler's log-probs no longer equal the learner's (with a warning)."""
     top_k: int = Field(default=0, ge=0)
     """Keep only the k likeliest tokens; 0 keeps all. The same warning applies."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Keep only tokens with at least this share of the likeliest one's probability; 0 keeps all. The same warning
+    applies."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divide the positive logits of tokens that the prompt or the response has by this, and multiply the negative
+    ones; 1 does nothing. The same warning applies."""
+    stop: tuple[StrictInt | StrictStr, ...] = ()
+    """Texts and token ids that end a response (finish reason `stop`), besides the model's own end tokens. The token
+    that completes a stop text, or is a stop id, is the last of the response: it is trained, and rewards read it."""
+    structured: StructuredConfig | None = None
+    """What every response must match; null: anything."""
+    oversample: float = Field(default=1.0, ge=1, le=10)
+    """Groups sampled per group that a step still lacks, so that a filter's rejections need no second round (which waits
+    for its own longest response). Of more than a step takes, those asked for last are dropped and counted."""
     max_prompt_tokens: int = Field(default=512, ge=8)
     """Longer prompts are bad rows: reported, counted, skipped."""
     max_response_tokens: int = Field(default=512, ge=1)
@@ -123,6 +142,33 @@ class RolloutConfig(Section):
     """CUDA: free the engines' GPU memory (weights and key-value cache) while the learner works. auto: if engines
     share GPUs with ranks and training is synchronous."""
 
+    @property
+    def reshaping(self) -> tuple[str, ...]:
+        """Options by which the sampler draws from another distribution than the policy's."""
+        off = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+        names = [name for name, value in off.items() if getattr(self, name) != value]
+        return (*names, *([] if self.structured is None else [f"structured.{self.structured.kind}"]))
+
+    @property
+    def stop_texts(self) -> list[str]:
+        return [stop for stop in self.stop if isinstance(stop, str)]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return [stop for stop in self.stop if isinstance(stop, int)]
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _is_a_list(cls, stop: Any) -> Any:
+        return (stop,) if isinstance(stop, str | int) and not isinstance(stop, bool) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, stop: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if "" in stop:
+            raise ValueError("has an empty text, which would end every response at once")
+        return stop
+
     @field_validator("temperature", mode="before")
     @classmethod
     def _explores(cls, temperature: Any) -> Any:
@@ -142,7 +188,7 @@ class EvaluationConfig(Section):
     k of 2, 4, 8, ... up to this."""
     greedy: bool = False
     """One response of the likeliest tokens to each prompt, in place of samples."""
-    temperature: float | None = Field(default=None, gt=0)
+    temperature: float | None = Field(default=None, ge=0.01, le=2)
     """Sampling temperature; null: `rollout.temperature`."""
     max_response_tokens: int | None = Field(default=None, ge=1)
     """Where a response is cut; null: `rollout.max_response_tokens`."""
@@ -294,6 +340,11 @@ class RunConfig(Section):
     critic: CriticConfig = CriticConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    diagnostics: Annotated[tuple[SerializeAsAny[DiagnosticConfig], ...], BeforeValidator(parse_diagnostics)] = Field(
+        default=("hacking",), validate_default=True
+    )
+    """What watches the steps: names (hacking, ratio_shift, reward_gap, drift, starc, judge_fpr), dotted paths of your
+    classes, or mappings with a `kind` and its options. [] turns all off."""
     algorithm: dict[str, Any]
     """A swappable part: `_target_` and the fields of its `Config`."""
     reward: dict[str, Any]

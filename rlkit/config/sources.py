@@ -1,4 +1,4 @@
-"""Where responses come from: whether algorithm, data and reward fit with `rollout.source`, and what then has no effect."""
+"""Where responses come from: whether algorithm, data and reward fit with `rollout.source`, and what has no effect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def algorithm_learns_from_the_source(algorithm: Algorithm, rollout: RolloutConfi
     if rollout.source not in sources:
         yield ConfigIssue(
             "rollout.source",
-            f"is {rollout.source}, and {type(algorithm).__name__} learns from responses of "
+            f"gives responses that {type(algorithm).__name__} cannot learn from; it takes "
             f"{' or '.join(f'rollout.source={source}' for source in sources)}",
         )
 
@@ -54,8 +54,8 @@ def labels_are_labels(algorithm: Algorithm, reward: Part) -> Issues:
     if algorithm.needs().labels and reward.cls.traits(reward.config).raw_scores:
         yield ConfigIssue(
             "reward",
-            f"{type(algorithm).__name__} learns from labels, 0 (bad) to 1 (good), and {reward.cls.__name__} gives scores "
-            "of any size; choose a reward that says right or wrong",
+            f"{type(algorithm).__name__} learns from labels, 0 (bad) to 1 (good), and {reward.cls.__name__} gives "
+            "scores of any size; choose a reward that says right or wrong",
         )
 
 
@@ -87,6 +87,13 @@ def frozen_models_exist(algorithm: Algorithm, rollout: RolloutConfig, model: Mod
             yield ConfigIssue(key, str(error))
 
 
+OF_ENGINES = tuple(
+    f"rollout.{name}"
+    for name in ("workers", "memory_gib", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "structured")
+)
+"""Keys, or their beginnings, that matter to nobody but vLLM."""
+
+
 def source_options_act(
     algorithm: Algorithm, rollout: RolloutConfig, evaluation: EvaluationConfig, typed: AbstractSet[str]
 ) -> Issues:
@@ -107,12 +114,15 @@ def source_options_act(
     if rollout.source == "data":
         for key in sorted(typed & {f"algorithm.{name}" for name in SAMPLED}):
             yield ConfigIssue(key, "has no effect with rollout.source=data: the data say how many responses there are")
-    if not has_engines(rollout, evaluation):
-        for key in sorted(typed):
-            if key.startswith(("verifier", "evaluation.")) or key in ("rollout.workers", "rollout.memory_gib"):
-                yield ConfigIssue(
-                    key, "has no effect: nothing is sampled with rollout.source=data (evaluation.generate=true does)"
-                )
+    if has_engines(rollout, evaluation) and rollout.source != "model":
+        return
+    idle = OF_ENGINES if rollout.source == "data" else ()
+    remedy = " (evaluation.generate=true does)" if rollout.source == "data" else ""
+    for key in sorted(typed):
+        if key.startswith(("verifier", "evaluation.", *idle)):
+            yield ConfigIssue(
+                key, f"has no effect: the policy samples nothing with rollout.source={rollout.source}{remedy}"
+            )
 
 
 def epochs_or_steps(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:

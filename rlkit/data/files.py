@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +28,8 @@ Loaded = tuple[list[Problem], list[BadRow]]
 
 CHECKED_ROWS = 10_000
 """Rows of each split that are judged before a run starts; the others when they are loaded."""
+PROVIDED = frozenset({"answer", "references", "responses", "pairs", "labels"})
+"""Words of `provides` that are no columns, even where a column is called so."""
 _DEFAULT_HELDOUT_SHARE = 0.05
 
 
@@ -42,6 +44,8 @@ class TableSource(DataSource):
         super().__init__(config, seed)
         self._loaded: dict[Split, Loaded] | None = None
         self._heads: dict[Split, list[tuple[str, Row | BadRow]]] = {}
+        self._judged: dict[Split, Loaded] = {}
+        """Of the first rows."""
 
     @abstractmethod
     def _source(self, split: Split) -> str | None:
@@ -89,7 +93,7 @@ class TableSource(DataSource):
                 head = [] if lacking or columns is None else self._head(split)
                 if head:
                     part = f"the first {len(head)} rows of {source}" if len(head) == CHECKED_ROWS else source
-                    self._problems(head, part)
+                    self._judged[split] = self._problems(head, part)
             except DataError as error:
                 messages.append(str(error))
         if not messages and self._source("train") == self._source("heldout"):
@@ -99,13 +103,20 @@ class TableSource(DataSource):
             )
         return messages
 
+    def preview(self, split: Split) -> list[Problem]:
+        """Of tables that `check` has read whole, all of them: raises DataError where `load` will."""
+        named: set[Split] = {"train"} if self._source("heldout") is None else {"train", "heldout"}
+        whole = named == set(self._judged) and all(len(self._head(name)) < CHECKED_ROWS for name in named)
+        rows = self._divide(self._judged) if whole else self._judged
+        return rows.get(split, ([], []))[0]
+
     def provides(self) -> frozenset[str]:
         config: RowsConfig = self.config
         try:
             columns = set(self._columns("train") or ())
         except DataError:
             columns = set()  # check() reports why
-        provided = columns - config.used_columns()
+        provided = columns - config.used_columns() - PROVIDED
         if config.answer_column is not None:
             provided.add("answer")
         if config.reference_columns or config.answer_column is not None:
@@ -122,11 +133,18 @@ class TableSource(DataSource):
         return self._parse("train")
 
     def _load_both(self) -> dict[Split, Loaded]:
-        train, bad = self._parse("train")
-        if self._source("heldout") is None:
+        rows: dict[Split, Loaded] = {"train": self._parse("train")}
+        if self._source("heldout") is not None:
+            rows["heldout"] = self._parse("heldout", id_prefix="heldout/")
+        return self._divide(rows)
+
+    def _divide(self, rows: Mapping[Split, Loaded]) -> dict[Split, Loaded]:
+        """Training and held-out problems without a common question."""
+        train, bad = rows["train"]
+        if "heldout" not in rows:
             kept, heldout = self._split(train)
             return {"train": (kept, bad), "heldout": (heldout, [])}
-        heldout, heldout_bad = self._parse("heldout", id_prefix="heldout/")
+        heldout, heldout_bad = rows["heldout"]
         judged = {question_key(problem): problem.origin for problem in heldout}
         kept = [problem for problem in train if question_key(problem) not in judged]
         bad = bad + [
@@ -221,7 +239,7 @@ class DataSetConfig(RowsConfig):
         return self
 
 
-class HfConfig(DataSetConfig, ColumnsConfig):
+class HfConfig(ColumnsConfig, DataSetConfig):
     """What `datasets` reads."""
 
 

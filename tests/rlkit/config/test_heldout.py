@@ -164,7 +164,7 @@ def prompts_of(run: ResolvedRun) -> tuple[dict[str, int], list[str]]:
     """Set -> number of prompts, and the warnings."""
     tracking = run.config.tracking.model_copy(update={"console": "off", "tensorboard": False})
     with Tracker(tracking, RunFolder(run.config.run_dir), 1, capture_output=False) as tracker:
-        _, heldout = load_prompts(run, tracker)
+        _, heldout, _ = load_prompts(run, tracker)
         return {name: len(prompts) for name, prompts in heldout.items()}, list(tracker._progress.warnings)
 
 

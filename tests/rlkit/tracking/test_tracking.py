@@ -106,6 +106,25 @@ def test_summary_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in folder.path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_files_that_grow_are_cut_back_to_what_a_checkpoint_knew(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.append_metrics({"step": 1})
+    folder.append_table("starc", [{"step": 1, "starc/distance": 0.5}])
+    sizes = folder.sizes()
+    assert sizes.keys() == {"metrics.jsonl", "samples.jsonl", "diagnostics/starc.jsonl"}
+    folder.append_metrics({"step": 2})
+    folder.append_table("starc", [{"step": 2}, {"step": 2}])
+    folder.append_table("drift", [{"step": 2}])
+    folder.close()
+    again = RunFolder(tmp_path / "run", resume=True)
+    again.keep_only(sizes)
+    assert lines_of(again.metrics) == [{"step": 1}]
+    assert lines_of(again.tables / "starc.jsonl") == [{"step": 1, "starc/distance": 0.5}]
+    assert lines_of(again.tables / "drift.jsonl") == []
+    again.keep_only({})
+    assert lines_of(again.tables / "starc.jsonl") == []
+
+
 def test_json_text_survives_what_models_write() -> None:
     assert json.loads(json_text({"t": 'a\ud83d"\n\x00 £'})) == {"t": 'a?"\n\x00 £'}
 
@@ -359,3 +378,31 @@ def test_every_metric_is_documented() -> None:
     assert len(emitted) > 5
     missing = sorted(f"{name} ({file})" for name, file in emitted if f"`{name}`" not in page)
     assert not missing, f"explain these in docs/metrics.md: {', '.join(missing)}"
+
+
+def test_a_reward_is_no_share(tmp_path: Path) -> None:
+    """The screen, the summary and the curve of evaluations that say neither right nor wrong, and of further sets."""
+    with tracker(tmp_path) as t:
+        for step, value in ((0, -1.5), (4, 120.25)):
+            t.evaluation(step, "reward/heldout", {"reward/heldout": value, "evaluation/code/reward": value / 2})
+        t.finish({"headline": "reward/heldout", "reward_before": -1.5, "reward_after": 120.25, "steps": 4})
+    log = (tmp_path / "run" / "logs" / "console.log").read_text()
+    assert "held-out reward 120.250 after step 4  (+121.750 since step 0)  code reward 60.125" in log
+    assert re.search(r"held-out reward +-1.500 → 120.250 \(\+121.750\)", log)
+    assert re.search(r"code reward +60.125", log)
+    assert "%" not in log and "accuracy" not in log
+    assert lines_of(tmp_path / "run" / "metrics.jsonl")[1]["reward/heldout"] == 120.25
+
+
+def test_the_accuracy_of_a_set_is_a_share(tmp_path: Path) -> None:
+    with tracker(tmp_path) as t:
+        t.evaluation(0, "accuracy/heldout", {"accuracy/heldout": 0.5, "evaluation/math/accuracy": 0.25})
+    log = (tmp_path / "run" / "logs" / "console.log").read_text()
+    assert "held-out accuracy  50.0% after step 0  math accuracy 25.0%" in log
+
+
+@given(st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=30), st.integers(30, 100))
+def test_a_curve_of_any_values_fits_its_width(values: list[float], width: int) -> None:
+    lines = curve([(25 * i, v) for i, v in enumerate(values)], width, 9, shares=False)
+    assert len(lines) == 11
+    assert max(map(len, lines)) <= width
