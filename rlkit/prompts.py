@@ -43,8 +43,10 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     source, from_data = resolved.make_data_source(), rollout.source == "data"
 
-    def rendered(problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str) -> list[Prompt]:
-        if from_data:
+    def rendered(
+        problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str, recorded: bool
+    ) -> list[Prompt]:
+        if recorded:
             stops = stop_token_ids(str(folder), tokenizer)
             limits = (rollout.max_prompt_tokens, rollout.max_response_tokens)
             prompts, unusable = render_recorded(problems, tokenizer, stops, *limits, template)
@@ -55,12 +57,12 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
         return prompts
 
     splits: tuple[Split, ...] = ("train", "heldout")
-    loaded = {split: rendered(*source.load(split), resolved.data_config, split) for split in splits}
+    loaded = {split: rendered(*source.load(split), resolved.data_config, split, from_data) for split in splits}
     further = {}
     for name, one in resolved.sets.items():
         key = f"evaluation.sets.{name}"
         try:
-            further[name] = rendered(*one.source(one.config, config.seed).load_set(), one.config, key)
+            further[name] = rendered(*one.source(one.config, config.seed).load_set(), one.config, key, recorded=False)
         except DataError as error:
             raise DataError(named_as_set(str(error), key)) from error
     train = loaded["train"]
