@@ -78,6 +78,10 @@ class AlgorithmNeeds:
     """Samples that must share a micro-batch."""
     process_rewards: bool = False
     """Scores with token or span rewards."""
+    reads_process_rewards: bool = False
+    """Uses them where there are any; a reward that gives them is refused with an algorithm that does neither."""
+    outcome_rewards: bool = True
+    """Scores with a value; False: process rewards alone will do."""
     token_kl: bool = False
     """Advantages use log-probs of policy and reference."""
     passes: Mapping[str, Pass] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from algorithms.functional.kl import Estimator
 from algorithms.functional.losses import clipped_value_loss
 from algorithms.functional.prime import token_rewards
 from algorithms.functional.returns import explained_variance, float64, gae, whiten
-from algorithms.functional.step_credit import on_step_ends
+from algorithms.functional.step_credit import Steps
 from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 from rlkit.experience.section import Coefficient
 
@@ -40,13 +40,14 @@ class PPO(SurrogateAlgorithm):
         value_clip: float | None = Field(default=0.2, gt=0)
         """A value that moved further in this update gets no gradient; null: no clipping."""
         process_coefficient: Coefficient = 1.0
-        """Weight of process rewards; a span's is on its last trained token."""
+        """Weight of process rewards; a step's is on its last trained token."""
         kl_in: KLPlace = "reward"
         """Where the penalty is; in the reward (arXiv 2203.02155 eq. 2) the critic sees it."""
         kl_estimator: Estimator = "k1"
 
     def needs(self) -> AlgorithmNeeds:
-        return replace(super().needs(), critic=True)
+        reads = self.config.process_coefficient > 0
+        return replace(super().needs(), critic=True, reads_process_rewards=reads, outcome_rewards=not reads)
 
     def normalises(self) -> bool:
         return bool(self.config.whiten_advantages)
@@ -54,7 +55,7 @@ class PPO(SurrogateAlgorithm):
     def credit(self, experience: Experience) -> Advantages:
         if experience.values is None:
             raise ValueError("PPO needs the critic's values in the Experience (needs().critic)")
-        outcomes = Outcomes.of(experience)
+        outcomes = Outcomes.of(experience, needed=self.needs().outcome_rewards)
         rewards, metrics = self._token_rewards(experience, outcomes)
         values = float64(experience.values)
         credit = gae(rewards, values, outcomes.masks, gamma=self.config.gamma, lam=self.config.gae_lambda)
@@ -70,16 +71,8 @@ class PPO(SurrogateAlgorithm):
 
     def _token_rewards(self, experience: Experience, outcomes: Outcomes) -> tuple[Ragged, dict[str, float]]:
         outcome, metrics = self.outcome_rewards(outcomes)
-        scores = [score for group in experience.groups for _, score in group.scored()]
-        spans = on_step_ends(
-            [np.array([span.value for span in score.span_rewards]) for score in scores],
-            [[(span.start, span.end) for span in score.span_rewards] for score in scores],
-            outcomes.masks,
-        )
-        process = [
-            self.config.process_coefficient * (row if score.token_rewards is None else row + score.token_rewards)
-            for row, score in zip(spans, scores, strict=True)
-        ]
+        steps = Steps.of(experience, needed=False).on_last_tokens()
+        process = [self.config.process_coefficient * row for row in steps]
         rewards: Ragged = token_rewards(process, outcome, outcomes.masks, outcomes.valid)
         divergence, measured = self.token_kl(experience, outcomes)
         if divergence is not None:

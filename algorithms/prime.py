@@ -24,6 +24,7 @@ from algorithms.functional.prime import (
     prime_rloo,
     reinforce,
 )
+from algorithms.functional.step_credit import Steps
 from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 from rlkit.experience.section import Coefficient
 
@@ -71,7 +72,7 @@ class PRIME(SurrogateAlgorithm):
     def credit(self, experience: Experience) -> Advantages:
         outcomes = Outcomes.of(experience)
         rewards, shaping = self.outcome_rewards(outcomes)
-        process = _process_rewards(experience)
+        process = Steps.of(experience).on_last_tokens()
         combined = self._combined(process, rewards, outcomes)
         keep = outcomes.valid if self.config.estimator == "reinforce" else outcomes.valid & _compared(outcomes)
         metrics = {
@@ -108,21 +109,6 @@ class PRIME(SurrogateAlgorithm):
             process_coefficient=config.process_coefficient,
             outcome_coefficient=config.outcome_coefficient,
         )
-
-
-def _process_rewards(experience: Experience) -> list[Float64]:
-    rows = []
-    for group in experience.groups:
-        for sample, score in group.scored():
-            if score.valid and score.token_rewards is None:
-                raise ValueError(
-                    f"group {group.id}, sample {sample.index}: PRIME needs token process rewards, and this reward gave "
-                    "none; use reward=implicit_prm"
-                )
-            rows.append(
-                np.zeros(len(sample)) if score.token_rewards is None else score.token_rewards.astype(np.float64)
-            )
-    return rows
 
 
 def _compared(outcomes: Outcomes) -> Bool:

@@ -14,7 +14,7 @@ from algorithms.base import Advantages, Algorithm, AlgorithmConfig, AlgorithmNee
 from algorithms.functional import kl, losses
 from algorithms.functional.advantages import Float64, Outcomes, overlong_penalty
 from algorithms.functional.kl import Estimator
-from algorithms.functional.losses import Aggregation
+from algorithms.functional.losses import Aggregation, Correction
 from algorithms.functional.surrogates import (
     CLIP_OPTIONS,
     SURROGATES,
@@ -34,10 +34,11 @@ STALE_LARGEST_WEIGHT = 2.0
 
 class SurrogateConfig(AlgorithmConfig):
     loss: str = "clipped"
-    """clipped: PPO's surrogate; gspo: with the ratio of whole samples; cispo: clipped weights of log-probs; or the
-    dotted path of your function or class."""
+    """clipped: PPO's surrogate; gspo: with the ratio of whole samples; cispo: clipped weights of log-probs;
+    policy_gradient: no ratio; sapo: a soft gate; gmpo: the geometric mean of a sample's ratios; dppo: a bound on the
+    divergence; clip_cov, kl_cov: hold back what lowers the entropy; or the dotted path of your function or class."""
     loss_options: dict[str, Any] | None = Field(default=None, validate_default=True)
-    """Options of your `loss`, if it is a class with a Config."""
+    """Options of `loss`, if it has any: sapo, dppo, clip_cov, kl_cov, or your class with a Config."""
     clip_low: float = Field(default=0.2, gt=0, le=1)
     """The ratio to the policy before the update is clipped at 1 - clip_low (1: no lower bound)."""
     clip_high: float = Field(default=0.2, gt=0)
@@ -60,13 +61,15 @@ class SurrogateConfig(AlgorithmConfig):
     """Samples over which a KL 20 % off its target changes the coefficient by 20 % (arXiv 1909.08593)."""
     entropy_coefficient: Coefficient = 0.0
     """Weight of an entropy bonus."""
-    rollout_correction: Literal["none", "truncate", "mask", "decoupled"] | None = None
-    """Weights for the difference between sampler and learner: truncated, 0 where too far, or as they are. null: with
-    `trainer.max_staleness` above 0 truncated at 2, else none."""
+    rollout_correction: Literal["none"] | Correction | None = None
+    """Weights for the difference between sampler and learner: truncated, 0 where too far, or as they are. sequence_*:
+    one weight for a whole sample, the product of its tokens'; geometric_mask: leave out samples whose geometric mean is
+    too far, without weights. null: with `trainer.max_staleness` above 0 truncated at 2, else none."""
     largest_weight: float | None = Field(default=None, gt=0)
-    """For rollout_correction=truncate (published: 2) and mask (published: 5)."""
+    """For rollout_correction=truncate (published: 2), mask (published: 5) and those of samples (products: 2 to 10;
+    geometric means: 1.001)."""
     smallest_weight: float | None = Field(default=None, gt=0)
-    """For rollout_correction=mask (published: 0.5); null: no lower bound."""
+    """For rollout_correction=mask (published: 0.5), sequence_mask and geometric_mask; null: no lower bound."""
     overlong_max_tokens: int | None = Field(default=None, ge=1)
     """Response length that costs 1 reward (DAPO); null: length costs nothing."""
     overlong_buffer_share: float = Field(default=0.2, gt=0, le=1)
@@ -103,11 +106,13 @@ class SurrogateConfig(AlgorithmConfig):
             )
         if self.kl_target is None and not self._is_default("kl_horizon"):
             raise ValueError("kl_horizon has no effect without kl_target")
-        bounded = self.rollout_correction in ("truncate", "mask")
+        bounded = self.rollout_correction not in (None, "none", "decoupled")
         if (self.largest_weight is not None) != bounded:
             raise ValueError("rollout_correction=truncate or mask and largest_weight go together; set both")
-        if self.smallest_weight is not None and self.rollout_correction != "mask":
+        if self.smallest_weight is not None and not (self.rollout_correction or "").endswith("mask"):
             raise ValueError("smallest_weight has no effect without rollout_correction=mask")
+        if self._measures_from_sampler and self.rollout_correction not in (None, "none"):
+            raise ValueError(f"rollout_correction would correct twice: the ratio of loss={self.loss} is to the sampler")
         if self.smallest_weight is not None and self.smallest_weight > (self.largest_weight or 0):
             raise ValueError("smallest_weight is above largest_weight: no token would be left")
         if self.overlong_max_tokens is None and not self._is_default("overlong_buffer_share"):
@@ -117,12 +122,18 @@ class SurrogateConfig(AlgorithmConfig):
     def for_staleness(self, max_staleness: int) -> Self:
         if self.rollout_correction is not None:
             return self
+        if not max_staleness or self._measures_from_sampler:
+            return self.model_copy(update={"rollout_correction": "none"})
         stale = {"rollout_correction": "truncate", "largest_weight": STALE_LARGEST_WEIGHT}
-        return self.model_copy(update=stale if max_staleness else {"rollout_correction": "none"})
+        return self.model_copy(update=stale)
 
     @property
     def corrects(self) -> bool:
-        return self.rollout_correction not in (None, "none")
+        return self._measures_from_sampler or self.rollout_correction not in (None, "none")
+
+    @property
+    def _measures_from_sampler(self) -> bool:
+        return bool(getattr(find_surrogate(self.loss), "measures_from_sampler", False))
 
     def _is_default(self, name: str) -> bool:
         return bool(getattr(self, name) == type(self).model_fields[name].default)
@@ -173,10 +184,13 @@ class SurrogateAlgorithm(Algorithm):
         own = any(
             getattr(type(self), name) is not getattr(SurrogateAlgorithm, name) for name in ("loss", "_surrogate_rows")
         )
-        return self.config.loss in SURROGATES and not (own or penalty_in_loss or self.config.entropy_coefficient)
+        surrogate = self.config.loss in SURROGATES and getattr(self._surrogate, "linear", True)
+        return surrogate and not (own or penalty_in_loss or self.config.entropy_coefficient)
 
     def advantages(self, experience: Experience) -> Advantages:
         credit = self.credit(experience)
+        if hasattr(self._surrogate, "select"):
+            credit = replace(credit, extras={**credit.extras, **self._surrogate.select(experience, credit)})
         if not self.config.kl_coefficient:
             return credit
         weight = {"kl_coefficient": self.kl_coefficient}
@@ -236,11 +250,13 @@ class SurrogateAlgorithm(Algorithm):
         surrogate, clipped = self._surrogate_rows(inputs)
         sums = {"policy/clip_share": share(clipped), "policy/entropy": share(inputs.entropy)}
         weights = None
-        if config.corrects:
+        if config.rollout_correction not in (None, "none"):
             weights, cut = losses.rollout_weights(
                 inputs.old_logprobs,
                 inputs.rollout_logprobs,
                 inputs.mask,
+                inputs.sequence,
+                inputs.num_sequences,
                 config.rollout_correction,
                 largest=config.largest_weight,
                 smallest=config.smallest_weight,

@@ -47,6 +47,10 @@ class RewardTraits:
     """Scores depend on the texts of prompt and response alone, not on tokens or the rest of the group."""
     process_rewards: bool = False
     """Scores carry token or span rewards."""
+    outcome_rewards: bool = True
+    """Scores carry a value."""
+    steps: bool = False
+    """Responses must have steps (`Sample.spans`, from `rollout.steps`)."""
     uses_gpu: bool = True
     """Workers get a share of a GPU. False for rewards that load no model."""
     raw_scores: bool = False

@@ -18,20 +18,20 @@ from numbers import Real
 from typing import Any
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
-from rlkit.experience import Group, GroupScores, Prompt, Sample, Score, UserError
+from rlkit.experience import Group, GroupScores, Prompt, Sample, Score, SpanReward, UserError
 from rlkit.experience.names import NotFoundError, find_object
 
 _EXCEPTION = "exception:"
-ARGUMENTS = ("prompts", "completions", "completion_ids", "references", "answer")
+ARGUMENTS = ("prompts", "completions", "completion_ids", "completion_steps", "references", "answer")
 
 
 class FunctionReward(Reward):
     """Calls the function once for all samples of a call; every argument is a list with one entry per sample.
 
     It gets the arguments that it names, or all with `**columns`: `prompts`, `completions`, `completion_ids`,
-    `references` (a list per sample), `answer` and the data columns. It returns a number per sample, or None for an
-    invalid one. If it raises, its samples are tried one by one, and those at which it raises again are invalid; if it
-    raises at each of them, the call fails, and is made once more in a new process.
+    `completion_steps` and `references` (a list per sample), `answer` and the data columns. It returns a number per
+    sample, or None for an invalid one. If it raises, its samples are tried one by one, and those at which it raises
+    again are invalid; if it raises at each of them, the call fails, and is made once more in a new process.
     """
 
     class Config(RewardConfig):
@@ -39,6 +39,9 @@ class FunctionReward(Reward):
         """Dotted path of the function: my_module.my_function. `async def` functions are awaited."""
         chat: bool = False
         """Pass prompts and completions as messages ({"role": ..., "content": ...}) instead of texts."""
+        per_step: bool = False
+        """It returns a list of numbers per sample, one for each step (`rollout.steps`); `completion_steps` are their
+        texts."""
 
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
@@ -63,6 +66,9 @@ class FunctionReward(Reward):
             references="references" in function.required,
             answer="answer" in function.required,
             columns=function.columns,
+            process_rewards=config.per_step,
+            outcome_rewards=not config.per_step,
+            steps=config.per_step or "completion_steps" in function.required,
         )
 
     def start(self) -> None:
@@ -111,6 +117,9 @@ class FunctionReward(Reward):
         if len(values) != len(pairs):
             reason = f"wrong_length: {function.name} returned {len(values)} values for {len(pairs)} completions"
             return [Score.invalid(reason)] * len(pairs)
+        if self.config.per_step:
+            samples = (sample for _, sample in pairs)
+            return [_step_scores(value, sample, function.name) for value, sample in zip(values, samples, strict=True)]
         return [_score(value, function.name) for value in values]
 
     def _arguments(self, function: RewardFunction, pairs: Sequence[tuple[Prompt, Sample]]) -> dict[str, list[Any]]:
@@ -120,6 +129,7 @@ class FunctionReward(Reward):
             "prompts": [_prompt(prompt, self.config.chat) for prompt, _ in pairs],
             "completions": [_completion(sample, self.config.chat) for _, sample in pairs],
             "completion_ids": [sample.token_ids.tolist() for _, sample in pairs],
+            "completion_steps": [[span.data.get("text", "") for span in sample.spans] for _, sample in pairs],
             "references": [list(prompt.references) for prompt, _ in pairs],
             "answer": [prompt.answer for prompt, _ in pairs],
         }
@@ -161,6 +171,22 @@ def _score(value: Any, function: str) -> Score:
     if not math.isfinite(number):
         return Score.invalid(f"not_finite: {function} returned {number}")
     return Score(number)
+
+
+def _step_scores(value: Any, sample: Sample, function: str) -> Score:
+    numbers = value.tolist() if hasattr(value, "tolist") else value
+    if value is None:
+        return _score(value, function)
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str | bytes):
+        return Score.invalid(f"wrong_type: {function} returned {_describe(value)} instead of a number for each step")
+    if not numbers or len(numbers) != len(sample.spans):
+        return Score.invalid(
+            f"wrong_length: {function} returned {len(numbers)} numbers for a response of {len(sample.spans)} steps"
+        )
+    scores = [_score(number, function) for number in numbers]
+    wrong = next((score for score in scores if not score.valid), None)
+    rewards = zip(sample.spans, scores, strict=True)
+    return wrong or Score(None, span_rewards=tuple(SpanReward(s.start, s.end, r.value or 0.0) for s, r in rewards))
 
 
 def _describe(value: object) -> str:

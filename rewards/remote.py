@@ -98,6 +98,8 @@ class RemoteReward(Reward):
             answer=health.needs.answer,
             columns=tuple(health.needs.columns),
             process_rewards=health.gives_process_rewards,
+            outcome_rewards=health.gives_outcome_rewards,
+            steps=health.needs_steps,
             uses_gpu=False,
         )
 

@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         listed = f"commands: {', '.join(COMMANDS)}"
         wish = None if nearest(name, COMMANDS) else about_command(name)
+        if given[0].startswith("-"):
+            option = nearest(given[0], ("--help", "--version"))
+            wish = f"did you mean {option}?" if option else f"a command comes first, like rlkit train {given[0]}"
         instead = f"{wish}; {listed}" if wish else did_you_mean(name, COMMANDS)
         print(f"rlkit: {given[0]}: no such command; {instead}", file=sys.stderr)
         return 2

@@ -30,14 +30,15 @@ from rlkit.cluster.waiting import Watchdog, blocking, waiting
 from rlkit.config.command import FAILED, INTERRUPTED, print_error
 from rlkit.config.memory import object_store_bytes
 from rlkit.config.messages import ConfigError
-from rlkit.config.parts import ResolvedRun, config_text
+from rlkit.config.parts import ResolvedRun, config_text, plain
 from rlkit.config.plan import asks_reward, gpu_shares, references_are_cached
 from rlkit.config.schema import RunConfig
 from rlkit.data.order import PromptOrder
+from rlkit.diagnostics.group import Diagnostics, make_diagnostics
 from rlkit.endings import ending
 from rlkit.evaluation import Evaluator
 from rlkit.experience import UserError
-from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard
+from rlkit.metrics import UpdateGuard
 from rlkit.models.folder import model_folder
 from rlkit.models.usable import known_run
 from rlkit.offline import NoSync, RecordedEvaluator, RecordedResponses, recorded_groups
@@ -83,7 +84,8 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
         with Tracker(config.tracking, folder, config.trainer.total_steps, first_step=first_step) as tracker:
             for warning in resolved.warnings:
                 tracker.warn(str(warning))
-            with Watchdog(tracker.message, config.trainer.report_waits_after, folder.logs / "driver.log"):
+            watchdog = Watchdog(tracker.message, config.trainer.report_waits_after, folder.logs / "driver.log")
+            with watchdog, folder.given_back():
                 _run_to_the_end(resolved, folder, tracker, point)
     except (asyncio.CancelledError, KeyboardInterrupt) as stopped:  # SIGTERM, Ctrl-C
         print(ending(stopped, folder), file=sys.stderr)
@@ -242,7 +244,7 @@ async def _start(
     elif data.recorded:
         evaluator = RecordedEvaluator(data.recorded, learner, algorithm)
     buffer = ray.remote(num_cpus=0, runtime_env={"env_vars": NO_GPU}, **beside_driver(0))(BufferActor).remote(
-        config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
+        config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer, config.rollout.oversample
     )
     starting = start_in_order(starts, loads_after(config))
     await _all_ready({LOADING[name]: part for name, part in starting.items()}, tracker, config)
@@ -262,6 +264,7 @@ async def _start(
             reward,
             buffer,
             groups_per_step=config.trainer.prompts_per_step,
+            oversample=config.rollout.oversample,
             samples_per_prompt=algorithm.config.samples_per_prompt,
             greedy=needs.greedy_response,
             seed=config.seed,
@@ -275,10 +278,15 @@ async def _start(
         folder=folder,
         tracker=tracker,
         guard=UpdateGuard(config.trainer, tracker.warn),
-        alarm=HackingAlarm(config.trainer.hacking_alarm_steps, tracker.warn),
+        diagnostics=Diagnostics(
+            make_diagnostics(config.diagnostics, plain(config)),
+            data.train,
+            warn=tracker.warn,
+            write_table=folder.append_table,
+            score=reward.judge,
+        ),
         schedule=SaveSchedule(config.trainer),
         stop=stop,
-        signal=NoSignal(tracker.warn),
         began=began,
     )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"]
-Correction = Literal["truncate", "mask", "decoupled"]
+Correction = Literal["truncate", "mask", "decoupled", "sequence_truncate", "sequence_mask", "geometric_mask"]
 
 
 def aggregate(
@@ -60,7 +60,7 @@ def clipped_surrogate(
     ratio = exp(logprobs - old_logprobs); loss = max(-A ratio, -A clamp(ratio, 1 - clip_low, 1 + clip_high)).
     `dual_clip` c > 1 bounds the loss of tokens with A < 0 by -A c (arXiv 1912.09729).
     """
-    ratio = _clamp(logprobs - old_logprobs).exp()
+    ratio = clamped(logprobs - old_logprobs).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss, binds = plain.maximum(clipped), clipped > plain
@@ -111,15 +111,22 @@ def cispo_surrogate(
     -sg(clamp(ratio, 1 - clip_low, 1 + clip_high)) A log pi: clipping keeps the gradient. clip_low = 1: no lower bound,
     as in the paper. Use with aggregation `token_mean`.
     """
-    ratio = _clamp(logprobs - old_logprobs).exp().detach()
+    ratio = clamped(logprobs - old_logprobs).exp().detach()
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -weight * advantages * logprobs, weight != ratio
+
+
+def policy_gradient(logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """REINFORCE's loss [R], -A log pi; nothing is clipped [R]."""
+    return -advantages * logprobs, logprobs.new_zeros(logprobs.shape).bool()
 
 
 def rollout_weights(
     old_logprobs: Tensor,
     rollout_logprobs: Tensor,
     mask: Tensor,
+    sequence: Tensor,
+    num_sequences: int,
     correction: Correction,
     *,
     largest: float | None = None,
@@ -129,17 +136,26 @@ def rollout_weights(
 
     w = exp(old - rollout), 1 where mask is 0. truncate: min(w, largest) (truncated importance sampling, Yao et al.
     2025). mask: w within [smallest, largest], else 0 (the token still counts in the denominators). decoupled: w (AReaL,
-    arXiv 2505.24298). Raise ValueError if a bound is missing.
+    arXiv 2505.24298). sequence_truncate, sequence_mask: the same with the product of a sample's w on all its tokens.
+    geometric_mask: 1 where their geometric mean is within the bounds, else 0 (both: Liu and Li 2025, "When Speed Kills
+    Stability"). Raise ValueError if a bound is missing.
     """
-    ratio = _clamp((old_logprobs - rollout_logprobs).where(mask > 0, 0.0)).exp().detach()
+    log_ratio = (old_logprobs - rollout_logprobs).where(mask > 0, 0.0).detach()
+    if correction in ("sequence_truncate", "sequence_mask", "geometric_mask"):
+        total = log_ratio.new_zeros(num_sequences).index_add(0, sequence, log_ratio)
+        if correction == "geometric_mask":
+            total = total / mask.new_zeros(num_sequences).index_add(0, sequence, mask).clamp(min=1.0)
+        log_ratio = total[sequence]
+    ratio = clamped(log_ratio).exp()
     if correction == "decoupled":
         return ratio, ratio.new_zeros(ratio.shape).bool()
     if largest is None:
         raise ValueError(f"correction {correction!r} needs the largest weight")
-    if correction == "truncate":
+    if correction in ("truncate", "sequence_truncate"):
         return ratio.clamp(max=largest), ratio > largest
     outside = (ratio > largest) | (ratio < (0.0 if smallest is None else smallest))
-    return ratio.where(~outside, 0.0), outside
+    weight = ratio.new_ones(ratio.shape) if correction == "geometric_mask" else ratio
+    return weight.where(~outside, 0.0), outside
 
 
 def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estimator) -> Tensor:
@@ -150,11 +166,11 @@ def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: Estim
     """
     if estimator == "k1":
         return logprobs - reference_logprobs
-    d = _clamp(logprobs - reference_logprobs)
+    d = clamped(logprobs - reference_logprobs)
     return d**2 / 2 if estimator == "k2" else (-d).exp() - 1 + d
 
 
-def _clamp(log_ratio: Tensor) -> Tensor:
+def clamped(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 

@@ -1,6 +1,7 @@
-"""Credit for the steps of a response: clip and delta (arXiv 2410.15115), min-form credit (PURE, arXiv 2504.15275).
+"""Credit for the steps of responses, from their process rewards.
 
-One sample's step rewards are [S] in float64; several samples are ragged [S_i].
+A response's step rewards p are [S_i] in float64; several responses are ragged. `valid`, `group` [B]. Baselines are over
+a group's valid samples; where there are fewer than two of these, and for invalid samples, credit is 0.
 """
 
 from __future__ import annotations
@@ -13,63 +14,81 @@ import numpy as np
 from algorithms.base import Experience
 from algorithms.functional.advantages import Bool, Float64, Int64, Masks, Ragged, members_of_groups
 from rlkit.experience import Group, Sample, Score
+from rlkit.experience.steps import process_rewards
 
-Spans = Sequence[tuple[int, int]]
-"""Response tokens [start, end) per step."""
+EPSILON = 1e-8
+"""Added to standard deviations."""
 
 
 @dataclass(frozen=True)
 class Steps:
+    """What every algorithm sees of process rewards (`rlkit.experience.steps.process_rewards`)."""
+
     rewards: list[Float64]
     """Ragged [S_i]"""
-    spans: Sequence[Spans]
+    spans: Sequence[Int64]
+    """Per sample [S_i, 2]: response tokens [start, end) of each step, in order of their ends."""
+    trained: Masks
 
     @classmethod
-    def of(cls, experience: Experience) -> Steps:
-        """Use a score's span rewards in order of their ends; else its token rewards, summed over the trained tokens of
-        the sample's spans, or each alone without spans. Invalid samples have no steps.
-
-        Raise ValueError if a valid score has neither.
-        """
+    def of(cls, experience: Experience, needed: bool = True) -> Steps:
+        """Raise ValueError if process rewards are `needed` and a valid score of a trained sample has none."""
         rows = [
-            _steps_of(group, sample, score) if score.valid else ([], [])
-            for group in experience.groups
-            for sample, score in group.scored()
+            _steps_of(group, sample, score, needed) for group in experience.groups for sample, score in group.scored()
         ]
-        return cls([np.array(values, dtype=np.float64) for values, _ in rows], [spans for _, spans in rows])
+        trained = [sample.trained for group in experience.groups for sample in group.samples]
+        return cls([rewards for rewards, _ in rows], [spans for _, spans in rows], trained)
 
-    def masks(self, trained: Masks) -> list[Bool]:
-        """Ragged [T_i]: trained tokens inside a step."""
-        masks = [np.zeros_like(mask) for mask in trained]
-        for row, mask, spans in zip(masks, trained, self.spans, strict=True):
-            for start, end in spans:
-                row[start:end] = mask[start:end]
-        return masks
+    def lengths(self) -> list[Int64]:
+        """Ragged [S_i]: trained tokens of each step."""
+        counts = [np.concatenate([[0], np.cumsum(mask)]) for mask in self.trained]
+        return [count[spans[:, 1]] - count[spans[:, 0]] for count, spans in zip(counts, self.spans, strict=True)]
+
+    def inside(self) -> list[Bool]:
+        """Ragged [T_i]: trained tokens of steps."""
+        return [row > 0 for row in self.over_tokens([np.ones(len(rewards)) for rewards in self.rewards])]
+
+    def over_tokens(self, values: Ragged) -> list[Float64]:
+        """values [S_i] -> ragged [T_i]: a step's value on its trained tokens; a token of several is of the first."""
+        rows = []
+        for steps, spans, mask in zip(values, self.spans, self.trained, strict=True):
+            lengths = (spans[:, 1] - spans[:, 0])[::-1]
+            skipped = np.cumsum(lengths) - lengths
+            row = np.zeros(len(mask), dtype=np.float64)
+            tokens = np.repeat(spans[::-1, 0] - skipped, lengths) + np.arange(lengths.sum())
+            row[tokens] = np.repeat(steps[::-1], lengths)
+            rows.append(np.where(mask, row, 0.0))
+        return rows
+
+    def on_last_tokens(self) -> list[Float64]:
+        """Rewards as ragged [T_i], each on the last trained token up to its step's end; before the first it is lost."""
+        rows = []
+        for steps, spans, mask in zip(self.rewards, self.spans, self.trained, strict=True):
+            row = np.zeros(len(mask), dtype=np.float64)
+            last = np.maximum.accumulate(np.where(mask, np.arange(len(mask)), -1))
+            tokens = last[spans[:, 1] - 1]
+            np.add.at(row, tokens[tokens >= 0], steps[tokens >= 0])
+            rows.append(row)
+        return rows
 
 
-def _steps_of(group: Group, sample: Sample, score: Score) -> tuple[list[float], list[tuple[int, int]]]:
-    if score.span_rewards:
-        ordered = sorted(score.span_rewards, key=lambda span: (span.end, span.start))
-        return [span.value for span in ordered], [(span.start, span.end) for span in ordered]
-    if score.token_rewards is None:
+def _steps_of(group: Group, sample: Sample, score: Score, needed: bool) -> tuple[Float64, Int64]:
+    rewards, spans = process_rewards(sample, score)
+    if needed and not len(rewards) and score.valid and sample.trained.any():
         raise ValueError(
             f"group {group.id}, sample {sample.index}: this algorithm needs process rewards, and the reward gave none; "
             "use reward=implicit_prm"
         )
-    trained = sample.trained
-    spans = [(span.start, span.end) for span in sample.spans if trained[span.start : span.end].any()]
-    spans = spans or [(int(t), int(t) + 1) for t in np.flatnonzero(trained)]
-    tokens = np.where(trained, score.token_rewards, 0.0).astype(np.float64)
-    return [float(tokens[start:end].sum()) for start, end in spans], spans
+    return rewards, spans
 
 
 def clip(steps: Float64, bound: float) -> Float64:
-    """min(p_k - bound, 0) per step [S]."""
+    """min(p_k - bound, 0) per step [S] (arXiv 2410.15115)."""
     return np.minimum(np.asarray(steps, dtype=np.float64) - bound, 0.0)
 
 
 def delta(steps: Float64) -> Float64:
-    """p_k - p_{k+1} for k < S - 1, then p_{S-1}, then 0 for the last step [S].
+    """p_k - p_{k+1} for k < S - 1, then p_{S-1}, then 0 for the last step [S] (arXiv 2410.15115).
 
     The undiscounted reward-to-go of step k < S is p_k itself.
     """
@@ -78,6 +97,16 @@ def delta(steps: Float64) -> Float64:
     rewards[:-1] = steps[:-1]
     rewards[:-2] -= steps[1:-1]
     return rewards
+
+
+def to_go(steps: Float64, gamma: float = 1.0) -> Float64:
+    """sum over l >= k of gamma^(l-k) p_l, [S] -> [S]."""
+    returns = np.asarray(steps, dtype=np.float64).copy()
+    if gamma == 1.0:
+        return np.cumsum(returns[::-1])[::-1]
+    for k in range(len(returns) - 2, -1, -1):
+        returns[k] += gamma * returns[k + 1]
+    return returns
 
 
 def soft_min_rewards(steps: Float64, temperature: float = 0.1) -> Float64:
@@ -91,47 +120,68 @@ def soft_min_rewards(steps: Float64, temperature: float = 0.1) -> Float64:
     return rewards
 
 
-def on_step_ends(steps: Sequence[Float64], spans: Sequence[Spans], masks: Masks) -> list[Float64]:
-    """Step rewards on the last marked token of each step; ragged [S_i] -> ragged [T_i].
-
-    A step without a marked token earns nothing. Raise ValueError if a sample's rewards and spans differ in number.
-    """
-    tokens = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
-    for row, rewards, ranges, mask in zip(tokens, steps, spans, masks, strict=True):
-        for reward, (start, end) in zip(rewards, ranges, strict=True):
-            marked = np.flatnonzero(mask[start:end])
-            if len(marked):
-                row[start + marked[-1]] += reward
-    return tokens
-
-
 def min_form(
-    steps: Ragged,
-    spans: Sequence[Spans],
-    masks: Masks,
-    valid: Bool,
-    group: Int64,
-    *,
-    temperature: float = 0.1,
-) -> tuple[list[Float64], Bool]:
-    """PURE's process advantage of each token: min-form return-to-go minus the leave-one-out baseline per token.
+    steps: Ragged, lengths: Sequence[Int64], valid: Bool, group: Int64, *, temperature: float = 0.1
+) -> list[Float64]:
+    """PURE: min-form reward-to-go minus the leave-one-out baseline per token; ragged [S_i] -> ragged [S_i].
 
-    steps, spans ragged [S_i]; masks ragged [T_i]; valid, group [B] -> ragged [T_i], keep [B]. A step earns w_k p_k - b
-    * (its marked tokens), where b is the reward per marked step token of the group's other valid samples (the authors'
-    `reward_baseline=token`). Tokens of a step share its return; tokens outside of steps get 0. A single valid sample
-    gets 0 and keep False.
+    `lengths` ragged [S_i]: trained tokens. A step earns w_k p_k - b * (its tokens), where b is the reward per step
+    token of the group's other valid samples (the authors' `reward_baseline=token`).
     """
-    tokens = [np.array([mask[a:b].sum() for a, b in s], dtype=np.float64) for mask, s in zip(masks, spans, strict=True)]
-    earned = [soft_min_rewards(step, temperature) for step in steps]
-    totals = np.array([(rewards.sum(), n.sum()) for rewards, n in zip(earned, tokens, strict=True)])
-    advantages = [np.zeros(len(mask), dtype=np.float64) for mask in masks]
-    keep = np.zeros(len(valid), dtype=np.bool_)
+    earned = [soft_min_rewards(row, temperature) for row in steps]
+    totals = np.array([(rewards.sum(), n.sum()) for rewards, n in zip(earned, lengths, strict=True)])
+    credit = [np.zeros(len(row), dtype=np.float64) for row in steps]
     for members in members_of_groups(valid, group):
-        keep[members] = True
         for i in members:
-            others, length = totals[members[members != i]].sum(axis=0)
-            baseline = others / length if length else 0.0
-            returns = np.cumsum((earned[i] - baseline * tokens[i])[::-1])[::-1]
-            for value, (start, end) in zip(returns, spans[i], strict=True):
-                advantages[i][start:end] = np.where(masks[i][start:end], value, 0.0)
-    return advantages, keep
+            others, tokens = totals[members[members != i]].sum(axis=0)
+            baseline = others / tokens if tokens else 0.0
+            credit[i] = to_go(earned[i] - baseline * lengths[i])
+    return credit
+
+
+def pooled_z(steps: Ragged, valid: Bool, group: Int64, *, ddof: int) -> list[Float64]:
+    """(p - mean) / (std + eps) over all steps of a group together; 0 where they are equal. Ragged [S_i]."""
+    scores = [np.zeros(len(row), dtype=np.float64) for row in steps]
+    for members in members_of_groups(valid, group):
+        pool = np.concatenate([steps[i] for i in members])
+        if len(pool) > ddof and np.ptp(pool) > 0.0:
+            for i in members:
+                scores[i] = (steps[i] - pool.mean()) / (pool.std(ddof=ddof) + EPSILON)
+    return scores
+
+
+def leave_one_out_to_go(steps: Ragged, valid: Bool, group: Int64) -> list[Float64]:
+    """Reward-to-go of step k minus the mean reward-to-go of the others' step k, which is 0 after their last step.
+
+    The baseline depends on k and the others alone, so it pays nobody for more or fewer steps. Ragged [S_i].
+    """
+    credit = [np.zeros(len(row), dtype=np.float64) for row in steps]
+    for members in members_of_groups(valid, group):
+        returns = np.zeros((len(members), max(len(steps[i]) for i in members)))
+        for row, i in zip(returns, members, strict=True):
+            row[: len(steps[i])] = to_go(steps[i])
+        relative = (returns - returns.mean(axis=0)) * len(members) / (len(members) - 1)
+        relative[:, np.ptp(returns, axis=0) == 0.0] = 0.0
+        for row, i in zip(relative, members, strict=True):
+            credit[i] = row[: len(steps[i])]
+    return credit
+
+
+def minus_position_mean(tokens: Ragged, masks: Masks, valid: Bool, group: Int64) -> list[Float64]:
+    """Each token minus the mean of the group's tokens at its place in the response, as in IGPO's code.
+
+    tokens, masks ragged [T_i] -> ragged [T_i], 0 on unmarked tokens, which enter no mean.
+    """
+    relative = [np.zeros(len(row), dtype=np.float64) for row in tokens]
+    for members in members_of_groups(valid, group):
+        longest = max(len(tokens[i]) for i in members)
+        some, excess, counts = np.zeros(longest), np.zeros(longest), np.zeros(longest)
+        for i in members:
+            some[: len(tokens[i])] = np.where(masks[i], tokens[i], some[: len(tokens[i])])
+            counts[: len(tokens[i])] += masks[i]
+        for i in members:
+            excess[: len(tokens[i])] += np.where(masks[i], tokens[i] - some[: len(tokens[i])], 0.0)
+        means = some + excess / np.maximum(counts, 1.0)  # exact where all are equal
+        for i in members:
+            relative[i] = np.where(masks[i], tokens[i] - means[: len(tokens[i])], 0.0)
+    return relative

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from algorithms.base import LossInputs
 from algorithms.functional import losses
+from algorithms.functional.covariance import ClipCov, KLCov
+from algorithms.functional.trust_regions import DPPO, SAPO, gmpo_surrogate
 from rlkit.experience.names import find_object, nearest
 
 if TYPE_CHECKING:
@@ -18,11 +20,18 @@ if TYPE_CHECKING:
 
 Surrogate = Callable[..., "tuple[Tensor, Tensor]"]
 """Returns token losses [R] and where clipping binds [R]; parameters are fields of LossInputs and CLIP_OPTIONS."""
-SURROGATES: Mapping[str, Surrogate] = {
+SURROGATES: Mapping[str, Any] = {
     "clipped": losses.clipped_surrogate,
     "gspo": losses.gspo_surrogate,
     "cispo": losses.cispo_surrogate,
+    "policy_gradient": losses.policy_gradient,
+    "sapo": SAPO,
+    "gmpo": gmpo_surrogate,
+    "dppo": DPPO,
+    "clip_cov": ClipCov,
+    "kl_cov": KLCov,
 }
+"""Functions, or classes with a Config."""
 CLIP_OPTIONS = ("clip_low", "clip_high", "dual_clip")
 INPUTS = (*(field.name for field in fields(LossInputs)), "num_sequences")
 

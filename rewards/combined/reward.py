@@ -23,7 +23,16 @@ from rewards.combined.scores import (
     with_process_of,
 )
 from rewards.shaping.chain import Chain, ReferenceRewards
-from rewards.shaping.steps import STEPS, GroupNormalise, Lsc, OutcomeStep, ProcessStep, ReferenceStep, RunningStep, Step
+from rewards.shaping.steps import (
+    PROCESS_LEVELS,
+    STEPS,
+    FusingStep,
+    GroupNormalise,
+    Lsc,
+    ReferenceStep,
+    RunningStep,
+    Step,
+)
 from rlkit.experience import Group, GroupScores, Prompt, UserError
 from rlkit.experience.scores import attach_scores
 
@@ -74,8 +83,10 @@ def _unfit_steps(key: str, steps: Sequence[Step], parts: Sequence[RewardPart]) -
     blind = [part for part in parts if not part.traits.judges_texts]
     learning = update_times(parts)
     for step in steps:
-        if isinstance(step, ProcessStep) and not process:
+        if isinstance(step, PROCESS_LEVELS) and not process:
             yield f"{key}: {step.kind} shapes process rewards, and {' and '.join(p.name for p in parts)} gives none"
+        if isinstance(step, FusingStep) and not any(part.traits.outcome_rewards for part in parts):
+            yield f"{key}: {step.kind} needs an outcome beside process rewards; shape the whole, 'reward=[math,NAME]'"
         if isinstance(step, ReferenceStep) and step.reference_responses and (process or learning or blind):
             names = dict.fromkeys([*(part.name for part in (*process, *blind)), *learning])
             yield (
@@ -151,10 +162,12 @@ class CombinedReward(TrainableReward):
             samples=max([own.samples for own in traits] + [2 for step in steps if isinstance(step, GroupNormalise)]),
             judges_texts=all(own.judges_texts for own in traits),
             process_rewards=any(own.process_rewards for own in traits),
+            outcome_rewards=any(own.outcome_rewards for own in traits),
+            steps=any(own.steps for own in traits),
             uses_gpu=any(own.uses_gpu for own in traits),
             raw_scores=_gives_raw_scores(config, parts),
             update_when="before" if "before" in learning else "after" if learning else "none",
-            follows_policy=any(_follows(part) for part in parts),
+            follows_policy=any(part.traits.follows_policy and issubclass(part.kind, TrainableReward) for part in parts),
         )
 
     @classmethod
@@ -265,7 +278,7 @@ class CombinedReward(TrainableReward):
         tensors = list(weights)
         for part in self._parts:
             reward = self._rewards[part.name]
-            if _follows(part) and isinstance(reward, TrainableReward):
+            if part.traits.follows_policy and isinstance(reward, TrainableReward):
                 reward.policy_weights(version, tensors)
 
     def save(self, folder: Path) -> None:
@@ -344,10 +357,6 @@ class CombinedReward(TrainableReward):
             raise errors[0]
 
 
-def _follows(part: RewardPart) -> bool:
-    return issubclass(part.kind, TrainableReward) and part.traits.follows_policy
-
-
 def _gives_raw_scores(config: CombinedConfig, parts: Sequence[RewardPart]) -> bool:
     """Whether a part with a weight gives raw scores that no step, its own or the whole's, puts on a common scale."""
     if config.combiner.sets_scale or any(step.sets_scale for step in config.shaping):
@@ -357,12 +366,12 @@ def _gives_raw_scores(config: CombinedConfig, parts: Sequence[RewardPart]) -> bo
 
 
 def _reference_columns(steps: Sequence[Step]) -> set[str]:
-    named = [step for step in steps if isinstance(step, ReferenceStep)]
+    named = (step for step in steps if isinstance(step, ReferenceStep))
     return {name for step in named for name in (step.reference_rewards, step.reference_responses) if name is not None}
 
 
 def _shapes_outcomes(steps: Sequence[Step]) -> bool:
-    return any(isinstance(step, OutcomeStep | ReferenceStep | RunningStep) for step in steps)
+    return not all(isinstance(step, PROCESS_LEVELS) for step in steps)
 
 
 def _with_unshaped(scores: GroupScores) -> GroupScores:
@@ -380,8 +389,7 @@ def _scores(group: Group) -> GroupScores:
 
 
 def _invalid_stays(new: GroupScores, old: GroupScores) -> GroupScores:
-    samples = tuple(n if o.valid else o for n, o in zip(new.samples, old.samples, strict=True))
-    return GroupScores(samples, old.pairs)
+    return GroupScores(tuple(n if o.valid else o for n, o in zip(new.samples, old.samples, strict=True)), old.pairs)
 
 
 def _named(error: Exception) -> str:

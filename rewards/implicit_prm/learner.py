@@ -21,10 +21,10 @@ from rewards.implicit_prm.model import (
     objective_sum,
     response_scores,
 )
-from rewards.implicit_prm.steps import StepStyle, split_steps, token_steps
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.data.rendering import render
+from rlkit.experience.steps import StepStyle, split_steps, token_steps
 from rlkit.learner.batches import charge, split_tree
 from rlkit.learner.engine import load_to_train
 from rlkit.models.forward import PackedCausalLM

@@ -53,6 +53,7 @@ class ImplicitPRM(TrainableReward):
             answer=outcome.answer,
             columns=outcome.columns,
             samples=outcome.samples,
+            outcome_rewards=outcome.outcome_rewards,
         )
 
     @classmethod
@@ -80,6 +81,11 @@ class ImplicitPRM(TrainableReward):
             ]
         else:
             messages += [f"reward.outcome: {message}" for message in kind.check(options)]
+            if kind.traits(options).process_rewards:
+                messages.append(
+                    f"reward.outcome: the process rewards of {kind.__name__} would be lost; combine both: "
+                    "'reward=[implicit_prm,NAME]'"
+                )
         return messages
 
     def start(self) -> None:

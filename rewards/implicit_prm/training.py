@@ -14,6 +14,7 @@ from rlkit.data.base import BadRow, DataConfig, DataError
 from rlkit.data.rendering import load_tokenizer
 from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.experience.section import LearningRate
+from rlkit.experience.steps import StepStyle
 from rlkit.models.folder import PREFIX, ModelFolderError, check_model_folder, model_folder
 from rlkit.reward_training.base import Report, RewardTraining, RewardTrainingConfig, Stage
 from rlkit.reward_training.loop import Task, named, train
@@ -51,8 +52,8 @@ class ImplicitPRMTraining(RewardTraining):
         """Longest prompt with response; longer ones are bad rows. null: what the model takes."""
         coefficient: float = Field(default=0.001, gt=0)
         """Scale of the log-ratios in step scores when choosing responses: matters for votes and for `threshold`."""
-        step_style: Literal["auto", "lines", "numbered"] = "auto"
-        """The steps of a response: lines, `Step 3:`, or (auto) the latter if it occurs."""
+        step_style: StepStyle = "auto"
+        """The steps of a response: lines, what blank lines separate, `Step 3:`, or (auto) the last if it occurs."""
         threshold: float | None = Field(default=None, ge=0, le=1)
         """ProcessBench: the first step whose sigma(cumulative score) is below this is wrong. null: the best threshold
         for the evaluated rows themselves."""

@@ -185,7 +185,6 @@ def measure_folder(
         tokenizer_pad_id=encoder.tokenizer.pad_token_id,
         backend="auto",
         canned=[Encoded(pairs[0].chosen), Encoded(pairs[0].rejected)],
-        longest=encoder.max_length,
     )
     scores = np.array(scorer.score([[Encoded(pair.chosen), Encoded(pair.rejected)] for pair in pairs]))
     return measures(scores[:, 0], scores[:, 1], np.array([pair.pair.probability for pair in pairs]))

@@ -82,7 +82,6 @@ class PreferenceReward(Reward):
             tokenizer_pad_id=encoder.tokenizer.pad_token_id,
             backend=config.backend,
             canned=[encoder.encode(question, answer) for answer in CANNED],
-            longest=encoder.max_length,
         )
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:

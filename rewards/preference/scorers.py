@@ -10,31 +10,30 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rewards.preference.inputs import ClassifierError, Encoded, until_read
 from rewards.services.scorer import Scorer
 from rlkit.models.attention import PACKED_ATTENTION
-from rlkit.models.forward import PackedScorer
+from rlkit.models.forward import ModelLoadError, PackedScorer, runs_packed
 from rlkit.models.packing import Tree
 from rlkit.models.policy import resolve_dtype
+from rlkit.models.selftest import choose_attention
 
 log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "packed", "padded"]
-FP32_TOLERANCE = 1e-3
-HALF_TOLERANCE = 0.1
-"""Largest difference between packed and padded scores in fp32, and in bf16 or fp16."""
 HEADS = ("score", "classifier")
 """transformers' names, by model family."""
 
 
 class Classifier:
     def __init__(self, model: Any, pad_id: int | None, device: str, tokens_per_batch: int) -> None:
-        self._model = model
-        self._pad_id, self._device, self._tokens_per_batch = pad_id, device, tokens_per_batch
+        """Packed if that is the model's attention."""
+        self._model, self._pad_id, self._device, self._tokens_per_batch = model, pad_id, device, tokens_per_batch
         self._packed: Scorer | None = None
-        self._plain_attention: str = model.config._attn_implementation
+        if runs_packed(model):
+            self._packed = Scorer(PackedScorer(model), device=device, tokens_per_batch=tokens_per_batch)
 
     @property
     def packed(self) -> bool:
@@ -46,48 +45,6 @@ class Classifier:
         flat = iter(self._score_padded(unique) if self._packed is None else self._score_packed(self._packed, unique))
         logits = [{item: next(flat) for item in items} for items in unique]
         return [[by_input[item] for item in group] for group, by_input in zip(groups, logits, strict=True)]
-
-    def use_packed(self, canned: Sequence[Encoded], longest: int, insist: bool) -> None:
-        """Run packed if that gives the padded scores. Raise ClassifierError if not and `insist`."""
-        why = self._not_packable(longest)
-        if not why:
-            (expected,) = self.score([canned])
-            self._model.set_attn_implementation(PACKED_ATTENTION)
-            self._packed = Scorer(
-                PackedScorer(self._model), device=self._device, tokens_per_batch=self._tokens_per_batch
-            )
-            why = self._difference(canned, expected)
-        if not why:
-            return
-        if self._packed is not None:
-            self._packed = None
-            self._model.set_attn_implementation(self._plain_attention)
-        if insist:
-            raise ClassifierError(f"reward.backend=packed cannot run {type(self._model).__name__}: {why}; use padded")
-        log.info("%s runs padded, not packed: %s", type(self._model).__name__, why)
-
-    def _not_packable(self, longest: int) -> str:
-        head, config = getattr(self._model, "score", None), self._model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        if type(head) is not nn.Linear or head.bias is not None:
-            return "its head is not a plain linear one named score"
-        if not getattr(self._model, "_supports_attention_backend", False):
-            return "its attention cannot be exchanged"
-        if window is not None and window < longest:
-            return f"its sliding window of {window} is shorter than its input"
-        return ""
-
-    def _difference(self, canned: Sequence[Encoded], expected: Sequence[float]) -> str:
-        try:
-            (scores,) = self.score([canned])
-        except (ValueError, TypeError) as error:
-            return str(error)
-        exact = self._model.dtype == torch.float32
-        tolerance = FP32_TOLERANCE if exact else HALF_TOLERANCE
-        close = all(
-            abs(left - right) <= tolerance * max(1.0, abs(right)) for left, right in zip(scores, expected, strict=True)
-        )
-        return "" if close else f"it gives {scores} where transformers gives {list(expected)}"
 
     def _score_packed(self, scorer: Scorer, groups: Sequence[Sequence[Encoded]]) -> list[float]:
         return scorer.score([Tree.of([until_read(item.ids, self._pad_id) for item in group]) for group in groups])
@@ -132,18 +89,20 @@ def load_scorer(
     tokenizer_pad_id: int | None,
     backend: Backend,
     canned: Sequence[Encoded],
-    longest: int,
 ) -> Classifier:
-    """Load the model; two canned inputs must get finite scores and, if packed, those of transformers.
+    """Load the model; two canned inputs must get finite scores.
 
     Raise ClassifierError if weights are missing (the head would start at random), or if it cannot be run as asked.
     """
     torch.set_num_threads(threads)
     try:
+        attention = {} if backend == "padded" else _attention(folder, insist=backend == "packed")
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=resolve_dtype(dtype, device), trust_remote_code=False, output_loading_info=True
+            folder, dtype=resolve_dtype(dtype, device), trust_remote_code=False, output_loading_info=True, **attention
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, ClassifierError):
+            raise
         reason = " ".join(str(error).split())
         raise ClassifierError(f"reward.model_path: the model in {folder} does not load: {reason}") from error
     lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -165,9 +124,25 @@ def load_scorer(
     (values,) = classifier.score([canned])
     if not all(math.isfinite(value) for value in values):
         raise ClassifierError(f"reward.model_path: {folder} scores two short inputs {values}, not finite")
-    if backend != "padded":
-        classifier.use_packed(canned, longest, insist=backend == "packed")
     return classifier
+
+
+def _attention(folder: Path, *, insist: bool) -> dict[str, str]:
+    """The attention under which scores are exact; none, for transformers' own on padded inputs, if there is none."""
+    config = AutoConfig.from_pretrained(folder)
+    try:
+        attention = choose_attention(config, AutoModelForSequenceClassification)
+    except ModelLoadError as error:
+        attention, why = "", str(error)
+    else:
+        why = "only single sequences are exact"
+    if attention == PACKED_ATTENTION:
+        return {"attn_implementation": attention}
+    name = (config.architectures or [config.model_type])[0]
+    if insist:
+        raise ClassifierError(f"reward.backend=packed cannot run {name}: {why}; use padded")
+    log.info("%s runs padded, not packed: %s", name, why)
+    return {"attn_implementation": attention} if attention else {}
 
 
 def _head_in_fp32(model: Any, folder: Path) -> None:

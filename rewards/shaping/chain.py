@@ -12,9 +12,19 @@ from typing import Any
 import numpy as np
 
 from rewards.shaping.references import Float64
-from rewards.shaping.steps import OutcomeStep, ProcessStep, ReferenceStep, RunningStatistics, RunningStep, Step
+from rewards.shaping.steps import (
+    PROCESS_LEVELS,
+    FusingStep,
+    OutcomeStep,
+    ProcessStep,
+    ReferenceStep,
+    RunningStatistics,
+    RunningStep,
+    Step,
+)
 from rlkit.experience import Group, GroupScores, Prompt, Sample, Score
-from rlkit.experience.types import SpanReward
+from rlkit.experience.steps import process_rewards
+from rlkit.experience.types import SpanReward, text_group
 
 CACHED_PROMPTS = 65536
 """The least recently used are dropped first."""
@@ -46,7 +56,7 @@ class ReferenceRewards:
         # Not by the prompt's id: a served reward sees several data sets, whose ids may be equal.
         keys = [_digest(group.prompt, responses) for group, responses in zip(groups, texts, strict=True)]
         unscored = {
-            key: reference_group(group.prompt, responses)
+            key: text_group(f"reference/{group.prompt.id}", group.prompt, responses)
             for key, group, responses in zip(keys, groups, texts, strict=True)
             if key not in self._cache and not isinstance(responses, str)
         }
@@ -74,23 +84,6 @@ def _digest(prompt: Prompt, texts: Sequence[str] | str) -> str:
     messages = [(message.role, message.content) for message in prompt.messages]
     content = repr((messages, prompt.answer, prompt.references, texts))
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-
-
-def reference_group(prompt: Prompt, texts: Sequence[str]) -> Group:
-    none = np.zeros(0)
-    samples = tuple(
-        Sample(
-            index=index,
-            token_ids=none.astype(np.int32),
-            logprobs=none.astype(np.float32),
-            text=text,
-            finish_reason="stop",
-            policy_versions=(0, 0),
-            seed=0,
-        )
-        for index, text in enumerate(texts)
-    )
-    return Group(f"reference/{prompt.id}", prompt, samples)
 
 
 def _rewards(scores: GroupScores | None) -> Float64 | str:
@@ -142,7 +135,7 @@ class Chain:
         """With `learn`, running statistics first count the values that reach them."""
         result = list(scored)
         for index, step in enumerate(self.steps):
-            if isinstance(step, ProcessStep):
+            if isinstance(step, PROCESS_LEVELS):
                 result = [
                     None if scores is None else _shape_process_rewards(scores, group, step)
                     for group, scores in zip(groups, result, strict=True)
@@ -224,20 +217,34 @@ def _compared(step: ReferenceStep, values: Float64, references: Float64 | str) -
         return f"{step.kind}: {error}"
 
 
-def _shape_process_rewards(scores: GroupScores, group: Group, step: ProcessStep) -> GroupScores:
+def _shape_process_rewards(scores: GroupScores, group: Group, step: ProcessStep | FusingStep) -> GroupScores:
     pairs = zip(scores.samples, group.samples, strict=True)
     return replace(scores, samples=tuple(_with_process_rewards(score, sample, step) for score, sample in pairs))
 
 
-def _with_process_rewards(score: Score, sample: Sample, step: ProcessStep) -> Score:
-    """Span rewards, in order of their ends, are one series of steps; those of trained tokens another."""
+def _with_process_rewards(score: Score, sample: Sample, step: ProcessStep | FusingStep) -> Score:
+    """Span rewards, in order of their ends, are one series of steps; those of trained tokens another.
+
+    Token rewards of a response that was split are rewards of its steps, as algorithms see them.
+    """
     if not score.valid:
         return score
+    if sample.spans and score.token_rewards is not None and sample.trained.any():
+        rewards, bounds = process_rewards(sample, score)
+        whole = tuple(SpanReward(a, b, value) for (a, b), value in zip(bounds.tolist(), rewards.tolist(), strict=True))
+        score = replace(score, span_rewards=whole, token_rewards=None)
+    outcome = score.value
+    if isinstance(step, FusingStep) and outcome is None:
+        return Score.invalid(f"no_value: {step.kind} needs an outcome beside the process rewards", score.trace)
+
+    def shaped(values: Float64) -> Float64:
+        return step.apply(values) if isinstance(step, ProcessStep) else step.apply(values, outcome or 0.0)
+
     spans = sorted(score.span_rewards, key=lambda span: (span.end, span.start))
-    values = step.apply(np.array([span.value for span in spans], dtype=np.float64))
-    shaped = tuple(SpanReward(s.start, s.end, float(value)) for s, value in zip(spans, values, strict=True))
+    values = shaped(np.array([span.value for span in spans], dtype=np.float64))
+    span_rewards = tuple(SpanReward(s.start, s.end, float(value)) for s, value in zip(spans, values, strict=True))
     tokens = score.token_rewards
     if tokens is not None:
         tokens = tokens.copy()
-        tokens[sample.trained] = step.apply(tokens[sample.trained].astype(np.float64))
-    return replace(score, span_rewards=shaped, token_rewards=tokens)
+        tokens[sample.trained] = shaped(tokens[sample.trained].astype(np.float64))
+    return replace(score, span_rewards=span_rewards, token_rewards=tokens)

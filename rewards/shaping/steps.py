@@ -14,9 +14,10 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from algorithms.functional.advantages import overlong_penalty
 from algorithms.functional.step_credit import clip, delta
-from rewards.parts import Named, read_named
 from rewards.shaping import references
 from rewards.shaping.references import Fit, Float64, Form
+from rlkit.config.named import read_named
+from rlkit.experience.section import Named
 
 Int64 = NDArray[np.int64]
 
@@ -58,7 +59,7 @@ class RunningStatistics:
 
 
 class Step(Named):
-    """Subclass OutcomeStep, ReferenceStep, RunningStep or ProcessStep."""
+    """Subclass OutcomeStep, ReferenceStep, RunningStep, ProcessStep or FusingStep."""
 
     keeps_scale: ClassVar[bool] = False
     """Whether a reward after it is comparable with reference rewards before it."""
@@ -120,6 +121,14 @@ class ProcessStep(Step):
 
     @abstractmethod
     def apply(self, steps: Float64) -> Float64:
+        """steps [K] -> [K]."""
+
+
+class FusingStep(Step):
+    """Changes the process rewards of one response by its outcome."""
+
+    @abstractmethod
+    def apply(self, steps: Float64, outcome: float) -> Float64:
         """steps [K] -> [K]."""
 
 
@@ -319,6 +328,30 @@ class Delta(ProcessStep):
         return delta(steps)
 
 
+class Renorm(FusingStep):
+    """p + outcome - mu for every process reward (PPR): with mu = 1 no step of a wrong response is rewarded, and none
+    of a right one punished (p and outcomes from 0 to 1)."""
+
+    kind: str = "renorm"
+    mu: float = 1.0
+    """What is taken off. Not neutral: with an outcome of 0 each further step costs up to mu."""
+
+    def apply(self, steps: Float64, outcome: float) -> Float64:
+        return steps + (outcome - self.mu)
+
+
+class TurnDense(FusingStep):
+    """p / n for every process reward: n is the number of those that are not 0 if the outcome is at least 1, else
+    `maximum`."""
+
+    kind: str = "turn_dense"
+    maximum: int = Field(ge=1)
+    """Process rewards that a response can earn at most."""
+
+    def apply(self, steps: Float64, outcome: float) -> Float64:
+        return steps / max(1, np.count_nonzero(steps) if outcome >= 1 else self.maximum)
+
+
 BUILT_IN = (
     Par,
     Centre,
@@ -332,9 +365,12 @@ BUILT_IN = (
     Overlong,
     Clip,
     Delta,
+    Renorm,
+    TurnDense,
 )
 STEPS: dict[str, type[Step]] = {step.model_fields["kind"].default: step for step in BUILT_IN}
-LEVELS = (OutcomeStep, ReferenceStep, RunningStep, ProcessStep)
+PROCESS_LEVELS = (ProcessStep, FusingStep)
+LEVELS = (OutcomeStep, ReferenceStep, RunningStep, *PROCESS_LEVELS)
 
 
 def parse_steps(value: Any) -> tuple[Step, ...]:
@@ -356,7 +392,7 @@ def parse_steps(value: Any) -> tuple[Step, ...]:
                 f"step {number} ({step.kind}) compares with reference rewards, which {rescaling.kind} before it would "
                 f"not have changed; put {step.kind} first (only length_penalty and overlong may precede it)"
             )
-        if rescaling is None and not isinstance(step, ProcessStep) and not step.keeps_scale:
+        if rescaling is None and not isinstance(step, PROCESS_LEVELS) and not step.keeps_scale:
             rescaling = step
     return tuple(steps)
 

@@ -6,16 +6,19 @@ A check runs if what its parameters name was valid by itself.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from algorithms.base import Algorithm
+from rlkit.config.diagnostics import diagnostics_act
 from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
 from rlkit.config.plan import engines_fit_on_nodes, longest_response, phases_make_room, weights_can_travel
+from rlkit.config.process_rewards import PROCESS_REWARDS
 from rlkit.config.schema import (
     ClusterConfig,
     CriticConfig,
@@ -27,6 +30,7 @@ from rlkit.config.schema import (
 )
 from rlkit.config.sources import SOURCES
 from rlkit.config.staleness import stale_samples_are_corrected
+from rlkit.config.structured import structure_is_usable
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder, model_folder
@@ -66,16 +70,6 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Issues:
             "reward",
             f"{reward.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
             f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another reward",
-        )
-
-
-def process_rewards_come_from_somewhere(algorithm: Algorithm, reward: Part) -> Issues:
-    """PRIME without a process reward model would stop after the first rollout."""
-    if algorithm.needs().process_rewards and not reward.cls.traits(reward.config).process_rewards:
-        yield ConfigIssue(
-            "reward",
-            f"{type(algorithm).__name__} needs process rewards, and {reward.cls.__name__} gives none; "
-            "use reward=implicit_prm",
         )
 
 
@@ -124,8 +118,14 @@ def model_is_usable(
         return
     folder = model_folder(model.path)
     longest = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
-    template = model.chat_template is not None
-    for refusal in refusals(folder, device=cluster.device, longest=longest, chat_template=template):
+    reasons = refusals(
+        folder,
+        device=cluster.device,
+        longest=longest,
+        chat_template=model.chat_template is not None,
+        trust_remote_code=model.trust_remote_code,
+    )
+    for refusal in reasons:
         yield ConfigIssue("model.path", refusal)
     if known_run(folder) == "rows":
         yield ConfigIssue(
@@ -198,7 +198,8 @@ def microbatch_holds_what_belongs_together(
 ) -> Issues:
     """The longest sample (pair, group) must fit into one forward and backward pass."""
     layout = algorithm.needs().layout
-    samples = {"any": 1, "pairs": 2, "full_group": algorithm.config.samples_per_prompt}[layout]
+    group = 2 if rollout.source == "data" else algorithm.config.samples_per_prompt
+    samples = {"any": 1, "pairs": 2, "full_group": group}[layout]
     unit = {"any": "sample", "pairs": "pair of samples", "full_group": f"group of {samples} samples"}[layout]
     needed = rollout.max_prompt_tokens + samples * rollout.max_response_tokens
     if needed > learner.tokens_per_microbatch:
@@ -217,8 +218,11 @@ def group_filters_leave_something(buffer: BufferConfig) -> Issues:
         )
 
 
-def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm) -> Issues:
-    if buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
+def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
+    if rollout.source == "data":
+        if buffer.drops_groups or buffer.truncated != "keep":
+            yield ConfigIssue("buffer", "filters what was sampled; with rollout.source=data the rows are the data's")
+    elif buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
         yield ConfigIssue("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
 
 
@@ -227,12 +231,12 @@ def schedule_fits(trainer: TrainerConfig, learner: LearnerConfig) -> Issues:
 
 
 def _unfit_schedule(section: str, config: LearnerConfig, trainer: TrainerConfig) -> Issues:
-    updates = trainer.total_steps * config.minibatches_per_step
-    if config.warmup_steps >= updates and config.warmup_steps > 0:
+    updates = trainer.total_steps * config.optimizer_steps
+    if trainer.total_epochs is None and config.warmup_steps >= updates and config.warmup_steps > 0:
         yield ConfigIssue(
             f"{section}.warmup_steps",
-            f"the run has {updates} optimizer steps (trainer.total_steps x {section}.minibatches_per_step), so the "
-            "learning rate would never reach its peak",
+            f"the run has {updates} optimizer steps (trainer.total_steps x {section}.minibatches_per_step x "
+            "epochs_per_step), so the learning rate would never reach its peak",
         )
     if config.schedule == "constant" and config.min_learning_rate_ratio > 0:
         yield ConfigIssue(
@@ -329,16 +333,55 @@ def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Issues:
         )
 
 
-def sampler_and_learner_agree(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
+def sampler_and_learner_agree(
+    cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig, trainer: TrainerConfig
+) -> Issues:
     why = "the sampler's log-probs then differ from the learner's; watch mismatch/logprob_mean"
-    if rollout.top_p < 1:
-        yield ConfigIssue("rollout.top_p", f"samples from a truncated distribution: {why}", warning=True)
-    if rollout.top_k > 0:
-        yield ConfigIssue("rollout.top_k", f"samples from a truncated distribution: {why}", warning=True)
+    for name in rollout.reshaping:
+        how = "penalised logits" if name == "repetition_penalty" else "a truncated distribution"
+        ends = _ends_by_mismatch(name, rollout, trainer)
+        yield ConfigIssue(f"rollout.{name}", f"samples from {how}: {why}{ends}", warning=True)
     usual = "float32" if cluster.device == "cpu" else "bfloat16"
     sampler, trained = (usual if dtype == "auto" else dtype for dtype in (rollout.dtype, learner.dtype))
     if sampler != trained:
         yield ConfigIssue("rollout.dtype", f"is {sampler}, the learner's is {trained}: {why}", warning=True)
+
+
+def _ends_by_mismatch(name: str, rollout: RolloutConfig, trainer: TrainerConfig) -> str:
+    """A nucleus alone moves no log-prob by more than -ln(top_p); the other options have no bound."""
+    limit = trainer.max_mismatch
+    if limit is None or trainer.max_staleness or (name == "top_p" and -math.log(rollout.top_p) <= limit):
+        return ""
+    return (
+        f". A mean difference above trainer.max_mismatch={limit:g} in three steps in a row ends the run, and this may "
+        "be one: trainer.max_mismatch=null turns that off"
+    )
+
+
+def surplus_has_a_use(rollout: RolloutConfig, buffer: BufferConfig, trainer: TrainerConfig) -> Issues:
+    if rollout.oversample == 1:
+        return
+    if not buffer.drops_groups:
+        yield ConfigIssue(
+            "rollout.oversample",
+            "has no effect: no filter rejects groups (buffer.drop_equal_rewards and the like), so a step lacks none",
+        )
+    elif trainer.max_staleness:
+        yield ConfigIssue(
+            "rollout.oversample",
+            f"is for trainer.max_staleness=0; with {trainer.max_staleness} a rejected group is replaced while others "
+            "are sampled and trained, and no step waits for a round",
+        )
+
+
+def stop_tokens_exist(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Issues:
+    if isinstance(model_shape, ModelFolderError):
+        return
+    for stop in rollout.stop_ids:
+        if not 0 <= stop < model_shape.vocabulary:
+            yield ConfigIssue(
+                "rollout.stop", f"token {stop} is not in the model's vocabulary of {model_shape.vocabulary}"
+            )
 
 
 CHECKS: tuple[Callable[..., Issues], ...] = (
@@ -347,7 +390,6 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
-    process_rewards_come_from_somewhere,
     raw_scores_are_normalised,
     reward_can_compare,
     model_is_long_enough,
@@ -367,7 +409,12 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     gpu_ignores_cpu_options,
     joined_cluster_has_its_own_store,
     sampler_and_learner_agree,
+    surplus_has_a_use,
+    stop_tokens_exist,
+    structure_is_usable,
     stale_samples_are_corrected,
+    *PROCESS_REWARDS,
+    diagnostics_act,
     *HELDOUT,
     *SOURCES,
     *PLACES,

@@ -70,4 +70,8 @@ def split_off_file(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
         if not text or is_another:
             raise ConfigError([ConfigIssue("--config", "needs a file: --config runs/old/config.yaml")])
         file = Path(text).expanduser()
+        if file.is_dir():
+            inside = file / "config.yaml"
+            remedy = f"did you mean {inside}?" if inside.is_file() else "name a file in it"
+            raise ConfigError([ConfigIssue(f"--config {file}", f"is a folder; {remedy}")])
     return file, others

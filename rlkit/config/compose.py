@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,28 +69,45 @@ def compose_options(folder: Path, choices: Mapping[str, str | None]) -> DictConf
     return tree
 
 
+@cache
+def _content(file: Path) -> Any:
+    """Of an option file, read once. Not to be changed."""
+    return OmegaConf.to_container(OmegaConf.load(file))
+
+
 def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
     if not (folder / group).is_dir():
         group = borrowed_options(folder)[group]
-    content = OmegaConf.to_container(OmegaConf.load(folder / group / f"{option}.yaml"))
+    content = _content(folder / group / f"{option}.yaml")
     if not isinstance(content, dict):
         return {}
     own = content.get(group)  # a file for the whole tree (`@package _global_`) names the group
     return {str(key): value for key, value in (own if isinstance(own, dict) else content).items()}
 
 
-def option_values(group: str, option: str) -> dict[str, Any]:
+def option_values(group: str, option: str, folder: Path | None = None) -> dict[str, Any]:
     """Full key -> value of all that an option's file sets, interpolations as they are written."""
-    file = _option_file(group, option)
-    content = OmegaConf.to_container(OmegaConf.load(file))
+    file = _option_file(group, option, folder or conf_dir())
+    content = _content(file)
     for_all = "@package _global_" in file.read_text()
     values = _flat(content if for_all else {group: content})
     return {key: value for key, value in values.items() if key != "defaults"}  # an experiment's choices of options
 
 
+def values_of(chosen: Mapping[str, str | None], folder: Path) -> dict[str, tuple[Any, str]]:
+    """Full key -> (value, `group=option`) of everything that the chosen options set, the last one if several do. What
+    has no file (a class of the user's, a combination) sets nothing."""
+    values: dict[str, tuple[Any, str]] = {}
+    for group, option in chosen.items():
+        if option is not None and _option_file(group, option, folder).is_file():
+            own = option_values(group, option, folder)
+            values |= {key: (value, f"{group}={option}") for key, value in own.items()}
+    return values
+
+
 def option_text(group: str, option: str) -> str:
     """The first sentence of the comment in an option's file, else what its class says of itself."""
-    file = _option_file(group, option)
+    file = _option_file(group, option, conf_dir())
     lines = [line.lstrip("# ") for line in file.read_text().splitlines() if re.match(r"# (?!@package)", line)]
     text = re.split(r"(?:(?<=\w{3}\.)|(?<=\)\.))\s", " ".join(lines))[0].rstrip(".")
     return text or headline(import_part(group, option_values(group, option)[f"{group}._target_"]))
@@ -99,8 +117,7 @@ def headline(cls: type) -> str:
     return (cls.__doc__ or sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0]
 
 
-def _option_file(group: str, option: str) -> Path:
-    folder = conf_dir()
+def _option_file(group: str, option: str, folder: Path) -> Path:
     return folder / (group if (folder / group).is_dir() else borrowed_options(folder)[group]) / f"{option}.yaml"
 
 
@@ -127,6 +144,16 @@ class Sources:
     file: Path | None = None
     in_file: set[str] = field(default_factory=set)
     """Full keys that the file sets."""
+    presets: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """Full key -> (value, `group=option`) of what the chosen options set."""
+
+    def origin(self, key: str) -> str:
+        """Who decides the value of `key`, in words."""
+        if key in self.typed or self._whole(key):
+            return "as typed"
+        if any(name in self.in_file for name in (key, *_parents(key))):
+            return f"from {self.file}"
+        return f"set by {self.presets[key][1]}" if key in self.presets else "the default"
 
     def where(self, key: str, value: Any) -> str:
         """The argument that set `key`, or `key=value` and its file; `key` alone if nothing set it."""
@@ -136,13 +163,20 @@ class Sources:
         if key in self.typed:
             return self.typed[key]
         below = [argument for name, argument in self.typed.items() if name.startswith(f"{key}.")]
-        whole = [self.typed[name] for name in _parents(key) if "={" in self.typed.get(name, "")]
+        whole = self._whole(key)
         if isinstance(value, dict) and below:
             return below[-1]  # `seed.x=1` makes a section of what is a value
         if whole:
-            return whole[0]  # `trainer={total_steps: 3}`
+            return whole[0]
         text = key if value is None or isinstance(value, dict) else f"{key}={_spelled(value)}"
-        return f"{self.file}: {text}" if any(name in self.in_file for name in (key, *_parents(key))) else text
+        if any(name in self.in_file for name in (key, *_parents(key))):
+            return f"{self.file}: {text}"
+        preset, option = self.presets.get(key, (None, ""))
+        return text if value is None or preset != value else f"{text} (set by {option})"
+
+    def _whole(self, key: str) -> list[str]:
+        """Arguments that set a section of `key` at once: `trainer={total_steps: 3}`."""
+        return [self.typed[name] for name in _parents(key) if "={" in self.typed.get(name, "")]
 
 
 def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sources: Sources) -> list[ConfigIssue]:

@@ -21,6 +21,7 @@ from rlkit.config.compose import (
     option_fields,
     option_text,
     option_values,
+    values_of,
 )
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, allowed, did_you_mean, section_type
 from rlkit.config.parts import CONTRACTS, TARGET, PartError, conf_dir, import_part
@@ -68,7 +69,7 @@ def print_help(words: Sequence[str] = ()) -> int:
             raise ConfigError([ConfigIssue(f"--help {group}={option}", message)])
         if group in options:
             chosen[group] = option
-    blocks = [*_sections(_set_values(chosen)), *_parts(options, chosen, words)]
+    blocks = [*_sections(values_of(chosen, folder)), *_parts(options, chosen, words)]
     if not words:
         console.print(USAGE, highlight=False)
         _print_options(console, options, chosen)
@@ -91,15 +92,6 @@ def print_help(words: Sequence[str] = ()) -> int:
 def _near(word: str, names: set[str]) -> str:
     text = did_you_mean(word, names).partition(" available: ")[0]
     return text if text.startswith("did") else "--help alone lists everything"
-
-
-def _set_values(chosen: Mapping[str, str | None]) -> dict[str, tuple[Any, str]]:
-    """Full key -> (value, `group=option`) of everything that the chosen options set."""
-    values: dict[str, tuple[Any, str]] = {}
-    for group, option in chosen.items():
-        if option is not None:
-            values |= {key: (value, f"{group}={option}") for key, value in option_values(group, option).items()}
-    return values
 
 
 def _sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:

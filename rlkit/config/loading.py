@@ -23,12 +23,14 @@ from rlkit.config.compose import (
     Sources,
     add_parts,
     compose_options,
+    default_options,
     group_options,
     in_part,
     merge_file,
     option_fields,
     set_value,
     unknown_parts,
+    values_of,
 )
 from rlkit.config.heldout import HeldoutSets
 from rlkit.config.machine import fits
@@ -91,6 +93,10 @@ class Loading:
             chosen = self.overrides.values.get(f"{kind}.{TARGET}")
             if chosen is not None and chosen != targets[kind]:
                 self._replace_part(composed, kind, chosen)
+        runtime = composed.hydra.runtime.choices
+        self.sources.presets = values_of(
+            {group: runtime.get(group) for group in default_options(self.folder)}, self.folder
+        )
         self.sources.options = {kind: str(composed.hydra.runtime.choices[kind]) for kind in self.contracts} | combined
         for key, value in self.overrides.values.items():
             set_value(composed, key, value)
@@ -378,6 +384,7 @@ class _RunLoading(Loading):
             config=RunConfig(**self.available, **full),
             **{f"{kind}_class": part.cls for kind, part in self.parts.items()},
             **{f"{kind}_config": part.config for kind, part in self.parts.items()},
+            origins={key: self.sources.origin(key) for key in ("learner.learning_rate", "critic.learning_rate")},
             sets=self.sets,
         )
         with suppress(ModelFolderError):  # a model that is only where the run will be

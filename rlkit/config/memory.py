@@ -6,13 +6,21 @@ Bytes under the names of what they hold. How DeepSpeed 0.19.8 holds a model: `de
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from algorithms.base import POLICY, REFERENCE
 from rewards.base import TrainableReward
 from rlkit.config.parts import ResolvedRun, import_part
-from rlkit.config.plan import engines_sleep, offloads, shares_gpus, weight_route
+from rlkit.config.plan import (
+    asks_reward,
+    engines_sleep,
+    offloads,
+    references_are_cached,
+    shares_gpus,
+    weight_route,
+)
 from rlkit.config.schema import LearnerConfig, RolloutConfig
 from rlkit.models.folder import ModelShape, check_model_folder
 
@@ -169,18 +177,19 @@ def rank_phases(
     section: LearnerConfig,
     *,
     cuda: bool,
-    reference: bool = False,
+    frozen: Sequence[ModelShape] = (),
     offloaded: bool = False,
     bundle: bool = False,
     bucket: float = GATHERED,
 ) -> Phases:
     """Phases of one rank of a model in training: load, update, publish (`bundle`: through the object store), save,
-    and rest (on GPUs, while the engines sample)."""
+    and rest (on GPUs, while the engines sample). `frozen`: models that only run forward."""
     width = element_bytes(section.dtype, cuda)
     parameters, ranks, stage = float(shape.parameters or 0), section.ranks, _stage(section, width)
     base: Parts = {"process": (CUDA_HOST if cuda else BASES["rank"]) * GIB}
     whole = width * parameters
-    still: Parts = {"reference": whole / (ranks if stage == 3 else 1)} if reference else {}
+    others = sum(one.parameters or 0 for one in frozen) * width
+    still: Parts = {"frozen models": others / (ranks if stage == 3 else 1)} if frozen else {}
     still |= resting(shape, section, width, cuda)
     working = max(backward(shape, section, width, cuda), stepping(shape, section, width, cuda), key=total)
     saved: Parts = {"a bucket in fp32": min(4 * parameters, 2.0 * GATHERED)}
@@ -221,7 +230,7 @@ def _mapped(parts: Parts, whole: float, stage: int, ranks: int) -> Parts:
     """On a CPU weights are pages of the file until they are read or copied: in memory only then."""
     if stage == 0:
         return {"weights": parts["weights"]} if ranks > 1 else {}
-    parts = {name: size for name, size in parts.items() if name != "reference" or stage == 3}
+    parts = {name: size for name, size in parts.items() if name != "frozen models" or stage == 3}
     return {**parts, "weights of the file": whole}
 
 
@@ -264,12 +273,16 @@ class Process:
 
 
 def learner_phases(run: ResolvedRun) -> Phases:
-    config, cuda = run.config, run.config.cluster.device == "cuda"
+    config, cuda, algorithm = run.config, run.config.cluster.device == "cuda", run.make_algorithm()
+    needs = algorithm.needs()
+    frozen = {one.model for one in needs.passes.values()} - {POLICY}
+    if needs.reference_policy and not references_are_cached(config, algorithm):
+        frozen.add(REFERENCE)
     return rank_phases(
         check_model_folder(config.model.path),
         config.learner,
         cuda=cuda,
-        reference=run.make_algorithm().needs().reference_policy,
+        frozen=[check_model_folder(config.model.path if name == REFERENCE else name) for name in sorted(frozen)],
         offloaded=cuda and offloads(config, config.learner),
         bundle=weight_route(config.cluster, config.rollout, config.learner) == "object_store",
         bucket=2.0 * config.cluster.weight_bucket_mib * MIB,
@@ -287,8 +300,9 @@ def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
     if config.cluster.address is None:
         held = {"process": BASES["ray"] * GIB, "object store": stored_bytes(run)}
         parts.append(Process("Ray", 1, {"run": Phase(held)}))
-    engine = engine_phases(shape, config.rollout, gpu, cuda=cuda, sleeps=engines_sleep(config))
-    parts.append(Process("rollout engine", config.rollout.workers, engine, int(cuda)))
+    if config.rollout.workers:
+        engine = engine_phases(shape, config.rollout, gpu, cuda=cuda, sleeps=engines_sleep(config))
+        parts.append(Process("rollout engine", config.rollout.workers, engine, int(cuda)))
     parts.append(Process("learner rank", config.learner.ranks, learner_phases(run), int(cuda)))
     if run.make_algorithm().needs().critic:
         valued = check_model_folder(config.critic.path or config.model.path)
@@ -309,8 +323,10 @@ def _rewards(run: ResolvedRun, cuda: bool) -> list[Process]:
     process: Parts = {"process": (CUDA_HOST if cuda and models else BASES["model" if models else "reward"]) * GIB}
     phase = Phase(process, held) if cuda else Phase(process | held)
     shared = -(-workers // max(1, run.config.learner.ranks)) if models and cuda else 0
-    rewards = [Process("reward worker", workers, {"score": phase}, shared)]
-    if run.reward_class is run.verifier_class and run.reward_config == run.verifier_config:
+    asked = asks_reward(run.config.rollout, run.make_algorithm())
+    rewards = [Process("reward worker", workers, {"score": phase}, shared)] if asked else []
+    same = run.reward_class is run.verifier_class and run.reward_config == run.verifier_config
+    if (asked and same) or not run.config.rollout.workers:
         return rewards
     verifier: Phases = {"judge": Phase({"process": BASES["reward"] * GIB})}
     return [*rewards, Process("verifier", run.verifier_config.workers, verifier)]
@@ -332,7 +348,7 @@ def step_bytes(run: ResolvedRun) -> float:
     config = run.config
     prompts, responses = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
     tokens = prompts + run.algorithm_config.samples_per_prompt * responses
-    return float(16 * config.trainer.prompts_per_step * tokens)
+    return float(16 * config.trainer.prompts_per_step * config.rollout.oversample * tokens)
 
 
 def stored_bytes(run: ResolvedRun) -> float:

@@ -231,8 +231,8 @@ def validate(
     `prefix` (`reward.`) precedes all keys in messages; `notes` explain some unknown keys.
     """
     missing = list(_missing(tree, prefix))
-    problems = [ConfigIssue(key, f"needs a value; write {key}=VALUE") for key in missing]
     fields = dict(all_fields(model, prefix))
+    problems = [_needs_a_value(key, fields) for key in missing]
     section, errors = read_section(model, tree)
     for details in errors:
         key = prefix + ".".join(str(step) for step in details["loc"]) if details["loc"] else prefix.rstrip(".")
@@ -267,12 +267,18 @@ def read_section(model: type[Model], tree: Mapping[str, Any]) -> tuple[Model | N
     return (None if errors else section), errors
 
 
+def _needs_a_value(key: str, fields: Mapping[str, FieldInfo]) -> ConfigIssue:
+    words = literal_values(fields[key]) if key in fields else []
+    what = f", one of {', '.join(words)}" if words else ""
+    return ConfigIssue(key, f"needs a value{what}; write {key}={words[0] if words else 'VALUE'}")
+
+
 def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], where: Where) -> ConfigIssue:
     kind, value = details["type"], details.get("input")
     name = _field_name(key, fields)
     info = fields.get(name) if name else None
     if kind == "missing" and (name is None or name == key):
-        return ConfigIssue(key, f"needs a value; write {key}=VALUE")
+        return _needs_a_value(key, fields)
     if kind in ("value_error", "assertion_error"):  # a validator of the section's own says it best
         message = str(details["ctx"]["error"])
         return ConfigIssue(where(*_blamed(key, value, message)), message)

@@ -55,6 +55,8 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
     if argument.startswith("-"):
         return _dashed(argument)
     key, equals, text = argument.partition("=")
+    if not equals and argument in ("help", "version"):
+        return f"did you mean --{argument}?"
     if not equals and not argument.startswith("~"):
         pair = re.fullmatch(r"([\w.]+)\s*:\s*(\S.*)", argument)
         return f"this is no assignment; write {'='.join(pair.groups()) if pair else f'{argument}=VALUE'}"
@@ -85,9 +87,15 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
     return None
 
 
+DASHED = {"--help": "--help", "--version": "--version", "--config": "--config FILE", "--dry-run": "dry_run=true"}
+
+
 def _dashed(argument: str) -> str:
     bare = argument.lstrip("-")
     name = bare.partition("=")[0]
+    option = nearest(f"--{name}", DASHED)
+    if option is not None:
+        return f"did you mean {DASHED[option]}?"
     if name in ("m", "multirun"):
         return "there are no sweeps: one command is one run; start one after the other, with a run_dir for each"
     if name in ("cfg", "c", "info", "i", "package", "p", "config-name", "config-path", "config-dir", "cn", "cp", "cd"):

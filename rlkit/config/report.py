@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from algorithms.base import POLICY, REFERENCE
 from rlkit.config.machine import host_bytes, this_machine
 from rlkit.config.memory import GIB, element_bytes, gpu_phases, processes, size_text, total
 from rlkit.config.parts import ResolvedRun
-from rlkit.config.plan import colocated_slots, engines_sleep, gpu_shares, offloads, shares_gpus, weight_route
-from rlkit.config.schema import RolloutConfig, RunConfig
-from rlkit.models.folder import ModelShape, check_model_folder
+from rlkit.config.plan import (
+    asks_reward,
+    colocated_slots,
+    engines_sleep,
+    gpu_shares,
+    offloads,
+    references_are_cached,
+    shares_gpus,
+    weight_route,
+)
+from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
+from rlkit.data.base import DataSource
+from rlkit.data.lengths import uncountable
+from rlkit.models.folder import ModelShape, check_model_folder, model_folder
+from rlkit.models.usable import known_run
 
 WEIGHT_ROUTES = {
     "object_store": "through Ray's object store, one copy per node",
@@ -31,7 +44,8 @@ class Line:
 
 def plan(run: ResolvedRun) -> list[Line]:
     shape = check_model_folder(run.config.model.path)
-    return [*_parts(run, shape), *_actors(run), *_handover(run), *_batches(run), *_memory(run, shape)]
+    lines = [*_parts(run, shape), *_actors(run), *_handover(run), *_batches(run), *_memory(run, shape)]
+    return [*lines, *(Line("later", "checked at the start", what) for what in _checked_at_the_start(run))]
 
 
 def plan_text(lines: Sequence[Line]) -> str:
@@ -82,19 +96,28 @@ def _actors(run: ResolvedRun) -> list[Line]:
         split = shares_gpus(config.cluster) and width > 1
         engines += f", {shares.engine:g} of each of its {width} GPUs" if split else f", {shares.engine:g} GPU each"
         ranks += f", {shares.learner:g} GPU each"
-    rewards = run.reward_config.workers
+    algorithm = run.make_algorithm()
+    needs, rewards = algorithm.needs(), run.reward_config.workers
+    asked = f"{rewards} {_plural('worker', rewards)} of {run.reward_class.__name__}"
+    if not asks_reward(config.rollout, algorithm):
+        asked = "none: " + ("the data bring labels" if needs.rewards else "the algorithm reads no scores")
     lines = [
-        Line("actors", "rollout", engines),
+        Line("actors", "rollout", engines if config.rollout.workers else "none: the data bring the responses"),
         Line("actors", "learner", ranks),
-        Line("actors", "reward", f"{rewards} {_plural('worker', rewards)} of {run.reward_class.__name__}"),
+        Line("actors", "reward", asked),
         Line("actors", "buffer", "1"),
     ]
-    needs = run.make_algorithm().needs()
     if needs.critic:
         critics, gpus = config.critic.ranks, f", {shares.critic:g} GPU each" if cuda else ""
         lines.append(Line("actors", "critic", f"{critics} DeepSpeed {_plural('rank', critics)}, {threads}" + gpus))
     if needs.reference_policy:
-        lines.append(Line("actors", "reference policy", "the initial policy, for its log-probs"))
+        every, mix = algorithm.config.reference_every_steps, algorithm.config.reference_mix
+        moves = f"; every {every} {_plural('step', every)} {mix:g} of the policy goes into it" if every else ""
+        if references_are_cached(config, algorithm):
+            moves = ", computed once, then read from a file; no further model"
+        lines.append(Line("actors", "reference policy", f"the initial policy, for its log-probs{moves}"))
+    for one in sorted({one.model for one in needs.passes.values()} - {POLICY, REFERENCE}):
+        lines.append(Line("actors", "frozen model", one))
     if shares_gpus(config.cluster):
         lines.append(Line("actors", "GPUs", _shared(config, config.critic.ranks if needs.critic else 0)))
     return lines
@@ -115,6 +138,8 @@ def _handover(run: ResolvedRun) -> list[Line]:
     text = WEIGHT_ROUTES[route]
     if route != "object_store":
         text += f", in buckets of {config.cluster.weight_bucket_mib} MiB"
+    if not config.rollout.workers or config.rollout.source == "model":
+        return []
     lines = [Line("handover", "weights to the engines", text)]
     if config.cluster.device == "cuda":
         who = {"learner": offloads(config, config.learner)}
@@ -129,10 +154,12 @@ def _handover(run: ResolvedRun) -> list[Line]:
 
 def _batches(run: ResolvedRun) -> list[Line]:
     trainer, learner, rollout = run.config.trainer, run.config.learner, run.config.rollout
+    if rollout.source == "data":
+        return _recorded_batches(run)
     samples = run.algorithm_config.samples_per_prompt
     responses = trainer.prompts_per_step * samples
     per_update = trainer.prompts_per_step // learner.minibatches_per_step
-    updates = trainer.total_steps * learner.minibatches_per_step
+    updates = trainer.total_steps * learner.optimizer_steps
     most_tokens = trainer.prompts_per_step * (rollout.max_prompt_tokens + samples * rollout.max_response_tokens)
     return [
         Line("batches", "each step", f"{trainer.prompts_per_step} prompts x {samples} samples = {responses} responses"),
@@ -140,7 +167,7 @@ def _batches(run: ResolvedRun) -> list[Line]:
         Line(
             "batches",
             "whole run",
-            f"{trainer.total_steps} steps x {learner.minibatches_per_step} = {updates} optimizer steps, "
+            f"{trainer.total_steps} steps x {learner.optimizer_steps} = {updates} optimizer steps, "
             f"{trainer.total_steps * responses:,} responses",
         ),
         Line(
@@ -148,8 +175,28 @@ def _batches(run: ResolvedRun) -> list[Line]:
             "tokens of a step",
             f"at most {most_tokens:,}, in micro-batches of up to {learner.tokens_per_microbatch:,}",
         ),
+        *_learning_rates(run),
         Line("batches", "each evaluation", _evaluation(run)),
         *_staleness(run),
+    ]
+
+
+def _learning_rates(run: ResolvedRun) -> Iterator[Line]:
+    for name in ("learner", "critic") if run.make_algorithm().needs().critic else ("learner",):
+        section: LearnerConfig = getattr(run.config, name)
+        origin = run.origins[f"{name}.learning_rate"]
+        yield Line("batches", f"learning rate, {name}", f"{section.learning_rate:g} ({origin}), {section.schedule}")
+
+
+def _recorded_batches(run: ResolvedRun) -> list[Line]:
+    trainer, learner = run.config.trainer, run.config.learner
+    updates = learner.optimizer_steps
+    steps, epochs = f"{trainer.total_steps} steps", trainer.total_epochs
+    if epochs is not None:
+        steps = f"{epochs:g} {_plural('epoch', 1 if epochs == 1 else 2)}"
+    return [
+        Line("batches", "each step", f"{trainer.prompts_per_step} prompts with the data's responses"),
+        Line("batches", "whole run", f"{steps}, {updates} optimizer {_plural('step', updates)} each"),
     ]
 
 
@@ -172,6 +219,9 @@ def _staleness(run: ResolvedRun) -> list[Line]:
         "truncate": f"importance weights truncated at {bound}",
         "mask": f"importance weights, tokens above {bound} left out",
         "decoupled": "importance weights as they are",
+        "sequence_truncate": f"importance weights of whole samples, truncated at {bound}",
+        "sequence_mask": f"importance weights of whole samples, those above {bound} left out",
+        "geometric_mask": f"no importance weights, samples above {bound} per token left out",
     }.get(how or "", "no importance weights")
     return [Line("batches", "staleness", f"at most {most} {_plural('version', most)}; {weights}")]
 
@@ -181,7 +231,8 @@ def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
         return [Line("memory", "unknown", "the number of parameters is: the weights are no safetensors")]
     machine = this_machine(run.config.cluster)
     cuda = run.config.cluster.device == "cuda"
-    lines = [Line("memory", "key-value cache, each engine", _cache(run.config.rollout, shape, cuda))]
+    rollout = run.config.rollout
+    lines = [Line("memory", "key-value cache, each engine", _cache(rollout, shape, cuda))] if rollout.workers else []
     there = processes(run, machine.gpu_bytes)
     for process in there:
         busy = process.phases.get("update") or process.phases.get("score")
@@ -197,6 +248,17 @@ def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
     limit = f" of {size_text(machine.host_bytes)}" if machine.host_bytes else ""
     where = "a machine of 8 GPUs" if cuda else "this machine"
     return [*lines, Line("memory", f"host, {where}", f"{size_text(host_bytes(run, machine))}{limit}")]
+
+
+def _checked_at_the_start(run: ResolvedRun) -> Iterator[str]:
+    """What takes longer than a plan may; the run does it before Ray and vLLM start."""
+    folder = model_folder(run.config.model.path)
+    if known_run(folder) is None:
+        yield "the model's architecture, which docs/models.md does not list"
+    if why := uncountable(folder):
+        yield f"lengths of prompts ({why})"
+    elif run.data_class.preview is DataSource.preview:
+        yield "lengths of prompts (the data source has no preview)"
 
 
 def _parts_text(parts: Mapping[str, float]) -> str:

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, StrictInt, StrictStr, field_validator, model_validator
 
+from rlkit.config.named import read_named
+from rlkit.diagnostics.base import DiagnosticConfig
+from rlkit.diagnostics.known import DIAGNOSTICS, diagnostic_class
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.section import LearningRate, Section, Seed
 
@@ -54,8 +58,8 @@ class TrainerConfig(Section):
     """The best checkpoint has the largest value of this metric (of its step or of the latest evaluation); null: of
     what the evaluations show, `accuracy/heldout` or `reward/heldout`."""
     hacking_alarm_steps: int = Field(default=10, ge=0)
-    """Steps per window. Warn when from one window to the next the mean reward (or a process reward model's accuracy)
-    rose while the share of right answers fell. 0: never."""
+    """Steps per window of the diagnostic `hacking`. It warns when from one window to the next the mean reward (or a
+    process reward model's accuracy) rose while the share of right answers fell. 0: never."""
     max_skipped_updates: int = Field(default=3, ge=1)
     """Stop the run after this many updates in a row were skipped for a non-finite loss or gradient."""
 
@@ -67,8 +71,44 @@ class ModelConfig(Section):
     """Folder of a Hugging Face causal LM with its tokenizer; `embedded:policy` is the tiny one in the package."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""
+    chat_template_arguments: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, like `enable_thinking`: model.chat_template_arguments.enable_thinking=false."""
     trust_remote_code: bool = False
     """Run Python code from the model folder. Only for folders you trust."""
+
+
+COLUMN = "column:"
+"""Before the name of a data column that holds each problem's own value."""
+
+
+class StructuredConfig(Section):
+    """What every response must match: one of a regex, choices, or a JSON schema. Tokens that do not fit are never
+    sampled (constrained decoding). `column:NAME` as a value takes each problem's own from that column of the data."""
+
+    regex: str | None = None
+    """A regular expression for the whole response."""
+    choices: tuple[str, ...] | str | None = None
+    """Texts, one of which is the whole response."""
+    json_schema: dict[str, Any] | str | None = None
+    """A JSON schema, or the path of a file with one."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if sum(value is not None for value in (self.regex, self.choices, self.json_schema)) != 1:
+            raise ValueError("set one of regex, choices and json_schema")
+        if isinstance(self.choices, str) and not self.choices.startswith(COLUMN):
+            raise ValueError(f"choices must be a list of texts, like [yes,no], or {COLUMN}NAME")
+        return self
+
+    @property
+    def kind(self) -> Literal["regex", "choices", "json_schema"]:
+        return "regex" if self.regex is not None else "choices" if self.choices is not None else "json_schema"
+
+    @property
+    def column(self) -> str | None:
+        """The column with each problem's own value, if there is one."""
+        value = getattr(self, self.kind)
+        return value.removeprefix(COLUMN) if isinstance(value, str) and value.startswith(COLUMN) else None
 
 
 class RolloutConfig(Section):
@@ -92,6 +132,20 @@ class RolloutConfig(Section):
     """Nucleus sampling; below 1 the sampler's log-probs no longer equal the learner's (with a warning)."""
     top_k: int = Field(default=0, ge=0)
     """Keep only the k likeliest tokens; 0 keeps all. The same warning applies."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Keep only tokens with at least this share of the likeliest one's probability; 0 keeps all. The same warning
+    applies."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divide the positive logits of tokens that the prompt or the response has by this, and multiply the negative
+    ones; 1 does nothing. The same warning applies."""
+    stop: tuple[StrictInt | StrictStr, ...] = ()
+    """Texts and token ids that end a response (finish reason `stop`), besides the model's own end tokens. The token
+    that completes a stop text, or is a stop id, is the last of the response: it is trained, and rewards read it."""
+    structured: StructuredConfig | None = None
+    """What every response must match; null: anything."""
+    oversample: float = Field(default=1.0, ge=1, le=10)
+    """Groups sampled per group that a step still lacks, so that a filter's rejections need no second round (which waits
+    for its own longest response). Of more than a step takes, those asked for last are dropped and counted."""
     max_prompt_tokens: int = Field(default=512, ge=8)
     """Longer prompts are bad rows: reported, counted, skipped."""
     max_response_tokens: int = Field(default=512, ge=1)
@@ -110,6 +164,9 @@ class RolloutConfig(Section):
     """Skip CUDA graphs and compilation: quicker start, slower decoding on GPUs. Always on for CPU."""
     prefix_caching: bool = True
     """Prefill a group's prompt once for all its samples."""
+    steps: Literal["none", "auto", "lines", "numbered", "blank_line"] = "none"
+    """Split responses into steps, for process rewards: lines, what blank lines separate, `Step 3:`, or (auto) the last
+    if it occurs, else lines. none: whatever the reward says, else every token is a step."""
     sample_seeds: Literal["auto", "always", "never"] = "auto"
     """Give each sample a seed, so that it does not matter where and beside what it is sampled: on GPUs vLLM then
     draws request by request, which is slow for many. auto: on CPU."""
@@ -119,6 +176,32 @@ class RolloutConfig(Section):
     sleep: Literal["auto", "always", "never"] = "never"
     """CUDA: free the engines' GPU memory (weights and key-value cache) while the learner works. auto: if engines
     share GPUs with ranks and training is synchronous."""
+
+    @property
+    def reshaping(self) -> tuple[str, ...]:
+        """Options by which the sampler draws from another distribution than the policy's."""
+        off = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "structured": None}
+        return tuple(name for name, value in off.items() if getattr(self, name) != value)
+
+    @property
+    def stop_texts(self) -> list[str]:
+        return [stop for stop in self.stop if isinstance(stop, str)]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return [stop for stop in self.stop if isinstance(stop, int)]
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _is_a_list(cls, stop: Any) -> Any:
+        return (stop,) if isinstance(stop, str | int) and not isinstance(stop, bool) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, stop: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if "" in stop:
+            raise ValueError("has an empty text, which would end every response at once")
+        return stop
 
     @field_validator("temperature", mode="before")
     @classmethod
@@ -270,6 +353,22 @@ class TrackingConfig(Section):
     """Groups per step whose best and worst response go to samples.jsonl; null: every group."""
 
 
+def parse_diagnostics(value: Any) -> tuple[DiagnosticConfig, ...]:
+    """Raise ValueError that names the wrong one."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise ValueError("must be a list, like [hacking,{kind:drift,alarm:stop}]")
+    known = {name: cls.Config for name, cls in DIAGNOSTICS.items()}
+    chosen = tuple(
+        read_named(item, known, DiagnosticConfig, f"diagnostic {number}", lambda kind: diagnostic_class(kind).Config)
+        for number, item in enumerate(value, start=1)
+    )
+    names = [config.name for config in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} stands there twice; its table and its state have one name")
+    return chosen
+
+
 class RunConfig(Section):
     """The whole configuration of `python -m rlkit.train`."""
 
@@ -291,6 +390,11 @@ class RunConfig(Section):
     critic: CriticConfig = CriticConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    diagnostics: Annotated[tuple[SerializeAsAny[DiagnosticConfig], ...], BeforeValidator(parse_diagnostics)] = Field(
+        default=("hacking",), validate_default=True
+    )
+    """What watches the steps: names (hacking, ratio_shift, reward_gap, drift, starc, judge_fpr), dotted paths of your
+    classes, or mappings with a `kind` and its options. [] turns all off."""
     algorithm: dict[str, Any]
     """A swappable part: `_target_` and the fields of its `Config`."""
     reward: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Where responses come from: whether algorithm, data and reward fit with `rollout.source`, and what then has no effect."""
+"""Where responses come from: whether algorithm, data and reward fit with `rollout.source`, and what has no effect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def algorithm_learns_from_the_source(algorithm: Algorithm, rollout: RolloutConfi
     if rollout.source not in sources:
         yield ConfigIssue(
             "rollout.source",
-            f"is {rollout.source}, and {type(algorithm).__name__} learns from responses of "
+            f"gives responses that {type(algorithm).__name__} cannot learn from; it takes "
             f"{' or '.join(f'rollout.source={source}' for source in sources)}",
         )
 
@@ -54,8 +54,8 @@ def labels_are_labels(algorithm: Algorithm, reward: Part) -> Issues:
     if algorithm.needs().labels and reward.cls.traits(reward.config).raw_scores:
         yield ConfigIssue(
             "reward",
-            f"{type(algorithm).__name__} learns from labels, 0 (bad) to 1 (good), and {reward.cls.__name__} gives scores "
-            "of any size; choose a reward that says right or wrong",
+            f"{type(algorithm).__name__} learns from labels, 0 (bad) to 1 (good), and {reward.cls.__name__} gives "
+            "scores of any size; choose a reward that says right or wrong",
         )
 
 

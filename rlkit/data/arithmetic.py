@@ -26,6 +26,7 @@ STYLES: tuple[Style, ...] = ("equations", "words", "annotated", "running")
 _SPOKEN: dict[Operator, str] = {"+": "plus", "-": "minus", "*": "times"}
 _HELDOUT_BUCKETS = 8
 _FRUITLESS_DRAWS = 20_000
+PREVIEWED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,10 @@ class Arithmetic(DataSource):
 
     def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
         return [_as_problem(problem) for problem in draw_problems(self.config, split)], []
+
+    def preview(self, split: Split) -> list[Problem]:
+        few = {f"{split}_problems": min(PREVIEWED, getattr(self.config, f"{split}_problems"))}
+        return [_as_problem(problem) for problem in draw_problems(self.config.model_copy(update=few), split)]
 
     def provides(self) -> frozenset[str]:
         return frozenset({"answer", "references"})

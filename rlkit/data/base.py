@@ -79,6 +79,11 @@ class DataSource(ABC):
         """Cheap checks before a run (files exist, columns exist): messages for the user, empty if all is well."""
         return []
 
+    def preview(self, split: Split) -> list[Problem]:
+        """Problems that cost little, for checks before a run: the first ones, or none if only loading tells. Called
+        after `check`. Raises DataError where `load` will."""
+        return []
+
     @abstractmethod
     def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
         """All problems of a split and the unusable rows. Raises DataError if a split is unusable."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +42,8 @@ class TableSource(DataSource):
         super().__init__(config, seed)
         self._loaded: dict[Split, Loaded] | None = None
         self._heads: dict[Split, list[tuple[str, Row | BadRow]]] = {}
+        self._judged: dict[Split, Loaded] = {}
+        """Of the first rows."""
 
     @abstractmethod
     def _source(self, split: Split) -> str | None:
@@ -89,7 +91,7 @@ class TableSource(DataSource):
                 head = [] if lacking or columns is None else self._head(split)
                 if head:
                     part = f"the first {len(head)} rows of {source}" if len(head) == CHECKED_ROWS else source
-                    self._problems(head, part)
+                    self._judged[split] = self._problems(head, part)
             except DataError as error:
                 messages.append(str(error))
         if not messages and self._source("train") == self._source("heldout"):
@@ -98,6 +100,13 @@ class TableSource(DataSource):
                 "one out, and a share is held out (data.heldout_share)."
             )
         return messages
+
+    def preview(self, split: Split) -> list[Problem]:
+        """Of tables that `check` has read whole, all of them: raises DataError where `load` will."""
+        named: set[Split] = {"train"} if self._source("heldout") is None else {"train", "heldout"}
+        whole = named == set(self._judged) and all(len(self._head(name)) < CHECKED_ROWS for name in named)
+        rows = self._divide(self._judged) if whole else self._judged
+        return rows.get(split, ([], []))[0]
 
     def provides(self) -> frozenset[str]:
         config: RowsConfig = self.config
@@ -122,11 +131,18 @@ class TableSource(DataSource):
         return self._parse("train")
 
     def _load_both(self) -> dict[Split, Loaded]:
-        train, bad = self._parse("train")
-        if self._source("heldout") is None:
+        rows: dict[Split, Loaded] = {"train": self._parse("train")}
+        if self._source("heldout") is not None:
+            rows["heldout"] = self._parse("heldout", id_prefix="heldout/")
+        return self._divide(rows)
+
+    def _divide(self, rows: Mapping[Split, Loaded]) -> dict[Split, Loaded]:
+        """Training and held-out problems without a common question."""
+        train, bad = rows["train"]
+        if "heldout" not in rows:
             kept, heldout = self._split(train)
             return {"train": (kept, bad), "heldout": (heldout, [])}
-        heldout, heldout_bad = self._parse("heldout", id_prefix="heldout/")
+        heldout, heldout_bad = rows["heldout"]
         judged = {question_key(problem): problem.origin for problem in heldout}
         kept = [problem for problem in train if question_key(problem) not in judged]
         bad = bad + [
@@ -221,7 +237,7 @@ class DataSetConfig(RowsConfig):
         return self
 
 
-class HfConfig(DataSetConfig, ColumnsConfig):
+class HfConfig(ColumnsConfig, DataSetConfig):
     """What `datasets` reads."""
 
 

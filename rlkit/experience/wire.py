@@ -172,6 +172,9 @@ class Health(Wire):
     """Changes with the served class, its options, and the content of the model folders that these name."""
     needs: Needs
     gives_process_rewards: bool
+    gives_outcome_rewards: bool = True
+    needs_steps: bool = False
+    """Responses must have steps (`spans`)."""
     trainable: bool
     """It learns in a run of its own; served, it stays as it is."""
     max_request_samples: int

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,17 @@ def known_run(folder: Path) -> str | None:
     return None if known is None or "auto_map" in config else str(known["run"])
 
 
-def refusals(folder: Path, *, device: str, longest: int, chat_template: bool) -> Iterator[str]:
+def refusals(
+    folder: Path, *, device: str, longest: int, chat_template: bool, trust_remote_code: bool = False
+) -> Iterator[str]:
     """Why the folder's model cannot be trained.
 
     `longest`: tokens of a sequence. `chat_template`: whether one is named elsewhere.
     """
     config = _config(folder)
-    yield from _architecture(config)
+    yield from _architecture(config, trust_remote_code)
     yield from _weights(folder)
-    if not chat_template and not _has_template(folder):
+    if not chat_template and default_template(folder) is None:
         yield (
             f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), so it is "
             "a base model; name an instruction-tuned one, or a template with model.chat_template=FILE"
@@ -59,14 +62,29 @@ def refusals(folder: Path, *, device: str, longest: int, chat_template: bool) ->
     yield from _positions(text, longest)
 
 
-def _architecture(config: dict[str, Any]) -> Iterator[str]:
+def _architecture(config: dict[str, Any], trust_remote_code: bool) -> Iterator[str]:
     names = config.get("architectures") or [""]
     model_type = str(config.get("model_type"))
     if "Classification" in names[0]:
         yield f"config.json says {names[0]}, a classifier, which does not write text; name the language model instead"
     known = architectures().get(model_type, {})
+    if not known and not trust_remote_code and not _in_transformers(model_type):
+        remedy = (
+            "model.trust_remote_code=true runs the code that comes with the model"
+            if "auto_map" in config
+            else "correct it, or install a version that does"
+        )
+        yield f"the installed transformers does not know the model type {model_type} of config.json; {remedy}"
     if known.get("run") == "refused" and "auto_map" not in config:
         yield f"model type {model_type} would be trained on wrong numbers ({known['why']}); see docs/models.md"
+
+
+def _in_transformers(model_type: str) -> bool:
+    """By its source: to import it takes seconds."""
+    spec = find_spec("transformers")
+    places = spec.submodule_search_locations if spec else None
+    files = [file for place in places or () for file in Path(place, "models", "auto").glob("*.py")]
+    return not files or any(f'"{model_type}"' in file.read_text(encoding="utf-8") for file in files)
 
 
 def _weights(folder: Path) -> Iterator[str]:
@@ -111,13 +129,18 @@ def _needed_bytes(file: Path) -> int | None:
     return int(8 + length + max(ends, default=0))
 
 
-def _has_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file() or any((folder / "chat_templates").glob("*.jinja")):
-        return True
+def default_template(folder: Path) -> str | None:
+    """The chat template of a model's folder, where transformers looks for it; None if there is none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        if (folder / name).is_file() and json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template"):
-            return True
-    return False
+        if (folder / name).is_file():
+            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(template, list):  # several, each with a name
+                template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            if template:
+                return str(template)
+    return None
 
 
 def _head_size(text: dict[str, Any]) -> int | None:

@@ -159,7 +159,7 @@ def run_rank(rank: int, port: int, resolved: ResolvedRewardTraining) -> int:
                 return 0
             folder = RunFolder(resolved.config.run_dir)
             folder.write_config(resolved.text())
-            with RunReport(folder) as report:
+            with RunReport(folder) as report, folder.given_back():
                 report.finish(_run(rank, resolved, report, port))
             return 0
     except KeyboardInterrupt:

@@ -11,13 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from rlkit.config.schema import TrackingConfig
-from rlkit.experience import Group, UserError
+from rlkit.experience import Group
+from rlkit.experience.scores import total_reward
 from rlkit.experience.types import FloatArray
 from rlkit.tracking.console import open_console
 from rlkit.tracking.logs import CapturedOutput, ShowWarnings
-from rlkit.tracking.progress import Progress, ShownSample, duration, evaluation_line, printable, step_line
+from rlkit.tracking.progress import Progress, ShownSample, duration, evaluation_line, step_line
 from rlkit.tracking.run_folder import RunFolder
-from rlkit.tracking.samples import best_and_worst_samples, sample_rows, total_reward, widest_group
+from rlkit.tracking.samples import best_and_worst_samples, sample_rows, widest_group
 from rlkit.tracking.tensorboard import TensorBoardWriter
 
 _SAMPLE_TEXTS_PER_RUN = 20
@@ -76,7 +77,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not self._finished:
-            self.message(f"The run ended early, after step {self._progress.step}: {_reason(error)}")
+            self.message(f"The run ended early, after step {self._progress.step}.")  # its caller names the cause
         self.close()
 
     def resume(self, step: int, headline: str, heldout: Mapping[int, float]) -> None:
@@ -205,14 +206,6 @@ class Tracker:
             "seconds": round(self._progress.elapsed, 3),
             **values,
         }
-
-
-def _reason(error: BaseException) -> str:
-    """In one line."""
-    stopped = {"KeyboardInterrupt": "interrupted (Ctrl-C)", "CancelledError": "ended by SIGTERM"}
-    name = type(error).__name__
-    first = printable((str(error).strip().splitlines() or [""])[0])
-    return stopped.get(name) or (first if isinstance(error, UserError) else f"{name}: {first}".rstrip(": "))
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

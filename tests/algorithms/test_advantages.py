@@ -26,10 +26,10 @@ from algorithms.functional.kl import (
 )
 from algorithms.functional.returns import gae, on_last_token, reinforce_plus_plus, reward_to_go, whiten
 from algorithms.functional.step_credit import (
+    Steps,
     clip,
     delta,
     min_form,
-    on_step_ends,
     soft_min_rewards,
 )
 
@@ -286,23 +286,19 @@ def test_min_form_of_one_response() -> None:
 
 
 def test_min_form_advantages() -> None:
-    """Two responses of one group; the second's separator token and the untrained token get nothing."""
     steps = [np.array([0.8, -0.5, 0.3]), np.array([0.4])]
-    spans = [[(0, 2), (2, 3), (3, 4)], [(0, 2)]]
-    masks = [booleans(1, 1, 1, 1), booleans(1, 1, 1)]
-    advantages, keep = min_form(steps, spans, masks, booleans(1, 1), np.array([0, 0]))
+    lengths = [np.array([2, 1, 1]), np.array([2])]
+    advantages = min_form(steps, lengths, booleans(1, 1), np.array([0, 0]))
     rewards = soft_min_rewards(steps[0])
     first = to_go(rewards - 0.2 * np.array([2, 1, 1]))  # the other's 0.4 over 2 tokens
-    np.testing.assert_allclose(advantages[0], [first[0], first[0], first[1], first[2]], atol=1e-12)
-    np.testing.assert_allclose(advantages[1], [0.4 - 2 * rewards.sum() / 4] * 2 + [0.0], atol=1e-12)
-    assert keep.all()
-    alone, keep = min_form(steps, spans, masks, booleans(1, 0), np.array([0, 0]))
-    assert not keep.any() and not np.concatenate(alone).any()
+    np.testing.assert_allclose(advantages[0], first, atol=1e-12)
+    np.testing.assert_allclose(advantages[1], [0.4 - 2 * rewards.sum() / 4], atol=1e-12)
+    alone = min_form(steps, lengths, booleans(1, 0), np.array([0, 0]))
+    assert not np.concatenate(alone).any()
 
 
 def test_step_rewards_stand_on_the_last_trained_token_of_their_step() -> None:
-    masks = [booleans(1, 1, 0, 1, 0)]
-    got = on_step_ends([np.array([1.0, 2.0, 4.0])], [[(0, 3), (3, 4), (4, 5)]], masks)
-    assert got[0].tolist() == [0.0, 1.0, 0.0, 2.0, 0.0]
-    with pytest.raises(ValueError, match="zip"):
-        on_step_ends([np.array([1.0])], [[(0, 3), (3, 4)]], masks)
+    """A step of a tool's words is paid to what was said before it."""
+    spans = np.array([[0, 1], [1, 3], [3, 4], [4, 5]])
+    steps = Steps([np.array([8.0, 1.0, 2.0, 4.0])], [spans], [booleans(0, 1, 0, 1, 0)])
+    assert steps.on_last_tokens()[0].tolist() == [0.0, 1.0, 0.0, 6.0, 0.0]

@@ -66,13 +66,19 @@ class StaleRows(Rows):
 
     def weights(self, config: SurrogateConfig) -> np.ndarray:
         """pi_old / pi_rollout as the correction wants it."""
-        weight = np.exp(np.where(self.mask > 0, self.old - self.rollout, 0.0))
-        if config.rollout_correction in (None, "none"):
+        log_ratio = np.where(self.mask > 0, self.old - self.rollout, 0.0)
+        level, _, rule = (config.rollout_correction or "none").rpartition("_")
+        for s in np.unique(self.sequence) if level else ():
+            mine, trained = self.sequence == s, max(1, self.mask[self.sequence == s].sum())
+            log_ratio[mine] = log_ratio[mine].sum() / (trained if level == "geometric" else 1)
+        weight = np.exp(log_ratio)
+        if rule == "none":
             return np.ones_like(weight)
-        if config.rollout_correction == "truncate":
+        if rule == "truncate":
             return np.minimum(weight, config.largest_weight)
-        if config.rollout_correction == "mask":
-            return np.where((weight <= config.largest_weight) & (weight >= (config.smallest_weight or 0)), weight, 0)
+        if rule == "mask":
+            kept = (weight <= config.largest_weight) & (weight >= (config.smallest_weight or 0))
+            return np.where(kept, 1 if level == "geometric" else weight, 0)
         return weight
 
     def loss_by_hand(self, config: SurrogateConfig, logprobs: np.ndarray, entropy: np.ndarray) -> float:
@@ -104,6 +110,9 @@ CONFIGS = [
     GRPO.Config(rollout_correction="truncate", largest_weight=2.0, entropy_coefficient=0.01),
     GRPO.Config(rollout_correction="mask", largest_weight=2.0, smallest_weight=0.5, aggregation="token_mean", **NO_KL),
     GRPO.Config(rollout_correction="decoupled", dual_clip=3.0, **NO_KL),
+    GRPO.Config(rollout_correction="sequence_truncate", largest_weight=1.5),
+    GRPO.Config(rollout_correction="sequence_mask", largest_weight=2.0, smallest_weight=0.3, **NO_KL),
+    GRPO.Config(rollout_correction="geometric_mask", largest_weight=1.2, smallest_weight=0.7, **NO_KL),
     GRPO.Config(loss="cispo", rollout_correction="truncate", largest_weight=1.2),
     RLOO.Config(),
     RLOO.Config(kl_coefficient=0.05),
@@ -177,6 +186,12 @@ def test_micro_batches_in_any_order_add_up(
         ({"rollout_correction": "decoupled", "largest_weight": 2.0}, "largest_weight go together"),
         ({"rollout_correction": "truncate", "largest_weight": 2.0, "smallest_weight": 0.5}, "smallest_weight has no"),
         ({"rollout_correction": "mask", "largest_weight": 0.2, "smallest_weight": 0.5}, "no token would be left"),
+        ({"rollout_correction": "sequence_mask"}, "largest_weight go together"),
+        (
+            {"rollout_correction": "sequence_truncate", "largest_weight": 2.0, "smallest_weight": 0.5},
+            "smallest_weight has no",
+        ),
+        ({"loss": "dppo", "rollout_correction": "truncate", "largest_weight": 2.0}, "would correct twice"),
         ({"overlong_buffer_share": 0.5}, "no effect without overlong_max_tokens"),
     ],
 )
@@ -232,17 +247,37 @@ def test_rollout_weights() -> None:
     old = torch.tensor([0.0, 0.0, 0.0, 0.0], requires_grad=True)
     rollout = torch.tensor([math.log(0.25), math.log(2.0), 0.0, math.nan])
     mask = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    sequence = torch.tensor([0, 0, 1, 0])  # ratios 4 and 0.5: product 2, geometric mean 1.414; and 1
     for options, weights, cut in (
         ({"correction": "decoupled"}, [4.0, 0.5, 1.0, 1.0], [False] * 4),
         ({"correction": "truncate", "largest": 2.0}, [2.0, 0.5, 1.0, 1.0], [True, False, False, False]),
         ({"correction": "mask", "largest": 2.0}, [0.0, 0.5, 1.0, 1.0], [True, False, False, False]),
         ({"correction": "mask", "largest": 5.0, "smallest": 0.6}, [4.0, 0.0, 1.0, 1.0], [False, True, False, False]),
+        ({"correction": "sequence_truncate", "largest": 3.0}, [2.0, 2.0, 1.0, 2.0], [False] * 4),
+        ({"correction": "sequence_truncate", "largest": 1.5}, [1.5, 1.5, 1.0, 1.5], [True, True, False, True]),
+        ({"correction": "sequence_mask", "largest": 1.5}, [0.0, 0.0, 1.0, 0.0], [True, True, False, True]),
+        (
+            {"correction": "sequence_mask", "largest": 3.0, "smallest": 1.1},
+            [2.0, 2.0, 0.0, 2.0],
+            [False, False, True, False],
+        ),
+        ({"correction": "geometric_mask", "largest": 1.4}, [0.0, 0.0, 1.0, 0.0], [True, True, False, True]),
+        ({"correction": "geometric_mask", "largest": 1.42}, [1.0] * 4, [False] * 4),
     ):
-        got, where = rollout_weights(old, rollout, mask, **options)  # type: ignore[arg-type]
-        assert got.tolist() == pytest.approx(weights) and where.tolist() == cut
+        got, where = rollout_weights(old, rollout, mask, sequence, 2, **options)  # type: ignore[arg-type]
+        assert got.tolist() == pytest.approx(weights) and where.tolist() == cut, options
         assert not got.requires_grad
     with pytest.raises(ValueError, match="needs the largest weight"):
-        rollout_weights(old, rollout, mask, "truncate")
+        rollout_weights(old, rollout, mask, sequence, 2, "truncate")
+
+
+def test_weights_of_long_samples_do_not_overflow() -> None:
+    """A product over thousands of tokens leaves float32 long before a mean does."""
+    old, mask, sequence = torch.zeros(4000), torch.ones(4000), torch.zeros(4000, dtype=torch.int64)
+    weights, cut = rollout_weights(old, old - 0.5, mask, sequence, 1, "sequence_truncate", largest=2.0)
+    assert (weights == 2.0).all() and cut.all()
+    weights, _ = rollout_weights(old, old + 0.5, mask, sequence, 1, "sequence_truncate", largest=2.0)
+    assert (weights > 0).all() and (weights < 1e-8).all()
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])

@@ -17,7 +17,7 @@ from algorithms.brpo import BRPO
 from algorithms.functional.advantages import Outcomes
 from algorithms.functional.step_credit import Steps
 from algorithms.ppo import PPO
-from algorithms.pure import PURE
+from algorithms.step_credit import StepCredit
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.experience import Group, GroupScores, Message, PreferencePair, Prompt, Sample, Score, Span
@@ -60,16 +60,17 @@ def two_responses(first: float | None = 1.0, second: float | None = 0.0) -> Expe
 
 def test_pure_of_two_responses() -> None:
     experience = two_responses()
-    process_only = PURE(PURE.Config(outcome_coefficient=0.0, kl_coefficient=0.0, kl_in="reward")).advantages(experience)
+    config = StepCredit.Config(outcome_coefficient=0.0, kl_coefficient=0.0)
+    process_only = StepCredit(config).advantages(experience)
     to_go = np.cumsum((WEIGHTED - 0.2 * np.array([2, 1, 1]))[::-1])[::-1]
     first = np.array([to_go[0], to_go[0], 0.0, to_go[1], to_go[2]])
     second = np.array([0.4 - 2 * WEIGHTED.sum() / 4] * 2 + [0.0])
     np.testing.assert_allclose(process_only.tokens[0], first, atol=2e-6)
     np.testing.assert_allclose(process_only.tokens[1], second, atol=2e-6)
-    assert process_only.metrics["pure/worst_step"] == pytest.approx((-0.5 + 0.4) / 2)
-    assert process_only.metrics["pure/steps"] == 2.0
+    assert process_only.metrics["steps/worst"] == pytest.approx((-0.5 + 0.4) / 2)
+    assert process_only.metrics["steps/count"] == 2.0
 
-    both = PURE(PURE.Config(kl_coefficient=0.0)).advantages(experience)  # outcome 1 - 0 and 0 - 1
+    both = StepCredit(StepCredit.Config(kl_coefficient=0.0)).advantages(experience)  # outcome 1 - 0 and 0 - 1
     np.testing.assert_allclose(both.tokens[0], first + np.array([1, 1, 0, 1, 1]), atol=2e-6)
     np.testing.assert_allclose(both.tokens[1], second - np.array([1, 1, 0]), atol=2e-6)
     assert both.keep.all()
@@ -84,13 +85,13 @@ def test_pure_takes_the_kl_from_each_token_on() -> None:
         policy_logprobs=policy,
         reference_logprobs=[(p - d).astype(np.float32) for p, d in zip(policy, divergence, strict=True)],
     )
-    plain = PURE(PURE.Config(kl_coefficient=0.0)).advantages(experience)
-    penalised = PURE(PURE.Config(kl_coefficient=0.1)).advantages(measured)
+    plain = StepCredit(StepCredit.Config(kl_coefficient=0.0)).advantages(experience)
+    penalised = StepCredit(StepCredit.Config(kl_coefficient=0.1)).advantages(measured)
     to_go = [[1.375, 0.875, 0.0, 1.125, 1.0], [0.75, 0.75, 0.0]]  # the observation's 9 is nobody's
     for row, before, cost in zip(penalised.tokens, plain.tokens, to_go, strict=True):
         np.testing.assert_allclose(row, before - 0.1 * np.array(cost), atol=1e-6)
     assert penalised.metrics["kl/reference"] == pytest.approx((1.375 + 0.75) / 7)
-    assert PURE(PURE.Config()).needs().token_kl and PURE(PURE.Config()).needs().process_rewards
+    assert StepCredit(StepCredit.Config()).needs().token_kl and StepCredit(StepCredit.Config()).needs().process_rewards
 
 
 def test_the_baseline_of_pure_is_what_the_others_earn_per_token_together() -> None:
@@ -100,7 +101,7 @@ def test_the_baseline_of_pure_is_what_the_others_earn_per_token_together() -> No
         [sample(i, n) for i, n in enumerate(lengths)],
         [Score(0.0, span_rewards=spans((0, n, p))) for n, p in zip(lengths, rewards, strict=True)],
     )
-    advantages = PURE(PURE.Config(kl_coefficient=0.0)).advantages(experience)
+    advantages = StepCredit(StepCredit.Config(kl_coefficient=0.0)).advantages(experience)
     for i, row in enumerate(advantages.tokens):
         others = [j for j in range(3) if j != i]
         baseline = sum(rewards[j] for j in others) / sum(lengths[j] for j in others)
@@ -109,8 +110,8 @@ def test_the_baseline_of_pure_is_what_the_others_earn_per_token_together() -> No
 
 def test_pure_without_outcomes_needs_none() -> None:
     experience = two_responses(None, None)
-    assert not PURE(PURE.Config(kl_coefficient=0.0)).advantages(experience).keep.any()
-    assert PURE(PURE.Config(kl_coefficient=0.0, outcome_coefficient=0.0)).advantages(experience).keep.all()
+    assert not StepCredit(StepCredit.Config(kl_coefficient=0.0)).advantages(experience).keep.any()
+    assert StepCredit(StepCredit.Config(kl_coefficient=0.0, outcome_coefficient=0.0)).advantages(experience).keep.all()
 
 
 def test_steps_of_a_sample() -> None:
@@ -123,22 +124,22 @@ def test_steps_of_a_sample() -> None:
             [
                 Score(1.0, token_rewards=tokens),
                 Score(1.0, token_rewards=tokens),
-                Score(1.0, span_rewards=spans((2, 4, 2.0), (0, 1, 1.0)), token_rewards=tokens),
+                Score(1.0, span_rewards=spans((2, 4, 2.0), (0, 1, 1.0))),
                 Score.invalid("timeout: test"),
             ],
         )
     )
     assert [row.tolist() for row in steps.rewards] == [[0.5, 0.25, -0.125], [0.75, -0.125], [1.0, 2.0], []]
-    assert steps.spans == [[(0, 1), (1, 2), (3, 4)], [(0, 2), (3, 4)], [(0, 1), (2, 4)], []]
-    inside = steps.masks([mask, mask, np.ones(4, dtype=np.bool_), np.ones(4, dtype=np.bool_)])
-    assert [row.tolist() for row in inside[2:]] == [[True, False, True, True], [False] * 4]
+    assert [row.tolist() for row in steps.spans] == [[[0, 1], [1, 2], [3, 4]], [[0, 2], [3, 4]], [[0, 1], [2, 4]], []]
+    assert [row.tolist() for row in steps.inside()[2:]] == [[True, False, True, True], [False] * 4]
+    assert [row.tolist() for row in steps.lengths()] == [[1, 1, 1], [2, 1], [1, 2], []]
 
 
 def test_pure_says_what_it_misses_and_what_would_not_act() -> None:
     with pytest.raises(ValueError, match="group g0, sample 0: this algorithm needs process rewards"):
-        PURE(PURE.Config(kl_coefficient=0.0)).advantages(Experience(make_groups(), step=1))
+        StepCredit(StepCredit.Config(kl_coefficient=0.0)).advantages(Experience(make_groups(), step=1))
     with pytest.raises(ValidationError, match="overlong_max_tokens has no effect with outcome_coefficient=0"):
-        PURE.Config(outcome_coefficient=0.0, overlong_max_tokens=10)
+        StepCredit.Config(outcome_coefficient=0.0, overlong_max_tokens=10)
 
 
 def test_ppo_reads_the_rewards_of_spans() -> None:
@@ -220,7 +221,7 @@ def test_the_losses_of_both_are_the_clipped_surrogate_of_grpo() -> None:
 
     options: dict[str, Any] = {"kl_coefficient": 0.0}
     expected = GRPO(GRPO.Config(**options)).loss(Rows().inputs()).loss.item()
-    for algorithm in (PURE(PURE.Config(**options)), BRPO(BRPO.Config(**options))):
+    for algorithm in (StepCredit(StepCredit.Config(**options)), BRPO(BRPO.Config(**options))):
         inputs = Rows().inputs()
         output = algorithm.loss(inputs)
         output.loss.backward()
@@ -241,5 +242,5 @@ def test_recipes(tmp_path: Path) -> None:
     assert (config.kl_coefficient, config.kl_in, pure.config.learner.minibatches_per_step) == (0.001, "reward", 2)
     brpo = load_config(["algorithm=brpo", "reward=rule", f"run_dir={tmp_path / 'run'}"]).make_algorithm().config
     assert (brpo.samples_per_prompt, brpo.max_skew, brpo.kl_coefficient) == (16, 0.6, 0.0)
-    with pytest.raises(ConfigError, match="PURE needs process rewards, and MathReward gives none"):
+    with pytest.raises(ConfigError, match="StepCredit needs process rewards, and MathReward gives none"):
         load_config(["algorithm=pure", "reward=rule", f"run_dir={tmp_path / 'run'}"])

@@ -1,4 +1,4 @@
-"""Steps of a response and what their scores choose: the published example, and odd texts and tokens."""
+"""Scores of steps and what they choose: the published example."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from algorithms.functional.selection import (
     subsets,
     vote,
 )
-from rewards.implicit_prm.steps import aggregate, split_steps, step_scores, token_steps
-from rlkit.data.rendering import load_tokenizer
-from rlkit.models.folder import model_folder
+from rewards.implicit_prm.steps import aggregate, step_scores
 
 A = [np.array(q) for q in Q[:4]]
 SPANS = [[(0, 2), (2, 3)], [(0, 1), (1, 2)], [(0, 1), (1, 4)], [(0, 1)]]
@@ -110,43 +108,3 @@ def test_subsets_are_all_or_a_random_few() -> None:
     assert list(subsets(4, 2, limit=10, seed=0)) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
     few = list(subsets(40, 20, limit=10, seed=0))
     assert len(few) == 10 and all(list(chosen) == sorted(set(chosen)) for chosen in few)
-
-
-def pieces(text: str, style: str = "auto") -> list[str]:
-    return [text[a:b] for a, b in split_steps(text, style)]  # type: ignore[arg-type]
-
-
-def test_text_is_split_into_lines_or_numbered_steps() -> None:
-    assert pieces("a = 1\nb = 2\n\nA: 3") == ["a = 1\n", "b = 2\n\n", "A: 3"]
-    assert pieces("\n\n a\n \n b") == ["\n\n a\n \n", " b"]
-    assert pieces("Step 1: do\nthis\n\nStep 2: that") == ["Step 1: do\nthis\n\n", "Step 2: that"]
-    assert pieces("First. step 1: x Step 22 : y") == ["First. ", "step 1: x ", "Step 22 : y"]
-    assert pieces("Step 1: x\ny", "lines") == ["Step 1: x\n", "y"]
-    assert pieces("no mark\nhere", "numbered") == ["no mark\nhere"]
-    assert pieces("") == [""] and pieces(" \n") == [" \n"]
-
-
-@given(st.text(alphabet="ab \n1:S", max_size=40))
-def test_steps_cover_the_text(text: str) -> None:
-    for style in ("lines", "numbered"):
-        assert "".join(pieces(text, style)) == text
-
-
-def test_a_step_has_the_tokens_of_its_text_and_the_last_one_the_end() -> None:
-    tokenizer = load_tokenizer(model_folder("embedded:policy"))
-    text = "Tom has 2 + 3 = 5 apples.\nHe eats 1.\n\nA: 4"
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-    spans = token_steps(text, encoded["offset_mapping"], split_steps(text), len(ids))
-    assert [tokenizer.decode(ids[a:b]) for a, b in spans] == [
-        "Tom has 2 + 3 = 5 apples.\n",
-        "He eats 1.\n\n",
-        "A: 4<eos>",
-    ]
-
-
-def test_tokens_across_a_boundary_belong_where_their_first_visible_character_is() -> None:
-    text, steps = "a\nbc", [(0, 2), (2, 4)]
-    assert token_steps(text, [(0, 1), (1, 3), (3, 4)], steps, 4) == [(0, 1), (1, 4)], "`\\nb` begins the second line"
-    assert token_steps(text, [(0, 4)], steps, 2) == [(0, 1), (1, 2)], "the end belongs to the last step"
-    assert token_steps("", [], [(0, 0)], 1) == [(0, 1)]

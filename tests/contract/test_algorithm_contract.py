@@ -34,19 +34,33 @@ from algorithms.base import (
     ValueLossInputs,
 )
 from rlkit.config.parts import import_part
-from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, UserError
+from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, SpanReward, UserError
 
 BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("algorithms.grpo.GRPO", {}),
     ("algorithms.grpo.GRPO", {"kl_in": "reward", "kl_target": 0.1}),
     ("algorithms.grpo.GRPO", {"loss": "gspo", "kl_coefficient": 0.0}),
     ("algorithms.grpo.GRPO", {"loss": "cispo", "clip_low": 1.0, "rollout_correction": "truncate", "largest_weight": 2}),
+    ("algorithms.grpo.GRPO", {"estimator": "opo", "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"estimator": "gpg", "loss": "policy_gradient", "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"estimator": "maxrl", "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"estimator": "passk", "k": 2, "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"loss": "sapo", "rollout_correction": "sequence_truncate", "largest_weight": 2}),
+    ("algorithms.grpo.GRPO", {"loss": "gmpo", "rollout_correction": "geometric_mask", "largest_weight": 1.1}),
+    ("algorithms.grpo.GRPO", {"loss": "dppo", "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"loss": "clip_cov", "loss_options": {"share": 0.1, "low": 0}, "kl_coefficient": 0.0}),
+    ("algorithms.grpo.GRPO", {"loss": "kl_cov", "loss_options": {"share": 0.1}, "kl_coefficient": 0.0}),
+    ("algorithms.gdpo.GDPO", {"components": {"good": 1.0, "short": 0.5}}),
     ("algorithms.rloo.RLOO", {}),
     ("algorithms.reinforce_pp.ReinforcePP", {}),
     ("algorithms.remax.ReMax", {}),
     ("algorithms.ppo.PPO", {}),
     ("algorithms.prime.PRIME", {}),
-    ("algorithms.pure.PURE", {}),
+    ("algorithms.step_credit.StepCredit", {}),
+    ("algorithms.step_credit.StepCredit", {"credit": "loo"}),
+    ("algorithms.step_credit.StepCredit", {"credit": "episode_plus_step"}),
+    ("algorithms.step_credit.StepCredit", {"credit": "turn_discounted", "gamma": 0.9}),
+    ("algorithms.step_credit.StepCredit", {"credit": "turn_discounted", "norm": "position_mean"}),
     ("algorithms.brpo.BRPO", {}),
 ]
 TARGET = os.environ.get("ALGORITHM")
@@ -72,7 +86,10 @@ def make(case: tuple[str, dict[str, Any]]) -> Algorithm:
 
 
 def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
-    """Six samples, the second without a valid score, the fourth without a trained token; what is needed is there."""
+    """Six samples, the second without a valid score, the fourth without a trained token; what is needed is there.
+
+    Process rewards are of tokens or of spans.
+    """
     samples, scores = [], []
     for index in range(6):
         length = int(rng.integers(2, 12))
@@ -88,9 +105,23 @@ def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
             seed=int(rng.integers(1 << 60)),
             mask=np.zeros(length, dtype=np.bool_) if index == 3 else mask,
         )
-        process = rng.normal(size=length).astype(np.float32) if needs.process_rewards else None
+        parts = {"good": float(index % 3 == 0), "short": float(length < 6)}
+        value = parts["good"] + 0.1 * float(rng.random())
+        process = rng.normal(size=length).astype(np.float32)
         samples.append(sample)
-        scores.append(Score(float(index % 3 == 0) + 0.1 * float(rng.random()), token_rewards=process))
+        if not (needs.process_rewards or needs.reads_process_rewards):
+            scores.append(Score(value, components=parts))
+        elif index % 2:
+            scores.append(Score(value, token_rewards=process, components=parts))
+        else:
+            half = (length + 1) // 2
+            scores.append(
+                Score(
+                    value,
+                    span_rewards=(SpanReward(half, length, float(process[0])), SpanReward(0, half, float(process[1]))),
+                    components=parts,
+                )
+            )
     scores[1] = Score.invalid("timeout: test")
     greedy = replace(samples[0]) if needs.greedy_response else None
     prompt = Prompt(f"p-{name}", (Message("user", "?"),), (1, 2, 3))

@@ -21,9 +21,9 @@ from combination_rewards import SPANS, WORD, combined, group, score
 
 from rewards.combined.reward import CombinedReward
 from rewards.combined.scores import COMBINERS, Combiner, Rule, parse_combiner
-from rewards.parts import Named
 from rewards.shaping.steps import (
     STEPS,
+    FusingStep,
     OutcomeStep,
     ProcessStep,
     ReferenceStep,
@@ -32,6 +32,7 @@ from rewards.shaping.steps import (
     Step,
     parse_steps,
 )
+from rlkit.experience.section import Named
 
 NEEDED: dict[str, dict[str, Any]] = {
     "par": {"reference_value": 0.5},
@@ -40,6 +41,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "clamp": {"low": 0.0},
     "overlong": {"max_tokens": 4, "buffer_tokens": 2},
     "clip": {"eta": 0.5},
+    "turn_dense": {"maximum": 4},
 }
 """Options without a default of the package's steps."""
 
@@ -83,6 +85,8 @@ def applied(step: Step, values: np.ndarray) -> np.ndarray:
             return step.normalise(values, statistics)
         case ProcessStep():
             return step.apply(values)
+        case FusingStep():
+            return step.apply(values, 0.5)
     raise AssertionError(f"{type(step).__name__} is of no known level")
 
 
@@ -120,15 +124,17 @@ def test_a_step_makes_equal_results_of_equal_values(section: dict[str, Any]) -> 
 @each_step
 def test_a_step_works_in_a_combination(section: dict[str, Any]) -> None:
     """Valid samples keep a value or say why not; invalid ones stay invalid; the state is saved and read."""
-    part = SPANS if isinstance(parsed(section), ProcessStep) else WORD
-    reward = combined({"a": part}, shaping=[section])
+    step = parsed(section)
+    part = SPANS if isinstance(step, ProcessStep | FusingStep) else WORD
+    parts = {"a": part, "b": WORD} if isinstance(step, FusingStep) else {"a": part}
+    reward = combined(parts, shaping=[section])
     assert CombinedReward.check(reward.config) == []
     judged = group("1 2", "3 4", "0.5 1") if part is SPANS else group("1", "x", "3")
     scored = judged.with_scores(reward.score([judged])[0])
     reward.update([scored])
     (scores,) = reward.rescore([scored])
     assert [s.valid for s in scores.samples] == [True, part is SPANS, True]
-    again = combined({"a": part}, shaping=[section])
+    again = combined(parts, shaping=[section])
     again.load_state_dict(reward.state_dict())
     assert reward.score([judged])[0].samples == again.score([judged])[0].samples
     assert reward.score([replace(judged, samples=())])[0].samples == ()

@@ -16,7 +16,7 @@ from rewards.base import RewardContext
 from rewards.function import FunctionReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
-from rlkit.experience import Group
+from rlkit.experience import Group, Score, Span, SpanReward
 from rlkit.experience.scores import attach_scores, report_on
 
 
@@ -157,3 +157,22 @@ def test_the_contract_can_be_run_against_a_users_function(repository: Path, tmp_
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+
+
+def test_a_number_for_each_step() -> None:
+    instance = reward("lengths_of_steps", per_step=True)
+    traits = instance.traits(instance.config)
+    assert traits.process_rewards and traits.steps and not traits.outcome_rewards
+    texts = ["ab cd", "a string", "None", "a number", "nan inside", "too few"]
+    steps = [[(0, 1, "ab "), (1, 2, "cd")], *[[(0, 1, text)] for text in texts[1:]]]
+    plain = make_group("a", texts)
+    samples = [
+        replace(sample, spans=tuple(Span(start, end, data={"text": text}) for start, end, text in parts))
+        for sample, parts in zip(plain.samples, steps, strict=True)
+    ]
+    (scores,) = instance.score([replace(plain, samples=tuple(samples))])
+    assert scores.samples[0] == Score(None, span_rewards=(SpanReward(0, 1, -3.0), SpanReward(1, 2, -2.0)))
+    reasons = [score.reason.partition(":")[0] for score in scores.samples[1:]]
+    assert reasons == ["wrong_type", "none", "wrong_type", "not_finite", "wrong_length"]
+    (unsplit,) = instance.score([make_group("b", ["one"])])
+    assert unsplit.samples[0].reason.startswith("wrong_length: ")

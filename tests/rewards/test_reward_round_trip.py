@@ -23,7 +23,7 @@ ROWS = ("data=jsonl", "data.path={folder}/rows.jsonl", "data.answer_column=null"
         ["reward=judge", "reward.base_url=http://127.0.0.1:1/v1", "reward.model=m", "reward.mode=pairwise"],
         ["reward=polar", "reward.backend=http_vllm", "reward.urls=[http://127.0.0.1:1]"],
         ["reward=preference", "reward.model_path=embedded:polar", "reward.layout=pair"],
-        ["reward=implicit_prm", "reward.outcome=null", "reward.update=none"],
+        ["algorithm=prime", "reward=implicit_prm", "reward.outcome=null", "reward.update=none"],
         ["reward=[rule,polar]", "reward.parts.polar.weight=0.3", "reward.shaping=[{{kind:par,reference_value:0.0}}]"],
         ["reward=length", "reward.max_tokens=9"],
         ["reward=format", "reward.tags=[think,answer]"],

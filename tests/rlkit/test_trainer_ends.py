@@ -56,7 +56,7 @@ class Run:
         asked = PromptOrder(PROMPTS, 0)
         asked.take(2)
         self.producer = Producer(
-            asked, self, self, buffer, groups_per_step=2, samples_per_prompt=1, greedy=False, seed=0,  # type: ignore[arg-type]
+            asked, self, self, buffer, groups_per_step=2, oversample=1.0, samples_per_prompt=1, greedy=False, seed=0,  # type: ignore[arg-type]
             step_timeout_seconds=60.0,
         )  # fmt: skip
         self.producer.started = 2
@@ -66,7 +66,7 @@ class Run:
         tracker = SimpleNamespace(warn=self.said.append, message=self.said.append, timed=lambda _: _nothing())
         task = asyncio.current_task()
         assert task is not None
-        parts: dict[str, Any] = dict.fromkeys(("algorithm", "reward", "guard", "alarm", "signal", "evaluator"))
+        parts: dict[str, Any] = dict.fromkeys(("algorithm", "reward", "guard", "diagnostics", "evaluator"))
         parts |= {"learner": self, "rollout": self, "weight_sync": self, "checkpointer": self}
         self.trainer = Trainer(
             config=config,

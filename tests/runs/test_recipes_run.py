@@ -10,6 +10,8 @@ import pytest
 from run_fixture import ROOT, Run
 
 RECIPES = sorted(file.stem for file in (ROOT / "conf" / "algorithm").glob("*.yaml"))
+OF_STEPS = ("prime", "pure", "grpo_process", "rloo_process", "episode_plus_step", "turn_discounted")
+"""Recipes that need process rewards."""
 PROMPTS = 16
 """DAPO and CISPO cut a step into 16 optimizer steps."""
 
@@ -27,8 +29,9 @@ def start(tmp_path: Path) -> Iterator[list[Run]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path) -> None:
-    reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe in ("prime", "pure") else []
+    reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe in OF_STEPS else []
     single = ["algorithm.samples_per_prompt=1"] if recipe in ("ppo", "reinforce_pp", "remax") else []
+    few = ["algorithm.k=2"] if recipe == "passk" else []  # of the small runs' 4 samples
     run = Run(
         tmp_path,
         f"algorithm={recipe}",
@@ -37,6 +40,7 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
         "rollout.max_response_tokens=96",
         *reward,
         *single,
+        *few,
     )
     start.append(run)
     assert run.end() == 0, run.text
@@ -53,9 +57,9 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
         assert "critic/explained_variance" in steps[-1]
     if recipe == "brpo":
         assert 0 <= steps[-1]["brpo/dropped_share"] < 1 and 0 < steps[-1]["brpo/win_share"] < 1
-    if recipe == "pure":
-        assert steps[-1]["pure/steps"] > 1 and math.isfinite(steps[-1]["pure/worst_step"])
-    if recipe in ("prime", "pure"):
+    if recipe in OF_STEPS[1:]:
+        assert steps[-1]["steps/count"] > 1 and math.isfinite(steps[-1]["steps/worst"])
+    if recipe in OF_STEPS:
         assert (run.folder / "checkpoints" / "step_000002" / "reward" / "model.safetensors").is_file()
         assert steps[-1]["prm/pair_accuracy"] >= 0
 
@@ -75,7 +79,8 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
         ("algorithm=prime", "algorithm.mode=verl"),
         ("algorithm=prime", "algorithm.estimator=grpo"),
         ("algorithm=prime", "algorithm.estimator=reinforce", "reward.objective=dpo"),
-        ("algorithm=rloo", "reward.outcome=null", "reward.update=none"),
+        ("algorithm=rloo_process", "reward.outcome=null", "reward.update=none", "algorithm.process_coefficient=0"),
+        ("algorithm=pure", "rollout.steps=lines"),
     ],
     ids=lambda options: " ".join(options),
 )
@@ -94,3 +99,26 @@ def test_ways_to_use_the_implicit_prm(options: tuple[str, ...], start: list[Run]
     assert run.end() == 0, run.text
     last = run.records()[-2]
     assert last["kind"] == "step" and math.isfinite(last["policy/loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["grpo_process", "episode_plus_step"])
+def test_a_function_that_rewards_steps(recipe: str, start: list[Run], tmp_path: Path) -> None:
+    """Of responses as they were sampled, beside an outcome."""
+    run = Run(
+        tmp_path,
+        f"algorithm={recipe}",
+        "reward=[math,function]",
+        "reward.parts.function.function=reward_functions.lengths_of_steps",
+        "reward.parts.function.per_step=true",
+        "rollout.steps=lines",
+        "trainer.total_steps=2",
+        cwd=ROOT / "tests" / "fixtures",
+    )
+    start.append(run)
+    assert run.end() == 0, run.text
+    steps = [record for record in run.records() if record.get("kind") == "step"]
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["steps/count"] >= 1 and step["steps/worst"] < 0
+        assert step["reward/failed"] == 0 and step["policy/grad_norm"] > 0

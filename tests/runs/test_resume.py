@@ -22,6 +22,7 @@ PRIME = (
     "reward.minibatch_groups=2",
     "rollout.max_response_tokens=64",
 )
+FINE_TUNING = ("algorithm=sft", "learner.learning_rate=1e-3", "learner.epochs_per_step=2")
 COMMON = (f"trainer.total_steps={STEPS}", "trainer.save_every_steps=1", "trainer.keep_checkpoints=9")
 TIMES = ("time", "tokens/per_second")
 """Only what a clock measures may differ."""
@@ -73,7 +74,7 @@ def kill_at(run: Run, moment: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [GRPO, PRIME], ids=["grpo", "prime"])
+@pytest.mark.parametrize("options", [GRPO, PRIME, FINE_TUNING], ids=["grpo", "prime", "sft"])
 def test_a_killed_and_resumed_run_equals_one_that_was_not(options: tuple[str, ...], start: Callable[..., Run]) -> None:
     whole = start("whole", *options)
     assert whole.end() == 0, whole.text

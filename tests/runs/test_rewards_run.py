@@ -73,7 +73,7 @@ def needing_nothing(folder: Path) -> dict[str, tuple[str, ...]]:
         "tool_call": ("reward=tool_call", *jsonl(folder, "tools", TOOLS, "data.answer_column=null")),
         "polar": ("reward=polar",),
         "polar_vllm": ("reward=polar", "reward.backend=vllm"),
-        "implicit_prm": ("reward=implicit_prm",),
+        "implicit_prm": ("reward=implicit_prm", "algorithm=grpo_process"),
         "preference": ("reward=preference", "reward.model_path=embedded:polar", "reward.layout=pair"),
         "code": (
             "reward=code",
@@ -98,7 +98,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
 
     def one(*arguments: str) -> Run:
         # `reward=rule` of the small settings comes first: the last choice counts
-        runs.append(Run(tmp_path, *arguments, "algorithm=grpo", "trainer.total_steps=2", cwd=tmp_path))
+        runs.append(Run(tmp_path, "algorithm=grpo", *arguments, "trainer.total_steps=2", cwd=tmp_path))
         return runs[-1]
 
     yield one

@@ -276,6 +276,8 @@ def _description(resolved: ResolvedServe) -> Health:
         model_version=model_version(resolved.reward),
         needs=Needs(references=traits.references, answer=traits.answer, columns=list(traits.columns)),
         gives_process_rewards=traits.process_rewards,
+        gives_outcome_rewards=traits.outcome_rewards,
+        needs_steps=traits.steps,
         trainable=resolved.learns,
         max_request_samples=resolved.serve.max_batch_samples,
         max_body_bytes=int(resolved.serve.max_body_mib * 2**20),

@@ -31,16 +31,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_classifier(tmp_path_factory.mktemp("classifier"), pad_is_eos=True)
 
 
-def tiny_classifier(folder: Path, pad_is_eos: bool = False) -> Path:
+def tiny_classifier(folder: Path, pad_is_eos: bool = False, **options: Any) -> Path:
+    """`options`: of Mistral, which differs from Llama by its window."""
     import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig
 
     tokenizer = char_tokenizer(bos=False)
     tokenizer.chat_template = TEMPLATE
     if pad_is_eos:
         tokenizer.pad_token = "</s>"
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = (MistralConfig if options else LlamaConfig)(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -50,8 +51,9 @@ def tiny_classifier(folder: Path, pad_is_eos: bool = False) -> Path:
         num_labels=1,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.1,
+        **options,
     )
-    model = LlamaForSequenceClassification(config)
+    model = AutoModelForSequenceClassification.from_config(config)
     torch.nn.init.normal_(model.score.weight, std=0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -113,6 +115,17 @@ def test_the_embedded_classifier_runs_packed() -> None:
     reward = started(EMBEDDED / "polar")
     assert reward._scorer is not None and reward._scorer.packed
     assert values(reward, TEXTS[:2]) == pytest.approx(transformers_scores(EMBEDDED / "polar", TEXTS[:2]), abs=1e-4)
+
+
+def test_a_sliding_window_shorter_than_the_input_runs_packed(tmp_path: Path) -> None:
+    """Its scores are those of transformers, which masks what is outside the window."""
+    windowed = tiny_classifier(tmp_path / "windowed", sliding_window=8, num_key_value_heads=2)
+    reward = started(windowed)
+    assert reward._scorer is not None and reward._scorer.packed
+    assert values(reward, TEXTS) == pytest.approx(transformers_scores(windowed, TEXTS), abs=1e-4)
+    config = windowed / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sliding_window": None}))
+    assert values(reward, TEXTS) != pytest.approx(transformers_scores(windowed, TEXTS), abs=1e-4)
 
 
 def test_an_encoder_runs_padded(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from rewards.base import RewardContext
 from rewards.combined.reward import CombinedReward
 from rewards.shaping.references import log_sigmoid, sigmoid
 from rewards.shaping.steps import parse_steps
-from rlkit.experience import Group, GroupScores, PreferencePair
+from rlkit.experience import Group, GroupScores, PreferencePair, Span
 
 RUNNING = ("1", "3", "2", "6")
 
@@ -123,6 +123,36 @@ def test_clip_then_delta_on_token_and_span_rewards() -> None:
     assert tokens.token_rewards == pytest.approx([0.1, -0.1, 0, 0], abs=1e-6)
     spans = score(combined({"a": {**SPANS, "shaping": ["delta"]}}), "0.9 0.4 0.8 0.2")[0]
     assert [span.value for span in spans.span_rewards] == pytest.approx([0.5, -0.4, 0.8, 0])
+
+
+def test_token_rewards_of_a_split_response_are_shaped_as_steps() -> None:
+    """Steps of 2, 1 and 1 words, the second word not trained: 0.9, 0.8 and 0.2."""
+    made = group("0.9 9 0.8 0.2")
+    mask, spans = np.array([1, 0, 1, 1], dtype=np.bool_), (Span(0, 2), Span(2, 3), Span(3, 4))
+    sample = replace(made.samples[0], mask=mask, spans=spans)
+    (scores,) = combined({"a": TOKENS}, shaping=["delta"]).score([replace(made, samples=(sample,))])
+    assert scores.samples[0].token_rewards is None
+    shaped = scores.samples[0].span_rewards
+    assert [(span.start, span.end) for span in shaped] == [(0, 2), (2, 3), (3, 4)]
+    assert [span.value for span in shaped] == pytest.approx([0.1, 0.8, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "expected"),
+    [
+        ({"kind": "renorm", "mu": 1.0}, "1 0.666667 1 0", [1, 0.666667, 1, 0]),
+        ({"kind": "renorm"}, "0 0.666667 1 0", [-1, -0.333333, 0, -1]),
+        ({"kind": "turn_dense", "maximum": 4}, "1 0 1", [0.5, 0, 0.5]),
+        ({"kind": "turn_dense", "maximum": 4}, "0.5 0 1 0 1", [0.125, 0, 0.25, 0, 0.25]),
+    ],
+)
+def test_process_rewards_by_the_outcome(step: dict[str, Any], text: str, expected: list[float]) -> None:
+    """The outcome is the first word, which is a step here, too."""
+    (scored,) = score(combined({"a": SPANS, "b": WORD}, shaping=[step]), text)
+    assert [span.value for span in scored.span_rewards] == pytest.approx(expected, abs=1e-6)
+    assert scored.value == float(text.split()[0])
+    (alone,) = score(combined({"a": SPANS}, shaping=[step]), text)
+    assert alone.reason == f"no_value: {step['kind']} needs an outcome beside the process rewards"
 
 
 def test_process_steps_pass_over_tokens_that_are_not_trained() -> None:

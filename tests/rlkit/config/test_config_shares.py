@@ -25,7 +25,7 @@ ON_GPU = {
     "polar_http_vllm": (False, "reward=polar", "reward.backend=http_vllm", URLS),
     "polar_http_sglang": (False, "reward=polar", "reward.backend=http_sglang", URLS),
     "preference": (True, "reward=preference", "reward.model_path=embedded:polar", "reward.layout=pair"),
-    "implicit_prm": (True, "reward=implicit_prm"),
+    "implicit_prm": (True, "reward=implicit_prm", "algorithm=prime"),
     "function": (True, "reward=function", "reward.function=reward_functions.words"),
     "rules": (False, "reward=[rule,length]", "reward.parts.length.max_tokens=20"),
     "rule_and_model": (True, "reward=[rule,polar]"),

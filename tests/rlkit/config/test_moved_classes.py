@@ -18,6 +18,7 @@ OLD_TARGETS = [
     "algorithms.grpo.GRPO",
     "algorithms.ppo.PPO",
     "algorithms.prime.PRIME",
+    "algorithms.pure.PURE",
     "algorithms.reinforce_pp.ReinforcePP",
     "algorithms.remax.ReMax",
     "algorithms.rloo.RLOO",
@@ -47,7 +48,7 @@ OLD_TARGETS = [
     "rlkit.reward_training.polar.PolarTraining",
     "rlkit.reward_training.preference.PreferenceTraining",
 ]
-"""Every `_target_` that conf/ named at 91ba1fe."""
+"""Every `_target_` that conf/ named at 91ba1fe or later."""
 
 
 @pytest.mark.parametrize("target", OLD_TARGETS)
@@ -57,8 +58,9 @@ def test_old_paths_resolve(target: str) -> None:
     if "reward_training" in target:
         kind, contract = "reward", REWARD_TRAINING["reward"]
 
-    name = target.rpartition(".")[2].replace("RuleReward", "MathReward").replace("JsonlSource", "FileSource")
-    assert import_part(kind, target, contract).__name__ == name
+    renamed = {"RuleReward": "MathReward", "JsonlSource": "FileSource", "PURE": "StepCredit"}
+    name = target.rpartition(".")[2]
+    assert import_part(kind, target, contract).__name__ == renamed.get(name, name)
 
 
 def test_an_old_file_becomes_a_present_configuration(tmp_path: Path) -> None:

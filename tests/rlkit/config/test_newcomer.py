@@ -5,67 +5,18 @@ The cases are the rows of the tables of a newcomer's study: messages that misled
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rlkit import cli, train
-from rlkit.config.metric_names import FAMILIES, METRICS
-from rlkit.config.vocabulary import COMMANDS, OTHER_NAMES, WISHES
-from rlkit.experience.names import edits, nearest
+from rlkit.models.folder import model_folder
 
 Typed = Callable[..., str]
-
-REWARDS = "def exact(completions, **columns):\n    return [0.0] * len(completions)\n"
-TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current folder, which is also the home, of a user."""
-    here = tmp_path / "user"
-    (here / "things" / "photos").mkdir(parents=True)
-    (here / "empty").mkdir()
-    (here / "my_rewards.py").write_text(REWARDS)
-    rows = "".join(f'{{"question": "What is {n} + 1?", "answer": "{n + 1}"}}\n' for n in range(64))
-    (here / "train.jsonl").write_text(rows)
-    (here / "copy.jsonl").write_text(rows)
-    (here / "template.jinja").write_text(TEMPLATE)
-    (here / "no_messages.jinja").write_text("{{ prompt }}")
-    (here / "broken.jinja").write_text("{% for message in messages %}")
-    for name in "abcd":
-        (here / "things" / f"{name}.txt").touch()
-    monkeypatch.chdir(here)
-    monkeypatch.setenv("HOME", str(here))
-    monkeypatch.syspath_prepend(str(here))
-    yield here
-    sys.modules.pop("my_rewards", None)
-
-
-@pytest.fixture
-def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> Typed:
-    def run(*arguments: str) -> str:
-        assert train.main([*arguments, "dry_run=true"]) == 2
-        return capsys.readouterr().err
-
-    return run
-
-
-@pytest.fixture
-def accepted(folder: Path, capsys: pytest.CaptureFixture[str]) -> Typed:
-    """Output and warnings of a configuration that is right."""
-
-    def run(*arguments: str) -> str:
-        code = train.main([*arguments, "dry_run=true"])
-        printed = capsys.readouterr()
-        assert code == 0, printed.err
-        return printed.out + printed.err
-
-    return run
 
 
 MISLEADING = {
@@ -82,13 +33,23 @@ MISLEADING = {
     "resume=auto": ["add run_dir=FOLDER"],
     "--config": ["--config: needs a file"],
     "--config trainer.total_steps=3": ["--config: needs a file"],
+    "--config things": ["--config things: is a folder; name a file in it"],
+    "--config old": ["did you mean old/config.yaml?"],
+    "--dry-run": ["did you mean dry_run=true?"],
+    "--dry_run=true": ["did you mean dry_run=true?"],
+    "--verison": ["did you mean --version?"],
+    "--hlep": ["did you mean --help?"],
+    "help": ["did you mean --help?"],
+    "version": ["did you mean --version?"],
+    "reward=code": ["reward.isolation: needs a value, one of bubblewrap, http; write reward.isolation=bubblewrap"],
+    "algorithm=dapo trainer.prompts_per_step=8": ["learner.minibatches_per_step=16 (set by algorithm=dapo)"],
     "--multirun": ["there are no sweeps"],
     "-m": ["there are no sweeps"],
     "--cfg=job": ["dry_run=true prints the plan"],
     "trainer.total_steps:␣3": ["write trainer.total_steps=3"],
     "rollout.temperature=0": ["must be above 0", "all responses to a prompt are the same", "evaluation.greedy=true"],
     "algorithm=dapo algorithm.gae_lambda=.9": ["it belongs to algorithm=ppo"],
-    "algorithm.gama=1": ["did you mean algorithm.gamma?", "it belongs to algorithm=ppo"],
+    "algorithm.gama=1": ["did you mean algorithm.gamma?", "it belongs to algorithm=", "algorithm=ppo"],
     "algorithm.nothing=1": ["--help algorithm lists the keys"],
     "model.lora_rank=8": ["LoRA is not supported"],
     "model.lora.rank=8": ["LoRA is not supported"],
@@ -107,9 +68,30 @@ MISLEADING = {
     "rollout.multi_turn=true": ["several turns, tools and environments are not supported"],
     "rollout.tools=[search]": ["several turns, tools and environments are not supported"],
     "env=gym": ["several turns, tools and environments are not supported"],
-    "model.enable_thinking=false": ["model.chat_template=FILE"],
-    "data.chat_template_kwargs.enable_thinking=false": ["model.chat_template=FILE"],
-    "rollout.stop=[x]": ["stop strings are not supported"],
+    "model.enable_thinking=false": ["model.chat_template_arguments.NAME=VALUE"],
+    "data.chat_template_kwargs.enable_thinking=false": ["model.chat_template_arguments.NAME=VALUE"],
+    "model.chat_template_arguments.enable_thinking=false": [
+        "enable_thinking=false: is no variable of the chat template; it has"
+    ],
+    "model.chat_template_arguments.messages=1": ["is set for every prompt already"],
+    "rollout.stop_strings=[x]": ["did you mean rollout.stop?"],
+    "rollout.eos_token_id=3": ["a text or token of rollout.stop"],
+    "rollout.stop=[true]": ["must be a list (an integer or text each)"],
+    "rollout.stop=['']": ["rollout.stop=['']: has an empty text"],
+    "rollout.stop=[x,99999]": ["token 99999 is not in the model's vocabulary of 486"],
+    "rollout.stop=-1": ["token -1 is not in the model's vocabulary"],
+    "rollout.min_p=1": ["must be a number, at least 0 and below 1"],
+    "rollout.repetition_penalty=0": ["must be a number, above 0"],
+    "rollout.guided_regex=x": ["did you mean rollout.structured.regex?"],
+    "rollout.structured=x": ["rollout.structured=x"],
+    "rollout.structured.regex=x rollout.structured.choices=[y]": ["set one of regex, choices and json_schema"],
+    "rollout.structured.regexp=x": ["did you mean rollout.structured.regex?"],
+    "rollout.structured.regex=a**": ["rollout.structured.regex", "is no regular expression: multiple repeat"],
+    "rollout.structured.choices=yes": ["choices must be a list of texts, like [yes,no], or column:NAME"],
+    "rollout.structured.choices=[]": ["none of them empty"],
+    "rollout.structured.json_schema={type:objekt}": ["is no JSON schema: 'objekt'"],
+    "rollout.structured.json_schema=gone.json": ["gone.json cannot be read: No such file or directory"],
+    "rollout.structured.choices=column:options": ["there is no column options; Arithmetic has none"],
     "trainer.epochs=2": ["there are no epochs", "trainer.total_steps"],
     "algorithm.ppo_epochs=2": ["learner.minibatches_per_step"],
     "learner.adam_eps=1e-6": ["AdamW's eps is 1e-8"],
@@ -178,6 +160,13 @@ WRONG = {
     "model.chat_template=gone.jinja": ["no such file"],
     "data=jsonl data.path=train.jsonl data.heldout_path=train.jsonl": ["has the rows of data.path"],
     "data=jsonl data.path=train.jsonl data.heldout_path=copy.jsonl": ["has the rows of data.path (copy.jsonl)"],
+    "data=jsonl data.path=one.jsonl": ["one.jsonl has one question only, so none can be held out"],
+    "data=jsonl data.path=train.jsonl data.heldout_path=half.jsonl": ["32 of 64 rows cannot be used", "asks the same"],
+    "data=jsonl data.path=long.jsonl": [
+        "rollout.max_prompt_tokens=640 (set by model=tiny): at least 1 of the first 64 train prompts are longer",
+        "the longest that was counted has 2010 tokens (long.jsonl:1)",
+    ],
+    "rollout.max_prompt_tokens=8": ["at least 1 of the first 64 train prompts are longer", "(arithmetic:"],
     "data=jsonl data.path=[my_rewards.py,train.jsonl] data.heldout_path=c*.jsonl": ["has the rows of data.path"],
 }
 
@@ -251,146 +240,36 @@ def test_an_interval_of_the_preset_is_no_mistake_of_the_user(accepted: Typed) ->
     assert "never comes" in accepted("trainer.total_steps=2", "trainer.evaluate_every_steps=15")
 
 
-# -- commands and help -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("command", "words"),
+    ("typed", "origin"),
     [
-        ("view", "samples.jsonl"),
-        ("compare", "tensorboard --logdir"),
-        ("chat", "step_NNNNNN/policy"),
-        ("evaluate", "not supported yet"),
-        ("dpo", "DPO"),
-        ("lora", "LoRA is not supported"),
-        ("grpo", "rlkit train algorithm=NAME"),
-        ("trian", "did you mean train?"),
-        ("train_rewards", "did you mean train-reward?"),
-        ("frobnicate", "no such command; available: convert-polar"),
+        ("", "0.0003 (set by model=tiny), constant"),
+        ("learner.learning_rate=1e-5 learner.schedule=cosine", "1e-05 (as typed), cosine"),
+        ("learner={learning_rate:2e-5}", "2e-05 (as typed), constant"),
+        ("--config old.yaml", "4e-05 (from old.yaml), constant"),
+        ("model=hf model.path=embedded:policy", "1e-06 (the default), constant"),
     ],
 )
-def test_a_command_that_is_none(command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([command]) == 2
-    answer = capsys.readouterr().err
-    assert words in answer
-    assert "did you mean convert-polar?" not in answer
+def test_the_plan_says_who_chose_the_learning_rate(typed: str, origin: str, folder: Path, accepted: Typed) -> None:
+    (folder / "old.yaml").write_text("learner:\n  learning_rate: 4.0e-5\n")
+    (line,) = re.findall(r"learning rate, learner +(.*)", accepted(*typed.split()))
+    assert line == origin
 
 
-@pytest.mark.parametrize("name", [None, *sorted(cli.COMMANDS)])
-def test_every_command_has_a_version(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*([name] if name else []), "--version"]) == 0
-    assert re.fullmatch(r"rlkit \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
-
-
-@pytest.fixture
-def help_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Typed:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: str) -> str:
-        assert train.main(["--help", *words]) == 0
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_help_on_a_section_has_its_keys_alone(help_on: Typed) -> None:
-    text = help_on("trainer")
-    assert "trainer.total_steps  an integer, at least 1; default 60 (model=tiny; else 100)" in text
-    assert "learner." not in re.sub(r"`[^`]*`", "", text)
-
-
-def test_help_shows_what_the_chosen_model_sets(help_on: Typed) -> None:
-    assert "default 1e-06\n" in help_on("model=hf", "learner.learning_rate")
-    assert "default 0.0003 (model=tiny; else 1e-06)" in help_on("learner.learning_rate")
-    assert "default cuda (cluster=multi_gpu; else cpu)" in help_on("cluster=multi_gpu", "cluster.device")
-
-
-def test_help_on_an_option(help_on: Typed) -> None:
-    text = help_on("reward=math")
-    assert "reward.strip_units  true or false; default true (reward=math; else false)" in text
-    assert "reward=polar" not in text
-    assert "algorithm.gae_lambda" in help_on("algorithm=ppo")
-    assert "algorithm.clip_high  a number, above 0; default 0.28 (algorithm=dapo; else 0.2)" in help_on(
-        "algorithm=dapo"
+def test_the_plan_says_what_only_the_start_can_check(folder: Path, accepted: Typed) -> None:
+    assert "checked at the start" not in accepted()
+    shutil.copytree(model_folder("embedded:policy"), folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "a.B"}}))
+    (folder / "model" / "tokenizer.json").rename(folder / "model" / "tokenizer.model")
+    later = re.findall(r"checked at the start +(.*)", accepted("model.path=model", "model.trust_remote_code=true"))
+    assert [text.split(" (")[0] for text in later] == [
+        "the model's architecture, which docs/models.md does not list",
+        "lengths of prompts",
+    ]
+    (folder / "my_data.py").write_text(
+        "from rlkit.data.base import DataSource\n\n"
+        "class Mine(DataSource):\n    def load(self, split):\n        return [], []\n\n"
+        "    def provides(self):\n        return frozenset({'answer', 'references'})\n"
     )
-    assert "verifier.markers" in help_on("verifier=gsm8k")
-    assert "rollout.workers=8" in help_on("cluster=multi_gpu")
-
-
-def test_help_on_a_part_lists_its_options(help_on: Typed) -> None:
-    text = help_on("algorithm")
-    assert "Dr. GRPO (arXiv 2503.20783)" in text
-    assert "algorithm.clip_low" not in text
-
-
-def test_help_on_a_word_finds_keys(help_on: Typed) -> None:
-    text = help_on("clip")
-    assert "algorithm.clip_low" in text
-    assert "trainer." not in text
-
-
-def test_help_on_a_class_of_the_user(help_on: Typed, folder: Path) -> None:
-    (folder / "my_rewards.py").write_text(
-        "from rewards.base import Reward, RewardConfig\n"
-        "class Mine(Reward):\n"
-        '    """Mine alone."""\n'
-        "    class Config(RewardConfig):\n"
-        "        threshold: float = 0.5\n"
-        "    def score(self, groups):\n"
-        "        return []\n"
-    )
-    text = help_on("reward._target_=my_rewards.Mine")
-    assert "Mine alone." in text
-    assert "reward.threshold  a number; default 0.5" in text
-
-
-def test_help_on_nothing_says_so(refused: Typed) -> None:
-    assert "did you mean trainer?" in refused("--help", "tranier")
-    assert "no such option; did you mean math?" in refused("--help", "reward=mth")
-
-
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "valid", "meant"),
-    [
-        ("trian", ["train", "serve"], "train"),
-        ("nope", ["pure", "ppo"], None),
-        ("view", ["convert-polar", "serve"], None),
-        ("gpu", ["multi_gpu", "multi_node"], "multi_gpu"),
-        ("POLAR", ["polar", "rule"], "polar"),
-        ("reinforce++", ["reinforce_pp", "rloo"], "reinforce_pp"),
-        ("x", ["ppo", "x1"], None),
-        ("tools", ["top_p", "top_k"], None),
-        ("", ["a", "b"], None),
-    ],
-)
-def test_a_name_is_meant_only_if_it_is_near(name: str, valid: list[str], meant: str | None) -> None:
-    assert nearest(name, valid) == meant
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "count"),
-    [("", "", 0), ("abc", "abc", 0), ("", "abc", 3), ("abc", "acb", 1), ("polr", "polar", 1), ("kitten", "sitting", 3)],
-)
-def test_slips_between_two_texts(left: str, right: str, count: int) -> None:
-    assert edits(left, right) == edits(right, left) == count
-
-
-def test_every_pattern_of_a_wish_is_one() -> None:
-    for pattern, text in (*WISHES, *COMMANDS):
-        assert re.compile(pattern)
-        assert text
-
-
-def test_other_frameworks_names_lead_to_keys_that_exist(help_on: Typed) -> None:
-    listed = set(re.findall(r"^  (\w+(?:\.\w+)*)  ", help_on(), flags=re.MULTILINE))
-    assert {key for key in OTHER_NAMES.values() if key not in listed} == set()
-
-
-def test_metrics_of_the_docs_are_known(repository: Path) -> None:
-    """A metric with a row in docs/metrics.md belongs into rlkit/config/metric_names.py."""
-    rows = re.findall(r"^\| (`[^|]*) \|", (repository / "docs/metrics.md").read_text(), flags=re.MULTILINE)
-    named = {name for cell in rows for name in re.findall(r"`([a-z_]+/[a-z0-9_/<>@]+)`", cell)}
-    assert {name for name in named if name not in METRICS and not name.startswith(FAMILIES)} == set()
+    assert "lengths of prompts (the data source has no preview)" in accepted("data._target_=my_data.Mine")

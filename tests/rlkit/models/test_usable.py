@@ -68,6 +68,11 @@ def without_template(folder: Path) -> None:
         (configured(head_dim=16), "16 dimensions, which vLLM on CPU cannot run"),
         (configured(num_local_experts=8), "mixture of experts, and vLLM 0.32 on CPU"),
         (configured(model_type="roberta"), r"model type roberta would be trained on wrong numbers \(.*differ by"),
+        (configured(model_type="qwen99"), "does not know the model type qwen99 of config.json; correct it"),
+        (
+            configured(model_type="qwen99", auto_map={"AutoModelForCausalLM": "own.Model"}),
+            "does not know the model type qwen99 of config.json; model.trust_remote_code=true runs",
+        ),
         (
             configured(rope_parameters={"rope_type": "longrope", "original_max_position_embeddings": 32}),
             r"longrope RoPE\) change for all tokens once a sequence is longer than 32",
@@ -80,6 +85,11 @@ def test_what_is_wrong_with_a_folder(folder, change, message):
     change(folder)
     (found,) = refused(folder)
     assert re.search(message, found)
+
+
+def test_a_type_that_only_its_own_code_knows(folder):
+    configured(model_type="qwen99", auto_map={"AutoModelForCausalLM": "own.Model"})(folder)
+    assert refused(folder, trust_remote_code=True) == []
 
 
 def test_what_is_no_fault(folder):

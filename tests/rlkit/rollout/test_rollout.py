@@ -20,7 +20,6 @@ from rollout_host import OpenWorker, publish_bundle
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
 from rlkit.experience import Group, Message, Prompt, Sample
 from rlkit.learner.policy import PolicyLearner
-from rlkit.producer import until
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool
 from rlkit.rollout.sampler import Request, Response
 from rlkit.rollout.worker import GroupRequest, sample_seed
@@ -324,47 +323,6 @@ def test_a_tensor_that_is_missing_is_an_error_that_names_it(pool: RolloutPool, l
         publish(pool, learner, 61)
     log = (pool.logs / "rollout-0.log").read_text()
     assert "Failed to load weights" not in log and "weights were not loaded" not in log
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bundle_carries_every_bit(dtype: torch.dtype) -> None:
-    import ray
-
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        "a": torch.randn(3, 5, generator=generator).to(dtype),
-        "odd": torch.randn(7, generator=generator).to(dtype),
-        "transposed": torch.randn(4, 2, generator=generator).to(dtype).T,
-        "nan": torch.tensor([float("nan"), float("inf")], dtype=dtype),
-    }
-    bundle = WeightBundle.pack(5, weights.items())
-    received: WeightBundle = ray.get(ray.put(bundle))
-    assert received.version == 5
-    assert received.received_checksum() == received.checksum == bundle.checksum
-    assert not received.data.flags.writeable
-    for name, tensor in received.tensors():
-        assert tensor.dtype == dtype
-        assert torch.equal(tensor.nan_to_num(3.5), weights.pop(name).nan_to_num(3.5))
-    assert not weights
-
-
-def test_waiting_for_groups_ends_with_the_producers_own_error() -> None:
-    class RewardBroke(RuntimeError):
-        pass
-
-    async def fails() -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(raise_later())
-
-    async def raise_later() -> None:
-        await asyncio.sleep(0.01)
-        raise RewardBroke("the verifier is gone")
-
-    async def wait_for_it() -> None:
-        await until(asyncio.Event().wait(), asyncio.create_task(fails()))
-
-    with pytest.raises(RewardBroke, match="the verifier is gone"):
-        run(wait_for_it())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

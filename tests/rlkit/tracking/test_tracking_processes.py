@@ -115,7 +115,8 @@ def test_off_process_is_silent_but_keeps_its_transcript(tmp_path: Path) -> None:
 def test_plain_process_that_fails_shows_its_traceback(tmp_path: Path) -> None:
     done = subprocess.run(script(tmp_path, "plain", "error"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert "The run ended early, after step 1: RuntimeError: the rollout worker died" in done.stdout
+    assert "The run ended early, after step 1." in done.stdout
+    assert "the rollout worker died" not in done.stdout
     assert "Traceback" in done.stderr
     assert not (tmp_path / "run" / "summary.json").exists()
 

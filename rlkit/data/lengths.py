@@ -1,0 +1,116 @@
+"""Prompts that are too long, before anything heavy is loaded: the chat template and tokenizer.json alone, without
+transformers, on the longest texts only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rlkit.data.base import DataError, Problem
+
+MOST_PROMPTS = 256
+"""That are tokenised, or one more than may be skipped."""
+MOST_CHARACTERS = 2**20
+LARGEST_TOKENIZER = 24 * 2**20
+"""Bytes of a tokenizer.json that is read in less than a second."""
+
+
+def too_long_prompts(
+    problems: Sequence[Problem], folder: Path, chat_template: str | Path | None, limit: int, allowed: int
+) -> list[tuple[int, str]]:
+    """(tokens, origin) of prompts of more than `limit` tokens, from the longest texts on; enough to prove that they
+    are more than `allowed`, if they are.
+
+    `chat_template`: path of a Jinja file. Empty where nothing can be counted here (`uncountable`). Raises DataError if
+    tokenizer.json cannot be read, and OSError or ValueError for other files.
+    """
+    template = _template(folder, chat_template)
+    if template is None or uncountable(folder):
+        return []
+    by_text = sorted(problems, key=lambda problem: -sum(len(message.content) for message in problem.messages))
+    count: Callable[[str], int] | None = None
+    proven: list[tuple[int, str]] = []
+    characters = 0
+    for problem, text in _rendered(by_text[: max(MOST_PROMPTS, allowed + 1)], template, _special_tokens(folder)):
+        characters += len(text)
+        if len(text.encode()) <= limit or characters > MOST_CHARACTERS:  # a token has a byte at least
+            break
+        count = count or _counter(folder)
+        tokens = count(text)
+        if tokens > limit:
+            proven.append((tokens, problem.origin))
+            if len(proven) > allowed:
+                break
+    return proven
+
+
+def uncountable(folder: Path) -> str:
+    """Why tokens cannot be counted here; empty if they can."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return "without a tokenizer.json"
+    return "tokenizer.json is large" if file.stat().st_size > LARGEST_TOKENIZER else ""
+
+
+def _template(folder: Path, named: str | Path | None) -> str | None:
+    file = Path(named).expanduser() if named is not None else folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    own = _tokenizer_config(folder).get("chat_template")
+    if isinstance(own, list):  # one for each use
+        own = next((entry["template"] for entry in own if entry.get("name") == "default"), None)
+    return own if named is None and isinstance(own, str) else None
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return config
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    tokens = {name: value for name, value in _tokenizer_config(folder).items() if name.endswith("_token")}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _rendered(problems: Sequence[Problem], template: str, special: dict[str, str]) -> Iterator[tuple[Problem, str]]:
+    """As transformers renders it; without the conversations that the template refuses."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    environment.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    try:
+        compiled = environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
+    except TemplateError:  # reported by the start, or by the check of a template of the user's
+        return
+    for problem in problems:
+        messages = [{"role": message.role, "content": message.content} for message in problem.messages]
+        try:
+            yield problem, compiled.render(messages=messages, add_generation_prompt=True, **special)
+        except TemplateError:
+            continue
+
+
+def _counter(folder: Path) -> Callable[[str], int]:
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # `tokenizers` raises it by this name
+        raise DataError(f"{file} cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)

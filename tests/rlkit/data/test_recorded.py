@@ -1,0 +1,302 @@
+"""Sources of recorded responses: every accepted form of a row, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import SHARED
+from pydantic import ValidationError
+from table_fixture import write
+
+from rlkit.data.base import DataSource, Problem
+from rlkit.data.files import HfSource
+from rlkit.data.recorded import ChatSource, PairsSource, ResponsesSource
+from rlkit.experience import Message, PreferencePair
+
+SOLUTIONS = SHARED / "data" / "gsm8k" / "model_solutions.jsonl"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "own_data" / "recorded"
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def read(kind: type[HfSource], folder: Path, *rows: Any, **options: Any) -> tuple[list[Problem], dict[str, str]]:
+    """Problems of these rows, of which the first, with another question, is held out; and the reasons of bad ones."""
+    heldout = write(folder / "heldout.jsonl", [json.dumps(rows[0]).replace("1+1?", "held out?")])
+    config = {"heldout_path": str(heldout), "max_bad_row_share": 0.99} | options
+    source = kind(kind.Config(path=str(write(folder / "rows.jsonl", rows)), **config), seed=0)
+    problems, bad = source.load("train")
+    return problems, {row.origin: row.reason for row in bad}
+
+
+def told(problem: Problem) -> tuple[list[str], list[tuple[list[str], float]]]:
+    """Contents of the prompt, and of each response with its value."""
+    responses = [([m.content for m in response.messages], response.value) for response in problem.responses]
+    return [message.content for message in problem.messages], responses
+
+
+PAIR = (["1+1?"], [(["2"], 1.0), (["3"], 0.0)])
+CONVERSATIONS = {
+    "chosen": [user("1+1?"), assistant("2")],
+    "rejected": [user("1+1?"), assistant("3")],
+}
+SYSTEM = {"role": "system", "content": "Add."}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "1+1?", "chosen": "2", "rejected": "3"}, PAIR),
+        ({"question": "1+1?", "chosen": "2", "rejected": "3"}, PAIR),
+        ({"prompt": [user("1+1?")], "chosen": [assistant("2")], "rejected": [assistant("3")]}, PAIR),
+        (CONVERSATIONS, PAIR),
+        (CONVERSATIONS | {"prompt": "1+1?"}, PAIR),
+        ({"prompt": "1+1?", "chosen": {"from": "gpt", "value": "2"}, "rejected": assistant("3")}, PAIR),
+        (
+            {"prompt": "1+1?"} | {k: [SYSTEM, *v] for k, v in CONVERSATIONS.items()},
+            (["Add.", "1+1?"], [(["2"], 1.0), (["3"], 0.0)]),
+        ),
+        ({"prompt": [SYSTEM, user("1+1?")]} | CONVERSATIONS, (["Add.", "1+1?"], [(["2"], 1.0), (["3"], 0.0)])),
+        (
+            {
+                "chosen": [user("1?"), assistant("1"), user("1+1?"), assistant("2"), user("sure?"), assistant("yes")],
+                "rejected": [user("1?"), assistant("1"), user("1+1?"), assistant("3")],
+            },
+            (["1?", "1", "1+1?"], [(["2", "sure?", "yes"], 1.0), (["3"], 0.0)]),
+        ),
+    ],
+)
+def test_forms_of_a_pair(tmp_path: Path, row: Any, expected: Any) -> None:
+    (problem,), bad = read(PairsSource, tmp_path, row)
+    assert bad == {} and told(problem) == expected
+    assert problem.pairs == (PreferencePair(0, 1),)
+    assert {response.origin for response in problem.responses} == {problem.origin} == {"rows.jsonl:1"}
+
+
+def test_a_pairs_numbers_and_other_columns(tmp_path: Path) -> None:
+    row = {"prompt": "1+1?", "chosen": "2", "rejected": "3", "p": 0.75, "m": -1.5, "w": 2, "gold": 2, "level": "easy"}
+    columns = {"probability_column": "p", "margin_column": "m", "weight_column": "w", "answer_column": "gold"}
+    (problem,), _ = read(PairsSource, tmp_path, row, **columns, system_prompt="Add.")
+    assert problem.pairs == (PreferencePair(0, 1, 0.75, -1.5, 2.0),)
+    assert problem.answer == "2" and problem.columns == {"level": "easy"}
+    assert problem.messages == (Message("system", "Add."), Message("user", "1+1?"))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "?", "chosen": "2", "rejected": "2"}, "chosen and rejected are equal"),
+        ({"prompt": "?", "chosen": "2"}, "no column 'rejected' (it has prompt, chosen)"),
+        ({"prompt": "?", "chosen": "2", "rejected": None}, "rejected is null"),
+        ({"prompt": "?", "chosen": "2", "rejected": []}, "rejected is an empty list"),
+        ({"prompt": "?", "chosen": "2", "rejected": 3}, "rejected must be a list of chat messages, not int"),
+        ({"prompt": [], "chosen": "2", "rejected": "3"}, "prompt is an empty list"),
+        ({"chosen": "2", "rejected": "3"}, "chosen has no prompt before it, and the row has none"),
+        ({"chosen": [user("a"), assistant("2")], "rejected": [user("b"), assistant("3")]}, "differ (message 1)"),
+        ({"chosen": [user("a")], "rejected": [user("b")]}, "chosen does not end with a message of the assistant"),
+        (
+            {"chosen": CONVERSATIONS["chosen"], "rejected": [*CONVERSATIONS["chosen"], user("b"), assistant("c")]},
+            "one of chosen and rejected is the other's beginning",
+        ),
+        (CONVERSATIONS | {"prompt": "2+2?"}, "chosen is a conversation that does not begin with the prompt"),
+        ({"prompt": "?", "chosen": "2", "rejected": "3", "p": 1.5}, "p is 1.5, not between 0 and 1"),
+        ({"prompt": "?", "chosen": "2", "rejected": "3", "p": "high"}, "p must be a finite number, not 'high'"),
+    ],
+)
+def test_pairs_that_cannot_be_used(tmp_path: Path, row: Any, reason: str) -> None:
+    good = {"prompt": "1+1?", "chosen": "2", "rejected": "3", "p": 1}
+    options = {"probability_column": "p"} if "p" in row else {}
+    problems, bad = read(PairsSource, tmp_path, good, row, **options)
+    assert len(problems) == 1 and list(bad) == ["rows.jsonl:2"]
+    assert reason in bad["rows.jsonl:2"]
+
+
+def test_rows_of_one_prompt_are_one_problem(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "1+1?", "completion": "2", "label": True, "model": "a", "level": 1},
+        {"prompt": "2+2?", "completion": "4", "label": True, "model": "a", "level": 1},
+        {"prompt": "1+1?", "completion": "3", "label": False, "model": "b", "level": 1},
+    ]
+    problems, bad = read(ResponsesSource, tmp_path, *rows)
+    assert bad == {}
+    assert [told(problem) for problem in problems] == [
+        (["1+1?"], [(["2"], 1.0), (["3"], 0.0)]),
+        (["2+2?"], [(["4"], 1.0)]),
+    ]
+    assert [response.origin for response in problems[0].responses] == ["rows.jsonl:1", "rows.jsonl:3"]
+    assert problems[0].rows == 2 and problems[0].columns == {"level": 1}
+
+
+def test_an_id_gathers_its_rows_and_has_one_prompt(tmp_path: Path) -> None:
+    rows = [
+        {"id": i, "prompt": p, "response": r, "score": 1} for i, p, r in ((1, "a", "b"), (1, "a", "c"), (1, "x", "y"))
+    ]
+    (problem,), bad = read(ResponsesSource, tmp_path, *rows, id_column="id")
+    assert problem.id == "1" and len(problem.responses) == 2
+    assert bad == {"rows.jsonl:3": "id '1' was already used by rows.jsonl:1 with another prompt"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "1+1?", "completions": ["2", "3"], "correctness": [1, 0.5]},
+        {"prompt": "1+1?", "responses": [[assistant("2")], [assistant("3")]], "scores": [1, 0.5]},
+        {"responses": [[user("1+1?"), assistant(text)] for text in "23"], "rewards": [1.0, 0.5]},
+        {"question": "1+1?", "a": {"solution": "2", "is_correct": 1}, "b": {"solution": "3", "is_correct": 0.5}},
+    ],
+)
+def test_several_responses_in_a_row(tmp_path: Path, row: Any) -> None:
+    (problem,), bad = read(ResponsesSource, tmp_path, row)
+    assert bad == {} and told(problem) == (["1+1?"], [(["2"], 1.0), (["3"], 0.5)])
+
+
+def test_labels_and_scores_by_name(tmp_path: Path) -> None:
+    row = {"prompt": "1+1?", "completion": "2", "stars": 7.5, "label": 1, "w": 0.5}
+    (problem,), _ = read(ResponsesSource, tmp_path, row, score_column="stars", weight_column="w")
+    assert (problem.responses[0].value, problem.responses[0].weight) == (7.5, 0.5)
+    with pytest.raises(ValidationError, match="exclude each other"):
+        ResponsesSource.Config(path="x", label_column="a", score_column="b")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "?", "completion": "2", "label": 2}, "label must be true, false or a number from 0 to 1, not 2"),
+        ({"prompt": "?", "completion": "2", "label": "yes"}, "not 'yes'"),
+        ({"prompt": "?", "completion": "2"}, "no column 'label'"),
+        ({"prompt": "?", "completion": [], "label": []}, "completion is an empty list"),
+        ({"prompt": "?", "completion": ["2", "3"], "label": [1]}, "must be lists of equal length"),
+        ({"prompt": "?", "completion": ["2"], "label": 1}, "must be lists of equal length"),
+        ({"completion": "2", "label": 1}, "completion has no prompt before it"),
+        (
+            {"completion": [[user("a"), assistant("2")], [user("b"), assistant("2")]], "label": [1, 0]},
+            "its responses have different prompts",
+        ),
+    ],
+)
+def test_responses_that_cannot_be_used(tmp_path: Path, row: Any, reason: str) -> None:
+    problems, bad = read(ResponsesSource, tmp_path, {"prompt": "1+1?", "completion": "2", "label": 1}, row)
+    assert len(problems) == 1 and reason in bad["rows.jsonl:2"]
+
+
+def test_solutions_of_four_models_need_no_further_key() -> None:
+    if not SOLUTIONS.is_file():
+        pytest.skip("needs ../shared/data/gsm8k/model_solutions.jsonl")
+    source = ResponsesSource(ResponsesSource.Config(path=str(SOLUTIONS)), seed=0)
+    assert source.check() == []
+    assert {"responses", "labels", "ground_truth"} <= source.provides()
+    problems = source.load("train")[0] + source.load("heldout")[0]
+    rows = [json.loads(line) for line in SOLUTIONS.read_text().splitlines()]
+    assert sum(len(problem.responses) for problem in problems) == 4 * len(rows)
+    right = sum(row[name]["is_correct"] for row in rows for name in row if isinstance(row[name], dict))
+    assert sum(response.value for problem in problems for response in problem.responses) == right
+
+
+CHAT = [SYSTEM, user("1+1?"), assistant("2"), user("sure?"), assistant("yes")]
+SHAREGPT = [
+    {"from": {"user": "human", "assistant": "gpt", "system": "system"}[m["role"]], "value": m["content"]} for m in CHAT
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "prompt", "answer", "trained"),
+    [
+        ({"messages": CHAT}, {}, ["Add.", "1+1?"], ["2", "sure?", "yes"], (True, False, True)),
+        ({"conversations": SHAREGPT}, {}, ["Add.", "1+1?"], ["2", "sure?", "yes"], (True, False, True)),
+        ({"messages": CHAT}, {"train_on": "last"}, ["Add.", "1+1?", "2", "sure?"], ["yes"], (True,)),
+        ({"conversations": SHAREGPT[1:], "system": "Add."}, {"train_on": "last"}, ["Add.", "1+1?", "2", "sure?"],
+         ["yes"], (True,)),
+        ({"messages": [*CHAT[:2], CHAT[2] | {"weight": 0}, CHAT[3], CHAT[4] | {"weight": 1}]}, {},
+         ["Add.", "1+1?", "2", "sure?"], ["yes"], (True,)),
+        ({"messages": [*CHAT[:2], CHAT[2] | {"train": True}, *CHAT[3:]]}, {}, ["Add.", "1+1?"], ["2"], (True,)),
+        ({"messages": [*CHAT, user("thanks")]}, {"train_on": "last"}, ["Add.", "1+1?", "2", "sure?"], ["yes"], (True,)),
+        ({"prompt": "1+1?", "completion": "2"}, {}, ["1+1?"], ["2"], (True,)),
+        ({"prompt": CHAT[:2], "response": CHAT[2:]}, {}, ["Add.", "1+1?"], ["2", "sure?", "yes"], (True, False, True)),
+    ],
+)  # fmt: skip
+def test_forms_of_a_conversation(
+    tmp_path: Path, row: Any, options: Any, prompt: Any, answer: Any, trained: tuple[bool, ...]
+) -> None:
+    (problem,), bad = read(ChatSource, tmp_path, row, **options)
+    assert bad == {} and told(problem) == (prompt, [(answer, 1.0)])
+    assert problem.responses[0].trained == trained
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": []}, "messages is an empty list"),
+        ({"messages": [user("?")]}, "no message of the assistant is trained on"),
+        ({"messages": CHAT[2:]}, "begins with a message of the assistant"),
+        (
+            {"messages": [user("?"), assistant("a"), assistant("b") | {"train": True}]},
+            "2 and 3 are both the assistant's",
+        ),
+        ({"messages": [user("?"), assistant("a") | {"weight": 0.5}]}, "messages[1].weight must be 0, 1, true or false"),
+        ({"messages": [user("?"), {"role": "assistant"}]}, "messages[1] has no 'content'"),
+        ({"messages": [user("?"), {"role": "assistant", "content": None}]}, "must be a text, not NoneType"),
+        ({"messages": [user("?"), assistant("") | {"tool_calls": [{}]}]}, "has tool calls"),
+        ({"messages": CHAT, "tools": [{"name": "f"}]}, "it has tools"),
+        ({"text": "all in one"}, "no column 'response'"),
+    ],
+)
+def test_conversations_that_cannot_be_used(tmp_path: Path, row: Any, reason: str) -> None:
+    problems, bad = read(ChatSource, tmp_path, {"messages": CHAT}, row)
+    assert len(problems) == 1 and reason in bad["rows.jsonl:2"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "saved", "csv"])
+def test_every_place_gives_the_same_pairs(tmp_path: Path, form: str) -> None:
+    import datasets
+
+    rows = [{"prompt": f"{i}+1?", "chosen": f"{i + 1}", "rejected": "0", "p": 0.5 + i / 100} for i in range(40)]
+    table, path = datasets.Dataset.from_list(rows), tmp_path / f"rows.{form}"
+    match form:
+        case "jsonl":
+            write(path, rows)
+        case "parquet":
+            table.to_parquet(path)
+        case "csv":
+            table.to_csv(path)
+        case _:
+            datasets.DatasetDict({"train": table}).save_to_disk(path)
+    source = PairsSource(PairsSource.Config(path=str(path), probability_column="p", heldout_share=0.25), seed=0)
+    assert source.check() == []
+    assert source.provides() == {"responses", "pairs", "labels"}
+    problems = source.load("train")[0]
+    assert (len(problems), len(source.load("heldout")[0])) == (30, 10)
+    for problem in problems:
+        number = int(problem.messages[0].content.partition("+")[0])
+        assert told(problem)[1] == [([f"{number + 1}"], 1.0), (["0"], 0.0)]
+        assert problem.pairs == (PreferencePair(0, 1, pytest.approx(0.5 + number / 100)),)
+
+
+def test_too_many_unusable_rows_are_refused_before_a_run(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": "a", "rejected": "a" if i % 2 else "b"} for i in range(20)]
+    source = PairsSource(PairsSource.Config(path=str(write(tmp_path / "rows.jsonl", rows))), seed=0)
+    (message,) = source.check()
+    assert "10 of 20 rows cannot be used" in message and "rows.jsonl:2: chosen and rejected are equal" in message
+    source = PairsSource(PairsSource.Config(path=str(tmp_path / "rows.jsonl"), chosen_column="chose"), seed=0)
+    assert "has no column 'chose'. Did you mean 'chosen'?" in source.check()[0]
+    texts = ResponsesSource(ResponsesSource.Config(path=str(write(tmp_path / "t.jsonl", [{"text": "x"}]))), seed=0)
+    assert "no column with a response (it has text); name it with data.response_column" in texts.check()[0]
+    assert texts.provides() == {"responses", "text"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(PairsSource, "pairs"), (ResponsesSource, "responses"), (ChatSource, "chat")]
+)
+def test_the_examples_are_read(kind: type[HfSource], name: str) -> None:
+    files = sorted(EXAMPLES.glob(f"{name}*.jsonl"))
+    assert files
+    for file in files:
+        source: DataSource = kind(kind.Config(path=str(file), heldout_share=0.5), seed=0)
+        assert source.check() == [] and source.load("train")[1] == []
