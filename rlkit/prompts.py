@@ -67,9 +67,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
         return prompts
 
     sides: dict[Split, bool] = {"train": from_data, "heldout": measured}
-    loaded = {
-        side: rendered(*source.load(side), resolved.data_config, side, answers) for side, answers in sides.items()
-    }
+    loaded = {side: rendered(*source.load(side), resolved.data_config, side, sides[side]) for side in sides}
     further = {}
     for name, one in resolved.sets.items():
         key = f"evaluation.sets.{name}"
