@@ -339,8 +339,9 @@ class _RunLoading(Loading):
         rollout, evaluation, algorithm = (checked.get(name) for name in ("rollout", "evaluation", "algorithm"))
         if rollout is None or evaluation is None:
             return
-        if not has_engines(rollout, evaluation):
+        if not has_engines(rollout, evaluation) or rollout.source == "model":
             checked.pop("verifier", None)
+        if not has_engines(rollout, evaluation):
             self.available["rollout"] = checked["rollout"] = rollout.model_copy(update={"workers": 0})
         if algorithm is not None and not asks_reward(rollout, algorithm):
             checked.pop("reward", None)
@@ -369,9 +370,11 @@ class _RunLoading(Loading):
         return part
 
     def _value(self, key: str) -> Any:
-        section, _, leaf = key.rpartition(".")
-        holder = self.parts[section].config if section in self.parts else self.available.get(section)
-        return getattr(holder, leaf, None) if section else self.available.get(key)
+        section, *steps = key.split(".")
+        value = self.parts[section].config if section in self.parts else self.available.get(section)
+        for step in steps:
+            value = getattr(value, step, None)
+        return value
 
     def result(self, *, must_fit: bool) -> ResolvedRun:
         if self.problems:

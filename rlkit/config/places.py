@@ -136,7 +136,8 @@ def prompts_are_short_enough(
     data: DataSource, model_shape: ModelShape | ModelFolderError, model: ModelConfig, rollout: RolloutConfig
 ) -> Issues:
     """Of the first problems; the start counts all of them, as transformers does."""
-    limit, template, share = rollout.max_prompt_tokens, model.chat_template, data.config.max_bad_row_share
+    limit, share = rollout.max_prompt_tokens, data.config.max_bad_row_share
+    template, arguments = model.chat_template, model.chat_template_arguments
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
         try:
@@ -148,7 +149,7 @@ def prompts_are_short_enough(
             return
         allowed = int(share * len(problems) + 1e-9)
         try:
-            long = too_long_prompts(problems, model_folder(model.path), template, limit, allowed)
+            long = too_long_prompts(problems, model_folder(model.path), template, limit, allowed, arguments)
         except DataError as error:
             yield ConfigIssue("model.path", str(error))
             return

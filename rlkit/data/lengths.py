@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rlkit.data.base import DataError, Problem
+from rlkit.models.usable import default_template
 
 MOST_PROMPTS = 256
 """That are tokenised, or one more than may be skipped."""
@@ -20,13 +21,18 @@ LARGEST_TOKENIZER = 24 * 2**20
 
 
 def too_long_prompts(
-    problems: Sequence[Problem], folder: Path, chat_template: str | Path | None, limit: int, allowed: int
+    problems: Sequence[Problem],
+    folder: Path,
+    chat_template: str | Path | None,
+    limit: int,
+    allowed: int,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[tuple[int, str]]:
     """(tokens, origin) of prompts of more than `limit` tokens, from the longest texts on; enough to prove that they
     are more than `allowed`, if they are.
 
-    `chat_template`: path of a Jinja file. Empty where nothing can be counted here (`uncountable`). Raises DataError if
-    tokenizer.json cannot be read, and OSError or ValueError for other files.
+    `chat_template`: path of a Jinja file; `arguments`: its further variables. Empty where nothing can be counted here
+    (`uncountable`). Raises DataError if tokenizer.json cannot be read, and OSError or ValueError for other files.
     """
     template = _template(folder, chat_template)
     if template is None or uncountable(folder):
@@ -35,7 +41,8 @@ def too_long_prompts(
     count: Callable[[str], int] | None = None
     proven: list[tuple[int, str]] = []
     characters = 0
-    for problem, text in _rendered(by_text[: max(MOST_PROMPTS, allowed + 1)], template, _special_tokens(folder)):
+    variables = {**_special_tokens(folder), **(arguments or {})}
+    for problem, text in _rendered(by_text[: max(MOST_PROMPTS, allowed + 1)], template, variables):
         characters += len(text)
         if len(text.encode()) <= limit or characters > MOST_CHARACTERS:  # a token has a byte at least
             break
@@ -57,13 +64,10 @@ def uncountable(folder: Path) -> str:
 
 
 def _template(folder: Path, named: str | Path | None) -> str | None:
-    file = Path(named).expanduser() if named is not None else folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    own = _tokenizer_config(folder).get("chat_template")
-    if isinstance(own, list):  # one for each use
-        own = next((entry["template"] for entry in own if entry.get("name") == "default"), None)
-    return own if named is None and isinstance(own, str) else None
+    if named is None:
+        return default_template(folder)
+    file = Path(named).expanduser()
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -78,7 +82,9 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _rendered(problems: Sequence[Problem], template: str, special: dict[str, str]) -> Iterator[tuple[Problem, str]]:
+def _rendered(
+    problems: Sequence[Problem], template: str, variables: Mapping[str, Any]
+) -> Iterator[tuple[Problem, str]]:
     """As transformers renders it; without the conversations that the template refuses."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -98,7 +104,7 @@ def _rendered(problems: Sequence[Problem], template: str, special: dict[str, str
     for problem in problems:
         messages = [{"role": message.role, "content": message.content} for message in problem.messages]
         try:
-            yield problem, compiled.render(messages=messages, add_generation_prompt=True, **special)
+            yield problem, compiled.render(messages=messages, add_generation_prompt=True, **variables)
         except TemplateError:
             continue
 

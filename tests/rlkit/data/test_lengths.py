@@ -45,6 +45,15 @@ def test_lengths_are_those_of_a_run(template: str | None, tmp_path: Path) -> Non
     assert sorted(tokens for tokens, _ in counted) == expected
 
 
+def test_arguments_of_the_template_count(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(CHAT + "{% if thinking %} a b c{% endif %}")
+    short, long = (
+        too_long_prompts([problem("s", "Why?")], FOLDER, tmp_path / "chat.jinja", 1, 1, {"thinking": thinking})
+        for thinking in (False, True)
+    )
+    assert long[0][0] - short[0][0] == 3
+
+
 def test_no_more_are_tokenised_than_prove_it(folder: Path) -> None:
     problems = [problem(f"d:{n}", "a b " * n) for n in range(1, 101)]
     proven = too_long_prompts(problems, folder, None, 16, allowed=2)

@@ -97,7 +97,7 @@ def test_denominators_count_the_pairs_of_an_optimizer_step() -> None:
     advantages = algorithm.advantages(Experience(groups, 1))
     (share,), _ = policy_shares(groups, advantages, LearnerConfig(minibatches_per_step=2), algorithm.needs())
     assert [minibatch.denominators.pairs for minibatch in share.minibatches] == [4, 4], (
-        "a pair of each group is left out"
+        "one of three in each group is out"
     )
 
 
