@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
 from rlkit.data.rows import question_key
-from rlkit.experience.names import NotFoundError, find_class
+from rlkit.experience.names import NotFoundError, find_class, nearest
 
 KINDS = {
     "arithmetic": "rlkit.data.arithmetic.Arithmetic",
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z]\w*")
 
 
 class MixtureConfig(DataConfig):
-    sources: Mapping[str, Mapping[str, Any]]
+    sources: Mapping[str, Mapping[str, Any]] = Field(default={}, validate_default=True)
     """Name -> `kind` (`chat`, `hf`, `jsonl`, `pairs`, `responses`, `arithmetic`, or a class's dotted path), `weight`
     (its share of the prompts, relative to the others'; 1 if not set) and the options of that source."""
 
@@ -63,8 +63,15 @@ def _member(name: str, fields: Mapping[str, Any]) -> Member:
     try:
         return Member(name, cls, cls.Config(**options), float(weight))
     except ValidationError as error:
-        wrong = [".".join([name, *map(str, e["loc"])]) + f": {e['msg']}" for e in error.errors()]
-        raise ValueError("; ".join(wrong)) from error
+        raise ValueError("; ".join(_wrong(name, one, cls.Config) for one in error.errors())) from error
+
+
+def _wrong(name: str, error: Any, config: type[DataConfig]) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{name}.{key}: {error['msg']}"
+    near = nearest(key, config.model_fields)
+    return f"{name}.{key}: no such key" + (f"; did you mean {near}?" if near else "")
 
 
 class Mixture(DataSource):

@@ -69,7 +69,7 @@ def test_messages_name_the_source(tmp_path: Path) -> None:
         ({"a": {"path": "x"}}, "a.kind=None"),
         ({"a": {"kind": "chats", "path": "x"}}, "one of arithmetic, chat, hf, jsonl, pairs, responses"),
         ({"a": {"kind": "chat"}}, "a.path: Field required"),
-        ({"a": {"kind": "chat", "path": "x", "traim_on": "last"}}, "a.traim_on: Extra inputs"),
+        ({"a": {"kind": "chat", "path": "x", "traim_on": "last"}}, "a.traim_on: no such key; did you mean train_on"),
         ({"a": {"kind": "chat", "path": "x", "weight": 0}}, "a.weight must be a number above 0"),
         ({"a/b": {"kind": "chat", "path": "x"}}, "letters, digits and _ only"),
         ({"a": {"kind": "rlkit.data.mixture.Mixture", "sources": {}}}, "not of mixtures"),
