@@ -50,6 +50,8 @@ def rollout_metrics(
         "buffer/dropped_stale": float(stats.dropped_stale),
         "buffer/rejected": float(sum(stats.rejected.values())),
     }
+    if stats.surplus:
+        metrics["buffer/surplus"] = float(stats.surplus)
     compared = [group for group in values if len(group) > 1]
     if compared:
         metrics["group/all_equal_share"] = float(np.mean([np.ptp(group) == 0 for group in compared]))
@@ -131,8 +133,8 @@ class UpdateGuard:
         if not mismatch <= self.config.mismatch_alarm:  # also true for NaN
             self.warn(
                 f"sampler and learner disagree by {mismatch:.3g} in log-prob on average, more than "
-                f"trainer.mismatch_alarm={self.config.mismatch_alarm:g}: other precision or kernels, top_p/top_k "
-                "sampling, or stale weights"
+                f"trainer.mismatch_alarm={self.config.mismatch_alarm:g}: other precision or kernels, sampling from a "
+                "truncated or penalised distribution (rollout.top_p and its like), or stale weights"
             )
         if not metrics["policy/trained_samples"] and not metrics.get("policy/waits"):
             self.warn("a step had nothing to train on: no group had two valid samples")
@@ -167,8 +169,9 @@ class UpdateGuard:
             raise TrainingFailedError(
                 f"in {MISMATCHED_STEPS} steps in a row the sampler's log-probs differ from the learner's by more than "
                 f"trainer.max_mismatch={limit:g} on average (now {mismatch:.3g}): what is trained is not what samples. "
-                "Causes: a model that sampler and learner compute differently, rollout.top_p or top_k, old weights, or "
-                "a collapsed policy; null turns this limit off"
+                "Causes: a model that sampler and learner compute differently, old weights, a collapsed policy, or "
+                "rollout.top_p, top_k, min_p, repetition_penalty or structured, which change what is sampled from; "
+                "null turns this limit off"
             )
 
 

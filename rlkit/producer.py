@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from rlkit.cluster.waiting import waiting
 from rlkit.data.order import PromptOrder
 from rlkit.experience import Prompt
+from rlkit.experience.buffer import with_surplus
 from rlkit.experience.scores import ScoreReport
 from rlkit.rollout.worker import GroupRequest
 from rlkit.serving.unasked import Rewards
@@ -35,6 +36,7 @@ class Producer:
         buffer: Any,
         *,
         groups_per_step: int,
+        oversample: float,
         samples_per_prompt: int,
         greedy: bool,
         seed: int,
@@ -42,6 +44,7 @@ class Producer:
     ) -> None:
         self.order, self.rollout, self.reward, self.buffer = order, rollout, reward, buffer
         self.groups_per_step, self.samples_per_prompt = groups_per_step, samples_per_prompt
+        self.most_at_once = with_surplus(groups_per_step, oversample)
         self.greedy, self.seed, self.step_timeout_seconds = greedy, seed, step_timeout_seconds
         self.started = 0
         self._open: dict[str, GroupRequest] = {}
@@ -57,7 +60,7 @@ class Producer:
         async with asyncio.TaskGroup() as scoring:
             while True:
                 async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 3):
-                    room = await self.buffer.reserve.remote(self.groups_per_step)
+                    room = await self.buffer.reserve.remote(len(self._again) or self.most_at_once)
                 requests = self._requests(room)
                 began = time.monotonic()
                 async for groups in self.rollout.generate(requests):

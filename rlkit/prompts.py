@@ -10,6 +10,7 @@ from rewards.base import Reward, RewardConfig
 from rlkit.config.messages import named_as_set
 from rlkit.config.parts import ResolvedRun
 from rlkit.config.plan import asks_reward
+from rlkit.config.structured import split_unusable
 from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Split
 from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.evaluation import OWN
@@ -39,7 +40,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     from rlkit.rollout.sampler import stop_token_ids
 
     config, rollout = resolved.config, resolved.config.rollout
-    folder, template = model_folder(config.model.path), config.model.chat_template
+    folder = model_folder(config.model.path)
+    template = config.model.chat_template, config.model.chat_template_arguments
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     if rollout.steps != "none" and not tokenizer.is_fast:
         raise DataError(
@@ -49,14 +51,15 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     source, from_data = resolved.make_data_source(), rollout.source == "data"
 
     def rendered(problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str) -> list[Prompt]:
+        fit, unfit = split_unusable(rollout.structured, problems)
         if from_data:
             stops = stop_token_ids(str(folder), tokenizer)
             limits = (rollout.max_prompt_tokens, rollout.max_response_tokens)
-            prompts, unusable = render_recorded(problems, tokenizer, stops, *limits, template)
+            prompts, unusable = render_recorded(fit, tokenizer, stops, *limits, *template)
         else:
-            prompts, unusable = render(problems, tokenizer, rollout.max_prompt_tokens, template)
+            prompts, unusable = render(fit, tokenizer, rollout.max_prompt_tokens, *template)
         rows = sum(problem.rows for problem in problems) + len(bad)
-        _report_bad_rows([*bad, *unusable], rows, data.max_bad_row_share, what, tracker)
+        _report_bad_rows([*bad, *unfit, *unusable], rows, data.max_bad_row_share, what, tracker)
         return prompts
 
     splits: tuple[Split, ...] = ("train", "heldout")
@@ -86,7 +89,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
         tracker.warn(message)
     judged = _heldout(resolved, train, {OWN: loaded["heldout"], **further}, tracker) if rollout.workers else {}
     recorded = loaded["heldout"][: config.trainer.evaluation_prompts] if from_data else []
-    return Loaded(train, judged, recorded, renderer(tokenizer, template))
+    return Loaded(train, judged, recorded, renderer(tokenizer, *template))
 
 
 def with_epochs(resolved: ResolvedRun, problems: int) -> ResolvedRun:

@@ -243,7 +243,7 @@ async def _start(
     elif data.recorded:
         evaluator = RecordedEvaluator(data.recorded, learner, algorithm)
     buffer = ray.remote(num_cpus=0, runtime_env={"env_vars": NO_GPU}, **beside_driver(0))(BufferActor).remote(
-        config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer
+        config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer, config.rollout.oversample
     )
     starting = start_in_order(starts, loads_after(config))
     await _all_ready({LOADING[name]: part for name, part in starting.items()}, tracker, config)
@@ -263,6 +263,7 @@ async def _start(
             reward,
             buffer,
             groups_per_step=config.trainer.prompts_per_step,
+            oversample=config.rollout.oversample,
             samples_per_prompt=algorithm.config.samples_per_prompt,
             greedy=needs.greedy_response,
             seed=config.seed,

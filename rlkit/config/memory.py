@@ -348,7 +348,7 @@ def step_bytes(run: ResolvedRun) -> float:
     config = run.config
     prompts, responses = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
     tokens = prompts + run.algorithm_config.samples_per_prompt * responses
-    return float(16 * config.trainer.prompts_per_step * tokens)
+    return float(16 * config.trainer.prompts_per_step * config.rollout.oversample * tokens)
 
 
 def stored_bytes(run: ResolvedRun) -> float:

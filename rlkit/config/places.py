@@ -15,6 +15,7 @@ from rlkit.data.base import DataError, DataSource, Split
 from rlkit.data.lengths import too_long_prompts
 from rlkit.data.tables import local_files
 from rlkit.models.folder import ModelFolderError, ModelShape, model_folder
+from rlkit.models.usable import default_template
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
 """Any of these marks a folder that holds a run."""
@@ -86,15 +87,12 @@ def chat_template_is_one(model: Any) -> Issues:
     if not file.is_file():
         yield ConfigIssue("model.chat_template", "no such file")
         return
-    from jinja2 import Environment, TemplateError, meta  # only a run with a template of its own needs it
-
     try:
-        text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", file.read_text(encoding="utf-8"))
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(text)
-    except (OSError, UnicodeDecodeError, TemplateError) as error:
+        variables = _template_variables(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         yield ConfigIssue("model.chat_template", f"is no Jinja template: {error}")
         return
-    if "messages" not in meta.find_undeclared_variables(tree):
+    if "messages" not in variables:
         yield ConfigIssue("model.chat_template", "does not use `messages`, so every prompt would be the same text")
 
 
@@ -102,7 +100,7 @@ def prompts_are_short_enough(
     data: DataSource, model_shape: ModelShape | ModelFolderError, model: ModelConfig, rollout: RolloutConfig
 ) -> Issues:
     """Of the first problems; the start counts all of them, as transformers does."""
-    limit, template, share = rollout.max_prompt_tokens, model.chat_template, data.config.max_bad_row_share
+    limit, share = rollout.max_prompt_tokens, data.config.max_bad_row_share
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
         try:
@@ -114,7 +112,9 @@ def prompts_are_short_enough(
             return
         allowed = int(share * len(problems) + 1e-9)
         try:
-            long = too_long_prompts(problems, model_folder(model.path), template, limit, allowed)
+            long = too_long_prompts(
+                problems, model_folder(model.path), model.chat_template, model.chat_template_arguments, limit, allowed
+            )
         except DataError as error:
             yield ConfigIssue("model.path", str(error))
             return
@@ -128,6 +128,42 @@ def prompts_are_short_enough(
                 f"data.max_bad_row_share={share:g} allows; the longest that was counted has {longest[0]} tokens "
                 f"({longest[1]})",
             )
+
+
+def _template_variables(text: str) -> set[str]:
+    """Raises ValueError if it is no template."""
+    from jinja2 import Environment, TemplateError, meta  # a run with the model's own template does not need it
+
+    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(text)
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
+    return meta.find_undeclared_variables(tree)
+
+
+GIVEN = {"messages", "add_generation_prompt", "continue_final_message", "raise_exception", "strftime_now"}
+"""What every template is given."""
+
+
+def chat_template_takes_its_arguments(model: ModelConfig, model_shape: ModelShape | ModelFolderError) -> Issues:
+    """A name that the template does not use would change nothing."""
+    arguments = model.chat_template_arguments
+    if not arguments or isinstance(model_shape, ModelFolderError):
+        return
+    try:
+        if model.chat_template is not None:
+            text = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
+        else:
+            text = default_template(model_folder(model.path)) or ""
+        variables = _template_variables(text)
+    except (OSError, ValueError):
+        return  # reported with the template or the model
+    taken = variables - GIVEN
+    for name in arguments.keys() - taken:
+        why = "is set for every prompt already" if name in GIVEN else "is no variable of the chat template"
+        has = f"it has {', '.join(sorted(taken))}" if taken else "it has none"
+        yield ConfigIssue(f"model.chat_template_arguments.{name}", f"{why}; {has}")
 
 
 def ray_answers(cluster: ClusterConfig, dry_run: bool, here: bool) -> Issues:
@@ -185,6 +221,7 @@ PLACES = (
     resume_knows_its_folder,
     run_folder_outlives_the_job,
     chat_template_is_one,
+    chat_template_takes_its_arguments,
     prompts_are_short_enough,
     ray_answers,
     heldout_is_not_trained,

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, StrictInt, StrictStr, field_validator, model_validator
 
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.section import LearningRate, Section, Seed
@@ -67,8 +67,44 @@ class ModelConfig(Section):
     """Folder of a Hugging Face causal LM with its tokenizer; `embedded:policy` is the tiny one in the package."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""
+    chat_template_arguments: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, like `enable_thinking`: model.chat_template_arguments.enable_thinking=false."""
     trust_remote_code: bool = False
     """Run Python code from the model folder. Only for folders you trust."""
+
+
+COLUMN = "column:"
+"""Before the name of a data column that holds each problem's own value."""
+
+
+class StructuredConfig(Section):
+    """What every response must match: one of a regex, choices, or a JSON schema. Tokens that do not fit are never
+    sampled (constrained decoding). `column:NAME` as a value takes each problem's own from that column of the data."""
+
+    regex: str | None = None
+    """A regular expression for the whole response."""
+    choices: tuple[str, ...] | str | None = None
+    """Texts, one of which is the whole response."""
+    json_schema: dict[str, Any] | str | None = None
+    """A JSON schema, or the path of a file with one."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if sum(value is not None for value in (self.regex, self.choices, self.json_schema)) != 1:
+            raise ValueError("set one of regex, choices and json_schema")
+        if isinstance(self.choices, str) and not self.choices.startswith(COLUMN):
+            raise ValueError(f"choices must be a list of texts, like [yes,no], or {COLUMN}NAME")
+        return self
+
+    @property
+    def kind(self) -> Literal["regex", "choices", "json_schema"]:
+        return "regex" if self.regex is not None else "choices" if self.choices is not None else "json_schema"
+
+    @property
+    def column(self) -> str | None:
+        """The column with each problem's own value, if there is one."""
+        value = getattr(self, self.kind)
+        return value.removeprefix(COLUMN) if isinstance(value, str) and value.startswith(COLUMN) else None
 
 
 class RolloutConfig(Section):
@@ -92,6 +128,20 @@ class RolloutConfig(Section):
     """Nucleus sampling; below 1 the sampler's log-probs no longer equal the learner's (with a warning)."""
     top_k: int = Field(default=0, ge=0)
     """Keep only the k likeliest tokens; 0 keeps all. The same warning applies."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Keep only tokens with at least this share of the likeliest one's probability; 0 keeps all. The same warning
+    applies."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divide the positive logits of tokens that the prompt or the response has by this, and multiply the negative
+    ones; 1 does nothing. The same warning applies."""
+    stop: tuple[StrictInt | StrictStr, ...] = ()
+    """Texts and token ids that end a response (finish reason `stop`), besides the model's own end tokens. The token
+    that completes a stop text, or is a stop id, is the last of the response: it is trained, and rewards read it."""
+    structured: StructuredConfig | None = None
+    """What every response must match; null: anything."""
+    oversample: float = Field(default=1.0, ge=1, le=10)
+    """Groups sampled per group that a step still lacks, so that a filter's rejections need no second round (which waits
+    for its own longest response). Of more than a step takes, those asked for last are dropped and counted."""
     max_prompt_tokens: int = Field(default=512, ge=8)
     """Longer prompts are bad rows: reported, counted, skipped."""
     max_response_tokens: int = Field(default=512, ge=1)
@@ -122,6 +172,32 @@ class RolloutConfig(Section):
     sleep: Literal["auto", "always", "never"] = "never"
     """CUDA: free the engines' GPU memory (weights and key-value cache) while the learner works. auto: if engines
     share GPUs with ranks and training is synchronous."""
+
+    @property
+    def reshaping(self) -> tuple[str, ...]:
+        """Options by which the sampler draws from another distribution than the policy's."""
+        off = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "structured": None}
+        return tuple(name for name, value in off.items() if getattr(self, name) != value)
+
+    @property
+    def stop_texts(self) -> list[str]:
+        return [stop for stop in self.stop if isinstance(stop, str)]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return [stop for stop in self.stop if isinstance(stop, int)]
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _is_a_list(cls, stop: Any) -> Any:
+        return (stop,) if isinstance(stop, str | int) and not isinstance(stop, bool) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, stop: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if "" in stop:
+            raise ValueError("has an empty text, which would end every response at once")
+        return stop
 
     @field_validator("temperature", mode="before")
     @classmethod

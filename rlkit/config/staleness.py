@@ -12,11 +12,12 @@ def stale_samples_are_corrected(
 ) -> Issues:
     """Old log-probs are those of the learner's policy at the start of the step, so clipping alone sees no staleness."""
     key, corrects = "trainer.max_staleness", getattr(algorithm.config, "corrects", False)
-    if corrects and (rollout.top_p < 1 or rollout.top_k > 0):
+    if corrects and rollout.reshaping:
+        options = ", ".join(f"rollout.{name}" for name in rollout.reshaping)
         yield ConfigIssue(
             "algorithm.rollout_correction",
-            "multiplies every token by the share of the distribution that rollout.top_p or top_k leave (the sampler's "
-            "log-probs are of what is left, the learner's of all), besides correcting; better sample from all tokens",
+            f"multiplies every token by what {options} changed of its probability (the sampler's log-probs are of what "
+            "is left, the learner's of all), besides correcting; better sample from all tokens",
             warning=True,
         )
     if not trainer.max_staleness:

@@ -33,6 +33,14 @@ OTHER_NAMES: Mapping[str, str] = {
     "max_prompt_length": "rollout.max_prompt_tokens",
     "prompt_max_len": "rollout.max_prompt_tokens",
     "max_num_seqs": "rollout.max_concurrent_samples",
+    "gen_batch_size": "rollout.oversample",
+    "over_sampling_batch_size": "rollout.oversample",
+    "stop_strings": "rollout.stop",
+    "stop_token_ids": "rollout.stop",
+    "stop_tokens": "rollout.stop",
+    "guided_regex": "rollout.structured.regex",
+    "guided_choice": "rollout.structured.choices",
+    "guided_json": "rollout.structured.json_schema",
     # algorithm
     "beta": "algorithm.kl_coefficient",
     "init_kl_coef": "algorithm.kl_coefficient",
@@ -167,14 +175,13 @@ WISHES: tuple[tuple[str, str], ...] = (
     (r"sft", "supervised fine-tuning is a command of its own: python -m rlkit.sft"),
     (r"multi_?turns?|max_turns|tools?|tool_\w+|env|environments?|agents?|agent_\w+|gym", MULTI_TURN),
     (
-        r"stop|stop_\w+|eos_token_ids?|ignore_eos",
-        "stop strings are not supported: a response ends with the model's own end token or after "
+        r"eos_token_ids?|ignore_eos",
+        "a response ends with the model's own end tokens, a text or token of rollout.stop, or after "
         "rollout.max_response_tokens",
     ),
     (
-        r"enable_thinking|thinking|\w*template_(kwargs|args|arguments)",
-        "arguments of the chat template are not supported: save the template with the choice made in it, and name it "
-        "by model.chat_template=FILE",
+        r"enable_thinking|thinking|\w*template_(kwargs|args)",
+        "variables of the chat template are model.chat_template_arguments.NAME=VALUE",
     ),
     (
         r"ppo_epochs|update_epochs|num_ppo_epochs|num_iterations|mu",

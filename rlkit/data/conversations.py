@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,13 +36,14 @@ def render_recorded(
     max_prompt_tokens: int,
     max_response_tokens: int,
     chat_template: str | Path | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> tuple[list[Prompt], list[BadRow]]:
     """Prompts with `recorded` responses, and the rows that cannot be used.
 
     `stop_token_ids` end a sampled response. Raises DataError for a template whose answers end with none of them, and
     as `render` does.
     """
-    template = ChatTemplate(tokenizer, chat_template)
+    template = ChatTemplate(tokenizer, chat_template, template_arguments)
     asked, bad = ask(problems, template, max_prompt_tokens)
     prompts: list[Prompt] = []
     too_long: list[BadRow] = []

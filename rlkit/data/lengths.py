@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rlkit.data.base import DataError, Problem
+from rlkit.models.usable import default_template
 
 MOST_PROMPTS = 256
 """That are tokenised, or one more than may be skipped."""
@@ -20,7 +21,12 @@ LARGEST_TOKENIZER = 24 * 2**20
 
 
 def too_long_prompts(
-    problems: Sequence[Problem], folder: Path, chat_template: str | Path | None, limit: int, allowed: int
+    problems: Sequence[Problem],
+    folder: Path,
+    chat_template: str | Path | None,
+    template_arguments: Mapping[str, Any],
+    limit: int,
+    allowed: int,
 ) -> list[tuple[int, str]]:
     """(tokens, origin) of prompts of more than `limit` tokens, from the longest texts on; enough to prove that they
     are more than `allowed`, if they are.
@@ -28,14 +34,16 @@ def too_long_prompts(
     `chat_template`: path of a Jinja file. Empty where nothing can be counted here (`uncountable`). Raises DataError if
     tokenizer.json cannot be read, and OSError or ValueError for other files.
     """
-    template = _template(folder, chat_template)
+    own = chat_template is None
+    template = default_template(folder) if own else Path(chat_template).expanduser().read_text(encoding="utf-8")
     if template is None or uncountable(folder):
         return []
     by_text = sorted(problems, key=lambda problem: -sum(len(message.content) for message in problem.messages))
     count: Callable[[str], int] | None = None
     proven: list[tuple[int, str]] = []
     characters = 0
-    for problem, text in _rendered(by_text[: max(MOST_PROMPTS, allowed + 1)], template, _special_tokens(folder)):
+    variables = {**_special_tokens(folder), **template_arguments}
+    for problem, text in _rendered(by_text[: max(MOST_PROMPTS, allowed + 1)], template, variables):
         characters += len(text)
         if len(text.encode()) <= limit or characters > MOST_CHARACTERS:  # a token has a byte at least
             break
@@ -56,29 +64,17 @@ def uncountable(folder: Path) -> str:
     return "tokenizer.json is large" if file.stat().st_size > LARGEST_TOKENIZER else ""
 
 
-def _template(folder: Path, named: str | Path | None) -> str | None:
-    file = Path(named).expanduser() if named is not None else folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    own = _tokenizer_config(folder).get("chat_template")
-    if isinstance(own, list):  # one for each use
-        own = next((entry["template"] for entry in own if entry.get("name") == "default"), None)
-    return own if named is None and isinstance(own, str) else None
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
+def _special_tokens(folder: Path) -> dict[str, str]:
     file = folder / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return config
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    tokens = {name: value for name, value in _tokenizer_config(folder).items() if name.endswith("_token")}
+    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _rendered(problems: Sequence[Problem], template: str, special: dict[str, str]) -> Iterator[tuple[Problem, str]]:
+def _rendered(
+    problems: Sequence[Problem], template: str, variables: Mapping[str, Any]
+) -> Iterator[tuple[Problem, str]]:
     """As transformers renders it; without the conversations that the template refuses."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -98,7 +94,7 @@ def _rendered(problems: Sequence[Problem], template: str, special: dict[str, str
     for problem in problems:
         messages = [{"role": message.role, "content": message.content} for message in problem.messages]
         try:
-            yield problem, compiled.render(messages=messages, add_generation_prompt=True, **special)
+            yield problem, compiled.render(messages=messages, add_generation_prompt=True, **variables)
         except TemplateError:
             continue
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.experience import Message, Prompt
@@ -46,8 +46,14 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
 class ChatTemplate:
     """A model's chat template, or that of a Jinja file. Raises DataError if there is none."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        path: str | Path | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`arguments`: its variables, besides those that every template has."""
+        self.tokenizer, self.arguments = tokenizer, arguments or {}
         self._text = _read_template(path, tokenizer)
 
     def texts(self, chats: Sequence[Sequence[Message]], *, ask: bool) -> list[str | BadRow]:
@@ -60,7 +66,7 @@ class ChatTemplate:
         def text(conversations: Sequence[Sequence[Message]]) -> list[str | BadRow]:
             messages = [[{"role": m.role, "content": m.content} for m in chat] for chat in conversations]
             rendered: list[str | BadRow] = self.tokenizer.apply_chat_template(
-                messages, chat_template=self._text, add_generation_prompt=ask, tokenize=False
+                messages, chat_template=self._text, add_generation_prompt=ask, tokenize=False, **self.arguments
             )
             return rendered
 
@@ -148,20 +154,23 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     chat_template: str | Path | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> tuple[list[Prompt], list[BadRow]]:
     """Prompts, and the problems that cannot be rendered, as `ask`; `chat_template`: path of a Jinja file.
 
     Raises DataError without a template, or for two BOS tokens.
     """
-    asked, bad = ask(problems, ChatTemplate(tokenizer, chat_template), max_prompt_tokens)
+    asked, bad = ask(problems, ChatTemplate(tokenizer, chat_template, template_arguments), max_prompt_tokens)
     return [prompt for _, prompt, _ in asked], bad
 
 
 def renderer(
-    tokenizer: PreTrainedTokenizerBase, chat_template: str | Path | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | Path | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> Callable[[Sequence[Message]], tuple[int, ...]]:
     """Renders one prompt that is no problem of the data. It raises DataError where the template refuses it."""
-    template = ChatTemplate(tokenizer, chat_template)
+    template = ChatTemplate(tokenizer, chat_template, template_arguments)
 
     def rendered(messages: Sequence[Message]) -> tuple[int, ...]:
         (text,) = template.texts([messages], ask=True)

@@ -7,11 +7,13 @@ With n groups per step and a staleness bound s, room is granted while
     accepted + in flight < (version + s + 1) * n,
 so group number g (first in, first out) is trained at step g // n with weights at most s versions newer than the ones
 it was sampled with, unless others overtake it while it is scored: what became too old is dropped and counted.
-s = 0 is synchronous training.
+s = 0 is synchronous training. There more groups than a step lacks may be asked for (`oversample`): a step then takes
+those asked for first, once all are judged, and the others are dropped.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,14 +45,28 @@ class BufferStats:
     """By rule, since the start."""
     verdicts: Mapping[str, int] = field(default_factory=dict)
     """Rejected groups since the start, by `all_right`, `all_wrong` and `mixed`."""
+    surplus: int = 0
+    """Dropped since the start, because a step had more than it takes."""
+
+
+def with_surplus(groups: int, oversample: float) -> int:
+    """How many groups to ask for where so many are lacking."""
+    return math.ceil(groups * oversample - 1e-9)  # 10 x 1.1 is 11, whatever floating point says
 
 
 class ExperienceBuffer:
     def __init__(
-        self, groups_per_step: int, max_staleness: int, rejected_by: GroupFilter, max_rejected_share: float
+        self,
+        groups_per_step: int,
+        max_staleness: int,
+        rejected_by: GroupFilter,
+        max_rejected_share: float,
+        oversample: float = 1.0,
     ) -> None:
+        """`oversample` above 1 is for `max_staleness` 0."""
         self.groups_per_step = groups_per_step
         self.max_staleness = max_staleness
+        self.oversample = oversample
         self._rejected_by = rejected_by
         self._max_rejected_share = max_rejected_share
         self._ready: deque[Group] = deque()
@@ -62,15 +78,17 @@ class ExperienceBuffer:
         self._verdicts: Counter[str] = Counter()
         self._judged_this_step = 0
         self._rejected_this_step: Counter[str] = Counter()
-        self._rejected_groups: list[Group] = []
-        """Since they were last taken."""
+        self._surplus = 0
+        self._untrained: list[Group] = []
+        """Rejected, or surplus, since they were last taken."""
         self._taken: list[tuple[str, str]] = []
-        """(group, prompt) ids of the groups taken since the last version: of a step that has begun."""
+        """(group, prompt) ids of the groups taken since the last version, of a step that has begun, and of its surplus.
+        """
 
     def reserve(self, limit: int) -> int:
         """How many groups a producer may start now, at most `limit`; they count as in flight from here on."""
         room = (self._version + self.max_staleness + 1) * self.groups_per_step - self._accepted - self._in_flight
-        granted = max(0, min(limit, room))
+        granted = max(0, min(limit, with_surplus(room, self.oversample)))
         self._in_flight += granted
         return granted
 
@@ -89,7 +107,7 @@ class ExperienceBuffer:
             self._rejected[rule] += 1
             self._rejected_this_step[rule] += 1
             self._verdicts[verdict(group)] += 1
-            self._rejected_groups.append(group)
+            self._untrained.append(group)
             self._check_rejections()
             return False
         self._ready.append(group)
@@ -104,27 +122,41 @@ class ExperienceBuffer:
         self._ready = deque(fresh)
         self._dropped_stale += stale
         self._accepted -= stale  # their places are free again, so that a producer can fill them
-        if len(self._ready) < self.groups_per_step:
+        if len(self._ready) < self.groups_per_step or (self.oversample > 1 and self._in_flight):
             return None
         self._judged_this_step = 0
         self._rejected_this_step.clear()
+        surplus = self._drop_surplus() if self.oversample > 1 else []
         taken = [self._ready.popleft() for _ in range(self.groups_per_step)]
-        self._taken = [(group.id, group.prompt.id) for group in taken]
+        self._taken = [(group.id, group.prompt.id) for group in (*taken, *surplus)]
         return sorted(taken, key=lambda group: group.id)  # in the order asked for, whoever was scored first
 
+    def _drop_surplus(self) -> list[Group]:
+        """Keep what a step takes: those asked for first, whoever was scored first."""
+        ready = sorted(self._ready, key=lambda group: group.id)
+        self._ready, surplus = deque(ready[: self.groups_per_step]), ready[self.groups_per_step :]
+        self._accepted -= len(surplus)
+        self._surplus += len(surplus)
+        self._untrained += surplus
+        return surplus
+
     def take_rejected(self) -> list[Group]:
-        """Rejected since the last call, sorted by id: metrics are of all judged groups."""
-        groups, self._rejected_groups = self._rejected_groups, []
+        """Rejected, or surplus, since the last call, sorted by id: metrics are of all judged groups."""
+        groups, self._untrained = self._untrained, []
         return sorted(groups, key=lambda group: group.id)
 
     def put_back(self) -> list[tuple[str, str]]:
         """Undo the step that began with the last version and will not be trained, for a checkpoint in its middle.
 
         Returns (group, prompt) ids of its groups, which must be asked for again: also of those on their way to whoever
-        took them.
+        took them. With `oversample`, of all that were accepted for it: which are surplus is known when all are judged.
         """
         taken, self._taken = self._taken, []
-        self._accepted -= len(taken)
+        self._accepted -= min(len(taken), self.groups_per_step)
+        if self.oversample > 1:
+            taken += [(group.id, group.prompt.id) for group in self._ready]
+            self._accepted -= len(self._ready)
+            self._ready.clear()
         self._version -= 1
         return taken
 
@@ -143,6 +175,7 @@ class ExperienceBuffer:
             self._dropped_stale,
             dict(self._rejected),
             dict(self._verdicts),
+            self._surplus,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,6 +187,7 @@ class ExperienceBuffer:
             "dropped_stale": self._dropped_stale,
             "rejected": dict(self._rejected),
             "verdicts": dict(self._verdicts),
+            "surplus": self._surplus,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -163,13 +197,14 @@ class ExperienceBuffer:
         self._dropped_stale = state["dropped_stale"]
         self._rejected = Counter(state["rejected"])
         self._verdicts = Counter(state.get("verdicts", {}))  # checkpoints before 0.3 have none
+        self._surplus = state.get("surplus", 0)
         self._in_flight = 0
 
     def _check_rejections(self) -> None:
         rejected, judged = self._rejected_this_step.total(), self._judged_this_step
         if judged < 2 * self.groups_per_step or rejected <= self._max_rejected_share * judged:
             return
-        verdicts = Counter(verdict(group) for group in self._rejected_groups)
+        verdicts = Counter(verdict(group) for group in self._untrained)
         share, most = max((count / rejected, kind) for kind, count in verdicts.items())
         explained = most if share >= NEARLY_ALL else "mixed"
         rules = ", ".join(f"buffer.{rule}: {count}" for rule, count in self._rejected_this_step.most_common())

@@ -14,8 +14,10 @@ from rlkit.experience.types import Group
 class BufferActor:
     """`reserve` and `take` wait on a condition until they can answer."""
 
-    def __init__(self, groups_per_step: int, max_staleness: int, config: BufferConfig) -> None:
-        self.buffer = ExperienceBuffer(groups_per_step, max_staleness, make_filter(config), config.max_rejected_share)
+    def __init__(self, groups_per_step: int, max_staleness: int, config: BufferConfig, oversample: float = 1.0) -> None:
+        self.buffer = ExperienceBuffer(
+            groups_per_step, max_staleness, make_filter(config), config.max_rejected_share, oversample
+        )
         self.masks_truncated = config.truncated == "mask"
         self.changed = asyncio.Condition()
         self.failure: TooManyRejectedError | None = None

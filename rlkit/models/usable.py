@@ -42,7 +42,7 @@ def refusals(
     config = _config(folder)
     yield from _architecture(config, trust_remote_code)
     yield from _weights(folder)
-    if not chat_template and not _has_template(folder):
+    if not chat_template and default_template(folder) is None:
         yield (
             f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), so it is "
             "a base model; name an instruction-tuned one, or a template with model.chat_template=FILE"
@@ -129,13 +129,18 @@ def _needed_bytes(file: Path) -> int | None:
     return int(8 + length + max(ends, default=0))
 
 
-def _has_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file() or any((folder / "chat_templates").glob("*.jinja")):
-        return True
+def default_template(folder: Path) -> str | None:
+    """The chat template of a model's folder, where transformers looks for it; None if there is none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        if (folder / name).is_file() and json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template"):
-            return True
-    return False
+        if (folder / name).is_file():
+            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(template, list):  # several, each with a name
+                template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            if template:
+                return str(template)
+    return None
 
 
 def _head_size(text: dict[str, Any]) -> int | None:

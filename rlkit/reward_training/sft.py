@@ -7,7 +7,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,9 +159,14 @@ class _Report:
 
 def _load_examples(resolved: ResolvedRun, split: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
     problems, bad = resolved.make_data_source().load(split)
-    limit = resolved.config.rollout.max_response_tokens
+    rollout, model = resolved.config.rollout, resolved.config.model
     examples, more_bad = make_examples(
-        problems, tokenizer, resolved.config.rollout.max_prompt_tokens, limit, resolved.config.model.chat_template
+        problems,
+        tokenizer,
+        rollout.max_prompt_tokens,
+        rollout.max_response_tokens,
+        model.chat_template,
+        model.chat_template_arguments,
     )
     unusable = [*bad, *more_bad]
     rows = len(problems) + len(bad)
@@ -178,6 +183,7 @@ def make_examples(
     max_prompt_tokens: int,
     max_target_tokens: int,
     chat_template: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> tuple[list[list[Example]], list[BadRow]]:
     """Per usable problem one example for each reference; and the unusable rows.
 
@@ -186,7 +192,7 @@ def make_examples(
     from rlkit.data.rendering import render
     from rlkit.reward_training.sft_learner import Example
 
-    prompts, bad = render(problems, tokenizer, max_prompt_tokens, chat_template)
+    prompts, bad = render(problems, tokenizer, max_prompt_tokens, chat_template, template_arguments)
     if tokenizer.eos_token_id is None:
         raise SftError("the tokenizer has no end-of-sequence token; without one the model never learns to stop")
     texts = [reference for prompt in prompts for reference in prompt.references]

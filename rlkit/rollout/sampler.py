@@ -12,6 +12,8 @@ import numpy as np
 from rlkit.cluster.placement import BUNDLES
 from rlkit.config.plan import WeightRoute
 from rlkit.config.schema import RolloutConfig
+from rlkit.config.structured import Grammar
+from rlkit.experience import UserError
 from rlkit.experience.types import FinishReason
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Loaded
@@ -61,15 +63,17 @@ class Request:
     """None: the engine's own randomness."""
     max_tokens: int
     temperature: float
+    grammar: Grammar | None = None
+    """What the response must match."""
 
 
 @dataclass(frozen=True)
 class Response:
     id: str
     token_ids: np.ndarray
-    """[T] int32, including a sampled stop token."""
+    """[T] int32: whole tokens as sampled, with the stop token, or the token that completes a stop text."""
     logprobs: np.ndarray
-    """[T] float32 at the sampling temperature."""
+    """[T] float32, of the distribution that was sampled from: after temperature, penalty, grammar and truncation."""
     finish_reason: FinishReason
     cached_prompt_tokens: int
     """Prompt tokens served by the prefix cache."""
@@ -128,13 +132,16 @@ class Sampler:
         transfer: dict[str, Any] = {"worker_extension_cls": EXTENSION}
         if route != "object_store":
             transfer["weight_transfer_config"] = {"backend": BACKENDS[route]}
+        if config.structured is not None and config.structured.column is not None:
+            # vLLM chooses the library by the first grammar, and gives it the others whatever it lacks for them.
+            transfer["structured_outputs_config"] = {"backend": "xgrammar"}
         self.config, self.device = config, device
         self.stop_token_ids = list(stop_token_ids)
         self.asleep: set[str] = set()
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model_path,
-                skip_tokenizer_init=True,
+                skip_tokenizer_init=not config.stop_texts and config.structured is None,
                 trust_remote_code=trust_remote_code,
                 dtype=("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
                 max_model_len=max_model_len,
@@ -143,7 +150,7 @@ class Sampler:
                 enable_prefix_caching=config.prefix_caching,
                 tensor_parallel_size=config.tensor_parallel_size,
                 distributed_executor_backend=executor(config.tensor_parallel_size),
-                logprobs_mode="processed_logprobs",  # log-probs at the sampling temperature, as the learner's
+                logprobs_mode="processed_logprobs",  # of the distribution sampled from, at its temperature
                 async_scheduling=False,
                 disable_log_stats=True,
                 generation_config="vllm",
@@ -154,30 +161,48 @@ class Sampler:
                 **transfer,
             )
         )
+        if config.structured is not None:
+            # Grammars that compile beside the engine join its batch at a moment that differs from run to run, and a
+            # batch's composition shows in the last bits.
+            manager = self.engine.engine_core.engine_core.structured_output_manager
+            assert manager._use_async_grammar_compilation
+            manager._use_async_grammar_compilation = False
 
     def add(self, request: Request) -> None:
+        """Raises UserError for a grammar that vLLM cannot follow."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.exceptions import VLLMValidationError
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        self.engine.add_request(
-            request.id,
-            {"prompt_token_ids": list(request.prompt)},
-            SamplingParams(
-                temperature=request.temperature,
-                top_p=self.config.top_p,
-                top_k=self.config.top_k or -1,
-                max_tokens=request.max_tokens,
-                seed=request.seed,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-                stop_token_ids=self.stop_token_ids,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            ),
+        parameters = SamplingParams(
+            temperature=request.temperature,
+            top_p=self.config.top_p,
+            top_k=self.config.top_k or -1,
+            min_p=self.config.min_p,
+            repetition_penalty=self.config.repetition_penalty,
+            max_tokens=request.max_tokens,
+            seed=request.seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(self.config.stop_texts),
+            skip_special_tokens=False,  # a stop text may be one
+            stop=self.config.stop_texts,
+            stop_token_ids=[*self.stop_token_ids, *self.config.stop_ids],
+            structured_outputs=request.grammar and StructuredOutputsParams(**request.grammar),
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        try:
+            self.engine.add_request(request.id, {"prompt_token_ids": list(request.prompt)}, parameters)
+        except VLLMValidationError as error:
+            if request.grammar is None:
+                raise
+            raise UserError(f"rollout.structured: vLLM cannot follow {dict(request.grammar)}: {error}") from error
 
     def step(self) -> list[Response]:
-        """Decode one token for every running request; return the responses that finished."""
+        """Decode one token for every running request; return the responses that finished.
+
+        Raises UserError where vLLM gave one up.
+        """
         return [_response(output) for output in self.engine.step() if output.finished]
 
     @property
@@ -272,6 +297,8 @@ def _repack_head(model: Any) -> None:
 def _response(output: Any) -> Response:
     completion = output.outputs[0]
     reason = completion.finish_reason
+    if reason == "error":
+        raise UserError(f"vLLM failed at request {output.request_id}; its log says why (a grammar that is too large?)")
     return Response(
         id=output.request_id,
         token_ids=np.array(completion.token_ids, dtype=np.int32),

@@ -14,6 +14,7 @@ import numpy as np
 
 from rlkit.config.plan import engines_sleep, longest_response, samples_have_seeds, weight_route
 from rlkit.config.schema import RunConfig
+from rlkit.config.structured import Grammar, grammar
 from rlkit.experience import Group, Prompt, Sample
 from rlkit.experience.steps import step_spans
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
@@ -105,11 +106,17 @@ class RolloutWorker:
             route=weight_route(config.cluster, config.rollout, config.learner),
             sleeps=engines_sleep(config),
         )
-        self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0))
+        self.grammar = self._grammar()
+        self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0, self.grammar))
         while self.sampler.busy:
             self.sampler.step()
         if engines_sleep(config):
             self.sampler.sleep(2)  # the learner loads on the same GPU; weights come before anything is sampled
+
+    def _grammar(self) -> Grammar | None:
+        """What all responses must match, if it is the same for all."""
+        structured = self.rollout.structured
+        return None if structured is None or structured.column is not None else grammar(structured, {})
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[str, ...] | list[Group]]:
         """Yield all groups that finished since the last yield (at least one), then their ids.
@@ -142,9 +149,11 @@ class RolloutWorker:
 
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
         seeded = samples_have_seeds(self.config)
+        structured = self.rollout.structured
         for request in requests:
             self.open[request.id] = _Open(request, self.version, done)
             temperature = self.rollout.temperature if request.temperature is None else request.temperature
+            required = None if structured is None else self.grammar or grammar(structured, request.prompt.columns)
             for index in range(request.responses):
                 self.sampler.add(
                     Request(
@@ -153,6 +162,7 @@ class RolloutWorker:
                         seed=sample_seed(request.seed, request.id, index) if seeded else None,
                         max_tokens=request.max_response_tokens or self.rollout.max_response_tokens,
                         temperature=temperature if index < request.samples else 0.0,
+                        grammar=required,
                     )
                 )
 

@@ -56,7 +56,7 @@ class Run:
         asked = PromptOrder(PROMPTS, 0)
         asked.take(2)
         self.producer = Producer(
-            asked, self, self, buffer, groups_per_step=2, samples_per_prompt=1, greedy=False, seed=0,  # type: ignore[arg-type]
+            asked, self, self, buffer, groups_per_step=2, oversample=1.0, samples_per_prompt=1, greedy=False, seed=0,  # type: ignore[arg-type]
             step_timeout_seconds=60.0,
         )  # fmt: skip
         self.producer.started = 2

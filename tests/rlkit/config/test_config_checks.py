@@ -19,6 +19,7 @@ from rlkit.config.schema import (
     LearnerConfig,
     ModelConfig,
     RolloutConfig,
+    StructuredConfig,
     TrainerConfig,
 )
 from rlkit.data.base import DataConfig
@@ -45,7 +46,7 @@ class SomeAlgorithm:
         self.config = AlgorithmConfig(samples_per_prompt=self.samples)
 
     def needs(self) -> AlgorithmNeeds:
-        return AlgorithmNeeds(self.critic, min_samples_per_prompt=self.minimum, layout=self.layout)
+        return AlgorithmNeeds(critic=self.critic, min_samples_per_prompt=self.minimum, layout=self.layout)
 
 
 def sections(**changes: Any) -> dict[str, Any]:
@@ -113,6 +114,7 @@ def test_checks_only_name_known_sections() -> None:
          "buffer.min_group_reward", "every group is rejected"),
         ({"buffer": BufferConfig(drop_equal_rewards=True), "algorithm": SomeAlgorithm(samples=1)},
          "buffer.drop_equal_rewards", "rejects every group"),
+        ({"rollout": RolloutConfig(oversample=1.5)}, "rollout.oversample", "no filter rejects groups"),
         ({"learner": LearnerConfig(warmup_steps=100)}, "learner.warmup_steps", "100 optimizer steps"),
         ({"learner": LearnerConfig(min_learning_rate_ratio=0.1)}, "learner.min_learning_rate_ratio", "no effect"),
         ({"rollout": RolloutConfig(tensor_parallel_size=2)}, "rollout.tensor_parallel_size", "must be 1"),
@@ -152,6 +154,9 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], key: str, text: s
     [
         ({"rollout": RolloutConfig(top_p=0.9)}, "rollout.top_p"),
         ({"rollout": RolloutConfig(top_k=5)}, "rollout.top_k"),
+        ({"rollout": RolloutConfig(min_p=0.1)}, "rollout.min_p"),
+        ({"rollout": RolloutConfig(repetition_penalty=1.1)}, "rollout.repetition_penalty"),
+        ({"rollout": RolloutConfig(structured=StructuredConfig(regex="[0-9]+"))}, "rollout.structured"),
         ({"rollout": RolloutConfig(dtype="bfloat16")}, "rollout.dtype"),
         ({"cluster": ClusterConfig(device="cuda"), "learner": LearnerConfig(dtype="float32")}, "rollout.dtype"),
         (
@@ -170,6 +175,33 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], key: str, text: s
 def test_what_is_doubtful_is_warned_about(changes: dict[str, Any], key: str) -> None:
     issues = run_checks(sections(**changes))
     assert [(issue.where, issue.warning) for issue in issues] == [(key, True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "said"),
+    [
+        ({"top_k": 5}, {}, True),
+        ({"top_p": 0.9}, {}, False),  # at most ln(1 / 0.9) = 0.105
+        ({"top_p": 0.8}, {}, True),
+        ({"top_p": 0.8}, {"max_mismatch": 0.3}, False),
+        ({"repetition_penalty": 1.1}, {"max_mismatch": None}, False),
+        ({"min_p": 0.1}, {"max_staleness": 1}, False),  # the limit does not count then
+    ],
+)
+def test_sampling_that_the_mismatch_limit_may_end_says_so(
+    options: dict[str, Any], trainer: dict[str, Any], said: bool
+) -> None:
+    issues = run_checks(sections(rollout=RolloutConfig(**options), trainer=TrainerConfig(**trainer)))
+    (issue,) = [issue for issue in issues if issue.where.startswith("rollout.")]
+    assert ("trainer.max_mismatch=null turns that off" in issue.message) is said
+
+
+def test_surplus_groups_are_for_rounds_that_a_filter_thins() -> None:
+    filtered = {"rollout": RolloutConfig(oversample=1.5), "buffer": BufferConfig(drop_equal_rewards=True)}
+    assert run_checks(sections(**filtered)) == []
+    issues = run_checks(sections(**filtered, trainer=TrainerConfig(max_staleness=1)))
+    (message,) = [issue.message for issue in issues if issue.where == "rollout.oversample"]
+    assert "is for trainer.max_staleness=0" in message
 
 
 def test_a_short_run_warns_of_no_interval_that_a_preset_sets() -> None:

@@ -53,6 +53,19 @@ def test_template_applied_once_with_one_bos() -> None:
     assert (prompt.id, prompt.references, prompt.answer, prompt.columns) == ("d.jsonl:1", ("r",), "1", {"k": 2})
 
 
+def test_arguments_of_the_template_reach_it() -> None:
+    thinking = "{% if thinking is defined and not thinking %}<think></think>{% endif %}"
+    tokenizer = byte_tokenizer(TEMPLATE + thinking)
+    rows = [problem("2+2?"), problem("what?", "critic")]  # the refused one sends each row through by itself
+    texts = {}
+    for value in (None, True, False):
+        arguments = None if value is None else {"thinking": value}
+        (prompt,), _ = render(rows, tokenizer, 100, template_arguments=arguments)
+        texts[value] = tokenizer.decode(list(prompt.token_ids))
+    assert texts[None] == texts[True] == "<s><user>2+2?</s><assistant>"
+    assert texts[False] == "<s><user>2+2?</s><assistant><think></think>"
+
+
 def test_long_and_refused_prompts_are_bad_rows_and_order_is_kept() -> None:
     rows = [problem("a" * n, "critic" if n == 3 else "user", f"d.jsonl:{n}") for n in range(1, 6)]
     longest = len(render([rows[3]], byte_tokenizer(), 100)[0][0].token_ids)

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ray_fixture import ray_session  # noqa: F401
 
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
-from rlkit.experience.buffer import DataSolvedError, ExperienceBuffer, TooManyRejectedError
+from rlkit.experience.buffer import DataSolvedError, ExperienceBuffer, TooManyRejectedError, with_surplus
 from rlkit.experience.buffer_actor import BufferActor
 from rlkit.experience.filters import BufferConfig, make_filter, masked
 
@@ -39,9 +39,12 @@ def make_group(name: str, *rewards: float | None, version: int = 0, finish: str 
     return Group(name, Prompt("p", (Message("user", "?"),), (1,)), samples).with_scores(GroupScores(scores))
 
 
-def make_buffer(groups_per_step: int = 2, max_staleness: int = 0, **filters: Any) -> ExperienceBuffer:
+def make_buffer(
+    groups_per_step: int = 2, max_staleness: int = 0, oversample: float = 1.0, **filters: Any
+) -> ExperienceBuffer:
     config = BufferConfig(**filters)
-    return ExperienceBuffer(groups_per_step, max_staleness, make_filter(config), config.max_rejected_share)
+    rule, share = make_filter(config), config.max_rejected_share
+    return ExperienceBuffer(groups_per_step, max_staleness, rule, share, oversample)
 
 
 class AnyInterleaving(RuleBasedStateMachine):
@@ -320,6 +323,98 @@ def test_a_step_that_began_can_be_undone_and_its_groups_asked_for_again() -> Non
     assert (buffer.stats().version, buffer.reserve(9)) == (0, 0)
     buffer.advance(1)
     assert buffer.reserve(9) == 2
+
+
+@pytest.mark.parametrize(("groups", "share", "expected"), [(32, 1.25, 40), (10, 1.1, 11), (3, 1.1, 4), (7, 1.0, 7)])
+def test_a_surplus_is_rounded_up(groups: int, share: float, expected: int) -> None:
+    assert with_surplus(groups, share) == expected
+
+
+def test_of_more_groups_than_a_step_takes_those_asked_for_first_are_trained() -> None:
+    buffer = make_buffer(groups_per_step=4, oversample=1.5, drop_equal_rewards=True)
+    assert buffer.reserve(9) == 6
+    for name in "fedc":
+        buffer.add(make_group(name, 0, 1))
+    assert buffer.take() is None, "who was scored first decided"
+    buffer.add(make_group("b", 1, 1))
+    buffer.add(make_group("a", 0, 1))
+    groups = buffer.take()
+    assert groups is not None
+    assert [group.id for group in groups] == ["a", "c", "d", "e"]
+    assert [group.id for group in buffer.take_rejected()] == ["b", "f"]  # metrics are of all judged groups
+    assert buffer.stats().surplus == 1
+    assert buffer.reserve(9) == 0
+    buffer.advance(1)
+    assert buffer.reserve(9) == 6
+
+
+def test_a_second_round_asks_for_what_is_lacking_and_its_surplus() -> None:
+    buffer = make_buffer(groups_per_step=4, oversample=1.5, drop_equal_rewards=True)
+    buffer.reserve(9)
+    for name, rewards in zip("abcdef", [(0, 0)] * 4 + [(0, 1)] * 2, strict=True):
+        buffer.add(make_group(name, *rewards))
+    assert buffer.take() is None
+    assert buffer.reserve(9) == 3
+
+
+class Step:
+    """A producer and a trainer of one step after the other, with groups that come in any order."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng, self.started = rng, 0
+        self.buffer = make_buffer(3, oversample=1.7, drop_equal_rewards=True, max_rejected_share=0.99)
+        self.again: list[int] = []
+        self.flying: list[int] = []
+
+    def reserve(self) -> None:
+        if self.flying:
+            return  # a round is judged whole
+        count = self.buffer.reserve(len(self.again) or with_surplus(3, 1.7))
+        repeated, self.again = self.again[:count], self.again[count:]
+        new = range(self.started, self.started + count - len(repeated))
+        self.started += len(new)
+        self.flying = [*repeated, *new]
+
+    def add(self, version: int) -> None:
+        number = self.flying.pop(self.rng.integers(len(self.flying)))
+        good = number * 7919 % 11 < 6  # whether a group differs in itself is its own affair
+        self.buffer.add(make_group(f"{number:03d}", 0.0, float(good), version=version))
+
+    def interrupt(self) -> None:
+        """An end in the middle of a step, and a resume."""
+        version = self.buffer.stats().version
+        self.again += [int(name) for name, _ in self.buffer.put_back()] + self.flying
+        self.flying = []
+        state = pickle.loads(pickle.dumps(self.buffer.state_dict()))
+        self.buffer = make_buffer(3, oversample=1.7, drop_equal_rewards=True, max_rejected_share=0.99)
+        self.buffer.load_state_dict(state)
+        self.buffer.advance(version)
+
+
+def trained(seed: int, interrupted: float) -> list[list[str]]:
+    step = Step(np.random.default_rng(seed))
+    steps: list[list[str]] = []
+    for version in range(6):
+        if version:
+            step.buffer.advance(version)
+        groups = None
+        while groups is None:
+            step.reserve()
+            if step.flying:
+                step.add(version)
+            groups = step.buffer.take()
+            if version and step.rng.random() < interrupted:
+                step.interrupt()
+                groups = None
+        steps.append([group.id for group in groups])
+    return [*steps, [str(step.started)]]
+
+
+def test_what_is_trained_depends_neither_on_order_nor_on_interruptions() -> None:
+    expected = trained(0, interrupted=0.0)
+    for seed in range(40):
+        assert trained(seed, interrupted=0.0) == expected
+        assert trained(seed, interrupted=0.1) == expected
 
 
 def test_rejections_are_judged_per_step() -> None:

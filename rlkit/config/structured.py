@@ -1,0 +1,119 @@
+"""What responses must match (`rollout.structured`): read and checked before anything starts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlkit.config.messages import ConfigIssue, Issues
+from rlkit.config.schema import RolloutConfig, StructuredConfig
+from rlkit.data.base import BadRow, DataSource, Problem
+
+Grammar = Mapping[str, Any]
+"""One of vLLM's constraints with its value: `regex`, `choice` or `json` (a schema's text)."""
+
+
+def grammar(config: StructuredConfig, columns: Mapping[str, Any]) -> Grammar:
+    """`columns`: of the problem, if the value is in one of them. Raises ValueError for an unusable value."""
+    if config.column is not None and columns.get(config.column) is None:
+        raise ValueError(f"column {config.column!r} is empty")
+    value = getattr(config, config.kind) if config.column is None else columns[config.column]
+    if config.kind == "regex":
+        return {"regex": _regex(value)}
+    if config.kind == "choices":
+        return {"choice": _choices(value)}
+    if config.column is None and isinstance(value, str):
+        value = _read(Path(value).expanduser())
+    return {"json": json.dumps(_schema(value))}
+
+
+def _regex(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no regular expression")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression: {error}") from error
+    return value
+
+
+def _choices(value: Any) -> list[str]:
+    texts = _decoded(value)
+    if not isinstance(texts, Sequence) or isinstance(texts, str):
+        raise ValueError(f"{value!r} is no list of texts")
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{value!r} must be a list of texts, and none of them empty")
+    return list(texts)
+
+
+def _schema(value: Any) -> Any:
+    from jsonschema import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+
+    schema = _decoded(value)
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"{value!r} is no JSON schema, which is an object")
+    try:
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"is no JSON schema: {error.message[:200]}") from error
+    return schema
+
+
+def _decoded(value: Any) -> Any:
+    """JSON as text, as CSV has it; an array of Parquet as a list."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{value[:80]!r} is not JSON: {error}") from error
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def split_unusable(
+    config: StructuredConfig | None, problems: Sequence[Problem]
+) -> tuple[Sequence[Problem], list[BadRow]]:
+    """The problems whose own value is usable, and the rows of the others."""
+    if config is None or config.column is None:
+        return problems, []
+    good, bad = [], []
+    for problem in problems:
+        try:
+            grammar(config, problem.columns)
+            good.append(problem)
+        except ValueError as error:
+            bad.append(BadRow(problem.origin, f"rollout.structured.{config.kind}: {error}"))
+    return good, bad
+
+
+def structure_is_usable(rollout: RolloutConfig, data: DataSource) -> Issues:
+    config = rollout.structured
+    if config is None:
+        return
+    key = f"rollout.structured.{config.kind}"
+    if config.column is None:
+        try:
+            grammar(config, {})
+        except ValueError as error:
+            yield ConfigIssue(key, str(error))
+        return
+    columns = data.provides() - {"answer", "references"}
+    if config.column not in columns:
+        yield ConfigIssue(
+            key,
+            f"there is no column {config.column}; {type(data).__name__} has {', '.join(sorted(columns)) or 'none'}",
+        )
