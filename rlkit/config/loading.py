@@ -93,11 +93,9 @@ class Loading:
             chosen = self.overrides.values.get(f"{kind}.{TARGET}")
             if chosen is not None and chosen != targets[kind]:
                 self._replace_part(composed, kind, chosen)
-        runtime = composed.hydra.runtime.choices
-        self.sources.presets = values_of(
-            {group: runtime.get(group) for group in default_options(self.folder)}, self.folder
-        )
-        self.sources.options = {kind: str(composed.hydra.runtime.choices[kind]) for kind in self.contracts} | combined
+        picked = composed.hydra.runtime.choices
+        self.sources.presets = values_of({name: picked.get(name) for name in default_options(self.folder)}, self.folder)
+        self.sources.options = {kind: str(picked[kind]) for kind in self.contracts} | combined
         for key, value in self.overrides.values.items():
             set_value(composed, key, value)
         self._new_folder = "run_dir" not in self.overrides.values and OmegaConf.is_interpolation(composed, "run_dir")
