@@ -17,7 +17,8 @@ from rlkit.models.folder import model_folder
 ARGUMENTS = {"thinking": False}
 FOLDER = model_folder("embedded:policy")
 CHAT = (
-    "{{ bos_token }}{% if not thinking %}<none>{% endif %}{% if messages[0].role == 'system' %}[{{ messages[0].content | tojson }}]{% endif %}\n"
+    "{{ bos_token }}{% if not thinking %}<none>{% endif %}"
+    "{% if messages[0].role == 'system' %}[{{ messages[0].content | tojson }}]{% endif %}\n"
     "{% for message in messages %}\n{% if message.content == 'refused' %}{{ raise_exception('no') }}{% endif %}\n"
     "{% if message.role == 'system' %}{% continue %}{% endif %}\n"
     "{% generation %}{{ strftime_now('%Y') }} {{ message.content | trim }}{% endgeneration %}{% endfor %}"
