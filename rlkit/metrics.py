@@ -1,8 +1,8 @@
-"""A step's metrics that all algorithms share, the run's summary, and the alarms: when a run stops or warns."""
+"""A step's metrics that all algorithms share, the run's summary, and the guard of updates."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -88,11 +88,12 @@ def summary(
     policy: str | None,
     best: Mapping[str, Any] | None = None,
     ended: str | None = None,
-    nothing_learnt: bool = False,
+    diagnosed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json. `heldout`: step -> the evaluation's `headline`; empty without evaluations.
 
     `best`: metric, value, step and policy of the best evaluation. `ended`: why before the last step, if it did.
+    `diagnosed`: entries of diagnostics.
     """
     area = headline.partition("/")[0]  # accuracy_before, reward_before, ...
     return {
@@ -107,7 +108,7 @@ def summary(
         "policy": policy,
         "best": best,
         "ended": ended,
-        "nothing_learnt": nothing_learnt,
+        **(diagnosed or {}),
     }
 
 
@@ -173,87 +174,3 @@ class UpdateGuard:
                 "rollout.top_p, top_k, min_p, repetition_penalty or structured, which change what is sampled from; "
                 "null turns this limit off"
             )
-
-
-class NoSignal:
-    """Warns while no step of the run had anything to teach: in no group did any sample differ in reward."""
-
-    STEPS = 5
-
-    def __init__(self, warn: Callable[[str], None]) -> None:
-        self.warn = warn
-        self.steps = 0
-        self.learnt = False
-
-    @property
-    def nothing_learnt(self) -> bool:
-        return self.steps > 0 and not self.learnt
-
-    def check(self, metrics: Mapping[str, float]) -> None:
-        size = metrics.get("advantage/mean_absolute")
-        self.learnt |= metrics.get("group/all_equal_share", 0.0) < 1 if size is None else size != 0
-        self.steps += 1
-        if self.nothing_learnt and self.steps == self.STEPS:
-            self.warn(f"nothing was learnt in the first {self.STEPS} steps: {self.cause(metrics)}")
-
-    def cause(self, metrics: Mapping[str, float]) -> str:
-        reward = f" (mean reward {metrics['reward/mean']:.3f})" if "reward/mean" in metrics else ""
-        return (
-            f"all responses to a prompt got the same reward, in every group{reward}, so all advantages are 0. Look in "
-            "samples.jsonl: is the reward able to read these answers, are the problems too hard or too easy for this "
-            "policy? (docs/metrics.md, `group/all_equal_share`)"
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "learnt": self.learnt}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps, self.learnt = state["steps"], state["learnt"]
-
-
-class HackingAlarm:
-    """Warns when a learnt signal rises while verified accuracy falls.
-
-    Compares the means of the last `window` steps with those of the `window` before: the reward or the process reward
-    model's accuracy up by more than `RISE`, the share of right answers down by more than `FALL`. At most one warning
-    per window.
-    """
-
-    RISE, FALL = 0.01, 0.02
-    LEARNT: Mapping[str, str] = {
-        "prm/pair_accuracy": "the process reward model's pair accuracy",
-        "reward/mean": "the mean reward",
-    }
-
-    def __init__(self, window: int, warn: Callable[[str], None]) -> None:
-        """`window` in steps; 0 turns it off."""
-        self.window, self.warn = window, warn
-        self.history: deque[Mapping[str, float]] = deque(maxlen=2 * window)
-        self.quiet = 0
-
-    def check(self, metrics: Mapping[str, float]) -> None:
-        names = ("accuracy/train", *self.LEARNT)
-        self.history.append({name: metrics[name] for name in names if name in metrics})
-        self.quiet -= 1
-        if not self.window or len(self.history) < 2 * self.window or self.quiet > 0:
-            return
-        verified = self._change("accuracy/train")
-        if verified is None or verified[1] - verified[0] > -self.FALL:
-            return
-        for name, what in self.LEARNT.items():
-            change = self._change(name)
-            if change is not None and change[1] - change[0] > self.RISE:
-                self.quiet = self.window
-                self.warn(
-                    f"{what} rose from {change[0]:.3f} to {change[1]:.3f} over {2 * self.window} steps while the share "
-                    f"of answers that the rule verifier finds right fell from {verified[0]:.1%} to {verified[1]:.1%}: "
-                    "the policy may be fooling its reward (read samples.jsonl; docs/metrics.md says more)"
-                )
-
-    def _change(self, name: str) -> tuple[float, float] | None:
-        """Means over the earlier and the later half; None if a half has no value."""
-        steps = list(self.history)
-        halves = [
-            [step[name] for step in half if name in step] for half in (steps[: self.window], steps[self.window :])
-        ]
-        return (fmean(halves[0]), fmean(halves[1])) if all(halves) else None

@@ -30,14 +30,15 @@ from rlkit.cluster.waiting import Watchdog, blocking, waiting
 from rlkit.config.command import FAILED, INTERRUPTED, print_error
 from rlkit.config.memory import object_store_bytes
 from rlkit.config.messages import ConfigError
-from rlkit.config.parts import ResolvedRun, config_text
+from rlkit.config.parts import ResolvedRun, config_text, plain
 from rlkit.config.plan import asks_reward, gpu_shares, references_are_cached
 from rlkit.config.schema import RunConfig
 from rlkit.data.order import PromptOrder
+from rlkit.diagnostics.group import Diagnostics, make_diagnostics
 from rlkit.endings import ending
 from rlkit.evaluation import Evaluator
 from rlkit.experience import UserError
-from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard
+from rlkit.metrics import UpdateGuard
 from rlkit.models.folder import model_folder
 from rlkit.models.usable import known_run
 from rlkit.offline import NoSync, RecordedEvaluator, RecordedResponses, recorded_groups
@@ -277,10 +278,15 @@ async def _start(
         folder=folder,
         tracker=tracker,
         guard=UpdateGuard(config.trainer, tracker.warn),
-        alarm=HackingAlarm(config.trainer.hacking_alarm_steps, tracker.warn),
+        diagnostics=Diagnostics(
+            make_diagnostics(config.diagnostics, plain(config)),
+            data.train,
+            warn=tracker.warn,
+            write_table=folder.append_table,
+            score=reward.judge,
+        ),
         schedule=SaveSchedule(config.trainer),
         stop=stop,
-        signal=NoSignal(tracker.warn),
         began=began,
     )
 

@@ -13,12 +13,14 @@ from algorithms.base import Advantages, Algorithm, Experience
 from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.schema import RunConfig
+from rlkit.diagnostics.base import StepRecord
+from rlkit.diagnostics.group import DiagnosedError, Diagnostics
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group, UserError
 from rlkit.experience.buffer import DataSolvedError, TooManyRejectedError
 from rlkit.experience.scores import RewardFailed, check_failures
 from rlkit.learner.joint import JointLearner
-from rlkit.metrics import HackingAlarm, NoSignal, UpdateGuard, rollout_metrics, summary
+from rlkit.metrics import UpdateGuard, rollout_metrics, summary
 from rlkit.offline import NoSync, RecordedEvaluator
 from rlkit.producer import Producer, until
 from rlkit.rollout.pool import RolloutFailedError
@@ -45,13 +47,12 @@ class Trainer:
     folder: RunFolder
     tracker: Tracker
     guard: UpdateGuard
-    alarm: HackingAlarm
+    diagnostics: Diagnostics
     checkpointer: Checkpointer
     began: float
     """`time.monotonic()` at the start of the run."""
     schedule: SaveSchedule
     stop: Stop
-    signal: NoSignal
     version: int = 0
     whole: bool = True
     """Whether learner and reward are those of the last finished step: False from a step's first change to its end."""
@@ -76,6 +77,7 @@ class Trainer:
         async with self.deadline("the driver", "the first weights to be published"):
             await self.publish()
         if not self.version:
+            await self.diagnostics.begin()
             await self.evaluate(0)
         else:
             self.schedule.was_saved(self.version)
@@ -88,7 +90,9 @@ class Trainer:
             await self.sealed()
         except DataSolvedError as solved:
             ended = str(getattr(solved, "cause", None) or solved)
-        except (StoppedError, RewardFailed, RolloutFailedError, WaitedTooLongError, TooManyRejectedError):
+        except (
+            StoppedError, RewardFailed, RolloutFailedError, WaitedTooLongError, TooManyRejectedError, DiagnosedError
+        ):  # fmt: skip
             await self.end_background(background)
             await self.save_what_is_whole()
             raise
@@ -135,8 +139,6 @@ class Trainer:
         best, missing = self.schedule.best, self.schedule.missing(self.latest)
         if missing and self.evaluator is not None:
             self.tracker.warn(missing)
-        if self.signal.nothing_learnt:
-            self.tracker.warn(f"nothing was learnt in this run: {self.signal.cause(self.latest)}")
         return summary(
             steps=self.version,
             headline=self.headline,
@@ -154,7 +156,7 @@ class Trainer:
                 "policy": self.policy_of(best.step),
             },
             ended=ended,
-            nothing_learnt=self.signal.nothing_learnt,
+            diagnosed=self.diagnostics.conclude(self.latest),
         )
 
     def policy_of(self, step: int) -> str | None:
@@ -198,11 +200,12 @@ class Trainer:
             **self.producer.order.metrics(),
         }
         self.algorithm.observe(metrics)
-        self.alarm.check(metrics)
-        self.signal.check(metrics)
+        record = StepRecord(step, metrics, groups, rejected, judged, advantages)
+        metrics = await self.diagnostics.check(record)
         self.latest |= metrics
         self.tracker.step(step, metrics, groups, advantages.tokens)
         self.whole, self.advanced = True, False
+        self.diagnostics.obey()
 
     async def collect(
         self, producing: asyncio.Task[None], stopping: asyncio.Task[Any]
@@ -289,10 +292,9 @@ class Trainer:
             "accuracies": {str(step): value for step, value in self.heldout.items()},
             "algorithm": self.algorithm.state_dict(),
             **self.guard.state_dict(),
-            "alarm": list(self.alarm.history),
+            "diagnostics": self.diagnostics.state_dict(),
             "latest": self.latest,
             "schedule": self.schedule.state_dict(),
-            "signal": self.signal.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -301,8 +303,7 @@ class Trainer:
         self.heldout = {int(step): value for step, value in state["accuracies"].items()}
         self.algorithm.load_state_dict(state["algorithm"])
         self.guard.load_state_dict(state)
-        self.alarm.history.extend(state["alarm"])
+        self.diagnostics.load_state_dict(state)
         self.latest = state["latest"]
         if "schedule" in state:  # not in checkpoints before 0.3
             self.schedule.load_state_dict(state["schedule"])
-            self.signal.load_state_dict(state["signal"])

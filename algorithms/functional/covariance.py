@@ -104,7 +104,7 @@ def select(
         draws = [np.random.default_rng(sample.seed).random(len(sample)) for sample in samples]
         advantages, logprobs, draw = (
             np.concatenate([row[mask] for row, mask in zip(rows, masks, strict=True)], dtype=np.float64)
-            for rows in (credit.tokens, [sample.logprobs for sample in samples], draws)
+            for rows in (credit.tokens, [sample.sampled for sample in samples], draws)
         )
         place = order((advantages - advantages.mean()) * (logprobs - logprobs.mean()), draw)
         first = np.argsort(place, kind="stable")[: max(1, int(share * len(place)))]

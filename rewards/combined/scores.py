@@ -11,9 +11,10 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import BeforeValidator
 
-from rewards.parts import Named, read_named
 from rewards.shaping.references import Float64, log_sigmoid
+from rlkit.config.named import read_named
 from rlkit.experience import GroupScores, PreferencePair, Score
+from rlkit.experience.section import Named
 from rlkit.experience.types import FloatArray, SpanReward
 
 

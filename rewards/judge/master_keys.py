@@ -6,20 +6,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlkit.diagnostics.probes import MASTER_KEYS, false_positive_rates
 from rlkit.experience import Prompt
-
-MASTER_KEYS = (
-    ":",
-    ".",
-    " ",
-    "Thought process:",
-    "Let's solve this problem step by step.",
-    "Solution",
-    "解",
-    "かいせつ",
-    "Respuesta",
-)
-"""The paper's, judged right by many judges; the probe sends these."""
 
 PHRASES = (
     *MASTER_KEYS,
@@ -97,14 +85,13 @@ def complaint(probes: Sequence[Probe], accepted: Sequence[Sequence[bool]], max_r
     `accepted`: per probe, whether the judge accepts the right response, then each reject. A question's right response
     must be accepted once.
     """
-    keys: dict[str, list[bool]] = {}
+    keys: list[tuple[str, bool]] = []
     right: dict[str, bool] = {}
     for probe, (first, *others) in zip(probes, accepted, strict=True):
         question = probe.prompt.messages[-1].content
         right[question] = right.get(question, False) or first
-        for key, fooled in zip(probe.rejects, others, strict=True):
-            keys.setdefault(key, []).append(fooled)
-    rates = {key: sum(fooled) / len(fooled) for key, fooled in keys.items()}
+        keys += zip(probe.rejects, others, strict=True)
+    rates = false_positive_rates(keys)
     worst = sorted((key for key, rate in rates.items() if rate > max_rate), key=lambda key: -rates[key])
     missed = [repr(question) for question, yes in right.items() if not yes]
     wrong = []

@@ -24,7 +24,7 @@ from rewards.shaping.steps import (
 )
 from rlkit.experience import Group, GroupScores, Prompt, Sample, Score
 from rlkit.experience.steps import process_rewards
-from rlkit.experience.types import SpanReward
+from rlkit.experience.types import SpanReward, text_group
 
 CACHED_PROMPTS = 65536
 """The least recently used are dropped first."""
@@ -56,7 +56,7 @@ class ReferenceRewards:
         # Not by the prompt's id: a served reward sees several data sets, whose ids may be equal.
         keys = [_digest(group.prompt, responses) for group, responses in zip(groups, texts, strict=True)]
         unscored = {
-            key: reference_group(group.prompt, responses)
+            key: text_group(f"reference/{group.prompt.id}", group.prompt, responses)
             for key, group, responses in zip(keys, groups, texts, strict=True)
             if key not in self._cache and not isinstance(responses, str)
         }
@@ -84,23 +84,6 @@ def _digest(prompt: Prompt, texts: Sequence[str] | str) -> str:
     messages = [(message.role, message.content) for message in prompt.messages]
     content = repr((messages, prompt.answer, prompt.references, texts))
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-
-
-def reference_group(prompt: Prompt, texts: Sequence[str]) -> Group:
-    none = np.zeros(0)
-    samples = tuple(
-        Sample(
-            index=index,
-            token_ids=none.astype(np.int32),
-            logprobs=none.astype(np.float32),
-            text=text,
-            finish_reason="stop",
-            policy_versions=(0, 0),
-            seed=0,
-        )
-        for index, text in enumerate(texts)
-    )
-    return Group(f"reference/{prompt.id}", prompt, samples)
 
 
 def _rewards(scores: GroupScores | None) -> Float64 | str:

@@ -14,9 +14,10 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from algorithms.functional.advantages import overlong_penalty
 from algorithms.functional.step_credit import clip, delta
-from rewards.parts import Named, read_named
 from rewards.shaping import references
 from rewards.shaping.references import Fit, Float64, Form
+from rlkit.config.named import read_named
+from rlkit.experience.section import Named
 
 Int64 = NDArray[np.int64]
 

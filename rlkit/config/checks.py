@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from algorithms.base import Algorithm
+from rlkit.config.diagnostics import diagnostics_act
 from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
 from rlkit.config.messages import ConfigIssue, Issues
@@ -413,6 +414,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     structure_is_usable,
     stale_samples_are_corrected,
     *PROCESS_REWARDS,
+    diagnostics_act,
     *HELDOUT,
     *SOURCES,
     *PLACES,

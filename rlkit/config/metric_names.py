@@ -19,6 +19,11 @@ _BY_AREA = {
     "prm": "pair_accuracy heldout_pair_accuracy brier calibration_error sign_accuracy loss grad_norm skipped_updates "
     "score_mean score_p95",
     "prime": "process_variance_share return_mean return_std return_length_correlation last_token_share",
+    "ratio_shift": "mean std clipped_positive clipped_negative",
+    "drift": "chosen rejected kl",
+    "reward_gap": "accuracy gap",
+    "starc": "distance angle",
+    "judge_fpr": "max mean",
 }
 METRICS = frozenset(f"{area}/{name}" for area, names in _BY_AREA.items() for name in names.split())
 FAMILIES = ("reward/component/", "reward/failed/", "evaluation/pass@", "evaluation/best@")

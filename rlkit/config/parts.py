@@ -19,7 +19,7 @@ from rlkit.config.messages import ConfigIssue
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import DataConfig, DataSource
 from rlkit.experience import UserError
-from rlkit.experience.names import NotFoundError, find_object
+from rlkit.experience.names import NotFoundError, find_class
 
 TARGET = "_target_"
 
@@ -89,22 +89,11 @@ def import_part(kind: str, target: Any, contract: Contract | None = None) -> Any
 
 
 def import_class(kind: str, target: Any, base: type) -> Any:
-    """The class at dotted path `target`, a concrete subclass of `base`; `kind` is for messages. Raises PartError."""
-    if not isinstance(target, str) or "." not in target:
-        raise PartError("must be the dotted path of a class, like my_module.MyClass")
+    """The class at dotted path `target`, also under an older one, a concrete subclass of `base`. Raises PartError."""
     try:
-        cls = find_object(_moved_classes().get(target, target), inspect.isclass)
+        return find_class(kind, _moved_classes().get(target, target) if isinstance(target, str) else target, base)
     except NotFoundError as error:
         raise PartError(str(error)) from error
-    name = f"{base.__module__}.{base.__name__}"
-    if not inspect.isclass(cls):
-        raise PartError(f"is not a class but {type(cls).__name__}; it must be a subclass of {name}")
-    if not issubclass(cls, base):
-        raise PartError(f"is not a subclass of {name}, which every {kind} must be")
-    missing = sorted(getattr(cls, "__abstractmethods__", ()))
-    if missing:
-        raise PartError(f"lacks {', '.join(f'{method}()' for method in missing)}, which every {kind} must have")
-    return cls
 
 
 @dataclass(frozen=True)

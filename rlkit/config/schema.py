@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, StrictInt, StrictStr, field_validator, model_validator
 
+from rlkit.config.named import read_named
+from rlkit.diagnostics.base import DiagnosticConfig
+from rlkit.diagnostics.known import DIAGNOSTICS, diagnostic_class
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.section import LearningRate, Section, Seed
 
@@ -54,8 +58,8 @@ class TrainerConfig(Section):
     """The best checkpoint has the largest value of this metric (of its step or of the latest evaluation); null: of
     what the evaluations show, `accuracy/heldout` or `reward/heldout`."""
     hacking_alarm_steps: int = Field(default=10, ge=0)
-    """Steps per window. Warn when from one window to the next the mean reward (or a process reward model's accuracy)
-    rose while the share of right answers fell. 0: never."""
+    """Steps per window of the diagnostic `hacking`. It warns when from one window to the next the mean reward (or a
+    process reward model's accuracy) rose while the share of right answers fell. 0: never."""
     max_skipped_updates: int = Field(default=3, ge=1)
     """Stop the run after this many updates in a row were skipped for a non-finite loss or gradient."""
 
@@ -349,6 +353,22 @@ class TrackingConfig(Section):
     """Groups per step whose best and worst response go to samples.jsonl; null: every group."""
 
 
+def parse_diagnostics(value: Any) -> tuple[DiagnosticConfig, ...]:
+    """Raise ValueError that names the wrong one."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise ValueError("must be a list, like [hacking,{kind:drift,alarm:stop}]")
+    known = {name: cls.Config for name, cls in DIAGNOSTICS.items()}
+    chosen = tuple(
+        read_named(item, known, DiagnosticConfig, f"diagnostic {number}", lambda kind: diagnostic_class(kind).Config)
+        for number, item in enumerate(value, start=1)
+    )
+    names = [config.name for config in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} stands there twice; its table and its state have one name")
+    return chosen
+
+
 class RunConfig(Section):
     """The whole configuration of `python -m rlkit.train`."""
 
@@ -370,6 +390,11 @@ class RunConfig(Section):
     critic: CriticConfig = CriticConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    diagnostics: Annotated[tuple[SerializeAsAny[DiagnosticConfig], ...], BeforeValidator(parse_diagnostics)] = Field(
+        default=("hacking",), validate_default=True
+    )
+    """What watches the steps: names (hacking, ratio_shift, reward_gap, drift, starc, judge_fpr), dotted paths of your
+    classes, or mappings with a `kind` and its options. [] turns all off."""
     algorithm: dict[str, Any]
     """A swappable part: `_target_` and the fields of its `Config`."""
     reward: dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import traceback
 from collections.abc import Callable, Iterable
@@ -63,6 +64,22 @@ def find_object(path: str, suits: Callable[[Any], bool] = callable) -> Any:
         f"cannot be imported: there is no module {steps[0] if len(steps) == 2 else '.'.join(steps[:-1])} (looked in "
         "the current folder and in the installed packages)"
     )
+
+
+def find_class(kind: str, path: Any, base: type) -> Any:
+    """The class at a dotted path, a concrete subclass of `base`; `kind` is for messages. Raises NotFoundError."""
+    if not isinstance(path, str) or "." not in path:
+        raise NotFoundError("must be the dotted path of a class, like my_module.MyClass")
+    cls = find_object(path, inspect.isclass)
+    name = f"{base.__module__}.{base.__name__}"
+    if not inspect.isclass(cls):
+        raise NotFoundError(f"is not a class but {type(cls).__name__}; it must be a subclass of {name}")
+    if not issubclass(cls, base):
+        raise NotFoundError(f"is not a subclass of {name}, which every {kind} must be")
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise NotFoundError(f"lacks {', '.join(f'{method}()' for method in missing)}, which every {kind} must have")
+    return cls
 
 
 def _attribute(module: Any, steps: list[str], suits: Callable[[Any], bool]) -> Any:

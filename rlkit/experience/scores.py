@@ -18,6 +18,7 @@ import numpy as np
 
 from rlkit.experience import Group, GroupScores, Score
 from rlkit.experience.errors import UserError
+from rlkit.experience.types import UNJUDGED
 
 
 class RewardFailed(UserError):
@@ -151,6 +152,16 @@ def _check(score: Any, tokens: int) -> Score:
 
 def _describe(value: object) -> str:
     return f"{type(value).__name__} {value!r:.80}"
+
+
+def total_reward(score: Score) -> float | None:
+    """A sample's outcome reward, else the sum of its process rewards; None if invalid or not judged."""
+    if not score.valid or score.reason == UNJUDGED:
+        return None
+    if score.value is not None:
+        return score.value
+    tokens = 0.0 if score.token_rewards is None else float(score.token_rewards.sum())
+    return tokens + sum(span.value for span in score.span_rewards)
 
 
 def with_greedy(group: Group) -> Group:

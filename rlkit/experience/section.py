@@ -1,14 +1,28 @@
 """The base of everything that a user configures, and the bounds that many options share."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
     """Options: no unknown keys, no later changes, finite numbers; the string under a field is its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Named(Section):
+    """A small part; its fields are its options."""
+
+    kind: str = ""
+    """The name of a part of the package, or the dotted path of a class of yours."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_kind(cls, fields: Any) -> Any:
+        path = cls.model_fields["kind"].default or f"{cls.__module__}.{cls.__qualname__}"
+        return {"kind": path, **fields} if isinstance(fields, Mapping) else fields
 
 
 Coefficient = Annotated[float, Field(ge=0, le=1000)]

@@ -6,7 +6,7 @@ All are frozen. Token data are numpy arrays of one sample's own length T (ragged
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -84,6 +84,13 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def sampled(self) -> FloatArray:
+        """[T] the sampler's log-probs. Raises ValueError for a recorded response."""
+        if self.logprobs is None:
+            raise ValueError(f"sample {self.index} is recorded: it has no sampler's log-probs")
+        return self.logprobs
 
     @property
     def trained(self) -> BoolArray:
@@ -219,3 +226,21 @@ class Group:
     def valid(self) -> BoolArray:
         """[samples] which samples have a valid score. Raises ValueError if the group was not scored yet."""
         return np.array([score.valid for _, score in self.scored()], dtype=np.bool_)
+
+
+def text_group(id: str, prompt: Prompt, texts: Sequence[str]) -> Group:
+    """Responses as texts alone, without tokens, for rewards that judge texts."""
+    none = np.zeros(0)
+    samples = tuple(
+        Sample(
+            index=index,
+            token_ids=none.astype(np.int32),
+            logprobs=none.astype(np.float32),
+            text=text,
+            finish_reason="stop",
+            policy_versions=(0, 0),
+            seed=0,
+        )
+        for index, text in enumerate(texts)
+    )
+    return Group(id, prompt, samples)

@@ -11,8 +11,10 @@ import numpy as np
 
 from algorithms.base import Advantages, Algorithm, Experience
 from rlkit.cluster.placement import Place, anywhere
+from rlkit.config.parts import plain
 from rlkit.config.plan import gpu_shares, references_are_cached, weight_route
 from rlkit.config.schema import RunConfig
+from rlkit.diagnostics.group import measuring
 from rlkit.experience import Group
 from rlkit.learner.batches import Microbatch, PolicyRows, Share, ValueRows
 from rlkit.learner.dealing import passes, policy_shares, value_shares
@@ -44,6 +46,7 @@ class LearnerWorker(Rank):
             total_steps=config.trainer.total_steps * config.learner.optimizer_steps,
             trust_remote_code=config.model.trust_remote_code,
             reference=not references_are_cached(config, self.algorithm),
+            diagnostics=measuring(config.diagnostics, plain(config)),
         )
         return int(self.learner.engine.module.model.num_parameters())
 

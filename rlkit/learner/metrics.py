@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from algorithms.base import Denominators, LossOutput
+from algorithms.base import Denominators, LossInputs, LossOutput
+from rlkit.diagnostics.base import MEASURED, Diagnostic
 
 
 @torch.no_grad()
@@ -26,6 +28,15 @@ def mismatch(before: Tensor, rollout: Tensor, mask: Tensor, denominators: Denomi
         },
         maxima={"mismatch/logprob_max": difference.abs().max()},
     )
+
+
+@torch.no_grad()
+def measured(diagnostics: Sequence[Diagnostic], inputs: LossInputs) -> Iterator[LossOutput]:
+    """What diagnostics sum over tokens."""
+    for diagnostic in diagnostics:
+        sums = diagnostic.measure(inputs)
+        named = {f"{MEASURED}{diagnostic.config.name}/{name}": value for name, value in sums.items()}
+        yield LossOutput(loss=inputs.logprobs.new_zeros(()), sums=named)
 
 
 @dataclass

@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from algorithms.base import POLICY, REFERENCE, Algorithm, Denominators, LossInputs
 from rlkit.config.schema import LearnerConfig
+from rlkit.diagnostics.base import Diagnostic
 from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
-from rlkit.learner.metrics import StepMetrics, mismatch
+from rlkit.learner.metrics import StepMetrics, measured, mismatch
 from rlkit.learner.policy_folder import (
     GATHERED_BYTES,
     gathered_parameters,
@@ -49,9 +50,12 @@ class PolicyLearner:
         total_steps: int,
         trust_remote_code: bool = False,
         reference: bool = True,
+        diagnostics: Sequence[Diagnostic] = (),
     ) -> None:
-        """`reference`: whether the loss computes the reference's log-probs, if it needs them."""
+        """`reference`: whether the loss computes the reference's log-probs, if it needs them. `diagnostics`: those that
+        measure something."""
         self.config = config
+        self.diagnostics = diagnostics
         self.algorithm = algorithm
         self.device = device
         self.temperature = temperature
@@ -188,7 +192,8 @@ class PolicyLearner:
         )
         output = self.algorithm.loss(inputs)
         differences = [mismatch(before, inputs.rollout_logprobs, inputs.mask, denominators)]
-        metrics.add(output, *(() if rows.rollout_logprobs is None else differences))
+        seen = measured(self.diagnostics, inputs)
+        metrics.add(output, *(() if rows.rollout_logprobs is None else differences), *seen)
         return output.loss
 
     @torch.no_grad()

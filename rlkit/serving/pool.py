@@ -133,6 +133,12 @@ class RewardPool:
         async with self._waiting("a task that marks samples as invalid", self._startup_timeout, STARTUP):
             return Scored(scored, await report)
 
+    async def judge(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with their scores, in this process."""
+        scored = await self.score([list(groups)])
+        judged: list[Group] = await scored.batches[0]
+        return judged
+
     async def _turn(self) -> WorkerState:
         """The deadline is the longest that earlier calls may take."""
         if not self._idle.empty():

@@ -23,6 +23,9 @@ class NoReward:
         scored = [[_scored(group) for group in groups] for groups in lists]
         return Scored(scored, ScoreReport(samples=sum(len(group.samples) for groups in lists for group in groups)))
 
+    async def judge(self, groups: Sequence[Group]) -> list[Group]:
+        return [_scored(group) for group in groups]
+
     async def follow(self, bundle: Any) -> None: ...
 
     async def learn(self, groups: Sequence[Group], when: UpdateWhen) -> tuple[list[Group], dict[str, float]]:

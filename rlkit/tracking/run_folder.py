@@ -22,7 +22,8 @@ class RunFolderError(UserError):
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `summary.json`, `tensorboard/`, `checkpoints/`, `logs/`."""
+    """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `diagnostics/`, `summary.json`, `tensorboard/`, `checkpoints/`,
+    `logs/`."""
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
         """Raises RunFolderError if the folder already holds a run, cannot be written, or is in use.
@@ -33,6 +34,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.tables = self.path / "diagnostics"
         self.summary = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -75,22 +77,25 @@ class RunFolder:
         return self.checkpoints / f"step_{step:06d}" / "policy"
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of metrics.jsonl and samples.jsonl, after a sync."""
-        for stream in (self._metrics, self._samples):
-            stream.flush()
-            os.fsync(stream.fileno())
-        return {file.name: file.stat().st_size for file in (self.metrics, self.samples)}
+        """Bytes of each file that grows, by its path in the folder, after a sync."""
+        files = self._growing()
+        for file in files:
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        return {str(file.relative_to(self.path)): file.stat().st_size for file in files}
+
+    def _growing(self) -> list[Path]:
+        """Metrics, samples and tables."""
+        return [file for file in (self.metrics, self.samples, *sorted(self.tables.glob("*.jsonl"))) if file.exists()]
 
     def keep_only(self, keep: Mapping[str, int]) -> None:
-        """Truncate metrics.jsonl and samples.jsonl to these bytes (unnamed: to 0) and remove the summary.
+        """Truncate the files that grow to these bytes (unnamed: to 0) and remove the summary.
 
         Raises RunFolderError if a file is shorter.
         """
         self.summary.unlink(missing_ok=True)
-        for file in (self.metrics, self.samples):
-            if not file.exists():
-                continue
-            size = keep.get(file.name, 0)
+        for file in self._growing():
+            size = keep.get(str(file.relative_to(self.path)), 0)
             if file.stat().st_size < size:
                 raise RunFolderError(
                     f"{file} is shorter than when the checkpoint was made: it was edited. Name another run_dir and "
@@ -108,6 +113,12 @@ class RunFolder:
     def append_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
         self._samples.write("".join(json_text(record) + "\n" for record in records))
         self._samples.flush()
+
+    def append_table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Rows of `diagnostics/NAME.jsonl`."""
+        self.tables.mkdir(exist_ok=True)
+        with (self.tables / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(json_text(row) + "\n" for row in rows))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self.summary, json_text(summary, indent=2) + "\n")

@@ -10,18 +10,8 @@ from typing import Any
 import numpy as np
 
 from rlkit.experience import Group, Sample, Score
-from rlkit.experience.scores import kind_of
-from rlkit.experience.types import UNJUDGED, FloatArray
-
-
-def total_reward(score: Score) -> float | None:
-    """A sample's outcome reward, else the sum of its process rewards; None if invalid or not judged."""
-    if not score.valid or score.reason == UNJUDGED:
-        return None
-    if score.value is not None:
-        return score.value
-    tokens = 0.0 if score.token_rewards is None else float(score.token_rewards.sum())
-    return tokens + sum(span.value for span in score.span_rewards)
+from rlkit.experience.scores import kind_of, total_reward
+from rlkit.experience.types import FloatArray
 
 
 def sample_rows(

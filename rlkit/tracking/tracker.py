@@ -12,12 +12,13 @@ from typing import Any
 
 from rlkit.config.schema import TrackingConfig
 from rlkit.experience import Group
+from rlkit.experience.scores import total_reward
 from rlkit.experience.types import FloatArray
 from rlkit.tracking.console import open_console
 from rlkit.tracking.logs import CapturedOutput, ShowWarnings
 from rlkit.tracking.progress import Progress, ShownSample, duration, evaluation_line, step_line
 from rlkit.tracking.run_folder import RunFolder
-from rlkit.tracking.samples import best_and_worst_samples, sample_rows, total_reward, widest_group
+from rlkit.tracking.samples import best_and_worst_samples, sample_rows, widest_group
 from rlkit.tracking.tensorboard import TensorBoardWriter
 
 _SAMPLE_TEXTS_PER_RUN = 20

@@ -21,7 +21,6 @@ from combination_rewards import SPANS, WORD, combined, group, score
 
 from rewards.combined.reward import CombinedReward
 from rewards.combined.scores import COMBINERS, Combiner, Rule, parse_combiner
-from rewards.parts import Named
 from rewards.shaping.steps import (
     STEPS,
     FusingStep,
@@ -33,6 +32,7 @@ from rewards.shaping.steps import (
     Step,
     parse_steps,
 )
+from rlkit.experience.section import Named
 
 NEEDED: dict[str, dict[str, Any]] = {
     "par": {"reference_value": 0.5},

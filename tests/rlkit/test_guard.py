@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlkit.config.schema import TrainerConfig
-from rlkit.metrics import HackingAlarm, NoSignal, TrainingFailedError, UpdateGuard
+from rlkit.metrics import TrainingFailedError, UpdateGuard
 
 FINE = {"policy/trained_samples": 8.0, "policy/skipped_updates": 0.0, "mismatch/logprob_mean": 1e-6}
 
@@ -54,45 +54,3 @@ def test_a_mismatch_above_the_limit_stops_the_run_after_three_steps_in_a_row() -
     unlimited = UpdateGuard(TrainerConfig(max_mismatch=None), lambda _: None)
     for _ in range(9):
         unlimited.check(apart)
-
-
-def test_a_run_in_which_no_group_differs_says_that_nothing_was_learnt() -> None:
-    said: list[str] = []
-    signal = NoSignal(said.append)
-    nothing = {"advantage/mean_absolute": 0.0, "group/all_equal_share": 1.0, "reward/mean": 0.0}
-    for _ in range(9):
-        signal.check(nothing)
-    assert len(said) == 1
-    assert "nothing was learnt in the first 5 steps" in said[0]
-    again = NoSignal(said.append)
-    again.load_state_dict(signal.state_dict())
-    assert again.nothing_learnt
-    again.check(nothing | {"advantage/mean_absolute": 0.1})
-    assert not again.nothing_learnt
-
-
-def alarm_after(steps: list[dict[str, float]], window: int = 3) -> list[str]:
-    heard: list[str] = []
-    alarm = HackingAlarm(window, heard.append)
-    for metrics in steps:
-        alarm.check(metrics)
-    return heard
-
-
-def test_a_reward_that_rises_while_answers_get_worse_is_reported_once_per_window() -> None:
-    steps = [{"reward/mean": 0.1 * i, "accuracy/train": 0.9 - 0.05 * i} for i in range(9)]
-    heard = alarm_after(steps)
-    assert len(heard) == 2  # after steps 6 and 9
-    assert "mean reward rose from 0.100 to 0.400" in heard[0]
-    assert "fell from 85.0% to 70.0%" in heard[0]
-    prm = [{"prm/pair_accuracy": 0.5 + 0.05 * i, "accuracy/train": 0.9 - 0.05 * i} for i in range(6)]
-    assert "pair accuracy rose" in alarm_after(prm)[0]
-
-
-def test_no_alarm_while_both_rise_or_nothing_is_verified() -> None:
-    rising = [{"reward/mean": 0.1 * i, "accuracy/train": 0.1 * i} for i in range(8)]
-    assert alarm_after(rising) == []
-    assert alarm_after([{"reward/mean": 0.1 * i} for i in range(8)]) == []
-    falling = [{"reward/mean": 0.1 * i, "accuracy/train": -0.1 * i} for i in range(8)]
-    assert alarm_after(falling[:5]) == []  # too early to compare
-    assert alarm_after(falling, window=0) == []

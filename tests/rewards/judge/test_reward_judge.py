@@ -17,9 +17,10 @@ from pydantic import ValidationError
 from reward_samples import make_group
 
 from rewards.judge.base import JudgeError
-from rewards.judge.master_keys import MASTER_KEYS, PHRASES, trivial
+from rewards.judge.master_keys import PHRASES, trivial
 from rewards.judge.prompts import Form, Unparsable, opponents
 from rewards.judge.reward import JudgeReward
+from rlkit.diagnostics.probes import MASTER_KEYS
 from rlkit.experience import GroupScores
 
 RIGHT, WRONG, ODD = "6 * 7 = 42\n#### 42", "6 * 7 = 41\n#### 41", "I do not know."

@@ -106,6 +106,25 @@ def test_summary_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in folder.path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_files_that_grow_are_cut_back_to_what_a_checkpoint_knew(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.append_metrics({"step": 1})
+    folder.append_table("starc", [{"step": 1, "starc/distance": 0.5}])
+    sizes = folder.sizes()
+    assert sizes.keys() == {"metrics.jsonl", "samples.jsonl", "diagnostics/starc.jsonl"}
+    folder.append_metrics({"step": 2})
+    folder.append_table("starc", [{"step": 2}, {"step": 2}])
+    folder.append_table("drift", [{"step": 2}])
+    folder.close()
+    again = RunFolder(tmp_path / "run", resume=True)
+    again.keep_only(sizes)
+    assert lines_of(again.metrics) == [{"step": 1}]
+    assert lines_of(again.tables / "starc.jsonl") == [{"step": 1, "starc/distance": 0.5}]
+    assert lines_of(again.tables / "drift.jsonl") == []
+    again.keep_only({})
+    assert lines_of(again.tables / "starc.jsonl") == []
+
+
 def test_json_text_survives_what_models_write() -> None:
     assert json.loads(json_text({"t": 'a\ud83d"\n\x00 £'})) == {"t": 'a?"\n\x00 £'}
 

@@ -1,0 +1,66 @@
+"""Small parts with options by `kind`: a shaping step, a combiner, a diagnostic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic_core import ErrorDetails
+
+from rlkit.config.messages import did_you_mean, must_be, read_section
+from rlkit.experience.names import NotFoundError, find_class
+from rlkit.experience.section import Named
+
+T = TypeVar("T", bound=Named)
+
+
+def read_named(
+    value: Any,
+    known: Mapping[str, type[T]],
+    base: type[T],
+    what: str,
+    find: Callable[[str], type[T]] | None = None,
+) -> T:
+    """A part from its kind, or from a mapping with kind and options; a part stays as it is.
+
+    `what` (`step 2`) begins the messages. `find`: from a dotted path to the part's class, where that is not what is
+    there. Raise ValueError with all mistakes.
+    """
+    if isinstance(value, base):
+        return value
+    fields = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{what} must be a name or a mapping with a kind, not {value!r}")
+    kind = fields.get("kind")
+    if kind is None:
+        raise ValueError(f"{what} has no kind; available: {', '.join(sorted(known))}")
+    cls: type[T] | None = known.get(kind)
+    if cls is None:
+        if "." not in str(kind):
+            raise ValueError(f"{what}: there is no kind {kind!r}; {did_you_mean(str(kind), known)}")
+        try:
+            own: type[T] = find(kind) if find is not None else find_class(what.rstrip(" 0123456789"), kind, base)
+            cls = own
+        except NotFoundError as error:
+            raise ValueError(f"{what}: {kind} {error}") from error
+    part, errors = read_section(cls, fields)
+    if part is None:
+        raise ValueError("; ".join(dict.fromkeys(_mistakes(errors, cls, f"{what} ({kind})"))))
+    return part
+
+
+def _mistakes(errors: Sequence[ErrorDetails], cls: type[Named], where: str) -> Iterator[str]:
+    for details in errors:
+        if details["type"] == "value_error":
+            yield f"{where} {details['ctx']['error']}"
+            continue
+        name = str(details["loc"][0])
+        field = cls.model_fields.get(name)
+        if field is None:
+            others = [option for option in cls.model_fields if option != "kind"]
+            yield f"{where}: {name} is no option of it; {did_you_mean(name, others)}"
+        elif details["type"] == "missing":
+            yield f"{where}: {name} is needed"
+        else:
+            value = details["input"]
+            yield f"{where}: {name if isinstance(value, bool) else f'{name}={value}'} {must_be(details, field)}"

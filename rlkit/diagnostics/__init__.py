@@ -1,0 +1,1 @@
+"""What watches a run: diagnostics look at every finished step, warn, and may end the run."""
