@@ -15,16 +15,15 @@ from rlkit.config.diagnostics import diagnostics_act
 from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
 from rlkit.config.messages import ConfigIssue, Issues
+from rlkit.config.models import MODELS
 from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
-from rlkit.config.plan import engines_fit_on_nodes, longest_response, phases_make_room, weights_can_travel
+from rlkit.config.plan import engines_fit_on_nodes, phases_make_room, weights_can_travel
 from rlkit.config.process_rewards import PROCESS_REWARDS
 from rlkit.config.schema import (
     ClusterConfig,
     CriticConfig,
-    EvaluationConfig,
     LearnerConfig,
-    ModelConfig,
     RolloutConfig,
     TrainerConfig,
 )
@@ -33,8 +32,7 @@ from rlkit.config.staleness import stale_samples_are_corrected
 from rlkit.config.structured import structure_is_usable
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
-from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder, model_folder
-from rlkit.models.usable import known_run, refusals
+from rlkit.models.folder import ModelFolderError, check_model_folder
 
 
 def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
@@ -104,67 +102,6 @@ def data_is_usable(data: DataSource) -> Issues:
 def reward_is_usable(reward: Part) -> Issues:
     for message in reward.cls.check(reward.config):
         yield ConfigIssue("reward", message)
-
-
-def model_is_usable(
-    model_shape: ModelShape | ModelFolderError,
-    model: ModelConfig,
-    cluster: ClusterConfig,
-    rollout: RolloutConfig,
-    evaluation: EvaluationConfig,
-) -> Issues:
-    if isinstance(model_shape, ModelFolderError):
-        yield ConfigIssue("model.path", str(model_shape))
-        return
-    folder = model_folder(model.path)
-    longest = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
-    reasons = refusals(
-        folder,
-        device=cluster.device,
-        longest=longest,
-        chat_template=model.chat_template is not None,
-        trust_remote_code=model.trust_remote_code,
-    )
-    for refusal in reasons:
-        yield ConfigIssue("model.path", refusal)
-    if known_run(folder) == "rows":
-        yield ConfigIssue(
-            "model.path",
-            "its layers carry state from token to token, or its attention is its own: the learner runs each sequence "
-            "as a row of its own, which is exact but slower (docs/models.md)",
-            warning=True,
-        )
-
-
-def model_is_long_enough(
-    model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig, evaluation: EvaluationConfig
-) -> Issues:
-    if isinstance(model_shape, ModelFolderError) or model_shape.max_positions is None:
-        return
-    responses = longest_response(rollout, evaluation)
-    total = rollout.max_prompt_tokens + responses
-    if total > model_shape.max_positions:
-        section = "rollout" if responses == rollout.max_response_tokens else "evaluation"
-        yield ConfigIssue(
-            f"{section}.max_response_tokens",
-            f"{rollout.max_prompt_tokens} prompt + {responses} response tokens are {total}, but the "
-            f"model has {model_shape.max_positions} positions; lower rollout.max_prompt_tokens or this",
-        )
-
-
-def cache_holds_a_sequence(
-    model_shape: ModelShape | ModelFolderError,
-    rollout: RolloutConfig,
-    evaluation: EvaluationConfig,
-    cluster: ClusterConfig,
-) -> Issues:
-    """On CPU the key-value cache has a fixed size; vLLM would refuse after loading the model."""
-    if isinstance(model_shape, ModelFolderError) or cluster.device != "cpu":
-        return
-    tokens = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
-    needed = tokens * model_shape.kv_bytes_per_token(4 if rollout.dtype in ("auto", "float32") else 2) / 2**30
-    if needed > rollout.memory_gib:
-        yield ConfigIssue("rollout.memory_gib", f"one sequence of {tokens} tokens needs {needed:.2f} GiB of cache")
 
 
 def minibatches_are_equal(trainer: TrainerConfig, learner: LearnerConfig, algorithm: Algorithm) -> Issues:
@@ -374,26 +311,14 @@ def surplus_has_a_use(rollout: RolloutConfig, buffer: BufferConfig, trainer: Tra
         )
 
 
-def stop_tokens_exist(model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig) -> Issues:
-    if isinstance(model_shape, ModelFolderError):
-        return
-    for stop in rollout.stop_ids:
-        if not 0 <= stop < model_shape.vocabulary:
-            yield ConfigIssue(
-                "rollout.stop", f"token {stop} is not in the model's vocabulary of {model_shape.vocabulary}"
-            )
-
-
 CHECKS: tuple[Callable[..., Issues], ...] = (
     group_is_large_enough,
-    model_is_usable,
+    *MODELS,
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
     raw_scores_are_normalised,
     reward_can_compare,
-    model_is_long_enough,
-    cache_holds_a_sequence,
     minibatches_are_equal,
     microbatch_holds_what_belongs_together,
     group_filters_leave_something,
@@ -410,7 +335,6 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     joined_cluster_has_its_own_store,
     sampler_and_learner_agree,
     surplus_has_a_use,
-    stop_tokens_exist,
     structure_is_usable,
     stale_samples_are_corrected,
     *PROCESS_REWARDS,
