@@ -61,7 +61,6 @@ MISLEADING = {
     "rollout.name=hf": ["the sampler is vLLM"],
     "reward=[rule,length] reward.parts.length.weight=0": ["reward.parts.length: set reward.parts.length.max_tokens"],
     "algorithm=dpo": ["DPO", "not supported", "train_reward"],
-    "algorithm=sft": ["python -m rlkit.sft"],
     "algorithm=nope": ["1 problem", "algorithm=nope: no such option; available: brpo"],
     "algorithm=purre": ["1 problem", "did you mean pure?"],
     "model=Qwen/Qwen3-0.6B": ["model=hf model.path=FOLDER"],
@@ -163,7 +162,7 @@ WRONG = {
     "data=jsonl data.path=one.jsonl": ["one.jsonl has one question only, so none can be held out"],
     "data=jsonl data.path=train.jsonl data.heldout_path=half.jsonl": ["32 of 64 rows cannot be used", "asks the same"],
     "data=jsonl data.path=long.jsonl": [
-        "rollout.max_prompt_tokens=640 (set by model=tiny): at least 1 of the first 64 train prompts are longer",
+        "rollout.max_prompt_tokens=640 (set by model=tiny): at least 1 of the first 61 train prompts are longer",
         "the longest that was counted has 2010 tokens (long.jsonl:1)",
     ],
     "rollout.max_prompt_tokens=8": ["at least 1 of the first 64 train prompts are longer", "(arithmetic:"],
