@@ -49,10 +49,12 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
             "(for the places of tokens in the text); leave rollout.steps=none"
         )
     source, from_data = resolved.make_data_source(), rollout.source == "data"
+    # A frozen model's samples say nothing of the policy, but what the data know does.
+    measured = from_data or (rollout.source == "model" and bool(source.provides() & {"responses", "references"}))
 
     def rendered(problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str) -> list[Prompt]:
         fit, unfit = split_unusable(rollout.structured, problems)
-        if from_data:
+        if from_data or (measured and what == "heldout"):
             stops = stop_token_ids(str(folder), tokenizer)
             limits = (rollout.max_prompt_tokens, rollout.max_response_tokens)
             prompts, unusable = render_recorded(fit, tokenizer, stops, *limits, *template)
@@ -83,12 +85,15 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     judges: list[tuple[type[Reward], RewardConfig]] = []
     if asks_reward(rollout, resolved.make_algorithm()):
         judges.append((resolved.reward_class, resolved.reward_config))
-    if rollout.workers:
+    if rollout.workers and rollout.source != "model":
         judges.append((resolved.verifier_class, resolved.verifier_config))
     for message in dict.fromkeys(text for cls, own in judges for text in cls.doubts(own, train)):
         tracker.warn(message)
-    judged = _heldout(resolved, train, {OWN: loaded["heldout"], **further}, tracker) if rollout.workers else {}
-    recorded = loaded["heldout"][: config.trainer.evaluation_prompts] if from_data else []
+    samples = rollout.workers > 0 and rollout.source != "model"
+    judged = _heldout(resolved, train, {OWN: loaded["heldout"], **further}, tracker) if samples else {}
+    recorded = loaded["heldout"][: config.trainer.evaluation_prompts] if measured else []
+    if not samples and not recorded:
+        tracker.warn("no held-out problem has a recorded response: this run is not evaluated")
     return Loaded(train, judged, recorded, renderer(tokenizer, *template))
 
 

@@ -7,8 +7,8 @@ cut does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,9 +102,10 @@ def select(
     chosen = np.zeros(ends[-1], dtype=np.float32)
     if len(chosen):
         draws = [np.random.default_rng(sample.seed).random(len(sample)) for sample in samples]
+        columns: list[Sequence[NDArray[Any]]] = [credit.tokens, [sample.sampled for sample in samples], draws]
         advantages, logprobs, draw = (
             np.concatenate([row[mask] for row, mask in zip(rows, masks, strict=True)], dtype=np.float64)
-            for rows in (credit.tokens, [sample.sampled for sample in samples], draws)
+            for rows in columns
         )
         place = order((advantages - advantages.mean()) * (logprobs - logprobs.mean()), draw)
         first = np.argsort(place, kind="stable")[: max(1, int(share * len(place)))]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms.functional import prm as prm_losses
-from algorithms.functional.prm import correct_incorrect_pairs, kto_baseline
+from algorithms.functional import links
+from algorithms.functional.links import correct_incorrect_pairs, kto_baseline
 from algorithms.functional.selection import brier, calibration_error, pair_accuracy, sign_accuracy
 from rewards.base import RewardContext
 from rewards.implicit_prm.config import PAIRED, ImplicitPRMConfig, Objective
@@ -60,7 +60,7 @@ def response_scores(ratios: Tensor, trees: Sequence[Tree], beta: float, mask: Te
     lengths = torch.tensor([len(suffix) for tree in trees for suffix in tree.suffixes])
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(ratios.device)
     mask = torch.ones_like(ratios) if mask is None else mask
-    return prm_losses.response_scores(ratios, torch.zeros_like(ratios), mask, sequence, len(lengths), beta)
+    return beta * links.sample_sums(ratios, mask, sequence, len(lengths))
 
 
 def objective_sum(
@@ -75,13 +75,13 @@ def objective_sum(
     `baseline`: KTO's z, of the whole batch.
     """
     if objective == "ce":
-        return prm_losses.cross_entropy(scores, labels).sum()
+        return links.cross_entropy(scores, labels).sum()
     if objective == "kto":
         if baseline is None:
             raise ValueError("kto needs the baseline of the whole batch")
-        return prm_losses.kto(scores, labels, baseline).sum()
+        return links.kto(scores, labels, baseline).sum()
     better, worse = pairs
-    loss = prm_losses.dpo if objective == "dpo" else prm_losses.nca_pair
+    loss = links.sigmoid if objective == "dpo" else links.nca
     return loss(scores[better], scores[worse]).sum()
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
+from algorithms.functional import links
 from algorithms.functional.selection import expected_calibration_error
 from rewards.preference.inputs import Encoded, Encoder, until_read
 from rlkit.config.schema import LearnerConfig
@@ -35,7 +35,7 @@ def pair_losses(chosen: Tensor, rejected: Tensor, margin: Tensor, probability: T
     label smoothing of Secrets of RLHF II (arXiv 2401.06080); the last term, from arXiv 2312.09244, keeps scores around
     zero.
     """
-    ordering = binary_cross_entropy_with_logits(chosen - rejected - margin, probability, reduction="none")
+    ordering = links.sigmoid(chosen, rejected, probability=probability, margin=margin)
     return ordering + centring * (chosen + rejected).square()
 
 

@@ -6,7 +6,6 @@ A check runs if what its parameters name was valid by itself.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,24 +14,26 @@ from rlkit.config.diagnostics import diagnostics_act
 from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
 from rlkit.config.messages import ConfigIssue, Issues
-from rlkit.config.models import MODELS
 from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
-from rlkit.config.plan import engines_fit_on_nodes, phases_make_room, weights_can_travel
+from rlkit.config.plan import engines_fit_on_nodes, longest_response, phases_make_room, weights_can_travel
 from rlkit.config.process_rewards import PROCESS_REWARDS
+from rlkit.config.sampling import SAMPLING
 from rlkit.config.schema import (
     ClusterConfig,
     CriticConfig,
+    EvaluationConfig,
     LearnerConfig,
+    ModelConfig,
     RolloutConfig,
     TrainerConfig,
 )
 from rlkit.config.sources import SOURCES
 from rlkit.config.staleness import stale_samples_are_corrected
-from rlkit.config.structured import structure_is_usable
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
-from rlkit.models.folder import ModelFolderError, check_model_folder
+from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder, model_folder
+from rlkit.models.usable import known_run, refusals
 
 
 def run_checks(available: Mapping[str, Any]) -> list[ConfigIssue]:
@@ -102,6 +103,67 @@ def data_is_usable(data: DataSource) -> Issues:
 def reward_is_usable(reward: Part) -> Issues:
     for message in reward.cls.check(reward.config):
         yield ConfigIssue("reward", message)
+
+
+def model_is_usable(
+    model_shape: ModelShape | ModelFolderError,
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    rollout: RolloutConfig,
+    evaluation: EvaluationConfig,
+) -> Issues:
+    if isinstance(model_shape, ModelFolderError):
+        yield ConfigIssue("model.path", str(model_shape))
+        return
+    folder = model_folder(model.path)
+    longest = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
+    reasons = refusals(
+        folder,
+        device=cluster.device,
+        longest=longest,
+        chat_template=model.chat_template is not None,
+        trust_remote_code=model.trust_remote_code,
+    )
+    for refusal in reasons:
+        yield ConfigIssue("model.path", refusal)
+    if known_run(folder) == "rows":
+        yield ConfigIssue(
+            "model.path",
+            "its layers carry state from token to token, or its attention is its own: the learner runs each sequence "
+            "as a row of its own, which is exact but slower (docs/models.md)",
+            warning=True,
+        )
+
+
+def model_is_long_enough(
+    model_shape: ModelShape | ModelFolderError, rollout: RolloutConfig, evaluation: EvaluationConfig
+) -> Issues:
+    if isinstance(model_shape, ModelFolderError) or model_shape.max_positions is None:
+        return
+    responses = longest_response(rollout, evaluation)
+    total = rollout.max_prompt_tokens + responses
+    if total > model_shape.max_positions:
+        section = "rollout" if responses == rollout.max_response_tokens else "evaluation"
+        yield ConfigIssue(
+            f"{section}.max_response_tokens",
+            f"{rollout.max_prompt_tokens} prompt + {responses} response tokens are {total}, but the "
+            f"model has {model_shape.max_positions} positions; lower rollout.max_prompt_tokens or this",
+        )
+
+
+def cache_holds_a_sequence(
+    model_shape: ModelShape | ModelFolderError,
+    rollout: RolloutConfig,
+    evaluation: EvaluationConfig,
+    cluster: ClusterConfig,
+) -> Issues:
+    """On CPU the key-value cache has a fixed size; vLLM would refuse after loading the model."""
+    if isinstance(model_shape, ModelFolderError) or cluster.device != "cpu":
+        return
+    tokens = rollout.max_prompt_tokens + longest_response(rollout, evaluation)
+    needed = tokens * model_shape.kv_bytes_per_token(4 if rollout.dtype in ("auto", "float32") else 2) / 2**30
+    if needed > rollout.memory_gib:
+        yield ConfigIssue("rollout.memory_gib", f"one sequence of {tokens} tokens needs {needed:.2f} GiB of cache")
 
 
 def minibatches_are_equal(trainer: TrainerConfig, learner: LearnerConfig, algorithm: Algorithm) -> Issues:
@@ -270,55 +332,16 @@ def joined_cluster_has_its_own_store(cluster: ClusterConfig) -> Issues:
         )
 
 
-def sampler_and_learner_agree(
-    cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig, trainer: TrainerConfig
-) -> Issues:
-    why = "the sampler's log-probs then differ from the learner's; watch mismatch/logprob_mean"
-    for name in rollout.reshaping:
-        how = "penalised logits" if name == "repetition_penalty" else "a truncated distribution"
-        ends = _ends_by_mismatch(name, rollout, trainer)
-        yield ConfigIssue(f"rollout.{name}", f"samples from {how}: {why}{ends}", warning=True)
-    usual = "float32" if cluster.device == "cpu" else "bfloat16"
-    sampler, trained = (usual if dtype == "auto" else dtype for dtype in (rollout.dtype, learner.dtype))
-    if sampler != trained:
-        yield ConfigIssue("rollout.dtype", f"is {sampler}, the learner's is {trained}: {why}", warning=True)
-
-
-def _ends_by_mismatch(name: str, rollout: RolloutConfig, trainer: TrainerConfig) -> str:
-    """A nucleus alone moves no log-prob by more than -ln(top_p); the other options have no bound."""
-    limit = trainer.max_mismatch
-    if limit is None or trainer.max_staleness or (name == "top_p" and -math.log(rollout.top_p) <= limit):
-        return ""
-    return (
-        f". A mean difference above trainer.max_mismatch={limit:g} in three steps in a row ends the run, and this may "
-        "be one: trainer.max_mismatch=null turns that off"
-    )
-
-
-def surplus_has_a_use(rollout: RolloutConfig, buffer: BufferConfig, trainer: TrainerConfig) -> Issues:
-    if rollout.oversample == 1:
-        return
-    if not buffer.drops_groups:
-        yield ConfigIssue(
-            "rollout.oversample",
-            "has no effect: no filter rejects groups (buffer.drop_equal_rewards and the like), so a step lacks none",
-        )
-    elif trainer.max_staleness:
-        yield ConfigIssue(
-            "rollout.oversample",
-            f"is for trainer.max_staleness=0; with {trainer.max_staleness} a rejected group is replaced while others "
-            "are sampled and trained, and no step waits for a round",
-        )
-
-
 CHECKS: tuple[Callable[..., Issues], ...] = (
     group_is_large_enough,
-    *MODELS,
+    model_is_usable,
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
     raw_scores_are_normalised,
     reward_can_compare,
+    model_is_long_enough,
+    cache_holds_a_sequence,
     minibatches_are_equal,
     microbatch_holds_what_belongs_together,
     group_filters_leave_something,
@@ -333,10 +356,8 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     cpu_has_its_limits,
     gpu_ignores_cpu_options,
     joined_cluster_has_its_own_store,
-    sampler_and_learner_agree,
-    surplus_has_a_use,
-    structure_is_usable,
     stale_samples_are_corrected,
+    *SAMPLING,
     *PROCESS_REWARDS,
     diagnostics_act,
     *HELDOUT,

@@ -26,6 +26,7 @@ from rlkit.config.compose import (
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, allowed, did_you_mean, section_type
 from rlkit.config.parts import CONTRACTS, TARGET, PartError, conf_dir, import_part
 from rlkit.config.schema import RunConfig
+from rlkit.diagnostics.known import DIAGNOSTICS
 
 USAGE = """\
 [bold]python -m rlkit.train[/] \\[group=option ...] \\[key=value ...] \\[--config FILE]
@@ -103,6 +104,9 @@ def _sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:
         if section is not None:
             text = (section.__doc__ or "").strip()
             yield Block(name, text, list(all_fields(section, f"{name}.")), frozenset({name}), values)
+    for name, cls in DIAGNOSTICS.items():
+        fields = [(key, info) for key, info in all_fields(cls.Config) if key != "kind"]
+        yield Block(f"diagnostic {{kind:{name}}}", headline(cls), fields, frozenset({"diagnostics"}), {})
 
 
 def _parts(

@@ -81,9 +81,8 @@ class Loading:
         try:
             composed = compose_options(self.folder, self.overrides.choices)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(
-                [*self.problems, ConfigIssue(str(self.folder), f"cannot be composed: {error}")]
-            ) from error
+            broken = ConfigIssue(str(self.folder), f"cannot be composed: {error}")
+            raise ConfigError([*self.problems, broken]) from error
         if file is not None:
             self.problems += merge_file(composed, file, self.overrides.choices, self.sources)
         combined, problems = add_parts(composed, self.folder, self.options["reward"], self.overrides.parts, file)
@@ -282,8 +281,7 @@ def load_config(
     problem.
 
     `elsewhere`: the run will be on other machines, on which alone these paths may exist; issues about them are
-    warnings, and nothing is asked whether it is here. `starts`: the
-    run itself will, so that it must fit.
+    warnings, and nothing is asked whether it is here. `starts`: the run itself will, so that it must fit.
     """
     loading = _RunLoading(arguments, file, elsewhere)
     loading.validate()
@@ -337,8 +335,9 @@ class _RunLoading(Loading):
         rollout, evaluation, algorithm = (checked.get(name) for name in ("rollout", "evaluation", "algorithm"))
         if rollout is None or evaluation is None:
             return
-        if not has_engines(rollout, evaluation):
+        if not has_engines(rollout, evaluation) or rollout.source == "model":
             checked.pop("verifier", None)
+        if not has_engines(rollout, evaluation):
             self.available["rollout"] = checked["rollout"] = rollout.model_copy(update={"workers": 0})
         if algorithm is not None and not asks_reward(rollout, algorithm):
             checked.pop("reward", None)
@@ -367,9 +366,11 @@ class _RunLoading(Loading):
         return part
 
     def _value(self, key: str) -> Any:
-        section, _, leaf = key.rpartition(".")
-        holder = self.parts[section].config if section in self.parts else self.available.get(section)
-        return getattr(holder, leaf, None) if section else self.available.get(key)
+        section, *steps = key.split(".")
+        value = self.parts[section].config if section in self.parts else self.available.get(section)
+        for step in steps:
+            value = getattr(value, step, None)
+        return value
 
     def result(self, *, must_fit: bool) -> ResolvedRun:
         if self.problems:

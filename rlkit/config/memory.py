@@ -326,7 +326,7 @@ def _rewards(run: ResolvedRun, cuda: bool) -> list[Process]:
     asked = asks_reward(run.config.rollout, run.make_algorithm())
     rewards = [Process("reward worker", workers, {"score": phase}, shared)] if asked else []
     same = run.reward_class is run.verifier_class and run.reward_config == run.verifier_config
-    if (asked and same) or not run.config.rollout.workers:
+    if (asked and same) or not run.config.rollout.workers or run.config.rollout.source == "model":
         return rewards
     verifier: Phases = {"judge": Phase({"process": BASES["reward"] * GIB})}
     return [*rewards, Process("verifier", run.verifier_config.workers, verifier)]

@@ -18,6 +18,9 @@ _BY_AREA = {
     "critic": "loss grad_norm learning_rate skipped_updates value_mean return_mean explained_variance clip_share",
     "prm": "pair_accuracy heldout_pair_accuracy brier calibration_error sign_accuracy loss grad_norm skipped_updates "
     "score_mean score_p95",
+    "preference": "accuracy margin chosen_reward rejected_reward chosen_logprob rejected_logprob loss loss_at_start "
+    "pairs paired_share chosen_length rejected_length gain agreement good_share baseline shift heldout_accuracy "
+    "heldout_margin heldout_loss",
     "prime": "process_variance_share return_mean return_std return_length_correlation last_token_share",
     "ratio_shift": "mean std clipped_positive clipped_negative",
     "drift": "chosen rejected kl",

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from pydantic_core import ErrorDetails
 
 from rlkit.config.messages import did_you_mean, must_be, read_section
+from rlkit.diagnostics.base import DiagnosticConfig
+from rlkit.diagnostics.known import DIAGNOSTICS, diagnostic_class
 from rlkit.experience.names import NotFoundError, find_class
 from rlkit.experience.section import Named
 
@@ -47,6 +49,22 @@ def read_named(
     if part is None:
         raise ValueError("; ".join(dict.fromkeys(_mistakes(errors, cls, f"{what} ({kind})"))))
     return part
+
+
+def parse_diagnostics(value: Any) -> tuple[DiagnosticConfig, ...]:
+    """Raise ValueError that names the wrong one."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise ValueError("must be a list, like [hacking,{kind:drift,alarm:stop}]")
+    known = {name: cls.Config for name, cls in DIAGNOSTICS.items()}
+    chosen = tuple(
+        read_named(item, known, DiagnosticConfig, f"diagnostic {number}", lambda kind: diagnostic_class(kind).Config)
+        for number, item in enumerate(value, start=1)
+    )
+    names = [config.name for config in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} stands there twice; its table and its state have one name")
+    return chosen
 
 
 def _mistakes(errors: Sequence[ErrorDetails], cls: type[Named], where: str) -> Iterator[str]:

@@ -96,40 +96,6 @@ def chat_template_is_one(model: Any) -> Issues:
         yield ConfigIssue("model.chat_template", "does not use `messages`, so every prompt would be the same text")
 
 
-def prompts_are_short_enough(
-    data: DataSource, model_shape: ModelShape | ModelFolderError, model: ModelConfig, rollout: RolloutConfig
-) -> Issues:
-    """Of the first problems; the start counts all of them, as transformers does."""
-    limit, share = rollout.max_prompt_tokens, data.config.max_bad_row_share
-    splits: tuple[Split, ...] = ("train", "heldout")
-    for split in splits:
-        try:
-            problems = data.preview(split)
-        except DataError as error:
-            yield ConfigIssue("data", str(error))
-            return
-        if isinstance(model_shape, ModelFolderError):
-            return
-        allowed = int(share * len(problems) + 1e-9)
-        try:
-            long = too_long_prompts(
-                problems, model_folder(model.path), model.chat_template, model.chat_template_arguments, limit, allowed
-            )
-        except DataError as error:
-            yield ConfigIssue("model.path", str(error))
-            return
-        except (OSError, ValueError):  # of the template or the model, whose checks report them
-            return
-        if len(long) > allowed:
-            longest = max(long)
-            yield ConfigIssue(
-                "rollout.max_prompt_tokens",
-                f"at least {len(long)} of the first {len(problems)} {split} prompts are longer, more than "
-                f"data.max_bad_row_share={share:g} allows; the longest that was counted has {longest[0]} tokens "
-                f"({longest[1]})",
-            )
-
-
 def _template_variables(text: str) -> set[str]:
     """Raises ValueError if it is no template."""
     from jinja2 import Environment, TemplateError, meta  # a run with the model's own template does not need it
@@ -164,6 +130,39 @@ def chat_template_takes_its_arguments(model: ModelConfig, model_shape: ModelShap
         why = "is set for every prompt already" if name in GIVEN else "is no variable of the chat template"
         has = f"it has {', '.join(sorted(taken))}" if taken else "it has none"
         yield ConfigIssue(f"model.chat_template_arguments.{name}", f"{why}; {has}")
+
+
+def prompts_are_short_enough(
+    data: DataSource, model_shape: ModelShape | ModelFolderError, model: ModelConfig, rollout: RolloutConfig
+) -> Issues:
+    """Of the first problems; the start counts all of them, as transformers does."""
+    limit, share = rollout.max_prompt_tokens, data.config.max_bad_row_share
+    template, arguments = model.chat_template, model.chat_template_arguments
+    splits: tuple[Split, ...] = ("train", "heldout")
+    for split in splits:
+        try:
+            problems = data.preview(split)
+        except DataError as error:
+            yield ConfigIssue("data", str(error))
+            return
+        if isinstance(model_shape, ModelFolderError):
+            return
+        allowed = int(share * len(problems) + 1e-9)
+        try:
+            long = too_long_prompts(problems, model_folder(model.path), template, limit, allowed, arguments)
+        except DataError as error:
+            yield ConfigIssue("model.path", str(error))
+            return
+        except (OSError, ValueError):  # of the template or the model, whose checks report them
+            return
+        if len(long) > allowed:
+            longest = max(long)
+            yield ConfigIssue(
+                "rollout.max_prompt_tokens",
+                f"at least {len(long)} of the first {len(problems)} {split} prompts are longer, more than "
+                f"data.max_bad_row_share={share:g} allows; the longest that was counted has {longest[0]} tokens "
+                f"({longest[1]})",
+            )
 
 
 def ray_answers(cluster: ClusterConfig, dry_run: bool, here: bool) -> Issues:

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, StrictInt, StrictStr, field_validator
 
-from rlkit.config.named import read_named
+from rlkit.config.named import parse_diagnostics
+from rlkit.config.structured import StructuredConfig
 from rlkit.diagnostics.base import DiagnosticConfig
-from rlkit.diagnostics.known import DIAGNOSTICS, diagnostic_class
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.section import LearningRate, Section, Seed
 
@@ -77,40 +76,6 @@ class ModelConfig(Section):
     """Run Python code from the model folder. Only for folders you trust."""
 
 
-COLUMN = "column:"
-"""Before the name of a data column that holds each problem's own value."""
-
-
-class StructuredConfig(Section):
-    """What every response must match: one of a regex, choices, or a JSON schema. Tokens that do not fit are never
-    sampled (constrained decoding). `column:NAME` as a value takes each problem's own from that column of the data."""
-
-    regex: str | None = None
-    """A regular expression for the whole response."""
-    choices: tuple[str, ...] | str | None = None
-    """Texts, one of which is the whole response."""
-    json_schema: dict[str, Any] | str | None = None
-    """A JSON schema, or the path of a file with one."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if sum(value is not None for value in (self.regex, self.choices, self.json_schema)) != 1:
-            raise ValueError("set one of regex, choices and json_schema")
-        if isinstance(self.choices, str) and not self.choices.startswith(COLUMN):
-            raise ValueError(f"choices must be a list of texts, like [yes,no], or {COLUMN}NAME")
-        return self
-
-    @property
-    def kind(self) -> Literal["regex", "choices", "json_schema"]:
-        return "regex" if self.regex is not None else "choices" if self.choices is not None else "json_schema"
-
-    @property
-    def column(self) -> str | None:
-        """The column with each problem's own value, if there is one."""
-        value = getattr(self, self.kind)
-        return value.removeprefix(COLUMN) if isinstance(value, str) and value.startswith(COLUMN) else None
-
-
 class RolloutConfig(Section):
     """Where responses come from, and the vLLM sampler."""
 
@@ -125,7 +90,7 @@ class RolloutConfig(Section):
     """vLLM engines, one Ray actor each; 0 where nothing is sampled."""
     max_restarts: int = Field(default=3, ge=0)
     """Times the process of a worker that died, or did not confirm new weights, is replaced before the run stops."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01, le=2)
     """Sampling temperature of training, and of evaluation unless `evaluation` says otherwise; the learner's log-probs
     use the same."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -180,8 +145,9 @@ class RolloutConfig(Section):
     @property
     def reshaping(self) -> tuple[str, ...]:
         """Options by which the sampler draws from another distribution than the policy's."""
-        off = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "structured": None}
-        return tuple(name for name, value in off.items() if getattr(self, name) != value)
+        off = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+        names = [name for name, value in off.items() if getattr(self, name) != value]
+        return (*names, *([] if self.structured is None else [f"structured.{self.structured.kind}"]))
 
     @property
     def stop_texts(self) -> list[str]:
@@ -222,7 +188,7 @@ class EvaluationConfig(Section):
     k of 2, 4, 8, ... up to this."""
     greedy: bool = False
     """One response of the likeliest tokens to each prompt, in place of samples."""
-    temperature: float | None = Field(default=None, gt=0)
+    temperature: float | None = Field(default=None, ge=0.01, le=2)
     """Sampling temperature; null: `rollout.temperature`."""
     max_response_tokens: int | None = Field(default=None, ge=1)
     """Where a response is cut; null: `rollout.max_response_tokens`."""
@@ -351,22 +317,6 @@ class TrackingConfig(Section):
     """Write `tensorboard/` in the run folder."""
     sample_groups_per_step: int | None = Field(default=16, ge=0)
     """Groups per step whose best and worst response go to samples.jsonl; null: every group."""
-
-
-def parse_diagnostics(value: Any) -> tuple[DiagnosticConfig, ...]:
-    """Raise ValueError that names the wrong one."""
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise ValueError("must be a list, like [hacking,{kind:drift,alarm:stop}]")
-    known = {name: cls.Config for name, cls in DIAGNOSTICS.items()}
-    chosen = tuple(
-        read_named(item, known, DiagnosticConfig, f"diagnostic {number}", lambda kind: diagnostic_class(kind).Config)
-        for number, item in enumerate(value, start=1)
-    )
-    names = [config.name for config in chosen]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} stands there twice; its table and its state have one name")
-    return chosen
 
 
 class RunConfig(Section):

@@ -87,6 +87,13 @@ def frozen_models_exist(algorithm: Algorithm, rollout: RolloutConfig, model: Mod
             yield ConfigIssue(key, str(error))
 
 
+OF_ENGINES = tuple(
+    f"rollout.{name}"
+    for name in ("workers", "memory_gib", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "structured")
+)
+"""Keys, or their beginnings, that matter to nobody but vLLM."""
+
+
 def source_options_act(
     algorithm: Algorithm, rollout: RolloutConfig, evaluation: EvaluationConfig, typed: AbstractSet[str]
 ) -> Issues:
@@ -107,12 +114,15 @@ def source_options_act(
     if rollout.source == "data":
         for key in sorted(typed & {f"algorithm.{name}" for name in SAMPLED}):
             yield ConfigIssue(key, "has no effect with rollout.source=data: the data say how many responses there are")
-    if not has_engines(rollout, evaluation):
-        for key in sorted(typed):
-            if key.startswith(("verifier", "evaluation.")) or key in ("rollout.workers", "rollout.memory_gib"):
-                yield ConfigIssue(
-                    key, "has no effect: nothing is sampled with rollout.source=data (evaluation.generate=true does)"
-                )
+    if has_engines(rollout, evaluation) and rollout.source != "model":
+        return
+    idle = OF_ENGINES if rollout.source == "data" else ()
+    remedy = " (evaluation.generate=true does)" if rollout.source == "data" else ""
+    for key in sorted(typed):
+        if key.startswith(("verifier", "evaluation.", *idle)):
+            yield ConfigIssue(
+                key, f"has no effect: the policy samples nothing with rollout.source={rollout.source}{remedy}"
+            )
 
 
 def epochs_or_steps(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:

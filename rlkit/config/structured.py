@@ -6,11 +6,46 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from rlkit.config.messages import ConfigIssue, Issues
-from rlkit.config.schema import RolloutConfig, StructuredConfig
-from rlkit.data.base import BadRow, DataSource, Problem
+from pydantic import model_validator
+
+from rlkit.data.base import BadRow, Problem
+from rlkit.experience.section import Section
+
+COLUMN = "column:"
+"""Before the name of a data column that holds each problem's own value."""
+
+
+class StructuredConfig(Section):
+    """What every response must match: one of a regex, choices, or a JSON schema. Tokens that do not fit are never
+    sampled (constrained decoding). `column:NAME` as a value takes each problem's own from that column of the data."""
+
+    regex: str | None = None
+    """A regular expression for the whole response."""
+    choices: tuple[str, ...] | str | None = None
+    """Texts, one of which is the whole response."""
+    json_schema: dict[str, Any] | str | None = None
+    """A JSON schema, or the path of a file with one."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if sum(value is not None for value in (self.regex, self.choices, self.json_schema)) != 1:
+            raise ValueError("set one of regex, choices and json_schema")
+        if isinstance(self.choices, str) and not self.choices.startswith(COLUMN):
+            raise ValueError(f"choices must be a list of texts, like [yes,no], or {COLUMN}NAME")
+        return self
+
+    @property
+    def kind(self) -> Literal["regex", "choices", "json_schema"]:
+        return "regex" if self.regex is not None else "choices" if self.choices is not None else "json_schema"
+
+    @property
+    def column(self) -> str | None:
+        """The column with each problem's own value, if there is one."""
+        value = getattr(self, self.kind)
+        return value.removeprefix(COLUMN) if isinstance(value, str) and value.startswith(COLUMN) else None
+
 
 Grammar = Mapping[str, Any]
 """One of vLLM's constraints with its value: `regex`, `choice` or `json` (a schema's text)."""
@@ -98,22 +133,3 @@ def split_unusable(
         except ValueError as error:
             bad.append(BadRow(problem.origin, f"rollout.structured.{config.kind}: {error}"))
     return good, bad
-
-
-def structure_is_usable(rollout: RolloutConfig, data: DataSource) -> Issues:
-    config = rollout.structured
-    if config is None:
-        return
-    key = f"rollout.structured.{config.kind}"
-    if config.column is None:
-        try:
-            grammar(config, {})
-        except ValueError as error:
-            yield ConfigIssue(key, str(error))
-        return
-    columns = data.provides() - {"answer", "references"}
-    if config.column not in columns:
-        yield ConfigIssue(
-            key,
-            f"there is no column {config.column}; {type(data).__name__} has {', '.join(sorted(columns)) or 'none'}",
-        )

@@ -28,6 +28,8 @@ Loaded = tuple[list[Problem], list[BadRow]]
 
 CHECKED_ROWS = 10_000
 """Rows of each split that are judged before a run starts; the others when they are loaded."""
+PROVIDED = frozenset({"answer", "references", "responses", "pairs", "labels"})
+"""Words of `provides` that are no columns, even where a column is called so."""
 _DEFAULT_HELDOUT_SHARE = 0.05
 
 
@@ -114,7 +116,7 @@ class TableSource(DataSource):
             columns = set(self._columns("train") or ())
         except DataError:
             columns = set()  # check() reports why
-        provided = columns - config.used_columns()
+        provided = columns - config.used_columns() - PROVIDED
         if config.answer_column is not None:
             provided.add("answer")
         if config.reference_columns or config.answer_column is not None:

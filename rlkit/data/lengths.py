@@ -24,25 +24,24 @@ def too_long_prompts(
     problems: Sequence[Problem],
     folder: Path,
     chat_template: str | Path | None,
-    template_arguments: Mapping[str, Any],
     limit: int,
     allowed: int,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[tuple[int, str]]:
     """(tokens, origin) of prompts of more than `limit` tokens, from the longest texts on; enough to prove that they
     are more than `allowed`, if they are.
 
-    `chat_template`: path of a Jinja file. Empty where nothing can be counted here (`uncountable`). Raises DataError if
-    tokenizer.json cannot be read, and OSError or ValueError for other files.
+    `chat_template`: path of a Jinja file; `arguments`: its further variables. Empty where nothing can be counted here
+    (`uncountable`). Raises DataError if tokenizer.json cannot be read, and OSError or ValueError for other files.
     """
-    own = chat_template is None
-    template = default_template(folder) if own else Path(chat_template).expanduser().read_text(encoding="utf-8")
+    template = _template(folder, chat_template)
     if template is None or uncountable(folder):
         return []
     by_text = sorted(problems, key=lambda problem: -sum(len(message.content) for message in problem.messages))
     count: Callable[[str], int] | None = None
     proven: list[tuple[int, str]] = []
     characters = 0
-    variables = {**_special_tokens(folder), **template_arguments}
+    variables = {**_special_tokens(folder), **(arguments or {})}
     for problem, text in _rendered(by_text[: max(MOST_PROMPTS, allowed + 1)], template, variables):
         characters += len(text)
         if len(text.encode()) <= limit or characters > MOST_CHARACTERS:  # a token has a byte at least
@@ -64,10 +63,21 @@ def uncountable(folder: Path) -> str:
     return "tokenizer.json is large" if file.stat().st_size > LARGEST_TOKENIZER else ""
 
 
-def _special_tokens(folder: Path) -> dict[str, str]:
+def _template(folder: Path, named: str | Path | None) -> str | None:
+    if named is None:
+        return default_template(folder)
+    file = Path(named).expanduser()
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+    return config
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    tokens = {name: value for name, value in _tokenizer_config(folder).items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 

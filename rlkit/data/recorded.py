@@ -172,16 +172,16 @@ class ResponsesSource(RecordedSource):
         config: ResponsesConfig = self.config
         response, label_name, inside = self._layout()
         prompt, weight = _prompt(row, config), _weight(row, config)
-        prompts: set[Chat] = set()
+        prompts: list[Chat] = []
         responses = []
         for value, judged, where in labelled(row, response, label_name, inside):
             conversation = _conversation(prompt, value, where)
             start = len(prompt) if prompt and conversation[: len(prompt)] == prompt else len(conversation) - 1
-            prompts.add(conversation[:start])
+            prompts.append(conversation[:start])
             responses.append(Response(conversation[start:], _value(judged, label_name, config), weight, origin=origin))
-        if len(prompts) > 1:
+        if len(set(prompts)) > 1:
             raise RowError("its responses have different prompts")
-        return Parts(*prompts, tuple(responses))
+        return Parts(prompts[0], tuple(responses))
 
 
 def labelled(row: Row, response: str, name: str | None, inside: bool) -> Iterator[tuple[Any, Any, str]]:
@@ -198,7 +198,7 @@ def labelled(row: Row, response: str, name: str | None, inside: bool) -> Iterato
                 raise RowError(f"in {column}: {error}") from error
         return
     value = cell(row, response)
-    labels = cell(row, name) if name else None
+    labels: Any = cell(row, name) if name else None
     if not _is_list_of_responses(value):
         yield value, labels, response
         return

@@ -26,8 +26,8 @@ class NoSignal(Diagnostic):
         return self.steps > 0 and not self.learnt
 
     def check(self, record: StepRecord) -> Findings:
-        size = record.metrics.get("advantage/mean_absolute")
-        self.learnt |= record.metrics.get("group/all_equal_share", 0.0) < 1 if size is None else size != 0
+        size = record.metrics.get("advantage/mean_absolute", record.metrics.get("policy/grad_norm", 1.0))
+        self.learnt |= size != 0
         self.steps += 1
         if not self.nothing_learnt or self.steps != self.STEPS:
             return Findings()

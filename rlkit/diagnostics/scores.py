@@ -125,8 +125,7 @@ class RewardGap(Diagnostic):
         compared = f", and of {best} in {accuracies[best]:.0%}" if best != worst else ""
         return (
             f"the reward orders two responses as the verifier does in {accuracies[worst]:.0%} of the pairs of "
-            f"{worst}{compared}: it knows little about the former. Train it on such prompts, or leave them out "
-            "(diagnostics/reward_gap.jsonl)"
+            f"{worst}{compared}. Train the reward on such prompts, or leave them out (diagnostics/reward_gap.jsonl)"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -198,7 +198,7 @@ class RolloutWorker:
             Sample(
                 index=i,
                 token_ids=response.token_ids,
-                logprobs=response.logprobs,
+                logprobs=None if frozen else response.logprobs,
                 text=text,
                 finish_reason=response.finish_reason,
                 policy_versions=versions,

@@ -66,8 +66,9 @@ class Tracker:
             if self._tensorboard is not None:
                 opened.callback(self._tensorboard.close)
             handler = ShowWarnings(self.warn)
-            logging.getLogger("rlkit").addHandler(handler)
-            opened.callback(logging.getLogger("rlkit").removeHandler, handler)
+            for name in ("rlkit", "algorithms"):
+                logging.getLogger(name).addHandler(handler)
+                opened.callback(logging.getLogger(name).removeHandler, handler)
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Tracker:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_grpo import CONSTANT, Rows, aggregate_by_hand, finite_differences
 
-from algorithms.functional import kl
+from algorithms.functional import kl, links
+from algorithms.functional.links import correct_incorrect_pairs, cross_entropy, kto, kto_baseline, sample_sums
 from algorithms.functional.losses import (
     cispo_surrogate,
     clipped_surrogate,
@@ -22,15 +23,6 @@ from algorithms.functional.losses import (
     kl_divergence,
     rollout_weights,
     sequence_log_ratio,
-)
-from algorithms.functional.prm import (
-    correct_incorrect_pairs,
-    cross_entropy,
-    dpo,
-    kto,
-    kto_baseline,
-    nca_pair,
-    response_scores,
 )
 from algorithms.functional.returns import explained_variance
 from algorithms.grpo import GRPO
@@ -351,9 +343,9 @@ REWARD_LOSSES: dict[str, tuple[Any, Any]] = {
         lambda s: cross_entropy(s, LABELS),
         lambda s: -LABELS.numpy() * np.log(sigma(s)) - (1 - LABELS.numpy()) * np.log(sigma(-s)),
     ),
-    "dpo": (lambda s: dpo(s[:3], s[3:]), lambda s: -np.log(sigma(s[:3] - s[3:]))),
-    "nca_pair": (
-        lambda s: nca_pair(s[:3], s[3:]),
+    "sigmoid": (lambda s: links.sigmoid(s[:3], s[3:]), lambda s: -np.log(sigma(s[:3] - s[3:]))),
+    "nca": (
+        lambda s: links.nca(s[:3], s[3:]),
         lambda s: -np.log(sigma(s[:3])) - (np.log(sigma(-s[:3])) + np.log(sigma(-s[3:]))) / 2,
     ),
     "kto": (
@@ -376,15 +368,12 @@ def test_reward_model_losses(name: str) -> None:
     assert bf16.dtype == torch.float32
 
 
-def test_scores_ignore_untrained_rows_and_take_no_gradient_to_the_reference() -> None:
-    logprobs = torch.tensor([-1.0, math.nan, -2.0], requires_grad=True)
-    reference = torch.tensor([-1.5, -1.0, -1.0], requires_grad=True)
-    mask, sequence = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1])
-    scores = response_scores(logprobs, reference, mask, sequence, 3, 0.1)
-    assert scores.tolist() == pytest.approx([0.05, -0.1, 0.0])
-    scores.sum().backward()
-    assert logprobs.grad is not None and reference.grad is None
-    assert logprobs.grad.tolist() == pytest.approx([0.1, 0.0, 0.1])
+def test_sums_of_samples_ignore_untrained_rows() -> None:
+    ratios = torch.tensor([0.5, math.nan, -1.0], requires_grad=True)
+    sums = sample_sums(ratios, torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]), 3)
+    assert sums.tolist() == [0.5, -1.0, 0.0]
+    sums.sum().backward()
+    assert ratios.grad is not None and ratios.grad.tolist() == [1.0, 0.0, 1.0]
 
 
 def test_pairs_and_kto_baseline() -> None:

@@ -62,6 +62,14 @@ BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("algorithms.step_credit.StepCredit", {"credit": "turn_discounted", "gamma": 0.9}),
     ("algorithms.step_credit.StepCredit", {"credit": "turn_discounted", "norm": "position_mean"}),
     ("algorithms.brpo.BRPO", {}),
+    ("algorithms.preference.Preference", {}),
+    ("algorithms.preference.Preference", {"pairs": "all", "labels": "gain", "nll_coefficient": 0.5, "ld_alpha": 0.5}),
+    ("algorithms.preference.Preference", {"labels": "agreement"}),
+    ("algorithms.preference.Preference", {"guide": "/models/guide", "token_reward_coefficient": 0.25}),
+    ("algorithms.preference.Preference", {"link": "rdp", "pairs": "adjacent", "clip": 0.1}),
+    ("algorithms.preference.Preference", {"link": "kto"}),
+    ("algorithms.preference.Preference", {"link": "bco"}),
+    ("algorithms.preference.Preference", {"link": "pacs", "reference": "old", "balance_classes": True}),
 ]
 TARGET = os.environ.get("ALGORITHM")
 CASES = [(TARGET, json.loads(os.environ.get("ALGORITHM_OPTIONS", "{}")))] if TARGET else BUILT_IN
@@ -106,7 +114,7 @@ def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
             mask=np.zeros(length, dtype=np.bool_) if index == 3 else mask,
         )
         parts = {"good": float(index % 3 == 0), "short": float(length < 6)}
-        value = parts["good"] + 0.1 * float(rng.random())
+        value = 0.9 * parts["good"] + 0.1 * float(rng.random())
         process = rng.normal(size=length).astype(np.float32)
         samples.append(sample)
         if not (needs.process_rewards or needs.reads_process_rewards):
@@ -124,7 +132,7 @@ def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
             )
     scores[1] = Score.invalid("timeout: test")
     greedy = replace(samples[0]) if needs.greedy_response else None
-    prompt = Prompt(f"p-{name}", (Message("user", "?"),), (1, 2, 3))
+    prompt = Prompt(f"p-{name}", (Message("user", "?"),), (1, 2, *name.encode()))
     return Group(name, prompt, tuple(samples), greedy=greedy).with_scores(
         GroupScores(tuple(scores), greedy=Score(0.5) if needs.greedy_response else None)
     )
@@ -145,6 +153,14 @@ def with_models(groups: Sequence[Group], algorithm: Algorithm) -> Experience:
         values=[np.sin(row) for row in rows] if needs.critic else None,
         policy_logprobs=rows if needs.token_kl else None,
         reference_logprobs=[row + 0.3 * np.cos(row) for row in rows] if needs.token_kl else None,
+        logprobs={
+            name: [
+                sample.logprobs + np.float32(0.1 * number) * np.cos(3 * sample.logprobs)
+                for group in algorithm.groups_for(name, groups, lambda messages: (1, 2))
+                for sample in group.samples
+            ]
+            for number, name in enumerate(needs.passes)
+        },
     )
 
 
@@ -163,6 +179,9 @@ def loss_inputs(
     old = [sample.logprobs for sample in samples]
     new = [row + 0.4 * np.sin(5 * row) for row in old]
     _, group = np.unique([groups[i] for i in chosen], return_inverse=True)
+    pairs = np.zeros((0, 2), np.int64) if advantages.pairs is None else advantages.pairs
+    here = np.isin(pairs, chosen).all(axis=1)
+    place = {sample: row for row, sample in enumerate(chosen)}
     return LossInputs(
         logprobs=rows(new).requires_grad_(),
         entropy=rows([np.abs(row) for row in old]).requires_grad_(),
@@ -172,18 +191,21 @@ def loss_inputs(
         mask=rows([sample.trained.astype(np.float64) for sample in samples]),
         sequence=torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor([len(samples[i]) for i in chosen])),
         group=torch.from_numpy(group),
-        denominators=denominators(samples, groups, kept),
+        denominators=denominators(samples, groups, kept, len(pairs)),
         reference_logprobs=rows([row + 0.3 * np.cos(row) for row in old])
         if algorithm.needs().reference_policy
         else None,
         extras={name: rows(values) for name, values in advantages.extras.items()},
         scalars=advantages.scalars,
+        samples={name: torch.from_numpy(values[chosen]).double() for name, values in advantages.samples.items()},
+        pairs=torch.tensor([[place[i] for i in pair] for pair in pairs[here].tolist()], dtype=torch.int64),
+        pair_values={name: torch.from_numpy(values[here]).double() for name, values in advantages.pair_values.items()},
     )
 
 
-def denominators(samples: Sequence[Sample], groups: Sequence[int], kept: Sequence[int]) -> Denominators:
+def denominators(samples: Sequence[Sample], groups: Sequence[int], kept: Sequence[int], pairs: int) -> Denominators:
     tokens = sum(int(samples[i].trained.sum()) for i in kept)
-    return Denominators(float(tokens), float(len(kept)), float(len({groups[i] for i in kept})))
+    return Denominators(float(tokens), float(len(kept)), float(len({groups[i] for i in kept})), float(pairs))
 
 
 def gradients(algorithm: Algorithm, inputs: LossInputs) -> tuple[float, dict[str, float], np.ndarray]:
@@ -353,7 +375,7 @@ def test_micro_batches_in_any_order_add_up(algorithm: Algorithm, parts: int) -> 
     layout = algorithm.needs().layout
     whole_inputs = loss_inputs(algorithm, experience, advantages, range(24))
     whole, sums, gradient = gradients(algorithm, whole_inputs)
-    unit = {"any": 1, "pairs": 2, "full_group": 6}[layout]
+    unit = {"any": 1, "pairs": 6, "full_group": 6}[layout]
     blocks = np.random.default_rng(2).permutation(24 // unit)
     total, totals = 0.0, dict.fromkeys(sums, 0.0)
     by_sample: dict[int, np.ndarray] = {}

@@ -25,6 +25,9 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "rlkit.data.arithmetic.Arithmetic": {"train_problems": 64, "heldout_problems": 16},
     "rlkit.data.files.FileSource": {"path": "rows.jsonl"},
     "rlkit.data.files.HfSource": {"path": "rows.jsonl"},
+    "rlkit.data.recorded.PairsSource": {"path": "rows.jsonl"},
+    "rlkit.data.recorded.ResponsesSource": {"path": "rows.jsonl"},
+    "rlkit.data.recorded.ChatSource": {"path": "rows.jsonl"},
 }
 
 
@@ -32,6 +35,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if "DATA" not in os.environ:  # a source of your own looks for its files where you are
         rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}", "level": i} for i in range(40)]
+        rows = [row | {"response": f"{i + 1}", "chosen": f"{i + 1}", "rejected": "no"} for i, row in enumerate(rows)]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         monkeypatch.chdir(tmp_path)
     return str(request.param)
@@ -102,7 +106,12 @@ def test_every_problem_has_what_the_source_says(source: DataSource) -> None:
     for problem in (*source.load("train")[0], *source.load("heldout")[0]):
         assert "answer" not in provided or problem.answer is not None
         assert "references" not in provided or problem.references
-        assert provided - {"answer", "references"} <= problem.columns.keys()
+        assert "responses" not in provided or problem.responses
+        assert "pairs" not in provided or problem.pairs
+        assert {pair.winner for pair in problem.pairs} | {pair.loser for pair in problem.pairs} <= set(
+            range(len(problem.responses))
+        )
+        assert provided - {"answer", "references", "responses", "pairs", "labels"} <= problem.columns.keys()
 
 
 def test_equal_options_and_seed_give_equal_problems(target: str, options: dict[str, Any]) -> None:

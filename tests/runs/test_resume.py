@@ -22,6 +22,19 @@ PRIME = (
     "reward.minibatch_groups=2",
     "rollout.max_response_tokens=64",
 )
+FINE_TUNING = ("algorithm=sft", "learner.learning_rate=1e-3", "learner.epochs_per_step=2")
+SHAPED = (
+    *GRPO,
+    "algorithm.samples_per_prompt=8",
+    "buffer.drop_equal_rewards=true",
+    "buffer.max_rejected_share=0.99",
+    "rollout.oversample=1.6",
+    'rollout.structured.regex="([0-9]+[*+-][0-9]+=[0-9]+\\n)*#### [0-9]+"',
+    "rollout.stop=['=0','9']",
+    "rollout.min_p=0.01",
+    "trainer.max_mismatch=null",
+)
+"""Every option of sampling, and more groups than a step takes."""
 COMMON = (f"trainer.total_steps={STEPS}", "trainer.save_every_steps=1", "trainer.keep_checkpoints=9")
 TIMES = ("time", "tokens/per_second")
 """Only what a clock measures may differ."""
@@ -73,7 +86,9 @@ def kill_at(run: Run, moment: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [GRPO, PRIME], ids=["grpo", "prime"])
+@pytest.mark.parametrize(
+    "options", [GRPO, PRIME, FINE_TUNING, SHAPED], ids=["grpo", "prime", "sft", "shaped"]
+)
 def test_a_killed_and_resumed_run_equals_one_that_was_not(options: tuple[str, ...], start: Callable[..., Run]) -> None:
     whole = start("whole", *options)
     assert whole.end() == 0, whole.text

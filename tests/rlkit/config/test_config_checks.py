@@ -19,9 +19,9 @@ from rlkit.config.schema import (
     LearnerConfig,
     ModelConfig,
     RolloutConfig,
-    StructuredConfig,
     TrainerConfig,
 )
+from rlkit.config.structured import StructuredConfig
 from rlkit.data.base import DataConfig
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], key: str, text: s
         ({"rollout": RolloutConfig(top_k=5)}, "rollout.top_k"),
         ({"rollout": RolloutConfig(min_p=0.1)}, "rollout.min_p"),
         ({"rollout": RolloutConfig(repetition_penalty=1.1)}, "rollout.repetition_penalty"),
-        ({"rollout": RolloutConfig(structured=StructuredConfig(regex="[0-9]+"))}, "rollout.structured"),
+        ({"rollout": RolloutConfig(structured=StructuredConfig(regex="[0-9]+"))}, "rollout.structured.regex"),
         ({"rollout": RolloutConfig(dtype="bfloat16")}, "rollout.dtype"),
         ({"cluster": ClusterConfig(device="cuda"), "learner": LearnerConfig(dtype="float32")}, "rollout.dtype"),
         (

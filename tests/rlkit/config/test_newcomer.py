@@ -234,6 +234,13 @@ def test_who_listens_is_found(accepted: Typed) -> None:
         accepted(f"cluster.address=127.0.0.1:{port}")
 
 
+def test_arguments_of_a_template_of_one_s_own_are_accepted(folder: Path, accepted: Typed, refused: Typed) -> None:
+    (folder / "own.jinja").write_text("{{ messages }}{% if thinking is defined and thinking %}<think>{% endif %}")
+    accepted("model.chat_template=own.jinja", "model.chat_template_arguments.thinking=false")
+    text = refused("model.chat_template=own.jinja", "model.chat_template_arguments.thinkin=false")
+    assert "model.chat_template_arguments.thinkin=false: is no variable of the chat template; it has thinking" in text
+
+
 def test_an_interval_of_the_preset_is_no_mistake_of_the_user(accepted: Typed) -> None:
     assert "never comes" not in accepted("trainer.total_steps=2")
     assert "never comes" in accepted("trainer.total_steps=2", "trainer.evaluate_every_steps=15")

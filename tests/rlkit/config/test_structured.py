@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlkit.config.schema import StructuredConfig
-from rlkit.config.structured import grammar, split_unusable
+from rlkit.config.structured import StructuredConfig, grammar, split_unusable
 from rlkit.data.base import Problem
 from rlkit.experience import Message
 

@@ -14,11 +14,9 @@ from rlkit.data.rendering import load_tokenizer, render
 from rlkit.experience import Message
 from rlkit.models.folder import model_folder
 
-ARGUMENTS = {"thinking": False}
 FOLDER = model_folder("embedded:policy")
 CHAT = (
-    "{{ bos_token }}{% if not thinking %}<none>{% endif %}"
-    "{% if messages[0].role == 'system' %}[{{ messages[0].content | tojson }}]{% endif %}\n"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}[{{ messages[0].content | tojson }}]{% endif %}\n"
     "{% for message in messages %}\n{% if message.content == 'refused' %}{{ raise_exception('no') }}{% endif %}\n"
     "{% if message.role == 'system' %}{% continue %}{% endif %}\n"
     "{% generation %}{{ strftime_now('%Y') }} {{ message.content | trim }}{% endgeneration %}{% endfor %}"
@@ -41,29 +39,38 @@ def test_lengths_are_those_of_a_run(template: str | None, tmp_path: Path) -> Non
         (tmp_path / "chat.jinja").write_text(template)
     named = None if template is None else tmp_path / "chat.jinja"
     problems = [*Arithmetic(Arithmetic.Config(), 0).preview("train"), problem("s", "Be <short> & ünkind.", " Why?  ")]
-    prompts, _ = render(problems, load_tokenizer(FOLDER), 10_000, named, ARGUMENTS)
+    prompts, _ = render(problems, load_tokenizer(FOLDER), 10_000, named)
     expected = sorted(len(prompt.token_ids) for prompt in prompts)
-    counted = too_long_prompts(problems, FOLDER, named, ARGUMENTS, limit=1, allowed=len(problems))
+    counted = too_long_prompts(problems, FOLDER, named, limit=1, allowed=len(problems))
     assert sorted(tokens for tokens, _ in counted) == expected
+
+
+def test_arguments_of_the_template_count(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(CHAT + "{% if thinking %} a b c{% endif %}")
+    short, long = (
+        too_long_prompts([problem("s", "Why?")], FOLDER, tmp_path / "chat.jinja", 1, 1, {"thinking": thinking})
+        for thinking in (False, True)
+    )
+    assert long[0][0] - short[0][0] == 3
 
 
 def test_no_more_are_tokenised_than_prove_it(folder: Path) -> None:
     problems = [problem(f"d:{n}", "a b " * n) for n in range(1, 101)]
-    proven = too_long_prompts(problems, folder, None, {}, 16, allowed=2)
+    proven = too_long_prompts(problems, folder, None, 16, allowed=2)
     assert [origin for _, origin in proven] == ["d:100", "d:99", "d:98"]
     (folder / "tokenizer.json").write_text("{}")
-    assert too_long_prompts(problems, folder, None, {}, 10_000, allowed=2) == []  # its bytes are fewer: nothing is read
+    assert too_long_prompts(problems, folder, None, 10_000, allowed=2) == []  # its bytes are fewer: nothing is read
     with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
-        too_long_prompts(problems, folder, None, {}, 16, allowed=2)
+        too_long_prompts(problems, folder, None, 16, allowed=2)
 
 
 def test_what_cannot_be_counted_here(folder: Path) -> None:
     long = [problem("d:1", "a b " * 100), problem("d:2", "refused")]
     (folder / "chat_template.jinja").write_text(CHAT)
-    assert [origin for _, origin in too_long_prompts(long, folder, None, {}, 1, allowed=2)] == ["d:1"]
+    assert [origin for _, origin in too_long_prompts(long, folder, None, 1, allowed=2)] == ["d:1"]
     with (folder / "tokenizer.json").open("ab") as file:
         file.truncate(LARGEST_TOKENIZER + 1)
     assert uncountable(folder) == "tokenizer.json is large"
     (folder / "tokenizer.json").unlink()
     assert uncountable(folder) == "without a tokenizer.json"
-    assert too_long_prompts(long, folder, None, {}, 1, allowed=0) == []
+    assert too_long_prompts(long, folder, None, 1, allowed=0) == []

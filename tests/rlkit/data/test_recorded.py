@@ -136,9 +136,8 @@ def test_rows_of_one_prompt_are_one_problem(tmp_path: Path) -> None:
 
 
 def test_an_id_gathers_its_rows_and_has_one_prompt(tmp_path: Path) -> None:
-    rows = [
-        {"id": i, "prompt": p, "response": r, "score": 1} for i, p, r in ((1, "a", "b"), (1, "a", "c"), (1, "x", "y"))
-    ]
+    asked = (("1+1?", "2"), ("1+1?", "3"), ("2+2?", "4"))
+    rows = [{"id": 1, "prompt": prompt, "response": response, "score": 1} for prompt, response in asked]
     (problem,), bad = read(ResponsesSource, tmp_path, *rows, id_column="id")
     assert problem.id == "1" and len(problem.responses) == 2
     assert bad == {"rows.jsonl:3": "id '1' was already used by rows.jsonl:1 with another prompt"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,6 +107,17 @@ def test_the_implicit_reward_of_the_worked_example() -> None:
     assert 0.1 * scalars["drift/chosen"] == pytest.approx(-0.06)
     assert scalars["drift/rejected"] == pytest.approx(-1.0)
     assert scalars["drift/kl"] == pytest.approx(-1.6 / 4)
+
+
+def test_better_and_worse_are_those_of_pairs_where_there_are_pairs() -> None:
+    """Log-ratios 1, -2, 4 of the samples; the first won against both others."""
+    diagnostic = Drift(Drift.Config(), SETTINGS)
+    given = inputs([[0.0], [0.0], [0.0]], [0.0, 0.0, 0.0], logprobs=[-1.0] * 3, reference=[-2.0, 1.0, -5.0])
+    paired = replace(given, pairs=torch.tensor([[0, 1], [0, 2]]))
+    scalars = diagnostic.check(StepRecord(1, measured=numbers(diagnostic.measure(paired)))).scalars
+    assert scalars == pytest.approx({"drift/chosen": 1.0, "drift/rejected": 1.0, "drift/kl": 1.0})
+    alone = diagnostic.check(StepRecord(1, measured=numbers(diagnostic.measure(given)))).scalars
+    assert alone.keys() == {"drift/kl"}
 
 
 def drifting(chosen: float, rejected: float, kl: float = 0.0) -> dict[str, float]:

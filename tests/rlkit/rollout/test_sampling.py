@@ -17,7 +17,8 @@ import torch
 from ray_fixture import ray_session  # noqa: F401
 from rollout_host import OpenWorker
 
-from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, StructuredConfig
+from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
+from rlkit.config.structured import StructuredConfig
 from rlkit.data.rendering import load_tokenizer
 from rlkit.experience import Group, Message, Prompt, UserError
 from rlkit.models.folder import model_folder
