@@ -63,6 +63,8 @@ class AlgorithmNeeds:
     """Whose responses it can learn from."""
     rewards: bool = True
     """Scores; without, no reward is asked."""
+    demonstrations: bool = False
+    """The data's own responses to a step's prompts, as further groups of the Experience, behind the sampled ones."""
     pairs: bool = False
     """Groups with preferences, or with values that differ."""
     labels: bool = False

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 from algorithms.base import Algorithm
 from rlkit.evaluation import Evaluation
 from rlkit.experience import Group, Prompt
+from rlkit.experience.types import recorded_group
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.worker import GroupRequest
 
 T = TypeVar("T")
-
-
-def recorded_group(prompt: Prompt, id: str, step: int) -> Group:
-    """The data's responses as a scored group of the policy that the step begins with: they are never stale."""
-    assert prompt.recorded is not None
-    versions = (step - 1, step - 1)
-    samples = tuple(replace(sample, policy_versions=versions) for sample in prompt.recorded.samples)
-    return Group(id, replace(prompt, recorded=None), samples, scores=prompt.recorded.scores, step=step)
 
 
 def recorded_groups(prompts: Iterable[Prompt]) -> Iterator[Group]:

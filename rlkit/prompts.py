@@ -66,7 +66,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
         _report_bad_rows([*bad, *unfit, *unusable], rows, data.max_bad_row_share, what, tracker)
         return prompts
 
-    sides: dict[Split, bool] = {"train": from_data, "heldout": measured}
+    shown = resolved.make_algorithm().needs().demonstrations
+    sides: dict[Split, bool] = {"train": from_data or shown, "heldout": measured}
     loaded = {side: rendered(*source.load(side), resolved.data_config, side, sides[side]) for side in sides}
     further = {}
     for name, one in resolved.sets.items():

@@ -203,7 +203,7 @@ class Trainer:
         record = StepRecord(step, metrics, groups, rejected, judged, advantages)
         metrics = await self.diagnostics.check(record)
         self.latest |= metrics
-        self.tracker.step(step, metrics, groups, advantages.tokens)
+        self.tracker.step(step, metrics, experience.groups, advantages.tokens)
         self.whole, self.advanced = True, False
         self.diagnostics.obey()
 

@@ -28,9 +28,15 @@ def algorithm_learns_from_the_source(algorithm: Algorithm, rollout: RolloutConfi
 
 
 def data_have_responses(algorithm: Algorithm, rollout: RolloutConfig, data: DataSource) -> Issues:
+    provided, needs = data.provides(), algorithm.needs()
+    if needs.demonstrations and not provided & {"responses", "references"}:
+        yield ConfigIssue(
+            "data",
+            f"{type(algorithm).__name__} also learns from the data's responses, and {type(data).__name__} has none; "
+            f"{RECORDED}",
+        )
     if rollout.source != "data":
         return
-    provided, needs = data.provides(), algorithm.needs()
     if not provided & {"responses", "references"}:
         yield ConfigIssue(
             "data", f"{type(data).__name__} has no responses to learn from (rollout.source=data); {RECORDED}"

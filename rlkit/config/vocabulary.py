@@ -246,7 +246,10 @@ COMMANDS: tuple[tuple[str, str], ...] = (
         "not needed: RUN/checkpoints/step_NNNNNN/policy is a Hugging Face folder already",
     ),
     (r"resume|continue", "write it as rlkit train ... run_dir=RUN resume=auto"),
-    (r"grpo|ppo|rloo|dapo|reinforce|prime", "an algorithm is chosen by rlkit train algorithm=NAME"),
+    (
+        r"grpo|ppo|rloo|dapo|reinforce|prime|dpo|ipo|kto|orpo|simpo|cpo|distill",
+        "an algorithm is chosen by rlkit train algorithm=NAME",
+    ),
     (r"reward|rm|train_rm|reward_model", "did you mean train-reward?"),
     (r"version", "write rlkit --version"),
     (r"help", "write rlkit --help"),

@@ -228,6 +228,14 @@ class Group:
         return np.array([score.valid for _, score in self.scored()], dtype=np.bool_)
 
 
+def recorded_group(prompt: Prompt, id: str, step: int) -> Group:
+    """The data's responses as a scored group of the policy that the step begins with: they are never stale."""
+    assert prompt.recorded is not None
+    versions = (step - 1, step - 1)
+    samples = tuple(replace(sample, policy_versions=versions) for sample in prompt.recorded.samples)
+    return Group(id, replace(prompt, recorded=None), samples, scores=prompt.recorded.scores, step=step)
+
+
 def text_group(id: str, prompt: Prompt, texts: Sequence[str]) -> Group:
     """Responses as texts alone, without tokens, for rewards that judge texts."""
     none = np.zeros(0)

@@ -14,6 +14,7 @@ from algorithms.base import POLICY, REFERENCE, Advantages, Algorithm, Experience
 from rlkit.cluster.placement import Placement
 from rlkit.config.schema import CriticConfig, RunConfig
 from rlkit.experience import Group
+from rlkit.experience.types import recorded_group
 from rlkit.learner.actors import CriticGroup, LearnerGroup
 from rlkit.learner.ranks import RankGroup
 from rlkit.learner.references import ReferenceCache, fingerprint
@@ -102,6 +103,8 @@ class JointLearner:
     async def experience(self, groups: Sequence[Group], step: int) -> Experience:
         """The groups with the values and log-probs that the algorithm's advantages need, or its loss in every epoch."""
         needs = self.algorithm.needs()
+        if needs.demonstrations:
+            groups = [*groups, *(recorded_group(g.prompt, f"{g.id}-recorded", step) for g in groups)]
         values = await self.critic.values(groups) if self.critic is not None else None
         policy = reference = None
         if needs.token_kl or self.policy.section.epochs_per_step > 1:

@@ -152,7 +152,11 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
         ("+foo.bar=3", "+foo.bar=3: no such key"),
         ("reward.tiemout_seconds=3", "did you mean reward.timeout_seconds?"),
         ("trainer={total_step: 3}", "did you mean trainer.total_steps?"),
-        ("data.prompt_column=q", "Arithmetic has none (it belongs to data=csv, data=hf, data=jsonl and data=parquet)"),
+        (
+            "data.prompt_column=q",
+            "Arithmetic has none (it belongs to data=chat, data=csv, data=hf, data=jsonl, data=pairs, data=parquet and "
+            "data=responses)",
+        ),
         ("trainer.total_steps=0", "trainer.total_steps=0: must be an integer, at least 1"),
         ("trainer.total_steps=2.5", "trainer.total_steps=2.5: must be an integer"),
         ("trainer.total_steps=many", "trainer.total_steps=many: must be an integer"),

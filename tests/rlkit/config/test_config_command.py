@@ -84,8 +84,8 @@ def test_the_plan_counts_every_model(repository: Path, bare_model: Path, tmp_pat
     for trained in ("learner", "critic"):  # 12,800 parameters
         assert "Adam's moments 100.0 KiB" in amount[trained]
         assert "gradients 50.0 KiB" in amount[trained]
-    assert "reference 50.0 KiB" in amount["learner"]
-    assert "reference" not in amount["critic"]
+    assert "frozen models 50.0 KiB" in amount["learner"]
+    assert "frozen" not in amount["critic"]
     assert "weights 250.0 KiB" in amount["reward"]
     with_polar = train(repository, *base, "reward=[rule,polar]").stdout
     assert "activations" in next(line for line in with_polar.splitlines() if "reward worker" in line)

@@ -23,7 +23,7 @@ Typed = Callable[..., str]
         ("compare", "tensorboard --logdir"),
         ("chat", "step_NNNNNN/policy"),
         ("evaluate", "not supported yet"),
-        ("dpo", "DPO"),
+        ("dpo", "rlkit train algorithm=NAME"),
         ("lora", "LoRA is not supported"),
         ("grpo", "rlkit train algorithm=NAME"),
         ("trian", "did you mean train?"),

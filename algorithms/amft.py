@@ -1,0 +1,170 @@
+"""AMFT: reinforcement and demonstrations in one loss, mixed by a controller (arXiv 2508.06944).
+
+    L = (1 - mu) L_RL + mu L_SFT,    mu <- clip(mu + eta_m dU/dmu + eta_H (H* - H), mu_min, mu_max)
+
+L_RL: GRPO's surrogate on the policy's samples; L_SFT: the likelihood of the data's responses to the same prompts; each
+a mean over its own tokens. H: the policy's entropy per token, H* its mean over the first `warmup_steps`. As the formula
+is written mu rises when entropy is below its target; the paper's prose says the opposite, which is `entropy_sign=-1`.
+
+dU/dmu is the paper's meta-gradient of the validation reward U. Here U is the mean reward of each step's fresh samples,
+which nothing was trained on yet, and the derivative is the secant between two windows of steps: no second backward pass
+and no further samples, but an estimate that says nothing while mu stands still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from algorithms.base import Advantages, AlgorithmNeeds, Experience, LossInputs
+from algorithms.functional.losses import Aggregation
+from algorithms.grpo import GRPO
+from rlkit.experience.section import Coefficient
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEAST_CHANGE = 1e-3
+"""Of mu, between two windows, for a secant."""
+DEMONSTRATION = "demonstration"
+
+
+def controlled(
+    mu: float,
+    slope: float,
+    entropy: float,
+    target: float,
+    *,
+    meta_rate: float,
+    entropy_rate: float,
+    bounds: tuple[float, float],
+) -> float:
+    """The next mu; `slope`: dU/dmu; `bounds`: its least and its most."""
+    low, high = bounds
+    return min(high, max(low, mu + meta_rate * slope + entropy_rate * (target - entropy)))
+
+
+class AMFT(GRPO):
+    class Config(GRPO.Config):
+        kl_coefficient: Coefficient = 0.0
+        """Weight of the KL penalty to the reference policy; 0 loads none."""
+        aggregation: Aggregation = "token_mean"
+        """Only token_mean: both losses are means over their own tokens."""
+        mu: float = Field(default=0.5, ge=0, le=1)
+        """Weight of the demonstrations at the start."""
+        mu_bounds: tuple[float, float] = (0.05, 0.95)
+        """Least and most weight of the demonstrations."""
+        meta_rate: float = Field(default=0.1, ge=0)
+        """eta_m: how far mu follows the slope of the reward."""
+        meta_window: int = Field(default=5, ge=1)
+        """Steps whose means make an end of the secant."""
+        entropy_rate: float = Field(default=0.05, ge=0)
+        """eta_H: how far mu follows the entropy, in nats per token."""
+        entropy_sign: Literal[1, -1] = 1
+        """1: the formula, more demonstrations when entropy is too low; -1: the prose, more when it is too high."""
+        warmup_steps: int = Field(default=10, ge=1)
+        """Steps in which mu stays and the entropy's target is measured."""
+
+        @model_validator(mode="after")
+        def _mixes(self) -> Self:
+            low, high = self.mu_bounds
+            if not 0 <= low <= self.mu <= high <= 1:
+                raise ValueError(
+                    f"mu={self.mu:g} must lie within mu_bounds={low:g}, {high:g}, and those within 0 and 1"
+                )
+            if self.aggregation != "token_mean":
+                raise ValueError("aggregation must be token_mean: both losses are means over their own tokens")
+            if self.kl_coefficient and self.kl_in == "loss":
+                raise ValueError("a KL penalty in the loss would hold back the demonstrations; use kl_in=reward")
+            return self
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.mu: float = config.mu
+        self.target: float | None = None
+        """H*; None while it is measured."""
+        self._entropies: list[float] = []
+        self._seen: list[tuple[float, float]] = []
+        """(mu, U) of the last two windows' steps."""
+
+    def needs(self) -> AlgorithmNeeds:
+        return replace(super().needs(), demonstrations=True)
+
+    def advantages(self, experience: Experience) -> Advantages:
+        fresh = [group for group in experience.groups if any(s.logprobs is not None for s in group.samples)]
+        shown = [sample for group in experience.groups[len(fresh) :] for sample in group.samples]
+        count = sum(len(group.samples) for group in fresh)
+        policy, reference = (
+            None if rows is None else rows[:count]
+            for rows in (experience.policy_logprobs, experience.reference_logprobs)
+        )
+        credit = super().advantages(Experience(fresh, experience.step, None, policy, reference))
+        samples = [sample for group in fresh for sample in group.samples]
+        sampled = sum(int(s.trained.sum()) for s, kept in zip(samples, credit.keep, strict=True) if kept)
+        given = sum(int(sample.trained.sum()) for sample in shown)
+        # The loss divides by all tokens; each half is to be a mean over its own.
+        ours, theirs = (mu * (sampled + given) / max(1, own) for mu, own in ((1 - self.mu, sampled), (self.mu, given)))
+        tokens = [*(ours * row for row in credit.tokens), *(np.full(len(s), theirs * s.weight) for s in shown)]
+        return replace(
+            credit,
+            tokens=[np.asarray(row, dtype=np.float32) for row in tokens],
+            keep=np.concatenate([credit.keep, np.ones(len(shown), dtype=np.bool_)]),
+            extras={
+                DEMONSTRATION: [
+                    *(np.zeros(len(s), np.float32) for s in samples),
+                    *(np.ones(len(s), np.float32) for s in shown),
+                ]
+            },
+            metrics={**credit.metrics, "amft/mu": self.mu, "amft/demonstration_tokens": float(given)},
+        )
+
+    def _surrogate_rows(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        rows, binds = super()._surrogate_rows(inputs)
+        demonstrated = inputs.extras[DEMONSTRATION] > 0
+        return (-inputs.advantages * inputs.logprobs).where(demonstrated, rows), binds & ~demonstrated
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        super().observe(metrics)
+        entropy, reward = metrics.get("policy/entropy"), metrics.get("reward/mean")
+        if entropy is None or reward is None:
+            return
+        window = self.config.meta_window
+        self._seen = [*self._seen, (self.mu, reward)][-2 * window :]
+        if self.target is None:
+            self._entropies.append(entropy)
+            if len(self._entropies) == self.config.warmup_steps:
+                self.target = fmean(self._entropies)
+            return
+        self.mu = controlled(
+            self.mu,
+            self._slope(),
+            self.config.entropy_sign * entropy,
+            self.config.entropy_sign * self.target,
+            meta_rate=self.config.meta_rate,
+            entropy_rate=self.config.entropy_rate,
+            bounds=self.config.mu_bounds,
+        )
+
+    def _slope(self) -> float:
+        window = self.config.meta_window
+        if len(self._seen) < 2 * window:
+            return 0.0
+        (mu0, u0), (mu1, u1) = (
+            (fmean(mu for mu, _ in half), fmean(u for _, u in half))
+            for half in (self._seen[:window], self._seen[window:])
+        )
+        return (u1 - u0) / (mu1 - mu0) if abs(mu1 - mu0) >= LEAST_CHANGE else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"mu": self.mu, "target": self.target, "entropies": self._entropies, "seen": [*map(list, self._seen)]}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.mu, self.target, self._entropies = state["mu"], state["target"], list(state["entropies"])
+        self._seen = [(mu, reward) for mu, reward in state["seen"]]
