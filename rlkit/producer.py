@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
 
 from rlkit.cluster.waiting import waiting
-from rlkit.data.order import PromptOrder
+from rlkit.data.order import MixtureOrder, PromptOrder
 from rlkit.experience import Prompt
 from rlkit.experience.buffer import with_surplus
 from rlkit.experience.scores import ScoreReport
@@ -30,7 +30,7 @@ class Producer:
 
     def __init__(
         self,
-        order: PromptOrder,
+        order: PromptOrder | MixtureOrder,
         rollout: Sampler,
         reward: Rewards,
         buffer: Any,

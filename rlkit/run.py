@@ -33,7 +33,7 @@ from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, config_text, plain
 from rlkit.config.plan import asks_reward, gpu_shares, references_are_cached
 from rlkit.config.schema import RunConfig
-from rlkit.data.order import PromptOrder
+from rlkit.data.order import order_of
 from rlkit.diagnostics.group import Diagnostics, make_diagnostics
 from rlkit.endings import ending
 from rlkit.evaluation import Evaluator
@@ -259,7 +259,7 @@ async def _start(
         reward=reward,
         buffer=buffer,
         producer=Producer(
-            PromptOrder(data.train, config.seed),
+            order_of(data.train, config.seed, resolved.make_data_source().weights()),
             RecordedResponses() if pool is None or rollout.source == "data" else pool,
             reward,
             buffer,

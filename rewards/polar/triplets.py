@@ -14,9 +14,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlkit.data.base import BadRow
-from rlkit.data.rows import RowError
+from rlkit.data.cells import Row, RowError, cell
 from rlkit.reward_training import rows
-from rlkit.reward_training.rows import RewardDataConfig, Row, Side, cell
+from rlkit.reward_training.rows import RewardDataConfig, Side
 
 Form = Literal["prompts", "trajectories", "columns", "triplets"]
 Policy = TypeVar("Policy", bound=Hashable)

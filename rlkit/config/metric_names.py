@@ -4,6 +4,7 @@ _BY_AREA = {
     "accuracy": "heldout train",
     "reward": "heldout train mean mean_trained std overlong_penalty failed greedy_mean",
     "evaluation": "samples unjudged length_mean truncated_share",
+    "data": "epochs",
     "group": "all_equal_share",
     "policy": "loss entropy clip_share grad_norm learning_rate skipped_updates waits optimizer_steps trained_samples "
     "silent_samples",
@@ -29,5 +30,5 @@ _BY_AREA = {
     "judge_fpr": "max mean",
 }
 METRICS = frozenset(f"{area}/{name}" for area, names in _BY_AREA.items() for name in names.split())
-FAMILIES = ("reward/component/", "reward/failed/", "evaluation/pass@", "evaluation/best@")
+FAMILIES = ("reward/component/", "reward/failed/", "data/epochs/", "evaluation/pass@", "evaluation/best@")
 """Beginnings of names that end with a part, a cause or a number."""

@@ -92,6 +92,11 @@ class DataSource(ABC):
         """The problems if the source is one of `evaluation.sets`: the held-out ones, or all of a file's."""
         return self.load("heldout")
 
+    def weights(self) -> Mapping[str, float]:
+        """Of a mixture: source -> its share of the prompts, relative to the others'. A problem's id begins with
+        `source/`."""
+        return {}
+
     def provides(self) -> frozenset[str]:
         """`answer`, `references` and further column names that its problems carry (for reward checks); `responses`,
         `pairs` and `labels` (responses with values that differ)."""

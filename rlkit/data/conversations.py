@@ -122,6 +122,7 @@ class _Piece(NamedTuple):
 
 class _Draft(NamedTuple):
     response: Response
+    origin: str
     token_ids: list[int]
     text: str
     mask: np.ndarray | None
@@ -143,10 +144,12 @@ def _drafts(
     for item, own, parts in zip(asked, responses, split, strict=True):
         drafts: list[_Draft | BadRow] = []
         for response, pieces in zip(own, parts, strict=True):
+            origin = response.origin or item.problem.origin
             if isinstance(pieces, BadRow):
-                drafts.append(replace(pieces, origin=response.origin or item.problem.origin))
+                drafts.append(replace(pieces, origin=origin))
             else:
-                drafts.append(_draft(response, pieces, [next(token_ids) for _ in pieces], ending, template))
+                ids = [next(token_ids) for _ in pieces]
+                drafts.append(_draft(response, origin, pieces, ids, ending, template))
         yield item, drafts
 
 
@@ -208,49 +211,47 @@ def _pieces(
 
 
 def _draft(
-    response: Response, pieces: list[_Piece], token_ids: list[list[int]], ending: Ending, template: ChatTemplate
+    response: Response,
+    origin: str,
+    pieces: list[_Piece],
+    token_ids: list[list[int]],
+    ending: Ending,
+    template: ChatTemplate,
 ) -> _Draft:
     if len(pieces) == 1:
         text = next(pieces[0].text.removesuffix(stop) for stop in ending.stops if pieces[0].text.endswith(stop))
-        return _Draft(response, token_ids[0], text, None, ())
-    ends = np.cumsum([len(ids) for ids in token_ids]).tolist()
-    mask = np.repeat([piece.trained for piece in pieces], [len(ids) for ids in token_ids])
-    spans = tuple(
-        Span(end - len(ids), end, "turn")
-        for piece, ids, end in zip(pieces, token_ids, ends, strict=True)
-        if piece.trained
-    )
+        return _Draft(response, origin, token_ids[0], text, None, ())
+    lengths = [len(ids) for ids in token_ids]
+    ends = np.cumsum(lengths).tolist()
+    mask = np.repeat([piece.trained for piece in pieces], lengths)
+    turns = zip(pieces, ends, lengths, strict=True)
+    spans = tuple(Span(end - length, end, "turn") for piece, end, length in turns if piece.trained)
     together = [token for ids in token_ids for token in ids]
-    return _Draft(response, together, template.tokenizer.decode(together, skip_special_tokens=True), mask, spans)
+    text = template.tokenizer.decode(together, skip_special_tokens=True)
+    return _Draft(response, origin, together, text, mask, spans)
 
 
 def _recorded(
     problem: Problem, drafts: Sequence[_Draft | BadRow], max_tokens: int
 ) -> tuple[Recorded | None, list[BadRow]]:
     """A row is used whole or not at all; of reference answers those that can be used are enough."""
-    bad: dict[str, BadRow] = {}
-    for draft in drafts:
-        if isinstance(draft, BadRow):
-            bad.setdefault(draft.origin, draft)
-        elif len(draft.token_ids) > max_tokens:
-            reason = f"a response has {len(draft.token_ids)} tokens, more than rollout.max_response_tokens={max_tokens}"
-            origin = draft.response.origin or problem.origin
-            bad.setdefault(origin, BadRow(origin, reason, "Raise rollout.max_response_tokens"))
-    kept: dict[int, _Draft] = {}
-    for i, draft in enumerate(drafts):
-        if not isinstance(draft, BadRow) and (draft.response.origin or problem.origin) not in bad:
-            kept[i] = draft
-    for pair in problem.pairs:
-        both = kept.get(pair.winner), kept.get(pair.loser)
-        if both[0] and both[1] and both[0].token_ids == both[1].token_ids:
-            origin = both[0].response.origin or problem.origin
-            bad[origin] = BadRow(origin, "chosen and rejected are equal once they are rendered")
-            kept = {i: draft for i, draft in kept.items() if (draft.response.origin or problem.origin) != origin}
     if not drafts:
         return None, [BadRow(problem.origin, "it has no response")]
-    rows = list(bad.values())
+    unusable: dict[str, BadRow] = {}
+    for draft in drafts:
+        if isinstance(draft, BadRow):
+            unusable.setdefault(draft.origin, draft)
+        elif len(draft.token_ids) > max_tokens:
+            reason = f"a response has {len(draft.token_ids)} tokens, more than rollout.max_response_tokens={max_tokens}"
+            unusable.setdefault(draft.origin, BadRow(draft.origin, reason, "Raise rollout.max_response_tokens"))
+    for pair in problem.pairs:
+        one, other = drafts[pair.winner], drafts[pair.loser]
+        if isinstance(one, _Draft) and isinstance(other, _Draft) and one.token_ids == other.token_ids:
+            unusable[one.origin] = BadRow(one.origin, "chosen and rejected are equal once they are rendered")
+    kept = {i: d for i, d in enumerate(drafts) if isinstance(d, _Draft) and d.origin not in unusable}
+    rows = list(unusable.values())
     if not problem.responses:
-        rows = [replace(rows[0], origin=problem.origin)] if rows and not kept else []
+        rows = [] if kept else [replace(rows[0], origin=problem.origin)]
     if not kept:
         return None, rows
     index = {old: new for new, old in enumerate(kept)}

@@ -56,10 +56,11 @@ class PromptOrder:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises DataError if the data are not those of the saved position."""
-        if state["prompts"] != len(self._prompts) or state["fingerprint"] != self._fingerprint:
+        count = state.get("prompts", "several sources of")
+        if count != len(self._prompts) or state["fingerprint"] != self._fingerprint:
             raise DataError(
-                f"the checkpoint was made with other data ({state['prompts']} prompts, now {len(self._prompts)}): "
-                "resume with the same data files, system prompt and chat template, or start a new run."
+                f"the checkpoint was made with other data ({count} prompts, now {len(self._prompts)}): resume with the "
+                "same data files, system prompt and chat template, or start a new run."
             )
         if not 0 <= state["position"] < len(self._prompts):
             raise DataError(f"the checkpoint's data position {state['position']} is not within an epoch")
@@ -78,3 +79,60 @@ class PromptOrder:
             digest.update(f"{len(prompt.id)}:{prompt.id}".encode())
             digest.update(np.asarray(prompt.token_ids, dtype=np.int64).tobytes())
         return digest.hexdigest()
+
+
+class MixtureOrder:
+    """Prompts of several sources, each with its own order and epochs; any stretch has them in proportion to the
+    weights."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, weights: Mapping[str, float]) -> None:
+        """A prompt's id begins with `source/`. Raises DataError for a source without prompts."""
+        parts: dict[str, list[Prompt]] = {name: [] for name in weights}
+        for prompt in prompts:
+            parts[prompt.id.partition("/")[0]].append(prompt)
+        for name, own in parts.items():
+            if not own:
+                raise DataError(f"data.sources.{name} has no usable training problem")
+        self._orders = {name: PromptOrder(own, seed) for name, own in parts.items()}
+        total = sum(weights.values())
+        self._shares = {name: weight / total for name, weight in weights.items()}
+        self._taken = dict.fromkeys(weights, 0)
+
+    def take(self, count: int) -> list[Prompt]:
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> Prompt:
+        drawn = sum(self._taken.values()) + 1
+        name = max(self._shares, key=lambda name: self._shares[name] * drawn - self._taken[name])
+        self._taken[name] += 1
+        return self._orders[name].take(1)[0]
+
+    def by_id(self) -> dict[str, Prompt]:
+        return {id: prompt for order in self._orders.values() for id, prompt in order.by_id().items()}
+
+    def metrics(self) -> dict[str, float]:
+        """`data/epochs`: of the source that is passed over fastest."""
+        epochs = {name: order.metrics()["data/epochs"] for name, order in self._orders.items()}
+        return {"data/epochs": max(epochs.values()), **{f"data/epochs/{name}": n for name, n in epochs.items()}}
+
+    def state_dict(self) -> dict[str, Any]:
+        orders = {name: order.state_dict() for name, order in self._orders.items()}
+        return {"sources": orders, "taken": dict(self._taken), "shares": self._shares}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises DataError if the data are not those of the saved position. Other weights count from now on."""
+        saved = state.get("sources", {})
+        if saved.keys() != self._orders.keys():
+            raise DataError(
+                f"the checkpoint was made with other data (sources {', '.join(saved) or 'none'}, now "
+                f"{', '.join(self._orders)}): resume with the same sources, or start a new run."
+            )
+        for name, order in self._orders.items():
+            order.load_state_dict(saved[name])
+        if state["shares"] == self._shares:
+            self._taken = {name: int(count) for name, count in state["taken"].items()}
+
+
+def order_of(prompts: Sequence[Prompt], seed: int, weights: Mapping[str, float]) -> PromptOrder | MixtureOrder:
+    """`weights`: of a mixture's sources."""
+    return MixtureOrder(prompts, seed, weights) if weights else PromptOrder(prompts, seed)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlkit.data.base import BadRow, DataError, Problem
-from rlkit.data.rows import RowError, heldout_keys, question_key
+from rlkit.data.cells import Row, RowError, cell, conversation, prompt_of
+from rlkit.data.cells import label as label_of
+from rlkit.data.rows import heldout_keys, question_key
 from rlkit.experience import Message
-from rlkit.reward_training.rows import (
-    DEFAULT_HELDOUT_SHARE,
-    RewardDataConfig,
-    Row,
-    Side,
-    cell,
-    conversation,
-    prompt_of,
-    read,
-)
+from rlkit.reward_training.rows import DEFAULT_HELDOUT_SHARE, RewardDataConfig, Side, read
 
 Layout = Literal["responses", "completions", "columns", "pairs", "steps"]
 _USUAL: dict[Layout, tuple[str, str, str]] = {
@@ -152,7 +144,7 @@ def _rollouts(row: Mapping[str, Any], origin: str, layout: Layout, config: Outco
 
     match layout:
         case "responses":
-            yield rollout(cell(row, response_name), _label(cell(row, label_name), label_name), response_name)
+            yield rollout(cell(row, response_name), label_of(cell(row, label_name), label_name), response_name)
         case "pairs":
             yield rollout(cell(row, response_name), 1.0, response_name)
             yield rollout(cell(row, label_name), 0.0, label_name)
@@ -161,13 +153,13 @@ def _rollouts(row: Mapping[str, Any], origin: str, layout: Layout, config: Outco
             if not (isinstance(responses, list) and isinstance(labels, list) and len(responses) == len(labels)):
                 raise RowError(f"{response_name} and {label_name} must be lists of equal length")
             for i, (response, label) in enumerate(zip(responses, labels, strict=True)):
-                yield rollout(response, _label(label, f"{label_name}[{i}]"), f"{response_name}[{i}]")
+                yield rollout(response, label_of(label, f"{label_name}[{i}]"), f"{response_name}[{i}]")
         case "columns":
             candidates = _candidates(row, config)
             if not candidates:
                 raise RowError(f"no column is an object with {response_name} and {label_name}")
             for name in candidates:
-                yield rollout(row[name][response_name], _label(row[name][label_name], f"{name}.{label_name}"), name)
+                yield rollout(row[name][response_name], label_of(row[name][label_name], f"{name}.{label_name}"), name)
         case "steps":
             steps, error = cell(row, response_name), cell(row, label_name)
             if not (isinstance(steps, list) and steps and all(isinstance(s, str) and s.strip() for s in steps)):
@@ -183,12 +175,6 @@ def _joined(steps: Sequence[str]) -> tuple[str, tuple[tuple[int, int], ...]]:
     texts = [step + "\n\n" for step in steps[:-1]] + [steps[-1]]
     ends = [sum(len(text) for text in texts[: i + 1]) for i in range(len(texts))]
     return "".join(texts), tuple(zip([0, *ends[:-1]], ends, strict=True))
-
-
-def _label(value: Any, what: str) -> float:
-    if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
-        raise RowError(f"{what} must be true, false or a number from 0 to 1, not {value!r}")
-    return float(value)
 
 
 def _group(value: Any) -> str:

@@ -10,19 +10,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlkit.data.base import BadRow, DataError
-from rlkit.data.rows import RowError
-from rlkit.reward_training.rows import (
-    Chat,
-    RewardDataConfig,
-    Row,
-    Side,
-    cell,
-    chat,
-    number,
-    prompt_of,
-    read,
-    read_split,
-)
+from rlkit.data.cells import Chat, Row, RowError, cell, chat, number, prompt_of
+from rlkit.reward_training.rows import RewardDataConfig, Side, read, read_split
 
 
 class PairRows(RewardDataConfig):

@@ -6,22 +6,19 @@ A row is used whole or not at all; unusable rows are named, counted and skipped,
 from __future__ import annotations
 
 import hashlib
-import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError
-from rlkit.data.rows import RowError, refuse_too_many_bad_rows
+from rlkit.data.cells import Row, RowError
+from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.data.tables import is_local, local_files, table_rows
-from rlkit.experience import Message
 
 DEFAULT_HELDOUT_SHARE = 0.1
 
-Row = Mapping[str, Any]
-Chat = tuple[Message, ...]
 Side = Literal["train", "heldout"]
 T = TypeVar("T")
 
@@ -73,9 +70,6 @@ class RewardDataConfig(DataConfig):
                 if value != type(self).model_fields[key].default:
                     messages.append(f"data.{key}={value}: has no effect with a file")
         return messages
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read(
@@ -147,53 +141,3 @@ def draw_batches(
             queue += [item for group in rng.sample(groups, len(groups)) for item in group]
         yield queue[:size]
         queue = queue[size:]
-
-
-# -- cells -------------------------------------------------------------------------------------------------------------
-
-
-def cell(row: Row, column: str) -> Any:
-    """Raise RowError if the row has no value, as all functions below do for a wrong one."""
-    if row.get(column) is None:
-        raise RowError(f"{column} is null" if column in row else f"no column {column!r} (it has {', '.join(row)})")
-    return row[column]
-
-
-def number(row: Row, column: str) -> float:
-    """A finite number; true is 1."""
-    value = cell(row, column)
-    if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
-        raise RowError(f"{column} must be a finite number, not {value!r}")
-    return float(value)
-
-
-def prompt_of(row: Row, column: str) -> Chat:
-    """Chat messages; a text is one message of the user."""
-    value = cell(row, column)
-    if isinstance(value, list):
-        return chat(value, column)
-    if not isinstance(value, str):
-        raise RowError(f"{column} must be a text or a list of chat messages, not {type(value).__name__}")
-    if not value.strip():
-        raise RowError(f"{column} is empty")
-    return (Message("user", value),)
-
-
-def chat(value: Any, what: str) -> Chat:
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{what} must be a list of chat messages, not {type(value).__name__}")
-    messages = []
-    for i, item in enumerate(value):
-        parts = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
-        if not all(isinstance(part, str) for part in parts):
-            raise RowError(f"{what}[{i}] must have a role and a content that are texts")
-        messages.append(Message(str(parts[0]), str(parts[1])))
-    return tuple(messages)
-
-
-def conversation(value: Any, what: str) -> tuple[Chat, str]:
-    """Split off the last message, the response."""
-    messages = chat(value, what)
-    if len(messages) < 2 or messages[-1].role != "assistant":
-        raise RowError(f"{what} is a chat, so it must have a prompt and end with the assistant's message")
-    return messages[:-1], messages[-1].content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from rlkit.data.conversations import render_recorded
 from rlkit.data.rendering import load_tokenizer, render
 from rlkit.experience import Message, PreferencePair, Prompt, Recorded
 from rlkit.models.folder import model_folder
-from rlkit.reward_training.sft import make_examples
 
 HI = (Message("user", "Hi"),)
 
@@ -159,15 +159,15 @@ def test_responses_that_the_template_makes_equal() -> None:
 
 
 def test_references_are_the_responses_of_a_problem_without_any() -> None:
-    """As supervised fine-tuning has always tokenised them."""
+    """Tokenised alone and ended by the end-of-sequence token, as supervised fine-tuning has always had them."""
     tokenizer = load_tokenizer(model_folder("embedded:policy"))
     problems = Arithmetic(ArithmeticConfig(train_problems=32), seed=0).load("train")[0]
     prompts, bad = render_recorded(problems, tokenizer, [tokenizer.eos_token_id], 256, 128)
-    examples, _ = make_examples(problems, tokenizer, 256, 128)
     assert bad == []
-    for prompt, references in zip(prompts, examples, strict=True):
-        assert [prompt.token_ids] * 4 == [example.prompt for example in references]
-        assert [tuple(s.token_ids.tolist()) for s in the(prompt).samples] == [e.target for e in references]
+    assert [replace(prompt, recorded=None) for prompt in prompts] == render(problems, tokenizer, 256)[0]
+    for prompt in prompts:
+        alone = tokenizer(list(prompt.references), add_special_tokens=False)["input_ids"]
+        assert [s.token_ids.tolist() for s in the(prompt).samples] == [[*ids, tokenizer.eos_token_id] for ids in alone]
         assert [sample.text for sample in the(prompt).samples] == list(prompt.references)
     short = sorted(len(sample) for sample in the(prompts[0]).samples)[1]
     prompts, bad = render_recorded(problems[:1], tokenizer, [tokenizer.eos_token_id], 256, short)

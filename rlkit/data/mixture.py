@@ -1,0 +1,129 @@
+"""Several sources in one run, drawn by weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import Field, ValidationError, field_validator
+
+from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
+from rlkit.data.rows import question_key
+from rlkit.experience.names import NotFoundError, find_class, nearest
+
+KINDS = {
+    "arithmetic": "rlkit.data.arithmetic.Arithmetic",
+    "chat": "rlkit.data.recorded.ChatSource",
+    "hf": "rlkit.data.files.HfSource",
+    "jsonl": "rlkit.data.files.FileSource",
+    "pairs": "rlkit.data.recorded.PairsSource",
+    "responses": "rlkit.data.recorded.ResponsesSource",
+}
+_NAME = re.compile(r"[A-Za-z]\w*")
+
+
+class MixtureConfig(DataConfig):
+    sources: Mapping[str, Mapping[str, Any]] = Field(default={}, validate_default=True)
+    """Name -> `kind` (`chat`, `hf`, `jsonl`, `pairs`, `responses`, `arithmetic`, or a class's dotted path), `weight`
+    (its share of the prompts, relative to the others'; 1 if not set) and the options of that source."""
+
+    @field_validator("sources")
+    @classmethod
+    def _can_be_read(cls, sources: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+        if not sources:
+            raise ValueError("names no source; write data.sources.NAME.kind=KIND data.sources.NAME.path=FILE")
+        for name, fields in sources.items():
+            _member(name, fields)
+        return sources
+
+
+class Member(NamedTuple):
+    name: str
+    cls: type[DataSource]
+    config: DataConfig
+    weight: float
+
+
+def _member(name: str, fields: Mapping[str, Any]) -> Member:
+    """Raises ValueError."""
+    options = dict(fields)
+    kind, weight = options.pop("kind", None), options.pop("weight", 1.0)
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name}: a name has letters, digits and _ only, a letter first")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+        raise ValueError(f"{name}.weight must be a number above 0, not {weight!r}")
+    try:
+        cls = find_class("data source", KINDS.get(str(kind), kind), DataSource)
+    except NotFoundError as error:
+        raise ValueError(f"{name}.kind={kind}: {error}; or one of {', '.join(KINDS)}") from error
+    if issubclass(cls, Mixture):
+        raise ValueError(f"{name}.kind={kind}: a mixture is of sources, not of mixtures")
+    try:
+        return Member(name, cls, cls.Config(**options), float(weight))
+    except ValidationError as error:
+        raise ValueError("; ".join(_wrong(name, one, cls.Config) for one in error.errors())) from error
+
+
+def _wrong(name: str, error: Any, config: type[DataConfig]) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{name}.{key}: {error['msg']}"
+    near = nearest(key, config.model_fields)
+    return f"{name}.{key}: no such key" + (f"; did you mean {near}?" if near else "")
+
+
+class Mixture(DataSource):
+    """`data=mixture data.sources.NAME.kind=chat data.sources.NAME.path=FILE ...`."""
+
+    Config: ClassVar[type[DataConfig]] = MixtureConfig
+
+    def __init__(self, config: Any, seed: int) -> None:
+        super().__init__(config, seed)
+        members = [_member(name, fields) for name, fields in config.sources.items()]
+        self.shares = {member.name: member.weight for member in members}
+        self._sources = {member.name: member.cls(member.config, seed) for member in members}
+
+    def weights(self) -> Mapping[str, float]:
+        return self.shares
+
+    def provides(self) -> frozenset[str]:
+        provided: list[frozenset[str]] = [source.provides() for source in self._sources.values()]
+        recorded = [own | {"responses"} if "references" in own else own for own in provided]
+        return frozenset.intersection(*recorded)
+
+    def check(self) -> list[str]:
+        return [_named(message, name) for name, source in self._sources.items() for message in source.check()]
+
+    def preview(self, split: Split) -> list[Problem]:
+        return [_as_part(p, name) for name, source in self._sources.items() for p in source.preview(split)]
+
+    def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
+        judged = {question_key(p): p.id for _, p in self._load("heldout", [])} if split == "train" else {}
+        problems: list[Problem] = []
+        bad: list[BadRow] = []
+        for name, problem in self._load(split, bad):
+            other = judged.get(question_key(problem))
+            if other is None:
+                problems.append(_as_part(problem, name))
+            else:
+                bad.append(BadRow(problem.origin, f"held out: {other} asks the same"))
+        return problems, bad
+
+    def _load(self, split: Split, bad: list[BadRow]) -> Iterator[tuple[str, Problem]]:
+        for name, source in self._sources.items():
+            try:
+                problems, unusable = source.load(split)
+            except DataError as error:
+                raise DataError(_named(str(error), name)) from error
+            bad += unusable
+            yield from ((name, problem) for problem in problems)
+
+
+def _as_part(problem: Problem, name: str) -> Problem:
+    return replace(problem, id=f"{name}/{problem.id}")
+
+
+def _named(message: str, name: str) -> str:
+    return re.sub(r"(?<![\w.])data\.(?=\w)", f"data.sources.{name}.", message)
