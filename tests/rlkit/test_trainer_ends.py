@@ -67,7 +67,7 @@ class Run:
         task = asyncio.current_task()
         assert task is not None
         parts: dict[str, Any] = dict.fromkeys(("algorithm", "reward", "guard", "diagnostics", "evaluator"))
-        parts |= {"learner": self, "rollout": self, "weight_sync": self, "checkpointer": self}
+        parts |= {"learner": self, "weight_sync": self, "checkpointer": self}
         self.trainer = Trainer(
             config=config,
             buffer=buffer,

@@ -46,7 +46,7 @@ def shift(**options: Any) -> RatioShift:
 
 
 def numbers(sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in sums.items()}
+    return {name: value.item() for name, value in sums.items()}
 
 
 def test_the_worked_numbers_of_a_ratio_shift() -> None:

@@ -120,9 +120,9 @@ def test_restored_windows_go_on_as_if_they_had_not_stopped() -> None:
 def test_starc_of_a_step_against_the_verifier_and_against_a_component() -> None:
     groups = [group([3.0, 1.0], [1.0, 0.0], components={"unshaped": [1.0, 3.0]})]
     findings = Starc(Starc.Config(), {}).check(step(groups))
-    assert findings.scalars == pytest.approx({"starc/distance": 0.0, "starc/angle": 0.0})
+    assert findings.scalars == pytest.approx({"starc/distance": 0.0, "starc/angle": 0.0}, abs=1e-6)
     findings = Starc(Starc.Config(against="unshaped"), {}).check(step(groups))
-    assert findings.scalars == pytest.approx({"starc/distance": 1.0, "starc/angle": 1.0})
+    assert findings.scalars == pytest.approx({"starc/distance": 1.0, "starc/angle": 1.0}, abs=1e-6)
     findings = Starc(Starc.Config(against="unshapen"), {}).check(step(groups))
     assert "unshapen among its components (unshaped)" in findings.warning
 
