@@ -61,7 +61,7 @@ class SurrogateConfig(AlgorithmConfig):
     """Samples over which a KL 20 % off its target changes the coefficient by 20 % (arXiv 1909.08593)."""
     entropy_coefficient: Coefficient = 0.0
     """Weight of an entropy bonus."""
-    rollout_correction: Literal["none"] | Correction | None = None
+    rollout_correction: Literal["none", Correction] | None = None
     """Weights for the difference between sampler and learner: truncated, 0 where too far, or as they are. sequence_*:
     one weight for a whole sample, the product of its tokens'; geometric_mask: leave out samples whose geometric mean is
     too far, without weights. null: with `trainer.max_staleness` above 0 truncated at 2, else none."""
@@ -108,9 +108,13 @@ class SurrogateConfig(AlgorithmConfig):
             raise ValueError("kl_horizon has no effect without kl_target")
         bounded = self.rollout_correction not in (None, "none", "decoupled")
         if (self.largest_weight is not None) != bounded:
-            raise ValueError("rollout_correction=truncate or mask and largest_weight go together; set both")
+            raise ValueError(
+                "rollout_correction=truncate, mask or one of whole samples and largest_weight go together; set both"
+            )
         if self.smallest_weight is not None and not (self.rollout_correction or "").endswith("mask"):
-            raise ValueError("smallest_weight has no effect without rollout_correction=mask")
+            raise ValueError(
+                "smallest_weight has no effect without rollout_correction=mask, sequence_mask or geometric_mask"
+            )
         if self._measures_from_sampler and self.rollout_correction not in (None, "none"):
             raise ValueError(f"rollout_correction would correct twice: the ratio of loss={self.loss} is to the sampler")
         if self.smallest_weight is not None and self.smallest_weight > (self.largest_weight or 0):

@@ -52,9 +52,11 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     # A frozen model's samples say nothing of the policy, but what the data know does.
     measured = from_data or (rollout.source == "model" and bool(source.provides() & {"responses", "references"}))
 
-    def rendered(problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str) -> list[Prompt]:
+    def rendered(
+        problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str, answers: bool
+    ) -> list[Prompt]:
         fit, unfit = split_unusable(rollout.structured, problems)
-        if from_data or (measured and what == "heldout"):
+        if answers:  # recorded ones
             stops = stop_token_ids(str(folder), tokenizer)
             limits = (rollout.max_prompt_tokens, rollout.max_response_tokens)
             prompts, unusable = render_recorded(fit, tokenizer, stops, *limits, *template)
@@ -64,13 +66,13 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
         _report_bad_rows([*bad, *unfit, *unusable], rows, data.max_bad_row_share, what, tracker)
         return prompts
 
-    splits: tuple[Split, ...] = ("train", "heldout")
-    loaded = {split: rendered(*source.load(split), resolved.data_config, split) for split in splits}
+    sides: dict[Split, bool] = {"train": from_data, "heldout": measured}
+    loaded = {side: rendered(*source.load(side), resolved.data_config, side, sides[side]) for side in sides}
     further = {}
     for name, one in resolved.sets.items():
         key = f"evaluation.sets.{name}"
         try:
-            further[name] = rendered(*one.source(one.config, config.seed).load_set(), one.config, key)
+            further[name] = rendered(*one.source(one.config, config.seed).load_set(), one.config, key, answers=False)
         except DataError as error:
             raise DataError(named_as_set(str(error), key)) from error
     train = loaded["train"]

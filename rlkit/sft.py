@@ -1,7 +1,6 @@
-"""`python -m rlkit.sft [key=value ...]`: supervised fine-tuning on a data source's reference answers.
+"""`python -m rlkit.sft [key=value ...]`: rlkit.train with algorithm=sft, fine-tuning on recorded responses.
 
-Keys are those of rlkit.train. A step takes `trainer.prompts_per_step` problems, each with one reference, drawn by
-`seed`.
+On data with reference answers (data=jsonl) those are the responses; data=chat and data=responses bring their own.
 """
 
 from __future__ import annotations
@@ -10,25 +9,24 @@ import sys
 from collections.abc import Sequence
 
 from rlkit.config.command import asks_for_help, exit_code
-from rlkit.reward_training.sft import USED, fine_tune, load
+from rlkit.config.messages import ConfigError, ConfigIssue
+from rlkit.train import train
+
+CHOICE = "algorithm=sft"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 for unusable data, 2 for a wrong configuration, 130."""
+    """Run the command; returns its exit code, as rlkit.train."""
     return exit_code(_sft, arguments)
 
 
 def _sft(arguments: list[str]) -> int:
+    other = next((word for word in arguments if word.startswith("algorithm=") and word != CHOICE), None)
+    if other is not None:
+        raise ConfigError([ConfigIssue(other, "has no effect in rlkit.sft; use python -m rlkit.train")])
     if asks_for_help(arguments):
         print(__doc__)
-        for key, text in USED.items():
-            print(f"  {key:<30}{text}")
-        return 0
-    resolved = load(arguments)
-    if resolved.config.dry_run:
-        print("The configuration is valid; nothing was started (dry_run=true).")
-        return 0
-    return fine_tune(resolved)
+    return train([CHOICE, *(word for word in arguments if word != CHOICE)])
 
 
 if __name__ == "__main__":

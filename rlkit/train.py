@@ -15,10 +15,10 @@ from rlkit.config.report import plan, plan_text
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 after an error, 2 for a wrong configuration, 130, 143."""
-    return exit_code(_train, arguments)
+    return exit_code(train, arguments)
 
 
-def _train(arguments: list[str]) -> int:
+def train(arguments: list[str]) -> int:
     if asks_for_help(arguments):
         return print_help([word for word in arguments if word not in HELP])
     file, overrides = split_off_file(arguments)

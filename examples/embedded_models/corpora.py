@@ -12,7 +12,7 @@ from rlkit.data.arithmetic import STYLES, ArithmeticConfig, Operator, Step, Styl
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlkit.reward_training.sft_learner import Example
+    from examples.embedded_models.supervised import Example
 
 
 def slip(step: Step, rng: random.Random) -> int:
@@ -93,7 +93,7 @@ class ProblemTokens:
         self.prompts = [tuple(ids) for ids in encoded["input_ids"]]
 
     def answered(self, index: int, solution: str) -> Example:
-        from rlkit.reward_training.sft_learner import Example
+        from examples.embedded_models.supervised import Example
 
         target = self.tokenizer.encode(solution, add_special_tokens=False)
         return Example(self.prompts[index], (*target, self.tokenizer.eos_token_id))
@@ -101,7 +101,7 @@ class ProblemTokens:
 
 def base_batches(tokens: ProblemTokens, config: ArithmeticConfig, size: int, seed: int) -> Batches:
     """Exercises and right solutions, without end."""
-    from rlkit.reward_training.sft_learner import Example
+    from examples.embedded_models.supervised import Example
 
     rng = random.Random(f"base/{seed}")
     tokenizer = tokens.tokenizer

@@ -14,10 +14,10 @@ from examples.embedded_models.initial import save_untrained_policy, train_tokeni
 from examples.embedded_models.pairs import correctness
 from examples.embedded_models.sampling import GREEDY, PLAIN, Sampling, load_policy, sample_answers
 from examples.embedded_models.scale import Scale, Training
+from examples.embedded_models.supervised import Example, SupervisedLearner
 from rlkit.config.schema import LearnerConfig
 from rlkit.data.arithmetic import WordProblem
 from rlkit.data.rendering import load_tokenizer
-from rlkit.reward_training.sft_learner import Example, SupervisedLearner
 
 log = logging.getLogger(__name__)
 Measures = dict[str, Any]

@@ -15,7 +15,16 @@ from rlkit.config.parts import CONTRACTS, plain, with_present_targets
 from rlkit.config.report import Line
 from rlkit.config.schema import RunConfig
 
-FIXED = ("model", "data", "algorithm", "reward._target_", "seed", "trainer.prompts_per_step", "rollout.temperature")
+FIXED = (
+    "model",
+    "data",
+    "algorithm",
+    "reward._target_",
+    "seed",
+    "trainer.prompts_per_step",
+    "rollout.source",
+    "rollout.temperature",
+)
 """Keys and sections that a resumed run must share with its checkpoint."""
 RESOLVED = ("algorithm.rollout_correction", "algorithm.largest_weight")
 """Keys whose default follows from another key: `trainer.max_staleness` may change."""
@@ -99,7 +108,7 @@ def _refuse_another_run(checkpoint: Sealed, config: RunConfig, differences: Sequ
         for key, old, new in differences
         if _is_one_of(key, FIXED) and key not in RESOLVED
     ]
-    if config.trainer.total_steps < checkpoint.step:
+    if config.trainer.total_epochs is None and config.trainer.total_steps < checkpoint.step:
         problems.append(
             ConfigIssue(
                 f"trainer.total_steps={config.trainer.total_steps}",

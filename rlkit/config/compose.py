@@ -168,7 +168,7 @@ class Sources:
             return below[-1]  # `seed.x=1` makes a section of what is a value
         if whole:
             return whole[0]
-        text = key if value is None or isinstance(value, dict) else f"{key}={_spelled(value)}"
+        text = key if value is None or isinstance(value, dict) else f"{key}={spelled(value)}"
         if any(name in self.in_file for name in (key, *_parents(key))):
             return f"{self.file}: {text}"
         preset, option = self.presets.get(key, (None, ""))
@@ -200,7 +200,7 @@ def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sou
         listed = section == "reward" and isinstance(value, list)  # parts of a combination
         if isinstance(composed.get(section), DictConfig) and not (isinstance(value, dict | None) or listed):
             message = f"is a section of keys; an option is chosen on the command line, like {section}=OPTION"
-            problems.append(ConfigIssue(f"{file}: {section}={_spelled(value)}", message))
+            problems.append(ConfigIssue(f"{file}: {section}={spelled(value)}", message))
             continue
         sources.in_file.add(str(section))
         if listed:
@@ -223,7 +223,7 @@ def _parents(key: str) -> list[str]:
     return [".".join(steps[:end]) for end in range(len(steps) - 1, 0, -1)]
 
 
-def _spelled(value: Any) -> str:
+def spelled(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)

@@ -81,9 +81,8 @@ class Loading:
         try:
             composed = compose_options(self.folder, self.overrides.choices)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(
-                [*self.problems, ConfigIssue(str(self.folder), f"cannot be composed: {error}")]
-            ) from error
+            broken = ConfigIssue(str(self.folder), f"cannot be composed: {error}")
+            raise ConfigError([*self.problems, broken]) from error
         if file is not None:
             self.problems += merge_file(composed, file, self.overrides.choices, self.sources)
         combined, problems = add_parts(composed, self.folder, self.options["reward"], self.overrides.parts, file)
@@ -93,11 +92,9 @@ class Loading:
             chosen = self.overrides.values.get(f"{kind}.{TARGET}")
             if chosen is not None and chosen != targets[kind]:
                 self._replace_part(composed, kind, chosen)
-        runtime = composed.hydra.runtime.choices
-        self.sources.presets = values_of(
-            {group: runtime.get(group) for group in default_options(self.folder)}, self.folder
-        )
-        self.sources.options = {kind: str(composed.hydra.runtime.choices[kind]) for kind in self.contracts} | combined
+        picked = composed.hydra.runtime.choices
+        self.sources.presets = values_of({name: picked.get(name) for name in default_options(self.folder)}, self.folder)
+        self.sources.options = {kind: str(picked[kind]) for kind in self.contracts} | combined
         for key, value in self.overrides.values.items():
             set_value(composed, key, value)
         self._new_folder = "run_dir" not in self.overrides.values and OmegaConf.is_interpolation(composed, "run_dir")
@@ -284,8 +281,7 @@ def load_config(
     problem.
 
     `elsewhere`: the run will be on other machines, on which alone these paths may exist; issues about them are
-    warnings, and nothing is asked whether it is here. `starts`: the
-    run itself will, so that it must fit.
+    warnings, and nothing is asked whether it is here. `starts`: the run itself will, so that it must fit.
     """
     loading = _RunLoading(arguments, file, elsewhere)
     loading.validate()

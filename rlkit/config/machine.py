@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from rlkit.config.compose import spelled
 from rlkit.config.memory import (
     ENGINE_WORKS,
     GIB,
@@ -255,7 +256,7 @@ def _changes(run: ResolvedRun) -> Iterator[tuple[str, ResolvedRun]]:
 
     def changed(section: str, **values: Any) -> tuple[str, ResolvedRun]:
         new = getattr(config, section).model_copy(update=values)
-        shown = " ".join(f"{section}.{key}={_shown(value)}" for key, value in values.items())
+        shown = " ".join(f"{section}.{key}={spelled(value)}" for key, value in values.items())
         return shown, replace(run, config=config.model_copy(update={section: new}))
 
     if not learner.gradient_checkpointing:
@@ -300,7 +301,3 @@ def _preset(config: RunConfig, name: str) -> RunConfig:
         if section != "cluster"  # the size of a GPU and of a machine stays
     }
     return config.model_copy(update=changes)
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -56,7 +56,7 @@ def filters_see_outcomes(buffer: BufferConfig, reward: Part) -> Issues:
     if reward.cls.traits(reward.config).outcome_rewards:
         return
     for name in ("drop_equal_rewards", "min_group_reward", "max_group_reward"):
-        if getattr(buffer, name) not in (None, False):
+        if (value := getattr(buffer, name)) is not None and value is not False:  # 0.0 is a bound
             yield ConfigIssue(f"buffer.{name}", f"has no effect: {reward.cls.__name__} gives process rewards alone")
 
 

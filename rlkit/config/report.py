@@ -89,8 +89,8 @@ def _actors(run: ResolvedRun) -> list[Line]:
     cuda = config.cluster.device == "cuda"
     threads = f"{config.cluster.threads_per_actor} CPU threads each"
     shares = gpu_shares(config)
-    engines = f"{config.rollout.workers} vLLM {_plural('engine', config.rollout.workers)}, {threads}"
-    ranks = f"{config.learner.ranks} DeepSpeed {_plural('rank', config.learner.ranks)}, {threads}"
+    engines = f"{_count(config.rollout.workers, 'vLLM engine')}, {threads}"
+    ranks = f"{_count(config.learner.ranks, 'DeepSpeed rank')}, {threads}"
     if cuda:
         width = config.rollout.tensor_parallel_size
         split = shares_gpus(config.cluster) and width > 1
@@ -98,7 +98,7 @@ def _actors(run: ResolvedRun) -> list[Line]:
         ranks += f", {shares.learner:g} GPU each"
     algorithm = run.make_algorithm()
     needs, rewards = algorithm.needs(), run.reward_config.workers
-    asked = f"{rewards} {_plural('worker', rewards)} of {run.reward_class.__name__}"
+    asked = f"{_count(rewards, 'worker')} of {run.reward_class.__name__}"
     if not asks_reward(config.rollout, algorithm):
         asked = "none: " + ("the data bring labels" if needs.rewards else "the algorithm reads no scores")
     lines = [
@@ -109,10 +109,10 @@ def _actors(run: ResolvedRun) -> list[Line]:
     ]
     if needs.critic:
         critics, gpus = config.critic.ranks, f", {shares.critic:g} GPU each" if cuda else ""
-        lines.append(Line("actors", "critic", f"{critics} DeepSpeed {_plural('rank', critics)}, {threads}" + gpus))
+        lines.append(Line("actors", "critic", f"{_count(critics, 'DeepSpeed rank')}, {threads}" + gpus))
     if needs.reference_policy:
         every, mix = algorithm.config.reference_every_steps, algorithm.config.reference_mix
-        moves = f"; every {every} {_plural('step', every)} {mix:g} of the policy goes into it" if every else ""
+        moves = f"; every {_count(every, 'step')} {mix:g} of the policy goes into it" if every else ""
         if references_are_cached(config, algorithm):
             moves = ", computed once, then read from a file; no further model"
         lines.append(Line("actors", "reference policy", f"the initial policy, for its log-probs{moves}"))
@@ -193,10 +193,11 @@ def _recorded_batches(run: ResolvedRun) -> list[Line]:
     updates = learner.optimizer_steps
     steps, epochs = f"{trainer.total_steps} steps", trainer.total_epochs
     if epochs is not None:
-        steps = f"{epochs:g} {_plural('epoch', 1 if epochs == 1 else 2)}"
+        steps = _count(epochs, "epoch")
     return [
         Line("batches", "each step", f"{trainer.prompts_per_step} prompts with the data's responses"),
-        Line("batches", "whole run", f"{steps}, {updates} optimizer {_plural('step', updates)} each"),
+        Line("batches", "whole run", f"{steps}, {_count(updates, 'optimizer step')} each"),
+        *_learning_rates(run),
     ]
 
 
@@ -206,7 +207,7 @@ def _evaluation(run: ResolvedRun) -> str:
     how = "greedy" if config.greedy else f"at temperature {temperature:g}"
     sets = [f"{name} ({one.prompts or most})" for name, one in run.sets.items()]
     further = f"; and of {', '.join(sets)}" if sets else ""
-    return f"at most {most} prompts x {config.samples} {_plural('response', config.samples)}, {how}{further}"
+    return f"at most {most} prompts x {_count(config.samples, 'response')}, {how}{further}"
 
 
 def _staleness(run: ResolvedRun) -> list[Line]:
@@ -215,6 +216,7 @@ def _staleness(run: ResolvedRun) -> list[Line]:
         return []
     how = getattr(run.algorithm_config, "rollout_correction", None)
     bound = getattr(run.algorithm_config, "largest_weight", None)
+    corrects = getattr(run.algorithm_config, "corrects", False)
     weights = {
         "truncate": f"importance weights truncated at {bound}",
         "mask": f"importance weights, tokens above {bound} left out",
@@ -222,8 +224,8 @@ def _staleness(run: ResolvedRun) -> list[Line]:
         "sequence_truncate": f"importance weights of whole samples, truncated at {bound}",
         "sequence_mask": f"importance weights of whole samples, those above {bound} left out",
         "geometric_mask": f"no importance weights, samples above {bound} per token left out",
-    }.get(how or "", "no importance weights")
-    return [Line("batches", "staleness", f"at most {most} {_plural('version', most)}; {weights}")]
+    }.get(how or "", "the loss measures from the sampler" if corrects else "no importance weights")
+    return [Line("batches", "staleness", f"at most {_count(most, 'version')}; {weights}")]
 
 
 def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
@@ -275,5 +277,6 @@ def _cache(rollout: RolloutConfig, shape: ModelShape, cuda: bool) -> str:
     return f"{cache} given to the engine; {full}"
 
 
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
+def _count(number: float, noun: str) -> str:
+    shown = f"{number:g}" if isinstance(number, float) else str(number)
+    return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"

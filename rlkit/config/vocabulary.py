@@ -13,7 +13,6 @@ OTHER_NAMES: Mapping[str, str] = {
     "train_batch_size": "trainer.prompts_per_step",
     "group_size": "algorithm.samples_per_prompt",
     "n": "algorithm.samples_per_prompt",
-    "n_samples_per_prompt": "algorithm.samples_per_prompt",
     "num_generations": "algorithm.samples_per_prompt",
     "rollout_n": "algorithm.samples_per_prompt",
     "num_minibatches": "learner.minibatches_per_step",
@@ -50,7 +49,6 @@ OTHER_NAMES: Mapping[str, str] = {
     "kl_loss_coef": "algorithm.kl_coefficient",
     "kl_loss_type": "algorithm.kl_estimator",
     "kl_penalty": "algorithm.kl_estimator",
-    "target_kl": "algorithm.kl_target",
     "ent_coef": "algorithm.entropy_coefficient",
     "entropy_coef": "algorithm.entropy_coefficient",
     "entropy_coeff": "algorithm.entropy_coefficient",
@@ -97,11 +95,8 @@ OTHER_NAMES: Mapping[str, str] = {
     # sampler
     "tp": "rollout.tensor_parallel_size",
     "tp_size": "rollout.tensor_parallel_size",
-    "tensor_model_parallel_size": "rollout.tensor_parallel_size",
-    "vllm_tensor_parallel_size": "rollout.tensor_parallel_size",
     "vllm_num_engines": "rollout.workers",
     "num_engines": "rollout.workers",
-    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
     "enable_prefix_caching": "rollout.prefix_caching",
     # run
     "max_steps": "trainer.total_steps",
@@ -109,7 +104,6 @@ OTHER_NAMES: Mapping[str, str] = {
     "total_training_steps": "trainer.total_steps",
     "save_freq": "trainer.save_every_steps",
     "save_interval": "trainer.save_every_steps",
-    "save_steps": "trainer.save_every_steps",
     "eval_steps": "trainer.evaluate_every_steps",
     "test_freq": "trainer.evaluate_every_steps",
     "max_ckpt_num": "trainer.keep_checkpoints",
@@ -156,10 +150,6 @@ EVALUATION = (
     "here it is evaluation.samples (for avg@k and pass@k), evaluation.greedy, evaluation.temperature and "
     "trainer.evaluation_prompts"
 )
-PREFERENCES = (
-    "DPO and its kin (learning from fixed pairs) are not supported: rlkit samples from the policy that it trains. "
-    "Pairs can train a reward model: python -m rlkit.train_reward reward=preference"
-)
 MULTI_TURN = (
     "several turns, tools and environments are not supported: a prompt gets one response (reward=tool_call judges the "
     "calls in it)"
@@ -171,8 +161,7 @@ WISHES: tuple[tuple[str, str], ...] = (
     (r"(use_)?wandb\w*|weights_and_biases", f"W&B {TRACKERS}"),
     (r"mlflow|swanlab|neptune|comet(_ml)?|clearml|aim|trackio", f"this tracker {TRACKERS}"),
     (r"loggers?|report_to|project_name|tracker", f"another tracker {TRACKERS}"),
-    (r"dpo|ipo|kto|orpo|simpo|cpo|slic|online_dpo", PREFERENCES),
-    (r"sft", "supervised fine-tuning is a command of its own: python -m rlkit.sft"),
+    (r"online_dpo|iterative_dpo", "that is algorithm=dpo on problems: the policy samples, the reward makes the pairs"),
     (r"multi_?turns?|max_turns|tools?|tool_\w+|env|environments?|agents?|agent_\w+|gym", MULTI_TURN),
     (
         r"eos_token_ids?|ignore_eos",
@@ -185,12 +174,11 @@ WISHES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"ppo_epochs|update_epochs|num_ppo_epochs|num_iterations|mu",
-        "a step's samples are used once; learner.minibatches_per_step splits them into several optimizer steps",
+        "passes over a step's samples are learner.epochs_per_step; learner.minibatches_per_step splits each of them",
     ),
     (
         r"\w*epochs?",
-        "there are no epochs: a run takes trainer.total_steps steps of trainer.prompts_per_step prompts, and begins "
-        "again with the data when all were used",
+        "passes over the data are trainer.total_epochs, in place of trainer.total_steps",
     ),
     (r"(adam_|optimizer_)eps(ilon)?|eps", "not supported: AdamW's eps is 1e-8"),
     (

@@ -104,7 +104,7 @@ def _rendered(
     for problem in problems:
         messages = [{"role": message.role, "content": message.content} for message in problem.messages]
         try:
-            yield problem, compiled.render(messages=messages, add_generation_prompt=True, **variables)
+            yield problem, compiled.render({**variables, "messages": messages, "add_generation_prompt": True})
         except TemplateError:
             continue
 

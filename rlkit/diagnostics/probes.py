@@ -54,7 +54,7 @@ class JudgeFalsePositives(Diagnostic):
             yield "no reward is asked in this run"
         elif facts.reward.raw_scores:
             yield "the reward gives raw scores of a model, and a probe is accepted from 0.5 on a scale from 0 to 1"
-        elif not facts.reward.judges_texts and facts.reward.samples == 1:
+        elif facts.reward.process_rewards or (not facts.reward.judges_texts and facts.reward.samples == 1):
             yield "the reward judges tokens, and a probe is a text alone"
 
     def probes(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:

@@ -295,6 +295,15 @@ def test_bco_s_shift_is_halfway_between_good_and_bad() -> None:
     assert advantages.scalars["shift"] == pytest.approx((1.0 - 0.2) / 2)
 
 
+def test_wpo_weighs_pairs_by_how_likely_they_are() -> None:
+    experience = step([group("p", (2, 1), (1.0, 0.0)), group("q", (1, 1), (1.0, 0.0))])
+    policy, reference = torch.tensor([-0.2, -0.4, -0.1, -2.0, -1.0]), torch.zeros(5)
+    output = loss_of(preference(beta=1.0, on_policy_weights=True), experience, policy, reference)
+    losses = [math.log1p(math.exp(0.6 - 0.1)), math.log1p(math.exp(2.0 - 1.0))]
+    expected = (math.exp(-0.3 - 0.1) * losses[0] + math.exp(-2.0 - 1.0) * losses[1]) / 2
+    assert output.loss.item() == pytest.approx(expected, abs=1e-6)
+
+
 # -- what is compared --------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, config_text
 from rlkit.data.base import DataError
 from rlkit.data.files import FileSource, HfSource
-from rlkit.run import load_prompts
+from rlkit.prompts import load_prompts
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 
@@ -164,7 +164,7 @@ def prompts_of(run: ResolvedRun) -> tuple[dict[str, int], list[str]]:
     """Set -> number of prompts, and the warnings."""
     tracking = run.config.tracking.model_copy(update={"console": "off", "tensorboard": False})
     with Tracker(tracking, RunFolder(run.config.run_dir), 1, capture_output=False) as tracker:
-        _, heldout, _ = load_prompts(run, tracker)
+        heldout = load_prompts(run, tracker).heldout
         return {name: len(prompts) for name, prompts in heldout.items()}, list(tracker._progress.warnings)
 
 
@@ -207,3 +207,11 @@ def test_a_set_whose_rows_are_bad_is_named(load: Load, own: str, tmp_path: Path)
     file.write_text(json.dumps({"ask": "", "answer": "#### 3"}) + "\n")
     with pytest.raises(DataError, match=r"evaluation\.sets\.more\.prompt_column"):
         prompts_of(run)
+
+
+def test_fine_tuning_may_answer_problems_of_a_set(tmp_path: Path) -> None:
+    """A set has problems to answer, whatever recorded responses the run learns from."""
+    train, more = write(tmp_path / "train.jsonl", 40), write(tmp_path / "more.jsonl", 3)
+    learning = ("algorithm=sft", "data=jsonl", f"data.path={train}", f"run_dir={tmp_path / 'run'}")
+    run = load_config([*learning, "evaluation.generate=true", f"evaluation.sets.more.path={more}"])
+    assert prompts_of(run)[0] == {"": 2, "more": 3}

@@ -1,4 +1,4 @@
-"""Ranks of `rlkit.sft` and `rlkit.train_reward`: when one fails, dies or hangs, all end soon, with the cause."""
+"""Ranks of `rlkit.train_reward`: when one fails, dies or hangs, all end soon, with the cause."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from paths import PYTHONPATH, ROOT
+from prm_fixture import write_chat_model, write_rollouts
 
 from rlkit.reward_training.ranks import join_ranks, naming_a_hang, run_ranks
 
@@ -127,17 +128,17 @@ def test_a_rank_that_hangs_in_a_collective_operation_ends_all(
     assert multiprocessing.active_children() == []
 
 
-SFT = ["rlkit.sft", "data.train_problems=256", "data.heldout_problems=64", "cluster.threads_per_actor=1"]
-SFT += ["trainer.total_steps=100000", "trainer.step_timeout_seconds=8", "learner.ranks=2", "learner.zero_stage=1"]
+ENDLESS = ["threads=1", "reward.steps=100000", "reward.batch_size=10", "rank_timeout_seconds=8", "reward.ranks=2"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["SIGKILL", "SIGSTOP"])
-def test_a_fine_tuning_does_not_outlast_a_rank(trouble: str, tmp_path: Path) -> None:
+def test_a_training_does_not_outlast_a_rank(trouble: str, tmp_path: Path) -> None:
+    own = [f"data.path={write_rollouts(tmp_path / 'rows.jsonl')}"]
+    own += [f"reward.model_path={write_chat_model(tmp_path / 'model')}", f"run_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "rlkit.train_reward", *ENDLESS, *own]
     with (tmp_path / "error").open("w") as error:
-        run = subprocess.Popen(
-            [sys.executable, "-m", *SFT, f"run_dir={tmp_path / 'run'}"], stdout=error, stderr=error, cwd=ROOT
-        )
+        run = subprocess.Popen(command, stdout=error, stderr=error, cwd=ROOT)
     family = []
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
@@ -151,7 +152,7 @@ def test_a_fine_tuning_does_not_outlast_a_rank(trouble: str, tmp_path: Path) -> 
         if trouble == "SIGKILL":
             assert "rlkit: rank 1 was ended by SIGKILL; the others end\n" in text
         else:
-            assert "rlkit: rank 0 waited more than trainer.step_timeout_seconds=8 s for another rank" in text
+            assert "rlkit: rank 0 waited more than rank_timeout_seconds=8 s for another rank" in text
         psutil.wait_procs(family, 10)
         assert not [process for process in family if process.is_running()]
     finally:
