@@ -76,7 +76,9 @@ class Ending:
         stops = tuple(template.tokenizer.decode([stop]) for stop in sorted(stop_token_ids))
         names = ", ".join(repr(stop) for stop in stops)
         (text,) = template.texts([[*asked.prompt.messages, Message("assistant", "2")]], ask=False)
-        if isinstance(text, BadRow) or not text.startswith(asked.text):
+        if isinstance(text, BadRow):
+            raise DataError(f"{text.reason} ({asked.problem.origin}, answered by '2'): {_REMEDY}.")
+        if not text.startswith(asked.text):
             raise DataError(
                 "the chat template renders an answer otherwise than it asks for one "
                 f"(...{asked.text[-40:]!r} is not how an answered conversation begins): {_REMEDY}, or other "

@@ -114,6 +114,7 @@ def parse_rows(
     marked = sum(_has_marker(row, config) for _, row in pairs)
     # Where most answers carry the marker, one without is a cut-off solution and not an answer.
     marker_required = marked * 2 > len(pairs)
+    used = config.used_columns()
     bad: list[BadRow] = []
     same: dict[Any, list[Problem]] = {}
     for origin, row in pairs:
@@ -121,7 +122,7 @@ def parse_rows(
             bad.append(row)
             continue
         try:
-            problem = _problem(origin, row, config, read(row, origin), marker_required, id_prefix)
+            problem = _problem(origin, row, config, read(row, origin), marker_required, id_prefix, used)
         except RowError as error:
             bad.append(BadRow(origin, str(error)))
             continue
@@ -188,7 +189,9 @@ def _has_marker(row: Row | BadRow, config: RowsConfig) -> bool:
     return isinstance(text, str) and ANSWER_MARKER in text
 
 
-def _problem(origin: str, row: Row, config: RowsConfig, parts: Parts, marker_required: bool, id_prefix: str) -> Problem:
+def _problem(
+    origin: str, row: Row, config: RowsConfig, parts: Parts, marker_required: bool, id_prefix: str, used: frozenset[str]
+) -> Problem:
     answer_text = None if config.answer_column is None else _answer_text(row, config)
     answer = answer_text
     if answer_text is not None and ANSWER_MARKER in answer_text:
@@ -201,7 +204,7 @@ def _problem(origin: str, row: Row, config: RowsConfig, parts: Parts, marker_req
         references = _references(row, config)
     else:
         references = (answer_text,) if answer_text is not None else ()
-    used, messages = config.used_columns(), parts.messages
+    messages = parts.messages
     if config.system_prompt and messages[0].role != "system":
         messages = (Message("system", config.system_prompt), *messages)
     return Problem(
