@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import ROOT
@@ -47,6 +48,11 @@ FILES = {
 """Files that commands of the docs name: a row of each."""
 
 
+def numbered(row: dict[str, Any], i: int) -> dict[str, Any]:
+    """Rows that ask the same are one question, and of one question none can be held out."""
+    return {key: f"{i}. {value}" if key in ("question", "prompt") else value for key, value in row.items()}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Where a user might type the commands: with the files they name, and the shared data beside it."""
@@ -55,7 +61,8 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "here"
     folder.mkdir()
     for name, row in FILES.items():
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for _ in range(1 if name.endswith(".json") else 40)))
+        rows = [row] if name.endswith(".json") else [numbered(row, i) for i in range(40)]
+        (folder / name).write_text("".join(json.dumps(one) + "\n" for one in rows))
     (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **columns):\n    return [0.0]\n")
     for page in PAGES:
         for name, code in re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
