@@ -36,6 +36,8 @@ def commands() -> list[tuple[str, str]]:
 FILES = {
     "questions.jsonl": {"question": "Which? (A) 1 (B) 2", "answer": "B", "choices": ["1", "2"]},
     "train.jsonl": {"question": "What is 1 + 2?", "answer": "1 + 2 = 3 #### 3"},
+    "pairs.jsonl": {"prompt": "What is 1 + 2?", "chosen": "1 + 2 = 3", "rejected": "1 + 2 = 4"},
+    "chat.jsonl": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
     "hard.jsonl": {"question": "What is 11 * 12?", "answer": "132"},
     "calls.jsonl": {
         "question": "Add 1 and 2.",
@@ -50,7 +52,11 @@ FILES = {
 
 def numbered(row: dict[str, Any], i: int) -> dict[str, Any]:
     """Rows that ask the same are one question, and of one question none can be held out."""
-    return {key: f"{i}. {value}" if key in ("question", "prompt") else value for key, value in row.items()}
+    text = json.dumps(row)
+    for asked in ("What", "Which", "Add", "Hi"):
+        text = text.replace(f'"{asked}', f'"{i}. {asked}')
+    numbered_row: dict[str, Any] = json.loads(text)
+    return numbered_row
 
 
 @pytest.fixture
