@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_fixture import Run
+from run_fixture import OF_SAMPLING, ROOT, Run
 from safetensors.numpy import load_file
 
 STEPS = 4
@@ -23,6 +23,18 @@ PRIME = (
     "rollout.max_response_tokens=64",
 )
 FINE_TUNING = ("algorithm=sft", "learner.learning_rate=1e-3", "learner.epochs_per_step=2")
+SOLUTIONS = ROOT.parent / "shared" / "data" / "gsm8k" / "model_solutions.jsonl"
+PREFERENCES = (
+    "algorithm=dpo",
+    "data=responses",
+    f"data.path={SOLUTIONS}",
+    "data.max_bad_row_share=0.9",
+    "algorithm.reference_every_steps=2",
+    "algorithm.reference_mix=0.5",
+    "rollout.max_prompt_tokens=300",
+    "rollout.max_response_tokens=300",
+)
+"""Right and wrong solutions of real models; the reference moves."""
 SHAPED = (
     *GRPO,
     "algorithm.samples_per_prompt=8",
@@ -46,7 +58,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
     def one(name: str, *arguments: str) -> Run:
         (tmp_path / name).mkdir(exist_ok=True)
-        runs.append(Run(tmp_path / name, *COMMON, *arguments))
+        recorded = {"algorithm=sft", "algorithm=dpo"} & set(arguments)
+        runs.append(Run(tmp_path / name, *COMMON, *arguments, without=OF_SAMPLING if recorded else ()))
         return runs[-1]
 
     yield one
@@ -69,7 +82,7 @@ def what_it_did(run: Run) -> dict[str, Any]:
         "metrics": metrics,
         "samples": run.records("samples"),
         "tensors": tensors,
-        "accuracies": summary["accuracy_by_step"],
+        "heldout": {name: value for name, value in summary.items() if name.endswith("_by_step")},
     }
 
 
@@ -87,7 +100,7 @@ def kill_at(run: Run, moment: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [GRPO, PRIME, FINE_TUNING, SHAPED], ids=["grpo", "prime", "sft", "shaped"]
+    "options", [GRPO, PRIME, FINE_TUNING, PREFERENCES, SHAPED], ids=["grpo", "prime", "sft", "dpo", "shaped"]
 )
 def test_a_killed_and_resumed_run_equals_one_that_was_not(options: tuple[str, ...], start: Callable[..., Run]) -> None:
     whole = start("whole", *options)
