@@ -9,7 +9,7 @@ from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import EvaluationConfig, ModelConfig, RolloutConfig, TrainerConfig
-from rlkit.data.base import DataSource
+from rlkit.data.base import DataError, DataSource
 from rlkit.models.folder import ModelFolderError, check_model_folder, model_folder
 
 RECORDED = "data=pairs, data=responses or data=chat bring recorded ones"
@@ -53,6 +53,32 @@ def data_have_responses(algorithm: Algorithm, rollout: RolloutConfig, data: Data
             "data",
             f"{type(algorithm).__name__} learns from labels, and {type(data).__name__} gives none: use data=responses "
             "with data.label_column, or data=pairs",
+        )
+
+
+def prompts_have_something_to_compare(algorithm: Algorithm, rollout: RolloutConfig, data: DataSource) -> Issues:
+    """In the first problems; responses without a rival are left out of every step."""
+    needs, provided = algorithm.needs(), data.provides()
+    if rollout.source != "data" or rollout.judge != "auto" or not needs.pairs or not provided & {"pairs", "labels"}:
+        return
+    try:
+        problems = data.preview("train")
+    except DataError:
+        return  # reported with the data
+    alone = [p for p in problems if not p.pairs and len({response.value for response in p.responses}) < 2]
+    if problems and len(alone) == len(problems):
+        yield ConfigIssue(
+            "data",
+            f"{type(algorithm).__name__} compares responses to a prompt, and none of the first {len(problems)} prompts "
+            f"has two that differ in label or score (the first: {alone[0].origin}); algorithm=kto or algorithm=bco "
+            "learns from single labelled responses",
+        )
+    elif alone:
+        yield ConfigIssue(
+            "data",
+            f"{len(alone)} of the first {len(problems)} prompts have no two responses that differ in label or score, "
+            f"and teach nothing (the first: {alone[0].origin})",
+            warning=True,
         )
 
 
@@ -139,6 +165,7 @@ def epochs_or_steps(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
 SOURCES = (
     algorithm_learns_from_the_source,
     data_have_responses,
+    prompts_have_something_to_compare,
     labels_are_labels,
     batches_are_large_enough,
     frozen_models_exist,
