@@ -86,9 +86,7 @@ def kill_at(run: Run, moment: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [GRPO, PRIME, FINE_TUNING, SHAPED], ids=["grpo", "prime", "sft", "shaped"]
-)
+@pytest.mark.parametrize("options", [GRPO, PRIME, FINE_TUNING, SHAPED], ids=["grpo", "prime", "sft", "shaped"])
 def test_a_killed_and_resumed_run_equals_one_that_was_not(options: tuple[str, ...], start: Callable[..., Run]) -> None:
     whole = start("whole", *options)
     assert whole.end() == 0, whole.text
