@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
-from algorithms.functional.advantages import Bool, Outcomes, against_reference, spread, token_advantages
+from algorithms.functional.advantages import Bool, Outcomes, spread, token_advantages
+from algorithms.functional.estimators import against_reference
 from algorithms.functional.losses import Aggregation
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 

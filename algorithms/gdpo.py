@@ -15,7 +15,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
-from algorithms.functional.advantages import Float64, Outcomes, decoupled, spread, token_advantages
+from algorithms.functional.advantages import Float64, Outcomes, spread, token_advantages
+from algorithms.functional.estimators import decoupled
 from algorithms.functional.losses import Aggregation
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 from rlkit.experience import UserError

@@ -13,18 +13,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
-from algorithms.functional.advantages import (
-    Bool,
-    Float64,
-    Outcomes,
-    group_policy_gradient,
-    group_relative,
-    length_weighted,
-    mean_normalised,
-    pass_at_k,
-    spread,
-    token_advantages,
-)
+from algorithms.functional.advantages import Bool, Float64, Outcomes, group_relative, spread, token_advantages
+from algorithms.functional.estimators import group_policy_gradient, length_weighted, mean_normalised, pass_at_k
 from algorithms.functional.losses import Aggregation
 from algorithms.surrogate import SurrogateAlgorithm, SurrogateConfig
 from rlkit.experience.section import Coefficient

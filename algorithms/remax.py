@@ -8,7 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from algorithms.base import Advantages, AlgorithmNeeds, Experience
-from algorithms.functional.advantages import Bool, Float64, Outcomes, against_greedy, spread, token_advantages
+from algorithms.functional.advantages import Bool, Float64, Outcomes, spread, token_advantages
+from algorithms.functional.estimators import against_greedy
 from algorithms.functional.kl import Estimator
 from algorithms.functional.losses import Aggregation
 from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig

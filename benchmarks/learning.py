@@ -63,6 +63,30 @@ OFTEN = ("trainer.prompts_per_step=64", "trainer.total_steps=12", "trainer.evalu
 """PRIME solves the task in fewer steps than others, so both rows of the comparison are short and measured often."""
 
 
+SHORT = ("trainer.total_steps=20", "trainer.evaluate_every_steps=10")
+"""Of 256 responses each."""
+DPO = ("algorithm=dpo", "algorithm.pairs=all", "reward=rule", "learner.learning_rate=3e-4")
+TEACHER = "algorithm.teacher=?"
+"""Stands for the policy of DPO's first seed."""
+DISTILL = (
+    "algorithm=distill",
+    "algorithm.samples_per_prompt=4",
+    "trainer.total_steps=15",
+    "trainer.evaluate_every_steps=5",
+    TEACHER,
+)
+PPO = ("algorithm=ppo", "reward=rule", "trainer.prompts_per_step=256", "critic.learning_rate=1e-3")
+PPO = (*PPO, "trainer.total_steps=15", "trainer.evaluate_every_steps=5")
+
+
+def teacher(scratch: Path) -> Path:
+    """Trained if it is not there."""
+    run = scratch / "algorithm_dpo_20_steps_0"
+    if not run.is_dir():
+        train(Setting("algorithm=dpo, 20 steps", (*DPO, *SHORT)), 0, scratch, [])
+    return run / "checkpoints" / "step_000020" / "policy"
+
+
 def settings(scratch: Path) -> list[Setting]:
     """The rows; `scratch` receives the random discriminator."""
     random_model = scratch / "random_discriminator"
@@ -83,6 +107,14 @@ def settings(scratch: Path) -> list[Setting]:
             ("algorithm=prime", "reward=implicit_prm", "reward.learning_rate=1e-4", *OFTEN),
             20,
         ),
+        Setting("algorithm=grpo, 20 steps", ("reward=rule", *SHORT), 50),
+        Setting("algorithm=dpo, 20 steps", (*DPO, *SHORT), 60),
+        Setting("algorithm=distill, 15 steps of 128", DISTILL, 50),
+        Setting("algorithm=sft, 20 steps", ("algorithm=sft", "evaluation.generate=true", *SHORT), 20),
+        Setting("algorithm=ppo, 15 steps", PPO, 20),
+        Setting(
+            "algorithm=ppo, 15 steps of 4 epochs", (*PPO, "learner.epochs_per_step=4", "critic.epochs_per_step=4"), 20
+        ),
         Setting(
             "control: frozen random discriminator",
             ("reward=polar", f"reward.model_path={random_model}"),
@@ -99,8 +131,10 @@ def settings(scratch: Path) -> list[Setting]:
 def train(setting: Setting, seed: int, scratch: Path, extra: list[str]) -> dict[str, Any]:
     """One run; its summary, with the wall time of the whole process and the metrics of each step."""
     run_dir = scratch / f"{re.sub('[^a-z0-9]+', '_', setting.name)}_{seed}"
+    named = f"algorithm.teacher={teacher(scratch)}" if TEACHER in setting.overrides else TEACHER
+    overrides = [named if override == TEACHER else override for override in setting.overrides]
     command = [
-        sys.executable, "-m", "rlkit.train", *setting.overrides, f"seed={seed}", f"run_dir={run_dir}",
+        sys.executable, "-m", "rlkit.train", *overrides, f"seed={seed}", f"run_dir={run_dir}",
         "trainer.evaluation_prompts=512", "tracking.console=plain", *extra,
     ]  # fmt: skip
     began = time.perf_counter()

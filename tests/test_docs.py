@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import ROOT
@@ -35,6 +36,8 @@ def commands() -> list[tuple[str, str]]:
 FILES = {
     "questions.jsonl": {"question": "Which? (A) 1 (B) 2", "answer": "B", "choices": ["1", "2"]},
     "train.jsonl": {"question": "What is 1 + 2?", "answer": "1 + 2 = 3 #### 3"},
+    "pairs.jsonl": {"prompt": "What is 1 + 2?", "chosen": "1 + 2 = 3", "rejected": "1 + 2 = 4"},
+    "chat.jsonl": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
     "hard.jsonl": {"question": "What is 11 * 12?", "answer": "132"},
     "calls.jsonl": {
         "question": "Add 1 and 2.",
@@ -47,6 +50,15 @@ FILES = {
 """Files that commands of the docs name: a row of each."""
 
 
+def numbered(row: dict[str, Any], i: int) -> dict[str, Any]:
+    """Rows that ask the same are one question, and of one question none can be held out."""
+    text = json.dumps(row)
+    for asked in ("What", "Which", "Add", "Hi"):
+        text = text.replace(f'"{asked}', f'"{i}. {asked}')
+    numbered_row: dict[str, Any] = json.loads(text)
+    return numbered_row
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Where a user might type the commands: with the files they name, and the shared data beside it."""
@@ -55,7 +67,8 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "here"
     folder.mkdir()
     for name, row in FILES.items():
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for _ in range(1 if name.endswith(".json") else 40)))
+        rows = [row] if name.endswith(".json") else [numbered(row, i) for i in range(40)]
+        (folder / name).write_text("".join(json.dumps(one) + "\n" for one in rows))
     (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **columns):\n    return [0.0]\n")
     for page in PAGES:
         for name, code in re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
@@ -126,4 +139,4 @@ def test_the_layers_of_the_design_are_those_that_lint_checks() -> None:
 def test_the_core_path_of_the_readme_exists_and_stays_short() -> None:
     files = core_path(ROOT)
     assert len(files) > 15
-    assert sum(len(file.read_text().splitlines()) for file in files) <= 3800
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 4200

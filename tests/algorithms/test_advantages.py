@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algorithms.functional.advantages import (
-    against_greedy,
-    against_reference,
-    group_relative,
-    leave_one_out,
-    overlong_penalty,
-    spread,
-)
+from algorithms.functional.advantages import group_relative, leave_one_out, overlong_penalty, spread
+from algorithms.functional.estimators import against_greedy, against_reference
 from algorithms.functional.kl import (
     AdaptiveCoefficient,
     penalise,

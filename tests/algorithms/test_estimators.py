@@ -13,11 +13,10 @@ from learner_fixture import make_groups
 from pydantic import ValidationError
 
 from algorithms.base import Advantages, Experience
-from algorithms.functional.advantages import (
-    Outcomes,
+from algorithms.functional.advantages import Outcomes, group_relative
+from algorithms.functional.estimators import (
     decoupled,
     group_policy_gradient,
-    group_relative,
     length_weighted,
     mean_normalised,
     pass_at_k,
