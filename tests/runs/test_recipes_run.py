@@ -30,7 +30,7 @@ def start(tmp_path: Path) -> Iterator[list[Run]]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path) -> None:
     reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe in OF_STEPS else []
-    reward += ["reward=rule"] if recipe in ("kto", "bco", "pacs") else []
+    reward += ["rollout.judge=always"] if recipe == "cream" else []  # which reads no rewards
     reward += [f"algorithm.guide={ROOT / 'rlkit' / 'embedded' / 'policy'}"] if recipe == "tgdpo" else []
     single = ["algorithm.samples_per_prompt=1"] if recipe in ("ppo", "reinforce_pp", "remax") else []
     reward += [f"algorithm.teacher={ROOT / 'rlkit' / 'embedded' / 'policy'}"] if recipe == "distill" else []
