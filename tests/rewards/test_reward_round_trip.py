@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def test_what_was_written_out_loads_again(overrides: list[str], tmp_path: Path) 
     if "reward.isolation=bubblewrap" in overrides:
         need_bubblewrap()
     (tmp_path / "schema.json").write_text("{}")
-    (tmp_path / "rows.jsonl").write_text('{"question": "q", "tests": ["assert True"]}\n' * 40)
+    rows = [{"question": f"q{i}", "tests": ["assert True"]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [text.format(folder=tmp_path) for text in overrides]
     first = load_config([*given, f"run_dir={tmp_path / 'run'}"], elsewhere=())
     # What an actor is given: the section as it was resolved.

@@ -106,8 +106,8 @@ def test_it_is_probed_at_the_start(module: ModuleType, server: JudgeServer) -> N
 
 def test_it_is_chosen_by_its_dotted_path(module: ModuleType, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    row = {"question": "What is 6 times 7?", "answer": "42", "criteria": CRITERIA}
-    rows.write_text((json.dumps(row) + "\n") * 40)
+    asked = [{"question": f"What is {i} times 7?", "answer": str(7 * i), "criteria": CRITERIA} for i in range(40)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
     endpoint = ["reward.base_url=http://127.0.0.1:9/v1", "reward.model=judge"]
     data = ["data=jsonl", f"data.path={rows}", f"run_dir={tmp_path / 'run'}"]
     load_config(["reward=judge", "reward._target_=my_judge.Checklist", *endpoint, *data], elsewhere=())

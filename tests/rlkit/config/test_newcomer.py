@@ -61,7 +61,7 @@ MISLEADING = {
     "rollout.name=hf": ["the sampler is vLLM"],
     "reward=[rule,length] reward.parts.length.weight=0": ["reward.parts.length: set reward.parts.length.max_tokens"],
     "algorithm=online_dpo": ["algorithm=dpo"],
-    "algorithm=nope": ["1 problem", "algorithm=nope: no such option; available: apo"],
+    "algorithm=nope": ["1 problem", "algorithm=nope: no such option; available: amft"],
     "algorithm=purre": ["1 problem", "did you mean pure?"],
     "model=Qwen/Qwen3-0.6B": ["model=hf model.path=FOLDER"],
     "rollout.multi_turn=true": ["several turns, tools and environments are not supported"],

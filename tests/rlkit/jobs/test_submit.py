@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -213,7 +214,8 @@ def test_relative_paths_must_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     make_files(project, "inside.jsonl", "data/left_out.jsonl")
     make_files(tmp_path, "outside.jsonl")
     for name in ("inside.jsonl", "data/left_out.jsonl", "../outside.jsonl"):
-        (project / name).write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+        rows = [{"question": f"1 + {i}?", "answer": f"#### {1 + i}"} for i in range(2)]
+        (project / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(project)
     upload = collect(project, ["data"], 20, 100)
 

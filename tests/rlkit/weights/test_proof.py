@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlkit.experience import Message, Prompt
-from rlkit.run import CANARY_PROMPTS, CANARY_TOKENS, _canary
+from rlkit.prompts import CANARY_PROMPTS, CANARY_TOKENS, canary
 from rlkit.weights.publication import (
     Agreement,
     Loaded,
@@ -126,7 +126,7 @@ def prompts(system: int, count: int) -> list[Prompt]:
 
 @pytest.mark.parametrize("system", [3, 40])
 def test_the_canary_is_of_several_prompts_however_long_their_common_beginning(system: int) -> None:
-    canary = _canary(prompts(system, 6))
-    assert len(set(canary)) == CANARY_PROMPTS
-    assert all(len(ids) <= CANARY_TOKENS for ids in canary)
-    assert len(_canary(prompts(system, 1))) == len(_canary(prompts(system, 1) * 2)) == 1
+    pieces = canary(prompts(system, 6))
+    assert len(set(pieces)) == CANARY_PROMPTS
+    assert all(len(ids) <= CANARY_TOKENS for ids in pieces)
+    assert len(canary(prompts(system, 1))) == len(canary(prompts(system, 1) * 2)) == 1

@@ -19,7 +19,7 @@ from learner_fixture import VOCABULARY, grpo_advantages, make_groups, write_tiny
 from ray_fixture import ray_session  # noqa: F401
 from rollout_host import OpenRank, OpenWorker, publish_bundle
 
-from algorithms.base import Experience
+from algorithms.base import POLICY, Experience
 from algorithms.grpo import GRPO
 from rewards.base import RewardContext
 from rlkit.config.schema import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig
@@ -141,9 +141,9 @@ def test_engines_sample_from_what_was_sent_and_groups_wait_for_it(sync: WeightSy
         assert sync.learner.policy.offloaded
         await sync.release_sampler()
         assert not sync.learner.policy.offloaded
-        logprobs, _ = await sync.learner.policy.logprobs(after)
+        logprobs = await sync.learner.policy.logprobs(after, POLICY)
         assert sampled_as_the_learner(after, logprobs)
-        assert not sampled_as_the_learner(before, (await sync.learner.policy.logprobs(before))[0])
+        assert not sampled_as_the_learner(before, await sync.learner.policy.logprobs(before, POLICY))
         await sync.publish(version)
 
     run(steps())
@@ -218,7 +218,7 @@ def test_a_worker_whose_weights_arrive_damaged_is_replaced_and_given_them_anew(
         assert [health.may_sample(version) for health in sync.rollout.health] == [True] * WORKERS
         sampled = await groups_of(sync.rollout.generate(requests()))
         await sync.release_sampler()
-        assert sampled_as_the_learner(sampled, (await sync.learner.policy.logprobs(sampled))[0])
+        assert sampled_as_the_learner(sampled, await sync.learner.policy.logprobs(sampled, POLICY))
         await sync.publish(version)
 
     run(steps(), 150)
