@@ -81,6 +81,9 @@ class SaveSchedule:
 class StoppedError(Exception):
     """A signal asked the run to stop."""
 
+    orderly = True
+    """Nothing failed: Ray's logs are not kept for it."""
+
     def __init__(self, signal: signal.Signals) -> None:
         super().__init__(signal.name)
         self.signal = signal

@@ -34,15 +34,15 @@ _MAPPED = re.compile(r"^(?:\S+ +){4}(\d+) +/dev/shm/", re.MULTILINE)
 def janitor(token: str, folder: Path, logs: Path) -> Iterator[None]:
     """Remove `folder` and shared memory after the body, or when this process dies.
 
-    Ray's own logs go to `logs` after an error or a kill.
+    Ray's own logs go to `logs` after a kill, or an error unless it says that it is `orderly`.
     """
     command = [sys.executable, "-I", "-S", __file__, token, str(folder), str(logs.absolute())]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env={}, start_new_session=True)
     assert process.stdin is not None
     try:
         yield
-    except Exception:
-        ending = FAILED
+    except Exception as error:
+        ending = ORDERLY if getattr(error, "orderly", False) else FAILED
         raise
     except BaseException:  # Ctrl-C, SIGTERM
         ending = ORDERLY
