@@ -2,6 +2,7 @@
 
 from rlkit.experience.errors import UserError
 from rlkit.experience.types import (
+    Episode,
     Group,
     GroupScores,
     Message,
@@ -12,9 +13,11 @@ from rlkit.experience.types import (
     Score,
     Span,
     SpanReward,
+    ToolCall,
 )
 
 __all__ = [
+    "Episode",
     "Group",
     "GroupScores",
     "Message",
@@ -25,5 +28,6 @@ __all__ = [
     "Score",
     "Span",
     "SpanReward",
+    "ToolCall",
     "UserError",
 ]

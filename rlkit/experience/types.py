@@ -21,9 +21,26 @@ BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool as the policy wrote it."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+    error: str = ""
+    """Why it cannot be read, for the policy; the name may then be empty."""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     role: str
     content: str
+    name: str = ""
+    """role tool: the tool that answers."""
+    calls: tuple[ToolCall, ...] = ()
+    """role assistant."""
+    call_id: str = ""
+    """role tool: the call that is answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +67,27 @@ class Span:
     start: int
     end: int
     kind: Literal["step", "turn"] = "step"
+    """turn: what one role said in an episode; observations (roles other than assistant) are not trained on."""
     role: str = "assistant"
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Tool-call records and whatever else belongs to this span."""
+    """Of a step its `text`; of an assistant's turn its `reward`, the `state` it was taken in (None: unknown), and
+    `malformed` (calls that could not be read)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """How a sample of an environment went."""
+
+    ended: Literal["done", "turns", "tokens", "failed"]
+    """done: the environment said so; turns, tokens: the budget was used up, which is the policy's doing; failed: the
+    environment broke, which is not, so the sample has no valid score."""
+    failure: str = ""
+    """A short class (`timeout`, `died`, ...), then `: details`."""
+    success: bool | None = None
+    """None: the environment does not say."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    messages: tuple[Message, ...] = ()
+    """The whole conversation after the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +100,7 @@ class Sample:
     """[T] the sampler's log-probabilities of those tokens, at the sampling temperature; None: no sampler of this run
     made them."""
     text: str
-    """The response decoded without special tokens: for rewards and for people."""
+    """The response decoded without special tokens: for rewards and for people. Of an episode the last answer alone."""
     finish_reason: FinishReason
     policy_versions: tuple[int, int]
     """Policy version at the first and at the last token."""
@@ -75,6 +110,9 @@ class Sample:
     spans: tuple[Span, ...] = ()
     weight: float = 1.0
     """Of a recorded response in the loss of fine-tuning."""
+    versions: IntArray | None = None
+    """[T] the policy version of each token, -1 on observations; None: that of `policy_versions`."""
+    episode: Episode | None = None
 
     def __post_init__(self) -> None:
         if self.logprobs is not None and len(self.token_ids) != len(self.logprobs):

@@ -228,7 +228,7 @@ def scores_from_wire(scores: WireGroupScores) -> GroupScores:
     return GroupScores(tuple(Score(**dict(score)) for score in scores.samples), scores.pairs)
 
 
-UNSENT = ("recorded", "weight")
+UNSENT = ("recorded", "weight", "versions", "episode")
 """Fields of Prompt and Sample that no reward needs."""
 
 

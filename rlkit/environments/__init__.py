@@ -1,0 +1,1 @@
+"""Worlds that answer the policy: the contract, tools, games, and adapters."""

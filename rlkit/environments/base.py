@@ -1,0 +1,228 @@
+"""The contract of an environment: what the policy talks to, turn by turn, and what it earns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from rlkit.environments.tool import Tool, tools_of
+from rlkit.experience import Message, ToolCall, UserError
+from rlkit.experience.section import Deadline, Section
+
+
+class EnvironmentConfig(Section):
+    """Fields of every environment; one nests a subclass as `Config`."""
+
+    max_turns: int = Field(default=8, ge=1)
+    """Turns of the policy in an episode."""
+    max_turn_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of one turn; null: what `rollout.max_response_tokens`, which holds for the whole episode with its
+    observations, leaves."""
+    max_observation_tokens: int = Field(default=512, ge=8)
+    """Of a longer answer of the environment the middle is cut out, and the text says so."""
+    step_timeout_seconds: Deadline = 30.0
+    """placement=worker: a `reset` or `step` that takes longer costs the worker process, which is replaced."""
+    retries: int = Field(default=1, ge=0)
+    """Times an episode begins again, with the same seeds, after the environment failed; then its sample is invalid."""
+    placement: Literal["inline", "worker"] = "worker"
+    """inline: in the rollout worker itself, for environments that take microseconds and cannot hang; worker: in
+    processes beside it, which can be killed."""
+    workers: int = Field(default=1, ge=1)
+    """placement=worker: processes per rollout worker."""
+    concurrency: int = Field(default=64, ge=1)
+    """placement=worker: open episodes per process."""
+    history: Literal["append"] = "append"
+    """append: each turn's prompt is the tokens so far and the environment's answer; a chat template that rewrites
+    earlier turns is refused."""
+    calls: str = "auto"
+    """How the policy writes calls of tools: hermes, llama, mistral, tags; auto: as the chat template does."""
+    max_parallel_calls: int = Field(default=1, ge=1)
+    """Calls that one turn may make; the policy is told about further ones."""
+
+
+@dataclass(frozen=True)
+class EnvironmentNeeds:
+    """What every problem of the data must bring."""
+
+    answer: bool = False
+    references: bool = False
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem of the data, as an episode sees it."""
+
+    id: str
+    messages: tuple[Message, ...] = ()
+    answer: str | None = None
+    references: tuple[str, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Action:
+    """A turn of the policy."""
+
+    text: str
+    """Without its calls."""
+    calls: tuple[ToolCall, ...] = ()
+    turn: int = 0
+    """From 0."""
+    last: bool = False
+    """No turn is left after this one."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The environment's answer to a turn."""
+
+    observation: str | Message | Sequence[Message] = ()
+    """A text is a user's message, or, from a tool, the tool's."""
+    reward: float = 0.0
+    done: bool = False
+    success: bool | None = None
+    state: str | None = None
+    """Names the state the turn was taken in, equal for equal states: for baselines over states."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class EnvironmentFailure(Exception):
+    """The environment cannot go on (a server is away, a file is gone). The episode begins again, then its sample is
+    invalid. Other exceptions of `reset`, `step` and `final` count as one; a tool's are for the policy to read."""
+
+
+@dataclass(frozen=True)
+class EnvironmentContext:
+    tools: tuple[Tool, ...] = ()
+    """What the policy may call."""
+    shared: Any = None
+    """What `prepare` returned in this process."""
+
+
+class Environment:
+    """One object per episode. `reset`, `step`, `final`, `close` and tools may be coroutines (`async def`)."""
+
+    Config: ClassVar[type[EnvironmentConfig]] = EnvironmentConfig
+
+    def __init__(self, config: Any, context: EnvironmentContext) -> None:
+        self.config = config
+        self.context = context
+
+    @classmethod
+    def needs(cls, config: Any) -> EnvironmentNeeds:
+        return EnvironmentNeeds()
+
+    @classmethod
+    def deterministic(cls, config: Any) -> bool:
+        """Answers depend on task, seed and actions alone; else a resumed run is not bit-equal, and says so."""
+        return True
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        """Cheap checks before a run, without heavy imports: messages for the user."""
+        return []
+
+    @classmethod
+    def tasks(cls, config: Any, split: Literal["train", "heldout"], seed: int) -> Sequence[Task] | None:
+        """Problems that it brings itself, for `data=environment`; None: it takes those of the data."""
+        return None
+
+    @classmethod
+    def prepare(cls, config: Any) -> Any:
+        """Called once per process: indices, sandboxes, connections. Raises UserError."""
+        return None
+
+    @classmethod
+    def tools(cls, config: Any, shared: Any) -> tuple[Tool, ...]:
+        """Its methods marked `@tool`; the same in every process."""
+        return tools_of(cls)
+
+    def reset(self, task: Task, seed: int) -> Any:
+        """Return what the policy reads first, behind the task's messages: a text (a user's message), messages, or None.
+
+        All samples of a group get the same task and seed, and must read the same.
+        """
+        return None
+
+    def step(self, action: Action) -> Any:
+        """Return a Step. Without an override: run the called tools; a turn without a call is `final`."""
+        return self.run_tools(action) if action.calls else self.final(action)
+
+    def final(self, action: Action) -> Any:
+        """Return the Step after an answer that calls no tool."""
+        return Step(done=True)
+
+    def close(self) -> Any:
+        """Called once, also after a failure."""
+        return None
+
+    async def run_tools(self, action: Action) -> Step:
+        """The tools' answers as one Step: rewards add up, `done` and `success` hold if one says so."""
+        steps, messages = [], []
+        for number, call in enumerate(action.calls):
+            step = await self._answer(call, number)
+            steps.append(step)
+            said = step.observation
+            messages += (
+                [Message("tool", said, name=call.name, call_id=call.id)]
+                if isinstance(said, str)
+                else [said]
+                if isinstance(said, Message)
+                else said
+            )
+        verdicts = [step.success for step in steps if step.success is not None]
+        return Step(
+            messages,
+            reward=sum(step.reward for step in steps),
+            done=any(step.done for step in steps),
+            success=verdicts[-1] if verdicts else None,
+            state=next((step.state for step in steps if step.state is not None), None),
+            metrics={name: value for step in steps for name, value in step.metrics.items()},
+        )
+
+    async def _answer(self, call: ToolCall, number: int) -> Step:
+        known = {tool.name: tool for tool in self.context.tools}
+        if call.error:
+            return Step(f"error: {call.error}")
+        if number >= self.config.max_parallel_calls:
+            return Step(f"error: only {self.config.max_parallel_calls} call(s) per turn are answered")
+        if call.name not in known:
+            return Step(f"error: there is no tool {call.name!r}; there are {', '.join(sorted(known))}")
+        wrong = known[call.name].wrong(call.arguments)
+        if wrong:
+            return Step(f"error: {wrong}")
+        try:
+            answer = await settled(self.call(call))
+        except (EnvironmentFailure, UserError):
+            raise
+        except Exception as error:
+            return Step(f"error: {type(error).__name__}: {error}")
+        return answer if isinstance(answer, Step) else Step(answer if isinstance(answer, str) else str(answer))
+
+    def call(self, call: ToolCall) -> Any:
+        """Run a tool whose arguments fit; override it where tools are not methods."""
+        method: Callable[..., Any] = getattr(self, call.name)
+        return method(**call.arguments)
+
+
+async def settled(value: Any) -> Any:
+    """The value, awaited if it must be."""
+    return await value if inspect.isawaitable(value) else value
+
+
+def first_messages(task: Task, opening: Any) -> tuple[Message, ...]:
+    """The conversation that an episode begins with: the task's messages and what `reset` returned."""
+    return (*task.messages, *as_messages(opening))
+
+
+def as_messages(said: Any, role: str = "user") -> tuple[Message, ...]:
+    if said is None or said == "":
+        return ()
+    if isinstance(said, str):
+        return (Message(role, said),)
+    return (said,) if isinstance(said, Message) else tuple(said)
