@@ -163,18 +163,15 @@ class Environment:
 
     async def run_tools(self, action: Action) -> Step:
         """The tools' answers as one Step: rewards add up, `done` and `success` hold if one says so."""
-        steps, messages = [], []
+        steps: list[Step] = []
+        messages: list[Message] = []
         for number, call in enumerate(action.calls):
             step = await self._answer(call, number)
             steps.append(step)
             said = step.observation
-            messages += (
-                [Message("tool", said, name=call.name, call_id=call.id)]
-                if isinstance(said, str)
-                else [said]
-                if isinstance(said, Message)
-                else said
-            )
+            if isinstance(said, str):
+                said = Message("tool", said, name=call.name, call_id=call.id)
+            messages += as_messages(said)
         verdicts = [step.success for step in steps if step.success is not None]
         return Step(
             messages,
@@ -220,9 +217,9 @@ def first_messages(task: Task, opening: Any) -> tuple[Message, ...]:
     return (*task.messages, *as_messages(opening))
 
 
-def as_messages(said: Any, role: str = "user") -> tuple[Message, ...]:
+def as_messages(said: str | Message | Sequence[Message] | None) -> tuple[Message, ...]:
     if said is None or said == "":
         return ()
     if isinstance(said, str):
-        return (Message(role, said),)
+        return (Message("user", said),)
     return (said,) if isinstance(said, Message) else tuple(said)
