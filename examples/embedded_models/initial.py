@@ -1,8 +1,9 @@
-"""A byte-level BPE tokenizer with one token per digit, and an untrained policy."""
+"""Byte-level BPE tokenizers of numbers and few words, and an untrained policy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +29,51 @@ CHAT_TEMPLATE = (
 )
 """Each role's marker before its text; `<eos>` after the assistant's. There is no BOS that could be doubled."""
 
+CALL = ("<tool_call>", "</tool_call>")
+"""Not special: they stay in decoded texts, for whoever reads the calls."""
+
+AGENT_TEMPLATE = (
+    "{% if tools %}{{ '<|system|>' }}{% for tool in tools %}"
+    "{{ tool.function.name }}({{ tool.function.parameters.properties | join(', ') }}){{ '' if loop.last else ' ' }}"
+    "{% endfor %}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('unknown role ' + message['role'] + ': this template has system, user, assistant and tool') }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ '<tool_call>{\"name\": ' + call.function.name | tojson + ', \"arguments\": ' }}"
+    "{{ call.function.arguments | tojson }}{{ '}</tool_call>' }}"
+    "{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""The same, with a line of tools, their calls in Hermes' form, and their answers."""
+
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A deterministic tokenizer for any UTF-8 text."""
+    """A deterministic tokenizer for any UTF-8 text, one token for each digit."""
+    return _trained(texts, [*ROLES, REWARD_SEPARATOR, REWARD_MARKER], CHAT_TEMPLATE, r"\p{N}")
+
+
+def train_agent_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token for up to two digits, and for the marks of a call. The texts may be whole conversations."""
+    special = [*ROLES, "<|tool|>"]
+    marks = "|".join(map(re.escape, (PAD, EOS, *special, *CALL)))
+    pieces = (piece for text in texts for piece in re.split(marks, text))
+    tokenizer = _trained(pieces, special, AGENT_TEMPLATE, r"\p{N}{1,2}")
+    tokenizer.add_tokens(list(CALL))
+    return tokenizer
+
+
+def _trained(texts: Iterable[str], special: Sequence[str], template: str, number: str) -> PreTrainedTokenizerFast:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    # A digit is always alone; a word keeps the space before it; whatever else comes in runs.
-    pieces = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s")
+    # A word keeps the space before it; whatever else comes in runs.
+    pieces = Regex(number + r"| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pieces, behavior="isolated"),
@@ -44,11 +81,10 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [PAD, EOS, *ROLES, REWARD_SEPARATOR, REWARD_MARKER]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,
         min_frequency=2,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in (PAD, EOS, *special)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -57,8 +93,8 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=PAD,
-        additional_special_tokens=[*ROLES, REWARD_SEPARATOR, REWARD_MARKER],
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=list(special),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
     )

@@ -34,14 +34,28 @@ def load_policy(folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-@torch.inference_mode()
 def sample_answers(
     model: nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, seed: int
 ) -> list[list[str]]:
     """Per prompt `count` answers, cut at MAX_ANSWER_TOKENS."""
     torch.manual_seed(seed)
+    sampled = sample_tokens(model, tokenizer, prompts, count, sampling, MAX_ANSWER_TOKENS)
+    decode = tokenizer.batch_decode  # type: ignore[attr-defined]
+    return [decode(rows, skip_special_tokens=True) for rows in sampled]
+
+
+@torch.inference_mode()
+def sample_tokens(
+    model: nn.Module,
+    tokenizer: object,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    sampling: Sampling,
+    max_tokens: int,
+) -> list[list[list[int]]]:
+    """Per prompt `count` responses, with their end token if they have one. Torch's own seed draws them."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
-    answers: list[list[str]] = [[] for _ in prompts]
+    sampled: list[list[list[int]]] = [[] for _ in prompts]
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id  # type: ignore[attr-defined]
     for start in range(0, len(order), max(1, PROMPTS_PER_BATCH // count)):
         members = order[start : start + max(1, PROMPTS_PER_BATCH // count)]
@@ -60,13 +74,13 @@ def sample_answers(
         output = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=(ids != pad).long(),
-            max_new_tokens=MAX_ANSWER_TOKENS,
+            max_new_tokens=max_tokens,
             num_return_sequences=count,
             pad_token_id=pad,
             eos_token_id=eos,
             **options,
         )
-        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)  # type: ignore[attr-defined]
+        rows = [[token for token in row if token != pad] for row in output[:, width:].tolist()]
         for row, i in enumerate(members):
-            answers[i] = texts[row * count : (row + 1) * count]
-    return answers
+            sampled[i] = rows[row * count : (row + 1) * count]
+    return sampled

@@ -60,6 +60,13 @@ class Scale:
     finetune: Training
     judged_problems: int
     """Held-out problems for the report."""
+    agent: Training
+    agent_matches: int
+    """Of every game, which the embedded agent imitates."""
+    sensible: float
+    """Share of sensible moves in them: the agent's headroom."""
+    judged_matches: int
+    """Held-out tasks of every game for the report."""
 
 
 FULL = Scale(
@@ -77,6 +84,10 @@ FULL = Scale(
     finetune_last_lines=Training(steps=300, batch=128, learning_rate=1e-3),
     finetune=Training(steps=350, batch=384, learning_rate=1e-3),
     judged_problems=512,
+    agent=Training(steps=1200, batch=64, learning_rate=3e-3),
+    agent_matches=6144,
+    sensible=0.55,
+    judged_matches=256,
 )
 FAST = replace(
     FULL,
@@ -95,5 +106,8 @@ FAST = replace(
     finetune_last_lines=Training(steps=3, batch=64, learning_rate=2e-3),
     finetune=Training(steps=25, batch=192, learning_rate=2e-3),
     judged_problems=32,
+    agent=Training(steps=20, batch=32, learning_rate=3e-3),
+    agent_matches=64,
+    judged_matches=8,
 )
 SCALES = {"full": FULL, "fast": FAST}

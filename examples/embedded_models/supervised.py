@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlkit.config.schema import LearnerConfig
@@ -22,10 +23,21 @@ class Example:
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
+    trained: tuple[bool, ...] | None = None
+    """Which tokens of the target the loss covers; None: all."""
 
     @property
     def tree(self) -> Tree:
         return Tree(self.prompt, (self.target,))
+
+    @property
+    def tokens(self) -> int:
+        """Against a micro-batch's limit."""
+        return self.tree.charged_tokens
+
+    @property
+    def weights(self) -> tuple[bool, ...]:
+        return self.trained or (True,) * len(self.target)
 
 
 class SupervisedLearner:
@@ -44,22 +56,24 @@ class SupervisedLearner:
         self._chunk = config.logit_elements_per_chunk
         self.training = SupervisedEngine(policy, self._loss, config, device=device, total_steps=total_steps)
 
-    def _loss(self, module: Any, trees: Sequence[Tree]) -> Tensor:
-        logprobs, _ = module(pack(trees).to(self.training.device), 1.0, self._chunk)
-        total: Tensor = -logprobs.sum()
+    def _loss(self, module: Any, examples: Sequence[Example]) -> Tensor:
+        batch = pack([example.tree for example in examples]).to(self.training.device)
+        logprobs, _ = module(batch, 1.0, self._chunk)
+        weights = [weight for example in examples for weight in example.weights]
+        total: Tensor = -(logprobs * torch.tensor(weights, device=logprobs.device)).sum()
         return total
 
     def step(self, examples: Sequence[Example]) -> float:
-        """Return the loss per target token before the step."""
-        return self.training.step([example.tree for example in examples], target_tokens(examples))
+        """Return the loss per trained token before the step."""
+        return self.training.step(examples, trained_tokens(examples))
 
     def evaluate(self, examples: Sequence[Example]) -> float:
-        """Return the loss per target token."""
-        return self.training.evaluate([example.tree for example in examples], target_tokens(examples))
+        """Return the loss per trained token."""
+        return self.training.evaluate(examples, trained_tokens(examples))
 
     def save(self, folder: Path) -> None:
         save_language_model(self.training, folder)
 
 
-def target_tokens(examples: Sequence[Example]) -> float:
-    return float(sum(len(example.target) for example in examples))
+def trained_tokens(examples: Sequence[Example]) -> float:
+    return float(sum(sum(example.weights) for example in examples))

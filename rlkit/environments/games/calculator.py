@@ -1,0 +1,99 @@
+"""Arithmetic that is too hard for a small model's head, and a tool that does it.
+
+environment  What is 17*23-45?
+policy       calc(expression="17*23-45")
+tool         346
+policy       346
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import random
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from rlkit.environments.base import Action, Environment, EnvironmentConfig, Step, Task
+from rlkit.environments.games.drawing import drawn
+from rlkit.environments.tool import tool
+from rlkit.experience import Message
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+
+
+class CalculatorConfig(EnvironmentConfig):
+    max_turns: int = Field(default=3, ge=1)
+    """Calls and the answer."""
+    train_tasks: int = Field(default=2048, ge=1)
+    """Expressions to train on."""
+    heldout_tasks: int = Field(default=256, ge=1)
+    """Expressions that are only evaluated on."""
+
+
+class Calculator(Environment):
+    """The right answer earns 1; it ends the episode, as any answer does.
+
+    >>> task = Calculator.tasks(Calculator.Config(), "heldout", seed=0)[0]
+    >>> task.messages[0].content, task.answer
+    """
+
+    Config = CalculatorConfig
+    config: CalculatorConfig
+
+    @classmethod
+    def tasks(cls, config: CalculatorConfig, split: Literal["train", "heldout"], seed: int) -> Sequence[Task]:
+        count = config.train_tasks if split == "train" else config.heldout_tasks
+        return [_task(expression) for expression in drawn(_expression, str, split, seed, count)]
+
+    def reset(self, task: Task, seed: int) -> None:
+        self.answer = task.answer
+
+    @tool
+    def calc(self, expression: str) -> str:
+        """Work out whole numbers with +, -, * and brackets.
+
+        expression: what to work out
+        """
+        return str(value(expression))
+
+    def final(self, action: Action) -> Step:
+        right = action.text.strip() == self.answer
+        return Step(reward=float(right), done=True, success=right)
+
+
+def value(expression: str) -> int:
+    """Of whole numbers. Raises ValueError for what is no such expression."""
+    if len(expression) > 64:
+        raise ValueError("longer than 64 characters")
+    try:
+        return _value(ast.parse(expression.strip(), mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"{expression!r} is no expression") from error
+
+
+def _value(node: ast.expr) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    raise ValueError("only whole numbers with +, -, * and brackets are worked out")
+
+
+def _expression(rng: random.Random) -> str:
+    left, right, third = (rng.randint(11, 99) for _ in range(3))
+    return f"{left}*{right}{rng.choice('+-')}{third}"
+
+
+def _task(expression: str) -> Task:
+    question = Message("user", f"What is {expression}?")
+    columns = {"expression": expression}
+    return Task(f"calculator/{expression}", (question,), answer=str(value(expression)), columns=columns)

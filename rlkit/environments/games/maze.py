@@ -1,0 +1,144 @@
+"""A walk through a maze of which only the cell one stands in is seen.
+
+environment  Walk from a2 to d5. a2: north, east
+policy       north
+environment  a3: south, east
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import permutations
+from typing import Literal
+
+from pydantic import Field
+
+from rlkit.environments.base import Action, Environment, EnvironmentConfig, Step, Task
+from rlkit.environments.games.drawing import drawn
+from rlkit.experience import Message
+
+Cell = tuple[int, int]
+"""Column and row, from the south-west corner (0, 0), which is a1."""
+MOVES: dict[str, Cell] = {"north": (0, 1), "east": (1, 0), "south": (0, -1), "west": (-1, 0)}
+
+
+class MazeConfig(EnvironmentConfig):
+    max_turns: int = Field(default=12, ge=1)
+    """Moves."""
+    size: int = Field(default=5, ge=2, le=9)
+    """Columns, and rows."""
+    walls: float = Field(default=0.4, ge=0, le=1)
+    """Share of the walls that stand, of those that cut nothing off; 1: there is one way between two cells."""
+    train_tasks: int = Field(default=1024, ge=1)
+    """Mazes to train on."""
+    heldout_tasks: int = Field(default=256, ge=1)
+    """Mazes that are only evaluated on."""
+
+
+class Maze(Environment):
+    """The goal earns 1. A turn's state is the cell it is taken in.
+
+    >>> task = Maze.tasks(Maze.Config(), "heldout", seed=0)[0]
+    >>> task.messages[0].content
+    """
+
+    Config = MazeConfig
+    config: MazeConfig
+
+    @classmethod
+    def tasks(cls, config: MazeConfig, split: Literal["train", "heldout"], seed: int) -> Sequence[Task]:
+        count = config.train_tasks if split == "train" else config.heldout_tasks
+
+        def draw(rng: random.Random) -> Task:
+            return _task(config, rng)
+
+        return drawn(draw, lambda task: task.id, split, seed, count)
+
+    def reset(self, task: Task, seed: int) -> None:
+        self.open: Mapping[str, Sequence[str]] = task.columns["open"]
+        self.cell, self.goal = task.columns["start"], task.columns["goal"]
+
+    def step(self, action: Action) -> Step:
+        state, move = self.cell, action.text.strip()
+        if move not in MOVES:
+            return Step("Say north, east, south or west.", success=False, state=state)
+        if move in self.open[state]:
+            self.cell = beside(state, move)
+        if self.cell == self.goal:
+            return Step(reward=1.0, done=True, success=True, state=state)
+        return Step(seen(self.cell, self.open), success=False, state=state)
+
+
+def name_of(cell: Cell) -> str:
+    return f"{'abcdefghi'[cell[0]]}{cell[1] + 1}"
+
+
+def cell_of(name: str) -> Cell:
+    return "abcdefghi".index(name[0]), int(name[1:]) - 1
+
+
+def beside(name: str, move: str) -> str:
+    (column, row), (right, up) = cell_of(name), MOVES[move]
+    return name_of((column + right, row + up))
+
+
+def seen(cell: str, open_: Mapping[str, Sequence[str]]) -> str:
+    return f"{cell}: {', '.join(open_[cell])}"
+
+
+def distances(open_: Mapping[str, Sequence[str]], goal: str) -> dict[str, int]:
+    """Moves to the goal from each cell."""
+    moves, cells = {goal: 0}, deque([goal])
+    while cells:
+        cell = cells.popleft()
+        for neighbour in (beside(cell, move) for move in open_[cell]):
+            if neighbour not in moves:
+                moves[neighbour] = moves[cell] + 1
+                cells.append(neighbour)
+    return moves
+
+
+def _task(config: MazeConfig, rng: random.Random) -> Task:
+    open_ = _maze(config, rng)
+    start, goal = rng.choice([pair for pair in permutations(open_, 2) if _apart(*pair) > config.size // 2])
+    walk = f"Walk from {start} to {goal}. {seen(start, open_)}"
+    plan = "".join(f"{cell}{''.join(move[0] for move in moves)}" for cell, moves in open_.items())
+    columns = {"open": open_, "start": start, "goal": goal}
+    return Task(f"maze/{start}-{goal}:{plan}", (Message("user", walk),), columns=columns)
+
+
+def _apart(cell: str, other: str) -> int:
+    (column, row), (goal_column, goal_row) = cell_of(cell), cell_of(other)
+    return abs(column - goal_column) + abs(row - goal_row)
+
+
+def _maze(config: MazeConfig, rng: random.Random) -> dict[str, list[str]]:
+    """For each cell the moves that no wall stops: a random tree of passages, and further ones."""
+    cells = [(column, row) for column in range(config.size) for row in range(config.size)]
+    passages: set[frozenset[Cell]] = set()
+    reached, edge = {cells[0]}, list(_neighbours(cells[0], config.size))
+    while edge:
+        cell = edge.pop(rng.randrange(len(edge)))
+        if cell in reached:
+            continue
+        known = [other for other in _neighbours(cell, config.size) if other in reached]
+        passages.add(frozenset((cell, rng.choice(known))))
+        reached.add(cell)
+        edge += [other for other in _neighbours(cell, config.size) if other not in reached]
+    for cell in cells:
+        for other in _neighbours(cell, config.size):
+            if cell < other and frozenset((cell, other)) not in passages and rng.random() >= config.walls:
+                passages.add(frozenset((cell, other)))
+    return {
+        name_of(cell): [m for m, (x, y) in MOVES.items() if frozenset((cell, (cell[0] + x, cell[1] + y))) in passages]
+        for cell in cells
+    }
+
+
+def _neighbours(cell: Cell, size: int) -> Iterable[Cell]:
+    for right, up in MOVES.values():
+        column, row = cell[0] + right, cell[1] + up
+        if 0 <= column < size and 0 <= row < size:
+            yield column, row
