@@ -73,7 +73,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     for name, one in resolved.sets.items():
         key = f"evaluation.sets.{name}"
         try:
-            further[name] = rendered(*one.source(one.config, config.seed).load_set(), one.config, key, answers=False)
+            further[name] = rendered(*resolved.make_set(name).load_set(), one.config, key, answers=False)
         except DataError as error:
             raise DataError(named_as_set(str(error), key)) from error
     train = loaded["train"]
