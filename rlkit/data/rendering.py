@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +18,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "Tom  has 3 apples,\n and 12.5% of £7?"
+_CUT = "\ufdd0"
+"""In a rendered text: tokens end here. A noncharacter, which Unicode keeps for such uses."""
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -44,7 +49,10 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
 
 
 class ChatTemplate:
-    """A model's chat template, or that of a Jinja file. Raises DataError if there is none."""
+    """A model's chat template, or that of a Jinja file. Raises DataError if there is none.
+
+    What others than the assistant say cannot forge a role or an end: the text of a special token is not one there.
+    """
 
     def __init__(
         self,
@@ -55,18 +63,29 @@ class ChatTemplate:
         """`arguments`: its variables, besides those that every template has."""
         self.tokenizer, self.arguments = tokenizer, arguments or {}
         self._text = _read_template(path, tokenizer)
+        self._arguments_as_text = False
 
-    def texts(self, chats: Sequence[Sequence[Message]], *, ask: bool) -> list[str | BadRow]:
+    def texts(
+        self, chats: Sequence[Sequence[Message]], *, ask: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[str | BadRow]:
         """The conversations as texts, or why the template refuses one (a row without an origin).
 
-        `ask`: they end where the assistant answers. Raises DataError if the template is no valid Jinja.
+        `ask`: they end where the assistant answers; `tools`: schemas. Raises DataError if the template is no valid
+        Jinja.
         """
         from jinja2 import TemplateError, TemplateSyntaxError
 
+        schemas = self._guarded(list(tools)) or None
+
         def text(conversations: Sequence[Sequence[Message]]) -> list[str | BadRow]:
-            messages = [[{"role": m.role, "content": m.content} for m in chat] for chat in conversations]
+            messages = [[self._fields(message) for message in chat] for chat in conversations]
             rendered: list[str | BadRow] = self.tokenizer.apply_chat_template(
-                messages, chat_template=self._text, add_generation_prompt=ask, tokenize=False, **self.arguments
+                messages,
+                tools=schemas,
+                chat_template=self._text,
+                add_generation_prompt=ask,
+                tokenize=False,
+                **self.arguments,
             )
             return rendered
 
@@ -76,6 +95,11 @@ class ChatTemplate:
             return text(chats)
         except TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from error
+        except TypeError:
+            if self._arguments_as_text or not any(message.calls for chat in chats for message in chat):
+                raise
+            self._arguments_as_text = True  # some templates take the arguments of calls as JSON texts
+            return self.texts(chats, ask=ask, tools=tools)
         except TemplateError:
             texts: list[str | BadRow] = []  # some conversation was refused: find out which
             for chat in chats:
@@ -89,9 +113,78 @@ class ChatTemplate:
         """Of pieces of rendered text, each apart."""
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
+        pieces = [text.split(_CUT) for text in texts]
+        flat = [piece for of_text in pieces for piece in of_text]
+        encoded = self.tokenizer(flat, add_special_tokens=False, return_attention_mask=False)
         token_ids: list[list[int]] = encoded["input_ids"]
-        return token_ids
+        if len(flat) == len(texts):
+            return token_ids
+        rest = iter(token_ids)
+        return [[token for _ in of_text for token in next(rest)] for of_text in pieces]
+
+    def guarded(self, text: str) -> str:
+        """Cut where it has the text of a token with which the template frames messages, or of a special one."""
+        while (cut := self._frame.sub(lambda match: match[0][0] + _CUT + match[0][1:], text)) != text:
+            text = cut
+        return text
+
+    def _guarded(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.guarded(value)
+        if isinstance(value, Mapping):
+            return {key: self._guarded(item) for key, item in value.items()}
+        return [self._guarded(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def _fields(self, message: Message) -> dict[str, Any]:
+        """As transformers hands messages to templates."""
+        fields: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.name:
+            fields["name"] = message.name
+        if message.call_id:
+            fields["tool_call_id"] = message.call_id
+        if message.role != "assistant":
+            fields = self._guarded(fields)
+        if message.calls:
+            fields["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": json.dumps(dict(call.arguments), ensure_ascii=False)
+                        if self._arguments_as_text
+                        else dict(call.arguments),
+                    },
+                }
+                for call in message.calls
+            ]
+        return fields
+
+    @cached_property
+    def specials(self) -> frozenset[str]:
+        """The texts of special tokens."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return frozenset({*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
+
+    @cached_property
+    def _frame(self) -> re.Pattern[str]:
+        # Of some models the tokens that begin a message are not marked as special.
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        names = self.specials | {name for name in added if name in self._between_messages}
+        longest_first = sorted((name for name in names if len(name) > 1), key=lambda name: (-len(name), name))
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @cached_property
+    def _between_messages(self) -> str:
+        """What the template itself writes in a conversation; nothing where it refuses the one tried."""
+        from jinja2 import TemplateError
+
+        chat = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user", "assistant", "user")]
+        try:
+            text = self.tokenizer.apply_chat_template(chat, chat_template=self._text, tokenize=False, **self.arguments)
+        except TemplateError:
+            return ""
+        return str(text).replace(_PROBE, _CUT)
 
 
 class Asked(NamedTuple):
