@@ -82,7 +82,8 @@ def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         return {}
     own = content.get(group)  # a file for the whole tree (`@package _global_`) names the group
-    return {str(key): value for key, value in (own if isinstance(own, dict) else content).items()}
+    fields = own if isinstance(own, dict) else content
+    return {str(key): value for key, value in fields.items() if group == "." or key != "defaults"}  # choices of options
 
 
 def option_values(group: str, option: str, folder: Path | None = None) -> dict[str, Any]:
@@ -131,7 +132,10 @@ def default_part(kind: str) -> dict[str, Any]:
     """The default option of a part, every field spelled out."""
     folder = conf_dir()
     fields = option_fields(folder, kind, default_options(folder)[kind] or "")
-    cls = import_part(kind, fields.pop("_target_"))
+    target = fields.pop("_target_")
+    if target is None:
+        return {"_target_": None}
+    cls = import_part(kind, target)
     return {"_target_": f"{cls.__module__}.{cls.__qualname__}", **cls.Config(**fields).model_dump(mode="json")}
 
 

@@ -46,10 +46,12 @@ from rlkit.config.parts import (
     ResolvedRun,
     conf_dir,
     import_part,
+    make_source,
     with_present_targets,
 )
 from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import RunConfig
+from rlkit.data.base import DataSource
 from rlkit.experience.names import edits, nearest
 from rlkit.experience.section import Section
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
@@ -174,6 +176,12 @@ class Loading:
             self.problems.append(ConfigIssue(self.sources.where(kind, section), message))
             return None
         target = section.get(TARGET)
+        if target is None and self.contracts[kind].optional:
+            for key in self._part_fields(kind):
+                options = " or ".join(f"{kind}={name}" for name in self.options.get(kind, []) if name != "none")
+                message = f"has no effect: there is no {kind}; choose one with {options or f'{kind}.{TARGET}=CLASS'}"
+                self.problems.append(ConfigIssue(self.sources.where(f"{kind}.{key}", section[key]), message))
+            return None
         try:
             return import_part(kind, target, self.contracts[kind])
         except PartError as error:
@@ -320,6 +328,8 @@ class _RunLoading(Loading):
             checked["here"] = True
         if "model" in checked:
             checked["model_shape"] = _shape_or_error(checked["model"].path)
+        if self.tree.get("environment") == {TARGET: None}:
+            checked["environment"] = None
         for kind, part in self.parts.items():
             subject = self._make(kind, part)
             if subject is not None:
@@ -358,12 +368,20 @@ class _RunLoading(Loading):
             if kind == "algorithm":
                 return part.cls(part.config)
             if kind == "data":
-                return part.cls(part.config, self.available["seed"]) if "seed" in self.available else None
+                return self._source(part)
         except Exception as error:  # a constructor of the user's may raise anything
             where = self.sources.where(f"{kind}.{TARGET}", self.tree[kind][TARGET])
             self.problems.append(ConfigIssue(where, f"cannot be made: {type(error).__name__}: {error}"))
             return None
         return part
+
+    def _source(self, part: Part) -> Any:
+        """None where what it needs is not valid, which is reported there."""
+        environment = self.parts.get("environment", Part(None, None))
+        lacking = environment.cls is None and self.tree.get("environment") != {TARGET: None}
+        if "seed" not in self.available or (lacking and part.cls.take_environment is not DataSource.take_environment):
+            return None
+        return make_source(part.cls, part.config, self.available["seed"], environment.cls, environment.config)
 
     def _value(self, key: str) -> Any:
         section, *steps = key.split(".")

@@ -16,7 +16,8 @@ from rlkit.config.schema import RunConfig
 from rlkit.experience import UserError
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.sampler import engine_environment, shared_gpus_environment
-from rlkit.rollout.worker import GroupRequest, RolloutWorker, sample_seed
+from rlkit.rollout.worker import RolloutWorker
+from rlkit.rollout.requests import GroupRequest, sample_seed
 from rlkit.weights.publication import Agreement, Proof, Published, WeightReceipt, WeightsNotLoadedError
 
 log = logging.getLogger(__name__)
