@@ -1,10 +1,11 @@
 """Make the embedded models.
 
-    python -m examples.embedded_models.remake [out=FOLDER] [scale=full|fast] [seed=0] [work=FOLDER]
+    python -m examples.embedded_models.remake [out=FOLDER] [scale=full|fast] [seed=0] [work=FOLDER] [only=agent]
 
-Writes `policy/` and `polar/` (Hugging Face folders) and `report.json` into `out`, which is by default the package
-itself. `docs/embedded.md` says how long it takes and what each number of the report means. With `work` the stages'
-results are kept there, and a stage that is there already is not repeated.
+Writes `policy/`, `polar/` and `agent/` (Hugging Face folders) and `report.json` into `out`, which is by default the
+package itself; with `only=agent` the agent alone, and what the report says of it. `docs/embedded.md` says how long it
+takes and what each number of the report means. With `work` the stages' results are kept there, and a stage that is
+there already is not repeated.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlkit.cluster.processes import free_port
 from rlkit.models.folder import EMBEDDED
 
+if TYPE_CHECKING:
+    from examples.embedded_models.scale import Scale
+
 USAGE_ERROR = 2
-DEFAULTS = {"out": str(EMBEDDED), "scale": "full", "seed": "0", "work": ""}
+DEFAULTS = {"out": str(EMBEDDED), "scale": "full", "seed": "0", "work": "", "only": ""}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,12 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlkit: {error}", file=sys.stderr)
         return USAGE_ERROR
     out, work = (Path(options[name]).expanduser() for name in ("out", "work"))
+    make = remake_agent if options["only"] else remake
     if options["work"]:
         work.mkdir(parents=True, exist_ok=True)
-        remake(out, options["scale"], int(options["seed"]), work)
+        make(out, options["scale"], int(options["seed"]), work)
     else:
         with tempfile.TemporaryDirectory(prefix="rlkit_remake_") as temporary:
-            remake(out, options["scale"], int(options["seed"]), Path(temporary))
+            make(out, options["scale"], int(options["seed"]), Path(temporary))
     return 0
 
 
@@ -55,11 +60,13 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
         key, equals, value = argument.partition("=")
         if not equals or key not in options:
             raise ValueError(
-                f"{argument}: not understood; write out=FOLDER, scale=full|fast, seed=NUMBER or work=FOLDER"
+                f"{argument}: not understood; write out=FOLDER, scale=full|fast, seed=NUMBER, work=FOLDER or only=agent"
             )
         options[key] = value
     if options["scale"] not in SCALES:
         raise ValueError(f"scale={options['scale']}: must be one of {', '.join(SCALES)}")
+    if options["only"] not in ("", "agent"):
+        raise ValueError(f"only={options['only']}: must be agent")
     if not options["seed"].isdecimal():
         raise ValueError(f"seed={options['seed']}: must be a whole number")
     return options
@@ -87,19 +94,14 @@ class _Stages:
 
 
 def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
-    """Make tokenizer, policy and discriminator. Return the report in `out/report.json`."""
-    import torch
-
+    """Make tokenizer, policy, discriminator and agent. Return the report in `out/report.json`."""
     from examples.embedded_models import polar_stages, stages
     from examples.embedded_models.sampling import PLAIN
     from examples.embedded_models.scale import SCALES
     from rlkit.data.arithmetic import draw_problems
-    from rlkit.learner.engine import init_process_group
 
     scale, stage = SCALES[scale_name], _Stages(work)
-    torch.set_num_threads(stages.THREADS)
-    if not torch.distributed.is_initialized():
-        init_process_group(0, 1, "127.0.0.1", free_port(), "cpu")
+    _one_process()
     train, heldout = draw_problems(scale.data, "train"), draw_problems(scale.data, "heldout")
     judged, asked, labelled = (
         heldout[: scale.judged_problems],
@@ -137,9 +139,49 @@ def remake(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
     report["polar_pretraining"]["measures"] = measured("pretrained_measures", pretrained)
     for name, folder in (("policy", policy), ("polar", polar)):
         _replace(folder, out / name)
-        report[name]["parameters"], report[name]["bytes"], report[name]["sha256"] = _facts(out / name)
+        report[name] |= _facts(out / name)
+    report["agent"] = _agent(out, scale, seed, work, stage)
     report["seconds"] = stage.seconds
     report["wall_seconds"] = round(sum(stage.seconds.values()), 1)
+    return _reported(report, out)
+
+
+def remake_agent(out: Path, scale_name: str, seed: int, work: Path) -> dict[str, Any]:
+    """Make the agent. Return the report in `out/report.json`, of which the rest stays."""
+    from examples.embedded_models.scale import SCALES
+
+    stage = _Stages(work)
+    _one_process()
+    file = out / "report.json"
+    report = json.loads(file.read_text()) if file.is_file() else {"scale": scale_name, "seed": seed, "seconds": {}}
+    report["agent"] = _agent(out, SCALES[scale_name], seed, work, stage)
+    report["seconds"] |= stage.seconds
+    return _reported(report, out)
+
+
+def _agent(out: Path, scale: Scale, seed: int, work: Path, stage: _Stages) -> dict[str, Any]:
+    from examples.embedded_models import agent_stages
+
+    tokenizer, agent = work / "agent_tokenizer", work / "agent"
+    stage("agent_tokenizer", lambda: agent_stages.make_tokenizer(scale, seed, tokenizer))
+    report: dict[str, Any] = stage("agent", lambda: agent_stages.make_agent(tokenizer, scale, seed, agent))
+    report |= stage("agent_measures", lambda: agent_stages.measure_agent(agent, scale, seed))
+    _replace(agent, out / "agent")
+    return report | _facts(out / "agent")
+
+
+def _one_process() -> None:
+    import torch
+
+    from examples.embedded_models import stages
+    from rlkit.learner.engine import init_process_group
+
+    torch.set_num_threads(stages.THREADS)
+    if not torch.distributed.is_initialized():
+        init_process_group(0, 1, "127.0.0.1", free_port(), "cpu")
+
+
+def _reported(report: dict[str, Any], out: Path) -> dict[str, Any]:
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
     return report
@@ -152,14 +194,15 @@ def _replace(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=shutil.copyfile)
 
 
-def _facts(folder: Path) -> tuple[int, int, str]:
-    """Parameters, bytes and SHA-256 of the weights."""
+def _facts(folder: Path) -> dict[str, Any]:
+    """Of the weights."""
     from safetensors import safe_open
 
     file = folder / "model.safetensors"
     with safe_open(file, "pt") as tensors:
         parameters = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
-    return parameters, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"parameters": parameters, "bytes": file.stat().st_size, "sha256": digest}
 
 
 if __name__ == "__main__":

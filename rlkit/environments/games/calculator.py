@@ -42,6 +42,7 @@ class Calculator(Environment):
 
     >>> task = Calculator.tasks(Calculator.Config(), "heldout", seed=0)[0]
     >>> task.messages[0].content, task.answer
+    ('What is 41*59+59?', '2478')
     """
 
     Config = CalculatorConfig

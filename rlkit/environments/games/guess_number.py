@@ -34,7 +34,7 @@ class GuessNumber(Environment):
 
     >>> task = GuessNumber.tasks(GuessNumber.Config(), "heldout", seed=0)[0]
     >>> task.messages[0].content, task.columns["number"]
-    ('Guess my number from 1 to 16.', 2)
+    ('Guess my number from 17 to 32.', 17)
     """
 
     Config = GuessNumberConfig

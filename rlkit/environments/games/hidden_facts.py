@@ -40,6 +40,7 @@ class HiddenFacts(Environment):
 
     >>> task = HiddenFacts.tasks(HiddenFacts.Config(), "heldout", seed=0)[0]
     >>> task.messages[0].content, task.answer
+    ('What colour is the hen?', 'red')
     """
 
     Config = HiddenFactsConfig

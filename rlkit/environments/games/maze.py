@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import permutations
 from typing import Literal
 
 from pydantic import Field
@@ -40,8 +39,9 @@ class MazeConfig(EnvironmentConfig):
 class Maze(Environment):
     """The goal earns 1. A turn's state is the cell it is taken in.
 
-    >>> task = Maze.tasks(Maze.Config(), "heldout", seed=0)[0]
+    >>> task = Maze.tasks(Maze.Config(heldout_tasks=1), "heldout", seed=0)[0]
     >>> task.messages[0].content
+    'Walk from e3 to c4. e3: north, west'
     """
 
     Config = MazeConfig
@@ -102,7 +102,9 @@ def distances(open_: Mapping[str, Sequence[str]], goal: str) -> dict[str, int]:
 
 def _task(config: MazeConfig, rng: random.Random) -> Task:
     open_ = _maze(config, rng)
-    start, goal = rng.choice([pair for pair in permutations(open_, 2) if _apart(*pair) > config.size // 2])
+    start, goal = rng.sample(list(open_), 2)
+    while _apart(start, goal) <= config.size // 2:
+        start, goal = rng.sample(list(open_), 2)
     walk = f"Walk from {start} to {goal}. {seen(start, open_)}"
     plan = "".join(f"{cell}{''.join(move[0] for move in moves)}" for cell, moves in open_.items())
     columns = {"open": open_, "start": start, "goal": goal}
@@ -117,22 +119,21 @@ def _apart(cell: str, other: str) -> int:
 def _maze(config: MazeConfig, rng: random.Random) -> dict[str, list[str]]:
     """For each cell the moves that no wall stops: a random tree of passages, and further ones."""
     cells = [(column, row) for column in range(config.size) for row in range(config.size)]
-    passages: set[frozenset[Cell]] = set()
-    reached, edge = {cells[0]}, list(_neighbours(cells[0], config.size))
+    beside_ = {cell: list(_neighbours(cell, config.size)) for cell in cells}
+    passages: set[tuple[Cell, Cell]] = set()
+    reached, edge = {cells[0]}, [(cells[0], other) for other in beside_[cells[0]]]
     while edge:
-        cell = edge.pop(rng.randrange(len(edge)))
-        if cell in reached:
-            continue
-        known = [other for other in _neighbours(cell, config.size) if other in reached]
-        passages.add(frozenset((cell, rng.choice(known))))
-        reached.add(cell)
-        edge += [other for other in _neighbours(cell, config.size) if other not in reached]
+        cell, other = edge.pop(rng.randrange(len(edge)))
+        if other not in reached:
+            reached.add(other)
+            passages |= {(cell, other), (other, cell)}
+            edge += [(other, further) for further in beside_[other]]
     for cell in cells:
-        for other in _neighbours(cell, config.size):
-            if cell < other and frozenset((cell, other)) not in passages and rng.random() >= config.walls:
-                passages.add(frozenset((cell, other)))
+        for other in beside_[cell]:
+            if cell < other and (cell, other) not in passages and rng.random() >= config.walls:
+                passages |= {(cell, other), (other, cell)}
     return {
-        name_of(cell): [m for m, (x, y) in MOVES.items() if frozenset((cell, (cell[0] + x, cell[1] + y))) in passages]
+        name_of(cell): [m for m, (x, y) in MOVES.items() if (cell, (cell[0] + x, cell[1] + y)) in passages]
         for cell in cells
     }
 
