@@ -6,43 +6,48 @@ import asyncio
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from examples.embedded_models.initial import save_untrained_policy, train_agent_tokenizer
 from examples.embedded_models.play import GAMES, Game, Match, Writer, scripted
 from examples.embedded_models.sampling import PLAIN, load_policy, sample_tokens
-from examples.embedded_models.scale import Scale
+from examples.embedded_models.scale import Scale, Training
 from examples.embedded_models.stages import Measures, fine_tune
 from examples.embedded_models.supervised import Example
 from rlkit.data.rendering import ChatTemplate, load_tokenizer
 from rlkit.environments.base import Task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MAX_TURN_TOKENS = 32
-MATCHES_FOR_TOKENIZER = 256
+MATCHES_FOR_TOKENIZER = 64
+SENSIBLE, CARELESS = 0.9, 0.55
+"""Share of sensible moves: of the players that the base learns from, and of those that the agent imitates."""
 
 
-def make_tokenizer(scale: Scale, seed: int, folder: Path) -> None:
+def make_tokenizer(seed: int, folder: Path) -> None:
     """Of the games' words and calls, and of all numbers of two digits."""
     plain = train_agent_tokenizer([])
-    template, texts = ChatTemplate(plain), [f"{number:02d}" for number in range(100)]
+    texts = [f"{number:02d}" for number in range(100)]
     for game in GAMES:
-        matches = asyncio.run(_matches(game, Writer(template, game), MATCHES_FOR_TOKENIZER, scale.sensible, seed))
+        matches = asyncio.run(_matches(game, plain, MATCHES_FOR_TOKENIZER, CARELESS, seed))
         texts += [plain.decode([*match.prompt, *match.sample().token_ids]) for match in matches]
     train_agent_tokenizer(texts).save_pretrained(folder)
 
 
-def make_agent(tokenizer: Path, scale: Scale, seed: int, folder: Path) -> Measures:
-    """Trained from nothing on the turns of scripted players."""
+def make_base(tokenizer: Path, scale: Scale, seed: int, folder: Path) -> Measures:
+    """How the games are played: from nothing, on players who know it."""
     untrained = folder.with_name(folder.name + "_untrained")
-    loaded = load_tokenizer(tokenizer)
-    save_untrained_policy(untrained, loaded, seed)
-    template = ChatTemplate(loaded)
-    examples: list[Example] = []
-    for game in GAMES:
-        matches = asyncio.run(_matches(game, Writer(template, game), scale.agent_matches, scale.sensible, seed))
-        examples += [_example(match) for match in matches]
-    return fine_tune(untrained, scale.agent, _batches(examples, scale.agent.batch, seed), "agent", folder)
+    save_untrained_policy(untrained, load_tokenizer(tokenizer), seed)
+    return _imitate(untrained, scale.agent_base, scale.matches, SENSIBLE, seed, "agent's base", folder)
+
+
+def make_agent(base: Path, scale: Scale, seed: int, folder: Path) -> Measures:
+    """It plays like somebody careless, and so knows more than it shows."""
+    return _imitate(base, scale.agent, scale.matches, CARELESS, seed + 1, "agent", folder)
 
 
 def measure_agent(folder: Path, scale: Scale, seed: int) -> Measures:
@@ -75,9 +80,20 @@ async def played(folder: Path, game: Game, tasks: Sequence[Task], seed: int) -> 
     return matches
 
 
-async def _matches(game: Game, writer: Writer, count: int, sensible: float, seed: int) -> list[Match]:
+def _imitate(
+    start: Path, training: Training, count: int, sensible: float, seed: int, what: str, folder: Path
+) -> Measures:
+    tokenizer = load_tokenizer(start)
+    matches = [match for game in GAMES for match in asyncio.run(_matches(game, tokenizer, count, sensible, seed))]
+    batches = _batches([_example(match) for match in matches], training.batch, seed)
+    return fine_tune(start, training, batches, what, folder)
+
+
+async def _matches(
+    game: Game, tokenizer: PreTrainedTokenizerBase, count: int, sensible: float, seed: int
+) -> list[Match]:
     """Of scripted players, on tasks to train on."""
-    rng = random.Random(f"{game.name}/{seed}")
+    rng, writer = random.Random(f"{game.name}/{seed}"), Writer(ChatTemplate(tokenizer), game)
     tasks = game.tasks("train", train_tasks=count)
     return [await scripted(game, rng.choice(tasks), writer, sensible, rng) for _ in range(count)]
 

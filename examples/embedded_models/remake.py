@@ -162,9 +162,10 @@ def remake_agent(out: Path, scale_name: str, seed: int, work: Path) -> dict[str,
 def _agent(out: Path, scale: Scale, seed: int, work: Path, stage: _Stages) -> dict[str, Any]:
     from examples.embedded_models import agent_stages
 
-    tokenizer, agent = work / "agent_tokenizer", work / "agent"
-    stage("agent_tokenizer", lambda: agent_stages.make_tokenizer(scale, seed, tokenizer))
-    report: dict[str, Any] = stage("agent", lambda: agent_stages.make_agent(tokenizer, scale, seed, agent))
+    tokenizer, base, agent = (work / name for name in ("agent_tokenizer", "agent_base", "agent"))
+    stage("agent_tokenizer", lambda: agent_stages.make_tokenizer(seed, tokenizer))
+    report: dict[str, Any] = {"base": stage("agent_base", lambda: agent_stages.make_base(tokenizer, scale, seed, base))}
+    report |= stage("agent", lambda: agent_stages.make_agent(base, scale, seed, agent))
     report |= stage("agent_measures", lambda: agent_stages.measure_agent(agent, scale, seed))
     _replace(agent, out / "agent")
     return report | _facts(out / "agent")

@@ -60,11 +60,12 @@ class Scale:
     finetune: Training
     judged_problems: int
     """Held-out problems for the report."""
+    agent_base: Training
+    """On players whose moves are nearly all sensible."""
     agent: Training
-    agent_matches: int
-    """Of every game, which the embedded agent imitates."""
-    sensible: float
-    """Share of sensible moves in them: the agent's headroom."""
+    """On players who play badly: the agent's headroom."""
+    matches: int
+    """Of each game, in each of the two."""
     judged_matches: int
     """Held-out tasks of every game for the report."""
 
@@ -84,9 +85,9 @@ FULL = Scale(
     finetune_last_lines=Training(steps=300, batch=128, learning_rate=1e-3),
     finetune=Training(steps=350, batch=384, learning_rate=1e-3),
     judged_problems=512,
-    agent=Training(steps=1200, batch=64, learning_rate=3e-3),
-    agent_matches=6144,
-    sensible=0.55,
+    agent_base=Training(steps=1000, batch=32, learning_rate=3e-3),
+    agent=Training(steps=80, batch=32, learning_rate=1e-3),
+    matches=2048,
     judged_matches=256,
 )
 FAST = replace(
@@ -106,8 +107,9 @@ FAST = replace(
     finetune_last_lines=Training(steps=3, batch=64, learning_rate=2e-3),
     finetune=Training(steps=25, batch=192, learning_rate=2e-3),
     judged_problems=32,
-    agent=Training(steps=20, batch=32, learning_rate=3e-3),
-    agent_matches=64,
+    agent_base=Training(steps=20, batch=32, learning_rate=3e-3),
+    agent=Training(steps=4, batch=32, learning_rate=1e-3),
+    matches=32,
     judged_matches=8,
 )
 SCALES = {"full": FULL, "fast": FAST}
