@@ -18,6 +18,8 @@ from examples.embedded_models.stages import Measures, fine_tune
 from examples.embedded_models.supervised import Example
 from rlkit.data.rendering import ChatTemplate, load_tokenizer
 from rlkit.environments.base import Task
+from rlkit.environments.games.hidden_facts import ANIMALS, COLOURS
+from rlkit.environments.games.maze import MOVES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,9 +31,9 @@ SENSIBLE, CARELESS = 0.9, 0.55
 
 
 def make_tokenizer(seed: int, folder: Path) -> None:
-    """Of the games' words and calls, and of all numbers of two digits."""
+    """Of the games' words and calls, and of all numbers of two digits: each becomes one token."""
     plain = train_agent_tokenizer([])
-    texts = [f"{number:02d}" for number in range(100)]
+    texts = [*(f"{number:02d}" for number in range(100)), *ANIMALS, *COLOURS, *MOVES] * 3
     for game in GAMES:
         matches = asyncio.run(_matches(game, plain, MATCHES_FOR_TOKENIZER, CARELESS, seed))
         texts += [plain.decode([*match.prompt, *match.sample().token_ids]) for match in matches]

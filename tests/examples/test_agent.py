@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from examples.embedded_models import agent_stages, remake
-from examples.embedded_models.initial import train_agent_tokenizer
+from examples.embedded_models.initial import CALL, train_agent_tokenizer
 from examples.embedded_models.play import GAMES, Game, Match, Writer, scripted
 from rlkit.data.rendering import ChatTemplate, load_tokenizer
 from rlkit.environments.base import Action, as_messages
+from rlkit.environments.games.hidden_facts import ANIMALS, COLOURS
+from rlkit.environments.games.maze import MOVES
 from rlkit.experience import Message, ToolCall
 from rlkit.models.folder import EMBEDDED
 
@@ -86,21 +88,7 @@ def test_shipped_agent_is_small_is_the_reports_and_reads_moves_as_tokens() -> No
     assert weights.stat().st_size <= LARGEST_FILE
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == REPORT["sha256"]
     tokenizer = load_tokenizer(EMBEDDED / "agent")
-    words = [
-        "north",
-        "east",
-        "south",
-        "west",
-        "higher",
-        "lower",
-        "fox",
-        "bee",
-        "red",
-        "grey",
-        "<tool_call>",
-        "</tool_call>",
-        "<|tool|>",
-    ]
+    words = ["higher", "lower", *MOVES, *ANIMALS, *COLOURS, *CALL, "<|tool|>"]
     for word in [*words, *(f"{number:02d}" for number in range(100)), *"0123456789"]:
         assert len(tokenizer.encode(word)) == 1, word
     assert tokenizer.chat_template == TEMPLATE.tokenizer.chat_template
