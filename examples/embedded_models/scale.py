@@ -88,7 +88,7 @@ FULL = Scale(
     agent_base=Training(steps=1000, batch=32, learning_rate=3e-3),
     agent=Training(steps=80, batch=32, learning_rate=1e-3),
     matches=2048,
-    judged_matches=256,
+    judged_matches=128,
 )
 FAST = replace(
     FULL,
