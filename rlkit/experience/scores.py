@@ -191,7 +191,9 @@ def with_broken(scored: Group | None, original: Group) -> Group:
         own, pairs = list(scored.scores.samples), scored.scores.pairs
     judged = dict(zip(places, own, strict=True))
     scores = tuple(
-        judged[i] if sample.episode is None or not _broke(sample) else Score.invalid(f"environment: {sample.episode.failure}")
+        judged[i]
+        if sample.episode is None or not _broke(sample)
+        else Score.invalid(f"environment: {sample.episode.failure}")
         for i, sample in enumerate(original.samples)
     )
     moved = tuple(replace(pair, winner=places[pair.winner], loser=places[pair.loser]) for pair in pairs)

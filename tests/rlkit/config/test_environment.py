@@ -9,6 +9,7 @@ from pathlib import Path
 import counting
 import pytest
 import yaml
+
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, conf_dir, config_text
@@ -81,7 +82,10 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
         ([*COUNTING, "rollout.source=data", "data=arithmetic"], "talks to the policy turn by turn"),
         ([*COUNTING, "rollout.steps=lines"], "rollout.steps=lines: has no effect with an environment"),
         ([*COUNTING, "rollout.structured.regex=a+"], "the policy says several things"),
-        (["reward=rule", "environment._target_=counting.Asking"], "Asking needs price with every prompt, but Arithmetic"),
+        (
+            ["reward=rule", "environment._target_=counting.Asking"],
+            "Asking needs price with every prompt, but Arithmetic",
+        ),
         (["environment._target_=counting.Asking", "data=environment"], "Asking brings no tasks"),
         (["environment._target_=counting.Untyped"], "the tool look: its argument item has no type"),
         (["environment._target_=counting.Nothing"], "counting has no Nothing"),
