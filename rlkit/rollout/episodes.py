@@ -107,9 +107,9 @@ class Episodes:
     async def _sample(self, playing: _Playing, index: int) -> Sample:
         request, options = playing.request, self.options
         seed = sample_seed(request.seed, request.id, index)
-        clock, failures = _Clock(), 0
-        for attempt in itertools.count():
-            key = f"{request.id}:{index}:{attempt}"
+        clock, tries, failures = _Clock(), itertools.count(), 0
+        while True:
+            key = f"{request.id}:{index}:{next(tries)}"
             conversation: list[Conversation] = []
             ended: Literal["done", "turns", "tokens", "failed"] = "failed"
             success, metrics, failure = None, dict[str, float](), ""
@@ -127,7 +127,6 @@ class Episodes:
             if conversation and conversation[0].turns:
                 return conversation[0].sample(index, seed, episode)
             return self._nothing(index, seed, episode)
-        raise AssertionError
 
     async def _play(
         self, playing: _Playing, index: int, key: str, opened: list[Conversation], clock: _Clock

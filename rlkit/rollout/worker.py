@@ -197,7 +197,7 @@ class RolloutWorker:
                     if answer is not None and not answer.done():
                         answer.set_result(response)
                 self.work.clear()
-                if not (self.asked or self.sampler.busy):
+                if self.open and not (self.asked or self.sampler.busy):
                     await self.work.wait()  # for an environment
         except BaseException as error:
             for entry in self.open.values():
