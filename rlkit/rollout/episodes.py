@@ -146,7 +146,8 @@ class Episodes:
         success, metrics, turn = None, dict[str, float](), 0
         while True:
             response = await self.turn(self._request(playing, index, key, turn, conversation))
-            text, calls = renderer.parse(response.token_ids)
+            sampled = response.token_ids.tolist()
+            text, calls = renderer.parse(sampled)
             conversation.sampled(response, self.version(), text, calls)
             last = turn + 1 >= options.max_turns or conversation.room < 1
             step: Step = await clock.of_environment(self.host.step(key, Action(text, calls, turn, last)))
@@ -163,7 +164,7 @@ class Episodes:
                 details = "step() neither ends the episode nor says anything to go on with"
                 raise EpisodeFailedError("wrong_type", details, again=False)
             said = [renderer.shortened(message, options.max_observation_tokens) for message in said]
-            if not conversation.observed(renderer.bridge(response.token_ids, said), said):
+            if not conversation.observed(renderer.bridge(sampled, said), said):
                 return "tokens", success, metrics
 
     def _request(self, playing: _Playing, index: int, key: str, turn: int, conversation: Conversation) -> Request:
