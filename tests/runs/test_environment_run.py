@@ -29,8 +29,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
     def one(name: str, *arguments: str) -> Run:
         (tmp_path / name).mkdir(exist_ok=True)
-        reward = ("reward=environment", "environment.placement=inline")
-        runs.append(Run(tmp_path / name, *reward, *COUNTING, *arguments, cwd=ROOT / "tests" / "fixtures", without=("reward",)))
+        inline = () if any("placement" in word for word in arguments) else ("environment.placement=inline",)
+        words = ("reward=environment", *COUNTING, *inline, *arguments)
+        runs.append(Run(tmp_path / name, *words, cwd=ROOT / "tests" / "fixtures", without=("reward",)))
         return runs[-1]
 
     yield one
@@ -79,17 +80,21 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(start: Callable[..., R
 
 
 @pytest.mark.slow
-def test_a_rollout_worker_that_dies_in_mid_episode_is_replaced_without_a_trace(
+def test_a_process_that_dies_in_mid_episode_is_replaced_without_a_trace(
     start: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """Inline, the environment takes the worker with it."""
+    """Inline, the environment takes the rollout worker with it; in a process of its own only the other episodes."""
     options = ("trainer.total_steps=2", "tracking.sample_groups_per_step=null")
     undisturbed = start("undisturbed", *options)
     assert undisturbed.end() == 0, undisturbed.text
-    run = start("disturbed", *options, f"environment.dies={tmp_path / 'died'}")
-    assert run.end() == 0, run.text
-    assert "rollout worker 0 died and is replaced" in run.text
-    assert run.records("samples") == undisturbed.records("samples")
+    for placement in ("inline", "worker"):
+        dies = (f"environment.dies={tmp_path / placement}", f"environment.placement={placement}")
+        run = start(placement, *options, *dies, "environment.retries=1")
+        assert run.end() == 0, run.text
+        assert (tmp_path / placement).exists()
+        assert ("rollout worker 0 died and is replaced" in run.text) == (placement == "inline")
+        assert run.records("samples") == undisturbed.records("samples")
+        assert run.left_after(10) == []
 
 
 @pytest.mark.slow
