@@ -41,9 +41,7 @@ class Length(TokenReward):
             return self
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        return [
-            GroupScores(tuple(self._score(sample.length) for sample in group.samples)) for group in groups
-        ]
+        return [GroupScores(tuple(self._score(sample.length) for sample in group.samples)) for group in groups]
 
     def _score(self, tokens: int) -> Score:
         config = self.config

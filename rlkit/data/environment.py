@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pydantic import Field
-
 from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
 from rlkit.environments.base import Environment, Task
 from rlkit.experience import UserError
@@ -21,8 +19,6 @@ class EnvironmentSource(DataSource):
     class Config(DataConfig):
         task_seed: Seed = 2026
         """Draws the tasks, where they are drawn. Not the run's `seed`: all runs agree on the held-out ones."""
-        heldout_tasks: int | None = Field(default=None, ge=1)
-        """At most so many held-out tasks; null: all."""
 
     def __init__(self, config: Any, seed: int) -> None:
         super().__init__(config, seed)
@@ -80,9 +76,8 @@ class EnvironmentSource(DataSource):
             raise DataError(f"{self._name} brings no tasks: choose other data, like data=jsonl data.path=FILE")
         if wrong := next((task for task in tasks[:PREVIEWED] if not isinstance(task, Task)), None):
             raise DataError(f"{self._name}.tasks() must return Tasks, not {type(wrong).__name__}")
-        most = self.config.heldout_tasks if split == "heldout" else None
-        self._known[split] = tasks if most is None else tasks[:most]
-        return self._known[split]
+        self._known[split] = tasks
+        return tasks
 
 
 def _problem(task: Task) -> Problem:

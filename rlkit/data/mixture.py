@@ -28,8 +28,8 @@ _NAME = re.compile(r"[A-Za-z]\w*")
 
 class MixtureConfig(DataConfig):
     sources: Mapping[str, Mapping[str, Any]] = Field(default={}, validate_default=True)
-    """Name -> `kind` (`chat`, `hf`, `jsonl`, `pairs`, `responses`, `arithmetic`, `environment`, or a class's dotted path), `weight`
-    (its share of the prompts, relative to the others'; 1 if not set) and the options of that source."""
+    """Name -> `kind` (`chat`, `hf`, `jsonl`, `pairs`, `responses`, `arithmetic`, `environment`, or a class's dotted
+    path), `weight` (its share of the prompts, relative to the others'; 1 if not set) and the options of that source."""
 
     @field_validator("sources")
     @classmethod

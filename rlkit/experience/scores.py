@@ -186,20 +186,17 @@ def with_broken(scored: Group | None, original: Group) -> Group:
         return scored
     places = [i for i, sample in enumerate(original.samples) if not _broke(sample)]
     alone = Score.invalid("environment: broke for the others of the group, and too few are left to compare")
-    own, pairs = [alone] * len(places), ()
-    if scored is not None and scored.scores is not None:
-        own, pairs = list(scored.scores.samples), scored.scores.pairs
-    judged = dict(zip(places, own, strict=True))
-    scores = tuple(
-        judged[i] if sample.episode is None or not _broke(sample) else Score.invalid(f"environment: {sample.episode.failure}")
-        for i, sample in enumerate(original.samples)
-    )
-    moved = tuple(replace(pair, winner=places[pair.winner], loser=places[pair.loser]) for pair in pairs)
-    return original.with_scores(GroupScores(scores, moved))
+    own = GroupScores((alone,) * len(places)) if scored is None or scored.scores is None else scored.scores
+    judged = dict(zip(places, own.samples, strict=True))
+    scores = tuple(judged.get(i) or Score.invalid(_broke(sample)) for i, sample in enumerate(original.samples))
+    pairs = tuple(replace(pair, winner=places[pair.winner], loser=places[pair.loser]) for pair in own.pairs)
+    return original.with_scores(GroupScores(scores, pairs))
 
 
-def _broke(sample: Sample) -> bool:
-    return sample.episode is not None and sample.episode.ended == "failed"
+def _broke(sample: Sample) -> str:
+    """Why the environment broke; nothing if it did not."""
+    episode = sample.episode
+    return f"environment: {episode.failure}" if episode is not None and episode.ended == "failed" else ""
 
 
 def with_greedy(group: Group) -> Group:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +19,7 @@ from rlkit.data.rendering import ChatTemplate
 from rlkit.environments.base import Action, EnvironmentConfig, Step, Task
 from rlkit.experience import Episode, Group, Message, Prompt, Sample
 from rlkit.rollout.conversation import Conversation
+from rlkit.rollout.environment_processes import ProcessHost
 from rlkit.rollout.hosts import EpisodeFailedError, Host, InlineHost
 from rlkit.rollout.rendering import Renderer
 from rlkit.rollout.requests import GroupRequest, sample_seed
@@ -26,13 +29,15 @@ Turn = Callable[[Request], Awaitable[Response]]
 
 
 async def open_episodes(
-    config: RunConfig, tokenizer: Any, stop_token_ids: Sequence[int], turn: Turn, version: Callable[[], int]
+    config: RunConfig, tokenizer: Any, stop_token_ids: Sequence[int], turn: Turn, version: Callable[[], int], log: Path
 ) -> Episodes:
-    """With the run's environment started. Raises UserError, or what its `prepare` raises."""
+    """With the run's environment started; `log`: of its processes. Raises UserError, or what its `prepare` raises."""
     section: Mapping[str, Any] = config.environment
     cls = import_part("environment", section[TARGET])
     options = cls.Config(**{key: value for key, value in section.items() if key != TARGET})
-    host = InlineHost(cls, options)
+    host: Host = InlineHost(cls, options)
+    if options.placement == "worker":
+        host = ProcessHost(section[TARGET], cls, options, log, config.trainer.startup_timeout_seconds)
     await host.start()
     template = ChatTemplate(tokenizer, config.model.chat_template, config.model.chat_template_arguments)
     renderer = Renderer(template, host.tools, stop_token_ids, options.calls)
@@ -102,17 +107,17 @@ class Episodes:
     async def _sample(self, playing: _Playing, index: int) -> Sample:
         request, options = playing.request, self.options
         seed = sample_seed(request.seed, request.id, index)
-        clock, attempt = _Clock(), 0
+        clock, tries, failures = _Clock(), itertools.count(), 0
         while True:
-            key = f"{request.id}:{index}:{attempt}"
+            key = f"{request.id}:{index}:{next(tries)}"
             conversation: list[Conversation] = []
             ended: Literal["done", "turns", "tokens", "failed"] = "failed"
             success, metrics, failure = None, dict[str, float](), ""
             try:
                 ended, success, metrics = await self._play(playing, index, key, conversation, clock)
             except EpisodeFailedError as failed:
-                attempt += 1
-                if failed.again and attempt <= options.retries:
+                failures += not failed.innocent
+                if failed.innocent or (failed.again and failures <= options.retries):
                     continue
                 failure = str(failed)
             finally:
@@ -141,7 +146,8 @@ class Episodes:
         success, metrics, turn = None, dict[str, float](), 0
         while True:
             response = await self.turn(self._request(playing, index, key, turn, conversation))
-            text, calls = renderer.parse(response.token_ids)
+            sampled = response.token_ids.tolist()
+            text, calls = renderer.parse(sampled)
             conversation.sampled(response, self.version(), text, calls)
             last = turn + 1 >= options.max_turns or conversation.room < 1
             step: Step = await clock.of_environment(self.host.step(key, Action(text, calls, turn, last)))
@@ -158,7 +164,7 @@ class Episodes:
                 details = "step() neither ends the episode nor says anything to go on with"
                 raise EpisodeFailedError("wrong_type", details, again=False)
             said = [renderer.shortened(message, options.max_observation_tokens) for message in said]
-            if not conversation.observed(renderer.bridge(response.token_ids, said), said):
+            if not conversation.observed(renderer.bridge(sampled, said), said):
                 return "tokens", success, metrics
 
     def _request(self, playing: _Playing, index: int, key: str, turn: int, conversation: Conversation) -> Request:

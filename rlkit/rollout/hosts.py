@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 class EpisodeFailedError(Exception):
     """The environment of an episode broke, which is not the policy's doing."""
 
-    def __init__(self, kind: str, details: str, again: bool = True) -> None:
-        """`kind`: a short class (`timeout`, `died`, `exception`, ...). `again`: another try may help."""
-        super().__init__(kind, details, again)
-        self.kind, self.details, self.again = kind, details, again
+    def __init__(self, kind: str, details: str, again: bool = True, innocent: bool = False) -> None:
+        """`kind`: a short class (`timeout`, `died`, `exception`, ...). `again`: another try may help. `innocent`:
+        another episode was the cause, so that a new try costs none of `environment.retries`."""
+        super().__init__(kind, details, again, innocent)
+        self.kind, self.details, self.again, self.innocent = kind, details, again, innocent
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.details}"

@@ -42,7 +42,8 @@ class RolloutWorker:
         """`engine_seed`: of this engine's own randomness, for samples that have no seed."""
         from rlkit.tracking.logs import actor_logging
 
-        actor_logging(Path(log_path))
+        self.log = Path(log_path)
+        actor_logging(self.log)
         self.model_path, self.config, self.rollout = model_path, config, config.rollout
         self.engine_seed = engine_seed
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
@@ -73,8 +74,9 @@ class RolloutWorker:
         """Load the engine and generate once, so that the first step finds everything warm; start the environment."""
         await self._in_thread(self._load)
         if self.config.environment[TARGET] is not None:
+            stops, log = self.sampler.stop_token_ids, self.log.with_name(f"environment-of-{self.log.name}")
             self.episodes = await open_episodes(
-                self.config, self.tokenizer, self.sampler.stop_token_ids, self.turn, lambda: self.version
+                self.config, self.tokenizer, stops, self.turn, lambda: self.version, log
             )
 
     def _load(self) -> None:
@@ -195,7 +197,7 @@ class RolloutWorker:
                     if answer is not None and not answer.done():
                         answer.set_result(response)
                 self.work.clear()
-                if not (self.asked or self.sampler.busy):
+                if self.open and not (self.asked or self.sampler.busy):
                     await self.work.wait()  # for an environment
         except BaseException as error:
             for entry in self.open.values():

@@ -131,7 +131,7 @@ def _row(step: int, group: Group, i: int, rank: str, advantage: FloatArray | Non
         "valid": score.valid,
         "reason": score.reason,
         "trace": score.trace,
-        "advantage": None if advantage is None or not len(advantage) else float(np.mean(advantage)),
+        "advantage": None if advantage is None or not sample.length else float(np.mean(advantage[sample.trained])),
         "finish_reason": sample.finish_reason,
         "policy_versions": list(sample.policy_versions),
         "failed_in_group": _failed(group),

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from counting import Counting
+
 from rlkit.config.loading import load_config
 from rlkit.data.rendering import ChatTemplate, load_tokenizer
 from rlkit.environments.base import Action, Environment, EnvironmentFailure, Step, Task
 from rlkit.experience import Group, Message, Prompt
 from rlkit.models.folder import model_folder
 from rlkit.rollout.episodes import Episodes
-from rlkit.rollout.hosts import EpisodeFailedError, InlineHost
+from rlkit.rollout.hosts import InlineHost
 from rlkit.rollout.rendering import Renderer
 from rlkit.rollout.requests import GroupRequest, sample_seed
 from rlkit.rollout.sampler import Request, Response, stop_token_ids
@@ -76,7 +76,11 @@ def test_turns_follow_each_other_token_by_token() -> None:
     start = 3 + sample_seed(11, "00000005", "environment") % 3
     assert [m.content for m in group.prompt.messages] == [f"Count on from {start}."]
     said = [(message.role, message.content) for message in one.episode.messages]
-    assert said[:3] == [("assistant", str(start + 1)), ("user", f"It was {start + 1}. Next?"), ("assistant", str(start + 2))]
+    assert said[:3] == [
+        ("assistant", str(start + 1)),
+        ("user", f"It was {start + 1}. Next?"),
+        ("assistant", str(start + 2)),
+    ]
     # What the engine saw is what is trained on: every prompt is the one before, its answer, and an observation.
     mine = sorted((r for r in table.asked if r.id.startswith("00000005:0:")), key=lambda r: len(r.prompt))
     whole = [*group.prompt.token_ids, *one.token_ids.tolist()]
@@ -131,7 +135,7 @@ def test_a_greedy_sample_and_an_evaluation_have_their_own_temperature_and_length
 
 
 class Flaky(Counting):
-    broken: list[int] = []
+    broken: ClassVar[list[int]] = []
 
     def step(self, action: Action) -> Step:
         if action.turn == 1 and len(self.broken) < 1:

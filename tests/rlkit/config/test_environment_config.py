@@ -9,6 +9,8 @@ from pathlib import Path
 import counting
 import pytest
 import yaml
+
+from rlkit.config.help import print_help
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, conf_dir, config_text
@@ -81,7 +83,10 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
         ([*COUNTING, "rollout.source=data", "data=arithmetic"], "talks to the policy turn by turn"),
         ([*COUNTING, "rollout.steps=lines"], "rollout.steps=lines: has no effect with an environment"),
         ([*COUNTING, "rollout.structured.regex=a+"], "the policy says several things"),
-        (["reward=rule", "environment._target_=counting.Asking"], "Asking needs price with every prompt, but Arithmetic"),
+        (
+            ["reward=rule", "environment._target_=counting.Asking"],
+            "Asking needs price with every prompt, but Arithmetic",
+        ),
         (["environment._target_=counting.Asking", "data=environment"], "Asking brings no tasks"),
         (["environment._target_=counting.Untyped"], "the tool look: its argument item has no type"),
         (["environment._target_=counting.Nothing"], "counting has no Nothing"),
@@ -122,3 +127,13 @@ def test_an_option_file_chooses_data_reward_and_verifier(load: Load, tmp_path: P
         assert run.data_class.__name__ == "EnvironmentSource" and run.config.rollout.max_response_tokens == 40
         assert load("environment=counting", "reward=rule").reward_class.__name__ == "MathReward"
         assert "did you mean counting?" in refused(load, "environment=countin")
+
+
+def test_help_lists_options_and_the_keys_of_an_own_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_help(["environment"]) == 0
+    assert "No environment: every prompt gets one response" in capsys.readouterr().out
+    assert print_help(["environment=none"]) == 0
+    assert print_help(["environment._target_=counting.Counting"]) == 0
+    shown = capsys.readouterr().out
+    assert "environment.numbers" in shown and "environment.max_observation_tokens" in shown
+    assert print_help([]) == 0
