@@ -62,8 +62,9 @@ class Renderer:
         last = token_ids[-1] if len(token_ids) else None
         if last == end:
             return Bridge(0, after)
-        # Another stop token than the template ends a turn with, or than the next role begins with, is replaced.
-        return Bridge(int(last in self._stops), [end, *after])
+        # Another stop token than the template ends a turn with, or than the next role begins with, is replaced. (Not
+        # where a turn is nothing else: each has something to train on.)
+        return Bridge(int(last in self._stops and len(token_ids) > 1), [end, *after])
 
     def parse(self, token_ids: Sequence[int]) -> tuple[str, tuple[ToolCall, ...]]:
         """A turn's text without calls and special tokens, and its calls. Thinking calls nothing."""
