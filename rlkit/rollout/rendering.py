@@ -109,9 +109,11 @@ class Renderer:
         """Why episodes cannot be played with this template, with the remedy."""
         problems = [self._message(role) for role in (["tool"] if self.tools else ["user"]) if role in self.breaks]
         if self.tools and not problems and self.reader is None:
+            how = f"as {self._written_call!r}, which no known format reads" if self._written_call else "in no way"
+            names = ", ".join(NAMES)
             problems.append(
-                f"the chat template writes a call of a tool as {self._written_call!r}, which no known format reads: "
-                f"environment.calls names one ({', '.join(NAMES)}, or vllm:NAME)"
+                f"the chat template writes calls of tools {how}: environment.calls names their format ({names}, or "
+                "vllm:NAME)"
             )
         return problems
 

@@ -76,7 +76,7 @@ def test_recorded_responses_keep_their_tokens_and_their_users_do_not() -> None:
     (sample,) = prompt.recorded.samples
     call = tokenizer.convert_tokens_to_ids("<call>")
     assert call not in prompt.token_ids and sample.token_ids.tolist().count(call) == 1
-    assert sample.token_ids.tolist().count(stops[0]) == 2  # both answers' ends
+    assert sample.token_ids.tolist().count(stops[0]) == 3  # of each message the template's own
     assert tokenizer.decode(sample.token_ids[sample.trained]) == "<call>x<|im_end|>y<|im_end|>"
 
 
