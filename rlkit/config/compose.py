@@ -217,6 +217,28 @@ def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sou
     return problems
 
 
+PATH_KEYS = ("path", "template", "file", "folder", "dir")
+"""Keys whose names end in one of these name files."""
+
+
+def at_home(path: str) -> str:
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:  # no such user
+        return path
+
+
+def in_home(value: Any, key: str = "") -> Any:
+    """`~` at the start of a path is the user's home: a shell does not see it behind `key=`."""
+    if isinstance(value, dict):
+        return {name: in_home(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [in_home(inner, key) for inner in value]
+    if isinstance(value, str) and value.startswith("~") and key.endswith((*PATH_KEYS, "resume")):
+        return at_home(value)
+    return value
+
+
 def set_value(composed: DictConfig, key: str, value: Any) -> None:
     """Set one full key, creating sections on the way; validation reports later if the key does not exist."""
     OmegaConf.update(composed, key, value, merge=True, force_add=True)

@@ -25,6 +25,7 @@ from rlkit.config.compose import (
     compose_options,
     default_options,
     group_options,
+    in_home,
     in_part,
     merge_file,
     option_fields,
@@ -126,7 +127,7 @@ class Loading:
                 self.overrides.unusable.add(key)
                 where = getattr(error, "full_key", None) or key
                 self.problems.append(ConfigIssue(self.sources.where(where, "..."), str(error).splitlines()[0]))
-        present: dict[str, Any] = with_present_targets(_in_home(tree))
+        present: dict[str, Any] = with_present_targets(in_home(tree))
         return present
 
     def validate(self) -> None:
@@ -252,28 +253,6 @@ class Loading:
                 owners = f"{', '.join(most)} and {last}" if most else last
                 notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {owners})"
         return notes
-
-
-PATH_KEYS = ("path", "template", "file", "folder", "dir")
-"""Keys whose names end in one of these name files."""
-
-
-def at_home(path: str) -> str:
-    try:
-        return str(Path(path).expanduser())
-    except RuntimeError:  # no such user
-        return path
-
-
-def _in_home(value: Any, key: str = "") -> Any:
-    """`~` at the start of a path is the user's home: a shell does not see it behind `key=`."""
-    if isinstance(value, dict):
-        return {name: _in_home(inner, str(name)) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_in_home(inner, key) for inner in value]
-    if isinstance(value, str) and value.startswith("~") and key.endswith((*PATH_KEYS, "resume")):
-        return at_home(value)
-    return value
 
 
 def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:

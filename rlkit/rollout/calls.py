@@ -43,7 +43,8 @@ class Llama:
             before, body = "", text
             if not self._CALL.match(body) or not re.search(r'"(parameters|arguments)"\s*:', body):
                 return text, ()
-        return before.strip(), tuple(_from_json(part) for part in _objects(body))
+        calls = tuple(_from_json(part) for part in _objects(body))
+        return (before.strip(), calls) if calls else (text, ())
 
 
 class Mistral:

@@ -62,21 +62,22 @@ class Renderer:
         last = token_ids[-1] if len(token_ids) else None
         if last == end:
             return Bridge(0, after)
-        # Another stop token than the template ends a turn with, or than the next role begins with, is replaced.
-        return Bridge(int(last in self._stops), [end, *after])
+        # Another stop token than the template ends a turn with, or than the next role begins with, is replaced. (Not
+        # where a turn is nothing else: each has something to train on.)
+        return Bridge(int(last in self._stops and len(token_ids) > 1), [end, *after])
 
     def parse(self, token_ids: Sequence[int]) -> tuple[str, tuple[ToolCall, ...]]:
         """A turn's text without calls and special tokens, and its calls. Thinking calls nothing."""
         ids = [int(token) for token in token_ids]
         tokenizer = self.template.tokenizer
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
-        if self._format is None:
+        if self.reader is None:
             return text, ()
         raw = str(tokenizer.decode(ids[:-1] if ids and ids[-1] in self._stops else ids, skip_special_tokens=False))
         thinking, mark, answer = raw.rpartition("</think>")
         if not mark and raw.lstrip().startswith("<think>"):
             return text, ()
-        rest, calls = self._format.read(answer)
+        rest, calls = self.reader.read(answer)
         if not calls:
             return text, ()
         for special in self.template.specials:
@@ -106,32 +107,34 @@ class Renderer:
 
     def problems(self) -> list[str]:
         """Why episodes cannot be played with this template, with the remedy."""
-        problems = [self._message(role) for role in (["tool"] if self.tools else ["user"]) if role in self._breaks]
-        if self.tools and not problems and self._format is None:
+        problems = [self._message(role) for role in (["tool"] if self.tools else ["user"]) if role in self.breaks]
+        if self.tools and not problems and self.reader is None:
+            how = f"as {self._written_call!r}, which no known format reads" if self._written_call else "in no way"
+            names = ", ".join(NAMES)
             problems.append(
-                f"the chat template writes a call of a tool as {self._written_call!r}, which no known format reads: "
-                f"environment.calls names one ({', '.join(NAMES)}, or vllm:NAME)"
+                f"the chat template writes calls of tools {how}: environment.calls names their format ({names}, or "
+                "vllm:NAME)"
             )
         return problems
 
     def cautions(self) -> list[str]:
         """What the environment must not do with this template; an episode that does ends the run."""
-        roles = [role for role in self._breaks if role != ("tool" if self.tools else "user")]
+        roles = [role for role in self.breaks if role != ("tool" if self.tools else "user")]
         cautions = [self._message(role) for role in roles]
         if self.tools and self.tools[0].name not in self._text([_ASKS]):
             cautions.append("the chat template does not tell the policy which tools there are; the environment must")
         return cautions
 
     def _check(self, role: str) -> None:
-        if role in self._breaks:
+        if role in self.breaks:
             raise RenderingError(self._message(role))
 
     def _message(self, role: str) -> str:
         where = {"system": "with a system message", "tool": "after a tool's answer"}.get(role, "after a user's answer")
-        return f"the chat template cannot go on {where}: {self._breaks[role]}; {REMEDY}"
+        return f"the chat template cannot go on {where}: {self.breaks[role]}; {REMEDY}"
 
     @cached_property
-    def _breaks(self) -> dict[str, str]:
+    def breaks(self) -> dict[str, str]:
         """By role why the conversation cannot go on behind its tokens."""
         tries: dict[str, list[tuple[tuple[str, ...], dict[str, bool]]]] = {
             "user": [(("user",), {}), (("user",), {"thinks": True}), (("user", "user"), {})]
@@ -180,7 +183,7 @@ class Renderer:
         return None
 
     @cached_property
-    def _format(self) -> CallFormat | None:
+    def reader(self) -> CallFormat | None:
         """None: nothing calls, or the template's way of writing calls is not known."""
         if not self.tools:
             return None

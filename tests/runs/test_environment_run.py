@@ -88,10 +88,11 @@ def test_a_process_that_dies_in_mid_episode_is_replaced_without_a_trace(
     undisturbed = start("undisturbed", *options)
     assert undisturbed.end() == 0, undisturbed.text
     for placement in ("inline", "worker"):
-        dies = (f"environment.dies={tmp_path / placement}", f"environment.placement={placement}")
+        died = tmp_path / f"{placement}.died"
+        dies = (f"environment.dies={died}", f"environment.placement={placement}")
         run = start(placement, *options, *dies, "environment.retries=1")
         assert run.end() == 0, run.text
-        assert (tmp_path / placement).exists()
+        assert died.exists()
         assert ("rollout worker 0 died and is replaced" in run.text) == (placement == "inline")
         assert run.records("samples") == undisturbed.records("samples")
         assert run.left_after(10) == []
