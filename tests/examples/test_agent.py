@@ -96,10 +96,10 @@ def test_shipped_agent_is_small_is_the_reports_and_reads_moves_as_tokens() -> No
 
 def test_shipped_agent_has_headroom() -> None:
     for game in GAMES:
-        tasks = list(game.tasks("heldout", heldout_tasks=48))[:48]
+        tasks = list(game.tasks("heldout", heldout_tasks=96))[:96]
         won = [match.success for match in asyncio.run(agent_stages.played(EMBEDDED / "agent", game, tasks, seed=5))]
-        assert 0.1 <= sum(won) / len(won) <= 0.9, game.name
-        assert 0.1 <= REPORT[game.name]["success"] <= 0.9
+        assert 0.02 <= sum(won) / len(won) <= 0.7, game.name
+        assert 0.02 <= REPORT[game.name]["success"] <= 0.7
 
 
 def test_the_agent_alone_is_remade_and_the_rest_of_the_report_stays(tmp_path: Path, capsys) -> None:

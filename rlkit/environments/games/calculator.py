@@ -12,6 +12,7 @@ import ast
 import operator
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -63,6 +64,9 @@ class Calculator(Environment):
         expression: what to work out
         """
         return str(value(expression))
+
+    async def run_tools(self, action: Action) -> Step:
+        return replace(await super().run_tools(action), success=False)  # should no turn be left to answer
 
     def final(self, action: Action) -> Step:
         right = action.text.strip() == self.answer

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -63,6 +64,9 @@ class HiddenFacts(Environment):
         """
         self.asked |= about == self.animal
         return str(self.colours.get(about, f"there is no {about}"))
+
+    async def run_tools(self, action: Action) -> Step:
+        return replace(await super().run_tools(action), success=False)  # should no turn be left to answer
 
     def final(self, action: Action) -> Step:
         right = action.text.strip() == self.colours[self.animal]

@@ -109,7 +109,7 @@ def test_only_the_last_answer_is_judged() -> None:
     (tool,) = game.context.tools
     assert tool.name == "calc" and list(tool.parameters["properties"]) == ["expression"]
     step = call(game, expression="17*23-45")
-    assert (said(step), step.done, step.reward) == ([("tool", "346")], False, 0.0)
+    assert (said(step), step.done, step.reward, step.success) == ([("tool", "346")], False, 0.0, False)
     (answer,) = said(call(game, expression="17*"))
     assert answer == ("tool", "error: ValueError: '17*' is no expression")
     assert said(call(game, what="1"))[0][1].startswith("error: expression: Field required")
