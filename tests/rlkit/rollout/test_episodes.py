@@ -163,7 +163,7 @@ def test_one_that_stays_broken_is_a_sample_that_says_so_and_the_others_go_on() -
     one = Table(Broken, counts, retries=2).play(samples=1)
     (sample,) = one.samples
     assert sample.episode is not None and sample.episode.ended == "failed"
-    assert sample.episode.failure == "exception: KeyError: 'abacus'" and len(sample) == sample.length > 1
+    assert sample.episode.failure == "exception: KeyError: 'abacus'" and len(sample) > sample.length > 1
 
     class Nothing(Counting):
         def reset(self, task: Task, seed: int) -> str:
@@ -191,7 +191,7 @@ def test_all_samples_of_a_group_must_read_the_same_opening() -> None:
 
 class Long(Counting):
     def reset(self, task: Task, seed: int) -> str:
-        return "count " * 400
+        return "count " * 2000
 
 
 def test_long_observations_are_cut_and_long_openings_are_a_failure() -> None:

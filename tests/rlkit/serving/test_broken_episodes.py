@@ -36,7 +36,7 @@ class Comparing(Reward):
         return [
             GroupScores(
                 tuple(Score(float(place)) for place, _ in enumerate(group.samples)),
-                (PreferencePair(0, len(group.samples) - 1),),
+                (PreferencePair(0, len(group.samples) - 1),) if len(group.samples) > 1 else (),
             )
             for group in groups
         ]
