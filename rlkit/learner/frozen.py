@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 ELEMENTS_AT_ONCE = 2**26
 LOW_BITS = 16
@@ -23,7 +23,7 @@ def move_frozen(frozen: Any, device: str) -> None:
 
 
 @torch.no_grad()
-def move_towards(frozen: Any, policy: nn.Module, share: float, seed: int) -> None:
+def move_towards(frozen: Any, policy: Any, share: float, seed: int) -> None:
     """By `share` of the way; with ZeRO 3 each rank its shares, which lie alike. All ranks call it with one `seed`."""
     partitioned = False
     for mine, its in zip(frozen.parameters(), policy.parameters(), strict=True):
