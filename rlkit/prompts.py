@@ -9,7 +9,7 @@ from algorithms.base import Render
 from rewards.base import Reward, RewardConfig
 from rlkit.config.messages import named_as_set
 from rlkit.config.parts import ResolvedRun
-from rlkit.config.plan import asks_reward
+from rlkit.config.plan import asks_reward, reads_recorded_labels
 from rlkit.config.structured import split_unusable
 from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Split
 from rlkit.data.rows import refuse_too_many_bad_rows
@@ -36,6 +36,7 @@ class Loaded:
 def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     """Raises DataError."""
     from rlkit.data.conversations import render_recorded
+    from rlkit.data.recorded import split_off_the_scale
     from rlkit.data.rendering import load_tokenizer, render, renderer
     from rlkit.rollout.sampler import stop_token_ids
 
@@ -48,7 +49,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
             f"model.path={config.model.path}: rollout.steps={rollout.steps} needs a tokenizer with a tokenizer.json "
             "(for the places of tokens in the text); leave rollout.steps=none"
         )
-    source, from_data = resolved.make_data_source(), rollout.source == "data"
+    source, from_data, algorithm = resolved.make_data_source(), rollout.source == "data", resolved.make_algorithm()
+    labelled = reads_recorded_labels(rollout, algorithm)
     # A frozen model's samples say nothing of the policy, but what the data know does.
     measured = from_data or (rollout.source == "model" and bool(source.provides() & {"responses", "references"}))
 
@@ -57,6 +59,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     ) -> list[Prompt]:
         fit, unfit = split_unusable(rollout.structured, problems)
         if answers:  # recorded ones
+            fit, unlabelled = split_off_the_scale(fit) if labelled else (fit, [])
+            unfit += unlabelled
             stops = stop_token_ids(str(folder), tokenizer)
             limits = (rollout.max_prompt_tokens, rollout.max_response_tokens)
             prompts, unusable = render_recorded(fit, tokenizer, stops, *limits, *template)
@@ -66,7 +70,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
         _report_bad_rows([*bad, *unfit, *unusable], rows, data.max_bad_row_share, what, tracker)
         return prompts
 
-    shown = resolved.make_algorithm().needs().demonstrations
+    shown = algorithm.needs().demonstrations
     sides: dict[Split, bool] = {"train": from_data or shown, "heldout": measured}
     loaded = {side: rendered(*source.load(side), resolved.data_config, side, sides[side]) for side in sides}
     further = {}
@@ -86,7 +90,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
             f"asked {per_step / len(train):.3g} times in every step"
         )
     judges: list[tuple[type[Reward], RewardConfig]] = []
-    if asks_reward(rollout, resolved.make_algorithm()):
+    if asks_reward(rollout, algorithm):
         judges.append((resolved.reward_class, resolved.reward_config))
     if rollout.workers and rollout.source != "model":
         judges.append((resolved.verifier_class, resolved.verifier_config))
@@ -94,6 +98,11 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
         tracker.warn(message)
     samples = rollout.workers > 0 and rollout.source != "model"
     judged = _heldout(resolved, train, {OWN: loaded["heldout"], **further}, tracker) if samples else {}
+    if from_data and samples and not judged:
+        raise DataError(
+            "evaluation.generate=true: no held-out problem has the gold answer that the verifier needs; leave it out, "
+            "or name a verifier that judges without one (verifier=NAME)"
+        )
     recorded = loaded["heldout"][: config.trainer.evaluation_prompts] if measured else []
     if not samples and not recorded:
         tracker.warn("no held-out problem has a recorded response: this run is not evaluated")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 
 from algorithms.base import POLICY, REFERENCE, Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
-from rlkit.config.plan import asks_reward, has_engines
-from rlkit.config.schema import EvaluationConfig, ModelConfig, RolloutConfig, TrainerConfig
+from rlkit.config.plan import asks_reward, has_engines, reads_recorded_labels, references_are_cached
+from rlkit.config.schema import EvaluationConfig, LearnerConfig, ModelConfig, RolloutConfig, TrainerConfig
 from rlkit.data.base import DataError, DataSource
+from rlkit.data.recorded import split_off_the_scale
+from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, check_model_folder, model_folder
 
 RECORDED = "data=pairs, data=responses or data=chat bring recorded ones"
@@ -91,6 +95,27 @@ def labels_are_labels(algorithm: Algorithm, reward: Part) -> Issues:
         )
 
 
+def recorded_labels_are_labels(algorithm: Algorithm, rollout: RolloutConfig, data: DataSource) -> Issues:
+    """In the first problems; the start looks at all of them."""
+    if not reads_recorded_labels(rollout, algorithm):
+        return
+    try:
+        _, bad = split_off_the_scale(data.preview("train"))
+    except DataError:
+        return  # reported with the data
+    if bad:
+        yield ConfigIssue("data", f"{bad[0].origin}: {bad[0].reason}")
+
+
+def reward_gets_the_policy(reward: Part, rollout: RolloutConfig) -> Issues:
+    if reward.cls.traits(reward.config).follows_policy and rollout.source != "policy":
+        yield ConfigIssue(
+            "reward",
+            f"{reward.cls.__name__} takes the policy's weights after each step, and with "
+            f"rollout.source={rollout.source} they are sent to nobody; let it keep a reference of its own",
+        )
+
+
 def batches_are_large_enough(algorithm: Algorithm, trainer: TrainerConfig) -> Issues:
     least = algorithm.needs().min_prompts_per_step
     if trainer.prompts_per_step < least:
@@ -109,21 +134,44 @@ def frozen_models_exist(algorithm: Algorithm, rollout: RolloutConfig, model: Mod
         try:
             check_model_folder(path)
             own, other = (model_folder(name) / "tokenizer.json" for name in (model.path, path))
-            if own.is_file() and other.is_file() and own.read_bytes() != other.read_bytes():
+            if own.is_file() and other.is_file() and (token := _other_token(own, other)):
                 yield ConfigIssue(
                     key,
-                    f"{path} has another tokenizer than model.path={model.path} (their tokenizer.json differ), so the "
-                    "same token ids are other texts to it",
+                    f"{path} has another tokenizer than model.path={model.path}, so the same token ids are other texts "
+                    f"to it ({token})",
                 )
         except ModelFolderError as error:
             yield ConfigIssue(key, str(error))
 
 
-OF_ENGINES = tuple(
+def _other_token(own: Path, other: Path) -> str | None:
+    """The first token of one tokenizer.json that the other has not under the same id. The files' text may differ: each
+    version of the library writes its own."""
+    if own.read_bytes() == other.read_bytes():
+        return None
+    try:
+        mine, theirs = _tokens(own), _tokens(other)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "their tokenizer.json differ"
+    different = (i for i in sorted(mine) if theirs.get(i) != mine[i])
+    return next((f"{i}: {mine[i]!r}, there {theirs.get(i)!r}" for i in different), None)
+
+
+def _tokens(file: Path) -> dict[int, str]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: tokens with scores
+        tokens = {i: token for i, (token, *_) in enumerate(vocabulary)}
+    else:
+        tokens = {i: token for token, i in vocabulary.items()}
+    return tokens | {token["id"]: token["content"] for token in content["added_tokens"]}
+
+
+ON_RECORDED = frozenset(
     f"rollout.{name}"
-    for name in ("workers", "memory_gib", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "structured")
+    for name in ("source", "source_path", "judge", "temperature", "max_prompt_tokens", "max_response_tokens", "steps")
 )
-"""Keys, or their beginnings, that matter to nobody but vLLM."""
+"""Keys that do something, or have a check of their own, where nothing is sampled. The others are vLLM's."""
 
 
 def source_options_act(
@@ -148,13 +196,35 @@ def source_options_act(
             yield ConfigIssue(key, "has no effect with rollout.source=data: the data say how many responses there are")
     if has_engines(rollout, evaluation) and rollout.source != "model":
         return
-    idle = OF_ENGINES if rollout.source == "data" else ()
     remedy = " (evaluation.generate=true does)" if rollout.source == "data" else ""
     for key in sorted(typed):
-        if key.startswith(("verifier", "evaluation.", *idle)):
+        of_engines = rollout.source == "data" and key.startswith("rollout.")
+        if key.startswith(("verifier", "evaluation.")) or (of_engines and _option(key) not in ON_RECORDED):
             yield ConfigIssue(
                 key, f"has no effect: the policy samples nothing with rollout.source={rollout.source}{remedy}"
             )
+
+
+def _option(key: str) -> str:
+    """Of a key that may be inside of an option."""
+    return ".".join(key.split(".")[:2])
+
+
+def filters_see_scores(algorithm: Algorithm, rollout: RolloutConfig, buffer: BufferConfig) -> Issues:
+    if rollout.source == "data" or asks_reward(rollout, algorithm):
+        return
+    for name in ("drop_equal_rewards", "min_group_reward", "max_group_reward"):
+        if (value := getattr(buffer, name)) is not None and value is not False:  # 0.0 is a bound
+            yield ConfigIssue(f"buffer.{name}", "has no effect: no reward is asked (rollout.judge=always asks one)")
+
+
+def references_have_a_use(algorithm: Algorithm, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
+    if learner.reference_cache is not None and not references_are_cached(rollout, algorithm):
+        yield ConfigIssue(
+            "learner.reference_cache",
+            "has no effect: only a reference policy that stays is computed once, and on recorded responses "
+            "(rollout.source=data)",
+        )
 
 
 def epochs_or_steps(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
@@ -167,8 +237,12 @@ SOURCES = (
     data_have_responses,
     prompts_have_something_to_compare,
     labels_are_labels,
+    recorded_labels_are_labels,
+    reward_gets_the_policy,
     batches_are_large_enough,
     frozen_models_exist,
     source_options_act,
+    filters_see_scores,
+    references_have_a_use,
     epochs_or_steps,
 )

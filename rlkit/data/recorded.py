@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from rlkit.data.base import DataConfig, DataError, Response
+from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Response
 from rlkit.data.cells import Chat, Row, RowError, cell, chat, label, number, prompt_of, text, turns
 from rlkit.data.files import DataSetConfig, HfSource
 from rlkit.data.rows import Parts
@@ -327,3 +327,17 @@ def _weight(row: Row, config: RecordedConfig) -> float:
     if weight < 0:
         raise RowError(f"{config.weight_column} is {weight:g}, less than 0")
     return weight
+
+
+def split_off_the_scale(problems: Sequence[Problem]) -> tuple[list[Problem], list[BadRow]]:
+    """The problems whose responses have labels from 0 (bad) to 1 (good), and the rows of the others."""
+    good: list[Problem] = []
+    bad: list[BadRow] = []
+    for problem in problems:
+        wrong = {r.origin or problem.origin: r.value for r in problem.responses if not 0 <= r.value <= 1}
+        if not wrong:
+            good.append(problem)
+        bad += [
+            BadRow(origin, f"its score {value:g} is no label, 0 (bad) to 1 (good)") for origin, value in wrong.items()
+        ]
+    return good, bad
