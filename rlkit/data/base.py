@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -64,6 +64,8 @@ class BadRow:
     reason: str
     remedy: str = ""
     """What the user can do, if it is not to correct the row."""
+    tokens: int = 0
+    """Of what is too long."""
 
 
 class DataSource(ABC):
@@ -79,16 +81,16 @@ class DataSource(ABC):
         """Cheap checks before a run (files exist, columns exist): messages for the user, empty if all is well."""
         return []
 
-    def preview(self, split: Split) -> list[Problem]:
+    def preview(self, split: Split) -> Sequence[Problem]:
         """Problems that cost little, for checks before a run: the first ones, or none if only loading tells. Called
         after `check`. Raises DataError where `load` will."""
         return []
 
     @abstractmethod
-    def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
+    def load(self, split: Split) -> tuple[Sequence[Problem], list[BadRow]]:
         """All problems of a split and the unusable rows. Raises DataError if a split is unusable."""
 
-    def load_set(self) -> tuple[list[Problem], list[BadRow]]:
+    def load_set(self) -> tuple[Sequence[Problem], list[BadRow]]:
         """The problems if the source is one of `evaluation.sets`: the held-out ones, or all of a file's."""
         return self.load("heldout")
 

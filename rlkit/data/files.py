@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import model_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
@@ -16,15 +17,17 @@ from rlkit.data.rows import (
     ColumnsConfig,
     Parts,
     RowsConfig,
-    heldout_keys,
+    digest,
+    held_out,
     missing_columns,
     parse_rows,
     question_key,
     refuse_too_many_bad_rows,
 )
+from rlkit.data.stored import picked
 from rlkit.data.tables import Rows, data_set_rows, file_rows, hub_columns, is_local, local_files
 
-Loaded = tuple[list[Problem], list[BadRow]]
+Loaded = tuple[Sequence[Problem], list[BadRow]]
 
 CHECKED_ROWS = 10_000
 """Rows of each split that are judged before a run starts; the others when they are loaded."""
@@ -103,7 +106,7 @@ class TableSource(DataSource):
             )
         return messages
 
-    def preview(self, split: Split) -> list[Problem]:
+    def preview(self, split: Split) -> Sequence[Problem]:
         """Of tables that `check` has read whole, all of them: raises DataError where `load` will."""
         named: set[Split] = {"train"} if self._source("heldout") is None else {"train", "heldout"}
         whole = named == set(self._judged) and all(len(self._head(name)) < CHECKED_ROWS for name in named)
@@ -145,12 +148,11 @@ class TableSource(DataSource):
             kept, heldout = self._split(train)
             return {"train": (kept, bad), "heldout": (heldout, [])}
         heldout, heldout_bad = rows["heldout"]
-        judged = {question_key(problem): problem.origin for problem in heldout}
-        kept = [problem for problem in train if question_key(problem) not in judged]
+        judged = {digest(question_key(problem)): problem.origin for problem in heldout}
+        same = [judged.get(digest(question_key(problem))) for problem in train]
+        kept = picked(train, [i for i, judge in enumerate(same) if judge is None])
         bad = bad + [
-            BadRow(problem.origin, f"held out: {judged[question_key(problem)]} asks the same")
-            for problem in train
-            if question_key(problem) in judged
+            BadRow(train[i].origin, f"held out: {judge} asks the same") for i, judge in enumerate(same) if judge
         ]
         self._refuse(self._source("train"), kept, bad)
         return {"train": (kept, bad), "heldout": (heldout, heldout_bad)}
@@ -158,23 +160,22 @@ class TableSource(DataSource):
     def _parse(self, split: Split, id_prefix: str = "") -> Loaded:
         return self._problems(self._rows(split), self._source(split) or "", id_prefix)
 
-    def _refuse(self, what: str | None, problems: list[Problem], bad: list[BadRow]) -> None:
-        rows = sum(problem.rows for problem in problems) + len(bad)
-        refuse_too_many_bad_rows(bad, rows, self.config.max_bad_row_share, what or "")
+    def _refuse(self, what: str | None, problems: Sequence[Problem], bad: list[BadRow]) -> None:
+        if bad or not problems:
+            rows = sum(problem.rows for problem in problems) + len(bad)
+            refuse_too_many_bad_rows(bad, rows, self.config.max_bad_row_share, what or "")
 
-    def _split(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+    def _split(self, problems: Sequence[Problem]) -> tuple[Sequence[Problem], Sequence[Problem]]:
         """By question: duplicates of a question land on one side, whatever the order of the file."""
         config: RowsConfig = self.config
-        keys = {question_key(problem) for problem in problems}
-        if len(keys) < 2:
+        share = _DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
+        chosen = held_out(map(question_key, problems), share, config.heldout_seed)
+        if chosen is None:
             raise DataError(
                 f"{self._source('train')} has one question only, so none can be held out: name held-out data "
                 "with data.heldout_path."
             )
-        share = _DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
-        chosen = heldout_keys(keys, share, config.heldout_seed)
-        kept = [problem for problem in problems if question_key(problem) not in chosen]
-        return kept, [problem for problem in problems if question_key(problem) in chosen]
+        return picked(problems, np.flatnonzero(~chosen)), picked(problems, np.flatnonzero(chosen))
 
 
 class FileConfig(ColumnsConfig):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
-from rlkit.data.rows import question_key
+from rlkit.data.rows import digest, question_key
+from rlkit.data.stored import stored
 from rlkit.experience.names import NotFoundError, find_class, nearest
 
 KINDS = {
@@ -96,29 +97,33 @@ class Mixture(DataSource):
     def check(self) -> list[str]:
         return [_named(message, name) for name, source in self._sources.items() for message in source.check()]
 
-    def preview(self, split: Split) -> list[Problem]:
+    def preview(self, split: Split) -> Sequence[Problem]:
         return [_as_part(p, name) for name, source in self._sources.items() for p in source.preview(split)]
 
-    def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
-        judged = {question_key(p): p.id for _, p in self._load("heldout", [])} if split == "train" else {}
-        problems: list[Problem] = []
+    def load(self, split: Split) -> tuple[Sequence[Problem], list[BadRow]]:
+        judged = {}
+        if split == "train":
+            judged = {digest(question_key(problem)): problem.id for problem in self._problems("heldout", [])}
         bad: list[BadRow] = []
-        for name, problem in self._load(split, bad):
-            other = judged.get(question_key(problem))
-            if other is None:
-                problems.append(_as_part(problem, name))
-            else:
-                bad.append(BadRow(problem.origin, f"held out: {other} asks the same"))
-        return problems, bad
 
-    def _load(self, split: Split, bad: list[BadRow]) -> Iterator[tuple[str, Problem]]:
+        def problems() -> Iterator[Problem]:
+            for problem in self._problems(split, bad):
+                other = judged.get(digest(question_key(problem)))
+                if other is None:
+                    yield problem
+                else:
+                    bad.append(BadRow(problem.origin, f"held out: {other} asks the same"))
+
+        return stored(problems()), bad
+
+    def _problems(self, split: Split, bad: list[BadRow]) -> Iterator[Problem]:
         for name, source in self._sources.items():
             try:
                 problems, unusable = source.load(split)
             except DataError as error:
                 raise DataError(_named(str(error), name)) from error
             bad += unusable
-            yield from ((name, problem) for problem in problems)
+            yield from (_as_part(problem, name) for problem in problems)
 
 
 def _as_part(problem: Problem, name: str) -> Problem:
