@@ -70,6 +70,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     shown = resolved.make_algorithm().needs().demonstrations
     sides: dict[Split, bool] = {"train": from_data or shown, "heldout": measured}
     loaded = {side: rendered(*source.load(side), resolved.data_config, side, sides[side]) for side in sides}
+    for note in source.notes():
+        tracker.warn(note)
     further = {}
     for name, one in resolved.sets.items():
         key = f"evaluation.sets.{name}"

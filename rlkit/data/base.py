@@ -66,6 +66,8 @@ class BadRow:
     """What the user can do, if it is not to correct the row."""
     tokens: int = 0
     """Of what is too long."""
+    systematic: bool = False
+    """A mistake of the whole file: leaving such rows out would change what the others say."""
 
 
 class DataSource(ABC):
@@ -84,6 +86,10 @@ class DataSource(ABC):
     def preview(self, split: Split) -> Sequence[Problem]:
         """Problems that cost little, for checks before a run: the first ones, or none if only loading tells. Called
         after `check`. Raises DataError where `load` will."""
+        return []
+
+    def notes(self) -> list[str]:
+        """What happens to rows that were read so far and are used otherwise than they stand, or not at all."""
         return []
 
     @abstractmethod

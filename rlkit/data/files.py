@@ -18,6 +18,7 @@ from rlkit.data.rows import (
     Parts,
     RowsConfig,
     digest,
+    first_rows,
     held_out,
     missing_columns,
     parse_rows,
@@ -49,6 +50,8 @@ class TableSource(DataSource):
         self._heads: dict[Split, list[tuple[str, Row | BadRow]]] = {}
         self._judged: dict[Split, Loaded] = {}
         """Of the first rows."""
+        self._noted: dict[str, tuple[int, str]] = {}
+        """What is done with some rows that are used: how many, and the first."""
 
     @abstractmethod
     def _source(self, split: Split) -> str | None:
@@ -113,6 +116,21 @@ class TableSource(DataSource):
         rows = self._divide(self._judged) if whole else self._judged
         return rows.get(split, ([], []))[0]
 
+    def note(self, what: str, origin: str) -> None:
+        """`what` is done with a row that is used."""
+        count, first = self._noted.get(what, (0, origin))
+        self._noted[what] = count + 1, first
+
+    def notes(self) -> list[str]:
+        """Of rows that `check` or `load` has read; unusable ones are in what `load` returns."""
+        skipped = [
+            f"{len(bad)} of the first {len(self._head(split))} rows of {self._source(split)} are skipped:"
+            + first_rows(bad)
+            for split, (_, bad) in self._judged.items()
+            if bad
+        ]
+        return skipped + [f"{count} {what} (the first: {first})" for what, (count, first) in self._noted.items()]
+
     def provides(self) -> frozenset[str]:
         config: RowsConfig = self.config
         try:
@@ -163,7 +181,8 @@ class TableSource(DataSource):
     def _refuse(self, what: str | None, problems: Sequence[Problem], bad: list[BadRow]) -> None:
         if bad or not problems:
             rows = sum(problem.rows for problem in problems) + len(bad)
-            refuse_too_many_bad_rows(bad, rows, self.config.max_bad_row_share, what or "")
+            share, columns = self.config.max_bad_row_share, self.config.named_columns()
+            refuse_too_many_bad_rows(bad, rows, share, what or "", columns)
 
     def _split(self, problems: Sequence[Problem]) -> tuple[Sequence[Problem], Sequence[Problem]]:
         """By question: duplicates of a question land on one side, whatever the order of the file."""

@@ -55,6 +55,8 @@ def _member(name: str, fields: Mapping[str, Any]) -> Member:
         raise ValueError(f"{name}: a name has letters, digits and _ only, a letter first")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
         raise ValueError(f"{name}.weight must be a number above 0, not {weight!r}")
+    if kind is None:
+        raise ValueError(f"{name}.kind is missing; it is one of {', '.join(KINDS)}, or the dotted path of a class")
     try:
         cls = find_class("data source", KINDS.get(str(kind), kind), DataSource)
     except NotFoundError as error:
@@ -84,21 +86,24 @@ class Mixture(DataSource):
         super().__init__(config, seed)
         members = [_member(name, fields) for name, fields in config.sources.items()]
         self.shares = {member.name: member.weight for member in members}
-        self._sources = {member.name: member.cls(member.config, seed) for member in members}
+        self.parts = {member.name: member.cls(member.config, seed) for member in members}
 
     def weights(self) -> Mapping[str, float]:
         return self.shares
 
     def provides(self) -> frozenset[str]:
-        provided: list[frozenset[str]] = [source.provides() for source in self._sources.values()]
+        provided: list[frozenset[str]] = [source.provides() for source in self.parts.values()]
         recorded = [own | {"responses"} if "references" in own else own for own in provided]
         return frozenset.intersection(*recorded)
 
     def check(self) -> list[str]:
-        return [_named(message, name) for name, source in self._sources.items() for message in source.check()]
+        return [_named(message, name) for name, source in self.parts.items() for message in source.check()]
+
+    def notes(self) -> list[str]:
+        return [f"data.sources.{name}: {note}" for name, source in self.parts.items() for note in source.notes()]
 
     def preview(self, split: Split) -> Sequence[Problem]:
-        return [_as_part(p, name) for name, source in self._sources.items() for p in source.preview(split)]
+        return [_as_part(p, name) for name, source in self.parts.items() for p in source.preview(split)]
 
     def load(self, split: Split) -> tuple[Sequence[Problem], list[BadRow]]:
         judged = {}
@@ -117,7 +122,7 @@ class Mixture(DataSource):
         return stored(problems()), bad
 
     def _problems(self, split: Split, bad: list[BadRow]) -> Iterator[Problem]:
-        for name, source in self._sources.items():
+        for name, source in self.parts.items():
             try:
                 problems, unusable = source.load(split)
             except DataError as error:

@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -129,7 +129,7 @@ def parse_rows(
             try:
                 problem = _problem(origin, row, config, read(row, origin), id_prefix, used)
             except RowError as error:
-                bad.append(BadRow(origin, str(error)))
+                bad.append(BadRow(origin, str(error), error.remedy, systematic=error.systematic))
                 continue
             keys.extend(digest(repr((problem.messages, problem.answer)) if by_prompt else problem.id))
             marks.append(_has_marker(row, config))
@@ -177,27 +177,44 @@ def _together(problems: Sequence[Problem]) -> Problem:
     return replace(first, columns=columns, responses=tuple(r for problem in problems for r in problem.responses))
 
 
-def refuse_too_many_bad_rows(bad: Sequence[BadRow], rows: int, max_share: float, what: str) -> None:
-    """Raise DataError if more than `max_share` of `rows` are bad, or all are; shows the first few and the remedy."""
+def refuse_too_many_bad_rows(
+    bad: Sequence[BadRow], rows: int, max_share: float, what: str, columns: Mapping[str, str] | None = None
+) -> None:
+    """Raise DataError if more than `max_share` of `rows` are bad, or all are; shows the first few and the remedy.
+
+    `columns`: key -> the column that it names.
+    """
     if rows > 0 and len(bad) < rows and len(bad) <= max_share * rows + 1e-9:
         return
     if rows == 0:
         raise DataError(f"{what} has no rows.")
-    shown = "".join(f"\n  {row.origin}: {row.reason}" for row in bad[:_ROWS_SHOWN])
+    raise DataError(
+        f"{what}: {len(bad)} of {rows} rows cannot be used "
+        f"({len(bad) / rows:.1%}; data.max_bad_row_share allows {max_share:.1%}):{first_rows(bad)}\n"
+        f"{_remedy(bad, rows, columns or {})}."
+    )
+
+
+def first_rows(bad: Sequence[BadRow]) -> str:
     more = f"\n  ... and {len(bad) - _ROWS_SHOWN} more" if len(bad) > _ROWS_SHOWN else ""
+    return "".join(f"\n  {row.origin}: {row.reason}" for row in bad[:_ROWS_SHOWN]) + more
+
+
+def _remedy(bad: Sequence[BadRow], rows: int, columns: Mapping[str, str]) -> str:
     remedy, times = Counter(row.remedy for row in bad).most_common(1)[0]
     if longest := max(row.tokens for row in bad if row.remedy == remedy):
         remedy += f" (the longest has {longest})"
     if not remedy or times * 2 < len(bad):
-        remedy = "Correct these rows" + (
-            " or the column names (data.prompt_column, data.answer_column, ...)" if len(bad) == rows else ""
-        )
-    if len(bad) < rows:
+        named = [
+            f"data.{key}"
+            for key, column in columns.items()
+            if any(row.reason.startswith((column, f"no column {column!r}")) for row in bad)
+        ]
+        other = f", or name other columns ({', '.join(named)})" if named and len(bad) == rows else ""
+        remedy = "Correct these rows" + other
+    if len(bad) < rows and not any(row.systematic for row in bad):
         remedy += f", or allow more with data.max_bad_row_share={_round_up(len(bad) / rows)}"
-    raise DataError(
-        f"{what}: {len(bad)} of {rows} rows cannot be used "
-        f"({len(bad) / rows:.1%}; data.max_bad_row_share allows {max_share:.1%}):{shown}{more}\n{remedy}."
-    )
+    return remedy
 
 
 def question_key(problem: Problem) -> str:
