@@ -12,7 +12,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,6 +22,7 @@ from rlkit.data.conversations import render_recorded
 from rlkit.data.order import PromptOrder
 from rlkit.data.recorded import PairsSource
 
+COLUMNS = ("prompt", "chosen", "rejected")
 DRAWN = 2000
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -30,20 +30,18 @@ TEMPLATE = (
 )
 
 
-def words(rng: random.Random, characters: int) -> str:
-    text = " ".join(VOCABULARY[int(rng.paretovariate(0.4)) % len(VOCABULARY)] for _ in range(characters // 6))
-    return text.capitalize() + "."
-
-
-_letters = random.Random(0)
-VOCABULARY = ["".join(_letters.choices("etaoinshrdlu", k=_letters.randint(2, 8))) for _ in range(3000)]
+_rng = random.Random(0)
+_WORDS = ["".join(_rng.choices("etaoinshrdlu", k=_rng.randint(2, 8))) for _ in range(3000)]
+SENTENCES = [" ".join(_rng.choices(_WORDS, k=_rng.randint(5, 25))).capitalize() + "." for _ in range(2000)]
 
 
 def write(path: Path, size: int) -> None:
     rng, written = random.Random(1), 0
     with path.open("w") as file:
         while written < size:
-            row = {key: words(rng, rng.randint(300, 1000)) for key in ("prompt", "chosen", "rejected")}
+            row = {
+                key: " ".join(rng.choices(SENTENCES, k=rng.randint(3, 11))) for key in ("prompt", "chosen", "rejected")
+            }
             written += file.write(json.dumps(row) + "\n")
 
 
@@ -52,15 +50,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=special, show_progress=False)
-    core.train_from_iterator(texts(), trainer)
+    core.train_from_iterator(SENTENCES, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[1])
     fast.chat_template = TEMPLATE
     return fast
-
-
-def texts() -> Iterator[str]:
-    rng = random.Random(2)
-    return (words(rng, 1000) for _ in range(300))
 
 
 def peak_mib() -> float:

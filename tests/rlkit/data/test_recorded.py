@@ -246,8 +246,10 @@ def test_forms_of_a_conversation(
         ({"messages": [user("?"), assistant("") | {"tool_calls": [{}]}]}, "has tool calls"),
         ({"messages": CHAT, "tools": [{"name": "f"}]}, "it has tools"),
         ({"messages": [user("?"), assistant(" ")]}, "message 2 is an empty answer"),
-        ({"conversations": [{"from": "human", "value": "?"}, {"from": "bot", "value": "2"}]},
-         "conversations[1].from is 'bot', no role that is known: assistant, function_call, gpt, human, observation"),
+        (
+            {"conversations": [{"from": "human", "value": "?"}, {"from": "bot", "value": "2"}]},
+            "conversations[1].from is 'bot', no role that is known: assistant, function_call, gpt, human, observation",
+        ),
         (
             {"text": "all in one", "id": None},
             "none of messages, conversations, conversation, or a prompt with one of response, completion, solution (it "
