@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +344,24 @@ def test_the_examples_are_read(kind: type[HfSource], name: str) -> None:
     for file in files:
         source: DataSource = kind(kind.Config(path=str(file), heldout_share=0.5), seed=0)
         assert source.check() == [] and source.load("train")[1] == []
+
+
+def test_the_docs_name_every_example() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    named = set(re.findall(r"\| `(\w+\.jsonl)` \|", page))
+    assert named == {file.name for file in EXAMPLES.glob("*.jsonl")}
+
+
+def test_what_examples_say_besides_texts() -> None:
+    def problems(kind: type[HfSource], name: str, **options: Any) -> list[Problem]:
+        source = kind(kind.Config(path=str(EXAMPLES / name), heldout_share=0.5, **options), seed=0)
+        return sorted([*source.load("train")[0], *source.load("heldout")[0]], key=lambda problem: problem.origin)
+
+    numbers = {"probability_column": "preferred", "margin_column": "better_by", "weight_column": "votes"}
+    pairs = [pair for problem in problems(PairsSource, "pairs_numbers.jsonl", **numbers) for pair in problem.pairs]
+    assert pairs == [PreferencePair(0, 1, 0.7, 0.4, 3), PreferencePair(0, 1, 1.0, 2.5, 1)]
+    scored = problems(ResponsesSource, "responses_scores.jsonl")
+    assert [[response.value for response in problem.responses] for problem in scored] == [[4.5, -2], [3]]
+    late, early = problems(ChatSource, "chat_trained_turns.jsonl")
+    assert told(late) == (["What is 17 + 25?", "41?", "Look again."], [(["42"], 1.0)])
+    assert told(early) == (["What is 9 - 4?"], [(["5"], 1.0)])
