@@ -55,8 +55,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     measured = from_data or (rollout.source == "model" and bool(source.provides() & {"responses", "references"}))
 
     def rendered(
-        problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str, answers: bool
-    ) -> list[Prompt]:
+        problems: Sequence[Problem], bad: list[BadRow], data: DataConfig, what: str, answers: bool
+    ) -> Sequence[Prompt]:
         fit, unfit = split_unusable(rollout.structured, problems)
         if answers:  # recorded ones
             fit, unlabelled = split_off_the_scale(fit) if labelled else (fit, [])
@@ -66,13 +66,16 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
             prompts, unusable = render_recorded(fit, tokenizer, stops, *limits, *template)
         else:
             prompts, unusable = render(fit, tokenizer, rollout.max_prompt_tokens, *template)
-        rows = sum(problem.rows for problem in problems) + len(bad)
-        _report_bad_rows([*bad, *unfit, *unusable], rows, data.max_bad_row_share, what, tracker)
+        if out := [*bad, *unfit, *unusable]:
+            rows = sum(problem.rows for problem in problems) + len(bad)
+            _report_bad_rows(out, rows, data.max_bad_row_share, what, tracker)
         return prompts
 
     shown = algorithm.needs().demonstrations
     sides: dict[Split, bool] = {"train": from_data or shown, "heldout": measured}
     loaded = {side: rendered(*source.load(side), resolved.data_config, side, sides[side]) for side in sides}
+    for note in source.notes():
+        tracker.warn(note)
     further = {}
     for name, one in resolved.sets.items():
         key = f"evaluation.sets.{name}"
@@ -133,7 +136,6 @@ def _heldout(
 ) -> dict[str, list[Prompt]]:
     """Of each set what the verifier can judge, and as many as are asked for."""
     answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
-    trained = {prompt.token_ids for prompt in train} if resolved.sets else set()
     heldout = {}
     for name, prompts in sets.items():
         key = f"evaluation.sets.{name}"
@@ -141,10 +143,13 @@ def _heldout(
         judged = [prompt for prompt in prompts if not answer_needed or prompt.answer is not None][:most]
         if name and not judged:
             raise DataError(f"{key} has no problem with a gold answer, which the verifier needs (verifier=NAME)")
-        if name and (known := sum(prompt.token_ids in trained for prompt in judged)):
-            tracker.warn(f"{known} of the {len(judged)} problems of {key} are also trained on")
         if judged:
             heldout[name] = judged
+    asked = {prompt.token_ids for prompts in heldout.values() for prompt in prompts} if resolved.sets else set()
+    trained = {prompt.token_ids for prompt in train if prompt.token_ids in asked} if asked else set()
+    for name, judged in heldout.items():
+        if name and (known := sum(prompt.token_ids in trained for prompt in judged)):
+            tracker.warn(f"{known} of the {len(judged)} problems of evaluation.sets.{name} are also trained on")
     if OWN not in heldout:
         whole = "" if heldout else ": this run is not evaluated (verifier=NAME may judge without one)"
         tracker.warn(f"no held-out problem with a gold answer{whole}")
@@ -152,7 +157,6 @@ def _heldout(
 
 
 def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, split: str, tracker: Tracker) -> None:
-    if bad:
-        refuse_too_many_bad_rows(bad, rows, allowed_share, f"{split} problems")
-        first = "; ".join(f"{row.origin}: {row.reason}" for row in bad[:3])
-        tracker.warn(f"{len(bad)} of {rows} {split} rows skipped: {first}")
+    refuse_too_many_bad_rows(bad, rows, allowed_share, f"{split} problems")
+    first = "; ".join(f"{row.origin}: {row.reason}" for row in bad[:3])
+    tracker.warn(f"{len(bad)} of {rows} {split} rows skipped: {first}")

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ async def _start(
     if references_are_cached(rollout, algorithm):
         tracker.phase("log-probs of the reference policy")
         file = Path(config.learner.reference_cache or folder.path / "reference.safetensors").expanduser()
-        await learner.use_references(file, Path(model_path), recorded_groups([*data.train, *data.recorded]))
+        await learner.use_references(file, Path(model_path), recorded_groups(chain(data.train, data.recorded)))
     return Trainer(
         config=config,
         algorithm=algorithm,

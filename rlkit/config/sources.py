@@ -12,11 +12,16 @@ from rlkit.config.parts import Part
 from rlkit.config.plan import asks_reward, has_engines, reads_recorded_labels, references_are_cached
 from rlkit.config.schema import EvaluationConfig, LearnerConfig, ModelConfig, RolloutConfig, TrainerConfig
 from rlkit.data.base import DataError, DataSource
-from rlkit.data.recorded import split_off_the_scale
+from rlkit.data.files import CHECKED_ROWS
+from rlkit.data.mixture import Mixture
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, check_model_folder, model_folder
 
 RECORDED = "data=pairs, data=responses or data=chat bring recorded ones"
+LEARNERS = (
+    "Recorded pairs train algorithm=dpo, simpo, orpo and others; responses with labels kto or bco; all of them, and "
+    "conversations, sft"
+)
 SAMPLED = ("samples_per_prompt",)
 """Options of an algorithm that speak of sampling."""
 
@@ -27,35 +32,41 @@ def algorithm_learns_from_the_source(algorithm: Algorithm, rollout: RolloutConfi
         yield ConfigIssue(
             "rollout.source",
             f"gives responses that {type(algorithm).__name__} cannot learn from; it takes "
-            f"{' or '.join(f'rollout.source={source}' for source in sources)}",
+            f"{' or '.join(f'rollout.source={source}' for source in sources)}"
+            + (f". {LEARNERS}" if rollout.source == "data" else ""),
         )
+
+
+def _lacking(data: DataSource, words: AbstractSet[str]) -> str:
+    """Who brings none of `words`: of a mixture the sources by name."""
+    if not isinstance(data, Mixture):
+        return type(data).__name__
+    return ", ".join(f"data.sources.{name}" for name, part in data.parts.items() if not part.provides() & words)
 
 
 def data_have_responses(algorithm: Algorithm, rollout: RolloutConfig, data: DataSource) -> Issues:
     provided, needs = data.provides(), algorithm.needs()
+    nobody, unjudged = _lacking(data, {"responses", "references"}), _lacking(data, {"pairs", "labels"})
     if needs.demonstrations and not provided & {"responses", "references"}:
         yield ConfigIssue(
             "data",
-            f"{type(algorithm).__name__} also learns from the data's responses, and {type(data).__name__} has none; "
-            f"{RECORDED}",
+            f"{type(algorithm).__name__} also learns from the data's responses, and {nobody} has none; {RECORDED}",
         )
     if rollout.source != "data":
         return
     if not provided & {"responses", "references"}:
-        yield ConfigIssue(
-            "data", f"{type(data).__name__} has no responses to learn from (rollout.source=data); {RECORDED}"
-        )
+        yield ConfigIssue("data", f"{nobody} has no responses to learn from (rollout.source=data); {RECORDED}")
     elif rollout.judge == "auto" and needs.pairs and not provided & {"pairs", "labels"}:
         yield ConfigIssue(
             "data",
-            f"{type(algorithm).__name__} compares responses to a prompt, and {type(data).__name__} says of none that "
+            f"{type(algorithm).__name__} compares responses to a prompt, and {unjudged} says of none that "
             "it is better: use data=pairs, or data=responses with labels or scores, or let a reward score them "
             "(rollout.judge=always reward=NAME)",
         )
     elif rollout.judge == "auto" and needs.labels and not provided & {"pairs", "labels"}:
         yield ConfigIssue(
             "data",
-            f"{type(algorithm).__name__} learns from labels, and {type(data).__name__} gives none: use data=responses "
+            f"{type(algorithm).__name__} learns from labels, and {unjudged} gives none: use data=responses "
             "with data.label_column, or data=pairs",
         )
 
@@ -86,6 +97,38 @@ def prompts_have_something_to_compare(algorithm: Algorithm, rollout: RolloutConf
         )
 
 
+def labels_are_of_both_kinds(algorithm: Algorithm, rollout: RolloutConfig, data: DataSource) -> Issues:
+    """In the first problems: responses of one kind move each other's reference point, and teach no difference."""
+    if not reads_recorded_labels(rollout, algorithm):
+        return
+    try:
+        responses = [response for problem in data.preview("train") for response in problem.responses]
+    except DataError:
+        return  # reported with the data
+    name = type(algorithm).__name__
+    no_label = next((response for response in responses if not 0 <= response.value <= 1), None)
+    if no_label is not None:
+        yield ConfigIssue(
+            "data",
+            f"{name} learns from labels, 0 (bad) to 1 (good), and {no_label.origin} has a score of {no_label.value:g}: "
+            "name true and false labels with data.label_column, or compare responses by their scores "
+            "(algorithm=dpo)",
+        )
+    elif responses and len({response.value > 0.5 for response in responses}) < 2:
+        kind, other = ("good", "bad") if responses[0].value > 0.5 else ("bad", "good")
+        yield ConfigIssue(
+            "data",
+            f"{name} learns from good and bad responses, and all of the first {len(responses)} are {kind}: add {other} "
+            "ones" + (", or imitate these (algorithm=sft data=chat)" if kind == "good" else ""),
+            warning=len(responses) >= CHECKED_ROWS,
+        )
+
+
+def rows_are_noted(data: DataSource, dry_run: bool) -> Issues:
+    for note in data.notes() if dry_run else ():  # the start says it of all rows
+        yield ConfigIssue("data", note, warning=True)
+
+
 def labels_are_labels(algorithm: Algorithm, reward: Part) -> Issues:
     if algorithm.needs().labels and reward.cls.traits(reward.config).raw_scores:
         yield ConfigIssue(
@@ -93,18 +136,6 @@ def labels_are_labels(algorithm: Algorithm, reward: Part) -> Issues:
             f"{type(algorithm).__name__} learns from labels, 0 (bad) to 1 (good), and {reward.cls.__name__} gives "
             "scores of any size; choose a reward that says right or wrong",
         )
-
-
-def recorded_labels_are_labels(algorithm: Algorithm, rollout: RolloutConfig, data: DataSource) -> Issues:
-    """In the first problems; the start looks at all of them."""
-    if not reads_recorded_labels(rollout, algorithm):
-        return
-    try:
-        _, bad = split_off_the_scale(data.preview("train"))
-    except DataError:
-        return  # reported with the data
-    if bad:
-        yield ConfigIssue("data", f"{bad[0].origin}: {bad[0].reason}")
 
 
 def reward_gets_the_policy(reward: Part, rollout: RolloutConfig) -> Issues:
@@ -236,8 +267,9 @@ SOURCES = (
     algorithm_learns_from_the_source,
     data_have_responses,
     prompts_have_something_to_compare,
+    labels_are_of_both_kinds,
+    rows_are_noted,
     labels_are_labels,
-    recorded_labels_are_labels,
     reward_gets_the_policy,
     batches_are_large_enough,
     frozen_models_exist,

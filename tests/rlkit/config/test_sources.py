@@ -103,7 +103,7 @@ def test_a_reward_that_follows_the_policy_needs_one_that_samples(load: Load, pai
 
 def test_a_score_that_is_no_label_is_named_with_its_row(load: Load, scored: Path) -> None:
     labels = ("data=responses", f"data.path={scored}")
-    with pytest.raises(ConfigError, match=r"scored\.jsonl:5: its score 3 is no label"):
+    with pytest.raises(ConfigError, match=r"scored\.jsonl:5 has a score of 3"):
         load("algorithm=kto", *labels)
     assert load("algorithm=sft", *labels).data_config.path == str(scored)
 
