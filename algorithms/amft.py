@@ -13,7 +13,7 @@ and no further samples, but an estimate that says nothing while mu stands still.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from algorithms.base import Advantages, AlgorithmNeeds, Experience, LossInputs
+from algorithms.base import Advantages, AlgorithmNeeds, Experience, FloatArray, LossInputs
 from algorithms.functional.losses import Aggregation
 from algorithms.grpo import GRPO
 from rlkit.experience.section import Coefficient
@@ -96,30 +96,37 @@ class AMFT(GRPO):
         return replace(super().needs(), demonstrations=True)
 
     def advantages(self, experience: Experience) -> Advantages:
-        fresh = [group for group in experience.groups if any(s.logprobs is not None for s in group.samples)]
-        shown = [sample for group in experience.groups[len(fresh) :] for sample in group.samples]
-        count = sum(len(group.samples) for group in fresh)
+        shown = [all(sample.logprobs is None for sample in group.samples) for group in experience.groups]
+        fresh = [group for group, recorded in zip(experience.groups, shown, strict=True) if not recorded]
+        samples = [sample for group in experience.groups for sample in group.samples]
+        demonstrated = np.repeat(shown, [len(group.samples) for group in experience.groups])
         policy, reference = (
-            None if rows is None else rows[:count]
+            None if rows is None else [row for row, recorded in zip(rows, demonstrated, strict=True) if not recorded]
             for rows in (experience.policy_logprobs, experience.reference_logprobs)
         )
         credit = super().advantages(Experience(fresh, experience.step, None, policy, reference))
-        samples = [sample for group in fresh for sample in group.samples]
-        sampled = sum(int(s.trained.sum()) for s, kept in zip(samples, credit.keep, strict=True) if kept)
-        given = sum(int(sample.trained.sum()) for sample in shown)
+        keep = np.ones(len(samples), dtype=np.bool_)
+        keep[~demonstrated] = credit.keep
+        trained = np.array([int(sample.trained.sum()) for sample in samples], dtype=np.int64)
+        sampled, given = int(trained[keep & ~demonstrated].sum()), int(trained[demonstrated].sum())
         # The loss divides by all tokens; each half is to be a mean over its own.
         ours, theirs = (mu * (sampled + given) / max(1, own) for mu, own in ((1 - self.mu, sampled), (self.mu, given)))
-        tokens = [*(ours * row for row in credit.tokens), *(np.full(len(s), theirs * s.weight) for s in shown)]
+
+        def with_demonstrations(own: Sequence[FloatArray], value: float) -> list[FloatArray]:
+            """Rows of the fresh samples, and value x weight on the data's."""
+            rows = iter(own)
+            return [
+                np.full(len(sample), value * sample.weight, np.float32) if recorded else next(rows)
+                for sample, recorded in zip(samples, demonstrated, strict=True)
+            ]
+
+        extras = {name: with_demonstrations(rows, 0.0) for name, rows in credit.extras.items()}
+        marks = [np.full(len(s), mark, np.float32) for s, mark in zip(samples, demonstrated, strict=True)]
         return replace(
             credit,
-            tokens=[np.asarray(row, dtype=np.float32) for row in tokens],
-            keep=np.concatenate([credit.keep, np.ones(len(shown), dtype=np.bool_)]),
-            extras={
-                DEMONSTRATION: [
-                    *(np.zeros(len(s), np.float32) for s in samples),
-                    *(np.ones(len(s), np.float32) for s in shown),
-                ]
-            },
+            tokens=with_demonstrations([np.asarray(ours * row, np.float32) for row in credit.tokens], theirs),
+            keep=keep,
+            extras={**extras, DEMONSTRATION: marks},
             metrics={**credit.metrics, "amft/mu": self.mu, "amft/demonstration_tokens": float(given)},
         )
 
