@@ -3,8 +3,9 @@
     L = (1 - mu) L_RL + mu L_SFT,    mu <- clip(mu + eta_m dU/dmu + eta_H (H* - H), mu_min, mu_max)
 
 L_RL: GRPO's surrogate on the policy's samples; L_SFT: the likelihood of the data's responses to the same prompts; each
-a mean over its own tokens. H: the policy's entropy per token, H* its mean over the first `warmup_steps`. As the formula
-is written mu rises when entropy is below its target; the paper's prose says the opposite, which is `entropy_sign=-1`.
+a mean over its own tokens of the step. H: the policy's entropy per token of both, H* its mean over the first
+`warmup_steps`. As the formula is written mu rises when entropy is below its target; the paper's prose says the
+opposite, which is `entropy_sign=-1`.
 
 dU/dmu is the paper's meta-gradient of the validation reward U. Here U is the mean reward of each step's fresh samples,
 which nothing was trained on yet, and the derivative is the secant between two windows of steps: no second backward pass
