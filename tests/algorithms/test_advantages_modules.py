@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from learner_fixture import make_groups
 from paths import ROOT
 from test_grpo import Rows
@@ -80,7 +81,9 @@ def test_recipes_are_valid_and_compute(name: str, tmp_path: Path) -> None:
     assert all(np.isfinite(row).all() and row.dtype == np.float32 for row in advantages.tokens)
     assert all((row[~sample.trained] == 0).all() for row, sample in zip(advantages.tokens, samples, strict=True))
     assert all(np.isfinite(value) for value in advantages.metrics.values())
-    output = algorithm.loss(Rows().inputs())
+    inputs = Rows().inputs()
+    extras = {name: torch.zeros_like(inputs.logprobs) for name in advantages.extras}
+    output = algorithm.loss(replace(inputs, extras=extras))
     output.loss.backward()
     assert output.loss.isfinite()
 
