@@ -331,16 +331,14 @@ class _RunLoading(Loading):
         self._report(run_checks(checked))
 
     def _leave_out_what_does_not_start(self, checked: dict[str, Any]) -> None:
-        """Without engines, there are none to configure; a part that is not asked need not fit."""
+        """Without engines, there are none to configure; a part that is not asked, or may not be, need not fit."""
         rollout, evaluation, algorithm = (checked.get(name) for name in ("rollout", "evaluation", "algorithm"))
-        if rollout is None or evaluation is None:
-            return
-        if not has_engines(rollout, evaluation) or rollout.source == "model":
-            checked.pop("verifier", None)
-        if not has_engines(rollout, evaluation):
-            self.available["rollout"] = checked["rollout"] = rollout.model_copy(update={"workers": 0})
-        if algorithm is not None and not asks_reward(rollout, algorithm):
+        if rollout is None or algorithm is None or not asks_reward(rollout, algorithm):
             checked.pop("reward", None)
+        if rollout is None or evaluation is None or rollout.source == "model" or not has_engines(rollout, evaluation):
+            checked.pop("verifier", None)
+        if rollout is not None and evaluation is not None and not has_engines(rollout, evaluation):
+            self.available["rollout"] = checked["rollout"] = rollout.model_copy(update={"workers": 0})
 
     def _report(self, issues: Iterable[ConfigIssue]) -> None:
         for issue in issues:
