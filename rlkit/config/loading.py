@@ -50,6 +50,7 @@ from rlkit.config.parts import (
 )
 from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import RunConfig
+from rlkit.config.vocabulary import is_called
 from rlkit.experience.names import edits, nearest
 from rlkit.experience.section import Section
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
@@ -225,6 +226,7 @@ class Loading:
         """For keys unknown to this class and unlike its own: which options have them, or have one a slip away."""
         own = cls.Config.model_fields
         unknown = [key for key in fields if key not in own and nearest(key, own) is None]
+        unknown = [key for key in unknown if not is_called(key, [f"{kind}.{name}" for name in own])]
         having: dict[str, dict[str, list[str]]] = {key: {} for key in unknown}
         for option in self.options[kind] if unknown else ():
             try:
@@ -240,7 +242,8 @@ class Loading:
             name = key if key in options else next(iter(options), None)
             if name is not None:
                 meant = "" if name == key else f"did you mean {kind}.{name}? "
-                *most, last = options[name]
+                shown, others = options[name][:6], len(options[name]) - 6
+                *most, last = [*shown, *([f"{others} more"] if others > 0 else [])]
                 owners = f"{', '.join(most)} and {last}" if most else last
                 notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {owners})"
         return notes

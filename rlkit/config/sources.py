@@ -13,6 +13,7 @@ from rlkit.data.base import DataError, DataSource
 from rlkit.models.folder import ModelFolderError, check_model_folder, model_folder
 
 RECORDED = "data=pairs, data=responses or data=chat bring recorded ones"
+LEARNT = "recorded responses are learnt by algorithm=dpo, kto and others (pairs, labels, scores) or algorithm=sft"
 SAMPLED = ("samples_per_prompt",)
 """Options of an algorithm that speak of sampling."""
 
@@ -20,10 +21,11 @@ SAMPLED = ("samples_per_prompt",)
 def algorithm_learns_from_the_source(algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
     sources = algorithm.needs().sources
     if rollout.source not in sources:
+        takes = " or ".join(f"rollout.source={source}" for source in sources)
+        others = f"; {LEARNT}" if rollout.source == "data" and not algorithm.needs().demonstrations else ""
         yield ConfigIssue(
             "rollout.source",
-            f"gives responses that {type(algorithm).__name__} cannot learn from; it takes "
-            f"{' or '.join(f'rollout.source={source}' for source in sources)}",
+            f"gives responses that {type(algorithm).__name__} cannot learn from; it takes {takes}{others}",
         )
 
 
@@ -119,15 +121,23 @@ def frozen_models_exist(algorithm: Algorithm, rollout: RolloutConfig, model: Mod
             yield ConfigIssue(key, str(error))
 
 
-OF_ENGINES = tuple(
-    f"rollout.{name}"
-    for name in ("workers", "memory_gib", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "structured")
+OF_ROLLOUT = ("source", "source_path", "judge", "temperature", "steps", "oversample", "max_prompt_tokens")
+"""Keys of `rollout` that matter without engines, or have checks of their own; all others are vLLM's."""
+OF_ENGINES = (
+    *(f"rollout.{name}" for name in RolloutConfig.model_fields if name not in (*OF_ROLLOUT, "max_response_tokens")),
+    "cluster.weight_",
+    "trainer.mismatch_alarm",
+    "trainer.max_mismatch",
 )
 """Keys, or their beginnings, that matter to nobody but vLLM."""
 
 
 def source_options_act(
-    algorithm: Algorithm, rollout: RolloutConfig, evaluation: EvaluationConfig, typed: AbstractSet[str]
+    algorithm: Algorithm,
+    rollout: RolloutConfig,
+    evaluation: EvaluationConfig,
+    trainer: TrainerConfig,
+    typed: AbstractSet[str],
 ) -> Issues:
     if (rollout.source_path is not None) != (rollout.source == "model"):
         yield ConfigIssue("rollout.source_path", "and rollout.source=model go together: set both")
@@ -146,6 +156,10 @@ def source_options_act(
     if rollout.source == "data":
         for key in sorted(typed & {f"algorithm.{name}" for name in SAMPLED}):
             yield ConfigIssue(key, "has no effect with rollout.source=data: the data say how many responses there are")
+        if trainer.max_staleness:
+            yield ConfigIssue(
+                "trainer.max_staleness", "has no effect with rollout.source=data: nothing is sampled; set 0"
+            )
     if has_engines(rollout, evaluation) and rollout.source != "model":
         return
     idle = OF_ENGINES if rollout.source == "data" else ()
