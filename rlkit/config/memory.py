@@ -131,7 +131,8 @@ def backward(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) 
     elif stage == 2:
         parts["gradients"] = 4 * parameters / ranks * (2 if width == 4 else 1)  # in fp32 the sum and the new ones
     if stage == 2:
-        parts["reduction bucket"] = 2.0 * width * bucket  # and its flat copy
+        # Its flat copy comes when the logits are gone (measured on CPUs; on a GPU it is counted for safety).
+        parts["reduction bucket"] = (2.0 if cuda else 1.0) * width * bucket
     elif stage == 3:
         parts["flat copy of the bucket"] = width * bucket
     if stage == 3 and ranks > 1:
