@@ -79,6 +79,8 @@ def print_help(words: Sequence[str] = ()) -> int:
         return 0
     for word in words:
         matching = list(_matching(word, blocks)) or list(_option_block(word, options))
+        for group in CONTRACTS if not matching and word in options["algorithm"] else ():  # --help kto
+            matching += _matching(f"{group}={word}", blocks) if word in options[group] else ()
         if not matching:
             names = {name for block in blocks for name in (*block.names, *(key for key, _ in block.fields))}
             raise ConfigError([ConfigIssue(f"--help {word}", f"no section, option or key; {_near(word, names)}")])

@@ -225,8 +225,8 @@ class Loading:
     def _other_classes(self, kind: str, cls: Any, fields: Mapping[str, Any]) -> dict[str, str]:
         """For keys unknown to this class and unlike its own: which options have them, or have one a slip away."""
         own = cls.Config.model_fields
-        unknown = [key for key in fields if key not in own and nearest(key, own) is None]
-        unknown = [key for key in unknown if not is_called(key, [f"{kind}.{name}" for name in own])]
+        named = [key for key in fields if key in own or is_called(key, {f"{kind}.{name}" for name in own})]
+        unknown = [key for key in fields if key not in named and nearest(key, own) is None]
         having: dict[str, dict[str, list[str]]] = {key: {} for key in unknown}
         for option in self.options[kind] if unknown else ():
             try:
@@ -239,11 +239,10 @@ class Loading:
                         having[key].setdefault(name, []).append(f"{kind}={option}")
         notes = {}
         for key, options in having.items():
-            name = key if key in options else next(iter(options), None)
-            if name is not None:
+            if name := key if key in options else next(iter(options), None):
                 meant = "" if name == key else f"did you mean {kind}.{name}? "
-                shown, others = options[name][:6], len(options[name]) - 6
-                *most, last = [*shown, *([f"{others} more"] if others > 0 else [])]
+                shown, others = options[name][:8], len(options[name]) - 8
+                *most, last = [*shown, f"{others} more"][: 9 if others > 0 else len(shown)]
                 owners = f"{', '.join(most)} and {last}" if most else last
                 notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {owners})"
         return notes

@@ -275,8 +275,9 @@ def read_section(model: type[Model], tree: Mapping[str, Any]) -> tuple[Model | N
 def _needs_a_value(key: str, fields: Mapping[str, FieldInfo]) -> ConfigIssue:
     words = literal_values(fields[key]) if key in fields else []
     about = (fields[key].description or "").partition(". ")[0].rstrip(".") if key in fields else ""
-    what = f", one of {', '.join(words)}" if words else f" ({about})" if about else ""
-    return ConfigIssue(key, f"needs a value{what}; write {key}={words[0] if words else 'VALUE'}")
+    what = f", one of {', '.join(words)}" if words else ""
+    about = f" ({about})" if about and not words else ""
+    return ConfigIssue(key, f"needs a value{what}; write {key}={words[0] if words else 'VALUE'}{about}")
 
 
 def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], where: Where) -> ConfigIssue:

@@ -21,6 +21,7 @@ from rlkit.config.plan import (
     weight_route,
 )
 from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
+from rlkit.config.sources import passes
 from rlkit.data.base import DataSource
 from rlkit.data.lengths import uncountable
 from rlkit.models.folder import ModelShape, check_model_folder, model_folder
@@ -62,11 +63,13 @@ def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
         if shape.parameters is None
         else f"{shape.parameters:,} parameters"
     )
+    rollout = run.config.rollout
+    asked, judges = asks_reward(rollout, run.make_algorithm()), rollout.workers and rollout.source != "model"
+    reward = [Line("parts", "reward", run.config.reward["_target_"]), *_reward_parts(run.config.reward)]
     return [
         Line("parts", "algorithm", run.config.algorithm["_target_"]),
-        Line("parts", "reward", run.config.reward["_target_"]),
-        *_reward_parts(run.config.reward),
-        Line("parts", "verifier", run.config.verifier["_target_"]),
+        *(reward if asked else ()),
+        *([Line("parts", "verifier", run.config.verifier["_target_"])] if judges else ()),
         Line("parts", "data", run.config.data["_target_"]),
         Line("parts", "model", f"{run.config.model.path} ({size})"),
         Line("parts", "run folder", str(run.config.run_dir)),
@@ -190,13 +193,18 @@ def _learning_rates(run: ResolvedRun) -> Iterator[Line]:
 
 def _recorded_batches(run: ResolvedRun) -> list[Line]:
     trainer, learner = run.config.trainer, run.config.learner
-    updates = learner.optimizer_steps
-    steps, epochs = f"{trainer.total_steps} steps", trainer.total_epochs
-    if epochs is not None:
-        steps = _count(epochs, "epoch")
+    data = run.make_data_source()
+    times, count = (trainer.total_epochs, 0) if data.check() else passes(data, trainer)
+    steps = "as many steps as" if trainer.total_epochs else f"{trainer.total_steps} steps,"
+    read = f" ({count:,} prompts were read)" if count else ""
     return [
         Line("batches", "each step", f"{trainer.prompts_per_step} prompts with the data's responses"),
-        Line("batches", "whole run", f"{steps}, {_count(updates, 'optimizer step')} each"),
+        Line("batches", "each step trains", _count(learner.optimizer_steps, "optimizer step")),
+        Line(
+            "batches",
+            "whole run",
+            steps.rstrip(",") if times is None else f"{steps} {times:.3g} passes over the data{read}",
+        ),
         *_learning_rates(run),
     ]
 

@@ -10,6 +10,7 @@ from rlkit.config.parts import Part
 from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import EvaluationConfig, ModelConfig, RolloutConfig, TrainerConfig
 from rlkit.data.base import DataError, DataSource
+from rlkit.data.files import CHECKED_ROWS
 from rlkit.models.folder import ModelFolderError, check_model_folder, model_folder
 
 RECORDED = "data=pairs, data=responses or data=chat bring recorded ones"
@@ -121,6 +122,7 @@ def frozen_models_exist(algorithm: Algorithm, rollout: RolloutConfig, model: Mod
             yield ConfigIssue(key, str(error))
 
 
+MANY_PASSES = 5
 OF_ROLLOUT = ("source", "source_path", "judge", "temperature", "steps", "oversample", "max_prompt_tokens")
 """Keys of `rollout` that matter without engines, or have checks of their own; all others are vLLM's."""
 OF_ENGINES = (
@@ -171,6 +173,28 @@ def source_options_act(
             )
 
 
+def passes(data: DataSource, trainer: TrainerConfig) -> tuple[float | None, int]:
+    """Passes over the training data, at most, and the prompts that were read; after `data.check()`. None: unknown."""
+    try:
+        count = len(data.preview("train"))
+    except DataError:
+        return trainer.total_epochs, 0
+    asked = trainer.total_steps * trainer.prompts_per_step
+    return trainer.total_epochs or (asked / count if count else None), count
+
+
+def passes_are_few(data: DataSource, rollout: RolloutConfig, trainer: TrainerConfig) -> Issues:
+    times, count = passes(data, trainer)
+    whole = count < CHECKED_ROWS * 0.9  # else there may be more
+    if rollout.source == "data" and whole and trainer.total_epochs is None and times and times > MANY_PASSES:
+        yield ConfigIssue(
+            "trainer.total_steps",
+            f"trains {times:.3g} times on each of {count:,} prompts' responses, which are then learnt by heart; usual "
+            "are 1 to 3 (trainer.total_epochs=2)",
+            warning=True,
+        )
+
+
 def epochs_or_steps(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
     if trainer.total_epochs is not None and "trainer.total_steps" in typed:
         yield ConfigIssue("trainer.total_steps", "and trainer.total_epochs exclude each other: set one")
@@ -185,4 +209,5 @@ SOURCES = (
     frozen_models_exist,
     source_options_act,
     epochs_or_steps,
+    passes_are_few,
 )

@@ -106,6 +106,18 @@ MISLEADING = {
     "algorithm.lambd=0.9": ["algorithm.gae_lambda, which the chosen algorithm does not have"],
     "data.train_files=x.jsonl": ["data.path, which the chosen data does not have"],
     "actor_rollout_ref.rollout.n=8": ["did you mean algorithm.samples_per_prompt?"],
+    "algorithm.beta=0.1": ["did you mean algorithm.kl_coefficient?"],
+    "algorithm=dpo trainer.beta=0.1": ["did you mean algorithm.beta?"],
+    "algorithm=dpo algorithm.loss_type=kto_pair": ["1 problem", "that is algorithm=kto"],
+    "algorithm=dpo algorithm.rpo_alpha=1": ["did you mean algorithm.nll_coefficient?"],
+    "trainer.learning_rate=1e-5": ["did you mean learner.learning_rate?"],
+    "trainer.max_length=512": ["rollout.max_prompt_tokens and rollout.max_response_tokens"],
+    "trainer.num_train_epochs=3": ["did you mean trainer.total_epochs?"],
+    "trainer.packing=true": ["always so"],
+    "trainer.gradient_accumulation_steps=4": ["trainer.prompts_per_step", "learner.tokens_per_microbatch"],
+    "trainer.precompute_ref_log_probs=true": ["learner.reference_cache"],
+    "algorithm=distill": ["algorithm.teacher=VALUE (Folder of the teacher"],
+    "teacher=x": ["algorithm=distill algorithm.teacher=FOLDER"],
     "data.path=a(b": ["1 problem", "cannot be parsed", "\"data.path='a(b'\""],
 }
 """Arguments (␣ is a blank inside one) -> words of the answer."""
