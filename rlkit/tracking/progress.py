@@ -16,6 +16,10 @@ from typing import Any
 SHOWN = (
     ("reward", "reward/mean", "{:7.3f}"),
     ("accuracy", "accuracy/train", "{:6.1%}"),
+    ("loss", "preference/loss", "{:6.3f}"),
+    ("pairs right", "preference/accuracy", "{:6.1%}"),
+    ("margin", "preference/margin", "{:7.3f}"),
+    ("reverse KL", "distill/reverse_kl", "{:7.4f}"),
     ("KL", "kl/reference", "{:8.5f}"),
     ("rollout KL", "kl/rollout", "{:8.6f}"),
     ("entropy", "policy/entropy", "{:6.3f}"),
