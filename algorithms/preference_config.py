@@ -121,6 +121,10 @@ class PreferenceConfig(AlgorithmConfig):
                 raise ValueError(f"{name} has no effect with {otherwise}")
         return self
 
+    def idle(self) -> frozenset[str]:
+        effects = self._effects().items()
+        return frozenset(name for name, (acts, why) in effects if not acts and why.startswith(("link=", "reference=")))
+
     def _effects(self) -> dict[str, tuple[bool, str]]:
         """By option: whether it acts, and with what it does not."""
         takes, link = link_parameters(self.link), f"link={self.link}"

@@ -57,6 +57,8 @@ class Block:
     """Full key -> (value, the option that sets it), where that is not the schema's default."""
     same_as: str = ""
     """The block that lists its keys already."""
+    idle: frozenset[str] = frozenset()
+    """Keys that do nothing with what it sets."""
 
 
 def print_help(words: Sequence[str] = ()) -> int:
@@ -152,15 +154,19 @@ def _class_block(
     except PartError as error:
         return Block(title, f"{target} {error}", (), names, {})
     fields = list(all_fields(cls.Config, f"{kind}."))
+    own = {key.rpartition(".")[2]: value for key, (value, _) in values.items() if key.startswith("algorithm.")}
+    idle = cls.Config.model_construct(**own).idle() if kind == "algorithm" else ()
     first = title if listed is None else listed.setdefault(cls, title)
-    return Block(title, headline(cls), fields, names, values, "" if first == title else first)
+    same_as = "" if first == title else first
+    return Block(title, headline(cls), fields, names, values, same_as, frozenset(f"{kind}.{name}" for name in idle))
 
 
 def _matching(word: str, blocks: Sequence[Block]) -> Iterator[Block]:
     """Blocks of that name, else the keys whose names have the word."""
     named = [block for block in blocks if word in block.names]
     if named:
-        yield from (Block(b.title, b.text, b.fields, b.names, b.sets) for b in named)
+        for b in named:
+            yield Block(b.title, b.text, [field for field in b.fields if field[0] not in b.idle], b.names, b.sets)
     else:
         for block in blocks:
             fields = [(key, info) for key, info in block.fields if word in key]
