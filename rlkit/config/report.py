@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,8 @@ from rlkit.config.plan import (
     weight_route,
 )
 from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
-from rlkit.config.sources import passes
-from rlkit.data.base import DataSource
+from rlkit.data.base import DataError, DataSource, Problem
+from rlkit.data.files import CHECKED_ROWS
 from rlkit.data.lengths import uncountable
 from rlkit.models.folder import ModelShape, check_model_folder, model_folder
 from rlkit.models.usable import known_run
@@ -192,21 +193,38 @@ def _learning_rates(run: ResolvedRun) -> Iterator[Line]:
 
 
 def _recorded_batches(run: ResolvedRun) -> list[Line]:
-    trainer, learner = run.config.trainer, run.config.learner
-    data = run.make_data_source()
-    times, count = (trainer.total_epochs, 0) if data.check() else passes(data, trainer)
-    steps = "as many steps as" if trainer.total_epochs else f"{trainer.total_steps} steps,"
-    read = f" ({count:,} prompts were read)" if count else ""
+    trainer, updates, problems = run.config.trainer, run.config.learner.optimizer_steps, _training_problems(run)
+    steps, lines = trainer.steps_on(len(problems)), list[Line]()
+    whole = [f"{_count(steps, 'step')} x {updates} = {_count(steps * updates, 'optimizer step')}"]
+    if not problems and trainer.total_epochs is not None:
+        whole = [_count(updates, "optimizer step") + " in each step"]
+    if problems:
+        parts = {"prompt": len(problems), "response": sum(len(p.responses) or len(p.references) for p in problems)}
+        parts |= {"pair": sum(len(problem.pairs) for problem in problems)}
+        counted = [_count(number, noun) for noun, number in parts.items() if number]
+        lines.append(Line("batches", "training data", f"{', '.join(counted)}; what is too long is left out"))
+    passes = trainer.total_epochs or (steps * trainer.prompts_per_step / len(problems) if problems else 0)
+    if passes:
+        whole.append(f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
+    heldout = f"the held-out ones, at most {_count(trainer.evaluation_prompts, 'prompt')}"
+    if run.config.evaluation.generate:
+        heldout = _evaluation(run)
     return [
-        Line("batches", "each step", f"{trainer.prompts_per_step} prompts with the data's responses"),
-        Line("batches", "each step trains", _count(learner.optimizer_steps, "optimizer step")),
-        Line(
-            "batches",
-            "whole run",
-            steps.rstrip(",") if times is None else f"{steps} {times:.3g} passes over the data{read}",
-        ),
+        *lines,
+        Line("batches", "each step", f"{_count(trainer.prompts_per_step, 'prompt')} with the data's responses"),
+        Line("batches", "whole run", ", ".join(whole)),
         *_learning_rates(run),
+        Line("batches", "each evaluation", heldout),
     ]
+
+
+def _training_problems(run: ResolvedRun) -> Sequence[Problem]:
+    """None if they are too many to read for a plan, or cannot be read."""
+    source = run.make_data_source()
+    with suppress(DataError):
+        if not source.check() and 0 < sum(p.rows for p in source.preview("train")) < 0.9 * CHECKED_ROWS:
+            return source.load("train")[0]
+    return []
 
 
 def _evaluation(run: ResolvedRun) -> str:

@@ -10,11 +10,13 @@ from rlkit.config.parts import Part
 from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import EvaluationConfig, ModelConfig, RolloutConfig, TrainerConfig
 from rlkit.data.base import DataError, DataSource
-from rlkit.data.files import CHECKED_ROWS
 from rlkit.models.folder import ModelFolderError, check_model_folder, model_folder
 
 RECORDED = "data=pairs, data=responses or data=chat bring recorded ones"
-LEARNT = "recorded responses are learnt by algorithm=dpo, kto and others (pairs, labels, scores) or algorithm=sft"
+LEARNERS = (
+    "Recorded pairs train algorithm=dpo, simpo, orpo and others; responses with labels kto or bco; all of them, and "
+    "conversations, sft"
+)
 SAMPLED = ("samples_per_prompt",)
 """Options of an algorithm that speak of sampling."""
 
@@ -22,11 +24,11 @@ SAMPLED = ("samples_per_prompt",)
 def algorithm_learns_from_the_source(algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
     sources = algorithm.needs().sources
     if rollout.source not in sources:
-        takes = " or ".join(f"rollout.source={source}" for source in sources)
-        others = f"; {LEARNT}" if rollout.source == "data" and not algorithm.needs().demonstrations else ""
         yield ConfigIssue(
             "rollout.source",
-            f"gives responses that {type(algorithm).__name__} cannot learn from; it takes {takes}{others}",
+            f"gives responses that {type(algorithm).__name__} cannot learn from; it takes "
+            f"{' or '.join(f'rollout.source={source}' for source in sources)}"
+            + (f". {LEARNERS}" if rollout.source == "data" else ""),
         )
 
 
@@ -122,24 +124,15 @@ def frozen_models_exist(algorithm: Algorithm, rollout: RolloutConfig, model: Mod
             yield ConfigIssue(key, str(error))
 
 
-MANY_PASSES = 5
-OF_ROLLOUT = ("source", "source_path", "judge", "temperature", "steps", "oversample", "max_prompt_tokens")
-"""Keys of `rollout` that matter without engines, or have checks of their own; all others are vLLM's."""
-OF_ENGINES = (
-    *(f"rollout.{name}" for name in RolloutConfig.model_fields if name not in (*OF_ROLLOUT, "max_response_tokens")),
-    "cluster.weight_",
-    "trainer.mismatch_alarm",
-    "trainer.max_mismatch",
+ON_RECORDED = frozenset(
+    f"rollout.{name}"
+    for name in ("source", "source_path", "judge", "temperature", "max_prompt_tokens", "max_response_tokens", "steps")
 )
-"""Keys, or their beginnings, that matter to nobody but vLLM."""
+"""Keys that do something, or have a check of their own, where nothing is sampled. The others are vLLM's."""
 
 
 def source_options_act(
-    algorithm: Algorithm,
-    rollout: RolloutConfig,
-    evaluation: EvaluationConfig,
-    trainer: TrainerConfig,
-    typed: AbstractSet[str],
+    algorithm: Algorithm, rollout: RolloutConfig, evaluation: EvaluationConfig, typed: AbstractSet[str]
 ) -> Issues:
     if (rollout.source_path is not None) != (rollout.source == "model"):
         yield ConfigIssue("rollout.source_path", "and rollout.source=model go together: set both")
@@ -158,46 +151,39 @@ def source_options_act(
     if rollout.source == "data":
         for key in sorted(typed & {f"algorithm.{name}" for name in SAMPLED}):
             yield ConfigIssue(key, "has no effect with rollout.source=data: the data say how many responses there are")
-        if trainer.max_staleness:
-            yield ConfigIssue(
-                "trainer.max_staleness", "has no effect with rollout.source=data: nothing is sampled; set 0"
-            )
     if has_engines(rollout, evaluation) and rollout.source != "model":
         return
-    idle = OF_ENGINES if rollout.source == "data" else ()
     remedy = " (evaluation.generate=true does)" if rollout.source == "data" else ""
     for key in sorted(typed):
-        if key.startswith(("verifier", "evaluation.", *idle)):
+        of_engines = rollout.source == "data" and key.startswith("rollout.")
+        if key.startswith(("verifier", "evaluation.")) or (of_engines and _option(key) not in ON_RECORDED):
             yield ConfigIssue(
                 key, f"has no effect: the policy samples nothing with rollout.source={rollout.source}{remedy}"
             )
 
 
-def passes(data: DataSource, trainer: TrainerConfig) -> tuple[float | None, int]:
-    """Passes over the training data, at most, and the prompts that were read; after `data.check()`. None: unknown."""
-    try:
-        count = len(data.preview("train"))
-    except DataError:
-        return trainer.total_epochs, 0
-    asked = trainer.total_steps * trainer.prompts_per_step
-    return trainer.total_epochs or (asked / count if count else None), count
-
-
-def passes_are_few(data: DataSource, rollout: RolloutConfig, trainer: TrainerConfig) -> Issues:
-    times, count = passes(data, trainer)
-    whole = count < CHECKED_ROWS * 0.9  # else there may be more
-    if rollout.source == "data" and whole and trainer.total_epochs is None and times and times > MANY_PASSES:
-        yield ConfigIssue(
-            "trainer.total_steps",
-            f"trains {times:.3g} times on each of {count:,} prompts' responses, which are then learnt by heart; usual "
-            "are 1 to 3 (trainer.total_epochs=2)",
-            warning=True,
-        )
+def _option(key: str) -> str:
+    """Of a key that may be inside of an option."""
+    return ".".join(key.split(".")[:2])
 
 
 def epochs_or_steps(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
     if trainer.total_epochs is not None and "trainer.total_steps" in typed:
         yield ConfigIssue("trainer.total_steps", "and trainer.total_epochs exclude each other: set one")
+
+
+def nothing_waits_for_engines(
+    rollout: RolloutConfig, evaluation: EvaluationConfig, trainer: TrainerConfig, typed: AbstractSet[str]
+) -> Issues:
+    """Keys of other sections about a sampler that works beside the learner."""
+    if rollout.source != "data":
+        return
+    if trainer.max_staleness:
+        yield ConfigIssue("trainer.max_staleness", "has no effect with rollout.source=data: nothing is sampled; set 0")
+    of_samples = () if has_engines(rollout, evaluation) else ("cluster.weight_",)
+    for key in sorted(typed):
+        if key.startswith(("trainer.mismatch_alarm", "trainer.max_mismatch", *of_samples)):
+            yield ConfigIssue(key, "has no effect: no engine samples what is trained with rollout.source=data")
 
 
 SOURCES = (
@@ -209,5 +195,5 @@ SOURCES = (
     frozen_models_exist,
     source_options_act,
     epochs_or_steps,
-    passes_are_few,
+    nothing_waits_for_engines,
 )
