@@ -122,8 +122,9 @@ class PreferenceConfig(AlgorithmConfig):
         return self
 
     def idle(self) -> frozenset[str]:
-        effects = self._effects().items()
-        return frozenset(name for name, (acts, why) in effects if not acts and why.startswith(("link=", "reference=")))
+        effects = self._effects()
+        idle = {name for name, (acts, why) in effects.items() if not acts and why.startswith(("link=", "reference="))}
+        return frozenset(idle | {name for name, (_, why) in effects.items() if why.partition("=")[0] in idle})
 
     def _effects(self) -> dict[str, tuple[bool, str]]:
         """By option: whether it acts, and with what it does not."""

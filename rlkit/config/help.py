@@ -66,6 +66,7 @@ def print_help(words: Sequence[str] = ()) -> int:
     fits nothing."""
     console, folder = Console(), conf_dir()
     options, chosen = group_options(folder), default_options(folder)
+    words = [f"algorithm={word}" if word in options["algorithm"] else word for word in words]  # --help kto
     for group, option in (word.split("=", 1) for word in words if "=" in word):
         if group in options and option not in options[group]:
             message = f"no such option; {did_you_mean(option, options[group])}"
@@ -81,8 +82,6 @@ def print_help(words: Sequence[str] = ()) -> int:
         return 0
     for word in words:
         matching = list(_matching(word, blocks)) or list(_option_block(word, options))
-        for group in CONTRACTS if not matching and word in options["algorithm"] else ():  # --help kto
-            matching += _matching(f"{group}={word}", blocks) if word in options[group] else ()
         if not matching:
             names = {name for block in blocks for name in (*block.names, *(key for key, _ in block.fields))}
             raise ConfigError([ConfigIssue(f"--help {word}", f"no section, option or key; {_near(word, names)}")])
@@ -166,12 +165,22 @@ def _matching(word: str, blocks: Sequence[Block]) -> Iterator[Block]:
     named = [block for block in blocks if word in block.names]
     if named:
         for b in named:
-            yield Block(b.title, b.text, [field for field in b.fields if field[0] not in b.idle], b.names, b.sets)
+            fields = [field for field in b.fields if field[0] not in b.idle]
+            yield Block(b.title, _recipe_text(b) or b.text, fields, b.names, b.sets)
     else:
         for block in blocks:
             fields = [(key, info) for key, info in block.fields if word in key]
             if fields and not block.same_as:
                 yield Block(block.title, "", fields, block.names, block.sets)
+
+
+def _recipe_text(block: Block) -> str:
+    """Of an algorithm's recipe, which may set keys of other sections; empty for all else."""
+    kind, _, option = block.title.partition("=")
+    if kind != "algorithm":
+        return ""
+    beside = [f"{key}={_spelled(value)}" for key, (value, _) in block.sets.items() if not key.startswith("algorithm.")]
+    return option_text(kind, option) + (f". Also sets {', '.join(beside)}" if beside else "")
 
 
 def _option_block(word: str, options: Mapping[str, Sequence[str]]) -> Iterator[Block]:
