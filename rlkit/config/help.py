@@ -180,7 +180,7 @@ def _recipe_text(block: Block) -> str:
     if kind != "algorithm":
         return ""
     beside = [f"{key}={_spelled(value)}" for key, (value, _) in block.sets.items() if not key.startswith("algorithm.")]
-    return option_text(kind, option) + (f". Also sets {', '.join(beside)}" if beside else "")
+    return option_text(kind, option) + (f". Also sets {', '.join(beside)}, unless model=NAME does" if beside else "")
 
 
 def _option_block(word: str, options: Mapping[str, Sequence[str]]) -> Iterator[Block]:

@@ -241,10 +241,10 @@ class Loading:
         for key, options in having.items():
             if name := key if key in options else next(iter(options), None):
                 meant = "" if name == key else f"did you mean {kind}.{name}? "
-                shown, others = options[name][:8], len(options[name]) - 8
-                *most, last = [*shown, f"{others} more"][: 9 if others > 0 else len(shown)]
-                owners = f"{', '.join(most)} and {last}" if most else last
-                notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {owners})"
+                owners = options[name]
+                *most, last = owners if len(owners) < 10 else [*owners[:8], f"{len(owners) - 8} more"]
+                text = f"{', '.join(most)} and {last}" if most else last
+                notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {text})"
         return notes
 
 

@@ -86,7 +86,7 @@ def test_help_on_a_recipe_has_what_acts_there(help_on: Typed) -> None:
     kto = help_on("kto")
     assert kto == help_on("algorithm=kto")
     assert "algorithm=kto  KTO (arXiv 2402.01306)" in kto
-    assert "Also sets learner.learning_rate=5e-06" in kto
+    assert "Also sets learner.learning_rate=5e-06, unless model=NAME does" in kto
     assert "algorithm.desirable_weight" in kto
     of_pairs = {"algorithm.nll_coefficient", "algorithm.guide", "algorithm.guide_weight", "algorithm.better_prompt"}
     keys = {recipe: set(re.findall(r"^  (algorithm\.\w+)", help_on(recipe), flags=re.MULTILINE)) for recipe in KINDS}
