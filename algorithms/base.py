@@ -40,6 +40,10 @@ class AlgorithmConfig(Section):
         """The configuration with what follows from `trainer.max_staleness` filled in."""
         return self
 
+    def idle(self) -> frozenset[str]:
+        """Options that no value of others but the recipe's own would make act: `--help` leaves them out."""
+        return frozenset()
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         for name, info in cls.model_fields.items():

@@ -117,8 +117,7 @@ def with_epochs(resolved: ResolvedRun, problems: int) -> ResolvedRun:
     trainer = resolved.config.trainer
     if trainer.total_epochs is None:
         return resolved
-    steps = max(1, round(trainer.total_epochs * problems / trainer.prompts_per_step))
-    changed = trainer.model_copy(update={"total_steps": steps})
+    changed = trainer.model_copy(update={"total_steps": trainer.steps_on(problems)})
     return replace(resolved, config=resolved.config.model_copy(update={"trainer": changed}))
 
 

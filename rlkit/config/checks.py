@@ -221,8 +221,11 @@ def group_filters_leave_something(buffer: BufferConfig) -> Issues:
 
 def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
     if rollout.source == "data":
-        if buffer.drops_groups or buffer.truncated != "keep":
-            yield ConfigIssue("buffer", "filters what was sampled; with rollout.source=data the rows are the data's")
+        filters = [name for name, value in buffer if value != getattr(BufferConfig(), name)]
+        if filters and "data" in algorithm.needs().sources:
+            yield ConfigIssue(
+                f"buffer.{filters[0]}", "filters what was sampled; with rollout.source=data the rows are the data's"
+            )
     elif buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
         yield ConfigIssue("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from rlkit.config.plan import (
     weight_route,
 )
 from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig, TrainerConfig
-from rlkit.data.base import DataSource
+from rlkit.data.base import DataError, DataSource, Problem
+from rlkit.data.files import CHECKED_ROWS
 from rlkit.data.lengths import uncountable
 from rlkit.models.folder import ModelShape, check_model_folder, model_folder
 from rlkit.models.usable import known_run
@@ -62,11 +64,13 @@ def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
         if shape.parameters is None
         else f"{shape.parameters:,} parameters"
     )
+    rollout = run.config.rollout
+    asked, judges = asks_reward(rollout, run.make_algorithm()), rollout.workers and rollout.source != "model"
+    reward = [Line("parts", "reward", run.config.reward["_target_"]), *_reward_parts(run.config.reward)]
     return [
         Line("parts", "algorithm", run.config.algorithm["_target_"]),
-        Line("parts", "reward", run.config.reward["_target_"]),
-        *_reward_parts(run.config.reward),
-        Line("parts", "verifier", run.config.verifier["_target_"]),
+        *(reward if asked else ()),
+        *([Line("parts", "verifier", run.config.verifier["_target_"])] if judges else ()),
         Line("parts", "data", run.config.data["_target_"]),
         Line("parts", "model", f"{run.config.model.path} ({size})"),
         Line("parts", "run folder", str(run.config.run_dir)),
@@ -190,16 +194,38 @@ def _learning_rates(run: ResolvedRun) -> Iterator[Line]:
 
 
 def _recorded_batches(run: ResolvedRun) -> list[Line]:
-    trainer, learner = run.config.trainer, run.config.learner
-    updates = learner.optimizer_steps
-    steps, epochs = f"{trainer.total_steps} steps", trainer.total_epochs
-    if epochs is not None:
-        steps = _count(epochs, "epoch")
+    trainer, updates, problems = run.config.trainer, run.config.learner.optimizer_steps, _training_problems(run)
+    steps, lines = trainer.steps_on(len(problems)), list[Line]()
+    whole = [f"{_count(steps, 'step')} x {updates} = {_count(steps * updates, 'optimizer step')}"]
+    if not problems and trainer.total_epochs is not None:
+        whole = [_count(updates, "optimizer step") + " in each step"]
+    if problems:
+        parts = {"prompt": len(problems), "response": sum(len(p.responses) or len(p.references) for p in problems)}
+        parts |= {"pair": sum(len(problem.pairs) for problem in problems)}
+        counted = [_count(number, noun) for noun, number in parts.items() if number]
+        lines.append(Line("batches", "training data", f"{', '.join(counted)}; what is too long is left out"))
+    passes = trainer.total_epochs or (steps * trainer.prompts_per_step / len(problems) if problems else 0)
+    if passes:
+        whole.append(f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
+    heldout = f"the held-out ones, at most {_count(trainer.evaluation_prompts, 'prompt')}"
+    if run.config.evaluation.generate:
+        heldout = _evaluation(run)
     return [
-        Line("batches", "each step", f"{trainer.prompts_per_step} prompts with the data's responses"),
-        Line("batches", "whole run", f"{steps}, {_count(updates, 'optimizer step')} each"),
+        *lines,
+        Line("batches", "each step", f"{_count(trainer.prompts_per_step, 'prompt')} with the data's responses"),
+        Line("batches", "whole run", ", ".join(whole)),
         *_learning_rates(run),
+        Line("batches", "each evaluation", heldout),
     ]
+
+
+def _training_problems(run: ResolvedRun) -> Sequence[Problem]:
+    """Nothing if they are too many to read for a plan, or cannot be read."""
+    source = run.make_data_source()
+    with suppress(DataError):
+        if not source.check() and 0 < sum(p.rows for p in source.preview("train")) < 0.9 * CHECKED_ROWS:
+            return source.load("train")[0]
+    return []
 
 
 def _evaluation(run: ResolvedRun) -> str:

@@ -62,6 +62,12 @@ class TrainerConfig(Section):
     max_skipped_updates: int = Field(default=3, ge=1)
     """Stop the run after this many updates in a row were skipped for a non-finite loss or gradient."""
 
+    def steps_on(self, prompts: int) -> int:
+        """Steps of a run that has so many training prompts."""
+        if self.total_epochs is None:
+            return self.total_steps
+        return max(1, round(self.total_epochs * prompts / self.prompts_per_step))
+
 
 class ModelConfig(Section):
     """The trained policy."""

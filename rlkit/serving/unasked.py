@@ -20,8 +20,7 @@ class NoReward:
     async def score(self, batches: Sequence[Any]) -> Scored:
         """Batches are lists of groups, or references to such."""
         lists = [batch if isinstance(batch, list) else await batch for batch in batches]
-        scored = [[_scored(group) for group in groups] for groups in lists]
-        return Scored(scored, ScoreReport(samples=sum(len(group.samples) for groups in lists for group in groups)))
+        return Scored([[_scored(group) for group in groups] for groups in lists], ScoreReport())
 
     async def judge(self, groups: Sequence[Group]) -> list[Group]:
         return [_scored(group) for group in groups]
