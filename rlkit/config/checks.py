@@ -72,7 +72,9 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Issues:
         )
 
 
-def reward_can_compare(algorithm: Algorithm, reward: Part) -> Issues:
+def reward_can_compare(algorithm: Algorithm, reward: Part, rollout: RolloutConfig) -> Issues:
+    if rollout.source == "data":
+        return  # the data say how many responses a prompt has
     needed = reward.cls.traits(reward.config).samples
     responses = algorithm.config.samples_per_prompt + algorithm.needs().greedy_response
     if responses < needed:
@@ -280,14 +282,15 @@ def critic_fits(
             check_model_folder(critic.path)
         except ModelFolderError as error:
             yield ConfigIssue("critic.path", str(error))
-    if "logit_elements_per_chunk" in changed:
-        yield ConfigIssue("critic.logit_elements_per_chunk", "has no effect: a critic has values and no logits")
+    for name in ("logit_elements_per_chunk", "reference_cache"):
+        if name in changed:
+            yield ConfigIssue(f"critic.{name}", "has no effect: a critic has values, no logits and no log-probs")
     yield from _unequal_minibatches("critic", critic, trainer, algorithm.config.samples_per_prompt)
     yield from _unfit_schedule("critic", critic, trainer)
     yield from _lacking_masters("critic", critic, cluster)
     if cluster.device == "cpu" and critic.dtype == "bfloat16":
         yield ConfigIssue("critic.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
-    if critic.policy_waits_steps >= trainer.total_steps:
+    if trainer.total_epochs is None and critic.policy_waits_steps >= trainer.total_steps:
         yield ConfigIssue(
             "critic.policy_waits_steps",
             f"the run has trainer.total_steps={trainer.total_steps}, so the policy would never learn",

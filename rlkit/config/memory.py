@@ -18,10 +18,11 @@ from rlkit.config.plan import (
     engines_sleep,
     offloads,
     references_are_cached,
+    sampled_path,
     shares_gpus,
     weight_route,
 )
-from rlkit.config.schema import LearnerConfig, RolloutConfig
+from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
 from rlkit.models.folder import ModelShape, check_model_folder
 
 GIB, MIB = 2**30, 2**20
@@ -277,7 +278,7 @@ def learner_phases(run: ResolvedRun) -> Phases:
     config, cuda, algorithm = run.config, run.config.cluster.device == "cuda", run.make_algorithm()
     needs = algorithm.needs()
     frozen = {one.model for one in needs.passes.values()} - {POLICY}
-    if needs.reference_policy and not references_are_cached(config, algorithm):
+    if needs.reference_policy and not references_are_cached(config.rollout, algorithm):
         frozen.add(REFERENCE)
     return rank_phases(
         check_model_folder(config.model.path),
@@ -285,7 +286,7 @@ def learner_phases(run: ResolvedRun) -> Phases:
         cuda=cuda,
         frozen=[check_model_folder(config.model.path if name == REFERENCE else name) for name in sorted(frozen)],
         offloaded=cuda and offloads(config, config.learner),
-        bundle=weight_route(config.cluster, config.rollout, config.learner) == "object_store",
+        bundle=_sends_bundles(config),
         bucket=2.0 * config.cluster.weight_bucket_mib * MIB,
     )
 
@@ -293,7 +294,6 @@ def learner_phases(run: ResolvedRun) -> Phases:
 def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
     """All processes of a run. `gpu`: bytes of one GPU, if known."""
     config, cuda = run.config, run.config.cluster.device == "cuda"
-    shape = check_model_folder(config.model.path)
     groups = step_bytes(run)
     alone: Phases = {"run": Phase({"process": BASES["driver"] * GIB, "groups of a step": 2 * groups})}
     buffer: Phases = {"run": Phase({"process": BASES["buffer"] * GIB, "groups of a step": groups})}
@@ -302,7 +302,8 @@ def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
         held = {"process": BASES["ray"] * GIB, "object store": stored_bytes(run)}
         parts.append(Process("Ray", 1, {"run": Phase(held)}))
     if config.rollout.workers:
-        engine = engine_phases(shape, config.rollout, gpu, cuda=cuda, sleeps=engines_sleep(config))
+        sampled = check_model_folder(sampled_path(config))
+        engine = engine_phases(sampled, config.rollout, gpu, cuda=cuda, sleeps=engines_sleep(config))
         parts.append(Process("rollout engine", config.rollout.workers, engine, int(cuda)))
     parts.append(Process("learner rank", config.learner.ranks, learner_phases(run), int(cuda)))
     if run.make_algorithm().needs().critic:
@@ -357,8 +358,14 @@ def stored_bytes(run: ResolvedRun) -> float:
     config = run.config
     width = element_bytes(config.learner.dtype, config.cluster.device == "cuda")
     whole = float(check_model_folder(config.model.path).parameters or 0) * width
-    bundles = 2 * whole if weight_route(config.cluster, config.rollout, config.learner) == "object_store" else 0.0
-    return bundles + 5 * step_bytes(run)
+    return (2 * whole if _sends_bundles(config) else 0.0) + 5 * step_bytes(run)
+
+
+def _sends_bundles(config: RunConfig) -> bool:
+    """The policy's weights, to engines or to a reward, through the object store."""
+    if not config.rollout.workers or config.rollout.source == "model":
+        return False
+    return weight_route(config.cluster, config.rollout, config.learner) == "object_store"
 
 
 def object_store_bytes(run: ResolvedRun) -> float:

@@ -21,7 +21,7 @@ from rlkit.config.plan import (
     shares_gpus,
     weight_route,
 )
-from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
+from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig, TrainerConfig
 from rlkit.data.base import DataError, DataSource, Problem
 from rlkit.data.files import CHECKED_ROWS
 from rlkit.data.lengths import uncountable
@@ -117,7 +117,7 @@ def _actors(run: ResolvedRun) -> list[Line]:
     if needs.reference_policy:
         every, mix = algorithm.config.reference_every_steps, algorithm.config.reference_mix
         moves = f"; every {_count(every, 'step')} {mix:g} of the policy goes into it" if every else ""
-        if references_are_cached(config, algorithm):
+        if references_are_cached(config.rollout, algorithm):
             moves = ", computed once, then read from a file; no further model"
         lines.append(Line("actors", "reference policy", f"the initial policy, for its log-probs{moves}"))
     for one in sorted({one.model for one in needs.passes.values()} - {POLICY, REFERENCE}):
@@ -163,17 +163,11 @@ def _batches(run: ResolvedRun) -> list[Line]:
     samples = run.algorithm_config.samples_per_prompt
     responses = trainer.prompts_per_step * samples
     per_update = trainer.prompts_per_step // learner.minibatches_per_step
-    updates = trainer.total_steps * learner.optimizer_steps
     most_tokens = trainer.prompts_per_step * (rollout.max_prompt_tokens + samples * rollout.max_response_tokens)
     return [
         Line("batches", "each step", f"{trainer.prompts_per_step} prompts x {samples} samples = {responses} responses"),
         Line("batches", "each optimizer step", f"{per_update} prompts = {per_update * samples} responses"),
-        Line(
-            "batches",
-            "whole run",
-            f"{trainer.total_steps} steps x {learner.optimizer_steps} = {updates} optimizer steps, "
-            f"{trainer.total_steps * responses:,} responses",
-        ),
+        Line("batches", "whole run", _whole_run(trainer, learner.optimizer_steps, responses)),
         Line(
             "batches",
             "tokens of a step",
@@ -183,6 +177,13 @@ def _batches(run: ResolvedRun) -> list[Line]:
         Line("batches", "each evaluation", _evaluation(run)),
         *_staleness(run),
     ]
+
+
+def _whole_run(trainer: TrainerConfig, updates: int, responses: int) -> str:
+    steps = trainer.total_steps
+    if trainer.total_epochs is not None:  # the data say how many steps they are
+        return f"{_count(trainer.total_epochs, 'epoch')}, {_count(updates, 'optimizer step')} each step"
+    return f"{steps} steps x {updates} = {steps * updates} optimizer steps, {steps * responses:,} responses"
 
 
 def _learning_rates(run: ResolvedRun) -> Iterator[Line]:

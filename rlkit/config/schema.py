@@ -254,7 +254,7 @@ class LearnerConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     reference_cache: str | None = None
     """source=data: file of the reference policy's log-probs, by model and tokens; null: in the run folder. Runs may
-    share one, one after the other."""
+    share one."""
     offload: Literal["auto", "always", "never"] = "never"
     """CUDA, ZeRO 1 or more: keep optimizer states and parameters in host memory while the engines sample. auto: if
     engines share GPUs with ranks and training is synchronous."""
