@@ -68,7 +68,8 @@ class AlgorithmNeeds:
     rewards: bool = True
     """Scores; without, no reward is asked."""
     demonstrations: bool = False
-    """The data's own responses to a step's prompts, as further groups of the Experience, behind the sampled ones."""
+    """The data's own responses to a step's prompts, as further groups of the Experience, each behind the sampled one:
+    every mini-batch has both."""
     pairs: bool = False
     """Groups with preferences, or with values that differ."""
     labels: bool = False

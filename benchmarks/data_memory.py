@@ -22,7 +22,6 @@ from rlkit.data.conversations import render_recorded
 from rlkit.data.order import PromptOrder
 from rlkit.data.recorded import PairsSource
 
-COLUMNS = ("prompt", "chosen", "rejected")
 DRAWN = 2000
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

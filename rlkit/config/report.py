@@ -220,7 +220,7 @@ def _recorded_batches(run: ResolvedRun) -> list[Line]:
 
 
 def _training_problems(run: ResolvedRun) -> Sequence[Problem]:
-    """None if they are too many to read for a plan, or cannot be read."""
+    """Nothing if they are too many to read for a plan, or cannot be read."""
     source = run.make_data_source()
     with suppress(DataError):
         if not source.check() and 0 < sum(p.rows for p in source.preview("train")) < 0.9 * CHECKED_ROWS:

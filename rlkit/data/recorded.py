@@ -65,7 +65,7 @@ class PairsConfig(RecordedConfig):
     probability_column: str | None = None
     """The probability that chosen is preferred (0 to 1: a soft label); null: 1."""
     margin_column: str | None = None
-    """By how much chosen is better (a number); null: 0."""
+    """By how much chosen is better (a number); null: nothing is known."""
 
 
 class PairsSource(RecordedSource):
@@ -93,7 +93,8 @@ class PairsSource(RecordedSource):
             raise RowError(
                 f"the prompts of {config.chosen_column} and {config.rejected_column} differ (message {shared + 1})"
             )
-        probability, margin = _number(row, config.probability_column, 1.0), _number(row, config.margin_column, 0.0)
+        probability = _number(row, config.probability_column, 1.0)
+        margin = None if config.margin_column is None else number(row, config.margin_column)
         if not 0 <= probability <= 1:
             raise RowError(f"{config.probability_column} is {probability:g}, not between 0 and 1")
         responses = (Response(chosen[shared:], 1.0, origin=origin), Response(rejected[shared:], 0.0, origin=origin))

@@ -105,7 +105,7 @@ class JointLearner:
         """The groups with the values and log-probs that the algorithm's advantages need, or its loss in every epoch."""
         needs = self.algorithm.needs()
         if needs.demonstrations:
-            groups = [*groups, *(recorded_group(g.prompt, f"{g.id}-recorded", step) for g in groups)]
+            groups = [one for g in groups for one in (g, recorded_group(g.prompt, f"{g.id}-recorded", step))]
         values = await self.critic.values(groups) if self.critic is not None else None
         several = self.policy.section.epochs_per_step > 1
         of_groups: dict[str, Sequence[FloatArray]] = {}

@@ -319,8 +319,9 @@ def test_the_remedy_names_the_columns_that_are_wrong(tmp_path: Path) -> None:
 
 def test_what_is_done_with_rows_is_said(tmp_path: Path) -> None:
     late = {"role": "system", "content": "Be brief."}
-    rows = [{"messages": CHAT}] * 5 + [{"messages": [*CHAT, user("thanks")]}] * 2
-    rows += [{"messages": [*CHAT[:3], late, *CHAT[3:]]}, {"messages": [user("?")]}]
+    chats = [[SYSTEM, user(f"{i}+1?"), *CHAT[2:]] for i in range(8)]
+    rows = [{"messages": chat} for chat in [*chats[:5], *([*chat, user("thanks")] for chat in chats[5:7])]]
+    rows += [{"messages": [*chats[7][:3], late, *chats[7][3:]]}, {"messages": [user("?")]}]
     options = {"path": str(write(tmp_path / "rows.jsonl", rows)), "max_bad_row_share": 0.2, "heldout_share": 0.5}
     source = ChatSource(ChatSource.Config(**options), seed=0)
     assert source.check() == []
