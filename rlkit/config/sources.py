@@ -263,18 +263,14 @@ def epochs_or_steps(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
         yield ConfigIssue("trainer.total_steps", "and trainer.total_epochs exclude each other: set one")
 
 
-def nothing_waits_for_engines(
-    rollout: RolloutConfig, evaluation: EvaluationConfig, trainer: TrainerConfig, typed: AbstractSet[str]
-) -> Issues:
+def nothing_waits_for_engines(rollout: RolloutConfig, trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
     """Keys of other sections about a sampler that works beside the learner."""
     if rollout.source != "data":
         return
     if trainer.max_staleness:
         yield ConfigIssue("trainer.max_staleness", "has no effect with rollout.source=data: nothing is sampled; set 0")
-    of_samples = () if has_engines(rollout, evaluation) else ("cluster.weight_",)
-    for key in sorted(typed):
-        if key.startswith(("trainer.mismatch_alarm", "trainer.max_mismatch", *of_samples)):
-            yield ConfigIssue(key, "has no effect: no engine samples what is trained with rollout.source=data")
+    for key in sorted(typed & {"trainer.mismatch_alarm", "trainer.max_mismatch"}):
+        yield ConfigIssue(key, "has no effect: no engine samples what is trained with rollout.source=data")
 
 
 SOURCES = (
