@@ -3,8 +3,9 @@
     L = (1 - mu) L_RL + mu L_SFT,    mu <- clip(mu + eta_m dU/dmu + eta_H (H* - H), mu_min, mu_max)
 
 L_RL: GRPO's surrogate on the policy's samples; L_SFT: the likelihood of the data's responses to the same prompts; each
-a mean over its own tokens. H: the policy's entropy per token, H* its mean over the first `warmup_steps`. As the formula
-is written mu rises when entropy is below its target; the paper's prose says the opposite, which is `entropy_sign=-1`.
+a mean over its own tokens of the step. H: the policy's entropy per token of both, H* its mean over the first
+`warmup_steps`. As the formula is written mu rises when entropy is below its target; the paper's prose says the
+opposite, which is `entropy_sign=-1`.
 
 dU/dmu is the paper's meta-gradient of the validation reward U. Here U is the mean reward of each step's fresh samples,
 which nothing was trained on yet, and the derivative is the secant between two windows of steps: no second backward pass
@@ -13,7 +14,7 @@ and no further samples, but an estimate that says nothing while mu stands still.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from algorithms.base import Advantages, AlgorithmNeeds, Experience, LossInputs
+from algorithms.base import Advantages, AlgorithmNeeds, Experience, FloatArray, LossInputs
 from algorithms.functional.losses import Aggregation
 from algorithms.grpo import GRPO
 from rlkit.experience.section import Coefficient
@@ -96,30 +97,37 @@ class AMFT(GRPO):
         return replace(super().needs(), demonstrations=True)
 
     def advantages(self, experience: Experience) -> Advantages:
-        fresh = [group for group in experience.groups if any(s.logprobs is not None for s in group.samples)]
-        shown = [sample for group in experience.groups[len(fresh) :] for sample in group.samples]
-        count = sum(len(group.samples) for group in fresh)
+        shown = [all(sample.logprobs is None for sample in group.samples) for group in experience.groups]
+        fresh = [group for group, recorded in zip(experience.groups, shown, strict=True) if not recorded]
+        samples = [sample for group in experience.groups for sample in group.samples]
+        demonstrated = np.repeat(shown, [len(group.samples) for group in experience.groups])
         policy, reference = (
-            None if rows is None else rows[:count]
+            None if rows is None else [row for row, recorded in zip(rows, demonstrated, strict=True) if not recorded]
             for rows in (experience.policy_logprobs, experience.reference_logprobs)
         )
         credit = super().advantages(Experience(fresh, experience.step, None, policy, reference))
-        samples = [sample for group in fresh for sample in group.samples]
-        sampled = sum(int(s.trained.sum()) for s, kept in zip(samples, credit.keep, strict=True) if kept)
-        given = sum(int(sample.trained.sum()) for sample in shown)
+        keep = np.ones(len(samples), dtype=np.bool_)
+        keep[~demonstrated] = credit.keep
+        trained = np.array([int(sample.trained.sum()) for sample in samples], dtype=np.int64)
+        sampled, given = int(trained[keep & ~demonstrated].sum()), int(trained[demonstrated].sum())
         # The loss divides by all tokens; each half is to be a mean over its own.
         ours, theirs = (mu * (sampled + given) / max(1, own) for mu, own in ((1 - self.mu, sampled), (self.mu, given)))
-        tokens = [*(ours * row for row in credit.tokens), *(np.full(len(s), theirs * s.weight) for s in shown)]
+
+        def with_demonstrations(own: Sequence[FloatArray], value: float) -> list[FloatArray]:
+            """Rows of the fresh samples, and value x weight on the data's."""
+            rows = iter(own)
+            return [
+                np.full(len(sample), value * sample.weight, np.float32) if recorded else next(rows)
+                for sample, recorded in zip(samples, demonstrated, strict=True)
+            ]
+
+        extras = {name: with_demonstrations(rows, 0.0) for name, rows in credit.extras.items()}
+        marks = [np.full(len(s), mark, np.float32) for s, mark in zip(samples, demonstrated, strict=True)]
         return replace(
             credit,
-            tokens=[np.asarray(row, dtype=np.float32) for row in tokens],
-            keep=np.concatenate([credit.keep, np.ones(len(shown), dtype=np.bool_)]),
-            extras={
-                DEMONSTRATION: [
-                    *(np.zeros(len(s), np.float32) for s in samples),
-                    *(np.ones(len(s), np.float32) for s in shown),
-                ]
-            },
+            tokens=with_demonstrations([np.asarray(ours * row, np.float32) for row in credit.tokens], theirs),
+            keep=keep,
+            extras={**extras, DEMONSTRATION: marks},
             metrics={**credit.metrics, "amft/mu": self.mu, "amft/demonstration_tokens": float(given)},
         )
 

@@ -40,6 +40,10 @@ class AlgorithmConfig(Section):
         """The configuration with what follows from `trainer.max_staleness` filled in."""
         return self
 
+    def idle(self) -> frozenset[str]:
+        """Options that no value of others but the recipe's own would make act: `--help` leaves them out."""
+        return frozenset()
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         for name, info in cls.model_fields.items():
@@ -64,7 +68,8 @@ class AlgorithmNeeds:
     rewards: bool = True
     """Scores; without, no reward is asked."""
     demonstrations: bool = False
-    """The data's own responses to a step's prompts, as further groups of the Experience, behind the sampled ones."""
+    """The data's own responses to a step's prompts, as further groups of the Experience, each behind the sampled one:
+    every mini-batch has both."""
     pairs: bool = False
     """Groups with preferences, or with values that differ."""
     labels: bool = False

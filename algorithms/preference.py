@@ -28,7 +28,7 @@ from algorithms.base import (
     Render,
 )
 from algorithms.functional import links, losses
-from algorithms.functional.advantages import Bool, Float64, Outcomes, members_of_groups
+from algorithms.functional.advantages import Bool, Float64, Masks, Outcomes, members_of_groups
 from algorithms.functional.pairs import Compared, consistency, dynamic_beta
 from algorithms.functional.prompts import mismatched, with_wish
 from algorithms.functional.scores import BETTER, GUIDE, WORSE, Scores, summed
@@ -191,11 +191,12 @@ class Preference(Algorithm):
             for members in members_of_groups(outcomes.valid, outcomes.group):
                 keep[members] = True
         good = float(labels[keep].mean()) if keep.any() else 0.0
+        weight = np.array([s.weight for group in experience.groups for s in group.samples], np.float32)
         scalars = {"good_share": good, **self._baselines(experience, labels, keep)}
         return Advantages(
             tokens=[np.zeros(len(mask), np.float32) for mask in outcomes.masks],
             keep=keep,
-            samples={"labels": labels.astype(np.float32)},
+            samples={"labels": labels.astype(np.float32), "weight": weight},
             scalars=scalars,
             metrics={f"preference/{name}": value for name, value in scalars.items()},
         )
@@ -205,19 +206,24 @@ class Preference(Algorithm):
         logprobs = experience.logprobs
         if MISMATCHED_POLICY in logprobs:
             masks = [sample.trained for group in mismatched(experience.groups) for sample in group.samples]
-            scores = summed(logprobs[MISMATCHED_POLICY], masks) - summed(logprobs[MISMATCHED_REFERENCE], masks)
+            scores = self._log_ratios(logprobs[MISMATCHED_POLICY], logprobs[MISMATCHED_REFERENCE], masks)
             return {"baseline": max(0.0, float(scores.mean()))}
         if OF_POLICY not in logprobs:
             return {}
         masks = [sample.trained for group in experience.groups for sample in group.samples]
-        scores = summed(logprobs[OF_POLICY], masks) - summed(logprobs[OF_REFERENCE], masks)
+        scores = self._log_ratios(logprobs[OF_POLICY], logprobs[OF_REFERENCE], masks)
         halves = [scores[keep & side].mean() for side in (labels > 0.5, labels <= 0.5) if (keep & side).any()]
         return {"shift": float(np.mean(halves)) if len(halves) == 2 else 0.0}
+
+    def _log_ratios(self, policy: Sequence[FloatArray], reference: Sequence[FloatArray], masks: Masks) -> Float64:
+        """[B], as the loss takes them."""
+        normalised = self.config.length_normalised
+        return summed(policy, masks, normalised) - summed(reference, masks, normalised)
 
     # -- the loss --------------------------------------------------------------------------------------------------
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """Mean over pairs of weight x (link + terms), or mean over samples of the link."""
+        """Mean over pairs of weight x (link + terms), or mean over samples of weight x link."""
         scores = Scores(inputs, self.config)
         output = self._pair_loss(inputs, scores) if self.config.of_pairs else self._sample_loss(inputs, scores)
         sums = dict(output.sums)
@@ -285,14 +291,15 @@ class Preference(Algorithm):
         def mean(per_sample: Tensor) -> Tensor:
             return per_sample.sum() / inputs.denominators.sequences
 
-        sums = {"preference/loss": mean(linked.detach())}
+        weight = inputs.samples["weight"]
+        sums = {"preference/loss": mean(weight * linked.detach())}
         for side, of_side, share in (("chosen", labels, good_share), ("rejected", 1 - labels, 1 - good_share)):
             if share:
                 sums[f"preference/{side}_reward"] = mean(of_side * self.config.beta * s.detach()) / share
                 sums[f"preference/{side}_logprob"] = mean(of_side * likely) / share
         if "first" in inputs.scalars:
-            sums["preference/loss_at_start"] = mean(self._linked(arguments, scores=s.detach() * 0))
-        return LossOutput(mean(linked), sums)
+            sums["preference/loss_at_start"] = mean(weight * self._linked(arguments, scores=s.detach() * 0))
+        return LossOutput(mean(weight * linked), sums)
 
     def _linked(self, arguments: Mapping[str, Any], **scores: Tensor) -> Tensor:
         options = {name: getattr(self.config, name) for name in OPTIONS & self._takes}

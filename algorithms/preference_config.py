@@ -121,6 +121,11 @@ class PreferenceConfig(AlgorithmConfig):
                 raise ValueError(f"{name} has no effect with {otherwise}")
         return self
 
+    def idle(self) -> frozenset[str]:
+        effects = self._effects()
+        idle = {name for name, (acts, why) in effects.items() if not acts and why.startswith(("link=", "reference="))}
+        return frozenset(idle | {name for name, (_, why) in effects.items() if why.partition("=")[0] in idle})
+
     def _effects(self) -> dict[str, tuple[bool, str]]:
         """By option: whether it acts, and with what it does not."""
         takes, link = link_parameters(self.link), f"link={self.link}"

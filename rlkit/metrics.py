@@ -58,7 +58,8 @@ def rollout_metrics(
     if seconds > 0 and any(sample.logprobs is not None for sample in samples):
         metrics["tokens/per_second"] = float(lengths.sum() / seconds)
     metrics |= environment_metrics(samples)
-    if len(rewards):
+    # Labels of recorded responses, which no reward was asked about, say nothing of the policy.
+    if len(rewards) and (report.samples or any(sample.logprobs is not None for sample in samples)):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
     trained = [value for group in values[: len(groups)] for value in group]
     if trained and stats.rejected:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from algorithms.base import Algorithm
-from rlkit.evaluation import Evaluation
+from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group, Prompt
 from rlkit.experience.types import recorded_group
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.requests import GroupRequest
 
 T = TypeVar("T")
+Publish = Callable[[int], Awaitable[object]]
+"""Sends the policy's weights of a version to the engines."""
 
 
 def recorded_groups(prompts: Iterable[Prompt]) -> Iterator[Group]:
@@ -27,7 +29,7 @@ class RecordedResponses:
 
 
 class NoSync:
-    """In place of WeightSync: no engine has the policy's weights."""
+    """In place of WeightSync: no engine samples for training with the policy's weights."""
 
     async def publish(self, version: int) -> None: ...
 
@@ -38,15 +40,29 @@ class NoSync:
 
 
 class RecordedEvaluator:
-    """Held-out recorded responses under the policy: how likely they are, or what else the algorithm measures."""
+    """Held-out recorded responses under the policy: how likely they are, or what else the algorithm measures; and
+    sampled ones, if they are asked for (`evaluation.generate`)."""
 
-    def __init__(self, prompts: Sequence[Prompt], learner: JointLearner, algorithm: Algorithm) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        learner: JointLearner,
+        algorithm: Algorithm,
+        sampled: tuple[Evaluator, Publish] | None = None,
+    ) -> None:
         self.groups = list(recorded_groups(prompts))
-        self.learner, self.algorithm = learner, algorithm
+        self.learner, self.algorithm, self.sampled = learner, algorithm, sampled
 
     async def evaluate(self, step: int) -> Evaluation:
-        metrics = self.algorithm.heldout(await self.learner.heldout(self.groups, step))
-        return Evaluation(next(iter(metrics)), metrics)
+        metrics: Mapping[str, float] = {}
+        if self.groups:
+            metrics = self.algorithm.heldout(await self.learner.heldout(self.groups, step))
+        if self.sampled is None:
+            return Evaluation(next(iter(metrics)), metrics)
+        evaluator, publish = self.sampled
+        await publish(step)  # nothing else samples, so that only here the engines need the weights
+        sampled = await evaluator.evaluate(step)
+        return Evaluation(sampled.headline, {**sampled.metrics, **metrics})
 
-    async def judge_training(self, groups: list[Group]) -> None:
-        """Nothing was sampled that a verifier could judge."""
+    async def judge_training(self, groups: list[Group]) -> list[Group] | None:
+        return None if self.sampled is None else await self.sampled[0].judge_training(groups)

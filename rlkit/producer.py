@@ -103,7 +103,7 @@ class Producer:
     def ask_again(self, groups: Sequence[tuple[str, str]]) -> None:
         """Put groups ((group, prompt) ids) that will not be trained back among the open ones: for a checkpoint in
         mid-step."""
-        prompts = self.order.by_id()
+        prompts = self.order.named({prompt for _, prompt in groups})
         self._again.extend(self._request(int(group), prompts[prompt]) for group, prompt in groups)
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Producer:
         """Raises DataError if the data have changed."""
         self.order.load_state_dict(state["order"])
         self.started = int(state["started"])
-        prompts = self.order.by_id()
+        prompts = self.order.named({entry["prompt"] for entry in state["open"]})
         self._again = deque(self._request(int(entry["id"]), prompts[entry["prompt"]]) for entry in state["open"])
 
     def take_report(self) -> tuple[ScoreReport, float]:

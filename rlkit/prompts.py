@@ -10,7 +10,7 @@ from algorithms.base import Render
 from rewards.base import Reward, RewardConfig
 from rlkit.config.messages import named_as_set
 from rlkit.config.parts import ResolvedRun
-from rlkit.config.plan import asks_reward
+from rlkit.config.plan import asks_reward, reads_recorded_labels
 from rlkit.config.structured import split_unusable
 from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Split
 from rlkit.data.rows import refuse_too_many_bad_rows
@@ -41,6 +41,7 @@ class Loaded:
 def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     """Raises DataError."""
     from rlkit.data.conversations import render_recorded
+    from rlkit.data.recorded import split_off_the_scale
     from rlkit.data.rendering import ChatTemplate, load_tokenizer, render, renderer
     from rlkit.rollout.sampler import stop_token_ids
 
@@ -54,27 +55,33 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
             "(for the places of tokens in the text); leave rollout.steps=none"
         )
     _probe_template(resolved, ChatTemplate(tokenizer, *template), stop_token_ids(str(folder), tokenizer), tracker)
-    source, from_data = resolved.make_data_source(), rollout.source == "data"
+    source, from_data, algorithm = resolved.make_data_source(), rollout.source == "data", resolved.make_algorithm()
+    labelled = reads_recorded_labels(rollout, algorithm)
     # A frozen model's samples say nothing of the policy, but what the data know does.
     measured = from_data or (rollout.source == "model" and bool(source.provides() & {"responses", "references"}))
 
     def rendered(
-        problems: list[Problem], bad: list[BadRow], data: DataConfig, what: str, answers: bool
-    ) -> list[Prompt]:
+        problems: Sequence[Problem], bad: list[BadRow], data: DataConfig, what: str, answers: bool
+    ) -> Sequence[Prompt]:
         fit, unfit = split_unusable(rollout.structured, problems)
         if answers:  # recorded ones
+            fit, unlabelled = split_off_the_scale(fit) if labelled else (fit, [])
+            unfit += unlabelled
             stops = stop_token_ids(str(folder), tokenizer)
             limits = (rollout.max_prompt_tokens, rollout.max_response_tokens)
             prompts, unusable = render_recorded(fit, tokenizer, stops, *limits, *template)
         else:
             prompts, unusable = render(fit, tokenizer, rollout.max_prompt_tokens, *template)
-        rows = sum(problem.rows for problem in problems) + len(bad)
-        _report_bad_rows([*bad, *unfit, *unusable], rows, data.max_bad_row_share, what, tracker)
+        if out := [*bad, *unfit, *unusable]:
+            rows = sum(problem.rows for problem in problems) + len(bad)
+            _report_bad_rows(out, rows, data.max_bad_row_share, what, tracker)
         return prompts
 
-    shown = resolved.make_algorithm().needs().demonstrations
+    shown = algorithm.needs().demonstrations
     sides: dict[Split, bool] = {"train": from_data or shown, "heldout": measured}
     loaded = {side: rendered(*source.load(side), resolved.data_config, side, sides[side]) for side in sides}
+    for note in source.notes():
+        tracker.warn(note)
     further = {}
     for name, one in resolved.sets.items():
         key = f"evaluation.sets.{name}"
@@ -92,7 +99,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
             f"asked {per_step / len(train):.3g} times in every step"
         )
     judges: list[tuple[type[Reward], RewardConfig]] = []
-    if asks_reward(rollout, resolved.make_algorithm()):
+    if asks_reward(rollout, algorithm):
         judges.append((resolved.reward_class, resolved.reward_config))
     if rollout.workers and rollout.source != "model":
         judges.append((resolved.verifier_class, resolved.verifier_config))
@@ -100,6 +107,11 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
         tracker.warn(message)
     samples = rollout.workers > 0 and rollout.source != "model"
     judged = _heldout(resolved, train, {OWN: loaded["heldout"], **further}, tracker) if samples else {}
+    if from_data and samples and not judged:
+        raise DataError(
+            "evaluation.generate=true: no held-out problem has the gold answer that the verifier needs; leave it out, "
+            "or name a verifier that judges without one (verifier=NAME)"
+        )
     recorded = loaded["heldout"][: config.trainer.evaluation_prompts] if measured else []
     if not samples and not recorded:
         tracker.warn("no held-out problem has a recorded response: this run is not evaluated")
@@ -127,8 +139,7 @@ def with_epochs(resolved: ResolvedRun, problems: int) -> ResolvedRun:
     trainer = resolved.config.trainer
     if trainer.total_epochs is None:
         return resolved
-    steps = max(1, round(trainer.total_epochs * problems / trainer.prompts_per_step))
-    changed = trainer.model_copy(update={"total_steps": steps})
+    changed = trainer.model_copy(update={"total_steps": trainer.steps_on(problems)})
     return replace(resolved, config=resolved.config.model_copy(update={"trainer": changed}))
 
 
@@ -146,7 +157,6 @@ def _heldout(
 ) -> dict[str, list[Prompt]]:
     """Of each set what the verifier can judge, and as many as are asked for."""
     answer_needed = resolved.verifier_class.traits(resolved.verifier_config).answer
-    trained = {prompt.token_ids for prompt in train} if resolved.sets else set()
     heldout = {}
     for name, prompts in sets.items():
         key = f"evaluation.sets.{name}"
@@ -154,10 +164,13 @@ def _heldout(
         judged = [prompt for prompt in prompts if not answer_needed or prompt.answer is not None][:most]
         if name and not judged:
             raise DataError(f"{key} has no problem with a gold answer, which the verifier needs (verifier=NAME)")
-        if name and (known := sum(prompt.token_ids in trained for prompt in judged)):
-            tracker.warn(f"{known} of the {len(judged)} problems of {key} are also trained on")
         if judged:
             heldout[name] = judged
+    asked = {prompt.token_ids for prompts in heldout.values() for prompt in prompts} if resolved.sets else set()
+    trained = {prompt.token_ids for prompt in train if prompt.token_ids in asked} if asked else set()
+    for name, judged in heldout.items():
+        if name and (known := sum(prompt.token_ids in trained for prompt in judged)):
+            tracker.warn(f"{known} of the {len(judged)} problems of evaluation.sets.{name} are also trained on")
     if OWN not in heldout:
         whole = "" if heldout else ": this run is not evaluated (verifier=NAME may judge without one)"
         tracker.warn(f"no held-out problem with a gold answer{whole}")
@@ -165,7 +178,6 @@ def _heldout(
 
 
 def _report_bad_rows(bad: Sequence[BadRow], rows: int, allowed_share: float, split: str, tracker: Tracker) -> None:
-    if bad:
-        refuse_too_many_bad_rows(bad, rows, allowed_share, f"{split} problems")
-        first = "; ".join(f"{row.origin}: {row.reason}" for row in bad[:3])
-        tracker.warn(f"{len(bad)} of {rows} {split} rows skipped: {first}")
+    refuse_too_many_bad_rows(bad, rows, allowed_share, f"{split} problems")
+    first = "; ".join(f"{row.origin}: {row.reason}" for row in bad[:3])
+    tracker.warn(f"{len(bad)} of {rows} {split} rows skipped: {first}")

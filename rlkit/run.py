@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,9 @@ async def _train(
     resolved = with_epochs(resolved, len(data.train))
     config = resolved.config
     tracker.total_steps(config.trainer.total_steps)
+    if point is not None and (done := point.nothing_left(config.trainer.total_steps)):
+        tracker.message(done)
+        return
     await _try_architecture(config, tracker)
     tracker.phase("starting Ray")
     with contextlib.ExitStack() as session:
@@ -241,6 +245,13 @@ async def _start(
         # A mask takes scores away that the verifier would give.
         seen = verifier is reward and config.buffer.truncated != "mask"
         evaluator = Evaluator(data.heldout, pool, verifier, config.evaluation, config.seed, seen)
+    sync: WeightSync | NoSync = NoSync()
+    if pool is not None and rollout.source != "model":
+        sync = WeightSync(config, pool, learner, reward, canary(data.train))
+    if rollout.source == "data" and isinstance(sync, WeightSync):
+        assert isinstance(evaluator, Evaluator)
+        evaluator = RecordedEvaluator(data.recorded, learner, algorithm, (evaluator, sync.publish))
+        sync = NoSync()
     elif data.recorded:
         evaluator = RecordedEvaluator(data.recorded, learner, algorithm)
     buffer = ray.remote(num_cpus=0, runtime_env={"env_vars": NO_GPU}, **beside_driver(0))(BufferActor).remote(
@@ -248,10 +259,10 @@ async def _start(
     )
     starting = start_in_order(starts, loads_after(config))
     await _all_ready({LOADING[name]: part for name, part in starting.items()}, tracker, config)
-    if needs.reference_policy and references_are_cached(config, algorithm):
+    if references_are_cached(rollout, algorithm):
         tracker.phase("log-probs of the reference policy")
         file = Path(config.learner.reference_cache or folder.path / "reference.safetensors").expanduser()
-        await learner.use_references(file, Path(model_path), recorded_groups([*data.train, *data.recorded]))
+        await learner.use_references(file, Path(model_path), recorded_groups(chain(data.train, data.recorded)))
     return Trainer(
         config=config,
         algorithm=algorithm,
@@ -271,9 +282,7 @@ async def _start(
             step_timeout_seconds=config.trainer.step_timeout_seconds,
         ),
         evaluator=evaluator,
-        weight_sync=NoSync()
-        if pool is None or rollout.source == "model"
-        else WeightSync(config, pool, learner, reward, canary(data.train)),
+        weight_sync=sync,
         checkpointer=Checkpointer(config, folder),
         folder=folder,
         tracker=tracker,

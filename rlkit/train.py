@@ -23,13 +23,13 @@ def train(arguments: list[str]) -> int:
         return print_help([word for word in arguments if word not in HELP])
     file, overrides = split_off_file(arguments)
     resolved = load_config(overrides, file)
-    point = find_resume(resolved.config)
+    point, trainer = find_resume(resolved.config), resolved.config.trainer
     if resolved.config.dry_run:
         print_warnings(resolved.warnings)  # a run shows them itself
         print(plan_text([*plan(resolved), *(point.plan() if point else [])]))
         print("The configuration is valid; nothing was started (dry_run=true).")
-    elif point is not None and point.checkpoint.step == resolved.config.trainer.total_steps:
-        print(f"rlkit: nothing left to do: {point.checkpoint.path} has all {point.checkpoint.step} steps")
+    elif point is not None and trainer.total_epochs is None and (done := point.nothing_left(trainer.total_steps)):
+        print(f"rlkit: {done}")
     else:
         from rlkit.run import run
 

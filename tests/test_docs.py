@@ -37,6 +37,10 @@ FILES = {
     "questions.jsonl": {"question": "Which? (A) 1 (B) 2", "answer": "B", "choices": ["1", "2"]},
     "train.jsonl": {"question": "What is 1 + 2?", "answer": "1 + 2 = 3 #### 3"},
     "pairs.jsonl": {"prompt": "What is 1 + 2?", "chosen": "1 + 2 = 3", "rejected": "1 + 2 = 4"},
+    "responses.jsonl": [
+        {"prompt": "What is 1 + 2?", "completion": "3", "label": True},
+        {"prompt": "What is 1 + 2?", "completion": "4", "label": False},
+    ],
     "chat.jsonl": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
     "hard.jsonl": {"question": "What is 11 * 12?", "answer": "132"},
     "calls.jsonl": {
@@ -47,7 +51,7 @@ FILES = {
     "ifeval.jsonl": {"prompt": "Hi", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
     "schema.json": {"type": "object"},
 }
-"""Files that commands of the docs name: a row of each."""
+"""Files that commands of the docs name: a row of each, or some."""
 
 
 def numbered(row: dict[str, Any], i: int) -> dict[str, Any]:
@@ -67,7 +71,8 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "here"
     folder.mkdir()
     for name, row in FILES.items():
-        rows = [row] if name.endswith(".json") else [numbered(row, i) for i in range(40)]
+        several = row if isinstance(row, list) else [row]
+        rows = several if name.endswith(".json") else [numbered(several[i % len(several)], i) for i in range(40)]
         (folder / name).write_text("".join(json.dumps(one) + "\n" for one in rows))
     (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **columns):\n    return [0.0]\n")
     for page in PAGES:

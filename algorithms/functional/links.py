@@ -67,12 +67,12 @@ def nca(chosen: Tensor, rejected: Tensor, beta: float | Tensor = 1.0) -> Tensor:
 
 
 def apo_zero(chosen: Tensor, rejected: Tensor, beta: float | Tensor) -> Tensor:
-    """1 - sg(beta s_w) + sg(beta s_l): chosen up, rejected down (arXiv 2408.06266 eq. 2)."""
+    """1 - sg(beta s_w) + sg(beta s_l): chosen up, rejected down (arXiv 2408.06266)."""
     return 1 - (beta * chosen).sigmoid() + (beta * rejected).sigmoid()
 
 
 def apo_down(chosen: Tensor, rejected: Tensor, beta: float | Tensor) -> Tensor:
-    """sg(beta s_w) + 1 - sg(beta h): both down, rejected further (arXiv 2408.06266 eq. 3)."""
+    """sg(beta s_w) + 1 - sg(beta h): both down, rejected further (arXiv 2408.06266)."""
     return (beta * chosen).sigmoid() + 1 - (beta * (chosen - rejected)).sigmoid()
 
 
@@ -245,8 +245,9 @@ def _log_sigmoid(values: Tensor) -> Tensor:
 
 
 def _log_one_minus_exp(logprob: Tensor) -> Tensor:
-    """log(1 - exp(x)) of x < 0."""
-    return (-logprob.exp()).log1p()
+    """log(1 - exp(x)) of x <= 0; x is held at -1e-7, above which a response that is all but certain would make it
+    infinite."""
+    return (-logprob.clamp(max=-1e-7).expm1()).log()
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Compared:
     margin: Float64
     """[P] what was recorded, else 0."""
     weight: Float64
-    """[P]"""
+    """[P] what was recorded; where scores decide, the mean of both responses'."""
 
     @classmethod
     def of(cls, groups: Sequence[Group], scores: Float64, valid: Bool, how: Pairing, ties: bool = False) -> Compared:
@@ -91,6 +91,7 @@ class Compared:
         """
         pairs_of = all_pairs if how == "all" and ties else BY_SCORE.get(how)
         rows: list[tuple[int, int, PreferencePair]] = []
+        weights = [sample.weight for group in groups for sample in group.samples]
         start = 0
         for group in groups:
             stated = group.scores.pairs if group.scores is not None and how in ("auto", "judge") else ()
@@ -98,14 +99,15 @@ class Compared:
             if stated:
                 rows += [(start + pair.winner, start + pair.loser, pair) for pair in map(_likelier_first, stated)]
             elif pairs_of is not None and len(members) > 1:
-                rows += [(members[i], members[j], PreferencePair(0, 1)) for i, j in pairs_of(scores[members])]
+                pairs = [(members[i], members[j]) for i, j in pairs_of(scores[members])]
+                rows += [(i, j, PreferencePair(0, 1, weight=(weights[i] + weights[j]) / 2)) for i, j in pairs]
             start += len(group.samples)
         rows = [row for row in rows if valid[row[0]] and valid[row[1]]]
         samples = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
         stated_values = np.array([(p.probability, p.margin, p.weight) for _, _, p in rows], np.float64).reshape(-1, 3)
-        probability, margin, weight = stated_values.T
-        gain = np.where(margin != 0, margin, scores[samples[:, 0]] - scores[samples[:, 1]])
-        return cls(samples, probability, gain, margin, weight)
+        probability, margin, weight = stated_values.T  # None is NaN there
+        gain = np.where(np.isnan(margin), scores[samples[:, 0]] - scores[samples[:, 1]], margin)
+        return cls(samples, probability, gain, np.nan_to_num(margin), weight)
 
     def where(self, chosen: Bool) -> Compared:
         return Compared(
@@ -116,4 +118,5 @@ class Compared:
 def _likelier_first(pair: PreferencePair) -> PreferencePair:
     if pair.probability >= 0.5:
         return pair
-    return PreferencePair(pair.loser, pair.winner, 1 - pair.probability, -pair.margin, pair.weight)
+    margin = None if pair.margin is None else -pair.margin
+    return PreferencePair(pair.loser, pair.winner, 1 - pair.probability, margin, pair.weight)

@@ -132,7 +132,7 @@ class Checkpointer:
         """Restore all freshly started parts. Raises DataError if the data are not the checkpoint's."""
         await asyncio.to_thread(remove_partial, self.folder.checkpoints)
         state: dict[str, Any] = from_json(checkpoint.run_state)
-        prompts = run.producer.order.by_id()
+        prompts = run.producer.order.named({group.prompt.id for group in state["buffer"]["ready"]})
         run.load_state_dict(state)
         run.producer.load_state_dict(state["producer"])
         ready = [replace(group, prompt=prompts[group.prompt.id]) for group in state["buffer"]["ready"]]

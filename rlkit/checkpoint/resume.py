@@ -41,6 +41,11 @@ class ResumePoint:
     same_run: bool
     """Whether it lies in this run's own folder, whose metrics and samples are then continued."""
 
+    def nothing_left(self, total_steps: int) -> str | None:
+        """A message, if the checkpoint has all steps."""
+        step = self.checkpoint.step
+        return None if step < total_steps else f"nothing left to do: {self.checkpoint.path} has all {step} steps"
+
     def plan(self) -> list[Line]:
         start = f"{self.checkpoint.path} (after {self.checkpoint.step} steps)"
         return [Line("resume", "from", start), *(Line("resume", "", notice) for notice in self.notices)]
@@ -64,10 +69,12 @@ def find_resume(config: RunConfig) -> ResumePoint | None:
         return None
     differences = _differences(checkpoint, config)
     _refuse_another_run(checkpoint, config, differences)
+    # The data say how many steps epochs are.
+    counted = () if config.trainer.total_epochs is None else ("trainer.total_steps",)
     changed = [
         f"{key} was {_shown(old)} and is {_shown(new)} now"
         for key, old, new in differences
-        if key in RESOLVED or not _is_one_of(key, (*FIXED, *FREE))
+        if key in RESOLVED or not _is_one_of(key, (*FIXED, *FREE, *counted))
     ]
     if changed:
         changed.append(f"to keep what was: {_own_configuration(checkpoint)}")

@@ -62,7 +62,8 @@ def plan_bundles(config: RunConfig, *, critic_ranks: int, reward_workers: int) -
     counts = {"learner": config.learner.ranks, "critic": critic_ranks, "reward": reward_workers}
     if config.cluster.placement == "apart":
         shares = gpu_shares(config)
-        gpus = {"learner": shares.learner, "critic": shares.critic, "reward": round(shares.rewards / reward_workers, 6)}
+        of_reward = round(shares.rewards / max(1, reward_workers), 6)
+        gpus = {"learner": shares.learner, "critic": shares.critic, "reward": of_reward}
         engines = [Bundle((f"rollout-{i}",), shares.engine) for i in range(config.rollout.workers)]
         return engines + [Bundle((f"{kind}-{i}",), gpus[kind]) for kind, count in counts.items() for i in range(count)]
     width = config.rollout.tensor_parallel_size
@@ -179,12 +180,13 @@ def loads_after(config: RunConfig) -> dict[str, list[str]]:
 def start_in_order(
     starts: Mapping[str, Callable[[], Awaitable[object]]], after: Mapping[str, Sequence[str]]
 ) -> dict[str, asyncio.Future[None]]:
-    """A running future per part; each starts once the parts it comes `after` are ready."""
+    """A running future per part; each starts once the parts it comes `after`, if they start at all, are ready."""
     futures: dict[str, asyncio.Future[None]] = {}
 
     async def start(name: str) -> None:
         for other in after.get(name, ()):
-            await futures[other]
+            if other in futures:
+                await futures[other]
         await starts[name]()
 
     futures.update({name: asyncio.ensure_future(start(name)) for name in starts})

@@ -73,7 +73,9 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Issues:
         )
 
 
-def reward_can_compare(algorithm: Algorithm, reward: Part) -> Issues:
+def reward_can_compare(algorithm: Algorithm, reward: Part, rollout: RolloutConfig) -> Issues:
+    if rollout.source == "data":
+        return  # the data say how many responses a prompt has
     needed = reward.cls.traits(reward.config).samples
     responses = algorithm.config.samples_per_prompt + algorithm.needs().greedy_response
     if responses < needed:
@@ -220,8 +222,11 @@ def group_filters_leave_something(buffer: BufferConfig) -> Issues:
 
 def groups_can_differ(buffer: BufferConfig, algorithm: Algorithm, rollout: RolloutConfig) -> Issues:
     if rollout.source == "data":
-        if buffer.drops_groups or buffer.truncated != "keep":
-            yield ConfigIssue("buffer", "filters what was sampled; with rollout.source=data the rows are the data's")
+        filters = [name for name, value in buffer if value != getattr(BufferConfig(), name)]
+        if filters and "data" in algorithm.needs().sources:
+            yield ConfigIssue(
+                f"buffer.{filters[0]}", "filters what was sampled; with rollout.source=data the rows are the data's"
+            )
     elif buffer.drop_equal_rewards and algorithm.config.samples_per_prompt == 1:
         yield ConfigIssue("buffer.drop_equal_rewards", "rejects every group with algorithm.samples_per_prompt=1")
 
@@ -278,14 +283,15 @@ def critic_fits(
             check_model_folder(critic.path)
         except ModelFolderError as error:
             yield ConfigIssue("critic.path", str(error))
-    if "logit_elements_per_chunk" in changed:
-        yield ConfigIssue("critic.logit_elements_per_chunk", "has no effect: a critic has values and no logits")
+    for name in ("logit_elements_per_chunk", "reference_cache"):
+        if name in changed:
+            yield ConfigIssue(f"critic.{name}", "has no effect: a critic has values, no logits and no log-probs")
     yield from _unequal_minibatches("critic", critic, trainer, algorithm.config.samples_per_prompt)
     yield from _unfit_schedule("critic", critic, trainer)
     yield from _lacking_masters("critic", critic, cluster)
     if cluster.device == "cpu" and critic.dtype == "bfloat16":
         yield ConfigIssue("critic.dtype", "is for GPUs; with cluster.device=cpu use float32 (or auto)")
-    if critic.policy_waits_steps >= trainer.total_steps:
+    if trainer.total_epochs is None and critic.policy_waits_steps >= trainer.total_steps:
         yield ConfigIssue(
             "critic.policy_waits_steps",
             f"the run has trainer.total_steps={trainer.total_steps}, so the policy would never learn",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
-from rlkit.config.plan import asks_reward
+from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import EvaluationConfig, LearnerConfig, RolloutConfig, TrainerConfig
 from rlkit.data.base import DataSource
 from rlkit.diagnostics.base import DiagnosticConfig, RunFacts
@@ -30,7 +30,10 @@ def diagnostics_act(
         settings={name: section.model_dump(mode="json") for name, section in sections.items()},
         needs=algorithm.needs(),
         reward=reward.cls.traits(reward.config) if asked else None,
-        verified=evaluation.training_answers and rollout.workers > 0 and not (asked and reward == verifier),
+        verified=evaluation.training_answers
+        and has_engines(rollout, evaluation)
+        and rollout.source != "model"
+        and not (asked and reward == verifier),
         columns=frozenset(data.provides()),
     )
     for config in diagnostics:

@@ -57,6 +57,8 @@ class Block:
     """Full key -> (value, the option that sets it), where that is not the schema's default."""
     same_as: str = ""
     """The block that lists its keys already."""
+    idle: frozenset[str] = frozenset()
+    """Keys that do nothing with what it sets."""
 
 
 def print_help(words: Sequence[str] = ()) -> int:
@@ -64,6 +66,7 @@ def print_help(words: Sequence[str] = ()) -> int:
     fits nothing."""
     console, folder = Console(), conf_dir()
     options, chosen = group_options(folder), default_options(folder)
+    words = [f"algorithm={word}" if word in options["algorithm"] else word for word in words]  # --help kto
     for group, option in (word.split("=", 1) for word in words if "=" in word):
         if group in options and option not in options[group]:
             message = f"no such option; {did_you_mean(option, options[group])}"
@@ -152,20 +155,34 @@ def _class_block(
     except PartError as error:
         return Block(title, f"{target} {error}", (), names, {})
     fields = list(all_fields(cls.Config, f"{kind}."))
+    own = {key.rpartition(".")[2]: value for key, (value, _) in values.items() if key.startswith("algorithm.")}
+    idle = cls.Config.model_construct(**own).idle() if kind == "algorithm" else ()
     first = title if listed is None else listed.setdefault(cls, title)
-    return Block(title, headline(cls), fields, names, values, "" if first == title else first)
+    same_as = "" if first == title else first
+    return Block(title, headline(cls), fields, names, values, same_as, frozenset(f"{kind}.{name}" for name in idle))
 
 
 def _matching(word: str, blocks: Sequence[Block]) -> Iterator[Block]:
     """Blocks of that name, else the keys whose names have the word."""
     named = [block for block in blocks if word in block.names]
     if named:
-        yield from (Block(b.title, b.text, b.fields, b.names, b.sets) for b in named)
+        for b in named:
+            fields = [field for field in b.fields if field[0] not in b.idle]
+            yield Block(b.title, _recipe_text(b) or b.text, fields, b.names, b.sets)
     else:
         for block in blocks:
             fields = [(key, info) for key, info in block.fields if word in key]
             if fields and not block.same_as:
                 yield Block(block.title, "", fields, block.names, block.sets)
+
+
+def _recipe_text(block: Block) -> str:
+    """Of an algorithm's recipe, which may set keys of other sections; empty for all else."""
+    kind, _, option = block.title.partition("=")
+    if kind != "algorithm":
+        return ""
+    beside = [f"{key}={_spelled(value)}" for key, (value, _) in block.sets.items() if not key.startswith("algorithm.")]
+    return option_text(kind, option) + (f". Also sets {', '.join(beside)}, unless model=NAME does" if beside else "")
 
 
 def _option_block(word: str, options: Mapping[str, Sequence[str]]) -> Iterator[Block]:

@@ -88,6 +88,8 @@ def best_metric_exists(trainer: TrainerConfig, evaluation: EvaluationConfig) -> 
 
 def intervals_happen(trainer: TrainerConfig, typed: AbstractSet[str]) -> Issues:
     """Those that the user set: presets have theirs for longer runs."""
+    if trainer.total_epochs is not None:
+        return  # the data say how many steps they are
     for name in ("evaluate_every_steps", "save_every_steps"):
         every = getattr(trainer, name)
         if every > trainer.total_steps and f"trainer.{name}" in typed:

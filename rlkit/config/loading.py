@@ -52,6 +52,7 @@ from rlkit.config.parts import (
 )
 from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import RunConfig
+from rlkit.config.vocabulary import is_called
 from rlkit.data.base import DataSource
 from rlkit.experience.names import edits, nearest
 from rlkit.experience.section import Section
@@ -233,7 +234,8 @@ class Loading:
     def _other_classes(self, kind: str, cls: Any, fields: Mapping[str, Any]) -> dict[str, str]:
         """For keys unknown to this class and unlike its own: which options have them, or have one a slip away."""
         own = cls.Config.model_fields
-        unknown = [key for key in fields if key not in own and nearest(key, own) is None]
+        named = [key for key in fields if key in own or is_called(key, {f"{kind}.{name}" for name in own})]
+        unknown = [key for key in fields if key not in named and nearest(key, own) is None]
         having: dict[str, dict[str, list[str]]] = {key: {} for key in unknown}
         for option in self.options[kind] if unknown else ():
             try:
@@ -246,12 +248,12 @@ class Loading:
                         having[key].setdefault(name, []).append(f"{kind}={option}")
         notes = {}
         for key, options in having.items():
-            name = key if key in options else next(iter(options), None)
-            if name is not None:
+            if name := key if key in options else next(iter(options), None):
                 meant = "" if name == key else f"did you mean {kind}.{name}? "
-                *most, last = options[name]
-                owners = f"{', '.join(most)} and {last}" if most else last
-                notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {owners})"
+                owners = options[name]
+                *most, last = owners if len(owners) < 10 else [*owners[:8], f"{len(owners) - 8} more"]
+                text = f"{', '.join(most)} and {last}" if most else last
+                notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {text})"
         return notes
 
 
@@ -320,16 +322,14 @@ class _RunLoading(Loading):
         self._report(run_checks(checked))
 
     def _leave_out_what_does_not_start(self, checked: dict[str, Any]) -> None:
-        """Without engines, there are none to configure; a part that is not asked need not fit."""
+        """Without engines, there are none to configure; a part that is not asked, or may not be, need not fit."""
         rollout, evaluation, algorithm = (checked.get(name) for name in ("rollout", "evaluation", "algorithm"))
-        if rollout is None or evaluation is None:
-            return
-        if not has_engines(rollout, evaluation) or rollout.source == "model":
-            checked.pop("verifier", None)
-        if not has_engines(rollout, evaluation):
-            self.available["rollout"] = checked["rollout"] = rollout.model_copy(update={"workers": 0})
-        if algorithm is not None and not asks_reward(rollout, algorithm):
+        if rollout is None or algorithm is None or not asks_reward(rollout, algorithm):
             checked.pop("reward", None)
+        if rollout is None or evaluation is None or rollout.source == "model" or not has_engines(rollout, evaluation):
+            checked.pop("verifier", None)
+        if rollout is not None and evaluation is not None and not has_engines(rollout, evaluation):
+            self.available["rollout"] = checked["rollout"] = rollout.model_copy(update={"workers": 0})
 
     def _report(self, issues: Iterable[ConfigIssue]) -> None:
         for issue in issues:

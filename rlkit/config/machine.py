@@ -25,7 +25,7 @@ from rlkit.config.memory import (
 )
 from rlkit.config.messages import ConfigError, ConfigIssue, Issues
 from rlkit.config.parts import ResolvedRun, conf_dir
-from rlkit.config.plan import colocated_slots, longest_response, shares_gpus
+from rlkit.config.plan import colocated_slots, longest_response, sampled_path, shares_gpus
 from rlkit.config.schema import ClusterConfig, RunConfig, TrainerConfig
 from rlkit.models.folder import ModelShape, check_model_folder
 
@@ -123,14 +123,15 @@ def fits(run: ResolvedRun) -> Issues:
         return
     yield from _host(run, machine)
     if run.config.cluster.device == "cuda" and machine.gpu_bytes is not None:
-        yield from _engine(run, machine.gpu_bytes)
+        if run.config.rollout.workers:
+            yield from _engine(run, machine.gpu_bytes)
         yield from _gpu(run, machine.gpu_bytes)
 
 
 def _tensor_parallel(run: ResolvedRun) -> Issues:
-    config, shape = run.config, check_model_folder(run.config.model.path)
+    config, shape = run.config, check_model_folder(sampled_path(run.config))
     width, gpus = config.rollout.tensor_parallel_size, _gpus(config)
-    if not _share_heads(shape, width):
+    if config.rollout.workers and not _share_heads(shape, width):
         fit = [str(n) for n in range(2, GPUS_PER_MACHINE + 1) if _share_heads(shape, n)] or ["only 1"]
         yield ConfigIssue(
             "rollout.tensor_parallel_size",
@@ -197,7 +198,7 @@ def _host_key(run: ResolvedRun) -> str:
 
 
 def _engine(run: ResolvedRun, gpu: float) -> Issues:
-    rollout, shape = run.config.rollout, check_model_folder(run.config.model.path)
+    rollout, shape = run.config.rollout, check_model_folder(sampled_path(run.config))
     width = element_bytes(rollout.dtype, True)
     weights = width * (shape.parameters or 0) / rollout.tensor_parallel_size
     length = rollout.max_prompt_tokens + longest_response(rollout, run.config.evaluation)
@@ -298,6 +299,7 @@ def _preset(config: RunConfig, name: str) -> RunConfig:
     changes = {
         section: getattr(config, section).model_copy(update=values)
         for section, values in sections.items()
-        if section != "cluster"  # the size of a GPU and of a machine stays
+        # The size of a GPU and of a machine stays, and who samples nothing gets no engines.
+        if section != "cluster" and (section != "rollout" or config.rollout.workers)
     }
     return config.model_copy(update=changes)

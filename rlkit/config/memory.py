@@ -18,10 +18,11 @@ from rlkit.config.plan import (
     engines_sleep,
     offloads,
     references_are_cached,
+    sampled_path,
     shares_gpus,
     weight_route,
 )
-from rlkit.config.schema import LearnerConfig, RolloutConfig
+from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
 from rlkit.models.folder import ModelShape, check_model_folder
 
 GIB, MIB = 2**30, 2**20
@@ -140,7 +141,8 @@ def backward(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) 
     elif stage == 2:
         parts["gradients"] = 4 * parameters / ranks * (2 if width == 4 else 1)  # in fp32 the sum and the new ones
     if stage == 2:
-        parts["reduction bucket"] = 2.0 * width * bucket  # and its flat copy
+        # Its flat copy comes when the logits are gone (measured on CPUs; on a GPU it is counted for safety).
+        parts["reduction bucket"] = (2.0 if cuda else 1.0) * width * bucket
     elif stage == 3:
         parts["flat copy of the bucket"] = width * bucket
     if stage == 3 and ranks > 1:
@@ -285,7 +287,7 @@ def learner_phases(run: ResolvedRun) -> Phases:
     config, cuda, algorithm = run.config, run.config.cluster.device == "cuda", run.make_algorithm()
     needs = algorithm.needs()
     frozen = {one.model for one in needs.passes.values()} - {POLICY}
-    if needs.reference_policy and not references_are_cached(config, algorithm):
+    if needs.reference_policy and not references_are_cached(config.rollout, algorithm):
         frozen.add(REFERENCE)
     return rank_phases(
         check_model_folder(config.model.path),
@@ -293,7 +295,7 @@ def learner_phases(run: ResolvedRun) -> Phases:
         cuda=cuda,
         frozen=[check_model_folder(config.model.path if name == REFERENCE else name) for name in sorted(frozen)],
         offloaded=cuda and offloads(config, config.learner),
-        bundle=weight_route(config.cluster, config.rollout, config.learner) == "object_store",
+        bundle=_sends_bundles(config),
         bucket=2.0 * config.cluster.weight_bucket_mib * MIB,
     )
 
@@ -301,7 +303,6 @@ def learner_phases(run: ResolvedRun) -> Phases:
 def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
     """All processes of a run. `gpu`: bytes of one GPU, if known."""
     config, cuda = run.config, run.config.cluster.device == "cuda"
-    shape = check_model_folder(config.model.path)
     groups = step_bytes(run)
     alone: Phases = {"run": Phase({"process": BASES["driver"] * GIB, "groups of a step": 2 * groups})}
     buffer: Phases = {"run": Phase({"process": BASES["buffer"] * GIB, "groups of a step": groups})}
@@ -310,7 +311,8 @@ def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
         held = {"process": BASES["ray"] * GIB, "object store": stored_bytes(run)}
         parts.append(Process("Ray", 1, {"run": Phase(held)}))
     if config.rollout.workers:
-        engine = engine_phases(shape, config.rollout, gpu, cuda=cuda, sleeps=engines_sleep(config))
+        sampled = check_model_folder(sampled_path(config))
+        engine = engine_phases(sampled, config.rollout, gpu, cuda=cuda, sleeps=engines_sleep(config))
         parts.append(Process("rollout engine", config.rollout.workers, engine, int(cuda)))
     environment = run.environment_config
     if environment is not None and environment.placement == "worker":
@@ -369,8 +371,14 @@ def stored_bytes(run: ResolvedRun) -> float:
     config = run.config
     width = element_bytes(config.learner.dtype, config.cluster.device == "cuda")
     whole = float(check_model_folder(config.model.path).parameters or 0) * width
-    bundles = 2 * whole if weight_route(config.cluster, config.rollout, config.learner) == "object_store" else 0.0
-    return bundles + 5 * step_bytes(run)
+    return (2 * whole if _sends_bundles(config) else 0.0) + 5 * step_bytes(run)
+
+
+def _sends_bundles(config: RunConfig) -> bool:
+    """The policy's weights, to engines or to a reward, through the object store."""
+    if not config.rollout.workers or config.rollout.source == "model":
+        return False
+    return weight_route(config.cluster, config.rollout, config.learner) == "object_store"
 
 
 def object_store_bytes(run: ResolvedRun) -> float:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rlkit.config.vocabulary import OTHER_NAMES, answer
+from rlkit.config.vocabulary import OTHER_NAMES, answer, link_named
 from rlkit.experience import UserError
 from rlkit.experience.names import edits, nearest
 
@@ -166,7 +166,12 @@ def _instead(key: str, known_keys: Collection[str]) -> str:
     leaves = {full: full.rpartition(".")[2] for full in known_keys}
     tops = {full.partition(".")[0] for full in leaves}
     same = sorted((full for full, own in leaves.items() if own == leaf), key=lambda full: edits(full, key))
-    meant = OTHER_NAMES.get(leaf.lower())
+    same = [full for full in same if full.replace("critic.", "learner.") not in same or not full.startswith("critic.")]
+    wish = answer(key)
+    if wish is not None and section not in ("reward", "verifier"):  # a reward's `max_length` is its own
+        same = [full for full in same if not full.startswith(("reward.", "verifier."))]
+    names = OTHER_NAMES.get(leaf.lower(), "").split()
+    meant = next((name for name in names if name in leaves), next(iter(names), None))
     if meant in leaves and section and meant.startswith(f"{section}."):  # trainer.max_steps is not data.max_steps
         return _meant([meant])
     if same:
@@ -184,7 +189,6 @@ def _instead(key: str, known_keys: Collection[str]) -> str:
             return f"here it is called {meant}, which the chosen {part} does not have (--help {part})"
     inside = {own: full for full, own in leaves.items() if section and full == f"{section}.{own}"}
     near = nearest(leaf, inside)
-    wish = answer(key)
     if near is not None and (wish is None or edits(leaf, near) == 1):
         return _meant([inside[near]])
     if wish is not None:
@@ -241,7 +245,8 @@ def validate(
         if details["type"] == "extra_forbidden":
             for leaf, value in _leaves(key, details["input"]):
                 note = notes.get(leaf)
-                message = f"no such key: {note}" if note else unknown_key(leaf, known_keys)
+                named = link_named(leaf, value)
+                message = f"no such key: {named or note}" if named or note else unknown_key(leaf, known_keys)
                 problems.append(ConfigIssue(where(leaf, value), message))
         else:
             problems.append(_problem(key, details, fields, where))
@@ -269,8 +274,10 @@ def read_section(model: type[Model], tree: Mapping[str, Any]) -> tuple[Model | N
 
 def _needs_a_value(key: str, fields: Mapping[str, FieldInfo]) -> ConfigIssue:
     words = literal_values(fields[key]) if key in fields else []
+    about = (fields[key].description or "").partition(". ")[0].rstrip(".") if key in fields else ""
     what = f", one of {', '.join(words)}" if words else ""
-    return ConfigIssue(key, f"needs a value{what}; write {key}={words[0] if words else 'VALUE'}")
+    about = f" ({about})" if about and not words else ""
+    return ConfigIssue(key, f"needs a value{what}; write {key}={words[0] if words else 'VALUE'}{about}")
 
 
 def _problem(key: str, details: ErrorDetails, fields: Mapping[str, FieldInfo], where: Where) -> ConfigIssue:

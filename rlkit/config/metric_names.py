@@ -23,6 +23,9 @@ _BY_AREA = {
     "preference": "accuracy margin chosen_reward rejected_reward chosen_logprob rejected_logprob loss loss_at_start "
     "pairs paired_share chosen_length rejected_length gain agreement good_share baseline shift heldout_accuracy "
     "heldout_margin heldout_loss",
+    "logprob": "heldout",
+    "distill": "reverse_kl",
+    "amft": "mu demonstration_tokens",
     "prime": "process_variance_share return_mean return_std return_length_correlation last_token_share",
     "ratio_shift": "mean std clipped_positive clipped_negative",
     "drift": "chosen rejected kl",

@@ -12,7 +12,7 @@ from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.reach import ray_here, refusal
 from rlkit.config.schema import ClusterConfig, ModelConfig, RolloutConfig
 from rlkit.data.base import DataError, DataSource, Split
-from rlkit.data.lengths import too_long_prompts
+from rlkit.data.lengths import too_long_prompts, too_long_responses
 from rlkit.data.tables import local_files
 from rlkit.models.folder import ModelFolderError, ModelShape, model_folder
 from rlkit.models.usable import default_template
@@ -132,12 +132,11 @@ def chat_template_takes_its_arguments(model: ModelConfig, model_shape: ModelShap
         yield ConfigIssue(f"model.chat_template_arguments.{name}", f"{why}; {has}")
 
 
-def prompts_are_short_enough(
+def texts_are_short_enough(
     data: DataSource, model_shape: ModelShape | ModelFolderError, model: ModelConfig, rollout: RolloutConfig
 ) -> Issues:
-    """Of the first problems; the start counts all of them, as transformers does."""
-    limit, share = rollout.max_prompt_tokens, data.config.max_bad_row_share
-    template, arguments = model.chat_template, model.chat_template_arguments
+    """Prompts and recorded responses of the first problems; the start counts all of them, as transformers does."""
+    share, template = data.config.max_bad_row_share, (model.chat_template, model.chat_template_arguments)
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
         try:
@@ -147,22 +146,27 @@ def prompts_are_short_enough(
             return
         if isinstance(model_shape, ModelFolderError):
             return
-        allowed = int(share * len(problems) + 1e-9)
+        folder, rows = model_folder(model.path), sum(problem.rows for problem in problems)
+        allowed = int(share * rows + 1e-9)
+        limits = {"prompt": rollout.max_prompt_tokens, "response": rollout.max_response_tokens}
         try:
-            long = too_long_prompts(problems, model_folder(model.path), template, limit, allowed, arguments)
+            long = {"prompt": too_long_prompts(problems, folder, template[0], limits["prompt"], allowed, template[1])}
+            if rollout.source == "data":
+                long["response"] = too_long_responses(problems, folder, limits["response"], allowed)
         except DataError as error:
             yield ConfigIssue("model.path", str(error))
             return
         except (OSError, ValueError):  # of the template or the model, whose checks report them
             return
-        if len(long) > allowed:
-            longest = max(long)
-            yield ConfigIssue(
-                "rollout.max_prompt_tokens",
-                f"at least {len(long)} of the first {len(problems)} {split} prompts are longer, more than "
-                f"data.max_bad_row_share={share:g} allows; the longest that was counted has {longest[0]} tokens "
-                f"({longest[1]})",
-            )
+        for kind, counted in long.items():
+            if len(counted) > allowed:
+                tokens, origin = max(counted)
+                of = f"the first {rows} {split} " + ("prompts" if kind == "prompt" else "rows have responses that")
+                yield ConfigIssue(
+                    f"rollout.max_{kind}_tokens",
+                    f"at least {len(counted)} of {of} are longer, more than data.max_bad_row_share={share:g} allows; "
+                    f"the longest that was counted has {tokens} tokens ({origin})",
+                )
 
 
 def ray_answers(cluster: ClusterConfig, dry_run: bool, here: bool) -> Issues:
@@ -221,7 +225,7 @@ PLACES = (
     run_folder_outlives_the_job,
     chat_template_is_one,
     chat_template_takes_its_arguments,
-    prompts_are_short_enough,
+    texts_are_short_enough,
     ray_answers,
     heldout_is_not_trained,
 )

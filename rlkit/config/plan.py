@@ -55,9 +55,19 @@ def asks_reward(rollout: RolloutConfig, algorithm: Algorithm) -> bool:
     return rollout.judge == "always" or (algorithm.needs().rewards and rollout.source != "data")
 
 
-def references_are_cached(config: RunConfig, algorithm: Algorithm) -> bool:
+def reads_recorded_labels(rollout: RolloutConfig, algorithm: Algorithm) -> bool:
+    return rollout.source == "data" and algorithm.needs().labels and not asks_reward(rollout, algorithm)
+
+
+def references_are_cached(rollout: RolloutConfig, algorithm: Algorithm) -> bool:
     """Recorded responses are the same in every epoch, so a reference that stays needs to see them once."""
-    return config.rollout.source == "data" and not algorithm.config.reference_every_steps
+    stays = algorithm.needs().reference_policy and not algorithm.config.reference_every_steps
+    return stays and rollout.source == "data"
+
+
+def sampled_path(config: RunConfig) -> str:
+    """The model that the engines hold."""
+    return config.rollout.source_path or config.model.path
 
 
 def _reward_uses_gpu(config: RunConfig) -> bool:
@@ -179,7 +189,11 @@ def phases_make_room(
     for key, value in asked.items():
         if value != "always":
             continue
-        if not shares_gpus(cluster):
+        if rollout.source != "policy":
+            yield ConfigIssue(
+                key, f"is for training that samples; with rollout.source={rollout.source} nobody takes turns: use never"
+            )
+        elif not shares_gpus(cluster):
             yield ConfigIssue(
                 key,
                 "makes room on a GPU that sampler and learner share; they share none with cluster.device=cpu or "

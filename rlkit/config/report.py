@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from rlkit.config.plan import (
     shares_gpus,
     weight_route,
 )
-from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
-from rlkit.data.base import DataSource
+from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig, TrainerConfig
+from rlkit.data.base import DataError, DataSource, Problem
+from rlkit.data.files import CHECKED_ROWS
 from rlkit.data.lengths import uncountable
 from rlkit.environments.base import EnvironmentConfig
 from rlkit.models.folder import ModelShape, check_model_folder, model_folder
@@ -63,11 +65,13 @@ def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
         if shape.parameters is None
         else f"{shape.parameters:,} parameters"
     )
+    rollout = run.config.rollout
+    asked, judges = asks_reward(rollout, run.make_algorithm()), rollout.workers and rollout.source != "model"
+    reward = [Line("parts", "reward", run.config.reward["_target_"]), *_reward_parts(run.config.reward)]
     return [
         Line("parts", "algorithm", run.config.algorithm["_target_"]),
-        Line("parts", "reward", run.config.reward["_target_"]),
-        *_reward_parts(run.config.reward),
-        Line("parts", "verifier", run.config.verifier["_target_"]),
+        *(reward if asked else ()),
+        *([Line("parts", "verifier", run.config.verifier["_target_"])] if judges else ()),
         Line("parts", "data", run.config.data["_target_"]),
         *_environment(run),
         Line("parts", "model", f"{run.config.model.path} ({size})"),
@@ -122,7 +126,7 @@ def _actors(run: ResolvedRun) -> list[Line]:
     if needs.reference_policy:
         every, mix = algorithm.config.reference_every_steps, algorithm.config.reference_mix
         moves = f"; every {_count(every, 'step')} {mix:g} of the policy goes into it" if every else ""
-        if references_are_cached(config, algorithm):
+        if references_are_cached(config.rollout, algorithm):
             moves = ", computed once, then read from a file; no further model"
         lines.append(Line("actors", "reference policy", f"the initial policy, for its log-probs{moves}"))
     for one in sorted({one.model for one in needs.passes.values()} - {POLICY, REFERENCE}):
@@ -175,18 +179,12 @@ def _batches(run: ResolvedRun) -> list[Line]:
     samples = run.algorithm_config.samples_per_prompt
     responses = trainer.prompts_per_step * samples
     per_update = trainer.prompts_per_step // learner.minibatches_per_step
-    updates = trainer.total_steps * learner.optimizer_steps
     most_tokens = trainer.prompts_per_step * (rollout.max_prompt_tokens + samples * rollout.max_response_tokens)
     return [
         Line("batches", "each step", f"{trainer.prompts_per_step} prompts x {samples} samples = {responses} responses"),
         *_episodes(run),
         Line("batches", "each optimizer step", f"{per_update} prompts = {per_update * samples} responses"),
-        Line(
-            "batches",
-            "whole run",
-            f"{trainer.total_steps} steps x {learner.optimizer_steps} = {updates} optimizer steps, "
-            f"{trainer.total_steps * responses:,} responses",
-        ),
+        Line("batches", "whole run", _whole_run(trainer, learner.optimizer_steps, responses)),
         Line(
             "batches",
             "tokens of a step",
@@ -207,6 +205,13 @@ def _episodes(run: ResolvedRun) -> list[Line]:
     return [Line("batches", "each response", f"{turns}, in {most} tokens with what the environment says")]
 
 
+def _whole_run(trainer: TrainerConfig, updates: int, responses: int) -> str:
+    steps = trainer.total_steps
+    if trainer.total_epochs is not None:  # the data say how many steps they are
+        return f"{_count(trainer.total_epochs, 'epoch')}, {_count(updates, 'optimizer step')} each step"
+    return f"{steps} steps x {updates} = {steps * updates} optimizer steps, {steps * responses:,} responses"
+
+
 def _learning_rates(run: ResolvedRun) -> Iterator[Line]:
     for name in ("learner", "critic") if run.make_algorithm().needs().critic else ("learner",):
         section: LearnerConfig = getattr(run.config, name)
@@ -215,16 +220,38 @@ def _learning_rates(run: ResolvedRun) -> Iterator[Line]:
 
 
 def _recorded_batches(run: ResolvedRun) -> list[Line]:
-    trainer, learner = run.config.trainer, run.config.learner
-    updates = learner.optimizer_steps
-    steps, epochs = f"{trainer.total_steps} steps", trainer.total_epochs
-    if epochs is not None:
-        steps = _count(epochs, "epoch")
+    trainer, updates, problems = run.config.trainer, run.config.learner.optimizer_steps, _training_problems(run)
+    steps, lines = trainer.steps_on(len(problems)), list[Line]()
+    whole = [f"{_count(steps, 'step')} x {updates} = {_count(steps * updates, 'optimizer step')}"]
+    if not problems and trainer.total_epochs is not None:
+        whole = [_count(updates, "optimizer step") + " in each step"]
+    if problems:
+        parts = {"prompt": len(problems), "response": sum(len(p.responses) or len(p.references) for p in problems)}
+        parts |= {"pair": sum(len(problem.pairs) for problem in problems)}
+        counted = [_count(number, noun) for noun, number in parts.items() if number]
+        lines.append(Line("batches", "training data", f"{', '.join(counted)}; what is too long is left out"))
+    passes = trainer.total_epochs or (steps * trainer.prompts_per_step / len(problems) if problems else 0)
+    if passes:
+        whole.append(f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
+    heldout = f"the held-out ones, at most {_count(trainer.evaluation_prompts, 'prompt')}"
+    if run.config.evaluation.generate:
+        heldout = _evaluation(run)
     return [
-        Line("batches", "each step", f"{trainer.prompts_per_step} prompts with the data's responses"),
-        Line("batches", "whole run", f"{steps}, {_count(updates, 'optimizer step')} each"),
+        *lines,
+        Line("batches", "each step", f"{_count(trainer.prompts_per_step, 'prompt')} with the data's responses"),
+        Line("batches", "whole run", ", ".join(whole)),
         *_learning_rates(run),
+        Line("batches", "each evaluation", heldout),
     ]
+
+
+def _training_problems(run: ResolvedRun) -> Sequence[Problem]:
+    """Nothing if they are too many to read for a plan, or cannot be read."""
+    source = run.make_data_source()
+    with suppress(DataError):
+        if not source.check() and 0 < sum(p.rows for p in source.preview("train")) < 0.9 * CHECKED_ROWS:
+            return source.load("train")[0]
+    return []
 
 
 def _evaluation(run: ResolvedRun) -> str:

@@ -78,7 +78,8 @@ def structure_is_usable(rollout: RolloutConfig, data: DataSource) -> Issues:
     if config.column not in columns:
         yield ConfigIssue(
             key,
-            f"there is no column {config.column}; {type(data).__name__} has {', '.join(sorted(columns)) or 'none'}",
+            f"{getattr(data.config, 'path', type(data).__name__)} has no column {config.column!r} that no other key "
+            f"names; it has {', '.join(sorted(columns)) or 'none'}",
         )
 
 

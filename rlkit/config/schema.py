@@ -63,6 +63,12 @@ class TrainerConfig(Section):
     max_skipped_updates: int = Field(default=3, ge=1)
     """Stop the run after this many updates in a row were skipped for a non-finite loss or gradient."""
 
+    def steps_on(self, prompts: int) -> int:
+        """Steps of a run that has so many training prompts."""
+        if self.total_epochs is None:
+            return self.total_steps
+        return max(1, round(self.total_epochs * prompts / self.prompts_per_step))
+
 
 class ModelConfig(Section):
     """The trained policy."""
@@ -249,7 +255,7 @@ class LearnerConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     reference_cache: str | None = None
     """source=data: file of the reference policy's log-probs, by model and tokens; null: in the run folder. Runs may
-    share one, one after the other."""
+    share one."""
     offload: Literal["auto", "always", "never"] = "never"
     """CUDA, ZeRO 1 or more: keep optimizer states and parameters in host memory while the engines sample. auto: if
     engines share GPUs with ranks and training is synchronous."""

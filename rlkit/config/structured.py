@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from rlkit.data.base import BadRow, Problem
+from rlkit.data.stored import picked
 from rlkit.experience.section import Section
 
 COLUMN = "column:"
@@ -126,10 +127,10 @@ def split_unusable(
     if config is None or config.column is None:
         return problems, []
     good, bad = [], []
-    for problem in problems:
+    for i, problem in enumerate(problems):
         try:
             grammar(config, problem.columns)
-            good.append(problem)
+            good.append(i)
         except ValueError as error:
             bad.append(BadRow(problem.origin, f"rollout.structured.{config.kind}: {error}"))
-    return good, bad
+    return picked(problems, good), bad

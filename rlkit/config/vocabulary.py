@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-# By last component of the key.
+# By last component of the key; of several keys the first that the chosen parts have.
 OTHER_NAMES: Mapping[str, str] = {
     # sizes
     "batch_size": "trainer.prompts_per_step",
@@ -20,7 +20,6 @@ OTHER_NAMES: Mapping[str, str] = {
     "num_mini_batches": "learner.minibatches_per_step",
     "micro_batch_size": "learner.tokens_per_microbatch",
     "micro_train_batch_size": "learner.tokens_per_microbatch",
-    "per_device_train_batch_size": "learner.tokens_per_microbatch",
     "ppo_max_token_len_per_gpu": "learner.tokens_per_microbatch",
     "ppo_micro_batch_size": "learner.tokens_per_microbatch",
     "ppo_micro_batch_size_per_gpu": "learner.tokens_per_microbatch",
@@ -41,7 +40,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "guided_choice": "rollout.structured.choices",
     "guided_json": "rollout.structured.json_schema",
     # algorithm
-    "beta": "algorithm.kl_coefficient",
+    "beta": "algorithm.beta algorithm.kl_coefficient",
     "init_kl_coef": "algorithm.kl_coefficient",
     "kl_beta": "algorithm.kl_coefficient",
     "kl_coef": "algorithm.kl_coefficient",
@@ -66,9 +65,26 @@ OTHER_NAMES: Mapping[str, str] = {
     "lambd": "algorithm.gae_lambda",
     "lmbda": "algorithm.gae_lambda",
     "loss_agg_mode": "algorithm.aggregation",
-    "loss_type": "algorithm.aggregation",
+    "loss_type": "algorithm.link algorithm.aggregation",
     "norm_adv_by_std_in_grpo": "algorithm.normalize_by_std",
     "scale_rewards": "algorithm.normalize_by_std",
+    # preferences, fine-tuning, distillation
+    "pref_beta": "algorithm.beta",
+    "pref_loss": "algorithm.link",
+    "label_smoothing_factor": "algorithm.label_smoothing",
+    "simpo_gamma": "algorithm.target_margin",
+    "cpo_alpha": "algorithm.nll_coefficient",
+    "nll_loss_coef": "algorithm.nll_coefficient",
+    "pref_ftx": "algorithm.nll_coefficient",
+    "rpo_alpha": "algorithm.nll_coefficient",
+    "use_weighting": "algorithm.on_policy_weights",
+    "reference_free": "algorithm.reference",
+    "sync_ref_model": "algorithm.reference_every_steps",
+    "ref_model_sync_steps": "algorithm.reference_every_steps",
+    "ref_model_mixup_alpha": "algorithm.reference_mix",
+    "teacher_model": "algorithm.teacher",
+    "teacher_model_name_or_path": "algorithm.teacher",
+    "teacher_path": "algorithm.teacher",
     # learner and critic
     "lr": "learner.learning_rate",
     "actor_learning_rate": "learner.learning_rate",
@@ -92,6 +108,8 @@ OTHER_NAMES: Mapping[str, str] = {
     "param_offload": "learner.offload",
     "enable_gradient_checkpointing": "learner.gradient_checkpointing",
     "activation_checkpointing": "learner.gradient_checkpointing",
+    "torch_dtype": "learner.dtype",
+    "bf16": "learner.dtype",
     # sampler
     "tp": "rollout.tensor_parallel_size",
     "tp_size": "rollout.tensor_parallel_size",
@@ -104,6 +122,12 @@ OTHER_NAMES: Mapping[str, str] = {
     "total_training_steps": "trainer.total_steps",
     "save_freq": "trainer.save_every_steps",
     "save_interval": "trainer.save_every_steps",
+    "save_steps": "trainer.save_every_steps",
+    "num_train_epochs": "trainer.total_epochs",
+    "num_epochs": "trainer.total_epochs",
+    "max_epochs": "trainer.total_epochs",
+    "generate_during_eval": "evaluation.generate",
+    "chat_template_path": "model.chat_template",
     "eval_steps": "trainer.evaluate_every_steps",
     "test_freq": "trainer.evaluate_every_steps",
     "max_ckpt_num": "trainer.keep_checkpoints",
@@ -136,6 +160,10 @@ OTHER_NAMES: Mapping[str, str] = {
     "prompt_key": "data.prompt_column",
     "answer_key": "data.answer_column",
     "label_key": "data.answer_column",
+    "chosen_key": "data.chosen_column",
+    "rejected_key": "data.rejected_column",
+    "response_key": "data.response_column",
+    "messages_key": "data.messages_column",
     # reward
     "custom_reward_function": "reward.function",
     "reward_fn": "reward.function",
@@ -144,6 +172,30 @@ OTHER_NAMES: Mapping[str, str] = {
     "reward_function": "reward.function",
     "remote_rm_url": "reward.url",
 }
+
+LINKS: Mapping[str, str] = {
+    "sigmoid": "algorithm=dpo",
+    "sigmoid_norm": "algorithm=dpo_normalised",
+    "hinge": "algorithm=hinge",
+    "slic": "algorithm=hinge",
+    "ipo": "algorithm=ipo",
+    "exo_pair": "algorithm=exo",
+    "nca_pair": "algorithm=nca",
+    "robust": "algorithm=robust_dpo",
+    "bco": "algorithm=bco",
+    "bco_pair": "algorithm=bco",
+    "kto": "algorithm=kto",
+    "kto_pair": "algorithm=kto",
+    "sppo_hard": "algorithm=sppo",
+    "apo_zero": "algorithm=apo",
+    "apo_down": "algorithm=dpo algorithm.link=apo_down",
+    "simpo": "algorithm=simpo",
+    "orpo": "algorithm=orpo",
+    "sft": "algorithm=sft (beside a link: algorithm.nll_coefficient)",
+    "nll": "algorithm=sft",
+}
+"""What other frameworks name by a key (`loss_type`), by its value."""
+NAMES_A_LINK = ("loss_type", "pref_loss")
 
 TRACKERS = "is not supported: metrics go to RUN/metrics.jsonl and to TensorBoard (tracking.tensorboard)"
 EVALUATION = (
@@ -157,14 +209,48 @@ MULTI_TURN = (
 
 # What a word of a key, an option or a command asks for -> the answer. The first that matches counts.
 WISHES: tuple[tuple[str, str], ...] = (
-    (r"q?lora\w*|peft|adapters?", "LoRA is not supported: all weights are trained"),
+    (r"q?lora\w*|peft|adapters?|\w+_adapter_name", "LoRA is not supported: all weights are trained"),
     (r"(use_)?wandb\w*|weights_and_biases", f"W&B {TRACKERS}"),
     (r"mlflow|swanlab|neptune|comet(_ml)?|clearml|aim|trackio", f"this tracker {TRACKERS}"),
     (r"loggers?|report_to|project_name|tracker", f"another tracker {TRACKERS}"),
     (r"online_dpo|iterative_dpo", "that is algorithm=dpo on problems: the policy samples, the reward makes the pairs"),
     (r"multi_?turns?|max_turns|tools?|tool_\w+|env|environments?|agents?|agent_\w+|gym", MULTI_TURN),
+    (r"gkd|minillm|on_policy_distillation", "that is algorithm=distill algorithm.teacher=FOLDER"),
     (
-        r"eos_token_ids?|ignore_eos",
+        r"teacher\w*|seq_kd",
+        "algorithm=distill algorithm.teacher=FOLDER learns from a teacher's log-probs; algorithm=sft "
+        "rollout.source=model rollout.source_path=FOLDER imitates its samples",
+    ),
+    (
+        r"max_(target_|seq_|sequence_)?(length|len)|cutoff_len",
+        "here it is rollout.max_prompt_tokens and rollout.max_response_tokens; longer rows are left out, not cut",
+    ),
+    (r"truncation_mode", "not needed: rows that are too long are left out and counted (rollout.max_response_tokens)"),
+    (
+        r"per_device_train_batch_size|(gradient_)?accumulation_steps|grad_accum\w*",
+        "an optimizer step takes trainer.prompts_per_step pairs, prompts or conversations; "
+        "learner.tokens_per_microbatch alone says what fits at a time",
+    ),
+    (r"(eval_)?packing\w*|padding_free|pad_\w+", "always so: sequences are packed without padding, each apart"),
+    (
+        r"(assistant|completion)_only_loss|train_on_(inputs?|prompt|responses_only)|mask_prompt",
+        "always so: prompts have no loss; data.train_on (data=chat) says which of the assistant's messages have one",
+    ),
+    (
+        r"precompute_ref\w*",
+        "always so for recorded responses: the reference's log-probs are computed once; learner.reference_cache "
+        "names a file that runs may share",
+    ),
+    (
+        r"f_(alpha_)?divergence\w*|discopop_tau|loss_weights",
+        "not supported: one link of log-ratios (algorithm.link, --help dpo), with algorithm.nll_coefficient beside it",
+    ),
+    (r"disable_dropout", "always so: no layer drops anything while it learns"),
+    (r"shuffle\w*|train_sampling_strategy", "always so: every epoch has its own order, by seed"),
+    (r"dataset_text_field", "data=chat takes messages (data.messages_column), or a prompt and a response"),
+    (r"load_best_model_at_end", "the best checkpoint is kept: trainer.best_metric"),
+    (
+        r"eos_token(_ids?)?|ignore_eos",
         "a response ends with the model's own end tokens, a text or token of rollout.stop, or after "
         "rollout.max_response_tokens",
     ),
@@ -191,7 +277,6 @@ WISHES: tuple[tuple[str, str], ...] = (
     ),
     (r"pass_?(at|@)?_?k|(eval|val|evaluation|test)_(samples|temperature|n|k|top_p|top_k|kwargs|do_sample)", EVALUATION),
     (r"greedy|do_sample|best_of", EVALUATION),
-    (r"(gradient_)?accumulation_steps|grad_accum\w*", "not needed: learner.tokens_per_microbatch alone says what fits"),
     (r"adv_estimator|advantage_estimator", "here the algorithm says it: algorithm=NAME"),
     (r"use_kl_(loss|in_reward)", "here it is algorithm.kl_coefficient above 0, with algorithm.kl_in=loss or reward"),
     (
@@ -247,7 +332,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ),
     (r"resume|continue", "write it as rlkit train ... run_dir=RUN resume=auto"),
     (
-        r"grpo|ppo|rloo|dapo|reinforce|prime|dpo|ipo|kto|orpo|simpo|cpo|distill",
+        r"grpo|ppo|rloo|dapo|reinforce|prime|dpo|ipo|kto|orpo|simpo|cpo|distill|amft",
         "an algorithm is chosen by rlkit train algorithm=NAME",
     ),
     (r"reward|rm|train_rm|reward_model", "did you mean train-reward?"),
@@ -256,6 +341,17 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     (r"init|new|create|config|download|fetch", "not supported"),
 )
 """What a command asks for -> the answer."""
+
+
+def is_called(key: str, fields: Iterable[str]) -> bool:
+    """Whether other frameworks call one of these full keys `key`."""
+    return not set(OTHER_NAMES.get(key, "").split()).isdisjoint(fields)
+
+
+def link_named(key: str, value: object) -> str | None:
+    """`loss_type=ipo`: the recipe with that loss."""
+    recipe = LINKS.get(str(value).strip("[]'\"").lower())
+    return f"that is {recipe}" if recipe and key.rpartition(".")[2].lower() in NAMES_A_LINK else None
 
 
 def answer(name: str, section: str = "") -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -70,6 +70,10 @@ class BadRow:
     reason: str
     remedy: str = ""
     """What the user can do, if it is not to correct the row."""
+    tokens: int = 0
+    """Of what is too long."""
+    systematic: bool = False
+    """A mistake of the whole file: leaving such rows out would change what the others say."""
 
 
 class DataSource(ABC):
@@ -88,16 +92,20 @@ class DataSource(ABC):
         """Cheap checks before a run (files exist, columns exist): messages for the user, empty if all is well."""
         return []
 
-    def preview(self, split: Split) -> list[Problem]:
+    def preview(self, split: Split) -> Sequence[Problem]:
         """Problems that cost little, for checks before a run: the first ones, or none if only loading tells. Called
         after `check`. Raises DataError where `load` will."""
         return []
 
+    def notes(self) -> list[str]:
+        """What happens to rows that were read so far and are used otherwise than they stand, or not at all."""
+        return []
+
     @abstractmethod
-    def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
+    def load(self, split: Split) -> tuple[Sequence[Problem], list[BadRow]]:
         """All problems of a split and the unusable rows. Raises DataError if a split is unusable."""
 
-    def load_set(self) -> tuple[list[Problem], list[BadRow]]:
+    def load_set(self) -> tuple[Sequence[Problem], list[BadRow]]:
         """The problems if the source is one of `evaluation.sets`: the held-out ones, or all of a file's."""
         return self.load("heldout")
 

@@ -14,10 +14,20 @@ Chat = tuple[Message, ...]
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 """ShareGPT's names of roles."""
+_FROM = {*_ROLES, *_ROLES.values(), "system"}
+_LABELS = (
+    "Labels are true or false, or numbers from 0 (bad) to 1 (good): write them so. Numbers of any size are scores "
+    "(data.score_column), for algorithms that compare responses"
+)
 
 
 class RowError(ValueError):
     """This row cannot be used; the message is the reason."""
+
+    def __init__(self, reason: str, remedy: str = "", *, systematic: bool = False) -> None:
+        """`remedy`, `systematic`: as `BadRow` has them."""
+        super().__init__(reason)
+        self.remedy, self.systematic = remedy, systematic
 
 
 def cell(row: Row, column: str) -> Any:
@@ -62,7 +72,8 @@ def number(row: Row, column: str) -> float:
 def label(value: Any, what: str) -> float:
     """0 (wrong) to 1 (right)."""
     if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
-        raise RowError(f"{what} must be true, false or a number from 0 to 1, not {value!r}")
+        reason = f"{what} must be true, false or a number from 0 to 1, not {value!r}"
+        raise RowError(reason, _LABELS, systematic=True)
     return float(value)
 
 
@@ -75,6 +86,8 @@ def message(value: Any, what: str) -> Message:
         if key not in value:
             raise RowError(f"{what} has no {key!r}")
     role = text(value[keys[0]], f"{what}.{keys[0]}")
+    if keys[0] == "from" and role not in _FROM:
+        raise RowError(f"{what}.from is {role!r}, no role that is known: {', '.join(sorted(_FROM))}")
     role = _ROLES.get(role, role)
     content = value[keys[1]]
     if role == "assistant" and isinstance(content, str):  # an empty response is one, too: the model ended at once

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlkit.data.base import BadRow, DataError, Problem, Response
-from rlkit.data.rendering import Asked, ChatTemplate, ask, with_longest
+from rlkit.data.rendering import Asked, ChatTemplate, ask, chunks
+from rlkit.data.stored import stored
 from rlkit.experience import GroupScores, Message, Prompt, Recorded, Sample, Score, Span
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 512
-"""Problems that are rendered and tokenised at once."""
 _REMEDY = "name another template with model.chat_template"
 
 
@@ -37,28 +36,30 @@ def render_recorded(
     max_response_tokens: int,
     chat_template: str | Path | None = None,
     template_arguments: Mapping[str, Any] | None = None,
-) -> tuple[list[Prompt], list[BadRow]]:
+) -> tuple[Sequence[Prompt], list[BadRow]]:
     """Prompts with `recorded` responses, and the rows that cannot be used.
 
     `stop_token_ids` end a sampled response. Raises DataError for a template whose answers end with none of them, and
     as `render` does.
     """
     template = ChatTemplate(tokenizer, chat_template, template_arguments)
-    asked, bad = ask(problems, template, max_prompt_tokens)
-    prompts: list[Prompt] = []
-    too_long: list[BadRow] = []
-    longest = 0
-    ending = Ending.of(template, stop_token_ids, asked[0]) if asked else None
-    for start in range(0, len(asked), CHUNK):
-        assert ending is not None
-        for item, drafts in _drafts(asked[start : start + CHUNK], template, ending):
-            lengths = [len(draft.token_ids) for draft in drafts if isinstance(draft, _Draft)]
-            longest = max([longest, *lengths])
-            recorded, unusable = _recorded(item.problem, drafts, max_response_tokens)
-            too_long += unusable
-            if recorded is not None:
-                prompts.append(replace(item.prompt, recorded=recorded))
-    return prompts, [*bad, *with_longest(too_long, longest)]
+    bad: list[BadRow] = []
+
+    def prompts() -> Iterator[Prompt]:
+        ending: Ending | None = None
+        for some in chunks(problems):
+            asked, unusable = ask(some, template, max_prompt_tokens)
+            bad.extend(unusable)
+            if not asked:
+                continue
+            ending = ending or Ending.of(template, stop_token_ids, asked[0])
+            for item, drafts in _drafts(asked, template, ending):
+                recorded, unusable = _recorded(item.problem, drafts, max_response_tokens)
+                bad.extend(unusable)
+                if recorded is not None:
+                    yield replace(item.prompt, recorded=recorded)
+
+    return stored(prompts()), bad
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,9 @@ def _recorded(
         if isinstance(draft, BadRow):
             unusable.setdefault(draft.origin, draft)
         elif len(draft.token_ids) > max_tokens:
-            reason = f"a response has {len(draft.token_ids)} tokens, more than rollout.max_response_tokens={max_tokens}"
-            unusable.setdefault(draft.origin, BadRow(draft.origin, reason, "Raise rollout.max_response_tokens"))
+            tokens = len(draft.token_ids)
+            reason = f"a response has {tokens} tokens, more than rollout.max_response_tokens={max_tokens}"
+            unusable.setdefault(draft.origin, BadRow(draft.origin, reason, "Raise rollout.max_response_tokens", tokens))
     for pair in problem.pairs:
         one, other = drafts[pair.winner], drafts[pair.loser]
         if isinstance(one, _Draft) and isinstance(other, _Draft) and one.token_ids == other.token_ids:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import model_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
@@ -16,15 +17,18 @@ from rlkit.data.rows import (
     ColumnsConfig,
     Parts,
     RowsConfig,
-    heldout_keys,
+    digest,
+    first_rows,
+    held_out,
     missing_columns,
     parse_rows,
     question_key,
     refuse_too_many_bad_rows,
 )
+from rlkit.data.stored import picked
 from rlkit.data.tables import Rows, data_set_rows, file_rows, hub_columns, is_local, local_files
 
-Loaded = tuple[list[Problem], list[BadRow]]
+Loaded = tuple[Sequence[Problem], list[BadRow]]
 
 CHECKED_ROWS = 10_000
 """Rows of each split that are judged before a run starts; the others when they are loaded."""
@@ -46,6 +50,8 @@ class TableSource(DataSource):
         self._heads: dict[Split, list[tuple[str, Row | BadRow]]] = {}
         self._judged: dict[Split, Loaded] = {}
         """Of the first rows."""
+        self._noted: dict[str, tuple[int, str]] = {}
+        """What is done with some rows that are used: how many, and the first."""
 
     @abstractmethod
     def _source(self, split: Split) -> str | None:
@@ -103,12 +109,27 @@ class TableSource(DataSource):
             )
         return messages
 
-    def preview(self, split: Split) -> list[Problem]:
+    def preview(self, split: Split) -> Sequence[Problem]:
         """Of tables that `check` has read whole, all of them: raises DataError where `load` will."""
         named: set[Split] = {"train"} if self._source("heldout") is None else {"train", "heldout"}
         whole = named == set(self._judged) and all(len(self._head(name)) < CHECKED_ROWS for name in named)
         rows = self._divide(self._judged) if whole else self._judged
         return rows.get(split, ([], []))[0]
+
+    def note(self, what: str, origin: str) -> None:
+        """`what` is done with a row that is used."""
+        count, first = self._noted.get(what, (0, origin))
+        self._noted[what] = count + 1, first
+
+    def notes(self) -> list[str]:
+        """Of rows that `check` or `load` has read; unusable ones are in what `load` returns."""
+        skipped = [
+            f"{len(bad)} of the first {len(self._head(split))} rows of {self._source(split)} are skipped:"
+            + first_rows(bad)
+            for split, (_, bad) in self._judged.items()
+            if bad
+        ]
+        return skipped + [f"{count} {what} (the first: {first})" for what, (count, first) in self._noted.items()]
 
     def provides(self) -> frozenset[str]:
         config: RowsConfig = self.config
@@ -145,12 +166,11 @@ class TableSource(DataSource):
             kept, heldout = self._split(train)
             return {"train": (kept, bad), "heldout": (heldout, [])}
         heldout, heldout_bad = rows["heldout"]
-        judged = {question_key(problem): problem.origin for problem in heldout}
-        kept = [problem for problem in train if question_key(problem) not in judged]
+        judged = {digest(question_key(problem)): problem.origin for problem in heldout}
+        same = [judged.get(digest(question_key(problem))) for problem in train]
+        kept = picked(train, [i for i, judge in enumerate(same) if judge is None])
         bad = bad + [
-            BadRow(problem.origin, f"held out: {judged[question_key(problem)]} asks the same")
-            for problem in train
-            if question_key(problem) in judged
+            BadRow(train[i].origin, f"held out: {judge} asks the same") for i, judge in enumerate(same) if judge
         ]
         self._refuse(self._source("train"), kept, bad)
         return {"train": (kept, bad), "heldout": (heldout, heldout_bad)}
@@ -158,23 +178,23 @@ class TableSource(DataSource):
     def _parse(self, split: Split, id_prefix: str = "") -> Loaded:
         return self._problems(self._rows(split), self._source(split) or "", id_prefix)
 
-    def _refuse(self, what: str | None, problems: list[Problem], bad: list[BadRow]) -> None:
-        rows = sum(problem.rows for problem in problems) + len(bad)
-        refuse_too_many_bad_rows(bad, rows, self.config.max_bad_row_share, what or "")
+    def _refuse(self, what: str | None, problems: Sequence[Problem], bad: list[BadRow]) -> None:
+        if bad or not problems:
+            rows = sum(problem.rows for problem in problems) + len(bad)
+            share, columns = self.config.max_bad_row_share, self.config.named_columns()
+            refuse_too_many_bad_rows(bad, rows, share, what or "", columns)
 
-    def _split(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+    def _split(self, problems: Sequence[Problem]) -> tuple[Sequence[Problem], Sequence[Problem]]:
         """By question: duplicates of a question land on one side, whatever the order of the file."""
         config: RowsConfig = self.config
-        keys = {question_key(problem) for problem in problems}
-        if len(keys) < 2:
+        share = _DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
+        chosen = held_out(map(question_key, problems), share, config.heldout_seed)
+        if chosen is None:
             raise DataError(
                 f"{self._source('train')} has one question only, so none can be held out: name held-out data "
                 "with data.heldout_path."
             )
-        share = _DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
-        chosen = heldout_keys(keys, share, config.heldout_seed)
-        kept = [problem for problem in problems if question_key(problem) not in chosen]
-        return kept, [problem for problem in problems if question_key(problem) in chosen]
+        return picked(problems, np.flatnonzero(~chosen)), picked(problems, np.flatnonzero(chosen))
 
 
 class FileConfig(ColumnsConfig):

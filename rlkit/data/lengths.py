@@ -1,11 +1,11 @@
-"""Prompts that are too long, before anything heavy is loaded: the chat template and tokenizer.json alone, without
-transformers, on the longest texts only."""
+"""Prompts and recorded responses that are too long, before anything heavy is loaded: the chat template and
+tokenizer.json alone, without transformers, on the longest texts only."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from rlkit.data.base import DataError, Problem
 from rlkit.models.usable import default_template
 
-MOST_PROMPTS = 256
+MOST_TEXTS = 256
 """That are tokenised, or one more than may be skipped."""
 MOST_CHARACTERS = 2**20
 LARGEST_TOKENIZER = 24 * 2**20
@@ -35,21 +35,43 @@ def too_long_prompts(
     (`uncountable`). Raises DataError if tokenizer.json cannot be read, and OSError or ValueError for other files.
     """
     template = _template(folder, chat_template)
-    if template is None or uncountable(folder):
+    if template is None:
         return []
+    most = max(MOST_TEXTS, allowed + 1)
     by_text = sorted(problems, key=lambda problem: -sum(len(message.content) for message in problem.question))
+    variables = {**_special_tokens(folder), **(arguments or {})}
+    return _too_long(_rendered(by_text[:most], template, variables), folder, limit, allowed)
+
+
+def too_long_responses(problems: Sequence[Problem], folder: Path, limit: int, allowed: int) -> list[tuple[int, str]]:
+    """(tokens, origin) of the longest recorded response of a row, as `too_long_prompts`; what
+    the template adds is not counted.
+
+    Raises DataError if tokenizer.json cannot be read.
+    """
+    longest: dict[str, str] = {}
+    for problem in problems:
+        for response in problem.responses:
+            text, origin = "\n".join(m.content for m in response.messages), response.origin or problem.origin
+            longest[origin] = max(text, longest.get(origin, ""), key=len)
+    texts = sorted(((text, origin) for origin, text in longest.items()), key=lambda item: -len(item[0]))
+    return _too_long(texts[: max(MOST_TEXTS, allowed + 1)], folder, limit, allowed)
+
+
+def _too_long(texts: Iterable[tuple[str, str]], folder: Path, limit: int, allowed: int) -> list[tuple[int, str]]:
+    if uncountable(folder):
+        return []
     count: Callable[[str], int] | None = None
     proven: list[tuple[int, str]] = []
     characters = 0
-    variables = {**_special_tokens(folder), **(arguments or {})}
-    for problem, text in _rendered(by_text[: max(MOST_PROMPTS, allowed + 1)], template, variables):
+    for text, origin in texts:
         characters += len(text)
-        if len(text.encode()) <= limit or characters > MOST_CHARACTERS:  # a token has a byte at least
+        if len(text.encode(errors="replace")) <= limit or characters > MOST_CHARACTERS:  # a token has a byte at least
             break
         count = count or _counter(folder)
         tokens = count(text)
         if tokens > limit:
-            proven.append((tokens, problem.origin))
+            proven.append((tokens, origin))
             if len(proven) > allowed:
                 break
     return proven
@@ -82,10 +104,8 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _rendered(
-    problems: Sequence[Problem], template: str, variables: Mapping[str, Any]
-) -> Iterator[tuple[Problem, str]]:
-    """As transformers renders it; without the conversations that the template refuses."""
+def _rendered(problems: Sequence[Problem], template: str, variables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(text, origin) as transformers renders it; without the conversations that the template refuses."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -104,9 +124,10 @@ def _rendered(
     for problem in problems:
         messages = [{"role": message.role, "content": message.content} for message in problem.question]
         try:
-            yield problem, compiled.render({**variables, "messages": messages, "add_generation_prompt": True})
+            text = compiled.render({**variables, "messages": messages, "add_generation_prompt": True})
         except TemplateError:
             continue
+        yield text, problem.origin
 
 
 def _counter(folder: Path) -> Callable[[str], int]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
-from rlkit.data.rows import question_key
+from rlkit.data.rows import digest, question_key
+from rlkit.data.stored import stored
 from rlkit.environments.base import Environment
 from rlkit.experience.names import NotFoundError, find_class, nearest
 
@@ -56,6 +57,8 @@ def _member(name: str, fields: Mapping[str, Any]) -> Member:
         raise ValueError(f"{name}: a name has letters, digits and _ only, a letter first")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
         raise ValueError(f"{name}.weight must be a number above 0, not {weight!r}")
+    if kind is None:
+        raise ValueError(f"{name}.kind is missing; it is one of {', '.join(KINDS)}, or the dotted path of a class")
     try:
         cls = find_class("data source", KINDS.get(str(kind), kind), DataSource)
     except NotFoundError as error:
@@ -85,46 +88,53 @@ class Mixture(DataSource):
         super().__init__(config, seed)
         members = [_member(name, fields) for name, fields in config.sources.items()]
         self.shares = {member.name: member.weight for member in members}
-        self._sources = {member.name: member.cls(member.config, seed) for member in members}
+        self.parts = {member.name: member.cls(member.config, seed) for member in members}
 
     def take_environment(self, environment: type[Environment], options: Any) -> None:
-        for source in self._sources.values():
+        for source in self.parts.values():
             source.take_environment(environment, options)
 
     def weights(self) -> Mapping[str, float]:
         return self.shares
 
     def provides(self) -> frozenset[str]:
-        provided: list[frozenset[str]] = [source.provides() for source in self._sources.values()]
+        provided: list[frozenset[str]] = [source.provides() for source in self.parts.values()]
         recorded = [own | {"responses"} if "references" in own else own for own in provided]
         return frozenset.intersection(*recorded)
 
     def check(self) -> list[str]:
-        return [_named(message, name) for name, source in self._sources.items() for message in source.check()]
+        return [_named(message, name) for name, source in self.parts.items() for message in source.check()]
 
-    def preview(self, split: Split) -> list[Problem]:
-        return [_as_part(p, name) for name, source in self._sources.items() for p in source.preview(split)]
+    def notes(self) -> list[str]:
+        return [f"data.sources.{name}: {note}" for name, source in self.parts.items() for note in source.notes()]
 
-    def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
-        judged = {question_key(p): p.id for _, p in self._load("heldout", [])} if split == "train" else {}
-        problems: list[Problem] = []
+    def preview(self, split: Split) -> Sequence[Problem]:
+        return [_as_part(p, name) for name, source in self.parts.items() for p in source.preview(split)]
+
+    def load(self, split: Split) -> tuple[Sequence[Problem], list[BadRow]]:
+        judged = {}
+        if split == "train":
+            judged = {digest(question_key(problem)): problem.id for problem in self._problems("heldout", [])}
         bad: list[BadRow] = []
-        for name, problem in self._load(split, bad):
-            other = judged.get(question_key(problem))
-            if other is None:
-                problems.append(_as_part(problem, name))
-            else:
-                bad.append(BadRow(problem.origin, f"held out: {other} asks the same"))
-        return problems, bad
 
-    def _load(self, split: Split, bad: list[BadRow]) -> Iterator[tuple[str, Problem]]:
-        for name, source in self._sources.items():
+        def problems() -> Iterator[Problem]:
+            for problem in self._problems(split, bad):
+                other = judged.get(digest(question_key(problem)))
+                if other is None:
+                    yield problem
+                else:
+                    bad.append(BadRow(problem.origin, f"held out: {other} asks the same"))
+
+        return stored(problems()), bad
+
+    def _problems(self, split: Split, bad: list[BadRow]) -> Iterator[Problem]:
+        for name, source in self.parts.items():
             try:
                 problems, unusable = source.load(split)
             except DataError as error:
                 raise DataError(_named(str(error), name)) from error
             bad += unusable
-            yield from ((name, problem) for problem in problems)
+            yield from (_as_part(problem, name) for problem in problems)
 
 
 def _as_part(problem: Problem, name: str) -> Problem:

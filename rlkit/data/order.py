@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rlkit.data.base import DataError
+from rlkit.data.stored import picked
 from rlkit.experience import Prompt
 
 
@@ -19,11 +19,12 @@ class PromptOrder:
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
             raise ValueError("there are no prompts to draw from")
-        self._prompts = tuple(prompts)
+        self._prompts = prompts
         self._seed = seed
         self._epoch = 0
         self._position = 0
         self._permutation = self._shuffled()
+        self._fingerprint = _fingerprint(prompts)
 
     def take(self, count: int) -> list[Prompt]:
         if count < 0:
@@ -39,8 +40,8 @@ class PromptOrder:
                 self._permutation = self._shuffled()
         return prompts
 
-    def by_id(self) -> dict[str, Prompt]:
-        return {prompt.id: prompt for prompt in self._prompts}
+    def named(self, ids: Collection[str]) -> dict[str, Prompt]:
+        return {prompt.id: prompt for prompt in self._prompts if prompt.id in ids} if ids else {}
 
     def metrics(self) -> dict[str, float]:
         return {"data/epochs": self._epoch + self._position / len(self._prompts)}
@@ -72,13 +73,13 @@ class PromptOrder:
     def _shuffled(self) -> np.ndarray:
         return np.random.default_rng([self._seed, self._epoch]).permutation(len(self._prompts))
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for prompt in self._prompts:
-            digest.update(f"{len(prompt.id)}:{prompt.id}".encode())
-            digest.update(np.asarray(prompt.token_ids, dtype=np.int64).tobytes())
-        return digest.hexdigest()
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{len(prompt.id)}:{prompt.id}".encode())
+        digest.update(np.asarray(prompt.token_ids, dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 class MixtureOrder:
@@ -87,13 +88,13 @@ class MixtureOrder:
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, weights: Mapping[str, float]) -> None:
         """A prompt's id begins with `source/`. Raises DataError for a source without prompts."""
-        parts: dict[str, list[Prompt]] = {name: [] for name in weights}
-        for prompt in prompts:
-            parts[prompt.id.partition("/")[0]].append(prompt)
+        parts: dict[str, list[int]] = {name: [] for name in weights}
+        for i, prompt in enumerate(prompts):
+            parts[prompt.id.partition("/")[0]].append(i)
         for name, own in parts.items():
             if not own:
                 raise DataError(f"data.sources.{name} has no usable training problem")
-        self._orders = {name: PromptOrder(own, seed) for name, own in parts.items()}
+        self._orders = {name: PromptOrder(picked(prompts, own), seed) for name, own in parts.items()}
         total = sum(weights.values())
         self._shares = {name: weight / total for name, weight in weights.items()}
         self._taken = dict.fromkeys(weights, 0)
@@ -107,8 +108,8 @@ class MixtureOrder:
         self._taken[name] += 1
         return self._orders[name].take(1)[0]
 
-    def by_id(self) -> dict[str, Prompt]:
-        return {id: prompt for order in self._orders.values() for id, prompt in order.by_id().items()}
+    def named(self, ids: Collection[str]) -> dict[str, Prompt]:
+        return {id: prompt for order in self._orders.values() for id, prompt in order.named(ids).items()}
 
     def metrics(self) -> dict[str, float]:
         """`data/epochs`: of the source that is passed over fastest."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from rlkit.data.base import DataConfig, DataError, Response
+from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Response
 from rlkit.data.cells import Chat, Row, RowError, cell, chat, label, number, prompt_of, text, turns
 from rlkit.data.files import DataSetConfig, HfSource
 from rlkit.data.rows import Parts
@@ -65,7 +65,7 @@ class PairsConfig(RecordedConfig):
     probability_column: str | None = None
     """The probability that chosen is preferred (0 to 1: a soft label); null: 1."""
     margin_column: str | None = None
-    """By how much chosen is better (a number); null: 0."""
+    """By how much chosen is better (a number); null: nothing is known."""
 
 
 class PairsSource(RecordedSource):
@@ -81,6 +81,9 @@ class PairsSource(RecordedSource):
         prompt = _prompt(row, config)
         chosen = _conversation(prompt, cell(row, config.chosen_column), config.chosen_column)
         rejected = _conversation(prompt, cell(row, config.rejected_column), config.rejected_column)
+        for column, messages in ((config.chosen_column, chosen), (config.rejected_column, rejected)):
+            if not messages[-1].content.strip():
+                raise RowError(f"{column} is empty")
         if chosen == rejected:
             raise RowError(f"{config.chosen_column} and {config.rejected_column} are equal")
         shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
@@ -90,7 +93,8 @@ class PairsSource(RecordedSource):
             raise RowError(
                 f"the prompts of {config.chosen_column} and {config.rejected_column} differ (message {shared + 1})"
             )
-        probability, margin = _number(row, config.probability_column, 1.0), _number(row, config.margin_column, 0.0)
+        probability = _number(row, config.probability_column, 1.0)
+        margin = None if config.margin_column is None else number(row, config.margin_column)
         if not 0 <= probability <= 1:
             raise RowError(f"{config.probability_column} is {probability:g}, not between 0 and 1")
         responses = (Response(chosen[shared:], 1.0, origin=origin), Response(rejected[shared:], 0.0, origin=origin))
@@ -232,17 +236,7 @@ class ChatSource(RecordedSource):
         config: ChatConfig = self.config
         if row.get("tools"):
             raise RowError("it has tools, which are not rendered: remove such rows, or the column")
-        name = config.messages_column or _first(row, CHATS)
-        if name is not None:
-            value = cell(row, name)
-            messages = chat(value, name)
-            own = [_own_mask(item, f"{name}[{i}]") for i, item in enumerate(value)]
-            if messages[0].role != "system" and row.get("system"):
-                messages, own = (Message("system", text(row["system"], "system")), *messages), [None, *own]
-        else:
-            response = config.response_column or _first(row, TEXTS) or TEXTS[0]
-            messages = _conversation(_prompt(row, config), cell(row, response), response)
-            own = [None] * len(messages)
+        messages, own = self._messages(row)
         trained = self._trained(messages, own)
         if not any(trained):
             raise RowError("no message of the assistant is trained on")
@@ -251,8 +245,34 @@ class ChatSource(RecordedSource):
             raise RowError("it begins with a message of the assistant: there is nothing to answer")
         if messages[first - 1].role == "assistant":
             raise RowError(f"messages {first} and {first + 1} are both the assistant's")
+        empty = next((i for i, ours in enumerate(trained) if ours and not messages[i].content.strip()), None)
+        if empty is not None:
+            raise RowError(f"message {empty + 1} is an empty answer (its key train=false leaves it out of the loss)")
+        if messages[-1].role != "assistant":
+            self.note(f"conversations end with a message of the {messages[-1].role}, which is left out", origin)
+        if any(message.role == "system" for message in messages[1:end]):
+            self.note("conversations have a system message after the beginning, rendered where it stands", origin)
         answer = Response(messages[first:end], 1.0, _weight(row, config), tuple(trained[first:end]), origin)
         return Parts(messages[:first], (answer,))
+
+    def _messages(self, row: Row) -> tuple[Chat, Sequence[bool | None]]:
+        """And each one's own mask."""
+        config: ChatConfig = self.config
+        name = config.messages_column or _first(row, CHATS)
+        if name is not None:
+            value = cell(row, name)
+            messages = chat(value, name)
+            own = [_own_mask(item, f"{name}[{i}]") for i, item in enumerate(value)]
+            if messages[0].role != "system" and row.get("system"):
+                return (Message("system", text(row["system"], "system")), *messages), [None, *own]
+            return messages, own
+        response = config.response_column or _first(row, TEXTS)
+        if response is None:
+            has = ", ".join(column for column, value in row.items() if value is not None) or "none"
+            forms = f"none of {', '.join(CHATS)}, or a prompt with one of {', '.join(TEXTS)}"
+            raise RowError(f"{forms} (it has {has})", "Name the conversation with data.messages_column")
+        messages = _conversation(_prompt(row, config), cell(row, response), response)
+        return messages, [None] * len(messages)
 
     def _trained(self, messages: Chat, own: Sequence[bool | None]) -> list[bool]:
         assistant = [message.role == "assistant" for message in messages]
@@ -327,3 +347,17 @@ def _weight(row: Row, config: RecordedConfig) -> float:
     if weight < 0:
         raise RowError(f"{config.weight_column} is {weight:g}, less than 0")
     return weight
+
+
+def split_off_the_scale(problems: Sequence[Problem]) -> tuple[list[Problem], list[BadRow]]:
+    """The problems whose responses have labels from 0 (bad) to 1 (good), and the rows of the others."""
+    good: list[Problem] = []
+    bad: list[BadRow] = []
+    for problem in problems:
+        wrong = {r.origin or problem.origin: r.value for r in problem.responses if not 0 <= r.value <= 1}
+        if not wrong:
+            good.append(problem)
+        bad += [
+            BadRow(origin, f"its score {value:g} is no label, 0 (bad) to 1 (good)") for origin, value in wrong.items()
+        ]
+    return good, bad

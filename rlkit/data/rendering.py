@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlkit.data.base import BadRow, DataError, Problem
+from rlkit.data.stored import stored
 from rlkit.experience import Message, Prompt
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
+CHUNK = 512
 _PROBE = "Tom  has 3 apples,\n and 12.5% of £7?"
 _CUT = "\ufdd0"
 """In a rendered text: tokens end here. A noncharacter, which Unicode keeps for such uses."""
@@ -62,6 +64,8 @@ class ChatTemplate:
     ) -> None:
         """`arguments`: its variables, besides those that every template has."""
         self.tokenizer, self.arguments = tokenizer, arguments or {}
+        self.shared: dict[int, int] = {}
+        """One object per token of the vocabulary, not per token of the data: a quarter of the memory."""
         self._text = _read_template(path, tokenizer)
         self._arguments_as_text = False
 
@@ -203,23 +207,19 @@ def ask(problems: Sequence[Problem], template: ChatTemplate, max_tokens: int) ->
     bad: list[BadRow] = []
     texts = template.texts([problem.question for problem in problems], ask=True)
     rendered = iter(template.token_ids([text for text in texts if isinstance(text, str)]))
-    longest = 0
-    # one object per token of the vocabulary, not per token of the data: a quarter of the memory
-    shared: dict[int, int] = {}
     for problem, text in zip(problems, texts, strict=True):
         if isinstance(text, BadRow):
             bad.append(replace(text, origin=problem.origin))
             continue
         ids = next(rendered)
-        longest = max(longest, len(ids))
         if len(ids) > max_tokens:
             reason = f"the prompt has {len(ids)} tokens, more than rollout.max_prompt_tokens={max_tokens}"
-            bad.append(BadRow(problem.origin, reason, "Raise rollout.max_prompt_tokens"))
+            bad.append(BadRow(problem.origin, reason, "Raise rollout.max_prompt_tokens", len(ids)))
             continue
         prompt = Prompt(
             id=problem.id,
             messages=problem.messages,
-            token_ids=tuple(shared.setdefault(token, token) for token in ids),
+            token_ids=tuple(template.shared.setdefault(token, token) for token in ids),
             references=problem.references,
             answer=problem.answer,
             columns=problem.columns,
@@ -231,15 +231,7 @@ def ask(problems: Sequence[Problem], template: ChatTemplate, max_tokens: int) ->
             f"the chat template begins with the BOS token {template.tokenizer.bos_token!r} twice: remove one "
             "(model.chat_template names a template file to use in its place)."
         )
-    return asked, with_longest(bad, longest)
-
-
-def with_longest(bad: Sequence[BadRow], longest: int) -> list[BadRow]:
-    """Remedies that raise a limit say to which length."""
-    return [
-        replace(row, remedy=f"{row.remedy} (the longest has {longest})") if row.remedy.startswith("Raise ") else row
-        for row in bad
-    ]
+    return asked, bad
 
 
 def render(
@@ -248,13 +240,26 @@ def render(
     max_prompt_tokens: int,
     chat_template: str | Path | None = None,
     template_arguments: Mapping[str, Any] | None = None,
-) -> tuple[list[Prompt], list[BadRow]]:
+) -> tuple[Sequence[Prompt], list[BadRow]]:
     """Prompts, and the problems that cannot be rendered, as `ask`; `chat_template`: path of a Jinja file.
 
     Raises DataError without a template, or for two BOS tokens.
     """
-    asked, bad = ask(problems, ChatTemplate(tokenizer, chat_template, template_arguments), max_prompt_tokens)
-    return [prompt for _, prompt, _ in asked], bad
+    template = ChatTemplate(tokenizer, chat_template, template_arguments)
+    bad: list[BadRow] = []
+
+    def prompts() -> Iterator[Prompt]:
+        for some in chunks(problems):
+            asked, unusable = ask(some, template, max_prompt_tokens)
+            bad.extend(unusable)
+            yield from (item.prompt for item in asked)
+
+    return stored(prompts()), bad
+
+
+def chunks(problems: Sequence[Problem]) -> Iterator[Sequence[Problem]]:
+    """What is rendered and tokenised at once."""
+    return (problems[start : start + CHUNK] for start in range(0, len(problems), CHUNK))
 
 
 def renderer(

@@ -7,21 +7,27 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Response
 from rlkit.data.cells import Chat, Row, RowError, cell, text
+from rlkit.data.stored import picked, stored
 from rlkit.experience import Message, PreferencePair
+from rlkit.experience.types import BoolArray
 
 ANSWER_MARKER = "####"
 """In GSM8K the final answer follows this, after the worked solution."""
 
 _CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 _ROWS_SHOWN = 5
+DIGEST_BYTES = 16
+IntArray = NDArray[np.int64]
 
 
 class RowsConfig(DataConfig):
@@ -105,35 +111,61 @@ def parse_rows(
     id_prefix: str = "",
     *,
     gather: bool = False,
-) -> tuple[list[Problem], list[BadRow]]:
-    """Problems and unusable rows of `(origin, row)` pairs, in order; `read(row, origin)` raises RowError.
+) -> tuple[Sequence[Problem], list[BadRow]]:
+    """Problems in the order of the rows, and unusable rows, of `(origin, row)` pairs; `read(row, origin)` raises
+    RowError.
 
     `gather`: rows with the same prompt are one problem.
     """
-    pairs = list(rows)
-    marked = sum(_has_marker(row, config) for _, row in pairs)
-    # Where most answers carry the marker, one without is a cut-off solution and not an answer.
-    marker_required = marked * 2 > len(pairs)
-    used = config.used_columns()
+    used, by_prompt = config.used_columns(), gather and config.id_column is None
     bad: list[BadRow] = []
-    same: dict[Any, list[Problem]] = {}
-    for origin, row in pairs:
-        if isinstance(row, BadRow):
-            bad.append(row)
+    keys, marks = bytearray(), bytearray()
+
+    def usable() -> Iterator[Problem]:
+        for origin, row in rows:
+            if isinstance(row, BadRow):
+                bad.append(row)
+                continue
+            try:
+                problem = _problem(origin, row, config, read(row, origin), id_prefix, used)
+            except RowError as error:
+                bad.append(BadRow(origin, str(error), error.remedy, systematic=error.systematic))
+                continue
+            keys.extend(digest(repr((problem.messages, problem.answer)) if by_prompt else problem.id))
+            marks.append(_has_marker(row, config))
+            yield problem
+
+    problems = stored(usable())
+    key, marked = np.frombuffer(keys, f"S{DIGEST_BYTES}"), np.frombuffer(marks, np.bool_)
+    kept = np.arange(len(problems))
+    if 2 * marked.sum() > len(marked):
+        # Where most answers carry the marker, one without is a cut-off solution and not an answer.
+        reason = f"{config.answer_column} has no {ANSWER_MARKER} with the final answer, as other rows have"
+        bad += [BadRow(problem.origin, reason) for problem in picked(problems, kept[~marked])]
+        kept = kept[marked]
+    _, first, same = np.unique(key[kept], return_index=True, return_inverse=True)
+    leader = kept[first[same]]  # [kept] the first row with its key
+    clashes = []
+    for i in () if by_prompt else np.flatnonzero(leader != kept):
+        problem, earlier = problems[kept[i]], problems[leader[i]]
+        if gather and problem.messages == earlier.messages:
             continue
-        try:
-            problem = _problem(origin, row, config, read(row, origin), marker_required, id_prefix, used)
-        except RowError as error:
-            bad.append(BadRow(origin, str(error)))
-            continue
-        by_prompt = gather and config.id_column is None
-        known = same.setdefault((problem.messages, problem.answer) if by_prompt else problem.id, [])
-        if known and not (gather and known[0].messages == problem.messages):
-            how = " with another prompt" if gather else ""
-            bad.append(BadRow(origin, f"{config.id_column} {problem.id!r} was already used by {known[0].origin}{how}"))
-        else:
-            known.append(problem)
-    return [_together(problems) for problems in same.values()], bad
+        reason = f"{config.id_column} {problem.id!r} was already used by {earlier.origin}"
+        if config.id_column is None:
+            reason = "two files have the same name: rename one, or name the rows with data.id_column"
+        bad.append(BadRow(problem.origin, reason + " with another prompt" * gather))
+        clashes.append(i)
+    return _gathered(problems, np.delete(kept, clashes), np.delete(leader, clashes)), bad
+
+
+def _gathered(problems: Sequence[Problem], rows: IntArray, leader: IntArray) -> Sequence[Problem]:
+    """One problem of the `rows` that have the same `leader`."""
+    order = np.argsort(leader, kind="stable")
+    starts = np.flatnonzero(np.diff(leader[order], prepend=-1))
+    if len(starts) == len(rows):
+        return picked(problems, rows)
+    ends = (*starts[1:], len(rows))
+    return stored(_together(picked(problems, rows[order[a:b]])) for a, b in zip(starts, ends, strict=True))
 
 
 def _together(problems: Sequence[Problem]) -> Problem:
@@ -145,25 +177,44 @@ def _together(problems: Sequence[Problem]) -> Problem:
     return replace(first, columns=columns, responses=tuple(r for problem in problems for r in problem.responses))
 
 
-def refuse_too_many_bad_rows(bad: Sequence[BadRow], rows: int, max_share: float, what: str) -> None:
-    """Raise DataError if more than `max_share` of `rows` are bad, or all are; shows the first few and the remedy."""
+def refuse_too_many_bad_rows(
+    bad: Sequence[BadRow], rows: int, max_share: float, what: str, columns: Mapping[str, str] | None = None
+) -> None:
+    """Raise DataError if more than `max_share` of `rows` are bad, or all are; shows the first few and the remedy.
+
+    `columns`: key -> the column that it names.
+    """
     if rows > 0 and len(bad) < rows and len(bad) <= max_share * rows + 1e-9:
         return
     if rows == 0:
         raise DataError(f"{what} has no rows.")
-    shown = "".join(f"\n  {row.origin}: {row.reason}" for row in bad[:_ROWS_SHOWN])
-    more = f"\n  ... and {len(bad) - _ROWS_SHOWN} more" if len(bad) > _ROWS_SHOWN else ""
-    remedy, times = Counter(row.remedy for row in bad).most_common(1)[0]
-    if not remedy or times * 2 < len(bad):
-        remedy = "Correct these rows" + (
-            " or the column names (data.prompt_column, data.answer_column, ...)" if len(bad) == rows else ""
-        )
-    if len(bad) < rows:
-        remedy += f", or allow more with data.max_bad_row_share={_round_up(len(bad) / rows)}"
     raise DataError(
         f"{what}: {len(bad)} of {rows} rows cannot be used "
-        f"({len(bad) / rows:.1%}; data.max_bad_row_share allows {max_share:.1%}):{shown}{more}\n{remedy}."
+        f"({len(bad) / rows:.1%}; data.max_bad_row_share allows {max_share:.1%}):{first_rows(bad)}\n"
+        f"{_remedy(bad, rows, columns or {})}."
     )
+
+
+def first_rows(bad: Sequence[BadRow]) -> str:
+    more = f"\n  ... and {len(bad) - _ROWS_SHOWN} more" if len(bad) > _ROWS_SHOWN else ""
+    return "".join(f"\n  {row.origin}: {row.reason}" for row in bad[:_ROWS_SHOWN]) + more
+
+
+def _remedy(bad: Sequence[BadRow], rows: int, columns: Mapping[str, str]) -> str:
+    remedy, times = Counter(row.remedy for row in bad).most_common(1)[0]
+    if longest := max(row.tokens for row in bad if row.remedy == remedy):
+        remedy += f" (the longest has {longest})"
+    if not remedy or times * 2 < len(bad):
+        named = [
+            f"data.{key}"
+            for key, column in columns.items()
+            if any(row.reason.startswith((column, f"no column {column!r}")) for row in bad)
+        ]
+        other = f", or name other columns ({', '.join(named)})" if named and len(bad) == rows else ""
+        remedy = "Correct these rows" + other
+    if len(bad) < rows and not any(row.systematic for row in bad):
+        remedy += f", or allow more with data.max_bad_row_share={_round_up(len(bad) / rows)}"
+    return remedy
 
 
 def question_key(problem: Problem) -> str:
@@ -171,35 +222,37 @@ def question_key(problem: Problem) -> str:
     return "\n".join(" ".join(m.content.split()).casefold() for m in problem.question if m.role != "system")
 
 
-def heldout_keys(keys: Iterable[str], share: float, seed: int) -> set[str]:
-    """`share` of the different keys, at least one and not all, by a hash that does not depend on the rows' order."""
-    different = set(keys)
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:DIGEST_BYTES]
+
+
+def held_out(keys: Iterable[str], share: float, seed: int) -> BoolArray | None:
+    """[keys] whether a key is one of `share` of the different ones, at least one and not all: by a hash that does not
+    depend on their order. None: all are the same."""
+    hashed = np.fromiter((digest(f"{seed}\n{key}") for key in keys), f"S{DIGEST_BYTES}")
+    different = np.unique(hashed)
+    if len(different) < 2:
+        return None
     count = min(max(1, round(share * len(different))), len(different) - 1)
-    return set(sorted(different, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())[:count])
+    return hashed <= different[count - 1]
 
 
 def _round_up(share: float) -> float:
     return math.ceil(round(share * 100, 6)) / 100
 
 
-def _has_marker(row: Row | BadRow, config: RowsConfig) -> bool:
-    if isinstance(row, BadRow) or config.answer_column is None:
-        return False
-    text = row.get(config.answer_column)
+def _has_marker(row: Row, config: RowsConfig) -> bool:
+    text = None if config.answer_column is None else row.get(config.answer_column)
     return isinstance(text, str) and ANSWER_MARKER in text
 
 
-def _problem(
-    origin: str, row: Row, config: RowsConfig, parts: Parts, marker_required: bool, id_prefix: str, used: frozenset[str]
-) -> Problem:
+def _problem(origin: str, row: Row, config: RowsConfig, parts: Parts, id_prefix: str, used: frozenset[str]) -> Problem:
     answer_text = None if config.answer_column is None else _answer_text(row, config)
     answer = answer_text
     if answer_text is not None and ANSWER_MARKER in answer_text:
         answer = answer_text.rpartition(ANSWER_MARKER)[2].strip()
         if not answer:
             raise RowError(f"{config.answer_column} has nothing after {ANSWER_MARKER}")
-    elif marker_required:
-        raise RowError(f"{config.answer_column} has no {ANSWER_MARKER} with the final answer, as other rows have")
     if config.reference_columns:
         references = _references(row, config)
     else:

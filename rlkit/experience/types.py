@@ -208,8 +208,8 @@ class PreferencePair:
     winner: int
     loser: int
     probability: float = 1.0
-    margin: float = 0.0
-    """How much better, in the units of the data."""
+    margin: float | None = None
+    """How much better, in the units of the data, if they say so."""
     weight: float = 1.0
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from algorithms.base import Advantages, Algorithm, Experience
+from algorithms.base import REFERENCE, Advantages, Algorithm, Experience
 from rlkit.cluster.placement import Place, anywhere
 from rlkit.config.parts import plain
 from rlkit.config.plan import gpu_shares, references_are_cached, weight_route
@@ -45,7 +45,7 @@ class LearnerWorker(Rank):
             temperature=config.rollout.temperature,
             total_steps=config.trainer.total_steps * config.learner.optimizer_steps,
             trust_remote_code=config.model.trust_remote_code,
-            reference=not references_are_cached(config, self.algorithm),
+            reference=not references_are_cached(config.rollout, self.algorithm),
             diagnostics=measuring(config.diagnostics, plain(config)),
         )
         return int(self.learner.engine.module.model.num_parameters())
@@ -115,7 +115,7 @@ class LearnerWorker(Rank):
     def _move_frozen(self, device: str) -> None:
         import torch
 
-        from rlkit.learner.engine import move_frozen
+        from rlkit.learner.frozen import move_frozen
 
         for model in self.learner.frozen.values():
             move_frozen(model, device)
@@ -123,7 +123,9 @@ class LearnerWorker(Rank):
             torch.cuda.empty_cache()
 
     def checkpoint_bytes(self) -> int:
-        return super().checkpoint_bytes() + sum(meta.bytes for meta in self.learner.weight_metas())
+        weights = sum(meta.bytes for meta in self.learner.weight_metas())
+        moving = REFERENCE in self.learner.frozen and self.algorithm.config.reference_every_steps > 0
+        return super().checkpoint_bytes() + weights * (1 + moving)
 
     def save_frozen(self, name: str, folder: str) -> list[WrittenFile]:
         """Return the files of a model that is held (on rank 0)."""
@@ -151,7 +153,7 @@ class LearnerGroup(RankGroup):
     ) -> None:
         gpus = gpu_shares(config).learner
         self.section, self.needs, self.seed = config.learner, algorithm.needs(), config.seed
-        self.temperature = config.rollout.temperature
+        self.temperature, self.device = config.rollout.temperature, config.cluster.device
         super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus, place)
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:

@@ -116,6 +116,8 @@ class Share(Generic[RowsT]):
     """`Advantages.scalars`."""
     old_known: bool = False
     """All rows have `old_logprobs`."""
+    reference_known: bool = False
+    """All rows have `reference_logprobs`: no rank, not even an idle one, computes them."""
 
 
 def on_device(rows: FloatArray | BoolArray, device: str) -> Tensor:

@@ -74,7 +74,11 @@ def policy_shares(
     metrics = {"policy/trained_samples": float(kept.sum())}
     if silent is not None:
         metrics["policy/silent_samples"] = float(silent.sum())
-    return [replace(share, scalars=advantages.scalars, old_known=old is not None) for share in shares], metrics
+    old_known, reference_known = old is not None, reference_logprobs is not None
+    return [
+        replace(share, scalars=advantages.scalars, old_known=old_known, reference_known=reference_known)
+        for share in shares
+    ], metrics
 
 
 def _sampled(samples: Sequence[Sample]) -> FloatArray | None:

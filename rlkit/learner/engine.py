@@ -282,16 +282,6 @@ def guarded_adamw(optimizer: Any) -> GuardedAdamW:
     return optimizer
 
 
-def move_frozen(frozen: Any, device: str) -> None:
-    """To the host, where it cannot run, or back; of a ZeRO-3 engine this rank's shares."""
-    for parameter in frozen.parameters():
-        parameter.data = parameter.data.to(device)
-        if hasattr(parameter, "ds_tensor"):
-            parameter.ds_tensor.data = parameter.ds_tensor.data.to(device)
-    for buffer in frozen.buffers():
-        buffer.data = buffer.data.to(device)
-
-
 def offload(engine: Any) -> None:
     """Move optimizer states, fp32 weights, gradients and (ZeRO 1 and 2) parameters to the host.
 

@@ -14,7 +14,7 @@ from algorithms.base import POLICY, REFERENCE, Advantages, Algorithm, Experience
 from rlkit.cluster.placement import Placement
 from rlkit.config.schema import CriticConfig, RunConfig
 from rlkit.experience import Group
-from rlkit.experience.types import recorded_group
+from rlkit.experience.types import FloatArray, recorded_group
 from rlkit.learner.actors import CriticGroup, LearnerGroup
 from rlkit.learner.ranks import RankGroup
 from rlkit.learner.references import ReferenceCache, fingerprint
@@ -95,29 +95,34 @@ class JointLearner:
     async def use_references(self, file: Path, model: Path, groups: Iterable[Group]) -> None:
         """Take reference log-probs from a file from now on, after computing what it lacks. The policy must still be the
         model it began with: it is the reference, so no other is loaded."""
-        section, temperature = self.policy.section, self.policy.temperature
-        cache = ReferenceCache(file, fingerprint(model, temperature, section.dtype))
-        await cache.fill(groups, lambda some: self.policy.logprobs(some, POLICY), CACHED_AT_ONCE)
+        policy = self.policy
+        facts = policy.temperature, policy.section.dtype, policy.device
+        cache = ReferenceCache(file, await asyncio.to_thread(fingerprint, model, *facts))
+        await cache.fill(groups, lambda some: policy.logprobs(some, POLICY), CACHED_AT_ONCE)
         self.references = cache
 
     async def experience(self, groups: Sequence[Group], step: int) -> Experience:
         """The groups with the values and log-probs that the algorithm's advantages need, or its loss in every epoch."""
         needs = self.algorithm.needs()
         if needs.demonstrations:
-            groups = [*groups, *(recorded_group(g.prompt, f"{g.id}-recorded", step) for g in groups)]
+            groups = [one for g in groups for one in (g, recorded_group(g.prompt, f"{g.id}-recorded", step))]
         values = await self.critic.values(groups) if self.critic is not None else None
-        policy = reference = None
-        if needs.token_kl or self.policy.section.epochs_per_step > 1:
-            policy = await self.policy.logprobs(groups, POLICY)
+        several = self.policy.section.epochs_per_step > 1
+        of_groups: dict[str, Sequence[FloatArray]] = {}
+        if needs.token_kl or several:
+            of_groups[POLICY] = await self.policy.logprobs(groups, POLICY)
         if self.references is not None:
-            reference = self.references.of(groups)
-        elif needs.token_kl:
-            reference = await self.policy.logprobs(groups, REFERENCE)
+            of_groups[REFERENCE] = self.references.of(groups)
+        elif needs.token_kl or (needs.reference_policy and several):
+            of_groups[REFERENCE] = await self.policy.logprobs(groups, REFERENCE)
         logprobs = {}
         for name, one in needs.passes.items():
             chosen = self.algorithm.groups_for(name, groups, self.render)
-            logprobs[name] = await self.policy.logprobs(chosen, one.model)
-        return Experience(groups, step, values, policy, reference, logprobs)
+            if chosen is groups and one.model in of_groups:
+                logprobs[name] = of_groups[one.model]
+            else:
+                logprobs[name] = await self.policy.logprobs(chosen, one.model)
+        return Experience(groups, step, values, of_groups.get(POLICY), of_groups.get(REFERENCE), logprobs)
 
     async def heldout(self, groups: Sequence[Group], step: int) -> Experience:
         """Recorded groups with the log-probs that `Algorithm.heldout` reads."""

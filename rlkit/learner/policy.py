@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.diagnostics.base import Diagnostic
 from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
+from rlkit.learner.frozen import move_towards
 from rlkit.learner.metrics import StepMetrics, measured, mismatch
 from rlkit.learner.policy_folder import (
     GATHERED_BYTES,
@@ -113,7 +114,7 @@ class PolicyLearner:
         metrics = StepMetrics("policy")
         old = self._old_logprobs(share)
         for minibatch, before in zip(share.minibatches, old, strict=True):
-            self._optimizer_step(minibatch, before, share.scalars, metrics)
+            self._optimizer_step(minibatch, before, share, metrics)
         self.version += 1
         self._move_reference()
         result = metrics.reduced(self.device)
@@ -140,12 +141,12 @@ class PolicyLearner:
         self,
         minibatch: Minibatch[PolicyRows],
         old: Sequence[torch.Tensor | None],
-        scalars: Mapping[str, float],
+        share: Share[PolicyRows],
         metrics: StepMetrics,
     ) -> None:
         rate = learning_rate(self.config, self.optimizer_steps, self.total_steps)
         losses = [
-            partial(self._microbatch_loss, microbatch, rows, before, minibatch.denominators, scalars, metrics)
+            partial(self._microbatch_loss, microbatch, rows, before, minibatch.denominators, share, metrics)
             for (microbatch, rows), before in zip(minibatch.microbatches, old, strict=True)
         ]
         done = optimizer_step(self.engine, losses, rate)
@@ -160,12 +161,12 @@ class PolicyLearner:
         rows: PolicyRows | None,
         old: torch.Tensor | None,
         denominators: Denominators,
-        scalars: Mapping[str, float],
+        share: Share[PolicyRows],
         metrics: StepMetrics,
     ) -> torch.Tensor:
         packed, device = microbatch.packed(self.device), self.device
         logprobs, entropy = self._forward(self.engine, packed)
-        reference = self._reference_rows(packed, rows)
+        reference = self._reference_rows(packed, rows, share)
         if rows is None:
             return logprobs.sum() * 0.0
         before = logprobs.detach() if old is None else old
@@ -183,7 +184,7 @@ class PolicyLearner:
             denominators=denominators,
             reference_logprobs=reference,
             extras={name: on_device(values, device) for name, values in rows.extras.items()},
-            scalars=scalars,
+            scalars=share.scalars,
             samples={name: on_device(values, device) for name, values in rows.samples.items()},
             pairs=None if pairs is None else torch.from_numpy(pairs.samples.copy()).to(device),
             pair_values={}
@@ -197,24 +198,20 @@ class PolicyLearner:
         return output.loss
 
     @torch.no_grad()
-    def _reference_rows(self, packed: PackedBatch, rows: PolicyRows | None) -> torch.Tensor | None:
-        if rows is not None and rows.reference_logprobs is not None:
-            return on_device(rows.reference_logprobs, self.device)
+    def _reference_rows(
+        self, packed: PackedBatch, rows: PolicyRows | None, share: Share[PolicyRows]
+    ) -> torch.Tensor | None:
+        if share.reference_known:
+            known = None if rows is None else rows.reference_logprobs
+            return None if known is None else on_device(known, self.device)
         # With the KL in the reward, the loss needs no reference log-probs.
         unused = REFERENCE not in self.frozen or self.algorithm.needs().token_kl
         return None if unused else self._forward(self.frozen[REFERENCE], packed)[0]
 
-    @torch.no_grad()
     def _move_reference(self) -> None:
-        """Towards the policy; with ZeRO 3 each rank its shares, which lie alike."""
         every, share = self.algorithm.config.reference_every_steps, self.algorithm.config.reference_mix
-        if REFERENCE not in self.frozen or not every or self.version % every:
-            return
-        parameters = zip(self.frozen[REFERENCE].parameters(), self.engine.module.parameters(), strict=True)
-        for reference, policy in parameters:
-            if hasattr(reference, "ds_tensor"):
-                reference, policy = reference.ds_tensor, policy.ds_tensor
-            reference.data.lerp_(policy.data, share)
+        if REFERENCE in self.frozen and every and not self.version % every:
+            move_towards(self.frozen[REFERENCE], self.engine.module, share, self.version)
 
     def counters(self) -> dict[str, int]:
         return {"optimizer_steps": self.optimizer_steps, "version": self.version}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,8 +17,10 @@ from rlkit.experience import Group, Prompt, Sample, UserError
 from rlkit.experience.types import FloatArray
 
 KEY_BYTES = 16
-SAMPLED_BYTES = 2**20
-"""Of each weights file, at its start and its end, that tell models apart."""
+PIECES, PIECE_BYTES = 1024, 4096
+"""Of each weights file, at equal distances, that tell models apart: some of them lie in every tensor of a size."""
+SAVED_AT_ONCE = 64
+"""Calls of `compute` after which what they gave is saved."""
 Compute = Callable[[Sequence[Group]], Awaitable[Sequence[FloatArray]]]
 """[T] of every sample, in order."""
 
@@ -31,9 +35,9 @@ def fingerprint(folder: Path, *facts: object) -> bytes:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(SAMPLED_BYTES))
-            stream.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(stream.read(SAMPLED_BYTES))
+            for place in np.linspace(0, max(0, size - PIECE_BYTES), PIECES, dtype=np.int64):
+                stream.seek(int(place))
+                digest.update(stream.read(PIECE_BYTES))
     return digest.digest()
 
 
@@ -43,17 +47,20 @@ class ReferenceCache:
     def __init__(self, file: Path, model: bytes) -> None:
         """`model`: its fingerprint. Raises ReferenceError for a file that is no such cache."""
         self.file, self.model = file, model
-        self.rows: dict[bytes, FloatArray] = {}
-        if file.is_file():
-            try:
-                saved = load_file(file)
-                rows = np.split(saved["logprobs"], np.cumsum(saved["lengths"])[:-1])
-                self.rows = dict(zip(map(bytes, saved["keys"]), rows, strict=True))
-            except (SafetensorError, KeyError, ValueError, OSError) as error:
-                raise ReferenceError(
-                    f"{file} is no whole cache of reference log-probs ({error}): delete it, or name another file with "
-                    "learner.reference_cache"
-                ) from error
+        self.rows = self._saved()
+
+    def _saved(self) -> dict[bytes, FloatArray]:
+        if not self.file.is_file():
+            return {}
+        try:
+            saved = load_file(self.file)
+            rows = np.split(saved["logprobs"], np.cumsum(saved["lengths"])[:-1])
+            return dict(zip(map(bytes, saved["keys"]), rows, strict=True))
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ReferenceError(
+                f"{self.file} is no whole cache of reference log-probs ({error}): delete it, or name another file with "
+                "learner.reference_cache"
+            ) from error
 
     def of(self, groups: Sequence[Group]) -> list[FloatArray]:
         """[T] of every sample, in order. Raises ReferenceError for a response that was not filled in."""
@@ -63,14 +70,17 @@ class ReferenceCache:
             raise ReferenceError(f"{self.file} has no reference log-probs for some of the data: delete it") from None
 
     async def fill(self, groups: Iterable[Group], compute: Compute, at_once: int) -> int:
-        """Compute what is missing, `at_once` groups at a time; return how many samples that were."""
+        """Compute what is missing, `at_once` groups at a time, and save now and then; return how many samples that
+        were."""
         missing: Iterator[Group] = (group for group in groups if not self._known(group))
-        count = 0
+        count = calls = 0
         while some := list(islice(missing, at_once)):
             keys = [self._key(group.prompt, sample) for group in some for sample in group.samples]
             self.rows.update(zip(keys, await compute(some), strict=True))
-            count += len(keys)
-        if count:
+            count, calls = count + len(keys), calls + 1
+            if calls % SAVED_AT_ONCE == 0:
+                self._save()
+        if calls % SAVED_AT_ONCE:
             self._save()
         return count
 
@@ -84,8 +94,10 @@ class ReferenceCache:
         return digest.digest()
 
     def _save(self) -> None:
+        """What another run has saved meanwhile stays."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_name(self.file.name + ".partial")
+        self.rows = {**self._saved(), **self.rows}
+        partial = self.file.with_name(f".{self.file.name}.{socket.gethostname()}.{os.getpid()}")
         rows = list(self.rows.values())
         save_file(
             {

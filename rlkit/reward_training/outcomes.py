@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Literal
 
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.data.cells import Row, RowError, cell, conversation, prompt_of
 from rlkit.data.cells import label as label_of
-from rlkit.data.rows import heldout_keys, question_key
+from rlkit.data.rows import held_out, question_key
 from rlkit.experience import Message
 from rlkit.reward_training.rows import DEFAULT_HELDOUT_SHARE, RewardDataConfig, Side, read
 
@@ -74,13 +75,13 @@ def load_rollouts(config: OutcomeData, side: Side = "train") -> tuple[list[Rollo
 
 def split_rollouts(rollouts: Sequence[Rollout], config: OutcomeData) -> tuple[list[Rollout], list[Rollout]]:
     """Split off a share of the groups, chosen by their name. Raise DataError for a single group."""
-    groups = {rollout.group for rollout in rollouts}
-    if len(groups) < 2:
+    share = config.heldout_share or DEFAULT_HELDOUT_SHARE
+    chosen = held_out((rollout.group for rollout in rollouts), share, config.heldout_seed)
+    if chosen is None:
         raise DataError(
             f"{config.path} has responses to one problem only, so none can be held out: set data.heldout_path"
         )
-    chosen = heldout_keys(groups, config.heldout_share or DEFAULT_HELDOUT_SHARE, config.heldout_seed)
-    return [r for r in rollouts if r.group not in chosen], [r for r in rollouts if r.group in chosen]
+    return list(compress(rollouts, ~chosen)), list(compress(rollouts, chosen))
 
 
 def without(rollouts: Sequence[Rollout], heldout: Sequence[Rollout]) -> tuple[list[Rollout], list[BadRow]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rewards.base import RewardConfig, UpdateWhen
 from rlkit.experience import Group, GroupScores, Score
-from rlkit.experience.scores import played, report_on, with_broken
+from rlkit.experience.scores import ScoreReport, played, report_on, with_broken
 from rlkit.serving.pool import RewardPool, Scored
 
 
@@ -21,7 +21,10 @@ class NoReward:
         """Batches are lists of groups, or references to such."""
         lists = [batch if isinstance(batch, list) else await batch for batch in batches]
         scored = [[_scored(group) for group in groups] for groups in lists]
-        return Scored(scored, report_on((group for groups in scored for group in groups), 0.0))
+        groups = [group for groups in scored for group in groups]
+        # Episodes may have broken, which counts; nothing else is a verdict of this run.
+        episodes = any(sample.episode is not None for group in groups for sample in group.samples)
+        return Scored(scored, report_on(groups, 0.0) if episodes else ScoreReport())
 
     async def judge(self, groups: Sequence[Group]) -> list[Group]:
         return [_scored(group) for group in groups]

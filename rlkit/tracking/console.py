@@ -22,7 +22,6 @@ from rich.text import Text
 
 from rlkit.tracking.progress import (
     PHASES,
-    SHOWN,
     Phase,
     Progress,
     change_text,
@@ -31,6 +30,7 @@ from rlkit.tracking.progress import (
     headline_text,
     is_share,
     printable,
+    shown,
     sparkline,
     summary_lines,
     value_text,
@@ -274,11 +274,10 @@ def _metrics_and_curve(progress: Progress, width: int, ascii_only: bool) -> Rend
         table.add_row(headline_text(metric), Text(value_text(metric, now), style="bold"), change)
     for name, value in progress.other_sets.items():
         table.add_row(headline_text(name), value_text(name, value))
-    for label, name, form in SHOWN:
-        if name in m:
-            style = "" if math.isfinite(m[name]) else "bold red"
-            history = sparkline(progress.rewards, 16, ascii_only) if name == "reward/mean" else ""
-            table.add_row(label, Text(form.format(m[name]).strip(), style=style), history)
+    for label, name, form in shown(m):
+        style = "" if math.isfinite(m[name]) else "bold red"
+        history = sparkline(progress.rewards, 16, ascii_only) if name == "reward/mean" else ""
+        table.add_row(label, Text(form.format(m[name]).strip(), style=style), history)
     if m.get("reward/failed"):
         table.add_row("failed rewards", Text(f"{m['reward/failed']:g}", style="bold red"))
     if "time/step" in m:

@@ -16,6 +16,11 @@ from typing import Any
 SHOWN = (
     ("reward", "reward/mean", "{:7.3f}"),
     ("accuracy", "accuracy/train", "{:6.1%}"),
+    ("loss", "preference/loss", "{:6.3f}"),
+    ("loss", "policy/loss", "{:6.3f}"),
+    ("pairs right", "preference/accuracy", "{:6.1%}"),
+    ("margin", "preference/margin", "{:7.3f}"),
+    ("reverse KL", "distill/reverse_kl", "{:7.4f}"),
     ("KL", "kl/reference", "{:8.5f}"),
     ("rollout KL", "kl/rollout", "{:8.6f}"),
     ("entropy", "policy/entropy", "{:6.3f}"),
@@ -63,11 +68,12 @@ def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> 
 def headline_text(metric: str) -> str:
     """`accuracy/heldout` is `held-out accuracy`, `evaluation/math/accuracy` is `math accuracy`."""
     area, *rest = metric.split("/")
-    return " ".join(rest) if area == "evaluation" else f"held-out {area}"
+    name = rest[-1].removeprefix("heldout_") if rest else area
+    return " ".join(rest) if area == "evaluation" else f"held-out {area if name == 'heldout' else name}"
 
 
 def is_share(metric: str) -> bool:
-    return "accuracy" in metric.split("/")
+    return "accuracy" in re.split(r"[/_]", metric)
 
 
 def value_text(metric: str, value: float) -> str:
@@ -234,11 +240,17 @@ class Progress:
         return ", ".join(self.activities or [phase.name for phase in self.phases if phase.ended is None])
 
 
+def shown(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Of `SHOWN` what there is; the plain loss where nothing else says how training goes."""
+    tells = {"reward/mean", "preference/loss"} & metrics.keys()
+    return [one for one in SHOWN if one[1] in metrics and not (tells and one[1] == "policy/loss")]
+
+
 def step_line(progress: Progress) -> str:
     m, width = progress.metrics, len(str(progress.total_steps))
     parts = [f"step {progress.step:>{width}}/{progress.total_steps}"]
     hidden = {"kl/rollout"} if "kl/reference" in m else set()
-    parts += [f"{label} {form.format(m[name])}" for label, name, form in SHOWN if name in m and name not in hidden]
+    parts += [f"{label} {form.format(m[name])}" for label, name, form in shown(m) if name not in hidden]
     if m.get("reward/failed"):
         parts.append(f"failed rewards {m['reward/failed']:g}")
     if "time/step" in m:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from learner_fixture import make_groups
 from paths import ROOT
 from test_grpo import Rows
@@ -34,7 +35,12 @@ RECIPES = {
     "reinforce_pp": {"samples_per_prompt": 1, "kl_in": "reward", "kl_estimator": "k1"},
     "remax": {"samples_per_prompt": 1, "aggregation": "sequence_mean_token_sum", "kl_coefficient": 0.0},
     "reinforce_pp_baseline": {"baseline": "group", "kl_in": "loss", "kl_estimator": "k2"},
+    "gmpo": {"loss": "gmpo", "clip_low": 0.32968, "clip_high": 0.49182, "kl_coefficient": 0.0},
+    "dppo": {"loss": "dppo", "normalize_by_std": False, "aggregation": "constant_length", "constant_length": 128},
+    "clip_cov": {"loss": "clip_cov", "clip_low": 1.0, "clip_high": 1.0, "aggregation": "token_mean"},
+    "kl_cov": {"loss": "kl_cov", "aggregation": "token_mean", "kl_coefficient": 0.0},
 }
+SEVERAL_STEPS = ("gspo", "cispo", "dapo", "gmpo", "dppo", "clip_cov", "kl_cov")
 
 
 def experience(count: int = 4, seed: int = 0, observations: bool = False) -> Experience:
@@ -62,9 +68,9 @@ def test_recipes_are_valid_and_compute(name: str, tmp_path: Path) -> None:
     for key, value in RECIPES[name].items():
         assert getattr(algorithm.config, key) == value, key
     assert algorithm.needs().reference_policy == (algorithm.config.kl_coefficient > 0)
-    if name in ("gspo", "cispo", "dapo"):  # with one optimizer step per batch their losses would act like GRPO's
+    if name in SEVERAL_STEPS:  # with one optimizer step per batch their losses would act like GRPO's
         assert run.config.learner.minibatches_per_step > 1
-    assert run.config.buffer.drop_equal_rewards == (name == "dapo")
+    assert run.config.buffer.drop_equal_rewards == (name in ("dapo", "clip_cov", "kl_cov"))
     given = experience(observations=True)
     judged = [replace(g, greedy=g.samples[0], scores=replace(g.scores, greedy=Score(0.5))) for g in given.groups]
     given = replace(given, groups=judged)  # only ReMax looks at it
@@ -75,7 +81,9 @@ def test_recipes_are_valid_and_compute(name: str, tmp_path: Path) -> None:
     assert all(np.isfinite(row).all() and row.dtype == np.float32 for row in advantages.tokens)
     assert all((row[~sample.trained] == 0).all() for row, sample in zip(advantages.tokens, samples, strict=True))
     assert all(np.isfinite(value) for value in advantages.metrics.values())
-    output = algorithm.loss(Rows().inputs())
+    inputs = Rows().inputs()
+    extras = {name: torch.zeros_like(inputs.logprobs) for name in advantages.extras}
+    output = algorithm.loss(replace(inputs, extras=extras))
     output.loss.backward()
     assert output.loss.isfinite()
 

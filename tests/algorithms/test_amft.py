@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,11 @@ from algorithms.amft import AMFT, controlled
 from algorithms.base import Advantages, Experience
 from algorithms.functional.losses import clipped_surrogate
 from algorithms.grpo import GRPO
+from rlkit.config.schema import LearnerConfig
 from rlkit.experience import Group, GroupScores, Score
+from rlkit.experience.types import Recorded
+from rlkit.learner.dealing import policy_shares
+from rlkit.learner.joint import JointLearner
 
 
 def test_the_controllers_worked_number() -> None:
@@ -86,6 +92,34 @@ def test_the_controller_waits_for_its_target_then_follows_entropy_and_reward() -
 def test_options_that_do_not_mix(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AMFT.Config(**options)
+
+
+def test_every_mini_batch_has_samples_and_demonstrations() -> None:
+    class Policy:
+        section = SimpleNamespace(epochs_per_step=1)
+
+    groups = [
+        replace(group, prompt=replace(group.prompt, recorded=Recorded(shown.samples, shown.scores)))
+        for group, shown in zip(make_groups(4), with_demonstrations(make_groups(4))[4:], strict=True)
+    ]
+    learner = object.__new__(JointLearner)
+    learner.algorithm, learner.policy, learner.critic, learner.references = AMFT(AMFT.Config()), Policy(), None, None
+    experience = asyncio.run(learner.experience(groups, 1))
+    advantages = learner.algorithm.advantages(experience)
+    (share,), _ = policy_shares(
+        experience.groups, advantages, LearnerConfig(minibatches_per_step=2), learner.algorithm.needs()
+    )
+    for minibatch in share.minibatches:
+        marks = [rows.extras["demonstration"] for _, rows in minibatch.microbatches if rows is not None]
+        assert 0 < np.concatenate(marks).mean() < 1
+
+
+def test_a_loss_that_selects_tokens_selects_samples_only() -> None:
+    groups = with_demonstrations(make_groups(2))
+    advantages = AMFT(AMFT.Config(loss="kl_cov", loss_options={"share": 1.0})).advantages(Experience(groups, 1))
+    for selected, shown in zip(advantages.extras["selected"], advantages.extras["demonstration"], strict=True):
+        assert len(selected) == len(shown) and not (selected * shown).any()
+    assert any(row.any() for row in advantages.extras["selected"])
 
 
 def test_samples_alone_are_grpos() -> None:

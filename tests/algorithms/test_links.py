@@ -206,6 +206,19 @@ def test_extreme_scores_stay_finite(link: Callable[..., Tensor]) -> None:
         assert chosen.grad is not None and torch.isfinite(chosen.grad).all()
 
 
+def test_orpo_keeps_its_digits_where_a_response_is_all_but_certain() -> None:
+    """In fp32 exp(-1e-8) is 1."""
+    for chosen, rejected in ((-1e-6, -1.0), (-1e-8, -1.0), (0.0, -1.0), (-1.0, 0.0)):
+        rows = [torch.tensor([x], requires_grad=True) for x in (chosen, rejected)]
+        loss = links.orpo(rows[0], rows[1], 0.1)
+        loss.sum().backward()
+        held = [min(x, -1e-7) for x in (chosen, rejected)]
+        log_odds = [x - math.log(-math.expm1(x)) for x in held]
+        exact = 0.1 * math.log1p(math.exp(log_odds[1] - log_odds[0]))
+        assert loss.item() == pytest.approx(exact, rel=1e-4)
+        assert all(row.grad is not None and torch.isfinite(row.grad).all() for row in rows)
+
+
 def test_sums_of_first_tokens_count_trained_tokens() -> None:
     rows = torch.arange(1.0, 8.0).requires_grad_()
     mask, sequence = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1, 1])

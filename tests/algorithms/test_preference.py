@@ -295,6 +295,44 @@ def test_bco_s_shift_is_halfway_between_good_and_bad() -> None:
     assert advantages.scalars["shift"] == pytest.approx((1.0 - 0.2) / 2)
 
 
+@pytest.mark.parametrize("link", ["kto", "bco"])
+def test_baselines_are_means_over_tokens_where_scores_are(link: str) -> None:
+    groups = [group("p", (2, 2), (1.0, 0.0)), group("q", (2,), (0.0,))]
+    names = ("mismatched_policy", "mismatched_reference") if link == "kto" else ("own_policy", "own_reference")
+    rows = 2 if link == "kto" else 3
+    passes = {names[0]: [[0.4, 0.2]] * rows, names[1]: [[0.0, 0.0]] * rows}
+    sums, means = (
+        preference(link=link, length_normalised=normalised).advantages(step(groups, passes)).scalars
+        for normalised in (False, True)
+    )
+    name = "baseline" if link == "kto" else "shift"
+    assert sums[name] == pytest.approx(0.6) and means[name] == pytest.approx(0.3)
+
+
+def test_weights_of_responses_count() -> None:
+    def weighted(values: Sequence[float], weights: Sequence[float]) -> Group:
+        plain = group("p", (1,) * len(values), values)
+        samples = (replace(s, weight=w) for s, w in zip(plain.samples, weights, strict=True))
+        return replace(plain, samples=tuple(samples))
+
+    labelled = preference(link="bco", beta=1.0)
+    passes = {name: [[0.0]] * 2 for name in ("own_policy", "own_reference")}
+    losses = [
+        loss_of(labelled, step([weighted((1.0, 0.0), weights)], passes), torch.tensor([0.3, -0.2]), torch.zeros(2)).loss
+        for weights in ((1.0, 1.0), (3.0, 0.0))
+    ]
+    good, bad = math.log1p(math.exp(-0.3)), math.log1p(math.exp(-0.2))
+    assert [loss.item() for loss in losses] == pytest.approx([(good + bad) / 2, 3 * good / 2])
+    compared = preference(pairs="all").advantages(step([weighted((2.0, 1.0, 0.0), (1.0, 0.5, 0.0))]))
+    assert compared.pair_values["weight"].tolist() == [0.75, 0.5, 0.25]
+
+
+def test_a_margin_of_0_is_no_missing_margin() -> None:
+    pairs = [group("p", (1, 1), (1.0, 0.0), [PreferencePair(0, 1, margin=m)]) for m in (0.0, None, 0.4)]
+    gains = preference(link="rdp").advantages(step(pairs)).pair_values["gain"]
+    assert gains.tolist() == pytest.approx([0.0, 1.0, 0.4])
+
+
 def test_wpo_weighs_pairs_by_how_likely_they_are() -> None:
     experience = step([group("p", (2, 1), (1.0, 0.0)), group("q", (1, 1), (1.0, 0.0))])
     policy, reference = torch.tensor([-0.2, -0.4, -0.1, -2.0, -1.0]), torch.zeros(5)

@@ -10,7 +10,7 @@ import pytest
 
 from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Span
 from rlkit.experience.buffer import BufferStats
-from rlkit.experience.scores import kind_of, report_on
+from rlkit.experience.scores import ScoreReport, kind_of, report_on
 from rlkit.metrics import rollout_metrics
 
 STATS = BufferStats(version=1, ready=0, in_flight=2, dropped_stale=0, rejected={"drop_equal_rewards": 3})
@@ -54,6 +54,15 @@ def test_what_says_nothing_is_left_out() -> None:
     assert "group/all_equal_share" not in measured(group(1.0), group(0.0)), "one sample equals itself"
     nothing = measured(group(None, None), seconds=0.0)
     assert not {"reward/mean", "accuracy/train", "group/all_equal_share", "tokens/per_second"} & nothing.keys()
+
+
+def test_labels_of_recorded_responses_are_no_rewards() -> None:
+    known = group(1.0, 0.0)
+    recorded = replace(known, samples=tuple(replace(sample, logprobs=None) for sample in known.samples))
+    unasked = rollout_metrics([recorded], [], ScoreReport(), None, replace(STATS, rejected={}), 0.0)
+    assert not {"reward/mean", "reward/std"} & unasked.keys()
+    judged = rollout_metrics([recorded], [], report_on([recorded], 0.1), None, replace(STATS, rejected={}), 0.0)
+    assert judged["reward/mean"] == 0.5
 
 
 def test_failures_are_counted_by_reason_and_in_a_combination_by_part() -> None:

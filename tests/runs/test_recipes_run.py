@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from run_fixture import OF_SAMPLING, ROOT, Run
+from safetensors.torch import load_file, save_file
 
 RECIPES = sorted(file.stem for file in (ROOT / "conf" / "algorithm").glob("*.yaml"))
 OF_STEPS = ("prime", "pure", "grpo_process", "rloo_process", "episode_plus_step", "turn_discounted")
@@ -26,6 +29,17 @@ def start(tmp_path: Path) -> Iterator[list[Run]]:
             run.process.wait()
 
 
+def another_policy(folder: Path) -> Path:
+    """The embedded policy with other weights."""
+    teacher = folder / "teacher"
+    shutil.copytree(ROOT / "rlkit" / "embedded" / "policy", teacher)
+    weights = load_file(teacher / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    noisy = {name: w + 0.01 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+    save_file(noisy, teacher / "model.safetensors", {"format": "pt"})
+    return teacher
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path) -> None:
@@ -33,7 +47,7 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
     reward += ["rollout.judge=always"] if recipe == "cream" else []  # which reads no rewards
     reward += [f"algorithm.guide={ROOT / 'rlkit' / 'embedded' / 'policy'}"] if recipe == "tgdpo" else []
     single = ["algorithm.samples_per_prompt=1"] if recipe in ("ppo", "reinforce_pp", "remax") else []
-    reward += [f"algorithm.teacher={ROOT / 'rlkit' / 'embedded' / 'policy'}"] if recipe == "distill" else []
+    reward += [f"algorithm.teacher={another_policy(tmp_path)}"] if recipe == "distill" else []
     few = ["algorithm.k=2"] if recipe == "passk" else []  # of the small runs' 4 samples
     run = Run(
         tmp_path,
@@ -52,7 +66,10 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         assert step["policy/trained_samples"] > 0
-        assert step["policy/grad_norm"] > 0 and math.isfinite(step["policy/loss"])
+        # Before its first update the implicit PRM is its reference: all process rewards are 0, which is all that
+        # grpo_process learns from.
+        learns = (recipe, step["step"]) != ("grpo_process", 1)
+        assert (step["policy/grad_norm"] > 0) == learns and math.isfinite(step["policy/loss"])
         assert step.get("weights/canary_difference", 0.0) < 1e-3
         assert ("weights/canary_difference" in step) == (recipe != "sft"), "nothing samples for fine-tuning"
     assert (run.folder / "checkpoints" / "step_000002" / "policy" / "model.safetensors").is_file()

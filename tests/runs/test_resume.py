@@ -56,10 +56,11 @@ TIMES = ("time", "tokens/per_second", "environment/wait_share")
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def one(name: str, *arguments: str) -> Run:
+    def one(name: str, *arguments: str, steps: bool = True) -> Run:
         (tmp_path / name).mkdir(exist_ok=True)
         recorded = {"algorithm=sft", "algorithm=dpo"} & set(arguments)
-        runs.append(Run(tmp_path / name, *COMMON, *arguments, without=OF_SAMPLING if recorded else ()))
+        common = COMMON if steps else ()
+        runs.append(Run(tmp_path / name, *common, *arguments, without=OF_SAMPLING if recorded else ()))
         return runs[-1]
 
     yield one
@@ -149,3 +150,15 @@ def test_groups_on_their_way_are_asked_for_again(start: Callable[..., Run]) -> N
     for record in last.records("samples"):
         by_step.setdefault(record["step"], set()).add(record["group_id"])
     assert sum(len(ids) for ids in by_step.values()) == len(unique)
+
+
+@pytest.mark.slow
+def test_a_run_of_epochs_that_has_all_its_steps_is_not_started_again(start: Callable[..., Run]) -> None:
+    epochs = ("algorithm=sft", "data.train_problems=8", "trainer.total_epochs=1", "trainer.save_every_steps=1")
+    run = start("epochs", *epochs, steps=False)
+    assert run.end() == 0, run.text
+    steps = run.records()
+    assert max(record["step"] for record in steps) == 2
+    again = start("epochs", *epochs, "resume=auto", steps=False)
+    assert again.end() == 0 and "nothing left to do" in again.text, again.text
+    assert again.records() == steps and (again.folder / "summary.json").exists()

@@ -107,6 +107,18 @@ def test_every_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, damag
         find_resume(config)
 
 
+def test_epochs_are_as_many_steps_as_the_data_say(tmp_path: Path) -> None:
+    """`trainer.total_steps` is only its default then: nothing is compared with it."""
+    config = config_of(tmp_path, "resume=auto", "trainer.total_epochs=3")
+    default = config.trainer.total_steps
+    trained = config.model_copy(update={"trainer": config.trainer.model_copy(update={"total_steps": 3 * default})})
+    make(tmp_path / "checkpoints", default, trained)
+    point = find_resume(config)
+    assert point is not None and point.notices == ()
+    assert point.nothing_left(3 * default) is None
+    assert f"has all {default} steps" in (point.nothing_left(default) or "")
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, best in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7), (5, 0.8)):
         make(tmp_path, step, best=best)

@@ -75,6 +75,14 @@ def test_apart_everything_stands_alone() -> None:
     ]
 
 
+def test_what_does_not_start_takes_no_gpu() -> None:
+    """Training on recorded responses: no engine, no reward."""
+    for placement in ("colocated", "apart"):
+        chosen = ["algorithm=sft", "cluster=single_gpu", f"cluster.placement={placement}"]
+        config = load_config([*chosen, "run_dir=/nowhere/run"]).config
+        assert plan_bundles(config, critic_ranks=0, reward_workers=0) == [Bundle(("learner-0",), 1.0)]
+
+
 def test_the_gpus_of_an_engine_are_on_one_node_wherever_ray_put_its_bundles() -> None:
     wide = [(0, 1), (2, 3)]
     assert on_one_node(5, wide, "aaaaa") == [0, 1, 2, 3, 4]

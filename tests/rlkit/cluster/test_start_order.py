@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,14 +14,14 @@ from rlkit.config.loading import load_config
 PARTS = ("sampler", "learner", "reward", "verifier", "critic")
 
 
-def order(tmp_path: Path, *overrides: str) -> list[list[str]]:
+def order(tmp_path: Path, *overrides: str, parts: Sequence[str] = PARTS) -> list[list[str]]:
     """The parts in the order in which they load; those of one list do so side by side."""
     config = load_config([f"run_dir={tmp_path / 'run'}", *overrides]).config
     loading: list[list[str]] = []
 
     async def start_all() -> None:
         begun: list[str] = []
-        ready = {name: asyncio.Event() for name in PARTS}
+        ready = {name: asyncio.Event() for name in parts}
 
         def start(name: str) -> Callable[[], Awaitable[None]]:
             async def begin() -> None:
@@ -30,7 +30,7 @@ def order(tmp_path: Path, *overrides: str) -> list[list[str]]:
 
             return begin
 
-        starting = start_in_order({name: start(name) for name in PARTS}, loads_after(config))
+        starting = start_in_order({name: start(name) for name in parts}, loads_after(config))
         while not all(part.done() for part in starting.values()):
             for _ in range(5):
                 await asyncio.sleep(0)
@@ -65,6 +65,13 @@ def test_what_shares_a_gpu_loads_one_after_the_other(
 ) -> None:
     # After each round of loading there may be an empty one, until what was loaded has been noticed.
     assert [names for names in order(tmp_path, *overrides) if names] == wanted
+
+
+def test_nobody_waits_for_a_part_that_does_not_start(tmp_path: Path) -> None:
+    """Fine-tuning on recorded responses has no sampler, distillation no reward (the default one has a model)."""
+    assert order(tmp_path, "algorithm=sft", "cluster=single_gpu", parts=["learner"])[0] == ["learner"]
+    rounds = order(tmp_path, "reward=polar", "cluster=single_gpu", parts=["sampler", "learner"])
+    assert [names for names in rounds if names] == [["sampler"], ["learner"]]
 
 
 def test_who_waits_for_a_part_that_cannot_load_ends_with_its_error() -> None:

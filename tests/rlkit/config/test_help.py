@@ -14,6 +14,7 @@ from rlkit.config.vocabulary import COMMANDS, OTHER_NAMES, WISHES
 from rlkit.experience.names import edits, nearest
 
 Typed = Callable[..., str]
+KINDS = ("dpo", "kto", "simpo")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,20 @@ def test_help_on_an_option(help_on: Typed) -> None:
     )
     assert "verifier.markers" in help_on("verifier=gsm8k")
     assert "rollout.workers=8" in help_on("cluster=multi_gpu")
+
+
+def test_help_on_a_recipe_has_what_acts_there(help_on: Typed) -> None:
+    kto = help_on("kto")
+    assert kto == help_on("algorithm=kto")
+    assert "algorithm=kto  KTO (arXiv 2402.01306)" in kto
+    assert "Also sets learner.learning_rate=5e-06, unless model=NAME does" in kto
+    assert "algorithm.desirable_weight" in kto
+    of_pairs = {"algorithm.nll_coefficient", "algorithm.guide", "algorithm.guide_weight", "algorithm.better_prompt"}
+    keys = {recipe: set(re.findall(r"^  (algorithm\.\w+)", help_on(recipe), flags=re.MULTILINE)) for recipe in KINDS}
+    assert not of_pairs & keys["kto"]
+    assert of_pairs <= keys["dpo"]
+    assert not {"algorithm.desirable_weight", "algorithm.clip", "algorithm.target_margin"} & keys["dpo"]
+    assert "algorithm.target_margin" in keys["simpo"]
 
 
 def test_help_on_a_part_lists_its_options(help_on: Typed) -> None:
@@ -150,7 +165,7 @@ def test_every_pattern_of_a_wish_is_one() -> None:
 
 def test_other_frameworks_names_lead_to_keys_that_exist(help_on: Typed) -> None:
     listed = set(re.findall(r"^  (\w+(?:\.\w+)*)  ", help_on(), flags=re.MULTILINE))
-    assert {key for key in OTHER_NAMES.values() if key not in listed} == set()
+    assert {key for keys in OTHER_NAMES.values() for key in keys.split() if key not in listed} == set()
 
 
 def test_metrics_of_the_docs_are_known(repository: Path) -> None:

@@ -15,6 +15,7 @@ from rlkit.data.arithmetic import Arithmetic, ArithmeticConfig
 from rlkit.data.base import DataError, Problem, Response
 from rlkit.data.conversations import render_recorded
 from rlkit.data.rendering import load_tokenizer, render
+from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.experience import Message, PreferencePair, Prompt, Recorded
 from rlkit.models.folder import model_folder
 
@@ -136,7 +137,8 @@ def test_a_row_is_used_whole_or_not_at_all() -> None:
     prompts, bad, _ = recorded(family, pair, mixed, problem(), response_tokens=30)
     assert [row.origin for row in bad] == ["r.jsonl:1", "r.jsonl:3", "r.jsonl:1"]
     assert bad[0].reason == "a response has 41 tokens, more than rollout.max_response_tokens=30"
-    assert bad[0].remedy == "Raise rollout.max_response_tokens (the longest has 41)"
+    with pytest.raises(DataError, match=r"Raise rollout\.max_response_tokens \(the longest has 41\)"):
+        refuse_too_many_bad_rows(bad[:1], 2, 0, "rows")
     assert bad[2].reason == "it has no response"
     (kept,) = prompts
     assert [sample.text for sample in the(kept).samples] == ["a", "c"]

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from rlkit.data.arithmetic import Arithmetic
-from rlkit.data.base import DataError, Problem
-from rlkit.data.lengths import LARGEST_TOKENIZER, too_long_prompts, uncountable
+from rlkit.data.base import DataError, Problem, Response
+from rlkit.data.lengths import LARGEST_TOKENIZER, too_long_prompts, too_long_responses, uncountable
 from rlkit.data.rendering import load_tokenizer, render
 from rlkit.experience import Message
 from rlkit.models.folder import model_folder
@@ -62,6 +63,19 @@ def test_no_more_are_tokenised_than_prove_it(folder: Path) -> None:
     assert too_long_prompts(problems, folder, None, 10_000, allowed=2) == []  # its bytes are fewer: nothing is read
     with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
         too_long_prompts(problems, folder, None, 16, allowed=2)
+
+
+def test_the_longest_response_of_a_row_is_counted(folder: Path) -> None:
+    def answered(n: int) -> Problem:
+        texts = ("a b " * n, "a", "a b " * (n - 1))
+        responses = tuple(Response((Message("assistant", text),), origin=f"d:{n}") for text in texts)
+        return Problem(f"p{n}", (Message("user", "?"),), responses=responses)
+
+    counted = too_long_responses([answered(n) for n in range(1, 31)], folder, 1, 100)
+    assert [origin for _, origin in counted] == [f"d:{n}" for n in range(30, 0, -1)]
+    expected = len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a b " * 30).ids)
+    assert counted[0][0] == expected
+    assert len(too_long_responses([answered(n) for n in range(1, 31)], folder, 1, 2)) == 3
 
 
 def test_what_cannot_be_counted_here(folder: Path) -> None:

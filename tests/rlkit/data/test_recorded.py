@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def test_a_pairs_numbers_and_other_columns(tmp_path: Path) -> None:
     [
         ({"prompt": "?", "chosen": "2", "rejected": "2"}, "chosen and rejected are equal"),
         ({"prompt": "?", "chosen": "2"}, "no column 'rejected' (it has prompt, chosen)"),
+        ({"prompt": "?", "chosen": "2", "rejected": " "}, "rejected is empty"),
         ({"prompt": "?", "chosen": "2", "rejected": None}, "rejected is null"),
         ({"prompt": "?", "chosen": "2", "rejected": []}, "rejected is an empty list"),
         ({"prompt": "?", "chosen": "2", "rejected": 3}, "rejected must be a list of chat messages, not int"),
@@ -244,7 +246,16 @@ def test_forms_of_a_conversation(
         ({"messages": [user("?"), {"role": "assistant", "content": None}]}, "must be a text, not NoneType"),
         ({"messages": [user("?"), assistant("") | {"tool_calls": [{}]}]}, "has tool calls"),
         ({"messages": CHAT, "tools": [{"name": "f"}]}, "it has tools"),
-        ({"text": "all in one"}, "no column 'response'"),
+        ({"messages": [user("?"), assistant(" ")]}, "message 2 is an empty answer"),
+        (
+            {"conversations": [{"from": "human", "value": "?"}, {"from": "bot", "value": "2"}]},
+            "conversations[1].from is 'bot', no role that is known: assistant, function_call, gpt, human, observation",
+        ),
+        (
+            {"text": "all in one", "id": None},
+            "none of messages, conversations, conversation, or a prompt with one of response, completion, solution (it "
+            "has text)",
+        ),
     ],
 )
 def test_conversations_that_cannot_be_used(tmp_path: Path, row: Any, reason: str) -> None:
@@ -290,6 +301,41 @@ def test_too_many_unusable_rows_are_refused_before_a_run(tmp_path: Path) -> None
     assert texts.provides() == {"responses", "text"}
 
 
+def test_labels_of_another_kind_may_not_be_skipped(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "completion": "a", "label": 1 if i % 3 else -1} for i in range(21)]
+    source = ResponsesSource(ResponsesSource.Config(path=str(write(tmp_path / "rows.jsonl", rows))), seed=0)
+    (message,) = source.check()
+    assert "7 of 21 rows cannot be used" in message and "rows.jsonl:1: label must be true, false or a number" in message
+    assert "Labels are true or false, or numbers from 0 (bad) to 1 (good): write them so" in message
+    assert "allow more with" not in message
+
+
+def test_the_remedy_names_the_columns_that_are_wrong(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": "a", "rejected": None, "gold": "a"} for i in range(3)]
+    path = str(write(tmp_path / "rows.jsonl", rows))
+    (message,) = PairsSource(PairsSource.Config(path=path, answer_column="gold"), seed=0).check()
+    assert message.endswith("\nCorrect these rows, or name other columns (data.rejected_column).")
+
+
+def test_what_is_done_with_rows_is_said(tmp_path: Path) -> None:
+    late = {"role": "system", "content": "Be brief."}
+    chats = [[SYSTEM, user(f"{i}+1?"), *CHAT[2:]] for i in range(8)]
+    rows = [{"messages": chat} for chat in [*chats[:5], *([*chat, user("thanks")] for chat in chats[5:7])]]
+    rows += [{"messages": [*chats[7][:3], late, *chats[7][3:]]}, {"messages": [user("?")]}]
+    options = {"path": str(write(tmp_path / "rows.jsonl", rows)), "max_bad_row_share": 0.2, "heldout_share": 0.5}
+    source = ChatSource(ChatSource.Config(**options), seed=0)
+    assert source.check() == []
+    skipped, *noted = source.notes()
+    assert skipped.endswith("are skipped:\n  rows.jsonl:9: no message of the assistant is trained on")
+    assert noted == [
+        "2 conversations end with a message of the user, which is left out (the first: rows.jsonl:6)",
+        "1 conversations have a system message after the beginning, rendered where it stands (the first: rows.jsonl:8)",
+    ]
+    loading = ChatSource(ChatSource.Config(**options), seed=0)
+    loading.load("train")
+    assert loading.notes() == noted, "the skipped rows are reported with those that rendering skips"
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [(PairsSource, "pairs"), (ResponsesSource, "responses"), (ChatSource, "chat")]
 )
@@ -299,3 +345,24 @@ def test_the_examples_are_read(kind: type[HfSource], name: str) -> None:
     for file in files:
         source: DataSource = kind(kind.Config(path=str(file), heldout_share=0.5), seed=0)
         assert source.check() == [] and source.load("train")[1] == []
+
+
+def test_the_docs_name_every_example() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    named = set(re.findall(r"\| `(\w+\.jsonl)` \|", page))
+    assert named == {file.name for file in EXAMPLES.glob("*.jsonl")}
+
+
+def test_what_examples_say_besides_texts() -> None:
+    def problems(kind: type[HfSource], name: str, **options: Any) -> list[Problem]:
+        source = kind(kind.Config(path=str(EXAMPLES / name), heldout_share=0.5, **options), seed=0)
+        return sorted([*source.load("train")[0], *source.load("heldout")[0]], key=lambda problem: problem.origin)
+
+    numbers = {"probability_column": "preferred", "margin_column": "better_by", "weight_column": "votes"}
+    pairs = [pair for problem in problems(PairsSource, "pairs_numbers.jsonl", **numbers) for pair in problem.pairs]
+    assert pairs == [PreferencePair(0, 1, 0.7, 0.4, 3), PreferencePair(0, 1, 1.0, 2.5, 1)]
+    scored = problems(ResponsesSource, "responses_scores.jsonl")
+    assert [[response.value for response in problem.responses] for problem in scored] == [[4.5, -2], [3]]
+    late, early = problems(ChatSource, "chat_trained_turns.jsonl")
+    assert told(late) == (["What is 17 + 25?", "41?", "Look again."], [(["42"], 1.0)])
+    assert told(early) == (["What is 9 - 4?"], [(["5"], 1.0)])

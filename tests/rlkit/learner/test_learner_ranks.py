@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from learner_fixture import build_learner, free_port, write_partitioned_model, write_tiny_model
-from learner_rank import RANKS, SCENARIOS, outcome, scenario_groups
+from learner_rank import RANKS, SCENARIOS, moved_reference, outcome, scenario_groups
 from paths import FIXTURES, PYTHONPATH
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -96,8 +97,9 @@ def test_scenarios_are_what_their_names_say() -> None:
 
     assert microbatches("one whole group") == [[3], [0]]
     assert sorted(microbatches("one group")) == [[1], [2]]
-    real = [sum(size > 0 for size in rank) for rank in microbatches("unequal")]
-    assert real[0] != real[1]
+    for name in ("unequal", "known references, zero 3"):
+        real = [sum(size > 0 for size in rank) for rank in microbatches(name)]
+        assert real[0] != real[1]
     assert microbatches("a silent step") == [[0], [0]]
     assert [sizes[-1] for sizes in microbatches("a silent optimizer step")] == [0, 0]
 
@@ -105,6 +107,14 @@ def test_scenarios_are_what_their_names_say() -> None:
 def test_ranks_skip_together(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["skipped"] == {0: [1, 0], 1: [1, 0]}
+
+
+def test_a_reference_that_zero_3_holds_moves_as_another(model: Path, ranks: list[dict[str, Any]]) -> None:
+    """Small parameters, which ranks keep whole beside their shares, too."""
+    start, wanted = moved_reference(model / "tiny", 1)
+    assert np.abs(wanted - start).max() > 0.01
+    for found in ranks:
+        np.testing.assert_allclose(found["moved"][1], wanted, atol=1e-3)
 
 
 def test_zero_3_holds_shares_from_the_first_moment_on(ranks: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from learner_fixture import build_learner, grpo_advantages, make_groups, write_tiny_model
+from safetensors.numpy import load_file, save_file
 
 from algorithms.base import (
     REFERENCE,
@@ -28,6 +30,7 @@ from algorithms.grpo import GRPO
 from rlkit.config.schema import LearnerConfig
 from rlkit.experience import Group, UserError
 from rlkit.learner.dealing import policy_shares
+from rlkit.learner.frozen import blend
 from rlkit.learner.references import ReferenceCache, ReferenceError, fingerprint
 
 
@@ -209,3 +212,39 @@ def test_reference_log_probs_are_computed_once_per_model_prompt_and_response(mod
     file.write_bytes(b"half a file")
     with pytest.raises(ReferenceError, match="delete it"):
         ReferenceCache(file, fingerprint(model, 1.0))
+
+
+def test_models_that_differ_in_one_tensor_share_no_log_probs(model: Path, tmp_path: Path) -> None:
+    """A merged adapter leaves the beginning and the end of the file as they were."""
+    before = fingerprint(model, 1.0)
+    weights = load_file(model / "model.safetensors")
+    for folder in (tmp_path / "same", tmp_path / "other"):
+        shutil.copytree(model, folder)
+    weights["model.layers.0.self_attn.q_proj.weight"][3, 5] += 1.0
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(tmp_path / "same", 1.0) == before != fingerprint(tmp_path / "other", 1.0)
+
+
+def test_two_runs_fill_one_file_at_once(model: Path, tmp_path: Path) -> None:
+    groups, file = make_groups(6), tmp_path / "reference.safetensors"
+
+    async def compute(some: Sequence[Group]) -> list[np.ndarray]:
+        return [np.arange(len(s), dtype=np.float32) for group in some for s in group.samples]
+
+    one, other = (ReferenceCache(file, fingerprint(model, 1.0)) for _ in range(2))
+    asyncio.run(one.fill(groups[:3], compute, at_once=1))
+    asyncio.run(other.fill(groups[3:], compute, at_once=1))
+    assert len(ReferenceCache(file, fingerprint(model, 1.0)).of(groups)) == 24
+    assert [path.name for path in tmp_path.iterdir()] == [file.name], "nothing is left beside it"
+
+
+def test_small_steps_of_a_reference_in_bfloat16_add_up() -> None:
+    """Rounded to the nearest, a reference would never move by a thousandth."""
+    mine, its = torch.full((4096,), 1.0, dtype=torch.bfloat16), torch.full((4096,), 1.5, dtype=torch.bfloat16)
+    assert torch.equal(mine.clone().lerp_(its, 1e-3), mine)
+    for step in range(100):
+        blend(mine, its, 1e-3, torch.Generator().manual_seed(step))
+    assert mine.float().mean() == pytest.approx(1.5 - 0.5 * (1 - 1e-3) ** 100, abs=0.01)
+    again = its.clone()
+    blend(again, its, 0.3, torch.Generator().manual_seed(0))
+    assert torch.equal(again, its)

@@ -367,8 +367,8 @@ def test_repeated_warnings_are_counted_not_repeated(tmp_path: Path) -> None:
 
 def test_every_metric_is_documented() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text()
-    areas = "accuracy|advantage|buffer|critic|evaluation|group|kl|length|mismatch|policy|prime|prm"
-    areas += "|reward|time|tokens|weights"
+    areas = "accuracy|advantage|amft|buffer|critic|distill|evaluation|group|kl|length|logprob|mismatch|policy"
+    areas += "|preference|prime|prm|reward|time|tokens|weights"
     emitted = {
         (name, file.relative_to(ROOT).as_posix())
         for folder in ("rlkit", "algorithms", "rewards")
@@ -399,6 +399,22 @@ def test_the_accuracy_of_a_set_is_a_share(tmp_path: Path) -> None:
         t.evaluation(0, "accuracy/heldout", {"accuracy/heldout": 0.5, "evaluation/math/accuracy": 0.25})
     log = (tmp_path / "run" / "logs" / "console.log").read_text()
     assert "held-out accuracy  50.0% after step 0  math accuracy 25.0%" in log
+
+
+def test_the_line_of_a_step_says_how_preferences_and_imitation_go(tmp_path: Path) -> None:
+    with tracker(tmp_path) as t:
+        t.step(1, {"preference/loss": 0.5, "policy/loss": 0.75, "preference/accuracy": 0.8, "preference/margin": 1.5})
+        t.evaluation(1, "preference/heldout_accuracy", {"preference/heldout_accuracy": 0.625})
+    with tracker(tmp_path / "imitation") as t:
+        t.step(1, {"policy/loss": 2.25})
+        t.step(2, {"policy/loss": 2.25, "reward/mean": 0.5})
+    log = (tmp_path / "run" / "logs" / "console.log").read_text()
+    assert re.search(r"loss +0.500  pairs right +80.0%  margin +1.500", log)
+    assert "0.75" not in log
+    assert "held-out accuracy  62.5% after step 1" in log
+    first, second = re.findall(r"step +\d/.*", (tmp_path / "imitation" / "run" / "logs" / "console.log").read_text())
+    assert "loss  2.250" in first
+    assert "loss" not in second
 
 
 @given(st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=30), st.integers(30, 100))
