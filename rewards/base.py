@@ -47,6 +47,10 @@ class RewardTraits:
     """Scores depend on the texts of prompt and response alone, not on tokens or the rest of the group."""
     process_rewards: bool = False
     """Scores carry token or span rewards."""
+    process_in_value: bool = False
+    """Their values contain these, so that an algorithm which reads values alone loses nothing."""
+    environment: bool = False
+    """Judges episodes of an environment."""
     outcome_rewards: bool = True
     """Scores carry a value."""
     steps: bool = False

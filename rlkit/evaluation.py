@@ -12,10 +12,10 @@ import numpy as np
 
 from rlkit.config.schema import EvaluationConfig
 from rlkit.experience import Group, Prompt, Score
-from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures
+from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures, rightness
 from rlkit.experience.types import FloatArray
 from rlkit.rollout.pool import RolloutPool
-from rlkit.rollout.worker import GroupRequest
+from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import RewardPool
 
 Area = Literal["accuracy", "reward"]
@@ -98,11 +98,11 @@ class Evaluator:
 def verdicts(groups: Sequence[Group]) -> tuple[Area, list[FloatArray]]:
     """What the verifier says: per group [samples], NaN where a sample was not judged.
 
-    `accuracy` (1 right, 0 wrong) if all judged samples have the component `correct`, else `reward`: the values. Raises
-    RewardFailed for a sample with neither.
+    `accuracy` (1 right, 0 wrong) if all judged samples have a component `correct` or `success`, else `reward`: the
+    values. Raises RewardFailed for a sample with neither.
     """
     scores = [[score for _, score in group.scored()] for group in groups]
-    graded = all("correct" in score.components for own in scores for score in own if score.valid)
+    graded = all(rightness(score) is not None for own in scores for score in own if score.valid)
     area: Area = "accuracy" if graded else "reward"
     return area, [np.array([_verdict(score, area) for score in own]) for own in scores]
 
@@ -110,7 +110,7 @@ def verdicts(groups: Sequence[Group]) -> tuple[Area, list[FloatArray]]:
 def _verdict(score: Score, area: Area) -> float:
     if not score.valid:
         return math.nan
-    verdict = score.components["correct"] if area == "accuracy" else score.value
+    verdict = rightness(score) if area == "accuracy" else score.value
     if verdict is None:
         raise RewardFailed("the verifier gives no value for a whole response: verifier=NAME must be a reward that does")
     return verdict
@@ -137,7 +137,7 @@ def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]])
         _headline(name, area): float(np.nanmean(values)),
         f"{prefix}samples": float(len(samples)),
         f"{prefix}unjudged": float(np.isnan(values).sum()),
-        f"{prefix}length_mean": float(np.mean([len(sample) for sample in samples])),
+        f"{prefix}length_mean": float(np.mean([sample.length for sample in samples])),
         f"{prefix}truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
     }
     best = "pass" if area == "accuracy" else "best"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from rlkit.config.schema import TrainerConfig
 from rlkit.evaluation import verdicts
-from rlkit.experience import Group, UserError
+from rlkit.experience import Group, Sample, UserError
 from rlkit.experience.buffer import BufferStats
 from rlkit.experience.scores import ScoreReport
 
@@ -38,7 +38,7 @@ def rollout_metrics(
                 components[name].append(part)
     rewards = np.array([value for group in values for value in group])
     samples = [sample for group in (*groups, *rejected) for sample in group.samples]
-    lengths = np.array([len(sample) for sample in samples])
+    lengths = np.array([sample.length for sample in samples])
     metrics = {
         "reward/failed": float(report.failed),
         "length/mean": float(lengths.mean()),
@@ -57,6 +57,7 @@ def rollout_metrics(
         metrics["group/all_equal_share"] = float(np.mean([np.ptp(group) == 0 for group in compared]))
     if seconds > 0 and any(sample.logprobs is not None for sample in samples):
         metrics["tokens/per_second"] = float(lengths.sum() / seconds)
+    metrics |= environment_metrics(samples)
     if len(rewards):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
     trained = [value for group in values[: len(groups)] for value in group]
@@ -75,6 +76,34 @@ def rollout_metrics(
         if not np.isnan(verdict).all():
             metrics[f"{area}/train"] = float(np.nanmean(verdict))
     return metrics
+
+
+def environment_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Of the samples that are episodes; means over those whose environment did not break."""
+    episodes = [(sample, sample.episode) for sample in samples if sample.episode is not None]
+    if not episodes:
+        return {}
+    broken = Counter(episode.failure.partition(":")[0] for _, episode in episodes if episode.ended == "failed")
+    metrics = {f"environment/failed/{kind}": float(count) for kind, count in broken.items()}
+    seconds = sum(episode.seconds for _, episode in episodes)
+    if seconds > 0:
+        metrics["environment/wait_share"] = sum(episode.waited for _, episode in episodes) / seconds
+    whole = [(sample, episode) for sample, episode in episodes if episode.ended != "failed"]
+    if not whole:
+        return metrics
+    turns = [[span for span in sample.spans if span.role == "assistant"] for sample, _ in whole]
+    metrics["environment/turns"] = fmean(len(own) for own in turns)
+    metrics["environment/observation_tokens"] = fmean(len(sample) - sample.length for sample, _ in whole)
+    metrics["environment/malformed_share"] = fmean(bool(turn.data.get("malformed")) for own in turns for turn in own)
+    metrics["environment/budget_share"] = fmean(episode.ended in ("turns", "tokens") for _, episode in whole)
+    successes = [episode.success for _, episode in whole if episode.success is not None]
+    if successes:
+        metrics["environment/success"] = fmean(successes)
+    of_its_own: defaultdict[str, list[float]] = defaultdict(list)
+    for _, episode in whole:
+        for name, value in episode.metrics.items():
+            of_its_own[name].append(value)
+    return metrics | {f"environment/metric/{name}": fmean(values) for name, values in of_its_own.items()}
 
 
 def summary(

@@ -10,7 +10,7 @@ from rlkit.evaluation import Evaluation
 from rlkit.experience import Group, Prompt
 from rlkit.experience.types import recorded_group
 from rlkit.learner.joint import JointLearner
-from rlkit.rollout.worker import GroupRequest
+from rlkit.rollout.requests import GroupRequest
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from rlkit.data.order import MixtureOrder, PromptOrder
 from rlkit.experience import Prompt
 from rlkit.experience.buffer import with_surplus
 from rlkit.experience.scores import ScoreReport
-from rlkit.rollout.worker import GroupRequest
+from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.unasked import Rewards
 
 T = TypeVar("T")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from algorithms.base import Render
 from rewards.base import Reward, RewardConfig
@@ -13,12 +14,16 @@ from rlkit.config.plan import asks_reward
 from rlkit.config.structured import split_unusable
 from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Split
 from rlkit.data.rows import refuse_too_many_bad_rows
+from rlkit.environments.tool import tools_of
 from rlkit.evaluation import OWN
 from rlkit.experience import Prompt
 from rlkit.models.folder import model_folder
 from rlkit.models.packing import shared_prefix
 from rlkit.tracking.tracker import Tracker
 from rlkit.weights.publication import Canary
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from rlkit.data.rendering import ChatTemplate
 
 CANARY_PROMPTS, CANARY_TOKENS = 4, 32
 
@@ -36,7 +41,7 @@ class Loaded:
 def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     """Raises DataError."""
     from rlkit.data.conversations import render_recorded
-    from rlkit.data.rendering import load_tokenizer, render, renderer
+    from rlkit.data.rendering import ChatTemplate, load_tokenizer, render, renderer
     from rlkit.rollout.sampler import stop_token_ids
 
     config, rollout = resolved.config, resolved.config.rollout
@@ -48,6 +53,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
             f"model.path={config.model.path}: rollout.steps={rollout.steps} needs a tokenizer with a tokenizer.json "
             "(for the places of tokens in the text); leave rollout.steps=none"
         )
+    _probe_template(resolved, ChatTemplate(tokenizer, *template), stop_token_ids(str(folder), tokenizer), tracker)
     source, from_data = resolved.make_data_source(), rollout.source == "data"
     # A frozen model's samples say nothing of the policy, but what the data know does.
     measured = from_data or (rollout.source == "model" and bool(source.provides() & {"responses", "references"}))
@@ -73,7 +79,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     for name, one in resolved.sets.items():
         key = f"evaluation.sets.{name}"
         try:
-            further[name] = rendered(*one.source(one.config, config.seed).load_set(), one.config, key, answers=False)
+            further[name] = rendered(*resolved.make_set(name).load_set(), one.config, key, answers=False)
         except DataError as error:
             raise DataError(named_as_set(str(error), key)) from error
     train = loaded["train"]
@@ -98,6 +104,22 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     if not samples and not recorded:
         tracker.warn("no held-out problem has a recorded response: this run is not evaluated")
     return Loaded(train, judged, recorded, renderer(tokenizer, *template))
+
+
+def _probe_template(
+    resolved: ResolvedRun, template: ChatTemplate, stop_token_ids: Sequence[int], tracker: Tracker
+) -> None:
+    """Whether episodes can be played with it. Raises DataError."""
+    from rlkit.rollout.rendering import Renderer
+
+    environment, options = resolved.environment_class, resolved.environment_config
+    if environment is None or options is None:
+        return
+    renderer = Renderer(template, tools_of(environment), stop_token_ids, options.calls)
+    if problems := renderer.problems():
+        raise DataError("; ".join(problems))
+    for caution in renderer.cautions():
+        tracker.warn(caution)
 
 
 def with_epochs(resolved: ResolvedRun, problems: int) -> ResolvedRun:

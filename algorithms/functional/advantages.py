@@ -35,7 +35,7 @@ class Outcomes:
     """[B] group index."""
     masks: Masks
     lengths: Int64
-    """[B] response tokens, trained or not."""
+    """[B] trained response tokens."""
 
     @classmethod
     def of(cls, experience: Experience, needed: bool = True) -> Outcomes:
@@ -52,7 +52,7 @@ class Outcomes:
             valid=np.array(valid, dtype=np.bool_),
             group=np.array([g for g, _, _ in rows], dtype=np.int64),
             masks=masks,
-            lengths=np.array([len(sample) for _, sample, _ in rows], dtype=np.int64),
+            lengths=np.array([sample.length for _, sample, _ in rows], dtype=np.int64),
         )
 
 

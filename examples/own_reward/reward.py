@@ -35,5 +35,5 @@ class BriefAndRight(Reward):
         if answer is None:
             return Score.invalid("no_answer: the prompt has no gold answer")
         right = float(sample.text.rstrip(" .").endswith(answer))
-        price = -self.config.price_per_token * len(sample)
+        price = -self.config.price_per_token * sample.length
         return Score(right + price, components={"right": right, "price": price})

@@ -162,6 +162,8 @@ class CombinedReward(TrainableReward):
             samples=max([own.samples for own in traits] + [2 for step in steps if isinstance(step, GroupNormalise)]),
             judges_texts=all(own.judges_texts for own in traits),
             process_rewards=any(own.process_rewards for own in traits),
+            process_in_value=all(own.process_in_value for own in traits if own.process_rewards),
+            environment=any(own.environment for own in traits),
             outcome_rewards=any(own.outcome_rewards for own in traits),
             steps=any(own.steps for own in traits),
             uses_gpu=any(own.uses_gpu for own in traits),

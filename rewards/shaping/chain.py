@@ -169,7 +169,7 @@ class Chain:
             return [_compared(step, values, refs) for (_, values), refs in zip(outcomes, references, strict=True)]
         assert isinstance(step, OutcomeStep)
         return [
-            step.apply(values, np.array([len(group.samples[i]) for i in indices])) if indices else values
+            step.apply(values, np.array([group.samples[i].length for i in indices])) if indices else values
             for group, (indices, values) in zip(groups, outcomes, strict=True)
         ]
 

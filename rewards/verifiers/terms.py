@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from rewards.base import Reward, RewardConfig, RewardTraits
-from rlkit.experience import Group, GroupScores, Sample, Score
+from rlkit.experience import Group, GroupScores, Score
 
 
 class TokenReward(Reward):
@@ -41,9 +41,7 @@ class Length(TokenReward):
             return self
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        return [
-            GroupScores(tuple(self._score(response_tokens(sample)) for sample in group.samples)) for group in groups
-        ]
+        return [GroupScores(tuple(self._score(sample.length) for sample in group.samples)) for group in groups]
 
     def _score(self, tokens: int) -> Score:
         config = self.config
@@ -68,7 +66,7 @@ class GroupLength(TokenReward):
         return [self._group(group) for group in groups]
 
     def _group(self, group: Group) -> GroupScores:
-        lengths = [response_tokens(sample) for sample in group.samples]
+        lengths = [sample.length for sample in group.samples]
         shortest, longest = min(lengths, default=0), max(lengths, default=0)
         scores = []
         for tokens in lengths:
@@ -76,12 +74,6 @@ class GroupLength(TokenReward):
             trace = f"{tokens} tokens, {shortest} to {longest} in the group"
             scores.append(Score(value, components={"length": value}, trace=trace))
         return GroupScores(tuple(scores))
-
-
-def response_tokens(sample: Sample) -> int:
-    """Tokens that the policy wrote, so without tool results."""
-    trained: Any = sample.trained
-    return int(trained.sum())
 
 
 class Repetition(TokenReward):
@@ -96,9 +88,8 @@ class Repetition(TokenReward):
         """Short ones also count ordinary phrases; a shorter response gets 1."""
 
     def score(self, groups: Sequence[Group]) -> list[GroupScores]:
-        return [
-            GroupScores(tuple(self._score(sample.token_ids.tolist()) for sample in group.samples)) for group in groups
-        ]
+        said = [[sample.token_ids[sample.trained].tolist() for sample in group.samples] for group in groups]
+        return [GroupScores(tuple(map(self._score, responses))) for responses in said]
 
     def _score(self, tokens: list[int]) -> Score:
         total, repeated = repeated_ngrams(tokens, self.config.ngram_tokens)

@@ -20,6 +20,7 @@ FIXED = (
     "data",
     "algorithm",
     "reward._target_",
+    "environment._target_",
     "seed",
     "trainer.prompts_per_step",
     "rollout.source",

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,22 @@ def _call(function: Callable[..., Any], arguments: Sequence[Any]) -> None:
     function(*arguments)
 
 
-def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a command in its own session, with its output in `log`; it may call `die_with_parent`."""
+def start(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], files: Collection[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a command in its own session, with its output in `log`; it may call `die_with_parent`.
+
+    `files`: descriptors that it keeps.
+    """
     with log.open("wb") as stream:
         return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+            start_new_session=True,
+            pass_fds=files,
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from algorithms.base import Algorithm
 from rlkit.config.diagnostics import diagnostics_act
+from rlkit.config.environments import ENVIRONMENTS
 from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
 from rlkit.config.messages import ConfigIssue, Issues
@@ -360,6 +361,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     *SAMPLING,
     *PROCESS_REWARDS,
     diagnostics_act,
+    *ENVIRONMENTS,
     *HELDOUT,
     *SOURCES,
     *PLACES,

@@ -82,7 +82,8 @@ def option_fields(folder: Path, group: str, option: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         return {}
     own = content.get(group)  # a file for the whole tree (`@package _global_`) names the group
-    return {str(key): value for key, value in (own if isinstance(own, dict) else content).items()}
+    fields = own if isinstance(own, dict) else content
+    return {str(key): value for key, value in fields.items() if group == "." or key != "defaults"}  # choices of options
 
 
 def option_values(group: str, option: str, folder: Path | None = None) -> dict[str, Any]:
@@ -131,7 +132,10 @@ def default_part(kind: str) -> dict[str, Any]:
     """The default option of a part, every field spelled out."""
     folder = conf_dir()
     fields = option_fields(folder, kind, default_options(folder)[kind] or "")
-    cls = import_part(kind, fields.pop("_target_"))
+    target = fields.pop("_target_")
+    if target is None:
+        return {"_target_": None}
+    cls = import_part(kind, target)
     return {"_target_": f"{cls.__module__}.{cls.__qualname__}", **cls.Config(**fields).model_dump(mode="json")}
 
 
@@ -211,6 +215,28 @@ def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sou
         else:
             OmegaConf.update(composed, str(section), value, merge=True)
     return problems
+
+
+PATH_KEYS = ("path", "template", "file", "folder", "dir")
+"""Keys whose names end in one of these name files."""
+
+
+def at_home(path: str) -> str:
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:  # no such user
+        return path
+
+
+def in_home(value: Any, key: str = "") -> Any:
+    """`~` at the start of a path is the user's home: a shell does not see it behind `key=`."""
+    if isinstance(value, dict):
+        return {name: in_home(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [in_home(inner, key) for inner in value]
+    if isinstance(value, str) and value.startswith("~") and key.endswith((*PATH_KEYS, "resume")):
+        return at_home(value)
+    return value
 
 
 def set_value(composed: DictConfig, key: str, value: Any) -> None:

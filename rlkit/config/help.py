@@ -145,6 +145,8 @@ def _class_block(
     listed: dict[Any, str] | None = None,
 ) -> Block:
     names = frozenset({title, kind})
+    if target is None and CONTRACTS[kind].optional:
+        return Block(title, f"No {kind}.", (), names, {})
     try:
         cls = import_part(kind, target)
     except PartError as error:

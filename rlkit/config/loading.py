@@ -25,6 +25,7 @@ from rlkit.config.compose import (
     compose_options,
     default_options,
     group_options,
+    in_home,
     in_part,
     merge_file,
     option_fields,
@@ -46,10 +47,12 @@ from rlkit.config.parts import (
     ResolvedRun,
     conf_dir,
     import_part,
+    make_source,
     with_present_targets,
 )
 from rlkit.config.plan import asks_reward, has_engines
 from rlkit.config.schema import RunConfig
+from rlkit.data.base import DataSource
 from rlkit.experience.names import edits, nearest
 from rlkit.experience.section import Section
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
@@ -124,7 +127,7 @@ class Loading:
                 self.overrides.unusable.add(key)
                 where = getattr(error, "full_key", None) or key
                 self.problems.append(ConfigIssue(self.sources.where(where, "..."), str(error).splitlines()[0]))
-        present: dict[str, Any] = with_present_targets(_in_home(tree))
+        present: dict[str, Any] = with_present_targets(in_home(tree))
         return present
 
     def validate(self) -> None:
@@ -174,6 +177,12 @@ class Loading:
             self.problems.append(ConfigIssue(self.sources.where(kind, section), message))
             return None
         target = section.get(TARGET)
+        if target is None and self.contracts[kind].optional:
+            for key in self._part_fields(kind):
+                options = " or ".join(f"{kind}={name}" for name in self.options.get(kind, []) if name != "none")
+                message = f"has no effect: there is no {kind}; choose one with {options or f'{kind}.{TARGET}=CLASS'}"
+                self.problems.append(ConfigIssue(self.sources.where(f"{kind}.{key}", section[key]), message))
+            return None
         try:
             return import_part(kind, target, self.contracts[kind])
         except PartError as error:
@@ -246,28 +255,6 @@ class Loading:
         return notes
 
 
-PATH_KEYS = ("path", "template", "file", "folder", "dir")
-"""Keys whose names end in one of these name files."""
-
-
-def at_home(path: str) -> str:
-    try:
-        return str(Path(path).expanduser())
-    except RuntimeError:  # no such user
-        return path
-
-
-def _in_home(value: Any, key: str = "") -> Any:
-    """`~` at the start of a path is the user's home: a shell does not see it behind `key=`."""
-    if isinstance(value, dict):
-        return {name: _in_home(inner, str(name)) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_in_home(inner, key) for inner in value]
-    if isinstance(value, str) and value.startswith("~") and key.endswith((*PATH_KEYS, "resume")):
-        return at_home(value)
-    return value
-
-
 def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
     """A part's Config, or for a reward made of others, a model with their sections."""
     model: type[BaseModel] = cls.config_model(fields) if issubclass(cls, Reward) else cls.Config
@@ -320,6 +307,8 @@ class _RunLoading(Loading):
             checked["here"] = True
         if "model" in checked:
             checked["model_shape"] = _shape_or_error(checked["model"].path)
+        if self.tree.get("environment") == {TARGET: None}:
+            checked["environment"] = None
         for kind, part in self.parts.items():
             subject = self._make(kind, part)
             if subject is not None:
@@ -358,12 +347,20 @@ class _RunLoading(Loading):
             if kind == "algorithm":
                 return part.cls(part.config)
             if kind == "data":
-                return part.cls(part.config, self.available["seed"]) if "seed" in self.available else None
+                return self._source(part)
         except Exception as error:  # a constructor of the user's may raise anything
             where = self.sources.where(f"{kind}.{TARGET}", self.tree[kind][TARGET])
             self.problems.append(ConfigIssue(where, f"cannot be made: {type(error).__name__}: {error}"))
             return None
         return part
+
+    def _source(self, part: Part) -> Any:
+        """None where what it needs is not valid, which is reported there."""
+        environment = self.parts.get("environment", Part(None, None))
+        lacking = environment.cls is None and self.tree.get("environment") != {TARGET: None}
+        if "seed" not in self.available or (lacking and part.cls.take_environment is not DataSource.take_environment):
+            return None
+        return make_source(part.cls, part.config, self.available["seed"], environment.cls, environment.config)
 
     def _value(self, key: str) -> Any:
         section, *steps = key.split(".")

@@ -36,7 +36,16 @@ MALLOC_KEEPS = 32 * MIB
 """glibc maps larger blocks by themselves (DEFAULT_MMAP_THRESHOLD_MAX) and returns them when they are freed."""
 GATHERED = 2**29
 """Full weights that are gathered at a time to be saved or packed (`rlkit/learner/policy.py`)."""
-BASES = {"driver": 0.46, "buffer": 0.1, "ray": 0.45, "engine": 0.75, "rank": 0.55, "reward": 0.2, "model": 0.55}
+BASES = {
+    "driver": 0.46,
+    "buffer": 0.1,
+    "ray": 0.45,
+    "engine": 0.75,
+    "rank": 0.55,
+    "reward": 0.2,
+    "model": 0.55,
+    "environment": 0.1,
+}
 """GiB that a process holds on a CPU without model or data, measured; `ray`: of its own processes together; `model`: a
 reward that loads one."""
 IMPORTED = 0.45
@@ -303,6 +312,10 @@ def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
     if config.rollout.workers:
         engine = engine_phases(shape, config.rollout, gpu, cuda=cuda, sleeps=engines_sleep(config))
         parts.append(Process("rollout engine", config.rollout.workers, engine, int(cuda)))
+    environment = run.environment_config
+    if environment is not None and environment.placement == "worker":
+        beside: Phases = {"sample": Phase({"process": BASES["environment"] * GIB})}
+        parts.append(Process("environment worker", config.rollout.workers * environment.workers, beside))
     parts.append(Process("learner rank", config.learner.ranks, learner_phases(run), int(cuda)))
     if run.make_algorithm().needs().critic:
         valued = check_model_folder(config.critic.path or config.model.path)

@@ -11,6 +11,7 @@ _BY_AREA = {
     "kl": "reference coefficient rollout",
     "advantage": "mean_absolute return_mean return_std zero_share",
     "length": "mean max truncated_share",
+    "environment": "turns success malformed_share observation_tokens budget_share wait_share",
     "mismatch": "logprob_mean logprob_max weight_mean weight_cut_share",
     "weights": "version canary_difference canary_change",
     "time": "step generate score advantages update publish reward_busy evaluate",
@@ -30,5 +31,13 @@ _BY_AREA = {
     "judge_fpr": "max mean",
 }
 METRICS = frozenset(f"{area}/{name}" for area, names in _BY_AREA.items() for name in names.split())
-FAMILIES = ("reward/component/", "reward/failed/", "data/epochs/", "evaluation/pass@", "evaluation/best@")
+FAMILIES = (
+    "reward/component/",
+    "reward/failed/",
+    "environment/failed/",
+    "environment/metric/",
+    "data/epochs/",
+    "evaluation/pass@",
+    "evaluation/best@",
+)
 """Beginnings of names that end with a part, a cause or a number."""

@@ -18,6 +18,7 @@ from rewards.base import Reward, RewardConfig
 from rlkit.config.messages import ConfigIssue
 from rlkit.config.schema import RunConfig
 from rlkit.data.base import DataConfig, DataSource
+from rlkit.environments.base import Environment, EnvironmentConfig
 from rlkit.experience import UserError
 from rlkit.experience.names import NotFoundError, find_class
 
@@ -58,6 +59,8 @@ def with_present_targets(value: Any) -> Any:
 class Contract:
     base: type
     config: type[BaseModel]
+    optional: bool = False
+    """`_target_: null` is none."""
 
 
 CONTRACTS = {
@@ -65,6 +68,7 @@ CONTRACTS = {
     "reward": Contract(Reward, RewardConfig),
     "data": Contract(DataSource, DataConfig),
     "verifier": Contract(Reward, RewardConfig),
+    "environment": Contract(Environment, EnvironmentConfig, optional=True),
 }
 
 
@@ -125,6 +129,8 @@ class ResolvedRun:
     data_config: DataConfig
     verifier_class: type[Reward]
     verifier_config: RewardConfig
+    environment_class: type[Environment] | None = None
+    environment_config: EnvironmentConfig | None = None
     sets: Mapping[str, HeldoutSet] = field(default_factory=dict)
     """Further held-out problems by name."""
     warnings: tuple[ConfigIssue, ...] = ()
@@ -135,7 +141,28 @@ class ResolvedRun:
         return self.algorithm_class(self.algorithm_config)
 
     def make_data_source(self) -> DataSource:
-        return self.data_class(self.data_config, self.config.seed)
+        return self._source(self.data_class, self.data_config)
+
+    def make_set(self, name: str) -> DataSource:
+        """The source of a further held-out set."""
+        return self._source(self.sets[name].source, self.sets[name].config)
+
+    def _source(self, cls: type[DataSource], config: DataConfig) -> DataSource:
+        return make_source(cls, config, self.config.seed, self.environment_class, self.environment_config)
+
+
+def make_source(
+    cls: type[DataSource],
+    config: DataConfig,
+    seed: int,
+    environment: type[Environment] | None,
+    options: EnvironmentConfig | None,
+) -> DataSource:
+    """`environment` and its `options`: the run's, if it has one."""
+    source = cls(config, seed)
+    if environment is not None:
+        source.take_environment(environment, options)
+    return source
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
     traits, needs = reward.cls.traits(reward.config), algorithm.needs()
     if not needs.rewards:
         return
-    if traits.process_rewards and not (needs.process_rewards or needs.reads_process_rewards):
+    if traits.process_rewards and not (traits.process_in_value or needs.process_rewards or needs.reads_process_rewards):
         yield ConfigIssue(
             "reward",
             f"{reward.cls.__name__} gives process rewards, which {type(algorithm).__name__} would ignore; take "

@@ -23,6 +23,7 @@ from rlkit.config.plan import (
 from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
 from rlkit.data.base import DataSource
 from rlkit.data.lengths import uncountable
+from rlkit.environments.base import EnvironmentConfig
 from rlkit.models.folder import ModelShape, check_model_folder, model_folder
 from rlkit.models.usable import known_run
 
@@ -68,9 +69,15 @@ def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
         *_reward_parts(run.config.reward),
         Line("parts", "verifier", run.config.verifier["_target_"]),
         Line("parts", "data", run.config.data["_target_"]),
+        *_environment(run),
         Line("parts", "model", f"{run.config.model.path} ({size})"),
         Line("parts", "run folder", str(run.config.run_dir)),
     ]
+
+
+def _environment(run: ResolvedRun) -> list[Line]:
+    options = run.environment_config
+    return [] if options is None else [Line("parts", "environment", run.config.environment["_target_"])]
 
 
 def _reward_parts(section: Mapping[str, Any]) -> list[Line]:
@@ -107,6 +114,8 @@ def _actors(run: ResolvedRun) -> list[Line]:
         Line("actors", "reward", asked),
         Line("actors", "buffer", "1"),
     ]
+    if run.environment_config is not None:
+        lines.insert(1, Line("actors", "environments", _places(run.environment_config)))
     if needs.critic:
         critics, gpus = config.critic.ranks, f", {shares.critic:g} GPU each" if cuda else ""
         lines.append(Line("actors", "critic", f"{_count(critics, 'DeepSpeed rank')}, {threads}" + gpus))
@@ -121,6 +130,13 @@ def _actors(run: ResolvedRun) -> list[Line]:
     if shares_gpus(config.cluster):
         lines.append(Line("actors", "GPUs", _shared(config, config.critic.ranks if needs.critic else 0)))
     return lines
+
+
+def _places(options: EnvironmentConfig) -> str:
+    if options.placement == "inline":
+        return "in the rollout workers"
+    processes = "1 process" if options.workers == 1 else f"{options.workers} processes"
+    return f"{processes} beside each rollout worker, up to {options.concurrency} episodes each"
 
 
 def _shared(config: RunConfig, critic_ranks: int) -> str:
@@ -163,6 +179,7 @@ def _batches(run: ResolvedRun) -> list[Line]:
     most_tokens = trainer.prompts_per_step * (rollout.max_prompt_tokens + samples * rollout.max_response_tokens)
     return [
         Line("batches", "each step", f"{trainer.prompts_per_step} prompts x {samples} samples = {responses} responses"),
+        *_episodes(run),
         Line("batches", "each optimizer step", f"{per_update} prompts = {per_update * samples} responses"),
         Line(
             "batches",
@@ -179,6 +196,15 @@ def _batches(run: ResolvedRun) -> list[Line]:
         Line("batches", "each evaluation", _evaluation(run)),
         *_staleness(run),
     ]
+
+
+def _episodes(run: ResolvedRun) -> list[Line]:
+    options, most = run.environment_config, run.config.rollout.max_response_tokens
+    if options is None:
+        return []
+    of_turn = "" if options.max_turn_tokens is None else f" of up to {options.max_turn_tokens} tokens"
+    turns = f"at most {_count(options.max_turns, 'turn')}{of_turn}"
+    return [Line("batches", "each response", f"{turns}, in {most} tokens with what the environment says")]
 
 
 def _learning_rates(run: ResolvedRun) -> Iterator[Line]:
@@ -261,6 +287,8 @@ def _checked_at_the_start(run: ResolvedRun) -> Iterator[str]:
         yield f"lengths of prompts ({why})"
     elif run.data_class.preview is DataSource.preview:
         yield "lengths of prompts (the data source has no preview)"
+    if run.environment_class is not None:
+        yield "whether the chat template can go on after a turn"
 
 
 def _parts_text(parts: Mapping[str, float]) -> str:

@@ -1,6 +1,7 @@
 """The typed configuration of a run: every key with its type, range and meaning.
 
-`algorithm`, `reward`, `data` and `verifier` are parts: the class that `_target_` names defines their fields.
+`algorithm`, `reward`, `data`, `verifier` and `environment` are parts: the class that `_target_` names defines their
+fields.
 """
 
 from __future__ import annotations
@@ -353,6 +354,8 @@ class RunConfig(Section):
     """A swappable part: `_target_` and the fields of its `Config`."""
     verifier: dict[str, Any]
     """A swappable part, one of the rewards: judges held-out answers, and training answers for `accuracy/train`."""
+    environment: dict[str, Any] = Field(default={"_target_": None})
+    """A swappable part, or none (`_target_: null`): what the policy talks to in several turns."""
 
     @field_validator("run_dir", mode="before")
     @classmethod

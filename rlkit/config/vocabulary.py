@@ -151,8 +151,8 @@ EVALUATION = (
     "trainer.evaluation_prompts"
 )
 MULTI_TURN = (
-    "several turns, tools and environments are not supported: a prompt gets one response (reward=tool_call judges the "
-    "calls in it)"
+    "several turns and tools are an environment's: environment=NAME (--help environment), or a class of yours, "
+    "environment._target_=my_module.MyEnvironment"
 )
 
 # What a word of a key, an option or a command asks for -> the answer. The first that matches counts.

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rlkit.environments.base import Environment
 from rlkit.experience import Message, PreferencePair, UserError
 from rlkit.experience.section import Section
 
@@ -53,6 +54,11 @@ class Problem:
     """Preferences between `responses`, by their index."""
 
     @property
+    def question(self) -> tuple[Message, ...]:
+        """Its messages; of a task whose environment speaks first, its name in their place."""
+        return self.messages or (Message("user", self.id),)
+
+    @property
     def rows(self) -> int:
         """Rows of the data that it came from."""
         return len({response.origin for response in self.responses}) or 1
@@ -74,6 +80,9 @@ class DataSource(ABC):
     def __init__(self, config: Any, seed: int) -> None:
         self.config = config
         self.seed = seed
+
+    def take_environment(self, environment: type[Environment], options: Any) -> None:  # noqa: B027
+        """The run's environment with its options, before anything else is asked: for sources that have its tasks."""
 
     def check(self) -> list[str]:
         """Cheap checks before a run (files exist, columns exist): messages for the user, empty if all is well."""

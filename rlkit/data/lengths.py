@@ -37,7 +37,7 @@ def too_long_prompts(
     template = _template(folder, chat_template)
     if template is None or uncountable(folder):
         return []
-    by_text = sorted(problems, key=lambda problem: -sum(len(message.content) for message in problem.messages))
+    by_text = sorted(problems, key=lambda problem: -sum(len(message.content) for message in problem.question))
     count: Callable[[str], int] | None = None
     proven: list[tuple[int, str]] = []
     characters = 0
@@ -102,7 +102,7 @@ def _rendered(
     except TemplateError:  # reported by the start, or by the check of a template of the user's
         return
     for problem in problems:
-        messages = [{"role": message.role, "content": message.content} for message in problem.messages]
+        messages = [{"role": message.role, "content": message.content} for message in problem.question]
         try:
             yield problem, compiled.render({**variables, "messages": messages, "add_generation_prompt": True})
         except TemplateError:

@@ -11,11 +11,13 @@ from pydantic import Field, ValidationError, field_validator
 
 from rlkit.data.base import BadRow, DataConfig, DataError, DataSource, Problem, Split
 from rlkit.data.rows import question_key
+from rlkit.environments.base import Environment
 from rlkit.experience.names import NotFoundError, find_class, nearest
 
 KINDS = {
     "arithmetic": "rlkit.data.arithmetic.Arithmetic",
     "chat": "rlkit.data.recorded.ChatSource",
+    "environment": "rlkit.data.environment.EnvironmentSource",
     "hf": "rlkit.data.files.HfSource",
     "jsonl": "rlkit.data.files.FileSource",
     "pairs": "rlkit.data.recorded.PairsSource",
@@ -26,8 +28,8 @@ _NAME = re.compile(r"[A-Za-z]\w*")
 
 class MixtureConfig(DataConfig):
     sources: Mapping[str, Mapping[str, Any]] = Field(default={}, validate_default=True)
-    """Name -> `kind` (`chat`, `hf`, `jsonl`, `pairs`, `responses`, `arithmetic`, or a class's dotted path), `weight`
-    (its share of the prompts, relative to the others'; 1 if not set) and the options of that source."""
+    """Name -> `kind` (`chat`, `hf`, `jsonl`, `pairs`, `responses`, `arithmetic`, `environment`, or a class's dotted
+    path), `weight` (its share of the prompts, relative to the others'; 1 if not set) and the options of that source."""
 
     @field_validator("sources")
     @classmethod
@@ -84,6 +86,10 @@ class Mixture(DataSource):
         members = [_member(name, fields) for name, fields in config.sources.items()]
         self.shares = {member.name: member.weight for member in members}
         self._sources = {member.name: member.cls(member.config, seed) for member in members}
+
+    def take_environment(self, environment: type[Environment], options: Any) -> None:
+        for source in self._sources.values():
+            source.take_environment(environment, options)
 
     def weights(self) -> Mapping[str, float]:
         return self.shares

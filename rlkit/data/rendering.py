@@ -201,7 +201,7 @@ def ask(problems: Sequence[Problem], template: ChatTemplate, max_tokens: int) ->
     """
     asked: list[Asked] = []
     bad: list[BadRow] = []
-    texts = template.texts([problem.messages for problem in problems], ask=True)
+    texts = template.texts([problem.question for problem in problems], ask=True)
     rendered = iter(template.token_ids([text for text in texts if isinstance(text, str)]))
     longest = 0
     # one object per token of the vocabulary, not per token of the data: a quarter of the memory

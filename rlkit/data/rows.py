@@ -168,7 +168,7 @@ def refuse_too_many_bad_rows(bad: Sequence[BadRow], rows: int, max_share: float,
 
 def question_key(problem: Problem) -> str:
     """Equal for problems that ask the same: ignores white space, case and the system message."""
-    return "\n".join(" ".join(m.content.split()).casefold() for m in problem.messages if m.role != "system")
+    return "\n".join(" ".join(m.content.split()).casefold() for m in problem.question if m.role != "system")
 
 
 def heldout_keys(keys: Iterable[str], share: float, seed: int) -> set[str]:

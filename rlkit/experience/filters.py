@@ -9,6 +9,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from rlkit.experience.scores import rightness
 from rlkit.experience.section import Section
 from rlkit.experience.types import Group, Sample, Score
 
@@ -91,7 +92,7 @@ Verdict = Literal["all_right", "all_wrong", "mixed"]
 
 
 def verdict(group: Group) -> Verdict:
-    """By the component `correct`, or the reward: all valid samples 1 (right), or all 0 (wrong)."""
+    """By the component `correct` or `success`, or the reward: all valid samples 1 (right), or all 0 (wrong)."""
     valid = [score for _, score in group.scored() if score.valid]
-    values = {score.components.get("correct", score.value) for score in valid}
+    values = {score.value if (right := rightness(score)) is None else right for score in valid}
     return "all_right" if values == {1.0} else "all_wrong" if values == {0.0} else "mixed"

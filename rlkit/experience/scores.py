@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from rlkit.experience import Group, GroupScores, Score
 from rlkit.experience.errors import UserError
-from rlkit.experience.types import UNJUDGED
+from rlkit.experience.types import UNJUDGED, Sample
 
 
 class RewardFailed(UserError):
@@ -162,6 +162,41 @@ def total_reward(score: Score) -> float | None:
         return score.value
     tokens = 0.0 if score.token_rewards is None else float(score.token_rewards.sum())
     return tokens + sum(span.value for span in score.span_rewards)
+
+
+def rightness(score: Score) -> float | None:
+    """1 right, 0 wrong; None if the score does not say: the component `correct` of a verifier, or the `success` of an
+    environment."""
+    return score.components.get("correct", score.components.get("success"))
+
+
+def played(group: Group, least: Callable[[], int]) -> Group | None:
+    """The group without the samples whose environment broke, which no reward is asked about; itself if there is none,
+    None if fewer than `least` (asked only then) are left."""
+    left = tuple(sample for sample in group.samples if not _broke(sample))
+    if len(left) == len(group.samples):
+        return group
+    return replace(group, samples=left) if len(left) >= least() else None
+
+
+def with_broken(scored: Group | None, original: Group) -> Group:
+    """Undo `played` on a scored group: samples whose environment broke have invalid scores, and so have those that
+    nobody was asked about because too few were left."""
+    if scored is not None and len(scored.samples) == len(original.samples):
+        return scored
+    places = [i for i, sample in enumerate(original.samples) if not _broke(sample)]
+    alone = Score.invalid("environment: broke for the others of the group, and too few are left to compare")
+    own = GroupScores((alone,) * len(places)) if scored is None or scored.scores is None else scored.scores
+    judged = dict(zip(places, own.samples, strict=True))
+    scores = tuple(judged.get(i) or Score.invalid(_broke(sample)) for i, sample in enumerate(original.samples))
+    pairs = tuple(replace(pair, winner=places[pair.winner], loser=places[pair.loser]) for pair in own.pairs)
+    return original.with_scores(GroupScores(scores, pairs))
+
+
+def _broke(sample: Sample) -> str:
+    """Why the environment broke; nothing if it did not."""
+    episode = sample.episode
+    return f"environment: {episode.failure}" if episode is not None and episode.ended == "failed" else ""
 
 
 def with_greedy(group: Group) -> Group:

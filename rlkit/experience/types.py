@@ -88,6 +88,9 @@ class Episode:
     metrics: Mapping[str, float] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()
     """The whole conversation after the prompt."""
+    seconds: float = 0.0
+    waited: float = 0.0
+    """Of these, seconds of the environment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,11 @@ class Sample:
     def trained(self) -> BoolArray:
         """[T] the mask, spelled out."""
         return np.ones(len(self.token_ids), dtype=np.bool_) if self.mask is None else self.mask
+
+    @property
+    def length(self) -> int:
+        """Trained tokens: what the policy said, without the observations between its turns."""
+        return len(self.token_ids) if self.mask is None else int(self.mask.sum())
 
 
 @dataclass(frozen=True, slots=True)

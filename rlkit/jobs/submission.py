@@ -16,7 +16,8 @@ from pydantic import Field
 
 from rlkit.checkpoint.resume import find_resume
 from rlkit.config.command import asks_for_help, split_off_file
-from rlkit.config.loading import PATH_KEYS, at_home, load_config
+from rlkit.config.compose import PATH_KEYS, at_home
+from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, did_you_mean, validate
 from rlkit.config.overrides import parse_overrides, quoted
 from rlkit.config.parts import ResolvedRun, plain

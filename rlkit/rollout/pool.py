@@ -15,8 +15,9 @@ from rlkit.config.plan import engines_sleep, gpu_shares
 from rlkit.config.schema import RunConfig
 from rlkit.experience import UserError
 from rlkit.rollout.health import Health, State
+from rlkit.rollout.requests import GroupRequest, sample_seed
 from rlkit.rollout.sampler import engine_environment, shared_gpus_environment
-from rlkit.rollout.worker import GroupRequest, RolloutWorker, sample_seed
+from rlkit.rollout.worker import RolloutWorker
 from rlkit.weights.publication import Agreement, Proof, Published, WeightReceipt, WeightsNotLoadedError
 
 log = logging.getLogger(__name__)

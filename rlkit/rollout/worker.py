@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,42 +12,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rlkit.config.parts import TARGET
 from rlkit.config.plan import engines_sleep, longest_response, samples_have_seeds, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.config.structured import Grammar, grammar
-from rlkit.experience import Group, Prompt, Sample
+from rlkit.experience import Group, Sample
 from rlkit.experience.steps import step_spans
+from rlkit.rollout.episodes import Episodes, open_episodes
+from rlkit.rollout.requests import GroupRequest, sample_seed
 from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Canary, WeightReceipt
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class GroupRequest:
-    id: str
-    prompt: Prompt
-    samples: int
-    seed: int
-    step: int
-    greedy: bool = False
-    """Also sample a greedy response (`Group.greedy`)."""
-    temperature: float | None = None
-    """Of the samples; None: the rollout's, 0: greedy."""
-    max_response_tokens: int | None = None
-    """None: the rollout's."""
-
-    @property
-    def responses(self) -> int:
-        """Responses to generate; the greedy one is the last."""
-        return self.samples + self.greedy
-
-
-def sample_seed(seed: int, group_id: str, index: int) -> int:
-    """A seed that depends on nothing else: results do not depend on which worker sampled what."""
-    digest = hashlib.blake2b(f"{seed}/{group_id}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
 
 
 @dataclass
@@ -65,7 +42,8 @@ class RolloutWorker:
         """`engine_seed`: of this engine's own randomness, for samples that have no seed."""
         from rlkit.tracking.logs import actor_logging
 
-        actor_logging(Path(log_path))
+        self.log = Path(log_path)
+        actor_logging(self.log)
         self.model_path, self.config, self.rollout = model_path, config, config.rollout
         self.engine_seed = engine_seed
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
@@ -76,6 +54,13 @@ class RolloutWorker:
         """The checksum that came with them."""
         self.open: dict[str, _Open] = {}
         self.pump: asyncio.Task[None] | None = None
+        self.episodes: Episodes | None = None
+        self.playing: set[asyncio.Task[None]] = set()
+        self.asked: deque[Request] = deque()
+        """Turns of episodes that the engine has not seen yet."""
+        self.turns: dict[str, asyncio.Future[Response]] = {}
+        self.work = asyncio.Event()
+        """Set when the engine loop has something to do, or to end for."""
         self.admission = asyncio.Lock()
         """Taken to admit groups; held from `prepare` to `admit`."""
         self.closed = False
@@ -86,8 +71,13 @@ class RolloutWorker:
         """What ended the last transfer."""
 
     async def start(self) -> None:
-        """Load the engine and generate once, so that the first step finds everything warm."""
+        """Load the engine and generate once, so that the first step finds everything warm; start the environment."""
         await self._in_thread(self._load)
+        if self.config.environment[TARGET] is not None:
+            stops, log = self.sampler.stop_token_ids, self.log.with_name(f"environment-of-{self.log.name}")
+            self.episodes = await open_episodes(
+                self.config, self.tokenizer, stops, self.turn, lambda: self.version, log
+            )
 
     def _load(self) -> None:
         from rlkit.data.rendering import load_tokenizer
@@ -126,11 +116,16 @@ class RolloutWorker:
         done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
         async with self.admission:
             try:
-                await self._in_thread(lambda: self._submit(requests, done))
+                if self.episodes is not None:
+                    self._play(self.episodes, requests, done)
+                else:
+                    await self._in_thread(lambda: self._submit(requests, done))
             except BaseException:
                 for request in requests:  # or the engine loop would wait for what was never queued
                     self.open.pop(request.id, None)
                 raise
+            finally:
+                self.work.set()
             if self.pump is None or self.pump.done():
                 self.pump = asyncio.create_task(self._run_engine())
         left = len(requests)
@@ -166,26 +161,73 @@ class RolloutWorker:
                     )
                 )
 
+    def _play(
+        self, episodes: Episodes, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]
+    ) -> None:
+        async def play(request: GroupRequest) -> None:
+            try:
+                done.put_nowait(await episodes.group(request))
+            except Exception as error:
+                done.put_nowait(error)
+            finally:
+                self.open.pop(request.id, None)
+                self.work.set()
+
+        for request in requests:
+            self.open[request.id] = _Open(request, self.version, done)
+            task = asyncio.create_task(play(request))
+            self.playing.add(task)
+            task.add_done_callback(self.playing.discard)
+
+    async def turn(self, request: Request) -> Response:
+        """Sample one turn of an open episode."""
+        self.turns[request.id] = answer = asyncio.get_running_loop().create_future()
+        self.asked.append(request)
+        self.work.set()
+        return await answer
+
     async def _run_engine(self) -> None:
         try:
             while self.open:
-                for group, queue in await self._in_thread(self._step):
+                groups, turns = await self._in_thread(self._step)
+                for group, queue in groups:
                     queue.put_nowait(group)
+                for response in turns:
+                    answer = self.turns.pop(response.id, None)
+                    if answer is not None and not answer.done():
+                        answer.set_result(response)
+                self.work.clear()
+                if self.open and not (self.asked or self.sampler.busy):
+                    await self.work.wait()  # for an environment
         except BaseException as error:
             for entry in self.open.values():
                 entry.done.put_nowait(error)
             self.open.clear()
+            self._end_episodes()
 
-    def _step(self) -> list[tuple[Group, asyncio.Queue[Group | BaseException]]]:
-        finished = []
+    def _end_episodes(self) -> None:
+        for task in self.playing:
+            task.cancel()
+        self.asked.clear()
+        self.turns.clear()
+        self.work.set()
+
+    def _step(self) -> tuple[list[tuple[Group, asyncio.Queue[Group | BaseException]]], list[Response]]:
+        """Finished groups, and turns of episodes."""
+        while self.asked:
+            self.sampler.add(self.asked.popleft())
+        finished, turns = [], []
         for response in self.sampler.step():
             group_id, _, index = response.id.rpartition(":")
+            if response.id in self.turns:
+                turns.append(response)
+                continue
             entry = self.open[group_id]
             entry.responses[int(index)] = response
             if len(entry.responses) == entry.request.responses:
                 del self.open[group_id]
                 finished.append((self._group(entry), entry.done))
-        return finished
+        return finished, turns
 
     def _group(self, entry: _Open) -> Group:
         request, style = entry.request, self.rollout.steps
@@ -287,6 +329,7 @@ class RolloutWorker:
         """
         await self._in_thread(lambda: self.sampler.sleep(level))
         self.open.clear()  # at an end in mid-step: vLLM has dropped them, and the engine loop would wait for ever
+        self._end_episodes()
 
     async def wake(self) -> None:
         """Undo `sleep(1)`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from rewards.base import RewardConfig, UpdateWhen
 from rlkit.experience import Group, GroupScores, Score
-from rlkit.experience.scores import ScoreReport
+from rlkit.experience.scores import played, report_on, with_broken
 from rlkit.serving.pool import RewardPool, Scored
 
 
@@ -21,7 +21,7 @@ class NoReward:
         """Batches are lists of groups, or references to such."""
         lists = [batch if isinstance(batch, list) else await batch for batch in batches]
         scored = [[_scored(group) for group in groups] for groups in lists]
-        return Scored(scored, ScoreReport(samples=sum(len(group.samples) for groups in lists for group in groups)))
+        return Scored(scored, report_on((group for groups in scored for group in groups), 0.0))
 
     async def judge(self, groups: Sequence[Group]) -> list[Group]:
         return [_scored(group) for group in groups]
@@ -39,7 +39,11 @@ class NoReward:
 
 
 def _scored(group: Group) -> Group:
-    return group.with_scores(GroupScores((Score.none(),) * len(group.samples))) if group.scores is None else group
+    if group.scores is not None:
+        return group
+    left = played(group, lambda: 1)
+    unjudged = None if left is None else left.with_scores(GroupScores((Score.none(),) * len(left.samples)))
+    return with_broken(unjudged, group)
 
 
 Rewards = RewardPool | NoReward

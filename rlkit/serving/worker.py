@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards.base import Reward, RewardContext, TrainableReward
 from rlkit.config.parts import import_part
-from rlkit.experience import Group
-from rlkit.experience.scores import ScoreReport, attach_scores, invalid_groups, report_on, with_greedy, without_greedy
+from rlkit.experience import Group, GroupScores
+from rlkit.experience.scores import (
+    ScoreReport,
+    attach_scores,
+    invalid_groups,
+    played,
+    report_on,
+    with_broken,
+    with_greedy,
+    without_greedy,
+)
 
 if TYPE_CHECKING:
     from rlkit.weights.bundle import WeightBundle  # torch is loaded only for rewards that need it
@@ -44,9 +54,8 @@ class RewardWorker:
         traceback."""
         start = time.perf_counter()
         originals = [group for batch in batches for group in _as_list(batch)]
-        groups = [with_greedy(group) for group in originals]
         try:
-            scored = attach_scores(groups, self._reward.score(groups))
+            scored = self._scored([with_greedy(group) for group in originals], self._reward.score)
         except Exception:
             return [*(None for _ in batches), ScoreReport(error=traceback.format_exc(limit=20))]
         report = report_on(scored, time.perf_counter() - start)
@@ -60,9 +69,20 @@ class RewardWorker:
         metrics = self._reward.update(groups)
         if not rescore:
             return metrics, None  # the caller has them: no need to send all tokens back
-        whole = [with_greedy(group) for group in groups]
-        scored = attach_scores(whole, self._reward.rescore(whole))
+        scored = self._scored([with_greedy(group) for group in groups], self._reward.rescore)
         return metrics, [without_greedy(group, original) for group, original in zip(scored, groups, strict=True)]
+
+    def _scored(
+        self, groups: Sequence[Group], judge: Callable[[Sequence[Group]], Sequence[GroupScores]]
+    ) -> list[Group]:
+        """Episodes whose environment broke are invalid whatever the reward is, which does not see them."""
+        least = functools.cache(lambda: max(1, type(self._reward).traits(self._reward.config).samples))
+        asked = [played(group, least) for group in groups]
+        left = [group for group in asked if group is not None]
+        scored = iter(attach_scores(left, judge(left)) if left else ())
+        return [
+            with_broken(None if ask is None else next(scored), group) for ask, group in zip(asked, groups, strict=True)
+        ]
 
     def follow(self, bundle: WeightBundle) -> None:
         assert isinstance(self._reward, TrainableReward)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlkit.experience import Group, Sample, Score
+from rlkit.experience import Group, Message, Sample, Score, ToolCall
 from rlkit.experience.scores import kind_of, total_reward
 from rlkit.experience.types import FloatArray
 
@@ -53,6 +53,43 @@ def best_and_worst_samples(group: Group) -> list[tuple[str, Sample, Score]]:
     return [(rank, group.samples[i], _scores(group)[i]) for rank, i in _best_and_worst(group)]
 
 
+def transcript(sample: Sample) -> str:
+    """What was said in an episode, turn by turn; else the response."""
+    if sample.episode is None or not sample.episode.messages:
+        return sample.text
+    return "\n".join(f"{message.role}: {_said(message)}" for message in sample.episode.messages)
+
+
+def _said(message: Message) -> str:
+    calls = (f"[no call: {call.error}]" if call.error else f"{call.name}({_spelled(call)})" for call in message.calls)
+    return " ".join([*([message.content] if message.content else []), *calls])
+
+
+def _spelled(call: ToolCall) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
+
+
+def _episode(sample: Sample) -> dict[str, Any]:
+    """Its turns with what each earned, and how it ended; nothing of a single response."""
+    episode = sample.episode
+    if episode is None:
+        return {}
+    turns = iter(span.data for span in sample.spans if span.kind == "turn" and span.role == "assistant")
+    rows = []
+    for message in episode.messages:
+        row: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.name:
+            row["name"] = message.name
+        if message.calls:
+            row["calls"] = [
+                {"name": call.name, "arguments": dict(call.arguments), "error": call.error} for call in message.calls
+            ]
+        if message.role == "assistant":
+            row |= {"reward": None, "state": None, **{k: v for k, v in next(turns, {}).items() if k != "malformed"}}
+        rows.append(row)
+    return {"turns": rows, "ended": episode.ended, "failure": episode.failure, "success": episode.success}
+
+
 def _failed(group: Group) -> dict[str, int]:
     return dict(Counter(kind_of(score.reason) for score in _scores(group) if not score.valid))
 
@@ -87,13 +124,14 @@ def _row(step: int, group: Group, i: int, rank: str, advantage: FloatArray | Non
         "answer": prompt.answer,
         "references": list(prompt.references),
         "response": sample.text,
+        **_episode(sample),
         "token_ids": sample.token_ids,
         "reward": total_reward(score),
         "components": dict(score.components),
         "valid": score.valid,
         "reason": score.reason,
         "trace": score.trace,
-        "advantage": None if advantage is None or not len(advantage) else float(np.mean(advantage)),
+        "advantage": None if advantage is None or not sample.length else float(np.mean(advantage[sample.trained])),
         "finish_reason": sample.finish_reason,
         "policy_versions": list(sample.policy_versions),
         "failed_in_group": _failed(group),

@@ -18,7 +18,7 @@ from rlkit.tracking.console import open_console
 from rlkit.tracking.logs import CapturedOutput, ShowWarnings
 from rlkit.tracking.progress import Progress, ShownSample, duration, evaluation_line, step_line
 from rlkit.tracking.run_folder import RunFolder
-from rlkit.tracking.samples import best_and_worst_samples, sample_rows, widest_group
+from rlkit.tracking.samples import best_and_worst_samples, sample_rows, transcript, widest_group
 from rlkit.tracking.tensorboard import TensorBoardWriter
 
 _SAMPLE_TEXTS_PER_RUN = 20
@@ -222,6 +222,6 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _shown(group: Group) -> list[ShownSample]:
     prompt = next((m.content for m in reversed(group.prompt.messages) if m.role == "user"), "")
     return [
-        ShownSample(rank, prompt, sample.text, total_reward(score), score.reason)
+        ShownSample(rank, prompt, transcript(sample), total_reward(score), score.reason)
         for rank, sample, score in best_and_worst_samples(group)
     ]

@@ -20,7 +20,7 @@ from rlkit.config.schema import EvaluationConfig
 from rlkit.evaluation import OWN, Evaluation, Evaluator, expected_best, verdicts
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
 from rlkit.experience.scores import RewardFailed, report_on
-from rlkit.rollout.worker import GroupRequest
+from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import Scored
 
 RIGHT, WRONG = Score(4.0, components={"correct": 1.0}), Score(0.5, components={"correct": 0.0})

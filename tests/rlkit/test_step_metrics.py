@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
+from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Span
 from rlkit.experience.buffer import BufferStats
 from rlkit.experience.scores import kind_of, report_on
 from rlkit.metrics import rollout_metrics
@@ -60,3 +61,36 @@ def test_failures_are_counted_by_reason_and_in_a_combination_by_part() -> None:
     assert kind_of("timeout: part judge: no answer") == "judge/timeout"
     assert kind_of("exception: partly broken: yes") == "exception"
     assert kind_of("crash") == "crash"
+
+
+def episode(*turns: bool, ended: str = "done", success: bool | None = None, **more: Any) -> Sample:
+    """Turns of 2 tokens (True: with a call that cannot be read) with observations of 3 between them."""
+    mask = np.array(([True] * 2 + [False] * 3) * len(turns), np.bool_)[:-3]
+    spans = [Span(5 * i, 5 * i + 2, "turn", "assistant", {"malformed": int(bad)}) for i, bad in enumerate(turns)]
+    spans += [Span(5 * i + 2, 5 * i + 5, "turn", "user") for i in range(len(turns) - 1)]
+    tokens = np.zeros(len(mask), np.int32)
+    of = Episode(ended, success=success, **more)  # type: ignore[arg-type]
+    return Sample(0, tokens, np.zeros(len(mask), np.float32), "a", "stop", (0, 0), 0, mask, tuple(spans), episode=of)
+
+
+def test_episodes_are_measured_by_turns_and_broken_ones_only_counted() -> None:
+    samples = (
+        episode(False, True, success=True, metrics={"moves": 3.0}, seconds=4.0, waited=1.0),
+        episode(False, False, False, False, ended="turns", success=False, metrics={"moves": 5.0}),
+        episode(True, ended="failed", failure="timeout: no answer", seconds=4.0, waited=3.0),
+    )
+    scores = (Score(1.0), Score(0.0), Score.invalid("environment: timeout: no answer"))
+    metrics = measured(replace(group(1.0), samples=samples, scores=GroupScores(scores)))
+    own = {name.removeprefix("environment/"): v for name, v in metrics.items() if name.startswith("environment/")}
+    assert own == {
+        "turns": 3.0,
+        "success": 0.5,
+        "malformed_share": pytest.approx(1 / 6),
+        "observation_tokens": 6.0,
+        "budget_share": 0.5,
+        "wait_share": 0.5,
+        "failed/timeout": 1.0,
+        "metric/moves": 4.0,
+    }
+    assert metrics["length/mean"] == pytest.approx((4 + 8 + 2) / 3), "observations are not the policy's"
+    assert not any(name.startswith("environment/") for name in measured(group(1.0)))

@@ -20,7 +20,7 @@ from rlkit.experience.filters import BufferConfig
 from rlkit.experience.scores import ScoreReport
 from rlkit.producer import Producer
 from rlkit.rollout.pool import RolloutFailedError
-from rlkit.rollout.worker import GroupRequest
+from rlkit.rollout.requests import GroupRequest
 from rlkit.saving import SaveSchedule, Stop, StoppedError
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.trainer import Trainer

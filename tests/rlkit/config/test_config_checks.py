@@ -89,7 +89,7 @@ def test_checks_only_name_known_sections() -> None:
     import inspect
 
     known = {*sections(), "reward", "data", "verifier", "sets", "diagnostics", "run_dir", "resume", "model"}
-    known |= {"typed", "here", "dry_run", "new_folder"}
+    known |= {"environment", "typed", "here", "dry_run", "new_folder"}
     for check in CHECKS:
         assert set(inspect.signature(check).parameters) <= known, check.__name__
 

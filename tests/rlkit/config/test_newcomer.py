@@ -64,9 +64,9 @@ MISLEADING = {
     "algorithm=nope": ["1 problem", "algorithm=nope: no such option; available: amft"],
     "algorithm=purre": ["1 problem", "did you mean pure?"],
     "model=Qwen/Qwen3-0.6B": ["model=hf model.path=FOLDER"],
-    "rollout.multi_turn=true": ["several turns, tools and environments are not supported"],
-    "rollout.tools=[search]": ["several turns, tools and environments are not supported"],
-    "env=gym": ["several turns, tools and environments are not supported"],
+    "rollout.multi_turn=true": ["several turns and tools are an environment's: environment=NAME"],
+    "rollout.tools=[search]": ["several turns and tools are an environment's: environment=NAME"],
+    "env=gym": ["several turns and tools are an environment's: environment=NAME"],
     "model.enable_thinking=false": ["model.chat_template_arguments.NAME=VALUE"],
     "data.chat_template_kwargs.enable_thinking=false": ["model.chat_template_arguments.NAME=VALUE"],
     "model.chat_template_arguments.enable_thinking=false": [

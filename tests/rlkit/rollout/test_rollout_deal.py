@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rlkit.experience import Message, Prompt
 from rlkit.rollout.pool import deal
-from rlkit.rollout.worker import GroupRequest
+from rlkit.rollout.requests import GroupRequest
 
 
 def requests_of(lengths: list[int]) -> list[GroupRequest]:

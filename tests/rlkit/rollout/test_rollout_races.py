@@ -24,7 +24,7 @@ from rlkit.cluster.waiting import WaitedTooLongError, open_waits
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, TrainerConfig
 from rlkit.experience import Group, Message, Prompt
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool
-from rlkit.rollout.worker import GroupRequest
+from rlkit.rollout.requests import GroupRequest
 from rlkit.weights.publication import Published, WeightsNotLoadedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

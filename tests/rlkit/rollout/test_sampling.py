@@ -23,7 +23,7 @@ from rlkit.data.rendering import load_tokenizer
 from rlkit.experience import Group, Message, Prompt, UserError
 from rlkit.models.folder import model_folder
 from rlkit.rollout.pool import RolloutPool
-from rlkit.rollout.worker import GroupRequest
+from rlkit.rollout.requests import GroupRequest
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")

@@ -27,7 +27,7 @@ from rlkit.experience import Group, Message, Prompt
 from rlkit.learner.actors import LearnerGroup
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
-from rlkit.rollout.worker import GroupRequest
+from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import RewardPool
 from rlkit.weight_sync import WeightSync
 from rlkit.weights.publication import Published, WeightsNotLoadedError

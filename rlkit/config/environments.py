@@ -1,0 +1,120 @@
+"""Whether environment, data, reward and sampling fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+from rlkit.config.messages import ConfigIssue, Issues
+from rlkit.config.parts import Part
+from rlkit.config.schema import RolloutConfig
+from rlkit.data.base import DataSource
+from rlkit.environments.tool import tools_of
+
+NAMES = "environment=NAME, or environment._target_=my_module.MyEnvironment"
+
+
+def episodes_are_judged_where_there_are_any(environment: Part | None, reward: Part) -> Issues:
+    yield from _judges("reward", environment, reward)
+
+
+def verifier_judges_episodes_where_there_are_any(environment: Part | None, verifier: Part) -> Issues:
+    yield from _judges("verifier", environment, verifier)
+
+
+def _judges(key: str, environment: Part | None, judge: Part) -> Issues:
+    if environment is None and judge.cls.traits(judge.config).environment:
+        yield ConfigIssue(key, f"{judge.cls.__name__} reads what an environment gave, and there is none; add {NAMES}")
+
+
+def environment_is_usable(environment: Part | None) -> Issues:
+    if environment is None:
+        return
+    try:
+        tools_of(environment.cls)
+    except Exception as error:  # whatever an annotation of the user's raises
+        yield ConfigIssue("environment", f"{environment.cls.__name__}: {error}")
+        return
+    for message in environment.cls.check(environment.config):
+        yield ConfigIssue("environment", message)
+    if not environment.cls.deterministic(environment.config):
+        yield ConfigIssue(
+            "environment",
+            f"{environment.cls.__name__} does not answer alike to the same actions, so a resumed run goes on otherwise "
+            "than one that was not interrupted",
+            warning=True,
+        )
+
+
+def environment_finds_its_columns(environment: Part | None, data: DataSource) -> Issues:
+    if environment is None:
+        return
+    needs, provided = environment.cls.needs(environment.config), data.provides()
+    required = [("references", needs.references), ("answer", needs.answer), *((name, True) for name in needs.columns)]
+    lacking = [name for name, needed in required if needed and name not in provided]
+    if lacking:
+        has = ", ".join(sorted(provided)) or "nothing besides prompts"
+        yield ConfigIssue(
+            "environment",
+            f"{environment.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} "
+            f"provides {has}; choose other data",
+        )
+
+
+def policy_plays_the_episodes(environment: Part | None, rollout: RolloutConfig) -> Issues:
+    if environment is None:
+        return
+    if rollout.source != "policy":
+        yield ConfigIssue(
+            "rollout.source",
+            f"{rollout.source} gives whole responses, and an environment talks to the policy turn by turn; leave out "
+            "the environment (environment=none), or rollout.source",
+        )
+    if rollout.steps != "none":
+        yield ConfigIssue("rollout.steps", "has no effect with an environment: the turns of an episode are its steps")
+    if rollout.structured is not None:
+        yield ConfigIssue(
+            f"rollout.structured.{rollout.structured.kind}",
+            "holds for a whole response, and with an environment the policy says several things; leave it out",
+        )
+
+
+def budgets_fit(environment: Part | None, rollout: RolloutConfig) -> Issues:
+    if environment is None or environment.config.max_turn_tokens is None:
+        return
+    turns, tokens, most = environment.config.max_turns, environment.config.max_turn_tokens, rollout.max_response_tokens
+    if tokens > most:
+        yield ConfigIssue(
+            "environment.max_turn_tokens",
+            f"is above rollout.max_response_tokens={most}, which holds for a whole episode; lower it, or raise that",
+        )
+    elif turns * tokens > most:
+        yield ConfigIssue(
+            "environment.max_turns",
+            f"{turns} turns of up to {tokens} tokens (environment.max_turn_tokens) are {turns * tokens}, and "
+            f"rollout.max_response_tokens={most} holds for all of them and what the environment says",
+            warning=True,
+        )
+
+
+OF_PROCESSES = ("workers", "concurrency")
+
+
+def options_of_processes_act(environment: Part | None, typed: AbstractSet[str]) -> Issues:
+    if environment is None or environment.config.placement == "worker":
+        return
+    for name in OF_PROCESSES:
+        if f"environment.{name}" in typed:
+            yield ConfigIssue(
+                f"environment.{name}", "has no effect with environment.placement=inline: no process is started"
+            )
+
+
+ENVIRONMENTS = (
+    episodes_are_judged_where_there_are_any,
+    verifier_judges_episodes_where_there_are_any,
+    environment_is_usable,
+    environment_finds_its_columns,
+    policy_plays_the_episodes,
+    budgets_fit,
+    options_of_processes_act,
+)

@@ -1,0 +1,263 @@
+"""Episodes with a scripted player in the engine's place: turns, budgets, failures, seeds; and what a host refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from counting import Counting
+
+from rlkit.config.loading import load_config
+from rlkit.data.rendering import ChatTemplate, load_tokenizer
+from rlkit.environments.base import Action, Environment, EnvironmentFailure, Step, Task
+from rlkit.experience import Group, Message, Prompt
+from rlkit.models.folder import model_folder
+from rlkit.rollout.episodes import Episodes
+from rlkit.rollout.hosts import InlineHost
+from rlkit.rollout.rendering import Renderer
+from rlkit.rollout.requests import GroupRequest, sample_seed
+from rlkit.rollout.sampler import Request, Response, stop_token_ids
+
+FOLDER = str(model_folder("embedded:policy"))
+TOKENIZER = load_tokenizer(FOLDER)
+STOPS = stop_token_ids(FOLDER, TOKENIZER)
+PROMPT = Prompt("train-3", (), (1, 2), answer="4", columns={"start": 3})
+Player = Callable[[str, Request], str]
+
+
+class Table:
+    """An environment, and a player who sees the whole text so far."""
+
+    def __init__(self, cls: type[Environment], player: Player, *options: str, **own: Any) -> None:
+        self.asked: list[Request] = []
+        self.player = player
+        arguments = ["run_dir=/tmp/never", "reward=rule", *options]
+        self.rollout = load_config(arguments).config.rollout
+        self.options = cls.Config(**own)
+        self.host = InlineHost(cls, self.options)
+
+    async def turn(self, request: Request) -> Response:
+        self.asked.append(request)
+        await asyncio.sleep(0)
+        said = self.player(TOKENIZER.decode(request.prompt), request)
+        ids = [*TOKENIZER.encode(said, add_special_tokens=False), STOPS[-1]]
+        cut = ids[: request.max_tokens]
+        logprobs = -np.arange(1, len(cut) + 1, dtype=np.float32)
+        return Response(request.id, np.array(cut, np.int32), logprobs, "stop" if cut == ids else "length", 0)
+
+    def play(self, samples: int = 2, greedy: bool = False, **options: Any) -> Group:
+        async def play() -> Group:
+            await self.host.start()
+            renderer = Renderer(ChatTemplate(TOKENIZER), self.host.tools, STOPS)
+            episodes = Episodes(self.host, renderer, self.options, self.rollout, True, STOPS, self.turn, lambda: 7)
+            request = GroupRequest("00000005", PROMPT, samples, seed=11, step=1, greedy=greedy, **options)
+            return await episodes.group(request)
+
+        return asyncio.run(play())
+
+
+def counts(text: str, request: Request) -> str:
+    """Plays Counting rightly."""
+    words = text.replace(".", " ").split()
+    last = [int(word) for word in words if word.isdigit()][-1]
+    return str(last + 1)
+
+
+def test_turns_follow_each_other_token_by_token() -> None:
+    table = Table(Counting, counts)
+    group = table.play()
+    one, other = group.samples
+    assert one.episode is not None and (one.episode.ended, one.episode.success) == ("done", True)
+    start = 3 + sample_seed(11, "00000005", "environment") % 3
+    assert [m.content for m in group.prompt.messages] == [f"Count on from {start}."]
+    said = [(message.role, message.content) for message in one.episode.messages]
+    assert said[:3] == [
+        ("assistant", str(start + 1)),
+        ("user", f"It was {start + 1}. Next?"),
+        ("assistant", str(start + 2)),
+    ]
+    # What the engine saw is what is trained on: every prompt is the one before, its answer, and an observation.
+    mine = sorted((r for r in table.asked if r.id.startswith("00000005:0:")), key=lambda r: len(r.prompt))
+    whole = [*group.prompt.token_ids, *one.token_ids.tolist()]
+    assert [whole[: len(request.prompt)] for request in mine] == [list(request.prompt) for request in mine]
+    assert mine[0].prompt == list(group.prompt.token_ids)
+    assert one.mask is not None and one.length < len(one)
+    assert [s.role for s in one.spans] == ["assistant", "user", "assistant", "user", "assistant"]
+    assert [s.data["reward"] for s in one.spans if s.role == "assistant"] == [1.0, 1.0, 1.0]
+    assert [s.data["state"] for s in one.spans if s.role == "assistant"] == [str(start + n) for n in (1, 2, 3)]
+    assert one.text == str(start + 3) and one.finish_reason == "stop" and one.policy_versions == (7, 7)
+    assert one.logprobs is not None and not one.logprobs[~one.mask].any() and one.logprobs[one.mask].all()
+    # Seeds: the first turn's is that of a single response.
+    assert [r.seed for r in mine] == [sample_seed(11, "00000005", k) for k in (0, "0.1", "0.2")]
+    assert one.seed == mine[0].seed and other.seed == sample_seed(11, "00000005", 1)
+
+
+def test_budgets_of_turns_and_tokens_end_an_episode_without_fault() -> None:
+    def wrong(text: str, request: Request) -> str:
+        return "no idea"
+
+    of_turns = Table(Counting, wrong).play().samples[0]
+    assert of_turns.episode is not None
+    assert (of_turns.episode.ended, of_turns.finish_reason, of_turns.episode.success) == ("turns", "length", False)
+    assert [s.role for s in of_turns.spans][-1] == "assistant", "nothing is trained after the last answer"
+    tokens = Table(Counting, wrong, "rollout.max_response_tokens=24").play().samples[0]
+    assert tokens.episode is not None and (tokens.episode.ended, tokens.finish_reason) == ("tokens", "length")
+    assert len(tokens) <= 24
+    cut = Table(Counting, wrong, max_turn_tokens=2).play().samples[0]
+    assert cut.episode is not None and cut.episode.ended == "turns"
+    assert [s.end - s.start for s in cut.spans if s.role == "assistant"] == [2, 2, 2]
+
+
+def test_the_last_turn_is_announced() -> None:
+    seen: list[tuple[int, bool]] = []
+
+    class Watching(Counting):
+        def step(self, action: Action) -> Step:
+            seen.append((action.turn, action.last))
+            return super().step(action)
+
+    Table(Watching, lambda *_: "no", max_turns=2).play(samples=1)
+    assert seen == [(0, False), (1, True)]
+
+
+def test_a_greedy_sample_and_an_evaluation_have_their_own_temperature_and_length() -> None:
+    table = Table(Counting, counts)
+    group = table.play(samples=1, greedy=True, temperature=0.5, max_response_tokens=20)
+    assert group.greedy is not None and len(group.samples) == 1
+    assert {r.temperature for r in table.asked if r.id.startswith("00000005:0:")} == {0.5}
+    assert {r.temperature for r in table.asked if r.id.startswith("00000005:1:")} == {0.0}
+    assert max(r.max_tokens for r in table.asked) == 20
+
+
+class Flaky(Counting):
+    broken: ClassVar[list[int]] = []
+
+    def step(self, action: Action) -> Step:
+        if action.turn == 1 and len(self.broken) < 1:
+            self.broken.append(1)
+            raise EnvironmentFailure("the server is away")
+        return super().step(action)
+
+
+def test_a_broken_episode_begins_again_with_the_same_seeds_and_tokens() -> None:
+    Flaky.broken.clear()
+    table = Table(Flaky, counts)
+    again, undisturbed = table.play(samples=1).samples[0], Table(Counting, counts).play(samples=1).samples[0]
+    assert again.token_ids.tolist() == undisturbed.token_ids.tolist() and again.spans == undisturbed.spans
+    assert [r.seed for r in table.asked][:2] == [r.seed for r in table.asked][2:4]
+    assert len({r.id for r in table.asked}) == len(table.asked)
+
+
+def test_one_that_stays_broken_is_a_sample_that_says_so_and_the_others_go_on() -> None:
+    class Broken(Counting):
+        def step(self, action: Action) -> Step:
+            if action.turn == 1:
+                raise KeyError("abacus")
+            return super().step(action)
+
+    one = Table(Broken, counts, retries=2).play(samples=1)
+    (sample,) = one.samples
+    assert sample.episode is not None and sample.episode.ended == "failed"
+    assert sample.episode.failure == "exception: KeyError: 'abacus'" and len(sample) > sample.length > 1
+
+    class Nothing(Counting):
+        def reset(self, task: Task, seed: int) -> str:
+            raise EnvironmentFailure("no table is free")
+
+    group = Table(Nothing, counts).play()
+    for index, sample in enumerate(group.samples):
+        assert sample.episode is not None and sample.episode.failure == "failure: no table is free"
+        assert (sample.index, len(sample), sample.length, sample.text) == (index, 1, 0, "")
+    assert group.prompt == PROMPT
+
+
+def test_all_samples_of_a_group_must_read_the_same_opening() -> None:
+    numbers = iter(range(9))
+
+    class Moody(Counting):
+        def reset(self, task: Task, seed: int) -> str:
+            super().reset(task, seed)
+            return f"Count on from {next(numbers)}."
+
+    group = Table(Moody, counts).play()
+    kinds = [sample.episode and sample.episode.failure.partition(":")[0] for sample in group.samples]
+    assert kinds == ["", "openings_differ"]
+
+
+class Long(Counting):
+    def reset(self, task: Task, seed: int) -> str:
+        return "count " * 2000
+
+
+def test_long_observations_are_cut_and_long_openings_are_a_failure() -> None:
+    class Talks(Counting):
+        def step(self, action: Action) -> Step:
+            return replace(super().step(action), observation="bla " * 2000)
+
+    sample = Table(Talks, lambda *_: "no", max_observation_tokens=30).play(samples=1).samples[0]
+    observed = [span for span in sample.spans if span.role == "user"]
+    assert observed and all(span.end - span.start < 45 for span in observed)
+    failed = Table(Long, counts).play(samples=1).samples[0]
+    assert failed.episode is not None and "more than rollout.max_prompt_tokens=640" in failed.episode.failure
+
+
+def step_returning(value: Any) -> type[Environment]:
+    class Odd(Counting):
+        def step(self, action: Action) -> Any:
+            return value
+
+    return Odd
+
+
+@pytest.mark.parametrize(
+    ("value", "failure"),
+    [
+        (None, "wrong_type: step() returned NoneType None, not a Step"),
+        ("text", "wrong_type: step() returned str 'text', not a Step"),
+        (Step("a", math.nan), "not_finite: reward of a Step is nan"),
+        (Step("a", "1"), "wrong_type: reward of a Step is str '1', no number"),  # type: ignore[arg-type]
+        (Step("a", metrics={"x": math.inf}), "not_finite: x of a Step is inf"),
+        (Step(3), "wrong_type: step() says int 3; it may be a text, a Message or a list of Messages"),  # type: ignore[arg-type]
+        (Step([Message("user", None)]), "wrong_type: step() says NoneType None; it may be"),  # type: ignore[arg-type]
+        (Step("a", state=4), "wrong_type: state of a Step is int 4, no text"),  # type: ignore[arg-type]
+        (Step(), "wrong_type: step() neither ends the episode nor says anything to go on with"),
+    ],
+)
+def test_what_a_step_may_not_be(value: Any, failure: str) -> None:
+    sample = Table(step_returning(value), counts).play(samples=1).samples[0]
+    assert sample.episode is not None and sample.episode.failure.startswith(failure)
+
+
+def test_asynchronous_environments_have_deadlines_and_are_closed() -> None:
+    closed: list[str] = []
+
+    class Sleeper(Counting):
+        async def step(self, action: Action) -> Step:
+            await asyncio.sleep(30)
+            return super().step(action)
+
+        async def close(self) -> None:
+            closed.append("yes")
+            raise RuntimeError("close fails, too")
+
+    sample = Table(Sleeper, counts, step_timeout_seconds=0.1).play(samples=1).samples[0]
+    assert sample.episode is not None
+    assert sample.episode.failure == "timeout: no answer within environment.step_timeout_seconds=0.1"
+    assert closed == ["yes", "yes"], "of both tries"
+
+
+def test_tasks_reach_the_environment_as_the_data_have_them() -> None:
+    tasks: list[Task] = []
+
+    class Reads(Counting):
+        def reset(self, task: Task, seed: int) -> str:
+            tasks.append(task)
+            return super().reset(task, seed)
+
+    Table(Reads, counts).play(samples=3)
+    assert set(map(repr, tasks)) == {repr(Task("train-3", answer="4", columns={"start": 3}))}

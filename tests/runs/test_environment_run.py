@@ -1,0 +1,111 @@
+"""Real runs with an environment and the embedded policy: turns, resume, a rollout worker that dies in mid-episode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+from run_fixture import Run
+from test_resume import kill_at, what_it_did
+
+COUNTING = (
+    "environment._target_=counting.Counting",
+    "data=environment",
+    "verifier=environment",
+    "algorithm=grpo",
+    "environment.max_turn_tokens=12",
+    "rollout.max_response_tokens=96",
+    "learner.learning_rate=1e-3",
+)
+SAVING = ("trainer.save_every_steps=1", "trainer.keep_checkpoints=9")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def one(name: str, *arguments: str) -> Run:
+        (tmp_path / name).mkdir(exist_ok=True)
+        inline = () if any("placement" in word for word in arguments) else ("environment.placement=inline",)
+        words = ("reward=environment", *COUNTING, *inline, *arguments)
+        runs.append(Run(tmp_path / name, *words, cwd=ROOT / "tests" / "fixtures", without=("reward",)))
+        return runs[-1]
+
+    yield one
+    for run in runs:
+        run.clean_up()
+
+
+@pytest.mark.slow
+def test_a_run_of_episodes(start: Callable[..., Run]) -> None:
+    run = start("run", "trainer.total_steps=2", "tracking.sample_groups_per_step=null")
+    assert run.end() == 0, run.text
+    steps = [record for record in run.records() if record["kind"] == "step"]
+    assert len(steps) == 2
+    for record in steps:
+        assert 1 <= record["environment/turns"] <= 3
+        assert 0 <= record["environment/success"] <= 1
+        assert record["environment/observation_tokens"] > 0
+        assert 0 < record["environment/wait_share"] < 1
+        assert record["environment/malformed_share"] == 0 and record["reward/failed"] == 0
+        assert record["mismatch/logprob_max"] < 1e-3, "what was sampled is what is trained on"
+        assert record["accuracy/train"] == record["environment/success"]
+    (before,) = [r for r in run.records() if r["kind"] == "evaluation" and r["step"] == 0]
+    assert 0 <= before["accuracy/heldout"] <= 1
+    for sample in run.records("samples"):
+        turns = sample["turns"]
+        assert [turn["role"] for turn in turns[:2]] == ["assistant", "user"]
+        assert sample["response"] == [turn["content"] for turn in turns if turn["role"] == "assistant"][-1]
+        assert sample["prompt"][0]["content"].startswith("Count on from")
+        assert sample["reward"] == pytest.approx(sum(turn.get("reward", 0) for turn in turns))
+        assert sample["ended"] in ("done", "turns", "tokens") and sample["success"] in (True, False)
+    assert run.left_after(10) == []
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_equals_one_that_was_not(start: Callable[..., Run]) -> None:
+    options = (*SAVING, "trainer.total_steps=4")
+    whole = start("whole", *options)
+    assert whole.end() == 0, whole.text
+    broken = start("broken", *options, "resume=auto")
+    kill_at(broken, lambda: (broken.folder / "checkpoints" / "step_000002").exists())
+    again = start("broken", *options, "resume=auto")
+    assert again.end() == 0, again.text
+    one, other = what_it_did(whole), what_it_did(again)
+    for part in one:
+        assert one[part] == other[part], part
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_in_mid_episode_is_replaced_without_a_trace(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Inline, the environment takes the rollout worker with it; in a process of its own only the other episodes."""
+    options = ("trainer.total_steps=2", "tracking.sample_groups_per_step=null")
+    undisturbed = start("undisturbed", *options)
+    assert undisturbed.end() == 0, undisturbed.text
+    for placement in ("inline", "worker"):
+        died = tmp_path / f"{placement}.died"
+        dies = (f"environment.dies={died}", f"environment.placement={placement}")
+        run = start(placement, *options, *dies, "environment.retries=1")
+        assert run.end() == 0, run.text
+        assert died.exists()
+        assert ("rollout worker 0 died and is replaced" in run.text) == (placement == "inline")
+        assert run.records("samples") == undisturbed.records("samples")
+        assert run.left_after(10) == []
+
+
+@pytest.mark.slow
+def test_episodes_that_fail_are_counted_and_above_a_share_end_the_run(start: Callable[..., Run]) -> None:
+    run = start("some", "trainer.total_steps=2", "environment.fails=0.3", "reward.max_failed_share=1", "verifier.max_failed_share=1")
+    assert run.end() == 0, run.text
+    steps = [record for record in run.records() if record["kind"] == "step"]
+    assert sum(record["reward/failed"] for record in steps) > 0
+    assert sum(record.get("environment/failed/failure", 0) for record in steps) == sum(r["reward/failed"] for r in steps)
+    began = time.monotonic()
+    ended = start("all", "trainer.total_steps=2", "environment.fails=1")
+    assert ended.end() == 1 and time.monotonic() - began < 120
+    assert "environment: failure: the abacus is broken" in ended.text
