@@ -35,7 +35,7 @@ def row(name: str, plain: Renderer, tools: Renderer) -> str:
     if isinstance(reader, FromVLLM):
         calls = reader.name
     else:
-        calls = type(reader).__name__.lower() if reader is not None else "not written"
+        calls = type(reader).__name__.lower() if reader is not None else "not known"
     cells = (
         _verdict(plain, "user"),
         _verdict(tools, "tool"),

@@ -137,17 +137,16 @@ class Renderer:
     def breaks(self) -> dict[str, str]:
         """By role why the conversation cannot go on behind its tokens."""
         tries: dict[str, list[tuple[tuple[str, ...], dict[str, bool]]]] = {
-            "user": [(("user",), {}), (("user",), {"thinks": True}), (("user", "user"), {})]
+            role: [((role,), {}), ((role,), {"thinks": True}), ((role, role), {})]
+            for role in (["tool", "user"] if self.tools else ["user"])
         }
-        if self.tools:
-            tries["tool"] = [(("tool",), {}), (("tool",), {"thinks": True}), (("tool", "tool"), {})]
-            tries["user"].append((("tool", "user"), {}))
-        breaks = {}
+        breaks: dict[str, str] = {}
         for role, conversations in tries.items():
-            for roles, how in conversations:
-                if why := self._why(roles, **how):
-                    breaks[role] = why
-                    break
+            if role == "user" and "tool" in tries and "tool" not in breaks:
+                conversations.append((("tool", "user"), {}))
+            whys = (self._why(roles, **how) for roles, how in conversations)
+            if why := next(filter(None, whys), None):
+                breaks[role] = why
         sound = [role for role in tries if role not in breaks]
         if sound and (why := self._why((sound[0],), system=True)):
             breaks["system"] = why
@@ -163,7 +162,7 @@ class Renderer:
                 said = [Message(role, f"reply {number}", *self._names(0, role))]
                 chat += [self._called(said) if role == "tool" else Message("assistant", _ANSWER), *said]
                 if thinks:
-                    chat[-2] = replace(chat[-2], content=_THINKING + chat[-2].content)
+                    chat[-2] = replace(chat[-2], content=_THINKING + _ANSWER)
                 whole, bridge = self._text(chat), self._text_after(said)
                 if not whole.startswith(appended):
                     return _difference(appended, whole)
@@ -173,7 +172,8 @@ class Renderer:
                     return _difference(bridge, rest[-len(bridge) :])
                 if said[0].content not in bridge:
                     return f"it leaves out what a {role} says"
-                if thinks and "why" not in answer:
+                # Some write a call alone, without what was said before it.
+                if thinks and _ANSWER in answer and "why" not in answer:
                     return "it drops the thinking of earlier turns"
                 if not thinks and role != "tool" and answer.strip() != _ANSWER:
                     return _difference(_ANSWER, answer)

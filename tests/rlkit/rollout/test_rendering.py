@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,13 @@ def playing(name: str, tools: bool = False) -> Renderer:
 
 def ids_of(renderer: Renderer, text: str) -> list[int]:
     return renderer.template.token_ids([text])[0]
+
+
+@pytest.mark.slow  # imports vLLM's parsers
+def test_the_table_of_the_docs_is_the_scripts(repository: Path) -> None:
+    from benchmarks.templates import table
+
+    assert "\n".join(table()) in (repository / "docs/chat_templates.md").read_text()
 
 
 def rendered(renderer: Renderer, chat: Sequence[Message], tools: bool = False) -> str:
@@ -249,7 +257,7 @@ def test_a_long_observation_is_cut_in_its_middle() -> None:
     renderer = playing("ChatML, Qwen2.5")
     short = Message("tool", "higher " * 3, "look")
     assert renderer.shortened(short, 40) is short
-    for text in ("higher or lower " * 40, "é" * 500, "x" * 5_000_000, "<|im_end|>" * 300):
+    for text in ("higher or lower " * 400, "é" * 500, "x" * 5_000_000, "<|im_end|>" * 300):
         for limit in (8, 40, 200):
             cut = renderer.shortened(Message("tool", text, "look"), limit)
             assert cut.name == "look" and len(ids_of(renderer, renderer.template.guarded(cut.content))) <= limit

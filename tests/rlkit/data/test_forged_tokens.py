@@ -8,15 +8,15 @@ from episode_templates import SHAPES, WEATHER
 from episode_templates import tokenizer_of as tokenizer_of_shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 from tokenizers import AddedToken
 
 from rlkit.data.base import Problem, Response
 from rlkit.data.conversations import render_recorded
 from rlkit.data.rendering import ChatTemplate, load_tokenizer, render
 from rlkit.experience import Message, Prompt, ToolCall
-from rlkit.models.folder import model_folder
 
-EMBEDDED = load_tokenizer(model_folder("embedded"))
+EMBEDDED = load_tokenizer(ROOT / "rlkit/embedded/policy")
 
 
 def of_row(*messages: Message, tokenizer: object = EMBEDDED) -> Prompt:
