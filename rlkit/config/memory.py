@@ -37,16 +37,8 @@ MALLOC_KEEPS = 32 * MIB
 """glibc maps larger blocks by themselves (DEFAULT_MMAP_THRESHOLD_MAX) and returns them when they are freed."""
 GATHERED = 2**29
 """Full weights that are gathered at a time to be saved or packed (`rlkit/learner/policy.py`)."""
-BASES = {
-    "driver": 0.46,
-    "buffer": 0.1,
-    "ray": 0.45,
-    "engine": 0.75,
-    "rank": 0.55,
-    "reward": 0.2,
-    "model": 0.55,
-    "environment": 0.1,
-}
+BASES = {"driver": 0.46, "buffer": 0.1, "ray": 0.45, "engine": 0.75, "rank": 0.55, "reward": 0.2, "model": 0.55}
+BASES["environment"] = 0.1
 """GiB that a process holds on a CPU without model or data, measured; `ray`: of its own processes together; `model`: a
 reward that loads one."""
 IMPORTED = 0.45

@@ -100,11 +100,19 @@ def test_a_process_that_dies_in_mid_episode_is_replaced_without_a_trace(
 
 @pytest.mark.slow
 def test_episodes_that_fail_are_counted_and_above_a_share_end_the_run(start: Callable[..., Run]) -> None:
-    run = start("some", "trainer.total_steps=2", "environment.fails=0.3", "reward.max_failed_share=1", "verifier.max_failed_share=1")
+    run = start(
+        "some",
+        "trainer.total_steps=2",
+        "environment.fails=0.3",
+        "reward.max_failed_share=1",
+        "verifier.max_failed_share=1",
+    )
     assert run.end() == 0, run.text
     steps = [record for record in run.records() if record["kind"] == "step"]
     assert sum(record["reward/failed"] for record in steps) > 0
-    assert sum(record.get("environment/failed/failure", 0) for record in steps) == sum(r["reward/failed"] for r in steps)
+    assert sum(record.get("environment/failed/failure", 0) for record in steps) == sum(
+        r["reward/failed"] for r in steps
+    )
     began = time.monotonic()
     ended = start("all", "trainer.total_steps=2", "environment.fails=1")
     assert ended.end() == 1 and time.monotonic() - began < 120
