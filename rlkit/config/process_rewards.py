@@ -28,7 +28,8 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
             "reward",
             f"{reward.cls.__name__} gives process rewards, which {type(algorithm).__name__} would ignore; take "
             "another reward, or an algorithm that learns from them: ppo, prime, pure, grpo_process, rloo_process, "
-            "episode_plus_step, turn_discounted (rloo_process algorithm.process_coefficient=0 is RLOO on outcomes)",
+            "episode_plus_step, turn_discounted, turn_grpo, gigpo "
+            "(rloo_process algorithm.process_coefficient=0 is RLOO on outcomes)",
         )
     if needs.outcome_rewards and not traits.outcome_rewards:
         yield ConfigIssue(

@@ -15,11 +15,13 @@ PREFERENCES = [r for r in RECIPES if "Preference" in (ROOT / "conf" / "algorithm
 FRESH = ("cream", "dno", "pacs", "rdp", "copg", "mm_dpo")
 """Preferences that are about the policy's own responses, or scores."""
 STEPS = ("prime", "pure", "grpo_process", "rloo_process", "episode_plus_step", "turn_discounted")
+TURNS = ("turn_grpo", "gigpo", "ppo_turns")
 OTHERS = {
     "distill": ["algorithm.teacher=embedded:policy"],
     "gdpo": ["algorithm.components={correct: 1}"],
     "pacs": ["reward=rule"],
     **{name: ["reward=implicit_prm"] for name in STEPS},
+    **{name: ["environment=maze"] for name in TURNS},
 }
 
 
