@@ -39,6 +39,16 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
         )
 
 
+def process_rewards_count_once(algorithm: Algorithm, reward: Part) -> Issues:
+    if algorithm.needs().reads_process_rewards and reward.cls.traits(reward.config).process_in_value:
+        yield ConfigIssue(
+            "reward",
+            f"{type(algorithm).__name__} adds values and process rewards, and the value of {reward.cls.__name__} "
+            "contains these already, so they count twice; with reward=environment, reward.value=none counts them once",
+            warning=True,
+        )
+
+
 def steps_are_split_for_somebody(rollout: RolloutConfig, reward: Part) -> Issues:
     traits = reward.cls.traits(reward.config)
     if rollout.source == "data" and (traits.steps or rollout.steps != "none"):
@@ -64,6 +74,7 @@ def filters_see_outcomes(buffer: BufferConfig, reward: Part) -> Issues:
 PROCESS_REWARDS = (
     process_rewards_come_from_somewhere,
     rewards_are_read,
+    process_rewards_count_once,
     steps_are_split_for_somebody,
     filters_see_outcomes,
 )

@@ -47,6 +47,12 @@ def test_a_recipe_is_valid_with_its_data(recipe: str, accepted: Callable[..., st
     assert ("the data bring the responses" in text) == ("data=pairs" in options or recipe == "sft")
 
 
+def test_ppo_says_where_turns_would_count_twice(accepted: Callable[..., str]) -> None:
+    assert "they count twice" in accepted("algorithm=ppo_turns", "environment=maze")
+    assert "they count twice" not in accepted("algorithm=ppo_turns", "environment=maze", "reward.value=none")
+    assert "they count twice" not in accepted("algorithm=gigpo", "environment=maze")
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_in_the_docs(recipe: str) -> None:
     assert f"`{recipe}`" in (ROOT / "docs" / "algorithms.md").read_text()
