@@ -35,9 +35,6 @@ class EnvironmentConfig(Section):
     """placement=worker: processes per rollout worker."""
     concurrency: int = Field(default=64, ge=1)
     """placement=worker: open episodes per process."""
-    history: Literal["append"] = "append"
-    """append: each turn's prompt is the tokens so far and the environment's answer; a chat template that rewrites
-    earlier turns is refused."""
     calls: str = "auto"
     """How the policy writes calls of tools: hermes, llama, mistral, tags; auto: as the chat template does."""
     max_parallel_calls: int = Field(default=1, ge=1)

@@ -17,7 +17,7 @@ from rlkit.config.plan import samples_have_seeds
 from rlkit.config.schema import RolloutConfig, RunConfig
 from rlkit.data.rendering import ChatTemplate
 from rlkit.environments.base import Action, EnvironmentConfig, Step, Task
-from rlkit.experience import Episode, Group, Message, Prompt, Sample
+from rlkit.experience import Episode, Group, Message, Prompt, Sample, UserError
 from rlkit.rollout.conversation import Conversation
 from rlkit.rollout.environment_processes import ProcessHost
 from rlkit.rollout.hosts import EpisodeFailedError, Host, InlineHost
@@ -31,16 +31,21 @@ Turn = Callable[[Request], Awaitable[Response]]
 async def open_episodes(
     config: RunConfig, tokenizer: Any, stop_token_ids: Sequence[int], turn: Turn, version: Callable[[], int], log: Path
 ) -> Episodes:
-    """With the run's environment started; `log`: of its processes. Raises UserError, or what its `prepare` raises."""
+    """With the run's environment started; `log`: of its processes. Raises UserError, also for a
+    chat template with which no episode can be played, or what its `prepare` raises."""
     section: Mapping[str, Any] = config.environment
     cls = import_part("environment", section[TARGET])
     options = cls.Config(**{key: value for key, value in section.items() if key != TARGET})
-    host: Host = InlineHost(cls, options)
-    if options.placement == "worker":
-        host = ProcessHost(section[TARGET], cls, options, log, config.trainer.startup_timeout_seconds)
+    host: Host = (
+        InlineHost(cls, options)
+        if options.placement == "inline"
+        else ProcessHost(section[TARGET], cls, options, log, config.trainer.startup_timeout_seconds)
+    )
     await host.start()
     template = ChatTemplate(tokenizer, config.model.chat_template, config.model.chat_template_arguments)
     renderer = Renderer(template, host.tools, stop_token_ids, options.calls)
+    if problems := renderer.problems():  # of tools that only a started environment knows
+        raise UserError("; ".join(problems))
     return Episodes(host, renderer, options, config.rollout, samples_have_seeds(config), stop_token_ids, turn, version)
 
 

@@ -60,8 +60,6 @@ class Host(Protocol):
     async def close(self, key: str) -> None:
         """Also after a failure, and where nothing is open. Raises nothing."""
 
-    async def stop(self) -> None: ...
-
 
 class InlineHost:
     """In the caller's event loop: for environments that take microseconds, or await."""
@@ -117,10 +115,6 @@ class InlineHost:
                 await settled(environment.close())
         except Exception:
             log.warning("%s.close() failed", self.cls.__name__, exc_info=True)
-
-    async def stop(self) -> None:
-        for key in list(self._open):
-            await self.close(key)
 
 
 def checked_step(step: Any) -> Step:

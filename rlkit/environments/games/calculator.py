@@ -17,8 +17,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlkit.environments.base import Action, Environment, EnvironmentConfig, Step, Task
-from rlkit.environments.games.drawing import drawn
+from rlkit.environments.base import Action, Environment, Step, Task
+from rlkit.environments.games.drawing import DrawnConfig, drawn
 from rlkit.environments.tool import tool
 from rlkit.experience import Message
 
@@ -29,13 +29,9 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 }
 
 
-class CalculatorConfig(EnvironmentConfig):
+class CalculatorConfig(DrawnConfig):
     max_turns: int = Field(default=3, ge=1)
     """Calls and the answer."""
-    train_tasks: int = Field(default=2048, ge=1)
-    """Expressions to train on."""
-    heldout_tasks: int = Field(default=256, ge=1)
-    """Expressions that are only evaluated on."""
 
 
 class Calculator(Environment):
@@ -51,8 +47,7 @@ class Calculator(Environment):
 
     @classmethod
     def tasks(cls, config: CalculatorConfig, split: Literal["train", "heldout"], seed: int) -> Sequence[Task]:
-        count = config.train_tasks if split == "train" else config.heldout_tasks
-        return [_task(expression) for expression in drawn(_expression, str, split, seed, count)]
+        return [_task(expression) for expression in drawn(_expression, str, split, seed, config.tasks_of(split))]
 
     def reset(self, task: Task, seed: int) -> None:
         self.answer = task.answer

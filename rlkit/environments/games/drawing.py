@@ -7,9 +7,23 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar
 
+from pydantic import Field
+
+from rlkit.environments.base import EnvironmentConfig
+
 Split = Literal["train", "heldout"]
 T = TypeVar("T")
 _HELDOUT_BUCKETS = 8
+
+
+class DrawnConfig(EnvironmentConfig):
+    train_tasks: int = Field(default=2048, ge=1)
+    """Tasks to train on."""
+    heldout_tasks: int = Field(default=256, ge=1)
+    """Tasks that are only evaluated on."""
+
+    def tasks_of(self, split: Split) -> int:
+        return self.train_tasks if split == "train" else self.heldout_tasks
 
 
 def of_split(tasks: Iterable[T], key: Callable[[T], str], split: Split) -> list[T]:

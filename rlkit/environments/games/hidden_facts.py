@@ -15,8 +15,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlkit.environments.base import Action, Environment, EnvironmentConfig, Step, Task
-from rlkit.environments.games.drawing import drawn
+from rlkit.environments.base import Action, Environment, Step, Task
+from rlkit.environments.games.drawing import DrawnConfig, drawn
 from rlkit.environments.tool import tool
 from rlkit.experience import Message
 
@@ -25,13 +25,9 @@ COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "grey")
 ASKED = 0.1
 
 
-class HiddenFactsConfig(EnvironmentConfig):
+class HiddenFactsConfig(DrawnConfig):
     max_turns: int = Field(default=3, ge=1)
     """Calls and the answer."""
-    train_tasks: int = Field(default=2048, ge=1)
-    """Tasks to train on."""
-    heldout_tasks: int = Field(default=256, ge=1)
-    """Tasks that are only evaluated on."""
 
 
 class HiddenFacts(Environment):
@@ -49,8 +45,10 @@ class HiddenFacts(Environment):
 
     @classmethod
     def tasks(cls, config: HiddenFactsConfig, split: Literal["train", "heldout"], seed: int) -> Sequence[Task]:
-        count = config.train_tasks if split == "train" else config.heldout_tasks
-        return [_task(*game) for game in drawn(_draw, lambda game: " ".join((game[0], *game[1])), split, seed, count)]
+        return [
+            _task(*game)
+            for game in drawn(_draw, lambda game: " ".join((game[0], *game[1])), split, seed, config.tasks_of(split))
+        ]
 
     def reset(self, task: Task, seed: int) -> None:
         self.animal, self.colours = task.columns["animal"], task.columns["colours"]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
 
-from rlkit.environments.base import Action, Environment, EnvironmentConfig, Step, Task
-from rlkit.environments.games.drawing import drawn
+from rlkit.environments.base import Action, Environment, Step, Task
+from rlkit.environments.games.drawing import DrawnConfig, drawn
 from rlkit.experience import Message
 
 Cell = tuple[int, int]
@@ -23,7 +24,7 @@ Cell = tuple[int, int]
 MOVES: dict[str, Cell] = {"north": (0, 1), "east": (1, 0), "south": (0, -1), "west": (-1, 0)}
 
 
-class MazeConfig(EnvironmentConfig):
+class MazeConfig(DrawnConfig):
     max_turns: int = Field(default=12, ge=1)
     """Moves."""
     size: int = Field(default=5, ge=2, le=9)
@@ -32,8 +33,6 @@ class MazeConfig(EnvironmentConfig):
     """Share of the walls that stand, of those that cut nothing off; 1: there is one way between two cells."""
     train_tasks: int = Field(default=1024, ge=1)
     """Mazes to train on."""
-    heldout_tasks: int = Field(default=256, ge=1)
-    """Mazes that are only evaluated on."""
 
 
 class Maze(Environment):
@@ -49,12 +48,7 @@ class Maze(Environment):
 
     @classmethod
     def tasks(cls, config: MazeConfig, split: Literal["train", "heldout"], seed: int) -> Sequence[Task]:
-        count = config.train_tasks if split == "train" else config.heldout_tasks
-
-        def draw(rng: random.Random) -> Task:
-            return _task(config, rng)
-
-        return drawn(draw, lambda task: task.id, split, seed, count)
+        return drawn(partial(_task, config), lambda task: task.id, split, seed, config.tasks_of(split))
 
     def reset(self, task: Task, seed: int) -> None:
         self.open: Mapping[str, Sequence[str]] = task.columns["open"]
