@@ -94,7 +94,8 @@ def _called(name: str, arguments: list[Number]) -> Number:
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > LARGEST_BITS:
+    whole = isinstance(base, int) and isinstance(exponent, int)
+    if whole and (int(base).bit_length() - 1) * abs(exponent) > LARGEST_BITS:  # at most twice that, then refused below
         raise ValueError("the power is too large")
     power = base**exponent
     if isinstance(power, complex):

@@ -122,6 +122,8 @@ def read_only(file: Path) -> sqlite3.Connection:
     clock = sqlite3.connect(":memory:")
     for name, position in _TIME_FUNCTIONS.items():
         connection.create_function(name, -1, _of_given_time(clock, name, position), deterministic=True)
+    for name in _SCHEMA_PRAGMAS:  # their tables are declared on first use, which looks like writing
+        connection.execute(f"SELECT * FROM pragma_{name} LIMIT 0")
     connection.set_authorizer(_allowed)
     return connection
 
