@@ -43,7 +43,7 @@ def _run_cell(cell: str, name: str, names: dict[str, object]) -> None:
             print(f"SystemExit: {error.code}", file=sys.stderr)
     except BaseException as error:
         stack = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in stack if frame.filename != __file__]
+        own = [frame for frame in stack if frame.filename != run.__code__.co_filename]
         lines = ["Traceback (most recent call last):\n", *traceback.format_list(own)] if own else []
         sys.stderr.write("".join([*lines, *traceback.format_exception_only(error)]))
 

@@ -45,7 +45,7 @@ class PythonSession(Session):
         fenced = _FENCE.fullmatch(code)
         cells = [*self._cells, fenced[1] if fenced else code]
         ended = secrets.token_hex(16)
-        program = f"__file__ = {_CELLS!r}\n{_source()}\nrun({cells!r}, {ended!r})\n"
+        program = f"{_source()}\nrun({cells!r}, {ended!r})\n"
         deadline = time.monotonic() + _SHARE * self.seconds
         loop = asyncio.get_running_loop()
         try:
@@ -99,9 +99,6 @@ class Python(ToolOptions, SandboxOptions):
     def words(self) -> str:
         kept = "Run Python and read what it prints, and the value of its last line. Names live on from call to call."
         return kept if self.replay else ""
-
-
-_CELLS = "<cells>"
 
 
 @cache

@@ -62,6 +62,7 @@ class SqlSession(Session):
 
 _REFUSALS = {
     "not authorized": "the database can only be read: SELECT, and PRAGMA table_info and the like",
+    "user-defined function raised exception": "the clock is not read: a function of dates needs a date of the data",
     "interrupted": "stopped: the query takes too much work",
 }
 
@@ -140,7 +141,7 @@ def _of_given_time(clock: sqlite3.Connection, name: str, position: int) -> Calla
     def function(*arguments: Any) -> Any:
         time = arguments[position] if len(arguments) > position else "now"
         if isinstance(time, str) and time.lower() in ("now", "subsec", "subsecond"):
-            raise ValueError("the clock is not read")
+            raise ValueError  # whose message SQLite does not pass on
         marks = ", ".join("?" * len(arguments))
         return clock.execute(f"SELECT {name}({marks})", arguments).fetchone()[0]
 

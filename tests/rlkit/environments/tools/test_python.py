@@ -50,7 +50,7 @@ def test_cells_begin_anew() -> None:
     assert printed[2] == "out\nerr"
     assert printed[3] == "(nothing was printed)"
     assert 'File "cell 1", line 2, in f' in printed[4] and "    return 1 / 0" in printed[4]
-    assert printed[4].endswith("ZeroDivisionError: division by zero") and "<cells>" not in printed[4]
+    assert printed[4].endswith("ZeroDivisionError: division by zero") and "solution.py" not in printed[4]
     assert printed[5].endswith("SyntaxError: invalid syntax")
     assert printed[6] == "before\nSystemExit: 3"
     assert printed[7] == "error: the interpreter ended with exit code 3"  # what was not flushed is lost
