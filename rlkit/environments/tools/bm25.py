@@ -26,7 +26,10 @@ class BM25:
 
     def __init__(self, texts: Iterable[str], k1: float = 1.2, b: float = 0.75) -> None:
         self._vocabulary: dict[str, int] = {}
-        terms, documents, counts, lengths = [], [], [], []
+        terms: list[int] = []
+        documents: list[int] = []
+        counts: list[int] = []
+        lengths: list[int] = []
         for number, text in enumerate(texts):
             of_document = Counter(words(text))
             terms += [self._vocabulary.setdefault(word, len(self._vocabulary)) for word in of_document]

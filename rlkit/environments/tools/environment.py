@@ -10,12 +10,13 @@ from pydantic import BeforeValidator, Field
 
 from rlkit.environments.base import Environment, EnvironmentConfig, EnvironmentNeeds, Task, settled
 from rlkit.environments.tool import Tool, tools_of
-from rlkit.environments.tools.base import Session, ToolOptions
+from rlkit.environments.tools.base import Session
 from rlkit.environments.tools.calculator import Calculator
 from rlkit.environments.tools.python import Python
 from rlkit.environments.tools.search import Search
 from rlkit.environments.tools.sql import Sql
 from rlkit.experience import ToolCall
+
 
 def _with_kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value

@@ -129,7 +129,7 @@ def read_only(file: Path) -> sqlite3.Connection:
     return connection
 
 
-def _allowed(action: int, first: str | None, second: str | None, database: str | None, by: str | None) -> int:
+def _allowed(action: int, first: str | None, second: str | None, *_: str | None) -> int:
     if action == sqlite3.SQLITE_FUNCTION:
         return sqlite3.SQLITE_DENY if (second or "").lower() in _REFUSED_FUNCTIONS else sqlite3.SQLITE_OK
     if action == sqlite3.SQLITE_PRAGMA:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
 from sandbox_fixture import need_bubblewrap
 
 from rlkit.environments.base import Action, Task
@@ -19,9 +18,7 @@ def run(*cells: str, step_timeout_seconds: float = 60.0, **options: Any) -> list
     """What the policy reads after each cell of one episode."""
     need_bubblewrap()
     tools = [{"kind": "python", **options}]
-    host = InlineHost(
-        Tools, Tools.Config(tools=tools, placement="inline", step_timeout_seconds=step_timeout_seconds)
-    )
+    host = InlineHost(Tools, Tools.Config(tools=tools, placement="inline", step_timeout_seconds=step_timeout_seconds))
 
     async def episode() -> list[str]:
         await host.start()

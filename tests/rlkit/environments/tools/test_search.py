@@ -157,7 +157,10 @@ def retriever(said: Any, status: int = 200) -> Iterator[tuple[str, list[Any]]]:
         server.server_close()
 
 
-SCORED = [{"document": {"id": "7", "contents": '"Graz"\nA city.'}, "score": 0.9}, {"document": {"text": "b"}, "score": 0}]
+SCORED = [
+    {"document": {"id": "7", "contents": '"Graz"\nA city.'}, "score": 0.9},
+    {"document": {"text": "b"}, "score": 0},
+]
 
 
 @pytest.mark.parametrize("result", [[SCORED], SCORED, [[one["document"] for one in SCORED]]])

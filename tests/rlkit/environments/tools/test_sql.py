@@ -45,7 +45,10 @@ def ask(database: Path, query: str, **options: Any) -> str:
         ("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < 3) SELECT sum(i) s FROM n", "s\n6"),
         ("SELECT name FROM sqlite_master", "name\nitems"),
         ("SELECT name FROM pragma_table_info('items') LIMIT 2", "name\nname\nprice"),
-        ("SELECT strftime('%Y', sold) y, count(*) c FROM items WHERE sold IS NOT NULL GROUP BY y", "y | c\n2023 | 1\n2024 | 1"),
+        (
+            "SELECT strftime('%Y', sold) y, count(*) c FROM items WHERE sold IS NOT NULL GROUP BY y",
+            "y | c\n2023 | 1\n2024 | 1",
+        ),
         ("SELECT date('2024-02-29', '+1 day') d, julianday('2000-01-01') j", "d | j\n2024-03-01 | 2451544.5"),
         ("-- nothing", "(nothing was asked)"),
         ("SELECT upper(name) || '!' u FROM items LIMIT 1", "u\nTEA!"),

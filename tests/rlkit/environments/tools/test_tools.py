@@ -25,7 +25,9 @@ from rlkit.rollout.hosts import InlineHost
 TASK = Task("1", columns={"db_id": "shop"})
 
 
-def play(tools: list[Any], *calls: tuple[str, Mapping[str, Any]], task: Task = TASK, cls: type[Tools] = Tools) -> list[str]:
+def play(
+    tools: list[Any], *calls: tuple[str, Mapping[str, Any]], task: Task = TASK, cls: type[Tools] = Tools
+) -> list[str]:
     """What the policy reads, in one episode with a call a turn."""
     host = InlineHost(cls, cls.Config(tools=tools, placement="inline"))
 
@@ -94,7 +96,9 @@ def test_configuration(tmp_path: Path) -> None:
     common = ["environment=tools", "reward=rule", "model=agent", f"run_dir={tmp_path / 'run'}"]
     run = load_config([*common, chosen])
     assert run.environment_class is Tools and run.environment_config is not None
-    assert run.environment_config == Tools.Config(**{k: v for k, v in run.config.environment.items() if k != "_target_"})
+    assert run.environment_config == Tools.Config(
+        **{k: v for k, v in run.config.environment.items() if k != "_target_"}
+    )
     assert run.environment_config.tools[1].documents == 2  # type: ignore[attr-defined]
     for wrong, message in {
         "environment=tools": "environment.tools: needs a value",
