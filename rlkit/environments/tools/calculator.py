@@ -24,11 +24,13 @@ _OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+_MATHEMATICS = (
+    "sqrt exp log log2 log10 sin cos tan asin acos atan floor ceil degrees radians gcd lcm comb factorial hypot"
+)
 _FUNCTIONS: dict[str, Callable[..., Number]] = {
-    name: getattr(math, name)
-    for name in ("sqrt", "exp", "log", "log2", "log10", "sin", "cos", "tan", "asin", "acos", "atan", "floor", "ceil")
-    + ("degrees", "radians", "gcd", "lcm", "comb", "factorial", "hypot")
-} | {"abs": abs, "min": min, "max": max, "round": round}
+    **{name: getattr(math, name) for name in _MATHEMATICS.split()},
+    **{"abs": abs, "min": min, "max": max, "round": round},
+}
 _CONSTANTS = {"pi": math.pi, "e": math.e}
 _LARGEST_ARGUMENT = {"factorial": 1000, "comb": 1000, "lcm": 10**100}
 

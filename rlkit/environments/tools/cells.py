@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import linecache
 import os
 import sys
@@ -50,7 +51,5 @@ def _run_cell(cell: str, name: str, names: dict[str, object]) -> None:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # closed by a cell
             stream.flush()
-        except (OSError, ValueError):
-            pass  # closed by a cell

@@ -35,7 +35,7 @@ class ToolsConfig(EnvironmentConfig):
 class Tools(Environment):
     """Any answer without a call ends the episode, and the run's reward judges it.
 
-    A subclass adds `@tool` methods of its own, and, after `super().reset(task, seed)`, whatever else an environment does.
+    A subclass adds `@tool` methods of its own, and, after `super().reset(task, seed)`, what else an environment does.
     """
 
     Config = ToolsConfig

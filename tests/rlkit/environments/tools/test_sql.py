@@ -90,8 +90,17 @@ def test_a_copy_cannot_be_made(database: Path) -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    ["load_extension('x')", "random()", "randomblob(8)", "CURRENT_TIMESTAMP", "current_date"]
-    + ["date('now')", "datetime()", "strftime('%s')", "time('NOW')"],
+    [
+        "load_extension('x')",
+        "random()",
+        "randomblob(8)",
+        "CURRENT_TIMESTAMP",
+        "current_date",
+        "date('now')",
+        "datetime()",
+        "strftime('%s')",
+        "time('NOW')",
+    ],
 )
 def test_what_differs_from_call_to_call_is_refused(database: Path, asked: str) -> None:
     name = asked.partition("(")[0]
