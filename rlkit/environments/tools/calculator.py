@@ -29,7 +29,10 @@ _MATHEMATICS = (
 )
 _FUNCTIONS: dict[str, Callable[..., Number]] = {
     **{name: getattr(math, name) for name in _MATHEMATICS.split()},
-    **{"abs": abs, "min": min, "max": max, "round": round},
+    "abs": abs,
+    "min": min,
+    "max": max,
+    "round": round,
 }
 _CONSTANTS = {"pi": math.pi, "e": math.e}
 _LARGEST_ARGUMENT = {"factorial": 1000, "comb": 1000, "lcm": 10**100}

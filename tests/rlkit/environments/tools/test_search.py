@@ -171,7 +171,7 @@ def test_a_retriever_is_asked(result: Any) -> None:
 
 
 def test_what_is_wrong_with_a_retriever_is_not_the_policys_doing() -> None:
-    with retriever({}, 404) as (url, _), pytest.raises(EpisodeFailedError, match="failure: search: .*HTTP 404"):
+    with retriever({}, 404) as (url, _), pytest.raises(EpisodeFailedError, match=r"failure: search: .*HTTP 404"):
         ask("a", url=url)
     with retriever({"answer": 1}) as (url, asked), pytest.raises(EpisodeFailedError, match="like a retriever"):
         ask("a", url=url, step_timeout_seconds=1.0)
