@@ -85,6 +85,8 @@ class AlgorithmNeeds:
     """Samples that must share a micro-batch."""
     process_rewards: bool = False
     """Scores with token or span rewards."""
+    turns: bool = False
+    """Samples that an environment played, turn by turn."""
     reads_process_rewards: bool = False
     """Uses them where there are any; a reward that gives them is refused with an algorithm that does neither."""
     outcome_rewards: bool = True

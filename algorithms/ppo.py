@@ -1,16 +1,16 @@
 """PPO with a critic (arXiv 1707.06347; for language models arXiv 2203.02155).
 
 Token rewards: the outcome on the last trained token, process rewards, and with `kl_in=reward` minus each token's KL.
-Advantages: GAE, whitened over the batch.
+Advantages: GAE over tokens, or over turns and then over the tokens of each (`credit=turns`), whitened over the batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from algorithms.base import Advantages, AlgorithmNeeds, Experience, LossOutput, ValueLossInputs
 from algorithms.functional import kl
@@ -18,10 +18,11 @@ from algorithms.functional.advantages import Outcomes, Ragged, token_advantages
 from algorithms.functional.kl import Estimator
 from algorithms.functional.losses import clipped_value_loss
 from algorithms.functional.prime import token_rewards
-from algorithms.functional.returns import explained_variance, float64, gae, whiten
+from algorithms.functional.returns import explained_variance, float64, gae, turn_gae, whiten
 from algorithms.functional.step_credit import Steps
 from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 from rlkit.experience.section import Coefficient
+from rlkit.experience.steps import turn_ends
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,11 @@ class PPO(SurrogateAlgorithm):
         samples_per_prompt: int = Field(default=1, ge=1)
         """Responses sampled for each prompt; one is enough with a critic."""
         gamma: float = Field(default=1.0, gt=0, le=1)
-        """Discount per token."""
+        """Discount per token; with credit=turns within a turn."""
+        credit: Literal["token", "turns"] = "token"
+        """token: GAE over all tokens; turns: over the turns of an episode, then over the tokens of each."""
+        turn_gamma: float = Field(default=0.95, gt=0, le=1)
+        """credit=turns: discount per turn."""
         gae_lambda: float = Field(default=1.0, ge=0, le=1)
         """Of generalised advantage estimation: 1 uses whole returns, 0 one step."""
         whiten_advantages: bool = True
@@ -45,9 +50,23 @@ class PPO(SurrogateAlgorithm):
         """Where the penalty is; in the reward (arXiv 2203.02155 eq. 2) the critic sees it."""
         kl_estimator: Estimator = "k1"
 
+        @model_validator(mode="after")
+        def _turns_act(self) -> Self:
+            if self.credit == "token" and not self._is_default("turn_gamma"):
+                raise ValueError("turn_gamma has no effect with credit=token")
+            if self.credit == "turns" and self.gamma == self.gae_lambda == self.turn_gamma == 1:
+                raise ValueError("credit=turns has no effect with gamma, gae_lambda and turn_gamma of 1; lower one")
+            return self
+
     def needs(self) -> AlgorithmNeeds:
         reads = self.config.process_coefficient > 0
-        return replace(super().needs(), critic=True, reads_process_rewards=reads, outcome_rewards=not reads)
+        return replace(
+            super().needs(),
+            critic=True,
+            turns=self.config.credit == "turns",
+            reads_process_rewards=reads,
+            outcome_rewards=not reads,
+        )
 
     def normalises(self) -> bool:
         return bool(self.config.whiten_advantages)
@@ -58,7 +77,12 @@ class PPO(SurrogateAlgorithm):
         outcomes = Outcomes.of(experience, needed=self.needs().outcome_rewards)
         rewards, metrics = self._token_rewards(experience, outcomes)
         values = float64(experience.values)
-        credit = gae(rewards, values, outcomes.masks, gamma=self.config.gamma, lam=self.config.gae_lambda)
+        discounts = {"gamma": self.config.gamma, "lam": self.config.gae_lambda}
+        if self.config.credit == "turns":
+            ends = [turn_ends(sample) for group in experience.groups for sample in group.samples]
+            credit = turn_gae(rewards, values, outcomes.masks, ends, turn_gamma=self.config.turn_gamma, **discounts)
+        else:
+            credit = gae(rewards, values, outcomes.masks, **discounts)
         tokens = credit.advantages
         if self.config.whiten_advantages:
             tokens = whiten(tokens, outcomes.masks, outcomes.valid).tokens

@@ -1,15 +1,19 @@
-"""Credit for steps: what each step of a response earns, in four published forms (`credit`).
+"""Credit for steps and turns: what each step of a response earns, in five published forms (`credit`).
 
 p_k is the process reward of step k, a_i the outcome reward of sample i, c_p and c_o their coefficients. Advantage of
 step k's tokens (`algorithms/functional/step_credit.py`):
 
 - min_form (PURE, arXiv 2504.15275): c_p (sum over l >= k of p_l softmax(-p / T)_l, minus a leave-one-out baseline per
   token) + c_o (a_i - mean of the others' a). For T -> 0 a response is worth its worst step.
-- loo: c_p (P_k - mean of the others' P_k) + c_o (a_i - mean of the others' a), P_k the sum of p from step k on.
+- loo: c_p (P_k - mean of the others' P_k) + c_o (a_i - mean of the others' a), P_k the sum over l >= k of
+  gamma^(l-k) p_l, 0 after the last step. The baseline knows nothing of what sample i did, so it moves no probability.
+- anchor_states (GiGPO, arXiv 2505.10978): c_p (P_k - mean P of the group's steps in the same state) + c_o (a_i - mean
+  of the group's a); both over their standard deviations if normalize_by_std.
 - episode_plus_step (OPRL): c_p z(p_k) + c_o z(a_i); z over all steps, or all outcomes, of the group.
 - turn_discounted (IGPO): r_k = c_p p_k, plus c_o a_i on the last step. norm=pooled_z: the sum over l >= k of
-  gamma^(l-k) z(r_l); position_mean: the sum over l >= k of r_l minus the group's mean at the same token. With pooled_z
-  and c_o = 0 it is the process supervision of GRPO's paper (arXiv 2402.03300 section 4.1.3).
+  gamma^(l-k) z(r_l), normalised first and then summed, so that each further step earns another -mean / std of the
+  group; position_mean: the sum over l >= k of r_l minus the group's mean at the same token. With pooled_z and c_o = 0
+  it is the process supervision of GRPO's paper (arXiv 2402.03300 section 4.1.3).
 
 Minus the KL from there on, if it is in the reward; 0 outside of steps. Loss: PPO's clipped surrogate.
 """
@@ -27,6 +31,7 @@ from algorithms.functional.advantages import (
     Bool,
     Float64,
     Outcomes,
+    Ragged,
     group_relative,
     leave_one_out,
     members_of_groups,
@@ -41,13 +46,19 @@ from algorithms.functional.step_credit import (
     leave_one_out_to_go,
     min_form,
     minus_position_mean,
+    minus_state_mean,
     pooled_z,
     to_go,
 )
 from algorithms.surrogate import KLPlace, SurrogateAlgorithm, SurrogateConfig
 from rlkit.experience.section import Coefficient
 
-ACTS_WITH = {"temperature": "min_form", "norm": "turn_discounted", "gamma": "turn_discounted"}
+ACTS_WITH = {
+    "temperature": ("min_form",),
+    "norm": ("turn_discounted",),
+    "gamma": ("loo", "turn_discounted", "anchor_states"),
+    "normalize_by_std": ("anchor_states",),
+}
 
 
 class StepCredit(SurrogateAlgorithm):
@@ -55,7 +66,7 @@ class StepCredit(SurrogateAlgorithm):
         """Defaults are PURE's."""
 
         samples_per_prompt: int = Field(default=4, ge=1)
-        credit: Literal["min_form", "loo", "episode_plus_step", "turn_discounted"] = "min_form"
+        credit: Literal["min_form", "loo", "episode_plus_step", "turn_discounted", "anchor_states"] = "min_form"
         """How a step is paid."""
         process_coefficient: Coefficient = 1.0
         """Weight of process rewards; 0: outcome only."""
@@ -66,7 +77,9 @@ class StepCredit(SurrogateAlgorithm):
         norm: Literal["pooled_z", "position_mean"] = "pooled_z"
         """turn_discounted: z-scores over all steps of the group, or minus the group's mean at the same token."""
         gamma: float = Field(default=1.0, gt=0, le=1)
-        """turn_discounted with pooled_z: discount per step."""
+        """loo, anchor_states, and turn_discounted with pooled_z: discount per step."""
+        normalize_by_std: bool = False
+        """anchor_states: divides by the standard deviation of what is compared, returns and outcomes."""
         kl_coefficient: Coefficient = 0.001
         kl_in: KLPlace = "reward"
         kl_estimator: Estimator = "k1"
@@ -74,8 +87,8 @@ class StepCredit(SurrogateAlgorithm):
 
         @model_validator(mode="after")
         def _credit_options_act(self) -> Self:
-            for name, credit in ACTS_WITH.items():
-                if self.credit != credit and not self._is_default(name):
+            for name, forms in ACTS_WITH.items():
+                if self.credit not in forms and not self._is_default(name):
                     raise ValueError(f"{name} has no effect with credit={self.credit}")
             if self.norm == "position_mean" and self.gamma != 1.0:
                 raise ValueError("gamma has no effect with norm=position_mean")
@@ -87,9 +100,21 @@ class StepCredit(SurrogateAlgorithm):
 
     def needs(self) -> AlgorithmNeeds:
         outcomes = self.config.outcome_coefficient > 0
-        return replace(super().needs(), min_samples_per_prompt=2, process_rewards=True, outcome_rewards=outcomes)
+        return replace(
+            super().needs(),
+            min_samples_per_prompt=2,
+            process_rewards=True,
+            outcome_rewards=outcomes,
+            turns=self._in_states,
+        )
+
+    @property
+    def _in_states(self) -> bool:
+        return bool(self.config.credit == "anchor_states")
 
     def normalises(self) -> bool:
+        if self._in_states:
+            return bool(self.config.normalize_by_std)
         scores = ("episode_plus_step", "turn_discounted")
         return self.config.credit in scores and bool(self.config.norm == "pooled_z")
 
@@ -97,7 +122,12 @@ class StepCredit(SurrogateAlgorithm):
         outcomes, steps = Outcomes.of(experience, self.config.outcome_coefficient > 0), Steps.of(experience)
         rewards, metrics = self.outcome_rewards(outcomes)
         inside = steps.inside()
-        tokens = self._tokens(steps, rewards, outcomes, inside)
+        if self._in_states:
+            tokens, metrics["steps/shared_state_share"] = self._over_states(
+                experience, steps, rewards, outcomes, inside
+            )
+        else:
+            tokens = self._tokens(steps, rewards, outcomes, inside)
         divergence, measured = self.token_kl(experience, outcomes)
         if divergence is not None:
             penalty = reward_to_go(divergence, outcomes.masks)
@@ -135,6 +165,24 @@ class StepCredit(SurrogateAlgorithm):
             if config.credit == "min_form":
                 process = min_form(steps.rewards, steps.lengths(), *compared, temperature=config.temperature)
             else:
-                process = leave_one_out_to_go(steps.rewards, *compared)
-        halves = zip(steps.over_tokens(process), spread(weight * outcome, inside), strict=True)
-        return [config.process_coefficient * row + half for row, half in halves]
+                process = leave_one_out_to_go(steps.rewards, *compared, gamma=config.gamma)
+        return self._sum(steps, process, outcome, inside)
+
+    def _over_states(
+        self, experience: Experience, steps: Steps, rewards: Float64, outcomes: Outcomes, inside: list[Bool]
+    ) -> tuple[list[Float64], float]:
+        config, compared = self.config, (outcomes.valid, outcomes.group)
+        states = Steps.states(experience, steps.spans)
+        if outcomes.valid.any() and all(state is None for row in states for state in row):
+            raise ValueError(
+                "credit=anchor_states compares turns taken in the same state, and no turn of this step says its state; "
+                "the environment names it in Step(state=...), or use algorithm=turn_grpo, which needs none"
+            )
+        returns = [to_go(row, config.gamma) for row in steps.rewards]
+        process, share = minus_state_mean(returns, states, *compared, normalize_by_std=config.normalize_by_std)
+        outcome, _ = group_relative(rewards, *compared, normalize_by_std=config.normalize_by_std)
+        return self._sum(steps, process, outcome, inside), share
+
+    def _sum(self, steps: Steps, process: Ragged, outcome: Float64, inside: list[Bool]) -> list[Float64]:
+        halves = zip(steps.over_tokens(process), spread(self.config.outcome_coefficient * outcome, inside), strict=True)
+        return [self.config.process_coefficient * row + half for row, half in halves]

@@ -24,6 +24,9 @@ class EnvironmentReward(Reward):
         value, for algorithms that learn from turns alone, or add up value and process rewards, as PPO does."""
         discount: float = Field(default=0.95, ge=0, le=1)
         """value=discounted: factor per turn."""
+        malformed_cost: float = Field(default=0.0, ge=0)
+        """Taken off a turn's reward for each of its calls that cannot be read (0.1 in GiGPO's scripts). A bonus for
+        good calls would pay for more turns."""
 
         @model_validator(mode="after")
         def _discount_acts(self) -> EnvironmentReward.Config:
@@ -51,15 +54,18 @@ class EnvironmentReward(Reward):
         if episode is None:
             return Score.invalid("no_episode: no environment played this response")
         turns = [span for span in sample.spans if span.kind == "turn" and span.role == "assistant"]
-        rewards = [float(turn.data.get("reward", 0.0)) for turn in turns]
+        faults = [int(turn.data.get("malformed", 0)) for turn in turns]
+        rewards = [
+            float(turn.data.get("reward", 0.0)) - self.config.malformed_cost * count
+            for turn, count in zip(turns, faults, strict=True)
+        ]
         success = {} if episode.success is None else {"success": float(episode.success)}
-        malformed = sum(int(turn.data.get("malformed", 0)) for turn in turns)
         return Score(
             self._value(rewards),
             span_rewards=tuple(
                 SpanReward(turn.start, turn.end, reward) for turn, reward in zip(turns, rewards, strict=True)
             ),
-            components={**success, "turns": float(len(turns)), "malformed": float(malformed)},
+            components={**success, "turns": float(len(turns)), "malformed": float(sum(faults))},
             trace=f"ended: {episode.ended}; rewards of turns: {', '.join(f'{reward:g}' for reward in rewards)}",
         )
 

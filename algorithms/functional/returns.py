@@ -66,6 +66,37 @@ def gae(rewards: Ragged, values: Ragged, masks: Masks, *, gamma: float, lam: flo
     return Credit(_on_tokens(advantages, where, masks), _on_tokens(targets, where, masks))
 
 
+def turn_gae(
+    rewards: Ragged, values: Ragged, masks: Masks, ends: Masks, *, gamma: float, lam: float, turn_gamma: float
+) -> Credit:
+    """GAE over turns, then over the tokens of each turn (bi-level GAE of RAGEN and VAGEN, arXiv 2510.16907).
+
+    e_k is turn k's last marked token, r_k its reward, R_k the sum of the rewards of the turn's tokens before it. Turns:
+    delta_k = r_k + turn_gamma (R_{k+1} + V(e_{k+1})) - V(e_k), A_k = delta_k + turn_gamma lam A_{k+1}. Tokens: A_t =
+    delta_t + gamma lam A_{t+1} within a turn, A_k at e_k. With gamma = lam = turn_gamma = 1, or one turn, it is `gae`.
+    ends ragged [T_i] marks e_k; the last marked token is one always. Others as in `gae`. RAGEN's code finds turns by
+    rewards that are not 0 and has no R_k; here a turn that earned 0 is one, and a KL penalty has its place.
+    """
+    acted, where = _actions(rewards, masks)
+    critic = [_at(value, indices) for value, indices in zip(values, where, strict=True)]
+    last = [np.flatnonzero(np.append(end[at][:-1], True)[: len(at)]) for end, at in zip(ends, where, strict=True)]
+    turns = []
+    for reward, v, e in zip(acted, critic, last, strict=True):
+        starts = np.append(0, e[:-1] + 1)[: len(e)]
+        inner = np.add.reduceat(reward, starts) - reward[e] if len(e) else np.zeros(0)
+        turns.append(reward[e] + turn_gamma * np.append((inner + v[e])[1:], 0.0)[: len(e)] - v[e])
+    deltas, cut = [], []
+    for reward, v, e, turn in zip(acted, critic, last, _reverse_scan(turns, turn_gamma * lam), strict=True):
+        delta = reward + gamma * np.append(v[1:], 0.0)[: len(v)] - v
+        delta[e] = turn
+        deltas += np.split(delta, e[:-1] + 1)
+        cut.append(max(len(e), 1))
+    scanned = iter(_reverse_scan(deltas, gamma * lam))
+    advantages = [np.concatenate([next(scanned) for _ in range(n)]) for n in cut]
+    targets = [a + v for a, v in zip(advantages, critic, strict=True)]
+    return Credit(_on_tokens(advantages, where, masks), _on_tokens(targets, where, masks))
+
+
 def whiten(values: Ragged, masks: Masks, keep: Bool, *, ddof: int = 1, epsilon: float = 1e-8) -> Whitened:
     """(x - mean) / sqrt(variance + epsilon) over all marked tokens of kept samples of the *global* batch.
 

@@ -6,6 +6,7 @@ a group's valid samples; where there are fewer than two of these, and for invali
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,13 @@ class Steps:
     spans: Sequence[Int64]
     """Per sample [S_i, 2]: response tokens [start, end) of each step, in order of their ends."""
     trained: Masks
+
+    @staticmethod
+    def states(experience: Experience, spans: Sequence[Int64]) -> list[list[str | None]]:
+        """Ragged [S_i]: the state that the turn with a step's span was taken in; None: nobody says."""
+        samples = [sample for group in experience.groups for sample in group.samples]
+        known = [{(span.start, span.end): span.data.get("state") for span in sample.spans} for sample in samples]
+        return [[of.get((start, end)) for start, end in row.tolist()] for of, row in zip(known, spans, strict=True)]
 
     @classmethod
     def of(cls, experience: Experience, needed: bool = True) -> Steps:
@@ -150,7 +158,7 @@ def pooled_z(steps: Ragged, valid: Bool, group: Int64, *, ddof: int) -> list[Flo
     return scores
 
 
-def leave_one_out_to_go(steps: Ragged, valid: Bool, group: Int64) -> list[Float64]:
+def leave_one_out_to_go(steps: Ragged, valid: Bool, group: Int64, gamma: float = 1.0) -> list[Float64]:
     """Reward-to-go of step k minus the mean reward-to-go of the others' step k, which is 0 after their last step.
 
     The baseline depends on k and the others alone, so it pays nobody for more or fewer steps. Ragged [S_i].
@@ -159,12 +167,39 @@ def leave_one_out_to_go(steps: Ragged, valid: Bool, group: Int64) -> list[Float6
     for members in members_of_groups(valid, group):
         returns = np.zeros((len(members), max(len(steps[i]) for i in members)))
         for row, i in zip(returns, members, strict=True):
-            row[: len(steps[i])] = to_go(steps[i])
+            row[: len(steps[i])] = to_go(steps[i], gamma)
         relative = (returns - returns.mean(axis=0)) * len(members) / (len(members) - 1)
         relative[:, np.ptp(returns, axis=0) == 0.0] = 0.0
         for row, i in zip(relative, members, strict=True):
             credit[i] = row[: len(steps[i])]
     return credit
+
+
+def minus_state_mean(
+    returns: Ragged, states: Sequence[Sequence[str | None]], valid: Bool, group: Int64, *, normalize_by_std: bool
+) -> tuple[list[Float64], float]:
+    """GiGPO (arXiv 2505.10978 eq. 6, 7): returns minus the mean of the group's steps in the same state.
+
+    returns, states ragged [S_i]. The standard deviation has ddof 1. Second: the share of steps whose state the group
+    was in more than once; the others, and those in a state None, get 0.
+    """
+    relative = [np.zeros(len(row), dtype=np.float64) for row in returns]
+    shared = total = 0
+    for members in members_of_groups(valid, group):
+        places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        for i in members:
+            total += len(states[i])
+            for k, state in enumerate(states[i]):
+                if state is not None:
+                    places[state].append((i, k))
+        for steps in places.values():
+            mine = np.array([returns[i][k] for i, k in steps])
+            shared += len(steps) if len(steps) > 1 else 0
+            if np.ptp(mine) > 0.0:
+                scale = mine.std(ddof=1) + EPSILON if normalize_by_std else 1.0
+                for (i, k), value in zip(steps, (mine - mine.mean()) / scale, strict=True):
+                    relative[i][k] = value
+    return relative, shared / max(total, 1)
 
 
 def minus_position_mean(tokens: Ragged, masks: Masks, valid: Bool, group: Int64) -> list[Float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 
+from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.schema import RolloutConfig
@@ -24,6 +25,12 @@ def verifier_judges_episodes_where_there_are_any(environment: Part | None, verif
 def _judges(key: str, environment: Part | None, judge: Part) -> Issues:
     if environment is None and judge.cls.traits(judge.config).environment:
         yield ConfigIssue(key, f"{judge.cls.__name__} reads what an environment gave, and there is none; add {NAMES}")
+
+
+def turns_come_from_an_environment(algorithm: Algorithm, environment: Part | None) -> Issues:
+    if environment is None and algorithm.needs().turns:
+        name = type(algorithm).__name__
+        yield ConfigIssue("algorithm", f"{name} as configured tells turns apart, and there are none; add {NAMES}")
 
 
 def environment_is_usable(environment: Part | None) -> Issues:
@@ -112,6 +119,7 @@ def options_of_processes_act(environment: Part | None, typed: AbstractSet[str]) 
 ENVIRONMENTS = (
     episodes_are_judged_where_there_are_any,
     verifier_judges_episodes_where_there_are_any,
+    turns_come_from_an_environment,
     environment_is_usable,
     environment_finds_its_columns,
     policy_plays_the_episodes,

@@ -28,13 +28,24 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
             "reward",
             f"{reward.cls.__name__} gives process rewards, which {type(algorithm).__name__} would ignore; take "
             "another reward, or an algorithm that learns from them: ppo, prime, pure, grpo_process, rloo_process, "
-            "episode_plus_step, turn_discounted (rloo_process algorithm.process_coefficient=0 is RLOO on outcomes)",
+            "episode_plus_step, turn_discounted, turn_grpo, gigpo "
+            "(rloo_process algorithm.process_coefficient=0 is RLOO on outcomes)",
         )
     if needs.outcome_rewards and not traits.outcome_rewards:
         yield ConfigIssue(
             "reward",
             f"{reward.cls.__name__} gives process rewards alone, and {type(algorithm).__name__} needs outcomes, too: "
             "'reward=[math,NAME]', or algorithm=grpo_process, which needs none",
+        )
+
+
+def process_rewards_count_once(algorithm: Algorithm, reward: Part) -> Issues:
+    if algorithm.needs().reads_process_rewards and reward.cls.traits(reward.config).process_in_value:
+        yield ConfigIssue(
+            "reward",
+            f"{type(algorithm).__name__} adds values and process rewards, and the value of {reward.cls.__name__} "
+            "contains these already, so they count twice; with reward=environment, reward.value=none counts them once",
+            warning=True,
         )
 
 
@@ -63,6 +74,7 @@ def filters_see_outcomes(buffer: BufferConfig, reward: Part) -> Issues:
 PROCESS_REWARDS = (
     process_rewards_come_from_somewhere,
     rewards_are_read,
+    process_rewards_count_once,
     steps_are_split_for_somebody,
     filters_see_outcomes,
 )

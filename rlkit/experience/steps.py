@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit.experience.types import Sample, Score, Span
+from rlkit.experience.types import BoolArray, Sample, Score, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +82,15 @@ def _pieces(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Ite
     stream = DecodeStream(skip_special_tokens=True)
     for token in token_ids:
         yield stream.step(tokenizer.backend_tokenizer, int(token)) or ""
+
+
+def turn_ends(sample: Sample) -> BoolArray:
+    """[T] the last trained token of each of the assistant's turns."""
+    ends, trained = np.zeros(len(sample), dtype=np.bool_), sample.trained
+    for span in sample.spans:
+        if span.kind == "turn" and span.role == "assistant" and trained[span.start : span.end].any():
+            ends[span.start + np.flatnonzero(trained[span.start : span.end])[-1]] = True
+    return ends
 
 
 def process_rewards(sample: Sample, score: Score) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -139,6 +139,7 @@ def test_discounted_returns() -> None:
     [
         ({"credit": "loo", "temperature": 0.2}, "temperature has no effect with credit=loo"),
         ({"gamma": 0.9}, "gamma has no effect with credit=min_form"),
+        ({"credit": "loo", "normalize_by_std": True}, "normalize_by_std has no effect with credit=loo"),
         ({"credit": "turn_discounted", "norm": "position_mean", "gamma": 0.9}, "no effect with norm=position_mean"),
         ({"process_coefficient": 0.0, "outcome_coefficient": 0.0}, "both 0"),
     ],

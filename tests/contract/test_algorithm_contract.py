@@ -34,7 +34,7 @@ from algorithms.base import (
     ValueLossInputs,
 )
 from rlkit.config.parts import import_part
-from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, SpanReward, UserError
+from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, Span, SpanReward, UserError
 
 BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("algorithms.grpo.GRPO", {}),
@@ -55,9 +55,12 @@ BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("algorithms.reinforce_pp.ReinforcePP", {}),
     ("algorithms.remax.ReMax", {}),
     ("algorithms.ppo.PPO", {}),
+    ("algorithms.ppo.PPO", {"credit": "turns", "gae_lambda": 0.9}),
     ("algorithms.prime.PRIME", {}),
     ("algorithms.step_credit.StepCredit", {}),
     ("algorithms.step_credit.StepCredit", {"credit": "loo"}),
+    ("algorithms.step_credit.StepCredit", {"credit": "loo", "gamma": 0.9}),
+    ("algorithms.step_credit.StepCredit", {"credit": "anchor_states", "gamma": 0.9, "normalize_by_std": True}),
     ("algorithms.step_credit.StepCredit", {"credit": "episode_plus_step"}),
     ("algorithms.step_credit.StepCredit", {"credit": "turn_discounted", "gamma": 0.9}),
     ("algorithms.step_credit.StepCredit", {"credit": "turn_discounted", "norm": "position_mean"}),
@@ -96,7 +99,7 @@ def make(case: tuple[str, dict[str, Any]]) -> Algorithm:
 def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
     """Six samples, the second without a valid score, the fourth without a trained token; what is needed is there.
 
-    Process rewards are of tokens or of spans.
+    Process rewards are of tokens or of spans, which are turns if the algorithm needs turns.
     """
     samples, scores = [], []
     for index in range(6):
@@ -113,6 +116,11 @@ def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
             seed=int(rng.integers(1 << 60)),
             mask=np.zeros(length, dtype=np.bool_) if index == 3 else mask,
         )
+        half = (length + 1) // 2
+        if needs.turns:
+            turns = ((0, half, "near"), (half, length, "far"))
+            spans = tuple(Span(start, end, "turn", data={"state": state}) for start, end, state in turns)
+            sample = replace(sample, spans=spans)
         parts = {"good": float(index % 3 == 0), "short": float(length < 6)}
         value = 0.9 * parts["good"] + 0.1 * float(rng.random())
         process = rng.normal(size=length).astype(np.float32)
@@ -122,7 +130,6 @@ def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
         elif index % 2:
             scores.append(Score(value, token_rewards=process, components=parts))
         else:
-            half = (length + 1) // 2
             scores.append(
                 Score(
                     value,

@@ -64,6 +64,14 @@ def test_the_value_is_of_the_turns(options: dict[str, Any], value: float | None)
     assert EnvironmentReward.traits(config).outcome_rewards == (value is not None)
 
 
+def test_calls_that_cannot_be_read_cost_their_turn() -> None:
+    """Two in each turn."""
+    played = sample(1.0, -0.5, malformed=2)
+    given = score(played, malformed_cost=0.25)
+    assert given.value == -0.5 and given.components["malformed"] == 4.0
+    assert process_rewards(played, given)[0].tolist() == [0.5, -1.0]
+
+
 def test_an_environment_that_does_not_judge_and_a_response_without_one() -> None:
     assert "success" not in score(sample(0.0)).components
     alone = Sample(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "a", "stop", (0, 0), seed=0)

@@ -13,6 +13,7 @@ from run_fixture import OF_SAMPLING, ROOT, Run
 from safetensors.torch import load_file, save_file
 
 RECIPES = sorted(file.stem for file in (ROOT / "conf" / "algorithm").glob("*.yaml"))
+OF_TURNS = ("turn_grpo", "gigpo", "ppo_turns")
 OF_STEPS = ("prime", "pure", "grpo_process", "rloo_process", "episode_plus_step", "turn_discounted")
 """Recipes that need process rewards."""
 PROMPTS = 16
@@ -46,7 +47,8 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
     reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe in OF_STEPS else []
     reward += ["rollout.judge=always"] if recipe == "cream" else []  # which reads no rewards
     reward += [f"algorithm.guide={ROOT / 'rlkit' / 'embedded' / 'policy'}"] if recipe == "tgdpo" else []
-    single = ["algorithm.samples_per_prompt=1"] if recipe in ("ppo", "reinforce_pp", "remax") else []
+    reward += ["environment=maze"] if recipe in OF_TURNS else []
+    single = ["algorithm.samples_per_prompt=1"] if recipe in ("ppo", "ppo_turns", "reinforce_pp", "remax") else []
     reward += [f"algorithm.teacher={another_policy(tmp_path)}"] if recipe == "distill" else []
     few = ["algorithm.k=2"] if recipe == "passk" else []  # of the small runs' 4 samples
     run = Run(
@@ -54,11 +56,11 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
         f"algorithm={recipe}",
         f"trainer.prompts_per_step={PROMPTS}",
         "trainer.total_steps=2",
-        "rollout.max_response_tokens=96",
+        f"rollout.max_response_tokens={384 if recipe in OF_TURNS else 96}",
         *reward,
         *single,
         *few,
-        without={"sft": OF_SAMPLING, "distill": ("reward",)}.get(recipe, ()),
+        without={"sft": OF_SAMPLING, "distill": ("reward",), **dict.fromkeys(OF_TURNS, ("reward",))}.get(recipe, ()),
     )
     start.append(run)
     assert run.end() == 0, run.text

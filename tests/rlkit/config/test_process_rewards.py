@@ -24,6 +24,8 @@ LINES = "rollout.steps=lines"
         (("algorithm=grpo", "reward=implicit_prm"), "ImplicitPRM gives process rewards, which GRPO would ignore"),
         (("algorithm=rloo", *BOTH, LINES), "an algorithm that learns from them: ppo, prime, pure, grpo_process"),
         (("algorithm=ppo", "algorithm.process_coefficient=0", *BOTH, LINES), "which PPO would ignore"),
+        (("algorithm=ppo_turns", "reward=math"), "PPO as configured tells turns apart, and there are none"),
+        (("algorithm=gigpo", *BOTH, LINES), "StepCredit as configured tells turns apart, and there are none"),
         (("algorithm=pure", "reward=math"), "StepCredit needs process rewards, and MathReward gives none"),
         (("algorithm=pure", *STEPWISE, LINES), "gives process rewards alone, and StepCredit needs outcomes, too"),
         (("algorithm=prime", *STEPWISE, LINES), "gives process rewards alone, and PRIME needs outcomes, too"),

@@ -15,11 +15,13 @@ PREFERENCES = [r for r in RECIPES if "Preference" in (ROOT / "conf" / "algorithm
 FRESH = ("cream", "dno", "pacs", "rdp", "copg", "mm_dpo")
 """Preferences that are about the policy's own responses, or scores."""
 STEPS = ("prime", "pure", "grpo_process", "rloo_process", "episode_plus_step", "turn_discounted")
+TURNS = ("turn_grpo", "gigpo", "ppo_turns")
 OTHERS = {
     "distill": ["algorithm.teacher=embedded:policy"],
     "gdpo": ["algorithm.components={correct: 1}"],
     "pacs": ["reward=rule"],
     **{name: ["reward=implicit_prm"] for name in STEPS},
+    **{name: ["environment=maze"] for name in TURNS},
 }
 
 
@@ -43,6 +45,12 @@ def test_a_recipe_is_valid_with_its_data(recipe: str, accepted: Callable[..., st
         options += ["data=jsonl", "data.path=train.jsonl"]
     text = accepted(f"algorithm={recipe}", *options)
     assert ("the data bring the responses" in text) == ("data=pairs" in options or recipe == "sft")
+
+
+def test_ppo_says_where_turns_would_count_twice(accepted: Callable[..., str]) -> None:
+    assert "they count twice" in accepted("algorithm=ppo_turns", "environment=maze")
+    assert "they count twice" not in accepted("algorithm=ppo_turns", "environment=maze", "reward.value=none")
+    assert "they count twice" not in accepted("algorithm=gigpo", "environment=maze")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
