@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import socket
+import sqlite3
 import subprocess
 import sys
 import tomllib
@@ -50,6 +51,8 @@ FILES = {
     },
     "ifeval.jsonl": {"prompt": "Hi", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
     "schema.json": {"type": "object"},
+    "corpus.jsonl": {"text": "Graz is a city."},
+    "spider.jsonl": {"question": "What is 1 + 2?", "answer": "3", "db_id": "shop"},
 }
 """Files that commands of the docs name: a row of each, or some."""
 
@@ -74,6 +77,8 @@ def folder(tmp_path: Path) -> Path:
         several = row if isinstance(row, list) else [row]
         rows = several if name.endswith(".json") else [numbered(several[i % len(several)], i) for i in range(40)]
         (folder / name).write_text("".join(json.dumps(one) + "\n" for one in rows))
+    with contextlib.closing(sqlite3.connect(folder / "shop.db")) as connection:
+        connection.execute("CREATE TABLE items(name, price)")
     (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **columns):\n    return [0.0]\n")
     for page in PAGES:
         for name, code in re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
@@ -91,7 +96,7 @@ def validated() -> list[tuple[str, str]]:
 def test_commands_validate(page: str, command: str, folder: Path) -> None:
     if "../shared" in command and not (ROOT / "../shared/data").is_dir():
         pytest.skip("needs ../shared/data beside the project")
-    if "isolation=bubblewrap" in command:
+    if "isolation=bubblewrap" in command or "kind:python" in command:
         need_bubblewrap()
     module, *arguments = shlex.split(command)[2:]
     if "--help" not in arguments:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits
 from rewards.code.judge import BadTests, Judge, Tests, last_python_block, read_tests
-from rewards.services.sandbox import Isolation, Limits, Unavailable, open_sandbox
+from rewards.services.sandbox import Isolation, SandboxOptions, Unavailable
 from rlkit.experience import Group, GroupScores, Prompt, Score
 
 
@@ -23,10 +23,7 @@ class CodeReward(Reward):
     a time-out) and `timeout`.
     """
 
-    class Config(RewardConfig):
-        isolation: Literal["bubblewrap", "http"]
-        """Where model-written code runs. bubblewrap: sandboxes on this machine; http: a SandboxFusion service. There is
-        no unisolated mode."""
+    class Config(RewardConfig, SandboxOptions):
         tests_column: str = "tests"
         """Data column with the tests: a list of assert statements, a Python text that defines `check`, or
         `{"inputs": [...], "outputs": [...], "fn_name": ...}` (also as JSON)."""
@@ -42,41 +39,6 @@ class CodeReward(Reward):
         """Score the share of tests passed instead of 1 or 0."""
         float_tolerance: float = Field(default=1e-6, ge=0)
         """Tolerance, relative or absolute, for expected decimal fractions."""
-        processes: int = Field(default=2, ge=1)
-        """Concurrent programs of one worker (for http, requests)."""
-        wall_seconds: float = Field(default=10.0, gt=0)
-        """Deadline of one program: of all its assert statements or calls, or of each standard input."""
-        cpu_seconds: int = Field(default=5, ge=1)
-        """CPU time of each process of the program (bubblewrap)."""
-        memory_mib: int = Field(default=1024, ge=64)
-        """Address space of each process of the program."""
-        max_processes: int = Field(default=8, ge=1)
-        """Concurrent processes and threads of a program (bubblewrap)."""
-        file_mib: int = Field(default=16, ge=1)
-        """Size of all files that a program may write (bubblewrap)."""
-        output_kib: int = Field(default=1024, ge=1)
-        """A program that prints more is ended (bubblewrap)."""
-        python: str | None = None
-        """Python interpreter of the programs (bubblewrap), for example one with numpy; null: the base of rlkit's
-        environment, without packages."""
-        url: str | None = None
-        """Address of the service (http), such as `http://127.0.0.1:8080`."""
-        token_variable: str | None = None
-        """Environment variable with the service's bearer token (http)."""
-        max_tries: int = Field(default=4, ge=1)
-        """Tries of a request that fails on the service's side (http)."""
-
-        @model_validator(mode="after")
-        def _options_belong_to_the_isolation(self) -> CodeReward.Config:
-            foreign = _BUBBLEWRAP_ONLY if self.isolation == "http" else _HTTP_ONLY
-            # By value: a configuration that was written out names every field.
-            fields = type(self).model_fields
-            idle = sorted(name for name in foreign if getattr(self, name) != fields[name].default)
-            if idle:
-                raise ValueError(f"{', '.join(idle)} has no effect with isolation={self.isolation}")
-            if self.isolation == "http" and self.url is None:
-                raise ValueError("isolation=http needs url, the address of a SandboxFusion service")
-            return self
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
@@ -86,7 +48,7 @@ class CodeReward(Reward):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """bubblewrap: run a program, and one that tries to escape; http: validate the options."""
-        sandbox = _sandbox(config)
+        sandbox = config.sandbox()
         try:
             sandbox.check()
         except Unavailable as error:
@@ -151,15 +113,11 @@ class CodeReward(Reward):
 
     def _open(self) -> tuple[Judge, ThreadPoolExecutor]:
         if self._sandbox is None:
-            self._sandbox = _sandbox(self.config)
+            self._sandbox = self.config.sandbox()
             self._sandbox.start()
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.config.processes, thread_name_prefix="code")
         return Judge(self._sandbox, self.config.soft, self.config.float_tolerance), self._threads
-
-
-_BUBBLEWRAP_ONLY = {"cpu_seconds", "max_processes", "file_mib", "output_kib", "python"}
-_HTTP_ONLY = {"url", "token_variable", "max_tries"}
 
 
 def _text(output: str) -> str:
@@ -168,23 +126,3 @@ def _text(output: str) -> str:
 
 def _texts(group: Group) -> dict[str, None]:
     return dict.fromkeys(sample.text for sample in group.samples)
-
-
-def _sandbox(config: Any) -> Isolation:
-    limits = Limits(
-        wall_seconds=config.wall_seconds,
-        cpu_seconds=config.cpu_seconds,
-        memory_mib=config.memory_mib,
-        processes=config.max_processes,
-        file_mib=config.file_mib,
-        output_kib=config.output_kib,
-    )
-    return open_sandbox(
-        config.isolation,
-        limits,
-        side_by_side=config.processes,
-        python=config.python,
-        url=config.url,
-        token_variable=config.token_variable,
-        max_tries=config.max_tries,
-    )

@@ -179,11 +179,11 @@ def _folders_of_python(python: str) -> list[str]:
         done = subprocess.run([python, "-I", "-c", script], capture_output=True, text=True, timeout=60, check=True)
         *folders, new_enough = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise Unavailable(f"reward.python={python} does not run: {error}") from error
+        raise Unavailable(f"python={python} does not run: {error}") from error
     if not new_enough:
-        raise Unavailable(f"reward.python={python} is older than Python 3.10")
+        raise Unavailable(f"python={python} is older than Python 3.10")
     if not Path(python).is_absolute():
-        raise Unavailable(f"reward.python={python} must be an absolute path")
+        raise Unavailable(f"python={python} must be an absolute path")
     return list(dict.fromkeys(folders))
 
 
@@ -199,7 +199,7 @@ def _write_programs(folder: Path, python: str) -> None:
     compiled = [python, "-I", "-S", "-m", "compileall", "-q", str(folder)]
     done = subprocess.run(compiled, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode != 0:
-        raise Unavailable(f"reward.python={python} cannot compile the inner programs: {done.stdout}{done.stderr}")
+        raise Unavailable(f"python={python} cannot compile the inner programs: {done.stdout}{done.stderr}")
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
@@ -261,7 +261,7 @@ _OUT_OF_CPU_TIME = 128 + signal.SIGXCPU
 _REMEDY = (
     "Sandboxes need user namespaces: sysctl -w user.max_user_namespaces=10000 (Debian: kernel.unprivileged_userns_clone"
     "=1; Ubuntu: kernel.apparmor_restrict_unprivileged_userns=0; Docker: --security-opt seccomp=unconfined "
-    "--security-opt systempaths=unconfined). Or run a SandboxFusion service and set reward.isolation=http."
+    "--security-opt systempaths=unconfined). Or run a SandboxFusion service and set isolation=http."
 )
 
 

@@ -45,9 +45,9 @@ class SandboxFusion(Isolation):
     def check(self) -> None:
         """Check the options only: the service may not be up yet."""
         if not self._url.startswith(("http://", "https://")):
-            raise Unavailable(f"reward.url must start with http:// or https://, not {self._url!r}")
+            raise Unavailable(f"url must start with http:// or https://, not {self._url!r}")
         if self._token_variable is not None and not os.environ.get(self._token_variable):
-            raise Unavailable(f"the environment variable {self._token_variable} (reward.token_variable) is not set")
+            raise Unavailable(f"the environment variable {self._token_variable} (token_variable) is not set")
 
     def start(self) -> None:
         """Run a program and a test there; raise Unavailable."""

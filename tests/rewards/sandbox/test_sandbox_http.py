@@ -167,7 +167,7 @@ def test_a_token_is_taken_from_the_environment(service: Service, monkeypatch: py
     options = {"url": service.url, "token_variable": "SANDBOX_TOKEN"}
     monkeypatch.delenv("SANDBOX_TOKEN", raising=False)
     (message,) = CodeReward.check(CodeReward.Config(isolation="http", **options))
-    assert "SANDBOX_TOKEN (reward.token_variable) is not set" in message
+    assert "SANDBOX_TOKEN (token_variable) is not set" in message
     monkeypatch.setenv("SANDBOX_TOKEN", "abc")
     assert CodeReward.check(CodeReward.Config(isolation="http", **options)) == []
     with_token = reward(**options)

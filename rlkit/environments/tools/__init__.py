@@ -1,0 +1,1 @@
+"""Tools in the package, and the environment that offers them: `environment=tools`."""
