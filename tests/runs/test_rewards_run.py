@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusion_service import Service
 from judge_fixture import JudgeServer
 from polar_server import FORMATS, fake_server, vllm_server
 from run_fixture import Run
 from serve_fixture import Server
-from fusion_service import Service
 
 from rewards.polar.backends import plain_scores
 from rlkit.models.folder import model_folder
