@@ -113,7 +113,6 @@ class Server:
         self._new_renderer, self._stops = renderer_of, set(stop_token_ids)
         self._renderers: dict[str, Renderer] = {}
         self._sessions: dict[str, Session] = {}
-        self._ended: set[str] = set()
         self._ignored: set[str] = set()
         """Fields that the log has named."""
         self._serving: asyncio.Task[None] | None = None
@@ -163,14 +162,11 @@ class Server:
         finally:
             session.seal()
             del self._sessions[token]
-            self._ended.add(token)
 
     def _session(self, request: Request) -> Session:
         token = request.path_params["token"]
-        if token in self._ended:
-            raise RefusedError("the episode has ended", "episode_ended", 410)
         if token not in self._sessions:
-            raise RefusedError("there is no such session", "unknown_session", 404)
+            raise RefusedError("the episode of this address has ended", "episode_ended", 410)
         return self._sessions[token]
 
     async def _models(self, request: Request) -> Response:

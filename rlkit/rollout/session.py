@@ -2,9 +2,9 @@
 
 A session is the policy's side of one episode. Each call appends to the ledger and samples one turn:
 
-- Messages are compared with those of the conversation so far; what is new goes behind the sampled tokens by a bridge, so
-  that no sampled text is ever rendered again. The first call is rendered whole. A call with token ids must continue the
-  ids so far.
+- Messages are compared with those of the conversation so far; what is new goes behind the sampled tokens by a bridge,
+  so that no sampled text is ever rendered again. The first call is rendered whole. A call with token ids must continue
+  the ids so far.
 - One conversation per episode. A call that continues anything but its end (an edited history, a second agent, another
   try of the same turn) is refused: everything that was sampled for an agent is trained on, or was not sampled.
 - An identical call while the first is still being answered waits for the same answer, and one that says that it is a
