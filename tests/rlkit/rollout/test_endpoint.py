@@ -18,7 +18,7 @@ from own_agents import Calculating
 from rlkit.config.loading import load_config
 from rlkit.data.rendering import ChatTemplate, load_tokenizer
 from rlkit.environments.agent import Agent, Endpoint
-from rlkit.environments.base import Environment, EnvironmentConfig, Step, Task
+from rlkit.environments.base import Environment, EnvironmentConfig, EnvironmentFailure, Step, Task
 from rlkit.environments.games.calculator import Calculator
 from rlkit.environments.tool import Tool
 from rlkit.experience import Message, Prompt, Sample, ToolCall
@@ -327,6 +327,26 @@ def test_a_call_that_cannot_be_read_is_a_text_and_counted() -> None:
 
     sample = Table("<tool_call>{oops</tool_call>", "4").play(run)
     assert [s.data["malformed"] for s in sample.spans if s.role == "assistant"] == [1, 0]
+
+
+def test_an_agent_that_breaks_begins_again_with_the_same_seeds() -> None:
+    tries: list[str] = []
+
+    async def run(model: Endpoint) -> Step:
+        tries.append(model.base_url)
+        await post(model, ASKS)
+        await post(model, {"messages": [*ASKS["messages"], *GOES_ON]})
+        if len(tries) == 1:
+            raise EnvironmentFailure("the shop is away")
+        assert (await post(Endpoint(tries[0], "", ""), ASKS)).status_code == 410
+        return Step(reward=1.0)
+
+    table = Table("4", "5", "4", "5")
+    sample = table.play(run)
+    assert sample.episode is not None and sample.episode.ended == "done" and len(sample.spans) == 3
+    first, again = table.asked[:2], table.asked[2:]
+    assert [(r.prompt, r.seed) for r in first] == [(r.prompt, r.seed) for r in again]
+    assert len({r.id for r in table.asked}) == 4
 
 
 def test_an_agent_that_asks_nothing_has_failed() -> None:
