@@ -98,11 +98,13 @@ class Evaluator:
 def verdicts(groups: Sequence[Group]) -> tuple[Area, list[FloatArray]]:
     """What the verifier says: per group [samples], NaN where a sample was not judged.
 
-    `accuracy` (1 right, 0 wrong) if all judged samples have a component `correct` or `success`, else `reward`: the
-    values. Raises RewardFailed for a sample with neither.
+    `accuracy` (1 right, 0 wrong) if all judged samples have a component `correct` or `success`, or some a `success`:
+    an episode whose environment does not say so had none. Else `reward`: the values. Raises RewardFailed for a sample
+    with neither.
     """
     scores = [[score for _, score in group.scored()] for group in groups]
-    graded = all(rightness(score) is not None for own in scores for score in own if score.valid)
+    judged = [score for own in scores for score in own if score.valid]
+    graded = all(rightness(score) is not None for score in judged) or any("success" in s.components for s in judged)
     area: Area = "accuracy" if graded else "reward"
     return area, [np.array([_verdict(score, area) for score in own]) for own in scores]
 
@@ -110,7 +112,7 @@ def verdicts(groups: Sequence[Group]) -> tuple[Area, list[FloatArray]]:
 def _verdict(score: Score, area: Area) -> float:
     if not score.valid:
         return math.nan
-    verdict = rightness(score) if area == "accuracy" else score.value
+    verdict = (rightness(score) or 0.0) if area == "accuracy" else score.value
     if verdict is None:
         raise RewardFailed("the verifier gives no value for a whole response: verifier=NAME must be a reward that does")
     return verdict

@@ -97,9 +97,8 @@ def environment_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     metrics["environment/observation_tokens"] = fmean(len(sample) - sample.length for sample, _ in whole)
     metrics["environment/malformed_share"] = fmean(bool(turn.data.get("malformed")) for own in turns for turn in own)
     metrics["environment/budget_share"] = fmean(episode.ended in ("turns", "tokens") for _, episode in whole)
-    successes = [episode.success for _, episode in whole if episode.success is not None]
-    if successes:
-        metrics["environment/success"] = fmean(successes)
+    if any(episode.success is not None for _, episode in whole):
+        metrics["environment/success"] = fmean(bool(episode.success) for _, episode in whole)
     of_its_own: defaultdict[str, list[float]] = defaultdict(list)
     for _, episode in whole:
         for name, value in episode.metrics.items():

@@ -144,4 +144,4 @@ def test_the_layers_of_the_design_are_those_that_lint_checks() -> None:
 def test_the_core_path_of_the_readme_exists_and_stays_short() -> None:
     files = core_path(ROOT)
     assert len(files) > 15
-    assert sum(len(file.read_text().splitlines()) for file in files) <= 4200
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 4300

@@ -74,11 +74,18 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class WireMessage(Wire):
+    """A Message; calls of tools are left out."""
+
+    role: str
+    content: str
+
+
 class WirePrompt(Wire):
     """A Prompt."""
 
     id: str
-    messages: tuple[Message, ...]
+    messages: tuple[WireMessage, ...]
     token_ids: tuple[int, ...]
     references: tuple[str, ...] = ()
     answer: str | None = None
@@ -199,7 +206,8 @@ def encode(group: Group, send_logprobs: bool = False) -> bytes:
         logprobs = sample.logprobs if send_logprobs else None
         samples.append(WireSample(**_fields(sample) | {"logprobs": logprobs, "spans": spans}))
     columns = _columns(prompt.columns, f"prompt {prompt.id}")
-    wire_prompt = WirePrompt(**_fields(prompt) | {"columns": columns})
+    messages = tuple(WireMessage(role=message.role, content=message.content) for message in prompt.messages)
+    wire_prompt = WirePrompt(**_fields(prompt) | {"columns": columns, "messages": messages})
     wire_group = WireGroup(id=group.id, prompt=wire_prompt, samples=tuple(samples), step=group.step)
     return wire_group.model_dump_json().encode()
 
@@ -210,7 +218,8 @@ def from_wire(group: WireGroup) -> Group:
     for sample in group.samples:
         logprobs = np.full(len(sample.token_ids), np.nan, np.float32) if sample.logprobs is None else sample.logprobs
         samples.append(Sample(**dict(sample) | {"logprobs": logprobs}))
-    return Group(group.id, Prompt(**dict(group.prompt)), tuple(samples), step=group.step)
+    messages = tuple(Message(message.role, message.content) for message in group.prompt.messages)
+    return Group(group.id, Prompt(**dict(group.prompt) | {"messages": messages}), tuple(samples), step=group.step)
 
 
 def scores_to_wire(group: Group) -> WireGroupScores:

@@ -47,6 +47,16 @@ def test_verdicts_are_right_or_wrong_where_all_have_the_component_and_values_els
     np.testing.assert_array_equal(second, [0.25, np.nan])
 
 
+def test_an_episode_that_nobody_calls_a_success_is_none_where_others_are_judged_so() -> None:
+    silent = Score(0.5, components={"turns": 3.0})
+    area, (values,) = verdicts([group(Score(2.0, components={"success": 1.0}), silent)])
+    assert area == "accuracy"
+    np.testing.assert_array_equal(values, [1.0, 0.0])
+    area, (values,) = verdicts([group(silent, silent)])
+    assert area == "reward"
+    np.testing.assert_array_equal(values, [0.5, 0.5])
+
+
 def test_a_verifier_without_a_value_is_refused() -> None:
     with pytest.raises(RewardFailed, match="gives no value for a whole response"):
         verdicts([group(Score(value=None, token_rewards=np.ones(1)))])

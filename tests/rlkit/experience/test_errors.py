@@ -23,6 +23,7 @@ NOT_FOR_USERS = {
     "StoppedError",  # a signal: becomes the exit code
     "UnsendableError",  # becomes the reason of an invalid score
     "CannotJudgeError",  # becomes the reason of an invalid score
+    "EpisodeFailedError",  # begins again, then becomes the reason of an invalid score
     "RowError",  # becomes a bad row
     *("HttpError", "TransientError", "RefusedError", "OutOfTimeError"),  # who asked a server turns them into reasons
     "SolutionError",  # of the program that the sandbox runs
