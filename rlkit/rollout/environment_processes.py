@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.cluster.processes import die_with_parent, end, start
+from rlkit.environments.agent import Endpoint
 from rlkit.environments.base import Action, Environment, EnvironmentConfig, Step, Task
 from rlkit.environments.tool import Tool
 from rlkit.experience import Message, UserError
@@ -83,7 +84,7 @@ class ProcessHost:
         messages: tuple[Message, ...] = await self._ask(key, "open", task, seed)
         return messages
 
-    async def step(self, key: str, action: Action) -> Step:
+    async def step(self, key: str, action: Action | Endpoint) -> Step:
         step: Step = await self._ask(key, "step", action)
         return step
 
@@ -150,7 +151,10 @@ class ProcessHost:
         ours, theirs = socket.socketpair()
         name = f"{self.cls.__name__}, process {index}"
         command = [sys.executable, "-c", f"from {__name__} import main; main({theirs.fileno()})"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
+        # An agent's calls of the policy go through no proxy.
+        direct = ",".join(filter(None, [os.environ.get("no_proxy", os.environ.get("NO_PROXY")), "127.0.0.1"]))
+        paths = os.pathsep.join(path or "." for path in sys.path)
+        environment = {**os.environ, "PYTHONPATH": paths, "NO_PROXY": direct, "no_proxy": direct}
         log = self.log.with_name(f"{self.log.stem}.{index}.{next(self._numbers)}.log")
         with theirs:
             process = start(command, log, environment, files=(theirs.fileno(),))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from rlkit.config.parts import TARGET, import_part
 from rlkit.config.plan import samples_have_seeds
 from rlkit.config.schema import RolloutConfig, RunConfig
 from rlkit.data.rendering import ChatTemplate
+from rlkit.environments.agent import Agent
 from rlkit.environments.base import Action, EnvironmentConfig, Step, Task
 from rlkit.experience import Episode, Group, Message, Prompt, Sample, UserError
 from rlkit.rollout.conversation import Conversation
@@ -24,6 +25,10 @@ from rlkit.rollout.hosts import EpisodeFailedError, Host, InlineHost
 from rlkit.rollout.rendering import Renderer
 from rlkit.rollout.requests import GroupRequest, sample_seed
 from rlkit.rollout.sampler import Request, Response
+from rlkit.rollout.session import Session
+
+if TYPE_CHECKING:  # an HTTP server, which only agents need
+    from rlkit.rollout.endpoint import Server
 
 Turn = Callable[[Request], Awaitable[Response]]
 
@@ -44,9 +49,16 @@ async def open_episodes(
     await host.start()
     template = ChatTemplate(tokenizer, config.model.chat_template, config.model.chat_template_arguments)
     renderer = Renderer(template, host.tools, stop_token_ids, options.calls)
-    if problems := renderer.problems():  # of tools that only a started environment knows
+    endpoint = None
+    if issubclass(cls, Agent):  # whose calls bring their tools, and are checked then
+        from rlkit.rollout.endpoint import Server
+
+        endpoint = Server(lambda tools: Renderer(template, tools, stop_token_ids, options.calls), stop_token_ids)
+        await endpoint.start()
+    elif problems := renderer.problems():  # of tools that only a started environment knows
         raise UserError("; ".join(problems))
-    return Episodes(host, renderer, options, config.rollout, samples_have_seeds(config), stop_token_ids, turn, version)
+    seeded = samples_have_seeds(config)
+    return Episodes(host, renderer, options, config.rollout, seeded, stop_token_ids, turn, version, endpoint)
 
 
 @dataclass
@@ -91,6 +103,8 @@ class Episodes:
     turn: Turn
     version: Callable[[], int]
     """Of the policy now."""
+    endpoint: Server | None = None
+    """Where agents call the policy, if the environment is one."""
 
     async def group(self, request: GroupRequest) -> Group:
         """Play all samples of a group, side by side. Its prompt is what the environment began with.
@@ -140,14 +154,9 @@ class Episodes:
         request, options, renderer = playing.request, self.options, self.renderer
         of_environment = sample_seed(request.seed, request.id, "environment")
         messages = await clock.of_environment(self.host.open(key, _task(request.prompt), of_environment))
-        token_ids = renderer.first(messages)
-        if len(token_ids) > self.rollout.max_prompt_tokens:
-            most = self.rollout.max_prompt_tokens
-            details = f"the opening has {len(token_ids)} tokens, more than rollout.max_prompt_tokens={most}"
-            raise EpisodeFailedError("too_long", details, again=False)
-        playing.read(messages, token_ids)
-        conversation = Conversation(token_ids, request.max_response_tokens or self.rollout.max_response_tokens)
-        opened.append(conversation)
+        if self.endpoint is not None:
+            return await self._run_agent(self.endpoint, playing, index, key, opened, clock)
+        conversation = self._begin(playing, messages, renderer.first(messages), opened)
         success, metrics, turn = None, dict[str, float](), 0
         while True:
             response = await self.turn(self._request(playing, index, key, turn, conversation))
@@ -171,6 +180,57 @@ class Episodes:
             said = [renderer.shortened(message, options.max_observation_tokens) for message in said]
             if not conversation.observed(renderer.bridge(sampled, said), said):
                 return "tokens", success, metrics
+
+    async def _run_agent(
+        self, endpoint: Server, playing: _Playing, index: int, key: str, opened: list[Conversation], clock: _Clock
+    ) -> tuple[Literal["done", "turns", "tokens"], bool | None, dict[str, float]]:
+        """As `_play`, where the environment calls the policy."""
+        seed = sample_seed(playing.request.seed, playing.request.id, index)
+
+        async def sample(conversation: Conversation, most: int | None) -> Response:
+            request = self._request(playing, index, key, conversation.turns, conversation)
+            # No prompt comes twice as long as an episode is one conversation.
+            of_turn = sample_seed(seed, " ".join(map(str, request.prompt)), 0) if self.seeded else None
+            most = request.max_tokens if most is None else min(most, request.max_tokens)
+            return await self.turn(replace(request, seed=of_turn, max_tokens=most))
+
+        session = Session(
+            lambda messages, token_ids: self._begin(playing, messages, token_ids, opened),
+            sample,
+            self.version,
+            endpoint.renderer,
+            self.options,
+        )
+        with endpoint.session(session) as model:
+            try:
+                step: Step = await clock.of_environment(self.host.step(key, model))
+            except EpisodeFailedError as failed:
+                if session.fault is None and session.refusal:
+                    raise EpisodeFailedError("refused", session.refusal, again=False) from failed
+                if session.fault is None and not (session.spent and failed.kind == "exception"):
+                    raise
+                step = Step(success=False)
+            finally:
+                clock.waited -= session.policy_seconds
+        if session.fault is not None:
+            raise session.fault
+        if not opened or not opened[0].turns:
+            raise EpisodeFailedError("nothing_sampled", "run() returned without an answer of the model", again=False)
+        opened[0].judged(step.reward, step.state)
+        return session.spent or "done", step.success, dict(step.metrics)
+
+    def _begin(
+        self, playing: _Playing, messages: tuple[Message, ...], token_ids: Sequence[int], opened: list[Conversation]
+    ) -> Conversation:
+        """Raises EpisodeFailedError."""
+        if len(token_ids) > self.rollout.max_prompt_tokens:
+            most = self.rollout.max_prompt_tokens
+            details = f"the opening has {len(token_ids)} tokens, more than rollout.max_prompt_tokens={most}"
+            raise EpisodeFailedError("too_long", details, again=False)
+        playing.read(messages, token_ids)
+        most = playing.request.max_response_tokens or self.rollout.max_response_tokens
+        opened.append(Conversation(token_ids, most))
+        return opened[0]
 
     def _request(self, playing: _Playing, index: int, key: str, turn: int, conversation: Conversation) -> Request:
         request, room = playing.request, conversation.room

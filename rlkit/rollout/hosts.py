@@ -10,6 +10,7 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any, Protocol
 
+from rlkit.environments.agent import Endpoint
 from rlkit.environments.base import (
     Action,
     Environment,
@@ -54,8 +55,8 @@ class Host(Protocol):
     async def open(self, key: str, task: Task, seed: int) -> tuple[Message, ...]:
         """Make an environment under a new `key` and reset it; return the conversation that it begins with."""
 
-    async def step(self, key: str, action: Action) -> Step:
-        """The environment's answer, whose observation is a tuple of messages."""
+    async def step(self, key: str, action: Action | Endpoint) -> Step:
+        """The environment's answer, whose observation is a tuple of messages. An agent gets an Endpoint, and runs."""
 
     async def close(self, key: str) -> None:
         """Also after a failure, and where nothing is open. Raises nothing."""
@@ -81,8 +82,8 @@ class InlineHost:
 
         return await self._guarded(reset)
 
-    async def step(self, key: str, action: Action) -> Step:
-        environment = self._open[key]
+    async def step(self, key: str, action: Action | Endpoint) -> Step:
+        environment: Any = self._open[key]
 
         async def step() -> Step:
             return checked_step(await settled(environment.step(action)))

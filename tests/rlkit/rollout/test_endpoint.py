@@ -1,0 +1,377 @@
+"""Agents that own their loop, through real clients over HTTP, with a scripted player in the engine's place."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from openai import AsyncOpenAI
+from own_agents import Calculating
+
+from rlkit.config.loading import load_config
+from rlkit.data.rendering import ChatTemplate, load_tokenizer
+from rlkit.environments.agent import Agent, Endpoint
+from rlkit.environments.base import Environment, EnvironmentConfig, EnvironmentFailure, Step, Task
+from rlkit.environments.games.calculator import Calculator
+from rlkit.environments.tool import Tool
+from rlkit.experience import Message, Prompt, Sample, ToolCall
+from rlkit.models.folder import model_folder
+from rlkit.rollout.endpoint import Server
+from rlkit.rollout.environment_processes import ProcessHost
+from rlkit.rollout.episodes import Episodes
+from rlkit.rollout.hosts import Host, InlineHost
+from rlkit.rollout.rendering import Renderer
+from rlkit.rollout.requests import GroupRequest, sample_seed
+from rlkit.rollout.sampler import Request, Response, stop_token_ids
+
+FOLDER = str(model_folder("embedded:agent"))
+TOKENIZER = load_tokenizer(FOLDER)
+STOPS = stop_token_ids(FOLDER, TOKENIZER)
+QUESTION = Message("user", "What is 41*59+59?")
+PROMPT = Prompt("train-3", (QUESTION,), (1, 2), answer="2478")
+CALLS = '<tool_call>{"name": "calc", "arguments": {"expression": "41*59+59"}}</tool_call>'
+ASKS = {"messages": [{"role": "user", "content": "2+2?"}]}
+GOES_ON = [{"role": "assistant", "content": "4"}, {"role": "user", "content": "5?"}]
+Run = Callable[[Endpoint], Awaitable[Step]]
+
+
+class Table:
+    """A player who answers in order, and one episode at a time."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers, self.asked = list(answers), list[Request]()
+        self.free = asyncio.Event()
+        self.free.set()
+
+    async def turn(self, request: Request) -> Response:
+        self.asked.append(request)
+        said = self.answers[len(self.asked) - 1]
+        await self.free.wait()
+        ids = [*TOKENIZER.encode(said, add_special_tokens=False), *STOPS[:1]]
+        cut = ids[: request.max_tokens]
+        logprobs = -np.arange(1, len(cut) + 1, dtype=np.float32)
+        return Response(request.id, np.array(cut, np.int32), logprobs, "stop" if cut == ids else "length", 0)
+
+    def play(self, run: Run | None = None, host: Host | None = None, tokens: int = 256, **options: Any) -> Sample:
+        """An agent that does this; else a host's environment."""
+
+        class Does(Agent):
+            async def run(self, task: Task, model: Endpoint) -> Step:
+                assert run is not None
+                return await run(model)
+
+        async def play(host: Host) -> Sample:
+            template = ChatTemplate(TOKENIZER)
+
+            def renderer(tools: Any) -> Renderer:
+                return Renderer(template, tools, STOPS)
+
+            server = Server(renderer, STOPS)
+            await server.start()
+            await host.start()
+            try:
+                rollout = load_config(["run_dir=/tmp/never", f"rollout.max_response_tokens={tokens}"]).config.rollout
+                agent = None if getattr(host, "cls", Agent) is Calculator else server
+                config = EnvironmentConfig(**options)
+                episodes = Episodes(
+                    host, renderer(host.tools), config, rollout, True, STOPS, self.turn, lambda: 7, agent
+                )
+                group = await episodes.group(GroupRequest("00000005", PROMPT, 1, seed=11, step=1))
+            finally:
+                await host.stop()
+                await server.stop()
+            self.prompt = group.prompt
+            return group.samples[0]
+
+        return asyncio.run(play(host or inline(Does)))
+
+
+def inline(cls: type[Environment]) -> InlineHost:
+    return InlineHost(cls, cls.Config())
+
+
+def client(model: Endpoint) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=model.base_url, api_key=model.api_key)
+
+
+async def post(model: Endpoint, body: Any, route: str = "/chat/completions", **headers: str) -> httpx.Response:
+    url = model.base_url + route if route.startswith("/chat") else model.base_url.removesuffix("/v1") + route
+    async with httpx.AsyncClient(trust_env=False) as http:
+        return await http.post(url, json=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def code(answer: httpx.Response) -> str:
+    return str(answer.json()["error"]["code"])
+
+
+def test_an_agent_samples_what_the_same_environment_samples_by_steps() -> None:
+    table, steps = Table(CALLS, "2478"), Table(CALLS, "2478")
+    own, by_steps = table.play(host=inline(Calculating)), steps.play(host=inline(Calculator))
+    assert own.token_ids.tolist() == by_steps.token_ids.tolist() and table.prompt == steps.prompt
+    assert [list(r.prompt) for r in table.asked] == [list(r.prompt) for r in steps.asked]
+    assert own.mask is not None and by_steps.mask is not None and own.mask.tolist() == by_steps.mask.tolist()
+    assert [(s.start, s.end, s.role, s.data) for s in own.spans] == [
+        (s.start, s.end, s.role, s.data) for s in by_steps.spans
+    ]
+    assert own.episode is not None and by_steps.episode is not None
+    assert own.episode.messages == by_steps.episode.messages and own.episode.success and own.episode.ended == "done"
+    call = ToolCall("calc", {"expression": "41*59+59"}, "call00000")
+    assert own.episode.messages[0].calls == (call,) and own.text == "2478"
+    assert [s.data["reward"] for s in own.spans if s.role == "assistant"] == [0.0, 1.0]
+    assert 0 <= own.episode.waited < own.episode.seconds
+    seed = sample_seed(11, "00000005", 0)
+    assert own.seed == seed
+    assert [r.seed for r in table.asked] == [sample_seed(seed, " ".join(map(str, r.prompt)), 0) for r in table.asked]
+
+
+def test_an_agent_in_a_process_of_its_own(tmp_path: Path) -> None:
+    config = Calculating.Config()
+    host = ProcessHost("own_agents.Calculating", Calculating, config, tmp_path / "log", 60.0)
+    inside, beside = Table(CALLS, "1"), Table(CALLS, "1")
+    one, other = inside.play(host=inline(Calculating)), beside.play(host=host)
+    assert one.token_ids.tolist() == other.token_ids.tolist() and inside.asked == beside.asked
+    assert other.episode is not None and other.episode.success is False and not other.episode.failure
+
+
+def test_tokens_in_and_tokens_out() -> None:
+    async def run(model: Endpoint) -> Step:
+        first = (await post(model, {**ASKS, "return_token_ids": True, "logprobs": True})).json()
+        sampled = first["choices"][0]["token_ids"]
+        assert [c["logprob"] for c in first["choices"][0]["logprobs"]["content"]] == [-1.0, -2.0]
+        more = TOKENIZER.encode("5?", add_special_tokens=False)
+        generate = "/inference/v1/generate"
+        body = {"token_ids": [*first["prompt_token_ids"], *sampled, *more], "sampling_params": {"max_tokens": 9}}
+        second = (await post(model, body, generate)).json()["choices"][0]
+        assert second["finish_reason"] == "stop" and second["token_ids"][-1] == STOPS[0]
+        assert [c["token_id"] for c in second["logprobs"]["content"]] == second["token_ids"]
+        # A client that ends turns itself leaves out the sampled end.
+        body["token_ids"] += [*second["token_ids"][:-1], *more]
+        third = (await post(model, body, generate)).json()["choices"][0]
+        other = await post(model, {**body, "token_ids": [3, *body["token_ids"]]}, generate)
+        assert code(other) == "second_conversation"
+        assert code(await post(model, {**ASKS, "messages": [*ASKS["messages"], *GOES_ON]})) == "second_conversation"
+        self_seen.extend([*body["token_ids"], *third["token_ids"]])
+        return Step(reward=1.0)
+
+    self_seen: list[int] = []
+    table = Table("4", "five", "six")
+    sample = table.play(run)
+    assert [*table.prompt.token_ids, *sample.token_ids.tolist()] == self_seen
+    assert [s.role for s in sample.spans] == ["assistant", "user", "assistant", "user", "assistant"]
+    assert sample.mask is not None and sample.logprobs is not None and sample.logprobs[sample.mask].all()
+    assert not sample.logprobs[~sample.mask].any() and [r.max_tokens for r in table.asked][1:] == [9, 9]
+
+
+def test_equal_calls_are_sampled_once() -> None:
+    async def run(model: Endpoint) -> Step:
+        table.free.clear()
+        calls = [asyncio.create_task(post(model, ASKS)) for _ in range(3)]
+        while not table.asked:
+            await asyncio.sleep(0.01)
+        assert code(await post(model, {**ASKS, "max_tokens": 3})) == "second_conversation"
+        table.free.set()
+        answers = [answer.json() for answer in await asyncio.gather(*calls)]
+        assert answers[0] == answers[1] == answers[2] and answers[0]["choices"][0]["message"]["content"] == "4"
+        assert (await post(model, ASKS, x_stainless_retry_count="1")).json()["id"] == answers[0]["id"]
+        again = await post(model, ASKS)
+        assert code(again) == "second_conversation" and "it has 1 messages" in again.text
+        return Step(reward=1.0)
+
+    table = Table("4")
+    sample = table.play(run)
+    assert len(table.asked) == 1 and len(sample.spans) == 1
+
+
+def test_a_client_that_lost_its_connection_gets_the_answer_by_a_retry() -> None:
+    async def run(model: Endpoint) -> Step:
+        table.free.clear()
+        asyncio.get_running_loop().call_later(0.6, table.free.set)
+        own = AsyncOpenAI(base_url=model.base_url, api_key=model.api_key, timeout=0.3, max_retries=5)
+        answer = await own.chat.completions.create(model=model.model, messages=ASKS["messages"])  # type: ignore[arg-type]
+        assert answer.choices[0].message.content == "4" and answer.usage is not None
+        return Step(reward=1.0)
+
+    table = Table("4")
+    assert len(table.play(run).spans) == 1 and len(table.asked) == 1
+
+
+def test_what_comes_after_the_end_samples_nothing() -> None:
+    kept: list[Endpoint] = []
+    late: list[asyncio.Task[httpx.Response]] = []
+
+    async def run(model: Endpoint) -> Step:
+        await post(model, ASKS)
+        table.free.clear()
+        late.append(asyncio.create_task(post(model, {"messages": [*ASKS["messages"], *GOES_ON]})))
+        while len(table.asked) < 2:
+            await asyncio.sleep(0.01)
+        kept.append(model)
+        return Step(reward=1.0)
+
+    class Does(Agent):
+        async def run(self, task: Task, model: Endpoint) -> Step:
+            return await run(model)
+
+        async def close(self) -> None:  # while the server is still there
+            assert code(await late[0]) == "episode_ended" and (await late[0]).status_code == 410
+            assert (await post(kept[0], ASKS)).status_code == 410
+            closed.append(True)
+
+    closed: list[bool] = []
+    table = Table("4", "5")
+    sample = table.play(host=inline(Does))
+    assert closed and [s.role for s in sample.spans] == ["assistant"] and sample.text == "4"
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        ([{"role": "user", "content": "2+3?"}, *GOES_ON], "message 0 is user '2+3?'"),
+        ([*ASKS["messages"], {"role": "assistant", "content": "5"}, GOES_ON[1]], "message 1 is assistant '5'"),
+        ([*ASKS["messages"], *GOES_ON, {"role": "system", "content": "Be brief."}], "only users and tools"),
+    ],
+)
+def test_another_conversation_is_refused_and_fails_the_episode_by_name(messages: Any, why: str) -> None:
+    async def run(model: Endpoint) -> Step:
+        async with client(model) as own:
+            await own.chat.completions.create(model=model.model, messages=ASKS["messages"])  # type: ignore[arg-type]
+            await own.chat.completions.create(model=model.model, messages=messages)
+        return Step(reward=1.0)
+
+    table = Table("4", "5")
+    sample = table.play(run)
+    assert sample.episode is not None and sample.episode.ended == "failed" and len(table.asked) == 1
+    assert (
+        sample.episode.failure.startswith("refused: an episode is one conversation") and why in sample.episode.failure
+    )
+
+
+def test_budgets_are_the_policys_doing() -> None:
+    async def run(model: Endpoint) -> Step:
+        await post(model, ASKS)
+        async with client(model) as own:
+            messages: Any = [*ASKS["messages"], *GOES_ON]
+            await own.chat.completions.create(model=model.model, messages=messages)
+        return Step(reward=1.0)
+
+    async def forgiving(model: Endpoint) -> Step:
+        with pytest.raises(openai.BadRequestError, match="spent"):
+            await run(model)
+        return Step(reward=0.5)
+
+    for options, ended in (({"max_turns": 1}, "turns"), ({"tokens": 4}, "tokens")):
+        for player, reward, success in ((run, 0.0, False), (forgiving, 0.5, None)):
+            sample = Table("4", "5").play(player, **options)
+            assert sample.episode is not None and (sample.episode.ended, sample.episode.success) == (ended, success)
+            assert sample.spans[-1].data["reward"] == reward and sample.finish_reason == "length"
+
+
+def test_fields_that_cannot_be_had_are_refused_and_those_of_the_run_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    async def run(model: Endpoint) -> Step:
+        for body, why in (
+            ({"n": 2}, "n=2"),
+            ({"stop": ["x"]}, "stop=['x']"),
+            ({"tool_choice": "required"}, "tool_choice"),
+            ({"response_format": {"type": "json_object"}}, "response_format"),
+            ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ):
+            answer = await post(model, {**ASKS, **body})
+            assert answer.status_code == 400 and why in answer.text
+        tokens = {"token_ids": [3], "sampling_params": {"stop_token_ids": [77]}}
+        assert "77 end no turn" in (await post(model, tokens, "/inference/v1/generate")).text
+        async with client(model) as own:
+            assert [m.id async for m in own.models.list()] == [model.model]
+        fine: dict[str, Any] = {"n": 1, "stop": [], "temperature": 0.2, "seed": 3, "max_tokens": 1, "user": "me"}
+        answer = await post(model, {**ASKS, **fine})
+        assert answer.json()["choices"][0]["finish_reason"] == "length"
+        return Step(reward=1.0)
+
+    table = Table("4 and more")
+    sample = table.play(run)
+    (request,) = table.asked
+    assert (request.temperature, request.max_tokens, len(sample)) == (1.0, 1, 1)
+    assert "calls of agents set seed, temperature: of no effect" in caplog.text
+
+
+def test_a_stream_is_one_piece() -> None:
+    async def run(model: Endpoint) -> Step:
+        tools: Any = [tool.schema() for tool in Calculator.tools(None, None)]
+        messages: Any = [{"role": "user", "content": QUESTION.content}]
+        async with client(model) as own:
+            stream = await own.chat.completions.create(model="policy", messages=messages, tools=tools, stream=True)
+            pieces = [piece async for piece in stream]
+        (call,) = pieces[0].choices[0].delta.tool_calls or ()
+        assert call.function is not None and json.loads(call.function.arguments or "") == {"expression": "41*59+59"}
+        assert pieces[-1].choices[0].finish_reason == "tool_calls" and pieces[-1].usage is not None
+        return Step()
+
+    Table(CALLS).play(run)
+
+
+def test_a_call_that_cannot_be_read_is_a_text_and_counted() -> None:
+    async def run(model: Endpoint) -> Step:
+        tools = [tool.schema() for tool in Calculator.tools(None, None)]
+        message = (await post(model, {**ASKS, "tools": tools})).json()["choices"][0]["message"]
+        assert "tool_calls" not in message and message["content"] == "<tool_call>{oops</tool_call>"
+        more = [*ASKS["messages"], message, {"role": "user", "content": "What?"}]
+        assert code(await post(model, {"messages": more})) == "second_conversation", "without its tools"
+        assert (await post(model, {"messages": more, "tools": tools})).status_code == 200
+        return Step()
+
+    sample = Table("<tool_call>{oops</tool_call>", "4").play(run)
+    assert [s.data["malformed"] for s in sample.spans if s.role == "assistant"] == [1, 0]
+
+
+def test_an_agent_that_breaks_begins_again_with_the_same_seeds() -> None:
+    tries: list[str] = []
+
+    async def run(model: Endpoint) -> Step:
+        tries.append(model.base_url)
+        await post(model, ASKS)
+        await post(model, {"messages": [*ASKS["messages"], *GOES_ON]})
+        if len(tries) == 1:
+            raise EnvironmentFailure("the shop is away")
+        assert (await post(Endpoint(tries[0], "", ""), ASKS)).status_code == 410
+        return Step(reward=1.0)
+
+    table = Table("4", "5", "4", "5")
+    sample = table.play(run)
+    assert sample.episode is not None and sample.episode.ended == "done" and len(sample.spans) == 3
+    first, again = table.asked[:2], table.asked[2:]
+    assert [(r.prompt, r.seed) for r in first] == [(r.prompt, r.seed) for r in again]
+    assert len({r.id for r in table.asked}) == 4
+
+
+def test_an_agent_that_asks_nothing_has_failed() -> None:
+    async def run(model: Endpoint) -> Step:
+        return Step(reward=1.0)
+
+    sample = Table().play(run)
+    assert sample.episode is not None and sample.episode.failure.startswith("nothing_sampled")
+
+
+def test_a_fault_of_the_engine_ends_the_run_though_the_agent_goes_on() -> None:
+    async def run(model: Endpoint) -> Step:
+        assert code(await post(model, ASKS)) == "episode_failed"
+        return Step(reward=1.0)
+
+    with pytest.raises(IndexError):
+        Table().play(run)
+
+
+def test_a_template_that_cannot_go_on_with_the_tools_is_said() -> None:
+    class Mute(Renderer):
+        def problems(self) -> list[str]:
+            return ["it writes no calls"] if self.tools else []
+
+    server = Server(lambda tools: Mute(ChatTemplate(TOKENIZER), tools, STOPS), STOPS)
+    assert server.renderer(()) is server.renderer(())
+    with pytest.raises(Exception, match="it writes no calls"):
+        server.renderer([Tool("look", "Looks.", {})])
