@@ -47,7 +47,6 @@ def rollout_metrics(
         "time/reward_busy": report.seconds,
         "buffer/ready": float(stats.ready),
         "buffer/in_flight": float(stats.in_flight),
-        "buffer/dropped_stale": float(stats.dropped_stale),
         "buffer/rejected": float(sum(stats.rejected.values())),
     }
     if stats.surplus:

@@ -24,6 +24,9 @@ def recorded_groups(prompts: Iterable[Prompt]) -> Iterator[Group]:
 class RecordedResponses:
     """In place of a rollout pool."""
 
+    async def places(self, responses: int) -> int:
+        raise NotImplementedError("nothing is sampled, so nobody waits for a place")
+
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]:
         yield [recorded_group(request.prompt, request.id, request.step) for request in requests]
 

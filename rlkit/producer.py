@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from rlkit.cluster.waiting import waiting
 from rlkit.data.order import MixtureOrder, PromptOrder
 from rlkit.experience import Prompt
-from rlkit.experience.buffer import with_surplus
 from rlkit.experience.scores import ScoreReport
 from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.unasked import Rewards
@@ -21,8 +21,11 @@ T = TypeVar("T")
 
 
 class Sampler(Protocol):
+    async def places(self, responses: int) -> int:
+        """How many more groups of so many responses can be sampled at once; waits until one can."""
+
     def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
-        """Yield lists of groups, or references to such, as they finish."""
+        """Yield lists of groups, or references to such, as they finish. Calls may overlap."""
 
 
 class Producer:
@@ -35,38 +38,54 @@ class Producer:
         reward: Rewards,
         buffer: Any,
         *,
-        groups_per_step: int,
-        oversample: float,
+        most_at_once: int,
+        waits_for_places: bool,
         samples_per_prompt: int,
         greedy: bool,
         seed: int,
         step_timeout_seconds: float,
     ) -> None:
+        """`most_at_once`: groups. `waits_for_places`: groups start when an engine has room for them, so that they begin
+        with the newest weights; else as soon as the buffer has."""
         self.order, self.rollout, self.reward, self.buffer = order, rollout, reward, buffer
-        self.groups_per_step, self.samples_per_prompt = groups_per_step, samples_per_prompt
-        self.most_at_once = with_surplus(groups_per_step, oversample)
+        self.most_at_once, self.waits_for_places = most_at_once, waits_for_places
+        self.samples_per_prompt = samples_per_prompt
         self.greedy, self.seed, self.step_timeout_seconds = greedy, seed, step_timeout_seconds
         self.started = 0
         self._open: dict[str, GroupRequest] = {}
         """Requested and not yet in the buffer."""
-        self._again: deque[GroupRequest] = deque()
+        self._again: list[GroupRequest] = []
         """Requested before the checkpoint that this run resumes: requested again with their ids and seeds."""
         self._report = ScoreReport()
         self._generated_at: float | None = None
         self._generating = 0.0
+        self._streams = 0
+        """Calls of the sampler that are open."""
+        self._began = 0.0
+        """When the first of them was."""
 
     async def run(self) -> None:
         """Fill the buffer until cancelled. Raises what rollout, reward or buffer raise."""
-        async with asyncio.TaskGroup() as scoring:
+        async with asyncio.TaskGroup() as working:
             while True:
-                async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 3):
-                    room = await self.buffer.reserve.remote(len(self._again) or self.most_at_once)
-                requests = self._requests(room)
-                began = time.monotonic()
-                async for groups in self.rollout.generate(requests):
-                    scoring.create_task(self._score(groups))
-                self._generated_at = time.monotonic()
-                self._generating += self._generated_at - began
+                most = len(self._again) or self.most_at_once
+                if self.waits_for_places:
+                    async with self._waiting("an engine that takes another group", 3):
+                        most = min(most, await self.rollout.places(self.samples_per_prompt + self.greedy))
+                async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 4):
+                    steps = await self.buffer.reserve.remote(most)
+                working.create_task(self._sample(self._requests(steps), working))
+
+    async def _sample(self, requests: Sequence[GroupRequest], working: asyncio.TaskGroup) -> None:
+        if not self._streams:
+            self._began = time.monotonic()
+        self._streams += 1
+        async for groups in self.rollout.generate(requests):
+            working.create_task(self._score(groups))
+        self._streams -= 1
+        self._generated_at = time.monotonic()
+        if not self._streams:
+            self._generating += self._generated_at - self._began
 
     async def _score(self, groups: Any) -> None:
         scored = await self.reward.score([groups])
@@ -82,33 +101,43 @@ class Producer:
         what = f"{what} ({self.started} groups asked for, {len(self._open)} of them not in the buffer)"
         return waiting("the producer", what, times * self.step_timeout_seconds, limit)
 
-    def _requests(self, count: int) -> list[GroupRequest]:
-        again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
-        new = [self._request(self.started + i, p) for i, p in enumerate(self.order.take(count - len(again)))]
+    def _requests(self, steps: Sequence[int]) -> list[GroupRequest]:
+        """One for each place."""
+        again = []
+        for step in steps:
+            # Checkpoints before 0.5 do not say for which step a group was.
+            repeated = next((request for request in self._again if request.step in (step, 0)), None)
+            if repeated is not None:
+                self._again.remove(repeated)
+                again.append(replace(repeated, step=step))
+        lacking = list((Counter(steps) - Counter(request.step for request in again)).elements())
+        prompts = zip(lacking, self.order.take(len(lacking)), strict=True)
+        new = [self._request(self.started + i, prompt, step) for i, (step, prompt) in enumerate(prompts)]
         self.started += len(new)
         requests = [*again, *new]
         self._open.update((request.id, request) for request in requests)
         return requests
 
-    def _request(self, number: int, prompt: Prompt) -> GroupRequest:
+    def _request(self, number: int, prompt: Prompt, step: int) -> GroupRequest:
         return GroupRequest(
             id=f"{number:08d}",
             prompt=prompt,
             samples=self.samples_per_prompt,
             seed=self.seed,
-            step=number // self.groups_per_step + 1,
+            step=step,
             greedy=self.greedy,
         )
 
-    def ask_again(self, groups: Sequence[tuple[str, str]]) -> None:
-        """Put groups ((group, prompt) ids) that will not be trained back among the open ones: for a checkpoint in
-        mid-step."""
+    def ask_again(self, groups: Sequence[tuple[str, str]], step: int) -> None:
+        """Put groups ((group, prompt) ids) of a step that will not be trained back among the open ones: for a
+        checkpoint in its middle."""
         prompts = self.order.named({prompt for _, prompt in groups})
-        self._again.extend(self._request(int(group), prompts[prompt]) for group, prompt in groups)
+        self._again.extend(self._request(int(group), prompts[prompt], step) for group, prompt in groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data, and the open groups."""
-        open_groups = [{"id": r.id, "prompt": r.prompt.id} for r in (*self._open.values(), *self._again)]
+        requests = (*self._open.values(), *self._again)
+        open_groups = [{"id": r.id, "prompt": r.prompt.id, "step": r.step} for r in requests]
         return {"order": self.order.state_dict(), "started": self.started, "open": open_groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -116,7 +145,9 @@ class Producer:
         self.order.load_state_dict(state["order"])
         self.started = int(state["started"])
         prompts = self.order.named({entry["prompt"] for entry in state["open"]})
-        self._again = deque(self._request(int(entry["id"]), prompts[entry["prompt"]]) for entry in state["open"])
+        self._again = [
+            self._request(int(entry["id"]), prompts[entry["prompt"]], entry.get("step", 0)) for entry in state["open"]
+        ]
 
     def take_report(self) -> tuple[ScoreReport, float]:
         """What the reward did, and the sampler's working seconds, since the last call."""

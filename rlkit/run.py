@@ -200,6 +200,7 @@ async def _start(
     """Start all actors side by side; those that share a GPU one after the other."""
     import ray
 
+    from rlkit.experience.buffer import with_surplus
     from rlkit.experience.buffer_actor import BufferActor
     from rlkit.learner.joint import JointLearner
 
@@ -274,8 +275,8 @@ async def _start(
             RecordedResponses() if pool is None or rollout.source == "data" else pool,
             reward,
             buffer,
-            groups_per_step=config.trainer.prompts_per_step,
-            oversample=config.rollout.oversample,
+            most_at_once=with_surplus(config.trainer.prompts_per_step, config.rollout.oversample),
+            waits_for_places=config.trainer.max_staleness > 0,
             samples_per_prompt=algorithm.config.samples_per_prompt,
             greedy=needs.greedy_response,
             seed=config.seed,

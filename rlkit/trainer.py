@@ -271,7 +271,7 @@ class Trainer:
             return
         try:
             if self.advanced:
-                self.producer.ask_again(await self.buffer.put_back.remote())
+                self.producer.ask_again(await self.buffer.put_back.remote(), self.version + 1)
             await self.weight_sync.release_sampler()
             await self._save(self.version)
             await self.sealed()

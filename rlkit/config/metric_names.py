@@ -16,7 +16,7 @@ _BY_AREA = {
     "weights": "version canary_difference canary_change",
     "time": "step generate score advantages update publish reward_busy evaluate",
     "tokens": "per_second",
-    "buffer": "ready dropped_stale in_flight rejected rejected_all_right rejected_all_wrong surplus",
+    "buffer": "ready in_flight rejected rejected_all_right rejected_all_wrong surplus",
     "critic": "loss grad_norm learning_rate skipped_updates value_mean return_mean explained_variance clip_share",
     "prm": "pair_accuracy heldout_pair_accuracy brier calibration_error sign_accuracy loss grad_norm skipped_updates "
     "score_mean score_p95",

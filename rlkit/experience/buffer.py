@@ -1,12 +1,14 @@
 """The experience buffer as a pure state machine: no Ray, no clock, no threads.
 
-Producers ask for room before they sample (`reserve`) and hand in scored groups (`add`); the learner takes whole
-batches (`take`) and announces new policy versions (`advance`).
+Producers ask for places before they sample (`reserve`) and hand in scored groups (`add`); the learner takes whole
+steps (`take`) and announces new policy versions (`advance`).
 
-With n groups per step and a staleness bound s, room is granted while
-    accepted + in flight < (version + s + 1) * n,
-so group number g (first in, first out) is trained at step g // n with weights at most s versions newer than the ones
-it was sampled with, unless others overtake it while it is scored: what became too old is dropped and counted.
+A place belongs to a training step. Of the steps that may be sampled for, version + 1 to version + 1 + s with a
+staleness bound s, the first that lacks groups gets the next place, so that replacements for rejected groups come first
+and have the newest weights. A step is trained when its n groups are there, and not before: nothing becomes too old,
+nothing is dropped, and no fast group takes the place of a slow one. A group that was started when the policy had
+version v is trained at the latest with weights of version v + s.
+
 s = 0 is synchronous training. There more groups than a step lacks may be asked for (`oversample`): a step then takes
 those asked for first, once all are judged, and the others are dropped.
 """
@@ -14,9 +16,9 @@ those asked for first, once all are judged, and the others are dropped.
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlkit.experience.errors import UserError
@@ -40,7 +42,6 @@ class BufferStats:
     version: int
     ready: int
     in_flight: int
-    dropped_stale: int
     rejected: Mapping[str, int]
     """By rule, since the start."""
     verdicts: Mapping[str, int] = field(default_factory=dict)
@@ -69,11 +70,13 @@ class ExperienceBuffer:
         self.oversample = oversample
         self._rejected_by = rejected_by
         self._max_rejected_share = max_rejected_share
-        self._ready: deque[Group] = deque()
-        self._in_flight = 0
-        self._accepted = 0
+        self._ready: defaultdict[int, list[Group]] = defaultdict(list)
+        """By step."""
+        self._in_flight: Counter[int] = Counter()
+        """By step."""
         self._version = 0
-        self._dropped_stale = 0
+        self._taken_step = 0
+        """The last one that the learner took."""
         self._rejected: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
         self._judged_this_step = 0
@@ -85,22 +88,25 @@ class ExperienceBuffer:
         """(group, prompt) ids of the groups taken since the last version, of a step that has begun, and of its surplus.
         """
 
-    def reserve(self, limit: int) -> int:
-        """How many groups a producer may start now, at most `limit`; they count as in flight from here on."""
-        room = (self._version + self.max_staleness + 1) * self.groups_per_step - self._accepted - self._in_flight
-        granted = max(0, min(limit, with_surplus(room, self.oversample)))
-        self._in_flight += granted
-        return granted
+    def reserve(self, limit: int) -> list[int]:
+        """The steps of groups that a producer may start now, at most `limit`; they are in flight from here on."""
+        places: list[int] = []
+        for step in range(max(self._version, self._taken_step) + 1, self._version + self.max_staleness + 2):
+            lacking = self.groups_per_step - len(self._ready[step]) - self._in_flight[step]
+            count = max(0, min(limit - len(places), with_surplus(lacking, self.oversample)))
+            self._in_flight[step] += count
+            places += [step] * count
+        return places
 
     def add(self, group: Group) -> bool:
-        """Hand in a reserved, scored group. False if a filter rejected it.
+        """Hand in a scored group, whose step is that of its place. False if a filter rejected it.
 
         Raises TooManyRejectedError when this step's filters reject more than the configured share (judged only after
         twice the needed number of groups, so that one unlucky draw does not end a run).
         """
-        if not self._in_flight:
-            raise ValueError("a group was handed in that was not reserved: none is in flight")
-        self._in_flight -= 1
+        if not self._in_flight[group.step]:
+            raise ValueError(f"group {group.id} was handed in for step {group.step}, which has none in flight")
+        self._in_flight[group.step] -= 1
         self._judged_this_step += 1
         rule = self._rejected_by(group)
         if rule is not None:
@@ -110,35 +116,23 @@ class ExperienceBuffer:
             self._untrained.append(group)
             self._check_rejections()
             return False
-        self._ready.append(group)
-        self._accepted += 1
+        self._ready[group.step].append(group)
         return True
 
     def take(self) -> list[Group] | None:
-        """The first `groups_per_step` groups, sorted by id; None if there are too few. Stale ones are dropped."""
-        # Not only the first ones: a group that was scored slowly stands behind younger ones.
-        fresh = [group for group in self._ready if self._version - group.policy_version <= self.max_staleness]
-        stale = len(self._ready) - len(fresh)
-        self._ready = deque(fresh)
-        self._dropped_stale += stale
-        self._accepted -= stale  # their places are free again, so that a producer can fill them
-        if len(self._ready) < self.groups_per_step or (self.oversample > 1 and self._in_flight):
+        """The groups of the next step, in the order asked for, whoever was scored first; None if some are lacking."""
+        step = self._version + 1
+        if len(self._ready[step]) < self.groups_per_step or (self.oversample > 1 and self._in_flight[step]):
             return None
+        ready = sorted(self._ready.pop(step), key=lambda group: group.id)
+        taken, surplus = ready[: self.groups_per_step], ready[self.groups_per_step :]
         self._judged_this_step = 0
         self._rejected_this_step.clear()
-        surplus = self._drop_surplus() if self.oversample > 1 else []
-        taken = [self._ready.popleft() for _ in range(self.groups_per_step)]
-        self._taken = [(group.id, group.prompt.id) for group in (*taken, *surplus)]
-        return sorted(taken, key=lambda group: group.id)  # in the order asked for, whoever was scored first
-
-    def _drop_surplus(self) -> list[Group]:
-        """Keep what a step takes: those asked for first, whoever was scored first."""
-        ready = sorted(self._ready, key=lambda group: group.id)
-        self._ready, surplus = deque(ready[: self.groups_per_step]), ready[self.groups_per_step :]
-        self._accepted -= len(surplus)
         self._surplus += len(surplus)
         self._untrained += surplus
-        return surplus
+        self._taken_step = step
+        self._taken = [(group.id, group.prompt.id) for group in ready]
+        return taken
 
     def take_rejected(self) -> list[Group]:
         """Rejected, or surplus, since the last call, sorted by id: metrics are of all judged groups."""
@@ -152,11 +146,9 @@ class ExperienceBuffer:
         took them. With `oversample`, of all that were accepted for it: which are surplus is known when all are judged.
         """
         taken, self._taken = self._taken, []
-        self._accepted -= min(len(taken), self.groups_per_step)
         if self.oversample > 1:
-            taken += [(group.id, group.prompt.id) for group in self._ready]
-            self._accepted -= len(self._ready)
-            self._ready.clear()
+            taken += [(group.id, group.prompt.id) for group in self._ready.pop(self._version + 1, [])]
+        self._taken_step = self._version
         self._version -= 1
         return taken
 
@@ -170,9 +162,8 @@ class ExperienceBuffer:
     def stats(self) -> BufferStats:
         return BufferStats(
             self._version,
-            len(self._ready),
-            self._in_flight,
-            self._dropped_stale,
+            sum(map(len, self._ready.values())),
+            self._in_flight.total(),
             dict(self._rejected),
             dict(self._verdicts),
             self._surplus,
@@ -181,24 +172,28 @@ class ExperienceBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the groups in flight, which are requested again after a resume."""
         return {
-            "ready": list(self._ready),
-            "accepted": self._accepted,
+            "ready": [group for step in sorted(self._ready) for group in self._ready[step]],
             "version": self._version,
-            "dropped_stale": self._dropped_stale,
+            "taken_step": self._taken_step,
             "rejected": dict(self._rejected),
             "verdicts": dict(self._verdicts),
             "surplus": self._surplus,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._ready = deque(state["ready"])
-        self._accepted = state["accepted"]
         self._version = state["version"]
-        self._dropped_stale = state["dropped_stale"]
+        ready = state["ready"]
+        if "taken_step" not in state:  # before 0.5 places belonged to no step, and a checkpoint followed a whole one
+            n = self.groups_per_step
+            ready = [replace(group, step=self._version + 2 + i // n) for i, group in enumerate(ready)]
+        self._taken_step = state.get("taken_step", self._version + 1)
+        self._ready.clear()
+        for group in ready:
+            self._ready[group.step].append(group)
         self._rejected = Counter(state["rejected"])
         self._verdicts = Counter(state.get("verdicts", {}))  # checkpoints before 0.3 have none
         self._surplus = state.get("surplus", 0)
-        self._in_flight = 0
+        self._in_flight.clear()
 
     def _check_rejections(self) -> None:
         rejected, judged = self._rejected_this_step.total(), self._judged_this_step

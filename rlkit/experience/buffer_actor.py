@@ -23,16 +23,16 @@ class BufferActor:
         self.failure: TooManyRejectedError | None = None
         self.ended = False
 
-    async def reserve(self, limit: int) -> int:
-        """Room for at least one and at most `limit` groups; waits for it.
+    async def reserve(self, limit: int) -> list[int]:
+        """At least one and at most `limit` places for groups, as their steps; waits for them.
 
         Synchronous training samples in rounds: replacements for rejected groups are granted when the whole round is
         judged, so that runs repeat to the last bit.
         """
         async with self.changed:
-            while self._mid_round() or not (granted := self.buffer.reserve(limit)):
+            while self._mid_round() or not (places := self.buffer.reserve(limit)):
                 await self.changed.wait()
-            return granted
+            return places
 
     def _mid_round(self) -> bool:
         return self.buffer.max_staleness == 0 and self.buffer.stats().in_flight > 0
@@ -60,7 +60,6 @@ class BufferActor:
             while self.ended or (groups := self.buffer.take()) is None:
                 if self.failure is not None:
                     raise self.failure
-                self.changed.notify_all()  # stale groups may have been dropped: there is room again
                 await self.changed.wait()
             return groups
 

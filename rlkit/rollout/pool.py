@@ -38,15 +38,16 @@ Fetch = Callable[[], Awaitable[Published]]
 """Returns the learner's current weights as a bundle."""
 
 
-def deal(requests: Sequence[GroupRequest], workers: int) -> list[list[GroupRequest]]:
-    """Split requests over workers: equal numbers of groups (within one), similar numbers of prompt tokens.
+def deal(requests: Sequence[GroupRequest], load: Sequence[int]) -> list[list[GroupRequest]]:
+    """Split requests over workers that have `load` open groups each: then equal numbers of groups (within one) where
+    that can be, and similar numbers of prompt tokens.
 
     Longest prompts first, each to the worker with the fewest groups, then the fewest tokens; shares keep the order.
     """
-    groups, tokens = [0] * workers, [0] * workers
-    shares: list[list[int]] = [[] for _ in range(workers)]
+    groups, tokens = list(load), [0] * len(load)
+    shares: list[list[int]] = [[] for _ in load]
     for index in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt.token_ids)):
-        chosen = min(range(workers), key=lambda w: (groups[w], tokens[w]))
+        chosen = min(range(len(load)), key=lambda w: (groups[w], tokens[w]))
         groups[chosen] += 1
         tokens[chosen] += len(requests[index].prompt.token_ids)
         shares[chosen].append(index)
@@ -63,6 +64,9 @@ class RolloutPool:
         self.health = [Health(config.rollout.max_restarts) for _ in self.workers]
         self._proofs = [Proof() for _ in self.workers]
         self._repairs = [asyncio.Lock() for _ in self.workers]
+        self._open = [0] * config.rollout.workers
+        """Groups that each worker has."""
+        self._handed_over = asyncio.Condition()
         self._published: Published | None = None
         self.fetch: Fetch | None = None
         """Source of weights for a replacement when they were published without a bundle."""
@@ -98,6 +102,13 @@ class RolloutPool:
         text = f"{who} {what}" if isinstance(what, str) else lambda: f"{who} {what()}"
         return waiting("the rollout pool", text, getattr(self.config.trainer, key), f"trainer.{key}")
 
+    async def places(self, responses: int) -> int:
+        """How many more groups of so many responses the engines can sample at once; waits until one can."""
+        groups = max(1, self.config.rollout.max_concurrent_samples // responses)
+        async with self._handed_over:
+            await self._handed_over.wait_for(lambda: min(self._open) < groups)
+        return sum(max(0, groups - load) for load in self._open)
+
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
         """Yield references to lists of groups as they finish, from all workers.
 
@@ -105,7 +116,9 @@ class RolloutPool:
         RolloutFailedError when workers die too often.
         """
         finished: asyncio.Queue[Any] = asyncio.Queue()
-        shares = deal(requests, len(self.workers))
+        shares = deal(requests, self._open)
+        for index, share in enumerate(shares):
+            self._open[index] += len(share)
 
         async def relay(index: int, share: Sequence[GroupRequest]) -> None:
             try:
@@ -142,23 +155,32 @@ class RolloutPool:
             more = ", ..." if len(some) > SHOWN_GROUPS else ""
             return f"to sample {len(some)} of {len(share)} groups: {names}{more}"
 
-        while left:
-            worker = self.workers[index]
-            try:
-                groups: Any = None
-                async with self._waiting(index, sampling, "step_timeout_seconds"):
-                    async for ref in worker.generate.options(num_returns="streaming").remote(list(left.values())):
-                        if groups is None:
-                            groups = ref
-                            continue
-                        for group_id in await ref:
-                            del left[group_id]
-                        finished.put_nowait(groups)
-                        groups = None
-                    if groups is not None:
-                        await groups  # not groups, then, but the error that ended the stream
-            except RayActorError as error:
-                await self._replace(index, worker, error)
+        try:
+            while left:
+                worker = self.workers[index]
+                try:
+                    groups: Any = None
+                    async with self._waiting(index, sampling, "step_timeout_seconds"):
+                        async for ref in worker.generate.options(num_returns="streaming").remote(list(left.values())):
+                            if groups is None:
+                                groups = ref
+                                continue
+                            for group_id in await ref:
+                                del left[group_id]
+                                await self._leave(index, 1)
+                            finished.put_nowait(groups)
+                            groups = None
+                        if groups is not None:
+                            await groups  # not groups, then, but the error that ended the stream
+                except RayActorError as error:
+                    await self._replace(index, worker, error)
+        finally:
+            await self._leave(index, len(left))
+
+    async def _leave(self, index: int, groups: int) -> None:
+        self._open[index] -= groups
+        async with self._handed_over:
+            self._handed_over.notify_all()
 
     async def prepare(self, published: Published) -> dict[int, Any]:
         """Announce weights. Returns the workers, by index, that are ready for them; dead ones are left to `confirm`."""

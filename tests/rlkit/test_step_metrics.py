@@ -13,7 +13,7 @@ from rlkit.experience.buffer import BufferStats
 from rlkit.experience.scores import ScoreReport, kind_of, report_on
 from rlkit.metrics import rollout_metrics
 
-STATS = BufferStats(version=1, ready=0, in_flight=2, dropped_stale=0, rejected={"drop_equal_rewards": 3})
+STATS = BufferStats(version=1, ready=0, in_flight=2, rejected={"drop_equal_rewards": 3})
 
 
 def group(*rewards: float | None) -> Group:

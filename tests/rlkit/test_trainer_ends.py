@@ -31,7 +31,7 @@ PROMPTS = [Prompt(f"p{i}", (Message("user", "?"),), (1, i)) for i in range(4)]
 
 def group_of(request: GroupRequest) -> Group:
     sample = Sample(0, np.array([5], np.int32), np.array([-1.0], np.float32), "", "stop", (1, 1), seed=0)
-    return Group(request.id, request.prompt, (sample,)).with_scores(GroupScores((Score(1.0),)))
+    return Group(request.id, request.prompt, (sample,), step=request.step).with_scores(GroupScores((Score(1.0),)))
 
 
 class Called:
@@ -48,7 +48,7 @@ class Run:
     def __init__(self, tmp_path: Path, taken: Callable[[], None], failing: Exception | None = None) -> None:
         config = load_config(["reward=rule", f"run_dir={tmp_path}", "trainer.total_steps=3"]).config
         self.actor, self.taken, self.failing = BufferActor(2, 0, BufferConfig()), taken, failing
-        state = {"ready": [], "accepted": 2, "version": 0, "dropped_stale": 0, "rejected": {}}
+        state = {"ready": [], "version": 0, "taken_step": 1, "rejected": {}}
         self.actor.buffer.load_state_dict(state)
         names = ("reserve", "add", "advance", "put_back")
         buffer: Any = SimpleNamespace(**{name: Called(getattr(self.actor, name)) for name in names})
@@ -56,8 +56,8 @@ class Run:
         asked = PromptOrder(PROMPTS, 0)
         asked.take(2)
         self.producer = Producer(
-            asked, self, self, buffer, groups_per_step=2, oversample=1.0, samples_per_prompt=1, greedy=False, seed=0,  # type: ignore[arg-type]
-            step_timeout_seconds=60.0,
+            asked, self, self, buffer, most_at_once=2, waits_for_places=False, samples_per_prompt=1,  # type: ignore[arg-type]
+            greedy=False, seed=0, step_timeout_seconds=60.0,
         )  # fmt: skip
         self.producer.started = 2
         self.saved: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
@@ -132,7 +132,7 @@ def test_groups_on_their_way_from_the_buffer_are_asked_for_again(tmp_path: Path)
     ((step, producer, buffer),) = asyncio.run(run()).saved
     assert step == 1
     assert [entry["id"] for entry in producer["open"]] == ["00000002", "00000003"]
-    assert (buffer["accepted"], buffer["version"], buffer["ready"]) == (2, 0, [])  # else a resumed run has no room
+    assert (buffer["taken_step"], buffer["version"], buffer["ready"]) == (1, 0, [])  # else a resumed run has no room
 
 
 def test_the_work_is_saved_when_the_sampler_is_given_up(tmp_path: Path) -> None:
