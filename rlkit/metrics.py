@@ -56,7 +56,7 @@ def rollout_metrics(
         metrics["group/all_equal_share"] = float(np.mean([np.ptp(group) == 0 for group in compared]))
     if seconds > 0 and any(sample.logprobs is not None for sample in samples):
         metrics["tokens/per_second"] = float(lengths.sum() / seconds)
-    metrics |= environment_metrics(samples)
+    metrics |= staleness_metrics(groups) | environment_metrics(samples)
     # Labels of recorded responses, which no reward was asked about, say nothing of the policy.
     if len(rewards) and (report.samples or any(sample.logprobs is not None for sample in samples)):
         metrics |= {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
@@ -76,6 +76,27 @@ def rollout_metrics(
         if not np.isnan(verdict).all():
             metrics[f"{area}/train"] = float(np.nanmean(verdict))
     return metrics
+
+
+def staleness_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Of the trained tokens: how many updates ago their weights were published. Nothing if all were fresh."""
+    ages: list[np.ndarray] = []
+    mixed: list[bool] = []
+    for group in groups:
+        for sample in group.samples:
+            if sample.logprobs is None:
+                continue
+            versions = np.full(len(sample), sample.policy_versions[0]) if sample.versions is None else sample.versions
+            ages.append(group.step - 1 - versions[sample.trained])
+            mixed.append(sample.policy_versions[0] < sample.policy_versions[1])
+    joined = np.concatenate(ages) if ages else np.zeros(0)
+    if not joined.any():
+        return {}
+    return {
+        "staleness/mean": float(joined.mean()),
+        "staleness/max": float(joined.max()),
+        "staleness/mixed_share": fmean(mixed),
+    }
 
 
 def environment_metrics(samples: Sequence[Sample]) -> dict[str, float]:

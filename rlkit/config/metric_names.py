@@ -13,6 +13,7 @@ _BY_AREA = {
     "length": "mean max truncated_share",
     "environment": "turns success malformed_share observation_tokens budget_share wait_share",
     "mismatch": "logprob_mean logprob_max weight_mean weight_cut_share",
+    "staleness": "mean max mixed_share",
     "weights": "version canary_difference canary_change",
     "time": "step generate score advantages update publish reward_busy evaluate",
     "tokens": "per_second",

@@ -35,13 +35,6 @@ def stale_samples_are_corrected(
             "algorithm.rollout_correction=none; leave that out for truncated importance weights",
             warning=True,
         )
-    if trainer.max_staleness > 1:
-        yield ConfigIssue(
-            key,
-            "buys nothing above 1 at present: the sampler is asked for a whole step's groups at a time; samples only "
-            "get older",
-            warning=True,
-        )
     if cluster.device == "cuda" and cluster.placement == "colocated":
         yield ConfigIssue(
             key,

@@ -182,9 +182,13 @@ class RolloutPool:
         async with self._handed_over:
             self._handed_over.notify_all()
 
+    def announce(self, published: Published) -> None:
+        """From here on workers, and replacements of dead ones, must hold these weights."""
+        self._published = published
+
     async def prepare(self, published: Published) -> dict[int, Any]:
         """Announce weights. Returns the workers, by index, that are ready for them; dead ones are left to `confirm`."""
-        self._published = published
+        self.announce(published)
         return await self._call_alive(dict(enumerate(self.workers)), "prepare")
 
     async def give(self, ready: Mapping[int, Any]) -> None:

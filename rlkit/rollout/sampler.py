@@ -77,6 +77,8 @@ class Response:
     finish_reason: FinishReason
     cached_prompt_tokens: int
     """Prompt tokens served by the prefix cache."""
+    versions: np.ndarray
+    """[T] int32: the version of the weights that gave each token."""
 
 
 def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
@@ -136,6 +138,8 @@ class Sampler:
             # vLLM chooses the library by the first grammar, and gives it the others whatever it lacks for them.
             transfer["structured_outputs_config"] = {"backend": "xgrammar"}
         self.config, self.device = config, device
+        self._finished: list[Response] = []
+        """While the canary was computed."""
         self.stop_token_ids = list(stop_token_ids)
         self.asleep: set[str] = set()
         self.engine = LLMEngine.from_engine_args(
@@ -167,6 +171,7 @@ class Sampler:
             manager = self.engine.engine_core.engine_core.structured_output_manager
             assert manager._use_async_grammar_compilation
             manager._use_async_grammar_compilation = False
+        self.engine.set_weight_version("0")
 
     def add(self, request: Request) -> None:
         """Raises UserError for a grammar that vLLM cannot follow."""
@@ -203,22 +208,23 @@ class Sampler:
 
         Raises UserError where vLLM gave one up.
         """
-        return [_response(output) for output in self.engine.step() if output.finished]
+        finished, self._finished = self._finished, []
+        return [*finished, *(_response(output) for output in self.engine.step() if output.finished)]
 
     @property
     def busy(self) -> bool:
-        return bool(self.engine.has_unfinished_requests())
+        return bool(self._finished or self.engine.has_unfinished_requests())
 
     def load(self, bundle: WeightBundle) -> None:
-        """Replace the weights and drop the prefix cache."""
+        """Replace the weights. Running requests go on with them, from keys and values computed anew."""
         self.engine.collective_rpc("load_bundle", kwargs={"weights": list(bundle.tensors())})
-        self._forget()
+        self._begin_version(bundle.version)
 
-    def receive(self, step: str, **arguments: Any) -> None:
-        """Call a transfer method of vLLM's workers on each of them."""
+    def receive(self, step: str, version: int, **arguments: Any) -> None:
+        """Call a transfer method of vLLM's workers on each of them. `version`: of the weights that come."""
         self.engine.collective_rpc(step, kwargs=arguments)
         if step == "finish_weight_update":
-            self._forget()
+            self._begin_version(version)
 
     def received_checksum(self) -> str:
         """Of the last transfer. Raises RuntimeError if the engine's workers received different weights."""
@@ -245,21 +251,22 @@ class Sampler:
             self.engine.wake_up([tag])
             self.asleep.remove(tag)
 
-    def _forget(self) -> None:
+    def _begin_version(self, version: int) -> None:
+        """Forget what older weights computed: a request that went on with old keys and values would have the log-probs
+        of neither policy."""
         if self.device == "cpu":
             self.engine.apply_model(_repack_head)
-        if not self.engine.reset_prefix_cache():
-            raise RuntimeError("vLLM refused to reset its prefix cache: requests were still running")
+        self.engine.set_weight_version(str(version))
+        if not self.engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM refused to reset its prefix cache")
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """Log-probs of all sequences, each without its first token: [sum of (length - 1)].
 
-        Raises RuntimeError while requests are running.
+        Running requests go on meanwhile; those that finish are returned by the next `step`.
         """
         from vllm import SamplingParams
 
-        if self.busy:
-            raise RuntimeError("prompt_logprobs while requests are running")
         for i, token_ids in enumerate(sequences):
             self.engine.add_request(
                 f"canary-{i}",
@@ -267,8 +274,12 @@ class Sampler:
                 SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
             )
         finished: dict[str, Any] = {}
-        while self.busy:
-            finished |= {output.request_id: output for output in self.engine.step() if output.finished}
+        while len(finished) < len(sequences):
+            for output in self.engine.step():
+                if output.finished and output.request_id.startswith("canary-"):
+                    finished[output.request_id] = output
+                elif output.finished:
+                    self._finished.append(_response(output))
         logprobs = [
             row[token].logprob
             for i, token_ids in enumerate(sequences)
@@ -296,6 +307,7 @@ def _repack_head(model: Any) -> None:
 
 def _response(output: Any) -> Response:
     completion = output.outputs[0]
+    spans = completion.weight_versions
     reason = completion.finish_reason
     if reason == "error":
         raise UserError(f"vLLM failed at request {output.request_id}; its log says why (a grammar that is too large?)")
@@ -305,4 +317,5 @@ def _response(output: Any) -> Response:
         logprobs=np.array(completion.logprobs.logprobs, dtype=np.float32),
         finish_reason=reason if reason in ("stop", "length") else "abort",
         cached_prompt_tokens=int(output.num_cached_tokens or 0),
+        versions=np.concatenate([np.full(s.end - s.start, int(s.version), np.int32) for s in spans]),
     )

@@ -30,7 +30,6 @@ T = TypeVar("T")
 @dataclass
 class _Open:
     request: GroupRequest
-    started_version: int
     done: asyncio.Queue[Group | BaseException]
     responses: dict[int, Response] = field(default_factory=dict)
 
@@ -65,6 +64,11 @@ class RolloutWorker:
         """Taken to admit groups; held from `prepare` to `admit`."""
         self.closed = False
         """From `prepare` until the pool accepts the receipt (`admit`)."""
+        self.in_flight = config.trainer.max_staleness > 0
+        """New weights come between two steps of the engine, and its requests go on with them."""
+        self.going = asyncio.Event()
+        """Cleared while weights come in flight: the engine does not step."""
+        self.going.set()
         self.arrived = asyncio.Event()
         """Set when a transfer has completed or failed."""
         self.failure: Exception | None = None
@@ -146,7 +150,7 @@ class RolloutWorker:
         seeded = samples_have_seeds(self.config)
         structured = self.rollout.structured
         for request in requests:
-            self.open[request.id] = _Open(request, self.version, done)
+            self.open[request.id] = _Open(request, done)
             temperature = self.rollout.temperature if request.temperature is None else request.temperature
             required = None if structured is None else self.grammar or grammar(structured, request.prompt.columns)
             for index in range(request.responses):
@@ -174,7 +178,7 @@ class RolloutWorker:
                 self.work.set()
 
         for request in requests:
-            self.open[request.id] = _Open(request, self.version, done)
+            self.open[request.id] = _Open(request, done)
             task = asyncio.create_task(play(request))
             self.playing.add(task)
             task.add_done_callback(self.playing.discard)
@@ -189,6 +193,7 @@ class RolloutWorker:
     async def _run_engine(self) -> None:
         try:
             while self.open:
+                await self.going.wait()
                 groups, turns = await self._in_thread(self._step)
                 for group, queue in groups:
                     queue.put_nowait(group)
@@ -233,17 +238,14 @@ class RolloutWorker:
         request, style = entry.request, self.rollout.steps
         ordered = [entry.responses[i] for i in range(request.responses)]
         texts = self.tokenizer.batch_decode([r.token_ids for r in ordered], skip_special_tokens=True)
-        # A frozen model has no versions: its samples are as old as the step that asks for them.
-        frozen = self.rollout.source == "model"
-        versions = (request.step - 1, request.step - 1) if frozen else (entry.started_version, self.version)
         samples = tuple(
             Sample(
                 index=i,
                 token_ids=response.token_ids,
-                logprobs=None if frozen else response.logprobs,
+                logprobs=None if self.rollout.source == "model" else response.logprobs,
                 text=text,
                 finish_reason=response.finish_reason,
-                policy_versions=versions,
+                **self._versions(request, response),
                 seed=sample_seed(request.seed, request.id, i),
                 spans=() if style == "none" else step_spans(response.token_ids, self.tokenizer, style),
             )
@@ -252,13 +254,27 @@ class RolloutWorker:
         greedy = samples[-1] if request.greedy else None
         return Group(request.id, request.prompt, samples[: request.samples], step=request.step, greedy=greedy)
 
+    def _versions(self, request: GroupRequest, response: Response) -> dict[str, Any]:
+        if self.rollout.source == "model":
+            # A frozen model has no versions: its samples are as old as the step that asks for them.
+            return {"policy_versions": (request.step - 1, request.step - 1)}
+        first, last = int(response.versions[0]), int(response.versions[-1])
+        return {"policy_versions": (first, last), "versions": None if first == last else response.versions}
+
     # -- new weights: prepare; take, or the learner's transfer; confirm; admit --------------------------------------
 
     async def prepare(self) -> None:
-        """Finish the open groups and make room for weights. New groups wait until `admit`.
+        """Make room for weights; nothing is handed over that was sampled with them before `admit`.
 
-        So no group mixes versions, and none is sampled with unchecked weights.
+        Synchronous training: the open groups are finished, and new ones wait. In flight: the engine stops between two
+        steps.
         """
+        if self.in_flight:
+            self.going.clear()
+            self.arrived.clear()
+            self.failure = None
+            await self._in_thread(lambda: None)  # after the step that it may be in
+            return
         if not self.closed:
             await self.admission.acquire()
             self.closed = True
@@ -296,7 +312,7 @@ class RolloutWorker:
             raise self.failure
 
     def _transfer(self, step: str, arguments: dict[str, Any], version: int) -> None:
-        self.sampler.receive(step, **arguments)
+        self.sampler.receive(step, version, **arguments)
         if step == "finish_weight_update":
             self.version, self.checksum, self.announced = version, self.sampler.received_checksum(), None
 
@@ -312,9 +328,11 @@ class RolloutWorker:
         return WeightReceipt(self.version, self.checksum, self.announced, logprobs, loaded)
 
     async def admit(self) -> None:
-        """Take groups again: the receipt was accepted."""
-        self.closed = False
-        self.admission.release()
+        """Go on: the receipt was accepted."""
+        self.going.set()
+        if self.closed:
+            self.closed = False
+            self.admission.release()
 
     async def load_weights(self, bundle: WeightBundle, canary: Canary) -> WeightReceipt:
         """`prepare`, `take` and `confirm` in one call."""
