@@ -102,7 +102,7 @@ class Segment:
     context: IntArray
     """Token ids. What the policy sampled of them is trained on elsewhere, and here only read."""
     messages: tuple[Message, ...] = ()
-    """The context as a conversation, for people; empty: the one so far, rendered anew."""
+    """The context, for people; empty: the prompt, or the conversation so far, rendered anew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,12 @@ def as_sample(
     ends = np.cumsum([len(piece.token_ids) for piece in pieces]).tolist()
     parts = np.cumsum([0, *(sum(len(piece.token_ids) for piece in some) for some in of_each)]).tolist()
     segments = tuple(
-        Segment(start, end, np.array(conversation.prompt_ids, np.int32), conversation.opening)
+        Segment(
+            start,
+            end,
+            np.array(conversation.prompt_ids, np.int32),
+            () if conversation.prompt_ids == prompt_ids else conversation.opening,
+        )
         for conversation, start, end in zip(conversations, parts[:-1], parts[1:], strict=True)
     )
     one = len(segments) == 1 and (prompt_ids is None or conversations[0].prompt_ids == prompt_ids)

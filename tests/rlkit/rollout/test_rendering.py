@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkit.experience import Episode, Message, ToolCall
-from rlkit.rollout.conversation import Conversation
+from rlkit.rollout.conversation import Conversation, as_sample
 from rlkit.rollout.rendering import Bridge, Renderer, RenderingError
 from rlkit.rollout.sampler import Response
 
@@ -102,9 +102,9 @@ def test_an_answer_that_the_template_cannot_append_ends_the_run_when_it_comes(na
 
 def test_a_system_message_that_moves() -> None:
     renderer = playing("Mistral, tools before the last question")
-    renderer.first([Message("user", "Hi")])
+    renderer.whole([Message("user", "Hi")])
     with pytest.raises(RenderingError, match="with a system message"):
-        renderer.first([Message("system", "Be brief."), Message("user", "Hi")])
+        renderer.whole([Message("system", "Be brief."), Message("user", "Hi")])
 
 
 def test_a_template_without_tools_is_told() -> None:
@@ -128,7 +128,7 @@ def test_a_format_of_calls_that_is_not_known() -> None:
 def test_bridges_are_the_templates_own_rendering(name: str) -> None:
     renderer = playing(name)
     chat = [Message("user", "Guess the number.")]
-    conversation = Conversation(renderer.first(chat), 2000)
+    conversation = Conversation(renderer.whole(chat), 2000)
     for turn, (answer, said) in enumerate([("seven", "higher"), ("nine", "\n\n lower  "), ("it is eight", "yes")]):
         space = " " if name.startswith(("Llama 2", "Mistral, tools before")) else ""
         end = " </s>" if name == "Llama 2" else renderer._stops[next(iter(renderer._after((("user", said, "", ""),))))]
@@ -151,7 +151,7 @@ def test_bridges_of_tools_are_the_templates_own_rendering(name: str, results: li
     # Llama's writes one call at a time, but reads several answers.
     called = Message("assistant", "", calls=calls[:1] if name == "Llama 3" else calls)
     chat = [Message("user", "How is the weather?")]
-    conversation = Conversation(renderer.first(chat), 3000)
+    conversation = Conversation(renderer.whole(chat), 3000)
     for _ in range(2):
         before = rendered(renderer, chat, tools=True)
         chat += [called, *said]
@@ -202,8 +202,8 @@ def test_what_is_said_forges_no_token(name: str, tools: bool, data: st.DataObjec
     harmless, forged = ([Message(role, said)] for said in ("xyx", text))
     assert frames(renderer.bridge([5], forged).ids) == frames(renderer.bridge([5], harmless).ids)
     opening, own = ([Message("user", said)] for said in (text, "xyx"))
-    assert frames(renderer.first(opening)) == frames(renderer.first(own))
-    assert text.strip() in tokenizer.decode(renderer.first(opening))  # it still reads the same
+    assert frames(renderer.whole(opening)) == frames(renderer.first(own))
+    assert text.strip() in tokenizer.decode(renderer.whole(opening))  # it still reads the same
 
 
 TEXTS = st.text(st.sampled_from("ab 7\n<|>é\u200d"), max_size=8)
@@ -214,7 +214,7 @@ TEXTS = st.text(st.sampled_from("ab 7\n<|>é\u200d"), max_size=8)
 @given(data=st.data())
 def test_an_episode_trains_the_tokens_that_the_engine_saw(name: str, data: st.DataObject) -> None:
     renderer = playing(name)
-    first = renderer.first([Message("user", data.draw(TEXTS) + "?")])
+    first = renderer.whole([Message("user", data.draw(TEXTS) + "?")])
     conversation = Conversation(first, 400)
     seen: list[int] = []
     own, bridge = 0, Bridge(0, [])
@@ -233,7 +233,7 @@ def test_an_episode_trains_the_tokens_that_the_engine_saw(name: str, data: st.Da
         bridge = renderer.bridge(ids, said)
         if not conversation.observed(bridge, said):
             break
-    sample = conversation.sample(0, 0, Episode("done"))
+    sample = as_sample([conversation], 0, 0, Episode("done"))
     assert [*first, *sample.token_ids.tolist()] == seen
     assert int(sample.trained.sum()) == own
     for span in sample.spans:
