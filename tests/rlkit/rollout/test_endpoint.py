@@ -252,28 +252,29 @@ async def answered(model: Endpoint, said: list[Any]) -> str:
 
 
 def test_a_shortened_history_and_a_second_agent_are_rows_of_one_sample() -> None:
+    def user(text: str) -> dict[str, str]:
+        return {"role": "user", "content": text}
+
     async def run(model: Endpoint) -> Step:
-        said: list[Any] = [{"role": "user", "content": QUESTION.content}]
+        said: list[Any] = [user(QUESTION.content)]
         for _ in range(2):
-            said += [
-                {"role": "assistant", "content": await answered(model, said)},
-                {"role": "user", "content": "Go on."},
-            ]
-        helped = await answered(model, [{"role": "user", "content": "Help."}])
-        short = [said[0], {"role": "user", "content": f"You said {said[1]['content']}, and others {helped}."}]
+            said += [{"role": "assistant", "content": await answered(model, said)}, user("Go on.")]
+        helped = await answered(model, [user("Help.")])
+        short = [said[0], user(f"You said {said[1]['content']}, and others {helped}.")]
         return Step(reward=float(await answered(model, short) == "the end"), success=True)
 
-    group = Table("one", "two", "three", "the end", "one", "more", "of it", "the end").group(run)
-    for sample in group.samples:
-        assert sample.episode is not None and sample.episode.success and sample.text == "the end"
-        opening, *others = sample.segments
-        assert opening.context.tolist() == list(group.prompt.token_ids) and opening.messages == ()
-        assert [[m.content for m in s.messages] for s in others][0] == ["Help."]
-        assert [m.content for m in others[1].messages][0] == QUESTION.content and len(others) == 2
-        rewards = [span.data["reward"] for span in sample.spans if span.role == "assistant"]
-        assert rewards == [0.0, 0.0, 0.0, 1.0], "once, for all of it"
-        assert [span.end for span in sample.spans][-1] == len(sample) and sample.length < len(sample)
-    assert [message.content for message in group.prompt.messages] == [QUESTION.content]
+    table = Table("one", "two", "three", "the end")
+    sample = table.play(run)
+    assert sample.episode is not None and sample.episode.success and sample.text == "the end"
+    opening, helper, last = sample.segments
+    assert opening.context.tolist() == list(table.prompt.token_ids) and opening.messages == ()
+    assert table.prompt.messages == (QUESTION,)
+    assert [m.content for m in helper.messages] == ["Help."]
+    assert [m.content for m in last.messages] == [QUESTION.content, "You said one, and others three."]
+    rewards = [span.data["reward"] for span in sample.spans if span.role == "assistant"]
+    assert rewards == [0.0, 0.0, 0.0, 1.0], "once, for all of it"
+    assert [m.content for m in sample.episode.messages] == ["one", "Go on.", "two", "three", "the end"]
+    assert sample.spans[-1].end == len(sample) > sample.length
 
 
 def test_an_agent_whose_opening_differs_from_sample_to_sample() -> None:
@@ -283,10 +284,10 @@ def test_an_agent_whose_opening_differs_from_sample_to_sample() -> None:
         await answered(model, [{"role": "user", "content": f"{QUESTION.content} It is {next(clock)}."}])
         return Step("what it makes of it", reward=1.0)
 
-    group = Table("4", "5").group(run)
+    group = Table("4", "4").group(run)
     one, other = group.samples
     assert not one.segments and [len(segment.messages) for segment in other.segments] == [1]
-    assert one.text == other.text == "what it makes of it"
+    assert one.text == other.text == "what it makes of it" and one.token_ids.tolist() == other.token_ids.tolist()
 
 
 def test_a_call_that_the_template_cannot_render_is_refused() -> None:
