@@ -100,7 +100,7 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
         ),
         (
             [*COUNTING, "environment.history=rerender", "reward=implicit_prm"],
-            "reward=implicit_prm: runs a model over prompt and response as one row, and episodes (those of environment.",
+            "reward=implicit_prm: runs a model over prompt and response as one row, and episodes (those of",
         ),
         (
             [*AGENT, "reward=implicit_prm"],

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from rlkit.rollout.sampler import Request, Response, stop_token_ids
 FOLDER = str(model_folder("embedded:policy"))
 TOKENIZER = load_tokenizer(FOLDER)
 STOPS = stop_token_ids(FOLDER, TOKENIZER)
-FORGETFUL = FIXTURES / "forgetful.jinja"
+ANEW: dict[str, Any] = {"template": FIXTURES / "forgetful.jinja", "history": "rerender"}
 PROMPT = Prompt("train-3", (), (1, 2), answer="4", columns={"start": 3})
 Player = Callable[[str, Request], str]
 
@@ -35,7 +36,10 @@ Player = Callable[[str, Request], str]
 class Table:
     """An environment, and a player who sees the whole text so far."""
 
-    def __init__(self, cls: type[Environment], player: Player, *options: str, **own: Any) -> None:
+    def __init__(
+        self, cls: type[Environment], player: Player, *options: str, template: Path | None = None, **own: Any
+    ) -> None:
+        self.template = ChatTemplate(TOKENIZER, template)
         self.asked: list[Request] = []
         self.player = player
         arguments = ["run_dir=/tmp/never", "reward=rule", *options]
@@ -55,9 +59,7 @@ class Table:
     def play(self, samples: int = 2, greedy: bool = False, rows: int = 0, **options: Any) -> Group:
         async def play() -> Group:
             await self.host.start()
-            history = self.options.history
-            template = ChatTemplate(TOKENIZER, FORGETFUL if history == "rerender" else None)
-            renderer = Renderer(template, self.host.tools, STOPS, history=history)
+            renderer = Renderer(self.template, self.host.tools, STOPS, history=self.options.history)
             episodes = Episodes(
                 self.host, renderer, self.options, self.rollout, True, STOPS, self.turn, lambda: 7, None, rows
             )
@@ -109,7 +111,7 @@ def thinks(text: str, request: Request) -> str:
 
 def test_what_a_template_rewrites_is_a_row_of_its_own() -> None:
     """Its thoughts go once a turn is over, so that every turn is one."""
-    table = Table(Counting, thinks, "rollout.max_response_tokens=200", history="rerender", max_turns=3)
+    table = Table(Counting, thinks, "rollout.max_response_tokens=200", **ANEW)
     group = table.play()
     for sample in group.samples:
         assert sample.episode is not None and sample.episode.ended == "done"
@@ -127,20 +129,39 @@ def test_what_a_template_rewrites_is_a_row_of_its_own() -> None:
         said = [m.content for m in sample.episode.messages if m.role == "assistant"]
         assert whole == said and all(text.startswith("<think>") for text in said)
     # Without thoughts the second turn goes on behind the first; then the template forgets the first question's answer.
-    plain = Table(Counting, counts, history="rerender").play(samples=1).samples[0]
+    plain = Table(Counting, counts, **ANEW).play(samples=1).samples[0]
     assert [s.role for s in plain.spans] == ["assistant", "user", "assistant", "assistant"]
     assert len(plain.segments) == 2 and plain.length < len(plain)
 
 
+def test_rendered_anew_a_template_that_appends_changes_nothing() -> None:
+    one = Table(Counting, thinks, "rollout.max_response_tokens=200").play()
+    other = Table(Counting, thinks, "rollout.max_response_tokens=200", history="rerender").play()
+    for appended, anew in zip(one.samples, other.samples, strict=True):
+        assert not anew.segments and anew.spans == appended.spans
+        assert anew.token_ids.tolist() == appended.token_ids.tolist()
+    assert one.prompt == other.prompt
+
+
+def test_what_cannot_be_rendered_later_is_the_samples_failure() -> None:
+    class Rude(Counting):
+        def step(self, action: Action) -> Step:
+            return replace(super().step(action), observation=Message("narrator", "Meanwhile"))
+
+    sample = Table(Rude, counts, **ANEW).play(samples=1).samples[0]
+    assert sample.episode is not None and sample.episode.failure.startswith("template: ")
+    assert "unknown role narrator" in sample.episode.failure and sample.length > 0
+
+
 def test_the_rows_of_an_episode_have_a_budget_together() -> None:
     options = ("rollout.max_response_tokens=60", "rollout.max_prompt_tokens=40")
-    roomy = Table(Counting, thinks, *options, history="rerender").play(samples=1, rows=1000).samples[0]
+    roomy = Table(Counting, thinks, *options, **ANEW).play(samples=1, rows=1000).samples[0]
     used = sum(len(s.context) + s.end - s.start for s in roomy.segments)
     assert roomy.episode is not None and roomy.episode.ended == "done" and len(roomy.segments) == 3 and used > 100
-    tight = Table(Counting, thinks, *options, history="rerender").play(samples=1, rows=used - 1).samples[0]
+    tight = Table(Counting, thinks, *options, **ANEW).play(samples=1, rows=used - 1).samples[0]
     assert tight.finish_reason == "length" and tight.spans[-1].end - tight.spans[-1].start < len(roomy.spans)
     assert sum(len(s.context) + s.end - s.start for s in tight.segments) <= used - 1
-    none = Table(Counting, thinks, *options, history="rerender").play(samples=1).samples[0]
+    none = Table(Counting, thinks, *options, **ANEW).play(samples=1).samples[0]
     assert none.episode is not None and none.episode.ended == "tokens" and len(none.segments) <= 2
 
 
