@@ -304,7 +304,7 @@ def test_a_call_that_the_template_cannot_render_is_refused() -> None:
             return super().whole(messages)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("test_endpoint.Renderer", Strict)
+        patch.setitem(globals(), "Renderer", Strict)
         sample = Table("4").play(run)
     assert sample.episode is not None and sample.episode.failure == "refused: only one question"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rlkit.experience import Episode, Message, ToolCall
 from rlkit.rollout.conversation import Conversation, as_sample
-from rlkit.rollout.rendering import Bridge, Renderer, RenderingError
+from rlkit.rollout.rendering import Bridge, Renderer, RenderingError, continuation
 from rlkit.rollout.sampler import Response
 
 APPEND = {
@@ -87,6 +87,53 @@ def test_the_format_of_calls_is_the_templates(name: str) -> None:
 def test_why_a_template_cannot_go_on(name: str, tools: bool, reason: str) -> None:
     (problem,) = playing(name, tools).problems()
     assert reason in problem and "model.chat_template=<file>" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "tools", "reason"),
+    [
+        ("Qwen3", False, None),
+        ("DeepSeek-R1", False, None),
+        ("gpt-oss", False, None),
+        ("Llama 2", True, "user and assistant take turns"),
+        ("Gemma 2", True, "there is no role tool"),
+        ("Phi-3", True, "it leaves out what a tool says"),
+    ],
+)
+def test_what_rendering_anew_mends(name: str, tools: bool, reason: str | None) -> None:
+    (append,) = playing(name, tools).problems()
+    anew = renderer_of(name, *([WEATHER] if tools else []), calls="hermes", history="rerender")
+    assert ("environment.history=rerender" in append) == (reason is None)
+    if reason is None:
+        assert anew.problems() == []
+    else:
+        (problem,) = anew.problems()
+        assert reason in problem and "environment.history" not in problem
+
+
+def test_rendered_anew_a_thinking_turn_begins_a_row_and_a_plain_one_goes_on() -> None:
+    renderer = renderer_of("Qwen3", history="rerender")
+    asked = [Message("user", "Guess."), Message("assistant", "seven"), Message("user", "higher")]
+    ids = renderer.whole(asked[:1])
+    for said, goes_on in (("seven<|im_end|>", True), ("<think>\nlow\n</think>\n\nseven<|im_end|>", False)):
+        turn = ids_of(renderer, said)
+        spoken = renderer.spoken(turn)
+        prompt = renderer.whole([asked[0], spoken, asked[2]])
+        bridge = renderer.behind([*ids, *turn], turn, prompt)
+        assert (bridge is not None) == goes_on, spoken
+        if bridge is not None:
+            assert [*ids, *turn, *bridge.ids] == prompt and bridge.drop == 0
+        assert "low" not in renderer.template.tokenizer.decode(prompt)
+
+
+def test_a_prompt_may_replace_the_end_of_a_turn() -> None:
+    ids, turn, end = [1, 2, 3, 8], [3, 8], {8, 9}
+    assert continuation(ids, turn, [1, 2, 3, 8, 5], end) == Bridge(0, [5])
+    assert continuation(ids, turn, [1, 2, 3, 9, 5], end) == Bridge(1, [9, 5])
+    assert continuation(ids, turn, [1, 2, 3, 5], end) is None
+    assert continuation(ids, turn, [1, 2, 3, 5], None) == Bridge(1, [5])
+    assert continuation([1, 2, 8], [8], [1, 2, 9], end) is None, "nothing would be left of it to train on"
+    assert continuation(ids, turn, [1, 2], end) is None
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Mistral, tools before the last question"])
