@@ -9,7 +9,7 @@ A session is the policy's side of one episode. Each call samples one turn:
   or begin anew (an edited or shortened history). At the end each way through a tree that was not gone yet is a row of
   its own (`conversations`), and every sampled token is in exactly one.
 - Any number of calls may be open. Seeds depend on the sample's seed, the prompt's token ids and how often these came,
-  rows on what was said: nothing depends on who was faster.
+  rows on what was said. Who was faster decides nothing but the order of tries of one prompt, and a budget's last turns.
 - An identical call while the first is still being answered waits for the same answer, and one that says that it is a
   retry gets the recorded one: a client that lost its connection costs nothing. Sampling goes on without the client.
 - Budgets (`max_turns`, tokens) refuse further calls; how the episode ends then is the policy's doing, with the reward
