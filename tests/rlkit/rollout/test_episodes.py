@@ -154,7 +154,7 @@ def test_what_cannot_be_rendered_later_is_the_samples_failure() -> None:
 
 
 def test_the_rows_of_an_episode_have_a_budget_together() -> None:
-    options = ("rollout.max_response_tokens=60", "rollout.max_prompt_tokens=40")
+    options = ("rollout.max_response_tokens=40", "rollout.max_prompt_tokens=60")
     roomy = Table(Counting, thinks, *options, **ANEW).play(samples=1, rows=1000).samples[0]
     used = sum(len(s.context) + s.end - s.start for s in roomy.segments)
     assert roomy.episode is not None and roomy.episode.ended == "done" and len(roomy.segments) == 3

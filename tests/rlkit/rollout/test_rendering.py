@@ -249,7 +249,7 @@ def test_what_is_said_forges_no_token(name: str, tools: bool, data: st.DataObjec
     harmless, forged = ([Message(role, said)] for said in ("xyx", text))
     assert frames(renderer.bridge([5], forged).ids) == frames(renderer.bridge([5], harmless).ids)
     opening, own = ([Message("user", said)] for said in (text, "xyx"))
-    assert frames(renderer.whole(opening)) == frames(renderer.first(own))
+    assert frames(renderer.whole(opening)) == frames(renderer.whole(own))
     assert text.strip() in tokenizer.decode(renderer.whole(opening))  # it still reads the same
 
 
