@@ -12,7 +12,7 @@ COLUMN = "reasoning_gym"
 """What `data=reasoning_gym` gives: data set, options and entry, as a Python literal."""
 
 RUNS_ANSWERS = frozenset(
-    [
+    {
         "binary_matrix",
         "countdown",
         "intermediate_integration",
@@ -22,7 +22,7 @@ RUNS_ANSWERS = frozenset(
         "simple_integration",
         "spiral_matrix",
         "string_insertion",
-    ]
+    }
 )
 """Data sets whose `score_answer` evaluates the answer, with `eval` or sympy's parser, which does so too."""
 

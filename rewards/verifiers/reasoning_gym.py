@@ -18,8 +18,8 @@ class ReasoningGymReward(TextRule):
 
     class Config(TextRuleConfig):
         answer_in: AnswerIn = "answer_tag"
-        """answer_tag: in the last <answer>, as data.instructions ask; final_answer: after `####`, `answer is`, or boxed;
-        response: all."""
+        """answer_tag: in the last <answer>, as data.instructions ask; final_answer: after `####`, `answer is`, or
+        boxed; response: all."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:

@@ -1,7 +1,6 @@
 """`data=reasoning_gym`: the questions of a data set of reasoning-gym, drawn by a seed.
 
-They are drawn in a process of their own, with a fixed seed of Python's hashes and of its global random numbers: some data
-sets depend on both.
+They are drawn in a process of their own, with fixed hashes and global random numbers, on which some data sets depend.
 """
 
 from __future__ import annotations
@@ -71,10 +70,10 @@ class ReasoningGymSource(DataSource):
             counts: dict[Split, int] = {"train": self.config.train_problems, "heldout": self.config.heldout_problems}
             self._all = self._drawn(counts)
             for part, count in counts.items():
-                if len(self._all[part]) < count:
+                if (came := len(self._all[part])) < count:
                     raise DataError(
-                        f"data.name={self.config.name}: only {len(self._all[part])} different {part} questions came up; "
-                        f"ask for fewer than {count} (data.{part}_problems), or widen data.options"
+                        f"data.name={self.config.name}: only {came} different {part} questions came up; ask for fewer "
+                        f"than {count} (data.{part}_problems), or widen data.options"
                     )
         return self._all[split], []
 

@@ -16,7 +16,7 @@ class TextArenaConfig(GameConfig):
 class TextArena(Game):
     """The game's reward comes at its end; 1 and more is a success.
 
-    The game's wrappers of actions are used. Those of observations are not: they repeat the conversation, which the policy has.
+    The game's wrappers of actions are used. Those of observations are not: they repeat the whole conversation.
     """
 
     Config = TextArenaConfig
