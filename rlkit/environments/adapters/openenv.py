@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -163,7 +164,8 @@ class OpenEnv(Environment):
         from websockets.exceptions import ConnectionClosed
 
         try:
-            await self._socket.send(json.dumps({"type": kind, "data": data}))
+            with contextlib.suppress(ConnectionClosed):  # a full server says so before it closes
+                await self._socket.send(json.dumps({"type": kind, "data": data}))
             answer: Any = json.loads(await self._socket.recv())
             said: dict[str, Any] = answer["data"]
         except (ConnectionClosed, ValueError, KeyError, TypeError) as error:

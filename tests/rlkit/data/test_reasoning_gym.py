@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 from adapter_fixture import act, need
+from reward_samples import make_sample
 
 from rewards.base import RewardContext
 from rewards.verifiers.reasoning_gym import ReasoningGymReward
@@ -14,7 +14,7 @@ from rlkit.data.base import DataError, Problem
 from rlkit.data.reasoning_gym import COLUMN, ReasoningGymSource
 from rlkit.environments.adapters.reasoning_gym import ReasoningGym
 from rlkit.environments.base import EnvironmentContext, Task
-from rlkit.experience import Group, Prompt, Sample, Score
+from rlkit.experience import Group, Prompt, Score
 
 pytestmark = pytest.mark.slow
 SIZES = {"train_problems": 20, "heldout_problems": 4}
@@ -31,11 +31,8 @@ def source(name: str, **options: Any) -> ReasoningGymSource:
 
 def judged(problem: Problem, *texts: str, **options: Any) -> list[Score]:
     reward = ReasoningGymReward(ReasoningGymReward.Config(**options), RewardContext())
-    numbers = np.array([1, 2], dtype=np.int64)
-    prompt = Prompt(problem.id, numbers, problem.messages, problem.references, problem.answer, problem.columns)
-    samples = tuple(
-        Sample(i, 0, numbers, np.zeros(2, dtype=np.float32), "stop", (0, 0), text) for i, text in enumerate(texts)
-    )
+    prompt = Prompt(problem.id, problem.messages, (1,), problem.references, problem.answer, problem.columns)
+    samples = tuple(make_sample(index, text) for index, text in enumerate(texts))
     try:
         (scores,) = reward.score([Group("g", prompt, samples)])
     finally:
@@ -108,8 +105,8 @@ def test_a_prompt_of_other_data_is_invalid() -> None:
 
 def test_data_sets_that_run_the_answer_are_named() -> None:
     (problem, *_), _ = source("n_queens").load("train")
-    prompt = Prompt("a", np.array([1]), columns=problem.columns)
-    (doubt,) = ReasoningGymReward.doubts(None, [prompt, Prompt("b", np.array([1]))])
+    prompts = [Prompt("a", (), (1,), columns=problem.columns), Prompt("b", (), (1,))]
+    (doubt,) = ReasoningGymReward.doubts(None, prompts)
     assert doubt == "reasoning-gym's score_answer of n_queens runs the answer as Python"
 
 

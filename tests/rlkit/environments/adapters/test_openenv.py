@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from paths import ROOT
+from adapter_fixture import SESSIONS, openenv_servers  # noqa: F401
 
 from rlkit.environments.adapters.openenv import OpenEnv, OpenEnvConfig
 from rlkit.environments.base import Action, EnvironmentContext, EnvironmentFailure, Step, Task, settled
 from rlkit.experience import ToolCall, UserError
 
 pytestmark = pytest.mark.slow
-SESSIONS = 2
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[dict[str, str]]:
-    python = os.environ.get("OPENENV_PYTHON", sys.executable if find_spec("openenv") else "")
-    if not python:
-        pytest.skip("needs a Python with openenv (its packages clash with rlkit's): OPENENV_PYTHON=VENV/bin/python")
-    script = ROOT / "tests" / "fixtures" / "openenv_server.py"
-    process = subprocess.Popen([python, script, str(SESSIONS)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        yield json.loads(process.stdout.readline())
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 def prepared(url: str, **options: Any) -> tuple[OpenEnvConfig, EnvironmentContext]:
@@ -58,18 +36,18 @@ def play(url: str, *actions: Action, **options: Any) -> tuple[str, list[Step]]:
     return asyncio.run(episode())
 
 
-def test_a_game_to_its_end(servers: dict[str, str]) -> None:
-    opening, steps = play(servers["game"], *(Action(f" {number}\n") for number in range(1, 17)))
+def test_a_game_to_its_end(openenv_servers: dict[str, str]) -> None:  # noqa: F811
+    opening, steps = play(openenv_servers["game"], *(Action(f" {number}\n") for number in range(1, 17)))
     assert opening == "Guess my number."
     rewards = [step.reward for step in steps if step.done]
     number = next(i for i, step in enumerate(steps) if step.done)
     assert rewards == [1.0] and [step.observation for step in steps[:number]] == ["higher"] * number
     assert all(step.success is None for step in steps)
-    assert play(servers["game"], Action("1"), options={"largest": 1})[1][0].done, "options reach reset"
+    assert play(openenv_servers["game"], Action("1"), options={"largest": 1})[1][0].done, "options reach reset"
 
 
-def test_what_the_policy_says_wrong_it_reads(servers: dict[str, str]) -> None:
-    _, (words,) = play(servers["game"], Action("seven"))
+def test_what_the_policy_says_wrong_it_reads(openenv_servers: dict[str, str]) -> None:  # noqa: F811
+    _, (words,) = play(openenv_servers["game"], Action("seven"))
     assert words.observation == "error: say a whole number alone"
     answers = [
         Action("no braces"),
@@ -77,15 +55,15 @@ def test_what_the_policy_says_wrong_it_reads(servers: dict[str, str]) -> None:
         Action('I move {"piece": "king", "steps": 2}.'),
         Action('{"piece": "king", "steps": "far"}'),
     ]
-    _, (none, cut, good, wrong) = play(servers["pair"], *answers, observation_field="text")
+    _, (none, cut, good, wrong) = play(openenv_servers["pair"], *answers, observation_field="text")
     assert none.observation == "error: say a JSON object with piece, steps"
     assert str(cut.observation).startswith("error: this is no JSON")
     assert (good.observation, good.reward) == ("king 2", 0.5)
     assert str(wrong.observation).startswith("error: steps: Input should be a valid integer")
 
 
-def test_a_servers_tools(servers: dict[str, str]) -> None:
-    _, context = prepared(servers["tools"])
+def test_a_servers_tools(openenv_servers: dict[str, str]) -> None:  # noqa: F811
+    _, context = prepared(openenv_servers["tools"])
     (add,) = context.tools
     assert (add.name, add.description, set(add.parameters["properties"])) == ("add", "Add two numbers.", {"a", "b"})
     calls = [
@@ -93,25 +71,25 @@ def test_a_servers_tools(servers: dict[str, str]) -> None:
         Action("", (ToolCall("add", {"a": 2, "c": 3}),)),
         Action("5"),
     ]
-    _, (five, wrong, answer) = play(servers["tools"], *calls)
+    _, (five, wrong, answer) = play(openenv_servers["tools"], *calls)
     assert [message.content for message in five.observation] == ["5"]  # type: ignore[union-attr]
     assert "error" in wrong.observation[0].content  # type: ignore[union-attr,index]
     assert answer.done
 
 
-def test_the_servers_faults_are_not_the_policys(servers: dict[str, str]) -> None:
+def test_the_servers_faults_are_not_the_policys(openenv_servers: dict[str, str]) -> None:  # noqa: F811
     with pytest.raises(EnvironmentFailure, match="EXECUTION_ERROR: broken"):
-        play(servers["game"], Action("99"))
+        play(openenv_servers["game"], Action("99"))
     with pytest.raises(EnvironmentFailure, match="observation_field=board: there is text"):
-        play(servers["game"], observation_field="board")
+        play(openenv_servers["game"], observation_field="board")
     with pytest.raises(UserError, match="action_field=move: the server's actions have number"):
-        prepared(servers["game"], action_field="move")
+        prepared(openenv_servers["game"], action_field="move")
     with pytest.raises(UserError, match="no server of OpenEnv answers"):
         prepared("http://127.0.0.1:9")
 
 
-def test_more_episodes_than_the_server_has_sessions_wait_or_fail(servers: dict[str, str]) -> None:
-    config, context = prepared(servers["game"], step_timeout_seconds=4.0)
+def test_more_episodes_than_the_server_has_sessions_wait_or_fail(openenv_servers: dict[str, str]) -> None:  # noqa: F811
+    config, context = prepared(openenv_servers["game"], step_timeout_seconds=4.0)
     task = Task("", columns={"seed": 3})
 
     async def crowd() -> None:
