@@ -21,6 +21,8 @@ class ReasoningGymReward(TextRule):
         """answer_tag: in the last <answer>, as data.instructions ask; final_answer: after `####`, `answer is`, or
         boxed; response: all."""
 
+    imports = ("reasoning_gym",)
+
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
         return RewardTraits(columns=(COLUMN,), uses_gpu=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -49,6 +50,10 @@ class Game(Environment):
             why = " ".join(str(error).split())
             return [f"{cls.package} cannot begin {config.name!r}: {type(error).__name__}: {why:.300}"]
         return []
+
+    @classmethod
+    def prepare(cls, config: GameConfig) -> None:
+        importlib.import_module(cls.package)  # some take seconds
 
     @classmethod
     def tasks(cls, config: GameConfig, split: Split, seed: int) -> Sequence[Task]:

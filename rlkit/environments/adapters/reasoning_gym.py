@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Literal
 
 from pydantic import Field
@@ -34,6 +35,10 @@ class ReasoningGym(Environment):
     @classmethod
     def check(cls, config: ReasoningGymConfig) -> list[str]:
         return lacking("reasoning_gym")
+
+    @classmethod
+    def prepare(cls, config: ReasoningGymConfig) -> None:
+        importlib.import_module("reasoning_gym")  # takes seconds
 
     def reset(self, task: Task, seed: int) -> None:
         self.entry = task.columns[COLUMN]

@@ -46,11 +46,10 @@ def judged(problem: Problem, *texts: str, **options: Any) -> list[Score]:
 def test_questions_are_the_same_in_every_process_and_their_answers_right(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problems, bad = source(name).load("train")
+    drawn = source(name)
+    (problems, bad), (heldout, _) = drawn.load("train"), drawn.load("heldout")
     monkeypatch.setenv("PYTHONHASHSEED", "77")
-    heldout, _ = source(name).load("heldout")
     assert source(name).load("train")[0] == problems and not bad
-    assert source(name, problem_seed=1).load("train")[0] != problems
     assert (len(problems), len(heldout)) == (20, 4) and not {p.id for p in problems} & {p.id for p in heldout}
     assert len({problem.messages[0].content for problem in problems}) == 20
     right, bare, wrong = judged(problems[0], f"So <answer>{problems[0].answer}</answer>", str(problems[0].answer), "")
@@ -59,8 +58,10 @@ def test_questions_are_the_same_in_every_process_and_their_answers_right(
 
 
 def test_previews_are_the_first_questions() -> None:
-    few = source("chain_sum").preview("train")
-    assert few == source("chain_sum").load("train")[0][: len(few)] and few
+    drawn = source("chain_sum")
+    few = drawn.preview("train")
+    assert few == drawn.load("train")[0][: len(few)] and few
+    assert source("chain_sum", problem_seed=1).preview("train") != few
 
 
 def test_options_and_instructions() -> None:
@@ -83,7 +84,6 @@ def test_options_and_instructions() -> None:
 def test_what_cannot_be_drawn_is_said(name: str, options: dict[str, Any], message: str) -> None:
     (said,) = source(name, **options).check()
     assert said.startswith(f"data.name={name}: reasoning-gym cannot draw its questions: ") and message in said
-    assert source(name, **options).provides() == {COLUMN}
 
 
 def test_more_questions_than_there_are() -> None:
@@ -92,8 +92,9 @@ def test_more_questions_than_there_are() -> None:
 
 
 def test_an_answer_at_which_the_package_raises_is_wrong() -> None:
-    (problem, *_), _ = source("boxnet").load("train")
-    assert source("boxnet").provides() == {COLUMN}, "no answers"
+    drawn = source("boxnet")
+    (problem, *_) = drawn.preview("train")
+    assert drawn.provides() == {COLUMN}, "no answers"
     assert judged(problem, "<answer>42</answer>")[0].value == 0.0
 
 
@@ -104,14 +105,14 @@ def test_a_prompt_of_other_data_is_invalid() -> None:
 
 
 def test_data_sets_that_run_the_answer_are_named() -> None:
-    (problem, *_), _ = source("n_queens").load("train")
+    (problem, *_) = source("n_queens").preview("train")
     prompts = [Prompt("a", (), (1,), columns=problem.columns), Prompt("b", (), (1,))]
     (doubt,) = ReasoningGymReward.doubts(None, prompts)
     assert doubt == "reasoning-gym's score_answer of n_queens runs the answer as Python"
 
 
 def test_another_try() -> None:
-    (problem, *_), _ = source("chain_sum").load("train")
+    (problem, *_) = source("chain_sum").preview("train")
     environment = ReasoningGym(ReasoningGym.Config(), EnvironmentContext())
     environment.reset(Task(problem.id, problem.messages, problem.answer, (), problem.columns), 0)
     none, wrong, partly, again, right = act(
