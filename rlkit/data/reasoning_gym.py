@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from pydantic import Field
@@ -61,20 +62,9 @@ class ReasoningGymSource(DataSource):
         return []
 
     def preview(self, split: Split) -> list[Problem]:
-        if not hasattr(self, "_few"):
-            self._few = self._drawn(PREVIEWED)
         return self._few[split]
 
     def load(self, split: Split) -> tuple[list[Problem], list[BadRow]]:
-        if not hasattr(self, "_all"):
-            counts: dict[Split, int] = {"train": self.config.train_problems, "heldout": self.config.heldout_problems}
-            self._all = self._drawn(counts)
-            for part, count in counts.items():
-                if (came := len(self._all[part])) < count:
-                    raise DataError(
-                        f"data.name={self.config.name}: only {came} different {part} questions came up; ask for fewer "
-                        f"than {count} (data.{part}_problems), or widen data.options"
-                    )
         return self._all[split], []
 
     def provides(self) -> frozenset[str]:
@@ -83,6 +73,22 @@ class ReasoningGymSource(DataSource):
         except DataError:
             answered = False
         return frozenset({COLUMN, "answer"} if answered else {COLUMN})
+
+    @cached_property
+    def _few(self) -> dict[Split, list[Problem]]:
+        return self._drawn(PREVIEWED)
+
+    @cached_property
+    def _all(self) -> dict[Split, list[Problem]]:
+        counts: dict[Split, int] = {"train": self.config.train_problems, "heldout": self.config.heldout_problems}
+        problems = self._drawn(counts)
+        for split, count in counts.items():
+            if (came := len(problems[split])) < count:
+                raise DataError(
+                    f"data.name={self.config.name}: only {came} different {split} questions came up; ask for fewer "
+                    f"than {count} (data.{split}_problems), or widen data.options"
+                )
+        return problems
 
     def _drawn(self, counts: Mapping[Split, int]) -> dict[Split, list[Problem]]:
         """Raises DataError."""
