@@ -29,7 +29,6 @@ PREVIEWED: dict[Split, int] = {"train": 8, "heldout": 2}
 _HELDOUT_BUCKETS = 8
 _CHUNK = 256
 _FRUITLESS_CHUNKS = 4
-_MODULE = "reasoning_gym"
 
 
 class ReasoningGymConfig(DataConfig):
@@ -53,7 +52,7 @@ class ReasoningGymSource(DataSource):
     Config = ReasoningGymConfig
 
     def check(self) -> list[str]:
-        if missing := lacking(_MODULE):
+        if missing := lacking("reasoning_gym"):
             return missing
         try:
             self.preview("train")
