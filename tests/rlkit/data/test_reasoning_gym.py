@@ -29,15 +29,15 @@ def source(name: str, **options: Any) -> ReasoningGymSource:
     return ReasoningGymSource(ReasoningGymSource.Config(name=name, **{**SIZES, **options}), 0)
 
 
+def prompt_of(problem: Problem) -> Prompt:
+    return Prompt(problem.id, problem.messages, (1,), problem.references, problem.answer, problem.columns)
+
+
 def judged(problem: Problem, *texts: str, **options: Any) -> list[Score]:
-    reward = ReasoningGymReward(ReasoningGymReward.Config(**options), RewardContext())
-    prompt = Prompt(problem.id, problem.messages, (1,), problem.references, problem.answer, problem.columns)
-    samples = tuple(make_sample(index, text) for index, text in enumerate(texts))
-    try:
-        (scores,) = reward.score([Group("g", prompt, samples)])
-    finally:
-        reward.close()
-    return list(scores.scores)
+    """In this process."""
+    config = ReasoningGymReward.Config(**options)
+    task = ReasoningGymReward(config, RewardContext()).task(prompt_of(problem))
+    return [ReasoningGymReward.judge(config, task, text) for text in texts]
 
 
 # rearc and arc_agi need the tuples of an entry, gsm_symbolic has fractions; the others depend on hashes or on the
@@ -98,9 +98,20 @@ def test_an_answer_at_which_the_package_raises_is_wrong() -> None:
     assert judged(problem, "<answer>42</answer>")[0].value == 0.0
 
 
-def test_a_prompt_of_other_data_is_invalid() -> None:
-    (score,) = judged(Problem("a", ()), "<answer>1</answer>")
-    assert not score.valid and score.trace is not None
+def test_groups_are_judged_in_processes_and_a_prompt_of_other_data_is_invalid() -> None:
+    (problem, *_) = source("chain_sum").preview("train")
+    texts = (f"<answer>{problem.answer}</answer>", f"{problem.answer}")
+    samples = tuple(make_sample(index, text) for index, text in enumerate(texts))
+    reward = ReasoningGymReward(ReasoningGymReward.Config(), RewardContext())
+    reward.start()
+    try:
+        known, other = reward.score(
+            [Group("g", prompt_of(problem), samples), Group("h", Prompt("a", (), (1,)), samples)]
+        )
+    finally:
+        reward.close()
+    assert [score.value for score in known.samples] == [1.0, 0.0]
+    assert not any(score.valid for score in other.samples)
     assert ReasoningGymReward.traits(None).columns == (COLUMN,)
 
 
