@@ -46,10 +46,11 @@ def test_a_run_over_the_frozen_lake(start: Callable[..., Run]) -> None:
     assert "[S]FFF" in str(first["prompt"]) and {"assistant", "user"} == {turn["role"] for turn in first["turns"]}
 
 
-def one_step(run: Run) -> None:
+def one_step(run: Run, gives_up: bool = False) -> None:
+    """`gives_up`: the first turn that is no move ends the game."""
     assert run.end() == 0, run.text
     (record,) = (record for record in run.records() if record["kind"] == "step")
-    assert record["environment/turns"] >= 1 and record["environment/observation_tokens"] > 0
+    assert record["environment/turns"] >= (1 if gives_up else 1.01)
     assert record["reward/failed"] == 0 and record["mismatch/logprob_max"] < 1e-3
 
 
@@ -59,7 +60,7 @@ GAME = ("environment.max_turns=3", "environment.max_turn_tokens=8", "rollout.max
 @pytest.mark.parametrize("package", ["textarena", "gem"])
 def test_a_run_of_a_game(start: Callable[..., Run], package: str) -> None:
     need(package)
-    one_step(start(f"environment={package}", *GAME, "trainer.total_steps=1"))
+    one_step(start(f"environment={package}", *GAME, "trainer.total_steps=1"), gives_up=package == "gem")
 
 
 def test_a_run_with_another_try(start: Callable[..., Run]) -> None:
