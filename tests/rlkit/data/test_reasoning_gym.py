@@ -11,6 +11,7 @@ from reward_samples import make_sample
 from rewards.base import RewardContext
 from rewards.verifiers.reasoning_gym import ReasoningGymReward
 from rlkit.data.base import DataError, Problem
+from rlkit.data.mixture import Mixture
 from rlkit.data.reasoning_gym import COLUMN, ReasoningGymSource
 from rlkit.environments.adapters.reasoning_gym import ReasoningGym
 from rlkit.environments.base import EnvironmentContext, Task
@@ -84,6 +85,15 @@ def test_options_and_instructions() -> None:
 def test_what_cannot_be_drawn_is_said(name: str, options: dict[str, Any], message: str) -> None:
     (said,) = source(name, **options).check()
     assert said.startswith(f"data.name={name}: reasoning-gym cannot draw its questions: ") and message in said
+
+
+def test_several_data_sets_are_a_mixture() -> None:
+    kinds = {name: {"kind": "reasoning_gym", "name": name, **SIZES} for name in ("chain_sum", "leg_counting")}
+    mixture = Mixture(Mixture.Config(sources=kinds), 0)
+    problems, _ = mixture.load("train")
+    assert len(problems) == 40 and {problem.id.partition("/")[0] for problem in problems} == set(kinds)
+    assert {COLUMN, "answer"} <= mixture.provides()
+    assert all(judged(problem, f"<answer>{problem.answer}</answer>")[0].value == 1.0 for problem in problems)
 
 
 def test_more_questions_than_there_are() -> None:
