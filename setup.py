@@ -40,7 +40,7 @@ CORE = [
     "rich>=14",
     "tensorboard>=2.19",
 ]
-RG = ["reasoning-gym>=0.1.23,<0.2"]
+RG = ["reasoning-gym>=0.1.25,<0.2"]
 GYMNASIUM = ["gymnasium>=1.2,<2"]
 TEXTARENA = ["textarena>=0.7.4,<0.8"]
 SKYRL = ["skyrl-gym>=0.4,<0.5"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from rewards.base import RewardTraits
-from rewards.services.reasoning_gym import COLUMN, RUNS_ANSWERS, dataset_of, score_answer
+from rewards.services.reasoning_gym import COLUMN, score_answer
 from rewards.verifiers.match import AnswerIn, find_answer
 from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, excerpt
 from rlkit.experience import Prompt, Score
@@ -30,12 +29,6 @@ class ReasoningGymReward(TextRule):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         return super().check(config) + lacking("reasoning_gym")
-
-    @classmethod
-    def doubts(cls, config: Any, prompts: Sequence[Prompt]) -> list[str]:
-        names = {dataset_of(prompt.columns[COLUMN]) for prompt in prompts[:64] if COLUMN in prompt.columns}
-        risky = sorted(names & RUNS_ANSWERS)
-        return [f"reasoning-gym's score_answer of {', '.join(risky)} runs the answer as Python"] if risky else []
 
     def task(self, prompt: Prompt) -> str:
         column = prompt.columns.get(COLUMN)

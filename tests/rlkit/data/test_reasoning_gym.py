@@ -9,6 +9,7 @@ from adapter_fixture import act, need
 from reward_samples import make_sample
 
 from rewards.base import RewardContext
+from rewards.services.reasoning_gym import names_mathematics_alone, score_answer
 from rewards.verifiers.reasoning_gym import ReasoningGymReward
 from rlkit.data.base import DataError, Problem
 from rlkit.data.mixture import Mixture
@@ -125,11 +126,23 @@ def test_groups_are_judged_in_processes_and_a_prompt_of_other_data_is_invalid() 
     assert ReasoningGymReward.traits(None).columns == (COLUMN,)
 
 
-def test_data_sets_that_run_the_answer_are_named() -> None:
-    (problem, *_) = source("n_queens").preview("train")
-    prompts = [Prompt("a", (), (1,), columns=problem.columns), Prompt("b", (), (1,))]
-    (doubt,) = ReasoningGymReward.doubts(None, prompts)
-    assert doubt == "reasoning-gym's score_answer of n_queens runs the answer as Python"
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [("n_queens", "[[chr(81) for _ in range(4)]]"), ("countdown", "exec(chr(49))"), ("simple_integration", "ℯxec(x)")],
+)
+def test_an_answer_that_would_run_code_is_wrong_and_does_not_run(name: str, answer: str) -> None:
+    (problem, *_) = source(name).preview("train")
+    column = problem.columns[COLUMN]
+    assert not names_mathematics_alone(answer)
+    assert score_answer(column, answer) == 0.0
+
+
+@pytest.mark.parametrize("name", ["binary_matrix", "intermediate_integration", "n_queens", "polynomial_multiplication",
+                                  "simple_integration", "spiral_matrix", "string_insertion"])  # fmt: skip
+def test_right_answers_name_mathematics_alone(name: str) -> None:
+    for problem in source(name).preview("train"):
+        assert problem.answer is not None
+        assert score_answer(problem.columns[COLUMN], problem.answer) == 1.0
 
 
 def test_another_try() -> None:
