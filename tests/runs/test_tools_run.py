@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -86,4 +87,19 @@ def test_tools_of_a_server(here: Path) -> None:
     assert len(steps) == 2 and all(record["reward/failed"] == 0 for record in steps)
     assert any(text.lstrip("-").isdigit() for text in said(run)), "the agent calls `calc`"
     assert [process for process in psutil.process_iter() if process.cwd() == str(here)] == []
+    assert run.left_after(10) == []
+
+
+@pytest.mark.slow
+def test_a_tool_that_is_gone_ends_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIXTURE_CALLS", "5")
+    command = f"command:[python,{FIXTURES / 'mcp_server.py'},stdio],variables:[FIXTURE_CALLS]"
+    run = Run(here, *TOOLS, f"environment.tools=[{{kind:mcp,{command},tools:[calc]}}]", cwd=here)
+    try:
+        assert run.end() == 1
+    finally:
+        run.clean_up()
+    assert re.search(
+        r"offers other tools than when the run began, which its\s+prompts describe: calc is gone", run.text
+    )
     assert run.left_after(10) == []

@@ -17,7 +17,7 @@ from rlkit.environments.tools.mcp_connection import Connection, ConnectionFailed
 from rlkit.experience import UserError
 
 if TYPE_CHECKING:
-    from mcp import CallToolResult
+    from mcp_types import CallToolResult
 
 _OLDEST = (2, 3)
 _LACKING = "needs the package mcp: install rlkit with its extra (pip install -e .[mcp]), or pip install 'mcp>=2.3,<3'"

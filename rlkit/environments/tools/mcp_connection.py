@@ -21,7 +21,8 @@ from rlkit.experience import UserError
 from rlkit.experience.section import Section
 
 if TYPE_CHECKING:  # it is optional, and takes seconds to import
-    from mcp import CallToolResult, Client
+    from mcp import Client
+    from mcp_types import CallToolResult
 
 log = logging.getLogger(__name__)
 
