@@ -86,7 +86,7 @@ def test_tools_of_a_server(here: Path) -> None:
     steps = [record for record in run.records() if record["kind"] == "step"]
     assert len(steps) == 2 and all(record["reward/failed"] == 0 for record in steps)
     assert any(text.lstrip("-").isdigit() for text in said(run)), "the agent calls `calc`"
-    assert [process for process in psutil.process_iter() if process.cwd() == str(here)] == []
+    assert [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(here)] == []
     assert run.left_after(10) == []
 
 

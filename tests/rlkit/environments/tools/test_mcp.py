@@ -152,6 +152,7 @@ def test_some_tools_under_other_names() -> None:
     assert Tools.check(two)[0].startswith("add is the name of two tools")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_episode", [False, True])
 def test_state_of_an_episode(options: dict[str, Any], per_episode: bool) -> None:
     async def episodes() -> list[str]:
@@ -171,6 +172,7 @@ def test_state_of_an_episode(options: dict[str, Any], per_episode: bool) -> None
         assert len(set(processes)) == (2 if per_episode else 1) and all(map(gone, processes))
 
 
+@pytest.mark.slow
 def test_a_server_without_sessions_has_none_for_an_episode() -> None:
     port = free_port()
     process = serving(port, "stateless")
@@ -181,6 +183,7 @@ def test_a_server_without_sessions_has_none_for_an_episode() -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_hung_server_costs_its_callers_and_is_replaced() -> None:
     async def episodes() -> None:
         host = hosted(STDIO, seconds=3.0)
@@ -196,6 +199,7 @@ def test_a_hung_server_costs_its_callers_and_is_replaced() -> None:
     asyncio.run(episodes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_episode", [False, True])
 def test_a_server_that_dies_is_started_again(per_episode: bool) -> None:
     async def episodes() -> None:
@@ -216,6 +220,7 @@ def test_a_server_that_dies_is_started_again(per_episode: bool) -> None:
     asyncio.run(episodes())
 
 
+@pytest.mark.slow
 def test_a_server_of_http_that_comes_back() -> None:
     port = free_port()
     process = serving(port)
@@ -238,6 +243,7 @@ def test_a_server_of_http_that_comes_back() -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_tools_that_change_under_way_end_the_run() -> None:
     async def episodes() -> None:
         for options in ({}, {"per_episode": True}):
@@ -258,6 +264,7 @@ def test_tools_that_change_under_way_end_the_run() -> None:
     asyncio.run(episodes())
 
 
+@pytest.mark.slow
 def test_tools_of_a_new_process_must_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the processes of an environment: a session of another episode, and a process that replaces another."""
     more = tmp_path / "more"
@@ -287,6 +294,7 @@ def test_tools_of_a_new_process_must_be_the_same(tmp_path: Path, monkeypatch: py
     asyncio.run(episodes())
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_server(tmp_path: Path) -> None:
     """Not even one that hangs, whose standard input closes unnoticed."""
 
@@ -306,6 +314,7 @@ def test_a_killed_process_leaves_no_server(tmp_path: Path) -> None:
         assert gone(pid)
 
 
+@pytest.mark.slow
 def test_secrets_are_read_from_the_environment(http: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "s3")
     monkeypatch.setenv("KEY", "k3")
@@ -347,6 +356,7 @@ def test_problems_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not Mcp(**STDIO).repeats() and Mcp(**STDIO, deterministic=True).repeats()
 
 
+@pytest.mark.slow
 def test_what_is_no_server(tmp_path: Path) -> None:
     for command, why in {(sys.executable, "-c", ""): "Connection closed", ("cat",): ""}.items():
         with pytest.raises(UserError, match=f"mcp: {re.escape(command[0])}.*{why}"):
