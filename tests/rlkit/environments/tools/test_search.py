@@ -87,7 +87,10 @@ async def answer(query: str, **options: Any) -> str:
     host = InlineHost(Tools, config)
     await host.start()
     await host.open("1", Task("1"), 0)
-    step = await host.step("1", Action("", (ToolCall("search", {"query": query}),)))
+    try:
+        step = await host.step("1", Action("", (ToolCall("search", {"query": query}),)))
+    finally:
+        await host.close("1")
     (message,) = step.observation
     content: str = message.content  # type: ignore[union-attr]
     return content
