@@ -2,58 +2,43 @@
 
 from __future__ import annotations
 
-JSON = '{"name": "weather", "arguments": {"city": "Graz"}}'
-KEYS = "<arg_key>city</arg_key>\n<arg_value>Graz</arg_value>"
-XML = "<function=weather>\n<parameter=city>\nGraz\n</parameter>\n</function>"
-DSML = '<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">Graz</｜DSML｜parameter>\n</｜DSML｜invoke>'
-WRITTEN = {
-    "apertus": '<|tools_prefix|>[{"weather": {"city": "Graz"}}]<|tools_suffix|>',
-    "cohere_command3": '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": "Graz"}}]<|END_ACTION|>',
-    "cohere_command4": '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": "Graz"}}]<|END_ACTION|>',
-    "deepseek_v3": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Graz"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
-    "deepseek_v31": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Graz"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
-    "deepseek_v32": f"<｜DSML｜function_calls>\n{DSML}\n</｜DSML｜function_calls>",
-    "deepseek_v4": f"<｜DSML｜tool_calls>\n{DSML}\n</｜DSML｜tool_calls>",
-    "deepseek_v41": '<｜DSML｜ calls>\n<｜DSML｜ invoke name="weather">\n<｜DSML｜ parameter name="city" string="true">Graz</｜DSML｜ parameter>\n</｜DSML｜ invoke>\n</｜DSML｜ calls>',
-    "dots": "<dots_function_call>\n<invoke name=weather>\n<parameter name=city>Graz</parameter>\n</invoke>\n</dots_function_call>",
-    "ernie45": f"<tool_call>\n{JSON}\n</tool_call>",
-    "functiongemma": "<start_function_call>call:weather{city:<escape>Graz<escape>}<end_function_call>",
-    "gemma4": '<|tool_call>call:weather{city:<|"|>Graz<|"|>}<tool_call|>',
-    "gigachat3": f"<|function_call|>{JSON}",
-    "glm45": f"<tool_call>weather\n{KEYS}\n</tool_call>",
-    "glm47": f"<tool_call>weather{KEYS}</tool_call>",
-    "granite": f"<|tool_call|>[{JSON}]",
-    "granite-20b-fc": f"<function_call> {JSON}",
-    "granite4": f"<tool_call>\n{JSON}\n</tool_call>",
-    "hermes": f"<tool_call>\n{JSON}\n</tool_call>",
-    "hunyuan_a13b": f"<tool_calls>[{JSON}]</tool_calls>",
-    "hy_v3": f"<tool_calls><tool_call>weather<tool_sep>{KEYS}</tool_call></tool_calls>",
-    "hy_v4": f"<tool_calls><tool_call>weather{KEYS}</tool_call></tool_calls>",
-    "internlm": '<|action_start|><|plugin|>{"name": "weather", "parameters": {"city": "Graz"}}<|action_end|>',
-    "jamba": f"<tool_calls>[\n{JSON}\n]</tool_calls>",
-    "kimi_k2": '<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{"city": "Graz"}<|tool_call_end|><|tool_calls_section_end|>',
-    "kimi_k3": '<|open|>tools<|sep|><|open|>call tool="weather" index="1"<|sep|><|open|>argument key="city" type="string"<|sep|>Graz<|close|>argument<|sep|><|close|>call<|sep|><|close|>tools<|sep|>',
-    "lfm2": '<|tool_call_start|>[weather(city="Graz")]<|tool_call_end|>',
-    "ling3": f"<tool_call>weather\n{KEYS}\n</tool_call>",
-    "llama3_json": '{"name": "weather", "parameters": {"city": "Graz"}}',
-    "llama4_json": '{"name": "weather", "parameters": {"city": "Graz"}}',
-    "llama4_pythonic": '[weather(city="Graz")]',
-    "longcat": f"<longcat_tool_call>{JSON}</longcat_tool_call>",
-    "mimo": f"<tool_call>\n{XML}\n</tool_call>",
-    "minicpm5": '<function name="weather"><param name="city">Graz</param></function>',
-    "minimax_m2": '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Graz</parameter>\n</invoke>\n</minimax:tool_call>',
-    "minimax_m3": ']<]minimax[>[<tool_call>]<]minimax[>[<invoke name="weather">]<]minimax[>[<city>Graz]<]minimax[>[</city>]<]minimax[>[</invoke>]<]minimax[>[</tool_call>',
-    "mistral": '[TOOL_CALLS]weather[ARGS]{"city": "Graz"}',
-    "olmo3": '<function_calls>weather(city="Graz")</function_calls>',
-    "phi4_mini_json": 'functools[{"name": "weather", "arguments": {"city": "Graz"}}]',
-    "plamo3": '<|plamo:begin_tool_requests:plamo|><|plamo:begin_tool_request:plamo|><|plamo:begin_tool_name:plamo|>weather<|plamo:end_tool_name:plamo|><|plamo:begin_tool_arguments:plamo|><|plamo:constrain|>json<|plamo:msg|>{"city": "Graz"}<|plamo:end_tool_arguments:plamo|><|plamo:end_tool_request:plamo|><|plamo:end_tool_requests:plamo|>',
-    "poolside_v1": f"<tool_call>weather\n{KEYS}\n</tool_call>",
-    "pythonic": '[weather(city="Graz")]',
-    "qwen3_coder": f"<tool_call>\n{XML}\n</tool_call>",
-    "qwen3_json": f"<tool_call>\n{JSON}\n</tool_call>",
-    "qwen3_xml": f"<tool_call>\n{XML}\n</tool_call>",
-    "seed_oss": f"<seed:tool_call>\n{XML}\n</seed:tool_call>",
-    "step3": '<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="weather"><steptml:parameter name="city">Graz</steptml:parameter></steptml:invoke><｜tool_call_end｜><｜tool_calls_end｜>',
-    "step3p5": f"<tool_call>\n{XML}\n</tool_call>",
-    "xlam": f"[{JSON}]",
-}
+import json
+import re
+from typing import Any
+
+import pytest
+from episode_templates import WEATHER
+from paths import FIXTURES
+
+from rlkit.data.rendering import load_tokenizer
+from rlkit.experience import UserError
+from rlkit.models.folder import model_folder
+from rlkit.rollout.calls import call_format
+
+WRITTEN: dict[str, str] = json.loads((FIXTURES / "vllm_calls.json").read_text())
+"""A call of `weather` with the city Graz, by the name of the parser."""
+TOKENS = re.compile(r"</?[^<>\s=]+>|<\|\"\|>|\[[A-Z_]+\]|\]<\]minimax\[>\[")
+
+
+def tokenizer(text: str) -> Any:
+    """With tokens for what looks like some in a text: most parsers want those of their models."""
+    own = load_tokenizer(str(model_folder("embedded:agent")))
+    own.add_tokens(sorted(set(TOKENS.findall(text))), special_tokens=True)
+    return own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_call_is_read(name: str) -> None:
+    reader = call_format(f"vllm:{name}", [WEATHER], tokenizer(WRITTEN[name]))
+    assert reader.read("It is warm.") == ("It is warm.", ())
+    _, (call,) = reader.read(WRITTEN[name])
+    assert (call.name, call.arguments, call.error) == ("weather", {"city": "Graz"}, "")
+
+
+@pytest.mark.slow
+def test_a_parser_of_tokens_is_refused() -> None:
+    with pytest.raises(UserError, match="vLLM's parser cannot read this model's texts"):
+        call_format("vllm:openai", [WEATHER], tokenizer(""))
+    with pytest.raises(UserError, match="vLLM's parser cannot read this model's texts"):
+        call_format("vllm:lfm2", [WEATHER], tokenizer(""))
