@@ -37,8 +37,7 @@ def test_a_call_is_read(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_parser_of_tokens_is_refused() -> None:
+@pytest.mark.parametrize("name", ["openai", "hf", "cohere_command3", "cohere_command4", "lfm2"])
+def test_a_parser_of_tokens_or_of_other_tokenizers_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="vLLM's parser cannot read this model's texts"):
-        call_format("vllm:openai", [WEATHER], tokenizer(""))
-    with pytest.raises(UserError, match="vLLM's parser cannot read this model's texts"):
-        call_format("vllm:lfm2", [WEATHER], tokenizer(""))
+        call_format(f"vllm:{name}", [WEATHER], tokenizer(""))
