@@ -57,6 +57,7 @@ EXTRAS = {
     "skyrl_gym": SKYRL,
     "openenv": OPENENV,
     "gem": ["gem-llm>=0.1,<0.2"],  # wants one version each of reasoning-gym, nltk and msgspec
+    "mcp": ["mcp>=2.3,<3"],  # environment.tools=[{kind:mcp}]; vLLM brings it along
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.8",

@@ -23,7 +23,8 @@ class EnvironmentConfig(Section):
     """Tokens of one turn; null: what `rollout.max_response_tokens`, which holds for the whole episode with its
     observations, leaves."""
     max_observation_tokens: int = Field(default=512, ge=8)
-    """Of a longer answer of the environment the middle is cut out, and the text says so."""
+    """Of a longer message of the environment the middle is cut out, and the text says so. Each tool that a turn calls
+    answers in a message of its own."""
     step_timeout_seconds: Deadline = 30.0
     """placement=worker: a `reset` or `step` that takes longer costs the worker process, which is replaced."""
     retries: int = Field(default=1, ge=0)
@@ -135,7 +136,7 @@ class Environment:
 
     @classmethod
     def prepare(cls, config: Any) -> Any:
-        """Called once per process: indices, sandboxes, connections. Raises UserError."""
+        """Called once per process: indices, sandboxes, connections; may be a coroutine. Raises UserError."""
         return None
 
     @classmethod

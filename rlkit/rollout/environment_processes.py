@@ -21,7 +21,7 @@ from typing import Any
 from rlkit.cluster.processes import die_with_parent, end, start
 from rlkit.environments.agent import Endpoint
 from rlkit.environments.base import Action, Environment, EnvironmentConfig, Step, Task
-from rlkit.environments.tool import Tool
+from rlkit.environments.tool import Tool, ToolsChangedError, changes
 from rlkit.experience import Message, UserError
 from rlkit.experience.names import find_class
 from rlkit.rollout.hosts import EpisodeFailedError, InlineHost
@@ -117,11 +117,13 @@ class ProcessHost:
         return min(range(len(self._workers)), key=self._load)
 
     async def _ask(self, key: str, method: str, *arguments: Any) -> Any:
-        """Raises EpisodeFailedError."""
+        """Raises EpisodeFailedError or ToolsChangedError."""
         index = self._place[key]
         if method == "open":
             try:
                 worker = await self._worker(index)
+            except ToolsChangedError:
+                raise
             except UserError as error:
                 raise EpisodeFailedError("failure", str(error)) from error
             worker.episodes.add(key)
@@ -171,9 +173,11 @@ class ProcessHost:
         if isinstance(tools, str):
             await asyncio.to_thread(end, [process])
             raise UserError(f"environment: {name} cannot be prepared: {tools}; what it printed is in {log}")
-        if self.tools and [tool.schema() for tool in tools] != [tool.schema() for tool in self.tools]:
+        if self.tools and (different := changes(self.tools, tools)):
             await asyncio.to_thread(end, [process])
-            raise UserError(f"environment: {name} offers other tools than at the start of the run")
+            raise ToolsChangedError(
+                f"environment: {name} offers other tools than the first one, which the prompts describe: {different}"
+            )
         self.tools = self.tools or tools
         worker.reading = asyncio.create_task(self._receive(index, worker, reader))
         return worker
@@ -189,6 +193,8 @@ class ProcessHost:
                     call.began = time.monotonic()
                 elif kind == "failed":
                     call.answer.set_exception(EpisodeFailedError(*value))
+                elif kind == "changed":
+                    call.answer.set_exception(ToolsChangedError(value))
                 else:
                     call.answer.set_result(value)
         except (EOFError, OSError):
@@ -268,6 +274,8 @@ async def _answer(host: InlineHost, writer: asyncio.StreamWriter, number: int, m
         _write(writer, (number, "answer", value))
     except EpisodeFailedError as error:
         _write(writer, (number, "failed", (error.kind, error.details, error.again)))
+    except ToolsChangedError as error:
+        _write(writer, (number, "changed", str(error)))
     except Exception as error:  # an answer that cannot be sent
         _write(writer, (number, "failed", ("exception", f"{type(error).__name__}: {error}", False)))
 

@@ -23,7 +23,7 @@ from rlkit.environments.base import (
     first_messages,
     settled,
 )
-from rlkit.environments.tool import Tool
+from rlkit.environments.tool import Tool, ToolsChangedError
 from rlkit.experience import Message
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class EpisodeFailedError(Exception):
 
 class Host(Protocol):
     """Runs the environments of a rollout worker, one per open episode. Methods of an episode raise
-    EpisodeFailedError."""
+    EpisodeFailedError, or ToolsChangedError."""
 
     tools: tuple[Tool, ...]
     """Once it has started."""
@@ -71,7 +71,7 @@ class InlineHost:
         self._open: dict[str, Environment] = {}
 
     async def start(self) -> None:
-        shared = self.cls.prepare(self.config)
+        shared = await settled(self.cls.prepare(self.config))
         self.tools = self.cls.tools(self.config, shared)
         self._context = EnvironmentContext(self.tools, shared)
 
@@ -96,7 +96,7 @@ class InlineHost:
         try:
             async with asyncio.timeout(limit):
                 return await work()
-        except EpisodeFailedError:
+        except (EpisodeFailedError, ToolsChangedError):
             raise
         except TimeoutError as error:
             details = f"no answer within environment.step_timeout_seconds={limit:g}"

@@ -9,9 +9,8 @@ policy       346
 from __future__ import annotations
 
 import ast
-import operator
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -20,13 +19,12 @@ from pydantic import Field
 from rlkit.environments.base import Action, Environment, Step, Task
 from rlkit.environments.games.drawing import DrawnConfig, drawn
 from rlkit.environments.tool import tool
+from rlkit.environments.tools import calculator
 from rlkit.experience import Message
 
-_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-}
+_WHOLE_NUMBERS = (
+    ast.Expression, ast.Constant, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.UnaryOp, ast.USub
+)  # fmt: skip
 
 
 class CalculatorConfig(DrawnConfig):
@@ -73,19 +71,13 @@ def value(expression: str) -> int:
     if len(expression) > 64:
         raise ValueError("longer than 64 characters")
     try:
-        return _value(ast.parse(expression.strip(), mode="eval").body)
+        nodes = list(ast.walk(ast.parse(expression.strip(), mode="eval")))
     except SyntaxError as error:
         raise ValueError(f"{expression!r} is no expression") from error
-
-
-def _value(node: ast.expr) -> int:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
-    raise ValueError("only whole numbers with +, -, * and brackets are worked out")
+    constants = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    if not all(isinstance(node, _WHOLE_NUMBERS) for node in nodes) or any(type(c) is not int for c in constants):
+        raise ValueError("only whole numbers with +, -, * and brackets are worked out")
+    return int(calculator.value(expression))
 
 
 def _expression(rng: random.Random) -> str:
