@@ -71,7 +71,7 @@ class InlineHost:
         self._open: dict[str, Environment] = {}
 
     async def start(self) -> None:
-        shared = self.cls.prepare(self.config)
+        shared = await settled(self.cls.prepare(self.config))
         self.tools = self.cls.tools(self.config, shared)
         self._context = EnvironmentContext(self.tools, shared)
 
