@@ -41,10 +41,10 @@ class Bridge:
         try:
             _write(child, self.purpose)
             line = await child.stdout.readline()
+            error = json.loads(line).get("error") if line else ""
         except BaseException:
             await child.end()
             raise
-        error = json.loads(line).get("error") if line else ""
         if error is not None:
             await child.end()
             raise UserError(error or f"{self.name} ended at its start, {child.ending()}")
@@ -70,7 +70,7 @@ class Bridge:
             self._cancelled[number] = asyncio.get_running_loop().call_later(UNWINDING_SECONDS, child.kill)
             raise
         finally:
-            del self._asked[number]
+            self._asked.pop(number, None)
         if "error" in fields:
             raise ProgramError(fields["error"])
         return fields
@@ -84,12 +84,14 @@ class Bridge:
                 elif (answer := self._asked.get(fields["number"])) is not None and not answer.done():
                     answer.set_result(fields)
         finally:
-            self._child = None
-            await child.end()
-            for timer in self._cancelled.values():
-                timer.cancel()
+            self._child = None  # requests from here on are another one's
+            lost, timers = list(self._asked.values()), list(self._cancelled.values())
+            self._asked.clear()
             self._cancelled.clear()
-            for answer in self._asked.values():
+            for timer in timers:
+                timer.cancel()
+            await child.end()
+            for answer in lost:
                 if not answer.done():
                     answer.set_exception(EnvironmentFailure(f"{self.name} ended, {child.ending()}"))
 

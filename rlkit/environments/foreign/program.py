@@ -7,10 +7,10 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
@@ -35,7 +35,8 @@ class CommandConfig(ProgramConfig):
     def _files_are_found_from_any_folder(cls, command: tuple[str, ...]) -> tuple[str, ...]:
         program, *arguments = command
         begins = absolute(program) if "/" in program else program
-        return (begins, *(absolute(word) if Path(word).is_file() else word for word in arguments))
+        files = [os.path.isfile(word) for word in arguments]  # noqa: PTH113 - words that are too long for a path
+        return (begins, *(absolute(word) if file else word for word, file in zip(arguments, files, strict=True)))
 
 
 class Printed(Section):

@@ -62,9 +62,6 @@ class Verifiers(Agent):
     @classmethod
     def check(cls, config: VerifiersConfig) -> list[str]:
         messages = config.missing()
-        if not os.access(config.python, os.X_OK):
-            remedy = f"python -m venv {Path(config.python).parent.parent}, and install verifiers into it"
-            return [*messages, f"environment.python: {config.python} is no program; {remedy}"]
         try:
             _listed(config)
         except UserError as error:
@@ -106,6 +103,9 @@ def _listed(config: VerifiersConfig) -> Mapping[str, list[Any]]:
 @functools.cache
 def _asked(options: str) -> Mapping[str, list[Any]]:
     config = VerifiersConfig.model_validate_json(options)
+    if not os.access(config.python, os.X_OK):
+        remedy = f"python -m venv {Path(config.python).parent.parent}, and install verifiers into it"
+        raise UserError(f"environment.python: {config.python} is no program; {remedy}")
     purpose = json.dumps(_purpose(config, list=True, most=config.max_tasks)) + "\n"
     where = f"environment.id={config.id}"
     try:
