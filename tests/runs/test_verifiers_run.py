@@ -73,12 +73,12 @@ def of_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_the_command_of_the_docs_learns_and_what_it_samples_depends_on_no_clock(classic: Path, tmp_path: Path) -> None:
     (tmp_path / "my_sums.py").write_text(ENVIRONMENT)
     (tmp_path / "verifiers-venv").symlink_to(classic.parent.parent)
-    words = (*shlex.split(COMMAND.replace("\\\n", " ")), *BATCH, *SEEN, "trainer.evaluate_every_steps=20")
-    records, samples = trained(tmp_path / "one", *words, "trainer.total_steps=20", cwd=tmp_path)
+    words = (*shlex.split(COMMAND.replace("\\\n", " ")), *BATCH, *SEEN, "trainer.evaluate_every_steps=12")
+    records, samples = trained(tmp_path / "one", *words, "trainer.total_steps=12", cwd=tmp_path)
     accuracies = [record["accuracy/heldout"] for record in records if "accuracy/heldout" in record]
     assert accuracies[-1] >= accuracies[0] + 0.15, accuracies
     steps = of_steps(records)
-    assert len(steps) == 20 and 0 < steps[0]["environment/metric/calc_calls"] < 3
+    assert len(steps) == 12 and 0 < steps[0]["environment/metric/calc_calls"] < 3
     assert {turn["role"] for sample in samples for turn in sample["turns"]} == {"assistant", "tool"}
 
     again, sampled = trained(tmp_path / "again", *words, "trainer.total_steps=2", cwd=tmp_path)

@@ -20,7 +20,7 @@ TAIL_BYTES = 64 * 1024
 """What is kept of the end of an output."""
 SHOWN = 2000
 """Characters of it in a message."""
-LINE_BYTES = 64 * 1024 * 1024
+LINE_BYTES = 1024 * 1024
 LEFT_SECONDS = 0.5
 """In which outputs close after the program that had them ended."""
 

@@ -22,6 +22,9 @@ TRIED = "verifiers>=0.3.1,<0.5"
 OF_THE_POLICY = ("turns_spent", "context_length_exceeded", "EmptyModelResponseError", "InvalidModelResponseError")
 """In errors that the policy brought about: a spent budget, and an answer without content or calls."""
 
+SHOWN = 4000
+"""Characters of an error."""
+
 
 class Refused(Exception):
     """For the user, before anything is played."""
@@ -196,7 +199,7 @@ async def serve(environment: Classic | Current, say: Any) -> None:
             say({"number": number, **await environment.run(row, base_url, model)})
         except Exception as error:
             traceback.print_exc()
-            say({"number": number, "error": f"{type(error).__name__}: {error}"})
+            say({"number": number, "error": f"{type(error).__name__}: {error}"[:SHOWN]})
 
     async with environment.serving():
         threading.Thread(target=read, daemon=True).start()

@@ -135,12 +135,12 @@ def test_at_its_deadline_a_program_ends_with_all_it_started_and_alone(tmp_path: 
         assert (await host.step("b", MODEL)).reward == 1.0
         with pytest.raises(EpisodeFailedError) as caught:
             await slow
-        assert str(caught.value) == "timeout: no answer within environment.step_timeout_seconds=3"
+        assert str(caught.value) == "timeout: no answer within environment.step_timeout_seconds=6"
         await until(lambda: len(pids(file)) == 4 and not any(map(runs, pids(file))))
         await host.open("c", Task("quick"), seed=7)
         assert (await host.step("c", MODEL)).reward == 1.0
 
-    with_host(host_of(tmp_path, "sh", "-c", script, step_timeout_seconds=3), work)
+    with_host(host_of(tmp_path, "sh", "-c", script, step_timeout_seconds=6), work)
 
 
 def test_programs_end_with_the_process_of_their_environment(tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ def test_a_spent_budget_is_the_policys_doing_though_the_program_fails(tmp_path: 
 def test_mistakes_are_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("agent.py").touch()
-    config = Program.Config(command=("python", "agent.py", "-v"), variables=("NO_SUCH_KEY",))
-    assert config.command == ("python", str(tmp_path / "agent.py"), "-v"), "it works in another folder"
+    config = Program.Config(command=("sh", "agent.py", "-v"), variables=("NO_SUCH_KEY",))
+    assert config.command == ("sh", str(tmp_path / "agent.py"), "-v"), "it works in another folder"
     assert ["NO_SUCH_KEY is not set" in message for message in Program.check(config)] == [True]
     (message,) = Program.check(Program.Config(command=("./agent.py",)))
     assert message.startswith(f"environment.command: {tmp_path / 'agent.py'} is no program here")
