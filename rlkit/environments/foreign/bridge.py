@@ -33,7 +33,7 @@ class Bridge:
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._cancelled: dict[int, asyncio.TimerHandle] = {}
-        self._reading: asyncio.Task[None] | None = None
+        self._reading = set[asyncio.Task[None]]()
 
     async def start(self) -> None:
         """Raises UserError."""
@@ -48,7 +48,9 @@ class Bridge:
         if error is not None:
             await child.end()
             raise UserError(error or f"{self.name} ended at its start, {child.ending()}")
-        self._child, self._reading = child, asyncio.create_task(self._read(child))
+        self._child, reading = child, asyncio.create_task(self._read(child))
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
 
     async def ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Raises ProgramError for what the program says went wrong, EnvironmentFailure if it ends meanwhile."""

@@ -67,7 +67,9 @@ class Child:
     """A running program; `process` has its standard input and output."""
 
     def __init__(self, process: asyncio.subprocess.Process, life: int, echo: bool) -> None:
-        self.process, self._life = process, life
+        self.process, self._life, self._exit = process, life, -1
+        with contextlib.suppress(ProcessLookupError):  # it has ended by now
+            self._exit = os.pidfd_open(process.pid)
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         self.stdin, self.stdout = process.stdin, process.stdout
         self._errors = Tail(echo)
@@ -108,11 +110,27 @@ class Child:
             os.close(self._life)
             self._life = -1
 
+    async def ended(self) -> None:
+        """Wait for its exit. asyncio's `wait` would wait for its outputs, too, which what it left behind may hold."""
+        if self._exit < 0:
+            return
+        exited, loop = asyncio.Event(), asyncio.get_running_loop()
+        loop.add_reader(self._exit, exited.set)
+        try:
+            await exited.wait()
+        finally:
+            loop.remove_reader(self._exit)
+
     async def end(self) -> None:
         """Kill it, and read the rest of its errors."""
         self.kill()
-        await self.process.wait()
-        await asyncio.wait({self._following}, timeout=LEFT_SECONDS)
+        await self.ended()
+        if self._exit >= 0:
+            os.close(self._exit)
+            self._exit = -1
+        code = asyncio.create_task(self.process.wait())
+        await asyncio.wait({code, self._following}, timeout=LEFT_SECONDS)
+        code.cancel()
 
     def ending(self) -> str:
         """How it ended, for a message."""

@@ -97,14 +97,15 @@ class Program(Agent):
 
 
 async def _output(child: Child, said: str) -> str:
-    """The end of what it prints. What it leaves running has a moment to close the output."""
+    """The end of what it prints."""
     tail = Tail()
     reading = asyncio.create_task(tail.follow(child.stdout))
     child.stdin.write(said.encode())
     with contextlib.suppress(ConnectionError):  # it may not read its task
         await child.stdin.drain()
     child.stdin.close()
-    await child.process.wait()
+    await child.ended()
+    child.kill()  # what it left behind, with its output
     await asyncio.wait({reading}, timeout=LEFT_SECONDS)
     reading.cancel()
     return tail.text()

@@ -188,6 +188,7 @@ def main() -> None:
 
 async def serve(environment: Classic | Current, say: Any) -> None:
     loop, lines = asyncio.get_running_loop(), asyncio.Queue[str]()
+    playing: dict[int, asyncio.Task[None]] = {}
 
     def read() -> None:
         for line in iter(sys.stdin.readline, ""):
@@ -200,10 +201,11 @@ async def serve(environment: Classic | Current, say: Any) -> None:
         except Exception as error:
             traceback.print_exc()
             say({"number": number, "error": f"{type(error).__name__}: {error}"[:SHOWN]})
+        finally:
+            playing.pop(number, None)
 
     async with environment.serving():
         threading.Thread(target=read, daemon=True).start()
-        playing: dict[int, asyncio.Task[None]] = {}
         while True:
             request = json.loads(await lines.get())
             if (cancelled := request.get("cancel")) is not None:
@@ -211,9 +213,7 @@ async def serve(environment: Classic | Current, say: Any) -> None:
                     playing[cancelled].cancel()
                 say({"cancelled": cancelled})
             else:
-                number = request["number"]
-                task = playing[number] = asyncio.create_task(play(**request))
-                task.add_done_callback(lambda _, number=number: playing.pop(number))
+                playing[request["number"]] = asyncio.create_task(play(**request))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_many_are_asked_at_once_and_answered_in_any_order() -> None:
             await bridge.ask({"does": "fail"})
         released = await bridge.ask({"does": "release"})
         assert released["held"] == 3
-        assert [(await one)["number"] for one in held] == [0, 1, 2]
+        assert [(await one)["number"] for one in held] == [1, 2, 3]
 
     with_bridge(work)
 

@@ -80,7 +80,7 @@ def pids(file: Path) -> list[int]:
 def test_a_program_gets_its_task_the_policy_and_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import json, os, sys; print('thinking'); task = json.load(sys.stdin); seen = dict(os.environ); "
-        f"json.dump([task, seen, str(Path.cwd()), os.listdir()], open({str(tmp_path / 'seen')!r}, 'w')); "
+        f"json.dump([task, seen, os.getcwd(), os.listdir()], open({str(tmp_path / 'seen')!r}, 'w')); "
         """print('{"reward": 0.25, "success": false, "metrics": {"calls": 2}}')"""
     )
     monkeypatch.setenv("SECRET_TOKEN", "s")
