@@ -57,6 +57,8 @@ class Pass:
 
     model: str = POLICY
     """policy, reference, or the folder of a model that stays as it is."""
+    other_prompts: bool = False
+    """Over responses behind other prompts than their own (`Algorithm.groups_for`)."""
 
 
 @dataclass(frozen=True)

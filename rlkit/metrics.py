@@ -95,6 +95,8 @@ def environment_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     turns = [[span for span in sample.spans if span.role == "assistant"] for sample, _ in whole]
     metrics["environment/turns"] = fmean(len(own) for own in turns)
     metrics["environment/observation_tokens"] = fmean(len(sample) - sample.length for sample, _ in whole)
+    if any(sample.segments for sample, _ in whole):
+        metrics["environment/segments"] = fmean(max(1, len(sample.segments)) for sample, _ in whole)
     metrics["environment/malformed_share"] = fmean(bool(turn.data.get("malformed")) for own in turns for turn in own)
     metrics["environment/budget_share"] = fmean(episode.ended in ("turns", "tokens") for _, episode in whole)
     if any(episode.success is not None for _, episode in whole):

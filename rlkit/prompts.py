@@ -127,7 +127,7 @@ def _probe_template(
     environment, options = resolved.environment_class, resolved.environment_config
     if environment is None or options is None:
         return
-    renderer = Renderer(template, tools_of(environment), stop_token_ids, options.calls)
+    renderer = Renderer(template, tools_of(environment), stop_token_ids, options.calls, options.history)
     if problems := renderer.problems():
         raise DataError("; ".join(problems))
     for caution in renderer.cautions():

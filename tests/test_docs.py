@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_fixture import need
 from paths import ROOT
 from sandbox_fixture import need_bubblewrap
 
@@ -100,6 +101,8 @@ def test_commands_validate(page: str, command: str, folder: Path) -> None:
         pytest.skip("needs ../shared/data beside the project")
     if "isolation=bubblewrap" in command or "kind:python" in command:
         need_bubblewrap()
+    for package in re.findall(r"\w=(reasoning_gym|gymnasium|textarena|gem|skyrl_gym)\b", command):
+        need(package)
     module, *arguments = shlex.split(command)[2:]
     if "--help" not in arguments:
         named = "run_dir=" in command or module == "rlkit.serve"

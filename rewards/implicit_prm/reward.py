@@ -39,7 +39,12 @@ class ImplicitPRM(TrainableReward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        own = RewardTraits(process_rewards=True, update_when=config.update, follows_policy=config.reference == "policy")
+        own = RewardTraits(
+            joins_tokens=True,
+            process_rewards=True,
+            update_when=config.update,
+            follows_policy=config.reference == "policy",
+        )
         if config.outcome is None:
             return own
         try:

@@ -17,7 +17,13 @@ from rlkit.config.limits import LIMITS
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
-from rlkit.config.plan import engines_fit_on_nodes, longest_response, phases_make_room, weights_can_travel
+from rlkit.config.plan import (
+    engines_fit_on_nodes,
+    longest_response,
+    phases_make_room,
+    samples_together,
+    weights_can_travel,
+)
 from rlkit.config.process_rewards import PROCESS_REWARDS
 from rlkit.config.sampling import SAMPLING
 from rlkit.config.schema import (
@@ -200,8 +206,7 @@ def microbatch_holds_what_belongs_together(
 ) -> Issues:
     """The longest sample (pair, group) must fit into one forward and backward pass."""
     layout = algorithm.needs().layout
-    group = 2 if rollout.source == "data" else algorithm.config.samples_per_prompt
-    samples = {"any": 1, "pairs": 2, "full_group": group}[layout]
+    samples = samples_together(rollout, algorithm)
     unit = {"any": "sample", "pairs": "pair of samples", "full_group": f"group of {samples} samples"}[layout]
     needed = rollout.max_prompt_tokens + samples * rollout.max_response_tokens
     if needed > learner.tokens_per_microbatch:

@@ -6,9 +6,11 @@ from collections.abc import Set as AbstractSet
 
 from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
-from rlkit.config.parts import Part
+from rlkit.config.parts import Part, ResolvedRun
+from rlkit.config.plan import longest_episode
 from rlkit.config.schema import RolloutConfig
 from rlkit.data.base import DataSource
+from rlkit.environments.agent import Agent, may_have_segments
 from rlkit.environments.tool import tools_of
 
 NAMES = "environment=NAME, or environment._target_=my_module.MyEnvironment"
@@ -116,6 +118,34 @@ def options_of_processes_act(environment: Part | None, typed: AbstractSet[str]) 
             )
 
 
+def options_of_turns_act(environment: Part | None, typed: AbstractSet[str]) -> Issues:
+    if environment is not None and issubclass(environment.cls, Agent) and "environment.max_parallel_calls" in typed:
+        yield ConfigIssue("environment.max_parallel_calls", "has no effect: an agent runs the tools itself")
+
+
+def episodes_of_several_rows(environment: Part | None, reward: Part, algorithm: Algorithm) -> Issues:
+    """Agents may hold several conversations, and a template that rewrites earlier turns makes them of one."""
+    if environment is None or not may_have_segments(environment.cls, environment.config):
+        return
+    whose = "an agent's" if issubclass(environment.cls, Agent) else "those of environment.history=rerender"
+    why = f"as one row, and episodes ({whose}) may be several rows"
+    if reward.cls.traits(reward.config).joins_tokens:
+        yield ConfigIssue("reward", f"runs a model over prompt and response {why}; name another reward")
+    if any(one.other_prompts for one in algorithm.needs().passes.values()):
+        name = type(algorithm).__name__
+        yield ConfigIssue(
+            "algorithm", f"{name} as configured puts responses behind other prompts {why}; name another algorithm"
+        )
+
+
+def longest_sample(run: ResolvedRun) -> int:
+    """Tokens behind the prompt, for which a learner has room."""
+    cls, options = run.environment_class, run.environment_config
+    if cls is not None and options is not None and may_have_segments(cls, options):
+        return max(longest_episode(run.config), run.config.rollout.max_response_tokens)
+    return run.config.rollout.max_response_tokens
+
+
 ENVIRONMENTS = (
     episodes_are_judged_where_there_are_any,
     verifier_judges_episodes_where_there_are_any,
@@ -125,4 +155,6 @@ ENVIRONMENTS = (
     policy_plays_the_episodes,
     budgets_fit,
     options_of_processes_act,
+    options_of_turns_act,
+    episodes_of_several_rows,
 )

@@ -35,6 +35,10 @@ class EnvironmentConfig(Section):
     """placement=worker: processes per rollout worker."""
     concurrency: int = Field(default=64, ge=1)
     """placement=worker: open episodes per process."""
+    history: Literal["append", "rerender"] = "append"
+    """append: a turn goes on behind all tokens before it; a chat template that rewrites earlier turns (that drops their
+    thinking) is refused. rerender: it goes on behind what the template makes of the whole conversation; where that does
+    not begin with the tokens before, the turns from there on are a row of their own in training."""
     calls: str = "auto"
     """How the policy writes calls of tools: hermes, llama, mistral, tags; auto: as the chat template does."""
     max_parallel_calls: int = Field(default=1, ge=1)

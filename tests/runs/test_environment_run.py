@@ -65,9 +65,13 @@ def test_a_run_of_episodes(start: Callable[..., Run]) -> None:
     assert run.left_after(10) == []
 
 
+ANEW = ("environment.history=rerender", f"model.chat_template={ROOT / 'tests/fixtures/forgetful.jinja'}")
+
+
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_equals_one_that_was_not(start: Callable[..., Run]) -> None:
-    options = (*SAVING, "trainer.total_steps=4")
+@pytest.mark.parametrize("how", [(), ANEW], ids=["append", "rerender"])
+def test_a_killed_and_resumed_run_equals_one_that_was_not(start: Callable[..., Run], how: tuple[str, ...]) -> None:
+    options = (*SAVING, *how, "trainer.total_steps=4")
     whole = start("whole", *options)
     assert whole.end() == 0, whole.text
     broken = start("broken", *options, "resume=auto")
@@ -77,6 +81,12 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(start: Callable[..., R
     one, other = what_it_did(whole), what_it_did(again)
     for part in one:
         assert one[part] == other[part], part
+    steps = [record for record in whole.records() if record["kind"] == "step"]
+    assert all(record["mismatch/logprob_max"] < 1e-3 for record in steps), "what was sampled is what is trained on"
+    assert any(record.get("environment/segments", 1) > 1.5 for record in steps) == bool(how)
+    if how:
+        rows = [sample for sample in whole.records("samples") if len(sample["turns"]) > 4]
+        assert rows and all(len(sample["segments"]) > 1 for sample in rows)
 
 
 @pytest.mark.slow

@@ -10,8 +10,10 @@ import counting
 import pytest
 import yaml
 
+from rlkit.config.environments import longest_sample
 from rlkit.config.help import print_help
 from rlkit.config.loading import load_config
+from rlkit.config.memory import step_bytes
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, conf_dir, config_text
 from rlkit.config.report import plan, plan_text
@@ -23,6 +25,7 @@ COUNTING = (
     "reward=environment",
     "verifier=environment",
 )
+AGENT = ("environment._target_=own_agents.Calculating", *COUNTING[2:])
 Load = Callable[..., ResolvedRun]
 
 
@@ -91,11 +94,36 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
         (["environment._target_=counting.Untyped"], "the tool look: its argument item has no type"),
         (["environment._target_=counting.Nothing"], "counting has no Nothing"),
         (["environment._target_=pathlib.Path"], "is not a subclass of rlkit.environments.base.Environment"),
+        (
+            ["environment._target_=own_agents.Calculating", "environment.max_parallel_calls=2"],
+            "environment.max_parallel_calls=2: has no effect: an agent runs the tools itself",
+        ),
+        (
+            [*COUNTING, "environment.history=rerender", "reward=implicit_prm"],
+            "reward=implicit_prm: runs a model over prompt and response as one row, and episodes (those of",
+        ),
+        (
+            [*AGENT, "reward=implicit_prm"],
+            "as one row, and episodes (an agent's) may be several rows; name another reward",
+        ),
+        ([*AGENT, "algorithm=kto"], "Preference as configured puts responses behind other prompts as one row"),
         ([*COUNTING, "reward.discount=0.5"], "discount has no effect with reward.value=sum"),
     ],
 )
 def test_what_is_refused(load: Load, arguments: list[str], message: str) -> None:
     assert message in refused(load, *arguments)
+
+
+def test_what_the_rows_of_an_episode_may_have(load: Load) -> None:
+    sizes = ("learner.tokens_per_microbatch=4000", "rollout.max_response_tokens=300")
+    assert "all rows of an episode together have up to 4,000" in plan_text(plan(load(*AGENT, *sizes)))
+    assert "all rows" not in plan_text(plan(load(*COUNTING, *sizes)))
+    anew = load(*COUNTING, *sizes, "environment.history=rerender")
+    assert "all rows of an episode" in plan_text(plan(anew))
+    assert step_bytes(anew) > 5 * step_bytes(load(*COUNTING, *sizes))
+    critic = ("algorithm=ppo", "critic.tokens_per_microbatch=2000")
+    assert longest_sample(load(*AGENT, *sizes, *critic)) == 2000
+    assert longest_sample(load(*AGENT, *sizes, "algorithm=dpo")) == 2000, "two at once"
 
 
 def test_warnings(load: Load) -> None:

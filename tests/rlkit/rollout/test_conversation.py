@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlkit.experience import Episode, Message, ToolCall
 from rlkit.experience.types import FinishReason
-from rlkit.rollout.conversation import Conversation
+from rlkit.rollout.conversation import Conversation, as_sample
 from rlkit.rollout.rendering import Bridge
 from rlkit.rollout.sampler import Response
 
@@ -52,7 +52,7 @@ def test_what_is_trained_is_what_the_engine_saw(
             assert conversation.prompt() == seen[-1]
             break
         assert conversation.prompt() == seen[-1][: len(seen[-1]) - drop] + after
-    sample = conversation.sample(3, 7, Episode("done"))
+    sample = as_sample([conversation], 3, 7, Episode("done"))
     assert [*prompt, *sample.token_ids.tolist()] == seen[-1]  # observations that nobody answered are not in it
     assert len(sample) <= limit
     assert sample.versions is not None and sample.logprobs is not None and sample.mask is not None
@@ -79,7 +79,7 @@ def test_a_sample_of_an_episode() -> None:
     said = [Message("tool", "a", "look", (), "1"), Message("tool", "b", "look", (), "2")]
     assert conversation.observed(Bridge(1, [50, 51, 52]), said)
     conversation.sampled(response([3], "length"), 5, "done")
-    sample = conversation.sample(0, 1, Episode("done", success=True))
+    sample = as_sample([conversation], 0, 1, Episode("done", success=True))
     assert sample.token_ids.tolist() == [1, 50, 51, 52, 3]
     assert [(span.start, span.end, span.kind, span.role) for span in sample.spans] == [
         (0, 1, "turn", "assistant"), (1, 4, "turn", "tool"), (4, 5, "turn", "assistant")
@@ -98,13 +98,13 @@ def test_budgets_are_the_policys_doing(ended: str, reason: str) -> None:
     conversation.sampled(response([1, 2]), 0, "")
     assert not conversation.observed(Bridge(0, [5, 6]), [Message("user", "?")])  # no token would be left
     assert conversation.messages == [Message("assistant", "")]
-    assert conversation.sample(0, 0, Episode(ended)).finish_reason == reason  # type: ignore[arg-type]
+    assert as_sample([conversation], 0, 0, Episode(ended)).finish_reason == reason  # type: ignore[arg-type]
 
 
 def test_nothing_sampled_and_two_observations() -> None:
     conversation = Conversation([9], 9)
     with pytest.raises(ValueError, match="nothing was sampled"):
-        conversation.sample(0, 0, Episode("failed", "died"))
+        as_sample([conversation], 0, 0, Episode("failed", "died"))
     conversation.sampled(response([1]), 0, "")
     assert conversation.observed(Bridge(0, [5]), [])
     with pytest.raises(RuntimeError, match="answers no turn"):
