@@ -136,7 +136,7 @@ class Environment:
 
     @classmethod
     def prepare(cls, config: Any) -> Any:
-        """Called once per process: indices, sandboxes, connections; may be a coroutine. Raises UserError."""
+        """Called once per process: indices, sandboxes, connections; may be `async def`. Raises UserError."""
         return None
 
     @classmethod
