@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -25,8 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
 
 from rlkit.environments.base import Action, Environment, Step, Task
 from rlkit.experience import Group, Message, Prompt
@@ -77,6 +77,8 @@ class Benchmark:
     def __init__(self, worker: Any, turns: int, tokens: int) -> None:
         self.worker, self.turns, self.tokens = worker, turns, tokens
         self.episodes, self.engine = worker.episodes, Engine(worker.sampler)
+        self.with_environment = worker.config
+        self.without = worker.config.model_copy(update={"environment": {"_target_": None}})
         worker.sampler.stop_token_ids = []
         self.seconds: dict[str, dict[str, list[float]]] = {kind: defaultdict(list) for kind in KINDS}
 
@@ -102,7 +104,7 @@ class Benchmark:
 
     async def _timed(self, kind: str, waves: Sequence[Sequence[Any]], counted: bool) -> list[Group]:
         worker, engine = self.worker, self.engine
-        worker.episodes = self.episodes if kind == "episodes" else None
+        worker.config = self.with_environment if kind == "episodes" else self.without
         worker.sampler.engine.reset_prefix_cache()
         engine.asked, engine.tokens, engine.wall, engine.cpu = [], 0, 0.0, 0.0
         wall, cpu = time.perf_counter(), time.process_time()
@@ -111,7 +113,8 @@ class Benchmark:
             async for item in worker.generate(wave):
                 groups += item if isinstance(item, list) else []
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        assert engine.tokens == GROUPS * SAMPLES * self.turns * self.tokens
+        expected = GROUPS * SAMPLES * self.turns * self.tokens
+        assert engine.tokens == expected, f"{kind}: {engine.tokens} tokens, and not {expected}"
         if counted:
             seconds = self.seconds[kind]
             for name, value in (("wall", wall), ("cpu", cpu), ("engine_wall", engine.wall), ("engine_cpu", engine.cpu)):
@@ -149,25 +152,36 @@ def _joined(groups: Sequence[Group]) -> list[list[int]]:
     return [[token for turn in sorted(of_sample) for token in of_sample[turn]] for of_sample in turns.values()]
 
 
+def without_end(model: str, folder: Path) -> Path:
+    """A copy of the model whose configuration names no token that ends a response: vLLM would stop at it."""
+    from rlkit.models.folder import model_folder
+
+    shutil.copytree(model_folder(model), folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": None}))
+    return folder
+
+
 async def measure(model: str, turns: int, tokens: int, repeats: int, scratch: Path) -> dict[str, Any]:
     import rlkit.rollout.worker
     from rlkit.config.loading import load_config
-    from rlkit.models.folder import model_folder
 
+    folder = without_end(model, scratch / "model")
     words = [
-        "model=agent", f"model.path={model}", "environment._target_=benchmarks.episodes.Echo", "data=environment",
+        "model=agent", f"model.path={folder}", "environment._target_=benchmarks.episodes.Echo", "data=environment",
         "reward=environment", "verifier=environment", "environment.placement=inline",
         f"environment.max_turns={turns}", f"environment.max_turn_tokens={tokens}", f"run_dir={scratch / 'run'}",
-        f"rollout.max_response_tokens={turns * (tokens + 24)}", "rollout.memory_gib=0.5",
+        f"rollout.max_response_tokens={turns * (tokens + 32)}", "rollout.memory_gib=0.5",
     ]  # fmt: skip
     config = load_config(words).config
     # A request of `turns` is a group of one sample, and brings the seed of its turn.
     rlkit.rollout.worker.sample_seed = lambda seed, group, index: seed if ":" in group else hash((seed, group, index))
     screen = os.dup(1), os.dup(2)
-    worker = rlkit.rollout.worker.RolloutWorker(str(model_folder(model)), config, str(scratch / "worker.log"), 0)
+    worker = rlkit.rollout.worker.RolloutWorker(str(folder), config, str(scratch / "worker.log"), 0)
+    await worker.start()
     for copy, original in zip(screen, (1, 2), strict=True):  # an actor writes to its log
         os.dup2(copy, original)
-    await worker.start()
     worker.rollout = worker.rollout.model_copy(update={"max_response_tokens": turns * tokens})
     benchmark = Benchmark(worker, turns, tokens)
     for number in range(repeats + 1):
