@@ -4,10 +4,10 @@
     python benchmarks/episodes.py --turns 24 --tokens 2   # as many short ones as a walk through a maze has
 
 Three kinds of work, one after the other and again, over the same tokens: `episodes`, with an environment in the rollout
-worker that says the same after every turn; `turns`, the very requests that these made, as single-turn rollouts of the
+worker that says the same after every turn; `requests`, the very turns of these as single-turn rollouts of the
 same prompts and seeds in waves, so that the engine's work is the same; `long`, one response of as many tokens. No turn
 ends before its budget. Medians over the repeats, in seconds of the wall and of this process's CPU; the engine's are
-those inside vLLM. `overhead` is what `episodes` take beyond `turns`. Prints one JSON line.
+those inside vLLM. `overhead` is what `episodes` take beyond `requests`. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anyw
 from rlkit.environments.base import Action, Environment, Step, Task
 from rlkit.experience import Group, Message, Prompt
 
-KINDS = ("episodes", "turns", "long")
+KINDS = ("episodes", "requests", "long")
 GROUPS, SAMPLES = 16, 8
 
 
@@ -98,7 +98,7 @@ class Benchmark:
             prompt = Prompt(asked.id, (), tuple(asked.prompt))
             one = GroupRequest(asked.id, prompt, 1, asked.seed, 1, max_response_tokens=asked.max_tokens)
             waves[turn].append(one)
-        again = await self._timed("turns", list(waves.values()), counted)
+        again = await self._timed("requests", list(waves.values()), counted)
         assert sorted(_own_tokens(played)) == sorted(_joined(again)), "the same seeds sampled other tokens"
         await self._timed("long", [requests], counted)
 
@@ -126,15 +126,15 @@ class Benchmark:
             kind: {name: statistics.median(values) for name, values in seconds.items()}
             for kind, seconds in self.seconds.items()
         }
-        episodes, turns = medians["episodes"], medians["turns"]
+        episodes, alone = medians["episodes"], medians["requests"]
         count = GROUPS * SAMPLES * self.turns
         return {
             "turns_per_second": count / episodes["wall"],
             "outside_engine_share": 1 - episodes["engine_wall"] / episodes["wall"],
-            "outside_engine_share_of_turns": 1 - turns["engine_wall"] / turns["wall"],
+            "outside_engine_share_of_requests": 1 - alone["engine_wall"] / alone["wall"],
             "outside_engine_cpu_us_per_turn": 1e6 * (episodes["cpu"] - episodes["engine_cpu"]) / count,
-            "overhead_wall": episodes["wall"] / turns["wall"] - 1,
-            "overhead_cpu": episodes["cpu"] / turns["cpu"] - 1,
+            "overhead_wall": episodes["wall"] / alone["wall"] - 1,
+            "overhead_cpu": episodes["cpu"] / alone["cpu"] - 1,
             **{kind: {name: round(value, 4) for name, value in of_kind.items()} for kind, of_kind in medians.items()},
         }
 
@@ -175,7 +175,7 @@ async def measure(model: str, turns: int, tokens: int, repeats: int, scratch: Pa
         f"rollout.max_response_tokens={turns * (tokens + 32)}", "rollout.memory_gib=0.5",
     ]  # fmt: skip
     config = load_config(words).config
-    # A request of `turns` is a group of one sample, and brings the seed of its turn.
+    # One of `requests` is a group of one sample, and brings the seed of its turn.
     rlkit.rollout.worker.sample_seed = lambda seed, group, index: seed if ":" in group else hash((seed, group, index))
     screen = os.dup(1), os.dup(2)
     worker = rlkit.rollout.worker.RolloutWorker(str(folder), config, str(scratch / "worker.log"), 0)

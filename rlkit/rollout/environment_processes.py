@@ -249,6 +249,7 @@ def main(file: int) -> None:
 
 async def _serve(connection: socket.socket) -> None:
     reader, writer = await asyncio.open_connection(sock=connection)
+    writer.transport.set_write_buffer_limits(0)  # drained: nothing is left in this process
     target, options = await _read(reader)
     try:
         host = await _prepared(target, options)
@@ -279,6 +280,7 @@ async def _prepared(target: str, options: Mapping[str, Any]) -> InlineHost:
 
 async def _answer(host: InlineHost, writer: asyncio.StreamWriter, number: int, method: str, arguments: Any) -> None:
     _write(writer, (number, "began", None))
+    await writer.drain()  # should this call end the process, it and answers before it are known
     try:
         value = await getattr(host, method)(*arguments)
         _write(writer, (number, "answer", value))

@@ -119,6 +119,20 @@ def test_a_process_that_dies_fails_the_step_it_was_busy_with(tmp_path: Path) -> 
     with_host(tmp_path, work)
 
 
+def test_an_answer_that_was_given_survives_its_process(tmp_path: Path) -> None:
+    """However long it is."""
+
+    async def work(host: ProcessHost) -> None:
+        await opened(host, "a", "b")
+        answer, died = await asyncio.gather(
+            host.step("a", Action("ten_megabytes")), failure(host.step("b", Action("exit"))), return_exceptions=True
+        )
+        assert isinstance(answer, Step) and isinstance(died, EpisodeFailedError)
+        assert died.kind == "died" and not died.innocent
+
+    with_host(tmp_path, work, step_timeout_seconds=20)
+
+
 def test_a_process_that_dies_between_steps_may_be_any_episodes_doing(tmp_path: Path) -> None:
     async def work(host: ProcessHost) -> None:
         await opened(host, "a", "b")
