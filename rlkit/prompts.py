@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import getattr_static
 from typing import TYPE_CHECKING
 
 from algorithms.base import Render
@@ -144,7 +145,7 @@ def _doubts(resolved: ResolvedRun, template: ChatTemplate, stop_token_ids: Seque
         return []
     tools = tools_of(environment)
     # Some know their tools only once they have started, and are then asked again.
-    later = environment.tools.__func__ is not Environment.tools.__func__
+    later = getattr_static(environment, "tools") is not getattr_static(Environment, "tools")
     if later and not tools:
         tools = (Tool("tool", "A tool.", {"type": "object", "properties": {}}),)
     renderer = Renderer(template, tools, stop_token_ids, options.calls)

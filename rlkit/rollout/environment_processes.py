@@ -260,11 +260,11 @@ async def _serve(connection: socket.socket) -> None:
     # A check of arguments is a function; the tools' own process has it.
     _write(writer, tuple(replace(tool, check=None) for tool in host.tools))
     running: set[asyncio.Task[None]] = set()
-    me = os.getpid()
+    me, taking_up = os.getpid(), asyncio.Lock()
     with contextlib.suppress(EOFError, OSError):
         while True:
             number, method, *arguments = await _read(reader)
-            task = asyncio.create_task(_answer(host, writer, number, method, arguments))
+            task = asyncio.create_task(_answer(host, writer, taking_up, number, method, arguments))
             running.add(task)
             task.add_done_callback(running.discard)
     if os.getpid() != me:
@@ -278,9 +278,12 @@ async def _prepared(target: str, options: Mapping[str, Any]) -> InlineHost:
     return host
 
 
-async def _answer(host: InlineHost, writer: asyncio.StreamWriter, number: int, method: str, arguments: Any) -> None:
-    _write(writer, (number, "began", None))
-    await writer.drain()  # should this call end the process, it and answers before it are known
+async def _answer(
+    host: InlineHost, writer: asyncio.StreamWriter, taking_up: asyncio.Lock, number: int, method: str, arguments: Any
+) -> None:
+    async with taking_up:  # one by one, or calls behind one that hangs would seem to have begun
+        _write(writer, (number, "began", None))
+        await writer.drain()  # should this call end the process, it and answers before it are known
     try:
         value = await getattr(host, method)(*arguments)
         _write(writer, (number, "answer", value))
