@@ -67,6 +67,7 @@ class Renderer:
         self._stops = {stop: template.tokenizer.decode([stop]) for stop in sorted(stop_token_ids)}
         # Games say the same few things over and over.
         self._after = lru_cache(maxsize=1024)(self._ids_after)
+        self._length = lru_cache(maxsize=1024)(self._token_count)
 
     def whole(self, messages: Sequence[Message]) -> list[int]:
         """The prompt of a turn behind these. Raises RenderingError."""
@@ -333,7 +334,7 @@ class Renderer:
             raise RenderingError(text.reason)
         return text
 
-    def _length(self, text: str) -> int:
+    def _token_count(self, text: str) -> int:
         return len(self.template.token_ids([self.template.guarded(text)])[0])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import counting
 import pytest
 import yaml
+from paths import ROOT
 
 from rlkit.config.environments import longest_sample
 from rlkit.config.help import print_help
@@ -17,6 +18,7 @@ from rlkit.config.memory import step_bytes
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, conf_dir, config_text
 from rlkit.config.report import plan, plan_text
+from rlkit.train import main
 
 COUNTING = (
     "environment._target_=counting.Counting",
@@ -165,3 +167,40 @@ def test_help_lists_options_and_the_keys_of_an_own_class(capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "environment.numbers" in shown and "environment.max_observation_tokens" in shown
     assert print_help([]) == 0
+
+
+@pytest.fixture
+def forgetful(tmp_path: Path) -> Path:
+    """The agent's template, but an answer is left out once a user goes on."""
+    template = (ROOT / "rlkit/embedded/agent/chat_template.jinja").read_text()
+    said = "message['content']"
+    assert said in template
+    file = tmp_path / "forgetful.jinja"
+    file.write_text(template.replace(said, f"({said} if message['role'] != 'assistant' or loop.last else '')"))
+    return file
+
+
+def dry_run(tmp_path: Path, *arguments: str) -> int:
+    return main(["model=agent", *arguments, f"run_dir={tmp_path / 'run'}", "dry_run=true"])
+
+
+def test_a_dry_run_refuses_a_template_with_which_no_episode_goes_on(
+    tmp_path: Path, forgetful: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dry_run(tmp_path, *COUNTING) == 0
+    assert dry_run(tmp_path, *COUNTING, f"model.chat_template={forgetful}") == 1
+    shown = capsys.readouterr().err
+    assert "cannot go on after a user's answer" in shown and "model.chat_template=<file>" in shown
+    assert dry_run(tmp_path, "reward=rule", f"model.chat_template={forgetful}") == 0
+
+
+def test_a_template_is_asked_for_what_the_environment_does(
+    tmp_path: Path, forgetful: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tools that are known only once it has started are tools; and an agent's come with its calls."""
+    words = ("environment=tools", "environment.tools=[calculator]", "reward=rule", f"model.chat_template={forgetful}")
+    assert dry_run(tmp_path, *words) == 0
+    assert "warning: the chat template cannot go on after a user's answer" in capsys.readouterr().err
+    agent = ("environment._target_=own_agents.Calculating", "data=environment", "reward=environment")
+    assert dry_run(tmp_path, *agent, "verifier=environment", f"model.chat_template={forgetful}") == 0
+    assert "warning" not in capsys.readouterr().err

@@ -57,16 +57,16 @@ class Table:
         return Response(request.id, np.array(cut, np.int32), logprobs, "stop" if cut == ids else "length", 0)
 
     def play(self, samples: int = 2, greedy: bool = False, rows: int = 0, **options: Any) -> Group:
-        async def play() -> Group:
-            await self.host.start()
-            renderer = Renderer(self.template, self.host.tools, STOPS, history=self.options.history)
-            episodes = Episodes(
-                self.host, renderer, self.options, self.rollout, True, STOPS, self.turn, lambda: 7, None, rows
-            )
-            request = GroupRequest("00000005", PROMPT, samples, seed=11, step=1, greedy=greedy, **options)
-            return await episodes.group(request)
+        return asyncio.run(self.group(samples, greedy, rows, **options))
 
-        return asyncio.run(play())
+    async def group(self, samples: int = 2, greedy: bool = False, rows: int = 0, **options: Any) -> Group:
+        await self.host.start()
+        renderer = Renderer(self.template, self.host.tools, STOPS, history=self.options.history)
+        episodes = Episodes(
+            self.host, renderer, self.options, self.rollout, True, STOPS, self.turn, lambda: 7, None, rows
+        )
+        request = GroupRequest("00000005", PROMPT, samples, seed=11, step=1, greedy=greedy, **options)
+        return await episodes.group(request)
 
 
 def counts(text: str, request: Request) -> str:
@@ -317,6 +317,31 @@ def test_asynchronous_environments_have_deadlines_and_are_closed() -> None:
     assert sample.episode is not None
     assert sample.episode.failure == "timeout: no answer within environment.step_timeout_seconds=0.1"
     assert closed == ["yes", "yes"], "of both tries"
+
+
+def test_environments_are_closed_if_the_engine_ends() -> None:
+    closed: list[int] = []
+
+    class Closing(Counting):
+        def close(self) -> None:
+            closed.append(self.now)
+
+    class Silent(Table):
+        async def turn(self, request: Request) -> Response:
+            self.asked.append(request)
+            return await asyncio.get_running_loop().create_future()
+
+    async def cancelled() -> None:
+        table = Silent(Closing, counts)
+        playing = asyncio.create_task(table.group(samples=3))
+        while len(table.asked) < 3:
+            await asyncio.sleep(0)
+        playing.cancel()
+        await asyncio.wait({playing})
+        await asyncio.sleep(0.01)
+        assert len(closed) == 3 and not table.host._open
+
+    asyncio.run(cancelled())
 
 
 def test_tasks_reach_the_environment_as_the_data_have_them() -> None:
