@@ -25,8 +25,16 @@ def verifier_judges_episodes_where_there_are_any(environment: Part | None, verif
 
 
 def _judges(key: str, environment: Part | None, judge: Part) -> Issues:
-    if environment is None and judge.cls.traits(judge.config).environment:
+    if not judge.cls.traits(judge.config).environment:
+        return
+    if environment is None:
         yield ConfigIssue(key, f"{judge.cls.__name__} reads what an environment gave, and there is none; add {NAMES}")
+    elif not environment.cls.gives_rewards(environment.config):
+        yield ConfigIssue(
+            key,
+            f"{judge.cls.__name__} reads what the environment gave, and {environment.cls.__name__} as configured gives no "
+            f"rewards: every episode would earn 0; name another ({key}=math, ...)",
+        )
 
 
 def turns_come_from_an_environment(algorithm: Algorithm, environment: Part | None) -> Issues:

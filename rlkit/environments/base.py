@@ -125,6 +125,11 @@ class Environment:
         return True
 
     @classmethod
+    def gives_rewards(cls, config: Any) -> bool:
+        """Its steps may have other rewards than 0; else `reward=environment` is refused."""
+        return True
+
+    @classmethod
     def check(cls, config: Any) -> list[str]:
         """Cheap checks before a run, without heavy imports: messages for the user."""
         return []

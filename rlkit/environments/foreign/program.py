@@ -57,6 +57,10 @@ class Program(Agent):
         return False  # nobody knows what it does
 
     @classmethod
+    def gives_rewards(cls, config: CommandConfig) -> bool:
+        return config.prints_reward
+
+    @classmethod
     def check(cls, config: CommandConfig) -> list[str]:
         messages = config.missing()
         if shutil.which(config.command[0]) is None:

@@ -51,6 +51,10 @@ class Tools(Environment):
         return all(one.repeats() for one in config.tools)
 
     @classmethod
+    def gives_rewards(cls, config: ToolsConfig) -> bool:
+        return cls is not Tools
+
+    @classmethod
     def check(cls, config: ToolsConfig) -> list[str]:
         names = [one.name for one in tools_of(cls)] + [name for one in config.tools for name in one.names()]
         return _clashes(names) + [text for one in config.tools for text in one.check(config.step_timeout_seconds)]

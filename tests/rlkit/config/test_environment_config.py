@@ -116,6 +116,13 @@ def test_what_is_refused(load: Load, arguments: list[str], message: str) -> None
     assert message in refused(load, *arguments)
 
 
+def test_an_environment_without_rewards_is_judged_by_others(load: Load) -> None:
+    for environment in (["environment=tools", "environment.tools=[calculator]"],
+                        ["environment=program", "environment.command=[true]", "environment.prints_reward=false"]):  # fmt: skip
+        said = refused(load, *environment, "model=agent", "reward=environment")
+        assert "every episode would earn 0; name another (reward=math, ...)" in said
+
+
 def test_what_the_rows_of_an_episode_may_have(load: Load) -> None:
     sizes = ("learner.tokens_per_microbatch=4000", "rollout.max_response_tokens=300")
     assert "all rows of an episode together have up to 4,000" in plan_text(plan(load(*AGENT, *sizes)))
