@@ -12,6 +12,7 @@ import numpy as np
 
 from rlkit.config.schema import EvaluationConfig
 from rlkit.experience import Group, Prompt, Score
+from rlkit.experience.episodes import environment_metrics
 from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures, rightness
 from rlkit.experience.types import FloatArray
 from rlkit.rollout.pool import RolloutPool
@@ -141,6 +142,7 @@ def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]])
         f"{prefix}unjudged": float(np.isnan(values).sum()),
         f"{prefix}length_mean": float(np.mean([sample.length for sample in samples])),
         f"{prefix}truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
+        **{f"{prefix}{metric}": value for metric, value in environment_metrics(samples).items()},
     }
     best = "pass" if area == "accuracy" else "best"
     for k in _sizes(len(judged[0][1])):

@@ -40,6 +40,7 @@ FAMILIES = (
     "environment/failed/",
     "environment/metric/",
     "data/epochs/",
+    "evaluation/environment/",
     "evaluation/pass@",
     "evaluation/best@",
 )

@@ -165,7 +165,7 @@ class Episodes:
             conversation.sampled(response, self.version(), text, calls)
             last = turn + 1 >= options.max_turns or conversation.room < 1
             step: Step = await clock.of_environment(self.host.step(key, Action(text, calls, turn, last)))
-            conversation.judged(step.reward, step.state)
+            conversation.judged(step)
             success = success if step.success is None else step.success
             metrics |= step.metrics
             if step.done:
@@ -216,7 +216,7 @@ class Episodes:
             raise session.fault
         if not opened or not opened[0].turns:
             raise EpisodeFailedError("nothing_sampled", "run() returned without an answer of the model", again=False)
-        opened[0].judged(step.reward, step.state)
+        opened[0].judged(step)
         return session.spent or "done", step.success, dict(step.metrics)
 
     def _begin(

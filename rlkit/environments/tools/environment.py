@@ -15,6 +15,7 @@ from rlkit.environments.tools.calculator import Calculator
 from rlkit.environments.tools.python import Python
 from rlkit.environments.tools.search import Search
 from rlkit.environments.tools.sql import Sql
+from rlkit.environments.tools.user import User
 from rlkit.experience import ToolCall
 
 
@@ -23,13 +24,13 @@ def _with_kind(value: Any) -> Any:
 
 
 BuiltIn = Annotated[
-    Annotated[Calculator | Python | Search | Sql, Field(discriminator="kind")], BeforeValidator(_with_kind)
+    Annotated[Calculator | Python | Search | Sql | User, Field(discriminator="kind")], BeforeValidator(_with_kind)
 ]
 
 
 class ToolsConfig(EnvironmentConfig):
     tools: tuple[BuiltIn, ...] = Field(min_length=1)
-    """What the policy may call: calculator, python, search, sql; with options {kind:sql,database:shop.db}."""
+    """What the policy may call: calculator, python, search, sql, user; with options {kind:sql,database:shop.db}."""
 
 
 class Tools(Environment):
