@@ -78,7 +78,7 @@ def test_the_head_is_least_squares_whatever_the_order() -> None:
 
 
 def test_it_finds_the_turn_that_decided_and_remembers_it() -> None:
-    """An episode is won if one of its turns ends with token 40; each further such turn changes nothing, few have two."""
+    """An episode is won if one of its turns ends with token 40."""
     progress, rng = reward(), np.random.default_rng(0)
     progress.start()
     errors = []

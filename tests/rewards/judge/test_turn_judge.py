@@ -86,7 +86,7 @@ def test_with_an_outcome_and_renorm_it_is_ppr(outcome: float, expected: list[flo
         own = {"_target_": "rewards.judge.turns.TurnJudge", "base_url": server.url, "model": "judge", "probe": "off"}
         right = {"_target_": "rewards.verifiers.match.ExactMatch"}
         section = {"parts": {"judge": own, "right": right}, "shaping": [{"kind": "renorm"}]}
-        reward = CombinedReward(CombinedReward.config_model(section)(**section), RewardContext())
+        reward = CombinedReward(CombinedReward.Config(**section), RewardContext())
         reward.start()
         group = played()
         answer = "42" if outcome else "43"
