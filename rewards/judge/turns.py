@@ -14,16 +14,8 @@ from typing import Any, Literal
 from rewards.base import RewardTraits
 from rewards.judge.base import BaseJudge
 from rewards.judge.master_keys import Probe
-from rewards.judge.question import (
-    CannotJudge,
-    Question,
-    Unparsable,
-    Verdict,
-    conversation,
-    fenced_chat,
-    guided_decoding,
-    json_object,
-)
+from rewards.judge.question import CannotJudge, Question, Verdict, conversation, fenced_chat
+from rewards.services.answers import Unparsable, guided_decoding, json_object
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
 from rlkit.experience.types import SpanReward
 

@@ -19,6 +19,7 @@ from rewards.verifiers.terms import Length
 from rlkit.config.schema import EvaluationConfig
 from rlkit.evaluation import OWN, Evaluation, Evaluator, expected_best, verdicts
 from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Span
+from rlkit.experience.episodes import Z, wilson
 from rlkit.experience.scores import RewardFailed, report_on
 from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import Scored
@@ -191,7 +192,20 @@ def test_held_out_episodes_are_measured_as_those_of_training_are() -> None:
     for prefix in ("evaluation/environment/", "evaluation/math/environment/"):
         own = {n.removeprefix(prefix): value for n, value in result.metrics.items() if n.startswith(prefix)}
         shares = {"success": 0.0, "budget_share": 1.0, "metric/gamed": 1.0}
+        shares |= {"metric/gamed_low": pytest.approx(1 / (1 + Z**2)), "metric/gamed_high": 1.0}
         assert own == {"turns": 1.0, "observation_tokens": 0.0, "malformed_share": 0.0, **shares}
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(45, 32768), (0, 85), (85, 85), (3, 7)])
+def test_the_bounds_of_a_share_are_those_of_wilson(successes: int, trials: int) -> None:
+    """The shares that are Z standard errors of their own away from the measured one; 45 of 32,768 are 0.001373."""
+    share = successes / trials
+    for bound in wilson(successes, trials):
+        assert (share - bound) ** 2 == pytest.approx(Z**2 * bound * (1 - bound) / trials, abs=1e-15)
+    low, high = wilson(successes, trials)
+    assert 0 <= low <= share <= high <= 1 and low < high
+    if trials == 32768:
+        assert (round(share, 6), round(low, 6), round(high, 6)) == (0.001373, 0.001026, 0.001837)
 
 
 def test_a_reward_of_any_size_is_a_mean_value_and_the_best_of_k() -> None:
