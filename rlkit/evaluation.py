@@ -143,10 +143,7 @@ def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]])
         f"{prefix}unjudged": float(np.isnan(values).sum()),
         f"{prefix}length_mean": float(np.mean([sample.length for sample in samples])),
         f"{prefix}truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
-        **{
-            f"{prefix}{metric}": value
-            for metric, value in (environment_metrics(samples) | share_bounds(samples)).items()
-        },
+        **{f"{prefix}{metric}": value for metric, value in of_episodes.items()},
     }
     best = "pass" if area == "accuracy" else "best"
     for k in _sizes(len(judged[0][1])):
