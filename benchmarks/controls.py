@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rewards.base import Reward
+from rewards.environment import EnvironmentReward
 from rlkit.data.arithmetic import Arithmetic
 from rlkit.data.base import BadRow, Problem, Split
 from rlkit.experience import Group, GroupScores, Score
@@ -26,6 +27,20 @@ class ShuffledReferences(Arithmetic):
                 replace(problem, references=other.references) for problem, other in zip(problems, others, strict=True)
             ]
         return problems, bad
+
+
+class ShuffledRewards(EnvironmentReward):
+    """What the environment gave, dealt anew among the samples of each group: the same rewards, at random."""
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        shuffled = []
+        for group, scores in zip(groups, super().score(groups), strict=True):
+            values = [score.value for score in scores.samples]
+            random.Random(group.id).shuffle(values)
+            pairs = zip(scores.samples, values, strict=True)
+            # Turns' rewards belong to the tokens of their own sample, so they are left out.
+            shuffled.append(GroupScores(tuple(replace(score, value=v, span_rewards=()) for score, v in pairs)))
+        return shuffled
 
 
 def write_random_discriminator(trained: Path, folder: Path, seed: int) -> Path:

@@ -5,8 +5,8 @@
     python benchmarks/learning.py --seeds 0 --no-table  # prints, and leaves docs/results.md alone
 
 Each run is `python -m rlkit.train` in a process of its own, one after the other. Accuracy is always judged by the rule
-verifier, at temperature 1, on the same held-out problems. A setting's row is written as soon as it is complete. The
-exit code is 1 if a row misses its bar.
+verifier (in games it is their success), at temperature 1, on the same held-out problems. A setting's row is written as
+soon as it is complete. The exit code is 1 if a row misses its bar.
 """
 
 from __future__ import annotations
@@ -125,7 +125,21 @@ def settings(scratch: Path) -> list[Setting]:
             ("reward=polar", "data._target_=benchmarks.controls.ShuffledReferences"),
             largest_gain=3,
         ),
+        *games(),
     ]
+
+
+def games() -> list[Setting]:
+    """The games in the package, and their controls."""
+    least = {"guess_number": 20, "calculator": 30, "hidden_facts": 50, "maze": 20}
+    of_all = ("trainer.total_steps=30", "trainer.evaluation_prompts=128", "trainer.evaluate_every_steps=10")
+    shuffled = "reward._target_=benchmarks.controls.ShuffledRewards"
+    rows = []
+    for game, gain in least.items():
+        overrides = (f"environment={game}", *of_all)
+        rows.append(Setting(f"environment={game}, 30 steps", overrides, gain))
+        rows.append(Setting(f"control: {game}, shuffled rewards", (*overrides, shuffled), largest_gain=10))
+    return rows
 
 
 def train(setting: Setting, seed: int, scratch: Path, extra: list[str]) -> dict[str, Any]:
@@ -134,8 +148,8 @@ def train(setting: Setting, seed: int, scratch: Path, extra: list[str]) -> dict[
     named = f"algorithm.teacher={teacher(scratch)}" if TEACHER in setting.overrides else TEACHER
     overrides = [named if override == TEACHER else override for override in setting.overrides]
     command = [
-        sys.executable, "-m", "rlkit.train", *overrides, f"seed={seed}", f"run_dir={run_dir}",
-        "trainer.evaluation_prompts=512", "tracking.console=plain", *extra,
+        sys.executable, "-m", "rlkit.train", "trainer.evaluation_prompts=512", *overrides, f"seed={seed}",
+        f"run_dir={run_dir}", "tracking.console=plain", *extra,
     ]  # fmt: skip
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_DEADLINE_SECONDS)

@@ -85,7 +85,8 @@ class Table:
                 )
                 group = await episodes.group(GroupRequest("00000005", PROMPT, 1, seed=11, step=1))
             finally:
-                await host.stop()
+                if isinstance(host, ProcessHost):
+                    await host.stop()
                 await server.stop()
             self.prompt = group.prompt
             return group.samples[0]

@@ -24,7 +24,7 @@ def run(*cells: str, step_timeout_seconds: float = 60.0, **options: Any) -> list
         await host.start()
         await host.open("1", Task("1"), 0)
         steps = [await host.step("1", Action("", (ToolCall("python", {"code": cell}),))) for cell in cells]
-        await host.stop()
+        await host.close("1")
         return [message.content for step in steps for message in step.observation]  # type: ignore[union-attr]
 
     return asyncio.run(episode())
@@ -101,7 +101,8 @@ def test_no_free_sandbox_is_the_environments_failure() -> None:
             await host.open(key, Task(key), 0)
         action = Action("", (ToolCall("python", {"code": "while True: pass"}),))
         failures = await asyncio.gather(*(host.step(key, action) for key in "12"), return_exceptions=True)
-        await host.stop()
+        for key in "12":
+            await host.close(key)
         return failures
 
     for failure in asyncio.run(both()):

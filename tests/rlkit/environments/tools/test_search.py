@@ -90,7 +90,7 @@ async def answer(query: str, **options: Any) -> str:
     try:
         step = await host.step("1", Action("", (ToolCall("search", {"query": query}),)))
     finally:
-        await host.stop()
+        await host.close("1")
     (message,) = step.observation
     content: str = message.content  # type: ignore[union-attr]
     return content

@@ -35,7 +35,7 @@ def play(
         await host.start()
         await host.open("1", task, 0)
         steps = [await host.step("1", Action("", (ToolCall(name, arguments),))) for name, arguments in calls]
-        await host.stop()
+        await host.close("1")
         return [message.content for step in steps for message in step.observation]  # type: ignore[union-attr]
 
     return asyncio.run(episode())
