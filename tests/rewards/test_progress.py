@@ -96,11 +96,13 @@ def test_it_finds_the_turn_that_decided_and_remembers_it() -> None:
         scores = progress.score(groups)
         learnt = progress.update([one.with_scores(own) for one, own in zip(groups, scores, strict=True)])
         errors.append(learnt["progress/error"] / learnt["progress/variance"])
-    assert errors[0] > 1 and errors[-1] < 0.3, errors
+    assert errors[0] > 1 and errors[-1] < 0.4, errors
     asked = group(episode(3, ends=np.array([45, 40, 50])), episode(3, ends=np.array([45, 46, 50])))
     (scores,) = progress.score([asked])
-    won, lost = (process_rewards(asked.samples[0], score)[0] - 0.5 for score in scores.samples)
-    assert won.argmax() == 1 and won[1] > 0.5 and won[1] > 2 * max(won[0], won[2]) and won[1] > 2 * lost[1]
+    won, lost = (process_rewards(asked.samples[0], score)[0] for score in scores.samples)
+    gained = won - lost
+    assert gained[0] == 0 and gained[1] > max(0.3, gained[2]), "turns after it have read it, too"
+    assert 0.6 < gained.sum() < 1.4
     again = reward()
     again.start()
     again.load_state_dict(progress.state_dict())

@@ -84,7 +84,7 @@ def test_points_of_those_that_a_perfect_turn_would_get() -> None:
 def test_with_an_outcome_and_renorm_it_is_ppr(outcome: float, expected: list[float]) -> None:
     with JudgeServer(points((4, 6), (5, 5), (0, 4))) as server:
         own = {"_target_": "rewards.judge.turns.TurnJudge", "base_url": server.url, "model": "judge", "probe": "off"}
-        right = {"_target_": "rewards.verifiers.match.ExactMatch"}
+        right = {"_target_": "rewards.verifiers.match.ExactMatch", "answer_in": "response"}
         section = {"parts": {"judge": own, "right": right}, "shaping": [{"kind": "renorm"}]}
         reward = CombinedReward(CombinedReward.Config(**section), RewardContext())
         reward.start()

@@ -68,7 +68,8 @@ def test_a_row_without_facts_is_not_the_policys_fault(facts: Any) -> None:
 
 def test_the_column_is_checked_and_a_run_is_repeatable(tmp_path: Path) -> None:
     file = tmp_path / "tasks.jsonl"
-    file.write_text('{"prompt": "?", "answer": "1", "hidden": {"one": "1."}}\n' * 4)
+    rows = [{"question": f"{i}?", "answer": "1", "hidden": {"one": "1."}} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["environment=tools", "model=agent", "data=jsonl", f"data.path={file}", "reward=exact_match"]
     load_config([*words, "environment.tools=[{kind:user,facts:hidden}]"])
     with pytest.raises(ConfigError, match="Tools needs facts with every prompt"):
