@@ -52,6 +52,7 @@ class ImplicitPRM(TrainableReward):
             answer=outcome.answer,
             columns=outcome.columns,
             samples=outcome.samples,
+            environment=outcome.environment,
             outcome_rewards=outcome.outcome_rewards,
         )
 

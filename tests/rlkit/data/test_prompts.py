@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlkit.data.base import DataError, Problem
 from rlkit.data.order import PromptOrder
-from rlkit.data.rendering import load_tokenizer, render
+from rlkit.data.rendering import load_tokenizer, render, renderer
 from rlkit.experience import Message, Prompt
 
 TEMPLATE = (
@@ -169,3 +169,14 @@ def test_other_data_are_refused_at_resume() -> None:
             PromptOrder(other, 0).load_state_dict(state)
     with pytest.raises(ValueError, match="no prompts"):
         PromptOrder([], 0)
+
+
+def test_a_plain_text_gets_neither_template_nor_bos_but_its_special_tokens() -> None:
+    tokenizer = byte_tokenizer()
+    ids = renderer(tokenizer)("so</s>4")
+    assert ids == (
+        *tokenizer.encode("so", add_special_tokens=False),
+        1,
+        *tokenizer.encode("4", add_special_tokens=False),
+    )
+    assert renderer(tokenizer)("") == ()
