@@ -76,7 +76,10 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
         (["reward=environment"], "reward=environment: EnvironmentReward reads what an environment gave"),
         (["reward=rule", "verifier=environment"], "verifier=environment: EnvironmentReward reads"),
         (
-            ["reward=implicit_prm", "algorithm=prime", "reward.outcome._target_=rewards.environment.EnvironmentReward"],
+            [
+                *("reward=implicit_prm", "algorithm=prime", "reward.outcome.per_turn=false"),
+                "reward.outcome._target_=rewards.environment.EnvironmentReward",
+            ],
             "ImplicitPRM reads what an environment gave",
         ),
         (["reward=rule", "data=environment"], "there is none: environment=NAME"),
