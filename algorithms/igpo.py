@@ -47,9 +47,7 @@ class IGPO(StepCredit):
         return [question for group in groups for question in self._questions(group, render)]
 
     def _questions(self, group: Group, render: Render) -> Iterator[Group]:
-        """Raises ValueError for a prompt without an answer."""
-        if not group.prompt.answer:
-            raise ValueError(f"prompt {group.prompt.id} has no answer, whose likelihood would be a turn's reward")
+        assert group.prompt.answer
         before, whole = render(self.config.lead_in), render(self.config.lead_in + group.prompt.answer)
         # A token that is of both is the answer's.
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)))

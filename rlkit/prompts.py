@@ -92,6 +92,11 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     train = loaded["train"]
     if not train:
         raise DataError("the data source has no usable training problem")
+    if algorithm.needs().answer and (lacking := [prompt.id for prompt in train if not prompt.answer]):
+        raise DataError(
+            f"{type(algorithm).__name__} needs a gold answer with every prompt, and {len(lacking)} of {len(train)} "
+            f"training problems have none (the first: {lacking[0]}); leave them out of the data"
+        )
     per_step = config.trainer.prompts_per_step
     if len(train) < per_step:
         tracker.warn(
