@@ -153,5 +153,5 @@ def test_a_problem_without_an_answer_is_found_at_the_start(tmp_path: Path) -> No
     words = ["environment=tools", "environment.tools=[user]", "model=agent", "data=jsonl", "algorithm=igpo"]
     run = load_config([*words, f"data.path={tmp_path / 'rows.jsonl'}", "reward=exact_match"])
     tracker: Any = SimpleNamespace(warn=lambda text: None)
-    with pytest.raises(DataError, match="1 of .* training problems have none"):
+    with pytest.raises(DataError, match=r"1 of .* training problems have none"):
         load_prompts(run, tracker)
