@@ -32,11 +32,9 @@ OUTCOME = {"_target_": "rewards.environment.EnvironmentReward", "per_turn": Fals
 
 class ProgressReward(TrainableReward):
     class Config(RewardConfig):
-        model_path: str = "embedded:policy"
-        """Folder of the frozen model whose states are read: usually the policy's."""
-        outcome: dict[str, Any] = Field(
-            default={"_target_": "rewards.environment.EnvironmentReward", "per_turn": False}
-        )
+        model_path: str = "embedded:agent"
+        """Folder of the frozen model whose states are read: the policy's, or another one with its tokenizer."""
+        outcome: dict[str, Any] = Field(default=OUTCOME)
         """The reward whose values are shared out: `_target_` and its fields."""
         value: Literal["outcome", "none"] = "outcome"
         """none: no value, for algorithms that learn from turns alone, or add up value and process rewards, as PPO."""
@@ -199,7 +197,8 @@ class Ridge:
     def load(self, sums: Mapping[str, Float64]) -> None:
         if sums:
             self._squares, self._products = sums["squares"], sums["products"]
-            self._weights = np.linalg.solve(self._squares + self._ridge * np.eye(len(self._squares)), self._products)
+            held = self._squares + self._ridge * np.eye(len(self._squares))
+            self._weights = np.asarray(np.linalg.solve(held, self._products), dtype=np.float64)
 
 
 def _turns(sample: Sample) -> list[Span]:

@@ -187,6 +187,8 @@ _SUBGOALS = {
 
 def _points(answer: str) -> Verdict:
     content = json_object(answer)
+    points: Any
+    most: Any
     points, most = content.get("points"), content.get("of")
     if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in (points, most)):
         raise Unparsable("points and of are not two numbers")

@@ -37,7 +37,7 @@ def environment_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 def share_bounds(samples: Sequence[Sample]) -> dict[str, float]:
     """For metrics of the environment that are 0 or 1 in every episode: bounds of the share."""
-    bounds = {}
+    bounds: dict[str, float] = {}
     for name, values in _of_their_own(samples).items():
         if set(values) <= {0.0, 1.0}:
             low, high = wilson(sum(values), len(values))
