@@ -187,9 +187,8 @@ _SUBGOALS = {
 
 def _points(answer: str) -> Verdict:
     content = json_object(answer)
-    points: Any
-    most: Any
-    points, most = content.get("points"), content.get("of")
+    points: Any = content.get("points")
+    most: Any = content.get("of")
     if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in (points, most)):
         raise Unparsable("points and of are not two numbers")
     if not 0 <= points <= most < math.inf or most == 0:
