@@ -92,11 +92,6 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     train = loaded["train"]
     if not train:
         raise DataError("the data source has no usable training problem")
-    if algorithm.needs().answer and (lacking := [prompt.id for prompt in train if not prompt.answer]):
-        raise DataError(
-            f"{type(algorithm).__name__} needs a gold answer with every prompt, and {len(lacking)} of {len(train)} "
-            f"training problems have none (the first: {lacking[0]}); leave them out of the data"
-        )
     per_step = config.trainer.prompts_per_step
     if len(train) < per_step:
         tracker.warn(
@@ -132,7 +127,7 @@ def _probe_template(
     environment, options = resolved.environment_class, resolved.environment_config
     if environment is None or options is None:
         return
-    renderer = Renderer(template, tools_of(environment), stop_token_ids, options.calls)
+    renderer = Renderer(template, tools_of(environment), stop_token_ids, options.calls, options.history)
     if problems := renderer.problems():
         raise DataError("; ".join(problems))
     for caution in renderer.cautions():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,7 @@ from algorithms.base import Advantages, Experience
 from algorithms.igpo import ANSWER, IGPO
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
-from rlkit.data.base import DataError
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
-from rlkit.prompts import load_prompts
 
 ASKED = replace(PROMPT, answer="42")
 BELIEFS = [(0.1, 0.2), (0.3, 0.4), (0.6, 0.5)]
@@ -144,14 +140,3 @@ def test_the_learner_is_asked_as_the_model_would_answer(tmp_path: Path) -> None:
 def test_what_is_refused_before_the_start(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(words.split())
-
-
-def test_a_problem_without_an_answer_is_found_at_the_start(tmp_path: Path) -> None:
-    rows = [{"question": f"What is {i}?", "answer": "3", "facts": {"x": "3"}} for i in range(40)]
-    rows[7]["answer"] = None  # type: ignore[assignment]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["environment=tools", "environment.tools=[user]", "model=agent", "data=jsonl", "algorithm=igpo"]
-    run = load_config([*words, f"data.path={tmp_path / 'rows.jsonl'}", "reward=exact_match"])
-    tracker: Any = SimpleNamespace(warn=lambda text: None)
-    with pytest.raises(DataError, match=r"1 of .* training problems have none"):
-        load_prompts(run, tracker)
