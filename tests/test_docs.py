@@ -53,6 +53,12 @@ FILES = {
     "ifeval.jsonl": {"prompt": "Hi", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
     "schema.json": {"type": "object"},
     "corpus.jsonl": {"text": "Graz is a city."},
+    "requests.jsonl": {
+        "question": "What is the size?",
+        "answer": "3",
+        "facts": {"size": "It is 3."},
+        "subgoals": ["The size is asked for.", "It is told."],
+    },
     "spider.jsonl": {"question": "What is 1 + 2?", "answer": "3", "db_id": "shop"},
 }
 """Files that commands of the docs name: a row of each, or some."""

@@ -79,6 +79,15 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Issues:
         )
 
 
+def algorithm_finds_its_answers(algorithm: Algorithm, data: DataSource) -> Issues:
+    if algorithm.needs().answer and "answer" not in data.provides():
+        yield ConfigIssue(
+            "algorithm",
+            f"{type(algorithm).__name__} needs a gold answer with every prompt, and {type(data).__name__} provides "
+            "none; choose other data, or another algorithm",
+        )
+
+
 def reward_can_compare(algorithm: Algorithm, reward: Part, rollout: RolloutConfig) -> Issues:
     if rollout.source == "data":
         return  # the data say how many responses a prompt has
@@ -350,6 +359,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
+    algorithm_finds_its_answers,
     raw_scores_are_normalised,
     reward_can_compare,
     model_is_long_enough,

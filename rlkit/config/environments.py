@@ -32,8 +32,8 @@ def _judges(key: str, environment: Part | None, judge: Part) -> Issues:
     elif not environment.cls.gives_rewards(environment.config):
         yield ConfigIssue(
             key,
-            f"{judge.cls.__name__} reads what the environment gave, and {environment.cls.__name__} as configured gives no "
-            f"rewards: every episode would earn 0; name another ({key}=math, ...)",
+            f"{judge.cls.__name__} reads what the environment gave, and {environment.cls.__name__} as configured gives "
+            f"nothing: every episode would earn 0; name another ({key}=math, ...)",
         )
 
 

@@ -70,8 +70,8 @@ class Span:
     """turn: what one role said in an episode; observations (roles other than assistant) are not trained on."""
     role: str = "assistant"
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Of a step its `text`; of an assistant's turn its `reward`, the `state` it was taken in (None: unknown), and
-    `malformed` (calls that could not be read)."""
+    """Of a step its `text`; of an assistant's turn its `reward`, the `state` it was taken in (None: unknown),
+    `malformed` (calls that could not be read), and the environment's `metrics`, if it gave any."""
 
 
 @dataclass(frozen=True, slots=True)

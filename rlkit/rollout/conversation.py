@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rlkit.environments.base import Step
 from rlkit.experience import Episode, Message, Prompt, Sample, Segment, Span, ToolCall
 from rlkit.experience.types import FinishReason
 
@@ -112,9 +113,10 @@ class Conversation:
         self._turns.append(_Turn(response, version, len(response.token_ids), text, turn))
         self.messages.append(Message("assistant", text, calls=tuple(calls)))
 
-    def judged(self, reward: float, state: str | None = None) -> None:
-        """What the last turn earned, and the state it was taken in."""
-        self._turns[-1].data.update(reward=reward, state=state)
+    def judged(self, step: Step) -> None:
+        """What the last turn earned, the state it was taken in, and what the environment says of it."""
+        said = {"metrics": dict(step.metrics)} if step.metrics else {}
+        self._turns[-1].data.update(reward=step.reward, state=step.state, **said)
 
     def observed(self, bridge: Bridge, messages: Sequence[Message]) -> bool:
         """The environment's answer to the last turn. False: it would leave no token for the next, and is not kept."""

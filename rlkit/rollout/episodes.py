@@ -100,7 +100,7 @@ class _Played:
     def sample(self, prompt_ids: tuple[int, ...]) -> Sample:
         ordered = sorted(self.conversations, key=lambda conversation: conversation.prompt_ids != prompt_ids)
         if self.of_agent is not None:
-            ordered[-1].judged(self.of_agent.reward, self.of_agent.state)
+            ordered[-1].judged(self.of_agent)
         return as_sample(ordered, self.index, self.seed, self.episode, prompt_ids, self.last)
 
 
@@ -191,7 +191,7 @@ class Episodes:
             conversation.sampled(response, self.version(), text, calls)
             last = turn + 1 >= options.max_turns or conversation.room < 1
             step: Step = await clock.of_environment(self.host.step(key, Action(text, calls, turn, last)))
-            conversation.judged(step.reward, step.state)
+            conversation.judged(step)
             success = success if step.success is None else step.success
             metrics |= step.metrics
             if step.done:

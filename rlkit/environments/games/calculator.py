@@ -45,7 +45,7 @@ class Calculator(Environment):
 
     @classmethod
     def tasks(cls, config: CalculatorConfig, split: Literal["train", "heldout"], seed: int) -> Sequence[Task]:
-        return [_task(expression) for expression in drawn(_expression, str, split, seed, config.tasks_of(split))]
+        return [calculation(one) for one in drawn(drawn_expression, str, split, seed, config.tasks_of(split))]
 
     def reset(self, task: Task, seed: int) -> None:
         self.answer = task.answer
@@ -80,12 +80,12 @@ def value(expression: str) -> int:
     return int(calculator.value(expression))
 
 
-def _expression(rng: random.Random) -> str:
+def drawn_expression(rng: random.Random) -> str:
     left, right, third = (rng.randint(11, 99) for _ in range(3))
     return f"{left}*{right}{rng.choice('+-')}{third}"
 
 
-def _task(expression: str) -> Task:
+def calculation(expression: str) -> Task:
     question = Message("user", f"What is {expression}?")
     columns = {"expression": expression}
     return Task(f"calculator/{expression}", (question,), answer=str(value(expression)), columns=columns)

@@ -48,6 +48,8 @@ class ToolOptions(Section):
     description: str = ""
     """What the policy reads about it; empty: the tool's own words."""
     session: ClassVar[type[Session]]
+    pays: ClassVar[bool] = False
+    """Its answers have rewards."""
 
     def needs(self) -> tuple[str, ...]:
         """Columns that every problem must have."""

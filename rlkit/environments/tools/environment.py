@@ -16,6 +16,7 @@ from rlkit.environments.tools.mcp import Mcp
 from rlkit.environments.tools.python import Python
 from rlkit.environments.tools.search import Search
 from rlkit.environments.tools.sql import Sql
+from rlkit.environments.tools.user import User
 from rlkit.experience import ToolCall, UserError
 
 
@@ -24,13 +25,14 @@ def _with_kind(value: Any) -> Any:
 
 
 BuiltIn = Annotated[
-    Annotated[Calculator | Python | Search | Sql | Mcp, Field(discriminator="kind")], BeforeValidator(_with_kind)
+    Annotated[Calculator | Python | Search | Sql | Mcp | User, Field(discriminator="kind")], BeforeValidator(_with_kind)
 ]
 
 
 class ToolsConfig(EnvironmentConfig):
     tools: tuple[BuiltIn, ...] = Field(min_length=1)
-    """What the policy may call: calculator, python, search, sql, mcp; with options {kind:sql,database:shop.db}."""
+    """What the policy may call: calculator, python, search, sql, mcp, user; with options:
+    {kind:sql,database:shop.db}."""
 
 
 class Tools(Environment):
@@ -52,7 +54,7 @@ class Tools(Environment):
 
     @classmethod
     def gives_rewards(cls, config: ToolsConfig) -> bool:
-        return cls is not Tools
+        return cls is not Tools or any(one.pays for one in config.tools)
 
     @classmethod
     def check(cls, config: ToolsConfig) -> list[str]:

@@ -80,6 +80,13 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
     [
         (["reward=environment"], "reward=environment: EnvironmentReward reads what an environment gave"),
         (["reward=rule", "verifier=environment"], "verifier=environment: EnvironmentReward reads"),
+        (
+            [
+                *("reward=implicit_prm", "algorithm=prime", "reward.outcome.per_turn=false"),
+                "reward.outcome._target_=rewards.environment.EnvironmentReward",
+            ],
+            "ImplicitPRM reads what an environment gave",
+        ),
         (["reward=rule", "data=environment"], "there is none: environment=NAME"),
         (["reward=rule", "environment.max_turns=3"], "environment.max_turns=3: has no effect: there is no environment"),
         ([*COUNTING, "environment.max_turn=3"], "did you mean environment.max_turns?"),
@@ -117,9 +124,11 @@ def test_what_is_refused(load: Load, arguments: list[str], message: str) -> None
 
 
 def test_an_environment_without_rewards_is_judged_by_others(load: Load) -> None:
-    for environment in (["environment=tools", "environment.tools=[calculator]"],
-                        ["environment=program", "environment.command=[true]", "environment.prints_reward=false"]):  # fmt: skip
-        said = refused(load, *environment, "model=agent", "reward=environment")
+    program = ["environment=program", "environment.command=[python]", "data=arithmetic"]
+    assert load(*program, "model=agent").environment_class is not None
+    tools = ["environment=tools", "environment.tools=[calculator]", "data=arithmetic"]
+    for environment in ([*program, "environment.prints_reward=false"], tools):
+        said = refused(load, *environment, "model=agent", "reward=environment", "verifier=rule")
         assert "every episode would earn 0; name another (reward=math, ...)" in said
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlkit.environments.base import Step
 from rlkit.experience import Episode, Message, ToolCall
 from rlkit.experience.types import FinishReason
 from rlkit.rollout.conversation import Conversation, as_sample
@@ -42,7 +43,7 @@ def test_what_is_trained_is_what_the_engine_saw(
         sampled = ids[:room]
         seen.append([*before, *sampled])
         conversation.sampled(response(sampled), number, f"turn {number}")
-        conversation.judged(float(number), f"state {number}")
+        conversation.judged(Step(reward=float(number), state=f"state {number}"))
         played.append((number, sampled))
         if number == len(turns) - 1 and not answered_last:
             break
@@ -75,7 +76,7 @@ def test_a_sample_of_an_episode() -> None:
     conversation = Conversation([9], 10)
     call, bad = ToolCall("look"), ToolCall("", error="no JSON")
     conversation.sampled(response([1, 2]), 4, "hm", [call, bad])
-    conversation.judged(0.5)
+    conversation.judged(Step(reward=0.5, metrics={"near": 0.25}))
     said = [Message("tool", "a", "look", (), "1"), Message("tool", "b", "look", (), "2")]
     assert conversation.observed(Bridge(1, [50, 51, 52]), said)
     conversation.sampled(response([3], "length"), 5, "done")
@@ -84,7 +85,7 @@ def test_a_sample_of_an_episode() -> None:
     assert [(span.start, span.end, span.kind, span.role) for span in sample.spans] == [
         (0, 1, "turn", "assistant"), (1, 4, "turn", "tool"), (4, 5, "turn", "assistant")
     ]  # fmt: skip
-    assert sample.spans[0].data == {"reward": 0.5, "state": None, "malformed": 1}
+    assert sample.spans[0].data == {"reward": 0.5, "state": None, "malformed": 1, "metrics": {"near": 0.25}}
     assert (sample.finish_reason, sample.text, sample.policy_versions) == ("length", "done", (4, 5))  # a cut turn
     assert sample.episode is not None and sample.episode.success
     assert sample.episode.messages == (
