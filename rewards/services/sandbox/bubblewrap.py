@@ -251,9 +251,7 @@ else:
 print(json.dumps(leaks))
 """
 
-
-STARTUP_SECONDS = 30.0
-"""For a sandbox to be ready."""
+STARTUP_SECONDS = 30.0  # for a sandbox to be ready
 _SHOWN_CHARACTERS = 2000
 _RESULTS_PER_OUTPUT = 4
 """Results are written with their types, so they may exceed the output."""
