@@ -64,6 +64,7 @@ bubblewrap:
 test: setup bubblewrap
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not cluster" $(TEST_ARGS)
 
+# The tests of other packages' environments are skipped without them: EXTRAS=cpu,dev,environments.
 # Runs that are killed and resumed, Ray clusters of their own, jobs, every recipe and reward to the end.
 test-cluster: setup bubblewrap
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow or cluster" $(TEST_ARGS)

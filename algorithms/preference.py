@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 OF_POLICY, OF_REFERENCE = "own_policy", "own_reference"
 MISMATCHED_POLICY, MISMATCHED_REFERENCE = "mismatched_policy", "mismatched_reference"
+OTHER_PROMPTS = (MISMATCHED_POLICY, MISMATCHED_REFERENCE, BETTER, WORSE)
 """Names of passes."""
 FIRST_LOSS_TOLERANCE = 0.01
 """Of the loss that theory gives for a policy that is its reference, or absolute below 1: rounding stays far below."""
@@ -75,7 +76,7 @@ class Preference(Algorithm):
             min_samples_per_prompt=2 if compares else 1,
             min_prompts_per_step=2 if "baseline" in takes else 1,
             layout="pairs" if config.of_pairs else "full_group" if compares else "any",
-            passes={name: Pass(model) for name, model in models.items()},
+            passes={name: Pass(model, other_prompts=name in OTHER_PROMPTS) for name, model in models.items()},
             corrects_staleness=True,  # pairs need not be the policy's own
         )
 

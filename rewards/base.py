@@ -45,6 +45,8 @@ class RewardTraits:
     """Responses to a prompt that it compares, including a greedy one."""
     judges_texts: bool = True
     """Scores depend on the texts of prompt and response alone, not on tokens or the rest of the group."""
+    joins_tokens: bool = False
+    """Runs a model over a prompt's and a response's tokens as one row, which samples of several segments are not."""
     process_rewards: bool = False
     """Scores carry token or span rewards."""
     process_in_value: bool = False

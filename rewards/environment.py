@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rewards.base import Reward, RewardConfig, RewardTraits
-from rlkit.experience import Group, GroupScores, Sample, Score
+from rlkit.experience import Group, GroupScores, Sample, Score, Span
 from rlkit.experience.types import SpanReward
 
 
@@ -27,11 +27,30 @@ class EnvironmentReward(Reward):
         malformed_cost: float = Field(default=0.0, ge=0)
         """Taken off a turn's reward for each of its calls that cannot be read (0.1 in GiGPO's scripts). A bonus for
         good calls would pay for more turns."""
+        per_turn: bool = True
+        """Also give the turns' rewards one by one; false: the value alone, beside a reward that judges turns."""
+        progress: str | None = None
+        """Name of a metric of the environment (`Step.metrics`) that says how far the episode has come, 0 before its
+        first turn: a turn also earns `progress_weight` times what the metric has risen by."""
+        progress_weight: float = 1.0
+        """For `progress`."""
+        progress_kept: bool = True
+        """For `progress`. false: the last turn pays all of it back, so that no policy becomes better or worse by it
+        (potential-based shaping); turns alone tell a difference, their sum is that without."""
 
         @model_validator(mode="after")
-        def _discount_acts(self) -> EnvironmentReward.Config:
-            if self.value != "discounted" and self.discount != type(self).model_fields["discount"].default:
+        def _options_act(self) -> EnvironmentReward.Config:
+            def changed(name: str) -> bool:
+                return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+            if self.value != "discounted" and changed("discount"):
                 raise ValueError(f"discount has no effect with reward.value={self.value}")
+            if self.progress is None and (changed("progress_weight") or changed("progress_kept")):
+                raise ValueError("progress_weight and progress_kept have no effect without progress=METRIC")
+            if not self.per_turn and self.value == "none":
+                raise ValueError("value=none and per_turn=false leave nothing to give")
+            if not self.per_turn and not self.progress_kept and self.value == "sum":
+                raise ValueError("progress that is paid back has no effect on the sum of an episode's turns")
             return self
 
     @classmethod
@@ -41,7 +60,7 @@ class EnvironmentReward(Reward):
             judges_texts=False,
             uses_gpu=False,
             environment=True,
-            process_rewards=True,
+            process_rewards=config.per_turn,
             process_in_value=value,
             outcome_rewards=value,
         )
@@ -54,20 +73,37 @@ class EnvironmentReward(Reward):
         if episode is None:
             return Score.invalid("no_episode: no environment played this response")
         turns = [span for span in sample.spans if span.kind == "turn" and span.role == "assistant"]
+        known = dict.fromkeys(name for turn in turns for name in turn.data.get("metrics", {}))
+        if self.config.progress is not None and self.config.progress not in known:
+            has = ", ".join(known) or "none"
+            return Score.invalid(f"no_progress: the environment gave no metric {self.config.progress}; it gave {has}")
         faults = [int(turn.data.get("malformed", 0)) for turn in turns]
         rewards = [
-            float(turn.data.get("reward", 0.0)) - self.config.malformed_cost * count
-            for turn, count in zip(turns, faults, strict=True)
+            float(turn.data.get("reward", 0.0)) - self.config.malformed_cost * count + risen
+            for turn, count, risen in zip(turns, faults, self._progress(turns), strict=True)
         ]
         success = {} if episode.success is None else {"success": float(episode.success)}
         return Score(
             self._value(rewards),
             span_rewards=tuple(
-                SpanReward(turn.start, turn.end, reward) for turn, reward in zip(turns, rewards, strict=True)
+                SpanReward(turn.start, turn.end, reward)
+                for turn, reward in zip(turns, rewards, strict=True)
+                if self.config.per_turn
             ),
             components={**success, "turns": float(len(turns)), "malformed": float(sum(faults))},
             trace=f"ended: {episode.ended}; rewards of turns: {', '.join(f'{reward:g}' for reward in rewards)}",
         )
+
+    def _progress(self, turns: Sequence[Span]) -> list[float]:
+        """What each turn earns by progress (Ng et al. 1999, with a potential of 0 in the end if it is not kept)."""
+        config, before, risen = self.config, 0.0, list[float]()
+        for turn in turns:
+            now = turn.data.get("metrics", {}).get(config.progress, before)
+            risen.append(config.progress_weight * (now - before))
+            before = now
+        if risen and not config.progress_kept:
+            risen[-1] -= config.progress_weight * before
+        return risen
 
     def _value(self, rewards: Sequence[float]) -> float | None:
         if self.config.value == "none":

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlkit.config.schema import EvaluationConfig
 from rlkit.experience import Group, Prompt, Score
+from rlkit.experience.episodes import environment_metrics, share_bounds
 from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures, rightness
 from rlkit.experience.types import FloatArray
 from rlkit.rollout.pool import RolloutPool
@@ -134,6 +135,7 @@ def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]])
     """Of one set: pairs of a group and its verdicts."""
     values = np.concatenate([own for _, own in judged])
     samples = [sample for group, _ in judged for sample in group.samples]
+    of_episodes = environment_metrics(samples) | share_bounds(samples)
     prefix = f"evaluation/{name}/" if name else "evaluation/"
     metrics = {
         _headline(name, area): float(np.nanmean(values)),
@@ -141,6 +143,7 @@ def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]])
         f"{prefix}unjudged": float(np.isnan(values).sum()),
         f"{prefix}length_mean": float(np.mean([sample.length for sample in samples])),
         f"{prefix}truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
+        **{f"{prefix}{metric}": value for metric, value in of_episodes.items()},
     }
     best = "pass" if area == "accuracy" else "best"
     for k in _sizes(len(judged[0][1])):

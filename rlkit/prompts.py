@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import getattr_static
 from typing import TYPE_CHECKING
 
 from algorithms.base import Render
@@ -14,7 +15,9 @@ from rlkit.config.plan import asks_reward, reads_recorded_labels
 from rlkit.config.structured import split_unusable
 from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Split
 from rlkit.data.rows import refuse_too_many_bad_rows
-from rlkit.environments.tool import tools_of
+from rlkit.environments.agent import Agent
+from rlkit.environments.base import Environment
+from rlkit.environments.tool import Tool, tools_of
 from rlkit.evaluation import OWN
 from rlkit.experience import Prompt
 from rlkit.models.folder import model_folder
@@ -54,7 +57,8 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
             f"model.path={config.model.path}: rollout.steps={rollout.steps} needs a tokenizer with a tokenizer.json "
             "(for the places of tokens in the text); leave rollout.steps=none"
         )
-    _probe_template(resolved, ChatTemplate(tokenizer, *template), stop_token_ids(str(folder), tokenizer), tracker)
+    for doubt in _doubts(resolved, ChatTemplate(tokenizer, *template), stop_token_ids(str(folder), tokenizer)):
+        tracker.warn(doubt)
     source, from_data, algorithm = resolved.make_data_source(), rollout.source == "data", resolved.make_algorithm()
     labelled = reads_recorded_labels(rollout, algorithm)
     # A frozen model's samples say nothing of the policy, but what the data know does.
@@ -118,20 +122,37 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     return Loaded(train, judged, recorded, renderer(tokenizer, *template))
 
 
-def _probe_template(
-    resolved: ResolvedRun, template: ChatTemplate, stop_token_ids: Sequence[int], tracker: Tracker
-) -> None:
-    """Whether episodes can be played with it. Raises DataError."""
+def template_doubts(resolved: ResolvedRun) -> list[str]:
+    """What an environment must not do with the model's chat template. Raises DataError where no episode can be played
+    with it."""
+    if resolved.environment_class is None:
+        return []
+    from rlkit.data.rendering import ChatTemplate, load_tokenizer
+    from rlkit.rollout.sampler import stop_token_ids
+
+    model = resolved.config.model
+    folder = model_folder(model.path)
+    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    template = ChatTemplate(tokenizer, model.chat_template, model.chat_template_arguments)
+    return _doubts(resolved, template, stop_token_ids(str(folder), tokenizer))
+
+
+def _doubts(resolved: ResolvedRun, template: ChatTemplate, stop_token_ids: Sequence[int]) -> list[str]:
     from rlkit.rollout.rendering import Renderer
 
     environment, options = resolved.environment_class, resolved.environment_config
-    if environment is None or options is None:
-        return
-    renderer = Renderer(template, tools_of(environment), stop_token_ids, options.calls)
-    if problems := renderer.problems():
+    if environment is None or options is None or issubclass(environment, Agent):  # whose calls bring their tools
+        return []
+    tools = tools_of(environment)
+    # Some know their tools only once they have started, and are then asked again.
+    later = getattr_static(environment, "tools") is not getattr_static(Environment, "tools")
+    if later and not tools:
+        tools = (Tool("tool", "A tool.", {"type": "object", "properties": {}}),)
+    renderer = Renderer(template, tools, stop_token_ids, options.calls, options.history)
+    problems = renderer.problems()
+    if problems and not later:
         raise DataError("; ".join(problems))
-    for caution in renderer.cautions():
-        tracker.warn(caution)
+    return [*problems, *renderer.cautions()]
 
 
 def with_epochs(resolved: ResolvedRun, problems: int) -> ResolvedRun:

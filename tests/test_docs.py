@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_fixture import need
 from paths import ROOT
 from sandbox_fixture import need_bubblewrap
 
@@ -52,6 +53,12 @@ FILES = {
     "ifeval.jsonl": {"prompt": "Hi", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
     "schema.json": {"type": "object"},
     "corpus.jsonl": {"text": "Graz is a city."},
+    "requests.jsonl": {
+        "question": "What is the size?",
+        "answer": "3",
+        "facts": {"size": "It is 3."},
+        "subgoals": ["The size is asked for.", "It is told."],
+    },
     "spider.jsonl": {"question": "What is 1 + 2?", "answer": "3", "db_id": "shop"},
 }
 """Files that commands of the docs name: a row of each, or some."""
@@ -87,9 +94,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def validated() -> list[tuple[str, str]]:
-    """Commands whose configuration can be checked without running them."""
+    """Commands whose configuration can be checked without running them. That of `environment=verifiers` wants the
+    package: tests/runs/test_verifiers_run.py."""
     kinds = ("python -m rlkit.train", "python -m rlkit.serve")
-    return [(page, command) for page, command in commands() if command.startswith(kinds)]
+    own = [(page, command) for page, command in commands() if command.startswith(kinds)]
+    return [(page, command) for page, command in own if "environment=verifiers" not in command]
 
 
 @pytest.mark.parametrize(("page", "command"), validated())
@@ -98,6 +107,8 @@ def test_commands_validate(page: str, command: str, folder: Path) -> None:
         pytest.skip("needs ../shared/data beside the project")
     if "isolation=bubblewrap" in command or "kind:python" in command:
         need_bubblewrap()
+    for package in re.findall(r"\w=(reasoning_gym|gymnasium|textarena|gem|skyrl_gym)\b", command):
+        need(package)
     module, *arguments = shlex.split(command)[2:]
     if "--help" not in arguments:
         named = "run_dir=" in command or module == "rlkit.serve"

@@ -16,7 +16,7 @@ from rlkit.environments.games.guess_number import GuessNumber
 from rlkit.environments.games.hidden_facts import ANIMALS, COLOURS, HiddenFacts
 from rlkit.environments.games.maze import MOVES, Maze, beside, distances
 from rlkit.experience import Episode, Message, Sample, ToolCall
-from rlkit.rollout.conversation import Conversation
+from rlkit.rollout.conversation import Conversation, as_sample
 from rlkit.rollout.rendering import Renderer
 from rlkit.rollout.sampler import Response
 
@@ -140,13 +140,14 @@ class Match:
 
     async def begin(self) -> None:
         opening = await settled(self.environment.reset(self.task, 0))
-        self.prompt = self.renderer.first(first_messages(self.task, opening))
+        self.prompt = self.renderer.whole(first_messages(self.task, opening))
         self.conversation = Conversation(self.prompt, MAX_EPISODE_TOKENS)
 
     async def turn(self, ids: Sequence[int], cut: bool = False) -> None:
         text, calls = self.renderer.parse(ids)
         tokens, none = np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=np.float32)
-        self.conversation.sampled(Response("", tokens, none, "length" if cut else "stop", 0), 0, text, calls)
+        response = Response("", tokens, none, "length" if cut else "stop", 0, np.zeros(len(tokens), np.int32))
+        self.conversation.sampled(response, text, calls)
         last = self.turns + 1 == self.config.max_turns
         step = await settled(self.environment.step(Action(text, calls, self.turns, last)))
         self.turns += 1
@@ -157,7 +158,7 @@ class Match:
         self.heard = said[-1].content if said else ""
 
     def sample(self) -> Sample:
-        return self.conversation.sample(0, 0, Episode("done"))
+        return as_sample([self.conversation], 0, 0, Episode("done"))
 
 
 async def scripted(game: Game, task: Task, writer: Writer, sensible: float, rng: random.Random) -> Match:

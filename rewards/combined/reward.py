@@ -161,6 +161,7 @@ class CombinedReward(TrainableReward):
             columns=tuple(sorted(columns - {"references", "answer"})),
             samples=max([own.samples for own in traits] + [2 for step in steps if isinstance(step, GroupNormalise)]),
             judges_texts=all(own.judges_texts for own in traits),
+            joins_tokens=any(own.joins_tokens for own in traits),
             process_rewards=any(own.process_rewards for own in traits),
             process_in_value=all(own.process_in_value for own in traits if own.process_rewards),
             environment=any(own.environment for own in traits),

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from pydantic import ValidationError
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward
 from rewards.implicit_prm.config import ImplicitPRMConfig
-from rewards.parts import load_part
+from rewards.parts import load_part, outcome_problems
 from rlkit.experience import Group, GroupScores, Sample, Score
 
 if TYPE_CHECKING:
@@ -39,7 +38,12 @@ class ImplicitPRM(TrainableReward):
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
-        own = RewardTraits(process_rewards=True, update_when=config.update, follows_policy=config.reference == "policy")
+        own = RewardTraits(
+            joins_tokens=True,
+            process_rewards=True,
+            update_when=config.update,
+            follows_policy=config.reference == "policy",
+        )
         if config.outcome is None:
             return own
         try:
@@ -53,12 +57,12 @@ class ImplicitPRM(TrainableReward):
             answer=outcome.answer,
             columns=outcome.columns,
             samples=outcome.samples,
+            environment=outcome.environment,
             outcome_rewards=outcome.outcome_rewards,
         )
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
-        from rlkit.config.parts import PartError
         from rlkit.models.folder import ModelFolderError, check_model_folder
 
         messages = super().check(config)
@@ -69,24 +73,7 @@ class ImplicitPRM(TrainableReward):
                     check_model_folder(path)
             except ModelFolderError as error:
                 messages.append(f"reward.{name}: {error}")
-        if config.outcome is None:
-            return messages
-        try:
-            kind, options = load_part(config.outcome)
-        except PartError as error:
-            messages.append(f"reward.outcome._target_: {error}")
-        except ValidationError as error:
-            messages += [
-                f"reward.outcome.{'.'.join(map(str, details['loc']))}: {details['msg']}" for details in error.errors()
-            ]
-        else:
-            messages += [f"reward.outcome: {message}" for message in kind.check(options)]
-            if kind.traits(options).process_rewards:
-                messages.append(
-                    f"reward.outcome: the process rewards of {kind.__name__} would be lost; combine both: "
-                    "'reward=[implicit_prm,NAME]'"
-                )
-        return messages
+        return messages + ([] if config.outcome is None else outcome_problems(config.outcome))
 
     def start(self) -> None:
         """Load both models; equal weights must give log-ratios of zero."""

@@ -11,16 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from rewards.judge.question import (
-    Question,
-    Unparsable,
-    Verdict,
-    conversation,
-    fenced_chat,
-    guided_decoding,
-    json_object,
-    strip_thinking,
-)
+from rewards.judge.question import Question, Verdict, conversation, fenced_chat
+from rewards.services.answers import Unparsable, guided_decoding, json_object, strip_thinking
 from rlkit.experience import Message
 
 AnswerFormat = Literal["json_schema", "json_object", "text"]

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkit.experience import Group
+from rlkit.experience import Group, UserError
 from rlkit.models.folder import model_folder
 from rlkit.models.forward import PackedCausalLM, PackedScorer, layer_states
 from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
@@ -199,6 +199,12 @@ class Scorer:
 
 
 def group_tree(group: Group) -> Tree:
+    """Raises UserError for a sample of several segments: its tokens do not follow the prompt."""
+    if any(sample.segments for sample in group.samples):
+        raise UserError(
+            "this reward runs a model over prompt and response as one row, and episodes here are several rows (an "
+            "agent's, or those of environment.history=rerender); name another reward"
+        )
     return Tree(group.prompt.token_ids, tuple(sample.token_ids.tolist() for sample in group.samples))
 
 

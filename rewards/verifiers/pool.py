@@ -15,7 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
@@ -181,6 +181,8 @@ class TextRule(Reward):
     """
 
     Config = TextRuleConfig
+    imports: ClassVar[tuple[str, ...]] = ()
+    """Modules that the processes import before any deadline, besides the rule's own."""
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
@@ -249,8 +251,8 @@ class TextRule(Reward):
 
     def _open(self) -> Processes:
         if self._processes is None:
-            module = type(self).__module__
-            self._processes = Processes(self.config.processes, _prepare, [module], [module])
+            modules = [type(self).__module__, *self.imports]
+            self._processes = Processes(self.config.processes, _prepare, modules, modules)
         return self._processes
 
 
@@ -275,9 +277,10 @@ def column_value(prompt: Prompt, column: str) -> Any:
     return value
 
 
-def _prepare(module: str) -> None:
+def _prepare(*modules: str) -> None:
     die_with_parent()
-    importlib.import_module(module)
+    for module in modules:
+        importlib.import_module(module)
     limit_memory()
 
 

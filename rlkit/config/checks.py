@@ -17,7 +17,13 @@ from rlkit.config.limits import LIMITS
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
-from rlkit.config.plan import engines_fit_on_nodes, longest_response, phases_make_room, weights_can_travel
+from rlkit.config.plan import (
+    engines_fit_on_nodes,
+    longest_response,
+    phases_make_room,
+    samples_together,
+    weights_can_travel,
+)
 from rlkit.config.process_rewards import PROCESS_REWARDS
 from rlkit.config.sampling import SAMPLING
 from rlkit.config.schema import (
@@ -70,6 +76,15 @@ def reward_finds_its_columns(reward: Part, data: DataSource) -> Issues:
             "reward",
             f"{reward.cls.__name__} needs {', '.join(lacking)} with every prompt, but {type(data).__name__} provides "
             f"{', '.join(sorted(provided)) or 'nothing besides prompts'}; choose other data or another reward",
+        )
+
+
+def algorithm_finds_its_answers(algorithm: Algorithm, data: DataSource) -> Issues:
+    if algorithm.needs().answer and "answer" not in data.provides():
+        yield ConfigIssue(
+            "algorithm",
+            f"{type(algorithm).__name__} needs a gold answer with every prompt, and {type(data).__name__} provides "
+            "none; choose other data, or another algorithm",
         )
 
 
@@ -200,8 +215,7 @@ def microbatch_holds_what_belongs_together(
 ) -> Issues:
     """The longest sample (pair, group) must fit into one forward and backward pass."""
     layout = algorithm.needs().layout
-    group = 2 if rollout.source == "data" else algorithm.config.samples_per_prompt
-    samples = {"any": 1, "pairs": 2, "full_group": group}[layout]
+    samples = samples_together(rollout, algorithm)
     unit = {"any": "sample", "pairs": "pair of samples", "full_group": f"group of {samples} samples"}[layout]
     needed = rollout.max_prompt_tokens + samples * rollout.max_response_tokens
     if needed > learner.tokens_per_microbatch:
@@ -345,6 +359,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     data_is_usable,
     reward_is_usable,
     reward_finds_its_columns,
+    algorithm_finds_its_answers,
     raw_scores_are_normalised,
     reward_can_compare,
     model_is_long_enough,

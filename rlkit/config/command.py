@@ -43,7 +43,7 @@ def print_error(error: Exception) -> int:
     return FAILED
 
 
-def print_warnings(warnings: Sequence[ConfigIssue]) -> None:
+def print_warnings(warnings: Sequence[ConfigIssue | str]) -> None:
     for warning in warnings:
         print(f"rlkit: warning: {warning}", file=sys.stderr)
 

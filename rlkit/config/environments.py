@@ -6,9 +6,11 @@ from collections.abc import Set as AbstractSet
 
 from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
-from rlkit.config.parts import Part
+from rlkit.config.parts import Part, ResolvedRun
+from rlkit.config.plan import longest_episode
 from rlkit.config.schema import RolloutConfig
 from rlkit.data.base import DataSource
+from rlkit.environments.agent import Agent, may_have_segments
 from rlkit.environments.tool import tools_of
 
 NAMES = "environment=NAME, or environment._target_=my_module.MyEnvironment"
@@ -23,8 +25,16 @@ def verifier_judges_episodes_where_there_are_any(environment: Part | None, verif
 
 
 def _judges(key: str, environment: Part | None, judge: Part) -> Issues:
-    if environment is None and judge.cls.traits(judge.config).environment:
+    if not judge.cls.traits(judge.config).environment:
+        return
+    if environment is None:
         yield ConfigIssue(key, f"{judge.cls.__name__} reads what an environment gave, and there is none; add {NAMES}")
+    elif not environment.cls.gives_rewards(environment.config):
+        yield ConfigIssue(
+            key,
+            f"{judge.cls.__name__} reads what the environment gave, and {environment.cls.__name__} as configured gives "
+            f"nothing: every episode would earn 0; name another ({key}=math, ...)",
+        )
 
 
 def turns_come_from_an_environment(algorithm: Algorithm, environment: Part | None) -> Issues:
@@ -116,6 +126,34 @@ def options_of_processes_act(environment: Part | None, typed: AbstractSet[str]) 
             )
 
 
+def options_of_turns_act(environment: Part | None, typed: AbstractSet[str]) -> Issues:
+    if environment is not None and issubclass(environment.cls, Agent) and "environment.max_parallel_calls" in typed:
+        yield ConfigIssue("environment.max_parallel_calls", "has no effect: an agent runs the tools itself")
+
+
+def episodes_of_several_rows(environment: Part | None, reward: Part, algorithm: Algorithm) -> Issues:
+    """Agents may hold several conversations, and a template that rewrites earlier turns makes them of one."""
+    if environment is None or not may_have_segments(environment.cls, environment.config):
+        return
+    whose = "an agent's" if issubclass(environment.cls, Agent) else "those of environment.history=rerender"
+    why = f"as one row, and episodes ({whose}) may be several rows"
+    if reward.cls.traits(reward.config).joins_tokens:
+        yield ConfigIssue("reward", f"runs a model over prompt and response {why}; name another reward")
+    if any(one.other_prompts for one in algorithm.needs().passes.values()):
+        name = type(algorithm).__name__
+        yield ConfigIssue(
+            "algorithm", f"{name} as configured puts responses behind other prompts {why}; name another algorithm"
+        )
+
+
+def longest_sample(run: ResolvedRun) -> int:
+    """Tokens behind the prompt, for which a learner has room."""
+    cls, options = run.environment_class, run.environment_config
+    if cls is not None and options is not None and may_have_segments(cls, options):
+        return max(longest_episode(run.config), run.config.rollout.max_response_tokens)
+    return run.config.rollout.max_response_tokens
+
+
 ENVIRONMENTS = (
     episodes_are_judged_where_there_are_any,
     verifier_judges_episodes_where_there_are_any,
@@ -125,4 +163,6 @@ ENVIRONMENTS = (
     policy_plays_the_episodes,
     budgets_fit,
     options_of_processes_act,
+    options_of_turns_act,
+    episodes_of_several_rows,
 )

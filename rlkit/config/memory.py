@@ -12,6 +12,7 @@ from typing import Any
 
 from algorithms.base import POLICY, REFERENCE
 from rewards.base import TrainableReward
+from rlkit.config.environments import longest_sample
 from rlkit.config.parts import ResolvedRun, import_part
 from rlkit.config.plan import (
     asks_reward,
@@ -353,8 +354,7 @@ def _model_bytes(section: Mapping[str, Any], cuda: bool) -> float | None:
 def step_bytes(run: ResolvedRun) -> float:
     """Groups of a step: ids, log-probs and text of every response at full length, and of the prompts."""
     config = run.config
-    prompts, responses = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
-    tokens = prompts + run.algorithm_config.samples_per_prompt * responses
+    tokens = config.rollout.max_prompt_tokens + run.algorithm_config.samples_per_prompt * longest_sample(run)
     return float(16 * config.trainer.prompts_per_step * config.rollout.oversample * tokens)
 
 

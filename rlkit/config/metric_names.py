@@ -26,6 +26,8 @@ _BY_AREA = {
     "heldout_margin heldout_loss",
     "logprob": "heldout",
     "distill": "reverse_kl",
+    "igpo": "answer gain",
+    "progress": "error variance",
     "amft": "mu demonstration_tokens",
     "prime": "process_variance_share return_mean return_std return_length_correlation last_token_share",
     "ratio_shift": "mean std clipped_positive clipped_negative",
@@ -41,6 +43,7 @@ FAMILIES = (
     "environment/failed/",
     "environment/metric/",
     "data/epochs/",
+    "evaluation/environment/",
     "evaluation/pass@",
     "evaluation/best@",
 )

@@ -81,6 +81,20 @@ def longest_response(rollout: RolloutConfig, evaluation: EvaluationConfig) -> in
     return max(rollout.max_response_tokens, evaluation.max_response_tokens or 0)
 
 
+def samples_together(rollout: RolloutConfig, algorithm: Algorithm) -> int:
+    """That the learner must compute in one micro-batch."""
+    group = 2 if rollout.source == "data" else algorithm.config.samples_per_prompt
+    return {"any": 1, "pairs": 2, "full_group": group}[algorithm.needs().layout]
+
+
+def longest_episode(config: RunConfig) -> int:
+    """Tokens that all rows of an episode may have together: a sample is computed at once."""
+    cls = import_part("algorithm", config.algorithm["_target_"])
+    algorithm = cls(cls.Config(**{key: value for key, value in config.algorithm.items() if key != "_target_"}))
+    longest = config.learner.tokens_per_microbatch // samples_together(config.rollout, algorithm)
+    return min(longest, config.critic.tokens_per_microbatch) if algorithm.needs().critic else longest
+
+
 WeightRoute = Literal["object_store", "gloo", "nccl", "ipc"]
 """How weights get from the learner to the engines."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from algorithms.base import POLICY, REFERENCE
+from rlkit.config.environments import longest_sample
 from rlkit.config.machine import host_bytes, this_machine
 from rlkit.config.memory import GIB, element_bytes, gpu_phases, processes, size_text, total
 from rlkit.config.parts import ResolvedRun
@@ -202,7 +203,9 @@ def _episodes(run: ResolvedRun) -> list[Line]:
         return []
     of_turn = "" if options.max_turn_tokens is None else f" of up to {options.max_turn_tokens} tokens"
     turns = f"at most {_count(options.max_turns, 'turn')}{of_turn}"
-    return [Line("batches", "each response", f"{turns}, in {most} tokens with what the environment says")]
+    rows = longest_sample(run)
+    several = f"; all rows of an episode together have up to {rows:,}" if rows > most else ""
+    return [Line("batches", "each response", f"{turns}, in {most} tokens with what the environment says{several}")]
 
 
 def _whole_run(trainer: TrainerConfig, updates: int, responses: int) -> str:

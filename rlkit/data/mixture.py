@@ -22,6 +22,7 @@ KINDS = {
     "hf": "rlkit.data.files.HfSource",
     "jsonl": "rlkit.data.files.FileSource",
     "pairs": "rlkit.data.recorded.PairsSource",
+    "reasoning_gym": "rlkit.data.reasoning_gym.ReasoningGymSource",
     "responses": "rlkit.data.recorded.ResponsesSource",
 }
 _NAME = re.compile(r"[A-Za-z]\w*")
@@ -29,8 +30,9 @@ _NAME = re.compile(r"[A-Za-z]\w*")
 
 class MixtureConfig(DataConfig):
     sources: Mapping[str, Mapping[str, Any]] = Field(default={}, validate_default=True)
-    """Name -> `kind` (`chat`, `hf`, `jsonl`, `pairs`, `responses`, `arithmetic`, `environment`, or a class's dotted
-    path), `weight` (its share of the prompts, relative to the others'; 1 if not set) and the options of that source."""
+    """Name -> `kind` (`chat`, `hf`, `jsonl`, `pairs`, `responses`, `arithmetic`, `environment`, `reasoning_gym`, or a
+    class's dotted path), `weight` (its share of the prompts, relative to the others'; 1 if not set) and the options of
+    that source."""
 
     @field_validator("sources")
     @classmethod

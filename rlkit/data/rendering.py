@@ -266,11 +266,16 @@ def renderer(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str | Path | None = None,
     template_arguments: Mapping[str, Any] | None = None,
-) -> Callable[[Sequence[Message]], tuple[int, ...]]:
-    """Renders one prompt that is no problem of the data. It raises DataError where the template refuses it."""
+) -> Callable[[Sequence[Message] | str], tuple[int, ...]]:
+    """Renders one prompt that is no problem of the data, or a plain text.
+
+    It raises DataError where the template refuses a prompt.
+    """
     template = ChatTemplate(tokenizer, chat_template, template_arguments)
 
-    def rendered(messages: Sequence[Message]) -> tuple[int, ...]:
+    def rendered(messages: Sequence[Message] | str) -> tuple[int, ...]:
+        if isinstance(messages, str):
+            return tuple(template.token_ids([messages])[0])
         (text,) = template.texts([messages], ask=True)
         if isinstance(text, BadRow):
             raise DataError(text.reason)

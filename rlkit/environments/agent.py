@@ -26,10 +26,8 @@ class Endpoint:
 
 
 class Agent(Environment):
-    """An episode is one `run`. What the policy samples for it is recorded and trained on, token by token.
-
-    Its calls must be one conversation: each continues the last one. Others are refused, as the error says.
-    """
+    """An episode is one `run`. What the policy samples for it is recorded and trained on, token by token, in whatever
+    conversations, one after the other or side by side."""
 
     Config: ClassVar[type[EnvironmentConfig]] = AgentConfig
 
@@ -41,5 +39,14 @@ class Agent(Environment):
         return self.run(self.task, action)
 
     async def run(self, task: Task, model: Endpoint) -> Step:
-        """Work on the task, and return the reward of it all (`observation` and `done` have no effect)."""
+        """Work on the task, and return the reward of it all.
+
+        A text as `observation` is what rewards read as its answer; else they read the policy's last one. `done` has no
+        effect.
+        """
         raise NotImplementedError
+
+
+def may_have_segments(cls: type[Environment], config: EnvironmentConfig) -> bool:
+    """Whether an episode may be several rows in training (`Sample.segments`)."""
+    return issubclass(cls, Agent) or config.history == "rerender"

@@ -23,7 +23,8 @@ class EnvironmentConfig(Section):
     """Tokens of one turn; null: what `rollout.max_response_tokens`, which holds for the whole episode with its
     observations, leaves."""
     max_observation_tokens: int = Field(default=512, ge=8)
-    """Of a longer answer of the environment the middle is cut out, and the text says so."""
+    """Of a longer message of the environment the middle is cut out, and the text says so. Each tool that a turn calls
+    answers in a message of its own."""
     step_timeout_seconds: Deadline = 30.0
     """placement=worker: a `reset` or `step` that takes longer costs the worker process, which is replaced."""
     retries: int = Field(default=1, ge=0)
@@ -35,6 +36,10 @@ class EnvironmentConfig(Section):
     """placement=worker: processes per rollout worker."""
     concurrency: int = Field(default=64, ge=1)
     """placement=worker: open episodes per process."""
+    history: Literal["append", "rerender"] = "append"
+    """append: a turn goes on behind all tokens before it; a chat template that rewrites earlier turns (that drops their
+    thinking) is refused. rerender: it goes on behind what the template makes of the whole conversation; where that does
+    not begin with the tokens before, the turns from there on are a row of their own in training."""
     calls: str = "auto"
     """How the policy writes calls of tools: hermes, llama, mistral, tags; auto: as the chat template does."""
     max_parallel_calls: int = Field(default=1, ge=1)
@@ -120,6 +125,11 @@ class Environment:
         return True
 
     @classmethod
+    def gives_rewards(cls, config: Any) -> bool:
+        """Its steps may have other rewards than 0; else `reward=environment` is refused."""
+        return True
+
+    @classmethod
     def check(cls, config: Any) -> list[str]:
         """Cheap checks before a run, without heavy imports: messages for the user."""
         return []
@@ -131,7 +141,7 @@ class Environment:
 
     @classmethod
     def prepare(cls, config: Any) -> Any:
-        """Called once per process: indices, sandboxes, connections. Raises UserError."""
+        """Called once per process: indices, sandboxes, connections; may be `async def`. Raises UserError."""
         return None
 
     @classmethod

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from rlkit.experience import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "__rlkit_tool__"
@@ -30,6 +32,30 @@ class Tool:
 
     def wrong(self, arguments: Mapping[str, Any]) -> str:
         return "" if self.check is None else self.check(arguments)
+
+
+class ToolsChangedError(UserError):
+    """Tools are not those any more that the run's prompts describe; it ends the run."""
+
+
+def changes(before: Sequence[Tool], after: Sequence[Tool]) -> str:
+    """What is different, or nothing.
+
+    >>> add, mul = Tool("add", "Add.", {}), Tool("mul", "Multiply.", {})
+    >>> changes([add], [mul]), changes([add], [Tool("add", "Sum.", {})]), changes([add], [add])
+    ('add is gone; mul is new', 'add has another description', '')
+    """
+    old, new = ({tool.name: tool for tool in tools} for tools in (before, after))
+    differences = [f"{name} is gone" for name in old if name not in new]
+    differences += [f"{name} is new" for name in new if name not in old]
+    for name in old.keys() & new.keys():
+        if old[name].description != new[name].description:
+            differences.append(f"{name} has another description")
+        if old[name].parameters != new[name].parameters:
+            differences.append(f"{name} has other arguments")
+    if not differences and list(old) != list(new):
+        differences.append("they come in another order")
+    return "; ".join(sorted(differences))
 
 
 def tool(method: F) -> F:

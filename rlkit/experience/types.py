@@ -70,8 +70,8 @@ class Span:
     """turn: what one role said in an episode; observations (roles other than assistant) are not trained on."""
     role: str = "assistant"
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Of a step its `text`; of an assistant's turn its `reward`, the `state` it was taken in (None: unknown), and
-    `malformed` (calls that could not be read)."""
+    """Of a step its `text`; of an assistant's turn its `reward`, the `state` it was taken in (None: unknown),
+    `malformed` (calls that could not be read), and the environment's `metrics`, if it gave any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,18 @@ class Episode:
     seconds: float = 0.0
     waited: float = 0.0
     """Of these, seconds of the environment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Response tokens [start, end), which follow `context` and not the tokens before them: a row of its own."""
+
+    start: int
+    end: int
+    context: IntArray
+    """Token ids. What the policy sampled of them is trained on elsewhere, and here only read."""
+    messages: tuple[Message, ...] = ()
+    """The context, for people; empty: the prompt, or the conversation so far, rendered anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +128,27 @@ class Sample:
     versions: IntArray | None = None
     """[T] the policy version of each token, -1 on observations; None: that of `policy_versions`."""
     episode: Episode | None = None
+    segments: tuple[Segment, ...] = ()
+    """In order and without gaps; none: all tokens follow the prompt. All else of a sample is of its tokens together, so
+    that it counts once, in however many rows it is trained."""
 
     def __post_init__(self) -> None:
         if self.logprobs is not None and len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"sample {self.index}: {len(self.token_ids)} tokens but {len(self.logprobs)} log-probs")
         if self.mask is not None and len(self.mask) != len(self.token_ids):
             raise ValueError(f"sample {self.index}: {len(self.token_ids)} tokens but a mask of {len(self.mask)}")
+        ends = [0, *(segment.end for segment in self.segments)]
+        if self.segments and (ends[:-1] != [segment.start for segment in self.segments] or ends[-1] != len(self)):
+            raise ValueError(f"sample {self.index}: its segments do not follow each other up to its {len(self)} tokens")
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def rows(self, prompt: IntArray) -> list[tuple[IntArray, int]]:
+        """What each segment follows, and its tokens; `prompt`: of its group."""
+        if not self.segments:
+            return [(prompt, len(self))]
+        return [(segment.context, segment.end - segment.start) for segment in self.segments]
 
     @property
     def sampled(self) -> FloatArray:

@@ -237,7 +237,7 @@ def scores_from_wire(scores: WireGroupScores) -> GroupScores:
     return GroupScores(tuple(Score(**dict(score)) for score in scores.samples), scores.pairs)
 
 
-UNSENT = ("recorded", "weight", "versions", "episode")
+UNSENT = ("recorded", "weight", "versions", "episode", "segments")
 """Fields of Prompt and Sample that no reward needs."""
 
 

@@ -25,7 +25,9 @@ class Microbatch:
     """Groups, or parts of them, in one forward pass: S samples with R response tokens, group by group."""
 
     prompts: tuple[IntArray, ...]
-    """One per group."""
+    """One per group; of samples in segments also what these follow."""
+    rows: tuple[tuple[int, ...], ...]
+    """Response tokens of each row behind each prompt: a sample, or a segment of one."""
     sizes: tuple[int, ...]
     """Samples of each group."""
     token_ids: IntArray
@@ -34,10 +36,11 @@ class Microbatch:
     """[S]"""
 
     def packed(self, device: str) -> PackedBatch:
-        responses = iter(np.split(self.token_ids, np.cumsum(self.lengths)[:-1]))
+        ends = np.cumsum([length for lengths in self.rows for length in lengths])
+        rows = iter(np.split(self.token_ids, ends[:-1]))
         trees = [
-            Tree(prompt.tolist(), tuple(next(responses).tolist() for _ in range(size)))
-            for prompt, size in zip(self.prompts, self.sizes, strict=True)
+            Tree(prompt.tolist(), tuple(next(rows).tolist() for _ in lengths))
+            for prompt, lengths in zip(self.prompts, self.rows, strict=True)
         ]
         return pack(trees).to(device)
 
@@ -54,7 +57,7 @@ def _repeated(counts: IntArray, device: str) -> Tensor:
     return torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device)
 
 
-IDLE = Microbatch((np.zeros(1, np.int32),), (1,), np.zeros(1, np.int32), np.ones(1, np.int32))
+IDLE = Microbatch((np.zeros(1, np.int32),), ((1,),), (1,), np.zeros(1, np.int32), np.ones(1, np.int32))
 """A forward pass of a rank that has nothing left, but must take part in the others' collective operations."""
 
 
@@ -140,26 +143,35 @@ def charge(tree: Tree) -> int:
 def split_tree(tree: Tree, limit: int) -> list[list[int]]:
     """Indices of the suffixes that pass together: of parts within the limit, or of one suffix. Parts repeat the
     prefix."""
-    lengths = [len(suffix) for suffix in tree.suffixes]
-    if charge(tree) <= limit or len(lengths) == 1:
-        return [list(range(len(lengths)))]
-    parts = split_by_tokens(lengths, max(1, limit - len(tree.prefix)))
-    if len(parts) == 1:
-        parts = even_pieces(tree, 2)
-    smaller = []
-    for part in parts:
-        pieces = split_tree(Tree(tree.prefix, [tree.suffixes[i] for i in part]), limit)
-        smaller += [[part[i] for i in piece] for piece in pieces]
-    return smaller
+
+    def charged(part: Sequence[int]) -> int:
+        return charge(Tree(tree.prefix, [tree.suffixes[i] for i in part]))
+
+    return split(tree.lengths, len(tree.prefix), charged, limit)
 
 
-def even_pieces(tree: Tree, count: int) -> list[list[int]]:
-    """Indices of the suffixes in `count` pieces (at most one for each) of nearly equal tokens."""
-    lengths = [len(suffix) for suffix in tree.suffixes]
-    pieces: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
+def split(sizes: Sequence[int], shared: int, charged: Callable[[Sequence[int]], int], limit: int) -> list[list[int]]:
+    """Indices of what passes together: within the limit, or one alone. `sizes`: tokens beside the `shared` ones, which
+    each part repeats; `charged`: what a part takes of the limit."""
+
+    def smaller(part: list[int]) -> list[list[int]]:
+        if charged(part) <= limit or len(part) == 1:
+            return [part]
+        of_part = [sizes[i] for i in part]
+        pieces = split_by_tokens(of_part, max(1, limit - shared))
+        if len(pieces) == 1:
+            pieces = even_pieces(of_part, 2)
+        return [least for piece in pieces for least in smaller([part[i] for i in piece])]
+
+    return smaller(list(range(len(sizes))))
+
+
+def even_pieces(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Indices in `count` pieces (at most one for each) of nearly equal size."""
+    pieces: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
     loads = [(0, p) for p in range(len(pieces))]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         load, p = loads[0]
         pieces[p].append(i)
-        heapq.heapreplace(loads, (load + lengths[i] + 1, p))  # + 1: no piece is empty
+        heapq.heapreplace(loads, (load + sizes[i] + 1, p))  # + 1: no piece is empty
     return [sorted(piece) for piece in pieces]

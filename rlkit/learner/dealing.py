@@ -29,7 +29,7 @@ from rlkit.learner.batches import (
     ValueRows,
     charge,
     even_pieces,
-    split_tree,
+    split,
 )
 from rlkit.models.packing import Tree, split_by_tokens
 
@@ -181,6 +181,9 @@ class _Batch:
         self.samples: list[Sample] = [sample for group in groups for sample in group.samples]
         self.lengths = np.array([len(sample) for sample in self.samples], dtype=np.int64)
         self.prompts: list[IntArray] = [np.array(group.prompt.token_ids, dtype=np.int32) for group in groups]
+        pairs = zip(groups, self.prompts, strict=True)
+        self.rows = [sample.rows(prompt) for group, prompt in pairs for sample in group.samples]
+        """Of each sample: what its segments follow, and their tokens."""
         starts = np.cumsum([0, *(len(group.samples) for group in groups)]).tolist()
         self.members = [range(start, end) for start, end in pairwise(starts)]
 
@@ -203,15 +206,20 @@ class _Batch:
         return parts
 
     def _part(self, group: int, samples: tuple[int, ...]) -> _Part:
-        tree = self._tree_of(group, samples)
-        return _Part(group, samples, tree.tokens, charge(tree))
+        # Of the right lengths; the ids do not matter.
+        trees = [Tree(range(len(context)), tuple(map(range, lengths))) for context, lengths in self._trees(samples)]
+        return _Part(group, samples, sum(tree.tokens for tree in trees), sum(map(charge, trees)))
 
-    def _tree(self, part: _Part) -> Tree:
-        return self._tree_of(part.group, part.samples)
-
-    def _tree_of(self, group: int, samples: Sequence[int]) -> Tree:
-        """Of the right lengths; the ids do not matter."""
-        return Tree(range(len(self.prompts[group])), tuple(range(self.lengths[i]) for i in samples))
+    def _trees(self, samples: Sequence[int]) -> list[tuple[IntArray, tuple[int, ...]]]:
+        """Contexts with the lengths of the rows behind them, sample after sample: neighbours share one."""
+        trees: list[tuple[IntArray, tuple[int, ...]]] = []
+        for context, length in (row for i in samples for row in self.rows[i]):
+            last, lengths = trees[-1] if trees else (None, ())
+            if last is context or (last is not None and np.array_equal(last, context)):
+                trees[-1] = (context, (*lengths, length))
+            else:
+                trees.append((context, (length,)))
+        return trees
 
     def shares(
         self,
@@ -283,23 +291,41 @@ class _Batch:
 
     def _pieces(self, part: _Part, count: int | None, limit: int) -> list[_Part]:
         """Within the limit; nearly equal ones, at least `count` if there are as many samples, for several ranks."""
-        fitting = split_tree(self._tree(part), limit)
+        fitting = self._fitting(part, limit)
         if count is None:
-            return self._split(part, fitting)
-        even = self._split(part, even_pieces(self._tree(part), max(count, len(fitting))))
-        return [smaller for piece in even for smaller in self._split(piece, split_tree(self._tree(piece), limit))]
+            return fitting
+        even = even_pieces(self._sizes(part), max(count, len(fitting)))
+        return [smaller for piece in even for smaller in self._fitting(self._chosen(part, piece), limit)]
 
-    def _split(self, part: _Part, pieces: Sequence[Sequence[int]]) -> list[_Part]:
-        if len(pieces) == 1:
+    def _fitting(self, part: _Part, limit: int) -> list[_Part]:
+        if part.charge <= limit:
             return [part]
-        return [self._part(part.group, tuple(part.samples[i] for i in piece)) for piece in pieces]
+        pieces = split(
+            self._sizes(part), len(self.prompts[part.group]), lambda piece: self._chosen(part, piece).charge, limit
+        )
+        return [self._chosen(part, piece) for piece in pieces]
+
+    def _chosen(self, part: _Part, piece: Sequence[int]) -> _Part:
+        return (
+            part if len(piece) == len(part.samples) else self._part(part.group, tuple(part.samples[i] for i in piece))
+        )
+
+    def _sizes(self, part: _Part) -> list[int]:
+        """Tokens of each sample beside the group's prompt."""
+        prompt = self.prompts[part.group]
+        return [
+            sum(length + (0 if context is prompt else len(context)) for context, length in self.rows[i])
+            for i in part.samples
+        ]
 
     def microbatch(self, parts: Sequence[_Part]) -> Microbatch:
         if not parts:
             return IDLE
         samples = [i for part in parts for i in part.samples]
+        trees = [tree for part in parts for tree in self._trees(part.samples)]
         return Microbatch(
-            prompts=tuple(self.prompts[part.group] for part in parts),
+            prompts=tuple(context for context, _ in trees),
+            rows=tuple(lengths for _, lengths in trees),
             sizes=tuple(len(part.samples) for part in parts),
             token_ids=np.concatenate([self.samples[i].token_ids for i in samples]).astype(np.int32, copy=False),
             lengths=self.lengths[samples].astype(np.int32),

@@ -133,6 +133,13 @@ class FromVLLM:
     tools: Sequence[Tool]
 
     def read(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+        try:
+            return self.read_by_parser(text)
+        except Exception:  # what a policy writes may break a parser
+            return text, ()
+
+    def read_by_parser(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+        """Raises whatever the parser does."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.tool_parsers import ToolParserManager
 
@@ -158,14 +165,21 @@ OF_VLLM = {
 
 
 def call_format(name: str, tools: Sequence[Tool], tokenizer: PreTrainedTokenizerBase) -> CallFormat:
-    """By its name, or `vllm:` and that of a parser of vLLM. Raises UserError for an unknown one."""
+    """By its name, or `vllm:` and that of a parser of vLLM. Raises UserError for an unknown one, or one that wants
+    tokens which the tokenizer does not have, or reads no text."""
     if name.startswith("vllm:"):
         from vllm.tool_parsers import ToolParserManager
 
         known = ToolParserManager.list_registered()
         if name.removeprefix("vllm:") not in known:
             raise UserError(f"environment.calls={name}: vLLM has no such parser; it has {', '.join(known)}")
-        return FromVLLM(name.removeprefix("vllm:"), tokenizer, tools)
+        parser = FromVLLM(name.removeprefix("vllm:"), tokenizer, tools)
+        try:
+            parser.read_by_parser("")
+        except Exception as error:
+            why = f"vLLM's parser cannot read this model's texts ({type(error).__name__}: {error})"
+            raise UserError(f"environment.calls={name}: {why}; choose another") from error
+        return parser
     formats: dict[str, CallFormat] = {
         "hermes": Hermes(), "llama": Llama(), "mistral": Mistral(), "tags": Tags(tools)
     }  # fmt: skip

@@ -1,24 +1,50 @@
-"""The ledger of one episode: what the engine was given and what it returned, token by token. No vLLM here."""
+"""The ledger of an episode: what the engine was given and what it returned, token by token. No vLLM here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rlkit.experience import Episode, Message, Sample, Span, ToolCall
+from rlkit.environments.base import Step
+from rlkit.experience import Episode, Message, Prompt, Sample, Segment, Span, ToolCall
+from rlkit.experience.types import FinishReason
 
 if TYPE_CHECKING:
     from rlkit.rollout.rendering import Bridge
     from rlkit.rollout.sampler import Response
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Tokens of an episode."""
+
+    prompt: int
+    """Of what it begins with."""
+    response: int
+    """Of all turns and observations of one conversation together."""
+    rows: int
+    """Of all its conversations together, each with what it begins with: the learner computes them at once."""
+
+    def of(self, prompt: Sequence[int]) -> int:
+        """Up to where a conversation that begins so may go."""
+        return min(len(prompt), self.prompt) + self.response
+
+
+class _Piece(NamedTuple):
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+    """Of the policy, token by token; -1: an observation."""
+    role: str
+    data: Mapping[str, Any]
+
+
 @dataclass
 class _Turn:
     response: Response
-    version: int
     kept: int
     """Of its tokens; fewer than were sampled where the template goes on otherwise than with the sampled stop token."""
     text: str
@@ -27,12 +53,21 @@ class _Turn:
     """Token ids between it and the next turn."""
     observed_role: str = ""
 
+    def pieces(self) -> list[_Piece]:
+        """The turn and what follows it, without what is empty."""
+        response, kept, between = self.response, self.kept, np.array(self.observation, np.int32)
+        said = response.token_ids[:kept], response.logprobs[:kept], response.versions[:kept]
+        observed = _Piece(between, np.zeros(len(between)), np.full(len(between), -1), self.observed_role, {})
+        return [_Piece(*said, "assistant", self.data), *([observed] if len(between) else [])]
+
 
 class Conversation:
     """Sampled tokens are never rendered again: each prompt is the one before, what was sampled, and a bridge."""
 
-    def __init__(self, prompt_ids: Sequence[int], limit: int) -> None:
-        """`limit`: tokens of all turns and observations together (`rollout.max_response_tokens`)."""
+    def __init__(self, prompt_ids: Sequence[int], limit: int, opening: Iterable[Message] = ()) -> None:
+        """`limit`: tokens of all turns and observations together (`rollout.max_response_tokens`). `opening`: the
+        messages that `prompt_ids` are of."""
+        self.prompt_ids, self.opening = tuple(prompt_ids), tuple(opening)
         self._ids = list(prompt_ids)
         self._limit = len(self._ids) + limit
         self._turns: list[_Turn] = []
@@ -59,7 +94,6 @@ class Conversation:
     def sampled(
         self,
         response: Response,
-        version: int,
         text: str,
         calls: Sequence[ToolCall] = (),
         data: Mapping[str, Any] | None = None,
@@ -74,12 +108,13 @@ class Conversation:
         self._ids += response.token_ids.tolist()
         malformed = sum(bool(call.error) for call in calls)
         turn = {"reward": 0.0, "state": None, "malformed": malformed, **(data or {})}
-        self._turns.append(_Turn(response, version, len(response.token_ids), text, turn))
+        self._turns.append(_Turn(response, len(response.token_ids), text, turn))
         self.messages.append(Message("assistant", text, calls=tuple(calls)))
 
-    def judged(self, reward: float, state: str | None = None) -> None:
-        """What the last turn earned, and the state it was taken in."""
-        self._turns[-1].data.update(reward=reward, state=state)
+    def judged(self, step: Step) -> None:
+        """What the last turn earned, the state it was taken in, and what the environment says of it."""
+        said = {"metrics": dict(step.metrics)} if step.metrics else {}
+        self._turns[-1].data.update(reward=step.reward, state=step.state, **said)
 
     def observed(self, bridge: Bridge, messages: Sequence[Message]) -> bool:
         """The environment's answer to the last turn. False: it would leave no token for the next, and is not kept."""
@@ -91,42 +126,79 @@ class Conversation:
         self.messages += messages
         return True
 
-    def sample(self, index: int, seed: int, episode: Episode) -> Sample:
-        """Everything from the first sampled token to the last. Raises ValueError if none was sampled."""
-        if not self._turns:
-            raise ValueError(f"sample {index}: nothing was sampled")
-        last = self._turns[-1]
-        ids: list[np.ndarray] = []
-        logprobs: list[np.ndarray] = []
-        versions: list[np.ndarray] = []
-        spans: list[Span] = []
-        position = 0
-        for turn in self._turns:
-            ids.append(turn.response.token_ids[: turn.kept])
-            logprobs.append(turn.response.logprobs[: turn.kept])
-            versions.append(np.full(turn.kept, turn.version))
-            spans.append(Span(position, position + turn.kept, "turn", "assistant", turn.data))
-            position += turn.kept
-            if turn is not last:
-                between = len(turn.observation)
-                ids.append(np.array(turn.observation))
-                logprobs.append(np.zeros(between))
-                versions.append(np.full(between, -1))
-                spans.append(Span(position, position + between, "turn", turn.observed_role))
-                position += between
-        version = np.concatenate(versions).astype(np.int32)
-        budget = episode.ended in ("turns", "tokens")
-        sampled_by = [turn.version for turn in self._turns]
-        return Sample(
-            index=index,
-            token_ids=np.concatenate(ids).astype(np.int32),
-            logprobs=np.concatenate(logprobs).astype(np.float32),
-            text=last.text,
-            finish_reason="length" if budget else last.response.finish_reason,
-            policy_versions=(min(sampled_by), max(sampled_by)),
-            seed=seed,
-            mask=version >= 0,
-            spans=tuple(spans),
-            versions=version,
-            episode=replace(episode, messages=tuple(self.messages)),
+    def pieces(self) -> list[_Piece]:
+        """Everything from the first sampled token to the last."""
+        return [piece for turn in self._turns for piece in turn.pieces()]
+
+    def last(self) -> tuple[str, FinishReason]:
+        return self._turns[-1].text, self._turns[-1].response.finish_reason
+
+
+def opening_of(prompt: Prompt, played: Sequence[Sequence[Conversation]]) -> Prompt:
+    """What a group's samples began with, of all that each of them has begun: what they share, then what holds the
+    task's messages, then the shortest. So it does not depend on who was first. The prompt itself if nothing was
+    begun."""
+    begun = [conversations for conversations in played if conversations]
+    if not begun:
+        return prompt
+    others = [{conversation.prompt_ids for conversation in conversations} for conversations in begun[1:]]
+
+    def rank(conversation: Conversation) -> tuple[bool, bool, int, tuple[int, ...]]:
+        ids, texts = conversation.prompt_ids, [message.content for message in conversation.opening]
+        asks = all(any(message.content in text for text in texts) for message in prompt.messages)
+        return not all(ids in of for of in others), not asks, len(ids), ids
+
+    first = min(begun[0], key=rank)
+    return replace(prompt, messages=first.opening, token_ids=first.prompt_ids)
+
+
+def as_sample(
+    conversations: Sequence[Conversation],
+    index: int,
+    seed: int,
+    episode: Episode,
+    prompt_ids: tuple[int, ...] | None = None,
+    last: tuple[str, FinishReason] | None = None,
+) -> Sample:
+    """All that was sampled in an episode, one conversation after the other.
+
+    `prompt_ids`: of the group; None: the first conversation's. `last`: text and end of the last answer; None: the last
+    conversation's. Raises ValueError if nothing was sampled.
+    """
+    conversations = [conversation for conversation in conversations if conversation.turns]
+    if not conversations:
+        raise ValueError(f"sample {index}: nothing was sampled")
+    of_each = [conversation.pieces() for conversation in conversations]
+    pieces = [piece for some in of_each for piece in some]
+    ends = np.cumsum([len(piece.token_ids) for piece in pieces]).tolist()
+    parts = np.cumsum([0, *(sum(len(piece.token_ids) for piece in some) for some in of_each)]).tolist()
+    segments = tuple(
+        Segment(
+            start,
+            end,
+            np.array(conversation.prompt_ids, np.int32),
+            () if conversation.prompt_ids == prompt_ids else conversation.opening,
         )
+        for conversation, start, end in zip(conversations, parts[:-1], parts[1:], strict=True)
+    )
+    one = len(segments) == 1 and (prompt_ids is None or conversations[0].prompt_ids == prompt_ids)
+    versions = np.concatenate([piece.versions for piece in pieces]).astype(np.int32)
+    sampled_by = versions[versions >= 0]
+    text, finish_reason = last or conversations[-1].last()
+    return Sample(
+        index=index,
+        token_ids=np.concatenate([piece.token_ids for piece in pieces]).astype(np.int32),
+        logprobs=np.concatenate([piece.logprobs for piece in pieces]).astype(np.float32),
+        text=text,
+        finish_reason="length" if episode.ended in ("turns", "tokens") else finish_reason,
+        policy_versions=(int(sampled_by.min()), int(sampled_by.max())),
+        seed=seed,
+        mask=versions >= 0,
+        spans=tuple(
+            Span(end - len(piece.token_ids), end, "turn", piece.role, piece.data)
+            for piece, end in zip(pieces, ends, strict=True)
+        ),
+        versions=versions,
+        episode=replace(episode, messages=tuple(m for conversation in conversations for m in conversation.messages)),
+        segments=() if one else segments,
+    )

@@ -4,7 +4,7 @@
 
 Routes: `/sessions/TOKEN/v1/chat/completions` and `/v1/models` as OpenAI has them, and
 `/sessions/TOKEN/inference/v1/generate`, vLLM's tokens in, tokens out. A token stands for one episode; who knows it may
-call. How calls become a conversation is `session.py`.
+call. How calls become conversations is `session.py`.
 
 The run decides how is sampled: temperature, seed and the like of a call have no effect, which the log says once. What
 would change the meaning of an answer (several choices, stop texts, forced tools, answers of a form) is refused. Errors

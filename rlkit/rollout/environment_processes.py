@@ -21,7 +21,7 @@ from typing import Any
 from rlkit.cluster.processes import die_with_parent, end, start
 from rlkit.environments.agent import Endpoint
 from rlkit.environments.base import Action, Environment, EnvironmentConfig, Step, Task
-from rlkit.environments.tool import Tool
+from rlkit.environments.tool import Tool, ToolsChangedError, changes
 from rlkit.experience import Message, UserError
 from rlkit.experience.names import find_class
 from rlkit.rollout.hosts import EpisodeFailedError, InlineHost
@@ -35,8 +35,9 @@ _HEAD = struct.Struct("!Q")
 class _Call:
     key: str
     answer: asyncio.Future[Any]
+    asked: float = field(default_factory=time.monotonic)
     began: float | None = None
-    """`time.monotonic()` when the process took it up; None: it waits behind another one."""
+    """When the process took it up; None: it waits behind another one."""
 
 
 @dataclass
@@ -46,6 +47,17 @@ class _Worker:
     calls: dict[int, _Call] = field(default_factory=dict)
     episodes: set[str] = field(default_factory=set)
     reading: asyncio.Task[None] | None = None
+    heard: float = 0.0
+    """When it last said something."""
+
+    def late(self, seconds: float) -> set[int]:
+        """The calls that were taken up so long ago. Others wait, unless the process is busy with none and silent for
+        twice as long: then it hangs between two calls."""
+        now = time.monotonic()
+        began = {number: call.began for number, call in self.calls.items() if call.began is not None}
+        if began:
+            return {number for number, when in began.items() if now - when > seconds}
+        return {n for n, call in self.calls.items() if now - max(call.asked, self.heard) > 2 * seconds}
 
 
 class ProcessHost:
@@ -117,11 +129,13 @@ class ProcessHost:
         return min(range(len(self._workers)), key=self._load)
 
     async def _ask(self, key: str, method: str, *arguments: Any) -> Any:
-        """Raises EpisodeFailedError."""
+        """Raises EpisodeFailedError or ToolsChangedError."""
         index = self._place[key]
         if method == "open":
             try:
                 worker = await self._worker(index)
+            except ToolsChangedError:
+                raise
             except UserError as error:
                 raise EpisodeFailedError("failure", str(error)) from error
             worker.episodes.add(key)
@@ -171,9 +185,11 @@ class ProcessHost:
         if isinstance(tools, str):
             await asyncio.to_thread(end, [process])
             raise UserError(f"environment: {name} cannot be prepared: {tools}; what it printed is in {log}")
-        if self.tools and [tool.schema() for tool in tools] != [tool.schema() for tool in self.tools]:
+        if self.tools and (different := changes(self.tools, tools)):
             await asyncio.to_thread(end, [process])
-            raise UserError(f"environment: {name} offers other tools than at the start of the run")
+            raise ToolsChangedError(
+                f"environment: {name} offers other tools than the first one, which the prompts describe: {different}"
+            )
         self.tools = self.tools or tools
         worker.reading = asyncio.create_task(self._receive(index, worker, reader))
         return worker
@@ -182,6 +198,7 @@ class ProcessHost:
         try:
             while True:
                 number, kind, value = await _read(reader)
+                worker.heard = time.monotonic()
                 call = worker.calls.get(number)
                 if call is None or call.answer.done():
                     continue
@@ -189,6 +206,8 @@ class ProcessHost:
                     call.began = time.monotonic()
                 elif kind == "failed":
                     call.answer.set_exception(EpisodeFailedError(*value))
+                elif kind == "changed":
+                    call.answer.set_exception(ToolsChangedError(value))
                 else:
                     call.answer.set_result(value)
         except (EOFError, OSError):
@@ -198,12 +217,10 @@ class ProcessHost:
         limit = self.config.step_timeout_seconds
         while True:
             await asyncio.sleep(min(1.0, limit / 4))
-            latest = time.monotonic() - limit - GRACE_SECONDS
             for index, worker in enumerate(self._workers):
                 if worker is None:
                     continue
-                late = {n for n, call in worker.calls.items() if call.began is not None and call.began < latest}
-                if late:
+                if late := worker.late(limit + GRACE_SECONDS):
                     details = f"no answer within environment.step_timeout_seconds={limit:g}; its process was killed"
                     await self._lose(index, worker, "timeout", details, late)
 
@@ -231,11 +248,14 @@ class ProcessHost:
 
 def main(file: int) -> None:
     die_with_parent()
+    # A process that an environment forks off has another end in place of the connection: it would take calls away.
+    os.register_at_fork(after_in_child=lambda: os.dup2(os.open(os.devnull, os.O_RDWR), file))
     asyncio.run(_serve(socket.socket(fileno=file)))
 
 
 async def _serve(connection: socket.socket) -> None:
     reader, writer = await asyncio.open_connection(sock=connection)
+    writer.transport.set_write_buffer_limits(0)  # drained: nothing is left in this process
     target, options = await _read(reader)
     try:
         host = await _prepared(target, options)
@@ -246,12 +266,15 @@ async def _serve(connection: socket.socket) -> None:
     # A check of arguments is a function; the tools' own process has it.
     _write(writer, tuple(replace(tool, check=None) for tool in host.tools))
     running: set[asyncio.Task[None]] = set()
-    with contextlib.suppress(EOFError):
+    me, taking_up = os.getpid(), asyncio.Lock()
+    with contextlib.suppress(EOFError, OSError):
         while True:
             number, method, *arguments = await _read(reader)
-            task = asyncio.create_task(_answer(host, writer, number, method, arguments))
+            task = asyncio.create_task(_answer(host, writer, taking_up, number, method, arguments))
             running.add(task)
             task.add_done_callback(running.discard)
+    if os.getpid() != me:
+        os._exit(0)  # an orderly end would take down what a forked process shares with this one
 
 
 async def _prepared(target: str, options: Mapping[str, Any]) -> InlineHost:
@@ -261,13 +284,19 @@ async def _prepared(target: str, options: Mapping[str, Any]) -> InlineHost:
     return host
 
 
-async def _answer(host: InlineHost, writer: asyncio.StreamWriter, number: int, method: str, arguments: Any) -> None:
-    _write(writer, (number, "began", None))
+async def _answer(
+    host: InlineHost, writer: asyncio.StreamWriter, taking_up: asyncio.Lock, number: int, method: str, arguments: Any
+) -> None:
+    async with taking_up:  # one by one, or calls behind one that hangs would seem to have begun
+        _write(writer, (number, "began", None))
+        await writer.drain()  # should this call end the process, it and answers before it are known
     try:
         value = await getattr(host, method)(*arguments)
         _write(writer, (number, "answer", value))
     except EpisodeFailedError as error:
         _write(writer, (number, "failed", (error.kind, error.details, error.again)))
+    except ToolsChangedError as error:
+        _write(writer, (number, "changed", str(error)))
     except Exception as error:  # an answer that cannot be sent
         _write(writer, (number, "failed", ("exception", f"{type(error).__name__}: {error}", False)))
 

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlkit.config.parts import TARGET, import_part
-from rlkit.config.plan import samples_have_seeds
+from rlkit.config.plan import longest_episode, samples_have_seeds
 from rlkit.config.schema import RolloutConfig, RunConfig
 from rlkit.data.rendering import ChatTemplate
 from rlkit.environments.agent import Agent
 from rlkit.environments.base import Action, EnvironmentConfig, Step, Task
+from rlkit.environments.tool import Tool
 from rlkit.experience import Episode, Group, Message, Prompt, Sample, UserError
-from rlkit.rollout.conversation import Conversation
+from rlkit.experience.types import FinishReason
+from rlkit.rollout.conversation import Conversation, Limits, as_sample, opening_of
 from rlkit.rollout.environment_processes import ProcessHost
 from rlkit.rollout.hosts import EpisodeFailedError, Host, InlineHost
-from rlkit.rollout.rendering import Renderer
+from rlkit.rollout.rendering import Renderer, RenderingError
 from rlkit.rollout.requests import GroupRequest, sample_seed
 from rlkit.rollout.sampler import Request, Response
 from rlkit.rollout.session import Session
@@ -48,17 +51,20 @@ async def open_episodes(
     )
     await host.start()
     template = ChatTemplate(tokenizer, config.model.chat_template, config.model.chat_template_arguments)
-    renderer = Renderer(template, host.tools, stop_token_ids, options.calls)
+    renderer = Renderer(template, host.tools, stop_token_ids, options.calls, options.history)
     endpoint = None
     if issubclass(cls, Agent):  # whose calls bring their tools, and are checked then
         from rlkit.rollout.endpoint import Server
 
-        endpoint = Server(lambda tools: Renderer(template, tools, stop_token_ids, options.calls), stop_token_ids)
+        def of_call(tools: Sequence[Tool]) -> Renderer:
+            return Renderer(template, tools, stop_token_ids, options.calls, options.history)
+
+        endpoint = Server(of_call, stop_token_ids)
         await endpoint.start()
     elif problems := renderer.problems():  # of tools that only a started environment knows
         raise UserError("; ".join(problems))
-    seeded = samples_have_seeds(config)
-    return Episodes(host, renderer, options, config.rollout, seeded, stop_token_ids, turn, version, endpoint)
+    seeded, rows = samples_have_seeds(config), longest_episode(config)
+    return Episodes(host, renderer, options, config.rollout, seeded, stop_token_ids, turn, version, endpoint, rows)
 
 
 @dataclass
@@ -67,7 +73,7 @@ class _Playing:
 
     request: GroupRequest
     prompt: Prompt | None = None
-    """With the opening that all its samples read; None: none was reset yet."""
+    """With the opening that all its samples read; None: none was reset yet, or agents decide."""
 
     def read(self, messages: tuple[Message, ...], token_ids: Sequence[int]) -> None:
         """Raises EpisodeFailedError for another opening than the others had."""
@@ -76,6 +82,26 @@ class _Playing:
         elif self.prompt.token_ids != tuple(token_ids):
             details = "reset() began otherwise for the same task and seed, and the samples of a group are compared"
             raise EpisodeFailedError("openings_differ", details, again=False)
+
+
+@dataclass
+class _Played:
+    """An episode that has ended."""
+
+    index: int
+    seed: int
+    episode: Episode
+    conversations: list[Conversation]
+    of_agent: Step | None = None
+    """What an agent earned, for all its turns."""
+    last: tuple[str, FinishReason] | None = None
+    """Text and end of an agent's last answer."""
+
+    def sample(self, prompt_ids: tuple[int, ...]) -> Sample:
+        ordered = sorted(self.conversations, key=lambda conversation: conversation.prompt_ids != prompt_ids)
+        if self.of_agent is not None:
+            ordered[-1].judged(self.of_agent)
+        return as_sample(ordered, self.index, self.seed, self.episode, prompt_ids, self.last)
 
 
 @dataclass
@@ -105,6 +131,8 @@ class Episodes:
     """Of the policy now."""
     endpoint: Server | None = None
     """Where agents call the policy, if the environment is one."""
+    rows: int = sys.maxsize
+    """Tokens that all rows of an episode may have together."""
 
     async def group(self, request: GroupRequest) -> Group:
         """Play all samples of a group, side by side. Its prompt is what the environment began with.
@@ -115,92 +143,110 @@ class Episodes:
         playing = _Playing(request)
         tasks = [asyncio.create_task(self._sample(playing, index)) for index in range(request.responses)]
         try:
-            samples = await asyncio.gather(*tasks)
+            played = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
+        prompt = playing.prompt or opening_of(request.prompt, [one.conversations for one in played])
+        samples = [one.sample(prompt.token_ids) if one.conversations else self._nothing(one) for one in played]
         greedy = samples[-1] if request.greedy else None
-        prompt = playing.prompt or request.prompt
         return Group(request.id, prompt, tuple(samples[: request.samples]), step=request.step, greedy=greedy)
 
-    async def _sample(self, playing: _Playing, index: int) -> Sample:
+    async def _sample(self, playing: _Playing, index: int) -> _Played:
         request, options = playing.request, self.options
         seed = sample_seed(request.seed, request.id, index)
         clock, tries, failures = _Clock(), itertools.count(), 0
         while True:
             key = f"{request.id}:{index}:{next(tries)}"
-            conversation: list[Conversation] = []
-            ended: Literal["done", "turns", "tokens", "failed"] = "failed"
-            success, metrics, failure = None, dict[str, float](), ""
+            played = _Played(index, seed, Episode("failed"), [])
             try:
-                ended, success, metrics = await self._play(playing, index, key, conversation, clock)
+                played.episode = await self._play(playing, played, key, clock)
             except EpisodeFailedError as failed:
                 failures += not failed.innocent
                 if failed.innocent or (failed.again and failures <= options.retries):
                     continue
-                failure = str(failed)
+                played.episode = Episode("failed", str(failed))
             finally:
                 await self.host.close(key)
             seconds = time.perf_counter() - clock.began
-            episode = Episode(ended, failure, success, metrics, seconds=seconds, waited=clock.waited)
-            if conversation and conversation[0].turns:
-                return conversation[0].sample(index, seed, episode)
-            return self._nothing(index, seed, episode)
+            played.episode = replace(played.episode, seconds=seconds, waited=clock.waited)
+            played.conversations = [conversation for conversation in played.conversations if conversation.turns]
+            return played
 
-    async def _play(
-        self, playing: _Playing, index: int, key: str, opened: list[Conversation], clock: _Clock
-    ) -> tuple[Literal["done", "turns", "tokens"], bool | None, dict[str, float]]:
-        """How it ended. `opened` gets the conversation, which stays there if the environment breaks."""
+    async def _play(self, playing: _Playing, played: _Played, key: str, clock: _Clock) -> Episode:
+        """How it ended. `played` gets its conversations, which stay there if the environment breaks."""
         request, options, renderer = playing.request, self.options, self.renderer
         of_environment = sample_seed(request.seed, request.id, "environment")
         messages = await clock.of_environment(self.host.open(key, _task(request.prompt), of_environment))
         if self.endpoint is not None:
-            return await self._run_agent(self.endpoint, playing, index, key, opened, clock)
-        conversation = self._begin(playing, messages, renderer.first(messages), opened)
-        success, metrics, turn = None, dict[str, float](), 0
+            return await self._run_agent(self.endpoint, request, played, key, clock)
+        conversation = self._begin(playing, messages, renderer.whole(messages))
+        played.conversations.append(conversation)
+        heard, success, metrics, turn = list(messages), None, dict[str, float](), 0
         while True:
-            response = await self.turn(self._request(playing, index, key, turn, conversation))
+            response = await self.turn(self._request(request, played, key, turn))
             sampled = response.token_ids.tolist()
             text, calls = renderer.parse(sampled)
-            conversation.sampled(response, self.version(), text, calls)
+            conversation = played.conversations[-1]
+            conversation.sampled(response, text, calls)
             last = turn + 1 >= options.max_turns or conversation.room < 1
             step: Step = await clock.of_environment(self.host.step(key, Action(text, calls, turn, last)))
-            conversation.judged(step.reward, step.state)
+            conversation.judged(step)
             success = success if step.success is None else step.success
             metrics |= step.metrics
             if step.done:
-                return "done", success, metrics
+                return Episode("done", success=success, metrics=metrics)
             turn += 1
             if turn >= options.max_turns:
-                return "turns", success, metrics
+                return Episode("turns", success=success, metrics=metrics)
             said = _observation(step)
             if not said:
                 details = "step() neither ends the episode nor says anything to go on with"
                 raise EpisodeFailedError("wrong_type", details, again=False)
             said = [renderer.shortened(message, options.max_observation_tokens) for message in said]
-            if not conversation.observed(renderer.bridge(sampled, said), said):
-                return "tokens", success, metrics
+            goes_on = (
+                conversation.observed(renderer.bridge(sampled, said), said)
+                if options.history == "append"
+                else self._rerendered(request, played, sampled, heard, said)
+            )
+            if not goes_on:
+                return Episode("tokens", success=success, metrics=metrics)
+
+    def _rerendered(
+        self, request: GroupRequest, played: _Played, sampled: list[int], heard: list[Message], said: list[Message]
+    ) -> bool:
+        """Go on behind all that was `heard`, with the turn and what is `said` to it: in a conversation of its own where
+        the template has changed what was before. False: not one token would be left."""
+        heard += [self.renderer.spoken(sampled), *said]
+        conversation, limits = played.conversations[-1], self._limits(request)
+        try:
+            prompt = self.renderer.whole(heard)
+        except RenderingError as error:
+            raise EpisodeFailedError("template", str(error), again=False) from error
+        bridge = self.renderer.behind(conversation.prompt(), sampled, prompt)
+        new = len(prompt) if bridge is None else len(bridge.ids) - bridge.drop
+        if new >= self._left(request, played):
+            return False
+        if bridge is not None:
+            return conversation.observed(bridge, said)
+        if len(prompt) >= limits.of(prompt):
+            return False
+        conversation.messages += said
+        played.conversations.append(Conversation(prompt, limits.of(prompt) - len(prompt)))
+        return True
 
     async def _run_agent(
-        self, endpoint: Server, playing: _Playing, index: int, key: str, opened: list[Conversation], clock: _Clock
-    ) -> tuple[Literal["done", "turns", "tokens"], bool | None, dict[str, float]]:
+        self, endpoint: Server, request: GroupRequest, played: _Played, key: str, clock: _Clock
+    ) -> Episode:
         """As `_play`, where the environment calls the policy."""
-        seed = sample_seed(playing.request.seed, playing.request.id, index)
+        numbers = itertools.count()
 
-        async def sample(conversation: Conversation, most: int | None) -> Response:
-            request = self._request(playing, index, key, conversation.turns, conversation)
-            # No prompt comes twice as long as an episode is one conversation.
-            of_turn = sample_seed(seed, " ".join(map(str, request.prompt)), 0) if self.seeded else None
-            most = request.max_tokens if most is None else min(most, request.max_tokens)
-            return await self.turn(replace(request, seed=of_turn, max_tokens=most))
+        async def sample(prompt: list[int], again: int, most: int) -> Response:
+            seed = sample_seed(played.seed, " ".join(map(str, prompt)), again) if self.seeded else None
+            temperature = self._temperature(request, played.index)
+            return await self.turn(Request(f"{key}:{next(numbers)}", prompt, seed, most, temperature))
 
-        session = Session(
-            lambda messages, token_ids: self._begin(playing, messages, token_ids, opened),
-            sample,
-            self.version,
-            endpoint.renderer,
-            self.options,
-        )
+        session = Session(sample, endpoint.renderer, self.options, self._limits(request))
         with endpoint.session(session) as model:
             try:
                 step: Step = await clock.of_environment(self.host.step(key, model))
@@ -212,51 +258,63 @@ class Episodes:
                 step = Step(success=False)
             finally:
                 clock.waited -= session.policy_seconds
+                played.conversations = session.conversations()
         if session.fault is not None:
             raise session.fault
-        if not opened or not opened[0].turns:
+        if not played.conversations:
             raise EpisodeFailedError("nothing_sampled", "run() returned without an answer of the model", again=False)
-        opened[0].judged(step.reward, step.state)
-        return session.spent or "done", step.success, dict(step.metrics)
+        answer, finish_reason = session.last()
+        said = _observation(step)
+        played.of_agent, played.last = step, (said[-1].content if said else answer, finish_reason)
+        return Episode(session.spent or "done", success=step.success, metrics=dict(step.metrics))
 
-    def _begin(
-        self, playing: _Playing, messages: tuple[Message, ...], token_ids: Sequence[int], opened: list[Conversation]
-    ) -> Conversation:
+    def _begin(self, playing: _Playing, messages: tuple[Message, ...], token_ids: Sequence[int]) -> Conversation:
         """Raises EpisodeFailedError."""
         if len(token_ids) > self.rollout.max_prompt_tokens:
             most = self.rollout.max_prompt_tokens
             details = f"the opening has {len(token_ids)} tokens, more than rollout.max_prompt_tokens={most}"
             raise EpisodeFailedError("too_long", details, again=False)
         playing.read(messages, token_ids)
-        most = playing.request.max_response_tokens or self.rollout.max_response_tokens
-        opened.append(Conversation(token_ids, most))
-        return opened[0]
+        return Conversation(token_ids, self._limits(playing.request).response, messages)
 
-    def _request(self, playing: _Playing, index: int, key: str, turn: int, conversation: Conversation) -> Request:
-        request, room = playing.request, conversation.room
-        temperature = self.rollout.temperature if request.temperature is None else request.temperature
+    def _limits(self, request: GroupRequest) -> Limits:
+        most, prompt = request.max_response_tokens or self.rollout.max_response_tokens, self.rollout.max_prompt_tokens
+        return Limits(prompt, most, max(self.rows, prompt + most))  # an evaluation's may be longer: nobody learns them
+
+    def _left(self, request: GroupRequest, played: _Played) -> int:
+        """Tokens that the rows of an episode may still grow by."""
+        return self._limits(request).rows - sum(len(c.prompt()) for c in played.conversations)
+
+    def _request(self, request: GroupRequest, played: _Played, key: str, turn: int) -> Request:
+        conversation, index = played.conversations[-1], played.index
+        room = min(conversation.room, self._left(request, played))
         of_turn = f"{index}.{turn}" if turn else index
         return Request(
             id=f"{key}:{turn}",
             prompt=conversation.prompt(),
             seed=sample_seed(request.seed, request.id, of_turn) if self.seeded else None,
             max_tokens=min(room, self.options.max_turn_tokens or room),
-            temperature=temperature if index < request.samples else 0.0,
+            temperature=self._temperature(request, index),
         )
 
-    def _nothing(self, index: int, seed: int, episode: Episode) -> Sample:
+    def _temperature(self, request: GroupRequest, index: int) -> float:
+        if index >= request.samples:
+            return 0.0
+        return self.rollout.temperature if request.temperature is None else request.temperature
+
+    def _nothing(self, played: _Played) -> Sample:
         """Of an episode that broke before anything was sampled: a token that is not trained."""
         version = self.version()
         return Sample(
-            index=index,
+            index=played.index,
             token_ids=np.array(self.stop_token_ids[:1], dtype=np.int32),
             logprobs=np.zeros(1, dtype=np.float32),
             text="",
             finish_reason="abort",
             policy_versions=(version, version),
-            seed=seed,
+            seed=played.seed,
             mask=np.zeros(1, dtype=np.bool_),
-            episode=episode,
+            episode=played.episode,
         )
 
 

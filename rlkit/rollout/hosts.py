@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import math
 from collections.abc import Awaitable, Callable
@@ -23,7 +24,7 @@ from rlkit.environments.base import (
     first_messages,
     settled,
 )
-from rlkit.environments.tool import Tool
+from rlkit.environments.tool import Tool, ToolsChangedError
 from rlkit.experience import Message
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class EpisodeFailedError(Exception):
 
 class Host(Protocol):
     """Runs the environments of a rollout worker, one per open episode. Methods of an episode raise
-    EpisodeFailedError."""
+    EpisodeFailedError, or ToolsChangedError."""
 
     tools: tuple[Tool, ...]
     """Once it has started."""
@@ -71,14 +72,14 @@ class InlineHost:
         self._open: dict[str, Environment] = {}
 
     async def start(self) -> None:
-        shared = self.cls.prepare(self.config)
+        shared = await settled(self.cls.prepare(self.config))
         self.tools = self.cls.tools(self.config, shared)
         self._context = EnvironmentContext(self.tools, shared)
 
     async def open(self, key: str, task: Task, seed: int) -> tuple[Message, ...]:
         async def reset() -> tuple[Message, ...]:
             environment = self._open[key] = self.cls(self.config, self._context)
-            return first_messages(task, _checked(await settled(environment.reset(task, seed)), "reset"))
+            return first_messages(task, _checked(await self._in_time(environment.reset(task, seed)), "reset"))
 
         return await self._guarded(reset)
 
@@ -86,20 +87,24 @@ class InlineHost:
         environment: Any = self._open[key]
 
         async def step() -> Step:
-            return checked_step(await settled(environment.step(action)))
+            return checked_step(await self._in_time(environment.step(action)))
 
         return await self._guarded(step)
 
-    async def _guarded(self, work: Callable[[], Awaitable[Any]]) -> Any:
+    async def _in_time(self, answer: Any) -> Any:
         """The deadline holds only for what awaits."""
-        limit = self.config.step_timeout_seconds
+        if not inspect.isawaitable(answer):
+            return answer
+        async with asyncio.timeout(self.config.step_timeout_seconds):
+            return await answer
+
+    async def _guarded(self, work: Callable[[], Awaitable[Any]]) -> Any:
         try:
-            async with asyncio.timeout(limit):
-                return await work()
-        except EpisodeFailedError:
+            return await work()
+        except (EpisodeFailedError, ToolsChangedError):
             raise
         except TimeoutError as error:
-            details = f"no answer within environment.step_timeout_seconds={limit:g}"
+            details = f"no answer within environment.step_timeout_seconds={self.config.step_timeout_seconds:g}"
             raise EpisodeFailedError("timeout", details) from error
         except EnvironmentFailure as error:
             raise EpisodeFailedError("failure", str(error) or "of the environment") from error
@@ -112,8 +117,7 @@ class InlineHost:
         if environment is None:
             return
         try:
-            async with asyncio.timeout(self.config.step_timeout_seconds):
-                await settled(environment.close())
+            await self._in_time(environment.close())
         except Exception:
             log.warning("%s.close() failed", self.cls.__name__, exc_info=True)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlkit.data.base import BadRow
 from rlkit.data.rendering import ChatTemplate
@@ -16,6 +16,10 @@ from rlkit.rollout.calls import NAMES, OF_VLLM, CallFormat, call_format
 REMEDY = (
     "name a template that leaves earlier turns as they were (model.chat_template=<file>), or set its variables so "
     "(model.chat_template_arguments)"
+)
+RERENDER = (
+    ", or let it render the conversation anew for every turn, whose tokens then are rows of their own "
+    "(environment.history=rerender)"
 )
 _ASKS = Message("user", "Hi")
 _THINKING, _ANSWER = "<think>\nwhy\n</think>\n\n", "yes"
@@ -33,20 +37,40 @@ class Bridge(NamedTuple):
     ids: list[int]
 
 
+def continuation(
+    ids: Sequence[int], turn: Sequence[int], prompt: Sequence[int], ends: Container[int] | None
+) -> Bridge | None:
+    """How a prompt goes on behind `ids`, of which the last `turn` was sampled; None: it does not begin with them.
+
+    What ended the turn may be replaced by one of `ends` (None: by anything).
+    """
+    if list(prompt[: len(ids)]) == list(ids):
+        return Bridge(0, list(prompt[len(ids) :]))
+    kept, rest = len(ids) - 1, list(prompt[len(ids) - 1 :])
+    replaced = ends is None or bool(rest and rest[0] in ends)
+    return Bridge(1, rest) if replaced and len(turn) > 1 and list(prompt[:kept]) == list(ids[:kept]) else None
+
+
 class Renderer:
     def __init__(
-        self, template: ChatTemplate, tools: Sequence[Tool], stop_token_ids: Sequence[int], calls: str = "auto"
+        self,
+        template: ChatTemplate,
+        tools: Sequence[Tool],
+        stop_token_ids: Sequence[int],
+        calls: str = "auto",
+        history: Literal["append", "rerender"] = "append",
     ) -> None:
-        """`calls`: how the policy writes calls of the tools, as `environment.calls`."""
-        self.template, self.tools = template, tuple(tools)
+        """`calls`: how the policy writes calls of the tools; `history`: as in the environment's configuration."""
+        self.template, self.tools, self.history = template, tuple(tools), history
         self._schemas = [tool.schema() for tool in tools]
         self._calls = calls
         self._stops = {stop: template.tokenizer.decode([stop]) for stop in sorted(stop_token_ids)}
         # Games say the same few things over and over.
         self._after = lru_cache(maxsize=1024)(self._ids_after)
+        self._length = lru_cache(maxsize=1024)(self._token_count)
 
-    def first(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt of the first turn. Raises RenderingError."""
+    def whole(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt of a turn behind these. Raises RenderingError."""
         if any(message.role == "system" for message in messages):
             self._check("system")
         return self.template.token_ids([self._text(messages)])[0]
@@ -65,6 +89,17 @@ class Renderer:
         # Another stop token than the template ends a turn with, or than the next role begins with, is replaced. (Not
         # where a turn is nothing else: each has something to train on.)
         return Bridge(int(last in self._stops and len(token_ids) > 1), [end, *after])
+
+    def behind(self, ids: Sequence[int], turn: Sequence[int], prompt: Sequence[int]) -> Bridge | None:
+        """How a rendered conversation goes on behind `ids`, of which the last `turn` was sampled; None: otherwise."""
+        return continuation(ids, turn, prompt, self._stops if turn[-1] in self._stops else ())
+
+    def spoken(self, token_ids: Sequence[int]) -> Message:
+        """A turn as others read it: one with calls that cannot be read is a text."""
+        text, calls = self.parse(token_ids)
+        if any(call.error for call in calls):
+            text, calls = str(self.template.tokenizer.decode(token_ids, skip_special_tokens=True)), ()
+        return Message("assistant", text, calls=calls)
 
     def parse(self, token_ids: Sequence[int]) -> tuple[str, tuple[ToolCall, ...]]:
         """A turn's text without calls and special tokens, and its calls. Thinking calls nothing."""
@@ -131,11 +166,15 @@ class Renderer:
 
     def _message(self, role: str) -> str:
         where = {"system": "with a system message", "tool": "after a tool's answer"}.get(role, "after a user's answer")
-        return f"the chat template cannot go on {where}: {self.breaks[role]}; {REMEDY}"
+        anew = self.history == "append" and role != "system" and self._unreadable(role) is None
+        return f"the chat template cannot go on {where}: {self.breaks[role]}; {REMEDY}{RERENDER if anew else ''}"
 
     @cached_property
     def breaks(self) -> dict[str, str]:
-        """By role why the conversation cannot go on behind its tokens."""
+        """By role why the conversation cannot go on behind its tokens, if it has to, or at all."""
+        if self.history == "rerender":
+            roles = ["tool", "user"] if self.tools else ["user"]
+            return {role: why for role in roles if (why := self._unreadable(role)) is not None}
         tries: dict[str, list[tuple[tuple[str, ...], dict[str, bool]]]] = {
             role: [((role,), {}), ((role,), {"thinks": True}), ((role, role), {})]
             for role in (["tool", "user"] if self.tools else ["user"])
@@ -181,6 +220,16 @@ class Renderer:
         except RenderingError as error:
             return str(error)
         return None
+
+    def _unreadable(self, role: str) -> str | None:
+        """Why the policy cannot read what this role answers."""
+        said = [Message(role, "reply 0", *self._names(0, role))]
+        answer = self._called(said) if role == "tool" else Message("assistant", _ANSWER)
+        try:
+            read = said[0].content in self._text([_ASKS, answer, *said])
+            return None if read else f"it leaves out what a {role} says"
+        except RenderingError as error:
+            return str(error)
 
     @cached_property
     def reader(self) -> CallFormat | None:
@@ -285,7 +334,7 @@ class Renderer:
             raise RenderingError(text.reason)
         return text
 
-    def _length(self, text: str) -> int:
+    def _token_count(self, text: str) -> int:
         return len(self.template.token_ids([self.template.guarded(text)])[0])
 
 

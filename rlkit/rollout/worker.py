@@ -120,7 +120,9 @@ class RolloutWorker:
         done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
         async with self.admission:
             try:
-                if self.episodes is not None:
+                if self.config.environment[TARGET] is not None:
+                    if self.episodes is None:  # never a single response in an episode's place
+                        raise RuntimeError("the environment has not started")
                     self._play(self.episodes, requests, done)
                 else:
                     await self._in_thread(lambda: self._submit(requests, done))

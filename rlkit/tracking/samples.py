@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlkit.experience import Group, Message, Sample, Score, ToolCall
+from rlkit.experience import Group, Message, Sample, Score, Segment, Span, ToolCall
 from rlkit.experience.scores import kind_of, total_reward
 from rlkit.experience.types import FloatArray
 
@@ -57,7 +57,22 @@ def transcript(sample: Sample) -> str:
     """What was said in an episode, turn by turn; else the response."""
     if sample.episode is None or not sample.episode.messages:
         return sample.text
-    return "\n".join(f"{message.role}: {_said(message)}" for message in sample.episode.messages)
+    lines: list[str] = []
+    for message, _, begun in _messages(sample):
+        if begun is not None and (lines or begun.messages):
+            lines.append("-- a conversation of its own --" if begun.messages else "-- rendered anew --")
+            lines += [f"{before.role}: {_said(before)}" for before in begun.messages]
+        lines.append(f"{message.role}: {_said(message)}")
+    return "\n".join(lines)
+
+
+def _messages(sample: Sample) -> Iterator[tuple[Message, Span | None, Segment | None]]:
+    """What was said in an episode, an assistant's turn with its span, and with the segment that it begins."""
+    turns = iter(span for span in sample.spans if span.kind == "turn" and span.role == "assistant")
+    starts = {segment.start: segment for segment in sample.segments}
+    for message in sample.episode.messages if sample.episode else ():
+        turn = next(turns, None) if message.role == "assistant" else None
+        yield message, turn, None if turn is None else starts.get(turn.start)
 
 
 def _said(message: Message) -> str:
@@ -70,13 +85,19 @@ def _spelled(call: ToolCall) -> str:
 
 
 def _episode(sample: Sample) -> dict[str, Any]:
-    """Its turns with what each earned, and how it ended; nothing of a single response."""
+    """Its turns with what each earned, and how it ended; nothing of a single response.
+
+    `segments`: of several, the place of their first turn, and what it stands `behind` (nothing: the prompt, or all
+    before it, rendered anew)."""
     episode = sample.episode
     if episode is None:
         return {}
-    turns = iter(span.data for span in sample.spans if span.kind == "turn" and span.role == "assistant")
-    rows = []
-    for message in episode.messages:
+    rows: list[dict[str, Any]] = []
+    segments: list[dict[str, Any]] = []
+    for message, turn, begun in _messages(sample):
+        if begun is not None:
+            behind = [{"role": before.role, "content": _said(before)} for before in begun.messages]
+            segments.append({"turn": len(rows), "context_tokens": len(begun.context), "behind": behind})
         row: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.name:
             row["name"] = message.name
@@ -85,9 +106,11 @@ def _episode(sample: Sample) -> dict[str, Any]:
                 {"name": call.name, "arguments": dict(call.arguments), "error": call.error} for call in message.calls
             ]
         if message.role == "assistant":
-            row |= {"reward": None, "state": None, **{k: v for k, v in next(turns, {}).items() if k != "malformed"}}
+            data = {} if turn is None else turn.data
+            row |= {"reward": None, "state": None, **{k: v for k, v in data.items() if k != "malformed"}}
         rows.append(row)
-    return {"turns": rows, "ended": episode.ended, "failure": episode.failure, "success": episode.success}
+    several = {"segments": segments} if segments else {}
+    return {"turns": rows, **several, "ended": episode.ended, "failure": episode.failure, "success": episode.success}
 
 
 def _failed(group: Group) -> dict[str, int]:

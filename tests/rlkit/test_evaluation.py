@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -18,7 +18,8 @@ from rewards.base import RewardConfig, RewardContext
 from rewards.verifiers.terms import Length
 from rlkit.config.schema import EvaluationConfig
 from rlkit.evaluation import OWN, Evaluation, Evaluator, expected_best, verdicts
-from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
+from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Span
+from rlkit.experience.episodes import Z, wilson
 from rlkit.experience.scores import RewardFailed, report_on
 from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import Scored
@@ -85,11 +86,15 @@ class Sampler:
     index."""
 
     asked: list[GroupRequest] = field(default_factory=list)
+    episode: Episode | None = None
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
         self.asked += requests
         for request in reversed(requests):
-            samples = tuple(sample(i, request.prompt.token_ids[1] + i) for i in range(request.samples))
+            samples = tuple(
+                replace(sample(i, request.prompt.token_ids[1] + i), episode=self.episode, spans=(Span(0, 1, "turn"),))
+                for i in range(request.samples)
+            )
             yield _done([Group(request.id, request.prompt, samples)])
 
 
@@ -123,13 +128,13 @@ class Pool:
 
 
 def evaluated(
-    sets: dict[str, list[int]], reward: Any, step: int = 3, **options: Any
+    sets: dict[str, list[int]], reward: Any, step: int = 3, episode: Episode | None = None, **options: Any
 ) -> tuple[Evaluation, list[GroupRequest]]:
     prompts = {
         name: [Prompt(f"{name}{i}", (Message("user", "?"),), (1, tokens)) for i, tokens in enumerate(lengths)]
         for name, lengths in sets.items()
     }
-    sampler: Any = Sampler()
+    sampler: Any = Sampler(episode=episode)
     pool: Any = Pool(reward)
     evaluator = Evaluator(prompts, sampler, pool, EvaluationConfig(**options), seed=7)
     return asyncio.run(evaluator.evaluate(step)), sampler.asked
@@ -179,6 +184,28 @@ def test_each_set_has_metrics_of_its_own_and_the_first_is_the_headline() -> None
     ]
     alone, _ = evaluated({"math": [4, 5]}, Even())
     assert (alone.headline, alone.value) == ("evaluation/math/accuracy", 0.5)
+
+
+def test_held_out_episodes_are_measured_as_those_of_training_are() -> None:
+    lost = Episode("turns", success=False, metrics={"gamed": 1.0})
+    result, _ = evaluated({OWN: [2], "math": [4]}, Even(), episode=lost)
+    for prefix in ("evaluation/environment/", "evaluation/math/environment/"):
+        own = {n.removeprefix(prefix): value for n, value in result.metrics.items() if n.startswith(prefix)}
+        shares = {"success": 0.0, "budget_share": 1.0, "metric/gamed": 1.0}
+        shares |= {"metric/gamed_low": pytest.approx(1 / (1 + Z**2)), "metric/gamed_high": 1.0}
+        assert own == {"turns": 1.0, "observation_tokens": 0.0, "malformed_share": 0.0, **shares}
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(45, 32768), (0, 85), (85, 85), (3, 7)])
+def test_the_bounds_of_a_share_are_those_of_wilson(successes: int, trials: int) -> None:
+    """The shares that are Z standard errors of their own away from the measured one; 45 of 32,768 are 0.001373."""
+    share = successes / trials
+    for bound in wilson(successes, trials):
+        assert (share - bound) ** 2 == pytest.approx(Z**2 * bound * (1 - bound) / trials, abs=1e-15)
+    low, high = wilson(successes, trials)
+    assert 0 <= low <= share <= high <= 1 and low < high
+    if trials == 32768:
+        assert (round(share, 6), round(low, 6), round(high, 6)) == (0.001373, 0.001027, 0.001837)
 
 
 def test_a_reward_of_any_size_is_a_mean_value_and_the_best_of_k() -> None:

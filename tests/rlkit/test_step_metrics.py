@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Span
+from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Segment, Span
 from rlkit.experience.buffer import BufferStats
 from rlkit.experience.scores import ScoreReport, kind_of, report_on
 from rlkit.metrics import rollout_metrics
@@ -103,3 +103,9 @@ def test_episodes_are_measured_by_turns_and_broken_ones_only_counted() -> None:
     }
     assert metrics["length/mean"] == pytest.approx((4 + 8 + 2) / 3), "observations are not the policy's"
     assert not any(name.startswith("environment/") for name in measured(group(1.0)))
+    rows = (Segment(0, 5, np.zeros(3, np.int32)), Segment(5, 7, np.zeros(9, np.int32)))
+    several = replace(
+        group(1.0), samples=(replace(samples[0], segments=rows), *samples[1:]), scores=GroupScores(scores)
+    )
+    assert measured(several)["environment/segments"] == 1.5
+    assert measured(several)["environment/turns"] == 3.0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from chaos import HARMS
 from paths import ROOT
 from run_fixture import Run
 from test_resume import kill_at, what_it_did
@@ -65,9 +67,13 @@ def test_a_run_of_episodes(start: Callable[..., Run]) -> None:
     assert run.left_after(10) == []
 
 
+ANEW = ("environment.history=rerender", f"model.chat_template={ROOT / 'tests/fixtures/forgetful.jinja'}")
+
+
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_equals_one_that_was_not(start: Callable[..., Run]) -> None:
-    options = (*SAVING, "trainer.total_steps=4")
+@pytest.mark.parametrize("how", [(), ANEW], ids=["append", "rerender"])
+def test_a_killed_and_resumed_run_equals_one_that_was_not(start: Callable[..., Run], how: tuple[str, ...]) -> None:
+    options = (*SAVING, *how, "trainer.total_steps=4")
     whole = start("whole", *options)
     assert whole.end() == 0, whole.text
     broken = start("broken", *options, "resume=auto")
@@ -77,6 +83,84 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(start: Callable[..., R
     one, other = what_it_did(whole), what_it_did(again)
     for part in one:
         assert one[part] == other[part], part
+    steps = [record for record in whole.records() if record["kind"] == "step"]
+    assert all(record["mismatch/logprob_max"] < 1e-3 for record in steps), "what was sampled is what is trained on"
+    assert any(record.get("environment/segments", 1) > 1.5 for record in steps) == bool(how)
+    if how:
+        rows = [sample for sample in whole.records("samples") if len(sample["turns"]) > 4]
+        assert rows and all(len(sample["segments"]) > 1 for sample in rows)
+
+
+@pytest.mark.slow
+def test_where_an_environment_runs_and_when_it_answers_does_not_matter(start: Callable[..., Run]) -> None:
+    """Nor that the run was killed and resumed."""
+    options = (*SAVING, "trainer.total_steps=4")
+    whole = start("whole", *options)
+    assert whole.end() == 0, whole.text
+    for placement in ("inline", "worker"):
+        slow = (f"environment.placement={placement}", "environment._target_=counting.Slow", "resume=auto")
+        slow += ("environment.workers=2",) if placement == "worker" else ()
+        broken = start(placement, *options, *slow)
+        kill_at(broken, lambda folder=broken.folder: (folder / "checkpoints" / "step_000002").exists())  # type: ignore[misc]
+        again = start(placement, *options, *slow)
+        assert again.end() == 0, again.text
+        one, other = what_it_did(whole), what_it_did(again)
+        for part in one:
+            assert one[part] == other[part], (placement, part)
+
+
+@pytest.mark.slow
+def test_new_weights_come_while_episodes_go_on(start: Callable[..., Run]) -> None:
+    options = ("algorithm=rloo", "trainer.max_staleness=2", "tracking.sample_groups_per_step=null")
+    run = start("stale", *options, "environment._target_=counting.Slow", "trainer.total_steps=5")
+    assert run.end() == 0, run.text
+    steps = [record for record in run.records() if record["kind"] == "step"]
+    assert len(steps) == 5 and all(record["reward/failed"] == 0 for record in steps)
+    assert steps[0]["mismatch/logprob_max"] < 1e-3 and steps[-1]["environment/turns"] > 1
+    assert all(record["staleness/max"] <= 2 for record in steps[1:])
+    assert any(record["staleness/mixed_share"] > 0 for record in steps[1:])
+
+
+@pytest.mark.slow
+def test_an_environment_that_misbehaves_costs_its_own_episodes_alone(start: Callable[..., Run], tmp_path: Path) -> None:
+    log = tmp_path / "harm.txt"
+    run = start(
+        "chaos",
+        "environment._target_=chaos.Unruly",
+        f"environment.log={log}",
+        "environment.placement=worker",
+        "environment.workers=2",
+        "environment.step_timeout_seconds=2",
+        "environment.retries=0",
+        "environment.max_observation_tokens=60",
+        f"trainer.prompts_per_step={len(HARMS)}",
+        "trainer.total_steps=2",
+        "reward.max_failed_share=1",
+        "tracking.sample_groups_per_step=null",
+    )
+    assert run.end() == 0, run.text
+    done = Counter(log.read_text().splitlines())
+    assert done.keys() == HARMS.keys(), "each harm is done"
+    expected = Counter({kind: 0 for kind in HARMS.values() if kind})
+    for harm, times in done.items():
+        if HARMS[harm]:
+            expected[HARMS[harm]] += times
+    steps = [record for record in run.records() if record["kind"] == "step"]
+    for kind, times in expected.items():
+        assert sum(record.get(f"environment/failed/{kind}", 0) for record in steps) == times, kind
+    assert sum(record["reward/failed"] for record in steps) == expected.total()
+    for record in steps:
+        valid = 4 * len(HARMS) - record["reward/failed"]
+        assert 0 < record["policy/trained_samples"] <= valid and record["policy/grad_norm"] > 0
+        assert record["mismatch/logprob_max"] < 1e-3
+    for sample in run.records("samples"):
+        assert sample["ended"] != "failed" or sample["reward"] is None
+        for turn in sample["turns"]:
+            assert len(turn["content"]) < 10_000
+    shown = [turn["content"] for sample in run.records("samples") for turn in sample["turns"]]
+    assert any("567[...]345" in text for text in shown), "ten megabytes are cut"
+    assert any("<|assistant|>4<eos><|user|>" in text for text in shown)
+    assert run.left_after(10) == []
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from run_fixture import OF_SAMPLING, ROOT, Run
 from safetensors.torch import load_file, save_file
 
 RECIPES = sorted(file.stem for file in (ROOT / "conf" / "algorithm").glob("*.yaml"))
-OF_TURNS = ("turn_grpo", "gigpo", "ppo_turns")
+OF_TURNS = {"turn_grpo": "maze", "gigpo": "maze", "ppo_turns": "maze", "igpo": "hidden_facts"}
 OF_STEPS = ("prime", "pure", "grpo_process", "rloo_process", "episode_plus_step", "turn_discounted")
 """Recipes that need process rewards."""
 PROMPTS = 16
@@ -47,7 +47,7 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
     reward = ["reward=implicit_prm", "reward.learning_rate=1e-4"] if recipe in OF_STEPS else []
     reward += ["rollout.judge=always"] if recipe == "cream" else []  # which reads no rewards
     reward += [f"algorithm.guide={ROOT / 'rlkit' / 'embedded' / 'policy'}"] if recipe == "tgdpo" else []
-    reward += ["environment=maze"] if recipe in OF_TURNS else []
+    reward += [f"environment={OF_TURNS[recipe]}"] if recipe in OF_TURNS else []
     single = ["algorithm.samples_per_prompt=1"] if recipe in ("ppo", "ppo_turns", "reinforce_pp", "remax") else []
     reward += [f"algorithm.teacher={another_policy(tmp_path)}"] if recipe == "distill" else []
     few = ["algorithm.k=2"] if recipe == "passk" else []  # of the small runs' 4 samples

@@ -48,7 +48,7 @@ SHAPED = (
 )
 """Every option of sampling, and more groups than a step takes."""
 COMMON = (f"trainer.total_steps={STEPS}", "trainer.save_every_steps=1", "trainer.keep_checkpoints=9")
-TIMES = ("time", "tokens/per_second", "environment/wait_share")
+TIMES = ("time", "tokens/per_second", "environment/wait_share", "evaluation/environment/wait_share")
 """Only what a clock measures may differ."""
 
 

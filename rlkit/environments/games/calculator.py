@@ -9,9 +9,8 @@ policy       346
 from __future__ import annotations
 
 import ast
-import operator
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -20,13 +19,12 @@ from pydantic import Field
 from rlkit.environments.base import Action, Environment, Step, Task
 from rlkit.environments.games.drawing import DrawnConfig, drawn
 from rlkit.environments.tool import tool
+from rlkit.environments.tools import calculator
 from rlkit.experience import Message
 
-_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-}
+_WHOLE_NUMBERS = (
+    ast.Expression, ast.Constant, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.UnaryOp, ast.USub
+)  # fmt: skip
 
 
 class CalculatorConfig(DrawnConfig):
@@ -47,7 +45,7 @@ class Calculator(Environment):
 
     @classmethod
     def tasks(cls, config: CalculatorConfig, split: Literal["train", "heldout"], seed: int) -> Sequence[Task]:
-        return [_task(expression) for expression in drawn(_expression, str, split, seed, config.tasks_of(split))]
+        return [calculation(one) for one in drawn(drawn_expression, str, split, seed, config.tasks_of(split))]
 
     def reset(self, task: Task, seed: int) -> None:
         self.answer = task.answer
@@ -73,27 +71,21 @@ def value(expression: str) -> int:
     if len(expression) > 64:
         raise ValueError("longer than 64 characters")
     try:
-        return _value(ast.parse(expression.strip(), mode="eval").body)
+        nodes = list(ast.walk(ast.parse(expression.strip(), mode="eval")))
     except SyntaxError as error:
         raise ValueError(f"{expression!r} is no expression") from error
+    constants = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    if not all(isinstance(node, _WHOLE_NUMBERS) for node in nodes) or any(type(c) is not int for c in constants):
+        raise ValueError("only whole numbers with +, -, * and brackets are worked out")
+    return int(calculator.value(expression))
 
 
-def _value(node: ast.expr) -> int:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
-    raise ValueError("only whole numbers with +, -, * and brackets are worked out")
-
-
-def _expression(rng: random.Random) -> str:
+def drawn_expression(rng: random.Random) -> str:
     left, right, third = (rng.randint(11, 99) for _ in range(3))
     return f"{left}*{right}{rng.choice('+-')}{third}"
 
 
-def _task(expression: str) -> Task:
+def calculation(expression: str) -> Task:
     question = Message("user", f"What is {expression}?")
     columns = {"expression": expression}
     return Task(f"calculator/{expression}", (question,), answer=str(value(expression)), columns=columns)

@@ -36,7 +36,8 @@ class MazeConfig(DrawnConfig):
 
 
 class Maze(Environment):
-    """The goal earns 1. A turn's state is the cell it is taken in.
+    """The goal earns 1. A turn's state is the cell it is taken in; the metric `nearness` is the share of the shortest
+    way that lies behind, below 0 farther away than at the start.
 
     >>> task = Maze.tasks(Maze.Config(heldout_tasks=1), "heldout", seed=0)[0]
     >>> task.messages[0].content
@@ -53,16 +54,23 @@ class Maze(Environment):
     def reset(self, task: Task, seed: int) -> None:
         self.open: Mapping[str, Sequence[str]] = task.columns["open"]
         self.cell, self.goal = task.columns["start"], task.columns["goal"]
+        self.far = distances(self.open, self.goal)
+        self.whole_way = self.far[self.cell]
 
     def step(self, action: Action) -> Step:
         state, move = self.cell, action.text.strip()
-        if move not in MOVES:
-            return Step("Say north, east, south or west.", success=False, state=state)
         if move in self.open[state]:
             self.cell = beside(state, move)
-        if self.cell == self.goal:
-            return Step(reward=1.0, done=True, success=True, state=state)
-        return Step(seen(self.cell, self.open), success=False, state=state)
+        done = self.cell == self.goal
+        said = seen(self.cell, self.open) if move in MOVES else "Say north, east, south or west."
+        return Step(
+            () if done else said,
+            reward=float(done),
+            done=done,
+            success=done,
+            state=state,
+            metrics={"nearness": 1 - self.far[self.cell] / self.whole_way},
+        )
 
 
 def name_of(cell: Cell) -> str:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rlkit.environments.base import Task
 from rlkit.environments.tool import Tool, tools_of
 from rlkit.experience.section import Section
+
+STEP_SHARE = 0.9
+"""Of a step's time, after which a tool gives up before its process is killed."""
+LocalPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+"""Relative to where the command was typed: the processes of an environment may have another working folder."""
 
 
 class Session:
@@ -28,7 +34,8 @@ class Session:
         the policy to read, too."""
         return getattr(self, self.options.kind)(**arguments)
 
-    def close(self) -> None:
+    def close(self) -> Any:
+        """May be a coroutine."""
         return None
 
 
@@ -41,12 +48,14 @@ class ToolOptions(Section):
     description: str = ""
     """What the policy reads about it; empty: the tool's own words."""
     session: ClassVar[type[Session]]
+    pays: ClassVar[bool] = False
+    """Its answers have rewards."""
 
     def needs(self) -> tuple[str, ...]:
         """Columns that every problem must have."""
         return ()
 
-    def deterministic(self) -> bool:
+    def repeats(self) -> bool:
         """Equal calls after equal calls get equal answers."""
         return True
 
@@ -55,14 +64,18 @@ class ToolOptions(Section):
         return []
 
     def prepare(self) -> Any:
-        """Called once per process. Raises UserError."""
+        """Called once per process; may be a coroutine. Raises UserError."""
         return None
+
+    def names(self) -> tuple[str, ...]:
+        """What the policy calls its tools, as far as that is known before the run starts."""
+        return (self.name or self.kind,)
 
     def words(self) -> str:
         """What the policy reads about it where the method's docstring does not say it; empty: the docstring."""
         return ""
 
-    def tools(self, shared: Any) -> tuple[Tool, ...]:
+    def offers(self, shared: Any) -> tuple[Tool, ...]:
         (own,) = tools_of(self.session)
         described = self.description or self.words() or own.description
         return (replace(own, name=self.name or own.name, description=described),)

@@ -12,10 +12,12 @@ from rlkit.environments.base import Environment, EnvironmentConfig, EnvironmentN
 from rlkit.environments.tool import Tool, tools_of
 from rlkit.environments.tools.base import Session
 from rlkit.environments.tools.calculator import Calculator
+from rlkit.environments.tools.mcp import Mcp
 from rlkit.environments.tools.python import Python
 from rlkit.environments.tools.search import Search
 from rlkit.environments.tools.sql import Sql
-from rlkit.experience import ToolCall
+from rlkit.environments.tools.user import User
+from rlkit.experience import ToolCall, UserError
 
 
 def _with_kind(value: Any) -> Any:
@@ -23,13 +25,14 @@ def _with_kind(value: Any) -> Any:
 
 
 BuiltIn = Annotated[
-    Annotated[Calculator | Python | Search | Sql, Field(discriminator="kind")], BeforeValidator(_with_kind)
+    Annotated[Calculator | Python | Search | Sql | Mcp | User, Field(discriminator="kind")], BeforeValidator(_with_kind)
 ]
 
 
 class ToolsConfig(EnvironmentConfig):
     tools: tuple[BuiltIn, ...] = Field(min_length=1)
-    """What the policy may call: calculator, python, search, sql; with options {kind:sql,database:shop.db}."""
+    """What the policy may call: calculator, python, search, sql, mcp, user; with options:
+    {kind:sql,database:shop.db}."""
 
 
 class Tools(Environment):
@@ -47,23 +50,29 @@ class Tools(Environment):
 
     @classmethod
     def deterministic(cls, config: ToolsConfig) -> bool:
-        return all(one.deterministic() for one in config.tools)
+        return all(one.repeats() for one in config.tools)
+
+    @classmethod
+    def gives_rewards(cls, config: ToolsConfig) -> bool:
+        return cls is not Tools or any(one.pays for one in config.tools)
 
     @classmethod
     def check(cls, config: ToolsConfig) -> list[str]:
-        names = [one.name for one in tools_of(cls)] + [one.name or one.kind for one in config.tools]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        messages = [f"{name} is the name of two tools; give one another: {{kind:...,name:...}}" for name in twice]
-        return messages + [text for one in config.tools for text in one.check(config.step_timeout_seconds)]
+        names = [one.name for one in tools_of(cls)] + [name for one in config.tools for name in one.names()]
+        return _clashes(names) + [text for one in config.tools for text in one.check(config.step_timeout_seconds)]
 
     @classmethod
-    def prepare(cls, config: ToolsConfig) -> Sequence[Any]:
-        return [one.prepare() for one in config.tools]
+    async def prepare(cls, config: ToolsConfig) -> Sequence[Any]:
+        return [await settled(one.prepare()) for one in config.tools]
 
     @classmethod
     def tools(cls, config: ToolsConfig, shared: Sequence[Any]) -> tuple[Tool, ...]:
-        built_in = (one.tools(prepared) for one, prepared in zip(config.tools, shared, strict=True))
-        return (*tools_of(cls), *(tool for tools in built_in for tool in tools))
+        """Raises UserError for two of one name."""
+        built_in = (one.offers(prepared) for one, prepared in zip(config.tools, shared, strict=True))
+        tools = (*tools_of(cls), *(tool for some in built_in for tool in some))
+        if clashes := _clashes([tool.name for tool in tools]):
+            raise UserError("; ".join(clashes))
+        return tools
 
     def reset(self, task: Task, seed: int) -> Any:
         config, shared = self.config, self.context.shared
@@ -71,7 +80,7 @@ class Tools(Environment):
         self._sessions: dict[str, Session] = {}
         for options, prepared in zip(config.tools, shared, strict=True):
             session = options.session(options, prepared, task, seconds)
-            self._sessions |= {tool.name: session for tool in options.tools(prepared)}
+            self._sessions |= {tool.name: session for tool in options.offers(prepared)}
         return None
 
     def call(self, call: ToolCall) -> Any:
@@ -81,3 +90,8 @@ class Tools(Environment):
     async def close(self) -> None:
         for session in dict.fromkeys(getattr(self, "_sessions", {}).values()):
             await settled(session.close())
+
+
+def _clashes(names: Sequence[str]) -> list[str]:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    return [f"{name} is the name of two tools; give one another: {{kind:...,name:...}}" for name in twice]

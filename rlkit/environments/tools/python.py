@@ -15,11 +15,9 @@ from typing import Any, ClassVar, Literal
 from rewards.services.sandbox import Isolation, Run, SandboxOptions, Unavailable
 from rlkit.environments.base import EnvironmentFailure, Task
 from rlkit.environments.tool import tool
-from rlkit.environments.tools.base import Session, ToolOptions
+from rlkit.environments.tools.base import STEP_SHARE, Session, ToolOptions
 
 _FENCE = re.compile(r"\s*```\w*\n(.*?)(?:```\s*)?", re.DOTALL)
-_SHARE = 0.9
-"""Of a step's time, after which this gives up before its process is killed."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class PythonSession(Session):
         cells = [*self._cells, fenced[1] if fenced else code]
         ended = secrets.token_hex(16)
         program = f"{_source()}\nrun({cells!r}, {ended!r})\n"
-        deadline = time.monotonic() + _SHARE * self.seconds
+        deadline = time.monotonic() + STEP_SHARE * self.seconds
         loop = asyncio.get_running_loop()
         try:
             run = await loop.run_in_executor(
@@ -73,13 +71,13 @@ class Python(ToolOptions, SandboxOptions):
     """Names live on from call to call: the episode's earlier cells, but for those that were cut, run again, unheard,
     before each new one, within the same limits."""
 
-    def deterministic(self) -> bool:
+    def repeats(self) -> bool:
         """Programs read the clock, draw random numbers, and are cut by time."""
         return False
 
     def check(self, seconds: float) -> list[str]:
-        if self.wall_seconds >= _SHARE * seconds:
-            need = self.wall_seconds / _SHARE
+        if self.wall_seconds >= STEP_SHARE * seconds:
+            need = self.wall_seconds / STEP_SHARE
             return [f"python: wall_seconds={self.wall_seconds:g} needs environment.step_timeout_seconds above {need:g}"]
         sandbox = self.sandbox()
         try:

@@ -15,13 +15,11 @@ from pydantic import Field, model_validator
 from rewards.services.http import HttpClient, HttpError, Limits, TransientError, excerpt, get, json_body
 from rlkit.environments.base import EnvironmentFailure
 from rlkit.environments.tool import tool
-from rlkit.environments.tools.base import Session, ToolOptions
+from rlkit.environments.tools.base import STEP_SHARE, LocalPath, Session, ToolOptions
 from rlkit.environments.tools.bm25 import BM25
 from rlkit.experience import UserError
 
 _CONCURRENT = 32
-_SHARE = 0.9
-"""Of a step's time, after which this gives up before its process is killed."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class SearchSession(Session):
         # Search-R1's server reads a list of queries, others that speak its language a single one.
         body = json_body({"query": query, "queries": [query], "topk": count, "return_scores": True})
         try:
-            texts = await self.shared.post(body, time.monotonic() + _SHARE * self.seconds, _documents)
+            texts = await self.shared.post(body, time.monotonic() + STEP_SHARE * self.seconds, _documents)
         except HttpError as error:
             raise EnvironmentFailure(f"search: {error}") from error
         return list(texts)[:count]
@@ -57,7 +55,7 @@ class SearchSession(Session):
 class Search(ToolOptions):
     kind: Literal["search"] = "search"
     session: ClassVar[type[Session]] = SearchSession
-    corpus: Path | None = None
+    corpus: LocalPath | None = None
     """A file with a JSON object per line, searched by BM25."""
     text_column: str = "text"
     """Of the corpus: what is searched and read."""
@@ -78,7 +76,7 @@ class Search(ToolOptions):
             raise ValueError("text_column and title_column are a corpus's; a retriever's documents have `contents`")
         return self
 
-    def deterministic(self) -> bool:
+    def repeats(self) -> bool:
         """A server is not known to be."""
         return self.corpus is not None
 

@@ -82,7 +82,7 @@ class Sql(ToolOptions):
     @classmethod
     def _names_columns(cls, database: str) -> str:
         _columns(database)
-        return database
+        return str(Path(database).expanduser().absolute())  # as LocalPath
 
     def needs(self) -> tuple[str, ...]:
         return _columns(self.database)

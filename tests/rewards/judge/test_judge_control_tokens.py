@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from rewards.judge.asking import NOTE, break_control_tokens, without_control_tokens
+from rewards.services.control_tokens import NOTE, break_control_tokens, without_control_tokens
 
 FAMILIES = {
     "ChatML, Qwen": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),

@@ -121,3 +121,7 @@ def test_sandboxes_of_a_verifiers_threads_are_gone_when_it_is_killed(seconds: fl
     parent.stdout.close()
     time.sleep(0.2)
     assert left_after(folder, 5) == []
+    end = time.monotonic() + 5
+    while (files := list(folder.glob("rlkit-sandbox-*"))) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert files == []

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learner_fixture import make_groups, write_tiny_model
+from learner_fixture import make_groups, segmented, write_tiny_model
 from polar_fixture import tiny_discriminator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rewards.services.scorer as module
 from rewards.base import Reward, RewardConfig, RewardContext
 from rewards.services.scorer import Scorer, group_tree
-from rlkit.experience import GroupScores, Score
+from rlkit.experience import GroupScores, Score, UserError
 from rlkit.models.forward import ModelLoadError
 from rlkit.models.packing import Tree
 
@@ -226,3 +226,9 @@ def test_the_reward_of_the_docstring(folder: Path) -> None:
     logprobs = iter(Scorer.load(folder).logprobs([group_tree(group) for group in groups]))
     for group, scores in zip(groups, reward.score(groups), strict=True):
         assert [score.value for score in scores.samples] == [float(next(logprobs).mean()) for _ in group.samples]
+
+
+def test_tokens_of_several_rows_are_no_tree() -> None:
+    (group,) = segmented(make_groups(count=1))
+    with pytest.raises(UserError, match="episodes here are several rows"):
+        group_tree(group)

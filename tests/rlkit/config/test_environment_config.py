@@ -9,12 +9,16 @@ from pathlib import Path
 import counting
 import pytest
 import yaml
+from paths import ROOT
 
+from rlkit.config.environments import longest_sample
 from rlkit.config.help import print_help
 from rlkit.config.loading import load_config
+from rlkit.config.memory import step_bytes
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, conf_dir, config_text
 from rlkit.config.report import plan, plan_text
+from rlkit.train import main
 
 COUNTING = (
     "environment._target_=counting.Counting",
@@ -23,6 +27,7 @@ COUNTING = (
     "reward=environment",
     "verifier=environment",
 )
+AGENT = ("environment._target_=own_agents.Calculating", *COUNTING[2:])
 Load = Callable[..., ResolvedRun]
 
 
@@ -75,6 +80,13 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
     [
         (["reward=environment"], "reward=environment: EnvironmentReward reads what an environment gave"),
         (["reward=rule", "verifier=environment"], "verifier=environment: EnvironmentReward reads"),
+        (
+            [
+                *("reward=implicit_prm", "algorithm=prime", "reward.outcome.per_turn=false"),
+                "reward.outcome._target_=rewards.environment.EnvironmentReward",
+            ],
+            "ImplicitPRM reads what an environment gave",
+        ),
         (["reward=rule", "data=environment"], "there is none: environment=NAME"),
         (["reward=rule", "environment.max_turns=3"], "environment.max_turns=3: has no effect: there is no environment"),
         ([*COUNTING, "environment.max_turn=3"], "did you mean environment.max_turns?"),
@@ -91,11 +103,45 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
         (["environment._target_=counting.Untyped"], "the tool look: its argument item has no type"),
         (["environment._target_=counting.Nothing"], "counting has no Nothing"),
         (["environment._target_=pathlib.Path"], "is not a subclass of rlkit.environments.base.Environment"),
+        (
+            ["environment._target_=own_agents.Calculating", "environment.max_parallel_calls=2"],
+            "environment.max_parallel_calls=2: has no effect: an agent runs the tools itself",
+        ),
+        (
+            [*COUNTING, "environment.history=rerender", "reward=implicit_prm"],
+            "reward=implicit_prm: runs a model over prompt and response as one row, and episodes (those of",
+        ),
+        (
+            [*AGENT, "reward=implicit_prm"],
+            "as one row, and episodes (an agent's) may be several rows; name another reward",
+        ),
+        ([*AGENT, "algorithm=kto"], "Preference as configured puts responses behind other prompts as one row"),
         ([*COUNTING, "reward.discount=0.5"], "discount has no effect with reward.value=sum"),
     ],
 )
 def test_what_is_refused(load: Load, arguments: list[str], message: str) -> None:
     assert message in refused(load, *arguments)
+
+
+def test_an_environment_without_rewards_is_judged_by_others(load: Load) -> None:
+    program = ["environment=program", "environment.command=[python]", "data=arithmetic"]
+    assert load(*program, "model=agent").environment_class is not None
+    tools = ["environment=tools", "environment.tools=[calculator]", "data=arithmetic"]
+    for environment in ([*program, "environment.prints_reward=false"], tools):
+        said = refused(load, *environment, "model=agent", "reward=environment", "verifier=rule")
+        assert "every episode would earn 0; name another (reward=math, ...)" in said
+
+
+def test_what_the_rows_of_an_episode_may_have(load: Load) -> None:
+    sizes = ("learner.tokens_per_microbatch=4000", "rollout.max_response_tokens=300")
+    assert "all rows of an episode together have up to 4,000" in plan_text(plan(load(*AGENT, *sizes)))
+    assert "all rows" not in plan_text(plan(load(*COUNTING, *sizes)))
+    anew = load(*COUNTING, *sizes, "environment.history=rerender")
+    assert "all rows of an episode" in plan_text(plan(anew))
+    assert step_bytes(anew) > 5 * step_bytes(load(*COUNTING, *sizes))
+    critic = ("algorithm=ppo", "critic.tokens_per_microbatch=2000")
+    assert longest_sample(load(*AGENT, *sizes, *critic)) == 2000
+    assert longest_sample(load(*AGENT, *sizes, "algorithm=dpo")) == 2000, "two at once"
 
 
 def test_warnings(load: Load) -> None:
@@ -137,3 +183,40 @@ def test_help_lists_options_and_the_keys_of_an_own_class(capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "environment.numbers" in shown and "environment.max_observation_tokens" in shown
     assert print_help([]) == 0
+
+
+@pytest.fixture
+def forgetful(tmp_path: Path) -> Path:
+    """The agent's template, but an answer is left out once a user goes on."""
+    template = (ROOT / "rlkit/embedded/agent/chat_template.jinja").read_text()
+    said = "message['content']"
+    assert said in template
+    file = tmp_path / "forgetful.jinja"
+    file.write_text(template.replace(said, f"({said} if message['role'] != 'assistant' or loop.last else '')"))
+    return file
+
+
+def dry_run(tmp_path: Path, *arguments: str) -> int:
+    return main(["model=agent", *arguments, f"run_dir={tmp_path / 'run'}", "dry_run=true"])
+
+
+def test_a_dry_run_refuses_a_template_with_which_no_episode_goes_on(
+    tmp_path: Path, forgetful: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dry_run(tmp_path, *COUNTING) == 0
+    assert dry_run(tmp_path, *COUNTING, f"model.chat_template={forgetful}") == 1
+    shown = capsys.readouterr().err
+    assert "cannot go on after a user's answer" in shown and "model.chat_template=<file>" in shown
+    assert dry_run(tmp_path, "reward=rule", f"model.chat_template={forgetful}") == 0
+
+
+def test_a_template_is_asked_for_what_the_environment_does(
+    tmp_path: Path, forgetful: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tools that are known only once it has started are tools; and an agent's come with its calls."""
+    words = ("environment=tools", "environment.tools=[calculator]", "reward=rule", f"model.chat_template={forgetful}")
+    assert dry_run(tmp_path, *words) == 0
+    assert "warning: the chat template cannot go on after a user's answer" in capsys.readouterr().err
+    agent = ("environment._target_=own_agents.Calculating", "data=environment", "reward=environment")
+    assert dry_run(tmp_path, *agent, "verifier=environment", f"model.chat_template={forgetful}") == 0
+    assert "warning" not in capsys.readouterr().err

@@ -67,7 +67,10 @@ def test_messages_name_the_source(tmp_path: Path) -> None:
     [
         ({}, "names no source"),
         ({"a": {"path": "x"}}, "a.kind is missing; it is one of"),
-        ({"a": {"kind": "chats", "path": "x"}}, "one of arithmetic, chat, environment, hf, jsonl, pairs, responses"),
+        (
+            {"a": {"kind": "chats", "path": "x"}},
+            "one of arithmetic, chat, environment, hf, jsonl, pairs, reasoning_gym, responses",
+        ),
         ({"a": {"kind": "chat"}}, "a.path: Field required"),
         ({"a": {"kind": "chat", "path": "x", "traim_on": "last"}}, "a.traim_on: no such key; did you mean train_on"),
         ({"a": {"kind": "chat", "path": "x", "weight": 0}}, "a.weight must be a number above 0"),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlkit.data.base import DataError, Problem
 from rlkit.data.order import PromptOrder
-from rlkit.data.rendering import load_tokenizer, render
+from rlkit.data.rendering import load_tokenizer, render, renderer
 from rlkit.experience import Message, Prompt
 
 TEMPLATE = (
@@ -169,3 +169,10 @@ def test_other_data_are_refused_at_resume() -> None:
             PromptOrder(other, 0).load_state_dict(state)
     with pytest.raises(ValueError, match="no prompts"):
         PromptOrder([], 0)
+
+
+def test_a_plain_text_gets_neither_template_nor_bos_but_its_special_tokens() -> None:
+    tokenizer = byte_tokenizer()
+    so, four = (tokenizer.encode(text, add_special_tokens=False) for text in ("so", "4"))
+    assert renderer(tokenizer)("so</s>4") == (*so, 1, *four)
+    assert renderer(tokenizer)("") == ()

@@ -7,15 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlkit.environments.base import Step
 from rlkit.experience import Episode, Message, ToolCall
 from rlkit.experience.types import FinishReason
-from rlkit.rollout.conversation import Conversation
+from rlkit.rollout.conversation import Conversation, as_sample
 from rlkit.rollout.rendering import Bridge
 from rlkit.rollout.sampler import Response
 
 
-def response(ids: list[int], finish: FinishReason = "stop") -> Response:
-    return Response("r", np.array(ids, np.int32), -np.array(ids, np.float32) / 100, finish, 0)
+def response(ids: list[int], finish: FinishReason = "stop", version: int = 0) -> Response:
+    versions = np.full(len(ids), version, np.int32)
+    return Response("r", np.array(ids, np.int32), -np.array(ids, np.float32) / 100, finish, 0, versions)
 
 
 TURNS = st.lists(
@@ -41,8 +43,8 @@ def test_what_is_trained_is_what_the_engine_saw(
         assert room >= 1 and room == len(prompt) + limit - len(before)
         sampled = ids[:room]
         seen.append([*before, *sampled])
-        conversation.sampled(response(sampled), number, f"turn {number}")
-        conversation.judged(float(number), f"state {number}")
+        conversation.sampled(response(sampled, version=number), f"turn {number}")
+        conversation.judged(Step(reward=float(number), state=f"state {number}"))
         played.append((number, sampled))
         if number == len(turns) - 1 and not answered_last:
             break
@@ -52,7 +54,7 @@ def test_what_is_trained_is_what_the_engine_saw(
             assert conversation.prompt() == seen[-1]
             break
         assert conversation.prompt() == seen[-1][: len(seen[-1]) - drop] + after
-    sample = conversation.sample(3, 7, Episode("done"))
+    sample = as_sample([conversation], 3, 7, Episode("done"))
     assert [*prompt, *sample.token_ids.tolist()] == seen[-1]  # observations that nobody answered are not in it
     assert len(sample) <= limit
     assert sample.versions is not None and sample.logprobs is not None and sample.mask is not None
@@ -68,23 +70,24 @@ def test_what_is_trained_is_what_the_engine_saw(
         inside = sample.token_ids[span.start : span.end].tolist()
         assert inside in (ids, ids[:-1]) and sample.mask[span.start : span.end].all()
         assert set(sample.versions[span.start : span.end].tolist()) <= {number}
-    assert sample.text == f"turn {played[-1][0]}" and sample.policy_versions == (0, played[-1][0])
+    assert sample.text == f"turn {played[-1][0]}"
+    assert sample.policy_versions == (sample.versions[sample.mask][0], played[-1][0])
 
 
 def test_a_sample_of_an_episode() -> None:
     conversation = Conversation([9], 10)
     call, bad = ToolCall("look"), ToolCall("", error="no JSON")
-    conversation.sampled(response([1, 2]), 4, "hm", [call, bad])
-    conversation.judged(0.5)
+    conversation.sampled(response([1, 2], version=4), "hm", [call, bad])
+    conversation.judged(Step(reward=0.5, metrics={"near": 0.25}))
     said = [Message("tool", "a", "look", (), "1"), Message("tool", "b", "look", (), "2")]
     assert conversation.observed(Bridge(1, [50, 51, 52]), said)
-    conversation.sampled(response([3], "length"), 5, "done")
-    sample = conversation.sample(0, 1, Episode("done", success=True))
+    conversation.sampled(response([3], "length", version=5), "done")
+    sample = as_sample([conversation], 0, 1, Episode("done", success=True))
     assert sample.token_ids.tolist() == [1, 50, 51, 52, 3]
     assert [(span.start, span.end, span.kind, span.role) for span in sample.spans] == [
         (0, 1, "turn", "assistant"), (1, 4, "turn", "tool"), (4, 5, "turn", "assistant")
     ]  # fmt: skip
-    assert sample.spans[0].data == {"reward": 0.5, "state": None, "malformed": 1}
+    assert sample.spans[0].data == {"reward": 0.5, "state": None, "malformed": 1, "metrics": {"near": 0.25}}
     assert (sample.finish_reason, sample.text, sample.policy_versions) == ("length", "done", (4, 5))  # a cut turn
     assert sample.episode is not None and sample.episode.success
     assert sample.episode.messages == (
@@ -95,17 +98,17 @@ def test_a_sample_of_an_episode() -> None:
 @pytest.mark.parametrize(("ended", "reason"), [("done", "stop"), ("turns", "length"), ("tokens", "length")])
 def test_budgets_are_the_policys_doing(ended: str, reason: str) -> None:
     conversation = Conversation([9], 4)
-    conversation.sampled(response([1, 2]), 0, "")
+    conversation.sampled(response([1, 2]), "")
     assert not conversation.observed(Bridge(0, [5, 6]), [Message("user", "?")])  # no token would be left
     assert conversation.messages == [Message("assistant", "")]
-    assert conversation.sample(0, 0, Episode(ended)).finish_reason == reason  # type: ignore[arg-type]
+    assert as_sample([conversation], 0, 0, Episode(ended)).finish_reason == reason  # type: ignore[arg-type]
 
 
 def test_nothing_sampled_and_two_observations() -> None:
     conversation = Conversation([9], 9)
     with pytest.raises(ValueError, match="nothing was sampled"):
-        conversation.sample(0, 0, Episode("failed", "died"))
-    conversation.sampled(response([1]), 0, "")
+        as_sample([conversation], 0, 0, Episode("failed", "died"))
+    conversation.sampled(response([1]), "")
     assert conversation.observed(Bridge(0, [5]), [])
     with pytest.raises(RuntimeError, match="answers no turn"):
         conversation.observed(Bridge(0, [5]), [])

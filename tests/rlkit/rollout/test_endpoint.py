@@ -21,13 +21,13 @@ from rlkit.environments.agent import Agent, Endpoint
 from rlkit.environments.base import Environment, EnvironmentConfig, EnvironmentFailure, Step, Task
 from rlkit.environments.games.calculator import Calculator
 from rlkit.environments.tool import Tool
-from rlkit.experience import Message, Prompt, Sample, ToolCall
+from rlkit.experience import Group, Message, Prompt, Sample, ToolCall
 from rlkit.models.folder import model_folder
 from rlkit.rollout.endpoint import Server
 from rlkit.rollout.environment_processes import ProcessHost
 from rlkit.rollout.episodes import Episodes
 from rlkit.rollout.hosts import Host, InlineHost
-from rlkit.rollout.rendering import Renderer
+from rlkit.rollout.rendering import Renderer, RenderingError
 from rlkit.rollout.requests import GroupRequest, sample_seed
 from rlkit.rollout.sampler import Request, Response, stop_token_ids
 
@@ -57,39 +57,45 @@ class Table:
         ids = [*TOKENIZER.encode(said, add_special_tokens=False), *STOPS[:1]]
         cut = ids[: request.max_tokens]
         logprobs = -np.arange(1, len(cut) + 1, dtype=np.float32)
-        return Response(request.id, np.array(cut, np.int32), logprobs, "stop" if cut == ids else "length", 0)
+        versions = np.full(len(cut), 7, np.int32)
+        return Response(request.id, np.array(cut, np.int32), logprobs, "stop" if cut == ids else "length", 0, versions)
 
-    def play(self, run: Run | None = None, host: Host | None = None, tokens: int = 256, **options: Any) -> Sample:
-        """An agent that does this; else a host's environment."""
+    def play(self, run: Run | None = None, host: Host | None = None, **options: Any) -> Sample:
+        """One sample of an agent that does this; else of a host's environment."""
+        return self.group(run, host, 1, **options).samples[0]
+
+    def group(
+        self, run: Run | None, host: Host | None = None, samples: int = 2, tokens: int = 256, rows: int = 0, **own: Any
+    ) -> Group:
 
         class Does(Agent):
             async def run(self, task: Task, model: Endpoint) -> Step:
                 assert run is not None
                 return await run(model)
 
-        async def play(host: Host) -> Sample:
+        async def play(host: Host) -> Group:
             template = ChatTemplate(TOKENIZER)
 
             def renderer(tools: Any) -> Renderer:
-                return Renderer(template, tools, STOPS)
+                return Renderer(template, tools, STOPS, history=config.history)
 
+            config = EnvironmentConfig(**own)
             server = Server(renderer, STOPS)
             await server.start()
             await host.start()
             try:
                 rollout = load_config(["run_dir=/tmp/never", f"rollout.max_response_tokens={tokens}"]).config.rollout
                 agent = None if getattr(host, "cls", Agent) is Calculator else server
-                config = EnvironmentConfig(**options)
                 episodes = Episodes(
-                    host, renderer(host.tools), config, rollout, True, STOPS, self.turn, lambda: 7, agent
+                    host, renderer(host.tools), config, rollout, True, STOPS, self.turn, lambda: 7, agent, rows
                 )
-                group = await episodes.group(GroupRequest("00000005", PROMPT, 1, seed=11, step=1))
+                group = await episodes.group(GroupRequest("00000005", PROMPT, samples, seed=11, step=1))
             finally:
                 if isinstance(host, ProcessHost):
                     await host.stop()
                 await server.stop()
             self.prompt = group.prompt
-            return group.samples[0]
+            return group
 
         return asyncio.run(play(host or inline(Does)))
 
@@ -145,6 +151,7 @@ def test_tokens_in_and_tokens_out() -> None:
     async def run(model: Endpoint) -> Step:
         first = (await post(model, {**ASKS, "return_token_ids": True, "logprobs": True})).json()
         sampled = first["choices"][0]["token_ids"]
+        self_first.extend([*first["prompt_token_ids"], *sampled])
         assert [c["logprob"] for c in first["choices"][0]["logprobs"]["content"]] == [-1.0, -2.0]
         more = TOKENIZER.encode("5?", add_special_tokens=False)
         generate = "/inference/v1/generate"
@@ -155,19 +162,25 @@ def test_tokens_in_and_tokens_out() -> None:
         # A client that ends turns itself leaves out the sampled end.
         body["token_ids"] += [*second["token_ids"][:-1], *more]
         third = (await post(model, body, generate)).json()["choices"][0]
-        other = await post(model, {**body, "token_ids": [3, *body["token_ids"]]}, generate)
-        assert code(other) == "second_conversation"
-        assert code(await post(model, {**ASKS, "messages": [*ASKS["messages"], *GOES_ON]})) == "second_conversation"
         self_seen.extend([*body["token_ids"], *third["token_ids"]])
+        # Neither is its end: other tokens, and a turn that was continued already.
+        other = {**body, "token_ids": [3, *body["token_ids"]]}
+        assert (await post(model, other, generate)).json()["choices"][0]["finish_reason"] == "stop"
+        fork = {"messages": [*ASKS["messages"], *GOES_ON], "return_token_ids": True}
+        forked = (await post(model, fork)).json()
+        assert forked["prompt_token_ids"][: len(self_first)] == self_first
         return Step(reward=1.0)
 
-    self_seen: list[int] = []
-    table = Table("4", "five", "six")
+    self_seen, self_first = list[int](), list[int]()
+    table = Table("4", "five", "six", "7", "8")
     sample = table.play(run)
-    assert [*table.prompt.token_ids, *sample.token_ids.tolist()] == self_seen
-    assert [s.role for s in sample.spans] == ["assistant", "user", "assistant", "user", "assistant"]
+    assert len(sample.segments) == 3
+    rows = [[*s.context.tolist(), *sample.token_ids[s.start : s.end].tolist()] for s in sample.segments]
+    assert rows[0] == self_seen and sample.segments[0].context.tolist() == list(table.prompt.token_ids)
+    spans = [span.role for span in sample.spans]
+    assert spans == ["assistant", "user", "assistant", "user", "assistant", "assistant", "assistant"]
     assert sample.mask is not None and sample.logprobs is not None and sample.logprobs[sample.mask].all()
-    assert not sample.logprobs[~sample.mask].any() and [r.max_tokens for r in table.asked][1:] == [9, 9]
+    assert not sample.logprobs[~sample.mask].any() and [r.max_tokens for r in table.asked][1:4] == [9, 9, 9]
 
 
 def test_equal_calls_are_sampled_once() -> None:
@@ -176,18 +189,21 @@ def test_equal_calls_are_sampled_once() -> None:
         calls = [asyncio.create_task(post(model, ASKS)) for _ in range(3)]
         while not table.asked:
             await asyncio.sleep(0.01)
-        assert code(await post(model, {**ASKS, "max_tokens": 3})) == "second_conversation"
+        shorter = asyncio.create_task(post(model, {**ASKS, "max_tokens": 3}))
+        while len(table.asked) < 2:
+            await asyncio.sleep(0.01)
         table.free.set()
+        assert (await shorter).json()["choices"][0]["message"]["content"] == "5"
         answers = [answer.json() for answer in await asyncio.gather(*calls)]
         assert answers[0] == answers[1] == answers[2] and answers[0]["choices"][0]["message"]["content"] == "4"
         assert (await post(model, ASKS, x_stainless_retry_count="1")).json()["id"] == answers[0]["id"]
-        again = await post(model, ASKS)
-        assert code(again) == "second_conversation" and "it has 1 messages" in again.text
+        assert (await post(model, ASKS)).json()["choices"][0]["message"]["content"] == "6", "another try"
         return Step(reward=1.0)
 
-    table = Table("4")
+    table = Table("4", "5", "6")
     sample = table.play(run)
-    assert len(table.asked) == 1 and len(sample.spans) == 1
+    assert len(table.asked) == len(sample.segments) == 3 and len({r.seed for r in table.asked}) == 3
+    assert len({s.context.tobytes() for s in sample.segments}) == 1, "one prompt, three tries"
 
 
 def test_a_client_that_lost_its_connection_gets_the_answer_by_a_retry() -> None:
@@ -231,27 +247,68 @@ def test_what_comes_after_the_end_samples_nothing() -> None:
     assert closed and [s.role for s in sample.spans] == ["assistant"] and sample.text == "4"
 
 
-@pytest.mark.parametrize(
-    ("messages", "why"),
-    [
-        ([{"role": "user", "content": "2+3?"}, *GOES_ON], "message 0 is user '2+3?'"),
-        ([*ASKS["messages"], {"role": "assistant", "content": "5"}, GOES_ON[1]], "message 1 is assistant '5'"),
-        ([*ASKS["messages"], *GOES_ON, {"role": "system", "content": "Be brief."}], "only users and tools"),
-    ],
-)
-def test_another_conversation_is_refused_and_fails_the_episode_by_name(messages: Any, why: str) -> None:
-    async def run(model: Endpoint) -> Step:
-        async with client(model) as own:
-            await own.chat.completions.create(model=model.model, messages=ASKS["messages"])  # type: ignore[arg-type]
-            await own.chat.completions.create(model=model.model, messages=messages)
-        return Step(reward=1.0)
+async def answered(model: Endpoint, said: list[Any]) -> str:
+    async with client(model) as own:
+        answer = await own.chat.completions.create(model=model.model, messages=said)
+    return str(answer.choices[0].message.content)
 
-    table = Table("4", "5")
+
+def test_a_shortened_history_and_a_second_agent_are_rows_of_one_sample() -> None:
+    def user(text: str) -> dict[str, str]:
+        return {"role": "user", "content": text}
+
+    async def run(model: Endpoint) -> Step:
+        said: list[Any] = [user(QUESTION.content)]
+        for _ in range(2):
+            said += [{"role": "assistant", "content": await answered(model, said)}, user("Go on.")]
+        helped = await answered(model, [user("Help.")])
+        short = [said[0], user(f"You said {said[1]['content']}, and others {helped}.")]
+        return Step(reward=float(await answered(model, short) == "the end"), success=True)
+
+    table = Table("one", "two", "three", "the end")
     sample = table.play(run)
-    assert sample.episode is not None and sample.episode.ended == "failed" and len(table.asked) == 1
-    assert (
-        sample.episode.failure.startswith("refused: an episode is one conversation") and why in sample.episode.failure
-    )
+    assert sample.episode is not None and sample.episode.success and sample.text == "the end"
+    opening, helper, last = sample.segments
+    assert opening.context.tolist() == list(table.prompt.token_ids) and opening.messages == ()
+    assert table.prompt.messages == (QUESTION,)
+    assert [m.content for m in helper.messages] == ["Help."]
+    assert [m.content for m in last.messages] == [QUESTION.content, "You said one, and others three."]
+    rewards = [span.data["reward"] for span in sample.spans if span.role == "assistant"]
+    assert rewards == [0.0, 0.0, 0.0, 1.0], "once, for all of it"
+    assert [m.content for m in sample.episode.messages] == ["one", "Go on.", "two", "three", "the end"]
+    assert sample.spans[-1].end == len(sample) > sample.length
+
+
+def test_an_agent_whose_opening_differs_from_sample_to_sample() -> None:
+    clock = iter(["10:31", "10:32"])
+
+    async def run(model: Endpoint) -> Step:
+        await answered(model, [{"role": "user", "content": f"{QUESTION.content} It is {next(clock)}."}])
+        return Step("what it makes of it", reward=1.0)
+
+    group = Table("4", "4").group(run)
+    one, other = group.samples
+    assert not one.segments and [len(segment.messages) for segment in other.segments] == [1]
+    assert one.text == other.text == "what it makes of it" and one.token_ids.tolist() == other.token_ids.tolist()
+
+
+def test_a_call_that_the_template_cannot_render_is_refused() -> None:
+    async def run(model: Endpoint) -> Step:
+        await answered(model, ASKS["messages"])
+        answer = await post(model, {"messages": [{"role": "user", "content": "x"}]})
+        assert code(answer) == "cannot_be_rendered" and "only one question" in answer.text
+        raise RuntimeError("and the agent gave up")
+
+    class Strict(Renderer):
+        def whole(self, messages: Any) -> list[int]:
+            if messages[0].content == "x":
+                raise RenderingError("only one question")
+            return super().whole(messages)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "Renderer", Strict)
+        sample = Table("4").play(run)
+    assert sample.episode is not None and sample.episode.failure == "refused: only one question"
 
 
 def test_budgets_are_the_policys_doing() -> None:
@@ -322,12 +379,13 @@ def test_a_call_that_cannot_be_read_is_a_text_and_counted() -> None:
         message = (await post(model, {**ASKS, "tools": tools})).json()["choices"][0]["message"]
         assert "tool_calls" not in message and message["content"] == "<tool_call>{oops</tool_call>"
         more = [*ASKS["messages"], message, {"role": "user", "content": "What?"}]
-        assert code(await post(model, {"messages": more})) == "second_conversation", "without its tools"
         assert (await post(model, {"messages": more, "tools": tools})).status_code == 200
+        assert (await post(model, {"messages": more})).status_code == 200, "without its tools"
         return Step()
 
-    sample = Table("<tool_call>{oops</tool_call>", "4").play(run)
-    assert [s.data["malformed"] for s in sample.spans if s.role == "assistant"] == [1, 0]
+    sample = Table("<tool_call>{oops</tool_call>", "4", "5").play(run)
+    assert sorted(s.data["malformed"] for s in sample.spans if s.role == "assistant") == [0, 0, 1]
+    assert len(sample.segments) == 2
 
 
 def test_an_agent_that_breaks_begins_again_with_the_same_seeds() -> None:

@@ -80,7 +80,7 @@ def test_an_episode_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     with_host(tmp_path, work)
 
 
-@pytest.mark.parametrize("word", ["hang_in_c", "spin", "await_long"])
+@pytest.mark.parametrize("word", ["sleep_in_c", "hang_in_c", "spin", "await_long"])
 def test_a_step_that_hangs_fails_alone(tmp_path: Path, word: str) -> None:
     async def work(host: ProcessHost) -> None:
         await opened(host, "a", "b")
@@ -119,6 +119,20 @@ def test_a_process_that_dies_fails_the_step_it_was_busy_with(tmp_path: Path) -> 
     with_host(tmp_path, work)
 
 
+def test_an_answer_that_was_given_survives_its_process(tmp_path: Path) -> None:
+    """However long it is."""
+
+    async def work(host: ProcessHost) -> None:
+        await opened(host, "a", "b")
+        answer, died = await asyncio.gather(
+            host.step("a", Action("ten_megabytes")), failure(host.step("b", Action("exit"))), return_exceptions=True
+        )
+        assert isinstance(answer, Step) and isinstance(died, EpisodeFailedError)
+        assert died.kind == "died" and not died.innocent
+
+    with_host(tmp_path, work, step_timeout_seconds=20)
+
+
 def test_a_process_that_dies_between_steps_may_be_any_episodes_doing(tmp_path: Path) -> None:
     async def work(host: ProcessHost) -> None:
         await opened(host, "a", "b")
@@ -128,6 +142,32 @@ def test_a_process_that_dies_between_steps_may_be_any_episodes_doing(tmp_path: P
             assert not (await failure(host.step(key, Action("fine")))).innocent
 
     with_host(tmp_path, work)
+
+
+def test_a_process_that_hangs_between_steps_is_replaced(tmp_path: Path) -> None:
+    async def work(host: ProcessHost) -> None:
+        await opened(host, "a")
+        await host.step("a", Action("hang_later 0.01"))
+        await asyncio.sleep(0.1)
+        hung = await failure(host.step("a", Action("fine")))
+        assert hung.kind == "timeout" and not hung.innocent
+        await host.close("a")
+        await opened(host, "b")
+        assert (await host.step("b", Action("fine"))).reward == 1.0
+
+    with_host(tmp_path, work)
+
+
+def test_a_forked_process_takes_no_call_and_gives_no_answer(tmp_path: Path) -> None:
+    async def work(host: ProcessHost) -> None:
+        await opened(host, "a")
+        for _ in range(3):
+            (said,) = (await host.step("a", Action("fork"))).observation  # type: ignore[misc]
+            assert said.content == "parent"  # type: ignore[union-attr]
+        steps = [await host.step("a", Action("fine")) for _ in range(50)]
+        assert len({pid_of(step) for step in steps}) == 1
+
+    with_host(tmp_path, work, step_timeout_seconds=10)
 
 
 def test_children_of_a_hung_step_are_killed_with_it(tmp_path: Path) -> None:
@@ -143,6 +183,7 @@ def test_children_of_a_hung_step_are_killed_with_it(tmp_path: Path) -> None:
     ("word", "kind", "words"),
     [
         ("fail", "failure", "the server is away"),
+        ("crash", "exception", "ZeroDivisionError"),
         ("wrong", "not_finite", "reward of a Step is nan"),
         ("unsendable", "wrong_type", "function"),
         ("no_such_method", "exception", "AttributeError"),

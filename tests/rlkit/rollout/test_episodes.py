@@ -6,11 +6,13 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from counting import Counting
+from paths import FIXTURES
 
 from rlkit.config.loading import load_config
 from rlkit.data.rendering import ChatTemplate, load_tokenizer
@@ -26,6 +28,7 @@ from rlkit.rollout.sampler import Request, Response, stop_token_ids
 FOLDER = str(model_folder("embedded:policy"))
 TOKENIZER = load_tokenizer(FOLDER)
 STOPS = stop_token_ids(FOLDER, TOKENIZER)
+ANEW: dict[str, Any] = {"template": FIXTURES / "forgetful.jinja", "history": "rerender"}
 PROMPT = Prompt("train-3", (), (1, 2), answer="4", columns={"start": 3})
 Player = Callable[[str, Request], str]
 
@@ -33,7 +36,10 @@ Player = Callable[[str, Request], str]
 class Table:
     """An environment, and a player who sees the whole text so far."""
 
-    def __init__(self, cls: type[Environment], player: Player, *options: str, **own: Any) -> None:
+    def __init__(
+        self, cls: type[Environment], player: Player, *options: str, template: Path | None = None, **own: Any
+    ) -> None:
+        self.template = ChatTemplate(TOKENIZER, template)
         self.asked: list[Request] = []
         self.player = player
         arguments = ["run_dir=/tmp/never", "reward=rule", *options]
@@ -48,17 +54,20 @@ class Table:
         ids = [*TOKENIZER.encode(said, add_special_tokens=False), STOPS[-1]]
         cut = ids[: request.max_tokens]
         logprobs = -np.arange(1, len(cut) + 1, dtype=np.float32)
-        return Response(request.id, np.array(cut, np.int32), logprobs, "stop" if cut == ids else "length", 0)
+        versions = np.full(len(cut), 7, np.int32)
+        return Response(request.id, np.array(cut, np.int32), logprobs, "stop" if cut == ids else "length", 0, versions)
 
-    def play(self, samples: int = 2, greedy: bool = False, **options: Any) -> Group:
-        async def play() -> Group:
-            await self.host.start()
-            renderer = Renderer(ChatTemplate(TOKENIZER), self.host.tools, STOPS)
-            episodes = Episodes(self.host, renderer, self.options, self.rollout, True, STOPS, self.turn, lambda: 7)
-            request = GroupRequest("00000005", PROMPT, samples, seed=11, step=1, greedy=greedy, **options)
-            return await episodes.group(request)
+    def play(self, samples: int = 2, greedy: bool = False, rows: int = 0, **options: Any) -> Group:
+        return asyncio.run(self.group(samples, greedy, rows, **options))
 
-        return asyncio.run(play())
+    async def group(self, samples: int = 2, greedy: bool = False, rows: int = 0, **options: Any) -> Group:
+        await self.host.start()
+        renderer = Renderer(self.template, self.host.tools, STOPS, history=self.options.history)
+        episodes = Episodes(
+            self.host, renderer, self.options, self.rollout, True, STOPS, self.turn, lambda: 7, None, rows
+        )
+        request = GroupRequest("00000005", PROMPT, samples, seed=11, step=1, greedy=greedy, **options)
+        return await episodes.group(request)
 
 
 def counts(text: str, request: Request) -> str:
@@ -95,6 +104,66 @@ def test_turns_follow_each_other_token_by_token() -> None:
     # Seeds: the first turn's is that of a single response.
     assert [r.seed for r in mine] == [sample_seed(11, "00000005", k) for k in (0, "0.1", "0.2")]
     assert one.seed == mine[0].seed and other.seed == sample_seed(11, "00000005", 1)
+
+
+def thinks(text: str, request: Request) -> str:
+    return f"<think>after {text[-6:-1]}</think>{counts(text, request)}"
+
+
+def test_what_a_template_rewrites_is_a_row_of_its_own() -> None:
+    """Its thoughts go once a turn is over, so that every turn is one."""
+    table = Table(Counting, thinks, "rollout.max_response_tokens=200", **ANEW)
+    group = table.play()
+    for sample in group.samples:
+        assert sample.episode is not None and sample.episode.ended == "done"
+        assert [m.role for m in sample.episode.messages] == ["assistant", "user"] * 2 + ["assistant"], "said once"
+        first, *others = sample.segments
+        assert first.context.tolist() == list(group.prompt.token_ids) and len(others) == 2
+        mine = [r for r in table.asked if r.id.startswith(f"00000005:{sample.index}:")]
+        assert [list(r.prompt) for r in mine] == [s.context.tolist() for s in sample.segments]
+        texts = [TOKENIZER.decode(s.context) for s in sample.segments]
+        assert not any("think" in text for text in texts), "the template has dropped it"
+        assert sample.mask is None or sample.mask.all()
+        assert [s.role for s in sample.spans] == ["assistant"] * 3
+        assert [s.data["reward"] for s in sample.spans] == [1.0, 1.0, 1.0]
+        whole = [TOKENIZER.decode(sample.token_ids[s.start : s.end], skip_special_tokens=True) for s in sample.segments]
+        said = [m.content for m in sample.episode.messages if m.role == "assistant"]
+        assert whole == said and all(text.startswith("<think>") for text in said)
+    # Without thoughts the second turn goes on behind the first; then the template forgets the first question's answer.
+    plain = Table(Counting, counts, **ANEW).play(samples=1).samples[0]
+    assert [s.role for s in plain.spans] == ["assistant", "user", "assistant", "assistant"]
+    assert len(plain.segments) == 2 and plain.length < len(plain)
+
+
+def test_rendered_anew_a_template_that_appends_changes_nothing() -> None:
+    one = Table(Counting, thinks, "rollout.max_response_tokens=200").play()
+    other = Table(Counting, thinks, "rollout.max_response_tokens=200", history="rerender").play()
+    for appended, anew in zip(one.samples, other.samples, strict=True):
+        assert not anew.segments and anew.spans == appended.spans
+        assert anew.token_ids.tolist() == appended.token_ids.tolist()
+    assert one.prompt == other.prompt
+
+
+def test_what_cannot_be_rendered_later_is_the_samples_failure() -> None:
+    class Rude(Counting):
+        def step(self, action: Action) -> Step:
+            return replace(super().step(action), observation=Message("narrator", "Meanwhile"))
+
+    sample = Table(Rude, counts, **ANEW).play(samples=1).samples[0]
+    assert sample.episode is not None and sample.episode.failure.startswith("template: ")
+    assert "unknown role narrator" in sample.episode.failure and sample.length > 0
+
+
+def test_the_rows_of_an_episode_have_a_budget_together() -> None:
+    options = ("rollout.max_response_tokens=40", "rollout.max_prompt_tokens=60")
+    roomy = Table(Counting, thinks, *options, **ANEW).play(samples=1, rows=1000).samples[0]
+    used = sum(len(s.context) + s.end - s.start for s in roomy.segments)
+    assert roomy.episode is not None and roomy.episode.ended == "done" and len(roomy.segments) == 3
+    tight = Table(Counting, thinks, *options, **ANEW).play(samples=1, rows=used - 1).samples[0]
+    assert tight.finish_reason == "length" and len(tight) == len(roomy) - 1, "the last turn is cut"
+    assert [s.context.tolist() for s in tight.segments] == [s.context.tolist() for s in roomy.segments]
+    none = Table(Counting, thinks, *options, **ANEW).play(samples=1).samples[0]
+    assert none.episode is not None and none.episode.ended == "tokens" and len(none.segments) == 2
 
 
 def test_budgets_of_turns_and_tokens_end_an_episode_without_fault() -> None:
@@ -249,6 +318,31 @@ def test_asynchronous_environments_have_deadlines_and_are_closed() -> None:
     assert sample.episode is not None
     assert sample.episode.failure == "timeout: no answer within environment.step_timeout_seconds=0.1"
     assert closed == ["yes", "yes"], "of both tries"
+
+
+def test_environments_are_closed_if_the_engine_ends() -> None:
+    closed: list[int] = []
+
+    class Closing(Counting):
+        def close(self) -> None:
+            closed.append(self.now)
+
+    class Silent(Table):
+        async def turn(self, request: Request) -> Response:
+            self.asked.append(request)
+            return await asyncio.get_running_loop().create_future()
+
+    async def cancelled() -> None:
+        table = Silent(Closing, counts)
+        playing = asyncio.create_task(table.group(samples=3))
+        while len(table.asked) < 3:
+            await asyncio.sleep(0)
+        playing.cancel()
+        await asyncio.wait({playing})
+        await asyncio.sleep(0.01)
+        assert len(closed) == 3 and not table.host._open
+
+    asyncio.run(cancelled())
 
 
 def test_tasks_reach_the_environment_as_the_data_have_them() -> None:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkit.experience import Episode, Message, ToolCall
-from rlkit.rollout.conversation import Conversation
-from rlkit.rollout.rendering import Bridge, Renderer, RenderingError
+from rlkit.rollout.conversation import Conversation, as_sample
+from rlkit.rollout.rendering import Bridge, Renderer, RenderingError, continuation
 from rlkit.rollout.sampler import Response
 
 APPEND = {
@@ -55,7 +55,9 @@ def rendered(renderer: Renderer, chat: Sequence[Message], tools: bool = False) -
 
 
 def response(ids: Sequence[int]) -> Response:
-    return Response("r", np.array(ids, np.int32), np.zeros(len(ids), np.float32), "stop", 0)
+    return Response(
+        "r", np.array(ids, np.int32), np.zeros(len(ids), np.float32), "stop", 0, np.zeros(len(ids), np.int32)
+    )
 
 
 @pytest.mark.parametrize("name", [*SHAPES, "embedded"])
@@ -89,6 +91,53 @@ def test_why_a_template_cannot_go_on(name: str, tools: bool, reason: str) -> Non
     assert reason in problem and "model.chat_template=<file>" in problem
 
 
+@pytest.mark.parametrize(
+    ("name", "tools", "reason"),
+    [
+        ("Qwen3", False, None),
+        ("DeepSeek-R1", False, None),
+        ("gpt-oss", False, None),
+        ("Llama 2", True, "user and assistant take turns"),
+        ("Gemma 2", True, "there is no role tool"),
+        ("Phi-3", True, "it leaves out what a tool says"),
+    ],
+)
+def test_what_rendering_anew_mends(name: str, tools: bool, reason: str | None) -> None:
+    (append,) = playing(name, tools).problems()
+    anew = renderer_of(name, *([WEATHER] if tools else []), calls="hermes", history="rerender")
+    assert ("environment.history=rerender" in append) == (reason is None)
+    if reason is None:
+        assert anew.problems() == []
+    else:
+        (problem,) = anew.problems()
+        assert reason in problem and "environment.history" not in problem
+
+
+def test_rendered_anew_a_thinking_turn_begins_a_row_and_a_plain_one_goes_on() -> None:
+    renderer = renderer_of("Qwen3", history="rerender")
+    asked = [Message("user", "Guess."), Message("assistant", "seven"), Message("user", "higher")]
+    ids = renderer.whole(asked[:1])
+    for said, goes_on in (("seven<|im_end|>", True), ("<think>\nlow\n</think>\n\nseven<|im_end|>", False)):
+        turn = ids_of(renderer, said)
+        spoken = renderer.spoken(turn)
+        prompt = renderer.whole([asked[0], spoken, asked[2]])
+        bridge = renderer.behind([*ids, *turn], turn, prompt)
+        assert (bridge is not None) == goes_on, spoken
+        if bridge is not None:
+            assert [*ids, *turn, *bridge.ids] == prompt and bridge.drop == 0
+        assert "low" not in renderer.template.tokenizer.decode(prompt)
+
+
+def test_a_prompt_may_replace_the_end_of_a_turn() -> None:
+    ids, turn, end = [1, 2, 3, 8], [3, 8], {8, 9}
+    assert continuation(ids, turn, [1, 2, 3, 8, 5], end) == Bridge(0, [5])
+    assert continuation(ids, turn, [1, 2, 3, 9, 5], end) == Bridge(1, [9, 5])
+    assert continuation(ids, turn, [1, 2, 3, 5], end) is None
+    assert continuation(ids, turn, [1, 2, 3, 5], None) == Bridge(1, [5])
+    assert continuation([1, 2, 8], [8], [1, 2, 9], end) is None, "nothing would be left of it to train on"
+    assert continuation(ids, turn, [1, 2], end) is None
+
+
 @pytest.mark.parametrize("name", ["Qwen3", "Mistral, tools before the last question"])
 def test_an_answer_that_the_template_cannot_append_ends_the_run_when_it_comes(name: str) -> None:
     renderer = playing(name, True)
@@ -102,9 +151,9 @@ def test_an_answer_that_the_template_cannot_append_ends_the_run_when_it_comes(na
 
 def test_a_system_message_that_moves() -> None:
     renderer = playing("Mistral, tools before the last question")
-    renderer.first([Message("user", "Hi")])
+    renderer.whole([Message("user", "Hi")])
     with pytest.raises(RenderingError, match="with a system message"):
-        renderer.first([Message("system", "Be brief."), Message("user", "Hi")])
+        renderer.whole([Message("system", "Be brief."), Message("user", "Hi")])
 
 
 def test_a_template_without_tools_is_told() -> None:
@@ -128,12 +177,12 @@ def test_a_format_of_calls_that_is_not_known() -> None:
 def test_bridges_are_the_templates_own_rendering(name: str) -> None:
     renderer = playing(name)
     chat = [Message("user", "Guess the number.")]
-    conversation = Conversation(renderer.first(chat), 2000)
+    conversation = Conversation(renderer.whole(chat), 2000)
     for turn, (answer, said) in enumerate([("seven", "higher"), ("nine", "\n\n lower  "), ("it is eight", "yes")]):
         space = " " if name.startswith(("Llama 2", "Mistral, tools before")) else ""
         end = " </s>" if name == "Llama 2" else renderer._stops[next(iter(renderer._after((("user", said, "", ""),))))]
         ids = ids_of(renderer, space + answer + end)
-        conversation.sampled(response(ids), 0, answer)
+        conversation.sampled(response(ids), answer)
         reply = Message("user", said)
         assert conversation.observed(renderer.bridge(ids, [reply]), [reply])
         chat += [Message("assistant", answer), reply]
@@ -151,7 +200,7 @@ def test_bridges_of_tools_are_the_templates_own_rendering(name: str, results: li
     # Llama's writes one call at a time, but reads several answers.
     called = Message("assistant", "", calls=calls[:1] if name == "Llama 3" else calls)
     chat = [Message("user", "How is the weather?")]
-    conversation = Conversation(renderer.first(chat), 3000)
+    conversation = Conversation(renderer.whole(chat), 3000)
     for _ in range(2):
         before = rendered(renderer, chat, tools=True)
         chat += [called, *said]
@@ -165,7 +214,7 @@ def test_bridges_of_tools_are_the_templates_own_rendering(name: str, results: li
             assert text == "" and [(c.name, c.arguments) for c in parsed] == [
                 (c.name, c.arguments) for c in called.calls
             ]
-        conversation.sampled(response(ids), 0, text, parsed)
+        conversation.sampled(response(ids), text, parsed)
         assert conversation.observed(renderer.bridge(ids, said), said)
         assert conversation.prompt() == ids_of(renderer, whole)
 
@@ -202,8 +251,8 @@ def test_what_is_said_forges_no_token(name: str, tools: bool, data: st.DataObjec
     harmless, forged = ([Message(role, said)] for said in ("xyx", text))
     assert frames(renderer.bridge([5], forged).ids) == frames(renderer.bridge([5], harmless).ids)
     opening, own = ([Message("user", said)] for said in (text, "xyx"))
-    assert frames(renderer.first(opening)) == frames(renderer.first(own))
-    assert text.strip() in tokenizer.decode(renderer.first(opening))  # it still reads the same
+    assert frames(renderer.whole(opening)) == frames(renderer.whole(own))
+    assert text.strip() in tokenizer.decode(renderer.whole(opening))  # it still reads the same
 
 
 TEXTS = st.text(st.sampled_from("ab 7\n<|>é\u200d"), max_size=8)
@@ -214,11 +263,11 @@ TEXTS = st.text(st.sampled_from("ab 7\n<|>é\u200d"), max_size=8)
 @given(data=st.data())
 def test_an_episode_trains_the_tokens_that_the_engine_saw(name: str, data: st.DataObject) -> None:
     renderer = playing(name)
-    first = renderer.first([Message("user", data.draw(TEXTS) + "?")])
+    first = renderer.whole([Message("user", data.draw(TEXTS) + "?")])
     conversation = Conversation(first, 400)
     seen: list[int] = []
     own, bridge = 0, Bridge(0, [])
-    for turn in range(data.draw(st.integers(1, 4))):
+    for _ in range(data.draw(st.integers(1, 4))):
         prompt = conversation.prompt()
         if seen:
             kept = len(seen) - bridge.drop
@@ -228,12 +277,12 @@ def test_an_episode_trains_the_tokens_that_the_engine_saw(name: str, data: st.Da
         ids += data.draw(st.sampled_from([[], *([stop] for stop in renderer._stops)]))
         ids = ids[: conversation.room]
         seen, own = [*prompt, *ids], own + len(ids)
-        conversation.sampled(response(ids), turn, renderer.parse(ids)[0])
+        conversation.sampled(response(ids), renderer.parse(ids)[0])
         said = [Message("user", data.draw(TEXTS) + "!")]
         bridge = renderer.bridge(ids, said)
         if not conversation.observed(bridge, said):
             break
-    sample = conversation.sample(0, 0, Episode("done"))
+    sample = as_sample([conversation], 0, 0, Episode("done"))
     assert [*first, *sample.token_ids.tolist()] == seen
     assert int(sample.trained.sum()) == own
     for span in sample.spans:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from hypothesis import strategies as st
 from paths import ROOT
 
 from rlkit.config.schema import TrackingConfig
-from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, SpanReward
+from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Segment, Span, SpanReward
 from rlkit.tracking import RunFolder, RunFolderError, Tracker
 from rlkit.tracking.console import PlainConsole
 from rlkit.tracking.progress import Progress, ShownSample, curve, duration, printable, sparkline
 from rlkit.tracking.run_folder import json_text
-from rlkit.tracking.samples import sample_rows, widest_group
+from rlkit.tracking.samples import sample_rows, transcript, widest_group
 
 
 class Clock:
@@ -153,6 +154,37 @@ def test_best_and_worst_of_every_group() -> None:
     assert row["finish_reason"] == "stop"
     assert row["policy_versions"] == [4, 5]
     assert row["valid"] is True
+
+
+def test_conversations_of_an_episode_can_be_read() -> None:
+    def turn(start: int, end: int, reward: float) -> Span:
+        return Span(start, end, "turn", "assistant", {"reward": reward, "state": None, "malformed": 0})
+
+    said = tuple(Message(role, text) for role, text in [("assistant", "a"), ("user", "go on"), ("assistant", "b")])
+    helper = (Message("user", "Help."),)
+    ids = np.arange(6, dtype=np.int32)
+    sample = replace(
+        group("e", [value(1.0)]).samples[0],
+        token_ids=ids,
+        logprobs=np.zeros(6, np.float32),
+        mask=np.array([1, 1, 0, 1, 1, 1], np.bool_),
+        spans=(turn(0, 2, 0.0), Span(2, 3, "turn", "user"), turn(3, 4, 0.5), turn(4, 6, 1.0)),
+        episode=Episode("done", messages=(*said, Message("assistant", "c"))),
+        segments=(Segment(0, 4, ids[:2]), Segment(4, 6, ids[:3], helper)),
+    )
+    assert transcript(sample).splitlines() == [
+        "assistant: a", "user: go on", "assistant: b", "-- a conversation of its own --", "user: Help.", "assistant: c"
+    ]  # fmt: skip
+    (row,) = sample_rows(1, [replace(group("e", [value(1.0)]), samples=(sample,))], None, None)
+    assert row["segments"] == [
+        {"turn": 0, "context_tokens": 2, "behind": []},
+        {"turn": 3, "context_tokens": 3, "behind": [{"role": "user", "content": "Help."}]},
+    ]
+    assert [turn.get("reward") for turn in row["turns"]] == [0.0, None, 0.5, 1.0]
+    anew = replace(sample, segments=(Segment(0, 3, ids[:2]), Segment(3, 6, ids[:3])))
+    assert "-- rendered anew --" in transcript(anew)
+    plain = replace(group("e", [value(1.0)]), samples=(replace(sample, segments=()),))
+    assert "segments" not in sample_rows(1, [plain], None, None)[0]
 
 
 def test_invalid_is_never_the_worst_and_never_zero() -> None:

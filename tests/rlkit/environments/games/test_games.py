@@ -10,12 +10,13 @@ import pytest
 
 from rlkit.environments.base import Action, Environment, EnvironmentContext, Step, Task, settled
 from rlkit.environments.games.calculator import Calculator, value
+from rlkit.environments.games.gaming import Gaming
 from rlkit.environments.games.guess_number import GuessNumber
 from rlkit.environments.games.hidden_facts import ANIMALS, COLOURS, HiddenFacts
 from rlkit.environments.games.maze import MOVES, Maze, beside, distances, name_of
 from rlkit.experience import ToolCall
 
-GAMES: tuple[type[Environment], ...] = (GuessNumber, Calculator, HiddenFacts, Maze)
+GAMES: tuple[type[Environment], ...] = (GuessNumber, Calculator, HiddenFacts, Maze, Gaming)
 
 
 def begin(game: type[Environment], task: Task | dict[str, Any]) -> Environment:
@@ -157,10 +158,16 @@ PASSAGES = {"a1": ["north"], "a2": ["east", "south"], "b1": [], "b2": ["west"]}
 
 def test_walls_stop_and_the_state_is_the_cell_a_move_began_in() -> None:
     game = begin(Maze, {"open": PASSAGES, "start": "a1", "goal": "b2"})
-    assert act(game, "east") == Step("a1: north", success=False, state="a1")
-    assert act(game, "up") == Step("Say north, east, south or west.", success=False, state="a1")
-    assert act(game, "north") == Step("a2: east, south", success=False, state="a1")
-    assert act(game, "east") == Step(reward=1.0, done=True, success=True, state="a2")
+
+    def cell(near: float, said: str, state: str) -> Step:
+        return Step(said, success=False, state=state, metrics={"nearness": near})
+
+    assert act(game, "east") == cell(0.0, "a1: north", "a1")
+    assert act(game, "up") == cell(0.0, "Say north, east, south or west.", "a1")
+    assert act(game, "north") == cell(0.5, "a2: east, south", "a1")
+    assert act(game, "south") == cell(0.0, "a1: north", "a2")
+    assert act(game, "north") == cell(0.5, "a2: east, south", "a1")
+    assert act(game, "east") == Step(reward=1.0, done=True, success=True, state="a2", metrics={"nearness": 1.0})
 
 
 def test_distances_are_those_of_shortest_ways() -> None:

@@ -118,7 +118,7 @@ def test_a_broken_interpreter_is_found_before_the_run() -> None:
 
 
 def test_the_policy_reads_whether_names_live_on() -> None:
-    (tool,), (replaying,) = Python().tools(None), Python(replay=True).tools(None)
+    (tool,), (replaying,) = Python().offers(None), Python(replay=True).offers(None)
     assert tool.description.endswith("Each call begins anew.")
     assert replaying.description.endswith("Names live on from call to call.")
     assert list(tool.parameters["properties"]) == ["code"]

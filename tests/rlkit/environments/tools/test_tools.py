@@ -19,6 +19,9 @@ from rlkit.environments.base import Action, EnvironmentContext, Step, Task
 from rlkit.environments.tool import tool
 from rlkit.environments.tools.calculator import shown, value
 from rlkit.environments.tools.environment import Tools
+from rlkit.environments.tools.mcp import Mcp
+from rlkit.environments.tools.search import Search
+from rlkit.environments.tools.sql import Sql
 from rlkit.experience import ToolCall
 from rlkit.rollout.hosts import InlineHost
 
@@ -105,7 +108,7 @@ def test_configuration(tmp_path: Path) -> None:
         "environment.tools=[calculater]": "calculater",
         "environment.tools=[{kind:search,corpus:nowhere.jsonl}]": "nowhere.jsonl cannot be read",
         "environment.tools=[{kind:search,corpse:a.jsonl}]": "corpse",
-        "environment.tools=[{kind:sql,database:nowhere.db}]": "there is no database nowhere.db",
+        "environment.tools=[{kind:sql,database:nowhere.db}]": f"there is no database {Path.cwd()}/nowhere.db",
         "environment.tools=[{kind:sql,database:'{db_id}.db'}]": "Tools needs db_id with every prompt",
         "environment.tools=[calculator,calculator]": "calculator is the name of two tools",
         "environment.tools=[{kind:python,wall_seconds:40}]": "environment.step_timeout_seconds above 44.4",
@@ -113,6 +116,23 @@ def test_configuration(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="environment") as error:
             load_config([*common, wrong])
         assert message in str(error.value)
+
+
+def test_files_are_those_of_where_the_command_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of where a worker runs."""
+    (tmp_path / "corpus.jsonl").write_text('{"text": "Graz"}\n')
+    with sqlite3.connect(tmp_path / "shop.db") as connection:
+        connection.execute("CREATE TABLE items(n)")
+    monkeypatch.chdir(tmp_path)
+    tools = "{kind:search,corpus:corpus.jsonl},{kind:sql,database:shop.db},{kind:mcp,command:[cat]}"
+    run = load_config(
+        ["environment=tools", f"environment.tools=[{tools}]", "reward=rule", "model=agent", "run_dir=run"]
+    )
+    monkeypatch.chdir("/")
+    search, sql, mcp = Tools.Config(**{k: v for k, v in run.config.environment.items() if k != "_target_"}).tools
+    assert isinstance(search, Search) and search.corpus == tmp_path / "corpus.jsonl"
+    assert isinstance(sql, Sql) and sql.database == str(tmp_path / "shop.db")
+    assert isinstance(mcp, Mcp) and mcp.folder == tmp_path
 
 
 def test_whether_answers_repeat_is_said() -> None:

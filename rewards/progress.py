@@ -1,0 +1,205 @@
+"""`reward=progress`: a final reward, shared out over the turns that led to it (SPA-RL, arXiv 2505.20732).
+
+A linear head on a frozen model's state at the last token of each turn k estimates what the turn contributed,
+
+    c_k = w . h_k,    with (sum over k of c_k - R)^2 least over all episodes seen so far,
+
+which a ridge regression solves exactly after every step. A turn earns `weight` c_k + `executed_weight` g_k, g_k = 1 if
+its calls could be read, and on the last turn. The authors train a whole model with a head before the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from rewards.base import RewardConfig, RewardContext, RewardTraits, TrainableReward
+from rewards.parts import load_part, outcome_problems
+from rlkit.experience import Group, GroupScores, Sample, Score, Span
+from rlkit.experience.types import SpanReward
+
+if TYPE_CHECKING:
+    from rewards.services.scorer import Scorer
+
+Float64 = NDArray[np.float64]
+OUTCOME = {"_target_": "rewards.environment.EnvironmentReward", "per_turn": False}
+
+
+class ProgressReward(TrainableReward):
+    class Config(RewardConfig):
+        model_path: str = "embedded:agent"
+        """Folder of the frozen model whose states are read: the policy's, or another one with its tokenizer."""
+        outcome: dict[str, Any] = Field(default=OUTCOME)
+        """The reward whose values are shared out: `_target_` and its fields."""
+        value: Literal["outcome", "none"] = "outcome"
+        """none: no value, for algorithms that learn from turns alone, or add up value and process rewards, as PPO."""
+        weight: float = Field(default=1.0, ge=0)
+        """Of a turn's contribution."""
+        executed_weight: float = Field(default=0.5, ge=0)
+        """Of having made calls that can be read (0.5 in the authors' script)."""
+        ridge: float = Field(default=0.01, gt=0)
+        """Holds the estimate near 0; states are scaled to length 1. Larger: slower and steadier."""
+
+    def __init__(self, config: Any, context: RewardContext) -> None:
+        super().__init__(config, context)
+        kind, options = load_part(config.outcome)
+        self._outcome = kind(options, context)
+        self._scorer: Scorer | None = None
+        self.head = Ridge(config.ridge)
+
+    @classmethod
+    def traits(cls, config: Any) -> RewardTraits:
+        value = config.value == "outcome"
+        own = RewardTraits(
+            judges_texts=False,
+            environment=True,
+            process_rewards=True,
+            process_in_value=value,
+            outcome_rewards=value,
+            update_when="after",
+        )
+        try:
+            kind, options = load_part(config.outcome)
+        except ValueError:  # `check` says what is wrong with it
+            return own
+        outcome = kind.traits(options)
+        return replace(
+            own,
+            references=outcome.references,
+            answer=outcome.answer,
+            columns=outcome.columns,
+            samples=outcome.samples,
+        )
+
+    @classmethod
+    def check(cls, config: Any) -> list[str]:
+        from rlkit.models.folder import ModelFolderError, check_model_folder
+
+        messages = [*super().check(config), *outcome_problems(config.outcome)]
+        try:
+            check_model_folder(config.model_path)
+        except ModelFolderError as error:
+            messages.append(f"reward.model_path: {error}")
+        return messages
+
+    def start(self) -> None:
+        from rewards.services.scorer import Scorer  # torch loads only where a reward runs
+
+        self._outcome.start()
+        context = self.context
+        # A pass per group, so that learning finds again what scoring computed.
+        self._scorer = Scorer.load(
+            self.config.model_path, device=context.device, threads=context.threads, tokens_per_batch=None
+        )
+
+    def score(self, groups: Sequence[Group]) -> list[GroupScores]:
+        states = self._states(groups)
+        scored = []
+        for group, outcomes in zip(groups, self._outcome.score(groups), strict=True):
+            rows = [
+                self._shared_out(score, sample, next(states))
+                for sample, score in zip(group.samples, outcomes.samples, strict=True)
+            ]
+            scored.append(GroupScores(tuple(rows), outcomes.pairs))
+        return scored
+
+    def _shared_out(self, outcome: Score, sample: Sample, states: Float64) -> Score:
+        turns = _turns(sample)
+        if not outcome.valid or outcome.value is None or not turns:
+            return outcome if not outcome.valid else Score.invalid("no_outcome: there is none to share out, or no turn")
+        config, shares = self.config, self.head(states)
+        executed = np.array([not turn.data.get("malformed") for turn in turns[:-1]] + [True])
+        earned = (config.weight * shares + config.executed_weight * executed).tolist()
+        return replace(
+            outcome,
+            value=outcome.value if config.value == "outcome" else None,
+            span_rewards=tuple(SpanReward(turn.start, turn.end, one) for turn, one in zip(turns, earned, strict=True)),
+            components={**outcome.components, "outcome": outcome.value, "progress": float(shares.sum())},
+        )
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Learn from the outcomes of scored groups; return how far their estimates were off before that."""
+        states = list(self._states(groups))
+        scores = [score for group in groups for _, score in group.scored()]
+        pairs = [
+            (rows.sum(axis=0), score.components["outcome"])
+            for rows, score in zip(states, scores, strict=True)
+            if score.valid and "outcome" in score.components
+        ]
+        self.version += 1
+        if not pairs:
+            return {}
+        sums, outcomes = np.stack([total for total, _ in pairs]), np.array([outcome for _, outcome in pairs])
+        metrics = {
+            "progress/error": float(np.mean((self.head(sums) - outcomes) ** 2)),
+            "progress/variance": float(np.var(outcomes)),
+        }
+        self.head.learn(sums, outcomes)
+        return metrics
+
+    def _states(self, groups: Sequence[Group]) -> Any:
+        """Of each sample [K, D + 1]: the states at its turns' ends, scaled, and 1."""
+        from rewards.services.scorer import group_tree
+
+        assert self._scorer is not None
+        samples = [sample for group in groups for sample in group.samples]
+        hidden = self._scorer.hidden_states([group_tree(group) for group in groups], layers=[-1])
+        for sample, rows in zip(samples, hidden, strict=True):
+            ends = [turn.end - 1 for turn in _turns(sample)]
+            states = rows[ends, 0].astype(np.float64)
+            states /= np.linalg.norm(states, axis=1, keepdims=True) + 1e-12
+            yield np.hstack([states, np.ones((len(ends), 1))])
+
+    def state_dict(self) -> Mapping[str, Any]:
+        import torch
+
+        learnt = {name: torch.from_numpy(array) for name, array in self.head.sums().items()}
+        return {"version": self.version, **learnt}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.version = state["version"]
+        self.head.load({name: tensor.numpy() for name, tensor in state.items() if name != "version"})
+
+    def close(self) -> None:
+        self._outcome.close()
+
+
+class Ridge:
+    """w of least (w . x - y)^2 over all pairs, plus ridge |w|^2; 0 before there are any."""
+
+    def __init__(self, ridge: float) -> None:
+        self._ridge = ridge
+        self._squares: Float64 | None = None
+        self._products: Float64 | None = None
+        self._weights: Float64 | None = None
+
+    def __call__(self, rows: Float64) -> Float64:
+        """[n, D] -> [n]"""
+        return np.zeros(len(rows)) if self._weights is None else np.asarray(rows @ self._weights)
+
+    def learn(self, rows: Float64, targets: Float64) -> None:
+        """rows [n, D], targets [n]"""
+        squares, products = rows.T @ rows, rows.T @ targets
+        if self._squares is not None and self._products is not None:
+            squares, products = self._squares + squares, self._products + products
+        self.load({"squares": squares, "products": products})
+
+    def sums(self) -> dict[str, Float64]:
+        if self._squares is None or self._products is None:
+            return {}
+        return {"squares": self._squares, "products": self._products}
+
+    def load(self, sums: Mapping[str, Float64]) -> None:
+        if sums:
+            self._squares, self._products = sums["squares"], sums["products"]
+            held = self._squares + self._ridge * np.eye(len(self._squares))
+            self._weights = np.asarray(np.linalg.solve(held, self._products), dtype=np.float64)
+
+
+def _turns(sample: Sample) -> list[Span]:
+    return [span for span in sample.spans if span.kind == "turn" and span.role == "assistant"]

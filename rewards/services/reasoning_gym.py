@@ -1,0 +1,93 @@
+"""Scores by reasoning-gym's own `score_answer`."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from functools import lru_cache
+from typing import Any
+
+COLUMN = "reasoning_gym"
+"""What `data=reasoning_gym` gives: data set, options and entry, as a Python literal."""
+
+_EVALUATE = frozenset(
+    {
+        "binary_matrix",
+        "countdown",
+        "intermediate_integration",
+        "n_queens",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    }
+)
+"""Data sets whose `score_answer` evaluates the answer, with `eval` or sympy's parser, which does so too."""
+_FUNCTIONS = frozenset(
+    [
+        "sin",
+        "cos",
+        "tan",
+        "sec",
+        "csc",
+        "cot",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "exp",
+        "log",
+        "ln",
+        "sqrt",
+        "pi",
+    ]
+)
+_NAME = re.compile(r"[^\W\d]\w*")
+
+
+def score_answer(column: str, answer: str | None) -> float:
+    """From 0 to 1; 1 is right. An answer at which the package raises is worth 0; None is no answer.
+
+    So is one that names more than mathematics does where the package would evaluate it: what the policy writes runs in
+    sandboxes alone.
+    """
+    task = ast.literal_eval(column)
+    if task["name"] in _EVALUATE and answer is not None and not names_mathematics_alone(answer):
+        return 0.0
+    dataset = _dataset(task["name"], json.dumps(task["options"]))
+    try:
+        score = float(dataset.score_answer(answer, task["entry"]))
+    except Exception:
+        return 0.0
+    return min(max(score, 0.0), 1.0) if math.isfinite(score) else 0.0
+
+
+def names_mathematics_alone(answer: str) -> bool:
+    """No name in it can reach anything: single letters, functions, and rows of A to E, as `string_insertion` has.
+
+    >>> names_mathematics_alone("x**2*sin(3*x) + C"), names_mathematics_alone("__import__('os')")
+    (True, False)
+    """
+    # Python takes some letters beyond ASCII for others.
+    return answer.isascii() and all(
+        len(name) == 1 or name in _FUNCTIONS or set(name) <= set("ABCDE") for name in _NAME.findall(answer)
+    )
+
+
+def tagged_answer(text: str) -> str | None:
+    """What the last pair of <answer> and </answer> encloses."""
+    before, end, _ = text.rpartition("</answer>")
+    _, start, inside = before.rpartition("<answer>")
+    return inside.strip() if end and start else None
+
+
+@lru_cache(maxsize=64)
+def _dataset(name: str, options: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(options))

@@ -1,0 +1,1 @@
+"""Agents in an interpreter of their own."""

@@ -1,0 +1,103 @@
+"""A program in an interpreter of its own that plays many episodes side by side, asked over its pipes."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlkit.environments.base import EnvironmentFailure
+from rlkit.environments.foreign.process import Child, ProgramError
+from rlkit.experience import UserError
+
+UNWINDING_SECONDS = 10.0
+"""In which a program must say that it heard of a cancellation, or it hangs and is killed."""
+
+
+class Bridge:
+    """Each line is a JSON object. The first one tells the program what it is for, and it answers {} or {"error": why}.
+    Then {"number": n, ...} is answered by {"number": n, ...}, in any order, and {"cancel": n} at once by
+    {"cancelled": n}.
+
+    A program that ended is started again by the next request.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], purpose: Mapping[str, Any]
+    ) -> None:
+        self.name, self.command, self.environment, self.purpose = name, command, environment, purpose
+        self._child: Child | None = None
+        self._starting = asyncio.Lock()
+        self._numbers = itertools.count()
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._cancelled: dict[int, asyncio.TimerHandle] = {}
+        self._reading = set[asyncio.Task[None]]()
+
+    async def start(self) -> None:
+        """Raises UserError."""
+        child = await Child.start(self.command, self.environment, echo=True)
+        try:
+            _write(child, self.purpose)
+            line = await child.stdout.readline()
+            error = json.loads(line).get("error") if line else ""
+        except BaseException:
+            await child.end()
+            raise
+        if error is not None:
+            await child.end()
+            raise UserError(f"{self.name}: {error}" if error else f"{self.name} ended at its start, {child.ending()}")
+        self._child, reading = child, asyncio.create_task(self._read(child))
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
+
+    async def ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Raises ProgramError for what the program says went wrong, EnvironmentFailure if it ends meanwhile."""
+        async with self._starting:
+            if self._child is None:
+                try:
+                    await self.start()
+                except UserError as error:
+                    raise EnvironmentFailure(str(error)) from error
+            child = self._child
+        assert child is not None
+        number = next(self._numbers)
+        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        _write(child, {"number": number, **request})
+        try:
+            fields: Mapping[str, Any] = await answer
+        except asyncio.CancelledError:
+            _write(child, {"cancel": number})
+            self._cancelled[number] = asyncio.get_running_loop().call_later(UNWINDING_SECONDS, child.kill)
+            raise
+        finally:
+            self._asked.pop(number, None)
+        if "error" in fields:
+            raise ProgramError(fields["error"])
+        return fields
+
+    async def _read(self, child: Child) -> None:
+        try:
+            while line := await child.stdout.readline():
+                fields = json.loads(line)
+                if "cancelled" in fields:
+                    self._cancelled.pop(fields["cancelled"]).cancel()
+                elif (answer := self._asked.get(fields["number"])) is not None and not answer.done():
+                    answer.set_result(fields)
+        finally:
+            self._child = None  # requests from here on are another one's
+            lost, timers = list(self._asked.values()), list(self._cancelled.values())
+            self._asked.clear()
+            self._cancelled.clear()
+            for timer in timers:
+                timer.cancel()
+            await child.end()
+            for answer in lost:
+                if not answer.done():
+                    answer.set_exception(EnvironmentFailure(f"{self.name} ended, {child.ending()}"))
+
+
+def _write(child: Child, fields: Mapping[str, Any]) -> None:
+    if not child.stdin.is_closing():
+        child.stdin.write(json.dumps(fields).encode() + b"\n")

@@ -1,0 +1,132 @@
+"""`environment=verifiers`: environments of PrimeIntellect's package, in the interpreter that has it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from rlkit.environments.agent import Agent, Endpoint
+from rlkit.environments.base import EnvironmentNeeds, Step, Task
+from rlkit.environments.foreign.bridge import Bridge
+from rlkit.environments.foreign.process import SHOWN, ProgramConfig, absolute
+from rlkit.environments.games.drawing import of_split
+from rlkit.experience import Message, UserError
+
+SCRIPT = str(Path(__file__).parent / "inside" / "verifiers_bridge.py")
+ROW = "verifiers"
+"""Column with the task as the package has it."""
+LOADING_SECONDS = 1800.0
+"""In which an environment must have listed its tasks; the first time it may load data."""
+
+
+class VerifiersConfig(ProgramConfig):
+    python: str
+    """Interpreter of an environment with `verifiers` and the package of `id`, as path/to/venv/bin/python."""
+    id: str
+    """As `verifiers.load_environment` takes it, or of a taskset of verifiers.v1; also a module where the run starts."""
+    arguments: Mapping[str, Any] = Field(default_factory=dict)
+    """Of `load_environment`; for verifiers.v1 fields of its `[env]` block, as {agent:{runtime:{type:subprocess}}}."""
+    success_at: float = 0.5
+    """Reward from which an episode has succeeded."""
+    max_tasks: int | None = Field(default=None, ge=1)
+    """Tasks that are used, the first ones; null: all."""
+
+    @field_validator("python")
+    @classmethod
+    def _found_from_any_folder(cls, python: str) -> str:
+        return absolute(python)
+
+
+class Verifiers(Agent):
+    """Tasks, rewards and metrics are those of the verifiers environment. Where it has no data for evaluations, a hash
+    of a task's content decides whether it is held out."""
+
+    Config = VerifiersConfig
+    config: VerifiersConfig
+
+    @classmethod
+    def needs(cls, config: VerifiersConfig) -> EnvironmentNeeds:
+        return EnvironmentNeeds(columns=(ROW,))
+
+    @classmethod
+    def deterministic(cls, config: VerifiersConfig) -> bool:
+        return False  # nobody knows what it does
+
+    @classmethod
+    def check(cls, config: VerifiersConfig) -> list[str]:
+        messages = config.missing()
+        try:
+            _listed(config)
+        except UserError as error:
+            messages.append(str(error))
+        return messages
+
+    @classmethod
+    def tasks(cls, config: VerifiersConfig, split: Literal["train", "heldout"], seed: int) -> Sequence[Task]:
+        listed = _listed(config)
+        own = listed[split] if "heldout" in listed else of_split(listed["train"], lambda task: task["key"], split)
+        return [_task(f"{config.id}/{split}/{number}", task) for number, task in enumerate(own)]
+
+    @classmethod
+    async def prepare(cls, config: VerifiersConfig) -> Bridge:
+        bridge = Bridge(f"environment.id={config.id}", _command(config), config.passed_on(), _purpose(config))
+        await bridge.start()
+        return bridge
+
+    async def run(self, task: Task, model: Endpoint) -> Step:
+        request = {"row": task.columns[ROW], "base_url": model.base_url, "model": model.model}
+        played = await self.context.shared.ask(request)
+        reward = float(played["reward"])
+        return Step(reward=reward, success=reward >= self.config.success_at, metrics=played["metrics"])
+
+
+def _command(config: VerifiersConfig) -> list[str]:
+    return [config.python, SCRIPT]
+
+
+def _purpose(config: VerifiersConfig, **more: Any) -> dict[str, Any]:
+    return {"id": config.id, "arguments": config.arguments, "folder": str(Path.cwd()), "list": False, **more}
+
+
+def _listed(config: VerifiersConfig) -> Mapping[str, list[Any]]:
+    """Split -> tasks. Raises UserError."""
+    return _asked(config.model_dump_json())
+
+
+@functools.cache
+def _asked(options: str) -> Mapping[str, list[Any]]:
+    config = VerifiersConfig.model_validate_json(options)
+    if not os.access(config.python, os.X_OK):
+        remedy = f"python -m venv {Path(config.python).parent.parent}, and install verifiers into it"
+        raise UserError(f"environment.python: {config.python} is no program; {remedy}")
+    purpose = json.dumps(_purpose(config, list=True, most=config.max_tasks)) + "\n"
+    where = f"environment.id={config.id}"
+    try:
+        done = subprocess.run(
+            _command(config),
+            input=purpose,
+            env=config.passed_on(),
+            capture_output=True,
+            text=True,
+            timeout=LOADING_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{where} was not loaded within {LOADING_SECONDS:g} s") from error
+    if not done.stdout:
+        raise UserError(f"{where} ended while it was loaded, exit code {done.returncode}: {done.stderr[-SHOWN:]}")
+    listed: dict[str, Any] = json.loads(done.stdout)
+    if "error" in listed:
+        raise UserError(f"{where}: {listed['error']}")
+    return listed
+
+
+def _task(name: str, task: Mapping[str, Any]) -> Task:
+    messages = tuple(Message(message["role"], message["content"]) for message in task["messages"])
+    return Task(name, messages, task["answer"], columns={ROW: task["row"]})
