@@ -131,7 +131,7 @@ def settings(scratch: Path) -> list[Setting]:
 
 def games() -> list[Setting]:
     """The games in the package, and their controls."""
-    least = {"guess_number": 20, "calculator": 30, "hidden_facts": 50, "maze": 20}
+    least = {"guess_number": 12, "calculator": 30, "hidden_facts": 50, "maze": 20}
     of_all = ("trainer.total_steps=30", "trainer.evaluation_prompts=128", "trainer.evaluate_every_steps=10")
     shuffled = "reward._target_=benchmarks.controls.ShuffledRewards"
     rows = []

@@ -4,8 +4,9 @@ A linear head on a frozen model's state at the last token of each turn k estimat
 
     c_k = w . h_k,    with (sum over k of c_k - R)^2 least over all episodes seen so far,
 
-which a ridge regression solves exactly after every step. A turn earns `weight` c_k + `executed_weight` g_k, g_k = 1 if
-its calls could be read, and on the last turn. The authors train a whole model with a head before the run.
+which a ridge regression solves exactly after every step. A turn earns
+`progress_weight` c_k + `executed_weight` g_k, g_k = 1 if its calls could be read, and on the last turn. The authors
+train a whole model with a head before the run.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class ProgressReward(TrainableReward):
         """The reward whose values are shared out: `_target_` and its fields."""
         value: Literal["outcome", "none"] = "outcome"
         """none: no value, for algorithms that learn from turns alone, or add up value and process rewards, as PPO."""
-        weight: float = Field(default=1.0, ge=0)
+        progress_weight: float = Field(default=1.0, ge=0)
         """Of a turn's contribution."""
         executed_weight: float = Field(default=0.5, ge=0)
         """Of having made calls that can be read (0.5 in the authors' script)."""
@@ -114,7 +115,7 @@ class ProgressReward(TrainableReward):
             return outcome if not outcome.valid else Score.invalid("no_outcome: there is none to share out, or no turn")
         config, shares = self.config, self.head(states)
         executed = np.array([not turn.data.get("malformed") for turn in turns[:-1]] + [True])
-        earned = (config.weight * shares + config.executed_weight * executed).tolist()
+        earned = (config.progress_weight * shares + config.executed_weight * executed).tolist()
         return replace(
             outcome,
             value=outcome.value if config.value == "outcome" else None,

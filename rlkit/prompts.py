@@ -125,8 +125,6 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
 def template_doubts(resolved: ResolvedRun) -> list[str]:
     """What an environment must not do with the model's chat template. Raises DataError where no episode can be played
     with it."""
-    if resolved.environment_class is None:
-        return []
     from rlkit.data.rendering import ChatTemplate, load_tokenizer
     from rlkit.rollout.sampler import stop_token_ids
 

@@ -25,10 +25,11 @@ def train(arguments: list[str]) -> int:
     resolved = load_config(overrides, file)
     point, trainer = find_resume(resolved.config), resolved.config.trainer
     if resolved.config.dry_run:
-        from rlkit.prompts import template_doubts
-
         print_warnings(resolved.warnings)  # a run shows them itself
-        print_warnings(template_doubts(resolved))
+        if resolved.environment_class is not None:
+            from rlkit.prompts import template_doubts
+
+            print_warnings(template_doubts(resolved))
         print(plan_text([*plan(resolved), *(point.plan() if point else [])]))
         print("The configuration is valid; nothing was started (dry_run=true).")
     elif point is not None and trainer.total_epochs is None and (done := point.nothing_left(trainer.total_steps)):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import socket
 import sqlite3
-import subprocess
-import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from adapter_fixture import need
+from command_server import CommandServer
 from paths import ROOT
 from sandbox_fixture import need_bubblewrap
 
@@ -73,6 +72,13 @@ def numbered(row: dict[str, Any], i: int) -> dict[str, Any]:
     return numbered_row
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[CommandServer]:
+    server = CommandServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Where a user might type the commands: with the files they name, and the shared data beside it."""
@@ -102,7 +108,7 @@ def validated() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "command"), validated())
-def test_commands_validate(page: str, command: str, folder: Path) -> None:
+def test_commands_validate(page: str, command: str, folder: Path, server: CommandServer) -> None:
     if "../shared" in command and not (ROOT / "../shared/data").is_dir():
         pytest.skip("needs ../shared/data beside the project")
     if "isolation=bubblewrap" in command or "kind:python" in command:
@@ -116,15 +122,8 @@ def test_commands_validate(page: str, command: str, folder: Path) -> None:
     with contextlib.ExitStack() as servers:  # of judges and models: that one listens is checked
         for port in set(re.findall(r"//(?:127\.0\.0\.1|localhost):(\d+)", command)):
             servers.enter_context(socket.create_server(("127.0.0.1", int(port)), reuse_port=True))
-        done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert done.returncode == 0, f"{page}: {command}\n{done.stdout}\n{done.stderr}"
+        code, said = server.run(module, arguments, folder, 120)
+    assert code == 0, f"{page}: {command}\n{said}"
 
 
 def test_make_targets_exist() -> None:

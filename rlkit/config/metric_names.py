@@ -11,7 +11,7 @@ _BY_AREA = {
     "kl": "reference coefficient rollout",
     "advantage": "mean_absolute return_mean return_std zero_share",
     "length": "mean max truncated_share",
-    "environment": "turns success malformed_share observation_tokens budget_share wait_share",
+    "environment": "turns segments success malformed_share observation_tokens budget_share wait_share",
     "mismatch": "logprob_mean logprob_max weight_mean weight_cut_share",
     "staleness": "mean max mixed_share",
     "weights": "version canary_difference canary_change",

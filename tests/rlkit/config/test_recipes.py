@@ -18,6 +18,7 @@ STEPS = ("prime", "pure", "grpo_process", "rloo_process", "episode_plus_step", "
 TURNS = ("turn_grpo", "gigpo", "ppo_turns")
 OTHERS = {
     "distill": ["algorithm.teacher=embedded:policy"],
+    "igpo": ["environment=hidden_facts"],
     "gdpo": ["algorithm.components={correct: 1}"],
     "pacs": ["reward=rule"],
     **{name: ["reward=implicit_prm"] for name in STEPS},

@@ -26,6 +26,7 @@ NOT_FOR_USERS = {
     "EpisodeFailedError",  # begins again, then becomes the reason of an invalid score
     "RowError",  # becomes a bad row
     *("HttpError", "TransientError", "RefusedError", "OutOfTimeError"),  # who asked a server turns them into reasons
+    "ProgramError",  # of an agent that is a program: becomes the reason of an invalid score
     "SolutionError",  # of the program that the sandbox runs
 }
 
