@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from rewards.base import RewardConfig, RewardContext, RewardTraits, TrainableReward
-from rewards.parts import load_part, outcome_problems
+from rewards.parts import load_part, outcome_problems, with_outcome
 from rlkit.experience import Group, GroupScores, Sample, Score
 from rlkit.experience.types import SpanReward
 
@@ -59,23 +59,13 @@ class ProgressReward(TrainableReward):
         own = RewardTraits(
             judges_texts=False,
             environment=True,
+            joins_tokens=True,
             process_rewards=True,
             process_in_value=value,
             outcome_rewards=value,
             update_when="after",
         )
-        try:
-            kind, options = load_part(config.outcome)
-        except ValueError:  # `check` says what is wrong with it
-            return own
-        outcome = kind.traits(options)
-        return replace(
-            own,
-            references=outcome.references,
-            answer=outcome.answer,
-            columns=outcome.columns,
-            samples=outcome.samples,
-        )
+        return with_outcome(own, config.outcome)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
