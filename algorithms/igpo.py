@@ -65,7 +65,7 @@ class IGPO(StepCredit):
             beliefs = iter(asked if self.config.gain == "log_probability" else np.exp(asked).tolist())
             first, scores = next(beliefs), []
             for sample, score in group.scored():
-                turns = _turns(sample)
+                turns = sample.turns
                 belief = np.array([first, *(next(beliefs) for _ in turns[1:])])
                 scores.append(_with_gains(score, turns, np.append(np.diff(belief), 0.0)))
                 known.append(float(belief[-1]))
@@ -77,16 +77,12 @@ class IGPO(StepCredit):
         return replace(credit, metrics={**credit.metrics, **measured})
 
 
-def _turns(sample: Sample) -> list[Span]:
-    return [span for span in sample.spans if span.kind == "turn" and span.role == "assistant"]
-
-
 def _asked(group: Group) -> Iterator[Sequence[int]]:
     """What was said after the prompt when the answer is asked for: once at the beginning, which is the same for all
     samples, and then before every further turn of each."""
     yield ()
     for sample in group.samples:
-        for turn in _turns(sample)[1:]:
+        for turn in sample.turns[1:]:
             yield sample.token_ids[: turn.start].tolist()
 
 

@@ -72,7 +72,7 @@ class EnvironmentReward(Reward):
         episode = sample.episode
         if episode is None:
             return Score.invalid("no_episode: no environment played this response")
-        turns = [span for span in sample.spans if span.kind == "turn" and span.role == "assistant"]
+        turns = sample.turns
         known = dict.fromkeys(name for turn in turns for name in turn.data.get("metrics", {}))
         if self.config.progress is not None and self.config.progress not in known:
             has = ", ".join(known) or "none"

@@ -1,13 +1,14 @@
-"""A reward by `_target_`."""
+"""Rewards that others build on, by their `_target_`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from rewards.base import Reward, RewardConfig
+from rewards.base import Reward, RewardConfig, RewardTraits
 
 
 def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
@@ -16,6 +17,24 @@ def load_part(section: Mapping[str, Any]) -> tuple[type[Reward], RewardConfig]:
 
     kind: type[Reward] = import_part("reward", section.get("_target_"))
     return kind, kind.Config(**{key: value for key, value in section.items() if key != "_target_"})
+
+
+def with_outcome(own: RewardTraits, section: Mapping[str, Any]) -> RewardTraits:
+    """Traits of a reward that learns from the values of another one (`reward.outcome`): it needs what that one does."""
+    try:
+        kind, options = load_part(section)
+    except ValueError:  # `check` says what is wrong with it
+        return own
+    outcome = kind.traits(options)
+    return replace(
+        own,
+        references=outcome.references,
+        answer=outcome.answer,
+        columns=outcome.columns,
+        samples=outcome.samples,
+        environment=own.environment or outcome.environment,
+        outcome_rewards=own.outcome_rewards and outcome.outcome_rewards,
+    )
 
 
 def outcome_problems(section: Mapping[str, Any]) -> list[str]:

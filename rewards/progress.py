@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from rewards.base import RewardConfig, RewardContext, RewardTraits, TrainableReward
-from rewards.parts import load_part, outcome_problems
-from rlkit.experience import Group, GroupScores, Sample, Score, Span
+from rewards.parts import load_part, outcome_problems, with_outcome
+from rlkit.experience import Group, GroupScores, Sample, Score
 from rlkit.experience.types import SpanReward
 
 if TYPE_CHECKING:
@@ -59,23 +59,13 @@ class ProgressReward(TrainableReward):
         own = RewardTraits(
             judges_texts=False,
             environment=True,
+            joins_tokens=True,
             process_rewards=True,
             process_in_value=value,
             outcome_rewards=value,
             update_when="after",
         )
-        try:
-            kind, options = load_part(config.outcome)
-        except ValueError:  # `check` says what is wrong with it
-            return own
-        outcome = kind.traits(options)
-        return replace(
-            own,
-            references=outcome.references,
-            answer=outcome.answer,
-            columns=outcome.columns,
-            samples=outcome.samples,
-        )
+        return with_outcome(own, config.outcome)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:
@@ -110,7 +100,7 @@ class ProgressReward(TrainableReward):
         return scored
 
     def _shared_out(self, outcome: Score, sample: Sample, states: Float64) -> Score:
-        turns = _turns(sample)
+        turns = sample.turns
         if not outcome.valid or outcome.value is None or not turns:
             return outcome if not outcome.valid else Score.invalid("no_outcome: there is none to share out, or no turn")
         config, shares = self.config, self.head(states)
@@ -151,7 +141,7 @@ class ProgressReward(TrainableReward):
         samples = [sample for group in groups for sample in group.samples]
         hidden = self._scorer.hidden_states([group_tree(group) for group in groups], layers=[-1])
         for sample, rows in zip(samples, hidden, strict=True):
-            ends = [turn.end - 1 for turn in _turns(sample)]
+            ends = [turn.end - 1 for turn in sample.turns]
             states = rows[ends, 0].astype(np.float64)
             states /= np.linalg.norm(states, axis=1, keepdims=True) + 1e-12
             yield np.hstack([states, np.ones((len(ends), 1))])
@@ -200,7 +190,3 @@ class Ridge:
             self._squares, self._products = sums["squares"], sums["products"]
             held = self._squares + self._ridge * np.eye(len(self._squares))
             self._weights = np.asarray(np.linalg.solve(held, self._products), dtype=np.float64)
-
-
-def _turns(sample: Sample) -> list[Span]:
-    return [span for span in sample.spans if span.kind == "turn" and span.role == "assistant"]

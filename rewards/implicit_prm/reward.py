@@ -6,7 +6,6 @@ pi_phi starts as a copy of pi_ref and learns from outcomes during the run (PRIME
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward
 from rewards.implicit_prm.config import ImplicitPRMConfig
-from rewards.parts import load_part, outcome_problems
+from rewards.parts import load_part, outcome_problems, with_outcome
 from rlkit.experience import Group, GroupScores, Sample, Score
 
 if TYPE_CHECKING:
@@ -44,22 +43,7 @@ class ImplicitPRM(TrainableReward):
             update_when=config.update,
             follows_policy=config.reference == "policy",
         )
-        if config.outcome is None:
-            return own
-        try:
-            kind, options = load_part(config.outcome)
-        except ValueError:  # `check` says what is wrong with it
-            return own
-        outcome = kind.traits(options)
-        return replace(
-            own,
-            references=outcome.references,
-            answer=outcome.answer,
-            columns=outcome.columns,
-            samples=outcome.samples,
-            environment=outcome.environment,
-            outcome_rewards=outcome.outcome_rewards,
-        )
+        return own if config.outcome is None else with_outcome(own, config.outcome)
 
     @classmethod
     def check(cls, config: Any) -> list[str]:

@@ -55,7 +55,7 @@ class EpisodeJudge(BaseJudge):
         return GroupScores(tuple(await asyncio.gather(*scores)))
 
     async def _score_episode(self, prompt: Prompt, sample: Sample, deadline: float) -> Score:
-        spans = [span for span in sample.spans if span.kind == "turn" and span.role == "assistant"]
+        spans = sample.turns
         if sample.episode is None or not spans:
             return Score.invalid("no_episode: no environment played this response")
         said = [_with_calls(message) for message in (*prompt.messages, *sample.episode.messages)]

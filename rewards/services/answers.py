@@ -1,4 +1,4 @@
-"""Answers of a language model that are to be one JSON object, read strictly."""
+"""Answers of language models, read strictly: one JSON object, or what stands in tags."""
 
 from __future__ import annotations
 
@@ -49,3 +49,10 @@ def _no_key_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise Unparsable("the answer has a key twice")
     return content
+
+
+def tagged_answer(text: str) -> str | None:
+    """What the last pair of <answer> and </answer> encloses."""
+    before, end, _ = text.rpartition("</answer>")
+    _, start, inside = before.rpartition("<answer>")
+    return inside.strip() if end and start else None

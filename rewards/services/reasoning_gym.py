@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 COLUMN = "reasoning_gym"
-"""What `data=reasoning_gym` gives: data set, options and entry, as a Python literal."""
+"""What `data=reasoning_gym` gives: data set, options and entry, as a Python literal. (rlkit/data names it, too: neither
+may import the other.)"""
 
 _EVALUATE = frozenset(
     {
@@ -26,27 +27,7 @@ _EVALUATE = frozenset(
     }
 )
 """Data sets whose `score_answer` evaluates the answer, with `eval` or sympy's parser, which does so too."""
-_FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "sec",
-        "csc",
-        "cot",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "exp",
-        "log",
-        "ln",
-        "sqrt",
-        "pi",
-    ]
-)
+_FUNCTIONS = re.compile(r"a?(sin|cos|tan)h?|sec|csc|cot|exp|log|ln|sqrt|pi")
 _NAME = re.compile(r"[^\W\d]\w*")
 
 
@@ -75,15 +56,8 @@ def names_mathematics_alone(answer: str) -> bool:
     """
     # Python takes some letters beyond ASCII for others.
     return answer.isascii() and all(
-        len(name) == 1 or name in _FUNCTIONS or set(name) <= set("ABCDE") for name in _NAME.findall(answer)
+        len(name) == 1 or _FUNCTIONS.fullmatch(name) or set(name) <= set("ABCDE") for name in _NAME.findall(answer)
     )
-
-
-def tagged_answer(text: str) -> str | None:
-    """What the last pair of <answer> and </answer> encloses."""
-    before, end, _ = text.rpartition("</answer>")
-    _, start, inside = before.rpartition("<answer>")
-    return inside.strip() if end and start else None
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rewards.base import RewardTraits
+from rewards.services.answers import tagged_answer
 from rewards.verifiers.answers import final_answer, gold_answer
 from rewards.verifiers.pool import CannotJudgeError, TextRule, TextRuleConfig, excerpt
 from rlkit.experience import Prompt, Score
@@ -130,9 +131,7 @@ def find_answer(text: str, answer_in: AnswerIn) -> str | None:
     if answer_in == "response":
         return text.strip()
     if answer_in == "answer_tag":
-        before, end, _ = text.rpartition("</answer>")
-        _, start, inside = before.rpartition("<answer>")
-        return inside.strip() if end and start else None
+        return tagged_answer(text)
     answer = final_answer(text)
     return None if answer is None else answer.text
 

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -93,13 +94,16 @@ class ReasoningGymSource(DataSource):
         """Raises DataError."""
         config = self.config
         asked = {"name": config.name, "options": config.options, "seed": config.problem_seed, "counts": counts}
-        done = subprocess.run(
-            [sys.executable, "-c", f"from {__name__} import main; main()"],
-            input=json.dumps(asked),
-            env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
-            capture_output=True,
-            text=True,
-        )
+        paths = os.pathsep.join(map(os.path.abspath, sys.path))
+        with tempfile.TemporaryDirectory() as folder:  # some data sets write files where they are
+            done = subprocess.run(
+                [sys.executable, "-c", f"from {__name__} import main; main()"],
+                input=json.dumps(asked),
+                env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": paths},
+                cwd=folder,
+                capture_output=True,
+                text=True,
+            )
         if done.returncode != 0:
             last = next(iter(done.stderr.strip().splitlines()[-1:]), "it ended without a word")
             raise DataError(f"data.name={config.name}: reasoning-gym cannot draw its questions: {last}")

@@ -25,7 +25,7 @@ def environment_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     whole = [(sample, episode) for sample, episode in episodes if episode.ended != "failed"]
     if not whole:
         return metrics
-    turns = [[span for span in sample.spans if span.role == "assistant"] for sample, _ in whole]
+    turns = [sample.turns for sample, _ in whole]
     metrics["environment/turns"] = fmean(len(own) for own in turns)
     metrics["environment/observation_tokens"] = fmean(len(sample) - sample.length for sample, _ in whole)
     if any(sample.segments for sample, _ in whole):

@@ -87,8 +87,8 @@ def _pieces(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Ite
 def turn_ends(sample: Sample) -> BoolArray:
     """[T] the last trained token of each of the assistant's turns."""
     ends, trained = np.zeros(len(sample), dtype=np.bool_), sample.trained
-    for span in sample.spans:
-        if span.kind == "turn" and span.role == "assistant" and trained[span.start : span.end].any():
+    for span in sample.turns:
+        if trained[span.start : span.end].any():
             ends[span.start + np.flatnonzero(trained[span.start : span.end])[-1]] = True
     return ends
 

@@ -163,6 +163,11 @@ class Sample:
         return np.ones(len(self.token_ids), dtype=np.bool_) if self.mask is None else self.mask
 
     @property
+    def turns(self) -> tuple[Span, ...]:
+        """What the policy said, turn by turn, in an episode."""
+        return tuple(span for span in self.spans if span.kind == "turn" and span.role == "assistant")
+
+    @property
     def length(self) -> int:
         """Trained tokens: what the policy said, without the observations between its turns."""
         return len(self.token_ids) if self.mask is None else int(self.mask.sum())

@@ -82,7 +82,14 @@ class Conversation:
     @property
     def room(self) -> int:
         """Tokens left for the next turn."""
-        return self._limit - len(self.prompt())
+        return self._limit - len(self)
+
+    def __len__(self) -> int:
+        """Tokens of what the next turn continues."""
+        if self._answer is None:
+            return len(self._ids)
+        bridge, _ = self._answer
+        return len(self._ids) - bridge.drop + len(bridge.ids)
 
     def prompt(self) -> list[int]:
         """What the next turn continues."""

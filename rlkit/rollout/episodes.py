@@ -283,7 +283,7 @@ class Episodes:
 
     def _left(self, request: GroupRequest, played: _Played) -> int:
         """Tokens that the rows of an episode may still grow by."""
-        return self._limits(request).rows - sum(len(c.prompt()) for c in played.conversations)
+        return self._limits(request).rows - sum(map(len, played.conversations))
 
     def _request(self, request: GroupRequest, played: _Played, key: str, turn: int) -> Request:
         conversation, index = played.conversations[-1], played.index

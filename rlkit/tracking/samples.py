@@ -68,7 +68,7 @@ def transcript(sample: Sample) -> str:
 
 def _messages(sample: Sample) -> Iterator[tuple[Message, Span | None, Segment | None]]:
     """What was said in an episode, an assistant's turn with its span, and with the segment that it begins."""
-    turns = iter(span for span in sample.spans if span.kind == "turn" and span.role == "assistant")
+    turns = iter(sample.turns)
     starts = {segment.start: segment for segment in sample.segments}
     for message in sample.episode.messages if sample.episode else ():
         turn = next(turns, None) if message.role == "assistant" else None

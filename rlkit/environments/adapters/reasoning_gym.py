@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from rewards.services.reasoning_gym import COLUMN, score_answer, tagged_answer
+from rewards.services.answers import tagged_answer
+from rewards.services.reasoning_gym import COLUMN, score_answer
 from rlkit.environments.base import Action, Environment, EnvironmentConfig, EnvironmentNeeds, Step, Task
 from rlkit.experience.extras import lacking
 

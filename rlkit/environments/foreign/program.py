@@ -89,7 +89,7 @@ class Program(Agent):
             finally:
                 await child.end()
         finally:
-            asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, folder, True)
+            await asyncio.to_thread(shutil.rmtree, folder, True)  # before the answer: the host may end with it
         if child.process.returncode != 0:
             raise ProgramError(child.ending())
         return _step(printed) if self.config.prints_reward else Step()

@@ -115,6 +115,7 @@ def test_a_class_by_dotted_path_with_its_tasks(load: Load, tmp_path: Path) -> No
             [*AGENT, "reward=implicit_prm"],
             "as one row, and episodes (an agent's) may be several rows; name another reward",
         ),
+        ([*AGENT, "reward=progress"], "reward=progress: runs a model over prompt and response as one row"),
         ([*AGENT, "algorithm=kto"], "Preference as configured puts responses behind other prompts as one row"),
         ([*COUNTING, "reward.discount=0.5"], "discount has no effect with reward.value=sum"),
     ],
