@@ -43,6 +43,9 @@ class SurrogateConfig(AlgorithmConfig):
     """The ratio to the policy before the update is clipped at 1 - clip_low (1: no lower bound)."""
     clip_high: float = Field(default=0.2, gt=0)
     """The ratio is clipped above at 1 + clip_high."""
+    anchor: Literal["learner", "rollout"] = "learner"
+    """What the ratio is to: the learner's log-probs before the update, or those that the sampler recorded. With
+    rollout, clipping sees how far the policy is from whatever policies a sample is of, and no weights correct it."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound on the loss of tokens with a negative advantage, as a multiple of it (published: 3); for loss=clipped."""
     aggregation: Aggregation = "token_mean"
@@ -94,6 +97,8 @@ class SurrogateConfig(AlgorithmConfig):
         for name in CLIP_OPTIONS:
             if name not in parameters and not self._is_default(name):
                 raise ValueError(f"{name} has no effect with loss={self.loss}")
+        if self.anchor == "rollout" and (self._loss_has_the_samplers_ratio or "old_logprobs" not in parameters):
+            raise ValueError(f"anchor=rollout has no effect with loss={self.loss}")
         if (self.constant_length is not None) != (self.aggregation == "constant_length"):
             raise ValueError("aggregation=constant_length and the tokens constant_length=N go together; set both")
         if self.kl_coefficient == 0:
@@ -116,7 +121,8 @@ class SurrogateConfig(AlgorithmConfig):
                 "smallest_weight has no effect without rollout_correction=mask, sequence_mask or geometric_mask"
             )
         if self._measures_from_sampler and self.rollout_correction not in (None, "none"):
-            raise ValueError(f"rollout_correction would correct twice: the ratio of loss={self.loss} is to the sampler")
+            ratio = "anchor=rollout" if self.anchor == "rollout" else f"loss={self.loss}"
+            raise ValueError(f"rollout_correction would correct twice: the ratio of {ratio} is to the sampler")
         if self.smallest_weight is not None and self.smallest_weight > (self.largest_weight or 0):
             raise ValueError("smallest_weight is above largest_weight: no token would be left")
         if self.overlong_max_tokens is None and not self._is_default("overlong_buffer_share"):
@@ -137,6 +143,10 @@ class SurrogateConfig(AlgorithmConfig):
 
     @property
     def _measures_from_sampler(self) -> bool:
+        return self.anchor == "rollout" or self._loss_has_the_samplers_ratio
+
+    @property
+    def _loss_has_the_samplers_ratio(self) -> bool:
         return bool(getattr(find_surrogate(self.loss), "measures_from_sampler", False))
 
     def _is_default(self, name: str) -> bool:
@@ -251,7 +261,11 @@ class SurrogateAlgorithm(Algorithm):
         def share(rows: Tensor) -> Tensor:
             return (rows.detach() * inputs.mask).sum() / measured
 
-        surrogate, clipped = self._surrogate_rows(inputs)
+        anchored = inputs
+        if config.anchor == "rollout":
+            trained = inputs.mask > 0  # nothing sampled the others
+            anchored = replace(inputs, old_logprobs=inputs.rollout_logprobs.where(trained, inputs.old_logprobs))
+        surrogate, clipped = self._surrogate_rows(anchored)
         sums = {"policy/clip_share": share(clipped), "policy/entropy": share(inputs.entropy)}
         weights = None
         if config.rollout_correction not in (None, "none"):

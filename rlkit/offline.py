@@ -34,7 +34,8 @@ class RecordedResponses:
 class NoSync:
     """In place of WeightSync: no engine samples for training with the policy's weights."""
 
-    async def publish(self, version: int) -> None: ...
+    async def publish(self, version: int) -> dict[str, float]:
+        return {}
 
     async def release_sampler(self) -> None: ...
 

@@ -57,7 +57,8 @@ class Producer:
         self._again: list[GroupRequest] = []
         """Requested before the checkpoint that this run resumes: requested again with their ids and seeds."""
         self._report = ScoreReport()
-        self._generated_at: float | None = None
+        self._sampled_at: dict[int, float] = {}
+        """Step -> `time.monotonic()` when the last of its groups so far left the sampler."""
         self._generating = 0.0
         self._streams = 0
         """Calls of the sampler that are open."""
@@ -83,9 +84,10 @@ class Producer:
         async for groups in self.rollout.generate(requests):
             working.create_task(self._score(groups))
         self._streams -= 1
-        self._generated_at = time.monotonic()
+        now = time.monotonic()
+        self._sampled_at |= {request.step: now for request in requests}
         if not self._streams:
-            self._generating += self._generated_at - self._began
+            self._generating += now - self._began
 
     async def _score(self, groups: Any) -> None:
         scored = await self.reward.score([groups])
@@ -155,9 +157,11 @@ class Producer:
         seconds, self._generating = self._generating, 0.0
         return report, seconds
 
-    def generation_end(self) -> float | None:
-        """`time.monotonic()` when the last group of the latest batch left the sampler."""
-        return self._generated_at
+    def sampled_at(self, step: int) -> float | None:
+        """`time.monotonic()` when the last group of a step, which is trained now, left the sampler."""
+        now = self._sampled_at.get(step)
+        self._sampled_at = {later: when for later, when in self._sampled_at.items() if later > step}
+        return now
 
 
 async def until(work: Awaitable[T], *background: asyncio.Task[None]) -> T:

@@ -29,7 +29,6 @@ from rlkit.serving.unasked import Rewards
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.weight_sync import WeightSync
-from rlkit.weights.publication import Agreement
 
 
 @dataclass
@@ -190,13 +189,13 @@ class Trainer:
                 self.judge([*groups, *rejected]),
                 self.reward.learn(groups, "after"),
             )
-        agreement = await self.publish()
+        of_sampler = await self.publish()
         stats = await self.buffer.stats.remote()
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
         metrics |= {
             **rollout_metrics(groups, rejected, report, judged, stats, sampling),
             "weights/version": float(self.version),
-            **({} if agreement is None else agreement.metrics()),
+            **of_sampler,
             **self.producer.order.metrics(),
         }
         self.algorithm.observe(metrics)
@@ -210,13 +209,14 @@ class Trainer:
     async def collect(
         self, producing: asyncio.Task[None], stopping: asyncio.Task[Any]
     ) -> tuple[list[Group], dict[str, float]]:
-        """The next groups from the buffer; seconds of sampling, and of scoring beyond it."""
+        """The next groups from the buffer; seconds that the learner waited for them to be sampled, and then scored."""
         began = time.monotonic()
         with self.tracker.timed("generate"):
             groups = await until(self.buffer.take.remote(), producing, stopping)
-        ended, sampled = time.monotonic(), self.producer.generation_end() or began
-        sampled = min(max(sampled, began), ended)
-        return groups, {"time/generate": sampled - began, "time/score": ended - sampled}
+        ended = time.monotonic()
+        sampled = min(max(self.producer.sampled_at(groups[0].step) or began, began), ended)
+        waited = {"time/generate": sampled - began, "time/score": ended - sampled, "time/learner_idle": ended - began}
+        return groups, waited
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
         """Update policy and critic: version + 1. Raises TrainingFailedError when updates keep failing."""
@@ -229,7 +229,7 @@ class Trainer:
         """The step's groups as the verifier scores them: shows when a learned reward is being gamed."""
         return None if self.evaluator is None else await self.evaluator.judge_training(groups)
 
-    async def publish(self) -> Agreement | None:
+    async def publish(self) -> dict[str, float]:
         """Send the weights to every rollout worker and verify them."""
         with self.tracker.timed("publish"):
             return await self.weight_sync.publish(self.version)

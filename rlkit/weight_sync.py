@@ -42,8 +42,9 @@ class WeightSync:
             await self.rollout.sleep(2)
         await self.learner.reload()
 
-    async def publish(self, version: int) -> Agreement:
-        """Send the weights to every rollout worker and verify them; return the weakest agreement with the learner."""
+    async def publish(self, version: int) -> dict[str, float]:
+        """Send the weights to every rollout worker and verify them; return metrics: the weakest agreement with the
+        learner, and the engines' times."""
         policy, bundle = self.learner.policy, None
         if self.route == "object_store" or self.reward.follows_policy:
             bundle, _, self._wanted = await policy.publishable(self.canary)
@@ -51,7 +52,7 @@ class WeightSync:
             self._wanted = await policy.canary_logprobs(self.canary)
         published = Published(bundle, version, self.canary, self._wanted)
         agreement, _ = await asyncio.gather(self._deliver(published), self.reward.follow(bundle))
-        return agreement
+        return {**agreement.metrics(), **self.rollout.times()}
 
     async def with_learner_memory(self, work: Awaitable[T]) -> T:
         """Run something that needs the learner's memory while engines hold theirs; then give it back."""

@@ -280,7 +280,7 @@ def _staleness(run: ResolvedRun) -> list[Line]:
         "sequence_truncate": f"importance weights of whole samples, truncated at {bound}",
         "sequence_mask": f"importance weights of whole samples, those above {bound} left out",
         "geometric_mask": f"no importance weights, samples above {bound} per token left out",
-    }.get(how or "", "the loss measures from the sampler" if corrects else "no importance weights")
+    }.get(how or "", "the loss's ratio is to the sampler" if corrects else "no importance weights")
     return [Line("batches", "staleness", f"at most {_count(most, 'version')}; {weights}")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,24 +11,40 @@ import torch.distributed as dist
 from torch import Tensor
 
 from algorithms.base import Denominators, LossInputs, LossOutput
+from algorithms.functional.losses import clamped
 from rlkit.diagnostics.base import MEASURED, Diagnostic
+
+MOMENTS = ("mismatch/first_moment", "mismatch/second_moment")
 
 
 @torch.no_grad()
 def mismatch(before: Tensor, rollout: Tensor, mask: Tensor, denominators: Denominators) -> LossOutput:
     """Distance of the learner's log-probs [R] from the sampler's [R] on trained tokens that are computed.
 
-    kl/rollout is k3 of KL(sampler || learner): mean of exp(d) - 1 - d with d = learner - sampler.
+    kl/rollout is k3 of KL(sampler || learner): mean of exp(d) - 1 - d with d = learner - sampler. The moments are of
+    the weights exp(d), for `with_effective_size`.
     """
     difference = (before - rollout) * mask
+    weight = clamped(difference).exp() * mask
     return LossOutput(
         loss=before.new_zeros(()),
         sums={
             "mismatch/logprob_mean": difference.abs().sum() / denominators.measured,
             "kl/rollout": ((torch.exp(difference) - 1 - difference) * mask).sum() / denominators.measured,
+            MOMENTS[0]: weight.sum() / denominators.measured,
+            MOMENTS[1]: (weight**2).sum() / denominators.measured,
         },
         maxima={"mismatch/logprob_max": difference.abs().max()},
     )
+
+
+def with_effective_size(metrics: dict[str, float]) -> dict[str, float]:
+    """`mismatch/ess` in place of the moments: (sum w)^2 / (n sum w^2), the share of the tokens that as many of the
+    policy's own would be worth (Kish 1965)."""
+    if MOMENTS[0] not in metrics:
+        return metrics
+    first, second = (metrics.pop(name) for name in MOMENTS)
+    return {**metrics, "mismatch/ess": first**2 / second if second else math.nan}
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from rlkit.diagnostics.base import Diagnostic
 from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
 from rlkit.learner.frozen import move_towards
-from rlkit.learner.metrics import StepMetrics, measured, mismatch
+from rlkit.learner.metrics import StepMetrics, measured, mismatch, with_effective_size
 from rlkit.learner.policy_folder import (
     GATHERED_BYTES,
     gathered_parameters,
@@ -117,7 +117,7 @@ class PolicyLearner:
             self._optimizer_step(minibatch, before, share, metrics)
         self.version += 1
         self._move_reference()
-        result = metrics.reduced(self.device)
+        result = with_effective_size(metrics.reduced(self.device))
         result["policy/optimizer_steps"] = float(self.optimizer_steps)
         return result
 

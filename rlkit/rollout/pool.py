@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rlkit.cluster.placement import Place, anywhere
@@ -234,6 +235,14 @@ class RolloutPool:
             self._replace_until_confirmed(i, published, workers[i], outcome) for i, outcome in enumerate(outcomes)
         )
         return Agreement.weakest(await asyncio.gather(*agreements))
+
+    def times(self) -> dict[str, float]:
+        """Of the engines, for the weights that were confirmed last."""
+        receipts = [proof.last for proof in self._proofs if proof.last is not None]
+        return {
+            "time/engine_idle": fmean(receipt.idle for receipt in receipts),
+            "time/frozen": max(receipt.frozen for receipt in receipts),
+        }
 
     async def sleep(self, level: int) -> None:
         await self._call_alive(dict(enumerate(self.workers)), "sleep", level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,10 @@ class RolloutWorker:
         self.going = asyncio.Event()
         """Cleared while weights come in flight: the engine does not step."""
         self.going.set()
+        self.busy_seconds = 0.0
+        """Of the engine, since the last receipt."""
+        self.receipt_at = self.stopped_at = time.monotonic()
+        """When the last receipt was given; when the engine last stopped for weights."""
         self.arrived = asyncio.Event()
         """Set when a transfer has completed or failed."""
         self.failure: Exception | None = None
@@ -223,8 +228,10 @@ class RolloutWorker:
         """Finished groups, and turns of episodes."""
         while self.asked:
             self.sampler.add(self.asked.popleft())
-        finished, turns = [], []
-        for response in self.sampler.step():
+        finished, turns, began = [], [], time.monotonic()
+        responses = self.sampler.step()
+        self.busy_seconds += time.monotonic() - began
+        for response in responses:
             group_id, _, index = response.id.rpartition(":")
             if response.id in self.turns:
                 turns.append(response)
@@ -276,6 +283,7 @@ class RolloutWorker:
             self.arrived.clear()
             self.failure = None
             await self._in_thread(lambda: None)  # after the step that it may be in
+            self.stopped_at = time.monotonic()
             return
         if not self.closed:
             await self.admission.acquire()
@@ -284,6 +292,7 @@ class RolloutWorker:
         self.failure = None
         if self.pump is not None:
             await self.pump
+        self.stopped_at = time.monotonic()
         await self._in_thread(lambda: self.sampler.wake("weights"))
 
     async def take(self, bundle: WeightBundle) -> None:
@@ -327,7 +336,10 @@ class RolloutWorker:
         # A layer that was written in part holds what was in memory before: nothing is computed with that.
         usable = loaded is None or not loaded.unwritten
         logprobs = self.sampler.prompt_logprobs(canary) if usable else np.empty(0, np.float32)
-        return WeightReceipt(self.version, self.checksum, self.announced, logprobs, loaded)
+        now = time.monotonic()
+        frozen, passed = now - self.stopped_at, now - self.receipt_at
+        idle, self.busy_seconds, self.receipt_at = passed - self.busy_seconds - frozen, 0.0, now
+        return WeightReceipt(self.version, self.checksum, self.announced, logprobs, loaded, idle, frozen)
 
     async def admit(self) -> None:
         """Go on: the receipt was accepted."""

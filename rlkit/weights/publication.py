@@ -44,6 +44,10 @@ class WeightReceipt:
     canary_logprobs: np.ndarray
     loaded: Loaded | None = Loaded()
     """None: nothing was loaded since the last receipt."""
+    idle: float = 0.0
+    """Seconds since the last receipt in which the engine had nothing to do."""
+    frozen: float = 0.0
+    """Seconds for which the engine sampled nothing because of these weights."""
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,15 @@ class StaleRows(Rows):
 
     def ratios(self, config: SurrogateConfig, logprobs: np.ndarray) -> np.ndarray:
         """pi / pi_old of each token, or of each sample (geometric mean over its trained tokens)."""
-        log_ratio = logprobs - self.old
+        log_ratio = logprobs - self.anchor(config)
         if config.loss == "gspo":
             for s in np.unique(self.sequence):
                 mine, trained = self.sequence == s, (self.sequence == s) & (self.mask > 0)
                 log_ratio[mine] = log_ratio[trained].mean() if trained.any() else 0.0
         return np.exp(log_ratio)
+
+    def anchor(self, config: SurrogateConfig) -> np.ndarray:
+        return np.where(self.mask > 0, self.rollout, self.old) if config.anchor == "rollout" else self.old
 
     def weights(self, config: SurrogateConfig) -> np.ndarray:
         """pi_old / pi_rollout as the correction wants it."""
@@ -76,7 +79,7 @@ class StaleRows(Rows):
     def loss_by_hand(self, config: SurrogateConfig, logprobs: np.ndarray, entropy: np.ndarray) -> float:
         a, low, high = self.advantages, 1 - config.clip_low, 1 + config.clip_high
         if config.loss == "cispo":
-            rows = -np.clip(np.exp(self.logprobs - self.old), low, high) * a * logprobs
+            rows = -np.clip(np.exp(self.logprobs - self.anchor(config)), low, high) * a * logprobs
         else:
             ratio = self.ratios(config, logprobs)
             rows = -np.minimum(ratio * a, np.clip(ratio, low, high) * a)
@@ -106,6 +109,9 @@ CONFIGS = [
     GRPO.Config(rollout_correction="sequence_mask", largest_weight=2.0, smallest_weight=0.3, **NO_KL),
     GRPO.Config(rollout_correction="geometric_mask", largest_weight=1.2, smallest_weight=0.7, **NO_KL),
     GRPO.Config(loss="cispo", rollout_correction="truncate", largest_weight=1.2),
+    GRPO.Config(anchor="rollout"),
+    GRPO.Config(anchor="rollout", loss="gspo", **NO_KL),
+    GRPO.Config(anchor="rollout", loss="cispo", dual_clip=None, entropy_coefficient=0.01),
     RLOO.Config(),
     RLOO.Config(kl_coefficient=0.05),
     ReinforcePP.Config(),
@@ -184,6 +190,9 @@ def test_micro_batches_in_any_order_add_up(
             "smallest_weight has no",
         ),
         ({"loss": "dppo", "rollout_correction": "truncate", "largest_weight": 2.0}, "would correct twice"),
+        ({"anchor": "rollout", "rollout_correction": "decoupled"}, "twice: the ratio of anchor=rollout"),
+        ({"anchor": "rollout", "loss": "dppo", "kl_coefficient": 0.0}, "anchor=rollout has no effect with loss=dppo"),
+        ({"anchor": "rollout", "loss": "policy_gradient"}, "anchor=rollout has no effect"),
         ({"overlong_buffer_share": 0.5}, "no effect without overlong_max_tokens"),
     ],
 )

@@ -24,7 +24,6 @@ from rlkit.rollout.requests import GroupRequest
 from rlkit.saving import SaveSchedule, Stop, StoppedError
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.trainer import Trainer
-from rlkit.weights.publication import Agreement
 
 PROMPTS = [Prompt(f"p{i}", (Message("user", "?"),), (1, i)) for i in range(4)]
 
@@ -97,8 +96,8 @@ class Run:
     async def score(self, batches: list[Any]) -> Any:
         return SimpleNamespace(report=ScoreReport(), batches=batches)
 
-    async def publish(self, version: int) -> Agreement:
-        return Agreement(0.0)
+    async def publish(self, version: int) -> dict[str, float]:
+        return {}
 
     async def watch(self) -> None:
         await asyncio.Event().wait()

@@ -56,8 +56,13 @@ def test_no_correction_is_a_choice_with_a_warning(tmp_path: Path) -> None:
     assert "as if they were the present one's" in "".join(warnings(run, "max_staleness"))
 
 
-def test_what_buys_nothing_now_is_said(tmp_path: Path) -> None:
-    assert "buys nothing above 1" in "".join(warnings(load(tmp_path, "trainer.max_staleness=4"), "max_staleness"))
+def test_a_ratio_to_the_sampler_needs_no_weights(tmp_path: Path) -> None:
+    run = load(tmp_path, "trainer.max_staleness=4", "algorithm.anchor=rollout", "algorithm.kl_coefficient=0")
+    assert run.config.algorithm["rollout_correction"] == "none" and not warnings(run, "max_staleness")
+    assert staleness_line(run) == "at most 4 versions; the loss's ratio is to the sampler"
+
+
+def test_what_buys_nothing_is_said(tmp_path: Path) -> None:
     shared = load(tmp_path, "trainer.max_staleness=1", "cluster=single_gpu")
     assert "neither makes room" in "".join(warnings(shared, "max_staleness"))
 

@@ -164,6 +164,24 @@ def test_recorded_samples_have_no_mismatch_and_ratio_one(model: Path) -> None:
     assert np.isfinite(learner.update(mixed, grpo_advantages(mixed))["mismatch/logprob_mean"])
 
 
+def test_the_effective_size_is_that_of_the_weights(model: Path) -> None:
+    groups = make_groups(3)
+    ages = np.random.default_rng(3)
+    learner = build_learner(model)
+    own, sampled, weights = iter(learner.group_logprobs(groups)), [], []
+    for group in groups:
+        samples = []
+        for sample, row in zip(group.samples, own, strict=False):
+            weight = ages.choice([0.5, 1.0, 3.0], len(row))
+            samples.append(replace(sample, logprobs=(row - np.log(weight)).astype(np.float32)))
+            weights.append(weight[sample.trained])
+        sampled.append(replace(group, samples=tuple(samples)))
+    w = np.concatenate(weights)
+    metrics = learner.update(sampled, grpo_advantages(sampled))
+    assert metrics["mismatch/ess"] == pytest.approx(w.sum() ** 2 / (len(w) * (w**2).sum()), rel=1e-4)
+    assert not any("moment" in name for name in metrics)
+
+
 def test_a_reference_moves_towards_the_policy_and_is_saved(model: Path, tmp_path: Path) -> None:
     groups, algorithm = make_groups(4), Pairwise(reference=True)
     learner = build_learner(model, algorithm=algorithm, learning_rate=0.01)

@@ -108,7 +108,7 @@ def test_samples_without_a_signal_need_not_be_computed(
         rest = [group for g, group in enumerate(groups) if g not in equal]
         only = alone.update(rest, grpo_advantages(rest))
         if options.get("minibatches_per_step", 1) == 1:
-            for name in ("policy/entropy", "mismatch/logprob_mean", "kl/rollout"):
+            for name in ("policy/entropy", "mismatch/logprob_mean", "mismatch/ess", "kl/rollout"):
                 assert found[0][name] == pytest.approx(only[name], rel=1e-5), name
     if len(equal) == len(groups):
         assert "policy/entropy" not in found[0]
