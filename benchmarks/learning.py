@@ -65,6 +65,7 @@ OFTEN = ("trainer.prompts_per_step=64", "trainer.total_steps=12", "trainer.evalu
 
 SHORT = ("trainer.total_steps=20", "trainer.evaluate_every_steps=10")
 """Of 256 responses each."""
+GAME = ("trainer.total_steps=30", "trainer.evaluation_prompts=128", "trainer.evaluate_every_steps=10")
 DPO = ("algorithm=dpo", "algorithm.pairs=all", "reward=rule", "learner.learning_rate=3e-4")
 TEACHER = "algorithm.teacher=?"
 """Stands for the policy of DPO's first seed."""
@@ -108,6 +109,15 @@ def settings(scratch: Path) -> list[Setting]:
             20,
         ),
         Setting("algorithm=grpo, 20 steps", ("reward=rule", *SHORT), 50),
+        *(
+            Setting(f"max_staleness={k}, {name}", (*overrides, f"trainer.max_staleness={k}"), least)
+            for name, overrides, least in (
+                ("20 steps", ("reward=rule", *SHORT), 50),
+                ("hidden_facts, 30 steps", ("environment=hidden_facts", *GAME), 50),
+            )
+            for k in (1, 2, 4)
+        ),
+        Setting("max_staleness=4, 60 steps", ("reward=rule", "trainer.max_staleness=4"), 55),
         Setting("algorithm=dpo, 20 steps", (*DPO, *SHORT), 60),
         Setting("algorithm=distill, 15 steps of 128", DISTILL, 50),
         Setting("algorithm=sft, 20 steps", ("algorithm=sft", "evaluation.generate=true", *SHORT), 20),
@@ -132,11 +142,10 @@ def settings(scratch: Path) -> list[Setting]:
 def games() -> list[Setting]:
     """The games in the package, and their controls."""
     least = {"guess_number": 12, "calculator": 30, "hidden_facts": 50, "maze": 20}
-    of_all = ("trainer.total_steps=30", "trainer.evaluation_prompts=128", "trainer.evaluate_every_steps=10")
     shuffled = "reward._target_=benchmarks.controls.ShuffledRewards"
     rows = []
     for game, gain in least.items():
-        overrides = (f"environment={game}", *of_all)
+        overrides = (f"environment={game}", *GAME)
         rows.append(Setting(f"environment={game}, 30 steps", overrides, gain))
         rows.append(Setting(f"control: {game}, shuffled rewards", (*overrides, shuffled), largest_gain=10))
     return rows
