@@ -134,6 +134,16 @@ def _best_and_worst(group: Group) -> list[tuple[str, int]]:
     return [("best", best[1]), ("worst", worst[1])]
 
 
+def _version_spans(sample: Sample) -> list[tuple[int, int]]:
+    """(first token, policy version), in order; observations have none of their own."""
+    spans = [(0, sample.policy_versions[0])]
+    if sample.versions is not None:
+        for token in np.flatnonzero(sample.versions >= 0).tolist():
+            if (version := int(sample.versions[token])) != spans[-1][1]:
+                spans.append((token, version))
+    return spans
+
+
 def _row(step: int, group: Group, i: int, rank: str, advantage: FloatArray | None) -> dict[str, Any]:
     sample, prompt = group.samples[i], group.prompt
     score = group.scores.samples[i] if group.scores is not None else Score.invalid("not scored")
@@ -157,5 +167,6 @@ def _row(step: int, group: Group, i: int, rank: str, advantage: FloatArray | Non
         "advantage": None if advantage is None or not sample.length else float(np.mean(advantage[sample.trained])),
         "finish_reason": sample.finish_reason,
         "policy_versions": list(sample.policy_versions),
+        "version_spans": _version_spans(sample),
         "failed_in_group": _failed(group),
     }

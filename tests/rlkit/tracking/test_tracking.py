@@ -152,8 +152,14 @@ def test_best_and_worst_of_every_group() -> None:
     assert row["references"] == ["a reference"]
     assert row["components"] == {"math": 2.0}
     assert row["finish_reason"] == "stop"
-    assert row["policy_versions"] == [4, 5]
+    assert (row["policy_versions"], row["version_spans"]) == ([4, 5], [[0, 4]])
     assert row["valid"] is True
+
+
+def test_rows_say_which_policy_wrote_which_tokens() -> None:
+    one = group("g0", [value(1.0)], tokens=6)
+    mixed = replace(one.samples[0], versions=np.array([4, 4, -1, 4, 5, -1], np.int32))
+    assert sample_rows(7, [replace(one, samples=(mixed,))], None, None)[0]["version_spans"] == [(0, 4), (4, 5)]
 
 
 def test_conversations_of_an_episode_can_be_read() -> None:
