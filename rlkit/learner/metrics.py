@@ -14,7 +14,7 @@ from algorithms.base import Denominators, LossInputs, LossOutput
 from algorithms.functional.losses import clamped
 from rlkit.diagnostics.base import MEASURED, Diagnostic
 
-MOMENTS = ("mismatch/first_moment", "mismatch/second_moment")
+MOMENTS = ("first moment", "second moment")
 
 
 @torch.no_grad()
