@@ -274,11 +274,6 @@ class Group:
     greedy: Sample | None = None
     """The greedy response to the prompt, for algorithms that compare with it; never trained on."""
 
-    @property
-    def policy_version(self) -> int:
-        """The oldest policy version any of its tokens came from."""
-        return min(sample.policy_versions[0] for sample in self.samples)
-
     def with_scores(self, scores: GroupScores) -> Group:
         """This group, judged. Raises ValueError if the number of scores is not the number of samples."""
         if len(scores.samples) != len(self.samples):

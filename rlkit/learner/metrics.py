@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from algorithms.base import Denominators, LossInputs, LossOutput
-from algorithms.functional.losses import clamped
 from rlkit.diagnostics.base import MEASURED, Diagnostic
 
 MOMENTS = ("first moment", "second moment")
@@ -25,7 +24,7 @@ def mismatch(before: Tensor, rollout: Tensor, mask: Tensor, denominators: Denomi
     the weights exp(d), for `with_effective_size`.
     """
     difference = (before - rollout) * mask
-    weight = clamped(difference).exp() * mask
+    weight = torch.exp(difference) * mask
     return LossOutput(
         loss=before.new_zeros(()),
         sums={

@@ -95,7 +95,8 @@ class AnyInterleaving(RuleBasedStateMachine):
         assert [group.id for group in groups] == sorted(group.id for group in groups)
         for group in groups:
             assert group.step == self.steps
-            assert self.version - group.policy_version <= self.s, "a group is older than the staleness bound"
+            oldest = min(sample.policy_versions[0] for sample in group.samples)
+            assert self.version - oldest <= self.s, "a group is older than the staleness bound"
             self.waiting.remove(group.id)  # came out twice, or never went in
             self.trained.append(group.id)
 
