@@ -391,7 +391,8 @@ def test_a_dead_worker_is_replaced_and_nothing_is_lost_or_sampled_twice(
     assert sorted(group.id for group in groups) == sorted(undisturbed)
     for group in groups:
         assert tokens_of(group) == tokens_of(undisturbed[group.id])
-        assert {sample.policy_versions[0] for sample in group.samples} == {41}  # the new process was given the weights before it took work
+        # The new process was given the weights before it took work.
+        assert {sample.policy_versions[0] for sample in group.samples} == {41}
     assert pool.health[0].restarts == 1
     assert pool.health[0].may_sample(41)
 
