@@ -52,6 +52,10 @@ class RolloutWorker:
         self.announced: str | None = None
         """The checksum that came with them."""
         self.open: dict[str, _Open] = {}
+        self.received, self.finished = 0, 0
+        """Responses asked for, and those of them that are finished."""
+        self.freed = asyncio.Event()
+        """Set when responses have finished."""
         self.pump: asyncio.Task[None] | None = None
         self.episodes: Episodes | None = None
         self.playing: set[asyncio.Task[None]] = set()
@@ -148,11 +152,19 @@ class RolloutWorker:
             yield groups
             yield tuple(group.id for group in groups)
 
+    async def room(self) -> int:
+        """How many responses are finished; waits until the engine has a free place."""
+        while self.received - self.finished >= self.rollout.max_concurrent_samples:
+            self.freed.clear()
+            await self.freed.wait()
+        return self.finished
+
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
         seeded = samples_have_seeds(self.config)
         structured = self.rollout.structured
         for request in requests:
             self.open[request.id] = _Open(request, done)
+            self.received += request.responses
             temperature = self.rollout.temperature if request.temperature is None else request.temperature
             required = None if structured is None else self.grammar or grammar(structured, request.prompt.columns)
             for index in range(request.responses):
@@ -177,10 +189,12 @@ class RolloutWorker:
                 done.put_nowait(error)
             finally:
                 self.open.pop(request.id, None)
+                self.finished += request.responses
                 self.work.set()
 
         for request in requests:
             self.open[request.id] = _Open(request, done)
+            self.received += request.responses
             task = asyncio.create_task(play(request))
             self.playing.add(task)
             task.add_done_callback(self.playing.discard)
@@ -197,6 +211,7 @@ class RolloutWorker:
             while self.open:
                 await self.going.wait()
                 groups, turns = await self._in_thread(self._step)
+                self.freed.set()
                 for group, queue in groups:
                     queue.put_nowait(group)
                 for response in turns:
@@ -231,6 +246,7 @@ class RolloutWorker:
                 continue
             entry = self.open[group_id]
             entry.responses[int(index)] = response
+            self.finished += 1
             if len(entry.responses) == entry.request.responses:
                 del self.open[group_id]
                 finished.append((self._group(entry), entry.done))
