@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,11 +42,12 @@ def deal(requests: Sequence[GroupRequest], unfinished: Sequence[int]) -> list[li
 
     Longest prompts first, each to the worker with the fewest responses, then the fewest tokens; shares keep the order.
     """
-    counts, tokens = list(unfinished), [0] * len(unfinished)
     shares: list[list[int]] = [[] for _ in unfinished]
+    least = [(count, 0, worker) for worker, count in enumerate(unfinished)]
+    heapq.heapify(least)
     for index in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt.token_ids)):
-        chosen = min(range(len(counts)), key=lambda w: (counts[w], tokens[w]))
-        counts[chosen] += requests[index].responses
-        tokens[chosen] += len(requests[index].prompt.token_ids)
-        shares[chosen].append(index)
+        count, tokens, worker = least[0]
+        shares[worker].append(index)
+        request = requests[index]
+        heapq.heapreplace(least, (count + request.responses, tokens + len(request.prompt.token_ids), worker))
     return [[requests[index] for index in sorted(share)] for share in shares]
