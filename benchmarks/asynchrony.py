@@ -234,17 +234,17 @@ ROWS = {
     "1 engine, 4 groups": Case(engines=1, steps=60),
     "64 engines, 4 groups": Case(engines=64, steps=16),
     "128 engines, 4 groups": Case(engines=128, steps=16),
-    "1,024 engines, 4 groups": Case(engines=1024, steps=10, uncounted=5),
     "short tails (sigma 0.5)": replace(TAILS, sigma=0.5),
     "reward takes 20 s": replace(TAILS, reward_seconds=20.0),
     "publishing takes 20 s": replace(TAILS, publish_seconds=20.0),
     "an engine dies every 300 s": replace(TAILS, death_every=300.0),
     "an evaluation every 2 steps": replace(TAILS, evaluate_every=2),
+    "1,024 engines, 4 groups": Case(engines=1024, steps=8, uncounted=4),
 }
 """Long tails unless it says otherwise; 8 engines with 16 groups where no number stands."""
 QUICK = {name: ROWS[name] for name in ("8 engines, 4 groups", "8 engines, 16 groups")}
-TAILED = list(ROWS)[:7]
-"""What the bars of speed are for."""
+TAILED = [name for name in ROWS if "engines, 4 groups" in name or "engines, 16 groups" in name]
+"""What the bars of speed are for: with 64 groups, and on one engine, even the best schedule is below that of k=1."""
 BARS = {"speedup_k1": 1.8, "speedup_k2": 2.3, "share_of_best": 0.95}
 LONGER = 0.02
 """Largest deviation of the mean trained length from what was sampled."""

@@ -23,9 +23,10 @@ from ray.exceptions import RayActorError
 
 from rlkit.config.schema import RolloutConfig, RunConfig, TrainerConfig
 from rlkit.data.order import PromptOrder
-from rlkit.experience import Group, Prompt, Sample
+from rlkit.experience import Group, GroupScores, Prompt, Sample, Score
 from rlkit.experience.buffer_actor import BufferActor
 from rlkit.experience.filters import BufferConfig
+from rlkit.experience.scores import ScoreReport
 from rlkit.producer import Producer, until
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
@@ -35,6 +36,7 @@ from rlkit.weights.publication import Loaded, Published, WeightReceipt
 
 TOKENS = np.zeros(1 << 16, np.int32)
 PROMPTS = [Prompt(f"p{i}", (), (0,)) for i in range(64)]
+UNSCORED = Score.none()
 EXACT = 1e-6
 """Of a token: what adding up seconds may be off."""
 
@@ -122,8 +124,8 @@ class Ref:
     value: Any
 
     def __await__(self) -> Generator[Any, None, Any]:
+        yield from ()
         return self.value
-        yield
 
 
 class Actor:
@@ -168,8 +170,7 @@ class Engine:
         """Length, group, index."""
         self.decoded, self.at, self.serial = 0.0, 0.0, 0
         """Tokens that a sample would have which always ran; the time of that; samples so far."""
-        self.received, self.finished = 0, 0
-        self.freed = asyncio.Event()
+        self.finished, self.progress = 0, asyncio.Event()
         self.stopped, self.dead = False, False
         self.timer: asyncio.TimerHandle | None = None
         self.streams: set[asyncio.Queue[Any]] = set()
@@ -184,7 +185,6 @@ class Engine:
         for request in requests:
             group = _Open(request, done)
             self.waiting += ((length, group, i) for i, length in enumerate(self._lengths(request)))
-            self.received += request.responses
         self.turn()
         left = len(requests)
         while left:
@@ -196,14 +196,13 @@ class Engine:
                     raise item
             left -= len(ready)
             yield ready
-            yield tuple(group.id for group in ready)
+            yield [group.id for group in ready], self.finished
         self.streams.discard(done)
 
-    async def room(self) -> int:
-        self._alive()
-        while self.received - self.finished >= self.case.places:
-            self.freed.clear()
-            await self.freed.wait()
+    async def has_finished(self, at_least: int) -> int:
+        while self.finished < at_least:
+            self.progress.clear()
+            await self.progress.wait()
             self._alive()
         return self.finished
 
@@ -239,7 +238,7 @@ class Engine:
         tokens = TOKENS[: round(end - began)]
         group.samples[index] = Sample(index, tokens, None, "", "stop", (version, self.version), 0)
         self.finished += 1
-        self.freed.set()
+        self.progress.set()
         request = group.request
         if len(group.samples) == request.samples:
             samples = tuple(group.samples[i] for i in range(request.samples))
@@ -267,7 +266,7 @@ class Engine:
         self.dead = True
         if self.timer is not None:
             self.timer.cancel()
-        self.freed.set()
+        self.progress.set()
         for stream in self.streams:
             stream.put_nowait(RayActorError())
 
@@ -307,7 +306,12 @@ class SimulatedReward(NoReward):
 
     async def score(self, batches: Sequence[Any]) -> Scored:
         await asyncio.sleep(self.seconds)
-        return await super().score(batches)
+        lists = [await batch for batch in batches]
+        return Scored([[_scored(group) for group in groups] for groups in lists], ScoreReport())
+
+
+def _scored(group: Group) -> Group:
+    return group.with_scores(GroupScores((UNSCORED,) * len(group.samples)))
 
 
 @dataclass

@@ -109,8 +109,9 @@ class RolloutPool:
         """Wait until an engine has finished enough for a place to be free: also when no group is whole."""
         from ray.exceptions import RayError
 
+        enough = load.dealt - self.config.rollout.max_concurrent_samples + 1
         try:
-            load.finished = await self.workers[index].room.remote()
+            load.finished = await self.workers[index].has_finished.remote(enough)
         except RayError:  # who samples there hears of it, too; a replacement is asked anew
             return
         load.asking = None
@@ -171,7 +172,7 @@ class RolloutPool:
 
         try:
             while left:
-                worker = self.workers[index]
+                worker, load = self.workers[index], self._loads[index]
                 try:
                     groups: Any = None
                     async with self._waiting(index, sampling, "step_timeout_seconds"):
@@ -179,7 +180,8 @@ class RolloutPool:
                             if groups is None:
                                 groups = ref
                                 continue
-                            for group_id in await ref:
+                            ids, load.finished = await ref
+                            for group_id in ids:
                                 self._loads[index].handed_over += left.pop(group_id).responses
                             await self._tell()
                             finished.put_nowait(groups)

@@ -52,10 +52,10 @@ class RolloutWorker:
         self.announced: str | None = None
         """The checksum that came with them."""
         self.open: dict[str, _Open] = {}
-        self.received, self.finished = 0, 0
-        """Responses asked for, and those of them that are finished."""
-        self.freed = asyncio.Event()
-        """Set when responses have finished."""
+        self.finished = 0
+        """Responses, so far."""
+        self.progress = asyncio.Event()
+        """Set when some have finished."""
         self.pump: asyncio.Task[None] | None = None
         self.episodes: Episodes | None = None
         self.playing: set[asyncio.Task[None]] = set()
@@ -116,10 +116,11 @@ class RolloutWorker:
         structured = self.rollout.structured
         return None if structured is None or structured.column is not None else grammar(structured, {})
 
-    async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[str, ...] | list[Group]]:
-        """Yield all groups that finished since the last yield (at least one), then their ids.
+    async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[list[str], int] | list[Group]]:
+        """Yield all groups that finished since the last yield (at least one), then their ids and how many responses the
+        engine has finished.
 
-        The ids are a separate, small item: the driver reads them as proof that the groups have arrived.
+        These are a separate, small item: the driver reads it as proof that the groups have arrived.
         """
         done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
         async with self.admission:
@@ -150,13 +151,13 @@ class RolloutWorker:
                 groups.append(item)
             left -= len(groups)
             yield groups
-            yield tuple(group.id for group in groups)
+            yield [group.id for group in groups], self.finished
 
-    async def room(self) -> int:
-        """How many responses are finished; waits until the engine has a free place."""
-        while self.received - self.finished >= self.rollout.max_concurrent_samples:
-            self.freed.clear()
-            await self.freed.wait()
+    async def has_finished(self, at_least: int) -> int:
+        """How many responses are finished; waits until so many are."""
+        while self.finished < at_least:
+            self.progress.clear()
+            await self.progress.wait()
         return self.finished
 
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
@@ -164,7 +165,6 @@ class RolloutWorker:
         structured = self.rollout.structured
         for request in requests:
             self.open[request.id] = _Open(request, done)
-            self.received += request.responses
             temperature = self.rollout.temperature if request.temperature is None else request.temperature
             required = None if structured is None else self.grammar or grammar(structured, request.prompt.columns)
             for index in range(request.responses):
@@ -190,11 +190,11 @@ class RolloutWorker:
             finally:
                 self.open.pop(request.id, None)
                 self.finished += request.responses
+                self.progress.set()
                 self.work.set()
 
         for request in requests:
             self.open[request.id] = _Open(request, done)
-            self.received += request.responses
             task = asyncio.create_task(play(request))
             self.playing.add(task)
             task.add_done_callback(self.playing.discard)
@@ -211,7 +211,7 @@ class RolloutWorker:
             while self.open:
                 await self.going.wait()
                 groups, turns = await self._in_thread(self._step)
-                self.freed.set()
+                self.progress.set()
                 for group, queue in groups:
                     queue.put_nowait(group)
                 for response in turns:
