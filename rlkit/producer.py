@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 class Sampler(Protocol):
     async def places(self, responses: int) -> int:
-        """How many more groups of so many responses can be sampled at once; waits until one can."""
+        """How many more groups of so many responses fill the engines; waits until there is place for one."""
 
     def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
-        """Yield lists of groups, or references to such, as they finish. Calls may overlap."""
+        """Yield lists of groups, or references to such, as they finish. `places` counts them from the call on."""
 
 
 class Producer:
@@ -75,13 +75,15 @@ class Producer:
                         most = min(most, await self.rollout.places(self.samples_per_prompt + self.greedy))
                 async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 4):
                     steps = await self.buffer.reserve.remote(most)
-                working.create_task(self._sample(self._requests(steps), working))
+                requests = self._requests(steps)
+                stream = self.rollout.generate(requests)  # here, so that `places` counts them from now on
+                working.create_task(self._sample(stream, working))
 
-    async def _sample(self, requests: Sequence[GroupRequest], working: asyncio.TaskGroup) -> None:
+    async def _sample(self, stream: AsyncIterator[Any], working: asyncio.TaskGroup) -> None:
         if not self._streams:
             self._began = time.monotonic()
         self._streams += 1
-        async for groups in self.rollout.generate(requests):
+        async for groups in stream:
             working.create_task(self._score(groups))
         self._streams -= 1
         now = time.monotonic()

@@ -15,6 +15,7 @@ from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.plan import engines_sleep, gpu_shares
 from rlkit.config.schema import RunConfig
 from rlkit.experience import UserError
+from rlkit.rollout.dealing import Load, deal, responses
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.requests import GroupRequest, sample_seed
 from rlkit.rollout.sampler import engine_environment, shared_gpus_environment
@@ -39,22 +40,6 @@ Fetch = Callable[[], Awaitable[Published]]
 """Returns the learner's current weights as a bundle."""
 
 
-def deal(requests: Sequence[GroupRequest], load: Sequence[int]) -> list[list[GroupRequest]]:
-    """Split requests over workers that have `load` open groups each: then equal numbers of groups (within one) where
-    that can be, and similar numbers of prompt tokens.
-
-    Longest prompts first, each to the worker with the fewest groups, then the fewest tokens; shares keep the order.
-    """
-    groups, tokens = list(load), [0] * len(load)
-    shares: list[list[int]] = [[] for _ in load]
-    for index in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt.token_ids)):
-        chosen = min(range(len(load)), key=lambda w: (groups[w], tokens[w]))
-        groups[chosen] += 1
-        tokens[chosen] += len(requests[index].prompt.token_ids)
-        shares[chosen].append(index)
-    return [[requests[index] for index in sorted(share)] for share in shares]
-
-
 class RolloutPool:
     """Used from the driver's asyncio loop."""
 
@@ -65,9 +50,8 @@ class RolloutPool:
         self.health = [Health(config.rollout.max_restarts) for _ in self.workers]
         self._proofs = [Proof() for _ in self.workers]
         self._repairs = [asyncio.Lock() for _ in self.workers]
-        self._open = [0] * config.rollout.workers
-        """Groups that each worker has."""
-        self._handed_over = asyncio.Condition()
+        self._loads = [Load() for _ in self.workers]
+        self._less_to_do = asyncio.Condition()
         self._published: Published | None = None
         self.fetch: Fetch | None = None
         """Source of weights for a replacement when they were published without a bundle."""
@@ -88,6 +72,11 @@ class RolloutPool:
             sample_seed(config.seed, "engine", index),  # engines with equal seeds would draw the same noise
         )
 
+    def _end(self, worker: Any) -> None:
+        import ray
+
+        ray.kill(worker, no_restart=True)
+
     async def start(self) -> None:
         await asyncio.gather(*(self._start(index, worker) for index, worker in enumerate(self.workers)))
         if engines_sleep(self.config):
@@ -104,22 +93,48 @@ class RolloutPool:
         return waiting("the rollout pool", text, getattr(self.config.trainer, key), f"trainer.{key}")
 
     async def places(self, responses: int) -> int:
-        """How many more groups of so many responses the engines can sample at once; waits until one can."""
-        groups = max(1, self.config.rollout.max_concurrent_samples // responses)
-        async with self._handed_over:
-            await self._handed_over.wait_for(lambda: min(self._open) < groups)
-        return sum(max(0, groups - load) for load in self._open)
+        """How many more groups of so many responses fill the engines; waits until one has a free place.
 
-    async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
-        """Yield references to lists of groups as they finish, from all workers.
+        The last one may find places for some of its responses: the others wait in the engine's queue.
+        """
+        most = self.config.rollout.max_concurrent_samples
+        async with self._less_to_do:
+            while not (free := [most - load.unfinished for load in self._loads if load.unfinished < most]):
+                for index, load in enumerate(self._loads):
+                    if load.asking is None:
+                        load.asking = asyncio.create_task(self._ask_for_room(index, load))
+                await self._less_to_do.wait()
+        return sum(-(-places // responses) for places in free)
+
+    async def _ask_for_room(self, index: int, load: Load) -> None:
+        """Wait until an engine has finished enough for a place to be free: also when no group is whole."""
+        from ray.exceptions import RayError
+
+        enough = load.dealt - self.config.rollout.max_concurrent_samples + 1
+        try:
+            load.finished = await self.workers[index].has_finished.remote(enough)
+        except RayError:  # who samples there hears of it, too; a replacement is asked anew
+            return
+        load.asking = None
+        await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._less_to_do:
+            self._less_to_do.notify_all()
+
+    def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
+        """Deal requests out at once, and yield references to lists of groups as they finish, from all workers.
 
         A replacement samples again, with the same seeds, what a dead worker had not handed over. Raises
         RolloutFailedError when workers die too often.
         """
+        shares = deal(requests, [load.unfinished for load in self._loads])
+        for load, share in zip(self._loads, shares, strict=True):
+            load.dealt += responses(share)
+        return self._stream(shares)
+
+    async def _stream(self, shares: Sequence[Sequence[GroupRequest]]) -> AsyncIterator[Any]:
         finished: asyncio.Queue[Any] = asyncio.Queue()
-        shares = deal(requests, self._open)
-        for index, share in enumerate(shares):
-            self._open[index] += len(share)
 
         async def relay(index: int, share: Sequence[GroupRequest]) -> None:
             try:
@@ -158,7 +173,7 @@ class RolloutPool:
 
         try:
             while left:
-                worker = self.workers[index]
+                worker, load = self.workers[index], self._loads[index]
                 try:
                     groups: Any = None
                     async with self._waiting(index, sampling, "step_timeout_seconds"):
@@ -166,9 +181,10 @@ class RolloutPool:
                             if groups is None:
                                 groups = ref
                                 continue
-                            for group_id in await ref:
-                                del left[group_id]
-                                await self._leave(index, 1)
+                            ids, load.finished = await ref
+                            for group_id in ids:
+                                self._loads[index].handed_over += left.pop(group_id).responses
+                            await self._tell()
                             finished.put_nowait(groups)
                             groups = None
                         if groups is not None:
@@ -176,12 +192,8 @@ class RolloutPool:
                 except RayActorError as error:
                     await self._replace(index, worker, error)
         finally:
-            await self._leave(index, len(left))
-
-    async def _leave(self, index: int, groups: int) -> None:
-        self._open[index] -= groups
-        async with self._handed_over:
-            self._handed_over.notify_all()
+            self._loads[index].dealt -= responses(list(left.values()))
+            await self._tell()
 
     def announce(self, published: Published) -> None:
         """From here on workers, and replacements of dead ones, must hold these weights."""
@@ -316,7 +328,6 @@ class RolloutPool:
         Raises RolloutFailedError if the new process is not ready in time, or after `rollout.max_restarts`
         replacements; then WeightsNotLoadedError if the last one could not confirm its weights.
         """
-        import ray
         from ray.exceptions import RayActorError, RayTaskError
 
         async with self._repairs[index]:  # held for as long as `rollout.max_restarts` starts may take
@@ -327,7 +338,7 @@ class RolloutPool:
                     raise self._out_of_restarts(index, cause) from cause
                 lost = f"rollout worker {index} {_end_of(cause)}"
                 log.warning("%s and is replaced; its prompts are sampled again: %s", lost, _cause_of(cause))
-                ray.kill(worker, no_restart=True)  # it may only be out of reach, and would hold its GPU
+                self._end(worker)  # it may only be out of reach, and would hold its GPU
                 worker = self._make(index)
                 self._proofs[index] = Proof()
                 self.health[index] = self.health[index].restarted()
@@ -343,7 +354,8 @@ class RolloutPool:
                 except (RayActorError, WeightsNotLoadedError) as error:
                     cause = error
                     continue
-                self.workers[index] = worker
+                self.workers[index], self._loads[index] = worker, self._loads[index].again()
+                await self._tell()
 
     async def _bring_up_to_date(self, index: int, worker: Any) -> None:
         current: Published | None = None

@@ -53,6 +53,10 @@ class RolloutWorker:
         self.announced: str | None = None
         """The checksum that came with them."""
         self.open: dict[str, _Open] = {}
+        self.finished = 0
+        """Responses, so far."""
+        self.progress = asyncio.Event()
+        """Set when some have finished."""
         self.pump: asyncio.Task[None] | None = None
         self.episodes: Episodes | None = None
         self.playing: set[asyncio.Task[None]] = set()
@@ -117,10 +121,11 @@ class RolloutWorker:
         structured = self.rollout.structured
         return None if structured is None or structured.column is not None else grammar(structured, {})
 
-    async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[str, ...] | list[Group]]:
-        """Yield all groups that finished since the last yield (at least one), then their ids.
+    async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[list[str], int] | list[Group]]:
+        """Yield all groups that finished since the last yield (at least one), then their ids and how many responses the
+        engine has finished.
 
-        The ids are a separate, small item: the driver reads them as proof that the groups have arrived.
+        These are a separate, small item: the driver reads it as proof that the groups have arrived.
         """
         done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
         async with self.admission:
@@ -151,7 +156,14 @@ class RolloutWorker:
                 groups.append(item)
             left -= len(groups)
             yield groups
-            yield tuple(group.id for group in groups)
+            yield [group.id for group in groups], self.finished
+
+    async def has_finished(self, at_least: int) -> int:
+        """How many responses are finished; waits until so many are."""
+        while self.finished < at_least:
+            self.progress.clear()
+            await self.progress.wait()
+        return self.finished
 
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
         seeded = samples_have_seeds(self.config)
@@ -182,6 +194,8 @@ class RolloutWorker:
                 done.put_nowait(error)
             finally:
                 self.open.pop(request.id, None)
+                self.finished += request.responses
+                self.progress.set()
                 self.work.set()
 
         for request in requests:
@@ -202,6 +216,7 @@ class RolloutWorker:
             while self.open:
                 await self.going.wait()
                 groups, turns = await self._in_thread(self._step)
+                self.progress.set()
                 for group, queue in groups:
                     queue.put_nowait(group)
                 for response in turns:
@@ -238,6 +253,7 @@ class RolloutWorker:
                 continue
             entry = self.open[group_id]
             entry.responses[int(index)] = response
+            self.finished += 1
             if len(entry.responses) == entry.request.responses:
                 del self.open[group_id]
                 finished.append((self._group(entry), entry.done))

@@ -1,12 +1,63 @@
-"""Waiting beside the producer."""
+"""The producer with the real pool and buffer on a virtual clock, and waiting beside it."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from benchmarks.asynchrony import best, in_rounds, limit
+from benchmarks.simulation import Case, Run, simulate
 from rlkit.producer import until
+
+SMALL = Case(engines=2, groups=2, samples=3, places=5, median=50, longest=400, steps=6, uncounted=2, start_seconds=10.0)
+seconds = st.floats(0.0, 3.0)
+
+
+def in_order(run: Run) -> bool:
+    """Whether step t trained the groups asked for as number t n to t n + n - 1."""
+    ids = [group_id for step in run.trained for group_id in step]
+    return ids == [f"{i:08d}" for i in range(len(ids))] and len({len(step) for step in run.trained}) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), seconds, seconds, seconds,
+    st.floats(0.1, 3.0), st.sampled_from([0.0, 40.0, 100.0]), st.integers(0, 2), st.integers(0, 3),
+)  # fmt: skip
+def test_what_a_step_trains_on_does_not_depend_on_timing(
+    staleness: int, engines: int, groups: int, places: int, reward: float, publish: float, recompute: float,
+    learner: float, death: float, evaluate: int, seed: int,
+) -> None:  # fmt: skip
+    """Nor on deaths and evaluations; no group is lost, none is older than the bound."""
+    case = replace(
+        SMALL, staleness=staleness, engines=engines, groups=groups, places=places, reward_seconds=reward,
+        publish_seconds=publish, recompute_seconds=recompute / 1000, learner=learner, death_every=death,
+        evaluate_every=evaluate, seed=seed,
+    )  # fmt: skip
+    run = simulate(case)
+    assert len(run.trained) == case.steps and in_order(run)
+    assert min(run.staleness) >= 0 and max(run.staleness) <= staleness
+    assert run.started <= (case.steps + staleness) * case.groups_per_step, "more was sampled than can be trained"
+
+
+def test_the_simulated_synchronous_run_takes_what_can_be_calculated() -> None:
+    case = replace(SMALL, staleness=0, reward_seconds=3.0)
+    assert simulate(case).seconds_per_step(case.uncounted) == pytest.approx(in_rounds(case, overlap=False))
+
+
+@pytest.mark.parametrize(("staleness", "at_least"), [(1, 1.7), (2, 2.2)])
+def test_engines_and_learner_wait_little(staleness: int, at_least: float) -> None:
+    """Full engines, long tails: groups start when responses of others end, not only when whole groups do."""
+    case = Case(engines=4, groups=16, steps=14, staleness=staleness)
+    took = simulate(case).seconds_per_step(case.uncounted)
+    assert limit(case) < best(case)
+    assert limit(case) < took < best(case) / 0.9
+    synchronous = simulate(replace(case, staleness=0)).seconds_per_step(case.uncounted)
+    assert synchronous > at_least * took
 
 
 def test_waiting_for_groups_ends_with_the_producers_own_error() -> None:

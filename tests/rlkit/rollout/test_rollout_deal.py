@@ -6,13 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkit.experience import Message, Prompt
-from rlkit.rollout.pool import deal
+from rlkit.rollout.dealing import deal
 from rlkit.rollout.requests import GroupRequest
+
+SAMPLES = 4
 
 
 def requests_of(lengths: list[int]) -> list[GroupRequest]:
     return [
-        GroupRequest(f"{i:03d}", Prompt(f"p{i}", (Message("user", "?"),), (1,) * length), 4, seed=0, step=1)
+        GroupRequest(f"{i:03d}", Prompt(f"p{i}", (Message("user", "?"),), (1,) * length), SAMPLES, seed=0, step=1)
         for i, length in enumerate(lengths)
     ]
 
@@ -39,7 +41,7 @@ def test_every_request_is_dealt_once_in_order_and_counts_differ_by_one(lengths: 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 30))
 def test_who_has_less_open_gets_more(load: list[int], count: int) -> None:
-    shares = deal(requests_of([5] * count), load)
+    shares = deal(requests_of([5] * count), [SAMPLES * groups for groups in load])
     after = [before + len(share) for before, share in zip(load, shares, strict=True)]
     given_some = [total for total, share in zip(after, shares, strict=True) if share]
     assert sum(map(len, shares)) == count

@@ -9,6 +9,7 @@ import asyncio
 import os
 import re
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,57 @@ async def until_at(script: Script, point: str) -> None:
 
 async def kill(pool: RolloutPool, index: int = 0) -> None:
     os.kill(await pool.workers[index].pid.remote(), signal.SIGKILL)
+
+
+class Stepwise(Worker):
+    """Takes only the engine's steps that are allowed, each of which finishes a response."""
+
+    def _load(self) -> None:
+        super()._load()
+        self.allowed, step = threading.Semaphore(0), self.sampler.step
+
+        def when_allowed() -> list[Any]:
+            self.allowed.acquire()
+            responses: list[Any] = step()
+            return responses
+
+        self.sampler.step = when_allowed
+
+    async def allow(self, steps: int) -> None:
+        self.allowed.release(steps)
+
+
+def test_a_place_is_free_when_a_response_ends_though_its_group_is_not_whole(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And when a new process has begun again with all of them."""
+
+    async def check() -> None:
+        pool = make_pool()
+        monkeypatch.setattr("rlkit.rollout.pool.RolloutWorker", Stepwise)
+        pool.workers[0] = pool._make(0)
+        await started(pool)
+        full = pool.config.rollout.max_concurrent_samples
+        sampling = asyncio.create_task(sampled(pool, full // 2))
+        await asyncio.sleep(0)
+        places = asyncio.create_task(pool.places(2))
+        await asyncio.sleep(0.1)
+        assert not places.done()
+        await pool.workers[0].allow.remote(1)
+        assert await places == 1
+        await kill(pool)
+        while pool.health[0].restarts == 0 or not pool.health[0].may_sample(1):
+            await asyncio.sleep(0.01)
+        places = asyncio.create_task(pool.places(2))
+        await asyncio.sleep(0.1)
+        assert not places.done()
+        await pool.workers[0].allow.remote(5)
+        assert await places >= 1
+        await pool.workers[0].allow.remote(full - 5)
+        assert_whole_and_of(1, await sampling, full // 2)
+        assert await pool.places(2) == full // 2
+
+    run(check())
 
 
 @pytest.mark.parametrize("point", ["load-2", "canary"])
