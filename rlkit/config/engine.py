@@ -1,4 +1,4 @@
-"""What `rollout.engine` passes to vLLM: names that vLLM has and rlkit has no option for, with the correction they need."""
+"""What `rollout.engine` passes to vLLM: arguments that rlkit has no option for, and the correction they need."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _drafts(speculative: Any) -> Iterator[ConfigIssue]:
     elif speculative.get("rejection_sample_method", "standard") != "standard":
         yield ConfigIssue(
             key,
-            "rejection_sample_method must stay standard: only then do drafts leave the distribution, and its log-probs, "
+            "rejection_sample_method must stay standard: only then do drafts leave the distribution and its log-probs "
             "what they are",
         )
 
@@ -112,8 +112,8 @@ def other_precision_is_corrected(algorithm: Algorithm, rollout: RolloutConfig) -
     elif not getattr(algorithm.config, "corrects", True):
         yield ConfigIssue(
             "algorithm.rollout_correction",
-            f"none trains as if {names} sampled from the learner's probabilities; leave it out for truncated importance "
-            "weights",
+            f"none trains as if {names} sampled from the learner's probabilities; leave it out for truncated "
+            "importance weights",
         )
 
 

@@ -235,7 +235,7 @@ class Sampler:
         would be counted as the next weights'.
         """
         core: Any = self.engine.engine_core.engine_core
-        if core.batch_queue is None:
+        if not core.batch_queue:
             return
         core.pause_scheduler("keep", clear_cache=False)  # nothing new begins
         while core.batch_queue:
@@ -292,7 +292,9 @@ class Sampler:
             self.engine.apply_model(_repack_head)
         self.engine.set_weight_version(str(version))
         self._loads += 1
-        if self.config.cache_after_update == "recompute" and not self.engine.reset_prefix_cache(reset_running_requests=True):
+        if self.config.cache_after_update == "keep":
+            return
+        if not self.engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM refused to reset its prefix cache")
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:

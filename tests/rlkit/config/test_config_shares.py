@@ -79,4 +79,3 @@ def test_a_cpu_has_none_to_share(tmp_path: Path) -> None:
     assert shares(tmp_path) == GpuShares(0.0, 0.0, 0.0, 0.0)
     with pytest.raises(ConfigError, match=r"placement=apart: has no effect with cluster.device=cpu"):
         shares(tmp_path, "cluster.placement=apart")
-
