@@ -80,13 +80,17 @@ def engine_takes_its_arguments(rollout: RolloutConfig, cluster: ClusterConfig) -
             guess = nearest(name, known - OWNED.keys() - set(fixed))
             meant = f"did you mean rollout.engine.{guess}?" if guess else "the names are those of its EngineArgs"
             yield ConfigIssue(key, f"vLLM's engine has no such argument; {meant}")
-    yield from _drafts(rollout.engine.get("speculative_config"))
+    yield from _drafts(rollout.engine.get("speculative_config"), cluster.device)
 
 
-def _drafts(speculative: Any) -> Iterator[ConfigIssue]:
+def _drafts(speculative: Any, device: str) -> Iterator[ConfigIssue]:
     key = "rollout.engine.speculative_config"
     if speculative is None:
         return
+    if device == "cpu":  # its stand-in for the kernel that gives each draft its temperature writes into a copy
+        yield ConfigIssue(
+            key, "is for GPUs: vLLM 0.32 samples drafts at undefined temperatures with cluster.device=cpu"
+        )
     if not isinstance(speculative, Mapping):
         example = "{method: ngram, num_speculative_tokens: 4, prompt_lookup_max: 4}"
         yield ConfigIssue(key, f"must be a mapping of vLLM's own keys, like '{key}={example}'")

@@ -298,7 +298,10 @@ WISHES: tuple[tuple[str, str], ...] = (
         r"\w*speculative\w*|spec_decod\w*|draft_model\w*",
         "drafts are rollout.engine.speculative_config, a mapping of vLLM's",
     ),
-    (r"\w*kv_cache_dtype|\w*async_scheduling|(vllm|engine)_(kw)?arg\w*", "arguments of vLLM's engine are rollout.engine.NAME"),
+    (
+        r"\w*kv_cache_dtype|\w*async_scheduling|(vllm|engine)_(kw)?arg\w*",
+        "arguments of vLLM's engine are rollout.engine.NAME",
+    ),
     (
         r"\w*(sequence|context|pipeline|expert)_parallel\w*|ulysses\w*|pp|cp|ep",
         "not supported: sampling has rollout.tensor_parallel_size, training learner.ranks with learner.zero_stage",

@@ -34,6 +34,7 @@ def test_the_names_are_vllms() -> None:
         (["rollout.engine.logprobs_mode=raw_logprobs"], "cannot be changed: rlkit depends on what it sets"),
         (["rollout.engine.block_size=64"], "cannot be changed with cluster.device=cpu"),
         (["rollout.engine.speculative_config=ngram"], "must be a mapping of vLLM's own keys, like"),
+        (["rollout.engine.speculative_config={method: ngram}"], "is for GPUs: vLLM 0.32 samples drafts at undefined"),
         (["rollout.engine.speculative_config={method: ngram, rejection_sample_method: synthetic}"],
          "rejection_sample_method must stay standard"),
         (["rollout.engine.kv_cache_dtype=fp8", "algorithm.rollout_correction=none"],
@@ -66,7 +67,7 @@ def test_other_arguments_leave_the_correction_as_it_is(tmp_path: Path, argument:
 
 def test_exact_drafts_need_no_correction(tmp_path: Path) -> None:
     drafts = "{method: ngram, num_speculative_tokens: 3, prompt_lookup_max: 2}"
-    run = load(tmp_path, f"rollout.engine.speculative_config={drafts}")
+    run = load(tmp_path, *GPU, f"rollout.engine.speculative_config={drafts}")
     assert run.config.algorithm["rollout_correction"] == "none"
     assert run.config.rollout.engine["speculative_config"]["num_speculative_tokens"] == 3
 
