@@ -46,10 +46,12 @@ def stale_samples_are_corrected(
 
 
 def kept_caches_act(trainer: TrainerConfig, rollout: RolloutConfig) -> Issues:
-    if rollout.cache_after_update == "keep" and not trainer.max_staleness:
+    if rollout.cache_after_update == "recompute":
+        return
+    idle = "trainer.max_staleness=0" if not trainer.max_staleness else f"rollout.source={rollout.source}"
+    if not trainer.max_staleness or rollout.source != "policy":
         yield ConfigIssue(
-            "rollout.cache_after_update",
-            "keep has no effect with trainer.max_staleness=0: nothing is sampled while weights come",
+            "rollout.cache_after_update", f"has no effect with {idle}: nothing is sampled as weights come"
         )
 
 

@@ -39,7 +39,7 @@ def test_the_names_are_vllms() -> None:
          "rejection_sample_method must stay standard"),
         (["rollout.engine.kv_cache_dtype=fp8", "algorithm.rollout_correction=none"],
          "none trains as if rollout.engine.kv_cache_dtype=fp8 sampled from the learner's probabilities"),
-        (["rollout.cache_after_update=keep"], "keep has no effect with trainer.max_staleness=0"),
+        (["rollout.cache_after_update=keep"], "has no effect with trainer.max_staleness=0: nothing is sampled"),
         (["environment=guess_number", "environment.new_weights=park"],
          "park has no effect with trainer.max_staleness=0"),
     ],

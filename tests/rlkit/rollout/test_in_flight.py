@@ -163,7 +163,7 @@ class AsyncWorker(OpenWorker):
             on_cpu(config)
             config.scheduler_config.async_scheduling = True
 
-        CpuPlatform.check_and_update_config = as_on_gpus  # type: ignore[method-assign]
+        CpuPlatform.check_and_update_config = staticmethod(as_on_gpus)  # type: ignore[assignment, method-assign]
         super()._load()
         settle, queue = self.sampler.settle, self.sampler.engine.engine_core.engine_core.batch_queue
         self.settled: list[int] = []
