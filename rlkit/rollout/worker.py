@@ -226,8 +226,7 @@ class RolloutWorker:
 
     def _step(self) -> tuple[list[tuple[Group, asyncio.Queue[Group | BaseException]]], list[Response]]:
         """Finished groups, and turns of episodes."""
-        while self.asked and not self.parked:
-            self.sampler.add(self.asked.popleft())
+        self._begin_turns()
         finished, turns = [], []
         for response in self.sampler.step():
             group_id, _, index = response.id.rpartition(":")
@@ -240,6 +239,10 @@ class RolloutWorker:
                 del self.open[group_id]
                 finished.append((self._group(entry), entry.done))
         return finished, turns
+
+    def _begin_turns(self) -> None:
+        while self.asked and not self.parked:
+            self.sampler.add(self.asked.popleft())
 
     def _group(self, entry: _Open) -> Group:
         request, style = entry.request, self.rollout.steps
@@ -346,8 +349,10 @@ class RolloutWorker:
 
     async def admit(self) -> None:
         """Go on: the receipt was accepted."""
-        self.parked = False
-        self.work.set()
+        if self.parked:
+            self.parked = False
+            await self._in_thread(self._begin_turns)  # before further weights can park them again
+            self.work.set()
         self.going.set()
         if self.closed:
             self.closed = False
