@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ray_fixture import ray_session  # noqa: F401
 from rollout_host import OpenWorker
 from test_in_flight import distance, model, opened, policies, publish, run, sampled, samples_of  # noqa: F401
@@ -40,18 +41,25 @@ class ListeningWorker(OpenWorker):
         return sorted(self.arguments)
 
 
-def test_a_coarse_cache_shows_beside_the_learner(
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM computes in eight bits with AVX-512")
+@pytest.mark.parametrize(
+    ("argument", "dtype"), [({"kv_cache_dtype": "fp8"}, "auto"), ({"quantization": "fp8_per_channel"}, "bfloat16")]
+)
+def test_coarse_engines_take_new_weights_and_show_beside_the_learner(
     ray_session: None,  # noqa: F811
     model: Path,  # noqa: F811
     policies: list[PolicyLearner],  # noqa: F811
     tmp_path: Path,
+    argument: dict[str, str],
+    dtype: str,
 ) -> None:
-    with opened(model, tmp_path, ListeningWorker, engine={"kv_cache_dtype": "fp8"}, canary_tolerance=1.0) as pool:
+    with opened(model, tmp_path, ListeningWorker, engine=argument, dtype=dtype, canary_tolerance=1.0) as pool:
         names = set(run(pool.workers[0].names.remote()))
-        assert names - {*OWNED, *FIXED, *FIXED_ON_CPU} == {"kv_cache_dtype"}, "two places would set the same"
-        run(publish(pool, policies[0], 1))
-        off = np.concatenate([distance(g, s, policies[:1] * 2) for g, s in samples_of(run(sampled(pool)))])
-        assert 0.002 < off.mean() < 0.1
+        assert names - {*OWNED, *FIXED, *FIXED_ON_CPU} == {*argument}, "two places would set the same"
+        for version in (0, 1):
+            run(publish(pool, policies[version], version))
+            off = np.concatenate([distance(g, s, policies) for g, s in samples_of(run(sampled(pool)))])
+            assert 0.002 < off.mean() < 0.1
 
 
 def test_what_vllm_refuses_is_said(ray_session: None, model: Path, tmp_path: Path) -> None:  # noqa: F811
