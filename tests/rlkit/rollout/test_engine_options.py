@@ -53,7 +53,7 @@ def test_coarse_engines_take_new_weights_and_show_beside_the_learner(
     argument: dict[str, str],
     dtype: str,
 ) -> None:
-    with opened(model, tmp_path, ListeningWorker, engine=argument, dtype=dtype, canary_tolerance=1.0) as pool:
+    with opened(model, tmp_path, ListeningWorker, engine=argument, dtype=dtype) as pool:
         names = set(run(pool.workers[0].names.remote()))
         assert names - {*OWNED, *FIXED, *FIXED_ON_CPU} == {*argument}, "two places would set the same"
         for version in (0, 1):
