@@ -151,7 +151,8 @@ class RolloutConfig(Section):
     GPUs where it costs nothing (vLLM's runner V2, its default there; the older one draws request by request)."""
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Largest log-prob difference on the canary prompts after a weight update; null: 1e-3 in fp32, 1 in eight bits
-    (`rollout.engine`), 0.5 otherwise. Finer: which parameters the engine wrote, whether their bits changed, and by how much the canary changed."""
+    (`rollout.engine`), 0.5 otherwise. Finer: which parameters the engine wrote, whether their bits changed, and by how
+    much the canary changed."""
     sleep: Literal["auto", "always", "never"] = "never"
     """CUDA: free the engines' GPU memory (weights and key-value cache) while the learner works. auto: if engines
     share GPUs with ranks and training is synchronous."""

@@ -28,8 +28,8 @@ CANARY_TOLERANCE_HALF = 0.5
 """Rounding alone gives 0.16 on the rarest of 240 tokens (measured: fp32 learner, bfloat16 engine). What is finer than
 this is for the other proofs."""
 CANARY_TOLERANCE_COARSE = 1.0
-"""Weights in eight bits give 0.3 on the rarest of 300 tokens, keys and values in eight bits 0.2 (measured: fp32 learner,
-a tiny random model)."""
+"""Weights in eight bits give 0.3 on the rarest of 300 tokens, keys and values 0.2 (measured: fp32 learner, a tiny
+random model)."""
 SHOWN_GROUPS = 3
 """How many group ids a timeout message lists."""
 
