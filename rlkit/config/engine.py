@@ -80,7 +80,10 @@ def engine_takes_its_arguments(rollout: RolloutConfig, cluster: ClusterConfig) -
             guess = nearest(name, known - OWNED.keys() - set(fixed))
             meant = f"did you mean rollout.engine.{guess}?" if guess else "the names are those of its EngineArgs"
             yield ConfigIssue(key, f"vLLM's engine has no such argument; {meant}")
-    yield from _drafts(rollout.engine.get("speculative_config"), cluster.device)
+    drafts = rollout.engine.get("speculative_config")
+    yield from _drafts(drafts, cluster.device)
+    if drafts is not None and rollout.min_p:
+        yield ConfigIssue("rollout.min_p", "is ignored by vLLM's older runner with speculative_config; leave one out")
 
 
 def _drafts(speculative: Any, device: str) -> Iterator[ConfigIssue]:

@@ -37,6 +37,8 @@ def test_the_names_are_vllms() -> None:
         (["rollout.engine.speculative_config={method: ngram}"], "is for GPUs: vLLM 0.32 samples drafts at undefined"),
         (["rollout.engine.speculative_config={method: ngram, rejection_sample_method: synthetic}"],
          "rejection_sample_method must stay standard"),
+        ([*GPU, "rollout.engine.speculative_config={method: suffix}", "rollout.min_p=0.1"],
+         "rollout.min_p=0.1: is ignored by vLLM's older runner"),
         (["rollout.engine.kv_cache_dtype=fp8", "algorithm.rollout_correction=none"],
          "none trains as if rollout.engine.kv_cache_dtype=fp8 sampled from the learner's probabilities"),
         (["rollout.cache_after_update=keep"], "has no effect with trainer.max_staleness=0: nothing is sampled"),
