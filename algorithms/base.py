@@ -37,7 +37,8 @@ class AlgorithmConfig(Section):
     average."""
 
     def for_staleness(self, max_staleness: int) -> Self:
-        """The configuration with what follows from `trainer.max_staleness` filled in."""
+        """The configuration with what follows from `trainer.max_staleness` filled in; 1 also stands for a sampler whose
+        precision is not the learner's."""
         return self
 
     def idle(self) -> frozenset[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from algorithms.base import Algorithm
 from rlkit.config.diagnostics import diagnostics_act
+from rlkit.config.engine import ENGINE
 from rlkit.config.environments import ENVIRONMENTS
 from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
@@ -36,7 +37,7 @@ from rlkit.config.schema import (
     TrainerConfig,
 )
 from rlkit.config.sources import SOURCES
-from rlkit.config.staleness import stale_samples_are_corrected
+from rlkit.config.staleness import STALENESS
 from rlkit.data.base import DataSource
 from rlkit.experience.filters import BufferConfig
 from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder, model_folder
@@ -378,8 +379,9 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     cpu_has_its_limits,
     gpu_ignores_cpu_options,
     joined_cluster_has_its_own_store,
-    stale_samples_are_corrected,
+    *STALENESS,
     *SAMPLING,
+    *ENGINE,
     *PROCESS_REWARDS,
     diagnostics_act,
     *ENVIRONMENTS,

@@ -33,6 +33,7 @@ from rlkit.config.compose import (
     unknown_parts,
     values_of,
 )
+from rlkit.config.engine import other_precision
 from rlkit.config.heldout import HeldoutSets
 from rlkit.config.machine import fits
 from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, of_the_verifier, section_type, validate
@@ -300,7 +301,8 @@ class _RunLoading(Loading):
     def check(self) -> None:
         if "algorithm" in self.parts and "trainer" in self.available:
             part = self.parts["algorithm"]
-            config = part.config.for_staleness(self.available["trainer"].max_staleness)
+            coarse = "rollout" in self.available and bool(other_precision(self.available["rollout"]))
+            config = part.config.for_staleness(self.available["trainer"].max_staleness or int(coarse))
             self.parts["algorithm"] = replace(part, config=config)
         checked = dict(self.available)
         checked["typed"] = frozenset(self.overrides.typed)

@@ -128,12 +128,6 @@ def engines_sleep(config: RunConfig) -> bool:
     return rollout.sleep == "always"
 
 
-def samples_have_seeds(config: RunConfig) -> bool:
-    """With a seed per request vLLM draws request by request, which is slow on GPUs."""
-    asked = config.rollout.sample_seeds
-    return config.cluster.device == "cpu" if asked == "auto" else asked == "always"
-
-
 def offloads(config: RunConfig, section: LearnerConfig) -> bool:
     """Whether the ranks of a section (learner, critic) free their memory while the engines sample."""
     if section.offload == "auto":

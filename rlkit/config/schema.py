@@ -139,12 +139,20 @@ class RolloutConfig(Section):
     steps: Literal["none", "auto", "lines", "numbered", "blank_line"] = "none"
     """Split responses into steps, for process rewards: lines, what blank lines separate, `Step 3:`, or (auto) the last
     if it occurs, else lines. none: whatever the reward says, else every token is a step."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's engine by vLLM's own names (EngineArgs), like `rollout.engine.kv_cache_dtype=fp8`;
+    refused where rlkit has an option for it."""
+    cache_after_update: Literal["recompute", "keep"] = "recompute"
+    """max_staleness above 0: what new weights do with keys and values of running requests. recompute: they are computed
+    anew, so that every token has the log-prob of one policy; keep: requests go on with the old ones, which costs
+    nothing, and their further tokens have the log-probs of no policy (the recorded ones stay those sampled from)."""
     sample_seeds: Literal["auto", "always", "never"] = "auto"
-    """Give each sample a seed, so that it does not matter where and beside what it is sampled: on GPUs vLLM then
-    draws request by request, which is slow for many. auto: on CPU."""
+    """Give each sample a seed, so that it does not matter where and beside what it is sampled. auto: on CPU, and on
+    GPUs where it costs nothing (vLLM's runner V2, its default there; the older one draws request by request)."""
     canary_tolerance: float | None = Field(default=None, gt=0)
-    """Largest log-prob difference on the canary prompts after a weight update; null: 1e-3 in fp32, 0.5 otherwise.
-    Finer: which parameters the engine wrote, whether their bits changed, and by how much the canary changed."""
+    """Largest log-prob difference on the canary prompts after a weight update; null: 1e-3 in fp32, 1 in eight bits
+    (`rollout.engine`), 0.5 otherwise. Finer: which parameters the engine wrote, whether their bits changed, and by how
+    much the canary changed."""
     sleep: Literal["auto", "always", "never"] = "never"
     """CUDA: free the engines' GPU memory (weights and key-value cache) while the learner works. auto: if engines
     share GPUs with ranks and training is synchronous."""

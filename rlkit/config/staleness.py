@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
+from rlkit.config.parts import Part
 from rlkit.config.schema import ClusterConfig, RolloutConfig, TrainerConfig
 
 
@@ -42,3 +43,24 @@ def stale_samples_are_corrected(
             "take turns, cluster.placement=apart gives each its own",
             warning=True,
         )
+
+
+def kept_caches_act(trainer: TrainerConfig, rollout: RolloutConfig) -> Issues:
+    if rollout.cache_after_update == "recompute":
+        return
+    idle = "trainer.max_staleness=0" if not trainer.max_staleness else f"rollout.source={rollout.source}"
+    if not trainer.max_staleness or rollout.source != "policy":
+        yield ConfigIssue(
+            "rollout.cache_after_update", f"has no effect with {idle}: nothing is sampled as weights come"
+        )
+
+
+def parked_episodes_act(trainer: TrainerConfig, environment: Part | None) -> Issues:
+    if environment is not None and environment.config.new_weights == "park" and not trainer.max_staleness:
+        yield ConfigIssue(
+            "environment.new_weights",
+            "park has no effect with trainer.max_staleness=0: no episode is open while weights come",
+        )
+
+
+STALENESS = (stale_samples_are_corrected, kept_caches_act, parked_episodes_act)

@@ -31,6 +31,8 @@ OTHER_NAMES: Mapping[str, str] = {
     "max_prompt_length": "rollout.max_prompt_tokens",
     "prompt_max_len": "rollout.max_prompt_tokens",
     "max_num_seqs": "rollout.max_concurrent_samples",
+    "clear_kv_cache_on_weight_sync": "rollout.cache_after_update",
+    "recompute_kv_cache_after_weight_updates": "rollout.cache_after_update",
     "gen_batch_size": "rollout.oversample",
     "over_sampling_batch_size": "rollout.oversample",
     "stop_strings": "rollout.stop",
@@ -290,7 +292,15 @@ WISHES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"load_in_\d+bit|quantization\w*|fp8|bnb\w*|awq|gptq",
-        "quantised weights are not supported: learner.dtype and rollout.dtype",
+        "the learner's weights are not quantised (learner.dtype); the sampler's are by rollout.engine.quantization",
+    ),
+    (
+        r"\w*speculative\w*|spec_decod\w*|draft_model\w*",
+        "drafts are rollout.engine.speculative_config, a mapping of vLLM's",
+    ),
+    (
+        r"\w*kv_cache_dtype|\w*async_scheduling|(vllm|engine)_(kw)?arg\w*",
+        "arguments of vLLM's engine are rollout.engine.NAME",
     ),
     (
         r"\w*(sequence|context|pipeline|expert)_parallel\w*|ulysses\w*|pp|cp|ep",
@@ -306,7 +316,7 @@ IN_SECTION: Mapping[str, tuple[tuple[str, str], ...]] = {
         (r"reward|verifier|judge", "the judge is a part: verifier=NAME"),
         (r"every_steps|interval|freq", "here it is trainer.evaluate_every_steps"),
     ),
-    "rollout": ((r"name|backend|engine", "the sampler is vLLM; there is no other"),),
+    "rollout": ((r"name|backend", "the sampler is vLLM; there is no other"),),
     "tracking": ((r"name|backends?|project|type", f"another tracker {TRACKERS}"),),
 }
 """The same for names that mean something only as a key of, or an option for, this section."""

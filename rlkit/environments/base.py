@@ -40,6 +40,10 @@ class EnvironmentConfig(Section):
     """append: a turn goes on behind all tokens before it; a chat template that rewrites earlier turns (that drops their
     thinking) is refused. rerender: it goes on behind what the template makes of the whole conversation; where that does
     not begin with the tokens before, the turns from there on are a row of their own in training."""
+    new_weights: Literal["go_on", "park"] = "go_on"
+    """max_staleness above 0: go_on: a turn that is being sampled when new weights come goes on with them; park: weights
+    wait for the turns that are being sampled, and turns that come meanwhile wait for the weights, so that every turn is
+    one policy's."""
     calls: str = "auto"
     """How the policy writes calls of tools: hermes, llama, mistral, tags; auto: as the chat template does."""
     max_parallel_calls: int = Field(default=1, ge=1)

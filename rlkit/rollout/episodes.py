@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlkit.config.parts import TARGET, import_part
-from rlkit.config.plan import longest_episode, samples_have_seeds
+from rlkit.config.plan import longest_episode
 from rlkit.config.schema import RolloutConfig, RunConfig
 from rlkit.data.rendering import ChatTemplate
 from rlkit.environments.agent import Agent
@@ -37,10 +37,17 @@ Turn = Callable[[Request], Awaitable[Response]]
 
 
 async def open_episodes(
-    config: RunConfig, tokenizer: Any, stop_token_ids: Sequence[int], turn: Turn, version: Callable[[], int], log: Path
+    config: RunConfig,
+    tokenizer: Any,
+    stop_token_ids: Sequence[int],
+    turn: Turn,
+    version: Callable[[], int],
+    log: Path,
+    *,
+    seeded: bool,
 ) -> Episodes:
-    """With the run's environment started; `log`: of its processes. Raises UserError, also for a
-    chat template with which no episode can be played, or what its `prepare` raises."""
+    """With the run's environment started; `log`: of its processes; `seeded`: each turn has a seed. Raises UserError,
+    also for a chat template with which no episode can be played, or what its `prepare` raises."""
     section: Mapping[str, Any] = config.environment
     cls = import_part("environment", section[TARGET])
     options = cls.Config(**{key: value for key, value in section.items() if key != TARGET})
@@ -63,7 +70,7 @@ async def open_episodes(
         await endpoint.start()
     elif problems := renderer.problems():  # of tools that only a started environment knows
         raise UserError("; ".join(problems))
-    seeded, rows = samples_have_seeds(config), longest_episode(config)
+    rows = longest_episode(config)
     return Episodes(host, renderer, options, config.rollout, seeded, stop_token_ids, turn, version, endpoint, rows)
 
 

@@ -139,32 +139,36 @@ class Sampler:
             transfer["structured_outputs_config"] = {"backend": "xgrammar"}
         self.config, self.device = config, device
         self._finished: list[Response] = []
-        """While the canary was computed."""
+        """While the canary was computed, or the engine settled."""
+        self._loads = 0
         self.stop_token_ids = list(stop_token_ids)
         self.asleep: set[str] = set()
-        self.engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=model_path,
-                skip_tokenizer_init=not config.stop_texts and config.structured is None,
-                trust_remote_code=trust_remote_code,
-                dtype=("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=config.max_concurrent_samples,
-                enforce_eager=True if on_cpu else config.enforce_eager,
-                enable_prefix_caching=config.prefix_caching,
-                tensor_parallel_size=config.tensor_parallel_size,
-                distributed_executor_backend=executor(config.tensor_parallel_size),
-                logprobs_mode="processed_logprobs",  # of the distribution sampled from, at its temperature
-                async_scheduling=False,
-                disable_log_stats=True,
-                generation_config="vllm",
-                seed=seed % 2**31,
-                enable_sleep_mode=sleeps,
-                **memory,
-                **scheduling,
-                **transfer,
-            )
-        )
+        arguments: dict[str, Any] = {
+            "model": model_path,
+            "skip_tokenizer_init": not config.stop_texts and config.structured is None,
+            "trust_remote_code": trust_remote_code,
+            "dtype": ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": config.max_concurrent_samples,
+            "enforce_eager": True if on_cpu else config.enforce_eager,
+            "enable_prefix_caching": config.prefix_caching,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "distributed_executor_backend": executor(config.tensor_parallel_size),
+            "logprobs_mode": "processed_logprobs",  # of the distribution sampled from, at its temperature
+            "disable_log_stats": True,
+            "generation_config": "vllm",
+            "seed": seed % 2**31,
+            "enable_sleep_mode": sleeps,
+            **memory,
+            **scheduling,
+            **transfer,
+        }
+        try:
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**(arguments | config.engine)))
+        except Exception as error:
+            if not config.engine:
+                raise
+            raise UserError(f"rollout.engine: vLLM does not start with {config.engine}: {error}") from error
         if config.structured is not None:
             # Grammars that compile beside the engine join its batch at a moment that differs from run to run, and a
             # batch's composition shows in the last bits.
@@ -197,7 +201,7 @@ class Sampler:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
-            self.engine.add_request(request.id, {"prompt_token_ids": list(request.prompt)}, parameters)
+            self.engine.add_request(request.id, self._prompt(request.prompt), parameters)
         except VLLMValidationError as error:
             if request.grammar is None:
                 raise
@@ -215,8 +219,36 @@ class Sampler:
     def busy(self) -> bool:
         return bool(self._finished or self.engine.has_unfinished_requests())
 
+    @property
+    def affords_seeds(self) -> bool:
+        """Whether a seed per request costs little.
+
+        On GPUs: nothing with vLLM's runner V2, which makes the noise of seed, position and token, and gives a seed to
+        requests that have none; the older runner draws for each request that has one by itself.
+        """
+        return self.device == "cpu" or bool(self.engine.vllm_config.use_v2_model_runner)
+
+    def settle(self) -> None:
+        """Take in what the engine has begun and not yet returned. Call before weights are touched.
+
+        With asynchronous scheduling (vLLM's default on GPUs) a step begins before the last one's tokens are read; they
+        would be counted as the next weights'.
+        """
+        core: Any = self.engine.engine_core.engine_core
+        if not core.batch_queue:
+            return
+        core.pause_scheduler("keep", clear_cache=False)  # nothing new begins
+        while core.batch_queue:
+            self._finished += [_response(output) for output in self.engine.step() if output.finished]
+        core.resume_scheduler()
+
+    def _prompt(self, token_ids: Sequence[int], kind: str = "") -> dict[str, Any]:
+        """With cache_after_update=keep a request finds no block of the cache that older weights computed."""
+        salt = {"cache_salt": f"{kind}{self._loads}"} if self.config.cache_after_update == "keep" else {}
+        return {"prompt_token_ids": list(token_ids), **salt}
+
     def load(self, bundle: WeightBundle) -> None:
-        """Replace the weights. Running requests go on with them, from keys and values computed anew."""
+        """Replace the weights. Running requests go on with them."""
         self.engine.collective_rpc("load_bundle", kwargs={"weights": list(bundle.tensors())})
         self._begin_version(bundle.version)
 
@@ -242,7 +274,9 @@ class Sampler:
         return _joined([report for report in reports if report is not None])
 
     def sleep(self, level: int) -> None:
-        """Free GPU memory. Level 1 keeps the weights in host memory; 2 drops them."""
+        """Free GPU memory; running requests are dropped. Level 1 keeps the weights in host memory; 2 drops them."""
+        self.settle()
+        self._finished.clear()
         self.engine.sleep(level)
         self.asleep = {"weights", "kv_cache"}
 
@@ -252,11 +286,14 @@ class Sampler:
             self.asleep.remove(tag)
 
     def _begin_version(self, version: int) -> None:
-        """Forget what older weights computed: a request that went on with old keys and values would have the log-probs
-        of neither policy."""
+        """Forget what older weights computed: a request that goes on with old keys and values has the log-probs of
+        neither policy. With cache_after_update=keep it does, and new requests do not (`_prompt`)."""
         if self.device == "cpu":
             self.engine.apply_model(_repack_head)
         self.engine.set_weight_version(str(version))
+        self._loads += 1
+        if self.config.cache_after_update == "keep":
+            return
         if not self.engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM refused to reset its prefix cache")
 
@@ -270,7 +307,7 @@ class Sampler:
         for i, token_ids in enumerate(sequences):
             self.engine.add_request(
                 f"canary-{i}",
-                {"prompt_token_ids": list(token_ids)},
+                self._prompt(token_ids, "canary-"),
                 SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
             )
         finished: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlkit.config.parts import TARGET
-from rlkit.config.plan import engines_sleep, longest_response, samples_have_seeds, weight_route
+from rlkit.config.plan import engines_sleep, longest_response, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.config.structured import Grammar, grammar
 from rlkit.experience import Group, Sample
@@ -74,6 +74,8 @@ class RolloutWorker:
         self.going = asyncio.Event()
         """Cleared while weights come in flight: the engine does not step."""
         self.going.set()
+        self.parked = False
+        """Turns of episodes wait for weights: none begins."""
         self.busy_seconds = 0.0
         """Of the engine, since the last receipt."""
         self.receipt_at = self.stopped_at = time.monotonic()
@@ -89,7 +91,7 @@ class RolloutWorker:
         if self.config.environment[TARGET] is not None:
             stops, log = self.sampler.stop_token_ids, self.log.with_name(f"environment-of-{self.log.name}")
             self.episodes = await open_episodes(
-                self.config, self.tokenizer, stops, self.turn, lambda: self.version, log
+                self.config, self.tokenizer, stops, self.turn, lambda: self.version, log, seeded=self.seeded
             )
 
     def _load(self) -> None:
@@ -109,6 +111,8 @@ class RolloutWorker:
             route=weight_route(config.cluster, config.rollout, config.learner),
             sleeps=engines_sleep(config),
         )
+        asked = self.rollout.sample_seeds
+        self.seeded = self.sampler.affords_seeds if asked == "auto" else asked == "always"
         self.grammar = self._grammar()
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0, self.grammar))
         while self.sampler.busy:
@@ -166,7 +170,6 @@ class RolloutWorker:
         return self.finished
 
     def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
-        seeded = samples_have_seeds(self.config)
         structured = self.rollout.structured
         for request in requests:
             self.open[request.id] = _Open(request, done)
@@ -177,7 +180,7 @@ class RolloutWorker:
                     Request(
                         id=f"{request.id}:{index}",
                         prompt=request.prompt.token_ids,
-                        seed=sample_seed(request.seed, request.id, index) if seeded else None,
+                        seed=sample_seed(request.seed, request.id, index) if self.seeded else None,
                         max_tokens=request.max_response_tokens or self.rollout.max_response_tokens,
                         temperature=temperature if index < request.samples else 0.0,
                         grammar=required,
@@ -224,8 +227,8 @@ class RolloutWorker:
                     if answer is not None and not answer.done():
                         answer.set_result(response)
                 self.work.clear()
-                if self.open and not (self.asked or self.sampler.busy):
-                    await self.work.wait()  # for an environment
+                if self.open and not (self.sampler.busy or (self.asked and not self.parked)):
+                    await self.work.wait()  # for an environment, or for weights
         except BaseException as error:
             for entry in self.open.values():
                 entry.done.put_nowait(error)
@@ -236,13 +239,14 @@ class RolloutWorker:
         for task in self.playing:
             task.cancel()
         self.asked.clear()
+        for answer in self.turns.values():
+            answer.cancel()
         self.turns.clear()
         self.work.set()
 
     def _step(self) -> tuple[list[tuple[Group, asyncio.Queue[Group | BaseException]]], list[Response]]:
         """Finished groups, and turns of episodes."""
-        while self.asked:
-            self.sampler.add(self.asked.popleft())
+        self._begin_turns()
         finished, turns, began = [], [], time.monotonic()
         responses = self.sampler.step()
         self.busy_seconds += time.monotonic() - began
@@ -258,6 +262,10 @@ class RolloutWorker:
                 del self.open[group_id]
                 finished.append((self._group(entry), entry.done))
         return finished, turns
+
+    def _begin_turns(self) -> None:
+        while self.asked and not self.parked:
+            self.sampler.add(self.asked.popleft())
 
     def _group(self, entry: _Open) -> Group:
         request, style = entry.request, self.rollout.steps
@@ -294,22 +302,32 @@ class RolloutWorker:
         Synchronous training: the open groups are finished, and new ones wait. In flight: the engine stops between two
         steps.
         """
+        self.arrived.clear()
+        self.failure = None
         if self.in_flight:
+            if self.episodes is not None and self.episodes.options.new_weights == "park":
+                await self._park()
             self.going.clear()
-            self.arrived.clear()
-            self.failure = None
-            await self._in_thread(lambda: None)  # after the step that it may be in
+            await self._in_thread(self.sampler.settle)  # after the step that it may be in
             self.stopped_at = time.monotonic()
             return
         if not self.closed:
             await self.admission.acquire()
             self.closed = True
-        self.arrived.clear()
-        self.failure = None
         if self.pump is not None:
             await self.pump
+        await self._in_thread(self.sampler.settle)
         self.stopped_at = time.monotonic()
         await self._in_thread(lambda: self.sampler.wake("weights"))
+
+    async def _park(self) -> None:
+        """Until the turns that the engine samples are over; no other begins."""
+        self.parked = True
+        await self._in_thread(lambda: None)  # after the step that may be adding some
+        waiting = {request.id for request in self.asked}
+        begun = [answer for name, answer in self.turns.items() if name not in waiting]
+        if begun:
+            await asyncio.wait(begun)
 
     async def take(self, bundle: WeightBundle) -> None:
         """Load weights from Ray's object store; damaged ones are not loaded, and the receipt shows it."""
@@ -359,6 +377,10 @@ class RolloutWorker:
 
     async def admit(self) -> None:
         """Go on: the receipt was accepted."""
+        if self.parked:
+            self.parked = False
+            await self._in_thread(self._begin_turns)  # before further weights can park them again
+            self.work.set()
         self.going.set()
         if self.closed:
             self.closed = False

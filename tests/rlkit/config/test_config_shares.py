@@ -10,7 +10,7 @@ from rewards.code.reward import CodeReward
 from rewards.remote import RemoteReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
-from rlkit.config.plan import GpuShares, colocated_slots, gpu_shares, samples_have_seeds
+from rlkit.config.plan import GpuShares, colocated_slots, gpu_shares
 
 URLS = "reward.urls=[http://127.0.0.1:30000]"
 ON_GPU = {
@@ -79,17 +79,3 @@ def test_a_cpu_has_none_to_share(tmp_path: Path) -> None:
     assert shares(tmp_path) == GpuShares(0.0, 0.0, 0.0, 0.0)
     with pytest.raises(ConfigError, match=r"placement=apart: has no effect with cluster.device=cpu"):
         shares(tmp_path, "cluster.placement=apart")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "seeded"),
-    [
-        ([], True),
-        (["cluster=single_gpu"], False),
-        (["cluster=single_gpu", "rollout.sample_seeds=always"], True),
-        (["rollout.sample_seeds=never"], False),
-    ],
-)
-def test_samples_have_seeds_on_a_cpu(tmp_path: Path, overrides: list[str], seeded: bool) -> None:
-    run = load_config(["reward=rule", f"run_dir={tmp_path / 'run'}", *overrides])
-    assert samples_have_seeds(run.config) == seeded

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from test_rendering import APPEND, TOOLS_APPEND
 
 from rewards.base import RewardContext
 from rewards.environment import EnvironmentReward
-from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
+from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, TrainerConfig
 from rlkit.experience import Group, Message, Prompt
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
@@ -46,12 +47,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def pool(ray_session: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutPool]:  # noqa: F811
+@contextmanager
+def opened(model: Path, logs: Path, max_staleness: int = 0) -> Iterator[RolloutPool]:
     import ray
 
     config = RunConfig(
         run_dir=Path("unused"),
+        trainer=TrainerConfig(max_staleness=max_staleness),
         cluster=ClusterConfig(threads_per_actor=1),
         rollout=RolloutConfig(max_prompt_tokens=300, max_response_tokens=240, memory_gib=0.1),
         algorithm={},
@@ -61,11 +63,17 @@ def pool(ray_session: None, model: Path, tmp_path_factory: pytest.TempPathFactor
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlkit.rollout.pool.RolloutWorker", EpisodeWorker)
-        pool = RolloutPool(config, str(model), tmp_path_factory.mktemp("logs"))
+        pool = RolloutPool(config, str(model), logs)
         run(pool.start())
         yield pool
     for worker in pool.workers:
         ray.kill(worker)
+
+
+@pytest.fixture(scope="module")
+def pool(ray_session: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutPool]:  # noqa: F811
+    with opened(model, tmp_path_factory.mktemp("logs")) as pool:
+        yield pool
 
 
 async def generate(pool: RolloutPool, *names: str) -> list[Group]:
@@ -189,6 +197,38 @@ def test_new_weights_wait_for_open_episodes(pool: RolloutPool, played: dict[Any,
             assert sample.policy_versions == (version, version) and sample.versions is not None
             assert set(sample.versions.tolist()) <= {version, -1}
             assert sample.episode is not None and sample.episode.ended != "failed"
+
+
+def versions_of_turns(groups: Sequence[Group]) -> list[list[set[int]]]:
+    """Of each sample's turns."""
+    of_samples = []
+    for sample in (sample for group in groups for sample in group.samples):
+        assert sample.episode is not None and sample.episode.ended != "failed"
+        versions = sample.versions
+        turns = [span for span in sample.spans if span.role == "assistant"]
+        of_samples.append([set(versions[turn.start : turn.end].tolist()) for turn in turns])
+    return of_samples
+
+
+def test_parked_episodes_have_one_version_in_each_turn(ray_session: None, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    learner, canary = build_learner(model), ((5, 6, 7, 8), (30, 40, 50))
+
+    async def with_new_weights(pool: RolloutPool, how: str) -> list[list[set[int]]]:
+        await pool.workers[0].play.remote("embedded", False, 0.05, max_turn_tokens=40, new_weights=how)
+        sampling = asyncio.create_task(generate(pool, *map(str, range(4))))
+        logprobs, version = learner.canary_logprobs(canary), 0
+        while not sampling.done():
+            version += 1
+            pool.announce(Published(WeightBundle.pack(version, learner.named_weights()), version, canary, logprobs))
+            await pool.confirm({})
+        return versions_of_turns(await sampling)
+
+    with opened(model, tmp_path, max_staleness=2) as pool:
+        parked = run(with_new_weights(pool, "park"))
+        assert all(len(versions) == 1 for turns in parked for versions in turns)
+        assert any(turns[0] != turns[-1] for turns in parked), "no weights came between the turns of an episode"
+        going_on = run(with_new_weights(pool, "go_on"))
+        assert any(len(versions) > 1 for turns in going_on for versions in turns)
 
 
 def test_no_single_response_stands_in_for_an_episode(pool: RolloutPool) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from rlkit.experience import Group, Message, Prompt, Sample
 from rlkit.learner.policy import PolicyLearner
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
+from rlkit.rollout.sampler import Request
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Agreement, Published
 
@@ -46,34 +48,39 @@ def policies(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Poli
     return [build_learner(model), build_learner(other)]
 
 
-@pytest.fixture
-def pool(ray_session: None, model: Path, tmp_path: Path) -> Iterator[RolloutPool]:  # noqa: F811
+@contextmanager
+def opened(model: Path, logs: Path, worker: type[OpenWorker] = OpenWorker, **options: Any) -> Iterator[RolloutPool]:
     import ray
 
+    sizes = {"max_prompt_tokens": 40, "max_response_tokens": RESPONSE, "max_concurrent_samples": 16, "memory_gib": 0.1}
     config = RunConfig(
         run_dir=Path("unused"),
         trainer=TrainerConfig(max_staleness=2),
         cluster=ClusterConfig(threads_per_actor=1),
-        rollout=RolloutConfig(
-            workers=2, max_prompt_tokens=40, max_response_tokens=RESPONSE, max_concurrent_samples=16, memory_gib=0.1
-        ),
+        rollout=RolloutConfig(**{**sizes, **options}),
         algorithm={},
         reward={},
         data={},
         verifier={},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)
-        pool = RolloutPool(config, str(model), tmp_path)
+        patch.setattr("rlkit.rollout.pool.RolloutWorker", worker)
+        pool = RolloutPool(config, str(model), logs)
         run(pool.start())
         yield pool
-    for worker in pool.workers:
-        ray.kill(worker)
+    for actor in pool.workers:
+        ray.kill(actor)
 
 
-def requests(count: int = 4) -> list[GroupRequest]:
+@pytest.fixture
+def pool(ray_session: None, model: Path, tmp_path: Path) -> Iterator[RolloutPool]:  # noqa: F811
+    with opened(model, tmp_path, workers=2) as pool:
+        yield pool
+
+
+def requests(count: int = 4, length: int = 20) -> list[GroupRequest]:
     rng = np.random.default_rng(0)
-    prompts = [tuple(rng.integers(3, VOCABULARY, 20).tolist()) for _ in range(count)]
+    prompts = [tuple(rng.integers(3, VOCABULARY, length).tolist()) for _ in range(count)]
     return [
         GroupRequest(f"{i:08d}", Prompt(f"p{i}", (Message("user", "?"),), ids), SAMPLES, seed=7, step=1)
         for i, ids in enumerate(prompts)
@@ -115,21 +122,118 @@ def test_equal_weights_leave_every_bit(pool: RolloutPool, policies: list[PolicyL
         assert before.sampled.tobytes() == after.sampled.tobytes()
 
 
-def test_every_token_has_the_logprob_of_its_version(pool: RolloutPool, policies: list[PolicyLearner]) -> None:
-    run(publish(pool, policies[0], 0))
-    groups, last = run(sampled_while(pool, policies))
+def versions_of(sample: Sample) -> np.ndarray:
+    """[T]"""
+    return np.full(len(sample), sample.policy_versions[0]) if sample.versions is None else sample.versions
+
+
+def distance(group: Group, sample: Sample, policies: Sequence[PolicyLearner]) -> np.ndarray:
+    """[T]: of the recorded log-probs from those of the versions that they name."""
+    sequence = ((*group.prompt.token_ids, *sample.token_ids.tolist()),)
+    by_policy = np.stack([policy.canary_logprobs(sequence)[-len(sample) :] for policy in policies])
+    return np.abs(sample.sampled - by_policy[versions_of(sample) % 2, np.arange(len(sample))])
+
+
+def check_versions(groups: Sequence[Group], last: int, policies: Sequence[PolicyLearner]) -> None:
     mixed = 0
     for group, sample in samples_of(groups):
         assert sample.policy_versions[1] <= last
-        versions = np.full(len(sample), sample.policy_versions[0]) if sample.versions is None else sample.versions
+        versions = versions_of(sample)
         assert (versions[0], versions[-1]) == sample.policy_versions
         assert (np.diff(versions) >= 0).all()
         mixed += sample.versions is not None
-        sequence = ((*group.prompt.token_ids, *sample.token_ids.tolist()),)
-        by_policy = np.stack([policy.canary_logprobs(sequence)[-len(sample) :] for policy in policies])
-        expected = by_policy[versions % 2, np.arange(len(sample))]
-        np.testing.assert_allclose(sample.sampled, expected, atol=1e-4)
+        assert distance(group, sample, policies).max() < 1e-4
     assert mixed > SAMPLES, "hardly any sample lived through new weights"
+
+
+def test_every_token_has_the_logprob_of_its_version(pool: RolloutPool, policies: list[PolicyLearner]) -> None:
+    run(publish(pool, policies[0], 0))
+    check_versions(*run(sampled_while(pool, policies)), policies)
+
+
+class AsyncWorker(OpenWorker):
+    """Use through Ray. Its engine schedules a step while the last one runs, as on GPUs."""
+
+    def _load(self) -> None:
+        from vllm.platforms.cpu import CpuPlatform
+
+        on_cpu = CpuPlatform.check_and_update_config
+
+        def as_on_gpus(config: Any) -> None:
+            on_cpu(config)
+            config.scheduler_config.async_scheduling = True
+
+        CpuPlatform.check_and_update_config = staticmethod(as_on_gpus)  # type: ignore[assignment, method-assign]
+        super()._load()
+        settle, queue = self.sampler.settle, self.sampler.engine.engine_core.engine_core.batch_queue
+        self.settled: list[int] = []
+
+        def settling() -> None:
+            self.settled.append(len(queue))
+            settle()
+            assert not queue
+
+        self.sampler.settle = settling  # type: ignore[method-assign]
+
+    async def begun(self) -> list[int]:
+        """Steps that the engine had begun and not returned, at each time that weights came."""
+        return self.settled
+
+
+def test_what_an_asynchronous_engine_has_begun_is_of_the_weights_before(
+    ray_session: None,  # noqa: F811
+    model: Path,
+    policies: list[PolicyLearner],
+    tmp_path: Path,
+) -> None:
+    with opened(model, tmp_path, AsyncWorker) as pool:
+        run(publish(pool, policies[0], 0))
+        undisturbed = run(sampled(pool))
+        disturbed, last = run(sampled_while(pool, policies[:1]))
+        for (_, before), (_, after) in zip(samples_of(undisturbed), samples_of(disturbed), strict=True):
+            assert before.token_ids.tolist() == after.token_ids.tolist()
+            assert before.sampled.tobytes() == after.sampled.tobytes()
+        assert last > 1
+        run(publish(pool, policies[0], 0))
+        check_versions(*run(sampled_while(pool, policies)), policies)
+        assert max(run(pool.workers[0].begun.remote())) > 0, "nothing had begun: this shows less than it could"
+
+
+def test_kept_caches_are_for_running_requests_alone(
+    ray_session: None,  # noqa: F811
+    model: Path,
+    policies: list[PolicyLearner],
+    tmp_path: Path,
+) -> None:
+    def asked(name: str) -> Request:
+        return Request(name, requests(length=40)[0].prompt.token_ids, 1, 60, 1.0)
+
+    async def cached(worker: Any, *names: str) -> list[int]:
+        responses = [(await worker.sample.remote([asked(name)]))[0] for name in names]
+        return [response.cached_prompt_tokens for response in responses]
+
+    async def new_weights() -> tuple[list[int], list[int]]:
+        await publish(pool, policies[0], 0)
+        before = await cached(pool.workers[0], "a", "b")
+        await publish(pool, policies[1], 1)
+        return before, await cached(pool.workers[0], "c", "d")
+
+    with opened(model, tmp_path, cache_after_update="keep") as pool:
+        assert run(new_weights()) == ([0, 32], [0, 32]), "a request took what older weights computed"
+        run(publish(pool, policies[0], 0))
+        undisturbed = run(sampled(pool))
+        disturbed, _ = run(sampled_while(pool, policies[:1]))
+        assert any(sample.versions is not None for _, sample in samples_of(disturbed))
+        for (_, before), (_, after) in zip(samples_of(undisturbed), samples_of(disturbed), strict=True):
+            assert before.token_ids.tolist() == after.token_ids.tolist()
+            assert before.sampled.tobytes() == after.sampled.tobytes()
+        run(publish(pool, policies[0], 0))
+        mixed, _ = run(sampled_while(pool, policies))
+        first = [(distance(g, s, policies), versions_of(s) == s.policy_versions[0]) for g, s in samples_of(mixed)]
+        assert max(far[own].max() for far, own in first) < 1e-4, "before new weights come all is as ever"
+        assert max(far[~own].max() for far, own in first if not own.all()) > 0.01, "after them keys are of older ones"
+        for group, sample in samples_of(run(sampled(pool))):
+            assert distance(group, sample, policies).max() < 1e-4
 
 
 @pytest.mark.parametrize("when", ["frozen", "unproved"])
