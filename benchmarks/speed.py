@@ -37,12 +37,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 WORKLOADS = {
-    "W1": {"hidden": 128, "layers": 2, "new_tokens": 32},
-    "W2": {"hidden": 384, "layers": 8, "new_tokens": 256},
+    "W1": {"hidden": 128, "layers": 2, "new_tokens": 32, "warm": 3},
+    "W2": {"hidden": 384, "layers": 8, "new_tokens": 256, "warm": 1},
 }
+"""`warm`: steps at the start that are not timed."""
 PROMPTS, SAMPLES, SEED = 8, 8, 0
-WARM = 3
-"""Steps that are not timed."""
 PHASES = ("generate", "score", "update", "publish")
 ACTORS = {"RolloutWorker": "generate", "LearnerWorker": "update"}
 """Whose CPU seconds are those of the phase, its part of publishing included."""
@@ -86,7 +85,7 @@ class Benchmark:
         size = WORKLOADS[workload]
         self.steps, self.threads, self.scratch, self.trl = steps, threads, scratch, trl
         self.environment = {**_inherited(), **engine_environment("cpu", threads), "TOKENIZERS_PARALLELISM": "false"}
-        self.new_tokens = size["new_tokens"]
+        self.new_tokens, self.warm = size["new_tokens"], size["warm"]
         self.model, self.data, self.heldout = (scratch / name for name in ("model", "prompts.jsonl", "heldout.jsonl"))
         make_model(self.model, size["hidden"], size["layers"])
         rows = [json.dumps({"question": text, "answer": "1"}) + "\n" for text in questions(257)]
@@ -108,13 +107,12 @@ class Benchmark:
     def bare(self) -> Figures:
         result = self._child(sys.executable, "speed_bare.py", seed=SEED)
         self.lengths = [step["lengths"] for step in result["steps"]]
-        timed = result["steps"][WARM:]
+        timed = result["steps"][self.warm :]
         middle: dict[str, Figures] = {
             part: {unit: median_of_pairs([step[part][unit] for step in timed]) for unit in ("wall", "cpu")}
-            for part in ("generate", "equal", "similar", "copy", "publish")
+            for part in ("generate", "update", "copy", "publish")
         }
-        best = min(("equal", "similar"), key=lambda way: middle[way]["wall"])
-        generated, updated = middle["generate"], middle[best]
+        generated, updated = middle["generate"], middle["update"]
         return {
             "step": generated["wall"] + updated["wall"],
             "cpu": generated["cpu"] + updated["cpu"],
@@ -135,7 +133,7 @@ class Benchmark:
             f"model.path={self.model}", "data=jsonl", f"data.path={self.data}", f"data.heldout_path={self.heldout}",
             "reward._target_=benchmarks.controls.LetterReward", f"seed={SEED}", f"trainer.max_staleness={staleness}",
             f"trainer.prompts_per_step={PROMPTS}", f"algorithm.samples_per_prompt={SAMPLES}",
-            f"trainer.total_steps={self.steps + WARM}", "trainer.evaluate_every_steps=0",
+            f"trainer.total_steps={self.steps + self.warm}", "trainer.evaluate_every_steps=0",
             "trainer.evaluation_prompts=1", "evaluation.training_answers=false",
             f"cluster.threads_per_actor={self.threads}", "rollout.max_prompt_tokens=64",
             f"rollout.max_response_tokens={self.new_tokens}", "learner.learning_rate=1e-8",
@@ -149,16 +147,16 @@ class Benchmark:
             began, marks = time.monotonic(), {}
             while process.poll() is None:
                 done = len(_steps(run_dir))
-                for mark in (1, WARM, WARM + self.steps - 1):  # after the last step processes end
+                for mark in (1, self.warm, self.warm + self.steps - 1):  # after the last step processes end
                     if done >= mark and mark not in marks:
                         marks[mark] = done, time.monotonic() - began, _cpu_seconds(process.pid)
                 time.sleep(0.02)
         if process.returncode:
             raise SystemExit(f"the run failed:\n{log.read_text()[-3000:]}")
-        timed = _steps(run_dir)[WARM:]
+        timed = _steps(run_dir)[self.warm :]
         figures = {name: median_of_pairs([step[f"time/{name}"] for step in timed]) for name in ("step", *PHASES)}
         figures["rest"] = figures["step"] - sum(figures[name] for name in ("generate", "update", "publish"))
-        (before, _, early), (after, _, late) = marks[WARM], marks[WARM + self.steps - 1]
+        (before, _, early), (after, _, late) = marks[self.warm], marks[self.warm + self.steps - 1]
         cpu = {kind: (late[kind] - early[kind]) / (after - before) for kind in early}
         figures |= {"cpu": sum(cpu.values()), **{f"{kind}_cpu": seconds for kind, seconds in cpu.items()}}
         figures |= {"first_step_after": marks[1][1], "first_step_after_cpu": sum(marks[1][2].values())}
@@ -168,7 +166,7 @@ class Benchmark:
     def peer(self) -> Figures:
         assert self.trl is not None
         result = self._child(self.trl, "speed_trl.py", lengths=self.lengths)
-        marks = result["marks"][WARM - 1 :]
+        marks = result["marks"][self.warm - 1 :]
         spent: dict[str, list[float]] = {
             unit: [b[unit] - a[unit] for a, b in pairwise(marks)] for unit in ("wall", "cpu", "generate")
         }
@@ -177,13 +175,13 @@ class Benchmark:
             "cpu": median_of_pairs(spent["cpu"]),
             "generate": median_of_pairs(spent["generate"]),
             "update": median_of_pairs([w - g for w, g in zip(spent["wall"], spent["generate"], strict=True)]),
-            "tokens": statistics.fmean(result["tokens"][WARM:]),
+            "tokens": statistics.fmean(result["tokens"][self.warm :]),
         }
 
     def _child(self, python: str, script: str, **more: Any) -> dict[str, Any]:
         work = {
             "model": str(self.model), "questions": questions(256), "prompts": PROMPTS, "samples": SAMPLES,
-            "new_tokens": self.new_tokens, "steps": self.steps + WARM, **more,
+            "new_tokens": self.new_tokens, "steps": self.steps + self.warm, "warm": self.warm, **more,
         }  # fmt: skip
         command = [python, str(ROOT / "benchmarks" / script), json.dumps(work)]
         done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True)
@@ -195,7 +193,7 @@ class Benchmark:
         return result
 
     def _tokens(self, lengths: Iterable[Sequence[int]]) -> float:
-        return statistics.fmean(map(sum, list(lengths)[WARM:]))
+        return statistics.fmean(map(sum, list(lengths)[self.warm :]))
 
 
 def _inherited() -> dict[str, str]:
@@ -262,7 +260,7 @@ def table(figures: dict[str, Figures]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="W1")
-    parser.add_argument("--steps", type=int, default=20, help="that are timed, after three that are not")
+    parser.add_argument("--steps", type=int, default=20, help="that are timed")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of each actor, and of the other sides")
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with TRL")

@@ -127,7 +127,7 @@ def main() -> None:
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-8)
     flat = torch.empty(sum(parameter.numel() for parameter in policy.parameters()))
-    steps = []
+    ways, steps = [batches_of_equal_length, batches_of_similar_length], []
     for step in range(work["steps"]):
         asked = [list(prompt.token_ids) for prompt in order.take(work["prompts"])]
         groups = range(step * len(asked), (step + 1) * len(asked))
@@ -135,9 +135,13 @@ def main() -> None:
         sequences, generated = timed(lambda: generate(llm, asked, samples, work["new_tokens"], seeds))  # noqa: B023
         lengths = [len(response) for _, response in sequences]
         record: dict[str, Any] = {"generate": generated, "lengths": lengths}
-        for name, batched in (("equal", batches_of_equal_length), ("similar", batches_of_similar_length)):
+        tried = []
+        for batched in ways:
             batches = batched(sequences)
-            record[name] = timed(lambda: update(policy, optimizer, batches, sum(lengths)))[1]  # noqa: B023
+            tried.append(timed(lambda: update(policy, optimizer, batches, sum(lengths)))[1])  # noqa: B023
+        record["update"] = min(tried, key=lambda seconds: seconds["cpu"])
+        if step == work["warm"] - 1:
+            ways = [ways[tried.index(record["update"])]]
         parameters = [parameter.detach().view(-1) for parameter in policy.parameters()]
         record["copy"] = timed(lambda: torch.cat(parameters, out=flat))[1]  # noqa: B023
         record["publish"] = timed(lambda: publish(llm, policy))[1]

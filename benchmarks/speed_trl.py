@@ -38,7 +38,7 @@ def main() -> None:
         def __init__(self, ends: list[int]) -> None:
             self.ends, self.generated = torch.tensor(ends), 0
 
-        def __call__(self, input_ids, scores):
+        def __call__(self, _, scores):
             self.generated += 1
             scores[:, eos] = -torch.inf
             ending = (self.ends == self.generated) & (self.ends < work["new_tokens"])
