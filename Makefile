@@ -1,4 +1,4 @@
-# make setup | demo | test | lint: each installs what it needs first, and repeating one costs nothing.
+# make setup | demo | test | lint | bench: each installs what it needs first, and repeating one costs nothing.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= cpu,dev
 TRAIN_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
 # Test processes side by side; each takes whole files.
 TEST_WORKERS ?= 2
 
@@ -30,7 +31,7 @@ except (OSError, ValueError):
 endef
 export REACHABLE
 
-.PHONY: setup demo test test-cluster lint clean bubblewrap
+.PHONY: setup demo test test-cluster lint bench clean bubblewrap
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -75,6 +76,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/vulture
+
+# Has anything become slower? Compares ratios with benchmarks/expected.json, in a few minutes.
+bench: setup
+	$(RUN_ENV) $(BIN)/python -m benchmarks.gate $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

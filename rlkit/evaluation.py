@@ -83,11 +83,14 @@ class Evaluator:
             for i, prompt in enumerate(prompts)
         ]
 
-    async def judge_training(self, groups: list[Group]) -> list[Group] | None:
-        """A step's groups as the verifier scores them; None if it is not asked (`evaluation.training_answers`)."""
+    async def judge_training(self, groups: list[Group], stored: Sequence[Any]) -> list[Group] | None:
+        """A step's groups as the verifier scores them; None if it is not asked (`evaluation.training_answers`).
+
+        `stored`: references to lists of them, so that they need not be sent from here.
+        """
         if not self.config.training_answers:
             return None
-        return groups if self.training_judged else (await self.judge([groups]))[0]
+        return groups if self.training_judged else (await self.judge(stored))[0]
 
     async def judge(self, batches: Sequence[Any]) -> tuple[list[Group], ScoreReport]:
         """Score groups (or references to lists of them) with the verifier."""

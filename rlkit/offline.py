@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from algorithms.base import Algorithm
 from rlkit.evaluation import Evaluation, Evaluator
@@ -68,5 +68,5 @@ class RecordedEvaluator:
         sampled = await evaluator.evaluate(step)
         return Evaluation(sampled.headline, {**sampled.metrics, **metrics})
 
-    async def judge_training(self, groups: list[Group]) -> list[Group] | None:
-        return None if self.sampled is None else await self.sampled[0].judge_training(groups)
+    async def judge_training(self, groups: list[Group], stored: Sequence[Any]) -> list[Group] | None:
+        return None if self.sampled is None else await self.sampled[0].judge_training(groups, stored)

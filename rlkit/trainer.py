@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,8 +167,12 @@ class Trainer:
         if step > 1:
             await self.buffer.advance.remote(step - 1)  # now there is room for this step's groups
             self.advanced = True
-        groups, times = await self.collect(producing, stopping)
-        rejected = await self.buffer.take_rejected.remote() if self.config.buffer.drops_groups else []
+        stored = [self.buffer.take.remote()]
+        groups, times = await self.collect(stored[0], producing, stopping)
+        rejected: list[Group] = []
+        if self.config.buffer.drops_groups:
+            stored.append(self.buffer.take_rejected.remote())
+            rejected = await stored[1]
         report, sampling = self.producer.take_report()
         self.failed_scores += report.failed
         try:
@@ -186,7 +190,7 @@ class Trainer:
         with self.tracker.timed("update"):
             metrics, judged, (_, learnt) = await asyncio.gather(
                 self.update(experience, advantages),
-                self.judge([*groups, *rejected]),
+                self.judge([*groups, *rejected], stored),
                 self.reward.learn(groups, "after"),
             )
         of_sampler = await self.publish()
@@ -207,12 +211,13 @@ class Trainer:
         self.diagnostics.obey()
 
     async def collect(
-        self, producing: asyncio.Task[None], stopping: asyncio.Task[Any]
+        self, taken: Awaitable[list[Group]], producing: asyncio.Task[None], stopping: asyncio.Task[Any]
     ) -> tuple[list[Group], dict[str, float]]:
-        """The next groups from the buffer; seconds that the learner waited for them to be sampled, and then scored."""
+        """The next groups `taken` from the buffer; seconds that the learner waited for them to be sampled, and then
+        scored."""
         began = time.monotonic()
         with self.tracker.timed("generate"):
-            groups = await until(self.buffer.take.remote(), producing, stopping)
+            groups = await until(taken, producing, stopping)
         ended = time.monotonic()
         sampled = min(max(self.producer.sampled_at(groups[0].step) or began, began), ended)
         waited = {"time/generate": sampled - began, "time/score": ended - sampled, "time/learner_idle": ended - began}
@@ -225,9 +230,9 @@ class Trainer:
         self.guard.check(metrics)
         return metrics
 
-    async def judge(self, groups: list[Group]) -> list[Group] | None:
+    async def judge(self, groups: list[Group], stored: Sequence[Any]) -> list[Group] | None:
         """The step's groups as the verifier scores them: shows when a learned reward is being gamed."""
-        return None if self.evaluator is None else await self.evaluator.judge_training(groups)
+        return None if self.evaluator is None else await self.evaluator.judge_training(groups, stored)
 
     async def publish(self) -> dict[str, float]:
         """Send the weights to every rollout worker and verify them."""

@@ -199,8 +199,8 @@ def rank_phases(
     saved: Parts = {"a bucket in fp32": min(4 * parameters, 2.0 * GATHERED)}
     fresh = {name: size for name, size in still.items() if name not in ("Adam's moments", "reduction bucket")}
     reuse = 0.0 if cuda else kept(shape, section)
-    pieces = whole + max(0.0, whole - reuse)  # the tensors one by one, and together
-    packed: Parts = {"bundle of the weights": pieces} if bundle else {"a bucket": min(whole, bucket)}
+    copied = cuda or stage == 3  # else the bundle is of the weights themselves
+    packed: Parts = {"bundle of the weights": whole * copied} if bundle else {"a bucket": min(whole, bucket)}
     if not cuda:
         freed: Parts = {"freed, kept by malloc": reuse}
         late = {**stepping(shape, section, width, cuda), **freed}

@@ -74,7 +74,10 @@ class LearnerWorker(Rank):
         """
         bundle = None
         if self.rank == 0:
-            bundle = WeightBundle.pack(self.learner.version, self.learner.named_weights())
+            weights = self.learner.named_weights()
+            if self.config.learner.zero_stage == 3:  # what was gathered is freed
+                weights = ((name, tensor.to("cpu", copy=True)) for name, tensor in weights)
+            bundle = WeightBundle.pack(self.learner.version, weights)
         else:
             for _ in self.learner.named_weights():
                 pass  # ZeRO-3 gathers on all ranks

@@ -90,14 +90,16 @@ def _loadable(layer: Any, parameter: Tensor) -> int:
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
-    """[] int64: the elements' bit patterns as integers, added; the same however they are split, joined, ordered or
-    padded with zeros."""
+    """[] int64: the elements' bit patterns as integers, added; the same modulo 2^32 however they are split, joined,
+    ordered or padded with zeros."""
     elements = tensor.detach().contiguous().view(-1)
-    return elements.view(_INTEGERS[elements.element_size()]).sum(dtype=torch.int64)
+    integers = elements.view(_INTEGERS[elements.element_size()])
+    # Widening four bytes to eight would take a CPU 20 times as long as the sum.
+    return integers.sum(dtype=torch.int32 if integers.dtype == torch.int32 else torch.int64).to(torch.int64)
 
 
 def _total(sums: Mapping[str, Tensor]) -> int:
-    return int(torch.stack(list(sums.values())).sum()) if sums else 0
+    return int(torch.stack(list(sums.values())).sum()) % 2**32 if sums else 0
 
 
 class _Silence(logging.Filter):

@@ -237,7 +237,7 @@ def test_training_answers_are_judged_once() -> None:
 
     def judged(same: bool = False, **options: Any) -> list[Group] | None:
         evaluator = Evaluator({}, sampler, pool, EvaluationConfig(**options), seed=0, training_judged=same)
-        return asyncio.run(evaluator.judge_training(groups))
+        return asyncio.run(evaluator.judge_training(groups, [groups]))
 
     assert judged(same=True) is groups
     assert judged(training_answers=False) is None

@@ -269,9 +269,12 @@ def test_no_group_mixes_versions(pool: RolloutPool, learner: PolicyLearner, othe
 def test_damaged_weights_are_not_sampled_from(pool: RolloutPool, learner: PolicyLearner, other: PolicyLearner) -> None:
     """The pool's only worker gets them, so the run ends."""
     bundle = WeightBundle.pack(21, other.named_weights())
-    data = bundle.data.copy()
+    *entries, last = bundle.entries
+    data = last.data.copy()
     data[len(data) // 2] ^= 1
-    damaged = Published(replace(bundle, data=data), 21, CANARY, other.canary_logprobs(CANARY))
+    damaged = Published(
+        replace(bundle, entries=(*entries, replace(last, data=data))), 21, CANARY, other.canary_logprobs(CANARY)
+    )
     with pytest.raises(WeightsNotLoadedError, match="worker 0: weights of version 21 arrived damaged"):
         run(publish_bundle(pool, damaged))
     publish(pool, learner, 22)

@@ -1,0 +1,105 @@
+"""Has something become slower? Ratios of the benchmarks beside those that were committed, never seconds.
+
+    make bench                            # a few minutes
+    python -m benchmarks.gate --quick     # in CI: one round, synchronous training alone
+    python -m benchmarks.gate --accept    # write benchmarks/expected.json anew, for a change that is meant
+
+A ratio is of CPU seconds of rlkit to CPU seconds of the same work without a framework, measured one after the other
+(benchmarks/speed.py), so a machine's speed cancels out and other jobs on it matter little. What is above its tolerance
+is measured once more, and the lower value counts. Exits with 1 if anything is slower than it may be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.speed import Benchmark, Figures, measure
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPECTED = ROOT / "benchmarks" / "expected.json"
+ASYNCHRONY = ROOT / "benchmarks" / "asynchrony.py"
+"""Asserts its own figures: they are simulated, and the same everywhere."""
+STEPS = 12
+RATIOS = {
+    "generate": "the sampler's CPU seconds over those of bare vLLM",
+    "update": "the learner's CPU seconds over those of bare torch",
+    "plumbing": "CPU seconds of everything else (driver, buffer, reward, Ray) over those of bare vLLM and torch",
+    "step": "all CPU seconds over those of bare vLLM and torch",
+}
+Ratios = dict[str, float]
+"""`SIDE/NAME` -> ratio."""
+
+
+def ratios(figures: Mapping[str, Figures]) -> Ratios:
+    floor, result = figures["bare"], {}
+    for side in set(figures) - {"bare"}:
+        own = figures[side]
+        result |= {
+            f"{side}/generate": own["generate_cpu"] / floor["generate_cpu"],
+            f"{side}/update": own["update_cpu"] / floor["update_cpu"],
+            f"{side}/plumbing": own["plumbing_cpu"] / floor["cpu"],
+            f"{side}/step": own["cpu"] / floor["cpu"],
+        }
+    return result
+
+
+def slower(now: Ratios, expected: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What is above its tolerance, in words; and what nobody expects yet."""
+    lines = []
+    for name, value in sorted(now.items()):
+        side, _, kind = name.partition("/")
+        if name not in expected:
+            lines.append(f"{name}: {value:.2f}, and {EXPECTED.name} has no figure for it")
+        elif value > (most := expected[name]["ratio"] * expected[name]["tolerance"]):
+            lines.append(
+                f"{name}: {value:.2f}, expected {expected[name]['ratio']:.2f} and at most {most:.2f}. It is "
+                f"{RATIOS[kind]}, with trainer.max_staleness={side.removeprefix('k')}"
+            )
+    return lines
+
+
+def speed(sides: list[str], repeats: int) -> Ratios:
+    with tempfile.TemporaryDirectory() as scratch:
+        return ratios(measure(Benchmark("W1", STEPS, 2, Path(scratch), None), ["bare", *sides], repeats))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round, synchronous training alone")
+    parser.add_argument("--accept", action="store_true", help="write what is measured as what is expected")
+    arguments = parser.parse_args()
+    sides, repeats = (["k0"], 1) if arguments.quick else (["k0", "k1"], 2)
+    expected = json.loads(EXPECTED.read_text())
+    now = speed(sides, repeats)
+    if arguments.accept:
+        tolerances = {name: one["tolerance"] for name, one in expected.items()}
+        accepted = {name: {"ratio": round(now[name], 2), "tolerance": tolerances.get(name, 1.3)} for name in now}
+        EXPECTED.write_text(json.dumps(expected | accepted, indent=2, sort_keys=True) + "\n")
+        print(f"wrote {EXPECTED}")
+        return
+    if slower(now, expected):
+        again = speed(sides, repeats)
+        now = {name: min(value, again[name]) for name, value in now.items()}
+    for name, value in sorted(now.items()):
+        print(f"{name}: {value:.2f} (expected {expected.get(name, {}).get('ratio', 'nothing')})")
+    complaints = slower(now, expected)
+    if ASYNCHRONY.is_file() and subprocess.run([sys.executable, str(ASYNCHRONY), "--quick"], cwd=ROOT).returncode:
+        complaints.append("benchmarks/asynchrony.py --quick failed: see above")
+    if complaints:
+        print("\nslower than it was:", *complaints, sep="\n- ", file=sys.stderr)
+        print(
+            "\n`python benchmarks/speed.py` shows where the time goes. For a change that is meant: make bench "
+            "BENCH_ARGS=--accept, and commit benchmarks/expected.json with the reason.",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
