@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from rlkit.models.packing import Bucket, PackedBatch
+from rlkit.models.sequence import SequenceRanks
 
 PACKED_ATTENTION = "rlkit_packed"
 WIDEST_FLASH_HEAD = 256
@@ -60,6 +61,7 @@ def packed_attention(
     attention_mask: Pattern | Tensor | None,
     *,
     packed: PackedBatch | None = None,
+    ranks: SequenceRanks | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -70,8 +72,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, E] -> [1, T, Hq, E].
 
-    `softcap` c caps scores z at c * tanh(z / c); `s_aux` [Hq] are sinks: scores of a key without a value. Raise
-    ValueError for what else changes attention.
+    T: tokens of the batch, or those that this one of `ranks` holds. `softcap` c caps scores z at c * tanh(z / c);
+    `s_aux` [Hq] are sinks: scores of a key without a value. Raise ValueError for what else changes attention.
     """
     name = type(module).__name__
     if packed is None:
@@ -83,8 +85,9 @@ def packed_attention(
         refused.append("dropout")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         refused.append("attention to later tokens")
-    if not query.shape[2] == key.shape[2] == len(packed.token_ids):
-        refused.append(f"{query.shape[2]} queries and {key.shape[2]} keys for {len(packed.token_ids)} tokens")
+    tokens = len(packed.token_ids) if ranks is None else ranks.held(len(packed.token_ids))
+    if not query.shape[2] == key.shape[2] == tokens:
+        refused.append(f"{query.shape[2]} queries and {key.shape[2]} keys for {tokens} tokens")
     longest = max(packed.lengths)
     pattern = (attention_mask if isinstance(attention_mask, Pattern) else CAUSAL).within(longest)
     if sliding_window is not None and Pattern(sliding_window).within(longest).window != pattern.window:
@@ -94,6 +97,9 @@ def packed_attention(
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if ranks is not None:
+        q, k, v = (tensor[: len(packed.token_ids)] for tensor in ranks.tokens_to_heads((q, k, v)))
+        s_aux = None if s_aux is None else ranks.of_heads(s_aux)
     if softcap is not None or s_aux is not None:
         attended = _bucketed(q, k, v, packed, pattern, _Explicit(scale, softcap, s_aux))
     else:
@@ -106,6 +112,8 @@ def packed_attention(
         else:
             attended = _bucketed(q, k, v, packed, pattern, _Fused(scale))
         attended = attended[..., : value.shape[-1]]
+    if ranks is not None:
+        attended = ranks.heads_to_tokens(attended)
     return attended.unsqueeze(0), None
 
 
