@@ -14,6 +14,7 @@ from rlkit.config.diagnostics import diagnostics_act
 from rlkit.config.environments import ENVIRONMENTS
 from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
+from rlkit.config.long_contexts import LONG_CONTEXTS
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
@@ -201,12 +202,13 @@ def _unequal_minibatches(section: str, config: LearnerConfig, trainer: TrainerCo
             f"trainer.prompts_per_step={prompts} cannot be divided into {parts} equal mini-batches of whole groups; "
             f"{near} would fit",
         )
-    elif prompts // parts * units < config.ranks:
+    elif prompts // parts * units < config.replicas:
         what = "samples" if units > 1 else "groups"
         yield ConfigIssue(
             f"{section}.ranks",
             f"a mini-batch has {prompts // parts * units} {what} (of trainer.prompts_per_step={prompts} / "
-            f"{section}.minibatches_per_step={parts} groups), which is less than one for each of {config.ranks} ranks",
+            f"{section}.minibatches_per_step={parts} groups), which is less than one for each of {config.replicas} "
+            f"{'ranks' if config.sequence_parallel == 1 else 'groups of ranks that share sequences'}",
         )
 
 
@@ -382,6 +384,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     *SAMPLING,
     *PROCESS_REWARDS,
     diagnostics_act,
+    *LONG_CONTEXTS,
     *ENVIRONMENTS,
     *HELDOUT,
     *SOURCES,

@@ -46,8 +46,8 @@ class PackedModel(nn.Module):
         """Compute each batch together with other ranks. Raise ModelLoadError for a model that runs row by row."""
         if ranks is not None and not runs_packed(self.model):
             raise ModelLoadError(
-                f"{type(self.model).__name__} runs row by row (docs/models.md), so ranks cannot share its sequences; leave "
-                "sequence_parallel=1"
+                f"{type(self.model).__name__} runs row by row (docs/models.md), so ranks cannot share its sequences; "
+                "leave sequence_parallel at 1"
             )
         self.ranks = ranks
 

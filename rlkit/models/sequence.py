@@ -16,11 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def heads_can_be_shared(heads: int, kv_heads: int, ranks: int) -> bool:
-    """Key-value heads may also be repeated."""
-    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
-
-
 @dataclass(frozen=True)
 class SequenceRanks:
     """Those that compute one batch together. All of them call every method alike."""
