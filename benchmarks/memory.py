@@ -2,6 +2,8 @@
 
     python benchmarks/memory.py                     # all rows, one at a time; 20 minutes on two cores
     python benchmarks/memory.py --row "0.04B ZeRO 1, 1 rank"
+    python benchmarks/memory.py --presets           # predicted alone: what fits GPUs of 80 GB
+    python benchmarks/memory.py --long              # the same for long responses of a 7B on eight of them
 
 Each row makes a random model in a temporary folder and starts `learner.ranks` processes that run the class of the Ray
 actor (`LearnerWorker`) over gloo: load, two updates of several micro-batches, weights for the engines, checkpoint. The
@@ -32,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 PRESETS = (("single_gpu", "1.5B"), ("multi_gpu", "7B"), ("multi_node", "32B"))
 """The models that the presets are made for."""
+LONG_PROMPT, LONG_RESPONSES = 2048, (8192, 32768, 65536, 126976)
 PHASES = ("load", "update", "publish", "save")
 GIB = 2**30
 
@@ -234,7 +237,7 @@ def write_model(size: Model, folder: Path, *, random: bool) -> None:
     config = {
         "model_type": size.kind, "hidden_size": size.hidden, "num_hidden_layers": size.layers,
         "intermediate_size": size.intermediate, "num_attention_heads": size.heads, "vocab_size": size.vocabulary,
-        "num_key_value_heads": size.kv_heads, "tie_word_embeddings": size.tied, "max_position_embeddings": 32768,
+        "num_key_value_heads": size.kv_heads, "tie_word_embeddings": size.tied, "max_position_embeddings": 131072,
         "architectures": [f"{size.kind.capitalize()}ForCausalLM"],
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -281,12 +284,15 @@ def main() -> None:
     parser.add_argument(
         "--presets", action="store_true", help="print the table of models and presets of docs/cluster.md"
     )
+    parser.add_argument("--long", action="store_true", help="print the table of docs/long_contexts.md")
     parser.add_argument("--rank", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
         rank_main(int(arguments.rank[0]), int(arguments.rank[1]), arguments.rank[2:])
     elif arguments.presets:
         preset_table()
+    elif arguments.long:
+        long_table()
     else:
         run_rows(arguments)
 
@@ -324,6 +330,36 @@ def preset_table() -> None:
                     cells = [f"{gpu[phase] / GIB:.0f}" for phase in phases]
                     host = host_bytes(run, this_machine(run.config.cluster)) / GIB
                     print(f"| {preset} | {name}{fits} | {' | '.join(cells)} | {host:.0f} |")
+
+
+def long_table() -> None:
+    """Predicted GiB of an 80 GB GPU in the update, of eight that train a 7B; `ranks` share each sequence."""
+    from rlkit.config.loading import load_config
+    from rlkit.config.memory import GIB, gpu_phases, total
+    from rlkit.config.messages import ConfigError
+
+    ways = [(1, False), (2, False), (4, False), (1, True), (4, True)]
+    heads = [f"{ranks} {'ranks' if ranks > 1 else 'rank'}{', offloaded' if offload else ''}" for ranks, offload in ways]
+    print(f"| response tokens | {' | '.join(heads)} |\n|---|{'---|' * len(ways)}")
+    with tempfile.TemporaryDirectory(prefix="rlkit-memory-") as folder:
+        write_model(SHAPES["7B"], Path(folder) / "7B", random=False)
+        for response in LONG_RESPONSES:
+            cells = []
+            for ranks, offload in ways:
+                command = [
+                    f"model.path={folder}/7B", "model=hf", "reward=rule", f"run_dir={folder}/run", "cluster=multi_gpu",
+                    f"rollout.max_prompt_tokens={LONG_PROMPT}", f"rollout.max_response_tokens={response}",
+                    f"learner.tokens_per_microbatch={LONG_PROMPT + response}", f"learner.sequence_parallel={ranks}",
+                    f"learner.offload_activations={str(offload).lower()}", "dry_run=true",
+                ]  # fmt: skip
+                try:
+                    load_config([*command, "cluster.gpu_memory_gib=80"])
+                    fits = ""
+                except ConfigError:
+                    fits = " **does not fit**"
+                update = total(gpu_phases(load_config(command), 80.0 * GIB)["update"])
+                cells.append(f"{update / GIB:.0f}{fits}")
+            print(f"| {response:,} | {' | '.join(cells)} |", flush=True)
 
 
 def run_rows(arguments: argparse.Namespace) -> None:

@@ -172,9 +172,15 @@ async def _try_architecture(config: RunConfig, tracker: Tracker) -> None:
         return
     tracker.phase("trying the model's architecture")
     from rlkit.models.attention import PACKED_ATTENTION
+    from rlkit.models.forward import ModelLoadError
     from rlkit.models.policy import find_attention
 
     attention = await asyncio.to_thread(find_attention, folder, trust_remote_code=config.model.trust_remote_code)
+    if attention != PACKED_ATTENTION and config.learner.sequence_parallel > 1:
+        raise ModelLoadError(
+            f"packed batches are not exact for {config.model.path}, so ranks cannot share its sequences; leave "
+            "learner.sequence_parallel at 1"
+        )
     if attention != PACKED_ATTENTION:
         tracker.warn("packed batches are not exact for this model: its sequences run row by row, which is slower")
 

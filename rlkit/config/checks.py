@@ -15,6 +15,7 @@ from rlkit.config.engine import ENGINE
 from rlkit.config.environments import ENVIRONMENTS
 from rlkit.config.heldout import HELDOUT
 from rlkit.config.limits import LIMITS
+from rlkit.config.long_contexts import LONG_CONTEXTS
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import Part
 from rlkit.config.places import PLACES
@@ -202,12 +203,13 @@ def _unequal_minibatches(section: str, config: LearnerConfig, trainer: TrainerCo
             f"trainer.prompts_per_step={prompts} cannot be divided into {parts} equal mini-batches of whole groups; "
             f"{near} would fit",
         )
-    elif prompts // parts * units < config.ranks:
+    elif prompts // parts * units < config.replicas:
         what = "samples" if units > 1 else "groups"
         yield ConfigIssue(
             f"{section}.ranks",
             f"a mini-batch has {prompts // parts * units} {what} (of trainer.prompts_per_step={prompts} / "
-            f"{section}.minibatches_per_step={parts} groups), which is less than one for each of {config.ranks} ranks",
+            f"{section}.minibatches_per_step={parts} groups), which is less than one for each of {config.replicas} "
+            f"{'ranks' if config.sequence_parallel == 1 else 'groups of ranks that share sequences'}",
         )
 
 
@@ -384,6 +386,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     *ENGINE,
     *PROCESS_REWARDS,
     diagnostics_act,
+    *LONG_CONTEXTS,
     *ENVIRONMENTS,
     *HELDOUT,
     *SOURCES,

@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
+from rlkit.config.activations import Parts
 from rlkit.config.compose import spelled
 from rlkit.config.memory import (
     ENGINE_WORKS,
     GIB,
-    Parts,
     element_bytes,
     gpu_phases,
     processes,
@@ -27,7 +27,8 @@ from rlkit.config.messages import ConfigError, ConfigIssue, Issues
 from rlkit.config.parts import ResolvedRun, conf_dir
 from rlkit.config.plan import colocated_slots, longest_response, sampled_path, shares_gpus
 from rlkit.config.schema import ClusterConfig, RunConfig, TrainerConfig
-from rlkit.models.folder import ModelShape, check_model_folder
+from rlkit.models.folder import check_model_folder, model_folder
+from rlkit.models.usable import known_run
 
 GPUS_PER_MACHINE = 8
 NVIDIA_SECONDS = 20.0
@@ -131,8 +132,8 @@ def fits(run: ResolvedRun) -> Issues:
 def _tensor_parallel(run: ResolvedRun) -> Issues:
     config, shape = run.config, check_model_folder(sampled_path(run.config))
     width, gpus = config.rollout.tensor_parallel_size, _gpus(config)
-    if config.rollout.workers and not _share_heads(shape, width):
-        fit = [str(n) for n in range(2, GPUS_PER_MACHINE + 1) if _share_heads(shape, n)] or ["only 1"]
+    if config.rollout.workers and not shape.shares_heads(width):
+        fit = [str(n) for n in range(2, GPUS_PER_MACHINE + 1) if shape.shares_heads(n)] or ["only 1"]
         yield ConfigIssue(
             "rollout.tensor_parallel_size",
             f"{width} GPUs cannot share the model's {shape.heads} attention heads and {shape.kv_heads} key-value heads "
@@ -146,11 +147,6 @@ def _tensor_parallel(run: ResolvedRun) -> Issues:
             f"more than the {GPUS_PER_MACHINE} of most machines",
             warning=True,
         )
-
-
-def _share_heads(shape: ModelShape, width: int) -> bool:
-    """As vLLM wants it: key-value heads may also be repeated."""
-    return shape.heads % width == 0 and (shape.kv_heads % width == 0 or width % shape.kv_heads == 0)
 
 
 def _cores(run: ResolvedRun, machine: Machine) -> Issues:
@@ -211,7 +207,7 @@ def _engine(run: ResolvedRun, gpu: float) -> Issues:
     more = f"rollout.gpu_memory_utilization={min(0.95, enough + 0.1):.2f}, or " if enough < 0.9 else ""
     fixed = needed - weights - sequence
     spread = (weights + sequence) * rollout.tensor_parallel_size
-    wider = [n for n in (2, 4, 8) if n > rollout.tensor_parallel_size and _share_heads(shape, n)]
+    wider = [n for n in (2, 4, 8) if n > rollout.tensor_parallel_size and shape.shares_heads(n)]
     wide = next((n for n in wider if fixed + spread / n <= share), None)
     split_more = f"rollout.tensor_parallel_size={wide}" if wide else "larger GPUs, or a smaller model"
     yield ConfigIssue(
@@ -269,6 +265,13 @@ def _changes(run: ResolvedRun) -> Iterator[tuple[str, ResolvedRun]]:
         yield changed("learner", logit_elements_per_chunk=2**22)
     if learner.ranks > 1 and learner.zero_stage < 3:
         yield changed("learner", zero_stage=3)
+    shape, rows = check_model_folder(config.model.path), known_run(model_folder(config.model.path)) == "rows"
+    for together in (2, 4, 8):
+        wider = together > learner.sequence_parallel and not learner.ranks % together
+        if cuda and wider and shape.shares_heads(together) and not rows:
+            yield changed("learner", sequence_parallel=together)
+    if cuda and learner.gradient_checkpointing and not learner.offload_activations:
+        yield changed("learner", offload_activations=True)
     if cuda:
         for name, ranks in (("multi_gpu", 8), ("multi_node", 16)):
             if learner.ranks < ranks:

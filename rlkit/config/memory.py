@@ -12,6 +12,7 @@ from typing import Any
 
 from algorithms.base import POLICY, REFERENCE
 from rewards.base import TrainableReward
+from rlkit.config.activations import Parts, activations, head, kept, layer_inputs
 from rlkit.config.environments import longest_sample
 from rlkit.config.parts import ResolvedRun, import_part
 from rlkit.config.plan import (
@@ -27,15 +28,10 @@ from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
 from rlkit.models.folder import ModelShape, check_model_folder
 
 GIB, MIB = 2**30, 2**20
-Parts = dict[str, float]
-"""Bytes by what they hold."""
-
 REDUCE_ELEMENTS = 2**27
 """`reduce_bucket_size` (`rlkit/learner/engine.py`)."""
 GATHER_ELEMENTS, STEP_ELEMENTS = 10**9, 10**9
 """DeepSpeed's defaults for ZeRO 3: `max_live_parameters`, `sub_group_size`."""
-MALLOC_KEEPS = 32 * MIB
-"""glibc maps larger blocks by themselves (DEFAULT_MMAP_THRESHOLD_MAX) and returns them when they are freed."""
 GATHERED = 2**29
 """Full weights that are gathered at a time to be saved or packed (`rlkit/learner/policy.py`)."""
 BASES = {"driver": 0.46, "buffer": 0.1, "ray": 0.45, "engine": 0.75, "rank": 0.55, "reward": 0.2, "model": 0.55}
@@ -83,29 +79,6 @@ def element_bytes(dtype: str, cuda: bool) -> int:
     return 4 if dtype == "float32" or (dtype == "auto" and not cuda) else 2
 
 
-def activations(shape: ModelShape, tokens: int, width: int, *, checkpointing: bool) -> Parts:
-    """What the backward pass of a micro-batch finds: saved tensors of Llama-like layers, per token.
-
-    Both norms save their input in fp32 (with fp32 it is the residual stream itself), the normalised and the scaled
-    state; attention its inputs and its output; the MLP the inputs of its four products.
-    """
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 2 * shape.hidden * (4 + 2 * width)
-    attention = width * (2 * queries + 2 * max(keys, queries if width == 4 else keys) + queries)
-    layer = tokens * (norms + attention + 4 * width * shape.intermediate)
-    if not checkpointing:
-        return {"activations": layer * shape.layers}
-    gradients = tokens * width * (2 * shape.intermediate + 2 * shape.hidden)
-    return {"activations": tokens * width * shape.hidden * shape.layers + layer + gradients}
-
-
-def head(shape: ModelShape, section: LearnerConfig, width: int) -> Parts:
-    """Chunks of fp32 logits, and the head's gradient with one chunk's product (`rlkit/models/logprobs.py`)."""
-    weight = shape.vocabulary * shape.hidden
-    elements = min(section.logit_elements_per_chunk, shape.vocabulary * section.tokens_per_microbatch)
-    return {"logits": 5.0 * 4 * elements, "gradient of the head": weight * (4.0 + 4)}
-
-
 def _stage(section: LearnerConfig, width: int) -> int:
     """In bf16 stage 1 runs as 2 (`rlkit/learner/engine.py`)."""
     return 2 if width == 2 and section.zero_stage == 1 else section.zero_stage
@@ -140,8 +113,7 @@ def backward(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) 
         parts["flat copy of the bucket"] = width * bucket
     if stage == 3 and ranks > 1:
         parts["gathered parameters"] = width * min(parameters, GATHER_ELEMENTS)
-    parts |= activations(shape, section.tokens_per_microbatch, width, checkpointing=section.gradient_checkpointing)
-    return parts | head(shape, section, width)
+    return parts | activations(shape, section, width) | head(shape, section)
 
 
 def stepping(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -> Parts:
@@ -164,16 +136,6 @@ def stepping(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) 
     if width == 2:
         return {"gradients": 4 * share, **spare}
     return {"fp32 copy of gradients": 8 * share, **spare}
-
-
-def kept(shape: ModelShape, section: LearnerConfig) -> float:
-    """Bytes that malloc keeps after an update on a CPU: of activations and gradients in blocks below `MALLOC_KEEPS`."""
-    tokens = section.tokens_per_microbatch
-    passing = activations(shape, tokens, 4, checkpointing=section.gradient_checkpointing)["activations"]
-    widest = 4 * tokens * max(shape.intermediate, shape.hidden)
-    layers = float(shape.parameters or 0) - shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
-    block = 4 * shape.hidden * max(shape.intermediate, shape.hidden)
-    return (passing if widest < MALLOC_KEEPS else 0.0) + (4 * layers if block < MALLOC_KEEPS else 0.0)
 
 
 def rank_phases(
@@ -221,9 +183,10 @@ def rank_phases(
         waiting = {name: size for name, size in still.items() if name not in (*rests, "reduction bucket")}
         host |= {f"offloaded {name}": size for name, size in waiting.items()}
     file: Parts = {"weights of the file": min(whole, GATHERED) if stage == 3 else whole}
+    moved: Parts = {"inputs of layers": layer_inputs(shape, section, width)} if section.offload_activations else {}
     return {
         "load": Phase({**base, **file}, {**context, **fresh, "gradients": 4 * parameters / ranks}),
-        "update": Phase(base, {**context, **still, **working, **lost}),
+        "update": Phase(base | moved, {**context, **still, **working, **lost}),
         "publish": Phase(base | (packed if bundle else {}), {**context, **still, **({} if bundle else packed)}),
         "save": Phase(base | saved, {**context, **still, "a bucket": min(whole, GATHERED)}),
         "rest": Phase(host, {**context, **rests}),

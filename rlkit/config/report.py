@@ -96,13 +96,18 @@ def _reward_parts(section: Mapping[str, Any]) -> list[Line]:
     ]
 
 
+def _sharing(section: LearnerConfig) -> str:
+    together = section.sequence_parallel
+    return f" ({together} share each sequence)" if together > 1 else ""
+
+
 def _actors(run: ResolvedRun) -> list[Line]:
     config = run.config
     cuda = config.cluster.device == "cuda"
     threads = f"{config.cluster.threads_per_actor} CPU threads each"
     shares = gpu_shares(config)
     engines = f"{_count(config.rollout.workers, 'vLLM engine')}, {threads}"
-    ranks = f"{_count(config.learner.ranks, 'DeepSpeed rank')}, {threads}"
+    ranks = f"{_count(config.learner.ranks, 'DeepSpeed rank')}{_sharing(config.learner)}, {threads}"
     if cuda:
         width = config.rollout.tensor_parallel_size
         split = shares_gpus(config.cluster) and width > 1
@@ -123,7 +128,8 @@ def _actors(run: ResolvedRun) -> list[Line]:
         lines.insert(1, Line("actors", "environments", _places(run.environment_config)))
     if needs.critic:
         critics, gpus = config.critic.ranks, f", {shares.critic:g} GPU each" if cuda else ""
-        lines.append(Line("actors", "critic", f"{_count(critics, 'DeepSpeed rank')}, {threads}" + gpus))
+        sharing = _sharing(config.critic)
+        lines.append(Line("actors", "critic", f"{_count(critics, 'DeepSpeed rank')}{sharing}, {threads}" + gpus))
     if needs.reference_policy:
         every, mix = algorithm.config.reference_every_steps, algorithm.config.reference_mix
         moves = f"; every {_count(every, 'step')} {mix:g} of the policy goes into it" if every else ""

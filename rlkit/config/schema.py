@@ -249,18 +249,23 @@ class LearnerConfig(Section):
     """Passes over a step's groups (PPO's K epochs), shuffled anew for each further one. The old log-probs stay those
     before the step."""
     tokens_per_microbatch: int = Field(default=16384, ge=1)
-    """Tokens per forward and backward pass. A prompt shared inside a group counts once; if a quarter of attention's
-    keys (a prompt's are copied for each response) is more, that counts."""
+    """Tokens per forward and backward pass, of the ranks that share it together. A prompt shared inside a group counts
+    once; if a quarter of attention's keys (a prompt's are copied for each response) is more, that counts."""
     logit_elements_per_chunk: int = Field(default=2**25, ge=1)
     """Logits are computed in chunks of at most this many elements (rows x vocabulary)."""
     ranks: int = Field(default=1, ge=1)
-    """Data-parallel learner processes."""
+    """Learner processes. Each `sequence_parallel` of them are one data-parallel replica."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Ranks that compute each sequence together, for long ones (DeepSpeed-Ulysses): a rank has its share of the tokens,
+    and in attention its share of the heads."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: what is partitioned over ranks (1 optimizer, 2 + gradients, 3 + parameters)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 (with fp32 master weights) on CUDA, float32 on CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    offload_activations: bool = False
+    """CUDA, with gradient_checkpointing: the layers' inputs wait in host memory for the backward pass."""
     reference_cache: str | None = None
     """source=data: file of the reference policy's log-probs, by model and tokens; null: in the run folder. Runs may
     share one."""
@@ -272,6 +277,11 @@ class LearnerConfig(Section):
     def optimizer_steps(self) -> int:
         """In a training step."""
         return self.minibatches_per_step * self.epochs_per_step
+
+    @property
+    def replicas(self) -> int:
+        """Of the model: who computes other samples than the others."""
+        return self.ranks // self.sequence_parallel
 
 
 class CriticConfig(LearnerConfig):

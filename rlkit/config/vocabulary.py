@@ -110,6 +110,14 @@ OTHER_NAMES: Mapping[str, str] = {
     "param_offload": "learner.offload",
     "enable_gradient_checkpointing": "learner.gradient_checkpointing",
     "activation_checkpointing": "learner.gradient_checkpointing",
+    "ulysses_sequence_parallel_size": "learner.sequence_parallel",
+    "sequence_parallel_size": "learner.sequence_parallel",
+    "context_parallel_size": "learner.sequence_parallel",
+    "sp_size": "learner.sequence_parallel",
+    "activation_offload": "learner.offload_activations",
+    "enable_activation_offload": "learner.offload_activations",
+    "activation_offloading": "learner.offload_activations",
+    "cpu_checkpointing": "learner.offload_activations",
     "torch_dtype": "learner.dtype",
     "bf16": "learner.dtype",
     # sampler
@@ -302,9 +310,11 @@ WISHES: tuple[tuple[str, str], ...] = (
         r"\w*kv_cache_dtype|\w*async_scheduling|(vllm|engine)_(kw)?arg\w*",
         "arguments of vLLM's engine are rollout.engine.NAME",
     ),
+    (r"\w*(sequence|context)_parallel\w*|ulysses\w*|cp", "ranks that share sequences: learner.sequence_parallel"),
     (
-        r"\w*(sequence|context|pipeline|expert)_parallel\w*|ulysses\w*|pp|cp|ep",
-        "not supported: sampling has rollout.tensor_parallel_size, training learner.ranks with learner.zero_stage",
+        r"\w*(pipeline|expert)_parallel\w*|pp|ep",
+        "not supported: sampling has rollout.tensor_parallel_size, training learner.ranks with learner.zero_stage and "
+        "learner.sequence_parallel",
     ),
     (r"max_model_len\w*", "here it is rollout.max_prompt_tokens + rollout.max_response_tokens"),
     (r"attn_implementation|flash_attn\w*|flash_attention\w*", "not needed: the device decides it"),

@@ -155,7 +155,7 @@ class LearnerGroup(RankGroup):
         self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
     ) -> None:
         gpus = gpu_shares(config).learner
-        self.section, self.needs, self.seed = config.learner, algorithm.needs(), config.seed
+        self.needs, self.seed = algorithm.needs(), config.seed
         self.temperature, self.device = config.rollout.temperature, config.cluster.device
         super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus, place)
 
@@ -242,7 +242,7 @@ class CriticGroup(RankGroup):
         self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
     ) -> None:
         gpus = gpu_shares(config).critic
-        self.section, self.seed = config.critic, config.seed
+        self.seed = config.seed
         super().__init__(CriticWorker, "critic", config.critic, config, model_path, algorithm, logs, gpus, place)
 
     async def values(self, groups: Sequence[Group]) -> list[np.ndarray]:

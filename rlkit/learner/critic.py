@@ -46,7 +46,7 @@ class Critic:
 
     def learn(self, share: Share[ValueRows]) -> dict[str, float]:
         """One training step towards the returns. All ranks call it, each with its share; metrics are equal on all."""
-        metrics = StepMetrics("critic")
+        metrics = StepMetrics("critic", self.config.sequence_parallel)
         for minibatch in share.minibatches:
             self._step(minibatch, metrics)
         return metrics.reduced(self.device)

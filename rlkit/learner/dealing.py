@@ -1,6 +1,7 @@
 """The driver's plan of a step: which samples are computed by which rank, in which micro-batch, as which rows.
 
-It is made once; each rank is sent its share alone. Numbers of passes are equal on all ranks, so that collective
+A rank here is a replica of the model: ranks that share sequences compute the same samples. The plan is made once; each
+rank is sent its share alone. Numbers of passes are equal on all ranks, so that collective
 operations match, and denominators are of the whole optimizer step, so that a gradient does not depend on the plan.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algorithms.base import Advantages, AlgorithmNeeds, Denominators
-from rlkit.config.schema import CriticConfig, LearnerConfig
+from rlkit.config.schema import LearnerConfig
 from rlkit.experience import Group, Sample
 from rlkit.experience.types import FloatArray, IntArray
 from rlkit.learner.batches import (
@@ -115,7 +116,7 @@ def value_shares(
     groups: Sequence[Group],
     advantages: Advantages,
     values: Sequence[FloatArray],
-    config: CriticConfig,
+    config: LearnerConfig,
     *,
     seed: Sequence[int] = (),
 ) -> list[Share[ValueRows]]:
@@ -234,7 +235,7 @@ class _Batch:
         """Mini-batches take equal numbers of groups, in order in the first epoch, shuffled in the others; silent
         samples are in the denominators only."""
         trained = np.array([int(sample.trained.sum()) for sample in self.samples])
-        of_ranks: list[list[Minibatch[RowsT]]] = [[] for _ in range(config.ranks)]
+        of_ranks: list[list[Minibatch[RowsT]]] = [[] for _ in range(config.replicas)]
         groups = self.parts(kept)
         orders = [
             np.random.default_rng([*seed, epoch]).permutation(len(groups)) if epoch else np.arange(len(groups))
@@ -272,7 +273,7 @@ class _Batch:
         repeating its prompt, unless `split` is False; what still exceeds the limit runs alone. `in_order`: a rank's
         parts keep their order, else the largest come first.
         """
-        ranks, limit = config.ranks, config.tokens_per_microbatch
+        ranks, limit = config.replicas, config.tokens_per_microbatch
         if split:
             count = -(-ranks // max(1, len(parts)))  # no rank is idle while another has several samples
             parts = [piece for part in parts for piece in self._pieces(part, count if ranks > 1 else None, limit)]

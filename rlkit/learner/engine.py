@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,13 +20,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlkit.config.schema import LearnerConfig
+from rlkit.models.forward import PackedModel
 from rlkit.models.policy import resolve_dtype
+from rlkit.models.sequence import SequenceRanks
 
 REDUCE_BUCKET_ELEMENTS = 2**27
 """Of gradients that ranks add up at a time. DeepSpeed's 5e8 would hold 1 GB in bf16, with ZeRO 3 for good."""
 READ_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 """With it set, transformers reads a tensor when it is needed."""
-T = TypeVar("T", bound=Any)
+T = TypeVar("T", bound=PackedModel)
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -99,6 +102,19 @@ def init_process_group(
     deepspeed.init_distributed(dist_backend=backend, rank=rank, world_size=world_size, timeout=timeout)
 
 
+@cache
+def sequence_ranks(count: int) -> SequenceRanks | None:
+    """This rank among the `count` neighbours that compute each batch together; None if it is alone. All ranks call
+    it."""
+    if count == 1:
+        return None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    timeout = dist.distributed_c10d._get_default_group()._get_backend(device).options._timeout
+    groups = [dist.new_group(range(first, first + count), timeout=timeout) for first in range(0, world_size, count)]
+    return SequenceRanks(groups[rank // count], rank % count, count)
+
+
 def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
     """Build a DeepSpeed engine; the caller owns gradient accumulation. Raises ValueError for bf16 without ZeRO.
 
@@ -135,13 +151,15 @@ def load_to_train(
     """
     with partitioned_loading(config, device):
         module = load(path, resolve_dtype(config.dtype, device), trust_remote_code=trust_remote_code)
+    module.share_sequences(sequence_ranks(config.sequence_parallel))
+    module.offloads = config.offload_activations
     if config.gradient_checkpointing:
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     return module
 
 
 def load_frozen(
-    load: Callable[..., nn.Module],
+    load: Callable[..., PackedModel],
     path: str | Path,
     config: LearnerConfig,
     device: str,
@@ -153,6 +171,7 @@ def load_frozen(
     """
     with partitioned_loading(config, device):
         module = load(path, resolve_dtype(config.dtype, device), trust_remote_code=trust_remote_code)
+    module.share_sequences(sequence_ranks(config.sequence_parallel))
     module.requires_grad_(False).eval()
     if config.zero_stage != 3:
         return module.to(device)

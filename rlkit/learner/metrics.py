@@ -59,6 +59,8 @@ def measured(diagnostics: Sequence[Diagnostic], inputs: LossInputs) -> Iterator[
 class StepMetrics:
     area: str
     """The first part of the metrics' names."""
+    copies: int = 1
+    """Ranks that compute the same samples, so that sums over all ranks count each as often."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
@@ -99,7 +101,7 @@ class StepMetrics:
             _over_ranks(self.maxima, dist.ReduceOp.MAX, device),
         )
         return {
-            **{name: value / (steps if name == self._loss else measured) for name, value in sums.items()},
+            **{name: value / self.copies / (steps if name == self._loss else measured) for name, value in sums.items()},
             **maxima,
             f"{self.area}/grad_norm": sum(self.grad_norms) / steps,
             f"{self.area}/learning_rate": self.rate,

@@ -111,7 +111,7 @@ class PolicyLearner:
 
         Optimizer steps whose loss or gradient is not finite are skipped and reported.
         """
-        metrics = StepMetrics("policy")
+        metrics = StepMetrics("policy", self.config.sequence_parallel)
         old = self._old_logprobs(share)
         for minibatch, before in zip(share.minibatches, old, strict=True):
             self._optimizer_step(minibatch, before, share, metrics)

@@ -144,7 +144,7 @@ class RankGroup:
         """`name`: of the log files. `gpus`: what each rank asks Ray for."""
         import ray
 
-        self.name, self.trainer_config = name, config.trainer
+        self.name, self.trainer_config, self.section = name, config.trainer, section
         self._offloads, self.offloaded = offloads(config, section), False
         environment = {
             "OMP_NUM_THREADS": str(config.cluster.threads_per_actor),
@@ -200,9 +200,11 @@ class RankGroup:
         return (await self.answers(method, [getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
 
     async def call_each(self, method: str, shares: Sequence[Any]) -> list[Any]:
-        """Call a method on every rank, each with its share, which nobody else receives; return all results."""
-        ranks = zip(self.ranks, shares, strict=True)
-        return await self.answers(method, [getattr(rank, method).remote(share) for rank, share in ranks])
+        """Call a method on every rank with the share of its replica alone; return one result of each replica."""
+        of_ranks = [share for share in shares for _ in range(self.section.sequence_parallel)]
+        ranks = zip(self.ranks, of_ranks, strict=True)
+        results = await self.answers(method, [getattr(rank, method).remote(share) for rank, share in ranks])
+        return results[:: self.section.sequence_parallel]
 
     async def answers(self, method: str, calls: Sequence[Any]) -> list[Any]:
         """Raises WaitedTooLongError, naming the ranks that have not answered."""

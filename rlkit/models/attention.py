@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from rlkit.models.packing import Bucket, PackedBatch
+from rlkit.models.packing import Bucket, PackedBatch, take
+from rlkit.models.prefix_attention import in_two_parts
+from rlkit.models.sequence import SequenceRanks
 
 PACKED_ATTENTION = "rlkit_packed"
 WIDEST_FLASH_HEAD = 256
@@ -60,6 +62,7 @@ def packed_attention(
     attention_mask: Pattern | Tensor | None,
     *,
     packed: PackedBatch | None = None,
+    ranks: SequenceRanks | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -70,8 +73,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, E] -> [1, T, Hq, E].
 
-    `softcap` c caps scores z at c * tanh(z / c); `s_aux` [Hq] are sinks: scores of a key without a value. Raise
-    ValueError for what else changes attention.
+    T: tokens of the batch, or those that this one of `ranks` holds. `softcap` c caps scores z at c * tanh(z / c);
+    `s_aux` [Hq] are sinks: scores of a key without a value. Raise ValueError for what else changes attention.
     """
     name = type(module).__name__
     if packed is None:
@@ -83,8 +86,9 @@ def packed_attention(
         refused.append("dropout")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         refused.append("attention to later tokens")
-    if not query.shape[2] == key.shape[2] == len(packed.token_ids):
-        refused.append(f"{query.shape[2]} queries and {key.shape[2]} keys for {len(packed.token_ids)} tokens")
+    tokens = len(packed.token_ids) if ranks is None else ranks.held(len(packed.token_ids))
+    if not query.shape[2] == key.shape[2] == tokens:
+        refused.append(f"{query.shape[2]} queries and {key.shape[2]} keys for {tokens} tokens")
     longest = max(packed.lengths)
     pattern = (attention_mask if isinstance(attention_mask, Pattern) else CAUSAL).within(longest)
     if sliding_window is not None and Pattern(sliding_window).within(longest).window != pattern.window:
@@ -94,6 +98,9 @@ def packed_attention(
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if ranks is not None:
+        q, k, v = (tensor[: len(packed.token_ids)] for tensor in ranks.tokens_to_heads((q, k, v)))
+        s_aux = None if s_aux is None else ranks.of_heads(s_aux)
     if softcap is not None or s_aux is not None:
         attended = _bucketed(q, k, v, packed, pattern, _Explicit(scale, softcap, s_aux))
     else:
@@ -103,9 +110,13 @@ def packed_attention(
         half = query.dtype in (torch.bfloat16, torch.float16)
         if query.is_cuda and half and width <= WIDEST_FLASH_HEAD and pattern.chunk is None:
             attended = _varlen(q, k, v, packed, pattern, scale)
+        elif query.device.type == "cpu" and query.dtype == torch.float32 and pattern == CAUSAL and packed.own.stems:
+            attended = in_two_parts(q, k, v, packed, scale)
         else:
             attended = _bucketed(q, k, v, packed, pattern, _Fused(scale))
         attended = attended[..., : value.shape[-1]]
+    if ranks is not None:
+        attended = ranks.heads_to_tokens(attended)
     return attended.unsqueeze(0), None
 
 
@@ -118,9 +129,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, patt
 
     runs = packed.runs
     attended = varlen_attn(
-        _take(query, runs.queries),
-        _take(key, runs.keys),
-        _take(value, runs.keys),
+        take(query, runs.queries),
+        take(key, runs.keys),
+        take(value, runs.keys),
         runs.cu_queries,
         runs.cu_keys,
         runs.longest_query,
@@ -130,7 +141,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, patt
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(attended, Tensor)
-    return _take(attended, runs.collapse)
+    return take(attended, runs.collapse)
 
 
 _Attend = Callable[[Tensor, Tensor, Tensor, Bucket, Pattern], Tensor]
@@ -147,7 +158,7 @@ def _bucketed(
     outputs = []
     for bucket in packed.buckets:
         q, k, v = (
-            _take(tensor, indices.reshape(-1)).view(*indices.shape, *tensor.shape[1:]).transpose(1, 2)
+            take(tensor, indices.reshape(-1)).view(*indices.shape, *tensor.shape[1:]).transpose(1, 2)
             for tensor, indices in ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
         )
         out = attend(q, k, v, bucket, pattern)
@@ -225,11 +236,6 @@ class _Explicit:
         p = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
         out = p.reshape(n, groups, heads // groups * length, -1) @ v.float()
         return out.view(n, heads, length, -1).to(q.dtype)
-
-
-def _take(rows: Tensor, indices: Tensor) -> Tensor:
-    """rows[indices]; its backward is one index_add, which is fast on CPU too."""
-    return torch.index_select(rows.reshape(rows.shape[0], -1), 0, indices).view(-1, *rows.shape[1:])
 
 
 def packed_mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Pattern | None:

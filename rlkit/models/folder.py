@@ -56,6 +56,10 @@ class ModelShape:
         """Key-value cache of one token, all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_element
 
+    def shares_heads(self, count: int) -> bool:
+        """Whether `count` processes can divide the attention heads; key-value heads may also be repeated."""
+        return self.heads % count == 0 and (self.kv_heads % count == 0 or count % self.kv_heads == 0)
+
 
 def check_model_folder(path: str) -> ModelShape:
     """The shape of the model at `path`. Raises ModelFolderError if it is not a usable model."""

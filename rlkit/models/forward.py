@@ -6,16 +6,20 @@ Which of the two is the model's attention: `rlkit_packed` was chosen at load whe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from rlkit.experience import UserError
 from rlkit.models.attention import PACKED_ATTENTION
 from rlkit.models.logprobs import LogProbLinear
 from rlkit.models.packing import PackedBatch
+from rlkit.models.sequence import SequenceRanks
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -26,32 +30,65 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 class ModelLoadError(UserError, ValueError): ...
 
 
-class PackedCausalLM(nn.Module):
-    """Maps a packed batch to log-probs; `model` is the Hugging Face model."""
+class PackedModel(nn.Module):
+    """Maps a packed batch to numbers; `model` is the Hugging Face model."""
+
+    ranks: SequenceRanks | None = None
+    """Those that compute each batch together."""
+    offloads: bool = False
+    """What the decoder keeps for the backward pass waits in host memory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        self.model = model
+
+    def share_sequences(self, ranks: SequenceRanks | None) -> None:
+        """Compute each batch together with other ranks. Raise ModelLoadError for a model that runs row by row."""
+        if ranks is not None and not runs_packed(self.model):
+            raise ModelLoadError(
+                f"{type(self.model).__name__} runs row by row (docs/models.md), so ranks cannot share its sequences; "
+                "leave sequence_parallel at 1"
+            )
+        self.ranks = ranks
+
+    def _at(self, packed: PackedBatch, tokens: Tensor) -> tuple[Tensor, Tensor | slice, Callable[[Tensor], Tensor]]:
+        """Final hidden states of those of N packed tokens that this rank holds; their places among them; and what makes
+        one number for each the row [N] of all ranks."""
+        # Tensors on a CPU are copied, too.
+        with save_on_cpu(pin_memory=True) if self.offloads else nullcontext():
+            hidden = hidden_states(self.model, packed, self.ranks)
+        if self.ranks is None:
+            return torch.index_select(hidden, 0, tokens), slice(None), lambda values: values
+        places, own = self.ranks.mine(tokens)
+        return torch.index_select(hidden, 0, own), places, partial(self.ranks.joined, places=places, count=len(tokens))
+
+    def _scores(self, packed: PackedBatch, tokens: Tensor) -> Tensor:
+        """[N] fp32, read at N packed tokens."""
+        head: Any = self.model.score
+        hidden, _, joined = self._at(packed, tokens)
+        return joined(head(hidden)[:, 0].float())
+
+
+class PackedCausalLM(PackedModel):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
         head: Any = model.get_output_embeddings()
         kind = type(head)
         if kind is not nn.Linear:
             raise ModelLoadError(f"{type(model).__name__}: the head must be a plain Linear, not {kind.__name__}")
         head.__class__ = LogProbLinear
         head.scale, head.softcap = logit_scale_and_cap(model.config)
-        self.model = model
 
     def forward(
         self, packed: PackedBatch, temperature: float = 1.0, elements_per_chunk: int = 2**24
     ) -> tuple[Tensor, Tensor]:
         """Log-probs [R] of the packed batch's targets and entropies [R], both fp32."""
-        hidden = hidden_states(self.model, packed)
         head: Any = self.model.get_output_embeddings()
+        hidden, places, joined = self._at(packed, packed.rows)
         logprobs, entropy = head(
-            torch.index_select(hidden, 0, packed.rows),
-            targets=packed.targets,
-            temperature=temperature,
-            elements_per_chunk=elements_per_chunk,
+            hidden, targets=packed.targets[places], temperature=temperature, elements_per_chunk=elements_per_chunk
         )
-        return logprobs, entropy
+        return joined(logprobs), joined(entropy)
 
 
 class Fp32Linear(nn.Linear):
@@ -62,39 +99,30 @@ class Fp32Linear(nn.Linear):
         return nn.functional.linear(input.float(), self.weight.float(), bias)
 
 
-class PackedScorer(nn.Module):
+class PackedScorer(PackedModel):
     """A one-label sequence classifier, read at the last token of each packed sequence, head in fp32."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
+        super().__init__(model)
         if model.config.num_labels != 1:
             raise ModelLoadError(f"{type(model).__name__} has {model.config.num_labels} labels; a scorer has one")
-        self.model = model
         _score_in_fp32(model)
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """Raw scores [N], fp32."""
-        return _scores(self.model, packed, packed.last)
+        return self._scores(packed, packed.last)
 
 
-class PackedValueModel(nn.Module):
+class PackedValueModel(PackedModel):
     """A critic: a value for every response token, head in fp32."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         _score_in_fp32(model)
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """Values [R], fp32, of the states in which the packed batch's targets are chosen."""
-        return _scores(self.model, packed, packed.rows)
-
-
-def _scores(model: PreTrainedModel, packed: PackedBatch, tokens: Tensor) -> Tensor:
-    """[n] fp32, read at n packed tokens."""
-    head: Any = model.score
-    scores: Tensor = head(torch.index_select(hidden_states(model, packed), 0, tokens))[:, 0]
-    return scores.float()
+        return self._scores(packed, packed.rows)
 
 
 def _score_in_fp32(model: Any) -> None:
@@ -120,9 +148,9 @@ def runs_packed(model: PreTrainedModel) -> bool:
     return bool(model.config.get_text_config()._attn_implementation == PACKED_ATTENTION)
 
 
-def hidden_states(model: PreTrainedModel, packed: PackedBatch) -> Tensor:
-    """Final hidden states [T, D]."""
-    (hidden,) = _states(model, packed, lambda output: (output.last_hidden_state,))
+def hidden_states(model: PreTrainedModel, packed: PackedBatch, ranks: SequenceRanks | None = None) -> Tensor:
+    """Final hidden states [T, D], or of the tokens that this one of `ranks` holds."""
+    (hidden,) = _states(model, packed, lambda output: (output.last_hidden_state,), ranks)
     return hidden
 
 
@@ -137,16 +165,24 @@ def layer_states(model: PreTrainedModel, packed: PackedBatch, layers: Sequence[i
 
 
 def _states(
-    model: PreTrainedModel, packed: PackedBatch, kept: Callable[[Any], Sequence[Tensor]], **options: Any
+    model: PreTrainedModel,
+    packed: PackedBatch,
+    kept: Callable[[Any], Sequence[Tensor]],
+    ranks: SequenceRanks | None = None,
+    **options: Any,
 ) -> list[Tensor]:
     """[T, D] of each kept state [n, L, D] of the decoder's output."""
     decoder: Any = (
         model.base_model if model.base_model is not model else model.model
     )  # Llama 4's prefix names no module
     if runs_packed(model):
+        token_ids, positions = packed.token_ids, packed.position_ids
+        if ranks is not None:
+            token_ids, positions = ranks.share(token_ids), ranks.share(positions)
+            options["ranks"] = ranks
         output = decoder(
-            input_ids=packed.token_ids[None],
-            position_ids=packed.position_ids[None],
+            input_ids=token_ids[None],
+            position_ids=positions[None],
             use_cache=False,
             packed=packed,
             **options,

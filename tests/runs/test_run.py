@@ -268,8 +268,9 @@ def test_asynchronous_training_stays_within_its_staleness(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_and_two_samplers(start: Start) -> None:
-    run = start("learner.ranks=2", "learner.zero_stage=2", "rollout.workers=2", "trainer.total_steps=2")
+@pytest.mark.parametrize("options", [["rollout.workers=2"], ["learner.sequence_parallel=2"]])
+def test_two_ranks(start: Start, options: list[str]) -> None:
+    run = start("learner.ranks=2", "learner.zero_stage=2", "trainer.total_steps=2", *options)
     assert run.end() == 0, run.text
     for record in steps_of(run):
         assert record["mismatch/logprob_max"] < 1e-3

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 from learner_fixture import build_learner, free_port, write_partitioned_model, write_tiny_model
-from learner_rank import RANKS, SCENARIOS, moved_reference, outcome, scenario_groups
+from learner_rank import (
+    FOUR_RANKS,
+    RANKS,
+    SCENARIOS,
+    SHARED_MODELS,
+    moved_reference,
+    outcome,
+    scenario_groups,
+    shared_states,
+)
 from paths import FIXTURES, PYTHONPATH
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -44,9 +53,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(model: Path, folder: Path) -> list[dict[str, Any]]:
     """What each rank found, for all scenarios."""
+    return run_ranks(model, folder, RANKS)
+
+
+def run_ranks(model: Path, folder: Path, ranks: int) -> list[dict[str, Any]]:
     port = str(free_port())
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"rank{rank}.log" for rank in range(RANKS)]
+    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     processes = []
     for rank, log in enumerate(logs):
         command = [
@@ -56,6 +69,7 @@ def ranks(model: Path, folder: Path) -> list[dict[str, Any]]:
             port,
             str(model),
             str(folder / f"{rank}"),
+            str(ranks),
         ]
         with log.open("w") as file:
             processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
@@ -64,12 +78,36 @@ def ranks(model: Path, folder: Path) -> list[dict[str, Any]]:
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0] * RANKS, "\n".join(log.read_text()[-3000:] for log in logs)
-    return [torch.load(folder / f"{rank}", weights_only=False) for rank in range(RANKS)]
+    assert codes == [0] * ranks, "\n".join(log.read_text()[-3000:] for log in logs)
+    return [torch.load(folder / f"{rank}", weights_only=False) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_ranks_do_what_one_does(model: Path, ranks: list[dict[str, Any]], name: str) -> None:
+    check_outcome(model, ranks, name)
+
+
+@pytest.mark.slow  # four processes on two cores
+def test_four_ranks_that_share_sequences_do_what_one_does(model: Path, tmp_path: Path) -> None:
+    ranks = run_ranks(model, tmp_path, 4)
+    for name in FOUR_RANKS:
+        check_outcome(model, ranks, name)
+
+
+@pytest.mark.parametrize("name", SHARED_MODELS)
+def test_ranks_that_share_sequences_have_the_states_of_one(ranks: list[dict[str, Any]], name: str) -> None:
+    """Also with windows, soft caps, sinks, values narrower than keys, and fewer key-value heads than ranks."""
+    wanted, wanted_gradients = shared_states(name, None)
+    for found in ranks:
+        states, gradients = found["models"][name]
+        torch.testing.assert_close(states, wanted, atol=1e-5, rtol=1e-4)
+        assert gradients.keys() == wanted_gradients.keys()
+        for key, gradient in wanted_gradients.items():
+            atol = 1e-5 * float(gradient.abs().max())
+            torch.testing.assert_close(gradients[key], gradient, atol=atol, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def check_outcome(model: Path, ranks: list[dict[str, Any]], name: str) -> None:
     wanted, wanted_weights = outcome(model, name)
     for rank, found in enumerate(ranks):
         metrics, weights = found[name]
