@@ -77,9 +77,9 @@ class Producer:
                     steps = await self.buffer.reserve.remote(most)
                 requests = self._requests(steps)
                 stream = self.rollout.generate(requests)  # here, so that `places` counts them from now on
-                working.create_task(self._sample(stream, working))
+                working.create_task(self._sample(steps, stream, working))
 
-    async def _sample(self, stream: AsyncIterator[Any], working: asyncio.TaskGroup) -> None:
+    async def _sample(self, steps: Sequence[int], stream: AsyncIterator[Any], working: asyncio.TaskGroup) -> None:
         if not self._streams:
             self._began = time.monotonic()
         self._streams += 1
@@ -87,7 +87,7 @@ class Producer:
             working.create_task(self._score(groups))
         self._streams -= 1
         now = time.monotonic()
-        self._sampled_at |= {request.step: now for request in requests}
+        self._sampled_at |= dict.fromkeys(steps, now)
         if not self._streams:
             self._generating += now - self._began
 
