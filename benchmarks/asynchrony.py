@@ -295,7 +295,13 @@ def write(rows: Sequence[Row]) -> None:
     start, end = "<!-- table: benchmarks/asynchrony.py --write -->", "<!-- end of table -->"
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(start)
-    lines = [f"`python benchmarks/asynchrony.py --write` on {date.today()}:", "", *table(rows), "", *picture(rows[1])]
+    lines = [
+        f"`python benchmarks/asynchrony.py --write` on {date.today()}:",
+        "",
+        *table(rows),
+        "",
+        *picture(rows[:2][-1]),
+    ]
     PAGE.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
@@ -322,8 +328,8 @@ def main() -> None:
             began = time.process_time()
             rows.append(measure(name, case))
             print(table(rows)[-1], f"{time.process_time() - began:.0f} s", flush=True)
-    if arguments.write:
-        write(rows)
+            if arguments.write:
+                write(rows)
     result = summary(rows)
     print(json.dumps(result))
     missed = [f"{name} is below {bar}" for name, bar in BARS.items() if result[name] < bar]

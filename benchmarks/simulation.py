@@ -36,7 +36,6 @@ from rlkit.weights.publication import Loaded, Published, WeightReceipt
 
 TOKENS = np.zeros(1 << 16, np.int32)
 PROMPTS = [Prompt(f"p{i}", (), (0,)) for i in range(64)]
-UNSCORED = Score.none()
 EXACT = 1e-6
 """Of a token: what adding up seconds may be off."""
 
@@ -301,17 +300,13 @@ class SimulatedPool(RolloutPool):
 class SimulatedReward(NoReward):
     """Scores as many groups at a time as come."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, case: Case) -> None:
+        self.seconds, self.scores = case.reward_seconds, GroupScores((Score.none(),) * case.samples)
 
     async def score(self, batches: Sequence[Any]) -> Scored:
         await asyncio.sleep(self.seconds)
         lists = [await batch for batch in batches]
-        return Scored([[_scored(group) for group in groups] for groups in lists], ScoreReport())
-
-
-def _scored(group: Group) -> Group:
-    return group.with_scores(GroupScores((UNSCORED,) * len(group.samples)))
+        return Scored([[group.with_scores(self.scores) for group in groups] for groups in lists], ScoreReport())
 
 
 @dataclass
@@ -351,7 +346,7 @@ async def _train(case: Case, target: BufferActor) -> Run:
     producer = Producer(
         PromptOrder(PROMPTS, case.seed),
         pool,
-        SimulatedReward(case.reward_seconds),
+        SimulatedReward(case),
         buffer,
         most_at_once=case.groups_per_step,
         waits_for_places=case.staleness > 0,
