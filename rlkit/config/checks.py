@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from algorithms.base import Algorithm
+from rlkit.config.adapters import ADAPTERS
 from rlkit.config.diagnostics import diagnostics_act
 from rlkit.config.environments import ENVIRONMENTS
 from rlkit.config.heldout import HELDOUT
@@ -382,6 +383,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     *SAMPLING,
     *PROCESS_REWARDS,
     diagnostics_act,
+    *ADAPTERS,
     *ENVIRONMENTS,
     *HELDOUT,
     *SOURCES,

@@ -370,7 +370,7 @@ def _sends_bundles(config: RunConfig) -> bool:
     """The policy's weights, to engines or to a reward, through the object store."""
     if not config.rollout.workers or config.rollout.source == "model":
         return False
-    return weight_route(config.cluster, config.rollout, config.learner) == "object_store"
+    return weight_route(config.cluster, config.rollout, config.learner, config.model) == "object_store"
 
 
 def object_store_bytes(run: ResolvedRun) -> float:

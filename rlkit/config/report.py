@@ -155,7 +155,7 @@ def _shared(config: RunConfig, critic_ranks: int) -> str:
 
 def _handover(run: ResolvedRun) -> list[Line]:
     config = run.config
-    route = weight_route(config.cluster, config.rollout, config.learner)
+    route = weight_route(config.cluster, config.rollout, config.learner, config.model)
     text = WEIGHT_ROUTES[route]
     if route != "object_store":
         text += f", in buckets of {config.cluster.weight_bucket_mib} MiB"

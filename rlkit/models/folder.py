@@ -140,6 +140,20 @@ def _tensor_sizes(folder: Path) -> dict[str, int]:
     }
 
 
+NOT_LINEAR = ("embed", "wte", "wpe", "lm_head")
+"""Parts of the names of matrices that are embeddings, or the head."""
+
+
+def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Linear layer -> shape of its weight, of all but the head; empty if the weights are in another format."""
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, shape in _tensor_shapes(file)
+        if name.endswith(".weight") and len(shape) == 2 and not any(part in name for part in NOT_LINEAR)
+    }
+
+
 def _tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
     """From the header: 8 bytes of length, then JSON. Raises ValueError for a truncated file."""
     with file.open("rb") as stream:

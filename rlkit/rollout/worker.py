@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlkit.config.parts import TARGET
-from rlkit.config.plan import engines_sleep, longest_response, samples_have_seeds, weight_route
+from rlkit.config.plan import (
+    engines_sleep,
+    longest_response,
+    published_adapter,
+    samples_have_seeds,
+    sleep_level,
+    weight_route,
+)
 from rlkit.config.schema import RunConfig
 from rlkit.config.structured import Grammar, grammar
 from rlkit.experience import Group, Sample
@@ -97,15 +104,16 @@ class RolloutWorker:
             seed=self.engine_seed,
             stop_token_ids=stop_token_ids(self.model_path, self.tokenizer),
             trust_remote_code=trusted,
-            route=weight_route(config.cluster, config.rollout, config.learner),
+            route=weight_route(config.cluster, config.rollout, config.learner, config.model),
             sleeps=engines_sleep(config),
+            lora=published_adapter(config.rollout, config.model),
         )
         self.grammar = self._grammar()
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0, self.grammar))
         while self.sampler.busy:
             self.sampler.step()
         if engines_sleep(config):
-            self.sampler.sleep(2)  # the learner loads on the same GPU; weights come before anything is sampled
+            self.sampler.sleep(sleep_level(config))  # the learner loads on the same GPU; weights come before anything is sampled
 
     def _grammar(self) -> Grammar | None:
         """What all responses must match, if it is the same for all."""

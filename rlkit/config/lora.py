@@ -1,0 +1,53 @@
+"""Options of low-rank adapters, and how many parameters they train. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlkit.experience.section import Section
+from rlkit.models.folder import linear_shapes, model_folder
+
+ALL_LINEAR = "all-linear"
+
+
+class LoraConfig(Section):
+    """Train a low-rank adapter (LoRA, arXiv 2106.09685) in place of the weights: W x + alpha / rank * B A x."""
+
+    rank: int = Field(ge=1, le=512)
+    """Rows of A and columns of B. The extra `lora` (peft) must be installed."""
+    alpha: float | None = Field(default=None, gt=0)
+    """B A is multiplied by alpha / rank; null: twice the rank, which makes the factor 2."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = ALL_LINEAR
+    """Linear layers with an adapter: all but the head, or those of these names ([q_proj,v_proj])."""
+    publish: Literal["adapter", "merged"] = "adapter"
+    """What the engines get after each step: the adapter alone, which is small and exact in every precision; or the
+    whole weights with the adapter merged in, rounded to the engine's precision: for models that vLLM runs without LoRA,
+    and for quicker sampling."""
+
+    @property
+    def scale(self) -> float:
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
+def adapted_layers(path: str, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+    """Layer -> its outputs and inputs, by the model's files; empty if they are not safetensors."""
+    layers = linear_shapes(model_folder(path))
+    if lora.target_modules == ALL_LINEAR:
+        return layers
+    return {name: shape for name, shape in layers.items() if is_target(name, lora.target_modules)}
+
+
+def adapted_names(path: str, lora: LoraConfig) -> list[str]:
+    """The last part of the layers' names."""
+    return sorted({name.rpartition(".")[2] for name in adapted_layers(path, lora) or lora.target_modules})
+
+
+def is_target(name: str, targets: tuple[str, ...]) -> bool:
+    """As peft reads a list: a whole name, or the end of one."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def adapter_parameters(path: str, lora: LoraConfig) -> int:
+    return sum(lora.rank * (outputs + inputs) for outputs, inputs in adapted_layers(path, lora).values())
