@@ -12,7 +12,7 @@ from rlkit.models.folder import linear_shapes, model_folder
 ALL_LINEAR = "all-linear"
 
 
-class LoraConfig(Section):
+class AdapterConfig(Section):
     """Train a low-rank adapter (LoRA, arXiv 2106.09685) in place of the weights: W x + alpha / rank * B A x."""
 
     rank: int = Field(ge=1, le=512)
@@ -21,17 +21,22 @@ class LoraConfig(Section):
     """B A is multiplied by alpha / rank; null: twice the rank, which makes the factor 2."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = ALL_LINEAR
     """Linear layers with an adapter: all but the head, or those of these names ([q_proj,v_proj])."""
-    publish: Literal["adapter", "merged"] = "adapter"
-    """What the engines get after each step: the adapter alone, which is small and exact in every precision; or the
-    whole weights with the adapter merged in, rounded to the engine's precision: for models that vLLM runs without LoRA,
-    and for quicker sampling."""
 
     @property
     def scale(self) -> float:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
-def adapted_layers(path: str, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+class LoraConfig(AdapterConfig):
+    """The policy's adapter."""
+
+    publish: Literal["auto", "adapter", "merged"] = "auto"
+    """What the engines get after each step: the adapter alone, or the whole weights with the adapter merged in. Merged
+    weights are sampled from more quickly and need nothing of vLLM, but in bfloat16 they round small changes away. auto:
+    merged where the engines compute in float32, else the adapter."""
+
+
+def adapted_layers(path: str, lora: AdapterConfig) -> dict[str, tuple[int, int]]:
     """Layer -> its outputs and inputs, by the model's files; empty if they are not safetensors."""
     layers = linear_shapes(model_folder(path))
     if lora.target_modules == ALL_LINEAR:
@@ -39,7 +44,7 @@ def adapted_layers(path: str, lora: LoraConfig) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in layers.items() if is_target(name, lora.target_modules)}
 
 
-def adapted_names(path: str, lora: LoraConfig) -> list[str]:
+def adapted_names(path: str, lora: AdapterConfig) -> list[str]:
     """The last part of the layers' names."""
     return sorted({name.rpartition(".")[2] for name in adapted_layers(path, lora) or lora.target_modules})
 
@@ -49,5 +54,5 @@ def is_target(name: str, targets: tuple[str, ...]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def adapter_parameters(path: str, lora: LoraConfig) -> int:
+def adapter_parameters(path: str, lora: AdapterConfig) -> int:
     return sum(lora.rank * (outputs + inputs) for outputs, inputs in adapted_layers(path, lora).values())

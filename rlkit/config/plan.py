@@ -101,12 +101,16 @@ WeightRoute = Literal["object_store", "gloo", "nccl", "ipc"]
 """How weights get from the learner to the engines."""
 
 
+def element_bytes(dtype: str, cuda: bool) -> int:
+    return 4 if dtype == "float32" or (dtype == "auto" and not cuda) else 2
+
+
 def weight_route(
     cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig, model: ModelConfig
 ) -> WeightRoute:
     """`auto` on GPUs: CUDA IPC if every GPU of every engine has a rank, NCCL if none has, else the object store; for an
     adapter always that."""
-    if published_adapter(rollout, model) is not None:
+    if published_adapter(cluster, rollout, model) is not None:
         return "object_store"
     if cluster.weight_transfer != "auto":
         return cluster.weight_transfer
@@ -117,15 +121,18 @@ def weight_route(
     return "ipc" if _engine_gpus(rollout) <= learner.ranks else "object_store"
 
 
-def published_adapter(rollout: RolloutConfig, model: ModelConfig) -> LoraConfig | None:
+def published_adapter(cluster: ClusterConfig, rollout: RolloutConfig, model: ModelConfig) -> LoraConfig | None:
     """The adapter, if the engines get it alone, beside the weights that they have from their start."""
-    lora = None if rollout.source == "model" else model.lora
-    return None if lora is None or lora.publish == "merged" else lora
+    if model.lora is None or rollout.source == "model":
+        return None
+    exact = element_bytes(rollout.dtype, cluster.device == "cuda") == 4
+    merges = exact if model.lora.publish == "auto" else model.lora.publish == "merged"
+    return None if merges else model.lora
 
 
 def sleep_level(config: RunConfig) -> int:
     """1: sleeping engines keep their weights in the host's memory; 2: they drop them, and all weights come again."""
-    return 2 if published_adapter(config.rollout, config.model) is None else 1
+    return 2 if published_adapter(config.cluster, config.rollout, config.model) is None else 1
 
 
 def shares_gpus(cluster: ClusterConfig) -> bool:
@@ -167,9 +174,10 @@ def weights_can_travel(
     cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig, model: ModelConfig
 ) -> Issues:
     key, route = "cluster.weight_transfer", cluster.weight_transfer
-    if route not in ("auto", "object_store") and published_adapter(rollout, model) is not None:
+    if route not in ("auto", "object_store") and published_adapter(cluster, rollout, model) is not None:
         yield ConfigIssue(
-            key, "is for whole weights; an adapter goes through the object store: use auto, or model.lora.publish=merged"
+            key,
+            "is for whole weights; an adapter goes through the object store: use auto, or model.lora.publish=merged",
         )
     elif route in ("nccl", "ipc") and cluster.device == "cpu":
         yield ConfigIssue(key, "is for GPUs; with cluster.device=cpu use object_store or gloo (or auto)")

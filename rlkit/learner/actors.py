@@ -73,7 +73,8 @@ class LearnerWorker(Rank):
 
         An empty canary costs no forward pass, which an offloaded model could not do.
         """
-        bundle, whole = None, published_adapter(self.config.rollout, self.config.model) is None
+        bundle, config = None, self.config
+        whole = published_adapter(config.cluster, config.rollout, config.model) is None
         weights = self.learner.named_weights() if whole else self.learner.adapter_weights()
         if self.rank == 0:
             bundle = WeightBundle.pack(self.learner.version, weights)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) of peft in a policy: W x + scale * B A x, of which only A and B are trained.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of peft in a policy: W x + scale * B A x; only A and B are trained.
 
 Everything that leaves the learner goes by plain names: weights are merged into copies, never in place, so that nothing
 drifts; the adapter alone has the names of peft's files.
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlkit.config.lora import ALL_LINEAR, LoraConfig
+from rlkit.config.lora import ALL_LINEAR, AdapterConfig
 from rlkit.learner.engine import full_shape
-from rlkit.models.forward import ModelLoadError
+from rlkit.learner.frozen import move_frozen
+from rlkit.models.forward import ModelLoadError, PackedCausalLM
 from rlkit.weights.bundle import TensorMeta
 from rlkit.weights.tensor_file import WrittenFile, write_tensors
 
@@ -27,7 +28,7 @@ PREFIX, FILE = "base_model.model.", "adapter_model.safetensors"
 """Of peft's files."""
 
 
-def add_adapter(model: nn.Module, lora: LoraConfig) -> None:
+def add_adapter(model: nn.Module, lora: AdapterConfig) -> None:
     """Give the model an adapter that changes nothing yet (B is 0), and freeze all else.
 
     Raises ModelLoadError if a target is no linear layer.
@@ -63,23 +64,27 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-class WithoutAdapter:
-    """An engine's model with its adapter off: the reference policy, at no memory of its own. Its parameters are those
-    that are not trained; of ZeRO 3, which shares them out over the ranks for good, none."""
+class WithoutAdapter(PackedCausalLM):
+    """An engine's model with its adapter off: the reference policy, at no memory of its own."""
 
     def __init__(self, engine: Any) -> None:
-        self.engine = engine
+        nn.Module.__init__(self)
+        self._engine = [engine]  # no submodule: the model stays the engine's
 
-    def __call__(self, *inputs: Any) -> Any:
-        with adapter_off(self.engine.module):
-            return self.engine(*inputs)
+    def forward(self, *inputs: Any) -> Any:
+        (engine,) = self._engine
+        with adapter_off(engine.module):
+            return engine(*inputs)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        partitioned = self.engine.zero_optimization_stage() == 3
-        return (p for p in self.engine.module.parameters() if not (p.requires_grad or partitioned))
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those that are not trained; none with ZeRO 3, which shares them out over the ranks for good."""
+        (engine,) = self._engine
+        partitioned = engine.zero_optimization_stage() == 3
+        return (p for p in engine.module.parameters() if not (p.requires_grad or partitioned))
 
-    def buffers(self) -> Iterator[Tensor]:
-        return iter(())
+    def to(self, device: str) -> WithoutAdapter:  # type: ignore[override]
+        move_frozen(self, device)
+        return self
 
 
 def plain_name(name: str) -> str:
@@ -94,9 +99,7 @@ def is_factor(name: str) -> bool:
 
 def adapted_weights(model: nn.Module) -> dict[str, Any]:
     """Plain name of a weight -> the layer that adapts it."""
-    return {
-        f"{name}.weight": layer for name, layer in model.named_modules(remove_duplicate=False) if hasattr(layer, "lora_A")
-    }
+    return {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
 
 
 def merged(layer: Any, weight: Tensor, *, partitioned: bool) -> Tensor:

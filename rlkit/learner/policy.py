@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from algorithms.base import POLICY, REFERENCE, Algorithm, Denominators, LossInputs
-from rlkit.config.lora import LoraConfig
+from rlkit.config.lora import AdapterConfig
 from rlkit.config.schema import LearnerConfig
 from rlkit.diagnostics.base import Diagnostic
 from rlkit.learner.adapter import WithoutAdapter, adapter_tensors, add_adapter, save_adapter
@@ -53,7 +53,7 @@ class PolicyLearner:
         total_steps: int,
         trust_remote_code: bool = False,
         reference: bool = True,
-        lora: LoraConfig | None = None,
+        lora: AdapterConfig | None = None,
         diagnostics: Sequence[Diagnostic] = (),
     ) -> None:
         """`reference`: whether the loss computes the reference's log-probs, if it needs them. `lora`: train an

@@ -51,6 +51,17 @@ class ModelShape:
     """Elements of the largest tensor: of the embedding, or of a layer's fused experts."""
     tied: bool
     """The head is the embedding."""
+    adapter: int | None = None
+    """Parameters of an adapter that is trained in place of the model's own."""
+
+    @property
+    def whole(self) -> float:
+        """Parameters; 0 if they are not known."""
+        return float(self.parameters or 0)
+
+    @property
+    def trained(self) -> float:
+        return self.whole if self.adapter is None else float(self.adapter)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Key-value cache of one token, all layers."""

@@ -56,7 +56,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         # Sums over rows are fp32 whatever the compute type, over all chunks. A frozen head (LoRA) has none.
         weight_trains = ctx.needs_input_grad[1]
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if weight_trains else None
-        grad_bias = None if bias is None or not ctx.needs_input_grad[2] else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        grad_bias = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         trained = grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0)
         for rows in trained.nonzero()[:, 0].split(ctx.chunk):
             rows_hidden = hidden[rows]
@@ -85,7 +87,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
+            None if grad_bias is None else grad_bias.to(weight.dtype),
             *(None,) * 5,
         )
 

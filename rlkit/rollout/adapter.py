@@ -36,38 +36,33 @@ class EngineAdapter:
         names = adapted_names(model_path, self.lora)
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": size, "lora_target_modules": names}
 
-    def load(self, engine: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Between two steps of the engine."""
+    def load(self, engine: Any, weights: Iterable[tuple[str, Tensor]]) -> int:
+        """Between two steps of the engine. Return the sum of bits that came, for `adapter_report`."""
         from vllm.lora.request import LoRARequest
 
         tensors = dict(weights)
         config = {"r": self.lora.rank, "lora_alpha": self.lora.scale * self.lora.rank, "target_modules": ALL_LINEAR}
-        with TemporaryDirectory(prefix="rlkit-adapter-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None) as place:
+        root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        with TemporaryDirectory(prefix="rlkit-adapter-", dir=root) as place:
             save_file(tensors, Path(place) / "adapter_model.safetensors")
             (Path(place) / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
             engine.add_lora(LoRARequest(NAME, NUMBER, place, load_inplace=True))
         self.request = LoRARequest(NAME, NUMBER, NAME)  # the path is not read again
+        return sum(int(sum_of_bits(tensor)) for tensor in tensors.values())
 
 
-def adapter_report(manager: Any) -> Loaded:
-    """What an engine's own buffers say about the adapter that was loaded. `manager`: vLLM's LoRAModelManager."""
+def adapter_report(manager: Any, arrived: int) -> Loaded:
+    """What an engine's own buffers say about the adapter that came. `manager`: vLLM's LoRAModelManager."""
     slot = manager.lora_index_to_id.index(NUMBER)
-    came: Mapping[str, Any] = manager.get_adapter(NUMBER).loras
+    layers: Mapping[str, Any] = manager.get_adapter(NUMBER).loras
     buffers = [
         buffer[slot]
         for layer in manager.modules.values()
         for stacked in (layer.lora_a_stacked, layer.lora_b_stacked)
         for buffer in stacked
     ]
-    factors = [
-        factor
-        for layer in came.values()
-        for pair in (layer.lora_a, layer.lora_b)
-        for factor in (pair if isinstance(pair, list) else [pair])
-        if factor is not None
-    ]
     return Loaded(
-        unwritten=tuple(sorted(name for name in came if name not in manager.modules)),
-        arrived=int(torch.stack([sum_of_bits(factor) for factor in factors]).sum()),
+        unwritten=tuple(sorted(name for name in layers if name not in manager.modules)),
+        arrived=arrived,
         held=int(torch.stack([sum_of_bits(buffer) for buffer in buffers]).sum()),
     )

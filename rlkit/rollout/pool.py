@@ -90,7 +90,8 @@ class RolloutPool:
     async def start(self) -> None:
         await asyncio.gather(*(self._start(index, worker) for index, worker in enumerate(self.workers)))
         if engines_sleep(self.config):
-            await self.sleep(sleep_level(self.config))  # the learner loads next; weights are published before anything is sampled
+            # The learner loads next; weights are published before anything is sampled.
+            await self.sleep(sleep_level(self.config))
 
     async def _start(self, index: int, worker: Any) -> None:
         async with self._waiting(index, "to load its engine", "startup_timeout_seconds"):

@@ -130,10 +130,10 @@ class Receiver:
         worker.reload_weights(weights_iterator=weights)
         self.arrivals = arrivals
 
-    def adapter_came(self) -> None:
-        """vLLM has loaded an adapter."""
+    def adapter_came(self, arrived: int) -> None:
+        """vLLM has loaded an adapter. `arrived`: the sum of its bits."""
         worker: Any = self
-        self.arrivals = adapter_report(worker.model_runner.lora_manager._adapter_manager)
+        self.arrivals = adapter_report(worker.model_runner.lora_manager._adapter_manager, arrived)
 
     def loaded_report(self) -> Loaded | None:
         """On what was loaded since the last report; None if nothing was."""

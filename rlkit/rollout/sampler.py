@@ -229,8 +229,8 @@ class Sampler:
         if self.adapter is None:
             self.engine.collective_rpc("load_bundle", kwargs={"weights": list(bundle.tensors())})
         else:
-            self.adapter.load(self.engine, bundle.tensors())
-            self.engine.collective_rpc("adapter_came")
+            arrived = self.adapter.load(self.engine, bundle.tensors())
+            self.engine.collective_rpc("adapter_came", kwargs={"arrived": arrived})
         self._begin_version(bundle.version)
 
     def receive(self, step: str, version: int, **arguments: Any) -> None:

@@ -106,14 +106,15 @@ class RolloutWorker:
             trust_remote_code=trusted,
             route=weight_route(config.cluster, config.rollout, config.learner, config.model),
             sleeps=engines_sleep(config),
-            lora=published_adapter(config.rollout, config.model),
+            lora=published_adapter(config.cluster, config.rollout, config.model),
         )
         self.grammar = self._grammar()
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0, self.grammar))
         while self.sampler.busy:
             self.sampler.step()
         if engines_sleep(config):
-            self.sampler.sleep(sleep_level(config))  # the learner loads on the same GPU; weights come before anything is sampled
+            # The learner loads on the same GPU; weights come before anything is sampled.
+            self.sampler.sleep(sleep_level(config))
 
     def _grammar(self) -> Grammar | None:
         """What all responses must match, if it is the same for all."""
