@@ -9,7 +9,7 @@ from pydantic import Field
 from rlkit.experience.section import Section
 from rlkit.models.folder import linear_shapes, model_folder
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
 
 class AdapterConfig(Section):
@@ -38,10 +38,10 @@ class LoraConfig(AdapterConfig):
 
 def adapted_layers(path: str, lora: AdapterConfig) -> dict[str, tuple[int, int]]:
     """Layer -> its outputs and inputs, by the model's files; empty if they are not safetensors."""
-    layers = linear_shapes(model_folder(path))
-    if lora.target_modules == ALL_LINEAR:
+    layers, targets = linear_shapes(model_folder(path)), lora.target_modules
+    if isinstance(targets, str):
         return layers
-    return {name: shape for name, shape in layers.items() if is_target(name, lora.target_modules)}
+    return {name: shape for name, shape in layers.items() if is_target(name, targets)}
 
 
 def adapted_names(path: str, lora: AdapterConfig) -> list[str]:
