@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlkit.config.lora import ALL_LINEAR, LoraConfig, adapted_names
+from rlkit.experience import UserError
 from rlkit.rollout.loaded import sum_of_bits
 from rlkit.weights.publication import Loaded
 
@@ -31,7 +32,16 @@ class EngineAdapter:
         """What requests name; None before the first adapter came."""
 
     def options(self, model_path: str) -> dict[str, Any]:
-        """Of the engine. With an adapter on the head vLLM 0.32 could not give log-probs of prompts."""
+        """Of the engine. With an adapter on the head vLLM 0.32 could not give log-probs of prompts.
+
+        Raises UserError for a model that vLLM runs without adapters.
+        """
+        from vllm.model_executor.models import ModelRegistry, supports_lora
+
+        for architecture in json.loads((Path(model_path) / "config.json").read_text()).get("architectures", ()):
+            known = ModelRegistry.models.get(architecture)
+            if known is not None and not supports_lora(known.load_model_cls()):
+                raise UserError(f"vLLM runs {architecture} without adapters: use model.lora.publish=merged")
         size = next(size for size in SIZES if size >= self.lora.rank)
         names = adapted_names(model_path, self.lora)
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": size, "lora_target_modules": names}

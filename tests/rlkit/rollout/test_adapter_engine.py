@@ -25,7 +25,8 @@ from rollout_host import OpenWorker
 
 from rlkit.config.lora import LoraConfig
 from rlkit.config.schema import ClusterConfig, ModelConfig, RolloutConfig, RunConfig, TrainerConfig
-from rlkit.experience import Group, Message, Prompt
+from rlkit.experience import Group, Message, Prompt, UserError
+from rlkit.rollout.adapter import EngineAdapter
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
 from rlkit.weights.bundle import WeightBundle
@@ -146,3 +147,9 @@ def test_an_engine_that_keeps_an_old_adapter_is_found(pool: RolloutPool, policie
         assert proof.accept("worker 0", news, found, None, 1e-3).difference < 1e-4
     with pytest.raises(WeightsNotLoadedError, match="unchanged to the last bit: it kept the old weights"):
         proof.accept("worker 0", *kept, None, 1e-3)
+
+
+def test_a_model_that_vllm_runs_without_adapters_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel without adapters: use model\.lora\.publish=merged"):
+        EngineAdapter(LORA).options(str(tmp_path))
