@@ -83,12 +83,15 @@ def test_weights_are_merged_where_that_loses_nothing(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("algorithm=dpo", "algorithm.reference_every_steps=2"), "algorithm.reference_every_steps: with model.lora"),
+        (
+            ("algorithm=dpo", "algorithm.reference_every_steps=2"),
+            "with model.lora the reference is the model without its adapter",
+        ),
         (("model.lora.publish=adapter", "cluster.weight_transfer=gloo"), "an adapter goes through the object store"),
-        (("model.lora.target_modules=[q_prj]",), "has no linear layer q_prj; it has q_proj, "),
+        (("model.lora.target_modules=[q_prj]",), "has no linear layer q_prj; it has "),
         (("model.lora.target_modules=[lm_head]",), "has no linear layer lm_head"),
         (("model.lora.target_modules=[]",), "has no linear layer of an empty list"),
-        (("algorithm=sft", "model.lora.publish=adapter"), "model.lora.publish: has no effect"),
+        (("algorithm=sft", "model.lora.publish=adapter"), "has no effect: nothing is sampled from the policy"),
         (
             ("algorithm=prime", "reward=implicit_prm", "reward.reference=policy", "model.lora.publish=adapter"),
             "ImplicitPRM takes the policy's whole weights after each step; use model.lora.publish=merged",

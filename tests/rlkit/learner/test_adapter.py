@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def adapted(model: Path, updates: int = 0, *, rank: int = 4, **options: Any) -> WholeLearner:
     torch.manual_seed(1)
-    learner = smooth_steps(build_learner(model, lora=AdapterConfig(rank=rank), learning_rate=0.1, **options))
+    learner = smooth_steps(build_learner(model, lora=AdapterConfig(rank=rank), learning_rate=0.5, **options))
     for _ in range(updates):
         learner.update(GROUPS, grpo_advantages(GROUPS))
     return learner
@@ -102,7 +102,7 @@ def test_merged_weights_have_the_adapter_s_log_probs_and_merging_drifts_nowhere(
     learner = adapted(model, updates=2)
     wanted, first = logprobs(learner), weights_of(learner)
     learner.save(tmp_path / "policy")
-    np.testing.assert_allclose(logprobs(build_learner(tmp_path / "policy")), wanted, atol=2e-5)
+    np.testing.assert_allclose(logprobs(build_learner(tmp_path / "policy")), wanted, atol=5e-5)
     assert all(torch.equal(first[name], weight) for name, weight in weights_of(learner).items())
     assert np.array_equal(logprobs(learner), wanted), "merged into copies"
 
@@ -148,7 +148,7 @@ def test_a_resumed_adapter_goes_on_to_the_last_bit(model: Path, stage: int) -> N
     state = full_state(learner.engine)
     learner.update(GROUPS, grpo_advantages(GROUPS))
     torch.manual_seed(99)  # another adapter at first
-    other = smooth_steps(build_learner(model, lora=AdapterConfig(rank=4), learning_rate=0.1, zero_stage=stage))
+    other = smooth_steps(build_learner(model, lora=AdapterConfig(rank=4), learning_rate=0.5, zero_stage=stage))
     load_full_state(other.engine, state)
     other.set_counters({"optimizer_steps": 2, "version": 2})
     other.update(GROUPS, grpo_advantages(GROUPS))

@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def policies(model: Path) -> list[WholeLearner]:
     """One whose adapter changes nothing yet, and one that has learnt."""
     torch.manual_seed(1)
-    new, trained = (build_learner(model, lora=LORA, learning_rate=0.05) for _ in range(2))
+    new, trained = (build_learner(model, lora=LORA, learning_rate=0.1) for _ in range(2))
     groups = make_groups()
     trained.update(groups, grpo_advantages(groups))
     return [new, trained]
