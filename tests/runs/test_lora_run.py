@@ -68,9 +68,13 @@ def test_grpo_learns(start: Callable[..., Run], publish: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo"])
-def test_recorded_responses_are_learnt(start: Callable[..., Run], algorithm: str) -> None:
-    steps = 4
-    run = start(f"algorithm={algorithm}", f"trainer.total_steps={steps}", recorded=True)
+def test_recorded_responses_are_learnt(start: Callable[..., Run], algorithm: str, tmp_path: Path) -> None:
+    steps, data = 4, []
+    if algorithm == "dpo":
+        rows = ({"prompt": f"{i} + {i}", "chosen": f"{i} + {i} = {2 * i}", "rejected": "0"} for i in range(40))
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = ["data=pairs", f"data.path={tmp_path / 'pairs.jsonl'}"]
+    run = start(f"algorithm={algorithm}", f"trainer.total_steps={steps}", *data, recorded=True)
     assert run.end() == 0, run.text
     losses = [one["policy/loss"] for one in run.records() if "policy/loss" in one]
     assert losses[-1] < losses[0]

@@ -85,7 +85,7 @@ def test_weights_are_merged_where_that_loses_nothing(
     [
         (
             ("algorithm=dpo", "algorithm.reference_every_steps=2"),
-            "with model.lora the reference is the model without its adapter",
+            "is the model without its adapter, which stays",
         ),
         (("model.lora.publish=adapter", "cluster.weight_transfer=gloo"), "an adapter goes through the object store"),
         (("model.lora.target_modules=[q_prj]",), "has no linear layer q_prj; it has "),
