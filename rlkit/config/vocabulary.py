@@ -212,7 +212,7 @@ LORA = "model.lora.rank=16 trains a low-rank adapter in place of all weights (do
 # What a word of a key, an option or a command asks for -> the answer. The first that matches counts.
 WISHES: tuple[tuple[str, str], ...] = (
     (r"(lora_)?dropout", "dropout is never active: sampler and learner would be two policies"),
-    (r"qlora\w*|load_in_[48]bit|bnb_\w+|quantiz\w+", f"the base is not quantised (docs/lora.md says why); {LORA}"),
+    (r"qlora\w*", f"the base is not quantised (docs/lora.md says why); {LORA}"),
     (r"(use_)?lora\w*|(use_)?peft\w*|adapters?|\w+_adapter_name", LORA),
     (r"(use_)?wandb\w*|weights_and_biases", f"W&B {TRACKERS}"),
     (r"mlflow|swanlab|neptune|comet(_ml)?|clearml|aim|trackio", f"this tracker {TRACKERS}"),

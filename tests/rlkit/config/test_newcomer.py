@@ -53,7 +53,7 @@ MISLEADING = {
     "algorithm.nothing=1": ["--help algorithm lists the keys"],
     "model.lora_rank=8": ["model.lora.rank=16 trains a low-rank adapter"],
     "model.lora.dropout=0.1": ["dropout is never active"],
-    "model.load_in_4bit=true": ["the base is not quantised"],
+    "model.qlora=true": ["the base is not quantised"],
     "peft=lora": ["model.lora.rank=16 trains a low-rank adapter"],
     "tracking.wandb=true": ["W&B is not supported", "tracking.tensorboard"],
     "tracking=wandb": ["W&B is not supported", "available: default"],
