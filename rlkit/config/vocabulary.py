@@ -213,7 +213,7 @@ LORA = "model.lora.rank=16 trains a low-rank adapter in place of all weights (do
 WISHES: tuple[tuple[str, str], ...] = (
     (r"(lora_)?dropout", "dropout is never active: sampler and learner would be two policies"),
     (r"qlora\w*", f"the base is not quantised (docs/lora.md says why); {LORA}"),
-    (r"(use_)?lora\w*|(use_)?peft\w*|adapters?|\w+_adapter_name", LORA),
+    (r"use_lora|lora_\w+|(use_)?peft\w*|adapters?|\w+_adapter_name", LORA),
     (r"(use_)?wandb\w*|weights_and_biases", f"W&B {TRACKERS}"),
     (r"mlflow|swanlab|neptune|comet(_ml)?|clearml|aim|trackio", f"this tracker {TRACKERS}"),
     (r"loggers?|report_to|project_name|tracker", f"another tracker {TRACKERS}"),
@@ -363,7 +363,7 @@ def answer(name: str, section: str = "") -> str | None:
     own = next((IN_SECTION[top] for top in (section, name.partition(".")[0]) if top in IN_SECTION), ())
     steps = [step.strip("_") for step in name.lower().replace("-", "_").split(".")]
     for step in steps:
-        for pattern, text in (*WISHES, *(own if step == steps[-1] else ())):
+        for pattern, text in (*WISHES, *((*own, ("lora", LORA)) if step == steps[-1] else ())):
             if re.fullmatch(pattern, step):
                 return text
     return None
