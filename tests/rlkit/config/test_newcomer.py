@@ -52,7 +52,6 @@ MISLEADING = {
     "algorithm.gama=1": ["did you mean algorithm.gamma?", "it belongs to algorithm=", "algorithm=ppo"],
     "algorithm.nothing=1": ["--help algorithm lists the keys"],
     "model.lora_rank=8": ["model.lora.rank=16 trains a low-rank adapter"],
-    "model.lora.alfa=8": ["did you mean model.lora.alpha?"],
     "model.lora.dropout=0.1": ["dropout is never active"],
     "model.qlora=true": ["the base is not quantised"],
     "peft=lora": ["model.lora.rank=16 trains a low-rank adapter"],
