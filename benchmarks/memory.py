@@ -35,6 +35,8 @@ sys.path.insert(0, str(ROOT))
 PRESETS = (("single_gpu", "1.5B"), ("multi_gpu", "7B"), ("multi_node", "32B"))
 """The models that the presets are made for."""
 LONG_PROMPT, LONG_RESPONSES = 2048, (8192, 32768, 65536, 126976)
+ADAPTER = "model.lora.rank=16"
+"""Needs peft."""
 PHASES = ("load", "update", "publish", "save")
 GIB = 2**30
 
@@ -307,13 +309,14 @@ def preset_table() -> None:
     phases = ("load", "sample", "update", "publish")
     print(f"| cluster | model | {' | '.join(phases)} | host, each machine |\n|---|---|{'---|' * len(phases)}---|")
     with tempfile.TemporaryDirectory(prefix="rlkit-memory-") as folder:
-        for preset, _ in PRESETS:
+        for options in (*([f"cluster={preset}"] for preset, _ in PRESETS), ["cluster=single_gpu", ADAPTER]):
+            shown = ", ".join(option.removeprefix("cluster=") for option in options)
             for name, size in SHAPES.items():
                 model = Path(folder) / name
                 if not model.is_dir():
                     write_model(size, model, random=False)
                 command = [
-                    f"cluster={preset}",
+                    *options,
                     "model=hf",
                     f"model.path={model}",
                     "reward=rule",
@@ -329,7 +332,7 @@ def preset_table() -> None:
                     gpu = {part: total(parts) for part, parts in gpu_phases(run, 80.0 * GIB).items()}
                     cells = [f"{gpu[phase] / GIB:.0f}" for phase in phases]
                     host = host_bytes(run, this_machine(run.config.cluster)) / GIB
-                    print(f"| {preset} | {name}{fits} | {' | '.join(cells)} | {host:.0f} |")
+                    print(f"| {shown} | {name}{fits} | {' | '.join(cells)} | {host:.0f} |")
 
 
 def long_table() -> None:

@@ -29,11 +29,11 @@ from rlkit.cluster.placement import (
 from rlkit.cluster.ray_session import ray_session
 from rlkit.cluster.waiting import Watchdog, blocking, waiting
 from rlkit.config.command import FAILED, INTERRUPTED, print_error
-from rlkit.config.memory import object_store_bytes
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, config_text, plain
 from rlkit.config.plan import asks_reward, gpu_shares, references_are_cached
 from rlkit.config.schema import RunConfig
+from rlkit.config.store import object_store_bytes
 from rlkit.data.order import order_of
 from rlkit.diagnostics.group import Diagnostics, make_diagnostics
 from rlkit.endings import ending

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rlkit.config.plan import engines_sleep, weight_route
+from rlkit.config.plan import engines_sleep, sleep_level, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
@@ -30,16 +30,16 @@ class WeightSync:
     ) -> None:
         """`canary`: prompts whose log-probs prove that sampler and learner hold the same policy."""
         self.rollout, self.learner, self.reward, self.canary = rollout, learner, reward, canary
-        self.route = weight_route(config.cluster, config.rollout, config.learner)
-        self.sleeps = engines_sleep(config)
+        self.route = weight_route(config.cluster, config.rollout, config.learner, config.model)
+        self.sleeps, self.level = engines_sleep(config), sleep_level(config)
         self._wanted = np.empty(0)
         """The learner's log-probs of the canary at the last publication."""
         rollout.fetch = self._fetch
 
     async def release_sampler(self) -> None:
-        """End sampling: engines drop their weights, the learner takes the GPUs."""
+        """End sampling: engines make room, the learner takes the GPUs."""
         if self.sleeps:
-            await self.rollout.sleep(2)
+            await self.rollout.sleep(self.level)
         await self.learner.reload()
 
     async def publish(self, version: int) -> dict[str, float]:

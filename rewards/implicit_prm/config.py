@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from rewards.base import RewardConfig, UpdateWhen
+from rlkit.config.lora import AdapterConfig
 from rlkit.experience.section import LearningRate
 
 Objective = Literal["ce", "dpo", "nca", "kto"]
@@ -49,10 +50,18 @@ class ImplicitPRMConfig(RewardConfig):
     offload: bool = False
     """CUDA only: keep both models and the optimizer in CPU memory while nothing is scored or learnt."""
 
+    lora: AdapterConfig | None = None
+    """Train a low-rank adapter: reward.lora.rank=16; pi_ref is then pi_phi without it, and no second model is loaded.
+    null: all weights are trained."""
+
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
         if self.outcome is None and self.update != "none":
             raise ValueError("outcome=null leaves nothing to learn from; set update=none as well")
         if self.reference == "policy" and self.reference_path is not None:
             raise ValueError("reference_path has no effect with reference=policy")
+        if self.lora is not None and (self.reference == "policy" or self.reference_path is not None):
+            raise ValueError(
+                "with lora the reference is the model without its adapter: leave reference and reference_path"
+            )
         return self

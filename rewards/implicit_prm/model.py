@@ -26,14 +26,15 @@ from rlkit.data.rendering import load_tokenizer
 from rlkit.experience import Group
 from rlkit.experience.records import from_json, to_json
 from rlkit.experience.types import BoolArray
+from rlkit.learner.adapter import WithoutAdapter, add_adapter
 from rlkit.learner.batches import charge, split_tree
 from rlkit.learner.engine import build_engine, init_process_group, load_to_train, optimizer_step
-from rlkit.learner.policy_folder import parameter_metas, save_policy, with_buffers
+from rlkit.learner.policy_folder import gathered_parameters, parameter_metas, save_policy, with_buffers
 from rlkit.learner.state import full_state, load_full_state
 from rlkit.learner.weight_names import CheckpointNames
 from rlkit.models.folder import model_folder
 from rlkit.models.packing import Tree, pack, split_by_tokens
-from rlkit.models.policy import load_causal_lm
+from rlkit.models.policy import load_causal_lm, resolve_dtype
 
 LARGEST_INITIAL_RATIO = 1e-3
 """Between models of equal weights; above it, they run through different kernels or types."""
@@ -199,14 +200,15 @@ class ImplicitModel:
             zero_stage=1 if self.device == "cuda" else 0,
         )
         self._chunk = learner.logit_elements_per_chunk
-        self.engine = build_engine(load_to_train(load_causal_lm, path, learner, self.device), learner, self.device)
+        module = load_to_train(load_causal_lm, path, learner, self.device)
+        if config.lora is not None:
+            add_adapter(module.model, config.lora)
+        self.engine = build_engine(module, learner, self.device)
+        dtype = resolve_dtype(learner.dtype, self.device)
+        reference = load_causal_lm(reference_path, dtype) if config.lora is None else WithoutAdapter(self.engine)
         # A tree per pass: what a response scores does not depend, even in the last bit, on the groups beside it.
-        self.reference = Scorer.load(
-            reference_path,
-            device=self.device,
-            dtype=learner.dtype,
-            tokens_per_batch=None,
-            logit_elements_per_chunk=self._chunk,
+        self.reference = Scorer(
+            reference, device=self.device, tokens_per_batch=None, logit_elements_per_chunk=self._chunk
         )
         if config.reference_path is None:
             check_equal(self.engine, self.reference.module, self.device, self._chunk)
@@ -287,7 +289,8 @@ class ImplicitModel:
     def save(self, folder: Path) -> None:
         with self._on_device():
             model = self.engine.module.model
-            save_policy(model.config, *with_buffers(model, parameter_metas(model), self._weights()), folder)
+            weights = gathered_parameters(model, zero_stage=0)  # one rank holds all
+            save_policy(model.config, *with_buffers(model, parameter_metas(model), weights), folder)
         load_tokenizer(self.path).save_pretrained(folder)
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -301,10 +304,6 @@ class ImplicitModel:
         self.heldout.groups = from_json(json.loads(state["heldout"]))
 
     # -- inside --------------------------------------------------------------------------------------------------
-
-    def _weights(self) -> Iterable[tuple[str, Tensor]]:
-        parameters: Iterable[tuple[str, Tensor]] = self.engine.module.model.named_parameters()
-        return parameters
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

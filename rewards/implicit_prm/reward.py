@@ -15,6 +15,7 @@ from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, Trai
 from rewards.implicit_prm.config import ImplicitPRMConfig
 from rewards.parts import load_part, outcome_problems, with_outcome
 from rlkit.experience import Group, GroupScores, Sample, Score
+from rlkit.experience.extras import lacking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ class ImplicitPRM(TrainableReward):
     def check(cls, config: Any) -> list[str]:
         from rlkit.models.folder import ModelFolderError, check_model_folder
 
-        messages = super().check(config)
+        messages = [*super().check(config), *(lacking("peft", "lora") if config.lora is not None else [])]
         for name in ("model_path", "reference_path"):
             path = getattr(config, name)
             try:

@@ -47,7 +47,7 @@ def layer_inputs(shape: ModelShape, section: LearnerConfig, width: int) -> float
 
 def head(shape: ModelShape, section: LearnerConfig) -> Parts:
     """Chunks of fp32 logits, and the head's gradient with one chunk's product (`rlkit/models/logprobs.py`)."""
-    weight = shape.vocabulary * shape.hidden
+    weight = shape.vocabulary * shape.hidden if shape.adapter is None else 0
     elements = min(section.logit_elements_per_chunk, shape.vocabulary * held_tokens(section))
     return {"logits": 5.0 * 4 * elements, "gradient of the head": weight * (4.0 + 4)}
 
@@ -55,7 +55,8 @@ def head(shape: ModelShape, section: LearnerConfig) -> Parts:
 def kept(shape: ModelShape, section: LearnerConfig) -> float:
     """Bytes that malloc keeps after an update on a CPU: of activations and gradients in blocks below `MALLOC_KEEPS`."""
     widest = 4 * held_tokens(section) * max(shape.intermediate, shape.hidden)
-    layers = float(shape.parameters or 0) - shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    ends = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    layers = shape.whole - ends if shape.adapter is None else shape.trained
     block = 4 * shape.hidden * max(shape.intermediate, shape.hidden)
     passing = activations(shape, section, 4)["activations"] if widest < MALLOC_KEEPS else 0.0
     return passing + (4 * layers if block < MALLOC_KEEPS else 0.0)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from algorithms.base import Algorithm
+from rlkit.config.adapters import ADAPTERS
 from rlkit.config.diagnostics import diagnostics_act
 from rlkit.config.engine import ENGINE
 from rlkit.config.environments import ENVIRONMENTS
@@ -387,6 +388,7 @@ CHECKS: tuple[Callable[..., Issues], ...] = (
     *PROCESS_REWARDS,
     diagnostics_act,
     *LONG_CONTEXTS,
+    *ADAPTERS,
     *ENVIRONMENTS,
     *HELDOUT,
     *SOURCES,

@@ -14,10 +14,10 @@ import yaml
 
 from rlkit.config.activations import Parts
 from rlkit.config.compose import spelled
+from rlkit.config.lora import LoraConfig
 from rlkit.config.memory import (
     ENGINE_WORKS,
     GIB,
-    element_bytes,
     gpu_phases,
     processes,
     size_text,
@@ -25,7 +25,7 @@ from rlkit.config.memory import (
 )
 from rlkit.config.messages import ConfigError, ConfigIssue, Issues
 from rlkit.config.parts import ResolvedRun, conf_dir
-from rlkit.config.plan import colocated_slots, longest_response, sampled_path, shares_gpus
+from rlkit.config.plan import colocated_slots, element_bytes, longest_response, sampled_path, shares_gpus
 from rlkit.config.schema import ClusterConfig, RunConfig, TrainerConfig
 from rlkit.models.folder import check_model_folder, model_folder
 from rlkit.models.usable import known_run
@@ -236,10 +236,10 @@ def _parts(parts: Parts) -> str:
 
 
 def _helpful(run: ResolvedRun, peak: Any, limit: float | None = None) -> str:
-    """The three changes that save most, with what they save."""
+    """The four changes that save most, with what they save."""
     now = peak(run)
     saved = sorted(((now - peak(changed), text) for text, changed in _changes(run)), reverse=True)
-    best = [(size, text) for size, text in saved if size >= 2**26][:3]
+    best = [(size, text) for size, text in saved if size >= 2**26][:4]
     if not best:
         return "No key of this run saves much: use a smaller model, or a larger machine"
     enough = "" if limit is None or any(now - size <= limit for size, _ in best) else "; one alone is not enough"
@@ -256,6 +256,9 @@ def _changes(run: ResolvedRun) -> Iterator[tuple[str, ResolvedRun]]:
         shown = " ".join(f"{section}.{key}={spelled(value)}" for key, value in values.items())
         return shown, replace(run, config=config.model_copy(update={section: new}))
 
+    if config.model.lora is None:
+        adapted = config.model.model_copy(update={"lora": LoraConfig(rank=16)})
+        yield "model.lora.rank=16", replace(run, config=config.model_copy(update={"model": adapted}))
     if not learner.gradient_checkpointing:
         yield changed("learner", gradient_checkpointing=True)
     least = rollout.max_prompt_tokens + rollout.max_response_tokens

@@ -13,18 +13,20 @@ from typing import Any
 from algorithms.base import POLICY, REFERENCE
 from rewards.base import TrainableReward
 from rlkit.config.activations import Parts, activations, head, kept, layer_inputs
-from rlkit.config.environments import longest_sample
+from rlkit.config.lora import adapter_parameters
 from rlkit.config.parts import ResolvedRun, import_part
 from rlkit.config.plan import (
     asks_reward,
+    element_bytes,
     engines_sleep,
     offloads,
     references_are_cached,
     sampled_path,
     shares_gpus,
-    weight_route,
+    sleep_level,
 )
-from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig
+from rlkit.config.schema import LearnerConfig, RolloutConfig
+from rlkit.config.store import bundle_elements, policy_shape, step_bytes, stored_bytes
 from rlkit.models.folder import ModelShape, check_model_folder
 
 GIB, MIB = 2**30, 2**20
@@ -75,10 +77,6 @@ def size_text(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def element_bytes(dtype: str, cuda: bool) -> int:
-    return 4 if dtype == "float32" or (dtype == "auto" and not cuda) else 2
-
-
 def _stage(section: LearnerConfig, width: int) -> int:
     """In bf16 stage 1 runs as 2 (`rlkit/learner/engine.py`)."""
     return 2 if width == 2 and section.zero_stage == 1 else section.zero_stage
@@ -86,52 +84,52 @@ def _stage(section: LearnerConfig, width: int) -> int:
 
 def resting(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -> Parts:
     """Between updates, after the first."""
-    parameters, ranks, stage = float(shape.parameters or 0), section.ranks, _stage(section, width)
-    parts = {"weights": width * parameters / (ranks if stage == 3 else 1)}
+    trained, ranks, stage = shape.trained, section.ranks, _stage(section, width)
+    parts = {"weights": width * shape.whole / (ranks if stage == 3 else 1)}
     if stage:
-        parts["fp32 masters"] = 4 * parameters / ranks
-    parts["Adam's moments"] = 8 * parameters / (ranks if stage else 1)
+        parts["fp32 masters"] = 4 * trained / ranks
+    parts["Adam's moments"] = 8 * trained / (ranks if stage else 1)
     if stage == 3:  # buffers that are never freed; on a CPU untouched pages cost nothing
-        parts["gradients"] = 4 * parameters / ranks
-        parts["reduction bucket"] = width * (REDUCE_ELEMENTS if cuda else min(parameters, REDUCE_ELEMENTS))
+        parts["gradients"] = 4 * trained / ranks
+        parts["reduction bucket"] = width * (REDUCE_ELEMENTS if cuda else min(trained, REDUCE_ELEMENTS))
     return parts
 
 
 def backward(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -> Parts:
     """Beside `resting`, while the last micro-batch computes: gradients of the ones before, and DeepSpeed's buckets."""
-    parameters, ranks, stage = float(shape.parameters or 0), section.ranks, _stage(section, width)
-    bucket = REDUCE_ELEMENTS if cuda else min(parameters, REDUCE_ELEMENTS)  # on a CPU untouched pages cost nothing
+    trained, ranks, stage = shape.trained, section.ranks, _stage(section, width)
+    bucket = REDUCE_ELEMENTS if cuda else min(trained, REDUCE_ELEMENTS)  # on a CPU untouched pages cost nothing
     parts: Parts = {}
     if stage < 2:
-        parts["gradients"] = width * parameters  # whole; partitioned at the end
+        parts["gradients"] = width * trained  # whole; partitioned at the end
     elif stage == 2:
-        parts["gradients"] = 4 * parameters / ranks * (2 if width == 4 else 1)  # in fp32 the sum and the new ones
+        parts["gradients"] = 4 * trained / ranks * (2 if width == 4 else 1)  # in fp32 the sum and the new ones
     if stage == 2:
         # Its flat copy comes when the logits are gone (measured on CPUs; on a GPU it is counted for safety).
         parts["reduction bucket"] = (2.0 if cuda else 1.0) * width * bucket
     elif stage == 3:
         parts["flat copy of the bucket"] = width * bucket
     if stage == 3 and ranks > 1:
-        parts["gathered parameters"] = width * min(parameters, GATHER_ELEMENTS)
+        parts["gathered parameters"] = width * min(shape.whole, GATHER_ELEMENTS)
     return parts | activations(shape, section, width) | head(shape, section)
 
 
 def stepping(shape: ModelShape, section: LearnerConfig, width: int, cuda: bool) -> Parts:
     """Beside `resting`, at the end of the last backward pass or in the optimizer: no activations any more."""
-    parameters, ranks, stage = float(shape.parameters or 0), section.ranks, _stage(section, width)
-    share = parameters / (ranks if stage else 1)
+    trained, ranks, stage = shape.trained, section.ranks, _stage(section, width)
+    share = trained / (ranks if stage else 1)
     # AdamW's denominator on a CPU; on a GPU it is fused, and the norm widens one gradient after the other to fp64.
     widest = 8 * min(float(shape.largest), share)
     spare: Parts = {"temporaries of the step": widest if cuda or stage == 0 else 8 * share}
     if stage == 0:
-        return {"gradients": 4 * parameters, **spare}
+        return {"gradients": 4 * trained, **spare}
     if stage == 3:
         group = min(share, STEP_ELEMENTS)
         spare = {"temporaries of the step": 8 * float(shape.largest) / ranks if cuda else 8 * group}
         return {"fp32 copy of gradients": 4 * group, **spare}
     if stage == 1:
-        bucket = 2 * 4 * min(parameters, REDUCE_ELEMENTS)  # and its flat copy
-        reducing = {"gradients": 4 * parameters - bucket / 2 + 4 * share, "reduction bucket": bucket}
+        bucket = 2 * 4 * min(trained, REDUCE_ELEMENTS)  # and its flat copy
+        reducing = {"gradients": 4 * trained - bucket / 2 + 4 * share, "reduction bucket": bucket}
         return max(reducing, {"fp32 copy of gradients": 8 * share, **spare}, key=total)
     if width == 2:
         return {"gradients": 4 * share, **spare}
@@ -145,13 +143,13 @@ def rank_phases(
     cuda: bool,
     frozen: Sequence[ModelShape] = (),
     offloaded: bool = False,
-    bundle: bool = False,
+    bundle: float = 0,
     bucket: float = GATHERED,
 ) -> Phases:
-    """Phases of one rank of a model in training: load, update, publish (`bundle`: through the object store), save,
-    and rest (on GPUs, while the engines sample). `frozen`: models that only run forward."""
+    """Phases of one rank of a model in training: load, update, publish (`bundle`: elements that go through the object
+    store), save, and rest (on GPUs, while the engines sample). `frozen`: models that only run forward."""
     width = element_bytes(section.dtype, cuda)
-    parameters, ranks, stage = float(shape.parameters or 0), section.ranks, _stage(section, width)
+    parameters, ranks, stage = shape.whole, section.ranks, _stage(section, width)
     base: Parts = {"process": (CUDA_HOST if cuda else BASES["rank"]) * GIB}
     whole = width * parameters
     others = sum(one.parameters or 0 for one in frozen) * width
@@ -161,8 +159,8 @@ def rank_phases(
     saved: Parts = {"a bucket in fp32": min(4 * parameters, 2.0 * GATHERED)}
     fresh = {name: size for name, size in still.items() if name not in ("Adam's moments", "reduction bucket")}
     reuse = 0.0 if cuda else kept(shape, section)
-    copied = cuda or stage == 3  # else the bundle is of the weights themselves
-    packed: Parts = {"bundle of the weights": whole * copied} if bundle else {"a bucket": min(whole, bucket)}
+    copied = cuda or stage == 3 or shape.adapter is not None  # else the bundle is of the weights themselves
+    packed: Parts = {"bundle of the weights": width * bundle * copied} if bundle else {"a bucket": min(whole, bucket)}
     if not cuda:
         freed: Parts = {"freed, kept by malloc": reuse}
         late = {**stepping(shape, section, width, cuda), **freed}
@@ -185,7 +183,7 @@ def rank_phases(
     file: Parts = {"weights of the file": min(whole, GATHERED) if stage == 3 else whole}
     moved: Parts = {"inputs of layers": layer_inputs(shape, section, width)} if section.offload_activations else {}
     return {
-        "load": Phase({**base, **file}, {**context, **fresh, "gradients": 4 * parameters / ranks}),
+        "load": Phase({**base, **file}, {**context, **fresh, "gradients": 4 * shape.trained / ranks}),
         "update": Phase(base | moved, {**context, **still, **working, **lost}),
         "publish": Phase(base | (packed if bundle else {}), {**context, **still, **({} if bundle else packed)}),
         "save": Phase(base | saved, {**context, **still, "a bucket": min(whole, GATHERED)}),
@@ -201,15 +199,18 @@ def _mapped(parts: Parts, whole: float, stage: int, ranks: int) -> Parts:
     return {**parts, "weights of the file": whole}
 
 
-def engine_phases(shape: ModelShape, rollout: RolloutConfig, gpu: float | None, *, cuda: bool, sleeps: bool) -> Phases:
-    """Phases of a rollout worker: sample, publish, and asleep. `gpu`: bytes of one GPU."""
+def engine_phases(
+    shape: ModelShape, rollout: RolloutConfig, gpu: float | None, *, cuda: bool, sleeps: bool, keeps: bool = False
+) -> Phases:
+    """Phases of a rollout worker: sample, publish, and asleep. `gpu`: bytes of one GPU. `keeps`: its weights, in host
+    memory, while it sleeps."""
     width = element_bytes(rollout.dtype, cuda)
-    whole = width * float(shape.parameters or 0)
+    whole = width * shape.whole
     if not cuda:
         process: Parts = {"process": BASES["engine"] * GIB, "weights": whole + _packed_head(shape, width)}
         process["key-value cache"] = rollout.memory_gib * GIB
         return {"sample": Phase(process), "publish": Phase(process)}
-    host: Parts = {"process": CUDA_HOST * GIB}
+    host: Parts = {"process": CUDA_HOST * GIB, **({"sleeping weights": whole} if sleeps and keeps else {})}
     weights = whole / rollout.tensor_parallel_size
     asleep: Parts = {"CUDA of the engine": ENGINE_ASLEEP * GIB}
     share = rollout.gpu_memory_utilization * gpu if gpu else weights + ENGINE_WORKS * GIB
@@ -245,13 +246,15 @@ def learner_phases(run: ResolvedRun) -> Phases:
     frozen = {one.model for one in needs.passes.values()} - {POLICY}
     if needs.reference_policy and not references_are_cached(config.rollout, algorithm):
         frozen.add(REFERENCE)
+    if config.model.lora is not None:  # the model itself, with its adapter off
+        frozen.discard(REFERENCE)
     return rank_phases(
-        check_model_folder(config.model.path),
+        policy_shape(config),
         config.learner,
         cuda=cuda,
         frozen=[check_model_folder(config.model.path if name == REFERENCE else name) for name in sorted(frozen)],
         offloaded=cuda and offloads(config, config.learner),
-        bundle=_sends_bundles(config),
+        bundle=bundle_elements(config),
         bucket=2.0 * config.cluster.weight_bucket_mib * MIB,
     )
 
@@ -268,7 +271,8 @@ def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
         parts.append(Process("Ray", 1, {"run": Phase(held)}))
     if config.rollout.workers:
         sampled = check_model_folder(sampled_path(config))
-        engine = engine_phases(sampled, config.rollout, gpu, cuda=cuda, sleeps=engines_sleep(config))
+        keeps = sleep_level(config) == 1
+        engine = engine_phases(sampled, config.rollout, gpu, cuda=cuda, sleeps=engines_sleep(config), keeps=keeps)
         parts.append(Process("rollout engine", config.rollout.workers, engine, int(cuda)))
     environment = run.environment_config
     if environment is not None and environment.placement == "worker":
@@ -310,36 +314,10 @@ def _model_bytes(section: Mapping[str, Any], cuda: bool) -> float | None:
     if not isinstance(path, str) or not cls.traits(cls.Config(**own)).uses_gpu:
         return None
     width = element_bytes(str(section.get("dtype", "auto")), cuda)
-    size = 16 + width if issubclass(cls, TrainableReward) else width
-    return float(size * (check_model_folder(path).parameters or 0))
-
-
-def step_bytes(run: ResolvedRun) -> float:
-    """Groups of a step: ids, log-probs and text of every response at full length, and of the prompts."""
-    config = run.config
-    tokens = config.rollout.max_prompt_tokens + run.algorithm_config.samples_per_prompt * longest_sample(run)
-    return float(16 * config.trainer.prompts_per_step * config.rollout.oversample * tokens)
-
-
-def stored_bytes(run: ResolvedRun) -> float:
-    """What the object store holds at most: two versions of the weights, if they go that way, and the groups."""
-    config = run.config
-    width = element_bytes(config.learner.dtype, config.cluster.device == "cuda")
-    whole = float(check_model_folder(config.model.path).parameters or 0) * width
-    return (2 * whole if _sends_bundles(config) else 0.0) + 5 * step_bytes(run)
-
-
-def _sends_bundles(config: RunConfig) -> bool:
-    """The policy's weights, to engines or to a reward, through the object store."""
-    if not config.rollout.workers or config.rollout.source == "model":
-        return False
-    return weight_route(config.cluster, config.rollout, config.learner) == "object_store"
-
-
-def object_store_bytes(run: ResolvedRun) -> float:
-    """Size of the object store: `cluster.object_store_gib`, or room for what it holds."""
-    asked = run.config.cluster.object_store_gib
-    return max(0.5 * GIB, 1.2 * stored_bytes(run)) if asked is None else asked * GIB
+    whole, lora = check_model_folder(path).whole, getattr(cls.Config(**own), "lora", None)
+    if not issubclass(cls, TrainableReward):
+        return width * whole
+    return (16 + width) * whole if lora is None else width * whole + 16 * adapter_parameters(path, lora)
 
 
 def gpu_phases(run: ResolvedRun, gpu: float | None) -> dict[str, Parts]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from algorithms.base import Algorithm
+from rlkit.config.lora import LoraConfig
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.parts import import_part
 from rlkit.config.schema import (
@@ -13,6 +14,7 @@ from rlkit.config.schema import (
     CriticConfig,
     EvaluationConfig,
     LearnerConfig,
+    ModelConfig,
     RolloutConfig,
     RunConfig,
     TrainerConfig,
@@ -99,8 +101,17 @@ WeightRoute = Literal["object_store", "gloo", "nccl", "ipc"]
 """How weights get from the learner to the engines."""
 
 
-def weight_route(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> WeightRoute:
-    """`auto` on GPUs: CUDA IPC if every GPU of every engine has a rank, NCCL if none has, else the object store."""
+def element_bytes(dtype: str, cuda: bool) -> int:
+    return 4 if dtype == "float32" or (dtype == "auto" and not cuda) else 2
+
+
+def weight_route(
+    cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig, model: ModelConfig
+) -> WeightRoute:
+    """`auto` on GPUs: CUDA IPC if every GPU of every engine has a rank, NCCL if none has, else the object store; for an
+    adapter always that."""
+    if published_adapter(cluster, rollout, model) is not None:
+        return "object_store"
     if cluster.weight_transfer != "auto":
         return cluster.weight_transfer
     if cluster.device == "cpu":
@@ -108,6 +119,20 @@ def weight_route(cluster: ClusterConfig, rollout: RolloutConfig, learner: Learne
     if not shares_gpus(cluster):
         return "nccl"
     return "ipc" if _engine_gpus(rollout) <= learner.ranks else "object_store"
+
+
+def published_adapter(cluster: ClusterConfig, rollout: RolloutConfig, model: ModelConfig) -> LoraConfig | None:
+    """The adapter, if the engines get it alone, beside the weights that they have from their start."""
+    if model.lora is None or rollout.source == "model":
+        return None
+    exact = element_bytes(rollout.dtype, cluster.device == "cuda") == 4
+    merges = exact if model.lora.publish == "auto" else model.lora.publish == "merged"
+    return None if merges else model.lora
+
+
+def sleep_level(config: RunConfig) -> int:
+    """1: sleeping engines keep their weights in the host's memory; 2: they drop them, and all weights come again."""
+    return 2 if published_adapter(config.cluster, config.rollout, config.model) is None else 1
 
 
 def shares_gpus(cluster: ClusterConfig) -> bool:
@@ -139,9 +164,16 @@ def _take_turns(cluster: ClusterConfig, rollout: RolloutConfig, trainer: Trainer
     return shares_gpus(cluster) and trainer.max_staleness == 0 and rollout.source == "policy"
 
 
-def weights_can_travel(cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Issues:
+def weights_can_travel(
+    cluster: ClusterConfig, rollout: RolloutConfig, learner: LearnerConfig, model: ModelConfig
+) -> Issues:
     key, route = "cluster.weight_transfer", cluster.weight_transfer
-    if route in ("nccl", "ipc") and cluster.device == "cpu":
+    if route not in ("auto", "object_store") and published_adapter(cluster, rollout, model) is not None:
+        yield ConfigIssue(
+            key,
+            "is for whole weights; an adapter goes through the object store: use auto, or model.lora.publish=merged",
+        )
+    elif route in ("nccl", "ipc") and cluster.device == "cpu":
         yield ConfigIssue(key, "is for GPUs; with cluster.device=cpu use object_store or gloo (or auto)")
     elif route == "gloo" and cluster.device == "cuda":
         yield ConfigIssue(key, "goes from CPU to CPU; with cluster.device=cuda use nccl, ipc or object_store (or auto)")
@@ -166,7 +198,7 @@ def weights_can_travel(cluster: ClusterConfig, rollout: RolloutConfig, learner: 
         )
     elif (
         cluster.weight_bucket_mib != ClusterConfig().weight_bucket_mib
-        and weight_route(cluster, rollout, learner) == "object_store"
+        and weight_route(cluster, rollout, learner, model) == "object_store"
     ):
         yield ConfigIssue(
             "cluster.weight_bucket_mib", f"has no effect: weights go whole through the object store ({key}={route})"

@@ -10,19 +10,22 @@ from typing import Any
 from algorithms.base import POLICY, REFERENCE
 from rlkit.config.environments import longest_sample
 from rlkit.config.machine import host_bytes, this_machine
-from rlkit.config.memory import GIB, element_bytes, gpu_phases, processes, size_text, total
+from rlkit.config.memory import GIB, gpu_phases, processes, size_text, total
 from rlkit.config.parts import ResolvedRun
 from rlkit.config.plan import (
     asks_reward,
     colocated_slots,
+    element_bytes,
     engines_sleep,
     gpu_shares,
     offloads,
+    published_adapter,
     references_are_cached,
     shares_gpus,
     weight_route,
 )
 from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig, TrainerConfig
+from rlkit.config.store import policy_shape
 from rlkit.data.base import DataError, DataSource, Problem
 from rlkit.data.files import CHECKED_ROWS
 from rlkit.data.lengths import uncountable
@@ -60,11 +63,16 @@ def plan_text(lines: Sequence[Line]) -> str:
     )
 
 
+def _adapter(run: ResolvedRun) -> str:
+    trained = policy_shape(run.config).adapter
+    return "" if trained is None else f"; trained is an adapter of {trained:,}"
+
+
 def _parts(run: ResolvedRun, shape: ModelShape) -> list[Line]:
     size = (
         "number of parameters unknown (no safetensors)"
         if shape.parameters is None
-        else f"{shape.parameters:,} parameters"
+        else f"{shape.parameters:,} parameters{_adapter(run)}"
     )
     rollout = run.config.rollout
     asked, judges = asks_reward(rollout, run.make_algorithm()), rollout.workers and rollout.source != "model"
@@ -133,6 +141,8 @@ def _actors(run: ResolvedRun) -> list[Line]:
     if needs.reference_policy:
         every, mix = algorithm.config.reference_every_steps, algorithm.config.reference_mix
         moves = f"; every {_count(every, 'step')} {mix:g} of the policy goes into it" if every else ""
+        if config.model.lora is not None:
+            moves = ": the policy with its adapter off, no further model"
         if references_are_cached(config.rollout, algorithm):
             moves = ", computed once, then read from a file; no further model"
         lines.append(Line("actors", "reference policy", f"the initial policy, for its log-probs{moves}"))
@@ -161,8 +171,11 @@ def _shared(config: RunConfig, critic_ranks: int) -> str:
 
 def _handover(run: ResolvedRun) -> list[Line]:
     config = run.config
-    route = weight_route(config.cluster, config.rollout, config.learner)
+    route = weight_route(config.cluster, config.rollout, config.learner, config.model)
     text = WEIGHT_ROUTES[route]
+    if config.model.lora is not None:
+        alone = published_adapter(config.cluster, config.rollout, config.model) is not None
+        text = f"{'the adapter alone' if alone else 'with the adapter merged into them'}, {text}"
     if route != "object_store":
         text += f", in buckets of {config.cluster.weight_bucket_mib} MiB"
     if not config.rollout.workers or config.rollout.source == "model":

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, StrictInt, StrictStr, field_validator
 
+from rlkit.config.lora import LoraConfig
 from rlkit.config.named import parse_diagnostics
 from rlkit.config.structured import StructuredConfig
 from rlkit.diagnostics.base import DiagnosticConfig
@@ -81,6 +82,8 @@ class ModelConfig(Section):
     """Variables of the chat template, like `enable_thinking`: model.chat_template_arguments.enable_thinking=false."""
     trust_remote_code: bool = False
     """Run Python code from the model folder. Only for folders you trust."""
+    lora: LoraConfig | None = None
+    """Train a low-rank adapter: model.lora.rank=16 and others (docs/lora.md); null: all weights are trained."""
 
 
 class RolloutConfig(Section):

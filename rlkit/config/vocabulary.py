@@ -217,9 +217,13 @@ MULTI_TURN = (
     "environment._target_=my_module.MyEnvironment"
 )
 
+LORA = "model.lora.rank=16 trains a low-rank adapter in place of all weights (docs/lora.md)"
+
 # What a word of a key, an option or a command asks for -> the answer. The first that matches counts.
 WISHES: tuple[tuple[str, str], ...] = (
-    (r"q?lora\w*|peft|adapters?|\w+_adapter_name", "LoRA is not supported: all weights are trained"),
+    (r"(lora_)?dropout", "dropout is never active: sampler and learner would be two policies"),
+    (r"qlora\w*", f"the base is not quantised (docs/lora.md says why); {LORA}"),
+    (r"use_lora|lora_\w+|(use_)?peft\w*|adapters?|\w+_adapter_name", LORA),
     (r"(use_)?wandb\w*|weights_and_biases", f"W&B {TRACKERS}"),
     (r"mlflow|swanlab|neptune|comet(_ml)?|clearml|aim|trackio", f"this tracker {TRACKERS}"),
     (r"loggers?|report_to|project_name|tracker", f"another tracker {TRACKERS}"),
@@ -379,7 +383,7 @@ def answer(name: str, section: str = "") -> str | None:
     own = next((IN_SECTION[top] for top in (section, name.partition(".")[0]) if top in IN_SECTION), ())
     steps = [step.strip("_") for step in name.lower().replace("-", "_").split(".")]
     for step in steps:
-        for pattern, text in (*WISHES, *(own if step == steps[-1] else ())):
+        for pattern, text in (*WISHES, *((*own, ("lora", LORA)) if step == steps[-1] else ())):
             if re.fullmatch(pattern, step):
                 return text
     return None

@@ -12,7 +12,7 @@ import numpy as np
 from algorithms.base import REFERENCE, Advantages, Algorithm, Experience
 from rlkit.cluster.placement import Place, anywhere
 from rlkit.config.parts import plain
-from rlkit.config.plan import gpu_shares, references_are_cached, weight_route
+from rlkit.config.plan import gpu_shares, published_adapter, references_are_cached, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.diagnostics.group import measuring
 from rlkit.experience import Group
@@ -46,6 +46,7 @@ class LearnerWorker(Rank):
             total_steps=config.trainer.total_steps * config.learner.optimizer_steps,
             trust_remote_code=config.model.trust_remote_code,
             reference=not references_are_cached(config.rollout, self.algorithm),
+            lora=config.model.lora,
             diagnostics=measuring(config.diagnostics, plain(config)),
         )
         return int(self.learner.engine.module.model.num_parameters())
@@ -68,18 +69,19 @@ class LearnerWorker(Rank):
         self.learner.hold(name, path)
 
     def weights(self, canary: Canary) -> tuple[WeightBundle | None, int, np.ndarray]:
-        """Return weights (on rank 0; ZeRO-3 gathers on all), version and canary log-probs.
+        """Return the weights that engines get (on rank 0; ZeRO-3 gathers on all), version and canary log-probs.
 
         An empty canary costs no forward pass, which an offloaded model could not do.
         """
-        bundle = None
+        bundle, config = None, self.config
+        whole = published_adapter(config.cluster, config.rollout, config.model) is None
+        weights = self.learner.named_weights() if whole else self.learner.adapter_weights()
         if self.rank == 0:
-            weights = self.learner.named_weights()
-            if self.config.learner.zero_stage == 3:  # what was gathered is freed
+            if config.learner.zero_stage == 3:  # what was gathered is freed
                 weights = ((name, tensor.to("cpu", copy=True)) for name, tensor in weights)
             bundle = WeightBundle.pack(self.learner.version, weights)
         else:
-            for _ in self.learner.named_weights():
+            for _ in weights:
                 pass  # ZeRO-3 gathers on all ranks
         logprobs = self.learner.canary_logprobs(canary) if canary else np.empty(0, dtype=np.float32)
         return bundle, self.learner.version, logprobs
@@ -99,7 +101,7 @@ class LearnerWorker(Rank):
             config = self.config
             self.sender = WeightSender(
                 self.learner,
-                weight_route(config.cluster, config.rollout, config.learner),
+                weight_route(config.cluster, config.rollout, config.learner, config.model),
                 config.cluster.weight_bucket_mib * 2**20,
                 config.rollout.tensor_parallel_size,
                 config.trainer.step_timeout_seconds,
@@ -120,15 +122,17 @@ class LearnerWorker(Rank):
 
         from rlkit.learner.frozen import move_frozen
 
-        for model in self.learner.frozen.values():
+        still = {id(model): model for model in (*self.learner.frozen.values(), self.learner.base) if model is not None}
+        for model in still.values():
             move_frozen(model, device)
-        if self.learner.frozen and torch.cuda.is_available():
+        if still and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def checkpoint_bytes(self) -> int:
         weights = sum(meta.bytes for meta in self.learner.weight_metas())
         moving = REFERENCE in self.learner.frozen and self.algorithm.config.reference_every_steps > 0
-        return super().checkpoint_bytes() + weights * (1 + moving)
+        adapter = sum(tensor.nbytes for _, tensor in self.learner.adapter_weights()) if self.config.model.lora else 0
+        return super().checkpoint_bytes() + weights * (1 + moving) + adapter
 
     def save_frozen(self, name: str, folder: str) -> list[WrittenFile]:
         """Return the files of a model that is held (on rank 0)."""
@@ -149,13 +153,17 @@ class LearnerWorker(Rank):
                 shutil.copy(generation, folder)
         return written
 
+    def save_adapter(self, folder: str) -> list[WrittenFile]:
+        """Return the file of its weights (on rank 0)."""
+        return self.learner.save_adapter(self.model_path, Path(folder))
+
 
 class LearnerGroup(RankGroup):
     def __init__(
         self, config: RunConfig, model_path: str, algorithm: Algorithm, logs: Path, place: Place = anywhere
     ) -> None:
         gpus = gpu_shares(config).learner
-        self.needs, self.seed = algorithm.needs(), config.seed
+        self.needs, self.seed, self.lora = algorithm.needs(), config.seed, config.model.lora
         self.temperature, self.device = config.rollout.temperature, config.cluster.device
         super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus, place)
 
@@ -205,8 +213,10 @@ class LearnerGroup(RankGroup):
         return written
 
     async def save(self, folder: Path) -> list[WrittenFile]:
-        """Write the policy as a Hugging Face folder; return the files of its weights."""
+        """Write the policy as a Hugging Face folder, and its adapter beside that; return the files of weights."""
         written: list[WrittenFile] = await self.call("save", str(folder))
+        if self.lora is not None:
+            written += await self.call("save_adapter", str(folder.with_name("adapter")))
         return written
 
 

@@ -130,8 +130,9 @@ def build_engine(module: nn.Module, config: LearnerConfig, device: str) -> Any:
     trained = [p for p in module.parameters() if p.requires_grad]
     decay = [p for p in trained if len(full_shape(p)) >= 2]
     no_decay = [p for p in trained if len(full_shape(p)) < 2]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     optimizer = GuardedAdamW(
-        [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}],
+        [group for group in groups if group["params"]],  # an adapter has matrices alone
         lr=config.learning_rate,
         betas=config.betas,
         fused=device == "cuda",  # torch's default there takes temporaries of 8 bytes per parameter

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 from algorithms.base import POLICY, REFERENCE, Algorithm, Denominators, LossInputs
+from rlkit.config.lora import AdapterConfig
 from rlkit.config.schema import LearnerConfig
 from rlkit.diagnostics.base import Diagnostic
+from rlkit.learner.adapter import WithoutAdapter, adapter_tensors, add_adapter, save_adapter
 from rlkit.learner.batches import Microbatch, Minibatch, PolicyRows, Share, on_device, per_token
 from rlkit.learner.engine import build_engine, learning_rate, load_frozen, load_to_train, optimizer_step
 from rlkit.learner.frozen import move_towards
@@ -51,10 +53,11 @@ class PolicyLearner:
         total_steps: int,
         trust_remote_code: bool = False,
         reference: bool = True,
+        lora: AdapterConfig | None = None,
         diagnostics: Sequence[Diagnostic] = (),
     ) -> None:
-        """`reference`: whether the loss computes the reference's log-probs, if it needs them. `diagnostics`: those that
-        measure something."""
+        """`reference`: whether the loss computes the reference's log-probs, if it needs them. `lora`: train an
+        adapter alone. `diagnostics`: those that measure something."""
         self.config = config
         self.diagnostics = diagnostics
         self.algorithm = algorithm
@@ -65,16 +68,22 @@ class PolicyLearner:
         self.optimizer_steps = 0
         self.version = 0
         policy = load_to_train(load_causal_lm, model_path, config, device, trust_remote_code=trust_remote_code)
+        if lora is not None:
+            add_adapter(policy.model, lora)
         self.hf_config = policy.model.config
         self.engine = build_engine(policy, config, device)
         self._load_frozen = partial(load_frozen, load_causal_lm, config=config, device=device)
         self._trusted = trust_remote_code
+        self.base = None if lora is None else WithoutAdapter(self.engine)
         self.frozen: dict[str, Any] = {}
         """Models that only run forward: `reference`, and folders."""
         needs = algorithm.needs()
         models = {one.model for one in needs.passes.values()} - {POLICY}
         if needs.reference_policy and reference:
             models.add(REFERENCE)
+        if REFERENCE in models and self.base is not None:
+            models.remove(REFERENCE)
+            self.frozen[REFERENCE] = self.base
         for name in sorted(models):
             self.hold(name, model_path if name == REFERENCE else model_folder(name))
 
@@ -240,6 +249,18 @@ class PolicyLearner:
         model = self.engine.module.model
         _, weights = with_buffers(model, (), gathered_parameters(model, self.config.zero_stage, bucket_bytes))
         return self._names.convert(weights)
+
+    def adapter_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name in peft's files, full tensor). All ranks iterate; copy what must outlive the iteration."""
+        return adapter_tensors(self.engine.module.model, partitioned=self.config.zero_stage == 3)
+
+    def save_adapter(self, base: str, folder: Path) -> list[WrittenFile]:
+        """Write peft's folder of an adapter to `base`; return its weights' file. All ranks call it, rank 0 writes."""
+        if self.rank:
+            for _ in self.adapter_weights():
+                pass  # ZeRO-3 gathers on all ranks
+            return []
+        return [save_adapter(self.engine.module.model, base, folder, self.adapter_weights())]
 
     def save(self, folder: Path, which: str = POLICY) -> list[WrittenFile]:
         """Write a Hugging Face model folder; return its weights' files. All ranks call it, rank 0 writes."""

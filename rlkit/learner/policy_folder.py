@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlkit.learner.adapter import adapted_weights, is_factor, merged, plain_name
 from rlkit.learner.engine import full_shape
 from rlkit.learner.weight_names import CheckpointNames
 from rlkit.weights.bundle import TensorMeta, buckets
@@ -80,25 +81,31 @@ def _first(weights: Iterator[tuple[str, Tensor]], count: int) -> Iterator[tuple[
 
 
 def parameter_metas(module: nn.Module) -> list[TensorMeta]:
-    """Full shapes, also of parameters that ZeRO 3 has partitioned."""
-    return [TensorMeta(name, p.dtype, full_shape(p)) for name, p in module.named_parameters()]
+    """Full shapes, also of parameters that ZeRO 3 has partitioned. An adapter's are not among them."""
+    return [TensorMeta(name, p.dtype, full_shape(p)) for name, p in _plain_parameters(module)]
+
+
+def _plain_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((plain_name(name), p) for name, p in module.named_parameters() if not is_factor(name))
 
 
 def gathered_parameters(
     module: nn.Module, zero_stage: int, bucket_bytes: int = GATHERED_BYTES
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name in the model, full tensor) in the order of `parameter_metas`; all ranks iterate.
+    """Yield (name in the model, full tensor) in the order of `parameter_metas`; all ranks iterate. An adapter is merged
+    into copies.
 
     ZeRO-3 gathers `bucket_bytes` at a time and frees them again: copy what must outlive the iteration.
     """
     import deepspeed
 
-    parameters = dict(module.named_parameters())
+    parameters, layers = dict(_plain_parameters(module)), adapted_weights(module)
     for bucket in buckets(parameter_metas(module), bucket_bytes):
         gathered = [parameters[meta.name] for meta in bucket]
         with deepspeed.zero.GatheredParameters(gathered, enabled=zero_stage == 3):
             for meta, parameter in zip(bucket, gathered, strict=True):
-                yield meta.name, parameter.detach()
+                layer, weight = layers.get(meta.name), parameter.detach()
+                yield meta.name, weight if layer is None else merged(layer, weight, partitioned=zero_stage == 3)
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -51,6 +51,17 @@ class ModelShape:
     """Elements of the largest tensor: of the embedding, or of a layer's fused experts."""
     tied: bool
     """The head is the embedding."""
+    adapter: int | None = None
+    """Parameters of an adapter that is trained in place of the model's own."""
+
+    @property
+    def whole(self) -> float:
+        """Parameters; 0 if they are not known."""
+        return float(self.parameters or 0)
+
+    @property
+    def trained(self) -> float:
+        return self.whole if self.adapter is None else float(self.adapter)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Key-value cache of one token, all layers."""
@@ -141,6 +152,20 @@ def _tensor_sizes(folder: Path) -> dict[str, int]:
     """Elements of every tensor; empty if the weights are in another format."""
     return {
         name: math.prod(shape) for file in sorted(folder.glob("*.safetensors")) for name, shape in _tensor_shapes(file)
+    }
+
+
+NOT_LINEAR = ("embed", "wte", "wpe", "lm_head")
+"""Parts of the names of matrices that are embeddings, or the head."""
+
+
+def linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Linear layer -> shape of its weight, of all but the head; empty if the weights are in another format."""
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, shape in _tensor_shapes(file)
+        if name.endswith(".weight") and len(shape) == 2 and not any(part in name for part in NOT_LINEAR)
     }
 
 

@@ -53,9 +53,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(entropy)
         grad_hidden = torch.zeros_like(hidden)
-        # Sums over rows are fp32 whatever the compute type, over all chunks.
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        # Sums over rows are fp32 whatever the compute type, over all chunks. A frozen head (LoRA) has none.
+        weight_trains = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if weight_trains else None
+        grad_bias = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         trained = grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0)
         for rows in trained.nonzero()[:, 0].split(ctx.chunk):
             rows_hidden = hidden[rows]
@@ -77,13 +80,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 grad /= ctx.temperature
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
-            _add_product(grad_weight, grad, rows_hidden)
+            if grad_weight is not None:
+                _add_product(grad_weight, grad, rows_hidden)
             grad_hidden[rows] = grad.to(hidden.dtype) @ weight
             del grad, slope  # before the next chunk
         return (
             grad_hidden,
-            grad_weight.to(weight.dtype),
-            None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(weight.dtype),
             *(None,) * 5,
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 from rlkit.cluster.placement import Place, anywhere
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.engine import other_precision
-from rlkit.config.plan import engines_sleep, gpu_shares
+from rlkit.config.plan import engines_sleep, gpu_shares, sleep_level
 from rlkit.config.schema import RunConfig
 from rlkit.experience import UserError
 from rlkit.rollout.dealing import Load, deal, responses
@@ -84,7 +84,8 @@ class RolloutPool:
     async def start(self) -> None:
         await asyncio.gather(*(self._start(index, worker) for index, worker in enumerate(self.workers)))
         if engines_sleep(self.config):
-            await self.sleep(2)  # the learner loads next; weights are published before anything is sampled
+            # The learner loads next; weights are published before anything is sampled.
+            await self.sleep(sleep_level(self.config))
 
     async def _start(self, index: int, worker: Any) -> None:
         async with self._waiting(index, "to load its engine", "startup_timeout_seconds"):

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
+from rlkit.rollout.adapter import adapter_report
 from rlkit.rollout.loaded import LoadedWeights, silence_vllm
 from rlkit.weights import gloo
 from rlkit.weights.bundle import TensorMeta, WeightDigest, buckets, unpack
@@ -110,7 +111,7 @@ class Receiver:
     """Methods that vLLM's workers get besides their own."""
 
     weight_transfer_engine: Any
-    arrivals: LoadedWeights | None = None
+    arrivals: LoadedWeights | Loaded | None = None
     """Not reported yet."""
 
     def load_bundle(self, weights: Sequence[tuple[str, Tensor]]) -> None:
@@ -129,10 +130,15 @@ class Receiver:
         worker.reload_weights(weights_iterator=weights)
         self.arrivals = arrivals
 
+    def adapter_came(self, arrived: int) -> None:
+        """vLLM has loaded an adapter. `arrived`: the sum of its bits."""
+        worker: Any = self
+        self.arrivals = adapter_report(worker.model_runner.lora_manager._adapter_manager, arrived)
+
     def loaded_report(self) -> Loaded | None:
         """On what was loaded since the last report; None if nothing was."""
         arrivals, self.arrivals = self.arrivals, None
-        return None if arrivals is None else arrivals.report()
+        return arrivals.report() if isinstance(arrivals, LoadedWeights) else arrivals
 
     def received_checksum(self) -> str:
         """Of the weights that the last update brought."""

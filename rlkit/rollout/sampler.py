@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlkit.cluster.placement import BUNDLES
+from rlkit.config.lora import LoraConfig
 from rlkit.config.plan import WeightRoute
 from rlkit.config.schema import RolloutConfig
 from rlkit.config.structured import Grammar
@@ -112,8 +113,9 @@ class Sampler:
         trust_remote_code: bool = False,
         route: WeightRoute = "object_store",
         sleeps: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
-        """`sleeps` (CUDA): allocate memory so that `sleep` can free it."""
+        """`sleeps` (CUDA): allocate memory so that `sleep` can free it. `lora`: what is loaded later are adapters."""
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -129,6 +131,7 @@ class Sampler:
         scheduling: dict[str, Any] = (
             {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)} if on_cpu else {}
         )
+        from rlkit.rollout.adapter import EngineAdapter
         from rlkit.rollout.receiver import BACKENDS, EXTENSION
 
         transfer: dict[str, Any] = {"worker_extension_cls": EXTENSION}
@@ -138,6 +141,7 @@ class Sampler:
             # vLLM chooses the library by the first grammar, and gives it the others whatever it lacks for them.
             transfer["structured_outputs_config"] = {"backend": "xgrammar"}
         self.config, self.device = config, device
+        self.adapter = None if lora is None else EngineAdapter(lora)
         self._finished: list[Response] = []
         """While the canary was computed, or the engine settled."""
         self._loads = 0
@@ -162,6 +166,7 @@ class Sampler:
             **memory,
             **scheduling,
             **transfer,
+            **({} if self.adapter is None else self.adapter.options(model_path)),
         }
         try:
             self.engine = LLMEngine.from_engine_args(EngineArgs(**(arguments | config.engine)))
@@ -201,11 +206,19 @@ class Sampler:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
-            self.engine.add_request(request.id, self._prompt(request.prompt), parameters)
+            self._request(request.id, request.prompt, parameters)
         except VLLMValidationError as error:
             if request.grammar is None:
                 raise
             raise UserError(f"rollout.structured: vLLM cannot follow {dict(request.grammar)}: {error}") from error
+
+    def _request(self, request_id: str, prompt: Sequence[int], parameters: Any, salt: str = "") -> None:
+        """With cache_after_update=keep it finds no block of the cache that older weights computed."""
+        adapter = None if self.adapter is None else self.adapter.request
+        salted = {"cache_salt": f"{salt}{self._loads}"} if self.config.cache_after_update == "keep" else {}
+        self.engine.add_request(
+            request_id, {"prompt_token_ids": list(prompt), **salted}, parameters, lora_request=adapter
+        )
 
     def step(self) -> list[Response]:
         """Decode one token for every running request; return the responses that finished.
@@ -242,14 +255,13 @@ class Sampler:
             self._finished += [_response(output) for output in self.engine.step() if output.finished]
         core.resume_scheduler()
 
-    def _prompt(self, token_ids: Sequence[int], kind: str = "") -> dict[str, Any]:
-        """With cache_after_update=keep a request finds no block of the cache that older weights computed."""
-        salt = {"cache_salt": f"{kind}{self._loads}"} if self.config.cache_after_update == "keep" else {}
-        return {"prompt_token_ids": list(token_ids), **salt}
-
     def load(self, bundle: WeightBundle) -> None:
         """Replace the weights. Running requests go on with them."""
-        self.engine.collective_rpc("load_bundle", kwargs={"weights": list(bundle.tensors())})
+        if self.adapter is None:
+            self.engine.collective_rpc("load_bundle", kwargs={"weights": list(bundle.tensors())})
+        else:
+            arrived = self.adapter.load(self.engine, bundle.tensors())
+            self.engine.collective_rpc("adapter_came", kwargs={"arrived": arrived})
         self._begin_version(bundle.version)
 
     def receive(self, step: str, version: int, **arguments: Any) -> None:
@@ -287,8 +299,8 @@ class Sampler:
 
     def _begin_version(self, version: int) -> None:
         """Forget what older weights computed: a request that goes on with old keys and values has the log-probs of
-        neither policy. With cache_after_update=keep it does, and new requests do not (`_prompt`)."""
-        if self.device == "cpu":
+        neither policy. With cache_after_update=keep it does, and new requests do not (`_request`)."""
+        if self.device == "cpu" and self.adapter is None:
             self.engine.apply_model(_repack_head)
         self.engine.set_weight_version(str(version))
         self._loads += 1
@@ -305,11 +317,8 @@ class Sampler:
         from vllm import SamplingParams
 
         for i, token_ids in enumerate(sequences):
-            self.engine.add_request(
-                f"canary-{i}",
-                self._prompt(token_ids, "canary-"),
-                SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
-            )
+            parameters = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+            self._request(f"canary-{i}", token_ids, parameters, salt="canary-")
         finished: dict[str, Any] = {}
         while len(finished) < len(sequences):
             for output in self.engine.step():

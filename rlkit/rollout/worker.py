@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlkit.config.parts import TARGET
-from rlkit.config.plan import engines_sleep, longest_response, weight_route
+from rlkit.config.plan import engines_sleep, longest_response, published_adapter, sleep_level, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.config.structured import Grammar, grammar
 from rlkit.experience import Group, Sample
@@ -108,8 +108,9 @@ class RolloutWorker:
             seed=self.engine_seed,
             stop_token_ids=stop_token_ids(self.model_path, self.tokenizer),
             trust_remote_code=trusted,
-            route=weight_route(config.cluster, config.rollout, config.learner),
+            route=weight_route(config.cluster, config.rollout, config.learner, config.model),
             sleeps=engines_sleep(config),
+            lora=published_adapter(config.cluster, config.rollout, config.model),
         )
         asked = self.rollout.sample_seeds
         self.seeded = self.sampler.affords_seeds if asked == "auto" else asked == "always"
@@ -118,7 +119,8 @@ class RolloutWorker:
         while self.sampler.busy:
             self.sampler.step()
         if engines_sleep(config):
-            self.sampler.sleep(2)  # the learner loads on the same GPU; weights come before anything is sampled
+            # The learner loads on the same GPU; weights come before anything is sampled.
+            self.sampler.sleep(sleep_level(config))
 
     def _grammar(self) -> Grammar | None:
         """What all responses must match, if it is the same for all."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_fixture import need
 from run_fixture import OF_SAMPLING, ROOT, Run
 from safetensors.numpy import load_file
 
@@ -35,6 +36,8 @@ PREFERENCES = (
     "rollout.max_response_tokens=300",
 )
 """Right and wrong solutions of real models; the reference moves."""
+ADAPTERS = (*PRIME, "model.lora.rank=8", "model.lora.publish=adapter", "reward.lora.rank=4")
+"""Of the policy and of the reward."""
 SHAPED = (
     *GRPO,
     "algorithm.samples_per_prompt=8",
@@ -101,9 +104,13 @@ def kill_at(run: Run, moment: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [GRPO, PRIME, FINE_TUNING, PREFERENCES, SHAPED], ids=["grpo", "prime", "sft", "dpo", "shaped"]
+    "options",
+    [GRPO, PRIME, FINE_TUNING, PREFERENCES, SHAPED, ADAPTERS],
+    ids=["grpo", "prime", "sft", "dpo", "shaped", "adapters"],
 )
 def test_a_killed_and_resumed_run_equals_one_that_was_not(options: tuple[str, ...], start: Callable[..., Run]) -> None:
+    if options is ADAPTERS:
+        need("peft", "lora")
     whole = start("whole", *options)
     assert whole.end() == 0, whole.text
     seed = random.randrange(2**32)

@@ -14,10 +14,10 @@ from paths import ROOT
 from rlkit.config.environments import longest_sample
 from rlkit.config.help import print_help
 from rlkit.config.loading import load_config
-from rlkit.config.memory import step_bytes
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, conf_dir, config_text
 from rlkit.config.report import plan, plan_text
+from rlkit.config.store import step_bytes
 from rlkit.train import main
 
 COUNTING = (

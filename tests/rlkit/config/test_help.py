@@ -25,7 +25,7 @@ KINDS = ("dpo", "kto", "simpo")
         ("chat", "step_NNNNNN/policy"),
         ("evaluate", "not supported yet"),
         ("dpo", "rlkit train algorithm=NAME"),
-        ("lora", "LoRA is not supported"),
+        ("lora", "model.lora.rank=16 trains a low-rank adapter"),
         ("grpo", "rlkit train algorithm=NAME"),
         ("trian", "did you mean train?"),
         ("train_rewards", "did you mean train-reward?"),

@@ -12,9 +12,10 @@ import pytest
 from benchmarks.memory import PRESETS, SHAPES, write_model
 from rlkit.config.loading import load_config
 from rlkit.config.machine import gpus_here, host_memory
-from rlkit.config.memory import GIB, gpu_phases, object_store_bytes, processes, total
+from rlkit.config.memory import GIB, gpu_phases, processes, total
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun
+from rlkit.config.store import object_store_bytes
 from rlkit.train import main
 
 

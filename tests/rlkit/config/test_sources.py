@@ -12,9 +12,10 @@ import pytest
 
 from rlkit.config.loading import load_config
 from rlkit.config.machine import fits, this_machine
-from rlkit.config.memory import processes, stored_bytes
+from rlkit.config.memory import processes
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun
+from rlkit.config.store import stored_bytes
 from rlkit.models.folder import model_folder
 
 Load = Callable[..., ResolvedRun]

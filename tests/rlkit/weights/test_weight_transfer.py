@@ -224,7 +224,7 @@ def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
 )
 def test_the_way_follows_from_device_and_placement(tmp_path: Path, overrides: list[str], wanted: str) -> None:
     config = config_of(tmp_path, *overrides)
-    assert weight_route(config.cluster, config.rollout, config.learner) == wanted
+    assert weight_route(config.cluster, config.rollout, config.learner, config.model) == wanted
 
 
 @pytest.mark.parametrize(
