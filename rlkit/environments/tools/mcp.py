@@ -19,6 +19,7 @@ from rlkit.experience import UserError
 if TYPE_CHECKING:
     from mcp_types import CallToolResult
 
+START_SECONDS = 60.0
 _OLDEST = (2, 3)
 _LACKING = "needs the package mcp: install rlkit with its extra (pip install -e .[mcp]), or pip install 'mcp>=2.3,<3'"
 
@@ -30,34 +31,34 @@ class _Server:
         self.options = options
         self.tools: tuple[Tool, ...] = ()
         """As they were when it started."""
-        self._shared: Connection | None = None
-        self._opening = asyncio.Lock()
+        self._shared: asyncio.Task[Connection] | None = None
 
     async def start(self) -> None:
         """Raises UserError."""
-        connection = Connection(self.options, self.options.chosen)
         try:
-            await connection.open()
+            connection = await self.shared()
         except (ConnectionFailed, UserError) as error:
             raise UserError(f"mcp: {self.options.where}: {error}") from error
         self.tools = connection.tools
         if self.options.per_episode:
             await connection.close()
-        else:
-            self._shared = connection
 
     async def new(self) -> Connection:
         """Raises ConnectionFailed or UserError."""
         connection = Connection(self.options, self.options.chosen)
-        await connection.open()
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await connection.open()
+        except TimeoutError as error:
+            raise ConnectionFailed(f"it did not start within {START_SECONDS:g} s") from error
         return connection
 
     async def shared(self) -> Connection:
         """One for all episodes; another if it was retired. Raises ConnectionFailed or UserError."""
-        async with self._opening:
-            if self._shared is None or self._shared.retired:
-                self._shared = await self.new()
-            return self._shared
+        task = self._shared
+        if task is None or (task.done() and (task.exception() is not None or task.result().retired)):
+            task = self._shared = asyncio.create_task(self.new())
+        return await asyncio.shield(task)  # a caller whose time is up does not end the start for the others
 
 
 class McpSession(Session):

@@ -186,11 +186,11 @@ def test_a_server_without_sessions_has_none_for_an_episode() -> None:
 @pytest.mark.slow
 def test_a_hung_server_costs_its_callers_and_is_replaced() -> None:
     async def episodes() -> None:
-        host = hosted(STDIO, seconds=3.0)
+        host = hosted(STDIO, seconds=8.0)
         await host.start()
         await opened(host, "1", "2")
         first = int((await said(host, "1", "remember", word="a")).split()[-1])
-        with pytest.raises(EpisodeFailedError, match=r"failure: .*call of hang: no answer within 2.7 s"):
+        with pytest.raises(EpisodeFailedError, match=r"failure: .*call of hang: no answer within 7.2 s"):
             await said(host, "1", "hang")
         await host.close("1")
         assert int((await said(host, "2", "remember", word="b")).split()[-1]) != first
@@ -216,6 +216,29 @@ def test_a_server_that_dies_is_started_again(per_episode: bool) -> None:
         assert await said(host, "3", "add", a=1) == "2"
         for key in "23":
             await host.close(key)
+
+    asyncio.run(episodes())
+
+
+@pytest.mark.slow
+def test_a_server_may_take_longer_to_come_back_than_a_call_may_wait(tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    script = f"test -e {again} && sleep 8; touch {again}; exec {sys.executable} {FIXTURE} stdio"
+
+    async def episodes() -> None:
+        host = hosted({"kind": "mcp", "command": ["sh", "-c", script]}, seconds=5.0)
+        await host.start()
+        keys = list("12345678")
+        await opened(host, *keys)
+        with pytest.raises(EpisodeFailedError, match="call of die"):
+            await said(host, keys.pop(), "die")
+        waited = 0
+        while True:
+            with contextlib.suppress(EpisodeFailedError):
+                assert await said(host, keys.pop(), "add", a=1) == "2"
+                break
+            waited += 1
+        assert waited
 
     asyncio.run(episodes())
 
