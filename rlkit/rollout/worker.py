@@ -102,14 +102,18 @@ class RolloutWorker:
             route=weight_route(config.cluster, config.rollout, config.learner),
             sleeps=engines_sleep(config),
         )
-        asked = self.rollout.sample_seeds
-        self.seeded = self.sampler.affords_seeds if asked == "auto" else asked == "always"
         self.grammar = self._grammar()
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0, self.grammar))
         while self.sampler.busy:
             self.sampler.step()
         if engines_sleep(config):
             self.sampler.sleep(2)  # the learner loads on the same GPU; weights come before anything is sampled
+
+    @property
+    def seeded(self) -> bool:
+        """Whether each sample has a seed."""
+        asked = self.rollout.sample_seeds
+        return bool(self.sampler.affords_seeds) if asked == "auto" else asked == "always"
 
     def _grammar(self) -> Grammar | None:
         """What all responses must match, if it is the same for all."""

@@ -56,12 +56,6 @@ def test_no_correction_is_a_choice_with_a_warning(tmp_path: Path) -> None:
     assert "as if they were the present one's" in "".join(warnings(run, "max_staleness"))
 
 
-def test_what_buys_nothing_now_is_said(tmp_path: Path) -> None:
-    assert "buys nothing above 1" in "".join(warnings(load(tmp_path, "trainer.max_staleness=4"), "max_staleness"))
-    shared = load(tmp_path, "trainer.max_staleness=1", "cluster=single_gpu")
-    assert "neither makes room" in "".join(warnings(shared, "max_staleness"))
-
-
 def test_a_nucleus_and_a_correction_do_not_go_together(tmp_path: Path) -> None:
     run = load(tmp_path, "trainer.max_staleness=1", "rollout.top_p=0.9")
     assert "multiplies every token" in "".join(warnings(run, "rollout_correction"))
