@@ -65,3 +65,8 @@ def test_a_loss_that_cannot_weight_them_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the loss of Plain cannot weight them"):
         load(tmp_path, "algorithm._target_=test_staleness.Plain", "trainer.max_staleness=1")
     load(tmp_path, "algorithm._target_=test_staleness.Plain")
+
+
+def test_work_at_once_on_shared_gpus_is_said(tmp_path: Path) -> None:
+    shared = load(tmp_path, "trainer.max_staleness=1", "cluster=single_gpu")
+    assert "neither makes room" in "".join(warnings(shared, "max_staleness"))
