@@ -112,8 +112,6 @@ class RolloutWorker:
             sleeps=engines_sleep(config),
             lora=published_adapter(config.cluster, config.rollout, config.model),
         )
-        asked = self.rollout.sample_seeds
-        self.seeded = self.sampler.affords_seeds if asked == "auto" else asked == "always"
         self.grammar = self._grammar()
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0, self.grammar))
         while self.sampler.busy:
@@ -121,6 +119,12 @@ class RolloutWorker:
         if engines_sleep(config):
             # The learner loads on the same GPU; weights come before anything is sampled.
             self.sampler.sleep(sleep_level(config))
+
+    @property
+    def seeded(self) -> bool:
+        """Whether each sample has a seed."""
+        asked = self.rollout.sample_seeds
+        return bool(self.sampler.affords_seeds) if asked == "auto" else asked == "always"
 
     def _grammar(self) -> Grammar | None:
         """What all responses must match, if it is the same for all."""

@@ -62,11 +62,6 @@ def test_a_ratio_to_the_sampler_needs_no_weights(tmp_path: Path) -> None:
     assert staleness_line(run) == "at most 4 versions; the loss's ratio is to the sampler"
 
 
-def test_what_buys_nothing_is_said(tmp_path: Path) -> None:
-    shared = load(tmp_path, "trainer.max_staleness=1", "cluster=single_gpu")
-    assert "neither makes room" in "".join(warnings(shared, "max_staleness"))
-
-
 def test_a_nucleus_and_a_correction_do_not_go_together(tmp_path: Path) -> None:
     run = load(tmp_path, "trainer.max_staleness=1", "rollout.top_p=0.9")
     assert "multiplies every token" in "".join(warnings(run, "rollout_correction"))
@@ -76,3 +71,8 @@ def test_a_loss_that_cannot_weight_them_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the loss of Plain cannot weight them"):
         load(tmp_path, "algorithm._target_=test_staleness.Plain", "trainer.max_staleness=1")
     load(tmp_path, "algorithm._target_=test_staleness.Plain")
+
+
+def test_work_at_once_on_shared_gpus_is_said(tmp_path: Path) -> None:
+    shared = load(tmp_path, "trainer.max_staleness=1", "cluster=single_gpu")
+    assert "neither makes room" in "".join(warnings(shared, "max_staleness"))
