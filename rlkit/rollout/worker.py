@@ -47,6 +47,8 @@ class RolloutWorker:
         self.model_path, self.config, self.rollout = model_path, config, config.rollout
         self.engine_seed = engine_seed
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self.calls = 0
+        """Pieces of work that the thread has, with the one that it does."""
         self.version = 0
         self.checksum = ""
         """Checksum of the last weights received."""
@@ -255,6 +257,9 @@ class RolloutWorker:
         self._begin_turns()
         finished, turns, began = [], [], time.monotonic()
         responses = self.sampler.step()
+        # A change of threads after each step would cost a small model a tenth of its time. Environments need the loop.
+        while not responses and self.sampler.busy and self.calls == 1 and not self.playing:
+            responses = self.sampler.step()
         self.busy_seconds += time.monotonic() - began
         for response in responses:
             group_id, _, index = response.id.rpartition(":")
@@ -413,4 +418,8 @@ class RolloutWorker:
         await self._in_thread(lambda: self.sampler.wake("kv_cache"))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+        self.calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+        finally:
+            self.calls -= 1
