@@ -1,11 +1,9 @@
-"""Seconds of attention, forward and backward, where a group's prompt is a part of its own (parts), where its keys are
-copied for each response (once), and where its queries are, too (each).
+"""Seconds of attention, forward and backward, where the prompt of a group attends once and where it does per sample.
 
     python benchmarks/attention.py     # the shapes of W1 and W2 (benchmarks/speed.py), and of a long prompt
 
-Also the queries and keys that attention over copies holds, padding included, as multiples of the packed tokens. Prints
-a JSON line for each shape. The ways alternate, and seconds are the least CPU time of all repeats: the machine may be
-shared.
+Also the queries and keys that attention holds, padding included, as multiples of the packed tokens. Prints a JSON line
+for each shape. Both ways alternate, and seconds are the least CPU time of all repeats: the machine may be shared.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rlkit.models import packing
-from rlkit.models.attention import CAUSAL, _bucketed, _Fused, packed_attention
+from rlkit.models.attention import packed_attention
 
 SHAPES = {
     # prompts, prompt tokens, samples, mean and greatest response tokens, heads, key heads, head width
@@ -32,8 +30,6 @@ SHAPES = {
     "even": (4, 512, 8, 512, 512, 4, 4, 32),
     "long answer": (4, 60, 8, 256, 256, 4, 4, 32),
     "long": (1, 2048, 16, 128, 128, 8, 2, 64),
-    "1k + 1k": (1, 1024, 8, 1024, 1024, 4, 2, 64),
-    "8k prompt": (1, 8192, 8, 128, 128, 4, 2, 64),
 }
 
 
@@ -53,40 +49,32 @@ def main() -> None:
     for name in arguments.shapes:
         *sizes, heads, key_heads, width = SHAPES[name]
         batches = {}
-        for way, least in (("parts", 1), ("once", 1), ("each", 10**9)):
+        for way, least in (("once", 1), ("each", 10**9)):
             packing.LEAST_SHARED_PREFIX = least
             batches[way] = packing.pack(trees(*sizes))
-            batches[way].own if way == "parts" else batches[way].buckets
+            batches[way].buckets  # noqa: B018 - decided now
         tokens = len(batches["once"].token_ids)
-        shapes = [(1, tokens, h, width) for h in (heads, key_heads, key_heads)]
-        tensors = [torch.randn(shape).transpose(1, 2).requires_grad_() for shape in shapes]  # as models lay them out
+        tensors = [torch.randn(1, h, tokens, width, requires_grad=True) for h in (heads, key_heads, key_heads)]
         times: dict[str, list[float]] = {way: [] for way in batches}
         outputs = {}
         for _ in range(arguments.repeats + 1):
             for way, batch in batches.items():
                 began = time.process_time()
-                if way == "parts":
-                    output, _none = packed_attention(torch.nn.Identity(), *tensors, None, packed=batch)
-                else:
-                    q, k, v = (tensor[0].transpose(0, 1) for tensor in tensors)
-                    output = _bucketed(q, k, v, batch, CAUSAL, _Fused(width**-0.5))[None]
+                output, _none = packed_attention(torch.nn.Identity(), *tensors, None, packed=batch)
                 gradients = torch.autograd.grad(output.square().sum(), tensors)
                 times[way].append(time.process_time() - began)
                 outputs[way] = (output, *gradients)
         result = {"shape": name, "tokens": tokens}
         for way, batch in batches.items():
-            result[f"{way}_seconds"] = round(min(times[way][1:]), 5)
-            if way == "parts":
-                continue
             result |= {
+                f"{way}_seconds": round(min(times[way][1:]), 5),
                 f"{way}_queries": round(sum(b.queries.numel() for b in batch.buckets) / tokens, 2),
                 f"{way}_keys": round(sum(b.keys.numel() for b in batch.buckets) / tokens, 2),
                 f"{way}_calls": len(batch.buckets),
             }
         result["difference"] = max(
             float(((a - b).abs().max() / b.abs().max()).detach())
-            for way in ("parts", "once")
-            for a, b in zip(outputs[way], outputs["each"], strict=True)
+            for a, b in zip(outputs["once"], outputs["each"], strict=True)
         )
         print(json.dumps(result), flush=True)
 

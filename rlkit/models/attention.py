@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from rlkit.models.packing import Bucket, PackedBatch, take
-from rlkit.models.prefix_attention import in_two_parts
+from rlkit.models.packing import Bucket, PackedBatch
 from rlkit.models.sequence import SequenceRanks
 
 PACKED_ATTENTION = "rlkit_packed"
@@ -110,8 +109,6 @@ def packed_attention(
         half = query.dtype in (torch.bfloat16, torch.float16)
         if query.is_cuda and half and width <= WIDEST_FLASH_HEAD and pattern.chunk is None:
             attended = _varlen(q, k, v, packed, pattern, scale)
-        elif query.device.type == "cpu" and query.dtype == torch.float32 and pattern == CAUSAL and packed.own.stems:
-            attended = in_two_parts(q, k, v, packed, scale)
         else:
             attended = _bucketed(q, k, v, packed, pattern, _Fused(scale))
         attended = attended[..., : value.shape[-1]]
@@ -129,9 +126,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, patt
 
     runs = packed.runs
     attended = varlen_attn(
-        take(query, runs.queries),
-        take(key, runs.keys),
-        take(value, runs.keys),
+        _take(query, runs.queries),
+        _take(key, runs.keys),
+        _take(value, runs.keys),
         runs.cu_queries,
         runs.cu_keys,
         runs.longest_query,
@@ -141,7 +138,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, patt
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(attended, Tensor)
-    return take(attended, runs.collapse)
+    return _take(attended, runs.collapse)
 
 
 _Attend = Callable[[Tensor, Tensor, Tensor, Bucket, Pattern], Tensor]
@@ -158,7 +155,7 @@ def _bucketed(
     outputs = []
     for bucket in packed.buckets:
         q, k, v = (
-            take(tensor, indices.reshape(-1)).view(*indices.shape, *tensor.shape[1:]).transpose(1, 2)
+            _take(tensor, indices.reshape(-1)).view(*indices.shape, *tensor.shape[1:]).transpose(1, 2)
             for tensor, indices in ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
         )
         out = attend(q, k, v, bucket, pattern)
@@ -236,6 +233,11 @@ class _Explicit:
         p = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
         out = p.reshape(n, groups, heads // groups * length, -1) @ v.float()
         return out.view(n, heads, length, -1).to(q.dtype)
+
+
+def _take(rows: Tensor, indices: Tensor) -> Tensor:
+    """rows[indices]; its backward is one index_add, which is fast on CPU too."""
+    return torch.index_select(rows.reshape(rows.shape[0], -1), 0, indices).view(-1, *rows.shape[1:])
 
 
 def packed_mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Pattern | None:

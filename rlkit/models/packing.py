@@ -127,19 +127,6 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class OwnRows:
-    """Rows of which each token attends to those up to itself: shared prefixes, suffixes behind them, and sequences that
-    share none."""
-
-    grids: tuple[Tensor, ...]
-    """[n, L] int64 each: packed index; short rows are padded by repeating the last."""
-    collapse: Tensor
-    """[T] int64: index of one of each packed token's copies among the concatenated rows of all grids."""
-    stems: tuple[tuple[slice, slice], ...]
-    """Packed tokens of each shared prefix, and of its suffixes together, which attend to all of it, too."""
-
-
-@dataclass(frozen=True)
 class PackedBatch:
     """T packed tokens of N sequences with F >= T tokens in all; R suffix tokens are predicted."""
 
@@ -202,21 +189,6 @@ class PackedBatch:
         return tuple(buckets), collapse.to(device)
 
     @cached_property
-    def own(self) -> OwnRows:
-        rows: list[np.ndarray] = []
-        stems: list[tuple[slice, slice]] = []
-        for query, key in _pieces(self.tree_lengths):
-            rows.append(query)
-            if len(query) < len(key):
-                prompt = slice(int(key[0]), int(key[0]) + len(key) - len(query))
-                first = stems.pop()[1].start if stems and stems[-1][0] == prompt else int(query[0])
-                stems.append((prompt, slice(first, int(query[-1]) + 1)))
-        members = [[rows[i] for i in some] for some in _similar(range(len(rows)), [len(row) for row in rows])]
-        device = self.token_ids.device
-        collapse = _grid_collapse(members, len(self.token_ids)).to(device)
-        return OwnRows(tuple(_grid(some).to(device) for some in members), collapse, tuple(stems))
-
-    @cached_property
     def sequence_grids(self) -> tuple[tuple[Tensor, ...], Tensor]:
         """Whole sequences: grids [n, L] int64 of packed indices, a row per sequence, short rows padded by repeating the
         last. Also, like `bucket_collapse`, [T] int64 indices into the concatenated rows."""
@@ -276,11 +248,6 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
         last=torch.tensor([int(sequence[-1]) for sequence in sequences], dtype=torch.int64),
         tree_lengths=tuple((len(tree.prefix), tree.lengths) for tree in trees),
     )
-
-
-def take(rows: Tensor, indices: Tensor) -> Tensor:
-    """rows[indices]; its backward is one index_add, which is fast on CPU too."""
-    return torch.index_select(rows.reshape(rows.shape[0], -1), 0, indices).view(-1, *rows.shape[1:])
 
 
 def _starts(runs: Sequence[np.ndarray]) -> Tensor:
