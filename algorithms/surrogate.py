@@ -44,8 +44,7 @@ class SurrogateConfig(AlgorithmConfig):
     clip_high: float = Field(default=0.2, gt=0)
     """The ratio is clipped above at 1 + clip_high."""
     anchor: Literal["learner", "rollout"] = "learner"
-    """What the ratio is to: the learner's log-probs before the update, or those that the sampler recorded. With
-    rollout, clipping sees how far the policy is from whatever policies a sample is of, and no weights correct it."""
+    """What the ratio is to: the learner's log-probs before the update, or the sampler's, of whatever policies."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound on the loss of tokens with a negative advantage, as a multiple of it (published: 3); for loss=clipped."""
     aggregation: Aggregation = "token_mean"

@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    from rlkit.rollout.sampler import engine_environment
+    from rlkit.rollout.engine import engine_environment
 
     os.environ.update(engine_environment("cpu", arguments.threads))
     with tempfile.TemporaryDirectory() as scratch:

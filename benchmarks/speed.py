@@ -80,7 +80,7 @@ def median_of_pairs(values: Sequence[float]) -> float:
 
 class Benchmark:
     def __init__(self, workload: str, steps: int, threads: int, scratch: Path, trl: str | None) -> None:
-        from rlkit.rollout.sampler import engine_environment
+        from rlkit.rollout.engine import engine_environment
 
         size = WORKLOADS[workload]
         self.steps, self.threads, self.scratch, self.trl = steps, threads, scratch, trl

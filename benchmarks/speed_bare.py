@@ -31,7 +31,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def engine(model: Path, new_tokens: int) -> Any:
-    """vLLM's engine with the arguments of a rollout worker (rlkit/rollout/sampler.py)."""
+    """vLLM's engine with the arguments of a rollout worker (rlkit/rollout/engine.py)."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rlkit.data.rendering import ChatTemplate, load_tokenizer
 from rlkit.rollout.calls import FromVLLM
+from rlkit.rollout.engine import stop_token_ids
 from rlkit.rollout.rendering import Renderer
-from rlkit.rollout.sampler import stop_token_ids
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests/fixtures"))
 

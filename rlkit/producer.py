@@ -75,8 +75,7 @@ class Producer:
                         most = min(most, await self.rollout.places(self.samples_per_prompt + self.greedy))
                 async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 4):
                     steps = await self.buffer.reserve.remote(most)
-                requests = self._requests(steps)
-                stream = self.rollout.generate(requests)  # here, so that `places` counts them from now on
+                stream = self.rollout.generate(self._requests(steps))  # here, so that `places` counts them from now on
                 working.create_task(self._sample(steps, stream, working))
 
     async def _sample(self, steps: Sequence[int], stream: AsyncIterator[Any], working: asyncio.TaskGroup) -> None:

@@ -46,7 +46,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     from rlkit.data.conversations import render_recorded
     from rlkit.data.recorded import split_off_the_scale
     from rlkit.data.rendering import ChatTemplate, load_tokenizer, render, renderer
-    from rlkit.rollout.sampler import stop_token_ids
+    from rlkit.rollout.engine import stop_token_ids
 
     config, rollout = resolved.config, resolved.config.rollout
     folder = model_folder(config.model.path)
@@ -126,7 +126,7 @@ def template_doubts(resolved: ResolvedRun) -> list[str]:
     """What an environment must not do with the model's chat template. Raises DataError where no episode can be played
     with it."""
     from rlkit.data.rendering import ChatTemplate, load_tokenizer
-    from rlkit.rollout.sampler import stop_token_ids
+    from rlkit.rollout.engine import stop_token_ids
 
     model = resolved.config.model
     folder = model_folder(model.path)

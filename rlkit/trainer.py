@@ -213,8 +213,7 @@ class Trainer:
     async def collect(
         self, taken: Awaitable[list[Group]], producing: asyncio.Task[None], stopping: asyncio.Task[Any]
     ) -> tuple[list[Group], dict[str, float]]:
-        """The next groups `taken` from the buffer; seconds that the learner waited for them to be sampled, and then
-        scored."""
+        """The next groups `taken` from the buffer; seconds of waiting for their sampling, and then for their scores."""
         began = time.monotonic()
         with self.tracker.timed("generate"):
             groups = await until(taken, producing, stopping)

@@ -18,7 +18,7 @@ from rlkit.environments.games.maze import MOVES, Maze, beside, distances
 from rlkit.experience import Episode, Message, Sample, ToolCall
 from rlkit.rollout.conversation import Conversation, as_sample
 from rlkit.rollout.rendering import Renderer
-from rlkit.rollout.sampler import Response
+from rlkit.rollout.requests import Response
 
 MAX_EPISODE_TOKENS = 512
 Moves = Generator[Action, str, None]

@@ -173,7 +173,7 @@ _PASSED_ON = (
 
 def run_policy(name: str, order: SamplingOrder, work: Path, threads: int, stall_seconds: float) -> None:
     """Sample one policy in a separate process, which frees its memory and can be ended if it hangs."""
-    from rlkit.rollout.sampler import engine_environment
+    from rlkit.rollout.engine import engine_environment
 
     spec, log, output = work / f"{name}.order.json", work / f"{name}.log", Path(order.output)
     spec.write_text(json.dumps(asdict(order)), encoding="utf-8")
@@ -218,7 +218,9 @@ def pool_report(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def sample(order: SamplingOrder) -> None:
     """Prompts too long for the model are left out, and named."""
-    from rlkit.rollout.sampler import Request, Sampler, stop_token_ids
+    from rlkit.rollout.engine import stop_token_ids
+    from rlkit.rollout.requests import Request
+    from rlkit.rollout.sampler import Sampler
 
     folder = model_folder(order.folder)
     tokenizer = load_tokenizer(folder)

@@ -14,7 +14,7 @@ from rlkit.experience.types import FinishReason
 
 if TYPE_CHECKING:
     from rlkit.rollout.rendering import Bridge
-    from rlkit.rollout.sampler import Response
+    from rlkit.rollout.requests import Response
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from rlkit.rollout.conversation import Conversation, Limits, as_sample, opening_
 from rlkit.rollout.environment_processes import ProcessHost
 from rlkit.rollout.hosts import EpisodeFailedError, Host, InlineHost
 from rlkit.rollout.rendering import Renderer, RenderingError
-from rlkit.rollout.requests import GroupRequest, sample_seed
-from rlkit.rollout.sampler import Request, Response
+from rlkit.rollout.requests import GroupRequest, Request, Response, sample_seed
 from rlkit.rollout.session import Session
 
 if TYPE_CHECKING:  # an HTTP server, which only agents need

@@ -17,9 +17,9 @@ from rlkit.config.plan import engines_sleep, gpu_shares, sleep_level
 from rlkit.config.schema import RunConfig
 from rlkit.experience import UserError
 from rlkit.rollout.dealing import Load, deal, responses
+from rlkit.rollout.engine import engine_environment, shared_gpus_environment
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.requests import GroupRequest, sample_seed
-from rlkit.rollout.sampler import engine_environment, shared_gpus_environment
 from rlkit.rollout.worker import RolloutWorker
 from rlkit.weights.publication import Agreement, Proof, Published, WeightReceipt, WeightsNotLoadedError
 

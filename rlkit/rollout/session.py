@@ -33,7 +33,7 @@ from rlkit.experience.types import FinishReason
 from rlkit.rollout.conversation import Conversation, Limits
 from rlkit.rollout.hosts import EpisodeFailedError
 from rlkit.rollout.rendering import Bridge, Renderer, RenderingError, continuation
-from rlkit.rollout.sampler import Response
+from rlkit.rollout.requests import Response
 
 
 class RefusedError(Exception):

@@ -17,11 +17,11 @@ from rlkit.config.parts import TARGET
 from rlkit.config.plan import engines_sleep, longest_response, published_adapter, sleep_level, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.config.structured import Grammar, grammar
-from rlkit.experience import Group, Sample
-from rlkit.experience.steps import step_spans
+from rlkit.experience import Group
+from rlkit.rollout.engine import stop_token_ids
 from rlkit.rollout.episodes import Episodes, open_episodes
-from rlkit.rollout.requests import GroupRequest, sample_seed
-from rlkit.rollout.sampler import Request, Response, Sampler, stop_token_ids
+from rlkit.rollout.requests import GroupRequest, Request, Response, group_of, sample_seed
+from rlkit.rollout.sampler import Sampler
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Canary, WeightReceipt
 
@@ -271,39 +271,12 @@ class RolloutWorker:
             self.finished += 1
             if len(entry.responses) == entry.request.responses:
                 del self.open[group_id]
-                finished.append((self._group(entry), entry.done))
+                finished.append((group_of(entry.request, entry.responses, self.tokenizer, self.rollout), entry.done))
         return finished, turns
 
     def _begin_turns(self) -> None:
         while self.asked and not self.parked:
             self.sampler.add(self.asked.popleft())
-
-    def _group(self, entry: _Open) -> Group:
-        request, style = entry.request, self.rollout.steps
-        ordered = [entry.responses[i] for i in range(request.responses)]
-        texts = self.tokenizer.batch_decode([r.token_ids for r in ordered], skip_special_tokens=True)
-        samples = tuple(
-            Sample(
-                index=i,
-                token_ids=response.token_ids,
-                logprobs=None if self.rollout.source == "model" else response.logprobs,
-                text=text,
-                finish_reason=response.finish_reason,
-                **self._versions(request, response),
-                seed=sample_seed(request.seed, request.id, i),
-                spans=() if style == "none" else step_spans(response.token_ids, self.tokenizer, style),
-            )
-            for i, (response, text) in enumerate(zip(ordered, texts, strict=True))
-        )
-        greedy = samples[-1] if request.greedy else None
-        return Group(request.id, request.prompt, samples[: request.samples], step=request.step, greedy=greedy)
-
-    def _versions(self, request: GroupRequest, response: Response) -> dict[str, Any]:
-        if self.rollout.source == "model":
-            # A frozen model has no versions: its samples are as old as the step that asks for them.
-            return {"policy_versions": (request.step - 1, request.step - 1)}
-        first, last = int(response.versions[0]), int(response.versions[-1])
-        return {"policy_versions": (first, last), "versions": None if first == last else response.versions}
 
     # -- new weights: prepare; take, or the learner's transfer; confirm; admit --------------------------------------
 

@@ -163,7 +163,7 @@ def test_saved_policy_loads_in_plain_transformers(finished: Run) -> None:
 
 @pytest.mark.slow
 def test_saved_policy_loads_in_vllm(finished: Run) -> None:
-    from rlkit.rollout.sampler import engine_environment
+    from rlkit.rollout.engine import engine_environment
 
     policy = finished.folder / "checkpoints" / "step_000003" / "policy"
     program = (

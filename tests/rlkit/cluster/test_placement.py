@@ -29,7 +29,7 @@ from wide_engine import CANARY, write_plugin
 from rlkit.cluster.placement import BUNDLES, Bundle, NoRoomError, on_one_node, plan_bundles, reserve
 from rlkit.config.loading import load_config
 from rlkit.config.schema import RunConfig
-from rlkit.rollout.sampler import executor, shared_gpus_environment
+from rlkit.rollout.engine import executor, shared_gpus_environment
 
 
 def config_of(*overrides: str) -> RunConfig:

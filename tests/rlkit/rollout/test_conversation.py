@@ -12,7 +12,7 @@ from rlkit.experience import Episode, Message, ToolCall
 from rlkit.experience.types import FinishReason
 from rlkit.rollout.conversation import Conversation, as_sample
 from rlkit.rollout.rendering import Bridge
-from rlkit.rollout.sampler import Response
+from rlkit.rollout.requests import Response
 
 
 def response(ids: list[int], finish: FinishReason = "stop", version: int = 0) -> Response:

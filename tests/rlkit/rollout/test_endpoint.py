@@ -24,12 +24,12 @@ from rlkit.environments.tool import Tool
 from rlkit.experience import Group, Message, Prompt, Sample, ToolCall
 from rlkit.models.folder import model_folder
 from rlkit.rollout.endpoint import Server
+from rlkit.rollout.engine import stop_token_ids
 from rlkit.rollout.environment_processes import ProcessHost
 from rlkit.rollout.episodes import Episodes
 from rlkit.rollout.hosts import Host, InlineHost
 from rlkit.rollout.rendering import Renderer, RenderingError
-from rlkit.rollout.requests import GroupRequest, sample_seed
-from rlkit.rollout.sampler import Request, Response, stop_token_ids
+from rlkit.rollout.requests import GroupRequest, Request, Response, sample_seed
 
 FOLDER = str(model_folder("embedded:agent"))
 TOKENIZER = load_tokenizer(FOLDER)

@@ -19,11 +19,11 @@ from rlkit.data.rendering import ChatTemplate, load_tokenizer
 from rlkit.environments.base import Action, Environment, EnvironmentFailure, Step, Task
 from rlkit.experience import Group, Message, Prompt
 from rlkit.models.folder import model_folder
+from rlkit.rollout.engine import stop_token_ids
 from rlkit.rollout.episodes import Episodes
 from rlkit.rollout.hosts import InlineHost
 from rlkit.rollout.rendering import Renderer
-from rlkit.rollout.requests import GroupRequest, sample_seed
-from rlkit.rollout.sampler import Request, Response, stop_token_ids
+from rlkit.rollout.requests import GroupRequest, Request, Response, sample_seed
 
 FOLDER = str(model_folder("embedded:policy"))
 TOKENIZER = load_tokenizer(FOLDER)

@@ -20,8 +20,7 @@ from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, Trainer
 from rlkit.experience import Group, Message, Prompt, Sample
 from rlkit.learner.policy import PolicyLearner
 from rlkit.rollout.pool import RolloutPool
-from rlkit.rollout.requests import GroupRequest
-from rlkit.rollout.sampler import Request
+from rlkit.rollout.requests import GroupRequest, Request
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Agreement, Published
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rlkit.experience import Episode, Message, ToolCall
 from rlkit.rollout.conversation import Conversation, as_sample
 from rlkit.rollout.rendering import Bridge, Renderer, RenderingError, continuation
-from rlkit.rollout.sampler import Response
+from rlkit.rollout.requests import Response
 
 APPEND = {
     "ChatML, Qwen2.5", "Qwen3-Coder", "Qwen3, thinking kept", "Llama 2", "Llama 3",

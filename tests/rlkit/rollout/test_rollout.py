@@ -21,8 +21,7 @@ from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
 from rlkit.experience import Group, Message, Prompt, Sample
 from rlkit.learner.policy import PolicyLearner
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool
-from rlkit.rollout.requests import GroupRequest, sample_seed
-from rlkit.rollout.sampler import Request, Response
+from rlkit.rollout.requests import GroupRequest, Request, Response, sample_seed
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Agreement, Published, WeightsNotLoadedError
 

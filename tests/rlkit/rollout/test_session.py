@@ -20,8 +20,9 @@ from rlkit.environments.tool import Tool
 from rlkit.experience import Episode, Message, Prompt, Sample
 from rlkit.models.folder import model_folder
 from rlkit.rollout.conversation import Conversation, Limits, as_sample, opening_of
+from rlkit.rollout.engine import stop_token_ids
 from rlkit.rollout.rendering import Renderer
-from rlkit.rollout.sampler import Response, stop_token_ids
+from rlkit.rollout.requests import Response
 from rlkit.rollout.session import Answer, RefusedError, Session
 
 FOLDER = str(model_folder("embedded:agent"))

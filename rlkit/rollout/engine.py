@@ -1,0 +1,161 @@
+"""How a vLLM engine is made: environment variables, arguments, and what it needs after its weights changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from rlkit.cluster.placement import BUNDLES
+from rlkit.config.plan import WeightRoute
+from rlkit.config.schema import RolloutConfig
+from rlkit.experience import UserError
+from rlkit.weights.publication import Loaded
+
+
+def cpu_environment(threads: int) -> dict[str, str]:
+    # Passive waiting: actors share the cores, and spinning OpenMP threads of one slow the others several-fold.
+    # No compilation: the sampler's costs 13 s on first use and gains nothing measurable on CPU.
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+
+
+def engine_environment(device: str, threads: int) -> dict[str, str]:
+    """Environment variables to set before vLLM is imported."""
+    shared = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+    }
+    return {**shared, **(cpu_environment(threads) if device == "cpu" else {})}
+
+
+def shared_gpus_environment(share: float) -> dict[str, str]:
+    """Variables that let vLLM place an engine's workers as Ray actors with `share` of a GPU each."""
+    return {"VLLM_RAY_PER_WORKER_GPUS": f"{share:g}", "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1"}
+
+
+def executor(gpus: int) -> Literal["uni", "mp", "ray"]:
+    """Who runs an engine's workers: this process, its children (own GPUs), or Ray (GPUs shared with ranks)."""
+    if gpus == 1:
+        return "uni"
+    return "ray" if os.environ.get(BUNDLES) else "mp"
+
+
+def stop_token_ids(model_path: str, tokenizer: Any) -> list[int]:
+    """Tokens that end a response, from the generation config and the tokenizer. Raises ValueError if there are none."""
+    from transformers import GenerationConfig
+
+    stops: set[int] = set()
+    try:
+        named = GenerationConfig.from_pretrained(model_path).eos_token_id
+        stops.update([named] if isinstance(named, int) else named or [])
+    except OSError:
+        pass  # a folder without generation_config.json: the tokenizer decides
+    if tokenizer.eos_token_id is not None:
+        stops.add(tokenizer.eos_token_id)
+    if not stops:
+        raise ValueError(f"{model_path}: neither generation_config.json nor the tokenizer names an eos token")
+    return sorted(stops)
+
+
+def engine_arguments(
+    model_path: str,
+    config: RolloutConfig,
+    *,
+    device: str,
+    seed: int,
+    trust_remote_code: bool,
+    route: WeightRoute,
+    sleeps: bool,
+) -> dict[str, Any]:
+    """By the names of vLLM's EngineArgs, without those of `rollout.engine`."""
+    from rlkit.rollout.receiver import BACKENDS, EXTENSION
+
+    max_model_len = config.max_prompt_tokens + config.max_response_tokens
+    on_cpu = device == "cpu"
+    memory: dict[str, Any] = (
+        {"kv_cache_memory_bytes": int(config.memory_gib * 2**30), "block_size": 32}
+        if on_cpu
+        else {"gpu_memory_utilization": config.gpu_memory_utilization}
+    )
+    # A seeded request whose prompt is prefilled in chunks crashes vLLM 0.32 on CPU ("CPU Generator does not use
+    # offset"), so prompts are prefilled whole there; the token budget must then hold the longest sequence.
+    scheduling: dict[str, Any] = (
+        {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)} if on_cpu else {}
+    )
+    transfer: dict[str, Any] = {"worker_extension_cls": EXTENSION}
+    if route != "object_store":
+        transfer["weight_transfer_config"] = {"backend": BACKENDS[route]}
+    if config.structured is not None and config.structured.column is not None:
+        # vLLM chooses the library by the first grammar, and gives it the others whatever it lacks for them.
+        transfer["structured_outputs_config"] = {"backend": "xgrammar"}
+    return {
+        "model": model_path,
+        "skip_tokenizer_init": not config.stop_texts and config.structured is None,
+        "trust_remote_code": trust_remote_code,
+        "dtype": ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_concurrent_samples,
+        "enforce_eager": True if on_cpu else config.enforce_eager,
+        "enable_prefix_caching": config.prefix_caching,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": executor(config.tensor_parallel_size),
+        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from, at its temperature
+        "disable_log_stats": True,
+        "generation_config": "vllm",
+        "seed": seed % 2**31,
+        "enable_sleep_mode": sleeps,
+        **memory,
+        **scheduling,
+        **transfer,
+    }
+
+
+def make_engine(arguments: Mapping[str, Any], further: Mapping[str, Any]) -> Any:
+    """`further`: the user's (`rollout.engine`). Raises UserError if vLLM does not start with them."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**{**arguments, **further}))
+    except Exception as error:
+        if not further:
+            raise
+        raise UserError(f"rollout.engine: vLLM does not start with {dict(further)}: {error}") from error
+
+
+def repack_head(model: Any) -> None:
+    # vLLM 0.32 on CPU reloads a tied embedding, but not the head's packed copy of it: it would keep sampling from that.
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def joined(reports: Sequence[Loaded]) -> Loaded:
+    return Loaded(
+        unwritten=tuple(dict.fromkeys(name for report in reports for name in report.unwritten)),
+        arrived=sum(report.arrived for report in reports),
+        held=sum(report.held for report in reports),
+    )
+
+
+def the_same(checksums: Sequence[str]) -> str:
+    """Of what each GPU of an engine received. Raises RuntimeError if they differ."""
+    different = sorted(set(checksums))
+    if len(different) > 1:
+        raise RuntimeError(f"the GPUs of one engine received different weights: {', '.join(different)}")
+    return different[0]
+
+
+def draws_all_at_once(engine: Any) -> bool:
+    """vLLM's runner V2 makes the noise of seed, position and token, and gives a seed to requests that have none; the
+    older runner draws for each request that has one by itself."""
+    return bool(engine.vllm_config.use_v2_model_runner)
