@@ -89,7 +89,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WeightSync]:
         async def start() -> None:
             await asyncio.gather(pool.start(), learner.start())
             await pool.sleep(2)
-            assert (await sync.publish(0)).difference < 1e-3
+            assert (await sync.publish(0))["weights/canary_difference"] < 1e-3
 
         run(start(), 150)
         yield sync
@@ -134,7 +134,7 @@ def test_engines_sample_from_what_was_sent_and_groups_wait_for_it(sync: WeightSy
         before = await groups_of(sync.rollout.generate(requests()))
         await train(sync, 1)
         version = await version_of(sync)
-        assert (await sync.publish(version)).difference < 1e-3
+        assert (await sync.publish(version))["weights/canary_difference"] < 1e-3
         after = await groups_of(sync.rollout.generate(requests()))
         assert {sample.policy_versions for group in after for sample in group.samples} == {(version, version)}
         assert [s.text for g in before for s in g.samples] != [s.text for g in after for s in g.samples]
@@ -190,7 +190,7 @@ def test_weights_that_arrive_damaged_everywhere_end_the_run(sync: WeightSync) ->
             await sync.publish(version)
         assert [health.restarts for health in sync.rollout.health] == [0] * WORKERS
         await sync.release_sampler()
-        assert (await sync.publish(version)).difference < 1e-3
+        assert (await sync.publish(version))["weights/canary_difference"] < 1e-3
 
     run(steps())
 
@@ -213,7 +213,7 @@ def test_a_worker_whose_weights_arrive_damaged_is_replaced_and_given_them_anew(
         await train(sync, 4)
         version, restarts = await version_of(sync), sync.rollout.health[1].restarts
         await sync.rollout.workers[1].damage_next.remote()
-        assert (await sync.publish(version)).difference < 1e-3
+        assert (await sync.publish(version))["weights/canary_difference"] < 1e-3
         assert sync.rollout.health[1].restarts == restarts + 1
         assert [health.may_sample(version) for health in sync.rollout.health] == [True] * WORKERS
         sampled = await groups_of(sync.rollout.generate(requests()))
@@ -244,7 +244,7 @@ def test_a_worker_that_dies_between_steps_is_replaced_and_meets_the_learner_agai
             s.token_ids.tolist() for g in undisturbed for s in g.samples
         ]
         await train(sync, 2)
-        assert (await sync.publish(version + 1)).difference < 1e-3  # to both directly
+        assert (await sync.publish(version + 1))["weights/canary_difference"] < 1e-3  # to both directly
 
     run(steps(), 150)
 
