@@ -144,6 +144,11 @@ def limit(case: Case) -> float:
     return Run(published[1:]).seconds_per_step(case.uncounted)
 
 
+def oldest(group: Group) -> int:
+    """The oldest policy version that any of its tokens came from."""
+    return min(sample.policy_versions[0] for sample in group.samples)
+
+
 class ReadyFirst:
     """In place of `ExperienceBuffer`: groups in the order in which they are ready, the stale ones dropped."""
 
@@ -161,7 +166,7 @@ class ReadyFirst:
         self.ready.append(group)
 
     def take(self) -> list[Group] | None:
-        fresh = [group for group in self.ready if self.version - group.policy_version <= self.max_staleness]
+        fresh = [group for group in self.ready if self.version - oldest(group) <= self.max_staleness]
         self.dropped += len(self.ready) - len(fresh)
         self.asked -= len(self.ready) - len(fresh)
         self.ready = fresh[self.n :] if len(fresh) >= self.n else fresh
