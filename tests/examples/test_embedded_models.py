@@ -288,6 +288,7 @@ def test_kept_stages_are_not_repeated(tmp_path: Path) -> None:
     assert calls == [1] and "base" in stages.seconds
 
 
+@pytest.mark.slow
 def test_remaking_makes_models_that_load_and_have_learnt(tmp_path: Path, capsys) -> None:
     assert remake_embedded.main([f"out={tmp_path}", "scale=fast"]) == 0
     capsys.readouterr()

@@ -19,6 +19,7 @@ OWN = {
 }
 
 
+@pytest.mark.slow
 def test_own_parts_train_together(tmp_path: Path) -> None:
     parts = [f"{kind}._target_={path}" for kind, path in OWN.items()]
     run = Run(tmp_path, *parts, "trainer.total_steps=2", "data.problems=64", "reward.price_per_token=0.001")

@@ -179,6 +179,7 @@ def test_saved_policy_loads_in_vllm(finished: Run) -> None:
     assert "ANSWER" in done.stdout, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_everything(start: Start) -> None:
     run = start(ENDLESS)
     run.wait_for_steps(1)
@@ -277,6 +278,7 @@ def test_two_ranks(start: Start, options: list[str]) -> None:
     assert run.left_after(10) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs ../shared/data/gsm8k/train.jsonl")
 def test_gsm8k_from_a_file(start: Start) -> None:
     run = start("data=jsonl", f"data.path={GSM8K}", "reward=rule", "trainer.total_steps=2")

@@ -332,7 +332,7 @@ def test_folders_that_hold_no_discriminator_are_refused(tmp_path: Path, folder: 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_it_scores_in_its_own_process_and_ends_with_it(folder: Path, backend: str) -> None:
     from rlkit.serving.pool import RewardPool
 

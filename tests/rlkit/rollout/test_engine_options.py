@@ -41,6 +41,7 @@ class ListeningWorker(OpenWorker):
         return sorted(self.arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM computes in eight bits with AVX-512")
 @pytest.mark.parametrize(
     ("argument", "dtype"), [({"kv_cache_dtype": "fp8"}, "auto"), ({"quantization": "fp8_per_channel"}, "bfloat16")]

@@ -210,6 +210,7 @@ def versions_of_turns(groups: Sequence[Group]) -> list[list[set[int]]]:
     return of_samples
 
 
+@pytest.mark.slow
 def test_parked_episodes_have_one_version_in_each_turn(ray_session: None, model: Path, tmp_path: Path) -> None:  # noqa: F811
     learner, canary = build_learner(model), ((5, 6, 7, 8), (30, 40, 50))
 
