@@ -202,7 +202,9 @@ class ImplicitModel:
         self._chunk = learner.logit_elements_per_chunk
         module = load_to_train(load_causal_lm, path, learner, self.device)
         if config.lora is not None:
-            add_adapter(module.model, config.lora)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # nobody has seeded this process, and a run repeats itself
+                add_adapter(module.model, config.lora)
         self.engine = build_engine(module, learner, self.device)
         dtype = resolve_dtype(learner.dtype, self.device)
         reference = load_causal_lm(reference_path, dtype) if config.lora is None else WithoutAdapter(self.engine)
