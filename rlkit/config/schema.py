@@ -146,16 +146,14 @@ class RolloutConfig(Section):
     """Further arguments of vLLM's engine by vLLM's own names (EngineArgs), like `rollout.engine.kv_cache_dtype=fp8`;
     refused where rlkit has an option for it."""
     cache_after_update: Literal["recompute", "keep"] = "recompute"
-    """max_staleness above 0: what new weights do with keys and values of running requests. recompute: they are computed
-    anew, so that every token has the log-prob of one policy; keep: requests go on with the old ones, which costs
-    nothing, and their further tokens have the log-probs of no policy (the recorded ones stay those sampled from)."""
+    """max_staleness above 0: keys and values of running requests, when new weights come, are computed anew, so that
+    every token has the log-prob of one policy, or kept: faster, with further tokens of no policy, truly recorded."""
     sample_seeds: Literal["auto", "always", "never"] = "auto"
     """Give each sample a seed, so that it does not matter where and beside what it is sampled. auto: on CPU, and on
     GPUs where it costs nothing (vLLM's runner V2, its default there; the older one draws request by request)."""
     canary_tolerance: float | None = Field(default=None, gt=0)
-    """Largest log-prob difference on the canary prompts after a weight update; null: 1e-3 in fp32, 1 in eight bits
-    (`rollout.engine`), 0.5 otherwise. Finer: which parameters the engine wrote, whether their bits changed, and by how
-    much the canary changed."""
+    """Largest log-prob difference on the canary prompts after a weight update; null: 1e-3 in fp32, 1 in eight bits,
+    0.5 otherwise. Finer: which parameters the engine wrote, whether their bits changed, and how the canary changed."""
     sleep: Literal["auto", "always", "never"] = "never"
     """CUDA: free the engines' GPU memory (weights and key-value cache) while the learner works. auto: if engines
     share GPUs with ranks and training is synchronous."""
@@ -259,8 +257,7 @@ class LearnerConfig(Section):
     ranks: int = Field(default=1, ge=1)
     """Learner processes. Each `sequence_parallel` of them are one data-parallel replica."""
     sequence_parallel: int = Field(default=1, ge=1)
-    """Ranks that compute each sequence together, for long ones (DeepSpeed-Ulysses): a rank has its share of the tokens,
-    and in attention its share of the heads."""
+    """Ranks that compute each sequence together, for long ones (Ulysses): each has a share of tokens, or of heads."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: what is partitioned over ranks (1 optimizer, 2 + gradients, 3 + parameters)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

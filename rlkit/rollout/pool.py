@@ -12,12 +12,11 @@ from typing import Any
 
 from rlkit.cluster.placement import Place, anywhere
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
-from rlkit.config.engine import other_precision
 from rlkit.config.plan import engines_sleep, gpu_shares, sleep_level
 from rlkit.config.schema import RunConfig
 from rlkit.experience import UserError
 from rlkit.rollout.dealing import Load, deal, responses
-from rlkit.rollout.engine import engine_environment, shared_gpus_environment
+from rlkit.rollout.engine import canary_tolerance, engine_environment, shared_gpus_environment
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.requests import GroupRequest, sample_seed
 from rlkit.rollout.worker import RolloutWorker
@@ -25,13 +24,6 @@ from rlkit.weights.publication import Agreement, Proof, Published, WeightReceipt
 
 log = logging.getLogger(__name__)
 
-CANARY_TOLERANCE_FP32 = 1e-3
-CANARY_TOLERANCE_HALF = 0.5
-"""Rounding alone gives 0.16 on the rarest of 240 tokens (measured: fp32 learner, bfloat16 engine). What is finer than
-this is for the other proofs."""
-CANARY_TOLERANCE_COARSE = 1.0
-"""Weights in eight bits give 0.3 on the rarest of 300 tokens, keys and values 0.2 (measured: fp32 learner, a tiny
-random model)."""
 SHOWN_GROUPS = 3
 """How many group ids a timeout message lists."""
 
@@ -320,7 +312,7 @@ class RolloutPool:
     async def _admit_if_proved(
         self, index: int, worker: Any, published: Published, receipt: WeightReceipt, checksum: str | None = None
     ) -> Agreement:
-        tolerance = _canary_tolerance(self.config)
+        tolerance = canary_tolerance(self.config)
         agreement = self._proofs[index].accept(f"rollout worker {index}", published, receipt, checksum, tolerance)
         async with self._waiting(index, "to take groups in again", "step_timeout_seconds"):
             await worker.admit.remote()
@@ -398,13 +390,3 @@ def _cause_of(error: Exception) -> str:
     if isinstance(error, RayTaskError):
         return f"{type(own).__name__}: {first}"
     return first or type(own).__name__
-
-
-def _canary_tolerance(config: RunConfig) -> float:
-    rollout = config.rollout
-    if rollout.canary_tolerance is not None:
-        return rollout.canary_tolerance
-    if other_precision(rollout):
-        return CANARY_TOLERANCE_COARSE
-    fp32 = rollout.dtype == "float32" or (rollout.dtype == "auto" and config.cluster.device == "cpu")
-    return CANARY_TOLERANCE_FP32 if fp32 else CANARY_TOLERANCE_HALF
