@@ -172,17 +172,9 @@ async def _try_architecture(config: RunConfig, tracker: Tracker) -> None:
         return
     tracker.phase("trying the model's architecture")
     from rlkit.models.attention import PACKED_ATTENTION
-    from rlkit.models.forward import ModelLoadError
     from rlkit.models.policy import find_attention
 
     attention = await asyncio.to_thread(find_attention, folder, trust_remote_code=config.model.trust_remote_code)
-    sections = {"learner": config.learner, "critic": config.critic}
-    shared = [f"{name}.sequence_parallel" for name, section in sections.items() if section.sequence_parallel > 1]
-    if attention != PACKED_ATTENTION and shared:
-        raise ModelLoadError(
-            f"packed batches are not exact for {config.model.path}, so ranks cannot share its sequences; leave "
-            f"{' and '.join(shared)} at 1"
-        )
     if attention != PACKED_ATTENTION:
         tracker.warn("packed batches are not exact for this model: its sequences run row by row, which is slower")
 
