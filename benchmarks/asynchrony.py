@@ -164,16 +164,24 @@ class ReadyFirst:
 
     def add(self, group: Group) -> None:
         self.ready.append(group)
+        self._drop(self.ready[-1:])
 
     def take(self) -> list[Group] | None:
-        fresh = [group for group in self.ready if self.version - oldest(group) <= self.max_staleness]
-        self.dropped += len(self.ready) - len(fresh)
-        self.asked -= len(self.ready) - len(fresh)
-        self.ready = fresh[self.n :] if len(fresh) >= self.n else fresh
-        return fresh[: self.n] if len(fresh) >= self.n else None
+        if len(self.ready) < self.n:
+            return None
+        taken, self.ready = self.ready[: self.n], self.ready[self.n :]
+        return taken
 
     def advance(self, version: int) -> None:
         self.version = version
+        self._drop(self.ready)
+
+    def _drop(self, looked_at: list[Group]) -> None:
+        stale = {group.id for group in looked_at if self.version - oldest(group) > self.max_staleness}
+        if stale:
+            self.ready = [group for group in self.ready if group.id not in stale]
+            self.dropped += len(stale)
+            self.asked -= len(stale)
 
     def stats(self) -> BufferStats:
         return BufferStats(self.version, len(self.ready), 0, {})
