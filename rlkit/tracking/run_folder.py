@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class RunFolder:
                 raise RunFolderError(
                     f"run_dir={self.path} already holds a run ({file.name} is there): name another folder, or move it."
                 )
+        self.sample_reader: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None
+        """Is given what was appended to samples.jsonl."""
         self._new = not any(path.exists() for path in self._of_a_run())
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -111,8 +113,11 @@ class RunFolder:
         self._metrics.flush()
 
     def append_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
-        self._samples.write("".join(json_text(record) + "\n" for record in records))
+        rows = list(records)
+        self._samples.write("".join(json_text(record) + "\n" for record in rows))
         self._samples.flush()
+        if rows:
+            self.sample_reader(rows)
 
     def append_table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows of `diagnostics/NAME.jsonl`."""

@@ -294,7 +294,7 @@ def test_tensorboard_off_writes_nothing_and_nothing_imports_torch(tmp_path: Path
         t.step(1, {"reward/mean": 1.0})
     assert not (tmp_path / "run" / "tensorboard").exists()
     code = (
-        "import sys; from rlkit.tracking.tensorboard import TensorBoardWriter; from pathlib import Path;"
+        "import sys; from rlkit.trackers.tensorboard import TensorBoardWriter; from pathlib import Path;"
         f"w = TensorBoardWriter(Path({str(tmp_path)!r})); w.scalars(1, {{'a/b': 1.0}}); w.close();"
         "import rlkit.tracking; print({'torch', 'tensorflow', 'ray'} & set(sys.modules))"
     )
