@@ -8,6 +8,7 @@ What was sent before is not sent again. A run that still grows is sent as far as
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def replay(run: RecordedRun, config: TrackerConfig, ledger: Ledger | None, all_s
     """
     name = config.name
     before = 0.0 if ledger is None else ledger.until(name)
-    newest = time.time() - (0.0 if run.ended else SETTLED_SECONDS)
+    newest = math.inf if run.ended else time.time() - SETTLED_SECONDS
     records = [record for record in run.records() if before < record["time"] <= newest]
     if not records:
         return Sent(0, 0, "")

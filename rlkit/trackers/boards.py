@@ -100,8 +100,9 @@ class Trackio(Board):
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         trace = self.package.Trace
-        said = [trace(conversation(row), metadata=facts(row) | {"answer": row.get("answer")}) for row in rows]
-        self.run.log({"samples": said, **self.mark}, step=step)
+        known = [facts(row) | {"answer": row.get("answer"), **self.mark} for row in rows]
+        said = [trace(conversation(row), metadata=own) for row, own in zip(rows, known, strict=True)]
+        self.run.log({"samples": said}, step=step)
 
     def alert(self, level: Level, title: str, text: str) -> None:
         self.run.alert(title=title, text=text, level=self.package.AlertLevel(level))
@@ -148,5 +149,5 @@ class SwanLab(Board):
         self.run.log({f"alerts/{level}": self.package.Text(text, caption=title)}, step=self._step)
 
     def close(self, status: Status) -> None:
-        states = {"failed": "crashed", "stopped": "aborted"}
-        self.run.finish(state=states.get(status, "success"))
+        state = {"failed": "crashed", "stopped": "aborted"}.get(status, "success")
+        self.run.finish(state=state, error="an error ended the run" if status == "failed" else None)

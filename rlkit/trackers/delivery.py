@@ -26,7 +26,7 @@ TEXTS_WAITING = 100
 CLOSE_SECONDS = 60.0
 """Time limit for all trackers together to send what is left at the end of a run."""
 EARLY_CLOSE_SECONDS = 10.0
-"""The same where it was ended: whoever ended it waits."""
+"""The same after a signal: who sent it waits."""
 EXIT_SECONDS = 10.0
 """Then the process ends, also if a tracker that missed the limit holds it up."""
 LEDGER_SECONDS = 10.0
@@ -164,7 +164,7 @@ class Deliveries:
         if self._closed:
             return
         self._closed = True
-        seconds = CLOSE_SECONDS if status == "finished" else EARLY_CLOSE_SECONDS
+        seconds = EARLY_CLOSE_SECONDS if status == "stopped" else CLOSE_SECONDS
         deadline = time.monotonic() + seconds
         for delivery in self._deliveries:
             delivery.end(status)
