@@ -39,6 +39,7 @@ from rlkit.diagnostics.group import Diagnostics, make_diagnostics
 from rlkit.endings import ending
 from rlkit.evaluation import Evaluator
 from rlkit.experience import UserError
+from rlkit.experience.filters import make_filter
 from rlkit.metrics import UpdateGuard
 from rlkit.models.folder import model_folder
 from rlkit.models.usable import known_run
@@ -49,6 +50,7 @@ from rlkit.rollout.pool import RolloutPool
 from rlkit.saving import SaveSchedule, Stop, StoppedError
 from rlkit.serving.pool import RewardPool
 from rlkit.serving.unasked import NoReward, Rewards
+from rlkit.tracking.recorder import Recorder
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
@@ -287,6 +289,7 @@ async def _start(
         checkpointer=Checkpointer(config, folder),
         folder=folder,
         tracker=tracker,
+        recorder=Recorder(config.tracking, folder, make_filter(config.buffer)),
         guard=UpdateGuard(config.trainer, tracker.warn),
         diagnostics=Diagnostics(
             make_diagnostics(config.diagnostics, plain(config)),

@@ -25,7 +25,10 @@ class TrackingConfig(Section):
     """Where numbers, texts and warnings go besides the run folder: names (tensorboard, wandb, mlflow, trackio,
     swanlab), dotted paths of your classes, or mappings with a `kind` and its options. [] turns all off."""
     sample_groups_per_step: int | None = Field(default=16, ge=0)
-    """Groups per step whose best and worst response go to samples.jsonl; null: every group."""
+    """Groups per step whose responses go to samples.jsonl, and as many of those that filters reject; null: every group.
+    """
+    keep_samples: Literal["all", "best_worst"] = "all"
+    """Which responses of these groups: all, or the best and the worst of each."""
 
     @model_validator(mode="before")
     @classmethod

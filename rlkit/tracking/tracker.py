@@ -13,7 +13,6 @@ from typing import Any
 from rlkit.config.tracking import TENSORBOARD, TrackingConfig
 from rlkit.experience import Group
 from rlkit.experience.scores import total_reward
-from rlkit.experience.types import FloatArray
 from rlkit.trackers.base import Status
 from rlkit.trackers.delivery import Deliveries
 from rlkit.trackers.rows import texts_are_due
@@ -21,7 +20,7 @@ from rlkit.tracking.console import open_console
 from rlkit.tracking.logs import CapturedOutput, ShowWarnings
 from rlkit.tracking.progress import Progress, ShownSample, duration, evaluation_line, step_line
 from rlkit.tracking.run_folder import RunFolder
-from rlkit.tracking.samples import best_and_worst_samples, sample_rows, transcript, widest_group
+from rlkit.tracking.samples import best_and_worst_samples, transcript, widest_group
 
 
 class Tracker:
@@ -31,7 +30,7 @@ class Tracker:
     ...     tracker.phase("starting Ray")
     ...     with tracker.timed("generate"):
     ...         ...
-    ...     tracker.step(1, {"reward/mean": 0.5}, groups, advantages.tokens)
+    ...     tracker.step(1, {"reward/mean": 0.5}, groups)
 
     While it is open, output of libraries goes to `logs/driver.log` (unless `capture_output=False`), and warnings
     logged under the name `rlkit` are shown.
@@ -48,7 +47,6 @@ class Tracker:
     ) -> None:
         """`first_step`: above 1 for a resumed run (plots drop what was written from there on before)."""
         self.folder = folder
-        self._config = config
         self._tracked = {tracker.kind for tracker in config.trackers}
         self._clock = clock
         self._progress = Progress(total_steps, clock)
@@ -70,6 +68,7 @@ class Tracker:
             for name in ("rlkit", "algorithms"):
                 logging.getLogger(name).addHandler(handler)
                 opened.callback(logging.getLogger(name).removeHandler, handler)
+            opened.callback(folder.settle)  # what fails in it is still shown
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Tracker:
@@ -139,12 +138,8 @@ class Tracker:
         step: int,
         metrics: Mapping[str, float],
         groups: Sequence[Group] = (),
-        advantages: Sequence[FloatArray] | None = None,
     ) -> None:
-        """Record a training step. `advantages`: one array [T] per sample, group by group.
-
-        Raises TypeError naming a metric that is not a number.
-        """
+        """Record the metrics of a training step, and show it. Raises TypeError naming a metric that is not a number."""
         with self._progress.lock:
             now = self._clock()
             times = {f"time/{phase}": seconds for phase, seconds in self._times.items() if phase != "evaluate"}
@@ -160,12 +155,7 @@ class Tracker:
                 self._progress.sample = _shown(shown)
             line = step_line(self._progress)
         self._write("step", step, values)
-        self.samples(step, groups, advantages)
         self._console.line(line)
-
-    def samples(self, step: int, groups: Sequence[Group], advantages: Sequence[FloatArray] | None = None) -> None:
-        """Write samples.jsonl alone."""
-        self.folder.append_samples(sample_rows(step, groups, advantages, self._config.sample_groups_per_step))
 
     def evaluation(self, step: int, headline: str, metrics: Mapping[str, float]) -> None:
         """Record a held-out evaluation after `step` steps (0: before training). `headline`: the metric to show."""

@@ -115,26 +115,30 @@ def test_metrics_are_finite_and_the_sampler_is_the_learner(finished: Run) -> Non
     assert steps[-1]["kl/reference"] > 0, "three updates left the policy where it was"
 
 
-def test_best_and_worst_response_of_every_group_are_kept(finished: Run) -> None:
+def test_every_response_of_every_group_is_kept(finished: Run) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(finished.folder / "checkpoints" / "step_000003" / "policy")
-    groups = defaultdict(dict)
+    groups = defaultdict(list)
     for row in finished.records("samples"):
-        groups[row["step"], row["group_id"]][row["rank"]] = row
+        groups[row["step"], row["group_id"]].append(row)
     assert len(groups) == 4 * STEPS
     assert len({group_id for _, group_id in groups}) == 4 * STEPS
     for (step, _), rows in groups.items():
-        assert rows.keys() == {"best", "worst"}
-        best, worst = rows["best"], rows["worst"]
+        ranked = {row["rank"]: row for row in rows}
+        assert ranked.keys() == {"best", "worst", None}
+        best, worst = ranked["best"], ranked["worst"]
         assert best["reward"] >= worst["reward"]
         assert best["advantage"] >= worst["advantage"]
         assert (best["reward"] > worst["reward"]) == (best["advantage"] > 0)
-        for row in rows.values():
+        for i, row in enumerate(rows):
             assert row["response"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
-            assert row["reward"] == row["components"]["correct"]
+            assert row["reward"] == row["components"]["correct"] == row["correct"], "reward and verifier are the same"
             assert row["policy_versions"] == [step - 1, step - 1], "not sampled with the newest weights"
-            assert len(row["token_ids"]) <= 48
+            assert row["length"] == len(row["token_ids"]) <= 48
+            assert (row["staleness"], row["dropped"], row["verdict"]) == (0, None, None)
+            assert (row["sample"], row["group_size"]) == (i, len(rows))
+            assert row["group_rewards"] == [other["reward"] for other in rows]
             assert row["prompt"]
 
 

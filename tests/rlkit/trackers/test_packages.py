@@ -181,6 +181,7 @@ def test_tensorboard(tmp_path: Path) -> None:
         (3, 0.3),
         (4, 0.4),
     ]
+    assert [(e.step, e.value) for e in events.Scalars("accuracy/heldout")] == [(0, 0.25)]
     texts = [(event.step, event.tensor_proto.string_val[0]) for event in events.Tensors("samples/worst")]
     assert [step for step, _ in texts] == [1, 2, 3, 3, 4]  # TensorBoard drops numbers of the ended attempt, not texts
     assert all(b"question g1" in text and b"step %d g1 worst" % step in text for step, text in texts)
