@@ -10,7 +10,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rlkit.trackers.base import RESUMED, Level, ProjectConfig, RunTracker, Started, Status
 from rlkit.trackers.rows import COLUMNS, conversation, facts, prompt_text, response_text, table_row
@@ -21,6 +21,8 @@ class Board(RunTracker):
 
     Config = ProjectConfig
     config: ProjectConfig
+    variable: ClassVar[str]
+    """Environment variable that names the project."""
     run: Any
     """What the package's `init` returned."""
 
@@ -29,7 +31,7 @@ class Board(RunTracker):
     ) -> Started:
         self.package: Any = importlib.import_module(self.modules[0])
         self.mark = {} if resume_id is None else {RESUMED: float(first_step - 1)}
-        project = self.config.project_name(f"{self.modules[0].upper()}_PROJECT")
+        project = self.config.project_name(self.variable)
         return self.init(folder, resume_id, project=project, name=name, config=dict(config))
 
     @abstractmethod
@@ -51,6 +53,7 @@ class Wandb(Board):
 
     Config = WandbConfig
     modules = ("wandb",)
+    variable = "WANDB_PROJECT"
 
     def init(self, folder: Path, resume_id: str | None, **shared: Any) -> Started:
         self.run = self.package.init(
@@ -88,6 +91,7 @@ class TrackioConfig(ProjectConfig):
 class Trackio(Board):
     Config = TrackioConfig
     modules = ("trackio",)
+    variable = "TRACKIO_PROJECT"
 
     def init(self, folder: Path, resume_id: str | None, **shared: Any) -> Started:
         """Trackio finds a run by its name, the newest of several."""
@@ -117,6 +121,7 @@ class SwanLab(Board):
 
     Config = SwanLabConfig
     modules = ("swanlab",)
+    variable = "SWANLAB_PROJ_NAME"
 
     def init(self, folder: Path, resume_id: str | None, **shared: Any) -> Started:
         settings = self.package.Settings(interactive=False)  # nobody would see the question

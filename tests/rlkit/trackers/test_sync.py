@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
+import shlex
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from adapter_fixture import need
 from own_trackers import CALLS
+from paths import ROOT
 from test_packages import commands
 from tracked_run import report
 
@@ -140,6 +143,19 @@ def test_export_to_trackio_has_every_sample(tmp_path: Path) -> None:
         assert list(board.execute("SELECT DISTINCT run_name FROM metrics")) == [("run",)]
     assert len(list((tmp_path / "elsewhere" / "traces").rglob("*.jsonl"))) == 3 * 6
     assert not (run / "trackers.json").exists()
+
+
+LINES = re.findall(r"^python -m (rlkit\.(?:sync|export) .*)", (ROOT / "docs" / "trackers.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", LINES)
+def test_commands_of_the_page_run(line: str, tmp_path: Path) -> None:
+    (package,) = re.findall(r"mlflow|trackio|inspect", line)
+    need({"inspect": "inspect_ai"}.get(package, package), package)
+    (tmp_path / "runs").mkdir()
+    recorded(tmp_path).rename(tmp_path / "runs" / "x")
+    commands(tmp_path, ["-m", *shlex.split(line)])
 
 
 def test_export_to_inspect(tmp_path: Path) -> None:
