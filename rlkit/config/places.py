@@ -1,4 +1,4 @@
-"""Checks of the folders, files and addresses that a configuration names."""
+"""Checks of the folders, files, addresses and trackers that a configuration names."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Any
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.reach import ray_here, refusal
 from rlkit.config.schema import ClusterConfig, ModelConfig, RolloutConfig
+from rlkit.config.tracking import TrackingConfig
 from rlkit.data.base import DataError, DataSource, Split
 from rlkit.data.lengths import too_long_prompts, too_long_responses
 from rlkit.data.tables import local_files
 from rlkit.models.folder import ModelFolderError, ModelShape, model_folder
 from rlkit.models.usable import default_template
+from rlkit.trackers.known import tracker_class
+from rlkit.trackers.ledger import FILE as LEDGER
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
 """Any of these marks a folder that holds a run."""
-BESIDE_THEM = ("tensorboard", "logs", "policy", "model")
+BESIDE_THEM = ("tensorboard", "logs", "policy", "model", LEDGER, "wandb", "swanlog", "inspect")
 """What else a run makes in its folder."""
 NOTES = 3
 """Other files that a run folder may hold: the start script, a log, a note."""
@@ -59,6 +62,12 @@ def _others(entries: Iterable[Path]) -> list[str]:
     return sorted(
         entry.name for entry in entries if entry.name not in (*RUN_FILES, *BESIDE_THEM) and entry.name[0] != "."
     )
+
+
+def trackers_are_usable(tracking: TrackingConfig) -> Issues:
+    for config in tracking.trackers:
+        for message in tracker_class(config.kind).check(config):
+            yield ConfigIssue("tracking.trackers", f"{config.name}: {message}")
 
 
 def resume_knows_its_folder(resume: str, new_folder: bool) -> Issues:
@@ -222,6 +231,7 @@ def _same(one: Path, other: Path) -> bool:
 PLACES = (
     run_folder_is_free,
     resume_knows_its_folder,
+    trackers_are_usable,
     run_folder_outlives_the_job,
     chat_template_is_one,
     chat_template_takes_its_arguments,

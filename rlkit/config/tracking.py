@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from rlkit.config.named import parse_trackers
 from rlkit.experience.section import Section
+from rlkit.trackers.base import TrackerConfig
+
+TENSORBOARD = "tensorboard"
 
 
 class TrackingConfig(Section):
@@ -14,8 +19,11 @@ class TrackingConfig(Section):
 
     console: Literal["auto", "live", "plain", "off"] = "auto"
     """live: a view that redraws itself; plain: a line per step; auto: live on a terminal, else plain."""
-    tensorboard: bool = True
-    """Write `tensorboard/` in the run folder."""
+    trackers: Annotated[tuple[SerializeAsAny[TrackerConfig], ...], BeforeValidator(parse_trackers)] = Field(
+        default=(TENSORBOARD,), validate_default=True
+    )
+    """Where numbers, texts and warnings go besides the run folder: names (tensorboard, wandb, mlflow, trackio,
+    swanlab), dotted paths of your classes, or mappings with a `kind` and its options. [] turns all off."""
     sample_groups_per_step: int | None = Field(default=16, ge=0)
     """Groups per step whose responses go to samples.jsonl, and as many of those that filters reject; null: every group.
     """
@@ -34,3 +42,14 @@ class TrackingConfig(Section):
         if self.sample_groups_per_step == 0 and self.keep_samples != "all":
             raise ValueError("keep_samples has no effect with sample_groups_per_step=0")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_older_file(cls, fields: Any) -> Any:
+        """`tensorboard: true|false` was the only choice of a tracker."""
+        if not isinstance(fields, Mapping) or TENSORBOARD not in fields:
+            return fields
+        others = {name: value for name, value in fields.items() if name != TENSORBOARD}
+        if fields[TENSORBOARD] not in (True, False):
+            raise ValueError(f"tensorboard={fields[TENSORBOARD]} must be true or false; better is trackers=[...]")
+        return others if fields[TENSORBOARD] else {"trackers": (), **others}

@@ -207,7 +207,8 @@ LINKS: Mapping[str, str] = {
 """What other frameworks name by a key (`loss_type`), by its value."""
 NAMES_A_LINK = ("loss_type", "pref_loss")
 
-TRACKERS = "is not supported: metrics go to RUN/metrics.jsonl and to TensorBoard (tracking.tensorboard)"
+TRACKER = "tracking.trackers=[tensorboard,{0}] (docs/trackers.md)"
+OWN_TRACKER = f"is a class of yours: {TRACKER.format('my_module.MyTracker')}"
 EVALUATION = (
     "here it is evaluation.samples (for avg@k and pass@k), evaluation.greedy, evaluation.temperature and "
     "trainer.evaluation_prompts"
@@ -224,9 +225,10 @@ WISHES: tuple[tuple[str, str], ...] = (
     (r"(lora_)?dropout", "dropout is never active: sampler and learner would be two policies"),
     (r"qlora\w*", f"the base is not quantised (docs/lora.md says why); {LORA}"),
     (r"use_lora|lora_\w+|(use_)?peft\w*|adapters?|\w+_adapter_name", LORA),
-    (r"(use_)?wandb\w*|weights_and_biases", f"W&B {TRACKERS}"),
-    (r"mlflow|swanlab|neptune|comet(_ml)?|clearml|aim|trackio", f"this tracker {TRACKERS}"),
-    (r"loggers?|report_to|project_name|tracker", f"another tracker {TRACKERS}"),
+    (r"(use_)?wandb\w*|weights_and_biases", f"W&B is a tracker: {TRACKER.format('wandb')}"),
+    *((name, f"it is a tracker: {TRACKER.format(name)}") for name in ("mlflow", "trackio", "swanlab")),
+    (r"neptune|comet(_ml)?|clearml|aim", f"this tracker {OWN_TRACKER}"),
+    (r"loggers?|report_to|project_name|tracker", f"trackers are a list: {TRACKER.format('wandb')}"),
     (r"online_dpo|iterative_dpo", "that is algorithm=dpo on problems: the policy samples, the reward makes the pairs"),
     (r"multi_?turns?|max_turns|tools?|tool_\w+|env|environments?|agents?|agent_\w+|gym", MULTI_TURN),
     (r"gkd|minillm|on_policy_distillation", "that is algorithm=distill algorithm.teacher=FOLDER"),
@@ -331,7 +333,9 @@ IN_SECTION: Mapping[str, tuple[tuple[str, str], ...]] = {
         (r"every_steps|interval|freq", "here it is trainer.evaluate_every_steps"),
     ),
     "rollout": ((r"name|backend", "the sampler is vLLM; there is no other"),),
-    "tracking": ((r"name|backends?|project|type", f"another tracker {TRACKERS}"),),
+    "tracking": (
+        (r"name|backends?|project|type", f"trackers are a list: {TRACKER.format('{kind:wandb,project:mine}')}"),
+    ),
 }
 """The same for names that mean something only as a key of, or an option for, this section."""
 

@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+from rlkit.trackers.tensorboard import TensorBoardWriter
 from rlkit.tracking.console import PlainConsole
 from rlkit.tracking.logs import CapturedOutput, ShowWarnings
 from rlkit.tracking.progress import Progress, duration
 from rlkit.tracking.run_folder import RunFolder
-from rlkit.tracking.tensorboard import TensorBoardWriter
 
 _SECONDS_BETWEEN_LINES = 2.0
 """Steps that follow faster are in metrics.jsonl only."""

@@ -46,6 +46,8 @@ class RunFolder:
                 raise RunFolderError(
                     f"run_dir={self.path} already holds a run ({file.name} is there): name another folder, or move it."
                 )
+        self.sample_reader: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None
+        """Is given what was appended to samples.jsonl."""
         self._new = not any(path.exists() for path in self._of_a_run())
         self._writer = ThreadPoolExecutor(1, "run-folder")
         self._writing: Future[None] | None = None
@@ -135,13 +137,16 @@ class RunFolder:
         self._metrics.flush()
 
     def append_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
-        text, size = "".join(json_text(record) + "\n" for record in records), self.samples.stat().st_size
+        rows = list(records)
+        text, size = "".join(json_text(record) + "\n" for record in rows), self.samples.stat().st_size
         try:
             with self.samples.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError:  # a full disk: no half line stays for the next one to go on
             os.truncate(self.samples, size)
             raise
+        if rows:
+            self.sample_reader(rows)
 
     def append_table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows of `diagnostics/NAME.jsonl`."""

@@ -10,17 +10,17 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
-from rlkit.config.tracking import TrackingConfig
+from rlkit.config.tracking import TENSORBOARD, TrackingConfig
 from rlkit.experience import Group
 from rlkit.experience.scores import total_reward
+from rlkit.trackers.base import Status
+from rlkit.trackers.delivery import Deliveries
+from rlkit.trackers.rows import texts_are_due
 from rlkit.tracking.console import open_console
 from rlkit.tracking.logs import CapturedOutput, ShowWarnings
 from rlkit.tracking.progress import Progress, ShownSample, duration, evaluation_line, step_line
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.samples import best_and_worst_samples, transcript, widest_group
-from rlkit.tracking.tensorboard import TensorBoardWriter
-
-_SAMPLE_TEXTS_PER_RUN = 20
 
 
 class Tracker:
@@ -47,12 +47,13 @@ class Tracker:
     ) -> None:
         """`first_step`: above 1 for a resumed run (plots drop what was written from there on before)."""
         self.folder = folder
+        self._tracked = {tracker.kind for tracker in config.trackers}
         self._clock = clock
         self._progress = Progress(total_steps, clock)
         self._times: dict[str, float] = {}
         self._step_began: float | None = None
         self._evaluating = 0.0
-        self._finished = False
+        self._status: Status = "failed"
         with ExitStack() as opened:  # closes what was opened, in reverse, if a later part fails
             opened.callback(folder.close)
             terminal = sys.stdout
@@ -60,9 +61,9 @@ class Tracker:
                 terminal = opened.enter_context(CapturedOutput(folder.logs / "driver.log")).terminal
             self._console = open_console(config.console, self._progress, folder.logs, terminal, str(folder.path))
             opened.callback(self._console.close)
-            self._tensorboard = TensorBoardWriter(folder.tensorboard, first_step) if config.tensorboard else None
-            if self._tensorboard is not None:
-                opened.callback(self._tensorboard.close)
+            self._trackers = Deliveries(config.trackers, folder.path, first_step, self.message)
+            folder.sample_reader = self._texts
+            opened.callback(lambda: self._trackers.close(self._status))
             handler = ShowWarnings(self.warn)
             for name in ("rlkit", "algorithms"):
                 logging.getLogger(name).addHandler(handler)
@@ -76,8 +77,15 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not self._finished:
+        if error is None:
+            self._status = "finished"
+        elif self._status != "finished":
             self.message(f"The run ended early, after step {self._progress.step}.")  # its caller names the cause
+            if isinstance(error, Exception):
+                cause = f"{type(error).__name__}: {error}"
+                self._trackers.alert("error", f"{self.folder.path.name} ended early", cause)
+            else:
+                self._status = "stopped"
         self.close()
 
     def resume(self, step: int, headline: str, heldout: Mapping[int, float]) -> None:
@@ -146,15 +154,7 @@ class Tracker:
             if shown is not None:
                 self._progress.sample = _shown(shown)
             line = step_line(self._progress)
-        self.folder.append_metrics(self._record("step", step, values))
-        if self._tensorboard is not None:
-            self._tensorboard.scalars(step, values)
-            if step == 1 or step % max(1, self._progress.total_steps // _SAMPLE_TEXTS_PER_RUN) == 0:
-                for sample in self._progress.sample if shown is not None else ():
-                    head = f"reward {sample.reward_text}"
-                    self._tensorboard.text(
-                        step, f"samples/{sample.rank}", f"{sample.prompt}\n\n{sample.response}\n\n{head}"
-                    )
+        self._write("step", step, values)
         self._console.line(line)
 
     def evaluation(self, step: int, headline: str, metrics: Mapping[str, float]) -> None:
@@ -164,9 +164,7 @@ class Tracker:
             values = _numbers(times | dict(metrics))
             self._progress.end_evaluation(step, headline, values)
             line = evaluation_line(self._progress)
-        self.folder.append_metrics(self._record("evaluation", step, values))
-        if self._tensorboard is not None:
-            self._tensorboard.scalars(step, values)
+        self._write("evaluation", step, values)
         self._console.line(line)
 
     def warn(self, message: str) -> None:
@@ -174,29 +172,35 @@ class Tracker:
         with self._progress.lock:
             count = self._progress.add_warning(message)
         if str(count).strip("0") == "1":
+            self._trackers.alert("warn", f"{self.folder.path.name}: warning", message)
             self._console.line(f"warning: {message}" + (f" ({count} times by now)" if count > 1 else ""))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self.folder.write_summary(summary)
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        self._console.summary(summary, self.folder.path, self._tensorboard is not None)
-        self._finished = True
+        self._console.summary(summary, self.folder.path, TENSORBOARD in self._tracked)
+        self._status = "finished"
 
     def close(self) -> None:
         """Close the files and restore the terminal; may be called again."""
         self._opened.close()
 
-    def _record(self, kind: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:
-        version = values.get("weights/version")
-        return {
+    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        version, now = values.get("weights/version"), time.time()
+        record = {
             "kind": kind,
             "step": step,
             "policy_version": None if version is None else int(version),
-            "time": time.time(),
+            "time": now,
             "seconds": round(self._progress.elapsed, 3),
             **values,
         }
+        self.folder.append_metrics(record)
+        self._trackers.scalars(step, values, now)
+
+    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        step = int(rows[0]["step"])
+        if texts_are_due(step, self._progress.total_steps):
+            self._trackers.samples(step, rows)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

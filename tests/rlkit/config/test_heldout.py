@@ -162,7 +162,7 @@ def test_a_configuration_from_before_there_was_an_evaluation_section_loads(load:
 
 def prompts_of(run: ResolvedRun) -> tuple[dict[str, int], list[str]]:
     """Set -> number of prompts, and the warnings."""
-    tracking = run.config.tracking.model_copy(update={"console": "off", "tensorboard": False})
+    tracking = run.config.tracking.model_copy(update={"console": "off", "trackers": ()})
     with Tracker(tracking, RunFolder(run.config.run_dir), 1, capture_output=False) as tracker:
         heldout = load_prompts(run, tracker).heldout
         return {name: len(prompts) for name, prompts in heldout.items()}, list(tracker._progress.warnings)

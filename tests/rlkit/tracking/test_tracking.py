@@ -24,7 +24,6 @@ from rlkit.tracking import RunFolder, RunFolderError, Tracker
 from rlkit.tracking.console import PlainConsole
 from rlkit.tracking.progress import Progress, ShownSample, curve, duration, printable, sparkline
 from rlkit.tracking.run_folder import json_text
-from tests.fixtures.groups import group, value
 
 
 class Clock:
@@ -151,28 +150,12 @@ def test_a_phase_that_raises_is_still_timed(tmp_path: Path) -> None:
 # TensorBoard
 
 
-def test_tensorboard_reads_scalars_and_texts(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with tracker(tmp_path, tensorboard=True) as t:
-        t.evaluation(0, "accuracy/heldout", {"accuracy/heldout": 0.25})
-        for step in (1, 2):
-            t.step(step, {"reward/mean": step / 2}, [group("g", [value(0), value(1)])])
-        t.finish({})
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 1.0)]
-    assert [(e.step, e.value) for e in events.Scalars("accuracy/heldout")] == [(0, 0.25)]
-    (text,) = events.Tensors("samples/best")[:1]
-    assert b"g response 1" in text.tensor_proto.string_val[0]
-
-
 def test_tensorboard_off_writes_nothing_and_nothing_imports_torch(tmp_path: Path) -> None:
     with tracker(tmp_path) as t:
         t.step(1, {"reward/mean": 1.0})
     assert not (tmp_path / "run" / "tensorboard").exists()
     code = (
-        "import sys; from rlkit.tracking.tensorboard import TensorBoardWriter; from pathlib import Path;"
+        "import sys; from rlkit.trackers.tensorboard import TensorBoardWriter; from pathlib import Path;"
         f"w = TensorBoardWriter(Path({str(tmp_path)!r})); w.scalars(1, {{'a/b': 1.0}}); w.close();"
         "import rlkit.tracking; print({'torch', 'tensorflow', 'ray'} & set(sys.modules))"
     )

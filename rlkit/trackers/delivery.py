@@ -1,0 +1,197 @@
+"""Carries what a run reports to its trackers, so that none of them can end or slow it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlkit.trackers.base import Level, RunTracker, Started, Status, TrackerConfig
+from rlkit.trackers.known import tracker_class
+from rlkit.trackers.ledger import Ledger
+from rlkit.trackers.rows import best_and_worst
+
+WAITING = 1000
+"""Calls that wait for a tracker at most; what comes then is dropped and counted."""
+TEXTS_WAITING = 100
+"""With more calls waiting, samples are dropped."""
+CLOSE_SECONDS = 60.0
+"""Time limit for all trackers together to send what is left at the end of a run."""
+EARLY_CLOSE_SECONDS = 10.0
+"""The same after a signal: who sent it waits."""
+EXIT_SECONDS = 10.0
+"""Then the process ends, also if a tracker that missed the limit holds it up."""
+LEDGER_SECONDS = 10.0
+ALERTS, ALERT_SECONDS = 10, 600.0
+"""So many alerts are sent in this time at most; a warning is on the screen in any case."""
+
+Say = Callable[[str], None]
+
+
+class Delivery:
+    """One tracker and its thread."""
+
+    def __init__(self, name: str, tracker: RunTracker, ledger: Ledger, say: Say, start: tuple[Any, ...]) -> None:
+        self.name, self.sample_groups = name, tracker.config.sample_groups
+        self.dropped = self.calls = self.failed = 0
+        self._tracker, self._ledger, self._tell = tracker, ledger, say
+        self._started: Started | None = None
+        self._until = ledger.until(name)
+        self._noted = 0.0
+        self._queue: deque[tuple[str, tuple[Any, ...]]] = deque()
+        self._filled = threading.Condition()
+        self._speaks = True
+        self._thread = threading.Thread(target=self._work, args=(start,), name=f"tracker {name}", daemon=True)
+        self._thread.start()
+
+    def put(self, method: str, *arguments: Any) -> None:
+        """Have `method` of the tracker called, soon and if there is room."""
+        with self._filled:
+            self.calls += 1
+            if len(self._queue) >= (TEXTS_WAITING if method == "samples" else WAITING):
+                self.dropped += 1
+                first = self.dropped == 1
+            else:
+                self._queue.append((method, arguments))
+                self._filled.notify()
+                return
+        if first:
+            self._say(f"does not keep up ({len(self._queue)} calls wait): some numbers or texts will be missing there")
+
+    def end(self, status: Status) -> None:
+        with self._filled:
+            self._queue.append(("close", (status,)))
+            self._filled.notify()
+
+    def ended(self, seconds: float) -> bool:
+        """Wait for it."""
+        self._thread.join(max(0.0, seconds))
+        return not self._thread.is_alive()
+
+    def leave(self) -> None:
+        """It may hang for ever, but says no more."""
+        with self._filled:
+            left = len(self._queue)
+        self._say(f"is left behind: it has not sent all it was given ({left} calls) in time")
+        self._speaks = False
+
+    def _work(self, start: tuple[Any, ...]) -> None:
+        started = self._call("start", start)
+        if isinstance(started, Started):
+            self._started = started
+            if started.where:
+                self._say(started.where)
+        elif not self.failed:
+            self._say(f"does not take part in this run: start() returned {started!r}, no Started")
+        while True:
+            with self._filled:
+                self._filled.wait_for(lambda: self._queue)
+                method, arguments = self._queue.popleft()
+            if self._started is not None:
+                self._call(method, arguments)
+                if method == "scalars":
+                    self._until = max(self._until, arguments[2])
+                if method == "close" or time.monotonic() - self._noted > LEDGER_SECONDS:
+                    self._ledger.write(self.name, self._started, self._until)
+                    self._noted = time.monotonic()
+            if method == "close":
+                break
+        if self._started is not None and self.dropped + self.failed:
+            self._say(f"of {self.calls} calls {self.dropped} were dropped and {self.failed} failed")
+
+    def _call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        try:
+            return getattr(self._tracker, method)(*arguments)
+        except BaseException as error:  # of a package that calls sys.exit, too: only this thread is its
+            self.failed += 1
+            if self.failed == 1:
+                left_out = " without it" if method == "start" else ""
+                self._say(f"{method} failed: {type(error).__name__}: {error}; the run goes on{left_out}")
+            return None
+
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            self._tell(f"tracker {self.name}: {text}")
+
+
+class Deliveries:
+    """All trackers of a run."""
+
+    def __init__(self, configs: Sequence[TrackerConfig], folder: Path, first_step: int, say: Say) -> None:
+        """`folder` holds the run's config.yaml; `say` shows a text to the user, from any thread."""
+        self._say, self._ledger, self._closed = say, Ledger(folder), False
+        self._alerts: deque[float] = deque(maxlen=ALERTS)
+        self._deliveries: list[Delivery] = []
+        file = folder / "config.yaml"
+        settings = yaml.safe_load(file.read_text()) if configs and file.exists() else {}
+        for config in configs:
+            name = config.name
+            try:
+                tracker = make_tracker(config)
+            except Exception as error:
+                say(f"tracker {name}: does not take part in this run: {type(error).__name__}: {error}")
+                continue
+            start = (settings, folder.name, folder, self._ledger.id_of(name), first_step)
+            self._deliveries.append(Delivery(name, tracker, self._ledger, say, start))
+
+    def scalars(self, step: int, values: Mapping[str, float], at: float) -> None:
+        for delivery in self._deliveries:
+            delivery.put("scalars", step, values, at)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for delivery in self._deliveries:
+            if chosen := best_and_worst(rows, delivery.sample_groups):
+                delivery.put("samples", step, chosen)
+
+    def alert(self, level: Level, title: str, text: str) -> None:
+        now = time.monotonic()
+        if len(self._alerts) == ALERTS and now - self._alerts[0] < ALERT_SECONDS:
+            return
+        self._alerts.append(now)
+        for delivery in self._deliveries:
+            delivery.put("alert", level, title, text)
+
+    def close(self, status: Status) -> None:
+        """Wait for them, but not long; may be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        seconds = EARLY_CLOSE_SECONDS if status == "stopped" else CLOSE_SECONDS
+        deadline = time.monotonic() + seconds
+        for delivery in self._deliveries:
+            delivery.end(status)
+        patience = time.monotonic() + min(2.0, seconds)
+        slow = [one.name for one in self._deliveries if not one.ended(patience - time.monotonic())]
+        if slow:
+            self._say(f"waiting for {', '.join(slow)} to send what is left, at most {seconds:g} s")
+        late = [one for one in self._deliveries if not one.ended(deadline - time.monotonic())]
+        for delivery in late:
+            delivery.leave()
+        if late:
+            code = 0 if status == "finished" else 1
+            threading.Thread(target=_end_with_the_program, args=(code,), daemon=True).start()
+
+
+def make_tracker(config: TrackerConfig) -> RunTracker:
+    """With its package imported: two threads that import at once may see modules half made."""
+    cls = tracker_class(config.kind)
+    for module in cls.modules:
+        importlib.import_module(module)
+    return cls(config)
+
+
+def _end_with_the_program(code: int) -> None:
+    """What a package does at exit may hang as its calls do."""
+    threading.main_thread().join()
+    time.sleep(EXIT_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,48 @@
+"""`trackers.json` of a run folder: under which id each tracker knows the run, and what it has."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+from rlkit.trackers.base import Started
+
+FILE = "trackers.json"
+
+
+class Ledger:
+    """Used by the threads of all trackers of a run. A folder that cannot be written keeps no ledger: a run goes on
+    under new ids there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / FILE
+        self._lock = threading.Lock()
+
+    def id_of(self, name: str) -> str | None:
+        entry = self._read().get(name)
+        return entry["id"] if entry else None
+
+    def until(self, name: str) -> float:
+        """Unix time of the last record that the tracker has; 0: none."""
+        entry = self._read().get(name)
+        return float(entry["until"]) if entry else 0.0
+
+    def write(self, name: str, started: Started, until: float) -> None:
+        with self._lock:
+            entries = self._read() | {name: {"id": started.id, "where": started.where, "until": until}}
+            aside = self._file.with_suffix(".new")
+            try:
+                aside.write_text(json.dumps(entries, indent=2) + "\n")
+                aside.replace(self._file)
+            except OSError:
+                aside.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            entries = json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            return {}
+        usable = {"id", "where", "until"}
+        return {name: entry for name, entry in entries.items() if isinstance(entry, dict) and usable <= entry.keys()}
