@@ -17,6 +17,11 @@ COMMANDS = {
     "submit": ("rlkit.submit", "train as a job of a Ray cluster; follow, list and stop such jobs"),
     "serve": ("rlkit.serve", "serve a reward over HTTP, for `reward=remote` of a run elsewhere"),
     "sft": ("rlkit.sft", "fine-tune a model on reference answers"),
+    "evaluate": (
+        "rlkit.evaluate",
+        "what a model's answers are worth, with intervals; over checkpoints, of a server, recorded",
+    ),
+    "generate": ("rlkit.generate", "answers to the questions of any data"),
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),
     "convert-polar": ("rewards.polar.convert", "convert released POLAR checkpoints, exactly, and back"),
 }

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from rewards.base import RewardConfig, RewardContext
 from rewards.verifiers.terms import Length
 from rlkit.config.schema import EvaluationConfig
-from rlkit.evaluation import OWN, Evaluation, Evaluator, expected_best, verdicts
+from rlkit.evaluation import OWN, Evaluation, Evaluator, verdicts
 from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Span
-from rlkit.experience.episodes import Z, wilson
 from rlkit.experience.scores import RewardFailed, report_on
+from rlkit.experience.statistics import Z, expected_best, wilson
 from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import Scored
 
