@@ -132,6 +132,35 @@ def best_sizes(samples: int) -> list[int]:
     return [k for k in powers if k < samples] + ([samples] if samples > 1 else [])
 
 
+# -- two rewards on the same answers -----------------------------------------------------------------------------------
+
+
+def correlation(first: Values, second: Values) -> float:
+    """Pearson's; NaN where one of them is the same everywhere."""
+    one, other = (np.asarray(values, dtype=np.float64) for values in (first, second))
+    if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return math.nan
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def ranks(values: Values) -> Values:
+    """Places from 1; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return np.asarray((ends - (counts - 1) / 2)[inverse], dtype=np.float64)
+
+
+def agreement(pairs: Sequence[tuple[Values, Values]]) -> float:
+    """Share of pairs of answers to one question that both rewards order alike, of those on which neither is equal.
+    `pairs`: by question, the values of its answers under one and under the other. NaN without such a pair."""
+    alike = total = 0
+    for one, other in pairs:
+        upper = np.triu_indices(len(one), 1)
+        product = np.sign(np.subtract.outer(one, one)[upper]) * np.sign(np.subtract.outer(other, other)[upper])
+        alike, total = alike + int((product > 0).sum()), total + int((product != 0).sum())
+    return alike / total if total else math.nan
+
+
 # -- several questions -------------------------------------------------------------------------------------------------
 
 
@@ -181,8 +210,8 @@ def compare(first: Mapping[str, float], second: Mapping[str, float]) -> Differen
 def sign_test(better: int, worse: int) -> float:
     """Two-sided p of an exact sign test; ties are left out."""
     trials = better + worse
-    tail = sum(math.comb(trials, i) for i in range(max(better, worse), trials + 1)) / 2**trials
-    return min(1.0, 2 * tail)
+    ways = sum(math.comb(trials, i) for i in range(max(better, worse), trials + 1))
+    return min(1.0, float(2 * ways / 2**trials))
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:

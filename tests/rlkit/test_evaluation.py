@@ -150,6 +150,8 @@ def test_one_response_to_each_prompt_and_the_ids_that_seeds_come_from() -> None:
             "evaluation/unjudged": 0.0,
             "evaluation/length_mean": 4.0,
             "evaluation/truncated_share": 0.0,
+            "accuracy/heldout/low": 0.0,  # of five questions nobody knows more
+            "accuracy/heldout/high": 1.0,
         },
     )
     assert result.value == 0.6
