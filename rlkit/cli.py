@@ -21,6 +21,7 @@ COMMANDS = {
         "rlkit.evaluate",
         "what a model's answers are worth, with intervals; over checkpoints, of a server, recorded",
     ),
+    "chat": ("rlkit.chat", "talk with a checkpoint in the terminal"),
     "rescore": ("rlkit.rescore", "recorded answers of a run under another reward, side by side"),
     "generate": ("rlkit.generate", "answers to the questions of any data"),
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),

@@ -27,6 +27,7 @@ from rlkit.experience.scores import total_reward
 from rlkit.experience.section import Section, Seed
 from rlkit.experience.statistics import Values, agreement, correlation, ranks
 from rlkit.models.folder import model_folder
+from rlkit.tracking.logs import CapturedOutput
 from rlkit.tracking.progress import printable
 from rlkit.tracking.run_folder import json_text, write_atomically
 
@@ -133,7 +134,10 @@ def rescore(rescoring: Rescoring) -> str:
     if not rows:
         raise UserError(f"{rescoring.run}/samples.jsonl has no answers")
     groups = _groups(rescoring, rows)
-    judged = asyncio.run(_judged(rescoring, groups))
+    log = rescoring.run / "logs" / f"rescored-{rescoring.config.name}.log"
+    log.parent.mkdir(exist_ok=True)
+    with CapturedOutput(log):  # libraries of the reward speak
+        judged = asyncio.run(_judged(rescoring, groups))
     new = [one for group, members in judged for one in _rows(group, members)]
     began = {"kind": "rescored", "name": rescoring.config.name, "reward": rescoring.config.reward, "time": time.time()}
     rescoring.file.parent.mkdir(exist_ok=True)
