@@ -18,7 +18,7 @@ from rlkit.checkpoint.folder import sealed_folders
 from rlkit.config.checks import run_checks
 from rlkit.config.compose import option_fields
 from rlkit.config.loading import Loading
-from rlkit.config.messages import ConfigError, ConfigIssue, Issues
+from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, Issues
 from rlkit.config.parts import CONTRACTS, TARGET, Contract, Part, conf_dir, make_source
 from rlkit.data.base import DataSource
 from rlkit.models.folder import ModelFolderError, check_model_folder
@@ -128,8 +128,8 @@ class _Loading(Loading):
         known = typed | self.sources.in_file
         tree["tracking"].setdefault("tensorboard", False)
         tree["trainer"].setdefault("step_timeout_seconds", LONGEST_SECONDS)
-        if tree["model"].get("url") and tree["model"].get("path") in (None, "???"):
-            tree["model"]["path"] = tree["model"]["url"]
+        if self.served and tree["model"].get("path") == MISSING:
+            tree["model"]["path"] = tree["model"].get("url") or ""
         if self.run is not None:
             self._as_in_the_run(tree)
         if not self.judged or "reward" not in known:
@@ -213,7 +213,8 @@ class _Loading(Loading):
         for kind in ("reward", "verifier"):
             if kind in self.parts:
                 yield from self._judge_fits(kind, self.parts[kind], data)
-        if self.judged and judge is None and data is not None and "labels" not in data.provides():
+        labelled = data is None or self.kind != "recorded" or "labels" in data.provides()
+        if self.judged and judge is None and not labelled:
             yield ConfigIssue("reward", "somebody must judge the answers: reward=NAME, or data with labels")
         if evaluate is not None and self.kind != "recorded":
             if not evaluate.samples and not evaluate.greedy:

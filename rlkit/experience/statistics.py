@@ -177,10 +177,10 @@ def mean_of_questions(means: Sequence[float] | Values, share: bool = False) -> E
     if count == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
     mean = math.fsum(values) / count
-    if share and values[0] == values[-1]:
-        return Estimate(mean, *wilson(mean * count, count), count)
     if count == 1:
         return Estimate(mean, math.nan, math.nan, 1)
+    if share and values[0] == values[-1]:
+        return Estimate(mean, *wilson(mean * count, count), count)
     quantile = student_t(count - 1)
     if count < FEW_QUESTIONS:
         return Estimate(mean, *_resampled(values, quantile), count)
