@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from rlkit.tracking.samples import sample_rows
 
 Row = Mapping[str, Any]
 Decoding = Literal["sampled", "greedy", "recorded"]
+LONG = ("token_ids", "prompt", "response", "turns", "segments", "references", "trace", "version_spans", "group_rewards")
+"""Keys that no number is made of."""
 Place = tuple[str, int]
 """Id of a group, index of an answer in it."""
 
@@ -73,23 +75,26 @@ def _vote(judge: Part | None, sample: Sample) -> str | None:
     return None if kind is None or judge is None else kind.vote(judge.config, sample.text)
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """Of an evaluation, or of a run; a half-written last line is left out. Raises UserError."""
+def read_rows(folder: Path, without: Collection[str] = ()) -> list[Row]:
+    """Of an evaluation, or of a run; a half-written last line is left out. `without`: keys that are not kept. Raises
+    UserError."""
     file = folder / "samples.jsonl"
+    rows: list[Row] = []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.endswith("\n"):
+                    rows.append(_row(line, f"{file}:{number}", without))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{file}:{number} is no JSON: {error}") from error
     return rows
+
+
+def _row(line: str, where: str, without: Collection[str]) -> Row:
+    try:
+        return {key: value for key, value in json.loads(line).items() if key not in without}
+    except ValueError as error:
+        raise UserError(f"{where} is no JSON: {error}") from error
 
 
 def answered(rows: Sequence[Row]) -> set[tuple[int, str]]:

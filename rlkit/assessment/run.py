@@ -19,8 +19,9 @@ from rlkit.assessment.config import Evaluating, Policy
 from rlkit.assessment.measures import differences, lines_of, measured
 from rlkit.assessment.questions import data_hash, load_questions, load_recorded
 from rlkit.assessment.report import Findings, results
-from rlkit.assessment.rows import Decoding, Row, answer_rows, answered, causes, read_rows
+from rlkit.assessment.rows import LONG, Decoding, Row, answer_rows, answered, causes, read_rows
 from rlkit.assessment.sources import Answers, Machinery, machinery, recorded
+from rlkit.cluster.waiting import blocking
 from rlkit.config.command import print_error
 from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.config.parts import Part
@@ -32,6 +33,8 @@ from rlkit.supervision import supervised
 from rlkit.tracking.run_folder import RunFolder, write_atomically
 from rlkit.tracking.tracker import Tracker
 
+END_SECONDS = 120.0
+"""Time limit for actors, threads and Ray to end."""
 MOST_AT_ONCE = 64
 """Groups in one call of a judge."""
 MESSAGES = 8
@@ -54,7 +57,10 @@ def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: boo
     found: list[Findings] = []
 
     async def work(tracker: Tracker, closing: contextlib.ExitStack) -> None:
-        found.append(await _evaluate(evaluating, folder, tracker))
+        try:
+            found.append(await _evaluate(evaluating, folder, tracker))
+        finally:
+            closing.enter_context(blocking("the end", "actors and threads", END_SECONDS, "END_SECONDS"))
 
     console = "plain" if config.tracking.console in ("auto", "live") else config.tracking.console
     tracking = config.tracking.model_copy(update={"console": console})
@@ -65,7 +71,9 @@ def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: boo
         evaluating.warnings,
         work,
     )
-    if found:
+    if found and evaluating.judge is None and evaluating.kind != "recorded":
+        print(f"\n{sum(one.answers for one in found[0].measured)} answers are in {folder.samples}")
+    elif found:
         report = found[0].markdown() if markdown else found[0].text()
         print(f"\n{report}\n\n{folder.path}/results.json has all numbers, samples.jsonl every answer.")
     elif folder.samples.exists() and folder.samples.stat().st_size:
@@ -80,7 +88,7 @@ async def _evaluate(evaluating: Evaluating, folder: RunFolder, tracker: Tracker)
     stop = Stop(task)
     tracker.phase("reading data")
     asked, groups = _read(evaluating, tracker)
-    rows = read_rows(folder.path)
+    rows = read_rows(folder.path, LONG)
     folder.keep_only({folder.samples.name: folder.samples.stat().st_size})  # its numbers are counted anew
     with contextlib.ExitStack() as session:
         try:
@@ -95,7 +103,7 @@ async def _evaluate(evaluating: Evaluating, folder: RunFolder, tracker: Tracker)
         except asyncio.CancelledError:
             stop.check()  # by its name
             raise
-    rows = read_rows(folder.path)
+    rows = read_rows(folder.path, LONG)
     found = findings(evaluating, rows)
     data = {"sha256": data_hash(asked), "questions": len(asked)}
     if evaluating.judge is not None or evaluating.kind == "recorded":
@@ -124,7 +132,7 @@ def findings(evaluating: Evaluating, rows: Sequence[Row]) -> Findings:
         compared += [(f"step {first.step}", line, own) for line, own in differences(first, others)]
     if evaluating.config.evaluate.against is not None:
         named = evaluating.config.evaluate.against
-        for theirs in lines_of(read_rows(named)):
+        for theirs in lines_of(read_rows(named, LONG)):
             ours = [
                 one.line for one in found if (one.line.decoding, one.line.graded) == (theirs.decoding, theirs.graded)
             ]
@@ -221,10 +229,13 @@ async def _write(
                 machine.tracker.message(f"{written} of {total} groups of answers are judged")
         waiting.put_nowait(None)  # for the others
 
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(sample())
-        for _ in range(1 if judge is None else judge.config.workers):
-            tasks.create_task(score())
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(sample())
+            for _ in range(1 if judge is None else judge.config.workers):
+                tasks.create_task(score())
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from several
 
 
 def _known(groups: Sequence[Group], evaluating: Evaluating) -> list[Group]:
