@@ -177,9 +177,7 @@ def _of_k(line: Line, judged: Mapping[str, tuple[Answers, Values]], chooses: boo
 
 def _ballots(rows: Answers, values: Values, graded: bool) -> list[str | None]:
     """What each answer says; right ones say the same however they spell it."""
-    right = graded and np.asarray(values) == 1
-    same = np.broadcast_to(right, len(rows))
-    return ["right answer" if same[i] else row.get("vote") for i, row in enumerate(rows)]
+    return ["right" if graded and value == 1 else row.get("vote") for row, value in zip(rows, values, strict=True)]
 
 
 def _rewards(rows: Answers) -> Values:

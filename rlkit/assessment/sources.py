@@ -71,11 +71,10 @@ class Machinery:
 
 
 class EngineAnswers:
-    lengths: Mapping[Place, int] = {}
-    failures: Mapping[Place, str] = {}
-
     def __init__(self, pool: Any) -> None:
         self._pool = pool
+        self.lengths: Mapping[Place, int] = {}
+        self.failures: Mapping[Place, str] = {}
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]:
         async for ref in self._pool.generate(requests):
