@@ -116,6 +116,12 @@ class Reward(ABC):
         return []
 
     @classmethod
+    def vote(cls, config: Any, text: str) -> str | None:
+        """What a response says in the end, for a majority of several; None if nothing, or if this reward looks for no
+        final answer."""
+        return None
+
+    @classmethod
     def help_sections(cls) -> Iterable[HelpSection]:
         return ()
 

@@ -17,6 +17,13 @@ COMMANDS = {
     "submit": ("rlkit.submit", "train as a job of a Ray cluster; follow, list and stop such jobs"),
     "serve": ("rlkit.serve", "serve a reward over HTTP, for `reward=remote` of a run elsewhere"),
     "sft": ("rlkit.sft", "fine-tune a model on reference answers"),
+    "evaluate": (
+        "rlkit.evaluate",
+        "what a model's answers are worth, with intervals; over checkpoints, of a server, recorded",
+    ),
+    "chat": ("rlkit.chat", "talk with a checkpoint in the terminal"),
+    "rescore": ("rlkit.rescore", "recorded answers of a run under another reward, side by side"),
+    "generate": ("rlkit.generate", "answers to the questions of any data"),
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),
     "sync": ("rlkit.sync", "send what a run folder holds to a tracker: W&B, MLflow, ..."),
     "export": ("rlkit.export", "write the samples of a run for another program's viewer"),

@@ -6,6 +6,7 @@ import asyncio
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from rlkit.checkpoint.folder import is_disk_full, sealed_folders
@@ -36,15 +37,13 @@ def ending(error: BaseException, folder: RunFolder) -> str:
 
 
 def cause(error: BaseException, folder: RunFolder) -> str:
-    from ray.exceptions import RayActorError
-
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted (Ctrl-C)"
     if isinstance(error, asyncio.CancelledError):
         return "ended by SIGTERM"
-    if isinstance(error, RayActorError):
+    if _actor_died(error):
         what, _ = _actor(error)
         process = re.search(r"pid: (\d+)", str(error))
         who = f"{what} (process {process[1]})" if process else what
@@ -56,6 +55,14 @@ def cause(error: BaseException, folder: RunFolder) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _actor_died(error: BaseException) -> bool:
+    if "ray" not in sys.modules:  # nothing of it runs, and it may not be installed
+        return False
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError)
+
+
 def _actor(error: BaseException) -> tuple[str, str]:
     name = re.search(r"class_name: (\w+)", str(error))
     return _ACTORS.get(name[1] if name else "", ("a process of the run", "*.log"))
@@ -63,9 +70,7 @@ def _actor(error: BaseException) -> tuple[str, str]:
 
 def _log_tail(error: BaseException, logs: Path) -> str:
     """Of the actors of a dead actor's kind: the last lines of what they wrote."""
-    from ray.exceptions import RayActorError
-
-    if not isinstance(error, RayActorError):
+    if not _actor_died(error):
         return ""
     files = [file for file in sorted(logs.glob(_actor(error)[1])) if file.name not in ("driver.log", "console.log")]
     return "".join(

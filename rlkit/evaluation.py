@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from rlkit.config.schema import EvaluationConfig
 from rlkit.experience import Group, Prompt
 from rlkit.experience.episodes import environment_metrics, share_bounds
 from rlkit.experience.scores import Area, ScoreReport, check_failures, verdicts
+from rlkit.experience.statistics import best_sizes, expected_best, mean_of_questions
 from rlkit.experience.types import FloatArray
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
@@ -97,18 +97,6 @@ class Evaluator:
         return [group for groups in lists for group in groups], scored.report
 
 
-def expected_best(values: FloatArray, k: int) -> float:
-    """Expected maximum of k of the values [n], drawn without replacement. Raises ValueError if k > n.
-
-    Of zeros and ones it is the unbiased pass@k, 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1).
-    """
-    n = len(values)
-    if k > n:
-        raise ValueError(f"the best of {k} responses needs as many; there are {n}")
-    # The i-th smallest is the maximum of C(i - 1, k - 1) of the C(n, k) subsets.
-    return sum(math.comb(i, k - 1) / math.comb(n, k) * float(value) for i, value in enumerate(np.sort(values)))
-
-
 def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]]) -> dict[str, float]:
     """Of one set: pairs of a group and its verdicts."""
     values = np.concatenate([own for _, own in judged])
@@ -123,8 +111,12 @@ def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]])
         f"{prefix}truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
         **{f"{prefix}{metric}": value for metric, value in of_episodes.items()},
     }
+    means = [float(np.nanmean(own)) for _, own in judged if not np.isnan(own).all()]
+    if len(means) > 1:
+        estimate = mean_of_questions(means, share=area == "accuracy")
+        metrics |= {f"{_headline(name, area)}/low": estimate.low, f"{_headline(name, area)}/high": estimate.high}
     best = "pass" if area == "accuracy" else "best"
-    for k in _sizes(len(judged[0][1])):
+    for k in best_sizes(len(judged[0][1])):
         full = [own[~np.isnan(own)] for _, own in judged]
         estimates = [expected_best(own, k) for own in full if len(own) >= k]
         if estimates:
@@ -134,12 +126,6 @@ def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]])
 
 def _headline(name: str, area: Area) -> str:
     return f"evaluation/{name}/{area}" if name else f"{area}/heldout"
-
-
-def _sizes(samples: int) -> list[int]:
-    """2, 4, 8, ... and the number of samples itself: where pass@k is estimated."""
-    powers = [2**i for i in range(1, samples.bit_length())]
-    return [k for k in powers if k < samples] + ([samples] if samples > 1 else [])
 
 
 async def _fetch(ref: Any) -> list[Group]:

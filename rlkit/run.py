@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from itertools import chain
 from pathlib import Path
@@ -27,16 +25,14 @@ from rlkit.cluster.placement import (
     start_in_order,
 )
 from rlkit.cluster.ray_session import ray_session
-from rlkit.cluster.waiting import Watchdog, blocking, waiting
-from rlkit.config.command import FAILED, INTERRUPTED, print_error
-from rlkit.config.messages import ConfigError
+from rlkit.cluster.waiting import blocking, waiting
+from rlkit.config.command import print_error
 from rlkit.config.parts import ResolvedRun, config_text, plain
 from rlkit.config.plan import asks_reward, gpu_shares, references_are_cached
 from rlkit.config.schema import RunConfig
 from rlkit.config.store import object_store_bytes
 from rlkit.data.order import order_of
 from rlkit.diagnostics.group import Diagnostics, make_diagnostics
-from rlkit.endings import ending
 from rlkit.evaluation import Evaluator
 from rlkit.experience import UserError
 from rlkit.experience.filters import make_filter
@@ -47,16 +43,16 @@ from rlkit.offline import NoSync, RecordedEvaluator, RecordedResponses, recorded
 from rlkit.producer import Producer
 from rlkit.prompts import Loaded, canary, load_prompts, with_epochs
 from rlkit.rollout.pool import RolloutPool
-from rlkit.saving import SaveSchedule, Stop, StoppedError
+from rlkit.saving import SaveSchedule, Stop
 from rlkit.serving.pool import RewardPool
 from rlkit.serving.unasked import NoReward, Rewards
+from rlkit.supervision import supervised
 from rlkit.tracking.recorder import Recorder
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
 from rlkit.weight_sync import WeightSync
 
-TERMINATED = 128 + signal.SIGTERM
 LOADING = {
     "sampler": "loading the sampler (vLLM)",
     "learner": "loading the learner (DeepSpeed)",
@@ -82,42 +78,14 @@ def run(resolved: ResolvedRun, point: ResumePoint | None = None) -> int:
     except UserError as error:
         return print_error(error)
     folder.write_config(config_text(config))
-    try:
-        first_step = 1 if point is None else point.checkpoint.step + 1
-        with Tracker(config.tracking, folder, config.trainer.total_steps, first_step=first_step) as tracker:
-            for warning in resolved.warnings:
-                tracker.warn(str(warning))
-            watchdog = Watchdog(tracker.message, config.trainer.report_waits_after, folder.logs / "driver.log")
-            with watchdog, folder.given_back():
-                _run_to_the_end(resolved, folder, tracker, point)
-    except (asyncio.CancelledError, KeyboardInterrupt) as stopped:  # SIGTERM, Ctrl-C
-        print(ending(stopped, folder), file=sys.stderr)
-        return INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else TERMINATED
-    except Exception as error:
-        with contextlib.suppress(OSError), (folder.logs / "driver.log").open("a") as file:  # the disk may be full
-            traceback.print_exception(error, file=file)
-        if isinstance(error, ConfigError):
-            return print_error(error)
-        print(ending(error, folder), file=sys.stderr)
-        return FAILED
-    return 0
-
-
-def _run_to_the_end(resolved: ResolvedRun, folder: RunFolder, tracker: Tracker, point: ResumePoint | None) -> None:
-    """Raise an actor's own error instead of Ray's report, whose message is the actor's whole stack."""
-    from ray.exceptions import RayTaskError
-
-    try:
-        with contextlib.ExitStack() as closing:
-            asyncio.run(_train(resolved, folder, tracker, point, closing))
-    except StoppedError as stopped:
-        if stopped.signal is signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise asyncio.CancelledError from None
-    except RayTaskError as error:
-        if isinstance(error.cause, Exception):
-            raise error.cause from error
-        raise
+    first_step = 1 if point is None else point.checkpoint.step + 1
+    return supervised(
+        folder,
+        lambda: Tracker(config.tracking, folder, config.trainer.total_steps, first_step=first_step),
+        config.trainer.report_waits_after,
+        resolved.warnings,
+        lambda tracker, closing: _train(resolved, folder, tracker, point, closing),
+    )
 
 
 async def _train(

@@ -92,6 +92,7 @@ def folder(tmp_path: Path) -> Path:
         (folder / name).write_text("".join(json.dumps(one) + "\n" for one in rows))
     with contextlib.closing(sqlite3.connect(folder / "shop.db")) as connection:
         connection.execute("CREATE TABLE items(name, price)")
+    _run_of_two_checkpoints(folder / "runs/x")
     (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **columns):\n    return [0.0]\n")
     for page in PAGES:
         for name, code in re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
@@ -99,10 +100,19 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+def _run_of_two_checkpoints(run: Path) -> None:
+    for step in (30, 60):
+        (run / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+        (run / f"checkpoints/step_{step:06d}/policy").symlink_to(ROOT / "rlkit/embedded/policy")
+    (run / "config.yaml").write_text("model: {path: 'embedded:policy'}\nrollout: {max_prompt_tokens: 640}\n")
+    (run / "samples.jsonl").write_text('{"response": "3"}\n')
+
+
 def validated() -> list[tuple[str, str]]:
     """Commands whose configuration can be checked without running them. That of `environment=verifiers` wants the
     package: tests/runs/test_verifiers_run.py."""
-    kinds = ("python -m rlkit.train", "python -m rlkit.serve")
+    modules = ("train", "serve", "evaluate", "generate", "rescore")
+    kinds = tuple(f"python -m rlkit.{module}" for module in modules)
     own = [(page, command) for page, command in commands() if command.startswith(kinds)]
     return [(page, command) for page, command in own if "environment=verifiers" not in command]
 
@@ -121,7 +131,7 @@ def test_commands_validate(page: str, command: str, folder: Path, server: Comman
         need("peft", "lora")
     module, *arguments = shlex.split(command)[2:]
     if "--help" not in arguments:
-        named = "run_dir=" in command or module == "rlkit.serve"
+        named = "run_dir=" in command or module in ("rlkit.serve", "rlkit.rescore")
         arguments += ["dry_run=true", *([] if named else [f"run_dir={folder / 'run'}"])]
     with contextlib.ExitStack() as servers:  # of judges and models: that one listens is checked
         for port in set(re.findall(r"//(?:127\.0\.0\.1|localhost):(\d+)", command)):

@@ -55,6 +55,10 @@ class MultipleChoice(TextRule):
         columns = () if config.options_column is None else (config.options_column,)
         return RewardTraits(answer=True, columns=columns, uses_gpu=False)
 
+    @classmethod
+    def vote(cls, config: Any, text: str) -> str | None:
+        return chosen_option(text, tuple(string.ascii_uppercase[:10]))
+
     def task(self, prompt: Prompt) -> Choices:
         """The gold answer is a label, an option's text, or its index from 0."""
         if prompt.answer is None:

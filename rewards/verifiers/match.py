@@ -39,6 +39,11 @@ class ExactMatch(TextRule):
     def traits(cls, config: Any) -> RewardTraits:
         return RewardTraits(answer=config.gold == "answer", references=config.gold == "references", uses_gpu=False)
 
+    @classmethod
+    def vote(cls, config: Any, text: str) -> str | None:
+        answer = find_answer(text, config.answer_in)
+        return None if answer is None else _normal(answer, config)
+
     def task(self, prompt: Prompt) -> tuple[str, ...]:
         if self.config.gold == "references":
             golds = prompt.references

@@ -159,6 +159,11 @@ class MathReward(Reward):
             "answers (data.answer_column), or choose a reward that reads (reward=judge, reward=polar)"
         ]
 
+    @classmethod
+    def vote(cls, config: Any, text: str) -> str | None:
+        answer = final_answer(text, config.accept_last_number, config.markers)
+        return None if answer is None else answer.quantity
+
     def __init__(self, config: Any, context: RewardContext) -> None:
         super().__init__(config, context)
         self._verifier: Verifier | None = None

@@ -183,16 +183,18 @@ class Sources:
         return [self.typed[name] for name in _parents(key) if "={" in self.typed.get(name, "")]
 
 
-def merge_file(composed: DictConfig, file: Path, choices: Mapping[str, Any], sources: Sources) -> list[ConfigIssue]:
+def merge_file(
+    composed: DictConfig, file: Path, choices: Mapping[str, Any], sources: Sources, without: Collection[str] = ()
+) -> list[ConfigIssue]:
     """Merge a configuration file into the composed values; return its problems. A part with a `_target_` is replaced
-    whole."""
+    whole. `without`: sections that are not read."""
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         return [ConfigIssue(f"--config {file}", f"cannot be read: {' '.join(str(error).split())}")]
     if not isinstance(content, dict):
         return [ConfigIssue(f"--config {file}", "is not a configuration: it must be a mapping of sections")]
-    for key in ("run_dir", "resume"):  # of the run that wrote the file: this one is another
+    for key in ("run_dir", "resume", *without):  # of the run that wrote the file: this one is another
         content.pop(key, None)
     sources.file = file
     problems = []

@@ -1,8 +1,8 @@
 """Names of the metrics that a run can report (docs/metrics.md says what they mean)."""
 
 _BY_AREA = {
-    "accuracy": "heldout train",
-    "reward": "heldout train mean mean_trained std overlong_penalty failed greedy_mean",
+    "accuracy": "heldout heldout/low heldout/high train",
+    "reward": "heldout heldout/low heldout/high train mean mean_trained std overlong_penalty failed greedy_mean",
     "evaluation": "samples unjudged length_mean truncated_share",
     "data": "epochs",
     "group": "all_equal_share",

@@ -340,19 +340,16 @@ IN_SECTION: Mapping[str, tuple[tuple[str, str], ...]] = {
 """The same for names that mean something only as a key of, or an option for, this section."""
 
 COMMANDS: tuple[tuple[str, str], ...] = (
-    (
-        r"eval|evaluate|evaluation|test|validate|benchmark",
-        "evaluating alone is not supported yet; a run evaluates on held-out prompts before, during and after training "
-        "(trainer.evaluate_every_steps)",
-    ),
+    (r"eval|evaluation|test|validate|benchmark", "did you mean evaluate?"),
     (
         r"compare|view|show|samples|inspect|plot|dashboard|ui|report|logs?",
         "not supported yet; RUN/samples.jsonl has the responses, RUN/metrics.jsonl the numbers, and tensorboard "
         "--logdir RUNS draws the curves of several runs",
     ),
     (
-        r"chat|generate|infer|inference|sample|play|vllm",
-        "not supported yet; transformers and vLLM load RUN/checkpoints/step_NNNNNN/policy, a Hugging Face folder",
+        r"infer|inference|sample|play|vllm",
+        "answers to data are rlkit generate, a conversation rlkit chat; transformers and vLLM load "
+        "RUN/checkpoints/step_NNNNNN/policy, a Hugging Face folder",
     ),
     (
         r"export|merge|convert|save|push|upload",

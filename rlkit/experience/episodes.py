@@ -6,10 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
+from rlkit.experience.statistics import wilson
 from rlkit.experience.types import Sample
-
-Z = 1.959963984540054
-"""Standard deviations on each side that hold 95 % of a normal distribution."""
 
 
 def environment_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -45,14 +43,6 @@ def share_bounds(samples: Sequence[Sample]) -> dict[str, float]:
             low, high = wilson(sum(values), len(values))
             bounds |= {f"environment/metric/{name}_low": low, f"environment/metric/{name}_high": high}
     return bounds
-
-
-def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): it holds for rare events, too."""
-    share, spread = successes / trials, Z**2 / trials
-    middle = share + spread / 2
-    width = (spread * (share * (1 - share) + spread / 4)) ** 0.5
-    return max(0.0, (middle - width) / (1 + spread)), min(1.0, (middle + width) / (1 + spread))
 
 
 def _of_their_own(samples: Sequence[Sample]) -> dict[str, list[float]]:

@@ -73,6 +73,10 @@ class RolloutPool:
 
         ray.kill(worker, no_restart=True)
 
+    def close(self) -> None:
+        for worker in self.workers:
+            self._end(worker)
+
     async def start(self) -> None:
         await asyncio.gather(*(self._start(index, worker) for index, worker in enumerate(self.workers)))
         if engines_sleep(self.config):

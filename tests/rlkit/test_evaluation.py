@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from rewards.base import RewardConfig, RewardContext
 from rewards.verifiers.terms import Length
 from rlkit.config.schema import EvaluationConfig
-from rlkit.evaluation import OWN, Evaluation, Evaluator, expected_best
+from rlkit.evaluation import OWN, Evaluation, Evaluator
 from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Span
-from rlkit.experience.episodes import Z, wilson
 from rlkit.experience.scores import RewardFailed, report_on, verdicts
+from rlkit.experience.statistics import Z, expected_best, wilson
 from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import Scored
 
@@ -150,6 +150,8 @@ def test_one_response_to_each_prompt_and_the_ids_that_seeds_come_from() -> None:
             "evaluation/unjudged": 0.0,
             "evaluation/length_mean": 4.0,
             "evaluation/truncated_share": 0.0,
+            "accuracy/heldout/low": 0.0,  # of five questions nobody knows more
+            "accuracy/heldout/high": 1.0,
         },
     )
     assert result.value == 0.6

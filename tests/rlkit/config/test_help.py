@@ -22,8 +22,8 @@ KINDS = ("dpo", "kto", "simpo")
     [
         ("view", "samples.jsonl"),
         ("compare", "tensorboard --logdir"),
-        ("chat", "step_NNNNNN/policy"),
-        ("evaluate", "not supported yet"),
+        ("infer", "rlkit generate"),
+        ("validate", "did you mean evaluate?"),
         ("dpo", "rlkit train algorithm=NAME"),
         ("lora", "model.lora.rank=16 trains a low-rank adapter"),
         ("grpo", "rlkit train algorithm=NAME"),

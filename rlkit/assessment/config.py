@@ -1,0 +1,330 @@
+"""From arguments to a checked evaluation: the parts and options of a run, without those of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import DictConfig
+
+import rlkit
+from rewards.base import Reward, RewardConfig
+from rlkit.assessment.endpoint import address_problem, token_problem
+from rlkit.assessment.schema import EvaluateRun
+from rlkit.checkpoint.folder import sealed_folders
+from rlkit.config.checks import run_checks
+from rlkit.config.compose import option_fields
+from rlkit.config.loading import Loading
+from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, Issues
+from rlkit.config.parts import CONTRACTS, TARGET, Contract, Part, conf_dir, make_source
+from rlkit.data.base import DataSource
+from rlkit.models.folder import ModelFolderError, check_model_folder
+
+Kind = Literal["engine", "endpoint", "recorded"]
+"""Who answers: vLLM engines started here, a server, or nobody: the data bring answers."""
+JUDGES = Contract(Reward, RewardConfig, optional=True)
+USED = ("seed", "run_dir", "resume", "dry_run", "run", "checkpoints", "evaluate", "model", "rollout", "cluster")
+USED += ("tracking", "data", "reward", "verifier", "environment")
+TIMES = ("trainer.step_timeout_seconds", "trainer.startup_timeout_seconds")
+OF_TRAINING = ("reward", "trainer", "evaluation", "buffer", "diagnostics", "tracking", "resume")
+"""Sections of a run's configuration that say nothing of its evaluation."""
+UNWRITTEN = {"algorithm", "critic", "buffer", "diagnostics", "evaluation"}
+LONGEST_SECONDS = 86400.0
+"""All answers of one model are one wait; the engines say how far they are."""
+TO_ENDPOINT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "max_response_tokens")
+TO_ENDPOINT += ("max_concurrent_samples", "sample_seeds")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model that answers."""
+
+    step: int
+    path: str
+    """A folder, or the address of a server; empty for recorded answers."""
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """A checked evaluation."""
+
+    config: EvaluateRun
+    kind: Kind
+    data: Part
+    environment: Part | None
+    judge: Part | None
+    """Decides what an answer is worth."""
+    chooser: Part | None
+    """Another reward, which chooses the best of k."""
+    policies: tuple[Policy, ...]
+    warnings: tuple[ConfigIssue, ...] = ()
+
+    def source(self) -> DataSource:
+        environment = self.environment or Part(None, None)
+        return make_source(self.data.cls, self.data.config, self.config.seed, environment.cls, environment.config)
+
+    def section(self, part: Part) -> dict[str, Any]:
+        """A reward's configuration, as its workers take it."""
+        return self.config.verifier if part is self.judge and self.config.verifier[TARGET] else self.config.reward
+
+    @property
+    def texts_suffice(self) -> bool:
+        """Whether recorded answers need no tokens."""
+        parts = [part for part in (self.judge, self.chooser) if part is not None]
+        return all(part.cls.traits(part.config).judges_texts for part in parts)
+
+    def text(self, command: str = "evaluate") -> str:
+        """The folder's `config.yaml`, which `--config FILE` reads."""
+        head = f"# Written by rlkit {rlkit.__version__}. Again: python -m rlkit.{command} --config THIS_FILE\n"
+        values: str = yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+        return head + values
+
+    def plain(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json", exclude=UNWRITTEN)
+
+
+def load_evaluation(arguments: Sequence[str], file: Path | None = None, *, judged: bool = True) -> Evaluating:
+    """Resolve Hydra overrides, on top of a file or of the configuration of `run=FOLDER`. Raises ConfigError with every
+    problem. `judged`: there must be a reward; else there is none."""
+    loading = _Loading(arguments, file, judged)
+    loading.validate()
+    loading.check()
+    return loading.result()
+
+
+class _Loading(Loading):
+    def __init__(self, arguments: Sequence[str], file: Path | None, judged: bool) -> None:
+        values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+        self.judged, self.served = judged, values.get("model") == "endpoint"
+        self.run = Path(values["run"]).expanduser() if values.get("run") else None
+        if self.run is not None:
+            if file is not None:
+                raise ConfigError([ConfigIssue(f"--config {file}", f"run={self.run} brings a configuration, too")])
+            file = self.run / "config.yaml"
+            if not file.is_file():
+                raise ConfigError([ConfigIssue(f"run={self.run}", f"is no folder of a run: there is no {file}")])
+        named = {key for key in values if key in ("data", "verifier", "environment", "cluster", "rollout", "learner")}
+        # What a run sampled for training says nothing here, and what is named takes the place of its own.
+        self.unread_sections = () if self.run is None else (*OF_TRAINING, *named)
+        contracts = {**CONTRACTS, "reward": JUDGES, "verifier": JUDGES}
+        words = [_spelled(argument) for argument in arguments]
+        super().__init__(words, file, folder=conf_dir(), schema=EvaluateRun, contracts=contracts)
+        self._refuse_what_is_for_training()
+
+    def _refuse_what_is_for_training(self) -> None:
+        for key, argument in self.overrides.typed.items():
+            if key.partition(".")[0] not in USED and key not in TIMES:
+                self.problems.append(ConfigIssue(argument, f"has no effect here; what has: {', '.join(USED)}"))
+            elif not self.judged and key.partition(".")[0] in ("reward", "verifier"):
+                remedy = "python -m rlkit.evaluate judges answers"
+                self.problems.append(ConfigIssue(argument, f"has no effect in rlkit.generate; {remedy}"))
+
+    def _plain(self, composed: DictConfig) -> dict[str, Any]:
+        tree = super()._plain(composed)
+        typed = {key.partition(".")[0] for key in self.overrides.typed}
+        known = typed | self.sources.in_file
+        tree["tracking"].setdefault("tensorboard", False)
+        tree["trainer"].setdefault("step_timeout_seconds", LONGEST_SECONDS)
+        if self.served and tree["model"].get("path") == MISSING:
+            tree["model"]["path"] = tree["model"].get("url") or ""
+        if self.run is not None:
+            self._as_in_the_run(tree)
+        if not self.judged or "reward" not in known:
+            tree["reward"] = {TARGET: None}
+        if not self.judged or ("verifier" not in known and "reward" in typed):
+            tree["verifier"] = {TARGET: None}
+        elif "verifier" not in known and (tree["environment"] or {}).get(TARGET):
+            tree["verifier"] = option_fields(self.folder, "reward", "environment")
+        elif "verifier" not in known and tree["rollout"].get("source") == "data":
+            tree["verifier"] = {TARGET: None}  # the data's own labels
+        return tree
+
+    def _as_in_the_run(self, tree: dict[str, Any]) -> None:
+        """Held-out answers are sampled as the run did it."""
+        assert self.run is not None
+        tree["run"], tree["rollout"]["source"], tree["rollout"]["source_path"] = str(self.run), "policy", None
+        written = yaml.safe_load((self.run / "config.yaml").read_text()) or {}
+        for name in ("temperature", "max_response_tokens"):
+            value = (written.get("evaluation") or {}).get(name)
+            if value is not None and f"rollout.{name}" not in self.overrides.typed:
+                tree["rollout"][name] = value
+
+    def check(self) -> None:
+        checked = {name: self.available[name] for name in self.available if name in USED}
+        checked |= {"typed": frozenset(self.overrides.typed), "new_folder": self._new_folder, "here": True}
+        self.kind: Kind = "engine"
+        rollout, model = self.available.get("rollout"), self.available.get("model")
+        if model is not None and (model.url is not None or self.served):
+            self.kind = "endpoint"
+        elif rollout is not None and rollout.source == "data":
+            self.kind = "recorded"
+        self.policies = self._policies() if model is not None else ()
+        if self.kind == "engine" and self.policies:
+            checked["model"] = model.model_copy(update={"path": self.policies[0].path})
+            checked["model_shape"] = _shape_or_error(self.policies[0].path)
+        else:
+            checked.pop("model", None)
+        if self.tree.get("environment") == {TARGET: None}:
+            checked["environment"] = None
+        checked |= {kind: part for kind, part in self.parts.items() if kind in ("reward", "verifier", "environment")}
+        evaluate, evaluation = self.available.get("evaluate"), self.available.get("evaluation")
+        if evaluate is not None and evaluation is not None:
+            checked["evaluation"] = evaluation.model_copy(update={"samples": max(1, evaluate.samples)})
+        if "data" in self.parts and "seed" in self.available:
+            environment, data = self.parts.get("environment", Part(None, None)), self.parts["data"]
+            try:
+                source = make_source(data.cls, data.config, self.available["seed"], environment.cls, environment.config)
+                checked["data"] = source
+            except Exception as error:  # a constructor of the user's may raise anything
+                self.problems.append(ConfigIssue("data", f"cannot be made: {type(error).__name__}: {error}"))
+        for group in self.overrides.guessed:
+            checked.pop(group, None)
+        for issue in (*run_checks(checked), *self._own_checks(checked)):
+            issue = replace(issue, where=self.sources.where(issue.where, self._value(issue.where)))
+            (self.warnings if issue.warning else self.problems).append(issue)
+
+    def _policies(self) -> tuple[Policy, ...]:
+        model, wanted = self.available["model"], self.available.get("checkpoints", "last")
+        if self.kind == "endpoint":
+            return (Policy(0, model.url or ""),)
+        if self.kind == "recorded":
+            return (Policy(0, ""),)
+        run = self.available.get("run")
+        if run is None:
+            if "checkpoints" in self.overrides.typed:
+                self.problems.append(ConfigIssue("checkpoints", "has no effect without run=FOLDER"))
+            return (Policy(0, model.path),)
+        saved = {int(folder.name[5:]): folder / "policy" for folder in sealed_folders(run / "checkpoints")}
+        there = {0: model.path, **{step: str(saved[step]) for step in sorted(saved)}}
+        steps = sorted(there) if wanted == "all" else sorted(there)[-1:] if wanted == "last" else sorted(set(wanted))
+        lacking = [step for step in steps if step not in there]
+        if lacking or not saved:
+            has = f"it has {', '.join(map(str, sorted(saved)))}" if saved else "it has none (trainer.save_every_steps)"
+            where = f"checkpoints={wanted}" if lacking else f"run={run}"
+            self.problems.append(ConfigIssue(where, f"{run} has no such checkpoint; {has}"))
+        return tuple(Policy(step, there[step]) for step in steps if step in there)
+
+    def _own_checks(self, checked: Mapping[str, Any]) -> Issues:
+        evaluate, data = self.available.get("evaluate"), checked.get("data")
+        judge, chooser = self._judges()
+        for kind in ("reward", "verifier"):
+            if kind in self.parts:
+                yield from self._judge_fits(kind, self.parts[kind], data)
+        labelled = data is None or self.kind != "recorded" or "labels" in data.provides()
+        if self.judged and judge is None and not labelled:
+            yield ConfigIssue("reward", "somebody must judge the answers: reward=NAME, or data with labels")
+        if evaluate is not None and self.kind != "recorded":
+            if not evaluate.samples and not evaluate.greedy:
+                yield ConfigIssue("evaluate.samples", "is 0, so nothing is answered; add evaluate.greedy=true")
+            if chooser is not None and evaluate.samples < 2:
+                yield ConfigIssue(
+                    "evaluate.samples",
+                    f"{chooser.cls.__name__} chooses the best of several answers, and there is {evaluate.samples}: "
+                    "set at least 2, or leave out verifier or reward",
+                    warning=True,
+                )
+        if evaluate is not None and evaluate.against and not (evaluate.against / "samples.jsonl").is_file():
+            yield ConfigIssue("evaluate.against", f"there is no {evaluate.against}/samples.jsonl")
+        yield from {"engine": self._engine, "endpoint": self._endpoint, "recorded": self._recorded}[self.kind](data)
+
+    def _judge_fits(self, kind: str, part: Part, data: DataSource | None) -> Issues:
+        traits, name = part.cls.traits(part.config), part.cls.__name__
+        if traits.update_when != "none" or traits.follows_policy:
+            yield ConfigIssue(kind, f"{name} learns in a run; here it must judge alike to the end")
+        if kind == "verifier" and traits.answer and data is not None and "answer" not in data.provides():
+            yield ConfigIssue(kind, f"{name} needs a gold answer to every question, and the data give none")
+        if self.kind == "endpoint" and not traits.judges_texts:
+            yield ConfigIssue(kind, f"{name} reads tokens, and an endpoint gives texts alone")
+        if self.kind == "recorded" and traits.environment:
+            yield ConfigIssue(kind, f"{name} judges episodes, and recorded answers are none")
+        evaluate = self.available.get("evaluate")
+        if evaluate is None or self.kind == "recorded" or traits.samples == 1:
+            return
+        if evaluate.greedy or 0 < evaluate.samples < traits.samples:
+            yield ConfigIssue(
+                "evaluate.greedy" if evaluate.greedy else "evaluate.samples",
+                f"{name} compares {traits.samples} answers to a question with each other; there are fewer",
+            )
+
+    def _engine(self, data: DataSource | None) -> Issues:
+        if (rollout := self.available.get("rollout")) is not None and rollout.source == "model":
+            yield ConfigIssue("rollout.source", "is for training; the model that answers is model.path")
+        for name in ("url", "name", "token_env"):
+            if f"model.{name}" in self.overrides.typed:
+                yield ConfigIssue(f"model.{name}", "is for model=endpoint")
+
+    def _endpoint(self, data: DataSource | None) -> Issues:
+        model = self.available.get("model")
+        if model is None:
+            return
+        if model.url is None:
+            yield ConfigIssue("model", "endpoint needs the server's address: model.url=http://127.0.0.1:8000/v1")
+            return
+        if problem := address_problem(model.url):
+            yield ConfigIssue("model.url", problem)
+        if model.token_env is not None and (problem := token_problem(model.url, model.token_env)):
+            yield ConfigIssue("model.token_env", problem)
+        if self.parts.get("environment") is not None:
+            yield ConfigIssue("environment", "talks to a policy that this command starts; name a folder by model.path")
+        yield from self._idle("rollout", TO_ENDPOINT, "the server samples")
+        yield from self._idle("model", ("url", "name", "token_env"), "the server has the model")
+
+    def _recorded(self, data: DataSource | None) -> Issues:
+        if data is not None and not data.provides() & {"responses", "references"}:
+            yield ConfigIssue(
+                "data", "has no recorded answers; data=responses data.path=FILE, or data=pairs, bring them"
+            )
+        why = "the answers are recorded"
+        yield from self._idle("evaluate", ("questions", "against"), why)
+        yield from self._idle("rollout", ("source", "max_prompt_tokens", "max_response_tokens", "steps"), why)
+
+    def _idle(self, section: str, used: Sequence[str], why: str) -> Iterator[ConfigIssue]:
+        for key in sorted(self.overrides.typed):
+            if key.startswith(f"{section}.") and key.split(".")[1] not in used:
+                yield ConfigIssue(key, f"has no effect: {why}")
+
+    def _judges(self) -> tuple[Part | None, Part | None]:
+        reward, verifier = self.parts.get("reward"), self.parts.get("verifier")
+        return (reward, None) if verifier is None else (verifier, reward)
+
+    def _value(self, key: str) -> Any:
+        section, *steps = key.split(".")
+        value = self.parts[section].config if section in self.parts else self.available.get(section)
+        for step in steps:
+            value = getattr(value, step, None)
+        return value
+
+    def result(self) -> Evaluating:
+        if self.problems:
+            raise ConfigError(list(dict.fromkeys(self.problems)))
+        full = {kind: {TARGET: None} for kind in self.contracts}
+        full |= {
+            kind: {TARGET: self.tree[kind][TARGET], **part.config.model_dump(mode="json")}
+            for kind, part in self.parts.items()
+        }
+        judge, chooser = self._judges()
+        return Evaluating(
+            config=EvaluateRun(**self.available, **full),
+            kind=self.kind,
+            data=self.parts["data"],
+            environment=self.parts.get("environment"),
+            judge=judge,
+            chooser=chooser,
+            policies=self.policies,
+            warnings=tuple(self.warnings),
+        )
+
+
+def _spelled(argument: str) -> str:
+    """`policy=none` is another word for recorded answers; an endpoint is a model without a folder."""
+    return {"policy=none": "rollout.source=data", "model=endpoint": "model=hf"}.get(argument, argument)
+
+
+def _shape_or_error(path: str) -> Any:
+    try:
+        return check_model_folder(path)
+    except ModelFolderError as error:
+        return error

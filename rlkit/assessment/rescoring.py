@@ -1,0 +1,288 @@
+"""Recorded answers of a run under another reward: `rescored/NAME.jsonl` beside samples.jsonl, and both side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
+
+from rewards.base import RewardContext
+from rlkit.assessment.judges import LocalJudge
+from rlkit.assessment.rows import Row, read_rows
+from rlkit.config.loading import Loading
+from rlkit.config.messages import ConfigError, ConfigIssue
+from rlkit.config.parts import CONTRACTS, TARGET, Part, conf_dir, import_part, make_source
+from rlkit.experience import Group, Message, Prompt, Sample, UserError
+from rlkit.experience.names import nearest
+from rlkit.experience.scores import total_reward
+from rlkit.experience.section import Section, Seed
+from rlkit.experience.statistics import Values, agreement, correlation, ranks
+from rlkit.models.folder import model_folder
+from rlkit.tracking.logs import CapturedOutput
+from rlkit.tracking.progress import printable
+from rlkit.tracking.run_folder import json_text, write_atomically
+
+SHOWN = 4
+"""Answers on which both rewards disagree most, in each direction."""
+SHOWN_CHARACTERS = 160
+GROUPS_AT_ONCE = 64
+
+
+class RescoreConfig(Section):
+    """`python -m rlkit.rescore RUN reward=NAME`."""
+
+    name: str | None = Field(default=None, pattern=r"^[\w.+-]+$")
+    """Of the file `rescored/NAME.jsonl`; null: the reward's."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Of the reward."""
+    threads: int = Field(default=2, ge=1)
+    """CPU threads of each reward process."""
+    startup_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Time to load the reward."""
+    seed: Seed = 0
+    """Given to the reward."""
+    dry_run: bool = False
+    """Validate only."""
+    reward: dict[str, Any]
+    """A swappable part: `_target_` and the fields of its `Config`."""
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    run: Path
+    config: RescoreConfig
+    part: Part
+
+    @property
+    def file(self) -> Path:
+        return self.run / "rescored" / f"{self.config.name}.jsonl"
+
+
+class _Loading(Loading):
+    """The reward as in a run, from the same option files; no other part or section."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        contracts = {"reward": CONTRACTS["reward"]}
+        super().__init__(arguments, None, folder=conf_dir(), schema=RescoreConfig, contracts=contracts)
+        for key, argument in self.overrides.typed.items():
+            top = key.partition(".")[0]
+            if top not in RescoreConfig.model_fields:
+                guess = nearest(top, RescoreConfig.model_fields)
+                self.problems.append(ConfigIssue(argument, f"has no effect here; {_instead(guess)}"))
+        if not {"reward", f"reward.{TARGET}"} & set(self.overrides.typed):
+            self.problems.append(ConfigIssue("reward", "choose the other reward: reward=NAME"))
+
+    def _plain(self, composed: DictConfig) -> dict[str, Any]:
+        kept = [name for name in composed if name == "hydra" or name in RescoreConfig.model_fields]
+        return super()._plain(OmegaConf.masked_copy(composed, kept))
+
+    def _run_config(self, known: Sequence[str]) -> None:
+        plain = {key: value for key, value in self.tree.items() if key != "reward"}
+        self.available["top"] = self._section(RescoreConfig, {**plain, "reward": {}}, "", known)
+
+    def result(self, run: Path) -> Rescoring:
+        part = self.parts.get("reward")
+        if part is not None:
+            self.problems += [ConfigIssue("reward", message) for message in part.cls.check(part.config)]
+            self.problems += _unfit(part)
+        if self.problems or part is None:
+            raise ConfigError(list(dict.fromkeys(self.problems)))
+        section = {TARGET: self.tree["reward"][TARGET], **part.config.model_dump(mode="json")}
+        name = self.available["top"].name or self.sources.options["reward"].strip("[]").replace(",", "+")
+        return Rescoring(run, self.available["top"].model_copy(update={"reward": section, "name": name}), part)
+
+
+def _instead(guess: str | None) -> str:
+    return f"did you mean {guess}?" if guess else f"what has: {', '.join(RescoreConfig.model_fields)}"
+
+
+def _unfit(part: Part) -> Iterator[ConfigIssue]:
+    traits, name = part.cls.traits(part.config), part.cls.__name__
+    if traits.update_when != "none" or traits.follows_policy:
+        yield ConfigIssue("reward", f"{name} learns in a run; here it must judge alike to the end")
+    if traits.environment:
+        yield ConfigIssue("reward", f"{name} judges episodes as they were played; rows of samples.jsonl are texts")
+    if traits.steps:
+        yield ConfigIssue("reward", f"{name} needs the steps of responses, which rows of samples.jsonl do not have")
+
+
+def load_rescoring(run: str, arguments: Sequence[str]) -> Rescoring:
+    """Raises ConfigError with every problem."""
+    folder, loading = Path(run).expanduser(), _Loading(arguments)
+    if not (folder / "samples.jsonl").is_file():
+        loading.problems.append(ConfigIssue(run, f"is no folder of a run: there is no {folder}/samples.jsonl"))
+    loading.validate()
+    rescoring = loading.result(folder)
+    if rescoring.file.exists():
+        message = "is there already: remove it, or choose name=NAME"
+        raise ConfigError([ConfigIssue(str(rescoring.file), message)])
+    return rescoring
+
+
+def rescore(rescoring: Rescoring) -> str:
+    """Write the file; return both rewards side by side. Raises UserError."""
+    rows = [row for row in read_rows(rescoring.run) if row.get("response") is not None]
+    if not rows:
+        raise UserError(f"{rescoring.run}/samples.jsonl has no answers")
+    groups = _groups(rescoring, rows)
+    log = rescoring.run / "logs" / f"rescored-{rescoring.config.name}.log"
+    log.parent.mkdir(exist_ok=True)
+    with CapturedOutput(log):  # libraries of the reward speak
+        judged = asyncio.run(_judged(rescoring, groups))
+    new = [one for group, members in judged for one in _rows(group, members)]
+    began = {"kind": "rescored", "name": rescoring.config.name, "reward": rescoring.config.reward, "time": time.time()}
+    rescoring.file.parent.mkdir(exist_ok=True)
+    write_atomically(rescoring.file, "".join(json_text(line) + "\n" for line in [began, *new]))
+    return side_by_side(str(rescoring.config.name), rows, new)
+
+
+async def _judged(rescoring: Rescoring, groups: Sequence[tuple[Group, Sequence[Row]]]) -> list[tuple[Group, Any]]:
+    config = rescoring.config
+    context = RewardContext(
+        device=config.device, gpus=float(config.device == "cuda"), seed=config.seed, threads=config.threads
+    )
+    judge = LocalJudge(config.reward, rescoring.part, context, config.startup_timeout_seconds)
+    try:
+        await judge.start()
+        parts = [groups[start : start + GROUPS_AT_ONCE] for start in range(0, len(groups), GROUPS_AT_ONCE)]
+        scored = await asyncio.gather(*(judge.judge([group for group, _ in part]) for part in parts))
+    finally:
+        await judge.close()
+    flat = [group for part in scored for group in part]
+    return [(group, members) for group, (_, members) in zip(flat, groups, strict=True)]
+
+
+def _groups(rescoring: Rescoring, rows: Sequence[Row]) -> list[tuple[Group, list[Row]]]:
+    """As they were sampled, with the rows of their samples."""
+    traits = rescoring.part.cls.traits(rescoring.part.config)
+    written = yaml.safe_load((rescoring.run / "config.yaml").read_text()) if _is_file(rescoring) else {}
+    columns = _columns(rescoring, written, rows) if traits.columns else {}
+    render = None if traits.judges_texts else _renderer(rescoring, written)
+    members: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        members.setdefault((int(row["step"]), str(row["group_id"])), []).append(row)
+    groups = []
+    for (_, group_id), own in members.items():
+        first = own[0]
+        messages = tuple(Message(one["role"], one["content"]) for one in first["prompt"])
+        prompt = Prompt(
+            id=str(first["prompt_id"]),
+            messages=messages,
+            token_ids=() if render is None else render(messages),
+            references=tuple(first.get("references") or ()),
+            answer=first.get("answer"),
+            columns=columns.get(str(first["prompt_id"]), {}),
+        )
+        samples = tuple(_sample(i, row, tokens=render is not None) for i, row in enumerate(own))
+        groups.append((Group(group_id, prompt, samples), own))
+    return groups
+
+
+def _is_file(rescoring: Rescoring) -> bool:
+    return (rescoring.run / "config.yaml").is_file()
+
+
+def _sample(index: int, row: Row, *, tokens: bool) -> Sample:
+    if tokens and row.get("turns"):
+        raise UserError("this reward reads tokens, and rows of episodes do not say where their turns begin")
+    ids = np.array(row.get("token_ids") or () if tokens else (), dtype=np.int32)
+    reason: Any = row.get("finish_reason") or "stop"
+    return Sample(index, ids, None, row["response"], reason, (0, 0), seed=0)
+
+
+def _columns(rescoring: Rescoring, written: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Mapping[str, Any]]:
+    """Of the run's data, by the id of the question: rows of samples.jsonl do not have them."""
+    fields = dict(written.get("data") or {})
+    if TARGET not in fields:
+        raise UserError(f"{rescoring.run}/config.yaml names no data, whose columns this reward needs")
+    cls = import_part("data", fields.pop(TARGET))
+    source = make_source(cls, cls.Config(**fields), written.get("seed", 0), None, None)
+    known = {p.id: p.columns for split in ("train", "heldout") for p in source.load(split)[0]}
+    lacking = {str(row["prompt_id"]) for row in rows} - known.keys()
+    if lacking:
+        raise UserError(f"the data of {rescoring.run} have changed: there is no question {min(lacking)}")
+    return known
+
+
+def _renderer(rescoring: Rescoring, written: Mapping[str, Any]) -> Any:
+    from rlkit.data.rendering import load_tokenizer, renderer
+
+    model = written.get("model") or {}
+    tokenizer = load_tokenizer(model_folder(model.get("path", "")), bool(model.get("trust_remote_code")))
+    return renderer(tokenizer, model.get("chat_template"), model.get("chat_template_arguments"))
+
+
+def _rows(group: Group, members: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    for row, (_, score) in zip(members, group.scored(), strict=True):
+        yield {
+            "step": row["step"],
+            "group_id": row["group_id"],
+            "sample": row["sample"],
+            "reward": total_reward(score),
+            "components": dict(score.components),
+            "valid": score.valid,
+            "reason": score.reason,
+        }
+
+
+# -- both, side by side ------------------------------------------------------------------------------------------------
+
+
+def side_by_side(name: str, rows: Sequence[Row], rescored: Sequence[Row]) -> str:
+    """Means, correlations and the biggest disagreements, of the answers that both have judged."""
+    key = lambda row: (int(row["step"]), str(row["group_id"]), int(row["sample"]))  # noqa: E731
+    new = {key(row): row for row in rescored}
+    both = [
+        (row, new[key(row)]) for row in rows if row.get("reward") is not None and new[key(row)]["reward"] is not None
+    ]
+    invalid = sum(row["reward"] is None for row in rescored)
+    head = f"{len(rows)} answers, {len(both)} judged by both" + (f", {invalid} not by {name}" if invalid else "")
+    if not both:
+        reasons = sorted({str(row["reason"]) for row in rescored if row["reason"]})
+        return "\n".join([head, *reasons[:SHOWN]])
+    one, other = (np.array([float(pair[i]["reward"]) for pair in both]) for i in (0, 1))
+    groups: dict[tuple[int, str], list[int]] = {}
+    for i, (row, _) in enumerate(both):
+        groups.setdefault(_place(row)[:2], []).append(i)
+    alike = agreement([(one[own], other[own]) for own in groups.values()])
+    lines = [
+        head,
+        f"{'mean':<44}{_number(one.mean())} recorded{_number(other.mean())} {name}",
+        f"{'correlation':<44}{_number(correlation(one, other))}",
+        f"{'rank correlation':<44}{_number(correlation(ranks(one), ranks(other)))}",
+        f"{'pairs of a group in the same order':<44}{_number(alike)}",
+    ]
+    return "\n".join([*lines, *_disagreements(name, both, one, other)])
+
+
+def _place(row: Row) -> tuple[int, str, int]:
+    return int(row["step"]), str(row["group_id"]), int(row["sample"])
+
+
+def _disagreements(name: str, both: Sequence[tuple[Row, Row]], one: Values, other: Values) -> Iterator[str]:
+    """By place among all answers: rewards have different units."""
+    gap = (ranks(other) - ranks(one)) / len(one)
+    order = np.argsort(gap, kind="stable")
+    liked = ((f"{name} likes, the recorded reward does not", order[::-1]), (f"{name} does not like, it does", order))
+    for title, places in liked:
+        chosen = [i for i in places[:SHOWN].tolist() if abs(gap[i]) > 0]
+        if chosen:
+            yield f"\n{title}:"
+        for i in chosen:
+            row, new = both[i]
+            where = f"step {row['step']} {row['group_id']} sample {row['sample']}"
+            yield f"  {where}: recorded {_number(row['reward'])}, {name} {_number(new['reward'])}"
+            yield f"    {printable(str(row['response']))[:SHOWN_CHARACTERS]}"
+
+
+def _number(value: float) -> str:
+    return "       -" if math.isnan(value) else f"{value:8.3f}"

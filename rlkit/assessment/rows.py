@@ -1,0 +1,117 @@
+"""Answers as rows of samples.jsonl, and back: every number of an evaluation is made of these rows alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rewards.base import Reward
+from rlkit.config.parts import Part
+from rlkit.experience import Group, GroupScores, Sample, Score, UserError
+from rlkit.experience.scores import kind_of, rightness, total_reward
+from rlkit.experience.types import UNJUDGED
+from rlkit.tracking.samples import sample_rows
+
+Row = Mapping[str, Any]
+Decoding = Literal["sampled", "greedy", "recorded"]
+LONG = ("token_ids", "prompt", "response", "turns", "segments", "references", "trace", "version_spans", "group_rewards")
+"""Keys that no number is made of."""
+Place = tuple[str, int]
+"""Id of a group, index of an answer in it."""
+
+
+def answer_rows(
+    step: int,
+    decoding: Decoding,
+    judged: Group,
+    chosen: Group | None,
+    judge: Part | None,
+    lengths: Mapping[Place, int],
+    failures: Mapping[Place, str],
+) -> Iterator[dict[str, Any]]:
+    """A row for each answer. `chosen`: the group with the scores of the reward that chooses, else the judge's are the
+    reward; `lengths` and `failures` where an endpoint answered."""
+    rewarded = judged if chosen is None else chosen
+    rewards = [total_reward(score) for _, score in rewarded.scored()]
+    for (sample, verdict), (_, score) in zip(judged.scored(), rewarded.scored(), strict=True):
+        place = judged.id, sample.index
+        if failure := failures.get(place):
+            verdict = score = Score.invalid(failure)
+        alone = replace(rewarded, samples=(sample,), scores=GroupScores((score,)), greedy=None)
+        (row,) = sample_rows(step, [alone], None, None)
+        yield {
+            **row,
+            "kind": "evaluation",
+            "decoding": decoding,
+            "rank": None,
+            "group_size": len(judged.samples),
+            "group_rewards": rewards,
+            "length": _length(sample, lengths.get(place)),
+            "staleness": None,
+            "dropped": None,
+            **_verdict(verdict),
+            "vote": _vote(judge, sample),
+        }
+
+
+def _verdict(score: Score) -> dict[str, Any]:
+    """`unjudged`: why the judge gave no verdict."""
+    if not score.valid or score.reason == UNJUDGED:
+        return {"correct": None, "verdict": None, "unjudged": score.reason}
+    right = rightness(score)
+    return {"correct": right, "verdict": score.value if right is None else None, "unjudged": None}
+
+
+def _length(sample: Sample, counted: int | None) -> int | None:
+    """Tokens; None where nobody counted them."""
+    return sample.length if len(sample) else counted
+
+
+def _vote(judge: Part | None, sample: Sample) -> str | None:
+    kind: type[Reward] | None = None if judge is None else judge.cls
+    return None if kind is None or judge is None else kind.vote(judge.config, sample.text)
+
+
+def read_rows(folder: Path, without: Collection[str] = ()) -> list[Row]:
+    """Of an evaluation, or of a run; a half-written last line is left out. `without`: keys that are not kept. Raises
+    UserError."""
+    file = folder / "samples.jsonl"
+    rows: list[Row] = []
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.endswith("\n"):
+                    rows.append(_row(line, f"{file}:{number}", without))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+    return rows
+
+
+def _row(line: str, where: str, without: Collection[str]) -> Row:
+    try:
+        return {key: value for key, value in json.loads(line).items() if key not in without}
+    except ValueError as error:
+        raise UserError(f"{where} is no JSON: {error}") from error
+
+
+def answered(rows: Sequence[Row]) -> set[tuple[int, str]]:
+    """(step, group) of which all answers are there."""
+    have: dict[tuple[int, str], int] = {}
+    for row in rows:
+        key = int(row["step"]), str(row["group_id"])
+        have[key] = have.get(key, 0) + 1
+    sizes = {(int(row["step"]), str(row["group_id"])): int(row.get("group_size") or 0) for row in rows}
+    return {key for key, count in have.items() if count >= sizes[key] > 0}
+
+
+def causes(rows: Sequence[Row]) -> dict[str, int]:
+    """Why answers were not judged: class of reason -> how many."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        if row.get("unjudged"):
+            kind = kind_of(str(row["unjudged"]))
+            counts[kind] = counts.get(kind, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))

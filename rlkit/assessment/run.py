@@ -1,0 +1,275 @@
+"""One evaluation from a checked configuration to results.json: answers are written as they are judged, and every number
+is made of what was written."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from rlkit.assessment.config import Evaluating, Policy
+from rlkit.assessment.measures import differences, lines_of, measured
+from rlkit.assessment.questions import data_hash, load_questions, load_recorded
+from rlkit.assessment.report import Findings, results
+from rlkit.assessment.rows import LONG, Decoding, Row, answer_rows, answered, causes, read_rows
+from rlkit.assessment.sources import Answers, Machinery, machinery, recorded
+from rlkit.cluster.waiting import blocking
+from rlkit.config.command import print_error
+from rlkit.config.messages import ConfigError, ConfigIssue
+from rlkit.config.parts import Part
+from rlkit.experience import Group, GroupScores, Prompt, Score, UserError
+from rlkit.experience.scores import RewardFailed
+from rlkit.rollout.requests import GroupRequest
+from rlkit.saving import Stop
+from rlkit.supervision import supervised
+from rlkit.tracking.run_folder import RunFolder, write_atomically
+from rlkit.tracking.tracker import Tracker
+
+END_SECONDS = 120.0
+"""Time limit for actors, threads and Ray to end."""
+MOST_AT_ONCE = 64
+"""Groups in one call of a judge."""
+MESSAGES = 8
+"""Lines on the screen that say how far the answers of a model are."""
+
+
+def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: bool = False) -> int:
+    """Returns 0, or after a message 1 (an error), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    config, resumes = evaluating.config, evaluating.config.resume == "auto"
+    try:
+        folder = RunFolder(config.run_dir, resume=resumes)
+        if resumes and folder.config.exists():
+            _refuse_another(folder, evaluating)
+        _cut_to_whole_lines(folder)
+    except ConfigError as error:
+        return print_error(error)
+    except UserError as error:
+        return print_error(error)
+    folder.write_config(evaluating.text(command))
+    found: list[Findings] = []
+
+    async def work(tracker: Tracker, closing: contextlib.ExitStack) -> None:
+        try:
+            found.append(await _evaluate(evaluating, folder, tracker))
+        finally:
+            closing.enter_context(blocking("the end", "actors and threads", END_SECONDS, "END_SECONDS"))
+
+    console = "plain" if config.tracking.console in ("auto", "live") else config.tracking.console
+    tracking = config.tracking.model_copy(update={"console": console})
+    code = supervised(
+        folder,
+        lambda: Tracker(tracking, folder, total_steps=max(policy.step for policy in evaluating.policies)),
+        config.trainer.report_waits_after,
+        evaluating.warnings,
+        work,
+    )
+    if found and evaluating.judge is None and evaluating.kind != "recorded":
+        print(f"\n{sum(one.answers for one in found[0].measured)} answers are in {folder.samples}")
+    elif found:
+        report = found[0].markdown() if markdown else found[0].text()
+        print(f"\n{report}\n\n{folder.path}/results.json has all numbers, samples.jsonl every answer.")
+    elif folder.samples.exists() and folder.samples.stat().st_size:
+        again = f"run_dir={folder.path} resume=auto"
+        print(f"What was answered is kept; the same command with {again} goes on", file=sys.stderr)
+    return code
+
+
+async def _evaluate(evaluating: Evaluating, folder: RunFolder, tracker: Tracker) -> Findings:
+    task, began = asyncio.current_task(), time.time()
+    assert task is not None
+    stop = Stop(task)
+    tracker.phase("reading data")
+    asked, groups = _read(evaluating, tracker)
+    rows = read_rows(folder.path, LONG)
+    folder.keep_only({folder.samples.name: folder.samples.stat().st_size})  # its numbers are counted anew
+    with contextlib.ExitStack() as session:
+        try:
+            async with machinery(evaluating, folder, tracker, session) as machine:
+                with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread
+                    for number in (signal.SIGTERM, signal.SIGINT):  # Ray has replaced the first one's handler
+                        asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
+                if evaluating.kind == "recorded":
+                    await _judge_recorded(machine, _left(groups, rows))
+                for policy in evaluating.policies if evaluating.kind != "recorded" else ():
+                    await _ask(machine, policy, asked, rows)
+        except asyncio.CancelledError:
+            stop.check()  # by its name
+            raise
+    rows = read_rows(folder.path, LONG)
+    found = findings(evaluating, rows)
+    data = {"sha256": data_hash(asked), "questions": len(asked)}
+    if evaluating.judge is not None or evaluating.kind == "recorded":
+        for one in found.measured:
+            if one.line.decoding != "greedy" or len({m.line.decoding for m in found.measured}) == 1:
+                greedy = next((m for m in found.measured if m.line.step == one.line.step and m is not one), None)
+                extra = {} if greedy is None else greedy.metrics()
+                tracker.evaluation(one.line.step, one.headline, {**extra, **one.metrics()})
+    write_atomically(folder.path / "results.json", results(found, evaluating.plain(), data))
+    summary = {"kind": "evaluation", "wall_seconds": round(time.time() - began, 3), "answers": len(rows)}
+    folder.write_summary({**summary, "mean": found.measured[-1].mean.value})
+    return found
+
+
+def findings(evaluating: Evaluating, rows: Sequence[Row]) -> Findings:
+    """Raises RewardFailed if no answer was judged."""
+    why = causes(rows)
+    found = [measured(line, evaluating.chooser is not None) for line in lines_of(rows)]
+    if evaluating.judge is not None and not any(one.mean.questions for one in found):
+        counted = ", ".join(f"{count} x {kind}" for kind, count in why.items())
+        example = next((row["unjudged"] for row in rows if row.get("unjudged")), "")
+        raise RewardFailed(f"no answer could be judged: {counted}; for example {example}")
+    compared = []
+    for decoding in dict.fromkeys(one.line.decoding for one in found):
+        first, *others = [one.line for one in found if one.line.decoding == decoding]
+        compared += [(f"step {first.step}", line, own) for line, own in differences(first, others)]
+    if evaluating.config.evaluate.against is not None:
+        named = evaluating.config.evaluate.against
+        for theirs in lines_of(read_rows(named, LONG)):
+            ours = [
+                one.line for one in found if (one.line.decoding, one.line.graded) == (theirs.decoding, theirs.graded)
+            ]
+            compared += [(f"{named}, step {theirs.step}", line, own) for line, own in differences(theirs, ours)]
+    return Findings(found, compared, _judge_name(evaluating), _name(evaluating.chooser), why)
+
+
+def _read(evaluating: Evaluating, tracker: Tracker) -> tuple[Sequence[Prompt], Sequence[Group]]:
+    if evaluating.kind != "recorded":
+        return load_questions(evaluating, tracker), ()
+    groups = load_recorded(evaluating, tracker)
+    return [group.prompt for group in groups], groups
+
+
+def _left(groups: Sequence[Group], rows: Sequence[Row]) -> list[Group]:
+    done = answered(rows)
+    return [replace(group, step=0) for group in groups if (0, group.id) not in done]
+
+
+async def _judge_recorded(machine: Machinery, groups: Sequence[Group]) -> None:
+    machine.tracker.phase(f"judging {sum(len(group.samples) for group in groups)} recorded answers")
+    await _write(machine, 0, {group.id: "recorded" for group in groups}, recorded(groups))
+
+
+async def _ask(machine: Machinery, policy: Policy, prompts: Sequence[Prompt], rows: Sequence[Row]) -> None:
+    """Have the answers that are not there yet sampled and judged."""
+    requests, decodings = requested(machine.evaluating, policy, prompts)
+    done = answered(rows)
+    theirs = {str(row["group_id"]): row["prompt_id"] for row in rows if int(row["step"]) == policy.step}
+    for request in requests:
+        if theirs.get(request.id, request.prompt.id) != request.prompt.id:
+            raise UserError(f"the data have changed since {request.id} was answered: name another run_dir")
+    left = [request for request in requests if (policy.step, request.id) not in done]
+    if not left:
+        return
+    async with machine.answers(policy) as answers:
+        machine.tracker.phase(f"step {policy.step}: {len(left)} x {left[0].samples} answers")
+        await _write(machine, policy.step, decodings, answers.generate(left), answers)
+
+
+def requested(
+    evaluating: Evaluating, policy: Policy, prompts: Sequence[Prompt]
+) -> tuple[list[GroupRequest], dict[str, Decoding]]:
+    """What a model is asked, and by group how it answers."""
+    config, requests, decodings = evaluating.config, list[GroupRequest](), dict[str, Decoding]()
+    ways: list[tuple[Decoding, int, float | None, str]] = []
+    if config.evaluate.samples:
+        ways.append(("sampled", config.evaluate.samples, None, ""))
+    if config.evaluate.greedy:
+        ways.append(("greedy", 1, 0.0, "greedy-"))
+    for decoding, samples, temperature, word in ways:
+        for i, prompt in enumerate(prompts):
+            name = f"evaluation-{policy.step}-{word}{i}"
+            requests.append(GroupRequest(name, prompt, samples, config.seed, policy.step, temperature=temperature))
+            decodings[name] = decoding
+    return requests, decodings
+
+
+async def _write(
+    machine: Machinery,
+    step: int,
+    decodings: Mapping[str, Decoding],
+    stream: AsyncIterator[list[Group]],
+    answers: Answers | None = None,
+) -> None:
+    """Judge groups as they come, several calls side by side, and write their rows."""
+    waiting: asyncio.Queue[Group | None] = asyncio.Queue()
+    judge, evaluating = machine.evaluating.judge, machine.evaluating
+    lengths, failures = ({}, {}) if answers is None else (answers.lengths, answers.failures)
+    written, total, began = 0, max(1, len(decodings)), time.monotonic()
+
+    async def sample() -> None:
+        async for groups in stream:
+            for group in groups:
+                waiting.put_nowait(group)
+        waiting.put_nowait(None)
+
+    async def score() -> None:
+        nonlocal written
+        while (first := await waiting.get()) is not None:
+            groups = [first]
+            while len(groups) < MOST_AT_ONCE and not waiting.empty():
+                if (another := waiting.get_nowait()) is None:
+                    waiting.put_nowait(None)
+                    break
+                groups.append(another)
+            judged, *chosen = await asyncio.gather(*(one.judge(_known(groups, evaluating)) for one in machine.judges))
+            for i, group in enumerate(judged):
+                best = chosen[0][i] if chosen else None
+                rows = answer_rows(step, decodings[group.id], group, best, judge, lengths, failures)
+                machine.folder.append_samples(list(rows))
+            before, written = written, written + len(groups)
+            if written * MESSAGES // total > before * MESSAGES // total and time.monotonic() - began > 5:
+                machine.tracker.message(f"{written} of {total} groups of answers are judged")
+        waiting.put_nowait(None)  # for the others
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(sample())
+            for _ in range(1 if judge is None else judge.config.workers):
+                tasks.create_task(score())
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from several
+
+
+def _known(groups: Sequence[Group], evaluating: Evaluating) -> list[Group]:
+    """Where nobody judges, answers without labels are unjudged, which is no failure."""
+    if evaluating.judge is not None:
+        return list(groups)
+    return [
+        group if group.scores else group.with_scores(GroupScores((Score.none(),) * len(group.samples)))
+        for group in groups
+    ]
+
+
+def _judge_name(evaluating: Evaluating) -> str:
+    return _name(evaluating.judge) or ("the data's labels" if evaluating.kind == "recorded" else "nobody")
+
+
+def _name(part: Part | None) -> str | None:
+    return None if part is None else part.cls.__name__
+
+
+def _refuse_another(folder: RunFolder, evaluating: Evaluating) -> None:
+    """Raises ConfigError if the folder's evaluation asks otherwise."""
+    written: Any = yaml.safe_load(folder.config.read_text()) or {}
+    free = ("run_dir", "resume", "dry_run", "cluster", "tracking", "trainer")
+    ours = {key: value for key, value in evaluating.plain().items() if key not in free}
+    theirs = {key: value for key, value in written.items() if key not in free}
+    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if changed:
+        folder.close()
+        message = f"its answers were made with another configuration ({', '.join(changed)}): name another run_dir"
+        raise ConfigError([ConfigIssue(f"run_dir={folder.path}", message)])
+
+
+def _cut_to_whole_lines(folder: RunFolder) -> None:
+    content = folder.samples.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.truncate(folder.samples, content.rfind(b"\n") + 1)

@@ -1,0 +1,23 @@
+"""`python -m rlkit.generate [group=option ...] [key=value ...]`: answers to the questions of any data.
+
+python -m rlkit.generate model=hf model.path=FOLDER data=jsonl data.path=questions.jsonl evaluate.samples=4
+python -m rlkit.generate run=runs/x checkpoints=last
+
+The arguments of rlkit.evaluate but `reward` and `verifier`; RUN_DIR/samples.jsonl has the answers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rlkit.assessment.command import command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, as rlkit.evaluate."""
+    return command("generate", __doc__, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Options of `rlkit chat`, where its model is found, and that an answer cannot steer the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlkit.assessment.chat import policy_folder, read_options, sampling, shown
+from rlkit.config.messages import ConfigError
+
+
+def test_options_are_typed_and_a_wrong_one_is_named() -> None:
+    config = read_options(["temperature=0", "system=Be brief: yes", "max_tokens=7"])
+    assert (config.temperature, config.system, config.max_tokens) == (0, "Be brief: yes", 7)
+    assert sampling(config) == {"max_new_tokens": 7, "do_sample": False, "repetition_penalty": 1.0}
+    assert read_options(["top_k=3"], config).max_tokens == 7
+    for word, said in [
+        ("temprature=1", "did you mean temperature?"),
+        ("top_p=7", "at most 1"),
+        ("fast", "write fast="),
+    ]:
+        with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+            read_options([word])
+
+
+def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path, bare_model: Path) -> None:
+    for step in (4, 20):
+        folder = tmp_path / f"run/checkpoints/step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "policy").symlink_to(bare_model)
+    newest = tmp_path / "run/checkpoints/step_000020/policy"
+    assert policy_folder(str(tmp_path / "run")) == newest
+    assert policy_folder(str(newest.parent)) == newest
+    assert policy_folder("embedded:policy").name == "policy"
+    (tmp_path / "unsaved").mkdir()
+    (tmp_path / "unsaved/samples.jsonl").touch()
+    with pytest.raises(ConfigError, match="has saved no checkpoint"):
+        policy_folder(str(tmp_path / "unsaved"))
+    with pytest.raises(ConfigError, match="no such folder"):
+        policy_folder(str(tmp_path / "nothing"))
+
+
+def test_control_characters_are_not_printed() -> None:
+    assert shown("a\n\tb\x1b[2J\x07") == "a\n\tb�[2J�"

@@ -1,0 +1,249 @@
+"""`rlkit.evaluate` and `rlkit.rescore` from their arguments: what is refused before anything starts, and recorded
+answers to the end, for which a light installation is enough."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import ROOT
+
+from rlkit.assessment.config import load_evaluation
+from rlkit.assessment.rescoring import load_rescoring
+from rlkit.config.command import exit_code
+from rlkit.config.messages import ConfigError
+from rlkit.evaluate import main
+
+ANSWERS = [
+    {"prompt": "What is 1 + 2?", "responses": ["#### 3", "#### 4", "3 #### 3", "no"], "answer": "3"},
+    {"prompt": "What is 2 + 2?", "responses": ["#### 4", "#### 4", "#### 5", "#### 5"], "answer": "4"},
+    {"prompt": "What is 3 + 2?", "responses": ["#### 5", "#### 5", "#### 5", "#### 5"], "answer": "5"},
+]
+LABELS = [[True, False, True, False], [True, True, False, False], [True, True, True, True]]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "responses.jsonl"
+    rows = [{**row, "labels": labels} for row, labels in zip(ANSWERS, LABELS, strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def problems(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load_evaluation(arguments)
+    return str(raised.value)
+
+
+def result(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return content
+
+
+def test_recorded_answers_are_judged_by_the_data_or_by_a_reward(data: Path, tmp_path: Path) -> None:
+    words = ["data=responses", f"data.path={data}"]
+    assert main([*words, f"run_dir={tmp_path / 'labels'}"]) == 0
+    labels = result(tmp_path / "labels")
+    assert labels["lines"][0]["mean"]["value"] == pytest.approx((0.5 + 0.5 + 1.0) / 3)
+    assert labels["lines"][0]["of_k"]["pass@"]["2"]["value"] == pytest.approx((5 / 6 + 5 / 6 + 1) / 3)
+    assert (labels["judge"], labels["data"]["questions"], labels["schema"]) == ("the data's labels", 3, 1)
+
+
+def test_a_reward_judges_recorded_answers_without_torch_vllm_or_ray(data: Path, tmp_path: Path) -> None:
+    """As in an installation that has none of them."""
+    folder = tmp_path / "rule"
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'ray', 'vllm', 'transformers', 'deepspeed'):\n"
+        "    sys.modules[name] = None\n"
+        "from rlkit.evaluate import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["policy=none", "data=responses", f"data.path={data}", "data.answer_column=answer", "reward=rule"]
+    run = subprocess.run(
+        [sys.executable, "-c", script, *arguments, f"run_dir={folder}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    (line,) = result(folder)["lines"]
+    assert line["mean"]["value"] == pytest.approx(2 / 3)
+    assert line["of_k"]["maj@"]["4"]["value"] == pytest.approx((1.0 + 0.5 + 1.0) / 3)
+    rows = [json.loads(row) for row in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and {row["kind"] for row in rows} == {"evaluation"}
+    assert [row["correct"] for row in rows[:4]] == [1.0, 0.0, 1.0, 0.0]
+    assert rows[0]["group_rewards"] == [1.0, 0.0, 1.0, 0.0]
+    (metrics,) = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert metrics["kind"] == "evaluation" and metrics["accuracy/heldout/low"] < metrics["accuracy/heldout"]
+    assert "66.7 %" in run.stdout and "majority" in run.stdout
+
+
+def test_an_evaluation_goes_on_where_it_ended(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["data=responses", f"data.path={data}", f"run_dir={folder}"]
+    assert main(words) == 0
+    file, before = folder / "samples.jsonl", result(folder)["lines"]
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:8]) + lines[8][:40])  # killed while it wrote the third group
+    (folder / "results.json").unlink()
+    assert main(words) == 2, "a folder with answers is not taken without being asked"
+    assert main([*words, "evaluate.samples=3", "resume=auto"]) == 2, "nor by another evaluation"
+    assert main([*words, "resume=auto"]) == 0
+    assert result(folder)["lines"] == before
+    assert sorted(file.read_text().splitlines()) == sorted(line.rstrip("\n") for line in lines)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_it_is_compared_with_another_evaluation(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data=responses", f"data.path={data}"]
+    assert main([*words, f"run_dir={tmp_path / 'one'}"]) == 0
+    assert main([*words, f"run_dir={tmp_path / 'two'}", f"evaluate.against={tmp_path / 'one'}"]) == 0
+    (comparison,) = result(tmp_path / "two")["comparisons"]
+    assert (comparison["difference"]["value"], comparison["winner"]) == (0.0, None)
+    assert capsys.readouterr().out.rstrip().splitlines()[-3].endswith("none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trainer.total_steps=3"], "trainer.total_steps=3: has no effect here"),
+        (["checkpoints=all"], "has no effect without run=FOLDER"),
+        (["evaluate.samples=0"], "nothing is answered; add evaluate.greedy=true"),
+        (["run=nowhere"], "is no folder of a run"),
+        (["model=endpoint"], "needs the server's address: model.url=http://127.0.0.1:8000/v1"),
+        (["model=endpoint", "model.url=ftp://x"], "must be http://HOST:PORT/v1"),
+        (["model=endpoint", "model.url=http://a:b@x/v1"], "a secret belongs into the variable"),
+        (
+            ["model=endpoint", "model.url=http://far.example/v1", "model.token_env=HOME"],
+            "its token would go to far.example unencrypted",
+        ),
+        (
+            ["model=endpoint", "model.url=http://127.0.0.1:1/v1", "rollout.workers=2"],
+            "has no effect: the server samples",
+        ),
+        (
+            ["model=endpoint", "model.url=http://127.0.0.1:1/v1", "reward=group_length", "evaluate.samples=2"],
+            "reads tokens, and an endpoint gives texts alone",
+        ),
+        (
+            ["model.url=http://127.0.0.1:1/v1", "model=tiny", "model.name=x", "model.path=/x"],
+            "the server has the model",
+        ),
+        (["policy=none"], "has no recorded answers"),
+        (["reward=implicit_prm"], "learns in a run"),
+        (["reward=environment"], "there is none"),
+        (["evaluate.against=nowhere"], "there is no nowhere/samples.jsonl"),
+        (["evaluate.sample=3"], "did you mean evaluate.samples?"),
+        (["reward=group_length", "evaluate.samples=1"], "compares 2 answers"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_at_once(arguments: list[str], said: str) -> None:
+    assert said in problems(*arguments)
+
+
+def test_who_judges() -> None:
+    rule = load_evaluation(["data=arithmetic"])
+    assert rule.judge is not None and (rule.judge.cls.__name__, rule.chooser) == ("MathReward", None)
+    polar = load_evaluation(["data=arithmetic", "reward=polar"])
+    assert polar.judge is not None and (polar.judge.cls.__name__, polar.chooser) == ("PolarReward", None)
+    both = load_evaluation(["data=arithmetic", "reward=polar", "verifier=rule", "evaluate.samples=2"])
+    assert both.judge is not None and both.chooser is not None
+    assert (both.judge.cls.__name__, both.chooser.cls.__name__) == ("MathReward", "PolarReward")
+    episodes = load_evaluation(["environment=maze", "data=environment", "model=agent"])
+    assert episodes.judge is not None and episodes.judge.cls.__name__ == "EnvironmentReward"
+    nobody = load_evaluation(["data=arithmetic"], judged=False)
+    assert nobody.judge is None and nobody.chooser is None
+    with pytest.raises(ConfigError, match=r"has no effect in rlkit\.generate"):
+        load_evaluation(["data=arithmetic", "reward=rule"], judged=False)
+
+
+def test_a_run_brings_its_data_model_and_verifier(tmp_path: Path) -> None:
+    from rlkit.config.loading import load_config
+    from rlkit.config.parts import config_text
+
+    run = tmp_path / "run"
+    config = load_config(["verifier=gsm8k", "reward=rule", "evaluation.temperature=0.5", f"run_dir={run}"]).config
+    for step in (2, 4):
+        (run / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+        (run / f"checkpoints/step_{step:06d}/policy").symlink_to(ROOT / "rlkit/embedded/policy")
+    (run / "config.yaml").write_text(config_text(config))
+    everything = load_evaluation([f"run={run}", "checkpoints=all"])
+    assert [policy.step for policy in everything.policies] == [0, 2, 4]
+    assert (everything.judge is not None and everything.judge.cls.__name__ == "GSM8KReward") or everything.judge
+    assert everything.config.rollout.temperature == 0.5
+    assert everything.chooser is None, "the reward it trained by is not asked unless it is named"
+    (last,) = load_evaluation([f"run={run}"]).policies
+    assert (last.step, Path(last.path).name) == (4, "policy")
+    chosen = load_evaluation([f"run={run}", "checkpoints=[2]", "reward=polar", "evaluate.samples=2"])
+    assert chosen.chooser is not None and [policy.step for policy in chosen.policies] == [2]
+    assert "it has 2, 4" in problems(f"run={run}", "checkpoints=[3]")
+
+
+def a_run(folder: Path) -> Path:
+    """Rows as training leaves them: two groups of two answers."""
+    folder.mkdir()
+    rows = [
+        {
+            "step": 1,
+            "group_id": f"0000000{g}",
+            "prompt_id": f"p{g}",
+            "prompt": [{"role": "user", "content": "What is 1 + 2?"}],
+            "answer": "3",
+            "references": [],
+            "sample": i,
+            "response": text,
+            "reward": reward,
+            "finish_reason": "stop",
+        }
+        for g, answers in enumerate([[("#### 3", 0.0), ("#### 4", 1.0)], [("#### 3", 2.0), ("so 3", None)]])
+        for i, (text, reward) in enumerate(answers)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"half')
+    return folder
+
+
+def test_answers_of_a_run_under_another_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rlkit.rescore import main as rescore
+
+    run = a_run(tmp_path / "run")
+    assert rescore([str(run), "reward=rule"]) == 0
+    head, *rows = [json.loads(line) for line in (run / "rescored/rule.jsonl").read_text().splitlines()]
+    assert (head["kind"], head["name"], head["reward"]["_target_"]) == (
+        "rescored",
+        "rule",
+        "rewards.verifiers.math.MathReward",
+    )
+    assert [(row["group_id"], row["sample"], row["reward"]) for row in rows] == [
+        ("00000000", 0, 1.0),
+        ("00000000", 1, 0.0),
+        ("00000001", 0, 1.0),
+        ("00000001", 1, 0.0),
+    ]
+    said = capsys.readouterr().out
+    assert "4 answers, 3 judged by both" in said
+    assert "1.000 recorded" in said and "0.667 rule" in said
+    assert "rule likes, the recorded reward does not" in said
+    assert rescore([str(run), "reward=rule"]) == 2, "it is there already"
+    assert rescore([str(run), "reward=rule", "name=again"]) == 0
+
+
+def test_what_cannot_be_rescored(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    for words, said in [
+        ([], "choose the other reward"),
+        (["reward=environment"], "judges episodes as they were played"),
+        (["reward=implicit_prm"], "learns in a run"),
+        (["reward=rule", "trainer.seed=1"], "has no effect here"),
+    ]:
+        with pytest.raises(ConfigError) as raised:
+            load_rescoring(str(run), words)
+        assert said in str(raised.value)
+    assert exit_code(lambda words: 0 if load_rescoring(str(tmp_path), words) else 1, ["reward=rule"]) == 2
