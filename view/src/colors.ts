@@ -2,6 +2,8 @@
 
 /** Lines of several runs (Okabe and Ito's palette, without yellow). */
 export const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#8c564b"];
+/** A run is told by its dashes, too. */
+export const DASHES = [[], [8, 3], [2, 3], [8, 3, 2, 3]];
 
 type Rgb = readonly [number, number, number];
 // Blue to orange through nothing, and nothing to purple: over the page, so that text stays readable in both themes.

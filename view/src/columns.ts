@@ -29,22 +29,22 @@ function all(run: Run | undefined, rows: Summary[]): Column[] {
   const some = (key: keyof Summary) => rows.some((row) => row[key] !== null && row[key] !== undefined);
   const components = has?.components ?? [];
   const columns = [
-    column("step", "step", "training step that used it, or the checkpoint's step", "64px"),
-    column("prompt_id", "prompt", "which prompt of the data", "96px", "text"),
-    column("sample", "#", "place in its group", "44px"),
-    column("reward", "reward", "what the algorithm learnt from", "84px"),
-    ...components.map((name) => column("component:" + name, name, `component ${name} of the reward`, "92px")),
-    ...(has?.rescored ?? []).map((name) => column("rescored:" + name, name, `reward by ${name}, asked afterwards`, "92px")),
-    column("advantage", "advantage", "mean over the trained tokens", "88px"),
+    column("step", "step", "training step that used it, or the checkpoint's step", "52px"),
+    column("prompt_id", "prompt", "which prompt of the data", "76px", "text"),
+    column("sample", "#", "place in its group", "36px"),
+    column("reward", "reward", "what the algorithm learnt from", "80px"),
+    ...components.map((name) => column("component:" + name, name, `component ${name} of the reward`, "72px")),
+    ...(has?.rescored ?? []).map((name) => column("rescored:" + name, name, `reward by ${name}, asked afterwards`, "72px")),
+    column("advantage", "advantage", "mean over the trained tokens", "92px"),
     column("length", "length", "tokens of the response", "68px"),
-    ...(has?.correct ? [column("correct", "correct", "verdict of the verifier on this sample", "72px")] : []),
+    ...(has?.correct ? [column("correct", "correct", "verdict of the verifier on this sample", "76px")] : []),
     ...(some("verdict") ? [column("verdict", "verdict", "value that the verifier gave", "72px")] : []),
-    ...(has?.staleness ? [column("staleness", "stale", "updates between the weights that sampled it and those that learnt", "60px")] : []),
-    column("finish_reason", "finish", "why the response ended", "68px", "text"),
-    column("rank", "rank", "best or worst of its group", "64px", "text"),
+    ...(has?.staleness ? [column("staleness", "stale", "updates between the weights that sampled it and those that learnt", "56px")] : []),
+    column("response_head", "response", "its beginning", "minmax(280px, 1fr)", "text"),
+    column("finish_reason", "finish", "why the response ended", "60px", "text"),
+    column("rank", "rank", "best or worst of its group", "56px", "text"),
     ...(some("dropped") ? [column("dropped", "dropped", "why its group was not trained", "84px", "text")] : []),
     ...(some("set") ? [column("set", "set", "held-out set", "84px", "text")] : []),
-    column("response_head", "response", "its beginning", "minmax(280px, 1fr)", "text"),
   ];
   for (const entry of columns)
     if (entry.key === "reward" || entry.key.includes(":"))

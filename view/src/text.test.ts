@@ -1,5 +1,5 @@
 import { expect, test } from "vitest";
-import { bytes, duration, measured, number, pieces, plain, signed } from "./text";
+import { binned, bytes, duration, measured, number, pieces, plain, signed } from "./text";
 
 test.each([
   [null, "–"],
@@ -17,11 +17,16 @@ test.each([
 test("units and signs", () => {
   expect(signed(0.5)).toBe("+0.5");
   expect(measured(0.251, "share")).toBe("25.1 %");
-  expect(measured(-0.05, "share", true)).toBe("−5 %");
+  expect(measured(-0.05, "points", true)).toBe("−5 points");
   expect(measured(null, "share")).toBe("–");
   expect(measured(3, "tokens")).toBe("3 tokens");
   expect(bytes(1536)).toBe("1.5 KiB");
   expect([12, 90, 5000, 300000].map((seconds) => duration(seconds))).toEqual(["12 s", "2 min", "1 h 23 min", "3 d 11 h"]);
+});
+
+test("bins of whole numbers are called by them", () => {
+  expect(binned([-0.5, 0.5, 1.5], 0)).toBe("0");
+  expect(binned([0, 0.5, 1], 1)).toBe("0.5 to 1");
 });
 
 test("what cannot be seen is an escape", () => {

@@ -20,12 +20,19 @@ export function signed(value: number | null | undefined, digits = 3): string {
   return (value ?? 0) > 0 ? "+" + number(value, digits) : number(value, digits);
 }
 
-/** A value in its unit: "share" as per cent, "s" as a duration. */
+/** A value in its unit; a share is per cent, a difference of shares is points. */
 export function measured(value: number | null | undefined, unit: string, plus = false): string {
   if (value === null || value === undefined) return NONE;
   const text = plus ? signed : number;
-  if (unit === "share" || unit === "%") return text(value * (unit === "share" ? 100 : 1)) + " %";
+  if (unit === "share") return text(value * 100) + " %";
+  if (unit === "points") return text(value * 100) + " points";
   return text(value) + (unit ? " " + unit : "");
+}
+
+/** What a bin holds: of whole numbers that have one each, the number. */
+export function binned(edges: number[], i: number): string {
+  const [low, high] = [edges[i], edges[i + 1]];
+  return high - low === 1 && low % 1 !== 0 ? number(low + 0.5) : `${number(low)} to ${number(high)}`;
 }
 
 export function duration(seconds: number | null | undefined): string {
