@@ -120,8 +120,8 @@ def _fooled(training: Table, evaluation: Table) -> Light | None:
         title="reward and accuracy",
         state="look" if flat else state,
         word={"bad": "the reward may be fooled", "look": "have a look", "good": "fine"}["look" if flat else state],
-        value_text=f"over steps {trend.start} to {trend.end}: reward {trend.first}, {verified} {trend.second} per 100 steps",
-        meaning="whether the reward rises while verified answers do not (slopes of a straight line, with 95 % intervals)",
+        value_text=f"steps {trend.start} to {trend.end}: reward {trend.first}, {verified} {trend.second} per 100 steps",
+        meaning="whether the reward rises while verified answers do not: slopes of a line, with intervals of 95 %",
         reading="both should rise; the triage lists the samples",
         remedy=plain(row.remedy),
         metrics=["reward/mean", verified],
@@ -182,6 +182,11 @@ def _skipped(table: Table, option: Option) -> list[tuple[int, float]]:
     return points
 
 
+def _skipping(option: Option) -> Limits:
+    most = number(option("trainer.max_skipped_updates")) or 3.0
+    return Limits(0.0, most - 1, f"trainer.max_skipped_updates={most:g} ends the run")
+
+
 def _clipping(option: Option) -> Limits:
     norm = number(option("learner.max_grad_norm"))
     return Limits(norm if norm and math.isfinite(norm) else None, None, "learner.max_grad_norm")
@@ -193,9 +198,8 @@ def _stale(option: Option) -> Limits:
 
 
 def _synchronous(option: Option) -> str | None:
-    return (
-        "synchronous: all samples are of the newest weights" if number(option("trainer.max_staleness")) == 0 else None
-    )
+    bound = number(option("trainer.max_staleness"))
+    return "synchronous: all samples are of the newest weights" if bound == 0 else None
 
 
 RULES = (
@@ -224,8 +228,7 @@ RULES = (
     Rule("kl", "distance from the reference", "kl/reference", _of("kl/reference"), _constant(0.1, 1.0), always=True),
     Rule(
         "skipped", "skipped updates in a row", "policy/skipped_updates", _skipped,
-        lambda option: Limits(0.0, (number(option("trainer.max_skipped_updates")) or 3.0) - 1, "trainer.max_skipped_updates"),
-        always=True,
+        _skipping, always=True,
     ),
     Rule("gradient", "size of the gradient", "policy/grad_norm", _of("policy/grad_norm"), _clipping),
     Rule("failed", "failed rewards", "reward/failed", _failed_share, _failing),

@@ -110,7 +110,7 @@ async def _events(runs: Runs, stop: threading.Event) -> AsyncIterator[str]:
         quiet += LOOK_SECONDS
         for run in await asyncio.to_thread(runs.all):
             stamp = await asyncio.to_thread(run.stamp)
-            state = await asyncio.to_thread(lambda run=run: run.state()[0])
+            state, _ = await asyncio.to_thread(run.state)
             known = states.get(run.id)
             changed = seen.get(run.id) != stamp or (bool(known) and known != state)
             seen[run.id], states[run.id] = stamp, state

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkit.view.lines import Position, read_on
-from rlkit.view.rows import COLUMNS, Indexed, indexed, number, parsed
+from rlkit.view.rows import COLUMNS, Indexed, indexed, number, parsed, whole
 
 FORMAT = 1
 """Another one in a cache file: it is made anew."""
@@ -267,10 +267,10 @@ def _rescored(file: Path, place: Mapping[tuple[int, str, int], int]) -> Iterator
     with file.open("rb") as lines:
         for line in lines:
             row = parsed(line)
-            key = (row.get("step"), row.get("group_id"), row.get("sample"))
+            at = place.get((whole(row.get("step")) or 0, str(row.get("group_id")), whole(row.get("sample")) or 0))
             value = number(row.get("reward"))
-            if value is not None and key in place:
-                yield place[key], value
+            if value is not None and at is not None:
+                yield at, value
 
 
 def _step(name: str) -> int:

@@ -130,14 +130,9 @@ class Run:
     def info(self) -> RunInfo:
         state, words = self.state()
         metrics = self._metrics
-        count, groups = (
-            self.index.connection()
-            .execute(
-                "SELECT count(*), (SELECT count(*) FROM (SELECT DISTINCT step, group_id FROM rows WHERE dropped IS NULL)) "
-                "FROM rows"
-            )
-            .fetchone()
-        )
+        groups = "SELECT DISTINCT step, group_id FROM rows WHERE dropped IS NULL"
+        counts = f"SELECT count(*), (SELECT count(*) FROM ({groups})) FROM rows"
+        count, kept = self.index.connection().execute(counts).fetchone()
         return RunInfo(
             id=self.id,
             path=str(self.path),
@@ -153,7 +148,7 @@ class Run:
             began=metrics.began,
             updated=metrics.updated,
             samples=count,
-            kept_groups=groups,
+            kept_groups=kept,
             has=self.has(),
         )
 
@@ -221,8 +216,7 @@ def _runs_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    inside = [run for child in children for run in ([child] if _is_run(child) else _runs_below(child))]
-    return inside
+    return [run for child in children for run in ([child] if _is_run(child) else _runs_below(child))]
 
 
 def _runs_below(folder: Path) -> list[Path]:

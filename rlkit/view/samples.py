@@ -90,7 +90,7 @@ def summaries(run: Run, numbers: Sequence[int]) -> list[SampleSummary]:
         numbers,
     ).fetchall()
     extra = connection.execute(
-        f"SELECT extra.id, names.name, value FROM names CROSS JOIN extra ON extra.name = names.key AND id IN ({places})",
+        f"SELECT extra.id, names.name, value FROM names CROSS JOIN extra ON extra.name = key AND id IN ({places})",
         numbers,
     )
     values: dict[int, dict[str, dict[str, float | None]]] = {n: {"component": {}, "rescored": {}} for n in numbers}
