@@ -212,7 +212,10 @@ RULES = (
         metrics=("staleness/mean", "staleness/max"), always=True, fine=_synchronous,
     ),
     Rule("ess", "what stale samples are worth", "mismatch/ess", _of("mismatch/ess"), _constant(0.9, 0.5), above=False),
-    Rule("weights", "weights arrive", "weights/canary_change", _of("weights/canary_change"), _constant(0.8, 0.5), False),
+    Rule(
+        "weights", "weights arrive", "weights/canary_change", _of("weights/canary_change"), _constant(0.8, 0.5),
+        above=False,
+    ),
     Rule(
         "learner_waits", "learner waits", "time/learner_idle", _share_of_step("time/learner_idle"), _while_waiting,
         metrics=("time/learner_idle", "time/step"), always=True,

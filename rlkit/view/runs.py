@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -21,6 +21,7 @@ from rlkit.view.rows import parsed, whole
 from rlkit.view.schema import Has, RunInfo, RunList
 
 State = Literal["running", "ended", "silent"]
+T = TypeVar("T")
 SILENT_SECONDS = 120.0
 """Without a new line for so long, or for ten steps, a run whose lock nobody on this machine holds is silent."""
 LOCKS = Path("/proc/locks")
@@ -36,6 +37,7 @@ class Run:
     def __init__(self, run_id: str, path: Path) -> None:
         self.id, self.path = run_id, path
         self._config: tuple[object, dict[str, Any]] = (None, {})
+        self._remembered: dict[str, tuple[object, Any]] = {}
 
     @cached_property
     def index(self) -> SampleIndex:
@@ -95,6 +97,15 @@ class Run:
         return tuple(
             _stamp(self.path / name) for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "rescored")
         )
+
+    def remembered(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returns, until the run has grown or was cut; for what takes long."""
+        stamp = self.stamp()
+        known = self._remembered.get(name)
+        if known is None or known[0] != stamp:
+            known = self._remembered[name] = (stamp, make())
+        result: T = known[1]
+        return result
 
     def state(self) -> tuple[State, str]:
         """And in words."""

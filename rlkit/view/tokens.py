@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,21 +108,33 @@ def _range(name: str, values: list[float | None]) -> Range:
 
 def recorded(run: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """A signal of all trained tokens that were recorded, and the step of each; of many steps, evenly chosen ones."""
-    from pyarrow import ArrowException, parquet
-
-    files = sorted((run / "tokens").glob("step_*.parquet"))
-    chosen = (
-        {files[i] for i in np.linspace(0, len(files) - 1, min(len(files), MOST_FILES)).astype(int)} if files else ()
-    )
     steps, values = [np.zeros(0)], [np.zeros(0)]
-    for file in sorted(chosen):
-        try:
-            table = parquet.read_table(file, columns=["mask", name])
-        except (OSError, ArrowException):  # thinned since, or without this signal
-            continue
-        table = table.filter(table[name].is_valid())
+    for step, table in _tables(run, name):
         trained = table["mask"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(bool)
         own = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float64)
         values.append(own[trained])
-        steps.append(np.full(int(trained.sum()), int(file.stem.removeprefix("step_"))))
+        steps.append(np.full(int(trained.sum()), step))
     return np.concatenate(steps), np.concatenate(values)
+
+
+def of_samples(run: Path, name: str) -> list[np.ndarray]:
+    """The same, one array for each sample."""
+    samples = []
+    for _, table in _tables(run, name):
+        for mask, own in zip(table["mask"], table[name], strict=True):
+            samples.append(np.array(own.as_py(), dtype=np.float64)[np.array(mask.as_py(), dtype=bool)])
+    return [np.nan_to_num(own) for own in samples]
+
+
+def _tables(run: Path, name: str) -> Iterator[tuple[int, Any]]:
+    """(step, rows that have the signal) of at most `MOST_FILES` files."""
+    from pyarrow import ArrowException, parquet
+
+    files = sorted((run / "tokens").glob("step_*.parquet"))
+    for i in sorted({round(place) for place in np.linspace(0, len(files) - 1, min(len(files), MOST_FILES))}):
+        try:
+            table = parquet.read_table(files[i], columns=["mask", name])
+        except (OSError, ArrowException):  # thinned since, or without this signal
+            continue
+        if name in table.column_names:
+            yield int(files[i].stem.removeprefix("step_")), table.filter(table[name].is_valid())
