@@ -18,6 +18,8 @@ COMMANDS = {
     "serve": ("rlkit.serve", "serve a reward over HTTP, for `reward=remote` of a run elsewhere"),
     "sft": ("rlkit.sft", "fine-tune a model on reference answers"),
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),
+    "view": ("rlkit.view.__main__", "look at runs: a page in the browser, while they train or afterwards"),
+    "report": ("rlkit.report", "the same page as one file, with a run in it"),
     "convert-polar": ("rewards.polar.convert", "convert released POLAR checkpoints, exactly, and back"),
 }
 """Name -> (module with a `main(arguments) -> int`, what it does)."""
