@@ -70,6 +70,8 @@ EXTRAS = {
         "mypy>=1.18",
         "import-linter>=2.17,<3",
         "vulture>=2.14",
+        "playwright>=1.55,<2",  # tests/view, with the system's chromium
+        "axe-playwright-python>=0.1.7,<0.2",
         "setuptools",
         "wheel",
     ],

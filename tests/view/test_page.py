@@ -226,7 +226,7 @@ class TestScreens:
         reader.button("Copy link").click()
         assert page.evaluate("navigator.clipboard.readText()") == page.url
         page.keyboard.press("]")
-        reader.hash(f"id={longest + 1}")
+        page.get_by_role("heading", name=f"Sample {longest + 1:,}").wait_for()
         page.keyboard.press("[")
         reader.hash(f"id={longest}")
         page.keyboard.press("g")
