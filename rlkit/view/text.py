@@ -30,7 +30,7 @@ def show(runs: Runs, console: Console | None = None) -> None:
 
 
 def rendered(run: Run, ascii_only: bool = False) -> Iterable[RenderableType]:
-    """What is known of a run: state, numbers since the start, lights, suspicions, the last samples."""
+    """What is known of a run: state, numbers and their change, lights, suspicions, the last samples."""
     info, over = run.info(), overview(run, AboutRun(run=run.id))
     yield Rule(Text(f"{info.id}  ", style="bold"), align="left", characters="-" if ascii_only else "─")
     parts = " ".join(part for part in (info.algorithm, info.reward, info.model, info.data) if part)
@@ -41,7 +41,7 @@ def rendered(run: Run, ascii_only: bool = False) -> Iterable[RenderableType]:
     yield from (_light(light) for light in over.lights if light.state != "unknown")
     for finding in triage(run, AboutRun(run=run.id)).findings:
         facts = "; ".join(f"{one.label}: {one.value}" for one in finding.evidence[:3])
-        yield Text.assemble(("triage  ", "yellow"), (finding.title, "bold"), printable(f"  {facts}"))
+        yield Text.assemble(("triage  ", "yellow"), (finding.title, "bold"), f"  {printable(facts)}")
     for warned in over.warnings[-3:]:
         times = f" ({warned.count} times)" if warned.count > 1 else ""
         yield Text(printable(f"warning: {warned.text}{times}"), style="yellow")
@@ -59,7 +59,7 @@ def _tiles(tiles: Iterable[Tile], ascii_only: bool) -> Table:
         table.add_column(no_wrap=True)
     for tile in tiles:
         values = [value for _, value in tile.series if value is not None]
-        change = "" if tile.change is None else f"{_number(tile, tile.change, '+')} since the start"
+        change = "" if tile.change is None else _number(tile, tile.change, "+")
         line = sparkline(values, BARS, ascii_only)
         table.add_row(tile.title, _number(tile, tile.value), Text(change, style="dim"), line)
     return table

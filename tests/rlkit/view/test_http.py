@@ -80,8 +80,6 @@ def test_runs_say_what_they_are(client: httpx.Client) -> None:
     ("sort", "order"),
     [("reward", "desc"), ("reward", "asc"), ("component:judge", "desc"), ("advantage", "asc")],
 )
-    ("sort", "order"), [("reward", "desc"), ("reward", "asc"), ("component:judge", "desc"), ("advantage", "asc")]
-)
 def test_pages_of_a_sorted_list(client: httpx.Client, folder: Path, sort: str, order: str) -> None:
     """Every row once, in the order of a plain sort of the file; unknown numbers last."""
     rows = rows_of(folder)
