@@ -21,14 +21,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code(_report, arguments)
 
 
-def _report(arguments: list[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlkit report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--out", type=Path, help="the file (RUN's name with .html, in this folder)")
     parser.add_argument("--max-mb", type=float, default=MEGABYTES, help=f"its size, at most ({MEGABYTES:g})")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def _report(arguments: list[str]) -> int:
+    given = parser().parse_args(arguments)
     from rlkit.view.report import write
 
     for line in write(given.run, given.out, given.max_mb):

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _view(arguments: list[str]) -> int:
-    given = _parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
     from rlkit.view.runs import Runs
 
     runs = Runs(given.runs)
@@ -53,7 +53,7 @@ def _view(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlkit view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
