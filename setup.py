@@ -92,7 +92,13 @@ setup(
     ],
     package_dir={"rlkit.conf": "conf"},
     package_data={
-        "rlkit": ["view/page.html", "models/*.json", "embedded/**/*.safetensors", "embedded/**/*.json", "embedded/**/*.jinja"],
+        "rlkit": [
+            "view/page.html",
+            "models/*.json",
+            "embedded/**/*.safetensors",
+            "embedded/**/*.json",
+            "embedded/**/*.jinja",
+        ],
         "rlkit.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
     },
     entry_points={"console_scripts": ["rlkit = rlkit.cli:main"]},

@@ -103,7 +103,10 @@ def interactions(reader: Reader, runs: int, longest: int) -> dict[str, tuple[Int
         "overview": (at("overview"), at("time")),
         f"curves of {runs} runs": (curves, at("overview")),
         "samples": (samples, at("overview")),
-        "sort": (list_after(lambda: page.get_by_role("columnheader", name="reward").get_by_role("button").click()), samples),
+        "sort": (
+            list_after(lambda: page.get_by_role("columnheader", name="reward").get_by_role("button").click()),
+            samples,
+        ),
         "filter": (filled("Filter", "reward > 1 and correct = 0"), samples),
         "search of common words": (filled("Text", "boxes pens"), samples),
         "search of a phrase": (filled("Text", '"absolutely certain"'), samples),

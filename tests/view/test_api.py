@@ -25,7 +25,9 @@ MODELS = {
 
 def fields(body: str) -> dict[str, str]:
     """Of an interface, those of its inner objects left out."""
-    return {name: " ".join(text.split()) for name, text in re.findall(r"^  (\w+): (\{\n[\s\S]*?^  \}.*|.*);$", body, re.M)}
+    return {
+        name: " ".join(text.split()) for name, text in re.findall(r"^  (\w+): (\{\n[\s\S]*?^  \}.*|.*);$", body, re.M)
+    }
 
 
 def interfaces() -> dict[str, dict[str, str]]:

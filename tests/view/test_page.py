@@ -13,6 +13,8 @@ import pytest
 from page_fixture import Reader, chromium, reading, serving
 from synthetic_run import make_all, make_run
 
+from rlkit.view.report import write
+
 SCREENS = ["overview", "curves", "samples", "distributions", "triage", "compare", "time", "config"]
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "view.png"
 
@@ -93,7 +95,9 @@ class TestScreens:
         page.get_by_role("combobox", name="Over").select_option("step")
         page.locator("summary", has_text="Compare with").click()
         page.get_by_role("checkbox", name="honest").check()
-        page.get_by_role("application", name=re.compile("^reward.mean over step.*main: last .*; honest: last")).wait_for()
+        page.get_by_role(
+            "application", name=re.compile("^reward.mean over step.*main: last .*; honest: last")
+        ).wait_for()
         page.locator("summary", has_text="Compare with").click()
         summary = page.locator("summary", has_text="accuracy")
         summary.click()
@@ -152,7 +156,9 @@ class TestScreens:
         page.get_by_label("to step").press("Enter")
         reader.hash("to_step=3")
         reader.counts("256 samples")
-        reader.until("() => [...document.querySelectorAll('[role=grid] [aria-selected]')].every(row => /^[23]/.test(row.innerText))")
+        reader.until(
+            "() => [...document.querySelectorAll('[role=grid] [aria-selected]')].every(row => /^[23]/.test(row.innerText))"
+        )
         reader.button("to step 3").click()
         reader.button("from step 2").click()
 
@@ -354,7 +360,9 @@ class TestLive:
 
     def test_rows_come_without_moving_what_is_read(self, browser: Any, tmp_path: Path) -> None:
         run = make_run(tmp_path / "run", 1024, ended=False)
-        files = {name: (run / name).read_bytes().splitlines(keepends=True) for name in ("metrics.jsonl", "samples.jsonl")}
+        files = {
+            name: (run / name).read_bytes().splitlines(keepends=True) for name in ("metrics.jsonl", "samples.jsonl")
+        }
         half = {name: lines[: len(lines) // 2] for name, lines in files.items()}
         for name, lines in half.items():
             (run / name).write_bytes(b"".join(lines))
@@ -405,6 +413,33 @@ class TestLive:
             page.get_by_role("heading", name="run").wait_for()
         page.get_by_text("not connected").wait_for()
         context.close()
+
+
+@pytest.mark.slow
+def test_a_report_is_the_page_without_a_server(browser: Any, runs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "main.html"
+    write(runs / "main", file, 3.0)
+    with reading(browser, file.as_uri()) as reader:
+        page = reader.page
+        for screen in SCREENS:
+            reader.open(screen)
+            assert page.get_by_role("alert").count() == 0, screen
+        reader.open("curves", match="^reward.mean$")
+        page.get_by_role("application", name=re.compile("^reward.mean over step. main: last")).wait_for()
+        reader.open("samples", sort="reward", order="desc")
+        reader.shows("of them in this report")
+        rewards = [float(row.split()[3]) for row in rows(reader)]
+        assert rewards == sorted(rewards, reverse=True)
+        page.get_by_label("Filter").fill("reward > 1")
+        page.get_by_label("Filter").press("Enter")
+        reader.shows("not in this report")
+        reader.open("samples")
+        page.locator("[role=grid] [aria-selected]").first.dblclick()
+        page.get_by_label("Colour by").select_option("entropy")
+        page.locator("[data-t='3']").hover()
+        assert "token 3" in page.locator("output.point").inner_text()
+        page.keyboard.press("g")
+        page.get_by_role("article").first.wait_for()
 
 
 @pytest.mark.slow
