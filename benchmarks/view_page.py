@@ -1,6 +1,6 @@
 """How long does a reader wait? Interactions with the page of `rlkit.view` in headless Chromium, over large runs.
 
-python -m benchmarks.view_page                        # five runs of 100,000 samples: 4 minutes, 2 GB in a temporary folder
+python -m benchmarks.view_page                        # five runs of 100,000 samples: minutes, and 2 GB in /tmp
 python -m benchmarks.view_page --samples 10000 --runs 2
 
 Seconds from an action until the page shows its result, the server's part included, the median of three. Exits with 1

@@ -16,6 +16,7 @@ from synthetic_run import make_all, make_run
 from rlkit.view.report import write
 
 SCREENS = ["overview", "curves", "samples", "distributions", "triage", "compare", "time", "config"]
+ROWS = "[...document.querySelectorAll('[role=grid] [aria-selected]')]"
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "view.png"
 
 
@@ -156,9 +157,7 @@ class TestScreens:
         page.get_by_label("to step").press("Enter")
         reader.hash("to_step=3")
         reader.counts("256 samples")
-        reader.until(
-            "() => [...document.querySelectorAll('[role=grid] [aria-selected]')].every(row => /^[23]/.test(row.innerText))"
-        )
+        reader.until(f"() => {ROWS}.every(row => /^[23]/.test(row.innerText))")
         reader.button("to step 3").click()
         reader.button("from step 2").click()
 
