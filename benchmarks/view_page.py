@@ -108,7 +108,7 @@ def interactions(reader: Reader, runs: int, longest: int) -> dict[str, tuple[Int
             samples,
         ),
         "filter": (filled("Filter", "reward > 1 and correct = 0"), samples),
-        "search of common words": (filled("Text", "boxes pens"), samples),
+        "search of common words": (filled("Text", "certain complete"), samples),
         "search of a phrase": (filled("Text", '"absolutely certain"'), samples),
         "a bin of the histogram": (
             list_after(lambda: page.get_by_role("toolbar", name="length: bins").get_by_role("button").last.click()),

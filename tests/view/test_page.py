@@ -443,9 +443,11 @@ def test_a_report_is_the_page_without_a_server(browser: Any, runs: Path, tmp_pat
 
 @pytest.mark.slow
 def test_picture(browser: Any, address: str) -> None:
+    """Where triage leads: a well-paid wrong answer, its tokens coloured by their process rewards."""
     with reading(browser, address, color_scheme="light") as reader:
-        reader.open("overview", run="main")
-        reader.page.wait_for_timeout(300)
+        reader.open("samples", run="main", filter="tokens = true and correct = 0", sort="reward", order="desc")
+        reader.page.locator("[role=grid] [aria-selected]").first.dblclick()
+        reader.page.locator("[data-t='8']").hover()
         PICTURE.parent.mkdir(exist_ok=True)
         reader.page.screenshot(path=PICTURE)
     assert PICTURE.stat().st_size < 300_000
