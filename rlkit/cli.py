@@ -27,6 +27,8 @@ COMMANDS = {
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),
     "sync": ("rlkit.sync", "send what a run folder holds to a tracker: W&B, MLflow, ..."),
     "export": ("rlkit.export", "write the samples of a run for another program's viewer"),
+    "view": ("rlkit.view.__main__", "look at runs: a page in the browser, while they train or afterwards"),
+    "report": ("rlkit.report", "the same page as one file, with a run in it"),
     "convert-polar": ("rewards.polar.convert", "convert released POLAR checkpoints, exactly, and back"),
 }
 """Name -> (module with a `main(arguments) -> int`, what it does)."""

@@ -158,7 +158,8 @@ def test_other_modules_named_in_commands_exist() -> None:
     for page, command in commands():
         for module in re.findall(r"python -m (rlkit[.\w]*)", command):
             path = ROOT / module.replace(".", "/")
-            assert path.with_suffix(".py").exists(), f"{page}: {command}"
+            files = path.with_suffix(".py"), path / "__main__.py"
+            assert any(file.exists() for file in files), f"{page}: {command}"
         for script in re.findall(r"python ((?:benchmarks|examples)/\S+\.py)", command):
             assert (ROOT / script).exists(), f"{page}: {command}"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import secrets
 import time
 from collections.abc import Mapping
 
@@ -16,6 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rlkit.config.access import host_name, is_loopback, same_token
 from rlkit.experience import Group
 from rlkit.experience.wire import (
     HEALTH_PATH,
@@ -49,29 +48,15 @@ class Access:
 
     async def _refusal(self, request: Request) -> Response | None:
         if self._token is None:
-            if is_loopback(_host_name(request.headers.get("host", ""))):
+            if is_loopback(host_name(request.headers.get("host", ""))):
                 return None
             # A browser would let in a web page whose name was made to point at 127.0.0.1.
             return _error(403, "without a token this server answers only to localhost and loopback addresses", CLOSE)
         credentials = await self._bearer(request)
-        if credentials and secrets.compare_digest(credentials.credentials.encode(), self._token.encode()):
+        if credentials and same_token(credentials.credentials, self._token):
             return None
         headers = {"WWW-Authenticate": "Bearer", **CLOSE}
         return _error(401, "this server wants its token: Authorization: Bearer ...", headers)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _host_name(header: str) -> str:
-    return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
 
 
 def make_app(queue: ScoringQueue, description: Health, token: str | None) -> ASGIApp:

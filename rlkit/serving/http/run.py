@@ -20,13 +20,14 @@ from rich.console import Console
 
 import rlkit
 from rewards.base import Reward, RewardConfig, RewardContext, TrainableReward
+from rlkit.config.access import is_loopback, token_problem
 from rlkit.config.help import print_section
 from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import CONTRACTS, TARGET, conf_dir
 from rlkit.experience.section import Deadline, Section, Seed
 from rlkit.experience.wire import SCHEMA_VERSION, Health, Needs
-from rlkit.serving.http.app import is_loopback, make_app
+from rlkit.serving.http.app import make_app
 from rlkit.serving.http.process import RewardProcess, model_version
 from rlkit.serving.http.queue import BatchLimits, ScoringQueue, ServerMetrics
 
@@ -36,7 +37,6 @@ USED = {
     "seed": "given to the reward",
     "dry_run": "validate only",
 }
-LEAST_TOKEN_CHARACTERS = 16
 KEEP_ALIVE_SECONDS = 60
 
 
@@ -183,11 +183,8 @@ def _token(serve: ServeConfig, where: Callable[[str, Any], str]) -> tuple[str | 
     key, token = where("serve.token_env", variable), os.environ.get(variable, "").strip()
     if not token:
         return None, [ConfigIssue(key, f"the environment has no {variable}; `export {variable}=...` first")]
-    if len(token) < LEAST_TOKEN_CHARACTERS or not token.isascii():
-        remedy = 'python -c "import secrets; print(secrets.token_urlsafe())" makes a good one'
-        message = f"the token must have at least {LEAST_TOKEN_CHARACTERS} ASCII characters; {remedy}"
-        return None, [ConfigIssue(key, message)]
-    return token, []
+    problem = token_problem(token)
+    return (token, []) if problem is None else (None, [ConfigIssue(key, problem)])
 
 
 def serve(resolved: ResolvedServe) -> None:

@@ -1,0 +1,1 @@
+"""Look at runs: a page, a file, the terminal. Reads run folders only; loads no torch, Ray, vLLM or transformers."""

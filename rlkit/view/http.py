@@ -1,0 +1,199 @@
+"""The page and its questions over HTTP: GET alone, JSON, and events when a run grows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import uvicorn
+from anyio.to_thread import current_default_thread_limiter
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.types import ASGIApp
+
+import rlkit
+from rlkit.experience import UserError
+from rlkit.view.guard import Access, Guard, cookie_name, page_policy, refused
+from rlkit.view.query import QUESTIONS, Question, ask
+from rlkit.view.runs import NotThereError, Run, Runs
+from rlkit.view.schema import ErrorResult, Event
+
+PAGE = Path(__file__).parent / "page.html"
+PLACEHOLDER = """<!doctype html><html lang="en"><meta charset="utf-8"><title>rlkit view</title>
+<body><h1>rlkit view</h1><p>This installation has no page (rlkit/view/page.html). The questions under /api are answered:
+<a href="/api/runs">/api/runs</a>, <a href="/api/schema">/api/schema</a>.</p></body></html>
+"""
+LOOK_SECONDS = 1.0
+"""Between two looks at the files of the runs."""
+HEARTBEAT_SECONDS = 15.0
+SMALLEST_GZIP = 1024
+THREADS = 8
+"""That answer; each has a connection to every index it asked."""
+
+
+def page_text() -> str:
+    """The page, or what stands in its place where the package was built without it."""
+    return PAGE.read_text(encoding="utf-8") if PAGE.is_file() else PLACEHOLDER
+
+
+def make_app(runs: Runs, access: Access, ending: threading.Event | None = None) -> ASGIApp:
+    """`ending`: set when the server stops, so that event streams end."""
+    app = FastAPI(
+        title="rlkit view", version=rlkit.__version__, docs_url=None, redoc_url=None, openapi_url="/api/schema"
+    )
+    for path, question in QUESTIONS.items():
+        _add(app, runs, path, question)
+    stop = ending or threading.Event()
+
+    async def events() -> Response:
+        return StreamingResponse(_events(runs, stop), media_type="text/event-stream")
+
+    async def page(request: Request) -> Response:
+        text = await asyncio.to_thread(page_text)
+        response = HTMLResponse(
+            text, headers={"Content-Security-Policy": page_policy(text) + "; frame-ancestors 'none'"}
+        )
+        if access.token is not None:
+            response.set_cookie(cookie_name(request), access.token, httponly=True, samesite="strict", path="/")
+        return response
+
+    async def failed(request: Request, error: HTTPException) -> Response:
+        return refused(error.status_code, str(error.detail))
+
+    async def wrong(request: Request, error: UserError) -> Response:
+        return refused(404 if isinstance(error, NotThereError) else 400, str(error))
+
+    app.get("/api/events", response_class=Response, responses={200: {"model": Event}})(events)
+    app.get("/", include_in_schema=False)(page)
+    app.exception_handler(HTTPException)(failed)
+    app.exception_handler(UserError)(wrong)
+    app.add_middleware(GZipMiddleware, minimum_size=SMALLEST_GZIP, compresslevel=5)
+    return Guard(app, access)
+
+
+def _add(app: FastAPI, runs: Runs, path: str, question: Question) -> None:
+    """`ask` checks the parameters; FastAPI's own check would say it in other words, so it only describes them."""
+
+    def answer(request: Request) -> Response:
+        result = ask(runs, path, dict(request.query_params))
+        return Response(result.model_dump_json(), media_type="application/json")
+
+    parameters = question.asked.model_json_schema()
+    described = [
+        {"name": name, "in": "query", "required": name in parameters.get("required", ()), "schema": schema}
+        for name, schema in parameters.get("properties", {}).items()
+    ]
+    app.get(
+        path,
+        response_model=question.result,
+        description=question.about,
+        responses={400: {"model": ErrorResult}, 404: {"model": ErrorResult}},
+        openapi_extra={"parameters": described},
+    )(answer)
+
+
+async def _events(runs: Runs, stop: threading.Event) -> AsyncIterator[str]:
+    """An event per run that grew or ended since the last look; a comment as a heartbeat."""
+    seen = {run.id: run.stamp() for run in runs.all()}
+    states = {run.id: "" for run in runs.all()}
+    quiet = 0.0
+    yield ": rlkit\n\n"
+    while not stop.is_set():
+        await asyncio.sleep(LOOK_SECONDS)
+        quiet += LOOK_SECONDS
+        for run in await asyncio.to_thread(runs.all):
+            stamp = await asyncio.to_thread(run.stamp)
+            state, _ = await asyncio.to_thread(run.state)
+            known = states.get(run.id)
+            changed = seen.get(run.id) != stamp or (bool(known) and known != state)
+            seen[run.id], states[run.id] = stamp, state
+            if changed:
+                quiet = 0.0
+                event = await asyncio.to_thread(_event, run)
+                yield f"data: {event.model_dump_json()}\n\n"
+        if quiet >= HEARTBEAT_SECONDS:
+            quiet = 0.0
+            yield ": still here\n\n"
+
+
+def _event(run: Run) -> Event:
+    run.index.follow(LOOK_SECONDS)
+    count: int = run.index.connection().execute("SELECT count(*) FROM rows").fetchone()[0]
+    return Event(run=run.id, step=run.metrics.step, state=run.state()[0], samples=count)
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int, tries: int) -> Iterator[socket.socket]:
+    """A socket on the first free port from `port` on; raises UserError if there is none."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    for candidate in range(port, port + tries):
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address[0], candidate, *address[2:]))
+            listener.listen()
+        except OSError as error:
+            listener.close()
+            problem = error
+            continue
+        with listener:
+            yield listener
+        return
+    raise UserError(f"--host {host} --port {port}: cannot listen there: {problem.strerror}; choose another port")
+
+
+class _Server(uvicorn.Server):
+    """Signals end event streams, too; uvicorn would wait for them."""
+
+    def __init__(self, config: uvicorn.Config, ending: threading.Event) -> None:
+        super().__init__(config)
+        self._ending = ending
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def end(self) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._ending.set()
+
+
+def serve(runs: Runs, access: Access, listener: socket.socket) -> None:
+    """Until Ctrl-C or SIGTERM."""
+    ending = threading.Event()
+    follower = threading.Thread(target=_follow_all, args=(runs, ending), name="index", daemon=True)
+    follower.start()
+    asyncio.run(_serve(runs, access, listener, ending))
+    ending.set()
+    follower.join(5.0)
+
+
+async def _serve(runs: Runs, access: Access, listener: socket.socket, ending: threading.Event) -> None:
+    server = _Server(
+        uvicorn.Config(
+            make_app(runs, access, ending), log_level="warning", access_log=False, server_header=False, lifespan="off",
+            timeout_graceful_shutdown=2,
+        ),
+        ending,
+    )  # fmt: skip
+    current_default_thread_limiter().total_tokens = THREADS
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.end)
+    await server.serve(sockets=[listener])
+
+
+def _follow_all(runs: Runs, ending: threading.Event) -> None:
+    """Index beside the answers: a long file is not waited for."""
+    while not ending.wait(LOOK_SECONDS):
+        for run in runs.all():
+            while not ending.is_set() and not run.index.follow(LOOK_SECONDS):
+                pass

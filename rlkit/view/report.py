@@ -1,0 +1,210 @@
+"""A run as one HTML file: the page with the answers to its questions in it, keyed by their addresses.
+
+`<script type="application/json" id="report">` holds {"made", "run", "samples", "kept", "results": {ADDRESS: RESULT}}.
+Whole groups are kept while there is room: suspects of the triage first, then groups with token signals, then evenly
+over the steps. Metrics of long runs are thinned. What is not kept, the page calls absent, not empty.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from rlkit.experience import UserError
+from rlkit.view.guard import page_policy
+from rlkit.view.http import PAGE, page_text
+from rlkit.view.query import address, ask
+from rlkit.view.runs import Run, Runs
+from rlkit.view.samples import summaries
+
+HISTOGRAMS = ("reward", "length")
+DISTRIBUTIONS = ("reward", "length", "entropy", "staleness", "advantage")
+SCATTERED = ("length", "advantage", "staleness", "correct")
+LOGS = ("config.yaml", "summary.json", "logs/console.log")
+TAIL_BYTES = 65536
+METRICS_SHARE = 0.3
+"""Of the file, at most; beyond that every n-th step is kept."""
+DIGITS = 6
+"""Significant ones of numbers in lists."""
+_UNREAD = ("token_ids",)
+"""Fields of rows that nobody reads."""
+
+Group = tuple[int, str]
+
+
+def write(folder: str | Path, out: Path | None, max_mb: float) -> list[str]:
+    """Write the report; return what to say about it. Raises UserError where there is no page or no run, or where
+    `max_mb` is too little for it."""
+    if not PAGE.is_file():
+        raise UserError("this installation has no page (rlkit/view/page.html is missing), so no report can be made")
+    runs = Runs([folder])
+    found = runs.all()
+    if len(found) > 1:
+        raise UserError(f"{folder} holds {len(found)} runs: name one of them, like {found[0].path}")
+    (run,) = found
+    run.index.follow()
+    page = page_text()
+    room = int(max_mb * 1e6) - len(page.encode()) - 2000
+    report = _Report(runs, run, room)
+    if report.size > room:
+        least = (int(max_mb * 1e6) - room + report.size) / 1e6
+        raise UserError(f"--max-mb {max_mb:g}: too little; without any sample the report takes {least:.2f}")
+    kept, total = report.fill()
+    file = out or Path(f"{run.path.name}.html")
+    try:
+        file.write_text(with_report(page, report.content(kept, total), run.id), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {file}: cannot be written: {error.strerror or error}") from error
+    thinned = "" if kept == total else f" (--max-mb {max_mb:g} leaves no room for more)"
+    return [f"{file}: {file.stat().st_size / 1e6:.1f} MB, {kept} of {total} samples{thinned}"]
+
+
+def with_report(page: str, content: dict[str, Any], title: str) -> str:
+    """The page with its own policy, a title, and the data as a block that no browser runs."""
+    allowed = escape(page_policy(page, connect="'none'"))
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{allowed}" />'
+    data = f'<script type="application/json" id="report">{_json(content)}</script>'
+    page = re.sub(r"<title>.*?</title>", lambda _: f"<title>{escape(title)} - rlkit</title>", page, count=1)
+    page = re.sub(r"<head>", lambda match: f"{match.group()}\n    {policy}", page, count=1)
+    return re.sub(r"</body>", lambda match: f"{data}\n{match.group()}", page, count=1)
+
+
+def _json(value: Any) -> str:
+    """Without anything that could end its element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+class _Report:
+    """The results so far, and their size in bytes."""
+
+    def __init__(self, runs: Runs, run: Run, room: int) -> None:
+        self._runs, self._run, self._room = runs, run, room
+        self._results: dict[str, Any] = {}
+        self.size = 0
+        self._everything_but_samples()
+
+    def content(self, kept: int, total: int) -> dict[str, Any]:
+        made = {"made": time.time(), "run": self._run.id, "samples": total, "kept": kept}
+        return {**made, "results": self._results}
+
+    def _everything_but_samples(self) -> None:
+        run = {"run": self._run.id}
+        self._add("/api/runs", {})
+        self._add("/api/config", {"runs": self._run.id})
+        for path in ("/api/metrics", "/api/overview", "/api/health", "/api/triage", "/api/time", "/api/files"):
+            self._add(path, run)
+        if self._run.is_evaluation:
+            self._add("/api/results", run)
+        for key in HISTOGRAMS:
+            self._add("/api/histogram", run | {"key": key, "bins": 40})
+        for key in DISTRIBUTIONS:
+            self._add("/api/distribution", run | {"key": key, "bins": 30})
+        for key in SCATTERED:
+            self._add("/api/scatter", run | {"x": key, "y": "reward"})
+        listed = {file["path"] for file in self._results[address("/api/files", run)]["files"]}
+        for name in listed.intersection(LOGS):
+            self._add("/api/log", run | {"path": name, "tail_bytes": TAIL_BYTES})
+        self._metrics()
+
+    def _metrics(self) -> None:
+        asked = {"run": self._run.id, "names": "*"}
+        result = self._result("/api/metrics", asked)
+        most = METRICS_SHARE * self._room
+        every = max(1, -(-_bytes(result) // max(1, int(most))))
+        training = result["training"]
+        for name in ("step", "seconds", "samples"):
+            training[name] = _every(training[name], every)
+        training["values"] = {name: _every(values, every) for name, values in training["values"].items()}
+        self._keep(address("/api/metrics", asked), result)
+
+    def fill(self) -> tuple[int, int]:
+        """Keep groups while there is room; return the samples kept and those of the run."""
+        run = {"run": self._run.id}
+        rows: list[int] = []
+        reserve = 200  # of the list itself
+        for step, group in self._groups():
+            results, numbers = self._of_group(step, group)
+            listed = [summary.model_dump(mode="json") for summary in summaries(self._run, numbers)]
+            needed = sum(len(key) + _bytes(value) + 4 for key, value in results.items()) + _bytes(listed)
+            if self.size + reserve + needed > self._room:
+                break
+            for key, value in results.items():
+                self._keep(key, value)
+            reserve += _bytes(listed)
+            rows += numbers
+        total = self._result("/api/samples", run | {"limit": 1})["total"]
+        shown = [summary.model_dump(mode="json") for summary in summaries(self._run, sorted(rows))]
+        self._keep(address("/api/samples", run), {"total": total, "rows": shown, "next": None})
+        return len(rows), total
+
+    def _of_group(self, step: int, group: str) -> tuple[dict[str, Any], list[int]]:
+        run = {"run": self._run.id}
+        asked = run | {"step": step, "group": group}
+        result = self._result("/api/group", asked)
+        results, numbers = {address("/api/group", asked): result}, [row["id"] for row in result["rows"]]
+        for number in numbers:
+            one = self._result("/api/sample", run | {"id": number})
+            results[address("/api/sample", run | {"id": number})] = one
+            if one["tokens"]:
+                tokens = run | {"id": number}
+                results[address("/api/tokens", tokens)] = self._result("/api/tokens", tokens)
+        return results, numbers
+
+    def _groups(self) -> Iterator[Group]:
+        """Each group once, the most telling first."""
+        findings = self._results[address("/api/triage", {"run": self._run.id})]["findings"]
+        suspects = [[(row["step"], row["group_id"]) for row in finding["rows"]] for finding in findings]
+        select = self._run.index.connection().execute
+        recorded = select("SELECT DISTINCT step, group_id FROM token_rows ORDER BY step, group_id").fetchall()
+        every = select("SELECT step, group_id FROM rows GROUP BY step, group_id ORDER BY min(id)").fetchall()
+        rounds = [group for row in zip_longest(*suspects) for group in row if group is not None]
+        known = set(every)
+        ordered = [*every[-1:], *rounds, *_spread(recorded), *_spread(every)]
+        yield from dict.fromkeys(group for group in ordered if group in known)
+
+    def _add(self, path: str, parameters: dict[str, Any]) -> None:
+        self._keep(address(path, parameters), self._result(path, parameters))
+
+    def _result(self, path: str, parameters: dict[str, Any]) -> Any:
+        return _lean(ask(self._runs, path, parameters).model_dump(mode="json"))
+
+    def _keep(self, key: str, result: Any) -> None:
+        self._results[key] = result
+        self.size += len(key) + _bytes(result) + 4
+
+
+def _bytes(value: Any) -> int:
+    return len(_json(value).encode())
+
+
+def _every(values: list[Any], n: int) -> list[Any]:
+    """Every n-th from the end, so that the last is there."""
+    return values[::-1][::n][::-1]
+
+
+def _spread(groups: Sequence[Group]) -> list[Group]:
+    """Evenly over the whole, then finer and finer."""
+    order = sorted(range(len(groups)), key=lambda i: int(f"{i:032b}"[::-1], 2))
+    return [groups[i] for i in order]
+
+
+def _lean(value: Any) -> Any:
+    """Rows without what nobody reads, numbers in lists rounded, none that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _lean(own) for key, own in value.items() if key not in _UNREAD}
+    if isinstance(value, list):
+        return [_rounded(own) if isinstance(own, float) else _lean(own) for own in value]
+    return _rounded(value, 17) if isinstance(value, float) else value
+
+
+def _rounded(value: float, digits: int = DIGITS) -> float | None:
+    if value != value or value in (float("inf"), float("-inf")):
+        return None
+    return float(f"{value:.{digits}g}")

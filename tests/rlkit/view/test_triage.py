@@ -1,0 +1,135 @@
+"""Sums of the triage on data where the answer is known, and its findings on a run that fools its reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_run import BOILERPLATE
+
+from rlkit.view.account import account
+from rlkit.view.asked import AboutRun
+from rlkit.view.phrases import boilerplate, has
+from rlkit.view.runs import Runs
+from rlkit.view.trends import correlation, mean_difference, slope, t975, together
+from rlkit.view.triage import last_token_share, spread_shares, triage, within_groups
+
+
+def test_slope_has_the_textbooks_interval() -> None:
+    """y = 2, 4, 5, 4, 5 over x = 1..5: b = 0.6, residual variance 2.4 / 3, standard error sqrt(0.08), t(3) = 3.182."""
+    found = slope(np.arange(1.0, 6), np.array([2.0, 4, 5, 4, 5]))
+    assert found is not None
+    assert found.value == pytest.approx(0.6)
+    assert found.high - found.value == pytest.approx(3.182 * np.sqrt(0.08))
+    assert slope(np.ones(5), np.arange(5.0)) is None
+
+
+def test_slope_of_correlated_residuals_is_less_certain() -> None:
+    """Ten values in two blocks of five: their residuals have the lag correlation that the interval grows by."""
+    x, blocks = np.arange(20.0), np.repeat([0.0, 1.0, 0.0, 1.0], 5)
+    shuffled = np.tile([0.0, 1.0], 10)
+    wide, narrow = slope(x, blocks), slope(x, shuffled)
+    assert wide is not None
+    assert narrow is not None
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_slopes_of_two_metrics_are_of_the_same_steps() -> None:
+    reward = [(step, step / 100) for step in range(301)]
+    accuracy = [(step, 0.8 - step / 1000) for step in range(0, 301, 10)]
+    found = together(reward, accuracy)
+    assert found is not None
+    assert (found.start, found.end) == (200, 300)
+    assert found.first.value == pytest.approx(1.0)  # per 100 steps
+    assert found.second.value == pytest.approx(-0.1)
+    assert together(reward, accuracy[:3]) is None
+
+
+def test_t_quantiles() -> None:
+    assert (t975(3), t975(30), t975(35), t975(10**6)) == (3.182, 2.042, 2.042, 1.980)
+
+
+def test_correlation_and_difference() -> None:
+    x = np.arange(103.0)
+    y = np.where(np.arange(103) % 2, x, 50.0)
+    found = correlation(np.append(x, np.nan), np.append(y, 1.0))
+    r = np.corrcoef(x, y)[0, 1]
+    assert found is not None
+    assert found.value == pytest.approx(r)
+    assert np.arctanh(found.high) - np.arctanh(r) == pytest.approx(1.96 / 10)  # sqrt(103 - 3)
+    assert correlation(x, np.ones(103)) is None
+    pairs = mean_difference(np.array([1.0, 2.0, 3.0]))
+    assert pairs is not None
+    assert pairs.high - 2 == pytest.approx(4.303 / np.sqrt(3))
+
+
+def test_shares_of_the_spread_within_groups() -> None:
+    """The group's level does not count, nor do parts that are equal within it."""
+    group = np.array([0, 0, 1, 1])
+    parts = {
+        "big": np.array([0.0, 3.0, 10.0, 13.0]),
+        "small": np.array([0.0, 1.0, 5.0, 6.0]),
+        "level": np.array([0.0, 0.0, 99.0, 99.0]),
+        "against": np.array([1.0, 0.0, 1.0, 0.0]),
+    }
+    # Sums differ by 3 within each group: big has 3 / 3, small 1 / 3, against -1 / 3.
+    assert spread_shares(parts, group) == pytest.approx({"big": 1.0, "small": 1 / 3, "level": 0.0, "against": -1 / 3})
+    assert spread_shares({"a": np.ones(4), "b": np.ones(4)}, group) == {}
+    assert within_groups(np.array([1.0, np.nan, 2.0, 4.0]), group) == pytest.approx(
+        [0.0, np.nan, -1.0, 1.0], nan_ok=True
+    )
+
+
+def test_share_of_the_last_token() -> None:
+    process = [np.array([0.5, -0.5, 1.0]), np.array([0.0, 2.0]), np.zeros(3), np.zeros(0)]
+    assert last_token_share(process) == pytest.approx(0.75)
+    assert last_token_share([np.zeros(2)]) is None
+
+
+def test_phrases_of_the_best_answers() -> None:
+    plain = [f"The answer is {i}." for i in range(100)]
+    praised = [f"{text} Trust me, I am sure." if i % 2 else text for i, text in enumerate(plain)]
+    found = boilerplate(praised, plain, plain)
+    assert found[0].text == "trust me, i am sure"
+    assert (found[0].best, found[0].worst, found[0].before) == (0.5, 0.0, 0.0)
+    assert has(praised[1], found[0])
+    assert not has(plain[1], found[0])
+    assert boilerplate(plain, plain, plain) == []
+    assert boilerplate(praised, plain, praised) == []  # they said so from the start
+
+
+def test_account_adds_up() -> None:
+    options = {"combine": "sum", "parts": {"rule": {"weight": 1.0}, "judge": {"weight": 0.5}}}
+    parts, words = account({"rule": 1.0, "judge": 0.6, "judge/detail": 3.0}, 1.3, options)
+    assert [(part.name, part.contribution) for part in parts] == [("rule", 1.0), ("judge", 0.3), ("judge/detail", None)]
+    assert words == "the parts add up to 1.3"
+    mean, _ = account({"rule": 1.0, "judge": 0.6}, 0.867, options | {"combine": "mean"})
+    assert [part.contribution for part in mean] == pytest.approx([1 / 1.5, 0.2])
+    assert "another step changed it" in account({"rule": 1.0, "judge": 0.6}, 2.0, options)[1]
+    shaped, words = account({"rule": 1.0, "judge": 0.6, "judge/shaped": 2.0}, 2.0, options)
+    assert shaped[1].contribution == 1.0
+    assert words == "the parts add up to 2"
+    assert "do not add up" in account({"rule": 1.0, "judge": 0.6}, 0.6, options | {"combine": "min"})[1]
+    assert account({"correct": 1.0}, 1.0, {})[0][0].contribution is None
+
+
+def test_a_run_that_fools_its_reward(folder: Path) -> None:
+    run = next(run for run in Runs([folder]).all() if run.id == "main")
+    run.index.follow()
+    result = triage(run, AboutRun(run="main"))
+    found = {finding.id: finding for finding in result.findings}
+    assert result.verifier
+    assert {"rewarded_wrong", "phrases", "ensemble"} <= {name for name, own in found.items() if own.level == "look"}
+    assert all(row.correct == 0 for row in found["rewarded_wrong"].rows)
+    assert all("certain" in row.response_head for row in found["phrases"].rows)
+    words = BOILERPLATE.lower().split()
+    assert any(word in found["phrases"].evidence[0].label for word in words)
+    assert {missing.id for missing in result.missing} == set()
+
+
+def test_a_run_without_verdicts_says_what_it_lacks(folder: Path) -> None:
+    run = next(run for run in Runs([folder]).all() if run.id == "older")
+    run.index.follow()
+    missing = {missing.id: missing.why for missing in triage(run, AboutRun(run="older")).missing}
+    assert "a verifier beside the reward gives it" in missing["rewarded_wrong"]
