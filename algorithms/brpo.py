@@ -33,8 +33,8 @@ class BRPO(SurrogateAlgorithm):
         def _only_comparisons_count(self) -> Self:
             if self.kl_in == "reward":
                 raise ValueError("kl_in=reward has no effect on BRPO, which only compares samples; use kl_in=loss")
-            if self.overlong_max_tokens is not None:
-                raise ValueError("overlong_max_tokens has no effect on BRPO, which only compares samples")
+            if self.by_length:
+                raise ValueError(f"{self.by_length} has no effect on BRPO, which only compares samples")
             return self
 
     def needs(self) -> AlgorithmNeeds:

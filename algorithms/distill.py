@@ -33,8 +33,8 @@ class Distill(SurrogateAlgorithm):
 
         @model_validator(mode="after")
         def _no_reward_is_read(self) -> Self:
-            if self.overlong_max_tokens is not None:
-                raise ValueError("overlong_max_tokens has no effect: distillation reads no rewards")
+            if self.by_length:
+                raise ValueError(f"{self.by_length} has no effect: distillation reads no rewards")
             if self.kl_in == "reward":
                 raise ValueError("kl_in=reward has no effect: distillation reads no rewards; use kl_in=loss")
             return self

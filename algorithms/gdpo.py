@@ -31,10 +31,9 @@ class GDPO(SurrogateAlgorithm):
 
         @model_validator(mode="after")
         def _only_components_count(self) -> Self:
-            if self.kl_in == "reward" or self.overlong_max_tokens is not None:
-                raise ValueError(
-                    "kl_in=reward and overlong_max_tokens have no effect on GDPO, which reads the reward's components"
-                )
+            idle = "kl_in=reward" if self.kl_in == "reward" else self.by_length
+            if idle:
+                raise ValueError(f"{idle} has no effect on GDPO, which reads the reward's components")
             return self
 
     def needs(self) -> AlgorithmNeeds:

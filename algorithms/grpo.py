@@ -50,6 +50,8 @@ class GRPO(SurrogateAlgorithm):
                     "estimator=maxrl divides by mean rewards, which penalties (kl_in=reward, overlong_max_tokens) "
                     "make negative"
                 )
+            if self.estimator == "maxrl" and (self.truncated_reward or 0) < 0:
+                raise ValueError("estimator=maxrl divides by mean rewards, so truncated_reward cannot be negative")
             return self
 
     def needs(self) -> AlgorithmNeeds:

@@ -92,8 +92,8 @@ class StepCredit(SurrogateAlgorithm):
                     raise ValueError(f"{name} has no effect with credit={self.credit}")
             if self.norm == "position_mean" and self.gamma != 1.0:
                 raise ValueError("gamma has no effect with norm=position_mean")
-            if self.outcome_coefficient == 0 and self.overlong_max_tokens is not None:
-                raise ValueError("overlong_max_tokens has no effect with outcome_coefficient=0")
+            if self.outcome_coefficient == 0 and self.by_length:
+                raise ValueError(f"{self.by_length} has no effect with outcome_coefficient=0")
             if self.process_coefficient == self.outcome_coefficient == 0:
                 raise ValueError("process_coefficient and outcome_coefficient are both 0: nothing would be learnt")
             return self

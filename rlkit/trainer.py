@@ -18,6 +18,7 @@ from rlkit.diagnostics.group import DiagnosedError, Diagnostics
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group, UserError
 from rlkit.experience.buffer import DataSolvedError, TooManyRejectedError
+from rlkit.experience.filters import solved
 from rlkit.experience.scores import RewardFailed, check_failures
 from rlkit.learner.joint import JointLearner
 from rlkit.metrics import UpdateGuard, rollout_metrics, summary
@@ -197,6 +198,7 @@ class Trainer:
             )
         of_sampler = await self.publish()
         stats = await self.buffer.stats.remote()
+        self.producer.order.retire(solved([*groups, *rejected], self.config.buffer.retire_solved_share))
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
         metrics |= rollout_metrics(groups, rejected, report, judged, stats, sampling)
         metrics |= {"weights/version": float(self.version), **of_sampler, **self.producer.order.metrics()}

@@ -36,6 +36,8 @@ class Outcomes:
     masks: Masks
     lengths: Int64
     """[B] trained response tokens."""
+    truncated: Bool
+    """[B] cut for want of room."""
 
     @classmethod
     def of(cls, experience: Experience, needed: bool = True) -> Outcomes:
@@ -53,6 +55,7 @@ class Outcomes:
             group=np.array([g for g, _, _ in rows], dtype=np.int64),
             masks=masks,
             lengths=np.array([sample.length for _, sample, _ in rows], dtype=np.int64),
+            truncated=np.array([sample.finish_reason == "length" for _, sample, _ in rows], dtype=np.bool_),
         )
 
 

@@ -27,8 +27,14 @@ FIXED = (
     "rollout.temperature",
 )
 """Keys and sections that a resumed run must share with its checkpoint."""
-RESOLVED = ("algorithm.rollout_correction", "algorithm.largest_weight")
-"""Keys whose default follows from another key: `trainer.max_staleness` may change."""
+RESOLVED = (
+    "algorithm.rollout_correction",
+    "algorithm.largest_weight",
+    "algorithm.overlong_max_tokens",
+    "algorithm.constant_length",
+)
+"""Keys whose default follows from another one that may change: `trainer.max_staleness`, `rollout.max_response_tokens`.
+"""
 FREE = ("run_dir", "resume", "dry_run", "tracking")
 """Keys and sections whose change is not reported."""
 

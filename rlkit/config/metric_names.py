@@ -4,10 +4,10 @@ _BY_AREA = {
     "accuracy": "heldout heldout/low heldout/high train",
     "reward": "heldout heldout/low heldout/high train mean mean_trained std overlong_penalty failed greedy_mean",
     "evaluation": "samples unjudged length_mean truncated_share",
-    "data": "epochs",
+    "data": "epochs retired",
     "group": "all_equal_share",
-    "policy": "loss entropy clip_share grad_norm learning_rate skipped_updates waits optimizer_steps trained_samples "
-    "silent_samples",
+    "policy": "loss entropy entropy_coefficient clip_share grad_norm learning_rate skipped_updates waits "
+    "optimizer_steps trained_samples silent_samples",
     "kl": "reference coefficient rollout",
     "advantage": "mean_absolute return_mean return_std zero_share",
     "length": "mean max truncated_share",

@@ -40,7 +40,8 @@ def rewards_are_read(algorithm: Algorithm, reward: Part) -> Issues:
 
 
 def process_rewards_count_once(algorithm: Algorithm, reward: Part) -> Issues:
-    if algorithm.needs().reads_process_rewards and reward.cls.traits(reward.config).process_in_value:
+    traits = reward.cls.traits(reward.config)
+    if algorithm.needs().reads_process_rewards and traits.process_rewards and traits.process_in_value:
         yield ConfigIssue(
             "reward",
             f"{type(algorithm).__name__} adds values and process rewards, and the value of {reward.cls.__name__} "

@@ -1,4 +1,4 @@
-"""The order in which prompts are drawn: reshuffled in every epoch, resumable at any position."""
+"""The order in which prompts are drawn: reshuffled in every epoch, without those retired, resumable at any position."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import numpy as np
 from rlkit.data.base import DataError
 from rlkit.data.stored import picked
 from rlkit.experience import Prompt
+from rlkit.experience.buffer import DataSolvedError
+
+
+ALL_RETIRED = "the data are solved: the policy has answered every prompt as rightly as buffer.retire_solved_share asks"
 
 
 class PromptOrder:
-    """An endless seeded sequence of prompts; within an epoch each prompt comes exactly once."""
+    """A seeded sequence of prompts, endless until all are retired; within an epoch each comes at most once."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
@@ -25,14 +29,28 @@ class PromptOrder:
         self._position = 0
         self._permutation = self._shuffled()
         self._fingerprint = _fingerprint(prompts)
+        self._retired: set[str] = set()
+
+    @property
+    def left(self) -> int:
+        """Prompts that are not retired."""
+        return len(self._prompts) - len(self._retired)
+
+    def retire(self, ids: Collection[str]) -> None:
+        """Never draw these of its prompts again."""
+        self._retired |= set(ids)
 
     def take(self, count: int) -> list[Prompt]:
+        """Raises DataSolvedError if all are retired."""
         if count < 0:
             raise ValueError(f"cannot take {count} prompts")
         prompts: list[Prompt] = []
         while len(prompts) < count:
+            if not self.left:
+                raise DataSolvedError(ALL_RETIRED)
             chosen = self._permutation[self._position : self._position + count - len(prompts)]
-            prompts += [self._prompts[i] for i in chosen]
+            drawn = (self._prompts[i] for i in chosen)
+            prompts += [prompt for prompt in drawn if prompt.id not in self._retired]
             self._position += len(chosen)
             if self._position == len(self._prompts):
                 self._epoch += 1
@@ -44,7 +62,8 @@ class PromptOrder:
         return {prompt.id: prompt for prompt in self._prompts if prompt.id in ids} if ids else {}
 
     def metrics(self) -> dict[str, float]:
-        return {"data/epochs": self._epoch + self._position / len(self._prompts)}
+        epochs = {"data/epochs": self._epoch + self._position / len(self._prompts)}
+        return {**epochs, "data/retired": len(self._retired)} if self._retired else epochs
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -53,6 +72,7 @@ class PromptOrder:
             "position": self._position,
             "prompts": len(self._prompts),
             "fingerprint": self._fingerprint,
+            "retired": sorted(self._retired),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -69,6 +89,7 @@ class PromptOrder:
         self._epoch = int(state["epoch"])
         self._position = int(state["position"])
         self._permutation = self._shuffled()
+        self._retired = set(state.get("retired", ()))  # not in older checkpoints
 
     def _shuffled(self) -> np.ndarray:
         return np.random.default_rng([self._seed, self._epoch]).permutation(len(self._prompts))
@@ -99,12 +120,20 @@ class MixtureOrder:
         self._shares = {name: weight / total for name, weight in weights.items()}
         self._taken = dict.fromkeys(weights, 0)
 
+    def retire(self, ids: Collection[str]) -> None:
+        for name, order in self._orders.items():
+            order.retire([id for id in ids if id.partition("/")[0] == name])
+
     def take(self, count: int) -> list[Prompt]:
+        """A source whose prompts are all retired leaves its share to the others. Raises DataSolvedError if all are."""
         return [self._next() for _ in range(count)]
 
     def _next(self) -> Prompt:
         drawn = sum(self._taken.values()) + 1
-        name = max(self._shares, key=lambda name: self._shares[name] * drawn - self._taken[name])
+        left = [name for name, order in self._orders.items() if order.left]
+        if not left:
+            raise DataSolvedError(ALL_RETIRED)
+        name = max(left, key=lambda name: self._shares[name] * drawn - self._taken[name])
         self._taken[name] += 1
         return self._orders[name].take(1)[0]
 
@@ -113,8 +142,10 @@ class MixtureOrder:
 
     def metrics(self) -> dict[str, float]:
         """`data/epochs`: of the source that is passed over fastest."""
-        epochs = {name: order.metrics()["data/epochs"] for name, order in self._orders.items()}
-        return {"data/epochs": max(epochs.values()), **{f"data/epochs/{name}": n for name, n in epochs.items()}}
+        own = {name: order.metrics() for name, order in self._orders.items()}
+        epochs = {f"data/epochs/{name}": metrics["data/epochs"] for name, metrics in own.items()}
+        retired = sum(metrics.get("data/retired", 0) for metrics in own.values())
+        return {"data/epochs": max(epochs.values()), **epochs, **({"data/retired": retired} if retired else {})}
 
     def state_dict(self) -> dict[str, Any]:
         orders = {name: order.state_dict() for name, order in self._orders.items()}

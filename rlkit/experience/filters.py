@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from statistics import fmean
 from typing import Literal, Self
 
 import numpy as np
@@ -31,6 +32,9 @@ class BufferConfig(Section):
     baselines and loss, as invalid ones are (DAPO's overlong filtering); drop_group: their whole group is rejected."""
     drop_truncated: bool = False
     """Older form of `truncated=drop_group`."""
+    retire_solved_share: float | None = Field(default=None, gt=0, le=1)
+    """Never ask a prompt again once this share of its responses was right (OLMo 3: 0.875): the component `correct` or
+    `success`, or a reward of 1. null: prompts return in every epoch."""
     max_rejected_share: float = Field(default=0.9, gt=0, lt=1)
     """If more than this share of a step's groups is rejected, the run ends: well if the policy answers them all
     rightly, else with an error that names the filter."""
@@ -88,13 +92,25 @@ def masked(group: Group) -> Group:
     return group.with_scores(replace(group.scores, samples=scores))
 
 
+def solved(groups: Iterable[Group], share: float | None) -> list[str]:
+    """Ids of the prompts of which that share of the valid responses was right; none for null."""
+    if share is None:
+        return []
+    return [group.prompt.id for group in groups if (right := _right(group)) and fmean(value == 1 for value in right) >= share]
+
+
+def _right(group: Group) -> list[float | None]:
+    """What each valid sample got: its rightness, or its reward."""
+    valid = [score for _, score in group.scored() if score.valid]
+    return [score.value if (right := rightness(score)) is None else right for score in valid]
+
+
 Verdict = Literal["all_right", "all_wrong", "mixed"]
 
 
 def verdict(group: Group) -> Verdict:
     """By the component `correct` or `success`, or the reward: all valid samples 1 (right), or all 0 (wrong)."""
-    valid = [score for _, score in group.scored() if score.valid]
-    values = {score.value if (right := rightness(score)) is None else right for score in valid}
+    values = set(_right(group))
     return "all_right" if values == {1.0} else "all_wrong" if values == {0.0} else "mixed"
 
 

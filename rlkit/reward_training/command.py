@@ -45,6 +45,7 @@ USAGE = """\
   python -m rlkit.train_reward reward=implicit_prm data.path=rollouts.jsonl reward.model_path=path/to/model
   python -m rlkit.train_reward reward=implicit_prm stage=evaluate data.path=heldout.jsonl \\
       reward.model_path=runs/old/model reward.reference_path=path/to/model
+  python -m rlkit.train_reward experiment=tulu3_rm data.path=pairs.jsonl    (or implicit_prm_8b; docs/recipes.md)
   python -m rlkit.train_reward reward._target_=my_module.MyTraining data.path=rows.jsonl
 
   --config FILE  start from the values of a configuration file, for example an old run's

@@ -278,10 +278,10 @@ def test_options_without_effect_are_refused(options: dict[str, Any], message: st
     [
         ({}, "components"),
         ({"components": {}}, "at least 1 item"),
-        ({"components": {"correct": 1}, "overlong_max_tokens": 9}, "have no effect on GDPO"),
+        ({"components": {"correct": 1}, "overlong_max_tokens": 9}, "no effect on GDPO"),
         (
             {"components": {"correct": 1}, "kl_coefficient": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
-            "have no effect on GDPO",
+            "no effect on GDPO",
         ),
     ],
 )

@@ -177,6 +177,20 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_difference_named(
         find_resume(config_of(tmp_path, "resume=auto", override))
 
 
+def test_a_next_stage_may_have_longer_responses(tmp_path: Path) -> None:
+    """Also where options of the algorithm follow from their length."""
+    for recipe, option in (("dapo", "overlong_max_tokens"), ("dr_grpo", "constant_length")):
+        sizes = f"algorithm={recipe}", "trainer.prompts_per_step=16", "rollout.max_prompt_tokens=256"
+        old = tmp_path / recipe
+        make(old / "checkpoints", 2, config_of(old, *sizes, "rollout.max_response_tokens=256"))
+        point = find_resume(config_of(tmp_path / "new", *sizes, f"resume={old}", "rollout.max_response_tokens=512"))
+        assert point is not None
+        assert point.notices[:2] == (
+            "rollout.max_response_tokens was 256 and is 512 now",
+            f"algorithm.{option} was 256 and is 512 now",
+        )
+
+
 def test_what_may_differ_is_said(tmp_path: Path) -> None:
     path = make(tmp_path / "old" / "checkpoints", 2, config_of(tmp_path / "old"))
     for name in (path, tmp_path / "old"):

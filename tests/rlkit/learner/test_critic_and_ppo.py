@@ -57,6 +57,15 @@ def test_values_equal_plain_transformers_on_each_sequence(model: Path) -> None:
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+def test_the_critic_takes_optimizer_steps_of_its_own(model: Path) -> None:
+    """Open-Reasoner-Zero: several for each one of the policy. Each is on an equal share of the step's groups."""
+    several, single, groups = critic(model, minibatches_per_step=4), critic(model), make_groups()
+    advantages, old = regression(groups, 0.7)
+    several.update(groups, advantages, old)
+    single.update(groups, advantages, old)
+    assert (several.counters(), single.counters()) == ({"optimizer_steps": 4}, {"optimizer_steps": 1})
+
+
 @pytest.mark.parametrize("options", [{"tokens_per_microbatch": 40}, {"zero_stage": 1}])
 def test_the_update_does_not_depend_on_how_it_is_cut(model: Path, options: dict[str, int]) -> None:
     groups = make_groups()
