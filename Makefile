@@ -31,7 +31,7 @@ except (OSError, ValueError):
 endef
 export REACHABLE
 
-.PHONY: setup demo test test-cluster lint bench clean bubblewrap
+.PHONY: setup demo test test-cluster lint docs bench clean bubblewrap
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -76,6 +76,11 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/vulture
+
+# The documentation site, into site/; a broken link or anchor fails.
+docs: setup
+	$(BIN)/python docs/build/pages.py
+	PYTHONPATH=docs/build $(BIN)/zensical build --strict
 
 # Has anything become slower? Compares ratios with benchmarks/expected.json, in a few minutes.
 bench: setup

@@ -70,6 +70,8 @@ EXTRAS = {
         "mypy>=1.18",
         "import-linter>=2.17,<3",
         "vulture>=2.14",
+        "zensical==0.0.73",  # the documentation site: mkdocs.yml
+        "latex2mathml>=3.78,<4",  # its formulas
         "setuptools",
         "wheel",
     ],

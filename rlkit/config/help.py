@@ -81,14 +81,14 @@ def print_help(words: Sequence[str] = ()) -> int:
             _print_block(console, block)
         return 0
     for word in words:
-        matching = list(matching(word, blocks)) or list(option_block(word, options))
-        if not matching:
+        asked_for = list(matching(word, blocks)) or list(option_block(word, options))
+        if not asked_for:
             names = {name for block in blocks for name in (*block.names, *(key for key, _ in block.fields))}
             raise ConfigError([ConfigIssue(f"--help {word}", f"no section, option or key; {_near(word, names)}")])
         if word in CONTRACTS:
             _print_part(console, word, options[word])
             continue
-        for block in matching:
+        for block in asked_for:
             _print_block(console, block)
     return 0
 

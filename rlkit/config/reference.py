@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rlkit.config.compose import default_options, group_options, option_comment, option_text, option_values, values_of
+from rlkit.config.compose import (
+    default_options,
+    first_sentence,
+    group_options,
+    option_comment,
+    option_text,
+    option_values,
+    values_of,
+)
 from rlkit.config.help import Block, default_text, matching, parts, sections, spelled
 from rlkit.config.messages import allowed
 from rlkit.config.parts import CONTRACTS, TARGET, conf_dir
@@ -49,7 +56,7 @@ def _index(named: Sequence[Block], groups: Mapping[str, Sequence[str]], chosen: 
         "",
         "| | |",
         "|---|---|",
-        *(f"| [{_cell(b.title)}]({_file(b.title)}) | {_cell(_sentence(b.text))} |" for b in named),
+        *(f"| [{_cell(b.title)}]({_file(b.title)}) | {_cell(first_sentence(b.text))} |" for b in named),
     ]
     for group, names in groups.items():
         lines += ["", f"## `{group}=`", "", "| option | |", "|---|---|"]
@@ -97,11 +104,6 @@ def _page(title: str, text: str, block: Block | None) -> str:
 def _file(title: str) -> str:
     kind, _, name = title.lower().partition(" {kind:")
     return f"{kind.replace(' ', '_')}s.md" if name else f"{kind}.md"
-
-
-def _sentence(text: str) -> str:
-    """The first one."""
-    return re.split(r"(?<=[\w)]{2}[.:])\s", " ".join(text.split()), maxsplit=1)[0].rstrip(":")
 
 
 def _code(title: str) -> str:
