@@ -70,6 +70,7 @@ EXTRAS = {
         "mypy>=1.18",
         "import-linter>=2.17,<3",
         "vulture>=2.14",
+        "sybil>=10,<11",  # Python blocks of the pages
         "zensical==0.0.73",  # the documentation site: mkdocs.yml
         "latex2mathml>=3.78,<4",  # its formulas
         "setuptools",
