@@ -31,7 +31,7 @@ except (OSError, ValueError):
 endef
 export REACHABLE
 
-.PHONY: setup demo test test-cluster lint bench clean bubblewrap chromium page page-check
+.PHONY: setup demo test test-cluster lint docs bench clean bubblewrap chromium page page-check
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -93,6 +93,11 @@ page-check:
 			&& git diff --exit-code --stat ../rlkit/view/page.html; \
 	elif [ "$$RLKIT_NEEDS_NPM" = 1 ]; then echo "make: npm (Node 20) not found" >&2; exit 1; \
 	else echo "npm is not installed: the page is not compared with its sources"; fi
+
+# The documentation site, into site/; a broken link or anchor fails.
+docs: setup
+	$(BIN)/python docs/build/pages.py
+	PYTHONPATH=docs/build $(BIN)/zensical build --strict
 
 # Has anything become slower? Compares ratios with benchmarks/expected.json, in a few minutes.
 bench: setup

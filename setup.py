@@ -83,6 +83,9 @@ EXTRAS = {
         "vulture>=2.14",
         "playwright>=1.55,<2",  # tests/view, with the system's chromium
         "axe-playwright-python>=0.1.7,<0.2",
+        "sybil>=10,<11",  # Python blocks of the pages
+        "zensical==0.0.73",  # the documentation site: mkdocs.yml
+        "latex2mathml>=3.78,<4",  # its formulas
         "setuptools",
         "wheel",
     ],

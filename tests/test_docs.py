@@ -108,6 +108,12 @@ def _run_of_two_checkpoints(run: Path) -> None:
     (run / "samples.jsonl").write_text('{"response": "3"}\n')
 
 
+def test_what_is_not_run_says_why() -> None:
+    for page in PAGES:
+        blocks = re.findall(r"(.*)\n```console\n", page.read_text())
+        assert all(re.fullmatch(r" *<!-- not run: .+ -->", line) for line in blocks), f"{page}: {blocks}"
+
+
 def validated() -> list[tuple[str, str]]:
     """Commands whose configuration can be checked without running them. That of `environment=verifiers` wants the
     package: tests/runs/test_verifiers_run.py."""

@@ -108,14 +108,25 @@ def values_of(chosen: Mapping[str, str | None], folder: Path) -> dict[str, tuple
 
 def option_text(group: str, option: str) -> str:
     """The first sentence of the comment in an option's file, else what its class says of itself."""
-    file = _option_file(group, option, conf_dir())
-    lines = [line.lstrip("# ") for line in file.read_text().splitlines() if re.match(r"# (?!@package)", line)]
-    text = re.split(r"(?:(?<=\w{3}\.)|(?<=\)\.))\s", " ".join(lines))[0].rstrip(".")
-    return text or headline(import_part(group, option_values(group, option)[f"{group}._target_"]))
+    comment = option_comment(group, option)
+    return first_sentence(comment or headline(import_part(group, option_values(group, option)[f"{group}._target_"])))
+
+
+def first_sentence(text: str) -> str:
+    """Without its full stop."""
+    return re.split(r"(?:(?<=\w{3}\.)|(?<=\)\.))\s", " ".join(text.split()))[0].rstrip(".")
+
+
+def option_comment(group: str, option: str) -> str:
+    """At the head of its file, as one line; may be empty."""
+    lines = _option_file(group, option, conf_dir()).read_text().splitlines()
+    return " ".join(line.lstrip("# ") for line in lines if re.match(r"# (?!@package)", line))
 
 
 def headline(cls: type) -> str:
-    return (cls.__doc__ or sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0]
+    """The first paragraph of what a class, or its file, says of itself."""
+    text = (cls.__doc__ or sys.modules[cls.__module__].__doc__ or "").strip().partition("\n\n")[0]
+    return " ".join(text.split())
 
 
 def _option_file(group: str, option: str, folder: Path) -> Path:

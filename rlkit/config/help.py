@@ -73,7 +73,7 @@ def print_help(words: Sequence[str] = ()) -> int:
             raise ConfigError([ConfigIssue(f"--help {group}={option}", message)])
         if group in options:
             chosen[group] = option
-    blocks = [*_sections(values_of(chosen, folder)), *_parts(options, chosen, words)]
+    blocks = [*sections(values_of(chosen, folder)), *parts(options, chosen, words)]
     if not words:
         console.print(USAGE, highlight=False)
         _print_options(console, options, chosen)
@@ -81,14 +81,14 @@ def print_help(words: Sequence[str] = ()) -> int:
             _print_block(console, block)
         return 0
     for word in words:
-        matching = list(_matching(word, blocks)) or list(_option_block(word, options))
-        if not matching:
+        asked_for = list(matching(word, blocks)) or list(option_block(word, options))
+        if not asked_for:
             names = {name for block in blocks for name in (*block.names, *(key for key, _ in block.fields))}
             raise ConfigError([ConfigIssue(f"--help {word}", f"no section, option or key; {_near(word, names)}")])
         if word in CONTRACTS:
             _print_part(console, word, options[word])
             continue
-        for block in matching:
+        for block in asked_for:
             _print_block(console, block)
     return 0
 
@@ -98,7 +98,7 @@ def _near(word: str, names: set[str]) -> str:
     return text if text.startswith("did") else "--help alone lists everything"
 
 
-def _sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:
+def sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:
     top = [(name, info) for name, info in RunConfig.model_fields.items() if section_type(info.annotation) is None]
     plain = [(name, info) for name, info in top if name not in CONTRACTS]
     yield Block("Run", "", plain, frozenset({"run"}), values)
@@ -112,7 +112,7 @@ def _sections(values: Mapping[str, tuple[Any, str]]) -> Iterator[Block]:
         yield Block(f"diagnostic {{kind:{name}}}", headline(cls), fields, frozenset({"diagnostics"}), {})
 
 
-def _parts(
+def parts(
     options: Mapping[str, Sequence[str]], chosen: Mapping[str, str | None], words: Sequence[str]
 ) -> Iterator[Block]:
     borrowed, added = borrowed_options(conf_dir()), list[Block]()
@@ -162,13 +162,13 @@ def _class_block(
     return Block(title, headline(cls), fields, names, values, same_as, frozenset(f"{kind}.{name}" for name in idle))
 
 
-def _matching(word: str, blocks: Sequence[Block]) -> Iterator[Block]:
+def matching(word: str, blocks: Sequence[Block]) -> Iterator[Block]:
     """Blocks of that name, else the keys whose names have the word."""
     named = [block for block in blocks if word in block.names]
     if named:
         for b in named:
             fields = [field for field in b.fields if field[0] not in b.idle]
-            yield Block(b.title, _recipe_text(b) or b.text, fields, b.names, b.sets)
+            yield Block(b.title, recipe_text(b) or b.text, fields, b.names, b.sets)
     else:
         for block in blocks:
             fields = [(key, info) for key, info in block.fields if word in key]
@@ -176,16 +176,16 @@ def _matching(word: str, blocks: Sequence[Block]) -> Iterator[Block]:
                 yield Block(block.title, "", fields, block.names, block.sets)
 
 
-def _recipe_text(block: Block) -> str:
+def recipe_text(block: Block) -> str:
     """Of an algorithm's recipe, which may set keys of other sections; empty for all else."""
     kind, _, option = block.title.partition("=")
     if kind != "algorithm":
         return ""
-    beside = [f"{key}={_spelled(value)}" for key, (value, _) in block.sets.items() if not key.startswith("algorithm.")]
+    beside = [f"{key}={spelled(value)}" for key, (value, _) in block.sets.items() if not key.startswith("algorithm.")]
     return option_text(kind, option) + (f". Also sets {', '.join(beside)}, unless model=NAME does" if beside else "")
 
 
-def _option_block(word: str, options: Mapping[str, Sequence[str]]) -> Iterator[Block]:
+def option_block(word: str, options: Mapping[str, Sequence[str]]) -> Iterator[Block]:
     """`cluster=multi_gpu`: an option that is no class, by what it sets; a group alone, by its options."""
     group, _, option = word.partition("=")
     for name in options.get(group, ()) if not option else (option,):
@@ -195,7 +195,7 @@ def _option_block(word: str, options: Mapping[str, Sequence[str]]) -> Iterator[B
                 own = {key: (value, word) for key, value in values.items()}
                 yield _class_block(group, word, values[f"{group}.{TARGET}"], own)
                 continue
-            text = ", ".join(f"{key}={_spelled(value)}" for key, value in values.items())
+            text = ", ".join(f"{key}={spelled(value)}" for key, value in values.items())
             yield Block(f"{group}={name}", f"sets {text}" if text else "sets nothing", (), frozenset(), {})
 
 
@@ -219,7 +219,7 @@ def _print_block(console: Console, block: Block) -> None:
     if not block.same_as:
         print_section(console, block.title, block.text, block.fields, block.sets)
         return
-    own = [f"{key}={_spelled(value)}" for key, (value, _) in block.sets.items() if not key.endswith(TARGET)]
+    own = [f"{key}={spelled(value)}" for key, (value, _) in block.sets.items() if not key.endswith(TARGET)]
     text = f"The keys of {block.same_as}; sets {', '.join(own)}" if own else f"The keys of {block.same_as}"
     print_section(console, block.title, text, ())
 
@@ -234,7 +234,7 @@ def print_section(
     """`values`: full key -> (value, option) of what options set instead of the default."""
     console.print(f"\n[bold]{escape(title)}[/]  {escape(text)}", highlight=False, soft_wrap=True)
     for key, info in fields:
-        default = _default(info, (values or {}).get(key))
+        default = default_text(info, (values or {}).get(key))
         console.print(
             f"  [cyan]{escape(key)}[/]  {escape(allowed(info))}; {escape(default)}", highlight=False, soft_wrap=True
         )
@@ -242,16 +242,16 @@ def print_section(
             console.print(Padding(escape(info.description), (0, 0, 0, 6)), highlight=False)
 
 
-def _default(info: FieldInfo, value: tuple[Any, str] | None) -> str:
-    plain = "required" if info.is_required() else _spelled(info.get_default(call_default_factory=True))
-    if value is None or value[0] == "???" or _spelled(value[0]) == plain:
+def default_text(info: FieldInfo, value: tuple[Any, str] | None) -> str:
+    plain = "required" if info.is_required() else spelled(info.get_default(call_default_factory=True))
+    if value is None or value[0] == "???" or spelled(value[0]) == plain:
         return plain if info.is_required() else f"default {plain}"
-    return f"default {_spelled(value[0])} ({value[1]}; else {plain})"
+    return f"default {spelled(value[0])} ({value[1]}; else {plain})"
 
 
-def _spelled(value: object) -> str:
+def spelled(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
         return f"{value:g}"
-    return f"[{', '.join(_spelled(item) for item in value)}]" if isinstance(value, tuple | list) else str(value)
+    return f"[{', '.join(spelled(item) for item in value)}]" if isinstance(value, tuple | list) else str(value)
