@@ -289,7 +289,7 @@ async def _start(
         checkpointer=Checkpointer(config, folder),
         folder=folder,
         tracker=tracker,
-        recorder=Recorder(config.tracking, folder, make_filter(config.buffer)),
+        recorder=Recorder(config.tracking, folder, make_filter(config.buffer), data.pieces),
         guard=UpdateGuard(config.trainer, tracker.warn),
         diagnostics=Diagnostics(
             make_diagnostics(config.diagnostics, plain(config)),

@@ -205,7 +205,7 @@ class Trainer:
         metrics = await self.diagnostics.check(record)
         self.latest |= metrics
         self.tracker.step(step, metrics, experience.groups)
-        self.recorder.step(experience, advantages, rejected, judged)
+        self.recorder.step(experience, advantages, rejected, judged, self.learner.policy.signals)
         self.whole, self.advanced = True, False
         self.diagnostics.obey()
 

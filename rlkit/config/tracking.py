@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -29,6 +29,11 @@ class TrackingConfig(Section):
     """
     keep_samples: Literal["all", "best_worst"] = "all"
     """Which responses of these groups: all, or the best and the worst of each."""
+    token_groups_per_step: int = Field(default=4, ge=0)
+    """Of these groups, how many leave the signals of each token in `tokens/`: the widest and the narrowest spread of
+    rewards, and others at random. 0: none."""
+    token_gib: float = Field(default=1.0, gt=0)
+    """Size of `tokens/` above which every second file of its older half is removed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -40,3 +45,11 @@ class TrackingConfig(Section):
         if fields[TENSORBOARD] not in (True, False):
             raise ValueError(f"tensorboard={fields[TENSORBOARD]} must be true or false; better is trackers=[...]")
         return others if fields[TENSORBOARD] else {"trackers": (), **others}
+
+    @model_validator(mode="after")
+    def _every_option_acts(self) -> Self:
+        if self.token_groups_per_step == 0 and self.token_gib != type(self).model_fields["token_gib"].default:
+            raise ValueError("token_gib has no effect with token_groups_per_step=0")
+        if self.sample_groups_per_step == 0 and self.keep_samples != "all":
+            raise ValueError("keep_samples has no effect with sample_groups_per_step=0")
+        return self

@@ -1,4 +1,4 @@
-"""What each step leaves on disk for those who look at it later: its samples."""
+"""What each step leaves on disk for those who look at it later: its samples, and of some their tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rlkit.experience import Group
 from rlkit.experience.filters import GroupFilter, why_dropped
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.samples import chosen_groups, sample_rows, untrained, verdicts_by_group
+from rlkit.tracking.tokens import Pieces, Signals, TokenFolder, token_table, watched_samples
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +19,12 @@ log = logging.getLogger(__name__)
 class Recorder:
     """Writes beside the next step, in order. What fails there is said; training goes on without it."""
 
-    def __init__(self, config: TrackingConfig, folder: RunFolder, rejected_by: GroupFilter) -> None:
-        self.config, self.folder, self.rejected_by = config, folder, rejected_by
+    def __init__(
+        self, config: TrackingConfig, folder: RunFolder, rejected_by: GroupFilter, pieces: Pieces | None = None
+    ) -> None:
+        """`pieces`: the text of each token."""
+        self.config, self.folder, self.rejected_by, self.pieces = config, folder, rejected_by, pieces
+        self.tokens = TokenFolder(folder.tokens, config.token_gib * 2**30)
 
     def step(
         self,
@@ -27,9 +32,18 @@ class Recorder:
         advantages: Advantages,
         rejected: Sequence[Group] = (),
         judged: Sequence[Group] | None = None,
+        signals: Signals | None = None,
     ) -> None:
-        """Record a trained step. `judged`: its groups, and the rejected ones, as the verifier scores them."""
-        self._beside(lambda: self._step(experience, advantages, rejected, judged))
+        """Record a trained step. `judged`: its groups, and the rejected ones, as the verifier scores them; `signals`:
+        of the update."""
+
+        def work() -> None:
+            self._samples(experience, advantages, rejected, judged)
+            if watched := watched_samples(experience, self.config):
+                table = token_table(experience, advantages, signals or {}, watched, self.pieces)
+                self.tokens.write(experience.step, table)
+
+        self._beside(work)
 
     def failed(self, step: int, groups: Sequence[Group]) -> None:
         """Record a step that ends the run because of its scores: what the reward was given."""
@@ -42,7 +56,7 @@ class Recorder:
             )
         )
 
-    def _step(
+    def _samples(
         self,
         experience: Experience,
         advantages: Advantages,

@@ -23,8 +23,8 @@ class RunFolderError(UserError):
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `diagnostics/`, `summary.json`, `tensorboard/`, `checkpoints/`,
-    `logs/`."""
+    """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `tokens/`, `diagnostics/`, `summary.json`, `tensorboard/`,
+    `checkpoints/`, `logs/`."""
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
         """Raises RunFolderError if the folder already holds a run, cannot be written, or is in use.
@@ -35,6 +35,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.tokens = self.path / "tokens"
         self.tables = self.path / "diagnostics"
         self.summary = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"
@@ -109,12 +110,16 @@ class RunFolder:
         """Metrics, samples and tables."""
         return [file for file in (self.metrics, self.samples, *sorted(self.tables.glob("*.jsonl"))) if file.exists()]
 
-    def keep_only(self, keep: Mapping[str, int]) -> None:
-        """Truncate the files that grow to these bytes (unnamed: to 0) and remove the summary.
+    def keep_only(self, keep: Mapping[str, int], step: int = 0) -> None:
+        """Truncate the files that grow to these bytes (unnamed: to 0), and remove the summary and the tokens of steps
+        after `step`.
 
         Raises RunFolderError if a file is shorter.
         """
         self.summary.unlink(missing_ok=True)
+        for file in self.tokens.glob("*step_*.parquet"):
+            if file.name.startswith(".") or int(file.stem.rpartition("_")[2]) > step:
+                file.unlink()
         for file in self._growing():
             size = keep.get(str(file.relative_to(self.path)), 0)
             if file.stat().st_size < size:
