@@ -135,6 +135,7 @@ def test_tensorboard_shows_the_times_of_the_run(tmp_path: Path) -> None:
     assert [(e.step, e.wall_time) for e in events.Scalars("reward/mean")] == list(zip((1, 2, 3), times, strict=True))
 
 
+@pytest.mark.slow
 def test_export_to_trackio_has_every_sample(tmp_path: Path) -> None:
     need("trackio")
     run = recorded(tmp_path)
@@ -158,6 +159,7 @@ def test_commands_of_the_page_run(line: str, tmp_path: Path) -> None:
     commands(tmp_path, ["-m", *shlex.split(line)])
 
 
+@pytest.mark.slow
 def test_export_to_inspect(tmp_path: Path) -> None:
     need("inspect_ai", "inspect")
     from inspect_ai.log import read_eval_log
