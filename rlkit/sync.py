@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from rlkit.config.command import asks_for_help, exit_code
 from rlkit.config.messages import ConfigError, ConfigIssue
@@ -59,9 +60,11 @@ def _sync(arguments: list[str]) -> int:
 def parse_tracker(text: str) -> TrackerConfig:
     """Raises ConfigError for an unknown tracker, or one whose package is missing."""
     try:
-        (config,) = parse_trackers([yaml.safe_load(text)])
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError([ConfigIssue(f"tracker={text}", str(error).removeprefix("tracker 1: "))]) from error
+        value = OverridesParser.create().parse_override(f"tracker={text}").value()
+        (config,) = parse_trackers([value])
+    except (ValueError, HydraException) as error:
+        message = str(error).splitlines()[0].removeprefix("tracker 1: ")
+        raise ConfigError([ConfigIssue(f"tracker={text}", message)]) from error
     problems = [ConfigIssue(f"tracker={text}", message) for message in tracker_class(config.kind).check(config)]
     if problems:
         raise ConfigError(problems)

@@ -35,14 +35,6 @@ class TrackingConfig(Section):
     token_gib: float = Field(default=1.0, gt=0)
     """Size of `tokens/` above which every second file of its older half is removed."""
 
-    @model_validator(mode="after")
-    def _every_option_acts(self) -> Self:
-        if self.token_groups_per_step == 0 and self.token_gib != type(self).model_fields["token_gib"].default:
-            raise ValueError("token_gib has no effect with token_groups_per_step=0")
-        if self.sample_groups_per_step == 0 and self.keep_samples != "all":
-            raise ValueError("keep_samples has no effect with sample_groups_per_step=0")
-        return self
-
     @model_validator(mode="before")
     @classmethod
     def _of_an_older_file(cls, fields: Any) -> Any:
@@ -53,3 +45,11 @@ class TrackingConfig(Section):
         if fields[TENSORBOARD] not in (True, False):
             raise ValueError(f"tensorboard={fields[TENSORBOARD]} must be true or false; better is trackers=[...]")
         return others if fields[TENSORBOARD] else {"trackers": (), **others}
+
+    @model_validator(mode="after")
+    def _every_option_acts(self) -> Self:
+        if self.token_groups_per_step == 0 and self.token_gib != type(self).model_fields["token_gib"].default:
+            raise ValueError("token_gib has no effect with token_groups_per_step=0")
+        if self.sample_groups_per_step == 0 and self.keep_samples != "all":
+            raise ValueError("keep_samples has no effect with sample_groups_per_step=0")
+        return self

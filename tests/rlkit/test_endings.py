@@ -92,7 +92,7 @@ def test_a_run_that_fails_before_its_first_record_gives_its_folder_back(
     shown = "".join(capfd.readouterr())
     assert shown.count("no such file") == 1
     assert "The run ended early, after step 0." in shown
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"logs", "tensorboard"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"logs", "tensorboard", "trackers.json"}
     assert "no such file" in (tmp_path / "run" / "logs" / "driver.log").read_text()
     data.write_text(rows)
     load_config(arguments)

@@ -92,6 +92,7 @@ def test_trackio(tmp_path: Path) -> None:
     assert sum("step 2 g1 worst" in trace and "question g1" in trace for trace in traces) == 1
 
 
+@pytest.mark.slow
 def test_wandb(tmp_path: Path) -> None:
     need("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
@@ -121,6 +122,7 @@ def test_wandb(tmp_path: Path) -> None:
     assert tables[0]["columns"][:4] == ["step", "prompt", "response", "answer"]
 
 
+@pytest.mark.slow
 def test_swanlab(tmp_path: Path) -> None:
     need("swanlab")
     from swanlab.proto.swanlab.record.v1.record_pb2 import Record
@@ -143,6 +145,7 @@ def test_swanlab(tmp_path: Path) -> None:
     assert "question g1\n\nstep 3 g1 worst" in texts and "the learner is tired" in texts
 
 
+@pytest.mark.slow
 def test_mlflow(tmp_path: Path) -> None:
     need("mlflow")
     import mlflow

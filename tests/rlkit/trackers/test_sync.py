@@ -110,6 +110,8 @@ def test_mistakes_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str
     run = recorded(tmp_path)
     assert "name run folders and one tracker" in answer(2, "tracker=tensorboard")
     assert "there is no kind 'wanddb'; did you mean wandb?" in answer(2, str(run), "tracker=wanddb")
+    assert "projekt is no option of it" in answer(2, str(run), "tracker={kind:tensorboard,projekt:x}")
+    assert "tracker={kind:tensorboard: " in answer(2, str(run), "tracker={kind:tensorboard")
     assert "no such argument" in answer(2, str(run), "tracker=tensorboard", "follow=true")
     assert "holds no run" in answer(1, str(tmp_path), "tracker=tensorboard")
     assert "tracker Unstartable: ConnectionError: nobody answers" in answer(
@@ -135,6 +137,7 @@ def test_tensorboard_shows_the_times_of_the_run(tmp_path: Path) -> None:
     assert [(e.step, e.wall_time) for e in events.Scalars("reward/mean")] == list(zip((1, 2, 3), times, strict=True))
 
 
+@pytest.mark.slow
 def test_export_to_trackio_has_every_sample(tmp_path: Path) -> None:
     need("trackio")
     run = recorded(tmp_path)
@@ -158,6 +161,7 @@ def test_commands_of_the_page_run(line: str, tmp_path: Path) -> None:
     commands(tmp_path, ["-m", *shlex.split(line)])
 
 
+@pytest.mark.slow
 def test_export_to_inspect(tmp_path: Path) -> None:
     need("inspect_ai", "inspect")
     from inspect_ai.log import read_eval_log
