@@ -261,6 +261,8 @@ class LossOutput:
     """Scalar metrics that add up the same way."""
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
     """Scalar metrics reported as the maximum over micro-batches and ranks."""
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    """[R] what was decided for each token, to be recorded: ratio, weight, clipped."""
 
 
 class Algorithm(ABC):

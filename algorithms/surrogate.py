@@ -266,6 +266,7 @@ class SurrogateAlgorithm(Algorithm):
             anchored = replace(inputs, old_logprobs=inputs.rollout_logprobs.where(trained, inputs.old_logprobs))
         surrogate, clipped = self._surrogate_rows(anchored)
         sums = {"policy/clip_share": share(clipped), "policy/entropy": share(inputs.entropy)}
+        rows = {"clipped": clipped, **self._ratio(anchored)}
         weights = None
         if config.rollout_correction not in (None, "none"):
             weights, cut = losses.rollout_weights(
@@ -280,6 +281,7 @@ class SurrogateAlgorithm(Algorithm):
             )
             surrogate = surrogate * weights
             sums |= {"mismatch/weight_mean": share(weights), "mismatch/weight_cut_share": share(cut)}
+            rows["weight"] = weights
         loss = mean(surrogate)
         if inputs.reference_logprobs is not None:
             divergence = losses.kl_divergence(inputs.logprobs, inputs.reference_logprobs, config.kl_estimator)
@@ -290,7 +292,12 @@ class SurrogateAlgorithm(Algorithm):
                 loss = loss + inputs.scalars.get("kl_coefficient", config.kl_coefficient) * mean(divergence)
         if config.entropy_coefficient:
             loss = loss - config.entropy_coefficient * mean(inputs.entropy)
-        return LossOutput(loss=loss, sums=sums)
+        return LossOutput(loss=loss, sums=sums, rows=rows)
+
+    def _ratio(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """[R] of each token's probability to that of the policy which the surrogate compares with, if it does."""
+        bases = [getattr(inputs, name) for name in ("rollout_logprobs", "old_logprobs") if name in self._parameters]
+        return {"ratio": losses.clamped(inputs.logprobs.detach() - bases[-1]).exp()} if bases else {}
 
     def _surrogate_rows(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         arguments = {name: getattr(self.config if name in CLIP_OPTIONS else inputs, name) for name in self._parameters}

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from rlkit.config.schema import EvaluationConfig
-from rlkit.experience import Group, Prompt, Score
+from rlkit.experience import Group, Prompt
 from rlkit.experience.episodes import environment_metrics, share_bounds
-from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures, rightness
+from rlkit.experience.scores import Area, ScoreReport, check_failures, verdicts
 from rlkit.experience.statistics import best_sizes, expected_best, mean_of_questions
 from rlkit.experience.types import FloatArray
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import RewardPool
 
-Area = Literal["accuracy", "reward"]
-"""What the verifier's verdicts are: right or wrong, or values of any size."""
 OWN = ""
 """The held-out set of the run's own data, beside the named ones of `evaluation.sets`."""
 
@@ -98,29 +95,6 @@ class Evaluator:
         scored = await self.verifier.score(batches)
         lists = await asyncio.gather(*(_fetch(ref) for ref in scored.batches))
         return [group for groups in lists for group in groups], scored.report
-
-
-def verdicts(groups: Sequence[Group]) -> tuple[Area, list[FloatArray]]:
-    """What the verifier says: per group [samples], NaN where a sample was not judged.
-
-    `accuracy` (1 right, 0 wrong) if all judged samples have a component `correct` or `success`, or some a `success`:
-    an episode whose environment does not say so had none. Else `reward`: the values. Raises RewardFailed for a sample
-    with neither.
-    """
-    scores = [[score for _, score in group.scored()] for group in groups]
-    judged = [score for own in scores for score in own if score.valid]
-    graded = all(rightness(score) is not None for score in judged) or any("success" in s.components for s in judged)
-    area: Area = "accuracy" if graded else "reward"
-    return area, [np.array([_verdict(score, area) for score in own]) for own in scores]
-
-
-def _verdict(score: Score, area: Area) -> float:
-    if not score.valid:
-        return math.nan
-    verdict = (rightness(score) or 0.0) if area == "accuracy" else score.value
-    if verdict is None:
-        raise RewardFailed("the verifier gives no value for a whole response: verifier=NAME must be a reward that does")
-    return verdict
 
 
 def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]]) -> dict[str, float]:

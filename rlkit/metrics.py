@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from rlkit.config.schema import TrainerConfig
-from rlkit.evaluation import verdicts
 from rlkit.experience import Group, UserError
 from rlkit.experience.buffer import BufferStats
 from rlkit.experience.episodes import environment_metrics
-from rlkit.experience.scores import ScoreReport
+from rlkit.experience.scores import ScoreReport, verdicts
 
 
 def rollout_metrics(

@@ -35,6 +35,7 @@ from rlkit.data.order import order_of
 from rlkit.diagnostics.group import Diagnostics, make_diagnostics
 from rlkit.evaluation import Evaluator
 from rlkit.experience import UserError
+from rlkit.experience.filters import make_filter
 from rlkit.metrics import UpdateGuard
 from rlkit.models.folder import model_folder
 from rlkit.models.usable import known_run
@@ -46,6 +47,7 @@ from rlkit.saving import SaveSchedule, Stop
 from rlkit.serving.pool import RewardPool
 from rlkit.serving.unasked import NoReward, Rewards
 from rlkit.supervision import supervised
+from rlkit.tracking.recorder import Recorder
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
@@ -255,6 +257,7 @@ async def _start(
         checkpointer=Checkpointer(config, folder),
         folder=folder,
         tracker=tracker,
+        recorder=Recorder(config.tracking, folder, make_filter(config.buffer), data.pieces),
         guard=UpdateGuard(config.trainer, tracker.warn),
         diagnostics=Diagnostics(
             make_diagnostics(config.diagnostics, plain(config)),

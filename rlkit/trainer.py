@@ -26,6 +26,7 @@ from rlkit.producer import Producer, until
 from rlkit.rollout.pool import RolloutFailedError
 from rlkit.saving import SaveSchedule, Stop, StoppedError
 from rlkit.serving.unasked import Rewards
+from rlkit.tracking.recorder import Recorder
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.weight_sync import WeightSync
@@ -45,6 +46,7 @@ class Trainer:
     weight_sync: WeightSync | NoSync
     folder: RunFolder
     tracker: Tracker
+    recorder: Recorder
     guard: UpdateGuard
     diagnostics: Diagnostics
     checkpointer: Checkpointer
@@ -178,7 +180,7 @@ class Trainer:
         try:
             check_failures(report, self.reward.config.max_failed_share, f"reward {self.reward.target}")
         except UserError:
-            self.tracker.samples(step, groups)  # they show what the reward was given
+            self.recorder.failed(step, groups)
             raise
         self.whole = False
         await self.weight_sync.release_sampler()
@@ -196,17 +198,14 @@ class Trainer:
         of_sampler = await self.publish()
         stats = await self.buffer.stats.remote()
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
-        metrics |= {
-            **rollout_metrics(groups, rejected, report, judged, stats, sampling),
-            "weights/version": float(self.version),
-            **of_sampler,
-            **self.producer.order.metrics(),
-        }
+        metrics |= rollout_metrics(groups, rejected, report, judged, stats, sampling)
+        metrics |= {"weights/version": float(self.version), **of_sampler, **self.producer.order.metrics()}
         self.algorithm.observe(metrics)
         record = StepRecord(step, metrics, groups, rejected, judged, advantages)
         metrics = await self.diagnostics.check(record)
         self.latest |= metrics
-        self.tracker.step(step, metrics, experience.groups, advantages.tokens)
+        self.tracker.step(step, metrics, experience.groups)
+        self.recorder.step(experience, advantages, rejected, judged, self.learner.policy.signals)
         self.whole, self.advanced = True, False
         self.diagnostics.obey()
 

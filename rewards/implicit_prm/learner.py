@@ -25,7 +25,7 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.data.rendering import render
 from rlkit.experience.steps import StepStyle, split_steps, token_steps
-from rlkit.learner.batches import charge, split_tree
+from rlkit.learner.dealing import charge, split_tree
 from rlkit.learner.engine import load_to_train
 from rlkit.models.forward import PackedCausalLM
 from rlkit.models.packing import Tree, split_by_tokens

@@ -27,7 +27,7 @@ from rlkit.experience import Group
 from rlkit.experience.records import from_json, to_json
 from rlkit.experience.types import BoolArray
 from rlkit.learner.adapter import WithoutAdapter, add_adapter
-from rlkit.learner.batches import charge, split_tree
+from rlkit.learner.dealing import charge, split_tree
 from rlkit.learner.engine import build_engine, init_process_group, load_to_train, optimizer_step
 from rlkit.learner.policy_folder import gathered_parameters, parameter_metas, save_policy, with_buffers
 from rlkit.learner.state import full_state, load_full_state

@@ -142,7 +142,7 @@ class Checkpointer:
         await run.reward.load_state(checkpoint.path / REWARD_STATE)
         # Only now, when nothing can refuse any more, is anything of the folder changed.
         if checkpoint.path.parent == self.folder.checkpoints:
-            self.folder.keep_only(state["files"])
+            self.folder.keep_only(state["files"], checkpoint.step)
             await asyncio.to_thread(set_aside_after, self.folder.checkpoints, checkpoint.step)
         else:
             self.folder.keep_only({})

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, StrictInt, StrictSt
 from rlkit.config.lora import LoraConfig
 from rlkit.config.named import parse_diagnostics
 from rlkit.config.structured import StructuredConfig
+from rlkit.config.tracking import TrackingConfig
 from rlkit.diagnostics.base import DiagnosticConfig
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.section import LearningRate, Section, Seed
@@ -331,17 +332,6 @@ class ClusterConfig(Section):
                 "Ray by cluster.address=HOST:6379 (or auto)"
             )
         return address
-
-
-class TrackingConfig(Section):
-    """What a run writes and shows."""
-
-    console: Literal["auto", "live", "plain", "off"] = "auto"
-    """live: a view that redraws itself; plain: a line per step; auto: live on a terminal, else plain."""
-    tensorboard: bool = True
-    """Write `tensorboard/` in the run folder."""
-    sample_groups_per_step: int | None = Field(default=16, ge=0)
-    """Groups per step whose best and worst response go to samples.jsonl; null: every group."""
 
 
 class RunConfig(Section):

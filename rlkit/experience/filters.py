@@ -96,3 +96,13 @@ def verdict(group: Group) -> Verdict:
     valid = [score for _, score in group.scored() if score.valid]
     values = {score.value if (right := rightness(score)) is None else right for score in valid}
     return "all_right" if values == {1.0} else "all_wrong" if values == {0.0} else "mixed"
+
+
+def why_dropped(group: Group, rejected_by: GroupFilter) -> str:
+    """Of a group that the buffer did not hand out: its verdict where all are right or all wrong, else the rule that
+    rejected it; `surplus` if none did."""
+    rule = rejected_by(group)
+    if rule is None:
+        return "surplus"
+    said = verdict(group)
+    return rule if said == "mixed" or rule == "truncated" else said

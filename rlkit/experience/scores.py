@@ -12,13 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rlkit.experience import Group, GroupScores, Score
 from rlkit.experience.errors import UserError
-from rlkit.experience.types import UNJUDGED, Sample
+from rlkit.experience.types import UNJUDGED, FloatArray, Sample
+
+Area = Literal["accuracy", "reward"]
+"""What the verifier's verdicts are: right or wrong, or values of any size."""
 
 
 class RewardFailed(UserError):
@@ -168,6 +171,29 @@ def rightness(score: Score) -> float | None:
     """1 right, 0 wrong; None if the score does not say: the component `correct` of a verifier, or the `success` of an
     environment."""
     return score.components.get("correct", score.components.get("success"))
+
+
+def verdicts(groups: Sequence[Group]) -> tuple[Area, list[FloatArray]]:
+    """What the verifier says: per group [samples], NaN where a sample was not judged.
+
+    `accuracy` (1 right, 0 wrong) if all judged samples have a component `correct` or `success`, or some a `success`:
+    an episode whose environment does not say so had none. Else `reward`: the values. Raises RewardFailed for a sample
+    with neither.
+    """
+    scores = [[score for _, score in group.scored()] for group in groups]
+    judged = [score for own in scores for score in own if score.valid]
+    graded = all(rightness(score) is not None for score in judged) or any("success" in s.components for s in judged)
+    area: Area = "accuracy" if graded else "reward"
+    return area, [np.array([_verdict(score, area) for score in own]) for own in scores]
+
+
+def _verdict(score: Score, area: Area) -> float:
+    if not score.valid:
+        return math.nan
+    verdict = (rightness(score) or 0.0) if area == "accuracy" else score.value
+    if verdict is None:
+        raise RewardFailed("the verifier gives no value for a whole response: verifier=NAME must be a reward that does")
+    return verdict
 
 
 def played(group: Group, least: Callable[[], int]) -> Group | None:

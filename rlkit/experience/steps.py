@@ -67,7 +67,7 @@ def step_spans(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, sty
     The tokenizer decodes one token after the other, so nothing is tokenised again and no character is split; it must
     be a fast one (`is_fast`).
     """
-    pieces = list(_pieces(token_ids, tokenizer))
+    pieces = token_pieces(token_ids, tokenizer)
     if not pieces:
         return ()
     text, ends = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
@@ -75,13 +75,15 @@ def step_spans(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, sty
     return tuple(Span(start, end, data={"text": "".join(pieces[start:end])}) for start, end in bounds)
 
 
-def _pieces(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
-    """What each token adds to the text; nothing while a character is incomplete, and for special tokens."""
+def token_pieces(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token adds to the text; nothing while a character is incomplete, and for special tokens.
+
+    The tokenizer must be a fast one (`is_fast`).
+    """
     from tokenizers.decoders import DecodeStream
 
-    stream = DecodeStream(skip_special_tokens=True)
-    for token in token_ids:
-        yield stream.step(tokenizer.backend_tokenizer, int(token)) or ""
+    stream, backend = DecodeStream(skip_special_tokens=True), tokenizer.backend_tokenizer
+    return [stream.step(backend, int(token)) or "" for token in token_ids]
 
 
 def turn_ends(sample: Sample) -> BoolArray:

@@ -19,6 +19,8 @@ from rlkit.experience import Group
 from rlkit.learner.batches import Microbatch, PolicyRows, Share, ValueRows
 from rlkit.learner.dealing import passes, policy_shares, value_shares
 from rlkit.learner.ranks import Rank, RankGroup
+from rlkit.learner.signals import Seen, joined
+from rlkit.tracking.tokens import Signals, watched_samples
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Canary
 
@@ -55,10 +57,11 @@ class LearnerWorker(Rank):
     def trained(self) -> PolicyLearner:
         return self.learner
 
-    def learn(self, share: Share[PolicyRows]) -> dict[str, float]:
+    def learn(self, share: Share[PolicyRows]) -> tuple[dict[str, float], list[Seen]]:
         metrics = self.learner.learn(share)
+        seen = self.learner.watch.seen()
         self.release_cache()
-        return metrics
+        return metrics, seen
 
     def logprobs(self, work: tuple[str, Sequence[Microbatch]]) -> np.ndarray:
         """[R of all] under the policy or a model that is held."""
@@ -165,6 +168,9 @@ class LearnerGroup(RankGroup):
         gpus = gpu_shares(config).learner
         self.needs, self.seed, self.lora = algorithm.needs(), config.seed, config.model.lora
         self.temperature, self.device = config.rollout.temperature, config.cluster.device
+        self.tracking = config.tracking
+        self.signals: Signals = {}
+        """Of the last update, for its record."""
         super().__init__(LearnerWorker, "learner", config.learner, config, model_path, algorithm, logs, gpus, place)
 
     async def update(self, experience: Experience, advantages: Advantages) -> dict[str, float]:
@@ -178,8 +184,11 @@ class LearnerGroup(RankGroup):
             old_logprobs=experience.policy_logprobs,
             # With the KL in the reward, the loss needs none.
             reference_logprobs=None if self.needs.token_kl else experience.reference_logprobs,
+            watched=watched_samples(experience, self.tracking),
         )
-        metrics: dict[str, float] = (await self.call_each("learn", shares))[0]
+        of_ranks = await self.call_each("learn", shares)
+        self.signals = joined(seen for _, seen in of_ranks)
+        metrics: dict[str, float] = of_ranks[0][0]
         return metrics | planned
 
     async def logprobs(self, groups: Sequence[Group], which: str) -> list[np.ndarray]:

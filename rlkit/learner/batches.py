@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from algorithms.base import Denominators
 from rlkit.experience.types import BoolArray, FloatArray, IntArray
-from rlkit.models.packing import PackedBatch, Tree, pack, split_by_tokens
+from rlkit.models.packing import PackedBatch, Tree, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +85,8 @@ class PolicyRows:
     """[S] each."""
     pairs: PairRows | None
     """Those of the micro-batch; None if the step has none."""
+    watched: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """Samples whose signals are recorded, by their number in the step: rows [start, end)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,45 +134,3 @@ def per_token(forward: Callable[[PackedBatch], Tensor], microbatches: Sequence[M
     """The results of all passes in one row [R of all]. `forward`: packed batch -> [R]."""
     rows = [forward(microbatch.packed(device)).float().cpu().numpy() for microbatch in microbatches]
     return np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)
-
-
-def charge(tree: Tree) -> int:
-    """What it takes of `tokens_per_microbatch`."""
-    return tree.charged_tokens
-
-
-def split_tree(tree: Tree, limit: int) -> list[list[int]]:
-    """Indices of the suffixes that pass together: of parts within the limit, or of one suffix. Parts repeat the
-    prefix."""
-
-    def charged(part: Sequence[int]) -> int:
-        return charge(Tree(tree.prefix, [tree.suffixes[i] for i in part]))
-
-    return split(tree.lengths, len(tree.prefix), charged, limit)
-
-
-def split(sizes: Sequence[int], shared: int, charged: Callable[[Sequence[int]], int], limit: int) -> list[list[int]]:
-    """Indices of what passes together: within the limit, or one alone. `sizes`: tokens beside the `shared` ones, which
-    each part repeats; `charged`: what a part takes of the limit."""
-
-    def smaller(part: list[int]) -> list[list[int]]:
-        if charged(part) <= limit or len(part) == 1:
-            return [part]
-        of_part = [sizes[i] for i in part]
-        pieces = split_by_tokens(of_part, max(1, limit - shared))
-        if len(pieces) == 1:
-            pieces = even_pieces(of_part, 2)
-        return [least for piece in pieces for least in smaller([part[i] for i in piece])]
-
-    return smaller(list(range(len(sizes))))
-
-
-def even_pieces(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Indices in `count` pieces (at most one for each) of nearly equal size."""
-    pieces: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
-    loads = [(0, p) for p in range(len(pieces))]
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        load, p = loads[0]
-        pieces[p].append(i)
-        heapq.heapreplace(loads, (load + sizes[i] + 1, p))  # + 1: no piece is empty
-    return [sorted(piece) for piece in pieces]

@@ -8,7 +8,7 @@ operations match, and denominators are of the whole optimizer step, so that a gr
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -28,9 +28,6 @@ from rlkit.learner.batches import (
     RowsT,
     Share,
     ValueRows,
-    charge,
-    even_pieces,
-    split,
 )
 from rlkit.models.packing import Tree, split_by_tokens
 
@@ -44,12 +41,13 @@ def policy_shares(
     seed: Sequence[int] = (),
     old_logprobs: Sequence[FloatArray] | None = None,
     reference_logprobs: Sequence[FloatArray] | None = None,
+    watched: Collection[int] = (),
 ) -> tuple[list[Share[PolicyRows]], dict[str, float]]:
     """The update of the policy by rank, and metrics of the plan.
 
     `old_logprobs`, `reference_logprobs` [T] per sample: under the policy before the step, and the reference; without
-    them, ranks compute what they need. `seed`: of the shuffles of further epochs. Raises ValueError for a layout that
-    may part pairs.
+    them, ranks compute what they need. `seed`: of the shuffles of further epochs. `watched`: samples whose signals are
+    recorded. Raises ValueError for a layout that may part pairs.
     """
     batch = _Batch(groups)
     kept = batch.kept(advantages)
@@ -60,6 +58,7 @@ def policy_shares(
         raise ValueError("the advantages have pairs, but the algorithm's layout lets micro-batches part them")
 
     def rows(samples: Sequence[int]) -> PolicyRows:
+        ends = np.cumsum(batch.lengths[samples]).tolist()
         return PolicyRows(
             mask=np.concatenate([batch.samples[i].trained for i in samples]),
             advantages=_joined(advantages.tokens, samples),
@@ -69,6 +68,9 @@ def policy_shares(
             extras={name: _joined(values, samples) for name, values in advantages.extras.items()},
             samples={name: np.asarray(values, np.float32)[samples] for name, values in advantages.samples.items()},
             pairs=pairs.within(samples),
+            watched={
+                i: (end - int(batch.lengths[i]), end) for i, end in zip(samples, ends, strict=True) if i in watched
+            },
         )
 
     shares = batch.shares(kept, silent, config, needs.layout == "any", rows, pairs.samples, seed)
@@ -331,6 +333,48 @@ class _Batch:
             token_ids=np.concatenate([self.samples[i].token_ids for i in samples]).astype(np.int32, copy=False),
             lengths=self.lengths[samples].astype(np.int32),
         )
+
+
+def charge(tree: Tree) -> int:
+    """What it takes of `tokens_per_microbatch`."""
+    return tree.charged_tokens
+
+
+def split_tree(tree: Tree, limit: int) -> list[list[int]]:
+    """Indices of the suffixes that pass together: of parts within the limit, or of one suffix. Parts repeat the
+    prefix."""
+
+    def charged(part: Sequence[int]) -> int:
+        return charge(Tree(tree.prefix, [tree.suffixes[i] for i in part]))
+
+    return split(tree.lengths, len(tree.prefix), charged, limit)
+
+
+def split(sizes: Sequence[int], shared: int, charged: Callable[[Sequence[int]], int], limit: int) -> list[list[int]]:
+    """Indices of what passes together: within the limit, or one alone. `sizes`: tokens beside the `shared` ones, which
+    each part repeats; `charged`: what a part takes of the limit."""
+
+    def smaller(part: list[int]) -> list[list[int]]:
+        if charged(part) <= limit or len(part) == 1:
+            return [part]
+        of_part = [sizes[i] for i in part]
+        pieces = split_by_tokens(of_part, max(1, limit - shared))
+        if len(pieces) == 1:
+            pieces = even_pieces(of_part, 2)
+        return [least for piece in pieces for least in smaller([part[i] for i in piece])]
+
+    return smaller(list(range(len(sizes))))
+
+
+def even_pieces(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Indices in `count` pieces (at most one for each) of nearly equal size."""
+    pieces: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
+    loads = [(0, p) for p in range(len(pieces))]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        load, p = loads[0]
+        pieces[p].append(i)
+        heapq.heapreplace(loads, (load + sizes[i] + 1, p))  # + 1: no piece is empty
+    return [sorted(piece) for piece in pieces]
 
 
 def _joined(rows: Sequence[FloatArray], samples: Sequence[int]) -> FloatArray:

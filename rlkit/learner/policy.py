@@ -29,6 +29,7 @@ from rlkit.learner.policy_folder import (
     save_policy,
     with_buffers,
 )
+from rlkit.learner.signals import Watch
 from rlkit.learner.weight_names import CheckpointNames
 from rlkit.models.folder import model_folder
 from rlkit.models.packing import PackedBatch, Tree, pack
@@ -67,6 +68,7 @@ class PolicyLearner:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.optimizer_steps = 0
         self.version = 0
+        self.watch = Watch()
         policy = load_to_train(load_causal_lm, model_path, config, device, trust_remote_code=trust_remote_code)
         if lora is not None:
             add_adapter(policy.model, lora)
@@ -120,7 +122,7 @@ class PolicyLearner:
 
         Optimizer steps whose loss or gradient is not finite are skipped and reported.
         """
-        metrics = StepMetrics("policy", self.config.sequence_parallel)
+        metrics, self.watch = StepMetrics("policy", self.config.sequence_parallel), Watch()
         old = self._old_logprobs(share)
         for minibatch, before in zip(share.minibatches, old, strict=True):
             self._optimizer_step(minibatch, before, share, metrics)
@@ -202,6 +204,7 @@ class PolicyLearner:
         )
         output = self.algorithm.loss(inputs)
         differences = [mismatch(before, inputs.rollout_logprobs, inputs.mask, denominators)]
+        self.watch.add(rows.watched, inputs, output)
         seen = measured(self.diagnostics, inputs)
         metrics.add(output, *(() if rows.rollout_logprobs is None else differences), *seen)
         return output.loss

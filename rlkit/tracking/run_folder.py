@@ -7,7 +7,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ class RunFolderError(UserError):
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `diagnostics/`, `summary.json`, `tensorboard/`, `checkpoints/`,
-    `logs/`."""
+    """`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `tokens/`, `diagnostics/`, `summary.json`, `tensorboard/`,
+    `checkpoints/`, `logs/`."""
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
         """Raises RunFolderError if the folder already holds a run, cannot be written, or is in use.
@@ -34,6 +35,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.tokens = self.path / "tokens"
         self.tables = self.path / "diagnostics"
         self.summary = self.path / "summary.json"
         self.tensorboard = self.path / "tensorboard"
@@ -45,12 +47,14 @@ class RunFolder:
                     f"run_dir={self.path} already holds a run ({file.name} is there): name another folder, or move it."
                 )
         self._new = not any(path.exists() for path in self._of_a_run())
+        self._writer = ThreadPoolExecutor(1, "run-folder")
+        self._writing: Future[None] | None = None
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self._lock = (self.logs / "lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._metrics = self.metrics.open("a", encoding="utf-8")
-            self._samples = self.samples.open("a", encoding="utf-8")
+            self.samples.touch()
         except BlockingIOError:
             raise RunFolderError(f"run_dir={self.path} is in use by a run that goes on: end it first") from None
         except OSError as error:
@@ -66,6 +70,7 @@ class RunFolder:
         try:
             yield
         except BaseException:
+            self.settle()
             recorded = any(file.stat().st_size for file in (self.metrics, self.samples))
             if self._new and not (recorded or self.summary.exists() or self.checkpoints.exists()):
                 for file in (self.config, self.metrics, self.samples):
@@ -76,8 +81,23 @@ class RunFolder:
         """Where the policy after `step` steps is saved, as a Hugging Face folder."""
         return self.checkpoints / f"step_{step:06d}" / "policy"
 
+    def beside(self, work: Callable[[], None]) -> None:
+        """Run `work` in the folder's own thread, one after the other; wait for the last to end, and raise its error.
+
+        So at most one is open, and what is slower than a step slows it.
+        """
+        self.settle()
+        self._writing = self._writer.submit(work)
+
+    def settle(self) -> None:
+        """Wait for what is written beside."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
     def sizes(self) -> dict[str, int]:
         """Bytes of each file that grows, by its path in the folder, after a sync."""
+        self.settle()
         files = self._growing()
         for file in files:
             with file.open("rb") as stream:
@@ -88,12 +108,16 @@ class RunFolder:
         """Metrics, samples and tables."""
         return [file for file in (self.metrics, self.samples, *sorted(self.tables.glob("*.jsonl"))) if file.exists()]
 
-    def keep_only(self, keep: Mapping[str, int]) -> None:
-        """Truncate the files that grow to these bytes (unnamed: to 0) and remove the summary.
+    def keep_only(self, keep: Mapping[str, int], step: int = 0) -> None:
+        """Truncate the files that grow to these bytes (unnamed: to 0), and remove the summary and the tokens of steps
+        after `step`.
 
         Raises RunFolderError if a file is shorter.
         """
         self.summary.unlink(missing_ok=True)
+        for file in self.tokens.glob("*step_*.parquet"):
+            if file.name.startswith(".") or int(file.stem.rpartition("_")[2]) > step:
+                file.unlink()
         for file in self._growing():
             size = keep.get(str(file.relative_to(self.path)), 0)
             if file.stat().st_size < size:
@@ -111,8 +135,13 @@ class RunFolder:
         self._metrics.flush()
 
     def append_samples(self, records: Iterable[Mapping[str, Any]]) -> None:
-        self._samples.write("".join(json_text(record) + "\n" for record in records))
-        self._samples.flush()
+        text, size = "".join(json_text(record) + "\n" for record in records), self.samples.stat().st_size
+        try:
+            with self.samples.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:  # a full disk: no half line stays for the next one to go on
+            os.truncate(self.samples, size)
+            raise
 
     def append_table(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows of `diagnostics/NAME.jsonl`."""
@@ -125,8 +154,9 @@ class RunFolder:
 
     def close(self) -> None:
         """May be called again."""
+        self.settle()
+        self._writer.shutdown()
         self._metrics.close()
-        self._samples.close()
         self._lock.close()
 
 
@@ -147,7 +177,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 def json_text(value: Any, indent: int | None = None) -> str:
     """Standard JSON: non-finite numbers become the texts "NaN", "Infinity" and "-Infinity"."""
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+    try:  # nearly always, and ten times as fast
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=_plain)
+        text.encode()
+    except (TypeError, ValueError):  # a key or number that is not JSON, or half a character
+        text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+    return text
 
 
 def _plain(value: Any) -> Any:

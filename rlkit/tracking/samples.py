@@ -1,41 +1,84 @@
-"""The best and the worst response of every group, as rows of samples.jsonl."""
+"""The samples of a step, as rows of samples.jsonl."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from rlkit.experience import Group, Message, Sample, Score, Segment, Span, ToolCall
-from rlkit.experience.scores import kind_of, total_reward
-from rlkit.experience.types import FloatArray
+from rlkit.experience.scores import kind_of, total_reward, verdicts
+from rlkit.experience.types import BoolArray, FloatArray
+
+Keep = Literal["all", "best_worst"]
+Verdicts = Mapping[str, Mapping[str, list[float | None]]]
+"""Group id -> `correct` or `verdict` -> what the verifier says of each sample; None: nothing."""
+
+
+def chosen_groups(step: int, groups: Sequence[Group], limit: int | None) -> list[int]:
+    """The places of at most `limit` groups, drawn at random by the step, in order."""
+    places = range(len(groups))
+    return list(places) if limit is None or limit >= len(groups) else sorted(random.Random(step).sample(places, limit))
 
 
 def sample_rows(
-    step: int, groups: Sequence[Group], advantages: Sequence[FloatArray] | None, limit: int | None
+    step: int,
+    groups: Sequence[Group],
+    advantages: Sequence[FloatArray] | None,
+    limit: int | None,
+    *,
+    keep: Keep = "all",
+    judged: Verdicts | None = None,
+    dropped: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two rows per group (`rank` is best or worst), or one (`only`, `invalid`) where at most one is valid.
+    """Rows of the samples of `chosen_groups`. `rank` is best and worst in a group, or `only` and `invalid` where at
+    most one sample is valid, None between; `keep=best_worst`: of those with a rank alone.
 
-    `advantages` has one array [T] per sample, group by group. With a `limit`, that many groups chosen at random.
-    Raises ValueError if the number of advantages is not the number of samples.
+    `advantages` has one array [T] per sample, group by group. `dropped`: by group id, why it was not trained. Raises
+    ValueError if the number of advantages is not the number of samples.
     """
     samples = sum(len(group.samples) for group in groups)
     if advantages is not None and len(advantages) != samples:
         raise ValueError(f"{len(advantages)} advantages for {samples} samples")
-    chosen: Sequence[int] = range(len(groups))
-    if limit is not None and limit < len(groups):
-        chosen = sorted(random.Random(step).sample(chosen, limit))
     first = [0, *np.cumsum([len(group.samples) for group in groups]).tolist()]
     rows = []
-    for g in chosen:
+    for g in chosen_groups(step, groups, limit):
         group = groups[g]
-        for rank, i in _best_and_worst(group):
+        ranks = {i: rank for rank, i in _best_and_worst(group)}
+        verdict, reason = (judged or {}).get(group.id, {}), (dropped or {}).get(group.id)
+        of_group = _group_row(step, group, reason)
+        for i in range(len(group.samples)) if keep == "all" else ranks:
             advantage = None if advantages is None else advantages[first[g] + i]
-            rows.append(_row(step, group, i, rank, advantage))
+            said = {name: values[i] for name, values in verdict.items()}
+            rows.append({**of_group, "rank": ranks.get(i), **_sample_row(step, group, i, advantage), **said})
     return rows
+
+
+def verdicts_by_group(judged: Sequence[Group] | None) -> Verdicts:
+    """Raises RewardFailed where the verifier gives no value."""
+    if not judged:
+        return {}
+    area, values = verdicts(judged)
+    name = "correct" if area == "accuracy" else "verdict"
+    return {
+        group.id: {name: [None if math.isnan(one) else one for one in own.tolist()]}
+        for group, own in zip(judged, values, strict=True)
+    }
+
+
+def untrained(groups: Sequence[Group], kept: BoolArray) -> dict[str, str]:
+    """By id, why a group has no sample in the loss: `invalid` scores, or else the `algorithm` has no use for it."""
+    reasons, start = {}, 0
+    for group in groups:
+        end = start + len(group.samples)
+        if not kept[start:end].any():
+            reasons[group.id] = "algorithm" if all(score.valid for score in _scores(group)) else "invalid"
+        start = end
+    return reasons
 
 
 def widest_group(groups: Sequence[Group]) -> Group | None:
@@ -144,29 +187,49 @@ def _version_spans(sample: Sample) -> list[tuple[int, int]]:
     return spans
 
 
-def _row(step: int, group: Group, i: int, rank: str, advantage: FloatArray | None) -> dict[str, Any]:
-    sample, prompt = group.samples[i], group.prompt
-    score = group.scores.samples[i] if group.scores is not None else Score.invalid("not scored")
+def _staleness(step: int, sample: Sample) -> int | None:
+    """Updates between the oldest weights that sampled a token, and those the step began with; None if recorded."""
+    if sample.logprobs is None:
+        return None
+    versions = sample.policy_versions[:1] if sample.versions is None else sample.versions[sample.versions >= 0]
+    return step - 1 - int(min(versions, default=sample.policy_versions[0]))
+
+
+def _group_row(step: int, group: Group, dropped: str | None) -> dict[str, Any]:
+    prompt = group.prompt
     return {
         "step": step,
         "group_id": group.id,
         "prompt_id": prompt.id,
-        "rank": rank,
-        "sample": sample.index,
         "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
         "answer": prompt.answer,
         "references": list(prompt.references),
+        "group_size": len(group.samples),
+        "group_rewards": [total_reward(score) for score in _scores(group)] or [None] * len(group.samples),
+        "failed_in_group": _failed(group),
+        "dropped": dropped,
+    }
+
+
+def _sample_row(step: int, group: Group, i: int, advantage: FloatArray | None) -> dict[str, Any]:
+    sample = group.samples[i]
+    score = group.scores.samples[i] if group.scores is not None else Score.invalid("not scored")
+    return {
+        "sample": sample.index,
         "response": sample.text,
         **_episode(sample),
         "token_ids": sample.token_ids,
+        "length": sample.length,
         "reward": total_reward(score),
         "components": dict(score.components),
         "valid": score.valid,
         "reason": score.reason,
         "trace": score.trace,
+        "correct": None,
+        "verdict": None,
         "advantage": None if advantage is None or not sample.length else float(np.mean(advantage[sample.trained])),
         "finish_reason": sample.finish_reason,
         "policy_versions": list(sample.policy_versions),
         "version_spans": _version_spans(sample),
-        "failed_in_group": _failed(group),
+        "staleness": _staleness(step, sample),
     }

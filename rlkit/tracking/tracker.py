@@ -10,15 +10,14 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
-from rlkit.config.schema import TrackingConfig
+from rlkit.config.tracking import TrackingConfig
 from rlkit.experience import Group
 from rlkit.experience.scores import total_reward
-from rlkit.experience.types import FloatArray
 from rlkit.tracking.console import open_console
 from rlkit.tracking.logs import CapturedOutput, ShowWarnings
 from rlkit.tracking.progress import Progress, ShownSample, duration, evaluation_line, step_line
 from rlkit.tracking.run_folder import RunFolder
-from rlkit.tracking.samples import best_and_worst_samples, sample_rows, transcript, widest_group
+from rlkit.tracking.samples import best_and_worst_samples, transcript, widest_group
 from rlkit.tracking.tensorboard import TensorBoardWriter
 
 _SAMPLE_TEXTS_PER_RUN = 20
@@ -31,7 +30,7 @@ class Tracker:
     ...     tracker.phase("starting Ray")
     ...     with tracker.timed("generate"):
     ...         ...
-    ...     tracker.step(1, {"reward/mean": 0.5}, groups, advantages.tokens)
+    ...     tracker.step(1, {"reward/mean": 0.5}, groups)
 
     While it is open, output of libraries goes to `logs/driver.log` (unless `capture_output=False`), and warnings
     logged under the name `rlkit` are shown.
@@ -48,7 +47,6 @@ class Tracker:
     ) -> None:
         """`first_step`: above 1 for a resumed run (plots drop what was written from there on before)."""
         self.folder = folder
-        self._config = config
         self._clock = clock
         self._progress = Progress(total_steps, clock)
         self._times: dict[str, float] = {}
@@ -69,6 +67,7 @@ class Tracker:
             for name in ("rlkit", "algorithms"):
                 logging.getLogger(name).addHandler(handler)
                 opened.callback(logging.getLogger(name).removeHandler, handler)
+            opened.callback(folder.settle)  # what fails in it is still shown
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Tracker:
@@ -131,12 +130,8 @@ class Tracker:
         step: int,
         metrics: Mapping[str, float],
         groups: Sequence[Group] = (),
-        advantages: Sequence[FloatArray] | None = None,
     ) -> None:
-        """Record a training step. `advantages`: one array [T] per sample, group by group.
-
-        Raises TypeError naming a metric that is not a number.
-        """
+        """Record the metrics of a training step, and show it. Raises TypeError naming a metric that is not a number."""
         with self._progress.lock:
             now = self._clock()
             times = {f"time/{phase}": seconds for phase, seconds in self._times.items() if phase != "evaluate"}
@@ -152,7 +147,6 @@ class Tracker:
                 self._progress.sample = _shown(shown)
             line = step_line(self._progress)
         self.folder.append_metrics(self._record("step", step, values))
-        self.samples(step, groups, advantages)
         if self._tensorboard is not None:
             self._tensorboard.scalars(step, values)
             if step == 1 or step % max(1, self._progress.total_steps // _SAMPLE_TEXTS_PER_RUN) == 0:
@@ -162,10 +156,6 @@ class Tracker:
                         step, f"samples/{sample.rank}", f"{sample.prompt}\n\n{sample.response}\n\n{head}"
                     )
         self._console.line(line)
-
-    def samples(self, step: int, groups: Sequence[Group], advantages: Sequence[FloatArray] | None = None) -> None:
-        """Write samples.jsonl alone."""
-        self.folder.append_samples(sample_rows(step, groups, advantages, self._config.sample_groups_per_step))
 
     def evaluation(self, step: int, headline: str, metrics: Mapping[str, float]) -> None:
         """Record a held-out evaluation after `step` steps (0: before training). `headline`: the metric to show."""

@@ -65,7 +65,7 @@ class Run:
         tracker = SimpleNamespace(warn=self.said.append, message=self.said.append, timed=lambda _: _nothing())
         task = asyncio.current_task()
         assert task is not None
-        parts: dict[str, Any] = dict.fromkeys(("algorithm", "reward", "guard", "diagnostics", "evaluator"))
+        parts: dict[str, Any] = dict.fromkeys(("algorithm", "reward", "guard", "diagnostics", "evaluator", "recorder"))
         parts |= {"learner": self, "weight_sync": self, "checkpointer": self}
         self.trainer = Trainer(
             config=config,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from chaos import HARMS
 from paths import ROOT
+from pyarrow import parquet
 from run_fixture import Run
 from test_resume import kill_at, what_it_did
 
@@ -64,6 +65,12 @@ def test_a_run_of_episodes(start: Callable[..., Run]) -> None:
         assert sample["prompt"][0]["content"].startswith("Count on from")
         assert sample["reward"] == pytest.approx(sum(turn.get("reward", 0) for turn in turns))
         assert sample["ended"] in ("done", "turns", "tokens") and sample["success"] in (True, False)
+    rows = parquet.read_table(run.folder / "tokens" / "step_000002.parquet").to_pylist()
+    for row in rows:
+        assert [version == -1 for version in row["version"]] == [not trained for trained in row["mask"]]
+        assert [logprob is None for logprob in row["logprob_sampler"]] == [not trained for trained in row["mask"]]
+        assert {1, -1} == set(row["version"])
+        assert len(row["piece"]) == len(row["token_id"]) and any(row["process_reward"])
     assert run.left_after(10) == []
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from adapter_fixture import need
+from pyarrow import parquet
 from run_fixture import OF_SAMPLING, ROOT, Run
 from safetensors.numpy import load_file
 
@@ -74,7 +75,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
 
 def what_it_did(run: Run) -> dict[str, Any]:
-    """Metrics without times, samples, and the weights at the end."""
+    """Metrics without times, samples with the signals of their tokens, and the weights at the end."""
     metrics = [
         {k: v for k, v in record.items() if not k.startswith(TIMES) and k != "seconds"} for record in run.records()
     ]
@@ -85,6 +86,7 @@ def what_it_did(run: Run) -> dict[str, Any]:
     return {
         "metrics": metrics,
         "samples": run.records("samples"),
+        "tokens": {file.name: parquet.read_table(file).to_pylist() for file in (run.folder / "tokens").iterdir()},
         "tensors": tensors,
         "heldout": {name: value for name, value in summary.items() if name.endswith("_by_step")},
     }

@@ -115,27 +115,63 @@ def test_metrics_are_finite_and_the_sampler_is_the_learner(finished: Run) -> Non
     assert steps[-1]["kl/reference"] > 0, "three updates left the policy where it was"
 
 
-def test_best_and_worst_response_of_every_group_are_kept(finished: Run) -> None:
+def test_every_response_of_every_group_is_kept(finished: Run) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(finished.folder / "checkpoints" / "step_000003" / "policy")
-    groups = defaultdict(dict)
+    groups = defaultdict(list)
     for row in finished.records("samples"):
-        groups[row["step"], row["group_id"]][row["rank"]] = row
+        groups[row["step"], row["group_id"]].append(row)
     assert len(groups) == 4 * STEPS
     assert len({group_id for _, group_id in groups}) == 4 * STEPS
     for (step, _), rows in groups.items():
-        assert rows.keys() == {"best", "worst"}
-        best, worst = rows["best"], rows["worst"]
+        ranked = {row["rank"]: row for row in rows}
+        assert ranked.keys() == {"best", "worst", None}
+        best, worst = ranked["best"], ranked["worst"]
         assert best["reward"] >= worst["reward"]
         assert best["advantage"] >= worst["advantage"]
         assert (best["reward"] > worst["reward"]) == (best["advantage"] > 0)
-        for row in rows.values():
+        for i, row in enumerate(rows):
             assert row["response"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
-            assert row["reward"] == row["components"]["correct"]
+            assert row["reward"] == row["components"]["correct"] == row["correct"], "reward and verifier are the same"
             assert row["policy_versions"] == [step - 1, step - 1], "not sampled with the newest weights"
-            assert len(row["token_ids"]) <= 48
+            assert row["length"] == len(row["token_ids"]) <= 48
+            assert (row["staleness"], row["dropped"], row["verdict"]) == (0, None, None)
+            assert (row["sample"], row["group_size"]) == (i, len(rows))
+            assert row["group_rewards"] == [other["reward"] for other in rows]
             assert row["prompt"]
+
+
+def test_the_signals_of_tokens_are_those_of_the_step(finished: Run) -> None:
+    """Of all four groups; the weights before step 3 are those of step 2's checkpoint."""
+    import numpy as np
+    import torch
+    from pyarrow import parquet
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    samples = {(row["step"], row["group_id"], row["sample"]): row for row in finished.records("samples")}
+    folder = finished.folder / "checkpoints" / "step_000002" / "policy"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert sorted(file.name for file in (finished.folder / "tokens").iterdir()) == [
+        f"step_{step:06d}.parquet" for step in range(1, STEPS + 1)
+    ]
+    moved = 0.0
+    for row in parquet.read_table(finished.folder / "tokens" / "step_000003.parquet").to_pylist():
+        sample = samples[3, row["group_id"], row["sample"]]
+        assert row["token_id"] == sample["token_ids"]
+        assert "".join(row["piece"]) == sample["response"]
+        assert np.mean(row["advantage"]) == pytest.approx(sample["advantage"], abs=1e-6)
+        assert (set(row["mask"]), set(row["version"]), any(row["clipped"] or ())) == ({True}, {2}, False)
+        prompt = tokenizer.apply_chat_template(sample["prompt"], add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + row["token_id"]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(row["token_id"])[:, None])[:, 0].numpy()
+        for name in ("logprob_sampler", "logprob_learner"):
+            np.testing.assert_allclose(row[name], expected, atol=1e-3, err_msg=name)
+        assert {"logprob_reference", "entropy"} <= row.keys() and not {"weight", "value", "process_reward"} & row.keys()
+        np.testing.assert_allclose(row["ratio"], 1, atol=0.5)
+        moved = max(moved, np.abs(np.subtract(row["ratio"], 1)).max())
+    assert moved > 1e-4, "the second mini-batch came after an update"
 
 
 def test_saved_policy_loads_in_plain_transformers(finished: Run) -> None:

@@ -16,7 +16,7 @@ import pytest
 from rlkit.cluster.waiting import WaitedTooLongError, Watchdog, blocking, open_waits, waiting
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
-from rlkit.config.schema import TrackingConfig
+from rlkit.config.tracking import TrackingConfig
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 

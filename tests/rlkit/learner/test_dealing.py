@@ -14,8 +14,8 @@ from learner_fixture import grpo_advantages, make_groups
 from algorithms.base import Advantages, AlgorithmNeeds
 from rlkit.config.schema import CriticConfig, LearnerConfig
 from rlkit.experience import Group, Message
-from rlkit.learner.batches import IDLE, Microbatch, PolicyRows, Share, split_tree
-from rlkit.learner.dealing import passes, policy_shares, value_shares
+from rlkit.learner.batches import IDLE, Microbatch, PolicyRows, Share
+from rlkit.learner.dealing import passes, policy_shares, split_tree, value_shares
 from rlkit.models.packing import KEYS_PER_TOKEN, Tree
 
 Key = tuple[tuple[int, ...], tuple[int, ...]]

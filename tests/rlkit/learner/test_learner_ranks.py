@@ -108,9 +108,9 @@ def test_ranks_that_share_sequences_have_the_states_of_one(ranks: list[dict[str,
 
 
 def check_outcome(model: Path, ranks: list[dict[str, Any]], name: str) -> None:
-    wanted, wanted_weights = outcome(model, name)
+    wanted, wanted_weights, wanted_signals = outcome(model, name)
     for rank, found in enumerate(ranks):
-        metrics, weights = found[name]
+        metrics, weights, signals = found[name]
         for want, have in zip(wanted, metrics, strict=True):
             assert want.keys() == have.keys()
             for key, value in want.items():
@@ -118,6 +118,12 @@ def check_outcome(model: Path, ranks: list[dict[str, Any]], name: str) -> None:
         assert metrics == ranks[0][name][0], "metrics must be equal on all ranks"
         for key, weight in wanted_weights.items():
             torch.testing.assert_close(weights[key], weight, atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+        for of_one, of_ranks in zip(wanted_signals, signals, strict=True):
+            assert of_one.keys() == of_ranks.keys()
+            for sample, rows in of_one.items():
+                assert rows.keys() == of_ranks[sample].keys()
+                for key, row in rows.items():
+                    np.testing.assert_allclose(of_ranks[sample][key], row, atol=3e-5, rtol=3e-4, err_msg=key)
 
 
 def test_scenarios_are_what_their_names_say() -> None:

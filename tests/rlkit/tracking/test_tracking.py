@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
 
-from rlkit.config.schema import TrackingConfig
-from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Segment, Span, SpanReward
+from rlkit.config.tracking import TrackingConfig
 from rlkit.tracking import RunFolder, RunFolderError, Tracker
 from rlkit.tracking.console import PlainConsole
 from rlkit.tracking.progress import Progress, ShownSample, curve, duration, printable, sparkline
 from rlkit.tracking.run_folder import json_text
-from rlkit.tracking.samples import sample_rows, transcript, widest_group
+from tests.fixtures.groups import group, value
 
 
 class Clock:
@@ -35,27 +33,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def group(name: str, scores: list[Score], tokens: int = 3) -> Group:
-    samples = tuple(
-        Sample(
-            index=i,
-            token_ids=np.arange(tokens, dtype=np.int32),
-            logprobs=np.zeros(tokens, np.float32),
-            text=f"{name} response {i}",
-            finish_reason="stop",
-            policy_versions=(4, 5),
-            seed=i,
-        )
-        for i in range(len(scores))
-    )
-    prompt = Prompt("p-" + name, (Message("user", f"question {name}"),), (1,), ("a reference",), "72")
-    return Group(name, prompt, samples, GroupScores(tuple(scores)), 1)
-
-
-def value(reward: float) -> Score:
-    return Score(reward, components={"math": reward})
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -128,105 +105,6 @@ def test_files_that_grow_are_cut_back_to_what_a_checkpoint_knew(tmp_path: Path) 
 
 def test_json_text_survives_what_models_write() -> None:
     assert json.loads(json_text({"t": 'a\ud83d"\n\x00 £'})) == {"t": 'a?"\n\x00 £'}
-
-
-# samples
-
-
-def test_best_and_worst_of_every_group() -> None:
-    groups = [group("g0", [value(0.5), value(2.0), value(-1.0)]), group("g1", [value(1.0), value(0.0)])]
-    advantages = [np.full(3, float(i), np.float32) for i in range(5)]
-    rows = sample_rows(7, groups, advantages, None)
-    assert [(r["group_id"], r["rank"], r["sample"], r["reward"], r["advantage"]) for r in rows] == [
-        ("g0", "best", 1, 2.0, 1.0),
-        ("g0", "worst", 2, -1.0, 2.0),
-        ("g1", "best", 0, 1.0, 3.0),
-        ("g1", "worst", 1, 0.0, 4.0),
-    ]
-    row = json.loads(json_text(rows[0]))
-    assert row["step"] == 7
-    assert row["response"] == "g0 response 1"
-    assert row["token_ids"] == [0, 1, 2]
-    assert row["prompt"] == [{"role": "user", "content": "question g0"}]
-    assert row["answer"] == "72"
-    assert row["references"] == ["a reference"]
-    assert row["components"] == {"math": 2.0}
-    assert row["finish_reason"] == "stop"
-    assert (row["policy_versions"], row["version_spans"]) == ([4, 5], [[0, 4]])
-    assert row["valid"] is True
-
-
-def test_rows_say_which_policy_wrote_which_tokens() -> None:
-    one = group("g0", [value(1.0)], tokens=6)
-    mixed = replace(one.samples[0], versions=np.array([4, 4, -1, 4, 5, -1], np.int32))
-    assert sample_rows(7, [replace(one, samples=(mixed,))], None, None)[0]["version_spans"] == [(0, 4), (4, 5)]
-
-
-def test_conversations_of_an_episode_can_be_read() -> None:
-    def turn(start: int, end: int, reward: float) -> Span:
-        return Span(start, end, "turn", "assistant", {"reward": reward, "state": None, "malformed": 0})
-
-    said = tuple(Message(role, text) for role, text in [("assistant", "a"), ("user", "go on"), ("assistant", "b")])
-    helper = (Message("user", "Help."),)
-    ids = np.arange(6, dtype=np.int32)
-    sample = replace(
-        group("e", [value(1.0)]).samples[0],
-        token_ids=ids,
-        logprobs=np.zeros(6, np.float32),
-        mask=np.array([1, 1, 0, 1, 1, 1], np.bool_),
-        spans=(turn(0, 2, 0.0), Span(2, 3, "turn", "user"), turn(3, 4, 0.5), turn(4, 6, 1.0)),
-        episode=Episode("done", messages=(*said, Message("assistant", "c"))),
-        segments=(Segment(0, 4, ids[:2]), Segment(4, 6, ids[:3], helper)),
-    )
-    assert transcript(sample).splitlines() == [
-        "assistant: a", "user: go on", "assistant: b", "-- a conversation of its own --", "user: Help.", "assistant: c"
-    ]  # fmt: skip
-    (row,) = sample_rows(1, [replace(group("e", [value(1.0)]), samples=(sample,))], None, None)
-    assert row["segments"] == [
-        {"turn": 0, "context_tokens": 2, "behind": []},
-        {"turn": 3, "context_tokens": 3, "behind": [{"role": "user", "content": "Help."}]},
-    ]
-    assert [turn.get("reward") for turn in row["turns"]] == [0.0, None, 0.5, 1.0]
-    anew = replace(sample, segments=(Segment(0, 3, ids[:2]), Segment(3, 6, ids[:3])))
-    assert "-- rendered anew --" in transcript(anew)
-    plain = replace(group("e", [value(1.0)]), samples=(replace(sample, segments=()),))
-    assert "segments" not in sample_rows(1, [plain], None, None)[0]
-
-
-def test_invalid_is_never_the_worst_and_never_zero() -> None:
-    groups = [
-        group("mixed", [Score.invalid("timeout: 3 s"), value(0.2), value(0.1)]),
-        group("single", [Score.invalid("timeout"), value(0.2)]),
-        group("none", [Score.invalid("timeout: 3 s"), Score.invalid("exception")]),
-    ]
-    rows = sample_rows(1, groups, None, None)
-    assert [(r["group_id"], r["rank"], r["reward"]) for r in rows] == [
-        ("mixed", "best", 0.2),
-        ("mixed", "worst", 0.1),
-        ("single", "only", 0.2),
-        ("none", "invalid", None),
-    ]
-    assert rows[3]["reason"] == "timeout: 3 s"
-    assert rows[3]["valid"] is False
-
-
-def test_process_rewards_rank_by_their_sum() -> None:
-    steps = Score(None, span_rewards=(SpanReward(0, 1, 0.5), SpanReward(1, 3, 0.5)))
-    tokens = Score(None, token_rewards=np.full(3, 0.1, np.float32))
-    best, worst = sample_rows(1, [group("g", [tokens, steps])], None, None)
-    assert (best["sample"], worst["sample"]) == (1, 0)
-
-
-def test_limit_draws_groups_at_random_but_repeatably() -> None:
-    groups = [group(f"g{i}", [value(0), value(1)]) for i in range(10)]
-    rows = sample_rows(3, groups, None, 2)
-    assert len(rows) == 4
-    assert rows == sample_rows(3, groups, None, 2)
-    assert len({r["group_id"] for step in range(20) for r in sample_rows(step, groups, None, 2)}) > 5
-    assert sample_rows(3, groups, None, 0) == []
-    with pytest.raises(ValueError, match="3 advantages for 20 samples"):
-        sample_rows(3, groups, [np.zeros(3, np.float32)] * 3, None)
-    assert widest_group([groups[0], group("wide", [value(0), value(5)])]).id == "wide"  # type: ignore[union-attr]
 
 
 # times

@@ -21,7 +21,7 @@ from paths import ROOT
 SCRIPT = """
 import logging, os, sys, time, warnings
 sys.path.insert(0, {root!r})
-from rlkit.config.schema import TrackingConfig
+from rlkit.config.tracking import TrackingConfig
 from rlkit.tracking import RunFolder, Tracker
 mode, folder, ending = sys.argv[1:]
 with Tracker(TrackingConfig(console=mode, tensorboard=False), RunFolder(folder), total_steps=3) as tracker:

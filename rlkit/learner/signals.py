@@ -1,0 +1,59 @@
+"""What the update computes of each token of the samples that are recorded: kept on the ranks, joined in the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from algorithms.base import LossInputs, LossOutput
+from rlkit.experience.types import FloatArray
+from rlkit.tracking.tokens import Signals
+
+
+class Seen(NamedTuple):
+    """Of one micro-batch."""
+
+    names: tuple[str, ...]
+    lengths: Mapping[int, int]
+    """By sample, in the order of the rows."""
+    rows: FloatArray
+    """[names, tokens of these samples]"""
+
+
+@dataclass
+class Watch:
+    """What a rank's losses say in their first pass over each watched sample."""
+
+    _seen: list[tuple[tuple[str, ...], dict[int, int], Tensor]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def add(self, watched: Mapping[int, tuple[int, int]], inputs: LossInputs, output: LossOutput) -> None:
+        """`watched`: samples of the micro-batch, their rows [start, end)."""
+        known = {sample for _, lengths, _ in self._seen for sample in lengths}  # a further epoch
+        fresh = {sample: rows for sample, rows in watched.items() if sample not in known}
+        if not fresh:
+            return
+        signals = {"logprob_learner": inputs.old_logprobs, "entropy": inputs.entropy, **output.rows}
+        if inputs.reference_logprobs is not None:
+            signals["logprob_reference"] = inputs.reference_logprobs
+        index = torch.from_numpy(np.concatenate([np.arange(*rows) for rows in fresh.values()])).to(inputs.mask.device)
+        rows = torch.stack([row.detach()[index].float() for row in signals.values()])
+        self._seen.append((tuple(signals), {sample: end - start for sample, (start, end) in fresh.items()}, rows))
+
+    def seen(self) -> list[Seen]:
+        """Arrays: only now is a GPU waited for."""
+        return [Seen(names, lengths, rows.cpu().numpy()) for names, lengths, rows in self._seen]
+
+
+def joined(of_ranks: Iterable[Sequence[Seen]]) -> Signals:
+    signals: dict[int, dict[str, FloatArray]] = {}
+    for names, lengths, rows in (seen for of_rank in of_ranks for seen in of_rank):
+        parts = np.split(rows, np.cumsum(list(lengths.values()))[:-1], axis=1)
+        for sample, part in zip(lengths, parts, strict=True):
+            signals[sample] = dict(zip(names, part, strict=True))
+    return signals
