@@ -162,7 +162,8 @@ class MathReward(Reward):
 
     @classmethod
     def vote(cls, config: Any, text: str) -> str | None:
-        return (answer := final_answer(text, config.accept_last_number, config.markers)) and answer.quantity
+        answer = final_answer(text, config.accept_last_number, config.markers)
+        return None if answer is None else answer.quantity
 
     def start(self) -> None:
         self._open_verifier().start()
