@@ -117,8 +117,7 @@ class Reward(ABC):
 
     @classmethod
     def vote(cls, config: Any, text: str) -> str | None:
-        """What a response says in the end, for a majority of several; None if nothing, or if this reward looks for no
-        final answer."""
+        """What a response says in the end, for a majority of several; None: nothing that this reward looks for."""
         return None
 
     @classmethod
@@ -147,10 +146,7 @@ class TrainableReward(Reward):
         traits = cls.traits(config)
         # Several workers would learn different rewards.
         several = config.workers != 1 and (traits.update_when != "none" or traits.follows_policy)
-        return [
-            *super().check(config),
-            *(["a reward that learns or follows the policy has one worker"] if several else []),
-        ]
+        return [*super().check(config), *(["a reward that learns or follows the policy has one worker"] * several)]
 
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rewards.base import Reward, RewardContext, RewardTraits
+from rewards.base import Reward, RewardTraits
 from rewards.verifiers.answers import MARKERS, MAX_ANSWER_CHARACTERS, FinalAnswer, Marker, final_answer, gold_final
 from rewards.verifiers.comparison import Pair, decide, is_prose
 from rewards.verifiers.pool import Failed, Processes, TextRuleConfig, limit_memory
@@ -92,10 +92,9 @@ class Verifier:
         self._processes.close()
 
     def _remembered(self, pair: Pair) -> str | None:
-        if pair not in self._cache:
-            return None
-        self._cache.move_to_end(pair)
-        return self._cache[pair]
+        if pair in self._cache:
+            self._cache.move_to_end(pair)
+        return self._cache.get(pair)
 
     def _remember(self, pair: Pair, verdict: str) -> None:
         self._cache[pair] = verdict
@@ -139,6 +138,8 @@ class MathReward(Reward):
         cache_size: int = Field(default=65536, ge=1)
         """Verdicts remembered; the least recently used are dropped first."""
 
+    _verifier: Verifier | None = None
+
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
         return RewardTraits(answer=True, uses_gpu=False)
@@ -163,10 +164,6 @@ class MathReward(Reward):
     def vote(cls, config: Any, text: str) -> str | None:
         answer = final_answer(text, config.accept_last_number, config.markers)
         return None if answer is None else answer.quantity
-
-    def __init__(self, config: Any, context: RewardContext) -> None:
-        super().__init__(config, context)
-        self._verifier: Verifier | None = None
 
     def start(self) -> None:
         self._open_verifier().start()
@@ -211,14 +208,11 @@ class MathReward(Reward):
         return Score.invalid(verdict, trace)
 
     def _valid(self, correct: bool, marked: bool, trace: str) -> Score:
-        components = {"correct": float(correct), "format": float(marked)}
-        value = components["correct"] + self.config.format_weight * components["format"]
-        return Score(value=value, components=components, trace=trace)
+        value = float(correct) + self.config.format_weight * float(marked)
+        return Score(value=value, components={"correct": float(correct), "format": float(marked)}, trace=trace)
 
     def _open_verifier(self) -> Verifier:
         if self._verifier is None:
-            config = self.config
-            self._verifier = Verifier(
-                config.processes, config.item_timeout_seconds, config.cache_size, config.strip_units
-            )
+            own = self.config
+            self._verifier = Verifier(own.processes, own.item_timeout_seconds, own.cache_size, own.strip_units)
         return self._verifier

@@ -26,16 +26,20 @@ from rlkit.models.folder import ModelFolderError, check_model_folder
 Kind = Literal["engine", "endpoint", "recorded"]
 """Who answers: vLLM engines started here, a server, or nobody: the data bring answers."""
 JUDGES = Contract(Reward, RewardConfig, optional=True)
-USED = ("seed", "run_dir", "resume", "dry_run", "run", "checkpoints", "evaluate", "model", "rollout", "cluster")
-USED += ("tracking", "data", "reward", "verifier", "environment")
+USED: tuple[str, ...] = (
+    *("seed", "run_dir", "resume", "dry_run", "run", "checkpoints", "evaluate", "model", "rollout", "cluster"),
+    *("tracking", "data", "reward", "verifier", "environment"),
+)
 TIMES = ("trainer.step_timeout_seconds", "trainer.startup_timeout_seconds")
 OF_TRAINING = ("reward", "trainer", "evaluation", "buffer", "diagnostics", "tracking", "resume")
 """Sections of a run's configuration that say nothing of its evaluation."""
 UNWRITTEN = {"algorithm", "critic", "buffer", "diagnostics", "evaluation"}
 LONGEST_SECONDS = 86400.0
 """All answers of one model are one wait; the engines say how far they are."""
-TO_ENDPOINT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "max_response_tokens")
-TO_ENDPOINT += ("max_concurrent_samples", "sample_seeds")
+TO_ENDPOINT: tuple[str, ...] = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "max_response_tokens"),
+    *("max_concurrent_samples", "sample_seeds"),
+)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class _Loading(Loading):
         elif rollout is not None and rollout.source == "data":
             self.kind = "recorded"
         self.policies = self._policies() if model is not None else ()
-        if self.kind == "engine" and self.policies:
+        if self.kind == "engine" and model is not None and self.policies:
             checked["model"] = model.model_copy(update={"path": self.policies[0].path})
             checked["model_shape"] = _shape_or_error(self.policies[0].path)
         else:

@@ -49,7 +49,7 @@ class Line:
 
     def judged(self) -> dict[str, tuple[Answers, Values]]:
         """Question -> its judged answers with their values."""
-        found = {}
+        found: dict[str, tuple[Answers, Values]] = {}
         for question, answers in self.questions.items():
             kept = [(row, value) for row in answers if not math.isnan(value := self.value(row))]
             if kept:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rewards.base import Reward
 from rlkit.config.parts import Part
 from rlkit.experience import Group, GroupScores, Sample, Score, UserError
-from rlkit.experience.scores import kind_of, rightness, total_reward
+from rlkit.experience.scores import kind_of, rightness
 from rlkit.experience.types import UNJUDGED
 from rlkit.tracking.samples import sample_rows
 
@@ -34,25 +33,19 @@ def answer_rows(
 ) -> Iterator[dict[str, Any]]:
     """A row for each answer. `chosen`: the group with the scores of the reward that chooses, else the judge's are the
     reward; `lengths` and `failures` where an endpoint answered."""
-    rewarded = judged if chosen is None else chosen
-    rewards = [total_reward(score) for _, score in rewarded.scored()]
-    for (sample, verdict), (_, score) in zip(judged.scored(), rewarded.scored(), strict=True):
-        place = judged.id, sample.index
-        if failure := failures.get(place):
-            verdict = score = Score.invalid(failure)
-        alone = replace(rewarded, samples=(sample,), scores=GroupScores((score,)), greedy=None)
-        (row,) = sample_rows(step, [alone], None, None)
+    said = [score for _, score in judged.scored()]
+    rewards = said if chosen is None else [score for _, score in chosen.scored()]
+    failed = [failures.get((judged.id, sample.index)) for sample in judged.samples]
+    scores = (Score.invalid(why) if why else score for why, score in zip(failed, rewards, strict=True))
+    rows = sample_rows(step, [judged.with_scores(GroupScores(tuple(scores)))], None, None)
+    for row, sample, verdict, why in zip(rows, judged.samples, said, failed, strict=True):
         yield {
             **row,
             "kind": "evaluation",
             "decoding": decoding,
-            "rank": None,
-            "group_size": len(judged.samples),
-            "group_rewards": rewards,
-            "length": _length(sample, lengths.get(place)),
+            "length": _length(sample, lengths.get((judged.id, sample.index))),
             "staleness": None,
-            "dropped": None,
-            **_verdict(verdict),
+            **_verdict(Score.invalid(why) if why else verdict),
             "vote": _vote(judge, sample),
         }
 

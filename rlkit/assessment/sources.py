@@ -30,10 +30,13 @@ CHUNK = 64
 class Answers(Protocol):
     """A model, ready to answer."""
 
-    lengths: Mapping[Place, int]
-    """Tokens of answers that come as texts."""
-    failures: Mapping[Place, str]
-    """Why there is no answer."""
+    @property
+    def lengths(self) -> Mapping[Place, int]:
+        """Tokens of answers that come as texts."""
+
+    @property
+    def failures(self) -> Mapping[Place, str]:
+        """Why there is no answer."""
 
     def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]: ...
 

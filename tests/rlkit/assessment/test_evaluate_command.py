@@ -137,7 +137,7 @@ def test_it_is_compared_with_another_evaluation(data: Path, tmp_path: Path, caps
             ["model.url=http://127.0.0.1:1/v1", "model=tiny", "model.name=x", "model.path=/x"],
             "the server has the model",
         ),
-        (["policy=none"], "has no recorded answers"),
+        (["policy=none"], "somebody must judge the answers"),
         (["reward=implicit_prm"], "learns in a run"),
         (["reward=environment"], "there is none"),
         (["evaluate.against=nowhere"], "there is no nowhere/samples.jsonl"),

@@ -31,7 +31,7 @@ KINDS = ("dpo", "kto", "simpo")
         ("train_rewards", "did you mean train-reward?"),
         ("--verison", "did you mean --version?"),
         ("--dry-run", "a command comes first, like rlkit train --dry-run"),
-        ("frobnicate", "no such command; available: convert-polar"),
+        ("frobnicate", "no such command; available: chat, convert-polar"),
     ],
 )
 def test_a_command_that_is_none(command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
