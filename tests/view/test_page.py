@@ -16,6 +16,19 @@ from synthetic_run import make_all, make_run
 from rlkit.view.report import write
 
 SCREENS = ["overview", "curves", "samples", "distributions", "triage", "compare", "time", "config"]
+ESTIMATE = {"value": 0.5, "low": 0.4, "high": 0.6, "questions": 64}
+RESULTS = {
+    "schema": 1,
+    "judge": "verifier=math",
+    "lines": [
+        {
+            "step": 0, "decoding": "sampled", "kind": "heldout", "mean": ESTIMATE, "of_k": {"pass@": {"8": ESTIMATE}},
+            "answers": 512, "wrong": 256, "left_out": 0, "length": ESTIMATE, "truncated_share": 0.0, "reward": None,
+        }
+    ],
+    "comparisons": [],
+}  # fmt: skip
+"""As `python -m rlkit.evaluate` writes them."""
 ROWS = "[...document.querySelectorAll('[role=grid] [aria-selected]')]"
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "view.png"
 
@@ -30,6 +43,7 @@ def browser() -> Iterator[Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     make_all(folder, 2000, tokens=True)
+    (folder / "evaluation_first" / "results.json").write_text(json.dumps(RESULTS))
     return folder
 
 
@@ -314,7 +328,7 @@ class TestScreens:
         page.get_by_role("group", name="config.yaml").get_by_text("total_steps").wait_for()
         reader.open("overview", run="evaluation_first")
         page.get_by_role("link", name="Results").click()
-        page.get_by_role("group", name="Results").wait_for()
+        page.get_by_role("group", name="Results").get_by_role("cell", name="pass@8").wait_for()
 
     def test_what_is_not_there_is_said(self, reader: Reader) -> None:
         reader.open("overview", run="gone")

@@ -35,6 +35,15 @@ export function heat(share: number, dark: boolean): string {
   return `rgb(${mix.join(" ")})`;
 }
 
+/** A canvas of this size in the pixels of the page, ready to be drawn on. */
+export function pen(canvas: HTMLCanvasElement, width: number, height: number): CanvasRenderingContext2D {
+  const scale = devicePixelRatio || 1;
+  [canvas.width, canvas.height] = [width * scale, height * scale];
+  const context = canvas.getContext("2d")!;
+  context.scale(scale, scale);
+  return context;
+}
+
 /** What a custom property is on this page now: canvases need it as a plain colour. */
 export function resolved(name: string): string {
   const probe = document.createElement("span");
