@@ -30,6 +30,8 @@ PLACEHOLDER = """<!doctype html><html lang="en"><meta charset="utf-8"><title>rlk
 <body><h1>rlkit view</h1><p>This installation has no page (rlkit/view/page.html). The questions under /api are answered:
 <a href="/api/runs">/api/runs</a>, <a href="/api/schema">/api/schema</a>.</p></body></html>
 """
+FORWARD = '<!doctype html><title>rlkit</title><meta http-equiv="refresh" content="0;url=/">'
+"""Takes the token out of the address once the cookie has it. A redirect from a link elsewhere would lack the cookie."""
 LOOK_SECONDS = 1.0
 """Between two looks at the files of the runs."""
 HEARTBEAT_SECONDS = 15.0
@@ -56,13 +58,13 @@ def make_app(runs: Runs, access: Access, ending: threading.Event | None = None) 
         return StreamingResponse(_events(runs, stop), media_type="text/event-stream")
 
     async def page(request: Request) -> Response:
-        text = await asyncio.to_thread(page_text)
-        response = HTMLResponse(
-            text, headers={"Content-Security-Policy": page_policy(text) + "; frame-ancestors 'none'"}
-        )
-        if access.token is not None:
+        if access.token is not None and "token" in request.query_params:
+            response = HTMLResponse(FORWARD)
             response.set_cookie(cookie_name(request), access.token, httponly=True, samesite="strict", path="/")
-        return response
+            return response
+        text = await asyncio.to_thread(page_text)
+        policy = page_policy(text) + "; frame-ancestors 'none'"
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
     async def failed(request: Request, error: HTTPException) -> Response:
         return refused(error.status_code, str(error.detail))

@@ -47,7 +47,8 @@ def indexed(row_number: int, start: int, line: bytes) -> Indexed | None:
     length = whole(row.get("length"))
     if length is None and isinstance(row.get("token_ids"), list):
         length = len(row["token_ids"])
-    correct = number(row.get("correct")) if "correct" in row else components.get("correct")
+    reported = components.get("correct", components.get("success"))
+    correct = number(row.get("correct")) if "correct" in row else reported
     columns = {
         "id": row_number,
         "start": start,
