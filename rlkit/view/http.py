@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp
 import rlkit
 from rlkit.experience import UserError
 from rlkit.view.guard import Access, Guard, cookie_name, page_policy, refused
+from rlkit.view.index import cache_folder
 from rlkit.view.query import QUESTIONS, Question, ask
 from rlkit.view.runs import NotThereError, Run, Runs
 from rlkit.view.schema import ErrorResult, Event
@@ -72,10 +74,15 @@ def make_app(runs: Runs, access: Access, ending: threading.Event | None = None) 
     async def wrong(request: Request, error: UserError) -> Response:
         return refused(404 if isinstance(error, NotThereError) else 400, str(error))
 
+    async def broken(request: Request, error: Exception) -> Response:
+        return refused(500, f"{type(error).__name__}: {error} (the index of samples lies in {cache_folder()})")
+
     app.get("/api/events", response_class=Response, responses={200: {"model": Event}})(events)
     app.get("/", include_in_schema=False)(page)
     app.exception_handler(HTTPException)(failed)
     app.exception_handler(UserError)(wrong)
+    app.exception_handler(sqlite3.Error)(broken)
+    app.exception_handler(OSError)(broken)
     app.add_middleware(GZipMiddleware, minimum_size=SMALLEST_GZIP, compresslevel=5)
     return Guard(app, access)
 
@@ -197,5 +204,6 @@ def _follow_all(runs: Runs, ending: threading.Event) -> None:
     """Index beside the answers: a long file is not waited for."""
     while not ending.wait(LOOK_SECONDS):
         for run in runs.all():
-            while not ending.is_set() and not run.index.follow(LOOK_SECONDS):
-                pass
+            with contextlib.suppress(OSError, sqlite3.Error):  # the next question says it
+                while not ending.is_set() and not run.index.follow(LOOK_SECONDS):
+                    pass

@@ -270,7 +270,7 @@ def _phrases(run: Run, data: Samples) -> Finding | str | None:
     order = np.flatnonzero(late)[np.argsort(data.above[late], kind="stable")]
     n = min(READ, len(order) // 3)
     texts = [_texts(run, data.ids[chosen]) for chosen in (order[-n:], order[:n], np.flatnonzero(early)[:READ])]
-    found = boilerplate(*texts)
+    found = boilerplate(texts[0], texts[1], texts[2])
     if not found:
         return None
     best = order[-n:]

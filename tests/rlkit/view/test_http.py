@@ -320,3 +320,12 @@ def test_a_new_run_in_the_folder_is_found(folder: Path, serving: Server, tmp_pat
         assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["x"]
         shutil.copytree(folder / "first", tmp_path / "runs" / "b" / "x")
         assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["x", "x-2"]
+
+
+def test_a_file_that_cannot_be_read_is_named(serving: Server, tmp_path: Path) -> None:
+    (tmp_path / "run" / "samples.jsonl").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with serving(Runs([tmp_path / "run"])) as client:
+        reply = client.get("/api/samples?run=run")
+    assert reply.status_code == 500
+    assert "samples.jsonl" in reply.json()["error"]
