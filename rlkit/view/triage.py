@@ -26,7 +26,7 @@ TOP = 0.95
 ONE_COMPONENT = 0.8
 CORRELATED = 0.3
 ROWS = 20
-READ = 400
+READ = 250
 """Answers of each kind whose words are counted."""
 Floats = np.ndarray
 
@@ -73,7 +73,7 @@ def triage(run: Run, asked: AboutRun) -> TriageResult:
 
 def _triage(run: Run) -> TriageResult:
     data = gather(run)
-    verifier = bool(len(data.ids)) and bool(np.isfinite(data.correct).any())
+    verifier = bool(np.isfinite(data.correct).any()) and not _judges_itself(run)
     findings: list[Finding] = []
     missing: list[Missing] = []
     checks: dict[str, Callable[[Run, Samples], Finding | str | None]] = {
@@ -94,6 +94,12 @@ def _triage(run: Run) -> TriageResult:
             findings.append(found)
     findings.sort(key=lambda one: one.level != "look")
     return TriageResult(verifier=verifier, findings=findings, missing=missing)
+
+
+def _judges_itself(run: Run) -> bool:
+    """Whether the verdicts are the reward's own."""
+    reward, verifier = (run.option(f"{name}._target_") for name in ("reward", "verifier"))
+    return reward is not None and reward == verifier
 
 
 def gather(run: Run) -> Samples:
@@ -169,6 +175,8 @@ def _apart(run: Run, data: Samples) -> Finding | str | None:
 def _rewarded_wrong(run: Run, data: Samples) -> Finding | str | None:
     if not np.isfinite(data.correct).any():
         return "no verdicts: samples have no `correct` (a verifier beside the reward gives it)"
+    if _judges_itself(run):
+        return "the verifier is the reward itself: verifier=... names another one"
     bound = float(np.quantile(data.reward, TOP))
     judged = data.top & np.isfinite(data.correct)
     wrong = judged & (data.correct < 0.5)
@@ -262,7 +270,7 @@ def _phrases(run: Run, data: Samples) -> Finding | str | None:
     order = np.flatnonzero(late)[np.argsort(data.above[late], kind="stable")]
     n = min(READ, len(order) // 3)
     texts = [_texts(run, data.ids[chosen]) for chosen in (order[-n:], order[:n], np.flatnonzero(early)[:READ])]
-    found = boilerplate(*texts)
+    found = boilerplate(texts[0], texts[1], texts[2])
     if not found:
         return None
     best = order[-n:]
