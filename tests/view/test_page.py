@@ -126,6 +126,12 @@ class TestScreens:
         page.go_back()
         box = chart.bounding_box()
         assert box
+        page.mouse.move(box["x"] + box["width"] / 3, box["y"] + 60)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60)
+        page.mouse.up()
+        reader.button("whole range").click()
+        assert reader.button("whole range").count() == 0
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60)
         page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 60)
         reader.hash("#/samples")
