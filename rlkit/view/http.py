@@ -118,15 +118,16 @@ async def _events(runs: Runs, stop: threading.Event) -> AsyncIterator[str]:
         await asyncio.sleep(LOOK_SECONDS)
         quiet += LOOK_SECONDS
         for run in await asyncio.to_thread(runs.all):
-            stamp = await asyncio.to_thread(run.stamp)
-            state, _ = await asyncio.to_thread(run.state)
-            known = states.get(run.id)
-            changed = seen.get(run.id) != stamp or (bool(known) and known != state)
-            seen[run.id], states[run.id] = stamp, state
-            if changed:
-                quiet = 0.0
-                event = await asyncio.to_thread(_event, run)
-                yield f"data: {event.model_dump_json()}\n\n"
+            with contextlib.suppress(OSError, sqlite3.Error):  # the next question says it
+                stamp = await asyncio.to_thread(run.stamp)
+                state, _ = await asyncio.to_thread(run.state)
+                known = states.get(run.id)
+                changed = seen.get(run.id) != stamp or (bool(known) and known != state)
+                seen[run.id], states[run.id] = stamp, state
+                if changed:
+                    quiet = 0.0
+                    event = await asyncio.to_thread(_event, run)
+                    yield f"data: {event.model_dump_json()}\n\n"
         if quiet >= HEARTBEAT_SECONDS:
             quiet = 0.0
             yield ": still here\n\n"

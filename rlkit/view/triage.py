@@ -17,7 +17,7 @@ from rlkit.view.asked import AboutRun, Restricted
 from rlkit.view.phrases import boilerplate, has
 from rlkit.view.rows import SEARCHED, said
 from rlkit.view.runs import Run
-from rlkit.view.samples import columns, summaries
+from rlkit.view.samples import columns, components, numbers, summaries
 from rlkit.view.schema import Evidence, Finding, Missing, Suspect, TriageResult
 from rlkit.view.trends import correlation, together
 
@@ -103,17 +103,13 @@ def _judges_itself(run: Run) -> bool:
 
 
 def gather(run: Run) -> Samples:
-    names = run.index.names()["component"]
-    numbers = ("id", "step", "reward", "correct", "length", "digits")
     chosen = Restricted(run=run.id, filter='kind = "training" and valid and reward is not null')
-    table = columns(run, [*numbers, *(f"component:{name}" for name in names)], chosen)
-    keys = run.index.connection().execute(
-        "SELECT step || ' ' || group_id FROM rows WHERE kind = 'training' AND valid AND reward IS NOT NULL ORDER BY id"
-    )
-    _, group = np.unique(np.array([key for (key,) in keys], dtype=object).astype(str), return_inverse=True)
-    ids, step, reward, correct, length, digits = table[: len(numbers)]
-    components = dict(zip(names, table[len(numbers) :], strict=True))
-    return Samples(ids, step, reward, correct, length, digits, group[: len(ids)], components)
+    table = columns(run, ["id", "step", "reward", "correct", "length", "digits"], chosen)
+    rank = "SELECT DENSE_RANK() OVER (ORDER BY step, group_id) - 1 FROM rows"
+    valid = "kind = 'training' AND valid AND reward IS NOT NULL"
+    groups = run.index.connection().execute(f"{rank} WHERE {valid} ORDER BY id")
+    group = numbers(groups, 1)[: len(table[0]), 0].astype(np.int64)
+    return Samples(*table, group, components(run, table[0]))
 
 
 def within_groups(values: Floats, group: Floats) -> Floats:

@@ -327,5 +327,7 @@ def test_a_file_that_cannot_be_read_is_named(serving: Server, tmp_path: Path) ->
     (tmp_path / "run" / "metrics.jsonl").touch()
     with serving(Runs([tmp_path / "run"])) as client:
         reply = client.get("/api/samples?run=run")
+        (listed,) = get(client, "/api/runs")["runs"]
+    assert "cannot be read" in listed["state_text"]
     assert reply.status_code == 500
     assert "samples.jsonl" in reply.json()["error"]
