@@ -333,7 +333,7 @@ class TestScreens:
         page.get_by_role("link", name="config.yaml").click()
         page.get_by_role("group", name="config.yaml").get_by_text("total_steps").wait_for()
         reader.open("overview", run="evaluation_first")
-        page.get_by_role("link", name="Results").click()
+        page.get_by_role("link", name="Results", exact=True).click()
         page.get_by_role("group", name="Results").get_by_role("cell", name="pass@8").wait_for()
 
     def test_what_is_not_there_is_said(self, reader: Reader) -> None:
