@@ -136,6 +136,7 @@ def _by_prompt(run: Run, column: str) -> dict[str, float]:
     """Of the last evaluated step."""
     rows = run.index.connection().execute(
         f"SELECT prompt_id, avg({column}) FROM rows WHERE kind = 'evaluation' AND {column} IS NOT NULL AND "
+        "decoding IS NOT 'greedy' AND "
         "step = (SELECT max(step) FROM rows WHERE kind = 'evaluation') GROUP BY prompt_id"
     )
     return dict(rows.fetchall())

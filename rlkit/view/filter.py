@@ -25,7 +25,7 @@ NUMBERS = (
     "id", "step", "sample", "reward", "advantage", "length", "correct", "verdict", "staleness", "group_size",
     "group_mean", "spread", "digits",
 )  # fmt: skip
-TEXTS = ("rank", "finish_reason", "dropped", "kind", "set", "group_id", "prompt_id", "reason")
+TEXTS = ("rank", "finish_reason", "dropped", "kind", "set", "decoding", "group_id", "prompt_id", "reason")
 SQL: dict[str, tuple[str, Kind]] = {
     **{name: (f"rows.{name}", "number") for name in NUMBERS},
     **{name: (f'rows."{name}"', "text") for name in TEXTS},

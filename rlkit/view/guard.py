@@ -8,7 +8,6 @@ import hashlib
 import re
 import socket
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -27,6 +26,8 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 """Of every answer; the page has a Content-Security-Policy of its own."""
+
+_ELEMENT = re.compile(r"<(script|style)\b([^>]*)>(.*?)</\1>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -140,28 +141,9 @@ def _hashes(texts: list[str]) -> str:
 
 
 def _inline(page: str) -> tuple[list[str], list[str]]:
-    """Contents of its scripts and style sheets, byte by byte as a browser hashes them."""
-    parser = _Inline()
-    parser.feed(re.sub(r"\r\n?", "\n", page))
-    return parser.texts["script"], parser.texts["style"]
-
-
-class _Inline(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=False)
-        self.texts: dict[str, list[str]] = {"script": [], "style": []}
-        self._open: str | None = None
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        kind = dict(attrs).get("type") or "module"
-        if tag == "style" or (tag == "script" and kind in ("module", "text/javascript")):
-            self._open = tag
-            self.texts[tag].append("")
-
-    def handle_data(self, data: str) -> None:
-        if self._open is not None:
-            self.texts[self._open][-1] += data
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == self._open:
-            self._open = None
+    """Contents of its scripts and style sheets, as a browser hashes them; data blocks are no scripts."""
+    texts: dict[str, list[str]] = {"script": [], "style": []}
+    for tag, attributes, text in _ELEMENT.findall(re.sub(r"\r\n?", "\n", page)):
+        if 'type="application/json"' not in attributes:
+            texts[tag].append(text)
+    return texts["script"], texts["style"]

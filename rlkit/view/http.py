@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp
 import rlkit
 from rlkit.experience import UserError
 from rlkit.view.guard import Access, Guard, cookie_name, page_policy, refused
+from rlkit.view.index import cache_folder
 from rlkit.view.query import QUESTIONS, Question, ask
 from rlkit.view.runs import NotThereError, Run, Runs
 from rlkit.view.schema import ErrorResult, Event
@@ -30,6 +32,8 @@ PLACEHOLDER = """<!doctype html><html lang="en"><meta charset="utf-8"><title>rlk
 <body><h1>rlkit view</h1><p>This installation has no page (rlkit/view/page.html). The questions under /api are answered:
 <a href="/api/runs">/api/runs</a>, <a href="/api/schema">/api/schema</a>.</p></body></html>
 """
+FORWARD = '<!doctype html><title>rlkit</title><meta http-equiv="refresh" content="0;url=/">'
+"""Takes the token out of the address once the cookie has it. A redirect from a link elsewhere would lack the cookie."""
 LOOK_SECONDS = 1.0
 """Between two looks at the files of the runs."""
 HEARTBEAT_SECONDS = 15.0
@@ -56,13 +60,13 @@ def make_app(runs: Runs, access: Access, ending: threading.Event | None = None) 
         return StreamingResponse(_events(runs, stop), media_type="text/event-stream")
 
     async def page(request: Request) -> Response:
-        text = await asyncio.to_thread(page_text)
-        response = HTMLResponse(
-            text, headers={"Content-Security-Policy": page_policy(text) + "; frame-ancestors 'none'"}
-        )
-        if access.token is not None:
+        if access.token is not None and "token" in request.query_params:
+            response = HTMLResponse(FORWARD)
             response.set_cookie(cookie_name(request), access.token, httponly=True, samesite="strict", path="/")
-        return response
+            return response
+        text = await asyncio.to_thread(page_text)
+        policy = page_policy(text) + "; frame-ancestors 'none'"
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
     async def failed(request: Request, error: HTTPException) -> Response:
         return refused(error.status_code, str(error.detail))
@@ -70,10 +74,15 @@ def make_app(runs: Runs, access: Access, ending: threading.Event | None = None) 
     async def wrong(request: Request, error: UserError) -> Response:
         return refused(404 if isinstance(error, NotThereError) else 400, str(error))
 
+    async def broken(request: Request, error: Exception) -> Response:
+        return refused(500, f"{type(error).__name__}: {error} (the index of samples lies in {cache_folder()})")
+
     app.get("/api/events", response_class=Response, responses={200: {"model": Event}})(events)
     app.get("/", include_in_schema=False)(page)
     app.exception_handler(HTTPException)(failed)
     app.exception_handler(UserError)(wrong)
+    app.exception_handler(sqlite3.Error)(broken)
+    app.exception_handler(OSError)(broken)
     app.add_middleware(GZipMiddleware, minimum_size=SMALLEST_GZIP, compresslevel=5)
     return Guard(app, access)
 
@@ -109,15 +118,16 @@ async def _events(runs: Runs, stop: threading.Event) -> AsyncIterator[str]:
         await asyncio.sleep(LOOK_SECONDS)
         quiet += LOOK_SECONDS
         for run in await asyncio.to_thread(runs.all):
-            stamp = await asyncio.to_thread(run.stamp)
-            state, _ = await asyncio.to_thread(run.state)
-            known = states.get(run.id)
-            changed = seen.get(run.id) != stamp or (bool(known) and known != state)
-            seen[run.id], states[run.id] = stamp, state
-            if changed:
-                quiet = 0.0
-                event = await asyncio.to_thread(_event, run)
-                yield f"data: {event.model_dump_json()}\n\n"
+            with contextlib.suppress(OSError, sqlite3.Error):  # the next question says it
+                stamp = await asyncio.to_thread(run.stamp)
+                state, _ = await asyncio.to_thread(run.state)
+                known = states.get(run.id)
+                changed = seen.get(run.id) != stamp or (bool(known) and known != state)
+                seen[run.id], states[run.id] = stamp, state
+                if changed:
+                    quiet = 0.0
+                    event = await asyncio.to_thread(_event, run)
+                    yield f"data: {event.model_dump_json()}\n\n"
         if quiet >= HEARTBEAT_SECONDS:
             quiet = 0.0
             yield ": still here\n\n"
@@ -195,5 +205,6 @@ def _follow_all(runs: Runs, ending: threading.Event) -> None:
     """Index beside the answers: a long file is not waited for."""
     while not ending.wait(LOOK_SECONDS):
         for run in runs.all():
-            while not ending.is_set() and not run.index.follow(LOOK_SECONDS):
-                pass
+            with contextlib.suppress(OSError, sqlite3.Error):  # the next question says it
+                while not ending.is_set() and not run.index.follow(LOOK_SECONDS):
+                    pass

@@ -24,7 +24,7 @@ from typing import Any
 from rlkit.view.lines import Position, read_on
 from rlkit.view.rows import COLUMNS, Indexed, indexed, number, parsed, whole
 
-FORMAT = 1
+FORMAT = 2
 """Another one in a cache file: it is made anew."""
 UNUSED_DAYS = 30
 """After which the cache of a run is removed."""

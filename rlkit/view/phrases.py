@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHORTEST, LONGEST = 2, 6
-LEAST_Z = 4.0
+LEAST_Z = 3.0
 LEAST_SHARE = 0.1
 """Of the best answers that have it: rarer phrases are no habit."""
 PRIOR = 10.0
-"""Weight, in answers, of what was common at the start."""
+"""Weight, in answers, of what was common at the start; what was not counts as one answer."""
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -50,7 +51,7 @@ def boilerplate(best: Sequence[str], worst: Sequence[str], before: Sequence[str]
         z = _log_odds(top[words], len(best), bottom[words], len(worst), shares[2])
         if z >= LEAST_Z and shares[0] > 2 * shares[2]:
             found.append((z, words, shares))
-    found.sort(key=lambda one: (-round(one[0], 1), -len(one[1])))
+    found.sort(key=lambda one: (-round(one[0], 1), -sum(word.isalnum() for word in one[1]), one[1]))
     chosen: list[Phrase] = []
     taken: list[tuple[str, ...]] = []
     for z, words, shares in found:
@@ -71,12 +72,14 @@ def _words(text: str) -> list[str]:
 
 
 def _counts(texts: Sequence[str]) -> Counter[tuple[str, ...]]:
+    """In how many texts each sequence of words of one sentence is."""
     counts: Counter[tuple[str, ...]] = Counter()
     for text in texts:
-        words = _words(text)
+        sentences = [_words(sentence) for sentence in _SENTENCE.split(text)]
         counts.update(
             {
                 tuple(words[i : i + n])
+                for words in sentences
                 for n in range(SHORTEST, LONGEST + 1)
                 for i in range(len(words) - n + 1)
                 if any(word.isalpha() for word in words[i : i + n])
@@ -87,7 +90,7 @@ def _counts(texts: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 def _log_odds(top: int, tops: int, bottom: int, bottoms: int, prior: float) -> float:
     """z of the difference of two log-odds, each with `PRIOR` answers of the share `prior` added."""
-    added = PRIOR * min(max(prior, 0.01), 0.99)
+    added = min(max(PRIOR * prior, 1.0), PRIOR - 1.0)
     odds = []
     variance = 0.0
     for count, size in ((top, tops), (bottom, bottoms)):

@@ -65,8 +65,6 @@ def _of_run(answer: Callable[[Run, A], BaseModel]) -> Callable[[Runs, A], BaseMo
 def _listed(runs: Runs, asked: Asked) -> schema.RunList:
     """All runs, and how they stand."""
     del asked
-    for run in runs.all():
-        run.index.follow(PATIENCE_SECONDS / 10)
     return runs.listed()
 
 

@@ -17,10 +17,10 @@ COLUMNS = {
     "prompt_id": "TEXT", "sample": "INTEGER", "rank": "TEXT", "reward": "REAL", "advantage": "REAL",
     "length": "INTEGER", "correct": "REAL", "verdict": "REAL", "finish_reason": "TEXT", "staleness": "REAL",
     "dropped": "TEXT", "valid": "INTEGER", "reason": "TEXT", "set": "TEXT", "kind": "TEXT", "group_size": "INTEGER",
-    "group_mean": "REAL", "spread": "REAL", "digits": "REAL",
+    "group_mean": "REAL", "spread": "REAL", "digits": "REAL", "decoding": "TEXT",
 }  # fmt: skip
 """`start` and `bytes`: where the row is in the file. `group_mean` and `spread` (largest minus smallest) are of the
-rewards of the whole group, `digits` is their share of the response's characters."""
+rewards of the whole group, `digits` is their share of the response's characters, `decoding` is of an evaluation."""
 _NO_DIGITS = str.maketrans("", "", "0123456789")
 
 
@@ -47,7 +47,8 @@ def indexed(row_number: int, start: int, line: bytes) -> Indexed | None:
     length = whole(row.get("length"))
     if length is None and isinstance(row.get("token_ids"), list):
         length = len(row["token_ids"])
-    correct = number(row.get("correct")) if "correct" in row else components.get("correct")
+    reported = components.get("correct", components.get("success"))
+    correct = number(row.get("correct")) if "correct" in row else reported
     columns = {
         "id": row_number,
         "start": start,
@@ -72,6 +73,7 @@ def indexed(row_number: int, start: int, line: bytes) -> Indexed | None:
         "group_size": whole(row.get("group_size")),
         "group_mean": sum(rewards) / len(rewards) if rewards else None,
         "spread": max(rewards) - min(rewards) if rewards else None,
+        "decoding": _text(row.get("decoding")),
         "digits": 1 - len(searched.translate(_NO_DIGITS)) / len(searched) if searched else None,
     }
     kept = [(name, value) for name, value in components.items() if value is not None][:MOST_COMPONENTS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,8 @@ State = Literal["running", "ended", "silent"]
 T = TypeVar("T")
 SILENT_SECONDS = 120.0
 """Without a new line for so long, or for ten steps, a run whose lock nobody on this machine holds is silent."""
+LISTING_SECONDS = 0.1
+"""How long a list of runs waits for the index of each."""
 LOCKS = Path("/proc/locks")
 
 
@@ -217,7 +220,24 @@ class Runs:
         raise NotThereError(f"no run {run_id!r}; there are {', '.join(run.id for run in self.all())}")
 
     def listed(self) -> RunList:
-        return RunList(rlkit=rlkit.__version__, runs=[run.info() for run in self.all()])
+        """One that cannot be read hides no other."""
+        infos = []
+        for run in self.all():
+            try:
+                run.index.follow(LISTING_SECONDS)
+                infos.append(run.info())
+            except (OSError, sqlite3.Error) as error:
+                infos.append(_unreadable(run, error))
+        return RunList(rlkit=rlkit.__version__, runs=infos)
+
+
+def _unreadable(run: Run, error: Exception) -> RunInfo:
+    nothing = Has(tokens=False, rescored=[], correct=False, staleness=False, components=[], results=False)
+    return RunInfo(
+        id=run.id, path=str(run.path), kind="training", state="silent", state_text=f"cannot be read: {error}",
+        algorithm="", reward="", model="", data="", step=0, total_steps=None, began=None, updated=None, samples=0,
+        kept_groups=0, has=nothing,
+    )  # fmt: skip
 
 
 def _runs_in(folder: Path) -> list[Path]:

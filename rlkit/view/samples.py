@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,9 +123,28 @@ def columns(run: Run, names: Sequence[str], asked: Restricted, limit: int | None
     parameters += where.parameters
     if limit is not None:
         text, parameters = f"{text} LIMIT ?", [*parameters, limit]
-    rows = run.index.connection().execute(text, parameters).fetchall()
-    table = np.array(rows, dtype=np.float64).reshape(len(rows), len(names))
-    return list(table.T)
+    return list(numbers(run.index.connection().execute(text, parameters), len(names)).T)
+
+
+def components(run: Run, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> values [N] of the rows `ids`, which ascend; unknown: NaN. Faster than as `columns` where all are read."""
+    found = {}
+    for name in run.index.names()["component"]:
+        where = "WHERE name = (SELECT key FROM names WHERE names.name = ?)"
+        of_row = run.index.connection().execute(f"SELECT id, value FROM extra {where}", (f"component:{name}",))
+        rows, values = numbers(of_row, 2).T
+        place = np.clip(np.searchsorted(rows, ids), 0, max(0, len(rows) - 1))
+        there = rows[place] == ids if len(rows) else np.zeros(len(ids), dtype=bool)
+        found[name] = np.where(there, values[place] if len(rows) else np.nan, np.nan)
+    return found
+
+
+def numbers(cursor: sqlite3.Cursor, width: int) -> np.ndarray:
+    """The rows of a query [N, width]; a part at a time, because Python's numbers take five times the room."""
+    parts = [np.zeros((0, width))]
+    while rows := cursor.fetchmany(65536):
+        parts.append(np.array(rows, dtype=np.float64))
+    return np.concatenate(parts)
 
 
 def histogram(run: Run, asked: HistogramAsked) -> HistogramResult:

@@ -70,7 +70,7 @@ def token_row(run: Path, place: Place) -> dict[str, Any] | None:
 
 
 def signals_of(row: dict[str, Any]) -> list[str]:
-    recorded = [name for name, values in row.items() if name not in _PLACE and values is not None]
+    recorded = [name for name, values in row.items() if name not in _PLACE and any(v is not None for v in values or ())]
     return [*recorded, *(name for name, (a, b) in DIFFERENCES.items() if a in recorded and b in recorded)]
 
 
@@ -84,12 +84,18 @@ def tokens_result(row: dict[str, Any], signals: list[str] | None, first: int, la
         from_=start,
         to=end,
         total=total,
-        pieces=[piece or "" for piece in row["piece"][start:end]],
+        pieces=_pieces(row)[start:end],
         mask=[bool(trained) for trained in row["mask"][start:end]],
         version=[-1 if version is None else int(version) for version in row["version"][start:end]],
         signals={name: values[start:end] for name, values in chosen.items()},
         ranges={name: _range(name, values) for name, values in chosen.items()},
     )
+
+
+def _pieces(row: dict[str, Any]) -> list[str]:
+    """Of a run without texts, the ids."""
+    texts = row.get("piece")
+    return [f"{token} " for token in row["token_id"]] if texts is None else [piece or "" for piece in texts]
 
 
 def _values(row: dict[str, Any], name: str) -> list[float | None]:

@@ -17,7 +17,7 @@ from rlkit.view.asked import AboutRun, Restricted
 from rlkit.view.phrases import boilerplate, has
 from rlkit.view.rows import SEARCHED, said
 from rlkit.view.runs import Run
-from rlkit.view.samples import columns, summaries
+from rlkit.view.samples import columns, components, numbers, summaries
 from rlkit.view.schema import Evidence, Finding, Missing, Suspect, TriageResult
 from rlkit.view.trends import correlation, together
 
@@ -26,7 +26,7 @@ TOP = 0.95
 ONE_COMPONENT = 0.8
 CORRELATED = 0.3
 ROWS = 20
-READ = 400
+READ = 250
 """Answers of each kind whose words are counted."""
 Floats = np.ndarray
 
@@ -73,7 +73,7 @@ def triage(run: Run, asked: AboutRun) -> TriageResult:
 
 def _triage(run: Run) -> TriageResult:
     data = gather(run)
-    verifier = bool(len(data.ids)) and bool(np.isfinite(data.correct).any())
+    verifier = bool(np.isfinite(data.correct).any()) and not _judges_itself(run)
     findings: list[Finding] = []
     missing: list[Missing] = []
     checks: dict[str, Callable[[Run, Samples], Finding | str | None]] = {
@@ -96,18 +96,20 @@ def _triage(run: Run) -> TriageResult:
     return TriageResult(verifier=verifier, findings=findings, missing=missing)
 
 
+def _judges_itself(run: Run) -> bool:
+    """Whether the verdicts are the reward's own."""
+    reward, verifier = (run.option(f"{name}._target_") for name in ("reward", "verifier"))
+    return reward is not None and reward == verifier
+
+
 def gather(run: Run) -> Samples:
-    names = run.index.names()["component"]
-    numbers = ("id", "step", "reward", "correct", "length", "digits")
     chosen = Restricted(run=run.id, filter='kind = "training" and valid and reward is not null')
-    table = columns(run, [*numbers, *(f"component:{name}" for name in names)], chosen)
-    keys = run.index.connection().execute(
-        "SELECT step || ' ' || group_id FROM rows WHERE kind = 'training' AND valid AND reward IS NOT NULL ORDER BY id"
-    )
-    _, group = np.unique(np.array([key for (key,) in keys], dtype=object).astype(str), return_inverse=True)
-    ids, step, reward, correct, length, digits = table[: len(numbers)]
-    components = dict(zip(names, table[len(numbers) :], strict=True))
-    return Samples(ids, step, reward, correct, length, digits, group[: len(ids)], components)
+    table = columns(run, ["id", "step", "reward", "correct", "length", "digits"], chosen)
+    rank = "SELECT DENSE_RANK() OVER (ORDER BY step, group_id) - 1 FROM rows"
+    valid = "kind = 'training' AND valid AND reward IS NOT NULL"
+    groups = run.index.connection().execute(f"{rank} WHERE {valid} ORDER BY id")
+    group = numbers(groups, 1)[: len(table[0]), 0].astype(np.int64)
+    return Samples(*table, group, components(run, table[0]))
 
 
 def within_groups(values: Floats, group: Floats) -> Floats:
@@ -169,6 +171,8 @@ def _apart(run: Run, data: Samples) -> Finding | str | None:
 def _rewarded_wrong(run: Run, data: Samples) -> Finding | str | None:
     if not np.isfinite(data.correct).any():
         return "no verdicts: samples have no `correct` (a verifier beside the reward gives it)"
+    if _judges_itself(run):
+        return "the verifier is the reward itself: verifier=... names another one"
     bound = float(np.quantile(data.reward, TOP))
     judged = data.top & np.isfinite(data.correct)
     wrong = judged & (data.correct < 0.5)
@@ -262,7 +266,7 @@ def _phrases(run: Run, data: Samples) -> Finding | str | None:
     order = np.flatnonzero(late)[np.argsort(data.above[late], kind="stable")]
     n = min(READ, len(order) // 3)
     texts = [_texts(run, data.ids[chosen]) for chosen in (order[-n:], order[:n], np.flatnonzero(early)[:READ])]
-    found = boilerplate(*texts)
+    found = boilerplate(texts[0], texts[1], texts[2])
     if not found:
         return None
     best = order[-n:]

@@ -88,7 +88,7 @@ def test_expressions(table: sqlite3.Connection, text: str, rows: list[int]) -> N
         ("reward > 1; drop table rows", 11, "unexpected ';'"),
         ("component.none > 1", 1, "this run has format, math/format, odd name"),
         ("reward is 1", 11, "expected 'null' or 'not null'"),
-        ("valid = 1.5x", 9, "expected true or false"),
+        ("valid = 'x'", 9, "expected true or false"),
         ("", 1, "expected a field"),
         ("(" * 50 + "reward > 1", 41, "at most 40"),
     ],
@@ -106,7 +106,7 @@ WORDS = "reward correct finish valid component.format ( ) and or not is null = <
 PIECES = st.sampled_from([*WORDS.split(), '"stop"', "'a''b'", "';--", "/*", "1;DROP TABLE rows", "\x00", '"%s"'])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.one_of(st.lists(PIECES, max_size=12).map(" ".join), st.text(max_size=60)))
 def test_whatever_is_typed_is_refused_or_is_one_condition(text: str) -> None:
     """The SQL consists of this package's words alone, and SQLite can prepare it with as many parameters."""

@@ -285,9 +285,11 @@ def test_a_token_opens_the_page_and_a_cookie_keeps_it_open(folder: Path, serving
         assert client.get("/api/runs", headers={"authorization": f"Bearer {token}"}).status_code == 200
         assert client.get("/api/runs", headers={"host": "evil.example"}, params={"token": token}).status_code == 403
         assert client.get("/api/runs", params={"token": token}, headers={"host": "viewer.example"}).status_code == 200
-        cookie = client.get("/", params={"token": token}).headers["set-cookie"]
+        opened = client.get("/", params={"token": token})
+        cookie = opened.headers["set-cookie"]
         assert "HttpOnly" in cookie and "SameSite=strict" in cookie
-        assert client.get("/api/runs").status_code == 200
+        assert token not in opened.text and "url=/" in opened.text
+        assert client.get("/api/runs").status_code == client.get("/").status_code == 200
 
 
 def test_events_tell_of_growth_and_of_a_cut(folder: Path, serving: Server, tmp_path: Path) -> None:
@@ -318,3 +320,14 @@ def test_a_new_run_in_the_folder_is_found(folder: Path, serving: Server, tmp_pat
         assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["x"]
         shutil.copytree(folder / "first", tmp_path / "runs" / "b" / "x")
         assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["x", "x-2"]
+
+
+def test_a_file_that_cannot_be_read_is_named(serving: Server, tmp_path: Path) -> None:
+    (tmp_path / "run" / "samples.jsonl").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with serving(Runs([tmp_path / "run"])) as client:
+        reply = client.get("/api/samples?run=run")
+        (listed,) = get(client, "/api/runs")["runs"]
+    assert "cannot be read" in listed["state_text"]
+    assert reply.status_code == 500
+    assert "samples.jsonl" in reply.json()["error"]

@@ -112,7 +112,9 @@ def test_a_damaged_cache_is_made_anew(run: Path, cache: Path) -> None:
     (file,) = (cache / "rlkit" / "view").glob("*.sqlite")
     for damage in (b"this is no database" * 100, b""):
         file.write_bytes(damage)
-        assert indexed(SampleIndex(run)) == [(0, 1)]
+        again = SampleIndex(run)
+        assert indexed(again) == [(0, 1)]
+        again.close()
 
 
 def test_nothing_is_written_into_the_run(folder: Path, cache: Path) -> None:
@@ -166,11 +168,11 @@ def _follow_until(run: Path, rows: int, cache: str, sums: Any) -> None:
 
 def test_several_processes_follow_one_run(run: Path, cache: Path) -> None:
     """While it grows; each ends with every row once, and the text index has every word once."""
-    file, rows = run / "samples.jsonl", 3000
+    file, rows = run / "samples.jsonl", 2000
     context = multiprocessing.get_context("spawn")
     sums = context.Queue()
     file.touch()
-    followers = [context.Process(target=_follow_until, args=(run, rows, str(cache), sums)) for _ in range(3)]
+    followers = [context.Process(target=_follow_until, args=(run, rows, str(cache), sums)) for _ in range(2)]
     for follower in followers:
         follower.start()
     with file.open("ab", buffering=0) as stream:
@@ -182,7 +184,7 @@ def test_several_processes_follow_one_run(run: Path, cache: Path) -> None:
     results = [sums.get(timeout=90) for _ in followers]
     for follower in followers:
         follower.join(10)
-    assert results == [(rows, rows * (rows - 1) / 2)] * 3
+    assert results == [(rows, rows * (rows - 1) / 2)] * 2
     index = SampleIndex(run)
     indexed(index)
-    assert hits(index, "word2999") == [2999]
+    assert hits(index, "word1999") == [1999]
