@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench: each installs what it needs first, and repeating one costs nothing.
+# make setup | demo | test | lint | bench | page: each installs what it needs first, and repeating one costs nothing.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -31,7 +31,7 @@ except (OSError, ValueError):
 endef
 export REACHABLE
 
-.PHONY: setup demo test test-cluster lint bench clean bubblewrap
+.PHONY: setup demo test test-cluster lint bench clean bubblewrap chromium page page-check
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -62,12 +62,17 @@ bubblewrap:
 		&& apt-get update -qq && apt-get install -y -qq bubblewrap >/dev/null; } \
 		|| echo "bubblewrap is not installed: the tests of reward=code will be skipped"
 
+chromium:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+		|| echo "chromium is not installed: the tests of the page will be skipped"
+
 test: setup bubblewrap
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not cluster" $(TEST_ARGS)
 
 # The tests of other packages' environments are skipped without them: EXTRAS=cpu,dev,environments.
 # Runs that are killed and resumed, Ray clusters of their own, jobs, every recipe and reward to the end.
-test-cluster: setup bubblewrap
+test-cluster: setup bubblewrap chromium
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow or cluster" $(TEST_ARGS)
 
 lint: setup
@@ -77,9 +82,21 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 
+# The page of `python -m rlkit.view`, one file made of view/ by Node 20.
+page:
+	cd view && npm ci --no-audit --no-fund && npm run build
+
+# Is the committed page what its sources make?
+page-check:
+	@if command -v npm >/dev/null; then \
+		cd view && npm ci --no-audit --no-fund && npm run check && npm test && npm run build \
+			&& git diff --exit-code --stat ../rlkit/view/page.html; \
+	elif [ "$$RLKIT_NEEDS_NPM" = 1 ]; then echo "make: npm (Node 20) not found" >&2; exit 1; \
+	else echo "npm is not installed: the page is not compared with its sources"; fi
+
 # Has anything become slower? Compares ratios with benchmarks/expected.json, in a few minutes.
 bench: setup
 	$(RUN_ENV) $(BIN)/python -m benchmarks.gate $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) view/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

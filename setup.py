@@ -70,6 +70,8 @@ EXTRAS = {
         "mypy>=1.18",
         "import-linter>=2.17,<3",
         "vulture>=2.14",
+        "playwright>=1.55,<2",  # tests/view, with the system's chromium
+        "axe-playwright-python>=0.1.7,<0.2",
         "setuptools",
         "wheel",
     ],
@@ -90,7 +92,13 @@ setup(
     ],
     package_dir={"rlkit.conf": "conf"},
     package_data={
-        "rlkit": ["models/*.json", "embedded/**/*.safetensors", "embedded/**/*.json", "embedded/**/*.jinja"],
+        "rlkit": [
+            "view/page.html",
+            "models/*.json",
+            "embedded/**/*.safetensors",
+            "embedded/**/*.json",
+            "embedded/**/*.jinja",
+        ],
         "rlkit.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
     },
     entry_points={"console_scripts": ["rlkit = rlkit.cli:main"]},

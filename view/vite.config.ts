@@ -8,7 +8,7 @@ const OUT = "../rlkit/view";
 
 const named: Plugin = {
   name: "page.html",
-  closeBundle: () => renameSync(`${OUT}/index.html`, `${OUT}/page.html`),
+  writeBundle: () => renameSync(`${OUT}/index.html`, `${OUT}/page.html`),
 };
 
 export default defineConfig({

@@ -13,7 +13,23 @@ import pytest
 from page_fixture import Reader, chromium, reading, serving
 from synthetic_run import make_all, make_run
 
+from rlkit.view.report import write
+
 SCREENS = ["overview", "curves", "samples", "distributions", "triage", "compare", "time", "config"]
+ESTIMATE = {"value": 0.5, "low": 0.4, "high": 0.6, "questions": 64}
+RESULTS = {
+    "schema": 1,
+    "judge": "verifier=math",
+    "lines": [
+        {
+            "step": 0, "decoding": "sampled", "kind": "heldout", "mean": ESTIMATE, "of_k": {"pass@": {"8": ESTIMATE}},
+            "answers": 512, "wrong": 256, "left_out": 0, "length": ESTIMATE, "truncated_share": 0.0, "reward": None,
+        }
+    ],
+    "comparisons": [],
+}  # fmt: skip
+"""As `python -m rlkit.evaluate` writes them."""
+ROWS = "[...document.querySelectorAll('[role=grid] [aria-selected]')]"
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "view.png"
 
 
@@ -27,6 +43,7 @@ def browser() -> Iterator[Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     make_all(folder, 2000, tokens=True)
+    (folder / "evaluation_first" / "results.json").write_text(json.dumps(RESULTS))
     return folder
 
 
@@ -93,7 +110,9 @@ class TestScreens:
         page.get_by_role("combobox", name="Over").select_option("step")
         page.locator("summary", has_text="Compare with").click()
         page.get_by_role("checkbox", name="honest").check()
-        page.get_by_role("application", name=re.compile("^reward.mean over step.*main: last .*; honest: last")).wait_for()
+        page.get_by_role(
+            "application", name=re.compile("^reward.mean over step.*main: last .*; honest: last")
+        ).wait_for()
         page.locator("summary", has_text="Compare with").click()
         summary = page.locator("summary", has_text="accuracy")
         summary.click()
@@ -107,6 +126,12 @@ class TestScreens:
         page.go_back()
         box = chart.bounding_box()
         assert box
+        page.mouse.move(box["x"] + box["width"] / 3, box["y"] + 60)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60)
+        page.mouse.up()
+        reader.button("whole range").click()
+        assert reader.button("whole range").count() == 0
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60)
         page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 60)
         reader.hash("#/samples")
@@ -130,7 +155,7 @@ class TestScreens:
         field.fill("reward > 1 and corect = 0")
         field.press("Enter")
         reader.shows("did you mean correct")
-        reader.forgive("400 (Bad Request)")
+        reader.forgive("400 (Bad Request)", 3)  # of the list and of two histograms
         field.fill("reward > 1 and correct = 0")
         field.press("Enter")
         reader.until("text => document.querySelector('main [role=status]').textContent.trim() !== text", total)
@@ -152,7 +177,7 @@ class TestScreens:
         page.get_by_label("to step").press("Enter")
         reader.hash("to_step=3")
         reader.counts("256 samples")
-        reader.until("() => [...document.querySelectorAll('[role=grid] [aria-selected]')].every(row => /^[23]/.test(row.innerText))")
+        reader.until(f"() => {ROWS}.every(row => /^[23]/.test(row.innerText))")
         reader.button("to step 3").click()
         reader.button("from step 2").click()
 
@@ -226,7 +251,7 @@ class TestScreens:
         reader.button("Copy link").click()
         assert page.evaluate("navigator.clipboard.readText()") == page.url
         page.keyboard.press("]")
-        reader.hash(f"id={longest + 1}")
+        page.get_by_role("heading", name=f"Sample {longest + 1:,}").wait_for()
         page.keyboard.press("[")
         reader.hash(f"id={longest}")
         page.keyboard.press("g")
@@ -309,7 +334,7 @@ class TestScreens:
         page.get_by_role("group", name="config.yaml").get_by_text("total_steps").wait_for()
         reader.open("overview", run="evaluation_first")
         page.get_by_role("link", name="Results").click()
-        page.get_by_role("group", name="Results").wait_for()
+        page.get_by_role("group", name="Results").get_by_role("cell", name="pass@8").wait_for()
 
     def test_what_is_not_there_is_said(self, reader: Reader) -> None:
         reader.open("overview", run="gone")
@@ -354,7 +379,9 @@ class TestLive:
 
     def test_rows_come_without_moving_what_is_read(self, browser: Any, tmp_path: Path) -> None:
         run = make_run(tmp_path / "run", 1024, ended=False)
-        files = {name: (run / name).read_bytes().splitlines(keepends=True) for name in ("metrics.jsonl", "samples.jsonl")}
+        files = {
+            name: (run / name).read_bytes().splitlines(keepends=True) for name in ("metrics.jsonl", "samples.jsonl")
+        }
         half = {name: lines[: len(lines) // 2] for name, lines in files.items()}
         for name, lines in half.items():
             (run / name).write_bytes(b"".join(lines))
@@ -408,10 +435,39 @@ class TestLive:
 
 
 @pytest.mark.slow
+def test_a_report_is_the_page_without_a_server(browser: Any, runs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "main.html"
+    write(runs / "main", file, 3.0)
+    with reading(browser, file.as_uri()) as reader:
+        page = reader.page
+        for screen in SCREENS:
+            reader.open(screen)
+            assert page.get_by_role("alert").count() == 0, screen
+        reader.open("curves", match="^reward.mean$")
+        page.get_by_role("application", name=re.compile("^reward.mean over step. main: last")).wait_for()
+        reader.open("samples", sort="reward", order="desc")
+        reader.shows("of them in this report")
+        rewards = [float(row.split()[3]) for row in rows(reader)]
+        assert rewards == sorted(rewards, reverse=True)
+        page.get_by_label("Filter").fill("reward > 1")
+        page.get_by_label("Filter").press("Enter")
+        reader.shows("not in this report")
+        reader.open("samples")
+        page.locator("[role=grid] [aria-selected]").first.dblclick()
+        page.get_by_label("Colour by").select_option("entropy")
+        page.locator("[data-t='3']").hover()
+        assert "token 3" in page.locator("output.point").inner_text()
+        page.keyboard.press("g")
+        page.get_by_role("article").first.wait_for()
+
+
+@pytest.mark.slow
 def test_picture(browser: Any, address: str) -> None:
+    """Where triage leads: a well-paid wrong answer, its tokens coloured by their process rewards."""
     with reading(browser, address, color_scheme="light") as reader:
-        reader.open("overview", run="main")
-        reader.page.wait_for_timeout(300)
+        reader.open("samples", run="main", filter="tokens = true and correct = 0", sort="reward", order="desc")
+        reader.page.locator("[role=grid] [aria-selected]").first.dblclick()
+        reader.page.locator("[data-t='8']").hover()
         PICTURE.parent.mkdir(exist_ok=True)
         reader.page.screenshot(path=PICTURE)
     assert PICTURE.stat().st_size < 300_000

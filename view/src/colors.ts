@@ -1,7 +1,7 @@
 // Colours that people with any colour vision can tell apart; every chart also says its values in words.
 
-/** Lines of several runs (Okabe and Ito's palette, without yellow). */
-export const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#8c564b"];
+/** Lines of several runs, parts of a sum: style.css has them for both themes. */
+export const LINES = Array.from({ length: 8 }, (_, i) => `var(--line-${i})`);
 /** A run is told by its dashes, too. */
 export const DASHES = [[], [8, 3], [2, 3], [8, 3, 2, 3]];
 
@@ -35,12 +35,21 @@ export function heat(share: number, dark: boolean): string {
   return `rgb(${mix.join(" ")})`;
 }
 
-/** What a custom property is on this page now: canvases need it as a plain colour. */
-export function resolved(name: string): string {
+/** A canvas of this size in the pixels of the page, ready to be drawn on. */
+export function pen(canvas: HTMLCanvasElement, width: number, height: number): CanvasRenderingContext2D {
+  const scale = devicePixelRatio || 1;
+  [canvas.width, canvas.height] = [width * scale, height * scale];
+  const context = canvas.getContext("2d")!;
+  context.scale(scale, scale);
+  return context;
+}
+
+/** What `var(--name)` is on this page now: canvases need a plain colour. */
+export function resolved(color: string): string {
   const probe = document.createElement("span");
-  probe.style.color = `var(${name})`;
+  probe.style.color = color;
   document.body.append(probe);
-  const color = getComputedStyle(probe).color;
+  const plain = getComputedStyle(probe).color;
   probe.remove();
-  return color;
+  return plain;
 }

@@ -1,52 +1,64 @@
-// Rows of a table out of results.json of `python -m rlkit.evaluate`.
+// The table of results.json, schema 1 of `python -m rlkit.evaluate` (rlkit/assessment/report.py).
 import type { Results } from "./api";
+import { number } from "./text";
+
+interface Estimate {
+  value: number | null;
+  low: number | null;
+  high: number | null;
+  questions: number;
+}
+interface Line {
+  step: number;
+  decoding: string;
+  mean: Estimate;
+  of_k: Record<string, Record<string, Estimate>>;
+  wrong: number | null;
+  answers: number;
+  left_out: number;
+  length: Estimate | null;
+  truncated_share: number | null;
+  reward: Estimate | null;
+}
+interface Comparison {
+  first: string;
+  second: string;
+  difference: Estimate;
+  better: number;
+  worse: number;
+  sign_test_p: number;
+  winner: string | null;
+}
 
 export interface Row {
   of: string;
   metric: string;
-  value: number | null;
-  low: number | null;
-  high: number | null;
-  count: number | null;
+  numbers: Estimate;
   words: string;
 }
 
-type Tree = Record<string, unknown>;
-const tree = (value: unknown): value is Tree => typeof value === "object" && value !== null && !Array.isArray(value);
-const numeric = (value: unknown): number | null => (typeof value === "number" ? value : null);
-
-/** A measured number is a mapping with `value`; the names on the way to it say of what it is. */
-export function rows(results: Results): Row[] {
-  const found: Row[] = [];
-  const walk = (node: unknown, path: string[]) => {
-    if (Array.isArray(node)) node.forEach((item, i) => walk(item, [...path, label(item, i)]));
-    if (!tree(node)) return;
-    if (typeof node.value === "number" || (node.value === null && "low" in node)) found.push(row(node, path));
-    else for (const [key, item] of Object.entries(node)) if (!SETTINGS.has(key)) walk(item, [...path, key]);
-  };
-  walk(results, []);
-  return found;
+/** Null for a schema that this page does not know. */
+export function rows(results: Results): Row[] | null {
+  if (results.schema !== 1) return null;
+  return [...(results.lines as Line[]).flatMap(measured), ...(results.comparisons as Comparison[]).map(compared)];
 }
 
-const SETTINGS = new Set(["config", "settings", "versions", "data", "schema", "schema_version"]);
-
-function label(item: unknown, i: number): string {
-  const named = tree(item) ? (item.name ?? item.checkpoint ?? item.set ?? item.metric) : undefined;
-  return named === undefined ? String(i + 1) : String(named);
+function measured(line: Line): Row[] {
+  const of = line.decoding === "recorded" ? "recorded answers" : `step ${line.step}, ${line.decoding}`;
+  const left = line.left_out ? `${number(line.left_out)} of ${number(line.answers)} answers were not judged and are in no number` : "";
+  const of_k = Object.entries(line.of_k).flatMap(([name, by_k]) =>
+    Object.entries(by_k).map(([k, numbers]) => ({ of, metric: name + k, numbers, words: "" })),
+  );
+  const others = { "tokens of an answer": line.length, reward: line.reward };
+  return [
+    { of, metric: line.wrong === null ? "mean" : "accuracy", numbers: line.mean, words: left },
+    ...of_k,
+    ...Object.entries(others).flatMap(([metric, numbers]) => (numbers ? [{ of, metric, numbers, words: "" }] : [])),
+  ];
 }
 
-function row(node: Tree, path: string[]): Row {
-  return {
-    of: path.slice(0, -1).join(" › "),
-    metric: String(node.metric ?? path.at(-1) ?? ""),
-    value: numeric(node.value),
-    low: numeric(node.low),
-    high: numeric(node.high),
-    count: numeric(node.questions ?? node.n ?? node.count),
-    words: String(node.words ?? node.comparison ?? ""),
-  };
-}
-
-export function settings(results: Results): Tree {
-  return Object.fromEntries(Object.entries(results).filter(([key, value]) => SETTINGS.has(key) || !tree(value)));
+function compared({ first, second, difference, better, worse, sign_test_p, winner }: Comparison): Row {
+  const verdict = winner ? `${winner} is better` : "no winner: the interval holds 0";
+  const words = `${verdict}; better on ${better} questions, worse on ${worse}, sign test p ${number(sign_test_p)}`;
+  return { of: `${second} less ${first}`, metric: "difference", numbers: difference, words };
 }

@@ -75,10 +75,20 @@ class Page {
       this.error = (error as Error).message;
     }
   }
+  #grown = new Set<string>();
+  #waiting = false;
+  /** A run grew (null: something may have been missed). What came within a second, or while nobody looked, is one. */
   grew(event: Grew | null): void {
-    if (event) this.ticks[event.run] = (this.ticks[event.run] ?? 0) + 1;
-    else for (const run of this.runs?.runs ?? []) this.ticks[run.id] = (this.ticks[run.id] ?? 0) + 1;
-    void this.load();
+    for (const run of event ? [event.run] : (this.runs?.runs ?? []).map(({ id }) => id)) this.#grown.add(run);
+    if (this.#waiting) return;
+    this.#waiting = true;
+    const tell = () => {
+      this.#waiting = false;
+      for (const run of this.#grown) this.ticks[run] = (this.ticks[run] ?? 0) + 1;
+      this.#grown.clear();
+      void this.load();
+    };
+    setTimeout(() => (document.hidden ? addEventListener("visibilitychange", tell, { once: true }) : tell()), 1000);
   }
 }
 
