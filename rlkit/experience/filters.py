@@ -96,7 +96,11 @@ def solved(groups: Iterable[Group], share: float | None) -> list[str]:
     """Ids of the prompts of which that share of the valid responses was right; none for null."""
     if share is None:
         return []
-    return [group.prompt.id for group in groups if (right := _right(group)) and fmean(value == 1 for value in right) >= share]
+    return [
+        group.prompt.id
+        for group in groups
+        if (right := _right(group)) and fmean(value == 1 for value in right) >= share
+    ]
 
 
 def _right(group: Group) -> list[float | None]:

@@ -1,5 +1,5 @@
-"""A run in two stages, with what recipes of long responses need: an entropy bonus that follows, retired prompts, a reward
-for responses without an end. Real runs."""
+"""A run in two stages, and what recipes of long responses need: an entropy bonus that follows, retired prompts, a
+reward for responses without an end. Real runs."""
 
 from __future__ import annotations
 

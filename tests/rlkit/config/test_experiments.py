@@ -68,9 +68,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "tulu31_8b_grpo": RLVR,
     "olmo3_rlzero_math": {"prompt": "What is {n} + 1?", "ground_truth": "{n}"},
     "implicit_prm_8b": {"prompt": "What is {n} + 1?", "completions": ["a", "b"], "correctness": [True, False]},
-    "tulu3_rm": {
-        name: [*CHAT["prompt"], {"role": "assistant", "content": name}] for name in ("chosen", "rejected")
-    },
+    "tulu3_rm": {name: [*CHAT["prompt"], {"role": "assistant", "content": name}] for name in ("chosen", "rejected")},
 }
 """A row of each recipe's data; the others have MATH's columns."""
 
@@ -165,7 +163,9 @@ def test_a_recipe_passes_a_dry_run_on_its_hardware(
     assert "The configuration is valid" in text
     assert "warning" not in text, text
     shared = re.search(r"^ +GPUs +(\d+)", text, flags=re.MULTILINE)
-    apart = [re.search(rf" (\d+) {kind}", text) for kind in ("vLLM engines?", "DeepSpeed ranks?", "worker of ImplicitPRM")]
+    apart = [
+        re.search(rf" (\d+) {kind}", text) for kind in ("vLLM engines?", "DeepSpeed ranks?", "worker of ImplicitPRM")
+    ]
     gpus = int(shared[1]) if shared else sum(int(match[1]) for match in apart if match)
     assert gpus == gpus_named(name)[0]
 

@@ -52,6 +52,7 @@ def test_ppo_says_where_turns_would_count_twice(accepted: Callable[..., str]) ->
     assert "they count twice" in accepted("algorithm=ppo_turns", "environment=maze")
     assert "they count twice" not in accepted("algorithm=ppo_turns", "environment=maze", "reward.value=none")
     assert "they count twice" not in accepted("algorithm=gigpo", "environment=maze")
+    assert "they count twice" not in accepted("algorithm=ppo", "reward=[rule,format]"), "without process rewards"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
