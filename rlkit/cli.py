@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import rlkit
-from rlkit.config.command import HELP
+from rlkit.config.command import HELP, exit_code
 from rlkit.config.messages import did_you_mean
 from rlkit.config.vocabulary import about_command
 from rlkit.experience.names import nearest
@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": ("rlkit.serve", "serve a reward over HTTP, for `reward=remote` of a run elsewhere"),
     "sft": ("rlkit.sft", "fine-tune a model on reference answers"),
     "train-reward": ("rlkit.train_reward", "train or evaluate a reward model on data of your own"),
+    "doctor": ("rlkit.doctor.__main__", "say what this machine and this installation have and lack"),
     "convert-polar": ("rewards.polar.convert", "convert released POLAR checkpoints, exactly, and back"),
 }
 """Name -> (module with a `main(arguments) -> int`, what it does)."""
@@ -44,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         instead = f"{wish}; {listed}" if wish else did_you_mean(name, COMMANDS)
         print(f"rlkit: {given[0]}: no such command; {instead}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[name][0])
-    return int(module.main(given[1:]))
+    return exit_code(lambda words: int(importlib.import_module(COMMANDS[name][0]).main(words)), given[1:])
 
 
 if __name__ == "__main__":
