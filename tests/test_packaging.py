@@ -165,7 +165,7 @@ def test_the_core_explains_every_command(light: Run, command: str) -> None:
         ("train",),
         ("train", "algorithm=prime", "reward=implicit_prm", "reward.learning_rate=1e-4"),
         ("train", "environment=guess_number"),
-        ("train", "reward=instructions", "verifier=schema", "verifier.schema_file=s.json", "data=jsonl"),
+        ("train", "reward=[math,polar]", "reward.parts.polar.weight=0.3", "verifier=gsm8k"),
         ("sft",),
         ("serve", "reward=rule"),
         ("serve", "reward=polar"),
