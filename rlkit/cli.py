@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import rlkit
-from rlkit.config.command import HELP
+from rlkit.config.command import HELP, exit_code
 from rlkit.config.messages import did_you_mean
 from rlkit.config.vocabulary import about_command
 from rlkit.experience.names import nearest
@@ -29,6 +29,7 @@ COMMANDS = {
     "export": ("rlkit.export", "write the samples of a run for another program's viewer"),
     "view": ("rlkit.view.__main__", "look at runs: a page in the browser, while they train or afterwards"),
     "report": ("rlkit.report", "the same page as one file, with a run in it"),
+    "doctor": ("rlkit.doctor.__main__", "say what this machine and this installation have and lack"),
     "convert-polar": ("rewards.polar.convert", "convert released POLAR checkpoints, exactly, and back"),
 }
 """Name -> (module with a `main(arguments) -> int`, what it does)."""
@@ -55,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         instead = f"{wish}; {listed}" if wish else did_you_mean(name, COMMANDS)
         print(f"rlkit: {given[0]}: no such command; {instead}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[name][0])
-    return int(module.main(given[1:]))
+    return exit_code(lambda words: int(importlib.import_module(COMMANDS[name][0]).main(words)), given[1:])
 
 
 if __name__ == "__main__":

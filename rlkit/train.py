@@ -9,8 +9,10 @@ from rlkit.checkpoint.resume import find_resume
 from rlkit.config.command import HELP, asks_for_help, exit_code, print_warnings, split_off_file
 from rlkit.config.help import print_help
 from rlkit.config.loading import load_config
-from rlkit.config.machine import refuse_missing_gpus
+from rlkit.config.machine import refuse_missing_gpus, refuse_missing_packages
+from rlkit.config.parts import ResolvedRun
 from rlkit.config.report import plan, plan_text
+from rlkit.experience.extras import lacking_for_training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,19 +29,26 @@ def train(arguments: list[str]) -> int:
     if resolved.config.dry_run:
         print_warnings(resolved.warnings)  # a run shows them itself
         if resolved.environment_class is not None:
-            from rlkit.prompts import template_doubts
-
-            print_warnings(template_doubts(resolved))
+            print_warnings(_template_doubts(resolved))
         print(plan_text([*plan(resolved), *(point.plan() if point else [])]))
         print("The configuration is valid; nothing was started (dry_run=true).")
     elif point is not None and trainer.total_epochs is None and (done := point.nothing_left(trainer.total_steps)):
         print(f"rlkit: {done}")
     else:
+        refuse_missing_packages(resolved.config)
+        refuse_missing_gpus(resolved.config)
         from rlkit.run import run
 
-        refuse_missing_gpus(resolved.config)
         return run(resolved, point)
     return 0
+
+
+def _template_doubts(resolved: ResolvedRun) -> list[str]:
+    if missing := lacking_for_training("torch", "transformers", "ray"):
+        return [f"whether episodes can be played with the model's chat template was not tried: {missing[0]}"]
+    from rlkit.prompts import template_doubts
+
+    return template_doubts(resolved)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import rlkit
 from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.experience import UserError
+from rlkit.experience.extras import NotInstalledError, named_extra
 
 FAILED = 1
 CONFIG_ERROR = 2
@@ -16,7 +17,8 @@ INTERRUPTED = 130
 
 
 def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
-    """Run `work`; return its exit code, or 2 for a wrong configuration, 1 for another UserError, 130 after Ctrl-C.
+    """Run `work`; return its exit code, or 2 for a wrong configuration, 1 for another UserError
+    or a package that an extra brings, 130 after Ctrl-C.
 
     `--version` among the arguments is answered here.
     """
@@ -30,6 +32,11 @@ def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None)
         return work(words)
     except UserError as error:
         return print_error(error)
+    except ModuleNotFoundError as error:
+        message = named_extra(error)
+        if message is None:
+            raise
+        return print_error(NotInstalledError(message))
     except KeyboardInterrupt:
         print("rlkit: interrupted", file=sys.stderr)
         return INTERRUPTED

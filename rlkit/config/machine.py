@@ -25,8 +25,16 @@ from rlkit.config.memory import (
 )
 from rlkit.config.messages import ConfigError, ConfigIssue, Issues
 from rlkit.config.parts import ResolvedRun, conf_dir
-from rlkit.config.plan import colocated_slots, element_bytes, longest_response, sampled_path, shares_gpus
+from rlkit.config.plan import (
+    colocated_slots,
+    element_bytes,
+    has_engines,
+    longest_response,
+    sampled_path,
+    shares_gpus,
+)
 from rlkit.config.schema import ClusterConfig, RunConfig, TrainerConfig
+from rlkit.experience.extras import refuse_without
 from rlkit.models.folder import check_model_folder, model_folder
 from rlkit.models.usable import known_run
 
@@ -82,6 +90,13 @@ def gpus_here() -> list[float]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [float(line) * 2**20 for line in answer.splitlines() if line.strip().isdigit()]
+
+
+def refuse_missing_packages(config: RunConfig) -> None:
+    """Raises NotInstalledError for what this process imports, and, where it starts Ray, its actors."""
+    sampled = has_engines(config.rollout, config.evaluation)
+    actors = ("deepspeed", *(["vllm"] if sampled else [])) if starts_ray(config.cluster) else ()
+    refuse_without("torch", "transformers", "ray", *actors)
 
 
 def refuse_missing_gpus(config: RunConfig) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlkit.data.base import BadRow, DataError
+from rlkit.experience.extras import lacking
 
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Row | BadRow]]
@@ -237,8 +238,7 @@ def data_set_rows(
 
 def hub_columns(path: str, key: str, subset: str | None, revision: str | None) -> list[str] | None:
     """Column names without a download of the rows; None if only that would tell. Raises DataError."""
-    import datasets
-
+    datasets = _datasets(path, key)
     _reach_hub(path, key)
     try:
         info = datasets.load_dataset_builder(path, subset, revision=revision).info
@@ -251,12 +251,11 @@ def hub_columns(path: str, key: str, subset: str | None, revision: str | None) -
 
 def _data_set(path: str, key: str, split: str, subset: str | None, revision: str | None, head: bool) -> Any:
     local = Path(path).expanduser()
+    if not local.exists() and (path.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(path)):
+        raise DataError(f"{key}={path}: no such file or folder (looked from {Path.cwd()}).")
+    datasets = _datasets(path, key)
     if not local.exists():
-        if path.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(path):
-            raise DataError(f"{key}={path}: no such file or folder (looked from {Path.cwd()}).")
         _reach_hub(path, key)
-    import datasets
-
     try:
         if not local.exists():
             return datasets.load_dataset(path, subset, split=split, revision=revision)
@@ -274,6 +273,14 @@ def _data_set(path: str, key: str, split: str, subset: str | None, revision: str
         if not local.exists() and _offline():
             raise DataError(f"{key}={path} is not in the cache, and HF_HUB_OFFLINE is set. {_fetch(path)}.") from error
         raise DataError(f"{key}={path}, split {split!r}, cannot be loaded: {_one_line(error)}") from error
+
+
+def _datasets(path: str, key: str) -> Any:
+    for message in lacking("datasets", "hf"):
+        raise DataError(f"{key}={path}: {message}")
+    import datasets
+
+    return datasets
 
 
 def _reach_hub(path: str, key: str) -> None:

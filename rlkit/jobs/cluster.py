@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlkit.experience import UserError
+from rlkit.experience.extras import lacking
 
 REQUEST_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
@@ -80,6 +81,8 @@ class Cluster:
 def connect(configured: str | None) -> Cluster:
     """Reach the dashboard; check its Ray version and the token. Raises ClusterError."""
     address = dashboard_address(configured)
+    for message in lacking("ray"):
+        raise ClusterError(message)
     token = _wants_token(address)
     # Ray would prefer these to `address`, and reads RAY_AUTH_MODE on import.
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):

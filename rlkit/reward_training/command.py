@@ -23,6 +23,7 @@ from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import TARGET, Contract, PartError, conf_dir, import_part
 from rlkit.data.base import DataConfig
 from rlkit.experience import UserError
+from rlkit.experience.extras import refuse_without
 from rlkit.reward_training.base import RewardTraining, RewardTrainingConfig, TrainingContext, TrainRewardConfig
 from rlkit.reward_training.ranks import (
     FAILED,
@@ -146,7 +147,8 @@ def print_help() -> None:
 
 
 def launch(resolved: ResolvedRewardTraining) -> int:
-    """Return 0, 1 after an explained error, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Return 0, 1 after an explained error, 130 after Ctrl-C, 143 after SIGTERM. Raises NotInstalledError."""
+    refuse_without("torch", "transformers", "deepspeed")
     return run_ranks(resolved.reward.ranks, resolved.config.rank_timeout_seconds, LIMIT, run_rank, resolved)
 
 

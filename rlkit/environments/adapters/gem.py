@@ -6,6 +6,10 @@ from typing import Any
 
 from rlkit.environments.adapters.game import Game, GameConfig
 from rlkit.environments.base import Step
+from rlkit.experience.extras import lacking
+
+BY_ITSELF = "pip install --no-deps 'gem-llm>=0.1,<0.2'"
+"""What the package asks for cannot be had beside Hydra: math-verify with another antlr4."""
 
 
 class GemConfig(GameConfig):
@@ -19,6 +23,11 @@ class Gem(Game):
     Config = GemConfig
     config: GemConfig
     package = "gem"
+
+    @classmethod
+    def check(cls, config: GameConfig) -> list[str]:
+        missing = lacking(cls.package)
+        return [f"{message}, then {BY_ITSELF}" for message in missing] or super().check(config)
 
     def begin(self, seed: int) -> str:
         import gem

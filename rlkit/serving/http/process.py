@@ -24,6 +24,7 @@ from rewards.base import RewardContext
 from rlkit.cluster import processes
 from rlkit.config.parts import import_part
 from rlkit.experience import Group, Message, Prompt, Sample
+from rlkit.experience.extras import named_extra
 from rlkit.experience.scores import RewardFailed, ScoreReport
 from rlkit.models.folder import PREFIX, model_folder
 
@@ -195,8 +196,10 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
             raise RuntimeError(f"its self-test failed: {_last_line(report.error)}")
         connection.send(_self_test(report, time.perf_counter() - began))
     except Exception as error:
-        traceback.print_exc()
-        connection.send(f"{type(error).__name__}: {error}")
+        missing = named_extra(error)
+        if missing is None:
+            traceback.print_exc()
+        connection.send(missing or f"{type(error).__name__}: {error}")
         return
     while True:
         try:

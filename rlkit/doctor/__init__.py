@@ -1,0 +1,1 @@
+"""`rlkit doctor`: what this machine and this installation have and lack."""
