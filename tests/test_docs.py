@@ -58,6 +58,13 @@ FILES = {
         "facts": {"size": "It is 3."},
         "subgoals": ["The size is asked for.", "It is told."],
     },
+    "reward_bench_2.jsonl": {
+        "id": "1",
+        "prompt": "What is 1 + 2?",
+        "chosen": ["3"],
+        "rejected": ["4"],
+        "subset": "Math",
+    },
     "spider.jsonl": {"question": "What is 1 + 2?", "answer": "3", "db_id": "shop"},
 }
 """Files that commands of the docs name: a row of each, or some."""

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import rlkit
+from rlkit.assessment.benchmark import Standing
 from rlkit.assessment.measures import Line, Measured
 from rlkit.experience.statistics import Difference, Estimate
 from rlkit.tracking.run_folder import json_text
@@ -54,6 +55,8 @@ class Findings:
     chooser: str | None
     causes: Mapping[str, int]
     """Of answers that were left out."""
+    standing: Standing | None = None
+    """Of a reward, on recorded answers that are right and wrong."""
 
     def tables(self) -> list[Table]:
         tables = [self._means()]
@@ -61,6 +64,9 @@ class Findings:
             tables.append(self._of_k())
         if self.compared:
             tables.append(self._compared())
+        if self.standing is not None:
+            rows = [[name, _value(value, True)] for name, value in self.standing.values.items()]
+            tables.append(Table(f"{self.standing.title}, {self.standing.questions} questions", ["", "share"], rows))
         return tables
 
     def notes(self) -> list[str]:
@@ -69,6 +75,8 @@ class Findings:
         if left_out:
             total, why = sum(one.answers for one in self.measured), _counted(self.causes)
             notes.append(f"{left_out} of {total} answers were not judged and are in no mean ({why}).")
+        if self.standing is not None and self.standing.left_out:
+            notes.append(f"{self.standing.left_out} questions with an answer that was not judged are in no share.")
         without = [one for one in self.measured if math.isnan(one.mean.low)]
         if without:
             notes.append("One question alone has no interval.")
@@ -134,6 +142,7 @@ def results(findings: Findings, config: Mapping[str, Any], data: Mapping[str, An
         "chooser": findings.chooser,
         "lines": [_line(one) for one in findings.measured],
         "comparisons": [_comparison(*one) for one in findings.compared],
+        "benchmark": None if findings.standing is None else asdict(findings.standing),
         "left_out": dict(findings.causes),
         "config": dict(config),
     }

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from rlkit.assessment.benchmark import labelled, standing
 from rlkit.assessment.config import Evaluating, Policy
 from rlkit.assessment.measures import differences, lines_of, measured
 from rlkit.assessment.questions import data_hash, load_questions, load_recorded
@@ -137,7 +138,8 @@ def findings(evaluating: Evaluating, rows: Sequence[Row]) -> Findings:
                 one.line for one in found if (one.line.decoding, one.line.graded) == (theirs.decoding, theirs.graded)
             ]
             compared += [(f"{named}, step {theirs.step}", line, own) for line, own in differences(theirs, ours)]
-    return Findings(found, compared, _judge_name(evaluating), _name(evaluating.chooser), why)
+    names = _judge_name(evaluating), _name(evaluating.chooser)
+    return Findings(found, compared, *names, why, standing(evaluating, rows))
 
 
 def _read(evaluating: Evaluating, tracker: Tracker) -> tuple[Sequence[Prompt], Sequence[Group]]:
@@ -223,6 +225,8 @@ async def _write(
             for i, group in enumerate(judged):
                 best = chosen[0][i] if chosen else None
                 rows = answer_rows(step, decodings[group.id], group, best, judge, lengths, failures)
+                if evaluating.kind == "recorded":
+                    rows = labelled(rows, groups[i], evaluating)
                 machine.folder.append_samples(list(rows))
             before, written = written, written + len(groups)
             if written * MESSAGES // total > before * MESSAGES // total and time.monotonic() - began > 5:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from algorithms.functional.reward_benchmarks import (
+from rlkit.experience.reward_benchmarks import (
     SECTIONS,
     Question,
     best_of,

@@ -1,0 +1,124 @@
+"""Reward benchmarks from a user's own copy: questions with right and wrong responses, for `rlkit.evaluate`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from rlkit.data.base import DataConfig, Response
+from rlkit.data.cells import Row, RowError, cell, prompt_of, text
+from rlkit.data.recorded import RecordedConfig, RecordedSource
+from rlkit.data.rows import Parts
+from rlkit.experience import Message
+from rlkit.experience.reward_benchmarks import (
+    judge_bench,
+    pair_agreement,
+    reward_bench,
+    reward_bench_2,
+    rm_bench,
+)
+
+Answers = tuple[Sequence[str], Sequence[str]]
+"""Right ones and wrong ones."""
+
+
+class BenchmarkConfig(RecordedConfig):
+    """A file as its authors publish it: JSON Lines, JSON or Parquet."""
+
+
+class Benchmark(RecordedSource):
+    """A response's value is 1 if it is right and 0 if it is wrong."""
+
+    Config: ClassVar[type[DataConfig]] = BenchmarkConfig
+    title: ClassVar[str]
+    asked: ClassVar[str] = "prompt"
+    subset: ClassVar[str] = "subset"
+    """Columns."""
+    totals: ClassVar[Callable[..., Mapping[str, float]]]
+    """The rule of its authors: questions -> shares."""
+
+    def provides(self) -> frozenset[str]:
+        return super().provides() | {"labels"}
+
+    def _read(self, row: Row, origin: str) -> Parts:
+        text(cell(row, self.subset), self.subset)
+        answers = self._answers(row)
+        responses = tuple(
+            Response((Message("assistant", text(answer, "a response")),), value, origin=origin)
+            for value, own in zip((1.0, 0.0), answers, strict=True)
+            for answer in own
+        )
+        return Parts(prompt_of(row, self.asked), responses)
+
+    def _answers(self, row: Row) -> Answers:
+        """Raises RowError."""
+        return _listed(row, "chosen"), _listed(row, "rejected")
+
+
+class RewardBench(Benchmark):
+    """`data=reward_bench`: two responses to a prompt (arXiv 2403.13787)."""
+
+    title = "RewardBench"
+    totals = staticmethod(reward_bench)
+
+
+class RewardBench2(Benchmark):
+    """`data=reward_bench_2`: the best of four, and ties (arXiv 2506.01937)."""
+
+    class Config(BenchmarkConfig):
+        id_column: str | None = "id"
+        """The questions of `Ties` belong together by it."""
+
+    title = "RewardBench 2"
+    totals = staticmethod(reward_bench_2)
+
+
+class RMBench(Benchmark):
+    """`data=rm_bench`: three styles of a right and of a wrong response (arXiv 2410.16184)."""
+
+    title = "RM-Bench"
+    subset = "domain"
+    totals = staticmethod(rm_bench)
+
+    def _answers(self, row: Row) -> Answers:
+        right, wrong = super()._answers(row)
+        if len(right) != 3 or len(wrong) != 3:
+            raise RowError(f"chosen and rejected must be three responses each, not {len(right)} and {len(wrong)}")
+        return right, wrong
+
+
+class JudgeBench(Benchmark):
+    """`data=judge_bench`: two responses, one of them right (arXiv 2410.12784)."""
+
+    title = "JudgeBench"
+    asked, subset = "question", "source"
+    totals = staticmethod(judge_bench)
+
+    def _answers(self, row: Row) -> Answers:
+        first, second, label = cell(row, "response_A"), cell(row, "response_B"), cell(row, "label")
+        if label not in ("A>B", "B>A"):
+            raise RowError(f"label is {label!r}, not A>B or B>A")
+        return ([first], [second]) if label == "A>B" else ([second], [first])
+
+
+class PPE(Benchmark):
+    """`data=ppe`: many responses to a question, right or wrong (arXiv 2410.14872, the correctness sets)."""
+
+    title = "PPE, correctness"
+    subset = "benchmark"
+    totals = staticmethod(pair_agreement)
+
+    def _answers(self, row: Row) -> Answers:
+        named = {int(name[9:]): value for name, value in row.items() if re.fullmatch(r"response_\d+", name)}
+        responses, labels = [named[number] for number in sorted(named)], cell(row, "scores")
+        if len(responses) != len(labels):
+            raise RowError(f"{len(responses)} columns response_N, but {len(labels)} scores")
+        right = [response for response, label in zip(responses, labels, strict=True) if label]
+        return right, [response for response, label in zip(responses, labels, strict=True) if not label]
+
+
+def _listed(row: Row, column: str) -> Sequence[Any]:
+    """A text, or a list of texts."""
+    value = cell(row, column)
+    return [value] if isinstance(value, str) else value
