@@ -345,9 +345,8 @@ IN_SECTION: Mapping[str, tuple[tuple[str, str], ...]] = {
 COMMANDS: tuple[tuple[str, str], ...] = (
     (r"eval|evaluation|test|validate|benchmark", "did you mean evaluate?"),
     (
-        r"compare|view|show|samples|inspect|plot|dashboard|ui|report|logs?",
-        "not supported yet; RUN/samples.jsonl has the responses, RUN/metrics.jsonl the numbers, and tensorboard "
-        "--logdir RUNS draws the curves of several runs",
+        r"compare|show|samples|inspect|plot|dashboard|ui|logs?|triage",
+        "did you mean view? rlkit view RUN [RUN ...] shows curves, samples, triage and comparisons in a browser",
     ),
     (
         r"infer|inference|sample|play|vllm",

@@ -20,8 +20,8 @@ KINDS = ("dpo", "kto", "simpo")
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("view", "samples.jsonl"),
-        ("compare", "tensorboard --logdir"),
+        ("samples", "did you mean view?"),
+        ("compare", "rlkit view RUN [RUN ...] shows"),
         ("infer", "rlkit generate"),
         ("validate", "did you mean evaluate?"),
         ("dpo", "rlkit train algorithm=NAME"),
