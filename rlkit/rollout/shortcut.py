@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-from unittest.mock import patch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,7 @@ from rlkit.weights.bundle import TensorMeta, WeightDigest
 Weights = Sequence[tuple[str, Tensor]]
 PROBES = 3
 """Rows that a packed layer is tried with: its weights cannot be read."""
-
-
+PLAIN = UnquantizedLinearMethod, UnquantizedEmbeddingMethod
 MOST_BYTES = 2**28
 """Larger models gain less, and would be in memory twice while a shortcut is tried."""
 
@@ -46,7 +44,7 @@ class _View:
     offset: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        return tensor.view(-1).as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+        return tensor.as_strided(self.size, self.stride, int(tensor.storage_offset()) + self.offset)
 
 
 @dataclass
@@ -69,7 +67,7 @@ class Shortcut:
 
     def __init__(self, metas: Sequence[TensorMeta], targets: Sequence[_Target], model: nn.Module, dtype: Any) -> None:
         self.metas, self.targets = metas, targets
-        self.attention = [layer for layer in model.modules() if is_deferred_attention_layer(layer)]
+        self.attention: list[Any] = [layer for layer in model.modules() if is_deferred_attention_layer(layer)]
         self.dtype = dtype
         self.scratch = torch.empty(max((_elements(t.shape) for t in targets if t.packed), default=0), dtype=dtype)
 
@@ -99,16 +97,16 @@ def find_shortcut(worker: Any, weights: Weights, reload: Callable[[Weights], Any
     `worker`: of vLLM.
     """
     config, model = worker.vllm_config, worker.get_model()
+    quantised = config.model_config.quantization is not None
     big = sum(tensor.nbytes for _, tensor in weights) > MOST_BYTES
-    if worker.device.type != "cpu" or config.lora_config is not None or big:
+    if worker.device.type != "cpu" or config.lora_config is not None or quantised or big:
         return None
     others = [(name, _another(tensor)) for name, tensor in weights]
-    reload(others)
-    state_of_others = _state(model)
-    watch = _Watch(model, weights)
-    with patch.object(layerwise, "materialize_layer", watch.materialize), watch:
-        reload(weights)
     try:
+        reload(others)
+        state_of_others = _state(model)
+        with _Watch(model, weights) as watch:
+            reload(weights)
         shortcut = Shortcut(_metas(weights), watch.plan(), model, config.model_config.dtype)
         state = _state(model)
         shortcut.load_weights(others)
@@ -141,9 +139,18 @@ class _Watch(TorchDispatchMode):
         tensors = get_layer_tensors(layer).items()
         self.owners |= {t.untyped_storage().data_ptr(): (layer, name, t) for name, t in tensors if not t.is_meta}
 
-    def materialize(self, layer: nn.Module, info: Any) -> None:
-        self._materialize(layer, info)
-        self._own(layer)
+    def __enter__(self) -> Any:
+        def materialize(layer: nn.Module, info: Any) -> None:
+            self._materialize(layer, info)
+            self._own(layer)
+
+        layerwise.materialize_layer = materialize
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        layerwise.materialize_layer = self._materialize
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default and not args[0].is_meta:
@@ -152,7 +159,7 @@ class _Watch(TorchDispatchMode):
                 layer, name, parameter = self.owners.get(args[0].untyped_storage().data_ptr(), (None, "", args[0]))
                 key = id(layer), name
                 target = self.targets.setdefault(key, _Target(layer, name, tuple(parameter.shape)))
-                copy = _view(args[0], parameter.storage_offset()), *source
+                copy = _view(args[0], int(parameter.storage_offset())), *source
                 if copy not in target.copies:
                     target.copies.append(copy)
         return func(*args, **(kwargs or {}))
@@ -160,25 +167,26 @@ class _Watch(TorchDispatchMode):
     def _weight(self, tensor: Tensor) -> tuple[str, _View] | None:
         for start, name, weight in self.weights:
             if start <= tensor.data_ptr() < start + weight.nbytes and tensor.dtype == weight.dtype:
-                return name, _view(tensor, tensor.storage_offset() - (tensor.data_ptr() - start) // weight.itemsize)
+                before = (tensor.data_ptr() - start) // weight.itemsize
+                return name, _view(tensor, int(tensor.storage_offset()) - before)
         return None
 
     def plan(self) -> list[_Target]:
         """Raises NoShortcutError where a copy leads elsewhere than to a plain or packed parameter."""
-        plain = UnquantizedLinearMethod, UnquantizedEmbeddingMethod
         for target in self.targets.values():
             if target.layer is None:
                 raise NoShortcutError
             held, method = getattr(target.layer, target.name), getattr(target.layer, "quant_method", None)
-            if method is not None and type(method) not in plain:
+            packs = hasattr(target.layer, "cpu_linear") and target.name == "weight"
+            if (method is not None and type(method) not in PLAIN) or not held.is_contiguous():
                 raise NoShortcutError
-            if not held.is_contiguous() or (held.shape != target.shape and not (target.packed and method is not None)):
+            if held.shape != target.shape and not (target.packed and packs):
                 raise NoShortcutError
         return list(self.targets.values())
 
 
 def _view(tensor: Tensor, start: int) -> _View:
-    return _View(tuple(tensor.shape), tensor.stride(), tensor.storage_offset() - start)
+    return _View(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()) - start)
 
 
 def _metas(weights: Weights) -> list[TensorMeta]:
@@ -190,14 +198,19 @@ def _elements(shape: Sequence[int]) -> int:
 
 
 def _state(model: nn.Module) -> str:
-    """Of all that the engine computes with; heads are packed anew after every load (`repack_head`)."""
+    """Of all that the engine computes with; heads are packed anew after every load (`repack_head`).
+
+    Raises NoShortcutError for a layer whose packed weights cannot be tried.
+    """
     digest = WeightDigest()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.add(name, tensor.data)
     for name, layer in model.named_modules():
         linear = getattr(layer, "cpu_linear", None)
         if linear is not None and not isinstance(layer, ParallelLMHead):
-            kept = cast(Any, layerwise.get_layerwise_info(layer)).restore_metadata[0]["weight"]
+            kept = layerwise.get_layerwise_info(layer).restore_metadata[0].get("weight")
+            if kept is None or kept.ndim != 2 or type(layer.quant_method) not in PLAIN:
+                raise NoShortcutError
             generator = torch.Generator().manual_seed(0)
             probe = torch.randn(PROBES, kept.shape[-1], generator=generator).to(kept.dtype)
             digest.add(f"{name} packed", linear(probe, getattr(layer, "weight", None), None))

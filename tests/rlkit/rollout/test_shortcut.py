@@ -1,4 +1,4 @@
-"""Weights copied straight into an engine are those of vLLM's reload, to the last bit; where they cannot be, it reloads."""
+"""Weights copied straight into an engine are those of vLLM's reload, to the last bit; else it reloads."""
 
 from __future__ import annotations
 
