@@ -27,8 +27,8 @@ Weights = Sequence[tuple[str, Tensor]]
 PROBES = 3
 """Rows that a packed layer is tried with: its weights cannot be read."""
 PLAIN = UnquantizedLinearMethod, UnquantizedEmbeddingMethod
-MOST_BYTES = 2**28
-"""Larger models gain less, and would be in memory twice while a shortcut is tried."""
+MOST_BYTES = 2**27
+"""Of weights. Larger models gain little of a step, and they would be in memory twice while a shortcut is tried."""
 
 
 class NoShortcutError(Exception):
