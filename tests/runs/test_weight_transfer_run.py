@@ -27,6 +27,27 @@ def test_a_run_is_the_same_whichever_way_its_weights_go(tmp_path: Path) -> None:
     assert found["gloo"] == found["object_store"]
 
 
+def test_weights_that_go_from_process_to_process_come_between_two_steps_of_an_engine(tmp_path: Path) -> None:
+    started = Run(
+        tmp_path,
+        "trainer.total_steps=4",
+        "trainer.max_staleness=1",
+        "cluster.weight_transfer=gloo",
+        "cluster.weight_bucket_mib=1",
+        "rollout.workers=2",
+        "tracking.sample_groups_per_step=null",
+    )
+    assert started.end() == 0, started.text
+    steps = [record for record in started.records() if "policy/grad_norm" in record]
+    assert [record["weights/version"] for record in steps] == [1, 2, 3, 4]
+    assert all(record["weights/canary_difference"] < 1e-3 for record in steps)
+    assert max(record.get("staleness/max", 0.0) for record in steps) == 1
+    assert all(record["mismatch/logprob_mean"] < 0.1 for record in steps)
+    rows = started.records("samples")
+    assert all(version <= row["step"] - 1 for row in rows for _, version in row["version_spans"])
+    assert any(len(row["version_spans"]) > 1 for row in rows), "no response lived through new weights"
+
+
 @pytest.mark.parametrize(
     ("gpus", "options"),
     [

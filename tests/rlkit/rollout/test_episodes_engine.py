@@ -4,6 +4,8 @@ appends; and a learner finds the same log-probs."""
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +50,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def opened(model: Path, logs: Path, max_staleness: int = 0) -> Iterator[RolloutPool]:
+def opened(
+    model: Path, logs: Path, max_staleness: int = 0, worker: type[EpisodeWorker] = EpisodeWorker
+) -> Iterator[RolloutPool]:
     import ray
 
     config = RunConfig(
@@ -62,12 +66,12 @@ def opened(model: Path, logs: Path, max_staleness: int = 0) -> Iterator[RolloutP
         verifier={},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlkit.rollout.pool.RolloutWorker", EpisodeWorker)
+        patch.setattr("rlkit.rollout.pool.RolloutWorker", worker)
         pool = RolloutPool(config, str(model), logs)
         run(pool.start())
         yield pool
-    for worker in pool.workers:
-        ray.kill(worker)
+    for actor in pool.workers:
+        ray.kill(actor)
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +234,50 @@ def test_parked_episodes_have_one_version_in_each_turn(ray_session: None, model:
         assert any(turns[0] != turns[-1] for turns in parked), "no weights came between the turns of an episode"
         going_on = run(with_new_weights(pool, "go_on"))
         assert any(len(versions) > 1 for turns in going_on for versions in turns)
+
+
+class ParkingWorker(EpisodeWorker):
+    """Use through Ray. Plays from its start, as its successor does."""
+
+    async def start(self) -> None:
+        await super().start()
+        await self.play("embedded", False, 0.05, max_turn_tokens=40, new_weights="park")
+
+    async def is_parked(self) -> tuple[int, bool]:
+        """Open groups, and whether their next turns wait for weights."""
+        return len(self.open), self.parked
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_while_it_is_parked_loses_nothing(ray_session: None, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    learner, canary = build_learner(model), ((5, 6, 7, 8), (30, 40, 50))
+    names = list(map(str, range(4)))
+
+    async def publish(pool: RolloutPool, version: int) -> None:
+        bundle = WeightBundle.pack(version, learner.named_weights())
+        pool.announce(Published(bundle, version, canary, learner.canary_logprobs(canary)))
+        await pool.confirm({})
+
+    async def steps(pool: RolloutPool) -> tuple[list[Group], list[Group]]:
+        await publish(pool, 0)
+        undisturbed = await generate(pool, *names)
+        sampling = asyncio.create_task(generate(pool, *names))
+        (worker,) = pool.workers
+        pid = await worker.pid.remote()
+        while not (await worker.is_parked.remote())[0]:
+            await asyncio.sleep(0.01)
+        await worker.prepare.remote()
+        assert await worker.is_parked.remote() == (4, True)
+        os.kill(pid, signal.SIGKILL)
+        await publish(pool, 1)
+        return undisturbed, await sampling
+
+    with opened(model, tmp_path, max_staleness=2, worker=ParkingWorker) as pool:
+        undisturbed, disturbed = run(steps(pool))
+    assert [group.id for group in disturbed] == names
+    for before, after in zip(undisturbed, disturbed, strict=True):
+        assert [s.token_ids.tolist() for s in before.samples] == [s.token_ids.tolist() for s in after.samples]
+        assert {s.policy_versions for s in after.samples} == {(1, 1)}, "their successor had the new weights"
 
 
 def test_no_single_response_stands_in_for_an_episode(pool: RolloutPool) -> None:
