@@ -196,8 +196,7 @@ class Trainer:
                 self.judge([*groups, *rejected], stored),
                 self.reward.learn(groups, "after"),
             )
-        of_sampler = await self.publish()
-        stats = await self.buffer.stats.remote()
+        of_sampler, stats = await asyncio.gather(self.publish(), self.buffer.stats.remote())
         self.producer.order.retire(solved([*groups, *rejected], self.config.buffer.retire_solved_share))
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
         metrics |= rollout_metrics(groups, rejected, report, judged, stats, sampling)

@@ -47,7 +47,10 @@ class WeightSync:
         learner, and the engines' times."""
         policy, bundle = self.learner.policy, None
         if self.route == "object_store" or self.reward.follows_policy:
-            bundle, _, self._wanted = await policy.publishable(self.canary)
+            bundle, proof = policy.publishable(self.canary)
+            if self.route == "object_store" and not self.sleeps:  # while the learner computes the canary
+                self.rollout.load(bundle, self.canary)
+            _, self._wanted = await proof
         else:
             self._wanted = await policy.canary_logprobs(self.canary)
         published = Published(bundle, version, self.canary, self._wanted)
@@ -68,8 +71,7 @@ class WeightSync:
     async def _deliver(self, published: Published) -> Agreement:
         if self.route == "object_store" and not self.sleeps:  # each worker for itself, in one call
             self.rollout.announce(published)
-            agreement, _ = await asyncio.gather(self.rollout.confirm({}), self.learner.offload())
-            return agreement
+            return (await asyncio.gather(self.rollout.confirm({}), self.learner.offload()))[0]
         ready, checksum = await self.rollout.prepare(published), None
         if self.route == "object_store":
             await self.rollout.give(ready)
@@ -94,10 +96,9 @@ class WeightSync:
             arriving.cancel()
 
     async def _fetch(self) -> Published:
-        """The learner's weights as a bundle, for a replaced worker.
-
-        With stale data the learner may be a version ahead; that one is published next.
-        """
+        """The learner's weights as a bundle, for a replaced worker. With stale data the learner may be a version ahead;
+        that one is published next."""
         policy = self.learner.policy
-        bundle, version, wanted = await policy.publishable(() if policy.offloaded else self.canary)
+        bundle, proof = policy.publishable(() if policy.offloaded else self.canary)
+        version, wanted = await proof
         return Published(bundle, version, self.canary, wanted if wanted.size else self._wanted)

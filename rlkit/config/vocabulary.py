@@ -354,7 +354,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
         "RUN/checkpoints/step_NNNNNN/policy, a Hugging Face folder",
     ),
     (
-        r"export|merge|convert|save|push|upload",
+        r"merge|convert|save|push|upload",
         "not needed: RUN/checkpoints/step_NNNNNN/policy is a Hugging Face folder already",
     ),
     (r"resume|continue", "write it as rlkit train ... run_dir=RUN resume=auto"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +71,8 @@ class LearnerWorker(Rank):
     def hold(self, name: str, path: str) -> None:
         self.learner.hold(name, path)
 
-    def weights(self, canary: Canary) -> tuple[WeightBundle | None, int, np.ndarray]:
-        """Return the weights that engines get (on rank 0; ZeRO-3 gathers on all), version and canary log-probs.
-
-        An empty canary costs no forward pass, which an offloaded model could not do.
-        """
+    def weights(self) -> tuple[WeightBundle | None, int]:
+        """Return the weights that engines get (on rank 0; ZeRO-3 gathers on all), and their version."""
         bundle, config = None, self.config
         whole = published_adapter(config.cluster, config.rollout, config.model) is None
         weights = self.learner.named_weights() if whole else self.learner.adapter_weights()
@@ -86,12 +83,12 @@ class LearnerWorker(Rank):
         else:
             for _ in weights:
                 pass  # ZeRO-3 gathers on all ranks
-        logprobs = self.learner.canary_logprobs(canary) if canary else np.empty(0, dtype=np.float32)
-        return bundle, self.learner.version, logprobs
+        return bundle, self.learner.version
 
     def canary_logprobs(self, canary: Canary) -> np.ndarray:
-        """Under the current weights: of all sequences, each without its first token."""
-        return self.learner.canary_logprobs(canary)
+        """Under the current weights: of all sequences, each without its first token. An empty canary costs no forward
+        pass, which an offloaded model could not do."""
+        return self.learner.canary_logprobs(canary) if canary else np.empty(0, dtype=np.float32)
 
     def send_weights(self, workers: Sequence[Any], version: int) -> str:
         """Send weights to ready rollout workers; return the checksum (rank 0). Raises ValueError if `version` is not
@@ -201,12 +198,17 @@ class LearnerGroup(RankGroup):
         logprobs: np.ndarray = await self.call("canary_logprobs", canary)
         return logprobs
 
-    async def publishable(self, canary: Canary) -> tuple[Any, int, np.ndarray]:
-        """Return a reference to a WeightBundle, its version, and the canary's log-probs."""
-        calls = [rank.weights.options(num_returns=3).remote(canary) for rank in self.ranks]
-        logprobs = await self.answers("weights", [logprobs for _, _, logprobs in calls])
-        bundle, version, _ = calls[0]
-        return bundle, await version, logprobs[0]
+    def publishable(self, canary: Canary) -> tuple[Any, Coroutine[Any, Any, tuple[int, np.ndarray]]]:
+        """Return a reference to the WeightBundle that is packed now, and, to await, its version and the canary's
+        log-probs, which are computed while others may load the bundle."""
+        packing = [rank.weights.options(num_returns=2).remote() for rank in self.ranks]
+        computing = [rank.canary_logprobs.remote(canary) for rank in self.ranks]
+
+        async def proof() -> tuple[int, np.ndarray]:
+            versions = await self.answers("weights", [version for _, version in packing])
+            return versions[0], (await self.answers("canary_logprobs", computing))[0]
+
+        return packing[0][0], proof()
 
     async def send_weights(self, workers: Sequence[Any], version: int) -> str:
         """Send the current weights to ready rollout workers; return their checksum."""

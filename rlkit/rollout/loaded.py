@@ -25,20 +25,26 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class LoadedWeights:
     """Stands in for a model while weights arrive, and reports on them."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, loader: Any = None) -> None:
+        """`loader`: what loads them, if not the model."""
+        self.model, self.loader = model, loader or model
         self.dtype: torch.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        parameters = dict(model.named_parameters())
+        self.readable = {name for name, parameter in parameters.items() if parameter.numel()}
+        """On CPUs vLLM repacks linear layers and empties their parameters."""
+        self.all_readable = len(self.readable) == len(parameters)
         self.arrived: dict[str, Tensor] = {}
         """Name -> sum of bits, in the engine's precision."""
         self.unwritten: tuple[str, ...] = ()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """May be called several times."""
-        return self.model.load_weights(self._counted(weights))
+        return self.loader.load_weights(self._counted(weights))
 
     def _counted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
-            self.arrived[name] = sum_of_bits(tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+            if self.all_readable or name in self.readable:
+                self.arrived[name] = sum_of_bits(tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
             yield name, tensor
 
     def complete(self) -> None:
@@ -47,12 +53,8 @@ class LoadedWeights:
 
     def report(self) -> Loaded:
         """Call after `finalize_layerwise_reload`. Waits for the device."""
-        parameters = dict(self.model.named_parameters())
-        held = {name: sum_of_bits(parameter) for name, parameter in parameters.items() if parameter.numel()}
-        arrived = self.arrived
-        if len(held) < len(parameters):  # on CPUs vLLM repacks linear layers and empties their parameters
-            arrived = {name: bits for name, bits in arrived.items() if name in held}
-        return Loaded(self.unwritten, _total(arrived), _total(held))
+        held = {name: sum_of_bits(p) for name, p in self.model.named_parameters() if name in self.readable}
+        return Loaded(self.unwritten, _total(self.arrived), _total(held))
 
 
 def unwritten_layers(model: Any) -> list[str]:

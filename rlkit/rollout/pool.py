@@ -20,7 +20,7 @@ from rlkit.rollout.engine import canary_tolerance, engine_environment, shared_gp
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.requests import GroupRequest, sample_seed
 from rlkit.rollout.worker import RolloutWorker
-from rlkit.weights.publication import Agreement, Proof, Published, WeightReceipt, WeightsNotLoadedError
+from rlkit.weights.publication import Agreement, Canary, Proof, Published, WeightReceipt, WeightsNotLoadedError
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class RolloutPool:
         self._loads = [Load() for _ in self.workers]
         self._less_to_do = asyncio.Condition()
         self._published: Published | None = None
+        self._loading: dict[int, tuple[Any, Any]] = {}
+        """Workers that load weights that are not announced yet, and references to their receipts."""
         self.fetch: Fetch | None = None
         """Source of weights for a replacement when they were published without a bundle."""
 
@@ -196,6 +198,10 @@ class RolloutPool:
             self._loads[index].dealt -= responses(list(left.values()))
             await self._tell()
 
+    def load(self, bundle: Any, canary: Canary) -> None:
+        """Let workers load weights from Ray's object store when they are there; announce them, then `confirm` them."""
+        self._loading = {i: (w, w.load_weights.remote(bundle, canary)) for i, w in enumerate(self.workers)}
+
     def announce(self, published: Published) -> None:
         """From here on workers, and replacements of dead ones, must hold these weights."""
         self._published = published
@@ -306,11 +312,14 @@ class RolloutPool:
         return outcome
 
     async def _load_and_admit(self, index: int, worker: Any, published: Published) -> Agreement:
-        if published.bundle is None:
-            assert self.fetch is not None
-            published = await self.fetch()
+        loading, receipt = self._loading.pop(index, (None, None))
+        if loading is not worker:
+            if published.bundle is None:
+                assert self.fetch is not None
+                published = await self.fetch()
+            receipt = worker.load_weights.remote(published.bundle, published.canary)
         async with self._waiting(index, f"to load weights of version {published.version}", "step_timeout_seconds"):
-            receipt = await worker.load_weights.remote(published.bundle, published.canary)
+            receipt = await receipt
         return await self._admit_if_proved(index, worker, published, receipt)
 
     async def _admit_if_proved(
@@ -318,8 +327,7 @@ class RolloutPool:
     ) -> Agreement:
         tolerance = canary_tolerance(self.config)
         agreement = self._proofs[index].accept(f"rollout worker {index}", published, receipt, checksum, tolerance)
-        async with self._waiting(index, "to take groups in again", "step_timeout_seconds"):
-            await worker.admit.remote()
+        worker.admit.remote()  # who is asked to sample waits for it
         self.health[index] = self.health[index].confirmed(published.version)
         return agreement
 

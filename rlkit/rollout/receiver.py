@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 
 from rlkit.rollout.adapter import adapter_report
 from rlkit.rollout.loaded import LoadedWeights, silence_vllm
+from rlkit.rollout.shortcut import Shortcut, find_shortcut
 from rlkit.weights import gloo
 from rlkit.weights.bundle import TensorMeta, WeightDigest, buckets, unpack
 from rlkit.weights.publication import Loaded
@@ -113,9 +114,25 @@ class Receiver:
     weight_transfer_engine: Any
     arrivals: LoadedWeights | Loaded | None = None
     """Not reported yet."""
+    shortcut: Shortcut | None = None
+    first = True
+    """Whether nothing was loaded yet: then a shortcut is looked for."""
 
     def load_bundle(self, weights: Sequence[tuple[str, Tensor]]) -> None:
         """Replace the weights."""
+        worker: Any = self
+        if self.shortcut is not None and self.shortcut.fits(weights):
+            self.arrivals = LoadedWeights(worker.get_model(), self.shortcut)
+            self.arrivals.load_weights(weights)
+            return
+        found = self.first and find_shortcut(worker, weights, self._reload)
+        self.arrivals = arrivals = self._reload(weights)
+        if found and not arrivals.unwritten:
+            self.shortcut = found
+        self.first = False
+
+    def _reload(self, weights: Sequence[tuple[str, Tensor]]) -> LoadedWeights:
+        """As vLLM does."""
         worker: Any = self
         model = worker.get_model()
         arrivals = LoadedWeights(model)
@@ -128,7 +145,7 @@ class Receiver:
 
         model.load_weights = load_weights
         worker.reload_weights(weights_iterator=weights)
-        self.arrivals = arrivals
+        return arrivals
 
     def adapter_came(self, arrived: int) -> None:
         """vLLM has loaded an adapter. `arrived`: the sum of its bits."""

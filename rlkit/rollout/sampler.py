@@ -16,8 +16,6 @@ from rlkit.rollout.requests import Request, Response
 from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Loaded
 
-FIRST_LOGPROB = 1  # vLLM reports None for the first prompt token
-
 
 class Sampler:
     """Add requests, call `step` until not `busy`; load new weights between steps."""
@@ -191,7 +189,7 @@ class Sampler:
         from vllm import SamplingParams
 
         for i, token_ids in enumerate(sequences):
-            parameters = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+            parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
             self._request(f"canary-{i}", token_ids, parameters, salt="canary-")
         finished: dict[str, Any] = {}
         while len(finished) < len(sequences):
@@ -200,12 +198,8 @@ class Sampler:
                     finished[output.request_id] = output
                 elif output.finished:
                     self._finished.append(_response(output))
-        logprobs = [
-            row[token].logprob
-            for i, token_ids in enumerate(sequences)
-            for row, token in zip(finished[f"canary-{i}"].prompt_logprobs[FIRST_LOGPROB:], token_ids[1:], strict=True)
-        ]
-        return np.array(logprobs, dtype=np.float32)
+        of_each = [finished[f"canary-{i}"].prompt_logprobs.logprobs for i in range(len(sequences))]
+        return np.concatenate([np.array(logprobs, dtype=np.float32) for logprobs in of_each])
 
 
 def _response(output: Any) -> Response:

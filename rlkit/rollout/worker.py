@@ -360,15 +360,15 @@ class RolloutWorker:
         return WeightReceipt(self.version, self.checksum, self.announced, logprobs, loaded, idle, frozen)
 
     async def admit(self) -> None:
-        """Go on: the receipt was accepted."""
-        if self.parked:
-            self.parked = False
-            await self._in_thread(self._begin_turns)  # before further weights can park them again
-            self.work.set()
+        """Go on: the receipt was accepted. Nobody waits for this, so it is done before further weights can come."""
+        parked, self.parked = self.parked, False
         self.going.set()
         if self.closed:
             self.closed = False
             self.admission.release()
+        if parked:
+            await self._in_thread(self._begin_turns)  # before they can be parked again
+            self.work.set()
 
     async def load_weights(self, bundle: WeightBundle, canary: Canary) -> WeightReceipt:
         """`prepare`, `take` and `confirm` in one call."""

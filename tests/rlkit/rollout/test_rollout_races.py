@@ -191,6 +191,32 @@ def test_a_worker_that_dies_while_weights_are_published_is_replaced_with_these_w
     run(check())
 
 
+def test_a_worker_that_dies_with_weights_before_they_are_announced_is_replaced_with_those_that_are(
+    make_pool: MakePool,
+) -> None:
+    """As in a run: workers load while the learner computes the canary. The successor loads the new ones thereafter."""
+
+    async def check() -> None:
+        pool, new = await started(make_pool(workers=2)), published(2)
+        pool.load(new.bundle, CANARY)
+        for _, receipt in list(pool._loading.values()):
+            assert (await receipt).version == 2
+        await kill(pool)
+        sampling = asyncio.create_task(sampled(pool))
+        while not (pool.health[0].restarts == 1 and pool.health[0].may_sample(1)):
+            await asyncio.sleep(0.02)
+        pool.announce(new)
+        await pool.confirm({})
+        for group in await sampling:
+            ((version,),) = {sample.policy_versions[:1] for sample in group.samples}
+            assert {value for sample in group.samples for value in sample.logprobs.tolist()} == {-float(version)}
+        assert [health.may_sample(2) for health in pool.health] == [True, True]
+        assert [health.restarts for health in pool.health] == [1, 0]
+        assert_whole_and_of(2, await sampled(pool))
+
+    run(check())
+
+
 def test_weights_published_while_a_dead_worker_is_replaced_are_what_its_successor_samples_with(
     make_pool: MakePool, script: Script
 ) -> None:

@@ -121,7 +121,7 @@ async def train(sync: WeightSync, seed: int) -> None:
 
 async def version_of(sync: WeightSync) -> int:
     """Of the policy on the learner."""
-    return int((await sync.learner.policy.publishable(()))[1])
+    return (await sync.learner.policy.publishable(())[1])[0]
 
 
 def sampled_as_the_learner(groups: Sequence[Group], learners: Sequence[np.ndarray]) -> bool:
@@ -155,7 +155,8 @@ def test_both_ways_bring_the_same_bits(sync: WeightSync) -> None:
     async def steps() -> tuple[list[Group], list[Group]]:
         pool = sync.rollout
         in_buckets = await groups_of(pool.generate(requests()))
-        bundle, version, _ = await sync.learner.policy.publishable(())
+        bundle, proof = sync.learner.policy.publishable(())
+        version, _ = await proof
         await publish_bundle(pool, Published(bundle, version, CANARY, sync._wanted))
         return in_buckets, await groups_of(pool.generate(requests()))
 

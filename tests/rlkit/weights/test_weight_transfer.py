@@ -83,12 +83,37 @@ def checksum(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def test_the_checksum_is_of_what_arrived_and_not_of_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = assorted()
+def noise(size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_checksum_is_of_what_arrived_and_not_of_how() -> None:
+    buffer = noise(20_001)
+    slices = {"one": buffer[1:16_385], "two": buffer[16_385:]}  # begin anywhere
+    weights = assorted() | {name: part.clone() for name, part in slices.items()}
     wanted = checksum(weights)
     assert checksum(dict(reversed(weights.items()))) == wanted
-    monkeypatch.setattr(module, "_CHUNK", 2)
-    assert checksum(weights) == wanted
+    assert checksum(weights | slices) == wanted
+    rows = weights["one"].view(torch.int32).view(-1, module._ROW)
+    places = module._weights(torch.device("cpu")).tolist()
+    assert len(set(places)) == module._ROW
+    totals = [sum(value * weight for value, weight in zip(row, places, strict=True)) for row in rows.tolist()]
+    assert [total % 2**32 for total in totals] == [s % 2**32 for s in module._condensed(slices["one"])[0].tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_checksum_finds_a_bit_in_rows_that_are_added_up_and_in_the_rest(dtype: torch.dtype) -> None:
+    data = noise(3 * 4 * module._ROW + 500)
+    wanted = checksum({"a": data.view(dtype)})
+    for place in (0, 4095, 4096, 9000, 3 * 4096, len(data) - 1):
+        for bit in (1, 128):
+            changed = data.clone()
+            changed[place] ^= bit
+            assert checksum({"a": changed.view(dtype)}) != wanted, (place, bit)
+    for places in ([0, 4], [8, 4096 + 8], [100, 3 * 4096 + 100]):
+        changed = data.clone()
+        changed[places] = data[places[::-1]]
+        assert checksum({"a": changed.view(dtype)}) != wanted, places
 
 
 def test_the_checksum_finds_whatever_goes_wrong() -> None:
