@@ -342,9 +342,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
         "(trainer.evaluate_every_steps)",
     ),
     (
-        r"compare|view|show|samples|inspect|plot|dashboard|ui|report|logs?",
-        "not supported yet; RUN/samples.jsonl has the responses, RUN/metrics.jsonl the numbers, and tensorboard "
-        "--logdir RUNS draws the curves of several runs",
+        r"compare|show|samples|inspect|plot|dashboard|ui|logs?|triage",
+        "did you mean view? rlkit view RUN [RUN ...] shows curves, samples, triage and comparisons in a browser",
     ),
     (
         r"chat|generate|infer|inference|sample|play|vllm",

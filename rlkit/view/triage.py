@@ -109,7 +109,8 @@ def gather(run: Run) -> Samples:
     valid = "kind = 'training' AND valid AND reward IS NOT NULL"
     groups = run.index.connection().execute(f"{rank} WHERE {valid} ORDER BY id")
     group = numbers(groups, 1)[: len(table[0]), 0].astype(np.int64)
-    return Samples(*table, group, components(run, table[0]))
+    ids, step, reward, correct, length, digits = table
+    return Samples(ids, step, reward, correct, length, digits, group, components(run, ids))
 
 
 def within_groups(values: Floats, group: Floats) -> Floats:

@@ -20,8 +20,8 @@ KINDS = ("dpo", "kto", "simpo")
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("view", "samples.jsonl"),
-        ("compare", "tensorboard --logdir"),
+        ("samples", "did you mean view?"),
+        ("compare", "rlkit view RUN [RUN ...] shows"),
         ("chat", "step_NNNNNN/policy"),
         ("evaluate", "not supported yet"),
         ("dpo", "rlkit train algorithm=NAME"),

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import Server
+from view_fixture import serving
 
 from rlkit.view.guard import page_policy
 from rlkit.view.query import QUESTIONS, address
@@ -39,7 +39,7 @@ ASKED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def client(folder: Path, serving: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def client(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         runs = Runs([folder])
@@ -275,7 +275,7 @@ def test_nothing_can_be_written(client: httpx.Client, method: str) -> None:
         assert client.request(method, path).status_code == 405
 
 
-def test_a_token_opens_the_page_and_a_cookie_keeps_it_open(folder: Path, serving: Server) -> None:
+def test_a_token_opens_the_page_and_a_cookie_keeps_it_open(folder: Path) -> None:
     token = "a-token-of-24-characters"
     with serving(Runs([folder / "first"]), host="viewer.example", token=token) as client:
         for path in ("/", "/api/runs", "/unknown"):
@@ -292,7 +292,7 @@ def test_a_token_opens_the_page_and_a_cookie_keeps_it_open(folder: Path, serving
         assert client.get("/api/runs").status_code == client.get("/").status_code == 200
 
 
-def test_events_tell_of_growth_and_of_a_cut(folder: Path, serving: Server, tmp_path: Path) -> None:
+def test_events_tell_of_growth_and_of_a_cut(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "live"
     shutil.copytree(folder / "older", run)
     file = run / "samples.jsonl"
@@ -314,7 +314,7 @@ def test_events_tell_of_growth_and_of_a_cut(folder: Path, serving: Server, tmp_p
         assert (event["samples"], event["run"]) == (10, "live")
 
 
-def test_a_new_run_in_the_folder_is_found(folder: Path, serving: Server, tmp_path: Path) -> None:
+def test_a_new_run_in_the_folder_is_found(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "first", tmp_path / "runs" / "a" / "x")
     with serving(Runs([tmp_path / "runs"])) as client:
         assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["x"]
@@ -322,7 +322,7 @@ def test_a_new_run_in_the_folder_is_found(folder: Path, serving: Server, tmp_pat
         assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["x", "x-2"]
 
 
-def test_a_file_that_cannot_be_read_is_named(serving: Server, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "samples.jsonl").mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").touch()
     with serving(Runs([tmp_path / "run"])) as client:
