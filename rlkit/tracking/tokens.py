@@ -67,6 +67,8 @@ def token_table(
     offsets = pa.array(np.cumsum([0, *map(len, samples)]), pa.int32())
 
     def lists(kind: Any, rows: Sequence[NDArray[Any] | None]) -> Any:
+        if all(type(row) is np.ndarray for row in rows):  # nothing is missing
+            return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(rows)).cast(kind, safe=False))  # type: ignore[arg-type]
         known = [np.ma.masked_all(len(s)) if row is None else row for s, row in zip(samples, rows, strict=True)]
         values, nulls = (np.concatenate([part(row) for row in known]) for part in (np.ma.getdata, np.ma.getmaskarray))
         return pa.ListArray.from_arrays(offsets, pa.array(values, mask=nulls).cast(kind, safe=False))
@@ -107,7 +109,8 @@ def _signals(
     if sample.logprobs is None:
         rows.pop("ratio", None)  # nothing sampled it
     else:
-        rows["logprob_sampler"] = np.ma.masked_where(_versions(sample) < 0, sample.logprobs)
+        observed = _versions(sample) < 0
+        rows["logprob_sampler"] = np.ma.masked_where(observed, sample.logprobs) if observed.any() else sample.logprobs
     return rows
 
 
