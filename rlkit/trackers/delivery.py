@@ -87,6 +87,7 @@ class Delivery:
         started = self._call("start", start)
         if isinstance(started, Started):
             self._started = started
+            self._ledger.write(self.name, started, self._until)  # now: a run that is killed is found again, too
             if started.where:
                 self._say(started.where)
         elif not self.failed:

@@ -114,6 +114,7 @@ def test_one_that_hangs_is_left_behind(kind: str, tmp_path: Path, capsys: pytest
         for step in (1, 2, 3):
             run.step(step, {})
         assert kind == "HangingStart" or HANGS.wait(60)
+        assert (run.folder.path / "trackers.json").exists() == (kind == "Hanging")  # though nothing has arrived
     waiting, left = [line for line in said(capsys) if "board" not in line]
     assert waiting == f"waiting for {kind} to send what is left, at most 0.2 s"
     calls = 3 if kind == "Hanging" else 4  # with close()
@@ -170,8 +171,9 @@ with tracker(Path({str(tmp_path)!r}), "Hanging") as run:
 
 
 def test_a_ledger_that_is_broken_or_cannot_be_written_is_no_matter(tmp_path: Path) -> None:
-    with tracker(tmp_path, "Remembering") as run:
-        (run.folder.path / "trackers.json").mkdir()
+    (tmp_path / "run" / "trackers.json").mkdir(parents=True)
+    with tracker(tmp_path, "Remembering"):
+        pass
     (tmp_path / "run" / "trackers.json").rmdir()
     (tmp_path / "run" / "trackers.json").write_text('{"Remembering": ')
     with tracker(tmp_path, "Remembering", resume=True):
