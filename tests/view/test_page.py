@@ -142,6 +142,7 @@ class TestScreens:
         page = reader.page
         reader.open("samples", run="main")
         reader.page.wait_for_selector("[role=grid] [aria-selected]")
+        page.get_by_role("columnheader", name="correct").wait_for()  # at first the server is still reading
         total = page.locator("main [role=status]").first.inner_text()
         page.get_by_role("columnheader", name="reward").get_by_role("button").click()
         reader.hash("sort=reward")

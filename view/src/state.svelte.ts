@@ -69,8 +69,13 @@ class Page {
 
   async load(): Promise<void> {
     try {
+      const known = new Map(this.runs?.runs.map(({ id, samples }) => [id, samples]));
       this.runs = (await source.get("runs", {})) as Runs;
       this.error = null;
+      // A server that has just begun is still reading: what it knows grows though the runs do not.
+      const fed = this.runs.runs.filter(({ id, samples }) => known.get(id) !== samples);
+      for (const { id } of fed) if (known.has(id)) this.ticks[id] = (this.ticks[id] ?? 0) + 1;
+      if (fed.length && !source.embedded) setTimeout(() => void this.load(), 1500);
     } catch (error) {
       this.error = (error as Error).message;
     }
