@@ -103,8 +103,8 @@ page-check:
 
 # The documentation site, into site/; a broken link or anchor fails.
 docs: setup
-	$(BIN)/python docs/build/pages.py
-	PYTHONPATH=docs/build $(BIN)/zensical build --strict
+	$(BIN)/python docs/making/pages.py
+	PYTHONPATH=docs/making $(BIN)/zensical build --strict
 
 # Has anything become slower? Compares ratios with benchmarks/expected.json, in a few minutes.
 bench: setup

@@ -164,7 +164,8 @@ def test_make_targets_exist() -> None:
 def test_linked_pages_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            made = "reference/" in target  # by docs/making/pages.py; tests/test_site.py builds the site
+            assert made or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_other_modules_named_in_commands_exist() -> None:

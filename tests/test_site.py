@@ -71,8 +71,8 @@ def test_the_site_builds_without_a_broken_link_and_asks_no_other_host(tmp_path: 
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
     (tmp_path / "rlkit").symlink_to(ROOT / "rlkit")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'docs/build'}"}
-    for command in ([sys.executable, "docs/build/pages.py"], [program, "build", "--strict"]):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'docs/making'}"}
+    for command in ([sys.executable, "docs/making/pages.py"], [program, "build", "--strict"]):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site/reference/algorithm/grpo/index.html").is_file()
