@@ -63,8 +63,7 @@ from rlkit.models.folder import ModelFolderError, ModelShape, check_model_folder
 class Loading:
     """One load: the tree, the source of each value, and the problems so far."""
 
-    unread_sections: Collection[str] = ()
-    """Of the configuration file."""
+    unread_sections: Collection[str] = ()  # of the configuration file
 
     def __init__(
         self,
@@ -92,8 +91,7 @@ class Loading:
             broken = ConfigIssue(str(self.folder), f"cannot be composed: {error}")
             raise ConfigError([*self.problems, broken]) from error
         if file is not None:
-            choices = self.overrides.choices
-            self.problems += merge_file(composed, file, choices, self.sources, self.unread_sections)
+            self.problems += merge_file(composed, file, self.overrides.choices, self.sources, self.unread_sections)
         combined, problems = add_parts(composed, self.folder, self.options["reward"], self.overrides.parts, file)
         self.problems += problems
         targets = {kind: (composed.get(kind) or {}).get(TARGET) for kind in self.contracts}

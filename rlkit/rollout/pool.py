@@ -49,10 +49,8 @@ class RolloutPool:
         self._loads = [Load() for _ in self.workers]
         self._less_to_do = asyncio.Condition()
         self._published: Published | None = None
-        self._loading: dict[int, tuple[Any, Any]] = {}
-        """Workers that load weights that are not announced yet, and references to their receipts."""
-        self.fetch: Fetch | None = None
-        """Source of weights for a replacement when they were published without a bundle."""
+        self._loading: dict[int, tuple[Any, Any]] = {}  # who loads weights not yet announced, and the coming receipt
+        self.fetch: Fetch | None = None  # weights for a replacement when they were published without a bundle
 
     def _make(self, index: int) -> Any:
         import ray
