@@ -34,6 +34,7 @@ from rlkit.config.plan import (
     shares_gpus,
 )
 from rlkit.config.schema import ClusterConfig, RunConfig, TrainerConfig
+from rlkit.config.tracking import TENSORBOARD
 from rlkit.experience.extras import refuse_without
 from rlkit.models.folder import check_model_folder, model_folder
 from rlkit.models.usable import known_run
@@ -96,7 +97,8 @@ def refuse_missing_packages(config: RunConfig) -> None:
     """Raises NotInstalledError for what this process imports, and, where it starts Ray, its actors."""
     sampled = has_engines(config.rollout, config.evaluation)
     actors = ("deepspeed", *(["vllm"] if sampled else [])) if starts_ray(config.cluster) else ()
-    refuse_without("torch", "transformers", "ray", *actors)
+    trackers = [TENSORBOARD] if any(tracker.kind == TENSORBOARD for tracker in config.tracking.trackers) else ()
+    refuse_without("torch", "transformers", "ray", *actors, *trackers)
 
 
 def refuse_missing_gpus(config: RunConfig) -> None:

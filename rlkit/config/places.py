@@ -11,7 +11,7 @@ from typing import Any
 from rlkit.config.messages import ConfigIssue, Issues
 from rlkit.config.reach import ray_here, refusal
 from rlkit.config.schema import ClusterConfig, ModelConfig, RolloutConfig
-from rlkit.config.tracking import TrackingConfig
+from rlkit.config.tracking import TENSORBOARD, TrackingConfig
 from rlkit.data.base import DataError, DataSource, Split
 from rlkit.data.lengths import too_long_prompts, too_long_responses
 from rlkit.data.tables import local_files
@@ -66,6 +66,8 @@ def _others(entries: Iterable[Path]) -> list[str]:
 
 def trackers_are_usable(tracking: TrackingConfig) -> Issues:
     for config in tracking.trackers:
+        if config.kind == TENSORBOARD:  # comes with what trains, which is missed only when a run starts
+            continue
         for message in tracker_class(config.kind).check(config):
             yield ConfigIssue("tracking.trackers", f"{config.name}: {message}")
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from rlkit.data.base import DataConfig, Response
 from rlkit.data.cells import Row, RowError, cell, prompt_of, text
-from rlkit.data.recorded import RecordedConfig, RecordedSource
+from rlkit.data.files import DataSetConfig
+from rlkit.data.recorded import RecordedSource
 from rlkit.data.rows import Parts
 from rlkit.experience import Message
 from rlkit.experience.reward_benchmarks import (
@@ -23,14 +24,10 @@ Answers = tuple[Sequence[str], Sequence[str]]
 """Right ones and wrong ones."""
 
 
-class BenchmarkConfig(RecordedConfig):
-    """A file as its authors publish it: JSON Lines, JSON or Parquet."""
-
-
 class Benchmark(RecordedSource):
     """A response's value is 1 if it is right and 0 if it is wrong."""
 
-    Config: ClassVar[type[DataConfig]] = BenchmarkConfig
+    Config: ClassVar[type[DataConfig]] = DataSetConfig
     title: ClassVar[str]
     asked: ClassVar[str] = "prompt"
     subset: ClassVar[str] = "subset"
@@ -66,7 +63,7 @@ class RewardBench(Benchmark):
 class RewardBench2(Benchmark):
     """`data=reward_bench_2`: the best of four, and ties (arXiv 2506.01937)."""
 
-    class Config(BenchmarkConfig):
+    class Config(DataSetConfig):
         id_column: str | None = "id"
         """The questions of `Ties` belong together by it."""
 

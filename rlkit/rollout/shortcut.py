@@ -31,7 +31,7 @@ MOST_BYTES = 2**27
 """Of weights. Larger models gain little of a step, and they would be in memory twice while a shortcut is tried."""
 
 
-class NoShortcutError(Exception):
+class NoShortcut(Exception):
     """What vLLM's reload does is more than copies."""
 
 
@@ -113,7 +113,7 @@ def find_shortcut(worker: Any, weights: Weights, reload: Callable[[Weights], Any
         same = _state(model) == state_of_others
         shortcut.load_weights(weights)
         return shortcut if same and _state(model) == state else None
-    except NoShortcutError:
+    except NoShortcut:
         return None
 
 
@@ -172,16 +172,16 @@ class _Watch(TorchDispatchMode):
         return None
 
     def plan(self) -> list[_Target]:
-        """Raises NoShortcutError where a copy leads elsewhere than to a plain or packed parameter."""
+        """Raises NoShortcut where a copy leads elsewhere than to a plain or packed parameter."""
         for target in self.targets.values():
             if target.layer is None:
-                raise NoShortcutError
+                raise NoShortcut
             held, method = getattr(target.layer, target.name), getattr(target.layer, "quant_method", None)
             packs = hasattr(target.layer, "cpu_linear") and target.name == "weight"
             if (method is not None and type(method) not in PLAIN) or not held.is_contiguous():
-                raise NoShortcutError
+                raise NoShortcut
             if held.shape != target.shape and not (target.packed and packs):
-                raise NoShortcutError
+                raise NoShortcut
         return list(self.targets.values())
 
 
@@ -200,7 +200,7 @@ def _elements(shape: Sequence[int]) -> int:
 def _state(model: nn.Module) -> str:
     """Of all that the engine computes with; heads are packed anew after every load (`repack_head`).
 
-    Raises NoShortcutError for a layer whose packed weights cannot be tried.
+    Raises NoShortcut for a layer whose packed weights cannot be tried.
     """
     digest = WeightDigest()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -210,7 +210,7 @@ def _state(model: nn.Module) -> str:
         if linear is not None and not isinstance(layer, ParallelLMHead):
             kept = layerwise.get_layerwise_info(layer).restore_metadata[0].get("weight")
             if kept is None or kept.ndim != 2 or type(layer.quant_method) not in PLAIN:
-                raise NoShortcutError
+                raise NoShortcut
             generator = torch.Generator().manual_seed(0)
             probe = torch.randn(PROBES, kept.shape[-1], generator=generator).to(kept.dtype)
             digest.add(f"{name} packed", linear(probe, getattr(layer, "weight", None), None))

@@ -88,7 +88,7 @@ def test_a_check_whose_section_is_invalid_is_left_out() -> None:
 def test_checks_only_name_known_sections() -> None:
     import inspect
 
-    known = {*sections(), "reward", "data", "verifier", "sets", "diagnostics", "run_dir", "resume", "model"}
+    known = {*sections(), "reward", "data", "verifier", "sets", "diagnostics", "run_dir", "resume", "model", "tracking"}
     known |= {"environment", "typed", "here", "dry_run", "new_folder"}
     for check in CHECKS:
         assert set(inspect.signature(check).parameters) <= known, check.__name__

@@ -146,6 +146,7 @@ def test_a_sleeping_engine_and_an_offloaded_rank_leave_their_gpu(shapes: Path) -
     assert rank.host() > 4 * 7.6e9 / 8 * 3  # masters and moments wait in the host's memory
 
 
+@pytest.mark.slow
 def test_the_prediction_is_within_15_percent_of_a_measured_rank() -> None:
     """The smallest row of the benchmark: a real rank of a random model of 40 million parameters."""
     command = [sys.executable, "benchmarks/memory.py", "--json", "--row", "0.04B ZeRO 1, 1 rank"]

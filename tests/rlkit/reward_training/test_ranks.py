@@ -72,7 +72,14 @@ def test_a_single_rank_runs_in_this_process(tmp_path: Path) -> None:
     assert (tmp_path / "0.pid").read_text() == str(os.getpid())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
+)
 def test_they_end_with_their_parent(number: int, code: int, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from test_ranks import *\n"

@@ -179,6 +179,7 @@ class AsyncWorker(OpenWorker):
         return self.settled
 
 
+@pytest.mark.slow
 def test_what_an_asynchronous_engine_has_begun_is_of_the_weights_before(
     ray_session: None,  # noqa: F811
     model: Path,
@@ -198,6 +199,7 @@ def test_what_an_asynchronous_engine_has_begun_is_of_the_weights_before(
         assert max(run(pool.workers[0].begun.remote())) > 0, "nothing had begun: this shows less than it could"
 
 
+@pytest.mark.slow
 def test_kept_caches_are_for_running_requests_alone(
     ray_session: None,  # noqa: F811
     model: Path,

@@ -231,6 +231,7 @@ async def kill(sync: WeightSync, index: int) -> None:
     os.kill(await sync.rollout.workers[index].pid.remote(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_between_steps_is_replaced_and_meets_the_learner_again(sync: WeightSync) -> None:
     async def steps() -> None:
         undisturbed = await groups_of(sync.rollout.generate(requests()))
@@ -250,6 +251,7 @@ def test_a_worker_that_dies_between_steps_is_replaced_and_meets_the_learner_agai
     run(steps(), 150)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_while_sampling_gets_the_present_weights(sync: WeightSync) -> None:
     async def steps() -> None:
         undisturbed = await groups_of(sync.rollout.generate(requests(40)))
@@ -269,6 +271,7 @@ def test_a_worker_that_dies_while_sampling_gets_the_present_weights(sync: Weight
     run(steps(), 150)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_during_a_transfer_ends_the_run_at_once(sync: WeightSync) -> None:
     """Last: the learner may wait for ever for what it cannot send."""
 
@@ -290,6 +293,7 @@ def test_a_worker_that_dies_during_a_transfer_ends_the_run_at_once(sync: WeightS
     assert run(steps()) < 30
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_an_engine_that_fails_during_a_transfer_ends_the_run_at_once_with_the_cause(own_sync: WeightSync) -> None:
     """Rank 0 then waits in its broadcast for a receiver that lives and does not come."""

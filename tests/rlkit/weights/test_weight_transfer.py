@@ -196,7 +196,14 @@ def train(learner: PolicyLearner, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [(1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]
+    ("stage", "dtype"),
+    [
+        (1, "float32"),
+        pytest.param(2, "float32", marks=pytest.mark.slow),
+        pytest.param(3, "float32", marks=pytest.mark.slow),
+        pytest.param(1, "bfloat16", marks=pytest.mark.slow),
+        (3, "bfloat16"),
+    ],
 )
 def test_offloading_changes_nothing(model: Path, stage: int, dtype: str) -> None:
     """On a CPU nothing moves, but everything that DeepSpeed takes apart and links again must be whole afterwards."""
