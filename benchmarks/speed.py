@@ -8,7 +8,7 @@ Sides, each in processes of its own, one after the other, and that `--repeats` t
 
 - bare: vLLM's engine and torch in one process (benchmarks/speed_bare.py), with the prompts, seeds, sampling parameters
   and OpenMP settings of the run. The floor is its generation plus its update, the faster one of two ways to batch;
-- k0, k1: `python -m rlkit.train` with `trainer.max_staleness` 0 and 1;
+- k0, k1: `python -m rlkit.train` with `trainer.max_staleness` 0 and 1; `unrecorded` is k0 that keeps no samples;
 - trl: TRL's trainer, which is told where each response ends (benchmarks/speed_trl.py).
 
 A random model over 100 characters, whose responses end where an end-of-sequence token is drawn. Seeds make the tokens
@@ -42,6 +42,7 @@ WORKLOADS = {
 }
 """`warm`: steps at the start that are not timed."""
 PROMPTS, SAMPLES, SEED = 8, 8, 0
+UNRECORDED = ("tracking.sample_groups_per_step=0", "tracking.token_groups_per_step=0")
 PHASES = ("generate", "score", "update", "publish")
 ACTORS = {"RolloutWorker": "generate", "LearnerWorker": "update"}
 """Whose CPU seconds are those of the phase, its part of publishing included."""
@@ -100,6 +101,7 @@ class Benchmark:
             "bare": self.bare,
             "k0": lambda: self.run(0),
             "k1": lambda: self.run(1),
+            "unrecorded": lambda: self.run(0, *UNRECORDED),
             "trl": self.peer,
         }
         return sides[name]()
@@ -125,7 +127,7 @@ class Benchmark:
             "tokens": self._tokens(self.lengths),
         }
 
-    def run(self, staleness: int) -> Figures:
+    def run(self, staleness: int, *options: str) -> Figures:
         """A whole run of rlkit, with a reward that costs nothing."""
         run_dir = self.scratch / f"run-{time.monotonic_ns()}"
         command = [
@@ -138,6 +140,7 @@ class Benchmark:
             f"cluster.threads_per_actor={self.threads}", "rollout.max_prompt_tokens=64",
             f"rollout.max_response_tokens={self.new_tokens}", "learner.learning_rate=1e-8",
             "tracking.tensorboard=false", "tracking.console=plain", f"run_dir={run_dir}",
+            *options,
         ]  # fmt: skip
         log = self.scratch / "run.log"
         with (
@@ -264,7 +267,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of each actor, and of the other sides")
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with TRL")
-    parser.add_argument("--sides", nargs="+", choices=("k0", "k1"), default=["k0", "k1"])
+    parser.add_argument("--sides", nargs="+", choices=("k0", "k1", "unrecorded"), default=["k0", "k1"])
     arguments = parser.parse_args()
     sides = ["bare", *arguments.sides, *(["trl"] if arguments.trl else [])]
     with tempfile.TemporaryDirectory() as temporary:
