@@ -159,7 +159,7 @@ def rank_main(rank: int, port: int, arguments: list[str]) -> None:
     )
     worker.learn(first)  # creates Adam's moments
     phase("update", lambda: worker.learn(whole))
-    phase("publish", lambda: worker.weights(((1, 2, 3, 4),)))
+    phase("publish", lambda: (worker.weights(), worker.canary_logprobs(((1, 2, 3, 4),))))
     folder = Path(f"{config.run_dir}.saved")
     folder.mkdir(exist_ok=True)
     phase("save", lambda: (worker.save(str(folder / "policy")), worker.save_state(str(folder / "state"))))

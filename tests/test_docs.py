@@ -59,7 +59,7 @@ FILES = {
         "subgoals": ["The size is asked for.", "It is told."],
     },
     "reward_bench_2.jsonl": {
-        "id": "1",
+        "id": "What:1",
         "prompt": "What is 1 + 2?",
         "chosen": ["3"],
         "rejected": ["4"],
