@@ -99,7 +99,8 @@ class Trackio(Board):
             shared["name"] = resume_id
         quiet = {"embed": False, "auto_log_cpu": False}  # the processes that work are others
         self.run = self.package.init(**shared, resume="never" if resume_id is None else "allow", **quiet)
-        where = self.run.url or f"trackio show --project {shared['project']}"
+        own = f"TRACKIO_DIR={os.environ['TRACKIO_DIR']} " if "TRACKIO_DIR" in os.environ else ""
+        where = self.run.url or f"{own}trackio show --project {shared['project']}"
         return Started(str(self.run.name), where)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

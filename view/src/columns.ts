@@ -34,7 +34,7 @@ function all(run: Run | undefined, rows: Summary[]): Column[] {
     column("sample", "#", "place in its group", "36px"),
     column("reward", "reward", "what the algorithm learnt from", "80px"),
     ...components.map((name) => column("component:" + name, name, `component ${name} of the reward`, "72px")),
-    ...(has?.rescored ?? []).map((name) => column("rescored:" + name, name, `reward by ${name}, asked afterwards`, "72px")),
+    ...(has?.rescored ?? []).map((name) => column("rescored:" + name, name + " (later)", `reward by ${name}, asked afterwards`, "96px")),
     column("advantage", "advantage", "mean over the trained tokens", "92px"),
     column("length", "length", "tokens of the response", "68px"),
     ...(has?.correct ? [column("correct", "correct", "verdict of the verifier on this sample", "76px")] : []),
