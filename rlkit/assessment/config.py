@@ -294,13 +294,6 @@ class _Loading(Loading):
         reward, verifier = self.parts.get("reward"), self.parts.get("verifier")
         return (reward, None) if verifier is None else (verifier, reward)
 
-    def _value(self, key: str) -> Any:
-        section, *steps = key.split(".")
-        value = self.parts[section].config if section in self.parts else self.available.get(section)
-        for step in steps:
-            value = getattr(value, step, None)
-        return value
-
     def result(self) -> Evaluating:
         if self.problems:
             raise ConfigError(list(dict.fromkeys(self.problems)))

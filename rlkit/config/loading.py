@@ -259,6 +259,13 @@ class Loading:
                 notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {text})"
         return notes
 
+    def _value(self, key: str) -> Any:
+        section, *steps = key.split(".")
+        value = self.parts[section].config if section in self.parts else self.available.get(section)
+        for step in steps:
+            value = getattr(value, step, None)
+        return value
+
 
 def _model(cls: Any, fields: Mapping[str, Any]) -> type[BaseModel]:
     """A part's Config, or for a reward made of others, a model with their sections."""
@@ -365,13 +372,6 @@ class _RunLoading(Loading):
         if "seed" not in self.available or (lacking and part.cls.take_environment is not DataSource.take_environment):
             return None
         return make_source(part.cls, part.config, self.available["seed"], environment.cls, environment.config)
-
-    def _value(self, key: str) -> Any:
-        section, *steps = key.split(".")
-        value = self.parts[section].config if section in self.parts else self.available.get(section)
-        for step in steps:
-            value = getattr(value, step, None)
-        return value
 
     def result(self, *, must_fit: bool) -> ResolvedRun:
         if self.problems:
