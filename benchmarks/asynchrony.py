@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anyw
 from benchmarks.simulation import Case, Run, simulate
 from rlkit.experience import Group
 from rlkit.experience.buffer import BufferStats
-from rlkit.experience.buffer_actor import BufferActor
 from rlkit.experience.filters import BufferConfig
+from rlkit.experience.waiting_buffer import WaitingBuffer
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BOUNDS = (1, 2, 4)
@@ -187,10 +187,10 @@ class ReadyFirst:
         return BufferStats(self.version, len(self.ready), 0, {})
 
 
-def ready_first(case: Case) -> BufferActor:
-    actor: Any = BufferActor(case.groups_per_step, case.staleness, BufferConfig())
-    actor.buffer = ReadyFirst(case)
-    return actor
+def ready_first(case: Case) -> WaitingBuffer:
+    waiting: Any = WaitingBuffer(case.groups_per_step, case.staleness, BufferConfig())
+    waiting.buffer = ReadyFirst(case)
+    return waiting
 
 
 def length_ratio(case: Case, run: Run, groups: int) -> float:

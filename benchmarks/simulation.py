@@ -24,9 +24,9 @@ from ray.exceptions import RayActorError
 from rlkit.config.schema import RolloutConfig, RunConfig, TrainerConfig
 from rlkit.data.order import PromptOrder
 from rlkit.experience import Group, GroupScores, Prompt, Sample, Score
-from rlkit.experience.buffer_actor import BufferActor
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.scores import ScoreReport
+from rlkit.experience.waiting_buffer import WaitingBuffer
 from rlkit.producer import Producer, until
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
@@ -305,8 +305,7 @@ class SimulatedReward(NoReward):
 
     async def score(self, batches: Sequence[Any]) -> Scored:
         await asyncio.sleep(self.seconds)
-        lists = [await batch for batch in batches]
-        return Scored([[group.with_scores(self.scores) for group in groups] for groups in lists], ScoreReport())
+        return Scored([self.scores for batch in batches for _ in await batch], ScoreReport())
 
 
 @dataclass
@@ -330,19 +329,19 @@ class Run:
         return (self.ended[-1] - self.ended[uncounted - 1]) / (len(self.ended) - uncounted)
 
 
-def simulate(case: Case, make_buffer: Callable[[Case], BufferActor] | None = None) -> Run:
+def simulate(case: Case, make_buffer: Callable[[Case], WaitingBuffer] | None = None) -> Run:
     """`make_buffer`: another one than the real one, with its surface."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(_train(case, (make_buffer or _real_buffer)(case)))
 
 
-def _real_buffer(case: Case) -> BufferActor:
-    return BufferActor(case.groups_per_step, case.staleness, BufferConfig())
+def _real_buffer(case: Case) -> WaitingBuffer:
+    return WaitingBuffer(case.groups_per_step, case.staleness, BufferConfig())
 
 
-async def _train(case: Case, target: BufferActor) -> Run:
+async def _train(case: Case, buffer: WaitingBuffer) -> Run:
     """As `rlkit.trainer.Trainer.fit` goes."""
-    run, pool, buffer, loop = Run(), SimulatedPool(case), Actor(target), asyncio.get_running_loop()
+    run, pool, loop = Run(), SimulatedPool(case), asyncio.get_running_loop()
     producer = Producer(
         PromptOrder(PROMPTS, case.seed),
         pool,
@@ -361,8 +360,8 @@ async def _train(case: Case, target: BufferActor) -> Run:
     dying = asyncio.create_task(_kill(pool, case, run))
     for step in range(1, case.steps + 1):
         if step > 1:
-            await buffer.advance.remote(step - 1)
-        groups = await until(buffer.take.remote(), producing)
+            await buffer.advance(step - 1)
+        groups = await until(buffer.take(), producing)
         run.trained.append([group.id for group in groups])
         run.lengths += [len(sample) for group in groups for sample in group.samples]
         run.staleness += [step - 1 - sample.policy_versions[0] for group in groups for sample in group.samples]
@@ -374,7 +373,7 @@ async def _train(case: Case, target: BufferActor) -> Run:
     for task in (producing, dying):
         task.cancel()
     await asyncio.gather(producing, dying, return_exceptions=True)
-    run.started, run.dropped = producer.started, getattr(target.buffer, "dropped", 0)
+    run.started, run.dropped = producer.started, getattr(buffer.buffer, "dropped", 0)
     return run
 
 

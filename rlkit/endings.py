@@ -19,7 +19,6 @@ _ACTORS = {
     "CriticWorker": ("a rank of the critic", "critic-*.log"),
     "RolloutWorker": ("a rollout worker", "rollout-*.log"),
     "RewardWorker": ("a reward worker", "reward-*.log"),
-    "BufferActor": ("the buffer", "buffer*.log"),
 }
 """Class name of an actor -> what it is, and its log files."""
 

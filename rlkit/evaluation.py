@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from rlkit.config.schema import EvaluationConfig
 from rlkit.experience import Group, Prompt
 from rlkit.experience.episodes import environment_metrics, share_bounds
-from rlkit.experience.scores import Area, ScoreReport, check_failures, verdicts
+from rlkit.experience.scores import Area, check_failures, verdicts, with_scores
 from rlkit.experience.statistics import best_sizes, expected_best, mean_of_questions
 from rlkit.experience.types import FloatArray
 from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import RewardPool
+from rlkit.serving.stored import Stored, groups_in
 
 OWN = ""
 """The held-out set of the run's own data, beside the named ones of `evaluation.sets`."""
@@ -57,9 +56,10 @@ class Evaluator:
         """With the current weights. Raises RewardFailed if too many answers could not be judged."""
         requests = {name: self._requests(name, prompts, step) for name, prompts in self.sets.items()}
         batches = [ref async for ref in self.rollout.generate([one for some in requests.values() for one in some])]
-        groups, report = await self.judge(batches)
+        scored = await self.verifier.score(batches)
+        groups = with_scores([group for batch in batches for group in await groups_in(batch)], scored.scores)
         area, values = verdicts(groups)
-        check_failures(report, self.verifier.config.max_failed_share, "the verifier of the held-out evaluation")
+        check_failures(scored.report, self.verifier.config.max_failed_share, "the verifier of the held-out evaluation")
         judged = {group.id: (group, own) for group, own in zip(groups, values, strict=True)}
         metrics: dict[str, float] = {}
         for name, asked in requests.items():
@@ -81,20 +81,14 @@ class Evaluator:
             for i, prompt in enumerate(prompts)
         ]
 
-    async def judge_training(self, groups: list[Group], stored: Sequence[Any]) -> list[Group] | None:
-        """A step's groups as the verifier scores them; None if it is not asked (`evaluation.training_answers`).
-
-        `stored`: references to lists of them, so that they need not be sent from here.
-        """
+    async def judge_training(self, groups: list[Group], stored: Stored) -> list[Group] | None:
+        """A step's groups as the verifier scores them; None if it is not asked (`evaluation.training_answers`)."""
         if not self.config.training_answers:
             return None
-        return groups if self.training_judged else (await self.judge(stored))[0]
-
-    async def judge(self, batches: Sequence[Any]) -> tuple[list[Group], ScoreReport]:
-        """Score groups (or references to lists of them) with the verifier."""
-        scored = await self.verifier.score(batches)
-        lists = await asyncio.gather(*(_fetch(ref) for ref in scored.batches))
-        return [group for groups in lists for group in groups], scored.report
+        if self.training_judged:
+            return groups
+        scored = await self.verifier.score(stored.references(groups), [group.id for group in groups])
+        return with_scores(groups, scored.scores)
 
 
 def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]]) -> dict[str, float]:
@@ -126,8 +120,3 @@ def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]])
 
 def _headline(name: str, area: Area) -> str:
     return f"evaluation/{name}/{area}" if name else f"{area}/heldout"
-
-
-async def _fetch(ref: Any) -> list[Group]:
-    groups: list[Group] = await ref
-    return groups

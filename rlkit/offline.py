@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from algorithms.base import Algorithm
 from rlkit.evaluation import Evaluation, Evaluator
@@ -11,6 +11,7 @@ from rlkit.experience import Group, Prompt
 from rlkit.experience.types import recorded_group
 from rlkit.learner.joint import JointLearner
 from rlkit.rollout.requests import GroupRequest
+from rlkit.serving.stored import Stored
 
 T = TypeVar("T")
 Publish = Callable[[int], Awaitable[object]]
@@ -68,5 +69,5 @@ class RecordedEvaluator:
         sampled = await evaluator.evaluate(step)
         return Evaluation(sampled.headline, {**sampled.metrics, **metrics})
 
-    async def judge_training(self, groups: list[Group], stored: Sequence[Any]) -> list[Group] | None:
+    async def judge_training(self, groups: list[Group], stored: Stored) -> list[Group] | None:
         return None if self.sampled is None else await self.sampled[0].judge_training(groups, stored)

@@ -13,8 +13,10 @@ from typing import Any, Protocol, TypeVar
 from rlkit.cluster.waiting import waiting
 from rlkit.data.order import MixtureOrder, PromptOrder
 from rlkit.experience import Prompt
-from rlkit.experience.scores import ScoreReport
+from rlkit.experience.scores import ScoreReport, with_scores
+from rlkit.experience.waiting_buffer import WaitingBuffer
 from rlkit.rollout.requests import GroupRequest
+from rlkit.serving.stored import Stored, groups_in
 from rlkit.serving.unasked import Rewards
 
 T = TypeVar("T")
@@ -29,14 +31,14 @@ class Sampler(Protocol):
 
 
 class Producer:
-    """Runs beside the trainer until cancelled. Only references to groups pass through it."""
+    """Runs beside the trainer until cancelled."""
 
     def __init__(
         self,
         order: PromptOrder | MixtureOrder,
         rollout: Sampler,
         reward: Rewards,
-        buffer: Any,
+        buffer: WaitingBuffer,
         *,
         most_at_once: int,
         waits_for_places: bool,
@@ -51,6 +53,8 @@ class Producer:
         self.most_at_once, self.waits_for_places = most_at_once, waits_for_places
         self.samples_per_prompt = samples_per_prompt
         self.greedy, self.seed, self.step_timeout_seconds = greedy, seed, step_timeout_seconds
+        self.stored = Stored()
+        """The tokens of what is open, in the buffer or trained now."""
         self.started = 0
         self._open: dict[str, GroupRequest] = {}
         """Requested and not yet in the buffer."""
@@ -74,7 +78,7 @@ class Producer:
                     async with self._waiting("an engine that takes another group", 3):
                         most = min(most, await self.rollout.places(self.samples_per_prompt + self.greedy))
                 async with self._waiting("room in the buffer, for the next step or in place of rejected groups", 4):
-                    steps = await self.buffer.reserve.remote(most)
+                    steps = await self.buffer.reserve(most)
                 stream = self.rollout.generate(self._requests(steps))  # here, so that `places` counts them from now on
                 working.create_task(self._sample(steps, stream, working))
 
@@ -90,13 +94,13 @@ class Producer:
         if not self._streams:
             self._generating += now - self._began
 
-    async def _score(self, groups: Any) -> None:
-        scored = await self.reward.score([groups])
+    async def _score(self, sampled: Any) -> None:
+        groups, scored = await asyncio.gather(groups_in(sampled), self.reward.score([sampled]))
         self._report += scored.report
-        async with self._waiting("the buffer to take scored groups", 1):
-            added = await self.buffer.add.remote(scored.batches[0])
-        for group_id in added:
-            del self._open[group_id]
+        self.stored.add(groups, sampled)
+        await self.buffer.add(with_scores(groups, scored.scores))
+        for group in groups:
+            del self._open[group.id]
 
     def _waiting(self, what: str, times: int) -> AbstractAsyncContextManager[None]:
         """`times`: a step, the evaluation and the checkpoint after it may each take a step's time."""

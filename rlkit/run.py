@@ -15,7 +15,6 @@ from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
 from rlkit.checkpoint.resume import ResumePoint
 from rlkit.cluster.placement import (
-    NO_GPU,
     Placement,
     beside_driver,
     loads_after,
@@ -35,7 +34,9 @@ from rlkit.data.order import order_of
 from rlkit.diagnostics.group import Diagnostics, make_diagnostics
 from rlkit.evaluation import Evaluator
 from rlkit.experience import UserError
+from rlkit.experience.buffer import with_surplus
 from rlkit.experience.filters import make_filter
+from rlkit.experience.waiting_buffer import WaitingBuffer
 from rlkit.metrics import UpdateGuard
 from rlkit.models.folder import model_folder
 from rlkit.models.usable import known_run
@@ -168,10 +169,6 @@ async def _start(
     stop: Stop,
 ) -> Trainer:
     """Start all actors side by side; those that share a GPU one after the other."""
-    import ray
-
-    from rlkit.experience.buffer import with_surplus
-    from rlkit.experience.buffer_actor import BufferActor
     from rlkit.learner.joint import JointLearner
 
     config, algorithm = resolved.config, resolved.make_algorithm()
@@ -225,9 +222,8 @@ async def _start(
         sync = NoSync()
     elif data.recorded:
         evaluator = RecordedEvaluator(data.recorded, learner, algorithm)
-    buffer = ray.remote(num_cpus=0, runtime_env={"env_vars": NO_GPU}, **beside_driver(0))(BufferActor).remote(
-        config.trainer.prompts_per_step, config.trainer.max_staleness, config.buffer, config.rollout.oversample
-    )
+    trained = config.trainer
+    buffer = WaitingBuffer(trained.prompts_per_step, trained.max_staleness, config.buffer, rollout.oversample)
     starting = start_in_order(starts, loads_after(config))
     await _all_ready({LOADING[name]: part for name, part in starting.items()}, tracker, config)
     if references_are_cached(rollout, algorithm):

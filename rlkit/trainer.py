@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from rlkit.experience import Group, UserError
 from rlkit.experience.buffer import DataSolvedError, TooManyRejectedError
 from rlkit.experience.filters import solved
 from rlkit.experience.scores import RewardFailed, check_failures
+from rlkit.experience.waiting_buffer import WaitingBuffer
 from rlkit.learner.joint import JointLearner
 from rlkit.metrics import UpdateGuard, rollout_metrics, summary
 from rlkit.offline import NoSync, RecordedEvaluator
@@ -41,7 +42,7 @@ class Trainer:
     algorithm: Algorithm
     learner: JointLearner
     reward: Rewards
-    buffer: Any
+    buffer: WaitingBuffer
     producer: Producer
     evaluator: Evaluator | RecordedEvaluator | None
     weight_sync: WeightSync | NoSync
@@ -91,7 +92,7 @@ class Trainer:
             await self.train(*background)
             await self.sealed()
         except DataSolvedError as solved:
-            ended = str(getattr(solved, "cause", None) or solved)
+            ended = str(solved)
         except (
             StoppedError, RewardFailed, RolloutFailedError, WaitedTooLongError, TooManyRejectedError, DiagnosedError
         ):  # fmt: skip
@@ -168,14 +169,10 @@ class Trainer:
 
     async def step(self, step: int, producing: asyncio.Task[None], stopping: asyncio.Task[Any]) -> None:
         if step > 1:
-            await self.buffer.advance.remote(step - 1)  # now there is room for this step's groups
+            await self.buffer.advance(step - 1)  # now there is room for this step's groups
             self.advanced = True
-        stored = [self.buffer.take.remote()]
-        groups, times = await self.collect(stored[0], producing, stopping)
-        rejected: list[Group] = []
-        if self.config.buffer.drops_groups:
-            stored.append(self.buffer.take_rejected.remote())
-            rejected = await stored[1]
+        groups, times = await self.collect(producing, stopping)
+        rejected, stored = self.buffer.take_rejected(), self.producer.stored
         report, sampling = self.producer.take_report()
         self.failed_scores += report.failed
         try:
@@ -185,7 +182,7 @@ class Trainer:
             raise
         self.whole = False
         await self.weight_sync.release_sampler()
-        groups, of_reward = await self.reward.learn(groups, "before")
+        groups, of_reward = await self.reward.learn(groups, "before", stored)
         with self.tracker.timed("advantages"):
             experience = await self.learner.experience(groups, step)
             advantages = self.algorithm.advantages(experience)
@@ -193,13 +190,13 @@ class Trainer:
         with self.tracker.timed("update"):
             metrics, judged, (_, learnt) = await asyncio.gather(
                 self.update(experience, advantages),
-                self.judge([*groups, *rejected], stored),
-                self.reward.learn(groups, "after"),
+                self.judge([*groups, *rejected]),
+                self.reward.learn(groups, "after", stored),
             )
-        of_sampler, stats = await asyncio.gather(self.publish(), self.buffer.stats.remote())
+        of_sampler = await self.publish()
         self.producer.order.retire(solved([*groups, *rejected], self.config.buffer.retire_solved_share))
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
-        metrics |= rollout_metrics(groups, rejected, report, judged, stats, sampling)
+        metrics |= rollout_metrics(groups, rejected, report, judged, self.buffer.stats(), sampling)
         metrics |= {"weights/version": float(self.version), **of_sampler, **self.producer.order.metrics()}
         self.algorithm.observe(metrics)
         record = StepRecord(step, metrics, groups, rejected, judged, advantages)
@@ -207,16 +204,17 @@ class Trainer:
         self.latest |= metrics
         self.tracker.step(step, metrics, experience.groups)
         self.recorder.step(experience, advantages, rejected, judged, self.learner.policy.signals)
+        stored.forget([*groups, *rejected])
         self.whole, self.advanced = True, False
         self.diagnostics.obey()
 
     async def collect(
-        self, taken: Awaitable[list[Group]], producing: asyncio.Task[None], stopping: asyncio.Task[Any]
+        self, producing: asyncio.Task[None], stopping: asyncio.Task[Any]
     ) -> tuple[list[Group], dict[str, float]]:
-        """The next groups `taken` from the buffer; seconds of waiting for their sampling, and then for their scores."""
+        """The step's groups; seconds of waiting for their sampling, and then for their scores."""
         began = time.monotonic()
         with self.tracker.timed("generate"):
-            groups = await until(taken, producing, stopping)
+            groups = await until(self.buffer.take(), producing, stopping)
         ended = time.monotonic()
         sampled = min(max(self.producer.sampled_at(groups[0].step) or began, began), ended)
         waited = {"time/generate": sampled - began, "time/score": ended - sampled, "time/learner_idle": ended - began}
@@ -229,9 +227,9 @@ class Trainer:
         self.guard.check(metrics)
         return metrics
 
-    async def judge(self, groups: list[Group], stored: Sequence[Any]) -> list[Group] | None:
+    async def judge(self, groups: list[Group]) -> list[Group] | None:
         """The step's groups as the verifier scores them: shows when a learned reward is being gamed."""
-        return None if self.evaluator is None else await self.evaluator.judge_training(groups, stored)
+        return None if self.evaluator is None else await self.evaluator.judge_training(groups, self.producer.stored)
 
     async def publish(self) -> dict[str, float]:
         """Send the weights to every rollout worker and verify them."""
@@ -275,7 +273,7 @@ class Trainer:
             return
         try:
             if self.advanced:
-                self.producer.ask_again(await self.buffer.put_back.remote(), self.version + 1)
+                self.producer.ask_again(self.buffer.put_back(), self.version + 1)
             await self.weight_sync.release_sampler()
             await self._save(self.version)
             await self.sealed()

@@ -34,7 +34,7 @@ from rewards.shaping.steps import (
     Step,
 )
 from rlkit.experience import Group, GroupScores, Prompt, UserError
-from rlkit.experience.scores import attach_scores
+from rlkit.experience.scores import checked_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,10 +215,8 @@ class CombinedReward(TrainableReward):
                 log.exception("part %s raised", part.name)
                 failures[part.name] = error
                 continue
-            judged = iter(attach_scores(routed, answer))
-            scores[part.name] = [
-                next(judged).scores if part.options.when.applies(group.prompt) else None for group in groups
-            ]
+            judged = iter(checked_scores(routed, answer))
+            scores[part.name] = [next(judged) if part.options.when.applies(group.prompt) else None for group in groups]
         if failures:
             causes = "; ".join(f"part {name}: {_named(error)}" for name, error in failures.items())
             raise PartFailedError(causes) from next(iter(failures.values()))

@@ -12,6 +12,7 @@ from rewards.base import RewardContext
 from rlkit.assessment.config import Evaluating
 from rlkit.config.parts import TARGET, Part
 from rlkit.experience import Group
+from rlkit.experience.scores import with_scores
 from rlkit.serving.http.process import RewardProcess
 from rlkit.serving.http.queue import BatchLimits, ScoringQueue, ServerMetrics
 
@@ -45,7 +46,7 @@ class LocalJudge:
 
     async def judge(self, groups: Sequence[Group]) -> list[Group]:
         bare = [replace(group, scores=None) for group in groups]
-        return await self._queue.score(bare, None)
+        return with_scores(groups, await self._queue.score(bare, None))
 
     async def close(self) -> None:
         await self._queue.close()

@@ -23,6 +23,7 @@ from rlkit.checkpoint.folder import (
 )
 from rlkit.config.schema import RunConfig
 from rlkit.experience.records import from_json, to_json
+from rlkit.experience.waiting_buffer import WaitingBuffer
 from rlkit.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ REWARD_STATE = "reward_state.pt"
 
 class SavedRun(Protocol):
     producer: Any
-    buffer: Any
+    buffer: WaitingBuffer
     learner: Any
     reward: Any
 
@@ -86,7 +87,7 @@ class Checkpointer:
 
     async def _write(self, staged: Path, run: SavedRun) -> tuple[list[str], list[WrittenFile]]:
         """Return the names of files that must be there, and those that were hashed while they were written."""
-        producer, buffer = run.producer.state_dict(), await run.buffer.state_dict.remote()
+        producer, buffer = run.producer.state_dict(), run.buffer.state_dict()
         ready = {group.id for group in buffer["ready"]}
         producer["open"] = [entry for entry in producer["open"] if entry["id"] not in ready]
         # Data columns may be anything; they come back from the data.
@@ -137,7 +138,7 @@ class Checkpointer:
         run.producer.load_state_dict(state["producer"])
         ready = [replace(group, prompt=prompts[group.prompt.id]) for group in state["buffer"]["ready"]]
         state["buffer"]["ready"] = ready
-        await run.buffer.load_state_dict.remote(state["buffer"])
+        run.buffer.load_state_dict(state["buffer"])
         await run.learner.load_state(checkpoint.path, state["learner"])
         await run.reward.load_state(checkpoint.path / REWARD_STATE)
         # Only now, when nothing can refuse any more, is anything of the folder changed.

@@ -36,7 +36,7 @@ GATHER_ELEMENTS, STEP_ELEMENTS = 10**9, 10**9
 """DeepSpeed's defaults for ZeRO 3: `max_live_parameters`, `sub_group_size`."""
 GATHERED = 2**29
 """Full weights that are gathered at a time to be saved or packed (`rlkit/learner/policy.py`)."""
-BASES = {"driver": 0.46, "buffer": 0.1, "ray": 0.45, "engine": 0.75, "rank": 0.55, "reward": 0.2, "model": 0.55}
+BASES = {"driver": 0.46, "ray": 0.45, "engine": 0.75, "rank": 0.55, "reward": 0.2, "model": 0.55}
 BASES["environment"] = 0.1
 """GiB that a process holds on a CPU without model or data, measured; `ray`: of its own processes together; `model`: a
 reward that loads one."""
@@ -264,8 +264,7 @@ def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
     config, cuda = run.config, run.config.cluster.device == "cuda"
     groups = step_bytes(run)
     alone: Phases = {"run": Phase({"process": BASES["driver"] * GIB, "groups of a step": 2 * groups})}
-    buffer: Phases = {"run": Phase({"process": BASES["buffer"] * GIB, "groups of a step": groups})}
-    parts = [Process("driver", 1, alone), Process("buffer", 1, buffer)]
+    parts = [Process("driver", 1, alone)]
     if config.cluster.address is None:
         held = {"process": BASES["ray"] * GIB, "object store": stored_bytes(run)}
         parts.append(Process("Ray", 1, {"run": Phase(held)}))

@@ -130,7 +130,6 @@ def _actors(run: ResolvedRun) -> list[Line]:
         Line("actors", "rollout", engines if config.rollout.workers else "none: the data bring the responses"),
         Line("actors", "learner", ranks),
         Line("actors", "reward", asked),
-        Line("actors", "buffer", "1"),
     ]
     if run.environment_config is not None:
         lines.insert(1, Line("actors", "environments", _places(run.environment_config)))

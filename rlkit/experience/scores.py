@@ -57,17 +57,25 @@ class ScoreReport:
         return sum(self.failures.values())
 
 
-def attach_scores(groups: Sequence[Group], result: object) -> list[Group]:
-    """The groups with a reward's result; whatever breaks the contract becomes an invalid score."""
+def checked_scores(groups: Sequence[Group], result: object) -> list[GroupScores]:
+    """What a reward returned for groups; whatever breaks the contract becomes an invalid score."""
     if not isinstance(result, Sequence) or isinstance(result, str | bytes):
-        return invalid_groups(groups, f"wrong_type: score() returned {_describe(result)}, not a list of GroupScores")
+        reason = f"wrong_type: score() returned {_describe(result)}, not a list of GroupScores"
+        return [invalid_scores(group, reason) for group in groups]
     if len(result) != len(groups):
-        return invalid_groups(groups, f"wrong_length: score() returned {len(result)} results for {len(groups)} groups")
-    return [_attach(group, scores) for group, scores in zip(groups, result, strict=True)]
+        reason = f"wrong_length: score() returned {len(result)} results for {len(groups)} groups"
+        return [invalid_scores(group, reason) for group in groups]
+    return [_checked(group, scores) for group, scores in zip(groups, result, strict=True)]
 
 
-def invalid_groups(groups: Iterable[Group], reason: str) -> list[Group]:
-    return [group.with_scores(GroupScores((Score.invalid(reason),) * len(group.samples))) for group in groups]
+def with_scores(groups: Iterable[Group], judged: Iterable[GroupScores]) -> list[Group]:
+    """Raises ValueError if the numbers do not agree."""
+    return [group.with_scores(scores) for group, scores in zip(groups, judged, strict=True)]
+
+
+def invalid_scores(group: Group, reason: str) -> GroupScores:
+    invalid = Score.invalid(reason)
+    return GroupScores((invalid,) * len(group.samples), greedy=None if group.greedy is None else invalid)
 
 
 _PART = re.compile(r"part ([^\s:]+):")
@@ -80,13 +88,14 @@ def kind_of(reason: str) -> str:
     return kind.strip() if part is None else f"{part.group(1)}/{kind.strip()}"
 
 
-def report_on(groups: Iterable[Group], seconds: float) -> ScoreReport:
+def report_on(judged: Iterable[GroupScores], seconds: float) -> ScoreReport:
+    """Greedy responses count, too."""
     samples = 0
     failures: Counter[str] = Counter()
     examples: dict[str, str] = {}
     tracebacks: dict[str, str] = {}
-    for group in groups:
-        scores = group.scores.samples if group.scores is not None else ()
+    for group in judged:
+        scores = group.samples if group.greedy is None else (*group.samples, group.greedy)
         samples += len(scores)
         for score in scores:
             if not score.valid:
@@ -114,18 +123,18 @@ def check_failures(report: ScoreReport, max_failed_share: float, reward: str) ->
     )
 
 
-def _attach(group: Group, scores: Any) -> Group:
+def _checked(group: Group, scores: Any) -> GroupScores:
     if not isinstance(scores, GroupScores):
-        return invalid_groups([group], f"wrong_type: {_describe(scores)} instead of GroupScores")[0]
+        return invalid_scores(group, f"wrong_type: {_describe(scores)} instead of GroupScores")
     if len(scores.samples) != len(group.samples):
         reason = f"wrong_length: {len(scores.samples)} scores for the {len(group.samples)} samples of group {group.id}"
-        return invalid_groups([group], reason)[0]
+        return invalid_scores(group, reason)
     members = set(range(len(group.samples)))
     for pair in scores.pairs:
         if pair.winner == pair.loser or not {pair.winner, pair.loser} <= members or not 0 <= pair.probability <= 1:
-            return invalid_groups([group], f"wrong_pair: {_describe(pair)} in group {group.id}")[0]
+            return invalid_scores(group, f"wrong_pair: {_describe(pair)} in group {group.id}")
     checked = tuple(_check(score, len(sample)) for score, sample in zip(scores.samples, group.samples, strict=True))
-    return group.with_scores(GroupScores(checked, scores.pairs))
+    return GroupScores(checked, scores.pairs)
 
 
 def _check(score: Any, tokens: int) -> Score:
@@ -205,18 +214,18 @@ def played(group: Group, least: Callable[[], int]) -> Group | None:
     return replace(group, samples=left) if len(left) >= least() else None
 
 
-def with_broken(scored: Group | None, original: Group) -> Group:
-    """Undo `played` on a scored group: samples whose environment broke have invalid scores, and so have those that
-    nobody was asked about because too few were left."""
-    if scored is not None and len(scored.samples) == len(original.samples):
-        return scored
+def with_broken(scores: GroupScores | None, original: Group) -> GroupScores:
+    """Undo `played` on what a reward said: samples whose environment broke have invalid scores, and so have those that
+    nobody was asked about because too few were left (None)."""
+    if scores is not None and len(scores.samples) == len(original.samples):
+        return scores
     places = [i for i, sample in enumerate(original.samples) if not _broke(sample)]
     alone = Score.invalid("environment: broke for the others of the group, and too few are left to compare")
-    own = GroupScores((alone,) * len(places)) if scored is None or scored.scores is None else scored.scores
+    own = GroupScores((alone,) * len(places)) if scores is None else scores
     judged = dict(zip(places, own.samples, strict=True))
-    scores = tuple(judged.get(i) or Score.invalid(_broke(sample)) for i, sample in enumerate(original.samples))
+    whole = tuple(judged.get(i) or Score.invalid(_broke(sample)) for i, sample in enumerate(original.samples))
     pairs = tuple(replace(pair, winner=places[pair.winner], loser=places[pair.loser]) for pair in own.pairs)
-    return original.with_scores(GroupScores(scores, pairs))
+    return GroupScores(whole, pairs)
 
 
 def _broke(sample: Sample) -> str:
@@ -236,11 +245,10 @@ def with_greedy(group: Group) -> Group:
     return replace(group, samples=samples, scores=scores, greedy=None)
 
 
-def without_greedy(scored: Group, original: Group) -> Group:
-    """Undo `with_greedy` on a scored group; preferences that involve the greedy response are dropped."""
-    if original.greedy is None or scored.scores is None:
-        return scored
+def without_greedy(scores: GroupScores, original: Group) -> GroupScores:
+    """Undo `with_greedy` on what a reward said; preferences that involve the greedy response are dropped."""
+    if original.greedy is None:
+        return scores
     count = len(original.samples)
-    pairs = tuple(pair for pair in scored.scores.pairs if pair.winner < count and pair.loser < count)
-    scores = GroupScores(scored.scores.samples[:count], pairs, greedy=scored.scores.samples[count])
-    return replace(original, scores=scores)
+    pairs = tuple(pair for pair in scores.pairs if pair.winner < count and pair.loser < count)
+    return GroupScores(scores.samples[:count], pairs, greedy=scores.samples[count])

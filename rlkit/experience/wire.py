@@ -222,14 +222,14 @@ def from_wire(group: WireGroup) -> Group:
     return Group(group.id, Prompt(**dict(group.prompt) | {"messages": messages}), tuple(samples), step=group.step)
 
 
-def scores_to_wire(group: Group) -> WireGroupScores:
-    """Valid scores of a judged group are finite by construction."""
+def scores_to_wire(group_id: str, judged: GroupScores) -> WireGroupScores:
+    """Valid scores are finite by construction."""
     scores = []
-    for _, score in group.scored():
+    for score in judged.samples:
         texts = {"reason": _printable(score.reason), "trace": _printable(score.trace)}
         values = _fields(score) if score.valid else {"value": None, "valid": False}
         scores.append(WireScore(**values | texts))
-    return WireGroupScores(id=group.id, samples=tuple(scores), pairs=tuple(group.scores.pairs if group.scores else ()))
+    return WireGroupScores(id=group_id, samples=tuple(scores), pairs=tuple(judged.pairs))
 
 
 def scores_from_wire(scores: WireGroupScores) -> GroupScores:

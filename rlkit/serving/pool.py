@@ -26,8 +26,9 @@ from rewards.base import RewardContext, RewardTraits, TrainableReward, UpdateWhe
 from rlkit.cluster.placement import NO_GPU, Place, anywhere
 from rlkit.cluster.waiting import WaitedTooLongError, waiting
 from rlkit.config.parts import import_part
-from rlkit.experience import Group
-from rlkit.experience.scores import RewardFailed, ScoreReport
+from rlkit.experience import Group, GroupScores
+from rlkit.experience.scores import RewardFailed, ScoreReport, with_scores
+from rlkit.serving.stored import Stored
 from rlkit.serving.worker import RewardWorker, mark_invalid
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,7 @@ STARTUP = "trainer.startup_timeout_seconds"
 
 @dataclass(frozen=True)
 class Scored:
-    batches: list[Any]
-    """References per batch, in order and shape, to the groups with their scores."""
+    scores: list[GroupScores]
     report: ScoreReport
 
 
@@ -110,8 +110,9 @@ class RewardPool:
         for worker in self._workers:
             self._idle.put_nowait(worker)
 
-    async def score(self, batches: Sequence[Any]) -> Scored:
-        """Score batches: each a Group, a list of Groups, or an object reference to either.
+    async def score(self, batches: Sequence[Any], chosen: Sequence[str] | None = None) -> Scored:
+        """Score batches, each a list of groups or an object reference to one: all groups in order, or those with the
+        `chosen` ids.
 
         A worker that misses the deadline, dies or raises is replaced and the call retried once; then all its samples
         are invalid. Raise what `ray.get` raises if a batch itself is lost.
@@ -123,21 +124,19 @@ class RewardPool:
             reason = ""
             for then in ("the call is repeated, by a new process if need be", "its samples are invalid"):
                 try:
-                    return await self._score_once(worker, refs)
+                    return await self._score_once(worker, chosen, refs)
                 except _Broken as broken:
                     reason = str(broken)
                     log.warning("reward worker %d (%s): %s; %s", worker.index, self.target, reason, then)
         finally:
             self._idle.put_nowait(worker)
-        *scored, report = ray.remote(num_cpus=0)(mark_invalid).options(num_returns=len(refs) + 1).remote(reason, *refs)
         async with self._waiting("a task that marks samples as invalid", self._startup_timeout, STARTUP):
-            return Scored(scored, await report)
+            return Scored(*await ray.remote(num_cpus=0)(mark_invalid).remote(reason, chosen, *refs))
 
     async def judge(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with their scores, in this process."""
         scored = await self.score([list(groups)])
-        judged: list[Group] = await scored.batches[0]
-        return judged
+        return with_scores(groups, scored.scores)
 
     async def _turn(self) -> WorkerState:
         """The deadline is the longest that earlier calls may take."""
@@ -166,17 +165,20 @@ class RewardPool:
     ) -> AbstractAsyncContextManager[None]:
         return waiting(f"the {self._name} pool ({self.target})", what, seconds, limit)
 
-    async def learn(self, groups: Sequence[Group], when: UpdateWhen) -> tuple[list[Group], dict[str, float]]:
-        """Let a reward that learns `before` or `after` the policy's advantages learn from groups.
+    async def learn(
+        self, groups: Sequence[Group], when: UpdateWhen, stored: Stored
+    ) -> tuple[list[Group], dict[str, float]]:
+        """Let a reward that learns `before` or `after` the policy's advantages learn from scored groups.
 
         Return the groups, rescored if it learnt before, and its metrics. Raise RewardFailed if it dies or misses the
         deadline.
         """
         if self._traits.update_when != when:
             return list(groups), {}
-        metrics, rescored = await self._ask_learner("learn", list(groups), when == "before")
+        scores = {group.id: group.scores for group in groups}
+        metrics, new = await self._ask_learner("learn", scores, when == "before", *stored.references(groups))
         self._learnt += 1
-        return list(groups) if rescored is None else rescored, metrics
+        return list(groups) if new is None else with_scores(groups, new), metrics
 
     @property
     def follows_policy(self) -> bool:
@@ -268,14 +270,13 @@ class RewardPool:
         async with self._waiting(f"`close` of {worker}", CLOSE_SECONDS, "CLOSE_SECONDS"):
             await worker.actor.close.remote()
 
-    async def _score_once(self, worker: WorkerState, refs: Sequence[Any]) -> Scored:
+    async def _score_once(self, worker: WorkerState, chosen: Sequence[str] | None, refs: Sequence[Any]) -> Scored:
         await self._living(worker)
         worker.busy_since = time.monotonic()
         finished = False
         try:
-            *scored, report_ref = worker.actor.score.options(num_returns=len(refs) + 1).remote(*refs)
             async with self._waiting(f"{worker} to score {len(refs)} batches", self.config.timeout_seconds):
-                report = await report_ref
+                scores, report = await worker.actor.score.remote(chosen, *refs)
             if report.error:
                 log.warning("reward worker %d raised:\n%s", worker.index, report.error)
                 finished = self._learnt > 0  # it lives, and what it has learnt with it: the second try is its own
@@ -293,7 +294,7 @@ class RewardPool:
             if not finished:  # also when cancelled: the actor is still busy with this call
                 self._kill(worker)
         worker.calls += 1
-        return Scored(list(scored), report)
+        return Scored(scores, report)
 
     async def _start_again(self, worker: WorkerState) -> None:
         """Replace a dead worker; raise _Broken if it cannot start or take the policy's weights."""

@@ -10,6 +10,7 @@ from rewards.base import RewardConfig, UpdateWhen
 from rlkit.experience import Group, GroupScores, Score
 from rlkit.experience.scores import ScoreReport, played, report_on, with_broken
 from rlkit.serving.pool import RewardPool, Scored
+from rlkit.serving.stored import Stored, groups_in
 
 
 class NoReward:
@@ -19,19 +20,20 @@ class NoReward:
 
     async def score(self, batches: Sequence[Any]) -> Scored:
         """Batches are lists of groups, or references to such."""
-        lists = [batch if isinstance(batch, list) else await batch for batch in batches]
-        scored = [[_scored(group) for group in groups] for groups in lists]
-        groups = [group for groups in scored for group in groups]
+        groups = [group for batch in batches for group in await groups_in(batch)]
+        scores = [_scores(group) for group in groups]
         # Episodes may have broken, which counts; nothing else is a verdict of this run.
         episodes = any(sample.episode is not None for group in groups for sample in group.samples)
-        return Scored(scored, report_on(groups, 0.0) if episodes else ScoreReport())
+        return Scored(scores, report_on(scores, 0.0) if episodes else ScoreReport())
 
     async def judge(self, groups: Sequence[Group]) -> list[Group]:
-        return [_scored(group) for group in groups]
+        return [group.with_scores(_scores(group)) for group in groups]
 
     async def follow(self, bundle: Any) -> None: ...
 
-    async def learn(self, groups: Sequence[Group], when: UpdateWhen) -> tuple[list[Group], dict[str, float]]:
+    async def learn(
+        self, groups: Sequence[Group], when: UpdateWhen, stored: Stored
+    ) -> tuple[list[Group], dict[str, float]]:
         return list(groups), {}
 
     async def save(self, folder: Path) -> None: ...
@@ -41,12 +43,11 @@ class NoReward:
     async def load_state(self, file: Path) -> None: ...
 
 
-def _scored(group: Group) -> Group:
+def _scores(group: Group) -> GroupScores:
     if group.scores is not None:
-        return group
+        return group.scores
     left = played(group, lambda: 1)
-    unjudged = None if left is None else left.with_scores(GroupScores((Score.none(),) * len(left.samples)))
-    return with_broken(unjudged, group)
+    return with_broken(None if left is None else GroupScores((Score.none(),) * len(left.samples)), group)
 
 
 Rewards = RewardPool | NoReward

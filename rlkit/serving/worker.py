@@ -15,8 +15,8 @@ from rlkit.config.parts import import_part
 from rlkit.experience import Group, GroupScores
 from rlkit.experience.scores import (
     ScoreReport,
-    attach_scores,
-    invalid_groups,
+    checked_scores,
+    invalid_scores,
     played,
     report_on,
     with_broken,
@@ -27,7 +27,7 @@ from rlkit.experience.scores import (
 if TYPE_CHECKING:
     from rlkit.weights.bundle import WeightBundle  # torch is loaded only for rewards that need it
 
-Groups = Group | Sequence[Group]
+Batch = Sequence[Group]
 """As held by an object reference of the rollout."""
 
 
@@ -49,39 +49,43 @@ class RewardWorker:
         self._reward.start()
         return os.getpid()
 
-    def score(self, *batches: Groups) -> list[Any]:
-        """Return the batches with scores, in the same shapes, and a ScoreReport; if the reward raises, None and its
-        traceback."""
+    def score(self, chosen: Sequence[str] | None, *batches: Batch) -> tuple[list[GroupScores], ScoreReport]:
+        """Scores of all groups of the batches, or of those with the `chosen` ids in that order, and a report; if the
+        reward raises, no scores and its traceback."""
         start = time.perf_counter()
-        originals = [group for batch in batches for group in _as_list(batch)]
+        groups = _chosen(chosen, batches)
         try:
-            scored = self._scored([with_greedy(group) for group in originals], self._reward.score)
+            scored = self._scored(groups, self._reward.score)
         except Exception:
-            return [*(None for _ in batches), ScoreReport(error=traceback.format_exc(limit=20))]
-        report = report_on(scored, time.perf_counter() - start)
-        scored = [without_greedy(group, original) for group, original in zip(scored, originals, strict=True)]
-        return [*_same_shapes(batches, scored), report]
+            return [], ScoreReport(error=traceback.format_exc(limit=20))
+        return scored, report_on(scored, time.perf_counter() - start)
 
-    def learn(self, groups: Sequence[Group], rescore: bool) -> tuple[dict[str, float], list[Group] | None]:
-        """Return a trainable reward's metrics and, if `rescore`, the groups with new scores."""
+    def learn(
+        self, scores: Mapping[str, GroupScores], rescore: bool, *batches: Batch
+    ) -> tuple[dict[str, float], list[GroupScores] | None]:
+        """Let a trainable reward learn from the groups of the batches that have `scores` by their ids.
+
+        Return its metrics and, if `rescore`, new scores, in the order of `scores`.
+        """
         if not isinstance(self._reward, TrainableReward):
             raise TypeError(f"{type(self._reward).__name__} is not a TrainableReward")
+        groups = [group.with_scores(scores[group.id]) for group in _chosen(list(scores), batches)]
         metrics = self._reward.update(groups)
-        if not rescore:
-            return metrics, None  # the caller has them: no need to send all tokens back
-        scored = self._scored([with_greedy(group) for group in groups], self._reward.rescore)
-        return metrics, [without_greedy(group, original) for group, original in zip(scored, groups, strict=True)]
+        return metrics, self._scored(groups, self._reward.rescore) if rescore else None
 
     def _scored(
-        self, groups: Sequence[Group], judge: Callable[[Sequence[Group]], Sequence[GroupScores]]
-    ) -> list[Group]:
-        """Episodes whose environment broke are invalid whatever the reward is, which does not see them."""
+        self, originals: Sequence[Group], judge: Callable[[Sequence[Group]], Sequence[GroupScores]]
+    ) -> list[GroupScores]:
+        """Greedy responses are judged with the others. Episodes whose environment broke are invalid whatever the reward
+        is, which does not see them."""
         least = functools.cache(lambda: max(1, type(self._reward).traits(self._reward.config).samples))
+        groups = [with_greedy(group) for group in originals]
         asked = [played(group, least) for group in groups]
         left = [group for group in asked if group is not None]
-        scored = iter(attach_scores(left, judge(left)) if left else ())
+        scored = iter(checked_scores(left, judge(left)) if left else ())
         return [
-            with_broken(None if ask is None else next(scored), group) for ask, group in zip(asked, groups, strict=True)
+            without_greedy(with_broken(None if ask is None else next(scored), group), original)
+            for ask, group, original in zip(asked, groups, originals, strict=True)
         ]
 
     def follow(self, bundle: WeightBundle) -> None:
@@ -109,21 +113,15 @@ class RewardWorker:
         self._reward.close()
 
 
-def mark_invalid(reason: str, *batches: Groups) -> list[Any]:
-    """Like RewardWorker.score, for batches that no worker could score."""
-    originals = [group for batch in batches for group in _as_list(batch)]
-    scored = invalid_groups(map(with_greedy, originals), reason)
-    scored = [without_greedy(group, original) for group, original in zip(scored, originals, strict=True)]
-    return [*_same_shapes(batches, scored), report_on(scored, 0.0)]
+def mark_invalid(reason: str, chosen: Sequence[str] | None, *batches: Batch) -> tuple[list[GroupScores], ScoreReport]:
+    """Like RewardWorker.score, for groups that no worker could score."""
+    scores = [invalid_scores(group, reason) for group in _chosen(chosen, batches)]
+    return scores, report_on(scores, 0.0)
 
 
-def _as_list(batch: Groups) -> Sequence[Group]:
-    return [batch] if isinstance(batch, Group) else batch
-
-
-def _same_shapes(batches: Sequence[Groups], groups: Sequence[Group]) -> list[Groups]:
-    remaining = iter(groups)
-    return [
-        next(remaining) if isinstance(batch, Group) else [next(remaining) for _ in range(len(batch))]
-        for batch in batches
-    ]
+def _chosen(ids: Sequence[str] | None, batches: Sequence[Batch]) -> list[Group]:
+    groups = [group for batch in batches for group in batch]
+    if ids is None:
+        return groups
+    named = {group.id: group for group in groups}
+    return [named[id] for id in ids]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +15,9 @@ import pytest
 from rlkit.config.loading import load_config
 from rlkit.data.order import PromptOrder
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
-from rlkit.experience.buffer_actor import BufferActor
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.scores import ScoreReport
+from rlkit.experience.waiting_buffer import WaitingBuffer
 from rlkit.producer import Producer
 from rlkit.rollout.pool import RolloutFailedError
 from rlkit.rollout.requests import GroupRequest
@@ -33,11 +33,18 @@ def group_of(request: GroupRequest) -> Group:
     return Group(request.id, request.prompt, (sample,), step=request.step).with_scores(GroupScores((Score(1.0),)))
 
 
-class Called:
-    """An actor's method, called here."""
+class SlowBuffer(WaitingBuffer):
+    """`taken` is called when the groups of a step have left it and not yet arrived."""
 
-    def __init__(self, method: Callable[..., Awaitable[Any]]) -> None:
-        self.remote = method
+    def __init__(self, taken: Callable[[], None]) -> None:
+        super().__init__(2, 0, BufferConfig())
+        self.taken = taken
+
+    async def take(self) -> list[Group]:
+        groups = await super().take()
+        self.taken()
+        await asyncio.sleep(60)
+        return groups
 
 
 class Run:
@@ -46,16 +53,12 @@ class Run:
 
     def __init__(self, tmp_path: Path, taken: Callable[[], None], failing: Exception | None = None) -> None:
         config = load_config(["reward=rule", f"run_dir={tmp_path}", "trainer.total_steps=3"]).config
-        self.actor, self.taken, self.failing = BufferActor(2, 0, BufferConfig()), taken, failing
-        state = {"ready": [], "version": 0, "taken_step": 1, "rejected": {}}
-        self.actor.buffer.load_state_dict(state)
-        names = ("reserve", "add", "advance", "put_back")
-        buffer: Any = SimpleNamespace(**{name: Called(getattr(self.actor, name)) for name in names})
-        buffer.take = Called(self.take)
+        self.buffer, self.failing = SlowBuffer(taken), failing
+        self.buffer.load_state_dict({"ready": [], "version": 0, "taken_step": 1, "rejected": {}})
         asked = PromptOrder(PROMPTS, 0)
         asked.take(2)
         self.producer = Producer(
-            asked, self, self, buffer, most_at_once=2, waits_for_places=False, samples_per_prompt=1,  # type: ignore[arg-type]
+            asked, self, self, self.buffer, most_at_once=2, waits_for_places=False, samples_per_prompt=1,  # type: ignore[arg-type]
             greedy=False, seed=0, step_timeout_seconds=60.0,
         )  # fmt: skip
         self.producer.started = 2
@@ -69,7 +72,7 @@ class Run:
         parts |= {"learner": self, "weight_sync": self, "checkpointer": self}
         self.trainer = Trainer(
             config=config,
-            buffer=buffer,
+            buffer=self.buffer,
             producer=self.producer,
             folder=RunFolder(tmp_path),
             tracker=tracker,  # type: ignore[arg-type]
@@ -80,12 +83,6 @@ class Run:
             **parts,
         )
 
-    async def take(self) -> list[Group]:
-        groups = await self.actor.take()
-        self.taken()
-        await asyncio.sleep(60)  # a large step takes its time
-        return groups
-
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]:
         if self.lost is None:
             self.trainer.schedule.saved = None  # as if it had not begun with this step's checkpoint
@@ -94,7 +91,8 @@ class Run:
         yield [group_of(request) for request in requests]
 
     async def score(self, batches: list[Any]) -> Any:
-        return SimpleNamespace(report=ScoreReport(), batches=batches)
+        scores = [group.scores for groups in batches for group in groups]
+        return SimpleNamespace(report=ScoreReport(), scores=scores)
 
     async def publish(self, version: int) -> dict[str, float]:
         return {}
@@ -105,7 +103,7 @@ class Run:
     async def release_sampler(self) -> None: ...
 
     async def save(self, step: int, run: Any, metrics: Any) -> None:
-        self.saved.append((step, self.producer.state_dict(), await self.actor.state_dict()))
+        self.saved.append((step, self.producer.state_dict(), self.buffer.state_dict()))
 
     def check(self) -> None: ...
 

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rlkit.config.access import host_name, is_loopback, same_token
-from rlkit.experience import Group
+from rlkit.experience import Group, GroupScores
 from rlkit.experience.wire import (
     HEALTH_PATH,
     METRICS_PATH,
@@ -124,7 +124,7 @@ async def _score(queue: ScoringQueue, description: Health, body: bytes) -> Respo
         scored = await queue.score(groups, request.deadline_seconds)
     except BusyError as busy:
         return _error(busy.status, str(busy), {"Retry-After": str(busy.retry_seconds)})
-    content = await asyncio.to_thread(_write, scored, description.model_version)
+    content = await asyncio.to_thread(_write, groups, scored, description.model_version)
     return Response(content, media_type="application/json")
 
 
@@ -133,8 +133,8 @@ def _read(body: bytes) -> tuple[ScoreRequest, list[Group]]:
     return request, [from_wire(group) for group in request.groups]
 
 
-def _write(groups: list[Group], model_version: str) -> bytes:
-    scores = [scores_to_wire(group) for group in groups]
+def _write(groups: list[Group], judged: list[GroupScores], model_version: str) -> bytes:
+    scores = [scores_to_wire(group.id, own) for group, own in zip(groups, judged, strict=True)]
     response = ScoreResponse(schema_version=SCHEMA_VERSION, model_version=model_version, groups=scores)
     return response.model_dump_json().encode()
 

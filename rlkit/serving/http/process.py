@@ -23,7 +23,7 @@ import rlkit
 from rewards.base import RewardContext
 from rlkit.cluster import processes
 from rlkit.config.parts import import_part
-from rlkit.experience import Group, Message, Prompt, Sample
+from rlkit.experience import Group, GroupScores, Message, Prompt, Sample
 from rlkit.experience.extras import named_extra
 from rlkit.experience.scores import RewardFailed, ScoreReport
 from rlkit.models.folder import PREFIX, model_folder
@@ -104,8 +104,10 @@ class RewardProcess:
             theirs.close()
         self._connection, self._process = ours, process
 
-    async def score(self, groups: Sequence[Group], client_seconds: float = math.inf) -> tuple[list[Group], ScoreReport]:
-        """Return the groups with scores within `client_seconds`, after which nobody waits for them.
+    async def score(
+        self, groups: Sequence[Group], client_seconds: float = math.inf
+    ) -> tuple[list[GroupScores], ScoreReport]:
+        """Return the groups' scores within `client_seconds`, after which nobody waits for them.
 
         Raise WorkerBrokenError, or RewardFailed if the process cannot be restarted.
         """
@@ -191,7 +193,7 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
         worker.start()
         began = time.perf_counter()
         group = _first_group(target, options)
-        _, report = worker.score([group])
+        _, report = worker.score(None, [group])
         if report.error and not group.prompt.columns:  # of columns, only the names are known: invented values may fail
             raise RuntimeError(f"its self-test failed: {_last_line(report.error)}")
         connection.send(_self_test(report, time.perf_counter() - began))
@@ -210,8 +212,7 @@ def _host(connection: Connection, target: str, options: Mapping[str, Any], conte
             worker.close()
             connection.send("closed")
             return
-        scored, report = worker.score(message)
-        connection.send((scored, report))
+        connection.send(worker.score(None, message))
 
 
 def _first_group(target: str, options: Mapping[str, Any]) -> Group:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from rlkit.experience import Group
-from rlkit.experience.scores import RewardFailed, invalid_groups, report_on
+from rlkit.experience import Group, GroupScores
+from rlkit.experience.scores import RewardFailed, invalid_scores, report_on
 from rlkit.experience.wire import tokens_of
 from rlkit.serving.http.process import RewardProcess, WorkerBrokenError
 
@@ -91,7 +91,7 @@ class _Job:
     tokens: int
     deadline: float
     """`time.monotonic()` after which its client no longer waits."""
-    result: asyncio.Future[list[Group]]
+    result: asyncio.Future[list[GroupScores]]
 
 
 class ScoringQueue:
@@ -123,8 +123,8 @@ class ScoringQueue:
         self._jobs.clear()
         await asyncio.gather(*(worker.close() for worker in self.workers))
 
-    async def score(self, groups: list[Group], wait_seconds: float | None) -> list[Group]:
-        """Return the groups with scores; raise BusyError without room, process or time."""
+    async def score(self, groups: list[Group], wait_seconds: float | None) -> list[GroupScores]:
+        """Return the groups' scores; raise BusyError without room, process or time."""
         samples = sum(len(group.samples) for group in groups)
         if not groups:
             return []
@@ -217,13 +217,13 @@ class ScoringQueue:
             _finish(job, await self._call(worker, job.groups, job.deadline - time.monotonic()))
         except WorkerBrokenError as broken:
             self._note(broken)
-            invalid = invalid_groups(job.groups, str(broken))
+            invalid = [invalid_scores(group, str(broken)) for group in job.groups]
             self._report(invalid)
             _finish(job, invalid)
 
     async def _call(
         self, worker: RewardProcess, groups: Sequence[Group], client_seconds: float = math.inf
-    ) -> list[Group]:
+    ) -> list[GroupScores]:
         began = time.monotonic()
         scored, _ = await worker.score(groups, client_seconds)
         seconds, samples = time.monotonic() - began, sum(len(group.samples) for group in scored)
@@ -233,8 +233,8 @@ class ScoringQueue:
         self._report(scored)
         return scored
 
-    def _report(self, groups: Sequence[Group]) -> None:
-        report = report_on(groups, 0.0)
+    def _report(self, judged: Sequence[GroupScores]) -> None:
+        report = report_on(judged, 0.0)
         self.metrics.samples.inc(report.samples)
         self.metrics.count_failures(report.failures)
 
@@ -251,9 +251,9 @@ class ScoringQueue:
         return min(max(1, math.ceil(seconds)), LONGEST_RETRY_SECONDS)
 
 
-def _finish(job: _Job, groups: list[Group]) -> None:
+def _finish(job: _Job, judged: list[GroupScores]) -> None:
     if not job.result.done():
-        job.result.set_result(groups)
+        job.result.set_result(judged)
 
 
 def _fail(job: _Job, error: BusyError) -> None:

@@ -18,8 +18,8 @@ from scored_groups import make_buffer, make_group, reject
 
 from rlkit.experience import Group
 from rlkit.experience.buffer import ExperienceBuffer, TooManyRejectedError, with_surplus
-from rlkit.experience.buffer_actor import BufferActor
 from rlkit.experience.filters import BufferConfig, make_filter
+from rlkit.experience.waiting_buffer import WaitingBuffer
 
 
 def names(groups: Sequence[Group] | None) -> list[str]:
@@ -331,36 +331,31 @@ def test_a_state_without_steps_is_read() -> None:
     assert buffer.reserve(1) == [4]
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_the_actor_wakes_whoever_waits_and_hands_failures_on() -> None:
-    import ray
-
+def test_whoever_waits_is_woken_and_hears_of_failures() -> None:
     async def check() -> None:
         config = BufferConfig(drop_equal_rewards=True, max_rejected_share=0.5)
-        buffer = ray.remote(num_cpus=0)(BufferActor).remote(2, 0, config)
-        taker = asyncio.ensure_future(buffer.take.remote())
-        assert await buffer.reserve.remote(5) == [1, 1]
-        blocked = asyncio.ensure_future(buffer.reserve.remote(5))
-        await buffer.add.remote([make_group("a", 0, 1)])
+        buffer = WaitingBuffer(2, 0, config)
+        taker = asyncio.ensure_future(buffer.take())
+        assert await buffer.reserve(5) == [1, 1]
+        blocked = asyncio.ensure_future(buffer.reserve(5))
+        await buffer.add([make_group("a", 0, 1)])
         assert not (await asyncio.wait({taker, blocked}, timeout=0.3))[0], "answered with one group of two"
-        await buffer.add.remote([make_group("b", 0, 1)])
+        await buffer.add([make_group("b", 0, 1)])
         assert [group.id for group in await asyncio.wait_for(taker, 20)] == ["a", "b"]
         assert not (await asyncio.wait({blocked}, timeout=0.3))[0], "room before the new weights"
-        await buffer.advance.remote(1)
+        await buffer.advance(1)
         assert await asyncio.wait_for(blocked, 20) == [2, 2]
 
-        taker = asyncio.ensure_future(buffer.take.remote())
-        blocked = asyncio.ensure_future(buffer.reserve.remote(2))
-        await buffer.add.remote([make_group("c", 1, 1, version=1, step=2)])
+        taker = asyncio.ensure_future(buffer.take())
+        blocked = asyncio.ensure_future(buffer.reserve(2))
+        await buffer.add([make_group("c", 1, 1, version=1, step=2)])
         assert not (await asyncio.wait({taker, blocked}, timeout=0.3))[0], "room in the middle of a round"
-        await buffer.add.remote([make_group("d", 0, 0, version=1, step=2)])
+        await buffer.add([make_group("d", 0, 0, version=1, step=2)])
         assert await asyncio.wait_for(blocked, 20) == [2, 2]
-        work = buffer.add.remote([make_group(name, 1, 1, version=1, step=2) for name in "ef"])
+        work = buffer.add([make_group(name, 1, 1, version=1, step=2) for name in "ef"])
         with pytest.raises(TooManyRejectedError, match="drop_equal_rewards: 4"):
             await asyncio.wait_for(work, 20)
         with pytest.raises(TooManyRejectedError, match="drop_equal_rewards: 4"):
             await asyncio.wait_for(taker, 20)
-        ray.kill(buffer)
 
     asyncio.run(check())

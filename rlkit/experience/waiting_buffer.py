@@ -1,4 +1,4 @@
-"""The buffer as a Ray actor that waits instead of polling; groups never pass through the driver twice."""
+"""The buffer as producer and trainer share it on the driver's event loop: whoever comes too early waits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlkit.experience.filters import BufferConfig, make_filter, masked
 from rlkit.experience.types import Group
 
 
-class BufferActor:
+class WaitingBuffer:
     """`reserve` and `take` wait on a condition until they can answer."""
 
     def __init__(self, groups_per_step: int, max_staleness: int, config: BufferConfig, oversample: float = 1.0) -> None:
@@ -37,7 +37,8 @@ class BufferActor:
     def _mid_round(self) -> bool:
         return self.buffer.max_staleness == 0 and self.buffer.stats().in_flight > 0
 
-    async def add(self, groups: Sequence[Group]) -> list[str]:
+    async def add(self, groups: Sequence[Group]) -> None:
+        """Raises TooManyRejectedError."""
         async with self.changed:
             try:
                 for group in groups:
@@ -47,15 +48,9 @@ class BufferActor:
                 raise
             finally:
                 self.changed.notify_all()
-        return [group.id for group in groups]
-
-    async def state_dict(self) -> dict[str, Any]:
-        return self.buffer.state_dict()
-
-    async def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.buffer.load_state_dict(state)
 
     async def take(self) -> list[Group]:
+        """Raises TooManyRejectedError."""
         async with self.changed:
             while self.ended or (groups := self.buffer.take()) is None:
                 if self.failure is not None:
@@ -63,18 +58,24 @@ class BufferActor:
                 await self.changed.wait()
             return groups
 
-    async def take_rejected(self) -> list[Group]:
-        return self.buffer.take_rejected()
-
-    async def put_back(self) -> list[tuple[str, str]]:
-        """The end: a `take` that still waits, whoever asked, gets nothing any more."""
-        self.ended = True
-        return self.buffer.put_back()
-
     async def advance(self, version: int) -> None:
         async with self.changed:
             self.buffer.advance(version)
             self.changed.notify_all()
 
-    async def stats(self) -> BufferStats:
+    def take_rejected(self) -> list[Group]:
+        return self.buffer.take_rejected()
+
+    def put_back(self) -> list[tuple[str, str]]:
+        """The end: a `take` that still waits, whoever asked, gets nothing any more."""
+        self.ended = True
+        return self.buffer.put_back()
+
+    def stats(self) -> BufferStats:
         return self.buffer.stats()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.buffer.load_state_dict(state)
