@@ -62,14 +62,11 @@ def test_remax_without_greedy_responses_says_what_is_missing() -> None:
 def test_the_greedy_response_is_scored_with_the_others_and_kept_apart(tmp_path: Path) -> None:
     worker = RewardWorker("rewards.verifiers.math.MathReward", {}, RewardContext())
     group = scorable_group()
-    (scored, report) = worker.score([group])
+    (result,), report = worker.score(None, [group])
     worker.close()
     assert report.samples == 3  # a greedy response that cannot be judged counts as a failure, too
-    (result,) = scored
-    assert [sample.index for sample in result.samples] == [0, 1]
-    assert [score.value for score in result.scores.samples] == [1.0, 0.0]
-    assert result.scores.greedy.value == 1.0
-    assert result.greedy is group.greedy
+    assert [score.value for score in result.samples] == [1.0, 0.0]
+    assert result.greedy is not None and result.greedy.value == 1.0
 
 
 def scorable_group() -> Group:
@@ -83,9 +80,9 @@ def test_preferences_about_the_greedy_response_are_left_out() -> None:
     whole = with_greedy(group)
     assert [sample.index for sample in whole.samples] == [0, 1, 2]
     scores = GroupScores((Score(1.0), Score(2.0), Score(3.0)), (PreferencePair(1, 0), PreferencePair(2, 0)))
-    back = without_greedy(whole.with_scores(scores), group)
-    assert back.scores is not None and back.scores.pairs == (PreferencePair(1, 0),)
-    assert with_greedy(back).scores == GroupScores(scores.samples, (PreferencePair(1, 0),))
+    back = without_greedy(scores, group)
+    assert back.pairs == (PreferencePair(1, 0),)
+    assert with_greedy(group.with_scores(back)).scores == GroupScores(scores.samples, (PreferencePair(1, 0),))
     plain = replace(group, greedy=None)
     assert with_greedy(plain) is plain
 

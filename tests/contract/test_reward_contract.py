@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import ray
 from ray_fixture import ray_session  # noqa: F401
 from reward_samples import make_group, make_sample
 
@@ -147,8 +146,7 @@ def test_it_works_in_its_own_process() -> None:
         pool = RewardPool({"_target_": TARGET, **OPTIONS}, RewardContext(), startup_timeout_seconds=120)
         await pool.start()
         scored = await pool.score([groups()])
-        (judged,) = ray.get(scored.batches)
-        assert [group.id for group in judged] == ["first", "second"]
+        assert [len(own.samples) for own in scored.scores] == [len(group.samples) for group in groups()]
         assert scored.report.samples == len(TEXTS) + 2
         assert scored.report.failed < scored.report.samples, scored.report.examples
         await pool.close()

@@ -17,7 +17,7 @@ from rewards.function import FunctionReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.experience import Group, Score, Span, SpanReward
-from rlkit.experience.scores import attach_scores, report_on
+from rlkit.experience.scores import checked_scores, report_on
 
 
 def reward(name: str, **options: Any) -> FunctionReward:
@@ -102,7 +102,7 @@ def test_a_text_at_which_the_function_raises_costs_its_own_sample_only() -> None
     assert [score.value for score in scores] == [1.0, None, 0.25, 0.5]
     assert scores[1].reason == "exception: ZeroDivisionError: float division by zero"
     assert scores[1].trace.startswith("Traceback") and "in hates_bad" in scores[1].trace
-    report = report_on(attach_scores(groups, instance.score(groups)), 0.0)
+    report = report_on(checked_scores(groups, instance.score(groups)), 0.0)
     assert report.tracebacks == {scores[1].reason: scores[1].trace}
 
 

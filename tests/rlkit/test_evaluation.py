@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from rlkit.experience.scores import RewardFailed, report_on, verdicts
 from rlkit.experience.statistics import Z, expected_best, wilson
 from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import Scored
+from rlkit.serving.stored import groups_in
 
 RIGHT, WRONG = Score(4.0, components={"correct": 1.0}), Score(0.5, components={"correct": 0.0})
 LOST = Score.invalid("timeout")
@@ -95,11 +97,7 @@ class Sampler:
                 replace(sample(i, request.prompt.token_ids[1] + i), episode=self.episode, spans=(Span(0, 1, "turn"),))
                 for i in range(request.samples)
             )
-            yield _done([Group(request.id, request.prompt, samples)])
-
-
-async def _done(groups: list[Group]) -> list[Group]:
-    return groups
+            yield [Group(request.id, request.prompt, samples)]
 
 
 class Even:
@@ -118,13 +116,10 @@ class Pool:
     def __init__(self, reward: Any) -> None:
         self.reward, self.config = reward, RewardConfig(max_failed_share=0.5)
 
-    async def score(self, batches: Sequence[Any]) -> Scored:
-        scored = []
-        for batch in batches:
-            groups = batch if isinstance(batch, list) else await batch
-            scores = self.reward.score(groups)
-            scored.append([one.with_scores(own) for one, own in zip(groups, scores, strict=True)])
-        return Scored([_done(groups) for groups in scored], report_on((g for groups in scored for g in groups), 0.0))
+    async def score(self, batches: Sequence[Any], chosen: Sequence[str] | None = None) -> Scored:
+        groups = [group for batch in batches for group in await groups_in(batch)]
+        scores = self.reward.score([group for group in groups if chosen is None or group.id in chosen])
+        return Scored(scores, report_on(scores, 0.0))
 
 
 def evaluated(
@@ -236,10 +231,11 @@ def test_training_answers_are_judged_once() -> None:
     groups = [group(Score(0.5))]
     pool: Any = Pool(Even())
     sampler: Any = Sampler()
+    stored: Any = SimpleNamespace(references=lambda groups: [[replace(groups[0], id="another"), *groups]])
 
     def judged(same: bool = False, **options: Any) -> list[Group] | None:
         evaluator = Evaluator({}, sampler, pool, EvaluationConfig(**options), seed=0, training_judged=same)
-        return asyncio.run(evaluator.judge_training(groups, [groups]))
+        return asyncio.run(evaluator.judge_training(groups, stored))
 
     assert judged(same=True) is groups
     assert judged(training_answers=False) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +27,12 @@ def group(*rewards: float | None) -> Group:
     return Group("g", Prompt("p", (Message("user", "?"),), (1,)), samples, GroupScores(scores))
 
 
+def report(groups: Sequence[Group], seconds: float = 0.0) -> ScoreReport:
+    return report_on([group.scores for group in groups if group.scores is not None], seconds)
+
+
 def measured(*groups: Group, seconds: float = 2.0) -> dict[str, float]:
-    return rollout_metrics(groups, [], report_on(groups, 0.5), groups, STATS, seconds)
+    return rollout_metrics(groups, [], report(groups, 0.5), groups, STATS, seconds)
 
 
 def test_invalid_scores_are_counted_and_enter_no_mean() -> None:
@@ -43,7 +48,7 @@ def test_invalid_scores_are_counted_and_enter_no_mean() -> None:
 def test_metrics_are_of_all_judged_groups_and_those_of_the_trained_ones_stand_beside() -> None:
     trained, rejected = [group(1.0, 0.0)], [group(1.0, 1.0), group(1.0, 1.0)]
     stats = replace(STATS, verdicts={"all_right": 2})
-    metrics = rollout_metrics(trained, rejected, report_on(trained, 0.0), [*trained, *rejected], stats, 0.0)
+    metrics = rollout_metrics(trained, rejected, report(trained), [*trained, *rejected], stats, 0.0)
     assert metrics["reward/mean"] == metrics["accuracy/train"] == pytest.approx(5 / 6)
     assert metrics["reward/mean_trained"] == 0.5
     assert metrics["group/all_equal_share"] == pytest.approx(2 / 3)
@@ -61,7 +66,7 @@ def test_labels_of_recorded_responses_are_no_rewards() -> None:
     recorded = replace(known, samples=tuple(replace(sample, logprobs=None) for sample in known.samples))
     unasked = rollout_metrics([recorded], [], ScoreReport(), None, replace(STATS, rejected={}), 0.0)
     assert not {"reward/mean", "reward/std"} & unasked.keys()
-    judged = rollout_metrics([recorded], [], report_on([recorded], 0.1), None, replace(STATS, rejected={}), 0.0)
+    judged = rollout_metrics([recorded], [], report([recorded], 0.1), None, replace(STATS, rejected={}), 0.0)
     assert judged["reward/mean"] == 0.5
 
 

@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-import ray
 from ray_fixture import ray_session  # noqa: F401
 from reward_samples import make_group
 
@@ -15,6 +14,7 @@ from rewards.combined.reward import CombinedReward
 from rewards.polar.reward import PolarReward
 from rewards.verifiers.math import MathReward
 from rlkit.serving.pool import RewardPool
+from rlkit.serving.stored import Stored
 
 QUESTION = "There are 12 pens in a box. Ann buys 3 boxes. How many pens does Ann have?"
 REFERENCE = "3 * 12 = 36\n#### 36"
@@ -66,11 +66,10 @@ def test_running_statistics_count_in_the_reward_s_process() -> None:
         pool = RewardPool(options, RewardContext(), startup_timeout_seconds=120)
         await pool.start()
         try:
-            scored = await pool.score([[make_group("a", ["w", "w w w", "w w", "w w w w w w"])]])
-            (groups,) = ray.get(scored.batches)
-            unchanged, metrics = await pool.learn(groups, "after")
+            groups = await pool.judge([make_group("a", ["w", "w w w", "w w", "w w w w w w"])])
+            unchanged, metrics = await pool.learn(groups, "after", Stored())
             assert (unchanged, metrics) == (groups, {})
-            (learnt,), _ = await pool.learn(groups, "before")
+            (learnt,), _ = await pool.learn(groups, "before", Stored())
         finally:
             await pool.close()
         values = [score.value for _, score in learnt.scored()]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polar_fixture import char_tokenizer, tiny_discriminator
@@ -346,9 +345,8 @@ def test_it_scores_in_its_own_process_and_ends_with_it(folder: Path, backend: st
         family = [actor, *actor.children(recursive=True)]
         for _ in range(2):  # the second time vLLM finds the prefixes in its cache
             scored = await pool.score([groups()])
-            (judged,) = ray.get(scored.batches)
-            for group, logits in zip(judged, wanted, strict=True):
-                values = [score.value for score in group.scores.samples]
+            for own, logits in zip(scored.scores, wanted, strict=True):
+                values = [score.value for score in own.samples]
                 np.testing.assert_allclose(values, np.max(logits, axis=1), atol=1e-4)
         await pool.close()
         _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)

@@ -9,14 +9,12 @@ import signal
 from pathlib import Path
 
 import pytest
-import ray
 from ray_fixture import ray_session  # noqa: F401
 from reward_samples import make_group
 from run_fixture import Run
 from serve_fixture import Server
 
 from rewards.base import RewardContext
-from rlkit.experience import Group
 from rlkit.experience.scores import RewardFailed, check_failures
 from rlkit.serving.pool import RewardPool, Scored
 
@@ -25,8 +23,7 @@ RULE = "reward=rule"
 
 
 def values(scored: Scored) -> list[str | float]:
-    groups: list[Group] = ray.get(scored.batches)
-    return [s.reason if s.value is None else s.value for group in groups for _, s in group.scored()]
+    return [s.reason if s.value is None else s.value for own in scored.scores for s in own.samples]
 
 
 def kill(server: Server) -> None:
@@ -48,10 +45,10 @@ def test_an_outage_shorter_than_the_deadline_costs_nothing_a_longer_one_is_named
         hasty = RewardPool({**options, "timeout_seconds": 2.0}, RewardContext(), 60)
         await asyncio.gather(patient.start(), hasty.start())
         try:
-            assert values(await patient.score([group])) == right
+            assert values(await patient.score([[group]])) == right
             kill(server)
-            waiting = asyncio.create_task(patient.score([group]))
-            given_up = await hasty.score([group])
+            waiting = asyncio.create_task(patient.score([[group]]))
+            given_up = await hasty.score([[group]])
             assert all(str(reason).startswith("timeout: no scores from") for reason in values(given_up))
             assert "ConnectError" in str(values(given_up)[0]), "the last problem is named"
             assert given_up.report.failures == {"timeout": 2}
@@ -60,7 +57,7 @@ def test_an_outage_shorter_than_the_deadline_costs_nothing_a_longer_one_is_named
             assert not waiting.done()
             server = await asyncio.to_thread(lambda: Server(tmp_path / "second.txt", RULE, port=port).ready())
             assert values(await waiting) == right, "no sample is lost"
-            assert values(await hasty.score([group])) == right
+            assert values(await hasty.score([[group]])) == right
             assert [pool.health()[0]["restarts"] for pool in (patient, hasty)] == [0, 0], "no worker had to be killed"
         finally:
             await asyncio.gather(patient.close(), hasty.close())

@@ -54,8 +54,8 @@ def group(*episodes: Episode | None, greedy: Episode | None = None) -> Group:
 def judged(one: Group, least: int = 2) -> tuple[Group, Any]:
     Comparing.seen.clear()
     worker = RewardWorker("test_broken_episodes.Comparing", {"least": least}, RewardContext())
-    (scored,), report = worker.score([one])
-    return scored, report
+    (scores,), report = worker.score(None, [one])
+    return one.with_scores(scores), report
 
 
 def test_the_reward_judges_the_others_and_pairs_keep_their_samples() -> None:
@@ -86,4 +86,4 @@ def test_a_greedy_response_may_break_too() -> None:
 
 def test_where_no_reward_is_asked_they_are_invalid_as_well() -> None:
     scored = asyncio.run(NoReward().score([[group(FAILED, Episode("done"))]]))
-    assert scored.batches[0][0].valid.tolist() == [False, True] and scored.report.failed == 1
+    assert [score.valid for score in scored.scores[0].samples] == [False, True] and scored.report.failed == 1

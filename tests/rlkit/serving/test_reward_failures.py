@@ -8,18 +8,21 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import pytest
-import ray
 from ray_fixture import ray_session  # noqa: F401
 from reward_samples import make_group
 
 from rewards.base import RewardContext
-from rlkit.experience import Group, GroupScores, PreferencePair, Score
-from rlkit.experience.scores import RewardFailed, ScoreReport, attach_scores, check_failures
+from rlkit.experience import GroupScores, PreferencePair, Score
+from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures, checked_scores
 from rlkit.serving.pool import RewardPool, Scored
+from rlkit.serving.stored import Stored
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")
 TIMEOUT = 1.0
+
+
+SCORED = make_group("a", ["x"]).with_scores(GroupScores((Score(0.0),)))
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -32,8 +35,7 @@ def function_pool(**options: Any) -> RewardPool:
 
 
 def found(scored: Scored) -> list[str | float]:
-    groups: list[Group] = ray.get(scored.batches)
-    return [s.reason if s.value is None else s.value for group in groups for _, s in group.scored()]
+    return [s.reason if s.value is None else s.value for own in scored.scores for s in own.samples]
 
 
 # test_serving.py tries more of these, with a Reward class.
@@ -60,13 +62,13 @@ def test_every_failure_is_masked_named_counted_and_the_next_call_works() -> None
         try:
             for order, reason in (INFRASTRUCTURE | DATA).items():
                 began = time.monotonic()
-                scored = await pool.score([make_group("a", [order, "four"])])
+                scored = await pool.score([[make_group("a", [order, "four"])]])
                 assert str(found(scored)[0]).startswith(reason), (order, found(scored))
                 assert time.monotonic() - began < 60, "two tries, two new processes, and no waiting beyond"
                 assert scored.report.failed > 0
                 total += scored.report
                 restarts += 2 if order in INFRASTRUCTURE else 0
-                assert found(await pool.score([make_group("b", ["four", "four"])])) == [4.0, 4.0]
+                assert found(await pool.score([[make_group("b", ["four", "four"])]])) == [4.0, 4.0]
                 assert pool.health()[0]["restarts"] == restarts, "only infrastructure is replaced and tried again"
         finally:
             await pool.close()
@@ -93,7 +95,7 @@ def test_a_rewards_own_timeout_is_not_taken_for_the_pools(where: str, said: str)
         pool = RewardPool(target, RewardContext(), startup_timeout_seconds=30)
         await pool.start()
         try:
-            await pool.learn([make_group("a", ["x"])], "before")
+            await pool.learn([SCORED], "before", Stored())
         finally:
             await pool.close()
 
@@ -105,11 +107,11 @@ def test_a_reward_that_learns_gives_new_scores() -> None:
     async def check() -> None:
         pool = RewardPool({"_target_": "served_rewards.SlowToLearn"}, RewardContext(), 30)
         await pool.start()
-        (group,), metrics = await pool.learn([make_group("a", ["x"])], "before")
+        (group,), metrics = await pool.learn([SCORED], "before", Stored())
         assert metrics == {"learner/updates": 1.0}
         assert [score.value for _, score in group.scored()] == [1.0]
-        groups = [make_group("b", ["x"])]
-        assert await pool.learn(groups, "after") == (groups, {})
+        groups = [SCORED]
+        assert await pool.learn(groups, "after", Stored()) == (groups, {})
         await pool.close()
 
     run(check())
@@ -134,14 +136,14 @@ class NoNumber:
     ],
 )
 def test_what_only_looks_like_a_score_is_invalid(scores: GroupScores, reason: str) -> None:
-    (group,) = attach_scores([make_group("a", ["x", "y"])], [scores])
-    assert group.scored()[0][1].reason.startswith(reason)
+    (own,) = checked_scores([make_group("a", ["x", "y"])], [scores])
+    assert own.samples[0].reason.startswith(reason)
 
 
 def test_whole_numbers_and_lists_become_what_the_types_say() -> None:
     scores = GroupScores((Score(1, token_rewards=[0.5]), Score(True)))  # type: ignore[arg-type]
-    (group,) = attach_scores([make_group("a", ["x", "y"])], [scores])
-    first, second = (score for _, score in group.scored())
+    (own,) = checked_scores([make_group("a", ["x", "y"])], [scores])
+    first, second = own.samples
     assert type(first.value) is float
     assert first.token_rewards is not None
     assert first.token_rewards.dtype.name == "float32"

@@ -17,7 +17,6 @@ from reward_samples import make_group
 
 from rewards.base import RewardContext
 from rlkit.config.parts import PartError
-from rlkit.experience import Group
 from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures
 from rlkit.serving.pool import RewardPool, Scored
 
@@ -41,32 +40,28 @@ async def score_orders(orders: list[str], **options: Any) -> tuple[list[Scored],
     try:
         scored = []
         for order in orders:
-            scored.append(await rewards.score([make_group("a", [order, "one two"]), make_group("b", ["x", "y z"])]))
+            scored.append(await rewards.score([[make_group("a", [order, "one two"])], [make_group("b", ["x", "y z"])]]))
         return scored, rewards.health()
     finally:
         await rewards.close()
 
 
 def reasons(scored: Scored) -> list[str | float]:
-    groups: list[Group] = ray.get(scored.batches)
-    return [
-        score.reason if score.value is None else score.value
-        for group in groups
-        for score in group.scores.samples  # type: ignore[union-attr]
-    ]
+    return [score.reason if score.value is None else score.value for own in scored.scores for score in own.samples]
 
 
-def test_scores_arrive_in_order_and_in_the_shape_given() -> None:
+def test_scores_are_of_all_groups_in_order_or_of_those_asked_for() -> None:
     async def check() -> None:
         rewards = pool(workers=2)
         await rewards.start()
         one, two = make_group("one", ["a b", "c"]), make_group("two", ["d e f"])
-        scored = await rewards.score([ray.put(one), ray.put([two, one]), [two]])
-        first, pair, last = ray.get(scored.batches)
-        assert [score.value for score in first.scores.samples] == [2.0, 1.0]
-        assert [group.id for group in pair] == ["two", "one"]
-        assert [group.scores.samples[0].value for group in last] == [3.0]
-        assert scored.report.samples == 6
+        sampled = ray.put([one, two])
+        scored = await rewards.score([[two], sampled])
+        assert reasons(scored) == [3.0, 2.0, 1.0, 3.0]
+        assert scored.report.samples == 4
+        scored = await rewards.score([sampled, [make_group("three", ["x"])]], ["three", "one"])
+        assert reasons(scored) == [1.0, 2.0, 1.0]
+        assert scored.report.samples == 3
         assert scored.report.failed == 0
         assert {worker["alive"] for worker in rewards.health()} == {True}
         await rewards.close()
@@ -125,8 +120,8 @@ def test_killed_workers_are_gone() -> None:
         rewards = pool()
         await rewards.start()
         first = rewards.health()[0]["pid"]
-        await rewards.score([make_group("a", ["hang in C"])])
-        await rewards.score([make_group("a", ["fine"])])
+        await rewards.score([[make_group("a", ["hang in C"])]])
+        await rewards.score([[make_group("a", ["fine"])]])
         second = rewards.health()[0]["pid"]
         await rewards.close()
         await asyncio.to_thread(_wait_gone, [first, second])
@@ -144,7 +139,7 @@ def test_verifier_processes_end_with_a_killed_worker() -> None:
         assert family, "the rule reward has no verifier process"
         os.kill(pid, 9)
         await asyncio.to_thread(_wait_gone, [pid, *family])
-        scored = await rewards.score([make_group("a", ["#### 42", "#### 41", r"\boxed{84/2}"])])
+        scored = await rewards.score([[make_group("a", ["#### 42", "#### 41", r"\boxed{84/2}"])]])
         assert reasons(scored) == [1.0, 0.0, 1.0]
         await rewards.close()
 
@@ -155,11 +150,11 @@ def test_a_cancelled_call_frees_its_worker() -> None:
     async def check() -> None:
         rewards = pool(timeout_seconds=30.0)
         await rewards.start()
-        task = asyncio.create_task(rewards.score([make_group("a", ["hang"])]))
+        task = asyncio.create_task(rewards.score([[make_group("a", ["hang"])]]))
         await asyncio.sleep(0.3)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        assert reasons(await rewards.score([make_group("a", ["x y"])])) == [2.0]
+        assert reasons(await rewards.score([[make_group("a", ["x y"])]])) == [2.0]
         await rewards.close()
 
     run(check())
@@ -171,7 +166,7 @@ def test_calls_run_side_by_side_on_several_workers() -> None:
         await rewards.start()
         start = time.perf_counter()
         hung, fine = await asyncio.gather(
-            rewards.score([make_group("a", ["hang"])]), rewards.score([make_group("b", ["fine"])])
+            rewards.score([[make_group("a", ["hang"])]]), rewards.score([[make_group("b", ["fine"])]])
         )
         assert reasons(fine) == [1.0]
         assert str(reasons(hung)[0]).startswith("timeout")

@@ -17,11 +17,13 @@ from reward_samples import make_group
 
 from rewards.base import RewardContext
 from rlkit.cluster.waiting import open_waits
+from rlkit.experience import GroupScores, Score
 from rlkit.experience.scores import RewardFailed
 from rlkit.serving.pool import RewardPool
+from rlkit.serving.stored import Stored
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-GROUP = make_group("a", ["x", "y z"])
+GROUP = make_group("a", ["x", "y z"]).with_scores(GroupScores((Score(1.0), Score(2.0))))
 
 
 def in_pool(folder: Path, check: Callable[[RewardPool], Awaitable[None]], **options: Any) -> None:
@@ -39,9 +41,9 @@ def in_pool(folder: Path, check: Callable[[RewardPool], Awaitable[None]], **opti
 
 
 async def values(pool: RewardPool) -> list[float | str]:
-    scored = await pool.score([GROUP])
-    (group,) = ray.get(scored.batches)
-    return [score.reason if score.value is None else score.value for score in group.scores.samples]
+    scored = await pool.score([[GROUP]])
+    (own,) = scored.scores
+    return [score.reason if score.value is None else score.value for score in own.samples]
 
 
 def weights(version: int) -> Any:
@@ -60,7 +62,7 @@ async def kill_while_idle(pool: RewardPool) -> None:
 
 def test_a_reward_that_has_learnt_and_raises_once_keeps_what_it_learnt(tmp_path: Path) -> None:
     async def check(pool: RewardPool) -> None:
-        await pool.learn([GROUP], "after")
+        await pool.learn([GROUP], "after", Stored())
         pid = pool.health()[0]["pid"]
         (tmp_path / "raise-score").write_text("1")
         assert await values(pool) == [100.0, 100.0], "the same process tries once more"
@@ -73,7 +75,7 @@ def test_a_reward_that_has_learnt_and_raises_once_keeps_what_it_learnt(tmp_path:
 @pytest.mark.parametrize("death", ["in a call", "while idle"])
 def test_a_reward_that_has_learnt_and_dies_ends_the_run(death: str, tmp_path: Path) -> None:
     async def check(pool: RewardPool) -> None:
-        await pool.learn([GROUP], "after")
+        await pool.learn([GROUP], "after", Stored())
         if death == "in a call":
             (tmp_path / "die-score").write_text("1")
         else:
@@ -133,7 +135,7 @@ def test_what_a_reward_waits_for_is_named(tmp_path: Path) -> None:
             return "; ".join(map(str, open_waits()))
 
         (tmp_path / "hang-score").write_text("1")
-        calls = [asyncio.create_task(pool.score([GROUP])) for _ in range(2)]
+        calls = [asyncio.create_task(pool.score([[GROUP]])) for _ in range(2)]
         told = await asyncio.wait_for(line(), 20)
         pid = pool.health()[0]["pid"]
         assert f"the reward pool (learning_reward.Learning) for reward worker 0 (pid {pid}) to score 1 batches" in told
