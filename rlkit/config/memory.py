@@ -263,7 +263,9 @@ def processes(run: ResolvedRun, gpu: float | None) -> list[Process]:
     """All processes of a run. `gpu`: bytes of one GPU, if known."""
     config, cuda = run.config, run.config.cluster.device == "cuda"
     groups = step_bytes(run)
-    alone: Phases = {"run": Phase({"process": BASES["driver"] * GIB, "groups of a step": 2 * groups})}
+    alone: Phases = {
+        "run": Phase({"process": BASES["driver"] * GIB, "groups": (2 + config.trainer.max_staleness) * groups})
+    }
     parts = [Process("driver", 1, alone)]
     if config.cluster.address is None:
         held = {"process": BASES["ray"] * GIB, "object store": stored_bytes(run)}

@@ -20,9 +20,10 @@ def step_bytes(run: ResolvedRun) -> float:
 
 
 def stored_bytes(run: ResolvedRun) -> float:
-    """What the object store holds at most: two versions of the weights, if they go that way, and the groups."""
+    """What the object store holds at most: two versions of the weights, if they go that way, the groups of the steps
+    that are sampled, scored or trained, and what of them is dealt to ranks and returns."""
     width = element_bytes(run.config.learner.dtype, run.config.cluster.device == "cuda")
-    return 2 * width * bundle_elements(run.config) + 5 * step_bytes(run)
+    return 2 * width * bundle_elements(run.config) + (3 + run.config.trainer.max_staleness) * step_bytes(run)
 
 
 def policy_shape(config: RunConfig) -> ModelShape:

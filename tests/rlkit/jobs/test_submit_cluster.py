@@ -60,7 +60,7 @@ def working(cluster: RayCluster) -> list[str]:
     for process in cluster.processes():
         with contextlib.suppress(psutil.NoSuchProcess):
             found.append(" ".join(process.cmdline()))
-    names = ("ray::RolloutWorker", "ray::LearnerWorker", "ray::RewardWorker", "ray::BufferActor", "rlkit.train")
+    names = ("ray::RolloutWorker", "ray::LearnerWorker", "ray::RewardWorker", "rlkit.train")
     return [line for line in found if any(name in line for name in names)]
 
 

@@ -18,7 +18,7 @@ from reward_samples import make_group
 from serve_fixture import misbehaving
 
 from rewards.base import RewardContext
-from rlkit.experience import Group
+from rlkit.experience import GroupScores
 from rlkit.serving.http.process import RewardProcess, WorkerBrokenError, model_version
 from rlkit.serving.http.queue import BatchLimits, BusyError, ScoringQueue, ServerMetrics
 
@@ -29,8 +29,8 @@ def process(target: str = "reward_samples.Misbehaving", timeout: float = 1.0, **
     return RewardProcess(target, options, RewardContext(), startup_timeout=60.0, timeout=timeout)
 
 
-def values(groups: list[Group]) -> list[Any]:
-    scores = [score for group in groups if group.scores is not None for score in group.scores.samples]
+def values(judged: list[GroupScores]) -> list[Any]:
+    scores = [score for own in judged for score in own.samples]
     return [score.value if score.valid else score.reason for score in scores]
 
 
