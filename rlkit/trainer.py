@@ -120,12 +120,11 @@ class Trainer:
             self.checkpointer.check()
             async with self.deadline(f"step {step}", "groups, update and new weights"):
                 await until(self.step(step, producing, stopping), watching)
-            last = step == trainer.total_steps
-            if last or (trainer.evaluate_every_steps and step % trainer.evaluate_every_steps == 0):
+            if self.evaluates_after(step):
                 await until(self.evaluate(step), watching, stopping)
-            if self.schedule.due(step):
+            if not self.advanced and self.schedule.due(step):
                 await self.save(step)
-            if not last:
+            if step < trainer.total_steps:
                 self.stop.check()
 
     async def end_background(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
@@ -168,9 +167,8 @@ class Trainer:
         return self.config.model.path if step == 0 else str(folder) if folder.is_dir() else None
 
     async def step(self, step: int, producing: asyncio.Task[None], stopping: asyncio.Task[Any]) -> None:
-        if step > 1:
-            await self.buffer.advance(step - 1)  # now there is room for this step's groups
-            self.advanced = True
+        if step > 1 and not self.advanced:
+            await self.begin(step)
         groups, times = await self.collect(producing, stopping)
         rejected, stored = self.buffer.take_rejected(), self.producer.stored
         report, sampling = self.producer.take_report()
@@ -195,9 +193,12 @@ class Trainer:
             )
         of_sampler = await self.publish()
         self.producer.order.retire(solved([*groups, *rejected], self.config.buffer.retire_solved_share))
+        of_data, stats = self.producer.order.metrics(), self.buffer.stats()
+        if not (self.evaluates_after(step) or self.schedule.due(step)):
+            await self.begin(step + 1)  # engines sample while this step is written down
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
-        metrics |= rollout_metrics(groups, rejected, report, judged, self.buffer.stats(), sampling)
-        metrics |= {"weights/version": float(self.version), **of_sampler, **self.producer.order.metrics()}
+        metrics |= rollout_metrics(groups, rejected, report, judged, stats, sampling)
+        metrics |= {"weights/version": float(self.version), **of_sampler, **of_data}
         self.algorithm.observe(metrics)
         record = StepRecord(step, metrics, groups, rejected, judged, advantages)
         metrics = await self.diagnostics.check(record)
@@ -205,8 +206,18 @@ class Trainer:
         self.tracker.step(step, metrics, experience.groups)
         self.recorder.step(experience, advantages, rejected, judged, self.learner.policy.signals)
         stored.forget([*groups, *rejected])
-        self.whole, self.advanced = True, False
+        self.whole = True
         self.diagnostics.obey()
+
+    async def begin(self, step: int) -> None:
+        """Make room for a step's groups: the producer asks for them."""
+        await self.buffer.advance(step - 1)
+        self.advanced = True
+
+    def evaluates_after(self, step: int) -> bool:
+        trainer = self.config.trainer
+        every = trainer.evaluate_every_steps
+        return step == trainer.total_steps or bool(every and step % every == 0)
 
     async def collect(
         self, producing: asyncio.Task[None], stopping: asyncio.Task[Any]
@@ -224,6 +235,7 @@ class Trainer:
         """Update policy and critic: version + 1. Raises TrainingFailedError when updates keep failing."""
         metrics = await self.learner.update(experience, advantages)
         self.version += 1
+        self.advanced = False
         self.guard.check(metrics)
         return metrics
 

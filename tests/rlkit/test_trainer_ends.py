@@ -22,6 +22,7 @@ from rlkit.producer import Producer
 from rlkit.rollout.pool import RolloutFailedError
 from rlkit.rollout.requests import GroupRequest
 from rlkit.saving import SaveSchedule, Stop, StoppedError
+from rlkit.serving.unasked import NoReward
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.trainer import Trainer
 
@@ -34,16 +35,17 @@ def group_of(request: GroupRequest) -> Group:
 
 
 class SlowBuffer(WaitingBuffer):
-    """`taken` is called when the groups of a step have left it and not yet arrived."""
+    """`taken` is called when the groups of a step have left it and not yet arrived; None: they arrive at once."""
 
-    def __init__(self, taken: Callable[[], None]) -> None:
+    def __init__(self, taken: Callable[[], None] | None) -> None:
         super().__init__(2, 0, BufferConfig())
         self.taken = taken
 
     async def take(self) -> list[Group]:
         groups = await super().take()
-        self.taken()
-        await asyncio.sleep(60)
+        if self.taken is not None:
+            self.taken()
+            await asyncio.sleep(60)
         return groups
 
 
@@ -51,8 +53,10 @@ class Run:
     """A run of two groups per step that has finished step 1; `taken` is called while step 2's groups are on their way
     from the buffer."""
 
-    def __init__(self, tmp_path: Path, taken: Callable[[], None], failing: Exception | None = None) -> None:
-        config = load_config(["reward=rule", f"run_dir={tmp_path}", "trainer.total_steps=3"]).config
+    def __init__(
+        self, tmp_path: Path, taken: Callable[[], None] | None, *options: str, failing: Exception | None = None
+    ) -> None:
+        config = load_config(["reward=rule", f"run_dir={tmp_path}", "trainer.total_steps=3", *options]).config
         self.buffer, self.failing = SlowBuffer(taken), failing
         self.buffer.load_state_dict({"ready": [], "version": 0, "taken_step": 1, "rejected": {}})
         asked = PromptOrder(PROMPTS, 0)
@@ -96,6 +100,16 @@ class Run:
 
     async def publish(self, version: int) -> dict[str, float]:
         return {}
+
+    async def experience(self, groups: list[Group], step: int) -> Any:
+        return SimpleNamespace(groups=groups)
+
+    async def update(self, *_: Any) -> dict[str, float]:
+        return {}
+
+    @property
+    def policy(self) -> Any:
+        return SimpleNamespace(signals=None)
 
     async def watch(self) -> None:
         await asyncio.Event().wait()
@@ -153,3 +167,35 @@ def test_a_checkpoint_that_is_lost_while_the_run_is_stopped_is_said_and_made_aga
     ended = asyncio.run(run())
     assert "the checkpoint of step 1 was lost: No space left on device" in ended.said
     assert [step for step, *_ in ended.saved] == [1]
+
+
+@pytest.mark.parametrize(("pause", "asked_for"), [("", 6), ("save", 4), ("evaluate", 4)])
+def test_engines_begin_the_next_step_while_this_one_is_written_down(pause: str, asked_for: int, tmp_path: Path) -> None:
+    """Not before a checkpoint or an evaluation, which are of a whole step."""
+    started: list[int] = []
+
+    async def check(record: Any) -> dict[str, float]:
+        await asyncio.sleep(0.05)  # the producer has its turn
+        started.append(run.producer.started)
+        return {}
+
+    async def step() -> None:
+        nonlocal run
+        run = Run(tmp_path, None, f"trainer.{pause}_every_steps=2" if pause else "trainer.evaluate_every_steps=0")
+        trainer, nothing = run.trainer, SimpleNamespace(check=lambda *_: None, metrics={})
+        trainer.algorithm = SimpleNamespace(advantages=lambda _: nothing, observe=lambda _: None)  # type: ignore[assignment]
+        trainer.reward, trainer.guard = NoReward(), nothing  # type: ignore[assignment]
+        trainer.diagnostics = SimpleNamespace(check=check, obey=lambda: None)  # type: ignore[assignment]
+        trainer.recorder = SimpleNamespace(step=lambda *_: None)  # type: ignore[assignment]
+        trainer.tracker.step = lambda *_: None  # type: ignore[method-assign]
+        producing, for_ever = (asyncio.create_task(work) for work in (run.producer.run(), run.watch()))
+        try:
+            await asyncio.wait_for(trainer.step(2, producing, for_ever), 20)
+        finally:
+            producing.cancel()
+            for_ever.cancel()
+
+    run: Any = None
+    asyncio.run(step())
+    assert started == [asked_for]
+    assert run.trainer.advanced == (asked_for == 6)

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,16 +35,14 @@ class Parts:
     """A run whose learner writes one tensor and whose reward does as the test says."""
 
     def __init__(self, size: int = 0, reward: Work = nothing) -> None:
-        self.producer = self.buffer = self.learner = self.policy = self.reward = self
-        self.size, self.work, self.remote = size, reward, self._buffer
+        self.producer = self.learner = self.policy = self.reward = self
+        self.buffer: Any = SimpleNamespace(state_dict=lambda: {"ready": []})
+        self.size, self.work = size, reward
 
     def state_dict(self) -> dict[str, Any]:
         return {"open": [], "order": {}, "version": 2}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-    async def _buffer(self) -> dict[str, Any]:
-        return {"ready": []}
 
     async def checkpoint_bytes(self) -> int:
         return self.size
@@ -60,20 +59,6 @@ class Parts:
         return {"learner": {"version": 2}}, [write(path / "learner.safetensors")] if path.is_dir() else None
 
 
-class Buffered(Parts):
-    @property
-    def state_dict(self) -> Any:  # the buffer's is an actor's method, the others' are plain ones
-        plain = super().state_dict
-
-        class Both:
-            remote = self._buffer
-
-            def __call__(self) -> dict[str, Any]:
-                return plain()
-
-        return Both()
-
-
 @pytest.fixture
 def checkpointer(tmp_path: Path) -> Checkpointer:
     config = load_config(["reward=rule", f"run_dir={tmp_path / 'run'}"]).config
@@ -86,9 +71,9 @@ def partial(checkpointer: Checkpointer) -> list[Path]:
 
 def test_it_is_sealed_in_the_background_and_holds_the_hashes(checkpointer: Checkpointer) -> None:
     async def steps() -> None:
-        await checkpointer.save(2, Buffered(), None)
+        await checkpointer.save(2, Parts(), None)
         assert not (checkpointer.folder.checkpoints / "step_000002").exists()  # the loop has not turned yet
-        await checkpointer.save(3, Buffered(), None)  # waits for the one before
+        await checkpointer.save(3, Parts(), None)  # waits for the one before
         assert (checkpointer.folder.checkpoints / "step_000002").exists()
         await checkpointer.finish()
         await checkpointer.finish()  # there is nothing left to wait for
@@ -109,7 +94,7 @@ def test_what_fails_in_the_background_is_raised_at_the_next_step(checkpointer: C
         (folder.parent / "policy" / "model.safetensors").write_bytes(b"short")
 
     async def steps() -> None:
-        await checkpointer.save(2, Buffered(reward=lose), {})
+        await checkpointer.save(2, Parts(reward=lose), {})
         checkpointer.check()  # not known yet
         while checkpointer._sealing is not None and not checkpointer._sealing.done():
             await asyncio.sleep(0.01)
@@ -123,7 +108,7 @@ def test_what_fails_in_the_background_is_raised_at_the_next_step(checkpointer: C
 
 def test_a_checkpoint_that_has_no_room_is_not_begun(checkpointer: Checkpointer) -> None:
     with pytest.raises(DiskFullError) as raised:
-        asyncio.run(checkpointer.save(7, Buffered(size=2**60), {}))
+        asyncio.run(checkpointer.save(7, Parts(size=2**60), {}))
     message = str(raised.value)
     assert f"step 7 in {checkpointer.folder.checkpoints}" in message and f"({2**60} bytes)" in message
     assert "trainer.keep_checkpoints" in message and "resume=auto" in message
@@ -143,7 +128,7 @@ async def full_disk_by_torch(folder: Path) -> None:
 @pytest.mark.parametrize("work", [full_disk, full_disk_by_torch])
 def test_a_disk_that_fills_up_leaves_no_partial_folder(checkpointer: Checkpointer, work: Work) -> None:
     with pytest.raises(DiskFullError, match="no room for the checkpoint of step 7"):
-        asyncio.run(checkpointer.save(7, Buffered(reward=work), {}))
+        asyncio.run(checkpointer.save(7, Parts(reward=work), {}))
     assert partial(checkpointer) == []
 
 
@@ -152,5 +137,5 @@ def test_another_error_is_raised_as_it_is(checkpointer: Checkpointer) -> None:
         json.loads("{")
 
     with pytest.raises(json.JSONDecodeError):
-        asyncio.run(checkpointer.save(7, Buffered(reward=broken), {}))
+        asyncio.run(checkpointer.save(7, Parts(reward=broken), {}))
     assert partial(checkpointer) == []
