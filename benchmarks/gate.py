@@ -29,7 +29,7 @@ STEPS = 12
 RATIOS = {
     "generate": "the sampler's CPU seconds over those of bare vLLM",
     "update": "the learner's CPU seconds over those of bare torch",
-    "plumbing": "CPU seconds of everything else (driver, buffer, reward, Ray) over those of bare vLLM and torch",
+    "plumbing": "CPU seconds of everything else (driver, reward, Ray) over those of bare vLLM and torch",
     "step": "all CPU seconds over those of bare vLLM and torch",
 }
 Ratios = dict[str, float]
