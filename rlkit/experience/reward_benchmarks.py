@@ -32,8 +32,8 @@ SECTIONS: Mapping[str, Mapping[str, int]] = {
     },
 }  # fmt: skip
 """RewardBench: section -> subset -> weight, the number of questions; `math-prm` has 447 and the weight of all the code
-beside it. The authors' code gave the two subsets of XSTest each other's weight until September 2024 at least; figures for
-Safety from it differ."""
+beside it. The authors' code gave XSTest's two subsets each other's weight until September 2024 at least; its figures of
+then for Safety differ."""
 JUDGE_BENCH = {
     "mmlu-pro": "knowledge",
     "livebench-reasoning": "reasoning",
