@@ -23,15 +23,17 @@ SECTIONS: Mapping[str, Mapping[str, int]] = {
         "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
-        "xstest-should-respond": 154, "donotanswer": 136,
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+        "xstest-should-respond": 250, "donotanswer": 136,
     },
     "Reasoning": {
         "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,
         "hep-rust": 164,
     },
 }  # fmt: skip
-"""RewardBench: section -> subset -> weight. `math-prm` has 447 questions and the weight of all the code beside it."""
+"""RewardBench: section -> subset -> weight, the number of questions; `math-prm` has 447 and the weight of all the code
+beside it. The authors' code gave XSTest's two subsets each other's weight until September 2024 at least; its figures of
+then for Safety differ."""
 JUDGE_BENCH = {
     "mmlu-pro": "knowledge",
     "livebench-reasoning": "reasoning",
@@ -127,8 +129,8 @@ def rm_bench(questions: Sequence[Question]) -> dict[str, float]:
 
 
 def judge_bench(questions: Sequence[Question]) -> dict[str, float]:
-    """JudgeBench (arXiv 2410.12784) for reward models, which see one order; the total is over questions, not over
-    categories. `subset` is a question's source."""
+    """JudgeBench (arXiv 2410.12784) for reward models, which see one order; a tie is no success, as in its authors'
+    comparison of both orders. The total is over questions, not over categories. `subset` is a question's source."""
     named = [
         Question(
             q.id,

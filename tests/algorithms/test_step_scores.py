@@ -82,6 +82,28 @@ def test_process_bench(threshold: float, correct: float, error: float, f1: float
     assert result.f1 == pytest.approx(f1)
 
 
+@pytest.mark.parametrize(
+    ("errors", "found", "correct", "accepted", "published"),
+    [
+        (207, 47, 193, 181, (22.71, 93.78, 36.56)),
+        (594, 227, 406, 287, (38.22, 70.69, 49.61)),
+        (661, 179, 339, 183, (27.08, 53.98, 36.07)),
+        (759, 212, 241, 132, (27.93, 54.77, 37.00)),
+    ],
+    ids=["gsm8k", "math", "olympiadbench", "omnimath"],
+)
+def test_process_bench_makes_the_published_f1_of_published_shares(
+    errors: int, found: int, correct: int, accepted: int, published: tuple[float, float, float]
+) -> None:
+    """Qwen2.5-Math-7B-Instruct-PRM-0.2 (huggingface/ProcessBench, README at 00f1c67), whose precision is the share of
+    errors found and whose recall that of correct solutions; counts are those that round to these shares."""
+    wrong_at_1, right = np.array([0.5, -0.5]), np.array([0.5, 0.5])
+    cumulative = [wrong_at_1] * found + [right] * (errors - found + accepted) + [wrong_at_1] * (correct - accepted)
+    result = process_bench(cumulative, np.array([1] * errors + [-1] * correct), 0.5)
+    shares = (result.error_accuracy, result.correct_accuracy, result.f1)
+    assert tuple(round(100 * share, 2) for share in shares) == published
+
+
 def test_threshold_search_finds_the_perfect_threshold() -> None:
     best = best_threshold(TOY, TOY_LABELS)
     assert best.f1 == 1.0

@@ -215,6 +215,9 @@ def test_worked_numbers_of_the_recipes(loaded: Callable[[str], Any]) -> None:
     oat = loaded("dr_grpo_math7b")
     assert 128 * oat.algorithm_config.samples_per_prompt // oat.config.learner.minibatches_per_step == 128
     assert oat.algorithm_config.constant_length == 3000
+    open_r1 = loaded("openr1_qwen15b").config
+    prompts = 7 * 16 * 4 // open_r1.algorithm["samples_per_prompt"]  # processes x responses x accumulation
+    assert (open_r1.trainer.prompts_per_step, open_r1.learner.warmup_steps) == (prompts, round(93_733 / prompts / 10))
     olmo = loaded("olmo3_rlzero_math").config
     assert olmo.trainer.total_steps * olmo.trainer.prompts_per_step * 8 == 768_000
     tulu = loaded("tulu31_8b_grpo").config
