@@ -187,10 +187,10 @@ def _reward_and_accuracy(training: Table, evaluation: Table) -> Light | None:
         )  # fmt: skip
 
     trend = together(reward, judged)
+    if not judged and len(reward) >= LEAST_POINTS:
+        return made("unknown", WORDS["unknown"], "no verifier: no accuracy/train, nor five of accuracy/heldout")
     if trend is None:
-        early = judged or len(reward) < LEAST_POINTS
-        text = f"{min(len(reward), len(judged))} of {LEAST_POINTS} steps with reward/mean and {verified}"
-        return made("unknown", TOO_EARLY if early else WORDS["unknown"], text)
+        return made("unknown", TOO_EARLY, f"{min(len(reward), len(judged))} of the {LEAST_POINTS} steps that it takes")
     text = f"steps {trend.start} to {trend.end}: reward {trend.first}, {verified} {trend.second} per 100 steps"
     directions = _direction(trend.first), _direction(trend.second)
     if directions[1] == "rises":
