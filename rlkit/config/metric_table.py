@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 TABLE = Path(__file__).with_name("metrics.yaml")
 VARIES = re.compile(r"<\w+>|\.\.\.|NAME")
 """Stands for a part of a metric's name that the run decides."""
-_BOUND = re.compile(r"(above|below) (?:([\d.]+) x )?(?:([\d.e-]+)|([a-z_]+\.[a-z_.]+))")
+_BOUND = re.compile(r"(above|below) (?:([\d.e-]+)|(?:([\d.]+) x )?([a-z_]+\.[a-z_.]+))")
 
 
 class Bound(NamedTuple):
@@ -36,8 +36,8 @@ def _bounds(text: Any) -> tuple[Bound, ...]:
         match = _BOUND.fullmatch(part)
         if match is None:
             raise ValueError(f"{part!r} is no bound: `above 0.1`, `below section.key`, `above 0.9 x section.key`")
-        side, factor, number, key = match.groups()
-        found.append(Bound("above" if side == "above" else "below", float(factor or number or 1), key or ""))
+        side, number, factor, key = match.groups()
+        found.append(Bound("above" if side == "above" else "below", float(number or factor or 1), key or ""))
     return tuple(found)
 
 

@@ -49,10 +49,10 @@ def _light(row: MetricRow, rule: Rule, training: Table, option: Option) -> Light
             metrics=list(rule.curves or row.names[:1]), steps=list(steps),
         )  # fmt: skip
 
-    done = len(training.lines)
+    done, last = len(training.lines), training.steps[-WINDOW:]
     reported = _reported(row.names[0], training)
     points = _measured(reported, rule, training, option)
-    recent = [point for point in points if point[0] in training.steps[-WINDOW:]]
+    recent = [point for point in points if point[0] in last]
     if done and rule.synchronous and number(option("trainer.max_staleness")) == 0:
         return made("good", "; ".join([*(f"{value:.3g}" for _, value in recent[-1:]), rule.synchronous]))
     if not recent and rule.absent and done >= rule.fine_from:
