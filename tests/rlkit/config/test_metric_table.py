@@ -42,6 +42,8 @@ def texts(tree: ast.AST) -> Iterator[str]:
             yield node.value
         elif isinstance(node, ast.keyword) and node.arg:
             yield node.arg
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "timed":
+            yield f"time/{ast.literal_eval(node.args[0])}"
 
 
 def test_every_metric_that_code_names_has_a_row() -> None:
