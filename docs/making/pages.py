@@ -1,4 +1,4 @@
-"""What the site has beside the pages written by hand: the reference, and llms.txt for readers that are models.
+"""What of the site is not written by hand: the reference, tables of metrics, and llms.txt for readers that are models.
 
 python docs/making/pages.py    # `make docs` does it
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import metric_tables
 import yaml
 
 from rlkit.config import reference
@@ -38,6 +39,7 @@ def summary(page: Path) -> str:
 def main() -> None:
     shutil.rmtree(DOCS / "reference", ignore_errors=True)
     reference.main([str(DOCS / "reference")])
+    metric_tables.main([str(DOCS / "metrics.md")])
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     pages = list(nav_pages(config["nav"]))
     head = f"# {config['site_name']}\n\n> {config['site_description']}\n\n## Pages\n\n"

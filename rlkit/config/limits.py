@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 
 from algorithms.base import Algorithm
 from rlkit.config.messages import ConfigIssue, Issues
-from rlkit.config.metric_names import FAMILIES, METRICS
+from rlkit.config.metric_table import VARIES, rows, stands_for
 from rlkit.config.schema import CriticConfig, EvaluationConfig, LearnerConfig, TrainerConfig
 from rlkit.data.base import DataSource
 from rlkit.experience.names import edits, nearest
@@ -72,10 +72,13 @@ def staleness_is_bounded(trainer: TrainerConfig) -> Issues:
 def best_metric_exists(trainer: TrainerConfig, evaluation: EvaluationConfig) -> Issues:
     """A reward or an algorithm of the user's may report metrics of other names."""
     name = trainer.best_metric
-    of_sets = tuple(f"evaluation/{one}/" for one in evaluation.sets)
-    if name is None or name in METRICS or name.startswith((*FAMILIES, *of_sets)):
+    if name is None:
         return
-    guess = nearest(name, METRICS)
+    named = [metric for row in rows() for metric in row.names if not metric.startswith("evaluation/NAME/")]
+    of_sets = [f"evaluation/{one}/..." for one in evaluation.sets]
+    if any(stands_for(metric, name) for metric in (*named, *of_sets)):
+        return
+    guess = nearest(name, (metric for metric in named if not VARIES.search(metric)))
     hint = f"did you mean {guess}? " if guess else ""
     mistyped = "/" not in name or (guess is not None and edits(name, guess) == 1)
     yield ConfigIssue(

@@ -1,253 +1,209 @@
-"""Lights: rules over metrics, with thresholds of the run's own configuration where it has some.
+"""Lights: the rules of rlkit/config/metrics.yaml over a run's metrics, with thresholds of its own configuration.
 
-What a light says about its metric is the row of docs/metrics.md (rlkit/config/metric_table.py).
+Green means measured and fine. What the last steps did not measure, or too few steps did, is said in words; a bad state
+that was the last one known stays.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
-from rlkit.config.metric_table import about, plain
+from rlkit.config.metric_table import Bound, MetricRow, Rule, about, plain, rows
 from rlkit.view.metrics import Table
 from rlkit.view.rows import number
 from rlkit.view.runs import Run
 from rlkit.view.schema import Light
-from rlkit.view.trends import together
+from rlkit.view.trends import LEAST_POINTS, Interval, together
 
 WINDOW = 5
-"""Steps whose middle value a light shows: one outlier is no state."""
+"""What none of so many last steps reports is not known of the run as it is."""
 State = Literal["good", "look", "bad", "unknown"]
 WORDS: dict[State, str] = {"good": "fine", "look": "have a look", "bad": "act", "unknown": "not measured"}
+TOO_EARLY = "too few steps"
 Option = Callable[[str], Any]
-
-
-class Limits(NamedTuple):
-    """Beyond `look` a light says so, beyond `bad` it says act; None: never. `words` says where they come from."""
-
-    look: float | None
-    bad: float | None
-    words: str = ""
-
-
-@dataclass(frozen=True)
-class Rule:
-    id: str
-    title: str
-    metric: str
-    """Whose row explains the light."""
-    values: Callable[[Table, Option], list[tuple[int, float]]]
-    """(step, value), where it is known."""
-    limits: Callable[[Option], Limits]
-    above: bool = True
-    """Large values are the bad ones."""
-    metrics: tuple[str, ...] = ()
-    """What a curve of it shows; empty: `metric`."""
-    always: bool = False
-    """Shown as unknown where it was not measured."""
-    fine: Callable[[Option], str | None] = field(default=lambda option: None)
-    """Why there is nothing to measure, if so: the light is good."""
+Points = Sequence[tuple[int, float]]
+"""(step, value), where it is known."""
 
 
 def lights(run: Run) -> list[Light]:
+    """None for a folder in which no policy is trained: of an evaluation, of a reward's training."""
     metrics = run.metrics
+    if run.is_evaluation or (run.config and run.option("algorithm") is None):
+        return []
     return judge(metrics.training, metrics.evaluation, run.option)
 
 
 def judge(training: Table, evaluation: Table, option: Option) -> list[Light]:
     """All lights that apply. `option`: the value at a dotted key of the configuration, or None."""
-    found = [light for rule in RULES if (light := _light(rule, training, option)) is not None]
-    fooled = _fooled(training, evaluation)
-    return found if fooled is None else [fooled, *found]
+    judged = [_light(row, row.light, training, option) for row in rows() if row.light is not None]
+    return [light for light in (_reward_and_accuracy(training, evaluation), *judged) if light is not None]
 
 
-def _light(rule: Rule, training: Table, option: Option) -> Light | None:
-    points = rule.values(training, option)
+def _light(row: MetricRow, rule: Rule, training: Table, option: Option) -> Light | None:
+    def made(state: State, text: str, word: str = "", steps: Sequence[int] = ()) -> Light:
+        return Light(
+            id=rule.id, title=rule.title, state=state, word=word or WORDS[state], value_text=text,
+            meaning=plain(row.meaning), reading=plain(row.reading), remedy=plain(row.remedy),
+            metrics=list(rule.curves or row.names[:1]), steps=list(steps),
+        )  # fmt: skip
+
+    done, last = len(training.lines), training.steps[-WINDOW:]
+    reported = _reported(row.names[0], training)
+    points = _measured(reported, rule, training, option)
+    recent = [point for point in points if point[0] in last]
+    if done and rule.synchronous and number(option("trainer.max_staleness")) == 0:
+        return made("good", "; ".join([*(f"{value:.3g}" for _, value in recent[-1:]), rule.synchronous]))
+    if not recent and rule.absent and done >= rule.fine_from:
+        return made("good", rule.absent)
     if not points:
-        why = rule.fine(option)
-        if why is None and not rule.always:
-            return None
-        return _made(rule, "unknown" if why is None else "good", why or "no step reports it", [])
-    limits = rule.limits(option)
-    recent = sorted(value for _, value in points[-WINDOW:])
-    value = recent[len(recent) // 2]
-    state = _state(value, limits, rule.above)
-    steps = [step for step, one in points if state != "good" and _state(one, limits, rule.above) in ("look", "bad")]
-    side = "above" if rule.above else "below"
-    bounds = [
-        f"{word} {side} {bound:.3g}"
-        for word, bound in (("look", limits.look), ("act", limits.bad))
-        if bound is not None
+        if done < rule.fine_from and (reported or rule.missing or rule.absent):
+            return made("unknown", _of(done, rule), TOO_EARLY)
+        return made("unknown", rule.missing) if rule.missing else None
+    value = _middle((recent or points)[-rule.window :])
+    look, act = _limits(rule.look, option), _limits(rule.act, option)
+    text = f"{value:.3g}" + (f" ({rule.measure})" if rule.measure else "")
+    if not look and not act:
+        keys = ", ".join(bound.key for bound in (*rule.look, *rule.act))
+        return made("unknown", f"{text}; config.yaml has no number at {keys}", "no threshold")
+    text += f"; {_spelled(look, act)}"
+    state = _state(value, look, act)
+    if len(reported) < (rule.fine_from if state == "good" else rule.alarm_from):
+        return made("unknown", f"{text}; {_of(len(reported), rule)}", TOO_EARLY)
+    if not recent:
+        text += f"; no step since {points[-1][0]} reports it"
+        state = "unknown" if state == "good" else state
+    crossed = [step for step, one in points if state in ("look", "bad") and _state(one, look, act) != "good"]
+    return made(state, text, steps=crossed)
+
+
+def _of(steps: int, rule: Rule) -> str:
+    return f"{steps} of the {rule.fine_from} steps that it takes"
+
+
+def _middle(points: Points) -> float:
+    """One outlier is no state."""
+    values = sorted(value for _, value in points)
+    return values[len(values) // 2]
+
+
+class _Limit(NamedTuple):
+    side: str
+    value: float
+    key: str
+
+    def crossed(self, value: float) -> bool:
+        return value > self.value if self.side == "above" else value < self.value
+
+
+def _limits(bounds: Sequence[Bound], option: Option) -> list[_Limit]:
+    """Without those that the configuration leaves open."""
+    limits = ((bound, number(option(bound.key)) if bound.key else 1.0) for bound in bounds)
+    return [_Limit(bound.side, bound.factor * base, bound.key) for bound, base in limits if base is not None]
+
+
+def _state(value: float, look: Sequence[_Limit], act: Sequence[_Limit]) -> State:
+    if any(limit.crossed(value) for limit in act):
+        return "bad"
+    return "look" if any(limit.crossed(value) for limit in look) else "good"
+
+
+def _spelled(look: Sequence[_Limit], act: Sequence[_Limit]) -> str:
+    words = [
+        f"{word} {' or '.join(f'{limit.side} {limit.value:.3g}' for limit in limits)}"
+        for word, limits in (("look", look), ("act", act))
+        if limits
     ]
-    text = (
-        f"{value:.3g}" + (f"; {', '.join(bounds)}" if bounds else "") + (f" ({limits.words})" if limits.words else "")
-    )
-    return _made(rule, state, text, steps)
+    keys = ", ".join(limit.key for limit in (*look, *act) if limit.key)
+    return ", ".join(words) + (f" ({keys})" if keys else "")
 
 
-def _state(value: float, limits: Limits, above: bool) -> State:
-    sign = 1 if above else -1
-    for state, bound in (("bad", limits.bad), ("look", limits.look)):
-        if bound is not None and sign * value > sign * bound:
-            return "bad" if state == "bad" else "look"
-    return "good"
+# -- what a light judges of its metric ---------------------------------------------------------------------------------
 
 
-def _made(rule: Rule, state: State, value_text: str, steps: list[int]) -> Light:
-    row = about(rule.metric)
-    return Light(
-        id=rule.id, title=rule.title, state=state, word=WORDS[state], value_text=value_text,
-        meaning=plain(row.meaning), reading=plain(row.reading), remedy=plain(row.remedy),
-        metrics=list(rule.metrics or (rule.metric,)), steps=steps,
-    )  # fmt: skip
+def _reported(metric: str, training: Table) -> Points:
+    """While only the critic learns, nothing is known of the policy's updates."""
+    waits = {step for step, value in training.points("policy/waits") if value and metric.startswith("policy/")}
+    return [point for point in training.points(metric) if point[0] not in waits]
 
 
-def _fooled(training: Table, evaluation: Table) -> Light | None:
-    """Whether the reward rises while what is verified falls, over the last third of the run."""
-    verified = "accuracy/heldout" if evaluation.points("accuracy/heldout") else "accuracy/train"
-    judged = (evaluation if verified == "accuracy/heldout" else training).points(verified)
-    trend = together(training.points("reward/mean"), judged)
-    if trend is None:
-        return None
-    rising, falling = trend.first.low > 0, trend.second.high < 0
-    state: State = "bad" if rising and falling else "good"
-    flat = rising and not falling and trend.second.low <= 0
-    row = about("accuracy/heldout")
-    return Light(
-        id="fooled",
-        title="reward and accuracy",
-        state="look" if flat else state,
-        word={"bad": "the reward may be fooled", "look": "have a look", "good": "fine"}["look" if flat else state],
-        value_text=f"steps {trend.start} to {trend.end}: reward {trend.first}, {verified} {trend.second} per 100 steps",
-        meaning="whether the reward rises while verified answers do not: slopes of a line, with intervals of 95 %",
-        reading="both should rise; the triage lists the samples",
-        remedy=plain(row.remedy),
-        metrics=["reward/mean", verified],
-        steps=[] if state == "good" and not flat else [trend.start, trend.end],
-    )
+def _measured(points: Points, rule: Rule, training: Table, option: Option) -> Points:
+    match rule.measure:
+        case "share of the step":
+            seconds = dict(training.points("time/step"))
+            return [(step, value / seconds[step]) for step, value in points if seconds.get(step)]
+        case "share of the step's samples":
+            groups, size = number(option("trainer.prompts_per_step")), number(option("algorithm.samples_per_prompt"))
+            return [(step, value / (groups * size)) for step, value in points] if groups and size else []
+        case "share of the first steps'":
+            first = [value for _, value in points[:WINDOW]]
+            start = max(rule.floor, sum(first) / max(1, len(first)))
+            return [(step, value / start) for step, value in points]
+        case "share of its best":
+            return _share_of_best(points)
+        case "steps in a row":
+            return _in_a_row(points)
+        case "":
+            return points
 
 
-def _of(name: str) -> Callable[[Table, Option], list[tuple[int, float]]]:
-    return lambda table, option: table.points(name)
+def _share_of_best(points: Points) -> Points:
+    """Of means over `WINDOW` steps; 0 while all were 0."""
+    values = [value for _, value in points]
+    means = [sum(values[end - WINDOW : end]) / WINDOW for end in range(WINDOW, len(values) + 1)]
+    bests = accumulate(means, max)
+    shares = [mean / best if best > 0 else 0.0 for mean, best in zip(means, bests, strict=True)]
+    return [(step, share) for (step, _), share in zip(points[WINDOW - 1 :], shares, strict=True)]
 
 
-def _constant(look: float | None, bad: float | None = None) -> Callable[[Option], Limits]:
-    return lambda option: Limits(look, bad)
-
-
-def _share_of_step(name: str) -> Callable[[Table, Option], list[tuple[int, float]]]:
-    def values(table: Table, option: Option) -> list[tuple[int, float]]:
-        steps = dict(table.points("time/step"))
-        return [(step, value / steps[step]) for step, value in table.points(name) if steps.get(step)]
-
-    return values
-
-
-def _while_waiting(option: Option) -> Limits:
-    if not number(option("trainer.max_staleness")):
-        return Limits(None, None, "share of the step; synchronous: each waits for the other")
-    return Limits(0.3, None, "share of the step")
-
-
-def _mismatch(option: Option) -> Limits:
-    look, bad = number(option("trainer.mismatch_alarm")), number(option("trainer.max_mismatch"))
-    return Limits(look or 0.05, bad, "trainer.mismatch_alarm, trainer.max_mismatch")
-
-
-def _failed_share(table: Table, option: Option) -> list[tuple[int, float]]:
-    groups, size = number(option("trainer.prompts_per_step")), number(option("algorithm.samples_per_prompt"))
-    return [(step, value / (groups * size)) for step, value in table.points("reward/failed")] if groups and size else []
-
-
-def _failing(option: Option) -> Limits:
-    most = number(option("reward.max_failed_share"))
-    return Limits(0.0, most if most is None else most / 2, "share of samples; reward.max_failed_share ends the run")
-
-
-def _entropy(table: Table, option: Option) -> list[tuple[int, float]]:
-    """As a share of the first steps'."""
-    points = table.points("policy/entropy")
-    first = sum(value for _, value in points[:WINDOW]) / max(1, len(points[:WINDOW]))
-    return [(step, value / first) for step, value in points] if first > 0 else []
-
-
-def _skipped(table: Table, option: Option) -> list[tuple[int, float]]:
-    """How many steps in a row, up to each, skipped an update."""
-    row, points = 0, []
-    for step, value in table.points("policy/skipped_updates"):
+def _in_a_row(points: Points) -> Points:
+    """How many steps in a row, up to each, are above 0."""
+    row, counts = 0, []
+    for step, value in points:
         row = row + 1 if value > 0 else 0
-        points.append((step, float(row)))
-    return points
+        counts.append((step, float(row)))
+    return counts
 
 
-def _skipping(option: Option) -> Limits:
-    most = number(option("trainer.max_skipped_updates")) or 3.0
-    return Limits(0.0, most - 1, f"trainer.max_skipped_updates={most:g} ends the run")
+# -- two metrics at once -----------------------------------------------------------------------------------------------
 
 
-def _clipping(option: Option) -> Limits:
-    norm = number(option("learner.max_grad_norm"))
-    return Limits(norm if norm and math.isfinite(norm) else None, None, "learner.max_grad_norm")
+def _reward_and_accuracy(training: Table, evaluation: Table) -> Light | None:
+    """Whether the reward rises and what is verified does not, over the last third of the run."""
+    reward = training.points("reward/mean")
+    if not reward:
+        return None
+    heldout = evaluation.points("accuracy/heldout")
+    verified = "accuracy/heldout" if len(heldout) >= LEAST_POINTS else "accuracy/train"
+    judged = heldout if len(heldout) >= LEAST_POINTS else training.points("accuracy/train")
+
+    def made(state: State, word: str, text: str, steps: Sequence[int] = ()) -> Light:
+        return Light(
+            id="fooled", title="reward and accuracy", state=state, word=word, value_text=text,
+            meaning="whether the reward rises while verified answers do not: slopes of a line, with intervals of 95 %",
+            reading="both should rise; the triage lists the samples", remedy=plain(about("accuracy/heldout").remedy),
+            metrics=["reward/mean", verified], steps=list(steps),
+        )  # fmt: skip
+
+    trend = together(reward, judged)
+    if not judged and len(reward) >= LEAST_POINTS:
+        return made("unknown", WORDS["unknown"], "no verifier: no accuracy/train, nor five of accuracy/heldout")
+    if trend is None:
+        return made("unknown", TOO_EARLY, f"{min(len(reward), len(judged))} of the {LEAST_POINTS} steps that it takes")
+    text = f"steps {trend.start} to {trend.end}: reward {trend.first}, {verified} {trend.second} per 100 steps"
+    directions = _direction(trend.first), _direction(trend.second)
+    if directions[1] == "rises":
+        return made("good", WORDS["good"], text)
+    ends = [trend.start, trend.end]
+    if directions == ("rises", "falls"):
+        return made("bad", "the reward may be fooled", text, ends)
+    if directions[1] == "falls":
+        return made("look", "accuracy falls", text, ends)
+    if directions[0] == "rises":
+        return made("look", WORDS["look"], text, ends)
+    return made("unknown", "neither rises", text)
 
 
-def _stale(option: Option) -> Limits:
-    bound = number(option("trainer.max_staleness"))
-    return Limits(None if bound is None else 0.9 * bound, None, f"trainer.max_staleness={bound:g}" if bound else "")
-
-
-def _synchronous(option: Option) -> str | None:
-    bound = number(option("trainer.max_staleness"))
-    return "synchronous: all samples are of the newest weights" if bound == 0 else None
-
-
-RULES = (
-    Rule(
-        "mismatch", "sampler and learner agree", "mismatch/logprob_mean", _of("mismatch/logprob_mean"), _mismatch,
-        metrics=("mismatch/logprob_mean", "mismatch/logprob_max", "kl/rollout"), always=True,
-    ),
-    Rule(
-        "staleness", "staleness", "staleness/mean", _of("staleness/mean"), _stale,
-        metrics=("staleness/mean", "staleness/max"), always=True, fine=_synchronous,
-    ),
-    Rule("ess", "what stale samples are worth", "mismatch/ess", _of("mismatch/ess"), _constant(0.9, 0.5), above=False),
-    Rule(
-        "weights", "weights arrive", "weights/canary_change", _of("weights/canary_change"), _constant(0.8, 0.5),
-        above=False,
-    ),
-    Rule(
-        "learner_waits", "learner waits", "time/learner_idle", _share_of_step("time/learner_idle"), _while_waiting,
-        metrics=("time/learner_idle", "time/step"), always=True,
-    ),
-    Rule(
-        "engine_waits", "engines wait", "time/engine_idle", _share_of_step("time/engine_idle"), _while_waiting,
-        metrics=("time/engine_idle", "time/step"), always=True,
-    ),
-    Rule(
-        "entropy", "entropy, as a share of the first steps'", "policy/entropy", _entropy, _constant(0.1, 0.02),
-        above=False, always=True,
-    ),
-    Rule("kl", "distance from the reference", "kl/reference", _of("kl/reference"), _constant(0.1, 1.0), always=True),
-    Rule(
-        "skipped", "skipped updates in a row", "policy/skipped_updates", _skipped,
-        _skipping, always=True,
-    ),
-    Rule("gradient", "size of the gradient", "policy/grad_norm", _of("policy/grad_norm"), _clipping),
-    Rule("failed", "failed rewards", "reward/failed", _failed_share, _failing),
-    Rule(
-        "equal", "groups that teach nothing", "group/all_equal_share", _of("group/all_equal_share"),
-        _constant(0.8, 0.999),
-    ),
-    Rule(
-        "truncated", "answers cut off", "length/truncated_share", _of("length/truncated_share"), _constant(0.1, 0.5),
-    ),
-    Rule(
-        "critic", "the critic explains returns", "critic/explained_variance", _of("critic/explained_variance"),
-        _constant(0.1, 0.0), above=False,
-    ),
-    Rule(
-        "prm", "the process reward model orders pairs", "prm/pair_accuracy", _of("prm/pair_accuracy"),
-        _constant(0.55, 0.5), above=False,
-    ),
-)  # fmt: skip
+def _direction(slope: Interval) -> Literal["rises", "falls", ""]:
+    return "rises" if slope.low > 0 else "falls" if slope.high < 0 else ""

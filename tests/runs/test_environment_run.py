@@ -47,7 +47,7 @@ def test_a_run_of_episodes(start: Callable[..., Run]) -> None:
     run = start("run", "trainer.total_steps=2", "tracking.sample_groups_per_step=null")
     assert run.end() == 0, run.text
     steps = [record for record in run.records() if record["kind"] == "step"]
-    assert len(steps) == 2
+    assert len(steps) == 2 and run.unexplained() == set()
     for record in steps:
         assert 1 <= record["environment/turns"] <= 3
         assert 0 <= record["environment/success"] <= 1

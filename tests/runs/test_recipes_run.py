@@ -66,6 +66,7 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
     assert run.end() == 0, run.text
     steps = [record for record in run.records() if record.get("kind") == "step"]
     assert [step["step"] for step in steps] == [1, 2]
+    assert run.unexplained() == set()
     for step in steps:
         assert step["policy/trained_samples"] > 0
         # Before its first update the implicit PRM is its reference: all process rewards are 0, which is all that
@@ -123,6 +124,7 @@ def test_ways_to_use_the_implicit_prm(options: tuple[str, ...], start: list[Run]
     assert run.end() == 0, run.text
     last = run.records()[-2]
     assert last["kind"] == "step" and math.isfinite(last["policy/loss"])
+    assert run.unexplained() == set()
 
 
 @pytest.mark.slow

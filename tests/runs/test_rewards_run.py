@@ -112,6 +112,7 @@ def finished(run: Run) -> None:
     assert run.end() == 0, run.text
     steps = [record for record in run.records() if record["kind"] == "step"]
     assert [step["step"] for step in steps] == [1, 2], run.text
+    assert run.unexplained() == set()
     for step in steps:
         assert math.isfinite(step["reward/mean"])
         assert step["reward/failed"] == 0, run.text

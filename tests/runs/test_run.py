@@ -112,6 +112,7 @@ def test_metrics_are_finite_and_the_sampler_is_the_learner(finished: Run) -> Non
         assert record["reward/failed"] == 0
         assert record["policy/entropy"] > 0
         assert record["policy/trained_samples"] == 16
+    assert finished.unexplained() == set()
     assert steps[-1]["kl/reference"] > 0, "three updates left the policy where it was"
 
 

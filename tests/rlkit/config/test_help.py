@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from rlkit import cli, train
-from rlkit.config.metric_names import FAMILIES, METRICS
 from rlkit.config.vocabulary import COMMANDS, OTHER_NAMES, WISHES
 from rlkit.experience.names import edits, nearest
 
@@ -166,10 +165,3 @@ def test_every_pattern_of_a_wish_is_one() -> None:
 def test_other_frameworks_names_lead_to_keys_that_exist(help_on: Typed) -> None:
     listed = set(re.findall(r"^  (\w+(?:\.\w+)*)  ", help_on(), flags=re.MULTILINE))
     assert {key for keys in OTHER_NAMES.values() for key in keys.split() if key not in listed} == set()
-
-
-def test_metrics_of_the_docs_are_known(repository: Path) -> None:
-    """A metric with a row in docs/metrics.md belongs into rlkit/config/metric_names.py."""
-    rows = re.findall(r"^\| (`[^|]*) \|", (repository / "docs/metrics.md").read_text(), flags=re.MULTILINE)
-    named = {name for cell in rows for name in re.findall(r"`([a-z_]+/[a-z0-9_/<>@]+)`", cell)}
-    assert {name for name in named if name not in METRICS and not name.startswith(FAMILIES)} == set()

@@ -1,4 +1,4 @@
-"""Lights on hand-made metrics; their words are those of docs/metrics.md; states of runs."""
+"""Lights on hand-made metrics, and on whole courses of runs; states of runs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_run import make_run
+from synthetic_run import make_evaluation, make_run
 
-from rlkit.config.metric_table import ROWS, about, plain
+from rlkit.config.metric_table import about, plain
 from rlkit.view import runs as runs_module
-from rlkit.view.health import RULES, judge
+from rlkit.view.health import judge, lights
 from rlkit.view.metrics import Table
 from rlkit.view.runs import Run
 
@@ -28,10 +28,14 @@ OPTIONS = {
 def state(values: dict[str, Any], light: str, **options: Any) -> str:
     """Of ten steps with these metrics, constant or by step."""
     known = OPTIONS | {key.replace("__", "."): value for key, value in options.items()}
+    return {one.id: one.state for one in judge(steps_of(10, values), Table(), known.get)}.get(light, "absent")
+
+
+def steps_of(count: int, values: dict[str, Any]) -> Table:
     table = Table()
-    for step in range(1, 11):
+    for step in range(1, count + 1):
         table.lines[step] = {name: v[step - 1] if isinstance(v, list) else v for name, v in values.items()}
-    return {one.id: one.state for one in judge(table, Table(), known.get)}.get(light, "absent")
+    return table
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,15 @@ def state(values: dict[str, Any], light: str, **options: Any) -> str:
         ({"critic/explained_variance": -0.1}, "critic", "bad"),
         ({"prm/pair_accuracy": 0.7}, "prm", "good"),
         ({"mismatch/logprob_mean": "NaN"}, "mismatch", "unknown"),
+        ({}, "staleness", "good"),  # only samples of older weights have any
+        ({"policy/grad_norm": 0.0}, "gradient", "look"),
+        ({"policy/grad_norm": 0.0, "policy/waits": 1.0}, "gradient", "absent"),  # only the critic learns
+        ({"policy/skipped_updates": [0] * 8 + [1, 1]}, "skipped", "bad"),
+        ({"policy/entropy": 0.001}, "entropy", "bad"),  # from the start
+        ({"policy/entropy": [1.0] * 4 + [None] * 6}, "entropy", "unknown"),
+        ({"policy/entropy": [1.0] * 2 + [0.001] * 3 + [None] * 5}, "entropy", "bad"),
+        ({"accuracy/train": [0.1, 0.4, 0.5, 0.6, 0.5, 0.6, 0.5, 0.6, 0.5, 0.6]}, "accuracy", "good"),
+        ({"accuracy/train": 0.0}, "accuracy", "bad"),
     ],
 )
 def test_lights(values: dict[str, Any], light: str, expected: str) -> None:
@@ -80,7 +93,8 @@ def test_a_reward_that_rises_while_accuracy_falls() -> None:
     assert state(rising | {"accuracy/train": [1 - s / 20 for s in range(10)]}, "fooled") == "bad"
     assert state(rising | {"accuracy/train": [0.5, 0.6] * 5}, "fooled") == "look"
     assert state(rising | {"accuracy/train": [s / 20 for s in range(10)]}, "fooled") == "good"
-    assert state(rising, "fooled") == "absent"
+    assert state(rising, "fooled") == "unknown"
+    assert state({"accuracy/train": 0.5}, "fooled") == "absent"
 
 
 def test_a_light_says_its_threshold_and_where_it_held() -> None:
@@ -94,11 +108,127 @@ def test_a_light_says_its_threshold_and_where_it_held() -> None:
     assert "`" not in light.remedy and "](" not in light.remedy
 
 
-def test_rows_are_those_of_the_page(repository: Path) -> None:
-    page = (repository / "docs" / "metrics.md").read_text().splitlines()
-    assert [row.names for row in ROWS if row.markdown not in page] == []
-    for rule in RULES:
-        assert about(rule.metric)
+def test_a_threshold_that_the_configuration_lacks_is_none() -> None:
+    values = {"policy/grad_norm": 0.5, "mismatch/logprob_mean": 0.1}
+    light = {one.id: one for one in judge(steps_of(10, values), Table(), {}.get)}
+    assert (light["mismatch"].state, light["mismatch"].word) == ("unknown", "no threshold")
+    assert "config.yaml has no number at trainer.mismatch_alarm" in light["mismatch"].value_text
+    assert (light["gradient"].state, light["gradient"].value_text) == ("good", "0.5; look below 1e-12")
+
+
+# -- courses of runs ---------------------------------------------------------------------------------------------------
+
+CONFIG = """\
+algorithm: {_target_: algorithms.grpo.GRPO, samples_per_prompt: 8}
+trainer: {total_steps: 40, prompts_per_step: 8, max_staleness: 0, mismatch_alarm: 0.05, max_mismatch: 0.2,
+  max_skipped_updates: 3}
+learner: {max_grad_norm: 1.0}
+reward: {max_failed_share: 0.2}
+"""
+BY_DESIGN = {"staleness", "learner_waits", "engine_waits"}
+"""Lights of a synchronous run that say so from the first step."""
+HEALTHY = {
+    "reward/failed": 0.0, "policy/skipped_updates": 0.0, "length/truncated_share": 0.02, "mismatch/logprob_mean": 0.008,
+    "kl/reference": 0.01, "weights/canary_change": 1.0, "time/step": 3.0, "time/learner_idle": 2.0,
+    "time/engine_idle": 1.0,
+}  # fmt: skip
+
+
+def run_of(folder: Path, lines: list[dict[str, Any]], config: str = CONFIG) -> Run:
+    """A folder of these lines of metrics.jsonl; each has `kind` and `step`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config)
+    with (folder / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps({"time": 1.8e9 + 3 * one["step"], "seconds": 1.0} | one) + "\n" for one in lines)
+    return Run("run", folder)
+
+
+def learning(step: int, accuracy: float) -> list[dict[str, Any]]:
+    """The lines of a step that goes as it should; every fifth one is evaluated."""
+    noise = 0.02 * (-1) ** step
+    own = {"reward/mean": accuracy + noise, "accuracy/train": accuracy - noise, "group/all_equal_share": 0.3}
+    own |= {"policy/entropy": 0.8 - 0.01 * step, "policy/grad_norm": 0.4, "mismatch/ess": 0.99}
+    return [{"kind": "step", "step": step} | HEALTHY | own, *evaluated(step, accuracy)]
+
+
+def collapsed(step: int, silent: bool) -> list[dict[str, Any]]:
+    """All answers are the same wrong one. `silent`: nothing is computed of samples without an advantage."""
+    own = {"reward/mean": 0.0, "accuracy/train": 0.0, "group/all_equal_share": 1.0, "policy/grad_norm": 0.0}
+    line = {"kind": "step", "step": step} | HEALTHY | own
+    if silent:
+        line = {name: value for name, value in line.items() if name not in ("kl/reference", "mismatch/logprob_mean")}
+    else:
+        line |= {"policy/entropy": 0.0004}
+    return [line, *evaluated(step, 0.0)]
+
+
+def evaluated(step: int, accuracy: float) -> list[dict[str, Any]]:
+    return [{"kind": "evaluation", "step": step, "accuracy/heldout": accuracy}] if step % 5 == 0 else []
+
+
+def states(run: Run) -> dict[str, str]:
+    return {light.id: light.state for light in lights(run)}
+
+
+def test_a_run_that_learns_is_green(tmp_path: Path) -> None:
+    run = run_of(tmp_path, [line for step in range(1, 41) for line in learning(step, 0.2 + 0.015 * step)])
+    assert {light.id: light.value_text for light in lights(run) if light.state != "good"} == {}
+    assert len(states(run)) == 15
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_few_steps_are_too_few_to_say(tmp_path: Path, steps: int) -> None:
+    run = run_of(tmp_path, [line for step in range(1, steps + 1) for line in learning(step, 0.3)])
+    shown = {light.id: light for light in lights(run)}
+    green = {name for name, light in shown.items() if light.state == "good"}
+    assert green == (BY_DESIGN | {"weights"} if steps else set())  # weights: a measured change is a proof
+    for light in (light for name, light in shown.items() if name not in green):
+        assert (light.state, light.word) == ("unknown", "too few steps"), light.title
+        assert f"{steps} of " in light.value_text and "steps" in light.value_text, light.value_text
+    assert {"mismatch", "entropy", "kl", "skipped"} <= shown.keys()
+    assert not steps or {"accuracy", "equal", "fooled", "gradient"} <= shown.keys()
+
+
+def test_a_warning_comes_before_there_is_enough_for_green(tmp_path: Path) -> None:
+    bad = {"mismatch/logprob_mean": 0.5, "policy/entropy": 0.001, "kl/reference": 2.0}
+    run = run_of(tmp_path, [learning(1, 0.3)[0] | bad])
+    assert {states(run)[name] for name in ("mismatch", "entropy", "kl")} == {"bad"}
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_collapsed_run_is_green_nowhere_that_speaks_of_it(tmp_path: Path, silent: bool) -> None:
+    lines = [line for step in range(1, 16) for line in learning(step, 0.5 + 0.01 * step)]
+    for step in range(16, 21):  # it narrows
+        narrow = {"policy/entropy": 0.4 * 0.2 ** (step - 15), "group/all_equal_share": 0.9, "reward/mean": 0.1}
+        lines += [learning(step, 0.1)[0] | narrow | {"accuracy/train": 0.1}, *evaluated(step, 0.1)]
+    for step in range(21, 41):
+        lines += collapsed(step, silent)
+        if step >= 25:
+            now = states(run_of(tmp_path / str(step), lines))
+            assert (now["equal"], now["accuracy"], now["entropy"], now["gradient"]) == ("bad", "bad", "bad", "look")
+            assert now["fooled"] != "good"
+            about_other_things = {"failed", "skipped", "truncated", "weights"} | BY_DESIGN
+            about_other_things |= set() if silent else {"mismatch", "kl"}
+            assert {name for name, one in now.items() if one == "good"} == about_other_things
+    light = next(one for one in lights(run_of(tmp_path / "end", lines)) if one.id == "kl")
+    assert light.value_text.endswith("; no step since 20 reports it") == silent
+
+
+def test_an_evaluation_and_the_training_of_a_reward_have_no_lights_of_training(tmp_path: Path) -> None:
+    assert lights(Run("run", make_evaluation(tmp_path / "ended", prompts=16))) == []
+    going = run_of(tmp_path / "going", evaluated(0, 0.5), "evaluate: {samples: 4}\nmodel: {path: 'embedded:policy'}\n")
+    assert lights(going) == []
+    reward = [{"kind": "step", "step": step, "preference/loss": 0.6} for step in range(1, 9)]
+    assert lights(run_of(tmp_path / "reward", reward, "stage: train\nreward: {learning_rate: 1.0e-5}\n")) == []
+
+
+def test_without_a_verifier_the_light_says_what_is_missing(tmp_path: Path) -> None:
+    lines = [learning(step, 0.3)[0] for step in range(1, 21)]
+    for line in lines:
+        del line["accuracy/train"]
+    light = next(one for one in lights(run_of(tmp_path, lines)) if one.id == "fooled")
+    assert (light.state, light.word) == ("unknown", "not measured")
+    assert "no verifier" in light.value_text
 
 
 def test_states_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
