@@ -11,6 +11,7 @@ setup(
     package_dir={"rlkit.conf": "conf"},
     package_data={
         "rlkit": [
+            "config/*.yaml",
             "models/*.json",
             "view/*.html",
             "embedded/**/*.safetensors",

@@ -237,7 +237,7 @@ class Loading:
     def _other_classes(self, kind: str, cls: Any, fields: Mapping[str, Any]) -> dict[str, str]:
         """For keys unknown to this class and unlike its own: which options have them, or have one a slip away."""
         own = cls.Config.model_fields
-        named = [key for key in fields if key in own or is_called(key, {f"{kind}.{name}" for name in own})]
+        named = [key for key in fields if key in own or is_called(f"{kind}.{key}", {f"{kind}.{name}" for name in own})]
         unknown = [key for key in fields if key not in named and nearest(key, own) is None]
         having: dict[str, dict[str, list[str]]] = {key: {} for key in unknown}
         for option in self.options[kind] if unknown else ():
