@@ -19,9 +19,6 @@ from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import RewardPool
 
-OWN = ""
-"""The held-out set of the run's own data, beside the named ones of `evaluation.sets`."""
-
 
 @dataclass(frozen=True)
 class Evaluation:

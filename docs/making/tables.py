@@ -12,7 +12,7 @@ from pathlib import Path
 from rlkit.config.vocabulary import rows
 
 DOCS = Path(__file__).resolve().parents[1]
-PAGES = {"openrlhf": "from/openrlhf.md", "trl": "from/trl.md", "trl_preferences": "algorithms.md", "verl": "from/verl.md"}
+PAGES = {name: f"from/{name}.md" for name in ("openrlhf", "trl", "verl")} | {"trl_preferences": "algorithms.md"}
 FRAMEWORKS = {"openrlhf": "OpenRLHF", "trl": "TRL", "trl_preferences": "TRL", "verl": "verl"}
 
 

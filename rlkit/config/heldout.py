@@ -49,6 +49,10 @@ class HeldoutSets:
         self.folder, self.options, self.data, self.where = folder, options, data, where
         self.problems: list[ConfigIssue] = []
 
+    def read_all(self, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, HeldoutSet]:
+        read = {name: self.read(name, section) for name, section in sets.items()}
+        return {name: one for name, one in read.items() if one is not None}
+
     def read(self, name: str, section: Mapping[str, Any]) -> HeldoutSet | None:
         key = f"evaluation.sets.{name}"
         own = {field: section[field] for field in SetOptions.model_fields if field in section}
@@ -98,6 +102,11 @@ class HeldoutSets:
 
     def _refuse(self, key: str, value: Any, message: str) -> None:
         self.problems.append(ConfigIssue(self.where(key, value), message))
+
+
+def with_whole_sets(evaluation: EvaluationConfig, sets: Mapping[str, HeldoutSet]) -> EvaluationConfig:
+    """Every value of the sets spelled out."""
+    return evaluation.model_copy(update={"sets": {name: one.section() for name, one in sets.items()}})
 
 
 def evaluation_is_of_one_kind(evaluation: EvaluationConfig) -> Issues:

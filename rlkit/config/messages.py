@@ -52,13 +52,12 @@ class ConfigError(UserError):
         self.problems = tuple(problems)
         super().__init__(self.report())
 
-    def report(self) -> str:
+    def report(self, hint: str = "") -> str:
+        """`hint`: what else may help, as the end of a sentence."""
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         lines = [f"rlkit: {head} in the configuration", *(f"  - {problem}" for problem in self.problems)]
-        return "\n".join(
-            [*lines, "Nothing was started. `--help` lists every key; `dry_run=true` checks without running."]
-        )
+        return "\n".join([*lines, f"Nothing was started. `--help` lists every key{hint}."])
 
 
 Issues = Iterator[ConfigIssue]

@@ -107,7 +107,8 @@ def is_called(key: str, fields: Iterable[str]) -> bool:
 def answer(name: str, section: str = "") -> str | None:
     """What to say of a key, an option or a part of either that rlkit does not have; None for an unknown one."""
     in_section = words()["in_section"]
-    own = next((in_section[top] for top in (section, name.partition(".")[0]) if top in in_section), [])
+    tops = [top for top in (section, name.partition(".")[0]) if top in in_section]
+    own: list[Mapping[str, str]] = in_section[tops[0]] if tops else []
     steps = [step.strip("_") for step in name.lower().replace("-", "_").split(".")]
     for step in steps:
         told = _first(step, words()["wishes"]) or (_first(step, own) if step == steps[-1] else None)
