@@ -23,7 +23,8 @@ from rlkit.config.messages import (
 from rlkit.config.overrides import NAME
 from rlkit.config.parts import TARGET, HeldoutSet, Part, PartError, import_part
 from rlkit.config.schema import EvaluationConfig
-from rlkit.data.base import DataSource
+from rlkit.data.base import DataConfig, DataSource
+from rlkit.data.files import DEFAULT_HELDOUT_SHARE
 from rlkit.experience.names import nearest
 from rlkit.experience.section import Section
 
@@ -107,6 +108,20 @@ class HeldoutSets:
 def with_whole_sets(evaluation: EvaluationConfig, sets: Mapping[str, HeldoutSet]) -> EvaluationConfig:
     """Every value of the sets spelled out."""
     return evaluation.model_copy(update={"sets": {name: one.section() for name, one in sets.items()}})
+
+
+def held_out_from(config: DataConfig) -> str:
+    """What makes the held-out problems of a source others than those it trains on, with the key that says so."""
+    if hasattr(config, "heldout_problems"):
+        return "drawn (data.heldout_problems)"
+    for key, what in (("heldout_path", "those of"), ("heldout_split", "the split")):
+        if (value := getattr(config, key, None)) is not None:
+            names = ", ".join(value) if isinstance(value, tuple) else value
+            return f"{what} {names} (data.{key})"
+    if "heldout_share" in type(config).model_fields:
+        share = getattr(config, "heldout_share", None) or DEFAULT_HELDOUT_SHARE
+        return f"{share:.3g} of the questions of {getattr(config, 'path', 'the data')} (data.heldout_share)"
+    return "as the data source holds them out"
 
 
 def evaluation_is_of_one_kind(evaluation: EvaluationConfig) -> Issues:
