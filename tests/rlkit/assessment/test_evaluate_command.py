@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_fixture import Asked, JudgeServer, Reply
 from paths import ROOT
 
 from rlkit import cli
@@ -292,6 +293,54 @@ def test_the_sets_of_a_run_are_asked_too(trained: Path, data: Path, tmp_path: Pa
     assert "no such file" in problems("evaluation.sets.more.data=jsonl", "evaluation.sets.more.path=gone.jsonl")
     recorded = ["data=responses", f"data.path={data}", "evaluation.sets.more.path=gone.jsonl"]
     assert "the answers are recorded" in problems(*recorded)
+
+
+def test_each_set_has_numbers_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked of a server that adds, and cannot add above 10."""
+
+    def added(asked: Asked) -> Reply:
+        total = sum(map(int, re.findall(r"\d+", asked.body["messages"][-1]["content"])))
+        return Reply(f"#### {min(10, total)}")
+
+    for name, first in (("easy", 1), ("hard", 4)):
+        sums = [(n, n + 1) for n in range(first, first + 4)]
+        rows = [{"question": f"What is {a} + {b}?", "answer": f"#### {a + b}"} for a, b in sums]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    words = [
+        "data=jsonl",
+        f"data.path={tmp_path}/easy.jsonl",
+        "reward=rule",
+        f"evaluation.sets.hard.path={tmp_path}/hard.jsonl",
+    ]
+    words += ["evaluation.sets.hard.prompts=3", "evaluate.samples=2", "evaluate.greedy=true", f"run_dir={folder}"]
+    with JudgeServer(added) as server:
+        words += ["model=endpoint", f"model.url={server.url}", "model.name=sums"]
+        assert main(words) == 0
+        assert len(server.asked) == 3 * 4 + 3 * 3
+        kept = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+        (folder / "samples.jsonl").write_text(
+            "".join(line for line in kept if '"set":"hard"' not in line.replace(" ", ""))
+        )
+        before = result(folder)
+        assert main([*words, "resume=auto"]) == 0
+        assert len(server.asked) == 3 * 4 + 2 * 3 * 3, "only what is missing is asked again"
+    found = result(folder)
+    hard = found["sets"]["hard"]
+    assert (found["data"]["questions"], hard["data"]["questions"]) == (4, 3)
+    assert found["data"]["sha256"] != hard["data"]["sha256"]
+    assert [line["mean"]["value"] for line in found["lines"]] == [1.0, 1.0]
+    assert [(line["decoding"], line["answers"], line["mean"]["value"]) for line in hard["lines"]] == [
+        ("sampled", 6, pytest.approx(1 / 3)),
+        ("greedy", 3, pytest.approx(1 / 3)),
+    ]
+    assert (before["lines"], before["sets"]) == (found["lines"], found["sets"])
+    (metrics,) = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert metrics["accuracy/heldout"] == 1.0 and metrics["evaluation/greedy/accuracy"] == 1.0
+    assert metrics["evaluation/hard/accuracy"] == metrics["evaluation/hard/greedy/accuracy"] == pytest.approx(1 / 3)
+    assert metrics["evaluation/hard/pass@2"] == pytest.approx(1 / 3)
+    printed = capsys.readouterr().out
+    assert "\nJudged by MathReward" in printed and "\nhard: Judged by MathReward" in printed
 
 
 def test_a_dry_run_is_not_proposed_after_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
