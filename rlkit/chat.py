@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rlkit.config.command import asks_for_help, exit_code
+from rlkit.config.command import asks_for_help, exit_code, split_off_subject
 from rlkit.config.messages import ConfigError, ConfigIssue
 
 
@@ -32,9 +32,10 @@ def _chat(arguments: list[str]) -> int:
         print_section(Console(), "options", "", all_fields(ChatConfig))
         print(f"\nWhile it runs:\n{HELP}")
         return 0
-    if not arguments or "=" in arguments[0]:
+    named, options = split_off_subject(arguments)
+    if named is None:
         raise ConfigError([ConfigIssue("chat", "names no model: rlkit chat CHECKPOINT [key=value ...]")])
-    config, folder = read_options(arguments[1:]), policy_folder(arguments[0])
+    config, folder = read_options(options), policy_folder(named)
     talk(Chat(folder, config))
     return 0
 

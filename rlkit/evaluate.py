@@ -1,7 +1,7 @@
-"""`python -m rlkit.evaluate [group=option ...] [key=value ...]`: what a model's answers are worth, with intervals.
+"""`python -m rlkit.evaluate [RUN|CHECKPOINT|MODEL] [key=value ...]`: what a model's answers are worth, with intervals.
 
-python -m rlkit.evaluate model=hf model.path=FOLDER data=jsonl data.path=test.jsonl reward=rule evaluate.samples=16
-python -m rlkit.evaluate run=runs/x checkpoints=all              a curve, compared question by question
+python -m rlkit.evaluate FOLDER data=jsonl data.path=test.jsonl reward=rule evaluate.samples=16
+python -m rlkit.evaluate runs/x checkpoints=all                  a curve, compared question by question
 python -m rlkit.evaluate model=endpoint model.url=http://127.0.0.1:8000/v1 data=arithmetic
 python -m rlkit.evaluate data=responses data.path=responses.jsonl reward=rule    recorded answers: nothing is sampled
 """

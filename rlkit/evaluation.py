@@ -18,9 +18,6 @@ from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.pool import RewardPool
 from rlkit.serving.stored import Stored, groups_in
 
-OWN = ""
-"""The held-out set of the run's own data, beside the named ones of `evaluation.sets`."""
-
 
 @dataclass(frozen=True)
 class Evaluation:

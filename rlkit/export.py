@@ -28,6 +28,7 @@ def _export(arguments: list[str]) -> int:
     if asks_for_help(arguments):
         print(__doc__)
         return 0
+    arguments = [word.removeprefix("run=") for word in arguments]
     words = [word for word in arguments if not word.startswith("into=")]
     into = next((Path(word.removeprefix("into=")).expanduser() for word in arguments if word not in words), None)
     usage = "name a format and a run, like: rlkit export inspect runs/x, or: rlkit export trackio runs/x into=FOLDER"

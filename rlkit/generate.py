@@ -1,7 +1,7 @@
-"""`python -m rlkit.generate [group=option ...] [key=value ...]`: answers to the questions of any data.
+"""`python -m rlkit.generate [RUN|CHECKPOINT|MODEL] [key=value ...]`: answers to the questions of any data.
 
-python -m rlkit.generate model=hf model.path=FOLDER data=jsonl data.path=questions.jsonl evaluate.samples=4
-python -m rlkit.generate run=runs/x checkpoints=last
+python -m rlkit.generate FOLDER data=jsonl data.path=questions.jsonl evaluate.samples=4
+python -m rlkit.generate runs/x/checkpoints/step_000060
 
 The arguments of rlkit.evaluate but `reward` and `verifier`; RUN_DIR/samples.jsonl has the answers.
 """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from algorithms.base import Render
 from rewards.base import Reward, RewardConfig
 from rlkit.config.messages import named_as_set
-from rlkit.config.parts import ResolvedRun
+from rlkit.config.parts import OWN, ResolvedRun
 from rlkit.config.plan import asks_reward, reads_recorded_labels
 from rlkit.config.structured import split_unusable
 from rlkit.data.base import BadRow, DataConfig, DataError, Problem, Split
@@ -19,7 +19,6 @@ from rlkit.data.rows import refuse_too_many_bad_rows
 from rlkit.environments.agent import Agent
 from rlkit.environments.base import Environment
 from rlkit.environments.tool import Tool, tools_of
-from rlkit.evaluation import OWN
 from rlkit.experience import Prompt
 from rlkit.experience.steps import token_pieces
 from rlkit.models.folder import model_folder

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _report(arguments: list[str]) -> int:
-    given = parser().parse_args(arguments)
+    given = parser().parse_args([word.removeprefix("run=") for word in arguments])
     from rlkit.view.report import write
 
     for line in write(given.run, given.out, given.max_mb):

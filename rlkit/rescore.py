@@ -12,13 +12,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rlkit.config.command import asks_for_help, exit_code
+from rlkit.config.command import asks_for_help, exit_code, split_off_subject
 from rlkit.config.messages import ConfigError, ConfigIssue
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 after an error, 2 for a wrong configuration, 130."""
-    return exit_code(_rescore, arguments)
+    return exit_code(_rescore, arguments, has_dry_run=True)
 
 
 def _rescore(arguments: list[str]) -> int:
@@ -27,9 +27,10 @@ def _rescore(arguments: list[str]) -> int:
         return 0
     from rlkit.assessment.rescoring import load_rescoring, rescore
 
-    if not arguments or "=" in arguments[0]:
+    run, options = split_off_subject(arguments)
+    if run is None:
         raise ConfigError([ConfigIssue("rescore", "names no run: python -m rlkit.rescore RUN reward=NAME")])
-    rescoring = load_rescoring(arguments[0], arguments[1:])
+    rescoring = load_rescoring(run, options)
     if rescoring.config.dry_run:
         print(f"{rescoring.file} would be written; nothing was started (dry_run=true).")
         return 0

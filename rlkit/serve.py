@@ -15,7 +15,7 @@ from rlkit.config.command import asks_for_help, exit_code
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; returns 0, 1 if the reward cannot start, 2 for a wrong configuration."""
-    return exit_code(_serve, arguments)
+    return exit_code(_serve, arguments, has_dry_run=True)
 
 
 def _serve(arguments: list[str]) -> int:

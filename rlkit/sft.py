@@ -17,7 +17,7 @@ CHOICE = "algorithm=sft"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, as rlkit.train."""
-    return exit_code(_sft, arguments)
+    return exit_code(_sft, arguments, has_dry_run=True)
 
 
 def _sft(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ from rlkit.config.command import exit_code
 def main(arguments: Sequence[str] | None = None) -> int:
     from rlkit.jobs.submission import run_command
 
-    return exit_code(run_command, arguments)
+    return exit_code(run_command, arguments, has_dry_run=True)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def _sync(arguments: list[str]) -> int:
     if asks_for_help(arguments):
         print(__doc__)
         return 0
+    arguments = [word.removeprefix("run=") for word in arguments]
     folders = [word for word in arguments if "=" not in word]
     chosen = [word.partition("=")[2] for word in arguments if word.startswith("tracker=")]
     for word in arguments:

@@ -17,7 +17,7 @@ from rlkit.experience.extras import lacking_for_training
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 after an error, 2 for a wrong configuration, 130, 143."""
-    return exit_code(train, arguments)
+    return exit_code(train, arguments, has_dry_run=True)
 
 
 def train(arguments: list[str]) -> int:

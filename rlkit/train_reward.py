@@ -11,7 +11,7 @@ from rlkit.reward_training.command import launch, load_reward_training, print_he
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 after an error, 2 for a wrong configuration, 130, 143."""
-    return exit_code(_train_reward, arguments)
+    return exit_code(_train_reward, arguments, has_dry_run=True)
 
 
 def _train_reward(arguments: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rlkit.config.reference import pages
 
 GENERATED = pages()
 KEYS = {key for text in GENERATED.values() for key in re.findall(r"^`([\w.]+)`$", text, flags=re.MULTILINE)}
+TABLES = runpy.run_path(str(ROOT / "docs/making/tables.py"))
 FROM = sorted((ROOT / "docs" / "from").glob("*.md"))
 
 
@@ -29,6 +31,13 @@ def test_every_option_has_a_page_that_says_what_it_sets() -> None:
     dapo = GENERATED["algorithm/dapo.md"]
     assert "2503.14476" in dapo and "- `algorithm.clip_high=0.28`" in dapo
     assert "`learner.learning_rate`\n:   a number" in GENERATED["learner.md"]
+
+
+@pytest.mark.parametrize(("name", "page"), TABLES["PAGES"].items())
+def test_the_tables_of_other_frameworks_keys_are_those_that_answer(name: str, page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    assert TABLES["table"](name) in text, "python docs/making/tables.py writes it"
+    assert TABLES["with_table"](text, name) == text
 
 
 @pytest.mark.parametrize("page", FROM, ids=lambda page: page.stem)

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from rlkit.checkpoint.folder import sealed_folders
+from rlkit.assessment.subject import find_subject
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields, validate
 from rlkit.experience import Message
 from rlkit.experience.section import Section, Seed
-from rlkit.models.folder import PREFIX, ModelFolderError, check_model_folder, model_folder
+from rlkit.models.folder import ModelFolderError, check_model_folder, model_folder
 
 HELP = """\
 /reset          forget the conversation
@@ -88,20 +88,14 @@ def _value(text: str) -> Any:
 
 def policy_folder(named: str) -> Path:
     """Of a run (its newest checkpoint), a checkpoint or a model. Raises ConfigError."""
-    path = Path(named).expanduser()
-    if not named.startswith(PREFIX):
-        saved = sealed_folders(path / "checkpoints")
-        if (path / "policy").is_dir():
-            named = str(path / "policy")
-        elif saved:
-            named = str(saved[0] / "policy")
-        elif (path / "samples.jsonl").exists():
-            raise ConfigError([ConfigIssue(named, "is a run that has saved no checkpoint (trainer.save_every_steps)")])
+    model = find_subject(named).model
+    if not model:
+        raise ConfigError([ConfigIssue(named, "is a run that has saved no checkpoint (trainer.save_every_steps)")])
     try:
-        check_model_folder(named)
+        check_model_folder(model)
     except ModelFolderError as error:
         raise ConfigError([ConfigIssue(named, str(error))]) from error
-    return model_folder(named)
+    return model_folder(model)
 
 
 @dataclass

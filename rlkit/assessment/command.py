@@ -21,7 +21,7 @@ HELP_END = """
 
 
 def command(name: str, usage: str | None, arguments: Sequence[str] | None) -> int:
-    return exit_code(lambda words: _run(name, usage or "", words), arguments)
+    return exit_code(lambda words: _run(name, usage or "", words), arguments, has_dry_run=True)
 
 
 def _run(name: str, usage: str, words: list[str]) -> int:
@@ -56,6 +56,8 @@ def _plan(evaluating: Evaluating) -> str:
     if evaluating.kind != "recorded":
         ways = [f"{config.evaluate.samples} sampled"] * bool(config.evaluate.samples)
         lines.append(f"to each question: {' and '.join([*ways, *(['1 greedy'] * config.evaluate.greedy)])}")
+    for name, one in evaluating.sets.items():
+        lines.append(f"also asked: evaluation.sets.{name} ({one.prompts or 'all'} questions)")
     for part, what in ((evaluating.judge, "judged by"), (evaluating.chooser, "best of k chosen by")):
         if part is not None:
             lines.append(f"{what} {part.cls.__name__}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +16,15 @@ import rlkit
 from rewards.base import Reward, RewardConfig
 from rlkit.assessment.endpoint import address_problem, token_problem
 from rlkit.assessment.schema import EvaluateRun
+from rlkit.assessment.subject import find_subject
 from rlkit.checkpoint.folder import sealed_folders
 from rlkit.config.checks import run_checks
+from rlkit.config.command import split_off_subject
 from rlkit.config.compose import option_fields
+from rlkit.config.heldout import held_out_sets_are_usable
 from rlkit.config.loading import Loading
-from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, Issues
-from rlkit.config.parts import CONTRACTS, TARGET, Contract, Part, conf_dir, make_source
+from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, Issues, of_the_set
+from rlkit.config.parts import CONTRACTS, OWN, TARGET, Contract, HeldoutSet, Part, conf_dir, make_source
 from rlkit.data.base import DataSource
 from rlkit.models.folder import ModelFolderError, check_model_folder
 
@@ -34,6 +39,7 @@ TIMES = ("trainer.step_timeout_seconds", "trainer.startup_timeout_seconds")
 OF_TRAINING = ("reward", "trainer", "evaluation", "buffer", "diagnostics", "tracking", "resume")
 """Sections of a run's configuration that say nothing of its evaluation."""
 UNWRITTEN = {"algorithm", "critic", "buffer", "diagnostics", "evaluation"}
+SETS = "evaluation.sets"
 LONGEST_SECONDS = 86400.0
 """All answers of one model are one wait; the engines say how far they are."""
 TO_ENDPOINT: tuple[str, ...] = (
@@ -64,11 +70,17 @@ class Evaluating:
     chooser: Part | None
     """Another reward, which chooses the best of k."""
     policies: tuple[Policy, ...]
+    sets: Mapping[str, HeldoutSet]
+    """Further questions by name: `evaluation.sets`."""
     warnings: tuple[ConfigIssue, ...] = ()
 
-    def source(self) -> DataSource:
-        environment = self.environment or Part(None, None)
-        return make_source(self.data.cls, self.data.config, self.config.seed, environment.cls, environment.config)
+    def source(self, name: str = OWN) -> DataSource:
+        """Of the questions, or of a further set."""
+        environment, one = self.environment or Part(None, None), self.data_of(name)
+        return make_source(one.cls, one.config, self.config.seed, environment.cls, environment.config)
+
+    def data_of(self, name: str) -> Part:
+        return Part(self.sets[name].source, self.sets[name].config) if name else self.data
 
     def section(self, part: Part) -> dict[str, Any]:
         """A reward's configuration, as its workers take it."""
@@ -87,12 +99,13 @@ class Evaluating:
         return head + values
 
     def plain(self) -> dict[str, Any]:
-        return self.config.model_dump(mode="json", exclude=UNWRITTEN)
+        sets = {"evaluation": {"sets": self.config.evaluation.sets}} if self.sets else {}
+        return self.config.model_dump(mode="json", exclude=UNWRITTEN) | sets
 
 
 def load_evaluation(arguments: Sequence[str], file: Path | None = None, *, judged: bool = True) -> Evaluating:
-    """Resolve Hydra overrides, on top of a file or of the configuration of `run=FOLDER`. Raises ConfigError with every
-    problem. `judged`: there must be a reward; else there is none."""
+    """Resolve a run, checkpoint or model and Hydra overrides, on top of a file or of the run's configuration. Raises
+    ConfigError with every problem. `judged`: there must be a reward; else there is none."""
     loading = _Loading(arguments, file, judged)
     loading.validate()
     loading.check()
@@ -101,27 +114,34 @@ def load_evaluation(arguments: Sequence[str], file: Path | None = None, *, judge
 
 class _Loading(Loading):
     def __init__(self, arguments: Sequence[str], file: Path | None, judged: bool) -> None:
-        values = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-        self.judged, self.served = judged, values.get("model") == "endpoint"
-        self.run = Path(values["run"]).expanduser() if values.get("run") else None
+        named, others = split_off_subject(arguments)
+        subject = None if named is None else find_subject(named)
+        added = [] if subject is None else subject.overrides()
+        for argument in others:
+            if argument.partition("=")[0] in {one.partition("=")[0] for one in added}:
+                raise ConfigError([ConfigIssue(argument, f"{named} says that already; leave one of them out")])
+        self.judged, self.served = judged, "model=endpoint" in others
+        self.run = None if subject is None else subject.run
         if self.run is not None:
             if file is not None:
                 raise ConfigError([ConfigIssue(f"--config {file}", f"run={self.run} brings a configuration, too")])
             file = self.run / "config.yaml"
             if not file.is_file():
                 raise ConfigError([ConfigIssue(f"run={self.run}", f"is no folder of a run: there is no {file}")])
-        named = {key for key in values if key in ("data", "verifier", "environment", "cluster", "rollout", "learner")}
+        groups = ("data", "verifier", "environment", "cluster", "rollout", "learner")
+        chosen = {argument.partition("=")[0] for argument in others} & set(groups)
         # What a run sampled for training says nothing here, and what is named takes the place of its own.
-        self.unread_sections = () if self.run is None else (*OF_TRAINING, *named)
+        self.unread_sections = () if self.run is None else (*OF_TRAINING, *chosen)
         contracts = {**CONTRACTS, "reward": JUDGES, "verifier": JUDGES}
-        words = [_spelled(argument) for argument in arguments]
+        words = [_spelled(argument) for argument in (*added, *others)]
         super().__init__(words, file, folder=conf_dir(), schema=EvaluateRun, contracts=contracts)
         self._refuse_what_is_for_training()
 
     def _refuse_what_is_for_training(self) -> None:
         for key, argument in self.overrides.typed.items():
-            if key.partition(".")[0] not in USED and key not in TIMES:
-                self.problems.append(ConfigIssue(argument, f"has no effect here; what has: {', '.join(USED)}"))
+            if key.partition(".")[0] not in USED and key not in TIMES and not key.startswith(SETS):
+                has = ", ".join((*USED, SETS))
+                self.problems.append(ConfigIssue(argument, f"has no effect here; what has: {has}"))
             elif not self.judged and key.partition(".")[0] in ("reward", "verifier"):
                 remedy = "python -m rlkit.evaluate judges answers"
                 self.problems.append(ConfigIssue(argument, f"has no effect in rlkit.generate; {remedy}"))
@@ -136,6 +156,8 @@ class _Loading(Loading):
             tree["model"]["path"] = tree["model"].get("url") or ""
         if self.run is not None:
             self._as_in_the_run(tree)
+        if self._new_folder:
+            tree["run_dir"] = f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self._called(tree)}"
         if not self.judged or "reward" not in known:
             tree["reward"] = {TARGET: None}
         if not self.judged or ("verifier" not in known and "reward" in typed):
@@ -146,15 +168,38 @@ class _Loading(Loading):
             tree["verifier"] = {TARGET: None}  # the data's own labels
         return tree
 
+    def _called(self, tree: dict[str, Any]) -> str:
+        """What is evaluated, on which data, in a folder's name."""
+        path, model = tree["data"].get("path"), str(tree["model"].get("path"))
+        data = Path(path).name.partition(".")[0] if isinstance(path, str) and path else self.sources.options["data"]
+        if tree["rollout"].get("source") == "data":
+            what = "recorded"
+        elif self.served:
+            what = tree["model"].get("name") or "endpoint"
+        elif self.run is None:
+            what = Path(model.rpartition(":")[2]).name
+        else:
+            steps = tree.get("checkpoints", "last")
+            if steps == "last":
+                steps = [int(folder.name[5:]) for folder in sealed_folders(self.run / "checkpoints")[:1]]
+            what = "_".join([self.run.absolute().name, *(["all"] if steps == "all" else map(str, steps))])
+            data = data if "data" in self.overrides.typed else "heldout"
+        return re.sub(r"[^\w.+-]+", "-", f"{'evaluate' if self.judged else 'generate'}_{what}_{data}")
+
     def _as_in_the_run(self, tree: dict[str, Any]) -> None:
         """Held-out answers are sampled as the run did it."""
         assert self.run is not None
         tree["run"], tree["rollout"]["source"], tree["rollout"]["source_path"] = str(self.run), "policy", None
         written = yaml.safe_load((self.run / "config.yaml").read_text()) or {}
+        evaluation = written.get("evaluation") or {}
         for name in ("temperature", "max_response_tokens"):
-            value = (written.get("evaluation") or {}).get(name)
+            value = evaluation.get(name)
             if value is not None and f"rollout.{name}" not in self.overrides.typed:
                 tree["rollout"][name] = value
+        if "data" not in self.overrides.typed:  # other questions take the place of all of the run's
+            sets = tree["evaluation"].setdefault("sets", {})
+            for name, section in (evaluation.get("sets") or {}).items():
+                sets[name] = {**section, **sets.get(name, {})}
 
     def check(self) -> None:
         checked = {name: self.available[name] for name in self.available if name in USED}
@@ -178,17 +223,23 @@ class _Loading(Loading):
         if evaluate is not None and evaluation is not None:
             checked["evaluation"] = evaluation.model_copy(update={"samples": max(1, evaluate.samples)})
         if "data" in self.parts and "seed" in self.available:
-            environment, data = self.parts.get("environment", Part(None, None)), self.parts["data"]
-            try:
-                source = make_source(data.cls, data.config, self.available["seed"], environment.cls, environment.config)
+            if (source := self._made("data", self.parts["data"])) is not None:
                 checked["data"] = source
-            except Exception as error:  # a constructor of the user's may raise anything
-                self.problems.append(ConfigIssue("data", f"cannot be made: {type(error).__name__}: {error}"))
+            of_sets = {name: Part(one.source, one.config) for name, one in self.sets.items()}
+            checked["sets"] = {name: self._made(f"{SETS}.{name}", part) for name, part in of_sets.items()}
         for group in self.overrides.guessed:
             checked.pop(group, None)
         for issue in (*run_checks(checked), *self._own_checks(checked)):
             issue = replace(issue, where=self.sources.where(issue.where, self._value(issue.where)))
             (self.warnings if issue.warning else self.problems).append(issue)
+
+    def _made(self, where: str, data: Part) -> DataSource | None:
+        environment = self.parts.get("environment", Part(None, None))
+        try:
+            return make_source(data.cls, data.config, self.available["seed"], environment.cls, environment.config)
+        except Exception as error:  # a constructor of the user's may raise anything
+            self.problems.append(ConfigIssue(where, f"cannot be made: {type(error).__name__}: {error}"))
+            return None
 
     def _policies(self) -> tuple[Policy, ...]:
         model, wanted = self.available["model"], self.available.get("checkpoints", "last")
@@ -217,6 +268,12 @@ class _Loading(Loading):
         for kind in ("reward", "verifier"):
             if kind in self.parts:
                 yield from self._judge_fits(kind, self.parts[kind], data)
+        if judge is not None and judge is not self.parts.get("verifier"):  # which the checks of a run look at
+            yield from held_out_sets_are_usable(checked.get("sets", {}), judge)
+        if judge is None:
+            for name, source in checked.get("sets", {}).items():
+                messages = () if source is None else source.check()
+                yield from (of_the_set(ConfigIssue(f"{SETS}.{name}", text), f"{SETS}.{name}") for text in messages)
         labelled = data is None or self.kind != "recorded" or "labels" in data.provides()
         if self.judged and judge is None and not labelled:
             yield ConfigIssue("reward", "somebody must judge the answers: reward=NAME, or data with labels")
@@ -282,6 +339,8 @@ class _Loading(Loading):
                 "data", "has no recorded answers; data=responses data.path=FILE, or data=pairs, bring them"
             )
         why = "the answers are recorded"
+        if self.sets:
+            yield ConfigIssue(SETS, f"has no effect: {why}, and each set is evaluated by itself (data=...)")
         yield from self._idle("evaluate", ("questions", "against"), why)
         yield from self._idle("rollout", ("source", "max_prompt_tokens", "max_response_tokens", "steps"), why)
 
@@ -311,6 +370,7 @@ class _Loading(Loading):
             judge=judge,
             chooser=chooser,
             policies=self.policies,
+            sets=self.sets,
             warnings=tuple(self.warnings),
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlkit.assessment.rows import Decoding, Row
+from rlkit.config.parts import OWN
 from rlkit.experience.statistics import (
     Difference,
     Estimate,
@@ -35,6 +36,8 @@ class Line:
     """Answers are right or wrong; else they have values of any size."""
     questions: Mapping[str, Answers]
     """By the id of the question."""
+    set: str = OWN
+    """The set that they are of."""
 
     @property
     def rows(self) -> list[Row]:
@@ -84,11 +87,17 @@ class Measured:
 
     @property
     def headline(self) -> str:
-        return f"evaluation/greedy/{self.area}" if self.line.decoding == "greedy" else f"{self.area}/heldout"
+        own = self.line.set == OWN and self.line.decoding != "greedy"
+        return f"{self.area}/heldout" if own else f"{self._prefix}{self.area}"
+
+    @property
+    def _prefix(self) -> str:
+        steps = ("evaluation", self.line.set, "greedy" if self.line.decoding == "greedy" else "")
+        return "".join(f"{step}/" for step in steps if step)
 
     def metrics(self) -> dict[str, float]:
         """As rows of metrics.jsonl name them."""
-        prefix = "evaluation/greedy/" if self.line.decoding == "greedy" else "evaluation/"
+        prefix = self._prefix
         estimates = {self.headline: self.mean}
         estimates |= {f"{prefix}{name}{k}": one for name, by_k in self.of_k.items() for k, one in by_k.items()}
         if self.length is not None:
@@ -107,10 +116,10 @@ class Measured:
         return metrics
 
 
-def lines_of(rows: Iterable[Row]) -> list[Line]:
-    """By step, sampled answers first. One kind of verdict for all: right or wrong where all judged answers have it, or
-    where some episode is a success or none."""
-    kept = [row for row in rows if row.get("kind") == "evaluation"]
+def lines_of(rows: Iterable[Row], name: str = OWN) -> list[Line]:
+    """Of a set, by step, sampled answers first. One kind of verdict for all: right or wrong where all judged answers
+    have it, or where some episode is a success or none."""
+    kept = [row for row in rows if row.get("kind") == "evaluation" and row.get("set", OWN) == name]
     judged = [row for row in kept if row.get("correct") is not None or row.get("verdict") is not None]
     graded = [row.get("correct") is not None for row in judged]
     right_or_wrong = all(graded) or any(said and "ended" in row for said, row in zip(graded, judged, strict=True))
@@ -121,7 +130,7 @@ def lines_of(rows: Iterable[Row]) -> list[Line]:
         line.setdefault(str(row["prompt_id"]), {})[str(row["group_id"]), int(row["sample"])] = row
     order = {"sampled": 0, "greedy": 1, "recorded": 2}
     return [
-        Line(step, decoding, right_or_wrong, {q: list(own.values()) for q, own in sorted(questions.items())})  # type: ignore[arg-type]
+        Line(step, decoding, right_or_wrong, {q: list(own.values()) for q, own in sorted(questions.items())}, name)  # type: ignore[arg-type]
         for (step, decoding), questions in sorted(by_line.items(), key=lambda item: (item[0][0], order[item[0][1]]))
     ]
 

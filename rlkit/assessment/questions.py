@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 
 from rlkit.assessment.config import Evaluating
+from rlkit.config.messages import named_as_set
+from rlkit.config.parts import OWN
 from rlkit.config.structured import split_unusable
 from rlkit.data.base import BadRow, DataError, Problem
 from rlkit.data.rows import first_rows, refuse_too_many_bad_rows
@@ -16,9 +18,24 @@ from rlkit.models.folder import model_folder
 from rlkit.tracking.tracker import Tracker
 
 
-def load_questions(evaluating: Evaluating, tracker: Tracker) -> Sequence[Prompt]:
-    """Rendered for the models that answer. Raises DataError."""
-    config, problems = evaluating.config, _problems(evaluating, tracker)
+def load_questions(evaluating: Evaluating, tracker: Tracker) -> dict[str, Sequence[Prompt]]:
+    """By set: what the models are asked. Raises DataError."""
+    asked = {OWN: _questions(evaluating, tracker, OWN)}
+    for name in evaluating.sets:
+        try:
+            asked[name] = _questions(evaluating, tracker, name)
+        except DataError as error:
+            raise DataError(named_as_set(str(error), _key(name))) from error
+    return asked
+
+
+def _key(name: str) -> str:
+    return f"evaluation.sets.{name}" if name else "the data"
+
+
+def _questions(evaluating: Evaluating, tracker: Tracker, name: str) -> Sequence[Prompt]:
+    """Rendered for the models that answer."""
+    config, problems = evaluating.config, _problems(evaluating, tracker, name)
     usable, bad = split_unusable(config.rollout.structured, problems)
     if evaluating.kind == "endpoint":
         prompts: Sequence[Prompt] = [_as_text(problem) for problem in usable]
@@ -30,14 +47,15 @@ def load_questions(evaluating: Evaluating, tracker: Tracker) -> Sequence[Prompt]
         template = config.model.chat_template, config.model.chat_template_arguments
         prompts, unusable = render(usable, tokenizer, config.rollout.max_prompt_tokens, *template)
         bad = [*bad, *unusable]
-    _report(evaluating, bad, problems, tracker)
-    prompts = _judgeable(evaluating, prompts, tracker)
-    return prompts[: config.evaluate.questions]
+    _report(evaluating, bad, problems, tracker, name)
+    prompts = _judgeable(evaluating, prompts, tracker, name)
+    limits = config.evaluate.questions, evaluating.sets[name].prompts if name else None
+    return prompts[: min((limit for limit in limits if limit is not None), default=None)]
 
 
 def load_recorded(evaluating: Evaluating, tracker: Tracker) -> list[Group]:
     """Groups with the data's answers, and scores by its labels where nobody else judges. Raises DataError."""
-    config, problems = evaluating.config, _problems(evaluating, tracker)
+    config, problems = evaluating.config, _problems(evaluating, tracker, OWN)
     bad: list[BadRow] = []
     if evaluating.texts_suffice:
         groups = [_texts(f"evaluation-{i}", problem) for i, problem in enumerate(problems)]
@@ -52,7 +70,7 @@ def load_recorded(evaluating: Evaluating, tracker: Tracker) -> list[Group]:
         limits = rollout.max_prompt_tokens, rollout.max_response_tokens
         prompts, bad = render_recorded(problems, tokenizer, stop_token_ids(str(folder), tokenizer), *limits, *template)
         groups = [recorded_group(prompt, f"evaluation-{i}", 1) for i, prompt in enumerate(prompts)]
-    _report(evaluating, bad, problems, tracker)
+    _report(evaluating, bad, problems, tracker, OWN)
     return groups[: config.evaluate.questions]
 
 
@@ -66,34 +84,38 @@ def data_hash(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def _problems(evaluating: Evaluating, tracker: Tracker) -> Sequence[Problem]:
-    source = evaluating.source()
+def _problems(evaluating: Evaluating, tracker: Tracker, name: str) -> Sequence[Problem]:
+    source = evaluating.source(name)
     # A run's held-out problems; of other data all that are named.
-    problems, bad = source.load("heldout") if evaluating.config.run is not None else source.load_set()
+    own_of_run = evaluating.config.run is not None and name == OWN
+    problems, bad = source.load("heldout") if own_of_run else source.load_set()
     for note in source.notes():
         tracker.warn(note)
-    _report(evaluating, bad, problems, tracker)
+    _report(evaluating, bad, problems, tracker, name)
     if not problems:
-        raise DataError("the data have no usable question")
+        raise DataError(f"{_key(name)}: there is no usable question")
     return problems
 
 
-def _report(evaluating: Evaluating, bad: Sequence[BadRow], problems: Sequence[Problem], tracker: Tracker) -> None:
+def _report(
+    evaluating: Evaluating, bad: Sequence[BadRow], problems: Sequence[Problem], tracker: Tracker, name: str
+) -> None:
     if bad:
         rows = sum(problem.rows for problem in problems) + len(bad)
-        refuse_too_many_bad_rows(bad, rows, evaluating.data.config.max_bad_row_share, "the data")
-        tracker.warn(f"{len(bad)} of {rows} rows skipped:{first_rows(bad)}")
+        refuse_too_many_bad_rows(bad, rows, evaluating.data_of(name).config.max_bad_row_share, _key(name))
+        tracker.warn(f"{len(bad)} of {rows} rows of {_key(name)} skipped:{first_rows(bad)}")
 
 
-def _judgeable(evaluating: Evaluating, prompts: Sequence[Prompt], tracker: Tracker) -> Sequence[Prompt]:
+def _judgeable(evaluating: Evaluating, prompts: Sequence[Prompt], tracker: Tracker, name: str) -> Sequence[Prompt]:
     judge = evaluating.judge
     if judge is None or not judge.cls.traits(judge.config).answer:
         return prompts
     judged = [prompt for prompt in prompts if prompt.answer is not None]
     if not judged:
-        raise DataError(f"no question has the gold answer that {judge.cls.__name__} needs")
+        raise DataError(f"{_key(name)}: no question has the gold answer that {judge.cls.__name__} needs")
     if len(judged) < len(prompts):
-        tracker.warn(f"{len(prompts) - len(judged)} of {len(prompts)} questions have no gold answer and are left out")
+        lacking = f"{len(prompts) - len(judged)} of {len(prompts)} questions of {_key(name)}"
+        tracker.warn(f"{lacking} have no gold answer and are left out")
     return judged
 
 

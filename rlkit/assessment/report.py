@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import rlkit
 from rlkit.assessment.benchmark import Standing
 from rlkit.assessment.measures import Line, Measured
+from rlkit.config.parts import OWN
 from rlkit.experience.statistics import Difference, Estimate
 from rlkit.tracking.run_folder import json_text
 
@@ -57,8 +58,13 @@ class Findings:
     """Of answers that were left out."""
     standing: Standing | None = None
     """Of a reward, on recorded answers that are right and wrong."""
+    set: str = OWN
+    """What was asked: `evaluation.sets.NAME`, or the questions themselves."""
 
     def tables(self) -> list[Table]:
+        return [replace(table, title=f"{self.set}: {table.title}") if self.set else table for table in self._tables()]
+
+    def _tables(self) -> list[Table]:
         tables = [self._means()]
         if any(one.of_k for one in self.measured):
             tables.append(self._of_k())
@@ -130,13 +136,22 @@ def name_of(line: Line) -> str:
     return f"step {line.step}{how}" if line.decoding != "recorded" else "recorded"
 
 
-def results(findings: Findings, config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """results.json. `data`: what was asked, with its hash."""
+def results(found: Sequence[Findings], config: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]]) -> str:
+    """results.json. `data`: by set, what was asked, with its hash."""
     content = {
         "schema": SCHEMA,
         "rlkit": rlkit.__version__,
         "python": platform.python_version(),
         "packages": _packages(),
+        **_found(found[0], data[found[0].set]),
+        "sets": {one.set: _found(one, data[one.set]) for one in found[1:]},
+        "config": dict(config),
+    }
+    return json_text(content, indent=2) + "\n"
+
+
+def _found(findings: Findings, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "data": dict(data),
         "judge": findings.judge,
         "chooser": findings.chooser,
@@ -144,9 +159,7 @@ def results(findings: Findings, config: Mapping[str, Any], data: Mapping[str, An
         "comparisons": [_comparison(*one) for one in findings.compared],
         "benchmark": None if findings.standing is None else asdict(findings.standing),
         "left_out": dict(findings.causes),
-        "config": dict(config),
     }
-    return json_text(content, indent=2) + "\n"
 
 
 def _line(one: Measured) -> dict[str, Any]:

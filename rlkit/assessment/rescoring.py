@@ -119,7 +119,9 @@ def load_rescoring(run: str, arguments: Sequence[str]) -> Rescoring:
     """Raises ConfigError with every problem."""
     folder, loading = Path(run).expanduser(), _Loading(arguments)
     if not (folder / "samples.jsonl").is_file():
-        loading.problems.append(ConfigIssue(run, f"is no folder of a run: there is no {folder}/samples.jsonl"))
+        of = next((parent for parent in folder.absolute().parents if (parent / "samples.jsonl").is_file()), None)
+        why = f"there is no {folder}/samples.jsonl" if of is None else f"the answers are those of its run, {of}"
+        loading.problems.append(ConfigIssue(run, f"is no folder of a run: {why}"))
     loading.validate()
     rescoring = loading.result(folder)
     if rescoring.file.exists():
@@ -269,18 +271,21 @@ def _place(row: Row) -> tuple[int, str, int]:
 
 
 def _disagreements(name: str, both: Sequence[tuple[Row, Row]], one: Values, other: Values) -> Iterator[str]:
-    """By place among all answers: rewards have different units."""
-    gap = (ranks(other) - ranks(one)) / len(one)
-    order = np.argsort(gap, kind="stable")
-    liked = ((f"{name} likes, the recorded reward does not", order[::-1]), (f"{name} does not like, it does", order))
-    for title, places in liked:
-        chosen = [i for i in places[:SHOWN].tolist() if abs(gap[i]) > 0]
-        if chosen:
-            yield f"\n{title}:"
-        for i in chosen:
+    """By place among all answers, the best one first: rewards have different units."""
+    before, after = (len(one) + 1 - ranks(values) for values in (one, other))
+    order = np.argsort(after - before, kind="stable")
+    rises = [i for i in order.tolist() if after[i] < before[i]]
+    falls = [i for i in order[::-1].tolist() if after[i] > before[i]]
+    width = max(8, len(name))
+    for title, places in (("higher", rises), ("lower", falls)):
+        if places:
+            yield f"\nPlaced {title} by {name}, of {len(one)} answers; equal rewards share a place:"
+            yield f"  {'recorded':>{width}}   place  {name:>{width}}   place  answer"
+        for i in places[:SHOWN]:
             row, new = both[i]
-            where = f"step {row['step']} {row['group_id']} sample {row['sample']}"
-            yield f"  {where}: recorded {_number(row['reward'])}, {name} {_number(new['reward'])}"
+            rewards = (f"{_number(value):>{width}}" for value in (row["reward"], new["reward"]))
+            cells = [cell for pair in zip(rewards, (f"{before[i]:6g}", f"{after[i]:6g}"), strict=True) for cell in pair]
+            yield f"  {'  '.join(cells)}  step {row['step']} {row['group_id']} sample {row['sample']}"
             yield f"    {printable(str(row['response']))[:SHOWN_CHARACTERS]}"
 
 

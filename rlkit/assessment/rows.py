@@ -18,13 +18,15 @@ Row = Mapping[str, Any]
 Decoding = Literal["sampled", "greedy", "recorded"]
 LONG = ("token_ids", "prompt", "response", "turns", "segments", "references", "trace", "version_spans", "group_rewards")
 """Keys that no number is made of."""
+Asked = tuple[str, Decoding]
+"""Name of a set, and how its questions are answered."""
 Place = tuple[str, int]
 """Id of a group, index of an answer in it."""
 
 
 def answer_rows(
     step: int,
-    decoding: Decoding,
+    asked: Asked,
     judged: Group,
     chosen: Group | None,
     judge: Part | None,
@@ -37,11 +39,13 @@ def answer_rows(
     rewards = said if chosen is None else [score for _, score in chosen.scored()]
     failed = [failures.get((judged.id, sample.index)) for sample in judged.samples]
     scores = (Score.invalid(why) if why else score for why, score in zip(failed, rewards, strict=True))
+    name, decoding = asked
     rows = sample_rows(step, [judged.with_scores(GroupScores(tuple(scores)))], None, None)
     for row, sample, verdict, why in zip(rows, judged.samples, said, failed, strict=True):
         yield {
             **row,
             "kind": "evaluation",
+            **({"set": name} if name else {}),
             "decoding": decoding,
             "length": _length(sample, lengths.get((judged.id, sample.index))),
             "staleness": None,

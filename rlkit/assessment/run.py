@@ -20,12 +20,12 @@ from rlkit.assessment.config import Evaluating, Policy
 from rlkit.assessment.measures import differences, lines_of, measured
 from rlkit.assessment.questions import data_hash, load_questions, load_recorded
 from rlkit.assessment.report import Findings, results
-from rlkit.assessment.rows import LONG, Decoding, Row, answer_rows, answered, causes, read_rows
+from rlkit.assessment.rows import LONG, Asked, Decoding, Row, answer_rows, answered, causes, read_rows
 from rlkit.assessment.sources import Answers, Machinery, machinery, recorded
 from rlkit.cluster.waiting import blocking
 from rlkit.config.command import print_error
 from rlkit.config.messages import ConfigError, ConfigIssue
-from rlkit.config.parts import Part
+from rlkit.config.parts import OWN, Part
 from rlkit.experience import Group, GroupScores, Prompt, Score, UserError
 from rlkit.experience.scores import RewardFailed
 from rlkit.rollout.requests import GroupRequest
@@ -59,7 +59,7 @@ def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: boo
 
     async def work(tracker: Tracker, closing: contextlib.ExitStack) -> None:
         try:
-            found.append(await _evaluate(evaluating, folder, tracker))
+            found.extend(await _evaluate(evaluating, folder, tracker))
         finally:
             closing.enter_context(blocking("the end", "actors and threads", END_SECONDS, "END_SECONDS"))
 
@@ -73,9 +73,9 @@ def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: boo
         work,
     )
     if found and evaluating.judge is None and evaluating.kind != "recorded":
-        print(f"\n{sum(one.answers for one in found[0].measured)} answers are in {folder.samples}")
+        print(f"\n{sum(one.answers for of_set in found for one in of_set.measured)} answers are in {folder.samples}")
     elif found:
-        report = found[0].markdown() if markdown else found[0].text()
+        report = "\n\n".join(one.markdown() if markdown else one.text() for one in found)
         print(f"\n{report}\n\n{folder.path}/results.json has all numbers, samples.jsonl every answer.")
     elif folder.samples.exists() and folder.samples.stat().st_size:
         again = f"run_dir={folder.path} resume=auto"
@@ -83,7 +83,8 @@ def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: boo
     return code
 
 
-async def _evaluate(evaluating: Evaluating, folder: RunFolder, tracker: Tracker) -> Findings:
+async def _evaluate(evaluating: Evaluating, folder: RunFolder, tracker: Tracker) -> list[Findings]:
+    """Of each set, the questions themselves first."""
     task, began = asyncio.current_task(), time.time()
     assert task is not None
     stop = Stop(task)
@@ -105,24 +106,26 @@ async def _evaluate(evaluating: Evaluating, folder: RunFolder, tracker: Tracker)
             stop.check()  # by its name
             raise
     rows = read_rows(folder.path, LONG)
-    found = findings(evaluating, rows)
-    data = {"sha256": data_hash(asked), "questions": len(asked)}
+    found = [findings(evaluating, rows, name) for name in asked]
+    data = {name: {"sha256": data_hash(prompts), "questions": len(prompts)} for name, prompts in asked.items()}
+    own = found[0].measured
     if evaluating.judge is not None or evaluating.kind == "recorded":
-        for one in found.measured:
-            if one.line.decoding != "greedy" or len({m.line.decoding for m in found.measured}) == 1:
-                greedy = next((m for m in found.measured if m.line.step == one.line.step and m is not one), None)
-                extra = {} if greedy is None else greedy.metrics()
-                tracker.evaluation(one.line.step, one.headline, {**extra, **one.metrics()})
+        for one in own:
+            if one.line.decoding != "greedy" or len({m.line.decoding for m in own}) == 1:
+                beside = [m for some in found for m in some.measured if m.line.step == one.line.step and m is not one]
+                metrics = {name: value for m in beside for name, value in m.metrics().items()}
+                tracker.evaluation(one.line.step, one.headline, {**metrics, **one.metrics()})
     write_atomically(folder.path / "results.json", results(found, evaluating.plain(), data))
     summary = {"kind": "evaluation", "wall_seconds": round(time.time() - began, 3), "answers": len(rows)}
-    folder.write_summary({**summary, "mean": found.measured[-1].mean.value})
+    folder.write_summary({**summary, "mean": own[-1].mean.value})
     return found
 
 
-def findings(evaluating: Evaluating, rows: Sequence[Row]) -> Findings:
-    """Raises RewardFailed if no answer was judged."""
+def findings(evaluating: Evaluating, rows: Sequence[Row], name: str = OWN) -> Findings:
+    """Of a set. Raises RewardFailed if none of its answers was judged."""
+    rows = [row for row in rows if row.get("set", OWN) == name]
     why = causes(rows)
-    found = [measured(line, evaluating.chooser is not None) for line in lines_of(rows)]
+    found = [measured(line, evaluating.chooser is not None) for line in lines_of(rows, name)]
     if evaluating.judge is not None and not any(one.mean.questions for one in found):
         counted = ", ".join(f"{count} x {kind}" for kind, count in why.items())
         example = next((row["unjudged"] for row in rows if row.get("unjudged")), "")
@@ -133,20 +136,21 @@ def findings(evaluating: Evaluating, rows: Sequence[Row]) -> Findings:
         compared += [(f"step {first.step}", line, own) for line, own in differences(first, others)]
     if evaluating.config.evaluate.against is not None:
         named = evaluating.config.evaluate.against
-        for theirs in lines_of(read_rows(named, LONG)):
+        for theirs in lines_of(read_rows(named, LONG), name):
             ours = [
                 one.line for one in found if (one.line.decoding, one.line.graded) == (theirs.decoding, theirs.graded)
             ]
             compared += [(f"{named}, step {theirs.step}", line, own) for line, own in differences(theirs, ours)]
     names = _judge_name(evaluating), _name(evaluating.chooser)
-    return Findings(found, compared, *names, why, standing(evaluating, rows))
+    return Findings(found, compared, *names, why, standing(evaluating, rows), name)
 
 
-def _read(evaluating: Evaluating, tracker: Tracker) -> tuple[Sequence[Prompt], Sequence[Group]]:
+def _read(evaluating: Evaluating, tracker: Tracker) -> tuple[dict[str, Sequence[Prompt]], Sequence[Group]]:
+    """By set what is asked, and recorded answers."""
     if evaluating.kind != "recorded":
         return load_questions(evaluating, tracker), ()
     groups = load_recorded(evaluating, tracker)
-    return [group.prompt for group in groups], groups
+    return {OWN: [group.prompt for group in groups]}, groups
 
 
 def _left(groups: Sequence[Group], rows: Sequence[Row]) -> list[Group]:
@@ -156,12 +160,14 @@ def _left(groups: Sequence[Group], rows: Sequence[Row]) -> list[Group]:
 
 async def _judge_recorded(machine: Machinery, groups: Sequence[Group]) -> None:
     machine.tracker.phase(f"judging {sum(len(group.samples) for group in groups)} recorded answers")
-    await _write(machine, 0, {group.id: "recorded" for group in groups}, recorded(groups))
+    await _write(machine, 0, {group.id: (OWN, "recorded") for group in groups}, recorded(groups))
 
 
-async def _ask(machine: Machinery, policy: Policy, prompts: Sequence[Prompt], rows: Sequence[Row]) -> None:
+async def _ask(
+    machine: Machinery, policy: Policy, prompts: Mapping[str, Sequence[Prompt]], rows: Sequence[Row]
+) -> None:
     """Have the answers that are not there yet sampled and judged."""
-    requests, decodings = requested(machine.evaluating, policy, prompts)
+    requests, asked = requested(machine.evaluating, policy, prompts)
     done = answered(rows)
     theirs = {str(row["group_id"]): row["prompt_id"] for row in rows if int(row["step"]) == policy.step}
     for request in requests:
@@ -172,31 +178,33 @@ async def _ask(machine: Machinery, policy: Policy, prompts: Sequence[Prompt], ro
         return
     async with machine.answers(policy) as answers:
         machine.tracker.phase(f"step {policy.step}: {len(left)} x {left[0].samples} answers")
-        await _write(machine, policy.step, decodings, answers.generate(left), answers)
+        await _write(machine, policy.step, asked, answers.generate(left), answers)
 
 
 def requested(
-    evaluating: Evaluating, policy: Policy, prompts: Sequence[Prompt]
-) -> tuple[list[GroupRequest], dict[str, Decoding]]:
-    """What a model is asked, and by group how it answers."""
-    config, requests, decodings = evaluating.config, list[GroupRequest](), dict[str, Decoding]()
+    evaluating: Evaluating, policy: Policy, prompts: Mapping[str, Sequence[Prompt]]
+) -> tuple[list[GroupRequest], dict[str, Asked]]:
+    """What a model is asked of each set, and by group of which set it is and how it is answered."""
+    config, requests, asked = evaluating.config, list[GroupRequest](), dict[str, Asked]()
     ways: list[tuple[Decoding, int, float | None, str]] = []
     if config.evaluate.samples:
         ways.append(("sampled", config.evaluate.samples, None, ""))
     if config.evaluate.greedy:
         ways.append(("greedy", 1, 0.0, "greedy-"))
     for decoding, samples, temperature, word in ways:
-        for i, prompt in enumerate(prompts):
-            name = f"evaluation-{policy.step}-{word}{i}"
-            requests.append(GroupRequest(name, prompt, samples, config.seed, policy.step, temperature=temperature))
-            decodings[name] = decoding
-    return requests, decodings
+        for name, of_set in prompts.items():
+            start = f"evaluation-{policy.step}-{f'{name}.' * bool(name)}{word}"
+            for i, prompt in enumerate(of_set):
+                one = GroupRequest(f"{start}{i}", prompt, samples, config.seed, policy.step, temperature=temperature)
+                requests.append(one)
+                asked[one.id] = (name, decoding)
+    return requests, asked
 
 
 async def _write(
     machine: Machinery,
     step: int,
-    decodings: Mapping[str, Decoding],
+    asked: Mapping[str, Asked],
     stream: AsyncIterator[list[Group]],
     answers: Answers | None = None,
 ) -> None:
@@ -204,7 +212,7 @@ async def _write(
     waiting: asyncio.Queue[Group | None] = asyncio.Queue()
     judge, evaluating = machine.evaluating.judge, machine.evaluating
     lengths, failures = ({}, {}) if answers is None else (answers.lengths, answers.failures)
-    written, total, began = 0, max(1, len(decodings)), time.monotonic()
+    written, total, began = 0, max(1, len(asked)), time.monotonic()
 
     async def sample() -> None:
         async for groups in stream:
@@ -224,7 +232,7 @@ async def _write(
             judged, *chosen = await asyncio.gather(*(one.judge(_known(groups, evaluating)) for one in machine.judges))
             for i, group in enumerate(judged):
                 best = chosen[0][i] if chosen else None
-                rows = answer_rows(step, decodings[group.id], group, best, judge, lengths, failures)
+                rows = answer_rows(step, asked[group.id], group, best, judge, lengths, failures)
                 if evaluating.kind == "recorded":
                     rows = labelled(rows, groups[i], evaluating)
                 machine.folder.append_samples(list(rows))

@@ -16,7 +16,7 @@ CONFIG_ERROR = 2
 INTERRUPTED = 130
 
 
-def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None) -> int:
+def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None, *, has_dry_run: bool = False) -> int:
     """Run `work`; return its exit code, or 2 for a wrong configuration, 1 for another UserError
     or a package that an extra brings, 130 after Ctrl-C.
 
@@ -31,7 +31,8 @@ def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None)
     try:
         return work(words)
     except UserError as error:
-        return print_error(error)
+        dry = not has_dry_run or "dry_run=true" in words
+        return print_error(error, "" if dry else "; `dry_run=true` checks without running")
     except ModuleNotFoundError as error:
         message = named_extra(error)
         if message is None:
@@ -42,9 +43,9 @@ def exit_code(work: Callable[[list[str]], int], arguments: Sequence[str] | None)
         return INTERRUPTED
 
 
-def print_error(error: Exception) -> int:
+def print_error(error: Exception, hint: str = "") -> int:
     if isinstance(error, ConfigError):
-        print(error.report(), file=sys.stderr)
+        print(error.report(hint), file=sys.stderr)
         return CONFIG_ERROR
     print(f"rlkit: {error}", file=sys.stderr)
     return FAILED
@@ -60,6 +61,22 @@ HELP = ("-h", "--help")
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
     return bool(set(HELP) & set(arguments))
+
+
+def split_off_subject(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The run, checkpoint or model that a command is about, and its other arguments: a first word that is neither
+    `key=value` nor `--option`, or what `run=` names. Raises ConfigError if there are two."""
+    words = list(arguments)
+    named = [word.removeprefix("run=") for word in words[:1] if _is_subject(word)]
+    rest = words[len(named) :]
+    named += [word.removeprefix("run=") for word in rest if word.startswith("run=")]
+    if len(named) > 1:
+        raise ConfigError([ConfigIssue(f"run={named[1]}", f"{named[0]} is named already; leave one of them out")])
+    return next(iter(named), None), [word for word in rest if not word.startswith("run=")]
+
+
+def _is_subject(word: str) -> bool:
+    return not word.startswith("-") and word not in ("help", "version") and ("=" not in word or Path(word).exists())
 
 
 def split_off_file(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -23,7 +23,8 @@ from rlkit.config.messages import (
 from rlkit.config.overrides import NAME
 from rlkit.config.parts import TARGET, HeldoutSet, Part, PartError, import_part
 from rlkit.config.schema import EvaluationConfig
-from rlkit.data.base import DataSource
+from rlkit.data.base import DataConfig, DataSource
+from rlkit.data.files import DEFAULT_HELDOUT_SHARE
 from rlkit.experience.names import nearest
 from rlkit.experience.section import Section
 
@@ -48,6 +49,10 @@ class HeldoutSets:
         """`options` of `data` in the configuration folder; `data`: the run's section, None if it is unusable."""
         self.folder, self.options, self.data, self.where = folder, options, data, where
         self.problems: list[ConfigIssue] = []
+
+    def read_all(self, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, HeldoutSet]:
+        read = {name: self.read(name, section) for name, section in sets.items()}
+        return {name: one for name, one in read.items() if one is not None}
 
     def read(self, name: str, section: Mapping[str, Any]) -> HeldoutSet | None:
         key = f"evaluation.sets.{name}"
@@ -98,6 +103,25 @@ class HeldoutSets:
 
     def _refuse(self, key: str, value: Any, message: str) -> None:
         self.problems.append(ConfigIssue(self.where(key, value), message))
+
+
+def with_whole_sets(evaluation: EvaluationConfig, sets: Mapping[str, HeldoutSet]) -> EvaluationConfig:
+    """Every value of the sets spelled out."""
+    return evaluation.model_copy(update={"sets": {name: one.section() for name, one in sets.items()}})
+
+
+def held_out_from(config: DataConfig) -> str:
+    """What makes the held-out problems of a source others than those it trains on, with the key that says so."""
+    if hasattr(config, "heldout_problems"):
+        return "drawn (data.heldout_problems)"
+    for key, what in (("heldout_path", "those of"), ("heldout_split", "the split")):
+        if (value := getattr(config, key, None)) is not None:
+            names = ", ".join(value) if isinstance(value, tuple) else value
+            return f"{what} {names} (data.{key})"
+    if "heldout_share" in type(config).model_fields:
+        share = getattr(config, "heldout_share", None) or DEFAULT_HELDOUT_SHARE
+        return f"{share:.3g} of the questions of {getattr(config, 'path', 'the data')} (data.heldout_share)"
+    return "as the data source holds them out"
 
 
 def evaluation_is_of_one_kind(evaluation: EvaluationConfig) -> Issues:

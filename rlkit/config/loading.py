@@ -34,7 +34,7 @@ from rlkit.config.compose import (
     values_of,
 )
 from rlkit.config.engine import other_precision
-from rlkit.config.heldout import HeldoutSets
+from rlkit.config.heldout import HeldoutSets, with_whole_sets
 from rlkit.config.machine import fits
 from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, of_the_verifier, section_type, validate
 from rlkit.config.overrides import Overrides, parse_overrides
@@ -82,6 +82,7 @@ class Loading:
         self.sources = Sources(typed=self.overrides.typed)
         self.available: dict[str, Any] = {}
         self.parts: dict[str, Part] = {}
+        self.sets: dict[str, HeldoutSet] = {}
         self.tree = self._compose(file)
 
     def _compose(self, file: Path | None) -> dict[str, Any]:
@@ -144,6 +145,12 @@ class Loading:
                 if config is not None:
                     self.parts[kind] = Part(cls, config)
         self._run_config(known)
+        if (evaluation := self.available.get("evaluation")) is not None:
+            data = self.tree["data"] if "data" in self.parts else None
+            reading = HeldoutSets(self.folder, self.options["data"], data, self.sources.where)
+            self.sets = reading.read_all(evaluation.sets)
+            self.problems += reading.problems
+            self.available["evaluation"] = with_whole_sets(evaluation, self.sets)
 
     def _part_config(self, kind: str, cls: Any, known: Sequence[str]) -> Any:
         reported = len(self.problems)
@@ -237,7 +244,7 @@ class Loading:
     def _other_classes(self, kind: str, cls: Any, fields: Mapping[str, Any]) -> dict[str, str]:
         """For keys unknown to this class and unlike its own: which options have them, or have one a slip away."""
         own = cls.Config.model_fields
-        named = [key for key in fields if key in own or is_called(key, {f"{kind}.{name}" for name in own})]
+        named = [key for key in fields if key in own or is_called(f"{kind}.{key}", {f"{kind}.{name}" for name in own})]
         unknown = [key for key in fields if key not in named and nearest(key, own) is None]
         having: dict[str, dict[str, list[str]]] = {key: {} for key in unknown}
         for option in self.options[kind] if unknown else ():
@@ -292,20 +299,6 @@ class _RunLoading(Loading):
     def __init__(self, arguments: Sequence[str], file: Path | None, elsewhere: Collection[str] | None) -> None:
         super().__init__(arguments, file, folder=conf_dir(), schema=RunConfig, contracts=CONTRACTS)
         self.elsewhere = elsewhere
-        self.sets: dict[str, HeldoutSet] = {}
-
-    def validate(self) -> None:
-        super().validate()
-        evaluation = self.available.get("evaluation")
-        if evaluation is None:
-            return
-        data = self.tree["data"] if "data" in self.parts else None
-        reading = HeldoutSets(self.folder, self.options["data"], data, self.sources.where)
-        read = {name: reading.read(name, section) for name, section in evaluation.sets.items()}
-        self.problems += reading.problems
-        self.sets = {name: one for name, one in read.items() if one is not None}
-        whole = {name: one.section() for name, one in self.sets.items()}
-        self.available["evaluation"] = evaluation.model_copy(update={"sets": whole})
 
     def check(self) -> None:
         if "algorithm" in self.parts and "trainer" in self.available:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rlkit.config.vocabulary import OTHER_NAMES, answer, link_named
+from rlkit.config.vocabulary import Meaning, answer, meanings
 from rlkit.experience import UserError
 from rlkit.experience.names import edits, nearest
 
@@ -52,13 +52,12 @@ class ConfigError(UserError):
         self.problems = tuple(problems)
         super().__init__(self.report())
 
-    def report(self) -> str:
+    def report(self, hint: str = "") -> str:
+        """`hint`: what else may help, as the end of a sentence."""
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         lines = [f"rlkit: {head} in the configuration", *(f"  - {problem}" for problem in self.problems)]
-        return "\n".join(
-            [*lines, "Nothing was started. `--help` lists every key; `dry_run=true` checks without running."]
-        )
+        return "\n".join([*lines, f"Nothing was started. `--help` lists every key{hint}."])
 
 
 Issues = Iterator[ConfigIssue]
@@ -155,13 +154,13 @@ def did_you_mean(name: str, valid: Collection[str]) -> str:
     return f"did you mean {guess}? {listed}" if guess else listed
 
 
-def unknown_key(key: str, known_keys: Collection[str]) -> str:
-    return f"no such key; {_instead(key, known_keys)}"
+def unknown_key(key: str, known_keys: Collection[str], value: object = None) -> str:
+    return f"no such key; {_instead(key, known_keys, value)}"
 
 
-def _instead(key: str, known_keys: Collection[str]) -> str:
-    """What the unknown `key` means: the same field elsewhere, what other frameworks call so, what rlkit has not, or
-    the nearest spelling."""
+def _instead(key: str, known_keys: Collection[str], value: object) -> str:
+    """What the unknown `key` means: what other frameworks call so, the same field elsewhere, what rlkit has not, or the
+    nearest spelling."""
     section, _, leaf = key.rpartition(".")
     leaves = {full: full.rpartition(".")[2] for full in known_keys}
     tops = {full.partition(".")[0] for full in leaves}
@@ -170,23 +169,10 @@ def _instead(key: str, known_keys: Collection[str]) -> str:
     wish = answer(key)
     if wish is not None and section not in ("reward", "verifier"):  # a reward's `max_length` is its own
         same = [full for full in same if not full.startswith(("reward.", "verifier."))]
-    names = OTHER_NAMES.get(leaf.lower(), "").split()
-    meant = next((name for name in names if name in leaves), next(iter(names), None))
-    if meant in leaves and section and meant.startswith(f"{section}."):  # trainer.max_steps is not data.max_steps
-        return _meant([meant])
+    if elsewhere := _elsewhere(key, value, leaves, same):
+        return elsewhere
     if same:
         return _meant(same)
-    if meant is not None:
-        beside = f"{section}.{meant.rpartition('.')[2]}"  # critic.lr is the critic's
-        having = [full for full in (beside, meant) if full in leaves]
-        part = meant.partition(".")[0]
-        if having:
-            return _meant(having[:1])
-        namesakes = [full for full, own in leaves.items() if own == meant.rpartition(".")[2]]
-        if part not in tops and namesakes:
-            return _meant(namesakes)
-        if part in tops:
-            return f"here it is called {meant}, which the chosen {part} does not have (--help {part})"
     inside = {own: full for full, own in leaves.items() if section and full == f"{section}.{own}"}
     near = nearest(leaf, inside)
     if near is not None and (wish is None or edits(leaf, near) == 1):
@@ -205,6 +191,47 @@ def _instead(key: str, known_keys: Collection[str]) -> str:
         return f"did you mean {guess}?" if guess else "--help lists all of them"
     listed = f"{top} has {', '.join(own_keys)}"
     return listed if len(own_keys) <= SHOWN_KEYS else f"--help {top} lists the keys of {top}"
+
+
+def _elsewhere(key: str, value: object, leaves: Mapping[str, str], same: Sequence[str]) -> str | None:
+    """The answer by other frameworks' names for a thing; None if they have none that means something here.
+
+    `leaves`: every key of ours with its last part; `same`: those with the last part of `key`.
+    """
+    section, tops = key.rpartition(".")[0], {full.partition(".")[0] for full in leaves}
+
+    def ours(name: str) -> str:
+        """A key by its place here: critic.lr is the critic's, and a held-out set's prompt_key its own."""
+        leaf = name.rpartition(".")[2]
+        beside = f"{section}.{leaf}"
+        namesakes = [full for full, own in leaves.items() if own == leaf and name.partition(".")[0] not in tops]
+        return beside if beside in leaves else next(iter(namesakes), name)
+
+    found = [
+        replace(meaning, here=tuple(ours(name) if name in meaning.keys else name for name in meaning.here))
+        for meaning in meanings(key, value)
+    ]
+    found = [meaning for meaning in found if all(name.partition(".")[0] in tops for name in meaning.keys)]
+    there = [meaning for meaning in found if all(name in leaves for name in meaning.keys)]
+    own = [meaning for meaning in there if set(meaning.here) <= set(same)]
+    chosen = own or there or found
+    if not chosen:
+        return None
+    if not there:
+        here = " and ".join(chosen[0].here)
+        part = chosen[0].keys[0].partition(".")[0]
+        return f"here it is called {here}, which the chosen {part} does not have (--help {part}){_differs(chosen)}"
+    names = [" and ".join(meaning.here) for meaning in chosen]
+    if all(meaning.framework == "others" for meaning in chosen):
+        names += [full for full in same if full not in names]
+    if not chosen[0].keys:
+        return f"that is {' or '.join(names)}{_differs(chosen)}"
+    return f"did you mean {' or '.join(names)}?{_differs(chosen)}"
+
+
+def _differs(found: Sequence[Meaning]) -> str:
+    told = [meaning.differs for meaning in found if meaning.differs]
+    return f" ({'; '.join(dict.fromkeys(told))})" if told else ""
 
 
 def _meant(keys: Sequence[str]) -> str:
@@ -244,9 +271,8 @@ def validate(
             continue
         if details["type"] == "extra_forbidden":
             for leaf, value in _leaves(key, details["input"]):
-                note = notes.get(leaf)
-                named = link_named(leaf, value)
-                message = f"no such key: {named or note}" if named or note else unknown_key(leaf, known_keys)
+                note = None if any(one.by_value for one in meanings(leaf, value)) else notes.get(leaf)
+                message = f"no such key: {note}" if note else unknown_key(leaf, known_keys, value)
                 problems.append(ConfigIssue(where(leaf, value), message))
         else:
             problems.append(_problem(key, details, fields, where))

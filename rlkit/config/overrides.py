@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
 from rlkit.config.messages import ConfigIssue, did_you_mean
-from rlkit.config.vocabulary import answer
+from rlkit.config.vocabulary import answer, meanings
 from rlkit.experience.names import nearest
 
 Options = Mapping[str, Collection[str]]
@@ -100,6 +100,9 @@ def _dashed(argument: str) -> str:
         return "there are no sweeps: one command is one run; start one after the other, with a run_dir for each"
     if name in ("cfg", "c", "info", "i", "package", "p", "config-name", "config-path", "config-dir", "cn", "cp", "cd"):
         return "is Hydra's, which only composes here; dry_run=true prints the plan, --config FILE starts from a file"
+    if found := meanings(name.replace("-", "_")):
+        ours = " or ".join(" and ".join(meaning.here) for meaning in found)
+        return f"options have no dashes here; {name} is {ours}"
     return f"options have no dashes here; write {bare if '=' in bare else bare + '=VALUE'}"
 
 

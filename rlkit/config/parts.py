@@ -100,6 +100,10 @@ def import_class(kind: str, target: Any, base: type) -> Any:
         raise PartError(str(error)) from error
 
 
+OWN = ""
+"""The held-out set of the run's own data, beside the named ones of `evaluation.sets`."""
+
+
 @dataclass(frozen=True)
 class HeldoutSet:
     """One of `evaluation.sets`."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from algorithms.base import POLICY, REFERENCE
 from rlkit.config.environments import longest_sample
+from rlkit.config.heldout import held_out_from
 from rlkit.config.machine import host_bytes, this_machine
 from rlkit.config.memory import GIB, gpu_phases, processes, size_text, total
 from rlkit.config.parts import ResolvedRun
@@ -26,7 +27,7 @@ from rlkit.config.plan import (
 )
 from rlkit.config.schema import LearnerConfig, RolloutConfig, RunConfig, TrainerConfig
 from rlkit.config.store import policy_shape
-from rlkit.data.base import DataError, DataSource, Problem
+from rlkit.data.base import DataError, DataSource, Problem, Split
 from rlkit.data.files import CHECKED_ROWS
 from rlkit.data.lengths import uncountable
 from rlkit.environments.base import EnvironmentConfig
@@ -210,6 +211,7 @@ def _batches(run: ResolvedRun) -> list[Line]:
             f"at most {most_tokens:,}, in micro-batches of up to {learner.tokens_per_microbatch:,}",
         ),
         *_learning_rates(run),
+        *_held_out(run),
         Line("batches", "each evaluation", _evaluation(run)),
         *_staleness(run),
     ]
@@ -241,7 +243,7 @@ def _learning_rates(run: ResolvedRun) -> Iterator[Line]:
 
 
 def _recorded_batches(run: ResolvedRun) -> list[Line]:
-    trainer, updates, problems = run.config.trainer, run.config.learner.optimizer_steps, _training_problems(run)
+    trainer, updates, problems = run.config.trainer, run.config.learner.optimizer_steps, _problems(run, "train")
     steps, lines = trainer.steps_on(len(problems)), list[Line]()
     whole = [f"{_count(steps, 'step')} x {updates} = {_count(steps * updates, 'optimizer step')}"]
     if not problems and trainer.total_epochs is not None:
@@ -262,16 +264,33 @@ def _recorded_batches(run: ResolvedRun) -> list[Line]:
         Line("batches", "each step", f"{_count(trainer.prompts_per_step, 'prompt')} with the data's responses"),
         Line("batches", "whole run", ", ".join(whole)),
         *_learning_rates(run),
+        *_held_out(run),
         Line("batches", "each evaluation", heldout),
     ]
 
 
-def _training_problems(run: ResolvedRun) -> Sequence[Problem]:
-    """Nothing if they are too many to read for a plan, or cannot be read."""
+def _held_out(run: ResolvedRun) -> Iterator[Line]:
+    count = getattr(run.data_config, "heldout_problems", None) or len(_problems(run, "heldout"))
+    told = f"{_count(count, 'problem')}, " if count else ""
+    yield Line("batches", "held out", f"{told}{held_out_from(run.data_config)}")
+    for name, one in run.sets.items():
+        source = run.make_set(name)
+        rows = _few(source, source.load_set)
+        where = getattr(one.config, "path", None) or one.source.__name__
+        told = f"{_count(len(rows), 'problem')} of " if rows else ""
+        yield Line("batches", f"held out, {name}", f"{told}{where} (evaluation.sets.{name})")
+
+
+def _problems(run: ResolvedRun, split: Split) -> Sequence[Problem]:
     source = run.make_data_source()
+    return _few(source, lambda: source.load(split))
+
+
+def _few(source: DataSource, load: Callable[[], tuple[Sequence[Problem], object]]) -> Sequence[Problem]:
+    """What `load` does; nothing if it is too much to read for a plan, or cannot be read."""
     with suppress(DataError):
         if not source.check() and 0 < sum(p.rows for p in source.preview("train")) < 0.9 * CHECKED_ROWS:
-            return source.load("train")[0]
+            return load()[0]
     return []
 
 

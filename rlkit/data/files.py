@@ -34,7 +34,7 @@ CHECKED_ROWS = 10_000
 """Rows of each split that are judged before a run starts; the others when they are loaded."""
 PROVIDED = frozenset({"answer", "references", "responses", "pairs", "labels"})
 """Words of `provides` that are no columns, even where a column is called so."""
-_DEFAULT_HELDOUT_SHARE = 0.05
+DEFAULT_HELDOUT_SHARE = 0.05
 
 
 class TableSource(DataSource):
@@ -187,7 +187,7 @@ class TableSource(DataSource):
     def _split(self, problems: Sequence[Problem]) -> tuple[Sequence[Problem], Sequence[Problem]]:
         """By question: duplicates of a question land on one side, whatever the order of the file."""
         config: RowsConfig = self.config
-        share = _DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
+        share = DEFAULT_HELDOUT_SHARE if config.heldout_share is None else config.heldout_share
         chosen = held_out(map(question_key, problems), share, config.heldout_seed)
         if chosen is None:
             raise DataError(

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _view(arguments: list[str]) -> int:
-    given = parser().parse_args(arguments)
+    given = parser().parse_args([word.removeprefix("run=") for word in arguments])
     from rlkit.view.runs import Runs
 
     runs = Runs(given.runs)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from rewards.base import RewardConfig, RewardContext
 from rewards.verifiers.terms import Length
+from rlkit.config.parts import OWN
 from rlkit.config.schema import EvaluationConfig
-from rlkit.evaluation import OWN, Evaluation, Evaluator
+from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Episode, Group, GroupScores, Message, Prompt, Sample, Score, Span
 from rlkit.experience.scores import RewardFailed, report_on, verdicts
 from rlkit.experience.statistics import Z, expected_best, wilson

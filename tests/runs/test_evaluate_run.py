@@ -84,6 +84,17 @@ def test_a_curve_over_checkpoints(trained: Run, tmp_path: Path) -> None:
     assert result(tmp_path / "all")["lines"] == found["lines"]
 
 
+def test_a_further_set_of_a_checkpoint(trained: Run, tmp_path: Path) -> None:
+    checkpoint = f"{trained.folder}/checkpoints/step_000002"
+    words = [checkpoint, "evaluation.sets.small.max_operand=9", "evaluation.sets.small.prompts=4", *SMALL]
+    done = command("rlkit.evaluate", *words, "evaluate.questions=6", f"run_dir={tmp_path / 'sets'}")
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "sets")
+    asked = [(line["step"], line["answers"]) for part in (found, found["sets"]["small"]) for line in part["lines"]]
+    assert asked == [(2, 6), (2, 4)]
+    assert sorted({row.get("set", "") for row in rows(tmp_path / "sets")}) == ["", "small"]
+
+
 def test_a_reward_chooses_the_best_of_an_untrained_model_s_answers(tmp_path: Path) -> None:
     words = ["data=arithmetic", "verifier=rule", "reward=polar", "evaluate.samples=4", "evaluate.questions=16", *SMALL]
     done = command("rlkit.evaluate", *words, f"run_dir={tmp_path / 'best'}", "--markdown")

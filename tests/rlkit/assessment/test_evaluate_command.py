@@ -3,19 +3,26 @@ answers to the end, for which a light installation is enough."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_fixture import Asked, JudgeServer, Reply
 from paths import ROOT
 
+from rlkit import cli
+from rlkit.assessment.chat import policy_folder
 from rlkit.assessment.config import load_evaluation
 from rlkit.assessment.rescoring import load_rescoring
 from rlkit.config.command import exit_code
+from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
+from rlkit.config.parts import config_text
 from rlkit.evaluate import main
 
 ANSWERS = [
@@ -166,9 +173,6 @@ def test_who_judges() -> None:
 
 
 def test_a_run_brings_its_data_model_and_verifier(tmp_path: Path) -> None:
-    from rlkit.config.loading import load_config
-    from rlkit.config.parts import config_text
-
     run = tmp_path / "run"
     config = load_config(["verifier=gsm8k", "reward=rule", "evaluation.temperature=0.5", f"run_dir={run}"]).config
     for step in (2, 4):
@@ -185,6 +189,172 @@ def test_a_run_brings_its_data_model_and_verifier(tmp_path: Path) -> None:
     chosen = load_evaluation([f"run={run}", "checkpoints=[2]", "reward=polar", "evaluate.samples=2"])
     assert chosen.chooser is not None and [policy.step for policy in chosen.policies] == [2]
     assert "it has 2, 4" in problems(f"run={run}", "checkpoints=[3]")
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A run of two checkpoints, whose evaluation asks a further set."""
+    (tmp_path / "hard.jsonl").write_text('{"question": "What is 11 + 12?", "answer": "#### 23"}\n' * 3)
+    run, hard = (
+        tmp_path / "run",
+        ["evaluation.sets.hard.data=jsonl", f"evaluation.sets.hard.path={tmp_path}/hard.jsonl"],
+    )
+    config = load_config(["verifier=gsm8k", "reward=rule", *hard, f"run_dir={run}"]).config
+    for step in (2, 4):
+        (run / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+        (run / f"checkpoints/step_{step:06d}/policy").symlink_to(ROOT / "rlkit/embedded/policy")
+    (run / "config.yaml").write_text(config_text(config))
+    (run / "samples.jsonl").touch()
+    return run
+
+
+def test_a_run_a_checkpoint_or_a_model_is_the_first_word(trained: Path) -> None:
+    newest, second = trained / "checkpoints/step_000004", trained / "checkpoints/step_000002"
+    for words, step, policy in [
+        ([str(trained)], 4, newest),
+        ([f"run={trained}"], 4, newest),
+        ([str(second)], 2, second),
+        ([f"run={second}"], 2, second),
+        ([str(second / "policy"), "data=arithmetic"], 2, second),
+    ]:
+        found = load_evaluation(words)
+        assert [(one.step, Path(one.path)) for one in found.policies] == [(step, policy / "policy")]
+        assert found.config.run == trained
+        assert policy_folder(words[0].removeprefix("run=")) == policy / "policy"
+    assert load_evaluation(["embedded:policy"]).policies[0].path == "embedded:policy"
+    folder = str(ROOT / "rlkit/embedded/policy")
+    assert (load_evaluation([folder]).policies[0].path, load_evaluation([folder]).config.run) == (folder, None)
+    assert [policy.step for policy in load_evaluation([str(trained), "checkpoints=all"]).policies] == [0, 2, 4]
+    for words, said in [
+        ([str(second), "checkpoints=all"], "says that already; leave one of them out"),
+        ([str(trained), f"run={trained}"], "is named already; leave one of them out"),
+        ([f"{trained}s"], f"did you mean {trained}?"),
+        ([str(trained / "checkpoints")], "name a run (runs/x), a checkpoint"),
+        (["embedded:policy", "model.path=x"], "embedded:policy says that already"),
+    ]:
+        assert said in problems(*words), words
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "rescore", "chat", "export", "sync", "report", "view"])
+def test_every_command_takes_a_run_as_a_word_and_as_run(
+    command: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stops behind the reading of its words: nothing is asked of the model, sent or served."""
+    more = {
+        "evaluate": ["dry_run=true"],
+        "generate": ["dry_run=true"],
+        "rescore": ["reward=rule", "dry_run=true"],
+        "chat": ["tempreature=1"],
+        "export": ["inspec"],
+        "sync": [],
+        "report": ["--max-mb", "x"],
+        "view": ["--port", "x"],
+    }[command]
+    said = []
+    for word in (str(trained), f"run={trained}"):
+        words = [*more, word] if command == "export" else [word, *more]
+        with contextlib.suppress(SystemExit):  # argparse's
+            cli.main([command, *words])
+        printed = capsys.readouterr()
+        said.append(re.sub(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", "NOW", printed.out + printed.err).replace("run=/", "/"))
+    assert said[0] == said[1]
+    assert "is no" not in said[0] and "names no" not in said[0]
+
+
+def test_the_folder_of_an_evaluation_says_what_is_evaluated(trained: Path, data: Path) -> None:
+    for words, name in [
+        ([str(trained)], "evaluate_run_4_heldout"),
+        ([str(trained), "checkpoints=all"], "evaluate_run_all_heldout"),
+        ([str(trained), "checkpoints=[2,4]", "data=arithmetic"], "evaluate_run_2_4_arithmetic"),
+        (["embedded:policy"], "evaluate_policy_arithmetic"),
+        (["data=arithmetic", "reward=polar"], "evaluate_policy_arithmetic"),
+        (["data=responses", f"data.path={data}"], "evaluate_recorded_responses"),
+        (["model=endpoint", "model.url=http://127.0.0.1:1/v1"], "evaluate_endpoint_arithmetic"),
+    ]:
+        folder = load_evaluation(words).config.run_dir
+        assert re.fullmatch(rf"[-\d]+_[-\d]+_{name}", folder.name), folder
+        assert folder.parent.name == "runs"
+    assert load_evaluation([str(trained)], judged=False).config.run_dir.name.endswith("generate_run_4_heldout")
+    assert load_evaluation([str(trained), "run_dir=x"]).config.run_dir.name == "x"
+
+
+def test_the_sets_of_a_run_are_asked_too(trained: Path, data: Path, tmp_path: Path) -> None:
+    found = load_evaluation([str(trained)])
+    assert [(name, one.config.path, one.prompts) for name, one in found.sets.items()] == [
+        ("hard", f"{tmp_path}/hard.jsonl", None)
+    ]
+    fewer = load_evaluation([str(trained), "evaluation.sets.hard.prompts=2", "evaluation.sets.more.max_operand=9"])
+    assert {name: one.prompts for name, one in fewer.sets.items()} == {"hard": 2, "more": None}
+    assert load_evaluation([str(trained), "data=arithmetic"]).sets == {}, "other questions take their place"
+    assert set(load_evaluation(["data=arithmetic", "evaluation.sets.more.max_operand=9"]).sets) == {"more"}
+    (tmp_path / "again.yaml").write_text(found.text())
+    assert load_evaluation([], tmp_path / "again.yaml").sets == found.sets
+    assert "evaluation.samples=2: has no effect here" in problems(str(trained), "evaluation.samples=2")
+    assert "no such file" in problems("evaluation.sets.more.data=jsonl", "evaluation.sets.more.path=gone.jsonl")
+    recorded = ["data=responses", f"data.path={data}", "evaluation.sets.more.path=gone.jsonl"]
+    assert "the answers are recorded" in problems(*recorded)
+
+
+def test_each_set_has_numbers_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked of a server that adds, and cannot add above 10."""
+
+    def added(asked: Asked) -> Reply:
+        total = sum(map(int, re.findall(r"\d+", asked.body["messages"][-1]["content"])))
+        return Reply(f"#### {min(10, total)}")
+
+    for name, first in (("easy", 1), ("hard", 4)):
+        sums = [(n, n + 1) for n in range(first, first + 4)]
+        rows = [{"question": f"What is {a} + {b}?", "answer": f"#### {a + b}"} for a, b in sums]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    words = [
+        "data=jsonl",
+        f"data.path={tmp_path}/easy.jsonl",
+        "reward=rule",
+        f"evaluation.sets.hard.path={tmp_path}/hard.jsonl",
+    ]
+    words += ["evaluation.sets.hard.prompts=3", "evaluate.samples=2", "evaluate.greedy=true", f"run_dir={folder}"]
+    with JudgeServer(added) as server:
+        words += ["model=endpoint", f"model.url={server.url}", "model.name=sums"]
+        assert main(words) == 0
+        assert len(server.asked) == 3 * 4 + 3 * 3
+        kept = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+        (folder / "samples.jsonl").write_text(
+            "".join(line for line in kept if '"set":"hard"' not in line.replace(" ", ""))
+        )
+        before = result(folder)
+        assert main([*words, "resume=auto"]) == 0
+        assert len(server.asked) == 3 * 4 + 2 * 3 * 3, "only what is missing is asked again"
+    found = result(folder)
+    hard = found["sets"]["hard"]
+    assert (found["data"]["questions"], hard["data"]["questions"]) == (4, 3)
+    assert found["data"]["sha256"] != hard["data"]["sha256"]
+    assert [line["mean"]["value"] for line in found["lines"]] == [1.0, 1.0]
+    assert [(line["decoding"], line["answers"], line["mean"]["value"]) for line in hard["lines"]] == [
+        ("sampled", 6, pytest.approx(1 / 3)),
+        ("greedy", 3, pytest.approx(1 / 3)),
+    ]
+    assert (before["lines"], before["sets"]) == (found["lines"], found["sets"])
+    (metrics,) = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert metrics["accuracy/heldout"] == 1.0 and metrics["evaluation/greedy/accuracy"] == 1.0
+    assert metrics["evaluation/hard/accuracy"] == metrics["evaluation/hard/greedy/accuracy"] == pytest.approx(1 / 3)
+    assert metrics["evaluation/hard/pass@2"] == pytest.approx(1 / 3)
+    printed = capsys.readouterr().out
+    assert "\nJudged by MathReward" in printed and "\nhard: Judged by MathReward" in printed
+
+
+def test_a_dry_run_is_not_proposed_after_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hint = "`dry_run=true` checks without running"
+    for command, words, proposed in [
+        ("evaluate", ["evaluate.sample=3"], True),
+        ("evaluate", ["evaluate.sample=3", "dry_run=true"], False),
+        ("train", ["trainer.total_stepz=3"], True),
+        ("train", ["trainer.total_stepz=3", "dry_run=true"], False),
+        ("sync", [], False),
+    ]:
+        assert cli.main([command, *words]) == 2
+        said = capsys.readouterr().err
+        assert "Nothing was started. `--help` lists every key" in said and (hint in said) is proposed, (command, words)
 
 
 def a_run(folder: Path) -> Path:
@@ -230,7 +400,11 @@ def test_answers_of_a_run_under_another_reward(tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert "4 answers, 3 judged by both" in said
     assert "1.000 recorded" in said and "0.667 rule" in said
-    assert "rule likes, the recorded reward does not" in said
+    said = said.split("Placed higher by rule, of 3 answers; equal rewards share a place:\n")[1]
+    up, down = said.split("Placed lower by rule, of 3 answers; equal rewards share a place:\n")
+    assert up.splitlines()[0].split() == ["recorded", "place", "rule", "place", "answer"]
+    assert up.splitlines()[1].split() == ["0.000", "3", "1.000", "1.5", "step", "1", "00000000", "sample", "0"]
+    assert down.splitlines()[1].split()[:4] == ["1.000", "2", "0.000", "3"]
     assert rescore([str(run), "reward=rule"]) == 2, "it is there already"
     assert rescore([str(run), "reward=rule", "name=again"]) == 0
 

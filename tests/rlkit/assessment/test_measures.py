@@ -135,7 +135,7 @@ def test_steps_are_compared_question_by_question_and_the_report_names_no_winner_
     text = found.text()
     assert "step 10 sampled" in text.splitlines()[-2] and text.splitlines()[-1].endswith("none")
     assert found.markdown().count("| --- |") == 3
-    content = results(found, {"seed": 0}, {"sha256": "x", "questions": 60})
+    content = results([found], {"seed": 0}, {"": {"sha256": "x", "questions": 60}})
     assert '"winner": null' in content and '"schema": 1' in content and "NaN" not in content
 
 

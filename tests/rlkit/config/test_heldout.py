@@ -12,6 +12,7 @@ import yaml
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import ResolvedRun, config_text
+from rlkit.config.report import plan
 from rlkit.data.base import DataError
 from rlkit.data.files import FileSource, HfSource
 from rlkit.prompts import load_prompts
@@ -215,3 +216,31 @@ def test_fine_tuning_may_answer_problems_of_a_set(tmp_path: Path) -> None:
     learning = ("algorithm=sft", "data=jsonl", f"data.path={train}", f"run_dir={tmp_path / 'run'}")
     run = load_config([*learning, "evaluation.generate=true", f"evaluation.sets.more.path={more}"])
     assert prompts_of(run)[0] == {"": 2, "more": 3}
+
+
+def test_the_plan_counts_what_is_held_out_and_says_where_it_comes_from(load: Load, tmp_path: Path) -> None:
+    train, test = write(tmp_path / "train.jsonl", 100), write(tmp_path / "test.jsonl", 30, question="text")
+    hard = [
+        "evaluation.sets.hard.data=jsonl",
+        f"evaluation.sets.hard.path={test}",
+        "evaluation.sets.hard.prompt_column=text",
+    ]
+
+    def told(*arguments: str) -> dict[str, str]:
+        lines = plan(load(*arguments))
+        return {line.what: line.amount for line in lines if line.what.startswith("held out")}
+
+    assert told("data=arithmetic", "data.heldout_problems=20") == {
+        "held out": "20 problems, drawn (data.heldout_problems)"
+    }
+    words = ["data=jsonl", f"data.path={train}"]
+    own = load(*words).make_data_source().load("heldout")[0]
+    assert told(*words, *hard) == {
+        "held out": f"{len(own)} problems, 0.05 of the questions of {train} (data.heldout_share)",
+        "held out, hard": f"30 problems of {test} (evaluation.sets.hard)",
+    }
+    other = tmp_path / "other.jsonl"
+    other.write_text(test.read_text().replace("text", "question").replace("is", "was"))
+    assert told(*words, f"data.heldout_path={other}") == {
+        "held out": f"30 problems, those of {other} (data.heldout_path)"
+    }

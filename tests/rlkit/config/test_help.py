@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from rlkit import cli, train
-from rlkit.config.vocabulary import COMMANDS, OTHER_NAMES, WISHES
 from rlkit.experience.names import edits, nearest
 
 Typed = Callable[..., str]
@@ -154,14 +153,3 @@ def test_a_name_is_meant_only_if_it_is_near(name: str, valid: list[str], meant: 
 )
 def test_slips_between_two_texts(left: str, right: str, count: int) -> None:
     assert edits(left, right) == edits(right, left) == count
-
-
-def test_every_pattern_of_a_wish_is_one() -> None:
-    for pattern, text in (*WISHES, *COMMANDS):
-        assert re.compile(pattern)
-        assert text
-
-
-def test_other_frameworks_names_lead_to_keys_that_exist(help_on: Typed) -> None:
-    listed = set(re.findall(r"^  (\w+(?:\.\w+)*)  ", help_on(), flags=re.MULTILINE))
-    assert {key for keys in OTHER_NAMES.values() for key in keys.split() if key not in listed} == set()

@@ -1,0 +1,61 @@
+"""What a command is about: a run, one of its checkpoints, or a model's folder, each by one word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlkit.checkpoint.folder import sealed_folders
+from rlkit.config.messages import ConfigError, ConfigIssue
+from rlkit.config.overrides import quoted
+from rlkit.experience.names import nearest
+from rlkit.models.folder import PREFIX
+
+
+@dataclass(frozen=True)
+class Subject:
+    run: Path | None
+    """None: a model of no run."""
+    step: int | None
+    """Of a checkpoint; None: the whole run, or a model."""
+    model: str
+    """Folder of a checkpoint or a model; of a run that of its newest checkpoint, empty if it has none."""
+
+    def overrides(self) -> list[str]:
+        """As the arguments of an evaluation say it."""
+        if self.run is None:
+            return ["model=hf", f"model.path={quoted(self.model)}"]
+        return [f"run={quoted(str(self.run))}", *([] if self.step is None else [f"checkpoints=[{self.step}]"])]
+
+
+def find_subject(named: str) -> Subject:
+    """Raises ConfigError for a word that names none of them."""
+    path = Path(named).expanduser()
+    if named.startswith(PREFIX):
+        return Subject(None, None, named)
+    if (path / "config.json").is_file() and not _is_policy(path):
+        return Subject(None, None, str(path))
+    checkpoint = path.parent if _is_policy(path) else path
+    if (checkpoint / "policy").is_dir():
+        run = checkpoint.parent.parent
+        step = checkpoint.name.removeprefix("step_")
+        of_run = step.isdecimal() and (run / "config.yaml").is_file()
+        return Subject(run if of_run else None, int(step) if of_run else None, str(checkpoint / "policy"))
+    if any((path / name).exists() for name in ("config.yaml", "samples.jsonl", "checkpoints")):
+        saved = sealed_folders(path / "checkpoints")
+        return Subject(path, None, str(saved[0] / "policy") if saved else "")
+    why = _meant(path) or ("it holds none of their files" if path.is_dir() else "there is no such folder")
+    remedy = "name a run (runs/x), a checkpoint (runs/x/checkpoints/step_000060) or a model's folder"
+    raise ConfigError([ConfigIssue(named, f"is no folder of a run, checkpoint or model: {why}; {remedy}")])
+
+
+def _is_policy(path: Path) -> bool:
+    """Of a checkpoint: RUN/checkpoints/step_000060/policy."""
+    return path.name == "policy" and path.parent.name.startswith("step_")
+
+
+def _meant(path: Path) -> str | None:
+    if path.exists() or not path.parent.is_dir():
+        return None
+    guess = nearest(path.name, (other.name for other in path.parent.iterdir() if other.is_dir()))
+    return f"did you mean {path.parent / guess}?" if guess else None
