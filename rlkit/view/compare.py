@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def compare(runs: Sequence[Run], asked: AboutRuns) -> CompareResult:
     """Differences are the last run's values minus the first's, with intervals where there are pairs."""
     if len(runs) < 2:
         raise UserError("runs=A,B: a comparison wants at least two runs")
-    points = [_points(run) for run in runs]
+    points = [run.remembered("points", partial(_points, run)) for run in runs]
     names = dict.fromkeys(name for own in points for name in own)
     metrics = [_metric(runs, name, [own.get(name, {}) for own in points]) for name in names]
     prompts, following = _prompts(runs, asked.cursor)

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -109,27 +110,25 @@ def columns(run: Run, names: Sequence[str], asked: Restricted) -> list[np.ndarra
     """Numbers [N] of the chosen samples in the order of the file, one array per name; unknown: NaN."""
     keys, where = [_number(run, name) for name in names], _where(run, asked)
     plain = [key.text for key in keys if not key.parameters]
-    query = f"SELECT {', '.join(['id', *plain])} FROM rows WHERE {where.text} ORDER BY id"
-    ids, *known = _numbers(run, query, where.parameters, 1 + len(plain))
+    ids, *known = _numbers(run, ["id", *plain], f"rows WHERE {where.text} ORDER BY id", where.parameters)
     # Of components and rescored rewards it is faster to read all values than to look each one up.
     return [_extra(run, key, ids) if key.parameters else known.pop(0) for key in keys]
 
 
 def _extra(run: Run, key: Sql, ids: np.ndarray) -> np.ndarray:
-    query = "SELECT id, value FROM extra WHERE name = (SELECT key FROM names WHERE names.name = ?)"
-    rows, values = _numbers(run, query, key.parameters, 2)
+    named = "extra WHERE name = (SELECT key FROM names WHERE names.name = ?)"
+    rows, values = _numbers(run, ["id", "value"], named, key.parameters)
     place = np.searchsorted(rows, ids)
     there = np.append(rows, np.nan)[place] == ids
     return np.where(there, np.append(values, np.nan)[place], np.nan)
 
 
-def _numbers(run: Run, query: str, parameters: Sequence[Any], width: int) -> np.ndarray:
-    """The rows of a query [width, N]; a part at a time, because Python's numbers take five times the room."""
-    cursor = run.index.connection().execute(query, parameters)
-    parts = [np.zeros((0, width))]
-    while rows := cursor.fetchmany(65536):
-        parts.append(np.array(rows, dtype=np.float64))
-    return np.concatenate(parts).T
+def _numbers(run: Run, select: Sequence[str], source: str, parameters: Sequence[Any]) -> np.ndarray:
+    """[columns, rows] of a query; unknown: NaN."""
+    known = ", ".join(f"ifnull({one}, 9e999)" for one in select)  # no recorded number is infinite
+    values = chain.from_iterable(run.index.connection().execute(f"SELECT {known} FROM {source}", parameters))
+    table = np.fromiter(values, np.float64).reshape(-1, len(select)).T
+    return np.where(np.isinf(table), np.nan, table)
 
 
 class HistogramAsked(Restricted):

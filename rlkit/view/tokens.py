@@ -46,7 +46,7 @@ class Place(NamedTuple):
 def samples_in(file: Path) -> list[tuple[str, int]]:
     """(group, sample) of each row; none if the file cannot be read (any more)."""
     try:
-        table = parquet.read_table(file, columns=["group_id", "sample"])
+        table = parquet.ParquetFile(file).read(["group_id", "sample"])
     except (OSError, ArrowException):
         return []
     return list(zip(table["group_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
@@ -57,7 +57,7 @@ def token_row(run: Path, place: Place) -> dict[str, Any] | None:
     file = run / "tokens" / f"step_{place.step:06d}.parquet"
     try:
         at = samples_in(file).index((place.group_id, place.sample))
-        return dict(parquet.read_table(file).slice(at, 1).to_pylist()[0])
+        return dict(parquet.ParquetFile(file).read().slice(at, 1).to_pylist()[0])
     except (ValueError, OSError, ArrowException):
         return None
 
@@ -126,7 +126,7 @@ def _tables(run: Path, name: str) -> Iterator[tuple[int, Any]]:
     files = sorted((run / "tokens").glob("step_*.parquet"))
     for i in sorted({round(place) for place in np.linspace(0, len(files) - 1, min(len(files), MOST_FILES))}):
         try:
-            table = parquet.read_table(files[i], columns=["mask", name])
+            table = parquet.ParquetFile(files[i]).read(["mask", name])
         except (OSError, ArrowException):  # thinned since, or without this signal
             continue
         if name in table.column_names:

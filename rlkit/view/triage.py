@@ -97,11 +97,9 @@ def gather(run: Run) -> Samples:
     names = run.index.names()["component"]
     keys = ["id", "step", "reward", "correct", "length", "digits", *(f"component:{name}" for name in names)]
     ids, step, reward, correct, length, digits, *parts = columns(run, keys, chosen)
-    groups = run.index.all(
-        "SELECT DENSE_RANK() OVER (ORDER BY step, group_id) - 1 FROM rows "
-        "WHERE kind = 'training' AND valid AND reward IS NOT NULL ORDER BY id"
-    )
-    group = np.array(groups[: len(ids)], dtype=np.int64)
+    numbers: dict[object, int] = {}
+    groups = "SELECT step, group_id FROM rows WHERE kind = 'training' AND valid AND reward IS NOT NULL ORDER BY id"
+    group = np.array([numbers.setdefault(key, len(numbers)) for key in run.index.all(groups)][: len(ids)], np.int64)
     return Samples(ids, step, reward, correct, length, digits, group, dict(zip(names, parts, strict=True)))
 
 
