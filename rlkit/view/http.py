@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 import rlkit
 from rlkit.experience import UserError
+from rlkit.view import tokens
 from rlkit.view.guard import Guard, cookie_name, page_policy, refused
 from rlkit.view.index import cache_folder
 from rlkit.view.query import QUESTIONS, Question, ask
@@ -194,3 +195,4 @@ def _follow_all(runs: Runs, ending: threading.Event) -> None:
             with contextlib.suppress(OSError, sqlite3.Error):  # the next question says it
                 while not ending.is_set() and not run.index.follow(LOOK_SECONDS):
                     pass
+        tokens.load()

@@ -48,28 +48,26 @@ def _listed(known: runs.Runs, asked: Asked) -> RunList:
     return known.listed()
 
 
-QUESTIONS = {
-    f"/api/{name}": Question(answer)
-    for name, answer in {
-        "runs": _listed,
-        "metrics": curves.metrics,
-        "overview": curves.overview,
-        "samples": samples.samples,
-        "histogram": samples.histogram,
-        "scatter": samples.scatter,
-        "distribution": samples.distribution,
-        "sample": sample.sample,
-        "tokens": sample.tokens_of,
-        "group": sample.group,
-        "triage": triage.triage,
-        "config": compare.configuration,
-        "compare": compare.compare,
-        "time": curves.where_time_goes,
-        "results": runs.results,
-        "files": runs.files,
-        "log": runs.log,
-    }.items()
+_ANSWERS: dict[str, Callable[..., BaseModel]] = {
+    "runs": _listed,
+    "metrics": curves.metrics,
+    "overview": curves.overview,
+    "samples": samples.samples,
+    "histogram": samples.histogram,
+    "scatter": samples.scatter,
+    "distribution": samples.distribution,
+    "sample": sample.sample,
+    "tokens": sample.tokens_of,
+    "group": sample.group,
+    "triage": triage.triage,
+    "config": compare.configuration,
+    "compare": compare.compare,
+    "time": curves.where_time_goes,
+    "results": runs.results,
+    "files": runs.files,
+    "log": runs.log,
 }
+QUESTIONS = {f"/api/{name}": Question(answer) for name, answer in _ANSWERS.items()}
 
 
 def ask(known: runs.Runs, path: str, parameters: Mapping[str, Any]) -> BaseModel:

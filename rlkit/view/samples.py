@@ -205,7 +205,7 @@ def _number(run: Run, name: str) -> Sql:
 
 
 def _where(run: Run, asked: Restricted) -> Sql:
-    equal = {"step =": asked.step, "step >=": asked.from_step, "step <=": asked.to_step}
+    equal: dict[str, int | str | None] = {"step =": asked.step, "step >=": asked.from_step, "step <=": asked.to_step}
     equal |= {"group_id =": asked.group or None, "prompt_id =": asked.prompt_id or None}
     conditions = [Sql(f"rows.{name} ?", (value,)) for name, value in equal.items() if value is not None]
     if asked.filter.strip():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from pyarrow import ArrowException, parquet
 
 from rlkit.view.rows import number
@@ -119,6 +120,12 @@ def of_samples(run: Path, name: str) -> list[np.ndarray]:
         for mask, own in zip(table["mask"], table[name], strict=True):
             samples.append(np.array(own.as_py(), dtype=np.float64)[np.array(mask.as_py(), dtype=bool)])
     return [np.nan_to_num(own) for own in samples]
+
+
+def load() -> None:
+    """What pyarrow imports at its first table takes half a second: before somebody waits for it. Then, microseconds."""
+    table = pa.table({"values": [[0.5], None]})
+    table.filter(table["values"].is_valid())["values"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
 def _tables(run: Path, name: str) -> Iterator[tuple[int, Any]]:

@@ -157,9 +157,12 @@ def boilerplate(best: Sequence[str], worst: Sequence[str], before: Sequence[str]
     if not best or not worst:
         return []
     answers = (best, worst, before)
-    counts = [_counts(texts) for texts in answers]
+    top = _counts(best)
+    often = (words for words, count in top.items() if count >= LEAST_SHARE * len(best))
+    candidates = {words for words in often if any(word.isalpha() for word in words)}
+    counts = [top, _counts(worst, candidates), _counts(before, candidates)]
     found = []
-    for words in (phrase for phrase, count in counts[0].items() if count >= LEAST_SHARE * len(best)):
+    for words in candidates:
         shares = [own[words] / max(1, len(texts)) for own, texts in zip(counts, answers, strict=True)]
         z = _log_odds(counts[0][words], len(best), counts[1][words], len(worst), shares[2])
         if z >= LEAST_Z and shares[0] > 2 * shares[2]:
@@ -186,8 +189,8 @@ def _parts(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-def _counts(texts: Sequence[str]) -> Counter[tuple[str, ...]]:
-    """In how many texts each sequence of words of one sentence is."""
+def _counts(texts: Sequence[str], among: set[tuple[str, ...]] | None = None) -> Counter[tuple[str, ...]]:
+    """In how many texts each sequence of words of one sentence is; of those `among` which is asked."""
     known: dict[str, set[tuple[str, ...]]] = {}  # models repeat themselves
     counts: Counter[tuple[str, ...]] = Counter()
     for text in texts:
@@ -195,7 +198,7 @@ def _counts(texts: Sequence[str]) -> Counter[tuple[str, ...]]:
         for sentence in sentences - known.keys():
             words = _words(sentence)
             found = set().union(*(_parts(words, n) for n in range(SHORTEST, LONGEST + 1)))
-            known[sentence] = {part for part in found if any(word.isalpha() for word in part)}
+            known[sentence] = found if among is None else found & among
         counts.update(set().union(*(known[sentence] for sentence in sentences)))
     return counts
 

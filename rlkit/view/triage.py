@@ -243,16 +243,16 @@ def _phrases(run: Run, data: Samples) -> Found:
     order = np.flatnonzero(data.late)[np.argsort(data.above[data.late], kind="stable")]
     n = min(READ, len(order) // 3)
     best, worst, before = order[-n:], order[:n], np.flatnonzero(data.early)[:READ]
-    texts = [
+    top, bottom, first = (
         [said((run.index.raw(int(row)) or {}).get("response"))[:SEARCHED] for row in data.ids[chosen]]
         for chosen in (best, worst, before)
-    ]
-    found = trends.boilerplate(*texts)
+    )
+    found = trends.boilerplate(top, bottom, first)
     if not found:
         return None
     new = found[0].before < 0.05
     chosen = np.zeros(len(data.ids), dtype=bool)
-    chosen[best[[trends.has(text, found[0]) for text in texts[0]]]] = True
+    chosen[best[[trends.has(text, found[0]) for text in top]]] = True
     return schema.Finding(
         id="phrases",
         title="phrases that are paid for",
