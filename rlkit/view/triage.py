@@ -200,10 +200,10 @@ def _length(run: Run, data: Samples) -> Found:
 
 
 def _digits(run: Run, data: Samples) -> Found:
-    return _paid_for(data, data.digits, "digits", ("answers with more digits", "answers with fewer digits"))
+    return _paid_for(data, data.digits, "share of digits", ("answers with more digits", "answers with fewer digits"))
 
 
-def _paid_for(data: Samples, numbers: np.ndarray, name: str, titles: tuple[str, str]) -> Found:
+def _paid_for(data: Samples, numbers: np.ndarray, what: str, titles: tuple[str, str]) -> Found:
     """Whether the reward goes with a number that it should not pay for, within groups, late in the run."""
     values = trends.within_groups(numbers, data.group)
     wrong = data.late & (data.correct < 0.5)
@@ -213,26 +213,15 @@ def _paid_for(data: Samples, numbers: np.ndarray, name: str, titles: tuple[str, 
     grown = early is None or abs(late.value) > abs(early.value) + 0.1
     odd = among is not None and abs(among.value) > CORRELATED and among.low * among.high > 0
     which = titles[0] if late.value > 0 else titles[1]
-    told = (
-        f"It is so among wrong answers alone, too: {name} itself is paid for."
-        if odd
-        else ("Among wrong answers alone it is not so: it may come from being right.")
-    )
-    when = {LATE: late, EARLY: early, f"wrong answers alone, {LATE}": among}
+    told = f"wrong ones alone, too: the {what} itself counts" if odd else "which may come from being right"
+    facts = {LATE: late, EARLY: early, f"wrong answers alone, {LATE}": among}
     return schema.Finding(
-        id=name,
+        id=what,
         title=f"{which} are paid more",
         level="look" if odd and grown else "note",
-        text=f"Of the answers to the same prompt, {which} get more reward. {told}",
-        evidence=_evidence(
-            {
-                f"correlation of reward and {name} (0: none, 1 or -1: nothing else counts) [95 % interval], {own}": str(
-                    value
-                )
-                for own, value in when.items()
-                if value
-            }
-        ),
+        text=f"Of the answers to the same prompt, {which} get more reward, {told}. A correlation of 0 is none, one of "
+        "1 or -1 leaves room for nothing else; its 95 % interval stands in brackets.",
+        evidence=_evidence({f"correlation, {when}": str(value) for when, value in facts.items() if value}),
         metrics=["reward/mean", "length/mean"],
     )
 
