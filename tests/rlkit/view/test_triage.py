@@ -136,6 +136,10 @@ def test_a_run_that_fools_its_reward(folder: Path) -> None:
     words = BOILERPLATE.lower().split()
     assert any(word in found["phrases"].evidence[0].label for word in words)
     assert {missing.id for missing in result.missing} == set()
+    with_samples = {name for name, own in found.items() if own.rows}
+    assert with_samples <= {"rewarded_wrong", "phrases", "ensemble"}  # of slopes and correlations a number is the sign
+    assert not any(own.rows for own in result.findings if own.level == "note")
+    assert all("score" in found[name].text for name in with_samples)
 
 
 def test_a_run_without_verdicts_says_what_it_lacks(folder: Path) -> None:
