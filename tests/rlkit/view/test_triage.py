@@ -26,7 +26,7 @@ from rlkit.view.triage import triage
 
 
 def test_slope_has_the_textbooks_interval() -> None:
-    """y = 2, 4, 5, 4, 5 over x = 1..5: b = 0.6, residual variance 2.4 / 3, standard error sqrt(0.08), t(3) = 3.18245."""
+    """y = 2, 4, 5, 4, 5 over x = 1..5: b = 0.6, residual variance 2.4 / 3, standard error sqrt(0.08), t(3) = 3.1824."""
     found = slope(np.arange(1.0, 6), np.array([2.0, 4, 5, 4, 5]))
     assert found is not None
     assert found.value == pytest.approx(0.6)
