@@ -42,14 +42,13 @@ def _view(arguments: list[str]) -> int:
         show(runs)
         return 0
     token = _token(given.host, given.token)
-    from rlkit.view.guard import access_for
     from rlkit.view.http import listening, serve
 
     with listening(given.host, given.port, TRIES if given.port else 1) as listener:
         port = listener.getsockname()[1]
         for line in _where(given.host, port, token):
             print(line, flush=True)
-        serve(runs, access_for(given.host, token), listener)
+        serve(runs, given.host, token, listener)
     return 0
 
 

@@ -7,8 +7,6 @@ import contextlib
 import hashlib
 import re
 import socket
-from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from starlette.requests import HTTPConnection
@@ -30,77 +28,23 @@ HEADERS = {
 _ELEMENT = re.compile(r"<(script|style)\b([^>]*)>(.*?)</\1>", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Access:
-    """What is checked. Without a token, only addresses of this machine are served."""
-
-    token: str | None
-    names: frozenset[str]
-    """Hosts other than loopback that a request may name."""
-
-    def refusal(self, request: HTTPConnection, method: str) -> Response | None:
-        if method not in ("GET", "HEAD"):
-            return refused(405, "everything here is read with GET", {"Allow": "GET"})
-        header = request.headers.get("host", "")
-        if not self._knows(host_name(header)):
-            # A browser would let in a web page whose name was made to point here.
-            return refused(403, f"this server does not go by the name {header[:60]!r}")
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != header:
-            return refused(403, "another page may not read this one's answers (Origin)")
-        foreign = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
-        if foreign and not (request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"):
-            return refused(403, "another page may not read this one's answers (Sec-Fetch-Site)")
-        if self.token is not None and not self._has_token(request):
-            headers = {"WWW-Authenticate": "Bearer"}
-            return refused(
-                401, "this server wants its token: open the printed link, or Authorization: Bearer ...", headers
-            )
-        return None
-
-    def _knows(self, name: str) -> bool:
-        return is_loopback(name) or name.lower() in self.names
-
-    def _has_token(self, request: HTTPConnection) -> bool:
-        assert self.token is not None
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        given = [bearer] if scheme.lower() == "bearer" else []
-        given += request.query_params.getlist("token")
-        try:
-            cookie = SimpleCookie(request.headers.get("cookie", "")).get(cookie_name(request))
-        except CookieError:
-            cookie = None
-        given += [] if cookie is None else [cookie.value]
-        return any(same_token(one, self.token) for one in given)
-
-
-def cookie_name(request: HTTPConnection) -> str:
-    """Browsers share cookies between the ports of a host."""
-    return f"rlkit_view_{request.url.port or 80}"
-
-
-def access_for(host: str, token: str | None) -> Access:
-    """Of a server that listens on `host`; on all addresses, it goes by the names that this machine knows of itself."""
-    names = {host.lower()}
-    if host in ("0.0.0.0", "::", ""):
-        own = socket.gethostname()
-        names |= {own.lower(), socket.getfqdn().lower()}
-        with contextlib.suppress(OSError):
-            names |= {str(address[4][0]).lower() for address in socket.getaddrinfo(own, None)}
-    return Access(token, frozenset(names))
-
-
 class Guard:
     """Decides before routing, sets the headers, and drops parameters that are empty or the token's."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self._app, self._access = app, access
+    def __init__(self, app: ASGIApp, host: str, token: str | None) -> None:
+        """Of a server that listens on `host`; on all addresses, it goes by the names that this machine knows of itself.
+        Without a token, whoever can reach it is answered."""
+        self._app, self._token = app, token
+        self._names = {host.lower()}
+        if host in ("0.0.0.0", "::", ""):
+            own = socket.gethostname()
+            self._names |= {own.lower(), socket.getfqdn().lower()}
+            with contextlib.suppress(OSError):
+                self._names |= {str(address[4][0]).lower() for address in socket.getaddrinfo(own, None)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return  # no web sockets, no lifespan
-        request = HTTPConnection(scope)
-        refusal = self._access.refusal(request, scope["method"])
         keep_token = scope["path"] == "/"
         pairs = [(k, v) for k, v in parse_qsl(scope["query_string"].decode("latin-1")) if keep_token or k != "token"]
 
@@ -111,8 +55,40 @@ class Guard:
                 message["headers"] = [*message["headers"], *(pair for pair in more if pair[0] not in present)]
             await send(message)
 
-        app = refusal or self._app
+        app = self._refusal(HTTPConnection(scope), scope["method"]) or self._app
         await app({**scope, "query_string": urlencode(pairs).encode()}, receive, with_headers)
+
+    def _refusal(self, request: HTTPConnection, method: str) -> Response | None:
+        if method not in ("GET", "HEAD"):
+            return refused(405, "everything here is read with GET", {"Allow": "GET"})
+        header = request.headers.get("host", "")
+        name = host_name(header)
+        if not is_loopback(name) and name.lower() not in self._names:
+            # A browser would let in a web page whose name was made to point here.
+            return refused(403, f"this server does not go by the name {header[:60]!r}")
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != header:
+            return refused(403, "another page may not read this one's answers (Origin)")
+        foreign = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        if foreign and not (request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"):
+            return refused(403, "another page may not read this one's answers (Sec-Fetch-Site)")
+        if self._token is not None and not any(same_token(given, self._token) for given in _tokens(request)):
+            words = "this server wants its token: open the printed link, or Authorization: Bearer ..."
+            return refused(401, words, {"WWW-Authenticate": "Bearer"})
+        return None
+
+
+def _tokens(request: HTTPConnection) -> list[str]:
+    """That a request has."""
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    given = request.query_params.getlist("token") + ([bearer] if scheme.lower() == "bearer" else [])
+    cookie = request.cookies.get(cookie_name(request))
+    return given if cookie is None else [*given, cookie]
+
+
+def cookie_name(request: HTTPConnection) -> str:
+    """Browsers share cookies between the ports of a host."""
+    return f"rlkit_view_{request.url.port or 80}"
 
 
 def refused(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
@@ -121,29 +97,11 @@ def refused(status: int, message: str, headers: dict[str, str] | None = None) ->
 
 def page_policy(page: str, connect: str = "'self'") -> str:
     """The Content-Security-Policy of a page whose scripts and styles are those in it, and no others."""
-    scripts, styles = _inline(page)
-    return "; ".join(
-        [
-            "default-src 'none'",
-            f"script-src {_hashes(scripts)}",
-            f"style-src {_hashes(styles)}",
-            "img-src data:",
-            f"connect-src {connect}",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
-    )
-
-
-def _hashes(texts: list[str]) -> str:
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
-    return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-
-
-def _inline(page: str) -> tuple[list[str], list[str]]:
-    """Contents of its scripts and style sheets, as a browser hashes them; data blocks are no scripts."""
-    texts: dict[str, list[str]] = {"script": [], "style": []}
-    for tag, attributes, text in _ELEMENT.findall(re.sub(r"\r\n?", "\n", page)):
-        if 'type="application/json"' not in attributes:
-            texts[tag].append(text)
-    return texts["script"], texts["style"]
+    digests: dict[str, list[str]] = {"script": [], "style": []}
+    for tag, attributes, text in _ELEMENT.findall(re.sub(r"\r\n?", "\n", page)):  # as a browser hashes them
+        if 'type="application/json"' not in attributes:  # data are no script
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            digests[tag].append(f"'sha256-{digest}'")
+    allowed = [f"{tag}-src " + (" ".join(own) or "'none'") for tag, own in digests.items()]
+    more = ["img-src data:", f"connect-src {connect}", "base-uri 'none'", "form-action 'none'"]
+    return "; ".join(["default-src 'none'", *allowed, *more])

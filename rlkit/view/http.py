@@ -21,17 +21,16 @@ from starlette.types import ASGIApp
 
 import rlkit
 from rlkit.experience import UserError
-from rlkit.view.guard import Access, Guard, cookie_name, page_policy, refused
+from rlkit.view import tokens
+from rlkit.view.guard import Guard, cookie_name, page_policy, refused
 from rlkit.view.index import cache_folder
 from rlkit.view.query import QUESTIONS, Question, ask
 from rlkit.view.runs import NotThereError, Run, Runs
 from rlkit.view.schema import ErrorResult, Event
 
 PAGE = Path(__file__).parent / "page.html"
-PLACEHOLDER = """<!doctype html><html lang="en"><meta charset="utf-8"><title>rlkit view</title>
-<body><h1>rlkit view</h1><p>This installation has no page (rlkit/view/page.html). The questions under /api are answered:
-<a href="/api/runs">/api/runs</a>, <a href="/api/schema">/api/schema</a>.</p></body></html>
-"""
+PLACEHOLDER = """<!doctype html><title>rlkit view</title><p>This installation has no page (rlkit/view/page.html).
+Questions are answered: <a href="/api/runs">/api/runs</a>, <a href="/api/schema">/api/schema</a>."""
 FORWARD = '<!doctype html><title>rlkit</title><meta http-equiv="refresh" content="0;url=/">'
 """Takes the token out of the address once the cookie has it. A redirect from a link elsewhere would lack the cookie."""
 LOOK_SECONDS = 1.0
@@ -47,44 +46,38 @@ def page_text() -> str:
     return PAGE.read_text(encoding="utf-8") if PAGE.is_file() else PLACEHOLDER
 
 
-def make_app(runs: Runs, access: Access, ending: threading.Event | None = None) -> ASGIApp:
-    """`ending`: set when the server stops, so that event streams end."""
+def make_app(runs: Runs, host: str, token: str | None, ending: threading.Event) -> ASGIApp:
+    """Of a server that listens on `host`. `ending`: set when it stops, so that event streams end."""
     app = FastAPI(
         title="rlkit view", version=rlkit.__version__, docs_url=None, redoc_url=None, openapi_url="/api/schema"
     )
     for path, question in QUESTIONS.items():
         _add(app, runs, path, question)
-    stop = ending or threading.Event()
 
     async def events() -> Response:
-        return StreamingResponse(_events(runs, stop), media_type="text/event-stream")
+        return StreamingResponse(_events(runs, ending), media_type="text/event-stream")
 
     async def page(request: Request) -> Response:
-        if access.token is not None and "token" in request.query_params:
+        if token is not None and "token" in request.query_params:
             response = HTMLResponse(FORWARD)
-            response.set_cookie(cookie_name(request), access.token, httponly=True, samesite="strict", path="/")
+            response.set_cookie(cookie_name(request), token, httponly=True, samesite="strict", path="/")
             return response
         text = await asyncio.to_thread(page_text)
-        policy = page_policy(text) + "; frame-ancestors 'none'"
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+        return HTMLResponse(text, headers={"Content-Security-Policy": page_policy(text) + "; frame-ancestors 'none'"})
 
-    async def failed(request: Request, error: HTTPException) -> Response:
-        return refused(error.status_code, str(error.detail))
-
-    async def wrong(request: Request, error: UserError) -> Response:
-        return refused(404 if isinstance(error, NotThereError) else 400, str(error))
-
-    async def broken(request: Request, error: Exception) -> Response:
+    async def failed(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            return refused(error.status_code, str(error.detail))
+        if isinstance(error, UserError):
+            return refused(404 if isinstance(error, NotThereError) else 400, str(error))
         return refused(500, f"{type(error).__name__}: {error} (the index of samples lies in {cache_folder()})")
 
     app.get("/api/events", response_class=Response, responses={200: {"model": Event}})(events)
     app.get("/", include_in_schema=False)(page)
-    app.exception_handler(HTTPException)(failed)
-    app.exception_handler(UserError)(wrong)
-    app.exception_handler(sqlite3.Error)(broken)
-    app.exception_handler(OSError)(broken)
+    for kind in (HTTPException, UserError, sqlite3.Error, OSError):
+        app.exception_handler(kind)(failed)
     app.add_middleware(GZipMiddleware, minimum_size=SMALLEST_GZIP, compresslevel=5)
-    return Guard(app, access)
+    return Guard(app, host, token)
 
 
 def _add(app: FastAPI, runs: Runs, path: str, question: Question) -> None:
@@ -108,26 +101,23 @@ def _add(app: FastAPI, runs: Runs, path: str, question: Question) -> None:
     )(answer)
 
 
-async def _events(runs: Runs, stop: threading.Event) -> AsyncIterator[str]:
+async def _events(runs: Runs, ending: threading.Event) -> AsyncIterator[str]:
     """An event per run that grew or ended since the last look; a comment as a heartbeat."""
-    seen = {run.id: run.stamp() for run in runs.all()}
-    states = {run.id: "" for run in runs.all()}
+    seen: dict[str, object] = {run.id: run.stamp() for run in runs.all()}
+    states: dict[str, str] = {}
     quiet = 0.0
     yield ": rlkit\n\n"
-    while not stop.is_set():
+    while not ending.is_set():
         await asyncio.sleep(LOOK_SECONDS)
         quiet += LOOK_SECONDS
         for run in await asyncio.to_thread(runs.all):
             with contextlib.suppress(OSError, sqlite3.Error):  # the next question says it
-                stamp = await asyncio.to_thread(run.stamp)
-                state, _ = await asyncio.to_thread(run.state)
-                known = states.get(run.id)
-                changed = seen.get(run.id) != stamp or (bool(known) and known != state)
-                seen[run.id], states[run.id] = stamp, state
-                if changed:
-                    quiet = 0.0
+                stamp, (state, _) = run.stamp(), await asyncio.to_thread(run.state)
+                if seen.get(run.id) != stamp or states.get(run.id, state) != state:
                     event = await asyncio.to_thread(_event, run)
                     yield f"data: {event.model_dump_json()}\n\n"
+                    quiet = 0.0
+                seen[run.id], states[run.id] = stamp, state
         if quiet >= HEARTBEAT_SECONDS:
             quiet = 0.0
             yield ": still here\n\n"
@@ -135,7 +125,7 @@ async def _events(runs: Runs, stop: threading.Event) -> AsyncIterator[str]:
 
 def _event(run: Run) -> Event:
     run.index.follow(LOOK_SECONDS)
-    count: int = run.index.connection().execute("SELECT count(*) FROM rows").fetchone()[0]
+    (count,) = run.index.all("SELECT count(*) FROM rows")
     return Event(run=run.id, step=run.metrics.step, state=run.state()[0], samples=count)
 
 
@@ -162,9 +152,7 @@ def listening(host: str, port: int, tries: int) -> Iterator[socket.socket]:
 class _Server(uvicorn.Server):
     """Signals end event streams, too; uvicorn would wait for them."""
 
-    def __init__(self, config: uvicorn.Config, ending: threading.Event) -> None:
-        super().__init__(config)
-        self._ending = ending
+    ending: threading.Event
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -173,31 +161,30 @@ class _Server(uvicorn.Server):
     def end(self) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
-        self._ending.set()
+        self.ending.set()
 
 
-def serve(runs: Runs, access: Access, listener: socket.socket) -> None:
+def serve(runs: Runs, host: str, token: str | None, listener: socket.socket) -> None:
     """Until Ctrl-C or SIGTERM."""
     ending = threading.Event()
     follower = threading.Thread(target=_follow_all, args=(runs, ending), name="index", daemon=True)
     follower.start()
-    asyncio.run(_serve(runs, access, listener, ending))
+    app = make_app(runs, host, token, ending)
+    server = _Server(
+        uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=2
+        )
+    )
+    server.ending = ending
+    asyncio.run(_serve(server, listener))
     ending.set()
     follower.join(5.0)
 
 
-async def _serve(runs: Runs, access: Access, listener: socket.socket, ending: threading.Event) -> None:
-    server = _Server(
-        uvicorn.Config(
-            make_app(runs, access, ending), log_level="warning", access_log=False, server_header=False, lifespan="off",
-            timeout_graceful_shutdown=2,
-        ),
-        ending,
-    )  # fmt: skip
+async def _serve(server: _Server, listener: socket.socket) -> None:
     current_default_thread_limiter().total_tokens = THREADS
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.end)
+        asyncio.get_running_loop().add_signal_handler(number, server.end)
     await server.serve(sockets=[listener])
 
 
@@ -208,3 +195,4 @@ def _follow_all(runs: Runs, ending: threading.Event) -> None:
             with contextlib.suppress(OSError, sqlite3.Error):  # the next question says it
                 while not ending.is_set() and not run.index.follow(LOOK_SECONDS):
                     pass
+        tokens.load()

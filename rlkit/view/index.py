@@ -6,6 +6,7 @@ Several processes may follow the same run: a batch of rows and the offset behind
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -17,30 +18,89 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlkit.view.lines import Position, read_on
-from rlkit.view.rows import COLUMNS, Indexed, indexed, number, parsed, whole
+from rlkit.view.rows import Position, listed, number, parsed, read_on, said, text, whole
+from rlkit.view.tokens import samples_in
 
-FORMAT = 2
+FORMAT = 3
 """Another one in a cache file: it is made anew."""
 UNUSED_DAYS = 30
 """After which the cache of a run is removed."""
+SEARCHED = 4096
+"""Characters at the beginning of a prompt and of a response that full text search knows."""
+HEAD = 200
+MOST_COMPONENTS = 100
+COLUMNS = {
+    "id": "INTEGER PRIMARY KEY", "start": "INTEGER", "bytes": "INTEGER", "step": "INTEGER", "group_id": "TEXT",
+    "prompt_id": "TEXT", "sample": "INTEGER", "rank": "TEXT", "reward": "REAL", "advantage": "REAL",
+    "length": "INTEGER", "correct": "REAL", "verdict": "REAL", "finish_reason": "TEXT", "staleness": "REAL",
+    "dropped": "TEXT", "valid": "INTEGER", "reason": "TEXT", "set": "TEXT", "kind": "TEXT", "group_size": "INTEGER",
+    "group_mean": "REAL", "spread": "REAL", "digits": "REAL", "decoding": "TEXT",
+}  # fmt: skip
+"""`start` and `bytes`: where the row is in the file. `group_mean` and `spread` (largest minus smallest) are of the
+rewards of the whole group, `digits` is their share of the response's characters, `decoding` is of an evaluation."""
+_DEFAULTS = {"step": 0, "group_id": "", "prompt_id": "", "sample": 0, "valid": 1, "reason": "", "kind": "training"}
+_CONVERTED: dict[str, Callable[[Any], Any]] = {"INTEGER": whole, "REAL": number, "TEXT": text}
+_NO_DIGITS = str.maketrans("", "", "0123456789")
 _SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS rows ({", ".join(f'"{name}" {kind}' for name, kind in COLUMNS.items())});
-CREATE INDEX IF NOT EXISTS rows_of_group ON rows (step, group_id, sample);
-CREATE INDEX IF NOT EXISTS rows_of_prompt ON rows (prompt_id);
-CREATE TABLE IF NOT EXISTS heads (id INTEGER PRIMARY KEY, prompt TEXT, response TEXT);
-CREATE TABLE IF NOT EXISTS names (key INTEGER PRIMARY KEY, name TEXT UNIQUE);
-CREATE TABLE IF NOT EXISTS extra (name INTEGER, id INTEGER, value REAL, PRIMARY KEY (name, id)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS token_rows (step INTEGER, group_id TEXT, sample INTEGER,
+CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE rows ({", ".join(f'"{name}" {kind}' for name, kind in COLUMNS.items())});
+CREATE INDEX rows_of_group ON rows (step, group_id, sample, dropped);
+CREATE INDEX rows_of_prompt ON rows (prompt_id, step DESC);
+CREATE INDEX rows_of_evaluation ON rows (step) WHERE kind = 'evaluation';
+CREATE TABLE heads (id INTEGER PRIMARY KEY, prompt TEXT, response TEXT);
+CREATE TABLE names (key INTEGER PRIMARY KEY, name TEXT UNIQUE);
+CREATE TABLE extra (name INTEGER, id INTEGER, value REAL, PRIMARY KEY (name, id)) WITHOUT ROWID;
+CREATE TABLE token_rows (step INTEGER, group_id TEXT, sample INTEGER,
     PRIMARY KEY (step, group_id, sample)) WITHOUT ROWID;
-CREATE VIRTUAL TABLE IF NOT EXISTS texts USING fts5 (prompt, response, content='', tokenize='unicode61');
+CREATE VIRTUAL TABLE texts USING fts5 (prompt, response, content='', tokenize='unicode61');
 """
 _TABLES = ("meta", "rows", "heads", "names", "extra", "token_rows", "texts")
+
+
+@dataclass(frozen=True)
+class Indexed:
+    number: int
+    columns: list[Any]
+    """In the order of `COLUMNS`."""
+    heads: tuple[str, str]
+    texts: tuple[str, str]
+    """Beginnings of prompt and response."""
+    components: dict[str, float]
+
+
+def indexed(row_number: int, start: int, line: bytes) -> Indexed | None:
+    """A line of samples.jsonl as the index keeps it; None for a line that is no row. Older runs lack fields."""
+    row = parsed(line)
+    if not row:
+        return None
+    response = said(row.get("response"))
+    searched = response[:SEARCHED]
+    rewards = [r for r in map(number, listed(row.get("group_rewards"))) if r is not None]
+    own = row.get("components")
+    components = {text(k) or "": number(v) for k, v in own.items()} if isinstance(own, Mapping) else {}
+    values = {name: _CONVERTED[kind.partition(" ")[0]](row.get(name)) for name, kind in COLUMNS.items()}
+    values |= {name: default for name, default in _DEFAULTS.items() if values[name] is None}
+    values |= {"id": row_number, "start": start, "bytes": len(line)}
+    values |= {"digits": 1 - len(searched.translate(_NO_DIGITS)) / len(searched) if searched else None}
+    if rewards:
+        values |= {"group_mean": sum(rewards) / len(rewards), "spread": max(rewards) - min(rewards)}
+    if values["length"] is None and isinstance(row.get("token_ids"), list):
+        values["length"] = len(row["token_ids"])
+    if "correct" not in row:
+        values["correct"] = components.get("correct", components.get("success"))
+    kept = [(name, value) for name, value in components.items() if value is not None][:MOST_COMPONENTS]
+    return Indexed(
+        row_number,
+        [values[name] for name in COLUMNS],
+        (said(row.get("prompt"), last=True)[:HEAD], response[:HEAD]),
+        (said(row.get("prompt"))[:SEARCHED], searched),
+        dict(kept),
+    )
 
 
 class SampleIndex:
@@ -48,23 +108,37 @@ class SampleIndex:
 
     def __init__(self, run: Path, cache: Path | None = None) -> None:
         self._run, self._file = run, run / "samples.jsonl"
-        self._path = (cache or cache_folder()) / f"{_key(run)}.sqlite"
+        # The machine is part of the name: a home folder on a network is no place for the shared memory of two.
+        key = hashlib.sha256(f"{platform.node()}:{run.resolve()}".encode()).hexdigest()[:24]
+        self._path = (cache or cache_folder()) / f"{key}.sqlite"
         self._local = threading.local()
         self._following = threading.Lock()
         self._seen: object = None
         """What the files were when all was indexed."""
 
     def connection(self) -> sqlite3.Connection:
-        """This thread's. Rows have names."""
+        """This thread's."""
         if not hasattr(self._local, "connection"):
             self._local.connection = _open(self._path)
         connection: sqlite3.Connection = self._local.connection
         return connection
 
+    def close(self) -> None:
+        """Of this thread."""
+        if hasattr(self._local, "connection"):
+            self._local.connection.close()
+            del self._local.connection
+
+    def all(self, query: str, *parameters: Any) -> list[Any]:
+        """The rows of a query; their values alone where it has one column."""
+        rows = self.connection().execute(query, parameters).fetchall()
+        return [row[0] for row in rows] if rows and len(rows[0]) == 1 else rows
+
     def follow(self, seconds: float = math.inf) -> bool:
         """Index what is new, for about that long; return whether nothing is left. Another thread or process that is
         at it is waited for, as long."""
-        state = _state(self._run)
+        rescored = sorted((self._run / "rescored").glob("*.jsonl"))
+        state = [file_state(path) for path in (self._file, self._run / "tokens", *rescored)]
         if state == self._seen:
             return True
         deadline = time.monotonic() + seconds
@@ -76,7 +150,7 @@ class SampleIndex:
                 if time.monotonic() > deadline:
                     return False
             self._follow_tokens(connection)
-            self._follow_rescored(connection)
+            self._follow_rescored(connection, rescored)
             self._seen = state
             return True
         except sqlite3.OperationalError as error:
@@ -89,110 +163,101 @@ class SampleIndex:
     def _next_batch(self, connection: sqlite3.Connection, deadline: float) -> bool:
         """Index some rows; return whether these were the last."""
         with _transaction(connection, deadline):
-            read = read_on(self._file, _position(connection))
+            read = read_on(self._file, Position(*_get(connection, "position", Position())))
             if read.restarted:
-                _empty(connection)
+                for name in _TABLES[:-1]:
+                    connection.execute(f"DELETE FROM {name}")
+                connection.execute("INSERT INTO texts (texts) VALUES ('delete-all')")
             first = read.position.number - len(read.lines)
-            rows = (indexed(first + i, start, line) for i, (start, line) in enumerate(read.lines))
-            _insert(connection, [row for row in rows if row is not None])
-            position = read.position
-            _set(connection, "position", json.dumps([position.offset, position.number, position.check]))
+            made = (indexed(first + i, start, line) for i, (start, line) in enumerate(read.lines))
+            rows = [row for row in made if row is not None]
+            insert = connection.executemany
+            insert(f"INSERT INTO rows VALUES ({', '.join('?' * len(COLUMNS))})", (row.columns for row in rows))
+            insert("INSERT INTO heads VALUES (?, ?, ?)", ((row.number, *row.heads) for row in rows))
+            insert("INSERT INTO texts (rowid, prompt, response) VALUES (?, ?, ?)", ((r.number, *r.texts) for r in rows))
+            keys = {
+                name: _key(connection, f"component:{name}") for name in {name for r in rows for name in r.components}
+            }
+            values = ((keys[name], row.number, value) for row in rows for name, value in row.components.items())
+            insert("INSERT INTO extra VALUES (?, ?, ?)", values)
+            _set(connection, "position", read.position)
             return read.at_end
 
     def _follow_tokens(self, connection: sqlite3.Connection) -> None:
         """Which samples have token signals. Thinned steps lose theirs."""
         files = {path.name: path for path in (self._run / "tokens").glob("step_*.parquet")}
-        known = set(json.loads(_get(connection, "token_files", "[]")))
-        if known == set(files):
+        known = set(_get(connection, "token_files", []))
+        if known == files.keys():
             return
         with _transaction(connection):
-            for name in known - set(files):
+            for name in known - files.keys():
                 connection.execute("DELETE FROM token_rows WHERE step = ?", (_step(name),))
-            for name in sorted(set(files) - known):
-                from rlkit.view.tokens import samples_in
-
+            for name in files.keys() - known:
                 rows = [(_step(name), group, sample) for group, sample in samples_in(files[name])]
                 connection.executemany("INSERT OR IGNORE INTO token_rows VALUES (?, ?, ?)", rows)
-            _set(connection, "token_files", json.dumps(sorted(files)))
+            _set(connection, "token_files", sorted(files))
 
-    def _follow_rescored(self, connection: sqlite3.Connection) -> None:
+    def _follow_rescored(self, connection: sqlite3.Connection, paths: list[Path]) -> None:
         """The rewards of rescored/NAME.jsonl, read anew when a file has changed."""
-        files = {path.stem: path for path in (self._run / "rescored").glob("*.jsonl")}
-        states = {name: _file_state(path) for name, path in files.items()}
-        known = json.loads(_get(connection, "rescored_files", "{}"))
-        changed = [name for name in states | known if states.get(name) != known.get(name)]
-        if not changed:
+        files = {path.stem: path for path in paths}
+        states = {name: file_state(path) for name, path in files.items()}
+        known = _get(connection, "rescored_files", {})
+        if known == states:
             return
         with _transaction(connection):
-            rows = connection.execute("SELECT id, step, group_id, sample FROM rows").fetchall()
+            rows = connection.execute("SELECT id, step, group_id, sample FROM rows")
             place = {(step, group, sample): row for row, step, group, sample in rows}
-            for name in changed:
-                key = _name(connection, f"rescored:{name}")
+            for name in (name for name in states | known if states.get(name) != known.get(name)):
+                key = _key(connection, f"rescored:{name}")
                 connection.execute("DELETE FROM extra WHERE name = ?", (key,))
-                if name not in files:
+                if name in files:
+                    values = ((key, *value) for value in _rescored(files[name], place))
+                    connection.executemany("INSERT OR REPLACE INTO extra VALUES (?, ?, ?)", values)
+                else:
                     connection.execute("DELETE FROM names WHERE key = ?", (key,))
-                    continue
-                values = _rescored(files[name], place)
-                connection.executemany("INSERT OR REPLACE INTO extra VALUES (?, ?, ?)", ((key, *v) for v in values))
-            _set(connection, "rescored_files", json.dumps(states))
+            _set(connection, "rescored_files", states)
 
     def names(self) -> dict[str, list[str]]:
         """Of the `component`s and of the `rescored` rewards."""
         found: dict[str, list[str]] = {"component": [], "rescored": []}
-        for (name,) in self.connection().execute("SELECT name FROM names ORDER BY name"):
+        for name in self.all("SELECT name FROM names ORDER BY name"):
             family, _, own = name.partition(":")
             found[family].append(own)
         return found
 
     def raw(self, row: int) -> dict[str, Any] | None:
         """A row of samples.jsonl as it is; None if there is no such row (any more)."""
-        place = self.connection().execute("SELECT start, bytes FROM rows WHERE id = ?", (row,)).fetchone()
-        if place is None:
-            return None
-        with self._file.open("rb") as file:
-            file.seek(place[0])
-            return parsed(file.read(place[1])) or None  # none: cut since
-
-    def close(self) -> None:
-        """Of this thread."""
-        if hasattr(self._local, "connection"):
-            self._local.connection.close()
-            del self._local.connection
+        for start, size in self.all("SELECT start, bytes FROM rows WHERE id = ?", row):
+            with self._file.open("rb") as file:
+                file.seek(start)
+                return parsed(file.read(size)) or None  # none: cut since
+        return None
 
 
 def cache_folder() -> Path:
     """`XDG_CACHE_HOME/rlkit/view`, for this user alone; a temporary folder where nothing can be written."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "rlkit" / "view"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlkit" / "view"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError:
-        return _temporary_folder()
-    _remove_unused(folder)
-    return folder
-
-
-def _temporary_folder() -> Path:
-    import atexit
-
-    folder = Path(tempfile.mkdtemp(prefix="rlkit-view-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def _remove_unused(folder: Path) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="rlkit-view-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for file in folder.glob("*.sqlite*"):
         with contextlib.suppress(OSError):
             if time.time() - file.stat().st_mtime > UNUSED_DAYS * 86400:
                 file.unlink()
+    return folder
 
 
-def _key(run: Path) -> str:
-    """The machine is part of it: a home folder on a network is no place for the shared memory of two."""
-    return hashlib.sha256(f"{platform.node()}:{run.resolve()}".encode()).hexdigest()[:24]
+def file_state(path: Path) -> list[int] | None:
+    """Another one once the file was written to or replaced; None while it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -209,13 +274,14 @@ def _open(path: Path) -> sqlite3.Connection:
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
     try:
-        connection.execute("PRAGMA journal_mode=WAL")
-        for pragma in ("synchronous=NORMAL", "cache_size=-8192", "temp_store=MEMORY", "mmap_size=1073741824"):
+        for pragma in (
+            "journal_mode=WAL", "synchronous=NORMAL", "cache_size=-8192", "temp_store=MEMORY", "mmap_size=1073741824",
+        ):  # fmt: skip
             connection.execute(f"PRAGMA {pragma}")
         path.chmod(0o600)
-        if _version(connection) != FORMAT:
+        if connection.execute("PRAGMA user_version").fetchone() != (FORMAT,):
             with _transaction(connection):
-                if _version(connection) != FORMAT:  # nobody else was faster
+                if connection.execute("PRAGMA user_version").fetchone() != (FORMAT,):  # nobody else was faster
                     for name in _TABLES:
                         connection.execute(f"DROP TABLE IF EXISTS {name}")
                     for statement in _SCHEMA.split(";"):
@@ -225,11 +291,6 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-def _version(connection: sqlite3.Connection) -> int:
-    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    return version
 
 
 @contextlib.contextmanager
@@ -246,17 +307,8 @@ def _transaction(connection: sqlite3.Connection, deadline: float = math.inf) -> 
     connection.execute("COMMIT")
 
 
-def _insert(connection: sqlite3.Connection, rows: Sequence[Indexed]) -> None:
-    places = ", ".join("?" * len(COLUMNS))
-    connection.executemany(f"INSERT INTO rows VALUES ({places})", (row.columns for row in rows))
-    connection.executemany("INSERT INTO heads VALUES (?, ?, ?)", (row.heads for row in rows))
-    connection.executemany("INSERT INTO texts (rowid, prompt, response) VALUES (?, ?, ?)", (row.texts for row in rows))
-    keys = {name: _name(connection, f"component:{name}") for name in {name for row in rows for name in row.components}}
-    values = ((keys[name], row.number, value) for row in rows for name, value in row.components.items())
-    connection.executemany("INSERT INTO extra VALUES (?, ?, ?)", values)
-
-
-def _name(connection: sqlite3.Connection, name: str) -> int:
+def _key(connection: sqlite3.Connection, name: str) -> int:
+    """Of a name in `extra`."""
     connection.execute("INSERT OR IGNORE INTO names (name) VALUES (?)", (name,))
     key: int = connection.execute("SELECT key FROM names WHERE name = ?", (name,)).fetchone()[0]
     return key
@@ -265,8 +317,7 @@ def _name(connection: sqlite3.Connection, name: str) -> int:
 def _rescored(file: Path, place: Mapping[tuple[int, str, int], int]) -> Iterator[tuple[int, float]]:
     """(row, reward); `place` says which row has a (step, group, sample)."""
     with file.open("rb") as lines:
-        for line in lines:
-            row = parsed(line)
+        for row in map(parsed, lines):
             at = place.get((whole(row.get("step")) or 0, str(row.get("group_id")), whole(row.get("sample")) or 0))
             value = number(row.get("reward"))
             if value is not None and at is not None:
@@ -278,34 +329,10 @@ def _step(name: str) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def _empty(connection: sqlite3.Connection) -> None:
-    for name in _TABLES[:-1]:
-        connection.execute(f"DELETE FROM {name}")
-    connection.execute("INSERT INTO texts (texts) VALUES ('delete-all')")
-
-
-def _position(connection: sqlite3.Connection) -> Position:
-    return Position(*json.loads(_get(connection, "position", '[0, 0, ""]')))
-
-
-def _get(connection: sqlite3.Connection, key: str, default: str) -> str:
+def _get(connection: sqlite3.Connection, key: str, default: Any) -> Any:
     value = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-    return default if value is None else value[0]
+    return default if value is None else json.loads(value[0])
 
 
-def _set(connection: sqlite3.Connection, key: str, value: str) -> None:
-    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
-
-
-def _state(run: Path) -> object:
-    rescored = sorted((run / "rescored").glob("*.jsonl"))
-    folder = run / "tokens"
-    return _file_state(run / "samples.jsonl"), _file_state(folder), [_file_state(file) for file in rescored]
-
-
-def _file_state(path: Path) -> list[int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return [status.st_ino, status.st_size, status.st_mtime_ns]
+def _set(connection: sqlite3.Connection, key: str, value: Any) -> None:
+    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))

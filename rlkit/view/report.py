@@ -1,6 +1,6 @@
 """A run as one HTML file: the page with the answers to its questions in it, keyed by their addresses.
 
-`<script type="application/json" id="report">` holds {"made", "run", "samples", "kept", "results": {ADDRESS: RESULT}}.
+`<script type="application/json" id="report">` holds {"samples", "kept", "results": {ADDRESS: RESULT}}.
 Whole groups are kept while there is room: suspects of the triage first, then groups with token signals, then evenly
 over the steps. Metrics of long runs are thinned. What is not kept, the page calls absent, not empty.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import zip_longest
@@ -36,6 +35,7 @@ _UNREAD = ("token_ids",)
 """Fields of rows that nobody reads."""
 
 Group = tuple[int, str]
+Results = dict[str, Any]
 
 
 def write(folder: str | Path, out: Path | None, max_mb: float) -> list[str]:
@@ -57,8 +57,9 @@ def write(folder: str | Path, out: Path | None, max_mb: float) -> list[str]:
         raise UserError(f"--max-mb {max_mb:g}: too little; without any sample the report takes {least:.2f}")
     kept, total = report.fill()
     file = out or Path(f"{run.path.name}.html")
+    content = {"samples": total, "kept": kept, "results": report.results}
     try:
-        file.write_text(with_report(page, report.content(kept, total), run.id), encoding="utf-8")
+        file.write_text(with_report(page, content, run.id), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {file}: cannot be written: {error.strerror or error}") from error
     thinned = "" if kept == total else f" (--max-mb {max_mb:g} leaves no room for more)"
@@ -86,107 +87,82 @@ class _Report:
 
     def __init__(self, runs: Runs, run: Run, room: int) -> None:
         self._runs, self._run, self._room = runs, run, room
-        self._results: dict[str, Any] = {}
+        self._asked = {"run": run.id}
+        self.results: dict[str, Any] = {}
         self.size = 0
-        self._everything_but_samples()
-
-    def content(self, kept: int, total: int) -> dict[str, Any]:
-        made = {"made": time.time(), "run": self._run.id, "samples": total, "kept": kept}
-        return {**made, "results": self._results}
-
-    def _everything_but_samples(self) -> None:
-        run = {"run": self._run.id}
-        self._add("/api/runs", {})
-        self._add("/api/config", {"runs": self._run.id})
-        for path in ("/api/metrics", "/api/overview", "/api/health", "/api/triage", "/api/time", "/api/files"):
-            self._add(path, run)
-        if self._run.is_evaluation:
-            self._add("/api/results", run)
+        self._keep(self._result("runs", {}), self._result("config", {"runs": run.id}))
+        for name in ("metrics", "overview", "triage", "time", "files", *(["results"] if run.is_evaluation else [])):
+            self._keep(self._result(name))
         for key in HISTOGRAMS:
-            self._add("/api/histogram", run | {"key": key, "bins": 40})
+            self._keep(self._result("histogram", self._asked | {"key": key, "bins": 40}))
         for key in DISTRIBUTIONS:
-            self._add("/api/distribution", run | {"key": key, "bins": 30})
+            self._keep(self._result("distribution", self._asked | {"key": key, "bins": 30}))
         for key in SCATTERED:
-            self._add("/api/scatter", run | {"x": key, "y": "reward"})
-        listed = {file["path"] for file in self._results[address("/api/files", run)]["files"]}
-        for name in listed.intersection(LOGS):
-            self._add("/api/log", run | {"path": name, "tail_bytes": TAIL_BYTES})
-        self._metrics()
+            self._keep(self._result("scatter", self._asked | {"x": key, "y": "reward"}))
+        for name in run.files().keys() & LOGS:
+            self._keep(self._result("log", self._asked | {"path": name, "tail_bytes": TAIL_BYTES}))
+        self._keep(self._thinned_metrics())
 
-    def _metrics(self) -> None:
-        asked = {"run": self._run.id, "names": "*"}
-        result = self._result("/api/metrics", asked)
-        most = METRICS_SHARE * self._room
-        every = max(1, -(-_bytes(result) // max(1, int(most))))
+    def _thinned_metrics(self) -> Results:
+        found = self._result("metrics", self._asked | {"names": "*"})
+        (result,) = found.values()
+        n = max(1, -(-_bytes(result) // max(1, int(METRICS_SHARE * self._room))))
         training = result["training"]
-        for name in ("step", "seconds", "samples"):
-            training[name] = _every(training[name], every)
-        training["values"] = {name: _every(values, every) for name, values in training["values"].items()}
-        self._keep(address("/api/metrics", asked), result)
+        for columns in (training, training["values"]):
+            for name in columns.keys() - {"values"}:
+                columns[name] = columns[name][::-1][::n][::-1]  # the last is there
+        return found
 
     def fill(self) -> tuple[int, int]:
         """Keep groups while there is room; return the samples kept and those of the run."""
-        run = {"run": self._run.id}
         rows: list[int] = []
         reserve = 200  # of the list itself
         for step, group in self._groups():
-            results, numbers = self._of_group(step, group)
-            listed = [summary.model_dump(mode="json") for summary in summaries(self._run, numbers)]
-            needed = sum(len(key) + _bytes(value) + 4 for key, value in results.items()) + _bytes(listed)
-            if self.size + reserve + needed > self._room:
+            results = self._result("group", self._asked | {"step": step, "group": group})
+            ids = [row["id"] for row in next(iter(results.values()))["rows"]]
+            for one in ids:
+                found = self._result("sample", self._asked | {"id": one})
+                results |= found
+                if next(iter(found.values()))["tokens"]:
+                    results |= self._result("tokens", self._asked | {"id": one})
+            listed = _bytes([summary.model_dump(mode="json") for summary in summaries(self._run, ids)])
+            if (
+                self.size + reserve + sum(len(key) + _bytes(own) + 4 for key, own in results.items()) + listed
+                > self._room
+            ):
                 break
-            for key, value in results.items():
-                self._keep(key, value)
-            reserve += _bytes(listed)
-            rows += numbers
-        total = self._result("/api/samples", run | {"limit": 1})["total"]
+            self._keep(results)
+            reserve += listed
+            rows += ids
+        (total,) = self._run.index.all("SELECT count(*) FROM rows")
         shown = [summary.model_dump(mode="json") for summary in summaries(self._run, sorted(rows))]
-        self._keep(address("/api/samples", run), {"total": total, "rows": shown, "next": None})
+        self._keep({address("/api/samples", self._asked): {"total": total, "rows": shown, "next": None}})
         return len(rows), total
-
-    def _of_group(self, step: int, group: str) -> tuple[dict[str, Any], list[int]]:
-        run = {"run": self._run.id}
-        asked = run | {"step": step, "group": group}
-        result = self._result("/api/group", asked)
-        results, numbers = {address("/api/group", asked): result}, [row["id"] for row in result["rows"]]
-        for number in numbers:
-            one = self._result("/api/sample", run | {"id": number})
-            results[address("/api/sample", run | {"id": number})] = one
-            if one["tokens"]:
-                tokens = run | {"id": number}
-                results[address("/api/tokens", tokens)] = self._result("/api/tokens", tokens)
-        return results, numbers
 
     def _groups(self) -> Iterator[Group]:
         """Each group once, the most telling first."""
-        findings = self._results[address("/api/triage", {"run": self._run.id})]["findings"]
+        findings = self.results[address("/api/triage", self._asked)]["findings"]
         suspects = [[(row["step"], row["group_id"]) for row in finding["rows"]] for finding in findings]
-        select = self._run.index.connection().execute
-        recorded = select("SELECT DISTINCT step, group_id FROM token_rows ORDER BY step, group_id").fetchall()
-        every = select("SELECT step, group_id FROM rows GROUP BY step, group_id ORDER BY min(id)").fetchall()
+        recorded = self._run.index.all("SELECT DISTINCT step, group_id FROM token_rows ORDER BY step, group_id")
+        every = self._run.index.all("SELECT step, group_id FROM rows GROUP BY step, group_id ORDER BY min(id)")
         rounds = [group for row in zip_longest(*suspects) for group in row if group is not None]
         known = set(every)
         ordered = [*every[-1:], *rounds, *_spread(recorded), *_spread(every)]
         yield from dict.fromkeys(group for group in ordered if group in known)
 
-    def _add(self, path: str, parameters: dict[str, Any]) -> None:
-        self._keep(address(path, parameters), self._result(path, parameters))
+    def _result(self, name: str, asked: dict[str, Any] | None = None) -> Results:
+        """{address: result}."""
+        path, asked = f"/api/{name}", self._asked if asked is None else asked
+        return {address(path, asked): _lean(ask(self._runs, path, asked).model_dump(mode="json"))}
 
-    def _result(self, path: str, parameters: dict[str, Any]) -> Any:
-        return _lean(ask(self._runs, path, parameters).model_dump(mode="json"))
-
-    def _keep(self, key: str, result: Any) -> None:
-        self._results[key] = result
-        self.size += len(key) + _bytes(result) + 4
+    def _keep(self, *results: Results) -> None:
+        for key, result in (pair for own in results for pair in own.items()):
+            self.results[key] = result
+            self.size += len(key) + _bytes(result) + 4
 
 
 def _bytes(value: Any) -> int:
     return len(_json(value).encode())
-
-
-def _every(values: list[Any], n: int) -> list[Any]:
-    """Every n-th from the end, so that the last is there."""
-    return values[::-1][::n][::-1]
 
 
 def _spread(groups: Sequence[Group]) -> list[Group]:

@@ -1,4 +1,4 @@
-"""Run folders as the viewer knows them: what was asked for, what each run is and how it stands."""
+"""Run folders as the viewer knows them: what each run is, how it stands, and its files that people read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
+from pydantic import Field
 
 import rlkit
 from rlkit.experience import UserError
 from rlkit.tracking.progress import duration
-from rlkit.view.index import SampleIndex
+from rlkit.view.index import SampleIndex, file_state
 from rlkit.view.metrics import Metrics
 from rlkit.view.rows import parsed, whole
-from rlkit.view.schema import Has, RunInfo, RunList
+from rlkit.view.schema import AboutRun, FileInfo, FilesResult, Has, LogResult, Results, RunInfo, RunList
 
 State = Literal["running", "ended", "silent"]
 T = TypeVar("T")
@@ -39,7 +40,6 @@ class Run:
 
     def __init__(self, run_id: str, path: Path) -> None:
         self.id, self.path = run_id, path
-        self._config: tuple[object, dict[str, Any]] = (None, {})
         self._remembered: dict[str, tuple[object, Any]] = {}
 
     @cached_property
@@ -56,20 +56,34 @@ class Run:
         self._metrics.follow()
         return self._metrics
 
+    def _kept(self, name: str, state: object, make: Callable[[], T]) -> T:
+        """What `make` returned, as long as the state is the same."""
+        known = self._remembered.get(name)
+        if known is None or known[0] != state:
+            known = self._remembered[name] = (state, make())
+        result: T = known[1]
+        return result
+
+    def remembered(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returns of the run, until it or its index has grown or was cut; for what takes long."""
+        return self._kept(name, (self.stamp(), self.index.all("SELECT value FROM meta ORDER BY key")), make)
+
+    def stamp(self) -> list[object]:
+        """Changes whenever the run grows, is cut, or ends."""
+        return [file_state(self.path / n) for n in ("metrics.jsonl", "samples.jsonl", "summary.json", "rescored")]
+
     @property
     def config(self) -> dict[str, Any]:
         """config.yaml as plain data; empty where there is none."""
-        file = self.path / "config.yaml"
+        return self._kept("config", file_state(self.path / "config.yaml"), self._config)
+
+    def _config(self) -> dict[str, Any]:
         try:
-            state = file.stat().st_mtime_ns
-            if state != self._config[0]:
-                loaded = yaml.load(
-                    file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-                )
-                self._config = (state, loaded if isinstance(loaded, dict) else {})
+            text = (self.path / "config.yaml").read_text(encoding="utf-8")
+            loaded = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except (OSError, ValueError, yaml.YAMLError):
             return {}
-        return self._config[1]
+        return loaded if isinstance(loaded, dict) else {}
 
     def option(self, key: str, default: Any = None) -> Any:
         """The value at a dotted key of config.yaml."""
@@ -80,53 +94,28 @@ class Run:
             value = value[name]
         return value
 
-    @property
-    def summary(self) -> dict[str, Any] | None:
-        """None while there is none."""
+    def read(self, name: str) -> dict[str, Any] | None:
+        """summary.json or results.json; None while there is none."""
         try:
-            return parsed((self.path / "summary.json").read_bytes())
+            return parsed((self.path / name).read_bytes())
         except OSError:
             return None
-
-    @property
-    def results(self) -> dict[str, Any] | None:
-        try:
-            return parsed((self.path / "results.json").read_bytes())
-        except OSError:
-            return None
-
-    def stamp(self) -> tuple[object, ...]:
-        """Changes whenever the run grows, is cut, or ends."""
-        return tuple(
-            _stamp(self.path / name) for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "rescored")
-        )
-
-    def remembered(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` returns, until the run has grown or was cut; for what takes long."""
-        stamp = self.stamp()
-        known = self._remembered.get(name)
-        if known is None or known[0] != stamp:
-            known = self._remembered[name] = (stamp, make())
-        result: T = known[1]
-        return result
 
     def state(self) -> tuple[State, str]:
         """And in words."""
-        metrics, total, summary = self.metrics, self.total_steps, self.summary
+        metrics, total, summary = self.metrics, self.total_steps, self.read("summary.json")
         of = f"{metrics.step} of {total}" if total else f"{metrics.step}"
         if summary is not None:
             why = f" ({summary['ended']})" if summary.get("ended") else ""
             return "ended", f"ended after step {of}{why}" if metrics.step else f"ended{why}"
-        quiet = time.time() - max(self._touched(), metrics.updated or 0.0)
+        states = [file_state(self.path / name) for name in ("metrics.jsonl", "samples.jsonl")]
+        touched = max((state[2] / 1e9 for state in states if state), default=0.0)
+        quiet = time.time() - max(touched, metrics.updated or 0.0)
         patience = max(SILENT_SECONDS, 10 * (self.seconds_per_step() or 0.0))
         if _locked(self.path / "logs" / "lock") or quiet < patience:
             return "running", f"running: step {of}"
         last = "; logs/driver.log has its last words" if (self.path / "logs" / "driver.log").exists() else ""
         return "silent", f"silent for {duration(quiet)} after step {of}, without a summary: killed or crashed{last}"
-
-    def _touched(self) -> float:
-        times = [stamp[2] for name in ("metrics.jsonl", "samples.jsonl") if (stamp := _stamp(self.path / name))]
-        return max(times, default=0) / 1e9
 
     @property
     def total_steps(self) -> int | None:
@@ -144,9 +133,8 @@ class Run:
     def info(self) -> RunInfo:
         state, words = self.state()
         metrics = self._metrics
-        groups = "SELECT DISTINCT step, group_id FROM rows WHERE dropped IS NULL"
-        counts = f"SELECT count(*), (SELECT count(*) FROM ({groups})) FROM rows"
-        count, kept = self.index.connection().execute(counts).fetchone()
+        samples, groups, tokens, correct, staleness = self.remembered("recorded", self._recorded)
+        names = self.index.names()
         return RunInfo(
             id=self.id,
             path=str(self.path),
@@ -161,26 +149,59 @@ class Run:
             total_steps=self.total_steps,
             began=metrics.began,
             updated=metrics.updated,
-            samples=count,
-            kept_groups=kept,
-            has=self.has(),
-        )
+            samples=samples,
+            kept_groups=groups,
+            has=Has(
+                tokens=bool(tokens), correct=bool(correct), staleness=bool(staleness), components=names["component"],
+                rescored=names["rescored"], results=self.is_evaluation,
+            ),
+        )  # fmt: skip
 
-    def has(self) -> Has:
-        names = self.index.names()
-        recorded = self.index.connection().execute(
-            "SELECT EXISTS (SELECT 1 FROM token_rows), EXISTS (SELECT 1 FROM rows WHERE correct IS NOT NULL), "
+    def _recorded(self) -> tuple[int, int, int, int, int]:
+        row: tuple[int, int, int, int, int] = self.index.all(
+            "SELECT (SELECT count(*) FROM rows), "
+            "(SELECT count(*) FROM (SELECT DISTINCT step, group_id FROM rows WHERE dropped IS NULL)), "
+            "EXISTS (SELECT 1 FROM token_rows), EXISTS (SELECT 1 FROM rows WHERE correct IS NOT NULL), "
             "EXISTS (SELECT 1 FROM rows WHERE staleness IS NOT NULL)"
-        )
-        tokens, correct, staleness = map(bool, recorded.fetchone())
-        return Has(
-            tokens=tokens,
-            correct=correct,
-            staleness=staleness,
-            components=names["component"],
-            rescored=names["rescored"],
-            results=self.is_evaluation,
-        )
+        )[0]
+        return row
+
+    def files(self) -> dict[str, Path]:
+        """Those that people read. Regular files only: a link could lead out of the folder."""
+        found = [self.path / name for name in ("config.yaml", "summary.json", "results.json")]
+        found += [file for file in sorted((self.path / "logs").glob("*")) if file.name != "lock"]
+        return {str(file.relative_to(self.path)): file for file in found if file.is_file() and not file.is_symlink()}
+
+
+def files(run: Run) -> FilesResult:
+    """Logs, and what describes the run."""
+    states = [(path, file.stat()) for path, file in run.files().items()]
+    return FilesResult(files=[FileInfo(path=path, bytes=s.st_size, modified=s.st_mtime) for path, s in states])
+
+
+class LogAsked(AboutRun):
+    path: str
+    """One of /api/files."""
+    tail_bytes: int = Field(default=65536, ge=1, le=2**22)
+
+
+def log(run: Run, asked: LogAsked) -> LogResult:
+    """The last bytes of a file. Raises NotThereError for a path that is not listed."""
+    file = run.files().get(asked.path)
+    if file is None:
+        raise NotThereError(f"path={asked.path}: not a file that /api/files lists for run {run.id!r}")
+    with file.open("rb") as stream:
+        size = file.stat().st_size
+        start = stream.seek(max(0, size - asked.tail_bytes))
+        text = stream.read(asked.tail_bytes).decode("utf-8", "replace")
+    return LogResult(path=asked.path, text=text, from_=start, bytes=size)
+
+
+def results(run: Run) -> Results:
+    found = run.read("results.json")
+    if found is None:
+        raise NotThereError(f"run {run.id!r} has no results.json: it is no evaluation, or one that has not ended")
+    return Results(found)
 
 
 class Runs:
@@ -193,9 +214,7 @@ class Runs:
         self._lock = threading.Lock()
         for folder in self._folders:
             if not _runs_in(folder):
-                there = (
-                    "there is no such folder" if not folder.is_dir() else "it has none of these, nor has a folder in it"
-                )
+                there = "it has none of these, nor has a folder in it" if folder.is_dir() else "there is no such folder"
                 raise UserError(
                     f"no run in {folder}: a run folder has config.yaml, metrics.jsonl or samples.jsonl; {there}"
                 )
@@ -204,81 +223,52 @@ class Runs:
         with self._lock:
             for path in (path for folder in self._folders for path in _runs_in(folder)):
                 if path not in self._runs:
-                    self._runs[path] = Run(self._free(path.name or "run"), path)
+                    name, taken = path.name or "run", {run.id for run in self._runs.values()}
+                    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+                    self._runs[path] = Run(next(free for free in names if free not in taken), path)
             return list(self._runs.values())
-
-    def _free(self, name: str) -> str:
-        taken = {run.id for run in self._runs.values()}
-        names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        return next(free for free in names if free not in taken)
 
     def get(self, run_id: str) -> Run:
         """Its index may lag behind a long file. Raises NotThereError."""
-        for run in self.all():
-            if run.id == run_id:
-                return run
-        raise NotThereError(f"no run {run_id!r}; there are {', '.join(run.id for run in self.all())}")
+        known = {run.id: run for run in self.all()}
+        if run_id not in known:
+            raise NotThereError(f"no run {run_id!r}; there are {', '.join(known)}")
+        return known[run_id]
 
     def listed(self) -> RunList:
-        """One that cannot be read hides no other."""
+        """All runs, and how they stand. One that cannot be read hides no other."""
         infos = []
         for run in self.all():
             try:
                 run.index.follow(LISTING_SECONDS)
                 infos.append(run.info())
             except (OSError, sqlite3.Error) as error:
-                infos.append(_unreadable(run, error))
+                words = f"cannot be read: {error}"
+                infos.append(RunInfo(id=run.id, path=str(run.path), state="silent", state_text=words))
         return RunList(rlkit=rlkit.__version__, runs=infos)
 
 
-def _unreadable(run: Run, error: Exception) -> RunInfo:
-    nothing = Has(tokens=False, rescored=[], correct=False, staleness=False, components=[], results=False)
-    return RunInfo(
-        id=run.id, path=str(run.path), kind="training", state="silent", state_text=f"cannot be read: {error}",
-        algorithm="", reward="", model="", data="", step=0, total_steps=None, began=None, updated=None, samples=0,
-        kept_groups=0, has=nothing,
-    )  # fmt: skip
-
-
-def _runs_in(folder: Path) -> list[Path]:
+def _runs_in(folder: Path, levels: int = 2) -> list[Path]:
     """The folder, if it is a run; else the runs in it, and those one level below."""
-    if _is_run(folder):
+    if any((folder / name).is_file() for name in ("metrics.jsonl", "samples.jsonl", "results.json")):
         return [folder]
-    if not folder.is_dir():
+    if not levels:
         return []
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    return [run for child in children for run in ([child] if _is_run(child) else _runs_below(child))]
-
-
-def _runs_below(folder: Path) -> list[Path]:
     try:
-        return sorted(child for child in folder.iterdir() if _is_run(child))
+        children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     except OSError:
         return []
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("metrics.jsonl", "samples.jsonl", "results.json"))
+    return [run for child in children for run in _runs_in(child, levels - 1)]
 
 
 def _locked(lock: Path) -> bool:
     """Whether a process of this machine holds it. Asking the lock itself could refuse it to a run that begins."""
     try:
         inode = str(lock.stat().st_ino)
-        held = LOCKS.read_text().splitlines()
+        held = [line.split() for line in LOCKS.read_text().splitlines()]
     except OSError:
         return False
-    return any(
-        "FLOCK" in line and line.split()[5].rpartition(":")[2] == inode for line in held if len(line.split()) > 5
-    )
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return any("FLOCK" in line and len(line) > 5 and line[5].rpartition(":")[2] == inode for line in held)
 
 
 def _short(target: Any) -> str:

@@ -1,104 +1,105 @@
-"""One sample, its group, its tokens."""
+"""One sample: its group, its tokens, and which component of a combined reward brought how much."""
 
 from __future__ import annotations
 
-from rlkit.view import tokens
-from rlkit.view.account import account
-from rlkit.view.asked import GroupAsked, SampleAsked, TokensAsked
-from rlkit.view.rows import number, said
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from rlkit.view import schema, tokens
+from rlkit.view.rows import listed, number, said
 from rlkit.view.runs import NotThereError, Run
 from rlkit.view.samples import summaries
-from rlkit.view.schema import GroupMember, GroupResult, Row, SampleResult, SampleSummary, TokensAbout, TokensResult
+
+ADDED_UP = 1e-3
+"""Relative: rewards are rounded in no run, components neither."""
 
 
-def sample(run: Run, asked: SampleAsked) -> SampleResult:
-    row, summary = _row(run, asked.id), _summary(run, asked.id)
-    recorded = tokens.token_row(run.path, _place(summary)) if summary.has_tokens else None
+class SampleAsked(schema.AboutRun):
+    id: schema.Whole
+
+
+def sample(run: Run, asked: SampleAsked) -> schema.SampleResult:
+    row, summary = run.index.raw(asked.id), _summary(run, asked.id)
+    if row is None:
+        raise _gone(run, asked.id)
+    recorded = _tokens(run, summary) if summary.has_tokens else None
+    about_tokens = None
+    if recorded:
+        about_tokens = schema.TokensAbout(signals=tokens.signals_of(recorded), length=len(recorded["token_id"]))
     parts, note = account(summary.components, summary.reward, run.option("reward", {}) or {})
     members = _members(run, summary, row)
-    previous, following = _neighbours(run, asked.id, members)
-    return SampleResult(
+    kept = sorted({asked.id, *(member.id for member in members if member.id is not None)})
+    at = kept.index(asked.id)
+    # The neighbours are of the group; at its ends, of the file.
+    ((before, after),) = run.index.all(
+        "SELECT (SELECT max(id) FROM rows WHERE id < ?), (SELECT min(id) FROM rows WHERE id > ?)", kept[0], kept[-1]
+    )
+    return schema.SampleResult(
         row={**row, "id": asked.id},
         summary=summary,
         group=members,
-        tokens=TokensAbout(signals=tokens.signals_of(recorded), length=len(recorded["token_id"])) if recorded else None,
+        tokens=about_tokens,
         verdicts={"correct": summary.correct, "verdict": summary.verdict, "rescored": summary.rescored},
         account=parts,
         account_note=note,
-        previous=previous,
-        next=following,
+        previous=kept[at - 1] if at > 0 else before,
+        next=kept[at + 1] if at < len(kept) - 1 else after,
     )
 
 
-def _row(run: Run, number_: int) -> Row:
-    row = run.index.raw(number_)
-    if row is None:
-        raise NotThereError(f"run {run.id!r} has no sample {number_} (any more)")
-    return row
-
-
-def _summary(run: Run, number_: int) -> SampleSummary:
-    found = summaries(run, [number_])
+def _summary(run: Run, row: int) -> schema.SampleSummary:
+    found = summaries(run, [row])
     if not found:
-        raise NotThereError(f"run {run.id!r} has no sample {number_} (any more)")
+        raise _gone(run, row)
     return found[0]
 
 
-def _place(summary: SampleSummary) -> tokens.Place:
-    return tokens.Place(summary.step, summary.group_id, summary.sample)
+def _gone(run: Run, row: int) -> NotThereError:
+    return NotThereError(f"run {run.id!r} has no sample {row} (any more)")
+
+
+def _tokens(run: Run, summary: schema.SampleSummary) -> dict[str, Any] | None:
+    return tokens.token_row(run.path, tokens.Place(summary.step, summary.group_id, summary.sample))
+
+
+def _members(run: Run, summary: schema.SampleSummary, row: dict[str, Any]) -> list[schema.GroupMember]:
+    kept = _kept(run, summary.step, summary.group_id, summary.kind)
+    rewards = dict(enumerate(map(number, listed(row.get("group_rewards")))))
+    members = []
+    for i in sorted(kept.keys() | rewards.keys()):
+        id_, reward, rank = kept.get(i, (None, None, None))
+        members.append(
+            schema.GroupMember(id=id_, sample=i, reward=rewards.get(i) if reward is None else reward, rank=rank)
+        )
+    return members
 
 
 def _kept(run: Run, step: int, group: str, kind: str) -> dict[int, tuple[int, float | None, str | None]]:
     """Sample -> (id, reward, rank) of the rows of a group."""
-    rows = run.index.connection().execute(
-        "SELECT sample, id, reward, rank FROM rows WHERE step = ? AND group_id = ? AND kind = ? ORDER BY sample, id",
-        (step, group, kind),
-    )
-    return {sample_: (number_, reward, rank) for sample_, number_, reward, rank in rows}
+    query = "SELECT sample, id, reward, rank FROM rows WHERE step = ? AND group_id = ? AND kind = ? ORDER BY sample, id"
+    return {sample_: more for sample_, *more in run.index.all(query, step, group, kind)}
 
 
-def _members(run: Run, summary: SampleSummary, row: Row) -> list[GroupMember]:
-    kept = _kept(run, summary.step, summary.group_id, summary.kind)
-    rewards = row.get("group_rewards")
-    rewards = [number(reward) for reward in rewards] if isinstance(rewards, list) else []
-    members = []
-    for i in sorted({*kept, *range(len(rewards))}):
-        number_, reward, rank = kept.get(i, (None, None, None))
-        reward = rewards[i] if reward is None and i < len(rewards) else reward
-        members.append(GroupMember(id=number_, sample=i, reward=reward, rank=rank))
-    return members
+class GroupAsked(schema.AboutRun):
+    step: schema.Whole
+    group: str
 
 
-def _neighbours(run: Run, number_: int, members: list[GroupMember]) -> tuple[int | None, int | None]:
-    """In the group; at its ends, in the file."""
-    ids = [member.id for member in members if member.id is not None]
-    at = ids.index(number_) if number_ in ids else -1
-    before, after = (
-        run.index.connection()
-        .execute(
-            "SELECT (SELECT max(id) FROM rows WHERE id < ?), (SELECT min(id) FROM rows WHERE id > ?)",
-            (min([number_, *ids]), max([number_, *ids])),
-        )
-        .fetchone()
-    )
-    return (ids[at - 1] if at > 0 else before), (ids[at + 1] if 0 <= at < len(ids) - 1 else after)
-
-
-def group(run: Run, asked: GroupAsked) -> GroupResult:
+def group(run: Run, asked: GroupAsked) -> schema.GroupResult:
     """Of a group that was recorded both in training and in an evaluation, the training rows."""
     kept = _kept(run, asked.step, asked.group, "training") or _kept(run, asked.step, asked.group, "evaluation")
-    rows = [{**row, "id": number_} for number_, _, _ in kept.values() if (row := run.index.raw(number_)) is not None]
+    rows = [{**row, "id": id_} for id_, _, _ in kept.values() if (row := run.index.raw(id_)) is not None]
     if not rows:
         raise NotThereError(f"run {run.id!r} has no group {asked.group!r} in step {asked.step}")
     first = rows[0]
-    recorded = first.get("group_rewards")
-    if isinstance(recorded, list):
-        rewards = [number(reward) for reward in recorded]
-    else:
-        rewards = [kept[i][1] if i in kept else None for i in range(max(kept) + 1)]
+    rewards = [number(reward) for reward in listed(first.get("group_rewards"))]
+    rewards = rewards or [kept[i][1] if i in kept else None for i in range(max(kept) + 1)]
     known = [reward for reward in rewards if reward is not None]
     prompt = first.get("prompt")
-    return GroupResult(
+    return schema.GroupResult(
         group_id=asked.group,
         step=asked.step,
         prompt=prompt if isinstance(prompt, list) else [{"role": "user", "content": said(prompt)}],
@@ -111,11 +112,64 @@ def group(run: Run, asked: GroupAsked) -> GroupResult:
     )
 
 
-def tokens_of(run: Run, asked: TokensAsked) -> TokensResult:
-    row = tokens.token_row(run.path, _place(_summary(run, asked.id)))
+class TokensAsked(SampleAsked):
+    signals: str = ""
+    """Separated by commas; empty: all."""
+    from_: schema.Whole = Field(default=0, alias="from")
+    to: schema.Whole | None = None
+
+
+def tokens_of(run: Run, asked: TokensAsked) -> schema.TokensResult:
+    row = _tokens(run, _summary(run, asked.id))
     if row is None:
         raise NotThereError(
             f"no token signals of sample {asked.id}: a run keeps those of tracking.token_groups_per_step groups a step"
         )
     chosen = [name for name in asked.signals.split(",") if name] or None
     return tokens.tokens_result(row, chosen, asked.from_, asked.to)
+
+
+def account(
+    components: Mapping[str, float | None], reward: float | None, options: Mapping[str, Any]
+) -> tuple[list[schema.Part], str]:
+    """A sample's parts, and in words whether they add up; `options` is the section `reward` of the configuration.
+
+    A part of a sum brings weight x value, of a mean divided by the sum of the weights; a shaped part counts as shaped.
+    """
+    weights = part_weights(options)
+    rule = options.get("combine", "sum")
+    rule = str(rule.get("kind", "sum") if isinstance(rule, Mapping) else rule)
+    counted = {name: components.get(f"{name}/shaped", components.get(name)) for name in weights}
+    valued = {name: value for name, value in counted.items() if value is not None}
+    whole = sum(weights[name] for name in valued) if rule == "mean" else 1.0
+    adds_up = rule in ("sum", "mean") and whole != 0
+    brought = {name: weights[name] * value / whole for name, value in valued.items() if adds_up}
+    parts = [
+        schema.Part(name=name, value=components.get(name), weight=weights.get(name), contribution=brought.get(name))
+        for name in (*valued, *(name for name in components if name not in valued))
+    ]
+    return parts, _account_note(components, reward, rule, sum(brought.values())) if weights else (
+        "one reward: its components say more about it and need not add up" if components else "no components"
+    )
+
+
+def _account_note(components: Mapping[str, float | None], reward: float | None, rule: str, total: float) -> str:
+    target = components.get("unshaped", reward)
+    if rule not in ("sum", "mean"):
+        return f"combined by {rule}: the parts do not add up"
+    if reward is None or target is None:
+        return "the sample has no reward"
+    if not math.isclose(total, target, rel_tol=ADDED_UP, abs_tol=ADDED_UP):
+        return f"the parts come to {total:.4g}, the reward is {target:.4g}: another step changed it"
+    return f"the parts add up to {target:.4g}" + (
+        f", which shaping made {reward:.4g}" if "unshaped" in components else ""
+    )
+
+
+def part_weights(options: Mapping[str, Any]) -> dict[str, float]:
+    """Of a combined reward; empty for any other."""
+    parts = options.get("parts")
+    if not isinstance(parts, Mapping):
+        return {}
+    found = {str(name): number(part.get("weight", 1.0)) for name, part in parts.items() if isinstance(part, Mapping)}
+    return {name: 1.0 if weight is None else weight for name, weight in found.items()}

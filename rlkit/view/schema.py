@@ -5,14 +5,34 @@ A number that is not finite, or unknown, is null. Rows of samples.jsonl travel r
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 Number = float | None
 Numbers = list[Number]
 Row = dict[str, Any]
 """A line of samples.jsonl as it is, and `id`, its number in the file."""
+
+Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
+
+
+class Asked(BaseModel):
+    """Any question: its fields are the parameters of its address, an unknown one is refused. Those of a question stand
+    beside the function that answers it."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
+
+
+class AboutRun(Asked):
+    run: str
+    """A run's id, as /api/runs lists it."""
+
+
+class AboutRuns(Asked):
+    runs: str = ""
+    """Ids of runs, separated by commas; empty: all."""
+    cursor: str = ""
 
 
 class Result(BaseModel):
@@ -24,34 +44,33 @@ class Result(BaseModel):
 class Has(Result):
     """What a run recorded."""
 
-    tokens: bool
-    rescored: list[str]
-    correct: bool
-    staleness: bool
-    components: list[str]
-    results: bool
+    tokens: bool = False
+    rescored: list[str] = []
+    correct: bool = False
+    staleness: bool = False
+    components: list[str] = []
+    results: bool = False
 
 
 class RunInfo(Result):
     id: str
     path: str
-    kind: Literal["training", "evaluation"]
+    kind: Literal["training", "evaluation"] = "training"
     state: Literal["running", "ended", "silent"]
     state_text: str
-    algorithm: str
-    reward: str
-    model: str
-    data: str
-    step: int
-    total_steps: int | None
-    began: Number
-    """Unix seconds."""
-    updated: Number
-    """Unix seconds."""
-    samples: int
+    algorithm: str = ""
+    reward: str = ""
+    model: str = ""
+    data: str = ""
+    step: int = 0
+    total_steps: int | None = None
+    began: Number = None
+    """Unix seconds; `updated` likewise."""
+    updated: Number = None
+    samples: int = 0
     """Rows of samples.jsonl that are indexed; the index follows the file."""
-    kept_groups: int
-    has: Has
+    kept_groups: int = 0
+    has: Has = Has()
 
 
 class RunList(Result):
@@ -155,10 +174,6 @@ class OverviewResult(Result):
     progress: Progress
     last: list[SampleSummary]
     warnings: list[Warned]
-
-
-class HealthResult(Result):
-    lights: list[Light]
 
 
 class SamplesResult(Result):
@@ -279,12 +294,15 @@ class Finding(Result):
     text: str
     evidence: list[Evidence]
     metrics: list[str]
-    rows: list[Suspect]
-    filter: str | None
+    rows: list[Suspect] = []
+    """Where samples are what was seen."""
+    filter: str | None = None
     """An expression that lists its samples."""
 
 
 class Missing(Result):
+    """What could not be looked at: a sign in words, and the reason."""
+
     id: str
     why: str
 
@@ -376,3 +394,7 @@ class Event(Result):
 
 class ErrorResult(Result):
     error: str
+
+
+class Results(RootModel[dict[str, Any]]):
+    """results.json of an evaluation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.rule import Rule
@@ -11,10 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlkit.tracking.progress import duration, printable, sparkline
-from rlkit.view.asked import AboutRun
 from rlkit.view.curves import overview
 from rlkit.view.runs import Run, Runs
-from rlkit.view.schema import Light, OverviewResult, SampleSummary, Tile
+from rlkit.view.schema import Light, SampleSummary, Tile
 from rlkit.view.triage import triage
 
 MARKS = {"good": ("+", "green"), "look": ("?", "yellow"), "bad": ("!", "bold red"), "unknown": (".", "dim")}
@@ -29,17 +29,18 @@ def show(runs: Runs, console: Console | None = None) -> None:
             out.print(part)
 
 
-def rendered(run: Run, ascii_only: bool = False) -> Iterable[RenderableType]:
+def rendered(run: Run, ascii_only: bool) -> Iterable[RenderableType]:
     """What is known of a run: state, numbers and their change, lights, suspicions, the last samples."""
-    info, over = run.info(), overview(run, AboutRun(run=run.id))
+    info, over = run.info(), overview(run)
     yield Rule(Text(f"{info.id}  ", style="bold"), align="left", characters="-" if ascii_only else "─")
+    left = over.progress.remaining_seconds
+    yield Text(info.state_text + ("" if left is None else f", about {duration(left)} left"))
     parts = " ".join(part for part in (info.algorithm, info.reward, info.model, info.data) if part)
-    yield Text(f"{info.state_text}{_left(over)}")
     yield Text(printable(f"{parts}; {info.samples} samples of {info.kept_groups} groups"), style="dim")
     if over.tiles:
         yield _tiles(over.tiles, ascii_only)
     yield from (_light(light) for light in over.lights if light.state != "unknown")
-    for finding in triage(run, AboutRun(run=run.id)).findings:
+    for finding in triage(run).findings:
         facts = "; ".join(f"{one.label}: {one.value}" for one in finding.evidence[:3])
         yield Text.assemble(("triage  ", "yellow"), (finding.title, "bold"), f"  {printable(facts)}")
     for warned in over.warnings[-3:]:
@@ -48,20 +49,13 @@ def rendered(run: Run, ascii_only: bool = False) -> Iterable[RenderableType]:
     yield from (_sample(row, ascii_only) for row in over.last)
 
 
-def _left(over: OverviewResult) -> str:
-    left = over.progress.remaining_seconds
-    return "" if left is None else f", about {duration(left)} left"
-
-
 def _tiles(tiles: Iterable[Tile], ascii_only: bool) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(4):
         table.add_column(no_wrap=True)
     for tile in tiles:
-        values = [value for _, value in tile.series if value is not None]
-        change = "" if tile.change is None else _number(tile, tile.change, "+")
-        line = sparkline(values, BARS, ascii_only)
-        table.add_row(tile.title, _number(tile, tile.value), Text(change, style="dim"), line)
+        line = sparkline([value for _, value in tile.series if value is not None], BARS, ascii_only)
+        table.add_row(tile.title, _number(tile, tile.value), Text(_number(tile, tile.change, "+"), style="dim"), line)
     return table
 
 
@@ -70,7 +64,7 @@ def _number(tile: Tile, value: float | None, sign: str = "") -> str:
         return ""
     if tile.unit == "share":
         return f"{100 * value:{sign}.1f}" + (" points" if sign else " %")
-    return f"{value:{sign}.4g}" + (f" {tile.unit}" if tile.unit else "")
+    return f"{value:{sign}.4g} {tile.unit}".rstrip()
 
 
 def _light(light: Light) -> Text:
@@ -82,10 +76,8 @@ def _light(light: Light) -> Text:
 
 
 def _sample(row: SampleSummary, ascii_only: bool) -> RenderableType:
-    from rich import box
-
     reward = "no reward" if row.reward is None else f"reward {row.reward:.3f}"
-    right = {1.0: ", right", 0.0: ", wrong"}.get(row.correct if row.correct is not None else -1.0, "")
+    right = {1.0: ", right", 0.0: ", wrong"}.get(-1.0 if row.correct is None else row.correct, "")
     head = f"#{row.id} step {row.step}: {reward}{right}, {row.length} tokens, {row.finish_reason}"
     body = Group(Text(printable(row.prompt_head), style="dim"), Text(printable(row.response_head)))
     return Panel(body, title=printable(head), title_align="left", box=box.ASCII if ascii_only else box.ROUNDED)

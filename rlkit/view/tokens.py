@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import ArrowException, parquet
 
 from rlkit.view.rows import number
 from rlkit.view.schema import Range, TokensResult
@@ -29,10 +31,7 @@ MEANINGS = {
     "kl": "log-probability of the learner minus that of the reference",
 }
 SIGNED = ("advantage", "process_reward", "value", "mismatch", "kl")
-DIFFERENCES = {
-    "mismatch": ("logprob_learner", "logprob_sampler"),
-    "kl": ("logprob_learner", "logprob_reference"),
-}
+DIFFERENCES = {"mismatch": ("logprob_learner", "logprob_sampler"), "kl": ("logprob_learner", "logprob_reference")}
 """Signals that are the difference of two recorded ones."""
 _PLACE = ("group_id", "sample", "token_id", "piece", "mask", "version")
 
@@ -47,10 +46,8 @@ class Place(NamedTuple):
 
 def samples_in(file: Path) -> list[tuple[str, int]]:
     """(group, sample) of each row; none if the file cannot be read (any more)."""
-    from pyarrow import ArrowException, parquet
-
     try:
-        table = parquet.read_table(file, columns=["group_id", "sample"])
+        table = parquet.ParquetFile(file).read(["group_id", "sample"])
     except (OSError, ArrowException):
         return []
     return list(zip(table["group_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
@@ -58,15 +55,12 @@ def samples_in(file: Path) -> list[tuple[str, int]]:
 
 def token_row(run: Path, place: Place) -> dict[str, Any] | None:
     """All columns of a sample; None where they were not recorded."""
-    from pyarrow import ArrowException, parquet
-
     file = run / "tokens" / f"step_{place.step:06d}.parquet"
     try:
         at = samples_in(file).index((place.group_id, place.sample))
-        (row,) = parquet.read_table(file).slice(at, 1).to_pylist()
+        return dict(parquet.ParquetFile(file).read().slice(at, 1).to_pylist()[0])
     except (ValueError, OSError, ArrowException):
         return None
-    return dict(row)
 
 
 def signals_of(row: dict[str, Any]) -> list[str]:
@@ -80,22 +74,18 @@ def tokens_result(row: dict[str, Any], signals: list[str] | None, first: int, la
     start = min(max(first, 0), total)
     end = min(total if last is None else max(last, start), start + WINDOW, total)
     chosen = {name: _values(row, name) for name in signals_of(row) if signals is None or name in signals}
+    texts = row.get("piece")  # of a run without texts, the ids
+    pieces = [f"{token} " for token in row["token_id"]] if texts is None else [piece or "" for piece in texts]
     return TokensResult(
         from_=start,
         to=end,
         total=total,
-        pieces=_pieces(row)[start:end],
+        pieces=pieces[start:end],
         mask=[bool(trained) for trained in row["mask"][start:end]],
         version=[-1 if version is None else int(version) for version in row["version"][start:end]],
         signals={name: values[start:end] for name, values in chosen.items()},
         ranges={name: _range(name, values) for name, values in chosen.items()},
     )
-
-
-def _pieces(row: dict[str, Any]) -> list[str]:
-    """Of a run without texts, the ids."""
-    texts = row.get("piece")
-    return [f"{token} " for token in row["token_id"]] if texts is None else [piece or "" for piece in texts]
 
 
 def _values(row: dict[str, Any], name: str) -> list[float | None]:
@@ -132,14 +122,18 @@ def of_samples(run: Path, name: str) -> list[np.ndarray]:
     return [np.nan_to_num(own) for own in samples]
 
 
+def load() -> None:
+    """What pyarrow imports at its first table takes half a second: before somebody waits for it. Then, microseconds."""
+    table = pa.table({"values": [[0.5], None]})
+    table.filter(table["values"].is_valid())["values"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
 def _tables(run: Path, name: str) -> Iterator[tuple[int, Any]]:
     """(step, rows that have the signal) of at most `MOST_FILES` files."""
-    from pyarrow import ArrowException, parquet
-
     files = sorted((run / "tokens").glob("step_*.parquet"))
     for i in sorted({round(place) for place in np.linspace(0, len(files) - 1, min(len(files), MOST_FILES))}):
         try:
-            table = parquet.read_table(files[i], columns=["mask", name])
+            table = parquet.ParquetFile(files[i]).read(["mask", name])
         except (OSError, ArrowException):  # thinned since, or without this signal
             continue
         if name in table.column_names:

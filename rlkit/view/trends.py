@@ -1,20 +1,29 @@
-"""Slopes, differences and correlations with intervals of 95 %. Pure functions of numpy arrays."""
+"""What numbers and words of many samples say: slopes, differences and correlations with intervals of 95 %, shares of a
+spread, phrases of the best answers. Pure functions; arrays have one entry per sample."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from rlkit.experience.statistics import Z, student_t
+
 Points = Sequence[tuple[int, float]]
 LEAST_POINTS = 5
-_T975 = {
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
-    12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980,
-}  # fmt: skip
-"""Quantile 0.975 of Student's t; between two rows the larger one."""
+SHORTEST, LONGEST = 2, 6
+"""Words of a phrase."""
+LEAST_Z = 3.0
+LEAST_SHARE = 0.1
+"""Of the best answers that have a phrase: rarer ones are no habit."""
+PRIOR = 10.0
+"""Weight, in answers, of what was common at the start; what was not counts as one answer."""
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -37,17 +46,21 @@ class Together:
     end: int
 
 
-def t975(freedom: int) -> float:
-    rows = [rows for rows in _T975 if rows <= freedom]
-    return _T975[max(rows)] if rows else math.inf
+def _around(value: float, error: float, freedom: int) -> Interval:
+    half = student_t(freedom) * error
+    return Interval(value, value - half, value + half)
+
+
+def _inflation(rest: np.ndarray) -> float:
+    """What the variance is multiplied by because values of neighbouring steps are alike: (1 + r) / (1 - r), r their
+    correlation at lag one where it is positive."""
+    size = float(rest @ rest)
+    lag = float(rest[1:] @ rest[:-1]) / size if size > 0 else 0.0
+    return (1 + lag) / (1 - lag) if 0 < lag < 1 else 1.0
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> Interval | None:
-    """Least squares; None with fewer than three points or equal x.
-
-    The residuals of a training run are correlated: the variance is multiplied by (1 + r) / (1 - r), r their correlation
-    at lag one where it is positive.
-    """
+    """Least squares over steps; None with fewer than three points or equal x."""
     n = len(x)
     if n < 3 or np.ptp(x) == 0:
         return None
@@ -55,37 +68,31 @@ def slope(x: np.ndarray, y: np.ndarray) -> Interval | None:
     spread = float(centred @ centred)
     value = float(centred @ (y - y.mean())) / spread
     rest = y - y.mean() - value * centred
-    size = float(rest @ rest)
-    lag = float(rest[1:] @ rest[:-1]) / size if size > 0 else 0.0
-    inflation = (1 + lag) / (1 - lag) if 0 < lag < 1 else 1.0
-    error = math.sqrt(size / (n - 2) / spread * inflation)
-    return Interval(value, value - t975(n - 2) * error, value + t975(n - 2) * error)
+    return _around(value, math.sqrt(float(rest @ rest) / (n - 2) / spread * _inflation(rest)), n - 2)
 
 
 def together(first: Points, second: Points, share: float = 1 / 3) -> Together | None:
     """Slopes of both over the last `share` of the steps (at least `LEAST_POINTS` points of the one with fewer)."""
     if len(first) < LEAST_POINTS or len(second) < LEAST_POINTS:
         return None
-    last = max(first[-1][0], second[-1][0])
-    begin = min(first[0][0], second[0][0])
+    last, begin = max(first[-1][0], second[-1][0]), min(first[0][0], second[0][0])
     start = min(last - share * (last - begin), *(points[-LEAST_POINTS][0] for points in (first, second)))
-    slopes = []
-    for points in (first, second):
-        chosen = np.array([(step, value) for step, value in points if step >= start], dtype=np.float64)
-        one = slope(chosen[:, 0] / 100, chosen[:, 1])
-        if one is None:
-            return None
-        slopes.append(one)
-    return Together(slopes[0], slopes[1], math.ceil(start), last)
+    chosen = [
+        np.array([point for point in points if point[0] >= start], dtype=np.float64) for points in (first, second)
+    ]
+    one, other = (slope(points[:, 0] / 100, points[:, 1]) for points in chosen)
+    return None if one is None or other is None else Together(one, other, math.ceil(start), last)
 
 
-def mean_difference(differences: np.ndarray) -> Interval | None:
-    """Of pairs; None for fewer than two."""
+def mean_difference(differences: np.ndarray, of_steps: bool = False) -> Interval | None:
+    """Of pairs; None for fewer than two. `of_steps`: of neighbouring ones, which are alike."""
     n = len(differences)
     if n < 2:
         return None
     value, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(n)
-    return Interval(value, value - t975(n - 1) * error, value + t975(n - 1) * error)
+    if of_steps and n >= 4:
+        error *= math.sqrt(_inflation(differences - value))
+    return _around(value, error, n - 1)
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> Interval | None:
@@ -95,5 +102,116 @@ def correlation(x: np.ndarray, y: np.ndarray) -> Interval | None:
     if len(x) < 10 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
-    z, half = math.atanh(np.clip(r, -0.999999, 0.999999)), 1.96 / math.sqrt(len(x) - 3)
+    z, half = math.atanh(np.clip(r, -0.999999, 0.999999)), Z / math.sqrt(len(x) - 3)
     return Interval(r, math.tanh(z - half), math.tanh(z + half))
+
+
+def within_groups(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Minus the mean of each group's known values; `group`: number of each sample's group."""
+    known = np.isfinite(values)
+    sums = np.bincount(group, np.where(known, values, 0.0))
+    counts = np.bincount(group, known)
+    return values - (sums / np.maximum(counts, 1))[group]
+
+
+def spread_shares(contributions: Mapping[str, np.ndarray], group: np.ndarray) -> dict[str, float]:
+    """Each part's share of the variance of the summed reward within groups: cov(part, sum) / var(sum); they add to 1.
+
+    A negative share pulls against the others. Empty where no group has any spread.
+    """
+    inner = {name: within_groups(np.nan_to_num(values), group) for name, values in contributions.items()}
+    total = np.sum(list(inner.values()), axis=0)
+    variance = float(total @ total)
+    return {name: float(values @ total) / variance for name, values in inner.items()} if variance > 1e-12 else {}
+
+
+def last_token_share(process: Sequence[np.ndarray]) -> float | None:
+    """Mean share of the process credit of a sample that its last token has; samples without any are left out."""
+    shares = [abs(own[-1]) / total for own in process if len(own) and (total := float(np.abs(own).sum())) > 0]
+    return float(np.mean(shares)) if shares else None
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A sequence of words, and the shares of the best, worst and first answers that have it."""
+
+    words: tuple[str, ...]
+    z: float
+    """Log-odds in standard deviations."""
+    best: float
+    worst: float
+    before: float
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+([.,;:!?])", r"\1", " ".join(self.words))
+
+
+def boilerplate(best: Sequence[str], worst: Sequence[str], before: Sequence[str], most: int = 5) -> list[Phrase]:
+    """Boilerplate that is paid for: phrases that the best-rewarded answers have, the worst lack and the first lacked.
+
+    By their log-odds, best against worst answers, with a Dirichlet prior from those `before` (Monroe, Colaresi and
+    Quinn 2008, "Fightin' Words"; documents counted instead of words). A phrase counts once for each answer. Numbers are
+    all alike. Of phrases within one another the longest stands.
+    """
+    if not best or not worst:
+        return []
+    answers = (best, worst, before)
+    top = _counts(best)
+    often = (words for words, count in top.items() if count >= LEAST_SHARE * len(best))
+    candidates = {words for words in often if any(word.isalpha() for word in words)}
+    counts = [top, _counts(worst, candidates), _counts(before, candidates)]
+    found = []
+    for words in candidates:
+        shares = [own[words] / max(1, len(texts)) for own, texts in zip(counts, answers, strict=True)]
+        z = _log_odds(counts[0][words], len(best), counts[1][words], len(worst), shares[2])
+        if z >= LEAST_Z and shares[0] > 2 * shares[2]:
+            found.append(Phrase(words, z, *shares))
+    found.sort(key=lambda one: (-round(one.z, 1), -sum(word.isalnum() for word in one.words), one.words))
+    chosen: list[Phrase] = []
+    for phrase in found:
+        if len(chosen) < most and not any(_overlap(phrase.words, other.words) for other in chosen):
+            chosen.append(phrase)
+    return chosen
+
+
+def has(text: str, phrase: Phrase) -> bool:
+    """Whether an answer has the phrase."""
+    return phrase.words in _parts(_words(text), len(phrase.words))
+
+
+def _words(text: str) -> list[str]:
+    return ["0" if word.isdecimal() else word.lower() for word in _WORD.findall(text)]
+
+
+def _parts(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
+    """Its sequences of n words."""
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def _counts(texts: Sequence[str], among: set[tuple[str, ...]] | None = None) -> Counter[tuple[str, ...]]:
+    """In how many texts each sequence of words of one sentence is; of those `among` which is asked."""
+    known: dict[str, set[tuple[str, ...]]] = {}  # models repeat themselves
+    counts: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        sentences = set(_SENTENCE.split(text))
+        for sentence in sentences - known.keys():
+            words = _words(sentence)
+            found = set().union(*(_parts(words, n) for n in range(SHORTEST, LONGEST + 1)))
+            known[sentence] = found if among is None else found & among
+        counts.update(set().union(*(known[sentence] for sentence in sentences)))
+    return counts
+
+
+def _log_odds(top: int, tops: int, bottom: int, bottoms: int, prior: float) -> float:
+    """z of the difference of two log-odds, each with `PRIOR` answers of the share `prior` added."""
+    added = min(max(PRIOR * prior, 1.0), PRIOR - 1.0)
+    yes, no = np.array([top, bottom]) + added, np.array([tops - top, bottoms - bottom]) + PRIOR - added
+    odds = np.log(yes / no)
+    return float((odds[0] - odds[1]) / np.sqrt((1 / yes + 1 / no).sum()))
+
+
+def _overlap(words: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Parts of one sentence: more than half of the shorter one's words stand in the other in this order."""
+    n = min(len(words), len(other)) // 2 + 1
+    return not _parts(words, n).isdisjoint(_parts(other, n))

@@ -8,20 +8,29 @@ import numpy as np
 import pytest
 from synthetic_run import BOILERPLATE
 
-from rlkit.view.account import account
-from rlkit.view.asked import AboutRun
-from rlkit.view.phrases import boilerplate, has
+from rlkit.experience.statistics import Z, student_t
 from rlkit.view.runs import Runs
-from rlkit.view.trends import correlation, mean_difference, slope, t975, together
-from rlkit.view.triage import last_token_share, spread_shares, triage, within_groups
+from rlkit.view.sample import account
+from rlkit.view.trends import (
+    boilerplate,
+    correlation,
+    has,
+    last_token_share,
+    mean_difference,
+    slope,
+    spread_shares,
+    together,
+    within_groups,
+)
+from rlkit.view.triage import triage
 
 
 def test_slope_has_the_textbooks_interval() -> None:
-    """y = 2, 4, 5, 4, 5 over x = 1..5: b = 0.6, residual variance 2.4 / 3, standard error sqrt(0.08), t(3) = 3.182."""
+    """y = 2, 4, 5, 4, 5 over x = 1..5: b = 0.6, residual variance 2.4 / 3, standard error sqrt(0.08), t(3) = 3.1824."""
     found = slope(np.arange(1.0, 6), np.array([2.0, 4, 5, 4, 5]))
     assert found is not None
     assert found.value == pytest.approx(0.6)
-    assert found.high - found.value == pytest.approx(3.182 * np.sqrt(0.08))
+    assert found.high - found.value == pytest.approx(3.182446305284263 * np.sqrt(0.08))
     assert slope(np.ones(5), np.arange(5.0)) is None
 
 
@@ -47,7 +56,8 @@ def test_slopes_of_two_metrics_are_of_the_same_steps() -> None:
 
 
 def test_t_quantiles() -> None:
-    assert (t975(3), t975(30), t975(35), t975(10**6)) == (3.182, 2.042, 2.042, 1.980)
+    found = [student_t(freedom) for freedom in (3, 30, 35, 10**5)]
+    assert found == pytest.approx([3.182446305284263, 2.042272456301238, 2.030107928250343, 1.959987708], rel=1e-9)
 
 
 def test_correlation_and_difference() -> None:
@@ -57,11 +67,11 @@ def test_correlation_and_difference() -> None:
     r = np.corrcoef(x, y)[0, 1]
     assert found is not None
     assert found.value == pytest.approx(r)
-    assert np.arctanh(found.high) - np.arctanh(r) == pytest.approx(1.96 / 10)  # sqrt(103 - 3)
+    assert np.arctanh(found.high) - np.arctanh(r) == pytest.approx(Z / 10)  # sqrt(103 - 3)
     assert correlation(x, np.ones(103)) is None
     pairs = mean_difference(np.array([1.0, 2.0, 3.0]))
     assert pairs is not None
-    assert pairs.high - 2 == pytest.approx(4.303 / np.sqrt(3))
+    assert pairs.high - 2 == pytest.approx(4.302652729749464 / np.sqrt(3))
 
 
 def test_shares_of_the_spread_within_groups() -> None:
@@ -117,7 +127,7 @@ def test_account_adds_up() -> None:
 def test_a_run_that_fools_its_reward(folder: Path) -> None:
     run = next(run for run in Runs([folder]).all() if run.id == "main")
     run.index.follow()
-    result = triage(run, AboutRun(run="main"))
+    result = triage(run)
     found = {finding.id: finding for finding in result.findings}
     assert result.verifier
     assert {"rewarded_wrong", "phrases", "ensemble"} <= {name for name, own in found.items() if own.level == "look"}
@@ -126,10 +136,14 @@ def test_a_run_that_fools_its_reward(folder: Path) -> None:
     words = BOILERPLATE.lower().split()
     assert any(word in found["phrases"].evidence[0].label for word in words)
     assert {missing.id for missing in result.missing} == set()
+    with_samples = {name for name, own in found.items() if own.rows}
+    assert with_samples <= {"rewarded_wrong", "phrases", "ensemble"}  # of slopes and correlations a number is the sign
+    assert not any(own.rows for own in result.findings if own.level == "note")
+    assert all("score" in found[name].text for name in with_samples)
 
 
 def test_a_run_without_verdicts_says_what_it_lacks(folder: Path) -> None:
     run = next(run for run in Runs([folder]).all() if run.id == "older")
     run.index.follow()
-    missing = {missing.id: missing.why for missing in triage(run, AboutRun(run="older")).missing}
-    assert "a verifier beside the reward gives it" in missing["rewarded_wrong"]
+    missing = {missing.id: missing.why for missing in triage(run).missing}
+    assert "a verifier beside the reward gives it" in missing["wrong answers among the best-rewarded"]
