@@ -12,13 +12,13 @@ function read(): { screen: string; params: URLSearchParams } {
   return { screen: screen || "overview", params: new URLSearchParams(query) };
 }
 
-/** A setting of this reader; a page opened from a file may have nowhere to keep it. */
-export function kept(key: string, value?: string): string | null {
+/** The theme that this reader chose, and chooses now; a page opened from a file may have nowhere to keep it. */
+export function theme(chosen?: string): string {
   try {
-    if (value !== undefined) localStorage.setItem("rlkit-" + key, value);
-    return localStorage.getItem("rlkit-" + key);
+    if (chosen) localStorage.setItem("rlkit-theme", chosen);
+    return localStorage.getItem("rlkit-theme") ?? "auto";
   } catch {
-    return value ?? null;
+    return chosen ?? "auto";
   }
 }
 
@@ -28,7 +28,7 @@ class Page {
   error = $state<string | null>(null);
   connected = $state(true);
   /** `auto`, `light` or `dark` */
-  theme = $state(kept("theme") ?? "auto");
+  theme = $state(theme());
   help = $state(false);
   /** Counts what happened to a run, so that whoever shows it asks anew. */
   ticks = $state<Record<string, number>>({});
