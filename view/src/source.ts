@@ -7,8 +7,8 @@ export interface Source {
   readonly embedded: boolean;
   /** Throws an Error whose message is for the reader. */
   get<T>(route: string, query: Query, signal?: AbortSignal): Promise<T>;
-  /** Calls back when runs may have changed, and when the connection did; returns how to stop. */
-  follow(changed: () => void, state: (connected: boolean) => void): () => void;
+  /** Calls back when a run grew or ended, or any may have, and when the connection did; returns how to stop. */
+  follow(changed: (run?: string) => void, state: (connected: boolean) => void): () => void;
 }
 
 const given = (value: Query[string]) => value !== undefined && value !== null && value !== "";
@@ -37,8 +37,12 @@ export const http: Source = {
       changed(); // what was missed
     };
     events.onerror = () => state(false);
-    events.onmessage = changed;
-    return () => events.close();
+    events.onmessage = (event) => changed(JSON.parse(event.data).run);
+    const timer = setInterval(() => changed(), 5000); // nothing tells that a server has read what was there before
+    return () => {
+      clearInterval(timer);
+      events.close();
+    };
   },
 };
 

@@ -78,16 +78,18 @@ class Page {
     try {
       this.runs = await source.get<Runs>("runs", {});
       this.error = null;
-      const changed = this.runs.runs.filter((run) => known.get(run.id) !== state(run));
+      const changed = this.runs.runs.filter((run) => this.#grown.delete(run.id) || known.get(run.id) !== state(run));
       for (const { id } of changed) this.ticks[id] = (this.ticks[id] ?? 0) + Number(known.has(id));
-      if (changed.length && !source.embedded) this.changed(); // a server that has just begun is still reading
+      if (changed.length && !source.embedded) this.changed(); // and may go on
     } catch (error) {
       this.error = (error as Error).message;
     }
   }
+  #grown = new Set<string>();
   #waiting = false;
-  /** Runs may have changed. What came within a second, or while nobody looked, is one change. */
-  changed(): void {
+  /** A run grew, or any may have. What came within a second, or while nobody looked, is one change. */
+  changed(run?: string): void {
+    if (run) this.#grown.add(run);
     if (this.#waiting) return;
     this.#waiting = true;
     const look = () => {

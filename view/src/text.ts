@@ -70,7 +70,7 @@ const WORDS: Record<string, string> = {
   logprob_reference: "log-probability, reference", process_reward: "process reward", value: "value by the critic",
   weight: "weight of the correction", ratio: "probability ratio", clipped: "left out by clipping",
   mismatch: "learner less sampler", kl: "learner less reference",
-  generate: "sampling answers", score: "scoring them", advantages: "computing advantages", update: "updating the weights",
+  generate: "sampling answers", score: "scoring answers", advantages: "computing advantages", update: "updating the weights",
   publish: "handing on the weights",
   apart: "reward and accuracy apart", rewarded_wrong: "wrong answers among the best-rewarded",
   one_component: "one component decides", digits: "reward for digits", phrases: "phrases that are paid for",
