@@ -280,6 +280,8 @@ class TestScreens:
         articles = page.get_by_role("article")
         assert articles.count() == len(row["group_rewards"])
         assert page.locator("ins, del").count() > 0
+        format_ = articles.first.get_by_role("listitem").filter(has_text="format")
+        assert "weight 0.2" in format_.inner_text() and "Shown: contributions" in articles.first.inner_text()
         reader.button("Word differences").click()
         reader.until("() => !document.querySelector('ins, del')")
         articles.first.get_by_role("link").click()
