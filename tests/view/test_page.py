@@ -70,7 +70,7 @@ def test_a_run_opens_and_leads_to_a_sample(browser: Any, tmp_path: Path) -> None
         reader.page.goto(link)
         reader.settle()
         reader.page.get_by_role("link", name="Samples").click()
-        reader.page.locator("[role=grid] [aria-selected]").first.dblclick()
+        reader.page.locator("[role=grid] [aria-selected]").first.click()
         reader.shows("Colour by")
 
 
@@ -280,6 +280,8 @@ class TestScreens:
         articles = page.get_by_role("article")
         assert articles.count() == len(row["group_rewards"])
         assert page.locator("ins, del").count() > 0
+        format_ = articles.first.get_by_role("listitem").filter(has_text="format")
+        assert "weight 0.2" in format_.inner_text() and "Shown: contributions" in articles.first.inner_text()
         reader.button("Word differences").click()
         reader.until("() => !document.querySelector('ins, del')")
         articles.first.get_by_role("link").click()
@@ -454,7 +456,7 @@ def test_a_report_is_the_page_without_a_server(browser: Any, runs: Path, tmp_pat
         page.get_by_label("Filter").press("Enter")
         reader.shows("not in this report")
         reader.open("samples")
-        page.locator("[role=grid] [aria-selected]").first.dblclick()
+        page.locator("[role=grid] [aria-selected]").first.click()
         page.get_by_label("Colour by").select_option("entropy")
         page.locator("[data-t='3']").hover()
         assert "token 3" in page.locator("output.point").inner_text()
@@ -467,7 +469,7 @@ def test_picture(browser: Any, address: str) -> None:
     """Where triage leads: a well-paid wrong answer, its tokens coloured by their process rewards."""
     with reading(browser, address, color_scheme="light") as reader:
         reader.open("samples", run="main", filter="tokens = true and correct = 0", sort="reward", order="desc")
-        reader.page.locator("[role=grid] [aria-selected]").first.dblclick()
+        reader.page.locator("[role=grid] [aria-selected]").first.click()
         reader.page.locator("[data-t='8']").hover()
         PICTURE.parent.mkdir(exist_ok=True)
         reader.page.screenshot(path=PICTURE)

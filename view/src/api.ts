@@ -18,14 +18,7 @@ export interface Run {
   updated: number | null;
   samples: number;
   kept_groups: number;
-  has: {
-    tokens: boolean;
-    rescored: string[];
-    correct: boolean;
-    staleness: boolean;
-    components: string[];
-    results: boolean;
-  };
+  has: { tokens: boolean; rescored: string[]; correct: boolean; staleness: boolean; components: string[]; results: boolean };
 }
 export interface Runs {
   rlkit: string;
@@ -72,12 +65,7 @@ export interface Light {
 export interface Overview {
   tiles: Tile[];
   lights: Light[];
-  progress: {
-    step: number;
-    total: number | null;
-    seconds_per_step: number | null;
-    remaining_seconds: number | null;
-  };
+  progress: { step: number; total: number | null; seconds_per_step: number | null; remaining_seconds: number | null };
   last: Summary[];
   warnings: { text: string; count: number }[];
 }
@@ -128,27 +116,15 @@ export interface Turn {
   reward?: number | null;
   [other: string]: unknown;
 }
-/** A row of samples.jsonl as it stands there; older runs lack fields. */
+/** What the page shows of a row of samples.jsonl; older runs lack fields. */
 export interface RawRow {
-  step?: number;
-  group_id?: string;
-  prompt_id?: string;
   sample?: number;
-  rank?: string | null;
   prompt?: Turn[] | string;
-  answer?: string | null;
+  answer?: unknown;
   references?: string[];
   response?: string;
   turns?: Turn[];
-  reward?: number | string | null;
-  components?: Record<string, number | string | null>;
-  advantage?: number | null;
-  correct?: number | null;
-  valid?: boolean;
-  reason?: string | null;
   trace?: unknown;
-  finish_reason?: string;
-  [other: string]: unknown;
 }
 export interface Part {
   name: string;

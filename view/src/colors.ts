@@ -1,47 +1,22 @@
 // Colours that people with any colour vision can tell apart; every chart also says its values in words.
 
-/** Lines of several runs, parts of a sum: style.css has them for both themes. */
-export const LINES = Array.from({ length: 8 }, (_, i) => `var(--line-${i})`);
+/** Of the i-th run, or part of a sum: style.css has them for both themes. */
+export const lineColor = (i: number) => `var(--line-${i % 8})`;
+const DASHES = [[], [8, 3], [2, 3], [8, 3, 2, 3]];
 /** A run is told by its dashes, too. */
-export const DASHES = [[], [8, 3], [2, 3], [8, 3, 2, 3]];
+export const dashes = (i: number) => DASHES[i % DASHES.length];
 
 type Rgb = readonly [number, number, number];
-// Blue to orange through nothing, and nothing to purple: over the page, so that text stays readable in both themes.
+// Blue to orange through nothing, and nothing to purple: over the page, whatever its theme.
 const NEGATIVE: Rgb = [38, 112, 201];
 const POSITIVE: Rgb = [224, 114, 20];
 const SEQUENTIAL: Rgb = [141, 75, 195];
-const STRONGEST = 0.62;
 
-/** Background of a token whose value stands at `share` (0 to 1) of its range. */
-export function shade(share: number, signed: boolean): string {
-  const strength = signed ? Math.abs(share - 0.5) * 2 : share;
-  const [r, g, b] = signed ? (share < 0.5 ? NEGATIVE : POSITIVE) : SEQUENTIAL;
-  return `rgb(${r} ${g} ${b} / ${(strength * STRONGEST).toFixed(3)})`;
-}
-
-// Stops of viridis, reversed on light pages so that "many" is always far from the page's colour.
-const VIRIDIS: Rgb[] = [
-  [68, 1, 84],
-  [59, 82, 139],
-  [33, 145, 140],
-  [94, 201, 98],
-  [253, 231, 37],
-];
-
-export function heat(share: number, dark: boolean): string {
-  const at = (dark ? share : 1 - share) * (VIRIDIS.length - 1);
-  const low = Math.min(VIRIDIS.length - 2, Math.floor(at));
-  const mix = VIRIDIS[low].map((from, i) => Math.round(from + (VIRIDIS[low + 1][i] - from) * (at - low)));
-  return `rgb(${mix.join(" ")})`;
-}
-
-/** A canvas of this size in the pixels of the page, ready to be drawn on. */
-export function pen(canvas: HTMLCanvasElement, width: number, height: number): CanvasRenderingContext2D {
-  const scale = devicePixelRatio || 1;
-  [canvas.width, canvas.height] = [width * scale, height * scale];
-  const context = canvas.getContext("2d")!;
-  context.scale(scale, scale);
-  return context;
+/** The colour of a value that stands at `share` (0 to 1) of its range; text stays readable on one that is not `full`. */
+export function shade(share: number, signed: boolean, full = false): string {
+  const strength = (signed ? Math.abs(share - 0.5) * 2 : share) * (full ? 1 : 0.62);
+  const color = signed ? (share < 0.5 ? NEGATIVE : POSITIVE) : SEQUENTIAL;
+  return `rgb(${color.join(" ")} / ${strength.toFixed(3)})`;
 }
 
 /** What `var(--name)` is on this page now: canvases need a plain colour. */

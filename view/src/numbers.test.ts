@@ -1,5 +1,5 @@
 import { describe, expect, test } from "vitest";
-import { areas, bin, conditions, exactly, extent, interval, merged, place, smooth, spans } from "./numbers";
+import { areas, bin, conditions, ends, exactly, extent, interval, merged, place, smooth, spans } from "./numbers";
 
 test("smoothing starts at the first value and leaves gaps", () => {
   expect(smooth([4, null, 4], 0.9)).toEqual([4, null, 4]);
@@ -38,8 +38,9 @@ describe("place in a range", () => {
     [5, 0, 10, false, 0.5],
     [99, 0, 10, false, 1],
     [3, 3, 3, false, 0],
+    [0, 0, 0, true, 0.5],
   ])("%d of %d to %d, signed %s", (value, low, high, signed, share) => {
-    expect(place(value, { low, high, signed })).toBe(share);
+    expect(place(value, ends({ low, high, signed }))).toBe(share);
   });
 });
 

@@ -3,8 +3,7 @@ import type { Values } from "./api";
 
 /** Exponential moving average that starts unbiased and leaves gaps where there is nothing. */
 export function smooth(values: Values, keep: number): Values {
-  let sum = 0;
-  let weight = 0;
+  let [sum, weight] = [0, 0];
   return values.map((value) => {
     if (value === null) return null;
     sum = keep * sum + (1 - keep) * value;
@@ -14,52 +13,47 @@ export function smooth(values: Values, keep: number): Values {
 }
 
 export function extent(values: Iterable<number | null | undefined>): [number, number] | null {
-  let low = Infinity;
-  let high = -Infinity;
-  for (const value of values) {
-    if (value === null || value === undefined || !Number.isFinite(value)) continue;
-    if (value < low) low = value;
-    if (value > high) high = value;
-  }
+  let [low, high] = [Infinity, -Infinity];
+  for (const value of values) if (Number.isFinite(value)) [low, high] = [Math.min(low, value!), Math.max(high, value!)];
   return low <= high ? [low, high] : null;
+}
+
+export function mean(values: Values): number | null {
+  const known = values.filter((value) => value !== null);
+  return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
 }
 
 /** Merges neighbours so that at most `most` columns are left; each is the mean of what is known. */
 export function merged(values: Values, most: number): Values {
   const size = Math.ceil(values.length / most);
   if (size <= 1) return values;
-  const columns: Values = [];
-  for (let start = 0; start < values.length; start += size) {
-    const known = values.slice(start, start + size).filter((value) => value !== null);
-    columns.push(known.length ? known.reduce((a, b) => a + b, 0) / known.length : null);
-  }
-  return columns;
+  return Array.from({ length: Math.ceil(values.length / size) }, (_, i) => mean(values.slice(i * size, (i + 1) * size)));
 }
 
 export function areas(names: string[], pattern: string): { area: string; names: string[] }[] {
   const test = new RegExp(pattern, "i");
   const groups = new Map<string, string[]>();
-  for (const name of names) {
-    if (!test.test(name)) continue;
+  for (const name of names.filter((name) => test.test(name))) {
     const area = name.includes("/") ? name.slice(0, name.indexOf("/")) : "run";
     groups.set(area, [...(groups.get(area) ?? []), name]);
   }
   return [...groups].map(([area, names]) => ({ area, names }));
 }
 
-/** Where a value stands between the ends of its range, 0 to 1; signed ranges are centred at 0. */
-export function place(value: number, range: { low: number | null; high: number | null; signed: boolean }): number {
-  const low = range.low ?? 0;
-  const high = range.high ?? 0;
-  if (range.signed) {
-    const reach = Math.max(Math.abs(low), Math.abs(high));
-    return reach ? clamp(0.5 + value / reach / 2) : 0.5;
-  }
-  return high > low ? clamp((value - low) / (high - low)) : 0;
+export function clamp(value: number, low: number, high: number): number {
+  return Math.max(low, Math.min(high, value));
 }
 
-function clamp(share: number): number {
-  return Math.min(1, Math.max(0, share));
+/** Ends of a signal's range; signed ones reach equally far to both sides of 0. */
+export function ends(range: { low: number | null; high: number | null; signed: boolean }): [number, number] {
+  const [low, high] = [range.low ?? 0, range.high ?? 0];
+  const reach = Math.max(Math.abs(low), Math.abs(high)) || 1;
+  return range.signed ? [-reach, reach] : [low, high];
+}
+
+/** Where a value stands between the ends of its range, 0 to 1; nothing of a range without a width. */
+export function place(value: number, [low, high]: [number, number]): number {
+  return high > low ? clamp((value - low) / (high - low), 0, 1) : 0;
 }
 
 export interface Interval {

@@ -2,39 +2,24 @@
 import type { Results } from "./api";
 import { number } from "./text";
 
-interface Estimate {
-  value: number | null;
-  low: number | null;
-  high: number | null;
-  questions: number;
-}
-interface Line {
-  step: number;
+type Estimate = Record<"value" | "low" | "high", number | null> & { questions: number };
+type Line = Record<"step" | "answers" | "left_out", number> & Record<"length" | "reward", Estimate | null> & {
   decoding: string;
   mean: Estimate;
   of_k: Record<string, Record<string, Estimate>>;
   wrong: number | null;
-  answers: number;
-  left_out: number;
-  length: Estimate | null;
-  truncated_share: number | null;
-  reward: Estimate | null;
-}
-interface Comparison {
+};
+type Comparison = Record<"better" | "worse" | "sign_test_p", number> & {
   first: string;
   second: string;
   difference: Estimate;
-  better: number;
-  worse: number;
-  sign_test_p: number;
   winner: string | null;
-}
-
+};
 export interface Row {
   of: string;
   metric: string;
   numbers: Estimate;
-  words: string;
+  words?: string;
 }
 
 /** Null for a schema that this page does not know. */
@@ -43,17 +28,15 @@ export function rows(results: Results): Row[] | null {
   return [...(results.lines as Line[]).flatMap(measured), ...(results.comparisons as Comparison[]).map(compared)];
 }
 
-function measured(line: Line): Row[] {
-  const of = line.decoding === "recorded" ? "recorded answers" : `step ${line.step}, ${line.decoding}`;
-  const left = line.left_out ? `${number(line.left_out)} of ${number(line.answers)} answers were not judged and are in no number` : "";
-  const of_k = Object.entries(line.of_k).flatMap(([name, by_k]) =>
-    Object.entries(by_k).map(([k, numbers]) => ({ of, metric: name + k, numbers, words: "" })),
-  );
-  const others = { "tokens of an answer": line.length, reward: line.reward };
+function measured({ step, decoding, mean, of_k, wrong, answers, left_out, length, reward }: Line): Row[] {
+  const of = decoding === "recorded" ? "recorded answers" : `step ${step}, ${decoding}`;
+  const left = left_out ? `${number(left_out)} of ${number(answers)} answers were not judged and are in no number` : "";
+  const of_each = Object.entries(of_k).flatMap(([name, by_k]) => Object.entries(by_k).map(([k, numbers]) => [name + k, numbers] as const));
   return [
-    { of, metric: line.wrong === null ? "mean" : "accuracy", numbers: line.mean, words: left },
-    ...of_k,
-    ...Object.entries(others).flatMap(([metric, numbers]) => (numbers ? [{ of, metric, numbers, words: "" }] : [])),
+    { of, metric: wrong === null ? "mean" : "accuracy", numbers: mean, words: left },
+    ...[...of_each, ["tokens of an answer", length] as const, ["reward", reward] as const].flatMap(([metric, numbers]) =>
+      numbers ? [{ of, metric, numbers }] : [],
+    ),
   ];
 }
 
