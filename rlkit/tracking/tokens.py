@@ -101,7 +101,7 @@ def token_table(
         return pa.ListArray.from_arrays(offsets, pa.array(values, mask=nulls))
 
     tokens = [_signals(n, group, i, experience, advantages, signals) for n, group, i in chosen]
-    trained = np.repeat([advantages.keep[n] for n, _, _ in chosen], lengths)
+    trained = np.repeat(advantages.keep[[n for n, _, _ in chosen]], lengths)
     if any(sample.mask is not None for sample in samples):
         trained &= np.concatenate([sample.trained for sample in samples])
     columns: dict[str, Any] = {
@@ -180,21 +180,17 @@ class TokenFolder:
     def write(self, step: int, table: Table) -> None:
         import pyarrow.parquet as parquet
 
-        self.path.mkdir(exist_ok=True)
+        if self._sizes is None:
+            self.path.mkdir(exist_ok=True)
+            self._sizes = {one: one.stat().st_size for one in sorted(self.path.glob("step_*.parquet"), key=step_of)}
         file, aside = (self.path / f"{start}step_{step:06d}.parquet" for start in ("", "."))
+        repeated = ["group_id", "piece.list.element", "version.list.element"]  # looking for more takes half the time
         try:
-            repeated = [
-                "group_id",
-                "piece.list.element",
-                "version.list.element",
-            ]  # looking for more takes half the time
             parquet.write_table(table, aside, compression="zstd", use_dictionary=repeated, write_statistics=False)
             aside.replace(file)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        if self._sizes is None:
-            self._sizes = {one: one.stat().st_size for one in sorted(self.path.glob("step_*.parquet"), key=step_of)}
         self._sizes[file] = file.stat().st_size
         while sum(self._sizes.values()) > self.limit and len(self._sizes) > 1:
             older = list(self._sizes)[: len(self._sizes) // 2]
