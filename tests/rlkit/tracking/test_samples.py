@@ -191,7 +191,9 @@ def test_what_cannot_be_recorded_is_said_and_leaves_whole_lines(tmp_path: Path, 
     rows = [json.loads(line) for line in folder.samples.read_text().splitlines()]
     assert [(row["step"], row["dropped"]) for row in rows] == [(1, "step_failed"), (3, "step_failed")]
     assert sizes["samples.jsonl"] == folder.samples.stat().st_size
-    assert "not written: samples.jsonl and tokens/ of step 2: TypeError: object cannot be written as JSON" in caplog.text
+    assert (
+        "not written: samples.jsonl and tokens/ of step 2: TypeError: object cannot be written as JSON" in caplog.text
+    )
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,20 +34,23 @@ def hanging(path: Path) -> RunFolder:
 def test_all_is_written_in_order_and_what_fails_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer, done = Writer(tmp_path), list[int]()
 
-    def fails() -> None:
-        raise OSError("no space")
+    def write(step: int) -> None:
+        if step == 20:
+            raise OSError("no space")
+        time.sleep(0.01)
+        done.append(step)
 
     async def ask() -> list[int]:
         behind = []
-        for i in range(20):
-            writer.put(f"step {i}", lambda i=i: (time.sleep(0.01), done.append(i)) and None)  # type: ignore[misc]
+        for step in range(20):
+            writer.put(f"step {step}", partial(write, step))
             await writer.caught_up()
-            behind.append(i + 1 - len(done))
+            behind.append(step + 1 - len(done))
         return behind
 
     assert max(asyncio.run(ask())) <= 1
-    writer.put("step 20", fails)
-    writer.put("step 21", lambda: done.append(21))
+    for step in (20, 21):
+        writer.put(f"step {step}", partial(write, step))
     writer.settle()
     assert done == [*range(20), 21]
     assert "not written: step 20: OSError: no space" in caplog.text
