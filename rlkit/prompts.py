@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from inspect import getattr_static
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ from rlkit.environments.agent import Agent
 from rlkit.environments.base import Environment
 from rlkit.environments.tool import Tool, tools_of
 from rlkit.experience import Prompt
-from rlkit.experience.steps import token_pieces
 from rlkit.models.folder import model_folder
 from rlkit.models.packing import shared_prefix
 from rlkit.tracking.tokens import Pieces
@@ -123,7 +121,7 @@ def load_prompts(resolved: ResolvedRun, tracker: Tracker) -> Loaded:
     recorded = loaded["heldout"][: config.trainer.evaluation_prompts] if measured else []
     if not samples and not recorded:
         tracker.warn("no held-out problem has a recorded response: this run is not evaluated")
-    pieces = partial(token_pieces, tokenizer=tokenizer) if tokenizer.is_fast else None
+    pieces = Pieces(tokenizer) if tokenizer.is_fast else None
     return Loaded(train, judged, recorded, renderer(tokenizer, *template), pieces)
 
 

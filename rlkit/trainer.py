@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,6 +118,8 @@ class Trainer:
         self.stop.training = True
         for step in range(self.version + 1, trainer.total_steps + 1):
             self.checkpointer.check()
+            async with self.deadline("the driver", self.folder.writer.unwritten):
+                await self.folder.writer.caught_up()
             async with self.deadline(f"step {step}", "groups, update and new weights"):
                 await until(self.step(step, producing, stopping), watching)
             if self.evaluates_after(step):
@@ -294,7 +296,7 @@ class Trainer:
             return
         self.tracker.message(f"saved after step {self.version}: {self.folder.policy(self.version).parent}")
 
-    def deadline(self, who: str, what: str) -> AbstractAsyncContextManager[None]:
+    def deadline(self, who: str, what: str | Callable[[], str]) -> AbstractAsyncContextManager[None]:
         """Time limit of one step, evaluation or checkpoint."""
         return waiting(who, what, self.config.trainer.step_timeout_seconds, "trainer.step_timeout_seconds")
 

@@ -101,7 +101,7 @@ class Checkpointer:
             "learner": counters,
             "producer": producer,
             "buffer": buffer,
-            "files": self.folder.sizes(),
+            "files": await asyncio.to_thread(self.folder.sizes),
         }
         (staged / RUN_STATE).write_text(json.dumps(to_json(state)), encoding="utf-8")
         return [RUN_STATE, "policy/config.json", *(f"{name}.safetensors" for name in counters)], [*weights, *states]

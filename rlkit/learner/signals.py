@@ -53,7 +53,8 @@ class Watch:
 def joined(of_ranks: Iterable[Sequence[Seen]]) -> Signals:
     signals: dict[int, dict[str, FloatArray]] = {}
     for names, lengths, rows in (seen for of_rank in of_ranks for seen in of_rank):
-        parts = np.split(rows, np.cumsum(list(lengths.values()))[:-1], axis=1)
-        for sample, part in zip(lengths, parts, strict=True):
-            signals[sample] = dict(zip(names, part, strict=True))
+        end = 0
+        for sample, length in lengths.items():
+            start, end = end, end + length
+            signals[sample] = {name: row[start:end] for name, row in zip(names, rows, strict=True)}
     return signals

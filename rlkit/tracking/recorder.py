@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from algorithms.base import Advantages, Experience
 from rlkit.config.tracking import TrackingConfig
@@ -12,8 +11,6 @@ from rlkit.experience.filters import GroupFilter, why_dropped
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.samples import chosen_groups, sample_rows, untrained, verdicts_by_group
 from rlkit.tracking.tokens import Pieces, Signals, TokenFolder, token_table, watched_samples
-
-log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -43,18 +40,17 @@ class Recorder:
                 table = token_table(experience, advantages, signals or {}, watched, self.pieces)
                 self.tokens.write(experience.step, table)
 
-        self._beside(work)
+        self.folder.writer.put(_records(experience.step), work)
 
     def failed(self, step: int, groups: Sequence[Group]) -> None:
         """Record a step that ends the run because of its scores: what the reward was given."""
         config, reasons = self.config, {group.id: "step_failed" for group in groups}
-        self._beside(
-            lambda: self.folder.append_samples(
-                sample_rows(
-                    step, groups, None, config.sample_groups_per_step, keep=config.keep_samples, dropped=reasons
-                )
-            )
-        )
+        limit, keep = config.sample_groups_per_step, config.keep_samples
+
+        def work() -> None:
+            self.folder.append_samples(sample_rows(step, groups, None, limit, keep=keep, dropped=reasons))
+
+        self.folder.writer.put(_records(step), work)
 
     def _samples(
         self,
@@ -72,11 +68,6 @@ class Recorder:
         rows += sample_rows(step, rejected, None, as_many, keep=keep, judged=said, dropped=reasons)
         self.folder.append_samples(rows)
 
-    def _beside(self, work: Callable[[], None]) -> None:
-        def tried() -> None:
-            try:
-                work()
-            except Exception as error:
-                log.warning("a step was not recorded: %s: %s", type(error).__name__, error, exc_info=True)
 
-        self.folder.beside(tried)
+def _records(step: int) -> str:
+    return f"samples.jsonl and tokens/ of step {step}"

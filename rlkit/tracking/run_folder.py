@@ -8,14 +8,15 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_json
 
 from rlkit.experience import UserError
+from rlkit.tracking.writer import Writer
 
 
 class RunFolderError(UserError):
@@ -49,8 +50,6 @@ class RunFolder:
         self.sample_reader: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None
         """Is given what was appended to samples.jsonl."""
         self._new = not any(path.exists() for path in self._of_a_run())
-        self._writer = ThreadPoolExecutor(1, "run-folder")
-        self._writing: Future[None] | None = None
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self._lock = (self.logs / "lock").open("w")
@@ -61,6 +60,8 @@ class RunFolder:
             raise RunFolderError(f"run_dir={self.path} is in use by a run that goes on: end it first") from None
         except OSError as error:
             raise RunFolderError(f"run_dir={self.path} cannot be written: {error.strerror or error}") from error
+        self.writer = Writer(self.path)
+        """For what is written while the run goes on."""
 
     def _of_a_run(self) -> tuple[Path, ...]:
         return self.config, self.metrics, self.samples, self.summary, self.checkpoints
@@ -72,7 +73,7 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            self.settle()
+            self.writer.settle()
             recorded = any(file.stat().st_size for file in (self.metrics, self.samples))
             if self._new and not (recorded or self.summary.exists() or self.checkpoints.exists()):
                 for file in (self.config, self.metrics, self.samples):
@@ -83,23 +84,9 @@ class RunFolder:
         """Where the policy after `step` steps is saved, as a Hugging Face folder."""
         return self.checkpoints / f"step_{step:06d}" / "policy"
 
-    def beside(self, work: Callable[[], None]) -> None:
-        """Run `work` in the folder's own thread, one after the other; wait for the last to end, and raise its error.
-
-        So at most one is open, and what is slower than a step slows it.
-        """
-        self.settle()
-        self._writing = self._writer.submit(work)
-
-    def settle(self) -> None:
-        """Wait for what is written beside."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file that grows, by its path in the folder, after a sync."""
-        self.settle()
+        """Bytes of each file that grows, by its path in the folder, after a sync. Raises UnwrittenError."""
+        self.writer.settle()
         files = self._growing()
         for file in files:
             with file.open("rb") as stream:
@@ -158,11 +145,13 @@ class RunFolder:
         write_atomically(self.summary, json_text(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """May be called again."""
-        self.settle()
-        self._writer.shutdown()
-        self._metrics.close()
-        self._lock.close()
+        """May be called again. Raises UnwrittenError, and is closed."""
+        try:
+            self.writer.settle()
+        finally:
+            self.writer.close()
+            self._metrics.close()
+            self._lock.close()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -182,12 +171,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 def json_text(value: Any, indent: int | None = None) -> str:
     """Standard JSON: non-finite numbers become the texts "NaN", "Infinity" and "-Infinity"."""
-    try:  # nearly always, and ten times as fast
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, default=_plain)
-        text.encode()
-    except (TypeError, ValueError):  # a key or number that is not JSON, or half a character
-        text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
-    return text
+    try:
+        return to_json(value, indent=indent, inf_nan_mode="strings", fallback=_plain).decode()
+    except ValueError:  # half a character, or what is not JSON
+        return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def _plain(value: Any) -> Any:

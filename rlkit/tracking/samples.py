@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -41,10 +42,9 @@ def sample_rows(
     `advantages` has one array [T] per sample, group by group. `dropped`: by group id, why it was not trained. Raises
     ValueError if the number of advantages is not the number of samples.
     """
-    samples = sum(len(group.samples) for group in groups)
-    if advantages is not None and len(advantages) != samples:
-        raise ValueError(f"{len(advantages)} advantages for {samples} samples")
-    first = [0, *np.cumsum([len(group.samples) for group in groups]).tolist()]
+    first = [0, *accumulate(len(group.samples) for group in groups)]
+    if advantages is not None and len(advantages) != first[-1]:
+        raise ValueError(f"{len(advantages)} advantages for {first[-1]} samples")
     rows = []
     for g in chosen_groups(step, groups, limit):
         group = groups[g]
@@ -179,20 +179,20 @@ def _best_and_worst(group: Group) -> list[tuple[str, int]]:
 
 def _version_spans(sample: Sample) -> list[tuple[int, int]]:
     """(first token, policy version), in order; observations have none of their own."""
-    spans = [(0, sample.policy_versions[0])]
-    if sample.versions is not None:
-        for token in np.flatnonzero(sample.versions >= 0).tolist():
-            if (version := int(sample.versions[token])) != spans[-1][1]:
-                spans.append((token, version))
-    return spans
+    first = sample.policy_versions[0]
+    if sample.versions is None:
+        return [(0, first)]
+    own = np.flatnonzero(sample.versions >= 0)
+    versions = np.concatenate([[first], sample.versions[own]])
+    changed = np.flatnonzero(versions[1:] != versions[:-1])
+    return [(0, first), *zip(own[changed].tolist(), versions[changed + 1].tolist(), strict=True)]
 
 
-def _staleness(step: int, sample: Sample) -> int | None:
-    """Updates between the oldest weights that sampled a token, and those the step began with; None if recorded."""
-    if sample.logprobs is None:
+def _advantage(sample: Sample, advantage: FloatArray | None) -> float | None:
+    if advantage is None or not sample.length:
         return None
-    versions = sample.policy_versions[:1] if sample.versions is None else sample.versions[sample.versions >= 0]
-    return step - 1 - int(min(versions, default=sample.policy_versions[0]))
+    own = advantage if sample.mask is None else advantage[sample.mask]
+    return float(own.sum() / len(own))  # `mean` takes three times as long
 
 
 def _group_row(step: int, group: Group, dropped: str | None) -> dict[str, Any]:
@@ -214,6 +214,7 @@ def _group_row(step: int, group: Group, dropped: str | None) -> dict[str, Any]:
 def _sample_row(step: int, group: Group, i: int, advantage: FloatArray | None) -> dict[str, Any]:
     sample = group.samples[i]
     score = group.scores.samples[i] if group.scores is not None else Score.invalid("not scored")
+    spans = _version_spans(sample)
     return {
         "sample": sample.index,
         "response": sample.text,
@@ -227,9 +228,10 @@ def _sample_row(step: int, group: Group, i: int, advantage: FloatArray | None) -
         "trace": score.trace,
         "correct": None,
         "verdict": None,
-        "advantage": None if advantage is None or not sample.length else float(np.mean(advantage[sample.trained])),
+        "advantage": _advantage(sample, advantage),
         "finish_reason": sample.finish_reason,
         "policy_versions": list(sample.policy_versions),
-        "version_spans": _version_spans(sample),
-        "staleness": _staleness(step, sample),
+        "version_spans": spans,
+        # Updates between the oldest weights that sampled a token, and those the step began with; None if recorded.
+        "staleness": None if sample.logprobs is None else step - 1 - min(version for _, version in spans),
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,39 @@ from algorithms.base import Advantages, Experience
 from rlkit.config.tracking import TrackingConfig
 from rlkit.experience import Group, Sample, Score
 from rlkit.experience.scores import total_reward
-from rlkit.experience.types import FloatArray, IntArray
+from rlkit.experience.steps import token_pieces
+from rlkit.experience.types import FloatArray
 from rlkit.tracking.samples import chosen_groups
 
 if TYPE_CHECKING:
     from pyarrow import Table
+    from transformers import PreTrainedTokenizerBase
 
-Pieces = Callable[[IntArray], list[str]]
-"""What each token adds to the text."""
 Signals = Mapping[int, Mapping[str, FloatArray]]
 """By a sample's number in the step, by name: [T]."""
+
+
+class Pieces:
+    """What each token of a response adds to its text; an unfinished character at the end as the response has it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`tokenizer`: a fast one."""
+        self.tokenizer = tokenizer
+        self._alone: dict[int, str] = {}
+
+    def __call__(self, sample: Sample) -> list[str]:
+        ids, decode = sample.token_ids.tolist(), self.tokenizer.backend_tokenizer.decode
+        # Most tokens add what they say alone, and the text tells whether these do. Decoding them in order is slower.
+        for token in set(ids).difference(self._alone):
+            self._alone[token] = decode([token])
+        pieces = [self._alone[token] for token in ids]
+        text = "".join(pieces)
+        if text == (sample.text if sample.episode is None else decode(ids)) and "\N{REPLACEMENT CHARACTER}" not in text:
+            return pieces
+        pieces = token_pieces(ids, self.tokenizer)
+        if pieces and sample.episode is None and sample.text.startswith(text := "".join(pieces)):
+            pieces[-1] += sample.text[len(text) :].encode("utf-8", "replace").decode()
+        return pieces
 
 
 def watched_groups(step: int, groups: Sequence[Group], config: TrackingConfig) -> list[int]:
@@ -41,9 +65,9 @@ def watched_groups(step: int, groups: Sequence[Group], config: TrackingConfig) -
 
 def watched_samples(experience: Experience, config: TrackingConfig) -> frozenset[int]:
     """Their numbers in the step."""
-    ends = np.cumsum([len(group.samples) for group in experience.groups]).tolist()
+    starts = [0, *accumulate(len(group.samples) for group in experience.groups)]
     chosen = watched_groups(experience.step, experience.groups, config)
-    return frozenset(i for g in chosen for i in range(ends[g] - len(experience.groups[g].samples), ends[g]))
+    return frozenset(i for g in chosen for i in range(starts[g], starts[g + 1]))
 
 
 def _spread(group: Group) -> float | None:
@@ -64,29 +88,34 @@ def token_table(
     of_groups = [(group, i) for group in experience.groups for i in range(len(group.samples))]
     chosen = [(n, *of_groups[n]) for n in sorted(watched)]
     samples = [group.samples[i] for _, group, i in chosen]
-    offsets = pa.array(np.cumsum([0, *map(len, samples)]), pa.int32())
+    lengths = [len(sample) for sample in samples]
+    offsets = pa.array([0, *accumulate(lengths)], pa.int32())
 
-    def lists(kind: Any, rows: Sequence[NDArray[Any] | None]) -> Any:
-        if all(type(row) is np.ndarray for row in rows):  # nothing is missing
-            return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(rows)).cast(kind, safe=False))  # type: ignore[arg-type]
-        known = [np.ma.masked_all(len(s)) if row is None else row for s, row in zip(samples, rows, strict=True)]
-        values, nulls = (np.concatenate([part(row) for row in known]) for part in (np.ma.getdata, np.ma.getmaskarray))
-        return pa.ListArray.from_arrays(offsets, pa.array(values, mask=nulls).cast(kind, safe=False))
+    def lists(kind: Any, rows: Sequence[Any]) -> Any:
+        nulls = None
+        if not all(type(row) is np.ndarray for row in rows):  # something is missing
+            rows = [np.ma.masked_all(n, kind) if row is None else row for n, row in zip(lengths, rows, strict=True)]
+            nulls = np.concatenate([np.ma.getmaskarray(row) for row in rows])
+            rows = [np.ma.getdata(row) for row in rows]
+        values = np.concatenate(rows, dtype=kind, casting="unsafe")  # Arrow's own cast takes ten times as long
+        return pa.ListArray.from_arrays(offsets, pa.array(values, mask=nulls))
 
     tokens = [_signals(n, group, i, experience, advantages, signals) for n, group, i in chosen]
-    trained = [sample.trained & advantages.keep[n] for sample, (n, _, _) in zip(samples, chosen, strict=True)]
+    trained = np.repeat(advantages.keep[[n for n, _, _ in chosen]], lengths)
+    if any(sample.mask is not None for sample in samples):
+        trained &= np.concatenate([sample.trained for sample in samples])
     columns: dict[str, Any] = {
         "group_id": pa.array([group.id for _, group, _ in chosen]),
         "sample": pa.array([sample.index for sample in samples], pa.int32()),
-        "token_id": lists(pa.int32(), [sample.token_ids for sample in samples]),
-        "mask": lists(pa.bool_(), trained),
-        "version": lists(pa.int32(), [_versions(sample) for sample in samples]),
+        "token_id": lists(np.int32, [sample.token_ids for sample in samples]),
+        "mask": lists(np.bool_, [trained]),
+        "version": lists(np.int32, [_versions(sample) for sample in samples]),
     }
     if pieces is not None:
-        texts = [piece for sample in samples for piece in _pieces(sample, pieces)]
+        texts = [piece for sample in samples for piece in pieces(sample)]
         columns["piece"] = pa.ListArray.from_arrays(offsets, pa.array(texts, pa.string()))
     for name in dict.fromkeys(name for of_sample in tokens for name in of_sample):
-        kind = pa.bool_() if name == "clipped" else pa.float32()
+        kind = np.bool_ if name == "clipped" else np.float32
         columns.setdefault(name, lists(kind, [of_sample.get(name) for of_sample in tokens]))
     return pa.table(columns)
 
@@ -108,9 +137,10 @@ def _signals(
         rows["process_reward"] = rewards
     if sample.logprobs is None:
         rows.pop("ratio", None)  # nothing sampled it
+    elif sample.mask is None and sample.versions is None:
+        rows["logprob_sampler"] = sample.logprobs
     else:
-        observed = _versions(sample) < 0
-        rows["logprob_sampler"] = np.ma.masked_where(observed, sample.logprobs) if observed.any() else sample.logprobs
+        rows["logprob_sampler"] = np.ma.masked_where(_versions(sample) < 0, sample.logprobs)
     return rows
 
 
@@ -120,28 +150,20 @@ def _versions(sample: Sample) -> NDArray[np.int32]:
         return np.ma.masked_all(len(sample), np.int32)
     if sample.versions is not None:
         return sample.versions
-    return np.where(sample.trained, np.int32(sample.policy_versions[0]), np.int32(-1))
+    versions = np.repeat(np.int32(sample.policy_versions[0]), len(sample))
+    return versions if sample.mask is None else np.where(sample.mask, versions, np.int32(-1))
 
 
 def _process_rewards(sample: Sample, score: Score) -> NDArray[Any] | None:
     """[T] a token's own reward, and that of a span at its last token; masked elsewhere."""
     if score.token_rewards is None and not score.span_rewards:
         return None
-    rewards = (
-        np.ma.masked_all(len(sample)) if score.token_rewards is None else np.ma.array(score.token_rewards, copy=True)
-    )
+    none = np.ma.array(np.zeros(len(sample)), mask=True)
+    rewards = none if score.token_rewards is None else np.ma.array(score.token_rewards, copy=True)
     for span in score.span_rewards:
         so_far = rewards[span.end - 1]
         rewards[span.end - 1] = span.value + (0.0 if so_far is np.ma.masked else so_far)
     return rewards
-
-
-def _pieces(sample: Sample, pieces: Pieces) -> list[str]:
-    """Of each token; an unfinished character at the end as the response has it."""
-    texts = pieces(sample.token_ids)
-    if texts and sample.episode is None and sample.text.startswith(joined := "".join(texts)):
-        texts[-1] += sample.text[len(joined) :]
-    return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
 def step_of(file: Path) -> int:
@@ -158,21 +180,17 @@ class TokenFolder:
     def write(self, step: int, table: Table) -> None:
         import pyarrow.parquet as parquet
 
-        self.path.mkdir(exist_ok=True)
+        if self._sizes is None:
+            self.path.mkdir(exist_ok=True)
+            self._sizes = {one: one.stat().st_size for one in sorted(self.path.glob("step_*.parquet"), key=step_of)}
         file, aside = (self.path / f"{start}step_{step:06d}.parquet" for start in ("", "."))
+        repeated = ["group_id", "piece.list.element", "version.list.element"]  # looking for more takes half the time
         try:
-            repeated = [
-                "group_id",
-                "piece.list.element",
-                "version.list.element",
-            ]  # looking for more takes half the time
             parquet.write_table(table, aside, compression="zstd", use_dictionary=repeated, write_statistics=False)
             aside.replace(file)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        if self._sizes is None:
-            self._sizes = {one: one.stat().st_size for one in sorted(self.path.glob("step_*.parquet"), key=step_of)}
         self._sizes[file] = file.stat().st_size
         while sum(self._sizes.values()) > self.limit and len(self._sizes) > 1:
             older = list(self._sizes)[: len(self._sizes) // 2]

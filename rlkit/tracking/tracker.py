@@ -68,7 +68,7 @@ class Tracker:
             for name in ("rlkit", "algorithms"):
                 logging.getLogger(name).addHandler(handler)
                 opened.callback(logging.getLogger(name).removeHandler, handler)
-            opened.callback(folder.settle)  # what fails in it is still shown
+            opened.callback(folder.writer.settle)  # what fails in it is still shown
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Tracker:

@@ -16,25 +16,17 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from contract_step import gradients, loss_inputs, make_experience, per_sample, with_models
 
-from algorithms.base import (
-    Advantages,
-    Algorithm,
-    AlgorithmConfig,
-    Denominators,
-    Experience,
-    LossInputs,
-    ValueLossInputs,
-)
+from algorithms.base import Algorithm, AlgorithmConfig, Denominators, ValueLossInputs
 from rlkit.config.parts import import_part
-from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score, Span, SpanReward, UserError
+from rlkit.experience import Group, GroupScores, Score, UserError
 
 BUILT_IN: list[tuple[str, dict[str, Any]]] = [
     ("algorithms.grpo.GRPO", {}),
@@ -94,137 +86,6 @@ def make(case: tuple[str, dict[str, Any]]) -> Algorithm:
     kind = import_part("algorithm", target)
     algorithm: Algorithm = kind(kind.Config(**options))
     return algorithm
-
-
-def make_group(name: str, rng: np.random.Generator, needs: Any) -> Group:
-    """Six samples, the second without a valid score, the fourth without a trained token; what is needed is there.
-
-    Process rewards are of tokens or of spans, which are turns if the algorithm needs turns.
-    """
-    samples, scores = [], []
-    for index in range(6):
-        length = int(rng.integers(2, 12))
-        mask = rng.random(length) < 0.8
-        mask[0] = True
-        sample = Sample(
-            index=index,
-            token_ids=rng.integers(3, 60, length).astype(np.int32),
-            logprobs=(-2 + rng.normal(size=length)).astype(np.float32),
-            text="",
-            finish_reason="stop",
-            policy_versions=(0, 0),
-            seed=int(rng.integers(1 << 60)),
-            mask=np.zeros(length, dtype=np.bool_) if index == 3 else mask,
-        )
-        half = (length + 1) // 2
-        if needs.turns:
-            turns = ((0, half, "near"), (half, length, "far"))
-            spans = tuple(Span(start, end, "turn", data={"state": state}) for start, end, state in turns)
-            sample = replace(sample, spans=spans)
-        parts = {"good": float(index % 3 == 0), "short": float(length < 6)}
-        value = 0.9 * parts["good"] + 0.1 * float(rng.random())
-        process = rng.normal(size=length).astype(np.float32)
-        samples.append(sample)
-        if not (needs.process_rewards or needs.reads_process_rewards):
-            scores.append(Score(value, components=parts))
-        elif index % 2:
-            scores.append(Score(value, token_rewards=process, components=parts))
-        else:
-            scores.append(
-                Score(
-                    value,
-                    span_rewards=(SpanReward(half, length, float(process[0])), SpanReward(0, half, float(process[1]))),
-                    components=parts,
-                )
-            )
-    scores[1] = Score.invalid("timeout: test")
-    greedy = replace(samples[0]) if needs.greedy_response else None
-    prompt = Prompt(f"p-{name}", (Message("user", "?"),), (1, 2, *name.encode()))
-    return Group(name, prompt, tuple(samples), greedy=greedy).with_scores(
-        GroupScores(tuple(scores), greedy=Score(0.5) if needs.greedy_response else None)
-    )
-
-
-def make_experience(algorithm: Algorithm, seed: int = 0, groups: int = 4) -> Experience:
-    """Log-probs and values are functions of a sample, so that they follow it wherever it stands."""
-    needs, rng = algorithm.needs(), np.random.default_rng(seed)
-    return with_models([make_group(f"g{g}", rng, needs) for g in range(groups)], algorithm)
-
-
-def with_models(groups: Sequence[Group], algorithm: Algorithm) -> Experience:
-    needs = algorithm.needs()
-    rows = [sample.logprobs for group in groups for sample in group.samples]
-    return Experience(
-        groups,
-        step=1,
-        values=[np.sin(row) for row in rows] if needs.critic else None,
-        policy_logprobs=rows if needs.token_kl else None,
-        reference_logprobs=[row + 0.3 * np.cos(row) for row in rows] if needs.token_kl else None,
-        logprobs={
-            name: [
-                sample.logprobs + np.float32(0.1 * number) * np.cos(3 * sample.logprobs)
-                for group in algorithm.groups_for(name, groups, lambda messages: (1, 2))
-                for sample in group.samples
-            ]
-            for number, name in enumerate(needs.passes)
-        },
-    )
-
-
-def loss_inputs(
-    algorithm: Algorithm, experience: Experience, advantages: Advantages, order: Sequence[int]
-) -> LossInputs:
-    """The kept samples at `order` as one micro-batch of the whole step; log-probs differ from the old ones."""
-    samples = [sample for group in experience.groups for sample in group.samples]
-    groups = [g for g, group in enumerate(experience.groups) for _ in group.samples]
-    kept = [i for i, sample in enumerate(samples) if advantages.keep[i] and sample.trained.any()]
-    chosen = [i for i in order if i in kept]
-
-    def rows(per_sample: Any) -> torch.Tensor:
-        return torch.tensor(np.concatenate([per_sample[i] for i in chosen]), dtype=torch.float64)
-
-    old = [sample.logprobs for sample in samples]
-    new = [row + 0.4 * np.sin(5 * row) for row in old]
-    _, group = np.unique([groups[i] for i in chosen], return_inverse=True)
-    pairs = np.zeros((0, 2), np.int64) if advantages.pairs is None else advantages.pairs
-    here = np.isin(pairs, chosen).all(axis=1)
-    place = {sample: row for row, sample in enumerate(chosen)}
-    return LossInputs(
-        logprobs=rows(new).requires_grad_(),
-        entropy=rows([np.abs(row) for row in old]).requires_grad_(),
-        old_logprobs=rows(old),
-        rollout_logprobs=rows([row + 0.1 * np.sin(9 * row) for row in old]),
-        advantages=rows(advantages.tokens),
-        mask=rows([sample.trained.astype(np.float64) for sample in samples]),
-        sequence=torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor([len(samples[i]) for i in chosen])),
-        group=torch.from_numpy(group),
-        denominators=denominators(samples, groups, kept, len(pairs)),
-        reference_logprobs=rows([row + 0.3 * np.cos(row) for row in old])
-        if algorithm.needs().reference_policy
-        else None,
-        extras={name: rows(values) for name, values in advantages.extras.items()},
-        scalars=advantages.scalars,
-        samples={name: torch.from_numpy(values[chosen]).double() for name, values in advantages.samples.items()},
-        pairs=torch.tensor([[place[i] for i in pair] for pair in pairs[here].tolist()], dtype=torch.int64),
-        pair_values={name: torch.from_numpy(values[here]).double() for name, values in advantages.pair_values.items()},
-    )
-
-
-def denominators(samples: Sequence[Sample], groups: Sequence[int], kept: Sequence[int], pairs: int) -> Denominators:
-    tokens = sum(int(samples[i].trained.sum()) for i in kept)
-    return Denominators(float(tokens), float(len(kept)), float(len({groups[i] for i in kept})), float(pairs))
-
-
-def gradients(algorithm: Algorithm, inputs: LossInputs) -> tuple[float, dict[str, float], np.ndarray]:
-    output = algorithm.loss(inputs)
-    output.loss.backward()
-    gradient = torch.zeros_like(inputs.logprobs) if inputs.logprobs.grad is None else inputs.logprobs.grad
-    return output.loss.item(), {name: float(value) for name, value in output.sums.items()}, gradient.numpy()
-
-
-def per_sample(experience: Experience, rows: Sequence[Any]) -> dict[tuple[str, int], Any]:
-    names = [(group.id, sample.index) for group in experience.groups for sample in group.samples]
-    return dict(zip(names, rows, strict=True))
 
 
 # -- configuration -----------------------------------------------------------------------------------------

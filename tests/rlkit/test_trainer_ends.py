@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlkit.cluster.waiting import WaitedTooLongError
 from rlkit.config.loading import load_config
 from rlkit.data.order import PromptOrder
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
@@ -63,7 +65,7 @@ class Run:
         asked.take(2)
         self.producer = Producer(
             asked, self, self, self.buffer, most_at_once=2, waits_for_places=False, samples_per_prompt=1,  # type: ignore[arg-type]
-            greedy=False, seed=0, step_timeout_seconds=60.0,
+            greedy=False, seed=0, step_timeout_seconds=config.trainer.step_timeout_seconds,
         )  # fmt: skip
         self.producer.started = 2
         self.saved: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
@@ -154,6 +156,18 @@ def test_the_work_is_saved_when_the_sampler_is_given_up(tmp_path: Path) -> None:
         return run
 
     assert [step for step, *_ in asyncio.run(run()).saved] == [1]
+
+
+def test_a_disk_that_does_not_take_the_records_ends_the_run_at_the_deadline(tmp_path: Path) -> None:
+    async def run() -> None:
+        run, hung = Run(tmp_path, lambda: None, "trainer.step_timeout_seconds=1"), threading.Event()
+        for what in ("step 0", "step 1"):
+            run.trainer.folder.writer.put(what, hung.wait)
+        with pytest.raises(WaitedTooLongError, match=rf"=1 s for step 0, step 1 to be written in {tmp_path}"):
+            await run.trainer.fit()
+        hung.set()
+
+    asyncio.run(run())
 
 
 def test_a_checkpoint_that_is_lost_while_the_run_is_stopped_is_said_and_made_again(tmp_path: Path) -> None:

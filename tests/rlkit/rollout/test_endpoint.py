@@ -4,118 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import openai
 import pytest
+from agent_player import QUESTION, STOPS, TOKENIZER, Table, answered, client, code, inline, post
 from openai import AsyncOpenAI
 from own_agents import Calculating
 
-from rlkit.config.loading import load_config
-from rlkit.data.rendering import ChatTemplate, load_tokenizer
+from rlkit.data.rendering import ChatTemplate
 from rlkit.environments.agent import Agent, Endpoint
-from rlkit.environments.base import Environment, EnvironmentConfig, EnvironmentFailure, Step, Task
+from rlkit.environments.base import EnvironmentFailure, Step, Task
 from rlkit.environments.games.calculator import Calculator
 from rlkit.environments.tool import Tool
-from rlkit.experience import Group, Message, Prompt, Sample, ToolCall
-from rlkit.models.folder import model_folder
+from rlkit.experience import ToolCall
 from rlkit.rollout.endpoint import Server
-from rlkit.rollout.engine import stop_token_ids
 from rlkit.rollout.environment_processes import ProcessHost
-from rlkit.rollout.episodes import Episodes
-from rlkit.rollout.hosts import Host, InlineHost
 from rlkit.rollout.rendering import Renderer, RenderingError
-from rlkit.rollout.requests import GroupRequest, Request, Response, sample_seed
+from rlkit.rollout.requests import sample_seed
 
-FOLDER = str(model_folder("embedded:agent"))
-TOKENIZER = load_tokenizer(FOLDER)
-STOPS = stop_token_ids(FOLDER, TOKENIZER)
-QUESTION = Message("user", "What is 41*59+59?")
-PROMPT = Prompt("train-3", (QUESTION,), (1, 2), answer="2478")
 CALLS = '<tool_call>{"name": "calc", "arguments": {"expression": "41*59+59"}}</tool_call>'
 ASKS = {"messages": [{"role": "user", "content": "2+2?"}]}
 GOES_ON = [{"role": "assistant", "content": "4"}, {"role": "user", "content": "5?"}]
-Run = Callable[[Endpoint], Awaitable[Step]]
-
-
-class Table:
-    """A player who answers in order, and one episode at a time."""
-
-    def __init__(self, *answers: str) -> None:
-        self.answers, self.asked = list(answers), list[Request]()
-        self.free = asyncio.Event()
-        self.free.set()
-
-    async def turn(self, request: Request) -> Response:
-        self.asked.append(request)
-        said = self.answers[len(self.asked) - 1]
-        await self.free.wait()
-        ids = [*TOKENIZER.encode(said, add_special_tokens=False), *STOPS[:1]]
-        cut = ids[: request.max_tokens]
-        logprobs = -np.arange(1, len(cut) + 1, dtype=np.float32)
-        versions = np.full(len(cut), 7, np.int32)
-        return Response(request.id, np.array(cut, np.int32), logprobs, "stop" if cut == ids else "length", 0, versions)
-
-    def play(self, run: Run | None = None, host: Host | None = None, **options: Any) -> Sample:
-        """One sample of an agent that does this; else of a host's environment."""
-        return self.group(run, host, 1, **options).samples[0]
-
-    def group(
-        self, run: Run | None, host: Host | None = None, samples: int = 2, tokens: int = 256, rows: int = 0, **own: Any
-    ) -> Group:
-
-        class Does(Agent):
-            async def run(self, task: Task, model: Endpoint) -> Step:
-                assert run is not None
-                return await run(model)
-
-        async def play(host: Host) -> Group:
-            template = ChatTemplate(TOKENIZER)
-
-            def renderer(tools: Any) -> Renderer:
-                return Renderer(template, tools, STOPS, history=config.history)
-
-            config = EnvironmentConfig(**own)
-            server = Server(renderer, STOPS)
-            await server.start()
-            await host.start()
-            try:
-                rollout = load_config(["run_dir=/tmp/never", f"rollout.max_response_tokens={tokens}"]).config.rollout
-                agent = None if getattr(host, "cls", Agent) is Calculator else server
-                episodes = Episodes(
-                    host, renderer(host.tools), config, rollout, True, STOPS, self.turn, lambda: 7, agent, rows
-                )
-                group = await episodes.group(GroupRequest("00000005", PROMPT, samples, seed=11, step=1))
-            finally:
-                if isinstance(host, ProcessHost):
-                    await host.stop()
-                await server.stop()
-            self.prompt = group.prompt
-            return group
-
-        return asyncio.run(play(host or inline(Does)))
-
-
-def inline(cls: type[Environment]) -> InlineHost:
-    return InlineHost(cls, cls.Config())
-
-
-def client(model: Endpoint) -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=model.base_url, api_key=model.api_key)
-
-
-async def post(model: Endpoint, body: Any, route: str = "/chat/completions", **headers: str) -> httpx.Response:
-    url = model.base_url + route if route.startswith("/chat") else model.base_url.removesuffix("/v1") + route
-    async with httpx.AsyncClient(trust_env=False) as http:
-        return await http.post(url, json=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
-
-
-def code(answer: httpx.Response) -> str:
-    return str(answer.json()["error"]["code"])
 
 
 def test_an_agent_samples_what_the_same_environment_samples_by_steps() -> None:
@@ -247,12 +159,6 @@ def test_what_comes_after_the_end_samples_nothing() -> None:
     assert closed and [s.role for s in sample.spans] == ["assistant"] and sample.text == "4"
 
 
-async def answered(model: Endpoint, said: list[Any]) -> str:
-    async with client(model) as own:
-        answer = await own.chat.completions.create(model=model.model, messages=said)
-    return str(answer.choices[0].message.content)
-
-
 def test_a_shortened_history_and_a_second_agent_are_rows_of_one_sample() -> None:
     def user(text: str) -> dict[str, str]:
         return {"role": "user", "content": text}
@@ -306,7 +212,7 @@ def test_a_call_that_the_template_cannot_render_is_refused() -> None:
             return super().whole(messages)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "Renderer", Strict)
+        patch.setattr("agent_player.Renderer", Strict)
         sample = Table("4").play(run)
     assert sample.episode is not None and sample.episode.failure == "refused: only one question"
 

@@ -37,6 +37,19 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(coroutine, 90))
 
 
+def configured(**rollout: Any) -> RunConfig:
+    sizes = {"max_prompt_tokens": 100, "max_response_tokens": MAX_RESPONSE, "max_concurrent_samples": 16}
+    return RunConfig(
+        run_dir=Path("unused"),
+        cluster=ClusterConfig(threads_per_actor=1),
+        rollout=RolloutConfig(**sizes, memory_gib=0.1, **rollout),
+        algorithm={},
+        reward={},
+        data={},
+        verifier={},
+    )
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights large enough that next-token distributions are far from uniform."""
@@ -60,20 +73,9 @@ def pool(ray_session: None, model: Path, tmp_path_factory: pytest.TempPathFactor
     """One worker; every test leaves it with the weights of `learner`."""
     import ray
 
-    config = RunConfig(
-        run_dir=Path("unused"),
-        cluster=ClusterConfig(threads_per_actor=1),
-        rollout=RolloutConfig(
-            max_prompt_tokens=100, max_response_tokens=MAX_RESPONSE, max_concurrent_samples=16, memory_gib=0.1
-        ),
-        algorithm={},
-        reward={},
-        data={},
-        verifier={},
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)  # also those that replace dead ones
-        pool = RolloutPool(config, str(model), tmp_path_factory.mktemp("logs"))
+        pool = RolloutPool(configured(), str(model), tmp_path_factory.mktemp("logs"))
         run(pool.start())
         yield pool
     for worker in pool.workers:
@@ -338,21 +340,10 @@ def test_an_engine_with_old_weights_is_found_after_one_small_step(
     what comes, reports version and checksum, and loads what it had."""
     import ray
 
-    config = RunConfig(
-        run_dir=Path("unused"),
-        cluster=ClusterConfig(threads_per_actor=1),
-        rollout=RolloutConfig(
-            max_prompt_tokens=100, max_response_tokens=24, max_concurrent_samples=16, memory_gib=0.1, dtype=dtype
-        ),
-        algorithm={},
-        reward={},
-        data={},
-        verifier={},
-    )
     trained = build_learner(model, learning_rate=1e-6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)
-        pool = RolloutPool(config, str(model), tmp_path)
+        pool = RolloutPool(configured(dtype=dtype), str(model), tmp_path)
     try:
         run(pool.start())
         for version in range(3):

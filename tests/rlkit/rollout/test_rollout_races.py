@@ -9,7 +9,6 @@ import asyncio
 import os
 import re
 import signal
-import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from ray_fixture import ray_session  # noqa: F401
 from rollout_host import publish_bundle
-from scripted_rollout import Script, ScriptedWorker, weights_of
+from scripted_rollout import Script, ScriptedWorker, Stepwise, weights_of
 
 from rlkit.cluster.waiting import WaitedTooLongError, open_waits
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, TrainerConfig
@@ -32,16 +31,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")
 CANARY = ((5, 6, 7),)
 MakePool = Callable[..., RolloutPool]
-
-
-class Worker(ScriptedWorker):
-    """With a process that can be killed."""
-
-    async def pid(self) -> int:
-        return os.getpid()
-
-    async def seed(self) -> int:
-        return self.engine_seed
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -58,7 +47,7 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
     """Makes a pool of workers that follow the script in `tmp_path`."""
     import ray
 
-    monkeypatch.setattr("rlkit.rollout.pool.RolloutWorker", Worker)
+    monkeypatch.setattr("rlkit.rollout.pool.RolloutWorker", ScriptedWorker)
     made: list[RolloutPool] = []
 
     def make(workers: int = 1, max_restarts: int = 3, **trainer: Any) -> RolloutPool:
@@ -121,24 +110,6 @@ async def until_at(script: Script, point: str) -> None:
 
 async def kill(pool: RolloutPool, index: int = 0) -> None:
     os.kill(await pool.workers[index].pid.remote(), signal.SIGKILL)
-
-
-class Stepwise(Worker):
-    """Takes only the engine's steps that are allowed, each of which finishes a response."""
-
-    def _load(self) -> None:
-        super()._load()
-        self.allowed, step = threading.Semaphore(0), self.sampler.step
-
-        def when_allowed() -> list[Any]:
-            self.allowed.acquire()
-            responses: list[Any] = step()
-            return responses
-
-        self.sampler.step = when_allowed
-
-    async def allow(self, steps: int) -> None:
-        self.allowed.release(steps)
 
 
 def test_a_place_is_free_when_a_response_ends_though_its_group_is_not_whole(
@@ -255,30 +226,6 @@ def test_a_death_that_sampling_and_publishing_both_notice_is_repaired_once(make_
 
 
 @pytest.mark.slow
-def test_a_successor_that_dies_while_it_starts_is_replaced_too(make_pool: MakePool, script: Script) -> None:
-    async def check() -> None:
-        pool = await started(make_pool())
-        script.die_at("load-1")
-        await kill(pool)
-        assert_whole_and_of(1, await sampled(pool))
-        assert pool.health[0].restarts == 2
-
-    run(check())
-
-
-@pytest.mark.slow
-def test_successors_that_die_too_often_end_the_run_with_the_cause(make_pool: MakePool, script: Script) -> None:
-    async def check() -> None:
-        pool = await started(make_pool(max_restarts=1))
-        script.die_at("load-1")
-        await kill(pool)
-        with pytest.raises(RolloutFailedError, match=r"after 1 replacements \(rollout\.max_restarts\)"):
-            await sampled(pool)
-
-    run(check())
-
-
-@pytest.mark.slow
 def test_a_successor_that_is_not_ready_in_time_ends_the_run_with_the_cause(
     make_pool: MakePool, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,47 +303,42 @@ def test_weights_that_no_worker_confirms_end_the_run_at_once(how: str, make_pool
     run(check())
 
 
-@pytest.mark.slow
-def test_workers_that_do_not_confirm_too_often_end_the_run_with_the_facts(make_pool: MakePool, script: Script) -> None:
-    async def check() -> None:
-        pool = await started(make_pool(max_restarts=1))
-        script.spoil(1, "wrong", always=True)
-        await kill(pool)
-        said = r"worker 0: after version 1 .* differ .* by 0\.5.*, after 1 replacements \(rollout\.max_restarts\)\. "
-        with pytest.raises(WeightsNotLoadedError, match=said):
-            await sampled(pool)
-
-    run(check())
-
-
-@pytest.mark.slow
-def test_a_successor_that_does_not_confirm_is_replaced_too(make_pool: MakePool, script: Script) -> None:
-    async def check() -> None:
-        pool = await started(make_pool())
-        script.spoil(1, "wrong")
-        await kill(pool)
-        assert_whole_and_of(1, await sampled(pool))
-        assert pool.health[0].restarts == 2
-
-    run(check())
+AGAIN = r"after 1 replacements \(rollout\.max_restarts\)"
+SUCCESSORS: dict[str, tuple[Callable[[Script, bool], None], type[Exception], str]] = {
+    "fails to start": (
+        lambda script, always: script.raise_at("start"),
+        RolloutFailedError,
+        r"worker 0 failed again, after 1 replacements .*: ValueError: scripted failure at start\. Its log",
+    ),
+    "dies": (lambda script, always: script.die_at("load-1"), RolloutFailedError, AGAIN),
+    "does not confirm": (
+        lambda script, always: script.spoil(1, "wrong", always),
+        WeightsNotLoadedError,
+        rf"worker 0: after version 1 .* differ .* by 0\.5.*, {AGAIN}\. ",
+    ),
+}
+"""What the first successor does (`always`: each one), and the error where that is once too often."""
 
 
 @pytest.mark.parametrize("max_restarts", [2, 1])
-def test_a_successor_whose_start_fails_counts_as_another_death(
-    max_restarts: int, make_pool: MakePool, script: Script
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.slow] * (how != "fails to start")) for how in SUCCESSORS]
+)
+def test_a_successor_that_fails_counts_as_another_death(
+    how: str, max_restarts: int, make_pool: MakePool, script: Script
 ) -> None:
-    """For example while processes of the dead one still hold its GPU's memory."""
+    """It may fail to start while processes of the dead one still hold its GPU's memory."""
 
     async def check() -> None:
         pool = await started(make_pool(max_restarts=max_restarts))
-        script.raise_at("start")
+        spoil, error, said = SUCCESSORS[how]
+        spoil(script, max_restarts == 1)
         await kill(pool)
         if max_restarts == 2:
             assert_whole_and_of(1, await sampled(pool))
             assert pool.health[0].restarts == 2
             return
-        said = r"worker 0 failed again, after 1 replacements .*: ValueError: scripted failure at start\. Its log"
-        with pytest.raises(RolloutFailedError, match=said):
+        with pytest.raises(error, match=said):
             await sampled(pool)
 
     run(check())

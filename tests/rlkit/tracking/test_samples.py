@@ -191,7 +191,9 @@ def test_what_cannot_be_recorded_is_said_and_leaves_whole_lines(tmp_path: Path, 
     rows = [json.loads(line) for line in folder.samples.read_text().splitlines()]
     assert [(row["step"], row["dropped"]) for row in rows] == [(1, "step_failed"), (3, "step_failed")]
     assert sizes["samples.jsonl"] == folder.samples.stat().st_size
-    assert "a step was not recorded: TypeError: object cannot be written as JSON" in caplog.text
+    assert (
+        "not written: samples.jsonl and tokens/ of step 2: TypeError: object cannot be written as JSON" in caplog.text
+    )
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,4 +209,4 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
     )
     folder.close()
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    assert folder.samples.read_text() == '{"step": 1}\n{"step": 3}\n'
+    assert folder.samples.read_text() == '{"step":1}\n{"step":3}\n'

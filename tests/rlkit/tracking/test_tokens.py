@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from algorithms.base import Advantages, Experience
 from rlkit.config.tracking import TrackingConfig
 from rlkit.experience import Episode, Group, Score, SpanReward
 from rlkit.experience.filters import BufferConfig, make_filter
-from rlkit.experience.steps import token_pieces
 from rlkit.tracking.recorder import Recorder
 from rlkit.tracking.run_folder import RunFolder
-from rlkit.tracking.tokens import TokenFolder, token_table, watched_groups, watched_samples
+from rlkit.tracking.tokens import Pieces, TokenFolder, token_table, watched_groups, watched_samples
 from tests.fixtures.groups import group, value
 
 
@@ -130,8 +128,7 @@ def test_pieces_join_to_the_response(cut: int) -> None:
     one = group("g", [value(1.0)])
     sample = replace(one.samples[0], token_ids=ids, logprobs=np.zeros(len(ids), np.float32), text=text)
     one = replace(one, samples=(sample,))
-    pieces = partial(token_pieces, tokenizer=tokenizer)
-    (row,) = rows_of(token_table(Experience([one], 1), advantages_of([one]), {}, [0], pieces))
+    (row,) = rows_of(token_table(Experience([one], 1), advantages_of([one]), {}, [0], Pieces(tokenizer)))
     assert "".join(row["piece"]) == text
     assert len(row["piece"]) == len(ids)
     assert row["piece"][:4] == ["n", "", "é", " "]
@@ -147,8 +144,7 @@ def test_pieces_of_an_episode_are_those_of_all_its_tokens() -> None:
         token_ids=ids, logprobs=np.zeros(len(ids), np.float32), text="cd", episode=Episode("done"),
     )  # fmt: skip
     one = replace(group("g", [value(1.0)]), samples=(sample,))
-    pieces = partial(token_pieces, tokenizer=tokenizer)
-    (row,) = rows_of(token_table(Experience([one], 1), advantages_of([one]), {}, [0], pieces))
+    (row,) = rows_of(token_table(Experience([one], 1), advantages_of([one]), {}, [0], Pieces(tokenizer)))
     assert row["piece"] == ["a", "b", "", "c", "d"]
 
 

@@ -1,0 +1,75 @@
+"""A thread that writes beside a run, in order; who waits for it waits with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from queue import SimpleQueue
+
+from rlkit.experience import UserError
+
+WRITE_SECONDS = 60.0
+"""Time limit of one piece of work, once nothing else is to do but wait for it."""
+
+log = logging.getLogger(__name__)
+
+
+class UnwrittenError(UserError):
+    """A disk does not take what is written."""
+
+
+class Writer:
+    """A daemon thread: a disk that hangs does not keep the process from ending."""
+
+    def __init__(self, folder: Path, seconds: float = WRITE_SECONDS) -> None:
+        self.folder, self.seconds = folder, seconds
+        self._open: deque[tuple[str, Future[None]]] = deque()
+        self._asked: SimpleQueue[tuple[str, Callable[[], None], Future[None]] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name="run-folder", daemon=True).start()
+
+    def put(self, what: str, work: Callable[[], None]) -> None:
+        """Have `work` done after all before. What fails there is said."""
+        done: Future[None] = Future()
+        self._open.append((what, done))
+        self._asked.put((what, work, done))
+
+    def unwritten(self) -> str:
+        """What is open, for a message."""
+        what = ", ".join(what for what, _ in self._open)
+        return f"{what} to be written in {self.folder} (does its disk answer? Repair it, or name another run_dir)"
+
+    async def caught_up(self) -> None:
+        """Wait until no more than one piece of work is open."""
+        while len(self._open) > 1:
+            await asyncio.wait([asyncio.wrap_future(self._open[0][1])])
+            self._open.popleft()
+
+    def settle(self) -> None:
+        """Wait until none is open. Raises UnwrittenError where one takes longer than `seconds`; then all are given
+        up."""
+        while self._open:
+            try:
+                self._open[0][1].result(self.seconds)
+            except TimeoutError:
+                message = f"waited more than {self.seconds:g} s for {self.unwritten()}"
+                self._open.clear()
+                raise UnwrittenError(message) from None
+            self._open.popleft()
+
+    def close(self) -> None:
+        self._asked.put(None)
+
+    def _work(self) -> None:
+        while (asked := self._asked.get()) is not None:
+            what, work, done = asked
+            try:
+                work()
+            except Exception as error:
+                log.warning("not written: %s: %s: %s", what, type(error).__name__, error, exc_info=True)
+            finally:
+                done.set_result(None)
