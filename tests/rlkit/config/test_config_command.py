@@ -43,12 +43,14 @@ def test_errors_come_within_two_seconds_and_before_anything_heavy(repository: Pa
         f"heavy = [name for name in {HEAVY!r} if name in sys.modules];"
         "print(code, heavy)"
     )
-    before = os.times()
-    done = python("-c", code, cwd=repository)
-    after = os.times()
-    assert done.stdout.strip() == "2 []", done.stderr
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    assert used < 2.0, "seconds of CPU: what it takes where nothing else runs"
+    used = []
+    for _ in range(3):
+        before = os.times()
+        done = python("-c", code, cwd=repository)
+        after = os.times()
+        assert done.stdout.strip() == "2 []", done.stderr
+        used.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(used) < 2.0, "seconds of CPU: what it takes where nothing else runs"
 
 
 def test_dry_run_prints_the_plan_and_loads_nothing_heavy(repository: Path, bare_model: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_log_probs_and_gradient_are_those_of_the_rows_one_by_one(model: Path) ->
     samples = [(s, g.prompt.token_ids) for g in groups for s in g.samples]
     expected = [one_by_one(learner, *pair) for pair in samples]
     for have, want in zip(learner.group_logprobs(groups), expected, strict=True):
-        np.testing.assert_allclose(have, want.detach(), atol=2e-6)
+        np.testing.assert_allclose(have, want.detach(), atol=5e-6)  # a few last places of -8 in fp32
     advantages = grpo_advantages(groups)
     kept = [i for i, (s, _) in enumerate(samples) if advantages.keep[i] and s.trained.any()]
     # Equation 3 of GRPO at ratios of 1: the mean over samples of the mean over their trained tokens, in whatever rows.

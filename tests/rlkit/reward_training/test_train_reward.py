@@ -144,7 +144,7 @@ def test_a_backend_of_ones_own_leaves_a_run_folder(tmp_path: Path, capfd: pytest
     assert len(lines) == 5
     summary = json.loads((run / "summary.json").read_text())
     assert summary["rows"] == 4 and summary["device"] == "cpu" and summary["wall_seconds"] > 0
-    assert (run / "samples.jsonl").read_text() == '{"row": 1}\n'
+    assert (run / "samples.jsonl").read_text() == '{"row":1}\n'
     assert list((run / "tensorboard").iterdir())
     assert yaml.safe_load((run / "config.yaml").read_text())["data"] == {"max_bad_row_share": 0.01, "rows": 4}
 
