@@ -66,10 +66,14 @@ class Writer:
 
     def _work(self) -> None:
         while (asked := self._asked.get()) is not None:
-            what, work, done = asked
-            try:
-                work()
-            except Exception as error:
-                log.warning("not written: %s: %s: %s", what, type(error).__name__, error, exc_info=True)
-            finally:
-                done.set_result(None)
+            _do(*asked)
+            del asked  # a step's groups
+
+
+def _do(what: str, work: Callable[[], None], done: Future[None]) -> None:
+    try:
+        work()
+    except Exception as error:
+        log.warning("not written: %s: %s: %s", what, type(error).__name__, error, exc_info=True)
+    finally:
+        done.set_result(None)

@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from paths import ROOT
 
@@ -54,6 +56,13 @@ def test_all_is_written_in_order_and_what_fails_is_said(tmp_path: Path, caplog: 
     writer.settle()
     assert done == [*range(20), 21]
     assert "not written: step 20: OSError: no space" in caplog.text
+    group = np.zeros(3)
+    kept = weakref.ref(group)
+    writer.put("step 22", partial(np.sum, group))
+    del group
+    writer.settle()
+    time.sleep(0.1)
+    assert kept() is None, "what is written is not held until something else is"
     writer.close()
 
 
