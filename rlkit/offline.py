@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from algorithms.base import Algorithm
 from rlkit.evaluation import Evaluation, Evaluator
 from rlkit.experience import Group, Prompt
 from rlkit.experience.types import recorded_group
-from rlkit.learner.joint import JointLearner
 from rlkit.rollout.requests import GroupRequest
 from rlkit.serving.stored import Stored
+
+if TYPE_CHECKING:
+    from rlkit.learner.joint import JointLearner  # torch comes with it
 
 T = TypeVar("T")
 Publish = Callable[[int], Awaitable[object]]

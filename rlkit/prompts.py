@@ -20,7 +20,6 @@ from rlkit.environments.base import Environment
 from rlkit.environments.tool import Tool, tools_of
 from rlkit.experience import Prompt
 from rlkit.models.folder import model_folder
-from rlkit.models.packing import shared_prefix
 from rlkit.tracking.tokens import Pieces
 from rlkit.tracking.tracker import Tracker
 from rlkit.weights.publication import Canary
@@ -168,6 +167,8 @@ def with_epochs(resolved: ResolvedRun, problems: int) -> ResolvedRun:
 def canary(train: Sequence[Prompt]) -> Canary:
     """Pieces of different prompts, from a little before they differ: long system prompts have equal beginnings, and a
     state that leaks from one sequence into the next shows only on several."""
+    from rlkit.models.packing import shared_prefix  # torch comes with it
+
     prompts = [prompt.token_ids for prompt in train[: 8 * CANARY_PROMPTS]]
     start = max(0, len(shared_prefix(list(dict.fromkeys(prompts)))) - CANARY_TOKENS // 2)
     pieces = dict.fromkeys(ids[start : start + CANARY_TOKENS] for ids in prompts)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rewards.base import RewardContext
 from rlkit.checkpoint.checkpointer import Checkpointer
@@ -54,6 +56,7 @@ from rlkit.tracking.tracker import Tracker
 from rlkit.trainer import Trainer
 from rlkit.weight_sync import WeightSync
 
+T = TypeVar("T")
 LOADING = {
     "sampler": "loading the sampler (vLLM)",
     "learner": "loading the learner (DeepSpeed)",
@@ -101,16 +104,8 @@ async def _train(
     # Ray replaces the handler of SIGTERM when it starts; ours ends everything in order.
     task = asyncio.current_task()
     assert task is not None
-    tracker.phase("reading data")
-    data = load_prompts(resolved, tracker)
-    resolved = with_epochs(resolved, len(data.train))
-    config = resolved.config
-    tracker.total_steps(config.trainer.total_steps)
-    if point is not None and (done := point.nothing_left(config.trainer.total_steps)):
-        tracker.message(done)
-        return
-    await _try_architecture(config, tracker)
-    tracker.phase("starting Ray")
+    tracker.phase("reading data, starting Ray")
+    reading = _beside(lambda: load_prompts(resolved, tracker))
     with contextlib.ExitStack() as session:
         with blocking("the start", "Ray", *_startup(config)):
             session.enter_context(ray_session(config.cluster, folder.logs / "ray", object_store_bytes(resolved)))
@@ -118,6 +113,14 @@ async def _train(
         with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: whoever runs us handles them
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
+        data = await reading
+        resolved = with_epochs(resolved, len(data.train))
+        config = resolved.config
+        tracker.total_steps(config.trainer.total_steps)
+        if point is not None and (done := point.nothing_left(config.trainer.total_steps)):
+            tracker.message(done)
+            return
+        await _try_architecture(config, tracker)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 trainer = await _start(resolved, folder, tracker, data, stack, began, stop)
@@ -134,6 +137,21 @@ async def _train(
                 closing.enter_context(
                     blocking("the end of the run", "actors, threads and Ray", END_SECONDS, "END_SECONDS")
                 )
+
+
+def _beside(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Run in a thread that does not keep a process that was told to end."""
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()  # whoever waits may be cancelled, the thread may not
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="reading", daemon=True).start()
+    return asyncio.wrap_future(done)
 
 
 async def _try_architecture(config: RunConfig, tracker: Tracker) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from algorithms.base import Advantages, Algorithm, Experience
 from rlkit.checkpoint.checkpointer import Checkpointer
@@ -21,7 +21,6 @@ from rlkit.experience.buffer import DataSolvedError, TooManyRejectedError
 from rlkit.experience.filters import solved
 from rlkit.experience.scores import RewardFailed, check_failures
 from rlkit.experience.waiting_buffer import WaitingBuffer
-from rlkit.learner.joint import JointLearner
 from rlkit.metrics import UpdateGuard, rollout_metrics, summary
 from rlkit.offline import NoSync, RecordedEvaluator
 from rlkit.producer import Producer, until
@@ -32,6 +31,9 @@ from rlkit.tracking.recorder import Recorder
 from rlkit.tracking.run_folder import RunFolder
 from rlkit.tracking.tracker import Tracker
 from rlkit.weight_sync import WeightSync
+
+if TYPE_CHECKING:
+    from rlkit.learner.joint import JointLearner  # torch comes with it
 
 
 @dataclass

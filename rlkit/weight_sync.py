@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from rlkit.config.plan import engines_sleep, sleep_level, weight_route
 from rlkit.config.schema import RunConfig
-from rlkit.learner.joint import JointLearner
 from rlkit.rollout.pool import RolloutPool
 from rlkit.serving.unasked import Rewards
 from rlkit.weights.publication import Agreement, Canary, Published
+
+if TYPE_CHECKING:
+    from rlkit.learner.joint import JointLearner  # torch comes with it
 
 T = TypeVar("T")
 TELL_SECONDS = 5.0

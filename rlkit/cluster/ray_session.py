@@ -47,7 +47,11 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
         else:
             _refuse_open_doors()
             token, folder = uuid.uuid4().hex, _temporary_folder()
-            stack.enter_context(_environment(**{TOKEN: token, "TMPDIR": str(folder), AUTHENTICATION: "token"}))
+            # Workers that Ray would start on suspicion have none of our actors' environments.
+            without = {"RAY_prestart_worker_first_driver": "0"}
+            stack.enter_context(
+                _environment(**{TOKEN: token, "TMPDIR": str(folder), AUTHENTICATION: "token", **without})
+            )
             _enable_token_auth()  # Ray's default too, but not a default that may change; it may be imported already
             stack.enter_context(_loopback_taken_literally())
             stack.callback(ray.shutdown)

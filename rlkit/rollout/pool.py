@@ -19,7 +19,6 @@ from rlkit.rollout.dealing import Load, deal, responses
 from rlkit.rollout.engine import canary_tolerance, engine_environment, shared_gpus_environment
 from rlkit.rollout.health import Health, State
 from rlkit.rollout.requests import GroupRequest, sample_seed
-from rlkit.rollout.worker import RolloutWorker
 from rlkit.weights.publication import Agreement, Canary, Proof, Published, WeightReceipt, WeightsNotLoadedError
 
 log = logging.getLogger(__name__)
@@ -54,6 +53,8 @@ class RolloutPool:
 
     def _make(self, index: int) -> Any:
         import ray
+
+        from rlkit.rollout.worker import RolloutWorker
 
         config = self.config
         gpus, place = gpu_shares(config).engine, dict(self._place(index))
