@@ -107,8 +107,12 @@ async def _train(
     tracker.phase("reading data, starting Ray")
     reading = _beside(lambda: load_prompts(resolved, tracker))
     with contextlib.ExitStack() as session:
-        with blocking("the start", "Ray", *_startup(config)):
-            session.enter_context(ray_session(config.cluster, folder.logs / "ray", object_store_bytes(resolved)))
+        try:
+            with blocking("the start", "Ray", *_startup(config)):
+                session.enter_context(ray_session(config.cluster, folder.logs / "ray", object_store_bytes(resolved)))
+        except Exception:
+            await reading  # what is wrong with the data is said first
+            raise
         stop = Stop(task)
         with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: whoever runs us handles them
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -127,7 +127,7 @@ def _estimate(digits: float, value: Any) -> str:
 def _verify(answer: str, gold: str) -> str:
     from math_verify import verify
 
-    _compare_relatively()
+    _prepare()
     parsed_gold = _parse_gold(gold)
     if not parsed_gold:
         return "gold_unparsable"
@@ -204,11 +204,13 @@ def _processor_time() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _compare_relatively() -> None:
-    """Make math-verify do so: it rounds to 6 places (1e-9 is 2e-9 to it) and takes tiny differences for none."""
-    from math_verify import grader
+def _prepare() -> None:
+    """Make math-verify compare relatively: it rounds to 6 places (1e-9 is 2e-9 to it) and takes tiny differences for
+    none. Then let it build its LaTeX grammar, which takes seconds that belong to no pair."""
+    from math_verify import grader, verify
 
     grader.sympy_numeric_eq = _numerically_equal
+    verify(_parse("\\frac{1}{2}"), _parse("0.5"), timeout_seconds=None, raise_on_error=True)
 
 
 def _numerically_equal(left: Any, right: Any, float_rounding: int, numeric_precision: int) -> bool:

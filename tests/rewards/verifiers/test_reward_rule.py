@@ -18,7 +18,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import SHARED
+from paths import ROOT, SHARED
 
 from rewards.base import RewardContext
 from rewards.verifiers.answers import MAX_ANSWER_CHARACTERS, final_answer, gold_answer
@@ -163,6 +163,17 @@ def test_extraction_time_is_linear() -> None:
     start = time.perf_counter()
     final_answer(hostile, accept_last_number=True)
     assert time.perf_counter() - start < 2.0
+
+
+def test_what_is_made_once_takes_no_pairs_time() -> None:
+    """In a new process; its first pair once had the LaTeX grammar built in its own processor time."""
+    program = (
+        "from rewards.verifiers import symbolic\n"
+        "symbolic.CPU_SECONDS = 0.05\n"
+        "print(*symbolic.verify_pairs([(r'\\frac{1}{3}', r'\\frac{2}{6}')]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["right"], done.stderr
 
 
 @settings(max_examples=200, deadline=None)

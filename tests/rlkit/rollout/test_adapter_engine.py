@@ -74,7 +74,7 @@ def pool(ray_session: None, model: Path, tmp_path: Path) -> Iterator[RolloutPool
         verifier={},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)
+        patch.setattr("rlkit.rollout.worker.RolloutWorker", OpenWorker)
         pool = RolloutPool(config, str(model), tmp_path)
         run(pool.start())
         yield pool

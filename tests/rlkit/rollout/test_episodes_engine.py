@@ -66,7 +66,7 @@ def opened(
         verifier={},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlkit.rollout.pool.RolloutWorker", worker)
+        patch.setattr("rlkit.rollout.worker.RolloutWorker", worker)
         pool = RolloutPool(config, str(model), logs)
         run(pool.start())
         yield pool

@@ -63,7 +63,7 @@ def opened(model: Path, logs: Path, worker: type[OpenWorker] = OpenWorker, **opt
         verifier={},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlkit.rollout.pool.RolloutWorker", worker)
+        patch.setattr("rlkit.rollout.worker.RolloutWorker", worker)
         pool = RolloutPool(config, str(model), logs)
         run(pool.start())
         yield pool

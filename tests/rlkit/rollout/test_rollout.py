@@ -74,7 +74,7 @@ def pool(ray_session: None, model: Path, tmp_path_factory: pytest.TempPathFactor
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)  # also those that replace dead ones
+        patch.setattr("rlkit.rollout.worker.RolloutWorker", OpenWorker)  # also those that replace dead ones
         pool = RolloutPool(configured(), str(model), tmp_path_factory.mktemp("logs"))
         run(pool.start())
         yield pool
@@ -342,7 +342,7 @@ def test_an_engine_with_old_weights_is_found_after_one_small_step(
 
     trained = build_learner(model, learning_rate=1e-6)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)
+        patch.setattr("rlkit.rollout.worker.RolloutWorker", OpenWorker)
         pool = RolloutPool(configured(dtype=dtype), str(model), tmp_path)
     try:
         run(pool.start())

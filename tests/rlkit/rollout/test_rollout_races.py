@@ -47,7 +47,7 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
     """Makes a pool of workers that follow the script in `tmp_path`."""
     import ray
 
-    monkeypatch.setattr("rlkit.rollout.pool.RolloutWorker", ScriptedWorker)
+    monkeypatch.setattr("rlkit.rollout.worker.RolloutWorker", ScriptedWorker)
     made: list[RolloutPool] = []
 
     def make(workers: int = 1, max_restarts: int = 3, **trainer: Any) -> RolloutPool:
@@ -119,7 +119,7 @@ def test_a_place_is_free_when_a_response_ends_though_its_group_is_not_whole(
 
     async def check() -> None:
         pool = make_pool()
-        monkeypatch.setattr("rlkit.rollout.pool.RolloutWorker", Stepwise)
+        monkeypatch.setattr("rlkit.rollout.worker.RolloutWorker", Stepwise)
         pool.workers[0] = pool._make(0)
         await started(pool)
         full = pool.config.rollout.max_concurrent_samples

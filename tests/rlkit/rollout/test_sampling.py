@@ -55,7 +55,7 @@ def pool(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         verifier={},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)
+        patch.setattr("rlkit.rollout.worker.RolloutWorker", OpenWorker)
         pool = RolloutPool(config, str(FOLDER), tmp_path_factory.mktemp("logs"))
         run(pool.start())
         yield pool

@@ -76,7 +76,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WeightSync]:
     )
     algorithm = GRPO(GRPO.Config(samples_per_prompt=4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlkit.rollout.pool.RolloutWorker", OpenWorker)  # also those that replace dead ones
+        patch.setattr("rlkit.rollout.worker.RolloutWorker", OpenWorker)  # also those that replace dead ones
         patch.setattr("rlkit.learner.actors.LearnerWorker", OpenRank)
         pool = RolloutPool(config, model, logs)
         learner = LearnerGroup(config, model, algorithm, logs)
