@@ -68,7 +68,7 @@ chromium:
 		|| echo "chromium is not installed: the tests of the page will be skipped"
 
 test: setup bubblewrap
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not cluster" $(TEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not cluster" $(TEST_ARGS)
 
 # The tests of other packages' environments are skipped without them: EXTRAS=cpu,dev,environments.
 # Runs that are killed and resumed, Ray clusters of their own, jobs, every recipe and reward to the end.

@@ -23,6 +23,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long first, each whole: two processes that share the files then end at about the same time."""
+    long = {item.path for item in items if item.path.parent.name == "runs" or item.get_closest_marker("ray")}
+    items.sort(key=lambda item: (item.path.parent.name != "runs", item.path not in long))
+
+
 @pytest.fixture
 def repository() -> Path:
     """The checkout that the tests are in."""

@@ -102,6 +102,7 @@ def test_shipped_agent_has_headroom() -> None:
         assert 0.02 <= REPORT[game.name]["success"] <= 0.7
 
 
+@pytest.mark.slow
 def test_the_agent_alone_is_remade_and_the_rest_of_the_report_stays(tmp_path: Path, capsys) -> None:
     (tmp_path / "report.json").write_text(json.dumps({"scale": "full", "seconds": {"base": 1.0}, "polar": {}}))
     assert remake.main([f"out={tmp_path}", "scale=fast", "only=agent"]) == 0

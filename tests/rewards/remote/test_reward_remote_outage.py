@@ -32,6 +32,7 @@ def kill(server: Server) -> None:
     server.process.wait(timeout=10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_an_outage_shorter_than_the_deadline_costs_nothing_a_longer_one_is_named_and_passes(tmp_path: Path) -> None:
     server = Server(tmp_path / "first.txt", RULE).ready()

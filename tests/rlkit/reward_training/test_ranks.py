@@ -44,9 +44,15 @@ def living(folder: Path) -> list[int]:
     ("others", "last", "code", "said"),
     [
         ("exit 0", "exit 0", 0, ""),
-        ("sleep", "exit 3", 3, ""),
+        pytest.param("sleep", "exit 3", 3, "", marks=pytest.mark.slow),
         ("sleep", "die", 1, "rlkit: rank 1 was ended by SIGKILL; the others end\n"),
-        ("exit 0", "stop", 1, "rlkit: rank 1 has not ended 2 s (rank_timeout_seconds) after the first one did"),
+        pytest.param(
+            "exit 0",
+            "stop",
+            1,
+            "rlkit: rank 1 has not ended 2 s (rank_timeout_seconds) after the first one did",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ranks_end_together(
@@ -75,7 +81,7 @@ def test_a_single_rank_runs_in_this_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "code"),
     [
-        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
     ],

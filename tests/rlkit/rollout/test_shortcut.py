@@ -46,6 +46,7 @@ def load(tmp_path: Path) -> Load:
     return save_and_load
 
 
+@pytest.mark.slow
 def test_projections_that_vllm_joins_with_fewer_heads_of_keys(load: Load) -> None:
     assert load(LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=False))["shortcut"]
 

@@ -229,7 +229,7 @@ def test_a_request_for_too_many_samples_is_told_the_limit(broken: Server) -> Non
     assert len(scores(broken.post(make_group("one group is never cut", ["a"] * 9)))) == 9
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_open_requests_finish_and_nothing_is_left(tmp_path: Path, number: int) -> None:
     server = Server(tmp_path / "log.txt", *MISBEHAVING, "reward.timeout_seconds=3", "serve.end_seconds=60").ready()
     family = server.family()

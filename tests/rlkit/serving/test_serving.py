@@ -94,10 +94,10 @@ def test_broken_results_become_invalid_scores_with_a_reason() -> None:
     ("order", "reason"),
     [
         ("hang", "timeout: no answer within reward.timeout_seconds=0.7"),
-        ("hang in C", "timeout: no answer within reward.timeout_seconds=0.7"),
-        ("die", "crash: the worker process"),
+        pytest.param("hang in C", "timeout: no answer within reward.timeout_seconds=0.7", marks=pytest.mark.slow),
+        pytest.param("die", "crash: the worker process", marks=pytest.mark.slow),
         ("raise", "exception: RuntimeError: the judge is offline"),
-        ("nan in Score", "exception: ValueError: a valid score must be finite"),
+        pytest.param("nan in Score", "exception: ValueError: a valid score must be finite", marks=pytest.mark.slow),
     ],
 )
 def test_a_worker_that_hangs_dies_or_raises_is_replaced_and_the_call_tried_once_more(order: str, reason: str) -> None:
@@ -129,6 +129,7 @@ def test_killed_workers_are_gone() -> None:
     run(check())
 
 
+@pytest.mark.slow
 def test_verifier_processes_end_with_a_killed_worker() -> None:
     async def check() -> None:
         reward = {"_target_": "rewards.verifiers.math.MathReward", "timeout_seconds": 30.0}

@@ -86,6 +86,7 @@ def test_a_reward_that_has_learnt_and_dies_ends_the_run(death: str, tmp_path: Pa
     in_pool(tmp_path, check)
 
 
+@pytest.mark.slow
 def test_a_follower_that_died_in_both_tries_is_started_again_by_the_next_weights(tmp_path: Path) -> None:
     async def check(pool: RewardPool) -> None:
         await pool.follow(weights(2))
@@ -98,6 +99,7 @@ def test_a_follower_that_died_in_both_tries_is_started_again_by_the_next_weights
     in_pool(tmp_path, check, learns=False)
 
 
+@pytest.mark.slow
 def test_a_follower_that_died_unnoticed_is_started_again_by_the_next_weights(tmp_path: Path) -> None:
     async def check(pool: RewardPool) -> None:
         await pool.follow(weights(2))

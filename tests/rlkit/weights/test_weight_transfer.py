@@ -198,7 +198,7 @@ def train(learner: PolicyLearner, seed: int) -> None:
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     [
-        (1, "float32"),
+        pytest.param(1, "float32", marks=pytest.mark.slow),
         pytest.param(2, "float32", marks=pytest.mark.slow),
         pytest.param(3, "float32", marks=pytest.mark.slow),
         pytest.param(1, "bfloat16", marks=pytest.mark.slow),
