@@ -63,9 +63,7 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
     while (left := _processes(token)) and time.monotonic() < began + SECONDS:
         shared |= _shared_by(left)
         if not ending and time.monotonic() > began + ORPHANS_SECONDS:
-            for process in left:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(process, signal.SIGKILL)
+            _kill(left)
         time.sleep(0.2)
     if left:
         sys.exit(f"rlkit: {folder} stays, because processes of the run are alive after {SECONDS:g} s: {left}")
@@ -76,6 +74,20 @@ def _clear_away(token: str, folder: Path, logs: Path) -> None:
             shutil.copytree(session, logs, symlinks=True, dirs_exist_ok=True)
     with contextlib.suppress(FileNotFoundError):  # somebody removed it
         shutil.rmtree(folder)
+
+
+def end_processes(token: str) -> None:
+    """Kill a run's processes, this one apart, and wait for their end."""
+    ends = time.monotonic() + ORPHANS_SECONDS
+    while (left := _processes(token)) and time.monotonic() < ends:
+        _kill(left)
+        time.sleep(0.1)
+
+
+def _kill(processes: list[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGKILL)
 
 
 def _processes(token: str) -> list[int]:

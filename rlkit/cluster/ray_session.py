@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlkit.cluster.janitor import TOKEN, janitor
+from rlkit.cluster.janitor import TOKEN, end_processes, janitor
 from rlkit.config.schema import ClusterConfig
 from rlkit.experience import UserError
 
@@ -56,7 +56,8 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
             stack.enter_context(_loopback_taken_literally())
             stack.callback(ray.shutdown)
             stack.enter_context(janitor(token, folder, logs))
-            _started_in_time(
+            _start(
+                token,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
@@ -67,15 +68,22 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
         yield
 
 
-def _started_in_time(**options: Any) -> None:
+def _start(token: str, **options: Any) -> None:
+    """Twice if need be: Ray waits 30 s for its node, whatever else the machine does."""
     import ray
 
-    try:
-        ray.init(**options)
-    except Exception as error:  # Ray's own words for this are a plain Exception
-        if "timed out during startup" not in str(error):
-            raise
-        raise UserError("Ray did not start in time: this machine is very busy, or out of memory; try again") from error
+    for trial in (1, 2):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray's own words for this are a plain Exception
+            if "timed out during startup" not in str(error):
+                raise
+            if trial == 2:
+                raise UserError(
+                    "Ray did not start in time, twice: this machine is very busy, or out of memory; try again"
+                ) from error
+            end_processes(token)  # what of Ray had started
 
 
 def _refuse_open_doors() -> None:

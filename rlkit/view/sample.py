@@ -42,7 +42,6 @@ def sample(run: Run, asked: SampleAsked) -> schema.SampleResult:
         summary=summary,
         group=members,
         tokens=about_tokens,
-        verdicts={"correct": summary.correct, "verdict": summary.verdict, "rescored": summary.rescored},
         account=parts,
         account_note=note,
         previous=kept[at - 1] if at > 0 else before,

@@ -219,8 +219,6 @@ class SampleResult(Result):
     summary: SampleSummary
     group: list[GroupMember]
     tokens: TokensAbout | None
-    verdicts: dict[str, Any]
-    """What the verifier and other rewards said: `correct`, `verdict`, and `rescored` by name."""
     account: list[Part]
     account_note: str
     """Whether the contributions add up to the reward, and why not."""

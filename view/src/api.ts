@@ -137,7 +137,6 @@ export interface OneSample {
   summary: Summary;
   group: { id: number | null; sample: number; reward: number | null; rank: string | null }[];
   tokens: { signals: string[]; length: number } | null;
-  verdicts: Record<string, unknown>;
   account: Part[];
   account_note: string;
   previous: number | null;
