@@ -290,8 +290,7 @@ class Trainer:
         try:
             if self.advanced:
                 self.producer.ask_again(self.buffer.put_back(), self.version + 1)
-            await self.weight_sync.release_sampler()
-            await self._save(self.version)
+            await self.save(self.version)
             await self.sealed()
         except Exception as error:  # what hangs or fails may be what ends the run: that is to be heard
             self.tracker.warn(f"step {self.version} could not be saved: {type(error).__name__}: {error}")
