@@ -270,6 +270,9 @@ class Trainer:
         await self.weight_sync.with_learner_memory(self._save(step))
 
     async def _save(self, step: int) -> None:
+        if self.advanced:  # at an end: what has begun of the next step is asked for again
+            self.producer.ask_again(self.buffer.put_back(), step + 1)
+            self.advanced = False
         self.schedule.evaluated(step, self.latest)  # the best metric may be one of steps
         self.saving_fails = True
         with self.tracker.timed("save"):
@@ -288,8 +291,6 @@ class Trainer:
         if not self.whole or self.saving_fails or self.version in (0, self.schedule.saved):
             return
         try:
-            if self.advanced:
-                self.producer.ask_again(self.buffer.put_back(), self.version + 1)
             await self.save(self.version)
             await self.sealed()
         except Exception as error:  # what hangs or fails may be what ends the run: that is to be heard

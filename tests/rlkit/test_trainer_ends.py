@@ -73,6 +73,8 @@ class Run:
         self.saved: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
         self.said: list[str] = []
         self.lost: Exception | None = None
+        self.saved_before = False
+        """Whether it began with step 1's checkpoint."""
         self.asleep = False
         """Whether engines could sample, where they share their GPU with the learner."""
         tracker = SimpleNamespace(
@@ -96,8 +98,8 @@ class Run:
         )
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]:
-        if self.lost is None:
-            self.trainer.schedule.saved = None  # as if it had not begun with this step's checkpoint
+        if self.lost is None and not self.saved_before:
+            self.trainer.schedule.saved = None
         if self.failing is not None:
             raise self.failing
         yield [group_of(request) for request in requests]
@@ -174,16 +176,23 @@ def test_the_work_is_saved_when_the_sampler_is_given_up(tmp_path: Path) -> None:
     assert [step for step, *_ in asyncio.run(run()).saved] == [1]
 
 
-def test_solved_data_are_saved_and_then_evaluated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoint", ["before", "none"])
+def test_solved_data_are_saved_and_then_evaluated(checkpoint: str, tmp_path: Path) -> None:
     async def run() -> tuple[Run, dict[str, Any]]:
         run = Run(tmp_path, None, failing=DataSolvedError("the data are solved"))
+        run.saved_before = checkpoint == "before"
         run.trainer.evaluator = run  # type: ignore[assignment]
         run.trainer.diagnostics = SimpleNamespace(conclude=lambda _: {})  # type: ignore[assignment]
         return run, await run.trainer.fit()
 
     ended, summary = asyncio.run(run())
     assert (summary["ended"], summary["accuracy_after"]) == ("the data are solved", 1.0)
-    assert [step for step, *_ in ended.saved] == [1, 1], "again, because its manifest names the best"
+    assert [step for step, *_ in ended.saved] == [1] * (1 if checkpoint == "before" else 2), (
+        "its manifest names the best"
+    )
+    for _, producer, buffer in ended.saved:
+        assert (buffer["taken_step"], buffer["version"]) == (1, 0), "a resumed run begins with the step after"
+        assert [entry["id"] for entry in producer["open"]] == ["00000002", "00000003"]
 
 
 def test_a_disk_that_does_not_take_the_records_ends_the_run_at_the_deadline(tmp_path: Path) -> None:
