@@ -124,3 +124,24 @@ def test_a_disk_that_takes_not_even_the_warning_does_not_end_the_thread(tmp_path
     assert done == [1, 2]
     with pytest.raises(OSError, match="No space left"):
         tracker.close()
+
+
+def test_a_full_disk_is_said_on_the_screen(tmp_path: Path) -> None:
+    """Although the transcript of the screen is on it."""
+    code = f"""
+import sys
+from rlkit.config.tracking import TrackingConfig
+from rlkit.supervision import supervised
+from rlkit.tracking import RunFolder, Tracker
+
+async def work(tracker, closing):
+    tracker.phase("loading")
+
+folder = RunFolder({str(tmp_path / "run")!r})
+(folder.logs / "console.log").symlink_to("/dev/full")
+config = TrackingConfig(console="plain", trackers=())
+sys.exit(supervised(folder, lambda: Tracker(config, folder, 1), 0.5, [], work))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("rlkit: the disk is full")
