@@ -117,30 +117,31 @@ async def _train(
         with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: whoever runs us handles them
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
-        data = await reading
-        resolved = with_epochs(resolved, len(data.train))
-        config = resolved.config
-        tracker.total_steps(config.trainer.total_steps)
-        if point is not None and (done := point.nothing_left(config.trainer.total_steps)):
-            tracker.message(done)
-            return
-        await _try_architecture(config, tracker)
-        async with contextlib.AsyncExitStack() as stack:
-            try:
-                trainer = await _start(resolved, folder, tracker, data, stack, began, stop)
-                if point is None:
-                    folder.keep_only({})
-                else:
-                    await _go_on(trainer, point, tracker)
-                summary = await trainer.fit()
-                tracker.finish(summary)
-            except asyncio.CancelledError:
-                stop.check()  # by its name
-                raise
-            finally:
-                closing.enter_context(
-                    blocking("the end of the run", "actors, threads and Ray", END_SECONDS, "END_SECONDS")
-                )
+        try:
+            data = await reading
+            resolved = with_epochs(resolved, len(data.train))
+            config = resolved.config
+            tracker.total_steps(config.trainer.total_steps)
+            if point is not None and (done := point.nothing_left(config.trainer.total_steps)):
+                tracker.message(done)
+                return
+            await _try_architecture(config, tracker)
+            async with contextlib.AsyncExitStack() as stack:
+                try:
+                    trainer = await _start(resolved, folder, tracker, data, stack, began, stop)
+                    if point is None:
+                        folder.keep_only({})
+                    else:
+                        await _go_on(trainer, point, tracker)
+                    summary = await trainer.fit()
+                    tracker.finish(summary)
+                finally:
+                    closing.enter_context(
+                        blocking("the end of the run", "actors, threads and Ray", END_SECONDS, "END_SECONDS")
+                    )
+        except asyncio.CancelledError:
+            stop.check()  # by its name
+            raise
 
 
 def _beside(work: Callable[[], T]) -> asyncio.Future[T]:

@@ -270,6 +270,9 @@ class Trainer:
         await self.weight_sync.with_learner_memory(self._save(step))
 
     async def _save(self, step: int) -> None:
+        if self.advanced:  # at an end: what has begun of the next step is asked for again
+            self.producer.ask_again(self.buffer.put_back(), step + 1)
+            self.advanced = False
         self.schedule.evaluated(step, self.latest)  # the best metric may be one of steps
         self.saving_fails = True
         with self.tracker.timed("save"):
@@ -288,10 +291,7 @@ class Trainer:
         if not self.whole or self.saving_fails or self.version in (0, self.schedule.saved):
             return
         try:
-            if self.advanced:
-                self.producer.ask_again(self.buffer.put_back(), self.version + 1)
-            await self.weight_sync.release_sampler()
-            await self._save(self.version)
+            await self.save(self.version)
             await self.sealed()
         except Exception as error:  # what hangs or fails may be what ends the run: that is to be heard
             self.tracker.warn(f"step {self.version} could not be saved: {type(error).__name__}: {error}")

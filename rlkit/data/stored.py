@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 IN_MEMORY_BYTES = 2**28
 """Pickled; more of one kind goes to the file."""
+FOLDER = os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())
+"""/tmp is often memory; /var/tmp is for large files. Read here, because Ray, which starts beside reading, gets its own
+TMPDIR by this process's environment."""
 _SAMPLED = 64
 """One item of so many is pickled to know their size."""
 
@@ -71,27 +74,25 @@ def _emptied(reverse: list[T]) -> Iterator[T]:
 
 
 def _write(items: Iterator[T]) -> Filed[T]:
-    # /tmp is often memory; /var/tmp is for large files
-    folder = os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())
-    with _named(folder):
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the sequence lives
+    with _named():
+        file = tempfile.TemporaryFile(dir=FOLDER)  # noqa: SIM115 - open as long as the sequence lives
 
     def size(item: T) -> int:
-        with _named(folder):
+        with _named():
             return file.write(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
 
     sizes = np.fromiter(map(size, items), np.int64)
-    with _named(folder):
+    with _named():
         file.flush()
     return Filed(file, np.cumsum(sizes), sizes)
 
 
 @contextmanager
-def _named(folder: str) -> Iterator[None]:
+def _named() -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"the data are large, and a temporary file in {folder} cannot keep them ({error}): name a folder with room "
+            f"the data are large, and a temporary file in {FOLDER} cannot keep them ({error}): name a folder with room "
             "in the environment variable TMPDIR."
         ) from error

@@ -289,9 +289,12 @@ class RewardPool:
             raise _Broken(f"timeout: no answer within reward.timeout_seconds={self.config.timeout_seconds:g}") from None
         except PROCESS_LOST as error:
             raise _Broken(f"crash: the worker process {worker.pid} died: {_first_line(error)}") from error
+        except asyncio.CancelledError:
+            finished = self._learnt > 0  # the checkpoint at the end of a run has what it has learnt, after this call
+            raise
         finally:
             worker.busy_since = None
-            if not finished:  # also when cancelled: the actor is still busy with this call
+            if not finished:  # when cancelled, the actor is still busy with this call
                 self._kill(worker)
         worker.calls += 1
         return Scored(scores, report)

@@ -59,7 +59,10 @@ class ShowWarnings(logging.Handler):
         self._show = show
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._show(record.getMessage())
+        try:
+            self._show(record.getMessage())
+        except Exception:  # a full disk: whoever warns goes on
+            self.handleError(record)
 
 
 def actor_logging(log_path: str | Path, level: int = logging.INFO) -> None:

@@ -77,16 +77,18 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._status = "finished"
-        elif self._status != "finished":
-            self.message(f"The run ended early, after step {self._progress.step}.")  # its caller names the cause
-            if isinstance(error, Exception):
-                cause = f"{type(error).__name__}: {error}"
-                self._trackers.alert("error", f"{self.folder.path.name} ended early", cause)
-            else:
-                self._status = "stopped"
-        self.close()
+        try:
+            if error is None:
+                self._status = "finished"
+            elif self._status != "finished":
+                self.message(f"The run ended early, after step {self._progress.step}.")  # its caller names the cause
+                if isinstance(error, Exception):
+                    cause = f"{type(error).__name__}: {error}"
+                    self._trackers.alert("error", f"{self.folder.path.name} ended early", cause)
+                else:
+                    self._status = "stopped"
+        finally:  # on a full disk, too: else the cause would be said to the captured output
+            self.close()
 
     def resume(self, step: int, headline: str, heldout: Mapping[int, float]) -> None:
         """Continue after `step` steps of an earlier run, with the `headline` metric of its evaluations."""

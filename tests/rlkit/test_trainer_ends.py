@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,9 @@ import pytest
 from rlkit.cluster.waiting import WaitedTooLongError
 from rlkit.config.loading import load_config
 from rlkit.data.order import PromptOrder
+from rlkit.evaluation import Evaluation
 from rlkit.experience import Group, GroupScores, Message, Prompt, Sample, Score
+from rlkit.experience.buffer import DataSolvedError
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.scores import ScoreReport
 from rlkit.experience.waiting_buffer import WaitingBuffer
@@ -71,7 +73,13 @@ class Run:
         self.saved: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
         self.said: list[str] = []
         self.lost: Exception | None = None
-        tracker = SimpleNamespace(warn=self.said.append, message=self.said.append, timed=lambda _: _nothing())
+        self.saved_before = False
+        """Whether it began with step 1's checkpoint."""
+        self.asleep = False
+        """Whether engines could sample, where they share their GPU with the learner."""
+        tracker = SimpleNamespace(
+            warn=self.said.append, message=self.said.append, timed=lambda _: _nothing(), evaluation=lambda *_: None
+        )
         task = asyncio.current_task()
         assert task is not None
         parts: dict[str, Any] = dict.fromkeys(("algorithm", "reward", "guard", "diagnostics", "evaluator", "recorder"))
@@ -90,8 +98,8 @@ class Run:
         )
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[list[Group]]:
-        if self.lost is None:
-            self.trainer.schedule.saved = None  # as if it had not begun with this step's checkpoint
+        if self.lost is None and not self.saved_before:
+            self.trainer.schedule.saved = None
         if self.failing is not None:
             raise self.failing
         yield [group_of(request) for request in requests]
@@ -116,7 +124,17 @@ class Run:
     async def watch(self) -> None:
         await asyncio.Event().wait()
 
-    async def release_sampler(self) -> None: ...
+    async def release_sampler(self) -> None:
+        self.asleep = True
+
+    async def with_learner_memory(self, work: Awaitable[None]) -> None:
+        self.asleep = True
+        await work
+        self.asleep = False
+
+    async def evaluate(self, step: int) -> Evaluation:
+        assert not self.asleep, "asked of an engine that sleeps, which would never answer"
+        return Evaluation("accuracy/heldout", {"accuracy/heldout": 1.0})
 
     async def save(self, step: int, run: Any, metrics: Any) -> None:
         self.saved.append((step, self.producer.state_dict(), self.buffer.state_dict()))
@@ -156,6 +174,25 @@ def test_the_work_is_saved_when_the_sampler_is_given_up(tmp_path: Path) -> None:
         return run
 
     assert [step for step, *_ in asyncio.run(run()).saved] == [1]
+
+
+@pytest.mark.parametrize("checkpoint", ["before", "none"])
+def test_solved_data_are_saved_and_then_evaluated(checkpoint: str, tmp_path: Path) -> None:
+    async def run() -> tuple[Run, dict[str, Any]]:
+        run = Run(tmp_path, None, failing=DataSolvedError("the data are solved"))
+        run.saved_before = checkpoint == "before"
+        run.trainer.evaluator = run  # type: ignore[assignment]
+        run.trainer.diagnostics = SimpleNamespace(conclude=lambda _: {})  # type: ignore[assignment]
+        return run, await run.trainer.fit()
+
+    ended, summary = asyncio.run(run())
+    assert (summary["ended"], summary["accuracy_after"]) == ("the data are solved", 1.0)
+    assert [step for step, *_ in ended.saved] == [1] * (1 if checkpoint == "before" else 2), (
+        "its manifest names the best"
+    )
+    for _, producer, buffer in ended.saved:
+        assert (buffer["taken_step"], buffer["version"]) == (1, 0), "a resumed run begins with the step after"
+        assert [entry["id"] for entry in producer["open"]] == ["00000002", "00000003"]
 
 
 def test_a_disk_that_does_not_take_the_records_ends_the_run_at_the_deadline(tmp_path: Path) -> None:

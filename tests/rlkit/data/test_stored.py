@@ -120,14 +120,21 @@ def test_it_is_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(stored.picked(filed, [])) == []
 
 
+def test_the_file_lies_where_the_user_says_while_ray_starts_beside_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's processes get a folder of their own by the driver's environment, often in memory."""
+    monkeypatch.setattr(stored, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setenv("TMPDIR", "/of/ray")
+    assert isinstance(stored.stored(["a" * 100]), stored.Filed)
+
+
 def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "IN_MEMORY_BYTES", 10)
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    monkeypatch.setattr(stored, "FOLDER", str(tmp_path / "absent"))
     with pytest.raises(DataError, match="TMPDIR"):
         stored.stored(["a" * 100])
     limit, folder = 10_000, tmp_path / "full"
     folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(stored, "FOLDER", str(folder))
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -72,6 +72,23 @@ def test_a_reward_that_has_learnt_and_raises_once_keeps_what_it_learnt(tmp_path:
     in_pool(tmp_path, check)
 
 
+def test_a_reward_that_has_learnt_keeps_it_where_scoring_is_called_off(tmp_path: Path) -> None:
+    """As at a signal: the checkpoint that follows has what was learnt."""
+
+    async def check(pool: RewardPool) -> None:
+        await pool.learn([GROUP], "after", Stored())
+        (tmp_path / "hang-score").write_text("1")
+        scoring = asyncio.create_task(pool.score([[GROUP]]))
+        while (tmp_path / "hang-score").read_text() == "1":
+            await asyncio.sleep(0.01)
+        scoring.cancel()
+        await asyncio.wait([scoring])
+        await pool.save_state(tmp_path / "state.pt")
+        assert (tmp_path / "state.pt").is_file()
+
+    in_pool(tmp_path, check)
+
+
 @pytest.mark.parametrize("death", ["in a call", "while idle"])
 def test_a_reward_that_has_learnt_and_dies_ends_the_run(death: str, tmp_path: Path) -> None:
     async def check(pool: RewardPool) -> None:

@@ -21,6 +21,7 @@ from rlkit.config.tracking import TrackingConfig
 from rlkit.experience.filters import BufferConfig, make_filter
 from rlkit.tracking.recorder import Recorder
 from rlkit.tracking.run_folder import RunFolder
+from rlkit.tracking.tracker import Tracker
 from rlkit.tracking.writer import UnwrittenError, Writer
 from tests.fixtures.groups import group, value
 
@@ -107,3 +108,40 @@ sys.exit(supervised(folder, lambda: Tracker(config, folder, 1), 0.5, [], work))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 1
     assert f"rlkit: waited more than 1 s for samples.jsonl of step 1 to be written in {tmp_path}/run" in done.stderr
+
+
+def test_a_disk_that_takes_not_even_the_warning_does_not_end_the_thread(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for file in (folder.samples, folder.logs / "console.log"):
+        file.unlink(missing_ok=True)
+        file.symlink_to("/dev/full")
+    folder.writer.seconds = 5.0
+    tracker, done = Tracker(TrackingConfig(console="off", trackers=()), folder, 2, capture_output=False), list[int]()
+    for step in (1, 2):
+        folder.writer.put(f"step {step}", lambda: folder.append_samples([{"step": 1}]))
+        folder.writer.put(f"step {step}", partial(done.append, step))
+    folder.writer.settle()
+    assert done == [1, 2]
+    with pytest.raises(OSError, match="No space left"):
+        tracker.close()
+
+
+def test_a_full_disk_is_said_on_the_screen(tmp_path: Path) -> None:
+    """Although the transcript of the screen is on it."""
+    code = f"""
+import sys
+from rlkit.config.tracking import TrackingConfig
+from rlkit.supervision import supervised
+from rlkit.tracking import RunFolder, Tracker
+
+async def work(tracker, closing):
+    tracker.phase("loading")
+
+folder = RunFolder({str(tmp_path / "run")!r})
+(folder.logs / "console.log").symlink_to("/dev/full")
+config = TrackingConfig(console="plain", trackers=())
+sys.exit(supervised(folder, lambda: Tracker(config, folder, 1), 0.5, [], work))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("rlkit: the disk is full")
