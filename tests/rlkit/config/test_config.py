@@ -174,7 +174,7 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
         ("run_dir=${nope}", "run_dir=${nope}: Interpolation key 'nope' not found"),
         ("~seed", "~seed: keys cannot be removed"),
         ("--seed=3", "--seed=3: options have no dashes here; write seed=3"),
-        ("dry_run", "dry_run: this is no assignment; write dry_run=VALUE"),
+        ("dry_run", "dry_run: did you mean dry_run=true?"),
         ("seed=1,2", "seed=1,2: one run takes one value, not a sweep"),
         ("seed =1", "seed =1: remove the spaces around `=`"),
         ("run_dir=a(b", "run_dir=a(b: cannot be parsed"),
