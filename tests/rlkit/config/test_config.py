@@ -135,10 +135,8 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
     ("override", "message"),
     [
         ("reward=polr", "reward=polr: no such option; did you mean polar? available: code, combined, "),
-        (
-            "cluster=gpu",
-            "cluster=gpu: no such option; did you mean multi_gpu? available: local_cpu, ",
-        ),
+        ("cluster=gpu", "cluster=gpu: no such option; one GPU is cluster=single_gpu, a machine of eight "),
+        ("cluster=multi_gpus", "cluster=multi_gpus: no such option; did you mean multi_gpu? available: local_cpu, "),
         ("reward=zzz", "reward=zzz: no such option; available: code, combined, "),
         ("reward=null", "reward=null: a run needs one; available: code, "),
         ("reward=my_parts.MyReward", "reward._target_=my_parts.MyReward"),

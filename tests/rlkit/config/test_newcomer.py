@@ -66,6 +66,7 @@ MISLEADING = {
     "algorithm=online_dpo": ["algorithm=dpo"],
     "algorithm=nope": ["1 problem", "algorithm=nope: no such option; available: amft"],
     "algorithm=purre": ["1 problem", "did you mean pure?"],
+    "verifier=none": ["held-out answers are always judged", "evaluation.training_answers=false"],
     "model=Qwen/Qwen3-0.6B": ["model=hf model.path=FOLDER"],
     "rollout.multi_turn=true": ["several turns and tools are an environment's: environment=NAME"],
     "rollout.tools=[search]": ["several turns and tools are an environment's: environment=NAME"],
