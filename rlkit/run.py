@@ -160,7 +160,7 @@ def _beside(work: Callable[[], T]) -> asyncio.Future[T]:
 
 
 async def _try_architecture(config: RunConfig, tracker: Tracker) -> None:
-    """Refuse an unknown architecture before anything starts; one in the table is tried while the learner loads."""
+    """Refuse an unknown architecture before any actor starts; one in the table is tried while the learner loads."""
     folder = model_folder(config.model.path)
     if known_run(folder) is not None:
         return

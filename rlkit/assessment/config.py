@@ -154,6 +154,8 @@ class _Loading(Loading):
         tree["trainer"].setdefault("step_timeout_seconds", LONGEST_SECONDS)
         if self.served and tree["model"].get("path") == MISSING:
             tree["model"]["path"] = tree["model"].get("url") or ""
+        if isinstance(one := tree.get("checkpoints"), int):
+            tree["checkpoints"] = [one]
         if self.run is not None:
             self._as_in_the_run(tree)
         if self._new_folder:
@@ -258,7 +260,7 @@ class _Loading(Loading):
         lacking = [step for step in steps if step not in there]
         if lacking or not saved:
             has = f"it has {', '.join(map(str, sorted(saved)))}" if saved else "it has none (trainer.save_every_steps)"
-            where = f"checkpoints={wanted}" if lacking else f"run={run}"
+            where = f"checkpoints=[{','.join(map(str, lacking))}]" if lacking else f"run={run}"
             self.problems.append(ConfigIssue(where, f"{run} has no such checkpoint; {has}"))
         return tuple(Policy(step, there[step]) for step in steps if step in there)
 

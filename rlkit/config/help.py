@@ -239,7 +239,8 @@ def print_section(
             f"  [cyan]{escape(key)}[/]  {escape(allowed(info))}; {escape(default)}", highlight=False, soft_wrap=True
         )
         if info.description:
-            console.print(Padding(escape(info.description), (0, 0, 0, 6)), highlight=False)
+            text = " ".join(info.description.split())  # the source's line ends are not the terminal's
+            console.print(Padding(escape(text), (0, 0, 0, 6)), highlight=False)
 
 
 def default_text(info: FieldInfo, value: tuple[Any, str] | None) -> str:

@@ -37,7 +37,7 @@ from rlkit.config.engine import other_precision
 from rlkit.config.heldout import HeldoutSets, with_whole_sets
 from rlkit.config.machine import fits
 from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, all_fields, of_the_verifier, section_type, validate
-from rlkit.config.overrides import Overrides, parse_overrides
+from rlkit.config.overrides import Overrides, is_data_file, parse_overrides, read_by
 from rlkit.config.parts import (
     CONTRACTS,
     TARGET,
@@ -264,6 +264,8 @@ class Loading:
                 *most, last = owners if len(owners) < 10 else [*owners[:8], f"{len(owners) - 8} more"]
                 text = f"{', '.join(most)} and {last}" if most else last
                 notes[f"{kind}.{key}"] = f"{meant}{cls.__name__} has none (it belongs to {text})"
+        if "data.path" in notes and is_data_file(fields["path"]):
+            notes["data.path"] = f"{cls.__name__} has none; {read_by(fields['path'])}"
         return notes
 
     def _value(self, key: str) -> Any:

@@ -55,8 +55,8 @@ def _read(argument: str, parser: OverridesParser, options: Options, result: Over
     if argument.startswith("-"):
         return _dashed(argument)
     key, equals, text = argument.partition("=")
-    if not equals and argument in ("help", "version"):
-        return f"did you mean --{argument}?"
+    if not equals and (option := DASHED.get(f"--{argument.replace('_', '-')}")):
+        return f"did you mean {option}?"
     if not equals and not argument.startswith("~"):
         pair = re.fullmatch(r"([\w.]+)\s*:\s*(\S.*)", argument)
         return f"this is no assignment; write {'='.join(pair.groups()) if pair else f'{argument}=VALUE'}"
@@ -167,8 +167,8 @@ def _no_option(group: str, name: str, available: Collection[str]) -> tuple[str, 
     stem = re.split(r"[/\\]", name)[-1].rpartition(".")[0]
     if re.search(r"\.(ya?ml|py)$", name) and stem in available:
         return f"an option has no suffix: {group}={stem}", stem
-    if group == "data" and name.endswith((".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")):
-        return f"a file is read by data=jsonl data.path={name} (or csv, parquet)", None
+    if group == "data" and is_data_file(name):
+        return read_by(name), None
     if name.endswith(".py") and group in ("reward", "verifier"):
         return f"a function of your own is named by {group}=function {group}.function={stem}.NAME", None
     if "." in name and group in ("reward", "verifier") and not name.endswith(".py"):
@@ -183,6 +183,14 @@ def _no_option(group: str, name: str, available: Collection[str]) -> tuple[str, 
     if guess is None and group == "model":
         return f"a model is a Hugging Face folder: model=hf model.path=FOLDER; {did_you_mean(name, available)}", None
     return did_you_mean(name, available), guess
+
+
+def is_data_file(name: object) -> bool:
+    return str(name).endswith((".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"))
+
+
+def read_by(name: object) -> str:
+    return f"a file is read by data=jsonl data.path={name} (or csv, parquet)"
 
 
 def quoted(value: str) -> str:

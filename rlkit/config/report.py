@@ -346,7 +346,7 @@ def _memory(run: ResolvedRun, shape: ModelShape) -> list[Line]:
 
 
 def _checked_at_the_start(run: ResolvedRun) -> Iterator[str]:
-    """What takes longer than a plan may; the run does it before Ray and vLLM start."""
+    """What takes longer than a plan may; the run does it before any actor starts."""
     folder = model_folder(run.config.model.path)
     if known_run(folder) is None:
         yield "the model's architecture, which docs/models.md does not list"

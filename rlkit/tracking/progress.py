@@ -296,7 +296,7 @@ def summary_lines(
     if summary.get("policy"):
         rows["policy"] = f"{summary['policy']} (loads in transformers and in vLLM)"
     rows["run folder"] = str(folder)
-    rows["samples"] = f"{folder / 'samples.jsonl'}"
+    rows["look"] = f"rlkit view {shlex.quote(str(folder))} (--text: in the terminal)"
     if not summary.get("ended"):
         rows["train longer"] = (
             f"the same command with run_dir={shlex.quote(str(folder))} resume=auto trainer.total_steps=..."

@@ -266,6 +266,7 @@ def test_the_folder_of_an_evaluation_says_what_is_evaluated(trained: Path, data:
         ([str(trained)], "evaluate_run_4_heldout"),
         ([str(trained), "checkpoints=all"], "evaluate_run_all_heldout"),
         ([str(trained), "checkpoints=[2,4]", "data=arithmetic"], "evaluate_run_2_4_arithmetic"),
+        ([str(trained), "checkpoints=2"], "evaluate_run_2_heldout"),
         (["embedded:policy"], "evaluate_policy_arithmetic"),
         (["data=arithmetic", "reward=polar"], "evaluate_policy_arithmetic"),
         (["data=responses", f"data.path={data}"], "evaluate_recorded_responses"),

@@ -135,10 +135,8 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
     ("override", "message"),
     [
         ("reward=polr", "reward=polr: no such option; did you mean polar? available: code, combined, "),
-        (
-            "cluster=gpu",
-            "cluster=gpu: no such option; did you mean multi_gpu? available: local_cpu, ",
-        ),
+        ("cluster=gpu", "cluster=gpu: no such option; one GPU is cluster=single_gpu, a machine of eight "),
+        ("cluster=multi_gpus", "cluster=multi_gpus: no such option; did you mean multi_gpu? available: local_cpu, "),
         ("reward=zzz", "reward=zzz: no such option; available: code, combined, "),
         ("reward=null", "reward=null: a run needs one; available: code, "),
         ("reward=my_parts.MyReward", "reward._target_=my_parts.MyReward"),
@@ -174,7 +172,7 @@ def test_an_experiment_chooses_parts_and_values(problems: Problems) -> None:
         ("run_dir=${nope}", "run_dir=${nope}: Interpolation key 'nope' not found"),
         ("~seed", "~seed: keys cannot be removed"),
         ("--seed=3", "--seed=3: options have no dashes here; write seed=3"),
-        ("dry_run", "dry_run: this is no assignment; write dry_run=VALUE"),
+        ("dry_run", "dry_run: did you mean dry_run=true?"),
         ("seed=1,2", "seed=1,2: one run takes one value, not a sweep"),
         ("seed =1", "seed =1: remove the spaces around `=`"),
         ("run_dir=a(b", "run_dir=a(b: cannot be parsed"),
