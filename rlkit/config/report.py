@@ -162,6 +162,8 @@ def _places(options: EnvironmentConfig) -> str:
 
 def _shared(config: RunConfig, critic_ranks: int) -> str:
     places, width = colocated_slots(config, critic_ranks), config.rollout.tensor_parallel_size
+    if not config.rollout.workers:
+        return str(places)
     if width == 1:
         return f"{places}; engine and ranks of equal number share one"
     engines = [f"engine {i} those of ranks {i * width} to {(i + 1) * width - 1}" for i in range(config.rollout.workers)]

@@ -341,11 +341,12 @@ def test_the_plan_says_who_makes_room_for_whom(tmp_path: Path) -> None:
             "2 vLLM engines, 2 CPU threads each, 4 GPU each",
             None,
         ),
+        (["algorithm=sft"], "none: the data bring the responses", "8"),
     ],
 )
 def test_the_plan_says_who_shares_which_gpus(
     tmp_path: Path, overrides: list[str], engines: str, gpus: str | None
 ) -> None:
-    resolved = load_config(["reward=rule", f"run_dir={tmp_path / 'run'}", "cluster=multi_gpu", *BATCH, *overrides])
+    resolved = load_config([f"run_dir={tmp_path / 'run'}", "cluster=multi_gpu", *BATCH, *overrides])
     lines = {line.what: line.amount for line in plan(resolved) if line.area == "actors"}
     assert (lines["rollout"], lines.get("GPUs")) == (engines, gpus)
