@@ -55,6 +55,9 @@ def _plan(evaluating: Evaluating) -> str:
     lines = [f"answers from {policy.path or 'the data'} (step {policy.step})" for policy in evaluating.policies]
     if evaluating.kind != "recorded":
         ways = [f"{config.evaluate.samples} sampled"] * bool(config.evaluate.samples)
+        most = config.evaluate.questions
+        asked = f"at most {most} held-out questions" if most else "all held-out questions"
+        lines.append(f"asked: {asked} of {evaluating.data.cls.__name__}")
         lines.append(f"to each question: {' and '.join([*ways, *(['1 greedy'] * config.evaluate.greedy)])}")
     for name, one in evaluating.sets.items():
         lines.append(f"also asked: evaluation.sets.{name} ({one.prompts or 'all'} questions)")

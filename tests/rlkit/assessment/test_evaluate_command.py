@@ -344,6 +344,14 @@ def test_each_set_has_numbers_of_its_own(tmp_path: Path, capsys: pytest.CaptureF
     assert "\nJudged by MathReward" in printed and "\nhard: Judged by MathReward" in printed
 
 
+def test_a_dry_run_says_what_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["embedded:policy", "data=arithmetic", "evaluate.samples=8", f"run_dir={tmp_path / 'run'}", "dry_run=true"]
+    for questions, asked in (("16", "at most 16"), ("null", "all")):
+        assert cli.main(["evaluate", *words, f"evaluate.questions={questions}"]) == 0
+        said = capsys.readouterr().out
+        assert f"asked: {asked} held-out questions of Arithmetic\nto each question: 8 sampled\n" in said
+
+
 def test_a_dry_run_is_not_proposed_after_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hint = "`dry_run=true` checks without running"
     for command, words, proposed in [
