@@ -74,7 +74,7 @@ def run_ranks(model: Path, folder: Path, ranks: int) -> list[dict[str, Any]]:
         with log.open("w") as file:
             processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
     try:
-        codes = [process.wait(timeout=120) for process in processes]
+        codes = [process.wait(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
