@@ -186,7 +186,8 @@ class TestScreens:
         bars.get_by_role("button").last.click()
         reader.hash("in-reward=")
         bars.get_by_role("button").nth(-4).click(modifiers=["Shift"])
-        assert bars.locator("[aria-pressed=true]").count() == 4
+        pressed = "name => document.querySelectorAll(`[aria-label='${name}'] [aria-pressed=true]`).length === 4"
+        reader.until(pressed, "reward: bins")
         bars.get_by_role("button").nth(-4).focus()
         page.keyboard.press("ArrowLeft")
         assert page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "false"
