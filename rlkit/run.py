@@ -118,30 +118,41 @@ async def _train(
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
         try:
-            data = await reading
-            resolved = with_epochs(resolved, len(data.train))
-            config = resolved.config
-            tracker.total_steps(config.trainer.total_steps)
-            if point is not None and (done := point.nothing_left(config.trainer.total_steps)):
-                tracker.message(done)
-                return
-            await _try_architecture(config, tracker)
-            async with contextlib.AsyncExitStack() as stack:
-                try:
-                    trainer = await _start(resolved, folder, tracker, data, stack, began, stop)
-                    if point is None:
-                        folder.keep_only({})
-                    else:
-                        await _go_on(trainer, point, tracker)
-                    summary = await trainer.fit()
-                    tracker.finish(summary)
-                finally:
-                    closing.enter_context(
-                        blocking("the end of the run", "actors, threads and Ray", END_SECONDS, "END_SECONDS")
-                    )
+            await _fit(resolved, await reading, folder, tracker, point, closing, began, stop)
         except asyncio.CancelledError:
             stop.check()  # by its name
             raise
+
+
+async def _fit(
+    resolved: ResolvedRun,
+    data: Loaded,
+    folder: RunFolder,
+    tracker: Tracker,
+    point: ResumePoint | None,
+    closing: contextlib.ExitStack,
+    began: float,
+    stop: Stop,
+) -> None:
+    """With data and Ray."""
+    resolved = with_epochs(resolved, len(data.train))
+    config = resolved.config
+    tracker.total_steps(config.trainer.total_steps)
+    if point is not None and (done := point.nothing_left(config.trainer.total_steps)):
+        tracker.message(done)
+        return
+    await _try_architecture(config, tracker)
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            trainer = await _start(resolved, folder, tracker, data, stack, began, stop)
+            if point is None:
+                folder.keep_only({})
+            else:
+                await _go_on(trainer, point, tracker)
+            summary = await trainer.fit()
+            tracker.finish(summary)
+        finally:
+            closing.enter_context(blocking("the end of the run", "actors, threads and Ray", END_SECONDS, "END_SECONDS"))
 
 
 def _beside(work: Callable[[], T]) -> asyncio.Future[T]:

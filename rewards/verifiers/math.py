@@ -19,7 +19,7 @@ from rewards.base import Reward, RewardTraits
 from rewards.verifiers.answers import MARKERS, MAX_ANSWER_CHARACTERS, FinalAnswer, Marker, final_answer, gold_final
 from rewards.verifiers.comparison import Pair, decide, is_prose
 from rewards.verifiers.pool import Failed, Processes, TextRuleConfig, limit_memory
-from rewards.verifiers.symbolic import verify_pairs
+from rewards.verifiers.symbolic import prepare, verify_pairs
 from rlkit.cluster.processes import die_with_parent
 from rlkit.experience import Group, GroupScores, Prompt, Score, UserError
 
@@ -33,7 +33,7 @@ def _prepare() -> None:
     die_with_parent()
     # math-verify warns that its own time-outs are off: they are, on purpose.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    verify_pairs([("1", "1")])  # what the first pair would wait for
+    prepare()  # or the first pair would wait for it
     limit_memory()
 
 

@@ -127,7 +127,7 @@ def _estimate(digits: float, value: Any) -> str:
 def _verify(answer: str, gold: str) -> str:
     from math_verify import verify
 
-    _prepare()
+    prepare()
     parsed_gold = _parse_gold(gold)
     if not parsed_gold:
         return "gold_unparsable"
@@ -204,7 +204,7 @@ def _processor_time() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _prepare() -> None:
+def prepare() -> None:
     """Make math-verify compare relatively: it rounds to 6 places (1e-9 is 2e-9 to it) and takes tiny differences for
     none. Then let it build its LaTeX grammar, which takes seconds that belong to no pair."""
     from math_verify import grader, verify

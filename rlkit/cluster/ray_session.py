@@ -19,6 +19,8 @@ from rlkit.experience import UserError
 
 CONNECT_SECONDS = 10.0
 AUTHENTICATION = "RAY_AUTH_MODE"
+NO_IDLE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}
+"""Those that Ray would start beforehand have none of our actors' environments."""
 LONGEST_BASE = 24
 """Most characters of the folder for temporary folders: socket paths below them may have at most 107."""
 
@@ -47,11 +49,8 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
         else:
             _refuse_open_doors()
             token, folder = uuid.uuid4().hex, _temporary_folder()
-            # Workers that Ray would start on suspicion have none of our actors' environments.
-            without = {"RAY_prestart_worker_first_driver": "0"}
-            stack.enter_context(
-                _environment(**{TOKEN: token, "TMPDIR": str(folder), AUTHENTICATION: "token", **without})
-            )
+            own = {TOKEN: token, "TMPDIR": str(folder), AUTHENTICATION: "token"}
+            stack.enter_context(_environment(**own, **NO_IDLE_WORKERS))
             _enable_token_auth()  # Ray's default too, but not a default that may change; it may be imported already
             stack.enter_context(_loopback_taken_literally())
             stack.callback(ray.shutdown)

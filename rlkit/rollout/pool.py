@@ -397,7 +397,5 @@ def _cause_of(error: Exception) -> str:
     from ray.exceptions import RayTaskError
 
     own = error.cause if isinstance(error, RayTaskError) else error
-    first = next(iter(str(own).strip().splitlines()), "")
-    if isinstance(error, RayTaskError):
-        return f"{type(own).__name__}: {first}"
-    return first or type(own).__name__
+    kind, first = type(own).__name__, str(own).strip().partition("\n")[0]
+    return f"{kind}: {first}" if own is not error else first or kind
