@@ -169,7 +169,7 @@ class Engine:
         """Length, group, index."""
         self.decoded, self.at, self.serial = 0.0, 0.0, 0
         """Tokens that a sample would have which always ran; the time of that; samples so far."""
-        self.finished, self.progress = 0, asyncio.Event()
+        self.finished, self.progress, self.weights = 0, asyncio.Event(), asyncio.Event()
         self.stopped, self.dead = False, False
         self.timer: asyncio.TimerHandle | None = None
         self.streams: set[asyncio.Queue[Any]] = set()
@@ -178,6 +178,10 @@ class Engine:
         await asyncio.sleep(self.case.start_seconds if self.loop.time() else 0.0)
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
+        while self.version < max(request.oldest for request in requests):
+            self.weights.clear()
+            await self.weights.wait()
+            self._alive()
         self._alive()
         done: asyncio.Queue[Any] = asyncio.Queue()
         self.streams.add(done)
@@ -253,6 +257,7 @@ class Engine:
         await asyncio.sleep(self.case.publish_seconds + cached * self.case.recompute_seconds)
         self._alive()
         self.version = bundle.version
+        self.weights.set()
         loaded = Loaded(arrived=self.version, held=self.version)
         return WeightReceipt(self.version, "", "", np.zeros(1, np.float32), loaded)
 
@@ -266,6 +271,7 @@ class Engine:
         if self.timer is not None:
             self.timer.cancel()
         self.progress.set()
+        self.weights.set()
         for stream in self.streams:
             stream.put_nowait(RayActorError())
 
@@ -359,17 +365,19 @@ async def _train(case: Case, buffer: WaitingBuffer) -> Run:
     producing = asyncio.create_task(producer.run())
     dying = asyncio.create_task(_kill(pool, case, run))
     for step in range(1, case.steps + 1):
-        if step > 1:
-            await buffer.advance(step - 1)
         groups = await until(buffer.take(), producing)
         run.trained.append([group.id for group in groups])
         run.lengths += [len(sample) for group in groups for sample in group.samples]
         run.staleness += [step - 1 - sample.policy_versions[0] for group in groups for sample in group.samples]
         await asyncio.sleep(case.update_seconds)
+        evaluates = case.evaluate_every and step % case.evaluate_every == 0
+        if not evaluates and step < case.steps:
+            await buffer.advance(step)
         await until(_publish(pool, step), producing)
         run.ended.append(loop.time())
-        if case.evaluate_every and step % case.evaluate_every == 0:
+        if evaluates:
             await until(_evaluate(pool, case, step), producing)
+            await buffer.advance(step)
     for task in (producing, dying):
         task.cancel()
     await asyncio.gather(producing, dying, return_exceptions=True)

@@ -53,7 +53,7 @@ def generate(llm: Any, prompts: Sequence[list[int]], samples: int, new_tokens: i
     for i, seed in enumerate(seeds):
         parameters = SamplingParams(
             temperature=1.0, max_tokens=new_tokens, seed=seed, logprobs=0, flat_logprobs=True, detokenize=False,
-            stop_token_ids=[1], output_kind=RequestOutputKind.FINAL_ONLY,
+            stop_token_ids=[1], output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
         )  # fmt: skip
         llm.add_request(str(i), {"prompt_token_ids": prompts[i // samples]}, parameters)
     responses: dict[int, list[int]] = {}

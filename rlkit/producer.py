@@ -132,8 +132,14 @@ class Producer:
             samples=self.samples_per_prompt,
             seed=self.seed,
             step=step,
+            oldest=max(0, step - 1 - self.buffer.max_staleness),
             greedy=self.greedy,
         )
+
+    def weights_came(self, asked: float) -> None:
+        """What was asked for since `asked` (`time.monotonic()`) has waited for them, and begins now."""
+        if self._began >= asked:
+            self._began = time.monotonic()
 
     def ask_again(self, groups: Sequence[tuple[str, str]], step: int) -> None:
         """Put groups ((group, prompt) ids) of a step that will not be trained back among the open ones: for a

@@ -195,11 +195,12 @@ class Trainer:
                 self.judge([*groups, *rejected]),
                 self.reward.learn(groups, "after", stored),
             )
-        of_sampler = await self.publish()
         self.producer.order.retire(solved([*groups, *rejected], self.config.buffer.retire_solved_share))
-        of_data, stats = self.producer.order.metrics(), self.buffer.stats()
+        of_data, stats, asked = self.producer.order.metrics(), self.buffer.stats(), time.monotonic()
         if not (self.evaluates_after(step) or self.schedule.due(step)):
-            await self.begin(step + 1)  # engines sample while this step is written down
+            await self.begin(step + 1)  # engines have its requests when the weights come, and sample from then on
+        of_sampler = await self.publish()
+        self.producer.weights_came(asked)
         metrics |= {**of_reward, **learnt, **advantages.metrics, **times}
         metrics |= rollout_metrics(groups, rejected, report, judged, stats, sampling)
         metrics |= {"weights/version": float(self.version), **of_sampler, **of_data}

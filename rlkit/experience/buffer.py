@@ -1,7 +1,7 @@
 """The experience buffer as a pure state machine: no Ray, no clock, no threads.
 
 Producers ask for places before they sample (`reserve`) and hand in scored groups (`add`); the learner takes whole
-steps (`take`) and announces new policy versions (`advance`).
+steps (`take`) and announces new policy versions (`advance`) as it publishes them.
 
 A place belongs to a training step. Of the steps that may be sampled for, version + 1 to version + 1 + s with a
 staleness bound s, the first that lacks groups gets the next place, so that replacements for rejected groups come first
@@ -153,7 +153,7 @@ class ExperienceBuffer:
         return taken
 
     def advance(self, version: int) -> None:
-        """Weights of `version` are published. Raises ValueError if it does not follow the last."""
+        """Weights of `version` are on their way. Raises ValueError if it does not follow the last."""
         if version != self._version + 1:
             raise ValueError(f"the buffer is at policy version {self._version}, so version {version} cannot follow")
         self._version = version

@@ -23,6 +23,10 @@ class WaitingBuffer:
         self.failure: TooManyRejectedError | None = None
         self.ended = False
 
+    @property
+    def max_staleness(self) -> int:
+        return self.buffer.max_staleness
+
     async def reserve(self, limit: int) -> list[int]:
         """At least one and at most `limit` places for groups, as their steps; waits for them.
 
@@ -35,7 +39,7 @@ class WaitingBuffer:
             return places
 
     def _mid_round(self) -> bool:
-        return self.buffer.max_staleness == 0 and self.buffer.stats().in_flight > 0
+        return self.max_staleness == 0 and self.buffer.stats().in_flight > 0
 
     async def add(self, groups: Sequence[Group]) -> None:
         """Raises TooManyRejectedError."""

@@ -23,6 +23,8 @@ class GroupRequest:
     samples: int
     seed: int
     step: int
+    oldest: int = 0
+    """Version of the oldest weights that may sample it: workers keep it until they have those."""
     greedy: bool = False
     """Also sample a greedy response (`Group.greedy`)."""
     temperature: float | None = None

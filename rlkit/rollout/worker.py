@@ -67,10 +67,13 @@ class RolloutWorker:
         self.turns: dict[str, asyncio.Future[Response]] = {}
         self.work = asyncio.Event()
         """Set when the engine loop has something to do, or to end for."""
-        self.admission = asyncio.Lock()
-        """Taken to admit groups; held from `prepare` to `admit`."""
+        self.admission = asyncio.Condition()
+        """Held to admit groups; told when new weights are there."""
         self.closed = False
-        """From `prepare` until the pool accepts the receipt (`admit`)."""
+        """Synchronous training, from `prepare` until the new weights are there: no group is admitted."""
+        self.accepted = asyncio.Event()
+        """Cleared from `prepare` until the pool accepts the receipt (`admit`): nothing is handed over."""
+        self.accepted.set()
         self.in_flight = config.trainer.max_staleness > 0
         """New weights come between two steps of the engine, and its requests go on with them."""
         self.going = asyncio.Event()
@@ -140,7 +143,9 @@ class RolloutWorker:
         These are a separate, small item: the driver reads it as proof that the groups have arrived.
         """
         done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
+        oldest = max(request.oldest for request in requests)
         async with self.admission:
+            await self.admission.wait_for(lambda: self.version >= oldest and not self.closed)
             try:
                 if self.config.environment[TARGET] is not None:
                     if self.episodes is None:  # never a single response in an episode's place
@@ -167,6 +172,7 @@ class RolloutWorker:
                     raise item
                 groups.append(item)
             left -= len(groups)
+            await self.accepted.wait()
             yield groups
             yield [group.id for group in groups], self.finished
 
@@ -286,6 +292,7 @@ class RolloutWorker:
         Synchronous training: the open groups are finished, and new ones wait. In flight: the engine stops between two
         steps.
         """
+        self.accepted.clear()
         self.arrived.clear()
         self.failure = None
         if self.in_flight:
@@ -295,8 +302,7 @@ class RolloutWorker:
             await self._in_thread(self.sampler.settle)  # after the step that it may be in
             self.stopped_at = time.monotonic()
             return
-        if not self.closed:
-            await self.admission.acquire()
+        async with self.admission:
             self.closed = True
         if self.pump is not None:
             await self.pump
@@ -346,7 +352,11 @@ class RolloutWorker:
             self.version, self.checksum, self.announced = version, self.sampler.received_checksum(), None
 
     async def confirm(self, canary: Canary) -> WeightReceipt:
-        return await self._in_thread(lambda: self._confirm(canary))
+        """With weights that look right from here the engine goes on before the pool has judged the receipt."""
+        receipt = await self._in_thread(lambda: self._confirm(canary))
+        if receipt.canary_logprobs.size and receipt.announced in (None, receipt.checksum):
+            await self._go_on()
+        return receipt
 
     def _confirm(self, canary: Canary) -> WeightReceipt:
         self.sampler.wake("kv_cache")
@@ -360,12 +370,15 @@ class RolloutWorker:
         return WeightReceipt(self.version, self.checksum, self.announced, logprobs, loaded, idle, frozen)
 
     async def admit(self) -> None:
-        """Go on: the receipt was accepted. Nobody waits for this, so it is done before further weights can come."""
+        """Hand over what is sampled: the receipt was accepted. Nobody waits for this."""
+        self.accepted.set()
+
+    async def _go_on(self) -> None:
         parked, self.parked = self.parked, False
         self.going.set()
-        if self.closed:
+        async with self.admission:
             self.closed = False
-            self.admission.release()
+            self.admission.notify_all()
         if parked:
             await self._in_thread(self._begin_turns)  # before they can be parked again
             self.work.set()

@@ -221,13 +221,16 @@ def test_a_checkpoint_that_is_lost_while_the_run_is_stopped_is_said_and_made_aga
 
 
 @pytest.mark.parametrize(("pause", "asked_for"), [("", 6), ("save", 4), ("evaluate", 4)])
-def test_engines_begin_the_next_step_while_this_one_is_written_down(pause: str, asked_for: int, tmp_path: Path) -> None:
+def test_engines_have_the_next_steps_requests_when_the_weights_come(pause: str, asked_for: int, tmp_path: Path) -> None:
     """Not before a checkpoint or an evaluation, which are of a whole step."""
     started: list[int] = []
 
-    async def check(record: Any) -> dict[str, float]:
+    async def publish(version: int) -> dict[str, float]:
         await asyncio.sleep(0.05)  # the producer has its turn
         started.append(run.producer.started)
+        return {}
+
+    async def nothing_found(record: Any) -> dict[str, float]:
         return {}
 
     async def step() -> None:
@@ -236,7 +239,8 @@ def test_engines_begin_the_next_step_while_this_one_is_written_down(pause: str, 
         trainer, nothing = run.trainer, SimpleNamespace(check=lambda *_: None, metrics={})
         trainer.algorithm = SimpleNamespace(advantages=lambda _: nothing, observe=lambda _: None)  # type: ignore[assignment]
         trainer.reward, trainer.guard = NoReward(), nothing  # type: ignore[assignment]
-        trainer.diagnostics = SimpleNamespace(check=check, obey=lambda: None)  # type: ignore[assignment]
+        trainer.weight_sync.publish = publish  # type: ignore[method-assign]
+        trainer.diagnostics = SimpleNamespace(check=nothing_found, obey=lambda: None)  # type: ignore[assignment]
         trainer.recorder = SimpleNamespace(step=lambda *_: None)  # type: ignore[assignment]
         trainer.tracker.step = lambda *_: None  # type: ignore[method-assign]
         producing, for_ever = (asyncio.create_task(work) for work in (run.producer.run(), run.watch()))

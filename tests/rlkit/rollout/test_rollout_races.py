@@ -88,10 +88,13 @@ async def started(pool: RolloutPool) -> RolloutPool:
     return pool
 
 
-async def sampled(pool: RolloutPool, count: int = 4) -> list[Group]:
+def requests(count: int, oldest: int = 0) -> list[GroupRequest]:
     prompt = Prompt("p", (Message("user", "?"),), (1, 2, 3))
-    requests = [GroupRequest(id=f"g{i}", prompt=prompt, samples=2, seed=0, step=1) for i in range(count)]
-    stream: AsyncIterator[Any] = pool.generate(requests)
+    return [GroupRequest(f"g{i}", prompt, samples=2, seed=0, step=1, oldest=oldest) for i in range(count)]
+
+
+async def sampled(pool: RolloutPool, count: int = 4, oldest: int = 0) -> list[Group]:
+    stream: AsyncIterator[Any] = pool.generate(requests(count, oldest))
     return [group async for ref in stream for group in await ref]
 
 
@@ -141,6 +144,31 @@ def test_a_place_is_free_when_a_response_ends_though_its_group_is_not_whole(
         await pool.workers[0].allow.remote(full - 5)
         assert_whole_and_of(1, await sampling, full // 2)
         assert await pool.places(2) == full // 2
+
+    run(check())
+
+
+def test_what_is_asked_for_before_its_weights_waits_for_them_and_is_handed_over_once_they_are_accepted(
+    make_pool: MakePool, script: Script
+) -> None:
+    """The engine begins as soon as it has them; a successor waits as the worker did that died."""
+
+    async def check() -> None:
+        pool = await started(make_pool())
+        early = asyncio.create_task(sampled(pool, oldest=2))
+        await asyncio.sleep(0.2)
+        await kill(pool)
+        while not (pool.health[0].restarts == 1 and pool.health[0].may_sample(1)):
+            await asyncio.sleep(0.02)
+        assert not (script.folder / "at-step").exists()
+        new = published(2)
+        pool.load(new.bundle, CANARY)
+        await until_at(script, "step")
+        pool.announce(new)
+        await asyncio.sleep(0.2)
+        assert not early.done()
+        await pool.confirm({})
+        assert_whole_and_of(2, await early)
 
     run(check())
 
