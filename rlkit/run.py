@@ -57,6 +57,7 @@ from rlkit.trainer import Trainer
 from rlkit.weight_sync import WeightSync
 
 T = TypeVar("T")
+READING = "reading data, starting Ray"
 LOADING = {
     "sampler": "loading the sampler (vLLM)",
     "learner": "loading the learner (DeepSpeed)",
@@ -104,7 +105,7 @@ async def _train(
     # Ray replaces the handler of SIGTERM when it starts; ours ends everything in order.
     task = asyncio.current_task()
     assert task is not None
-    tracker.phase("reading data, starting Ray")
+    tracker.phase(READING)
     reading = _beside(lambda: load_prompts(resolved, tracker))
     with contextlib.ExitStack() as session:
         try:
@@ -118,7 +119,10 @@ async def _train(
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
         try:
-            await _fit(resolved, await reading, folder, tracker, point, closing, began, stop)
+            async with waiting("the start", "the data to be read", *_startup(config)):
+                data = await reading
+            tracker.phase_done(READING)
+            await _fit(resolved, data, folder, tracker, point, closing, began, stop)
         except asyncio.CancelledError:
             stop.check()  # by its name
             raise

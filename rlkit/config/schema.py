@@ -45,7 +45,7 @@ class TrainerConfig(Section):
     """A step (collecting, updating, publishing), evaluation or checkpoint that takes longer ends the run; the
     message says who was waited for."""
     startup_timeout_seconds: float = Field(default=600.0, ge=1)
-    """The actors must be ready by then."""
+    """The data must be read by then, and the actors be ready that long after."""
     report_waits_after: float = Field(default=0.25, gt=0, lt=1)
     """A wait that has lasted this share of its deadline is reported on the screen, and again at each doubling of its
     time."""
