@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Python's collector goes through millions of objects of torch and vLLM again and again while tests are collected, which
+# doubles its time, and later in every test that makes many objects.
+gc.disable()
+
 # A shell that runs the tests in the background starts them with Ctrl-C ignored, and their child processes would inherit
 # that: tests that interrupt a run would then wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -27,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long first, each whole: two processes that share the files then end at about the same time."""
     long = {item.path for item in items if item.path.parent.name == "runs" or item.get_closest_marker("ray")}
     items.sort(key=lambda item: (item.path.parent.name != "runs", item.path not in long))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

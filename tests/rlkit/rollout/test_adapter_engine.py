@@ -58,8 +58,8 @@ def policies(model: Path) -> list[WholeLearner]:
     return [new, trained]
 
 
-@pytest.fixture
-def pool(ray_session: None, model: Path, tmp_path: Path) -> Iterator[RolloutPool]:  # noqa: F811
+@pytest.fixture(scope="module")
+def pool(ray_session: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutPool]:  # noqa: F811
     import ray
 
     config = RunConfig(
@@ -75,7 +75,7 @@ def pool(ray_session: None, model: Path, tmp_path: Path) -> Iterator[RolloutPool
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlkit.rollout.worker.RolloutWorker", OpenWorker)
-        pool = RolloutPool(config, str(model), tmp_path)
+        pool = RolloutPool(config, str(model), tmp_path_factory.mktemp("logs"))
         run(pool.start())
         yield pool
     for worker in pool.workers:

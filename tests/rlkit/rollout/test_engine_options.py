@@ -63,6 +63,7 @@ def test_coarse_engines_take_new_weights_and_show_beside_the_learner(
             assert 0.002 < off.mean() < 0.1
 
 
+@pytest.mark.slow
 def test_what_vllm_refuses_is_said(ray_session: None, model: Path, tmp_path: Path) -> None:  # noqa: F811
     refusal = r"rollout\.engine: vLLM does not start with \{'kv_cache_dtype': 'fp9'\}"
     with pytest.raises(UserError, match=refusal), opened(model, tmp_path, engine={"kv_cache_dtype": "fp9"}):

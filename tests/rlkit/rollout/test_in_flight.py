@@ -71,9 +71,9 @@ def opened(model: Path, logs: Path, worker: type[OpenWorker] = OpenWorker, **opt
         ray.kill(actor)
 
 
-@pytest.fixture
-def pool(ray_session: None, model: Path, tmp_path: Path) -> Iterator[RolloutPool]:  # noqa: F811
-    with opened(model, tmp_path, workers=2) as pool:
+@pytest.fixture(scope="module")
+def pool(ray_session: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutPool]:  # noqa: F811
+    with opened(model, tmp_path_factory.mktemp("logs"), workers=2) as pool:
         yield pool
 
 
@@ -112,6 +112,7 @@ def samples_of(groups: Sequence[Group]) -> list[tuple[Group, Sample]]:
 
 
 def test_equal_weights_leave_every_bit(pool: RolloutPool, policies: list[PolicyLearner]) -> None:
+    run(publish(pool, policies[0], 0))
     undisturbed = run(sampled(pool))
     disturbed, last = run(sampled_while(pool, policies[:1]))
     assert last > 1
@@ -237,7 +238,7 @@ def test_kept_caches_are_for_running_requests_alone(
             assert distance(group, sample, policies).max() < 1e-4
 
 
-@pytest.mark.parametrize("when", ["frozen", "unproved"])
+@pytest.mark.parametrize("when", ["frozen", pytest.param("unproved", marks=pytest.mark.slow)])
 def test_an_engine_that_dies_while_weights_come_loses_nothing(
     pool: RolloutPool, policies: list[PolicyLearner], when: str
 ) -> None:

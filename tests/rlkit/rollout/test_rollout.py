@@ -329,7 +329,8 @@ def test_a_tensor_that_is_missing_is_an_error_that_names_it(pool: RolloutPool, l
     assert "Failed to load weights" not in log and "weights were not loaded" not in log
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_engine_with_old_weights_is_found_after_one_small_step(
     dtype: Literal["float32", "bfloat16"],
     model: Path,

@@ -173,7 +173,7 @@ def test_what_is_asked_for_before_its_weights_waits_for_them_and_is_handed_over_
     run(check())
 
 
-@pytest.mark.parametrize("point", ["load-2", "canary"])
+@pytest.mark.parametrize("point", ["load-2", pytest.param("canary", marks=pytest.mark.slow)])
 def test_a_worker_that_dies_while_weights_are_published_is_replaced_with_these_weights(
     point: str, make_pool: MakePool, script: Script
 ) -> None:
@@ -190,6 +190,7 @@ def test_a_worker_that_dies_while_weights_are_published_is_replaced_with_these_w
     run(check())
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_with_weights_before_they_are_announced_is_replaced_with_those_that_are(
     make_pool: MakePool,
 ) -> None:
@@ -291,9 +292,10 @@ DOUBTS = {
     "stale": "has weights of version 1, not 2",
     "wrong": r"after version 2 was loaded, its log-probs .* differ from the learner's by 0.5",
 }
+ONE_QUICKLY = [pytest.param(how, marks=[pytest.mark.slow] * (how != "wrong")) for how in DOUBTS]
 
 
-@pytest.mark.parametrize("how", DOUBTS)
+@pytest.mark.parametrize("how", ONE_QUICKLY)
 def test_a_worker_that_does_not_confirm_its_weights_is_not_used_but_replaced(
     how: str, make_pool: MakePool, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -317,7 +319,7 @@ def test_a_worker_that_does_not_confirm_its_weights_is_not_used_but_replaced(
     assert re.search(rf"did not confirm its weights and is replaced.*rollout worker [01]:? {DOUBTS[how]}", caplog.text)
 
 
-@pytest.mark.parametrize("how", DOUBTS)
+@pytest.mark.parametrize("how", ONE_QUICKLY)
 def test_weights_that_no_worker_confirms_end_the_run_at_once(how: str, make_pool: MakePool, script: Script) -> None:
     """New engines would differ from the learner as well."""
 
@@ -348,7 +350,7 @@ SUCCESSORS: dict[str, tuple[Callable[[Script, bool], None], type[Exception], str
 """What the first successor does (`always`: each one), and the error where that is once too often."""
 
 
-@pytest.mark.parametrize("max_restarts", [2, 1])
+@pytest.mark.parametrize("max_restarts", [pytest.param(2, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize(
     "how", [pytest.param(how, marks=[pytest.mark.slow] * (how != "fails to start")) for how in SUCCESSORS]
 )
@@ -372,6 +374,7 @@ def test_a_successor_that_fails_counts_as_another_death(
     run(check())
 
 
+@pytest.mark.slow
 def test_the_deadline_of_a_start_does_not_hold_for_weights_that_wait_for_the_learner(make_pool: MakePool) -> None:
     """With stale data a new worker's weights come after the update that the learner is at."""
 
@@ -410,6 +413,7 @@ def test_an_engine_that_fails_while_it_receives_ends_the_transfer_with_the_cause
     run(check())
 
 
+@pytest.mark.slow
 def test_engines_draw_differently_and_a_replacement_as_the_one_before(make_pool: MakePool) -> None:
     async def seeds(pool: RolloutPool) -> list[int]:
         return list(await asyncio.gather(*(worker.seed.remote() for worker in pool.workers)))

@@ -72,6 +72,7 @@ def test_a_reward_that_has_learnt_and_raises_once_keeps_what_it_learnt(tmp_path:
     in_pool(tmp_path, check)
 
 
+@pytest.mark.slow
 def test_a_reward_that_has_learnt_keeps_it_where_scoring_is_called_off(tmp_path: Path) -> None:
     """As at a signal: the checkpoint that follows has what was learnt."""
 
@@ -137,6 +138,7 @@ def test_a_follower_that_dies_in_a_call_judges_again_with_the_present_weights(tm
     in_pool(tmp_path, check, learns=False)
 
 
+@pytest.mark.slow
 def test_a_follower_that_dies_of_the_weights_ends_the_run(tmp_path: Path) -> None:
     async def check(pool: RewardPool) -> None:
         (tmp_path / "die-follow").write_text("2")

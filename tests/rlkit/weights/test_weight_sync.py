@@ -207,6 +207,7 @@ def test_a_version_that_is_not_the_learners_is_not_sent_as_such(sync: WeightSync
     run(steps())
 
 
+@pytest.mark.slow
 def test_a_worker_whose_weights_arrive_damaged_is_replaced_and_given_them_anew(
     sync: WeightSync, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -293,7 +294,6 @@ def test_a_worker_that_dies_during_a_transfer_ends_the_run_at_once(sync: WeightS
     assert run(steps()) < 30
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_an_engine_that_fails_during_a_transfer_ends_the_run_at_once_with_the_cause(own_sync: WeightSync) -> None:
     """Rank 0 then waits in its broadcast for a receiver that lives and does not come."""
