@@ -90,6 +90,19 @@ def test_a_recipe_runs_to_the_end(recipe: str, start: list[Run], tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_what_a_teacher_samples_is_imitated(start: list[Run], tmp_path: Path) -> None:
+    """Its engine gets no weights, and waits for none."""
+    teacher = another_policy(tmp_path)
+    source = ("rollout.source=model", f"rollout.source_path={teacher}")
+    run = Run(tmp_path, "algorithm=sft", *source, "trainer.total_steps=3", without=("reward",))
+    start.append(run)
+    assert run.end() == 0, run.text
+    steps = [record for record in run.records() if record.get("kind") == "step"]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert all(step["policy/grad_norm"] > 0 for step in steps)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -50,11 +50,11 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
     monkeypatch.setattr("rlkit.rollout.worker.RolloutWorker", ScriptedWorker)
     made: list[RolloutPool] = []
 
-    def make(workers: int = 1, max_restarts: int = 3, **trainer: Any) -> RolloutPool:
+    def make(workers: int = 1, max_restarts: int = 3, source: Any = "policy", **trainer: Any) -> RolloutPool:
         config = RunConfig(
             run_dir=tmp_path,
             cluster=ClusterConfig(threads_per_actor=1),
-            rollout=RolloutConfig(workers=workers, max_restarts=max_restarts, memory_gib=0.1),
+            rollout=RolloutConfig(workers=workers, max_restarts=max_restarts, memory_gib=0.1, source=source),
             trainer=TrainerConfig(**trainer),
             algorithm={},
             reward={},
@@ -169,6 +169,15 @@ def test_what_is_asked_for_before_its_weights_waits_for_them_and_is_handed_over_
         assert not early.done()
         await pool.confirm({})
         assert_whole_and_of(2, await early)
+
+    run(check())
+
+
+def test_a_frozen_model_waits_for_no_weights(make_pool: MakePool) -> None:
+    async def check() -> None:
+        pool = make_pool(source="model")
+        await pool.start()
+        assert_whole_and_of(0, await sampled(pool, oldest=7))
 
     run(check())
 
