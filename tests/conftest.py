@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Until the tests are collected, whose time it would double: it goes through all objects of torch and vLLM again and again.
+# Until the tests are collected, whose time it would double: it goes through all objects of torch and vLLM each time.
 gc.disable()
 
 # A shell that runs the tests in the background starts them with Ctrl-C ignored, and their child processes would inherit
