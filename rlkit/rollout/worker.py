@@ -16,7 +16,7 @@ import numpy as np
 from rlkit.config.parts import TARGET
 from rlkit.config.plan import engines_sleep, longest_response, published_adapter, sleep_level, weight_route
 from rlkit.config.schema import RunConfig
-from rlkit.config.structured import grammar
+from rlkit.config.structured import Grammar, grammar
 from rlkit.experience import Group
 from rlkit.rollout.engine import stop_token_ids
 from rlkit.rollout.episodes import Episodes, open_episodes
@@ -117,9 +117,7 @@ class RolloutWorker:
             sleeps=engines_sleep(config),
             lora=published_adapter(config.cluster, config.rollout, config.model),
         )
-        structured = self.rollout.structured
-        self.grammar = None if structured is None or structured.column is not None else grammar(structured, {})
-        """What all responses must match, if it is the same for all."""
+        self.grammar = self._grammar()
         self.sampler.add(Request("warm-up", [self.sampler.stop_token_ids[0]], 0, 2, 1.0, self.grammar))
         while self.sampler.busy:
             self.sampler.step()
@@ -132,6 +130,11 @@ class RolloutWorker:
         """Whether each sample has a seed."""
         asked = self.rollout.sample_seeds
         return bool(self.sampler.affords_seeds) if asked == "auto" else asked == "always"
+
+    def _grammar(self) -> Grammar | None:
+        """What all responses must match, if it is the same for all."""
+        structured = self.rollout.structured
+        return None if structured is None or structured.column is not None else grammar(structured, {})
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[tuple[list[str], int] | list[Group]]:
         """Yield all groups that finished since the last yield (at least one), then their ids and how many responses the
