@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError
 from rlkit.config.schema import RolloutConfig, RunConfig, TrainerConfig
 from rlkit.data.order import PromptOrder
 from rlkit.experience import Group, GroupScores, Prompt, Sample, Score
+from rlkit.experience.buffer import ExperienceBuffer
 from rlkit.experience.filters import BufferConfig
 from rlkit.experience.scores import ScoreReport
 from rlkit.experience.waiting_buffer import WaitingBuffer
@@ -371,12 +372,15 @@ async def _train(case: Case, buffer: WaitingBuffer) -> Run:
         run.staleness += [step - 1 - sample.policy_versions[0] for group in groups for sample in group.samples]
         await asyncio.sleep(case.update_seconds)
         evaluates = case.evaluate_every and step % case.evaluate_every == 0
-        if not evaluates and step < case.steps:
+        # Others than the real buffer know of weights once they are published.
+        early = not evaluates and isinstance(buffer.buffer, ExperienceBuffer)
+        if early and step < case.steps:
             await buffer.advance(step)
         await until(_publish(pool, step), producing)
         run.ended.append(loop.time())
         if evaluates:
             await until(_evaluate(pool, case, step), producing)
+        if not early and step < case.steps:
             await buffer.advance(step)
     for task in (producing, dying):
         task.cancel()
