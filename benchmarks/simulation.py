@@ -170,7 +170,7 @@ class Engine:
         """Length, group, index."""
         self.decoded, self.at, self.serial = 0.0, 0.0, 0
         """Tokens that a sample would have which always ran; the time of that; samples so far."""
-        self.finished, self.progress, self.weights = 0, asyncio.Event(), asyncio.Event()
+        self.finished, self.changed = 0, asyncio.Event()
         self.stopped, self.dead = False, False
         self.timer: asyncio.TimerHandle | None = None
         self.streams: set[asyncio.Queue[Any]] = set()
@@ -179,11 +179,7 @@ class Engine:
         await asyncio.sleep(self.case.start_seconds if self.loop.time() else 0.0)
 
     async def generate(self, requests: Sequence[GroupRequest]) -> AsyncIterator[Any]:
-        while self.version < max(request.oldest for request in requests):
-            self.weights.clear()
-            await self.weights.wait()
-            self._alive()
-        self._alive()
+        await self._until(lambda: self.version >= max(request.oldest for request in requests))
         done: asyncio.Queue[Any] = asyncio.Queue()
         self.streams.add(done)
         for request in requests:
@@ -204,11 +200,15 @@ class Engine:
         self.streams.discard(done)
 
     async def has_finished(self, at_least: int) -> int:
-        while self.finished < at_least:
-            self.progress.clear()
-            await self.progress.wait()
-            self._alive()
+        await self._until(lambda: self.finished >= at_least)
         return self.finished
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        self._alive()
+        while not condition():
+            self.changed.clear()
+            await self.changed.wait()
+            self._alive()
 
     def _lengths(self, request: GroupRequest) -> list[int]:
         table = self.case.lengths
@@ -242,7 +242,7 @@ class Engine:
         tokens = TOKENS[: round(end - began)]
         group.samples[index] = Sample(index, tokens, None, "", "stop", (version, self.version), 0)
         self.finished += 1
-        self.progress.set()
+        self.changed.set()
         request = group.request
         if len(group.samples) == request.samples:
             samples = tuple(group.samples[i] for i in range(request.samples))
@@ -258,7 +258,7 @@ class Engine:
         await asyncio.sleep(self.case.publish_seconds + cached * self.case.recompute_seconds)
         self._alive()
         self.version = bundle.version
-        self.weights.set()
+        self.changed.set()
         loaded = Loaded(arrived=self.version, held=self.version)
         return WeightReceipt(self.version, "", "", np.zeros(1, np.float32), loaded)
 
@@ -271,8 +271,7 @@ class Engine:
         self.dead = True
         if self.timer is not None:
             self.timer.cancel()
-        self.progress.set()
-        self.weights.set()
+        self.changed.set()
         for stream in self.streams:
             stream.put_nowait(RayActorError())
 

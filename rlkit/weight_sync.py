@@ -47,23 +47,23 @@ class WeightSync:
     async def publish(self, version: int) -> dict[str, float]:
         """Send the weights to every rollout worker and verify them; return metrics: the weakest agreement with the
         learner, and the engines' times."""
-        policy = self.learner.policy
-        if self.route != "object_store" and not self.reward.follows_policy:
-            self._wanted = await policy.canary_logprobs(self.canary)
-            agreement = await self._deliver(Published(None, version, self.canary, self._wanted))
-            return {**agreement.metrics(), **self.rollout.times()}
-        bundle, proof = policy.publishable(self.canary)
+        policy, bundle, proof = self.learner.policy, None, None
+        if self.route == "object_store" or self.reward.follows_policy:
+            bundle, proof = policy.publishable(self.canary)
         # First, so that a reward has the weights when it is asked about what they sample.
         following = asyncio.ensure_future(self.reward.follow(bundle))
         try:
-            if self.route == "object_store" and not self.sleeps:  # while the learner computes the canary
-                self.rollout.load(bundle, self.canary)
-            _, self._wanted = await proof
+            if proof is None:
+                self._wanted = await policy.canary_logprobs(self.canary)
+            else:
+                if self.route == "object_store" and not self.sleeps:  # while the learner computes the canary
+                    self.rollout.load(bundle, self.canary)
+                _, self._wanted = await proof
             published = Published(bundle, version, self.canary, self._wanted)
             agreement, _ = await asyncio.gather(self._deliver(published), following)
-            return {**agreement.metrics(), **self.rollout.times()}
         finally:
             following.cancel()
+        return {**agreement.metrics(), **self.rollout.times()}
 
     async def with_learner_memory(self, work: Awaitable[T]) -> T:
         """Run something that needs the learner's memory while engines hold theirs; then give it back."""
