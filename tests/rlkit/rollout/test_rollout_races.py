@@ -6,30 +6,35 @@ Real Ray actors.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pytest
 from ray_fixture import ray_session  # noqa: F401
-from rollout_host import publish_bundle
-from scripted_rollout import Script, ScriptedWorker, Stepwise, weights_of
+from scripted_rollout import (
+    CANARY,
+    Script,
+    ScriptedWorker,
+    Stepwise,
+    assert_whole_and_of,
+    kill,
+    publish,
+    published,
+    sampled,
+    started,
+    until_at,
+)
 
 from rlkit.cluster.waiting import WaitedTooLongError, open_waits
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, TrainerConfig
-from rlkit.experience import Group, Message, Prompt
 from rlkit.rollout.pool import RolloutFailedError, RolloutPool
-from rlkit.rollout.requests import GroupRequest
 from rlkit.weights.publication import Published, WeightsNotLoadedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 T = TypeVar("T")
-CANARY = ((5, 6, 7),)
 MakePool = Callable[..., RolloutPool]
 
 
@@ -68,51 +73,6 @@ def make_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeP
     for pool in made:
         for worker in pool.workers:
             ray.kill(worker)
-
-
-def published(version: int) -> Published:
-    import ray
-
-    return Published(
-        ray.put(weights_of(version)), version, CANARY, np.full(len(CANARY[0]) - 1, -float(version), np.float32)
-    )
-
-
-async def publish(pool: RolloutPool, version: int) -> None:
-    await publish_bundle(pool, published(version))
-
-
-async def started(pool: RolloutPool) -> RolloutPool:
-    await pool.start()
-    await publish(pool, 1)
-    return pool
-
-
-def requests(count: int, oldest: int = 0) -> list[GroupRequest]:
-    prompt = Prompt("p", (Message("user", "?"),), (1, 2, 3))
-    return [GroupRequest(f"g{i}", prompt, samples=2, seed=0, step=1, oldest=oldest) for i in range(count)]
-
-
-async def sampled(pool: RolloutPool, count: int = 4, oldest: int = 0) -> list[Group]:
-    stream: AsyncIterator[Any] = pool.generate(requests(count, oldest))
-    return [group async for ref in stream for group in await ref]
-
-
-def assert_whole_and_of(version: int, groups: list[Group], count: int = 4) -> None:
-    assert sorted(group.id for group in groups) == sorted(f"g{i}" for i in range(count))
-    for group in groups:
-        for sample in group.samples:
-            assert sample.policy_versions == (version, version)
-            assert set(sample.logprobs.tolist()) == {-float(version)}, "sampled with other weights than it says"
-
-
-async def until_at(script: Script, point: str) -> None:
-    for _ in script.come_to(point):
-        await asyncio.sleep(0.01)
-
-
-async def kill(pool: RolloutPool, index: int = 0) -> None:
-    os.kill(await pool.workers[index].pid.remote(), signal.SIGKILL)
 
 
 def test_a_place_is_free_when_a_response_ends_though_its_group_is_not_whole(
