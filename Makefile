@@ -48,8 +48,11 @@ $(INSTALLED): setup.py pyproject.toml
 		echo "$(TORCH_INDEX_URL) cannot be reached; installing $(TORCH) from pip's default index"; \
 		$(BIN)/python -m pip install $(TORCH); \
 	fi
-	@echo "installing rlkit[$(EXTRAS)] and what it needs: about 4 GB, 2 to 7 minutes without another line"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@echo "installing rlkit[$(EXTRAS)] and what it needs: about 4 GB"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.13'
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet -e '.[$(EXTRAS)]' \
+		|| { echo "uv, which reads no pip.conf, could not; pip takes 2 to 7 minutes without another line"; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'; }
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
