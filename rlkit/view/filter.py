@@ -11,7 +11,7 @@ Only constants of this package, and `?`, become SQL; whatever a person wrote is 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,8 +20,8 @@ from rlkit.experience.names import nearest
 from rlkit.view.index import COLUMNS
 
 Kind = Literal["number", "text", "flag"]
-Names = Mapping[str, Collection[str]]
-"""Those of the `component`s and of the `rescored` rewards that there are."""
+Names = Mapping[str, Mapping[str, str]]
+"""Those of the `component`s and of the `rescored` rewards that there are, each with its column."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,6 @@ SQL: dict[str, tuple[str, Kind]] = {
         "flag",
     ),
 }
-EXTRA = "(SELECT value FROM extra WHERE extra.name = (SELECT key FROM names WHERE names.name = ?) AND id = rows.id)"
-"""Its parameter is `component:NAME` or `rescored:NAME`."""
 OPERATORS = {sign: sign for sign in ("=", "!=", "<", "<=", ">", ">=")} | {"==": "=", "<>": "!="}
 LONGEST, DEEPEST = 4000, 40
 _TOKEN = re.compile(
@@ -87,11 +85,11 @@ def field(name: str, names: Names, position: int = 0) -> Sql:
     family, separator, own = re.fullmatch(r"(\w*)([.:]?)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
     if separator and family in ("component", "rescored"):
         own = own[1:-1].replace('""', '"') if own.startswith('"') else own
-        known = sorted(names.get(family, ()))
+        known = names.get(family, {})
         if own not in known:
-            listed = f"this run has {', '.join(known)}" if known else f"this run has no {family}"
+            listed = f"this run has {', '.join(sorted(known))}" if known else f"this run has no {family}"
             raise FilterError(position, f"unknown {family} {own!r}: {listed}")
-        return Sql(EXTRA, (f"{family}:{own}",))
+        return Sql(f"rows.{known[own]}")
     if name not in SQL:
         fields = [*SQL, *(f"{family}.{one}" for family in names for one in sorted(names[family]))]
         meant = nearest(name, fields)
@@ -176,19 +174,18 @@ class _Parser:
             negated = "NOT " if self._take("not") else ""
             if not self._take("null"):
                 raise self.error("expected 'null'" if negated else "expected 'null' or 'not null'")
-            return Sql(f"({left.text} IS {negated}NULL)", left.parameters, "flag")
+            return Sql(f"({left.text} IS {negated}NULL)", (), "flag")
         if left.kind == "text" and self._take("contains"):
             value = self._value(left.kind)
-            return Sql(f"(instr({left.text}, {value.text}) > 0)", (*left.parameters, *value.parameters), "flag")
+            return Sql(f"(instr({left.text}, {value.text}) > 0)", value.parameters, "flag")
         operator = self._take(*OPERATORS)
         if operator is None:
             if left.kind == "flag":
-                return Sql(f"({left.text})", left.parameters, "flag")
+                return Sql(f"({left.text})", (), "flag")
             more = ", 'contains'" if left.kind == "text" else ""
             raise self.error(f"expected one of {' '.join(list(OPERATORS)[:6])}{more} or 'is null'")
         value = self._value(left.kind)
-        parameters = (*left.parameters, *value.parameters)
-        return Sql(f"({left.text} {OPERATORS[operator]} {value.text})", parameters, "flag")
+        return Sql(f"({left.text} {OPERATORS[operator]} {value.text})", value.parameters, "flag")
 
     def _field(self, expected: str) -> Sql:
         if self.token.kind != "name" or self.token.text.lower() in ("and", "or", "is", "null", "contains"):

@@ -26,14 +26,16 @@ from typing import Any
 from rlkit.view.rows import Position, listed, number, parsed, read_on, said, text, whole
 from rlkit.view.tokens import samples_in
 
-FORMAT = 3
-"""Another one in a cache file: it is made anew."""
+FORMAT = 4
+"""Part of a cache file's name: one of another format is not read, and removed once it is old."""
 UNUSED_DAYS = 30
 """After which the cache of a run is removed."""
 SEARCHED = 4096
 """Characters at the beginning of a prompt and of a response that full text search knows."""
 HEAD = 200
 MOST_COMPONENTS = 100
+MOST_NAMES = 1000
+"""Of components and rescored rewards: SQLite has 2,000 columns a table."""
 COLUMNS = {
     "id": "INTEGER PRIMARY KEY", "start": "INTEGER", "bytes": "INTEGER", "step": "INTEGER", "group_id": "TEXT",
     "prompt_id": "TEXT", "sample": "INTEGER", "rank": "TEXT", "reward": "REAL", "advantage": "REAL",
@@ -54,12 +56,12 @@ CREATE INDEX rows_of_prompt ON rows (prompt_id, step DESC);
 CREATE INDEX rows_of_evaluation ON rows (step) WHERE kind = 'evaluation';
 CREATE TABLE heads (id INTEGER PRIMARY KEY, prompt TEXT, response TEXT);
 CREATE TABLE names (key INTEGER PRIMARY KEY, name TEXT UNIQUE);
-CREATE TABLE extra (name INTEGER, id INTEGER, value REAL, PRIMARY KEY (name, id)) WITHOUT ROWID;
 CREATE TABLE token_rows (step INTEGER, group_id TEXT, sample INTEGER,
     PRIMARY KEY (step, group_id, sample)) WITHOUT ROWID;
 CREATE VIRTUAL TABLE texts USING fts5 (prompt, response, content='', tokenize='unicode61');
 """
-_TABLES = ("meta", "rows", "heads", "names", "extra", "token_rows", "texts")
+_TABLES = ("meta", "rows", "heads", "names", "token_rows")
+"""And `texts`, which is emptied in another way."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class SampleIndex:
     def __init__(self, run: Path, cache: Path | None = None) -> None:
         self._run, self._file = run, run / "samples.jsonl"
         # The machine is part of the name: a home folder on a network is no place for the shared memory of two.
-        key = hashlib.sha256(f"{platform.node()}:{run.resolve()}".encode()).hexdigest()[:24]
+        key = hashlib.sha256(f"{FORMAT}:{platform.node()}:{run.resolve()}".encode()).hexdigest()[:24]
         self._path = (cache or cache_folder()) / f"{key}.sqlite"
         self._local = threading.local()
         self._following = threading.Lock()
@@ -165,21 +167,22 @@ class SampleIndex:
         with _transaction(connection, deadline):
             read = read_on(self._file, Position(*_get(connection, "position", Position())))
             if read.restarted:
-                for name in _TABLES[:-1]:
+                for name in _TABLES:
                     connection.execute(f"DELETE FROM {name}")
                 connection.execute("INSERT INTO texts (texts) VALUES ('delete-all')")
             first = read.position.number - len(read.lines)
             made = (indexed(first + i, start, line) for i, (start, line) in enumerate(read.lines))
             rows = [row for row in made if row is not None]
             insert = connection.executemany
-            insert(f"INSERT INTO rows VALUES ({', '.join('?' * len(COLUMNS))})", (row.columns for row in rows))
+            own = {name: _column(connection, f"component:{name}") for name in {n for r in rows for n in r.components}}
+            kept = {name: column for name, column in own.items() if column}
+            columns = [f'"{name}"' for name in COLUMNS] + list(kept.values())
+            insert(
+                f"INSERT INTO rows ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                ([*row.columns, *map(row.components.get, kept)] for row in rows),
+            )
             insert("INSERT INTO heads VALUES (?, ?, ?)", ((row.number, *row.heads) for row in rows))
             insert("INSERT INTO texts (rowid, prompt, response) VALUES (?, ?, ?)", ((r.number, *r.texts) for r in rows))
-            keys = {
-                name: _key(connection, f"component:{name}") for name in {name for r in rows for name in r.components}
-            }
-            values = ((keys[name], row.number, value) for row in rows for name, value in row.components.items())
-            insert("INSERT INTO extra VALUES (?, ?, ?)", values)
             _set(connection, "position", read.position)
             return read.at_end
 
@@ -208,22 +211,22 @@ class SampleIndex:
             rows = connection.execute("SELECT id, step, group_id, sample FROM rows")
             place = {(step, group, sample): row for row, step, group, sample in rows}
             for name in (name for name in states | known if states.get(name) != known.get(name)):
-                key = _key(connection, f"rescored:{name}")
-                connection.execute("DELETE FROM extra WHERE name = ?", (key,))
-                if name in files:
-                    values = ((key, *value) for value in _rescored(files[name], place))
-                    connection.executemany("INSERT OR REPLACE INTO extra VALUES (?, ?, ?)", values)
-                else:
-                    connection.execute("DELETE FROM names WHERE key = ?", (key,))
+                if column := _column(connection, f"rescored:{name}"):
+                    connection.execute(f"UPDATE rows SET {column} = NULL")
+                    if name in files:
+                        values = _rescored(files[name], place)
+                        connection.executemany(f"UPDATE rows SET {column} = ? WHERE id = ?", values)
+                    else:
+                        connection.execute("DELETE FROM names WHERE name = ?", (f"rescored:{name}",))
             _set(connection, "rescored_files", states)
 
-    def names(self) -> dict[str, list[str]]:
-        """Of the `component`s and of the `rescored` rewards."""
-        found: dict[str, list[str]] = {"component": [], "rescored": []}
-        for name in self.all("SELECT name FROM names ORDER BY name"):
+    def names(self) -> dict[str, dict[str, str]]:
+        """Of the `component`s and of the `rescored` rewards, with the column of `rows` that has each."""
+        known: dict[str, dict[str, str]] = {"component": {}, "rescored": {}}
+        for key, name in self.all("SELECT key, name FROM names ORDER BY name"):
             family, _, own = name.partition(":")
-            found[family].append(own)
-        return found
+            known[family][own] = f"x{key}"
+        return known
 
     def raw(self, row: int) -> dict[str, Any] | None:
         """A row of samples.jsonl as it is; None if there is no such row (any more)."""
@@ -279,14 +282,12 @@ def _connect(path: Path) -> sqlite3.Connection:
         ):  # fmt: skip
             connection.execute(f"PRAGMA {pragma}")
         path.chmod(0o600)
-        if connection.execute("PRAGMA user_version").fetchone() != (FORMAT,):
+        if connection.execute("PRAGMA user_version").fetchone() == (0,):
             with _transaction(connection):
-                if connection.execute("PRAGMA user_version").fetchone() != (FORMAT,):  # nobody else was faster
-                    for name in _TABLES:
-                        connection.execute(f"DROP TABLE IF EXISTS {name}")
+                if connection.execute("PRAGMA user_version").fetchone() == (0,):  # nobody else was faster
                     for statement in _SCHEMA.split(";"):
                         connection.execute(statement)
-                    connection.execute(f"PRAGMA user_version={FORMAT}")
+                    connection.execute("PRAGMA user_version=1")
     except BaseException:
         connection.close()
         raise
@@ -307,21 +308,27 @@ def _transaction(connection: sqlite3.Connection, deadline: float = math.inf) -> 
     connection.execute("COMMIT")
 
 
-def _key(connection: sqlite3.Connection, name: str) -> int:
-    """Of a name in `extra`."""
-    connection.execute("INSERT OR IGNORE INTO names (name) VALUES (?)", (name,))
-    key: int = connection.execute("SELECT key FROM names WHERE name = ?", (name,)).fetchone()[0]
-    return key
+def _column(connection: sqlite3.Connection, name: str) -> str | None:
+    """That of `rows` for a name in `names`, made if there is none yet; None if there are too many."""
+    limit = "SELECT ? WHERE (SELECT count(*) FROM names) < ?"
+    connection.execute(f"INSERT OR IGNORE INTO names (name) {limit}", (name, MOST_NAMES))
+    key = connection.execute("SELECT key FROM names WHERE name = ?", (name,)).fetchone()
+    if key is None:
+        return None
+    column = f"x{key[0]}"
+    if not connection.execute("SELECT 1 FROM pragma_table_info('rows') WHERE name = ?", (column,)).fetchone():
+        connection.execute(f"ALTER TABLE rows ADD COLUMN {column} REAL")
+    return column
 
 
-def _rescored(file: Path, place: Mapping[tuple[int, str, int], int]) -> Iterator[tuple[int, float]]:
-    """(row, reward); `place` says which row has a (step, group, sample)."""
+def _rescored(file: Path, place: Mapping[tuple[int, str, int], int]) -> Iterator[tuple[float, int]]:
+    """(reward, row); `place` says which row has a (step, group, sample)."""
     with file.open("rb") as lines:
         for row in map(parsed, lines):
             at = place.get((whole(row.get("step")) or 0, str(row.get("group_id")), whole(row.get("sample")) or 0))
             value = number(row.get("reward"))
             if value is not None and at is not None:
-                yield at, value
+                yield value, at
 
 
 def _step(name: str) -> int:

@@ -152,8 +152,8 @@ class Run:
             samples=samples,
             kept_groups=groups,
             has=Has(
-                tokens=bool(tokens), correct=bool(correct), staleness=bool(staleness), components=names["component"],
-                rescored=names["rescored"], results=self.is_evaluation,
+                tokens=bool(tokens), correct=bool(correct), staleness=bool(staleness), components=list(names["component"]),
+                rescored=list(names["rescored"]), results=self.is_evaluation,
             ),
         )  # fmt: skip
 

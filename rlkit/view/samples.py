@@ -55,9 +55,9 @@ def samples(run: Run, asked: SamplesAsked) -> schema.SamplesResult:
     (total,) = run.index.all(f"SELECT count(*) FROM rows WHERE {where.text}", *where.parameters)
     after = _after(asked.cursor, key, asked.order)
     page = run.index.all(
-        f"SELECT id, {key.text} AS key FROM rows WHERE {where.text} AND {after.text} "
+        f"SELECT id, {key} AS key FROM rows WHERE {where.text} AND {after.text} "
         f"ORDER BY key IS NULL, key {asked.order}, id LIMIT ?",
-        *key.parameters, *where.parameters, *after.parameters, asked.limit + 1,
+        *where.parameters, *after.parameters, asked.limit + 1,
     )  # fmt: skip
     chosen = page[: asked.limit]
     more = len(page) > asked.limit
@@ -65,7 +65,7 @@ def samples(run: Run, asked: SamplesAsked) -> schema.SamplesResult:
     return schema.SamplesResult(total=total, rows=summaries(run, [row for row, _ in chosen]), next=cursor)
 
 
-def _after(cursor: str, key: Sql, order: str) -> Sql:
+def _after(cursor: str, key: str, order: str) -> Sql:
     """What comes behind the last row of a page: keys beyond its key, equal ones by id, then those without a key."""
     if not cursor:
         return Sql("1")
@@ -75,60 +75,41 @@ def _after(cursor: str, key: Sql, order: str) -> Sql:
     except (ValueError, TypeError, OverflowError):
         raise UserError(f"cursor={cursor[:40]}: not one that this list gave; ask without it") from None
     if value is None:
-        return Sql(f"({key.text} IS NULL AND id > ?)", (*key.parameters, row))
+        return Sql(f"({key} IS NULL AND id > ?)", (row,))
     sign = "<" if order == "desc" else ">"
-    text = f"({key.text} IS NULL OR {key.text} {sign} ? OR ({key.text} = ? AND id > ?))"
-    return Sql(text, (*key.parameters, *key.parameters, value, *key.parameters, value, row))
+    return Sql(f"({key} IS NULL OR {key} {sign} ? OR ({key} = ? AND id > ?))", (value, value, row))
 
 
 def summaries(run: Run, ids: Sequence[int]) -> list[schema.SampleSummary]:
     """Of these rows, in this order; rows that are gone are left out."""
     places = ", ".join("?" * len(ids))
+    names = run.index.names()
     columns = ", ".join(f'rows."{name}"' for name in SHOWN)
+    further = "".join(f", rows.{column}" for family in names.values() for column in family.values())
+    heads = "ifnull(heads.prompt, ''), ifnull(heads.response, '')"
     rows = run.index.all(
-        f"SELECT {columns}, {field('tokens', {}).text}, ifnull(heads.prompt, ''), ifnull(heads.response, '') "
+        f"SELECT {columns}, {field('tokens', {}).text}, {heads}{further} "
         f"FROM rows LEFT JOIN heads USING (id) WHERE rows.id IN ({places})",
         *ids,
     )
-    extra = run.index.all(
-        f"SELECT extra.id, names.name, value FROM names CROSS JOIN extra ON extra.name = key AND id IN ({places})", *ids
-    )
-    values: dict[int, dict[str, dict[str, float]]] = {row: {"component": {}, "rescored": {}} for row in ids}
-    for row, name, value in extra:
-        family, _, own = name.partition(":")
-        values[row][family][own] = value
+    shown = [*SHOWN, "has_tokens", "prompt_head", "response_head"]
     found = {}
-    names = [*SHOWN, "has_tokens", "prompt_head", "response_head"]
     for row in rows:
-        known: dict[str, Any] = dict(zip(names, row, strict=True))
-        own = values[known["id"]]
-        found[known["id"]] = schema.SampleSummary(**known, components=own["component"], rescored=own["rescored"])
+        known: dict[str, Any] = dict(zip(shown, row, strict=False))
+        numbers = iter(row[len(shown) :])
+        own = {family: {name: next(numbers) for name in names[family]} for family in names}
+        components, rescored = ({k: v for k, v in own[f].items() if v is not None} for f in ("component", "rescored"))
+        found[known["id"]] = schema.SampleSummary(**known, components=components, rescored=rescored)
     return [found[row] for row in ids if row in found]
 
 
 def columns(run: Run, names: Sequence[str], asked: Restricted) -> list[np.ndarray]:
     """Numbers [N] of the chosen samples in the order of the file, one array per name; unknown: NaN."""
     keys, where = [_number(run, name) for name in names], _where(run, asked)
-    plain = [key.text for key in keys if not key.parameters]
-    ids, *known = _numbers(run, ["id", *plain], f"rows WHERE {where.text} ORDER BY id", where.parameters)
-    # Of components and rescored rewards it is faster to read all values than to look each one up.
-    return [_extra(run, key, ids) if key.parameters else known.pop(0) for key in keys]
-
-
-def _extra(run: Run, key: Sql, ids: np.ndarray) -> np.ndarray:
-    named = "extra WHERE name = (SELECT key FROM names WHERE names.name = ?)"
-    rows, values = _numbers(run, ["id", "value"], named, key.parameters)
-    place = np.searchsorted(rows, ids)
-    there = np.append(rows, np.nan)[place] == ids
-    return np.where(there, np.append(values, np.nan)[place], np.nan)
-
-
-def _numbers(run: Run, select: Sequence[str], source: str, parameters: Sequence[Any]) -> np.ndarray:
-    """[columns, rows] of a query; unknown: NaN."""
-    known = ", ".join(f"ifnull({one}, 9e999)" for one in select)  # no recorded number is infinite
-    values = chain.from_iterable(run.index.connection().execute(f"SELECT {known} FROM {source}", parameters))
-    table = np.fromiter(values, np.float64).reshape(-1, len(select)).T
-    return np.where(np.isinf(table), np.nan, table)
+    known = ", ".join(f"ifnull({key}, 9e999)" for key in keys)  # no recorded number is infinite
+    rows = run.index.connection().execute(f"SELECT {known} FROM rows WHERE {where.text} ORDER BY id", where.parameters)
+    table = np.fromiter(chain.from_iterable(rows), np.float64).reshape(-1, len(keys)).T
+    return list(np.where(np.isinf(table), np.nan, table))
 
 
 class HistogramAsked(Restricted):
@@ -196,12 +177,12 @@ def distribution(run: Run, asked: DistributionAsked) -> schema.DistributionResul
     )
 
 
-def _number(run: Run, name: str) -> Sql:
-    """A column of numbers. Raises FilterError."""
+def _number(run: Run, name: str) -> str:
+    """The SQL of a column of numbers. Raises FilterError."""
     sql = field(name, run.index.names())
     if sql.kind == "text":
         raise FilterError(0, f"{name} is a text, not a number")
-    return sql
+    return sql.text
 
 
 def _where(run: Run, asked: Restricted) -> Sql:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlkit.view.filter import SQL, FilterError, compile_filter, field
 
-NAMES = {"component": ["format", "math/format", "odd name"], "rescored": ["strict"]}
+NAMES = {"component": {"format": "x1", "math/format": "x3", "odd name": "x4"}, "rescored": {"strict": "x2"}}
 ROWS = [
     # id, reward, correct, finish_reason, dropped, valid
     (0, 2.0, 0.0, "stop", None, 1),
@@ -26,16 +26,13 @@ FORMAT = {0: 1.0, 1: 0.0, 3: 0.4}
 def table() -> sqlite3.Connection:
     connection = sqlite3.connect(":memory:")
     names = sorted({match for sql, _ in SQL.values() for match in re.findall(r'rows\."?(\w+)', sql)})
-    columns = ", ".join(f'"{name}"' for name in names)
+    columns = ", ".join(f'"{name}"' for name in [*names, "x1", "x2", "x3", "x4"])
     connection.execute(f"CREATE TABLE rows ({columns})")
-    connection.execute("CREATE TABLE names (key, name)")
-    connection.execute("CREATE TABLE extra (name, id, value)")
     connection.execute("CREATE TABLE token_rows (step, group_id, sample)")
     kept = '"id", "reward", "correct", "finish_reason", "dropped", "valid"'
     connection.executemany(f"INSERT INTO rows ({kept}) VALUES (?, ?, ?, ?, ?, ?)", ROWS)
-    connection.execute("INSERT INTO names VALUES (1, 'component:format'), (2, 'rescored:strict')")
-    connection.executemany("INSERT INTO extra VALUES (1, ?, ?)", FORMAT.items())
-    connection.execute("INSERT INTO extra VALUES (2, 0, 0.0)")
+    connection.executemany("UPDATE rows SET x1 = ? WHERE id = ?", [(value, row) for row, value in FORMAT.items()])
+    connection.execute("UPDATE rows SET x2 = 0.0 WHERE id = 0")
     return connection
 
 

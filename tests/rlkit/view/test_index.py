@@ -94,7 +94,23 @@ def test_lines_that_are_no_rows_keep_their_numbers(run: Path) -> None:
     assert indexed(index) == [(3, 1), (4, 0), (6, 5)]
     row = index.connection().execute("SELECT reward, length, group_id FROM rows WHERE id = 4").fetchone()
     assert row == (None, None, "g?")
-    assert index.names()["component"] == ["b"]
+    assert list(index.names()["component"]) == ["b"]
+
+
+def test_more_names_than_a_table_has_columns_leave_the_rest_in_the_file(run: Path) -> None:
+    rows = [line(i, components={f"{i}/{j}": 1.0 for j in range(90)}) for i in range(12)]
+    (run / "samples.jsonl").write_bytes(b"".join(rows[:1]))
+    index = SampleIndex(run)
+    indexed(index)
+    first = index.names()["component"]
+    with (run / "samples.jsonl").open("ab") as file:
+        file.write(b"".join(rows[1:]))
+    assert len(indexed(index)) == 12
+    known = index.names()["component"]
+    assert len(known) == 1000 and known.items() >= first.items() and len(first) == 90
+    (value,) = index.all(f"SELECT {first['0/7']} FROM rows WHERE id = 0")
+    assert value == 1.0
+    assert index.raw(11) == json.loads(rows[11])
 
 
 def test_full_text_knows_the_first_4096_characters(run: Path) -> None:
@@ -145,15 +161,17 @@ def test_token_files_and_rescored_rewards_come_and_go(tmp_path: Path) -> None:
 
     tokens = count("token_rows")
     assert tokens > 0
-    assert index.names()["rescored"] == ["strict"]
+    assert list(index.names()["rescored"]) == ["strict"]
+    column = index.names()["rescored"]["strict"]
+    assert count(f"rows WHERE {column} IS NOT NULL") > 0
     sorted((run / "tokens").glob("*"))[0].unlink()
     (run / "rescored" / "strict.jsonl").write_text("{}\n")
     indexed(index)
     assert 0 < count("token_rows") < tokens
-    assert count("extra WHERE name = (SELECT key FROM names WHERE name = 'rescored:strict')") == 0
+    assert count(f"rows WHERE {column} IS NOT NULL") == 0
     shutil.rmtree(run / "rescored")
     indexed(index)
-    assert index.names()["rescored"] == []
+    assert index.names()["rescored"] == {}
 
 
 def _follow_until(run: Path, rows: int, cache: str, sums: Any) -> None:
