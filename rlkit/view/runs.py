@@ -152,10 +152,14 @@ class Run:
             samples=samples,
             kept_groups=groups,
             has=Has(
-                tokens=bool(tokens), correct=bool(correct), staleness=bool(staleness), components=list(names["component"]),
-                rescored=list(names["rescored"]), results=self.is_evaluation,
+                tokens=bool(tokens),
+                correct=bool(correct),
+                staleness=bool(staleness),
+                components=list(names["component"]),
+                rescored=list(names["rescored"]),
+                results=self.is_evaluation,
             ),
-        )  # fmt: skip
+        )
 
     def _recorded(self) -> tuple[int, int, int, int, int]:
         row: tuple[int, int, int, int, int] = self.index.all(
