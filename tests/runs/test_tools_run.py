@@ -86,8 +86,13 @@ def test_tools_of_a_server(here: Path) -> None:
     steps = [record for record in run.records() if record["kind"] == "step"]
     assert len(steps) == 2 and all(record["reward/failed"] == 0 for record in steps)
     assert any(text.lstrip("-").isdigit() for text in said(run)), "the agent calls `calc`"
-    assert [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(here)] == []
     assert run.left_after(10) == []
+    end = time.monotonic() + 10  # a server ends once whoever spoke to it is gone
+    while (
+        left := [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(here)]
+    ) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert left == []
 
 
 @pytest.mark.slow
