@@ -85,8 +85,13 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def remove_partial(checkpoints: Path) -> None:
+    """Remove the remains of interrupted writes. A checkpoint whose successor did not take its place has it back."""
     for leftover in checkpoints.glob(".step_*"):
-        shutil.rmtree(leftover)
+        place = checkpoints / leftover.stem[1:]
+        if leftover.suffix == ".replaced" and not place.exists():
+            leftover.rename(place)
+        else:
+            shutil.rmtree(leftover)
 
 
 def seal(

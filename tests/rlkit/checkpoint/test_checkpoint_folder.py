@@ -70,6 +70,28 @@ def test_what_could_not_come_back_is_refused(strange: Any) -> None:
         to_json(strange)
 
 
+def test_a_checkpoint_whose_successor_cannot_take_its_place_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make(tmp_path, 3, best=0.25)
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError("stale file handle")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="stale"):
+            make(tmp_path, 3, best=0.5)
+    stage(tmp_path, 4)
+    assert open_checkpoint(first).manifest["best"] == 0.25
+    make(tmp_path, 3, best=0.5)
+    assert open_checkpoint(first).manifest["best"] == 0.5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003"]
+
+
 def test_only_a_sealed_folder_has_a_checkpoints_name(tmp_path: Path) -> None:
     staged = stage(tmp_path, 3)
     (staged / "half").write_text("x")
