@@ -126,8 +126,8 @@ def validated() -> list[tuple[str, str]]:
     package: tests/runs/test_verifiers_run.py."""
     modules = ("train", "serve", "evaluate", "generate", "rescore")
     kinds = tuple(f"python -m rlkit.{module}" for module in modules)
-    own = [(page, command) for page, command in commands() if command.startswith(kinds)]
-    return [(page, command) for page, command in own if "environment=verifiers" not in command]
+    own = {command: page for page, command in commands() if command.startswith(kinds)}
+    return [(page, command) for command, page in own.items() if "environment=verifiers" not in command]
 
 
 @pytest.mark.parametrize(("page", "command"), validated())

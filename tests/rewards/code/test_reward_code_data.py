@@ -106,9 +106,10 @@ def human_eval_solution(row: Row) -> str:
     return str(row["prompt"] + row["canonical_solution"])
 
 
-def test_all_reference_solutions_of_human_eval_pass(human_eval: CodeReward) -> None:
-    rows = human_eval_rows()
-    assert len(rows) == 164
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_reference_solutions_of_human_eval_pass(human_eval: CodeReward, step: int) -> None:
+    assert len(human_eval_rows()) == 164
+    rows = human_eval_rows()[::step]
     scored = judged(human_eval, rows, [[human_eval_solution(row)] for row in rows])
     assert {row["task_id"]: score for row, (score,) in zip(rows, scored, strict=True) if score.value != 1} == {}
 
@@ -119,9 +120,10 @@ def test_the_end_of_a_function_is_a_solution_of_human_eval(human_eval: CodeRewar
     assert [score.value for (score,) in scored] == [1] * len(rows)
 
 
-def test_all_reference_solutions_of_mbpp_pass(mbpp: CodeReward) -> None:
-    rows = mbpp_rows()
-    assert len(rows) == 100
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_reference_solutions_of_mbpp_pass(mbpp: CodeReward, step: int) -> None:
+    assert len(mbpp_rows()) == 100
+    rows = mbpp_rows()[::step]
     scored = judged(mbpp, rows, [[row["code"]] for row in rows])
     assert {row["task_id"]: score for row, (score,) in zip(rows, scored, strict=True) if score.value != 1} == {}
 

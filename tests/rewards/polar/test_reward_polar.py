@@ -329,9 +329,10 @@ def test_folders_that_hold_no_discriminator_are_refused(tmp_path: Path, folder: 
 # ---- in its process -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
 def test_it_scores_in_its_own_process_and_ends_with_it(folder: Path, backend: str) -> None:
     from rlkit.serving.pool import RewardPool
 
