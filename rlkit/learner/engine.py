@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,7 +72,8 @@ def init_process_group(
 ) -> None:
     """Join the ranks (DeepSpeed needs a process group even for one).
 
-    Collective operations fail after `seconds` (None: DeepSpeed's default); NCCL ends the process.
+    Collective operations fail after `seconds` (None: DeepSpeed's default), those of the groups that DeepSpeed makes for
+    itself, too; NCCL ends the process.
     """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port)
@@ -87,6 +88,8 @@ def init_process_group(
     timeout = deepspeed.constants.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
     if dist.is_initialized():  # one process group per process: tests build several learners in theirs
         return
+    if world_size > 1:  # DeepSpeed would leave its own groups torch's time-out
+        dist.new_group = partial(dist.new_group, timeout=timeout)
     # The store of a group that DeepSpeed or torch makes listens on every interface, without any authentication.
     store: dict[str, Any] = {}
     if rank == 0:

@@ -5,14 +5,12 @@ A rank that dies ends the others; one that hangs keeps them in a collective oper
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -78,8 +76,6 @@ def join_ranks(rank: int, ranks: int, port: int, device: str, threads: int, seed
     torch.manual_seed(seed)
     if dist.is_initialized():  # the tests' process runs several trainings
         return
-    if ranks > 1:  # DeepSpeed makes its own groups, and would leave them torch's time-out
-        dist.new_group = functools.partial(dist.new_group, timeout=timedelta(seconds=seconds))
     init_process_group(rank, ranks, "127.0.0.1", port, device, seconds)
 
 
