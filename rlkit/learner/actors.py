@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 class LearnerWorker(Rank):
     sender: WeightSender | None = None
 
-    def load(self) -> int:
-        """Return the number of parameters."""
+    def load(self) -> None:
         from rlkit.learner.policy import PolicyLearner
 
         config = self.config
@@ -51,7 +50,6 @@ class LearnerWorker(Rank):
             lora=config.model.lora,
             diagnostics=measuring(config.diagnostics, plain(config)),
         )
-        return int(self.learner.engine.module.model.num_parameters())
 
     @property
     def trained(self) -> PolicyLearner:
@@ -129,10 +127,12 @@ class LearnerWorker(Rank):
             torch.cuda.empty_cache()
 
     def checkpoint_bytes(self) -> int:
+        from rlkit.learner.adapter import adapter_metas
+
         weights = sum(meta.bytes for meta in self.learner.weight_metas())
         moving = REFERENCE in self.learner.frozen and self.algorithm.config.reference_every_steps > 0
-        adapter = sum(tensor.nbytes for _, tensor in self.learner.adapter_weights()) if self.config.model.lora else 0
-        return super().checkpoint_bytes() + weights * (1 + moving) + adapter
+        factors = adapter_metas(self.learner.engine.module.model) if self.config.model.lora else []
+        return super().checkpoint_bytes() + weights * (1 + moving) + sum(meta.bytes for meta in factors)
 
     def save_frozen(self, name: str, folder: str) -> list[WrittenFile]:
         """Return the files of a model that is held (on rank 0)."""
