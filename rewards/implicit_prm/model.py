@@ -292,7 +292,7 @@ class ImplicitModel:
         with self._on_device():
             model = self.engine.module.model
             weights = gathered_parameters(model, zero_stage=0)  # one rank holds all
-            save_policy(model.config, *with_buffers(model, parameter_metas(model), weights), folder)
+            save_policy(model, *with_buffers(model, parameter_metas(model), weights), folder)
         load_tokenizer(self.path).save_pretrained(folder)
 
     def state_dict(self) -> Mapping[str, Any]:

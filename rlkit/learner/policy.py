@@ -72,17 +72,13 @@ class PolicyLearner:
         policy = load_to_train(load_causal_lm, model_path, config, device, trust_remote_code=trust_remote_code)
         if lora is not None:
             add_adapter(policy.model, lora)
-        self.hf_config = policy.model.config
         self.engine = build_engine(policy, config, device)
         self._load_frozen = partial(load_frozen, load_causal_lm, config=config, device=device)
         self._trusted = trust_remote_code
         self.base = None if lora is None else WithoutAdapter(self.engine)
         self.frozen: dict[str, Any] = {}
         """Models that only run forward: `reference`, and folders."""
-        needs = algorithm.needs()
-        models = {one.model for one in needs.passes.values()} - {POLICY}
-        if needs.reference_policy and reference:
-            models.add(REFERENCE)
+        models = algorithm.needs().frozen_models(references_cached=not reference)
         if REFERENCE in models and self.base is not None:
             models.remove(REFERENCE)
             self.frozen[REFERENCE] = self.base
@@ -274,4 +270,4 @@ class PolicyLearner:
             for _ in weights:
                 pass  # ZeRO-3 gathers on all ranks
             return []
-        return save_policy(self.hf_config, *with_buffers(model, parameter_metas(model), weights), folder)
+        return save_policy(model, *with_buffers(model, parameter_metas(model), weights), folder)

@@ -26,23 +26,24 @@ SHARD_BYTES = 5 * 2**30
 
 
 def save_policy(
-    hf_config: Any,
+    trained: Any,
     metas: Sequence[TensorMeta],
     weights: Iterable[tuple[str, Tensor]],
     folder: Path,
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[WrittenFile]:
-    """Write the weights, which come in the order of `metas`, config and generation config; return the weights' files.
+    """Write the weights, which come in the order of `metas`, config, generation config and the code of a model that
+    brings its own; return the weights' files.
 
     They come under the names they have in the model, and are written under those of a checkpoint.
     Raises ValueError, before anything is written, if a parameter of the architecture is not among them.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import custom_object_save
 
     with torch.device("meta"):
         # A copy: transformers writes the attention's name into the configuration, which the trained model shares.
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager")
+        model = type(trained)._from_config(copy.deepcopy(trained.config), attn_implementation="eager")
     names = {meta.name for meta in metas}
     left = [name for name, _ in model.named_parameters() if name not in names]
     if left:
@@ -50,6 +51,8 @@ def save_policy(
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(metas[0].dtype).removeprefix("torch.")
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

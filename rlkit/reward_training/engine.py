@@ -1,4 +1,4 @@
-"""The optimizer step that fine-tuning and offline reward training share, in a DeepSpeed engine."""
+"""The optimizer step of offline reward training, in a DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ class SupervisedEngine(Generic[T]):
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if done.skipped else 0
         if self.skipped_in_a_row >= self.MAX_SKIPPED:
             raise StepSkipped(
-                f"{self.skipped_in_a_row} optimizer steps in a row had no finite gradient (last loss {value.item()}): "
-                "lower learner.learning_rate or look at the data"
+                f"{self.skipped_in_a_row} optimizer steps in a row had no finite gradient (last loss "
+                f"{self._summed(value)}): lower reward.learning_rate or look at the data"
             )
         return self._summed(value)
 
@@ -138,7 +138,7 @@ def save_language_model(training: SupervisedEngine[Any], folder: Path) -> None:
     model = training.engine.module.model
     weights = gathered_parameters(model, training.config.zero_stage)
     if dist.get_rank() == 0:
-        save_policy(model.config, *with_buffers(model, parameter_metas(model), weights), folder)
+        save_policy(model, *with_buffers(model, parameter_metas(model), weights), folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
     for _ in weights:

@@ -35,9 +35,7 @@ def test_names_and_tensors_are_those_of_the_checkpoint(model_type: str, tmp_path
     for name, tensor in sent:
         assert torch.equal(tensor, checkpoint[name]), name
 
-    save_policy(
-        model.config, *with_buffers(model, parameter_metas(model), model.named_parameters()), tmp_path / "saved"
-    )
+    save_policy(model, *with_buffers(model, parameter_metas(model), model.named_parameters()), tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == checkpoint.keys()
     assert all(torch.equal(saved[name], checkpoint[name]) for name in checkpoint)

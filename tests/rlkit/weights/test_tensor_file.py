@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_a_full_disk_is_the_systems_error() -> None:
 def test_a_large_policy_is_written_in_shards_that_transformers_reads(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_tiny_model(tmp_path / "model"))
     weights = list(model.named_parameters())
-    written = save_policy(model.config, parameter_metas(model), iter(weights), tmp_path / "saved", shard_bytes=100_000)
+    written = save_policy(model, parameter_metas(model), iter(weights), tmp_path / "saved", shard_bytes=100_000)
     names = [file.path.name for file in written]
     assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05d}.safetensors"
     assert all(file.bytes == file.path.stat().st_size for file in written)
@@ -76,14 +77,29 @@ def test_a_large_policy_is_written_in_shards_that_transformers_reads(tmp_path: P
     assert back.keys() == {name for name, _ in weights}
     assert all(torch.equal(back[name], tensor) for name, tensor in weights)
     with pytest.raises(ValueError, match=r"no weights for model\.norm\.weight"):
-        save_policy(model.config, parameter_metas(model)[:-1], iter(weights), tmp_path / "half")
+        save_policy(model, parameter_metas(model)[:-1], iter(weights), tmp_path / "half")
     assert not (tmp_path / "half").exists()
+
+
+def test_a_model_s_own_code_comes_along(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    (folder / "modeling_mine.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass Mine(LlamaForCausalLM):\n    pass\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}, "architectures": ["Mine"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    save_policy(model, parameter_metas(model), model.named_parameters(), tmp_path / "saved")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert type(back).__name__ == "Mine" and type(back) is not type(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True))
 
 
 def test_the_folder_is_what_save_pretrained_writes(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_tiny_model(tmp_path / "model")).bfloat16()
     model.save_pretrained(tmp_path / "theirs")
-    save_policy(model.config, parameter_metas(model), model.named_parameters(), tmp_path / "ours")
+    save_policy(model, parameter_metas(model), model.named_parameters(), tmp_path / "ours")
     for name in ("config.json", "generation_config.json"):
         assert (tmp_path / "ours" / name).read_text() == (tmp_path / "theirs" / name).read_text()
     ours, theirs = load_file(tmp_path / "ours/model.safetensors"), load_file(tmp_path / "theirs/model.safetensors")
