@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learner_fixture import build_learner, free_port, write_partitioned_model, write_tiny_model
+from learner_fixture import LIMIT_SECONDS, build_learner, free_port, write_partitioned_model, write_tiny_model
 from learner_rank import (
     FOUR_RANKS,
     RANKS,
     SCENARIOS,
     SHARED_MODELS,
+    bytes_asked_of_one_rank,
     moved_reference,
     outcome,
     scenario_groups,
@@ -146,6 +147,16 @@ def test_scenarios_are_what_their_names_say() -> None:
         assert real[0] != real[1]
     assert microbatches("a silent step") == [[0], [0]]
     assert [sizes[-1] for sizes in microbatches("a silent optimizer step")] == [0, 0]
+
+
+def test_one_rank_knows_the_size_of_a_checkpoint(model: Path, ranks: list[dict[str, Any]]) -> None:
+    """Its adapter's factors are partitioned; nothing is gathered for it."""
+    one = bytes_asked_of_one_rank(model / "partitioned", rank=0)
+    assert ranks[1]["bytes"] is None and ranks[0]["bytes"] == one
+
+
+def test_every_group_has_the_run_s_limit(ranks: list[dict[str, Any]]) -> None:
+    assert [found["limits"] for found in ranks] == [{LIMIT_SECONDS}] * 2
 
 
 def test_ranks_skip_together(ranks: list[dict[str, Any]]) -> None:
