@@ -109,6 +109,14 @@ class AlgorithmNeeds:
     """A sample whose trained tokens all have advantage 0 adds exactly 0 to loss and gradient (layout any): it is not
     computed, but counted in the denominators."""
 
+    def frozen_models(self, references_cached: bool) -> set[str]:
+        """Models that only run forward, beside the policy: `reference` and folders. Of a cached reference, the model is
+        held for other prompts alone."""
+        wanted = {one.model for one in self.passes.values() if one.other_prompts or one.model != REFERENCE}
+        if not references_cached and (self.reference_policy or REFERENCE in {p.model for p in self.passes.values()}):
+            wanted.add(REFERENCE)
+        return wanted - {POLICY}
+
 
 @dataclass(frozen=True)
 class Experience:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from algorithms.base import POLICY, REFERENCE
+from algorithms.base import REFERENCE
 from rewards.base import TrainableReward
 from rlkit.config.activations import Parts, activations, head, kept, layer_inputs
 from rlkit.config.lora import adapter_parameters
@@ -242,10 +242,7 @@ class Process:
 
 def learner_phases(run: ResolvedRun) -> Phases:
     config, cuda, algorithm = run.config, run.config.cluster.device == "cuda", run.make_algorithm()
-    needs = algorithm.needs()
-    frozen = {one.model for one in needs.passes.values()} - {POLICY}
-    if needs.reference_policy and not references_are_cached(config.rollout, algorithm):
-        frozen.add(REFERENCE)
+    frozen = algorithm.needs().frozen_models(references_are_cached(config.rollout, algorithm))
     if config.model.lora is not None:  # the model itself, with its adapter off
         frozen.discard(REFERENCE)
     return rank_phases(

@@ -187,6 +187,13 @@ def test_kto_s_baseline_is_of_the_whole_step() -> None:
         mismatched([groups[0], groups[2]])
 
 
+def test_a_cached_reference_is_held_for_other_prompts_alone() -> None:
+    links = ("sigmoid", "bco", "kto")
+    held = {link: preference(link=link).needs().frozen_models(references_cached=True) for link in links}
+    assert held == {"sigmoid": set(), "bco": set(), "kto": {"reference"}}
+    assert preference(link="bco").needs().frozen_models(references_cached=False) == {"reference"}
+
+
 def test_bco_s_shift_is_halfway_between_good_and_bad() -> None:
     groups = [group("p", (2, 1), (1.0, 0.0)), group("q", (1,), (0.0,))]
     passes = {"own_policy": [[1.0, 1.0], [0.5], [0.1]], "own_reference": [[0.5, 0.5], [0.5], [0.5]]}
