@@ -108,6 +108,11 @@ class _Loading(Loading):
         if stage is not None and stage not in backend.stages:
             message = f"{backend.__name__} can only {' and '.join(backend.stages)}"
             self.problems.append(ConfigIssue(self.sources.where("stage", stage), message))
+        if stage == "evaluate":
+            for key in ("heldout_path", "heldout_split", "heldout_share"):
+                if f"data.{key}" in self.overrides.typed:
+                    remedy = "all rows of data.path are judged"
+                    self.problems.append(ConfigIssue(f"data.{key}", f"has no effect with stage=evaluate: {remedy}"))
         if self._data is not None and "reward" in self.parts:
             for message in backend.check(self.parts["reward"].config, self._data):
                 key, _, text = message.partition(": ")

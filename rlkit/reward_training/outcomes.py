@@ -95,6 +95,8 @@ def without(rollouts: Sequence[Rollout], heldout: Sequence[Rollout]) -> tuple[li
 def _layout(row: Row, config: OutcomeData) -> Layout:
     for layout in ("pairs", "completions", "steps", "responses"):
         _, response, label = _names(layout, config)
+        if layout == "pairs" and label != "rejected":  # a label in words would be taken for a worse response
+            continue
         if {response, label} <= row.keys() and _fits(layout, row[response], row[label]):
             return layout
     if _candidates(row, config):

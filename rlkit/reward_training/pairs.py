@@ -100,7 +100,7 @@ def _responses(row: Row, config: PairRows, origin: str) -> Iterator[tuple[Chat, 
     prompt = prompt_of(row, str(config.prompt_column))
     for column in config.response_columns:
         value = cell(row, column)
-        inside = value if isinstance(value, Mapping) else {config.response_key: value, **row}
+        inside = value if isinstance(value, Mapping) else {**row, config.response_key: value}
         text = _response(cell(inside, config.response_key), column)
         yield prompt, (number(inside, config.label_key), text, f"{origin} {column}")
 

@@ -132,6 +132,12 @@ def test_a_bad_row_is_bad_as_a_whole(tmp_path: Path) -> None:
     assert "lists of equal length" in load(tmp_path, good, row, max_bad_row_share=0.5)[1][0].reason
 
 
+def test_a_label_in_words_is_no_worse_response(tmp_path: Path) -> None:
+    row = {"prompt": "1+1?", "answer": "It is 3", "verdict": "incorrect"}
+    with pytest.raises(DataError, match="no layout fits its columns prompt, answer, verdict"):
+        load(tmp_path, row, response_column="answer", label_column="verdict")
+
+
 def test_columns_that_fit_no_layout_are_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no layout fits its columns query, answer.*data.prompt_column"):
         load(tmp_path, {"query": "?", "answer": "2"})
