@@ -113,7 +113,8 @@ class PreferenceLearner:
     def step(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
         """Return the loss before the step and, of this rank's pairs, accuracy and margin."""
         self._seen = []
-        loss = self.training.step(together(pairs, self._pad_id), float(len(pairs)))
+        items = together(pairs, self._pad_id, self.training.config.tokens_per_microbatch)
+        loss = self.training.step(items, float(len(pairs)))
         chosen, rejected, probability = (
             torch.cat(values).double().cpu().numpy() for values in zip(*self._seen, strict=True)
         )
@@ -123,9 +124,9 @@ class PreferenceLearner:
 
     @torch.no_grad()
     def scores(self, pairs: Sequence[EncodedPair]) -> tuple[Array, Array]:
-        items = [together([pair], self._pad_id)[0] for pair in pairs]
-        chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
         limit = self.training.config.tokens_per_microbatch
+        items = [together([pair], self._pad_id, limit)[0] for pair in pairs]
+        chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
         for batch in split_by_tokens([item.tokens for item in items], limit):
             first, second = self._pair_scores(self.training.engine, [items[i] for i in batch])
             chosen[batch], rejected[batch] = first.double().cpu().numpy(), second.double().cpu().numpy()
@@ -151,19 +152,25 @@ class PreferenceLearner:
         return pair_losses(chosen, rejected, margin, probability, self._centring).sum()
 
 
-def together(pairs: Sequence[EncodedPair], pad_id: int | None) -> list[PromptPairs]:
-    """Group by prompt: its tokens, and a response in several pairs, are then computed once."""
+def together(pairs: Sequence[EncodedPair], pad_id: int | None, limit: int) -> list[PromptPairs]:
+    """Group by prompt: its tokens, and a response in several pairs, are then computed once. Groups of more than `limit`
+    tokens are halved, down to a pair."""
     by_prompt: dict[Any, list[EncodedPair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.pair.prompt, []).append(pair)
-    items = []
-    for members in by_prompt.values():
-        read = [(until_read(pair.chosen, pad_id), until_read(pair.rejected, pad_id)) for pair in members]
-        sequences = list(dict.fromkeys(ids for both in read for ids in both))
-        index = {ids: i for i, ids in enumerate(sequences)}
-        indices = tuple((index[chosen], index[rejected]) for chosen, rejected in read)
-        items.append(PromptPairs(Tree.of(sequences), indices, rows=tuple(pair.pair for pair in members)))
-    return items
+    return [item for members in by_prompt.values() for item in _items_within(members, pad_id, limit)]
+
+
+def _items_within(members: Sequence[EncodedPair], pad_id: int | None, limit: int) -> list[PromptPairs]:
+    read = [(until_read(pair.chosen, pad_id), until_read(pair.rejected, pad_id)) for pair in members]
+    sequences = list(dict.fromkeys(ids for both in read for ids in both))
+    index = {ids: i for i, ids in enumerate(sequences)}
+    indices = tuple((index[chosen], index[rejected]) for chosen, rejected in read)
+    item = PromptPairs(Tree.of(sequences), indices, rows=tuple(pair.pair for pair in members))
+    if item.tokens <= limit or len(members) == 1:
+        return [item]
+    half = len(members) // 2
+    return [*_items_within(members[:half], pad_id, limit), *_items_within(members[half:], pad_id, limit)]
 
 
 def measure_folder(

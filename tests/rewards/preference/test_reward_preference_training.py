@@ -157,6 +157,29 @@ def test_outcomes_become_pairs_of_one_prompt(tmp_path: Path) -> None:
     assert len(pairs_of(tmp_path, rows, form="outcomes", max_pairs_per_prompt=1)) == 1
 
 
+def test_a_column_that_is_called_like_a_key_of_responses_stays_out_of_them(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "A", "response": text, "is_correct": ok, "solution": "the gold one"}
+        for text, ok in (("right", True), ("wrong", False))
+    ]
+    (pair,) = pairs_of(tmp_path, rows, form="outcomes")
+    assert (pair.chosen, pair.rejected) == ("right", "wrong")
+
+
+def test_pairs_of_one_prompt_are_cut_where_they_are_too_many() -> None:
+    prompt = (Message("user", "Which?"),)
+    pairs = [
+        EncodedPair(Pair(prompt, str(b), str(w)), (1, 2, *[b] * 30), (1, 2, *[w] * 30))
+        for b in range(10, 14)
+        for w in range(20, 24)
+    ]
+    (whole,) = together(pairs, None, 10_000)
+    items = together(pairs, None, 200)
+    assert whole.tokens > 200 and all(item.tokens <= 200 for item in items)
+    assert [row for item in items for row in item.rows] == list(whole.rows)
+    assert [len(item.pairs) for item in together(pairs, None, 1)] == [1] * 16
+
+
 def test_no_prompt_is_on_both_sides(tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{i % 50}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(200)]
     config = PairRows(path=rows_file(tmp_path, rows), heldout_share=0.3)
@@ -193,10 +216,10 @@ def test_a_prompt_and_a_response_in_several_pairs_are_packed_once() -> None:
         EncodedPair(Pair(prompt, "a", "b"), (1, 2, 3, 9), (1, 2, 4, 9)),
         EncodedPair(Pair(prompt, "a", "c"), (1, 2, 3, 9), (1, 2, 5, 9)),
     ]
-    (item,) = together(pairs, pad_id=0)
+    (item,) = together(pairs, pad_id=0, limit=10_000)
     assert item.tree.prefix == (1, 2) and item.tree.suffixes == ((3, 9), (4, 9), (5, 9))
     assert item.pairs == ((0, 1), (0, 2))
-    (padded,) = together(pairs[:1], pad_id=9)
+    (padded,) = together(pairs[:1], pad_id=9, limit=10_000)
     assert padded.tree.suffixes == ((3,), (4,))
 
 
