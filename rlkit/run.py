@@ -220,9 +220,10 @@ async def _start(
     )
     placement = Placement(stack.enter_context(released(await reserve(config, bundles, ROOM_SECONDS))), bundles)
     sampled_model = model_path if rollout.source_path is None else str(model_folder(rollout.source_path))
-    pool = RolloutPool(config, sampled_model, logs, placement.of("rollout")) if rollout.workers else None
+    told = _found_from_anywhere(config)
+    pool = RolloutPool(told, sampled_model, logs, placement.of("rollout")) if rollout.workers else None
     critic_path = model_path if config.critic.path is None else str(model_folder(config.critic.path))
-    learner = JointLearner.create(config, algorithm, model_path, critic_path, logs, placement, data.render)
+    learner = JointLearner.create(told, algorithm, model_path, critic_path, logs, placement, data.render)
     starts: dict[str, Callable[[], Awaitable[Any]]] = {"learner": learner.policy.start}
     if pool is not None:
         starts["sampler"] = pool.start
@@ -310,6 +311,14 @@ def _differs_from_the_reward(resolved: ResolvedRun) -> bool:
     """Options of the reward must not move the yardstick."""
     reward, verifier = resolved.reward_class, resolved.verifier_class
     return reward is not verifier or resolved.reward_config != resolved.verifier_config
+
+
+def _found_from_anywhere(config: RunConfig) -> RunConfig:
+    """For actors, which may have another working folder."""
+    if config.model.chat_template is None:
+        return config
+    template = str(Path(config.model.chat_template).expanduser().absolute())
+    return config.model_copy(update={"model": config.model.model_copy(update={"chat_template": template})})
 
 
 def _startup(config: RunConfig) -> tuple[float, str]:
