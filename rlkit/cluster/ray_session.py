@@ -52,7 +52,7 @@ def ray_session(config: ClusterConfig, logs: Path, store_bytes: float) -> Iterat
             own = {TOKEN: token, "TMPDIR": str(folder), AUTHENTICATION: "token"}
             stack.enter_context(_environment(**own, **NO_IDLE_WORKERS))
             _enable_token_auth()  # Ray's default too, but not a default that may change; it may be imported already
-            stack.enter_context(_loopback_taken_literally())
+            stack.enter_context(_changed_ray())
             stack.callback(ray.shutdown)
             stack.enter_context(janitor(token, folder, logs))
             _start(
@@ -96,17 +96,28 @@ def _refuse_open_doors() -> None:
 
 
 @contextmanager
-def _loopback_taken_literally() -> Iterator[None]:
+def _changed_ray() -> Iterator[None]:
     """Ray 2.60 replaces the node address 127.0.0.1 by one that other machines reach. All its servers bind to loopback
-    alone when the address really is 127.0.0.1, and to every interface otherwise."""
-    from ray._private import services
+    alone when the address really is 127.0.0.1, and to every interface otherwise.
 
-    replaced = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
+    Nor does it start two processes of which nothing is wanted here: the reader of workers' logs, and the autoscaler.
+    """
+    from ray._private import services
+    from ray._private.node import Node
+
+    changes: list[tuple[Any, str, Any]] = [
+        (services, "resolve_ip_for_localhost", lambda host: host),
+        (Node, "start_log_monitor", lambda node: None),
+        (Node, "start_monitor", lambda node: None),
+    ]
+    replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    for owner, name, changed in changes:
+        setattr(owner, name, changed)
     try:
         yield
     finally:
-        services.resolve_ip_for_localhost = replaced
+        for owner, name, original in replaced:
+            setattr(owner, name, original)
 
 
 def _temporary_folder() -> Path:
