@@ -8,7 +8,8 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from rlkit.cluster.ray_session import ray_session
 from rlkit.cluster.waiting import blocking, waiting
 from rlkit.config.command import print_error
 from rlkit.config.parts import ResolvedRun, config_text, plain
-from rlkit.config.plan import asks_reward, gpu_shares, references_are_cached
+from rlkit.config.plan import asks_reward, gpu_shares, references_are_cached, sampled_path
 from rlkit.config.schema import RunConfig
 from rlkit.config.store import object_store_bytes
 from rlkit.data.order import order_of
@@ -119,10 +120,7 @@ async def _train(
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stop.on, number)
         try:
-            async with waiting("the start", "the data to be read", *_startup(config)):
-                data = await reading
-            tracker.phase_done(READING)
-            await _fit(resolved, data, folder, tracker, point, closing, began, stop)
+            await _fit(resolved, reading, folder, tracker, point, closing, began, stop)
         except asyncio.CancelledError:
             stop.check()  # by its name
             raise
@@ -130,7 +128,7 @@ async def _train(
 
 async def _fit(
     resolved: ResolvedRun,
-    data: Loaded,
+    reading: asyncio.Future[Loaded],
     folder: RunFolder,
     tracker: Tracker,
     point: ResumePoint | None,
@@ -138,17 +136,24 @@ async def _fit(
     began: float,
     stop: Stop,
 ) -> None:
-    """With data and Ray."""
-    resolved = with_epochs(resolved, len(data.train))
-    config = resolved.config
-    tracker.total_steps(config.trainer.total_steps)
-    if point is not None and (done := point.nothing_left(config.trainer.total_steps)):
-        tracker.message(done)
-        return
-    await _try_architecture(config, tracker)
+    """With Ray."""
     async with contextlib.AsyncExitStack() as stack:
+        engines = _Engines(resolved, folder.logs, stack)
         try:
-            trainer = await _start(resolved, folder, tracker, data, stack, began, stop)
+            # They may not be wanted where the data say that nothing is left to do, or an architecture is not known.
+            if point is None and known_run(model_folder(resolved.config.model.path)) is not None:
+                engines.load()
+            async with waiting("the start", "the data to be read", *_startup(resolved.config)):
+                data = await reading
+            tracker.phase_done(READING)
+            resolved = with_epochs(resolved, len(data.train))
+            config = resolved.config
+            tracker.total_steps(config.trainer.total_steps)
+            if point is not None and (done := point.nothing_left(config.trainer.total_steps)):
+                tracker.message(done)
+                return
+            await _try_architecture(config, tracker)
+            trainer = await _start(resolved, folder, tracker, data, engines, stack, began, stop)
             if point is None:
                 folder.keep_only({})
             else:
@@ -197,11 +202,59 @@ async def _go_on(trainer: Trainer, point: ResumePoint, tracker: Tracker) -> None
     tracker.resume(trainer.version, trainer.headline, trainer.heldout)
 
 
+class _Engines:
+    """The places of all actors, and the rollout workers, which take the longest to load: while the data are read."""
+
+    def __init__(self, resolved: ResolvedRun, logs: Path, stack: contextlib.AsyncExitStack) -> None:
+        self._resolved, self._logs, self._stack = resolved, logs, stack
+        self._loading: asyncio.Task[None] | None = None
+
+    @cached_property
+    def placed(self) -> asyncio.Task[tuple[Placement, RolloutPool | None]]:
+        return self._begun(self._place())
+
+    async def _place(self) -> tuple[Placement, RolloutPool | None]:
+        resolved = self._resolved
+        config, algorithm = resolved.config, resolved.make_algorithm()
+        bundles = plan_bundles(
+            config,
+            critic_ranks=config.critic.ranks if algorithm.needs().critic else 0,
+            reward_workers=resolved.reward_config.workers if asks_reward(config.rollout, algorithm) else 0,
+        )
+        group = self._stack.enter_context(released(await reserve(config, bundles, ROOM_SECONDS)))
+        placement = Placement(group, bundles)
+        if not config.rollout.workers:
+            return placement, None
+        model = str(model_folder(sampled_path(config)))
+        return placement, RolloutPool(_found_from_anywhere(config), model, self._logs, placement.of("rollout"))
+
+    def load(self) -> asyncio.Task[None]:
+        if self._loading is None:
+            self._loading = self._begun(self._load())
+        return self._loading
+
+    async def _load(self) -> None:
+        _, pool = await self.placed
+        if pool is not None:
+            await pool.start()
+
+    def _begun(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        self._stack.push_async_callback(end)
+        return task
+
+
 async def _start(
     resolved: ResolvedRun,
     folder: RunFolder,
     tracker: Tracker,
     data: Loaded,
+    engines: _Engines,
     stack: contextlib.AsyncExitStack,
     began: float,
     stop: Stop,
@@ -214,24 +267,18 @@ async def _start(
     model_path, logs = str(model_folder(config.model.path)), folder.logs
     seconds = config.trainer.startup_timeout_seconds
     judged = asks_reward(rollout, algorithm)
-    reward_workers = resolved.reward_config.workers if judged else 0
-    bundles = plan_bundles(
-        config, critic_ranks=config.critic.ranks if needs.critic else 0, reward_workers=reward_workers
-    )
-    placement = Placement(stack.enter_context(released(await reserve(config, bundles, ROOM_SECONDS))), bundles)
-    sampled_model = model_path if rollout.source_path is None else str(model_folder(rollout.source_path))
-    told = _found_from_anywhere(config)
-    pool = RolloutPool(told, sampled_model, logs, placement.of("rollout")) if rollout.workers else None
+    placement, pool = await engines.placed
     critic_path = model_path if config.critic.path is None else str(model_folder(config.critic.path))
+    told = _found_from_anywhere(config)
     learner = JointLearner.create(told, algorithm, model_path, critic_path, logs, placement, data.render)
     starts: dict[str, Callable[[], Awaitable[Any]]] = {"learner": learner.policy.start}
     if pool is not None:
-        starts["sampler"] = pool.start
+        starts["sampler"] = engines.load
     if learner.critic is not None:
         starts["critic"] = learner.critic.start
     reward: Rewards = NoReward()
     if judged:
-        gpus = gpu_shares(config).rewards / reward_workers
+        gpus = gpu_shares(config).rewards / resolved.reward_config.workers
         context = RewardContext(
             device=config.cluster.device if gpus else "cpu",
             gpus=gpus,
