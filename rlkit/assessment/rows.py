@@ -73,18 +73,20 @@ def _vote(judge: Part | None, sample: Sample) -> str | None:
 
 
 def read_rows(folder: Path, without: Collection[str] = ()) -> list[Row]:
-    """Of an evaluation, or of a run; a half-written last line is left out. `without`: keys that are not kept. Raises
+    """Of an evaluation, or of a run. A half-written last line is left out, and of an answer that was judged again (its
+    group was half written when an evaluation ended) the older row. `without`: keys that are not kept. Raises
     UserError."""
     file = folder / "samples.jsonl"
-    rows: list[Row] = []
+    rows: dict[tuple[Any, ...], Row] = {}
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.endswith("\n"):
-                    rows.append(_row(line, f"{file}:{number}", without))
+                    row = _row(line, f"{file}:{number}", without)
+                    rows[row.get("step"), row.get("group_id"), row.get("sample")] = row
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
-    return rows
+    return list(rows.values())
 
 
 def _row(line: str, where: str, without: Collection[str]) -> Row:
