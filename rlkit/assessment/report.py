@@ -83,10 +83,23 @@ class Findings:
             notes.append(f"{left_out} of {total} answers were not judged and are in no mean ({why}).")
         if self.standing is not None and self.standing.left_out:
             notes.append(f"{self.standing.left_out} questions with an answer that was not judged are in no share.")
+        if few := self._of_fewer_questions():
+            notes.append(f"Columns of fewer questions (the others have too few judged answers): {'; '.join(few)}.")
         without = [one for one in self.measured if math.isnan(one.mean.low)]
         if without:
             notes.append("One question alone has no interval.")
         return notes
+
+    def _of_fewer_questions(self) -> list[str]:
+        """Which columns leave questions out that the mean has."""
+        few = [
+            f"{name_of(one.line)}, k={k}: {own.questions} of {one.mean.questions}"
+            for one in self.measured
+            for by_k in one.of_k.values()
+            for k, own in by_k.items()
+            if own.questions < one.mean.questions
+        ]
+        return list(dict.fromkeys(few))
 
     def text(self) -> str:
         return "\n\n".join([*(table.text() for table in self.tables()), *self.notes()])
