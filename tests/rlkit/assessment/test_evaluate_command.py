@@ -279,6 +279,40 @@ def test_the_folder_of_an_evaluation_says_what_is_evaluated(trained: Path, data:
     assert load_evaluation([str(trained), "run_dir=x"]).config.run_dir.name == "x"
 
 
+def test_a_run_is_asked_what_it_held_out_and_other_data_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other data are named by an option, or by their path alone."""
+    for name in ("train", "test"):
+        rows = [{"question": f"{name}: {i} + 1?", "answer": f"#### {i + 1}"} for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, test = tmp_path / "run", f"data.path={tmp_path}/test.jsonl"
+    train = ["data=jsonl", f"data.path={tmp_path}/train.jsonl", "verifier=gsm8k", "reward=rule"]
+    hard = [f"evaluation.sets.hard.path={tmp_path}/test.jsonl", "evaluation.sets.hard.prompts=1"]
+    written = config_text(load_config([*train, *hard, f"run_dir={run}"]).config)
+    (run / "checkpoints/step_000002").mkdir(parents=True)
+    (run / "checkpoints/step_000002/policy").symlink_to(ROOT / "rlkit/embedded/policy")
+    (run / "config.yaml").write_text(written)
+    for number, (words, asked, what, data) in enumerate(
+        [
+            ([], 2 + 1, "held-out questions", "heldout"),
+            (["data.heldout_share=0.1"], 4 + 1, "held-out questions", "heldout"),
+            (["data=jsonl", test], 40, "questions", "test"),
+            ([test], 40, "questions", "test"),
+        ]
+    ):
+        assert cli.main(["evaluate", str(run), *words, "dry_run=true"]) == 0
+        said = capsys.readouterr().out
+        assert f"asked: all {what} of FileSource\n" in said and f"evaluate_run_2_{data}\n" in said
+        one, again = tmp_path / f"one_{number}", tmp_path / f"again_{number}"
+        with JudgeServer(lambda asked: Reply("#### 1")) as server:
+            served = [f"model.url={server.url}", "model.name=ones"]
+            assert main([str(run), *words, *served, f"run_dir={one}"]) == 0
+            assert main(["--config", f"{one}/config.yaml", f"run_dir={again}"]) == 0
+            assert len(server.asked) == 2 * asked
+        assert result(one)["data"] == result(again)["data"]
+
+
 def test_the_sets_of_a_run_are_asked_too(trained: Path, data: Path, tmp_path: Path) -> None:
     found = load_evaluation([str(trained)])
     assert [(name, one.config.path, one.prompts) for name, one in found.sets.items()] == [
