@@ -203,12 +203,15 @@ class _Loading(Loading):
     def _as_in_the_run(self, tree: dict[str, Any]) -> None:
         """Held-out answers are sampled as the run did it."""
         assert self.run is not None
+        typed = self.overrides.typed.keys()
         tree["run"], tree["rollout"]["source"], tree["rollout"]["source_path"] = str(self.run), "policy", None
         evaluation = config_of(self.run).get("evaluation") or {}
         for name in ("temperature", "max_response_tokens"):
             value = evaluation.get(name)
-            if value is not None and f"rollout.{name}" not in self.overrides.typed:
+            if value is not None and f"rollout.{name}" not in typed:
                 tree["rollout"][name] = value
+        if evaluation.get("greedy") and not {"evaluate.samples", "evaluate.greedy", "rollout.temperature"} & typed:
+            tree["evaluate"] = {**tree.get("evaluate", {}), "samples": 0, "greedy": True}
         if self.own_questions:  # other questions take the place of all of the run's
             sets = tree["evaluation"].setdefault("sets", {})
             for name, section in (evaluation.get("sets") or {}).items():

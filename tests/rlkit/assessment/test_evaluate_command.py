@@ -279,6 +279,20 @@ def test_the_folder_of_an_evaluation_says_what_is_evaluated(trained: Path, data:
     assert load_evaluation([str(trained), "run_dir=x"]).config.run_dir.name == "x"
 
 
+def test_a_run_that_answered_greedily_is_asked_so(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = (trained / "config.yaml").read_text()
+    (trained / "config.yaml").write_text(written.replace("  greedy: false", "  greedy: true"))
+    for words, asked in [
+        ([], "1 greedy"),
+        (["evaluate.questions=8"], "1 greedy"),
+        (["evaluate.samples=4"], "4 sampled"),
+        (["evaluate.greedy=false"], "1 sampled"),
+        (["rollout.temperature=0.6"], "1 sampled"),
+    ]:
+        assert cli.main(["evaluate", str(trained), *words, "dry_run=true"]) == 0
+        assert f"to each question: {asked}\n" in capsys.readouterr().out
+
+
 def test_a_run_is_asked_what_it_held_out_and_other_data_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
