@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlkit.assessment.rows import Decoding, Row
+from rlkit.assessment.rows import ASKS, Decoding, Row
 from rlkit.config.parts import OWN
 from rlkit.experience.statistics import (
     Difference,
@@ -194,5 +194,18 @@ def _rewards(rows: Answers) -> Values:
 
 def differences(first: Line, others: Sequence[Line]) -> list[tuple[Line, Difference]]:
     """Of lines with answers to the same questions."""
-    before = first.means()
-    return [(line, compare(before, means)) for line in others if before.keys() & (means := line.means()).keys()]
+    before, found = first.means(), []
+    for line in others:
+        means, other = line.means(), changed(first, line)
+        same = {question: mean for question, mean in means.items() if question in before and question not in other}
+        if same:
+            found.append((line, compare(before, same)))
+    return found
+
+
+def changed(first: Line, second: Line) -> set[str]:
+    """Ids under which the two lines answer different questions."""
+    one, two = (
+        {question: rows[0].get(ASKS) for question, (rows, _) in line.judged().items()} for line in (first, second)
+    )
+    return {question for question in one.keys() & two.keys() if one[question] != two[question]}

@@ -118,6 +118,24 @@ def test_it_is_compared_with_another_evaluation(data: Path, tmp_path: Path, caps
     assert capsys.readouterr().out.rstrip().splitlines()[-3].endswith("none")
 
 
+def test_a_question_that_has_changed_is_not_compared(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row's place is its id; the text tells whether it asks the same."""
+    rows = data.read_text().splitlines(keepends=True)
+    again = f"evaluate.against={tmp_path / 'before'}"
+    assert main(["data=responses", f"data.path={data}", f"run_dir={tmp_path / 'before'}"]) == 0
+    for name, lines, compared in [
+        ("changed", [rows[0], rows[1].replace("What is", "Say what is"), rows[2]], [2]),
+        ("moved", [rows[2], *rows[:2]], []),
+    ]:
+        data.write_text("".join(lines))
+        assert main(["data=responses", f"data.path={data}", f"run_dir={tmp_path / name}", again]) == 0
+        assert [own["difference"]["questions"] for own in result(tmp_path / name)["comparisons"]] == compared
+        said = f"{3 - sum(compared)} questions of {tmp_path / 'before'} ask something else here and are not compared."
+        assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
