@@ -484,6 +484,24 @@ def test_answers_of_a_run_under_another_reward(tmp_path: Path, capsys: pytest.Ca
     assert rescore([str(run), "reward=rule", "name=again"]) == 0
 
 
+def test_answers_to_sets_are_rescored_with_the_columns_of_their_own_data(tmp_path: Path) -> None:
+    """Rows of both files have the same ids."""
+    from rlkit.rescore import main as rescore
+
+    for name, right, options in (("own", "A", ["red", "blue"]), ("hard", "B", ["blue", "red"])):
+        (tmp_path / name).mkdir()
+        rows = [{"question": f"Which {what}?", "answer": right, "options": options} for what in ("one", "other")]
+        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    words = ["data=jsonl", f"data.path={tmp_path}/own/rows.jsonl", "reward=rule", f"run_dir={run}"]
+    with JudgeServer(lambda asked: Reply("Answer: red")) as server:
+        words += [f"evaluation.sets.hard.path={tmp_path}/hard/rows.jsonl", "model=endpoint", f"model.url={server.url}"]
+        assert main([*words, "model.name=one"]) == 0
+    assert rescore([str(run), "reward=multiple_choice", "reward.options_column=options"]) == 0
+    _, *rows = [json.loads(line) for line in (run / "rescored/multiple_choice.jsonl").read_text().splitlines()]
+    assert [row["reward"] for row in rows] == [1.0] * 4
+
+
 def test_what_cannot_be_rescored(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     for words, said in [
