@@ -90,21 +90,21 @@ class Evaluator:
 
 def _measures(name: str, area: Area, judged: Sequence[tuple[Group, FloatArray]]) -> dict[str, float]:
     """Of one set: pairs of a group and its verdicts."""
-    values = np.concatenate([own for _, own in judged])
+    unjudged = sum(int(np.isnan(own).sum()) for _, own in judged)
+    means = [float(np.nanmean(own)) for _, own in judged if not np.isnan(own).all()]
+    estimate = mean_of_questions(means, share=area == "accuracy")
     samples = [sample for group, _ in judged for sample in group.samples]
     of_episodes = environment_metrics(samples) | share_bounds(samples)
     prefix = f"evaluation/{name}/" if name else "evaluation/"
     metrics = {
-        _headline(name, area): float(np.nanmean(values)),
+        _headline(name, area): estimate.value,
         f"{prefix}samples": float(len(samples)),
-        f"{prefix}unjudged": float(np.isnan(values).sum()),
+        f"{prefix}unjudged": float(unjudged),
         f"{prefix}length_mean": float(np.mean([sample.length for sample in samples])),
         f"{prefix}truncated_share": float(np.mean([sample.finish_reason == "length" for sample in samples])),
         **{f"{prefix}{metric}": value for metric, value in of_episodes.items()},
     }
-    means = [float(np.nanmean(own)) for _, own in judged if not np.isnan(own).all()]
-    if len(means) > 1:
-        estimate = mean_of_questions(means, share=area == "accuracy")
+    if estimate.questions > 1:
         metrics |= {f"{_headline(name, area)}/low": estimate.low, f"{_headline(name, area)}/high": estimate.high}
     best = "pass" if area == "accuracy" else "best"
     for k in best_sizes(len(judged[0][1])):

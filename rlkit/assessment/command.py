@@ -12,6 +12,7 @@ from rlkit.config.command import asks_for_help, exit_code, print_warnings, split
 from rlkit.config.help import print_section
 from rlkit.config.messages import all_fields
 from rlkit.config.schema import RolloutConfig
+from rlkit.data.base import DataSource
 
 MARKDOWN = "--markdown"
 HELP_END = """
@@ -55,9 +56,10 @@ def _plan(evaluating: Evaluating) -> str:
     lines = [f"answers from {policy.path or 'the data'} (step {policy.step})" for policy in evaluating.policies]
     if evaluating.kind != "recorded":
         ways = [f"{config.evaluate.samples} sampled"] * bool(config.evaluate.samples)
-        most = config.evaluate.questions
-        asked = f"at most {most} held-out questions" if most else "all held-out questions"
-        lines.append(f"asked: {asked} of {evaluating.data.cls.__name__}")
+        most, data = config.evaluate.questions, evaluating.data.cls
+        held_out = evaluating.own_questions or data.load_set is DataSource.load_set
+        questions = "held-out questions" if held_out else "questions"
+        lines.append(f"asked: {f'at most {most}' if most else 'all'} {questions} of {data.__name__}")
         lines.append(f"to each question: {' and '.join([*ways, *(['1 greedy'] * config.evaluate.greedy)])}")
     for name, one in evaluating.sets.items():
         lines.append(f"also asked: evaluation.sets.{name} ({one.prompts or 'all'} questions)")

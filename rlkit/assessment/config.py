@@ -16,12 +16,12 @@ import rlkit
 from rewards.base import Reward, RewardConfig
 from rlkit.assessment.endpoint import address_problem, token_problem
 from rlkit.assessment.schema import EvaluateRun
-from rlkit.assessment.subject import find_subject
+from rlkit.assessment.subject import config_of, find_subject
 from rlkit.checkpoint.folder import sealed_folders
 from rlkit.config.checks import run_checks
 from rlkit.config.command import split_off_subject
 from rlkit.config.compose import option_fields
-from rlkit.config.heldout import held_out_sets_are_usable
+from rlkit.config.heldout import ROWS, held_out_sets_are_usable
 from rlkit.config.loading import Loading
 from rlkit.config.messages import MISSING, ConfigError, ConfigIssue, Issues, of_the_set
 from rlkit.config.parts import CONTRACTS, OWN, TARGET, Contract, HeldoutSet, Part, conf_dir, make_source
@@ -40,6 +40,8 @@ OF_TRAINING = ("reward", "trainer", "evaluation", "buffer", "diagnostics", "trac
 """Sections of a run's configuration that say nothing of its evaluation."""
 UNWRITTEN = {"algorithm", "critic", "buffer", "diagnostics", "evaluation"}
 SETS = "evaluation.sets"
+SPELLED = {"policy=none": "rollout.source=data", "model=endpoint": "model=hf"}
+"""Another word for recorded answers; an endpoint is a model without a folder."""
 LONGEST_SECONDS = 86400.0
 """All answers of one model are one wait; the engines say how far they are."""
 TO_ENDPOINT: tuple[str, ...] = (
@@ -72,6 +74,8 @@ class Evaluating:
     policies: tuple[Policy, ...]
     sets: Mapping[str, HeldoutSet]
     """Further questions by name: `evaluation.sets`."""
+    own_questions: bool
+    """Of a run: its held-out problems are asked, no other data."""
     warnings: tuple[ConfigIssue, ...] = ()
 
     def source(self, name: str = OWN) -> DataSource:
@@ -95,8 +99,7 @@ class Evaluating:
     def text(self, command: str = "evaluate") -> str:
         """The folder's `config.yaml`, which `--config FILE` reads."""
         head = f"# Written by rlkit {rlkit.__version__}. Again: python -m rlkit.{command} --config THIS_FILE\n"
-        values: str = yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
-        return head + values
+        return head + yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
 
     def plain(self) -> dict[str, Any]:
         sets = {"evaluation": {"sets": self.config.evaluation.sets}} if self.sets else {}
@@ -133,7 +136,7 @@ class _Loading(Loading):
         # What a run sampled for training says nothing here, and what is named takes the place of its own.
         self.unread_sections = () if self.run is None else (*OF_TRAINING, *chosen)
         contracts = {**CONTRACTS, "reward": JUDGES, "verifier": JUDGES}
-        words = [_spelled(argument) for argument in (*added, *others)]
+        words = [SPELLED.get(argument, argument) for argument in (*added, *others)]
         super().__init__(words, file, folder=conf_dir(), schema=EvaluateRun, contracts=contracts)
         self._refuse_what_is_for_training()
 
@@ -156,6 +159,7 @@ class _Loading(Loading):
             tree["model"]["path"] = tree["model"].get("url") or ""
         if isinstance(one := tree.get("checkpoints"), int):
             tree["checkpoints"] = [one]
+        self.own_questions = self._asks_its_own(tree)
         if self.run is not None:
             self._as_in_the_run(tree)
         if self._new_folder:
@@ -185,20 +189,30 @@ class _Loading(Loading):
             if steps == "last":
                 steps = [int(folder.name[5:]) for folder in sealed_folders(self.run / "checkpoints")[:1]]
             what = "_".join([self.run.absolute().name, *(["all"] if steps == "all" else map(str, steps))])
-            data = data if "data" in self.overrides.typed else "heldout"
+            data = "heldout" if self.own_questions else data
         return re.sub(r"[^\w.+-]+", "-", f"{'evaluate' if self.judged else 'generate'}_{what}_{data}")
+
+    def _asks_its_own(self, tree: Mapping[str, Any]) -> bool:
+        """Whether the questions are a run's own. An evaluation's file does not say so: its data tell."""
+        if {"data", f"data.{TARGET}", *(f"data.{key}" for key in ROWS)} & self.overrides.typed.keys():
+            return False
+        run = tree.get("run")
+        in_file = run is not None and config_of(Path(run)).get("data", {}).get("path") == tree["data"].get("path")
+        return self.run is not None or in_file
 
     def _as_in_the_run(self, tree: dict[str, Any]) -> None:
         """Held-out answers are sampled as the run did it."""
         assert self.run is not None
+        typed = self.overrides.typed.keys()
         tree["run"], tree["rollout"]["source"], tree["rollout"]["source_path"] = str(self.run), "policy", None
-        written = yaml.safe_load((self.run / "config.yaml").read_text()) or {}
-        evaluation = written.get("evaluation") or {}
+        evaluation = config_of(self.run).get("evaluation") or {}
         for name in ("temperature", "max_response_tokens"):
             value = evaluation.get(name)
-            if value is not None and f"rollout.{name}" not in self.overrides.typed:
+            if value is not None and f"rollout.{name}" not in typed:
                 tree["rollout"][name] = value
-        if "data" not in self.overrides.typed:  # other questions take the place of all of the run's
+        if evaluation.get("greedy") and not {"evaluate.samples", "evaluate.greedy", "rollout.temperature"} & typed:
+            tree["evaluate"] = {**tree.get("evaluate", {}), "samples": 0, "greedy": True}
+        if self.own_questions:  # other questions take the place of all of the run's
             sets = tree["evaluation"].setdefault("sets", {})
             for name, section in (evaluation.get("sets") or {}).items():
                 sets[name] = {**section, **sets.get(name, {})}
@@ -373,13 +387,9 @@ class _Loading(Loading):
             chooser=chooser,
             policies=self.policies,
             sets=self.sets,
+            own_questions=self.own_questions,
             warnings=tuple(self.warnings),
         )
-
-
-def _spelled(argument: str) -> str:
-    """`policy=none` is another word for recorded answers; an endpoint is a model without a folder."""
-    return {"policy=none": "rollout.source=data", "model=endpoint": "model=hf"}.get(argument, argument)
 
 
 def _shape_or_error(path: str) -> Any:

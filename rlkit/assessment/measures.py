@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlkit.assessment.rows import Decoding, Row
+from rlkit.assessment.rows import ASKS, Decoding, Row
 from rlkit.config.parts import OWN
 from rlkit.experience.statistics import (
     Difference,
@@ -123,14 +123,13 @@ def lines_of(rows: Iterable[Row], name: str = OWN) -> list[Line]:
     judged = [row for row in kept if row.get("correct") is not None or row.get("verdict") is not None]
     graded = [row.get("correct") is not None for row in judged]
     right_or_wrong = all(graded) or any(said and "ended" in row for said, row in zip(graded, judged, strict=True))
-    by_line: dict[tuple[int, str], dict[str, dict[tuple[str, int], Row]]] = {}
+    by_line: dict[tuple[int, str], dict[str, list[Row]]] = {}
     for row in kept:
         line = by_line.setdefault((int(row["step"]), str(row.get("decoding") or "sampled")), {})
-        # A group that was answered twice (an evaluation that went on) counts once.
-        line.setdefault(str(row["prompt_id"]), {})[str(row["group_id"]), int(row["sample"])] = row
+        line.setdefault(str(row["prompt_id"]), []).append(row)
     order = {"sampled": 0, "greedy": 1, "recorded": 2}
     return [
-        Line(step, decoding, right_or_wrong, {q: list(own.values()) for q, own in sorted(questions.items())}, name)  # type: ignore[arg-type]
+        Line(step, decoding, right_or_wrong, dict(sorted(questions.items())), name)  # type: ignore[arg-type]
         for (step, decoding), questions in sorted(by_line.items(), key=lambda item: (item[0][0], order[item[0][1]]))
     ]
 
@@ -195,5 +194,18 @@ def _rewards(rows: Answers) -> Values:
 
 def differences(first: Line, others: Sequence[Line]) -> list[tuple[Line, Difference]]:
     """Of lines with answers to the same questions."""
-    before = first.means()
-    return [(line, compare(before, means)) for line in others if before.keys() & (means := line.means()).keys()]
+    before, found = first.means(), []
+    for line in others:
+        means, other = line.means(), changed(first, line)
+        same = {question: mean for question, mean in means.items() if question in before and question not in other}
+        if same:
+            found.append((line, compare(before, same)))
+    return found
+
+
+def changed(first: Line, second: Line) -> set[str]:
+    """Ids under which the two lines answer different questions."""
+    one, two = (
+        {question: rows[0].get(ASKS) for question, (rows, _) in line.judged().items()} for line in (first, second)
+    )
+    return {question for question in one.keys() & two.keys() if one[question] != two[question]}

@@ -87,8 +87,8 @@ def data_hash(prompts: Sequence[Prompt]) -> str:
 def _problems(evaluating: Evaluating, tracker: Tracker, name: str) -> Sequence[Problem]:
     source = evaluating.source(name)
     # A run's held-out problems; of other data all that are named.
-    own_of_run = evaluating.config.run is not None and name == OWN
-    problems, bad = source.load("heldout") if own_of_run else source.load_set()
+    own = evaluating.own_questions and name == OWN
+    problems, bad = source.load("heldout") if own else source.load_set()
     for note in source.notes():
         tracker.warn(note)
     _report(evaluating, bad, problems, tracker, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -60,6 +60,8 @@ class Findings:
     """Of a reward, on recorded answers that are right and wrong."""
     set: str = OWN
     """What was asked: `evaluation.sets.NAME`, or the questions themselves."""
+    other_questions: Mapping[str, int] = field(default_factory=dict)
+    """How many of another evaluation ask something else under the same id."""
 
     def tables(self) -> list[Table]:
         return [replace(table, title=f"{self.set}: {table.title}") if self.set else table for table in self._tables()]
@@ -83,10 +85,25 @@ class Findings:
             notes.append(f"{left_out} of {total} answers were not judged and are in no mean ({why}).")
         if self.standing is not None and self.standing.left_out:
             notes.append(f"{self.standing.left_out} questions with an answer that was not judged are in no share.")
+        for other, count in self.other_questions.items():
+            notes.append(f"{count} questions of {other} ask something else here and are not compared.")
+        if few := self._of_fewer_questions():
+            notes.append(f"Columns of fewer questions (the others have too few judged answers): {'; '.join(few)}.")
         without = [one for one in self.measured if math.isnan(one.mean.low)]
         if without:
             notes.append("One question alone has no interval.")
         return notes
+
+    def _of_fewer_questions(self) -> list[str]:
+        """Which columns leave questions out that the mean has."""
+        few = [
+            f"{name_of(one.line)}, k={k}: {own.questions} of {one.mean.questions}"
+            for one in self.measured
+            for by_k in one.of_k.values()
+            for k, own in by_k.items()
+            if own.questions < one.mean.questions
+        ]
+        return list(dict.fromkeys(few))
 
     def text(self) -> str:
         return "\n\n".join([*(table.text() for table in self.tables()), *self.notes()])

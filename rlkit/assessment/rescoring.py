@@ -20,7 +20,8 @@ from rlkit.assessment.judges import LocalJudge
 from rlkit.assessment.rows import Row, read_rows
 from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, ConfigIssue
-from rlkit.config.parts import CONTRACTS, TARGET, Part, conf_dir, import_part, make_source
+from rlkit.config.parts import CONTRACTS, OWN, TARGET, Part, conf_dir, import_part, make_source
+from rlkit.data.base import Problem
 from rlkit.experience import Group, Message, Prompt, Sample, UserError
 from rlkit.experience.names import nearest
 from rlkit.experience.scores import total_reward
@@ -182,7 +183,7 @@ def _groups(rescoring: Rescoring, rows: Sequence[Row]) -> list[tuple[Group, list
             token_ids=() if render is None else render(messages),
             references=tuple(first.get("references") or ()),
             answer=first.get("answer"),
-            columns=columns.get(str(first["prompt_id"]), {}),
+            columns=columns.get(_question(first), {}),
         )
         samples = tuple(_sample(i, row, tokens=render is not None) for i, row in enumerate(own))
         groups.append((Group(group_id, prompt, samples), own))
@@ -201,18 +202,37 @@ def _sample(index: int, row: Row, *, tokens: bool) -> Sample:
     return Sample(index, ids, None, row["response"], reason, (0, 0), seed=0)
 
 
-def _columns(rescoring: Rescoring, written: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Mapping[str, Any]]:
-    """Of the run's data, by the id of the question: rows of samples.jsonl do not have them."""
-    fields = dict(written.get("data") or {})
-    if TARGET not in fields:
-        raise UserError(f"{rescoring.run}/config.yaml names no data, whose columns this reward needs")
-    cls = import_part("data", fields.pop(TARGET))
-    source = make_source(cls, cls.Config(**fields), written.get("seed", 0), None, None)
-    known = {p.id: p.columns for split in ("train", "heldout") for p in source.load(split)[0]}
-    lacking = {str(row["prompt_id"]) for row in rows} - known.keys()
-    if lacking:
-        raise UserError(f"the data of {rescoring.run} have changed: there is no question {min(lacking)}")
+def _columns(
+    rescoring: Rescoring, written: Mapping[str, Any], rows: Sequence[Row]
+) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Of the run's data and sets, by question: rows of samples.jsonl do not have them."""
+    asked = {_question(row) for row in rows}
+    known: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for name in {name for name, _ in asked}:
+        known |= {(name, problem.id): problem.columns for problem in _problems(rescoring, written, name)}
+    if lacking := asked - known.keys():
+        raise UserError(f"the data of {rescoring.run} have changed: there is no question {min(lacking)[1]}")
     return known
+
+
+def _question(row: Row) -> tuple[str, str]:
+    """Its set and its id, which is unique in a set alone."""
+    return str(row.get("set", OWN)), str(row["prompt_id"])
+
+
+def _problems(rescoring: Rescoring, written: Mapping[str, Any], name: str) -> Iterator[Problem]:
+    """Of a set."""
+    sets = (written.get("evaluation") or {}).get("sets") or {}
+    fields = dict((sets.get(name) if name else written.get("data")) or {})
+    if TARGET not in fields:
+        what = f"evaluation.sets.{name}" if name else "data"
+        raise UserError(f"{rescoring.run}/config.yaml names no {what}, whose columns this reward needs")
+    cls = import_part("data", fields.pop(TARGET))
+    if name:
+        fields.pop("prompts", None)  # how many are asked
+    source = make_source(cls, cls.Config(**fields), written.get("seed", 0), None, None)
+    for problems, _ in [source.load_set()] if name else [source.load("train"), source.load("heldout")]:
+        yield from problems
 
 
 def _renderer(rescoring: Rescoring, written: Mapping[str, Any]) -> Any:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from rewards.base import Reward
 from rlkit.config.parts import Part
-from rlkit.experience import Group, GroupScores, Sample, Score, UserError
+from rlkit.data.base import Problem
+from rlkit.data.rows import digest, question_key
+from rlkit.experience import Group, GroupScores, Message, Sample, Score, UserError
 from rlkit.experience.scores import kind_of, rightness
 from rlkit.experience.types import UNJUDGED
 from rlkit.tracking.samples import sample_rows
@@ -18,6 +20,8 @@ Row = Mapping[str, Any]
 Decoding = Literal["sampled", "greedy", "recorded"]
 LONG = ("token_ids", "prompt", "response", "turns", "segments", "references", "trace", "version_spans", "group_rewards")
 """Keys that no number is made of."""
+ASKS = "asks"
+"""In the place of `prompt` among them: equal for prompts that ask the same."""
 Asked = tuple[str, Decoding]
 """Name of a set, and how its questions are answered."""
 Place = tuple[str, int]
@@ -73,25 +77,34 @@ def _vote(judge: Part | None, sample: Sample) -> str | None:
 
 
 def read_rows(folder: Path, without: Collection[str] = ()) -> list[Row]:
-    """Of an evaluation, or of a run; a half-written last line is left out. `without`: keys that are not kept. Raises
-    UserError."""
+    """Of an evaluation, or of a run. A half-written last line is left out, and of an answer that was judged again (its
+    group was half written when an evaluation ended) the older row. `without`: keys that are not kept (of
+    `prompt` stays `ASKS`). Raises UserError."""
     file = folder / "samples.jsonl"
-    rows: list[Row] = []
+    rows: dict[tuple[Any, ...], Row] = {}
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.endswith("\n"):
-                    rows.append(_row(line, f"{file}:{number}", without))
+                    row = _row(line, f"{file}:{number}", without)
+                    rows[row.get("step"), row.get("group_id"), row.get("sample")] = row
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
-    return rows
+    return list(rows.values())
 
 
 def _row(line: str, where: str, without: Collection[str]) -> Row:
     try:
-        return {key: value for key, value in json.loads(line).items() if key not in without}
+        row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where} is no JSON: {error}") from error
+    kept = {key: value for key, value in row.items() if key not in without}
+    return kept | {ASKS: _asks(row)} if "prompt" in without else kept
+
+
+def _asks(row: Row) -> bytes:
+    messages = tuple(Message(one["role"], one["content"]) for one in row.get("prompt") or ())
+    return digest(question_key(Problem("", messages)))
 
 
 def answered(rows: Sequence[Row]) -> set[tuple[int, str]]:

@@ -17,7 +17,7 @@ import yaml
 
 from rlkit.assessment.benchmark import labelled, standing
 from rlkit.assessment.config import Evaluating, Policy
-from rlkit.assessment.measures import differences, lines_of, measured
+from rlkit.assessment.measures import changed, differences, lines_of, measured
 from rlkit.assessment.questions import data_hash, load_questions, load_recorded
 from rlkit.assessment.report import Findings, results
 from rlkit.assessment.rows import LONG, Asked, Decoding, Row, answer_rows, answered, causes, read_rows
@@ -134,15 +134,17 @@ def findings(evaluating: Evaluating, rows: Sequence[Row], name: str = OWN) -> Fi
     for decoding in dict.fromkeys(one.line.decoding for one in found):
         first, *others = [one.line for one in found if one.line.decoding == decoding]
         compared += [(f"step {first.step}", line, own) for line, own in differences(first, others)]
-    if evaluating.config.evaluate.against is not None:
-        named = evaluating.config.evaluate.against
+    unlike: set[str] = set()
+    if (named := evaluating.config.evaluate.against) is not None:
         for theirs in lines_of(read_rows(named, LONG), name):
             ours = [
                 one.line for one in found if (one.line.decoding, one.line.graded) == (theirs.decoding, theirs.graded)
             ]
             compared += [(f"{named}, step {theirs.step}", line, own) for line, own in differences(theirs, ours)]
+            unlike.update(*(changed(theirs, line) for line in ours))
     names = _judge_name(evaluating), _name(evaluating.chooser)
-    return Findings(found, compared, *names, why, standing(evaluating, rows), name)
+    other_questions = {str(named): len(unlike)} if unlike else {}
+    return Findings(found, compared, *names, why, standing(evaluating, rows), name, other_questions)
 
 
 def _read(evaluating: Evaluating, tracker: Tracker) -> tuple[dict[str, Sequence[Prompt]], Sequence[Group]]:

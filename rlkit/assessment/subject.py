@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from rlkit.checkpoint.folder import sealed_folders
 from rlkit.config.messages import ConfigError, ConfigIssue
@@ -47,6 +50,12 @@ def find_subject(named: str) -> Subject:
     why = _meant(path) or ("it holds none of their files" if path.is_dir() else "there is no such folder")
     remedy = "name a run (runs/x), a checkpoint (runs/x/checkpoints/step_000060) or a model's folder"
     raise ConfigError([ConfigIssue(named, f"is no folder of a run, checkpoint or model: {why}; {remedy}")])
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    """Its configuration; nothing if there is none."""
+    file = run / "config.yaml"
+    return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
 
 def _is_policy(path: Path) -> bool:

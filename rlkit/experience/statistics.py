@@ -47,11 +47,12 @@ class Difference:
 
     @property
     def winner(self) -> str | None:
-        """`second` or `first`; None where the interval holds 0, or where the questions are too few to show a spread."""
+        """`second` or `first`; None where the interval holds 0, and where the questions are too few to show a spread
+        (one has no interval)."""
         low, high = self.mean.low, self.mean.high
-        if low <= 0 <= high or (low == high and self.p > 1 - LEVEL):
+        if low == high and self.p > 1 - LEVEL:
             return None
-        return "second" if low > 0 else "first"
+        return "second" if low > 0 else "first" if high < 0 else None
 
 
 # -- several answers to one question -----------------------------------------------------------------------------------

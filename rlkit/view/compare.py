@@ -23,7 +23,7 @@ UP = re.compile(r"(^|[/_])(accuracy|success)$|accuracy/|^reward/(heldout|mean)|^
 DOWN = re.compile(r"failed|truncated_share|skipped|unjudged|^time/|malformed|mismatch/logprob")
 """Names of metrics of which larger, or smaller, values are better; of others that cannot be said."""
 _PAIRED = {"accuracy/heldout": "correct", "reward/heldout": "reward"}
-"""Metrics that are the mean over evaluated samples of a column."""
+"""Metrics that are the mean of a column, over evaluated samples of no further set."""
 
 
 def configuration(runs: Sequence[Run], asked: AboutRuns) -> ConfigResult:
@@ -101,8 +101,9 @@ def _words(interval: Interval | None, of_prompts: bool, up: bool | None, runs: S
 def _of_prompts(first: Run, last: Run, column: str) -> np.ndarray:
     """Differences of means per prompt, of the last evaluated step of each."""
     query = (
-        f"SELECT prompt_id, avg({column}) FROM rows WHERE kind = 'evaluation' AND {column} IS NOT NULL AND "
-        "decoding IS NOT 'greedy' AND step = (SELECT max(step) FROM rows WHERE kind = 'evaluation') GROUP BY prompt_id"
+        f"SELECT prompt_id, avg({column}) FROM rows WHERE kind = 'evaluation' AND \"set\" IS NULL AND "
+        f"{column} IS NOT NULL AND decoding IS NOT 'greedy' AND "
+        "step = (SELECT max(step) FROM rows WHERE kind = 'evaluation') GROUP BY prompt_id"
     )
     one, other = (dict(run.index.all(query)) for run in (first, last))
     return np.array([other[prompt] - one[prompt] for prompt in sorted(one.keys() & other.keys())])

@@ -160,7 +160,7 @@ def test_one_response_to_each_prompt_and_the_ids_that_seeds_come_from() -> None:
 def test_several_responses_give_their_mean_and_pass_at_k() -> None:
     """Four responses: of 2, 3, 4, 5 tokens two are right, and of 6, 7, 8, 9 two of the three that were judged."""
     result, _ = evaluated({OWN: [2, 6]}, Even(), samples=4)
-    assert result.value == pytest.approx(4 / 7)
+    assert result.value == pytest.approx((2 / 4 + 2 / 3) / 2), "each problem counts once, as in the interval"
     assert result.metrics["evaluation/pass@2"] == pytest.approx((5 / 6 + 1.0) / 2)
     assert result.metrics["evaluation/pass@4"] == 1.0  # of the one prompt with four verdicts
     assert (result.metrics["evaluation/samples"], result.metrics["evaluation/unjudged"]) == (8.0, 1.0)

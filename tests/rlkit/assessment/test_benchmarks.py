@@ -86,3 +86,18 @@ def test_the_command_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "Focus": 1.0, "Math": 0.0, "Ties": pytest.approx(1.01), "total": pytest.approx((1 + 0 + 1.01) / 3)
     }  # fmt: skip
     assert "RewardBench 2, 4 questions" in capsys.readouterr().out
+
+
+def test_a_group_that_is_judged_again_counts_once(tmp_path: Path) -> None:
+    """Killed while it wrote the six answers to a question, of which a comparison by style needs each once."""
+    folder, file = tmp_path / "run", written(tmp_path, ROWS["rm_bench"])
+    words = ["data=rm_bench", f"data.path={file}", "reward=length", "reward.min_tokens=5", f"run_dir={folder}"]
+    assert main(words) == 0
+    whole = json.loads((folder / "results.json").read_text())
+    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    for kept in (lines[:4], lines[:2] * 3):  # of two answers there are six rows, too
+        (folder / "samples.jsonl").write_text("".join(kept))
+        assert main([*words, "resume=auto"]) == 0
+        again = json.loads((folder / "results.json").read_text())
+        assert (again["lines"], again["benchmark"]) == (whole["lines"], whole["benchmark"])
+        assert json.loads((folder / "summary.json").read_text())["answers"] == 6

@@ -1,5 +1,5 @@
-"""`rlkit.evaluate` and `rlkit.rescore` from their arguments: what is refused before anything starts, and recorded
-answers to the end, for which a light installation is enough."""
+"""`rlkit.evaluate` from its arguments: what is refused before anything starts, and recorded answers to the end, for
+which a light installation is enough."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from paths import ROOT
 from rlkit import cli
 from rlkit.assessment.chat import policy_folder
 from rlkit.assessment.config import load_evaluation
-from rlkit.assessment.rescoring import load_rescoring
-from rlkit.config.command import exit_code
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.config.parts import config_text
@@ -116,6 +114,24 @@ def test_it_is_compared_with_another_evaluation(data: Path, tmp_path: Path, caps
     (comparison,) = result(tmp_path / "two")["comparisons"]
     assert (comparison["difference"]["value"], comparison["winner"]) == (0.0, None)
     assert capsys.readouterr().out.rstrip().splitlines()[-3].endswith("none")
+
+
+def test_a_question_that_has_changed_is_not_compared(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row's place is its id; the text tells whether it asks the same."""
+    rows = data.read_text().splitlines(keepends=True)
+    again = f"evaluate.against={tmp_path / 'before'}"
+    assert main(["data=responses", f"data.path={data}", f"run_dir={tmp_path / 'before'}"]) == 0
+    for name, lines, compared in [
+        ("changed", [rows[0], rows[1].replace("What is", "Say what is"), rows[2]], [2]),
+        ("moved", [rows[2], *rows[:2]], []),
+    ]:
+        data.write_text("".join(lines))
+        assert main(["data=responses", f"data.path={data}", f"run_dir={tmp_path / name}", again]) == 0
+        assert [own["difference"]["questions"] for own in result(tmp_path / name)["comparisons"]] == compared
+        said = f"{3 - sum(compared)} questions of {tmp_path / 'before'} ask something else here and are not compared."
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -279,6 +295,54 @@ def test_the_folder_of_an_evaluation_says_what_is_evaluated(trained: Path, data:
     assert load_evaluation([str(trained), "run_dir=x"]).config.run_dir.name == "x"
 
 
+def test_a_run_that_answered_greedily_is_asked_so(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = (trained / "config.yaml").read_text()
+    (trained / "config.yaml").write_text(written.replace("  greedy: false", "  greedy: true"))
+    for words, asked in [
+        ([], "1 greedy"),
+        (["evaluate.questions=8"], "1 greedy"),
+        (["evaluate.samples=4"], "4 sampled"),
+        (["evaluate.greedy=false"], "1 sampled"),
+        (["rollout.temperature=0.6"], "1 sampled"),
+    ]:
+        assert cli.main(["evaluate", str(trained), *words, "dry_run=true"]) == 0
+        assert f"to each question: {asked}\n" in capsys.readouterr().out
+
+
+def test_a_run_is_asked_what_it_held_out_and_other_data_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other data are named by an option, or by their path alone."""
+    for name in ("train", "test"):
+        rows = [{"question": f"{name}: {i} + 1?", "answer": f"#### {i + 1}"} for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, test = tmp_path / "run", f"data.path={tmp_path}/test.jsonl"
+    train = ["data=jsonl", f"data.path={tmp_path}/train.jsonl", "verifier=gsm8k", "reward=rule"]
+    hard = [f"evaluation.sets.hard.path={tmp_path}/test.jsonl", "evaluation.sets.hard.prompts=1"]
+    written = config_text(load_config([*train, *hard, f"run_dir={run}"]).config)
+    (run / "checkpoints/step_000002").mkdir(parents=True)
+    (run / "checkpoints/step_000002/policy").symlink_to(ROOT / "rlkit/embedded/policy")
+    (run / "config.yaml").write_text(written)
+    for number, (words, asked, what, data) in enumerate(
+        [
+            ([], 2 + 1, "held-out questions", "heldout"),
+            (["data.heldout_share=0.1"], 4 + 1, "held-out questions", "heldout"),
+            (["data=jsonl", test], 40, "questions", "test"),
+            ([test], 40, "questions", "test"),
+        ]
+    ):
+        assert cli.main(["evaluate", str(run), *words, "dry_run=true"]) == 0
+        said = capsys.readouterr().out
+        assert f"asked: all {what} of FileSource\n" in said and f"evaluate_run_2_{data}\n" in said
+        one, again = tmp_path / f"one_{number}", tmp_path / f"again_{number}"
+        with JudgeServer(lambda asked: Reply("#### 1")) as server:
+            served = [f"model.url={server.url}", "model.name=ones"]
+            assert main([str(run), *words, *served, f"run_dir={one}"]) == 0
+            assert main(["--config", f"{one}/config.yaml", f"run_dir={again}"]) == 0
+            assert len(server.asked) == 2 * asked
+        assert result(one)["data"] == result(again)["data"]
+
+
 def test_the_sets_of_a_run_are_asked_too(trained: Path, data: Path, tmp_path: Path) -> None:
     found = load_evaluation([str(trained)])
     assert [(name, one.config.path, one.prompts) for name, one in found.sets.items()] == [
@@ -364,69 +428,3 @@ def test_a_dry_run_is_not_proposed_after_one(tmp_path: Path, capsys: pytest.Capt
         assert cli.main([command, *words]) == 2
         said = capsys.readouterr().err
         assert "Nothing was started. `--help` lists every key" in said and (hint in said) is proposed, (command, words)
-
-
-def a_run(folder: Path) -> Path:
-    """Rows as training leaves them: two groups of two answers."""
-    folder.mkdir()
-    rows = [
-        {
-            "step": 1,
-            "group_id": f"0000000{g}",
-            "prompt_id": f"p{g}",
-            "prompt": [{"role": "user", "content": "What is 1 + 2?"}],
-            "answer": "3",
-            "references": [],
-            "sample": i,
-            "response": text,
-            "reward": reward,
-            "finish_reason": "stop",
-        }
-        for g, answers in enumerate([[("#### 3", 0.0), ("#### 4", 1.0)], [("#### 3", 2.0), ("so 3", None)]])
-        for i, (text, reward) in enumerate(answers)
-    ]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"half')
-    return folder
-
-
-def test_answers_of_a_run_under_another_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rlkit.rescore import main as rescore
-
-    run = a_run(tmp_path / "run")
-    assert rescore([str(run), "reward=rule"]) == 0
-    head, *rows = [json.loads(line) for line in (run / "rescored/rule.jsonl").read_text().splitlines()]
-    assert (head["kind"], head["name"], head["reward"]["_target_"]) == (
-        "rescored",
-        "rule",
-        "rewards.verifiers.math.MathReward",
-    )
-    assert [(row["group_id"], row["sample"], row["reward"]) for row in rows] == [
-        ("00000000", 0, 1.0),
-        ("00000000", 1, 0.0),
-        ("00000001", 0, 1.0),
-        ("00000001", 1, 0.0),
-    ]
-    said = capsys.readouterr().out
-    assert "4 answers, 3 judged by both" in said
-    assert "1.000 recorded" in said and "0.667 rule" in said
-    said = said.split("Placed higher by rule, of 3 answers; equal rewards share a place:\n")[1]
-    up, down = said.split("Placed lower by rule, of 3 answers; equal rewards share a place:\n")
-    assert up.splitlines()[0].split() == ["recorded", "place", "rule", "place", "answer"]
-    assert up.splitlines()[1].split() == ["0.000", "3", "1.000", "1.5", "step", "1", "00000000", "sample", "0"]
-    assert down.splitlines()[1].split()[:4] == ["1.000", "2", "0.000", "3"]
-    assert rescore([str(run), "reward=rule"]) == 2, "it is there already"
-    assert rescore([str(run), "reward=rule", "name=again"]) == 0
-
-
-def test_what_cannot_be_rescored(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "run")
-    for words, said in [
-        ([], "choose the other reward"),
-        (["reward=environment"], "judges episodes as they were played"),
-        (["reward=implicit_prm"], "learns in a run"),
-        (["reward=rule", "trainer.seed=1"], "has no effect here"),
-    ]:
-        with pytest.raises(ConfigError) as raised:
-            load_rescoring(str(run), words)
-        assert said in str(raised.value)
-    assert exit_code(lambda words: 0 if load_rescoring(str(tmp_path), words) else 1, ["reward=rule"]) == 2

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlkit.assessment.measures import differences, lines_of, measured
 from rlkit.assessment.report import Findings, results
-from rlkit.assessment.rows import answered, causes
+from rlkit.assessment.rows import answered, causes, read_rows
 
 
 def rows(
@@ -51,6 +53,8 @@ def test_what_was_not_judged_is_left_out_and_never_wrong() -> None:
     assert causes(answers) == {"timeout": 7}
     assert one.truncated == pytest.approx(3 / 12)
     assert one.length is not None and one.length.value == pytest.approx(11.5)
+    *_, said = Findings([one], (), "Rule", None, causes(answers)).notes()
+    assert said == "Columns of fewer questions (the others have too few judged answers): step 0 sampled, k=3: 1 of 2."
 
 
 def test_greedy_and_sampled_answers_are_lines_of_their_own_and_steps_are_in_order() -> None:
@@ -106,9 +110,10 @@ def test_the_best_by_a_reward_stands_between_random_and_oracle() -> None:
     assert one.reward is not None and one.reward.value == pytest.approx(0.375)
 
 
-def test_an_evaluation_that_went_on_counts_each_answer_once() -> None:
+def test_an_evaluation_that_went_on_counts_each_answer_once(tmp_path: Path) -> None:
     answers = rows("a", [1.0, 0.0])
-    assert measured(lines_of([*answers, *answers])[0], False).answers == 2
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*answers, *answers]))
+    assert measured(lines_of(read_rows(tmp_path))[0], False).answers == 2
     assert answered(answers) == {(0, "evaluation-0-sampled-a")}
     assert answered(answers[:1]) == set(), "a group whose second answer was not written is asked again"
 

@@ -173,6 +173,7 @@ def test_a_winner_is_called_only_where_the_interval_does_not_hold_0() -> None:
     assert compare(few, dict.fromkeys(few, 1.0)).winner is None, "four of four are chance once in eight"
     many = {f"q{i}": 0.0 for i in range(20)}
     assert compare(many, dict.fromkeys(many, 1.0)).winner == "second"
+    assert compare({"a": 0.2}, {"a": 0.9}).winner is None, "one question has no interval"
 
 
 def test_only_questions_that_both_answered_are_compared() -> None:

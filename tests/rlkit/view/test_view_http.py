@@ -183,6 +183,18 @@ def test_comparisons_name_no_winner_in_noise(client: httpx.Client) -> None:
     assert differing == ["run_dir", "trainer.total_steps"]
 
 
+def test_answers_to_further_sets_are_not_those_to_the_questions_themselves(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "last", tmp_path / "last")
+    with (tmp_path / "last/samples.jsonl").open("a") as file:
+        file.writelines(json.dumps(row | {"set": "hard", "correct": 0.0}) + "\n" for row in rows_of(folder, "last"))
+    runs = Runs([folder / "last", tmp_path])
+    for run in runs.all():
+        run.index.follow()
+    with serving(runs) as client:
+        (metric,) = get(client, "/api/compare", runs=",".join(run.id for run in runs.all()))["metrics"]
+    assert (metric["name"], metric["paired"], metric["difference"]) == ("accuracy/heldout", 64, 0.0)
+
+
 @pytest.mark.parametrize(
     ("path", "asked", "status", "words"),
     [
