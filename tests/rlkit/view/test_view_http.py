@@ -322,6 +322,17 @@ def test_a_new_run_in_the_folder_is_found(folder: Path, tmp_path: Path) -> None:
         assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["x", "x-2"]
 
 
+def test_a_run_that_is_removed_is_listed_no_more(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(folder / "first", tmp_path / "runs" / name)
+    with serving(Runs([tmp_path / "runs"])) as client:
+        assert len(get(client, "/api/runs")["runs"]) == 2
+        shutil.rmtree(tmp_path / "runs" / "a")
+        assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["b"]
+        reply = client.get("/api/overview?run=a")
+    assert (reply.status_code, reply.json()["error"]) == (404, "no run 'a'; there are b")
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "samples.jsonl").mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").touch()
