@@ -128,7 +128,7 @@ def replay(run: RecordedRun, config: TrackerConfig, ledger: Ledger | None, all_s
         raise UserError(f"tracker {name}: {type(error).__name__}: {error}") from error
     finally:
         if ledger is not None and started is not None:
-            ledger.write(name, started, until)
+            ledger.write(name, started, until, lost=until < records[-1]["time"])
     return Sent(len(records), texts, started.where)
 
 
