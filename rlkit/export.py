@@ -32,7 +32,7 @@ def _export(arguments: list[str]) -> int:
     words = [word for word in arguments if not word.startswith("into=")]
     into = next((Path(word.removeprefix("into=")).expanduser() for word in arguments if word not in words), None)
     usage = "name a format and a run, like: rlkit export inspect runs/x, or: rlkit export trackio runs/x into=FOLDER"
-    if len(words) != 2 or "=" in "".join(words):
+    if len(words) != 2 or any("=" in word and not Path(word).expanduser().is_dir() for word in words):
         raise ConfigError([ConfigIssue(f"rlkit.export {' '.join(arguments)}".strip(), usage)])
     form, folder = words
     if form not in FORMATS:

@@ -43,10 +43,10 @@ def _sync(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     arguments = [word.removeprefix("run=") for word in arguments]
-    folders = [word for word in arguments if "=" not in word]
     chosen = [word.partition("=")[2] for word in arguments if word.startswith("tracker=")]
-    for word in arguments:
-        if "=" in word and not word.startswith("tracker="):
+    folders = [word for word in arguments if not word.startswith("tracker=")]
+    for word in folders:
+        if "=" in word and not Path(word).expanduser().is_dir():
             raise ConfigError([ConfigIssue(word, "no such argument; rlkit.sync takes run folders and tracker=NAME")])
     if not folders or len(chosen) != 1:
         usage = "name run folders and one tracker, like: rlkit sync runs/x tracker=wandb"
@@ -128,7 +128,7 @@ def replay(run: RecordedRun, config: TrackerConfig, ledger: Ledger | None, all_s
         raise UserError(f"tracker {name}: {type(error).__name__}: {error}") from error
     finally:
         if ledger is not None and started is not None:
-            ledger.write(name, started, until)
+            ledger.write(name, started, until, lost=until < records[-1]["time"])
     return Sent(len(records), texts, started.where)
 
 

@@ -3,6 +3,7 @@ engine takes seconds and memory to start. Template and end tokens are those of t
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -224,16 +225,13 @@ def talk(chat: Chat) -> None:
 
 def _speak(chat: Chat, line: str) -> None:
     stop = threading.Event()
-    pieces = chat.answer(line, stop)
-    while True:
-        try:
-            piece = next(pieces, None)
-        except KeyboardInterrupt:
-            stop.set()
-            continue
-        if piece is None:
-            break
-        print(shown(piece), end="", flush=True)
+    # An exception would end the generator, and what it has said would be lost.
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        for piece in chat.answer(line, stop):
+            print(shown(piece), end="", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     print()
 
 

@@ -124,15 +124,18 @@ class MixtureOrder:
             order.retire([id for id in ids if id.partition("/")[0] == name])
 
     def take(self, count: int) -> list[Prompt]:
-        """A source whose prompts are all retired leaves its share to the others. Raises DataSolvedError if all are."""
+        """A source whose prompts are all retired leaves its share to the others, by their weights. Raises
+        DataSolvedError if all are."""
         return [self._next() for _ in range(count)]
 
     def _next(self) -> Prompt:
-        drawn = sum(self._taken.values()) + 1
         left = [name for name, order in self._orders.items() if order.left]
         if not left:
             raise DataSolvedError(ALL_RETIRED)
-        name = max(left, key=lambda name: self._shares[name] * drawn - self._taken[name])
+        drawn = sum(self._taken[name] for name in left) + 1
+        # Exactly 1 while nothing is retired: rounding would change the order that a seed gives.
+        total = 1 - sum(self._shares[name] for name in self._orders if name not in left)
+        name = max(left, key=lambda name: self._shares[name] * drawn - self._taken[name] * total)
         self._taken[name] += 1
         return self._orders[name].take(1)[0]
 

@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ COLUMN = "reasoning_gym"
 """Of the problems: data set, its options, and the entry that the package judges by, as a Python literal. JSON would
 make other things of tuples and keys, and some data sets would score otherwise."""
 PREVIEWED: dict[Split, int] = {"train": 8, "heldout": 2}
+QUIET_SECONDS = 600
+"""Without a new question for so long, drawing is given up: options of some data sets can never be met."""
 _HELDOUT_BUCKETS = 8
 _CHUNK = 256
 _FRUITLESS_CHUNKS = 4
@@ -94,6 +97,7 @@ class ReasoningGymSource(DataSource):
         """Raises DataError."""
         config = self.config
         asked = {"name": config.name, "options": config.options, "seed": config.problem_seed, "counts": counts}
+        asked["seconds"] = QUIET_SECONDS
         paths = os.pathsep.join(map(os.path.abspath, sys.path))
         with tempfile.TemporaryDirectory() as folder:  # some data sets write files where they are
             done = subprocess.run(
@@ -103,6 +107,11 @@ class ReasoningGymSource(DataSource):
                 cwd=folder,
                 capture_output=True,
                 text=True,
+            )
+        if done.returncode == -signal.SIGALRM:
+            raise DataError(
+                f"data.name={config.name}: reasoning-gym has given no new question for {QUIET_SECONDS} s; change "
+                "data.options, or name another data set"
             )
         if done.returncode != 0:
             last = next(iter(done.stderr.strip().splitlines()[-1:]), "it ended without a word")
@@ -132,6 +141,7 @@ class ReasoningGymSource(DataSource):
 def main() -> None:
     """Prints `(split, entry)`, a line each."""
     asked = json.load(sys.stdin)
+    signal.alarm(asked["seconds"])  # which ends the process
     lines, sys.stdout = sys.stdout, sys.stderr  # some data sets print
     left: dict[Split, int] = asked["counts"]
     seen: set[str] = set()
@@ -145,6 +155,8 @@ def main() -> None:
             if question not in seen and left[split]:
                 print(repr((split, _plain(dict(entry)))), file=lines)
                 left[split] -= 1
+            if question not in seen:
+                signal.alarm(asked["seconds"])
             seen.add(question)
             if not any(left.values()):
                 return

@@ -27,6 +27,7 @@ Rows = Iterator[tuple[str, Row | BadRow]]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_GZIP = b"\x1f\x8b"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _REACH_SECONDS = 4.0
 
@@ -72,6 +73,8 @@ def file_rows(path: Path, key: str, text_columns: Collection[str] = ()) -> Rows:
         if start[:2] in _UTF16:
             raise DataError(f"{key}={path} is UTF-16; write it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE.")
         suffix = ".parquet" if start == b"PAR1" else _suffix(path)
+        if start[:2] == _GZIP and (suffix in readers or path.suffix != ".gz"):
+            raise DataError(f"{key}={path} is gzipped, and only .jsonl.gz is read so: unpack it.")
         if suffix == ".parquet" and start != b"PAR1":
             raise DataError(f"{key}={path} is not a Parquet file.")
         if suffix in readers:

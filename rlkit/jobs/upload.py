@@ -110,7 +110,12 @@ def _candidates(folder: Path, patterns: Sequence[str]) -> Iterator[str]:
         return
     environments = {file.parent for file in folder.glob("*/pyvenv.cfg")}
     for name in os.fsdecode(listing).split("\0"):
-        if name and not environments & set((folder / name).parents):
+        path = folder / name
+        if not name or environments & set(path.parents):
+            continue
+        if (path / ".git").exists() and not path.is_symlink():  # a submodule or other checkout: one name to git
+            yield from (f"{name.rstrip('/')}/{own}" for own in _candidates(path, patterns))
+        else:
             yield name
 
 

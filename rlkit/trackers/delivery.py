@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import threading
@@ -45,6 +46,8 @@ class Delivery:
         self._tracker, self._ledger, self._tell = tracker, ledger, say
         self._started: Started | None = None
         self._until = ledger.until(name)
+        self._lost = self._until if ledger.lost(name) else math.inf
+        """Time of the first record that is missing there."""
         self._noted = 0.0
         self._queue: deque[tuple[str, tuple[Any, ...]]] = deque()
         self._filled = threading.Condition()
@@ -58,6 +61,7 @@ class Delivery:
             self.calls += 1
             if len(self._queue) >= (TEXTS_WAITING if method == "samples" else WAITING):
                 self.dropped += 1
+                self._lose(method, arguments)
                 first = self.dropped == 1
             else:
                 self._queue.append((method, arguments))
@@ -87,7 +91,7 @@ class Delivery:
         started = self._call("start", start)
         if isinstance(started, Started):
             self._started = started
-            self._ledger.write(self.name, started, self._until)  # now: a run that is killed is found again, too
+            self._note(started)  # now: a run that is killed is found again, too
             if started.where:
                 self._say(started.where)
         elif not self.failed:
@@ -98,10 +102,10 @@ class Delivery:
                 method, arguments = self._queue.popleft()
             if self._started is not None:
                 self._call(method, arguments)
-                if method == "scalars":
+                if method == "scalars" and arguments[2] < self._lost:
                     self._until = max(self._until, arguments[2])
                 if method == "close" or time.monotonic() - self._noted > LEDGER_SECONDS:
-                    self._ledger.write(self.name, self._started, self._until)
+                    self._note(self._started)
                     self._noted = time.monotonic()
             if method == "close":
                 break
@@ -113,10 +117,20 @@ class Delivery:
             return getattr(self._tracker, method)(*arguments)
         except BaseException as error:  # of a package that calls sys.exit, too: only this thread is its
             self.failed += 1
+            self._lose(method, arguments)
             if self.failed == 1:
                 left_out = " without it" if method == "start" else ""
                 self._say(f"{method} failed: {type(error).__name__}: {error}; the run goes on{left_out}")
             return None
+
+    def _lose(self, method: str, arguments: tuple[Any, ...]) -> None:
+        """A record is missing: `rlkit sync` is to send what is there from it on."""
+        if method == "scalars":
+            with self._filled:
+                self._lost = min(self._lost, arguments[2])
+
+    def _note(self, started: Started) -> None:
+        self._ledger.write(self.name, started, self._until, lost=self._lost < math.inf)
 
     def _say(self, text: str) -> None:
         if self._speaks:

@@ -25,13 +25,18 @@ class Ledger:
         return entry["id"] if entry else None
 
     def until(self, name: str) -> float:
-        """Unix time of the last record that the tracker has; 0: none."""
+        """Unix time of the record up to which the tracker has all; 0: none."""
         entry = self._read().get(name)
         return float(entry["until"]) if entry else 0.0
 
-    def write(self, name: str, started: Started, until: float) -> None:
+    def lost(self, name: str) -> bool:
+        """Whether records behind `until` are missing there, so that later ones do not move it."""
+        return bool(self._read().get(name, {}).get("lost"))
+
+    def write(self, name: str, started: Started, until: float, lost: bool) -> None:
         with self._lock:
-            entries = self._read() | {name: {"id": started.id, "where": started.where, "until": until}}
+            entry = {"id": started.id, "where": started.where, "until": until, "lost": lost}
+            entries = self._read() | {name: entry}
             aside = self._file.with_suffix(".new")
             try:
                 aside.write_text(json.dumps(entries, indent=2) + "\n")

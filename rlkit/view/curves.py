@@ -49,9 +49,10 @@ def _series(table: Table, names: Sequence[str], first: int, samples: schema.Numb
     values = {name: table.column(name)[start:] for name in names}
     for name in names:
         for bound in ("low", "high"):
-            column = table.column(f"{name}_{bound}")[start:]
-            if any(value is not None for value in column):
-                values[f"{name}/{bound}"] = column
+            for written in (f"{name}/{bound}", f"{name}_{bound}"):  # of means, and of an environment's metrics
+                column = table.column(written)[start:]
+                if any(value is not None for value in column):
+                    values[f"{name}/{bound}"] = column
     return schema.Series(
         step=table.steps[start:], seconds=table.column("seconds")[start:], samples=samples[start:], values=values
     )

@@ -38,7 +38,7 @@ LOOK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 15.0
 SMALLEST_GZIP = 1024
 THREADS = 8
-"""That answer; each has a connection to every index it asked."""
+"""That answer; each keeps a few connections of its own."""
 
 
 def page_text() -> str:

@@ -60,6 +60,8 @@ CREATE TABLE token_rows (step INTEGER, group_id TEXT, sample INTEGER,
     PRIMARY KEY (step, group_id, sample)) WITHOUT ROWID;
 CREATE VIRTUAL TABLE texts USING fts5 (prompt, response, content='', tokenize='unicode61');
 """
+OPEN = 8
+"""Indexes that a thread has open: each takes two files or three of the 1,024 that a process may have."""
 _TABLES = ("meta", "rows", "heads", "names", "token_rows")
 """And `texts`, which is emptied in another way."""
 
@@ -105,6 +107,16 @@ def indexed(row_number: int, start: int, line: bytes) -> Indexed | None:
     )
 
 
+class _Opened(threading.local):
+    """By this thread, the last used at the end."""
+
+    def __init__(self) -> None:
+        self.connections: dict[SampleIndex, sqlite3.Connection] = {}
+
+
+_opened = _Opened()
+
+
 class SampleIndex:
     """Of one run folder. Safe in threads; each has its own connection."""
 
@@ -113,23 +125,23 @@ class SampleIndex:
         # The machine is part of the name: a home folder on a network is no place for the shared memory of two.
         key = hashlib.sha256(f"{FORMAT}:{platform.node()}:{run.resolve()}".encode()).hexdigest()[:24]
         self._path = (cache or cache_folder()) / f"{key}.sqlite"
-        self._local = threading.local()
         self._following = threading.Lock()
         self._seen: object = None
         """What the files were when all was indexed."""
 
     def connection(self) -> sqlite3.Connection:
-        """This thread's."""
-        if not hasattr(self._local, "connection"):
-            self._local.connection = _open(self._path)
-        connection: sqlite3.Connection = self._local.connection
+        """This thread's; that of the index it has not used for longest is closed for it."""
+        known = _opened.connections
+        connection = known.pop(self, None) or _open(self._path)
+        known[self] = connection
+        if len(known) > OPEN:
+            next(iter(known)).close()
         return connection
 
     def close(self) -> None:
         """Of this thread."""
-        if hasattr(self._local, "connection"):
-            self._local.connection.close()
-            del self._local.connection
+        if connection := _opened.connections.pop(self, None):
+            connection.close()
 
     def all(self, query: str, *parameters: Any) -> list[Any]:
         """The rows of a query; their values alone where it has one column."""

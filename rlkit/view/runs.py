@@ -209,7 +209,8 @@ def results(run: Run) -> Results:
 
 
 class Runs:
-    """The runs of some folders: each is a run, or holds runs. New ones are found while it lasts."""
+    """The runs of some folders: each is a run, or holds runs. While it lasts, new ones are found and those
+    whose folder is removed are dropped."""
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
         """Raises UserError for a folder without a run."""
@@ -225,6 +226,7 @@ class Runs:
 
     def all(self) -> list[Run]:
         with self._lock:
+            self._runs = {path: run for path, run in self._runs.items() if path.is_dir()}
             for path in (path for folder in self._folders for path in _runs_in(folder)):
                 if path not in self._runs:
                     name, taken = path.name or "run", {run.id for run in self._runs.values()}
@@ -236,7 +238,7 @@ class Runs:
         """Its index may lag behind a long file. Raises NotThereError."""
         known = {run.id: run for run in self.all()}
         if run_id not in known:
-            raise NotThereError(f"no run {run_id!r}; there are {', '.join(known)}")
+            raise NotThereError(f"no run {run_id!r}; there are {', '.join(known) or 'none'}")
         return known[run_id]
 
     def listed(self) -> RunList:

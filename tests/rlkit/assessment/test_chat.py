@@ -1,12 +1,18 @@
-"""Options of `rlkit chat`, where its model is found, and that an answer cannot steer the terminal."""
+"""Options of `rlkit chat`, where its model is found, Ctrl-C, and that an answer cannot steer the terminal."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from rlkit.assessment.chat import policy_folder, read_options, sampling, shown
+from rlkit.assessment.chat import Chat, policy_folder, read_options, sampling, shown, talk
 from rlkit.config.messages import ConfigError
 
 
@@ -43,3 +49,24 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path, bare_model: Path
 
 def test_control_characters_are_not_printed() -> None:
     assert shown("a\n\tb\x1b[2J\x07") == "a\n\tb�[2J�"
+
+
+def test_ctrl_c_ends_an_answer_which_stays_in_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Chat(policy_folder("embedded:policy"), read_options(["temperature=2", "max_tokens=900", "seed=1"]))
+    chat.stops = [0]  # never sampled: without Ctrl-C it says more than 800 tokens
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 plus 3?\n"))
+    screen = io.StringIO()
+
+    def interrupt() -> None:
+        while screen.getvalue().count("\n") < 2:  # the first is the greeting's
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with contextlib.redirect_stdout(screen):
+        talk(chat)
+    assert [message.role for message in chat.messages] == ["user", "assistant"]
+    said = chat.messages[1].content
+    assert screen.getvalue().endswith(f"\n{said}\n") and 0 < len(chat.tokenizer(said).input_ids) < 400
+    assert "chat" not in [thread.name for thread in threading.enumerate()]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

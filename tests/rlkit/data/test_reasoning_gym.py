@@ -88,6 +88,13 @@ def test_what_cannot_be_drawn_is_said(name: str, options: dict[str, Any], messag
     assert said.startswith(f"data.name={name}: reasoning-gym cannot draw its questions: ") and message in said
 
 
+def test_options_that_no_question_meets_are_no_endless_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlkit.data.reasoning_gym.QUIET_SECONDS", 2)
+    one_cell = dict.fromkeys(("min_rows", "max_rows", "min_cols", "max_cols"), 1)  # for the start and another end
+    (said,) = source("shortest_path", options=one_cell).check()
+    assert "no new question for 2 s; change data.options" in said
+
+
 def test_several_data_sets_are_a_mixture() -> None:
     kinds = {name: {"kind": "reasoning_gym", "name": name, **SIZES} for name in ("chain_sum", "leg_counting")}
     mixture = Mixture(Mixture.Config(sources=kinds), 0)

@@ -84,3 +84,12 @@ def test_a_source_without_prompts_leaves_its_share_to_the_others() -> None:
     order.retire([f"b/{i}" for i in range(5)])
     with pytest.raises(DataSolvedError):
         order.take(1)
+
+
+def test_the_share_of_a_source_without_prompts_goes_to_the_others_by_their_weights() -> None:
+    sources = [*prompts(2, "a/"), *prompts(2, "b/"), *prompts(2, "c/")]
+    order = MixtureOrder(sources, 0, {"a": 19.0, "b": 1.0, "c": 80.0})
+    assert Counter(one[0] for one in ids(order, 100)) == {"a": 19, "b": 1, "c": 80}
+    order.retire(["c/0", "c/1"])
+    for _ in range(3):
+        assert Counter(one[0] for one in ids(order, 1000)) == {"a": 950, "b": 50}

@@ -67,11 +67,16 @@ def test_hub_without_a_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch) 
     assert "hf download openai/gsm8k --repo-type dataset" in message
 
 
+GZIPPED = b"\x1f\x8b\x08\x00 and so on"
+NOT_READ_GZIPPED = ("json.gz", "csv.gz", "parquet.gz", "csv", "jsonl")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("d.jsonl", b"", "is empty"),
         ("d.jsonl", '{"question": "1"}'.encode("utf-16"), "is UTF-16; write it as UTF-8"),
+        *((f"d.{end}", GZIPPED, "is gzipped, and only .jsonl.gz is read so: unpack it") for end in NOT_READ_GZIPPED),
         ("d.jsonl", b"question,answer\n1+1?,2\n", "A CSV file's name ends in .csv"),
         ("d.jsonl", b"\xff\x00garbage\n", "not UTF-8"),
         ("d.jsonl", b"\n\n", "it has blank lines only"),

@@ -160,12 +160,13 @@ def test_outputs_environments_and_ignored_files_stay_here(git: bool, tmp_path: P
         tmp_path, "train.py", "lib/runs/code.py", "runs/a/metrics.jsonl", "outputs/x", "env/pyvenv.cfg", "env/lib.py"
     )
     make_files(tmp_path, "lib/__pycache__/m.pyc", ".venv/x.py", "sweep/one/metrics.jsonl", "sweep/one/config.yaml")
-    make_files(tmp_path, "sweep/one/checkpoints/x", "notes/a.txt", "data/x.bin", ".env")
+    make_files(tmp_path, "sweep/one/checkpoints/x", "notes/a.txt", "data/x.bin", ".env", "vendored/own.py")
     if git:
         (tmp_path / ".gitignore").write_text("data/\n")
-        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+        for checkout in (tmp_path, tmp_path / "vendored"):
+            subprocess.run(["git", "init", "-q", str(checkout)], check=True)
     upload = collect(tmp_path, ["notes/"] if git else ["notes", "data"], 20, 100)
-    assert set(upload.files) - {".gitignore"} == {"train.py", "lib/runs/code.py"}
+    assert set(upload.files) - {".gitignore"} == {"train.py", "lib/runs/code.py", "vendored/own.py"}
 
 
 def test_large_files_are_left_out_by_name(tmp_path: Path) -> None:

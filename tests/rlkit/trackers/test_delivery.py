@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from own_trackers import CALLS, GATE, HANGS
 from paths import ROOT
 from tracked_run import rows
 
+from rlkit import sync
 from rlkit.config.tracking import TrackingConfig
 from rlkit.trackers import delivery
 from rlkit.tracking import RunFolder, Tracker
@@ -41,6 +43,13 @@ def tracker(path: Path, *kinds: Any, resume: bool = False, first_step: int = 1, 
 
 def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if "tracker " in line or line.startswith("waiting")]
+
+
+def sent_by_sync(path: Path, kind: str, code: int = 0) -> list[int]:
+    """Steps."""
+    CALLS.clear()
+    assert sync.main([str(path / "run"), f"tracker=own_trackers.{kind}"]) == code
+    return [call[1] for call in CALLS if call[0] == "scalars"]
 
 
 def test_all_that_a_run_reports_arrives_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,6 +150,40 @@ def test_what_a_slow_one_has_no_room_for_is_dropped_and_counted(
     assert "does not keep up (6 calls wait): some numbers or texts will be missing there" in lines[1]
     assert lines[-1] == "tracker Hanging: of 200 calls 179 were dropped and 0 failed"
     assert len(lines) == 3
+
+
+def test_sync_sends_all_from_the_first_call_on_that_failed(tmp_path: Path) -> None:
+    with tracker(tmp_path, "Flaky") as run:
+        for step in (1, 2, 3):
+            run.step(step, {})
+    with tracker(tmp_path, "Flaky", resume=True, first_step=4) as run:
+        run.step(4, {})
+        run.finish({})
+    assert sent_by_sync(tmp_path, "Flaky", code=1) == []
+    GATE.set()
+    assert sent_by_sync(tmp_path, "Flaky") == [2, 3, 4]
+    assert sent_by_sync(tmp_path, "Flaky") == []
+
+
+def test_sync_sends_all_from_the_first_call_on_that_was_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "CLOSE_SECONDS", 60.0)
+    monkeypatch.setattr(delivery, "WAITING", 2)
+    with tracker(tmp_path, "Hanging") as run:
+        run.step(1, {})
+        assert HANGS.wait(60)
+        for step in (2, 3, 4):
+            run.step(step, {})
+        GATE.set()
+        deadline = time.monotonic() + 60
+        while len(CALLS) < 4 and time.monotonic() < deadline:  # start and three steps
+            time.sleep(0.01)
+        run.step(5, {})
+        run.finish({})
+    assert [call[1] for call in CALLS if call[0] == "scalars"] == [1, 2, 3, 5]
+    assert sent_by_sync(tmp_path, "Hanging") == [4, 5]
+    assert sent_by_sync(tmp_path, "Hanging") == []
 
 
 def test_a_flood_of_warnings_is_no_flood_of_alerts(tmp_path: Path) -> None:

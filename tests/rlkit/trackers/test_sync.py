@@ -102,6 +102,15 @@ def test_what_the_run_sent_itself_is_not_sent_again(tmp_path: Path) -> None:
     assert synced(recorded(tmp_path, trackers=own)) == []
 
 
+def test_the_name_of_a_run_may_have_an_equals_sign(tmp_path: Path) -> None:
+    run = recorded(tmp_path).rename(tmp_path / "lr=1e-6")
+    assert [call[1] for call in synced(run) if call[0] == "scalars"] == [0, 1, 2, 3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(export.FORMATS, "own", ("json", lambda run, into: CALLS.append((run.folder, into))))
+        assert export.main(["own", str(run), "into=there"]) == 0
+    assert CALLS[-1] == (run, Path("there"))
+
+
 def test_mistakes_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(code: int, *arguments: str) -> str:
         assert sync.main(list(arguments)) == code
@@ -120,6 +129,8 @@ def test_mistakes_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with (run / "logs" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "sends to Remembering itself" in answer(1, str(run), "tracker=own_trackers.Remembering")
+    assert export.main(["inspect", str(run), "follow=true"]) == 2
+    assert "name a format and a run" in capsys.readouterr().err
     assert export.main(["inspekt", str(run)]) == 2
     assert "did you mean inspect?" in capsys.readouterr().err
     assert export.main(["inspect"]) == 2

@@ -133,6 +133,18 @@ def test_a_damaged_cache_is_made_anew(run: Path, cache: Path) -> None:
         again.close()
 
 
+def test_many_runs_leave_few_files_open(tmp_path: Path, cache: Path) -> None:
+    for name in map(str, range(40)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "samples.jsonl").write_bytes(line(1))
+    runs = Runs([tmp_path / "runs"])
+    for _ in range(2):
+        assert [run.samples for run in runs.listed().runs] == [1] * 40
+    links = Path("/proc/self/fd").iterdir()
+    opened = [target for link in links if link.exists() and (target := str(link.readlink())).startswith(str(cache))]
+    assert 1 <= len(set(opened)) <= 3 * 8  # each has its -wal and its -shm
+
+
 def test_nothing_is_written_into_the_run(folder: Path, cache: Path) -> None:
     def state() -> dict[str, tuple[int, int]]:
         return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in [folder, *folder.rglob("*")]}

@@ -17,7 +17,7 @@ import pytest
 from view_fixture import serving
 
 from rlkit.view.guard import page_policy
-from rlkit.view.query import QUESTIONS, address
+from rlkit.view.query import QUESTIONS, address, ask
 from rlkit.view.runs import Runs
 
 RUN = {"run": "main"}
@@ -332,6 +332,33 @@ def test_a_new_run_in_the_folder_is_found(folder: Path, tmp_path: Path) -> None:
         assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["x"]
         shutil.copytree(folder / "first", tmp_path / "runs" / "b" / "x")
         assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["x", "x-2"]
+
+
+def test_columns_of_evaluations_bring_their_bounds(tmp_path: Path) -> None:
+    bounds = {"/low": 0.4, "/high": 0.6, "_low": 0.2, "_high": 0.8}
+    names = {"accuracy/heldout": ("/low", "/high"), "environment/metric/won": ("_low", "_high")}
+    line = {name + end: bounds[end] for name, ends in names.items() for end in ends} | dict.fromkeys(names, 0.5)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "evaluation", "step": 1, "time": 1.0, **line}) + "\n")
+    found = ask(Runs([tmp_path]), "/api/metrics", {"run": tmp_path.name, "names": ",".join(names)})
+    assert found.model_dump()["evaluation"]["values"] == {
+        "accuracy/heldout": [0.5],
+        "accuracy/heldout/low": [0.4],
+        "accuracy/heldout/high": [0.6],
+        "environment/metric/won": [0.5],
+        "environment/metric/won/low": [0.2],
+        "environment/metric/won/high": [0.8],
+    }
+
+
+def test_a_run_that_is_removed_is_listed_no_more(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(folder / "first", tmp_path / "runs" / name)
+    with serving(Runs([tmp_path / "runs"])) as client:
+        assert len(get(client, "/api/runs")["runs"]) == 2
+        shutil.rmtree(tmp_path / "runs" / "a")
+        assert [run["id"] for run in get(client, "/api/runs")["runs"]] == ["b"]
+        reply = client.get("/api/overview?run=a")
+    assert (reply.status_code, reply.json()["error"]) == (404, "no run 'a'; there are b")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
