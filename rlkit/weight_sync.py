@@ -70,11 +70,12 @@ class WeightSync:
         if self.sleeps:
             await self.rollout.sleep(1)
         await self.learner.reload()
-        result = await work
-        await self.learner.offload()
-        if self.sleeps:
-            await self.rollout.wake()
-        return result
+        try:
+            return await work
+        finally:  # a checkpoint that fails does not keep engines asleep that an evaluation asks next
+            await self.learner.offload()
+            if self.sleeps:
+                await self.rollout.wake()
 
     async def _deliver(self, published: Published) -> Agreement:
         if self.route == "object_store" and not self.sleeps:  # each worker for itself, in one call

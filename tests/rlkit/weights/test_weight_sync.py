@@ -167,11 +167,19 @@ def test_both_ways_bring_the_same_bits(sync: WeightSync) -> None:
 
 
 def test_a_checkpoint_is_made_in_between(sync: WeightSync, tmp_path: Path) -> None:
+    """Engines sample afterwards, also when it fails."""
+
+    async def fails() -> None:
+        raise OSError("the disk is full")
+
     async def steps() -> tuple[list[Group], list[Group]]:
         before = await groups_of(sync.rollout.generate(requests()))
         counters, written = await sync.with_learner_memory(sync.learner.save_state(tmp_path))
         assert counters["learner"]["version"] == await version_of(sync)
         assert [file.path for file in written] == [tmp_path / "learner.safetensors"]
+        assert sync.learner.policy.offloaded
+        with pytest.raises(OSError, match="disk is full"):
+            await sync.with_learner_memory(fails())
         assert sync.learner.policy.offloaded
         return before, await groups_of(sync.rollout.generate(requests()))
 
