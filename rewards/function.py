@@ -89,13 +89,15 @@ class FunctionReward(Reward):
     def _judge(self, function: RewardFunction, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Score]:
         try:
             return self._call(function, pairs)
-        except Exception:
+        except Exception as error:
             if len(pairs) < 2:
                 raise
-            scores = [self._judge_alone(function, pair) for pair in pairs]
-            if all(score.reason.startswith(_EXCEPTION) for score in scores):
-                raise  # so it is not for a text that it raises
-            return scores
+            of_all = error
+        # Outside of `except`, so that the traceback of a sample does not begin with that of another.
+        scores = [self._judge_alone(function, pair) for pair in pairs]
+        if all(score.reason.startswith(_EXCEPTION) for score in scores):
+            raise of_all  # so it is not for a text that it raises
+        return scores
 
     def _judge_alone(self, function: RewardFunction, pair: tuple[Prompt, Sample]) -> Score:
         try:

@@ -93,15 +93,7 @@ class RemoteReward(Reward):
             health = _health_once(config)
         except HandshakeError:  # `check` reports it
             return RewardTraits(uses_gpu=False)
-        return RewardTraits(
-            references=health.needs.references,
-            answer=health.needs.answer,
-            columns=tuple(health.needs.columns),
-            process_rewards=health.gives_process_rewards,
-            outcome_rewards=health.gives_outcome_rewards,
-            steps=health.needs_steps,
-            uses_gpu=False,
-        )
+        return RewardTraits(**dict(health.traits), uses_gpu=False)
 
     def start(self) -> None:
         """Raise HandshakeError if there is no server within a call's deadline."""

@@ -39,6 +39,7 @@ class ImplicitPRM(TrainableReward):
     @classmethod
     def traits(cls, config: Any) -> RewardTraits:
         own = RewardTraits(
+            judges_texts=False,
             joins_tokens=True,
             process_rewards=True,
             update_when=config.update,

@@ -40,7 +40,7 @@ class ScoreReport:
     error: str = ""
     """Traceback, if the backend raised (such a report has no groups)."""
     tracebacks: Mapping[str, str] = field(default_factory=dict)
-    """By reason, of samples at which a function of the user's raised: the traces of their scores."""
+    """Traces of samples at which a function of the user's raised, one for each exception and place in the code."""
 
     def __add__(self, other: ScoreReport) -> ScoreReport:
         return ScoreReport(
@@ -88,6 +88,10 @@ def kind_of(reason: str) -> str:
     return kind.strip() if part is None else f"{part.group(1)}/{kind.strip()}"
 
 
+_RAISED = re.compile(r"^Traceback.*\n(?: .*\n)*[\w.]+", re.MULTILINE)
+"""Of an exception and each that it was raised from: all but its message, which may differ for every sample."""
+
+
 def report_on(judged: Iterable[GroupScores], seconds: float) -> ScoreReport:
     """Greedy responses count, too."""
     samples = 0
@@ -102,8 +106,8 @@ def report_on(judged: Iterable[GroupScores], seconds: float) -> ScoreReport:
                 kind = kind_of(score.reason)
                 failures[kind] += 1
                 examples.setdefault(kind, score.reason)
-                if kind == "exception" and score.trace.startswith("Traceback"):
-                    tracebacks.setdefault(score.reason, score.trace)
+                if kind == "exception" and (raised := _RAISED.findall(score.trace)):
+                    tracebacks.setdefault("\n".join(raised), score.trace)
     return ScoreReport(samples, dict(failures), examples, seconds, tracebacks=tracebacks)
 
 

@@ -23,11 +23,12 @@ from rlkit.experience.types import (
     Prompt,
     Sample,
     Score,
+    Segment,
     Span,
     SpanReward,
 )
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 SCORE_PATH, HEALTH_PATH, METRICS_PATH, SCHEMA_PATH = "/v1/score", "/health", "/metrics", "/v1/schema"
 
 
@@ -92,6 +93,14 @@ class WirePrompt(Wire):
     columns: Columns = {}
 
 
+class WireSegment(Wire):
+    """A Segment; its messages, which are for people, are left out."""
+
+    start: int
+    end: int
+    context: Ints
+
+
 class WireSample(Wire):
     """A Sample. Without log-probs (the client's default) the served reward sees NaN in their place."""
 
@@ -104,6 +113,7 @@ class WireSample(Wire):
     logprobs: Floats | None = None
     mask: Bools | None = None
     spans: tuple[Annotated[Span, AfterValidator(_forward)], ...] = ()
+    segments: tuple[WireSegment, ...] = ()
 
 
 class WireGroup(Wire):
@@ -118,7 +128,7 @@ class WireGroup(Wire):
 class ScoreRequest(Wire):
     """The body of `POST /v1/score`."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     groups: list[WireGroup]
     deadline_seconds: float | None = Field(default=None, gt=0)
     """How long the client waits for the answer; a server does not score what nobody waits for any more."""
@@ -154,17 +164,26 @@ class WireGroupScores(Wire):
 class ScoreResponse(Wire):
     """The answer to a ScoreRequest: its groups, in order."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     model_version: str
     groups: list[WireGroupScores]
 
 
-class Needs(Wire):
-    """What the served reward must find in the data."""
+class Traits(Wire):
+    """What a run must know of the served reward: fields of `rewards.base.RewardTraits`, whose docs say what they
+    mean."""
 
     references: bool
     answer: bool
-    columns: list[str]
+    columns: tuple[str, ...]
+    samples: int
+    judges_texts: bool
+    joins_tokens: bool
+    process_rewards: bool
+    process_in_value: bool
+    outcome_rewards: bool
+    steps: bool
+    raw_scores: bool
 
 
 class Health(Wire):
@@ -177,11 +196,7 @@ class Health(Wire):
     """The dotted path of the served class."""
     model_version: str
     """Changes with the served class, its options, and the content of the model folders that these name."""
-    needs: Needs
-    gives_process_rewards: bool
-    gives_outcome_rewards: bool = True
-    needs_steps: bool = False
-    """Responses must have steps (`spans`)."""
+    traits: Traits
     trainable: bool
     """It learns in a run of its own; served, it stays as it is."""
     max_request_samples: int
@@ -204,7 +219,8 @@ def encode(group: Group, send_logprobs: bool = False) -> bytes:
         _check_text(sample.text, f"the text of sample {sample.index}")
         spans = tuple(Span(s.start, s.end, s.kind, s.role, _columns(s.data, "span data")) for s in sample.spans)
         logprobs = sample.logprobs if send_logprobs else None
-        samples.append(WireSample(**_fields(sample) | {"logprobs": logprobs, "spans": spans}))
+        segments = tuple(WireSegment(start=s.start, end=s.end, context=s.context.tolist()) for s in sample.segments)
+        samples.append(WireSample(**_fields(sample) | {"logprobs": logprobs, "spans": spans, "segments": segments}))
     columns = _columns(prompt.columns, f"prompt {prompt.id}")
     messages = tuple(WireMessage(role=message.role, content=message.content) for message in prompt.messages)
     wire_prompt = WirePrompt(**_fields(prompt) | {"columns": columns, "messages": messages})
@@ -217,7 +233,8 @@ def from_wire(group: WireGroup) -> Group:
     samples = []
     for sample in group.samples:
         logprobs = np.full(len(sample.token_ids), np.nan, np.float32) if sample.logprobs is None else sample.logprobs
-        samples.append(Sample(**dict(sample) | {"logprobs": logprobs}))
+        segments = tuple(Segment(**dict(segment)) for segment in sample.segments)
+        samples.append(Sample(**dict(sample) | {"logprobs": logprobs, "segments": segments}))
     messages = tuple(Message(message.role, message.content) for message in group.prompt.messages)
     return Group(group.id, Prompt(**dict(group.prompt) | {"messages": messages}), tuple(samples), step=group.step)
 
@@ -237,8 +254,8 @@ def scores_from_wire(scores: WireGroupScores) -> GroupScores:
     return GroupScores(tuple(Score(**dict(score)) for score in scores.samples), scores.pairs)
 
 
-UNSENT = ("recorded", "weight", "versions", "episode", "segments")
-"""Fields of Prompt and Sample that no reward needs."""
+UNSENT = ("recorded", "weight", "versions", "episode")
+"""Fields of Prompt and Sample that no reward which can be served needs."""
 
 
 def _fields(record: Any) -> dict[str, Any]:
@@ -292,5 +309,6 @@ def in_chunks(groups: Sequence[Group], samples: int, tokens: int) -> list[list[i
 
 
 def tokens_of(group: Group) -> int:
-    """Its prompt once, and all its responses."""
-    return len(group.prompt.token_ids) + sum(len(sample) for sample in group.samples)
+    """Its prompt once, and all its responses with the contexts of their segments."""
+    contexts = sum(len(segment.context) for sample in group.samples for segment in sample.segments)
+    return len(group.prompt.token_ids) + sum(len(sample) for sample in group.samples) + contexts

@@ -282,9 +282,9 @@ class RewardPool:
                 finished = self._learnt > 0  # it lives, and what it has learnt with it: the second try is its own
                 raise _Broken("exception: " + report.error.strip().splitlines()[-1])
             finished = True
-            for reason in set(report.tracebacks) - self._told:
-                self._told.add(reason)
-                log.warning("reward worker %d raised for a sample:\n%s", worker.index, report.tracebacks[reason])
+            for raised in set(report.tracebacks) - self._told:
+                self._told.add(raised)
+                log.warning("reward worker %d raised for a sample:\n%s", worker.index, report.tracebacks[raised])
         except WaitedTooLongError:
             raise _Broken(f"timeout: no answer within reward.timeout_seconds={self.config.timeout_seconds:g}") from None
         except PROCESS_LOST as error:

@@ -103,7 +103,17 @@ def test_a_text_at_which_the_function_raises_costs_its_own_sample_only() -> None
     assert scores[1].reason == "exception: ZeroDivisionError: float division by zero"
     assert scores[1].trace.startswith("Traceback") and "in hates_bad" in scores[1].trace
     report = report_on(checked_scores(groups, instance.score(groups)), 0.0)
-    assert report.tracebacks == {scores[1].reason: scores[1].trace}
+    assert list(report.tracebacks.values()) == [scores[1].trace]
+
+
+def test_a_line_that_raises_is_shown_once_whatever_its_message_says_of_each_text() -> None:
+    instance = reward("spelled_out")
+    first = report_on(instance.score([make_group("a", ["1", "one", "two\n\nthree", "inf"])]), 0.0).tracebacks
+    of_one, of_inf = first.values()
+    assert of_one.endswith("could not convert string to float: 'one'\n")
+    assert of_inf.endswith("cannot convert float infinity to integer\n") and "'one'" not in of_inf
+    later = report_on(instance.score([make_group("b", ["four", "5"])]), 0.0)
+    assert set(later.tracebacks) < set(first), "a later step has nothing new to say"
 
 
 def test_a_function_that_raises_at_every_text_fails_as_a_whole() -> None:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from rewards.services.sandbox.inside.start import READY
 from rewards.services.sandbox.inside.wire import messages
 from rewards.services.sandbox.isolation import Isolation, Job, Limits, Run, Unavailable
 from rewards.services.sandbox.process import Command, Supervised, supervise
+from rewards.services.scratch import ScratchFolder
 
 INNER_ID = 1000
 _NOBODY = 65534
@@ -255,8 +255,6 @@ STARTUP_SECONDS = 30.0  # for a sandbox to be ready
 _SHOWN_CHARACTERS = 2000
 _RESULTS_PER_OUTPUT = 4
 """Results are written with their types, so they may exceed the output."""
-_REMOVE_AT_THE_END = ["/bin/sh", "-c", 'read _; exec /bin/rm -rf -- "$0"']
-"""Of a folder, when its standard input ends: with this process, too, which is often killed and cleans nothing."""
 _OUT_OF_CPU_TIME = 128 + signal.SIGXCPU
 _REMEDY = (
     "Sandboxes need user namespaces: sysctl -w user.max_user_namespaces=10000 (Debian: kernel.unprivileged_userns_clone"
@@ -272,16 +270,13 @@ class Bubblewrap(Isolation):
         self._limits, self._side_by_side, self._python = limits, side_by_side, python
         self._slots: queue.Queue[int | None] = queue.Queue()
         self._namespaces: list[int] = []
-        self._remover: subprocess.Popen[bytes] | None = None
+        self._programs: ScratchFolder | None = None
 
     def start(self) -> None:
         """Includes a self-test that tries to escape."""
-        folder = tempfile.mkdtemp(prefix="rlkit-sandbox-")
-        self._remover = subprocess.Popen(
-            [*_REMOVE_AT_THE_END, folder], stdin=subprocess.PIPE, env={}, start_new_session=True
-        )
+        self._programs = ScratchFolder("rlkit-sandbox-")
         try:
-            self._layout = Layout(self._limits, self._python, Path(folder))
+            self._layout = Layout(self._limits, self._python, self._programs.path)
             for _ in range(self._side_by_side):
                 if is_root():
                     self._namespaces.append(make_user_namespace())
@@ -294,9 +289,9 @@ class Bubblewrap(Isolation):
     def close(self) -> None:
         while self._namespaces:
             os.close(self._namespaces.pop())
-        if self._remover is not None:
-            self._remover.communicate()
-            self._remover = None
+        if self._programs is not None:
+            self._programs.remove()
+            self._programs = None
 
     def run_program(self, code: str, stdin: str, deadline: float) -> Run:
         with _file(stdin.encode()) as standard_input, _file(code.encode()) as source, self._slot(deadline) as slot:

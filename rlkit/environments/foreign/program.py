@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
+from rewards.services.scratch import ScratchFolder
 from rlkit.environments.agent import Agent, Endpoint
 from rlkit.environments.base import Step, Task
 from rlkit.environments.foreign.process import LEFT_SECONDS, Child, ProgramConfig, ProgramError, Tail, absolute
@@ -37,6 +39,12 @@ class CommandConfig(ProgramConfig):
         begins = absolute(program) if "/" in program else program
         files = [os.path.isfile(word) for word in arguments]  # noqa: PTH113 - words that are too long for a path
         return (begins, *(absolute(word) if file else word for word, file in zip(arguments, files, strict=True)))
+
+
+@functools.cache
+def _folders() -> ScratchFolder:
+    """Where the programs of this process work."""
+    return ScratchFolder("rlkit-agents-")
 
 
 class Printed(Section):
@@ -77,7 +85,7 @@ class Program(Agent):
             "OPENAI_API_KEY": model.api_key,
             "OPENAI_MODEL": model.model,
         }
-        folder = tempfile.mkdtemp(prefix="rlkit-agent-")
+        folder = tempfile.mkdtemp(dir=_folders().path)
         try:
             child = await Child.start(self.config.command, variables, folder)
             try:

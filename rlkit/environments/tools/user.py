@@ -17,13 +17,11 @@ from rewards.services.control_tokens import break_control_tokens
 from rewards.services.http import Limits, TransientError, get
 from rlkit.environments.base import EnvironmentFailure, Step, Task
 from rlkit.environments.tool import tool
-from rlkit.environments.tools.base import Session, ToolOptions
+from rlkit.environments.tools.base import STEP_SHARE, Session, ToolOptions
 from rlkit.experience import UserError
 
 UNKNOWN = "I can't say."
 _CONCURRENT = 32
-_SHARE = 0.9
-"""Of a step's time, after which this gives up before its process is killed."""
 _ASKED = 2
 """Times a model is asked for an answer that can be read."""
 
@@ -58,7 +56,7 @@ class UserSession(Session):
     async def _by_model(self, question: str) -> tuple[str, Sequence[str]]:
         """Raises EnvironmentFailure."""
         keys, most = list(self.facts), self.options.facts_per_question
-        deadline = time.monotonic() + _SHARE * self.seconds
+        deadline = time.monotonic() + STEP_SHARE * self.seconds
         known = "\n".join(f"{number}. {self.facts[one]}" for number, one in enumerate(keys, 1))
         chat = [
             {"role": "system", "content": ROLE.format(known=known, most=most, unknown=UNKNOWN)},

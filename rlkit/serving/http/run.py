@@ -26,7 +26,7 @@ from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, ConfigIssue, all_fields
 from rlkit.config.parts import CONTRACTS, TARGET, conf_dir
 from rlkit.experience.section import Deadline, Section, Seed
-from rlkit.experience.wire import SCHEMA_VERSION, Health, Needs
+from rlkit.experience.wire import SCHEMA_VERSION, Health, Traits
 from rlkit.serving.http.app import make_app
 from rlkit.serving.http.process import RewardProcess, model_version
 from rlkit.serving.http.queue import BatchLimits, ScoringQueue, ServerMetrics
@@ -149,6 +149,11 @@ class _ServeLoading(Loading):
             part = self.parts["reward"]
             where = self.sources.where("reward", None)
             self.problems += [ConfigIssue(where, message) for message in part.cls.check(part.config)]
+            if part.cls.traits(part.config).environment:
+                message = (
+                    f"{part.cls.__name__} judges episodes as they were played, which are not sent; use it in the run"
+                )
+                self.problems.append(ConfigIssue(where, message))
         serve = self.available.get("serve")
         if isinstance(serve, ServeConfig):
             self.token, problems = _token(serve, self.sources.where)
@@ -271,10 +276,7 @@ def _description(resolved: ResolvedServe) -> Health:
         rlkit_version=rlkit.__version__,
         reward=resolved.reward[TARGET],
         model_version=model_version(resolved.reward),
-        needs=Needs(references=traits.references, answer=traits.answer, columns=list(traits.columns)),
-        gives_process_rewards=traits.process_rewards,
-        gives_outcome_rewards=traits.outcome_rewards,
-        needs_steps=traits.steps,
+        traits=Traits.model_validate(traits, strict=False, from_attributes=True),
         trainable=resolved.learns,
         max_request_samples=resolved.serve.max_batch_samples,
         max_body_bytes=int(resolved.serve.max_body_mib * 2**20),

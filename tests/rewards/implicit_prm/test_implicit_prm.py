@@ -216,6 +216,7 @@ def test_without_an_outcome_it_is_a_scorer_of_its_own(model: Path) -> None:
             np.testing.assert_array_equal(one.token_rewards, wanted.token_rewards)
             assert one.value == wanted.components["implicit_prm"]
     assert ImplicitPRM.traits(alone.config).answer is False
+    assert not ImplicitPRM.traits(alone.config).judges_texts, "who has texts alone must make tokens of them"
     with pytest.raises(ValueError, match="nothing to learn from"):
         ImplicitPRM.Config(outcome=None)
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,25 @@ import numpy as np
 import pytest
 from reward_samples import make_group
 from serve_fixture import Server
+from served_rewards import Everything
 
 from rewards import remote
-from rewards.base import RewardContext
+from rewards.base import RewardContext, RewardTraits
 from rewards.remote import RemoteReward
 from rewards.verifiers.math import MathReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
-from rlkit.experience import Group, Message, Prompt, Span
+from rlkit.experience import Group, Message, Prompt, Segment, Span
 from rlkit.experience.wire import (
     ScoreRequest,
+    Traits,
     UnsendableError,
     WireGroup,
     encode,
     from_wire,
     in_chunks,
     request_body,
+    tokens_of,
 )
 
 TOKEN = "a-token-of-some-length"
@@ -93,7 +96,22 @@ def test_a_group_arrives_as_it_was() -> None:
             assert not with_logprobs or mine.logprobs.tolist() == theirs.logprobs.tolist()
 
 
-def test_the_bytes_of_version_2_stay_as_they_are() -> None:
+def test_rows_of_an_episode_arrive_with_what_they_follow() -> None:
+    group = make_group("g", ["one two"])
+    rows = (Segment(0, 1, np.array([1, 2, 3], np.int32)), Segment(1, 2, np.array([4], np.int32)))
+    sent = replace(group, samples=(replace(group.samples[0], segments=rows),))
+    (arrived,) = from_wire(WireGroup.model_validate_json(encode(sent))).samples
+    plain = [(row.start, row.end, row.context.tolist()) for row in arrived.segments]
+    assert plain == [(0, 1, [1, 2, 3]), (1, 2, [4])]
+    assert tokens_of(sent) == tokens_of(group) + 4
+
+
+def test_a_client_is_told_every_trait_that_a_served_reward_can_have() -> None:
+    unsaid = {"uses_gpu", "environment", "update_when", "follows_policy"}
+    assert {field.name for field in fields(RewardTraits)} - unsaid == set(Traits.model_fields)
+
+
+def test_the_bytes_of_version_3_stay_as_they_are() -> None:
     """Servers of other rlkit versions that speak the same version of the messages read these."""
     group = make_group("g", ["x"])
     sample = replace(
@@ -105,7 +123,7 @@ def test_the_bytes_of_version_2_stay_as_they_are() -> None:
         '{"id":"g","prompt":{"id":"p","messages":[{"role":"user","content":"q"}],"token_ids":[1,2],"references":["r"],'
         '"answer":"a","columns":{"ids":[0,1]}},"samples":[{"index":0,"token_ids":[5],"text":"x","finish_reason":"stop",'
         f'"policy_versions":{list(sample.policy_versions)},"seed":{sample.seed},"logprobs":[-0.5],"mask":null,"spans":'
-        '[{"start":0,"end":1,"kind":"step","role":"assistant","data":{}}]}],"step":3}'
+        '[{"start":0,"end":1,"kind":"step","role":"assistant","data":{}}],"segments":[]}],"step":3}'
     ).replace(", ", ",")
 
 
@@ -164,8 +182,7 @@ def test_a_run_learns_from_the_server_what_its_reward_needs(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match="RemoteReward needs weight with every prompt"):
             load_config(arguments)
         config = RemoteReward.Config(url=server.url)
-        assert RemoteReward.traits(config).process_rewards
-        assert RemoteReward.traits(config).references
+        assert RemoteReward.traits(config) == Everything.traits(None)
         for send in (False, True):
             reward = client(server.url, send_logprobs=send)
             group = make_group("g", ["one two", "x", "one two three"])

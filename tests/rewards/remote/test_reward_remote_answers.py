@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from reward_samples import make_group
 
-from rewards.base import RewardConfig, RewardContext
+from rewards.base import RewardConfig, RewardContext, RewardTraits
 from rewards.remote import BUDGET_SHARE, RemoteReward
 from rlkit.config.loading import load_config
 from rlkit.config.messages import ConfigError
 from rlkit.experience import Group
-from rlkit.experience.wire import SCHEMA_VERSION
+from rlkit.experience.wire import SCHEMA_VERSION, Traits
 
 
 def client(url: str, **options: Any) -> RemoteReward:
@@ -53,8 +53,8 @@ class OddServer:
         self.requests: list[Any] = []
         described = {
             "status": "ok", "schema_version": SCHEMA_VERSION, "rlkit_version": "0", "reward": "odd.Odd",
-            "model_version": "odd-1", "needs": {"references": False, "answer": False, "columns": []},
-            "gives_process_rewards": False, "trainable": False, "max_request_samples": 100,
+            "model_version": "odd-1", "traits": {name: getattr(RewardTraits(), name) for name in Traits.model_fields},
+            "trainable": False, "max_request_samples": 100,
             "max_body_bytes": 10**6, "call_timeout_seconds": 120.0, "workers": [], **health,
         }  # fmt: skip
         server = self

@@ -140,9 +140,9 @@ def test_at_its_deadline_a_program_ends_with_all_it_started_and_alone(tmp_path: 
     with_host(host_of(tmp_path, "sh", "-c", script, step_timeout_seconds=6), work)
 
 
-def test_programs_end_with_the_process_of_their_environment(tmp_path: Path) -> None:
-    file = tmp_path / "pids"
-    script = f"echo $PPID $$ >> {file}; sh -c 'echo $$ >> {file}; while :; do :; done'"
+def test_programs_end_with_the_process_of_their_environment_and_leave_no_files(tmp_path: Path) -> None:
+    file, place = tmp_path / "pids", tmp_path / "place"
+    script = f"pwd > {place}; touch mine; echo $PPID $$ >> {file}; sh -c 'echo $$ >> {file}; while :; do :; done'"
 
     async def work(host: ProcessHost) -> None:
         playing = asyncio.create_task(played(host))
@@ -152,6 +152,7 @@ def test_programs_end_with_the_process_of_their_environment(tmp_path: Path) -> N
             await playing
         assert caught.value.kind == "died"
         await until(lambda: not any(map(runs, pids(file))))
+        await until(lambda: not Path(place.read_text().strip()).exists())
 
     with_host(host_of(tmp_path, "sh", "-c", script), work)
 
