@@ -39,6 +39,8 @@ from rlkit.rollout.session import Answer, RefusedError, Session
 log = logging.getLogger(__name__)
 
 MODEL = "policy"
+MOST_RENDERERS = 256
+"""One per list of tools; an agent may describe them otherwise in each episode."""
 RETRIES = "x-stainless-retry-count"
 """Header of OpenAI's clients: which retry of one call this is."""
 OF_THE_RUN = (
@@ -145,12 +147,15 @@ class Server:
     def renderer(self, tools: Sequence[Tool]) -> Renderer:
         """Raises UserError if the chat template cannot go on with them."""
         key = json.dumps([tool.schema() for tool in tools])
-        if key not in self._renderers:
+        renderer = self._renderers.pop(key, None)
+        if renderer is None:
             renderer = self._new_renderer(tools)
             if problems := renderer.problems():
                 raise UserError("; ".join(problems))
-            self._renderers[key] = renderer
-        return self._renderers[key]
+        self._renderers[key] = renderer  # as the last one
+        if len(self._renderers) > MOST_RENDERERS:
+            del self._renderers[next(iter(self._renderers))]
+        return renderer
 
     @contextlib.contextmanager
     def session(self, session: Session) -> Iterator[Endpoint]:
@@ -206,7 +211,7 @@ class Server:
     def _read(self, kind: type[Any], body: bytes, within: str = "") -> Any:
         """Raises RefusedError for what cannot be answered as it asks."""
         try:
-            fields = json.loads(body)
+            fields = _loaded(body)
             call = kind.model_validate(fields)
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
@@ -280,6 +285,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": body}, error.status)
 
 
+def _loaded(content: str | bytes) -> Any:
+    """Of JSON. Halves of characters, which no tokenizer takes, become `?`: clients cut texts in the middle of one."""
+    return json.loads(json.dumps(json.loads(content), ensure_ascii=False).encode(errors="replace"))
+
+
 def _messages(said: Sequence[_Message]) -> list[Message]:
     messages: list[Message] = []
     names: dict[str, str] = {}
@@ -297,7 +307,7 @@ def _messages(said: Sequence[_Message]) -> list[Message]:
 
 def _call(call: _Call, number: int) -> ToolCall:
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        arguments = _loaded(call.function.arguments or "{}")
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):

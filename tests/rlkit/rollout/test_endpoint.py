@@ -294,6 +294,24 @@ def test_a_call_that_cannot_be_read_is_a_text_and_counted() -> None:
     assert len(sample.segments) == 2
 
 
+def test_half_a_character_in_a_call_is_a_question_mark() -> None:
+    async def run(model: Endpoint) -> Step:
+        called = {"id": "a", "function": {"name": "calc", "arguments": r'{"expression": "\ud83d"}'}}
+        said = [
+            {"role": "user", "content": "cut: \ud83d"},
+            {"role": "assistant", "tool_calls": [called]},
+            {"role": "tool", "content": "\ud83d", "tool_call_id": "a"},
+        ]
+        tools = [tool.schema() for tool in Calculator.tools(None, None)]
+        assert (await post(model, {"messages": said, "tools": tools})).status_code == 200
+        return Step(reward=1.0)
+
+    table = Table("4")
+    assert table.play(run).episode is not None
+    text = TOKENIZER.decode(table.asked[0].prompt)
+    assert "cut: ?" in text and '"expression": "?"' in text
+
+
 def test_an_agent_that_breaks_begins_again_with_the_same_seeds() -> None:
     tries: list[str] = []
 
@@ -329,6 +347,22 @@ def test_a_fault_of_the_engine_ends_the_run_though_the_agent_goes_on() -> None:
 
     with pytest.raises(IndexError):
         Table().play(run)
+
+
+def test_a_conversation_goes_on_though_the_renderer_of_its_tools_had_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(model: Endpoint) -> Step:
+        for body in (ASKS, {**ASKS, "tools": tools}, {"messages": [*ASKS["messages"], *GOES_ON]}):
+            await post(model, body)
+        return Step(reward=1.0)
+
+    monkeypatch.setattr("rlkit.rollout.endpoint.MOST_RENDERERS", 1)
+    tools = [tool.schema() for tool in Calculator.tools(None, None)]
+    table = Table(" 4", "x", "5")  # rendered again it would lose its space
+    assert len(table.play(run).segments) == 2
+    server = Server(lambda tools: Renderer(ChatTemplate(TOKENIZER), tools, STOPS), STOPS)
+    one, again = ([Tool("calc", "Of one.", {})], [Tool("calc", "Of another.", {})])
+    assert server.renderer(one) is server.renderer(one)
+    assert server.renderer(again) is not server.renderer(one) and len(server._renderers) == 1
 
 
 def test_a_template_that_cannot_go_on_with_the_tools_is_said() -> None:
