@@ -247,7 +247,9 @@ class Session:
     def _asked(self, messages: Sequence[Message], tools: Sequence[Tool]) -> _Turn:
         renderer, said = self._renderer_of(tools), tuple(messages)
         if self._options.history == "append":
-            known = [turn for turn in self._answered() if turn.renderer.tools == renderer.tools and _continues(said, turn)]
+            known = [
+                turn for turn in self._answered() if turn.renderer.tools == renderer.tools and _continues(said, turn)
+            ]
             if known:
                 last = max(known, key=lambda turn: len(turn.said))
                 new = self._shortened(renderer, said[len(last.said) + 1 :])
