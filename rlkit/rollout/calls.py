@@ -195,7 +195,9 @@ class _Unreadable(str):
 def _json(text: str) -> Any:
     """The value, or why there is none."""
     try:
-        return json.loads(text, strict=False, parse_constant=_refuse)
+        value = json.loads(text, strict=False, parse_constant=_refuse)
+        json.dumps(value, ensure_ascii=False).encode()  # "\\ud83d" is half a character, which no tokenizer takes
+        return value
     except (ValueError, RecursionError) as error:
         return _Unreadable(f"it is not valid JSON ({error})")
 

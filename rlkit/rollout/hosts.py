@@ -137,7 +137,7 @@ def checked_step(step: Any) -> Step:
         raise EpisodeFailedError("wrong_type", f"state of a Step is {_described(step.state)}, no text", again=False)
     return replace(
         step,
-        observation=as_messages(_checked(step.observation, "step")),
+        observation=_checked(step.observation, "step"),
         reward=float(step.reward),
         done=bool(step.done),
         success=None if step.success is None else bool(step.success),
@@ -145,8 +145,8 @@ def checked_step(step: Any) -> Step:
     )
 
 
-def _checked(said: Any, method: str) -> Any:
-    """A text, a message, messages, or None."""
+def _checked(said: Any, method: str) -> tuple[Message, ...]:
+    """Of a text, a message, messages, or None. Halves of characters, which no tokenizer takes, become `?`."""
     parts = said if isinstance(said, list | tuple) else [said]
     plain = said is None or isinstance(said, str)
     wrong = [part for part in parts if not plain and not isinstance(part, Message)]
@@ -154,7 +154,7 @@ def _checked(said: Any, method: str) -> Any:
     if wrong:
         details = f"{method}() says {_described(wrong[0])}; it may be a text, a Message or a list of Messages"
         raise EpisodeFailedError("wrong_type", details, again=False)
-    return said
+    return tuple(replace(m, content=m.content.encode(errors="replace").decode()) for m in as_messages(said))
 
 
 def _described(value: object) -> str:

@@ -46,6 +46,7 @@ def test_hermes() -> None:
         ('{"name": "weather", "arguments": [1]}', "weather", "a JSON object"),
         ('{"name": "weather", "arguments": "no"}', "weather", "not valid JSON"),
         ('{"name": "weather", "arguments": {"x": NaN}}', "weather", "NaN"),
+        (r'{"name": "weather", "arguments": {"city": "\ud83d"}}', "weather", "surrogates not allowed"),
         ('{"name": "weather", "arguments": ' + "[" * 100_000, "weather", "not valid JSON"),
     ],
 )

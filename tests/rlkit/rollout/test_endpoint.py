@@ -294,6 +294,24 @@ def test_a_call_that_cannot_be_read_is_a_text_and_counted() -> None:
     assert len(sample.segments) == 2
 
 
+def test_half_a_character_in_a_call_is_a_question_mark() -> None:
+    async def run(model: Endpoint) -> Step:
+        called = {"id": "a", "function": {"name": "calc", "arguments": r'{"expression": "\ud83d"}'}}
+        said = [
+            {"role": "user", "content": "cut: \ud83d"},
+            {"role": "assistant", "tool_calls": [called]},
+            {"role": "tool", "content": "\ud83d", "tool_call_id": "a"},
+        ]
+        tools = [tool.schema() for tool in Calculator.tools(None, None)]
+        assert (await post(model, {"messages": said, "tools": tools})).status_code == 200
+        return Step(reward=1.0)
+
+    table = Table("4")
+    assert table.play(run).episode is not None
+    text = TOKENIZER.decode(table.asked[0].prompt)
+    assert "cut: ?" in text and '"expression": "?"' in text
+
+
 def test_an_agent_that_breaks_begins_again_with_the_same_seeds() -> None:
     tries: list[str] = []
 

@@ -275,6 +275,21 @@ def test_long_observations_are_cut_and_long_openings_are_a_failure() -> None:
     assert failed.episode is not None and "more than rollout.max_prompt_tokens=640" in failed.episode.failure
 
 
+def test_half_a_character_is_a_question_mark() -> None:
+    class Cuts(Counting):
+        def reset(self, task: Task, seed: int) -> str:
+            return super().reset(task, seed) + "\ud83d"
+
+        def step(self, action: Action) -> Step:
+            step = super().step(action)
+            return replace(step, observation=f"\ud83d {step.observation}")
+
+    group = Table(Cuts, counts).play(samples=1)
+    (episode,) = (sample.episode for sample in group.samples)
+    assert episode is not None and episode.success and group.prompt.messages[0].content.endswith(".?")
+    assert episode.messages[1].content.startswith("? It was")
+
+
 def step_returning(value: Any) -> type[Environment]:
     class Odd(Counting):
         def step(self, action: Action) -> Any:
