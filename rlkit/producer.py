@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from rlkit.cluster.waiting import waiting
@@ -112,11 +111,11 @@ class Producer:
         """One for each place."""
         again = []
         for step in steps:
-            # Checkpoints before 0.5 do not say for which step a group was.
-            repeated = next((request for request in self._again if request.step in (step, 0)), None)
+            # Of an earlier step: with a smaller rollout.oversample than before. Checkpoints before 0.5 say no step.
+            repeated = next((request for request in self._again if request.step <= step), None)
             if repeated is not None:
                 self._again.remove(repeated)
-                again.append(replace(repeated, step=step))
+                again.append(self._request(int(repeated.id), repeated.prompt, step))
         lacking = list((Counter(steps) - Counter(request.step for request in again)).elements())
         prompts = zip(lacking, self.order.take(len(lacking)), strict=True)
         new = [self._request(self.started + i, prompt, step) for i, (step, prompt) in enumerate(prompts)]

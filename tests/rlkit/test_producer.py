@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.asynchrony import best, in_rounds, limit
-from benchmarks.simulation import Case, Run, simulate
-from rlkit.producer import until
+from benchmarks.simulation import PROMPTS, Case, Run, simulate
+from rlkit.data.order import PromptOrder
+from rlkit.experience.filters import BufferConfig
+from rlkit.experience.waiting_buffer import WaitingBuffer
+from rlkit.producer import Producer, until
 
 SMALL = Case(engines=2, groups=2, samples=3, places=5, median=50, longest=400, steps=6, uncounted=2, start_seconds=10.0)
 seconds = st.floats(0.0, 3.0)
@@ -58,6 +62,19 @@ def test_engines_and_learner_wait_little(staleness: int, at_least: float) -> Non
     assert limit(case) < took < best(case) / 0.9
     synchronous = simulate(replace(case, staleness=0)).seconds_per_step(case.uncounted)
     assert synchronous > at_least * took
+
+
+def test_what_a_step_no_longer_takes_is_asked_for_again_in_the_next() -> None:
+    """A run that oversampled was saved in a step with four open groups, and goes on with two per step."""
+    order, buffer = PromptOrder(PROMPTS, seed=0), WaitingBuffer(2, 0, BufferConfig())
+    waits: dict[str, Any] = {"most_at_once": 2, "waits_for_places": False, "samples_per_prompt": 1, "greedy": False}
+    producer = Producer(order, None, None, buffer, **waits, seed=0, step_timeout_seconds=1.0)  # type: ignore[arg-type]
+    prompts = [prompt.id for prompt in order.take(4)]
+    was_open = [{"id": f"{i:08d}", "prompt": prompt, "step": 3} for i, prompt in enumerate(prompts)]
+    producer.load_state_dict({"order": order.state_dict(), "started": 4, "open": was_open})
+    assert [(r.id, r.step, r.oldest) for r in producer._requests([3, 3])] == [("00000000", 3, 2), ("00000001", 3, 2)]
+    assert [(r.id, r.step, r.oldest) for r in producer._requests([4, 4])] == [("00000002", 4, 3), ("00000003", 4, 3)]
+    assert [(r.id, r.step) for r in producer._requests([5])] == [("00000004", 5)]
 
 
 def test_waiting_for_groups_ends_with_the_producers_own_error() -> None:
