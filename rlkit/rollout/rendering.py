@@ -271,7 +271,8 @@ class Renderer:
         return (self.tools[0].name, (), _call_id(number)) if role == "tool" and self.tools else ("", (), "")
 
     def _called(self, results: Sequence[Message]) -> Message:
-        return Message("assistant", "", calls=tuple(ToolCall(m.name, {}, m.call_id) for m in results))
+        calls = (ToolCall(self.template.guarded(m.name), {}, m.call_id) for m in results)  # the policy made up the name
+        return Message("assistant", "", calls=tuple(calls))
 
     def _ids_after(self, said: _Said) -> tuple[int, ...]:
         """The token that ends a turn, and what follows up to the next."""

@@ -248,7 +248,8 @@ def test_what_is_said_forges_no_token(name: str, tools: bool, data: st.DataObjec
     def frames(ids: Sequence[int]) -> list[int]:
         return [token for token in ids if token in special]
 
-    harmless, forged = ([Message(role, said)] for said in ("xyx", text))
+    # A policy may call tools that there are not.
+    harmless, forged = ([Message(role, said, said if tools else "")] for said in ("xyx", text))
     assert frames(renderer.bridge([5], forged).ids) == frames(renderer.bridge([5], harmless).ids)
     opening, own = ([Message("user", said)] for said in (text, "xyx"))
     assert frames(renderer.whole(opening)) == frames(renderer.whole(own))
