@@ -95,17 +95,20 @@ class InlineHost:
         """The deadline holds only for what awaits."""
         if not inspect.isawaitable(answer):
             return answer
-        async with asyncio.timeout(self.config.step_timeout_seconds):
-            return await answer
+        try:
+            async with asyncio.timeout(self.config.step_timeout_seconds) as limit:
+                return await answer
+        except TimeoutError as error:
+            if not limit.expired():  # the environment's own
+                raise
+            details = f"no answer within environment.step_timeout_seconds={self.config.step_timeout_seconds:g}"
+            raise EpisodeFailedError("timeout", details) from error
 
     async def _guarded(self, work: Callable[[], Awaitable[Any]]) -> Any:
         try:
             return await work()
         except (EpisodeFailedError, ToolsChangedError):
             raise
-        except TimeoutError as error:
-            details = f"no answer within environment.step_timeout_seconds={self.config.step_timeout_seconds:g}"
-            raise EpisodeFailedError("timeout", details) from error
         except EnvironmentFailure as error:
             raise EpisodeFailedError("failure", str(error) or "of the environment") from error
         except Exception as error:

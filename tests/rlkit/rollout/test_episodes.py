@@ -335,6 +335,15 @@ def test_asynchronous_environments_have_deadlines_and_are_closed() -> None:
     assert closed == ["yes", "yes"], "of both tries"
 
 
+def test_a_timeout_of_the_environments_own_is_an_exception() -> None:
+    class Calls(Counting):
+        async def step(self, action: Action) -> Step:
+            raise TimeoutError("its server is slow")
+
+    sample = Table(Calls, counts).play(samples=1).samples[0]
+    assert sample.episode is not None and sample.episode.failure == "exception: TimeoutError: its server is slow"
+
+
 def test_environments_are_closed_if_the_engine_ends() -> None:
     closed: list[int] = []
 
