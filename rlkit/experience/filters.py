@@ -28,8 +28,9 @@ class BufferConfig(Section):
     max_group_reward: float | None = None
     """Reject groups whose mean reward is above this (inclusive)."""
     truncated: Literal["keep", "mask", "drop_group"] = "keep"
-    """Responses cut at `rollout.max_response_tokens`. keep: trained on with the reward they got; mask: left out of
-    baselines and loss, as invalid ones are (DAPO's overlong filtering); drop_group: their whole group is rejected."""
+    """Responses cut at `rollout.max_response_tokens`, and episodes also at `environment.max_turns`. keep: trained on
+    with the reward they got; mask: left out of baselines and loss, as invalid ones are (DAPO's overlong filtering);
+    drop_group: their whole group is rejected."""
     drop_truncated: bool = False
     """Older form of `truncated=drop_group`."""
     retire_solved_share: float | None = Field(default=None, gt=0, le=1)
@@ -87,9 +88,14 @@ def masked(group: Group) -> Group:
     """The scored group with invalid scores for its truncated samples."""
     if group.scores is None or not any(map(is_truncated, group.samples)):
         return group
-    cut = Score.invalid("truncated: cut at rollout.max_response_tokens (buffer.truncated=mask)")
-    scores = tuple(cut if score.valid and is_truncated(sample) else score for sample, score in group.scored())
+    scores = tuple(_cut(sample) if score.valid and is_truncated(sample) else score for sample, score in group.scored())
     return group.with_scores(replace(group.scores, samples=scores))
+
+
+def _cut(sample: Sample) -> Score:
+    turns = sample.episode is not None and sample.episode.ended == "turns"
+    limit = "environment.max_turns" if turns else "rollout.max_response_tokens"
+    return Score.invalid(f"truncated: cut at {limit} (buffer.truncated=mask)")
 
 
 def solved(groups: Iterable[Group], share: float | None) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from scored_groups import make_buffer, make_group, reject
 
+from rlkit.experience import Episode
 from rlkit.experience.buffer import DataSolvedError, TooManyRejectedError
 from rlkit.experience.filters import BufferConfig, make_filter, masked
 
@@ -70,11 +72,17 @@ def test_solved_data_are_a_good_end_and_hopeless_ones_an_error_that_says_so() ->
 def test_masking_makes_truncated_samples_invalid_and_leaves_the_others() -> None:
     group = masked(make_group("a", 1.0, 0.0, finish="length"))
     assert group.valid.tolist() == [False, True]
-    assert group.scored()[0][1].reason.startswith("truncated: ")
+    assert group.scored()[0][1].reason.startswith("truncated: cut at rollout.max_response_tokens")
     whole = make_group("b", 1.0, 0.0)
     assert masked(whole) is whole
     with pytest.raises(ValueError, match="set truncated alone"):
         BufferConfig(drop_truncated=True, truncated="mask")
+
+
+def test_an_episode_without_turns_left_is_masked_for_that() -> None:
+    group = make_group("a", 1.0, 0.0, finish="length")
+    samples = tuple(replace(sample, episode=Episode("turns")) for sample in group.samples)
+    assert "cut at environment.max_turns" in masked(replace(group, samples=samples)).scored()[0][1].reason
 
 
 def test_rejections_are_judged_per_step() -> None:
