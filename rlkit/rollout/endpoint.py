@@ -39,6 +39,8 @@ from rlkit.rollout.session import Answer, RefusedError, Session
 log = logging.getLogger(__name__)
 
 MODEL = "policy"
+MOST_RENDERERS = 256
+"""One per list of tools; an agent may describe them otherwise in each episode."""
 RETRIES = "x-stainless-retry-count"
 """Header of OpenAI's clients: which retry of one call this is."""
 OF_THE_RUN = (
@@ -145,12 +147,15 @@ class Server:
     def renderer(self, tools: Sequence[Tool]) -> Renderer:
         """Raises UserError if the chat template cannot go on with them."""
         key = json.dumps([tool.schema() for tool in tools])
-        if key not in self._renderers:
+        renderer = self._renderers.pop(key, None)
+        if renderer is None:
             renderer = self._new_renderer(tools)
             if problems := renderer.problems():
                 raise UserError("; ".join(problems))
-            self._renderers[key] = renderer
-        return self._renderers[key]
+        self._renderers[key] = renderer  # as the last one
+        if len(self._renderers) > MOST_RENDERERS:
+            del self._renderers[next(iter(self._renderers))]
+        return renderer
 
     @contextlib.contextmanager
     def session(self, session: Session) -> Iterator[Endpoint]:

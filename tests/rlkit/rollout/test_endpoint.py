@@ -349,6 +349,22 @@ def test_a_fault_of_the_engine_ends_the_run_though_the_agent_goes_on() -> None:
         Table().play(run)
 
 
+def test_a_conversation_goes_on_though_the_renderer_of_its_tools_had_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(model: Endpoint) -> Step:
+        for body in (ASKS, {**ASKS, "tools": tools}, {"messages": [*ASKS["messages"], *GOES_ON]}):
+            await post(model, body)
+        return Step(reward=1.0)
+
+    monkeypatch.setattr("rlkit.rollout.endpoint.MOST_RENDERERS", 1)
+    tools = [tool.schema() for tool in Calculator.tools(None, None)]
+    table = Table(" 4", "x", "5")  # rendered again it would lose its space
+    assert len(table.play(run).segments) == 2
+    server = Server(lambda tools: Renderer(ChatTemplate(TOKENIZER), tools, STOPS), STOPS)
+    one, again = ([Tool("calc", "Of one.", {})], [Tool("calc", "Of another.", {})])
+    assert server.renderer(one) is server.renderer(one)
+    assert server.renderer(again) is not server.renderer(one) and len(server._renderers) == 1
+
+
 def test_a_template_that_cannot_go_on_with_the_tools_is_said() -> None:
     class Mute(Renderer):
         def problems(self) -> list[str]:
