@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ async def open_episodes(
         else ProcessHost(section[TARGET], cls, options, log, config.trainer.startup_timeout_seconds)
     )
     await host.start()
-    template = ChatTemplate(tokenizer, config.model.chat_template, config.model.chat_template_arguments)
+    # Some templates print today's date: at midnight a conversation would not go on, nor a group have one opening.
+    arguments = {"strftime_now": datetime.now().strftime, **config.model.chat_template_arguments}
+    template = ChatTemplate(tokenizer, config.model.chat_template, arguments)
     renderer = Renderer(template, host.tools, stop_token_ids, options.calls, options.history)
     endpoint = None
     if issubclass(cls, Agent):  # whose calls bring their tools, and are checked then

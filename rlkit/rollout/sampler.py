@@ -101,6 +101,10 @@ class Sampler:
             request_id, {"prompt_token_ids": list(prompt), **salted}, parameters, lora_request=adapter
         )
 
+    def abort(self, ids: Sequence[str]) -> None:
+        """Drop those of these requests that have not finished."""
+        self.engine.abort_request(list(ids))
+
     def step(self) -> list[Response]:
         """Decode one token for every running request; return the responses that finished.
 
@@ -161,6 +165,7 @@ class Sampler:
     def sleep(self, level: int) -> None:
         """Free GPU memory; running requests are dropped. Level 1 keeps the weights in host memory; 2 drops them."""
         self.settle()
+        self.abort(list(self.engine.output_processor.external_req_ids))  # what vLLM drops itself would count as busy
         self._finished.clear()
         self.engine.sleep(level)
         self.asleep = {"weights", "kv_cache"}

@@ -247,9 +247,8 @@ class Session:
     def _asked(self, messages: Sequence[Message], tools: Sequence[Tool]) -> _Turn:
         renderer, said = self._renderer_of(tools), tuple(messages)
         if self._options.history == "append":
-            known = [
-                turn for turn in self._answered() if turn.renderer.tools == renderer.tools and _continues(said, turn)
-            ]
+            same = (turn for turn in self._answered() if turn.renderer.tools == renderer.tools)
+            known = [turn for turn in same if _continues(said, turn)]
             if known:
                 last = max(known, key=lambda turn: len(turn.said))
                 new = self._shortened(renderer, said[len(last.said) + 1 :])

@@ -26,12 +26,13 @@ from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Canary, WeightReceipt
 
 T = TypeVar("T")
+_Done = asyncio.Queue[Group | BaseException]
 
 
 @dataclass
 class _Open:
     request: GroupRequest
-    done: asyncio.Queue[Group | BaseException]
+    done: _Done
     responses: dict[int, Response] = field(default_factory=dict)
 
 
@@ -104,11 +105,10 @@ class RolloutWorker:
 
         config = self.config
         trusted = config.model.trust_remote_code
-        longest = longest_response(config.rollout, config.evaluation)
         self.tokenizer = load_tokenizer(self.model_path, trust_remote_code=trusted)
         self.sampler = Sampler(
             self.model_path,
-            self.rollout.model_copy(update={"max_response_tokens": longest}),
+            self.rollout.model_copy(update={"max_response_tokens": longest_response(self.rollout, config.evaluation)}),
             device=config.cluster.device,
             seed=self.engine_seed,
             stop_token_ids=stop_token_ids(self.model_path, self.tokenizer),
@@ -142,7 +142,7 @@ class RolloutWorker:
 
         These are a separate, small item: the driver reads it as proof that the groups have arrived.
         """
-        done: asyncio.Queue[Group | BaseException] = asyncio.Queue()
+        done: _Done = asyncio.Queue()
         follows = self.rollout.source == "policy"  # else no weights ever come
         oldest = max(request.oldest for request in requests) if follows else 0
         async with self.admission:
@@ -164,11 +164,9 @@ class RolloutWorker:
                 self.pump = asyncio.create_task(self._run_engine())
         left = len(requests)
         while left:
-            ready = [await done.get()]
-            while not done.empty():
-                ready.append(done.get_nowait())
-            groups = []
-            for item in ready:
+            groups: list[Group] = []
+            while not groups or not done.empty():
+                item = await done.get()
                 if isinstance(item, BaseException):
                     raise item
                 groups.append(item)
@@ -184,7 +182,7 @@ class RolloutWorker:
             await self.progress.wait()
         return self.finished
 
-    def _submit(self, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]) -> None:
+    def _submit(self, requests: Sequence[GroupRequest], done: _Done) -> None:
         structured = self.rollout.structured
         for request in requests:
             self.open[request.id] = _Open(request, done)
@@ -202,9 +200,7 @@ class RolloutWorker:
                     )
                 )
 
-    def _play(
-        self, episodes: Episodes, requests: Sequence[GroupRequest], done: asyncio.Queue[Group | BaseException]
-    ) -> None:
+    def _play(self, episodes: Episodes, requests: Sequence[GroupRequest], done: _Done) -> None:
         async def play(request: GroupRequest) -> None:
             try:
                 done.put_nowait(await episodes.group(request))
@@ -227,7 +223,12 @@ class RolloutWorker:
         self.turns[request.id] = answer = asyncio.get_running_loop().create_future()
         self.asked.append(request)
         self.work.set()
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:  # nobody waits for it any more
+            self.turns.pop(request.id, None)
+            self.thread.submit(self.sampler.abort, [request.id])
+            raise
 
     async def _run_engine(self) -> None:
         try:
@@ -253,13 +254,11 @@ class RolloutWorker:
     def _end_episodes(self) -> None:
         for task in self.playing:
             task.cancel()
-        self.asked.clear()
         for answer in self.turns.values():
             answer.cancel()
-        self.turns.clear()
         self.work.set()
 
-    def _step(self) -> tuple[list[tuple[Group, asyncio.Queue[Group | BaseException]]], list[Response]]:
+    def _step(self) -> tuple[list[tuple[Group, _Done]], list[Response]]:
         """Finished groups, and turns of episodes."""
         self._begin_turns()
         finished, turns, began = [], [], time.monotonic()
@@ -270,10 +269,9 @@ class RolloutWorker:
         self.busy_seconds += time.monotonic() - began
         for response in responses:
             group_id, _, index = response.id.rpartition(":")
-            if response.id in self.turns:
+            if (entry := self.open.get(group_id)) is None:  # a turn, which perhaps nobody waits for any more
                 turns.append(response)
                 continue
-            entry = self.open[group_id]
             entry.responses[int(index)] = response
             self.finished += 1
             if len(entry.responses) == entry.request.responses:
@@ -283,7 +281,9 @@ class RolloutWorker:
 
     def _begin_turns(self) -> None:
         while self.asked and not self.parked:
-            self.sampler.add(self.asked.popleft())
+            request = self.asked.popleft()
+            if request.id in self.turns:
+                self.sampler.add(request)
 
     # -- new weights: prepare; take, or the learner's transfer; confirm; admit --------------------------------------
 

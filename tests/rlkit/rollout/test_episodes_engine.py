@@ -280,6 +280,10 @@ def test_an_engine_that_dies_while_it_is_parked_loses_nothing(ray_session: None,
         assert {s.policy_versions for s in after.samples} == {(1, 1)}, "their successor had the new weights"
 
 
+def test_the_engine_drops_a_turn_for_which_nobody_waits_any_more(pool: RolloutPool) -> None:
+    assert run(pool.workers[0].leave_a_turn.remote()) == (True, False)
+
+
 def test_no_single_response_stands_in_for_an_episode(pool: RolloutPool) -> None:
     run(pool.workers[0].lose_the_environment.remote())
     with pytest.raises(Exception, match="the environment has not started"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +15,12 @@ from episode_templates import SHAPES, WEATHER, renderer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlkit.config.loading import load_config
 from rlkit.experience import Episode, Message, ToolCall
 from rlkit.rollout.conversation import Conversation, as_sample
+from rlkit.rollout.episodes import open_episodes
 from rlkit.rollout.rendering import Bridge, Renderer, RenderingError, continuation
-from rlkit.rollout.requests import Response
+from rlkit.rollout.requests import Request, Response
 
 APPEND = {
     "ChatML, Qwen2.5", "Qwen3-Coder", "Qwen3, thinking kept", "Llama 2", "Llama 3",
@@ -314,3 +319,34 @@ def test_a_long_observation_is_cut_in_its_middle() -> None:
             if limit == 200:
                 assert f"[... {len(text)} characters, cut here ...]" in cut.content
                 assert cut.content[:5] == text[:5] and cut.content[-5:] == text[-5:]
+
+
+def test_a_template_that_prints_the_date_prints_that_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        today = datetime(2026, 11, 3)
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return cls.today
+
+    async def turn(request: Request) -> Response:
+        raise AssertionError("nothing is played")
+
+    tokenizer, stops = playing("embedded").template.tokenizer, list(playing("embedded")._stops)
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template))
+    options = [
+        "environment=guess_number",
+        "environment.placement=inline",
+        f"model.chat_template={tmp_path}/dated.jinja",
+    ]
+    config = load_config([f"run_dir={tmp_path}/run", "reward=environment", "data=environment", *options]).config
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    opened = open_episodes(config, tokenizer, stops, turn, lambda: 0, tmp_path / "log", seeded=True)
+    renderer, said = asyncio.run(opened).renderer, [Message("user", "Next?")]
+    opening = renderer.whole(said)
+    renderer.bridge([5, *stops], said)
+    Clock.today = datetime(2026, 11, 4)
+    assert renderer.whole(said) == opening
+    renderer.bridge([5, *stops], [Message("user", "and next?")])
