@@ -313,8 +313,8 @@ def test_a_run_is_asked_what_it_held_out_and_other_data_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Other data are named by an option, or by their path alone."""
-    for name in ("train", "test"):
-        rows = [{"question": f"{name}: {i} + 1?", "answer": f"#### {i + 1}"} for i in range(40)]
+    for name, count in (("train", 40), ("test", 8)):
+        rows = [{"question": f"{name}: {i} + 1?", "answer": f"#### {i + 1}"} for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run, test = tmp_path / "run", f"data.path={tmp_path}/test.jsonl"
     train = ["data=jsonl", f"data.path={tmp_path}/train.jsonl", "verifier=gsm8k", "reward=rule"]
@@ -327,13 +327,15 @@ def test_a_run_is_asked_what_it_held_out_and_other_data_whole(
         [
             ([], 2 + 1, "held-out questions", "heldout"),
             (["data.heldout_share=0.1"], 4 + 1, "held-out questions", "heldout"),
-            (["data=jsonl", test], 40, "questions", "test"),
-            ([test], 40, "questions", "test"),
+            (["data=jsonl", test], 8, "questions", "test"),
+            ([test], 8, "questions", "test"),
         ]
     ):
         assert cli.main(["evaluate", str(run), *words, "dry_run=true"]) == 0
         said = capsys.readouterr().out
         assert f"asked: all {what} of FileSource\n" in said and f"evaluate_run_2_{data}\n" in said
+        if number in (1, 2):
+            continue
         one, again = tmp_path / f"one_{number}", tmp_path / f"again_{number}"
         with JudgeServer(lambda asked: Reply("#### 1")) as server:
             served = [f"model.url={server.url}", "model.name=ones"]
