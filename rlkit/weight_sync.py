@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from rlkit.cluster.waiting import WaitedTooLongError
 from rlkit.config.plan import engines_sleep, sleep_level, weight_route
 from rlkit.config.schema import RunConfig
 from rlkit.rollout.pool import RolloutPool
@@ -71,11 +72,19 @@ class WeightSync:
             await self.rollout.sleep(1)
         await self.learner.reload()
         try:
-            return await work
-        finally:  # a checkpoint that fails does not keep engines asleep that an evaluation asks next
-            await self.learner.offload()
-            if self.sleeps:
-                await self.rollout.wake()
+            result = await work
+        except WaitedTooLongError:
+            raise  # who hangs is not waited for again
+        except Exception:
+            await self._give_back()  # engines that sleep would keep an evaluation waiting that comes next
+            raise
+        await self._give_back()
+        return result
+
+    async def _give_back(self) -> None:
+        await self.learner.offload()
+        if self.sleeps:
+            await self.rollout.wake()
 
     async def _deliver(self, published: Published) -> Agreement:
         if self.route == "object_store" and not self.sleeps:  # each worker for itself, in one call

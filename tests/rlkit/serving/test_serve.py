@@ -70,7 +70,8 @@ def test_health_says_what_is_served(rule: Server) -> None:
     health = rule.get("/health").json()
     assert health["status"] == "ok"
     assert health["reward"] == "rewards.verifiers.math.MathReward"
-    assert health["traits"]["answer"] is True
+    asked = {name: health["traits"][name] for name in ("references", "answer", "columns")}
+    assert asked == {"references": False, "answer": True, "columns": []}
     assert health["traits"]["process_rewards"] is False
     assert health["call_timeout_seconds"] == RewardConfig().timeout_seconds
     assert health["model_version"].startswith("MathReward-")
