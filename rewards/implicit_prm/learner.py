@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +34,7 @@ from rlkit.models.policy import load_causal_lm, resolve_dtype
 from rlkit.reward_training.engine import (
     PromptTree,
     SupervisedEngine,
+    items_within,
     pair_indices,
     save_language_model,
 )
@@ -133,21 +135,17 @@ def prompt_items(encoded: Sequence[Encoded], batch: Sequence[Example], limit: in
     groups: dict[tuple[str, tuple[int, ...]], list[Example]] = {}
     for example in batch:
         groups.setdefault(encoded[example[0]].group, []).append(example)
-    return [item for examples in groups.values() for item in _items_within(encoded, examples, limit)]
+    return [item for examples in groups.values() for item in items_within(examples, partial(_item, encoded), limit)]
 
 
-def _items_within(encoded: Sequence[Encoded], examples: Sequence[Example], limit: int) -> list[PromptTree]:
+def _item(encoded: Sequence[Encoded], examples: Sequence[Example]) -> PromptTree:
     members = list(dict.fromkeys(i for example in examples for i in example))
     index = {i: n for n, i in enumerate(members)}
-    item = PromptTree(
+    return PromptTree(
         tree=Tree(encoded[members[0]].prompt, tuple(encoded[i].response for i in members)),
         labels=tuple(encoded[i].rollout.label for i in members),
         pairs=tuple((index[example[0]], index[example[1]]) for example in examples if len(example) == 2),
     )
-    if charge(item.tree) <= limit or len(examples) == 1:
-        return [item]
-    half = len(examples) // 2
-    return [*_items_within(encoded, examples[:half], limit), *_items_within(encoded, examples[half:], limit)]
 
 
 class PrmScorer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlkit.models.forward import ModelLoadError, PackedScorer
 from rlkit.models.packing import Tree, pack, split_by_tokens
 from rlkit.models.policy import load_value_model
 from rlkit.reward_training.base import RewardTrainingConfig, TrainingContext
-from rlkit.reward_training.engine import PromptTree, SupervisedEngine, pair_indices, save_classifier
+from rlkit.reward_training.engine import PromptTree, SupervisedEngine, items_within, pair_indices, save_classifier
 from rlkit.reward_training.pairs import Pair
 
 Array = NDArray[np.float64]
@@ -158,19 +159,15 @@ def together(pairs: Sequence[EncodedPair], pad_id: int | None, limit: int) -> li
     by_prompt: dict[Any, list[EncodedPair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.pair.prompt, []).append(pair)
-    return [item for members in by_prompt.values() for item in _items_within(members, pad_id, limit)]
+    return [item for members in by_prompt.values() for item in items_within(members, partial(_item, pad_id), limit)]
 
 
-def _items_within(members: Sequence[EncodedPair], pad_id: int | None, limit: int) -> list[PromptPairs]:
+def _item(pad_id: int | None, members: Sequence[EncodedPair]) -> PromptPairs:
     read = [(until_read(pair.chosen, pad_id), until_read(pair.rejected, pad_id)) for pair in members]
     sequences = list(dict.fromkeys(ids for both in read for ids in both))
     index = {ids: i for i, ids in enumerate(sequences)}
     indices = tuple((index[chosen], index[rejected]) for chosen, rejected in read)
-    item = PromptPairs(Tree.of(sequences), indices, rows=tuple(pair.pair for pair in members))
-    if item.tokens <= limit or len(members) == 1:
-        return [item]
-    half = len(members) // 2
-    return [*_items_within(members[:half], pad_id, limit), *_items_within(members[half:], pad_id, limit)]
+    return PromptPairs(Tree.of(sequences), indices, rows=tuple(pair.pair for pair in members))
 
 
 def measure_folder(

@@ -30,6 +30,7 @@ class Item(Protocol):
 
 
 T = TypeVar("T", bound=Item)
+M = TypeVar("M")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,15 @@ class PromptTree:
     def tokens(self) -> int:
         """Against a micro-batch's limit."""
         return self.tree.charged_tokens
+
+
+def items_within(members: Sequence[M], item: Callable[[Sequence[M]], T], limit: int) -> list[T]:
+    """Items of a prompt's members: halved down to `limit` tokens, or to one member."""
+    whole = item(members)
+    if whole.tokens <= limit or len(members) == 1:
+        return [whole]
+    half = len(members) // 2
+    return [*items_within(members[:half], item, limit), *items_within(members[half:], item, limit)]
 
 
 def pair_indices(items: Sequence[PromptTree]) -> tuple[list[int], list[int]]:
