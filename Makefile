@@ -14,8 +14,9 @@ TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# No look-ups of models or data by name, no usage reports, and no more threads than the machine has cores.
-RUN_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# No look-ups of models or data by name, no usage reports, and no more threads than the machine has cores. Compiled
+# modules are kept, also where an image forbids it: else each of a run's processes compiles all that it imports.
+RUN_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 TEST_ENV := $(RUN_ENV) OMP_NUM_THREADS=1
 
 # pip itself would try an unreachable index for a minute. A certificate error still counts as reachable: pip has its
@@ -50,7 +51,7 @@ $(INSTALLED): setup.py pyproject.toml
 	fi
 	@echo "installing rlkit[$(EXTRAS)] and what it needs: about 4 GB"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.13'
-	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet -e '.[$(EXTRAS)]' \
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --compile-bytecode -e '.[$(EXTRAS)]' \
 		|| { echo "uv, which reads no pip.conf, could not; pip takes 2 to 7 minutes without another line"; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'; }
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -54,12 +55,16 @@ def compose_options(folder: Path, choices: Mapping[str, str | None]) -> DictConf
 
     Raises HydraException if the files of conf/ themselves are wrong.
     """
+    return deepcopy(_composed(folder, tuple(sorted(choices.items()))))
+
+
+@cache
+def _composed(folder: Path, choices: tuple[tuple[str, str | None], ...]) -> DictConfig:
+    """Kept, as composing takes most of the time in which a configuration is loaded. Not to be changed."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
         names = {borrower: f"{source}@{borrower}" for borrower, source in borrowed_options(folder).items()}
-        chosen = [
-            f"{names.get(group, group)}={'null' if option is None else option}" for group, option in choices.items()
-        ]
+        chosen = [f"{names.get(group, group)}={'null' if option is None else option}" for group, option in choices]
         tree = compose("config", overrides=chosen, return_hydra_config=True)
     OmegaConf.set_readonly(tree, False)
     OmegaConf.set_readonly(tree.hydra, False)

@@ -8,7 +8,6 @@ a reward that needs other columns finds them as empty strings.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from reward_samples import make_group, make_sample
 
 from rewards.base import Reward, RewardConfig, RewardContext, RewardTraits, TrainableReward
@@ -151,4 +150,4 @@ def test_it_works_in_its_own_process() -> None:
         assert scored.report.failed < scored.report.samples, scored.report.examples
         await pool.close()
 
-    asyncio.run(asyncio.wait_for(check(), 180))
+    run(check())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlkit.cluster.janitor import TOKEN
 from rlkit.cluster.processes import kill_with_children
 
 KILL_SECONDS = 5.0
@@ -93,7 +94,9 @@ def _start(command: Command, max_output: int, max_results: int) -> Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=(write_end, *command.descriptors),
-            env={},
+            # bubblewrap's outer process asks to die with its parent, and then lets the inner one go on. Killed in
+            # between, it leaves one that waits for ever: a run's janitor ends what bears its token.
+            env={name: value for name, value in os.environ.items() if name == TOKEN},
         )
     except BaseException:
         os.close(results)

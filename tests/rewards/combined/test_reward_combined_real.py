@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 import pytest
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from reward_samples import make_group
 
 from rewards.base import RewardContext
@@ -75,4 +74,4 @@ def test_running_statistics_count_in_the_reward_s_process() -> None:
         values = [score.value for _, score in learnt.scored()]
         assert values == pytest.approx([-1.069045, 0, -0.534522, 1.603567], abs=1e-6)
 
-    asyncio.run(asyncio.wait_for(check(), 180))
+    run(check())

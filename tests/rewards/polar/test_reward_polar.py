@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polar_fixture import char_tokenizer, tiny_discriminator
 from pydantic import ValidationError
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from reward_samples import make_group
 
 from rewards.base import RewardContext
@@ -353,4 +353,4 @@ def test_it_scores_in_its_own_process_and_ends_with_it(folder: Path, backend: st
         _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
         assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
-    asyncio.run(asyncio.wait_for(check(), 400))
+    run(check())

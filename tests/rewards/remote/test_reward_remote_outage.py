@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from reward_samples import make_group
 from run_fixture import Run
 from serve_fixture import Server
@@ -64,7 +64,7 @@ def test_an_outage_shorter_than_the_deadline_costs_nothing_a_longer_one_is_named
             await asyncio.gather(patient.close(), hasty.close())
 
     try:
-        asyncio.run(asyncio.wait_for(check(), 150))
+        run(check())
     finally:
         server.end()
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from learner_fixture import (
     write_tiny_model,
     write_tokenizer,
 )
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from rollout_host import OpenWorker
 
 from rlkit.config.lora import LoraConfig
@@ -34,13 +33,8 @@ from rlkit.weights.publication import Agreement, Proof, Published, WeightReceipt
 
 need("peft", "lora")
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-T = TypeVar("T")
 CANARY = ((5, 6, 7, 8, 9, 10), (30, 40, 50), (11, 9, 7, 5, 3))
 LORA = LoraConfig(rank=4, publish="adapter", target_modules=("q_proj", "v_proj", "o_proj", "down_proj"))
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(coroutine, 120))
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ import asyncio
 import os
 import signal
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from learner_fixture import build_learner, grpo_advantages, smooth_steps, weights_of
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from rollout_host import publish_bundle
 from talkative import EpisodeWorker, Seen, write_model
 from test_rendering import APPEND, TOOLS_APPEND
@@ -32,16 +32,11 @@ from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Published
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-T = TypeVar("T")
 SAMPLES = 4
 CASES = [*((name, False) for name in sorted(APPEND)), *((name, True) for name in sorted(TOOLS_APPEND))]
 
 DROPPED = {("GLM-4", False), ("Gemma 2", False), ("Llama 3", False)}
 """In these the policy says a stop token with which the template ends no turn."""
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(coroutine, 90))
 
 
 @pytest.fixture(scope="module")

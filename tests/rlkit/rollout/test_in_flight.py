@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 from learner_fixture import VOCABULARY, build_learner, write_tiny_model, write_tokenizer
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from rollout_host import OpenWorker
 
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig, TrainerConfig
@@ -25,14 +25,9 @@ from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Agreement, Published
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-T = TypeVar("T")
 CANARY = ((5, 6, 7, 8, 9, 10), (30, 40, 50), (11, 9, 7, 5, 3))
 RESPONSE = 160
 SAMPLES = 4
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(coroutine, 120))
 
 
 @pytest.fixture(scope="module")

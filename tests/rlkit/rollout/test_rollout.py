@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from learner_fixture import VOCABULARY, build_learner, grpo_advantages, make_groups, write_tiny_model, write_tokenizer
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from rollout_host import OpenWorker, publish_bundle
 
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
@@ -26,15 +26,10 @@ from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Agreement, Published, WeightsNotLoadedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-T = TypeVar("T")
 EOS = 1
 MAX_RESPONSE = 24
 BLOCK = 32
 CANARY = ((5, 6, 7, 8, 9, 10), (30, 40, 50), (11, 9, 7, 5, 3))
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(coroutine, 90))
 
 
 def configured(**rollout: Any) -> RunConfig:

@@ -3,18 +3,17 @@ log-probs are."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from rollout_host import OpenWorker
 
 from rlkit.config.schema import ClusterConfig, RolloutConfig, RunConfig
@@ -26,7 +25,6 @@ from rlkit.rollout.pool import RolloutPool
 from rlkit.rollout.requests import GroupRequest
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-T = TypeVar("T")
 FOLDER = model_folder("embedded:policy")
 TOKENIZER = load_tokenizer(FOLDER)
 EOS = TOKENIZER.eos_token_id
@@ -34,10 +32,6 @@ MAX_RESPONSE = 40
 SIZES: dict[str, Any] = {"max_prompt_tokens": 64, "max_response_tokens": MAX_RESPONSE, "memory_gib": 0.1}
 SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 40}, {"enum": ["unknown", {"answer": None}]}]}
 """Without white space, with which a policy that has never seen JSON would fill an object."""
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(coroutine, 90))
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from reward_samples import make_group
 
 from rewards.base import RewardContext
@@ -18,20 +16,15 @@ from rlkit.serving.pool import RewardPool, Scored
 from rlkit.serving.stored import Stored
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-T = TypeVar("T")
 TIMEOUT = 1.0
 
 
 SCORED = make_group("a", ["x"]).with_scores(GroupScores((Score(0.0),)))
 
 
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(coroutine, 180))
-
-
 def function_pool(**options: Any) -> RewardPool:
     reward = {"_target_": "rewards.function.FunctionReward", "function": "reward_functions.as_told"}
-    return RewardPool({**reward, "timeout_seconds": TIMEOUT, **options}, RewardContext(), startup_timeout_seconds=30)
+    return RewardPool({**reward, "timeout_seconds": TIMEOUT, **options}, RewardContext(), startup_timeout_seconds=120)
 
 
 def found(scored: Scored) -> list[str | float]:
@@ -92,7 +85,7 @@ def test_every_failure_is_masked_named_counted_and_the_next_call_works() -> None
 def test_a_rewards_own_timeout_is_not_taken_for_the_pools(where: str, said: str) -> None:
     async def check() -> None:
         target = {"_target_": "served_rewards.SlowToLearn", "where": where, "timeout_seconds": TIMEOUT}
-        pool = RewardPool(target, RewardContext(), startup_timeout_seconds=30)
+        pool = RewardPool(target, RewardContext(), startup_timeout_seconds=120)
         await pool.start()
         try:
             await pool.learn([SCORED], "before", Stored())

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import pytest
 import ray
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from reward_samples import make_group
 
 from rewards.base import RewardContext
@@ -21,16 +20,11 @@ from rlkit.experience.scores import RewardFailed, ScoreReport, check_failures
 from rlkit.serving.pool import RewardPool, Scored
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-T = TypeVar("T")
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
 
 
 def pool(**options: Any) -> RewardPool:
     reward = {"_target_": "reward_samples.Misbehaving", "timeout_seconds": 0.7, **options}
-    return RewardPool(reward, RewardContext(), startup_timeout_seconds=30)
+    return RewardPool(reward, RewardContext(), startup_timeout_seconds=120)
 
 
 async def score_orders(orders: list[str], **options: Any) -> tuple[list[Scored], list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from reward_samples import make_group
 
 from rewards.base import RewardContext
@@ -30,14 +30,14 @@ def in_pool(folder: Path, check: Callable[[RewardPool], Awaitable[None]], **opti
     reward = {"_target_": "learning_reward.Learning", "timeout_seconds": 20.0, "script": str(folder), **options}
 
     async def body() -> None:
-        pool = RewardPool(reward, RewardContext(), startup_timeout_seconds=30)
+        pool = RewardPool(reward, RewardContext(), startup_timeout_seconds=120)
         await pool.start()
         try:
             await check(pool)
         finally:
             await pool.close()
 
-    asyncio.run(asyncio.wait_for(body(), 90))
+    run(body())
 
 
 async def values(pool: RewardPool) -> list[float | str]:

@@ -9,14 +9,14 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 from learner_fixture import VOCABULARY, grpo_advantages, make_groups, write_tiny_model, write_tokenizer
-from ray_fixture import ray_session  # noqa: F401
+from ray_fixture import ray_session, run  # noqa: F401
 from rollout_host import OpenRank, OpenWorker, publish_bundle
 
 from algorithms.base import POLICY, Experience
@@ -33,13 +33,8 @@ from rlkit.weight_sync import WeightSync
 from rlkit.weights.publication import Published, WeightsNotLoadedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-T = TypeVar("T")
 CANARY = ((5, 6, 7, 8, 9, 10), (30, 40, 50), (11, 9, 7, 5, 3))
 WORKERS = 2
-
-
-def run(coroutine: Coroutine[Any, Any, T], seconds: float = 90.0) -> T:
-    return asyncio.run(asyncio.wait_for(coroutine, seconds))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +86,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WeightSync]:
             await pool.sleep(2)
             assert (await sync.publish(0))["weights/canary_difference"] < 1e-3
 
-        run(start(), 150)
+        run(start())
         yield sync
     for actor in [*pool.workers, *learner.ranks]:
         ray.kill(actor)
@@ -231,7 +226,7 @@ def test_a_worker_whose_weights_arrive_damaged_is_replaced_and_given_them_anew(
         assert sampled_as_the_learner(sampled, await sync.learner.policy.logprobs(sampled, POLICY))
         await sync.publish(version)
 
-    run(steps(), 150)
+    run(steps())
     assert "rollout worker 1: weights of version" in caplog.text
     assert "arrived damaged" in caplog.text
 
@@ -257,7 +252,7 @@ def test_a_worker_that_dies_between_steps_is_replaced_and_meets_the_learner_agai
         await train(sync, 2)
         assert (await sync.publish(version + 1))["weights/canary_difference"] < 1e-3  # to both directly
 
-    run(steps(), 150)
+    run(steps())
 
 
 @pytest.mark.slow
@@ -277,7 +272,7 @@ def test_a_worker_that_dies_while_sampling_gets_the_present_weights(sync: Weight
             s.token_ids.tolist() for g in undisturbed for s in g.samples
         ]
 
-    run(steps(), 150)
+    run(steps())
 
 
 @pytest.mark.slow
@@ -317,4 +312,4 @@ def test_an_engine_that_fails_during_a_transfer_ends_the_run_at_once_with_the_ca
             await sync.publish(version)
         return time.monotonic() - began
 
-    assert run(steps(), 150) < 30
+    assert run(steps()) < 30
