@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import yaml
@@ -17,7 +20,7 @@ from pydantic import Field
 
 from rewards.base import RewardContext
 from rlkit.assessment.judges import LocalJudge
-from rlkit.assessment.rows import Row, read_rows
+from rlkit.assessment.rows import LONG, Row, cut_to_whole_lines, read_rows, written_rows
 from rlkit.config.loading import Loading
 from rlkit.config.messages import ConfigError, ConfigIssue
 from rlkit.config.parts import CONTRACTS, OWN, TARGET, Part, conf_dir, import_part, make_source
@@ -29,13 +32,16 @@ from rlkit.experience.section import Section, Seed
 from rlkit.experience.statistics import Values, agreement, correlation, ranks
 from rlkit.models.folder import model_folder
 from rlkit.tracking.logs import CapturedOutput
-from rlkit.tracking.progress import printable
-from rlkit.tracking.run_folder import json_text, write_atomically
+from rlkit.tracking.progress import duration, printable
+from rlkit.tracking.run_folder import json_text
 
 SHOWN = 4
 """Answers on which both rewards disagree most, in each direction."""
 SHOWN_CHARACTERS = 160
-GROUPS_AT_ONCE = 64
+GROUPS_AT_ONCE = 16
+MESSAGE_SECONDS = 10.0
+NOT_READ = frozenset(LONG) - {"response"}
+"""Keys that the comparison does not show."""
 
 
 class RescoreConfig(Section):
@@ -125,69 +131,108 @@ def load_rescoring(run: str, arguments: Sequence[str]) -> Rescoring:
         loading.problems.append(ConfigIssue(run, f"is no folder of a run: {why}"))
     loading.validate()
     rescoring = loading.result(folder)
-    if rescoring.file.exists():
-        message = "is there already: remove it, or choose name=NAME"
+    if rescoring.file.exists() and _head(rescoring)["reward"] != next(_written(rescoring), {}).get("reward"):
+        message = "is there already, of another reward: remove it, or choose name=NAME"
         raise ConfigError([ConfigIssue(str(rescoring.file), message)])
     return rescoring
 
 
+def _head(rescoring: Rescoring) -> Row:
+    """The first line of the file."""
+    name, reward = rescoring.config.name, rescoring.config.reward
+    head: Row = json.loads(json_text({"kind": "rescored", "name": name, "reward": reward, "time": time.time()}))
+    return head
+
+
+def _written(rescoring: Rescoring) -> Iterator[Row]:
+    return written_rows(rescoring.file.parent, rescoring.file.name)
+
+
 def rescore(rescoring: Rescoring) -> str:
-    """Write the file; return both rewards side by side. Raises UserError."""
-    rows = [row for row in read_rows(rescoring.run) if row.get("response") is not None]
+    """Judge what the file does not have yet; return both rewards side by side. Raises UserError."""
+    rows = [row for row in read_rows(rescoring.run, NOT_READ) if row.get("response") is not None]
     if not rows:
         raise UserError(f"{rescoring.run}/samples.jsonl has no answers")
-    groups = _groups(rescoring, rows)
-    log = rescoring.run / "logs" / f"rescored-{rescoring.config.name}.log"
-    log.parent.mkdir(exist_ok=True)
-    with CapturedOutput(log):  # libraries of the reward speak
-        judged = asyncio.run(_judged(rescoring, groups))
-    new = [one for group, members in judged for one in _rows(group, members)]
-    began = {"kind": "rescored", "name": rescoring.config.name, "reward": rescoring.config.reward, "time": time.time()}
-    rescoring.file.parent.mkdir(exist_ok=True)
-    write_atomically(rescoring.file, "".join(json_text(line) + "\n" for line in [began, *new]))
-    return side_by_side(str(rescoring.config.name), rows, new)
+    left = Counter(_place(row)[:2] for row in rows)
+    if rescoring.file.exists():
+        cut_to_whole_lines(rescoring.file)
+        done = Counter(place[:2] for place in {_place(row) for row in islice(_written(rescoring), 1, None)})
+        left = Counter({group: size for group, size in left.items() if done[group] < size})
+    if left:
+        log = rescoring.run / "logs" / f"rescored-{rescoring.config.name}.log"
+        log.parent.mkdir(exist_ok=True)
+        rescoring.file.parent.mkdir(exist_ok=True)
+        with CapturedOutput(log) as output:  # libraries of the reward speak
+            asyncio.run(_judge(rescoring, _groups(rescoring, rows, left), left.total(), output.terminal))
+    return side_by_side(str(rescoring.config.name), rows, list(islice(_written(rescoring), 1, None)))
 
 
-async def _judged(rescoring: Rescoring, groups: Sequence[tuple[Group, Sequence[Row]]]) -> list[tuple[Group, Any]]:
-    config = rescoring.config
+async def _judge(
+    rescoring: Rescoring, groups: Iterator[tuple[Group, list[Row]]], answers: int, terminal: TextIO
+) -> None:
+    """Write the rows of groups as they are judged, and now and then how many of the `answers` are."""
+    config, workers = rescoring.config, rescoring.part.config.workers
     context = RewardContext(
         device=config.device, gpus=float(config.device == "cuda"), seed=config.seed, threads=config.threads
     )
     judge = LocalJudge(config.reward, rescoring.part, context, config.startup_timeout_seconds)
+    judged, began, said = 0, time.monotonic(), time.monotonic()
+
+    async def work() -> None:
+        nonlocal judged, said
+        while part := list(islice(groups, GROUPS_AT_ONCE)):
+            scored = await judge.judge([group for group, _ in part])
+            rows = [row for group, (_, own) in zip(scored, part, strict=True) for row in _rows(group, own)]
+            file.writelines(json_text(row) + "\n" for row in rows)
+            file.flush()
+            judged, now = judged + len(rows), time.monotonic()
+            if now - said > MESSAGE_SECONDS:
+                said, rest = now, (answers - judged) * (now - began) / judged
+                print(f"{judged} of {answers} answers judged, {duration(rest)} left", file=terminal)
+
     try:
         await judge.start()
-        parts = [groups[start : start + GROUPS_AT_ONCE] for start in range(0, len(groups), GROUPS_AT_ONCE)]
-        scored = await asyncio.gather(*(judge.judge([group for group, _ in part]) for part in parts))
+        began = time.monotonic()
+        with rescoring.file.open("a", encoding="utf-8") as file:
+            if not file.tell():
+                file.write(json_text(_head(rescoring)) + "\n")
+            await asyncio.gather(*(work() for _ in range(2 * workers)))
     finally:
         await judge.close()
-    flat = [group for part in scored for group in part]
-    return [(group, members) for group, (_, members) in zip(flat, groups, strict=True)]
 
 
-def _groups(rescoring: Rescoring, rows: Sequence[Row]) -> list[tuple[Group, list[Row]]]:
-    """As they were sampled, with the rows of their samples."""
+def _groups(
+    rescoring: Rescoring, rows: Sequence[Row], left: Mapping[tuple[int, str], int]
+) -> Iterator[tuple[Group, list[Row]]]:
+    """Those `left`, by (step, id) with how many answers each has, as they were sampled, with the rows of their samples.
+
+    Read as they are asked for: a run's answers may not fit into memory.
+    """
     traits = rescoring.part.cls.traits(rescoring.part.config)
     written = yaml.safe_load((rescoring.run / "config.yaml").read_text()) if _is_file(rescoring) else {}
     columns = _columns(rescoring, written, rows) if traits.columns else {}
     render = None if traits.judges_texts else _renderer(rescoring, written)
-    members: dict[tuple[int, str], list[Row]] = {}
-    for row in rows:
-        members.setdefault((int(row["step"]), str(row["group_id"])), []).append(row)
-    groups = []
-    for (_, group_id), own in members.items():
-        first = own[0]
-        messages = tuple(Message(one["role"], one["content"]) for one in first["prompt"])
+    begun: dict[tuple[int, str], dict[int, Row]] = {}
+    for row in written_rows(rescoring.run):
+        step, group_id, sample = _place(row)
+        size = left.get((step, group_id), 0)
+        if row.get("response") is None or not size:
+            continue
+        begun.setdefault((step, group_id), {})[sample] = row
+        if len(begun[step, group_id]) < size:
+            continue
+        own = list(begun.pop((step, group_id)).values())
+        messages = tuple(Message(one["role"], one["content"]) for one in row["prompt"])
         prompt = Prompt(
-            id=str(first["prompt_id"]),
+            id=str(row["prompt_id"]),
             messages=messages,
             token_ids=() if render is None else render(messages),
-            references=tuple(first.get("references") or ()),
-            answer=first.get("answer"),
-            columns=columns.get(_question(first), {}),
+            references=tuple(row.get("references") or ()),
+            answer=row.get("answer"),
+            columns=columns.get(_question(row), {}),
         )
-        samples = tuple(_sample(i, row, tokens=render is not None) for i, row in enumerate(own))
-        groups.append((Group(group_id, prompt, samples), own))
-    return groups
+        samples = tuple(_sample(i, one, tokens=render is not None) for i, one in enumerate(own))
+        yield Group(group_id, prompt, samples), own
 
 
 def _is_file(rescoring: Rescoring) -> bool:

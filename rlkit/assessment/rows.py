@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -80,17 +81,28 @@ def read_rows(folder: Path, without: Collection[str] = ()) -> list[Row]:
     """Of an evaluation, or of a run. A half-written last line is left out, and of an answer that was judged again (its
     group was half written when an evaluation ended) the older row. `without`: keys that are not kept (of
     `prompt` stays `ASKS`). Raises UserError."""
-    file = folder / "samples.jsonl"
-    rows: dict[tuple[Any, ...], Row] = {}
+    rows = {
+        (row.get("step"), row.get("group_id"), row.get("sample")): row for row in written_rows(folder, without=without)
+    }
+    return list(rows.values())
+
+
+def written_rows(folder: Path, name: str = "samples.jsonl", without: Collection[str] = ()) -> Iterator[Row]:
+    """As they stand in a file of a folder, one by one. Raises UserError."""
+    file = folder / name
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.endswith("\n"):
-                    row = _row(line, f"{file}:{number}", without)
-                    rows[row.get("step"), row.get("group_id"), row.get("sample")] = row
+                    yield _row(line, f"{file}:{number}", without)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
-    return list(rows.values())
+
+
+def cut_to_whole_lines(file: Path) -> None:
+    content = file.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.truncate(file, content.rfind(b"\n") + 1)
 
 
 def _row(line: str, where: str, without: Collection[str]) -> Row:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -20,7 +19,17 @@ from rlkit.assessment.config import Evaluating, Policy
 from rlkit.assessment.measures import changed, differences, lines_of, measured
 from rlkit.assessment.questions import data_hash, load_questions, load_recorded
 from rlkit.assessment.report import Findings, results
-from rlkit.assessment.rows import LONG, Asked, Decoding, Row, answer_rows, answered, causes, read_rows
+from rlkit.assessment.rows import (
+    LONG,
+    Asked,
+    Decoding,
+    Row,
+    answer_rows,
+    answered,
+    causes,
+    cut_to_whole_lines,
+    read_rows,
+)
 from rlkit.assessment.sources import Answers, Machinery, machinery, recorded
 from rlkit.cluster.waiting import blocking
 from rlkit.config.command import print_error
@@ -49,7 +58,7 @@ def evaluate(evaluating: Evaluating, command: str = "evaluate", *, markdown: boo
         folder = RunFolder(config.run_dir, resume=resumes)
         if resumes and folder.config.exists():
             _refuse_another(folder, evaluating)
-        _cut_to_whole_lines(folder)
+        cut_to_whole_lines(folder.samples)
     except ConfigError as error:
         return print_error(error)
     except UserError as error:
@@ -281,9 +290,3 @@ def _refuse_another(folder: RunFolder, evaluating: Evaluating) -> None:
         folder.close()
         message = f"its answers were made with another configuration ({', '.join(changed)}): name another run_dir"
         raise ConfigError([ConfigIssue(f"run_dir={folder.path}", message)])
-
-
-def _cut_to_whole_lines(folder: RunFolder) -> None:
-    content = folder.samples.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.truncate(folder.samples, content.rfind(b"\n") + 1)

@@ -61,8 +61,26 @@ def test_answers_of_a_run_under_another_reward(tmp_path: Path, capsys: pytest.Ca
     assert up.splitlines()[0].split() == ["recorded", "place", "rule", "place", "answer"]
     assert up.splitlines()[1].split() == ["0.000", "3", "1.000", "1.5", "step", "1", "00000000", "sample", "0"]
     assert down.splitlines()[1].split()[:4] == ["1.000", "2", "0.000", "3"]
-    assert rescore([str(run), "reward=rule"]) == 2, "it is there already"
+    assert rescore([str(run), "reward=rule", "reward.strip_units=true"]) == 2
+    assert "rule.jsonl: is there already, of another reward" in capsys.readouterr().err
     assert rescore([str(run), "reward=rule", "name=again"]) == 0
+
+
+def test_the_same_command_goes_on_where_it_was_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What one judge was paid for is not asked again."""
+    run = a_run(tmp_path / "run")
+    assert rescore([str(run), "reward=rule"]) == 0
+    said, file = capsys.readouterr().out, run / "rescored/rule.jsonl"
+    head, *rows = file.read_text().splitlines(keepends=True)
+    kept = [row.replace('"reason":""', '"reason":"the first time"') for row in rows]
+    assert kept[0] != rows[0]
+    file.write_text("".join([head, *kept[:3], kept[3][:20]]))
+    assert rescore([str(run), "reward=rule"]) == 0
+    assert capsys.readouterr().out == said
+    assert file.read_text() == "".join([head, *kept[:3], *rows[2:]]), "the group that is half there is judged whole"
+    assert rescore([str(run), "reward=rule"]) == 0, "and shown once more"
+    assert capsys.readouterr().out == said
+    assert file.read_text() == "".join([head, *kept[:3], *rows[2:]])
 
 
 def test_answers_to_sets_are_rescored_with_the_columns_of_their_own_data(tmp_path: Path) -> None:
