@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlkit.experience.statistics import Z, student_t
+from rlkit.experience.statistics import student_t
 
 Points = Sequence[tuple[int, float]]
 LEAST_POINTS = 5
@@ -95,14 +95,24 @@ def mean_difference(differences: np.ndarray, of_steps: bool = False) -> Interval
     return _around(value, error, n - 1)
 
 
-def correlation(x: np.ndarray, y: np.ndarray) -> Interval | None:
-    """Pearson's, with Fisher's interval; None for fewer than ten pairs or where one does not vary. NaN are left out."""
+def correlation(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> Interval | None:
+    """Pearson's; None for fewer than ten groups or where one does not vary. NaN are left out.
+
+    `group`: number of each pair's group, whose pairs may depend on each other: minus their group's mean, two answers
+    count as one. The interval is Fisher's, but its standard error is that of the groups' sums of influence values,
+    x y - r (x^2 + y^2) / 2 of standardized x and y (Hampel 1974), in place of 1 / sqrt(n - 3).
+    """
     known = np.isfinite(x) & np.isfinite(y)
-    x, y = x[known], y[known]
-    if len(x) < 10 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    x, y, group = x[known], y[known], group[known]
+    sizes = np.bincount(group)
+    groups = int(np.count_nonzero(sizes))
+    if groups < 10 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
-    z, half = math.atanh(np.clip(r, -0.999999, 0.999999)), Z / math.sqrt(len(x) - 3)
+    x, y = ((values - values.mean()) / values.std() for values in (x, y))
+    r = float(np.clip(np.mean(x * y), -0.999999, 0.999999))
+    sums = np.bincount(group, x * y - r / 2 * (x * x + y * y))
+    error = math.sqrt(float(sums @ sums) * groups / (groups - 1)) / len(x)
+    z, half = math.atanh(r), student_t(groups - 1) * error / (1 - r * r)
     return Interval(r, math.tanh(z - half), math.tanh(z + half))
 
 

@@ -176,7 +176,7 @@ def _one_component(run: Run, data: Samples) -> Found:
     if not shares or shares[name] <= ONE_COMPONENT:
         return None
     deciding, judged = (trends.within_groups(own, data.group)[data.late] for own in (parts[name], data.correct))
-    truth = trends.correlation(deciding, judged)
+    truth = trends.correlation(deciding, judged, data.group[data.late])
     right = truth is not None and truth.value > 0.5
     evidence = {
         f"share of {own} in the differences, {LATE}": f"{share:.0%}"
@@ -207,7 +207,9 @@ def _paid_for(data: Samples, numbers: np.ndarray, what: str, titles: tuple[str, 
     """Whether the reward goes with a number that it should not pay for, within groups, late in the run."""
     values = trends.within_groups(numbers, data.group)
     wrong = data.late & (data.correct < 0.5)
-    late, early, among = (trends.correlation(values[of], data.above[of]) for of in (data.late, data.early, wrong))
+    late, early, among = (
+        trends.correlation(values[of], data.above[of], data.group[of]) for of in (data.late, data.early, wrong)
+    )
     if late is None or abs(late.value) < CORRELATED or late.low <= 0 <= late.high:
         return None
     grown = early is None or abs(late.value) > abs(early.value) + 0.1

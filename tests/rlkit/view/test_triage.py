@@ -60,15 +60,41 @@ def test_t_quantiles() -> None:
     assert found == pytest.approx([3.182446305284263, 2.042272456301238, 2.030107928250343, 1.959987708], rel=1e-9)
 
 
-def test_correlation_and_difference() -> None:
-    x = np.arange(103.0)
-    y = np.where(np.arange(103) % 2, x, 50.0)
-    found = correlation(np.append(x, np.nan), np.append(y, 1.0))
-    r = np.corrcoef(x, y)[0, 1]
+def test_a_correlation_is_known_as_well_as_there_are_groups() -> None:
+    """Each pair of its own: 1 / sqrt(n), as Fisher has it for normal numbers. Twice the same pair: no better."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=4000)
+    y = 0.6 * x + 0.8 * draw.normal(size=4000)
+    own = np.arange(4000)
+    found, twice = correlation(x, y, own), correlation(np.tile(x, 2), np.tile(y, 2), np.tile(own, 2))
     assert found is not None
-    assert found.value == pytest.approx(r)
-    assert np.arctanh(found.high) - np.arctanh(r) == pytest.approx(Z / 10)  # sqrt(103 - 3)
-    assert correlation(x, np.ones(103)) is None
+    assert twice is not None
+    assert found.value == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert np.arctanh(found.high) - np.arctanh(found.value) == pytest.approx(Z / np.sqrt(4000), rel=0.05)
+    assert (twice.low, twice.high) == pytest.approx((found.low, found.high), abs=1e-5)
+    assert correlation(np.append(x, np.nan), np.append(y, 1.0), np.append(own, 0)) == found
+    assert correlation(x, np.ones(4000), own) is None
+    assert correlation(x, y, own % 9) is None
+    line = correlation(x, 2 * x, own)
+    assert line is not None
+    assert (line.low, line.high) == pytest.approx((1, 1), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_the_interval_of_a_correlation_within_groups_is_one_of_95_percent(size: int) -> None:
+    """Where there is none, one draw of twenty finds it; counted as independent, a sixth of the draws of pairs would."""
+    draw = np.random.default_rng(1)
+    group = np.repeat(np.arange(60), size)
+    sure = 0
+    for _ in range(1000):
+        values = (draw.exponential(size=len(group)), draw.normal(size=len(group)))
+        found = correlation(*(within_groups(one, group) for one in values), group)
+        assert found is not None
+        sure += found.low * found.high > 0
+    assert 30 <= sure <= 75
+
+
+def test_difference_of_pairs() -> None:
     pairs = mean_difference(np.array([1.0, 2.0, 3.0]))
     assert pairs is not None
     assert pairs.high - 2 == pytest.approx(4.302652729749464 / np.sqrt(3))
