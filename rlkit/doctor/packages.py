@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -78,8 +81,9 @@ def install_lines(extra: str) -> list[str]:
     root = checkout()
     target = f"'rlkit[{extra}]'" if root is None else f"-e '{root}[{extra}]'"
     if extra != "cpu":
-        return [f"uv pip install {target}", f"pip install {target}"]
-    return [f"uv pip install --torch-backend cpu {target}", f"pip install --extra-index-url {CPU_INDEX} {target}"]
+        return [f"uv pip install --compile-bytecode {target}", f"pip install {target}"]
+    uv = "uv pip install --compile-bytecode --torch-backend cpu"
+    return [f"{uv} {target}", f"pip install --extra-index-url {CPU_INDEX} {target}"]
 
 
 def package_findings(extra: str) -> Iterator[Finding]:
@@ -93,6 +97,7 @@ def package_findings(extra: str) -> Iterator[Finding]:
     for name in ("deepspeed", "ray", "transformers"):
         yield _shown(listed.pop(NormalizedName(name)))
     yield from _compared(listed.values())
+    yield from _compiled()
     yield from _options()
 
 
@@ -150,6 +155,21 @@ def _torch_build(extra: str) -> Iterator[Finding]:
     if build == "cpu" and broken:
         text = f"for CUDA, which breaks `import transformers` beside this torch: pip uninstall -y {' '.join(broken)}"
         yield Finding(", ".join(broken), text, "lacks")
+
+
+def _compiled() -> Iterator[Finding]:
+    """pip compiles what it installs, uv does not unless asked."""
+    specs = {name: PathFinder.find_spec(name) for name in ("torch", "transformers", "vllm")}
+    files = {name: Path(spec.origin) for name, spec in specs.items() if spec is not None and spec.origin}
+    without = {name: file for name, file in files.items() if not Path(cache_from_source(str(file))).exists()}
+    forbidden = sys.dont_write_bytecode or not all(os.access(file.parent, os.W_OK) for file in without.values())
+    if without and forbidden:
+        site = next(iter(without.values())).parents[1]
+        text = (
+            "not compiled, and no process may keep what it compiles (PYTHONDONTWRITEBYTECODE, or a folder that cannot "
+            f"be written): each of a run's takes twice as long to start. {sys.executable} -m compileall -q -j 0 {site}"
+        )
+        yield Finding(", ".join(without), text, "note")
 
 
 def _options() -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import py_compile
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,11 +103,29 @@ def test_vllm_of_ones_own_on_a_cpu(site: Site) -> None:
     assert site.findings("cpu", {**there, "vllm": "0.32.0"})["vllm"].level == "note"
 
 
+def test_what_each_process_would_compile(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "vllm"):
+        (site.folder / name).mkdir()
+        (site.folder / name / "__init__.py").touch()
+    py_compile.compile(str(site.folder / "torch" / "__init__.py"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert "vllm" not in site.findings("cpu", WHOLE), "the first run compiles it"
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = {finding.name: finding for finding in packages.package_findings("cpu")}["vllm"]
+    assert found.level == "note"
+    assert found.text.endswith(f"-m compileall -q -j 0 {site.folder}")
+    py_compile.compile(str(site.folder / "vllm" / "__init__.py"))
+    assert "vllm" not in {finding.name for finding in packages.package_findings("cpu")}
+
+
 def test_the_lines_that_install(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert packages.install_lines("cuda") == ["uv pip install 'rlkit[cuda]'", "pip install 'rlkit[cuda]'"]
+    assert packages.install_lines("cuda") == [
+        "uv pip install --compile-bytecode 'rlkit[cuda]'",
+        "pip install 'rlkit[cuda]'",
+    ]
     monkeypatch.setattr(packages, "checkout", lambda: Path("/src"))
     uv, pip = packages.install_lines("cpu")
-    assert uv == "uv pip install --torch-backend cpu -e '/src[cpu]'"
+    assert uv == "uv pip install --compile-bytecode --torch-backend cpu -e '/src[cpu]'"
     assert pip == f"pip install --extra-index-url {packages.CPU_INDEX} -e '/src[cpu]'"
 
 
