@@ -138,6 +138,7 @@ def test_close_can_be_called_without_start_and_twice() -> None:
     idle.close()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_it_works_in_its_own_process() -> None:

@@ -94,6 +94,7 @@ def test_shipped_agent_is_small_is_the_reports_and_reads_moves_as_tokens() -> No
     assert tokenizer.chat_template == TEMPLATE.tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_shipped_agent_has_headroom() -> None:
     for game in GAMES:
         tasks = list(game.tasks("heldout", heldout_tasks=96))[:96]

@@ -196,6 +196,7 @@ def test_shipped_files_are_small_and_are_the_reports(name: str) -> None:
     assert config["model_type"] == "llama" and config["head_dim"] == 32
 
 
+@pytest.mark.slow
 def test_shipped_policy_has_headroom() -> None:
     from examples.embedded_models.pairs import correctness
     from examples.embedded_models.sampling import PLAIN
@@ -208,6 +209,7 @@ def test_shipped_policy_has_headroom() -> None:
     assert REPORT["policy"]["accuracy_greedy"] > REPORT["policy"]["accuracy_at_temperature_1"]
 
 
+@pytest.mark.slow
 def test_shipped_discriminator_knows_right_from_wrong(process_group: None, tmp_path: Path) -> None:
     from examples.embedded_models.polar_stages import measure_discriminator
     from examples.embedded_models.sampling import PLAIN

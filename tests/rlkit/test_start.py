@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from paths import ROOT
 
 PROGRAM = """
@@ -25,6 +26,7 @@ sys.exit(run.run(load_config(["reward=rule", f"run_dir={sys.argv[1]}", "tracking
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_data_are_read_is_called_so(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)

@@ -216,6 +216,7 @@ def test_a_reward_that_learns_is_served_as_it_is(tmp_path: Path, caplog: pytest.
         server.end()
 
 
+@pytest.mark.slow
 def test_another_model_behind_the_same_address_is_noticed(tmp_path: Path) -> None:
     serve = ("reward._target_=served_rewards.Everything",)
     server = Server(tmp_path / "first.txt", *serve).ready()

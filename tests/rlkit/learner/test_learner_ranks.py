@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +53,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
+QUICK = (
+    "zero 0",
+    "zero 2",
+    "partitioned by zero 3, checkpointing",
+    "one group, split",
+    "unequal",
+    "two optimizer steps",
+    "a silent optimizer step",
+    "ppo, partitioned by zero 3",
+    "pairs",
+    "segments, ppo",
+    "adapter, partitioned by zero 3",
+    "prime",
+    "shared sequences, partitioned by zero 3, checkpointing",
+    "shared sequences, ppo, segments",
+)
+"""Each way once; the others are slow tests."""
+
+
 @pytest.fixture(scope="module")
-def ranks(model: Path, folder: Path) -> list[dict[str, Any]]:
-    """What each rank found, for all scenarios."""
-    return run_ranks(model, folder, RANKS)
+def ranks(model: Path, folder: Path, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What each rank found, for all scenarios that are asked for."""
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = {own["name"] for own in parameters if "name" in own}
+    return run_ranks(model, folder, RANKS, [name for name in SCENARIOS if name in asked])
 
 
-def run_ranks(model: Path, folder: Path, ranks: int) -> list[dict[str, Any]]:
+def run_ranks(model: Path, folder: Path, ranks: int, scenarios: Sequence[str]) -> list[dict[str, Any]]:
     port = str(free_port())
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
@@ -71,6 +94,7 @@ def run_ranks(model: Path, folder: Path, ranks: int) -> list[dict[str, Any]]:
             str(model),
             str(folder / f"{rank}"),
             str(ranks),
+            json.dumps(scenarios),
         ]
         with log.open("w") as file:
             processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
@@ -83,14 +107,16 @@ def run_ranks(model: Path, folder: Path, ranks: int) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}", weights_only=False) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SCENARIOS]
+)
 def test_two_ranks_do_what_one_does(model: Path, ranks: list[dict[str, Any]], name: str) -> None:
     check_outcome(model, ranks, name)
 
 
 @pytest.mark.slow  # four processes on two cores
 def test_four_ranks_that_share_sequences_do_what_one_does(model: Path, tmp_path: Path) -> None:
-    ranks = run_ranks(model, tmp_path, 4)
+    ranks = run_ranks(model, tmp_path, 4, list(FOUR_RANKS))
     for name in FOUR_RANKS:
         check_outcome(model, ranks, name)
 

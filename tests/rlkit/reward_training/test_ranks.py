@@ -43,7 +43,7 @@ def living(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("others", "last", "code", "said"),
     [
-        ("exit 0", "exit 0", 0, ""),
+        pytest.param("exit 0", "exit 0", 0, "", marks=pytest.mark.slow),
         pytest.param("sleep", "exit 3", 3, "", marks=pytest.mark.slow),
         ("sleep", "die", 1, "rlkit: rank 1 was ended by SIGKILL; the others end\n"),
         pytest.param(

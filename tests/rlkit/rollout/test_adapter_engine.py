@@ -32,7 +32,7 @@ from rlkit.weights.bundle import WeightBundle
 from rlkit.weights.publication import Agreement, Proof, Published, WeightReceipt, WeightsNotLoadedError
 
 need("peft", "lora")
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 CANARY = ((5, 6, 7, 8, 9, 10), (30, 40, 50), (11, 9, 7, 5, 3))
 LORA = LoraConfig(rank=4, publish="adapter", target_modules=("q_proj", "v_proj", "o_proj", "down_proj"))
 

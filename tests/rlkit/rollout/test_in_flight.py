@@ -233,7 +233,8 @@ def test_kept_caches_are_for_running_requests_alone(
             assert distance(group, sample, policies).max() < 1e-4
 
 
-@pytest.mark.parametrize("when", ["frozen", pytest.param("unproved", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["frozen", "unproved"])
 def test_an_engine_that_dies_while_weights_come_loses_nothing(
     pool: RolloutPool, policies: list[PolicyLearner], when: str
 ) -> None:

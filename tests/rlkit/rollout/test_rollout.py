@@ -369,6 +369,7 @@ async def kill_in_mid_stream(pool: RolloutPool, requests: Sequence[GroupRequest]
     return groups
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_replaced_and_nothing_is_lost_or_sampled_twice(
     pool: RolloutPool, other: PolicyLearner
 ) -> None:

@@ -182,6 +182,7 @@ def test_a_worker_that_dies_with_weights_before_they_are_announced_is_replaced_w
     run(check())
 
 
+@pytest.mark.slow
 def test_weights_published_while_a_dead_worker_is_replaced_are_what_its_successor_samples_with(
     make_pool: MakePool, script: Script
 ) -> None:
@@ -202,6 +203,7 @@ def test_weights_published_while_a_dead_worker_is_replaced_are_what_its_successo
     run(check())
 
 
+@pytest.mark.slow
 def test_a_death_that_sampling_and_publishing_both_notice_is_repaired_once(make_pool: MakePool, script: Script) -> None:
     async def check() -> None:
         pool = await started(make_pool())
@@ -257,10 +259,10 @@ DOUBTS = {
     "stale": "has weights of version 1, not 2",
     "wrong": r"after version 2 was loaded, its log-probs .* differ from the learner's by 0.5",
 }
-ONE_QUICKLY = [pytest.param(how, marks=[pytest.mark.slow] * (how != "wrong")) for how in DOUBTS]
 
 
-@pytest.mark.parametrize("how", ONE_QUICKLY)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", DOUBTS)
 def test_a_worker_that_does_not_confirm_its_weights_is_not_used_but_replaced(
     how: str, make_pool: MakePool, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -284,7 +286,7 @@ def test_a_worker_that_does_not_confirm_its_weights_is_not_used_but_replaced(
     assert re.search(rf"did not confirm its weights and is replaced.*rollout worker [01]:? {DOUBTS[how]}", caplog.text)
 
 
-@pytest.mark.parametrize("how", ONE_QUICKLY)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[pytest.mark.slow] * (how != "wrong")) for how in DOUBTS])
 def test_weights_that_no_worker_confirms_end_the_run_at_once(how: str, make_pool: MakePool, script: Script) -> None:
     """New engines would differ from the learner as well."""
 
@@ -315,10 +317,9 @@ SUCCESSORS: dict[str, tuple[Callable[[Script, bool], None], type[Exception], str
 """What the first successor does (`always`: each one), and the error where that is once too often."""
 
 
-@pytest.mark.parametrize("max_restarts", [pytest.param(2, marks=pytest.mark.slow), 1])
-@pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=[pytest.mark.slow] * (how != "fails to start")) for how in SUCCESSORS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("max_restarts", [2, 1])
+@pytest.mark.parametrize("how", SUCCESSORS)
 def test_a_successor_that_fails_counts_as_another_death(
     how: str, max_restarts: int, make_pool: MakePool, script: Script
 ) -> None:
@@ -360,6 +361,7 @@ def test_the_deadline_of_a_start_does_not_hold_for_weights_that_wait_for_the_lea
     run(check())
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_while_it_receives_ends_the_transfer_with_the_cause(make_pool: MakePool) -> None:
     """Whoever sends may be stuck: with NCCL and gloo it waits for all receivers."""
 

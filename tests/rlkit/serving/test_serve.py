@@ -302,6 +302,7 @@ def test_with_a_token_nothing_is_answered_without_it(tmp_path: Path) -> None:
         server.end()
 
 
+@pytest.mark.slow
 def test_processes_work_side_by_side(tmp_path: Path) -> None:
     server = Server(tmp_path / "log.txt", *MISBEHAVING, "reward.workers=2", "reward.timeout_seconds=5").ready()
     try:

@@ -90,7 +90,7 @@ def test_broken_results_become_invalid_scores_with_a_reason() -> None:
         ("hang", "timeout: no answer within reward.timeout_seconds=0.7"),
         pytest.param("hang in C", "timeout: no answer within reward.timeout_seconds=0.7", marks=pytest.mark.slow),
         pytest.param("die", "crash: the worker process", marks=pytest.mark.slow),
-        ("raise", "exception: RuntimeError: the judge is offline"),
+        pytest.param("raise", "exception: RuntimeError: the judge is offline", marks=pytest.mark.slow),
         pytest.param("nan in Score", "exception: ValueError: a valid score must be finite", marks=pytest.mark.slow),
     ],
 )
@@ -109,6 +109,7 @@ def test_a_failure_that_passes_costs_no_sample(tmp_path: Path) -> None:
     assert health[0]["restarts"] == 1
 
 
+@pytest.mark.slow
 def test_killed_workers_are_gone() -> None:
     async def check() -> None:
         rewards = pool()
@@ -141,6 +142,7 @@ def test_verifier_processes_end_with_a_killed_worker() -> None:
     run(check())
 
 
+@pytest.mark.slow
 def test_a_cancelled_call_frees_its_worker() -> None:
     async def check() -> None:
         rewards = pool(timeout_seconds=30.0)

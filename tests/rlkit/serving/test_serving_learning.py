@@ -128,6 +128,7 @@ def test_a_follower_that_died_unnoticed_is_started_again_by_the_next_weights(tmp
     in_pool(tmp_path, check, learns=False)
 
 
+@pytest.mark.slow
 def test_a_follower_that_dies_in_a_call_judges_again_with_the_present_weights(tmp_path: Path) -> None:
     async def check(pool: RewardPool) -> None:
         await pool.follow(weights(2))

@@ -179,6 +179,7 @@ os.abort()
         assert text in log
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_actor_logging_in_a_ray_actor(tmp_path: Path) -> None:
     code = f"""

@@ -32,7 +32,7 @@ from rlkit.serving.pool import RewardPool
 from rlkit.weight_sync import WeightSync
 from rlkit.weights.publication import Published, WeightsNotLoadedError
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 CANARY = ((5, 6, 7, 8, 9, 10), (30, 40, 50), (11, 9, 7, 5, 3))
 WORKERS = 2
 
@@ -210,7 +210,6 @@ def test_a_version_that_is_not_the_learners_is_not_sent_as_such(sync: WeightSync
     run(steps())
 
 
-@pytest.mark.slow
 def test_a_worker_whose_weights_arrive_damaged_is_replaced_and_given_them_anew(
     sync: WeightSync, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -235,7 +234,6 @@ async def kill(sync: WeightSync, index: int) -> None:
     os.kill(await sync.rollout.workers[index].pid.remote(), signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_between_steps_is_replaced_and_meets_the_learner_again(sync: WeightSync) -> None:
     async def steps() -> None:
         undisturbed = await groups_of(sync.rollout.generate(requests()))
@@ -255,7 +253,6 @@ def test_a_worker_that_dies_between_steps_is_replaced_and_meets_the_learner_agai
     run(steps())
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_while_sampling_gets_the_present_weights(sync: WeightSync) -> None:
     async def steps() -> None:
         undisturbed = await groups_of(sync.rollout.generate(requests(40)))
@@ -275,7 +272,6 @@ def test_a_worker_that_dies_while_sampling_gets_the_present_weights(sync: Weight
     run(steps())
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_during_a_transfer_ends_the_run_at_once(sync: WeightSync) -> None:
     """Last: the learner may wait for ever for what it cannot send."""
 
@@ -297,7 +293,6 @@ def test_a_worker_that_dies_during_a_transfer_ends_the_run_at_once(sync: WeightS
     assert run(steps()) < 30
 
 
-@pytest.mark.slow
 def test_an_engine_that_fails_during_a_transfer_ends_the_run_at_once_with_the_cause(own_sync: WeightSync) -> None:
     """Rank 0 then waits in its broadcast for a receiver that lives and does not come."""
 
